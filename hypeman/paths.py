@@ -1,0 +1,113 @@
+"""Where everything lies below the data directory and the runtime directory, as pure functions.
+
+    data_dir/                       survives reboots; 0700
+      store/                        LMDB: the truth
+      images/<digest>/              root disk and config of one image, published by rename
+      blobs/sha256/<hex>            compressed layers kept for the next pull, bounded
+      volumes/<id>/disk.raw         disks that outlive instances
+      instances/<id>/               overlay, boot disk, logs, captured memory of one instance
+      snapshots/<id>/               captures kept for themselves
+      egress/                       certificate authority, sealed secrets
+      tmp/                          half-made things; emptied at start
+    run_dir/                        gone after a reboot (tmpfs); 0755 so that VMM users can pass
+      hypeman.sock                  the API
+      vm/<id>/                      sockets and pid files of one VMM, owned by its user
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+
+class Paths(msgspec.Struct, frozen=True):
+    """All paths of one server; ``data_dir`` and ``run_dir`` are absolute."""
+
+    data_dir: Path
+    run_dir: Path
+
+    @property
+    def store(self) -> Path:
+        return self.data_dir / "store"
+
+    @property
+    def tmp(self) -> Path:
+        return self.data_dir / "tmp"
+
+    @property
+    def images(self) -> Path:
+        return self.data_dir / "images"
+
+    @property
+    def blobs(self) -> Path:
+        return self.data_dir / "blobs"
+
+    @property
+    def volumes(self) -> Path:
+        return self.data_dir / "volumes"
+
+    @property
+    def instances(self) -> Path:
+        return self.data_dir / "instances"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.data_dir / "snapshots"
+
+    @property
+    def egress(self) -> Path:
+        return self.data_dir / "egress"
+
+    @property
+    def api_socket(self) -> Path:
+        return self.run_dir / "hypeman.sock"
+
+    @property
+    def vms(self) -> Path:
+        return self.run_dir / "vm"
+
+    def instance(self, instance_id: str) -> InstancePaths:
+        return InstancePaths(self.instances / instance_id, self.vms / instance_id)
+
+    def volume_disk(self, volume_id: str) -> Path:
+        return self.volumes / volume_id / "disk.raw"
+
+    def snapshot(self, snapshot_id: str) -> Path:
+        return self.snapshots / snapshot_id
+
+
+class InstancePaths(msgspec.Struct, frozen=True):
+    """What one instance has on disk (``root``) and in the runtime directory (``run``)."""
+
+    root: Path
+    run: Path
+
+    @property
+    def overlay(self) -> Path:
+        return self.root / "overlay.raw"
+
+    @property
+    def boot_disk(self) -> Path:
+        return self.root / "boot.raw"
+
+    @property
+    def memory(self) -> Path:
+        """Guest memory as a file, where the VMM maps one."""
+        return self.root / "memory"
+
+    @property
+    def capture(self) -> Path:
+        """The standby capture: device state and, where it is not mapped, memory."""
+        return self.root / "capture"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def log(self, source: str) -> Path:
+        """``source`` is ``app`` (serial console), ``vmm`` or ``hypeman``."""
+        return self.logs / f"{source}.log"
+
+    def volume_overlay(self, volume_id: str) -> Path:
+        return self.root / f"volume-{volume_id}.raw"
