@@ -1,0 +1,311 @@
+"""The server's settings: one frozen tree, read once at start.
+
+Order of precedence: environment > file > default. A file is YAML; an environment variable is the
+path of the key in upper case with ``__`` between the levels (``NETWORK__SUBNET_CIDR``), alone
+(``JWT_SECRET``) for a key of the first level. A key nobody knows, a value out of bounds or of the
+wrong type is refused at start with its full name: a typing error must never quietly become a default.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from hypeman.errors import HypemanError, InvalidRequest
+from hypeman.paths import Paths
+from hypeman.units import parse_size
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Positive = Annotated[int, Meta(ge=1)]
+Ratio = Annotated[float, Meta(gt=0)]
+Size = str
+"""A size as text (``32GB``); read with ``units.parse_size``."""
+
+_HYPERVISORS = ("cloud-hypervisor", "firecracker", "qemu", "qemu-microvm")
+
+CONFIG_FILES = ("/etc/hypeman/config.yaml", "~/.config/hypeman/config.yaml")
+
+
+class ConfigError(HypemanError):
+    """The settings can not be used; the message names the key."""
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A group of settings that refuses unknown keys."""
+
+
+class HypervisorConfig(_Section, frozen=True):
+    default: str = ""
+    """Kind used when a create names none; empty: cloud-hypervisor where it is installed and KVM works, else qemu."""
+    accelerator: str = "auto"
+    """``auto`` (KVM if it proves itself, else TCG), ``kvm`` or ``tcg``."""
+    kernel: str = ""
+    """Guest kernel (uncompressed PVH vmlinux); empty: the one that came with us."""
+    initrd: str = ""
+    qemu_binary: str = ""
+    cloud_hypervisor_binary: str = ""
+    firecracker_binary: str = ""
+    jailer_binary: str = ""
+    uid_base: Annotated[int, Meta(ge=0, le=2**31)] = 510000
+    """VMMs run as ``uid_base`` + a number of their own each; 0 runs them as the server's user."""
+
+
+class LimitsConfig(_Section, frozen=True):
+    max_vcpus_per_instance: Positive = 16
+    max_memory_per_instance: Size = "32GB"
+    max_overlay_size: Size = "100GB"
+    max_concurrent_builds: Positive = 1
+    """Image conversions at once."""
+    max_total_volume_storage: Size = ""
+    max_log_size: Size = "50MB"
+    """A log file of an instance is rotated above this size; one old one is kept."""
+
+
+class OversubscriptionConfig(_Section, frozen=True):
+    cpu: Ratio = 4.0
+    memory: Ratio = 1.0
+    disk: Ratio = 1.0
+    network: Ratio = 2.0
+    disk_io: Ratio = 2.0
+
+
+class CapacityConfig(_Section, frozen=True):
+    """What the host has, where detection should be overruled. Empty or 0: detected."""
+
+    cpu: Annotated[int, Meta(ge=0)] = 0
+    memory: Size = ""
+    disk: Size = ""
+    network: str = ""
+    """A rate, as in ``10gbps``. Limiting by share needs it, or a link speed that the uplink tells."""
+    disk_io: str = ""
+
+
+class ImagesConfig(_Section, frozen=True):
+    root_fs: str = "erofs"
+    """``erofs`` (compressed, read-only) or ``ext4``."""
+    insecure_registries: tuple[str, ...] = ()
+    """``host[:port]`` of registries that speak plain HTTP."""
+    mirrors: dict[str, tuple[str, ...]] = {}
+    """Registry host → mirrors to ask first."""
+    ca_file: str = ""
+    docker_config: str = ""
+    """A docker ``config.json`` with logins; empty: ``~/.docker/config.json`` of the server's user."""
+    max_concurrent_downloads: Positive = 4
+    blob_cache_size: Size = "10GB"
+    max_image_size: Size = "50GB"
+    max_image_entries: Positive = 2_000_000
+    import_paths: tuple[str, ...] = ()
+    """Directories below which the server may import archives by path."""
+
+
+class NetworkConfig(_Section, frozen=True):
+    subnet_cidr: str = "10.100.0.0/16"
+    gateway: str = ""
+    """Address that answers on every TAP; empty: the first of the subnet."""
+    dns_server: str = "1.1.1.1"
+    uplink: str = ""
+    """Interface towards the world; empty: that of the default route."""
+    bridge_name: str = ""
+    """Accepted for the original's configuration files; there is no bridge."""
+    guest_to_guest: bool = False
+    default_limits: bool = True
+    """Give instances without explicit limits a share of the uplink's capacity, where that is known."""
+
+
+class EgressConfig(_Section, frozen=True):
+    port: Port = 18080
+    """Port on the gateway where mediated connections end; never reachable from elsewhere."""
+    loops: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Threads; 0: one for each core, at most 4."""
+    allow_private: tuple[str, ...] = ()
+    """CIDRs of private upstreams that guests may reach through the proxy."""
+    upstream_ca_file: str = ""
+    """Extra roots, beside the system's, for verifying upstreams."""
+    intercept_all: bool = False
+    """Decrypt also hosts without a rule; by default they are passed through unread."""
+
+
+class DevicesConfig(_Section, frozen=True):
+    sysfs_root: str = "/sys"
+    dev_root: str = "/dev"
+    pci_ids: str = ""
+
+
+class MetricsConfig(_Section, frozen=True):
+    listen_address: str = "127.0.0.1"
+    port: Port = 9464
+    enabled: bool = True
+
+
+class LogConfig(_Section, frozen=True):
+    level: str = "info"
+    format: str = "json"
+    """``json`` or ``text``."""
+
+
+class SocketConfig(_Section, frozen=True):
+    path: str = ""
+    """Empty: ``<run_dir>/hypeman.sock``; ``none`` for no socket."""
+    mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
+    group: str = ""
+    trusted: bool = True
+    """Who may open the socket needs no token."""
+
+
+class SnapshotsConfig(_Section, frozen=True):
+    compression: str = ""
+    """Default for standby and snapshots: empty (off), ``zstd`` or ``lz4``."""
+    level: Annotated[int, Meta(ge=0, le=19)] = 1
+
+
+class Config(_Section, frozen=True):
+    listen_address: str = "127.0.0.1"
+    port: Port = 8080
+    jwt_secret: str = ""
+    data_dir: str = "/var/lib/hypeman"
+    run_dir: str = "/run/hypeman"
+    request_timeout: Annotated[float, Meta(gt=0)] = 60.0
+    """Seconds that a request may take, streams and waits apart."""
+    socket: SocketConfig = SocketConfig()
+    hypervisor: HypervisorConfig = HypervisorConfig()
+    limits: LimitsConfig = LimitsConfig()
+    oversubscription: OversubscriptionConfig = OversubscriptionConfig()
+    capacity: CapacityConfig = CapacityConfig()
+    images: ImagesConfig = ImagesConfig()
+    network: NetworkConfig = NetworkConfig()
+    egress: EgressConfig = EgressConfig()
+    devices: DevicesConfig = DevicesConfig()
+    snapshots: SnapshotsConfig = SnapshotsConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def paths(self) -> Paths:
+        return Paths(Path(self.data_dir), Path(self.run_dir))
+
+    def __repr__(self) -> str:
+        return f"Config(data_dir={self.data_dir!r}, port={self.port})"  # the secret stays out of logs
+
+
+def load_config(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The settings from ``path`` (or the first of CONFIG_FILES that exists) and the environment.
+
+    Raises ConfigError naming the key or the file.
+    """
+    file = path or next((found for name in CONFIG_FILES if (found := Path(name).expanduser()).is_file()), None)
+    tree = _read_yaml(file) if file else {}
+    for name, text in environ.items():
+        keys = _key_of_variable(name)
+        if keys is not None:
+            _set_in(tree, keys, _value_of_variable(keys, text))
+    try:
+        config = msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        where = f" (in {file} or the environment)" if file else " (in the environment)"
+        raise ConfigError(f"configuration: {error}{where}") from None
+    _check(config)
+    return config
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration file {file} can not be read: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"configuration file {file} must hold keys and values")
+    return tree
+
+
+def _key_of_variable(name: str) -> tuple[str, ...] | None:
+    """("network", "dns_server") for NETWORK__DNS_SERVER; None for variables that are not ours.
+
+    Only sections and first-level keys that exist are taken, since the environment is everybody's;
+    below a section of ours every name is, so that a typing error there is refused.
+    """
+    keys = tuple(name.lower().split("__"))
+    types = _field_types(Config)
+    if name != name.upper() or keys[0] not in types:
+        return None
+    is_section = _is_section(types[keys[0]])
+    if len(keys) == 1:
+        return None if is_section else keys
+    return keys if is_section else None
+
+
+def _value_of_variable(keys: tuple[str, ...], text: str) -> object:
+    """``text`` as the type that the key wants: strings stay as they are, all else is read as YAML."""
+    wanted: Any = Config
+    for key in keys:
+        wanted = _field_types(wanted).get(key) if _is_section(wanted) else None
+    if wanted in (str, Size) or (getattr(wanted, "__origin__", None) is str):
+        return text
+    return yaml.safe_load(text)
+
+
+def _field_types(section: Any) -> dict[str, Any]:
+    return {field.name: field.type for field in msgspec.structs.fields(section)}
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, _Section)
+
+
+def _set_in(tree: dict[str, Any], keys: tuple[str, ...], value: object) -> None:
+    for key in keys[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            return  # the wrong shape is reported by the conversion, with its name
+        tree = below
+    tree[keys[-1]] = value
+
+
+def _check(config: Config) -> None:
+    """What types can not say."""
+    for name, text in (
+        ("limits.max_memory_per_instance", config.limits.max_memory_per_instance),
+        ("limits.max_overlay_size", config.limits.max_overlay_size),
+        ("limits.max_total_volume_storage", config.limits.max_total_volume_storage or "0"),
+        ("limits.max_log_size", config.limits.max_log_size),
+        ("capacity.memory", config.capacity.memory or "0"),
+        ("capacity.disk", config.capacity.disk or "0"),
+        ("images.blob_cache_size", config.images.blob_cache_size),
+        ("images.max_image_size", config.images.max_image_size),
+    ):
+        try:
+            parse_size(text)
+        except InvalidRequest as error:
+            raise ConfigError(f"configuration: {name}: {error.message}") from None
+    for name, value, allowed in (
+        ("hypervisor.default", config.hypervisor.default, ("", *_HYPERVISORS)),
+        ("hypervisor.accelerator", config.hypervisor.accelerator, ("auto", "kvm", "tcg")),
+        ("images.root_fs", config.images.root_fs, ("erofs", "ext4")),
+        ("log.level", config.log.level, ("debug", "info", "warning", "error")),
+        ("log.format", config.log.format, ("json", "text")),
+        ("snapshots.compression", config.snapshots.compression, ("", "zstd", "lz4")),
+    ):
+        if value not in allowed:
+            wanted = ", ".join(repr(choice) for choice in allowed)
+            raise ConfigError(f"configuration: {name} is {value!r}; it must be one of {wanted}")
+    try:
+        subnet = ipaddress.IPv4Network(config.network.subnet_cidr)
+        gateway = ipaddress.IPv4Address(config.network.gateway) if config.network.gateway else None
+        ipaddress.ip_address(config.network.dns_server)
+        for cidr in config.egress.allow_private:
+            ipaddress.ip_network(cidr)
+    except ValueError as error:
+        raise ConfigError(f"configuration: network or egress: {error}") from None
+    if gateway is not None and gateway not in subnet:
+        raise ConfigError(f"configuration: network.gateway {gateway} is not in network.subnet_cidr {subnet}")
+    for name, text in (("data_dir", config.data_dir), ("run_dir", config.run_dir)):
+        if not text.startswith("/"):
+            raise ConfigError(f"configuration: {name} must be an absolute path, not {text!r}")
