@@ -35,8 +35,7 @@ def check_name(name: str, *, what: str = "name", max_length: int = 63) -> str:
     """``name`` if it is a legal name of an instance, ingress or snapshot, else InvalidRequest."""
     if len(name) > max_length or not _NAME.fullmatch(name):
         raise InvalidRequest(
-            f"{what} {name!r} must be 1 to {max_length} of a-z, 0-9 and '-', "
-            "and begin and end with a letter or digit"
+            f"{what} {name!r} must be 1 to {max_length} of a-z, 0-9 and '-', and begin and end with a letter or digit"
         )
     return name
 

@@ -1,17 +1,17 @@
 """Where everything lies below the data directory and the runtime directory, as pure functions.
 
-    data_dir/                       survives reboots; 0700
-      store/                        LMDB: the truth
-      images/<digest>/              root disk and config of one image, published by rename
-      blobs/sha256/<hex>            compressed layers kept for the next pull, bounded
-      volumes/<id>/disk.raw         disks that outlive instances
-      instances/<id>/               overlay, boot disk, logs, captured memory of one instance
-      snapshots/<id>/               captures kept for themselves
-      egress/                       certificate authority, sealed secrets
-      tmp/                          half-made things; emptied at start
-    run_dir/                        gone after a reboot (tmpfs); 0755 so that VMM users can pass
-      hypeman.sock                  the API
-      vm/<id>/                      sockets and pid files of one VMM, owned by its user
+data_dir/                       survives reboots; 0700
+  store/                        LMDB: the truth
+  images/<digest>/              root disk and config of one image, published by rename
+  blobs/sha256/<hex>            compressed layers kept for the next pull, bounded
+  volumes/<id>/disk.raw         disks that outlive instances
+  instances/<id>/               overlay, boot disk, logs, captured memory of one instance
+  snapshots/<id>/               captures kept for themselves
+  egress/                       certificate authority, sealed secrets
+  tmp/                          half-made things; emptied at start
+run_dir/                        gone after a reboot (tmpfs); 0755 so that VMM users can pass
+  hypeman.sock                  the API
+  vm/<id>/                      sockets and pid files of one VMM, owned by its user
 """
 
 from __future__ import annotations

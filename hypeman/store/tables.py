@@ -1,0 +1,92 @@
+"""Typed tables inside one ordered key space.
+
+A row lives under ``<table>/<key>`` and holds a Struct as JSON: a dump of the store can be read by
+a person, and a field added with a default needs no migration (msgspec's schema evolution). One key
+space for all tables, because then every transaction covers all of them without further ado.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+import lmdb
+import msgspec
+
+from hypeman.errors import StoreError
+
+T = TypeVar("T")
+
+_MAX_KEY = 511
+"""LMDB's limit for keys in bytes."""
+
+
+class Table(Generic[T]):
+    """Name and row type of a table. Declared once at module level by the capability that owns it."""
+
+    def __init__(self, name: str, row: type[T]) -> None:
+        if "/" in name or not name:
+            raise ValueError(f"table name {name!r}")
+        self.name = name
+        self.prefix = name.encode() + b"/"
+        self.encode = msgspec.json.Encoder().encode
+        self.decode: Callable[[bytes | memoryview], T] = msgspec.json.Decoder(row).decode
+
+    def __repr__(self) -> str:
+        return f"Table({self.name!r})"
+
+    def key(self, key: str) -> bytes:
+        """The full key of a row. Raises StoreError when it is longer than LMDB allows."""
+        full = self.prefix + key.encode()
+        if len(full) > _MAX_KEY:
+            raise StoreError(f"key {key[:60]!r}… of table {self.name} is longer than {_MAX_KEY} bytes")
+        return full
+
+
+class Txn:
+    """One transaction. Valid only inside the function that was given it; never keep it."""
+
+    def __init__(self, txn: lmdb.Transaction) -> None:
+        self._txn = txn
+
+    def get(self, table: Table[T], key: str) -> T | None:
+        value = self._txn.get(table.key(key))
+        return None if value is None else table.decode(value)
+
+    def exists(self, table: Table[T], key: str) -> bool:
+        return self._txn.get(table.key(key)) is not None
+
+    def put(self, table: Table[T], key: str, row: T) -> None:
+        """Write ``row``, replacing what was there."""
+        self._txn.put(table.key(key), table.encode(row))
+
+    def insert(self, table: Table[T], key: str, row: T) -> bool:
+        """Write ``row`` only if there is none yet; whether it was written."""
+        return bool(self._txn.put(table.key(key), table.encode(row), overwrite=False))
+
+    def delete(self, table: Table[T], key: str) -> bool:
+        """Remove the row; whether there was one."""
+        return bool(self._txn.delete(table.key(key)))
+
+    def scan(self, table: Table[T], prefix: str = "") -> Iterator[tuple[str, T]]:
+        """Rows whose key begins with ``prefix``, in key order. The table may be changed meanwhile only
+        after the iteration has ended: collect first."""
+        for key, value in self._items(table, prefix):
+            yield key, table.decode(value)
+
+    def keys(self, table: Table[T], prefix: str = "") -> Iterator[str]:
+        """Keys that begin with ``prefix``, in order, without reading the rows."""
+        for key, _ in self._items(table, prefix):
+            yield key
+
+    def _items(self, table: Table[T], prefix: str) -> Iterator[tuple[str, bytes]]:
+        start = table.key(prefix)
+        skip = len(table.prefix)
+        with self._txn.cursor() as cursor:
+            if not cursor.set_range(start):
+                return
+            for key, value in cursor:
+                assert isinstance(key, bytes) and isinstance(value, bytes)  # buffers were not asked for
+                if not key.startswith(start):
+                    return
+                yield key[skip:].decode(), value
