@@ -25,16 +25,7 @@ import msgspec
 import trio
 
 from hypeman.errors import InternalError
-
-
-class HypervisorKind(enum.StrEnum):
-    """The names that the API uses (§1.5)."""
-
-    CLOUD_HYPERVISOR = "cloud-hypervisor"
-    FIRECRACKER = "firecracker"
-    QEMU = "qemu"
-    QEMU_MICROVM = "qemu-microvm"
-    VZ = "vz"
+from hypeman.hypervisor.kinds import HypervisorKind as HypervisorKind
 
 
 class Disk(msgspec.Struct, frozen=True):
@@ -205,11 +196,14 @@ class Vmm(Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
         """Pause and save the VM into ``directory`` (which exists and is empty); stays paused.
 
         The directory is complete and flushed to disk, ``capture.json`` last, before this returns.
-        Guest memory may be moved or linked there from ``config.memory_path``.
+        With ``go_on`` the VM will be resumed afterwards: memory is copied (reflink or sparse copy) and
+        later writes of the guest do not reach the capture. Without, the VM will be killed next and
+        guest memory may be moved or linked there from ``config.memory_path``; ``resume`` after a
+        failure still works.
         """
         ...
 
