@@ -1,0 +1,41 @@
+"""Field types that the Structs of several capabilities share: how the contract writes times, sizes,
+rates and durations (§1.5 to §1.8).
+
+Text forms stay text here and are read by ``units`` and ``ids`` in the service, because each field
+has an error code of its own there; only what msgspec checks better itself (numbers, enums, times)
+is checked while decoding.
+
+How the Structs say what is emitted (§0): a nullable field has the type ``T | None`` and is always
+there; an optional one has ``T | UnsetType`` and is left out while ``UNSET``. Requests take ``None``
+for absent throughout, since they are only read. Structs that travel both ways (the policies) say
+``omit_defaults``, so that absent stays absent and an explicit 0 or false is echoed.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+from msgspec import Meta
+
+Timestamp = Annotated[datetime, Meta(tz=True, description="RFC 3339 date-time")]
+Duration = Annotated[str, Meta(description="Go duration", examples=["90s", "1h30m"])]
+Size = Annotated[str, Meta(description="Integer and optional binary unit", examples=["512MB", "2GB"])]
+Rate = Annotated[
+    str, Meta(description="Decimal bits per second, or a binary size per second", examples=["100mbps", "12MB/s"])
+]
+DiskRate = Annotated[str, Meta(description="Size per second", examples=["100MB/s"])]
+Name = Annotated[
+    str,
+    Meta(
+        description="1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit",
+        extra_json_schema={"pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", "maxLength": 63},
+    ),
+]
+TagMap = Annotated[
+    dict[str, str],
+    Meta(description="Up to 50 pairs; keys of 1 to 128, values of up to 256 of letters, digits and ' _.:/=+@-'"),
+]
+Platform = Annotated[str, Meta(description="os/arch[/variant]", examples=["linux/amd64"])]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Count = Annotated[int, Meta(ge=0)]

@@ -1,0 +1,403 @@
+"""What is said about instances: the requests and answers of the contract, §2.4 and §2.5.
+
+One Struct serves the wire and the document at /spec.json. Which fields are emitted when, and why
+sizes and durations are text here, is told in ``hypeman/fields.py``.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from hypeman.egress.types import CredentialPolicy
+from hypeman.fields import Count, DiskRate, Duration, Name, Platform, Port, Rate, Size, TagMap, Timestamp
+from hypeman.hypervisor.kinds import HypervisorKind
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class InstanceState(enum.StrEnum):
+    """Where in its life an instance is."""
+
+    CREATED = "Created"
+    """The VMM exists, the guest has not booted."""
+    INITIALIZING = "Initializing"
+    RUNNING = "Running"
+    PAUSED = "Paused"
+    SHUTDOWN = "Shutdown"
+    """The guest is off, its VMM still alive."""
+    STOPPED = "Stopped"
+    """No VMM, no saved memory."""
+    STANDBY = "Standby"
+    """No VMM; memory is saved and can be restored."""
+    UNKNOWN = "Unknown"
+    """Could not be derived; ``state_error`` says why."""
+
+
+class TargetState(enum.StrEnum):
+    """Where a fork or a restore from a snapshot shall end."""
+
+    STOPPED = "Stopped"
+    STANDBY = "Standby"
+    RUNNING = "Running"
+
+
+class LogSource(enum.StrEnum):
+    """Which log of an instance."""
+
+    APP = "app"
+    """The serial console."""
+    VMM = "vmm"
+    """What the hypervisor itself printed."""
+    HYPEMAN = "hypeman"
+    """What this server did with the instance."""
+
+
+# ── Policies: sent by the client, kept, and echoed as they were given ───────────────────────────
+
+
+class CompressionAlgorithm(enum.StrEnum):
+    ZSTD = "zstd"
+    LZ4 = "lz4"
+
+
+class SnapshotCompressionConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How saved memory is compressed. The last two fields count only while enabled."""
+
+    enabled: bool
+    algorithm: CompressionAlgorithm | None = None
+    level: Annotated[
+        Annotated[int, Meta(ge=0, le=19)] | None, Meta(description="zstd 1 to 19 (default 1), lz4 0 to 9 (default 0)")
+    ] = None
+
+
+class SnapshotPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Defaults for captures of one instance; a request may overrule them."""
+
+    compression: SnapshotCompressionConfig | None = None
+    standby_compression_delay: Annotated[Duration | None, Meta(description="Default: at once")] = None
+
+
+class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Standby after a time without inbound TCP connections (IPv4)."""
+
+    enabled: Annotated[bool | None, Meta(description="Default false")] = None
+    idle_timeout: Duration | None = None
+    ignore_source_cidrs: tuple[str, ...] | None = None
+    ignore_destination_ports: tuple[Port, ...] | None = None
+
+
+class HealthCheckType(enum.StrEnum):
+    NONE = "none"
+    HTTP = "http"
+    TCP = "tcp"
+    EXEC = "exec"
+
+
+class HttpHealthCheck(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    port: Port
+    path: Annotated[str | None, Meta(description="Default /")] = None
+    scheme: Annotated[Literal["http", "https"] | None, Meta(description="Default http")] = None
+    expected_status: Annotated[Annotated[int, Meta(ge=100, le=599)] | None, Meta(description="Default 200")] = None
+
+
+class TcpHealthCheck(Struct, frozen=True, kw_only=True):
+    port: Port
+
+
+class ExecHealthCheck(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    command: Annotated[tuple[str, ...], Meta(min_length=1)]
+    working_dir: str | None = None
+
+
+class HealthCheck(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Never changes the instance's state; the restart policy may act on it."""
+
+    type: Annotated[HealthCheckType | None, Meta(description="Default none")] = None
+    interval: Annotated[Duration | None, Meta(description="Default 10s")] = None
+    timeout: Annotated[Duration | None, Meta(description="Default 2s")] = None
+    start_period: Annotated[Duration | None, Meta(description="Default 30s")] = None
+    failure_threshold: Annotated[Positive | None, Meta(description="Default 3")] = None
+    success_threshold: Annotated[Positive | None, Meta(description="Default 1")] = None
+    http: HttpHealthCheck | None = None
+    tcp: TcpHealthCheck | None = None
+    exec: ExecHealthCheck | None = None
+
+
+class RestartMode(enum.StrEnum):
+    NEVER = "never"
+    ALWAYS = "always"
+    ON_FAILURE = "on_failure"
+    """After a non-zero or unknown exit, a signal, or out of memory."""
+
+
+class RestartPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    policy: Annotated[RestartMode | None, Meta(description="Default never")] = None
+    backoff: Annotated[Duration | None, Meta(description="Default 5s")] = None
+    max_attempts: Annotated[Count | None, Meta(description="Default 0: unlimited")] = None
+    stable_after: Annotated[Duration | None, Meta(description="Default 10m")] = None
+
+
+# ── Parts of requests ───────────────────────────────────────────────────────────────────────────
+
+
+class VolumeMount(Struct, frozen=True, kw_only=True):
+    """A volume in a guest; the same in requests and answers."""
+
+    volume_id: str
+    mount_path: Annotated[str, Meta(description="Absolute path in the guest")]
+    readonly: bool = False
+    overlay: Annotated[bool, Meta(description="Private write layer; needs readonly")] = False
+    overlay_size: Annotated[Size | UnsetType, Meta(description="Size limit of the layer; needed with overlay")] = UNSET
+
+
+class EgressEnforcementMode(enum.StrEnum):
+    """Which direct TCP is rejected: all of it, or only to ports 80 and 443."""
+
+    ALL = "all"
+    HTTP_HTTPS_ONLY = "http_https_only"
+
+
+class EgressEnforcementRequest(Struct, frozen=True, kw_only=True):
+    mode: EgressEnforcementMode = EgressEnforcementMode.ALL
+
+
+class EgressRequest(Struct, frozen=True, kw_only=True):
+    """Egress that goes through the host, which inserts credentials."""
+
+    enabled: bool = False
+    enforcement: EgressEnforcementRequest = EgressEnforcementRequest()
+
+
+class NetworkRequest(Struct, frozen=True, kw_only=True):
+    enabled: bool = True
+    bandwidth_download: Annotated[Rate | None, Meta(description="Outside to VM; default: a share of the host's")] = None
+    bandwidth_upload: Annotated[Rate | None, Meta(description="VM to outside; default: a share of the host's")] = None
+    egress: EgressRequest = EgressRequest()
+
+
+class GpuRequest(Struct, frozen=True, kw_only=True):
+    profile: Annotated[str | None, Meta(description="vGPU profile")] = None
+
+
+# ── Requests ────────────────────────────────────────────────────────────────────────────────────
+
+
+class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
+    """A new instance, created and booted; a missing image is pulled."""
+
+    name: Name
+    image: Annotated[str, Meta(description="OCI reference")]
+    platform: Platform | None = None
+    size: Annotated[Size | None, Meta(description="Memory; default 1GB")] = None
+    hotplug_size: Annotated[Size | None, Meta(description="Memory that may be plugged later; default none")] = None
+    overlay_size: Annotated[Size | None, Meta(description="Writable layer over the image; default 10GB")] = None
+    vcpus: Annotated[Positive | None, Meta(description="Default 2")] = None
+    disk_io_bps: Annotated[DiskRate | None, Meta(description="Default: a share of the host's")] = None
+    env: Annotated[dict[str, str], Meta(description="Environment of the guest, and real values of credentials")] = {}
+    credentials: Annotated[
+        dict[str, CredentialPolicy], Meta(description="By the name under which the guest sees a stand-in")
+    ] = {}
+    tags: TagMap = {}
+    ttl: Annotated[Duration | None, Meta(description="Life time from creation; 0s is for ever")] = None
+    expires_at: Annotated[Timestamp | None, Meta(description="Instead of ttl; in the future")] = None
+    network: NetworkRequest = NetworkRequest()
+    devices: Annotated[tuple[str, ...], Meta(description="Ids or names of registered devices")] = ()
+    gpu: GpuRequest | None = None
+    volumes: tuple[VolumeMount, ...] = ()
+    hypervisor: Annotated[HypervisorKind | None, Meta(description="Default: the server's")] = None
+    snapshot_policy: SnapshotPolicy | None = None
+    auto_standby: AutoStandbyPolicy | None = None
+    health_check: HealthCheck | None = None
+    restart_policy: RestartPolicy | None = None
+    skip_kernel_headers: bool = False
+    skip_guest_agent: Annotated[bool, Meta(description="No agent: no exec, cp or stat")] = False
+    entrypoint: Annotated[tuple[str, ...] | None, Meta(description="Instead of the image's")] = None
+    cmd: Annotated[tuple[str, ...] | None, Meta(description="Instead of the image's")] = None
+
+
+class UpdateInstanceRequest(Struct, frozen=True, kw_only=True):
+    """What may change in a living instance; absent fields stay as they are."""
+
+    env: Annotated[
+        Annotated[dict[str, str], Meta(min_length=1)] | None,
+        Meta(description="New values of credentials, merged; takes effect without a reboot"),
+    ] = None
+    auto_standby: AutoStandbyPolicy | None = None
+    health_check: HealthCheck | None = None
+    restart_policy: RestartPolicy | None = None
+    ttl: Annotated[Duration | None, Meta(description="From now; 0s clears")] = None
+    expires_at: Timestamp | None = None
+
+
+class StartInstanceRequest(Struct, frozen=True, kw_only=True):
+    """Absent fields keep what the instance was last started with."""
+
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+
+
+class StandbyInstanceRequest(Struct, frozen=True, kw_only=True):
+    compression: SnapshotCompressionConfig | None = None
+    compression_delay: Duration | None = None
+
+
+class ForkInstanceRequest(Struct, frozen=True, kw_only=True):
+    name: Name
+    from_running: Annotated[bool, Meta(description="Allow a running source; it pauses for the capture")] = False
+    target_state: Annotated[TargetState | None, Meta(description="Default: the state of the source")] = None
+
+
+class AttachVolumeRequest(Struct, frozen=True, kw_only=True):
+    mount_path: Annotated[str, Meta(description="Absolute path in the guest")]
+    readonly: bool = False
+
+
+# ── Answers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class InstanceNetwork(Struct, frozen=True, kw_only=True):
+    enabled: bool
+    name: Annotated[str | UnsetType, Meta(description="'default' while enabled")] = UNSET
+    ip: str | None = None
+    mac: str | None = None
+    bandwidth_download: Rate | UnsetType = UNSET
+    bandwidth_upload: Rate | UnsetType = UNSET
+
+
+class InstanceGpu(Struct, frozen=True, kw_only=True):
+    profile: str
+    mdev_uuid: str
+
+
+class HealthState(enum.StrEnum):
+    DISABLED = "disabled"
+    STARTING = "starting"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    UNKNOWN = "unknown"
+
+
+class InstanceHealthStatus(Struct, frozen=True, kw_only=True):
+    status: HealthState
+    consecutive_successes: Count = 0
+    consecutive_failures: Count = 0
+    last_checked_at: Timestamp | None = None
+    last_success_at: Timestamp | None = None
+    last_failure_at: Timestamp | None = None
+    last_error: str | None = None
+
+
+class RestartStatus(Struct, frozen=True, kw_only=True):
+    attempts: Count = 0
+    last_attempt_at: Timestamp | None = None
+    next_attempt_at: Timestamp | None = None
+    blocked_reason: Literal["manual_stop", "max_attempts_exceeded"] | None = None
+    last_reason: Literal["health_check_failed"] | None = None
+
+
+class Instance(Struct, frozen=True, kw_only=True):
+    """One virtual machine and what is known of it."""
+
+    id: str
+    name: str
+    image: Annotated[str, Meta(description="As the caller wrote it")]
+    state: InstanceState
+    created_at: Timestamp
+    expires_at: Annotated[Timestamp | None, Meta(description="null: never")] = None
+    platform: Platform | UnsetType = UNSET
+    state_error: Annotated[str | None, Meta(description="Only in state Unknown")] = None
+    size: Size | UnsetType = UNSET
+    hotplug_size: Size | UnsetType = UNSET
+    overlay_size: Size | UnsetType = UNSET
+    vcpus: int | UnsetType = UNSET
+    disk_io_bps: DiskRate | UnsetType = UNSET
+    env: dict[str, str] | UnsetType = UNSET
+    tags: TagMap | UnsetType = UNSET
+    network: InstanceNetwork | UnsetType = UNSET
+    volumes: tuple[VolumeMount, ...] | UnsetType = UNSET
+    gpu: InstanceGpu | UnsetType = UNSET
+    started_at: Timestamp | None = None
+    stopped_at: Timestamp | None = None
+    exit_code: Annotated[int | None, Meta(description="Of the workload")] = None
+    exit_message: Annotated[str | UnsetType, Meta(description="Why it ended, for people")] = UNSET
+    has_snapshot: bool | UnsetType = UNSET
+    hypervisor: HypervisorKind | UnsetType = UNSET
+    snapshot_policy: SnapshotPolicy | UnsetType = UNSET
+    auto_standby: AutoStandbyPolicy | UnsetType = UNSET
+    health_check: HealthCheck | UnsetType = UNSET
+    restart_policy: RestartPolicy | UnsetType = UNSET
+    health_status: InstanceHealthStatus = InstanceHealthStatus(status=HealthState.DISABLED)
+    restart_status: RestartStatus | UnsetType = UNSET
+    phase_durations_ms: Annotated[
+        dict[str, int] | UnsetType, Meta(description="Milliseconds in each phase, the current one included")
+    ] = UNSET
+    current_phase: str | UnsetType = UNSET
+    current_phase_since: Timestamp | UnsetType = UNSET
+
+
+class WaitForStateResponse(Struct, frozen=True, kw_only=True):
+    """Also sent, with timed_out false, when the wanted state can no longer be reached."""
+
+    state: InstanceState
+    timed_out: bool
+    state_error: str | None = None
+
+
+class InstanceStats(Struct, frozen=True, kw_only=True):
+    """What the VMM process used, and what passed its TAP as the guest sees it."""
+
+    instance_id: str
+    instance_name: str
+    cpu_seconds: float
+    memory_rss_bytes: int
+    memory_vms_bytes: int
+    network_rx_bytes: int
+    network_tx_bytes: int
+    allocated_vcpus: int
+    allocated_memory_bytes: int
+    memory_utilization_ratio: float | None = None
+
+
+class AutoStandbyState(enum.StrEnum):
+    UNSUPPORTED = "unsupported"
+    DISABLED = "disabled"
+    INELIGIBLE = "ineligible"
+    ACTIVE = "active"
+    IDLE_COUNTDOWN = "idle_countdown"
+    READY_FOR_STANDBY = "ready_for_standby"
+    STANDBY_REQUESTED = "standby_requested"
+    ERROR = "error"
+
+
+class AutoStandbyReason(enum.StrEnum):
+    UNSUPPORTED_PLATFORM = "unsupported_platform"
+    POLICY_MISSING = "policy_missing"
+    POLICY_DISABLED = "policy_disabled"
+    INSTANCE_NOT_RUNNING = "instance_not_running"
+    NETWORK_DISABLED = "network_disabled"
+    MISSING_IP = "missing_ip"
+    HAS_VGPU = "has_vgpu"
+    ACTIVE_INBOUND_CONNECTIONS = "active_inbound_connections"
+    IDLE_TIMEOUT_NOT_ELAPSED = "idle_timeout_not_elapsed"
+    OBSERVER_ERROR = "observer_error"
+    READY_FOR_STANDBY = "ready_for_standby"
+
+
+class AutoStandbyStatus(Struct, frozen=True, kw_only=True):
+    supported: bool
+    configured: bool
+    enabled: bool
+    eligible: bool
+    active_inbound_connections: Count
+    status: AutoStandbyState
+    reason: AutoStandbyReason
+    tracking_mode: str = "conntrack_events_v4_tcp"
+    idle_timeout: Duration | None = None
+    idle_since: Timestamp | None = None
+    last_inbound_activity_at: Timestamp | None = None
+    next_standby_at: Timestamp | None = None
+    hold_until: Timestamp | None = None
+    countdown_remaining: Duration | None = None

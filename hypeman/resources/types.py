@@ -1,0 +1,67 @@
+"""What the host has and who holds it: the contract's §2.10. vCPUs, bytes, bytes per second."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+
+class ResourceStatus(Struct, frozen=True, kw_only=True):
+    type: str
+    capacity: int
+    effective_limit: Annotated[int, Meta(description="capacity × oversub_ratio")]
+    allocated: int
+    available: Annotated[int, Meta(description="effective_limit − allocated")]
+    oversub_ratio: float
+    source: Literal["detected", "configured"] | UnsetType = UNSET
+
+
+class DiskBreakdown(Struct, frozen=True, kw_only=True):
+    images_bytes: int | UnsetType = UNSET
+    oci_cache_bytes: int | UnsetType = UNSET
+    volumes_bytes: int | UnsetType = UNSET
+    overlays_bytes: int | UnsetType = UNSET
+
+
+class ResourceAllocation(Struct, frozen=True, kw_only=True):
+    """What one instance holds."""
+
+    instance_id: str | UnsetType = UNSET
+    instance_name: str | UnsetType = UNSET
+    cpu: int | UnsetType = UNSET
+    memory_bytes: int | UnsetType = UNSET
+    disk_bytes: int | UnsetType = UNSET
+    network_download_bps: Annotated[int | UnsetType, Meta(description="Bytes per second")] = UNSET
+    network_upload_bps: Annotated[int | UnsetType, Meta(description="Bytes per second")] = UNSET
+    disk_io_bps: Annotated[int | UnsetType, Meta(description="Bytes per second")] = UNSET
+
+
+class GpuProfile(Struct, frozen=True, kw_only=True):
+    name: str
+    framebuffer_mb: int
+    available: int
+
+
+class GpuDevice(Struct, frozen=True, kw_only=True):
+    name: str
+    available: bool
+
+
+class GPUResourceStatus(Struct, frozen=True, kw_only=True):
+    mode: Literal["vgpu", "passthrough"]
+    total_slots: int
+    used_slots: int
+    profiles: Annotated[tuple[GpuProfile, ...] | UnsetType, Meta(description="Only in mode vgpu")] = UNSET
+    devices: Annotated[tuple[GpuDevice, ...] | UnsetType, Meta(description="Only in mode passthrough")] = UNSET
+
+
+class Resources(Struct, frozen=True, kw_only=True):
+    cpu: ResourceStatus
+    memory: ResourceStatus
+    disk: ResourceStatus
+    network: ResourceStatus
+    allocations: tuple[ResourceAllocation, ...]
+    disk_io: ResourceStatus | UnsetType = UNSET
+    disk_breakdown: DiskBreakdown | UnsetType = UNSET
+    gpu: GPUResourceStatus | None = None

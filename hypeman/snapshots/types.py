@@ -1,0 +1,97 @@
+"""What is said about snapshots and their schedule: the contract's §2.4 to §2.6."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from hypeman.fields import Count, Duration, Name, TagMap, Timestamp
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.instances.types import SnapshotCompressionConfig, TargetState
+
+
+class SnapshotKind(enum.StrEnum):
+    """What was captured: memory and disks, or disks only."""
+
+    STANDBY = "Standby"
+    STOPPED = "Stopped"
+
+
+class CompressionState(enum.StrEnum):
+    """Compression happens after the snapshot is durable."""
+
+    NONE = "none"
+    COMPRESSING = "compressing"
+    COMPRESSED = "compressed"
+    ERROR = "error"
+
+
+class CreateSnapshotRequest(Struct, frozen=True, kw_only=True):
+    kind: SnapshotKind
+    name: Annotated[Name | None, Meta(description="Unique per source instance")] = None
+    tags: TagMap = {}
+    compression: Annotated[SnapshotCompressionConfig | None, Meta(description="Only for kind Standby")] = None
+
+
+class RestoreSnapshotRequest(Struct, frozen=True, kw_only=True):
+    target_state: Annotated[
+        TargetState | None, Meta(description="Default: Running for kind Standby, Stopped for kind Stopped")
+    ] = None
+    target_hypervisor: Annotated[HypervisorKind | None, Meta(description="Only for kind Stopped")] = None
+
+
+class ForkSnapshotRequest(Struct, frozen=True, kw_only=True):
+    name: Name
+    target_state: Annotated[
+        TargetState | None, Meta(description="Default: Running for kind Standby, Stopped for kind Stopped")
+    ] = None
+    target_hypervisor: Annotated[HypervisorKind | None, Meta(description="Only for kind Stopped")] = None
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """A capture kept for itself; it outlives its source."""
+
+    id: str
+    kind: SnapshotKind
+    source_instance_id: str
+    source_instance_name: Annotated[str, Meta(description="At the time of the capture")]
+    source_hypervisor: HypervisorKind
+    created_at: Timestamp
+    size_bytes: Count
+    name: str | None = None
+    tags: TagMap | UnsetType = UNSET
+    compression: SnapshotCompressionConfig | UnsetType = UNSET
+    compression_state: CompressionState | UnsetType = UNSET
+    compression_error: str | None = None
+    compressed_size_bytes: int | None = None
+    uncompressed_size_bytes: int | None = None
+
+
+class SnapshotRetention(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """At least one of the two is wanted."""
+
+    max_count: Annotated[Count | None, Meta(description="0: no limit by count")] = None
+    max_age: Duration | None = None
+
+
+class SetSnapshotScheduleRequest(Struct, frozen=True, kw_only=True):
+    interval: Annotated[Duration, Meta(description="At least 1m; a change restarts the cadence")]
+    retention: SnapshotRetention
+    name_prefix: Annotated[str | None, Meta(extra_json_schema={"maxLength": 47})] = None
+    metadata: TagMap = {}
+
+
+class SnapshotSchedule(Struct, frozen=True, kw_only=True):
+    instance_id: str
+    interval: Duration
+    retention: SnapshotRetention
+    next_run_at: Timestamp
+    created_at: Timestamp
+    updated_at: Timestamp
+    name_prefix: str | None = None
+    metadata: TagMap | UnsetType = UNSET
+    last_run_at: Timestamp | None = None
+    last_snapshot_id: str | None = None
+    last_error: str | None = None

@@ -1,0 +1,37 @@
+"""What is said about volumes: the contract's §2.7."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from hypeman.fields import TagMap, Timestamp
+
+Gigabytes = Annotated[int, Meta(ge=1, description="Units of 2^30 bytes")]
+
+
+class CreateVolumeRequest(Struct, frozen=True, kw_only=True):
+    name: str
+    size_gb: Gigabytes
+    id: Annotated[str | None, Meta(description="Chosen by the caller; default: a new one")] = None
+    tags: TagMap = {}
+
+
+class VolumeAttachment(Struct, frozen=True, kw_only=True):
+    instance_id: str
+    mount_path: str
+    readonly: bool
+
+
+class Volume(Struct, frozen=True, kw_only=True):
+    """A disk that outlives instances."""
+
+    id: str
+    name: str
+    size_gb: int
+    created_at: Timestamp
+    tags: TagMap | UnsetType = UNSET
+    attachments: Annotated[
+        tuple[VolumeAttachment, ...] | UnsetType, Meta(description="Who uses it; left out when nobody")
+    ] = UNSET
