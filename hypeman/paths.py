@@ -5,7 +5,7 @@ data_dir/                       survives reboots; 0700
   images/<digest>/              root disk and config of one image, published by rename
   blobs/sha256/<hex>            compressed layers kept for the next pull, bounded
   volumes/<id>/disk.raw         disks that outlive instances
-  instances/<id>/               overlay, boot disk, logs, captured memory of one instance
+  instances/<id>/               overlay, boot disk, memory, logs of one instance
   snapshots/<id>/               captures kept for themselves
   egress/                       certificate authority, sealed secrets
   tmp/                          half-made things; emptied at start
@@ -52,6 +52,14 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data_dir / "instances"
 
     @property
+    def captures(self) -> Path:
+        return self.data_dir / "captures"
+
+    @property
+    def templates(self) -> Path:
+        return self.data_dir / "templates"
+
+    @property
     def snapshots(self) -> Path:
         return self.data_dir / "snapshots"
 
@@ -72,6 +80,9 @@ class Paths(msgspec.Struct, frozen=True):
 
     def volume_disk(self, volume_id: str) -> Path:
         return self.volumes / volume_id / "disk.raw"
+
+    def capture(self, capture_id: str) -> Path:
+        return self.captures / capture_id
 
     def snapshot(self, snapshot_id: str) -> Path:
         return self.snapshots / snapshot_id
@@ -95,11 +106,6 @@ class InstancePaths(msgspec.Struct, frozen=True):
     def memory(self) -> Path:
         """Guest memory as a file, where the VMM maps one."""
         return self.root / "memory"
-
-    @property
-    def capture(self) -> Path:
-        """The standby capture: device state and, where it is not mapped, memory."""
-        return self.root / "capture"
 
     @property
     def logs(self) -> Path:

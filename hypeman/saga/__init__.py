@@ -1,0 +1,5 @@
+"""The only place that knows how undoing works. See runner.py."""
+
+from hypeman.saga.runner import Step, UndoFailed, carry_forward, carry_out, take_back
+
+__all__ = ["Step", "UndoFailed", "carry_forward", "carry_out", "take_back"]

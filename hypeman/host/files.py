@@ -1,0 +1,192 @@
+"""Files and directories: made, copied, published, removed. The blocking calls run in worker threads.
+
+- ``publish`` makes a finished thing visible by rename and flushes the directory: never half a file.
+- ``copy`` shares blocks (reflink) where the file system can and keeps holes where it can not.
+- Removing what is not there is fine: an undo may run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from hypeman.errors import InternalError
+
+R = TypeVar("R")
+
+_FICLONE = 0x40049409
+_COPY_CHUNK = 16 << 20
+
+
+class HostError(InternalError):
+    """The host refused a change; the message has the path and the reason."""
+
+
+class Files:
+    """Effects on the file system. Paths are absolute; modes are octal permission bits."""
+
+    async def make_dir(self, path: Path, *, mode: int = 0o700, uid: int = 0, gid: int = 0) -> None:
+        """Make ``path`` and its parents (0711, so that a VMM's user can pass) unless it is there."""
+        await _in_thread(_make_dir, path, mode, uid, gid)
+
+    async def write(self, path: Path, data: bytes, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
+        """Write a whole file to the side, flush it and rename it into place."""
+        await _in_thread(_write, path, data, mode, uid, gid)
+
+    async def copy(self, source: Path, target: Path, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
+        """Copy a file, sharing its blocks where possible and keeping holes; ``target`` is replaced whole."""
+        await _in_thread(_copy, source, target, mode, uid, gid)
+
+    async def make_sparse(self, path: Path, size: int, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
+        """A file of ``size`` bytes without blocks; one that is there keeps its content and is resized."""
+        await _in_thread(_make_sparse, path, size, mode, uid, gid)
+
+    async def publish(self, source: Path, target: Path) -> None:
+        """Rename ``source`` to ``target`` (which may not exist as a non-empty directory), durably."""
+        await _in_thread(_publish, source, target)
+
+    async def remove(self, path: Path) -> None:
+        """Remove a file or a whole tree; content if there is none."""
+        await _in_thread(_remove, path)
+
+    async def allocated(self, path: Path) -> int:
+        """Bytes that a file or tree really takes on disk; 0 if it is not there."""
+        return await _in_thread(_allocated, path)
+
+
+async def _in_thread(fn: Callable[..., R], *args: object) -> R:
+    try:
+        return await trio.to_thread.run_sync(fn, *args)
+    except OSError as error:
+        raise HostError(f"{error.filename or args[0]}: {error.strerror}") from error
+
+
+def _make_dir(path: Path, mode: int, uid: int, gid: int) -> None:
+    for parent in reversed(path.parents):
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir(mode=0o711)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=mode)
+    os.chmod(path, mode)
+    _own(path, uid, gid)
+
+
+def _own(path: Path | int, uid: int, gid: int) -> None:
+    if (uid or gid) and os.geteuid() == 0:
+        os.chown(path, uid, gid)
+
+
+def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
+    side = path.with_name(path.name + ".new")
+    fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fchmod(fd, mode)
+        _own(fd, uid, gid)
+        os.fsync(fd)
+    except OSError:
+        os.unlink(side)
+        raise
+    finally:
+        os.close(fd)
+    os.rename(side, path)
+    _flush_dir(path.parent)
+
+
+def _copy(source: Path, target: Path, mode: int, uid: int, gid: int) -> None:
+    side = target.with_name(target.name + ".new")
+    with open(source, "rb", buffering=0) as read:
+        fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            try:
+                fcntl.ioctl(fd, _FICLONE, read.fileno())
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
+                    raise
+                _copy_data(read.fileno(), fd)
+            os.fchmod(fd, mode)
+            _own(fd, uid, gid)
+            os.fsync(fd)
+        except OSError:
+            os.unlink(side)
+            raise
+        finally:
+            os.close(fd)
+    os.rename(side, target)
+    _flush_dir(target.parent)
+
+
+def _copy_data(source: int, target: int) -> None:
+    """Only what is data: holes stay holes."""
+    size = os.fstat(source).st_size
+    os.ftruncate(target, size)
+    position = 0
+    while position < size:
+        try:
+            start = os.lseek(source, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole behind this
+                return
+            raise
+        end = os.lseek(source, start, os.SEEK_HOLE)
+        while start < end:
+            copied = os.copy_file_range(source, target, min(end - start, _COPY_CHUNK), start, start)
+            if copied == 0:
+                raise OSError(errno.EIO, "the file became shorter while it was copied")
+            start += copied
+        position = end
+
+
+def _make_sparse(path: Path, size: int, mode: int, uid: int, gid: int) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        os.ftruncate(fd, size)
+        os.fchmod(fd, mode)
+        _own(fd, uid, gid)
+    finally:
+        os.close(fd)
+
+
+def _publish(source: Path, target: Path) -> None:
+    _flush_dir(source if source.is_dir() else source.parent)
+    os.rename(source, target)
+    _flush_dir(target.parent)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    except (IsADirectoryError, PermissionError):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
+
+
+def _allocated(path: Path) -> int:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return 0
+    total = status.st_blocks * 512
+    if path.is_dir() and not path.is_symlink():
+        total += sum(_allocated(path / name) for name in os.listdir(path))
+    return total
+
+
+def _flush_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,172 @@
+"""What is stored of an instance: the record, the index of names, and the intent of unfinished work.
+
+    instances/<id>          InstanceRecord: the state and everything a restart needs
+    instance-names/<name>   the id; unique because the key is
+    intents/<id>            the plan under way, written before its first effect
+
+A record is replaced whole in one transaction with whatever changes along with it.
+"""
+
+from __future__ import annotations
+
+import enum
+from datetime import datetime
+
+import msgspec
+
+from hypeman.egress.types import CredentialPolicy
+from hypeman.errors import Ambiguous, NameConflict, NotFound
+from hypeman.hypervisor.interface import VmmHandle
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.ids import Tags
+from hypeman.instances.phases import Phases
+from hypeman.instances.steps import Step
+from hypeman.instances.types import (
+    AutoStandbyPolicy,
+    EgressEnforcementMode,
+    HealthCheck,
+    InstanceState,
+    RestartPolicy,
+    SnapshotPolicy,
+    VolumeMount,
+)
+from hypeman.store import Table, Txn
+
+
+class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for, checked and in bytes, bytes per second and seconds."""
+
+    image: str
+    """As the caller wrote it."""
+    platform: str
+    hypervisor: HypervisorKind
+    vcpus: int
+    memory_bytes: int
+    hotplug_bytes: int
+    overlay_bytes: int
+    disk_io_bps: int = 0
+    env: dict[str, str] = {}
+    """The guest's environment; values of ``credentials`` are not here but sealed in ``egress``."""
+    credentials: dict[str, CredentialPolicy] = {}
+    tags: Tags = {}
+    network: bool = True
+    download_bps: int = 0
+    upload_bps: int = 0
+    egress: EgressEnforcementMode | None = None
+    devices: tuple[str, ...] = ()
+    """Ids."""
+    gpu_profile: str = ""
+    volumes: tuple[VolumeMount, ...] = ()
+    entrypoint: tuple[str, ...] | None = None
+    cmd: tuple[str, ...] | None = None
+    skip_guest_agent: bool = False
+    snapshot_policy: SnapshotPolicy | None = None
+    auto_standby: AutoStandbyPolicy | None = None
+    health_check: HealthCheck | None = None
+    restart_policy: RestartPolicy | None = None
+
+
+class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The truth about one instance."""
+
+    id: str
+    name: str
+    number: int
+    """Small, unique among the living; the VMM's user is ``uid_base + number``."""
+    spec: InstanceSpec
+    digest: str
+    """Of the image's manifest."""
+    state: InstanceState
+    created_at: datetime
+    phases: Phases
+    state_error: str | None = None
+    expires_at: datetime | None = None
+    started_at: datetime | None = None
+    stopped_at: datetime | None = None
+    exit_code: int | None = None
+    exit_message: str | None = None
+    boots: int = 0
+    """How often a VMM was launched; names one boot."""
+    nonce: bytes = b""
+    """Of this boot, or of the boot that was captured: by it the guest agent proves itself."""
+    handle: VmmHandle | None = None
+    """The living VMM."""
+    capture: str | None = None
+    """Id of the capture that a restore brings back."""
+    deleting: bool = False
+
+
+class Operation(enum.StrEnum):
+    """What is being done; with it a restart knows where an unfinished plan leads."""
+
+    CREATE = "create"
+    START = "start"
+    RESTORE = "restore"
+    CAPTURE = "capture"
+    """These four are taken back when they did not finish."""
+    RESUME = "resume"
+    STOP = "stop"
+    PARK = "park"
+    DELETE = "delete"
+    """And these are finished."""
+
+
+class Intent(msgspec.Struct, frozen=True):
+    operation: Operation
+    steps: tuple[Step, ...]
+
+
+INSTANCES: Table[InstanceRecord] = Table("instances", InstanceRecord)
+NAMES: Table[str] = Table("instance-names", str)
+NUMBERS: Table[str] = Table("instance-numbers", str)
+INTENTS: Table[Intent] = Table("intents", Intent)
+
+
+def insert(txn: Txn, record: InstanceRecord) -> None:
+    """Add a new instance and take its name. Raises NameConflict."""
+    if not txn.insert(NAMES, record.name, record.id):
+        raise NameConflict(f"an instance named {record.name!r} exists already")
+    txn.put(NUMBERS, f"{record.number:010}", record.id)
+    txn.put(INSTANCES, record.id, record)
+
+
+def remove(txn: Txn, record: InstanceRecord) -> None:
+    txn.delete(NAMES, record.name)
+    txn.delete(NUMBERS, f"{record.number:010}")
+    txn.delete(INSTANCES, record.id)
+    txn.delete(INTENTS, record.id)
+
+
+def free_number(txn: Txn) -> int:
+    """The smallest number from 1 on that no living instance has."""
+    expected = 1
+    for key in txn.keys(NUMBERS):
+        if int(key) != expected:
+            break
+        expected += 1
+    return expected
+
+
+def find(txn: Txn, reference: str) -> InstanceRecord:
+    """The instance with this id, else this name, else the only one whose id begins so (§1.5).
+
+    Raises NotFound, or Ambiguous when a prefix fits several.
+    """
+    record = txn.get(INSTANCES, reference) if _storable(reference) else None
+    if record is not None:
+        return record
+    named = txn.get(NAMES, reference) if _storable(reference) else None
+    if named is not None:
+        record = txn.get(INSTANCES, named)
+        assert record is not None, "a name without its instance"
+        return record
+    fitting = [record for _, record in txn.scan(INSTANCES, reference)] if _storable(reference) else []
+    if len(fitting) > 1:
+        raise Ambiguous(f"{reference!r} fits {len(fitting)} instances; give more of the id")
+    if not fitting:
+        raise NotFound(f"no instance {reference!r}")
+    return fitting[0]
+
+
+def _storable(reference: str) -> bool:
+    return 0 < len(reference) <= 63 and reference.isascii()

@@ -1,0 +1,211 @@
+"""The steps that plans are made of: plain data with ``do`` beside ``undo``.
+
+A step knows names, not things: it is stored before it is done, read back after a crash, and acts on
+the World it is given. Promises of every step are in ``saga/runner.py``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from hypeman.instances.world import World
+
+
+class _Step(msgspec.Struct, frozen=True, tag=True):
+    """Base: a step about one instance, stored with its class name."""
+
+    instance: str
+
+
+class MakeDisks(_Step, frozen=True):
+    """The instance's directory, its writable layer, and the write layers of its volumes."""
+
+    async def do(self, world: World) -> None:
+        await world.make_disks(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.remove_disks(self.instance)
+
+
+class CopyDisks(_Step, frozen=True):
+    """The same, as a copy of another instance's or of a snapshot's (``source`` is a directory)."""
+
+    source: str
+
+    async def do(self, world: World) -> None:
+        await world.copy_disks(self.instance, self.source)
+
+    async def undo(self, world: World) -> None:
+        await world.remove_disks(self.instance)
+
+
+class PrepareRun(_Step, frozen=True):
+    """The runtime directory and the disk that tells the guest how to boot."""
+
+    async def do(self, world: World) -> None:
+        await world.prepare_run(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.remove_run(self.instance)
+
+
+class AttachNetwork(_Step, frozen=True):
+    """TAP, route, rules and limits for the instance's lease; closed until they are all there."""
+
+    async def do(self, world: World) -> None:
+        await world.attach_network(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.detach_network(self.instance)
+
+
+class SetEgress(_Step, frozen=True):
+    """The policy of the egress proxy for the instance's address."""
+
+    async def do(self, world: World) -> None:
+        await world.set_egress(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.remove_egress(self.instance)
+
+
+class BindDevices(_Step, frozen=True):
+    """VFIO drivers on the instance's devices, and its mediated device."""
+
+    async def do(self, world: World) -> None:
+        await world.bind_devices(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.unbind_devices(self.instance)
+
+
+class LaunchVmm(_Step, frozen=True):
+    """A VMM that boots the guest."""
+
+    async def do(self, world: World) -> None:
+        await world.launch_vmm(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.kill_vmm(self.instance)
+
+
+class RestoreVmm(_Step, frozen=True):
+    """A VMM with the captured guest in it, paused and with its link down: nothing has run yet."""
+
+    capture: str
+    keep: bool
+
+    async def do(self, world: World) -> None:
+        await world.restore_vmm(self.instance, self.capture, keep=self.keep)
+
+    async def undo(self, world: World) -> None:
+        await world.kill_vmm(self.instance)
+        await world.give_back_memory(self.instance, self.capture)
+
+
+class AwakenGuest(_Step, frozen=True):
+    """The restored guest gets its clock, entropy and identity, and only then its network and program.
+
+    No undo: from here on the guest has run, and its capture, if consumed, is no longer that.
+    """
+
+    fresh: bool
+    """A fork: also a new machine-id, and connections of the source are closed."""
+
+    async def do(self, world: World) -> None:
+        await world.awaken_guest(self.instance, fresh=self.fresh)
+
+    async def undo(self, world: World) -> None:
+        raise AssertionError("awakening is never taken back")
+
+
+class SaveCapture(_Step, frozen=True):
+    """Freeze the workload, pause the VM and publish its capture. Undo: the VM goes on."""
+
+    capture: str
+    go_on: bool
+
+    async def do(self, world: World) -> None:
+        await world.save_capture(self.instance, self.capture, go_on=self.go_on)
+
+    async def undo(self, world: World) -> None:
+        await world.discard_capture(self.instance, self.capture)
+
+
+class CopyDisksAway(_Step, frozen=True):
+    """The instance's writable layers copied into directory ``target``, while nothing writes."""
+
+    target: str
+
+    async def do(self, world: World) -> None:
+        await world.copy_disks_away(self.instance, self.target)
+
+    async def undo(self, world: World) -> None:
+        await world.remove_tree(self.target)
+
+
+class GoOn(_Step, frozen=True):
+    """After its capture the VM goes on as if nothing had been."""
+
+    async def do(self, world: World) -> None:
+        await world.go_on(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.go_on(self.instance)
+
+
+class ShutdownGuest(_Step, frozen=True):
+    """Ask the guest to end its workload and power off; wait up to ``grace`` seconds."""
+
+    grace: float
+
+    async def do(self, world: World) -> None:
+        await world.shutdown_guest(self.instance, self.grace)
+
+    async def undo(self, world: World) -> None:
+        raise AssertionError("a shutdown is never taken back")
+
+
+class FreeCapture(msgspec.Struct, frozen=True, tag=True):
+    """Remove a capture if nobody holds it any more."""
+
+    capture: str
+
+    async def do(self, world: World) -> None:
+        await world.free_capture(self.capture)
+
+    async def undo(self, world: World) -> None:
+        raise AssertionError("a freed capture does not come back")
+
+
+Reversible = (
+    MakeDisks
+    | CopyDisks
+    | PrepareRun
+    | AttachNetwork
+    | SetEgress
+    | BindDevices
+    | LaunchVmm
+    | RestoreVmm
+    | SaveCapture
+    | CopyDisksAway
+    | GoOn
+)
+
+
+class TakeBack(msgspec.Struct, frozen=True, tag=True):
+    """The undo of a step as a step: what a start built up, a stop takes down."""
+
+    step: Reversible
+
+    async def do(self, world: World) -> None:
+        await self.step.undo(world)
+
+    async def undo(self, world: World) -> None:
+        raise AssertionError("taking down goes forward only")
+
+
+Step = Reversible | AwakenGuest | ShutdownGuest | FreeCapture | TakeBack

@@ -1,0 +1,256 @@
+"""From what was asked to what is meant: every field of a create request checked, text turned into
+numbers. Pure; each refusal has the code that the contract gives to its field (§2.3, §2.4).
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+
+import msgspec
+
+from hypeman.config import LimitsConfig
+from hypeman.errors import InvalidRequest, NotSupported
+from hypeman.hypervisor.interface import Capabilities
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.ids import check_name, check_tags
+from hypeman.instances.records import InstanceSpec
+from hypeman.instances.types import (
+    CompressionAlgorithm,
+    CreateInstanceRequest,
+    SnapshotCompressionConfig,
+    SnapshotPolicy,
+    VolumeMount,
+)
+from hypeman.units import format_size, parse_disk_rate, parse_duration, parse_rate, parse_size
+
+DEFAULT_MEMORY = 1 << 30
+DEFAULT_OVERLAY = 10 << 30
+DEFAULT_VCPUS = 2
+MIN_MEMORY = 64 << 20
+"""Below this no kernel boots."""
+MIN_OVERLAY = 16 << 20
+MAX_VOLUME_DISKS = 23
+MAX_ENV_BYTES = 512 << 10
+_MEMORY_STEP = 2 << 20
+"""VMMs want whole huge pages; memory is rounded up to them."""
+
+_SYSTEM_DIRS = frozenset(
+    ["bin", "boot", "dev", "etc", "lib", "lib64", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "var"]
+)  # a volume on one of these would hide what the guest boots from
+
+
+def check_create(
+    request: CreateInstanceRequest,
+    *,
+    limits: LimitsConfig,
+    kind: HypervisorKind,
+    capabilities: Capabilities,
+    platform: str,
+) -> InstanceSpec:
+    """The checked spec of a request. Raises InvalidRequest with the field's code, or NotSupported."""
+    check_name(request.name)
+    tags = check_tags(request.tags)
+    if not request.image:
+        raise InvalidRequest("image is empty")
+    memory = _memory(request.size, "size", "invalid_size", DEFAULT_MEMORY)
+    if memory < MIN_MEMORY:
+        raise InvalidRequest(f"size must be at least {format_size(MIN_MEMORY)}", code="invalid_size")
+    hotplug = _memory(request.hotplug_size, "hotplug_size", "invalid_hotplug_size", 0)
+    most = parse_size(limits.max_memory_per_instance)
+    if memory + hotplug > most:
+        raise InvalidRequest(
+            f"size and hotplug_size together are {format_size(memory + hotplug)}; the limit is {format_size(most)}"
+        )
+    overlay = parse_size(request.overlay_size, code="invalid_overlay_size") if request.overlay_size else DEFAULT_OVERLAY
+    if not MIN_OVERLAY <= overlay <= parse_size(limits.max_overlay_size):
+        raise InvalidRequest(
+            f"overlay_size must be {format_size(MIN_OVERLAY)} to {limits.max_overlay_size}", code="invalid_overlay_size"
+        )
+    vcpus = request.vcpus or DEFAULT_VCPUS
+    if vcpus > limits.max_vcpus_per_instance:
+        raise InvalidRequest(f"vcpus is {vcpus}, at most {limits.max_vcpus_per_instance} are allowed")
+    _check_env(request)
+    _check_policies(request)
+    _check_network(request)
+    volumes = check_volumes(request.volumes)
+    spec = InstanceSpec(
+        image=request.image,
+        platform=platform,
+        hypervisor=kind,
+        vcpus=vcpus,
+        memory_bytes=memory,
+        hotplug_bytes=hotplug,
+        overlay_bytes=_rounded(overlay, 1 << 20),
+        disk_io_bps=parse_disk_rate(request.disk_io_bps) if request.disk_io_bps else 0,
+        env=request.env,
+        credentials=request.credentials,
+        tags=tags,
+        network=request.network.enabled,
+        download_bps=_rate(request.network.bandwidth_download, "invalid_bandwidth_download"),
+        upload_bps=_rate(request.network.bandwidth_upload, "invalid_bandwidth_upload"),
+        egress=request.network.egress.enforcement.mode if request.network.egress.enabled else None,
+        devices=request.devices,
+        gpu_profile=(request.gpu.profile or "") if request.gpu else "",
+        volumes=volumes,
+        entrypoint=request.entrypoint,
+        cmd=request.cmd,
+        skip_guest_agent=request.skip_guest_agent,
+        snapshot_policy=request.snapshot_policy,
+    )
+    _check_capable(spec, kind, capabilities)
+    return spec
+
+
+def expiry(ttl: str | None, expires_at: datetime | None, *, now: datetime) -> datetime | None:
+    """When an instance shall end: ``ttl`` counts from ``now``; None is never.
+
+    Raises InvalidRequest (``invalid_ttl``, ``invalid_expires_at``).
+    """
+    if ttl is not None and expires_at is not None:
+        raise InvalidRequest("give ttl or expires_at, not both", code="invalid_ttl")
+    if ttl is not None:
+        seconds = parse_duration(ttl, code="invalid_ttl")
+        try:
+            return now + timedelta(seconds=seconds) if seconds else None
+        except OverflowError:
+            raise InvalidRequest(f"ttl {ttl!r} is too long", code="invalid_ttl") from None
+    if expires_at is not None and expires_at <= now:
+        raise InvalidRequest("expires_at must be in the future", code="invalid_expires_at")
+    return expires_at
+
+
+def check_volumes(volumes: Sequence[VolumeMount]) -> tuple[VolumeMount, ...]:
+    """The mounts with normal paths, if all rules of §2.4 are kept; else InvalidRequest."""
+    disks = sum(2 if volume.overlay else 1 for volume in volumes)
+    if disks > MAX_VOLUME_DISKS:
+        raise InvalidRequest(f"the volumes need {disks} disks, {MAX_VOLUME_DISKS} fit (an overlay counts twice)")
+    checked: list[VolumeMount] = []
+    for volume in volumes:
+        path = check_mount_path(volume.mount_path)
+        if any(path == other.mount_path for other in checked):
+            raise InvalidRequest(f"two volumes at {path}")
+        if any(volume.volume_id == other.volume_id for other in checked):
+            raise InvalidRequest(f"volume {volume.volume_id!r} is given twice")
+        if volume.overlay:
+            if not volume.readonly:
+                raise InvalidRequest(f"volume {volume.volume_id!r}: overlay needs readonly")
+            size = parse_size(volume.overlay_size or "0", code="invalid_overlay_size")
+            if size < MIN_OVERLAY:
+                raise InvalidRequest(
+                    f"volume {volume.volume_id!r}: overlay_size must be at least {format_size(MIN_OVERLAY)}",
+                    code="invalid_overlay_size",
+                )
+        checked.append(msgspec.structs.replace(volume, mount_path=path))
+    return tuple(checked)
+
+
+def check_mount_path(path: str) -> str:
+    """``path`` normalized, if a volume may be mounted there, else InvalidRequest."""
+    if not path.startswith("/") or "\0" in path or len(path.encode()) > 1024:
+        raise InvalidRequest(f"mount path {path!r} must be absolute")
+    if ".." in path.split("/"):
+        raise InvalidRequest(f"mount path {path!r} must not contain '..'")
+    normal = "/" + posixpath.normpath(path).lstrip("/")
+    top = normal.split("/")[1]
+    if not top:
+        raise InvalidRequest("a volume can not be mounted over the root")
+    if top in _SYSTEM_DIRS:
+        raise InvalidRequest(f"a volume can not be mounted at or below /{top}")
+    return normal
+
+
+def check_compression(config: SnapshotCompressionConfig | None) -> SnapshotCompressionConfig | None:
+    """``config`` if algorithm and level agree, else InvalidRequest ``invalid_snapshot_compression``."""
+    if config is None or not config.enabled or config.level is None:
+        return config
+    lowest, highest = (0, 9) if config.algorithm is CompressionAlgorithm.LZ4 else (1, 19)
+    if not lowest <= config.level <= highest:
+        name = config.algorithm or CompressionAlgorithm.ZSTD
+        raise InvalidRequest(
+            f"compression level {config.level} is not one of {name.value}'s {lowest} to {highest}",
+            code="invalid_snapshot_compression",
+        )
+    return config
+
+
+def check_snapshot_policy(policy: SnapshotPolicy | None) -> None:
+    if policy is None:
+        return
+    try:
+        check_compression(policy.compression)
+        if policy.standby_compression_delay is not None:
+            parse_duration(policy.standby_compression_delay)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"snapshot_policy: {error.message}", code="invalid_snapshot_policy") from None
+
+
+def guest_env(spec: InstanceSpec) -> Mapping[str, str]:
+    """The environment as the guest sees it: a stand-in for each credential, never a real value."""
+    real = {policy.source.env for policy in spec.credentials.values()}
+    env = {key: value for key, value in spec.env.items() if key not in real}
+    env.update({key: f"mock-{key}" for key in spec.credentials})
+    return env
+
+
+def _memory(text: str | None, field: str, code: str, default: int) -> int:
+    value = parse_size(text, code=code) if text else default
+    if value > 1 << 50:
+        raise InvalidRequest(f"{field} {text!r} is more than any host has", code=code)
+    return _rounded(value, _MEMORY_STEP)
+
+
+def _rounded(value: int, step: int) -> int:
+    return (value + step - 1) // step * step
+
+
+def _rate(text: str | None, code: str) -> int:
+    if not text:
+        return 0
+    value = parse_rate(text, code=code)
+    if value <= 0:
+        raise InvalidRequest(f"rate {text!r} must be above 0", code=code)
+    return value
+
+
+def _check_env(request: CreateInstanceRequest) -> None:
+    total = 0
+    for key, value in request.env.items():
+        if not key or "=" in key or "\0" in key or "\0" in value:
+            raise InvalidRequest(f"environment variable {key!r} must have a name without '=' and no NUL bytes")
+        total += len(key.encode()) + len(value.encode()) + 2
+    if total > MAX_ENV_BYTES:
+        raise InvalidRequest(f"the environment has {total} bytes, at most {MAX_ENV_BYTES} are allowed")
+    if request.credentials and not request.network.egress.enabled:
+        raise InvalidRequest("credentials need network.egress.enabled")
+    for key, policy in request.credentials.items():
+        if not key or "=" in key or "\0" in key:
+            raise InvalidRequest(f"credential {key!r} must be the name of an environment variable")
+        if policy.source.env not in request.env:
+            raise InvalidRequest(f"credential {key!r}: env has no {policy.source.env!r}")
+
+
+def _check_network(request: CreateInstanceRequest) -> None:
+    if request.network.egress.enabled and not request.network.enabled:
+        raise InvalidRequest("network.egress needs network.enabled")
+
+
+def _check_policies(request: CreateInstanceRequest) -> None:
+    check_snapshot_policy(request.snapshot_policy)
+    for field in ("auto_standby", "health_check", "restart_policy"):
+        if getattr(request, field) is not None:
+            raise NotSupported(f"{field} is not part of this server yet; leave it out")
+
+
+def _check_capable(spec: InstanceSpec, kind: HypervisorKind, capabilities: Capabilities) -> None:
+    for wanted, able, what in (
+        (spec.hotplug_bytes, capabilities.hotplug_memory, "hotplug_size"),
+        (spec.devices or spec.gpu_profile, capabilities.pci_passthrough, "devices and gpu"),
+        (spec.disk_io_bps, capabilities.disk_io_limit, "disk_io_bps"),
+    ):
+        if wanted and not able:
+            raise NotSupported(f"hypervisor {kind.value} can not do {what}")
+    disks = 3 + sum(2 if volume.overlay else 1 for volume in spec.volumes)
+    if disks > capabilities.max_disks:
+        raise NotSupported(f"hypervisor {kind.value} takes {capabilities.max_disks} disks, this instance needs {disks}")
