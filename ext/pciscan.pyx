@@ -1,0 +1,457 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""One pass over ``<sysfs>/bus/pci/devices``, without the GIL and without a Python object per file.
+
+System calls are what a scan costs, so it asks for few of them. ``uevent`` holds class, vendor,
+device and subsystem in one file; the driver, the IOMMU group and the physical function are names of
+links; ``sriov_numvfs`` is never read (the kernel takes the device's lock for it and would make us
+wait behind a driver that will not let go; the number follows from the ``physfn`` links anyway), nor
+``config``, which wakes a sleeping device.
+
+``look`` reads only what can change: which entries there are and which driver each one has. The
+inode number that comes with each entry tells a device that was replaced at the same address.
+
+The readable twin and test oracle is hypeman/_native/pciscan_py.py; both answer alike, byte for byte.
+Measured numbers are in ext/README.md.
+"""
+
+from cpython.exc cimport PyErr_SetFromErrnoWithFilename
+from cpython.mem cimport PyMem_RawFree, PyMem_RawRealloc
+from libc.errno cimport EINVAL, ENOENT, errno
+from libc.stdlib cimport qsort
+from libc.string cimport memcpy, memset, strcmp, strlen, strncmp
+from posix.fcntl cimport O_CLOEXEC, O_DIRECTORY, O_RDONLY, open as c_open
+from posix.types cimport ino_t
+from posix.unistd cimport close, read
+
+cdef extern from "<fcntl.h>" nogil:
+    int openat(int dirfd, const char *path, int flags)
+    int O_PATH
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t readlinkat(int dirfd, const char *path, char *buffer, size_t size)
+
+cdef extern from "<dirent.h>" nogil:
+    ctypedef struct DIR:
+        pass
+    struct dirent:
+        ino_t d_ino
+        char d_name[256]
+    DIR *fdopendir(int fd)
+    dirent *readdir(DIR *directory)
+    int closedir(DIR *directory)
+
+cdef enum:
+    MAX_FILE = 4096
+    MAX_NAME = 256
+    MAX_RESET = 128
+    MAX_ADDRESS = 24
+
+cdef struct Function:
+    char address[MAX_ADDRESS]
+    ino_t inode
+    long long vendor
+    long long device
+    long long class_code
+    long long subsystem_vendor
+    long long subsystem_device
+    long long iommu_group
+    long long numa_node
+    long long total_vfs
+    char driver[MAX_NAME]
+    char physfn[MAX_ADDRESS]
+    char reset_methods[MAX_RESET]
+    bint seen
+    bint changed
+
+cdef struct Problem:
+    char name[MAX_NAME]
+    int error
+
+
+# Small things in C
+
+cdef inline int hex_digit(char c) noexcept nogil:
+    if c'0' <= c <= c'9':
+        return c - c'0'
+    if c'a' <= c <= c'f':
+        return c - c'a' + 10
+    if c'A' <= c <= c'F':
+        return c - c'A' + 10
+    return -1
+
+
+cdef long long parse_hex(const char *text, const char **end) noexcept nogil:
+    """Up to eight hex digits, after ``0x`` if that is there; -1 for none."""
+    cdef long long value = 0
+    cdef int digits = 0
+    if text[0] == c'0' and (text[1] == c'x' or text[1] == c'X'):
+        text += 2
+    while digits < 8 and hex_digit(text[digits]) >= 0:
+        value = value * 16 + hex_digit(text[digits])
+        digits += 1
+    if end != NULL:
+        end[0] = text + digits
+    return value if digits else -1
+
+
+cdef long long parse_decimal(const char *text) noexcept nogil:
+    """Up to nine digits; -1 for none, which is also what the kernel writes for "no node"."""
+    cdef long long value = 0
+    cdef int digits = 0
+    while digits < 9 and c'0' <= text[digits] <= c'9':
+        value = value * 10 + (text[digits] - c'0')
+        digits += 1
+    return value if digits else -1
+
+
+cdef bint is_address(const char *name) noexcept nogil:
+    """``dddd:bb:dd.f``, with up to eight digits for the domain (VMD makes domains above ffff)."""
+    cdef int i = 0
+    cdef int k
+    while hex_digit(name[i]) >= 0 and i < 9:
+        i += 1
+    if i < 4 or i > 8:
+        return False
+    for k in range(2):
+        if name[i] != c':' or hex_digit(name[i + 1]) < 0 or hex_digit(name[i + 2]) < 0:
+            return False
+        i += 3
+    return name[i] == c'.' and c'0' <= name[i + 1] <= c'7' and name[i + 2] == 0
+
+
+cdef int compare(const void *a, const void *b) noexcept nogil:
+    cdef char *left = (<Function *>a).address
+    cdef char *right = (<Function *>b).address
+    cdef size_t left_length = strlen(left)
+    cdef size_t right_length = strlen(right)
+    if left_length != right_length:
+        return -1 if left_length < right_length else 1
+    return strcmp(left, right)
+
+
+cdef int read_file(int directory, const char *name, char *buffer, int size) noexcept nogil:
+    """Fill ``buffer`` with at most ``size - 1`` bytes and a zero; the length, or -1 with errno."""
+    cdef int fd = openat(directory, name, O_RDONLY | O_CLOEXEC)
+    cdef ssize_t length
+    buffer[0] = 0
+    if fd < 0:
+        return -1
+    length = read(fd, buffer, size - 1)
+    close(fd)
+    if length < 0:
+        return -1
+    buffer[length] = 0
+    return <int>length
+
+
+cdef long long read_hex(int directory, const char *name) noexcept nogil:
+    cdef char buffer[32]
+    if read_file(directory, name, buffer, sizeof(buffer)) < 0:
+        return -1
+    return parse_hex(buffer, NULL)
+
+
+cdef void read_link_name(int directory, const char *name, char *target, size_t size) noexcept nogil:
+    """The last part of what link ``name`` points to; empty if there is none or it does not fit."""
+    cdef char buffer[MAX_FILE]
+    cdef ssize_t length = readlinkat(directory, name, buffer, MAX_FILE)
+    cdef ssize_t start = length
+    target[0] = 0
+    if length <= 0 or length == MAX_FILE:
+        return
+    while start > 0 and buffer[start - 1] != c'/':
+        start -= 1
+    if <size_t>(length - start) >= size:
+        return
+    memcpy(target, buffer + start, length - start)
+    target[length - start] = 0
+
+
+cdef void parse_uevent(const char *text, Function *f) noexcept nogil:
+    cdef const char *line = text
+    cdef const char *end = NULL
+    while line[0]:
+        if strncmp(line, "PCI_CLASS=", 10) == 0:
+            f.class_code = parse_hex(line + 10, NULL)
+        elif strncmp(line, "PCI_ID=", 7) == 0:
+            f.vendor = parse_hex(line + 7, &end)
+            f.device = -1
+            if end[0] == c':':
+                f.device = parse_hex(end + 1, NULL)
+        elif strncmp(line, "PCI_SUBSYS_ID=", 14) == 0:
+            f.subsystem_vendor = parse_hex(line + 14, &end)
+            f.subsystem_device = -1
+            if end[0] == c':':
+                f.subsystem_device = parse_hex(end + 1, NULL)
+        while line[0] and line[0] != c'\n':
+            line += 1
+        if line[0]:
+            line += 1
+
+
+cdef int read_function(int top, Function *f) noexcept nogil:
+    """Fill ``f`` by its address: 0, or the errno that says why it can not be known."""
+    cdef char buffer[MAX_FILE]
+    cdef int length
+    cdef int directory = openat(top, f.address, O_PATH | O_DIRECTORY | O_CLOEXEC)
+    if directory < 0:
+        return errno
+    f.vendor = f.device = f.class_code = f.subsystem_vendor = f.subsystem_device = -1
+    if read_file(directory, "uevent", buffer, MAX_FILE) > 0:
+        parse_uevent(buffer, f)
+    if f.vendor < 0 or f.device < 0:
+        f.vendor = read_hex(directory, "vendor")
+        f.device = read_hex(directory, "device")
+    if f.class_code < 0:
+        f.class_code = read_hex(directory, "class")
+    if f.subsystem_vendor < 0 or f.subsystem_device < 0:
+        f.subsystem_vendor = read_hex(directory, "subsystem_vendor")
+        f.subsystem_device = read_hex(directory, "subsystem_device")
+    if f.vendor < 0 or f.device < 0 or f.class_code < 0:
+        close(directory)
+        return ENOENT
+
+    read_link_name(directory, "iommu_group", buffer, MAX_NAME)
+    f.iommu_group = parse_decimal(buffer)
+    read_link_name(directory, "driver", f.driver, MAX_NAME)
+    read_link_name(directory, "physfn", f.physfn, MAX_ADDRESS)
+    if not is_address(f.physfn):
+        f.physfn[0] = 0
+    f.numa_node = -1
+    if read_file(directory, "numa_node", buffer, 32) > 0:
+        f.numa_node = parse_decimal(buffer)
+    f.total_vfs = 0
+    if read_file(directory, "sriov_totalvfs", buffer, 32) > 0:
+        f.total_vfs = max(parse_decimal(buffer), 0)
+    read_file(directory, "reset_method", f.reset_methods, MAX_RESET)
+    length = <int>strlen(f.reset_methods)
+    while length > 0 and f.reset_methods[length - 1] == c'\n':
+        length -= 1
+        f.reset_methods[length] = 0
+    close(directory)
+    return 0
+
+
+cdef object text_of(const char *value):
+    return (<bytes>value).decode("utf-8", "backslashreplace")
+
+
+cdef object text_or_none(const char *value):
+    return text_of(value) if value[0] else None
+
+
+cdef tuple row_of(Function *f):
+    return (
+        text_of(f.address), f.vendor, f.device, f.class_code, f.subsystem_vendor, f.subsystem_device,
+        text_or_none(f.driver), f.iommu_group, f.numa_node, text_or_none(f.physfn), f.total_vfs,
+        text_of(f.reset_methods),
+    )
+
+
+cdef class Scanner:
+    """What a sysfs root holds, as last seen. One thread at a time."""
+
+    cdef bytes _path
+    cdef Function *_functions
+    cdef size_t _count
+    cdef size_t _room
+    cdef Problem *_problems
+    cdef size_t _problem_count
+    cdef size_t _problem_room
+
+    def __init__(self, root):
+        self._path = root.encode() + b"/bus/pci/devices"
+
+    def __dealloc__(self):
+        PyMem_RawFree(self._functions)
+        PyMem_RawFree(self._problems)
+
+    @property
+    def problems(self):
+        """Entries that were passed over, and why: (name, errno)."""
+        cdef size_t i
+        return [(text_of(self._problems[i].name), self._problems[i].error) for i in range(self._problem_count)]
+
+    def scan(self):
+        """Read everything anew: one row per function, in order of address.
+
+        Raises OSError if the directory itself can not be read.
+        """
+        cdef const char *path = self._path
+        cdef int error
+        cdef size_t i
+        with nogil:
+            error = self._scan(path)
+        if error:
+            self._fail(error)
+        return [row_of(&self._functions[i]) for i in range(self._count)]
+
+    def look(self):
+        """What has changed since the last ``scan`` or ``look``.
+
+        Returns ([(address, driver or None)], [addresses gone], [rows new or replaced]).
+        """
+        cdef const char *path = self._path
+        cdef int error
+        cdef size_t i
+        cdef size_t known
+        cdef size_t kept = 0
+        cdef list changed = [], gone = [], new = []
+        with nogil:
+            error = self._look(path, &known)
+        if error:
+            self._fail(error)
+        if known == self._count and not self._any_event():
+            return changed, gone, new
+        for i in range(self._count):
+            if i >= known:
+                new.append(row_of(&self._functions[i]))
+            elif not self._functions[i].seen:
+                gone.append(text_of(self._functions[i].address))
+                continue
+            elif self._functions[i].changed:
+                changed.append((text_of(self._functions[i].address), text_or_none(self._functions[i].driver)))
+            self._functions[kept] = self._functions[i]
+            kept += 1
+        self._count = kept
+        qsort(self._functions, self._count, sizeof(Function), compare)
+        new.sort(key=lambda row: (len(row[0]), row[0]))
+        return changed, gone, new
+
+    cdef int _fail(self, int error) except -1:
+        global errno
+        if error == -1:
+            raise MemoryError
+        errno = error
+        PyErr_SetFromErrnoWithFilename(OSError, self._path)
+
+    cdef bint _any_event(self) noexcept nogil:
+        cdef size_t i
+        for i in range(self._count):
+            if self._functions[i].changed or not self._functions[i].seen:
+                return True
+        return False
+
+    cdef int _scan(self, const char *path) noexcept nogil:
+        cdef dirent *entry
+        cdef int top = c_open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        cdef DIR *directory
+        cdef int error = 0
+        if top < 0:
+            return errno
+        directory = fdopendir(top)
+        if directory == NULL:
+            error = errno
+            close(top)
+            return error
+        self._count = 0
+        self._problem_count = 0
+        while error == 0:
+            entry = readdir(directory)
+            if entry == NULL:
+                break
+            if entry.d_name[0] != c'.':
+                error = self._add(top, entry)
+        closedir(directory)
+        qsort(self._functions, self._count, sizeof(Function), compare)
+        return error
+
+    cdef int _look(self, const char *path, size_t *known) noexcept nogil:
+        cdef dirent *entry
+        cdef Function *f
+        cdef char driver[MAX_NAME]
+        cdef char link[MAX_ADDRESS + 8]
+        cdef size_t length
+        cdef size_t i
+        cdef int top = c_open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        cdef DIR *directory
+        cdef int error = 0
+        known[0] = self._count
+        if top < 0:
+            return errno
+        directory = fdopendir(top)
+        if directory == NULL:
+            error = errno
+            close(top)
+            return error
+        self._problem_count = 0
+        for i in range(self._count):
+            self._functions[i].seen = self._functions[i].changed = False
+        while error == 0:
+            entry = readdir(directory)
+            if entry == NULL:
+                break
+            if entry.d_name[0] == c'.':
+                continue
+            f = self._find(entry.d_name, known[0])
+            if f == NULL or f.inode != entry.d_ino:
+                error = self._add(top, entry)
+                continue
+            f.seen = True
+            length = strlen(f.address)
+            memcpy(link, f.address, length)
+            memcpy(link + length, "/driver", 8)
+            read_link_name(top, link, driver, MAX_NAME)
+            if strcmp(driver, f.driver) != 0:
+                memcpy(f.driver, driver, MAX_NAME)
+                f.changed = True
+        closedir(directory)
+        if error:
+            self._count = known[0]
+        return error
+
+    cdef Function *_find(self, const char *address, size_t count) noexcept nogil:
+        """Binary search among the first ``count``, which are in order."""
+        cdef Function wanted
+        cdef size_t low = 0
+        cdef size_t high = count
+        cdef size_t middle
+        cdef int order
+        if strlen(address) >= MAX_ADDRESS:
+            return NULL
+        memcpy(wanted.address, address, strlen(address) + 1)
+        while low < high:
+            middle = (low + high) // 2
+            order = compare(&wanted, &self._functions[middle])
+            if order == 0:
+                return &self._functions[middle]
+            if order < 0:
+                high = middle
+            else:
+                low = middle + 1
+        return NULL
+
+    cdef int _add(self, int top, dirent *entry) noexcept nogil:
+        """Read the entry into a new place at the end; -1 if there is no memory."""
+        cdef Function *f
+        cdef int error = EINVAL
+        cdef size_t room
+        cdef void *moved
+        if is_address(entry.d_name):
+            if self._count == self._room:
+                room = max(<size_t>64, self._room * 2)
+                moved = PyMem_RawRealloc(self._functions, room * sizeof(Function))
+                if moved == NULL:
+                    return -1
+                self._functions = <Function *>moved
+                self._room = room
+            f = &self._functions[self._count]
+            memset(f, 0, sizeof(Function))
+            memcpy(f.address, entry.d_name, strlen(entry.d_name) + 1)
+            f.inode = entry.d_ino
+            f.seen = True
+            error = read_function(top, f)
+            if error == 0:
+                self._count += 1
+                return 0
+        if self._problem_count == self._problem_room:
+            room = max(<size_t>16, self._problem_room * 2)
+            moved = PyMem_RawRealloc(self._problems, room * sizeof(Problem))
+            if moved == NULL:
+                return -1
+            self._problems = <Problem *>moved
+            self._problem_room = room
+        memcpy(self._problems[self._problem_count].name, entry.d_name, strlen(entry.d_name) + 1)
+        self._problems[self._problem_count].error = error
+        self._problem_count += 1
+        return 0

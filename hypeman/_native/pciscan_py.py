@@ -1,0 +1,195 @@
+"""The readable twin of ext/pciscan.pyx: same answers, byte for byte, and the oracle of its tests.
+
+A row is (address, vendor, device, class, subsystem vendor, subsystem device, driver or None,
+IOMMU group or -1, NUMA node or -1, physical function or None, sriov_totalvfs, reset methods).
+Numbers that the tree does not tell are -1. Entries that are not PCI addresses, or of which vendor,
+device and class can not be read (a loop, a device that went away meanwhile), are ``problems``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+Row = tuple[str, int, int, int, int, int, str | None, int, int, str | None, int, str]
+
+_ADDRESS = re.compile(rb"[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\.[0-7]")
+_HEX = re.compile(rb"(?:0[xX])?+([0-9a-fA-F]{1,8})")
+_DECIMAL = re.compile(rb"[0-9]{1,9}")
+_IDS = re.compile(rb"(?:0[xX])?+([0-9a-fA-F]{1,8})(?::(?:0[xX])?+([0-9a-fA-F]{1,8}))?")
+_MAX_FILE = 4095
+_MAX_NAME = 255
+_MAX_RESET = 127
+_MAX_ADDRESS = 23
+
+
+class Scanner:
+    """What a sysfs root holds, as last seen. One thread at a time."""
+
+    def __init__(self, root: str) -> None:
+        self._path = root + "/bus/pci/devices"
+        self._inodes: dict[bytes, int] = {}
+        self._drivers: dict[bytes, bytes] = {}
+        self._problems: list[tuple[bytes, int]] = []
+
+    @property
+    def problems(self) -> list[tuple[str, int]]:
+        """Entries that were passed over, and why: (name, errno)."""
+        return [(_text(name), error) for name, error in self._problems]
+
+    def scan(self) -> list[Row]:
+        """Read everything anew: one row per function, in order of address.
+
+        Raises OSError if the directory itself can not be read.
+        """
+        self._problems = []
+        self._inodes.clear()
+        self._drivers.clear()
+        top = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            rows = [row for name, inode in self._entries() if (row := self._read(top, name, inode)) is not None]
+        finally:
+            os.close(top)
+        return sorted(rows, key=_order)
+
+    def look(self) -> tuple[list[tuple[str, str | None]], list[str], list[Row]]:
+        """What has changed since the last ``scan`` or ``look``.
+
+        Returns ([(address, driver or None)], [addresses gone], [rows new or replaced]).
+        """
+        self._problems = []
+        changed: list[tuple[str, str | None]] = []
+        new: list[Row] = []
+        before = dict(self._inodes)
+        seen: set[bytes] = set()
+        top = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for name, inode in self._entries():
+                if before.get(name) != inode:
+                    self._forget(name)
+                    row = self._read(top, name, inode)
+                    if row is not None:
+                        new.append(row)
+                    continue
+                seen.add(name)
+                driver = _link_name(top, name + b"/driver", _MAX_NAME)
+                if driver != self._drivers[name]:
+                    self._drivers[name] = driver
+                    changed.append((_text(name), _text(driver) or None))
+        finally:
+            os.close(top)
+        gone = [name for name in before if name not in seen]
+        returned = {row[0].encode() for row in new}
+        for name in gone:
+            if name not in returned:
+                self._forget(name)
+        changed.sort(key=lambda pair: (len(pair[0]), pair[0]))
+        return changed, sorted(map(_text, gone), key=lambda a: (len(a), a)), sorted(new, key=_order)
+
+    def _entries(self) -> list[tuple[bytes, int]]:
+        with os.scandir(self._path.encode()) as entries:
+            return [(entry.name, entry.inode()) for entry in entries if not entry.name.startswith(b".")]
+
+    def _forget(self, name: bytes) -> None:
+        self._inodes.pop(name, None)
+        self._drivers.pop(name, None)
+
+    def _read(self, top: int, name: bytes, inode: int) -> Row | None:
+        """The row of one entry, or None and a line in ``problems``."""
+        if not _ADDRESS.fullmatch(name):
+            self._problems.append((name, errno.EINVAL))
+            return None
+        try:
+            directory = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top)
+        except OSError as error:
+            self._problems.append((name, error.errno or errno.EINVAL))
+            return None
+        try:
+            row = _row(directory, name)
+        finally:
+            os.close(directory)
+        if row is None:
+            self._problems.append((name, errno.ENOENT))
+            return None
+        self._inodes[name] = inode
+        self._drivers[name] = (row[6] or "").encode()
+        return row
+
+
+def _row(directory: int, name: bytes) -> Row | None:
+    ids = _parse_uevent(_read_file(directory, "uevent", _MAX_FILE))
+    vendor, device = ids.get(b"PCI_ID", (-1, -1))
+    if vendor < 0 or device < 0:
+        vendor, device = _read_hex(directory, "vendor"), _read_hex(directory, "device")
+    class_code = ids.get(b"PCI_CLASS", (-1, -1))[0]
+    if class_code < 0:
+        class_code = _read_hex(directory, "class")
+    subsystem = ids.get(b"PCI_SUBSYS_ID", (-1, -1))
+    if min(subsystem) < 0:
+        subsystem = _read_hex(directory, "subsystem_vendor"), _read_hex(directory, "subsystem_device")
+    if min(vendor, device, class_code) < 0:
+        return None
+    physfn = _link_name(directory, b"physfn", _MAX_ADDRESS)
+    reset = _read_file(directory, "reset_method", _MAX_RESET).partition(b"\0")[0]
+    return (
+        _text(name), vendor, device, class_code, *subsystem,
+        _text(_link_name(directory, b"driver", _MAX_NAME)) or None,
+        _decimal(_link_name(directory, b"iommu_group", _MAX_NAME)),
+        _decimal(_read_file(directory, "numa_node", 31)),
+        _text(physfn) if _ADDRESS.fullmatch(physfn) else None,
+        max(_decimal(_read_file(directory, "sriov_totalvfs", 31)), 0),
+        _text(reset.rstrip(b"\n")),
+    )  # fmt: skip
+
+
+def _parse_uevent(text: bytes) -> dict[bytes, tuple[int, int]]:
+    """The lines of ``uevent`` that hold one or two hex numbers; -1 for what is not there."""
+    found = {}
+    for line in text.partition(b"\0")[0].split(b"\n"):
+        key, equals, value = line.partition(b"=")
+        if equals and key in (b"PCI_CLASS", b"PCI_ID", b"PCI_SUBSYS_ID"):
+            match = _IDS.match(value)
+            first, second = match.groups() if match else (None, None)
+            found[key] = (int(first, 16) if first else -1, int(second, 16) if second else -1)
+    return found
+
+
+def _read_file(directory: int, name: str, size: int) -> bytes:
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return b""
+    try:
+        return os.read(fd, size)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def _read_hex(directory: int, name: str) -> int:
+    match = _HEX.match(_read_file(directory, name, 31))
+    return int(match[1], 16) if match else -1
+
+
+def _decimal(text: bytes) -> int:
+    match = _DECIMAL.match(text)
+    return int(match[0]) if match else -1
+
+
+def _link_name(directory: int, name: bytes, longest: int) -> bytes:
+    """The last part of what link ``name`` points to; empty if there is none or it is too long."""
+    try:
+        target = os.readlink(name, dir_fd=directory).rpartition(b"/")[2]
+    except OSError:
+        return b""
+    return target if len(target) <= longest else b""
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "backslashreplace")
+
+
+def _order(row: Row) -> tuple[int, str]:
+    return len(row[0]), row[0]
