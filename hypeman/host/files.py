@@ -49,6 +49,10 @@ class Files:
         """A file of ``size`` bytes without blocks; one that is there keeps its content and is resized."""
         await _in_thread(_make_sparse, path, size, mode, uid, gid)
 
+    async def own(self, path: Path, *, uid: int, gid: int) -> None:
+        """Give a file to another user."""
+        await _in_thread(_own, path, uid, gid)
+
     async def publish(self, source: Path, target: Path) -> None:
         """Rename ``source`` to ``target`` (which may not exist as a non-empty directory), durably."""
         await _in_thread(_publish, source, target)

@@ -38,6 +38,10 @@ class Disk(msgspec.Struct, frozen=True):
     """Limit in bytes per second for reads and writes each; 0 is none."""
     shared: bool = False
     """Other VMMs have the same file open; only with ``readonly``."""
+    port: int = 0
+    """Where it sits: 0 for good, n in the n-th of ``Capabilities.hotplug_ports`` ports, from where
+    ``remove_disk`` can take it while the guest runs. A port once given stays the disk's own, for a
+    capture remembers it. ``add_disk`` chooses a free one for 0."""
 
 
 class Nic(msgspec.Struct, frozen=True):
@@ -100,6 +104,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     binary: str = ""
     accelerator: str = ""
     """``kvm`` or ``tcg``."""
+    accelerator_reason: str = ""
+    """Why not KVM; for ``doctor`` and the log."""
     standby: bool = False
     """Can save memory and devices to a file and come back from it."""
     fork: bool = False
@@ -107,6 +113,8 @@ class Capabilities(msgspec.Struct, frozen=True):
     pause: bool = False
     hotplug_memory: bool = False
     hotplug_disk: bool = False
+    hotplug_ports: int = 0
+    """Disks with a ``port`` at a time."""
     balloon: bool = False
     vsock: bool = False
     pci_passthrough: bool = False
@@ -267,7 +275,9 @@ class Driver(Protocol):
         """Bring back the VM saved in ``capture``, with the names, paths and TAPs of ``config``.
 
         With ``keep_capture`` memory is mapped privately and the capture stays as it is (fork, restore
-        from a snapshot); without, memory may be taken over. ``paused`` leaves the vCPUs stopped and
+        from a snapshot); without, the capture's memory file is hard-linked to ``config.memory_path`` and
+        used as the VM's own: the caller removes the capture once the guest has run, and until then a
+        restore that fails leaves it whole, by removing the link. ``paused`` leaves the vCPUs stopped and
         the links down. Raises CaptureInvalid before anything is started if the capture does not fit.
         """
         ...

@@ -14,6 +14,8 @@ from hypeman.instances.steps import (
     AttachNetwork,
     AwakenGuest,
     BindDevices,
+    CopyDisks,
+    CopyDisksAway,
     FreeCapture,
     GoOn,
     LaunchVmm,
@@ -26,6 +28,7 @@ from hypeman.instances.steps import (
     ShutdownGuest,
     Step,
     TakeBack,
+    TakeDisks,
 )
 
 
@@ -43,7 +46,7 @@ def plan_restore(record: InstanceRecord, capture: str, *, keep: bool) -> tuple[R
 
 def plan_awaken(record: InstanceRecord, capture: str, *, fresh: bool) -> tuple[Step, ...]:
     """What follows a restore once the record says that the VM lives."""
-    return (AwakenGuest(record.id, fresh), FreeCapture(capture))
+    return (AwakenGuest(record.id, fresh), *plan_free(capture))
 
 
 def plan_stop(record: InstanceRecord, *, grace: float) -> tuple[Step, ...]:
@@ -56,16 +59,27 @@ def plan_park(record: InstanceRecord) -> tuple[Step, ...]:
 
 
 def plan_delete(record: InstanceRecord) -> tuple[Step, ...]:
-    free = (FreeCapture(record.capture),) if record.capture else ()
-    return (*_reversed(plan_create(record)), *free)
+    """Needs a record that holds no captures any more; whoever lets go of them frees them."""
+    return _reversed(plan_create(record))
 
 
-def plan_capture(record: InstanceRecord, capture: str, *, go_on: bool) -> tuple[Reversible, ...]:
-    return (SaveCapture(record.id, capture, go_on),)
+def plan_free(*captures: str | None) -> tuple[Step, ...]:
+    return tuple(FreeCapture(capture) for capture in captures if capture)
 
 
-def plan_go_on(record: InstanceRecord) -> tuple[Step, ...]:
-    return (GoOn(record.id),)
+def plan_standby(record: InstanceRecord, capture: str) -> tuple[Reversible, ...]:
+    return (SaveCapture(record.id, capture, go_on=False),)
+
+
+def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None) -> tuple[Reversible, ...]:
+    """Copy the disks to ``target``; with ``capture`` the running VM pauses for both and goes on."""
+    copy = CopyDisksAway(record.id, target)
+    return (SaveCapture(record.id, capture, go_on=True), copy, GoOn(record.id)) if capture else (copy,)
+
+
+def plan_adopt_disks(record: InstanceRecord, source: str, *, shared: bool) -> tuple[Reversible, ...]:
+    """Disks for a fork: copied from a ``shared`` source (a snapshot), else taken over."""
+    return (CopyDisks(record.id, source),) if shared else (TakeDisks(record.id, source),)
 
 
 def _surroundings(record: InstanceRecord) -> tuple[Reversible, ...]:

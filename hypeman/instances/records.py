@@ -93,6 +93,10 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The living VMM."""
     capture: str | None = None
     """Id of the capture that a restore brings back."""
+    mapped: str | None = None
+    """Id of the capture whose memory the living VM maps privately; it must not change meanwhile."""
+    fresh: bool = False
+    """A fork that has not run yet: its guest still believes to be the source."""
     deleting: bool = False
 
 
@@ -120,6 +124,12 @@ INSTANCES: Table[InstanceRecord] = Table("instances", InstanceRecord)
 NAMES: Table[str] = Table("instance-names", str)
 NUMBERS: Table[str] = Table("instance-numbers", str)
 INTENTS: Table[Intent] = Table("intents", Intent)
+
+
+def check_name_free(txn: Txn, name: str) -> None:
+    """Raise NameConflict if an instance has this name."""
+    if txn.exists(NAMES, name):
+        raise NameConflict(f"an instance named {name!r} exists already")
 
 
 def insert(txn: Txn, record: InstanceRecord) -> None:

@@ -42,6 +42,19 @@ class CopyDisks(_Step, frozen=True):
         await world.remove_disks(self.instance)
 
 
+class TakeDisks(_Step, frozen=True):
+    """The same, taken over from directory ``source``, which belongs to this plan alone."""
+
+    source: str
+
+    async def do(self, world: World) -> None:
+        await world.take_disks(self.instance, self.source)
+
+    async def undo(self, world: World) -> None:
+        await world.remove_disks(self.instance)
+        await world.remove_tree(self.source)
+
+
 class PrepareRun(_Step, frozen=True):
     """The runtime directory and the disk that tells the guest how to boot."""
 
@@ -103,7 +116,6 @@ class RestoreVmm(_Step, frozen=True):
 
     async def undo(self, world: World) -> None:
         await world.kill_vmm(self.instance)
-        await world.give_back_memory(self.instance, self.capture)
 
 
 class AwakenGuest(_Step, frozen=True):
@@ -184,6 +196,7 @@ class FreeCapture(msgspec.Struct, frozen=True, tag=True):
 Reversible = (
     MakeDisks
     | CopyDisks
+    | TakeDisks
     | PrepareRun
     | AttachNetwork
     | SetEgress

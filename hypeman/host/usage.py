@@ -1,0 +1,32 @@
+"""What a process has used, read from proc(5)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Usage(msgspec.Struct, frozen=True):
+    cpu_seconds: float = 0.0
+    """User and system time of the process and its threads."""
+    rss_bytes: int = 0
+    vms_bytes: int = 0
+
+
+def read_usage(pid: int) -> Usage:
+    """What process ``pid`` has used so far; all 0 if there is none."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return Usage()
+    fields = text[text.rindex(b")") + 2 :].split()  # from field 3 on: the name before may hold spaces
+    return Usage(
+        cpu_seconds=(int(fields[11]) + int(fields[12])) / _TICKS,
+        rss_bytes=int(fields[21]) * _PAGE,
+        vms_bytes=int(fields[20]),
+    )

@@ -1,0 +1,662 @@
+"""The one task that owns an instance: takes its commands in turn, carries out plans, tells watchers.
+
+A command is judged when its turn comes, by the state of that moment (admission.py). Then:
+
+    begin    one transaction: the intent (the plan), the reservation, whatever else goes along
+    do       the steps, through the saga; on failure the begun ones are taken back
+    end      one transaction: the new record instead of the intent
+
+News of the VM (it is ready, the workload ended, the VMM is gone) comes through the same queue, so
+nothing changes a record while a command works on it. News of an earlier boot is ignored.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import trio
+
+from hypeman.errors import HypemanError, InternalError, InvalidState, NotFound, NotSupported
+from hypeman.guest.types import Exited, Fatal, Ready, Started
+from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.ids import new_id
+from hypeman.instances import captures
+from hypeman.instances.admission import Command, check_legal
+from hypeman.instances.captures import CAPTURES, CaptureRow
+from hypeman.instances.live import Live, LiveEvent
+from hypeman.instances.plan import (
+    plan_adopt_disks,
+    plan_awaken,
+    plan_copy_out,
+    plan_create,
+    plan_delete,
+    plan_free,
+    plan_park,
+    plan_restore,
+    plan_standby,
+    plan_start,
+    plan_stop,
+)
+from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent, Operation
+from hypeman.instances.steps import Reversible, Step
+from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
+from hypeman.instances.view import describe_exit
+from hypeman.instances.world import World
+from hypeman.resources.accounting import Holding, Limits, hold
+from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
+from hypeman.store import Txn
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+STOP_GRACE = 10.0
+"""Seconds between the stop signal and the kill, as with Docker."""
+DELETE_GRACE = 2.0
+MOST_WAITING = 64
+"""Commands that may wait for one instance; more are refused, so that a queue can not grow without bound."""
+
+NONCE_BYTES = 16
+
+_NO_VMM = frozenset({InstanceState.STOPPED, InstanceState.STANDBY})
+
+Also = Callable[[Txn], object]
+"""What else belongs into the transaction of a record."""
+
+
+class Host:
+    """What the task needs beside the World: who is told of changes, and what may be held."""
+
+    def __init__(
+        self,
+        *,
+        limits: Callable[[], Limits],
+        changed: Callable[[InstanceRecord], None],
+        gone: Callable[[InstanceRecord], None],
+        release: Callable[[Txn, InstanceRecord], None],
+    ) -> None:
+        self.limits = limits
+        self.changed = changed
+        self.gone = gone
+        self.release = release
+        """Give back what the capabilities hold for an instance, in the transaction that removes it."""
+
+
+class _Job(Generic[R]):
+    __slots__ = ("action", "command", "done", "error", "value")
+
+    def __init__(self, command: Command | None, action: Callable[[], Awaitable[R]]) -> None:
+        self.command = command
+        self.action = action
+        self.done = trio.Event()
+        self.value: R | None = None
+        self.error: BaseException | None = None
+
+
+class _News:
+    __slots__ = ("event", "live")
+
+    def __init__(self, live: Live, event: LiveEvent) -> None:
+        self.live = live
+        self.event = event
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Lifecycle:
+    """See above. ``run`` in a nursery; it ends when the instance is gone."""
+
+    def __init__(
+        self,
+        world: World,
+        host: Host,
+        record: InstanceRecord,
+        *,
+        new: bool,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.world = world
+        self.host = host
+        self.record = record
+        self._new = new
+        """Just written, with its intent: nothing to settle, its first command does the work."""
+        self._now = now
+        self._queue: trio.MemorySendChannel[_Job[Any] | _News]
+        self._inbox: trio.MemoryReceiveChannel[_Job[Any] | _News]
+        self._queue, self._inbox = trio.open_memory_channel(float("inf"))  # bounded by MOST_WAITING and few news
+        self._waiting = 0
+        self._gone = False
+        self._nursery: trio.Nursery | None = None
+
+    # Called by others
+
+    async def perform(self, command: Command | None, action: Callable[[], Awaitable[R]]) -> R:
+        """Run ``action`` in the instance's task when its turn comes and ``command`` is legal then.
+
+        The caller may be cancelled; the action is not.
+        """
+        if self._gone:
+            raise _gone(self.record)
+        if self._waiting >= MOST_WAITING:
+            raise InvalidState(f"instance {self.record.name!r} has {MOST_WAITING} commands waiting already")
+        job: _Job[R] = _Job(command, action)
+        self._waiting += 1
+        self._queue.send_nowait(job)
+        await job.done.wait()
+        if job.error is not None:
+            raise job.error
+        return job.value  # type: ignore[return-value]  # set together with ``done``
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the instance until it is gone. Started when what a crash left unfinished is settled."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                if not self._new:
+                    await self._settle()
+                task_status.started()
+                while not self._gone:
+                    item = await self._inbox.receive()
+                    if isinstance(item, _News):
+                        await self._hear(item.live, item.event)
+                    else:
+                        await self._do(item)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._gone = True
+            self._refuse_the_rest()
+
+    # The queue
+
+    async def _do(self, job: _Job[Any]) -> None:
+        self._waiting -= 1
+        try:
+            if job.command is not None:
+                check_legal(job.command, self.record.state, name=self.record.name)
+            job.value = await job.action()
+        except Exception as error:
+            job.error = error
+            if not isinstance(error, HypemanError):
+                log.exception("%s of instance %s failed", job.command, self.record.id)
+        except BaseException:
+            job.error = InternalError("the server is shutting down; the command was not finished")
+            raise
+        finally:
+            job.done.set()
+
+    def _refuse_the_rest(self) -> None:
+        while True:
+            try:
+                item = self._inbox.receive_nowait()
+            except (trio.WouldBlock, trio.EndOfChannel):
+                return
+            if isinstance(item, _Job):
+                item.error = _gone(self.record)
+                item.done.set()
+
+    def _tell(self, live: Live, event: LiveEvent) -> None:
+        self._queue.send_nowait(_News(live, event))
+
+    # Commands; run in the task
+
+    async def create(self) -> InstanceRecord:
+        """First boot of an instance whose record was just written, with CREATE as its intent."""
+        try:
+            await carry_out(plan_create(self.record), self.world)
+        except BaseException as error:
+            await self._create_failed(error)
+            raise
+        return await self._launched()
+
+    async def adopt_disks(self, source: str, *, shared: bool) -> InstanceRecord:
+        """The disks of a fork whose record was just written; it ends Stopped or Standby."""
+        try:
+            await carry_out(plan_adopt_disks(self.record, source, shared=shared), self.world)
+        except BaseException as error:
+            await self._create_failed(error)
+            raise
+        return await self._end(self.record)
+
+    async def _create_failed(self, error: BaseException) -> None:
+        if isinstance(error, UndoFailed):
+            await self._lost(error)
+            return
+        with trio.CancelScope(shield=True):
+            await self._remove()
+
+    async def start(self, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None) -> InstanceRecord:
+        spec = self.record.spec
+        if entrypoint is not None:
+            spec = msgspec.structs.replace(spec, entrypoint=entrypoint, cmd=cmd)
+        elif cmd is not None:
+            spec = msgspec.structs.replace(spec, cmd=cmd)
+        before = self.record
+        record = self._changed(
+            before,
+            spec=spec,
+            nonce=secrets.token_bytes(NONCE_BYTES),
+            boots=before.boots + 1,
+            exit_code=None,
+            exit_message=None,
+            fresh=False,
+        )
+        await self._all_or_nothing(Operation.START, plan_start(record), record, before)
+        return await self._launched()
+
+    async def stop(self, grace: float = STOP_GRACE) -> InstanceRecord:
+        self._journal("stop")
+        return await self._stop(plan_stop(self.record, grace=grace), self.world.live.get(self.record.id), None)
+
+    async def delete(self) -> None:
+        self._journal("delete")
+        freed = (self.record.capture, self.record.mapped)
+        steps = plan_delete(self.record)
+        if self.record.state not in _NO_VMM:
+            steps = (plan_stop(self.record, grace=DELETE_GRACE)[0], *steps)
+        await self._begin(Operation.DELETE, steps, self._changed(self.record, deleting=True))
+        await carry_forward(steps, self.world)
+        await self._remove()
+        await carry_forward(plan_free(*freed), self.world)
+
+    async def standby(self, compression: SnapshotCompressionConfig | None) -> InstanceRecord:
+        """Memory and devices to disk, VMM gone."""
+        self._check_capturable("put in standby")
+        self._journal("standby")
+        capture = new_id()
+        before = self.record
+        await self._all_or_nothing(Operation.CAPTURE, plan_standby(before, capture), before, before, release=False)
+        row = await self._capture_row(capture, captures.of_instance(before.id), compression)
+        freed = before.mapped
+        record = self._changed(before, capture=capture, mapped=None)
+
+        def publish(txn: Txn) -> None:
+            txn.put(CAPTURES, capture, row)
+            captures.let_go(txn, freed, captures.of_instance(before.id))
+
+        await self._begin(Operation.PARK, plan_park(record), record, publish)
+        return await self._park(freed)
+
+    async def _park(self, freed: str | None = None) -> InstanceRecord:
+        await carry_forward(plan_park(self.record), self.world)
+        record = self._entered(self._changed(self.record, handle=None, stopped_at=self._now()), InstanceState.STANDBY)
+        await self._end(record, self._holding(record))
+        await carry_forward(plan_free(freed), self.world)
+        return self.record
+
+    async def restore(self) -> InstanceRecord:
+        before = self.record
+        capture = before.capture
+        if capture is None:
+            raise InternalError(f"instance {before.id} is in standby without a capture")
+        self._journal("restore")
+        await self.world.make_restorable(capture)
+        keep = self.world.capture_is_shared(before.id, capture)
+        record = self._changed(before, boots=before.boots + 1)
+        await self._all_or_nothing(Operation.RESTORE, plan_restore(record, capture, keep=keep), record, before)
+        live = self.world.live[before.id]
+        steps = plan_awaken(record, capture, fresh=before.fresh)
+        record = self._entered(
+            self._changed(
+                self.record, handle=live.vmm.handle, capture=None, mapped=capture if keep else None, stopped_at=None
+            ),
+            InstanceState.RUNNING,
+        )
+
+        def consume(txn: Txn) -> None:
+            if not keep:
+                captures.let_go(txn, capture, captures.of_instance(before.id))
+
+        await self._begin(Operation.RESUME, steps, record, consume)
+        self._watch(live)
+        await self._forward_or_die(steps)
+        return await self._end(self._changed(self.record, fresh=False))
+
+    async def copy_out(
+        self,
+        target: str,
+        *,
+        with_memory: bool,
+        holder: str,
+        publish: Callable[[Txn, InstanceRecord, CaptureRow | None], object],
+    ) -> InstanceRecord:
+        """Copy the disks to ``target`` and, ``with_memory``, have the memory held by ``holder``.
+
+        A running VM pauses only for that and goes on. ``publish`` records who has it, in the same
+        transaction that ends the work.
+        """
+        before = self.record
+        if not with_memory:
+            steps = plan_copy_out(before, target, capture=None)
+            await self._all_or_nothing(Operation.CAPTURE, steps, before, before, release=False)
+            await self._end(self.record, lambda txn: publish(txn, before, None))
+            return before
+        if before.state is InstanceState.STANDBY:
+            assert before.capture is not None
+            shared = self.world.capture_row(before.capture)
+            steps = plan_copy_out(before, target, capture=None)
+            await self._all_or_nothing(Operation.CAPTURE, steps, before, before, release=False)
+
+            def share(txn: Txn) -> None:
+                captures.share(txn, shared.id, holder)
+                publish(txn, before, shared)
+
+            await self._end(self.record, share)
+            return before
+        self._check_capturable("captured")
+        capture = new_id()
+        steps = plan_copy_out(before, target, capture=capture)
+        await self._all_or_nothing(Operation.CAPTURE, steps, before, before, release=False)
+        row = await self._capture_row(capture, holder, None)
+
+        def record_capture(txn: Txn) -> None:
+            txn.put(CAPTURES, capture, row)
+            publish(txn, before, row)
+
+        await self._end(self.record, record_capture)
+        return before
+
+    async def change(
+        self, change: Callable[[InstanceRecord], InstanceRecord], also: Also | None = None
+    ) -> InstanceRecord:
+        """Replace the record by ``change(record)``; for what needs no steps."""
+        return await self._save(change(self.record), also=also)
+
+    # What a crash left
+
+    async def _settle(self) -> None:
+        """Finish or take back what was under way, adopt a living VM, clean up after a dead one."""
+        record = self.record
+        intent = self.world.store.read(lambda txn: txn.get(INTENTS, record.id))
+        alive = await self.world.reattach_vmm(record.id)
+        if alive:
+            self._watch(self.world.live[record.id])
+        if intent is None:
+            if record.state not in _NO_VMM and not alive:
+                await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
+            return
+        log.warning("instance %s: %s was not finished", record.id, intent.operation.value)
+        try:
+            await self._settle_intent(intent, alive=alive)
+        except (HypemanError, OSError) as error:
+            log.exception("instance %s: %s can not be settled", record.id, intent.operation.value)
+            await self._lost(error)
+
+    async def _settle_intent(self, intent: Intent, *, alive: bool) -> None:
+        record = self.record
+        match intent.operation:
+            case Operation.CREATE:
+                await take_back(_reversible(intent.steps), self.world)
+                await self._remove()
+            case Operation.START | Operation.RESTORE:
+                await take_back(_reversible(intent.steps), self.world)
+                state = InstanceState.STOPPED if intent.operation is Operation.START else InstanceState.STANDBY
+                record = self._entered(self._changed(record, handle=None), state)
+                await self._end(record, self._holding(record))
+            case Operation.CAPTURE:
+                await take_back(_reversible(intent.steps), self.world)
+                await self._end(record)
+                if not alive and record.state not in _NO_VMM:
+                    await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
+            case Operation.RESUME if alive:
+                await self._forward_or_die(intent.steps)
+                await self._end(self._changed(self.record, fresh=False))
+            case Operation.RESUME | Operation.STOP:
+                live = self.world.live.get(record.id)
+                await self._stop((*plan_park(record), *plan_free(record.mapped)), live, None)
+            case Operation.PARK:
+                await self._park()
+            case Operation.DELETE:
+                await carry_forward(intent.steps, self.world)
+                await self._remove()
+
+    # News
+
+    async def _hear(self, live: Live, event: LiveEvent) -> None:
+        if self.world.live.get(self.record.id) is not live:
+            return
+        match event:
+            case VmmExit():
+                await self._vmm_ended(live, event)
+            case Started() if self.record.state is InstanceState.INITIALIZING:
+                await self._save(self._entered(self.record, InstanceState.RUNNING))
+                self._journal("running")
+            case Exited():
+                code, message = _outcome(live, None)
+                await self._save(
+                    self._entered(
+                        self._changed(self.record, exit_code=code, exit_message=message), InstanceState.SHUTDOWN
+                    )
+                )
+            case Fatal():
+                self._journal(f"guest: {event.message}")
+            case Ready() | Started():
+                pass
+
+    async def _vmm_ended(self, live: Live | None, ended: VmmExit) -> None:
+        await self._stop(plan_park(self.record), live, ended)
+
+    # Pieces of commands
+
+    async def _stop(self, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None) -> InstanceRecord:
+        freed = self.record.mapped
+        await self._begin(Operation.STOP, steps, self.record)
+        outcome = await self.world.read_outcome(self.record.id)
+        try:
+            await carry_forward(steps, self.world)
+        except Exception as error:
+            await self._lost(error)
+            raise
+        if live is None or live.exited is None:
+            outcome = await self.world.read_outcome(self.record.id) or outcome
+        code, message = _outcome(live, ended, outcome)
+        if self.record.exit_code is not None and code is None:
+            code, message = self.record.exit_code, self.record.exit_message
+        record = self._entered(
+            self._changed(
+                self.record,
+                handle=None,
+                mapped=None,
+                stopped_at=self._now(),
+                exit_code=code,
+                exit_message=message,
+                state_error=None,
+            ),
+            InstanceState.STOPPED,
+        )
+
+        def settle(txn: Txn) -> None:
+            captures.let_go(txn, freed, captures.of_instance(record.id))
+            self._holding(record)(txn)
+
+        await self._end(record, settle)
+        self._journal(f"stopped: {message}")
+        await carry_forward(plan_free(freed), self.world)
+        return self.record
+
+    async def _launched(self) -> InstanceRecord:
+        live = self.world.live[self.record.id]
+        now = self._now()
+        record = self._entered(
+            self._changed(self.record, handle=live.vmm.handle, started_at=now, stopped_at=None),
+            InstanceState.INITIALIZING,
+        )
+        await self._end(record)
+        self._watch(live)
+        self._journal("launched")
+        return record
+
+    def _watch(self, live: Live) -> None:
+        assert self._nursery is not None
+        self._nursery.start_soon(live.run, self._tell)
+
+    async def _all_or_nothing(
+        self,
+        operation: Operation,
+        steps: tuple[Reversible, ...],
+        record: InstanceRecord,
+        before: InstanceRecord,
+        *,
+        release: bool = True,
+    ) -> None:
+        """Carry out ``steps`` under an intent; when they fail, the record is again what it was."""
+        running = release  # only starts and restores take resources
+        also = self._holding(record, running=True) if running else None
+        await self._begin(operation, steps, record, also)
+        try:
+            await carry_out(steps, self.world)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                if isinstance(error, UndoFailed):
+                    await self._lost(error)
+                else:
+                    await self._end(before, self._holding(before) if running else None)
+            self._journal(f"{operation.value} failed: {error}")
+            raise
+
+    async def _forward_or_die(self, steps: tuple[Step, ...]) -> None:
+        """After a restore the VM has run: if it can not be awakened, it is stopped, not left half-way."""
+        try:
+            await carry_forward(steps, self.world)
+        except Exception as error:
+            self._journal(f"the restored guest could not be awakened: {error}")
+            await self._stop(
+                plan_park(self.record),
+                self.world.live.get(self.record.id),
+                VmmExit(ExitReason.FAILED, f"the restored guest could not be awakened: {error}"),
+            )
+            raise
+
+    async def _lost(self, error: BaseException) -> None:
+        """Something could be neither done nor undone. The intent stays; stop and delete try again."""
+        with trio.CancelScope(shield=True):
+            record = self._changed(self.record, state_error=str(error))
+            await self._save(self._entered(record, InstanceState.UNKNOWN))
+
+    async def _capture_row(
+        self, capture: str, holder: str, compression: SnapshotCompressionConfig | None
+    ) -> CaptureRow:
+        size = await self.world.files.allocated(self.world.paths.capture(capture))
+        return CaptureRow(
+            id=capture,
+            holders=(holder,),
+            size_bytes=size,
+            memory_bytes=self.record.spec.memory_bytes,
+            compression=compression,
+        )
+
+    def _check_capturable(self, what: str) -> None:
+        spec = self.record.spec
+        if not self.world.driver(self.record).capabilities.standby:
+            raise NotSupported(f"hypervisor {spec.hypervisor.value} can not save a VM; it can not be {what}")
+        if spec.devices or spec.gpu_profile:
+            raise NotSupported(f"an instance with passed-through devices can not be {what}")
+        if spec.skip_guest_agent:
+            raise NotSupported(f"an instance without guest agent can not be {what}")
+
+    def _holding(self, record: InstanceRecord, *, running: bool | None = None) -> Also:
+        """Make what the instance holds of the host what its state wants."""
+        holding = holding_of(record)
+        if not (record.state not in _NO_VMM if running is None else running):
+            holding = holding.without_vmm()
+        limits = self.host.limits()
+        return lambda txn: hold(txn, record.id, holding, limits)
+
+    # Records
+
+    async def _begin(
+        self, operation: Operation, steps: tuple[Step, ...], record: InstanceRecord, also: Also | None = None
+    ) -> InstanceRecord:
+        return await self._save(record, intent=Intent(operation, steps), also=also)
+
+    async def _end(self, record: InstanceRecord, also: Also | None = None) -> InstanceRecord:
+        def clear(txn: Txn) -> None:
+            txn.delete(INTENTS, record.id)
+            if also is not None:
+                also(txn)
+
+        return await self._save(record, also=clear)
+
+    async def _save(
+        self, record: InstanceRecord, *, intent: Intent | None = None, also: Also | None = None
+    ) -> InstanceRecord:
+        def write(txn: Txn) -> None:
+            txn.put(INSTANCES, record.id, record)
+            if intent is not None:
+                txn.put(INTENTS, record.id, intent)
+            if also is not None:
+                also(txn)
+
+        await self.world.store.write(write)
+        self.record = record
+        self.host.changed(record)
+        return record
+
+    async def _remove(self) -> None:
+        record = self.record
+        await self.world.store.write(lambda txn: self.host.release(txn, record))
+        self._gone = True
+        self.host.gone(record)
+
+    def _changed(self, record: InstanceRecord, **changes: Any) -> InstanceRecord:
+        return msgspec.structs.replace(record, **changes)
+
+    def _entered(self, record: InstanceRecord, state: InstanceState) -> InstanceRecord:
+        phases = record.phases.entered(state.value.lower(), self._now())
+        return msgspec.structs.replace(record, state=state, phases=phases)
+
+    def _journal(self, text: str) -> None:
+        """One line into the instance's own log, for whoever owns the instance."""
+        log.info("instance %s (%s): %s", self.record.id, self.record.name, text)
+        self.world.journal(self.record.id, f"{self._now():%Y-%m-%dT%H:%M:%S.%fZ} {text}")
+
+
+def holding_of(record: InstanceRecord) -> Holding:
+    """What a running instance holds."""
+    spec = record.spec
+    return Holding(
+        vcpus=spec.vcpus,
+        memory=spec.memory_bytes + spec.hotplug_bytes,
+        disk=spec.overlay_bytes,
+        download=spec.download_bps,
+        upload=spec.upload_bps,
+        disk_io=spec.disk_io_bps,
+    )
+
+
+def _reversible(steps: tuple[Step, ...]) -> tuple[Reversible, ...]:
+    return tuple(step for step in steps if isinstance(step, Reversible))
+
+
+def _outcome(
+    live: Live | None, ended: VmmExit | None, written: Exited | Fatal | None = None
+) -> tuple[int | None, str | None]:
+    """Exit code and why, from the best witness: the agent, what it wrote to the boot disk, the VMM."""
+    said = (live.exited if live is not None else None) or (live.fatal if live is not None else None) or written
+    match said:
+        case Exited():
+            code = said.code if said.code is not None else 128 + (said.signal or 0)
+            return code, describe_exit(said.code, said.signal, out_of_memory=said.oom)
+        case Fatal():
+            return 127, said.message
+    if ended is None:
+        return None, "stopped"
+    match ended.reason:
+        case ExitReason.POWEROFF:
+            return None, "the guest powered off"
+        case ExitReason.RESET:
+            return None, "the guest rebooted or its kernel panicked"
+        case ExitReason.KILLED:
+            return None, "the VMM was killed"
+        case ExitReason.FAILED:
+            return None, ended.message or "the VMM failed"
+
+
+def _gone(record: InstanceRecord) -> HypemanError:
+    return NotFound(f"instance {record.name!r} is gone")

@@ -1,0 +1,98 @@
+"""One boot of one VM, as long as we watch it: the VMM process and the talk with its guest.
+
+``run`` ends when the VMM has ended. Until then it keeps the channel to the guest agent open,
+reconnects when it breaks (also after a restart of this server), and tells what happens through
+``tell``: facts only, the instance's task decides what they mean.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeAlias
+
+import trio
+
+from hypeman.errors import HypemanError, InvalidState
+from hypeman.guest.client import GuestClient, GuestGone
+from hypeman.guest.types import Exited, Fatal, GuestEvent, Ready, Started
+from hypeman.hypervisor.interface import Vmm, VmmExit
+
+log = logging.getLogger(__name__)
+
+_RECONNECT_FIRST = 0.01
+_RECONNECT_MOST = 1.0
+
+LiveEvent: TypeAlias = VmmExit | GuestEvent
+
+
+class Live:
+    """A living VM. ``boot`` numbers the launch, so that late news of an older one is known as such."""
+
+    def __init__(self, vmm: Vmm, *, nonce: bytes, boot: int) -> None:
+        self.vmm = vmm
+        self.boot = boot
+        self.guest: GuestClient | None = None
+        """The agent, while it answers."""
+        self.ready: Ready | None = None
+        self.exited: Exited | None = None
+        """How the workload ended, once it has."""
+        self.fatal: Fatal | None = None
+        self._nonce = nonce
+        self._guest_changed = trio.Event()
+
+    async def run(self, tell: Callable[[Live, LiveEvent], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._talk, tell)
+            ended = await self.vmm.wait_exit()
+            nursery.cancel_scope.cancel()
+        await self.vmm.aclose()
+        tell(self, ended)
+
+    async def wait_guest(self, seconds: float) -> GuestClient:
+        """The agent, waited for up to ``seconds``. Raises InvalidState if it does not answer."""
+        with trio.move_on_after(seconds):
+            while self.guest is None:
+                await self._guest_changed.wait()
+        if self.guest is None:
+            raise InvalidState("the guest agent does not answer")
+        return self.guest
+
+    async def _talk(self, tell: Callable[[Live, LiveEvent], None]) -> None:
+        pause = _RECONNECT_FIRST
+        while True:
+            try:
+                async with await self.vmm.open_channel() as stream, trio.open_nursery() as nursery:
+                    client = GuestClient(stream, nonce=self._nonce)
+                    nursery.start_soon(self._listen, client, tell)
+                    try:
+                        await client.run()
+                    finally:
+                        self._set_guest(None)
+                        nursery.cancel_scope.cancel()
+            except (HypemanError, OSError, trio.BrokenResourceError, ExceptionGroup) as error:
+                log.debug("channel to the guest of %s broke: %s", self.vmm.handle.config.instance_id, error)
+            pause = _RECONNECT_FIRST if self.ready else min(pause * 2, _RECONNECT_MOST)
+            await trio.sleep(pause)
+
+    async def _listen(self, client: GuestClient, tell: Callable[[Live, LiveEvent], None]) -> None:
+        async for event in client.events:
+            match event:
+                case Ready():
+                    self.ready = event
+                    self._set_guest(client)
+                case Exited():
+                    self.exited = event
+                case Fatal():
+                    self.fatal = event
+                case Started():
+                    pass
+            tell(self, event)
+
+    def _set_guest(self, client: GuestClient | None) -> None:
+        self.guest = client
+        self._guest_changed.set()
+        self._guest_changed = trio.Event()
+
+
+__all__ = ["GuestGone", "Live", "LiveEvent"]

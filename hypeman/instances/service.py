@@ -1,0 +1,523 @@
+"""What the others call: every operation on instances, by id, name or prefix.
+
+Here the request becomes a record: checked, its image found or pulled, and everything it takes written
+down in one transaction. What follows is the work of the instance's own task; a caller that goes
+away changes nothing.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import trio
+
+from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound, NotSupported
+from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
+from hypeman.guest.types import CpRequest, ExecRequest, PathInfo
+from hypeman.host.usage import read_usage
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.ids import check_name, new_id
+from hypeman.images.service import Images
+from hypeman.instances import captures, records
+from hypeman.instances.admission import Command, check_legal
+from hypeman.instances.board import Board
+from hypeman.instances.captures import CaptureRow
+from hypeman.instances.lifecycle import NONCE_BYTES, Host, Lifecycle, holding_of, utc_now
+from hypeman.instances.phases import Phases
+from hypeman.instances.plan import plan_adopt_disks, plan_create
+from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
+from hypeman.instances.steps import Step
+from hypeman.instances.types import (
+    CreateInstanceRequest,
+    ForkInstanceRequest,
+    Instance,
+    InstanceState,
+    InstanceStats,
+    LogSource,
+    StandbyInstanceRequest,
+    StartInstanceRequest,
+    TargetState,
+    UpdateInstanceRequest,
+    WaitForStateResponse,
+)
+from hypeman.instances.validate import check_compression, check_create, expiry
+from hypeman.instances.view import render_instance
+from hypeman.instances.world import World
+from hypeman.network.leases import get_lease
+from hypeman.network.types import Lease
+from hypeman.resources.accounting import Holding, Limits, hold
+from hypeman.store import Txn
+from hypeman.units import parse_duration
+from hypeman.volumes import records as volumes
+
+MOST_WAIT = 300.0
+"""Seconds that a ``wait`` may last."""
+
+SECONDS_FOR_AGENT = 5.0
+"""A running instance's agent answers at once; this covers a channel that is just being opened again."""
+
+_ENDED = frozenset({InstanceState.STOPPED, InstanceState.STANDBY, InstanceState.UNKNOWN})
+
+
+class LeaseNeeds(Protocol):
+    """Addresses, in the caller's transaction."""
+
+    def take(self, txn: Txn, record: InstanceRecord) -> Lease: ...
+    def drop(self, txn: Txn, instance_id: str) -> None: ...
+    def default_rates(self, spec: InstanceSpec) -> InstanceSpec:
+        """``spec`` with a share of the uplink for the rates that were not given."""
+        ...
+
+
+class DeviceClaims(Protocol):
+    def claim(self, txn: Txn, instance_id: str, devices: tuple[str, ...], gpu_profile: str) -> tuple[str, ...]: ...
+    def release(self, txn: Txn, instance_id: str) -> None: ...
+    def mdev_uuid(self, instance_id: str) -> str: ...
+
+
+class Secrets(Protocol):
+    """Real values of credentials: checked, sealed and kept by the egress capability."""
+
+    def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None: ...
+    def seal(self, txn: Txn, instance_id: str, values: Mapping[str, str]) -> None: ...
+    def drop(self, txn: Txn, instance_id: str) -> None: ...
+    async def refresh(self, instance_id: str) -> None:
+        """Let new values take effect on the next request."""
+        ...
+
+
+class Counters(Protocol):
+    def of_instance(self, instance_id: str) -> tuple[int, int]:
+        """Bytes that the guest received and sent."""
+        ...
+
+
+class Instances:
+    """See above. ``run`` in a nursery adopts what lives and serves until cancelled."""
+
+    def __init__(
+        self,
+        *,
+        world: World,
+        images: Images,
+        leases: LeaseNeeds,
+        devices: DeviceClaims,
+        secrets: Secrets,
+        counters: Counters,
+        limits: Callable[[], Limits],
+        default_kind: HypervisorKind,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.world = world
+        self.store = world.store
+        self.images = images
+        self.leases = leases
+        self.devices = devices
+        self.secrets = secrets
+        self.counters = counters
+        self.limits = limits
+        self.default_kind = default_kind
+        self.board = Board(self._render)
+        self._now = now
+        self._tasks: dict[str, Lifecycle] = {}
+        self._host = Host(limits=limits, changed=self.board.post, gone=self._forget, release=self._release)
+        self._nursery: trio.Nursery | None = None
+        self._expiry_changed = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own all instances. Started when every one is settled (adopted, finished or taken back)."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            known = self.store.read(lambda txn: [record for _, record in txn.scan(INSTANCES)])
+            async with trio.open_nursery() as settling:
+                for record in known:
+                    self.board.post(record)
+                    settling.start_soon(self._own, record, False)
+            nursery.start_soon(self._reap_expired)
+            task_status.started()
+            await trio.sleep_forever()
+
+    # Reading
+
+    async def list(self, state: InstanceState | None, tags: Mapping[str, str]) -> bytes:
+        return self.board.encoded_list(state, tags)
+
+    async def get(self, ref: str) -> Instance:
+        return self._view(self.board.find(ref))
+
+    async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
+        """Wait for ``state``, or one from which it can not be reached by itself. Raises NotFound when the
+        instance goes meanwhile."""
+        if state is InstanceState.UNKNOWN:
+            raise InvalidRequest("Unknown is no state to wait for", code="invalid_state")
+        if timeout <= 0:
+            raise InvalidRequest("timeout must be above 0", code="invalid_timeout")
+        record = self.board.find(ref)
+        with trio.move_on_after(min(timeout, MOST_WAIT)) as scope:
+            while record.state is not state and not _is_final(record.state, state):
+                changed = await self.board.wait_change(record)
+                if changed is None:
+                    raise NotFound(f"instance {ref!r} was deleted")
+                record = changed
+        return WaitForStateResponse(
+            state=record.state,
+            timed_out=scope.cancelled_caught,
+            state_error=record.state_error if record.state is InstanceState.UNKNOWN else None,
+        )
+
+    async def stats(self, ref: str) -> InstanceStats:
+        record = self.board.find(ref)
+        usage = read_usage(record.handle.pid) if record.handle is not None else read_usage(0)
+        received, sent = self.counters.of_instance(record.id)
+        memory = record.spec.memory_bytes
+        return InstanceStats(
+            instance_id=record.id,
+            instance_name=record.name,
+            cpu_seconds=usage.cpu_seconds,
+            memory_rss_bytes=usage.rss_bytes,
+            memory_vms_bytes=usage.vms_bytes,
+            network_rx_bytes=received,
+            network_tx_bytes=sent,
+            allocated_vcpus=record.spec.vcpus,
+            allocated_memory_bytes=memory,
+            memory_utilization_ratio=usage.rss_bytes / memory if memory else None,
+        )
+
+    async def log_path(self, ref: str, source: LogSource) -> Path:
+        return self.world.paths.instance(self.board.find(ref).id).log(source.value)
+
+    # Creating
+
+    async def create(self, request: CreateInstanceRequest) -> Instance:
+        check_name(request.name)
+        kind = request.hypervisor or self.default_kind
+        driver = self.world.drivers.get(kind)
+        if driver is None:
+            raise NotSupported(f"hypervisor {kind.value} does not run on this host")
+        if not driver.capabilities.available:
+            raise NotSupported(f"hypervisor {kind.value} is not available: {driver.capabilities.reason}")
+        now = self._now()
+        platform = self.images.platform(request.platform)
+        spec = check_create(
+            request,
+            limits=self.world.config.limits,
+            kind=kind,
+            capabilities=driver.capabilities,
+            platform=platform,
+        )
+        real = {policy.source.env: request.env[policy.source.env] for policy in request.credentials.values()}
+        spec = msgspec.structs.replace(spec, env={k: v for k, v in spec.env.items() if k not in real})
+        self.secrets.check(spec, real)
+        expires_at = expiry(request.ttl, request.expires_at, now=now)
+        self._check_free(request.name)
+        spec = self.leases.default_rates(spec)
+        image = await self.images.wait_ready(request.image, request.platform)
+        record = InstanceRecord(
+            id=new_id(),
+            name=request.name,
+            number=0,
+            spec=spec,
+            digest=image.digest,
+            state=InstanceState.CREATED,
+            created_at=now,
+            phases=Phases(InstanceState.CREATED.value.lower(), now),
+            expires_at=expires_at,
+            boots=1,
+            nonce=secrets.token_bytes(NONCE_BYTES),
+        )
+
+        def write(txn: Txn) -> InstanceRecord:
+            written = self._insert(txn, record, plan_create(record))
+            hold(txn, record.id, holding_of(record), self.limits())
+            self.secrets.seal(txn, record.id, real)
+            return written
+
+        record = await self.store.write(write)
+        task = await self._adopt(record)
+        return self._view(await task.perform(None, task.create))
+
+    def _check_free(self, name: str) -> None:
+        """Early, so that nobody waits for a pull in vain; the transaction checks again."""
+        self.store.read(lambda txn: records.check_name_free(txn, name))
+
+    def _insert(self, txn: Txn, record: InstanceRecord, steps: tuple[Step, ...]) -> InstanceRecord:
+        """Write down a new instance and everything it takes, with the plan that makes it real."""
+        claimed = self.devices.claim(txn, record.id, record.spec.devices, record.spec.gpu_profile)
+        mounts = tuple(
+            msgspec.structs.replace(mount, volume_id=volumes.find_volume(txn, mount.volume_id).id)
+            for mount in record.spec.volumes
+        )
+        spec = msgspec.structs.replace(record.spec, devices=claimed, volumes=mounts)
+        record = msgspec.structs.replace(record, spec=spec, number=records.free_number(txn))
+        records.insert(txn, record)
+        self.leases.take(txn, record)
+        self.images.pin(txn, record.digest, record.id)
+        for mount in mounts:
+            volumes.attach(
+                txn,
+                volumes.Attachment(
+                    volume_id=mount.volume_id,
+                    instance_id=record.id,
+                    mount_path=mount.mount_path,
+                    readonly=mount.readonly,
+                ),
+            )
+        txn.put(INTENTS, record.id, Intent(Operation.CREATE, steps))
+        return record
+
+    def _release(self, txn: Txn, record: InstanceRecord) -> None:
+        """The reverse of ``_insert``, when the last effect of the instance is gone."""
+        records.remove(txn, record)
+        self.leases.drop(txn, record.id)
+        self.images.unpin(txn, record.id)
+        self.devices.release(txn, record.id)
+        self.secrets.drop(txn, record.id)
+        for mount in record.spec.volumes:
+            volumes.detach(txn, mount.volume_id, record.id)
+        for capture in (record.capture, record.mapped):
+            captures.let_go(txn, capture, captures.of_instance(record.id))
+        hold(txn, record.id, Holding(), self.limits())
+
+    # Verbs
+
+    async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
+        task = self._task(ref)
+        return self._view(
+            await task.perform(Command.START, lambda: task.start(request.entrypoint, request.cmd)),
+        )
+
+    async def stop(self, ref: str) -> Instance:
+        task = self._task(ref)
+        return self._view(await task.perform(Command.STOP, task.stop))
+
+    async def delete(self, ref: str) -> None:
+        task = self._task(ref)
+        await task.perform(Command.DELETE, task.delete)
+
+    async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
+        compression = check_compression(request.compression)
+        if request.compression_delay is not None:
+            parse_duration(request.compression_delay, code="invalid_compression_delay")
+        task = self._task(ref)
+        return self._view(await task.perform(Command.STANDBY, lambda: task.standby(compression)))
+
+    async def restore(self, ref: str) -> Instance:
+        task = self._task(ref)
+        return self._view(await task.perform(Command.RESTORE, task.restore))
+
+    async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
+        for field in ("auto_standby", "health_check", "restart_policy"):
+            if getattr(request, field) is not None:
+                raise NotSupported(f"{field} is not part of this server yet; leave it out")
+        task = self._task(ref)
+        return self._view(await task.perform(None, lambda: self._update(task, request)))
+
+    async def _update(self, task: Lifecycle, request: UpdateInstanceRequest) -> InstanceRecord:
+        now = self._now()
+        record = task.record
+        changes: dict[str, object] = {}
+        if request.ttl is not None or request.expires_at is not None:
+            if record.expires_at is not None and record.expires_at <= now:
+                raise Conflict(f"instance {record.name!r} has expired", code="instance_expired")
+            changes["expires_at"] = expiry(request.ttl, request.expires_at, now=now)
+        values = dict(request.env or {})
+        sources = {policy.source.env for policy in record.spec.credentials.values()}
+        for key in values:
+            if key not in sources:
+                raise InvalidRequest(f"env {key!r} is not the source of a credential of this instance")
+        if request.env is not None and not values:
+            raise InvalidRequest("env names no credential")
+        if values:
+            self.secrets.check(record.spec, values)
+
+        def seal(txn: Txn) -> None:
+            if values:
+                self.secrets.seal(txn, record.id, values)
+
+        changed = await task.change(lambda r: msgspec.structs.replace(r, **changes), seal)
+        if values:
+            await self.secrets.refresh(record.id)
+        self._expiry_changed.set()
+        return changed
+
+    # Forks
+
+    async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
+        check_name(request.name)
+        self._check_free(request.name)
+        task = self._task(ref)
+        source = task.record
+        check_legal(Command.FORK, source.state, name=source.name)
+        target = request.target_state or TargetState(source.state.value)
+        fork = await task.perform(Command.FORK, lambda: self._fork_in_turn(task, request, target))
+        return await self._finish_fork(fork, target)
+
+    async def _fork_in_turn(self, task: Lifecycle, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
+        """In the source's task: copy what the fork needs and write it down."""
+        source = task.record
+        if source.state is InstanceState.RUNNING and not request.from_running:
+            raise InvalidState(
+                f"instance {source.name!r} is Running; give from_running to fork it while it pauses, or stop it"
+            )
+        if target is TargetState.STANDBY and source.state is InstanceState.STOPPED:
+            raise InvalidRequest("a stopped instance has no memory; its fork can be Stopped or Running")
+        check_forkable(source)
+        staged = self.world.paths.tmp / f"fork-{new_id()}"
+        fork = self._forked_record(source, request.name)
+        with_memory = source.state is not InstanceState.STOPPED and target is not TargetState.STOPPED
+        made: list[InstanceRecord] = []
+
+        def publish(txn: Txn, _: InstanceRecord, capture: CaptureRow | None) -> None:
+            record = fork
+            if capture is not None:
+                record = msgspec.structs.replace(record, capture=capture.id, state=InstanceState.STANDBY)
+            made[:] = [self._insert(txn, record, plan_adopt_disks(record, str(staged), shared=False))]
+            hold(txn, record.id, holding_of(record).without_vmm(), self.limits())
+
+        try:
+            await task.copy_out(
+                str(staged), with_memory=with_memory, holder=captures.of_instance(fork.id), publish=publish
+            )
+        except HypemanError:
+            await self.world.remove_tree(str(staged))
+            raise
+        forked = await self._adopt(made[0])
+        await forked.perform(None, lambda: forked.adopt_disks(str(staged), shared=False))
+        return forked
+
+    async def _finish_fork(self, fork: Lifecycle, target: TargetState) -> Instance:
+        """Bring a fork to where it was wanted; one that can not get there is not left behind."""
+        try:
+            if target is TargetState.RUNNING:
+                if fork.record.state is InstanceState.STANDBY:
+                    await fork.perform(Command.RESTORE, fork.restore)
+                else:
+                    await fork.perform(Command.START, lambda: fork.start(None, None))
+        except HypemanError:
+            await fork.perform(Command.DELETE, fork.delete)
+            raise
+        return self._view(fork.record)
+
+    def _forked_record(self, source: InstanceRecord, name: str) -> InstanceRecord:
+        """The source's spec under a new identity. Expiry and secrets do not go along."""
+        now = self._now()
+        return msgspec.structs.replace(
+            source,
+            id=new_id(),
+            name=name,
+            spec=msgspec.structs.replace(source.spec, credentials={}, egress=source.spec.egress),
+            state=InstanceState.STOPPED,
+            created_at=now,
+            phases=Phases(InstanceState.STOPPED.value.lower(), now),
+            expires_at=None,
+            started_at=None,
+            stopped_at=now,
+            exit_code=None,
+            exit_message=None,
+            handle=None,
+            capture=None,
+            mapped=None,
+            fresh=True,
+            deleting=False,
+        )
+
+    # Inside the guest
+
+    async def stat(self, ref: str, path: str, follow_links: bool) -> PathInfo:
+        return await (await self._guest(ref)).stat(path, follow_links=follow_links)
+
+    async def exec(self, ref: str, request: ExecRequest) -> ExecSession:
+        guest = await self._guest(ref, max(SECONDS_FOR_AGENT, float(request.wait_for_agent)))
+        return await guest.exec(request)
+
+    async def copy_to(self, ref: str, request: CpRequest) -> CopyIn:
+        return await (await self._guest(ref)).copy_to(request)
+
+    async def copy_from(self, ref: str, request: CpRequest) -> CopyOut:
+        return await (await self._guest(ref)).copy_from(request)
+
+    async def _guest(self, ref: str, seconds: float = SECONDS_FOR_AGENT) -> GuestClient:
+        record = self.board.find(ref)
+        check_legal(Command.USE, record.state, name=record.name)
+        if record.spec.skip_guest_agent:
+            raise InvalidState(f"instance {record.name!r} was made without guest agent (skip_guest_agent)")
+        live = self.world.live.get(record.id)
+        if live is None:
+            raise InvalidState(f"instance {record.name!r} is just ending")
+        return await live.wait_guest(seconds)
+
+    # Helpers
+
+    async def _adopt(self, record: InstanceRecord) -> Lifecycle:
+        """A task for an instance that was just written down."""
+        self.board.post(record)
+        return await self._own(record, True)
+
+    async def _own(self, record: InstanceRecord, new: bool) -> Lifecycle:
+        assert self._nursery is not None, "the service does not run"
+        task = Lifecycle(self.world, self._host, record, new=new, now=self._now)
+        self._tasks[record.id] = task
+        await self._nursery.start(task.run)
+        self._expiry_changed.set()
+        return task
+
+    def _forget(self, record: InstanceRecord) -> None:
+        self._tasks.pop(record.id, None)
+        self.board.remove(record)
+
+    def _task(self, ref: str) -> Lifecycle:
+        record = self.board.find(ref)
+        task = self._tasks.get(record.id)
+        if task is None:
+            raise NotFound(f"instance {ref!r} is just being removed")
+        return task
+
+    def _view(self, record: InstanceRecord) -> Instance:
+        return self._render(record, self._now())
+
+    def _render(self, record: InstanceRecord, now: datetime) -> Instance:
+        lease = self.store.read(lambda txn: get_lease(txn, record.id))
+        uuid = self.devices.mdev_uuid(record.id) if record.spec.gpu_profile else ""
+        return render_instance(record, lease, mdev_uuid=uuid, now=now)
+
+    async def _reap_expired(self) -> None:
+        """Delete instances whose time is over."""
+        while True:
+            self._expiry_changed = trio.Event()
+            now = self._now()
+            due = [record for record in self.board.records() if record.expires_at is not None]
+            for record in [record for record in due if record.expires_at is not None and record.expires_at <= now]:
+                task = self._tasks.get(record.id)
+                if task is not None and not record.deleting:
+                    assert self._nursery is not None
+                    self._nursery.start_soon(self._delete_expired, task)
+            later = [r.expires_at for r in due if r.expires_at is not None and r.expires_at > now]
+            seconds = (min(later) - now).total_seconds() if later else float("inf")
+            with trio.move_on_after(min(seconds, 3600.0)):
+                await self._expiry_changed.wait()
+
+    async def _delete_expired(self, task: Lifecycle) -> None:
+        try:
+            await task.perform(Command.DELETE, task.delete)
+        except HypemanError:
+            await trio.sleep(60)  # the task logged why; the reaper looks again
+            self._expiry_changed.set()
+
+
+def check_forkable(record: InstanceRecord) -> None:
+    """Raise NotSupported or Conflict if the instance has what can not be in two places."""
+    if record.spec.devices or record.spec.gpu_profile:
+        raise NotSupported("an instance with passed-through devices can not be forked or captured")
+    for mount in record.spec.volumes:
+        if not mount.readonly:
+            raise Conflict(f"volume {mount.volume_id!r} is attached read-write; detach it first")
+
+
+def _is_final(state: InstanceState, wanted: InstanceState) -> bool:
+    """Whether ``wanted`` does not come by itself any more: states end only by a command from here."""
+    return state in _ENDED and state is not wanted

@@ -1,0 +1,73 @@
+"""From the record to what a client sees. Pure; what is not echoed (§2.5) never gets here."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from msgspec import UNSET
+
+from hypeman.instances.records import InstanceRecord
+from hypeman.instances.types import Instance, InstanceGpu, InstanceNetwork, InstanceState
+from hypeman.instances.validate import guest_env
+from hypeman.network.types import Lease
+from hypeman.units import format_rate, format_size
+
+
+def render_instance(record: InstanceRecord, lease: Lease | None, *, mdev_uuid: str, now: datetime) -> Instance:
+    """``now`` decides only how long the current phase has lasted."""
+    spec = record.spec
+    return Instance(
+        id=record.id,
+        name=record.name,
+        image=spec.image,
+        state=record.state,
+        created_at=record.created_at,
+        expires_at=record.expires_at,
+        platform=spec.platform,
+        state_error=record.state_error if record.state is InstanceState.UNKNOWN else None,
+        size=format_size(spec.memory_bytes),
+        hotplug_size=format_size(spec.hotplug_bytes) if spec.hotplug_bytes else UNSET,
+        overlay_size=format_size(spec.overlay_bytes),
+        vcpus=spec.vcpus,
+        disk_io_bps=format_rate(spec.disk_io_bps) if spec.disk_io_bps else UNSET,
+        env=dict(guest_env(spec)) or UNSET,
+        tags=spec.tags or UNSET,
+        network=_network(record, lease),
+        volumes=spec.volumes or UNSET,
+        gpu=InstanceGpu(profile=spec.gpu_profile, mdev_uuid=mdev_uuid) if spec.gpu_profile else UNSET,
+        started_at=record.started_at,
+        stopped_at=record.stopped_at,
+        exit_code=record.exit_code,
+        exit_message=record.exit_message if record.exit_message is not None else UNSET,
+        has_snapshot=record.capture is not None and record.state is InstanceState.STANDBY,
+        hypervisor=spec.hypervisor,
+        snapshot_policy=spec.snapshot_policy or UNSET,
+        auto_standby=spec.auto_standby or UNSET,
+        health_check=spec.health_check or UNSET,
+        restart_policy=spec.restart_policy or UNSET,
+        phase_durations_ms=record.phases.durations_ms(now),
+        current_phase=record.phases.current,
+        current_phase_since=record.phases.since,
+    )
+
+
+def _network(record: InstanceRecord, lease: Lease | None) -> InstanceNetwork:
+    if lease is None or not lease.enabled:
+        return InstanceNetwork(enabled=record.spec.network)
+    return InstanceNetwork(
+        enabled=True,
+        name="default",
+        ip=lease.ipv4,
+        mac=lease.mac,
+        bandwidth_download=format_rate(lease.download_bps) if lease.download_bps else UNSET,
+        bandwidth_upload=format_rate(lease.upload_bps) if lease.upload_bps else UNSET,
+    )
+
+
+def describe_exit(code: int | None, signal: int | None, *, out_of_memory: bool) -> str:
+    """Why the workload ended, for people."""
+    if out_of_memory:
+        return "killed: out of memory"
+    if signal:
+        return f"killed by signal {signal}"
+    return f"exited with code {code}" if code is not None else "ended without an exit code"

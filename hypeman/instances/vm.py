@@ -1,0 +1,93 @@
+"""From a record to the machine: the VmConfig of its VMM and the boot facts of its guest. Pure.
+
+Disks, in the order the guest sees them; the guest finds each by its serial number:
+
+    root      the image, read-only, shared by all instances of it
+    overlay   the writable layer
+    boot      what the guest reads at boot, and where it writes how it ended
+    v…, w…    volumes and the write layers over read-only ones
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import msgspec
+
+from hypeman.hypervisor.interface import Disk, Nic, PciDevice, VmConfig
+from hypeman.instances.records import InstanceRecord
+from hypeman.network.types import Lease
+from hypeman.paths import Paths
+
+
+class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a VM needs from others: looked up just before, never guessed."""
+
+    root_disk: Path
+    kernel: str
+    initrd: str | None
+    cmdline: str
+    lease: Lease | None
+    mtu: int
+    devices: tuple[str, ...] = ()
+    """sysfs paths."""
+    uid: int = 0
+    cgroup: str = ""
+
+
+def volume_disk_id(volume_id: str) -> str:
+    """Serial number of a volume's disk: virtio allows 20 bytes, ids may be longer."""
+    return "v" + hashlib.sha256(volume_id.encode()).hexdigest()[:18]
+
+
+def volume_overlay_disk_id(volume_id: str) -> str:
+    return "w" + volume_disk_id(volume_id)[1:]
+
+
+def volume_disk(paths: Paths, volume_id: str, *, readonly: bool) -> Disk:
+    return Disk(
+        id=volume_disk_id(volume_id),
+        path=str(paths.volume_disk(volume_id)),
+        readonly=readonly,
+        shared=readonly,
+    )
+
+
+def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmConfig:
+    spec = record.spec
+    mine = paths.instance(record.id)
+    disks = [
+        Disk(id="root", path=str(around.root_disk), readonly=True, shared=True, bps=spec.disk_io_bps),
+        Disk(id="overlay", path=str(mine.overlay), bps=spec.disk_io_bps),
+        Disk(id="boot", path=str(mine.boot_disk)),
+    ]
+    for volume in spec.volumes:
+        disks.append(volume_disk(paths, volume.volume_id, readonly=volume.readonly))
+        if volume.overlay:
+            overlay = mine.volume_overlay(volume.volume_id)
+            disks.append(Disk(id=volume_overlay_disk_id(volume.volume_id), path=str(overlay)))
+    nics: tuple[Nic, ...] = ()
+    if around.lease is not None and around.lease.enabled:
+        nics = (Nic(id="net0", tap=around.lease.tap, mac=around.lease.mac, mtu=around.mtu),)
+    return VmConfig(
+        instance_id=record.id,
+        name=record.name,
+        vcpus=spec.vcpus,
+        memory_bytes=spec.memory_bytes,
+        hotplug_bytes=spec.hotplug_bytes,
+        kernel=around.kernel,
+        initrd=around.initrd,
+        cmdline=around.cmdline,
+        disks=tuple(disks),
+        nics=nics,
+        pci_devices=tuple(PciDevice(id=f"dev{n}", sysfs_path=path) for n, path in enumerate(around.devices)),
+        run_dir=str(mine.run),
+        memory_path=str(mine.memory),
+        console_log=str(mine.log("app")),
+        vmm_log=str(mine.log("vmm")),
+        vsock_cid=around.lease.cid if around.lease is not None else 0,
+        uid=around.uid,
+        gid=around.uid,
+        cgroup=around.cgroup,
+    )

@@ -1,0 +1,468 @@
+"""What the steps act on: the capabilities, the drivers and the VMs that live.
+
+Each method is what one step does or undoes; it may be called again and is content when there is
+nothing to do. Facts come from the store at the moment of acting, so that a step read back after a
+crash does the same as the one that was planned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import trio
+
+from hypeman.config import Config
+from hypeman.errors import HypemanError, InternalError
+from hypeman.guest.boot import BootConfig, BootNetwork, BootVolume, read_outcome, render_boot_disk
+from hypeman.guest.types import Exited, Fatal, Identity
+from hypeman.host.files import Files
+from hypeman.host.processes import Processes
+from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmGone
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.images.types import ImageConfig
+from hypeman.instances import captures
+from hypeman.instances.captures import CAPTURES, CaptureRow
+from hypeman.instances.live import Live
+from hypeman.instances.records import INSTANCES, InstanceRecord
+from hypeman.instances.validate import guest_env
+from hypeman.instances.vm import (
+    Surroundings,
+    vm_config,
+    volume_disk_id,
+    volume_overlay_disk_id,
+)
+from hypeman.network.leases import get_lease
+from hypeman.network.types import GuestNetwork, Lease
+from hypeman.paths import Paths
+from hypeman.store import Store, Txn
+from hypeman.units import parse_size
+
+SECONDS_TO_AWAKEN = 60.0
+"""A restored guest answers in 0.1 s; the limit is for a host that swaps."""
+SECONDS_TO_ANSWER = 2.0
+"""For a guest that is asked to end, possibly just after we were started again."""
+SECONDS_TO_FREEZE = 10.0
+SECONDS_TO_KILL = 5.0
+"""After the guest was asked to power off and its grace is over."""
+
+
+class NetworkNeeds(Protocol):
+    async def attach(self, lease: Lease) -> None: ...
+    async def detach(self, lease: Lease) -> None: ...
+    def guest_network(self, lease: Lease) -> GuestNetwork | None: ...
+
+
+class DeviceNeeds(Protocol):
+    async def bind(self, instance_id: str) -> None: ...
+    async def unbind(self, instance_id: str) -> None: ...
+    def sysfs_paths(self, instance_id: str) -> tuple[str, ...]: ...
+
+
+class EgressNeeds(Protocol):
+    async def enforce(self, record: InstanceRecord, lease: Lease) -> None: ...
+    async def release(self, instance_id: str) -> None: ...
+    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[str, ...]]:
+        """Environment and CA certificates (PEM) that a mediated guest gets."""
+        ...
+
+
+class ImageNeeds(Protocol):
+    def disk(self, digest: str) -> Path: ...
+    def root_fs(self, digest: str) -> str: ...
+    def config(self, digest: str) -> ImageConfig: ...
+
+
+class TemplateNeeds(Protocol):
+    async def make(self, path: Path, size: int, *, uid: int) -> None:
+        """A formatted empty disk at ``path``."""
+        ...
+
+
+class CompressorNeeds(Protocol):
+    async def make_plain(self, capture_id: str) -> None: ...
+
+
+class World:
+    """See above. One per server."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        store: Store,
+        files: Files,
+        processes: Processes,
+        drivers: Mapping[HypervisorKind, Driver],
+        kernel: str,
+        initrd: str | None,
+        images: ImageNeeds,
+        network: NetworkNeeds,
+        devices: DeviceNeeds,
+        egress: EgressNeeds,
+        templates: TemplateNeeds,
+        compressor: CompressorNeeds,
+    ) -> None:
+        self.config = config
+        self.paths: Paths = config.paths
+        self.store = store
+        self.files = files
+        self.processes = processes
+        self.drivers = drivers
+        self.kernel = kernel
+        self.initrd = initrd
+        self.images = images
+        self.network = network
+        self.devices = devices
+        self.egress = egress
+        self.templates = templates
+        self.compressor = compressor
+        self.live: dict[str, Live] = {}
+        """Instance → its living VM. Filled by launch, restore and adoption; emptied when it ended."""
+
+    # Look-ups
+
+    def record(self, instance_id: str) -> InstanceRecord:
+        record = self.store.read(lambda txn: txn.get(INSTANCES, instance_id))
+        if record is None:
+            raise InternalError(f"instance {instance_id} has no record")
+        return record
+
+    def lease(self, instance_id: str) -> Lease | None:
+        return self.store.read(lambda txn: get_lease(txn, instance_id))
+
+    def uid(self, record: InstanceRecord) -> int:
+        """The user of this instance's VMM: each has its own; 0 is the server's."""
+        base = self.config.hypervisor.uid_base
+        return base + record.number if base else 0
+
+    def driver(self, record: InstanceRecord) -> Driver:
+        return self.drivers[record.spec.hypervisor]
+
+    # Disks
+
+    async def make_disks(self, instance_id: str) -> None:
+        record = self.record(instance_id)
+        uid = self.uid(record)
+        await self._make_dirs(record)
+        mine = self.paths.instance(instance_id)
+        await self.templates.make(mine.overlay, record.spec.overlay_bytes, uid=uid)
+        for volume in record.spec.volumes:
+            if volume.overlay:
+                size = parse_size(volume.overlay_size or "0")
+                await self.templates.make(mine.volume_overlay(volume.volume_id), size, uid=uid)
+
+    async def copy_disks(self, instance_id: str, source: str) -> None:
+        """The writable layers from directory ``source``, which nobody writes meanwhile."""
+        record = self.record(instance_id)
+        uid = self.uid(record)
+        await self._make_dirs(record)
+        root = self.paths.instance(instance_id).root
+        for disk in await self._disks_in(Path(source)):
+            await self.files.copy(disk, root / disk.name, uid=uid, gid=uid)
+
+    async def take_disks(self, instance_id: str, source: str) -> None:
+        record = self.record(instance_id)
+        uid = self.uid(record)
+        await self._make_dirs(record)
+        root = self.paths.instance(instance_id).root
+        for disk in await self._disks_in(Path(source)):
+            await self.files.own(disk, uid=uid, gid=uid)
+            await self.files.publish(disk, root / disk.name)
+        await self.files.remove(Path(source))
+
+    async def copy_disks_away(self, instance_id: str, target: str) -> None:
+        await self.files.make_dir(Path(target))
+        for disk in await self._disks_in(self.paths.instance(instance_id).root):
+            await self.files.copy(disk, Path(target) / disk.name)
+
+    async def remove_disks(self, instance_id: str) -> None:
+        await self.files.remove(self.paths.instance(instance_id).root)
+
+    async def remove_tree(self, path: str) -> None:
+        await self.files.remove(Path(path))
+
+    # What the guest and we leave to read
+
+    async def read_outcome(self, instance_id: str) -> Exited | Fatal | None:
+        """How the guest's workload ended, as it wrote on its boot disk, for when nobody listened."""
+        record = self.record(instance_id)
+        return await trio.to_thread.run_sync(read_outcome, self.paths.instance(instance_id).boot_disk, record.nonce)
+
+    def journal(self, instance_id: str, line: str) -> None:
+        """Append one line to the instance's ``hypeman`` log; losing one is better than failing for it."""
+        with contextlib.suppress(OSError), open(self.paths.instance(instance_id).log("hypeman"), "a") as file:
+            file.write(line + "\n")
+
+    # What a VMM has around it
+
+    async def prepare_run(self, instance_id: str) -> None:
+        record = self.record(instance_id)
+        uid = self.uid(record)
+        mine = self.paths.instance(instance_id)
+        await self.files.make_dir(mine.run, uid=uid, gid=uid)
+        if not record.nonce:
+            raise InternalError(f"instance {instance_id} has no nonce")
+        await self.files.write(mine.boot_disk, render_boot_disk(self._boot_config(record)), uid=uid, gid=uid)
+
+    async def remove_run(self, instance_id: str) -> None:
+        await self.files.remove(self.paths.instance(instance_id).run)
+
+    async def attach_network(self, instance_id: str) -> None:
+        lease = self.lease(instance_id)
+        if lease is not None:
+            await self.network.attach(lease)
+
+    async def detach_network(self, instance_id: str) -> None:
+        lease = self.lease(instance_id)
+        if lease is not None:
+            await self.network.detach(lease)
+
+    async def set_egress(self, instance_id: str) -> None:
+        lease = self.lease(instance_id)
+        if lease is not None:
+            await self.egress.enforce(self.record(instance_id), lease)
+
+    async def remove_egress(self, instance_id: str) -> None:
+        await self.egress.release(instance_id)
+
+    async def bind_devices(self, instance_id: str) -> None:
+        await self.devices.bind(instance_id)
+
+    async def unbind_devices(self, instance_id: str) -> None:
+        await self.devices.unbind(instance_id)
+
+    # VMMs
+
+    async def launch_vmm(self, instance_id: str) -> None:
+        record = self.record(instance_id)
+        config = vm_config(record, self._surroundings(record), self.paths)
+        driver = self.driver(record)
+        driver.validate(config)
+        self._adopt(record, await driver.launch(config))
+
+    async def restore_vmm(self, instance_id: str, capture_id: str, *, keep: bool) -> None:
+        record = self.record(instance_id)
+        config = vm_config(record, self._surroundings(record), self.paths)
+        directory = self.paths.capture(capture_id)
+        vmm = await self.driver(record).restore(config, directory, keep_capture=keep, paused=True)
+        self._adopt(record, vmm)
+
+    def _adopt(self, record: InstanceRecord, vmm: Vmm) -> None:
+        self.live[record.id] = Live(vmm, nonce=record.nonce, boot=record.boots)
+
+    async def reattach_vmm(self, instance_id: str) -> bool:
+        """Find the VMM of the record again after a restart of ours; whether it lives."""
+        record = self.record(instance_id)
+        if record.handle is None:
+            return False
+        try:
+            self._adopt(record, await self.driver(record).reattach(record.handle))
+        except VmmGone:
+            return False
+        return True
+
+    async def kill_vmm(self, instance_id: str) -> None:
+        """End the VMM, also one that was launched by a server that crashed before noting it."""
+        live = self.live.pop(instance_id, None)
+        if live is not None:
+            await live.vmm.kill()
+            await live.vmm.aclose()
+        stray = await trio.to_thread.run_sync(self.processes.find_marked, str(self.paths.instance(instance_id).run))
+        if stray is not None:
+            stray.kill()
+            await stray.wait()
+            stray.close()
+        await self.files.remove(self.paths.instance(instance_id).memory)
+
+    async def shutdown_guest(self, instance_id: str, grace: float) -> None:
+        """Ask for an orderly end and wait for it; a guest that does not answer is not waited for."""
+        live = self.live.get(instance_id)
+        if live is None:
+            return
+        try:
+            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            with trio.move_on_after(grace + SECONDS_TO_KILL):
+                await guest.shutdown(grace)
+                await live.vmm.wait_exit()
+        except (HypemanError, OSError):
+            return  # it does not answer or went away while we asked; killing follows in any case
+
+    # Captures
+
+    async def save_capture(self, instance_id: str, capture_id: str, *, go_on: bool) -> None:
+        live = self._living(instance_id)
+        directory = self.paths.capture(capture_id)
+        side = directory.with_name(directory.name + ".new")
+        await self.files.remove(side)
+        uid = self.uid(self.record(instance_id))
+        await self.files.make_dir(side, uid=uid, gid=uid)
+        if live.guest is not None:
+            with trio.move_on_after(SECONDS_TO_FREEZE) as scope:
+                await live.guest.freeze()
+            if scope.cancelled_caught:
+                raise InternalError("the guest did not freeze its workload in time")
+        await live.vmm.capture(side, go_on=go_on)
+        await self.files.publish(side, directory)
+
+    async def discard_capture(self, instance_id: str, capture_id: str) -> None:
+        """The VM goes on where it was, with its memory, and the capture is gone."""
+        directory = self.paths.capture(capture_id)
+        await self.files.remove(directory)
+        await self.files.remove(directory.with_name(directory.name + ".new"))
+        await self.go_on(instance_id)
+
+    async def go_on(self, instance_id: str) -> None:
+        live = self.live.get(instance_id)
+        if live is None:
+            return
+        await live.vmm.resume()
+        if live.guest is not None:
+            await live.guest.thaw()
+
+    async def awaken_guest(self, instance_id: str, *, fresh: bool) -> None:
+        live = self._living(instance_id)
+        record = self.record(instance_id)
+        await live.vmm.resume()
+        guest = await live.wait_guest(SECONDS_TO_AWAKEN)
+        lease = self.lease(instance_id)
+        network = self.network.guest_network(lease) if lease is not None else None
+        await guest.set_identity(
+            Identity(
+                fresh=fresh,
+                hostname=record.name,
+                machine_id=_machine_id(record.id),
+                clock=time.time(),
+                entropy=secrets.token_bytes(64),
+                network=_boot_network(network),
+            )
+        )
+        if lease is not None and lease.enabled:
+            await live.vmm.set_link("net0", up=True)
+        await guest.thaw()
+
+    async def free_capture(self, capture_id: str) -> None:
+        """Remove a capture that nobody holds, directory first: a row without one is never restored."""
+
+        def is_free(txn: Txn) -> bool:
+            row = txn.get(CAPTURES, capture_id)
+            return row is None or not row.holders
+
+        if self.store.read(is_free):
+            await self.files.remove(self.paths.capture(capture_id))
+            await self.store.write(lambda txn: txn.delete(CAPTURES, capture_id))
+
+    async def make_restorable(self, capture_id: str) -> None:
+        """Have the capture's memory uncompressed on disk, and no compression of it under way."""
+        await self.compressor.make_plain(capture_id)
+
+    def capture_row(self, capture_id: str) -> CaptureRow:
+        row = self.store.read(lambda txn: txn.get(CAPTURES, capture_id))
+        if row is None:
+            raise CaptureInvalid(f"capture {capture_id} is gone")
+        return row
+
+    def capture_is_shared(self, instance_id: str, capture_id: str) -> bool:
+        holder = captures.of_instance(instance_id)
+        return self.store.read(lambda txn: captures.is_shared(txn, capture_id, holder))
+
+    # Helpers
+
+    def _living(self, instance_id: str) -> Live:
+        live = self.live.get(instance_id)
+        if live is None:
+            raise VmmGone(f"the VM of instance {instance_id} is gone")
+        return live
+
+    async def _make_dirs(self, record: InstanceRecord) -> None:
+        uid = self.uid(record)
+        mine = self.paths.instance(record.id)
+        await self.files.make_dir(mine.root, mode=0o711, uid=uid, gid=uid)
+        await self.files.make_dir(mine.logs, mode=0o711, uid=uid, gid=uid)
+
+    async def _disks_in(self, directory: Path) -> list[Path]:
+        names = await trio.to_thread.run_sync(lambda: sorted(p.name for p in directory.glob("*.raw")))
+        return [directory / name for name in names]
+
+    def _surroundings(self, record: InstanceRecord) -> Surroundings:
+        lease = self.lease(record.id)
+        network = self.network.guest_network(lease) if lease is not None else None
+        return Surroundings(
+            root_disk=self.images.disk(record.digest),
+            kernel=self.kernel,
+            initrd=self.initrd,
+            cmdline="",
+            lease=lease,
+            mtu=network.mtu if network is not None else 1500,
+            devices=self.devices.sysfs_paths(record.id),
+            uid=self.uid(record),
+        )
+
+    def _boot_config(self, record: InstanceRecord) -> BootConfig:
+        spec = record.spec
+        image = self.images.config(record.digest)
+        lease = self.lease(record.id)
+        env = {**dict(image.env), **guest_env(spec)}
+        certificates: tuple[str, ...] = ()
+        if spec.egress and lease is not None:
+            egress_env, certificates = self.egress.guest_setup(lease)
+            env.update(egress_env)
+        network = self.network.guest_network(lease) if lease is not None else None
+        return BootConfig(
+            instance_id=record.id,
+            hostname=record.name,
+            machine_id=_machine_id(record.id),
+            nonce=record.nonce,
+            argv=command_line(image, spec.entrypoint, spec.cmd),
+            env=tuple(f"{key}={value}" for key, value in env.items()),
+            cwd=image.working_dir or "/",
+            user=image.user or "",
+            root_fs=self.images.root_fs(record.digest),
+            volumes=tuple(
+                BootVolume(
+                    disk=volume_disk_id(volume.volume_id),
+                    path=volume.mount_path,
+                    readonly=volume.readonly,
+                    overlay=volume_overlay_disk_id(volume.volume_id) if volume.overlay else "",
+                )
+                for volume in spec.volumes
+            ),
+            network=_boot_network(network),
+            certificates=certificates,
+            stop_signal=image.stop_signal or "",
+            skip_agent=spec.skip_guest_agent,
+            clock=time.time(),
+        )
+
+
+def command_line(
+    image: ImageConfig, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """What the guest runs: the image's entry point and command, or what overrides them. As with Docker,
+    a new entry point drops the image's command."""
+    if entrypoint is not None:
+        return (*entrypoint, *(cmd or ()))
+    return (*(image.entrypoint or ()), *(cmd if cmd is not None else image.cmd or ()))
+
+
+def _boot_network(network: GuestNetwork | None) -> BootNetwork | None:
+    if network is None:
+        return None
+    return BootNetwork(
+        mac=network.mac,
+        address=network.address,
+        prefix_length=network.prefix_length,
+        gateway=network.gateway,
+        dns=(network.dns_server,),
+        mtu=network.mtu,
+    )
+
+
+def _machine_id(instance_id: str) -> str:
+    """32 hex digits (machine-id(5)), a function of the instance's id."""
+    return hashlib.sha256(b"machine-id:" + instance_id.encode()).hexdigest()[:32]
