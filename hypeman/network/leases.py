@@ -1,0 +1,173 @@
+"""Leases: who holds which address, TAP name and CID. Functions inside the caller's transaction.
+
+They are called in the transaction that writes the instance's record, so both exist or neither.
+
+A *pool* gives out ranks 0, 1, 2… and takes them back:
+
+    next    the lowest rank never given out; taken while there is one
+    freed   ranks given back, oldest first in the order of giving back; taken when ``next`` is at the end
+
+So a create costs two or three look-ups however full the subnet is, and an address rests as long as
+possible before another guest gets it (connections and name caches of the old one have died by then).
+
+The pool of addresses belongs to one subnet and gateway. With other ones configured it starts anew if
+nobody holds an address, and is refused otherwise: running guests can not be renumbered.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import msgspec
+
+from hypeman.errors import InsufficientResources, InvalidState
+from hypeman.network import addressing
+from hypeman.network.addressing import Subnet
+from hypeman.network.types import EgressMode, Lease, NetworkPlan
+from hypeman.store import Table, Txn
+
+_ADDRESSES = "ipv4"
+_CIDS = "cid"
+_MAX_CIDS = 1 << 24
+
+
+class Pool(msgspec.Struct, frozen=True):
+    next: int = 0
+    freed: int = 0
+    """How often a rank was given back: the key of the next freed row."""
+    scope: str = ""
+    """The subnet and gateway that give the ranks their meaning."""
+
+
+class Freed(msgspec.Struct, frozen=True):
+    rank: int
+
+
+class TapOwner(msgspec.Struct, frozen=True):
+    instance_id: str
+
+
+LEASES: Table[Lease] = Table("leases", Lease)
+POOLS: Table[Pool] = Table("lease_pools", Pool)
+FREED: Table[Freed] = Table("lease_freed", Freed)
+TAPS: Table[TapOwner] = Table("lease_taps", TapOwner)
+
+
+def take_lease(txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet) -> Lease:
+    """Lease address, MAC, TAP name and CID for a new instance and write it down.
+
+    The lease that exists already is returned as it is, so a repeated step takes nothing twice.
+    Raises InsufficientResources when the subnet is full.
+    """
+    found = txn.get(LEASES, instance_id)
+    if found is not None:
+        return found
+    cid = addressing.cid_of(_take(txn, _CIDS, _MAX_CIDS, "vsock CIDs"))
+    if plan.enabled:
+        check_subnet(txn, subnet)
+        rank = _take(txn, _ADDRESSES, subnet.guests, f"addresses of {subnet.network}")
+        lease = Lease(
+            instance_id=instance_id,
+            cid=cid,
+            ipv4=subnet.address(rank),
+            mac=addressing.mac_of(subnet.offset(rank)),
+            tap=_take_tap(txn, instance_id),
+            download_bps=plan.download_bps,
+            upload_bps=plan.upload_bps,
+            egress_mode=plan.egress_mode,
+            isolated=plan.isolated,
+        )
+    else:
+        lease = Lease(instance_id=instance_id, cid=cid)
+    txn.put(LEASES, instance_id, lease)
+    return lease
+
+
+def drop_lease(txn: Txn, instance_id: str, subnet: Subnet) -> None:
+    """Give everything back; content if there is no lease. Only after the last effect is gone."""
+    lease = txn.get(LEASES, instance_id)
+    if lease is None:
+        return
+    txn.delete(LEASES, instance_id)
+    _give_back(txn, _CIDS, addressing.cid_rank(lease.cid))
+    if lease.enabled:
+        txn.delete(TAPS, lease.tap)
+        check_subnet(txn, subnet)
+        _give_back(txn, _ADDRESSES, subnet.rank(lease.ipv4))
+
+
+def get_lease(txn: Txn, instance_id: str) -> Lease | None:
+    return txn.get(LEASES, instance_id)
+
+
+def all_leases(txn: Txn) -> list[Lease]:
+    return [lease for _, lease in txn.scan(LEASES)]
+
+
+def change_lease(
+    txn: Txn,
+    instance_id: str,
+    *,
+    download_bps: int | None = None,
+    upload_bps: int | None = None,
+    egress_mode: EgressMode | None = None,
+) -> Lease:
+    """Write down new limits or another egress mode; None leaves what is. KeyError without a lease."""
+    lease = txn.get(LEASES, instance_id)
+    if lease is None:
+        raise KeyError(instance_id)
+    lease = msgspec.structs.replace(
+        lease,
+        download_bps=lease.download_bps if download_bps is None else download_bps,
+        upload_bps=lease.upload_bps if upload_bps is None else upload_bps,
+        egress_mode=lease.egress_mode if egress_mode is None else egress_mode,
+    )
+    txn.put(LEASES, instance_id, lease)
+    return lease
+
+
+def check_subnet(txn: Txn, subnet: Subnet) -> None:
+    """Make ``subnet`` the one that addresses come from.
+
+    Raises InvalidState when instances still hold addresses of another subnet or gateway.
+    """
+    scope = f"{subnet.network} via {subnet.gateway}"
+    pool = txn.get(POOLS, _ADDRESSES)
+    if pool is not None and pool.scope == scope:
+        return
+    holders = sum(lease.enabled for lease in all_leases(txn)) if pool is not None else 0
+    if pool is not None and holders:
+        raise InvalidState(
+            f"{holders} instances hold addresses of {pool.scope}, but {scope} is configured; "
+            "set network.subnet_cidr and network.gateway back, or delete those instances first"
+        )
+    for key in list(txn.keys(FREED, f"{_ADDRESSES}/")):
+        txn.delete(FREED, key)
+    txn.put(POOLS, _ADDRESSES, Pool(scope=scope))
+
+
+def _take(txn: Txn, name: str, size: int, what: str) -> int:
+    pool = txn.get(POOLS, name) or Pool()
+    if pool.next < size:
+        txn.put(POOLS, name, msgspec.structs.replace(pool, next=pool.next + 1))
+        return pool.next
+    oldest = next(txn.scan(FREED, f"{name}/"), None)
+    if oldest is None:
+        raise InsufficientResources(f"all {size} {what} are in use; delete instances or widen network.subnet_cidr")
+    key, freed = oldest
+    txn.delete(FREED, key)
+    return freed.rank
+
+
+def _give_back(txn: Txn, name: str, rank: int) -> None:
+    pool = txn.get(POOLS, name) or Pool()
+    txn.put(FREED, f"{name}/{pool.freed:016x}", Freed(rank))
+    txn.put(POOLS, name, msgspec.structs.replace(pool, freed=pool.freed + 1))
+
+
+def _take_tap(txn: Txn, instance_id: str) -> str:
+    for attempt in count():
+        name = addressing.tap_name(instance_id, attempt=attempt)
+        if txn.insert(TAPS, name, TapOwner(instance_id)):
+            return name
+    raise AssertionError("unreachable")

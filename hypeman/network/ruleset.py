@@ -1,0 +1,240 @@
+"""The rules of the guests' network as nftables text and set elements. Pure.
+
+Two tables, each wholly ours and the only ones we touch:
+
+    inet hypeman    identity (prerouting), mediation (nat), what guests reach, masquerade
+    arp  hypeman    ARP must tell the truth too; ``inet`` chains never see ARP
+
+Not ``netdev``: packets that come back from an ifb (upload limits) skip the netdev ingress hook, so
+rules there would bind only guests without a limit.
+
+The chains are fixed and closed for the prefix of our TAPs. A guest is *opened* by elements:
+
+    guests       tap . mac . address    may speak at all: as this, and as nobody else
+    mediated     tap                    ports 80 and 443 end in the proxy; may reach the proxy's port
+    tcp_closed   tap                    every other TCP connection is refused as well
+    neighbours   tap                    may talk with other neighbours
+
+so a TAP is closed before its lease is applied and after it is taken away, and adding or removing an
+instance is one small transaction. Way of a packet from a guest:
+
+    identity (-450, before defragmentation: each fragment must prove its sender)
+      → mediate (dstnat) → to_host (input) or to_world (forward) → masquerade (srcnat)
+
+``accept`` ends only our own chain: a firewall of somebody else still has its say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from hypeman.network.addressing import Subnet
+from hypeman.network.types import TABLE, TAP_PREFIX, EgressMode, Element, HostPort, Lease
+
+FAMILIES = ("inet", "arp")
+
+REFUSED_NETWORKS = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
+"""Never forwarded for a guest: this host, link-local (cloud metadata at 169.254.169.254), multicast, reserved."""
+
+_WEB = "{ 80, 443 }"
+
+
+class RuleFacts(msgspec.Struct, frozen=True):
+    """What the fixed part depends on."""
+
+    subnet: Subnet
+    uplinks: tuple[str, ...]
+    """Interfaces towards the world; none: guests reach only the host and each other."""
+    egress_port: int = 0
+    """The proxy's port on the gateway; 0: there is no proxy."""
+    offered: tuple[HostPort, ...] = ()
+    policed: tuple[tuple[str, int], ...] = ()
+    """(tap, bytes per second) whose upload is cut here, where the kernel has no ifb to shape it."""
+
+
+def lease_elements(lease: Lease) -> tuple[Element, ...]:
+    """All elements that open the network for ``lease``; none if it has no interface."""
+    if not lease.enabled:
+        return ()
+    identity = (lease.tap, lease.mac, lease.ipv4)
+    elements = [Element("inet", "guests", identity), Element("arp", "guests", identity)]
+    if lease.egress_mode is not EgressMode.NONE:
+        elements.append(Element("inet", "mediated", (lease.tap,)))
+    if lease.egress_mode is EgressMode.ALL:
+        elements.append(Element("inet", "tcp_closed", (lease.tap,)))
+    if not lease.isolated:
+        elements.append(Element("inet", "neighbours", (lease.tap,)))
+    return tuple(elements)
+
+
+def possible_elements(lease: Lease) -> tuple[Element, ...]:
+    """Every element that ``lease`` may have had in whatever mode: what a removal clears."""
+    strictest = msgspec.structs.replace(lease, egress_mode=EgressMode.ALL, isolated=False)
+    return lease_elements(strictest)
+
+
+def render_ruleset(facts: RuleFacts, leases: Iterable[Lease]) -> str:
+    """Both tables with all elements, replacing what is there in one transaction (``nft -f``)."""
+    elements: dict[tuple[str, str], list[str]] = {}
+    for lease in leases:
+        for element in lease_elements(lease):
+            elements.setdefault((element.family, element.set), []).append(_element_text(element))
+    forget = "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in FAMILIES)
+    return forget + _inet_table(facts, elements) + _arp_table(facts, elements)
+
+
+def render_removal() -> str:
+    """Both tables gone, also where they never were."""
+    return "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in FAMILIES)
+
+
+def _inet_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) -> str:
+    gateway, network = facts.subnet.gateway, facts.subnet.network
+    any_tap = f'"{TAP_PREFIX}*"'
+    refused = ", ".join(REFUSED_NETWORKS)
+    uplinks = "".join(f'        elements = {{ {", ".join(map(_quoted, facts.uplinks))} }}\n' if facts.uplinks else "")
+    return f"""\
+table inet {TABLE} {{
+    set guests {{
+        type ifname . ether_addr . ipv4_addr
+{_elements(elements, "inet", "guests")}    }}
+    set mediated {{
+        type ifname
+{_elements(elements, "inet", "mediated")}    }}
+    set tcp_closed {{
+        type ifname
+{_elements(elements, "inet", "tcp_closed")}    }}
+    set neighbours {{
+        type ifname
+{_elements(elements, "inet", "neighbours")}    }}
+    set uplinks {{
+        type ifname
+{uplinks}    }}
+    set refused {{
+        type ipv4_addr
+        flags interval
+        elements = {{ {refused} }}
+    }}
+{_limits(facts)}
+    chain identity {{
+        type filter hook prerouting priority -450; policy accept;
+        iifname {any_tap} jump identity_guest
+    }}
+    chain identity_guest {{
+        meta nfproto ipv6 counter drop
+        iifname . ether saddr . ip saddr != @guests counter drop
+{_policer(facts)}    }}
+
+    chain mediate {{
+        type nat hook prerouting priority dstnat; policy accept;
+{_mediation(facts)}    }}
+
+    chain to_host {{
+        type filter hook input priority filter; policy accept;
+        iifname {any_tap} goto to_host_guest
+        iifname != "lo" ip daddr {gateway} counter drop
+    }}
+    chain to_host_guest {{
+        ct state established,related accept
+        ip daddr != {gateway} counter goto refuse
+        icmp type echo-request accept
+{_offered(facts)}        counter goto refuse
+    }}
+
+    chain to_world {{
+        type filter hook forward priority filter; policy accept;
+        iifname {any_tap} goto to_world_guest
+        oifname {any_tap} ct state established,related accept
+        oifname {any_tap} counter drop
+    }}
+    chain to_world_guest {{
+        iifname @tcp_closed meta l4proto tcp counter goto refuse
+        iifname @mediated tcp dport {_WEB} counter goto refuse
+        iifname @mediated udp dport 443 counter reject with icmpx port-unreachable
+        oifname {any_tap} iifname @neighbours oifname @neighbours accept
+        ip daddr @refused counter goto refuse
+        ip daddr {network} counter goto refuse
+        udp sport {{ 67, 68 }} counter drop
+        oifname @uplinks accept
+        counter goto refuse
+    }}
+    chain refuse {{
+        meta l4proto tcp reject with tcp reset
+        reject with icmpx admin-prohibited
+    }}
+
+    chain masquerade_guests {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {network} oifname @uplinks masquerade
+    }}
+}}
+"""
+
+
+def _arp_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) -> str:
+    return f"""\
+table arp {TABLE} {{
+    set guests {{
+        type ifname . ether_addr . ipv4_addr
+{_elements(elements, "arp", "guests")}    }}
+    chain identity {{
+        type filter hook input priority filter; policy accept;
+        iifname "{TAP_PREFIX}*" goto identity_guest
+    }}
+    chain identity_guest {{
+        iifname . ether saddr . arp saddr ip != @guests counter drop
+        iifname . arp saddr ether . arp saddr ip != @guests counter drop
+        arp daddr ip != {facts.subnet.network} counter drop
+    }}
+}}
+"""
+
+
+def _mediation(facts: RuleFacts) -> str:
+    if not facts.egress_port:
+        return ""
+    excluded = f"ip daddr != @refused ip daddr != {facts.subnet.gateway}"
+    target = f"{facts.subnet.gateway}:{facts.egress_port}"
+    return f"        iifname @mediated {excluded} tcp dport {_WEB} dnat ip to {target}\n"
+
+
+def _offered(facts: RuleFacts) -> str:
+    rules = [f"{port.protocol} dport {port.port} accept" for port in sorted(facts.offered)]
+    if facts.egress_port:
+        rules.append(f"iifname @mediated tcp dport {facts.egress_port} accept")
+    return "".join(f"        {rule}\n" for rule in rules)
+
+
+def _limits(facts: RuleFacts) -> str:
+    """Named policers: a cut instead of a queue, rough for TCP, used only without ifb."""
+    return "".join(
+        f"    limit up_{_word(tap)} {{ rate over {rate} bytes/second burst {max(rate // 10, 65536)} bytes; }}\n"
+        for tap, rate in facts.policed
+    )
+
+
+def _policer(facts: RuleFacts) -> str:
+    if not facts.policed:
+        return ""
+    pairs = ", ".join(f'{_quoted(tap)} : "up_{_word(tap)}"' for tap, _ in facts.policed)
+    return f"        limit name iifname map {{ {pairs} }} counter drop\n"
+
+
+def _elements(elements: dict[tuple[str, str], list[str]], family: str, name: str) -> str:
+    keys = elements.get((family, name))
+    return f"        elements = {{ {', '.join(sorted(keys))} }}\n" if keys else ""
+
+
+def _element_text(element: Element) -> str:
+    tap, *rest = element.key
+    return " . ".join([_quoted(tap), *rest])
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
+
+
+def _word(tap: str) -> str:
+    return tap.replace("-", "_").replace(".", "_")

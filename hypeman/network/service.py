@@ -1,0 +1,242 @@
+"""The guests' network, as the others see it: attach, detach, limits, egress mode, counters.
+
+Desired state is ``_leases``: the leases of living VMs. Links and rules are made to agree with it by
+attach and detach, at start, and whenever a watcher sees that the world has changed:
+
+    rules flushed or changed by somebody    both tables are loaded anew
+    TAP deleted by somebody                 made anew, and its owner is told (its VMM holds a dead one)
+    uplink gone, back, another, other MTU   rules, forwarding and MTUs follow
+
+A guest is opened last and closed first, so no packet of it ever meets half of its rules.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import aclosing
+
+import trio
+
+from hypeman._native.tapstats import TapStats
+from hypeman.config import NetworkConfig
+from hypeman.errors import InternalError
+from hypeman.host.links import Change, Links, Tap, Uplink, find_uplink
+from hypeman.host.rules import Rules
+from hypeman.network import ruleset
+from hypeman.network.addressing import Subnet
+from hypeman.network.shaping import token_bucket
+from hypeman.network.types import GuestNetwork, HostPort, Lease, shaper_name
+
+log = logging.getLogger(__name__)
+
+TapLost = Callable[[str], Awaitable[None]]
+"""Told the id of an instance whose TAP was deleted under it and made anew."""
+
+_SETTLE = 0.05
+"""Changes come in bursts (a flush is one notification per rule): wait so long for the last of them."""
+
+
+class Network:
+    """``start`` once with the leases of living VMs, then ``run`` in a nursery."""
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        *,
+        links: Links,
+        rules: Rules,
+        egress_port: int = 0,
+        offered: Iterable[HostPort] = (),
+        on_tap_lost: TapLost | None = None,
+    ) -> None:
+        self.subnet = Subnet.parse(config.subnet_cidr, config.gateway)
+        self.uplink = Uplink()
+        self._config = config
+        self._links = links
+        self._rules = rules
+        self._egress_port = egress_port
+        self._offered = tuple(offered)
+        self._on_tap_lost = on_tap_lost
+        self._leases: dict[str, Lease] = {}
+        self._owners: dict[int, str] = {}
+        """Interface index → instance, for the counters."""
+        self._changing = trio.Lock()
+        """Held while ``_leases`` and the rules change together, so that a reload never brings back
+        a guest that is being closed."""
+        self._stats = TapStats()
+        self.tap_operations = {"create": 0, "delete": 0}
+
+    async def start(self, living: Iterable[Lease]) -> None:
+        """Make the host agree with ``living``: their links put back, all else of ours removed.
+
+        Rules come first, so nothing is open meanwhile. Raises HostError.
+        """
+        self._leases = {lease.instance_id: lease for lease in living if lease.enabled}
+        self.uplink = await find_uplink(self._config.uplink)
+        if not self.uplink.names:
+            log.warning("no uplink: no default route, and network.uplink is not set; guests reach only the host")
+        await self._load_rules()
+        await self._links.forward(self.uplink.names)
+        await self._links.set_gateway(str(self.subnet.gateway))
+        wanted = {lease.tap for lease in self._leases.values()}
+        wanted |= {shaper_name(lease.tap) for lease in self._leases.values() if lease.upload_bps}
+        leftovers = (await self._links.ours()).keys() - wanted
+        if leftovers:
+            log.info("removing %d links without an owner: %s", len(leftovers), ", ".join(sorted(leftovers)))
+            await self._links.remove_links(leftovers)
+        for lease in self._leases.values():
+            await self._add_tap(lease)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Watch links, routes and rules, and mend, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._watch_links)
+            await nursery.start(self._watch_rules)
+            task_status.started()
+
+    def aclose(self) -> None:
+        """Let go of sockets; the guests' network stays as it is."""
+        self._stats.close()
+
+    async def attach(self, lease: Lease, *, uid: int = 0) -> None:
+        """Make the TAP of ``lease``, owned by ``uid``, and open it. A repetition changes nothing.
+
+        Raises HostError; what is half made then is removed by ``detach``.
+        """
+        if not lease.enabled:
+            return
+        await self._add_tap(lease, uid)
+        async with self._changing:
+            self._leases[lease.instance_id] = lease
+            await self._rules.change(remove=ruleset.possible_elements(lease), add=ruleset.lease_elements(lease))
+        self.tap_operations["create"] += 1
+
+    async def detach(self, lease: Lease) -> None:
+        """Close the guest and remove its TAP; content if there is none."""
+        if not lease.enabled:
+            return
+        async with self._changing:
+            self._leases.pop(lease.instance_id, None)
+            await self._rules.change(remove=ruleset.possible_elements(lease))
+        await self._links.remove_taps([lease.tap])
+        self._owners = {index: owner for index, owner in self._owners.items() if owner != lease.instance_id}
+        self.tap_operations["delete"] += 1
+
+    async def open_tap(self, lease: Lease) -> int:
+        """A descriptor for the VMM, owned by the caller."""
+        return await self._links.open_tap(lease.tap)
+
+    async def set_rates(self, lease: Lease) -> None:
+        """Make the limits of a living guest those of ``lease``; a stopped one gets them with its TAP."""
+        if lease.instance_id not in self._leases:
+            return
+        self._leases[lease.instance_id] = lease
+        await self._links.set_limits(self._tap(lease))
+
+    async def set_egress(self, lease: Lease) -> None:
+        """Make the egress mode of a living guest that of ``lease``, in one transaction.
+
+        Connections that are open are cut by a stricter mode as well.
+        """
+        async with self._changing:
+            if lease.instance_id not in self._leases:
+                return
+            self._leases[lease.instance_id] = lease
+            wanted = ruleset.lease_elements(lease)
+            unwanted = set(ruleset.possible_elements(lease)) - set(wanted)
+            await self._rules.change(remove=unwanted, add=wanted)
+
+    def guest_network(self, lease: Lease) -> GuestNetwork | None:
+        """What the guest sets up for ``lease``; None where it has no interface."""
+        if not lease.enabled:
+            return None
+        return GuestNetwork(
+            address=lease.ipv4,
+            prefix_length=32,
+            gateway=str(self.subnet.gateway),
+            mac=lease.mac,
+            dns_server=self._config.dns_server,
+            mtu=self.uplink.mtu,
+        )
+
+    def counters(self) -> dict[str, tuple[int, int]]:
+        """Instance → (bytes received, bytes sent) as the guest counts them. One system call; no wait."""
+        owners = self._owners
+        return {
+            owners[index]: (to_guest, from_guest)
+            for index, from_guest, to_guest in self._stats.sweep()
+            if index in owners
+        }
+
+    # Making the host agree
+
+    def _tap(self, lease: Lease, uid: int = 0) -> Tap:
+        return Tap(
+            name=lease.tap,
+            address=lease.ipv4,
+            mac=lease.mac,
+            gateway=str(self.subnet.gateway),
+            gateway_mac=self.subnet.gateway_mac,
+            mtu=self.uplink.mtu,
+            uid=uid,
+            alias=f"hypeman {lease.instance_id}",
+            proxy_arp=not lease.isolated,
+            download=token_bucket(lease.download_bps),
+            upload=token_bucket(lease.upload_bps),
+        )
+
+    async def _add_tap(self, lease: Lease, uid: int = 0) -> None:
+        index = await self._links.add_tap(self._tap(lease, uid))
+        self._owners[index] = lease.instance_id
+
+    async def _load_rules(self) -> None:
+        async with self._changing:
+            facts = ruleset.RuleFacts(self.subnet, self.uplink.names, self._egress_port, self._offered)
+            await self._rules.load(ruleset.render_ruleset(facts, self._leases.values()))
+
+    async def _watch_rules(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async with aclosing(self._rules.watch_foreign_changes()) as changes:
+            task_status.started()
+            async for _ in changes:
+                await trio.sleep(_SETTLE)
+                log.warning("somebody changed or flushed our nftables tables; loading them anew")
+                try:
+                    await self._load_rules()
+                except InternalError as error:
+                    log.error("our nftables tables could not be loaded: %s", error)
+
+    async def _watch_links(self, *, task_status: trio.TaskStatus[None]) -> None:
+        async with aclosing(self._links.watch()) as events:
+            task_status.started()
+            async for event in events:
+                try:
+                    if event.change in (Change.ROUTES, Change.LOST):
+                        await self._follow_uplink()
+                    if event.change in (Change.LINK_GONE, Change.LOST):
+                        await self._put_back_taps()
+                except InternalError as error:
+                    log.error("the network could not be mended: %s", error)
+
+    async def _follow_uplink(self) -> None:
+        before, self.uplink = self.uplink, await find_uplink(self._config.uplink)
+        await self._links.forward(self.uplink.names)
+        if self.uplink == before:
+            return
+        names = ", ".join(self.uplink.names) or "none"
+        log.warning("uplink is now %s (was %s), MTU %d", names, ", ".join(before.names) or "none", self.uplink.mtu)
+        if self.uplink.names != before.names:
+            await self._load_rules()
+        if self.uplink.mtu != before.mtu:
+            await self._links.set_mtu([lease.tap for lease in self._leases.values()], self.uplink.mtu)
+
+    async def _put_back_taps(self) -> None:
+        there = await self._links.ours()
+        for lease in list(self._leases.values()):
+            if lease.tap in there and (not lease.upload_bps or shaper_name(lease.tap) in there):
+                continue
+            lost_tap = lease.tap not in there
+            log.error("%s of instance %s was deleted by somebody; making it anew", lease.tap, lease.instance_id)
+            await self._add_tap(lease)
+            if lost_tap and self._on_tap_lost is not None:
+                await self._on_tap_lost(lease.instance_id)

@@ -1,0 +1,126 @@
+"""What is said about an instance's network: requests, leases, limits. Plain data.
+
+Rates are bytes per second everywhere (the API's ``bandwidth_*`` after ``units.parse_rate``); 0 is
+no limit. Names of links are derived here, because the rules, the links and the leases share them.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+TAP_PREFIX = "hm-"
+"""Every TAP of ours begins so, and nothing else on a host does: the rules are closed for the whole
+prefix, so a TAP without a lease reaches nothing at all."""
+
+SHAPER_PREFIX = "hmu-"
+"""The ifb through which a TAP's upload is shaped. Not matched by the TAPs' prefix."""
+
+TABLE = "hypeman"
+"""Name of our nft tables, one in each family that we need."""
+
+Rate = Annotated[int, Meta(ge=0)]
+
+
+class EgressMode(enum.StrEnum):
+    """What of a guest's own TCP is refused so that it goes through the proxy (API §2.4)."""
+
+    NONE = "none"
+    """No mediation."""
+    ALL = "all"
+    """Ports 80 and 443 end in the proxy, every other TCP connection is refused."""
+    HTTP_HTTPS_ONLY = "http_https_only"
+    """Ports 80 and 443 end in the proxy, all else passes."""
+
+
+class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a create wants of the network."""
+
+    enabled: bool = True
+    """False: the instance has no interface; it still gets a CID."""
+    download_bps: Rate = 0
+    upload_bps: Rate = 0
+    egress_mode: EgressMode = EgressMode.NONE
+    isolated: bool = True
+    """False: may talk with other guests that may as well."""
+
+
+class Lease(msgspec.Struct, frozen=True, kw_only=True):
+    """What one instance holds of the network for as long as its record exists."""
+
+    instance_id: str
+    cid: int
+    """vsock context id, never used by two instances."""
+    ipv4: str = ""
+    """Empty, like ``mac`` and ``tap``, for an instance without network."""
+    mac: str = ""
+    tap: str = ""
+    download_bps: Rate = 0
+    """Outside → guest."""
+    upload_bps: Rate = 0
+    """Guest → outside."""
+    egress_mode: EgressMode = EgressMode.NONE
+    isolated: bool = True
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.tap)
+
+
+class GuestNetwork(msgspec.Struct, frozen=True):
+    """What the guest agent sets up inside."""
+
+    address: str
+    prefix_length: int
+    """Always 32: the gateway is reached directly, everything else through it."""
+    gateway: str
+    mac: str
+    dns_server: str
+    mtu: int
+
+
+class HostPort(msgspec.Struct, frozen=True, order=True):
+    """A port on the gateway that every guest may reach."""
+
+    protocol: str
+    """``tcp`` or ``udp``."""
+    port: int
+
+
+class TokenBucket(msgspec.Struct, frozen=True):
+    """Parameters of one TBF queue."""
+
+    rate: int
+    """Bytes per second."""
+    burst: int
+    """Bytes that may pass at once after a pause."""
+    queue: int
+    """Bytes that may wait; more is dropped, which is what slows a sender down."""
+
+
+class Element(msgspec.Struct, frozen=True, order=True):
+    """One element of one set of our nft tables. ``key`` has one text per component of the set's type."""
+
+    family: str
+    set: str
+    key: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.set} {' . '.join(self.key)}"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something that ``hypeman doctor`` tells: what is wrong and what to type."""
+
+    level: str
+    """``error`` (guests have no network) or ``warning``."""
+    message: str
+    remedy: str = ""
+
+
+def shaper_name(tap: str) -> str:
+    """The ifb that belongs to ``tap``."""
+    return SHAPER_PREFIX + tap.removeprefix(TAP_PREFIX)
