@@ -83,7 +83,9 @@ def cpu_time(work: Callable[[], object]) -> float:
     return sum(end[:4]) - sum(begin[:4])
 
 
-def per_call(work: Callable[[], object], at_least: float = 0.1, clock: Callable[[], float] = time.perf_counter) -> float:
+def per_call(
+    work: Callable[[], object], at_least: float = 0.1, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds per call of ``work``, called until ``at_least`` seconds have passed.
 
     Pass ``time.process_time`` as ``clock`` for CPU seconds.
