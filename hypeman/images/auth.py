@@ -1,0 +1,137 @@
+"""Logins for registries: challenges and docker's configuration file, read. Pure but for one file.
+
+Helpers (``credHelpers``, ``credsStore``) are programs of other people and are not run: a registry
+that is only named there has no login here.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hypeman.images.types import PushCredentials
+
+_MAX_CONFIG_BYTES = 1 << 20
+_WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_PARAMETER = re.compile(rf'\s*,?\s*({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
+_SCHEME = re.compile(rf"\s*,?\s*({_WORD})(?=\s|,|$)")
+
+
+class Challenge(msgspec.Struct, frozen=True):
+    """One way to log in that a registry offers."""
+
+    scheme: str
+    """In lower case."""
+    parameters: dict[str, str]
+    """Names in lower case."""
+
+
+class Login(msgspec.Struct, frozen=True):
+    """What is known about the user at one registry. All empty: nobody."""
+
+    username: str = ""
+    password: str = ""
+    registry_token: str = ""
+    """Sent as it is, as bearer token."""
+    identity_token: str = ""
+    """OAuth2 refresh token, given for an access token."""
+
+    def __bool__(self) -> bool:
+        return bool(self.username or self.password or self.registry_token or self.identity_token)
+
+    def __repr__(self) -> str:
+        return "Login(…)" if self else "Login()"
+
+    @property
+    def basic(self) -> str:
+        """Value of an Authorization header."""
+        return "Basic " + base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
+
+
+NOBODY = Login()
+
+
+def login_of(credentials: PushCredentials | None) -> Login:
+    """The login that came with a request; NOBODY if none did."""
+    if not credentials:
+        return NOBODY
+    return Login(credentials.username, credentials.password, credentials.registry_token)
+
+
+def parse_challenges(headers: list[str]) -> list[Challenge]:
+    """The challenges of all WWW-Authenticate headers (RFC 9110, §11.6.1), as far as they are well-formed."""
+    found = []
+    for header in headers:
+        at = 0
+        while match := _SCHEME.match(header, at):
+            scheme, at = match[1].lower(), match.end()
+            parameters: dict[str, str] = {}
+            while pair := _PARAMETER.match(header, at):
+                value = pair[3] if pair[3] is not None else re.sub(r"\\(.)", r"\1", pair[2])
+                parameters[pair[1].lower()] = value
+                at = pair.end()
+            found.append(Challenge(scheme, parameters))
+    return found
+
+
+class Keychain:
+    """The logins in docker's ``config.json``, read again whenever the file has changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._stamp: tuple[int, int] | None = None
+        self._logins: dict[str, Login] = {}
+
+    def login(self, registry: str) -> Login:
+        """The login for a registry (``host[:port]``, ``docker.io`` for Docker Hub), or NOBODY.
+
+        A file that is missing or damaged holds no logins; the registry then says what it thinks.
+        """
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_size)
+            if stamp != self._stamp:
+                text = self._path.read_bytes() if status.st_size <= _MAX_CONFIG_BYTES else b"{}"
+                self._logins = parse_docker_config(text)
+                self._stamp = stamp
+        except (OSError, ValueError):
+            self._stamp, self._logins = None, {}
+        return self._logins.get(registry, NOBODY)
+
+
+def parse_docker_config(text: bytes) -> dict[str, Login]:
+    """Registry → login. Entries that can not be read are left out; ValueError if nothing can."""
+    document = msgspec.json.decode(text)
+    entries = document.get("auths") if isinstance(document, dict) else None
+    if not isinstance(entries, dict):
+        return {}
+    logins = {}
+    for key, entry in entries.items():
+        if isinstance(entry, dict) and (login := _parse_entry(entry)):
+            logins[registry_of_key(key)] = login
+    return logins
+
+
+def _parse_entry(entry: dict[str, Any]) -> Login:
+    def text(name: str) -> str:
+        value = entry.get(name)
+        return value if isinstance(value, str) else ""
+
+    username, password = text("username"), text("password")
+    if text("auth"):
+        try:
+            username, _, password = base64.b64decode(text("auth")).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            return NOBODY
+    return Login(username, password, text("registrytoken"), text("identitytoken"))
+
+
+def registry_of_key(key: str) -> str:
+    """``https://index.docker.io/v1/`` and its like as the registry's name."""
+    host = key.removeprefix("https://").removeprefix("http://").split("/", 1)[0]
+    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host

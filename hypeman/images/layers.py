@@ -1,0 +1,329 @@
+"""Layers applied in order to a file tree that exists only in memory. Pure.
+
+The tree is never written to a file system of the host: it goes straight from here into the root
+disk (``erofs.py``). So no layer can write outside its root, follow a link of ours, leave a setuid
+program or a device node behind, or exhaust the host's inodes; what is left to refuse is what no
+honest layer contains.
+
+    name in the archive            what happens
+    a/b                            parents are looked up (and made, 0755 root), then the entry replaces
+                                   what is there; a directory over a directory keeps its children
+    a/.wh.b                        b of the layers below is removed
+    a/.wh..wh..opq                 everything in a that came from the layers below is removed
+    a/.wh..wh.x                    left-overs of AUFS: ignored
+    hard link                      one more name for a node of this layer or one below
+
+Symbolic links in the middle of a path are followed inside the tree, an absolute one from its root,
+as in a chroot. One that climbs above the root, or leads nowhere, is refused. Whiteouts only touch
+what came from the layers below, whatever the order within a layer's archive.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hypeman.images.tar import Entry, Kind, TarError, TarReader
+
+MAX_LINKS_FOLLOWED = 40
+"""As in Linux."""
+MAX_NAME = 255
+MAX_PATH = 4096
+MAX_TARGET = 4095
+MAX_XATTR_NAME = 255
+MAX_XATTR_VALUE = 0xFFFF
+MAX_XATTRS_TOTAL = 0xF000
+"""Of one entry, in bytes."""
+
+_WHITEOUT = b".wh."
+_OPAQUE = b".wh..wh..opq"
+_AUFS = b".wh..wh."
+
+
+class LayerError(TarError):
+    """A layer that can not be applied; the message names the entry."""
+
+
+class Node:
+    """A file of any kind. Hard links are one Node under several names."""
+
+    __slots__ = (
+        "content", "device", "gid", "layer", "links", "mode", "mtime", "mtime_ns", "place", "size", "uid", "xattrs",
+    )  # fmt: skip
+
+    def __init__(self, mode: int, layer: int) -> None:
+        self.mode = mode
+        """``st_mode``: file type and permissions."""
+        self.uid = 0
+        self.gid = 0
+        self.mtime = 0
+        self.mtime_ns = 0
+        self.size = 0
+        self.links = 0
+        """Names in the tree, of anything but a directory."""
+        self.device = (0, 0)
+        self.xattrs: dict[bytes, bytes] | None = None
+        self.layer = layer
+        """The layer that this node, with its present metadata, came from."""
+        self.content: Any = None
+        """bytes: target of a symbolic link; else what the sink made of a file's data."""
+        self.place = 0
+        """Where the writer of the disk put the inode."""
+
+    @property
+    def is_directory(self) -> bool:
+        return False
+
+
+class Directory(Node):
+    __slots__ = ("children", "parent")
+
+    def __init__(self, mode: int, layer: int, parent: Directory | None) -> None:
+        super().__init__(stat.S_IFDIR | mode, layer)
+        self.children: dict[bytes, Node] = {}
+        self.parent = parent or self
+
+    @property
+    def is_directory(self) -> bool:
+        return True
+
+
+class Sink:
+    """Where the data of files goes while a layer is read."""
+
+    def store(self, node: Node, entry: Entry, read: Callable[[int], bytes]) -> None:
+        """Take the data of ``entry`` (``read(n)`` gives the next n stored bytes) and set ``node.content``."""
+        raise NotImplementedError
+
+    def discard(self, node: Node) -> None:
+        """``node`` lost its last name; its data is not wanted any more."""
+        raise NotImplementedError
+
+
+class Tree:
+    """The merged file tree of the layers applied so far."""
+
+    def __init__(self, *, max_entries: int = 2_000_000) -> None:
+        self.root = Directory(0o755, 0, None)
+        self._max_entries = max_entries
+        self.entries = 0
+        """Names in the tree."""
+        self._layer = 0
+        self._linked: set[tuple[Directory, bytes]] = set()
+        """Names that the present layer gave to nodes of the layers below."""
+
+    def apply(self, reader: TarReader, sink: Sink) -> None:
+        """Apply one layer, on top of those before. Raises TarError; the tree is of no use then."""
+        self._layer += 1
+        self._linked.clear()
+        while (entry := reader.next_entry()) is not None:
+            try:
+                self._apply(entry, reader, sink)
+            except LayerError as error:
+                raise LayerError(f"entry {_shown(entry.name)} {error}") from None
+
+    def walk(self) -> Iterator[tuple[Directory, bytes, Node]]:
+        """(parent, name, node) of everything below the root; parents first, names in byte order."""
+        waiting = [self.root]
+        while waiting:
+            directory = waiting.pop()
+            for name in sorted(directory.children):
+                node = directory.children[name]
+                yield directory, name, node
+                if isinstance(node, Directory):
+                    waiting.append(node)
+
+    def _apply(self, entry: Entry, reader: TarReader, sink: Sink) -> None:
+        parts = _split(entry.name)
+        if not parts:
+            if entry.kind is not Kind.DIRECTORY:
+                raise LayerError("would replace the root by something that is not a directory")
+            self._describe(self.root, entry)
+            return
+        name = parts.pop()
+        if name.startswith(_WHITEOUT):
+            self._whiteout(parts, name, sink)
+            return
+        parent = self._parent(parts)
+        present = parent.children.get(name)
+        if entry.kind is Kind.HARD_LINK:
+            self._link(parent, name, present, entry, sink)
+            return
+        if entry.kind is Kind.DIRECTORY and isinstance(present, Directory):
+            self._describe(present, entry)
+            return
+        if present is not None:
+            self._drop(parent, name, present, sink)
+        node: Node
+        if entry.kind is Kind.DIRECTORY:
+            node = Directory(0, self._layer, parent)
+        else:
+            node = Node(int(entry.kind), self._layer)
+            node.links = 1
+        self._describe(node, entry)
+        if entry.kind is Kind.FILE:
+            node.size = entry.size
+            sink.store(node, entry, reader.data)
+        elif entry.kind is Kind.SYMLINK:
+            if not 0 < len(entry.target) <= MAX_TARGET:
+                raise LayerError(f"is a symbolic link with a target of {len(entry.target)} bytes")
+            node.content, node.size = entry.target, len(entry.target)
+        elif entry.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
+            node.device = entry.device
+        self._add(parent, name, node)
+
+    def _describe(self, node: Node, entry: Entry) -> None:
+        node.mode = stat.S_IFMT(node.mode) | entry.mode
+        node.uid, node.gid = entry.uid, entry.gid
+        node.mtime, node.mtime_ns = entry.mtime, entry.mtime_ns
+        node.xattrs = entry.xattrs or None
+        node.layer = self._layer
+        if entry.xattrs:
+            _check_xattrs(entry.xattrs)
+
+    def _add(self, parent: Directory, name: bytes, node: Node) -> None:
+        self.entries += 1
+        if self.entries > self._max_entries:
+            raise LayerError(f"is one more than the {self._max_entries} files that an image may have")
+        parent.children[name] = node
+
+    def _link(self, parent: Directory, name: bytes, present: Node | None, entry: Entry, sink: Sink) -> None:
+        parts = _split(entry.target)
+        holder = self._parent(parts[:-1], make=False) if parts else None
+        node = holder.children.get(parts[-1]) if holder is not None else None
+        if node is None:
+            raise LayerError(f"is a hard link to {_shown(entry.target)}, which does not exist in the image")
+        if isinstance(node, Directory):
+            raise LayerError(f"is a hard link to {_shown(entry.target)}, which is a directory")
+        self._linked.add((parent, name))
+        if node is present:
+            return
+        node.links += 1  # before the drop: the target may lie inside of what is replaced
+        if present is not None:
+            self._drop(parent, name, present, sink)
+        self._add(parent, name, node)
+
+    def _drop(self, parent: Directory, name: bytes, node: Node, sink: Sink) -> None:
+        """Take ``name`` and all below it out of the tree."""
+        del parent.children[name]
+        waiting = [node]
+        while waiting:
+            node = waiting.pop()
+            self.entries -= 1
+            if isinstance(node, Directory):
+                waiting.extend(node.children.values())
+                node.children = {}
+            else:
+                node.links -= 1
+                if not node.links:
+                    sink.discard(node)
+
+    def _whiteout(self, parts: list[bytes], name: bytes, sink: Sink) -> None:
+        if name == _OPAQUE:
+            parent = self._parent(parts)
+            self._prune(list(parent.children.items()), parent, sink)
+        elif not name.startswith(_AUFS):
+            hidden = name[len(_WHITEOUT) :]
+            if hidden in (b"", b".", b".."):
+                raise LayerError("is a whiteout of nothing that could exist")
+            found = self._parent(parts, make=False)
+            if found is not None and hidden in found.children:
+                self._prune([(hidden, found.children[hidden])], found, sink)
+
+    def _prune(self, items: list[tuple[bytes, Node]], parent: Directory, sink: Sink) -> None:
+        """Remove those of ``items``, children of ``parent``, that came from the layers below.
+
+        A directory goes with all below it, unless this layer has put something there: then what
+        it put there stays, and the directories that lead to it.
+        """
+        # Two visits of each directory: going down, then, with its children decided, itself.
+        waiting = [(parent, name, node, False) for name, node in items]
+        while waiting:
+            holder, name, node, children_done = waiting.pop()
+            if isinstance(node, Directory) and node.children and not children_done:
+                waiting.append((holder, name, node, True))
+                waiting.extend((node, below, child, False) for below, child in node.children.items())
+            elif isinstance(node, Directory) and node.children:
+                pass  # leads to something of this layer
+            elif node.layer < self._layer and (holder, name) not in self._linked:
+                self._drop(holder, name, node, sink)
+
+    def _parent(self, parts: list[bytes], *, make: bool = True) -> Any:
+        """The directory that ``parts`` lead to. Missing ones are made, or None without ``make``.
+
+        Links are followed inside the tree. A component that is neither directory nor link is refused.
+        """
+        here = self.root
+        # Plain components first: nearly every look-up ends here.
+        for depth, part in enumerate(parts):
+            child = here.children.get(part)
+            if not isinstance(child, Directory):
+                return self._follow(here, parts[depth:], make=make)
+            here = child
+        return here
+
+    def _follow(self, here: Directory, parts: list[bytes], *, make: bool) -> Directory | None:
+        waiting = [(part, False) for part in reversed(parts)]
+        """Components still to go, the next one last, and whether it came out of a link."""
+        followed = 0
+        while waiting:
+            part, from_link = waiting.pop()
+            if part == b"..":
+                if here is self.root:
+                    raise LayerError("leads out of the root through a symbolic link")
+                here = here.parent
+                continue
+            child = here.children.get(part)
+            if isinstance(child, Directory):
+                here = child
+            elif child is not None and stat.S_ISLNK(child.mode):
+                followed += 1
+                if followed > MAX_LINKS_FOLLOWED:
+                    raise LayerError("leads through too many symbolic links")
+                if child.content.startswith(b"/"):
+                    here = self.root
+                steps = [step for step in child.content.split(b"/") if step not in (b"", b".")]
+                waiting.extend((step, True) for step in reversed(steps))
+            elif not make:
+                return None
+            elif child is not None:
+                raise LayerError(f"lies below {_shown(part)}, which is no directory")
+            elif from_link:
+                raise LayerError("leads through a symbolic link to nowhere in the image")
+            else:
+                made = Directory(0o755, self._layer, here)
+                self._add(here, part, made)
+                here = made
+        return here
+
+
+def _split(name: bytes) -> list[bytes]:
+    """Components of a path below the root, or LayerError."""
+    if name.startswith(b"/"):
+        raise LayerError("has an absolute name")
+    if len(name) > MAX_PATH or b"\0" in name:
+        raise LayerError(f"has a name that is longer than {MAX_PATH} bytes or has a zero byte in it")
+    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    for part in parts:
+        if part == b"..":
+            raise LayerError("leads out of the root by '..'")
+        if len(part) > MAX_NAME:
+            raise LayerError(f"has a component of {len(part)} bytes; file systems take {MAX_NAME}")
+    return parts
+
+
+def _check_xattrs(xattrs: dict[bytes, bytes]) -> None:
+    total = 0
+    for key, value in xattrs.items():
+        if not 0 < len(key) <= MAX_XATTR_NAME or b"\0" in key or len(value) > MAX_XATTR_VALUE:
+            raise LayerError(f"has an extended attribute {_shown(key)} that no file system can hold")
+        total += len(key) + len(value) + 8
+    if total > MAX_XATTRS_TOTAL:
+        raise LayerError(f"has {total} bytes of extended attributes; at most {MAX_XATTRS_TOTAL} are allowed")
+
+
+def _shown(name: bytes) -> str:
+    """``name`` for an error message: printable, quoted, not too long."""
+    text = name if len(name) <= 200 else name[:200] + b"..."
+    return repr(text)[1:]

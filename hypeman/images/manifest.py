@@ -1,0 +1,243 @@
+"""Manifests, indexes and configs of images: bytes in, checked Structs out. Pure.
+
+OCI image-spec 1.1 and Docker image manifest version 2, schema 2. What registries send is not
+trusted: sizes are bounded, digests have the one form that is used everywhere, a layer has a media
+type that is known, and unknown fields are passed over as the specification asks.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from hypeman.images.reference import Platform
+
+MAX_MANIFEST_BYTES = 4 << 20
+"""What registries allow."""
+MAX_CONFIG_BYTES = 8 << 20
+MAX_LAYERS = 512
+MAX_INDEX_ENTRIES = 1024
+
+INDEX_TYPES = (
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+)
+MANIFEST_TYPES = (
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+)
+CONFIG_TYPES = (
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+)
+
+Digest = Annotated[str, Meta(pattern=r"^sha256:[a-f0-9]{64}$")]
+Size = Annotated[int, Meta(ge=0, le=1 << 50)]
+_Text = Annotated[str, Meta(max_length=1 << 17)]
+
+T = TypeVar("T")
+
+
+class ManifestError(ValueError):
+    """What the registry or archive holds is no image that can be used."""
+
+
+class PlatformMissing(ManifestError):
+    """The index has no image for the platform that was asked for."""
+
+
+class Compression(enum.StrEnum):
+    NONE = "none"
+    GZIP = "gzip"
+    ZSTD = "zstd"
+
+
+_LAYER_TYPES = {
+    "application/vnd.oci.image.layer.v1.tar": Compression.NONE,
+    "application/vnd.oci.image.layer.v1.tar+gzip": Compression.GZIP,
+    "application/vnd.oci.image.layer.v1.tar+zstd": Compression.ZSTD,
+    "application/vnd.oci.image.layer.nondistributable.v1.tar": Compression.NONE,
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip": Compression.GZIP,
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd": Compression.ZSTD,
+    "application/vnd.docker.image.rootfs.diff.tar": Compression.NONE,
+    "application/vnd.docker.image.rootfs.diff.tar.gzip": Compression.GZIP,
+    "application/vnd.docker.image.rootfs.diff.tar.zstd": Compression.ZSTD,
+    "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip": Compression.GZIP,
+}
+
+
+class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
+    """Points to a blob: what it is, which bytes, how many."""
+
+    digest: Digest
+    size: Size
+    media_type: str = ""
+    platform: dict[str, Any] | None = None
+    annotations: dict[str, str] | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, rename="camel"):
+    """One image for one platform."""
+
+    schema_version: int
+    config: Descriptor
+    layers: Annotated[tuple[Descriptor, ...], Meta(max_length=MAX_LAYERS)]
+    media_type: str = ""
+
+
+class Index(msgspec.Struct, frozen=True, rename="camel"):
+    """Several images of one name, for several platforms."""
+
+    schema_version: int
+    manifests: Annotated[tuple[Descriptor, ...], Meta(max_length=MAX_INDEX_ENTRIES)]
+    media_type: str = ""
+
+
+class RootFs(msgspec.Struct, frozen=True):
+    diff_ids: Annotated[tuple[Digest, ...], Meta(max_length=MAX_LAYERS)]
+    """Digests of the layers as plain tar archives, lowest first."""
+    type: str = "layers"
+
+
+class Run(msgspec.Struct, frozen=True):
+    """How the image wants to be run. Docker writes null where it has nothing."""
+
+    user: _Text = msgspec.field(name="User", default="")
+    env: tuple[_Text, ...] | None = msgspec.field(name="Env", default=None)
+    entrypoint: tuple[_Text, ...] | None = msgspec.field(name="Entrypoint", default=None)
+    cmd: tuple[_Text, ...] | None = msgspec.field(name="Cmd", default=None)
+    working_dir: _Text = msgspec.field(name="WorkingDir", default="")
+    labels: dict[str, _Text] | None = msgspec.field(name="Labels", default=None)
+    stop_signal: _Text | None = msgspec.field(name="StopSignal", default=None)
+    exposed_ports: dict[str, Any] | None = msgspec.field(name="ExposedPorts", default=None)
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The config blob of an image."""
+
+    rootfs: RootFs
+    architecture: str = ""
+    os: str = ""
+    variant: str = ""
+    config: Run | None = None
+
+
+class _Probe(msgspec.Struct, frozen=True, rename="camel"):
+    """Just enough to tell what a document is."""
+
+    media_type: str = ""
+    schema_version: int | None = None
+    manifests: msgspec.Raw | None = None
+    layers: msgspec.Raw | None = None
+    fs_layers: msgspec.Raw | None = None
+
+
+def digest_of(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def parse_manifest(data: bytes, media_type: str = "") -> Manifest | Index:
+    """The manifest or index in ``data``; ``media_type`` is what the sender called it, if it did.
+
+    Raises ManifestError.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"the manifest is {len(data)} bytes long; at most {MAX_MANIFEST_BYTES} are allowed")
+    probe = _decode(data, _Probe, "manifest")
+    if probe.fs_layers is not None or probe.schema_version == 1:
+        raise ManifestError("the image has a Docker schema 1 manifest, which was withdrawn; push it again")
+    if probe.manifests is not None and probe.layers is not None:
+        raise ManifestError("the manifest claims to be an index and an image at once")
+    stated = probe.media_type or media_type.partition(";")[0].strip()
+    is_index = probe.manifests is not None
+    if stated in INDEX_TYPES + MANIFEST_TYPES and (stated in INDEX_TYPES) != is_index:
+        raise ManifestError(f"the manifest is called {stated}, but its content is not that")
+    if probe.media_type and probe.media_type not in INDEX_TYPES + MANIFEST_TYPES:
+        raise ManifestError(f"the manifest has the unknown media type {probe.media_type[:100]!r}")
+    document: Manifest | Index = _decode(data, Index, "index") if is_index else _decode(data, Manifest, "manifest")
+    if document.schema_version != 2:
+        raise ManifestError(f"the manifest has schema version {document.schema_version}; only 2 is known")
+    if isinstance(document, Manifest):
+        _check_image(document)
+    return document
+
+
+def _check_image(manifest: Manifest) -> None:
+    if manifest.config.media_type not in CONFIG_TYPES:
+        raise ManifestError(
+            f"this is no container image: its config has the media type {manifest.config.media_type[:100]!r}"
+        )
+    if manifest.config.size > MAX_CONFIG_BYTES:
+        raise ManifestError(f"the image's config is {manifest.config.size} bytes; {MAX_CONFIG_BYTES} are allowed")
+    for layer in manifest.layers:
+        compression_of(layer)
+
+
+def compression_of(layer: Descriptor) -> Compression:
+    """How a layer is compressed, else ManifestError."""
+    found = _LAYER_TYPES.get(layer.media_type)
+    if found is None:
+        raise ManifestError(f"a layer has the unknown media type {layer.media_type[:100]!r}")
+    return found
+
+
+def choose_platform(index: Index, wanted: Platform) -> Descriptor:
+    """The first entry of ``index`` that runs on ``wanted``. Raises PlatformMissing.
+
+    An entry without platform is taken if it is the only image. A variant (as in arm64/v8) decides
+    between several, but one that was not asked for, or not stated, is no reason to refuse.
+    """
+    images = [entry for entry in index.manifests if entry.media_type in INDEX_TYPES + MANIFEST_TYPES]
+    fitting = [entry for entry in images if _fits(entry.platform, wanted)]
+    exact = [entry for entry in fitting if wanted.variant and _field(entry.platform, "variant") == wanted.variant]
+    if exact or fitting:
+        return (exact or fitting)[0]
+    if len(images) == 1 and images[0].platform is None:
+        return images[0]
+    offered = ", ".join(sorted({_shown(entry.platform) for entry in images if entry.platform})) or "none"
+    raise PlatformMissing(f"the image is not made for {wanted}; it is offered for: {offered[:500]}")
+
+
+def _fits(platform: dict[str, Any] | None, wanted: Platform) -> bool:
+    if _field(platform, "os") != wanted.os or _field(platform, "architecture") != wanted.architecture:
+        return False
+    variant = _field(platform, "variant")
+    return not wanted.variant or not variant or variant == wanted.variant
+
+
+def _field(platform: dict[str, Any] | None, name: str) -> str:
+    value = platform.get(name, "") if platform else ""
+    return value if isinstance(value, str) else ""
+
+
+def _shown(platform: dict[str, Any] | None) -> str:
+    parts = (_field(platform, name) for name in ("os", "architecture", "variant"))
+    return "/".join(part for part in parts if part)
+
+
+def parse_config(data: bytes, manifest: Manifest) -> Config:
+    """The config blob, which must name as many layers as the manifest. Raises ManifestError."""
+    config = _decode(data, Config, "config")
+    if config.rootfs.type != "layers":
+        raise ManifestError(f"the image's root is made of {config.rootfs.type[:60]!r}, not of layers")
+    if len(config.rootfs.diff_ids) != len(manifest.layers):
+        raise ManifestError(
+            f"the image's config names {len(config.rootfs.diff_ids)} layers, its manifest {len(manifest.layers)}"
+        )
+    return config
+
+
+def platform_of(config: Config) -> Platform:
+    """What the image itself says it runs on; amd64 Linux where it says nothing (old Docker images)."""
+    return Platform(config.os or "linux", config.architecture or "amd64", config.variant)
+
+
+def _decode(data: bytes, kind: type[T], what: str) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"the image's {what} can not be read: {error}") from None

@@ -1,0 +1,501 @@
+"""Talks to registries: the pull half of the OCI distribution specification, over httpx.
+
+    GET /v2/<repository>/manifests/<tag or digest>        small, kept in memory, digest checked
+    GET /v2/<repository>/blobs/<digest>                   streamed to a file, digest and size checked
+
+Rules:
+
+- What arrives is what was asked for (digest and size), or nothing arrives.
+- A login goes to the registry it belongs to and to the token service that this registry names; never
+  to a mirror, to the target of a redirect, into a log or into an error.
+- Plain HTTP only for registries that the configuration names; an HTTPS registry can not redirect to it.
+- Broken transfers go on where they stopped (Range); servers that answer nonsense are asked again,
+  later each time, and not for ever. Throttling (429) is told to the caller as RateLimited.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import ssl
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlencode
+
+import httpx
+import msgspec
+import trio
+
+from hypeman import __version__
+from hypeman.config import ImagesConfig
+from hypeman.errors import HypemanError, InternalError, NotFound, RateLimited
+from hypeman.images.auth import NOBODY, Challenge, Keychain, Login, parse_challenges
+from hypeman.images.manifest import (
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    MAX_MANIFEST_BYTES,
+    Descriptor,
+    ManifestError,
+    digest_of,
+)
+from hypeman.images.reference import DEFAULT_REGISTRY, Reference
+
+R = TypeVar("R")
+
+ACCEPT = ", ".join(MANIFEST_TYPES + INDEX_TYPES)
+_DOCKER_HUB = "registry-1.docker.io"
+_MAX_REDIRECTS = 5
+_MAX_TOKEN_BYTES = 1 << 20
+_MAX_RETRY_AFTER = 60.0
+"""Seconds that a pull in the background waits for a registry that throttles."""
+_SLOWEST = 32 << 10
+"""Bytes per second below which a download is given up, after a generous start."""
+_WRITE_SIZE = 1 << 20
+_CA_FILES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+"""Where distributions keep their roots; a bundled OpenSSL looks in its build machine's place."""
+
+
+class RegistryError(InternalError):
+    """The registry can not be reached, or does not do what registries do."""
+
+
+class _Again(Exception):
+    """Worth another try: broken connection or an error of the server's own."""
+
+    def __init__(self, reason: str, *, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class Patience(msgspec.Struct, frozen=True):
+    """How long to try. Seconds."""
+
+    attempts: int = 6
+    """In a row without any progress."""
+    first_delay: float = 0.5
+    longest_delay: float = 10.0
+    connect: float = 10.0
+    silence: float = 30.0
+    """Longest wait for the next bytes."""
+    grace: float = 120.0
+    """A download may take this long beside what its size allows at _SLOWEST."""
+
+
+class Fetched(msgspec.Struct, frozen=True):
+    """A manifest or index as it came."""
+
+    data: bytes
+    media_type: str
+    digest: str
+
+
+class _Endpoint(msgspec.Struct, frozen=True):
+    """Where one registry, or one of its mirrors, is found."""
+
+    host: str
+    url: str
+    login: Login
+
+
+class RegistryClient:
+    """One for the server: connections and tokens are shared. Close with ``aclose``."""
+
+    def __init__(self, config: ImagesConfig, *, keychain: Keychain | None = None, patience: Patience | None = None):
+        self._config = config
+        self._patience = patience or Patience()
+        default = Path(config.docker_config or "~/.docker/config.json").expanduser()
+        self._keychain = keychain or Keychain(default)
+        self._tokens: dict[tuple[str, str, Login], tuple[str, float]] = {}
+        self._client: httpx.AsyncClient | None = None
+
+    async def aclose(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def manifest(self, ref: Reference, login: Login = NOBODY, *, wait: bool = True) -> Fetched:
+        """What ``ref`` names. Without ``wait``, throttling and broken servers are told at once.
+
+        Raises NotFound, RateLimited, RegistryError.
+        """
+
+        async def once(endpoint: _Endpoint) -> Fetched:
+            url = f"{endpoint.url}/v2/{ref.repository}/manifests/{ref.selector}"
+            async with self._get(endpoint, ref.repository, url, {"Accept": ACCEPT}) as response:
+                _check_status(response, ref, "manifest")
+                data = await _read_bounded(response, MAX_MANIFEST_BYTES)
+            digest = digest_of(data)
+            if ref.digest and digest != ref.digest:
+                raise ManifestError(f"{endpoint.host} sent a manifest with the digest {digest}, not {ref.digest}")
+            return Fetched(data, response.headers.get("content-type", ""), digest)
+
+        return await self._from_somewhere(ref, login, once, attempts=None if wait else 1)
+
+    async def small_blob(self, ref: Reference, blob: Descriptor, login: Login, *, limit: int) -> bytes:
+        """A blob of at most ``limit`` bytes, in memory. Raises as ``manifest`` does, and ManifestError."""
+
+        async def once(endpoint: _Endpoint) -> bytes:
+            url = f"{endpoint.url}/v2/{ref.repository}/blobs/{blob.digest}"
+            async with self._get(endpoint, ref.repository, url, {}) as response:
+                _check_status(response, ref, f"blob {blob.digest}")
+                data = await _read_bounded(response, limit)
+            if len(data) != blob.size or digest_of(data) != blob.digest:
+                raise ManifestError(f"{endpoint.host} sent other bytes than blob {blob.digest} has")
+            return data
+
+        return await self._from_somewhere(ref, login, once)
+
+    async def blob(
+        self, ref: Reference, blob: Descriptor, fd: int, login: Login, progress: Callable[[int], None]
+    ) -> None:
+        """Download a blob into the open, empty file ``fd``; ``progress(n)`` says how many bytes it has.
+
+        Raises NotFound, RateLimited, RegistryError, ManifestError (other content) and OSError (disk).
+        """
+        limit = self._patience.grace + blob.size / _SLOWEST
+        download = _Download(blob, fd, progress)
+
+        async def once(endpoint: _Endpoint) -> None:
+            url = f"{endpoint.url}/v2/{ref.repository}/blobs/{blob.digest}"
+            headers = {"Range": f"bytes={download.done}-"} if download.done else {}
+            async with self._get(endpoint, ref.repository, url, headers) as response:
+                await download.accept(response, ref)
+                await download.receive(response, endpoint.host)
+
+        with trio.move_on_after(limit) as scope:
+            await self._from_somewhere(ref, login, once, progress=lambda: download.done)
+        if scope.cancelled_caught:
+            raise RegistryError(
+                f"blob {blob.digest} came too slowly: {download.done} of {blob.size} bytes in {limit:.0f} seconds"
+            )
+
+    # Trying
+
+    async def _from_somewhere(
+        self,
+        ref: Reference,
+        login: Login,
+        once: Callable[[_Endpoint], Awaitable[R]],
+        *,
+        attempts: int | None = None,
+        progress: Callable[[], int] = lambda: 0,
+    ) -> R:
+        """``once`` at each mirror, one try each, then at the registry itself with all patience."""
+        for host in self._config.mirrors.get(ref.registry, ()):
+            try:
+                return await once(self._endpoint(host, self._keychain.login(host)))
+            except (_Again, HypemanError, ManifestError):
+                continue
+        own = login or self._keychain.login(ref.registry)
+        endpoint = self._endpoint(_DOCKER_HUB if ref.registry == DEFAULT_REGISTRY else ref.registry, own)
+        left, delay, done = attempts or self._patience.attempts, self._patience.first_delay, progress()
+        while True:
+            try:
+                return await once(endpoint)
+            except _Again as error:
+                left -= 1
+                if progress() > done:
+                    left, delay, done = self._patience.attempts, self._patience.first_delay, progress()
+                if left <= 0:
+                    raise RegistryError(f"{endpoint.host}: {error}") from None
+                wait = error.after if error.after is not None else delay * random.uniform(0.5, 1.0)  # noqa: S311
+            except RateLimited as error:
+                left -= 1
+                if left <= 0 or attempts is not None or error.retry_after is None:
+                    raise
+                if error.retry_after > _MAX_RETRY_AFTER:
+                    raise
+                wait = error.retry_after
+            await trio.sleep(wait)
+            delay = min(delay * 2, self._patience.longest_delay)
+
+    def _endpoint(self, host: str, login: Login) -> _Endpoint:
+        scheme = "http" if host in self._config.insecure_registries else "https"
+        return _Endpoint(host, f"{scheme}://{host}", login)
+
+    # One request
+
+    @asynccontextmanager
+    async def _get(
+        self, endpoint: _Endpoint, repository: str, url: str, headers: dict[str, str]
+    ) -> AsyncIterator[httpx.Response]:
+        """GET with login and redirects. Raises _Again for what may go better next time."""
+        authorization = self._known_authorization(endpoint, repository)
+        refused = False
+        while True:
+            async with self._send(endpoint, url, headers, authorization) as response:
+                if response.status_code != 401 or refused:
+                    yield response
+                    return
+                refused = True
+                challenges = parse_challenges(response.headers.get_list("www-authenticate"))
+            self._tokens.pop((endpoint.host, repository, endpoint.login), None)
+            authorization = await self._log_in(endpoint, repository, challenges)
+
+    @asynccontextmanager
+    async def _send(
+        self, endpoint: _Endpoint, url: str, headers: dict[str, str], authorization: str
+    ) -> AsyncIterator[httpx.Response]:
+        target = httpx.URL(url)
+        home = _origin(target)
+        for _ in range(_MAX_REDIRECTS + 1):
+            # Blob stores sign their own URLs; a login of the registry is none of their business.
+            own = {"Authorization": authorization} if authorization and _origin(target) == home else {}
+            async with self._stream("GET", target, {**headers, **own}) as response:
+                if not response.has_redirect_location:
+                    yield response
+                    return
+                try:
+                    target = target.join(response.headers["location"])
+                except httpx.InvalidURL:
+                    raise RegistryError(f"{endpoint.host} redirects to something that is no URL") from None
+            if target.scheme not in ("http", "https") or (target.scheme == "http" and home[0] == "https"):
+                raise RegistryError(f"{endpoint.host} redirects to {target.scheme}://{target.host}, which is not safe")
+        raise RegistryError(f"{endpoint.host} redirects more than {_MAX_REDIRECTS} times")
+
+    @asynccontextmanager
+    async def _stream(
+        self, method: str, url: httpx.URL, headers: dict[str, str], content: bytes | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """One exchange, without authentication or redirects; errors of the wire and 5xx become _Again."""
+        if self._client is None:
+            self._client = await trio.to_thread.run_sync(self._make_client)
+        try:
+            async with self._client.stream(method, url, headers=headers, content=content) as response:
+                if response.status_code == 429:
+                    after = retry_after(response.headers.get("retry-after"))
+                    raise RateLimited(f"registry {url.host} throttles us", retry_after=after)
+                if response.status_code >= 500 or response.status_code == 408:
+                    after = retry_after(response.headers.get("retry-after"))
+                    if after is not None and after > self._patience.longest_delay:
+                        after = self._patience.longest_delay
+                    raise _Again(f"answers with status {response.status_code}", after=after)
+                yield response
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
+            raise RegistryError(f"registry {url.host} can not be asked: {error}") from None
+        except httpx.TransportError as error:
+            if _is_certificate_error(error):
+                raise RegistryError(f"registry {url.host} is not who it claims to be: {error}") from None
+            raise _Again(_describe(error)) from None
+
+    def _make_client(self) -> httpx.AsyncClient:
+        wait = self._patience
+        timeout = httpx.Timeout(wait.silence, connect=wait.connect, pool=None)
+        limits = httpx.Limits(max_connections=64, max_keepalive_connections=8, keepalive_expiry=30)
+        headers = {"User-Agent": f"hypeman/{__version__}", "Accept-Encoding": "identity"}
+        context = _trust(self._config.ca_file)
+        return httpx.AsyncClient(verify=context, timeout=timeout, limits=limits, headers=headers)
+
+    # Logging in
+
+    def _known_authorization(self, endpoint: _Endpoint, repository: str) -> str:
+        known = self._tokens.get((endpoint.host, repository, endpoint.login))
+        return known[0] if known is not None and known[1] > time.monotonic() else ""
+
+    async def _log_in(self, endpoint: _Endpoint, repository: str, challenges: list[Challenge]) -> str:
+        """An Authorization header that should satisfy one of ``challenges``; empty if there is none."""
+        login, lifetime = endpoint.login, 3600.0
+        by_scheme = {challenge.scheme: challenge for challenge in challenges}
+        if login.registry_token:
+            authorization = f"Bearer {login.registry_token}"
+        elif "bearer" in by_scheme:
+            token, lifetime = await self._token(endpoint, repository, by_scheme["bearer"])
+            authorization = f"Bearer {token}"
+        elif "basic" in by_scheme and login.username:
+            authorization = login.basic
+        else:
+            return ""
+        if len(self._tokens) > 1000:
+            self._tokens.clear()
+        self._tokens[endpoint.host, repository, login] = (authorization, time.monotonic() + lifetime)
+        return authorization
+
+    async def _token(self, endpoint: _Endpoint, repository: str, challenge: Challenge) -> tuple[str, float]:
+        """A token of the service that the registry names, and for how many seconds to use it."""
+        login = endpoint.login
+        try:
+            realm = httpx.URL(challenge.parameters.get("realm", ""))
+        except httpx.InvalidURL:
+            realm = httpx.URL("")
+        plain = realm.scheme == "http" and endpoint.url.startswith("http:")
+        if not realm.host or not (realm.scheme == "https" or plain):
+            raise RegistryError(f"{endpoint.host} names no safe token service")
+        query = {"service": challenge.parameters.get("service", ""), "scope": f"repository:{repository}:pull"}
+        headers, content, method = {}, None, "GET"
+        if login.identity_token:
+            method = "POST"
+            query |= {"grant_type": "refresh_token", "refresh_token": login.identity_token, "client_id": "hypeman"}
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+            content = urlencode(query).encode()
+        else:
+            realm = realm.copy_merge_params({name: value for name, value in query.items() if value})
+            if login.username:
+                headers["Authorization"] = login.basic
+        async with self._stream(method, realm, headers, content) as response:
+            if response.status_code in (401, 403):
+                raise NotFound(f"{endpoint.host} does not accept the login for {repository}")
+            if response.status_code != 200:
+                raise RegistryError(f"the token service of {endpoint.host} answers {response.status_code}")
+            data = await _read_bounded(response, _MAX_TOKEN_BYTES)
+        try:
+            reply = msgspec.json.decode(data, type=_TokenReply)
+        except msgspec.DecodeError:
+            raise RegistryError(f"the token service of {endpoint.host} sends no token") from None
+        token = reply.token or reply.access_token
+        if not token or not token.isascii() or not token.isprintable():
+            raise RegistryError(f"the token service of {endpoint.host} sends no token")
+        return token, max(reply.expires_in or 60, 60) * 0.8
+
+
+class _TokenReply(msgspec.Struct, frozen=True):
+    token: str = ""
+    access_token: str = ""
+    expires_in: int | None = None
+
+
+class _Download:
+    """One blob on its way into a file, over as many responses as it takes."""
+
+    def __init__(self, blob: Descriptor, fd: int, progress: Callable[[int], None]) -> None:
+        self._blob = blob
+        self._fd = fd
+        self._progress = progress
+        self._hash = hashlib.sha256()
+        self.done = 0
+        self._no_range = False
+
+    def _restart(self) -> None:
+        os.ftruncate(self._fd, 0)
+        self._hash = hashlib.sha256()
+        self.done = 0
+        self._progress(0)
+
+    async def accept(self, response: httpx.Response, ref: Reference) -> None:
+        """Look at the head of a response: does it bring the bytes that are missing?"""
+        status = response.status_code
+        if status == 206 and self.done:
+            if response.headers.get("content-range") == f"bytes {self.done}-{self._blob.size - 1}/{self._blob.size}":
+                return
+            self._restart()
+            raise _Again("sends another range than it was asked for")
+        if status == 416 or status == 206:
+            self._restart()
+            raise _Again(f"answers a request for a blob with status {status}")
+        _check_status(response, ref, f"blob {self._blob.digest}")
+        stated = response.headers.get("content-length")
+        if stated is not None and stated != str(self._blob.size):
+            raise ManifestError(
+                f"blob {self._blob.digest} is {stated} bytes long at the registry, {self._blob.size} in the manifest"
+            )
+        if self.done:
+            self._restart()  # the server does not know ranges
+
+    async def receive(self, response: httpx.Response, host: str) -> None:
+        buffer = bytearray()
+        try:
+            async for chunk in response.aiter_raw():
+                buffer += chunk
+                if self.done + len(buffer) > self._blob.size:
+                    raise ManifestError(
+                        f"{host} sends more than the {self._blob.size} bytes that blob {self._blob.digest} has"
+                    )
+                if len(buffer) >= _WRITE_SIZE:
+                    buffer = await self._write(buffer)
+        except httpx.TransportError:
+            await self._write(buffer)  # what came counts: the next request begins behind it
+            raise
+        await self._write(buffer)
+        if self.done < self._blob.size:
+            raise _Again(f"ends blob {self._blob.digest} after {self.done} of {self._blob.size} bytes")
+        digest = "sha256:" + self._hash.hexdigest()
+        if digest != self._blob.digest:
+            raise ManifestError(f"{host} sent {digest} for blob {self._blob.digest}")
+
+    async def _write(self, buffer: bytearray) -> bytearray:
+        def work() -> None:
+            self._hash.update(buffer)
+            view, at = memoryview(buffer), self.done
+            while view:
+                written = os.pwrite(self._fd, view, at)
+                view, at = view[written:], at + written
+
+        if buffer:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(work)
+            self.done += len(buffer)
+            self._progress(self.done)
+        return bytearray()
+
+
+def retry_after(value: str | None, now: Callable[[], float] = time.time) -> float | None:
+    """Seconds in a Retry-After header, which may be a number or a date; None if it says nothing."""
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value.strip()[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now())
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _check_status(response: httpx.Response, ref: Reference, what: str) -> None:
+    status = response.status_code
+    name = f"{ref.registry}/{ref.repository}"
+    if status == 404:
+        raise NotFound(f"{name} has no {what if what != 'manifest' else ref.selector}")
+    if status in (401, 403):
+        raise NotFound(f"{name} does not exist, or needs a login that may read it")
+    if status != 200:
+        raise RegistryError(f"registry {ref.registry} answers a request for {what} with status {status}")
+
+
+async def _read_bounded(response: httpx.Response, limit: int) -> bytes:
+    data = bytearray()
+    async for chunk in response.aiter_raw():
+        data += chunk
+        if len(data) > limit:
+            raise RegistryError(f"{response.url.host} sends more than {limit} bytes where little was expected")
+    return bytes(data)
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int]:
+    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
+
+
+def _trust(ca_file: str) -> ssl.SSLContext:
+    """The roots of this host, and those in ``ca_file``. Raises RegistryError if that can not be read."""
+    context = ssl.create_default_context(cafile=next((path for path in _CA_FILES if os.path.exists(path)), None))
+    context.load_default_certs()
+    if ca_file:
+        try:
+            context.load_verify_locations(ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise RegistryError(f"images.ca_file {ca_file} can not be used: {error}") from None
+    return context
+
+
+def _is_certificate_error(error: BaseException) -> bool:
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, ssl.SSLCertVerificationError):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def _describe(error: httpx.TransportError) -> str:
+    if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
+        return "does not answer"
+    if isinstance(error, httpx.TimeoutException):
+        return "has gone silent"
+    return f"the connection broke: {str(error) or type(error).__name__}"
