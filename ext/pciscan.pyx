@@ -1,11 +1,17 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """One pass over ``<sysfs>/bus/pci/devices``, without the GIL and without a Python object per file.
 
-System calls are what a scan costs, so it asks for few of them. ``uevent`` holds class, vendor,
-device and subsystem in one file; the driver, the IOMMU group and the physical function are names of
-links; ``sriov_numvfs`` is never read (the kernel takes the device's lock for it and would make us
-wait behind a driver that will not let go; the number follows from the ``physfn`` links anyway), nor
-``config``, which wakes a sleeping device.
+System calls are what a scan costs (1 to 4 µs each; a name that does not exist is the dearest), so
+it asks for few of them:
+
+- ``uevent`` holds driver, class, vendor, device and subsystem in one file.
+- A bridge is never passed through: of it only that, and its IOMMU group, is read.
+- A virtual function has the vendor of its physical one, so ``physfn`` is asked for only where a
+  function of that vendor can have virtual ones.
+- All endpoints of a bus are on the NUMA node of the bus, so the first one is asked.
+- ``sriov_numvfs`` is never read: the kernel takes the device's lock for it and would make us wait
+  behind a driver that will not let go, and the ``physfn`` links tell the number anyway. Nor is
+  ``config``, which wakes a sleeping device.
 
 ``look`` reads only what can change: which entries there are and which driver each one has. The
 inode number that comes with each entry tells a device that was replaced at the same address.
@@ -60,6 +66,7 @@ cdef struct Function:
     char driver[MAX_NAME]
     char physfn[MAX_ADDRESS]
     char reset_methods[MAX_RESET]
+    bint read
     bint seen
     bint changed
 
@@ -129,6 +136,13 @@ cdef int compare(const void *a, const void *b) noexcept nogil:
     return strcmp(left, right)
 
 
+cdef void join(char *target, const char *first, const char *second) noexcept nogil:
+    """Both strings, one behind the other; the caller has seen to the room."""
+    cdef size_t length = strlen(first)
+    memcpy(target, first, length)
+    memcpy(target + length, second, strlen(second) + 1)
+
+
 cdef int read_file(int directory, const char *name, char *buffer, int size) noexcept nogil:
     """Fill ``buffer`` with at most ``size - 1`` bytes and a zero; the length, or -1 with errno."""
     cdef int fd = openat(directory, name, O_RDONLY | O_CLOEXEC)
@@ -167,12 +181,25 @@ cdef void read_link_name(int directory, const char *name, char *target, size_t s
     target[length - start] = 0
 
 
+cdef void copy_line(const char *text, char *target, size_t size) noexcept nogil:
+    """The rest of the line; empty if it does not fit."""
+    cdef size_t length = 0
+    while text[length] and text[length] != c'\n':
+        length += 1
+    if length >= size:
+        length = 0
+    memcpy(target, text, length)
+    target[length] = 0
+
+
 cdef void parse_uevent(const char *text, Function *f) noexcept nogil:
     cdef const char *line = text
     cdef const char *end = NULL
     while line[0]:
         if strncmp(line, "PCI_CLASS=", 10) == 0:
             f.class_code = parse_hex(line + 10, NULL)
+        elif strncmp(line, "DRIVER=", 7) == 0:
+            copy_line(line + 7, f.driver, MAX_NAME)
         elif strncmp(line, "PCI_ID=", 7) == 0:
             f.vendor = parse_hex(line + 7, &end)
             f.device = -1
@@ -189,8 +216,26 @@ cdef void parse_uevent(const char *text, Function *f) noexcept nogil:
             line += 1
 
 
-cdef int read_function(int top, Function *f) noexcept nogil:
-    """Fill ``f`` by its address: 0, or the errno that says why it can not be known."""
+cdef inline bint is_bridge(const Function *f) noexcept nogil:
+    return f.class_code >> 16 == 0x06
+
+
+cdef inline bint same_bus(const Function *f, const Function *other) noexcept nogil:
+    cdef size_t length = strlen(f.address) - 4  # without "dd.f"
+    return other != NULL and strncmp(f.address, other.address, length) == 0
+
+
+cdef void read_physfn(int directory, const char *name, Function *f) noexcept nogil:
+    read_link_name(directory, name, f.physfn, MAX_ADDRESS)
+    if not is_address(f.physfn):
+        f.physfn[0] = 0
+
+
+cdef int read_function(int top, Function *f, const Function *neighbour) noexcept nogil:
+    """Fill ``f``, all but ``physfn``, by its address: 0, or the errno that says why it can not be known.
+
+    ``neighbour`` is the endpoint that was read before it, or NULL.
+    """
     cdef char buffer[MAX_FILE]
     cdef int length
     cdef int directory = openat(top, f.address, O_PATH | O_DIRECTORY | O_CLOEXEC)
@@ -202,6 +247,7 @@ cdef int read_function(int top, Function *f) noexcept nogil:
     if f.vendor < 0 or f.device < 0:
         f.vendor = read_hex(directory, "vendor")
         f.device = read_hex(directory, "device")
+        read_link_name(directory, "driver", f.driver, MAX_NAME)
     if f.class_code < 0:
         f.class_code = read_hex(directory, "class")
     if f.subsystem_vendor < 0 or f.subsystem_device < 0:
@@ -210,24 +256,22 @@ cdef int read_function(int top, Function *f) noexcept nogil:
     if f.vendor < 0 or f.device < 0 or f.class_code < 0:
         close(directory)
         return ENOENT
-
     read_link_name(directory, "iommu_group", buffer, MAX_NAME)
     f.iommu_group = parse_decimal(buffer)
-    read_link_name(directory, "driver", f.driver, MAX_NAME)
-    read_link_name(directory, "physfn", f.physfn, MAX_ADDRESS)
-    if not is_address(f.physfn):
-        f.physfn[0] = 0
     f.numa_node = -1
-    if read_file(directory, "numa_node", buffer, 32) > 0:
-        f.numa_node = parse_decimal(buffer)
     f.total_vfs = 0
-    if read_file(directory, "sriov_totalvfs", buffer, 32) > 0:
-        f.total_vfs = max(parse_decimal(buffer), 0)
-    read_file(directory, "reset_method", f.reset_methods, MAX_RESET)
-    length = <int>strlen(f.reset_methods)
-    while length > 0 and f.reset_methods[length - 1] == c'\n':
-        length -= 1
-        f.reset_methods[length] = 0
+    if not is_bridge(f):
+        if same_bus(f, neighbour):
+            f.numa_node = neighbour.numa_node
+        elif read_file(directory, "numa_node", buffer, 32) > 0:
+            f.numa_node = parse_decimal(buffer)
+        if read_file(directory, "sriov_totalvfs", buffer, 32) > 0:
+            f.total_vfs = max(parse_decimal(buffer), 0)
+        read_file(directory, "reset_method", f.reset_methods, MAX_RESET)
+        length = <int>strlen(f.reset_methods)
+        while length > 0 and f.reset_methods[length - 1] == c'\n':
+            length -= 1
+            f.reset_methods[length] = 0
     close(directory)
     return 0
 
@@ -351,9 +395,12 @@ cdef class Scanner:
             if entry == NULL:
                 break
             if entry.d_name[0] != c'.':
-                error = self._add(top, entry)
+                error = self._add(entry)
+        if error == 0:
+            error = self._read_from(top, 0)
+        if error == 0:
+            self._read_virtual(top)
         closedir(directory)
-        qsort(self._functions, self._count, sizeof(Function), compare)
         return error
 
     cdef int _look(self, const char *path, size_t *known) noexcept nogil:
@@ -361,7 +408,6 @@ cdef class Scanner:
         cdef Function *f
         cdef char driver[MAX_NAME]
         cdef char link[MAX_ADDRESS + 8]
-        cdef size_t length
         cdef size_t i
         cdef int top = c_open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         cdef DIR *directory
@@ -385,20 +431,61 @@ cdef class Scanner:
                 continue
             f = self._find(entry.d_name, known[0])
             if f == NULL or f.inode != entry.d_ino:
-                error = self._add(top, entry)
+                error = self._add(entry)
                 continue
             f.seen = True
-            length = strlen(f.address)
-            memcpy(link, f.address, length)
-            memcpy(link + length, "/driver", 8)
+            join(link, f.address, "/driver")
             read_link_name(top, link, driver, MAX_NAME)
             if strcmp(driver, f.driver) != 0:
                 memcpy(f.driver, driver, MAX_NAME)
                 f.changed = True
+        if error == 0 and self._count > known[0]:
+            error = self._read_from(top, known[0])
+            for i in range(known[0], self._count):
+                join(link, self._functions[i].address, "/physfn")
+                read_physfn(top, link, &self._functions[i])
         closedir(directory)
         if error:
             self._count = known[0]
         return error
+
+    cdef int _read_from(self, int top, size_t first) noexcept nogil:
+        """Put the functions from place ``first`` in order, read them, and drop those that can not be."""
+        cdef size_t i
+        cdef size_t kept = first
+        cdef int error
+        cdef Function *neighbour = NULL
+        qsort(self._functions + first, self._count - first, sizeof(Function), compare)
+        for i in range(first, self._count):
+            error = read_function(top, &self._functions[i], neighbour)
+            if error:
+                if self._problem(self._functions[i].address, error) < 0:
+                    return -1
+                continue
+            if kept != i:
+                self._functions[kept] = self._functions[i]
+            if not is_bridge(&self._functions[kept]):
+                neighbour = &self._functions[kept]
+            kept += 1
+        self._count = kept
+        return 0
+
+    cdef void _read_virtual(self, int top) noexcept nogil:
+        """Find the physical function of each virtual one."""
+        cdef char link[MAX_ADDRESS + 8]
+        cdef long long vendor = -1
+        cdef Function *f
+        cdef size_t i, k
+        for i in range(self._count):
+            if self._functions[i].total_vfs == 0 or self._functions[i].vendor == vendor:
+                continue
+            vendor = self._functions[i].vendor
+            for k in range(self._count):
+                f = &self._functions[k]
+                if f.vendor == vendor and f.total_vfs == 0 and not f.read and not is_bridge(f):
+                    f.read = True
+                    join(link, f.address, "/physfn")
+                    read_physfn(top, link, f)
 
     cdef Function *_find(self, const char *address, size_t count) noexcept nogil:
         """Binary search among the first ``count``, which are in order."""
@@ -409,7 +496,7 @@ cdef class Scanner:
         cdef int order
         if strlen(address) >= MAX_ADDRESS:
             return NULL
-        memcpy(wanted.address, address, strlen(address) + 1)
+        join(wanted.address, address, "")
         while low < high:
             middle = (low + high) // 2
             order = compare(&wanted, &self._functions[middle])
@@ -421,29 +508,31 @@ cdef class Scanner:
                 low = middle + 1
         return NULL
 
-    cdef int _add(self, int top, dirent *entry) noexcept nogil:
-        """Read the entry into a new place at the end; -1 if there is no memory."""
+    cdef int _add(self, dirent *entry) noexcept nogil:
+        """A place at the end for the entry, to be read later; -1 if there is no memory."""
         cdef Function *f
-        cdef int error = EINVAL
         cdef size_t room
         cdef void *moved
-        if is_address(entry.d_name):
-            if self._count == self._room:
-                room = max(<size_t>64, self._room * 2)
-                moved = PyMem_RawRealloc(self._functions, room * sizeof(Function))
-                if moved == NULL:
-                    return -1
-                self._functions = <Function *>moved
-                self._room = room
-            f = &self._functions[self._count]
-            memset(f, 0, sizeof(Function))
-            memcpy(f.address, entry.d_name, strlen(entry.d_name) + 1)
-            f.inode = entry.d_ino
-            f.seen = True
-            error = read_function(top, f)
-            if error == 0:
-                self._count += 1
-                return 0
+        if not is_address(entry.d_name):
+            return self._problem(entry.d_name, EINVAL)
+        if self._count == self._room:
+            room = max(<size_t>64, self._room * 2)
+            moved = PyMem_RawRealloc(self._functions, room * sizeof(Function))
+            if moved == NULL:
+                return -1
+            self._functions = <Function *>moved
+            self._room = room
+        f = &self._functions[self._count]
+        memset(f, 0, sizeof(Function))
+        join(f.address, entry.d_name, "")
+        f.inode = entry.d_ino
+        f.seen = True
+        self._count += 1
+        return 0
+
+    cdef int _problem(self, const char *name, int error) noexcept nogil:
+        cdef size_t room
+        cdef void *moved
         if self._problem_count == self._problem_room:
             room = max(<size_t>16, self._problem_room * 2)
             moved = PyMem_RawRealloc(self._problems, room * sizeof(Problem))
@@ -451,7 +540,7 @@ cdef class Scanner:
                 return -1
             self._problems = <Problem *>moved
             self._problem_room = room
-        memcpy(self._problems[self._problem_count].name, entry.d_name, strlen(entry.d_name) + 1)
+        join(self._problems[self._problem_count].name, name, "")
         self._problems[self._problem_count].error = error
         self._problem_count += 1
         return 0

@@ -4,6 +4,8 @@ A row is (address, vendor, device, class, subsystem vendor, subsystem device, dr
 IOMMU group or -1, NUMA node or -1, physical function or None, sriov_totalvfs, reset methods).
 Numbers that the tree does not tell are -1. Entries that are not PCI addresses, or of which vendor,
 device and class can not be read (a loop, a device that went away meanwhile), are ``problems``.
+
+What is asked of whom, and why not more, is told at the head of the .pyx.
 """
 
 from __future__ import annotations
@@ -48,10 +50,14 @@ class Scanner:
         self._drivers.clear()
         top = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            rows = [row for name, inode in self._entries() if (row := self._read(top, name, inode)) is not None]
+            rows = self._read(top, self._entries())
+            vendors = {row[1] for row in rows if row[10]}
+            return [
+                _with_physfn(top, row) if row[1] in vendors and not row[10] and not _is_bridge(row) else row
+                for row in rows
+            ]
         finally:
             os.close(top)
-        return sorted(rows, key=_order)
 
     def look(self) -> tuple[list[tuple[str, str | None]], list[str], list[Row]]:
         """What has changed since the last ``scan`` or ``look``.
@@ -60,68 +66,72 @@ class Scanner:
         """
         self._problems = []
         changed: list[tuple[str, str | None]] = []
-        new: list[Row] = []
         before = dict(self._inodes)
+        unknown: list[tuple[bytes, int]] = []
         seen: set[bytes] = set()
         top = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             for name, inode in self._entries():
                 if before.get(name) != inode:
-                    self._forget(name)
-                    row = self._read(top, name, inode)
-                    if row is not None:
-                        new.append(row)
+                    unknown.append((name, inode))
                     continue
                 seen.add(name)
                 driver = _link_name(top, name + b"/driver", _MAX_NAME)
                 if driver != self._drivers[name]:
                     self._drivers[name] = driver
                     changed.append((_text(name), _text(driver) or None))
+            gone = [name for name in before if name not in seen]
+            for name in gone:
+                del self._inodes[name], self._drivers[name]
+            new = [_with_physfn(top, row) for row in self._read(top, unknown)]
         finally:
             os.close(top)
-        gone = [name for name in before if name not in seen]
-        returned = {row[0].encode() for row in new}
-        for name in gone:
-            if name not in returned:
-                self._forget(name)
-        changed.sort(key=lambda pair: (len(pair[0]), pair[0]))
-        return changed, sorted(map(_text, gone), key=lambda a: (len(a), a)), sorted(new, key=_order)
+        return sorted(changed, key=lambda pair: _order(pair[0])), sorted(map(_text, gone), key=_order), new
 
     def _entries(self) -> list[tuple[bytes, int]]:
         with os.scandir(self._path.encode()) as entries:
             return [(entry.name, entry.inode()) for entry in entries if not entry.name.startswith(b".")]
 
-    def _forget(self, name: bytes) -> None:
-        self._inodes.pop(name, None)
-        self._drivers.pop(name, None)
+    def _read(self, top: int, entries: list[tuple[bytes, int]]) -> list[Row]:
+        """The rows of ``entries`` in order, all but ``physfn``; a line in ``problems`` for those without."""
+        rows: list[Row] = []
+        neighbour: Row | None = None
+        wanted = []
+        for name, inode in entries:
+            if _ADDRESS.fullmatch(name):
+                wanted.append((name.decode(), inode))
+            else:
+                self._problems.append((name, errno.EINVAL))
+        for address, inode in sorted(wanted, key=lambda pair: _order(pair[0])):
+            name = address.encode()
+            try:
+                directory = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top)
+            except OSError as error:
+                self._problems.append((name, error.errno or errno.EINVAL))
+                continue
+            try:
+                row, driver = _row(directory, address, neighbour)
+            finally:
+                os.close(directory)
+            if row is None:
+                self._problems.append((name, errno.ENOENT))
+                continue
+            self._inodes[name], self._drivers[name] = inode, driver
+            neighbour = neighbour if _is_bridge(row) else row
+            rows.append(row)
+        return rows
 
-    def _read(self, top: int, name: bytes, inode: int) -> Row | None:
-        """The row of one entry, or None and a line in ``problems``."""
-        if not _ADDRESS.fullmatch(name):
-            self._problems.append((name, errno.EINVAL))
-            return None
-        try:
-            directory = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=top)
-        except OSError as error:
-            self._problems.append((name, error.errno or errno.EINVAL))
-            return None
-        try:
-            row = _row(directory, name)
-        finally:
-            os.close(directory)
-        if row is None:
-            self._problems.append((name, errno.ENOENT))
-            return None
-        self._inodes[name] = inode
-        self._drivers[name] = (row[6] or "").encode()
-        return row
 
+def _row(directory: int, address: str, neighbour: Row | None) -> tuple[Row | None, bytes]:
+    """The row, or None where ids are missing, and the driver's name as it is spelt in the tree.
 
-def _row(directory: int, name: bytes) -> Row | None:
-    ids = _parse_uevent(_read_file(directory, "uevent", _MAX_FILE))
+    ``neighbour`` is the endpoint that was read before.
+    """
+    ids, driver = _parse_uevent(_read_file(directory, "uevent", _MAX_FILE))
     vendor, device = ids.get(b"PCI_ID", (-1, -1))
     if vendor < 0 or device < 0:
         vendor, device = _read_hex(directory, "vendor"), _read_hex(directory, "device")
+        driver = _link_name(directory, b"driver", _MAX_NAME)
     class_code = ids.get(b"PCI_CLASS", (-1, -1))[0]
     if class_code < 0:
         class_code = _read_hex(directory, "class")
@@ -129,30 +139,42 @@ def _row(directory: int, name: bytes) -> Row | None:
     if min(subsystem) < 0:
         subsystem = _read_hex(directory, "subsystem_vendor"), _read_hex(directory, "subsystem_device")
     if min(vendor, device, class_code) < 0:
-        return None
-    physfn = _link_name(directory, b"physfn", _MAX_ADDRESS)
-    reset = _read_file(directory, "reset_method", _MAX_RESET).partition(b"\0")[0]
-    return (
-        _text(name), vendor, device, class_code, *subsystem,
-        _text(_link_name(directory, b"driver", _MAX_NAME)) or None,
-        _decimal(_link_name(directory, b"iommu_group", _MAX_NAME)),
-        _decimal(_read_file(directory, "numa_node", 31)),
-        _text(physfn) if _ADDRESS.fullmatch(physfn) else None,
-        max(_decimal(_read_file(directory, "sriov_totalvfs", 31)), 0),
-        _text(reset.rstrip(b"\n")),
-    )  # fmt: skip
+        return None, b""
+    group = _decimal(_link_name(directory, b"iommu_group", _MAX_NAME))
+    known = (address, vendor, device, class_code, *subsystem, _text(driver) or None, group)
+    if class_code >> 16 == 0x06:
+        return (*known, -1, None, 0, ""), driver
+    if neighbour is not None and neighbour[0].startswith(address[:-4]):  # the same but for "dd.f"
+        node = neighbour[8]
+    else:
+        node = _decimal(_read_file(directory, "numa_node", 31))
+    virtual = max(_decimal(_read_file(directory, "sriov_totalvfs", 31)), 0)
+    reset = _read_file(directory, "reset_method", _MAX_RESET).partition(b"\0")[0].rstrip(b"\n")
+    return (*known, node, None, virtual, _text(reset)), driver
 
 
-def _parse_uevent(text: bytes) -> dict[bytes, tuple[int, int]]:
-    """The lines of ``uevent`` that hold one or two hex numbers; -1 for what is not there."""
-    found = {}
+def _with_physfn(top: int, row: Row) -> Row:
+    physfn = _link_name(top, row[0].encode() + b"/physfn", _MAX_ADDRESS)
+    return (*row[:9], physfn.decode() if _ADDRESS.fullmatch(physfn) else None, *row[10:])
+
+
+def _is_bridge(row: Row) -> bool:
+    return row[3] >> 16 == 0x06
+
+
+def _parse_uevent(text: bytes) -> tuple[dict[bytes, tuple[int, int]], bytes]:
+    """The lines of ``uevent`` that hold one or two hex numbers (-1 for what is not there), and the driver."""
+    found: dict[bytes, tuple[int, int]] = {}
+    driver = b""
     for line in text.partition(b"\0")[0].split(b"\n"):
         key, equals, value = line.partition(b"=")
-        if equals and key in (b"PCI_CLASS", b"PCI_ID", b"PCI_SUBSYS_ID"):
+        if equals and key == b"DRIVER":
+            driver = value if len(value) <= _MAX_NAME else b""
+        elif equals and key in (b"PCI_CLASS", b"PCI_ID", b"PCI_SUBSYS_ID"):
             match = _IDS.match(value)
             first, second = match.groups() if match else (None, None)
             found[key] = (int(first, 16) if first else -1, int(second, 16) if second else -1)
-    return found
+    return found, driver
 
 
 def _read_file(directory: int, name: str, size: int) -> bytes:
@@ -191,5 +213,5 @@ def _text(value: bytes) -> str:
     return value.decode("utf-8", "backslashreplace")
 
 
-def _order(row: Row) -> tuple[int, str]:
-    return len(row[0]), row[0]
+def _order(address: str) -> tuple[int, str]:
+    return len(address), address

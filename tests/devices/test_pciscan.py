@@ -35,17 +35,15 @@ def make(request: pytest.FixtureRequest) -> Make:
     return maker
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Tree:
-    return Tree(tmp_path)
-
-
 def test_reads_every_field(make: Make, tree: Tree) -> None:
+    """Of a bridge only what tells that it is one; the NUMA node of a bus once."""
     tree.add(FakeFunction(address="0000:01:00.0", total_vfs=4, numa=1, group=7))
     tree.add(FakeFunction(address="0000:01:00.1", driver=None, physfn="0000:01:00.0", group=None, reset=None))
+    tree.add(FakeFunction(address="0000:02:00.0", class_code=0x060400, driver="pcieport", group=8, numa=1))
     assert make(str(tree.root)).scan() == [
         ("0000:01:00.0", 0x8086, 0x10D3, 0x020000, 0x8086, 0xA01F, "e1000e", 7, 1, None, 4, "flr bus"),
-        ("0000:01:00.1", 0x8086, 0x10D3, 0x020000, 0x8086, 0xA01F, None, -1, -1, "0000:01:00.0", 0, ""),
+        ("0000:01:00.1", 0x8086, 0x10D3, 0x020000, 0x8086, 0xA01F, None, -1, 1, "0000:01:00.0", 0, ""),
+        ("0000:02:00.0", 0x8086, 0x10D3, 0x060400, 0x8086, 0xA01F, "pcieport", 8, -1, None, 0, ""),
     ]
 
 
@@ -181,10 +179,10 @@ _LINKS = st.one_of(st.sampled_from(["../../a/vfio-pci", "17", "0000:01:00.0", "/
     links=st.dictionaries(st.sampled_from(["driver", "iommu_group", "physfn"]), _LINKS),
 )
 def test_whatever_the_files_hold_both_say_the_same(
-    tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes], links: dict[str, str]
+    tree_root: Path, files: dict[str, bytes], links: dict[str, str]
 ) -> None:
     _pciscan_c = pytest.importorskip("hypeman._native._pciscan_c")
-    root = tmp_path_factory.mktemp("tree")
+    root = tree_root / "one"
     path = root / "bus/pci/devices/0000:00:00.0"
     path.mkdir(parents=True)
     for name, content in files.items():
@@ -198,6 +196,16 @@ def test_whatever_the_files_hold_both_say_the_same(
     assert compiled.scan() == readable.scan()
     assert compiled.problems == readable.problems
     shutil.rmtree(root)
+
+
+def test_finds_the_physical_function_also_of_virtual_ones_that_come_later(make: Make, tree: Tree) -> None:
+    tree.add(FakeFunction(address="0000:01:00.0", total_vfs=4))
+    scanner = make(str(tree.root))
+    scanner.scan()
+    tree.add(FakeFunction(address="0000:01:10.0", physfn="0000:01:00.0"))
+    _, _, new = scanner.look()
+    assert [row[9] for row in new] == ["0000:01:00.0"]
+    assert [row[9] for row in scanner.scan()] == [None, "0000:01:00.0"]
 
 
 def test_random_histories_look_the_same_to_both(tree: Tree) -> None:

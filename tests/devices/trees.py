@@ -97,6 +97,9 @@ class Tree:
             driver = self.add_driver(name)
             link.symlink_to(driver)
             (driver / address).symlink_to(path)
+        if (path / "uevent").exists():
+            lines = [line for line in (path / "uevent").read_text().splitlines() if not line.startswith("DRIVER=")]
+            (path / "uevent").write_text("\n".join(([f"DRIVER={name}"] if name else []) + lines) + "\n")
 
     def remove(self, address: str) -> None:
         """Hot-unplug."""
@@ -136,25 +139,24 @@ def server(count: int, seed: int = 0) -> Iterator[FakeFunction]:
     while made < count:
         prefix = f"{bus // 256:04x}:{bus % 256:02x}:"
         slot = [
-            FakeFunction(address=prefix + "00.0", class_code=0x060400, driver="pcieport", group=bus * 4, reset=None)
+            FakeFunction(address=prefix + "00.0", class_code=0x060400, driver="pcieport", group=bus * 10, reset=None)
         ]
         kind = rng.choice(("gpu", "nic", "nvme", "bare"))
         ids = prefix + "01."
         if kind == "gpu":
-            gpu = {"vendor": 0x10DE, "group": bus * 4 + 1, "numa": bus % 2}
+            gpu = {"vendor": 0x10DE, "group": bus * 10 + 8, "numa": bus % 2}
             slot.append(FakeFunction(address=ids + "0", device=0x20B5, class_code=0x030200, driver="nvidia", **gpu))
             slot.append(FakeFunction(address=ids + "1", device=0x1AEF, class_code=0x040300, driver=None, **gpu))
         elif kind == "nic":
-            slot.append(FakeFunction(address=ids + "0", driver="igb", group=bus * 4 + 1, total_vfs=7, numa=bus % 2))
-            slot += (
-                FakeFunction(address=f"{prefix}02.{n}", device=0x1520, driver="igbvf", group=None, physfn=ids + "0")
-                for n in range(1, 8)
-            )
+            nic = {"numa": bus % 2, "reset": "flr"}
+            slot.append(FakeFunction(address=ids + "0", driver="igb", group=bus * 10 + 8, total_vfs=7, **nic))
+            virtual = {"device": 0x1520, "driver": "igbvf", "physfn": ids + "0", **nic}
+            slot += (FakeFunction(address=f"{prefix}02.{n}", group=bus * 10 + n, **virtual) for n in range(1, 8))
         elif kind == "nvme":
             nvme = {"vendor": 0x144D, "device": 0xA808, "class_code": 0x010802, "driver": "nvme"}
-            slot.append(FakeFunction(address=ids + "0", group=bus * 4 + 1, reset="flr", **nvme))
+            slot.append(FakeFunction(address=ids + "0", group=bus * 10 + 8, reset="flr", **nvme))
         else:
-            slot.append(FakeFunction(address=ids + "0", driver=None, class_code=0xFF0000, group=bus * 4 + 1))
+            slot.append(FakeFunction(address=ids + "0", driver=None, class_code=0xFF0000, group=bus * 10 + 8))
         yield from slot[: count - made]
         made += len(slot)
         bus += 1
