@@ -27,6 +27,9 @@ import trio
 from hypeman.errors import InternalError
 from hypeman.hypervisor.kinds import HypervisorKind as HypervisorKind
 
+AGENT_VSOCK_PORT = 1024
+"""Where the guest agent listens when the channel is vsock."""
+
 
 class Disk(msgspec.Struct, frozen=True):
     """One raw block device. ``id`` is stable and unique in the VM; it is also the serial number."""
@@ -75,9 +78,11 @@ class VmConfig(msgspec.Struct, frozen=True):
     disks: tuple[Disk, ...]
     """In the order in which the guest sees them."""
     run_dir: str
-    """Directory for sockets, owned by ``uid``; shorter than a socket path may be."""
+    """Directory for sockets; the driver makes it, empties it at each start, and gives it to ``uid`` only
+    where the VMM itself must write there. At most 90 bytes, so that a socket path fits."""
     memory_path: str
-    """File that holds guest memory where the VMM maps one; private to this VM."""
+    """File that holds guest memory where the VMM maps one; private to this VM. The driver makes it and
+    leaves it behind: whoever ended the VMM removes it."""
     console_log: str
     """The serial console is appended to this file."""
     vmm_log: str
@@ -158,6 +163,10 @@ class VmmHandle(msgspec.Struct, frozen=True):
     config: VmConfig
 
 
+class LaunchFailed(InternalError):
+    """The VMM could not be started, or ended at once; nothing is left of it. Says what the VMM said."""
+
+
 class VmmGone(InternalError):
     """The VMM of a handle is no longer alive."""
 
@@ -215,7 +224,9 @@ class Vmm(Protocol):
         """
         ...
 
-    async def add_disk(self, disk: Disk) -> None: ...
+    async def add_disk(self, disk: Disk) -> Disk:
+        """Plug a disk in. Returns it with its port, as ``handle.config`` has it from now on."""
+        ...
 
     async def remove_disk(self, disk_id: str) -> None:
         """Returns when the guest has let go of it. Raises VmmBroken after the VMM's own time limit."""
@@ -268,7 +279,11 @@ class Driver(Protocol):
         ...
 
     async def launch(self, config: VmConfig) -> Vmm:
-        """Start the process and boot the guest."""
+        """Start the process and boot the guest. Raises LaunchFailed.
+
+        All files are opened by us and handed over as descriptors where the VMM can take them: disks,
+        logs and the kernel may belong to root in directories that ``config.uid`` can not enter.
+        """
         ...
 
     async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
@@ -279,7 +294,16 @@ class Driver(Protocol):
         used as the VM's own: the caller removes the capture once the guest has run, and until then a
         restore that fails leaves it whole, by removing the link. ``paused`` leaves the vCPUs stopped and
         the links down. Raises CaptureInvalid before anything is started if the capture does not fit.
+
+        Without ``keep_capture`` the capture stays whole until the guest runs on, that is until
+        ``resume`` (or until this returns, unless ``paused``); then it is used up and removed. So:
+        restore paused, write down ``handle``, resume; killed anywhere in between, nothing is lost.
         """
+        ...
+
+    async def kill_stray(self, run_dir: str) -> bool:
+        """End the VMM started for ``run_dir``, also one that we had no time to write down. Whether
+        there was one."""
         ...
 
     async def reattach(self, handle: VmmHandle) -> Vmm:

@@ -1,0 +1,417 @@
+"""Other programs: VMMs that outlive us, and short helper tools.
+
+    spawn    starts a program in a session of its own that lives on when we end; told by a Process
+    find     a Process again from what was stored, or by the mark it carries
+    run      a helper tool: waits for it, returns its output, kills its whole group when cancelled
+
+Rules:
+
+- A process is named by pid, start time and boot id together, never by a bare pid, and signalled
+  only through its pidfd, so that no stranger who got the number next is ever hit.
+- A spawned program gets only the descriptors that are listed, under the numbers they have here, an
+  environment made from nothing, its own user from before ``exec`` on, and can never gain privileges.
+- It carries its mark (``HYPEMAN_MARK``) in its environment: what we started and could not write down
+  before we were killed is found again by ``find_marked``.
+- Starting happens in a thread: fork and exec of QEMU take 2–10 ms, which the event loop has not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import math
+import os
+import resource
+import select
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from hypeman.errors import InternalError
+
+_T = TypeVar("_T")
+
+MARK_VARIABLE = "HYPEMAN_MARK"
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_MAX_OUTPUT = 4 * 1024 * 1024
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWIPC, _CLONE_NEWNET, _CLONE_NEWUTS = 0x08000000, 0x40000000, 0x04000000
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class SpawnFailed(InternalError):
+    """A program could not be started; nothing of it is left."""
+
+
+class ToolFailed(InternalError):
+    """A helper tool ended with an error, was too slow or said too much."""
+
+    def __init__(self, message: str, *, returncode: int | None = None, output: bytes = b"") -> None:
+        super().__init__(message)
+        self.returncode = returncode
+        self.output = output
+
+
+class Program(msgspec.Struct, frozen=True, kw_only=True):
+    """What to start, complete."""
+
+    argv: tuple[str, ...]
+    log: str
+    """Standard output and error are appended here; made with mode 0600 if it is not there."""
+    mark: str
+    """Unique among living programs of ours; the run directory of a VMM."""
+    fds: tuple[int, ...] = ()
+    """Descriptors it inherits, with the same numbers."""
+    uid: int = 0
+    gid: int = 0
+    cgroup: str = ""
+    """Directory of a control group to put it into; empty for none."""
+    isolated: bool = True
+    """In an empty network and IPC namespace. A program that opens TAPs by name needs the host's."""
+    locked_memory: int = 0
+    """Bytes it may lock in memory, as device pass-through does with all of the guest's."""
+
+
+class ProcessId(msgspec.Struct, frozen=True):
+    """Names one process for ever, also across reboots."""
+
+    pid: int
+    start_time: int
+    """Clock ticks after boot, field 22 of /proc/<pid>/stat."""
+    boot_id: str
+
+
+class Process:
+    """One process, ours or adopted, held by a pidfd. ``close`` lets go of it; it lives on."""
+
+    def __init__(self, identity: ProcessId, pidfd: int) -> None:
+        self.identity = identity
+        self._pidfd = pidfd
+        self._returncode: int | None = None
+
+    @property
+    def pid(self) -> int:
+        return self.identity.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, or minus the signal, once ``wait`` returned; None for one that is not our child."""
+        return self._returncode
+
+    def alive(self) -> bool:
+        """Whether it still runs; one that ended and was not yet reaped does not."""
+        if self._pidfd < 0:
+            return False
+        poller = select.poll()  # not select: pidfds may be above 1024 here
+        poller.register(self._pidfd, select.POLLIN)
+        return not poller.poll(0)
+
+    async def wait(self) -> int | None:
+        """Wait for the end and return ``returncode``. Any number of tasks may wait."""
+        if self._pidfd >= 0 and self.alive():
+            own = os.dup(self._pidfd)  # Trio lets only one task wait for one descriptor
+            try:
+                await trio.lowlevel.wait_readable(own)
+            finally:
+                os.close(own)
+        else:
+            await trio.lowlevel.checkpoint()
+        self._reap()
+        return self._returncode
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal; content if the process is gone already."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        if self._pidfd >= 0:
+            if not self.alive():
+                self._reap()
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _reap(self) -> None:
+        if self._pidfd < 0 or self._returncode is not None:
+            return
+        with contextlib.suppress(ChildProcessError):  # adopted: init reaps it, and alone knows the code
+            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            if result is not None:
+                exited = result.si_code == os.CLD_EXITED
+                self._returncode = result.si_status if exited else -result.si_status
+
+
+class Processes:
+    """The hands that start, find and watch programs. One for the server; cheap to make."""
+
+    def __init__(self) -> None:
+        self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        self._empty_namespaces: list[int] | None = None
+        # Inherited by all that we start: a core file would hold a guest's memory, or our secrets.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+    async def spawn(self, program: Program) -> Process:
+        """Start ``program``. Raises SpawnFailed; when cancelled, nothing of it is left either."""
+        with trio.CancelScope(shield=True):  # a few ms; half a start could not be taken back
+            process = await trio.to_thread.run_sync(self._spawn, program)
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except BaseException:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+            process.close()
+            raise
+        return process
+
+    def find(self, identity: ProcessId) -> Process | None:
+        """The living process of that name, or None."""
+        if identity.boot_id != self.boot_id:
+            return None
+        process = self._open(identity.pid)
+        if process is not None and process.identity != identity:
+            process.close()
+            return None
+        return process
+
+    def find_marked(self, mark: str) -> Process | None:
+        """The living program that was started with ``mark``, by a look at every process (25 µs each)."""
+        wanted = f"{MARK_VARIABLE}={mark}".encode()
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit() or not _has_mark(entry, wanted):
+                continue
+            process = self._open(int(entry))
+            if process is not None and _has_mark(entry, wanted):
+                return process
+            if process is not None:
+                process.close()
+        return None
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bytes = b"",
+        timeout: float = 60.0,
+        quiet_limit: float = math.inf,
+        max_output: int = _MAX_OUTPUT,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+    ) -> bytes:
+        """Standard output of a helper tool. Raises ToolFailed with what it said on standard error.
+
+        ``timeout`` is for the whole run, ``quiet_limit`` the longest time without a word from it.
+        Cancelled, late, or too talkative: its process group is killed and reaped before this returns.
+        """
+        try:
+            process = await trio.lowlevel.open_process(
+                list(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                start_new_session=True, env={**tool_environment(), **(env or {})}, cwd=cwd,
+            )  # fmt: skip
+        except OSError as error:
+            raise ToolFailed(f"{argv[0]} can not be started: {error.strerror or error}") from None
+        output, errors = bytearray(), bytearray()
+        overflow = False
+        patience = trio.CancelScope(deadline=trio.current_time() + quiet_limit)
+
+        async def feed(stream: trio.abc.SendStream) -> None:
+            async with stream:
+                with contextlib.suppress(trio.BrokenResourceError):  # it may read less than it is given
+                    await stream.send_all(stdin)
+
+        async def collect(stream: trio.abc.ReceiveStream, into: bytearray) -> None:
+            nonlocal overflow
+            async with stream:
+                while chunk := await stream.receive_some(65536):
+                    into += chunk
+                    patience.deadline = trio.current_time() + quiet_limit
+                    if len(into) > max_output:
+                        overflow = True
+                        _kill_group(process.pid)
+                        return
+
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        try:
+            with trio.move_on_after(timeout) as limit, patience:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(feed, process.stdin)
+                    nursery.start_soon(collect, process.stdout, output)
+                    nursery.start_soon(collect, process.stderr, errors)
+                    await process.wait()
+        finally:
+            if process.returncode is None:
+                _kill_group(process.pid)
+                with trio.CancelScope(shield=True):
+                    await process.wait()
+        said = bytes(errors[-2000:]).decode(errors="replace").strip()
+        if overflow:
+            raise ToolFailed(f"{argv[0]} wrote more than {max_output} bytes")
+        if limit.cancelled_caught:
+            raise ToolFailed(f"{argv[0]} did not end within {timeout:g} s{': ' + said if said else ''}")
+        if patience.cancelled_caught:
+            raise ToolFailed(f"{argv[0]} said nothing for {quiet_limit:g} s{': ' + said if said else ''}")
+        if process.returncode != 0:
+            raise ToolFailed(
+                f"{argv[0]} failed ({_describe(process.returncode)}){': ' + said if said else ''}",
+                returncode=process.returncode,
+                output=bytes(output),
+            )
+        return bytes(output)
+
+    def close(self) -> None:
+        for fd in self._empty_namespaces or ():
+            os.close(fd)
+        self._empty_namespaces = None
+
+    def _spawn(self, program: Program) -> Process:
+        log = os.open(program.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            namespaces = self._namespaces() if program.isolated and os.geteuid() == 0 else []
+            pid = _in_own_thread(lambda: _start(program, log, namespaces))
+        except OSError as error:
+            raise SpawnFailed(f"{program.argv[0]} can not be started: {error.strerror or error}") from error
+        finally:
+            os.close(log)
+        process = self._open(pid)
+        assert process is not None, "a child that nobody has waited for keeps its pid"
+        try:
+            if program.locked_memory:
+                resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (program.locked_memory, program.locked_memory))
+            if program.cgroup:
+                # It has run for less than 1 ms and has not touched the guest's memory yet.
+                Path(program.cgroup, "cgroup.procs").write_text(str(pid))
+        except OSError as error:
+            if process.alive():  # else it has ended by itself, which whoever waits for it will see
+                process.kill()
+                os.waitid(os.P_PID, pid, os.WEXITED)
+                process.close()
+                raise SpawnFailed(f"{program.argv[0]} can not be confined: {error}") from error
+        return process
+
+    def _open(self, pid: int) -> Process | None:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except (ProcessLookupError, PermissionError):
+            return None
+        try:
+            started = _start_time(pid)
+        except (OSError, ValueError):
+            os.close(pidfd)
+            return None
+        process = Process(ProcessId(pid, started, self.boot_id), pidfd)
+        if not process.alive():  # so the start time may be that of a successor, or it is ours and dead
+            process.close()
+            return None
+        return process
+
+    def _namespaces(self) -> list[int]:
+        """Descriptors of one empty network, IPC and host name namespace that all VMMs share: nothing
+        is in there, so there is nothing to share. Entering costs 10 µs, making one for each 10 ms."""
+        if self._empty_namespaces is None:
+
+            def make() -> list[int]:
+                if _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS) != 0:
+                    return []  # forbidden here (a container); the other walls stand
+                return [os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY) for kind in ("net", "ipc", "uts")]
+
+            self._empty_namespaces = _in_own_thread(make)
+        return self._empty_namespaces
+
+
+def _start(program: Program, log: int, namespaces: Sequence[int]) -> int:
+    """Fork and exec. Runs in a thread that ends afterwards: what it gives up (privileges, namespaces)
+    belongs to a thread alone and is handed to the child."""
+    for namespace in namespaces:
+        if _libc.setns(namespace, 0) != 0:
+            raise OSError(ctypes.get_errno(), "entering an empty namespace")
+    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "giving up new privileges")
+    drop = {"user": program.uid, "group": program.gid, "extra_groups": []} if program.uid else {}
+    child = subprocess.Popen(
+        program.argv,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        cwd="/",
+        env={"PATH": _PATH, "LANG": "C.UTF-8", MARK_VARIABLE: program.mark},
+        pass_fds=program.fds,
+        start_new_session=True,
+        umask=0o077,
+        **drop,  # type: ignore[call-overload]
+    )
+    child.returncode = 0  # from here on the pidfd watches and reaps it; Popen shall not
+    return int(child.pid)
+
+
+def tool_environment() -> dict[str, str]:
+    """What helper tools get of our environment: no secrets, and not the bundle's own libraries.
+
+    A PyInstaller bundle sets LD_LIBRARY_PATH for itself and keeps the caller's value in ..._ORIG.
+    """
+    kept = {name: os.environ[name] for name in ("HOME", "TMPDIR", "TZ") if name in os.environ}
+    if library_path := os.environ.get("LD_LIBRARY_PATH_ORIG"):
+        kept["LD_LIBRARY_PATH"] = library_path
+    return {"PATH": os.environ.get("PATH", _PATH), "LANG": "C.UTF-8", **kept}
+
+
+def _start_time(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_bytes()
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])  # the name before may hold spaces and brackets
+
+
+def _has_mark(pid: str, wanted: bytes) -> bool:
+    try:
+        return wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _describe(returncode: int | None) -> str:
+    if returncode is not None and returncode < 0:
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-returncode).name
+    return f"code {returncode}"
+
+
+def _in_own_thread(function: Callable[[], _T]) -> _T:
+    """``function()`` in a thread that ends with it, unlike those of a pool."""
+    results: list[_T] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=body, name="spawn")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def open_for_child(path: str, flags: int, mode: int = 0o600) -> int:
+    """A descriptor to hand to a program: opened by us, so that its user need not be able to."""
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    if fd > 2:
+        return fd
+    try:  # 0 to 2 will be the child's standard streams
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)

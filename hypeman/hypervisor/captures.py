@@ -1,0 +1,141 @@
+"""Captures on disk: one directory, whole or not there.
+
+    state          what the VMM saved of its devices (and of memory, where it maps none)
+    memory         guest memory as the VMM maps it, sparse
+    capture.json   written last, by rename; without it the directory is no capture
+
+What a restore needs is checked before a VMM is started: a torn or foreign capture is refused, never
+tried. Memory is checked by its size only, for reading it would cost what the mapping saves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+import msgspec
+
+from hypeman.errors import InternalError
+from hypeman.hypervisor.interface import Capture, CaptureInvalid, Disk, VmConfig
+from hypeman.hypervisor.kinds import HypervisorKind
+
+RECORD = "capture.json"
+STATE = "state"
+MEMORY = "memory"
+
+
+def publish(
+    directory: Path,
+    *,
+    kind: HypervisorKind,
+    version: str,
+    machine: str,
+    config: VmConfig,
+    summed: tuple[str, ...],
+) -> Capture:
+    """Make what lies in ``directory`` a capture: flush it, sum the files of ``summed``, write the record."""
+    sizes, sums = {}, {}
+    try:
+        for path in sorted(directory.iterdir()):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                sizes[path.name] = os.fstat(file.fileno()).st_size
+                if path.name in summed:
+                    sums[path.name] = _sum(file.fileno())
+        capture = Capture(kind, version, machine, config, sizes, sums)
+        half = directory / f".{RECORD}"
+        with open(half, "wb", opener=_private) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(capture)))
+            file.flush()
+            os.fsync(file.fileno())
+        half.rename(directory / RECORD)
+        _flush_directory(directory)
+    except OSError as error:
+        raise InternalError(f"the capture in {directory} can not be written: {error.strerror}") from error
+    return capture
+
+
+def read(directory: Path) -> Capture:
+    """The capture in ``directory``, whole. Raises CaptureInvalid."""
+    try:
+        capture = msgspec.json.decode((directory / RECORD).read_bytes(), type=Capture)
+    except FileNotFoundError:
+        raise CaptureInvalid(f"{directory} holds no complete capture") from None
+    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+        raise CaptureInvalid(f"the record of the capture in {directory} can not be read: {error}") from None
+    for name, size in capture.files.items():
+        if "/" in name:
+            raise CaptureInvalid(f"the capture in {directory} names a file outside of it: {name!r}")
+        try:
+            with (directory / name).open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise CaptureInvalid(f"{name} of the capture in {directory} has {found} bytes instead of {size}")
+                if name in capture.checksums and _sum(file.fileno()) != capture.checksums[name]:
+                    raise CaptureInvalid(f"{name} of the capture in {directory} was changed: wrong checksum")
+        except OSError as error:
+            raise CaptureInvalid(f"{name} of the capture in {directory}: {error.strerror}") from None
+    return capture
+
+
+def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, version: str, machine: str) -> None:
+    """Raise CaptureInvalid unless a VM of ``config`` can be brought back from ``capture``."""
+    old, differences = capture.config, []
+    if capture.kind != kind:
+        raise CaptureInvalid(f"the capture was made by {capture.kind} and can not be loaded by {kind}")
+    if _numbers(capture.version) > _numbers(version):
+        differences.append(f"it was made by version {capture.version}, here is {version}")
+    if capture.machine != machine:
+        differences.append(f"it was made on {capture.machine}, here is {machine}")
+    for name in ("vcpus", "memory_bytes", "hotplug_bytes"):
+        if getattr(old, name) != getattr(config, name):
+            differences.append(f"{name} was {getattr(old, name)}, now {getattr(config, name)}")
+    for what, before, now in (
+        ("disks", [_shape(disk) for disk in old.disks], [_shape(disk) for disk in config.disks]),
+        ("network interfaces", [nic.id for nic in old.nics], [nic.id for nic in config.nics]),
+        ("passed-through devices", list(old.pci_devices), list(config.pci_devices)),
+        ("vsock", bool(old.vsock_cid), bool(config.vsock_cid)),
+    ):
+        if before != now:
+            differences.append(f"the {what} differ")
+    if differences:
+        raise CaptureInvalid("the capture does not fit: " + "; ".join(differences))
+
+
+def consume(directory: Path) -> None:
+    """Make a capture invalid, durably, and free its files: its VM runs on. Content if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        (directory / RECORD).unlink()
+        _flush_directory(directory)
+        for name in (MEMORY, STATE):
+            (directory / name).unlink(missing_ok=True)
+
+
+def _shape(disk: Disk) -> tuple[object, ...]:
+    return disk.id, disk.readonly, disk.port
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _sum(fd: int) -> str:
+    digest = hashlib.sha256()
+    os.lseek(fd, 0, os.SEEK_SET)
+    while chunk := os.read(fd, 1024 * 1024):
+        digest.update(chunk)
+    return "sha256:" + digest.hexdigest()
+
+
+def _flush_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

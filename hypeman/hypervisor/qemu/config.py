@@ -1,0 +1,270 @@
+"""VmConfig to QEMU's command line. Pure: the same config gives the same arguments, in the same order.
+
+The machine is q35, for it alone has hot-plug of disks and memory and a right clock also without KVM.
+Its type is pinned, since a capture can only be loaded by the type that wrote it. Each device has its
+fixed place on the bus, so that a disk that was plugged or pulled moves no other:
+
+    slot   01 agent port   02 balloon   03 random numbers   04 vsock   05 hot-pluggable memory
+           08…0f network   10…12 fixed disks (8 functions each)
+           18, 19 ports that take disks at run time   1c ports with passed-through devices
+
+QEMU opens no file by name: disks, logs and TAPs come as descriptors (``/dev/fdset``), the sockets
+already listen, kernel and memory are reached through ``/proc/self/fd``. So the VMM's user needs no
+way into our directories, and no path has to survive QEMU's option syntax.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from hypeman.errors import InvalidRequest
+from hypeman.hypervisor.interface import Disk, VmConfig
+
+MACHINE = "pc-q35-7.2"
+MINIMUM_VERSION = (7, 2)
+AGENT_PORT_NAME = "hypeman.agent"
+"""Name of the virtio-serial port; the agent looks for it in /sys/class/virtio-ports."""
+HOTPLUG_PORTS = 16
+MAX_FIXED_DISKS = 24
+MAX_NICS = 8
+MAX_PCI_DEVICES = 8
+MAX_SERIAL = 20
+"""Bytes that virtio-blk has for a serial number."""
+MAX_VCPUS = 255
+MAX_RUN_DIR = 90
+"""Of the 107 bytes of a socket path."""
+MEMORY_BLOCK = 2 * 1024 * 1024
+"""Unit in which virtio-mem plugs."""
+_MIB = 1024 * 1024
+_ID = re.compile(rf"[a-z][a-z0-9-]{{0,{MAX_SERIAL - 1}}}")
+_OWN_IDS = frozenset({"serial", "agent-port", "balloon", "vsock", "hotplug-memory"})
+
+CONSOLE_SET = "console"
+"""Tag (``opaque``) of the descriptor set that the console is written to."""
+
+
+class Accelerator(msgspec.Struct, frozen=True):
+    """How the vCPUs run; part of what a capture depends on."""
+
+    name: str
+    """``kvm`` or ``tcg``."""
+    cpu: str
+    """Model for ``-cpu``."""
+
+    @property
+    def options(self) -> str:
+        # A translation buffer of 32 MB costs no time at boot and saves 10-18 MB of RSS against the default.
+        return "kvm" if self.name == "kvm" else "tcg,thread=multi,tb-size=32"
+
+
+# ``max`` offers all that TCG can emulate (x86-64-v3 programs run); five-level paging would only cost.
+TCG = Accelerator("tcg", "max,la57=off")
+KVM = Accelerator("kvm", "host")
+
+
+class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
+    """Descriptor numbers that QEMU inherits, by what they are for."""
+
+    qmp: int
+    """A listening unix socket, as is ``agent``."""
+    agent: int
+    console: int
+    memory: int
+    disks: dict[str, int]
+    """By disk id; opened for reading only or for both, as the disk says."""
+    nics: dict[str, int]
+    kernel: int | None = None
+    """None for a restore: the kernel is in the memory that comes back."""
+    initrd: int | None = None
+    vsock: int | None = None
+
+    def all(self) -> tuple[int, ...]:
+        rest = (self.kernel, self.initrd, self.vsock)
+        return (
+            *(self.qmp, self.agent, self.console, self.memory, *self.disks.values(), *self.nics.values()),
+            *(fd for fd in rest if fd is not None),
+        )
+
+
+def check(config: VmConfig) -> None:
+    """Raise InvalidRequest for what no QEMU could run."""
+    fixed = [disk for disk in config.disks if disk.port == 0]
+    ports = [disk.port for disk in config.disks if disk.port]
+    ids = [each.id for group in (config.disks, config.nics, config.pci_devices) for each in group]
+    for wrong, message in (
+        (not 1 <= config.vcpus <= MAX_VCPUS, f"{config.vcpus} vCPUs; 1 to {MAX_VCPUS} are possible"),
+        (config.memory_bytes < _MIB or config.memory_bytes % _MIB, "memory must be whole MiB"),
+        (config.hotplug_bytes < 0 or config.hotplug_bytes % MEMORY_BLOCK, "hot-plug memory must be whole 2 MiB"),
+        (len(fixed) > MAX_FIXED_DISKS, f"{len(fixed)} fixed disks; at most {MAX_FIXED_DISKS} are possible"),
+        (any(not 0 < port <= HOTPLUG_PORTS for port in ports), f"disk ports are 1 to {HOTPLUG_PORTS}"),
+        (len(set(ports)) < len(ports), "two disks have the same port"),
+        (any(disk.shared and not disk.readonly for disk in config.disks), "a shared disk must be read-only"),
+        (len(config.nics) > MAX_NICS, f"at most {MAX_NICS} network interfaces are possible"),
+        (len(config.pci_devices) > MAX_PCI_DEVICES, f"at most {MAX_PCI_DEVICES} devices can be passed through"),
+        (len(set(ids)) < len(ids), "two devices have the same id"),
+        (not all(map(_ID.fullmatch, ids)), f"ids of devices are a letter and up to {MAX_SERIAL - 1} of a-z0-9-"),
+        (bool(_OWN_IDS.intersection(ids)), f"these ids are the driver's: {', '.join(sorted(_OWN_IDS))}"),
+        (any("," in device.sysfs_path for device in config.pci_devices), "a device path must have no comma"),
+        (len(config.run_dir.encode()) > MAX_RUN_DIR, f"run_dir is longer than {MAX_RUN_DIR} bytes"),
+    ):
+        if wrong:
+            raise InvalidRequest(f"QEMU can not run this VM: {message}")
+
+
+def machine_name(accelerator: Accelerator) -> str:
+    """What a capture's state depends on, in one word."""
+    return f"{MACHINE}/{accelerator.name}/{accelerator.cpu}"
+
+
+def kernel_cmdline(*extra: str, hotplug_memory: bool = False) -> str:
+    """The guest kernel's command line for this machine.
+
+    ``cryptomgr.notests`` is the one argument that shortens the boot (18-20 %); ``panic=-1`` together with
+    ``-no-reboot`` turns a panic into an exit at once; with hot-pluggable memory the kernel would set
+    64 MB aside for bounce buffers that virtio never uses.
+    """
+    words = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "cryptomgr.notests", "random.trust_cpu=on"]
+    if hotplug_memory:
+        words.append("swiotlb=noforce")
+    return " ".join((*words, *extra))
+
+
+def command_line(
+    config: VmConfig,
+    fds: Descriptors,
+    *,
+    binary: str,
+    accelerator: Accelerator,
+    incoming: bool = False,
+    private_memory: bool = False,
+) -> tuple[str, ...]:
+    """All arguments of QEMU. It always starts with its vCPUs stopped.
+
+    ``incoming``: it waits for a saved state. ``private_memory``: what the guest writes stays out of the
+    memory file, which several VMs may then share.
+    """
+    mib = config.memory_bytes >> 20
+    memory = f"{mib}M"
+    if config.hotplug_bytes:
+        memory += f",slots=1,maxmem={mib + (config.hotplug_bytes >> 20)}M"
+    share = "off" if private_memory else "on"
+    arguments = [
+        binary,
+        *("-name", f"{config.instance_id},debug-threads=on"),
+        *("-machine", f"{MACHINE},sata=off,smbus=off,vmport=off,memory-backend=mem"),
+        *("-accel", accelerator.options),
+        *("-cpu", accelerator.cpu),
+        *("-smp", f"cpus={config.vcpus},sockets=1,cores={config.vcpus},threads=1"),
+        *("-m", memory),
+        *("-object", f"memory-backend-file,id=mem,size={mib}M,mem-path=/proc/self/fd/{fds.memory},share={share}"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S"),
+        *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+        *_descriptor_set(1, fds.console, CONSOLE_SET),
+        *("-chardev", "file,id=console,path=/dev/fdset/1,append=on", "-serial", "chardev:console"),
+        *("-device", "virtio-serial-pci,id=serial,bus=pcie.0,addr=01.0,max_ports=2"),
+        *("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off"),
+        *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT_NAME},id=agent-port"),
+        # No free-page-reporting: with private memory QEMU 7.2 answers it by punching holes into the
+        # memory file, which all forks of one capture share.
+        *("-device", "virtio-balloon-pci,id=balloon,bus=pcie.0,addr=02.0,deflate-on-oom=on"),
+        *("-object", "rng-builtin,id=random", "-device", "virtio-rng-pci,rng=random,bus=pcie.0,addr=03.0"),
+    ]
+    if fds.vsock is not None:
+        arguments += [
+            "-device",
+            f"vhost-vsock-pci,id=vsock,bus=pcie.0,addr=04.0,guest-cid={config.vsock_cid},vhostfd={fds.vsock}",
+        ]
+    if config.hotplug_bytes:
+        # Anonymous memory: virtio-mem of QEMU 7.2 empties a shared file when it starts, also on a restore.
+        arguments += [
+            *("-object", f"memory-backend-ram,id=hotmem,size={config.hotplug_bytes >> 20}M"),
+            *("-device", "virtio-mem-pci,id=hotplug-memory,memdev=hotmem,requested-size=0,bus=pcie.0,addr=05.0"),
+        ]
+    for index in range(HOTPLUG_PORTS):
+        arguments += ["-device", _root_port(f"disk-port{index + 1}", 0x18, index, chassis=index + 1)]
+    for index, _ in enumerate(config.pci_devices):
+        arguments += ["-device", _root_port(f"pci-port{index + 1}", 0x1C, index, chassis=100 + index)]
+    for index, nic in enumerate(config.nics):
+        arguments += [
+            *("-netdev", f"tap,id=tap-{nic.id},fd={fds.nics[nic.id]}"),
+            "-device",
+            f"virtio-net-pci,id={nic.id},netdev=tap-{nic.id},mac={nic.mac},host_mtu={nic.mtu},romfile=,"
+            f"bus=pcie.0,addr={8 + index:02x}.0",
+        ]
+    fixed = 0
+    for number, disk in enumerate(config.disks, 2):
+        arguments += _descriptor_set(number, fds.disks[disk.id], disk_set(disk.id))
+        arguments += ["-blockdev", _option(block_node(disk, number))]
+        arguments += ["-device", _option(disk_device(disk, place=_fixed_place(fixed) if disk.port == 0 else None))]
+        fixed += disk.port == 0
+    for index, device in enumerate(config.pci_devices):
+        arguments += ["-device", f"vfio-pci,id={device.id},sysfsdev={device.sysfs_path},bus=pci-port{index + 1}"]
+    if fds.kernel is not None:
+        arguments += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", config.cmdline]
+        if fds.initrd is not None:
+            arguments += ["-initrd", f"/proc/self/fd/{fds.initrd}"]
+    if incoming:
+        arguments += ["-incoming", "defer"]
+    return tuple(arguments)
+
+
+def disk_set(disk_id: str) -> str:
+    """Tag of the descriptor set that holds this disk's file."""
+    return f"disk:{disk_id}"
+
+
+def disk_node(disk_id: str) -> str:
+    """Name of a disk's block node."""
+    return f"node-{disk_id}"
+
+
+def block_node(disk: Disk, descriptor_set: int) -> dict[str, object]:
+    """Arguments of ``blockdev-add``, flat; the same as an option of the command line."""
+    return {
+        "driver": "raw",
+        "node-name": disk_node(disk.id),
+        "read-only": disk.readonly,
+        "discard": "unmap",
+        "file.driver": "file",
+        "file.filename": f"/dev/fdset/{descriptor_set}",
+        "file.locking": "off" if disk.shared else "on",
+    }
+
+
+def disk_device(disk: Disk, *, place: str | None = None) -> dict[str, object]:
+    """Arguments of ``device_add``. ``place`` is the slot of a fixed disk; the others sit in their port."""
+    where = {"bus": "pcie.0", "addr": place, "multifunction": True} if place else {"bus": f"disk-port{disk.port}"}
+    return {
+        "driver": "virtio-blk-pci",
+        "id": disk.id,
+        "drive": disk_node(disk.id),
+        "serial": disk.id,
+        # An I/O error is the guest's to see; the default would stop the VM when the host's disk is full.
+        "werror": "report",
+        "rerror": "report",
+        **where,
+    }
+
+
+def _fixed_place(index: int) -> str:
+    return f"{0x10 + index // 8:02x}.{index % 8}"
+
+
+def _root_port(name: str, slot: int, index: int, *, chassis: int) -> str:
+    place = f"{slot + index // 8:02x}.{index % 8}"
+    return f"pcie-root-port,id={name},bus=pcie.0,addr={place},multifunction=on,chassis={chassis},slot={chassis}"
+
+
+def _descriptor_set(number: int, fd: int, tag: str) -> list[str]:
+    return ["-add-fd", f"fd={fd},set={number},opaque={tag}"]
+
+
+def _option(arguments: dict[str, object]) -> str:
+    """QMP arguments in the syntax of the command line; none of our values holds a comma."""
+    words = {True: "on", False: "off"}
+    driver, *rest = arguments.items()
+    pairs = (f"{key}={words[value] if isinstance(value, bool) else value}" for key, value in rest)
+    return ",".join((f"{driver[0]}={driver[1]}" if driver[1] == "raw" else str(driver[1]), *pairs))

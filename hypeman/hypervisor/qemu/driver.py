@@ -1,0 +1,406 @@
+"""QEMU as a hypervisor: start it, bring it back, find it again.
+
+Order of a start: everything is opened here, as root; QEMU starts as its own user with nothing but those
+descriptors, and stopped; limits are set over QMP; then the vCPUs run. What fails on the way is said
+with QEMU's own words, and nothing is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+
+from hypeman.errors import NotSupported
+from hypeman.host.loans import lent
+from hypeman.host.processes import Process, Processes, ProcessId, Program, ToolFailed, open_for_child
+from hypeman.hypervisor import captures
+from hypeman.hypervisor.interface import (
+    Capabilities,
+    Capture,
+    LaunchFailed,
+    VmConfig,
+    Vmm,
+    VmmBroken,
+    VmmGone,
+    VmmHandle,
+)
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.qemu import config as native
+from hypeman.hypervisor.qemu.client import QmpClient
+from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, RESTORED_FROM, QemuVmm, note_capture
+
+_BINARY = "qemu-system-x86_64"
+_VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)")
+_QUIET_LIMIT = 10.0
+_PROOF_LIMIT = 90.0
+"""Seconds that the kernel may take to say its first word, and to end, when KVM has to prove itself. On
+metal it takes 0.5 s in all, 10 s in a virtual machine that emulates the virtualisation too."""
+
+OpenTap = Callable[[str], Awaitable[int]]
+
+
+class QemuDriver:
+    """The ``qemu`` kind: q35, under KVM where it proves itself, else TCG."""
+
+    kind = HypervisorKind.QEMU
+
+    def __init__(
+        self,
+        processes: Processes,
+        open_tap: OpenTap,
+        *,
+        kernel: str,
+        binary: str = "",
+        accelerator: str = "auto",
+        vhost_vsock: str = "/dev/vhost-vsock",
+        vfio: str = "/dev/vfio/vfio",
+    ) -> None:
+        """``kernel`` is what KVM has to run to prove itself; ``open_tap`` gives a descriptor of a TAP;
+        ``accelerator`` is ``auto``, ``kvm`` or ``tcg``."""
+        self._processes = processes
+        self._open_tap = open_tap
+        self._kernel = kernel
+        self._binary = binary
+        self._wanted_accelerator = accelerator
+        self._vhost_vsock = vhost_vsock
+        self._vfio = vfio
+        self._capabilities = Capabilities(available=False, reason="not looked for yet")
+
+    # What it can do
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def adopt_capabilities(self, capabilities: Capabilities) -> None:
+        """Take the answer of an earlier ``probe``. It holds as long as the host's kernel, its boot, the
+        guest kernel and QEMU's version stay the same; the caller sees to that."""
+        self._capabilities = capabilities
+
+    async def probe(self) -> Capabilities:
+        self._capabilities = await self._probe()
+        return self._capabilities
+
+    async def _probe(self) -> Capabilities:
+        binary = self._binary or shutil.which(_BINARY) or ""
+        if not binary:
+            return Capabilities(available=False, reason=f"{_BINARY} is not installed")
+        try:
+            said = (await self._processes.run([binary, "--version"], timeout=20)).decode(errors="replace")
+        except ToolFailed as error:
+            return Capabilities(available=False, reason=error.message, binary=binary)
+        if (match := _VERSION.search(said)) is None:
+            return Capabilities(available=False, reason=f"{binary} is no QEMU: {said[:80]!r}", binary=binary)
+        version = ".".join(match.groups())
+        if (int(match[1]), int(match[2])) < native.MINIMUM_VERSION:
+            wanted = ".".join(map(str, native.MINIMUM_VERSION))
+            return Capabilities(
+                available=False, reason=f"QEMU {version} is too old, {wanted} is wanted", version=version, binary=binary
+            )
+        why_not_kvm = "tcg is configured" if self._wanted_accelerator == "tcg" else await self._why_not_kvm(binary)
+        if why_not_kvm and self._wanted_accelerator == "kvm":
+            return Capabilities(
+                available=False, reason=f"kvm is configured, but {why_not_kvm}", version=version, binary=binary
+            )
+        return Capabilities(
+            available=True,
+            version=version,
+            binary=binary,
+            accelerator="tcg" if why_not_kvm else "kvm",
+            accelerator_reason=why_not_kvm,
+            standby=True,
+            fork=True,
+            pause=True,
+            hotplug_memory=True,
+            hotplug_disk=True,
+            hotplug_ports=native.HOTPLUG_PORTS,
+            balloon=True,
+            vsock=os.access(self._vhost_vsock, os.F_OK),
+            pci_passthrough=not why_not_kvm and os.access(self._vfio, os.F_OK),
+            disk_io_limit=True,
+            disk_resize=True,
+            max_disks=native.MAX_FIXED_DISKS + native.HOTPLUG_PORTS,
+        )
+
+    async def _why_not_kvm(self, binary: str) -> str:
+        """Empty if an ordinary kernel runs on KVM here, else why it does not.
+
+        A ``/dev/kvm`` that can be opened proves nothing: in nested clouds there are some that hang or
+        abort at the first thing a real kernel does. So the guest kernel itself is booted, without a
+        root: it says its lines, panics, and with that QEMU ends.
+        """
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            return "/dev/kvm is not there or can not be opened"
+        if not os.access(self._kernel, os.R_OK):
+            return f"there is no kernel {self._kernel} to try it with"
+        argv = [
+            binary, "-machine", native.MACHINE, "-accel", "kvm", "-cpu", native.KVM.cpu, "-m", "128M",
+            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
+            "-kernel", self._kernel,
+            "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 reboot=t cryptomgr.notests",
+        ]  # fmt: skip
+        try:
+            said = await self._processes.run(argv, timeout=_PROOF_LIMIT, quiet_limit=_QUIET_LIMIT)
+        except ToolFailed as error:
+            return f"an ordinary kernel does not run on /dev/kvm: {error.message.splitlines()[0][:300]}"
+        return "" if b"Linux version" in said else "a kernel on /dev/kvm ended without a word"
+
+    @property
+    def _accelerator(self) -> native.Accelerator:
+        return native.KVM if self._capabilities.accelerator == "kvm" else native.TCG
+
+    def validate(self, config: VmConfig) -> None:
+        can = self._capabilities
+        if not can.available:
+            raise NotSupported(f"{self.kind} can not be used here: {can.reason}")
+        if config.vsock_cid and not can.vsock:
+            raise NotSupported(f"this host has no {self._vhost_vsock}, so {self.kind} has no vsock")
+        if config.pci_devices and not can.pci_passthrough:
+            raise NotSupported("passing devices through wants KVM and VFIO, which this host has not")
+        native.check(config)
+
+    # Starting
+
+    async def launch(self, config: VmConfig) -> Vmm:
+        self.validate(config)
+        with contextlib.ExitStack() as opened:
+            memory = await trio.to_thread.run_sync(_new_memory, config)
+            opened.callback(os.close, memory)
+            vmm = await self._start(config, memory, kernel=True)
+        return await _or_kill(vmm, vmm.resume)
+
+    async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
+        self.validate(config)
+        saved = await trio.to_thread.run_sync(captures.read, capture)
+        captures.check_fits(
+            saved,
+            config,
+            kind=self.kind,
+            version=self._capabilities.version,
+            machine=native.machine_name(self._accelerator),
+        )
+        mapped = captures.MEMORY in saved.files
+        with contextlib.ExitStack() as opened:
+            if mapped and keep_capture:
+                opened.enter_context(lent(capture / captures.MEMORY, config.uid))
+            memory = await trio.to_thread.run_sync(_saved_memory, config, capture, saved, keep_capture)
+            opened.callback(os.close, memory)
+            vmm = await self._start(config, memory, incoming=True, private_memory=mapped and keep_capture)
+
+        async def bring_back() -> None:
+            await vmm.load_state(capture / captures.STATE, without_memory=mapped)
+            if not keep_capture:
+                note_capture(Path(config.run_dir), capture)
+            for nic in config.nics if paused else ():
+                await vmm.set_link(nic.id, up=False)
+            if not paused:
+                await vmm.resume()
+
+        return await _or_kill(vmm, bring_back)
+
+    async def reattach(self, handle: VmmHandle) -> Vmm:
+        process = self._processes.find(ProcessId(handle.pid, handle.start_time, handle.boot_id))
+        if process is None:
+            raise VmmGone(f"the VMM of {handle.config.instance_id} (pid {handle.pid}) has ended")
+        try:
+            qmp = await QmpClient.connect(str(Path(handle.run_dir, QMP_SOCKET)))
+        except VmmGone:
+            alive = process.alive()
+            process.close()
+            if alive:
+                raise VmmBroken(f"QEMU (pid {handle.pid}) lives but its QMP socket is gone") from None
+            raise
+        except BaseException:
+            process.close()
+            raise
+        return QemuVmm(handle, process, qmp, machine=native.machine_name(self._accelerator))
+
+    async def kill_stray(self, run_dir: str) -> bool:
+        process = await trio.to_thread.run_sync(self._processes.find_marked, run_dir)
+        if process is None:
+            return False
+        await _end(process)
+        return True
+
+    async def _start(
+        self,
+        config: VmConfig,
+        memory: int,
+        *,
+        kernel: bool = False,
+        incoming: bool = False,
+        private_memory: bool = False,
+    ) -> QemuVmm:
+        """QEMU with its vCPUs stopped, its limits set, and a QMP connection."""
+        with contextlib.ExitStack() as opened:
+
+            def keep(fd: int) -> int:
+                opened.callback(os.close, fd)
+                return fd
+
+            try:
+                _fresh_run_dir(Path(config.run_dir))
+                fds = native.Descriptors(
+                    qmp=keep(_listen(Path(config.run_dir, QMP_SOCKET))),
+                    agent=keep(_listen(Path(config.run_dir, AGENT_SOCKET))),
+                    console=keep(open_for_child(config.console_log, _APPEND)),
+                    memory=memory,
+                    kernel=keep(open_for_child(config.kernel, os.O_RDONLY)) if kernel else None,
+                    initrd=keep(open_for_child(config.initrd, os.O_RDONLY)) if kernel and config.initrd else None,
+                    disks={
+                        disk.id: keep(open_for_child(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR))
+                        for disk in config.disks
+                    },
+                    nics={nic.id: keep(await self._open_tap(nic.tap)) for nic in config.nics},
+                    vsock=keep(open_for_child(self._vhost_vsock, os.O_RDWR)) if config.vsock_cid else None,
+                )
+                if config.pci_devices:
+                    await trio.to_thread.run_sync(_give_vfio_groups, config)
+                log_start = _size(config.vmm_log)
+            except OSError as error:
+                raise LaunchFailed(f"{error.filename or config.run_dir}: {error.strerror}") from error
+            argv = native.command_line(
+                config,
+                fds,
+                binary=self._capabilities.binary,
+                accelerator=self._accelerator,
+                incoming=incoming,
+                private_memory=private_memory,
+            )
+            process = await self._processes.spawn(
+                Program(
+                    argv=argv,
+                    log=config.vmm_log,
+                    mark=config.run_dir,
+                    fds=fds.all(),
+                    uid=config.uid,
+                    gid=config.gid,
+                    cgroup=config.cgroup,
+                    locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,
+                )
+            )
+        # Our copies of the listening sockets are closed: if QEMU dies now, the connection breaks at once.
+        qmp = None
+        try:
+            qmp = await QmpClient.connect(str(Path(config.run_dir, QMP_SOCKET)))
+            name = process.identity
+            handle = VmmHandle(self.kind, name.pid, name.start_time, name.boot_id, config.run_dir, config)
+            vmm = QemuVmm(handle, process, qmp, machine=native.machine_name(self._accelerator))
+            for disk in config.disks:
+                await vmm.limit_disk(disk)
+        except BaseException as error:
+            if qmp is not None:
+                qmp.close()
+            await _end(process)
+            if isinstance(error, VmmGone | VmmBroken):
+                said = _said(config.vmm_log, log_start) or error.message
+                raise LaunchFailed(f"QEMU did not start: {said}") from error
+            raise
+        return vmm
+
+
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+
+
+async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm:
+    """``vmm`` after ``then``; if that fails or is cancelled, the VMM is ended."""
+    log_start = _size(vmm.config.vmm_log)
+    try:
+        await then()
+    except BaseException as error:
+        with trio.CancelScope(shield=True):
+            await vmm.kill()
+            await vmm.aclose()
+        if isinstance(error, VmmGone | VmmBroken):
+            said = _said(vmm.config.vmm_log, log_start)
+            raise LaunchFailed(f"{error.message}{': ' + said if said else ''}") from error
+        raise
+    return vmm
+
+
+async def _end(process: Process) -> None:
+    with trio.CancelScope(shield=True):
+        process.kill()
+        await process.wait()
+        process.close()
+
+
+def _fresh_run_dir(path: Path) -> None:
+    """Empty and root's alone: QEMU has its sockets as descriptors and needs no way in here."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    path.chmod(0o700)
+    for old in (QMP_SOCKET, AGENT_SOCKET, RESTORED_FROM):
+        (path / old).unlink(missing_ok=True)
+
+
+def _listen(path: Path) -> int:
+    """A descriptor of a socket that already listens, so that nobody has to wait until QEMU does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(str(path))
+        sock.listen(1)
+        return sock.detach()
+
+
+def _new_memory(config: VmConfig) -> int:
+    """A new memory file, all hole, that belongs to the VMM's user."""
+    path = Path(config.memory_path)
+    try:
+        path.unlink(missing_ok=True)
+        fd = open_for_child(config.memory_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        try:
+            os.ftruncate(fd, config.memory_bytes)
+            _give(fd, config)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise LaunchFailed(f"{config.memory_path}: {error.strerror}") from error
+    return fd
+
+
+def _saved_memory(config: VmConfig, directory: Path, capture: Capture, keep: bool) -> int:
+    """A descriptor of the memory to start on: the capture's own, linked or lent, or a new one to fill."""
+    if captures.MEMORY not in capture.files:
+        return _new_memory(config)
+    source = directory / captures.MEMORY
+    try:
+        if keep:
+            return open_for_child(str(source), os.O_RDWR)
+        path = Path(config.memory_path)
+        path.unlink(missing_ok=True)
+        path.hardlink_to(source)
+        fd = open_for_child(config.memory_path, os.O_RDWR)
+        _give(fd, config)
+        return fd
+    except OSError as error:
+        raise LaunchFailed(f"{source}: {error.strerror}") from error
+
+
+def _give(fd: int, config: VmConfig) -> None:
+    if os.geteuid() == 0:
+        os.fchown(fd, config.uid, config.gid)
+
+
+def _give_vfio_groups(config: VmConfig) -> None:
+    for device in config.pci_devices:
+        group = os.path.basename(os.readlink(f"{device.sysfs_path}/iommu_group"))
+        os.chown(f"/dev/vfio/{group}", config.uid, config.gid)
+
+
+def _size(path: str) -> int:
+    return os.stat(path).st_size if os.path.exists(path) else 0
+
+
+def _said(log: str, start: int) -> str:
+    """What QEMU wrote to its log since, in one line."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(start)
+        return " / ".join(file.read(2000).decode(errors="replace").split("\n")).strip(" /")
+    return ""

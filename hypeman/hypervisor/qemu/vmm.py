@@ -1,0 +1,388 @@
+"""One live QEMU: what the Vmm interface asks, in QMP.
+
+All that must survive a restart of ours lies in the handle, in QEMU itself or in the run directory;
+an object of this class can be thrown away and made again at any time.
+
+    run_dir/   qmp.sock  agent.sock     listening sockets, ours alone; QEMU got them as descriptors
+               restored-from            path of a capture that is used up as soon as the guest runs on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.errors import InternalError, InUse, InvalidRequest, NotFound, NotSupported
+from hypeman.host.files import Files
+from hypeman.host.processes import Process, open_for_child
+from hypeman.hypervisor import captures
+from hypeman.hypervisor.interface import (
+    AGENT_VSOCK_PORT,
+    Capture,
+    Disk,
+    ExitReason,
+    VmConfig,
+    VmmBroken,
+    VmmExit,
+    VmmGone,
+    VmmHandle,
+    VmmState,
+)
+from hypeman.hypervisor.qemu import config as native
+from hypeman.hypervisor.qemu.client import QmpClient, QmpRefused, connect_unix
+from hypeman.hypervisor.qmp import Happened
+
+QMP_SOCKET = "qmp.sock"
+AGENT_SOCKET = "agent.sock"
+RESTORED_FROM = "restored-from"
+
+_UNPLUG_LIMIT = 15.0
+_RESIZE_LIMIT = 15.0
+_SAVE_LIMIT = 600.0
+"""Seconds; a guest lets go of a disk in 0.1 s, of memory in 1 s; a large memory is written at disk speed."""
+
+_STATES = {
+    "running": VmmState.RUNNING,
+    "shutdown": VmmState.SHUTDOWN,
+    "guest-panicked": VmmState.SHUTDOWN,
+    "internal-error": VmmState.SHUTDOWN,
+}
+
+_REASONS = {
+    "guest-shutdown": ExitReason.POWEROFF,
+    "guest-reset": ExitReason.RESET,
+    "guest-panic": ExitReason.RESET,
+    "subsystem-reset": ExitReason.RESET,
+    "host-signal": ExitReason.KILLED,
+    "host-qmp-quit": ExitReason.KILLED,
+    "host-qmp-system-reset": ExitReason.KILLED,
+    "host-ui": ExitReason.KILLED,
+    "host-error": ExitReason.FAILED,
+}
+
+
+class QemuVmm:
+    """A Vmm on QEMU. Made by the driver."""
+
+    def __init__(self, handle: VmmHandle, process: Process, qmp: QmpClient, *, machine: str) -> None:
+        self._handle = handle
+        self._process = process
+        self._qmp = qmp
+        self._machine = machine
+        self._files = Files()
+        self._run_dir = Path(handle.run_dir)
+        self._channel: trio.SocketStream | None = None
+        self._changing = trio.Lock()  # of the VM: capture and hot-plug one after the other
+        self._exit: VmmExit | None = None
+        self._killed = False
+
+    @property
+    def handle(self) -> VmmHandle:
+        return self._handle
+
+    @property
+    def config(self) -> VmConfig:
+        """As it is now, hot-plugged disks included."""
+        return self._handle.config
+
+    async def state(self) -> VmmState:
+        status = await self._qmp.execute("query-status")
+        return _STATES.get(status["status"], VmmState.PAUSED)
+
+    async def open_channel(self) -> trio.abc.Stream:
+        if self._channel is not None:  # QEMU serves one connection; a second one would wait behind it
+            await trio.aclose_forcefully(self._channel)
+        if self.config.vsock_cid:
+            sock = trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+            try:
+                await sock.connect((self.config.vsock_cid, AGENT_VSOCK_PORT))
+            except OSError as error:
+                sock.close()
+                raise VmmBroken(f"the guest does not answer on vsock: {error.strerror}") from None
+            except BaseException:
+                sock.close()
+                raise
+            self._channel = trio.SocketStream(sock)
+        else:
+            self._channel = await connect_unix(str(self._run_dir / AGENT_SOCKET))
+        return self._channel
+
+    async def pause(self) -> None:
+        await self._qmp.execute("stop")
+
+    async def resume(self) -> None:
+        # Memory changes from here on. Killed in between, we leave a paused VM or a whole capture.
+        await trio.to_thread.run_sync(_use_up_capture, self._run_dir)
+        await self._qmp.execute("cont")
+
+    # Capture
+
+    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
+        if self.config.pci_devices:
+            raise NotSupported("the state of a passed-through device can not be saved")
+        async with self._changing:
+            shared = await self._memory_is_shared()
+            await self._qmp.execute("stop")
+            await self._save_state(directory / captures.STATE, without_memory=shared)
+            if shared:
+                memory, kept = Path(self.config.memory_path), directory / captures.MEMORY
+                if go_on:
+                    await self._files.copy(memory, kept)
+                else:
+                    _link(memory, kept)
+            return await trio.to_thread.run_sync(
+                lambda: captures.publish(
+                    directory,
+                    kind=self._handle.kind,
+                    version=self._qmp.version,
+                    machine=self._machine,
+                    config=self.config,
+                    summed=(captures.STATE,),
+                )
+            )
+
+    async def load_state(self, file: Path, *, without_memory: bool) -> None:
+        """Take over a saved state; for a QEMU that was started to wait for one. Stays paused."""
+        with _opened(str(file), os.O_RDONLY) as fd:
+            await self._qmp.execute("getfd", {"fdname": "state"}, fds=[fd])
+        await self._migrate("migrate-incoming", "state", ignore_shared=without_memory)
+
+    async def _save_state(self, file: Path, *, without_memory: bool) -> None:
+        with _opened(str(file), os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+            await self._qmp.execute("getfd", {"fdname": "state"}, fds=[fd])
+        await self._qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+        try:
+            await self._migrate("migrate", "state", ignore_shared=without_memory)
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True), contextlib.suppress(VmmGone, VmmBroken):
+                await self._qmp.execute("migrate_cancel")
+            raise
+
+    async def _migrate(self, command: str, fdname: str, *, ignore_shared: bool) -> None:
+        switches = {"x-ignore-shared": ignore_shared, "events": True}
+        await self._qmp.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": name, "state": state} for name, state in switches.items()]},
+        )
+        since = self._qmp.event_count
+        await self._qmp.execute(command, {"uri": f"fd:{fdname}"})
+        try:
+            with trio.fail_after(_SAVE_LIMIT):
+                event = await self._qmp.wait_event(_migration_ended, since=since)
+        except trio.TooSlowError:
+            raise VmmBroken(f"QEMU did not finish {command} within {_SAVE_LIMIT:g} s") from None
+        if event.data["status"] != "completed":
+            status = await self._qmp.execute("query-migrate")
+            raise VmmBroken(f"QEMU failed to {command}: {status.get('error-desc', event.data['status'])}")
+
+    async def _memory_is_shared(self) -> bool:
+        devices = await self._qmp.execute("query-memdev")
+        return any(device["share"] for device in devices if device.get("id") == "mem")
+
+    # Devices
+
+    async def add_disk(self, disk: Disk) -> Disk:
+        async with self._changing:
+            disk = self._with_free_port(disk)
+            flags = os.O_RDONLY if disk.readonly else os.O_RDWR
+            with _opened(disk.path, flags) as fd:
+                added = await self._qmp.execute("add-fd", {"opaque": native.disk_set(disk.id)}, fds=[fd])
+            try:
+                await self._qmp.execute("blockdev-add", native.block_node(disk, added["fdset-id"]))
+                await self._qmp.execute("device_add", native.disk_device(disk))
+                await self.limit_disk(disk)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._unplug(disk.id)
+                raise
+            self._now_has_disks((*self.config.disks, disk))
+            return disk
+
+    async def remove_disk(self, disk_id: str) -> None:
+        async with self._changing:
+            disk = self._disk(disk_id)
+            if disk.port == 0:
+                raise NotSupported(f"disk {disk_id!r} is fixed and can not be taken from a running VM")
+            await self._unplug(disk_id)
+            self._now_has_disks(tuple(other for other in self.config.disks if other.id != disk_id))
+
+    async def resize_disk(self, disk_id: str, size: int) -> None:
+        self._disk(disk_id)
+        await self._qmp.execute("block_resize", {"node-name": native.disk_node(disk_id), "size": size})
+
+    async def limit_disk(self, disk: Disk) -> None:
+        """Hold the disk to its ``bps``, in each direction."""
+        if disk.bps:
+            limits = {"bps": 0, "bps_rd": disk.bps, "bps_wr": disk.bps, "iops": 0, "iops_rd": 0, "iops_wr": 0}
+            device = f"/machine/peripheral/{disk.id}/virtio-backend"
+            await self._qmp.execute("block_set_io_throttle", {"id": device, **limits})
+
+    async def resize_memory(self, size: int) -> None:
+        low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
+        if self.config.hotplug_bytes == 0:
+            raise NotSupported("this VM was made without hot-pluggable memory")
+        if not low <= size <= high:
+            raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
+        device = "/machine/peripheral/hotplug-memory"
+        wanted = (size - low) // native.MEMORY_BLOCK * native.MEMORY_BLOCK
+        since = self._qmp.event_count
+        await self._qmp.execute("qom-set", {"path": device, "property": "requested-size", "value": wanted})
+        try:
+            with trio.fail_after(_RESIZE_LIMIT):
+                while (now := await self._qmp.execute("qom-get", {"path": device, "property": "size"})) != wanted:
+                    await self._qmp.wait_event(_memory_changed, since=since)
+                    since = self._qmp.event_count
+        except trio.TooSlowError:
+            raise VmmBroken(f"the guest went to {low + now} bytes of memory and not to {size}") from None
+
+    async def set_link(self, nic_id: str, *, up: bool) -> None:
+        await self._qmp.execute("set_link", {"name": nic_id, "up": up})
+
+    async def rotate_console(self) -> None:
+        old = await self._descriptor_set(native.CONSOLE_SET)
+        with _opened(self.config.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW) as fd:
+            added = await self._qmp.execute("add-fd", {"opaque": native.CONSOLE_SET}, fds=[fd])
+        backend = {"type": "file", "data": {"out": f"/dev/fdset/{added['fdset-id']}", "append": True}}
+        await self._qmp.execute("chardev-change", {"id": "console", "backend": backend})
+        if old is not None:
+            await self._qmp.execute("remove-fd", {"fdset-id": old})
+
+    # End
+
+    async def wait_exit(self) -> VmmExit:
+        if self._exit is None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listen)
+                await self._process.wait()
+                nursery.cancel_scope.cancel()
+            self._exit = await self._why_ended()
+        return self._exit
+
+    async def kill(self) -> None:
+        if self._process.alive():
+            self._killed = True
+            self._process.kill()
+        with trio.CancelScope(shield=True):  # SIGKILL takes 5-50 ms; half dead is no state to leave it in
+            await self._process.wait()
+
+    async def aclose(self) -> None:
+        if self._channel is not None:
+            await trio.aclose_forcefully(self._channel)
+        self._qmp.close()
+        self._process.close()
+
+    async def _listen(self) -> None:
+        """Keep events from piling up in QEMU while nothing is asked of it."""
+        with contextlib.suppress(VmmBroken, VmmGone):
+            await self._qmp.wait_closed()
+
+    async def _why_ended(self) -> VmmExit:
+        with trio.move_on_after(1), contextlib.suppress(VmmBroken, VmmGone):
+            await self._qmp.wait_closed()  # what QEMU said before it went is still in the socket
+        event = self._qmp.find_event(lambda event: event.name == "SHUTDOWN")
+        code = self._process.returncode
+        if event is not None and (reason := str(event.data.get("reason"))) in _REASONS:
+            return VmmExit(_REASONS[reason], reason)
+        if self._killed or code is None or code == -9:
+            return VmmExit(ExitReason.KILLED, "ended by SIGKILL" if code == -9 else "")
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        return VmmExit(ExitReason.FAILED, f"QEMU ended {how}")
+
+    # Parts
+
+    def _disk(self, disk_id: str) -> Disk:
+        for disk in self.config.disks:
+            if disk.id == disk_id:
+                return disk
+        raise NotFound(f"the VM has no disk {disk_id!r}")
+
+    def _with_free_port(self, disk: Disk) -> Disk:
+        if any(other.id == disk.id for other in self.config.disks):
+            raise InUse(f"the VM has a disk {disk.id!r} already")
+        taken = {other.port for other in self.config.disks}
+        if disk.port in taken - {0}:
+            raise InUse(f"disk port {disk.port} is taken")
+        port = disk.port or next((n for n in range(1, native.HOTPLUG_PORTS + 1) if n not in taken), 0)
+        if not 1 <= port <= native.HOTPLUG_PORTS:
+            raise InUse(f"all {native.HOTPLUG_PORTS} ports for disks are taken")
+        return msgspec.structs.replace(disk, port=port)
+
+    def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
+        config = msgspec.structs.replace(self.config, disks=disks)
+        self._handle = msgspec.structs.replace(self._handle, config=config)
+
+    async def _unplug(self, disk_id: str) -> None:
+        """Take a disk out, as far as it is in; may be called again after a failure."""
+        since = self._qmp.event_count
+        try:
+            await self._qmp.execute("device_del", {"id": disk_id})
+            gone = False
+        except QmpRefused as error:
+            gone = "not found" in str(error)
+            if not gone and "in the process of unplug" not in str(error):
+                raise
+        if not gone:
+            try:
+                with trio.fail_after(_UNPLUG_LIMIT):
+                    # Another DEVICE_DELETED, without a device, tells only of the virtio backend inside.
+                    await self._qmp.wait_event(
+                        lambda event: event.name == "DEVICE_DELETED" and event.data.get("device") == disk_id,
+                        since=since,
+                    )
+            except trio.TooSlowError:
+                raise VmmBroken(f"the guest did not let go of disk {disk_id!r}") from None
+        with contextlib.suppress(QmpRefused):  # there is no such node
+            await self._qmp.execute("blockdev-del", {"node-name": native.disk_node(disk_id)})
+        if (number := await self._descriptor_set(native.disk_set(disk_id))) is not None:
+            await self._qmp.execute("remove-fd", {"fdset-id": number})
+
+    async def _descriptor_set(self, tag: str) -> int | None:
+        for each in await self._qmp.execute("query-fdsets"):
+            if any(fd.get("opaque") == tag for fd in each["fds"]):
+                return int(each["fdset-id"])
+        return None
+
+
+@contextlib.contextmanager
+def _opened(path: str, flags: int) -> Iterator[int]:
+    try:
+        fd = open_for_child(path, flags)
+    except OSError as error:
+        raise InternalError(f"{path}: {error.strerror}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def note_capture(run_dir: Path, capture: Path) -> None:
+    """Note which capture is used up as soon as the guest runs on."""
+    (run_dir / RESTORED_FROM).write_text(str(capture))
+
+
+def _use_up_capture(run_dir: Path) -> None:
+    note = run_dir / RESTORED_FROM
+    with contextlib.suppress(FileNotFoundError):
+        captures.consume(Path(note.read_text()))
+        note.unlink()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        raise InternalError(f"guest memory can not be kept as {target}: {error.strerror}") from error
+
+
+def _migration_ended(event: Happened) -> bool:
+    return event.name == "MIGRATION" and event.data.get("status") in ("completed", "failed", "cancelled")
+
+
+def _memory_changed(event: Happened) -> bool:
+    return event.name == "MEMORY_DEVICE_SIZE_CHANGE"

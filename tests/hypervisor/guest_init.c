@@ -1,0 +1,259 @@
+/* The whole user space of a test guest: process 1 that answers one-line questions on the agent port.
+ *
+ * It is no agent; it shows whether the *VMM* did its work. A question is a line, the answer is a line:
+ *
+ *   ping <text>      pong <text>                    the channel carries bytes both ways
+ *   count            a number that only rises       memory went along with a capture
+ *   keep <text>      kept                           keeps text in memory
+ *   kept             the text kept
+ *   disks            serial:sectors ...             which disks the guest sees
+ *   read <serial>    first 16 bytes of that disk
+ *   write <serial> <text>   wrote                   to the first sector, through to the device
+ *   memory           kB that the kernel has
+ *   link             carrier of eth0: 0, 1 or none
+ *   mac              address of eth0
+ *   poweroff reboot panic   (no answer)
+ */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* In the order in which they need each other; those that the kernel has built in are just not found. */
+static const char *const MODULES[] = {
+    "virtio_ring.ko", "virtio.ko", "virtio_pci_legacy_dev.ko", "virtio_pci_modern_dev.ko", "virtio_pci.ko",
+    "virtio_mmio.ko", "virtio_console.ko", "virtio_blk.ko", "failover.ko", "net_failover.ko", "virtio_net.ko",
+    "virtio_balloon.ko", "virtio_mem.ko", "rng-core.ko", "virtio-rng.ko",
+};
+
+static const char *wanted;
+static volatile unsigned long counter;
+
+static int load_if_wanted(const char *path, const struct stat *st, int kind, struct FTW *where)
+{
+    (void)st;
+    if (kind != FTW_F || strcmp(path + where->base, wanted) != 0)
+        return 0;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (syscall(SYS_finit_module, fd, "", 0) != 0)
+        printf("test guest: %s can not be loaded: %m\n", path);
+    close(fd);
+    return 1;
+}
+
+static void *count(void *arg)
+{
+    for (;; counter++)
+        usleep(10000);
+    return arg;
+}
+
+static void first_line(const char *path, char *line, size_t size)
+{
+    FILE *file = fopen(path, "r");
+    line[0] = 0;
+    if (file == NULL || fgets(line, (int)size, file) == NULL)
+        line[0] = 0;
+    if (file != NULL)
+        fclose(file);
+    line[strcspn(line, "\n")] = 0;
+}
+
+/* Calls back for every virtio disk with its kernel name and serial number. */
+static void each_disk(void (*then)(const char *name, const char *serial, void *arg), void *arg)
+{
+    DIR *block = opendir("/sys/block");
+    struct dirent *entry;
+    while (block != NULL && (entry = readdir(block)) != NULL) {
+        char path[300], serial[64];
+        if (strncmp(entry->d_name, "vd", 2) != 0)
+            continue;
+        snprintf(path, sizeof path, "/sys/block/%s/serial", entry->d_name);
+        first_line(path, serial, sizeof serial);
+        then(entry->d_name, serial, arg);
+    }
+    closedir(block);
+}
+
+static void tell_disk(const char *name, const char *serial, void *answer)
+{
+    char path[300], size[32];
+    snprintf(path, sizeof path, "/sys/block/%s/size", name);
+    first_line(path, size, sizeof size);
+    sprintf((char *)answer + strlen(answer), "%s:%s ", serial, size);
+}
+
+struct lookup {
+    const char *serial;
+    char path[64];
+};
+
+static void find_disk(const char *name, const char *serial, void *arg)
+{
+    struct lookup *lookup = arg;
+    if (strcmp(serial, lookup->serial) == 0)
+        snprintf(lookup->path, sizeof lookup->path, "/dev/%.50s", name);
+}
+
+static void sector(char *serial, const char *text, char *answer)
+{
+    static char buffer[4096] __attribute__((aligned(4096)));
+    struct lookup lookup = {.serial = serial};
+    each_disk(find_disk, &lookup);
+    int fd = open(lookup.path, (text != NULL ? O_RDWR : O_RDONLY) | O_DIRECT | O_SYNC);
+    if (fd < 0 || read(fd, buffer, sizeof buffer) != sizeof buffer) {
+        sprintf(answer, "error %m");
+    } else if (text == NULL) {
+        snprintf(answer, 17, "%s", buffer);
+    } else {
+        snprintf(buffer, 17, "%s", text);
+        sprintf(answer, pwrite(fd, buffer, sizeof buffer, 0) == sizeof buffer ? "wrote" : "error %m");
+    }
+    if (fd >= 0)
+        close(fd);
+}
+
+static void online_memory(void)
+{
+    DIR *memory = opendir("/sys/devices/system/memory");
+    struct dirent *entry;
+    while (memory != NULL && (entry = readdir(memory)) != NULL) {
+        char path[300];
+        snprintf(path, sizeof path, "/sys/devices/system/memory/%s/state", entry->d_name);
+        int fd = open(path, O_WRONLY);
+        if (fd >= 0) {
+            if (write(fd, "online_movable", 14) < 0) {
+                /* already online */
+            }
+            close(fd);
+        }
+    }
+    closedir(memory);
+}
+
+static void answer_to(char *question, char *answer)
+{
+    static char kept[200];
+    char *rest = strchr(question, ' ');
+    if (rest != NULL)
+        *rest++ = 0;
+    else
+        rest = "";
+    answer[0] = 0;
+    if (strcmp(question, "ping") == 0)
+        sprintf(answer, "pong %s", rest);
+    else if (strcmp(question, "count") == 0)
+        sprintf(answer, "%lu", counter);
+    else if (strcmp(question, "keep") == 0) {
+        snprintf(kept, sizeof kept, "%s", rest);
+        strcpy(answer, "kept");
+    } else if (strcmp(question, "kept") == 0)
+        strcpy(answer, kept);
+    else if (strcmp(question, "disks") == 0)
+        each_disk(tell_disk, answer);
+    else if (strcmp(question, "read") == 0)
+        sector(rest, NULL, answer);
+    else if (strcmp(question, "write") == 0) {
+        char *text = strchr(rest, ' ');
+        *text++ = 0;
+        sector(rest, text, answer);
+    } else if (strcmp(question, "memory") == 0) {
+        online_memory();
+        first_line("/proc/meminfo", answer, 100);
+    } else if (strcmp(question, "link") == 0) {
+        first_line("/sys/class/net/eth0/carrier", answer, 100);
+        if (answer[0] == 0)
+            strcpy(answer, "none");
+    } else if (strcmp(question, "mac") == 0)
+        first_line("/sys/class/net/eth0/address", answer, 100);
+    else if (strcmp(question, "poweroff") == 0)
+        reboot(RB_POWER_OFF);
+    else if (strcmp(question, "reboot") == 0)
+        reboot(RB_AUTOBOOT);
+    else if (strcmp(question, "panic") == 0)
+        exit(1); /* the end of process 1 is a panic */
+    else
+        strcpy(answer, "what?");
+    strcat(answer, "\n");
+}
+
+static int open_port(void)
+{
+    for (int tries = 0; tries < 3000; tries++) {
+        DIR *ports = opendir("/sys/class/virtio-ports");
+        struct dirent *entry;
+        while (ports != NULL && (entry = readdir(ports)) != NULL) {
+            char path[300], name[64];
+            snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
+            first_line(path, name, sizeof name);
+            if (strcmp(name, "hypeman.agent") == 0) {
+                snprintf(path, sizeof path, "/dev/%s", entry->d_name);
+                closedir(ports);
+                return open(path, O_RDWR | O_CLOEXEC);
+            }
+        }
+        if (ports != NULL)
+            closedir(ports);
+        usleep(1000);
+    }
+    return -1;
+}
+
+int main(void)
+{
+    static char question[4096], answer[4096];
+    size_t have = 0;
+    pthread_t counting;
+
+    mkdir("/proc", 0755);
+    mkdir("/sys", 0755);
+    mkdir("/dev", 0755);
+    mount("proc", "/proc", "proc", 0, NULL);
+    for (size_t i = 0; i < sizeof MODULES / sizeof *MODULES; i++) {
+        wanted = MODULES[i];
+        nftw("/", load_if_wanted, 16, FTW_PHYS | FTW_MOUNT);
+    }
+    mount("sys", "/sys", "sysfs", 0, NULL);
+    mount("dev", "/dev", "devtmpfs", 0, NULL);
+    pthread_create(&counting, NULL, count, NULL);
+
+    int console = open("/dev/console", O_WRONLY);
+    dprintf(console, "test guest is up\n");
+    int port = open_port();
+    if (port < 0)
+        dprintf(console, "no agent port\n");
+    for (;;) {
+        ssize_t got = read(port, question + have, sizeof question - 1 - have);
+        if (got <= 0) { /* nobody is connected on the host's side */
+            usleep(2000);
+            have = 0;
+            continue;
+        }
+        have += (size_t)got;
+        char *end;
+        while ((end = memchr(question, '\n', have)) != NULL) {
+            *end = 0;
+            size_t used = (size_t)(end + 1 - question);
+            answer_to(question, answer);
+            for (size_t sent = 0, size = strlen(answer); sent < size;) {
+                ssize_t n = write(port, answer + sent, size - sent);
+                if (n <= 0)
+                    break;
+                sent += (size_t)n;
+            }
+            memmove(question, question + used, have - used);
+            have -= used;
+        }
+        if (have == sizeof question - 1)
+            have = 0;
+    }
+}
