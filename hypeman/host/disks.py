@@ -1,0 +1,68 @@
+"""Formatted disks: ext4 in sparse files.
+
+An empty disk is a copy of a template of its size, formatted once: a sparse copy takes 8 ms and a
+reflink 1 ms where mkfs takes 20. A disk with content is made by mkfs from a directory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trio
+
+from hypeman.errors import InvalidRequest
+from hypeman.host.files import Files
+from hypeman.host.processes import Processes, ToolFailed
+
+_MOST_TEMPLATES = 16
+"""Sizes kept; an odd size more is formatted each time."""
+
+# A VMM that is killed leaves the disk as after a power cut: the journal makes it whole at the next mount.
+# lazy_itable_init leaves the inode tables sparse; no blocks are reserved for a root who is not us.
+_MKFS = ("mkfs.ext4", "-q", "-F", "-m", "0", "-I", "256", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard")
+
+_MKFS_SECONDS = 600.0
+
+
+class Disks:
+    """Makes ext4 disks. ``templates`` is a directory of ours."""
+
+    def __init__(self, files: Files, processes: Processes, templates: Path) -> None:
+        self._files = files
+        self._processes = processes
+        self._templates = templates
+        self._making = trio.Lock()
+
+    async def make(self, path: Path, size: int, *, uid: int = 0) -> None:
+        """A formatted empty disk of ``size`` bytes at ``path``, owned by ``uid``, replacing what is there."""
+        template = self._templates / f"ext4-{size}.raw"
+        async with self._making:
+            if not template.exists():
+                if len(list(self._templates.glob("ext4-*.raw"))) >= _MOST_TEMPLATES:
+                    await self._format(path, size, uid)
+                    return
+                await self._files.make_dir(self._templates)
+                side = template.with_suffix(".new")
+                await self._format(side, size, 0)
+                await self._files.publish(side, template)
+        await self._files.copy(template, path, uid=uid, gid=uid)
+
+    async def fill(self, path: Path, size: int, tree: Path) -> None:
+        """A disk of ``size`` bytes at ``path`` with the content of directory ``tree``.
+
+        Raises InvalidRequest if the content does not fit.
+        """
+        await self._files.remove(path)
+        await self._files.make_sparse(path, size)
+        try:
+            await self._processes.run((*_MKFS, "-d", str(tree), str(path)), timeout=_MKFS_SECONDS)
+        except ToolFailed as error:
+            await self._files.remove(path)
+            if "Could not allocate" in str(error) or "No space" in str(error) or "too small" in str(error):
+                raise InvalidRequest("the content does not fit on the volume", code="archive_too_large") from error
+            raise
+
+    async def _format(self, path: Path, size: int, uid: int) -> None:
+        await self._files.remove(path)
+        await self._files.make_sparse(path, size, uid=uid, gid=uid)
+        await self._processes.run((*_MKFS, str(path)), timeout=_MKFS_SECONDS)

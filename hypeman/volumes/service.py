@@ -1,0 +1,175 @@
+"""Volumes: made, filled, listed, removed. Who may attach one is decided in records.py.
+
+A disk is made to the side and published by rename before its row is written, so a row always has a
+whole disk. A directory without a row is what a crash left; it is removed at start.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+from msgspec import UNSET
+
+from hypeman.errors import AlreadyExists, Conflict, InsufficientResources, InvalidRequest
+from hypeman.host.disks import Disks
+from hypeman.host.files import Files, HostError
+from hypeman.ids import check_tags, new_id, tags_match
+from hypeman.paths import Paths
+from hypeman.store import Store, Txn
+from hypeman.units import format_size
+from hypeman.volumes import archive
+from hypeman.volumes.records import VOLUMES, Attachment, VolumeRecord, attachments_of, find_volume
+from hypeman.volumes.types import CreateVolumeRequest, Volume, VolumeAttachment
+
+_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}")
+_RESERVED = ("hm-", "overlay-", "boot-", "root-")
+MAX_SIZE_GB = 1 << 16
+
+
+class Volumes:
+    def __init__(self, *, store: Store, paths: Paths, files: Files, disks: Disks, max_total: int = 0) -> None:
+        self._store = store
+        self._paths = paths
+        self._files = files
+        self._disks = disks
+        self._max_total = max_total
+        """Bytes of all volumes together; 0 is no limit."""
+
+    async def start(self) -> None:
+        """Remove what a crash left half-made."""
+        known = self._store.read(lambda txn: set(txn.keys(VOLUMES)))
+        if self._paths.volumes.is_dir():
+            for directory in self._paths.volumes.iterdir():
+                if directory.name not in known:
+                    await self._files.remove(directory)
+
+    async def list(self, *, tags: Mapping[str, str]) -> Sequence[Volume]:
+        def find(txn: Txn) -> list[Volume]:
+            fitting = [record for _, record in txn.scan(VOLUMES) if tags_match(record.tags, tags)]
+            return [_view(record, attachments_of(txn, record.id)) for record in fitting]
+
+        return self._store.read(find)
+
+    async def get(self, ref: str) -> Volume:
+        def find(txn: Txn) -> Volume:
+            record = find_volume(txn, ref)
+            return _view(record, attachments_of(txn, record.id))
+
+        return self._store.read(find)
+
+    async def create(self, request: CreateVolumeRequest) -> Volume:
+        """An empty ext4 disk. Raises AlreadyExists for an id that is taken."""
+
+        async def make(disk: Path, size: int) -> None:
+            await self._disks.make(disk, size)
+
+        return await self._create(request, make)
+
+    async def create_from_archive(self, request: CreateVolumeRequest, chunks: AsyncIterable[bytes]) -> Volume:
+        """A disk with the content of a tar.gz."""
+
+        async def make(disk: Path, size: int) -> None:
+            tree = disk.parent / "tree"
+            await self._files.make_dir(tree, mode=0o755)
+            await archive.unpack(chunks, tree, limit=size)
+            await self._disks.fill(disk, size, tree)
+            await self._files.remove(tree)
+
+        return await self._create(request, make)
+
+    async def delete(self, ref: str) -> None:
+        """Raises Conflict while an instance has it."""
+
+        def remove(txn: Txn) -> VolumeRecord:
+            record = find_volume(txn, ref)
+            attached = attachments_of(txn, record.id)
+            if attached:
+                raise Conflict(f"volume {record.id!r} is attached to instance {attached[0].instance_id}")
+            txn.delete(VOLUMES, record.id)
+            return record
+
+        record = await self._store.write(remove)
+        await self._files.remove(self._paths.volumes / record.id)
+
+    async def _create(self, request: CreateVolumeRequest, make: Callable[[Path, int], Awaitable[None]]) -> Volume:
+        record = _checked(request)
+        size = record.size_gb << 30
+        self._store.read(lambda txn: self._check_room(txn, record))
+        side = self._paths.tmp / f"volume-{new_id()}"
+        final = self._paths.volumes / record.id
+        await self._files.make_dir(side)
+        await self._files.make_dir(self._paths.volumes, mode=0o711)
+        published = False
+        try:
+            await make(side / "disk.raw", size)
+            try:
+                await self._files.publish(side, final)
+            except HostError as error:
+                if final.exists():
+                    raise _taken(record.id) from error  # somebody was quicker
+                raise
+            published = True
+            await self._store.write(lambda txn: self._insert(txn, record))
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._files.remove(final if published else side)
+            raise
+        return _view(record, [])
+
+    def _check_room(self, txn: Txn, record: VolumeRecord) -> None:
+        if txn.exists(VOLUMES, record.id):
+            raise _taken(record.id)
+        if self._max_total:
+            held = sum(other.size_gb for _, other in txn.scan(VOLUMES)) << 30
+            if held + (record.size_gb << 30) > self._max_total:
+                raise InsufficientResources(
+                    f"{record.size_gb} GB more would pass limits.max_total_volume_storage "
+                    f"({format_size(self._max_total)}); {format_size(held)} are in use"
+                )
+
+    def _insert(self, txn: Txn, record: VolumeRecord) -> None:
+        self._check_room(txn, record)
+        txn.put(VOLUMES, record.id, record)
+
+
+def _taken(identifier: str) -> AlreadyExists:
+    return AlreadyExists(f"a volume with id {identifier!r} exists already")
+
+
+def _checked(request: CreateVolumeRequest) -> VolumeRecord:
+    if not request.name or len(request.name) > 255 or "\0" in request.name:
+        raise InvalidRequest("name must have 1 to 255 characters")
+    if not 1 <= request.size_gb <= MAX_SIZE_GB:
+        raise InvalidRequest(f"size_gb must be 1 to {MAX_SIZE_GB}")
+    identifier = request.id or new_id()
+    if not _ID.fullmatch(identifier) or identifier.startswith(_RESERVED):
+        raise InvalidRequest(
+            f"id {identifier[:80]!r} must be 1 to 64 of letters, digits, '_', '.' and '-', begin with a letter or "
+            f"digit, and not begin with {', '.join(_RESERVED)}"
+        )
+    return VolumeRecord(
+        id=identifier,
+        name=request.name,
+        size_gb=request.size_gb,
+        created_at=datetime.now(UTC),
+        tags=check_tags(request.tags),
+    )
+
+
+def _view(record: VolumeRecord, attachments: Sequence[Attachment]) -> Volume:
+    return Volume(
+        id=record.id,
+        name=record.name,
+        size_gb=record.size_gb,
+        created_at=record.created_at,
+        tags=record.tags or UNSET,
+        attachments=tuple(
+            VolumeAttachment(instance_id=a.instance_id, mount_path=a.mount_path, readonly=a.readonly)
+            for a in attachments
+        )
+        or UNSET,
+    )
