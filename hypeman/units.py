@@ -13,12 +13,12 @@ from decimal import Decimal
 from hypeman.errors import InvalidRequest
 
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB", "EB")
-_SIZE = re.compile(r"\s*(\d{1,19})\s*([kmgtpe]?b?)\s*", re.IGNORECASE)
-_BITS = re.compile(r"(\d{1,19})([kmg]?)bps")
+_SIZE = re.compile(r"\s*([0-9]{1,19})\s*([kmgtpe]?b?)\s*", re.IGNORECASE)
+_BITS = re.compile(r"([0-9]{1,19})([kmg]?)bps")
 _BITS_MULTIPLE = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 _MAX_INT64 = 2**63 - 1
 
-_DURATION_PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|μs|ms|s|m|h)")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h)")
 _NANOSECONDS = {
     "ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9,
 }  # fmt: skip

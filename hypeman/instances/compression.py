@@ -1,0 +1,204 @@
+"""Saved memory made smaller, off the critical path.
+
+A standby is answered when the capture is on disk; compression follows, after a delay if one was
+asked for. The compressed file replaces the plain one by rename, the row says which is there:
+
+    compressed_bytes == 0   ``memory`` is there, as the VMM wrote it
+    compressed_bytes > 0    ``memory.zst`` or ``memory.lz4`` is there instead
+
+A restore wants the plain file. ``make_plain`` first ends a compression under way, then unpacks; so
+the two never race. What a crash interrupted is begun again at start, half files are removed.
+Holes stay holes both ways: zeros are not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import lz4.frame
+import msgspec
+import trio
+import zstandard
+
+from hypeman.errors import HypemanError
+from hypeman.hypervisor.interface import CaptureInvalid
+from hypeman.instances.captures import CAPTURES, CaptureRow
+from hypeman.instances.types import CompressionAlgorithm, SnapshotCompressionConfig
+from hypeman.paths import Paths
+from hypeman.store import Store, Txn
+
+log = logging.getLogger(__name__)
+
+MEMORY = "memory"
+_SUFFIX = {CompressionAlgorithm.ZSTD: ".zst", CompressionAlgorithm.LZ4: ".lz4"}
+_CHUNK = 4 << 20
+_AT_ONCE = 1
+"""Compressions at a time: they shall use spare time, not the guests'."""
+
+
+class Compressor:
+    def __init__(self, store: Store, paths: Paths) -> None:
+        self._store = store
+        self._paths = paths
+        self._jobs: dict[str, _Job] = {}
+        self._slots = trio.CapacityLimiter(_AT_ONCE)
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Compress what is waiting, then what is handed over, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for capture_id in self._store.read(lambda txn: [key for key, row in txn.scan(CAPTURES) if _is_wanted(row)]):
+                self.schedule(capture_id)
+            task_status.started()
+            await trio.sleep_forever()
+
+    def schedule(self, capture_id: str, *, delay: float = 0.0) -> None:
+        """Compress the capture after ``delay`` seconds, unless somebody wants it plain before."""
+        if self._nursery is not None and capture_id not in self._jobs:
+            job = self._jobs[capture_id] = _Job()
+            self._nursery.start_soon(self._compress, capture_id, delay, job)
+
+    def is_busy(self, capture_id: str) -> bool:
+        return capture_id in self._jobs
+
+    async def make_plain(self, capture_id: str) -> None:
+        """Have the plain memory file there, and no compression under way. Raises CaptureInvalid."""
+        job = self._jobs.get(capture_id)
+        if job is not None:
+            job.scope.cancel()
+            await job.ended.wait()
+        row = self._store.read(lambda txn: txn.get(CAPTURES, capture_id))
+        if row is None or row.compressed_bytes == 0:
+            return
+        directory = self._paths.capture(capture_id)
+        packed = directory / (MEMORY + _suffix(row))
+        try:
+            await _pump(_unpacked(packed, row), directory / (MEMORY + ".new"), size=row.memory_bytes)
+            await trio.to_thread.run_sync(os.rename, directory / (MEMORY + ".new"), directory / MEMORY)
+        except (OSError, zstandard.ZstdError, RuntimeError, EOFError) as error:
+            raise CaptureInvalid(f"the compressed memory of capture {capture_id} can not be read: {error}") from error
+        await self._store.write(lambda txn: _change(txn, capture_id, compressed_bytes=0, compression=None))
+        await trio.to_thread.run_sync(packed.unlink)
+
+    async def _compress(self, capture_id: str, delay: float, job: _Job) -> None:
+        try:
+            with job.scope:
+                await trio.sleep(delay)
+                async with self._slots:
+                    await self._compress_now(capture_id)
+        except (OSError, HypemanError, zstandard.ZstdError, RuntimeError) as error:
+            log.warning("capture %s can not be compressed: %s", capture_id, error)
+            text = str(error)
+            await self._store.write(lambda txn: _change(txn, capture_id, compression_error=text))
+        finally:
+            del self._jobs[capture_id]
+            job.ended.set()
+
+    async def _compress_now(self, capture_id: str) -> None:
+        row = self._store.read(lambda txn: txn.get(CAPTURES, capture_id))
+        if row is None or not _is_wanted(row):
+            return
+        directory = self._paths.capture(capture_id)
+        plain = directory / MEMORY
+        if not plain.exists():  # a VMM that wrote memory into its state leaves out zero pages already
+            await self._store.write(lambda txn: _change(txn, capture_id, compression=None))
+            return
+        side = directory / (MEMORY + ".packing")
+        try:
+            size = await _pump(_packed(plain, row.compression), side)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                side.unlink()
+            raise
+        with trio.CancelScope(shield=True):  # from here on it is only renaming and telling
+            await trio.to_thread.run_sync(os.rename, side, directory / (MEMORY + _suffix(row)))
+            await self._store.write(lambda txn: _change(txn, capture_id, compressed_bytes=size))
+            await trio.to_thread.run_sync(plain.unlink)
+
+
+class _Job:
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+
+class _Packer(Protocol):
+    def compress(self, data: bytes) -> bytes: ...
+    def flush(self) -> bytes: ...
+
+
+def _is_wanted(row: CaptureRow) -> bool:
+    wanted = row.compression is not None and row.compression.enabled
+    return wanted and row.compressed_bytes == 0 and row.compression_error is None
+
+
+def _suffix(row: CaptureRow) -> str:
+    algorithm = (row.compression.algorithm if row.compression else None) or CompressionAlgorithm.ZSTD
+    return _SUFFIX[algorithm]
+
+
+def _change(txn: Txn, capture_id: str, **changes: Any) -> None:
+    row = txn.get(CAPTURES, capture_id)
+    if row is not None:
+        txn.put(CAPTURES, capture_id, msgspec.structs.replace(row, **changes))
+
+
+async def _pump(chunks: Iterator[bytes], target: Path, *, size: int | None = None) -> int:
+    """Write ``chunks`` to ``target``, zeros as holes, flushed; bytes written. One chunk per thread call,
+    so that it can be cancelled between any two."""
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    position = 0
+    try:
+        while (chunk := await trio.to_thread.run_sync(next, chunks, None)) is not None:
+            if chunk.count(0) != len(chunk):
+                await trio.to_thread.run_sync(_write_at, fd, chunk, position)
+            position += len(chunk)
+        if size is not None and position != size:
+            raise EOFError(f"{position} bytes instead of {size}")
+        os.ftruncate(fd, position)
+        await trio.to_thread.run_sync(os.fsync, fd)
+    finally:
+        os.close(fd)
+    return position
+
+
+def _write_at(fd: int, data: bytes, position: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, position)
+        view, position = view[written:], position + written
+
+
+def _packed(plain: Path, config: SnapshotCompressionConfig | None) -> Iterator[bytes]:
+    packer: _Packer
+    if config is not None and config.algorithm is CompressionAlgorithm.LZ4:
+        context = lz4.frame.LZ4FrameCompressor(compression_level=config.level or 0)
+        begin: Callable[[], bytes] = context.begin
+        packer = context
+    else:
+        level = config.level if config is not None and config.level else 1
+        packer = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
+        begin = bytes
+    with open(plain, "rb", buffering=0) as file:
+        yield begin()
+        while data := file.read(_CHUNK):
+            yield packer.compress(data)
+        yield packer.flush()
+
+
+def _unpacked(packed: Path, row: CaptureRow) -> Iterator[bytes]:
+    with open(packed, "rb", buffering=0) as file:
+        if _suffix(row) == _SUFFIX[CompressionAlgorithm.LZ4]:
+            with lz4.frame.LZ4FrameFile(file) as reader:
+                while data := reader.read(_CHUNK):
+                    yield data
+        else:
+            with zstandard.ZstdDecompressor().stream_reader(file) as stream:
+                while data := stream.read(_CHUNK):
+                    yield data

@@ -1,0 +1,115 @@
+"""What the host has and who holds it: ``GET /resources`` and the limits of admission.
+
+All numbers are kept with the records (accounting.py) or by the capability that owns the bytes;
+nothing is walked to answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET
+
+from hypeman.config import CapacityConfig, OversubscriptionConfig
+from hypeman.resources.accounting import HOLDINGS, Holding, Limits, Totals, totals
+from hypeman.resources.types import DiskBreakdown, GPUResourceStatus, ResourceAllocation, Resources, ResourceStatus
+from hypeman.store import Store, Txn
+from hypeman.units import parse_rate, parse_size
+
+Source = Literal["detected", "configured"]
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """vCPUs, bytes, bytes per second; 0 is unknown."""
+
+    vcpus: int
+    memory: int
+    disk: int
+    network: int
+    disk_io: int
+
+
+class ResourceService:
+    """``detected`` is what the host itself tells; configuration overrules it."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        detected: Capacity,
+        configured: CapacityConfig,
+        oversubscription: OversubscriptionConfig,
+        name_of: Callable[[str], str | None],
+        disk_use: Callable[[], DiskBreakdown],
+        gpu: Callable[[], GPUResourceStatus | None],
+    ) -> None:
+        self._store = store
+        self._name_of = name_of
+        self._disk_use = disk_use
+        self._gpu = gpu
+        overruled = {
+            "vcpus": configured.cpu,
+            "memory": parse_size(configured.memory or "0"),
+            "disk": parse_size(configured.disk or "0"),
+            "network": parse_rate(configured.network or "0"),
+            "disk_io": parse_rate(configured.disk_io or "0"),
+        }
+        self._sources: Mapping[str, Source] = {
+            name: "configured" if value else "detected" for name, value in overruled.items()
+        }
+        self.capacity = msgspec.structs.replace(detected, **{name: v for name, v in overruled.items() if v})
+        self._ratios = {
+            "vcpus": oversubscription.cpu,
+            "memory": oversubscription.memory,
+            "disk": oversubscription.disk,
+            "network": oversubscription.network,
+            "disk_io": oversubscription.disk_io,
+        }
+        limits = {name: int(getattr(self.capacity, name) * ratio) for name, ratio in self._ratios.items()}
+        self.limits = Limits(**limits)
+
+    def share(self, vcpus: int, capacity: int) -> int:
+        """The part of ``capacity`` that ``vcpus`` of the host's CPUs stand for; 0 if it is unknown."""
+        return capacity * vcpus // max(1, self.capacity.vcpus) if capacity else 0
+
+    async def get(self) -> Resources:
+        def read(txn: Txn) -> tuple[Totals, list[tuple[str, Holding]]]:
+            return totals(txn), list(txn.scan(HOLDINGS))
+
+        sums, holdings = self._store.read(read)
+        return Resources(
+            cpu=self._status("cpu", "vcpus", sums.vcpus),
+            memory=self._status("memory", "memory", sums.memory),
+            disk=self._status("disk", "disk", sums.disk),
+            network=self._status("network", "network", sums.network),
+            disk_io=self._status("disk_io", "disk_io", sums.disk_io),
+            disk_breakdown=self._disk_use(),
+            gpu=self._gpu(),
+            allocations=tuple(
+                ResourceAllocation(
+                    instance_id=holder,
+                    instance_name=self._name_of(holder) or UNSET,
+                    cpu=holding.vcpus,
+                    memory_bytes=holding.memory,
+                    disk_bytes=holding.disk,
+                    network_download_bps=holding.download,
+                    network_upload_bps=holding.upload,
+                    disk_io_bps=holding.disk_io,
+                )
+                for holder, holding in holdings
+            ),
+        )
+
+    def _status(self, kind: str, name: str, allocated: int) -> ResourceStatus:
+        limit = getattr(self.limits, name)
+        return ResourceStatus(
+            type=kind,
+            capacity=getattr(self.capacity, name),
+            effective_limit=limit,
+            allocated=allocated,
+            available=max(0, limit - allocated),
+            oversub_ratio=self._ratios[name],
+            source=self._sources[name],
+        )

@@ -1,0 +1,83 @@
+"""Environment over file over default; what nobody knows is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypeman.config import Config, ConfigError, load_config
+
+
+def load(tmp_path: Path, text: str = "", **environ: str) -> Config:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    return load_config(file, environ)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    assert (config.port, config.listen_address, config.data_dir) == (8080, "127.0.0.1", "/var/lib/hypeman")
+    assert config.network.subnet_cidr == "10.100.0.0/16"
+    assert config.limits.max_vcpus_per_instance == 16
+
+
+def test_environment_over_file_over_default(tmp_path: Path) -> None:
+    config = load(tmp_path, "port: 1\nnetwork:\n  dns_server: 9.9.9.9\n  guest_to_guest: true\n", PORT="2")
+    assert config.port == 2
+    assert config.network.dns_server == "9.9.9.9"
+    assert config.network.guest_to_guest is True
+
+
+def test_variables_of_sections_and_their_types(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        JWT_SECRET="0123",
+        METRICS__PORT="9000",
+        IMAGES__INSECURE_REGISTRIES="[a:5000, b]",
+        NETWORK__DEFAULT_LIMITS="false",
+        SOCKET__MODE="0600",
+        PATH="/bin",
+        CAPACITY="16",
+    )
+    assert config.jwt_secret == "0123"  # a secret of digits stays text
+    assert config.metrics.port == 9000
+    assert config.images.insecure_registries == ("a:5000", "b")
+    assert config.network.default_limits is False
+    assert config.socket.mode == "0600"
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "names"),
+    [
+        ("prot: 1", {}, "prot"),
+        ("network: {subnet: 10.0.0.0/8}", {}, "network"),
+        ("port: many", {}, "port"),
+        ("port: 70000", {}, "port"),
+        ("network: 5", {}, "network"),
+        ("", {"NETWORK__SUBNET": "x"}, "network"),
+        ("", {"PORT": "x"}, "port"),
+        ("limits: {max_log_size: lots}", {}, "limits.max_log_size"),
+        ("network: {subnet_cidr: 10.0.0.1/8}", {}, "network"),
+        ("network: {gateway: 192.168.0.1}", {}, "network.gateway"),
+        ("hypervisor: {default: xen}", {}, "hypervisor.default"),
+        ("images: {root_fs: ntfs}", {}, "images.root_fs"),
+        ("data_dir: here", {}, "data_dir"),
+        ("socket: {mode: rw}", {}, "socket.mode"),
+        ("oversubscription: {cpu: 0}", {}, "oversubscription.cpu"),
+        ("- a list", {}, "config.yaml"),
+        ("a: [", {}, "config.yaml"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, environ: dict[str, str], names: str) -> None:
+    with pytest.raises(ConfigError, match=names.replace(".", r"\.")):
+        load(tmp_path, text, **environ)
+
+
+def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="can not be read"):
+        load_config(tmp_path / "none.yaml", {})
+
+
+def test_the_secret_stays_out_of_the_repr(tmp_path: Path) -> None:
+    assert "s3cret" not in repr(load(tmp_path, JWT_SECRET="s3cret"))
