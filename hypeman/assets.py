@@ -1,0 +1,19 @@
+"""Files that come with the program and are not Python: the guest kernel and its initrd.
+
+In the appliance they lie beside the package; in a checkout ``make`` puts them into ``build/guest``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+FOLDERS = (_PACKAGE / "assets", _PACKAGE.parent / "build" / "guest")
+
+KERNEL = "vmlinux"
+INITRD = "initrd.cpio"
+
+
+def find(name: str) -> Path | None:
+    """The file ``name`` that came with us, or None."""
+    return next((folder / name for folder in FOLDERS if (folder / name).is_file()), None)
