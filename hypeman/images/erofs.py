@@ -544,6 +544,15 @@ def _super_block(plan: _Plan, blocks: int, meta_at: int, uuid: bytes) -> bytes:
     return packed(crc32c(packed(0)[_SUPER_OFFSET:]))
 
 
+def check_super_block(head: bytes, size: int) -> None:
+    """Check the first block of a file system of ``size`` bytes, read back. Raises ValueError."""
+    fields = _SUPER.unpack_from(head, _SUPER_OFFSET)
+    magic, checksum, blocks = fields[0], fields[1], fields[9]
+    cleared = head[_SUPER_OFFSET : _SUPER_OFFSET + 4] + bytes(4) + head[_SUPER_OFFSET + 8 : BLOCK]
+    if magic != _MAGIC or crc32c(cleared) != checksum or blocks * BLOCK != size:
+        raise ValueError("the disk's super block is damaged")
+
+
 def crc32c(data: bytes) -> int:
     """CRC-32C as EROFS has it: begun with all ones, not inverted at the end."""
     crc = 0xFFFFFFFF

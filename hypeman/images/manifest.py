@@ -131,9 +131,9 @@ class _Probe(msgspec.Struct, frozen=True, rename="camel"):
 
     media_type: str = ""
     schema_version: int | None = None
-    manifests: msgspec.Raw | None = None
-    layers: msgspec.Raw | None = None
-    fs_layers: msgspec.Raw | None = None
+    manifests: Any = None
+    layers: Any = None
+    fs_layers: Any = None
 
 
 def digest_of(data: bytes) -> str:

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from hypeman.images.erofs import Writer
+from hypeman.images.erofs import BLOCK, Writer
 from hypeman.images.layers import Tree
 from hypeman.images.manifest import Compression
 from hypeman.images.tar import Source, TarError, TarReader
@@ -79,6 +79,8 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     size: int
     """Of the disk."""
     entries: int
+    content_bytes: int
+    """What the files take in a file system that does not compress, in blocks of 4 KiB."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -186,7 +188,8 @@ def _convert(link: socket.socket) -> None:
         size = writer.finish(tree, uuid=bytes.fromhex(begin.uuid))
     os.ftruncate(disk, size)
     os.fsync(disk)
-    link.send(_encode(Done(size, tree.entries)))
+    content = sum(-(-node.size // BLOCK) * BLOCK for _, _, node in tree.walk())
+    link.send(_encode(Done(size, tree.entries, content)))
 
 
 def _apply(
@@ -194,9 +197,16 @@ def _apply(
 ) -> int:
     """Apply one layer; the bytes that it was unpacked."""
     digest = hashlib.sha256()
+    at = 0
+
+    def read(size: int) -> bytes:
+        nonlocal at
+        data = os.pread(blob, size, at)  # not read: the server's descriptor has the same position
+        at += len(data)
+        return data
 
     def plain() -> Iterator[bytes]:
-        for chunk in unpack(lambda size: os.read(blob, size), layer.compression):
+        for chunk in unpack(read, layer.compression):
             digest.update(chunk)
             yield chunk
 

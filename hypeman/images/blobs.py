@@ -1,0 +1,94 @@
+"""Blobs on disk: a cache of compressed layers, by digest, bounded, and never trusted blindly.
+
+    blobs/sha256/<hex>        whole blobs; the modification time is that of the last use
+    blobs/partial/<name>      downloads under way; emptied at start
+
+A blob gets its final name only after its digest was checked and its bytes were flushed. What is read
+from here is checked once more while it is unpacked (diff_id), so a damaged file can only cost a pull.
+All methods block; call them in a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Collection
+from pathlib import Path
+
+_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class Blobs:
+    """The cache in directory ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self._whole = root / "sha256"
+        self._partial = root / "partial"
+
+    def prepare(self) -> None:
+        """Make the directories and remove what an earlier run left half-done."""
+        for path in (self._whole, self._partial):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left_over in self._partial.iterdir():
+            left_over.unlink()
+
+    def path(self, digest: str) -> Path:
+        return self._whole / digest.removeprefix("sha256:")
+
+    def open(self, digest: str, size: int | None = None) -> int | None:
+        """A descriptor on the blob if it is here, whole, and has ``size`` bytes; None otherwise."""
+        try:
+            fd = os.open(self.path(digest), os.O_RDONLY | _FLAGS)
+        except FileNotFoundError:
+            return None
+        if size is not None and os.fstat(fd).st_size != size:
+            os.close(fd)
+            self.remove(digest)
+            return None
+        os.utime(fd)
+        return fd
+
+    def begin(self) -> tuple[int, Path]:
+        """A new, empty partial file, open for reading and writing."""
+        path = self._partial / secrets.token_hex(8)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600), path
+
+    def publish(self, fd: int, partial: Path, digest: str) -> None:
+        """Give a checked file its final name."""
+        os.fsync(fd)
+        os.rename(partial, self.path(digest))
+
+    def abandon(self, partial: Path) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+
+    def remove(self, digest: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.path(digest).unlink()
+
+    def size(self) -> int:
+        """Bytes of all whole blobs."""
+        return sum(status.st_size for _, status in self._all())
+
+    def trim(self, limit: int, keep: Collection[str]) -> int:
+        """Remove the blobs that were used longest ago until ``limit`` bytes are left, but none of the
+        digests in ``keep``. Returns the bytes that were removed."""
+        blobs = sorted(self._all(), key=lambda item: item[1].st_mtime_ns)
+        excess = sum(status.st_size for _, status in blobs) - limit
+        removed = 0
+        for digest, status in blobs:
+            if removed >= excess:
+                break
+            if digest not in keep:
+                self.remove(digest)
+                removed += status.st_size
+        return removed
+
+    def _all(self) -> list[tuple[str, os.stat_result]]:
+        found = []
+        with os.scandir(self._whole) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    found.append((f"sha256:{entry.name}", entry.stat(follow_symlinks=False)))
+        return found

@@ -1,0 +1,157 @@
+"""Root disks on disk: published whole, by digest, and read-only from then on.
+
+    images/<hex>/root.erofs (or root.ext4)     0444: any VMM may open it
+    images/<hex>/config.json                   what is in the image, and how long the disk is
+    tmp/image-<random>/                        a disk being made
+
+A directory below ``images`` is complete: it was flushed before it got its name. So finding it after
+a crash is as good as having made it. All functions block, but for ``make_ext4``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from hypeman.host.processes import Processes
+from hypeman.images.erofs import check_super_block
+from hypeman.images.types import ImageConfig
+from hypeman.paths import Paths
+
+_TMP_PREFIX = "image-"
+_CONFIG = "config.json"
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """The ``config.json`` beside a disk."""
+
+    fs: str
+    size: int
+    platform: str
+    config: ImageConfig
+
+
+class Disks:
+    def __init__(self, paths: Paths) -> None:
+        self._images = paths.images
+        self._tmp = paths.tmp
+
+    def prepare(self) -> None:
+        """Make the directories and remove what an earlier run left half-made."""
+        self._images.mkdir(mode=0o711, parents=True, exist_ok=True)
+        self._tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left_over in self._tmp.glob(f"{_TMP_PREFIX}*"):
+            self.abandon(left_over)
+
+    def directory(self, digest: str) -> Path:
+        return self._images / digest.removeprefix("sha256:")
+
+    def disk(self, digest: str, fs: str) -> Path:
+        return self.directory(digest) / f"root.{fs}"
+
+    def read(self, digest: str) -> Stored | None:
+        """What is known about a published disk; None if there is none, or not of the right length."""
+        try:
+            stored = msgspec.json.decode((self.directory(digest) / _CONFIG).read_bytes(), type=Stored)
+            found = self.disk(digest, stored.fs).stat().st_size
+        except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+            return None
+        return stored if found == stored.size else None
+
+    def begin(self) -> Path:
+        """A new, empty directory to make a disk in."""
+        path = self._tmp / f"{_TMP_PREFIX}{secrets.token_hex(8)}"
+        path.mkdir(mode=0o711)
+        return path
+
+    def abandon(self, made: Path) -> None:
+        """Remove a directory of ``begin`` with all that is in it."""
+        _unmount(made / "mnt")
+        shutil.rmtree(made, ignore_errors=True)
+
+    def publish(self, made: Path, digest: str, stored: Stored) -> None:
+        """Give the finished disk in ``made`` its final name, durably. Raises OSError.
+
+        Only ``root.<fs>`` may be in ``made``, already flushed.
+        """
+        disk = made / f"root.{stored.fs}"
+        os.chmod(disk, 0o444)
+        with open(made / _CONFIG, "wb") as file:
+            file.write(msgspec.json.encode(stored))
+            file.flush()
+            os.fsync(file.fileno())
+        target = self.directory(digest)
+        if target.exists():
+            shutil.rmtree(target)  # nobody's: its image has no record of being ready
+        _flush(made)
+        os.rename(made, target)
+        _flush(self._images)
+
+    def remove(self, digest: str) -> None:
+        """Remove a disk. The name goes first, so a crash in between leaves nothing that looks whole."""
+        trash = self._tmp / f"{_TMP_PREFIX}{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.directory(digest), trash)
+            self.abandon(trash)
+
+    def collect(self, keep: Collection[str]) -> list[str]:
+        """Remove every disk but those of the digests ``keep``; what was removed."""
+        gone = [f"sha256:{path.name}" for path in self._images.iterdir() if f"sha256:{path.name}" not in keep]
+        for digest in gone:
+            self.remove(digest)
+        return gone
+
+
+def verify(disk: Path, size: int) -> None:
+    """Read back what a disk must begin with. Raises ValueError."""
+    with open(disk, "rb") as file:
+        head = file.read(4096)
+        found = os.fstat(file.fileno()).st_size
+    if found != size:
+        raise ValueError(f"the disk is {found} bytes long instead of {size}")
+    check_super_block(head, size)
+
+
+async def make_ext4(processes: Processes, made: Path, *, content_bytes: int, entries: int) -> Path:
+    """Turn ``root.erofs`` in ``made`` into ``root.ext4``, as a copy made by mke2fs from a read-only mount.
+
+    Wants a host kernel with EROFS and loop devices. Raises ToolFailed.
+    """
+    mount, source, target = made / "mnt", made / "root.erofs", made / "root.ext4"
+    mount.mkdir()
+    inodes = entries + 64
+    size = (content_bytes * 21 // 20 + inodes * 512 + (16 << 20)) >> 20 << 20
+    try:
+        options = "loop,ro,nosuid,nodev,noexec"
+        await processes.run(["mount", "-t", "erofs", "-o", options, str(source), str(mount)])
+        await processes.run(
+            ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-b", "4096", "-N", str(inodes),
+             "-d", str(mount), str(target), f"{size >> 10}k"],
+            timeout=3600,
+        )  # fmt: skip
+    finally:
+        _unmount(mount)
+    mount.rmdir()
+    source.unlink()
+    return target
+
+
+def _unmount(path: Path) -> None:
+    if path.is_mount():
+        detach = 2
+        ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), detach)
+
+
+def _flush(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

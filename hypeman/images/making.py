@@ -1,0 +1,325 @@
+"""Makes the root disk of one image: layers fetched, several at once, while earlier ones are applied.
+
+    manifest, config ──► layer 1 ─┐ fetched at once, at most    ┌─► worker: applied in order,
+                         layer 2 ─┤ max_concurrent_downloads    │   at most max_concurrent_builds
+                         layer 3 ─┘ of all images together  ────┘   of all images at work
+                                                            then: verified, published
+
+Whatever goes wrong ends in MakeFailed with a sentence for the user, and the disk as before: the
+half-made disk is gone, and so are the blobs of an image that is itself at fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import trio
+
+from hypeman.config import ImagesConfig
+from hypeman.errors import HypemanError
+from hypeman.host.processes import Processes
+from hypeman.images import disks, worker
+from hypeman.images.auth import NOBODY, Login
+from hypeman.images.blobs import Blobs
+from hypeman.images.convert import Conversion, ConversionFailed, converting
+from hypeman.images.disks import Disks, Stored
+from hypeman.images.manifest import (
+    MAX_CONFIG_BYTES,
+    MAX_MANIFEST_BYTES,
+    Compression,
+    Config,
+    Descriptor,
+    Manifest,
+    ManifestError,
+    compression_of,
+    parse_config,
+    parse_manifest,
+    platform_of,
+)
+from hypeman.images.reference import Platform, Reference
+from hypeman.images.registry import RegistryClient
+from hypeman.images.types import ImageConfig, ImageStatus, LayerProgress, Progress
+from hypeman.images.unpack import sniff
+from hypeman.units import parse_size
+
+_SPARE_BYTES = 64 << 20
+"""Free space that a pull leaves to the rest of the host when it begins."""
+
+
+class MakeFailed(Exception):
+    """No disk was made; the message is for the user."""
+
+
+class _Blob:
+    """A layer's blob on its way here."""
+
+    def __init__(self, descriptor: Descriptor) -> None:
+        self.descriptor = descriptor
+        self.here = trio.Event()
+        self.fd = -1
+        self.done = 0
+
+
+class Job:
+    """The making of one image, from when it was asked for until its disk exists."""
+
+    def __init__(
+        self, digest: str, source: Reference | None, *, login: Login = NOBODY, platform: Platform | None = None
+    ) -> None:
+        """``source`` names the registry and repository; None if all blobs are in the cache already.
+        ``platform`` is refused to differ from what the image says."""
+        self.digest = digest
+        self.source = source
+        self.login = login
+        self.platform = platform
+        self.manifest: Manifest | None = None
+        """Known already, or None: it is fetched."""
+        self.status = ImageStatus.PENDING
+        self.blobs: dict[str, _Blob] = {}
+        self.unpacked = 0
+        self.scope = trio.CancelScope()
+        self.given_up = False
+        self.done = trio.Event()
+
+    @property
+    def progress(self) -> Progress:
+        layers = tuple(LayerProgress(b.descriptor.digest, b.descriptor.size, b.done) for b in self.blobs.values())
+        return Progress(self.status, layers, self.unpacked)
+
+
+class Maker:
+    """Shared by all jobs: it holds the bounds that they keep together."""
+
+    def __init__(
+        self, *, config: ImagesConfig, registry: RegistryClient, blobs: Blobs, disks: Disks, conversions: int
+    ) -> None:
+        self._config = config
+        self._registry = registry
+        self._blobs = blobs
+        self._disks = disks
+        self._downloads = trio.CapacityLimiter(config.max_concurrent_downloads)
+        self._conversions = trio.CapacityLimiter(conversions)
+        self._max_bytes = parse_size(config.max_image_size)
+        self._processes = Processes()
+        self._fetching: dict[str, trio.Lock] = {}
+
+    async def make(self, job: Job) -> Stored:
+        """Make and publish the disk of ``job``. Raises MakeFailed."""
+        fetched: list[str] = []
+        try:
+            try:
+                return await self._make(job, fetched)
+            except BaseExceptionGroup as group:
+                raise _first_of(group) from None
+        except ConversionFailed as error:
+            if error.blame_image:
+                await trio.to_thread.run_sync(self._forget, list(job.blobs))
+            raise MakeFailed(error.message) from None
+        except ManifestError as error:
+            await trio.to_thread.run_sync(self._forget, fetched)
+            raise MakeFailed(str(error)) from None
+        except HypemanError as error:
+            raise MakeFailed(error.message) from None
+        except OSError as error:
+            await trio.to_thread.run_sync(self._forget, fetched)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise MakeFailed("the disk is full" if full else f"{error.filename or 'disk'}: {error.strerror}") from None
+        finally:
+            for blob in job.blobs.values():
+                if blob.fd >= 0:
+                    os.close(blob.fd)
+                    blob.fd = -1
+
+    def in_use(self, job: Job) -> set[str]:
+        """Digests of blobs that must stay in the cache while ``job`` is under way."""
+        config = {job.manifest.config.digest} if job.manifest is not None else set()
+        return set(job.blobs) | config | {job.digest}
+
+    async def _make(self, job: Job, fetched: list[str]) -> Stored:
+        manifest, config = await self._describe(job)
+        platform = platform_of(config)
+        if job.platform is not None and not _runs_on(platform, job.platform):
+            raise ManifestError(f"the image is made for {platform}, not for {job.platform}")
+        job.blobs = {layer.digest: _Blob(layer) for layer in manifest.layers}
+        compressed = sum(blob.descriptor.size for blob in job.blobs.values())
+        if compressed > self._max_bytes:
+            raise ManifestError(f"the image has {compressed} bytes of layers; at most {self._max_bytes} are allowed")
+        made = await trio.to_thread.run_sync(self._begin, compressed)
+        try:
+            async with trio.open_nursery() as nursery:
+                for blob in job.blobs.values():
+                    nursery.start_soon(self._obtain, job, blob, fetched)
+                nursery.start_soon(self._watch_downloads, job)
+                done = await self._convert(job, manifest, config, made)
+            disk = made / "root.erofs"
+            await trio.to_thread.run_sync(disks.verify, disk, done.size)
+            if self._config.root_fs == "ext4":
+                disk = await disks.make_ext4(
+                    self._processes, made, content_bytes=done.content_bytes, entries=done.entries
+                )
+            stored = Stored(self._config.root_fs, disk.stat().st_size, str(platform), _image_config(config))
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._disks.publish, made, job.digest, stored)
+        except ValueError as error:
+            raise MakeFailed(str(error)) from None
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._disks.abandon, made)
+        return stored
+
+    def _begin(self, needed: int) -> Path:
+        made = self._disks.begin()
+        status = os.statvfs(made)
+        free = status.f_bavail * status.f_frsize
+        if free < needed + _SPARE_BYTES:
+            self._disks.abandon(made)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return made
+
+    async def _describe(self, job: Job) -> tuple[Manifest, Config]:
+        """Manifest and config, from the registry or, for an imported image, from the cache."""
+        if job.manifest is None:
+            if job.source is not None:
+                ref = Reference(job.source.registry, job.source.repository, digest=job.digest)
+                data = (await self._registry.manifest(ref, job.login)).data
+            else:
+                data = await self._cached(job.digest, MAX_MANIFEST_BYTES)
+            document = parse_manifest(data)
+            if not isinstance(document, Manifest):
+                raise ManifestError("the digest is that of an index, not of an image")
+            job.manifest = document
+        wanted = job.manifest.config
+        if job.source is not None:
+            data = await self._registry.small_blob(job.source, wanted, job.login, limit=MAX_CONFIG_BYTES)
+        else:
+            data = await self._cached(wanted.digest, MAX_CONFIG_BYTES)
+        return job.manifest, parse_config(data, job.manifest)
+
+    async def _cached(self, digest: str, limit: int) -> bytes:
+        def read() -> bytes | None:
+            fd = self._blobs.open(digest)
+            if fd is None:
+                return None
+            with open(fd, "rb") as file:
+                return file.read(limit + 1)
+
+        data = await trio.to_thread.run_sync(read)
+        if data is None:
+            raise MakeFailed("what was imported is no longer there; import it again")
+        return data
+
+    async def _obtain(self, job: Job, blob: _Blob, fetched: list[str]) -> None:
+        """Bring one layer's blob here, from the cache or the registry."""
+        digest, size = blob.descriptor.digest, blob.descriptor.size
+        # Two images that share a layer fetch it once.
+        lock = self._fetching.setdefault(digest, trio.Lock())
+        async with lock:
+            found = await trio.to_thread.run_sync(self._blobs.open, digest, size)
+            if found is not None:
+                blob.fd, blob.done = found, size
+                blob.here.set()
+                return
+            if job.source is None:
+                raise MakeFailed("what was imported is no longer there; import it again")
+            async with self._downloads:
+                fd, partial = await trio.to_thread.run_sync(self._blobs.begin)
+                blob.fd = fd  # closed with the job
+                try:
+                    await self._registry.blob(
+                        job.source, blob.descriptor, fd, job.login, lambda done: setattr(blob, "done", done)
+                    )
+                    # The worker may begin while the bytes are still being flushed.
+                    blob.here.set()
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._blobs.publish, fd, partial, digest)
+                    fetched.append(digest)
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._blobs.abandon, partial)
+        if not lock.statistics().tasks_waiting:
+            self._fetching.pop(digest, None)
+
+    async def _watch_downloads(self, job: Job) -> None:
+        for blob in job.blobs.values():
+            await blob.here.wait()
+        job.status = ImageStatus.CONVERTING
+
+    async def _convert(self, job: Job, manifest: Manifest, config: Config, made: Path) -> worker.Done:
+        with _opened(made / "root.erofs") as disk, _opened(made / "scratch") as scratch:
+            (made / "scratch").unlink()
+
+            def on_bytes(count: int) -> None:
+                job.unpacked = count
+
+            async with converting(
+                disk, scratch, max_bytes=self._max_bytes, max_entries=self._config.max_image_entries,
+                uuid=job.digest.removeprefix("sha256:")[:32], on_bytes=on_bytes,
+            ) as conversion:  # fmt: skip
+                for layer, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True):
+                    blob = job.blobs[layer.digest]
+                    await blob.here.wait()
+                    # Held for one layer at a time: a download that stalls keeps no other image waiting.
+                    async with self._conversions:
+                        await self._apply(conversion, layer, diff_id, blob.fd)
+                async with self._conversions:
+                    return await conversion.finish()
+
+    async def _apply(self, conversion: Conversion, layer: Descriptor, diff_id: str, fd: int) -> None:
+        compression = compression_of(layer)
+        if compression is Compression.GZIP:
+            # Builders have called plain or zstd layers gzip; readers are expected to look.
+            compression = sniff(os.pread(fd, 4, 0))
+        await conversion.apply(worker.Layer(layer.digest, diff_id, compression), fd)
+
+    def _forget(self, digests: list[str]) -> None:
+        for digest in digests:
+            self._blobs.remove(digest)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that began it: the first that is not a cancellation, unless all are."""
+    leaves = list(_leaves(group))
+    return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _runs_on(image: Platform, wanted: Platform) -> bool:
+    variant_fits = not wanted.variant or not image.variant or wanted.variant == image.variant
+    return (image.os, image.architecture) == (wanted.os, wanted.architecture) and variant_fits
+
+
+def _image_config(config: Config) -> ImageConfig:
+    run = config.config
+    if run is None:
+        return ImageConfig()
+    env = dict(pair.split("=", 1) for pair in run.env or () if "=" in pair[1:])
+    return ImageConfig(
+        entrypoint=run.entrypoint or (),
+        cmd=run.cmd or (),
+        env=env,
+        user=run.user,
+        working_dir=run.working_dir,
+        labels=run.labels or {},
+        stop_signal=run.stop_signal or "",
+        exposed_ports=tuple(sorted(run.exposed_ports or {})),
+    )

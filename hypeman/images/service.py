@@ -1,0 +1,545 @@
+"""Images as the rest of the server sees them: asked for, waited for, listed, pinned, deleted.
+
+    create ──► resolve name to digest ──► record (pending) ──► queue ──► pulling ──► converting ──► ready
+                                                                └───────────┴────────────┴──────► failed
+
+What always holds:
+
+- A record is ``ready`` only if its disk is published whole (``disks.py``); the disk comes first.
+- One digest is made once, however many names and requests want it; a name that stood for another
+  image keeps it until the new one is ready.
+- A pinned image is not deleted, neither by a request nor by the collection of garbage.
+- A job interrupted by a restart begins again, unless it used a login that was only lent to it.
+- Names and tags are changed in one transaction with the record they stand for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import AsyncIterable, Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.config import ImagesConfig
+from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidRequest, InvalidState, NotFound
+from hypeman.ids import check_tags, tags_match
+from hypeman.images import reference
+from hypeman.images.archive import import_file, import_stream
+from hypeman.images.auth import Login, login_of
+from hypeman.images.blobs import Blobs
+from hypeman.images.disks import Disks, Stored
+from hypeman.images.making import Job, MakeFailed, Maker
+from hypeman.images.manifest import Manifest, ManifestError, PlatformMissing, choose_platform, parse_manifest
+from hypeman.images.records import (
+    HOLDERS,
+    IMAGES,
+    NAMES,
+    PINS,
+    HolderRow,
+    ImageRow,
+    NameRow,
+    PinRow,
+    is_pinned,
+    named_digests,
+    view,
+)
+from hypeman.images.reference import Platform, Reference, parse_platform, parse_reference
+from hypeman.images.registry import RegistryClient
+from hypeman.images.types import CreateImageRequest, Image, ImageConfig, ImageStatus, Progress, ReadyImage
+from hypeman.paths import Paths
+from hypeman.store.store import Store
+from hypeman.store.tables import Txn
+from hypeman.units import parse_size
+
+log = logging.getLogger(__name__)
+
+_RESOLVE_TIMEOUT = 20.0
+"""Seconds in which a registry must say what a name stands for, while the client waits."""
+_JOBS_AT_ONCE = 4
+"""Images under way; what they share is bounded in ``making.Maker``."""
+_MAX_NESTING = 3
+"""Indexes inside of indexes."""
+_COLLECT_INTERVAL = 600.0
+
+
+class Images:
+    """One for the server. ``run`` in a nursery does the work."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        paths: Paths,
+        config: ImagesConfig,
+        conversions: int = 1,
+        registry: RegistryClient | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """``conversions`` at once is ``limits.max_concurrent_builds``."""
+        self._store = store
+        self._config = config
+        self._now = now
+        self._registry = registry or RegistryClient(config)
+        self._blobs = Blobs(paths.blobs)
+        self._disks = Disks(paths)
+        self._maker = Maker(
+            config=config, registry=self._registry, blobs=self._blobs, disks=self._disks, conversions=conversions
+        )
+        self._cache_size = parse_size(config.blob_cache_size)
+        self._max_bytes = parse_size(config.max_image_size)
+        self._jobs: dict[str, Job] = {}
+        self._queue: deque[Job] = deque()
+        self._queued = trio.Semaphore(0)
+        self._changing_disks = trio.Lock()
+        """Held while disks get or lose their names together with their records."""
+        self._made = self._failed = 0
+
+    # Life of the service
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Tidy up, take up interrupted jobs, then work until cancelled."""
+        await trio.to_thread.run_sync(self._disks.prepare)
+        await trio.to_thread.run_sync(self._blobs.prepare)
+        await self._resume()
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(_JOBS_AT_ONCE):
+                    nursery.start_soon(self._work)
+                task_status.started()
+                while True:
+                    await self.collect()
+                    await trio.sleep(_COLLECT_INTERVAL)
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._registry.aclose()
+
+    async def _resume(self) -> None:
+        """Make records and disks agree, and queue what was under way."""
+        rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES)])
+        found = await trio.to_thread.run_sync(lambda: {row.digest: self._disks.read(row.digest) for row in rows})
+
+        def settle(txn: Txn) -> None:
+            for row in rows:
+                stored = found[row.digest]
+                if row.status is ImageStatus.READY and stored is None:
+                    _fail(txn, row, "its disk is gone; pull it again")
+                elif not row.status.is_final and stored is not None:
+                    _make_ready(txn, row, stored)
+                elif not row.status.is_final and row.borrowed:
+                    _fail(txn, row, "interrupted by a restart, and its login was not kept; ask for it again")
+
+        await self._store.write(settle)
+        rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES)])
+        for row in sorted(rows, key=lambda row: row.created_at):
+            if not row.status.is_final:
+                source = parse_reference(f"{row.source}@{row.digest}") if row.source else None
+                platform = parse_platform(row.platform) if row.platform else None
+                self._enqueue(Job(row.digest, source, platform=platform))
+
+    async def collect(self) -> None:
+        """Remove images that nothing stands for any more, their disks, and blobs above the bound."""
+        async with self._changing_disks:
+            keep = await self._store.write(self._collect_records)
+            gone = await trio.to_thread.run_sync(self._disks.collect, keep)
+        for digest in gone:
+            log.info("removed the disk of image %s, which nothing uses", digest)
+        in_use = set[str]().union(*(self._maker.in_use(job) for job in self._jobs.values()))
+        await trio.to_thread.run_sync(self._blobs.trim, self._cache_size, in_use)
+
+    def _collect_records(self, txn: Txn) -> set[str]:
+        """Drop the records that nobody needs; the digests of those that stay."""
+        named = named_digests(txn)
+        keep = set()
+        for digest, row in list(txn.scan(IMAGES)):
+            if digest in named or is_pinned(txn, digest) or not row.status.is_final:
+                keep.add(digest)
+            else:
+                txn.delete(IMAGES, digest)
+        return keep
+
+    # What clients ask for
+
+    async def create(self, request: CreateImageRequest) -> Image:
+        """Ask for an image; answers as soon as its digest is known. Idempotent.
+
+        Raises InvalidRequest (``invalid_name``, ``invalid_platform``), NotFound (``not_found``,
+        ``platform_not_available``), Conflict (``credential_conflict``), RateLimited.
+        """
+        ref = parse_reference(request.name)
+        platform = parse_platform(request.platform) if request.platform else reference.host_platform()
+        tags = None if request.tags is None else check_tags(request.tags)
+        login = login_of(request.credentials)
+        known = self._known(ref)
+        if ref.digest and known is not None and known.status is not ImageStatus.FAILED:
+            job, row = self._jobs.get(known.digest), known  # a digest can not come to mean something else
+        else:
+            job, row = await self._resolve(ref, platform, login)
+        return await self._record(str(ref), row, job, tags)
+
+    def platform(self, text: str | None) -> str:
+        """``text`` as a platform that images are made for; None is this host's."""
+        return str(parse_platform(text) if text else reference.host_platform())
+
+    async def import_archive(
+        self, chunks: AsyncIterable[bytes], *, name: str = "", tags: Mapping[str, str] | None = None
+    ) -> Image:
+        """Take in an OCI archive or one of ``docker save``, as it streams in.
+
+        ``name`` is given to the image; empty: the one in the archive. Returns when the archive is here.
+        Raises InvalidRequest (bad name, bad archive), InternalError (disk).
+        """
+        wanted = parse_reference(name) if name else None
+        checked = check_tags(tags or {})
+        limits = (self._max_bytes, self._config.max_image_entries)
+        manifest, digest, named = await import_stream(chunks, self._blobs, *limits, reference.host_platform())
+        return await self._imported(manifest, digest, wanted, named, checked)
+
+    async def import_path(self, path: str, *, name: str = "", tags: Mapping[str, str] | None = None) -> Image:
+        """Like ``import_archive``, from an archive or an OCI layout on this host.
+
+        The path must be below one of ``images.import_paths`` after links are followed, else InvalidRequest.
+        """
+        wanted = parse_reference(name) if name else None
+        checked = check_tags(tags or {})
+        real, *allowed = await trio.to_thread.run_sync(
+            lambda: [Path(one).resolve() for one in (path, *self._config.import_paths)]
+        )
+        if not any(real.is_relative_to(directory) for directory in allowed):
+            raise InvalidRequest(f"{path} is not below one of images.import_paths, which the configuration allows")
+        limits = (self._max_bytes, self._config.max_image_entries)
+        manifest, digest, named = await import_file(real, self._blobs, *limits, reference.host_platform())
+        return await self._imported(manifest, digest, wanted, named, checked)
+
+    async def list(self, *, tags: Mapping[str, str] | None = None) -> list[Image]:
+        """All names with their images, newest first; with ``tags`` those that have all of these pairs."""
+
+        def read(txn: Txn) -> list[tuple[str, NameRow, ImageRow]]:
+            found = []
+            for name, naming in txn.scan(NAMES):
+                row = txn.get(IMAGES, naming.digest)
+                if row is not None and tags_match(naming.tags, tags or {}):
+                    found.append((name, naming, row))
+            return found
+
+        rows = sorted(self._store.read(read), key=lambda item: item[1].created_at, reverse=True)
+        return [self._view(*item) for item in rows]
+
+    async def get(self, name: str) -> Image:
+        """The image of that name. Raises NotFound, InvalidRequest ``invalid_name``."""
+        return self._view(*self._look_up(parse_reference(name)))
+
+    async def progress(self, name: str) -> Progress:
+        """How far a pull has come, layer by layer. Raises as ``get`` does."""
+        _, naming, row = self._look_up(parse_reference(name))
+        job = self._jobs.get(naming.wanted or row.digest)
+        return job.progress if job is not None else Progress(row.status)
+
+    async def delete(self, name: str) -> None:
+        """Take the name away, and with the last one the image. Raises NotFound, InUse, InvalidRequest."""
+        ref = parse_reference(name)
+
+        def remove(txn: Txn) -> str:
+            key, _, row = _find(txn, ref)
+            others = [
+                other for other, found in txn.scan(NAMES) if other != key and row.digest in (found.digest, found.wanted)
+            ]
+            if not others and is_pinned(txn, row.digest):
+                raise InUse(f"image {key} is in use by an instance or a snapshot")
+            txn.delete(NAMES, key)
+            if others:
+                return ""
+            txn.delete(IMAGES, row.digest)
+            return row.digest
+
+        async with self._changing_disks:
+            digest = await self._store.write(remove)
+            job = self._jobs.pop(digest, None)
+            if job is not None:
+                job.given_up = True
+                job.scope.cancel()
+                job.done.set()
+            if digest:
+                await trio.to_thread.run_sync(self._disks.remove, digest)
+
+    # What other capabilities ask for
+
+    async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage:
+        """The converted image of that name and platform, pulled first if it is missing or has failed.
+
+        Raises as ``create`` does, and InternalError if it can not be made.
+        """
+        ref = parse_reference(name)
+        wanted = self.platform(platform)
+        row = self._known(ref)
+        if row is None or row.status is ImageStatus.FAILED or (row.platform and row.platform != wanted):
+            image = await self.create(CreateImageRequest(str(ref), platform=wanted))
+            digest = image.digest
+        else:
+            digest = row.digest
+        job = self._jobs.get(digest)
+        if job is not None:
+            await job.done.wait()
+        row = self._store.read(lambda txn: txn.get(IMAGES, digest))
+        if row is None:
+            raise NotFound(f"image {ref} was deleted meanwhile")
+        if row.status is not ImageStatus.READY:
+            raise InternalError(f"image {ref} can not be used: {row.error or row.status}")
+        return ReadyImage(digest, self._disks.disk(digest, row.fs), row.fs, row.config, row.size, row.platform)
+
+    def disk(self, digest: str) -> Path:
+        """Root disk of a ready image. Raises NotFound."""
+        return self._disks.disk(digest, self._ready(digest).fs)
+
+    def root_fs(self, digest: str) -> str:
+        """``erofs`` or ``ext4``. Raises NotFound."""
+        return self._ready(digest).fs
+
+    def config(self, digest: str) -> ImageConfig:
+        """How the image wants to be run. Raises NotFound."""
+        return self._ready(digest).config
+
+    def pin(self, txn: Txn, digest: str, holder: str) -> None:
+        """Keep a ready image for ``holder`` (an instance, a snapshot), which had none or the same before.
+
+        Part of the caller's transaction. Raises InvalidState if the image went away meanwhile.
+        """
+        row = txn.get(IMAGES, digest)
+        if row is None or row.status is not ImageStatus.READY:
+            raise InvalidState(f"image {digest} is no longer there; ask again")
+        held = txn.get(HOLDERS, holder)
+        if held is not None and held.digest != digest:
+            txn.delete(PINS, f"{held.digest}/{holder}")
+        txn.put(PINS, f"{digest}/{holder}", PinRow())
+        txn.put(HOLDERS, holder, HolderRow(digest))
+
+    def unpin(self, txn: Txn, holder: str) -> None:
+        """Let go of the image that ``holder`` kept, if any. An image without a name goes with the next
+        collection."""
+        held = txn.get(HOLDERS, holder)
+        if held is not None:
+            txn.delete(PINS, f"{held.digest}/{holder}")
+            txn.delete(HOLDERS, holder)
+
+    def statistics(self) -> dict[str, int]:
+        """For metrics: bytes of disks, jobs under way and waiting, images made and failed since start."""
+        rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES)])
+        ready = [row.size for row in rows if row.status is ImageStatus.READY]
+        return {
+            "images": len(ready),
+            "disk_bytes": sum(ready),
+            "queued": len(self._queue),
+            "active": len(self._jobs) - len(self._queue),
+            "made": self._made,
+            "failed": self._failed,
+        }
+
+    # Asking registries
+
+    async def _resolve(self, ref: Reference, platform: Platform, login: Login) -> tuple[Job, ImageRow]:
+        """Ask the registry what ``ref`` stands for; a job for it, and its record as it will begin.
+
+        An image that can be named but not used comes back as a failed record.
+        """
+        digest = ref.digest
+        error = ""
+        manifest = None
+        try:
+            with trio.fail_after(_RESOLVE_TIMEOUT):
+                current = ref
+                for _ in range(_MAX_NESTING):
+                    fetched = await self._registry.manifest(current, login, wait=False)
+                    digest = fetched.digest
+                    document = parse_manifest(fetched.data, fetched.media_type)
+                    if isinstance(document, Manifest):
+                        manifest = document
+                        break
+                    chosen = choose_platform(document, platform)
+                    current = Reference(ref.registry, ref.repository, digest=chosen.digest)
+                else:
+                    raise ManifestError(f"the index points to indexes more than {_MAX_NESTING} levels deep")
+        except trio.TooSlowError:
+            raise InternalError(f"registry {ref.registry} did not answer in {_RESOLVE_TIMEOUT:.0f} seconds") from None
+        except PlatformMissing as missing:
+            raise NotFound(str(missing), code="platform_not_available") from None
+        except ManifestError as bad:
+            if not digest:
+                raise InternalError(f"registry {ref.registry} sends no image: {bad}") from None
+            error = str(bad)
+        source = Reference(ref.registry, ref.repository, digest=digest)
+        job = Job(digest, source, login=login, platform=platform)
+        job.manifest = manifest
+        row = ImageRow(
+            digest=digest, status=ImageStatus.FAILED if error else ImageStatus.PENDING, created_at=self._now(),
+            source=f"{ref.registry}/{ref.repository}", platform=str(platform), borrowed=bool(login), error=error[:2000],
+        )  # fmt: skip
+        return job, row
+
+    async def _imported(
+        self, manifest: Manifest, digest: str, wanted: Reference | None, named: str, tags: Mapping[str, str]
+    ) -> Image:
+        if wanted is None:
+            if not named:
+                raise InvalidRequest("the archive does not name its image; give a name", code="invalid_name")
+            wanted = parse_reference(named)
+        if wanted.digest:
+            raise InvalidRequest("an imported image is given a tag, not a digest", code="invalid_name")
+        job = Job(digest, None)
+        job.manifest = manifest
+        row = ImageRow(digest=digest, status=ImageStatus.PENDING, created_at=self._now(), source="")
+        return await self._record(str(wanted), row, job, dict(tags))
+
+    async def _record(self, name: str, new: ImageRow, job: Job | None, tags: dict[str, str] | None) -> Image:
+        """Write down that ``name`` is to stand for ``new``, and queue ``job`` unless it is under way or done."""
+        running = self._jobs.get(new.digest)
+        if running is not None and job is not None and running is not job and running.login != job.login:
+            raise Conflict(f"image {name} is being pulled with another login", code="credential_conflict")
+        now = self._now()
+
+        def write(txn: Txn) -> tuple[NameRow, ImageRow, bool]:
+            row = txn.get(IMAGES, new.digest)
+            begin = row is None or row.status is ImageStatus.FAILED
+            if begin:
+                # A failed record is tried again from the beginning, a fresh failure is told as it is.
+                row = new if new.status is not ImageStatus.READY else row
+                assert row is not None
+                txn.put(IMAGES, new.digest, row)
+            assert row is not None
+            naming = txn.get(NAMES, name)
+            if naming is None:
+                naming = NameRow(row.digest, now, tags or {})
+            else:
+                before = txn.get(IMAGES, naming.digest)
+                keeps = before is not None and before.status is ImageStatus.READY and before.digest != row.digest
+                if keeps and row.status is not ImageStatus.READY:
+                    wanted = "" if row.status is ImageStatus.FAILED else row.digest
+                    naming = msgspec.structs.replace(naming, wanted=wanted)
+                else:
+                    naming = msgspec.structs.replace(naming, digest=row.digest, wanted="")
+                if tags is not None:
+                    naming = msgspec.structs.replace(naming, tags=tags)
+            txn.put(NAMES, name, naming)
+            return naming, row, begin and row.status is ImageStatus.PENDING
+
+        naming, row, begin = await self._store.write(write)
+        if begin and job is not None and row.digest not in self._jobs:
+            self._enqueue(job)
+        return self._view(name, naming, row)
+
+    # Working
+
+    def _enqueue(self, job: Job) -> None:
+        self._jobs[job.digest] = job
+        self._queue.append(job)
+        self._queued.release()
+
+    async def _work(self) -> None:
+        while True:
+            await self._queued.acquire()
+            job = self._queue.popleft()
+            if not job.given_up:
+                await self._do(job)
+
+    async def _do(self, job: Job) -> None:
+        """Make one image and write down how it ended. Only a cancellation from outside gets through."""
+        job.status = ImageStatus.PULLING
+        stored: Stored | None = None
+        error = ""
+        with job.scope:
+            try:
+                stored = await self._maker.make(job)
+            except MakeFailed as failure:
+                error = str(failure)
+            except Exception:
+                log.exception("making the disk of image %s failed", job.digest)
+                error = "an internal error, which the server's log tells more about"
+        if job.given_up:
+            return
+        async with self._changing_disks:
+            with trio.CancelScope(shield=True):
+                await self._store.write(lambda txn: _settle(txn, job.digest, stored, error))
+        if stored is not None:
+            self._made += 1
+            log.info("image %s is ready: %d bytes", job.digest, stored.size)
+        else:
+            self._failed += 1
+            log.warning("image %s failed: %s", job.digest, error)
+        if self._jobs.get(job.digest) is job:
+            del self._jobs[job.digest]
+        job.done.set()
+        with suppress(HypemanError, OSError):
+            await self.collect()
+
+    # Reading
+
+    def _ready(self, digest: str) -> ImageRow:
+        row = self._store.read(lambda txn: txn.get(IMAGES, digest))
+        if row is None or row.status is not ImageStatus.READY:
+            raise NotFound(f"there is no ready image {digest}")
+        return row
+
+    def _known(self, ref: Reference) -> ImageRow | None:
+        try:
+            _, _, row = self._look_up(ref)
+        except NotFound:
+            return None
+        return row
+
+    def _look_up(self, ref: Reference) -> tuple[str, NameRow, ImageRow]:
+        return self._store.read(lambda txn: _find(txn, ref))
+
+    def _view(self, name: str, naming: NameRow, row: ImageRow) -> Image:
+        job = self._jobs.get(row.digest)
+        if job is not None and not row.status.is_final:
+            row = msgspec.structs.replace(row, status=job.status)
+        position = self._queue.index(job) + 1 if job is not None and job in self._queue else None
+        return view(name, naming, row, position)
+
+
+def _find(txn: Txn, ref: Reference) -> tuple[str, NameRow, ImageRow]:
+    """The name's rows. A digest is also found under any other name of the same repository."""
+    naming = txn.get(NAMES, str(ref))
+    if naming is not None and (row := txn.get(IMAGES, naming.digest)) is not None:
+        return str(ref), naming, row
+    if ref.digest and (row := txn.get(IMAGES, ref.digest)) is not None:
+        for name, found in txn.scan(NAMES, f"{ref.registry}/{ref.repository}"):
+            same = (other := parse_reference(name)).registry == ref.registry and other.repository == ref.repository
+            if same and ref.digest in (found.digest, found.wanted):
+                return name, found, row
+    raise NotFound(f"there is no image {ref}")
+
+
+def _settle(txn: Txn, digest: str, stored: Stored | None, error: str) -> None:
+    row = txn.get(IMAGES, digest)
+    if row is None:
+        return  # deleted meanwhile; its disk is nobody's and is collected
+    if stored is not None:
+        _make_ready(txn, row, stored)
+    else:
+        _fail(txn, row, error)
+
+
+def _make_ready(txn: Txn, row: ImageRow, stored: Stored) -> None:
+    ready = msgspec.structs.replace(
+        row, status=ImageStatus.READY, error="", fs=stored.fs, size=stored.size, platform=stored.platform,
+        config=stored.config,
+    )  # fmt: skip
+    txn.put(IMAGES, row.digest, ready)
+    _repoint(txn, row.digest, ready=True)
+
+
+def _fail(txn: Txn, row: ImageRow, error: str) -> None:
+    txn.put(IMAGES, row.digest, msgspec.structs.replace(row, status=ImageStatus.FAILED, error=error[:2000]))
+    _repoint(txn, row.digest, ready=False)
+
+
+def _repoint(txn: Txn, digest: str, *, ready: bool) -> None:
+    """Names that waited for ``digest`` now stand for it, or stay where they were."""
+    for name, naming in list(txn.scan(NAMES)):
+        if naming.wanted == digest:
+            target = digest if ready else naming.digest
+            txn.put(NAMES, name, msgspec.structs.replace(naming, digest=target, wanted=""))

@@ -1,0 +1,102 @@
+"""A registry of Debian's, images to put into it, and an Images service that works."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypeman.config import ImagesConfig
+from hypeman.images.registry import Patience, RegistryClient
+from hypeman.images.service import Images
+from hypeman.paths import Paths
+from hypeman.store import Store
+
+QUICK = Patience(attempts=4, first_delay=0.02, longest_delay=0.1, connect=2, silence=0.5, grace=20)
+
+
+def need(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running_registry(directory: Path, extra: str = "") -> Iterator[str]:
+    """Debian's docker-registry on loopback; yields ``host:port``."""
+    need("docker-registry", "skopeo")
+    directory.mkdir(exist_ok=True)
+    port = free_port()
+    config = directory / "registry.yml"
+    config.write_text(
+        f"version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {directory}/data}}}}\n"
+        f"http:\n  addr: 127.0.0.1:{port}\n{extra}"
+    )
+    process = subprocess.Popen(
+        ["docker-registry", "serve", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None and time.monotonic() < deadline, "docker-registry did not start"
+            time.sleep(0.02)
+        yield f"localhost:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def registry_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with running_registry(tmp_path_factory.mktemp("registry")) as host:
+        yield host
+
+
+def push(layout: Path, target: str, *options: str, tag: str = "latest") -> None:
+    """Push an OCI layout with skopeo."""
+    subprocess.run(
+        ["skopeo", "--insecure-policy", "copy", "-q", *(options or ("--dest-tls-verify=false",)),
+         f"oci:{layout}:{tag}", f"docker://{target}"],
+        check=True,
+    )  # fmt: skip
+
+
+def need_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("wants root")
+
+
+MakeImages = Callable[..., "trio.abc.AsyncResource"]
+
+
+@pytest.fixture
+async def make_images(store: Store, paths: Paths) -> AsyncIterator[Callable[..., object]]:
+    """A function that starts an Images service; it is stopped at the end of the test."""
+    async with trio.open_nursery() as nursery:
+
+        async def start(*, patience: Patience = QUICK, **settings: object) -> Images:
+            config = ImagesConfig(**{"docker_config": "/nonexistent", **settings})  # type: ignore[arg-type]
+            images = Images(store=store, paths=paths, config=config, registry=RegistryClient(config, patience=patience))
+            await nursery.start(images.run)
+            return images
+
+        yield start
+        nursery.cancel_scope.cancel()
