@@ -89,7 +89,7 @@ def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, vers
         differences.append(f"it was made by version {capture.version}, here is {version}")
     if capture.machine != machine:
         differences.append(f"it was made on {capture.machine}, here is {machine}")
-    for name in ("vcpus", "memory_bytes", "hotplug_bytes"):
+    for name in ("vcpus", "memory_bytes", "hotplug_bytes", "disk_ports"):
         if getattr(old, name) != getattr(config, name):
             differences.append(f"{name} was {getattr(old, name)}, now {getattr(config, name)}")
     for what, before, now in (

@@ -42,9 +42,9 @@ class Disk(msgspec.Struct, frozen=True):
     shared: bool = False
     """Other VMMs have the same file open; only with ``readonly``."""
     port: int = 0
-    """Where it sits: 0 for good, n in the n-th of ``Capabilities.hotplug_ports`` ports, from where
-    ``remove_disk`` can take it while the guest runs. A port once given stays the disk's own, for a
-    capture remembers it. ``add_disk`` chooses a free one for 0."""
+    """Where it sits: 0 for good, n in the n-th of ``VmConfig.disk_ports``, from where ``remove_disk`` can
+    take it while the guest runs. A port once given stays the disk's own, for a capture remembers it.
+    ``add_disk`` chooses a free one for 0."""
 
 
 class Nic(msgspec.Struct, frozen=True):
@@ -88,6 +88,8 @@ class VmConfig(msgspec.Struct, frozen=True):
     vmm_log: str
     """Output of the VMM itself."""
     hotplug_bytes: int = 0
+    disk_ports: int = 8
+    """Ports that disks can be plugged into and pulled from at run time; at most ``Capabilities.hotplug_ports``."""
     nics: tuple[Nic, ...] = ()
     pci_devices: tuple[PciDevice, ...] = ()
     vsock_cid: int = 0
@@ -119,7 +121,7 @@ class Capabilities(msgspec.Struct, frozen=True):
     hotplug_memory: bool = False
     hotplug_disk: bool = False
     hotplug_ports: int = 0
-    """Disks with a ``port`` at a time."""
+    """How many ``disk_ports`` a VM can have."""
     balloon: bool = False
     vsock: bool = False
     pci_passthrough: bool = False

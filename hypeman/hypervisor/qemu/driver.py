@@ -120,13 +120,13 @@ class QemuDriver:
             pause=True,
             hotplug_memory=True,
             hotplug_disk=True,
-            hotplug_ports=native.HOTPLUG_PORTS,
+            hotplug_ports=native.MAX_DISK_PORTS,
             balloon=True,
             vsock=os.access(self._vhost_vsock, os.F_OK),
             pci_passthrough=not why_not_kvm and os.access(self._vfio, os.F_OK),
             disk_io_limit=True,
             disk_resize=True,
-            max_disks=native.MAX_FIXED_DISKS + native.HOTPLUG_PORTS,
+            max_disks=native.MAX_FIXED_DISKS + native.MAX_DISK_PORTS,
         )
 
     async def _why_not_kvm(self, binary: str) -> str:

@@ -308,9 +308,9 @@ class QemuVmm:
         taken = {other.port for other in self.config.disks}
         if disk.port in taken - {0}:
             raise InUse(f"disk port {disk.port} is taken")
-        port = disk.port or next((n for n in range(1, native.HOTPLUG_PORTS + 1) if n not in taken), 0)
-        if not 1 <= port <= native.HOTPLUG_PORTS:
-            raise InUse(f"all {native.HOTPLUG_PORTS} ports for disks are taken")
+        port = disk.port or next((n for n in range(1, self.config.disk_ports + 1) if n not in taken), 0)
+        if not 1 <= port <= self.config.disk_ports:
+            raise InUse(f"all {self.config.disk_ports} ports for disks are taken")
         return msgspec.structs.replace(disk, port=port)
 
     def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
