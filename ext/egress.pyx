@@ -1,0 +1,232 @@
+# cython: language_level=3, freethreading_compatible=False
+"""The egress data plane as a Python object: a thin skin over ext/egress/engine.h.
+
+The loops run in threads of their own that never take the GIL. Everything here returns at once, except `join`, which
+releases it. Imports nothing, so that a frozen bundle needs no hints.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+
+cdef extern from "engine.h" nogil:
+    enum: T_CLASSES
+    enum: M_COUNT
+    enum: LATENCY_BUCKETS
+
+    struct engine_settings:
+        unsigned loops
+        const int *listeners
+        const char *ca_certificate
+        const char *ca_key
+        const char *trust_file
+        const char *trust_extra
+        unsigned leaf_cache
+        unsigned max_connections
+        unsigned max_requests
+        unsigned max_mints
+        uint16_t listen_port
+        uint16_t assumed_tls_port
+        unsigned *timers_ms
+        unsigned n_allow
+        unsigned n_deny
+        const char **allow
+        const char **deny
+
+    struct engine:
+        pass
+
+    enum metric:
+        pass
+
+    engine *engine_new(const engine_settings *s, char *error, size_t error_size)
+    bint engine_start(engine *e)
+    void engine_drain(engine *e, unsigned grace_ms)
+    void engine_join(engine *e)
+    void engine_free(engine *e)
+    int engine_set_policy(engine *e, const char *address, const char *instance, const uint8_t *data, size_t n)
+    bint engine_remove(engine *e, const char *address)
+    int engine_question_fd(engine *e)
+    bint engine_question(engine *e, unsigned *loop, uint64_t *token, char *name)
+    void engine_answer(engine *e, unsigned loop, uint64_t token, unsigned n, const char **addresses)
+    int engine_audit_fd(engine *e)
+    size_t engine_audit_read(engine *e, char *out, size_t cap)
+    uint64_t engine_metric(engine *e, metric m)
+    uint64_t engine_denied(engine *e, unsigned reason)
+    uint64_t engine_latency(engine *e, unsigned bucket)
+    const char *engine_reason(unsigned reason)
+
+
+METRICS = (
+    "accepted", "unregistered", "too_many", "handshakes", "handshakes_failed", "minted", "requests", "injected",
+    "denied", "passed_through", "tunnels", "upstream_opened", "upstream_reused", "upstream_failed", "verify_failed",
+    "bytes_up", "bytes_down", "audit_lost", "connections", "status_2xx", "status_3xx", "status_4xx", "status_5xx",
+)
+assert len(METRICS) == M_COUNT
+
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger")
+assert len(TIMERS) == T_CLASSES
+
+
+def _reasons():
+    names = []
+    cdef const char *name = engine_reason(0)
+    while name != NULL:
+        names.append((<bytes>name).decode())
+        name = engine_reason(<unsigned>len(names))
+    return tuple(names)
+
+
+REASONS = _reasons()
+
+
+cdef uint64_t _number(const uint8_t *p, unsigned n) noexcept:
+    cdef uint64_t v = 0
+    cdef unsigned i
+    for i in range(n):
+        v |= <uint64_t>p[i] << (8 * i)
+    return v
+
+
+cdef class Engine:
+    """All loops of the data plane. `start`, then `drain` and `join`; freed with the object."""
+
+    cdef engine *_e
+    cdef bint _started
+
+    def __cinit__(self, list listeners, bytes ca_certificate, bytes ca_key, bytes trust_file, bytes trust_extra,
+                  unsigned leaf_cache, unsigned max_connections, unsigned max_requests, unsigned max_mints,
+                  uint16_t listen_port, uint16_t assumed_tls_port, timers_ms, list allow, list deny):
+        cdef engine_settings s
+        cdef char error[256]
+        cdef size_t i
+        if not listeners or len(timers_ms) != T_CLASSES:
+            raise ValueError("at least one listener and all timers")
+        memset(&s, 0, sizeof(s))
+        cdef int *fds = <int *>calloc(len(listeners), sizeof(int))
+        cdef const char **nets = <const char **>calloc(len(allow) + len(deny) + 1, sizeof(char *))
+        if fds == NULL or nets == NULL:
+            free(fds)
+            free(nets)
+            raise MemoryError()
+        try:
+            for i in range(len(listeners)):
+                fds[i] = listeners[i]
+            for i in range(len(allow)):
+                nets[i] = <bytes?>allow[i]
+            for i in range(len(deny)):
+                nets[len(allow) + i] = <bytes?>deny[i]
+            for i in range(T_CLASSES):
+                s.timers_ms[i] = timers_ms[i]
+            s.loops = <unsigned>len(listeners)
+            s.listeners = fds
+            s.ca_certificate = ca_certificate
+            s.ca_key = ca_key
+            s.trust_file = NULL if trust_file is None else <const char *>trust_file
+            s.trust_extra = NULL if trust_extra is None else <const char *>trust_extra
+            s.leaf_cache = leaf_cache
+            s.max_connections = max_connections
+            s.max_requests = max_requests
+            s.max_mints = max_mints
+            s.listen_port = listen_port
+            s.assumed_tls_port = assumed_tls_port
+            s.n_allow = <unsigned>len(allow)
+            s.n_deny = <unsigned>len(deny)
+            s.allow = nets
+            s.deny = nets + len(allow)
+            self._e = engine_new(&s, error, sizeof(error))
+        finally:
+            free(fds)
+            free(nets)
+        if self._e == NULL:
+            raise ValueError((<bytes>error).decode(errors="replace"))
+
+    def __dealloc__(self):
+        if self._e != NULL:
+            if self._started:
+                with nogil:
+                    engine_drain(self._e, 0)
+                    engine_join(self._e)
+            engine_free(self._e)
+
+    def start(self):
+        self._started = True
+        if not engine_start(self._e):
+            raise OSError("the threads of the data plane can not be started")
+
+    def drain(self, unsigned grace_ms):
+        engine_drain(self._e, grace_ms)
+
+    def join(self):
+        with nogil:
+            engine_join(self._e)
+
+    def set_policy(self, bytes address, bytes instance, snapshot):
+        """Swaps the rules of a source address; from the return on every request is decided by the new ones."""
+        cdef const uint8_t[:] view = snapshot
+        if engine_set_policy(self._e, address, instance, &view[0], <size_t>view.shape[0]) != 0:
+            raise ValueError("not a snapshot, or not an address")
+
+    def remove(self, bytes address):
+        return engine_remove(self._e, address)
+
+    def question_fd(self):
+        return engine_question_fd(self._e)
+
+    def questions(self):
+        """The names to resolve, each as (loop, token, name)."""
+        cdef unsigned loop
+        cdef uint64_t token
+        cdef char name[256]
+        found = []
+        while engine_question(self._e, &loop, &token, name):
+            found.append((loop, token, (<bytes>name).decode()))
+        return found
+
+    def answer(self, unsigned loop, uint64_t token, list addresses):
+        cdef const char *texts[16]
+        cdef unsigned i, n = <unsigned>min(len(addresses), 16)
+        for i in range(n):
+            texts[i] = <bytes?>addresses[i]
+        engine_answer(self._e, loop, token, n, texts)
+
+    def audit_fd(self):
+        return engine_audit_fd(self._e)
+
+    def audit(self):
+        """Records since the last call, each (kind, rules, status, reason, http, port, µs taken, µs since 1970, bytes
+        up, bytes down, instance, host, method, credentials)."""
+        cdef bytes room = bytes(65536)
+        cdef char *out = room
+        cdef const uint8_t *p
+        cdef size_t n, at, end, k
+        cdef list found = []
+        cdef list texts
+        while True:
+            n = engine_audit_read(self._e, out, 65536)
+            if n == 0:
+                return found
+            at = 0
+            while at < n:
+                p = <const uint8_t *>out + at
+                end = at + _number(p, 2)
+                texts = []
+                k = 38
+                while at + k < end:
+                    texts.append((<bytes>(<const char *>p + k + 1)[:p[k]]).decode("ascii", "replace"))
+                    k += 1 + p[k]
+                found.append((p[2], p[3], _number(p + 4, 2), p[6], p[7], _number(p + 8, 2), _number(p + 10, 4),
+                              _number(p + 14, 8), _number(p + 22, 8), _number(p + 30, 8), *texts))
+                at = end
+
+    def metrics(self):
+        cdef unsigned i
+        return {name: engine_metric(self._e, <metric>i) for i, name in enumerate(METRICS)}
+
+    def denied(self):
+        return {name: engine_denied(self._e, <unsigned>i) for i, name in enumerate(REASONS) if i}
+
+    def latency(self):
+        """Requests by time taken: bucket i counts those below 16 µs · 2^i."""
+        return [engine_latency(self._e, <unsigned>i) for i in range(LATENCY_BUCKETS)]

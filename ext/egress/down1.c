@@ -1,0 +1,394 @@
+/* The guest's side in HTTP/1: one request after the other. Requests sent ahead stay in the buffer, unread, until
+ * the response before them is written.
+ *
+ * A head is decided when it is about to be written upstream. If a connection must be opened first, the head stays
+ * unconsumed in the buffer and is parsed and decided again when that connection is ready: so a credential that was
+ * rotated meanwhile is the new one, and nothing has to be copied on the way that needs no waiting.
+ */
+#define _GNU_SOURCE
+#include "down.h"
+
+#include <openssl/crypto.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "loop.h"
+
+static void add_trailers(struct out *o, const struct head *trailers, const struct matched *m)
+{
+    for (unsigned i = 0; trailers && i < trailers->n; i++)
+        if (trailer_passes(&trailers->f[i], m))
+            out_field(o, trailers->f[i].name, trailers->f[i].value);
+}
+
+static void write_chunk(struct conn *c, const char *p, size_t n)
+{
+    char *s = c->loop->scratch;
+    while (n) {
+        size_t part = n < RECORD - 16 ? n : RECORD - 16; /* one record a chunk */
+        int head = snprintf(s, 16, "%zx\r\n", part);
+        memcpy(s + head, p, part);
+        memcpy(s + head + part, "\r\n", 2);
+        conn_write(c, s, (size_t)head + part + 2);
+        p += part;
+        n -= part;
+    }
+}
+
+static void write_last_chunk(struct conn *c, const struct head *trailers, const struct matched *m)
+{
+    struct out o = {c->loop->scratch, 0, SCRATCH, false};
+    out_text(&o, "0\r\n");
+    add_trailers(&o, trailers, m);
+    out_text(&o, "\r\n");
+    conn_write(c, o.p, o.n);
+}
+
+void down1_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
+{
+    struct conn *c = x->down;
+    bool interim = h->status < 200;
+    bool old = x->old_client;
+    if (interim && h->status != 101 && old)
+        return;
+    if (x->kept_head) { /* no retry any more */
+        buf_take(c->loop, &c->in, x->kept_head);
+        x->kept_head = 0;
+    }
+    struct out o = {c->loop->scratch, 0, SCRATCH, false};
+    out_text(&o, "HTTP/1.1 ");
+    out_number(&o, (uint64_t)h->status);
+    out_add(&o, " ", 1);
+    out_add(&o, h->reason.p, h->reason.n);
+    out_add(&o, "\r\n", 2);
+    for (unsigned i = 0; i < h->n; i++)
+        if (response_field_passes(h, &h->f[i]))
+            out_field(&o, h->f[i].name, h->f[i].value);
+    if (h->status == 101) {
+        for (unsigned i = 0; i < h->n; i++)
+            if (h->f[i].id == F_UPGRADE)
+                out_field(&o, h->f[i].name, h->f[i].value);
+        out_text(&o, "Connection: upgrade\r\n");
+    } else if (!interim) {
+        x->down_chunked = false;
+        if (body == BODY_LENGTH) {
+            out_text(&o, "Content-Length: ");
+            out_number(&o, length);
+            out_add(&o, "\r\n", 2);
+        } else if (body != BODY_NONE && !old) {
+            x->down_chunked = true;
+            out_text(&o, "Transfer-Encoding: chunked\r\n");
+        } else if (body != BODY_NONE) {
+            x->closing = true;
+        }
+        if (c->loop->draining)
+            x->closing = true;
+        if (x->closing)
+            out_text(&o, "Connection: close\r\n");
+        else if (old)
+            out_text(&o, "Connection: keep-alive\r\n");
+    }
+    out_add(&o, "\r\n", 2);
+    conn_write(c, o.p, o.n);
+}
+
+void down1_data(struct xchg *x, const char *p, size_t n)
+{
+    if (x->down_chunked)
+        write_chunk(x->down, p, n);
+    else
+        conn_write(x->down, p, n);
+}
+
+void down1_end(struct xchg *x, const struct head *trailers)
+{
+    if (x->down_chunked)
+        write_last_chunk(x->down, trailers, NULL);
+}
+
+void down1_finished(struct xchg *x)
+{
+    struct conn *c = x->down;
+    c->h1 = H1_HEAD;
+    c->head_timer = false;
+    if (x->closing || x->half) {
+        bool unread = !x->req_complete || buf_size(&c->in);
+        conn_finish(c, unread);
+        return;
+    }
+    conn_timer(c, T_IDLE_DOWN);
+    if (buf_size(&c->in) || !c->drained)
+        conn_again(c);
+}
+
+void down1_fail(struct xchg *x, enum reason why, const char *detail, bool told)
+{
+    struct conn *c = x->down;
+    char body[512], head[512];
+    bool complete = x->req_body == BODY_NONE || x->req_done;
+    if (!told) { /* the rest of the response is missing: no proper end, so that the client notices */
+        x->active = false;
+        audit_record(c->loop, c->tenant, x);
+        conn_kill(c);
+        return;
+    }
+    if (x->kept_head) {
+        buf_take(c->loop, &c->in, x->kept_head);
+        x->kept_head = 0;
+    }
+    if (!complete || c->loop->draining || why == R_BAD_REQUEST || why == R_HEAD_TOO_LARGE || why == R_BAD_HOST)
+        x->closing = true; /* where the next request begins is not certain, or far away */
+    size_t n = error_body(body, sizeof body, why, detail);
+    int head_n = snprintf(head, sizeof head,
+                          "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n"
+                          "X-Hypeman-Egress: %s\r\n%s%s\r\n",
+                          REASONS[why].status, REASONS[why].code, n, REASONS[why].code,
+                          why == R_RATE ? "Retry-After: 1\r\n" : "",
+                          x->closing ? "Connection: close\r\n" : x->old_client ? "Connection: keep-alive\r\n" : "");
+    conn_write(c, head, (size_t)head_n);
+    if (!x->is_head)
+        conn_write(c, body, n);
+    x->req_complete = complete;
+    x->req_done = x->resp_done = true;
+    xchg_try_finish(x);
+}
+
+/* Whether the client may be spoken to about this Upgrade: h2c would open a way around all that is decided here. */
+static bool may_upgrade(const struct head *h)
+{
+    if (!h->connection_upgrade || h->minor != 1 || h->chunked || h->content_length > 0)
+        return false;
+    unsigned n = 0;
+    for (unsigned i = 0; i < h->n; i++)
+        if (h->f[i].id == F_UPGRADE) {
+            n++;
+            if (h1_list_has(h->f[i].value, (struct str){"h2c", 3}) || h1_list_has(h->f[i].value, (struct str){"h2", 2}))
+                return false;
+        }
+    return n == 1;
+}
+
+static bool is_idempotent(const struct head *h)
+{
+    return h1_is(h->method, "get") || h1_is(h->method, "head") || h1_is(h->method, "options")
+        || h1_is(h->method, "put") || h1_is(h->method, "delete");
+}
+
+static void note_request(struct conn *c, const struct head *h)
+{
+    struct xchg *x = &c->x;
+    xchg_begin(x, c, h);
+    x->old_client = h->minor == 0;
+    x->closing = h->connection_close || (x->old_client && !h->connection_keep_alive);
+    x->req_body = h->chunked ? BODY_CHUNKED : h->content_length >= 0 ? BODY_LENGTH : BODY_NONE;
+    x->req_left = h->content_length > 0 ? (uint64_t)h->content_length : 0;
+    if (x->req_body == BODY_LENGTH && !x->req_left)
+        x->req_done = true;
+    x->upgrade = may_upgrade(h);
+    x->half = false;
+    c->loop->counters[M_REQUESTS]++;
+}
+
+static enum step refuse(struct conn *c, enum reason why, size_t used)
+{
+    c->x.kept_head = used;
+    down_fail(&c->x, why, NULL);
+    return c->dead ? STEP_STOP : STEP_AGAIN;
+}
+
+static enum step on_head(struct conn *c, const struct head *h, size_t used)
+{
+    struct xchg *x = &c->x;
+    struct loop *l = c->loop;
+    const struct limits *limits = &l->engine->table.limits;
+    bool resumed = x->active;
+    if (!resumed) {
+        if (!c->ssl && c->explicit_proxy && !c->connected && h1_is(h->method, "connect"))
+            return down_connect(c, h, used) ? STEP_STOP : STEP_AGAIN;
+        note_request(c, h);
+        conn_timer(c, -1);
+        if (!tenant_may_request(c->tenant, limits, l->now_us))
+            return refuse(c, R_RATE, used);
+    }
+    struct origin from = {c->ssl ? &c->to : NULL, c->explicit_proxy, c->dialled_port};
+    struct str path;
+    struct matched m;
+    enum reason why = target_of_h1(h, &from, &x->to, &path);
+    if (why == R_NONE && c->refused)
+        why = c->refused;
+    if (why == R_NONE && h->expect_other)
+        why = R_EXPECTATION;
+    if (why != R_NONE)
+        return refuse(c, why, used);
+    uint64_t generation;
+    struct snapshot *s = tenant_borrow(c->tenant, &generation);
+    if (!s)
+        return refuse(c, R_UNREGISTERED, used);
+    why = apply_policy(s, h, &x->to, &m);
+    if (why != R_NONE) {
+        snapshot_release(s);
+        return refuse(c, why, used);
+    }
+    if (x->up && x->up->generation != generation) {
+        if (x->up->served) {
+            struct conn *old = x->up;
+            x->up = NULL;
+            old->one = NULL;
+            conn_kill(old);
+        } else {
+            x->up->generation = generation; /* opened under the old rules, but nothing was sent on it */
+        }
+    }
+    if (!x->up && up_take(x, generation, false, x->retried) == TAKE_WAIT) {
+        snapshot_release(s);
+        x->kept_head = used;
+        return STEP_STOP;
+    }
+    xchg_note_rules(x, &m);
+    l->counters[M_INJECTED] += m.n > 0;
+    struct request_line line = {path, x->req_body, x->req_left, x->upgrade};
+    up1_send(x, h, &line, &m);
+    snapshot_release(s);
+    x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && !x->upgrade && is_idempotent(h);
+    x->kept_head = 0;
+    if (x->retriable)
+        x->kept_head = used;
+    else
+        buf_take(l, &c->in, used);
+    if (x->req_body == BODY_NONE || x->req_done) {
+        x->req_done = x->req_complete = true;
+        c->h1 = H1_WAIT;
+    } else {
+        c->h1 = H1_BODY;
+    }
+    return STEP_AGAIN;
+}
+
+static enum step read_head(struct conn *c)
+{
+    struct head *h = &c->loop->head;
+    size_t n = buf_size(&c->in);
+    if (c->x.active && c->x.waiting)
+        return STEP_STOP;
+    if (n == 0)
+        return STEP_MORE;
+    int used = h1_parse_request(c->in.p + c->in.off, n, h);
+    if (used == 0) {
+        if (!c->head_timer) {
+            c->head_timer = true;
+            conn_timer(c, T_HEAD);
+        }
+        return STEP_MORE;
+    }
+    if (used < 0) {
+        xchg_begin(&c->x, c, NULL);
+        c->x.closing = true;
+        c->x.req_body = BODY_CLOSE; /* there may be more of it: linger */
+        down_fail(&c->x, used == H1_TOO_LARGE ? R_HEAD_TOO_LARGE : R_BAD_REQUEST, NULL);
+        return STEP_STOP;
+    }
+    return on_head(c, h, (size_t)used);
+}
+
+static void request_done(struct conn *c)
+{
+    struct xchg *x = &c->x;
+    c->h1 = H1_WAIT;
+    x->req_done = x->req_complete = true;
+    xchg_try_finish(x);
+}
+
+static enum step read_body(struct conn *c)
+{
+    struct xchg *x = &c->x;
+    struct loop *l = c->loop;
+    size_t n = buf_size(&c->in);
+    if (n == 0)
+        return STEP_MORE;
+    if (x->in_trailers) {
+        struct head *t = &l->head;
+        int used = h1_parse_trailers(c->in.p + c->in.off, n, t);
+        if (used == 0)
+            return STEP_MORE;
+        if (used < 0) {
+            x->closing = true;
+            down_fail(x, R_BAD_REQUEST, NULL);
+            return STEP_STOP;
+        }
+        up_end(x, t); /* before the bytes that it points into are consumed */
+        buf_take(l, &c->in, (size_t)used);
+        request_done(c);
+        return STEP_AGAIN;
+    }
+    if (x->up && conn_wants_room(x->up))
+        return STEP_STOP;
+    if (x->req_body == BODY_LENGTH) {
+        size_t part = n < x->req_left ? n : (size_t)x->req_left;
+        x->req_left -= part;
+        up_data(x, c->in.p + c->in.off, part);
+        buf_take(l, &c->in, part);
+        if (!x->req_left) {
+            up_end(x, NULL);
+            request_done(c);
+        }
+        return STEP_AGAIN;
+    }
+    size_t used = 0;
+    struct str data;
+    enum h1_chunk_event e = h1_chunked_next(&x->req_chunks, c->in.p + c->in.off, n, &used, &data);
+    if (e == H1_CHUNK_DATA)
+        up_data(x, data.p, data.n);
+    if (e == H1_CHUNK_BAD) {
+        x->closing = true;
+        down_fail(x, R_BAD_REQUEST, NULL);
+        return STEP_STOP;
+    }
+    buf_take(l, &c->in, used);
+    x->in_trailers = e == H1_CHUNK_TRAILERS;
+    return STEP_AGAIN;
+}
+
+static void client_ended(struct conn *c)
+{
+    if (c->h1 == H1_HEAD && !c->x.active && !buf_size(&c->out)) {
+        conn_kill(c); /* the ordinary end of a connection */
+        return;
+    }
+    conn_lost(c);
+}
+
+void down1_run(struct conn *c)
+{
+    for (unsigned turns = 0; turns < 256; turns++) {
+        enum step s = STEP_STOP;
+        if (c->dead || c->phase != P_HTTP1 || c->close_after)
+            return;
+        if (c->h1 == H1_HEAD)
+            s = read_head(c);
+        else if (c->h1 == H1_BODY)
+            s = read_body(c);
+        if (s == STEP_AGAIN)
+            continue;
+        if (c->dead || c->phase != P_HTTP1)
+            return;
+        if (s == STEP_STOP) {
+            if (c->hung_up)
+                conn_lost(c);
+            else if (c->readable_end && c->x.active && c->h1 == H1_WAIT && !c->x.half) {
+                c->x.half = true; /* it may still read: give the response a limited time */
+                conn_timer(c, T_HALF);
+            }
+            return;
+        }
+        ssize_t n = conn_read(c);
+        if (n == 0)
+            return;
+        if (n < 0) {
+            client_ended(c);
+            return;
+        }
+        if (c->h1 == H1_BODY && c->x.up)
+            conn_timer(c->x.up, T_STREAM);
+    }
+    conn_again(c);
+}

@@ -1,0 +1,325 @@
+/* The parts of the data plane and how they hold together. (Public interface: engine.h.)
+ *
+ *   engine ── table of tenants (policy.h), reach, limits, trust          shared, behind locks
+ *     └─ loop, one per thread: epoll, timers, leaf cache, upstream pool, audit ring, counters
+ *          └─ conn: one socket, DOWN (from a guest) or UP (to a host)    io.c
+ *               └─ xchg: one request with its response, joins a DOWN and an UP
+ *
+ *   accept.c   a new guest connection: TLS, plain HTTP or CONNECT? terminate, pass through or refuse?
+ *   down1.c down2.c   the guest's side in HTTP/1 and HTTP/2            up1.c up2.c   the host's side
+ *   pool.c     resolve, check the address, dial, verify, keep          xchg.c        what joins the sides
+ *   splice.c   passing through without looking                         audit.c       records and counters
+ *
+ * Rules: a loop's data is touched by its thread only. Nothing blocks. A conn is freed only at the end of a round, so a
+ * callee may kill any conn; callers look at `dead` afterwards. Writing only buffers; sockets are written by conn_flush.
+ * Back-pressure: whoever reads asks for room on the other side first, and is woken by loop_again when room appears.
+ */
+#ifndef HYPEMAN_EGRESS_EGRESS_H
+#define HYPEMAN_EGRESS_EGRESS_H
+
+#include <nghttp2/nghttp2.h>
+#include <openssl/ssl.h>
+#include <sys/types.h>
+
+#include "engine.h"
+#include "mint.h"
+#include "verdict.h"
+
+enum {
+    RECORD = 16384,        /* largest TLS record */
+    WATERMARK = 64 * 1024, /* stop reading the peer above; 64 KB beat 256 KB by 6-25 % (L2) */
+    SCRATCH = 160 * 1024,
+    POOL_SLOTS = 256,
+    POOL_PER_KEY = 128,
+    MAX_ADDRESSES = 16,
+};
+
+struct buf {
+    char *p;
+    size_t off, len, cap; /* live bytes are p[off..len) */
+};
+
+enum kind { DOWN, UP };
+
+enum phase {
+    P_DETECT,    /* down: first byte */
+    P_HELLO,     /* down: TLS, collecting the ClientHello */
+    P_WAIT_PASS, /* down: passing through, waiting for the host */
+    P_RESOLVE,   /* up: waiting for addresses */
+    P_CONNECT,   /* up: TCP */
+    P_HANDSHAKE, /* TLS, both sides */
+    P_HTTP1,
+    P_HTTP2,
+    P_TUNNEL,    /* after 101: bytes, sealed on both sides */
+    P_SPLICE,    /* passed through */
+    P_LINGER,    /* everything said; reading until the peer is done */
+};
+
+enum step { STEP_AGAIN, STEP_MORE, STEP_STOP };
+
+struct loop;
+struct conn;
+
+struct timer {
+    struct conn *prev, *next;
+    int64_t due_ms;
+    int8_t class; /* -1: off */
+};
+
+/* A header block of HTTP/2, gathered field by field. */
+struct fields {
+    struct head *head;
+    struct buf text;
+    struct str host;
+    bool done;
+};
+
+/* One request and its response. Embedded in a HTTP/1 down conn, allocated per stream in HTTP/2. */
+struct xchg {
+    struct conn *down, *up;
+    struct conn *awaits;   /* the connection that is being opened for it */
+    int32_t down_stream, up_stream; /* HTTP/2 */
+    struct destination to;
+    bool active;
+    bool waiting;      /* for an upstream connection */
+    bool is_head, upgrade, tunnel;
+    bool req_done;     /* all of the request was read from the client */
+    bool req_complete; /* nothing of it is left unread */
+    bool old_client;   /* HTTP/1.0 */
+    bool matched_trailers; /* a credential was added: request trailers are dropped */
+    bool in_trailers;  /* HTTP/1 down: behind the last chunk */
+    bool half;         /* the client has ended its side */
+    bool passed;       /* audit: carried without looking */
+    bool resp_started, resp_done;
+    bool reused, retried, retriable;
+    bool closing;      /* HTTP/1 down: no further request on this connection */
+    bool down_chunked; /* HTTP/1 down: how the response body is framed */
+    enum body req_body;
+    uint64_t req_left;
+    struct h1_chunked req_chunks;
+    unsigned attempts;
+    size_t kept_head;  /* HTTP/1 down: bytes of the head kept at the front of `in` for a retry */
+    /* audit */
+    int64_t started_us;
+    uint64_t up_bytes, down_bytes;
+    int status;
+    enum reason reason;
+    uint8_t injected;
+    char method[17];
+    char keys[96];
+    /* HTTP/2 */
+    struct fields request, response, up_trailers, down_trailers;
+    struct buf to_up, to_down; /* body bytes waiting for the other side to take them */
+    bool to_down_end, to_up_deferred, to_down_deferred;
+    bool bad;                  /* the request's header block is not acceptable */
+    uint32_t reset_code;       /* with which the host reset the stream */
+    size_t unconsumed_down;    /* taken by the host, not yet granted back to the client */
+    struct xchg *prev, *next;  /* streams of the down conn */
+    struct xchg *up_prev, *up_next; /* waiting for, or streams of, the up conn */
+};
+
+struct conn {
+    struct loop *loop;
+    SSL *ssl;
+    int fd;
+    enum kind kind;
+    enum phase phase;
+    bool readable_end; /* the kernel said RDHUP: read on to the end */
+    bool hung_up;      /* HUP or ERR */
+    bool drained;      /* the last recv was short: nothing there until the next edge */
+    bool sock_eof;     /* recv said 0 */
+    bool clean_eof;    /* and TLS said so too */
+    bool blocked;      /* the last send was short */
+    bool dead, broken, dirty, again;
+    bool waited;       /* somebody stopped reading because there was no room here */
+    bool roomy;        /* and there is again */
+    bool close_after;  /* close once everything is sent */
+    bool shut_after;   /* half-close once everything is sent */
+    bool shut_done;
+    struct buf in;     /* received, opened, not consumed */
+    struct buf out;    /* to be sent, sealed */
+    struct buf stage;  /* to be sealed */
+    struct buf prefix; /* what TLS must read before the socket: the ClientHello */
+    struct conn *next_dirty, *next_again, *next_dead;
+    struct conn *all_prev, *all_next;
+    struct timer timer;
+    struct conn *peer; /* tunnel and splice */
+    int pipe[2];       /* splice: from this conn's socket to the peer's */
+    size_t piped;
+    struct destination to; /* down: what the client asked for; up: where it leads */
+    nghttp2_session *h2;
+    struct xchg *streams;  /* HTTP/2: of this conn */
+    unsigned stream_count;
+    bool in_h2;            /* inside nghttp2: do not re-enter */
+    bool goaway;           /* sent (down) or received (up): no new streams */
+
+    /* down */
+    struct tenant *tenant;
+    struct addr source;
+    struct xchg x;
+    bool explicit_proxy;   /* not redirected: the client spoke to the proxy's own address */
+    struct conn *passing;  /* the connection that is being opened to pass it through */
+    bool connected;        /* a CONNECT was answered; `to` is bound */
+    uint16_t dialled_port; /* redirected: original destination */
+    struct addr dialled;
+    enum reason refused;   /* every request on this connection is answered with it */
+    bool offers_h2;
+    unsigned resets;
+    enum { H1_HEAD, H1_BODY, H1_WAIT } h1;
+    bool head_timer;
+
+    /* up */
+    struct xchg *one;      /* HTTP/1: the exchange it carries */
+    struct xchg *waiting;  /* HTTP/2 wanted: exchanges waiting for the handshake */
+    struct conn *pass_for; /* pass through: the down conn that waits */
+    uint64_t generation;
+    bool timed_out;
+    unsigned interim;      /* 1xx responses so far */
+    bool want_h2, served, keep;
+    uint64_t token;        /* of the resolver's question */
+    unsigned addresses, address;
+    struct addr candidates[MAX_ADDRESSES];
+    enum { R1_HEAD, R1_LENGTH, R1_CHUNKED, R1_TRAILERS, R1_CLOSE } r1;
+    uint64_t resp_left;
+    struct h1_chunked resp_chunks;
+    struct conn *pool_prev, *pool_next;
+    bool pooled;
+    char detail[128];
+};
+
+struct loop {
+    struct engine *engine;
+    unsigned index;
+    int epoll, wake, listener;
+    pthread_t thread;
+    bool accepting, draining, stop;
+    int64_t now_us, now_ms, now_s, drain_by_ms;
+    SSL_CTX *server;
+    struct mint *mint;
+    struct conn *dirty, *again, *graveyard, *all;
+    unsigned connections;
+    struct {
+        struct conn *first, *last;
+    } timers[T_CLASSES];
+    struct conn *pool[POOL_SLOTS];
+    struct audit *audit;
+    int64_t audit_due_ms;
+    uint64_t counters[M_COUNT];
+    uint64_t latency[LATENCY_BUCKETS];
+    uint64_t denied[R_COUNT];
+    pthread_mutex_t inbox_lock;
+    struct message *inbox;
+    struct buf *spare; /* free list by size class, see io.c */
+    unsigned spare_n[4];
+    void *spares[4];
+    char *scratch;
+    struct head head; /* of the message being handled right now */
+};
+
+static inline size_t buf_size(const struct buf *b)
+{
+    return b->len - b->off;
+}
+
+/* io.c */
+void buf_need(struct loop *l, struct buf *b, size_t room);
+void buf_add(struct loop *l, struct buf *b, const char *p, size_t n);
+void buf_take(struct loop *l, struct buf *b, size_t n); /* consumes; gives memory back when empty */
+void buf_free(struct loop *l, struct buf *b);
+struct conn *conn_new(struct loop *l, enum kind kind, int fd);
+bool conn_watch(struct conn *c);
+void conn_kill(struct conn *c);
+ssize_t conn_read(struct conn *c); /* > 0 bytes added to `in`; 0 nothing now; -1 end; -2 broken */
+void conn_write(struct conn *c, const char *p, size_t n);
+void conn_mark(struct conn *c);    /* to be flushed in this round */
+void conn_flush(struct conn *c);
+void conn_finish(struct conn *c, bool linger); /* close when all is sent */
+size_t conn_room(const struct conn *c);
+bool conn_wants_room(struct conn *c); /* full even after a flush: the caller stops and is woken later */
+void conn_again(struct conn *c);   /* run once more in this round */
+void conn_timer(struct conn *c, int class);
+bool conn_secret(struct conn *c, const char *p, size_t n); /* conn_write of a head that holds a secret: leaves no copy */
+
+/* tls.c */
+SSL_CTX *tls_server_context(void);
+SSL_CTX *tls_client_context(const char *ca_file, const char *extra_pem, char *error, size_t n);
+bool tls_begin(struct conn *c, SSL_CTX *ctx, bool server);
+int tls_handshake(struct conn *c); /* 1 done, 0 more, -1 failed */
+void tls_close_notify(struct conn *c);
+
+/* engine.c */
+unsigned engine_timer_ms(const struct engine *e, int class);
+
+/* loop.c */
+void *loop_main(void *loop);
+void conn_run(struct conn *c);
+void conn_lost(struct conn *c);    /* its socket is gone, or its time is over */
+void conn_drained(struct conn *c); /* there is room again: wake who waits for it */
+
+/* accept.c */
+void accept_all(struct loop *l);
+void down_run(struct conn *c);
+void down_pass_ready(struct conn *c, struct conn *up);
+void down_pass_failed(struct conn *c, enum reason why, const char *detail);
+bool down_connect(struct conn *c, const struct head *h, size_t used);
+
+/* down1.c */
+void down1_run(struct conn *c);
+/* down2.c */
+bool down2_begin(struct conn *c);
+void down2_run(struct conn *c);
+void down2_lost(struct conn *c);
+void down2_pump(struct conn *c);
+void down2_push(struct xchg *x); /* the host's connection has room again */
+
+/* up1.c */
+void up1_run(struct conn *c);
+void up1_send(struct xchg *x, const struct head *h, const struct request_line *line, const struct matched *m);
+/* up2.c */
+bool up2_begin(struct conn *c);
+void up2_run(struct conn *c);
+void up2_pump(struct conn *c);
+bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, const struct matched *m);
+
+/* xchg.c: the joint. Down side of x: */
+void xchg_begin(struct xchg *x, struct conn *down, const struct head *h);
+void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t length); /* also 1xx */
+void down_data(struct xchg *x, const char *p, size_t n);
+void down_end(struct xchg *x, const struct head *trailers);
+void down_fail(struct xchg *x, enum reason why, const char *detail);
+/* Up side of x: */
+void up_data(struct xchg *x, const char *p, size_t n);
+void up_end(struct xchg *x, const struct head *trailers);
+void up_abandon(struct xchg *x);
+void xchg_try_finish(struct xchg *x);
+void xchg_note_rules(struct xchg *x, const struct matched *m);
+
+/* pool.c */
+enum take { TAKE_READY, TAKE_WAIT };
+enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh);
+void up_pass(struct conn *down);
+void up_ready(struct conn *c);
+void up_failed(struct conn *c, enum reason why, const char *detail);
+void up_release(struct conn *c);
+void up_run(struct conn *c);
+void up_connected(struct conn *c);
+void up_next_address(struct conn *c);
+void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses);
+void up_sweep(struct loop *l);
+void pool_remove(struct conn *c);
+
+/* splice.c */
+void splice_begin(struct conn *down, struct conn *up);
+void splice_run(struct conn *c);
+void tunnel_begin(struct conn *down, struct conn *up);
+void tunnel_run(struct conn *c);
+
+/* audit.c */
+struct audit *audit_new(void);
+void audit_free(struct audit *a);
+void audit_record(struct loop *l, const struct tenant *t, const struct xchg *x);
+void audit_refusal(struct conn *c, enum reason why);
+void audit_tick(struct loop *l);
+size_t audit_read(struct audit *a, char *out, size_t cap);
+
+#endif

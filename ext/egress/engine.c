@@ -1,0 +1,303 @@
+/* The data plane as one object: makes the loops and passes on what the program says to them. See engine.h. */
+#define _GNU_SOURCE
+#include "engine.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <openssl/crypto.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "loop.h"
+
+unsigned engine_timer_ms(const struct engine *e, int class)
+{
+    return e->timers_ms[class];
+}
+
+static bool parse_network(const char *text, struct network *out)
+{
+    char address[64];
+    const char *slash = strchr(text, '/');
+    size_t n = slash ? (size_t)(slash - text) : 0;
+    if (!slash || n >= sizeof address)
+        return false;
+    memcpy(address, text, n);
+    address[n] = 0;
+    if (!addr_parse(address, &out->base))
+        return false;
+    long prefix = strtol(slash + 1, NULL, 10) + (strchr(address, ':') ? 0 : 96);
+    out->prefix = (uint8_t)prefix;
+    return prefix >= 0 && prefix <= 128;
+}
+
+static bool read_networks(unsigned n, const char *const *texts, struct network *out, unsigned *count)
+{
+    for (unsigned i = 0; i < n; i++)
+        if (i >= MAX_NETWORKS || !parse_network(texts[i], &out[i]))
+            return false;
+    *count = n;
+    return true;
+}
+
+static bool watch(int epoll, int fd, void *who, uint32_t events)
+{
+    struct epoll_event e = {.events = events, .data.ptr = who};
+    return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &e) == 0;
+}
+
+static bool make_loop(struct engine *e, struct loop *l, unsigned index, const struct engine_settings *s)
+{
+    int one = 1;
+    l->engine = e;
+    l->index = index;
+    l->listener = s->listeners[index];
+    (void)pthread_mutex_init(&l->inbox_lock, NULL);
+    (void)setsockopt(l->listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* inherited by what it accepts */
+    l->epoll = epoll_create1(EPOLL_CLOEXEC);
+    l->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    l->server = tls_server_context();
+    l->mint = mint_new(s->ca_certificate, s->ca_key, s->leaf_cache);
+    l->audit = audit_new();
+    l->scratch = malloc(SCRATCH);
+    return l->epoll >= 0 && l->wake >= 0 && l->server && l->mint && l->audit && l->scratch
+        && watch(l->epoll, l->wake, &l->wake, EPOLLIN) && watch(l->epoll, l->listener, &l->listener, EPOLLIN);
+}
+
+struct engine *engine_new(const struct engine_settings *s, char *error, size_t n)
+{
+    struct engine *e = calloc(1, sizeof *e);
+    struct loop *loops = calloc(s->loops ? s->loops : 1, sizeof *loops);
+    error[0] = 0;
+    if (!e || !loops) {
+        free(e);
+        free(loops);
+        (void)snprintf(error, n, "out of memory");
+        return NULL;
+    }
+    e->loops = loops;
+    e->n = s->loops;
+    e->listen_port = s->listen_port;
+    e->assumed_tls_port = s->assumed_tls_port;
+    e->question_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    e->audit_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    memcpy(e->timers_ms, s->timers_ms, sizeof e->timers_ms);
+    (void)pthread_mutex_init(&e->question_lock, NULL);
+    table_init(&e->table, (struct limits){s->max_connections, s->max_requests, s->max_mints});
+    for (unsigned i = 0; i < e->n; i++) {
+        loops[i].epoll = loops[i].wake = -1;
+        loops[i].listener = s->listeners[i];
+    }
+    if (!read_networks(s->n_allow, s->allow, e->reach.allow, &e->reach.allowed)
+        || !read_networks(s->n_deny, s->deny, e->reach.deny, &e->reach.denied))
+        (void)snprintf(error, n, "a network is not address/prefix, or there are more than %d", MAX_NETWORKS);
+    if (!error[0])
+        e->client = tls_client_context(s->trust_file, s->trust_extra, error, n);
+    for (unsigned i = 0; i < e->n && !error[0]; i++)
+        if (!make_loop(e, &loops[i], i, s))
+            (void)snprintf(error, n, "loop %u can not be made (CA certificate and key, or descriptors)", i);
+    if (!error[0])
+        return e;
+    engine_free(e);
+    return NULL;
+}
+
+bool engine_start(struct engine *e)
+{
+    for (; e->started < e->n; e->started++)
+        if (pthread_create(&e->loops[e->started].thread, NULL, loop_main, &e->loops[e->started]) != 0)
+            return false;
+    return true;
+}
+
+static void post_all(struct engine *e, enum message_kind kind, unsigned n)
+{
+    for (unsigned i = 0; i < e->started; i++) {
+        struct message *m = calloc(1, sizeof *m);
+        if (!m)
+            abort();
+        m->kind = kind;
+        m->n = n;
+        loop_post(&e->loops[i], m);
+    }
+}
+
+void engine_drain(struct engine *e, unsigned grace_ms)
+{
+    post_all(e, MSG_DRAIN, grace_ms);
+}
+
+void engine_join(struct engine *e)
+{
+    for (; e->started; e->started--)
+        (void)pthread_join(e->loops[e->started - 1].thread, NULL);
+}
+
+static void free_loop(struct loop *l)
+{
+    while (l->inbox) {
+        struct message *next = l->inbox->next;
+        free(l->inbox);
+        l->inbox = next;
+    }
+    for (unsigned i = 0; i < 4; i++)
+        while (l->spares[i]) {
+            void *p = l->spares[i];
+            memcpy(&l->spares[i], p, sizeof p);
+            free(p);
+        }
+    SSL_CTX_free(l->server);
+    mint_free(l->mint);
+    audit_free(l->audit);
+    free(l->scratch);
+    if (l->listener >= 0)
+        (void)close(l->listener);
+    if (l->epoll >= 0)
+        (void)close(l->epoll);
+    if (l->wake >= 0)
+        (void)close(l->wake);
+}
+
+/* After engine_join, or before engine_start. */
+void engine_free(struct engine *e)
+{
+    for (unsigned i = 0; i < e->n; i++)
+        free_loop(&e->loops[i]);
+    while (e->first_question) {
+        struct question *next = e->first_question->next;
+        free(e->first_question);
+        e->first_question = next;
+    }
+    table_destroy(&e->table);
+    SSL_CTX_free(e->client);
+    (void)close(e->question_fd);
+    (void)close(e->audit_fd);
+    free(e->loops);
+    free(e);
+}
+
+int engine_set_policy(struct engine *e, const char *address, const char *instance, const uint8_t *data, size_t n)
+{
+    struct addr a;
+    struct snapshot *s = addr_parse(address, &a) ? snapshot_decode(data, n) : NULL;
+    if (!s || table_set(&e->table, a, instance, s) != 0) {
+        errno = EINVAL;
+        return -1;
+    }
+    post_all(e, MSG_SWEEP, 0);
+    return 0;
+}
+
+bool engine_remove(struct engine *e, const char *address)
+{
+    struct addr a;
+    if (!addr_parse(address, &a) || !table_remove(&e->table, a))
+        return false;
+    post_all(e, MSG_SWEEP, 0);
+    return true;
+}
+
+uint64_t engine_ask(struct engine *e, unsigned loop, const char *name)
+{
+    struct question *q = calloc(1, sizeof *q);
+    if (!q)
+        abort();
+    q->loop = loop;
+    strcpy(q->name, name);
+    (void)pthread_mutex_lock(&e->question_lock);
+    uint64_t token = q->token = ++e->last_token;
+    *(e->last_question ? &e->last_question->next : &e->first_question) = q;
+    e->last_question = q;
+    (void)pthread_mutex_unlock(&e->question_lock);
+    uint64_t one = 1;
+    (void)!write(e->question_fd, &one, sizeof one);
+    return token;
+}
+
+int engine_question_fd(struct engine *e)
+{
+    return e->question_fd;
+}
+
+bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char name[256])
+{
+    (void)pthread_mutex_lock(&e->question_lock);
+    struct question *q = e->first_question;
+    if (q) {
+        e->first_question = q->next;
+        if (!q->next)
+            e->last_question = NULL;
+    }
+    (void)pthread_mutex_unlock(&e->question_lock);
+    if (!q)
+        return false;
+    *loop = q->loop;
+    *token = q->token;
+    strcpy(name, q->name);
+    free(q);
+    return true;
+}
+
+void engine_answer(struct engine *e, unsigned loop, uint64_t token, unsigned n, const char *const *addresses)
+{
+    struct message *m = calloc(1, sizeof *m);
+    if (!m)
+        abort();
+    m->kind = MSG_ANSWER;
+    m->token = token;
+    for (unsigned i = 0; i < n && m->n < MAX_ADDRESSES; i++)
+        if (addr_parse(addresses[i], &m->addresses[m->n]))
+            m->n++;
+    if (loop < e->n)
+        loop_post(&e->loops[loop], m);
+    else
+        free(m);
+}
+
+int engine_audit_fd(struct engine *e)
+{
+    return e->audit_fd;
+}
+
+size_t engine_audit_read(struct engine *e, char *out, size_t cap)
+{
+    size_t n = 0;
+    for (unsigned i = 0; i < e->n; i++)
+        n += audit_read(e->loops[i].audit, out + n, cap - n);
+    return n;
+}
+
+uint64_t engine_metric(struct engine *e, enum metric m)
+{
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < e->n; i++)
+        sum += __atomic_load_n(&e->loops[i].counters[m], __ATOMIC_RELAXED);
+    return sum;
+}
+
+uint64_t engine_denied(struct engine *e, unsigned reason)
+{
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < e->n && reason < R_COUNT; i++)
+        sum += __atomic_load_n(&e->loops[i].denied[reason], __ATOMIC_RELAXED);
+    return sum;
+}
+
+uint64_t engine_latency(struct engine *e, unsigned bucket)
+{
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < e->n && bucket < LATENCY_BUCKETS; i++)
+        sum += __atomic_load_n(&e->loops[i].latency[bucket], __ATOMIC_RELAXED);
+    return sum;
+}
+
+const char *engine_reason(unsigned reason)
+{
+    return reason < R_COUNT ? REASONS[reason].code : NULL;
+}

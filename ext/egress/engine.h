@@ -1,0 +1,93 @@
+/* What the rest of the program sees of the data plane. Every call returns at once except engine_join. */
+#ifndef HYPEMAN_EGRESS_ENGINE_H
+#define HYPEMAN_EGRESS_ENGINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum timer_class {
+    T_HEAD,      /* a request head must be complete */
+    T_HANDSHAKE,
+    T_RESOLVE,
+    T_CONNECT,   /* per address */
+    T_IDLE_DOWN, /* between requests */
+    T_IDLE_UP,
+    T_STREAM,    /* no byte in either direction */
+    T_HALF,      /* the same once one side has ended */
+    T_LINGER,
+    T_CLASSES,
+};
+
+enum metric {
+    M_ACCEPTED,
+    M_UNREGISTERED,
+    M_TOO_MANY,
+    M_HANDSHAKES,
+    M_HANDSHAKES_FAILED,
+    M_MINTED,
+    M_REQUESTS,
+    M_INJECTED,
+    M_DENIED,
+    M_PASSED_THROUGH,
+    M_TUNNELS,
+    M_UPSTREAM_OPENED,
+    M_UPSTREAM_REUSED,
+    M_UPSTREAM_FAILED,
+    M_VERIFY_FAILED,
+    M_BYTES_UP,
+    M_BYTES_DOWN,
+    M_AUDIT_LOST,
+    M_CONNECTIONS, /* gauge */
+    M_STATUS_2XX,
+    M_STATUS_3XX,
+    M_STATUS_4XX,
+    M_STATUS_5XX,
+    M_COUNT,
+};
+
+enum { LATENCY_BUCKETS = 24 }; /* bucket i: below 2^i · 16 µs */
+
+struct engine_settings {
+    unsigned loops;
+    const int *listeners; /* one listening socket per loop; taken over */
+    const char *ca_certificate, *ca_key; /* PEM */
+    const char *trust_file; /* PEM bundle that upstream certificates must chain to; NULL: OpenSSL's default */
+    const char *trust_extra; /* further PEM; NULL: none */
+    unsigned leaf_cache;
+    unsigned max_connections, max_requests, max_mints; /* per instance; see struct limits */
+    uint16_t listen_port;
+    uint16_t assumed_tls_port;  /* port meant by TLS that arrives without redirection */
+    unsigned timers_ms[T_CLASSES];
+    unsigned n_allow, n_deny;
+    const char *const *allow; /* "address/prefix", IPv4 or IPv6 */
+    const char *const *deny;
+};
+
+struct engine;
+
+struct engine *engine_new(const struct engine_settings *s, char *error, size_t error_size);
+bool engine_start(struct engine *e);
+void engine_drain(struct engine *e, unsigned grace_ms); /* no new connections; old ones get grace_ms */
+void engine_join(struct engine *e);
+void engine_free(struct engine *e);
+
+int engine_set_policy(struct engine *e, const char *address, const char *instance, const uint8_t *snapshot, size_t n);
+bool engine_remove(struct engine *e, const char *address);
+
+/* Questions to the resolver: engine_question_fd is readable while there are some. */
+int engine_question_fd(struct engine *e);
+bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char name[256]);
+/* `addresses` as text; none: the name could not be resolved. */
+void engine_answer(struct engine *e, unsigned loop, uint64_t token, unsigned n, const char *const *addresses);
+
+int engine_audit_fd(struct engine *e);
+/* Whole records of one loop, see audit.c for their layout; 0 when there are no more. */
+size_t engine_audit_read(struct engine *e, char *out, size_t cap);
+
+uint64_t engine_metric(struct engine *e, enum metric m);
+uint64_t engine_denied(struct engine *e, unsigned reason);
+uint64_t engine_latency(struct engine *e, unsigned bucket);
+const char *engine_reason(unsigned reason); /* NULL beyond the last */
+
+#endif

@@ -1,0 +1,38 @@
+/* What the two HTTP/2 sides share: header blocks gathered from callbacks, and written from heads. */
+#ifndef HYPEMAN_EGRESS_H2_H
+#define HYPEMAN_EGRESS_H2_H
+
+#include "egress.h"
+
+enum {
+    H2_STREAM_WINDOW = 256 * 1024,
+    H2_CONNECTION_WINDOW = 1024 * 1024,
+    H2_MAX_STREAMS = 100,
+};
+
+void fields_start(struct loop *l, struct fields *f);
+/* False: too many or too large, or the block is not what it must be. */
+bool fields_add(struct loop *l, struct fields *f, const uint8_t *name, size_t n, const uint8_t *value, size_t m);
+struct head *fields_done(struct fields *f); /* strings now point into the fields' own text */
+void fields_copy(struct loop *l, struct fields *f, const struct head *h); /* trailers */
+void fields_free(struct loop *l, struct fields *f);
+
+/* An array of name-value pairs with lower-case names made in the loop's scratch space. */
+struct pairs {
+    struct out names;
+    unsigned n;
+    nghttp2_nv nv[H1_MAX_FIELDS + MAX_MATCHED + 8];
+};
+
+void pairs_start(struct loop *l, struct pairs *p);
+void pairs_add(struct pairs *p, struct str name, struct str value, bool secret);
+void pairs_number(struct pairs *p, const char *name, uint64_t value);
+
+nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbacks *callbacks);
+/* Writes frames while there is room; the rest goes when there is room again. */
+void h2_pump(struct conn *c);
+/* Reads and hands over what has come: 0 more later, -1 the connection is over. */
+int h2_read(struct conn *c);
+ssize_t h2_pull(struct loop *l, struct buf *from, uint8_t *out, size_t n);
+
+#endif

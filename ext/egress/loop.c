@@ -1,0 +1,280 @@
+/* One thread, one epoll: events in, then whatever they made necessary, until nothing is left; then timers. */
+#define _GNU_SOURCE
+#include "loop.h"
+
+#include <errno.h>
+#include <openssl/crypto.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EVENTS = 256 };
+
+static void look_at_clock(struct loop *l)
+{
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    l->now_us = (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+    l->now_ms = l->now_us / 1000;
+}
+
+void conn_run(struct conn *c)
+{
+    if (c->dead)
+        return;
+    if (c->broken || (c->hung_up && c->phase == P_LINGER)) {
+        conn_lost(c);
+        return;
+    }
+    if (c->roomy) {
+        c->roomy = false;
+        conn_drained(c);
+    }
+    if (c->dead)
+        return;
+    if (c->kind == DOWN)
+        down_run(c);
+    else
+        up_run(c);
+}
+
+static void on_event(struct conn *c, uint32_t events)
+{
+    if (c->dead)
+        return;
+    if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        c->drained = false;
+    if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        c->readable_end = true;
+    if (events & (EPOLLHUP | EPOLLERR))
+        c->hung_up = true;
+    if (c->phase == P_CONNECT) {
+        if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR))
+            up_connected(c);
+        return;
+    }
+    if (events & EPOLLOUT && c->blocked) {
+        c->blocked = false;
+        conn_flush(c);
+        if (c->dead)
+            return;
+        if (c->phase == P_SPLICE)
+            conn_again(c);
+    }
+    if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
+        conn_run(c);
+}
+
+/* Flushing and running wake each other; both lists end because data ends or a watermark is reached. */
+static void settle(struct loop *l)
+{
+    while (l->dirty || l->again) {
+        struct conn *c = l->dirty;
+        l->dirty = NULL;
+        while (c) {
+            struct conn *next = c->next_dirty;
+            c->dirty = false;
+            conn_flush(c);
+            c = next;
+        }
+        c = l->again;
+        l->again = NULL;
+        while (c) {
+            struct conn *next = c->next_again;
+            c->again = false;
+            conn_run(c);
+            c = next;
+        }
+    }
+}
+
+static void bury(struct loop *l)
+{
+    while (l->graveyard) {
+        struct conn *c = l->graveyard;
+        l->graveyard = c->next_dead;
+        if (c->h2)
+            nghttp2_session_del(c->h2);
+        SSL_free(c->ssl);
+        buf_free(l, &c->in);
+        buf_free(l, &c->out);
+        buf_free(l, &c->stage);
+        buf_free(l, &c->prefix);
+        if (c->tenant)
+            (c->kind == DOWN ? tenant_leave : tenant_release)(c->tenant);
+        free(c);
+    }
+}
+
+static void on_timer(struct conn *c, int class)
+{
+    conn_timer(c, -1);
+    switch (class) {
+    case T_CONNECT:
+        c->timed_out = true;
+        up_next_address(c);
+        break;
+    case T_RESOLVE:
+        up_failed(c, R_RESOLVE, "no answer in time");
+        break;
+    case T_HANDSHAKE:
+        if (c->kind == UP)
+            up_failed(c, R_CONNECT_TIMEOUT, "no TLS handshake in time");
+        else
+            conn_lost(c);
+        break;
+    case T_HEAD:
+        if (c->kind == DOWN && c->phase == P_HTTP1 && c->h1 == H1_HEAD) {
+            xchg_begin(&c->x, c, NULL);
+            c->x.closing = true;
+            down_fail(&c->x, R_CLIENT_TIMEOUT, NULL);
+        } else {
+            conn_lost(c);
+        }
+        break;
+    case T_STREAM:
+    case T_HALF:
+        if (c->kind == UP && c->one) {
+            up_failed(c, R_UPSTREAM_TIMEOUT, NULL);
+        } else {
+            conn_lost(c);
+        }
+        break;
+    default:
+        conn_lost(c);
+        break;
+    }
+}
+
+/* Milliseconds until the next timer, expiring those that are due. */
+static int run_timers(struct loop *l)
+{
+    int64_t next = l->now_ms + 60000;
+    for (int k = 0; k < T_CLASSES; k++) {
+        struct conn *c;
+        while ((c = l->timers[k].first) && c->timer.due_ms <= l->now_ms) {
+            on_timer(c, k);
+            settle(l);
+        }
+        if (c && c->timer.due_ms < next)
+            next = c->timer.due_ms;
+    }
+    if (l->audit_due_ms && l->audit_due_ms < next)
+        next = l->audit_due_ms;
+    if (l->draining && l->drain_by_ms < next)
+        next = l->drain_by_ms;
+    return next <= l->now_ms ? 0 : (int)(next - l->now_ms);
+}
+
+void loop_post(struct loop *l, struct message *m)
+{
+    (void)pthread_mutex_lock(&l->inbox_lock);
+    struct message **at = &l->inbox;
+    while (*at)
+        at = &(*at)->next;
+    *at = m;
+    (void)pthread_mutex_unlock(&l->inbox_lock);
+    uint64_t one = 1;
+    (void)!write(l->wake, &one, sizeof one);
+}
+
+static void close_listener(struct loop *l)
+{
+    if (l->listener >= 0)
+        (void)close(l->listener);
+    l->listener = -1;
+}
+
+/* Idle connections go at once; the others end with what they are doing. */
+static void begin_drain(struct loop *l, unsigned grace_ms)
+{
+    l->draining = true;
+    l->drain_by_ms = l->now_ms + grace_ms;
+    close_listener(l);
+    struct conn *next;
+    for (struct conn *c = l->all; c; c = next) {
+        next = c->all_next;
+        if (c->dead)
+            continue;
+        if (c->kind == UP && c->pooled)
+            conn_kill(c);
+        else if (c->kind == DOWN && c->phase == P_HTTP1 && c->h1 == H1_HEAD && !c->x.active && !buf_size(&c->in))
+            conn_finish(c, false);
+        else if (c->kind == DOWN && c->h2)
+            down2_pump(c);
+        else if (c->kind == UP && c->phase == P_HTTP2 && !c->streams)
+            conn_kill(c);
+    }
+    settle(l);
+}
+
+static void read_inbox(struct loop *l)
+{
+    uint64_t count;
+    (void)!read(l->wake, &count, sizeof count);
+    (void)pthread_mutex_lock(&l->inbox_lock);
+    struct message *m = l->inbox;
+    l->inbox = NULL;
+    (void)pthread_mutex_unlock(&l->inbox_lock);
+    while (m) {
+        struct message *next = m->next;
+        switch (m->kind) {
+        case MSG_ANSWER:
+            up_answer(l, m->token, m->n, m->addresses);
+            break;
+        case MSG_SWEEP:
+            up_sweep(l);
+            break;
+        case MSG_DRAIN:
+            begin_drain(l, m->n);
+            break;
+        }
+        settle(l);
+        free(m);
+        m = next;
+    }
+}
+
+static void end_all(struct loop *l)
+{
+    while (l->all) {
+        struct conn *c = l->all;
+        conn_lost(c);
+        conn_kill(c);
+    }
+    l->dirty = l->again = NULL;
+    bury(l);
+}
+
+void *loop_main(void *arg)
+{
+    struct loop *l = arg;
+    struct epoll_event events[EVENTS];
+    int wait = 0;
+    for (;;) {
+        int n = epoll_wait(l->epoll, events, EVENTS, wait);
+        look_at_clock(l);
+        for (int i = 0; i < n; i++) {
+            void *who = events[i].data.ptr;
+            if (who == &l->listener)
+                accept_all(l);
+            else if (who == &l->wake)
+                read_inbox(l);
+            else
+                on_event(who, events[i].events);
+            settle(l);
+        }
+        wait = run_timers(l);
+        bury(l);
+        if (l->audit_due_ms && l->audit_due_ms <= l->now_ms)
+            audit_tick(l);
+        if (l->draining && (!l->connections || l->now_ms >= l->drain_by_ms))
+            break;
+    }
+    end_all(l);
+    audit_tick(l);
+    return NULL;
+}

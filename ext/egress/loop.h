@@ -1,0 +1,43 @@
+/* What engine.c and loop.c share: the shared state and the letters a loop gets. */
+#ifndef HYPEMAN_EGRESS_LOOP_H
+#define HYPEMAN_EGRESS_LOOP_H
+
+#include "egress.h"
+
+enum message_kind { MSG_ANSWER, MSG_SWEEP, MSG_DRAIN };
+
+struct message {
+    struct message *next;
+    enum message_kind kind;
+    uint64_t token;
+    unsigned n;
+    struct addr addresses[MAX_ADDRESSES];
+};
+
+struct question {
+    struct question *next;
+    unsigned loop;
+    uint64_t token;
+    char name[HOST_MAX];
+};
+
+struct engine {
+    struct table table;
+    struct reach reach;
+    unsigned timers_ms[T_CLASSES];
+    uint16_t listen_port, assumed_tls_port;
+    SSL_CTX *client;
+    unsigned n;
+    struct loop *loops;
+    unsigned started;
+    int question_fd, audit_fd;
+    pthread_mutex_t question_lock;
+    struct question *first_question, *last_question;
+    uint64_t last_token;
+};
+
+void loop_post(struct loop *l, struct message *m); /* takes over m */
+/* Asks the resolver; the answer comes as MSG_ANSWER with the returned token. */
+uint64_t engine_ask(struct engine *e, unsigned loop, const char *name);
+
+#endif

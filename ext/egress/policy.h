@@ -1,0 +1,101 @@
+/* What an instance may do and which headers it is given: snapshots, tenants and the table from source address to
+ * tenant.
+ *
+ * A snapshot is immutable. A request borrows it only while its head is decided and written, so a replaced snapshot
+ * dies, and its secrets are wiped, as soon as the requests of that moment are written. Its memory is locked and left
+ * out of core dumps. The table is the one thing that several loops share; each call holds its lock for a look-up.
+ */
+#ifndef HYPEMAN_EGRESS_POLICY_H
+#define HYPEMAN_EGRESS_POLICY_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "addr.h"
+#include "h1.h"
+#include "host.h"
+
+enum { MAX_RULES = 256, INSTANCE_MAX = 64 };
+
+/* What happens to a host that no rule names. */
+enum unmatched { UNMATCHED_PASS, UNMATCHED_INSPECT, UNMATCHED_DENY };
+
+struct pattern {
+    struct str host;
+    bool wildcard;
+};
+
+struct rule {
+    struct str key;         /* name of the credential, as the guest and the audit know it */
+    struct str placeholder; /* what the guest holds instead of the value */
+    struct str header;      /* lower case */
+    struct str value;       /* the finished field value: secret */
+    bool every_host;
+    unsigned n;
+    const struct pattern *patterns;
+};
+
+struct snapshot {
+    atomic_uint refs;
+    size_t size; /* of the whole mapping */
+    enum unmatched unmatched;
+    unsigned n;
+    struct rule *rules;
+};
+
+/* Reads the encoding written by hypeman/egress/policy.py; NULL with errno set if it is not one. */
+struct snapshot *snapshot_decode(const uint8_t *data, size_t n);
+void snapshot_release(struct snapshot *s);
+bool snapshot_covers(const struct snapshot *s, const struct host *h);
+bool rule_covers(const struct rule *r, const struct host *h);
+
+/* Tokens refilled with time; guarded by the owner's lock. A rate of 0 never refuses. */
+struct bucket {
+    double level;
+    int64_t at_us;
+};
+
+struct tenant {
+    atomic_uint refs;
+    uint64_t id;
+    char instance[INSTANCE_MAX];
+    struct addr source;
+    atomic_bool removed;
+    atomic_uint connections;
+    pthread_mutex_t lock; /* of the fields below */
+    struct snapshot *snapshot;
+    atomic_uint_fast64_t generation;
+    struct bucket requests, mints;
+    struct tenant *next;
+};
+
+struct limits {
+    unsigned connections;   /* at once, per instance */
+    unsigned requests;      /* per second and instance; 0: no limit */
+    unsigned mints;         /* per second and instance */
+};
+
+struct table {
+    pthread_mutex_t lock;
+    struct tenant *slots[256];
+    uint64_t last_id;
+    struct limits limits;
+};
+
+void table_init(struct table *t, struct limits limits);
+void table_destroy(struct table *t);
+/* Takes over the snapshot. An address given to another instance makes that one's tenant a removed one. */
+int table_set(struct table *t, struct addr source, const char *instance, struct snapshot *s);
+bool table_remove(struct table *t, struct addr source);
+/* NULL: nobody we know, or too many connections. Counts a connection until tenant_leave. */
+struct tenant *table_enter(struct table *t, struct addr source, bool *too_many);
+void tenant_leave(struct tenant *t);
+void tenant_hold(struct tenant *t);    /* without counting a connection */
+void tenant_release(struct tenant *t);
+
+/* The snapshot of this moment and its generation; to be released. NULL once the tenant is removed. */
+struct snapshot *tenant_borrow(struct tenant *t, uint64_t *generation);
+bool tenant_may_request(struct tenant *t, const struct limits *l, int64_t now_us);
+bool tenant_may_mint(struct tenant *t, const struct limits *l, int64_t now_us);
+
+#endif

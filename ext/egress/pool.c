@@ -1,0 +1,491 @@
+/* Connections to hosts: resolve the name, check the addresses, dial the checked address, verify the certificate for the
+ * name, keep for reuse.
+ *
+ * A connection is shared by nobody but requests of one instance, to one host and port, under one generation of its rules:
+ * so no tenant can meet another's bytes, and an old credential's connection dies with the rule. One forbidden address
+ * among a name's addresses refuses all of them: an attacker's resolver would only have to answer twice.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <netinet/tcp.h>
+#include <openssl/err.h>
+#include <openssl/x509.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "down.h"
+#include "loop.h"
+
+enum { MAX_IDLE = 1024, MAX_STREAMS = 100 };
+
+static struct conn **slot_of(struct loop *l, const struct tenant *t, const struct destination *to)
+{
+    unsigned h = (unsigned)t->id * 31 + to->port;
+    for (unsigned i = 0; i < to->host.len; i++)
+        h = h * 33 + (unsigned char)to->host.text[i];
+    return &l->pool[(h ^ h >> 8) % POOL_SLOTS];
+}
+
+static bool same_place(const struct conn *c, const struct tenant *t, uint64_t generation, const struct destination *to)
+{
+    return c->tenant == t && c->generation == generation && c->to.port == to->port && c->to.tls == to->tls
+        && c->to.host.len == to->host.len && memcmp(c->to.host.text, to->host.text, to->host.len) == 0;
+}
+
+void pool_remove(struct conn *c)
+{
+    *(c->pool_prev ? &c->pool_prev->pool_next : slot_of(c->loop, c->tenant, &c->to)) = c->pool_next;
+    if (c->pool_next)
+        c->pool_next->pool_prev = c->pool_prev;
+    c->pooled = false;
+    c->pool_prev = c->pool_next = NULL;
+}
+
+static void pool_add(struct conn *c)
+{
+    struct conn **slot = slot_of(c->loop, c->tenant, &c->to);
+    c->pooled = true;
+    c->pool_prev = NULL;
+    c->pool_next = *slot; /* last in, first out: the warmest is used, the others may expire */
+    if (*slot)
+        (*slot)->pool_prev = c;
+    *slot = c;
+}
+
+static bool is_stale(const struct conn *c)
+{
+    return atomic_load(&c->tenant->removed) || atomic_load(&c->tenant->generation) != c->generation;
+}
+
+void up_release(struct conn *c)
+{
+    struct loop *l = c->loop;
+    if (!c->keep || c->dead || c->broken || c->sock_eof || c->readable_end || l->draining || buf_size(&c->in)
+        || is_stale(c)) {
+        if (c->ssl && !c->dead && !c->broken && !c->sock_eof)
+            conn_finish(c, false);
+        else
+            conn_kill(c);
+        return;
+    }
+    pool_add(c);
+    conn_timer(c, T_IDLE_UP);
+}
+
+static struct conn *dial(struct loop *l, struct tenant *t, const struct destination *to, uint64_t generation)
+{
+    struct conn *c = conn_new(l, UP, -1);
+    tenant_hold(t);
+    c->tenant = t;
+    c->to = *to;
+    c->generation = generation;
+    c->phase = P_RESOLVE;
+    conn_timer(c, T_RESOLVE);
+    l->counters[M_UPSTREAM_OPENED]++;
+    return c;
+}
+
+static void find_addresses(struct conn *c)
+{
+    if (c->to.host.kind == HOST_NAME) {
+        c->token = engine_ask(c->loop->engine, c->loop->index, c->to.host.text);
+        return;
+    }
+    c->addresses = addr_parse(c->to.host.text, &c->candidates[0]) ? 1 : 0;
+    conn_again(c); /* checked and dialled in the next round: callers hold half-made things */
+}
+
+enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh)
+{
+    struct conn *down = x->down;
+    struct loop *l = down->loop;
+    struct conn *c = fresh ? NULL : *slot_of(l, down->tenant, &x->to);
+    for (; c; c = c->pool_next) {
+        if (!same_place(c, down->tenant, generation, &x->to) || c->broken || c->readable_end)
+            continue;
+        if (c->phase == P_HTTP1) {
+            pool_remove(c);
+            c->one = x;
+            break;
+        }
+        if (c->phase == P_HTTP2 && want_h2 && c->stream_count < MAX_STREAMS)
+            break;
+        if (c->want_h2 && want_h2 && c->phase < P_HTTP1) { /* on its way: wait with the others */
+            x->waiting = true;
+            x->awaits = c;
+            x->up_next = c->waiting;
+            c->waiting = x;
+            return TAKE_WAIT;
+        }
+    }
+    if (c) {
+        x->up = c;
+        x->reused = true;
+        x->waiting = false;
+        l->counters[M_UPSTREAM_REUSED]++;
+        return TAKE_READY;
+    }
+    c = dial(l, down->tenant, &x->to, generation);
+    x->waiting = true;
+    x->reused = false;
+    x->awaits = c;
+    c->want_h2 = want_h2;
+    if (want_h2) {
+        c->waiting = x;
+        x->up_next = NULL;
+        pool_add(c); /* so that the next streams find it */
+    } else {
+        c->one = x;
+    }
+    find_addresses(c);
+    return TAKE_WAIT;
+}
+
+void up_unwait(struct xchg *x)
+{
+    struct conn *c = x->awaits;
+    x->waiting = false;
+    x->awaits = NULL;
+    if (!c)
+        return;
+    if (c->one == x) {
+        c->one = NULL;
+        conn_kill(c);
+        return;
+    }
+    for (struct xchg **at = &c->waiting; *at; at = &(*at)->up_next)
+        if (*at == x) {
+            *at = x->up_next;
+            break;
+        }
+    x->up_next = NULL;
+}
+
+void up_pass(struct conn *down)
+{
+    uint64_t generation = atomic_load(&down->tenant->generation);
+    struct conn *c = dial(down->loop, down->tenant, &down->to, generation);
+    c->pass_for = down;
+    down->passing = c;
+    find_addresses(c);
+}
+
+void up_unpass(struct conn *down)
+{
+    struct conn *c = down->passing;
+    down->passing = NULL;
+    if (c) {
+        c->pass_for = NULL;
+        conn_kill(c);
+    }
+}
+
+/* Whether the address is this host's own: the kernel would then choose it as the source as well. Sends nothing. */
+static bool is_own(struct addr a)
+{
+    struct sockaddr_storage to, from;
+    socklen_t n = addr_to_sockaddr(a, 9, &to), m = sizeof from;
+    uint16_t port;
+    int fd = socket(to.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return false;
+    bool own = false;
+    if (connect(fd, (struct sockaddr *)&to, n) == 0 && getsockname(fd, (struct sockaddr *)&from, &m) == 0) {
+        struct addr b = addr_from_sockaddr(&from, &port);
+        own = memcmp(a.b, b.b, sizeof a.b) == 0;
+    }
+    (void)close(fd);
+    return own;
+}
+
+static enum reason check_addresses(struct conn *c)
+{
+    const struct reach *r = &c->loop->engine->reach;
+    if (!c->addresses)
+        return R_RESOLVE;
+    for (unsigned i = 0; i < c->addresses; i++) {
+        if (!addr_reachable(r, c->candidates[i]))
+            return R_ADDRESS_DENIED;
+        if (!addr_explicitly_allowed(r, c->candidates[i]) && is_own(c->candidates[i]))
+            return R_ADDRESS_DENIED;
+    }
+    return R_NONE;
+}
+
+static void begin_dialling(struct conn *c)
+{
+    enum reason why = check_addresses(c);
+    if (why != R_NONE) {
+        up_failed(c, why, NULL);
+        return;
+    }
+    c->address = 0;
+    up_next_address(c);
+}
+
+void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses)
+{
+    struct conn *c = l->timers[T_RESOLVE].first;
+    while (c && c->token != token)
+        c = c->timer.next;
+    if (!c)
+        return; /* no longer wanted */
+    c->addresses = n < MAX_ADDRESSES ? n : MAX_ADDRESSES;
+    memcpy(c->candidates, addresses, c->addresses * sizeof *addresses);
+    begin_dialling(c);
+}
+
+void up_next_address(struct conn *c)
+{
+    c->phase = P_CONNECT;
+    while (c->address < c->addresses) {
+        struct sockaddr_storage to;
+        socklen_t n = addr_to_sockaddr(c->candidates[c->address++], c->to.port, &to);
+        if (c->fd >= 0)
+            (void)close(c->fd);
+        c->fd = socket(to.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        if (c->fd < 0)
+            continue;
+        int one = 1;
+        (void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+        c->blocked = c->hung_up = c->readable_end = false;
+        if ((connect(c->fd, (struct sockaddr *)&to, n) == 0 || errno == EINPROGRESS) && conn_watch(c)) {
+            conn_timer(c, T_CONNECT);
+            return;
+        }
+    }
+    up_failed(c, c->timed_out ? R_CONNECT_TIMEOUT : R_CONNECT, c->detail[0] ? c->detail : NULL);
+}
+
+void up_connected(struct conn *c)
+{
+    int error = 0;
+    socklen_t n = sizeof error;
+    (void)getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &n);
+    if (error) {
+        (void)snprintf(c->detail, sizeof c->detail, "%s", strerror(error));
+        up_next_address(c);
+        return;
+    }
+    struct sockaddr_storage peer;
+    n = sizeof peer;
+    if (getpeername(c->fd, (struct sockaddr *)&peer, &n) != 0)
+        return; /* an event of the socket before */
+    c->hung_up = false;
+    if (c->pass_for || !c->to.tls) {
+        c->phase = P_HTTP1;
+        up_ready(c);
+        return;
+    }
+    conn_timer(c, T_HANDSHAKE);
+    if (!tls_begin(c, c->loop->engine->client, false)) {
+        up_failed(c, R_UPSTREAM_TLS, NULL);
+        return;
+    }
+    up_run(c);
+}
+
+static void shake_hands(struct conn *c)
+{
+    int r = tls_handshake(c);
+    if (r == 0) {
+        if (c->sock_eof)
+            up_failed(c, R_UPSTREAM_TLS, "closed during the handshake");
+        return;
+    }
+    long verdict = SSL_get_verify_result(c->ssl);
+    if (r < 0 && verdict != X509_V_OK) {
+        c->loop->counters[M_VERIFY_FAILED]++;
+        up_failed(c, R_CERTIFICATE, X509_verify_cert_error_string(verdict));
+        return;
+    }
+    if (r < 0) {
+        const char *text = ERR_reason_error_string(ERR_peek_error());
+        up_failed(c, R_UPSTREAM_TLS, text);
+        return;
+    }
+    const unsigned char *alpn;
+    unsigned n;
+    SSL_get0_alpn_selected(c->ssl, &alpn, &n);
+    bool h2 = n == 2 && memcmp(alpn, "h2", 2) == 0;
+    c->phase = h2 ? P_HTTP2 : P_HTTP1;
+    conn_mark(c); /* the Finished message */
+    if (h2 && !up2_begin(c)) {
+        up_failed(c, R_UPSTREAM_TLS, NULL);
+        return;
+    }
+    up_ready(c);
+}
+
+static void hand_over(struct conn *c, struct xchg *x)
+{
+    x->waiting = false;
+    x->awaits = NULL;
+    x->up_next = NULL;
+    x->up = c;
+    if (x->down->h2)
+        down2_resume(x);
+    else
+        conn_again(x->down);
+}
+
+void up_ready(struct conn *c)
+{
+    conn_timer(c, T_STREAM);
+    if (c->pass_for) {
+        struct conn *down = c->pass_for;
+        c->pass_for = NULL;
+        down->passing = NULL;
+        down_pass_ready(down, c);
+        return;
+    }
+    if (!c->want_h2) {
+        hand_over(c, c->one);
+        return;
+    }
+    struct xchg *x = c->waiting;
+    c->waiting = NULL;
+    if (c->phase == P_HTTP2) {
+        if (!x)
+            conn_timer(c, T_IDLE_UP);
+        while (x) {
+            struct xchg *next = x->up_next;
+            hand_over(c, x);
+            x = next;
+        }
+        return;
+    }
+    /* The host speaks HTTP/1 only: one connection for each of those who waited. */
+    pool_remove(c);
+    c->keep = true;
+    if (!x) {
+        up_release(c);
+        return;
+    }
+    struct xchg *rest = x->up_next;
+    c->one = x;
+    hand_over(c, x);
+    while (rest) {
+        struct xchg *next = rest->up_next;
+        struct conn *more = dial(c->loop, c->tenant, &c->to, c->generation);
+        more->one = rest;
+        rest->awaits = more;
+        rest->up_next = NULL;
+        find_addresses(more);
+        rest = next;
+    }
+}
+
+static void fail_one(struct conn *c, struct xchg *x, enum reason why, const char *detail)
+{
+    x->up = NULL;
+    x->waiting = false;
+    x->awaits = NULL;
+    x->up_next = NULL;
+    /* A kept connection may be closed by the host just as we write: nothing was answered, nothing can have happened
+     * twice, so ask again on a new one. */
+    if (x->retriable && !x->resp_started && why == R_UPSTREAM_CLOSED && !x->retried && x->down) {
+        x->retried = true;
+        x->retriable = false;
+        x->req_done = false;
+        if (!x->down->h2)
+            x->down->h1 = H1_HEAD;
+        (void)up_take(x, c->generation, false, true);
+        return;
+    }
+    down_fail(x, why, detail);
+}
+
+void up_failed(struct conn *c, enum reason why, const char *detail)
+{
+    if (c->dead)
+        return;
+    struct xchg *one = c->one, *waiting = c->waiting;
+    struct conn *down = c->pass_for;
+    bool busy = one || waiting || down || c->streams;
+    c->loop->counters[M_UPSTREAM_FAILED] += busy;
+    c->one = NULL;
+    c->waiting = NULL;
+    c->pass_for = NULL;
+    if (c->pooled)
+        pool_remove(c);
+    if (down) {
+        down->passing = NULL;
+        down_pass_failed(down, why, detail);
+    }
+    if (one)
+        fail_one(c, one, why, detail);
+    while (waiting) {
+        struct xchg *next = waiting->up_next;
+        fail_one(c, waiting, why, detail);
+        waiting = next;
+    }
+    while (c->streams) {
+        struct xchg *x = c->streams;
+        up2_detach(c, x);
+        fail_one(c, x, why, detail);
+    }
+    conn_kill(c);
+}
+
+void up_ended_early(struct xchg *x)
+{
+    struct conn *up = x->up;
+    x->closing = true;
+    x->req_done = true;
+    x->up = NULL;
+    if (up) {
+        up->one = NULL;
+        conn_kill(up);
+    }
+    xchg_try_finish(x);
+}
+
+void up_sweep(struct loop *l)
+{
+    struct conn *next;
+    for (struct conn *c = l->all; c; c = next) {
+        next = c->all_next;
+        if (c->dead)
+            continue;
+        if (c->kind == UP && c->tenant && is_stale(c) && (c->phase == P_HTTP1 ? c->pooled : c->h2 && !c->streams))
+            conn_kill(c);
+        else if (c->kind == DOWN && atomic_load(&c->tenant->removed)) {
+            conn_lost(c);
+            next = l->all; /* it may have taken others with it */
+        }
+    }
+}
+
+void up_run(struct conn *c)
+{
+    switch (c->phase) {
+    case P_RESOLVE:
+        if (c->to.host.kind == HOST_IP)
+            begin_dialling(c);
+        break;
+    case P_HANDSHAKE:
+        shake_hands(c);
+        break;
+    case P_HTTP1:
+        up1_run(c);
+        break;
+    case P_HTTP2:
+        up2_run(c);
+        break;
+    case P_WAIT_PASS:
+        if (c->hung_up)
+            conn_lost(c);
+        break;
+    case P_TUNNEL:
+        tunnel_run(c);
+        break;
+    case P_SPLICE:
+        splice_run(c);
+        break;
+    default:
+        break;
+    }
+}

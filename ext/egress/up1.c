@@ -1,0 +1,235 @@
+/* The host's side in HTTP/1: writes one request, reads its response, then lies in the pool until the next. */
+#define _GNU_SOURCE
+#include <openssl/crypto.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "down.h"
+#include "loop.h"
+
+enum { MAX_INTERIM = 64 };
+
+void up1_send(struct xchg *x, const struct head *h, const struct request_line *line, const struct matched *m)
+{
+    struct conn *c = x->up;
+    struct out o = {c->loop->scratch, 0, SCRATCH, false};
+    render_request(&o, h, line, &x->to, m);
+    c->r1 = R1_HEAD;
+    c->served = true;
+    c->interim = 0;
+    x->matched_trailers = m->n > 0;
+    if (m->n) {
+        (void)conn_secret(c, o.p, o.n);
+        OPENSSL_cleanse(o.p, o.n);
+    } else {
+        conn_write(c, o.p, o.n);
+    }
+    conn_timer(c, T_STREAM);
+}
+
+void up1_data(struct xchg *x, const char *p, size_t n)
+{
+    struct conn *c = x->up;
+    if (x->req_body != BODY_CHUNKED) {
+        conn_write(c, p, n);
+        return;
+    }
+    char *s = c->loop->scratch;
+    while (n) {
+        size_t part = n < RECORD - 16 ? n : RECORD - 16;
+        int head = snprintf(s, 16, "%zx\r\n", part);
+        memcpy(s + head, p, part);
+        memcpy(s + head + part, "\r\n", 2);
+        conn_write(c, s, (size_t)head + part + 2);
+        p += part;
+        n -= part;
+    }
+}
+
+void up1_end(struct xchg *x, const struct head *trailers)
+{
+    if (x->req_body != BODY_CHUNKED)
+        return;
+    struct out o = {x->up->loop->scratch, 0, SCRATCH, false};
+    out_text(&o, "0\r\n");
+    for (unsigned i = 0; trailers && !x->matched_trailers && i < trailers->n; i++)
+        if (trailer_passes(&trailers->f[i], NULL)) /* to hosts with a credential no trailers: one could repeat its name */
+            out_field(&o, trailers->f[i].name, trailers->f[i].value);
+    out_text(&o, "\r\n");
+    conn_write(x->up, o.p, o.n);
+}
+
+static enum step bad_response(struct conn *c)
+{
+    up_failed(c, R_UPSTREAM_RESPONSE, NULL);
+    return STEP_STOP;
+}
+
+static enum step response_done(struct conn *c, const struct head *trailers)
+{
+    struct xchg *x = c->one;
+    down_end(x, trailers);
+    if (!x->req_done && !c->keep)
+        up_ended_early(x);
+    else
+        xchg_try_finish(x);
+    return STEP_STOP;
+}
+
+static enum step read_head(struct conn *c)
+{
+    struct xchg *x = c->one;
+    struct head *h = &c->loop->head;
+    int used = h1_parse_response(c->in.p + c->in.off, buf_size(&c->in), h);
+    if (used == 0)
+        return STEP_MORE;
+    if (used < 0 || ++c->interim > MAX_INTERIM)
+        return bad_response(c);
+    if (h->status == 101) {
+        if (!x->upgrade || !x->down)
+            return bad_response(c);
+        struct conn *down = x->down;
+        down_head(x, h, BODY_NONE, 0);
+        buf_take(c->loop, &c->in, (size_t)used);
+        tunnel_begin(down, c);
+        return STEP_STOP;
+    }
+    if (h->status < 200) {
+        down_head(x, h, BODY_NONE, 0);
+        buf_take(c->loop, &c->in, (size_t)used);
+        return STEP_AGAIN;
+    }
+    enum body body;
+    uint64_t length = 0;
+    if (x->is_head || h->status == 204 || h->status == 304)
+        body = BODY_NONE;
+    else if (h->chunked)
+        body = BODY_CHUNKED;
+    else if (h->content_length >= 0)
+        body = BODY_LENGTH;
+    else
+        body = BODY_CLOSE;
+    if (h->content_length >= 0)
+        length = (uint64_t)h->content_length;
+    c->keep = !h->connection_close && (h->minor == 1 || h->connection_keep_alive) && body != BODY_CLOSE;
+    c->resp_left = length;
+    c->resp_chunks = (struct h1_chunked){0};
+    /* HEAD and 304 may tell the length of what they leave out. */
+    bool tell = body == BODY_NONE && h->content_length >= 0 && h->status != 204;
+    down_head(x, h, tell ? BODY_LENGTH : body, length);
+    buf_take(c->loop, &c->in, (size_t)used);
+    if (!c->one)
+        return STEP_STOP;
+    c->r1 = body == BODY_CHUNKED ? R1_CHUNKED : body == BODY_CLOSE ? R1_CLOSE : R1_LENGTH;
+    if (body == BODY_NONE || (body == BODY_LENGTH && !length))
+        return response_done(c, NULL);
+    return STEP_AGAIN;
+}
+
+static enum step read_body(struct conn *c)
+{
+    struct xchg *x = c->one;
+    struct loop *l = c->loop;
+    const char *p = c->in.p + c->in.off;
+    size_t n = buf_size(&c->in), used = 0;
+    struct str data = {NULL, 0};
+    if (c->r1 == R1_TRAILERS) {
+        struct head *t = &l->head;
+        int k = h1_parse_trailers(p, n, t);
+        if (k == 0)
+            return STEP_MORE;
+        if (k < 0)
+            return bad_response(c);
+        struct buf hold = c->in; /* trailers point into it */
+        c->in = (struct buf){0};
+        hold.off += (size_t)k;
+        if (buf_size(&hold))
+            c->keep = false; /* more than was asked for */
+        enum step s = response_done(c, t);
+        buf_free(l, &hold);
+        return s;
+    }
+    if (down_wants_room(x))
+        return STEP_STOP;
+    switch (c->r1) {
+    case R1_LENGTH:
+        used = n < c->resp_left ? n : (size_t)c->resp_left;
+        c->resp_left -= used;
+        down_data(x, p, used);
+        buf_take(l, &c->in, used);
+        if (c->resp_left || !c->one)
+            return STEP_AGAIN;
+        if (buf_size(&c->in))
+            c->keep = false;
+        return response_done(c, NULL);
+    case R1_CLOSE:
+        down_data(x, p, n);
+        buf_take(l, &c->in, n);
+        return STEP_AGAIN;
+    default:
+        break;
+    }
+    enum h1_chunk_event e = h1_chunked_next(&c->resp_chunks, p, n, &used, &data);
+    if (e == H1_CHUNK_BAD)
+        return bad_response(c);
+    if (e == H1_CHUNK_DATA)
+        down_data(x, data.p, data.n);
+    if (e == H1_CHUNK_TRAILERS)
+        c->r1 = R1_TRAILERS;
+    buf_take(l, &c->in, used);
+    return STEP_AGAIN;
+}
+
+static void ended(struct conn *c, ssize_t how)
+{
+    struct xchg *x = c->one;
+    if (how == -1 && c->r1 == R1_CLOSE && c->clean_eof) {
+        c->keep = false;
+        (void)response_done(c, NULL);
+        return;
+    }
+    if (x && x->resp_done) {
+        up_ended_early(x);
+        return;
+    }
+    up_failed(c, R_UPSTREAM_CLOSED, NULL);
+}
+
+void up1_run(struct conn *c)
+{
+    for (unsigned turns = 0; turns < 256; turns++) {
+        if (c->dead || c->phase != P_HTTP1)
+            return;
+        enum step s = STEP_MORE;
+        if (buf_size(&c->in)) {
+            if (!c->one || (c->one->resp_done)) { /* bytes that nobody asked for */
+                if (c->one)
+                    up_ended_early(c->one);
+                else
+                    conn_kill(c);
+                return;
+            }
+            s = c->r1 == R1_HEAD ? read_head(c) : read_body(c);
+        }
+        if (s == STEP_AGAIN)
+            continue;
+        if (c->dead || c->phase != P_HTTP1)
+            return;
+        if (s == STEP_STOP) {
+            if (c->one)
+                return;
+            if (!c->readable_end && c->drained)
+                return; /* idle in the pool */
+        }
+        ssize_t n = conn_read(c);
+        if (n == 0)
+            return;
+        if (n < 0) {
+            ended(c, n);
+            return;
+        }
+        if (c->one)
+            conn_timer(c, T_STREAM);
+    }
+    conn_again(c);
+}

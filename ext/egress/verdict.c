@@ -1,0 +1,312 @@
+/* See verdict.h. */
+#define _GNU_SOURCE
+#include "verdict.h"
+
+#include <string.h>
+
+const struct reason_text REASONS[R_COUNT] = {
+    [R_NONE] = {200, "ok", ""},
+    [R_BAD_REQUEST] = {400, "bad_request", "the request is malformed or could be read in two ways"},
+    [R_HEAD_TOO_LARGE] = {431, "head_too_large", "the request head is larger than 32 KB or has over 128 fields"},
+    [R_BAD_HOST] = {400, "bad_host", "the host is not a plain name or address"},
+    [R_HOST_MISMATCH] = {421, "host_mismatch", "Host differs from the name this connection was opened for"},
+    [R_METHOD] = {405, "method_not_allowed", "this method is not carried to this host"},
+    [R_EXPECTATION] = {417, "expectation_failed", "only the expectation 100-continue is known"},
+    [R_PLACEHOLDER] = {403, "placeholder_outside_hosts",
+                       "the request carries a credential's placeholder to a host the credential is not for"},
+    [R_HOST_DENIED] = {403, "host_denied", "no rule of this instance covers the host"},
+    [R_ADDRESS_LITERAL] = {403, "address_literal", "this instance may open hosts by name only"},
+    [R_ADDRESS_DENIED] = {403, "address_denied", "the host lies at a private, local or otherwise refused address"},
+    [R_RATE] = {429, "rate_limited", "this instance makes too many requests"},
+    [R_UNREGISTERED] = {403, "unregistered", "this instance is no longer registered"},
+    [R_RESOLVE] = {502, "name_not_resolved", "the host's name could not be resolved"},
+    [R_CONNECT] = {502, "connect_failed", "the host refused the connection or can not be reached"},
+    [R_CONNECT_TIMEOUT] = {504, "connect_timeout", "the host did not answer in time"},
+    [R_CERTIFICATE] = {502, "upstream_certificate", "the host's certificate is not valid for its name"},
+    [R_UPSTREAM_TLS] = {502, "upstream_tls", "the TLS handshake with the host failed"},
+    [R_UPSTREAM_CLOSED] = {502, "upstream_closed", "the host closed the connection before it answered"},
+    [R_UPSTREAM_RESPONSE] = {502, "upstream_response", "the host's response is malformed"},
+    [R_UPSTREAM_TIMEOUT] = {504, "upstream_timeout", "the host did not answer in time"},
+    [R_CLIENT_TIMEOUT] = {408, "request_timeout", "the request did not arrive in time"},
+    [R_CLIENT_CLOSED] = {499, "client_closed", "the client went away"},
+    [R_CLIENT_TLS] = {400, "client_tls", "the TLS handshake with the client failed"},
+    [R_NOT_TLS] = {400, "not_tls", "only TLS is carried through CONNECT"},
+    [R_DRAINING] = {503, "draining", "the proxy is about to stop"},
+};
+
+static bool same_host(const struct host *a, const struct host *b)
+{
+    return a->kind == b->kind && a->len == b->len && memcmp(a->text, b->text, a->len) == 0;
+}
+
+/* Cuts "scheme://authority" off an absolute-form target. */
+static bool split_absolute(struct str target, const char *scheme, struct str *authority, struct str *path)
+{
+    size_t n = strlen(scheme);
+    if (target.n < n || !h1_same((struct str){target.p, (uint32_t)n}, (struct str){scheme, (uint32_t)n}))
+        return false;
+    const char *p = target.p + n, *end = target.p + target.n, *q = p;
+    while (q < end && *q != '/' && *q != '?')
+        q++;
+    *authority = (struct str){p, (uint32_t)(q - p)};
+    *path = (struct str){q, (uint32_t)(end - q)};
+    if (!path->n)
+        *path = (struct str){"/", 1};
+    return authority->n > 0 && path->p[0] == '/';
+}
+
+enum reason target_of_h1(const struct head *h, const struct origin *from, struct destination *to, struct str *path)
+{
+    struct str authority = h->authority, named = {NULL, 0};
+    struct host host;
+    uint16_t port = 0;
+    *path = h->target;
+    if (h1_is(h->method, "connect"))
+        return R_METHOD; /* the first CONNECT of a connection is handled elsewhere */
+    if (h->target.p[0] != '/') {
+        bool asterisk = h->target.n == 1 && h->target.p[0] == '*' && h1_is(h->method, "options");
+        if (!asterisk && !split_absolute(h->target, from->bound ? "https://" : "http://", &named, path))
+            return R_BAD_REQUEST;
+    } else if (!from->bound && from->explicit_proxy) {
+        return R_BAD_REQUEST; /* asked as an origin server, which we are not */
+    }
+    if (named.p) {
+        if (h->hosts && !h1_same(named, authority))
+            return R_BAD_REQUEST;
+        authority = named;
+    }
+    if (!h->hosts && !named.p) {
+        if (!from->bound)
+            return R_BAD_REQUEST;
+        *to = *from->bound; /* HTTP/1.0 without Host */
+        return R_NONE;
+    }
+    if (host_parse_authority(authority.p, authority.n, &host, &port) == HOST_INVALID)
+        return R_BAD_HOST;
+    if (from->bound) {
+        if (!same_host(&host, &from->bound->host))
+            return R_HOST_MISMATCH;
+        if (port ? port != from->bound->port : false)
+            return R_HOST_MISMATCH;
+        *to = *from->bound;
+        return R_NONE;
+    }
+    if (!from->explicit_proxy && port && port != from->port)
+        return R_HOST_MISMATCH;
+    to->host = host;
+    to->port = from->explicit_proxy ? (port ? port : 80) : from->port;
+    to->tls = false;
+    return R_NONE;
+}
+
+enum reason target_of_h2(const struct head *h, const struct destination *bound)
+{
+    struct host host;
+    uint16_t port;
+    if (h1_is(h->method, "connect"))
+        return R_METHOD;
+    if (!h->target.n || (h->target.p[0] != '/' && !(h->target.n == 1 && h->target.p[0] == '*')))
+        return R_BAD_REQUEST;
+    if (host_parse_authority(h->authority.p, h->authority.n, &host, &port) == HOST_INVALID)
+        return R_BAD_HOST;
+    if (!same_host(&host, &bound->host) || (port && port != bound->port))
+        return R_HOST_MISMATCH;
+    return R_NONE;
+}
+
+static bool has_placeholder(const struct head *h, struct str placeholder)
+{
+    if (!placeholder.n)
+        return false;
+    for (unsigned i = 0; i < h->n; i++)
+        if (h->f[i].value.n >= placeholder.n
+            && memmem(h->f[i].value.p, h->f[i].value.n, placeholder.p, placeholder.n))
+            return true;
+    return false;
+}
+
+enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to,
+                         struct matched *out)
+{
+    out->n = 0;
+    if (s->unmatched == UNMATCHED_DENY && to->host.kind != HOST_NAME)
+        return R_ADDRESS_LITERAL;
+    bool covered = false;
+    for (unsigned i = 0; i < s->n; i++) {
+        const struct rule *r = &s->rules[i];
+        bool covers = rule_covers(r, &to->host);
+        covered |= covers;
+        if (covers && to->tls && out->n < MAX_MATCHED)
+            out->rules[out->n++] = r; /* never on plain HTTP: anyone on the way could read it */
+    }
+    for (unsigned i = 0; i < s->n; i++) {
+        const struct rule *r = &s->rules[i];
+        bool here = false; /* a credential may have several rules; one that covers the host is enough */
+        for (unsigned k = 0; k < out->n; k++)
+            here |= h1_same(out->rules[k]->placeholder, r->placeholder);
+        if (!here && has_placeholder(h, r->placeholder))
+            return R_PLACEHOLDER;
+    }
+    if (!covered && s->unmatched == UNMATCHED_DENY)
+        return R_HOST_DENIED;
+    if (out->n && h1_is(h->method, "trace"))
+        return R_METHOD; /* it would hand the credential back in its answer */
+    return R_NONE;
+}
+
+bool is_nominated(const struct head *h, struct str name)
+{
+    for (unsigned i = 0; i < h->n; i++)
+        if (h->f[i].id == F_CONNECTION && h1_list_has(h->f[i].value, name))
+            return true;
+    return false;
+}
+
+static bool is_injected(const struct matched *m, struct str name)
+{
+    for (unsigned i = 0; i < m->n; i++)
+        if (h1_same(m->rules[i]->header, name))
+            return true;
+    return false;
+}
+
+static bool has_connection_options(const struct head *h)
+{
+    for (unsigned i = 0; i < h->n; i++)
+        if (h->f[i].id == F_CONNECTION)
+            return true;
+    return false;
+}
+
+bool request_field_passes(const struct head *h, const struct field *f, const struct matched *m)
+{
+    switch (f->id) {
+    case F_HOST: /* written anew, from what was decided */
+    case F_CONTENT_LENGTH:
+    case F_TRANSFER_ENCODING:
+    case F_CONNECTION:
+    case F_KEEP_ALIVE:
+    case F_PROXY_CONNECTION:
+    case F_PROXY_AUTHORIZATION:
+    case F_TE:
+    case F_UPGRADE:
+    case F_HTTP2_SETTINGS:
+        return false;
+    case F_EXPECT:
+        return h->minor == 1; /* HTTP/1.0 has no 100 */
+    case F_AUTHORIZATION:
+    case F_COOKIE:
+        if (m->n)
+            return false; /* a host that gets a credential of ours gets no other identity beside it */
+        break;
+    default:
+        break;
+    }
+    if (is_injected(m, f->name))
+        return false;
+    return !has_connection_options(h) || !is_nominated(h, f->name);
+}
+
+bool response_field_passes(const struct head *h, const struct field *f)
+{
+    switch (f->id) {
+    case F_CONTENT_LENGTH: /* written anew */
+    case F_TRANSFER_ENCODING:
+    case F_CONNECTION:
+    case F_KEEP_ALIVE:
+    case F_PROXY_CONNECTION:
+    case F_PROXY_AUTHENTICATE:
+    case F_UPGRADE:
+    case F_TE:
+    case F_ALT_SVC: /* would send the client to QUIC, which has no way out */
+        return false;
+    default:
+        return !has_connection_options(h) || !is_nominated(h, f->name);
+    }
+}
+
+bool trailer_passes(const struct field *f, const struct matched *m)
+{
+    if (f->id != F_OTHER && f->id != F_TRAILER)
+        return false;
+    return !m || !is_injected(m, f->name);
+}
+
+void out_add(struct out *o, const char *p, size_t n)
+{
+    if (o->cap - o->n < n) {
+        o->over = true;
+        return;
+    }
+    memcpy(o->p + o->n, p, n);
+    o->n += n;
+}
+
+void out_text(struct out *o, const char *text)
+{
+    out_add(o, text, strlen(text));
+}
+
+void out_number(struct out *o, uint64_t v)
+{
+    char digits[20];
+    unsigned n = 0;
+    do
+        digits[sizeof digits - ++n] = (char)('0' + v % 10);
+    while (v /= 10);
+    out_add(o, digits + sizeof digits - n, n);
+}
+
+void out_field(struct out *o, struct str name, struct str value)
+{
+    out_add(o, name.p, name.n);
+    out_add(o, ": ", 2);
+    out_add(o, value.p, value.n);
+    out_add(o, "\r\n", 2);
+}
+
+static void out_authority(struct out *o, const struct destination *to)
+{
+    bool v6 = to->host.kind == HOST_IP && memchr(to->host.text, ':', to->host.len);
+    if (v6)
+        out_add(o, "[", 1);
+    out_add(o, to->host.text, to->host.len);
+    if (v6)
+        out_add(o, "]", 1);
+    if (to->port != (to->tls ? 443 : 80)) {
+        out_add(o, ":", 1);
+        out_number(o, to->port);
+    }
+}
+
+void render_request(struct out *o, const struct head *h, const struct request_line *line,
+                    const struct destination *to, const struct matched *m)
+{
+    out_add(o, h->method.p, h->method.n);
+    out_add(o, " ", 1);
+    out_add(o, line->path.p, line->path.n);
+    out_text(o, " HTTP/1.1\r\nHost: ");
+    out_authority(o, to);
+    out_add(o, "\r\n", 2);
+    for (unsigned i = 0; i < h->n; i++)
+        if (request_field_passes(h, &h->f[i], m))
+            out_field(o, h->f[i].name, h->f[i].value);
+    if (line->upgrade) {
+        for (unsigned i = 0; i < h->n; i++)
+            if (h->f[i].id == F_UPGRADE)
+                out_field(o, h->f[i].name, h->f[i].value);
+        out_text(o, "Connection: upgrade\r\n");
+    } else if (h->te_trailers) {
+        out_text(o, "TE: trailers\r\nConnection: TE\r\n");
+    }
+    if (line->body == BODY_CHUNKED) {
+        out_text(o, "Transfer-Encoding: chunked\r\n");
+    } else if (line->body == BODY_LENGTH) {
+        out_text(o, "Content-Length: ");
+        out_number(o, line->length);
+        out_add(o, "\r\n", 2);
+    }
+    for (unsigned i = 0; i < m->n; i++)
+        out_field(o, m->rules[i]->header, m->rules[i]->value);
+    out_add(o, "\r\n", 2);
+}

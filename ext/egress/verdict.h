@@ -1,0 +1,110 @@
+/* What is decided about a request, as data: the rules of mediation in one place, without I/O.
+ *
+ *   the name that selects the credential = CONNECT or SNI name = Host or :authority = name in the verified certificate
+ *
+ * The first and the last of these are bound to the connection (struct destination); here the request is held to it.
+ */
+#ifndef HYPEMAN_EGRESS_VERDICT_H
+#define HYPEMAN_EGRESS_VERDICT_H
+
+#include "policy.h"
+
+enum reason {
+    R_NONE,
+    R_BAD_REQUEST,
+    R_HEAD_TOO_LARGE,
+    R_BAD_HOST,
+    R_HOST_MISMATCH,
+    R_METHOD,
+    R_EXPECTATION,
+    R_PLACEHOLDER,
+    R_HOST_DENIED,
+    R_ADDRESS_LITERAL,
+    R_ADDRESS_DENIED,
+    R_RATE,
+    R_UNREGISTERED,
+    R_RESOLVE,
+    R_CONNECT,
+    R_CONNECT_TIMEOUT,
+    R_CERTIFICATE,
+    R_UPSTREAM_TLS,
+    R_UPSTREAM_CLOSED,
+    R_UPSTREAM_RESPONSE,
+    R_UPSTREAM_TIMEOUT,
+    R_CLIENT_TIMEOUT,
+    R_CLIENT_CLOSED,
+    R_CLIENT_TLS,
+    R_NOT_TLS,
+    R_DRAINING,
+    R_COUNT,
+};
+
+struct reason_text {
+    int status;
+    const char *code;    /* machine-readable: header X-Hypeman-Egress and JSON "code" */
+    const char *message;
+};
+
+extern const struct reason_text REASONS[R_COUNT];
+
+struct destination {
+    struct host host;
+    uint16_t port;
+    bool tls;
+};
+
+/* The connection that a request came by. */
+struct origin {
+    const struct destination *bound; /* TLS ended here: the name the client asked for; NULL on plain HTTP */
+    bool explicit_proxy;             /* plain HTTP by HTTP_PROXY: absolute-form; else origin-form with Host */
+    uint16_t port;                   /* plain and transparent: the port that was dialled */
+};
+
+enum { MAX_MATCHED = 16 };
+
+struct matched {
+    unsigned n;
+    const struct rule *rules[MAX_MATCHED];
+};
+
+/* Where an HTTP/1 request wants to go and with which path; R_NONE or why not. */
+enum reason target_of_h1(const struct head *h, const struct origin *from, struct destination *to, struct str *path);
+/* The same for a stream of HTTP/2, whose pseudo-fields are in the head. */
+enum reason target_of_h2(const struct head *h, const struct destination *bound);
+
+/* Applies the snapshot: which rules add a field to this request, or why it is refused. */
+enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to,
+                         struct matched *out);
+
+/* Whether a field of the client's request goes on to the destination (rules' own fields are added afterwards). */
+bool request_field_passes(const struct head *h, const struct field *f, const struct matched *m);
+bool response_field_passes(const struct head *h, const struct field *f);
+bool trailer_passes(const struct field *f, const struct matched *m);
+/* Nominated by Connection, in this head. */
+bool is_nominated(const struct head *h, struct str name);
+
+/* Bounded text building; `over` once it did not fit. */
+struct out {
+    char *p;
+    size_t n, cap;
+    bool over;
+};
+
+void out_add(struct out *o, const char *p, size_t n);
+void out_text(struct out *o, const char *text);
+void out_number(struct out *o, uint64_t v);
+void out_field(struct out *o, struct str name, struct str value);
+
+enum body { BODY_NONE, BODY_LENGTH, BODY_CHUNKED, BODY_CLOSE };
+
+struct request_line {
+    struct str path;
+    enum body body;
+    uint64_t length;
+    bool upgrade; /* Upgrade goes on, with Connection: upgrade */
+};
+
+void render_request(struct out *o, const struct head *h, const struct request_line *line,
+                    const struct destination *to, const struct matched *m);
+
+#endif

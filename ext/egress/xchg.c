@@ -1,0 +1,208 @@
+/* What joins a guest's request to a host's response, whichever version of HTTP either speaks. */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "down.h"
+#include "loop.h"
+
+void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
+{
+    if (!down->h2) /* a stream of HTTP/2 is new and holds its header block already */
+        memset(x, 0, sizeof *x);
+    x->down = down;
+    x->active = true;
+    x->started_us = down->loop->now_us;
+    if (h) {
+        size_t n = h->method.n < sizeof x->method - 1 ? h->method.n : sizeof x->method - 1;
+        memcpy(x->method, h->method.p, n);
+        x->is_head = h1_is(h->method, "head");
+    }
+}
+
+void xchg_note_rules(struct xchg *x, const struct matched *m)
+{
+    struct out o = {x->keys, 0, sizeof x->keys - 1, false};
+    x->injected = (uint8_t)m->n;
+    for (unsigned i = 0; i < m->n && !o.over; i++) {
+        if (i)
+            out_add(&o, ",", 1);
+        out_add(&o, m->rules[i]->key.p, m->rules[i]->key.n);
+    }
+    x->keys[o.n] = 0;
+}
+
+void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
+{
+    if (!x->down)
+        return;
+    if (h->status >= 200 || h->status == 101) {
+        x->resp_started = true;
+        x->status = h->status;
+    }
+    if (x->down->h2)
+        down2_head(x, h, body, length);
+    else
+        down1_head(x, h, body, length);
+}
+
+void down_data(struct xchg *x, const char *p, size_t n)
+{
+    x->down_bytes += n;
+    if (!x->down)
+        return;
+    if (x->down->h2)
+        down2_data(x, p, n);
+    else
+        down1_data(x, p, n);
+}
+
+void down_end(struct xchg *x, const struct head *trailers)
+{
+    x->resp_done = true;
+    if (!x->down)
+        return;
+    if (x->down->h2)
+        down2_end(x, trailers);
+    else
+        down1_end(x, trailers);
+}
+
+size_t error_body(char *out, size_t cap, enum reason why, const char *detail)
+{
+    const struct reason_text *r = &REASONS[why];
+    char clean[120] = "";
+    for (size_t i = 0; detail && detail[i] && i < sizeof clean - 1; i++)
+        clean[i] = detail[i] == '"' || detail[i] == '\\' || (unsigned char)detail[i] < 0x20 ? ' ' : detail[i];
+    return (size_t)snprintf(out, cap, "{\"error\":{\"code\":\"%s\",\"message\":\"%s%s%s\"}}\n", r->code, r->message,
+                            *clean ? ": " : "", clean);
+}
+
+void down_fail(struct xchg *x, enum reason why, const char *detail)
+{
+    struct conn *down = x->down;
+    if (!x->active || !down)
+        return;
+    up_abandon(x);
+    bool told = !x->resp_started;
+    x->reason = why;
+    x->waiting = false;
+    if (told)
+        x->status = REASONS[why].status;
+    x->resp_done = true;
+    down->loop->denied[why]++;
+    if (REASONS[why].status < 500)
+        down->loop->counters[M_DENIED]++;
+    if (down->h2)
+        down2_fail(x, why, detail, told);
+    else
+        down1_fail(x, why, detail, told);
+}
+
+bool down_wants_room(struct xchg *x)
+{
+    if (!x->down)
+        return false;
+    if (x->down->h2)
+        return buf_size(&x->to_down) >= WATERMARK;
+    return conn_wants_room(x->down);
+}
+
+void up_data(struct xchg *x, const char *p, size_t n)
+{
+    x->up_bytes += n;
+    if (x->up)
+        up1_data(x, p, n);
+}
+
+void up_end(struct xchg *x, const struct head *trailers)
+{
+    x->req_done = true;
+    if (x->up)
+        up1_end(x, trailers);
+}
+
+/* The response is not wanted any more. An HTTP/1 connection in the middle of one is of no further use. */
+void up_abandon(struct xchg *x)
+{
+    struct conn *up = x->up;
+    if (x->waiting)
+        up_unwait(x);
+    x->up = NULL;
+    if (!up)
+        return;
+    if (up->h2) {
+        up2_abandon(up, x);
+    } else {
+        up->one = NULL;
+        conn_kill(up);
+    }
+}
+
+void xchg_try_finish(struct xchg *x)
+{
+    if (!x->active || !x->req_done || !x->resp_done)
+        return;
+    struct conn *up = x->up;
+    x->up = NULL;
+    if (up && !up->h2) {
+        up->one = NULL;
+        up_release(up);
+    } else if (up) {
+        up2_detach(up, x);
+    }
+    x->active = false;
+    audit_record(x->down->loop, x->down->tenant, x);
+    if (x->down->h2)
+        down2_finished(x);
+    else
+        down1_finished(x);
+}
+
+void conn_drained(struct conn *c)
+{
+    if (c->kind == UP) {
+        if (c->h2)
+            up2_pump(c);
+        else if (c->one && c->one->down && c->one->down->h2)
+            down2_push(c->one);
+        else if (c->one && c->one->down)
+            conn_again(c->one->down);
+        return;
+    }
+    if (c->h2)
+        down2_pump(c);
+    else if (c->x.up)
+        conn_again(c->x.up);
+}
+
+void conn_lost(struct conn *c)
+{
+    if (c->dead)
+        return;
+    if (c->phase == P_SPLICE || c->phase == P_TUNNEL || (c->peer && c->phase != P_LINGER)) {
+        struct conn *down = c->kind == DOWN ? c : c->peer;
+        if (down && down->x.active) {
+            down->x.active = false;
+            down->x.reason = c->kind == DOWN ? R_CLIENT_CLOSED : R_UPSTREAM_CLOSED;
+            audit_record(c->loop, down->tenant, &down->x);
+        }
+        conn_kill(c);
+        return;
+    }
+    if (c->kind == UP) {
+        up_failed(c, R_UPSTREAM_CLOSED, NULL);
+        return;
+    }
+    up_unpass(c);
+    if (c->h2) {
+        down2_lost(c);
+    } else if (c->x.active) {
+        up_abandon(&c->x);
+        c->x.active = false;
+        c->x.reason = R_CLIENT_CLOSED;
+        audit_record(c->loop, c->tenant, &c->x);
+    }
+    conn_kill(c);
+}
