@@ -46,7 +46,7 @@ from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent
 from hypeman.instances.steps import Reversible, Step
 from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
 from hypeman.instances.view import describe_exit
-from hypeman.instances.world import World
+from hypeman.instances.world import STOP_GRACE, World
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
 from hypeman.store import Txn
@@ -55,8 +55,6 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-STOP_GRACE = 10.0
-"""Seconds between the stop signal and the kill, as with Docker."""
 DELETE_GRACE = 2.0
 MOST_WAITING = 64
 """Commands that may wait for one instance; more are refused, so that a queue can not grow without bound."""
@@ -641,8 +639,7 @@ def _outcome(
     said = (live.exited if live is not None else None) or (live.fatal if live is not None else None) or written
     match said:
         case Exited():
-            code = said.code if said.code is not None else 128 + (said.signal or 0)
-            return code, describe_exit(said.code, said.signal, out_of_memory=said.oom)
+            return said.exit_code, describe_exit(said.exit_code, said.signal, out_of_memory=said.oom)
         case Fatal():
             return 127, said.message
     if ended is None:

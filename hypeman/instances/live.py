@@ -14,7 +14,7 @@ from typing import TypeAlias
 import trio
 
 from hypeman.errors import HypemanError, InvalidState
-from hypeman.guest.client import GuestClient, GuestGone
+from hypeman.guest.client import GuestBroken, GuestClient, GuestLost
 from hypeman.guest.types import Exited, Fatal, GuestEvent, Ready, Started
 from hypeman.hypervisor.interface import Vmm, VmmExit
 
@@ -62,37 +62,43 @@ class Live:
         pause = _RECONNECT_FIRST
         while True:
             try:
-                async with await self.vmm.open_channel() as stream, trio.open_nursery() as nursery:
-                    client = GuestClient(stream, nonce=self._nonce)
-                    nursery.start_soon(self._listen, client, tell)
-                    try:
-                        await client.run()
-                    finally:
-                        self._set_guest(None)
-                        nursery.cancel_scope.cancel()
-            except (HypemanError, OSError, trio.BrokenResourceError, ExceptionGroup) as error:
-                log.debug("channel to the guest of %s broke: %s", self.vmm.handle.config.instance_id, error)
+                await self._talk_once(await self.vmm.open_channel(), tell)
+            except (HypemanError, OSError, trio.BrokenResourceError) as error:
+                log.debug("no channel to the guest of %s: %s", self.vmm.handle.config.instance_id, error)
             pause = _RECONNECT_FIRST if self.ready else min(pause * 2, _RECONNECT_MOST)
             await trio.sleep(pause)
 
-    async def _listen(self, client: GuestClient, tell: Callable[[Live, LiveEvent], None]) -> None:
-        async for event in client.events:
-            match event:
-                case Ready():
-                    self.ready = event
-                    self._set_guest(client)
-                case Exited():
-                    self.exited = event
-                case Fatal():
-                    self.fatal = event
-                case Started():
-                    pass
-            tell(self, event)
+    async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, LiveEvent], None]) -> None:
+        """One connection, from its greeting to its end."""
+        client = GuestClient(stream, nonce=self._nonce)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve, client)
+            try:
+                async for event in client.events:
+                    self._hear(client, event)
+                    tell(self, event)
+            finally:
+                self._set_guest(None)
+
+    async def _serve(self, client: GuestClient) -> None:
+        try:
+            await client.run()
+        except (GuestLost, GuestBroken) as error:
+            log.debug("channel to the guest of %s ended: %s", self.vmm.handle.config.instance_id, error)
+
+    def _hear(self, client: GuestClient, event: GuestEvent) -> None:
+        match event:
+            case Ready():
+                self.ready = event
+                self._set_guest(client)
+            case Exited():
+                self.exited = event
+            case Fatal():
+                self.fatal = event
+            case Started():
+                pass
 
     def _set_guest(self, client: GuestClient | None) -> None:
         self.guest = client
         self._guest_changed.set()
         self._guest_changed = trio.Event()
-
-
-__all__ = ["GuestGone", "Live", "LiveEvent"]

@@ -17,8 +17,8 @@ import msgspec
 import trio
 
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound, NotSupported
-from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
-from hypeman.guest.types import CpRequest, ExecRequest, PathInfo
+from hypeman.guest.client import CopyIn, GuestClient
+from hypeman.guest.types import PathInfo
 from hypeman.host.usage import read_usage
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name, new_id
@@ -31,6 +31,8 @@ from hypeman.instances.lifecycle import NONCE_BYTES, Host, Lifecycle, holding_of
 from hypeman.instances.phases import Phases
 from hypeman.instances.plan import plan_adopt_disks, plan_create
 from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
+from hypeman.instances.session_types import CpRequest, ExecRequest
+from hypeman.instances.sessions import CopyOut, ExecSession, open_copy_to, open_exec
 from hypeman.instances.steps import Step
 from hypeman.instances.types import (
     CreateInstanceRequest,
@@ -433,13 +435,13 @@ class Instances:
 
     async def exec(self, ref: str, request: ExecRequest) -> ExecSession:
         guest = await self._guest(ref, max(SECONDS_FOR_AGENT, float(request.wait_for_agent)))
-        return await guest.exec(request)
+        return await open_exec(guest, request)
 
     async def copy_to(self, ref: str, request: CpRequest) -> CopyIn:
-        return await (await self._guest(ref)).copy_to(request)
+        return await open_copy_to(await self._guest(ref), request)
 
     async def copy_from(self, ref: str, request: CpRequest) -> CopyOut:
-        return await (await self._guest(ref)).copy_from(request)
+        return CopyOut(await self._guest(ref), request)
 
     async def _guest(self, ref: str, seconds: float = SECONDS_FOR_AGENT) -> GuestClient:
         record = self.board.find(ref)

@@ -64,10 +64,8 @@ def _network(record: InstanceRecord, lease: Lease | None) -> InstanceNetwork:
     )
 
 
-def describe_exit(code: int | None, signal: int | None, *, out_of_memory: bool) -> str:
-    """Why the workload ended, for people."""
+def describe_exit(code: int, signal: int, *, out_of_memory: bool) -> str:
+    """Why the workload ended, for people; ``signal`` is 0 if it ended by itself."""
     if out_of_memory:
         return "killed: out of memory"
-    if signal:
-        return f"killed by signal {signal}"
-    return f"exited with code {code}" if code is not None else "ended without an exit code"
+    return f"killed by signal {signal}" if signal else f"exited with code {code}"

@@ -33,6 +33,7 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     devices: tuple[str, ...] = ()
     """sysfs paths."""
     uid: int = 0
+    vsock: bool = False
     cgroup: str = ""
 
 
@@ -86,7 +87,7 @@ def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmC
         memory_path=str(mine.memory),
         console_log=str(mine.log("app")),
         vmm_log=str(mine.log("vmm")),
-        vsock_cid=around.lease.cid if around.lease is not None else 0,
+        vsock_cid=around.lease.cid if around.vsock and around.lease is not None else 0,
         uid=around.uid,
         gid=around.uid,
         cgroup=around.cgroup,

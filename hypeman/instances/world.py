@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,9 @@ import trio
 
 from hypeman.config import Config
 from hypeman.errors import HypemanError, InternalError
-from hypeman.guest.boot import BootConfig, BootNetwork, BootVolume, read_outcome, render_boot_disk
-from hypeman.guest.types import Exited, Fatal, Identity
+from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume, parse_outcome, render_boot_disk
+from hypeman.guest.boot import GuestNetwork as BootNetwork
+from hypeman.guest.types import Exited, Fatal
 from hypeman.host.files import Files
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmGone
@@ -43,6 +45,8 @@ from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 from hypeman.units import parse_size
 
+STOP_GRACE = 10.0
+"""Seconds between the stop signal and the kill, as with Docker."""
 SECONDS_TO_AWAKEN = 60.0
 """A restored guest answers in 0.1 s; the limit is for a host that swaps."""
 SECONDS_TO_ANSWER = 2.0
@@ -67,8 +71,8 @@ class DeviceNeeds(Protocol):
 class EgressNeeds(Protocol):
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None: ...
     async def release(self, instance_id: str) -> None: ...
-    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[str, ...]]:
-        """Environment and CA certificates (PEM) that a mediated guest gets."""
+    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
+        """Environment and CA certificates that a mediated guest gets."""
         ...
 
 
@@ -192,7 +196,12 @@ class World:
     async def read_outcome(self, instance_id: str) -> Exited | Fatal | None:
         """How the guest's workload ended, as it wrote on its boot disk, for when nobody listened."""
         record = self.record(instance_id)
-        return await trio.to_thread.run_sync(read_outcome, self.paths.instance(instance_id).boot_disk, record.nonce)
+        disk = self.paths.instance(instance_id).boot_disk
+        try:
+            content = await trio.to_thread.run_sync(disk.read_bytes)
+        except OSError:
+            return None  # it never booted
+        return parse_outcome(content, record.nonce)
 
     def journal(self, instance_id: str, line: str) -> None:
         """Append one line to the instance's ``hypeman`` log; losing one is better than failing for it."""
@@ -273,11 +282,7 @@ class World:
         if live is not None:
             await live.vmm.kill()
             await live.vmm.aclose()
-        stray = await trio.to_thread.run_sync(self.processes.find_marked, str(self.paths.instance(instance_id).run))
-        if stray is not None:
-            stray.kill()
-            await stray.wait()
-            stray.close()
+        await self.driver(self.record(instance_id)).kill_stray(str(self.paths.instance(instance_id).run))
         await self.files.remove(self.paths.instance(instance_id).memory)
 
     async def shutdown_guest(self, instance_id: str, grace: float) -> None:
@@ -288,7 +293,7 @@ class World:
         try:
             guest = await live.wait_guest(SECONDS_TO_ANSWER)
             with trio.move_on_after(grace + SECONDS_TO_KILL):
-                await guest.shutdown(grace)
+                await guest.shutdown(grace_seconds=grace)
                 await live.vmm.wait_exit()
         except (HypemanError, OSError):
             return  # it does not answer or went away while we asked; killing follows in any case
@@ -333,14 +338,11 @@ class World:
         lease = self.lease(instance_id)
         network = self.network.guest_network(lease) if lease is not None else None
         await guest.set_identity(
-            Identity(
-                fresh=fresh,
-                hostname=record.name,
-                machine_id=_machine_id(record.id),
-                clock=time.time(),
-                entropy=secrets.token_bytes(64),
-                network=_boot_network(network),
-            )
+            hostname=record.name,
+            machine_id=_machine_id(record.id) if fresh else "",
+            network=_boot_network(network),
+            entropy=secrets.token_bytes(64),
+            clock_ns=time.time_ns(),
         )
         if lease is not None and lease.enabled:
             await live.vmm.set_link("net0", up=True)
@@ -392,15 +394,17 @@ class World:
     def _surroundings(self, record: InstanceRecord) -> Surroundings:
         lease = self.lease(record.id)
         network = self.network.guest_network(lease) if lease is not None else None
+        driver = self.driver(record)
         return Surroundings(
             root_disk=self.images.disk(record.digest),
             kernel=self.kernel,
             initrd=self.initrd,
-            cmdline="",
+            cmdline=driver.kernel_cmdline(hotplug_memory=record.spec.hotplug_bytes > 0),
             lease=lease,
             mtu=network.mtu if network is not None else 1500,
             devices=self.devices.sysfs_paths(record.id),
             uid=self.uid(record),
+            vsock=driver.capabilities.vsock,
         )
 
     def _boot_config(self, record: InstanceRecord) -> BootConfig:
@@ -408,7 +412,7 @@ class World:
         image = self.images.config(record.digest)
         lease = self.lease(record.id)
         env = {**dict(image.env), **guest_env(spec)}
-        certificates: tuple[str, ...] = ()
+        certificates: tuple[CaCertificate, ...] = ()
         if spec.egress and lease is not None:
             egress_env, certificates = self.egress.guest_setup(lease)
             env.update(egress_env)
@@ -420,24 +424,33 @@ class World:
             nonce=record.nonce,
             argv=command_line(image, spec.entrypoint, spec.cmd),
             env=tuple(f"{key}={value}" for key, value in env.items()),
-            cwd=image.working_dir or "/",
-            user=image.user or "",
+            cwd=image.working_dir,
+            user=image.user,
             root_fs=self.images.root_fs(record.digest),
             volumes=tuple(
-                BootVolume(
-                    disk=volume_disk_id(volume.volume_id),
+                GuestVolume(
+                    disk_id=volume_disk_id(volume.volume_id),
                     path=volume.mount_path,
                     readonly=volume.readonly,
-                    overlay=volume_overlay_disk_id(volume.volume_id) if volume.overlay else "",
+                    overlay_disk_id=volume_overlay_disk_id(volume.volume_id) if volume.overlay else "",
                 )
                 for volume in spec.volumes
             ),
             network=_boot_network(network),
-            certificates=certificates,
-            stop_signal=image.stop_signal or "",
+            ca_certificates=certificates,
+            stop_signal=signal_number(image.stop_signal),
+            grace_seconds=STOP_GRACE,
             skip_agent=spec.skip_guest_agent,
-            clock=time.time(),
+            clock_ns=time.time_ns(),
         )
+
+
+def signal_number(name: str) -> int:
+    """An image's StopSignal ("SIGINT", "INT", "2", empty: SIGTERM); what is no signal is SIGTERM."""
+    if name.isdigit() and 0 < int(name) < 65:
+        return int(name)
+    full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
+    return int(getattr(signal, full, signal.SIGTERM))
 
 
 def command_line(
@@ -456,7 +469,7 @@ def _boot_network(network: GuestNetwork | None) -> BootNetwork | None:
     return BootNetwork(
         mac=network.mac,
         address=network.address,
-        prefix_length=network.prefix_length,
+        prefix=network.prefix_length,
         gateway=network.gateway,
         dns=(network.dns_server,),
         mtu=network.mtu,

@@ -1,0 +1,59 @@
+"""The first messages of the exec and cp streams (contract §3.1, §3.2) and what a copy out yields.
+
+What the guest agent itself is asked is said in ``guest/types.py``; ``sessions.py`` stands between.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from hypeman.fields import Count
+
+Uint32 = Annotated[int, Meta(ge=0, lt=2**32)]
+
+
+class ExecRequest(Struct, frozen=True, kw_only=True):
+    """A program to run in the guest."""
+
+    command: Annotated[tuple[str, ...], Meta(description="Default: /bin/sh")] = ()
+    tty: bool = False
+    env: dict[str, str] = {}
+    cwd: str | None = None
+    timeout: Annotated[Count, Meta(description="Seconds; 0: none. Exit code 124 when it is over")] = 0
+    wait_for_agent: Annotated[Count, Meta(description="Seconds to wait for the guest agent")] = 0
+    rows: Count = 0
+    cols: Count = 0
+
+
+class CpRequest(Struct, frozen=True, kw_only=True):
+    """One file or directory into the guest, or one tree out of it."""
+
+    direction: Literal["to", "from"]
+    guest_path: str
+    is_dir: bool = False
+    mode: Annotated[Uint32, Meta(description="Permission bits; 0: 0644 for a file, 0755 for a directory")] = 0
+    uid: Uint32 = 0
+    gid: Uint32 = 0
+    follow_links: bool = False
+    src_basename: str | None = None
+
+
+class CopyEntry(Struct, frozen=True, kw_only=True):
+    """Head of an entry; its bytes follow, then an EntryEnd."""
+
+    path: str
+    mode: int
+    is_dir: bool
+    is_symlink: bool
+    link_target: str
+    size: int
+    mtime: int
+    uid: int
+    gid: int
+
+
+class EntryEnd(Struct, frozen=True):
+    final: bool
+    """The last entry of the copy."""
