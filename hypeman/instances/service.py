@@ -20,7 +20,7 @@ from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState,
 from hypeman.guest.client import CopyIn, GuestClient
 from hypeman.guest.types import PathInfo
 from hypeman.host.usage import read_usage
-from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.catalog import Catalog
 from hypeman.ids import check_name, new_id
 from hypeman.images.service import Images
 from hypeman.instances import captures, records
@@ -112,7 +112,7 @@ class Instances:
         secrets: Secrets,
         counters: Counters,
         limits: Callable[[], Limits],
-        default_kind: HypervisorKind,
+        catalog: Catalog,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self.world = world
@@ -123,7 +123,7 @@ class Instances:
         self.secrets = secrets
         self.counters = counters
         self.limits = limits
-        self.default_kind = default_kind
+        self.catalog = catalog
         self.board = Board(self._render)
         self._now = now
         self._tasks: dict[str, Lifecycle] = {}
@@ -197,12 +197,9 @@ class Instances:
 
     async def create(self, request: CreateInstanceRequest) -> Instance:
         check_name(request.name)
-        kind = request.hypervisor or self.default_kind
-        driver = self.world.drivers.get(kind)
-        if driver is None:
-            raise NotSupported(f"hypervisor {kind.value} does not run on this host")
-        if not driver.capabilities.available:
-            raise NotSupported(f"hypervisor {kind.value} is not available: {driver.capabilities.reason}")
+        await self.catalog.wait_ready()
+        kind = request.hypervisor or self.catalog.default()
+        driver = self.catalog.driver(kind)
         now = self._now()
         platform = self.images.platform(request.platform)
         spec = check_create(
