@@ -1,0 +1,169 @@
+#define _GNU_SOURCE
+#include "channel.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <linux/vm_sockets.h>
+
+#include "util.h"
+
+#define RETRY_MS 100
+/* A port's edge tells of host and data; this only guards against one that is lost. */
+#define PORT_CHECK_MS 1000
+
+static void attach(struct channel *channel, int fd) {
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET};
+    channel->fd = fd;
+    set_nonblocking(fd);
+    epoll_ctl(channel->edge, EPOLL_CTL_ADD, fd, &event);
+    channel->readable = channel->writable = true;
+}
+
+static void forget_connection(struct channel *channel) {
+    channel->greeted = false;
+    channel->out_begin = channel->out_end = 0;
+    frame_reset(&channel->in);
+}
+
+static int find_port(void) {
+    DIR *dir = opendir("/sys/class/virtio-ports");
+    int fd = -1;
+    for (struct dirent *entry; dir && fd < 0 && (entry = readdir(dir));) {
+        char path[300], name[64];
+        if (entry->d_name[0] == '.')
+            continue;
+        snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
+        if (read_file(path, name, sizeof name) <= 0 || strcmp(name, AGENT_PORT_NAME) != 0)
+            continue;
+        snprintf(path, sizeof path, "/dev/%.200s", entry->d_name);
+        fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
+    }
+    if (dir)
+        closedir(dir);
+    return fd;
+}
+
+void channel_open(struct channel *channel, int fd) {
+    channel->edge = epoll_create1(EPOLL_CLOEXEC);
+    channel->fd = -1;
+    channel->kind = fd >= 0 ? CHANNEL_TEST : CHANNEL_PORT;
+    if (fd < 0)
+        fd = find_port();
+    if (fd >= 0)
+        attach(channel, fd);
+    else
+        channel->kind = CHANNEL_VSOCK;
+}
+
+/* Connecting to the host takes no time worth speaking of, but a missing host may: so it does not block. */
+static void connect_vsock(struct channel *channel) {
+    struct sockaddr_vm host = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = AGENT_VSOCK_PORT};
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    channel->retry_at = now_ms() + RETRY_MS;
+    if (fd < 0)
+        return;
+    if (connect(fd, (struct sockaddr *)&host, sizeof host) < 0 && errno != EINPROGRESS) {
+        close(fd);
+        return;
+    }
+    attach(channel, fd);
+}
+
+static void disconnected(struct channel *channel) {
+    forget_connection(channel);
+    channel->readable = false;
+    if (channel->kind == CHANNEL_TEST)
+        channel->ended = true;
+    if (channel->kind == CHANNEL_VSOCK) {
+        close_fd(&channel->fd);
+        channel->retry_at = now_ms() + RETRY_MS;
+    }
+}
+
+int channel_timeout(const struct channel *channel) {
+    if (channel->kind == CHANNEL_VSOCK && channel->fd < 0) {
+        int64_t wait = channel->retry_at - now_ms();
+        return wait > 0 ? (int)wait : 0;
+    }
+    return channel->kind == CHANNEL_PORT && !channel->greeted ? PORT_CHECK_MS : -1;
+}
+
+void channel_step(struct channel *channel) {
+    struct epoll_event event;
+    while (epoll_wait(channel->edge, &event, 1, 0) == 1) {
+        channel->readable = true;
+        channel->writable = true;
+        if (channel->kind == CHANNEL_PORT)
+            break;
+    }
+    if (channel->kind == CHANNEL_VSOCK && channel->fd < 0 && now_ms() >= channel->retry_at)
+        connect_vsock(channel);
+    if (channel->kind == CHANNEL_PORT && !channel->greeted)
+        channel->readable = true;
+}
+
+bool channel_read(struct channel *channel) {
+    size_t room;
+    uint8_t *space = frame_space(&channel->in, &room);
+    if (!channel->readable || channel->fd < 0)
+        return false;
+    ssize_t n = read(channel->fd, space, room);
+    if (n > 0) {
+        frame_filled(&channel->in, (size_t)n);
+        return true;
+    }
+    if (n < 0 && errno == EINTR)
+        return true;
+    channel->readable = false;
+    if (n == 0 || (errno != EAGAIN && errno != ENOTCONN))
+        disconnected(channel);
+    return false;
+}
+
+void channel_greet(struct channel *channel) {
+    channel->out_begin = 0;
+    channel->out_end = ACK_BYTES;
+    render_ack(channel->out, channel->in.token, channel->nonce, channel->no_agent ? ACK_FLAG_NO_AGENT : 0);
+    channel->greeted = true;
+    channel->writable = true;
+}
+
+void channel_flush(struct channel *channel) {
+    while (channel->fd >= 0 && channel->writable && channel->out_begin < channel->out_end) {
+        ssize_t n = write(channel->fd, channel->out + channel->out_begin, channel->out_end - channel->out_begin);
+        if (n > 0) {
+            channel->out_begin += (size_t)n;
+        } else if (n < 0 && errno == EAGAIN) {
+            channel->writable = false;
+        } else if (n == 0 || errno != EINTR) {
+            disconnected(channel);
+            return;
+        }
+    }
+    if (channel->out_begin == channel->out_end)
+        channel->out_begin = channel->out_end = 0;
+}
+
+uint8_t *channel_room(struct channel *channel, size_t length) {
+    size_t whole = HEADER_BYTES + length + TRAILER_BYTES;
+    if (!channel->greeted)
+        return NULL;
+    if (sizeof channel->out - channel->out_end < whole && channel->out_begin >= sizeof channel->out / 2) {
+        memmove(channel->out, channel->out + channel->out_begin, channel->out_end - channel->out_begin);
+        channel->out_end -= channel->out_begin;
+        channel->out_begin = 0;
+    }
+    return sizeof channel->out - channel->out_end < whole ? NULL : channel->out + channel->out_end;
+}
+
+void channel_send(struct channel *channel, uint8_t type, uint8_t flags, uint32_t session, size_t length) {
+    seal_frame(channel->out + channel->out_end, channel->in.token, type, flags, session, length);
+    channel->out_end += HEADER_BYTES + length + TRAILER_BYTES;
+}

@@ -1,0 +1,192 @@
+#define _GNU_SOURCE
+#include "request.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bytes.h"
+#include "events.h"
+#include "fields.h"
+#include "freezer.h"
+#include "machine.h"
+#include "program.h"
+#include "session.h"
+#include "worker.h"
+#include "workload.h"
+
+#define MAX_ARGS 4096
+
+/* What is done in a child of its own; the rest is at hand in start_request. */
+static const struct {
+    worker_function function;
+    bool needs_agent;
+} WORKERS[] = {
+    [OP_STAT] = {stat_worker, true},         [OP_COPY_TO] = {copy_to_worker, true},
+    [OP_COPY_FROM] = {copy_from_worker, true}, [OP_CLOCK] = {clock_worker, false},
+    [OP_IDENTITY] = {identity_worker, false}, [OP_MOUNT] = {mount_worker, false},
+    [OP_UNMOUNT] = {unmount_worker, false},  [OP_MEMORY] = {memory_worker, false},
+    [OP_METRICS] = {metrics_worker, false},
+};
+
+static bool take(char **list, size_t *count, const struct field *field) {
+    const char *text;
+    if (*count >= MAX_ARGS || !field_text(field, &text))
+        return false;
+    list[(*count)++] = (char *)text;
+    return true;
+}
+
+static void start_exec(const struct boot_config *config, struct session *session, struct field_reader *reader) {
+    static char *argv[MAX_ARGS + 1], *env[MAX_ARGS + 1];
+    size_t arg_count = 0, env_count = 0;
+    uint64_t timeout_ms = 0;
+    const char *cwd = NULL;
+    struct program program = {.user = "", .base_env = config->env, .cgroup = EXEC_CGROUP};
+    struct child child;
+    struct field field;
+    bool good = true;
+    while (good && next_field(reader, &field)) {
+        switch (field.tag) {
+        case TAG_ARG: good = take(argv, &arg_count, &field); break;
+        case TAG_ENV: good = take(env, &env_count, &field); break;
+        case TAG_CWD: good = field_text(&field, &cwd); break;
+        case TAG_USER: good = field_text(&field, &program.user); break;
+        case TAG_TTY: good = field_bool(&field, &program.tty); break;
+        case TAG_ROWS: good = field_u16(&field, &program.rows); break;
+        case TAG_COLS: good = field_u16(&field, &program.cols); break;
+        case TAG_TIMEOUT_MS: good = field_u64(&field, &timeout_ms) && timeout_ms <= INT64_MAX / 2; break;
+        default: good = false;
+        }
+    }
+    if (!good || reader->malformed || arg_count == 0) {
+        session_refuse(session, 126, "exec: malformed request");
+        return;
+    }
+    argv[arg_count] = env[env_count] = NULL;
+    program.argv = argv;
+    program.env = env;
+    /* Without a wish it is where the image's own program works; that one was made if it was missing. */
+    program.cwd = cwd ? cwd : config->cwd;
+    if (start_program(&program, &child) < 0)
+        session_refuse(session, 126, strerror(errno));
+    else
+        session_started(session, &child, true, program.tty, (int64_t)timeout_ms);
+}
+
+static void start_shutdown(struct session *session, struct field_reader *reader) {
+    struct field field;
+    uint32_t signal = 0;
+    uint64_t grace_ms = UINT64_MAX;
+    while (next_field(reader, &field)) {
+        if (field.tag == TAG_STOP_SIGNAL ? !field_u32(&field, &signal) || signal > 64
+                                         : field.tag != TAG_GRACE_MS || !field_u64(&field, &grace_ms))
+            reader->malformed = true;
+    }
+    if (reader->malformed) {
+        session_refuse(session, EINVAL, "shutdown: malformed request");
+        return;
+    }
+    machine_stop((int)signal, grace_ms);
+    session_refuse(session, 0, "");
+}
+
+static void start_request(const struct boot_config *config, struct channel *channel, struct session *session,
+                          const uint8_t *request, size_t length) {
+    struct child child;
+    uint8_t op = request[0];
+    bool is_worker = op < sizeof WORKERS / sizeof *WORKERS && WORKERS[op].function;
+    struct field_reader reader = read_fields(request + 1, length - 1);
+    if (config->skip_agent && (op == OP_EXEC || (is_worker && WORKERS[op].needs_agent))) {
+        session_refuse(session, EOPNOTSUPP, "this instance was created without the guest agent");
+    } else if (op == OP_EXEC) {
+        start_exec(config, session, &reader);
+    } else if (op == OP_SHUTDOWN) {
+        start_shutdown(session, &reader);
+    } else if (op == OP_FREEZE || op == OP_THAW) {
+        int error = op == OP_FREEZE ? freeze_guest() : thaw_guest();
+        session_refuse(session, error, error ? strerror(error) : "");
+    } else if (!is_worker) {
+        session_refuse(session, ENOSYS, "this agent does not know the request");
+    } else if (start_worker(WORKERS[op].function, request + 1, length - 1, &child) < 0) {
+        session_refuse(session, errno, strerror(errno));
+    } else {
+        session_started(session, &child, false, false, 0);
+        /* The next connection is with a host that knows the new nonce. */
+        struct field field;
+        while (op == OP_IDENTITY && next_field(&reader, &field))
+            if (field.tag == TAG_NONCE)
+                field_bytes(&field, channel->nonce, NONCE_BYTES);
+    }
+}
+
+static bool open_session(const struct boot_config *config, struct channel *channel, const struct frame *frame) {
+    struct session *session = session_find(frame->session);
+    const uint8_t *request = frame->payload;
+    size_t length = frame->length;
+    if (session && !session->request)
+        return false;
+    if (!session && (frame->session == 0 || !(session = session_new(frame->session))))
+        return false;
+    if (session->request || (frame->flags & FLAG_MORE)) {
+        if (session->request_length + length > MAX_REQUEST)
+            return false;
+        uint8_t *grown = realloc(session->request, session->request_length + length + 1);
+        if (!grown) {
+            session_refuse(session, ENOMEM, "no memory for the request");
+            return true;
+        }
+        session->request = grown;
+        memcpy(grown + session->request_length, request, length);
+        session->request_length += length;
+        if (frame->flags & FLAG_MORE)
+            return true;
+        request = session->request;
+        length = session->request_length;
+    }
+    if (length == 0)
+        return false;
+    start_request(config, channel, session, request, length);
+    free(session->request);
+    session->request = NULL;
+    return true;
+}
+
+bool handle_frame(const struct boot_config *config, struct channel *channel, const struct frame *frame) {
+    if (frame->type == FRAME_OPEN)
+        return open_session(config, channel, frame);
+    if (frame->type == FRAME_EVENT_ACK) {
+        if (frame->length == 1)
+            event_acknowledged(frame->payload[0]);
+        return frame->length == 1;
+    }
+    struct session *session = session_find(frame->session);
+    switch (frame->type) {
+    case FRAME_DATA:
+        return !session || session_input(session, frame->payload, frame->length, frame->flags & FLAG_END);
+    case FRAME_CREDIT:
+        if (frame->length != 4 || (session && session->credit > UINT32_MAX - get_u32(frame->payload)))
+            return false;
+        if (session)
+            session->credit += get_u32(frame->payload);
+        return true;
+    case FRAME_SIGNAL:
+        if (frame->length != 4 || get_u32(frame->payload) > 64)
+            return false;
+        if (session)
+            session_signal(session, (int)get_u32(frame->payload));
+        return true;
+    case FRAME_RESIZE:
+        if (frame->length != 4)
+            return false;
+        if (session)
+            session_resize(session, get_u16(frame->payload), get_u16(frame->payload + 2));
+        return true;
+    case FRAME_CLOSE:
+        if (session)
+            session_drop(session);
+        return true;
+    default: return false;
+    }
+}

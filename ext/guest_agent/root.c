@@ -1,0 +1,193 @@
+#define _GNU_SOURCE
+#include "root.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/fs.h>
+#include <mntent.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "disk.h"
+#include "util.h"
+
+#define NEW_ROOT "/newroot"
+
+/* The overlay's own mount is hidden behind the root; this descriptor lets us bring it to rest at the end. */
+static int overlay_fd = -1;
+
+static const char *problem(const char *format, ...) {
+    static char text[512];
+    int error = errno;
+    va_list args;
+    va_start(args, format);
+    size_t n = (size_t)vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    if (n < sizeof text)
+        snprintf(text + n, sizeof text - n, ": %s", strerror(error));
+    return text;
+}
+
+struct kernel_fs {
+    const char *type, *path, *options;
+    unsigned long flags;
+};
+
+static const char *mount_kernel_fs(const struct kernel_fs *list, size_t count, const char *prefix) {
+    for (size_t i = 0; i < count; i++) {
+        char path[PATH_MAX];
+        snprintf(path, sizeof path, "%s%s", prefix, list[i].path);
+        if (make_dirs(path) < 0)
+            return problem("can not make %s", list[i].path);
+        if (mount(list[i].type, path, list[i].type, list[i].flags, list[i].options) < 0 && errno != EBUSY)
+            return problem("can not mount %s", list[i].path);
+    }
+    return NULL;
+}
+
+const char *mount_early(void) {
+    static const struct kernel_fs list[] = {
+        {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+        {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+        {"devtmpfs", "/dev", "mode=0755", MS_NOSUID},
+    };
+    return mount_kernel_fs(list, LENGTH(list), "");
+}
+
+static const char *mount_late(void) {
+    static const struct kernel_fs list[] = {
+        {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+        {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+        {"devtmpfs", "/dev", "mode=0755", MS_NOSUID},
+        {"devpts", "/dev/pts", "newinstance,ptmxmode=0666,mode=0620,gid=5", MS_NOSUID | MS_NOEXEC},
+        {"tmpfs", "/dev/shm", "mode=1777", MS_NOSUID | MS_NODEV},
+        {"mqueue", "/dev/mqueue", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
+        {"tmpfs", "/run", "mode=0755,size=20%", MS_NOSUID | MS_NODEV},
+        {"cgroup2", "/sys/fs/cgroup", "nsdelegate", MS_NOSUID | MS_NODEV | MS_NOEXEC},
+    };
+    static const char *const links[][2] = {{"/proc/self/fd", "/dev/fd"},
+                                           {"/proc/self/fd/0", "/dev/stdin"},
+                                           {"/proc/self/fd/1", "/dev/stdout"},
+                                           {"/proc/self/fd/2", "/dev/stderr"},
+                                           {"pts/ptmx", "/dev/ptmx"}};
+    const char *wrong = mount_kernel_fs(list, LENGTH(list), NEW_ROOT);
+    for (size_t i = 0; !wrong && i < LENGTH(links); i++) {
+        char path[64];
+        snprintf(path, sizeof path, NEW_ROOT "%s", links[i][1]);
+        unlink(path);
+        if (symlink(links[i][0], path) < 0)
+            wrong = problem("can not make %s", links[i][1]);
+    }
+    return wrong;
+}
+
+static const char *mount_disk(const struct boot_config *config, const char *id, const char *path, const char *type,
+                              bool readonly, int wait_ms) {
+    char device[DEVICE_PATH_BYTES];
+    if (make_dirs(path) < 0)
+        return problem("can not make %s", path);
+    if (find_disk(config, id, device, wait_ms) < 0) {
+        errno = ENODEV;
+        return problem("disk \"%s\" did not appear", id);
+    }
+    /* A read-only disk may be shared or dirty: its journal must not be replayed. */
+    const char *options = readonly && strcmp(type, "ext4") == 0 ? "noload" : NULL;
+    if (mount(device, path, type, (readonly ? MS_RDONLY : 0) | MS_NODEV, options) < 0)
+        return problem("can not mount disk \"%s\" (%s, %s)", id, device, type);
+    return NULL;
+}
+
+/* Joins `lower` and the directories upper and work on `upper` into one tree at `path`. The overlay keeps its
+ * own hold of both, so they vanish from the mount table. */
+static const char *join(const char *lower, const char *upper, const char *path) {
+    char options[3 * PATH_MAX], dir[PATH_MAX];
+    snprintf(dir, sizeof dir, "%s/upper", upper);
+    if (make_dirs(dir) < 0)
+        return problem("can not make %s", dir);
+    snprintf(dir, sizeof dir, "%s/work", upper);
+    if (make_dirs(dir) < 0)
+        return problem("can not make %s", dir);
+    /* The root of a volume or image keeps its mode and owner; a fresh upper directory would hide them. */
+    struct stat st;
+    snprintf(dir, sizeof dir, "%s/upper", upper);
+    if (stat(lower, &st) == 0 && (chown(dir, st.st_uid, st.st_gid) < 0 || chmod(dir, st.st_mode & 07777) < 0))
+        return problem("can not set the mode of %s", dir);
+    snprintf(options, sizeof options, "lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, upper, upper);
+    if (make_dirs(path) < 0)
+        return problem("can not make %s", path);
+    if (mount("overlay", path, "overlay", 0, options) < 0)
+        return problem("can not mount the overlay at %s", path);
+    umount2(lower, MNT_DETACH);
+    umount2(upper, MNT_DETACH);
+    return NULL;
+}
+
+const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms) {
+    if (!volume->overlay_disk_id)
+        return mount_disk(config, volume->disk_id, volume->path, volume->fs_type, volume->readonly, wait_ms);
+    /* Two directories on a file system in memory that nobody else sees for longer than this takes. */
+    static const char *const lower = "/dev/shm/.hypeman-lower", *const upper = "/dev/shm/.hypeman-upper";
+    const char *wrong = mount_disk(config, volume->disk_id, lower, volume->fs_type, true, wait_ms);
+    if (!wrong)
+        wrong = mount_disk(config, volume->overlay_disk_id, upper, "ext4", false, wait_ms);
+    if (!wrong)
+        wrong = join(lower, upper, volume->path);
+    if (wrong) {
+        umount2(lower, MNT_DETACH);
+        umount2(upper, MNT_DETACH);
+    }
+    rmdir(lower);
+    rmdir(upper);
+    return wrong;
+}
+
+const char *mount_root(const struct boot_config *config) {
+    const char *wrong = mount_disk(config, "root", "/lower", config->root_fs, true, BOOT_DISK_WAIT_MS);
+    if (!wrong && config->overlay)
+        wrong = mount_disk(config, "overlay", "/upper", "ext4", false, BOOT_DISK_WAIT_MS);
+    else if (!wrong && (make_dirs("/upper") < 0 || mount("tmpfs", "/upper", "tmpfs", 0, "mode=0755") < 0))
+        wrong = problem("can not mount a writable layer in memory");
+    if (wrong)
+        return wrong;
+    if (config->overlay)
+        overlay_fd = open("/upper", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    wrong = join("/lower", "/upper", NEW_ROOT);
+    if (!wrong)
+        wrong = mount_late();
+    return wrong;
+}
+
+const char *switch_root(void) {
+    unlink("/init"); /* the initramfs lies in memory */
+    umount2("/dev", MNT_DETACH);
+    umount2("/sys", MNT_DETACH);
+    umount2("/proc", MNT_DETACH);
+    if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
+        return problem("can not switch to the new root");
+    return NULL;
+}
+
+void settle_disks(void) {
+    sync();
+    FILE *mounts = setmntent("/proc/self/mounts", "re");
+    char paths[MAX_VOLUMES][256];
+    size_t count = 0;
+    for (struct mntent *entry; mounts && count < MAX_VOLUMES && (entry = getmntent(mounts));)
+        if (strncmp(entry->mnt_fsname, "/dev/", 5) == 0 && strlen(entry->mnt_dir) < sizeof paths[0])
+            strcpy(paths[count++], entry->mnt_dir);
+    if (mounts)
+        endmntent(mounts);
+    while (count > 0)
+        if (umount2(paths[--count], 0) < 0)
+            umount2(paths[count], MNT_DETACH);
+    /* Freezing writes out the journal and marks the file system clean; unmounting it is impossible under a living root. */
+    if (overlay_fd >= 0)
+        ioctl(overlay_fd, FIFREEZE, 0);
+    sync();
+}

@@ -1,0 +1,309 @@
+#define _GNU_SOURCE
+#include "session.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include "bytes.h"
+#include "fields.h"
+#include "util.h"
+
+/* Granting in small coin would cost a frame each; in one piece it would let the stream run dry. */
+#define GRANT_BYTES (WINDOW / 4)
+#define TERMINAL_EOF "\x04"
+
+static struct session sessions[MAX_SESSIONS];
+/* Which session is served first; moves on, so that a busy one can not starve those behind it. */
+static size_t turn;
+
+/* Who polled which descriptor in this round. */
+static struct poller {
+    struct session *session;
+    enum { ROLE_IN, ROLE_OUT, ROLE_ERR } role;
+} pollers[SESSION_POLL_FDS];
+
+struct session *session_find(uint32_t id) {
+    for (size_t i = 0; id && i < MAX_SESSIONS; i++)
+        if (sessions[i].id == id)
+            return &sessions[i];
+    return NULL;
+}
+
+size_t sessions_count(void) {
+    size_t count = 0;
+    for (size_t i = 0; i < MAX_SESSIONS; i++)
+        count += sessions[i].id != 0;
+    return count;
+}
+
+struct session *session_new(uint32_t id) {
+    for (size_t i = 0; i < MAX_SESSIONS; i++) {
+        if (sessions[i].id)
+            continue;
+        sessions[i] = (struct session){
+            .id = id, .child = {0, -1, -1, -1, -1}, .credit = WINDOW, .allowance = WINDOW};
+        return &sessions[i];
+    }
+    return NULL;
+}
+
+static void free_session(struct session *session) {
+    close_fd(&session->child.in);
+    close_fd(&session->child.out);
+    close_fd(&session->child.err);
+    close_fd(&session->child.failure);
+    free(session->input);
+    free(session->request);
+    *session = (struct session){0};
+}
+
+/* Programs are killed with all their session. A worker is asked, and then finds its input at an end: it takes
+ * back what it had begun. */
+static void kill_child(struct session *session) {
+    if (!session->child.pid || session->reaped)
+        return;
+    if (session->is_program)
+        kill_session(session->child.pid);
+    else
+        kill(session->child.pid, SIGTERM);
+}
+
+void session_drop(struct session *session) {
+    kill_child(session);
+    free_session(session);
+}
+
+void sessions_drop_all(void) {
+    for (size_t i = 0; i < MAX_SESSIONS; i++)
+        if (sessions[i].id)
+            session_drop(&sessions[i]);
+}
+
+void session_started(struct session *session, const struct child *child, bool is_program, bool tty, int64_t timeout_ms) {
+    session->child = *child;
+    session->is_program = is_program;
+    session->tty = tty;
+    session->deadline = timeout_ms > 0 ? now_ms() + timeout_ms : 0;
+}
+
+void session_refuse(struct session *session, int code, const char *message) {
+    session->reaped = session->refused = true;
+    session->status = code;
+    snprintf(session->message, sizeof session->message, "%s", message);
+}
+
+/* Writes to the child what is waiting; a child that no longer reads swallows it. */
+static void push_input(struct session *session) {
+    while (session->input_begin < session->input_end && session->child.in >= 0) {
+        ssize_t n = write(session->child.in, session->input + session->input_begin, session->input_end - session->input_begin);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0 && errno == EAGAIN)
+            return;
+        if (n < 0)
+            close_fd(&session->child.in);
+        else
+            session->input_begin += (size_t)n, session->consumed += (uint32_t)n;
+    }
+    if (session->child.in < 0)
+        session->consumed += (uint32_t)(session->input_end - session->input_begin);
+    session->input_begin = session->input_end = 0;
+    if (!session->input_ends)
+        return;
+    session->input_ends = false;
+    if (!session->tty)
+        close_fd(&session->child.in);
+    else if (session->child.in >= 0 && write(session->child.in, TERMINAL_EOF, 1) < 0)
+        session->input_ends = errno == EAGAIN;
+}
+
+bool session_input(struct session *session, const uint8_t *data, size_t length, bool end) {
+    if (length > session->allowance)
+        return false;
+    session->allowance -= (uint32_t)length;
+    if (session->input_begin == session->input_end && session->child.in >= 0) {
+        ssize_t n = write(session->child.in, data, length);
+        if (n < 0 && errno != EAGAIN && errno != EINTR)
+            close_fd(&session->child.in);
+        if (n > 0) {
+            session->consumed += (uint32_t)n;
+            data += n;
+            length -= (size_t)n;
+        }
+    }
+    session->input_ends |= end;
+    if (length > 0 && session->child.in < 0) {
+        session->consumed += (uint32_t)length;
+    } else if (length > 0) {
+        if (!session->input && !(session->input = malloc(WINDOW))) {
+            session_signal(session, SIGKILL);
+            return true;
+        }
+        if (session->input_begin > 0) {
+            memmove(session->input, session->input + session->input_begin, session->input_end - session->input_begin);
+            session->input_end -= session->input_begin;
+            session->input_begin = 0;
+        }
+        memcpy(session->input + session->input_end, data, length);
+        session->input_end += length;
+    }
+    if (session->input_ends)
+        push_input(session);
+    return true;
+}
+
+void session_signal(struct session *session, int signal) {
+    if (session->child.pid && !session->reaped)
+        kill(-session->child.pid, signal);
+}
+
+void session_resize(struct session *session, uint16_t rows, uint16_t cols) {
+    struct winsize size = {.ws_row = rows, .ws_col = cols};
+    if (session->tty && session->child.out >= 0)
+        ioctl(session->child.out, TIOCSWINSZ, &size);
+}
+
+bool session_reap(pid_t pid, int status) {
+    for (size_t i = 0; i < MAX_SESSIONS; i++) {
+        struct session *session = &sessions[i];
+        if (!session->id || session->reaped || session->child.pid != pid)
+            continue;
+        struct start_failure failure;
+        session->reaped = true;
+        session->status = status;
+        if (session->child.failure >= 0 && read(session->child.failure, &failure, sizeof failure) == sizeof failure)
+            snprintf(session->message, sizeof session->message, "%s", failure.message);
+        close_fd(&session->child.failure);
+        close_fd(&session->child.in);
+        return true;
+    }
+    return false;
+}
+
+static void put_exit(struct field_writer *writer, const struct session *session) {
+    int code = session->status, signal = 0;
+    if (!session->refused) {
+        signal = WIFSIGNALED(session->status) ? WTERMSIG(session->status) : 0;
+        code = signal ? 128 + signal : WEXITSTATUS(session->status);
+    }
+    if (session->timed_out)
+        code = 124;
+    put_u32_field(writer, TAG_EXIT_CODE, (uint32_t)code);
+    put_u32_field(writer, TAG_SIGNAL, (uint32_t)signal);
+    put_u8_field(writer, TAG_TIMED_OUT, session->timed_out);
+    put_text_field(writer, TAG_MESSAGE, session->message);
+}
+
+static void tell_end(struct channel *channel, struct session *session) {
+    uint8_t *at = channel_room(channel, 512);
+    if (!at)
+        return;
+    struct field_writer writer = {at + HEADER_BYTES, 512, 0, false};
+    put_exit(&writer, session);
+    channel_send(channel, FRAME_EXIT, 0, session->id, writer.length);
+    free_session(session);
+}
+
+static void grant(struct channel *channel, struct session *session) {
+    uint8_t *at = channel_room(channel, 4);
+    if (!at)
+        return;
+    put_u32(at + HEADER_BYTES, session->consumed);
+    channel_send(channel, FRAME_CREDIT, 0, session->id, 4);
+    session->allowance += session->consumed;
+    session->consumed = 0;
+}
+
+void sessions_step(struct channel *channel) {
+    turn = (turn + 1) % MAX_SESSIONS;
+    int64_t now = now_ms();
+    for (size_t i = 0; i < MAX_SESSIONS; i++) {
+        struct session *session = &sessions[(turn + i) % MAX_SESSIONS];
+        if (!session->id)
+            continue;
+        if (session->deadline && now >= session->deadline && !session->reaped) {
+            session->timed_out = true;
+            session->deadline = 0;
+            kill_session(session->child.pid);
+        }
+        if (session->consumed >= GRANT_BYTES)
+            grant(channel, session);
+        if (session->reaped && session->child.out < 0 && session->child.err < 0)
+            tell_end(channel, session);
+    }
+}
+
+size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) {
+    bool room = channel_room(channel, MAX_PAYLOAD) != NULL;
+    size_t n = 0;
+    for (size_t i = 0; i < MAX_SESSIONS; i++) {
+        struct session *session = &sessions[(turn + i) % MAX_SESSIONS];
+        if (!session->id)
+            continue;
+        bool may_send = room && session->credit > 0;
+        bool has_input = session->input_begin < session->input_end || session->input_ends;
+        if (session->child.in >= 0 && has_input)
+            fds[count + n] = (struct pollfd){session->child.in, POLLOUT, 0}, pollers[n++] = (struct poller){session, ROLE_IN};
+        if (session->child.out >= 0 && may_send)
+            fds[count + n] = (struct pollfd){session->child.out, POLLIN, 0}, pollers[n++] = (struct poller){session, ROLE_OUT};
+        if (session->child.err >= 0 && may_send)
+            fds[count + n] = (struct pollfd){session->child.err, POLLIN, 0}, pollers[n++] = (struct poller){session, ROLE_ERR};
+    }
+    return count + n;
+}
+
+/* Reads straight into a frame. Of a child that has ended, what is left is read until there is no more: others
+ * may hold its pipes open for ever. */
+static void pull_output(struct channel *channel, struct session *session, int *fd, uint8_t type) {
+    size_t want = session->credit < MAX_PAYLOAD ? session->credit : MAX_PAYLOAD;
+    uint8_t *at = channel_room(channel, want);
+    if (!at || want == 0)
+        return;
+    ssize_t n = read(*fd, at + HEADER_BYTES, want);
+    if (n > 0) {
+        session->credit -= (uint32_t)n;
+        channel_send(channel, type, 0, session->id, (size_t)n);
+    } else if (n == 0 || (errno != EAGAIN && errno != EINTR) || (errno == EAGAIN && session->reaped)) {
+        close_fd(fd);
+    }
+}
+
+void sessions_io(struct channel *channel, const struct pollfd *fds, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        struct session *session = pollers[i].session;
+        if (!session->id || (!fds[i].revents && !session->reaped))
+            continue;
+        if (pollers[i].role == ROLE_IN && session->child.in >= 0)
+            push_input(session);
+        else if (pollers[i].role == ROLE_OUT && session->child.out >= 0)
+            pull_output(channel, session, &session->child.out, FRAME_DATA);
+        else if (pollers[i].role == ROLE_ERR && session->child.err >= 0)
+            pull_output(channel, session, &session->child.err, FRAME_STDERR);
+    }
+}
+
+int sessions_timeout(struct channel *channel) {
+    int64_t next = -1, now = now_ms();
+    bool room = channel_room(channel, MAX_PAYLOAD) != NULL;
+    for (size_t i = 0; i < MAX_SESSIONS; i++) {
+        const struct session *session = &sessions[i];
+        if (!session->id)
+            continue;
+        int64_t wait = -1;
+        if (session->deadline)
+            wait = session->deadline > now ? session->deadline - now : 0;
+        /* An ended child whose output nobody closes is not announced by poll. */
+        if (session->reaped && room && session->credit > 0 && (session->child.out >= 0 || session->child.err >= 0))
+            wait = 0;
+        if (wait >= 0 && (next < 0 || wait < next))
+            next = wait;
+    }
+    return (int)(next > 60000 ? 60000 : next);
+}

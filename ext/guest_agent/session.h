@@ -1,0 +1,67 @@
+/* Sessions: each is one child process whose standard files travel over the channel.
+ *
+ * Programs (exec) and workers (stat, copy, …) look the same from here: a pid, up to three descriptors and
+ * an exit status. What a session may send is limited by the host's credits, what it may receive by ours, so
+ * a slow one never holds up another and no buffer grows. After the child has ended, what it had written is
+ * still delivered, then FRAME_EXIT frees the slot.
+ */
+#ifndef HM_SESSION_H
+#define HM_SESSION_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "channel.h"
+#include "program.h"
+
+struct session {
+    uint32_t id; /* 0: free slot */
+    bool is_program, tty;
+    bool reaped, timed_out, refused;
+    int status;           /* of the child, as waitpid gave it; or the code to tell if there was none */
+    struct child child;
+    uint32_t credit;      /* bytes that we may still send */
+    uint32_t allowance;   /* bytes that the host may still send */
+    uint32_t consumed;    /* bytes to grant again */
+    uint8_t *input;       /* WINDOW bytes, made when the child is slower than the host */
+    size_t input_begin, input_end;
+    bool input_ends;
+    uint8_t *request;     /* an OPEN of several frames, while it comes in */
+    size_t request_length;
+    int64_t deadline;     /* 0: none */
+    char message[256];
+};
+
+struct session *session_find(uint32_t id);
+/* A free slot for a new id, or NULL. */
+struct session *session_new(uint32_t id);
+/* Ends whatever runs in it and frees the slot; nothing is told. */
+void session_drop(struct session *session);
+void sessions_drop_all(void);
+
+void session_started(struct session *session, const struct child *child, bool is_program, bool tty, int64_t timeout_ms);
+/* No child: tells `code` and the message as the session's end. */
+void session_refuse(struct session *session, int code, const char *message);
+
+/* Bytes of the host for the child. False if it sent more than it was allowed to. */
+bool session_input(struct session *session, const uint8_t *data, size_t length, bool end);
+void session_signal(struct session *session, int signal);
+void session_resize(struct session *session, uint16_t rows, uint16_t cols);
+/* True if the pid was a session's. */
+bool session_reap(pid_t pid, int status);
+
+/* Grants, ends and timeouts: whatever can be told now. */
+void sessions_step(struct channel *channel);
+/* Adds what sessions wait for; they find it again by position. Returns the new count. */
+size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count);
+void sessions_io(struct channel *channel, const struct pollfd *fds, size_t count);
+/* Milliseconds to the next timeout, -1 for none. */
+int sessions_timeout(struct channel *channel);
+size_t sessions_count(void);
+
+#define SESSION_POLL_FDS (3 * MAX_SESSIONS)
+
+#endif

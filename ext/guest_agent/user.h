@@ -1,0 +1,25 @@
+/* USER of an image or request, looked up in the guest's own /etc/passwd and /etc/group. */
+#ifndef HM_USER_H
+#define HM_USER_H
+
+#include <stddef.h>
+#include <sys/types.h>
+
+#define MAX_GROUPS 64
+
+struct user {
+    uid_t uid;
+    gid_t gid;
+    gid_t groups[MAX_GROUPS]; /* gid among them */
+    size_t group_count;
+    char home[256];
+    char name[64]; /* empty if the number has no name */
+};
+
+/* "", "name", "uid", "name:group", "uid:gid" in any mixture; "" is root. NULL or what is wrong, as Docker says it. */
+const char *find_user(const char *text, struct user *user);
+
+/* For a child: takes on groups, gid and uid. 0 or -1 with errno. */
+int become_user(const struct user *user);
+
+#endif

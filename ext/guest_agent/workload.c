@@ -1,0 +1,167 @@
+#define _GNU_SOURCE
+#include "workload.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include "events.h"
+#include "program.h"
+#include "util.h"
+
+#define PUMP_BYTES 16384
+
+static struct child child = {0, -1, -1, -1, -1};
+static bool running, ended;
+static int console = -1;
+/* What the program printed and the console has not taken yet. A slow console slows the program, no more. */
+static uint8_t pump[PUMP_BYTES];
+static size_t pump_begin, pump_end;
+
+/* Raw: a line feed stays a line feed, so the log holds exactly what was printed. */
+static void open_console(const char *path) {
+    struct termios settings;
+    console = open(*path ? path : "/dev/console", O_WRONLY | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+    if (console >= 0 && tcgetattr(console, &settings) == 0) {
+        settings.c_oflag &= ~(tcflag_t)OPOST;
+        tcsetattr(console, TCSANOW, &settings);
+    }
+}
+
+void workload_prepare(const struct boot_config *config) {
+    open_console(config->console);
+    write_file("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+    write_file("/sys/fs/cgroup/cgroup.subtree_control", "+cpu");
+    write_file("/sys/fs/cgroup/cgroup.subtree_control", "+pids");
+    mkdir(WORKLOAD_CGROUP, 0755);
+    mkdir(EXEC_CGROUP, 0755);
+}
+
+void workload_fatal(const char *message) {
+    uint8_t buffer[512];
+    struct field_writer writer = {buffer, sizeof buffer, 0, false};
+    put_text_field(&writer, TAG_MESSAGE, message);
+    event_happened(EVENT_FATAL, &writer);
+    ended = true;
+    console_say(message);
+}
+
+void workload_start(const struct boot_config *config) {
+    struct program program = {.argv = config->argv,
+                              .env = config->env,
+                              .cwd = config->cwd,
+                              .make_cwd = true,
+                              .user = config->user,
+                              .merge_output = true,
+                              .cgroup = WORKLOAD_CGROUP};
+    char message[128];
+    if (start_program(&program, &child) == 0) {
+        running = true;
+        return;
+    }
+    snprintf(message, sizeof message, "can not start a process: %s", strerror(errno));
+    workload_fatal(message);
+}
+
+bool workload_running(void) { return running; }
+bool workload_ended(void) { return ended; }
+
+void workload_signal(int signal) {
+    if (running)
+        kill(child.pid, signal);
+}
+
+static unsigned oom_kills(void) {
+    char text[512];
+    unsigned count = 0;
+    if (read_file(WORKLOAD_CGROUP "/memory.events", text, sizeof text) > 0) {
+        char *at = strstr(text, "\noom_kill ");
+        if (at)
+            sscanf(at, " oom_kill %u", &count);
+    }
+    return count;
+}
+
+bool workload_reap(pid_t pid, int status) {
+    struct start_failure failure;
+    uint8_t buffer[512];
+    struct field_writer writer = {buffer, sizeof buffer, 0, false};
+    if (!running || pid != child.pid)
+        return false;
+    running = false;
+    ended = true;
+    bool never_ran = child.failure >= 0 && read(child.failure, &failure, sizeof failure) == sizeof failure;
+    close_fd(&child.failure);
+    if (never_ran) {
+        workload_fatal(failure.message);
+        put_u32_field(&writer, TAG_EXIT_CODE, (uint32_t)failure.exit_code);
+    } else {
+        int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+        int code = signal ? 128 + signal : WEXITSTATUS(status);
+        event_happened(EVENT_STARTED, NULL); /* it may have been quicker than the news of its start */
+        put_u32_field(&writer, TAG_EXIT_CODE, (uint32_t)code);
+        put_u32_field(&writer, TAG_SIGNAL, (uint32_t)signal);
+        put_u8_field(&writer, TAG_OOM, code == 128 + SIGKILL && oom_kills() > 0);
+    }
+    event_happened(EVENT_EXITED, &writer);
+    return true;
+}
+
+size_t workload_poll(struct pollfd *fds, size_t count) {
+    if (child.failure >= 0 && running)
+        fds[count++] = (struct pollfd){child.failure, POLLIN, 0};
+    if (child.out >= 0 && pump_end < sizeof pump)
+        fds[count++] = (struct pollfd){child.out, POLLIN, 0};
+    if (pump_begin < pump_end)
+        fds[count++] = (struct pollfd){console, POLLOUT, 0};
+    return count;
+}
+
+/* The failure pipe ends without a word when the program is executed. */
+static bool ended_empty(int fd) {
+    struct pollfd poller = {fd, POLLIN, 0};
+    int waiting = 0;
+    poll(&poller, 1, 0);
+    return (poller.revents & POLLHUP) && ioctl(fd, FIONREAD, &waiting) == 0 && waiting == 0;
+}
+
+void workload_io(void) {
+    if (running && child.failure >= 0 && ended_empty(child.failure)) {
+        close_fd(&child.failure);
+        event_happened(EVENT_STARTED, NULL);
+    }
+    if (child.out >= 0 && pump_end < sizeof pump) {
+        ssize_t n = read(child.out, pump + pump_end, sizeof pump - pump_end);
+        if (n > 0)
+            pump_end += (size_t)n;
+        else if (n == 0 || (errno == EAGAIN && !running))
+            close_fd(&child.out);
+    }
+    while (pump_begin < pump_end) {
+        ssize_t n = console >= 0 ? write(console, pump + pump_begin, pump_end - pump_begin) : (ssize_t)(pump_end - pump_begin);
+        if (n < 0 && errno == EAGAIN)
+            return;
+        if (n < 0 && errno == EINTR)
+            continue;
+        pump_begin = n < 0 ? pump_end : pump_begin + (size_t)n;
+    }
+    pump_begin = pump_end = 0;
+}
+
+bool workload_drained(void) { return child.out < 0 && pump_begin == pump_end; }
+
+void console_say(const char *line) {
+    char text[600];
+    if (console < 0)
+        open_console("");
+    int n = snprintf(text, sizeof text, "hypeman: %s\n", line);
+    if (console >= 0 && write(console, text, (size_t)n < sizeof text ? (size_t)n : sizeof text - 1) < 0)
+        errno = 0; /* nobody left to tell */
+}

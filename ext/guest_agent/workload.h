@@ -1,0 +1,37 @@
+/* The main process: started once, its output pumped to the console, its end told apart. */
+#ifndef HM_WORKLOAD_H
+#define HM_WORKLOAD_H
+
+#include <poll.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "boot_config.h"
+
+#define WORKLOAD_CGROUP "/sys/fs/cgroup/hypeman.workload"
+#define EXEC_CGROUP "/sys/fs/cgroup/hypeman.exec"
+#define WORKLOAD_POLL_FDS 3
+
+/* Makes the control groups and opens the console. */
+void workload_prepare(const struct boot_config *config);
+/* Starts the image's program; what goes wrong becomes EVENT_FATAL. */
+void workload_start(const struct boot_config *config);
+/* There will be no main process: EVENT_FATAL, and a line on the console. */
+void workload_fatal(const char *message);
+bool workload_running(void);
+/* It has ended, or could not begin. */
+bool workload_ended(void);
+/* Sends a signal to it. */
+void workload_signal(int signal);
+/* True if the pid was it; its end becomes EVENT_EXITED. */
+bool workload_reap(pid_t pid, int status);
+/* All that it printed is on the console. */
+bool workload_drained(void);
+
+size_t workload_poll(struct pollfd *fds, size_t count);
+void workload_io(void);
+/* A line on the console, before the end. */
+void console_say(const char *line);
+
+#endif

@@ -1,0 +1,223 @@
+"""What a guest is told before it runs, as a Struct and as the bytes of a small raw disk.
+
+Twin of ``ext/guest_agent/boot_config.c``. The disk is no file system: a header, fields (see
+``fields.py``), padding, and in its last 4 KB the place where the guest writes how it ended, for a host
+that was not there to hear it.
+
+    0    magic "HYPEBOOT", u32 version, u32 length, u32 CRC-32 of the fields, u32 offset of the outcome
+    24   fields
+    …    outcome: magic "HYPEOVER", u32 length, u32 CRC-32, nonce, u8 event, fields
+
+Ids of disks are virtio serial numbers, of which only 20 bytes exist. Three have fixed ids: BOOT_DISK_ID,
+ROOT_DISK_ID and OVERLAY_DISK_ID.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+import zlib
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from hypeman.errors import InvalidRequest
+from hypeman.guest.fields import FieldWriter, MalformedFields, Tag
+from hypeman.guest.types import Exited, Fatal, parse_event
+
+BOOT_DISK_ID = "boot"
+ROOT_DISK_ID = "root"
+OVERLAY_DISK_ID = "overlay"
+DISK_ID_BYTES = 20
+
+CA_BUNDLE_PATH = "/etc/hypeman/ca-bundle.pem"
+"""In a guest with extra certificates: its image's roots and ours. For variables that *replace* the roots."""
+CA_CERT_PATH = "/etc/hypeman/ca.pem"
+"""Ours alone, for variables that add to the roots."""
+
+_HEADER = struct.Struct("<8sIIII")
+_MAGIC = b"HYPEBOOT"
+_VERSION = 1
+_BLOCK = 4096
+_MAX_FIELDS = 1024 * 1024
+_MAX_STRINGS = 8192
+
+_OUTCOME_HEADER = struct.Struct("<8sII16s")
+_OUTCOME_MAGIC = b"HYPEOVER"
+_OUTCOME_BYTES = 4096
+
+
+class GuestNetwork(msgspec.Struct, frozen=True):
+    """The guest's one interface, found by its MAC."""
+
+    mac: str
+    address: str
+    prefix: Annotated[int, Meta(ge=0, le=32)]
+    gateway: str = ""
+    """Default route, reached on the link whatever the prefix; empty for none."""
+    dns: tuple[str, ...] = ()
+    mtu: int = 0
+    """0 leaves it as the device says."""
+
+
+class GuestVolume(msgspec.Struct, frozen=True):
+    """A disk mounted in the guest."""
+
+    disk_id: str
+    path: str
+    readonly: bool = False
+    fs_type: str = "ext4"
+    overlay_disk_id: str = ""
+    """A second disk that takes the writes of this guest; the volume itself is then only read."""
+
+
+class CaCertificate(msgspec.Struct, frozen=True):
+    """A certificate authority that the guest shall trust."""
+
+    pem: str
+    subject_hash: str = ""
+    """OpenSSL's hash of the subject (8 hexadecimal digits), for /etc/ssl/certs/<hash>.0; empty leaves that out."""
+
+
+class BootConfig(msgspec.Struct, frozen=True):
+    """One boot of one guest."""
+
+    instance_id: str
+    hostname: str
+    nonce: bytes
+    """16 random bytes of this boot; the agent proves itself with them."""
+    argv: tuple[str, ...]
+    """The program: the image's entry point and command. An init such as /sbin/init runs as its own process 1."""
+    env: tuple[str, ...] = ()
+    """"NAME=value" each."""
+    cwd: str = ""
+    user: str = ""
+    """As in an image's config: name, uid, name:group … Empty is root."""
+    root_fs: str = "erofs"
+    overlay: bool = True
+    """Writes go to the disk OVERLAY_DISK_ID (ext4); without it they stay in memory."""
+    volumes: tuple[GuestVolume, ...] = ()
+    network: GuestNetwork | None = None
+    ca_certificates: tuple[CaCertificate, ...] = ()
+    stop_signal: int = 15
+    grace_seconds: float = 10.0
+    skip_agent: bool = False
+    """No exec, copy or stat; events and shutdown go on working."""
+    machine_id: str = ""
+    """32 hexadecimal digits for an image that has an /etc/machine-id."""
+    clock_ns: int = 0
+    """Time to set, in nanoseconds since 1970; 0 leaves the clock alone."""
+    disk_order: tuple[str, ...] = ()
+    """Ids in the order of the devices, only for VMMs that can not give disks a serial number."""
+    console: str = ""
+    """Device that takes the program's output; empty for the kernel's console."""
+    power_off_by_reset: bool = False
+    """The VMM ends on a reset, not on power-off (Firecracker, microvm without ACPI)."""
+
+
+def render_boot_disk(config: BootConfig) -> bytes:
+    """The whole disk, a multiple of 4 KB. Raises InvalidRequest for what no guest could take."""
+    try:
+        fields = _render_fields(config).render()
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequest(f"the guest can not be told its configuration: {error}") from error
+    if len(fields) > _MAX_FIELDS or len(config.argv) + len(config.env) > _MAX_STRINGS:
+        raise InvalidRequest("command and environment are larger than 1 MB or 8192 entries")
+    outcome_offset = -(-(_HEADER.size + len(fields)) // _BLOCK) * _BLOCK
+    header = _HEADER.pack(_MAGIC, _VERSION, len(fields), zlib.crc32(fields), outcome_offset)
+    return (header + fields).ljust(outcome_offset + _OUTCOME_BYTES, b"\0")
+
+
+def parse_outcome(disk: bytes, nonce: bytes) -> Exited | Fatal | None:
+    """How the boot with this nonce ended, if the guest could still note it; None for anything else.
+
+    The bytes are the guest's: they are worth as much as what it says on the channel.
+    """
+    if len(disk) < _HEADER.size:
+        return None
+    magic, version, _, _, offset = _HEADER.unpack_from(disk)
+    if magic != _MAGIC or version != _VERSION or offset + _OUTCOME_BYTES > len(disk):
+        return None
+    magic, length, crc, its_nonce = _OUTCOME_HEADER.unpack_from(disk, offset)
+    record = disk[offset + 16 : offset + 16 + length]
+    if magic != _OUTCOME_MAGIC or length > _OUTCOME_BYTES - 16 or its_nonce != nonce or zlib.crc32(record) != crc:
+        return None
+    try:
+        event = parse_event(record[16:])
+    except MalformedFields:
+        return None
+    return event if isinstance(event, Exited | Fatal) else None
+
+
+def render_network(writer: FieldWriter, network: GuestNetwork) -> None:
+    """Adds the fields of a network; raises ValueError for addresses that are none."""
+    mac = bytes.fromhex(network.mac.replace(":", ""))
+    if len(mac) != 6:
+        raise ValueError(f"{network.mac!r} is not a MAC address")
+    writer.add(Tag.MAC, mac)
+    writer.add(Tag.ADDRESS, ipaddress.IPv4Address(network.address).packed)
+    writer.u8(Tag.PREFIX, network.prefix)
+    if network.gateway:
+        writer.add(Tag.GATEWAY, ipaddress.IPv4Address(network.gateway).packed)
+    for server in network.dns[:4]:
+        writer.add(Tag.DNS, ipaddress.IPv4Address(server).packed)
+    if network.mtu:
+        writer.u32(Tag.MTU, network.mtu)
+
+
+def render_volume(volume: GuestVolume) -> FieldWriter:
+    """The nested fields of a volume."""
+    writer = FieldWriter()
+    writer.text(Tag.DISK_ID, check_disk_id(volume.disk_id))
+    writer.text(Tag.PATH, volume.path)
+    writer.text(Tag.FS_TYPE, volume.fs_type)
+    writer.flag(Tag.READONLY, volume.readonly)
+    if volume.overlay_disk_id:
+        writer.text(Tag.OVERLAY_DISK_ID, check_disk_id(volume.overlay_disk_id))
+    return writer
+
+
+def check_disk_id(disk_id: str) -> str:
+    """``disk_id`` if a virtio disk can carry it whole as its serial number, else ValueError."""
+    if not 1 <= len(disk_id.encode()) <= DISK_ID_BYTES:
+        raise ValueError(f"disk id {disk_id!r} must have 1 to {DISK_ID_BYTES} bytes")
+    return disk_id
+
+
+def _render_fields(config: BootConfig) -> FieldWriter:
+    if len(config.nonce) != 16:
+        raise ValueError("the nonce must have 16 bytes")
+    writer = FieldWriter()
+    writer.text(Tag.INSTANCE_ID, config.instance_id)
+    writer.text(Tag.HOSTNAME, config.hostname)
+    writer.add(Tag.NONCE, config.nonce)
+    for argument in config.argv:
+        writer.text(Tag.ARG, argument)
+    for variable in config.env:
+        writer.text(Tag.ENV, variable)
+    writer.text(Tag.CWD, config.cwd)
+    writer.text(Tag.USER, config.user)
+    writer.text(Tag.ROOT_FS, config.root_fs)
+    writer.flag(Tag.OVERLAY, config.overlay)
+    for volume in config.volumes:
+        writer.nested(Tag.VOLUME, render_volume(volume))
+    if config.network is not None:
+        render_network(writer, config.network)
+    for ca in config.ca_certificates:
+        nested = FieldWriter().text(Tag.CA_PEM, ca.pem)
+        if ca.subject_hash:
+            nested.text(Tag.CA_HASH, ca.subject_hash)
+        writer.nested(Tag.CA, nested)
+    writer.u32(Tag.STOP_SIGNAL, config.stop_signal)
+    writer.u64(Tag.GRACE_MS, round(config.grace_seconds * 1000))
+    writer.flag(Tag.SKIP_AGENT, config.skip_agent)
+    writer.flag(Tag.POWER_OFF_BY_RESET, config.power_off_by_reset)
+    writer.u64(Tag.CLOCK_NS, config.clock_ns)
+    writer.text(Tag.CONSOLE, config.console)
+    if config.machine_id:
+        writer.text(Tag.MACHINE_ID, config.machine_id)
+    for disk_id in config.disk_order:
+        writer.text(Tag.DISK_ORDER, check_disk_id(disk_id))
+    return writer
+

@@ -1,0 +1,647 @@
+"""Talks with the agent of one guest over any Trio byte stream.
+
+``GuestClient.run`` is started in a nursery by whoever owns the instance; it ends when the stream ends and
+raises GuestLost (a new connection can be tried) or GuestBroken (the guest breaks the protocol: no use to
+try). All other methods may be called by any number of tasks at once.
+
+Rules:
+- One task reads, one task writes. The reader never waits for a consumer: what may be on the way is bounded
+  by the windows of ``protocol.py``.
+- Each method gives its session back on every way out, also when cancelled: what ran in it is then killed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from types import TracebackType
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidRequest, NotFound, NotSupported
+from hypeman.guest.boot import GuestNetwork, GuestVolume, render_network, render_volume
+from hypeman.guest.fields import Fields, FieldWriter, MalformedFields, Tag
+from hypeman.guest.protocol import (
+    MAX_PAYLOAD,
+    MAX_SESSIONS,
+    WINDOW,
+    Connection,
+    Credit,
+    Data,
+    Ended,
+    Greeted,
+    Op,
+    ProtocolError,
+    Told,
+)
+from hypeman.guest.types import (
+    CopyEntry,
+    CopyToRequest,
+    ExecRequest,
+    FileKind,
+    GuestEvent,
+    Metrics,
+    PathInfo,
+    Ready,
+    parse_copy_entry,
+    parse_metrics,
+    parse_path_info,
+)
+
+_READ_BYTES = 262144
+_GRANT_BYTES = WINDOW // 4
+_OUTBOX_BYTES = 4 * WINDOW
+"""Senders wait while more than this waits for the stream."""
+_MAX_REPLY = 1024 * 1024
+
+_T = TypeVar("_T")
+
+
+class GuestLost(InternalError):
+    """The connection to the guest's agent has ended, or there is none."""
+
+
+class GuestBroken(InternalError):
+    """The guest's agent breaks the protocol, or is not the one that we started."""
+
+
+class GuestError(InternalError):
+    """A request reached the guest and failed there; ``errno`` of the guest's kernel, 0 if there is none."""
+
+    def __init__(self, message: str, *, errno: int = 0) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class VolumeBusy(InUse):
+    """A volume can not be unmounted; ``holders`` are the processes that use it, "pid (name)" each."""
+
+    def __init__(self, message: str, holders: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.holders = holders
+
+
+class Output(msgspec.Struct, frozen=True):
+    """Bytes that a program printed; with a terminal everything is standard output."""
+
+    data: bytes
+    stderr: bool = False
+
+
+class ExecResult(msgspec.Struct, frozen=True):
+    """How a program ended: 128 + signal if killed, 124 on timeout, 127 not found, 126 not executable."""
+
+    exit_code: int
+    signal: int = 0
+    timed_out: bool = False
+    message: str = ""
+    """Why it could not be started, if it could not."""
+
+
+class _Session:
+    """What has come for a session and was not fetched yet; at most a window of it."""
+
+    def __init__(self, client: GuestClient, session_id: int) -> None:
+        self._client = client
+        self.id = session_id
+        self.chunks: deque[Data] = deque()
+        self.ended: Ended | None = None
+        self.wakeup = trio.Event()
+        self._used = 0
+
+    def notify(self) -> None:
+        self.wakeup.set()
+        self.wakeup = trio.Event()
+
+    async def receive(self) -> Data | None:
+        """The next chunk, or None after the last; ``ended`` is then set. Raises GuestLost."""
+        while not self.chunks:
+            if self.ended is not None:
+                await trio.lowlevel.checkpoint()
+                return None
+            self._client.check_alive()
+            await self.wakeup.wait()
+        await trio.lowlevel.checkpoint()
+        chunk = self.chunks.popleft()
+        self._used += len(chunk.data)
+        if self._used >= _GRANT_BYTES:
+            self._client.grant(self.id, self._used)
+            self._used = 0
+        return chunk
+
+    async def send(self, data: bytes | bytearray | memoryview) -> None:
+        """Send all of ``data`` as the window allows. Data for a session that has ended goes nowhere."""
+        view = memoryview(data)
+        while view:
+            self._client.check_alive()
+            if self.ended is not None:
+                return
+            room = min(self._client.window(self.id), MAX_PAYLOAD)
+            if not room:
+                await self.wakeup.wait()
+                continue
+            await self._client.send(self.id, bytes(view[:room]))
+            view = view[room:]
+
+    async def finish(self) -> tuple[bytes, bytes, Ended]:
+        """Everything that still comes, as reply and error text. Raises GuestBroken for an endless reply."""
+        parts: tuple[list[bytes], list[bytes]] = ([], [])
+        size = 0
+        while (chunk := await self.receive()) is not None:
+            size += len(chunk.data)
+            if size > _MAX_REPLY:
+                raise GuestBroken("the guest's reply does not end")
+            parts[chunk.stderr].append(chunk.data)
+        assert self.ended is not None
+        return b"".join(parts[0]), b"".join(parts[1]), self.ended
+
+
+class ExecSession:
+    """A program that runs in the guest. Use as an async context manager; leaving it kills what still runs."""
+
+    def __init__(self, client: GuestClient, session: _Session) -> None:
+        self._client = client
+        self._session = session
+
+    async def send_stdin(self, data: bytes) -> None:
+        """Waits while the program does not read. Content with a program that has ended."""
+        await self._session.send(data)
+
+    async def close_stdin(self) -> None:
+        """End of file for the program; with a terminal, what Ctrl-D does."""
+        self._client.send_end(self._session.id)
+        await trio.lowlevel.checkpoint()
+
+    async def resize(self, rows: int, cols: int) -> None:
+        self._client.resize(self._session.id, rows, cols)
+        await trio.lowlevel.checkpoint()
+
+    async def signal(self, number: int) -> None:
+        """To the program's process group."""
+        self._client.signal(self._session.id, number)
+        await trio.lowlevel.checkpoint()
+
+    async def receive(self) -> Output | ExecResult:
+        """The next output; at last, and from then on, the result. Raises GuestLost."""
+        chunk = await self._session.receive()
+        if chunk is not None:
+            return Output(chunk.data, chunk.stderr)
+        ended = self._session.ended
+        assert ended is not None
+        return ExecResult(ended.exit_code, ended.signal, ended.timed_out, ended.message)
+
+    async def aclose(self) -> None:
+        self._client.close(self._session)
+        await trio.lowlevel.checkpoint()
+
+    async def __aenter__(self) -> ExecSession:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._client.close(self._session)
+
+
+class CopyIn:
+    """A file on its way into the guest. ``finish`` puts it in its place; without it, leaving the context takes
+    everything back."""
+
+    def __init__(self, client: GuestClient, session: _Session) -> None:
+        self._client = client
+        self._session = session
+
+    async def send(self, data: bytes) -> None:
+        """Waits while the guest is busy. An error of the guest shows in ``finish``."""
+        await self._session.send(data)
+
+    async def finish(self) -> int:
+        """Bytes written. Raises InvalidRequest, Conflict, NotFound or GuestError if it did not work."""
+        self._client.send_end(self._session.id)
+        reply, error, ended = await self._session.finish()
+        self._client.close(self._session)
+        _check(error, ended)
+        return _parsed(Fields, reply).u64(Tag.SIZE)
+
+    async def aclose(self) -> None:
+        self._client.close(self._session)
+        await trio.lowlevel.checkpoint()
+
+    async def __aenter__(self) -> CopyIn:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._client.close(self._session)
+
+
+class GuestClient:
+    """One connection to one agent."""
+
+    def __init__(self, stream: trio.abc.Stream, *, nonce: bytes) -> None:
+        self._stream = stream
+        self._connection = Connection(nonce)
+        self._sessions: dict[int, _Session] = {}
+        self._slots = trio.CapacityLimiter(MAX_SESSIONS)
+        self._events_in, self.events = trio.open_memory_channel[GuestEvent](16)
+        self._greeted = trio.Event()
+        self._ready = trio.Event()
+        self._lost: HypemanError | None = None
+        self._outbox_filled = trio.Event()
+        self._outbox_drained = trio.Event()
+        self._outbox_bytes = 0
+        self.ready: Ready | None = None
+        """What the guest told about its boot, once it has."""
+        self.no_agent = False
+        """The guest serves no exec, copy or stat."""
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the connection until it ends; started as soon as the greeting is on its way.
+
+        Always raises: GuestLost, GuestBroken, or Cancelled. The stream is closed then.
+        """
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                task_status.started()
+                await self._read()
+                nursery.cancel_scope.cancel()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as group:
+            self._fail(GuestLost(f"the connection to the guest broke: {group.exceptions[0]}"))
+        except* (ProtocolError, MalformedFields) as group:
+            self._fail(GuestBroken(str(group.exceptions[0])))
+        finally:
+            self._fail(GuestLost("the connection to the guest has ended"))
+            self._events_in.close()
+            await trio.aclose_forcefully(self._stream)
+        assert self._lost is not None
+        raise self._lost
+
+    async def wait_greeted(self) -> None:
+        """Wait for an agent that has proved itself. Raises GuestLost or GuestBroken."""
+        await self._greeted.wait()
+        self.check_alive()
+
+    async def wait_ready(self) -> Ready:
+        """Wait until the guest is set up. Raises GuestLost or GuestBroken."""
+        await self._ready.wait()
+        if self.ready is None:
+            self.check_alive()
+        assert self.ready is not None
+        return self.ready
+
+    # Requests
+
+    async def exec(self, request: ExecRequest) -> ExecSession:
+        """Start a program. Whether it could be started shows in its result (127, 126)."""
+        writer = FieldWriter()
+        for argument in request.argv:
+            writer.text(Tag.ARG, argument)
+        for variable in request.env:
+            writer.text(Tag.ENV, variable)
+        if request.cwd is not None:
+            writer.text(Tag.CWD, request.cwd)
+        writer.text(Tag.USER, request.user)
+        writer.flag(Tag.TTY, request.tty)
+        writer.u16(Tag.ROWS, min(request.rows, 65535))
+        writer.u16(Tag.COLS, min(request.cols, 65535))
+        writer.u64(Tag.TIMEOUT_MS, math.ceil(request.timeout_seconds * 1000))
+        return ExecSession(self, await self._open(Op.EXEC, writer))
+
+    async def stat(self, path: str, *, follow_links: bool = False) -> PathInfo:
+        writer = FieldWriter().text(Tag.PATH, path).flag(Tag.FOLLOW_LINKS, follow_links)
+        reply, error, ended = await self._call(Op.STAT, writer)
+        if ended.exit_code:
+            return PathInfo(exists=False, error=_error_text(error, ended))
+        return _parsed(parse_path_info, reply)
+
+    async def copy_to(self, request: CopyToRequest) -> CopyIn:
+        """Begin to make a file, directory or symlink; ``finish`` the result, also for those without data."""
+        writer = FieldWriter().text(Tag.PATH, request.path).u8(Tag.KIND, request.kind)
+        if request.mode is not None:
+            writer.u32(Tag.MODE, request.mode)
+        if request.uid is not None:
+            writer.u32(Tag.UID, request.uid)
+        if request.gid is not None:
+            writer.u32(Tag.GID, request.gid)
+        if request.mtime is not None:
+            writer.i64(Tag.MTIME, request.mtime)
+        if request.link_target is not None:
+            writer.text(Tag.LINK_TARGET, request.link_target)
+        return CopyIn(self, await self._open(Op.COPY_TO, writer))
+
+    @asynccontextmanager
+    async def copy_from(
+        self, path: str, *, follow_links: bool = False
+    ) -> AsyncIterator[AsyncIterator[CopyEntry | bytes]]:
+        """A file or tree: each entry, after a file's entry its data in chunks of exactly ``size`` bytes in all.
+
+        Errors of the guest are raised by the iteration: NotFound if ``path`` does not exist, else GuestError.
+        """
+        writer = FieldWriter().text(Tag.PATH, path).flag(Tag.FOLLOW_LINKS, follow_links)
+        session = await self._open(Op.COPY_FROM, writer)
+        try:
+            async with aclosing(_read_tree(session)) as entries:
+                yield entries
+        finally:
+            self.close(session)
+
+    async def shutdown(self, *, grace_seconds: float | None = None, signal: int = 0) -> None:
+        """Ask the guest to end: ``signal`` (0: the image's own) to its program, after the grace by force, then
+        power off. Returns when the guest has begun."""
+        writer = FieldWriter().u32(Tag.STOP_SIGNAL, signal)
+        if grace_seconds is not None:
+            writer.u64(Tag.GRACE_MS, math.ceil(grace_seconds * 1000))
+        await self._request(Op.SHUTDOWN, writer)
+
+    async def set_clock(self, ns: int) -> None:
+        """Set the time, in nanoseconds since 1970."""
+        await self._request(Op.CLOCK, FieldWriter().u64(Tag.CLOCK_NS, ns))
+
+    async def set_identity(
+        self,
+        *,
+        hostname: str,
+        machine_id: str = "",
+        network: GuestNetwork | None = None,
+        entropy: bytes = b"",
+        clock_ns: int = 0,
+        nonce: bytes | None = None,
+    ) -> None:
+        """Make a restored or forked guest somebody of its own; all of it is done when this returns.
+
+        ``network`` replaces MAC, address and route (the link to the guest should be down until then);
+        ``nonce`` is what the agent proves itself with from the next connection on.
+        """
+        writer = FieldWriter().text(Tag.HOSTNAME, hostname).text(Tag.MACHINE_ID, machine_id)
+        writer.add(Tag.ENTROPY, entropy).u64(Tag.CLOCK_NS, clock_ns)
+        if nonce is not None:
+            writer.add(Tag.NONCE, nonce)
+        if network is not None:
+            render_network(writer, network)
+        await self._request(Op.IDENTITY, writer)
+
+    async def mount_volume(self, volume: GuestVolume) -> None:
+        """Mount a disk that was just plugged in; waits up to 10 s for it to appear."""
+        await self._request(Op.MOUNT, FieldWriter().nested(Tag.VOLUME, render_volume(volume)))
+
+    async def unmount_volume(self, path: str) -> None:
+        """Unmount; content if nothing is mounted there. Raises VolumeBusy with who uses it; then nothing changed."""
+        reply, error, ended = await self._call(Op.UNMOUNT, FieldWriter().text(Tag.PATH, path))
+        holders = tuple(_parsed(Fields, reply).texts(Tag.HOLDER))
+        if holders:
+            raise VolumeBusy(f"{path} is in use by {', '.join(holders)}", holders)
+        _check(error, ended)
+
+    async def online_memory(self) -> int:
+        """Use memory that was plugged in; bytes that the guest has now."""
+        return _parsed(Fields, await self._request(Op.MEMORY, None)).u64(Tag.MEMORY_TOTAL)
+
+    async def metrics(self) -> Metrics:
+        return _parsed(parse_metrics, await self._request(Op.METRICS, None))
+
+    async def freeze(self) -> None:
+        """Stop all processes but the agent, for at most 10 s of guest time, so that after a restore or fork
+        identity and clock are set before they run on."""
+        await self._request(Op.FREEZE, None)
+
+    async def thaw(self) -> None:
+        await self._request(Op.THAW, None)
+
+    # For sessions
+
+    def check_alive(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    def window(self, session: int) -> int:
+        return self._connection.window(session)
+
+    def grant(self, session: int, count: int) -> None:
+        self._connection.grant(session, count)
+        self._wake_writer()
+
+    async def send(self, session: int, data: bytes) -> None:
+        while self._outbox_bytes > _OUTBOX_BYTES:
+            await self._outbox_drained.wait()
+            self.check_alive()
+        if self._connection.is_open(session):
+            self._connection.send(session, data[: self._connection.window(session)])
+            self._outbox_bytes += len(data)
+        self._wake_writer()
+        await trio.lowlevel.checkpoint()
+
+    def send_end(self, session: int) -> None:
+        if self._connection.is_open(session):
+            self._connection.send_end(session)
+            self._wake_writer()
+
+    def signal(self, session: int, number: int) -> None:
+        if self._connection.is_open(session):
+            self._connection.signal(session, number)
+            self._wake_writer()
+
+    def resize(self, session: int, rows: int, cols: int) -> None:
+        if self._connection.is_open(session):
+            self._connection.resize(session, rows, cols)
+            self._wake_writer()
+
+    def close(self, session: _Session) -> None:
+        """Give a session back; idempotent."""
+        if self._sessions.pop(session.id, None) is not None:
+            self._connection.close(session.id)
+            self._slots.release_on_behalf_of(session)
+            session.notify()
+            self._wake_writer()
+
+    # Inside
+
+    async def _open(self, op: Op, fields: FieldWriter | None) -> _Session:
+        await self.wait_greeted()
+        session = _Session(self, 0)
+        await self._slots.acquire_on_behalf_of(session)
+        try:
+            self.check_alive()
+            session.id = self._connection.open(op, fields)
+        except BaseException as error:
+            self._slots.release_on_behalf_of(session)
+            if isinstance(error, ValueError):
+                raise InvalidRequest(str(error)) from error
+            raise
+        self._sessions[session.id] = session
+        self._wake_writer()
+        return session
+
+    async def _call(self, op: Op, fields: FieldWriter | None) -> tuple[bytes, bytes, Ended]:
+        session = await self._open(op, fields)
+        try:
+            return await session.finish()
+        finally:
+            self.close(session)
+
+    async def _request(self, op: Op, fields: FieldWriter | None) -> bytes:
+        reply, error, ended = await self._call(op, fields)
+        _check(error, ended)
+        return reply
+
+    async def _write(self) -> None:
+        while True:
+            data = self._connection.data_to_send()
+            if not data:
+                self._outbox_filled = trio.Event()
+                await self._outbox_filled.wait()
+                continue
+            self._outbox_bytes = 0
+            await self._stream.send_all(data)
+            self._outbox_drained.set()
+            self._outbox_drained = trio.Event()
+
+    def _wake_writer(self) -> None:
+        self._outbox_filled.set()
+
+    async def _read(self) -> None:
+        while data := await self._stream.receive_some(_READ_BYTES):
+            for event in self._connection.receive(bytes(data)):
+                self._take(event)
+            self._wake_writer()
+
+    def _take(self, event: Greeted | Data | Credit | Ended | Told) -> None:
+        match event:
+            case Greeted():
+                self.no_agent = event.no_agent
+                self._greeted.set()
+            case Told():
+                self._tell(event)
+            case Data() | Credit() | Ended():
+                session = self._sessions.get(event.session)
+                if session is None:
+                    return
+                if isinstance(event, Data):
+                    session.chunks.append(event)
+                elif isinstance(event, Ended):
+                    session.ended = event
+                session.notify()
+
+    def _tell(self, told: Told) -> None:
+        if isinstance(told.event, Ready):
+            self.ready = told.event
+            self._ready.set()
+        if told.event is not None:
+            try:
+                self._events_in.send_nowait(told.event)
+            except trio.WouldBlock as error:
+                raise ProtocolError("the guest tells more events than there are") from error
+            except trio.BrokenResourceError:
+                return  # nobody wants to know: not acknowledged either
+        self._connection.acknowledge(told)
+
+    def _fail(self, error: HypemanError) -> None:
+        """The connection is over: everybody who waits learns why. The first reason counts."""
+        if self._lost is not None:
+            return
+        self._lost = error
+        self._greeted.set()
+        self._ready.set()
+        self._outbox_drained.set()
+        for session in self._sessions.values():
+            session.notify()
+
+
+async def _read_tree(session: _Session) -> AsyncGenerator[CopyEntry | bytes, None]:
+    """The reply of COPY_FROM: u32 length, entry, then exactly the data that the entry promises."""
+    reader = _TreeReader(session)
+    while (header := await reader.read_header()) is not None:
+        entry = _parsed(parse_copy_entry, header)
+        yield entry
+        left = entry.size if entry.kind is FileKind.FILE else 0
+        while left:
+            data = await reader.read_some(left)
+            left -= len(data)
+            yield data
+
+
+class _TreeReader:
+    """Reads the stream of a tree by numbers of bytes."""
+
+    _MAX_HEADER = 16384
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+        self._buffer = b""
+        self._error: list[bytes] = []
+
+    async def read_header(self) -> bytes | None:
+        """The next entry, or None at the end."""
+        if not await self._fill(4, may_end=True):
+            return None
+        length = int.from_bytes(self._take(4), "little")
+        if length > self._MAX_HEADER:
+            raise GuestBroken("an entry of impossible size")
+        await self._fill(length)
+        return self._take(length)
+
+    async def read_some(self, limit: int) -> bytes:
+        await self._fill(1)
+        return self._take(min(limit, len(self._buffer)))
+
+    def _take(self, count: int) -> bytes:
+        data, self._buffer = self._buffer[:count], self._buffer[count:]
+        return data
+
+    async def _fill(self, count: int, *, may_end: bool = False) -> bool:
+        while len(self._buffer) < count:
+            chunk = await self._session.receive()
+            if chunk is None:
+                ended = self._session.ended
+                assert ended is not None
+                _check(b"".join(self._error), ended)
+                if may_end and not self._buffer:
+                    return False
+                raise GuestBroken("the tree ends in the middle of an entry")
+            if chunk.stderr:
+                self._error.append(chunk.data)
+                if len(self._error) > 64:
+                    raise GuestBroken("the guest's error text does not end")
+            else:
+                self._buffer = self._buffer + chunk.data if self._buffer else chunk.data
+        return True
+
+
+_NOT_THERE = {2, 20}  # ENOENT, ENOTDIR of Linux, whatever the host calls them
+_IN_THE_WAY = {17, 21, 39}  # EEXIST, EISDIR, ENOTEMPTY
+_BUSY = 16
+_NOT_SUPPORTED = {38, 95}  # ENOSYS, EOPNOTSUPP
+_INVALID = {22, 36, 40}  # EINVAL, ENAMETOOLONG, ELOOP
+
+
+def _error_text(error: bytes, ended: Ended) -> str:
+    return error.decode("utf-8", "replace") or ended.message or f"failed with code {ended.exit_code} in the guest"
+
+
+def _check(error: bytes, ended: Ended) -> None:
+    """Raise what a failed request of the guest means to our caller."""
+    if ended.exit_code == 0:
+        return
+    text, errno = _error_text(error, ended), ended.exit_code
+    if errno in _NOT_THERE:
+        raise NotFound(text)
+    if errno in _IN_THE_WAY or errno == _BUSY:
+        raise Conflict(text)
+    if errno in _NOT_SUPPORTED:
+        raise NotSupported(text)
+    if errno in _INVALID:
+        raise InvalidRequest(text)
+    raise GuestError(text, errno=errno if errno < 128 else 0)
+
+
+def _parsed(parse: Callable[[bytes], _T], reply: bytes) -> _T:
+    """A reply, understood; a guest whose replies can not be is broken."""
+    try:
+        return parse(reply)
+    except MalformedFields as error:
+        raise GuestBroken(str(error)) from error

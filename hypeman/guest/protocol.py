@@ -1,0 +1,340 @@
+"""The host's half of the talk with a guest: bytes to events and calls to bytes, without any I/O.
+
+    greet ──▶ GREETING ──the guest's answer──▶ OPEN ──▶ frames of up to 128 sessions
+                 │ everything before the answer is thrown away: it is the rest of an earlier connection
+
+Twin of ``ext/guest_agent/protocol.h``, where the bytes are laid out. Rules:
+
+- A session begins with ``open`` and ends with the guest's Ended, or with ``close``; ids are never used twice
+  on a connection.
+- Each side may have WINDOW bytes on the way in a session until the other grants more, so nothing here
+  buffers more than that for a session, and a slow reader stops only its own session.
+- A guest that breaks a rule gets a ProtocolError, and the connection is useless from then on. Nothing that
+  it sends can make us allocate more than a frame and its windows.
+"""
+
+from __future__ import annotations
+
+import enum
+import hmac
+import secrets
+import struct
+import zlib
+
+import msgspec
+
+from hypeman.guest.fields import Fields, FieldWriter, MalformedFields, Tag
+from hypeman.guest.types import GuestEvent, parse_event
+
+PROTOCOL_VERSION = 1
+SYNC_MAGIC = b"HYPEMAN\x01"
+ACK_MAGIC = b"HYPEMAN\x02"
+MAX_PAYLOAD = 32768
+WINDOW = 131072
+MAX_SESSIONS = 128
+MAX_REQUEST = 262144
+MAX_STALE = 64 * 1024 * 1024
+"""More left-over bytes than any queue between guest and host can hold."""
+
+AGENT_PORT_NAME = "hypeman.agent"
+"""Name of the virtio-serial port that the agent looks for."""
+AGENT_VSOCK_PORT = 1024
+"""Where the agent dials the host (CID 2) if there is no such port."""
+
+_HEADER = struct.Struct("<4sBBHI")
+_TRAILER_BYTES = 4
+_FLUSH = bytes(_HEADER.size + MAX_PAYLOAD + _TRAILER_BYTES)
+_ACK = struct.Struct("<8s16s16sHHI")
+_FLAG_MORE = 1
+_FLAG_END = 2
+_ACK_FLAG_NO_AGENT = 1
+
+
+class FrameType(enum.IntEnum):
+    OPEN = 1
+    DATA = 2
+    STDERR = 3
+    CREDIT = 4
+    SIGNAL = 5
+    RESIZE = 6
+    CLOSE = 7
+    EXIT = 8
+    EVENT = 9
+    EVENT_ACK = 10
+
+
+class Op(enum.IntEnum):
+    """What a session is opened for."""
+
+    EXEC = 1
+    STAT = 2
+    COPY_TO = 3
+    COPY_FROM = 4
+    SHUTDOWN = 5
+    CLOCK = 6
+    IDENTITY = 7
+    MOUNT = 8
+    UNMOUNT = 9
+    MEMORY = 10
+    METRICS = 11
+    FREEZE = 12
+    THAW = 13
+
+
+class ProtocolError(Exception):
+    """The guest broke the protocol; its connection is of no use any more."""
+
+
+class Greeted(msgspec.Struct, frozen=True):
+    """The guest has answered and proved itself; sessions may be opened."""
+
+    no_agent: bool
+
+
+class Data(msgspec.Struct, frozen=True):
+    """Output or part of a reply. ``grant`` as many bytes when they have been used."""
+
+    session: int
+    data: bytes
+    stderr: bool
+
+
+class Credit(msgspec.Struct, frozen=True):
+    """More may be sent in a session."""
+
+    session: int
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """The last of a session."""
+
+    session: int
+    exit_code: int
+    signal: int
+    timed_out: bool
+    message: str
+
+
+class Told(msgspec.Struct, frozen=True):
+    """The guest told an event (again, after each greeting); it waits for ``acknowledge``."""
+
+    kind: int
+    event: GuestEvent | None
+
+
+ProtocolEvent = Greeted | Data | Credit | Ended | Told
+
+
+class _Session:
+    __slots__ = ("allowance", "credit")
+
+    def __init__(self) -> None:
+        self.credit = WINDOW
+        """Bytes that we may still send."""
+        self.allowance = WINDOW
+        """Bytes that the guest may still send."""
+
+
+class Connection:
+    """One connection with one guest. Sync, and never blocks: what is to be sent is fetched with ``data_to_send``."""
+
+    def __init__(self, nonce: bytes, *, token: bytes | None = None) -> None:
+        self._nonce = nonce
+        self._token = token or _new_token()
+        self._mark, self._trailer = self._token[:4], self._token[4:8]
+        self._greeted = False
+        self._stale = 0
+        self._incoming = bytearray()
+        self._outgoing: list[bytes] = [_FLUSH, _render_greeting(self._token)]
+        self._sessions: dict[int, _Session] = {}
+        self._next_session = 1
+
+    @property
+    def greeted(self) -> bool:
+        return self._greeted
+
+    @property
+    def session_count(self) -> int:
+        return len(self._sessions)
+
+    def data_to_send(self) -> bytes:
+        """All bytes that wait to be sent, once."""
+        data = b"".join(self._outgoing)
+        self._outgoing.clear()
+        return data
+
+    # What we do
+
+    def open(self, op: Op, fields: FieldWriter | None = None) -> int:
+        """Open a session; its id. ValueError if the request is too large, RuntimeError without a free slot."""
+        request = bytes((op,)) + (fields.render() if fields is not None else b"")
+        if len(request) > MAX_REQUEST:
+            raise ValueError(f"request of {len(request)} bytes; at most {MAX_REQUEST} are possible")
+        if not self._greeted or len(self._sessions) >= MAX_SESSIONS:
+            raise RuntimeError("no session can be opened now")
+        session = self._next_session
+        self._next_session += 1
+        self._sessions[session] = _Session()
+        for start in range(0, len(request), MAX_PAYLOAD):
+            more = _FLAG_MORE if start + MAX_PAYLOAD < len(request) else 0
+            self._send(FrameType.OPEN, more, session, request[start : start + MAX_PAYLOAD])
+        return session
+
+    def window(self, session: int) -> int:
+        """Bytes that may be sent in the session now; 0 also for one that has ended."""
+        state = self._sessions.get(session)
+        return state.credit if state is not None else 0
+
+    def is_open(self, session: int) -> bool:
+        return session in self._sessions
+
+    def send(self, session: int, data: bytes) -> None:
+        """Send standard input or file data: at most ``window`` bytes."""
+        state = self._sessions[session]
+        if len(data) > state.credit:
+            raise RuntimeError("more data than the window allows")
+        state.credit -= len(data)
+        for start in range(0, len(data), MAX_PAYLOAD):
+            self._send(FrameType.DATA, 0, session, data[start : start + MAX_PAYLOAD])
+
+    def send_end(self, session: int) -> None:
+        """No more data will come."""
+        self._send(FrameType.DATA, _FLAG_END, session, b"")
+
+    def grant(self, session: int, count: int) -> None:
+        """``count`` received bytes have been used; the guest may send as many more."""
+        state = self._sessions.get(session)
+        if state is not None:
+            state.allowance += count
+            self._send(FrameType.CREDIT, 0, session, count.to_bytes(4, "little"))
+
+    def signal(self, session: int, number: int) -> None:
+        self._send(FrameType.SIGNAL, 0, session, number.to_bytes(4, "little"))
+
+    def resize(self, session: int, rows: int, cols: int) -> None:
+        self._send(FrameType.RESIZE, 0, session, struct.pack("<HH", rows, cols))
+
+    def close(self, session: int) -> None:
+        """End a session from our side: what runs in it is killed. Content with one that has ended."""
+        if self._sessions.pop(session, None) is not None:
+            self._send(FrameType.CLOSE, 0, session, b"")
+
+    def acknowledge(self, told: Told) -> None:
+        self._send(FrameType.EVENT_ACK, 0, 0, bytes((told.kind,)))
+
+    # What the guest does
+
+    def receive(self, data: bytes) -> list[ProtocolEvent]:
+        """Take bytes of the guest; what they mean, in order. Raises ProtocolError."""
+        self._incoming += data
+        events: list[ProtocolEvent] = []
+        if not self._greeted:
+            greeted = self._find_answer()
+            if greeted is None:
+                return events
+            events.append(greeted)
+        position = 0
+        try:
+            while (end := self._frame_end(position)) is not None:
+                self._take_frame(position, end, events)
+                position = end
+        except MalformedFields as error:
+            raise ProtocolError(f"malformed message of the guest: {error}") from error
+        del self._incoming[:position]
+        return events
+
+    def _find_answer(self) -> Greeted | None:
+        begin = self._incoming.find(ACK_MAGIC + self._token)
+        if begin < 0:
+            keep = min(len(self._incoming), _ACK.size)
+            self._discard(len(self._incoming) - keep)
+            return None
+        self._discard(begin)
+        if len(self._incoming) < _ACK.size:
+            return None
+        answer = bytes(self._incoming[: _ACK.size])
+        _, _, nonce, version, flags, crc = _ACK.unpack(answer)
+        if zlib.crc32(answer[:-4]) != crc:
+            raise ProtocolError("the guest's answer is damaged")
+        if not hmac.compare_digest(nonce, self._nonce):
+            raise ProtocolError("whoever answers does not know the nonce of this boot")
+        if version != PROTOCOL_VERSION:
+            raise ProtocolError(f"the guest speaks version {version} of the protocol, we speak {PROTOCOL_VERSION}")
+        del self._incoming[: _ACK.size]
+        self._greeted = True
+        return Greeted(no_agent=bool(flags & _ACK_FLAG_NO_AGENT))
+
+    def _discard(self, count: int) -> None:
+        self._stale += count
+        if self._stale > MAX_STALE:
+            raise ProtocolError("the guest sends bytes without end and does not answer")
+        del self._incoming[:count]
+
+    def _frame_end(self, position: int) -> int | None:
+        """Where the frame at ``position`` ends, if it is here as a whole."""
+        if len(self._incoming) - position < _HEADER.size:
+            return None
+        mark, _, _, length, _ = _HEADER.unpack_from(self._incoming, position)
+        if mark != self._mark or length > MAX_PAYLOAD:
+            raise ProtocolError("garbage where a frame should begin")
+        end: int = position + _HEADER.size + length + _TRAILER_BYTES
+        return end if end <= len(self._incoming) else None
+
+    def _take_frame(self, position: int, end: int, events: list[ProtocolEvent]) -> None:
+        _, kind, _, _, session = _HEADER.unpack_from(self._incoming, position)
+        with memoryview(self._incoming) as view:
+            payload = bytes(view[position + _HEADER.size : end - _TRAILER_BYTES])
+            if view[end - _TRAILER_BYTES : end] != self._trailer:
+                raise ProtocolError("a frame does not end as it should")
+        if kind == FrameType.EVENT:
+            event = parse_event(payload)
+            events.append(Told(payload[0], event))
+            return
+        if session == 0 or session >= self._next_session:
+            raise ProtocolError(f"frame of a session {session} that was never opened")
+        state = self._sessions.get(session)
+        if state is None:
+            return  # closed by us meanwhile
+        match kind:
+            case FrameType.DATA | FrameType.STDERR:
+                if len(payload) > state.allowance:
+                    raise ProtocolError("the guest sends more than it was granted")
+                state.allowance -= len(payload)
+                events.append(Data(session, payload, kind == FrameType.STDERR))
+            case FrameType.CREDIT:
+                if len(payload) != 4:
+                    raise ProtocolError("a grant of the wrong size")
+                state.credit += int.from_bytes(payload, "little")
+                if state.credit > WINDOW:
+                    raise ProtocolError("the guest grants more than was used")
+                events.append(Credit(session))
+            case FrameType.EXIT:
+                fields = Fields(payload)
+                del self._sessions[session]
+                events.append(
+                    Ended(
+                        session,
+                        exit_code=fields.u32(Tag.EXIT_CODE),
+                        signal=fields.u32(Tag.SIGNAL),
+                        timed_out=fields.flag(Tag.TIMED_OUT),
+                        message=fields.text(Tag.MESSAGE),
+                    )
+                )
+            case _:
+                raise ProtocolError(f"frame of unknown type {kind}")
+
+    def _send(self, kind: FrameType, flags: int, session: int, payload: bytes) -> None:
+        self._outgoing.append(_HEADER.pack(self._mark, kind, flags, len(payload), session) + payload + self._trailer)
+
+
+def _render_greeting(token: bytes) -> bytes:
+    hello = SYNC_MAGIC + token
+    return hello + zlib.crc32(hello).to_bytes(4, "little")
+
+
+def _new_token() -> bytes:
+    """Random, but with a trailer that the zero bytes of a greeting can not be taken for."""
+    while True:
+        token = secrets.token_bytes(16)
+        if token[4:8] != bytes(4):
+            return token

@@ -1,0 +1,198 @@
+"""What is said between host and guest, as Structs. PathInfo also goes over HTTP (api.md §2.5)."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from hypeman.guest.fields import Fields, MalformedFields, Tag
+
+
+class PathInfo(msgspec.Struct, frozen=True):
+    """What lies at a path in the guest."""
+
+    exists: bool
+    is_dir: bool = False
+    is_file: bool = False
+    is_symlink: bool = False
+    link_target: Annotated[str | None, Meta(description="Where a symlink leads, if it was not followed")] = None
+    mode: Annotated[int, Meta(description="Permission bits")] = 0
+    size: Annotated[int, Meta(description="Bytes")] = 0
+    error: Annotated[str | None, Meta(description="Why it can not be told, other than absence")] = None
+
+
+class Ready(msgspec.Struct, frozen=True):
+    """The guest is set up and serves; told on every connection, first of all."""
+
+    phases_ms: dict[str, int]
+    """Name of each phase of the boot → milliseconds from the kernel's start to its end, in order."""
+
+
+class Started(msgspec.Struct, frozen=True):
+    """The main process runs the image's program."""
+
+
+class Exited(msgspec.Struct, frozen=True):
+    """The main process has ended; the guest powers off as soon as this is acknowledged."""
+
+    exit_code: int
+    """As of a shell: 128 + signal for a killed one, 127 and 126 for one that never ran."""
+    signal: int = 0
+    oom: bool = False
+    """Killed because guest memory ran out."""
+
+
+class Fatal(msgspec.Struct, frozen=True):
+    """The guest could not be set up or its program not be started; it powers off."""
+
+    message: str
+
+
+GuestEvent = Ready | Started | Exited | Fatal
+
+
+class EventKind(enum.IntEnum):
+    READY = 1
+    STARTED = 2
+    EXITED = 3
+    FATAL = 4
+
+
+class FileKind(enum.IntEnum):
+    FILE = 1
+    DIR = 2
+    SYMLINK = 3
+    OTHER = 4
+
+
+class ExecRequest(msgspec.Struct, frozen=True):
+    """A program to run beside the main process."""
+
+    argv: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    """"NAME=value", over the variables of the instance."""
+    cwd: str | None = None
+    """None: where the instance's own program works."""
+    user: str = ""
+    """Empty: root."""
+    tty: bool = False
+    rows: int = 0
+    cols: int = 0
+    timeout_seconds: float = 0.0
+    """0: none. When it is over everything in the session is killed and the exit code is 124."""
+
+
+class CopyToRequest(msgspec.Struct, frozen=True):
+    """One file, directory or symlink to make in the guest; parents are made (0755)."""
+
+    path: str
+    kind: FileKind = FileKind.FILE
+    mode: int | None = None
+    """Permission bits; None is 0644 for a file and 0755 for a directory."""
+    uid: int | None = None
+    gid: int | None = None
+    mtime: int | None = None
+    """Seconds since 1970."""
+    link_target: str | None = None
+    """Only, and always, for a symlink."""
+
+
+class CopyEntry(msgspec.Struct, frozen=True):
+    """One entry of a tree that comes from the guest; ``size`` bytes of data follow for a file."""
+
+    path: str
+    """Relative to the parent of what was asked for: the root's own name comes first."""
+    kind: FileKind
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime: int
+    link_target: str | None = None
+
+
+class Metrics(msgspec.Struct, frozen=True):
+    """How the guest feels."""
+
+    memory_total: int
+    memory_available: int
+    load: tuple[float, float, float]
+    uptime_seconds: float
+    processes: int
+
+
+def parse_event(payload: bytes) -> GuestEvent | None:
+    """An event frame's payload: u8 kind, fields. None for a kind that a newer agent may know."""
+    if not payload:
+        raise MalformedFields("an empty event")
+    fields = Fields(payload[1:])
+    match payload[0]:
+        case EventKind.READY:
+            return Ready(dict(_parse_phase(phase) for phase in fields.all(Tag.PHASE)))
+        case EventKind.STARTED:
+            return Started()
+        case EventKind.EXITED:
+            return Exited(fields.u32(Tag.EXIT_CODE), fields.u32(Tag.SIGNAL), fields.flag(Tag.OOM))
+        case EventKind.FATAL:
+            return Fatal(fields.text(Tag.MESSAGE))
+        case _:
+            return None
+
+
+def _parse_phase(data: bytes) -> tuple[str, int]:
+    fields = Fields(data)
+    return fields.text(Tag.PHASE_NAME), fields.u64(Tag.PHASE_MS)
+
+
+def parse_path_info(data: bytes) -> PathInfo:
+    """The reply to a stat request."""
+    fields = Fields(data)
+    if not fields.flag(Tag.EXISTS):
+        return PathInfo(exists=False)
+    kind = fields.u8(Tag.KIND)
+    return PathInfo(
+        exists=True,
+        is_dir=kind == FileKind.DIR,
+        is_file=kind == FileKind.FILE,
+        is_symlink=kind == FileKind.SYMLINK,
+        link_target=fields.text(Tag.LINK_TARGET) or None,
+        mode=fields.u32(Tag.MODE),
+        size=fields.u64(Tag.SIZE),
+    )
+
+
+def parse_copy_entry(data: bytes) -> CopyEntry:
+    """The header of one entry; its path is safe to join to a directory, or MalformedFields is raised."""
+    fields = Fields(data)
+    path = fields.text(Tag.PATH)
+    if not path or path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
+        raise MalformedFields(f"entry path {path!r} leads elsewhere")
+    try:
+        kind = FileKind(fields.u8(Tag.KIND))
+    except ValueError as error:
+        raise MalformedFields(str(error)) from error
+    return CopyEntry(
+        path=path,
+        kind=kind,
+        mode=fields.u32(Tag.MODE) & 0o7777,
+        uid=fields.u32(Tag.UID),
+        gid=fields.u32(Tag.GID),
+        size=fields.u64(Tag.SIZE),
+        mtime=fields.i64(Tag.MTIME),
+        link_target=fields.text(Tag.LINK_TARGET) if kind is FileKind.SYMLINK else None,
+    )
+
+
+def parse_metrics(data: bytes) -> Metrics:
+    """The reply to a metrics request."""
+    fields = Fields(data)
+    return Metrics(
+        memory_total=fields.u64(Tag.MEMORY_TOTAL),
+        memory_available=fields.u64(Tag.MEMORY_AVAILABLE),
+        load=(fields.u32(Tag.LOAD_1) / 1000, fields.u32(Tag.LOAD_5) / 1000, fields.u32(Tag.LOAD_15) / 1000),
+        uptime_seconds=fields.u64(Tag.UPTIME_MS) / 1000,
+        processes=fields.u32(Tag.PROCESSES),
+    )

@@ -1,0 +1,125 @@
+"""Starts a guest on QEMU with nothing else of ours: the guest's tests want no driver, store or server.
+
+Command line after the recommendations for TCG: q35, an uncompressed kernel, a virtio-serial port for the agent.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.guest.boot import BootConfig, render_boot_disk
+from hypeman.guest.client import GuestClient
+from hypeman.guest.initrd import INIT, build_initrd, read_modules
+from hypeman.guest.protocol import AGENT_PORT_NAME
+
+KERNEL_DIR = Path(__file__).parents[2] / "build" / "guest"
+BOOT_SECONDS = 120
+_CMDLINE = "console=ttyS0 quiet panic=-1 reboot=t cryptomgr.notests random.trust_cpu=on"
+
+
+class Guest(msgspec.Struct):
+    """A running guest: its process, its console log, how to reach its agent."""
+
+    process: trio.Process
+    directory: Path
+    config: BootConfig
+
+    @property
+    def console(self) -> bytes:
+        return (self.directory / "console.log").read_bytes()
+
+    @property
+    def boot_disk(self) -> bytes:
+        return (self.directory / "boot.raw").read_bytes()
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[GuestClient]:
+        """A client on a fresh connection, served until the context is left."""
+        stream = await trio.open_unix_socket(str(self.directory / "agent.sock"))
+        client = GuestClient(stream, nonce=self.config.nonce)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve, client)
+            with trio.fail_after(BOOT_SECONDS):
+                await client.wait_ready()
+            yield client
+            nursery.cancel_scope.cancel()
+
+    async def wait_exit(self) -> None:
+        with trio.fail_after(BOOT_SECONDS):
+            await self.process.wait()
+
+
+async def _serve(client: GuestClient) -> None:
+    try:
+        await client.run()
+    except Exception:  # its callers learn why from their own calls
+        return
+
+
+def make_overlay(path: Path, size: str = "256M") -> Path:
+    subprocess.run(["truncate", "-s", size, path], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", path], check=True)
+    return path
+
+
+@asynccontextmanager
+async def run_guest(
+    config: BootConfig,
+    root: Path,
+    directory: Path,
+    *,
+    initrd: Path,
+    memory_mb: int = 256,
+    disks: Sequence[tuple[str, Path, bool]] = (),
+    extra: Sequence[str] = (),
+) -> AsyncIterator[Guest]:
+    """Boot ``config`` with the EROFS (or ext4) ``root``; the process is gone when the context is left.
+
+    ``disks`` are (id, file, read-only) beside root, overlay and boot disk.
+    """
+    (directory / "boot.raw").write_bytes(render_boot_disk(config))
+    overlay = directory / "overlay.raw"
+    all_disks = [("boot", directory / "boot.raw", False), ("root", root, True), *disks]
+    if config.overlay:
+        if not overlay.exists():
+            make_overlay(overlay)
+        all_disks.append(("overlay", overlay, False))
+    command = [
+        "qemu-system-x86_64", "-M", "q35,sata=off,smbus=off,vmport=off", "-accel", "tcg,thread=multi,tb-size=64",
+        "-cpu", "max", "-m", f"{memory_mb}M", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none",
+        "-no-reboot", "-kernel", str(KERNEL_DIR / "vmlinux"), "-initrd", str(initrd), "-append", _CMDLINE,
+        "-chardev", f"file,id=ser,path={directory}/console.log", "-serial", "chardev:ser",
+        "-device", "virtio-serial-pci", "-chardev", f"socket,id=ag,path={directory}/agent.sock,server=on,wait=off",
+        "-device", f"virtserialport,chardev=ag,name={AGENT_PORT_NAME}",
+        "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off",
+        "-device", "pcie-root-port,id=rp1,chassis=1,slot=1",
+    ]  # fmt: skip
+    for disk_id, path, readonly in all_disks:
+        options = "read-only=on,file.locking=off" if readonly else "cache=writeback"
+        command += ["-drive", f"if=none,id=d-{disk_id},file={path},format=raw,{options}"]
+        command += ["-device", f"virtio-blk-pci,drive=d-{disk_id},serial={disk_id}"]
+    process = await trio.lowlevel.open_process([*command, *extra], stderr=None)
+    try:
+        with trio.fail_after(BOOT_SECONDS):
+            while not (directory / "agent.sock").exists():
+                await trio.sleep(0.01)
+        yield Guest(process, directory, config)
+    finally:
+        with trio.CancelScope(shield=True):
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+
+def make_initrd(path: Path) -> Path:
+    """The initrd of the built agent, with modules if the kernel at hand is a distribution's."""
+    modules = os.environ.get("HYPEMAN_TEST_MODULES")
+    path.write_bytes(build_initrd(INIT.read_bytes(), read_modules(Path(modules)) if modules else ()))
+    return path
