@@ -80,7 +80,7 @@ $(STAMPS)/venv: packaging/requirements/dev.txt $(STAMPS)/debian
 
 $(STAMPS)/native: $(native_sources) $(STAMPS)/venv
 	@echo "== extensions and guest agent"
-	@$(PYTHON) setup.py --quiet build_ext --inplace 2>build/native.log || { cat build/native.log; exit 1; }
+	@$(PYTHON) setup.py --quiet build_ext --inplace >build/native.log 2>&1 || { cat build/native.log; exit 1; }
 	@touch $@
 
 build/guest/vmlinux: packaging/kernel/config $(STAMPS)/native

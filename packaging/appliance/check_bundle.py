@@ -1,0 +1,102 @@
+"""``check_bundle.py BUNDLE``: does the finished bundle start, serve, and stop; on which hosts will it run?
+
+- The command answers, and a server started from the bundle with an empty environment answers /health
+  and ends by SIGTERM with code 0.
+- No bundled object wants a newer C library than GLIBC, which README promises.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GLIBC = (2, 36)
+"""Debian 12. README says so."""
+
+PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+PATIENCE = 60
+
+
+def check_glibc(bundle: Path) -> None:
+    wanted: dict[tuple[int, ...], str] = {}
+    for path in sorted(bundle.rglob("*")):
+        if path.is_symlink() or not path.is_file():
+            continue
+        with path.open("rb") as file:
+            if file.read(4) != b"\x7fELF":
+                continue
+        if "assets" in path.parts:
+            continue  # the guest kernel
+        needs = subprocess.run(["readelf", "-W", "-V", str(path)], capture_output=True, text=True, check=True).stdout
+        for version in re.findall(r"GLIBC_(\d+(?:\.\d+)+)", needs):
+            wanted.setdefault(tuple(map(int, version.split("."))), str(path.relative_to(bundle)))
+    newest = max(wanted)
+    print(f"  needs glibc {'.'.join(map(str, newest))} (for {wanted[newest]})")
+    if newest > GLIBC:
+        raise SystemExit(f"check_bundle: that is newer than the promised {'.'.join(map(str, GLIBC))}")
+
+
+def check_command(program: Path) -> None:
+    begin = time.perf_counter()
+    said = subprocess.run([program, "--version"], env={"PATH": PATH}, capture_output=True, text=True, check=False)
+    if said.returncode != 0:
+        raise SystemExit(f"check_bundle: hypeman --version failed:\n{said.stdout}{said.stderr}")
+    print(f"  {said.stdout.strip()}, said in {(time.perf_counter() - begin) * 1000:.0f} ms")
+
+
+def check_server(program: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="hypeman-check.") as folder:
+        environment = {
+            "PATH": PATH,
+            "DATA_DIR": f"{folder}/data",
+            "RUN_DIR": f"{folder}/run",
+            "PORT": "0",
+            "JWT_SECRET": "for this check only",
+            "METRICS__ENABLED": "false",
+        }
+        address = f"{folder}/run/hypeman.sock"
+        log = Path(folder, "log")
+        begin = time.perf_counter()
+        with log.open("wb") as output:
+            server = subprocess.Popen([program, "serve"], env=environment, stdout=output, stderr=output)
+        try:
+            while (answer := ask_health(address)) is None:
+                if server.poll() is not None or time.perf_counter() - begin > PATIENCE:
+                    raise SystemExit(f"check_bundle: the server does not answer:\n{log.read_text()}")
+                time.sleep(0.02)
+            print(f"  /health answered after {(time.perf_counter() - begin) * 1000:.0f} ms: {answer}")
+            server.send_signal(signal.SIGTERM)
+            code = server.wait(PATIENCE)
+            if code != 0:
+                raise SystemExit(f"check_bundle: the server ended with {code}:\n{log.read_text()}")
+        finally:
+            if server.poll() is None:
+                server.kill()
+                server.wait()
+
+
+def ask_health(address: str) -> str | None:
+    """The body of the answer; None while nobody listens."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(address)
+        except OSError:
+            return None
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    if b" 200 " not in head.partition(b"\r\n")[0]:
+        raise SystemExit(f"check_bundle: /health said {head!r}")
+    return body.decode().strip()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    check_glibc(folder)
+    check_command(folder / "hypeman")
+    check_server(folder / "hypeman")

@@ -1,0 +1,16 @@
+#!/bin/sh
+# Removes what install.sh installed and ends all VMs. With --purge settings, images and disks go as well.
+set -eu
+[ "$(id -u)" = 0 ] || { echo "uninstall.sh: must be run as root" >&2; exit 1; }
+systemctl stop hypeman.service hypeman-vms.service 2>/dev/null || true
+systemctl disable --quiet hypeman.service 2>/dev/null || true
+rm -f /etc/systemd/system/hypeman.service /etc/systemd/system/hypeman-vms.service /etc/systemd/system/hypeman.slice
+rm -f /etc/modules-load.d/hypeman.conf /etc/sysctl.d/50-hypeman.conf /usr/bin/hypeman
+rm -rf /usr/lib/hypeman /usr/share/hypeman /usr/share/doc/hypeman
+systemctl daemon-reload
+if [ "${1:-}" = --purge ]; then
+    rm -rf /etc/hypeman /var/lib/hypeman /run/hypeman
+    echo "Hypeman is gone."
+else
+    echo "Hypeman is removed; /etc/hypeman and /var/lib/hypeman are still there (uninstall.sh --purge)."
+fi

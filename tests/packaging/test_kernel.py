@@ -1,0 +1,62 @@
+"""The guest kernel: its configuration as text, and how it is taken out of a distribution's image."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import lzma
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+KERNEL = Path(__file__).parents[2] / "packaging" / "kernel"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, KERNEL / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_option_is_asked_for_twice() -> None:
+    lines = (KERNEL / "config").read_text().splitlines()
+    names = [line.removeprefix("# ").split("=")[0].split(" ")[0] for line in lines if "CONFIG_" in line]
+    assert len(names) == len(set(names)) > 200
+
+
+def packed(tool: str) -> Callable[[bytes], bytes]:
+    return lambda data: subprocess.run([tool, "-lc" if tool == "lz4" else "-c"], input=data, capture_output=True).stdout
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress, packed("lz4"), packed("zstd")])
+def test_the_kernel_is_found_in_its_image(compress: Callable[[bytes], bytes]) -> None:
+    kernel = b"\x7fELF" + bytes(range(256)) * 64
+    payload = compress(kernel)
+    assert payload, "the packer is installed"
+    assert load("extract_vmlinux").extract(image_with(payload, len(kernel))) == kernel
+
+
+def test_what_is_no_kernel_is_refused() -> None:
+    module = load("extract_vmlinux")
+    with pytest.raises(SystemExit, match="no bzImage"):
+        module.extract(bytes(4096))
+    with pytest.raises(SystemExit, match="unknown compression"):
+        module.extract(image_with(b"something else", 14))
+    with pytest.raises(SystemExit, match="no ELF"):
+        module.extract(image_with(gzip.compress(b"text"), 4))
+
+
+def image_with(payload: bytes, size: int) -> bytes:
+    """A bzImage: two sectors of set-up code, some decompressor, the payload and its size when unpacked."""
+    setup = bytearray(1024)
+    setup[0x1F1] = 1
+    setup[0x202:0x206] = b"HdrS"
+    decompressor = bytes(100)
+    struct.pack_into("<II", setup, 0x248, len(decompressor), len(payload) + 4)
+    return bytes(setup) + decompressor + payload + struct.pack("<I", size) + bytes(64)
