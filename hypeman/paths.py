@@ -108,6 +108,11 @@ class InstancePaths(msgspec.Struct, frozen=True):
         return self.root / "memory"
 
     @property
+    def staged(self) -> Path:
+        """Disks that are about to take the place of the instance's own."""
+        return self.root / "staged"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

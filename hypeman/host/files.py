@@ -63,7 +63,7 @@ class Files:
 
     async def allocated(self, path: Path) -> int:
         """Bytes that a file or tree really takes on disk; 0 if it is not there."""
-        return await _in_thread(_allocated, path)
+        return await _in_thread(allocated_bytes, path)
 
 
 async def _in_thread(fn: Callable[..., R], *args: object) -> R:
@@ -177,14 +177,15 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
 
 
-def _allocated(path: Path) -> int:
+def allocated_bytes(path: Path) -> int:
+    """Bytes that a file or tree takes on disk; blocks."""
     try:
         status = path.lstat()
     except FileNotFoundError:
         return 0
     total = status.st_blocks * 512
     if path.is_dir() and not path.is_symlink():
-        total += sum(_allocated(path / name) for name in os.listdir(path))
+        total += sum(allocated_bytes(path / name) for name in os.listdir(path))
     return total
 
 

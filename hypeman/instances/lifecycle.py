@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import trio
 
-from hypeman.errors import HypemanError, InternalError, InvalidState, NotFound, NotSupported
+from hypeman.errors import HypemanError, InternalError, InUse, InvalidState, NotFound, NotSupported
 from hypeman.guest.types import Exited, Fatal, Ready, Started
 from hypeman.hypervisor.interface import ExitReason, VmmExit
 from hypeman.ids import new_id
@@ -31,6 +31,7 @@ from hypeman.instances.captures import CAPTURES, CaptureRow
 from hypeman.instances.live import Live, LiveEvent
 from hypeman.instances.plan import (
     plan_adopt_disks,
+    plan_attach,
     plan_awaken,
     plan_copy_out,
     plan_create,
@@ -38,18 +39,23 @@ from hypeman.instances.plan import (
     plan_free,
     plan_park,
     plan_restore,
+    plan_stage,
     plan_standby,
     plan_start,
     plan_stop,
+    plan_swap,
 )
 from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent, Operation
-from hypeman.instances.steps import Reversible, Step
-from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
+from hypeman.instances.steps import PlugVolume, Reversible, Step, TakeBack
+from hypeman.instances.types import InstanceState, SnapshotCompressionConfig, VolumeMount
+from hypeman.instances.validate import check_volumes
 from hypeman.instances.view import describe_exit
+from hypeman.instances.vm import free_port
 from hypeman.instances.world import STOP_GRACE, World
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
 from hypeman.store import Txn
+from hypeman.volumes import records as volumes
 
 log = logging.getLogger(__name__)
 
@@ -360,6 +366,95 @@ class Lifecycle:
         await self._end(self.record, record_capture)
         return before
 
+    async def attach(self, volume_id: str, path: str, *, readonly: bool) -> InstanceRecord:
+        """Give the instance a volume, at once if it runs."""
+        before = self.record
+        port = free_port(before.ports)
+        running = before.state is InstanceState.RUNNING
+        if running and not self.world.driver(before).capabilities.hotplug_disk:
+            raise NotSupported(f"hypervisor {before.spec.hypervisor.value} takes no disks at run time; stop it first")
+        if not port:
+            raise NotSupported(f"instance {before.name!r} has no free port for another volume")
+        mount = VolumeMount(volume_id=volume_id, mount_path=path, readonly=readonly)
+        spec = msgspec.structs.replace(before.spec, volumes=(*before.spec.volumes, mount))
+        check_volumes(spec.volumes)
+        record = self._changed(before, spec=spec, ports={**before.ports, volume_id: port})
+
+        def take(txn: Txn) -> None:
+            volumes.attach(
+                txn,
+                volumes.Attachment(volume_id=volume_id, instance_id=record.id, mount_path=path, readonly=readonly),
+            )
+
+        if not running:
+            return await self._save(record, also=take)
+        step = plan_attach(before, volume_id, path, readonly=readonly, port=port)
+        await self._begin(Operation.ATTACH, (step,), record, take)
+        try:
+            await carry_out((step,), self.world)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                if isinstance(error, UndoFailed):
+                    await self._lost(error)
+                else:
+                    await self._end(before, lambda txn: volumes.detach(txn, volume_id, record.id))
+            raise
+        self._journal(f"attached volume {volume_id} at {path}")
+        return await self._end(self._with_current_handle(self.record))
+
+    async def detach(self, volume_id: str) -> InstanceRecord:
+        """Take a volume away. Raises InUse, with everything as it was, while a process in the guest holds it."""
+        before = self.record
+        mount = next((mount for mount in before.spec.volumes if mount.volume_id == volume_id), None)
+        if mount is None:
+            raise NotFound(f"volume {volume_id!r} is not attached to instance {before.name!r}")
+        port = before.ports.get(volume_id, 0)
+        if before.state is InstanceState.RUNNING:
+            if not port:
+                raise NotSupported(f"volume {volume_id!r} is fixed in the running VM; stop the instance first")
+            step = plan_attach(before, volume_id, mount.mount_path, readonly=mount.readonly, port=port)
+            await self._begin(Operation.DETACH, (TakeBack(step),), before)
+            try:
+                await step.undo(self.world)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._end(before)
+                raise
+        return await self._end(*self._without_volume(volume_id))
+
+    def _without_volume(self, volume_id: str) -> tuple[InstanceRecord, Also]:
+        """The record without the volume, and what goes along with that."""
+        before = self.record
+        spec = msgspec.structs.replace(
+            before.spec, volumes=tuple(mount for mount in before.spec.volumes if mount.volume_id != volume_id)
+        )
+        ports = {other: port for other, port in before.ports.items() if other != volume_id}
+        record = self._with_current_handle(self._changed(before, spec=spec, ports=ports))
+        return record, lambda txn: volumes.detach(txn, volume_id, record.id)
+
+    def _with_current_handle(self, record: InstanceRecord) -> InstanceRecord:
+        """The handle has the VM's configuration, which a disk that came or went has changed."""
+        live = self.world.live.get(record.id)
+        return self._changed(record, handle=live.vmm.handle) if live is not None else record
+
+    async def revert(self, source: str, record: InstanceRecord, also: Also) -> InstanceRecord:
+        """Put the disks in directory ``source`` in place of the instance's own, and make it ``record``."""
+        before = self.record
+        self._journal("restore from snapshot")
+        freed = before.capture
+        await self._all_or_nothing(Operation.CAPTURE, plan_stage(before, source), before, before, release=False)
+        steps = plan_swap(before)
+
+        def exchange(txn: Txn) -> None:
+            captures.let_go(txn, freed, captures.of_instance(before.id))
+            also(txn)
+
+        await self._begin(Operation.REVERT, steps, record, exchange)
+        await carry_forward(steps, self.world)
+        await self._end(self.record)
+        await carry_forward(plan_free(freed), self.world)
+        return self.record
+
     async def change(
         self, change: Callable[[InstanceRecord], InstanceRecord], also: Also | None = None
     ) -> InstanceRecord:
@@ -402,6 +497,23 @@ class Lifecycle:
                 await self._end(record)
                 if not alive and record.state not in _NO_VMM:
                     await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
+            case Operation.ATTACH:
+                step = intent.steps[0]
+                assert isinstance(step, PlugVolume)
+                await step.undo(self.world)
+                await self._end(*self._without_volume(step.volume))
+            case Operation.DETACH:
+                step = intent.steps[0]
+                assert isinstance(step, TakeBack) and isinstance(step.step, PlugVolume)
+                try:
+                    await step.do(self.world)
+                except InUse:
+                    await self._end(record)
+                else:
+                    await self._end(*self._without_volume(step.step.volume))
+            case Operation.REVERT:
+                await carry_forward(intent.steps, self.world)
+                await self._end(record)
             case Operation.RESUME if alive:
                 await self._forward_or_die(intent.steps)
                 await self._end(self._changed(self.record, fresh=False))

@@ -20,13 +20,16 @@ from hypeman.instances.steps import (
     GoOn,
     LaunchVmm,
     MakeDisks,
+    PlugVolume,
     PrepareRun,
     RestoreVmm,
     Reversible,
     SaveCapture,
     SetEgress,
     ShutdownGuest,
+    StageDisks,
     Step,
+    SwapDisks,
     TakeBack,
     TakeDisks,
 )
@@ -80,6 +83,19 @@ def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None) -
 def plan_adopt_disks(record: InstanceRecord, source: str, *, shared: bool) -> tuple[Reversible, ...]:
     """Disks for a fork: copied from a ``shared`` source (a snapshot), else taken over."""
     return (CopyDisks(record.id, source),) if shared else (TakeDisks(record.id, source),)
+
+
+def plan_attach(record: InstanceRecord, volume: str, path: str, *, readonly: bool, port: int) -> PlugVolume:
+    """One step; a detach is its reverse."""
+    return PlugVolume(record.id, volume, path, readonly, port)
+
+
+def plan_stage(record: InstanceRecord, source: str) -> tuple[Reversible, ...]:
+    return (StageDisks(record.id, source),)
+
+
+def plan_swap(record: InstanceRecord) -> tuple[Step, ...]:
+    return (SwapDisks(record.id),)
 
 
 def _surroundings(record: InstanceRecord) -> tuple[Reversible, ...]:

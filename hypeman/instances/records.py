@@ -95,6 +95,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Id of the capture that a restore brings back."""
     mapped: str | None = None
     """Id of the capture whose memory the living VM maps privately; it must not change meanwhile."""
+    ports: dict[str, int] = {}
+    """Volume id → the port its disk sits in, from where it can be detached; the others are fixed."""
     fresh: bool = False
     """A fork that has not run yet: its guest still believes to be the source."""
     deleting: bool = False
@@ -107,8 +109,11 @@ class Operation(enum.StrEnum):
     START = "start"
     RESTORE = "restore"
     CAPTURE = "capture"
-    """These four are taken back when they did not finish."""
+    ATTACH = "attach"
+    """These are taken back when they did not finish."""
     RESUME = "resume"
+    REVERT = "revert"
+    DETACH = "detach"
     STOP = "stop"
     PARK = "park"
     DELETE = "delete"

@@ -35,20 +35,24 @@ from hypeman.instances.session_types import CpRequest, ExecRequest
 from hypeman.instances.sessions import CopyOut, ExecSession, open_copy_to, open_exec
 from hypeman.instances.steps import Step
 from hypeman.instances.types import (
+    AttachVolumeRequest,
+    CompressionAlgorithm,
     CreateInstanceRequest,
     ForkInstanceRequest,
     Instance,
     InstanceState,
     InstanceStats,
     LogSource,
+    SnapshotCompressionConfig,
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
-from hypeman.instances.validate import check_compression, check_create, expiry
+from hypeman.instances.validate import check_compression, check_create, check_mount_path, expiry
 from hypeman.instances.view import render_instance
+from hypeman.instances.vm import assign_ports
 from hypeman.instances.world import World
 from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
@@ -150,7 +154,7 @@ class Instances:
         return self.board.encoded_list(state, tags)
 
     async def get(self, ref: str) -> Instance:
-        return self._view(self.board.find(ref))
+        return self.view(self.board.find(ref))
 
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
         """Wait for ``state``, or one from which it can not be reached by itself. Raises NotFound when the
@@ -238,7 +242,7 @@ class Instances:
 
         record = await self.store.write(write)
         task = await self._adopt(record)
-        return self._view(await task.perform(None, task.create))
+        return self.view(await task.perform(None, task.create))
 
     def _check_free(self, name: str) -> None:
         """Early, so that nobody waits for a pull in vain; the transaction checks again."""
@@ -252,7 +256,9 @@ class Instances:
             for mount in record.spec.volumes
         )
         spec = msgspec.structs.replace(record.spec, devices=claimed, volumes=mounts)
-        record = msgspec.structs.replace(record, spec=spec, number=records.free_number(txn))
+        record = msgspec.structs.replace(
+            record, spec=spec, number=records.free_number(txn), ports=assign_ports(spec.volumes)
+        )
         records.insert(txn, record)
         self.leases.take(txn, record)
         self.images.pin(txn, record.digest, record.id)
@@ -285,36 +291,51 @@ class Instances:
     # Verbs
 
     async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
-        task = self._task(ref)
-        return self._view(
+        task = self.task(ref)
+        return self.view(
             await task.perform(Command.START, lambda: task.start(request.entrypoint, request.cmd)),
         )
 
     async def stop(self, ref: str) -> Instance:
-        task = self._task(ref)
-        return self._view(await task.perform(Command.STOP, task.stop))
+        task = self.task(ref)
+        return self.view(await task.perform(Command.STOP, task.stop))
 
     async def delete(self, ref: str) -> None:
-        task = self._task(ref)
+        task = self.task(ref)
         await task.perform(Command.DELETE, task.delete)
 
     async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
-        compression = check_compression(request.compression)
-        if request.compression_delay is not None:
-            parse_duration(request.compression_delay, code="invalid_compression_delay")
-        task = self._task(ref)
-        return self._view(await task.perform(Command.STANDBY, lambda: task.standby(compression)))
+        """Saved, and compressed later if the request, the instance or the server says so (in this order)."""
+        check_compression(request.compression)
+        delay = request.compression_delay
+        seconds = parse_duration(delay, code="invalid_compression_delay") if delay is not None else None
+        task = self.task(ref)
+        policy = task.record.spec.snapshot_policy
+        compression = request.compression or (policy.compression if policy else None) or self._default_compression()
+        if seconds is None:
+            seconds = parse_duration((policy.standby_compression_delay if policy else None) or "0")
+        record = await task.perform(Command.STANDBY, lambda: task.standby(compression))
+        if record.capture is not None:
+            self.world.compressor.schedule(record.capture, delay=seconds)
+        return self.view(record)
+
+    def _default_compression(self) -> SnapshotCompressionConfig | None:
+        settings = self.world.config.snapshots
+        if not settings.compression:
+            return None
+        algorithm = CompressionAlgorithm(settings.compression)
+        return SnapshotCompressionConfig(enabled=True, algorithm=algorithm, level=settings.level)
 
     async def restore(self, ref: str) -> Instance:
-        task = self._task(ref)
-        return self._view(await task.perform(Command.RESTORE, task.restore))
+        task = self.task(ref)
+        return self.view(await task.perform(Command.RESTORE, task.restore))
 
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
         for field in ("auto_standby", "health_check", "restart_policy"):
             if getattr(request, field) is not None:
                 raise NotSupported(f"{field} is not part of this server yet; leave it out")
-        task = self._task(ref)
-        return self._view(await task.perform(None, lambda: self._update(task, request)))
+        task = self.task(ref)
+        return self.view(await task.perform(None, lambda: self._update(task, request)))
 
     async def _update(self, task: Lifecycle, request: UpdateInstanceRequest) -> InstanceRecord:
         now = self._now()
@@ -344,17 +365,30 @@ class Instances:
         self._expiry_changed.set()
         return changed
 
+    async def attach_volume(self, ref: str, volume: str, request: AttachVolumeRequest) -> Instance:
+        path = check_mount_path(request.mount_path)
+        found = self.store.read(lambda txn: volumes.find_volume(txn, volume))
+        task = self.task(ref)
+        return self.view(
+            await task.perform(Command.ATTACH, lambda: task.attach(found.id, path, readonly=request.readonly))
+        )
+
+    async def detach_volume(self, ref: str, volume: str) -> Instance:
+        found = self.store.read(lambda txn: volumes.find_volume(txn, volume))
+        task = self.task(ref)
+        return self.view(await task.perform(Command.DETACH, lambda: task.detach(found.id)))
+
     # Forks
 
     async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
         check_name(request.name)
         self._check_free(request.name)
-        task = self._task(ref)
+        task = self.task(ref)
         source = task.record
         check_legal(Command.FORK, source.state, name=source.name)
         target = request.target_state or TargetState(source.state.value)
         fork = await task.perform(Command.FORK, lambda: self._fork_in_turn(task, request, target))
-        return await self._finish_fork(fork, target)
+        return await self.finish_fork(fork, target)
 
     async def _fork_in_turn(self, task: Lifecycle, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
         """In the source's task: copy what the fork needs and write it down."""
@@ -367,7 +401,7 @@ class Instances:
             raise InvalidRequest("a stopped instance has no memory; its fork can be Stopped or Running")
         check_forkable(source)
         staged = self.world.paths.tmp / f"fork-{new_id()}"
-        fork = self._forked_record(source, request.name)
+        fork = self.forked_record(source, request.name)
         with_memory = source.state is not InstanceState.STOPPED and target is not TargetState.STOPPED
         made: list[InstanceRecord] = []
 
@@ -389,7 +423,7 @@ class Instances:
         await forked.perform(None, lambda: forked.adopt_disks(str(staged), shared=False))
         return forked
 
-    async def _finish_fork(self, fork: Lifecycle, target: TargetState) -> Instance:
+    async def finish_fork(self, fork: Lifecycle, target: TargetState) -> Instance:
         """Bring a fork to where it was wanted; one that can not get there is not left behind."""
         try:
             if target is TargetState.RUNNING:
@@ -400,9 +434,27 @@ class Instances:
         except HypemanError:
             await fork.perform(Command.DELETE, fork.delete)
             raise
-        return self._view(fork.record)
+        return self.view(fork.record)
 
-    def _forked_record(self, source: InstanceRecord, name: str) -> InstanceRecord:
+    async def fork_from(
+        self, record: InstanceRecord, disks: str, *, capture: str | None, target: TargetState
+    ) -> Instance:
+        """A new instance with a copy of the disks in directory ``disks`` and, if it is given, on a capture."""
+        if capture is not None:
+            record = msgspec.structs.replace(record, capture=capture, state=InstanceState.STANDBY)
+
+        def write(txn: Txn) -> InstanceRecord:
+            written = self._insert(txn, record, plan_adopt_disks(record, disks, shared=True))
+            hold(txn, record.id, holding_of(record).without_vmm(), self.limits())
+            if capture is not None:
+                captures.share(txn, capture, captures.of_instance(record.id))
+            return written
+
+        fork = await self._adopt(await self.store.write(write))
+        await fork.perform(None, lambda: fork.adopt_disks(disks, shared=True))
+        return await self.finish_fork(fork, target)
+
+    def forked_record(self, source: InstanceRecord, name: str) -> InstanceRecord:
         """The source's spec under a new identity. Expiry and secrets do not go along."""
         now = self._now()
         return msgspec.structs.replace(
@@ -469,14 +521,14 @@ class Instances:
         self._tasks.pop(record.id, None)
         self.board.remove(record)
 
-    def _task(self, ref: str) -> Lifecycle:
+    def task(self, ref: str) -> Lifecycle:
         record = self.board.find(ref)
         task = self._tasks.get(record.id)
         if task is None:
             raise NotFound(f"instance {ref!r} is just being removed")
         return task
 
-    def _view(self, record: InstanceRecord) -> Instance:
+    def view(self, record: InstanceRecord) -> Instance:
         return self._render(record, self._now())
 
     def _render(self, record: InstanceRecord, now: datetime) -> Instance:

@@ -159,6 +159,33 @@ class CopyDisksAway(_Step, frozen=True):
         await world.remove_tree(self.target)
 
 
+class PlugVolume(_Step, frozen=True):
+    """A volume's disk plugged into the living VM and mounted by its guest."""
+
+    volume: str
+    path: str
+    readonly: bool
+    port: int
+
+    async def do(self, world: World) -> None:
+        await world.plug_volume(self.instance, self.volume, self.path, readonly=self.readonly, port=self.port)
+
+    async def undo(self, world: World) -> None:
+        await world.unplug_volume(self.instance, self.volume, self.path)
+
+
+class StageDisks(_Step, frozen=True):
+    """The disks of a snapshot copied beside the instance's own, to take their place at once."""
+
+    source: str
+
+    async def do(self, world: World) -> None:
+        await world.stage_disks(self.instance, self.source)
+
+    async def undo(self, world: World) -> None:
+        await world.unstage_disks(self.instance)
+
+
 class GoOn(_Step, frozen=True):
     """After its capture the VM goes on as if nothing had been."""
 
@@ -179,6 +206,16 @@ class ShutdownGuest(_Step, frozen=True):
 
     async def undo(self, world: World) -> None:
         raise AssertionError("a shutdown is never taken back")
+
+
+class SwapDisks(_Step, frozen=True):
+    """The staged disks become the instance's own."""
+
+    async def do(self, world: World) -> None:
+        await world.swap_disks(self.instance)
+
+    async def undo(self, world: World) -> None:
+        raise AssertionError("what was replaced is gone")
 
 
 class FreeCapture(msgspec.Struct, frozen=True, tag=True):
@@ -206,6 +243,8 @@ Reversible = (
     | SaveCapture
     | CopyDisksAway
     | GoOn
+    | PlugVolume
+    | StageDisks
 )
 
 
@@ -221,4 +260,4 @@ class TakeBack(msgspec.Struct, frozen=True, tag=True):
         raise AssertionError("taking down goes forward only")
 
 
-Step = Reversible | AwakenGuest | ShutdownGuest | FreeCapture | TakeBack
+Step = Reversible | AwakenGuest | ShutdownGuest | SwapDisks | FreeCapture | TakeBack

@@ -11,12 +11,14 @@ Disks, in the order the guest sees them; the guest finds each by its serial numb
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 
 from hypeman.hypervisor.interface import Disk, Nic, PciDevice, VmConfig
 from hypeman.instances.records import InstanceRecord
+from hypeman.instances.types import VolumeMount
 from hypeman.network.types import Lease
 from hypeman.paths import Paths
 
@@ -34,6 +36,8 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     """sysfs paths."""
     uid: int = 0
     vsock: bool = False
+    hotplug: bool = False
+    """The VMM takes disks at run time."""
     cgroup: str = ""
 
 
@@ -46,8 +50,28 @@ def volume_overlay_disk_id(volume_id: str) -> str:
     return "w" + volume_disk_id(volume_id)[1:]
 
 
-def volume_disk(paths: Paths, volume_id: str, *, readonly: bool) -> Disk:
+DISK_PORTS = 8
+"""Disks that can come and go while a VM runs; each costs a PCI port, whose scan costs boot time."""
+
+
+def free_port(ports: Mapping[str, int]) -> int:
+    """The lowest port that no volume sits in; 0 if all are taken."""
+    return next((port for port in range(1, DISK_PORTS + 1) if port not in ports.values()), 0)
+
+
+def assign_ports(volumes: Iterable[VolumeMount]) -> dict[str, int]:
+    """Ports for the volumes of a new instance. A volume with a write layer is fixed: it is two disks."""
+    ports: dict[str, int] = {}
+    for volume in volumes:
+        port = free_port(ports)
+        if not volume.overlay and port:
+            ports[volume.volume_id] = port
+    return ports
+
+
+def volume_disk(paths: Paths, volume_id: str, *, readonly: bool, port: int) -> Disk:
     return Disk(
+        port=port,
         id=volume_disk_id(volume_id),
         path=str(paths.volume_disk(volume_id)),
         readonly=readonly,
@@ -64,7 +88,8 @@ def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmC
         Disk(id="boot", path=str(mine.boot_disk)),
     ]
     for volume in spec.volumes:
-        disks.append(volume_disk(paths, volume.volume_id, readonly=volume.readonly))
+        port = record.ports.get(volume.volume_id, 0)
+        disks.append(volume_disk(paths, volume.volume_id, readonly=volume.readonly, port=port))
         if volume.overlay:
             overlay = mine.volume_overlay(volume.volume_id)
             disks.append(Disk(id=volume_overlay_disk_id(volume.volume_id), path=str(overlay)))
@@ -91,4 +116,5 @@ def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmC
         uid=around.uid,
         gid=around.uid,
         cgroup=around.cgroup,
+        disk_ports=DISK_PORTS if around.hotplug else 0,
     )

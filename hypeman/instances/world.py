@@ -36,6 +36,7 @@ from hypeman.instances.validate import guest_env
 from hypeman.instances.vm import (
     Surroundings,
     vm_config,
+    volume_disk,
     volume_disk_id,
     volume_overlay_disk_id,
 )
@@ -49,7 +50,7 @@ STOP_GRACE = 10.0
 """Seconds between the stop signal and the kill, as with Docker."""
 SECONDS_TO_AWAKEN = 60.0
 """A restored guest answers in 0.1 s; the limit is for a host that swaps."""
-SECONDS_TO_ANSWER = 2.0
+SECONDS_TO_ANSWER = 5.0
 """For a guest that is asked to end, possibly just after we were started again."""
 SECONDS_TO_FREEZE = 10.0
 SECONDS_TO_KILL = 5.0
@@ -90,6 +91,8 @@ class TemplateNeeds(Protocol):
 
 class CompressorNeeds(Protocol):
     async def make_plain(self, capture_id: str) -> None: ...
+    def schedule(self, capture_id: str, *, delay: float = 0.0) -> None: ...
+    def is_busy(self, capture_id: str) -> bool: ...
 
 
 class World:
@@ -184,6 +187,40 @@ class World:
         await self.files.make_dir(Path(target))
         for disk in await self._disks_in(self.paths.instance(instance_id).root):
             await self.files.copy(disk, Path(target) / disk.name)
+
+    async def stage_disks(self, instance_id: str, source: str) -> None:
+        uid = self.uid(self.record(instance_id))
+        staged = self.paths.instance(instance_id).staged
+        await self.files.remove(staged)
+        await self.files.make_dir(staged)
+        for disk in await self._disks_in(Path(source)):
+            await self.files.copy(disk, staged / disk.name, uid=uid, gid=uid)
+
+    async def unstage_disks(self, instance_id: str) -> None:
+        await self.files.remove(self.paths.instance(instance_id).staged)
+
+    async def swap_disks(self, instance_id: str) -> None:
+        """Each disk is replaced by one rename; what was done before a crash is not there any more."""
+        mine = self.paths.instance(instance_id)
+        for disk in await self._disks_in(mine.staged):
+            await self.files.publish(disk, mine.root / disk.name)
+        await self.files.remove(mine.staged)
+
+    async def plug_volume(self, instance_id: str, volume_id: str, path: str, *, readonly: bool, port: int) -> None:
+        live = self._living(instance_id)
+        await live.vmm.add_disk(volume_disk(self.paths, volume_id, readonly=readonly, port=port))
+        guest = await live.wait_guest(SECONDS_TO_ANSWER)
+        await guest.mount_volume(GuestVolume(disk_id=volume_disk_id(volume_id), path=path, readonly=readonly))
+
+    async def unplug_volume(self, instance_id: str, volume_id: str, path: str) -> None:
+        """Content if the VM is gone or never had it. Raises InUse while a process holds it."""
+        live = self.live.get(instance_id)
+        disk = volume_disk_id(volume_id)
+        if live is None or not any(other.id == disk for other in live.vmm.handle.config.disks):
+            return
+        guest = await live.wait_guest(SECONDS_TO_ANSWER)
+        await guest.unmount_volume(path)
+        await live.vmm.remove_disk(disk)
 
     async def remove_disks(self, instance_id: str) -> None:
         await self.files.remove(self.paths.instance(instance_id).root)
@@ -405,6 +442,7 @@ class World:
             devices=self.devices.sysfs_paths(record.id),
             uid=self.uid(record),
             vsock=driver.capabilities.vsock,
+            hotplug=driver.capabilities.hotplug_disk,
         )
 
     def _boot_config(self, record: InstanceRecord) -> BootConfig:

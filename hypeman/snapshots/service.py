@@ -1,0 +1,319 @@
+"""Snapshots: captures of an instance kept for themselves.
+
+A snapshot has its own copy of the writable disks (``snapshots/<id>/``) and, for kind Standby, holds a
+capture of memory and devices. It pins its image. So it is independent of its source's later life,
+and what was forked from it is independent of it: memory is shared through the capture's holders,
+disks are copied.
+
+The row is written when everything is on disk; a directory without a row is removed at start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+
+import msgspec
+from msgspec import UNSET
+
+from hypeman.errors import Conflict, InvalidRequest, InvalidState, NotFound, NotSupported
+from hypeman.host.files import allocated_bytes
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.ids import Tags, check_name, check_tags, new_id, tags_match
+from hypeman.instances import captures
+from hypeman.instances.admission import Command
+from hypeman.instances.captures import CAPTURES, CaptureRow
+from hypeman.instances.lifecycle import Lifecycle, utc_now
+from hypeman.instances.records import InstanceRecord
+from hypeman.instances.service import Instances, check_forkable
+from hypeman.instances.types import Instance, InstanceState, SnapshotCompressionConfig, TargetState
+from hypeman.instances.validate import check_compression
+from hypeman.snapshots.types import (
+    CompressionState,
+    CreateSnapshotRequest,
+    ForkSnapshotRequest,
+    RestoreSnapshotRequest,
+    Snapshot,
+    SnapshotKind,
+)
+from hypeman.store import Store, Table, Txn
+
+
+class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    kind: SnapshotKind
+    name: str | None
+    tags: Tags
+    created_at: datetime
+    source: InstanceRecord
+    """The source as it was: what a fork or a restore is made from."""
+    size_bytes: int
+    capture: str | None = None
+
+
+SNAPSHOTS: Table[SnapshotRow] = Table("snapshots", SnapshotRow)
+
+_DEFAULT_TARGET = {SnapshotKind.STANDBY: TargetState.RUNNING, SnapshotKind.STOPPED: TargetState.STOPPED}
+_ALLOWED_TARGETS = {
+    SnapshotKind.STANDBY: frozenset(TargetState),
+    SnapshotKind.STOPPED: frozenset({TargetState.STOPPED, TargetState.RUNNING}),
+}
+
+
+class Snapshots:
+    def __init__(self, *, store: Store, instances: Instances, now: Callable[[], datetime] = utc_now) -> None:
+        self._store = store
+        self._instances = instances
+        self._world = instances.world
+        self._now = now
+        self._readers: dict[str, int] = {}
+        """Snapshot → forks and restores that are just reading its disks."""
+
+    async def start(self) -> None:
+        """Remove what a crash left half-made."""
+        known = self._store.read(lambda txn: set(txn.keys(SNAPSHOTS)))
+        if self._world.paths.snapshots.is_dir():
+            for directory in self._world.paths.snapshots.iterdir():
+                if directory.name not in known:
+                    await self._world.files.remove(directory)
+
+    async def list(
+        self, *, source_instance_id: str | None, kind: SnapshotKind | None, name: str | None, tags: Mapping[str, str]
+    ) -> Sequence[Snapshot]:
+        def fits(row: SnapshotRow) -> bool:
+            return (
+                (source_instance_id is None or row.source.id == source_instance_id)
+                and (kind is None or row.kind is kind)
+                and (name is None or row.name == name)
+                and tags_match(row.tags, tags)
+            )
+
+        return self._store.read(lambda txn: [self._view(txn, row) for _, row in txn.scan(SNAPSHOTS) if fits(row)])
+
+    async def get(self, snapshot: str) -> Snapshot:
+        return self._store.read(lambda txn: self._view(txn, _find(txn, snapshot)))
+
+    async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
+        """Capture an instance; a running one pauses only for that."""
+        if request.name is not None and request.name:
+            check_name(request.name)
+        tags = check_tags(request.tags)
+        compression = check_compression(request.compression)
+        if request.kind is SnapshotKind.STOPPED and request.compression is not None:
+            raise InvalidRequest("compression is for snapshots of kind Standby: a stopped one has no memory")
+        task = self._instances.task(ref)
+        row = await task.perform(None, lambda: self._create(task, request, tags, compression))
+        if row.capture is not None:
+            self._world.compressor.schedule(row.capture)
+        return await self.get(row.id)
+
+    async def _create(
+        self, task: Lifecycle, request: CreateSnapshotRequest, tags: Tags, compression: SnapshotCompressionConfig | None
+    ) -> SnapshotRow:
+        source = task.record
+        _check_kind(request.kind, source)
+        check_forkable(source)
+        snapshot_id = new_id()
+        directory = self._world.paths.snapshot(snapshot_id)
+        rows: list[SnapshotRow] = []
+
+        def publish(txn: Txn, record: InstanceRecord, capture: CaptureRow | None) -> None:
+            _check_name_free(txn, source.id, request.name)
+            row = SnapshotRow(
+                id=snapshot_id,
+                kind=request.kind,
+                name=request.name or None,
+                tags=tags,
+                created_at=self._now(),
+                source=msgspec.structs.replace(record, handle=None),
+                size_bytes=allocated_bytes(directory) + (capture.size_bytes if capture is not None else 0),
+                capture=capture.id if capture is not None else None,
+            )
+            self._instances.images.pin(txn, record.digest, f"snapshot:{snapshot_id}")
+            txn.put(SNAPSHOTS, snapshot_id, row)
+            if capture is not None and compression is not None:
+                held = txn.get(CAPTURES, capture.id)
+                if held is not None:
+                    txn.put(CAPTURES, capture.id, msgspec.structs.replace(held, compression=compression))
+            rows[:] = [row]
+
+        self._store.read(lambda txn: _check_name_free(txn, source.id, request.name))
+        try:
+            await task.copy_out(
+                str(directory),
+                with_memory=request.kind is SnapshotKind.STANDBY,
+                holder=captures.of_snapshot(snapshot_id),
+                publish=publish,
+            )
+        except Exception:
+            await self._world.files.remove(directory)
+            raise
+        return rows[0]
+
+    async def delete(self, snapshot: str) -> None:
+        """What was forked from it lives on."""
+
+        def remove(txn: Txn) -> SnapshotRow:
+            row = _find(txn, snapshot)
+            if self._readers.get(row.id):
+                raise Conflict(f"snapshot {row.id} is just being read by a fork or restore")
+            txn.delete(SNAPSHOTS, row.id)
+            captures.let_go(txn, row.capture, captures.of_snapshot(row.id))
+            self._instances.images.unpin(txn, f"snapshot:{row.id}")
+            return row
+
+        row = await self._store.write(remove)
+        await self._world.files.remove(self._world.paths.snapshot(row.id))
+        if row.capture is not None:
+            await self._world.free_capture(row.capture)
+
+    async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
+        """Put an instance back to one of its snapshots."""
+        task = self._instances.task(ref)
+        row = self._store.read(lambda txn: _find(txn, snapshot))
+        if row.source.id != task.record.id:
+            raise NotFound(f"instance {task.record.name!r} has no snapshot {snapshot!r}")
+        target = _check_target(row, request.target_state, request.target_hypervisor)
+        kind = self._kind(row, request.target_hypervisor)
+        with self._reading(row):
+            await task.perform(Command.RESTORE_SNAPSHOT, lambda: self._revert(task, row, kind, target))
+        if target is TargetState.RUNNING:
+            if task.record.state is InstanceState.STANDBY:
+                await task.perform(Command.RESTORE, task.restore)
+            else:
+                await task.perform(Command.START, lambda: task.start(None, None))
+        return self._instances.view(task.record)
+
+    async def _revert(
+        self, task: Lifecycle, row: SnapshotRow, kind: HypervisorKind, target: TargetState
+    ) -> InstanceRecord:
+        now, before = self._now(), task.record
+        capture = row.capture if target is not TargetState.STOPPED else None
+        if before.spec.volumes != row.source.spec.volumes:
+            raise Conflict("the instance has other volumes than at the time of the snapshot; attach the same first")
+        state = InstanceState.STANDBY if capture is not None else InstanceState.STOPPED
+        record = msgspec.structs.replace(
+            before,
+            spec=msgspec.structs.replace(row.source.spec, tags=before.spec.tags, hypervisor=kind),
+            digest=row.source.digest,
+            ports=row.source.ports,
+            nonce=row.source.nonce,
+            state=state,
+            phases=before.phases.entered(state.value.lower(), now),
+            capture=capture,
+            exit_code=None,
+            exit_message=None,
+        )
+
+        def also(txn: Txn) -> None:
+            self._instances.images.pin(txn, record.digest, record.id)
+            if capture is not None:
+                captures.share(txn, capture, captures.of_instance(record.id))
+
+        return await task.revert(str(self._world.paths.snapshot(row.id)), record, also)
+
+    async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance:
+        """A new instance from a snapshot."""
+        check_name(request.name)
+        row = self._store.read(lambda txn: _find(txn, snapshot))
+        target = _check_target(row, request.target_state, request.target_hypervisor)
+        kind = self._kind(row, request.target_hypervisor)
+        record = self._instances.forked_record(row.source, request.name)
+        record = msgspec.structs.replace(record, spec=msgspec.structs.replace(record.spec, hypervisor=kind))
+        capture = row.capture if target is not TargetState.STOPPED else None
+        with self._reading(row):
+            return await self._instances.fork_from(
+                record, str(self._world.paths.snapshot(row.id)), capture=capture, target=target
+            )
+
+    def _kind(self, row: SnapshotRow, wanted: HypervisorKind | None) -> HypervisorKind:
+        if wanted is None or wanted is row.source.spec.hypervisor:
+            return row.source.spec.hypervisor
+        if row.kind is SnapshotKind.STANDBY:
+            raise NotSupported(
+                f"saved memory of {row.source.spec.hypervisor.value} can not be restored by {wanted.value}"
+            )
+        return self._instances.catalog.driver(wanted).kind
+
+    def _reading(self, row: SnapshotRow) -> _Reading:
+        return _Reading(self._readers, row.id)
+
+    def _view(self, txn: Txn, row: SnapshotRow) -> Snapshot:
+        capture = txn.get(CAPTURES, row.capture) if row.capture else None
+        view = Snapshot(
+            id=row.id,
+            kind=row.kind,
+            source_instance_id=row.source.id,
+            source_instance_name=row.source.name,
+            source_hypervisor=row.source.spec.hypervisor,
+            created_at=row.created_at,
+            size_bytes=row.size_bytes,
+            name=row.name,
+            tags=row.tags or UNSET,
+        )
+        if capture is None:
+            return view
+        return msgspec.structs.replace(
+            view,
+            compression=capture.compression or UNSET,
+            compression_state=self._compression_state(capture),
+            compression_error=capture.compression_error,
+            compressed_size_bytes=capture.compressed_bytes or None,
+            uncompressed_size_bytes=capture.memory_bytes,
+        )
+
+    def _compression_state(self, capture: CaptureRow) -> CompressionState:
+        if capture.compression_error is not None:
+            return CompressionState.ERROR
+        if capture.compressed_bytes:
+            return CompressionState.COMPRESSED
+        return CompressionState.COMPRESSING if self._world.compressor.is_busy(capture.id) else CompressionState.NONE
+
+
+class _Reading:
+    """While it is entered, the snapshot is not deleted."""
+
+    def __init__(self, readers: dict[str, int], snapshot_id: str) -> None:
+        self._readers = readers
+        self._id = snapshot_id
+
+    def __enter__(self) -> None:
+        self._readers[self._id] = self._readers.get(self._id, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        self._readers[self._id] -= 1
+        if not self._readers[self._id]:
+            del self._readers[self._id]
+
+
+def _find(txn: Txn, snapshot: str) -> SnapshotRow:
+    row = txn.get(SNAPSHOTS, snapshot) if 0 < len(snapshot) <= 64 and snapshot.isascii() else None
+    if row is None:
+        raise NotFound(f"no snapshot {snapshot[:80]!r}")
+    return row
+
+
+def _check_name_free(txn: Txn, source_id: str, name: str | None) -> None:
+    if name and any(row.source.id == source_id and row.name == name for _, row in txn.scan(SNAPSHOTS)):
+        raise Conflict(f"this instance has a snapshot named {name!r} already")
+
+
+def _check_kind(kind: SnapshotKind, source: InstanceRecord) -> None:
+    wanted = (
+        (InstanceState.STOPPED,) if kind is SnapshotKind.STOPPED else (InstanceState.RUNNING, InstanceState.STANDBY)
+    )
+    if source.state not in wanted:
+        raise InvalidState(
+            f"a snapshot of kind {kind.value} wants instance {source.name!r} to be "
+            f"{' or '.join(state.value for state in wanted)}; it is {source.state.value}",
+            code="conflict",
+        )
+
+
+def _check_target(row: SnapshotRow, target: TargetState | None, hypervisor: HypervisorKind | None) -> TargetState:
+    if hypervisor is not None and row.kind is not SnapshotKind.STOPPED:
+        raise InvalidRequest("target_hypervisor is for snapshots of kind Stopped")
+    chosen = target or _DEFAULT_TARGET[row.kind]
+    if chosen not in _ALLOWED_TARGETS[row.kind]:
+        raise InvalidRequest(f"a snapshot of kind {row.kind.value} can not end {chosen.value}")
+    return chosen
