@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hypeman.devices.service import Devices
+from hypeman.store import Store
+from tests.devices.machine import Machine
 from tests.devices.trees import Tree
 
 
@@ -22,3 +25,16 @@ def tree_root() -> Iterator[Path]:
 @pytest.fixture
 def tree(tree_root: Path) -> Tree:
     return Tree(tree_root)
+
+
+@pytest.fixture
+def machine(tree_root: Path) -> Machine:
+    return Machine(tree_root)
+
+
+@pytest.fixture
+async def devices(machine: Machine, store: Store) -> Devices:
+    """The service on the made-up machine, having looked at it once."""
+    service = machine.service(store)
+    await service.prepare()
+    return service

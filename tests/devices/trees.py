@@ -1,9 +1,7 @@
 """Made-up sysfs trees: the files and links that our code reads and writes, in a directory.
 
 ``Tree`` lays functions out as the kernel does (``bus/pci/devices/ADDR`` is a link into ``devices/``).
-``serve`` makes writes work too: a thread stands in for the kernel's PCI core and answers
-``driver_override``, ``unbind``, ``bind`` and ``drivers_probe`` by moving the driver links, so that the
-binding code runs unchanged against it. It watches FIFOs: what is written there has a reader, as in sysfs.
+What writes do to it is in kernel.py.
 """
 
 from __future__ import annotations

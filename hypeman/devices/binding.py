@@ -1,0 +1,158 @@
+"""Functions move to vfio-pci and back: the journal first, then the plan, one step at a time.
+
+What always holds:
+
+- A function that we have changed has a Binding in the store, from before the first change until
+  after the last one was taken back. Whoever dies in between, the next ``give_back`` goes on.
+- All endpoints of an IOMMU group move, or none of them stays moved.
+- Only what a Binding names is ever given back: drivers that others have bound are not ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import msgspec
+
+from hypeman.devices import registry
+from hypeman.devices.facts import endpoints
+from hypeman.devices.plan import Now, plan_bind, plan_return
+from hypeman.devices.registry import BINDINGS
+from hypeman.devices.types import Binding, DeviceRecord, PciFunction
+from hypeman.devices.view import View
+from hypeman.errors import Conflict, InternalError, InUse, NotFound
+from hypeman.host.pci import Pci
+from hypeman.store import Store, Txn
+
+log = logging.getLogger(__name__)
+
+
+class Binder:
+    """Takes functions for instances. Calls for one instance come in turn; others do not wait for them."""
+
+    def __init__(self, store: Store, pci: Pci, *, proc_root: Path) -> None:
+        self._store = store
+        self._pci = pci
+        self._proc_root = proc_root
+
+    async def take(self, instance_id: str, records: tuple[DeviceRecord, ...], view: View) -> tuple[int, ...]:
+        """Bind the groups of ``records`` to vfio-pci; the groups. What fails half-way waits for ``give_back``.
+
+        Raises NotFound ``device_not_found`` for one that was unplugged, Conflict for one that can not
+        be passed through (any more), HostError for what the kernel refused.
+        """
+        functions = [_present(record, view) for record in records]
+        groups = tuple(dict.fromkeys(function.iommu_group for function in functions))
+        for group in groups:
+            strangers = await self._pci.strangers(group)
+            if strangers:
+                raise Conflict(f"IOMMU group {group} also holds {', '.join(strangers)}, which is no PCI device")
+        await self._pci.load_vfio()
+        members = [function for group in groups for function in endpoints(view.functions, group)]
+        for binding in await self._note(instance_id, members):
+            for step in plan_bind(binding, await self._now(binding.address)):
+                await step.do(self._pci)
+        return groups
+
+    async def give_back(self, instance_id: str) -> None:
+        """Return every function that the instance has to the driver it had. Content if there is none.
+
+        Goes on past failures and raises the first; what could not be returned stays in the store.
+        """
+        if not self._store.read(lambda txn: registry.bindings_of(txn, instance_id)):
+            return
+        bindings = await self._store.write(lambda txn: _mark_leaving(txn, instance_id, self._boot_id()))
+        failed: InternalError | None = None
+        for binding in reversed(bindings):
+            try:
+                await self._give_one_back(binding)
+            except InternalError as error:
+                log.error("PCI function %s could not be given back: %s", binding.address, error.message)
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    async def _give_one_back(self, binding: Binding) -> None:
+        if self._pci.exists(binding.address):
+            for step in plan_return(binding, await self._now(binding.address)):
+                await step.do(self._pci)
+            await self._pci.reclaim_group(binding.address)
+        await self._store.write(lambda txn: txn.delete(BINDINGS, binding.address))
+
+    async def _note(self, instance_id: str, members: list[PciFunction]) -> tuple[Binding, ...]:
+        """Write down what each function is now, unless that was done before (and is still true)."""
+        boot_id = self._boot_id()
+        known = {b.address: b for b in self._store.read(lambda txn: registry.bindings_of(txn, instance_id))}
+        bindings = []
+        for function in members:
+            before = known.get(function.address)
+            if before is not None and before.boot_id == boot_id:
+                bindings.append(msgspec.structs.replace(before, leaving=False))
+                continue
+            now = await self._now(function.address)
+            persistence = now.driver == "nvidia" and await self._pci.persistence(function.address)
+            bindings.append(
+                Binding(
+                    address=function.address,
+                    instance_id=instance_id,
+                    driver=now.driver,
+                    override=now.override,
+                    persistence=persistence,
+                    boot_id=boot_id,
+                )
+            )
+        await self._store.write(lambda txn: _put_all(txn, bindings))
+        return tuple(bindings)
+
+    async def _now(self, address: str) -> Now:
+        return Now(self._pci.driver(address), await self._pci.override(address))
+
+    def _boot_id(self) -> str:
+        try:
+            return (self._proc_root / "sys/kernel/random/boot_id").read_text().strip()
+        except OSError:
+            return ""
+
+
+def unsettled(txn: Txn) -> tuple[str, ...]:
+    """Instances whose functions are to be given back: they said so, or they are no more."""
+    owners = {record.attached_to for _, record in txn.scan(registry.DEVICES)}
+    bindings = [binding for _, binding in txn.scan(BINDINGS)]
+    return tuple(dict.fromkeys(b.instance_id for b in bindings if b.leaving or b.instance_id not in owners))
+
+
+def _mark_leaving(txn: Txn, instance_id: str, boot_id: str) -> tuple[Binding, ...]:
+    """The bindings that are to be taken back; those of another boot have nothing to take back."""
+    leaving = []
+    for binding in registry.bindings_of(txn, instance_id):
+        if binding.boot_id != boot_id:
+            txn.delete(BINDINGS, binding.address)
+            continue
+        leaving.append(msgspec.structs.replace(binding, leaving=True))
+        txn.put(BINDINGS, binding.address, leaving[-1])
+    return tuple(leaving)
+
+
+def _put_all(txn: Txn, bindings: list[Binding]) -> None:
+    for binding in bindings:
+        there = txn.get(BINDINGS, binding.address)
+        if there is not None and there.instance_id != binding.instance_id and there.boot_id == binding.boot_id:
+            raise InUse(f"PCI function {binding.address} is held by instance {there.instance_id}")
+        txn.put(BINDINGS, binding.address, binding)
+
+
+def _present(record: DeviceRecord, view: View) -> PciFunction:
+    """The function of a registered device, if it may be passed through as of now."""
+    function = view.functions.get(record.pci_address)
+    if function is None:
+        raise NotFound(f"device {record.name} ({record.pci_address}) is not in this host", code="device_not_found")
+    ids = f"{function.vendor:04x}", f"{function.device:04x}"
+    if ids != (record.vendor_id, record.device_id):
+        raise Conflict(
+            f"at {record.pci_address} there is now {':'.join(ids)}, and not {record.vendor_id}:{record.device_id}, "
+            f"which was registered as {record.name}"
+        )
+    if record.pci_address in view.obstacles:
+        raise Conflict(f"device {record.name} ({record.pci_address}) {view.obstacles[record.pci_address]}")
+    return function

@@ -1,0 +1,310 @@
+"""Devices: what the host has, what is registered, and who has it. The way in for everybody else.
+
+The store says who has what; the machine is made to agree (binding.py, slots.py). For an instance
+the order is: ``claim`` in the transaction that creates it, ``bind`` before its VMM starts, ``unbind``
+when its VMM is gone, ``release`` in the transaction that removes it. ``bind`` and ``unbind`` may run
+again at any time. Devices that a stored instance has are never taken from it by a restart of ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+import trio
+from msgspec import UNSET
+
+from hypeman.config import DevicesConfig
+from hypeman.devices import binding, registry, slots, vgpu
+from hypeman.devices.binding import Binder
+from hypeman.devices.facts import VFIO_DRIVER, check_device_name, default_name, parse_address
+from hypeman.devices.pciids import PciIds
+from hypeman.devices.registry import DEVICES, VGPUS
+from hypeman.devices.slots import Slots
+from hypeman.devices.types import (
+    AvailableDevice,
+    CreateDeviceRequest,
+    Device,
+    DeviceRecord,
+    DeviceType,
+    PciFunction,
+    VgpuRecord,
+)
+from hypeman.devices.view import Watcher
+from hypeman.errors import Conflict, HypemanError, NotFound
+from hypeman.host.mdev import Mdev
+from hypeman.host.pci import Pci
+from hypeman.host.sysfs import Sysfs
+from hypeman.ids import check_tags, new_id
+from hypeman.resources.types import GpuDevice, GpuProfile, GPUResourceStatus
+from hypeman.store import Store, Txn
+
+log = logging.getLogger(__name__)
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Devices:
+    """See above. ``run`` in a nursery settles what an earlier life of ours left, and serves."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: DevicesConfig,
+        *,
+        uplink: str = "",
+        sysfs: Sysfs | None = None,
+        proc_root: Path = Path("/proc"),
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._store = store
+        self._config = config
+        self._now = now
+        self._sysfs = sysfs or Sysfs(Path(config.sysfs_root))
+        self._pci = Pci(self._sysfs, Path(config.dev_root))
+        mdev = Mdev(self._sysfs)
+        self._watcher = Watcher(self._pci, mdev, proc_root=proc_root, uplink=uplink)
+        self._binder = Binder(store, self._pci, proc_root=proc_root)
+        self._slots = Slots(store, mdev, self._pci)
+        self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Give back what nobody has any more. Started when that was tried once; then again whenever a
+        change that the kernel held up has come back. Run it before instances start."""
+        await self.prepare()
+        await self._settle()
+        task_status.started()
+        while True:
+            await self._sysfs.wait_returned()
+            await self._settle()
+
+    # The registry
+
+    async def register(self, request: CreateDeviceRequest) -> Device:
+        """Raises InvalidRequest ``invalid_pci_address`` or ``invalid_name``, NotFound ``device_not_found``,
+        Conflict when the address or the name is taken or the function can not be passed through."""
+        address = parse_address(request.pci_address)
+        name = check_device_name(request.name) if request.name else default_name(address)
+        tags = check_tags(request.tags)
+        view = await self._watcher.look()
+        function = view.functions.get(address)
+        if function is None:
+            raise NotFound(f"this host has no PCI function {address}", code="device_not_found")
+        if address in view.obstacles:
+            raise Conflict(f"PCI function {address} can not be passed through: {view.obstacles[address]}")
+        record = DeviceRecord(
+            id=new_id(),
+            name=name,
+            pci_address=address,
+            type=function.type,
+            vendor_id=f"{function.vendor:04x}",
+            device_id=f"{function.device:04x}",
+            iommu_group=function.iommu_group,
+            created_at=self._now(),
+            tags=tags,
+        )
+        await self._store.write(lambda txn: registry.insert(txn, record))
+        return self._device(record)
+
+    def list(self, tags: Mapping[str, str] | None = None) -> tuple[Device, ...]:
+        """All, or those that have all of ``tags``; by age."""
+        wanted = (tags or {}).items()
+        records = [record for _, record in self._store.read(lambda txn: list(txn.scan(DEVICES)))]
+        records.sort(key=lambda record: record.created_at)
+        return tuple(self._device(record) for record in records if wanted <= record.tags.items())
+
+    def get(self, ref: str) -> Device:
+        """By id or name; NotFound otherwise."""
+        return self._device(self._store.read(lambda txn: registry.find(txn, ref)))
+
+    async def delete(self, ref: str) -> None:
+        """Forget the registration. Raises NotFound, or InUse while an instance has the device."""
+        await self._store.write(lambda txn: registry.remove(txn, ref))
+
+    async def available(self, *, everything: bool = False) -> tuple[AvailableDevice, ...]:
+        """What can be passed through; with ``everything`` also what can not, and why."""
+        view = await self._watcher.look()
+        return tuple(
+            self._available(function, view.obstacles.get(address))
+            for address, function in view.functions.items()
+            if everything or address not in view.obstacles
+        )
+
+    async def gpu_status(self) -> GPUResourceStatus | None:
+        """Slots and profiles where there are vGPUs, else the cards; None without either."""
+        view = await self._watcher.look()
+        if view.parents:
+            claims = self._store.read(slots.claims)
+            total, used = vgpu.slots(view.parents, claims)
+            profiles = tuple(
+                GpuProfile(name=name, framebuffer_mb=size, available=count)
+                for name, size, count in vgpu.profiles(view.parents, claims)
+            )
+            return GPUResourceStatus(mode="vgpu", total_slots=total, used_slots=used, profiles=profiles)
+        records = {record.pci_address: record for _, record in self._store.read(lambda txn: list(txn.scan(DEVICES)))}
+        cards = [
+            GpuDevice(name=self._name(function) or address, available=_is_free(records.get(address)))
+            for address, function in view.functions.items()
+            if function.type is DeviceType.GPU and (address in records or address not in view.obstacles)
+        ]
+        if not cards:
+            return None
+        used = sum(not card.available for card in cards)
+        return GPUResourceStatus(mode="passthrough", total_slots=len(cards), used_slots=used, devices=tuple(cards))
+
+    # For instances
+
+    async def prepare(self) -> None:
+        """Look at the machine, so that a ``claim`` decides on fresh facts. Never fails: without an
+        answer the last picture stands, and ``bind`` looks again."""
+        try:
+            await self._watcher.look()
+        except HypemanError as error:
+            log.warning("the host's devices could not be looked at: %s", error.message)
+
+    def claim(self, txn: Txn, instance_id: str, devices: tuple[str, ...], gpu_profile: str) -> tuple[str, ...]:
+        """Make the instance the owner of ``devices`` (ids or names) and of a slot for ``gpu_profile``
+        (empty for none); the devices' ids. Nothing on the machine changes yet.
+
+        Raises NotFound ``device_not_found``, InUse, InvalidRequest for an unknown profile,
+        InsufficientResources when all slots are taken.
+        """
+        view = self._watcher.view
+        ids = registry.attach(txn, instance_id, devices, view.functions)
+        if gpu_profile:
+            parent, kind = vgpu.choose(view.parents, slots.claims(txn), gpu_profile)
+            txn.put(
+                VGPUS,
+                instance_id,
+                VgpuRecord(
+                    instance_id=instance_id,
+                    uuid=str(uuid4()),
+                    profile=kind.name,
+                    type_id=kind.id,
+                    parent=parent.address,
+                    kind=parent.kind,
+                ),
+            )
+        return ids
+
+    def release(self, txn: Txn, instance_id: str) -> None:
+        """The reverse of ``claim``. Content if there is nothing."""
+        registry.detach(txn, instance_id)
+        slots.release(txn, instance_id)
+
+    async def bind(self, instance_id: str, *, uid: int = 0, gid: int = 0) -> None:
+        """Make what the instance claimed usable by a VMM that runs as ``uid``, or leave all as it was.
+
+        Raises NotFound ``device_not_found`` or Conflict for a device that is gone or has become
+        unusable, HostError for what the kernel refused.
+        """
+        records, claim = self._store.read(
+            lambda txn: (registry.attached(txn, instance_id), txn.get(VGPUS, instance_id))
+        )
+        if not records and claim is None:
+            return
+        async with self._lock(instance_id):
+            try:
+                view = await self._watcher.look()
+                groups = await self._binder.take(instance_id, records, view) if records else ()
+                made = await self._slots.make(instance_id)
+                for group in (*groups, *(() if made is None else (made,))):
+                    await self._pci.lend_group(group, uid=uid, gid=gid)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._unbind_quietly(instance_id)
+                raise
+
+    async def unbind(self, instance_id: str) -> None:
+        """Give every function back to the driver it had and remove the vGPU; claims stay.
+
+        Only when the instance's VMM is gone. Raises HostError for what could not be given back; it is
+        tried again at the next start, or when the kernel returns.
+        """
+        async with self._lock(instance_id):
+            await self._unbind(instance_id)
+
+    def sysfs_paths(self, instance_id: str) -> tuple[str, ...]:
+        """Where a VMM finds the instance's devices, in the order in which they were asked for."""
+        records, claim = self._store.read(
+            lambda txn: (registry.attached(txn, instance_id), txn.get(VGPUS, instance_id))
+        )
+        paths = tuple(self._pci.path(record.pci_address) for record in records)
+        return paths if claim is None else (*paths, self._slots.path(claim))
+
+    def mdev_uuid(self, instance_id: str) -> str:
+        """Of the instance's vGPU; empty if it has none."""
+        claim = self._store.read(lambda txn: txn.get(VGPUS, instance_id))
+        return "" if claim is None else claim.uuid
+
+    # Inside
+
+    def _lock(self, instance_id: str) -> trio.Lock:
+        """What is done for one instance comes in turn; others do not wait for it."""
+        return self._locks.setdefault(instance_id, trio.Lock())
+
+    async def _unbind(self, instance_id: str) -> None:
+        try:
+            await self._binder.give_back(instance_id)
+        finally:
+            await self._slots.remove(instance_id)
+        await self.prepare()
+
+    async def _unbind_quietly(self, instance_id: str) -> None:
+        """After a failure, which is what the caller is told."""
+        try:
+            await self._unbind(instance_id)
+        except HypemanError as error:
+            log.error("devices of instance %s could not be given back: %s", instance_id, error.message)
+
+    async def _settle(self) -> None:
+        """Finish every giving back that was begun, or that an owner's end has made due."""
+        due = self._store.read(lambda txn: (*binding.unsettled(txn), *slots.unsettled(txn)))
+        for instance_id in dict.fromkeys(due):
+            async with self._lock(instance_id):
+                await self._unbind_quietly(instance_id)
+
+    @cached_property
+    def _names(self) -> PciIds:
+        return PciIds.open(self._config.pci_ids)
+
+    def _name(self, function: PciFunction) -> str:
+        return self._names.device(function.vendor, function.device)
+
+    def _device(self, record: DeviceRecord) -> Device:
+        return Device(
+            id=record.id,
+            type=record.type,
+            pci_address=record.pci_address,
+            vendor_id=record.vendor_id,
+            device_id=record.device_id,
+            iommu_group=record.iommu_group,
+            bound_to_vfio=self._pci.driver(record.pci_address) == VFIO_DRIVER,
+            created_at=record.created_at,
+            name=record.name,
+            attached_to=record.attached_to,
+            tags=record.tags or UNSET,
+        )
+
+    def _available(self, function: PciFunction, reason: str | None) -> AvailableDevice:
+        return AvailableDevice(
+            pci_address=function.address,
+            vendor_id=f"{function.vendor:04x}",
+            device_id=f"{function.device:04x}",
+            iommu_group=function.iommu_group,
+            vendor_name=self._names.vendor(function.vendor) or UNSET,
+            device_name=self._name(function) or UNSET,
+            current_driver=function.driver,
+            reason=reason or UNSET,
+        )
+
+
+def _is_free(record: DeviceRecord | None) -> bool:
+    return record is None or record.attached_to is None

@@ -1,0 +1,175 @@
+"""What is said about devices (the contract's §2.8), what is seen of the machine, and what is stored."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from hypeman.fields import TagMap, Timestamp
+
+PciAddress = Annotated[str, Meta(description="hhhh:hh:hh.h, hexadecimal", examples=["0000:a2:00.0"])]
+
+
+# ── The wire ────────────────────────────────────────────────────────────────────────────────────
+
+
+class DeviceType(enum.StrEnum):
+    GPU = "gpu"
+    PCI = "pci"
+
+
+class CreateDeviceRequest(Struct, frozen=True, kw_only=True):
+    """Register a PCI function for passthrough."""
+
+    pci_address: PciAddress
+    name: Annotated[str | None, Meta(description="Letters, digits, '_', '.' and '-'; default: from the address")] = None
+    tags: TagMap = {}
+
+
+class Device(Struct, frozen=True, kw_only=True):
+    """A registered PCI function."""
+
+    id: str
+    type: DeviceType
+    pci_address: str
+    vendor_id: str
+    device_id: str
+    iommu_group: int
+    bound_to_vfio: Annotated[bool, Meta(description="As of now")]
+    created_at: Timestamp
+    name: str
+    attached_to: Annotated[str | None, Meta(description="Instance that has it")] = None
+    tags: TagMap | UnsetType = UNSET
+
+
+class AvailableDevice(Struct, frozen=True, kw_only=True):
+    """A PCI function of the host that can be passed through."""
+
+    pci_address: str
+    vendor_id: str
+    device_id: str
+    iommu_group: int
+    vendor_name: str | UnsetType = UNSET
+    device_name: str | UnsetType = UNSET
+    current_driver: str | None = None
+    reason: Annotated[
+        str | UnsetType, Meta(description="Why it can not be passed through; only where all were asked for")
+    ] = UNSET
+
+
+# ── What is seen of the machine ─────────────────────────────────────────────────────────────────
+
+
+class PciFunction(Struct, frozen=True):
+    """One function as the scan saw it. Numbers are -1 where the machine does not tell them."""
+
+    address: str
+    vendor: int
+    device: int
+    class_code: int
+    subsystem_vendor: int
+    subsystem_device: int
+    driver: str | None
+    iommu_group: int
+    numa_node: int
+    physfn: str | None
+    """Physical function of a virtual one."""
+    total_vfs: int
+    reset_methods: str
+
+    @property
+    def is_bridge(self) -> bool:
+        return self.class_code >> 16 == 0x06
+
+    @property
+    def is_gpu(self) -> bool:
+        """VGA or 3D controller."""
+        return self.class_code >> 8 in (0x0300, 0x0302)
+
+    @property
+    def type(self) -> DeviceType:
+        return DeviceType.GPU if self.is_gpu else DeviceType.PCI
+
+
+class VgpuKind(enum.StrEnum):
+    MDEV = "mdev"
+    """Made by writing a UUID into the parent's type."""
+    VENDOR = "vendor"
+    """The type is written into a virtual function (NVIDIA's driver on kernels 6.8 and newer)."""
+
+
+class VgpuType(Struct, frozen=True):
+    """What one parent can be divided into."""
+
+    id: str
+    name: str
+    framebuffer_mb: int
+    available: int
+    """How many more the parent can make as of now."""
+
+
+class VgpuParent(Struct, frozen=True):
+    """A PCI function (or another device) that can be divided."""
+
+    address: str
+    gpu: str
+    """The physical card: the address itself, or that of its physical function."""
+    kind: VgpuKind
+    types: tuple[VgpuType, ...]
+    made: tuple[str, ...]
+    """UUIDs of the mdevs that exist; for the vendor kind the id of the type that is set, if one is."""
+
+
+# ── What is stored ──────────────────────────────────────────────────────────────────────────────
+
+
+class DeviceRecord(Struct, frozen=True, kw_only=True):
+    """A registration, and who has the device."""
+
+    id: str
+    name: str
+    pci_address: str
+    type: DeviceType
+    vendor_id: str
+    device_id: str
+    iommu_group: int
+    """As of registration; numbers may change when the host boots."""
+    created_at: Timestamp
+    tags: dict[str, str] = {}
+    attached_to: str | None = None
+    position: int = 0
+    """Place among the devices of that instance."""
+
+
+class Binding(Struct, frozen=True, kw_only=True):
+    """What a function was before we took it, written before the first change and removed after the
+    last one was taken back. While it exists, nobody else gets the function."""
+
+    address: str
+    instance_id: str
+    driver: str | None
+    override: str
+    """``driver_override`` as it was; empty for none."""
+    persistence: bool
+    """NVIDIA's persistence mode was on for it."""
+    boot_id: str
+    """Another boot has forgotten all of this: nothing is left to give back."""
+    leaving: bool = False
+    """Is being given back, and was not yet when this was written."""
+
+
+class VgpuRecord(Struct, frozen=True, kw_only=True):
+    """An instance's claim on a slot, written before the vGPU is made."""
+
+    instance_id: str
+    uuid: str
+    profile: str
+    type_id: str
+    parent: str
+    kind: VgpuKind
+    leaving: bool = False
+    """Is being removed, and was not yet when this was written."""
+    owned: bool = True
+    """The instance still wants the slot; without, the claim goes with the vGPU."""

@@ -1,0 +1,133 @@
+"""Reading and writing below ``/sys`` without hanging the server.
+
+A write that unbinds a driver returns when the driver lets go, and a driver may never do that. So
+every access runs in a thread of its own pool with a time limit. When the limit has passed the
+caller gets HostStuck, the log says so, and the thread stays behind until the kernel returns; until
+then the same ``subject`` (a PCI address, usually) is refused, so that nothing is written on top of an
+unfinished change, and a late one can not meet the next owner. ``wait_returned`` tells when it ended.
+
+An access is not cancelled half-way: it is shielded up to its limit, and cancellation is seen before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from hypeman.host.files import HostError
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+_THREADS = 32
+_MAX_READ = 1 << 16
+
+
+class HostStuck(HostError):
+    """The kernel has not returned from a change in time; it may still happen."""
+
+
+class Sysfs:
+    """A sysfs root, normally ``/sys``. Paths are relative to it."""
+
+    def __init__(self, root: Path, *, deadline: float = 30.0) -> None:
+        self.root = root
+        self.deadline = deadline
+        """Seconds that one access may take."""
+        self._limiter: trio.CapacityLimiter | None = None
+        self._busy: dict[str, str] = {}
+        """Subject → what is under way for it."""
+        self._returned = trio.Event()
+
+    def read_link(self, path: str) -> str | None:
+        """The last part of where a link points, None if there is none. Never blocks."""
+        try:
+            return os.readlink(self.root / path).rpartition("/")[2]
+        except OSError:
+            return None
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(self.root / path)
+
+    def is_busy(self, subject: str) -> bool:
+        """A change of ``subject`` is under way, perhaps for ever."""
+        return subject in self._busy
+
+    async def write(self, path: str, text: str, *, subject: str) -> None:
+        """Raises HostError with the path and the kernel's reason, HostStuck when time is up."""
+        await self._in_time(subject, f"writing {text!r} to {self.root / path}", lambda: self.write_now(path, text))
+
+    async def read(self, path: str, *, subject: str) -> str | None:
+        """The content without the line end; None if there is no such file."""
+
+        def read() -> str | None:
+            try:
+                with open(self.root / path, "rb") as file:
+                    return file.read(_MAX_READ).decode("utf-8", "replace").rstrip("\n")
+            except FileNotFoundError:
+                return None
+
+        return await self._in_time(subject, f"reading {self.root / path}", read)
+
+    async def call(self, fn: Callable[[], R], *, what: str) -> R:
+        """Run something that reads a lot, under the same time limit."""
+        return await self._in_time(f"{what} #{time.monotonic_ns()}", what, fn)
+
+    def write_now(self, path: str, text: str) -> None:
+        """The write itself, in whatever thread. One system call: the kernel acts on each."""
+        fd = os.open(self.root / path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
+
+    async def wait_returned(self) -> None:
+        """Wait until an access that was given up for stuck has come back after all."""
+        await self._returned.wait()
+        self._returned = trio.Event()
+
+    async def _in_time(self, subject: str, what: str, fn: Callable[[], R]) -> R:
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if subject in self._busy:
+            raise HostStuck(f"{what}: {self._busy[subject]} has not returned yet")
+        if self._limiter is None:
+            self._limiter = trio.CapacityLimiter(_THREADS)
+        token = trio.lowlevel.current_trio_token()
+        self._busy[subject] = what
+        started = time.monotonic()
+        given_up = False
+
+        def ended() -> None:
+            del self._busy[subject]
+            if given_up:
+                log.warning("%s returned after %.0f s", what, time.monotonic() - started)
+                self._returned.set()
+
+        def work() -> R:
+            try:
+                return fn()
+            finally:
+                with contextlib.suppress(trio.RunFinishedError):
+                    token.run_sync_soon(ended)
+
+        result: list[R] = []
+        try:
+            with trio.move_on_after(self.deadline, shield=True):
+                result.append(
+                    await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
+                )
+        except OSError as error:
+            raise HostError(f"{what}: {error.strerror or error}") from error
+        if not result:
+            given_up = True
+            log.error("%s has not returned for %.0f s; going on without it", what, self.deadline)
+            raise HostStuck(f"{what} has not returned for {self.deadline:.0f} s")
+        return result[0]
