@@ -40,6 +40,7 @@ from hypeman.host.netlink import (
     Message,
     Monitor,
     Netlink,
+    NetlinkError,
     Packet,
     attr,
     attributes,
@@ -55,10 +56,10 @@ _NEW_LINK, _DEL_LINK, _GET_LINK = 16, 17, 18
 _NEW_ADDR, _DEL_ADDR, _NEW_ROUTE, _NEW_NEIGH = 20, 21, 24, 28
 _DEL_ROUTE = 25
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_EXT_MASK = 1, 3, 4, 18, 20, 29
+_INFO_KIND = 1
 _IFLA_GROUP = 27
 _DYING_GROUP = 0x686D2D78
 """A group that links are in for the moment of their removal, and nobody else uses."""
-_INFO_KIND = 1
 _SKIP_STATS = 1 << 3
 _IFF_UP = 1
 _LOOPBACK = 1
@@ -67,7 +68,7 @@ _TABLE_MAIN, _PROTO_STATIC, _SCOPE_LINK, _SCOPE_HOST, _UNICAST = 254, 4, 253, 25
 _NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _GROUP_LINK, _GROUP_ROUTE, _GROUP_NETCONF = 1, 7, 24
-_NEW_NETCONF = 80
+_NEW_NETCONF, _NETCONF_FORWARDING = 80, 2
 
 _TUN = "/dev/net/tun"
 _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
@@ -99,16 +100,21 @@ class Tap(msgspec.Struct, frozen=True):
 class Change(enum.Enum):
     """What a watcher is told."""
 
-    LINK_GONE = "link gone"
-    ROUTES = "routes"
-    """Routes, links or forwarding changed: find the uplink anew."""
+    OURS = "ours"
+    """A link of ours was removed or taken down, or a guest's route removed, by whomever."""
+    UPLINK = "uplink"
+    """A default route or another link changed: find the uplink anew."""
+    FORWARDING = "forwarding"
+    """Somebody switched forwarding off for some interface."""
     LOST = "lost"
     """The kernel dropped notifications: look at everything."""
 
 
-class LinkEvent(msgspec.Struct, frozen=True):
-    change: Change
-    name: str = ""
+class Link(msgspec.Struct, frozen=True):
+    """A link of ours as it is now."""
+
+    index: int
+    up: bool
 
 
 class Uplink(msgspec.Struct, frozen=True):
@@ -189,21 +195,24 @@ class Links:
         """Let packets that come in by ``names`` be forwarded."""
         await self._in_thread(_forward, list(names))
 
-    async def ours(self) -> dict[str, int]:
-        """Names and indexes of all links with a prefix of ours."""
+    async def ours(self) -> dict[str, Link]:
+        """All links with a prefix of ours by name."""
         return await self._in_thread(self._ours)
 
-    async def watch(self) -> AsyncGenerator[LinkEvent, None]:
+    async def routed(self) -> set[str]:
+        """Addresses that have a /32 route to a TAP of ours."""
+        return await self._in_thread(lambda: parse_routed(_read("/proc/net/route")))
+
+    async def can_shape(self) -> bool:
+        """Whether this kernel has ifb, by which uploads are shaped. Leaves one behind for ``remove_links``."""
+        return await self._in_thread(self._can_shape)
+
+    async def watch(self) -> AsyncGenerator[set[Change], None]:
         """What happens to links and routes from the first ``anext`` on; close it with ``aclosing``."""
         monitor = Monitor(NETLINK_ROUTE, (_GROUP_LINK, _GROUP_ROUTE, _GROUP_NETCONF))
         try:
             while True:
-                received = await monitor.receive()
-                if not received:
-                    yield LinkEvent(Change.LOST)
-                for event in dict.fromkeys(map(_event, received)):
-                    if event is not None:
-                        yield event
+                yield await monitor.receive(_change, Change.LOST)
         finally:
             monitor.close()
 
@@ -253,11 +262,20 @@ class Links:
             self._dying |= names
             raise
 
-    def _ours(self) -> dict[str, int]:
+    def _can_shape(self) -> bool:
+        try:
+            self._netlink.run([_shaper_message(SHAPER_PREFIX + "probe")])
+        except NetlinkError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return False
+            raise
+        return True
+
+    def _ours(self) -> dict[str, Link]:
         body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0) + u32(_IFLA_EXT_MASK, _SKIP_STATS)
         answers = self._netlink.dump(Message(_GET_LINK, 0, body, "list links"))
-        links = (_link_of(packet) for packet in answers)
-        return {name: index for name, index in links if name.startswith((TAP_PREFIX, SHAPER_PREFIX))}
+        links = map(_link_of, answers)
+        return {name: link for name, link in links if name.startswith((TAP_PREFIX, SHAPER_PREFIX))}
 
     async def _in_thread(self, function: Callable[..., R], *arguments: object) -> R:
         try:
@@ -268,7 +286,17 @@ class Links:
 
 async def find_uplink(configured: str = "") -> Uplink:
     """The configured interface, else those of the best default route; no name where there is none."""
-    return await trio.to_thread.run_sync(_find_uplink, configured)
+    return await trio.to_thread.run_sync(find_uplink_now, configured)
+
+
+def parse_routed(table: str) -> set[str]:
+    """Destinations of the /32 routes to our TAPs, from the text of /proc/net/route."""
+    rows = (line.split() for line in table.splitlines()[1:])
+    return {
+        socket.inet_ntoa(struct.pack("=I", int(row[1], 16)))
+        for row in rows
+        if row[0].startswith(TAP_PREFIX) and row[7] == "FFFFFFFF"
+    }
 
 
 def parse_default_routes(table: str) -> tuple[str, ...]:
@@ -281,7 +309,8 @@ def parse_default_routes(table: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(candidates[min(candidates)])) if candidates else ()
 
 
-def _find_uplink(configured: str) -> Uplink:
+def find_uplink_now(configured: str = "") -> Uplink:
+    """``find_uplink`` for code without an event loop; reads three small files."""
     names = (configured,) if configured else parse_default_routes(_read("/proc/net/route"))
     names = tuple(name for name in names if not name.startswith(TAP_PREFIX))
     mtus = [int(value) for name in names if (value := _read(f"/sys/class/net/{name}/mtu"))]
@@ -411,20 +440,42 @@ def _mac(value: str) -> bytes:
     return bytes.fromhex(value.replace(":", ""))
 
 
-def _link_of(packet: Packet) -> tuple[str, int]:
-    (index,) = struct.unpack_from("=i", packet.body, 4)
+def _link_of(packet: Packet) -> tuple[str, Link]:
+    index, flags = struct.unpack_from("=iI", packet.body, 4)
     names = (value for kind, value in attributes(packet.body, 16) if kind == _IFLA_IFNAME)
-    return next(names, b"").rstrip(b"\0").decode(errors="replace"), index
+    return next(names, b"").rstrip(b"\0").decode(errors="replace"), Link(index, bool(flags & _IFF_UP))
 
 
-def _event(packet: Packet) -> LinkEvent | None:
+def _change(packet: Packet) -> Change | None:
     """What a notification means to us; None where nothing."""
     if packet.type in (_NEW_LINK, _DEL_LINK):
-        name, _ = _link_of(packet)
+        name, link = _link_of(packet)
         if not name.startswith((TAP_PREFIX, SHAPER_PREFIX)):
-            return LinkEvent(Change.ROUTES)  # the uplink's MTU or speed
-        return LinkEvent(Change.LINK_GONE, name) if packet.type == _DEL_LINK else None
+            return Change.UPLINK
+        return Change.OURS if packet.type == _DEL_LINK or not link.up else None
     if packet.type in (_NEW_ROUTE, _DEL_ROUTE):
-        # The default route is the one without a destination.
-        return None if packet.body[1] else LinkEvent(Change.ROUTES)
-    return LinkEvent(Change.ROUTES) if packet.type == _NEW_NETCONF else None
+        length = packet.body[1]
+        if length == 0:
+            return Change.UPLINK
+        return Change.OURS if length == 32 and packet.type == _DEL_ROUTE else None
+    if packet.type == _NEW_NETCONF:
+        # Of the many switches only this one matters, switched off alone: a new link reports all at once.
+        switches = dict(attributes(packet.body, 4))
+        off = len(switches) == 2 and switches.get(_NETCONF_FORWARDING) == struct.pack("=i", 0)
+        return Change.FORWARDING if off else None
+    return None
+
+
+def claim_namespace() -> socket.socket:
+    """Be the one server of this network namespace for as long as the socket is open.
+
+    A second one, with another data directory, would take the first one's TAPs for leftovers.
+    Abstract names belong to the network namespace, and vanish with the process.
+    """
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        claim.bind("\0hypeman-network")
+    except OSError as error:
+        claim.close()
+        raise HostError("another hypeman server keeps the network of this host; stop it first") from error
+    return claim

@@ -19,12 +19,14 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import trio
 
 from hypeman.host.files import HostError
+
+T = TypeVar("T")
 
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
@@ -194,12 +196,10 @@ class Netlink:
 
 
 class Monitor:
-    """Notifications of multicast groups, as an async iterator of datagrams' packets.
+    """Notifications of multicast groups. Changes come in bursts (a flush of rules is a notification for
+    each of them), so what follows within ``settle`` seconds is taken together."""
 
-    When the kernel had to drop some (the buffer was full) an empty list is yielded: look anew.
-    """
-
-    def __init__(self, protocol: int, groups: Iterable[int]) -> None:
+    def __init__(self, protocol: int, groups: Iterable[int], *, settle: float = 0.05) -> None:
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, protocol
         )
@@ -207,20 +207,36 @@ class Monitor:
         self._socket.bind((0, 0))
         for group in groups:
             self._socket.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+        self._settle = settle
 
     def close(self) -> None:
         self._socket.close()
 
-    async def receive(self) -> list[Packet]:
+    async def receive(self, meaning: Callable[[Packet], T | None], lost: T) -> set[T]:
+        """Wait for packets that mean something, and return all that they and those right behind them mean.
+
+        ``lost`` is among it when the kernel had to drop some: look at everything anew.
+        """
+        meanings: set[T] = set()
+        while not meanings:
+            await trio.lowlevel.wait_readable(self._socket)
+            self._drain(meaning, lost, meanings)
+        await trio.sleep(self._settle)
+        self._drain(meaning, lost, meanings)
+        return meanings
+
+    def _drain(self, meaning: Callable[[Packet], T | None], lost: T, meanings: set[T]) -> None:
         while True:
             try:
-                return list(packets(self._socket.recv(_RECEIVE)))
+                data = self._socket.recv(_RECEIVE)
             except BlockingIOError:
-                await trio.lowlevel.wait_readable(self._socket)
+                return
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                return []
+                meanings.add(lost)
+                continue
+            meanings.update(found for packet in packets(data) if (found := meaning(packet)) is not None)
 
 
 def _framed(message: Message, sequence: int, flags: int) -> bytes:

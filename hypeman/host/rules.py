@@ -19,7 +19,18 @@ from typing import Any
 import trio
 
 from hypeman.host.files import HostError
-from hypeman.host.netlink import CREATE, NETLINK_NETFILTER, Message, Monitor, Netlink, attr, attributes, nested, text
+from hypeman.host.netlink import (
+    CREATE,
+    NETLINK_NETFILTER,
+    Message,
+    Monitor,
+    Netlink,
+    Packet,
+    attr,
+    attributes,
+    nested,
+    text,
+)
 from hypeman.network.types import TABLE, Element
 
 _SUBSYSTEM = 10
@@ -73,14 +84,15 @@ class Rules:
         monitor = Monitor(NETLINK_NETFILTER, (_GROUP_NFTABLES,))
         try:
             while True:
-                received = await monitor.receive()
-                if not received or any(
-                    packet.type != _NEW_GENERATION and packet.port not in self._own_ports and _is_ours(packet.body)
-                    for packet in received
-                ):
-                    yield
+                await monitor.receive(self._foreign, True)
+                yield
         finally:
             monitor.close()
+
+    def _foreign(self, packet: Packet) -> bool | None:
+        """True for a change of our tables by somebody else."""
+        ours = packet.type != _NEW_GENERATION and _names_our_table(packet.body)
+        return True if ours and packet.port not in self._own_ports else None
 
     def _load(self, ruleset: str) -> None:
         _nft(["-f", "-"], ruleset, self._own_ports)
@@ -102,7 +114,7 @@ def _nft(arguments: list[str], text_in: str, own_ports: set[int] | None = None) 
     return output
 
 
-def _is_ours(body: bytes) -> bool:
+def _names_our_table(body: bytes) -> bool:
     names = (value for kind, value in attributes(body, 4) if kind == _TABLE_NAME)
     return next(names, b"").rstrip(b"\0") == TABLE.encode()
 

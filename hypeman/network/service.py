@@ -13,6 +13,7 @@ A guest is opened last and closed first, so no packet of it ever meets half of i
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 
@@ -21,21 +22,18 @@ import trio
 from hypeman._native.tapstats import TapStats
 from hypeman.config import NetworkConfig
 from hypeman.errors import InternalError
-from hypeman.host.links import Change, Links, Tap, Uplink, find_uplink
+from hypeman.host.links import Change, Links, Tap, Uplink, claim_namespace, find_uplink
 from hypeman.host.rules import Rules
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
+from hypeman.network.doctor import examine
 from hypeman.network.shaping import token_bucket
-from hypeman.network.types import GuestNetwork, HostPort, Lease, shaper_name
+from hypeman.network.types import TAP_PREFIX, Finding, GuestNetwork, HostPort, Lease, shaper_name
 
 log = logging.getLogger(__name__)
 
 TapLost = Callable[[str], Awaitable[None]]
 """Told the id of an instance whose TAP was deleted under it and made anew."""
-
-_SETTLE = 0.05
-"""Changes come in bursts (a flush is one notification per rule): wait so long for the last of them."""
-
 
 class Network:
     """``start`` once with the leases of living VMs, then ``run`` in a nursery."""
@@ -65,6 +63,8 @@ class Network:
         """Held while ``_leases`` and the rules change together, so that a reload never brings back
         a guest that is being closed."""
         self._stats = TapStats()
+        self._claim: socket.socket | None = None
+        self._can_shape = True
         self.tap_operations = {"create": 0, "delete": 0}
 
     async def start(self, living: Iterable[Lease]) -> None:
@@ -72,19 +72,21 @@ class Network:
 
         Rules come first, so nothing is open meanwhile. Raises HostError.
         """
+        self._claim = self._claim or claim_namespace()
         self._leases = {lease.instance_id: lease for lease in living if lease.enabled}
         self.uplink = await find_uplink(self._config.uplink)
         if not self.uplink.names:
             log.warning("no uplink: no default route, and network.uplink is not set; guests reach only the host")
+        self._can_shape = await self._links.can_shape()
+        if not self._can_shape:
+            log.warning("this kernel has no ifb: upload limits are cut roughly instead of shaped")
         await self._load_rules()
         await self._links.forward(self.uplink.names)
         await self._links.set_gateway(str(self.subnet.gateway))
-        wanted = {lease.tap for lease in self._leases.values()}
-        wanted |= {shaper_name(lease.tap) for lease in self._leases.values() if lease.upload_bps}
-        leftovers = (await self._links.ours()).keys() - wanted
-        if leftovers:
-            log.info("removing %d links without an owner: %s", len(leftovers), ", ".join(sorted(leftovers)))
-            await self._links.remove_links(leftovers)
+        leftovers = (await self._links.ours()).keys() - self._wanted_links()
+        await self._links.remove_links(leftovers)
+        if owned := [name for name in leftovers if name.startswith(TAP_PREFIX)]:
+            log.info("removed %d TAPs without an owner: %s", len(owned), ", ".join(sorted(owned)))
         for lease in self._leases.values():
             await self._add_tap(lease)
 
@@ -98,6 +100,8 @@ class Network:
     def aclose(self) -> None:
         """Let go of sockets; the guests' network stays as it is."""
         self._stats.close()
+        if self._claim is not None:
+            self._claim.close()
 
     async def attach(self, lease: Lease, *, uid: int = 0) -> None:
         """Make the TAP of ``lease``, owned by ``uid``, and open it. A repetition changes nothing.
@@ -109,7 +113,10 @@ class Network:
         await self._add_tap(lease, uid)
         async with self._changing:
             self._leases[lease.instance_id] = lease
-            await self._rules.change(remove=ruleset.possible_elements(lease), add=ruleset.lease_elements(lease))
+            if self._is_policed(lease):
+                await self._load_rules_locked()
+            else:
+                await self._rules.change(remove=ruleset.possible_elements(lease), add=ruleset.lease_elements(lease))
         self.tap_operations["create"] += 1
 
     async def detach(self, lease: Lease) -> None:
@@ -118,7 +125,10 @@ class Network:
             return
         async with self._changing:
             self._leases.pop(lease.instance_id, None)
-            await self._rules.change(remove=ruleset.possible_elements(lease))
+            if self._is_policed(lease):
+                await self._load_rules_locked()
+            else:
+                await self._rules.change(remove=ruleset.possible_elements(lease))
         await self._links.remove_taps([lease.tap])
         self._owners = {index: owner for index, owner in self._owners.items() if owner != lease.instance_id}
         self.tap_operations["delete"] += 1
@@ -129,10 +139,13 @@ class Network:
 
     async def set_rates(self, lease: Lease) -> None:
         """Make the limits of a living guest those of ``lease``; a stopped one gets them with its TAP."""
-        if lease.instance_id not in self._leases:
-            return
-        self._leases[lease.instance_id] = lease
-        await self._links.set_limits(self._tap(lease))
+        async with self._changing:
+            if lease.instance_id not in self._leases:
+                return
+            before, self._leases[lease.instance_id] = self._leases[lease.instance_id], lease
+            await self._links.set_limits(self._tap(lease))
+            if self._is_policed(lease) or self._is_policed(before):
+                await self._load_rules_locked()
 
     async def set_egress(self, lease: Lease) -> None:
         """Make the egress mode of a living guest that of ``lease``, in one transaction.
@@ -169,6 +182,10 @@ class Network:
             if index in owners
         }
 
+    async def doctor(self) -> list[Finding]:
+        """What is wrong with the host's network, and what to type."""
+        return await examine(self._config)
+
     # Making the host agree
 
     def _tap(self, lease: Lease, uid: int = 0) -> Tap:
@@ -183,8 +200,15 @@ class Network:
             alias=f"hypeman {lease.instance_id}",
             proxy_arp=not lease.isolated,
             download=token_bucket(lease.download_bps),
-            upload=token_bucket(lease.upload_bps),
+            upload=token_bucket(lease.upload_bps) if self._can_shape else None,
         )
+
+    def _is_policed(self, lease: Lease) -> bool:
+        return bool(lease.upload_bps) and not self._can_shape
+
+    def _wanted_links(self) -> set[str]:
+        taps = {lease.tap for lease in self._leases.values()}
+        return taps | {shaper_name(lease.tap) for lease in self._leases.values() if self._tap(lease).upload}
 
     async def _add_tap(self, lease: Lease, uid: int = 0) -> None:
         index = await self._links.add_tap(self._tap(lease, uid))
@@ -192,14 +216,18 @@ class Network:
 
     async def _load_rules(self) -> None:
         async with self._changing:
-            facts = ruleset.RuleFacts(self.subnet, self.uplink.names, self._egress_port, self._offered)
-            await self._rules.load(ruleset.render_ruleset(facts, self._leases.values()))
+            await self._load_rules_locked()
+
+    async def _load_rules_locked(self) -> None:
+        leases = self._leases.values()
+        policed = tuple((lease.tap, lease.upload_bps) for lease in leases if self._is_policed(lease))
+        facts = ruleset.RuleFacts(self.subnet, self.uplink.names, self._egress_port, self._offered, policed)
+        await self._rules.load(ruleset.render_ruleset(facts, leases))
 
     async def _watch_rules(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with aclosing(self._rules.watch_foreign_changes()) as changes:
             task_status.started()
             async for _ in changes:
-                await trio.sleep(_SETTLE)
                 log.warning("somebody changed or flushed our nftables tables; loading them anew")
                 try:
                     await self._load_rules()
@@ -207,14 +235,16 @@ class Network:
                     log.error("our nftables tables could not be loaded: %s", error)
 
     async def _watch_links(self, *, task_status: trio.TaskStatus[None]) -> None:
-        async with aclosing(self._links.watch()) as events:
+        async with aclosing(self._links.watch()) as changes:
             task_status.started()
-            async for event in events:
+            async for change in changes:
                 try:
-                    if event.change in (Change.ROUTES, Change.LOST):
+                    if change & {Change.UPLINK, Change.LOST}:
                         await self._follow_uplink()
-                    if event.change in (Change.LINK_GONE, Change.LOST):
-                        await self._put_back_taps()
+                    if change & {Change.FORWARDING, Change.LOST}:
+                        await self._links.forward([*self.uplink.names, *(each.tap for each in self._leases.values())])
+                    if change & {Change.OURS, Change.LOST}:
+                        await self._put_back()
                 except InternalError as error:
                     log.error("the network could not be mended: %s", error)
 
@@ -230,13 +260,20 @@ class Network:
         if self.uplink.mtu != before.mtu:
             await self._links.set_mtu([lease.tap for lease in self._leases.values()], self.uplink.mtu)
 
-    async def _put_back_taps(self) -> None:
-        there = await self._links.ours()
-        for lease in list(self._leases.values()):
-            if lease.tap in there and (not lease.upload_bps or shaper_name(lease.tap) in there):
+    async def _put_back(self) -> None:
+        """TAPs, shapers and routes that somebody removed. What ``detach`` removes is no lease any more."""
+        leases = list(self._leases.values())  # before looking: what is attached meanwhile is not in the look
+        there, routed = await self._links.ours(), await self._links.routed()
+        for lease in leases:
+            link = there.get(lease.tap)
+            shaped = self._tap(lease).upload is None or shaper_name(lease.tap) in there
+            if link is not None and link.up and shaped and lease.ipv4 in routed:
                 continue
-            lost_tap = lease.tap not in there
-            log.error("%s of instance %s was deleted by somebody; making it anew", lease.tap, lease.instance_id)
-            await self._add_tap(lease)
-            if lost_tap and self._on_tap_lost is not None:
+            async with self._changing:
+                if lease.instance_id not in self._leases:  # detached meanwhile
+                    continue
+                what = "deleted" if link is None else "changed"
+                log.error("%s of instance %s was %s by somebody; putting it right", lease.tap, lease.instance_id, what)
+                await self._add_tap(lease)
+            if link is None and self._on_tap_lost is not None:
                 await self._on_tap_lost(lease.instance_id)

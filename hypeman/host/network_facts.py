@@ -1,0 +1,114 @@
+"""What ``hypeman doctor`` looks at before it judges the network: read only, nothing is changed."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import socket
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hypeman.host.links import Uplink, find_uplink_now
+from hypeman.network.types import TAP_PREFIX
+
+_CAP_NET_ADMIN = 12
+_MODULES = ("tun", "ifb", "sch_tbf", "sch_ingress", "cls_u32", "act_mirred", "nf_tables", "nft_masq")
+
+
+class NetworkFacts(msgspec.Struct, frozen=True):
+    tun: bool
+    privileged: bool
+    """We hold CAP_NET_ADMIN."""
+    nft: str
+    """Version of the nft program; empty: not installed."""
+    uplink: Uplink
+    forwarding: dict[str, bool]
+    """Uplink → whether packets that come in by it are forwarded."""
+    switchable: bool
+    """/proc/sys/net can be written, so that the server can switch that on."""
+    routes: tuple[tuple[str, str], ...]
+    """(interface, network) of the host's own routes, the default route apart."""
+    ruleset: list[dict[str, Any]] | None
+    """nft's objects; None where they could not be listed."""
+    legacy_rules: str
+    """Output of ``iptables-legacy -S`` where such rules exist: nft does not see them."""
+    missing_modules: tuple[str, ...]
+    """Kernel modules that this kernel's packages do not have; empty where that can not be told."""
+
+
+def gather(uplink: str = "") -> NetworkFacts:
+    """Blocking; some 50 ms."""
+    found = find_uplink_now(uplink)
+    return NetworkFacts(
+        tun=Path("/dev/net/tun").exists(),
+        privileged=_privileged(Path("/proc/self/status").read_text()),
+        nft=_output(["nft", "--version"]).strip(),
+        uplink=found,
+        forwarding={name: _forwards(name) for name in found.names},
+        switchable=os.access("/proc/sys/net/ipv4/ip_forward", os.W_OK),
+        routes=parse_routes(Path("/proc/net/route").read_text()),
+        ruleset=_ruleset(),
+        legacy_rules=_output(["iptables-legacy", "-S"]) if _has_legacy_filter() else "",
+        missing_modules=_missing_modules(),
+    )
+
+
+def parse_routes(table: str) -> tuple[tuple[str, str], ...]:
+    """Interface and network of each route in the text of /proc/net/route but default routes and our own."""
+    routes = []
+    for line in table.splitlines()[1:]:
+        name, destination, _, _, _, _, _, mask, *_ = line.split()
+        if mask == "00000000" or name.startswith(TAP_PREFIX):
+            continue
+        address, bits = (socket.inet_ntoa(struct.pack("=I", int(text, 16))) for text in (destination, mask))
+        routes.append((name, str(ipaddress.IPv4Network(f"{address}/{bits}", strict=False))))
+    return tuple(routes)
+
+
+def _privileged(status: str) -> bool:
+    line = next((line for line in status.splitlines() if line.startswith("CapEff:")), "CapEff: 0")
+    return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+
+
+def _forwards(name: str) -> bool:
+    try:
+        return Path(f"/proc/sys/net/ipv4/conf/{name}/forwarding").read_text().strip() == "1"
+    except OSError:
+        return False
+
+
+def _has_legacy_filter() -> bool:
+    try:
+        return "filter" in Path("/proc/net/ip_tables_names").read_text().split()
+    except OSError:
+        return False
+
+
+def _ruleset() -> list[dict[str, Any]] | None:
+    text = _output(["nft", "-j", "-nn", "list", "ruleset"])
+    try:
+        objects: list[dict[str, Any]] = json.loads(text)["nftables"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return objects
+
+
+def _missing_modules() -> tuple[str, ...]:
+    root = Path("/lib/modules", os.uname().release)
+    try:
+        known = (root / "modules.dep").read_text() + (root / "modules.builtin").read_text()
+    except OSError:
+        return ()
+    return tuple(name for name in _MODULES if f"/{name}.ko" not in known)
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,170 @@
+"""What is wrong with the host's network, and what to type. Judging is pure; ``examine`` looks first.
+
+The hard one is a firewall of somebody else. Our ``accept`` ends only our own chains: every other
+chain at the same hook still has its say, and one with ``policy drop`` (Docker's FORWARD, a hand-made
+``inet filter``) or a last ``reject`` (firewalld) silently cuts guests off. Such rules are never
+changed by us; the finding says what their owner may add.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import trio
+
+from hypeman.config import NetworkConfig
+from hypeman.host.network_facts import NetworkFacts, gather
+from hypeman.network.addressing import Subnet
+from hypeman.network.types import TABLE, TAP_PREFIX, Finding
+
+_CANDIDATES = [f"10.{second}.0.0/16" for second in range(100, 200)] + [f"172.{second}.0.0/16" for second in (30, 31)]
+_END = ({"drop"}, {"reject"})
+
+
+async def examine(config: NetworkConfig) -> list[Finding]:
+    """Look at the host and judge. Needs no running server."""
+    facts = await trio.to_thread.run_sync(gather, config.uplink)
+    return find_problems(facts, config)
+
+
+def find_problems(facts: NetworkFacts, config: NetworkConfig) -> list[Finding]:
+    """Findings, errors first."""
+    subnet = Subnet.parse(config.subnet_cidr, config.gateway)
+    findings = [*_tools(facts), *_uplink(facts, config), *_clashes(facts, subnet)]
+    findings += _firewalls(facts.ruleset or [], subnet)
+    findings += _legacy_firewall(facts.legacy_rules)
+    return sorted(findings, key=lambda finding: finding.level)
+
+
+def _tools(facts: NetworkFacts) -> Iterable[Finding]:
+    if not facts.tun:
+        yield Finding("error", "/dev/net/tun is missing: no guest can have a network", "modprobe tun")
+    if not facts.nft:
+        yield Finding("error", "nft is not installed: guests would not be fenced", "apt-get install nftables")
+    if not facts.privileged:
+        yield Finding("error", "no right to change the network (CAP_NET_ADMIN)", "run hypeman serve as root")
+    if facts.nft and facts.privileged and facts.ruleset is None:
+        yield Finding("error", "nft can not list the rules: the kernel lacks nf_tables", "modprobe nf_tables")
+    if facts.missing_modules:
+        names = " ".join(facts.missing_modules)
+        yield Finding(
+            "warning",
+            f"this kernel was installed without {names}: bandwidth limits are missing or rough",
+            "apt-get install linux-modules-extra-$(uname -r), or dnf install kernel-modules-extra",
+        )
+
+
+def _uplink(facts: NetworkFacts, config: NetworkConfig) -> Iterable[Finding]:
+    if not facts.uplink.names:
+        yield Finding(
+            "warning",
+            "no uplink: there is no default route, so guests reach only this host",
+            "ip route add default via ROUTER, or set network.uplink",
+        )
+    for name, forwards in facts.forwarding.items():
+        if not forwards and not facts.switchable:
+            yield Finding(
+                "error",
+                f"packets that come in by {name} are not forwarded, and /proc/sys is read-only",
+                f"sysctl -w net.ipv4.conf.{name}.forwarding=1",
+            )
+
+
+def _clashes(facts: NetworkFacts, subnet: Subnet) -> Iterable[Finding]:
+    networks = [(name, ipaddress.IPv4Network(network)) for name, network in facts.routes]
+    free = next(
+        (text for text in _CANDIDATES if not any(ipaddress.IPv4Network(text).overlaps(each) for _, each in networks)),
+        "a subnet that is free",
+    )
+    for name, network in networks:
+        if network.overlaps(subnet.network):
+            yield Finding(
+                "error",
+                f"network.subnet_cidr {subnet.network} clashes with {network} on {name}",
+                f"set network.subnet_cidr to {free}",
+            )
+
+
+def _firewalls(objects: list[dict[str, Any]], subnet: Subnet) -> Iterable[Finding]:
+    chains = [each["chain"] for each in objects if "chain" in each]
+    rules = [each["rule"] for each in objects if "rule" in each]
+    for chain in chains:
+        if chain.get("type") != "filter" or chain.get("hook") not in ("forward", "input"):
+            continue
+        if chain["table"] == TABLE or chain["family"] not in ("ip", "inet"):
+            continue
+        here = [rule for rule in rules if (rule["family"], rule["table"]) == (chain["family"], chain["table"])]
+        last = next((rule for rule in reversed(here) if rule["chain"] == chain["name"]), None)
+        if chain.get("policy") != "drop" and not (last and _ends_all(last)):
+            continue
+        if any(_lets_guests_pass(rule, subnet) for rule in here):
+            continue
+        yield _blocked(chain, {each["name"] for each in chains if each["table"] == chain["table"]}, subnet)
+
+
+def _ends_all(rule: dict[str, Any]) -> bool:
+    """Whether the rule refuses whatever comes to it."""
+    statements = [statement for statement in rule["expr"] if not {"counter", "log"} & statement.keys()]
+    return len(statements) == 1 and statements[0].keys() in _END
+
+
+def _lets_guests_pass(rule: dict[str, Any], subnet: Subnet) -> bool:
+    """Whether somebody has thought of us: the rule names our TAPs or our subnet and does not refuse."""
+    text = json.dumps(rule["expr"])
+    names_us = f'"{TAP_PREFIX}' in text or f'"{subnet.network.network_address}"' in text
+    return names_us and not any({"drop", "reject"} & statement.keys() for statement in rule["expr"])
+
+
+def _blocked(chain: dict[str, Any], names: set[str], subnet: Subnet) -> Finding:
+    where = f"{chain['family']} {chain['table']} {chain['name']}"
+    if chain["hook"] == "forward":
+        message = f"the firewall chain {where} drops what guests send to the world"
+    else:
+        message = f"the firewall chain {where} drops what guests send to this host (DNS and the egress proxy)"
+    return Finding("error" if chain["hook"] == "forward" else "warning", message, _remedy(chain, names, subnet))
+
+
+def _remedy(chain: dict[str, Any], names: set[str], subnet: Subnet) -> str:
+    forward = chain["hook"] == "forward"
+    if "DOCKER-USER" in names and forward:
+        return iptables_remedy("iptables", "DOCKER-USER")
+    if chain["table"] == "firewalld":
+        return (
+            f"firewall-cmd --permanent --zone=trusted --add-source={subnet.network} && firewall-cmd --reload"
+        )  # a zone for the source, since zones know no interface patterns
+    if any(name.startswith("ufw-") for name in names):
+        return f"ufw route allow from {subnet.network}" if forward else f"ufw allow from {subnet.network}"
+    target = f"{chain['family']} {chain['table']} {chain['name']}"
+    remedy = f"nft insert rule {target} iifname '\"{TAP_PREFIX}*\"' accept"
+    if forward:
+        remedy += f" && nft insert rule {target} oifname '\"{TAP_PREFIX}*\"' ct state established,related accept"
+    return remedy
+
+
+def iptables_remedy(program: str, chain: str) -> str:
+    return (
+        f"{program} -I {chain} -i {TAP_PREFIX}+ -j ACCEPT && "
+        f"{program} -I {chain} -o {TAP_PREFIX}+ -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"
+    )
+
+
+def _legacy_firewall(rules: str) -> Iterable[Finding]:
+    lines = rules.splitlines()
+    if any(f"-i {TAP_PREFIX}" in line and line.endswith("-j ACCEPT") for line in lines):
+        return
+    if "-P FORWARD DROP" in lines:
+        chain = "DOCKER-USER" if "-N DOCKER-USER" in lines else "FORWARD"
+        yield Finding(
+            "error",
+            "the policy of FORWARD in iptables-legacy drops what guests send to the world",
+            iptables_remedy("iptables-legacy", chain),
+        )
+    if "-P INPUT DROP" in lines:
+        yield Finding(
+            "warning",
+            "the policy of INPUT in iptables-legacy drops what guests send to this host (DNS and the egress proxy)",
+            f"iptables-legacy -I INPUT -i {TAP_PREFIX}+ -j ACCEPT",
+        )

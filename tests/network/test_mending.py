@@ -1,0 +1,282 @@
+"""What others do to our links and rules is noticed, mended and told; what is theirs is left alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from hypeman.network.types import Lease, shaper_name
+from tests.network import frames
+from tests.network.frames import ARP, ICMP, TCP, UDP
+from tests.network.lab import (
+    GATEWAY,
+    HOST,
+    SERVER,
+    Guest,
+    Lab,
+    in_namespace,
+    lab,
+    set_up_uplink,
+    sh,
+    wait_until,
+)
+
+
+class Told(logging.Handler):
+    """What the log was told, to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logging.getLogger("hypeman.network").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@asynccontextmanager
+async def watched(lab: Lab) -> AsyncIterator[Told]:
+    told = Told()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lab.network.run)
+        yield told
+        nursery.cancel_scope.cancel()
+
+
+async def _is_fenced(lab: Lab, guest: Guest) -> bool:
+    guest.send_udp(SERVER, 9, b"spoofed", source="10.100.9.9")
+    return [seen.data for seen in await lab.world_sees(guest)] == [b"marker"]
+
+
+@in_namespace
+async def test_flushed_rules_come_back(lab: Lab) -> None:
+    guest = await lab.guest()
+    async with watched(lab) as told:
+        for attack in ("flush ruleset", "delete table inet hypeman", "flush chain inet hypeman identity_guest",
+                       "flush set inet hypeman guests", "add rule inet hypeman to_world_guest accept",
+                       "delete table arp hypeman"):  # fmt: skip
+            before = sh("nft -s list ruleset")
+            sh(f"nft {attack}")
+            assert sh("nft -s list ruleset") != before
+            await wait_until(lambda before=before: sh("nft -s list ruleset") == before)  # type: ignore[misc]
+            assert await _is_fenced(lab, guest)
+        assert sum("nftables" in line for line in told.lines) >= 6
+
+
+@in_namespace
+async def test_our_own_changes_are_not_taken_for_foreign_ones(lab: Lab) -> None:
+    async with watched(lab) as told:
+        for _ in range(3):
+            await lab.network.detach((await lab.guest()).lease)
+        await lab.network._load_rules()
+        sh("nft add table inet somebody")  # noticed after ours, so ours have been seen by then
+        await trio.sleep(0.2)
+        assert told.lines == []
+
+
+@in_namespace
+async def test_a_deleted_tap_comes_back_and_its_owner_is_told(lab: Lab) -> None:
+    lost: list[str] = []
+
+    async def on_tap_lost(instance_id: str) -> None:
+        lost.append(instance_id)
+
+    lab.network._on_tap_lost = on_tap_lost
+    guest = await lab.guest(upload_bps=10**6)
+    async with watched(lab) as told:
+        sh(f"ip link del {guest.lease.tap}")
+        await wait_until(lambda: lost == [guest.lease.instance_id])
+        again = await lab.plug(guest.lease)
+        assert await _is_fenced(lab, again)
+        assert lab.network.counters().keys() == {guest.lease.instance_id}
+        assert any(guest.lease.tap in line and "deleted" in line for line in told.lines)
+
+
+@in_namespace
+async def test_a_tap_taken_down_or_robbed_of_its_route_is_put_right(lab: Lab) -> None:
+    guest = await lab.guest(upload_bps=10**6)
+    async with watched(lab):
+        tap, shaper = guest.lease.tap, shaper_name(guest.lease.tap)
+        for attack in (f"link set {tap} down", f"route del {guest.lease.ipv4}", f"link del {shaper}"):
+            sh(f"ip {attack}")
+            await wait_until(lambda: guest.lease.ipv4 in sh("ip route") and shaper in sh("ip link"))
+            await wait_until(lambda: "LOWER_UP" in sh(f"ip link show {guest.lease.tap}"))
+            await trio.sleep(0.1)
+            await guest.expect_pong()
+
+
+@in_namespace
+async def test_a_detached_guest_does_not_come_back(lab: Lab) -> None:
+    async with watched(lab) as told:
+        for _ in range(5):
+            guest = await lab.guest(upload_bps=10**6)
+            await lab.network.detach(guest.lease)
+        await trio.sleep(0.3)
+        assert await lab.links.ours() == {}
+        assert told.lines == []
+
+
+@in_namespace
+async def test_the_uplink_goes_and_another_comes(lab: Lab) -> None:
+    guest = await lab.guest()
+    async with watched(lab) as told:
+        lab.unplug(lab.world)
+        await wait_until(lambda: any("uplink is now none" in line for line in told.lines))
+        await wait_until(lambda: "up0" not in sh("nft list set inet hypeman uplinks"))
+        guest.send_tcp(SERVER, 80)
+        refusal = await guest.expect(lambda seen: seen.protocol in (ICMP, TCP))
+        assert refusal.protocol == ICMP or refusal.flags & frames.RST
+        lab.world = lab.add_wire(set_up_uplink("up1"))
+        sh("ip link set up1 mtu 1400")
+        await wait_until(lambda: "mtu 1400" in sh(f"ip link show {guest.lease.tap}"))
+        await wait_until(lambda: "up1" in sh("nft list set inet hypeman uplinks"))
+        (seen,) = await lab.world_sees(guest)
+        assert seen.source == HOST
+
+
+@in_namespace
+async def test_forwarding_switched_off_is_switched_on_again(lab: Lab) -> None:
+    """A `sysctl --system` that sets ip_forward to 0 reaches every interface."""
+    guest = await lab.guest()
+    async with watched(lab):
+        sh("sysctl -qw net.ipv4.ip_forward=1; sysctl -qw net.ipv4.ip_forward=0")
+        await wait_until(
+            lambda: sh(f"sysctl -n net.ipv4.conf.up0.forwarding net.ipv4.conf.{guest.lease.tap}.forwarding") == "1\n1\n"
+        )
+        await lab.world_sees(guest)
+
+
+@in_namespace
+async def test_a_second_server_is_refused(lab: Lab) -> None:
+    from hypeman.config import NetworkConfig
+    from hypeman.host.files import HostError
+    from hypeman.network.service import Network
+
+    second = Network(NetworkConfig(), links=lab.links, rules=lab.rules)
+    guest = await lab.guest()
+    try:
+        await second.start([])
+        raise AssertionError("a second server started")
+    except HostError as error:
+        assert "another hypeman server" in error.message
+    finally:
+        second.aclose()
+    await guest.expect_pong()
+
+
+# Reconcile at start
+
+
+async def _restart(lab: Lab, living: list[Lease]) -> None:
+    lab.network.aclose()
+    lab.network._claim = None
+    lab.network._owners.clear()
+    from hypeman._native.tapstats import TapStats
+
+    lab.network._stats = TapStats()
+    await lab.network.start(living)
+
+
+@in_namespace
+async def test_a_restart_keeps_the_living_and_removes_the_rest(lab: Lab) -> None:
+    """The living guest's descriptor goes on working; nothing foreign is touched."""
+    living, dead = await lab.guest(upload_bps=10**6), await lab.guest(upload_bps=10**6)
+    sh("ip tuntap add mode tap name foreign0 && ip link add foreign1 type ifb")
+    await _restart(lab, [living.lease])
+    assert set(await lab.links.ours()) == {living.lease.tap, shaper_name(living.lease.tap)}
+    assert "foreign0" in sh("ip link") and "foreign1" in sh("ip link")
+    assert dead.lease.tap not in sh("nft list ruleset")
+    assert await _is_fenced(lab, living)
+    assert lab.network.counters().keys() == {living.lease.instance_id}
+
+
+@in_namespace
+async def test_a_restart_after_a_reboot_makes_everything(lab: Lab) -> None:
+    lease = lab.lease(upload_bps=10**6, download_bps=10**6)
+    await _restart(lab, [lease])
+    guest = await lab.plug(lease)
+    assert await _is_fenced(lab, guest)
+
+
+@in_namespace
+async def test_attach_and_detach_may_be_repeated(lab: Lab) -> None:
+    lease = lab.lease(upload_bps=10**6, download_bps=10**6, egress_mode="all")
+    clean = sh("nft -s list ruleset; ip -br link; ip route")
+    for _ in range(2):
+        await lab.network.attach(lease)
+    state = "nft -s list ruleset; ls /sys/class/net; ip route | sed 's/ linkdown//'; ip neigh"
+    attached = sh(state)
+    await lab.network.attach(lease)
+    again = sh(state)
+    assert again == attached, f"{attached} became {again}"
+    for _ in range(2):
+        await lab.network.detach(lease)
+        assert sh("nft -s list ruleset; ip -br link; ip route") == clean
+
+
+# Beside others
+
+FOREIGN = """
+table inet filter {
+    chain forward { type filter hook forward priority filter; policy drop; }
+    chain input { type filter hook input priority filter; policy accept; }
+}
+table ip theirs {
+    chain postrouting { type nat hook postrouting priority srcnat; policy accept; ip saddr 172.17.0.0/16 masquerade; }
+}
+"""
+
+
+@in_namespace
+async def test_foreign_rules_stay_as_they_are(lab: Lab) -> None:
+    def foreign() -> str:
+        return sh("nft -s list table inet filter; nft -s list table ip theirs")
+
+    sh(f"nft -f - <<'END'\n{FOREIGN}\nEND")
+    before = foreign()
+    guest = await lab.guest(upload_bps=10**6)
+    await lab.network._load_rules()
+    await lab.network.detach(guest.lease)
+    await _restart(lab, [])
+    assert foreign() == before
+
+
+@in_namespace
+async def test_a_foreign_forward_drop_is_found_and_its_remedy_works(lab: Lab) -> None:
+    guest = await lab.guest()
+    firewalls = {
+        "inet filter forward": f"nft -f - <<'END'\n{FOREIGN}\nEND",
+        "ip filter FORWARD": "iptables -P FORWARD DROP; iptables -N DOCKER-USER; iptables -A FORWARD -j DOCKER-USER",
+    }
+    for chain, command in firewalls.items():
+        assert [finding for finding in await lab.network.doctor() if finding.level == "error"] == []
+        await lab.world_sees(guest)
+        sh(command)
+        (finding,) = [finding for finding in await lab.network.doctor() if finding.level == "error"]
+        assert chain in finding.message
+        guest.send_udp(SERVER, 9, b"cut off")
+        guest.send_arp(GATEWAY)
+        await guest.expect(lambda seen: seen.kind == ARP)
+        sh(finding.remedy)
+        assert [seen.data for seen in await lab.world_sees(guest)] == [b"marker"]
+
+
+@in_namespace
+async def test_a_foreign_masquerade_and_ours_live_together(lab: Lab) -> None:
+    greedy = FOREIGN.replace("policy drop", "policy accept").replace("ip saddr 172.17.0.0/16", "")
+    sh(f"nft -f - <<'END'\n{greedy}\nEND")
+    guest = await lab.guest()
+    (seen,) = await lab.world_sees(guest)
+    assert seen.source == HOST and seen.protocol == UDP
+
+
+@in_namespace
+async def test_the_doctor_finds_a_clashing_subnet() -> None:
+    async with lab() as built:
+        sh("ip tuntap add mode tap name lan0 && ip addr add 10.100.3.1/24 dev lan0 && ip link set lan0 up")
+        (finding,) = await built.network.doctor()
+        assert finding.level == "error" and "10.100.3.0/24 on lan0" in finding.message
+        assert "10.101.0.0/16" in finding.remedy
