@@ -96,7 +96,6 @@ def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, vers
         ("disks", [_shape(disk) for disk in old.disks], [_shape(disk) for disk in config.disks]),
         ("network interfaces", [nic.id for nic in old.nics], [nic.id for nic in config.nics]),
         ("passed-through devices", list(old.pci_devices), list(config.pci_devices)),
-        ("vsock", bool(old.vsock_cid), bool(config.vsock_cid)),
     ):
         if before != now:
             differences.append(f"the {what} differ")

@@ -93,7 +93,7 @@ class VmConfig(msgspec.Struct, frozen=True):
     nics: tuple[Nic, ...] = ()
     pci_devices: tuple[PciDevice, ...] = ()
     vsock_cid: int = 0
-    """0 where the guest channel is not vsock."""
+    """A context id of this VM's own, taken where the VMM's guest channel is vsock; 0 for none."""
     uid: int = 0
     gid: int = 0
     """Who the VMM runs as; 0 only in tests and where the host forbids anything else."""
@@ -274,6 +274,14 @@ class Driver(Protocol):
     async def probe(self) -> Capabilities:
         """Look for the binary, its version and a working accelerator. KVM counts only if an ordinary
         kernel really runs on it."""
+        ...
+
+    def adopt_capabilities(self, capabilities: Capabilities) -> None:
+        """Take the answer of an earlier ``probe`` instead of asking again."""
+        ...
+
+    def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
+        """What the guest kernel wants to be told on this VMM's machine. Pure."""
         ...
 
     def validate(self, config: VmConfig) -> None:

@@ -4,13 +4,16 @@ The machine is q35, for it alone has hot-plug of disks and memory and a right cl
 Its type is pinned, since a capture can only be loaded by the type that wrote it. Each device has its
 fixed place on the bus, so that a disk that was plugged or pulled moves no other:
 
-    slot   01 agent port   02 balloon   03 random numbers   04 vsock   05 hot-pluggable memory
+    slot   01 agent port   02 balloon   03 random numbers   05 hot-pluggable memory
            08…0f network   10…12 fixed disks (8 functions each)
            18…1a ports that take disks at run time   1c ports with passed-through devices
 
 QEMU opens no file by name: disks, logs and TAPs come as descriptors (``/dev/fdset``), the sockets
 already listen, kernel and memory are reached through ``/proc/self/fd``. So the VMM's user needs no
 way into our directories, and no path has to survive QEMU's option syntax.
+
+The guest channel is a virtio-serial port: it works on every host (vhost-vsock wants a kernel module),
+answers in 0.15 ms, and a port belongs to one VM, where a vsock listener would be shared by all.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ MEMORY_BLOCK = 2 * 1024 * 1024
 """Unit in which virtio-mem plugs."""
 _MIB = 1024 * 1024
 _ID = re.compile(rf"[a-z][a-z0-9-]{{0,{MAX_SERIAL - 1}}}")
-_OWN_IDS = frozenset({"serial", "agent-port", "balloon", "vsock", "hotplug-memory"})
+_OWN_IDS = frozenset({"serial", "agent-port", "balloon", "hotplug-memory"})
 
 CONSOLE_SET = "console"
 """Tag (``opaque``) of the descriptor set that the console is written to."""
@@ -80,10 +83,9 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
     kernel: int | None = None
     """None for a restore: the kernel is in the memory that comes back."""
     initrd: int | None = None
-    vsock: int | None = None
 
     def all(self) -> tuple[int, ...]:
-        rest = (self.kernel, self.initrd, self.vsock)
+        rest = (self.kernel, self.initrd)
         return (
             *(self.qmp, self.agent, self.console, self.memory, *self.disks.values(), *self.nics.values()),
             *(fd for fd in rest if fd is not None),
@@ -117,7 +119,7 @@ def check(config: VmConfig) -> None:
 
 
 def machine_name(accelerator: Accelerator) -> str:
-    """What a capture's state depends on, in one word."""
+    """What a capture's state depends on besides the config, in one word."""
     return f"{MACHINE}/{accelerator.name}/{accelerator.cpu}"
 
 
@@ -175,11 +177,6 @@ def command_line(
         *("-device", "virtio-balloon-pci,id=balloon,bus=pcie.0,addr=02.0,deflate-on-oom=on"),
         *("-object", "rng-builtin,id=random", "-device", "virtio-rng-pci,rng=random,bus=pcie.0,addr=03.0"),
     ]
-    if fds.vsock is not None:
-        arguments += [
-            "-device",
-            f"vhost-vsock-pci,id=vsock,bus=pcie.0,addr=04.0,guest-cid={config.vsock_cid},vhostfd={fds.vsock}",
-        ]
     if config.hotplug_bytes:
         # Anonymous memory: virtio-mem of QEMU 7.2 empties a shared file when it starts, also on a restore.
         arguments += [
@@ -241,7 +238,7 @@ def block_node(disk: Disk, descriptor_set: int) -> dict[str, object]:
 
 
 def disk_device(disk: Disk, *, place: str | None = None) -> dict[str, object]:
-    """Arguments of ``device_add`` and ``-device``. ``place`` is the slot of a fixed disk; the others sit in their port."""
+    """Arguments of ``device_add`` and ``-device``. ``place`` is a fixed disk's slot; the others sit in a port."""
     where = {"bus": "pcie.0", "addr": place, "multifunction": True} if place else {"bus": f"disk-port{disk.port}"}
     return {
         "driver": "virtio-blk-pci",

@@ -59,7 +59,6 @@ class QemuDriver:
         kernel: str,
         binary: str = "",
         accelerator: str = "auto",
-        vhost_vsock: str = "/dev/vhost-vsock",
         vfio: str = "/dev/vfio/vfio",
     ) -> None:
         """``kernel`` is what KVM has to run to prove itself; ``open_tap`` gives a descriptor of a TAP;
@@ -69,7 +68,6 @@ class QemuDriver:
         self._kernel = kernel
         self._binary = binary
         self._wanted_accelerator = accelerator
-        self._vhost_vsock = vhost_vsock
         self._vfio = vfio
         self._capabilities = Capabilities(available=False, reason="not looked for yet")
 
@@ -122,7 +120,6 @@ class QemuDriver:
             hotplug_disk=True,
             hotplug_ports=native.MAX_DISK_PORTS,
             balloon=True,
-            vsock=os.access(self._vhost_vsock, os.F_OK),
             pci_passthrough=not why_not_kvm and os.access(self._vfio, os.F_OK),
             disk_io_limit=True,
             disk_resize=True,
@@ -156,12 +153,13 @@ class QemuDriver:
     def _accelerator(self) -> native.Accelerator:
         return native.KVM if self._capabilities.accelerator == "kvm" else native.TCG
 
+    def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
+        return native.kernel_cmdline(hotplug_memory=hotplug_memory)
+
     def validate(self, config: VmConfig) -> None:
         can = self._capabilities
         if not can.available:
             raise NotSupported(f"{self.kind} can not be used here: {can.reason}")
-        if config.vsock_cid and not can.vsock:
-            raise NotSupported(f"this host has no {self._vhost_vsock}, so {self.kind} has no vsock")
         if config.pci_devices and not can.pci_passthrough:
             raise NotSupported("passing devices through wants KVM and VFIO, which this host has not")
         native.check(config)
@@ -259,7 +257,6 @@ class QemuDriver:
                         for disk in config.disks
                     },
                     nics={nic.id: keep(await self._open_tap(nic.tap)) for nic in config.nics},
-                    vsock=keep(open_for_child(self._vhost_vsock, os.O_RDWR)) if config.vsock_cid else None,
                 )
                 if config.pci_devices:
                     await trio.to_thread.run_sync(_give_vfio_groups, config)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from hypeman.host.files import Files
 from hypeman.host.processes import Process, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.interface import (
-    AGENT_VSOCK_PORT,
     Capture,
     Disk,
     ExitReason,
@@ -98,19 +96,7 @@ class QemuVmm:
     async def open_channel(self) -> trio.abc.Stream:
         if self._channel is not None:  # QEMU serves one connection; a second one would wait behind it
             await trio.aclose_forcefully(self._channel)
-        if self.config.vsock_cid:
-            sock = trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-            try:
-                await sock.connect((self.config.vsock_cid, AGENT_VSOCK_PORT))
-            except OSError as error:
-                sock.close()
-                raise VmmBroken(f"the guest does not answer on vsock: {error.strerror}") from None
-            except BaseException:
-                sock.close()
-                raise
-            self._channel = trio.SocketStream(sock)
-        else:
-            self._channel = await connect_unix(str(self._run_dir / AGENT_SOCKET))
+        self._channel = await connect_unix(str(self._run_dir / AGENT_SOCKET))
         return self._channel
 
     async def pause(self) -> None:

@@ -1,0 +1,108 @@
+"""A guest for VMM tests: the guest kernel of the build, and guest_init.c in the place of the agent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from hypeman.host.processes import Processes
+from hypeman.hypervisor.interface import Disk, VmConfig
+from hypeman.hypervisor.qemu.config import kernel_cmdline
+
+_BUILD = Path(__file__).parents[2] / "build" / "guest"
+_SOURCE = Path(__file__).with_name("guest_init.c")
+
+MakeConfig = Callable[[str], VmConfig]
+
+
+@pytest.fixture(scope="session")
+def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Kernel and initrd. The kernel unpacks archives that stand one behind the other into one root, so
+    the test's init comes to the modules of the real initrd."""
+    kernel, initrd = _BUILD / "vmlinux", _BUILD / "initrd.cpio"
+    if not kernel.exists() or not initrd.exists():
+        pytest.skip("no guest kernel in build/guest; make it with 'make ready'")
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the test guest")
+    folder = tmp_path_factory.mktemp("guest")
+    init, both = folder / "test-init", folder / "initrd.cpio"
+    subprocess.run([compiler, "-O2", "-static", "-o", init, _SOURCE, "-lpthread"], check=True)
+    both.write_bytes(initrd.read_bytes() + archive("test-init", init.read_bytes()))
+    both.chmod(0o644)
+    return kernel, both
+
+
+def archive(name: str, data: bytes) -> bytes:
+    """A cpio archive ("newc") of one executable file."""
+
+    def entry(name: str, mode: int, data: bytes) -> bytes:
+        fields = (1 if data else 0, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
+        return _padded(head) + _padded(data)
+
+    return entry(name, 0o100755, data) + entry("TRAILER!!!", 0, b"")
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 4)
+
+
+@pytest.fixture
+def short_tmp_path(tmp_path: Path) -> Path:
+    """pytest's own paths are too long for the sockets of a VM."""
+    path = Path("/tmp") / f"hv-{os.getpid()}-{abs(hash(tmp_path)) % 10**6}"
+    path.mkdir(mode=0o711)
+    return path
+
+
+@pytest.fixture
+async def processes() -> AsyncIterator[Processes]:
+    made = Processes()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, guest_files: tuple[Path, Path]) -> MakeConfig:
+    return config_maker(tmp_path, *guest_files)
+
+
+def config_maker(directory: Path, kernel: Path, initrd: Path | None, *, uid: int = 510000) -> MakeConfig:
+    """Configs below ``directory``, each with its own user, a shared read-only disk and a writable one."""
+    uids: dict[str, int] = {}
+
+    def make(name: str) -> VmConfig:
+        own = directory / name
+        own.mkdir(exist_ok=True, mode=0o700)
+        root, overlay = directory / "root.raw", own / "overlay.raw"
+        for disk in (root, overlay):
+            if not disk.exists():
+                disk.write_bytes(disk.stem.encode().ljust(1 << 20, b"\0"))
+        user = uids.setdefault(name, uid + len(uids)) if os.geteuid() == 0 else 0
+        return VmConfig(
+            instance_id=name,
+            name=name,
+            vcpus=1,
+            memory_bytes=192 << 20,
+            kernel=str(kernel),
+            initrd=str(initrd) if initrd is not None else None,
+            cmdline=kernel_cmdline("rdinit=/test-init", hotplug_memory=True),
+            disks=(
+                Disk("root", str(root), readonly=True, shared=True),
+                Disk("overlay", str(overlay)),
+            ),
+            run_dir=str(own / "run"),
+            memory_path=str(own / "memory"),
+            console_log=str(own / "console.log"),
+            vmm_log=str(own / "vmm.log"),
+            uid=user,
+            gid=user,
+        )
+
+    return make
