@@ -1,0 +1,251 @@
+"""From credentials and secrets to the rules that the data plane carries out. Pure.
+
+A credential is a name that the guest sees, the key of the real value, and rules saying which header of which
+hosts gets it. Compiling checks everything that would otherwise go wrong on a request, and refuses it now:
+
+- hosts are plain names in one spelling, exact or ``*.x.y`` for exactly one label (not ``x.y``, not ``a.b.x.y``);
+- no two rules may set the same header of the same host: it would be chance which credential leaves;
+- headers that frame a message or belong to one connection can not be set;
+- a value can not hold bytes that end a header.
+
+No error, repr or log of ours repeats a value. The compiled form is `ext/egress/policy.c`'s; whoever hands it over
+wipes it afterwards.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import re
+import struct
+from collections.abc import Iterator, Mapping
+
+from hypeman.egress.types import CredentialPolicy, InjectRule
+from hypeman.errors import InvalidRequest
+
+MAX_RULES = 256
+MAX_RULES_PER_HOST = 16
+MAX_VALUE = 8 * 1024
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_VISIBLE = re.compile(r"[\x20-\x7e]*")
+_EXPRESSION = re.compile(r"\$\{([^}]*)\}")
+_BASE64 = re.compile(r"base64\(([^():]*):([^():]*)\)")
+
+FIXED_HEADERS = frozenset(
+    (
+        "connection", "content-encoding", "content-length", "content-type", "expect", "host", "http2-settings",
+        "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "transfer-encoding", "upgrade", "via",
+    )
+)  # fmt: skip
+"""Headers that say how a message is framed or carried; a rule can not set them."""
+
+
+class Unmatched(enum.IntEnum):
+    """What happens to a host that no rule names."""
+
+    PASS = 0
+    """Carried without being decrypted."""
+    INSPECT = 1
+    """Decrypted and recorded, nothing added; addresses instead of names are refused."""
+    DENY = 2
+
+
+class HostPattern(str):
+    """A canonical host name, or ``*.`` and one."""
+
+    __slots__ = ()
+
+    @property
+    def wildcard(self) -> bool:
+        return self.startswith("*.")
+
+    @property
+    def name(self) -> str:
+        return self.removeprefix("*.")
+
+    def covers(self, name: str) -> bool:
+        """Whether the rule is for the host ``name`` (canonical)."""
+        return name.partition(".")[2] == self.name if self.wildcard else name == self
+
+    def overlaps(self, other: HostPattern) -> bool:
+        if self.wildcard == other.wildcard:
+            return self == other
+        return self.covers(other) if self.wildcard else other.covers(self)
+
+
+def placeholder(key: str) -> str:
+    """What the guest holds instead of the value of credential ``key``."""
+    return f"mock-{key}"
+
+
+def parse_host(text: str) -> HostPattern:
+    """The canonical form of a host in a rule; InvalidRequest says what is wrong with it."""
+    name = text.lower().removesuffix(".")
+    wildcard = name.startswith("*.")
+    labels = name.removeprefix("*.").split(".")
+    if not text.isascii():
+        raise InvalidRequest(f"host {text!r} must be written in its ASCII form (xn--…)")
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise InvalidRequest(f"host {text!r} must be a name such as api.example.com or *.example.com")
+    if _NUMBER.fullmatch(labels[-1]):
+        raise InvalidRequest(f"host {text!r} is an address; credentials are bound to names")
+    if wildcard and len(labels) < 2:
+        raise InvalidRequest(f"host {text!r} covers a whole top-level domain; name at least *.example.com")
+    return HostPattern(name)
+
+
+def parse_hosts(rule: InjectRule) -> tuple[HostPattern, ...] | None:
+    """The hosts of a rule; None for every host."""
+    if rule.hosts is None:
+        return None
+    if not rule.hosts:
+        raise InvalidRequest("hosts is an empty list; leave it out to mean every host")
+    return tuple(parse_host(host) for host in rule.hosts)
+
+
+def render_value(template: str, secret: str) -> str:
+    """The header's value: ``${value}`` is the secret, ``${base64(user:value)}`` Basic's pair with it.
+
+    Raises InvalidRequest, never repeating the secret, if the template is none or the result is no header value.
+    """
+    used = False
+
+    def pair(text: str) -> str:
+        nonlocal used
+        used = used or text == "value"
+        return secret if text == "value" else text
+
+    def replace(match: re.Match[str]) -> str:
+        nonlocal used
+        if match[1] == "value":
+            used = True
+            return secret
+        basic = _BASE64.fullmatch(match[1])
+        if basic is None:
+            raise InvalidRequest(f"format {template!r} may contain ${{value}} and ${{base64(user:value)}} only")
+        return base64.b64encode(f"{pair(basic[1])}:{pair(basic[2])}".encode()).decode()
+
+    value = _EXPRESSION.sub(replace, template)
+    if not used:
+        raise InvalidRequest(f"format {template!r} must contain ${{value}}")
+    if not secret or not _VISIBLE.fullmatch(secret):
+        raise InvalidRequest("the real value of a credential must be visible ASCII characters, at least one")
+    if not _VISIBLE.fullmatch(value) or value != value.strip() or len(value) > MAX_VALUE:
+        raise InvalidRequest(f"format {template!r} does not make a header value of visible ASCII, at most 8 KB")
+    return value
+
+
+def parse_header(name: str) -> str:
+    """The header's name in lower case, if a rule may set it."""
+    lowered = name.lower()
+    if not _TOKEN.fullmatch(name):
+        raise InvalidRequest(f"header {name!r} is not a header name")
+    if lowered in FIXED_HEADERS:
+        raise InvalidRequest(f"header {name!r} frames or carries the message and can not be set")
+    return lowered
+
+
+class _Rule:
+    """One header of one set of hosts, checked."""
+
+    def __init__(self, key: str, rule: InjectRule) -> None:
+        self.key = key
+        self.header = parse_header(rule.as_.header)
+        self.template = rule.as_.format
+        self.hosts = parse_hosts(rule)
+
+    def clashes(self, other: _Rule) -> bool:
+        if self.header != other.header:
+            return False
+        if self.hosts is None or other.hosts is None:
+            return True
+        return any(mine.overlaps(its) for mine in self.hosts for its in other.hosts)
+
+
+def _rules(credentials: Mapping[str, CredentialPolicy]) -> Iterator[_Rule]:
+    for key, policy in credentials.items():
+        if not _TOKEN.fullmatch(key):
+            raise InvalidRequest(f"credential {key!r} must be named like an environment variable")
+        if not policy.inject:
+            raise InvalidRequest(f"credential {key!r} has no inject rule")
+        for rule in policy.inject:
+            yield _Rule(key, rule)
+
+
+def check_credentials(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> None:
+    """InvalidRequest unless the credentials can be carried out with the values in ``env``."""
+    compile_policy(credentials, secrets_of(credentials, env))
+
+
+def secrets_of(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> dict[str, str]:
+    """The part of a request's ``env`` that holds real values."""
+    secrets = {}
+    for key, policy in credentials.items():
+        name = policy.source.env
+        if name not in env:
+            raise InvalidRequest(f"credential {key!r} takes its value from env {name!r}, which is not given")
+        secrets[name] = env[name]
+    return secrets
+
+
+def guest_environment(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> dict[str, str]:
+    """What the guest sees: ``env`` without real values, and a placeholder for each credential."""
+    hidden = {policy.source.env for policy in credentials.values()}
+    visible = {name: value for name, value in env.items() if name not in hidden}
+    return visible | {key: placeholder(key) for key in credentials}
+
+
+def rotate(
+    credentials: Mapping[str, CredentialPolicy], secrets: Mapping[str, str], changes: Mapping[str, str]
+) -> dict[str, str]:
+    """``secrets`` with ``changes`` merged in (PATCH env); only keys that are a credential's source may change."""
+    sources = {policy.source.env for policy in credentials.values()}
+    for name in changes:
+        if name not in sources:
+            raise InvalidRequest(f"env {name!r} is not the source of a credential of this instance")
+    merged = {**secrets, **changes}
+    compile_policy(credentials, merged)
+    return merged
+
+
+def _text(value: str) -> bytes:
+    data = value.encode("ascii")
+    return struct.pack("<H", len(data)) + data
+
+
+def compile_policy(
+    credentials: Mapping[str, CredentialPolicy], secrets: Mapping[str, str], unmatched: Unmatched = Unmatched.PASS
+) -> bytearray:
+    """The snapshot for the data plane. It holds the values: wipe it after handing it over."""
+    rules = list(_rules(credentials))
+    if len(rules) > MAX_RULES:
+        raise InvalidRequest(f"{len(rules)} inject rules given, at most {MAX_RULES} are allowed")
+    for number, rule in enumerate(rules):
+        for other in rules[:number]:
+            if rule.clashes(other):
+                raise InvalidRequest(
+                    f"credentials {other.key!r} and {rule.key!r} both set {rule.header!r} of the same host"
+                )
+    if len({rule.header for rule in rules}) > MAX_RULES_PER_HOST:
+        raise InvalidRequest(f"the rules set over {MAX_RULES_PER_HOST} different headers")
+    patterns = sum(len(rule.hosts or ()) for rule in rules)
+    out = bytearray(b"HEG1" + struct.pack("<BHH", unmatched, len(rules), patterns))
+    for rule in rules:
+        secret = secrets.get(credentials[rule.key].source.env)
+        if secret is None:
+            raise InvalidRequest(f"the real value of credential {rule.key!r} is not known")
+        out += _text(rule.key) + _text(placeholder(rule.key)) + _text(rule.header)
+        out += _text(render_value(rule.template, secret))
+        out += struct.pack("<BH", rule.hosts is None, len(rule.hosts or ()))
+        for host in rule.hosts or ():
+            out += struct.pack("<B", host.wildcard) + _text(host.name)
+    return out
+
+
+def wipe(data: bytearray) -> None:
+    """Zeroes a compiled snapshot."""
+    data[:] = bytes(len(data))

@@ -1,0 +1,56 @@
+"""Real values at rest: encrypted with a key of this host, and bound to the instance they belong to.
+
+    egress/seal.key     32 random bytes, 0600; without it sealed values are lost, which is the point
+
+A sealed value is a nonce of 12 bytes and AES-256-GCM's output; the instance's id is authenticated with it, so a
+record copied to another instance does not open. This protects backups and copies of the store, not against root.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from hypeman.egress.authority import write_private
+from hypeman.errors import InternalError
+
+_NONCE = 12
+
+
+class Sealer:
+    """Seals and opens the secrets of instances."""
+
+    def __init__(self, key: bytes) -> None:
+        self._cipher = AESGCM(key)
+
+    def seal(self, instance_id: str, secrets: Mapping[str, str]) -> bytes:
+        nonce = os.urandom(_NONCE)
+        return nonce + self._cipher.encrypt(nonce, msgspec.json.encode(secrets), instance_id.encode())
+
+    def open(self, instance_id: str, sealed: bytes) -> dict[str, str]:
+        """What was sealed for this very instance; InternalError for anything else."""
+        try:
+            plain = self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], instance_id.encode())
+        except (InvalidTag, ValueError):
+            raise InternalError(f"the sealed credentials of instance {instance_id} can not be opened") from None
+        return msgspec.json.decode(plain, type=dict[str, str])
+
+
+def load_sealer(directory: Path) -> Sealer:
+    """The sealer whose key is kept in ``directory``, made now if there is none."""
+    path = directory / "seal.key"
+    try:
+        if not path.exists():
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_private(path, os.urandom(32), 0o600)
+        key = path.read_bytes()
+    except OSError as error:
+        raise InternalError(f"the key that seals credentials, {path}, can not be used: {error}") from error
+    if len(key) != 32:
+        raise InternalError(f"{path} is not a key of 32 bytes")
+    return Sealer(key)

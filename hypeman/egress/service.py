@@ -1,0 +1,356 @@
+"""Keeps the data plane running and tells it what each instance may do.
+
+The loops are native threads (`ext/egress/`); Trio's part is what happens seldom: policies, name resolution, the audit
+stream, the end. Names are resolved here because that needs the system's resolver; whether an address may be dialled is
+decided in the data plane, on the addresses that it then dials.
+
+A policy is in force when ``set_policy`` returns: each request borrows the rules of the moment it is written, so later
+requests on living connections, too, are decided by the new ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman._native.egress import REASONS, TIMERS, Engine
+from hypeman.egress.authority import load_authority
+from hypeman.egress.policy import Unmatched, compile_policy, wipe
+from hypeman.egress.sealing import load_sealer
+from hypeman.egress.types import CredentialPolicy
+from hypeman.errors import InternalError
+
+Resolve = Callable[[str], Awaitable[list[str]]]
+
+_CACHE_SECONDS = 10.0
+_CACHE_NAMES = 4096
+_PR_SET_DUMPABLE = 4
+_SYSTEM_ROOTS = (
+    "/etc/ssl/certs/ca-certificates.crt",  # Debian, Alpine, Arch
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",  # Fedora, RHEL
+    "/etc/ssl/ca-bundle.pem",  # SUSE
+    "/etc/ssl/cert.pem",
+)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one instance."""
+
+    connections: int = 4096
+    requests_per_second: int = 0
+    """0: not limited."""
+    mints_per_second: int = 50
+    """Leaf certificates for new names: each costs 0.3 ms of signing."""
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds."""
+
+    head: float = 30
+    handshake: float = 15
+    resolve: float = 10
+    connect: float = 5
+    """For each address of a host."""
+    idle_down: float = 75
+    idle_up: float = 55
+    stream: float = 2 * 3600
+    """Without a byte in an open exchange: event streams and long calls are silent for long."""
+    half: float = 60
+    """The same once one side has ended."""
+    linger: float = 5
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the data plane is started with."""
+
+    address: str
+    """Where redirected and proxied connections arrive: the gateway of the guests."""
+    port: int
+    loops: int = 0
+    """Threads; 0: one for each core, at most 4."""
+    allow: tuple[str, ...] = ()
+    """Networks beyond the public internet that guests may reach, as address/prefix."""
+    deny: tuple[str, ...] = ()
+    """Networks that they may not reach in any case; the host's own addresses are refused without being named."""
+    trust_file: str = ""
+    """Bundle of roots; empty: the system's."""
+    extra_ca_file: str = ""
+    unmatched: Unmatched = Unmatched.PASS
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    assumed_tls_port: int = 443
+    """Port that is meant by TLS which arrives on the proxy's own address."""
+
+
+class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, allowed or denied; no path, no query, no value."""
+
+    time: float
+    """Seconds since 1970, when it ended."""
+    instance: str
+    kind: str
+    """``request``; ``passed_through``: carried unread; ``refused``: a connection that never became a request."""
+    host: str
+    port: int
+    method: str
+    status: int
+    reason: str
+    """``ok``, or the code that a denied client was given."""
+    injected: bool
+    credentials: tuple[str, ...]
+    """Names of the credentials whose rules were applied."""
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    http: int
+
+
+_KINDS = ("request", "passed_through", "refused")
+
+
+def _read_record(row: tuple[int | str, ...]) -> AuditRecord:
+    kind, rules, status, reason, http, port, took, at, up, down, instance, host, method, keys = row
+    return AuditRecord(
+        time=int(at) / 1e6,
+        instance=str(instance),
+        kind=_KINDS[int(kind)],
+        host=str(host),
+        port=int(port),
+        method=str(method),
+        status=int(status),
+        reason=REASONS[int(reason)],
+        injected=int(rules) > 0,
+        credentials=tuple(str(keys).split(",")) if keys else (),
+        bytes_up=int(up),
+        bytes_down=int(down),
+        seconds=int(took) / 1e6,
+        http=int(http),
+    )
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """Counters since the start."""
+
+    counters: dict[str, int]
+    denied: dict[str, int]
+    """By reason."""
+    latency: list[int]
+    """Requests by time taken: item i counts those below 16 µs · 2^i."""
+
+
+async def resolve_by_system(name: str) -> list[str]:
+    """Addresses of ``name`` as the host's resolver gives them; none if it has none."""
+    try:
+        found = await trio.socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def forbid_dumps() -> None:
+    """No core dump and no ptrace of this process by others: its memory holds credentials."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _system_roots() -> str | None:
+    return next((path for path in _SYSTEM_ROOTS if Path(path).exists()), None)
+
+
+def _open_listener(address: str, port: int, shared: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET:  # the gateway's address appears with the first TAP
+            listener.setsockopt(socket.SOL_IP, getattr(socket, "IP_FREEBIND", 15), 1)
+        listener.bind((address, port))
+        listener.listen(4096)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+class Egress:
+    """The egress path of all instances.
+
+    ``run`` serves until it is cancelled and then drains; the other methods may be called from when ``run`` has
+    said that it is started.
+    """
+
+    def __init__(self, settings: Settings, directory: Path, *, resolve: Resolve = resolve_by_system) -> None:
+        """``directory`` keeps the authority and the sealing key."""
+        self.settings = settings
+        self.authority = load_authority(directory)
+        self.sealer = load_sealer(directory)
+        self.port = settings.port
+        self._resolve = resolve
+        self._cache: dict[str, tuple[float, list[str]]] = {}
+        self._engine: Engine | None = None
+        self._sources: dict[str, set[str]] = {}
+        self._on_audit: list[Callable[[AuditRecord], None]] = []
+
+    @property
+    def ca_pem(self) -> bytes:
+        """What guests must trust."""
+        return self.authority.certificate
+
+    def _make_engine(self) -> Engine:
+        settings = self.settings
+        loops = settings.loops or min(4, os.cpu_count() or 1)
+        extra = Path(settings.extra_ca_file).read_bytes() if settings.extra_ca_file else None
+        trust = settings.trust_file or _system_roots()
+        sockets: list[socket.socket] = []
+        try:
+            for _ in range(loops):
+                sockets.append(_open_listener(settings.address, self.port, shared=loops > 1))
+                self.port = sockets[-1].getsockname()[1]
+            return Engine(
+                [each.detach() for each in sockets],
+                self.authority.certificate,
+                self.authority.key,
+                trust.encode() if trust else None,
+                extra,
+                512,
+                settings.limits.connections,
+                settings.limits.requests_per_second,
+                settings.limits.mints_per_second,
+                self.port,
+                settings.assumed_tls_port,
+                [max(1, round(getattr(settings.timeouts, name) * 1000)) for name in TIMERS],
+                [network.encode() for network in settings.allow],
+                [network.encode() for network in settings.deny],
+            )
+        except (OSError, ValueError) as error:
+            raise InternalError(
+                f"the egress proxy can not be started on {settings.address} port {settings.port}: {error}"
+            ) from error
+        finally:
+            for each in sockets:
+                each.close()
+
+    async def run(
+        self, *, grace: float = 5, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serves until cancelled; then open exchanges get ``grace`` seconds to end."""
+        forbid_dumps()
+        engine = self._engine = self._make_engine()
+        engine.start()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._answer_questions, engine, nursery)
+                nursery.start_soon(self._read_audit, engine)
+                task_status.started()
+        finally:
+            engine.drain(round(grace * 1000))
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(engine.join)
+            self._publish(engine)
+            self._engine = None
+
+    def _running(self) -> Engine:
+        if self._engine is None:
+            raise InternalError("the egress proxy is not running")
+        return self._engine
+
+    def set_policy(
+        self,
+        instance_id: str,
+        source_ip: str,
+        credentials: Mapping[str, CredentialPolicy],
+        secrets: Mapping[str, str],
+        unmatched: Unmatched | None = None,
+    ) -> None:
+        """From the return on, requests from ``source_ip`` are decided by these rules, on old connections too.
+
+        Raises InvalidRequest if the rules can not be carried out; then the ones before stay in force.
+        """
+        engine = self._running()
+        snapshot = compile_policy(credentials, secrets, self.settings.unmatched if unmatched is None else unmatched)
+        try:
+            engine.set_policy(source_ip.encode(), instance_id.encode(), snapshot)
+        finally:
+            wipe(snapshot)
+        for instance, addresses in self._sources.items():
+            if instance != instance_id:
+                addresses.discard(source_ip)
+        self._sources.setdefault(instance_id, set()).add(source_ip)
+
+    def remove(self, instance_id: str) -> None:
+        """Forgets the instance: its values are wiped, its connections closed, new ones refused. Content if unknown."""
+        for source_ip in self._sources.pop(instance_id, ()):
+            if self._engine is not None:
+                self._engine.remove(source_ip.encode())
+
+    def statistics(self) -> Statistics:
+        engine = self._running()
+        return Statistics(engine.metrics(), engine.denied(), engine.latency())
+
+    def on_audit(self, tell: Callable[[AuditRecord], None]) -> None:
+        """Calls ``tell`` with every record, in Trio's thread."""
+        self._on_audit.append(tell)
+
+    @asynccontextmanager
+    async def audit(
+        self, instance_id: str | None = None, *, backlog: int = 1000
+    ) -> AsyncGenerator[trio.MemoryReceiveChannel[AuditRecord]]:
+        """Records as they are made, of one instance or of all. A reader that lags over ``backlog`` misses some."""
+        send, receive = trio.open_memory_channel[AuditRecord](backlog)
+        wanted = partial(_offer, send, instance_id)
+        self._on_audit.append(wanted)
+        try:
+            yield receive
+        finally:
+            self._on_audit.remove(wanted)
+            send.close()
+
+    def _publish(self, engine: Engine) -> None:
+        for row in engine.audit():
+            record = _read_record(row)
+            for tell in tuple(self._on_audit):
+                tell(record)
+
+    async def _read_audit(self, engine: Engine) -> None:
+        while True:
+            await _wait_event(engine.audit_fd())
+            self._publish(engine)
+
+    async def _answer_questions(self, engine: Engine, nursery: trio.Nursery) -> None:
+        while True:
+            await _wait_event(engine.question_fd())
+            for loop, token, name in engine.questions():
+                nursery.start_soon(self._answer, engine, loop, token, name)
+
+    async def _answer(self, engine: Engine, loop: int, token: int, name: str) -> None:
+        now = trio.current_time()
+        until, addresses = self._cache.get(name, (0.0, []))
+        if until <= now:
+            addresses = await self._resolve(name)
+            if len(self._cache) >= _CACHE_NAMES:
+                self._cache.clear()
+            if addresses:
+                self._cache[name] = (now + _CACHE_SECONDS, addresses)
+        engine.answer(loop, token, [address.encode() for address in addresses])
+
+
+def _offer(send: trio.MemorySendChannel[AuditRecord], instance_id: str | None, record: AuditRecord) -> None:
+    if instance_id is None or record.instance == instance_id:
+        try:
+            send.send_nowait(record)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            return
+
+
+async def _wait_event(descriptor: int) -> None:
+    await trio.lowlevel.wait_readable(descriptor)
+    os.read(descriptor, 8)
