@@ -23,8 +23,8 @@ from hypeman.errors import HypemanError, InternalError
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume, parse_outcome, render_boot_disk
 from hypeman.guest.boot import GuestNetwork as BootNetwork
 from hypeman.guest.types import Exited, Fatal
+from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
-from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmGone
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
@@ -58,13 +58,13 @@ SECONDS_TO_KILL = 5.0
 
 
 class NetworkNeeds(Protocol):
-    async def attach(self, lease: Lease) -> None: ...
+    async def attach(self, lease: Lease, *, uid: int = 0) -> None: ...
     async def detach(self, lease: Lease) -> None: ...
     def guest_network(self, lease: Lease) -> GuestNetwork | None: ...
 
 
 class DeviceNeeds(Protocol):
-    async def bind(self, instance_id: str) -> None: ...
+    async def bind(self, instance_id: str, *, uid: int = 0, gid: int = 0) -> None: ...
     async def unbind(self, instance_id: str) -> None: ...
     def sysfs_paths(self, instance_id: str) -> tuple[str, ...]: ...
 
@@ -104,8 +104,8 @@ class World:
         config: Config,
         store: Store,
         files: Files,
-        processes: Processes,
         drivers: Mapping[HypervisorKind, Driver],
+        cgroups: CGroups,
         kernel: str,
         initrd: str | None,
         images: ImageNeeds,
@@ -119,8 +119,8 @@ class World:
         self.paths: Paths = config.paths
         self.store = store
         self.files = files
-        self.processes = processes
         self.drivers = drivers
+        self.cgroups = cgroups
         self.kernel = kernel
         self.initrd = initrd
         self.images = images
@@ -262,7 +262,7 @@ class World:
     async def attach_network(self, instance_id: str) -> None:
         lease = self.lease(instance_id)
         if lease is not None:
-            await self.network.attach(lease)
+            await self.network.attach(lease, uid=self.uid(self.record(instance_id)))
 
     async def detach_network(self, instance_id: str) -> None:
         lease = self.lease(instance_id)
@@ -278,7 +278,8 @@ class World:
         await self.egress.release(instance_id)
 
     async def bind_devices(self, instance_id: str) -> None:
-        await self.devices.bind(instance_id)
+        uid = self.uid(self.record(instance_id))
+        await self.devices.bind(instance_id, uid=uid, gid=uid)
 
     async def unbind_devices(self, instance_id: str) -> None:
         await self.devices.unbind(instance_id)
@@ -321,6 +322,7 @@ class World:
             await live.vmm.aclose()
         await self.driver(self.record(instance_id)).kill_stray(str(self.paths.instance(instance_id).run))
         await self.files.remove(self.paths.instance(instance_id).memory)
+        self.cgroups.remove(instance_id)
 
     async def shutdown_guest(self, instance_id: str, grace: float) -> None:
         """Ask for an orderly end and wait for it; a guest that does not answer is not waited for."""
@@ -443,6 +445,9 @@ class World:
             uid=self.uid(record),
             vsock=driver.capabilities.vsock,
             hotplug=driver.capabilities.hotplug_disk,
+            cgroup=self.cgroups.make(
+                record.id, vcpus=record.spec.vcpus, memory=record.spec.memory_bytes + record.spec.hotplug_bytes
+            ),
         )
 
     def _boot_config(self, record: InstanceRecord) -> BootConfig:

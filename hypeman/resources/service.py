@@ -6,7 +6,7 @@ nothing is walked to answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -43,7 +43,7 @@ class ResourceService:
         oversubscription: OversubscriptionConfig,
         name_of: Callable[[str], str | None],
         disk_use: Callable[[], DiskBreakdown],
-        gpu: Callable[[], GPUResourceStatus | None],
+        gpu: Callable[[], Awaitable[GPUResourceStatus | None]],
     ) -> None:
         self._store = store
         self._name_of = name_of
@@ -86,7 +86,7 @@ class ResourceService:
             network=self._status("network", "network", sums.network),
             disk_io=self._status("disk_io", "disk_io", sums.disk_io),
             disk_breakdown=self._disk_use(),
-            gpu=self._gpu(),
+            gpu=await self._gpu(),
             allocations=tuple(
                 ResourceAllocation(
                     instance_id=holder,

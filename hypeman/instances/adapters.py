@@ -1,0 +1,146 @@
+"""What stands between instances and the capabilities they use, where the two speak differently.
+
+Capabilities know no InstanceRecord; here a record becomes a lease's plan, an egress policy or a
+claim, and what is sealed or counted finds its way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from hypeman.egress import policy
+from hypeman.egress.service import Egress
+from hypeman.guest.boot import CA_BUNDLE_PATH, CA_CERT_PATH, CaCertificate
+from hypeman.instances.records import INSTANCES, InstanceRecord, InstanceSpec
+from hypeman.network import leases
+from hypeman.network.service import Network
+from hypeman.network.types import EgressMode, Lease, NetworkPlan
+from hypeman.resources.service import ResourceService
+from hypeman.store import Store, Table, Txn
+
+
+class Leases:
+    """Addresses for instances, and a share of the uplink for those that ask for no rates."""
+
+    def __init__(self, network: Network, resources: ResourceService, *, default_limits: bool, isolated: bool) -> None:
+        self._network = network
+        self._resources = resources
+        self._default_limits = default_limits
+        self._isolated = isolated
+
+    def take(self, txn: Txn, record: InstanceRecord) -> Lease:
+        spec = record.spec
+        plan = NetworkPlan(
+            enabled=spec.network,
+            download_bps=spec.download_bps,
+            upload_bps=spec.upload_bps,
+            egress_mode=EgressMode(spec.egress.value) if spec.egress else EgressMode.NONE,
+            isolated=self._isolated,
+        )
+        return leases.take_lease(txn, record.id, plan, self._network.subnet)
+
+    def drop(self, txn: Txn, instance_id: str) -> None:
+        leases.drop_lease(txn, instance_id, self._network.subnet)
+
+    def default_rates(self, spec: InstanceSpec) -> InstanceSpec:
+        """Shares are by vCPUs, and only where the capacity is known."""
+        capacity = self._resources.capacity
+        if spec.network and self._default_limits:
+            share = self._resources.share(spec.vcpus, self._resources.limits.network)
+            spec = msgspec.structs.replace(
+                spec, download_bps=spec.download_bps or share, upload_bps=spec.upload_bps or share
+            )
+        if not spec.disk_io_bps and capacity.disk_io:
+            share = self._resources.share(spec.vcpus, self._resources.limits.disk_io)
+            spec = msgspec.structs.replace(spec, disk_io_bps=share)
+        return spec
+
+
+class Counters:
+    """Bytes on the wire, as the guest counts them."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def of_instance(self, instance_id: str) -> tuple[int, int]:
+        return self._network.counters().get(instance_id, (0, 0))
+
+
+class SealedSecrets(msgspec.Struct, frozen=True):
+    sealed: bytes
+
+
+SECRETS: Table[SealedSecrets] = Table("egress-secrets", SealedSecrets)
+
+
+class EgressOfInstances:
+    """Real values sealed in the store, and policies in force while a VM lives."""
+
+    def __init__(self, egress: Egress, store: Store) -> None:
+        self._egress = egress
+        self._store = store
+
+    def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None:
+        """Raise InvalidRequest unless these values can be put where the rules say."""
+        sources = {credential.source.env: credential for credential in spec.credentials.values()}
+        concerned = {key: c for key, c in spec.credentials.items() if c.source.env in values}
+        assert set(values) <= set(sources)
+        policy.check_credentials(concerned if len(values) < len(sources) else spec.credentials, values)
+
+    def seal(self, txn: Txn, instance_id: str, values: Mapping[str, str]) -> None:
+        """Keep ``values``, merged over those that are kept already."""
+        if values:
+            merged = {**self._open(txn, instance_id), **values}
+            txn.put(SECRETS, instance_id, SealedSecrets(self._egress.sealer.seal(instance_id, merged)))
+
+    def drop(self, txn: Txn, instance_id: str) -> None:
+        txn.delete(SECRETS, instance_id)
+
+    async def refresh(self, instance_id: str) -> None:
+        """New values take effect with the next request, if the instance lives."""
+
+        def read(txn: Txn) -> tuple[InstanceRecord | None, Lease | None]:
+            return txn.get(INSTANCES, instance_id), leases.get_lease(txn, instance_id)
+
+        record, lease = self._store.read(read)
+        if record is not None and lease is not None and record.handle is not None:
+            await self.enforce(record, lease)
+
+    async def enforce(self, record: InstanceRecord, lease: Lease) -> None:
+        values = self._store.read(lambda txn: self._open(txn, record.id))
+        self._egress.set_policy(record.id, lease.ipv4, record.spec.credentials, values)
+
+    async def release(self, instance_id: str) -> None:
+        self._egress.remove(instance_id)
+
+    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
+        proxy = f"http://{self._egress.settings.address}:{self._egress.port}"
+        return proxy_environment(proxy), (CaCertificate(pem=self._egress.ca_pem.decode()),)
+
+    def _open(self, txn: Txn, instance_id: str) -> dict[str, str]:
+        row = txn.get(SECRETS, instance_id)
+        return self._egress.sealer.open(instance_id, row.sealed) if row is not None else {}
+
+
+_REPLACES_ROOTS = (
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "GIT_SSL_CAINFO",
+    "PIP_CERT",
+    "AWS_CA_BUNDLE",
+    "CARGO_HTTP_CAINFO",
+    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+)
+_ADDS_TO_ROOTS = ("NODE_EXTRA_CA_CERTS", "DENO_CERT")
+
+
+def proxy_environment(proxy: str) -> dict[str, str]:
+    """What tells programs of the proxy and whom to trust. Those that look at none of it are redirected."""
+    local = "localhost,127.0.0.1,::1"
+    env = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), proxy)
+    env |= {"NO_PROXY": local, "no_proxy": local, "NODE_USE_ENV_PROXY": "1"}
+    env |= dict.fromkeys(_REPLACES_ROOTS, CA_BUNDLE_PATH)
+    return env | dict.fromkeys(_ADDS_TO_ROOTS, CA_CERT_PATH)
