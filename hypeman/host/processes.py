@@ -281,8 +281,7 @@ class Processes:
             raise SpawnFailed(f"{program.argv[0]} can not be started: {error.strerror or error}") from error
         finally:
             os.close(log)
-        process = self._open(pid)
-        assert process is not None, "a child that nobody has waited for keeps its pid"
+        process = Process(ProcessId(pid, _start_time(pid), self.boot_id), os.pidfd_open(pid))  # still there if it ended
         try:
             if program.locked_memory:
                 resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (program.locked_memory, program.locked_memory))

@@ -109,7 +109,7 @@ class QmpCodec:
     def _message(self, text: bytes) -> Message:
         try:
             line = _decoder.decode(text)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise QmpError(f"no QMP message: {error}: {text[:100]!r}") from None
         parts = (line.hello, line.value, line.error, line.event)
         if sum(part is not msgspec.UNSET for part in parts) != 1:

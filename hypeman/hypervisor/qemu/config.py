@@ -184,7 +184,8 @@ def command_line(
             *("-device", "virtio-mem-pci,id=hotplug-memory,memdev=hotmem,requested-size=0,bus=pcie.0,addr=05.0"),
         ]
     for index in range(config.disk_ports):
-        arguments += ["-device", _root_port(f"disk-port{index + 1}", 0x18, index, chassis=index + 1)]
+        port = _root_port(f"disk-port{index + 1}", 0x18, index, chassis=index + 1)
+        arguments += ["-device", f"{port},io-reserve=0"]  # virtio uses no I/O space, and there is little of it
     for index, _ in enumerate(config.pci_devices):
         arguments += ["-device", _root_port(f"pci-port{index + 1}", 0x1C, index, chassis=100 + index)]
     for index, nic in enumerate(config.nics):
@@ -259,7 +260,7 @@ def _fixed_place(index: int) -> str:
 def _root_port(name: str, slot: int, index: int, *, chassis: int) -> str:
     place = f"{slot + index // 8:02x}.{index % 8}"
     where = f"bus=pcie.0,addr={place},multifunction=on,chassis={chassis},slot={chassis}"
-    return f"pcie-root-port,id={name},{where},io-reserve=0"  # virtio and VFIO use none, and there is little
+    return f"pcie-root-port,id={name},{where}"
 
 
 def _descriptor_set(number: int, fd: int, tag: str) -> list[str]:

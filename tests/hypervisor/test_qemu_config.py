@@ -1,0 +1,134 @@
+"""VmConfig to QEMU's command line: one golden file a case (config, dashes, one argument a line).
+
+``HYPEMAN_GOLDEN=write pytest …`` writes the expected half anew; look at the difference before you commit it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypeman.errors import InvalidRequest
+from hypeman.hypervisor.interface import Disk, Nic, PciDevice, VmConfig
+from hypeman.hypervisor.qemu import config as native
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "qemu").glob("*.txt"))
+_DASHES = "\n---\n"
+
+PLAIN = VmConfig(
+    instance_id="a",
+    name="a",
+    vcpus=1,
+    memory_bytes=256 << 20,
+    kernel="/kernel",
+    initrd="/initrd",
+    cmdline="console=ttyS0",
+    disks=(Disk("root", "/root.raw", readonly=True, shared=True), Disk("overlay", "/overlay.raw")),
+    run_dir="/run/vm/a",
+    memory_path="/memory",
+    console_log="/console",
+    vmm_log="/vmm",
+)
+
+
+class Case(msgspec.Struct, forbid_unknown_fields=True):
+    """What a golden file holds above the dashes."""
+
+    config: VmConfig
+    accelerator: str = "tcg"
+    incoming: bool = False
+    private_memory: bool = False
+
+
+def arguments(case: Case) -> tuple[str, ...]:
+    numbers = iter(range(20, 100))
+    config = case.config
+    fds = native.Descriptors(
+        qmp=10,
+        agent=11,
+        console=12,
+        memory=13,
+        kernel=None if case.incoming else 14,
+        initrd=None if case.incoming or config.initrd is None else 15,
+        disks={disk.id: next(numbers) for disk in config.disks},
+        nics={nic.id: next(numbers) for nic in config.nics},
+    )
+    return native.command_line(
+        config,
+        fds,
+        binary="qemu-system-x86_64",
+        accelerator=native.KVM if case.accelerator == "kvm" else native.TCG,
+        incoming=case.incoming,
+        private_memory=case.private_memory,
+    )
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_golden(file: Path) -> None:
+    given, _, expected = file.read_text().partition(_DASHES)
+    lines = " ".join(arguments(msgspec.json.decode(given, type=Case))).replace(" -", "\n-") + "\n"
+    if os.environ.get("HYPEMAN_GOLDEN") == "write":
+        file.write_text(given + _DASHES + lines)
+    assert lines == expected
+
+
+def test_the_other_disks_stay_where_they_are() -> None:
+    """Pulling a disk must change no other device's place, or a capture after it could not be loaded."""
+    first, second = Disk("one", "/1", port=1), Disk("two", "/2", port=2)
+    both = msgspec.structs.replace(PLAIN, disks=(*PLAIN.disks, first, second))
+    one = msgspec.structs.replace(PLAIN, disks=(*PLAIN.disks, second))
+    device = next(part for part in arguments(Case(one)) if '"id":"two"' in part)
+    assert device in arguments(Case(both))
+
+
+@given(st.permutations([Disk(f"d{n}", f"/{n}", port=n % 5) for n in range(12)][:9]))
+def test_no_two_devices_share_a_place(disks: list[Disk]) -> None:
+    ports: set[int] = set()
+    fitting = [disk for disk in disks if disk.port == 0 or not (disk.port in ports or ports.add(disk.port))]
+    config = msgspec.structs.replace(
+        PLAIN, disks=tuple(fitting), nics=tuple(Nic(f"net{n}", "t", "m") for n in range(8)), hotplug_bytes=2 << 20
+    )
+    native.check(config)
+    places = []
+    for part in arguments(Case(config)):
+        if part.startswith("{") and "addr" in (device := msgspec.json.decode(part)):
+            places.append(device["addr"])
+        elif "addr=" in part:
+            places.append(part.partition("addr=")[2].partition(",")[0])
+    assert len(places) == len(set(places)) >= 15
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vcpus": 0}, "vCPUs"),
+        ({"memory_bytes": (256 << 20) + 1}, "whole MiB"),
+        ({"hotplug_bytes": 1 << 20}, "2 MiB"),
+        ({"disks": (Disk("a", "/a"), Disk("a", "/b"))}, "same id"),
+        ({"disks": (Disk("A", "/a"),)}, "ids of devices"),
+        ({"disks": (Disk("a" * 21, "/a"),)}, "ids of devices"),
+        ({"disks": (Disk("balloon", "/a"),)}, "the driver's"),
+        ({"disks": (Disk("a", "/a", shared=True),)}, "read-only"),
+        ({"disks": (Disk("a", "/a", port=9),)}, "disk ports are 1 to 8"),
+        ({"disks": (Disk("a", "/a", port=2), Disk("b", "/b", port=2))}, "same port"),
+        ({"disks": tuple(Disk(f"d{n}", "/a") for n in range(25))}, "fixed disks"),
+        ({"disk_ports": 25}, "at most 24"),
+        ({"nics": tuple(Nic(f"n{n}", "t", "m") for n in range(9))}, "network interfaces"),
+        ({"pci_devices": (PciDevice("gpu", "/sys/a,b"),)}, "comma"),
+        ({"run_dir": "/" + "x" * 90}, "run_dir"),
+    ],
+)
+def test_what_no_qemu_could_run_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        native.check(msgspec.structs.replace(PLAIN, **changes))
+
+
+def test_the_kernel_command_line() -> None:
+    assert native.kernel_cmdline("hypeman=1").startswith("console=ttyS0 quiet panic=-1 reboot=t ")
+    assert native.kernel_cmdline("hypeman=1").endswith(" hypeman=1")
+    assert "swiotlb=noforce" in native.kernel_cmdline(hotplug_memory=True)
