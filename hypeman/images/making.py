@@ -116,8 +116,8 @@ class Maker:
             except BaseExceptionGroup as group:
                 raise _first_of(group) from None
         except ConversionFailed as error:
-            if error.blame_image:
-                await trio.to_thread.run_sync(self._forget, list(job.blobs))
+            # An image at fault may have damaged blobs in the cache; a full disk wants its space back.
+            await trio.to_thread.run_sync(self._forget, list(job.blobs) if error.blame_image else fetched)
             raise MakeFailed(error.message) from None
         except ManifestError as error:
             await trio.to_thread.run_sync(self._forget, fetched)

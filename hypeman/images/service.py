@@ -239,6 +239,14 @@ class Images:
         job = self._jobs.get(naming.wanted or row.digest)
         return job.progress if job is not None else Progress(row.status)
 
+    async def wait_final(self, name: str) -> Image:
+        """Wait until a pull has ended, well or not, also one that is to take the name over."""
+        while True:
+            _, naming, row = self._look_up(parse_reference(name))
+            if row.status.is_final and not naming.wanted:
+                return await self.get(name)
+            await self._wait_for(naming.wanted or row.digest)
+
     async def delete(self, name: str) -> None:
         """Take the name away, and with the last one the image. Raises NotFound, InUse, InvalidRequest."""
         ref = parse_reference(name)
@@ -281,9 +289,7 @@ class Images:
             digest = image.digest
         else:
             digest = row.digest
-        job = self._jobs.get(digest)
-        if job is not None:
-            await job.done.wait()
+        await self._wait_for(digest)
         row = self._store.read(lambda txn: txn.get(IMAGES, digest))
         if row is None:
             raise NotFound(f"image {ref} was deleted meanwhile")
@@ -473,6 +479,14 @@ class Images:
         job.done.set()
         with suppress(HypemanError, OSError):
             await self.collect()
+
+    async def _wait_for(self, digest: str) -> None:
+        """Wait for the end of the job for ``digest``, if there is one."""
+        job = self._jobs.get(digest)
+        if job is not None:
+            await job.done.wait()
+        else:
+            await trio.lowlevel.checkpoint()
 
     # Reading
 

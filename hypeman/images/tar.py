@@ -384,7 +384,10 @@ def _parse_pax(payload: bytes) -> tuple[dict[bytes, bytes], list[tuple[bytes, by
             sparse.append((key, value))
         if b"\0" in value and key in (b"path", b"linkpath", b"GNU.sparse.name"):
             raise TarError("has a name with a zero byte in it")
-        records[key] = value
+        if value:
+            records[key] = value
+        else:
+            records.pop(key, None)  # POSIX: as if it had not been written
         at = end
     return records, sparse
 

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from hypeman.images.registry import Patience, RegistryClient
 from hypeman.images.service import Images
 from hypeman.paths import Paths
 from hypeman.store import Store
+from tests.images.faults import FaultyRegistry
 
 QUICK = Patience(attempts=4, first_delay=0.02, longest_delay=0.1, connect=2, silence=0.5, grace=20)
 
@@ -70,6 +71,25 @@ def registry_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield host
 
 
+@pytest.fixture(scope="session")
+def debian_layer() -> bytes:
+    """A small Debian as one layer, made once and kept below ``build``."""
+    need_root()
+    need("mmdebstrap")
+    kept = Path(__file__).parents[2] / "build" / "test-images" / "debian-minbase.tar"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        side = kept.with_suffix(".new.tar")
+        made = subprocess.run(
+            ["mmdebstrap", "--variant=minbase", "--quiet", "bookworm", side], capture_output=True, timeout=300
+        )
+        if made.returncode != 0:
+            side.unlink(missing_ok=True)
+            pytest.skip(f"mmdebstrap can not reach a mirror: {made.stderr[-200:].decode(errors='replace')}")
+        side.rename(kept)
+    return kept.read_bytes()
+
+
 def push(layout: Path, target: str, *options: str, tag: str = "latest") -> None:
     """Push an OCI layout with skopeo."""
     subprocess.run(
@@ -79,24 +99,34 @@ def push(layout: Path, target: str, *options: str, tag: str = "latest") -> None:
     )  # fmt: skip
 
 
+@pytest.fixture
+async def registry() -> AsyncIterator[FaultyRegistry]:
+    """A registry whose faults the test chooses."""
+    async with trio.open_nursery() as nursery:
+        server = FaultyRegistry()
+        await nursery.start(server.run)
+        yield server
+        nursery.cancel_scope.cancel()
+
+
 def need_root() -> None:
     if os.geteuid() != 0:
         pytest.skip("wants root")
 
 
-MakeImages = Callable[..., "trio.abc.AsyncResource"]
+Start = Callable[..., Awaitable[Images]]
 
 
 @pytest.fixture
-async def make_images(store: Store, paths: Paths) -> AsyncIterator[Callable[..., object]]:
-    """A function that starts an Images service; it is stopped at the end of the test."""
-    async with trio.open_nursery() as nursery:
+async def make_images(store: Store, paths: Paths) -> AsyncIterator[Start]:
+    """A function that starts an Images service; it is stopped at the end of the test, or with ``nursery``."""
+    async with trio.open_nursery() as own:
 
-        async def start(*, patience: Patience = QUICK, **settings: object) -> Images:
+        async def start(*, patience: Patience = QUICK, nursery: trio.Nursery = own, **settings: object) -> Images:
             config = ImagesConfig(**{"docker_config": "/nonexistent", **settings})  # type: ignore[arg-type]
             images = Images(store=store, paths=paths, config=config, registry=RegistryClient(config, patience=patience))
             await nursery.start(images.run)
             return images
 
         yield start
-        nursery.cancel_scope.cancel()
+        own.cancel_scope.cancel()

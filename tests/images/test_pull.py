@@ -8,7 +8,6 @@ import pytest
 import trio
 
 from hypeman.images.types import CreateImageRequest, ImageStatus
-
 from tests.images.conftest import push
 from tests.images.layout import ImageFiles, directory, entry, tar
 

@@ -1,0 +1,364 @@
+"""Registries that fail, throttle, redirect and ask for logins; and Debian's with login and TLS."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+
+from hypeman.errors import Conflict, InternalError, NotFound, RateLimited
+from hypeman.images.types import CreateImageRequest, ImageStatus, PushCredentials
+from tests.images.conftest import free_port, push, running_registry
+from tests.images.faults import FaultyRegistry, Request, Response, serve_bytes
+from tests.images.layout import ImageFiles, directory, entry, tar
+
+DATA = bytes(range(256)) * 4000
+HTPASSWD = b"ann:$2y$04$CovU8JoQCpdHbJaokMRdOOlOIt3iz/jYz5WH1LJS2TrqbpST1xrqS\n"
+"""Login ann, password secret."""
+
+
+def image_files() -> ImageFiles:
+    return ImageFiles([tar(directory("d")), tar(entry("d/data", data=DATA))], compression="none")
+
+
+async def pull(registry: FaultyRegistry, make_images, **settings):
+    images = await make_images(insecure_registries=(registry.host,), **settings)
+    name = f"{registry.host}/some/image"
+    await images.create(CreateImageRequest(name))
+    with trio.fail_after(30):
+        return await images.wait_final(name)
+
+
+def big_blob(request: Request) -> bool:
+    return "/blobs/" in request.path and request.path.endswith(BIG)
+
+
+FILES = image_files()
+BIG = str(FILES.manifest_document["layers"][1]["digest"])
+BYTES = FILES.blobs[BIG]
+
+
+def faults(*answers: Response | None):
+    """A rule that gives these answers to the first requests for the big layer."""
+    left = list(answers)
+
+    def rule(request: Request) -> Response | None:
+        return left.pop(0) if left and big_blob(request) else None
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [Response(500), Response(503), Response(502)],
+        [Response(200, {}, BYTES, cut=70_000, then="close")],
+        [Response(200, {}, BYTES, cut=70_000, then="reset"), Response(500)],
+        [Response(200, {}, BYTES, cut=300_000, then="stall")],
+        [Response(200, {}, BYTES, cut=0, then="stall")],
+    ],
+    ids=["500", "short", "reset", "stall", "silence"],
+)
+async def test_trouble_that_passes(answers: list[Response], registry: FaultyRegistry, make_images) -> None:
+    """The pull goes on and ends well; what had arrived is not asked for again."""
+    registry.serve("some/image", FILES)
+    registry.rules.append(faults(*answers))
+    image = await pull(registry, make_images)
+    assert image.status is ImageStatus.READY, image.error
+    asked = [request.headers.get("range") for request in registry.requests if big_blob(request)]
+    cut = next((answer.cut for answer in answers if answer.cut), 0)
+    assert asked[0] is None
+    assert asked[-1] == (f"bytes={cut}-" if cut else None)
+
+
+async def test_many_short_answers(registry: FaultyRegistry, make_images) -> None:
+    """As long as every answer brings something, there is no end to the patience."""
+    registry.serve("some/image", FILES)
+
+    def rule(request: Request) -> Response | None:
+        if not big_blob(request):
+            return None
+        whole = serve_bytes(request, BYTES)
+        whole.cut, whole.then = 100_000, "reset"
+        return whole
+
+    registry.rules.append(rule)
+    image = await pull(registry, make_images)
+    assert image.status is ImageStatus.READY, image.error
+    assert len([request for request in registry.requests if big_blob(request)]) == -(-len(BYTES) // 100_000)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        Response(206, {"Content-Range": f"bytes 0-99/{len(BYTES)}"}, BYTES[:100]),
+        Response(206, {"Content-Range": f"bytes 70001-{len(BYTES) - 1}/{len(BYTES)}"}, BYTES[70_001:]),
+        Response(206, {}, BYTES[70_000:]),
+        Response(416),
+        Response(200, {}, BYTES),
+    ],
+    ids=["other range", "shifted range", "no range", "416", "ranges unknown"],
+)
+async def test_wrong_range(second: Response, registry: FaultyRegistry, make_images) -> None:
+    """An answer that does not continue where we stopped is not mixed with what we have."""
+    registry.serve("some/image", FILES)
+    registry.rules.append(faults(Response(200, {}, BYTES, cut=70_000, then="reset"), second))
+    image = await pull(registry, make_images)
+    assert image.status is ImageStatus.READY, image.error
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Response(500), "answers with status 500"),
+        (Response(200, {}, BYTES, cut=0, then="stall"), "has gone silent"),
+        (Response(200, {}, BYTES, cut=0, then="reset"), "connection broke"),
+        (Response(404), "has no blob"),
+        (Response(200, {"Content-Length": str(len(BYTES) + 4)}, BYTES + b"more"), "bytes long at the registry"),
+        (Response(200, {"Transfer-Encoding": "chunked", "Content-Length": ""}, b""), "connection broke"),
+    ],
+    ids=["500", "stall", "reset", "404", "too long", "nonsense"],
+)
+async def test_trouble_that_stays(answer: Response, reason: str, registry: FaultyRegistry, make_images) -> None:
+    registry.serve("some/image", FILES)
+    registry.rules.append(lambda request: answer if big_blob(request) else None)
+    image = await pull(registry, make_images)
+    assert image.status is ImageStatus.FAILED
+    assert reason in image.error
+
+
+async def test_throttled_at_once(registry: FaultyRegistry, make_images) -> None:
+    """While the client waits for the digest, 429 is its answer too, with the time to wait."""
+    registry.rules.append(lambda request: Response(429, {"Retry-After": "17"}))
+    images = await make_images(insecure_registries=(registry.host,))
+    with pytest.raises(RateLimited) as caught:
+        await images.create(CreateImageRequest(f"{registry.host}/some/image"))
+    assert caught.value.retry_after == 17 and caught.value.status == 429
+
+
+async def test_throttled_in_the_background(registry: FaultyRegistry, make_images) -> None:
+    """Later we wait as long as we are told."""
+    registry.serve("some/image", FILES)
+    registry.rules.append(faults(Response(429, {"Retry-After": "0"}), Response(429, {"Retry-After": "0"})))
+    assert (await pull(registry, make_images)).status is ImageStatus.READY
+
+
+async def test_redirects_carry_no_login(registry: FaultyRegistry, make_images) -> None:
+    """Blobs come from another host, which must not see the credentials of the registry."""
+    async with trio.open_nursery() as nursery:
+        store = FaultyRegistry()
+        await nursery.start(store.run)
+        store.rules.append(lambda request: serve_bytes(request, registry.blobs.get(request.path[1:])))
+        registry.serve("some/image", FILES)
+        registry.rules.append(ask_for_basic("user", "secret"))
+        registry.rules.append(
+            lambda request: Response(307, {"Location": f"http://{store.host}/{request.path.rpartition('/')[2]}"})
+            if "/blobs/" in request.path
+            else None
+        )
+        images = await make_images(insecure_registries=(registry.host,))
+        name = f"{registry.host}/some/image"
+        await images.create(CreateImageRequest(name, credentials=PushCredentials("user", "secret")))
+        assert (await images.wait_final(name)).status is ImageStatus.READY
+        assert store.requests and not [request for request in store.requests if "authorization" in request.headers]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:1/x", "file:///etc/passwd", "/v2/loop"])
+async def test_bad_redirects(location: str, registry: FaultyRegistry, make_images) -> None:
+    registry.rules.append(lambda request: Response(302, {"Location": location}))
+    images = await make_images(insecure_registries=(registry.host,))
+    with pytest.raises(InternalError, match=r"redirects|broke|answer"):
+        await images.create(CreateImageRequest(f"{registry.host}/some/image"))
+
+
+async def test_plain_http_only_by_configuration(registry: FaultyRegistry, make_images) -> None:
+    images = await make_images()
+    with pytest.raises(InternalError):
+        await images.create(CreateImageRequest(f"{registry.host}/some/image"))
+    assert not registry.requests
+
+
+async def test_mirror_first(registry: FaultyRegistry, make_images) -> None:
+    """A mirror is asked first, without the login of the registry; where it fails, the registry is."""
+    registry.serve("library/thing", FILES)
+    registry.rules.append(lambda request: Response(500) if big_blob(request) and len(registry.requests) < 99 else None)
+    async with trio.open_nursery() as nursery:
+        own = FaultyRegistry()
+        await nursery.start(own.run)
+        own.serve("library/thing", FILES)
+        images = await make_images(
+            insecure_registries=(registry.host, own.host), mirrors={own.host: ("127.0.0.1:1", registry.host)}
+        )
+        name = f"{own.host}/library/thing"
+        await images.create(CreateImageRequest(name))
+        assert (await images.wait_final(name)).status is ImageStatus.READY
+        assert [request.path.rpartition("/")[2] for request in own.requests] == [BIG]
+        nursery.cancel_scope.cancel()
+
+
+# ── Logins ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def ask_for_basic(username: str, password: str):
+    wanted = "Basic " + base64.b64encode(f"{username}:{password}".encode()).decode()
+
+    def rule(request: Request) -> Response | None:
+        if request.headers.get("authorization") == wanted:
+            return None
+        return Response(401, {"WWW-Authenticate": 'Basic realm="here"'})
+
+    return rule
+
+
+def ask_for_token(registry: FaultyRegistry, given: list[str]):
+    """A token service beside the registry; ``given`` collects the logins it saw."""
+
+    def rule(request: Request) -> Response | None:
+        if request.path.startswith("/token"):
+            given.append(request.headers.get("authorization", request.body.decode()))
+            assert "scope=repository%3Asome%2Fimage%3Apull" in request.path + request.body.decode()
+            return Response(200, {}, json.dumps({"token": "abc", "expires_in": 300}).encode())
+        if request.headers.get("authorization") == "Bearer abc":
+            return None
+        challenge = f'Bearer realm="http://{registry.host}/token",service="a, b",scope="repository:x:pull"'
+        return Response(401, {"WWW-Authenticate": challenge})
+
+    return rule
+
+
+async def test_token(registry: FaultyRegistry, make_images) -> None:
+    """Nobody in particular gets a token, once for all requests."""
+    registry.serve("some/image", FILES)
+    given: list[str] = []
+    registry.rules.append(ask_for_token(registry, given))
+    assert (await pull(registry, make_images)).status is ImageStatus.READY
+    assert given == [""]
+
+
+@pytest.mark.parametrize(
+    ("stored", "seen"),
+    [
+        ({"auth": base64.b64encode(b"ann:pass:word").decode()}, "Basic " + base64.b64encode(b"ann:pass:word").decode()),
+        ({"username": "ann", "password": "x"}, "Basic " + base64.b64encode(b"ann:x").decode()),
+        ({"identitytoken": "refresh"}, "refresh_token=refresh"),
+    ],
+)
+async def test_login_from_docker_config(
+    stored: dict[str, str], seen: str, registry: FaultyRegistry, make_images, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {registry.host: stored}}))
+    registry.serve("some/image", FILES)
+    given: list[str] = []
+    registry.rules.append(ask_for_token(registry, given))
+    image = await pull(registry, make_images, docker_config=str(tmp_path / "config.json"))
+    assert image.status is ImageStatus.READY, image.error
+    assert len(given) == 1 and seen in given[0]
+
+
+async def test_registry_token_is_sent_as_it_is(registry: FaultyRegistry, make_images) -> None:
+    registry.serve("some/image", FILES)
+    given: list[str] = []
+    registry.rules.append(ask_for_token(registry, given))
+    images = await make_images(insecure_registries=(registry.host,))
+    name = f"{registry.host}/some/image"
+    await images.create(CreateImageRequest(name, credentials=PushCredentials(registry_token="abc")))
+    assert (await images.wait_final(name)).status is ImageStatus.READY
+    assert not given
+
+
+async def test_wrong_login(registry: FaultyRegistry, make_images) -> None:
+    registry.serve("some/image", FILES)
+    registry.rules.append(ask_for_basic("user", "secret"))
+    images = await make_images(insecure_registries=(registry.host,))
+    with pytest.raises(NotFound, match="needs a login") as caught:
+        await images.create(
+            CreateImageRequest(f"{registry.host}/some/image", credentials=PushCredentials("user", "guessed"))
+        )
+    assert "guessed" not in str(caught.value)
+
+
+async def test_token_service_that_is_not_safe(registry: FaultyRegistry, make_images) -> None:
+    registry.rules.append(lambda request: Response(401, {"WWW-Authenticate": 'Bearer realm="file:///etc/passwd"'}))
+    images = await make_images(insecure_registries=(registry.host,))
+    with pytest.raises(InternalError, match="no safe token service"):
+        await images.create(CreateImageRequest(f"{registry.host}/some/image"))
+
+
+async def test_another_login_while_pulling(registry: FaultyRegistry, make_images) -> None:
+    """One pull, one login: who comes with another one is told so, who comes with the same one joins."""
+    registry.serve("some/image", FILES)
+    registry.rules.append(lambda request: Response(200, {}, BYTES, cut=10, then="stall") if big_blob(request) else None)
+    images = await make_images(insecure_registries=(registry.host,))
+    name = f"{registry.host}/some/image"
+    first = PushCredentials("one", "1")
+    await images.create(CreateImageRequest(name, credentials=first))
+    await images.create(CreateImageRequest(name, credentials=first))
+    with pytest.raises(Conflict) as caught:
+        await images.create(CreateImageRequest(name, credentials=PushCredentials("two", "2")))
+    assert caught.value.code == "credential_conflict"
+
+
+@pytest.mark.real
+async def test_debian_registry_with_login_and_tls(make_images, tmp_path: Path) -> None:
+    """TLS by a CA of our own, a login by htpasswd; without either the pull is refused and says why."""
+    authority = trustme.CA()
+    server = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    server.private_key_pem.write_to_path(tmp_path / "key.pem")
+    server.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    (tmp_path / "htpasswd").write_bytes(HTPASSWD)
+    extra = (
+        f"  tls: {{certificate: {tmp_path}/cert.pem, key: {tmp_path}/key.pem}}\n"
+        f"auth: {{htpasswd: {{realm: test, path: {tmp_path}/htpasswd}}}}\n"
+    )
+    layout = FILES.write_layout(tmp_path / "oci")
+    with running_registry(tmp_path / "registry", extra) as host:
+        name = f"{host}/some/image:1"
+        await trio.to_thread.run_sync(
+            lambda: push(layout, name, "--dest-creds", "ann:secret", "--dest-tls-verify=false")
+        )
+        images = await make_images(ca_file=str(tmp_path / "ca.pem"))
+        login = PushCredentials("ann", "secret")
+        with pytest.raises(NotFound, match="needs a login"):
+            await images.create(CreateImageRequest(name))
+        await images.create(CreateImageRequest(name, credentials=login))
+        with trio.fail_after(30):
+            assert (await images.wait_final(name)).status is ImageStatus.READY
+        stranger = await make_images()
+        with pytest.raises(InternalError, match="is not who it claims to be"):
+            await stranger.create(CreateImageRequest(name, credentials=login))
+
+
+async def test_proxy_of_the_environment(
+    registry: FaultyRegistry, make_images, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HTTP_PROXY is used, NO_PROXY is kept to."""
+    for name in ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", f"http://{registry.host}")
+    monkeypatch.setenv("NO_PROXY", "")
+    registry.serve("x", FILES)
+    strip = "http://registry.test/"
+
+    def rule(request: Request) -> Response | None:
+        if request.path.startswith(strip):
+            return registry._proper(Request("GET", request.path[len(strip) - 1 :], request.headers))
+        return None
+
+    registry.rules.append(rule)
+    images = await make_images(insecure_registries=("registry.test",))
+    await images.create(CreateImageRequest("registry.test/x"))
+    with trio.fail_after(20):
+        assert (await images.wait_final("registry.test/x")).status is ImageStatus.READY
+
+
+async def test_nobody_there(make_images) -> None:
+    host = f"127.0.0.1:{free_port()}"
+    images = await make_images(insecure_registries=(host,))
+    with pytest.raises(InternalError, match=host):
+        await images.create(CreateImageRequest(f"{host}/x"))
