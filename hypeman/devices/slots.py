@@ -36,8 +36,8 @@ class Slots:
         record = self._store.read(lambda txn: txn.get(VGPUS, instance_id))
         if record is None:
             return None
-        if record.leaving:
-            await self._store.write(lambda txn: _set_leaving(txn, instance_id, leaving=False))
+        if not record.made or record.leaving:
+            await self._store.write(lambda txn: _note(txn, instance_id, leaving=False))
         if record.kind is VgpuKind.MDEV:
             await self._mdev.create(record.parent, record.type_id, record.uuid)
             return self._mdev.group(record.uuid)
@@ -47,9 +47,9 @@ class Slots:
     async def remove(self, instance_id: str) -> None:
         """Remove the instance's vGPU; the claim stays. Content if there is none."""
         record = self._store.read(lambda txn: txn.get(VGPUS, instance_id))
-        if record is None:
+        if record is None or not record.made:
             return
-        await self._store.write(lambda txn: _set_leaving(txn, instance_id, leaving=True))
+        await self._store.write(lambda txn: _note(txn, instance_id, leaving=True))
         if record.kind is VgpuKind.MDEV:
             await self._mdev.remove(record.parent, record.uuid)
         elif await self._mdev.current_type(record.parent) == record.type_id:
@@ -78,9 +78,9 @@ def claims(txn: Txn) -> tuple[VgpuRecord, ...]:
 
 
 def release(txn: Txn, instance_id: str) -> None:
-    """Drop the claim; while the vGPU is still going away, it stays until that is done."""
+    """Drop the claim; while there may be a vGPU, it stays until that is removed."""
     record = txn.get(VGPUS, instance_id)
-    if record is not None and record.leaving:
+    if record is not None and record.made:
         txn.put(VGPUS, instance_id, msgspec.structs.replace(record, owned=False))
     elif record is not None:
         txn.delete(VGPUS, instance_id)
@@ -88,19 +88,20 @@ def release(txn: Txn, instance_id: str) -> None:
 
 def unsettled(txn: Txn) -> tuple[str, ...]:
     """Instances whose vGPU is to be removed."""
-    return tuple(record.instance_id for record in claims(txn) if record.leaving)
+    return tuple(record.instance_id for record in claims(txn) if record.leaving or not record.owned)
 
 
 def _settle(txn: Txn, instance_id: str) -> None:
     """The vGPU is gone."""
     record = txn.get(VGPUS, instance_id)
     if record is not None and record.owned:
-        txn.put(VGPUS, instance_id, msgspec.structs.replace(record, leaving=False))
+        txn.put(VGPUS, instance_id, msgspec.structs.replace(record, made=False, leaving=False))
     elif record is not None:
         txn.delete(VGPUS, instance_id)
 
 
-def _set_leaving(txn: Txn, instance_id: str, *, leaving: bool) -> None:
+def _note(txn: Txn, instance_id: str, *, leaving: bool) -> None:
+    """From here on there may be a vGPU; ``leaving``: and it shall not be."""
     record = txn.get(VGPUS, instance_id)
     if record is not None:
-        txn.put(VGPUS, instance_id, msgspec.structs.replace(record, leaving=leaving))
+        txn.put(VGPUS, instance_id, msgspec.structs.replace(record, made=True, leaving=leaving))

@@ -169,6 +169,8 @@ class VgpuRecord(Struct, frozen=True, kw_only=True):
     type_id: str
     parent: str
     kind: VgpuKind
+    made: bool = False
+    """May exist on the machine: set before it is made, cleared after it was removed."""
     leaving: bool = False
     """Is being removed, and was not yet when this was written."""
     owned: bool = True

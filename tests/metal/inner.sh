@@ -1,0 +1,41 @@
+#!/bin/sh
+# A guest inside the virtual host, with real KVM: inner.sh "<modules>" "<script>" <QEMU device arguments...>
+#
+# Boots the host's own kernel with an initramfs of busybox and <modules> (with what they need), runs
+# <script> as its only program and powers off. What the script writes comes out between two marks.
+set -e
+modules=$1 script=$2
+shift 2
+work=$(mktemp -d)
+release=$(uname -r)
+mkdir -p "$work/root/bin" "$work/root/proc" "$work/root/sys" "$work/root/dev" "$work/root/mod"
+cp /bin/busybox "$work/root/bin/busybox"
+: >"$work/order"
+for module in $modules; do
+    modprobe --show-depends "$module" | while read -r verb file options; do
+        [ "$verb" = insmod ] && echo "$file"
+    done >>"$work/order"
+done
+number=100
+awk '!seen[$0]++' "$work/order" | while read -r file; do
+    cp "$file" "$work/root/mod/$number-$(basename "$file")"
+    number=$((number + 1))
+done
+cat >"$work/root/init" <<INIT
+#!/bin/busybox sh
+export PATH=/bin
+busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+for module in /mod/*; do insmod \$module; done
+echo INNER-BEGIN
+$script
+echo INNER-END
+poweroff -f
+INIT
+chmod 755 "$work/root/init"
+(cd "$work/root" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) >"$work/initrd"
+modprobe kvm-amd
+timeout 400 qemu-system-x86_64 -M q35,accel=kvm -cpu host -m 256 -smp 1 -nodefaults -display none -vga none \
+    -serial stdio -no-reboot -kernel "/boot/vmlinuz-$release" -initrd "$work/initrd" \
+    -append "console=ttyS0 quiet panic=-1" "$@" </dev/null | tr -d '\r' | sed -n '/INNER-BEGIN/,/INNER-END/p'
+rm -rf "$work"

@@ -1,0 +1,157 @@
+"""What the device tests run inside the virtual host: the service on a real sysfs, one call a process.
+
+    python3 -m tests.metal.inside COMMAND ARGUMENT...
+
+Prints JSON. ``kills`` forks a process per call and has each die before or after one of its writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.config import DevicesConfig
+from hypeman.devices.registry import BINDINGS
+from hypeman.devices.service import Devices
+from hypeman.devices.types import CreateDeviceRequest
+from hypeman.errors import HypemanError
+from hypeman.host.sysfs import Sysfs
+from hypeman.store import Store
+
+STORE = Path("/var/lib/hypeman-devices")
+DEADLINE = 60.0
+
+Job = Callable[[Devices, Store], Awaitable[object]]
+
+
+class DyingSysfs(Sysfs):
+    """The real thing, which kills its process at a write."""
+
+    kill_before = kill_after = -1
+    writes = 0
+
+    def write_now(self, path: str, text: str) -> None:
+        number = self.writes
+        self.writes += 1
+        if number == self.kill_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().write_now(path, text)
+        if number == self.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def serve(job: Job, sysfs: Sysfs, *, settle: bool) -> object:
+    store = Store.open(STORE)
+    devices = Devices(store, DevicesConfig(), sysfs=sysfs)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        if settle:
+            await nursery.start(devices.run)
+        else:
+            await devices.prepare()
+        result = await job(devices, store)
+        nursery.cancel_scope.cancel()
+    store.close()
+    return result
+
+
+def command(words: list[str]) -> Job:
+    async def job(devices: Devices, store: Store) -> object:
+        match words:
+            case ["available"]:
+                return await devices.available(everything=True)
+            case ["register", address, name]:
+                return await devices.register(CreateDeviceRequest(pci_address=address, name=name))
+            case ["list"]:
+                return devices.list()
+            case ["claim", instance, profile, *names]:
+                return await store.write(lambda txn: devices.claim(txn, instance, tuple(names), profile.strip("-")))
+            case ["release", instance]:
+                return await store.write(lambda txn: devices.release(txn, instance))
+            case ["bind", instance]:
+                await devices.bind(instance)
+                return devices.sysfs_paths(instance)
+            case ["unbind", instance]:
+                return await devices.unbind(instance)
+            case ["delete", name]:
+                return await devices.delete(name)
+            case ["gpu"]:
+                return await devices.gpu_status()
+            case ["bindings"]:
+                return store.read(lambda txn: list(txn.keys(BINDINGS)))
+            case _:
+                raise SystemExit(f"unknown command {words}")
+
+    return job
+
+
+def in_child(words: list[str], *, before: int = -1, after: int = -1, settle: bool = False) -> bool:
+    """Run a command in a process of its own; False if it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        sysfs = DyingSysfs(Path("/sys"), deadline=DEADLINE)
+        sysfs.kill_before, sysfs.kill_after = before, after
+        code = 1
+        try:
+            trio.run(lambda: serve(command(words), sysfs, settle=settle))
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        return False
+    assert os.WEXITSTATUS(status) == 0, words
+    return True
+
+
+def drivers(addresses: list[str]) -> list[str]:
+    links = (Path("/sys/bus/pci/devices") / address / "driver" for address in addresses)
+    return [link.resolve().name if link.exists() else "" for link in links]
+
+
+def kills(instance: str, addresses: list[str]) -> dict[str, int]:
+    """Die at every write of a bind and of an unbind; go on after each as a restart would, in turn
+    by binding to the end and by giving back at once."""
+    before = drivers(addresses)
+    count = 0
+    for operation in ("bind", "unbind"):
+        number, lived = 0, False
+        while not lived:
+            for when in ("before", "after"):
+                if operation == "unbind":
+                    in_child(["bind", instance])
+                lived = in_child([operation, instance], **{when: number})
+                count += not lived
+                if count % 2:
+                    in_child(["bind", instance], settle=True)
+                    assert set(drivers(addresses)) == {"vfio-pci"}, (operation, when, number)
+                in_child(["unbind", instance], settle=True)
+                assert drivers(addresses) == before, (operation, when, number, drivers(addresses))
+            number += 1
+    return {"kills": count}
+
+
+def main(words: list[str]) -> None:
+    if words[0] == "kills":
+        print(json.dumps(kills(words[1], words[2:])))
+        return
+    sysfs = Sysfs(Path("/sys"), deadline=DEADLINE)
+    try:
+        result = trio.run(lambda: serve(command(words), sysfs, settle=words[0] == "list"))
+    except* HypemanError as group:
+        error = group.exceptions[0]
+        assert isinstance(error, HypemanError)
+        print(json.dumps({"error": error.code, "status": error.status, "message": error.message}))
+        raise SystemExit(3) from None
+    print(msgspec.json.encode(result).decode())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

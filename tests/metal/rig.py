@@ -1,0 +1,292 @@
+"""A bare-metal host, virtual: real KVM, IOMMU, VFIO, mdev, vhost-vsock and systemd, only slow.
+
+QEMU's TCG emulates AMD's SVM and an Intel IOMMU, so the Debian inside finds all that a server has.
+
+    with MetalHost.boot(image, devices=(E1000E, NVME)) as host:
+        host.put({"/opt/job.py": b"..."})
+        code, output = host.run("python3 /opt/job.py", timeout=60)
+        host.qmp("device_del", id="nic0")     # hot-unplug
+        host.power_cut()                      # as if the plug was pulled; boots again from the same disk
+
+A boot takes 12 to 30 s, everything inside is 20 to 50 times slower than on metal, a guest inside
+slower still: compare nothing with a clock here. Each MetalHost has an overlay of its own, thrown away
+in the end; ``run`` never waits longer than its timeout, and then says what the console showed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from tests.metal.image import Image
+
+BOOT_SECONDS = 180
+_CONNECT_SECONDS = 30
+
+
+class RigError(Exception):
+    """The host did not do as it was told in time; with the end of its console."""
+
+
+class Result(NamedTuple):
+    code: int
+    output: str
+
+
+def root_port(number: int) -> tuple[str, ...]:
+    """A PCIe root port ``rp<number>``: what is plugged into it is in an IOMMU group of its own."""
+    port = f"pcie-root-port,id=rp{number},chassis={number},slot={number},addr=8.{number}"
+    return ("-device", port + (",multifunction=on" if number == 0 else ""))
+
+
+def nic(name: str, port: int) -> tuple[str, ...]:
+    return (*root_port(port), "-device", f"e1000e,id={name},bus=rp{port},romfile=")
+
+
+def dual_nic(name: str, port: int) -> tuple[str, ...]:
+    """Two functions in one group."""
+    functions = (f"e1000e,id={name}{n},bus=rp{port},addr=0.{n},romfile=" for n in (0, 1))
+    first, second = functions
+    return (*root_port(port), "-device", first + ",multifunction=on", "-device", second)
+
+
+def gpu(name: str, port: int) -> tuple[str, ...]:
+    """A VGA card and its audio in one group."""
+    card = f"VGA,id={name},bus=rp{port},addr=0.0,multifunction=on,romfile="
+    return (*root_port(port), "-device", card, "-device", f"intel-hda,bus=rp{port},addr=0.1")
+
+
+def nvme(name: str, port: int, disk: Path) -> tuple[str, ...]:
+    drive = ("-drive", f"if=none,id={name}-disk,file={disk},format=raw,cache=unsafe,file.locking=off")
+    return (*root_port(port), *drive, "-device", f"nvme,id={name},serial={name},drive={name}-disk,bus=rp{port}")
+
+
+class MetalHost:
+    """One running machine. ``boot`` makes it; leaving the ``with`` block ends it."""
+
+    def __init__(self, argv: list[str], directory: Path) -> None:
+        self._argv = argv
+        self._directory = directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._agent: socket.socket | None = None
+        self._received = b""
+
+    @classmethod
+    def boot(
+        cls,
+        image: Image,
+        *,
+        devices: Iterable[tuple[str, ...]] = (),
+        memory_mb: int = 3072,
+        cpus: int = 2,
+        append: str = "",
+    ) -> MetalHost:
+        """Start a host with ``devices`` (each the QEMU arguments of one) and wait until it takes jobs."""
+        directory = Path(tempfile.mkdtemp(prefix="metal-"))
+        overlay = directory / "root.qcow2"
+        subprocess.run(
+            ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(image.root), str(overlay)], check=True
+        )
+        host = cls(_command(image, overlay, directory, devices, memory_mb, cpus, append), directory)
+        try:
+            host._start()
+        except BaseException:
+            host.close()
+            raise
+        return host
+
+    def __enter__(self) -> MetalHost:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, script: str, *, timeout: float = 120) -> Result:
+        """Run a shell script as root and wait; its exit code and what it wrote to both outputs."""
+        code, output = self._ask("RUN", script.encode(), timeout)
+        return Result(code, output.decode("utf-8", "replace"))
+
+    def check(self, script: str, *, timeout: float = 120) -> str:
+        """The output of a script that must succeed; AssertionError with all of it otherwise."""
+        code, output = self.run(script, timeout=timeout)
+        assert code == 0, f"exit code {code} of: {script}\n{output}\nconsole:\n{self.console(2000)}"
+        return output
+
+    def put(self, files: Mapping[str, bytes | Path], *, timeout: float = 300) -> None:
+        """Write files and directories: absolute path in the host → content, or what to copy from here."""
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for name, content in files.items():
+                if isinstance(content, Path):
+                    tar.add(content, arcname=name.lstrip("/"), filter=_without_caches)
+                    continue
+                info = tarfile.TarInfo(name.lstrip("/"))
+                info.size, info.mode = len(content), 0o755
+                tar.addfile(info, io.BytesIO(content))
+        code, output = self._ask("PUT", archive.getvalue(), timeout)
+        if code:
+            raise RigError(f"the host could not unpack: {output.decode()}")
+
+    def get(self, path: str, *, timeout: float = 60) -> bytes:
+        """The content of a file in the host; FileNotFoundError if it can not be read."""
+        code, output = self._ask("GET", path.encode(), timeout)
+        if code:
+            raise FileNotFoundError(path)
+        return output
+
+    def qmp(self, command: str, **arguments: object) -> Any:
+        """Ask the machine itself (QEMU): plug, unplug, press the power button."""
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_CONNECT_SECONDS)
+            connection.connect(str(self._directory / "qmp"))
+            lines = connection.makefile("rwb")
+            lines.readline()
+            for request in ({"execute": "qmp_capabilities"}, {"execute": command, "arguments": arguments}):
+                lines.write(json.dumps(request).encode() + b"\n")
+                lines.flush()
+                answer: dict[str, Any] = {}
+                while "return" not in answer and "error" not in answer:
+                    answer = json.loads(lines.readline())
+                if "error" in answer:
+                    raise RigError(f"{command}: {answer['error']}")
+            return answer["return"]
+
+    def power_cut(self) -> None:
+        """Pull the plug and boot again from the same disk, without any of what was not on it yet."""
+        self._stop()
+        self._start()
+
+    def console(self, last: int = 20000) -> str:
+        """The end of what the serial console showed."""
+        try:
+            return (self._directory / "console").read_bytes()[-last:].decode("utf-8", "replace")
+        except FileNotFoundError:
+            return ""
+
+    def close(self) -> None:
+        self._stop()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    # Inside
+
+    def _start(self) -> None:
+        log = (self._directory / "qemu.log").open("ab")
+        with log:
+            self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self._received = b""
+        self._agent = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while True:  # QEMU makes the socket and waits for us before it starts the machine
+            try:
+                self._agent.connect(str(self._directory / "rig"))
+                break
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise RigError(f"QEMU did not start: {self._log()}") from None
+                time.sleep(0.02)
+        if self._line(time.monotonic() + BOOT_SECONDS) != "READY":
+            raise RigError("the agent said something else than READY")
+
+    def _stop(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _ask(self, verb: str, body: bytes, timeout: float) -> tuple[int, bytes]:
+        if self._agent is None:
+            raise RigError("the host is off")
+        deadline = time.monotonic() + timeout
+        self._agent.settimeout(timeout)
+        try:
+            self._agent.sendall(f"{verb} {len(body)}\n".encode() + body)
+        except TimeoutError:
+            raise self._late(f"{verb} of {len(body)} bytes") from None
+        words = self._line(deadline).split()
+        if len(words) != 3 or words[0] != "DONE":
+            raise RigError(f"the agent answered {words}")
+        return int(words[1]), self._bytes(int(words[2]), deadline)
+
+    def _line(self, deadline: float) -> str:
+        while b"\n" not in self._received:
+            self._receive(deadline)
+        line, _, self._received = self._received.partition(b"\n")
+        return line.decode().strip()
+
+    def _bytes(self, count: int, deadline: float) -> bytes:
+        while len(self._received) < count:
+            self._receive(deadline)
+        data, self._received = self._received[:count], self._received[count:]
+        return data
+
+    def _receive(self, deadline: float) -> None:
+        assert self._agent is not None
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise self._late("an answer")
+        self._agent.settimeout(left)
+        try:
+            data = self._agent.recv(1 << 16)
+        except TimeoutError:
+            raise self._late("an answer") from None
+        if not data:
+            raise RigError(f"the host went off: {self._log()}\nconsole:\n{self.console(3000)}")
+        self._received += data
+
+    def _late(self, what: str) -> RigError:
+        return RigError(f"{what} did not come in time; console:\n{self.console(3000)}")
+
+    def _log(self) -> str:
+        return (self._directory / "qemu.log").read_text(errors="replace")[-2000:]
+
+
+def _command(
+    image: Image,
+    overlay: Path,
+    directory: Path,
+    devices: Iterable[tuple[str, ...]],
+    memory_mb: int,
+    cpus: int,
+    append: str,
+) -> list[str]:
+    kernel_line = (
+        "root=/dev/vda rw console=ttyS0 intel_iommu=on quiet mitigations=off panic=-1 nokaslr "
+        f"systemd.show_status=0 {append}"
+    )
+    return [
+        "qemu-system-x86_64", "-M", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi",
+        "-cpu", "max,+svm,la57=off", "-smp", str(cpus), "-m", str(memory_mb),
+        "-nodefaults", "-display", "none", "-vga", "none", "-no-reboot",
+        "-device", "intel-iommu,intremap=on,caching-mode=on",
+        "-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", kernel_line.strip(),
+        "-drive", f"if=none,id=root,file={overlay},format=qcow2,cache=unsafe",
+        "-device", "virtio-blk-pci,drive=root,bus=pcie.0,addr=2",
+        "-chardev", f"file,id=console,path={directory}/console", "-serial", "chardev:console",
+        "-chardev", f"socket,id=rig,path={directory}/rig,server=on,wait=on",
+        "-device", "virtio-serial-pci,bus=pcie.0,addr=3", "-device", "virtserialport,chardev=rig,name=rig",
+        "-qmp", f"unix:{directory}/qmp,server=on,wait=off",
+        *(argument for device in devices for argument in device),
+    ]  # fmt: skip
+
+
+def _without_caches(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    member.uid = member.gid = 0
+    return None if os.path.basename(member.name) == "__pycache__" else member
