@@ -1,0 +1,170 @@
+"""How a route is declared: an ordinary function with its method, path and scope beside it.
+
+    routes = Routes("devices")
+
+    @routes.get("/devices/{id}", Scope.DEVICE_READ, fails=(404,))
+    async def get_device(services: Services, id: str) -> Device:
+        \"\"\"One device, by id or name.\"\"\"
+        return await services.devices.get(id)
+
+The signature is the declaration: ``body`` is decoded from JSON into its annotation (or is the
+UploadStream), ``query`` likewise from the query string, every other parameter is one of the path.
+A ``body`` with the default None may be absent. The return annotation is the answer, the docstring
+the documentation. The server (``app.py``) and the document (``openapi.py``) both read it from the
+Operation made here, so that they can not disagree. Pure: knows no web framework.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from hypeman.tokens import Scope
+
+_PATH_PARAMETER = re.compile(r"{(\w+)}")
+
+
+class UploadStream(Protocol):
+    """A request body that is too large to hold: chunks as they arrive, the sender held back."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+
+class ByteStream(Protocol):
+    """An answer that is sent while it is made; closed when it ends or the client leaves."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    async def __anext__(self) -> bytes: ...
+    async def aclose(self) -> None: ...
+
+
+class Page(Struct, frozen=True):
+    """An answer that is not JSON."""
+
+    content: bytes
+    media_type: str
+
+
+class EventStream(Struct, frozen=True):
+    """Server-sent events."""
+
+    chunks: ByteStream
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    """One method on one path."""
+
+    method: str
+    path: str
+    """With ``{name}`` for parameters."""
+    name: str
+    tag: str
+    scope: Scope | None
+    """None: open to everybody."""
+    handler: Callable[..., Awaitable[Any]]
+    summary: str
+    description: str
+    path_parameters: tuple[str, ...]
+    query: Any = None
+    body: Any = None
+    body_required: bool = False
+    answer: Any = None
+    """None: no content."""
+    status: int
+    fails: tuple[int, ...]
+    """Statuses beside those that every operation may answer."""
+    media_type: str
+    measure: str
+    """Name of the operation in the metrics of instances; empty for none."""
+    unlimited: bool
+    """No time limit: a stream, or a wait that the client asked for."""
+    headers: dict[str, str]
+
+
+class Routes:
+    """The operations of one capability."""
+
+    def __init__(self, tag: str) -> None:
+        self.tag = tag
+        self.operations: list[Operation] = []
+
+    def get(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+        return self.declare("GET", path, scope, **options)
+
+    def post(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+        return self.declare("POST", path, scope, **options)
+
+    def put(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+        return self.declare("PUT", path, scope, **options)
+
+    def patch(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+        return self.declare("PATCH", path, scope, **options)
+
+    def delete(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+        return self.declare("DELETE", path, scope, **options)
+
+    def declare(
+        self,
+        method: str,
+        path: str,
+        scope: Scope | None,
+        *,
+        status: int | None = None,
+        fails: tuple[int, ...] = (),
+        media_type: str = "application/json",
+        unlimited: bool = False,
+        headers: dict[str, str] | None = None,
+        measure: str = "",
+    ) -> Callable[[_Handler], _Handler]:
+        def declare(handler: _Handler) -> _Handler:
+            hints = typing.get_type_hints(handler, include_extras=True)
+            answer = hints["return"] if hints["return"] is not types.NoneType else None
+            body, body_required = _body_of(handler, hints)
+            doc = inspect.getdoc(handler) or ""
+            summary, _, description = doc.partition("\n\n")
+            self.operations.append(
+                Operation(
+                    method=method,
+                    path=path,
+                    name=handler.__name__,
+                    tag=self.tag,
+                    scope=scope,
+                    handler=handler,
+                    summary=" ".join(summary.split()),
+                    description=" ".join(description.split()),
+                    path_parameters=tuple(_PATH_PARAMETER.findall(path)),
+                    query=hints.get("query"),
+                    body=body,
+                    body_required=body_required,
+                    answer=answer,
+                    status=status or (200 if answer is not None else 204),
+                    fails=fails,
+                    media_type=media_type,
+                    unlimited=unlimited,
+                    headers=headers or {},
+                    measure=measure,
+                )
+            )
+            return handler
+
+        return declare
+
+
+_Handler = typing.TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
+
+
+def _body_of(handler: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, bool]:
+    """The type of the body without its ``| None``, and whether it must be there."""
+    if "body" not in hints:
+        return None, False
+    wanted = hints["body"]
+    optional = inspect.signature(handler).parameters["body"].default is None
+    if optional:
+        wanted = next(kind for kind in typing.get_args(wanted) if kind is not types.NoneType)
+    return wanted, not optional

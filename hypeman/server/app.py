@@ -1,0 +1,283 @@
+"""The HTTP application: every Operation becomes a route of Quart-Trio, and every failure an answer.
+
+One request, from outside in:
+
+    match the path → who is it (token, or the socket's permissions) → may they → decode Struct
+      → handler (asks a service) → encode Struct → one line in the log, one count in the metrics
+
+The order is the contract's (§1.1). Nothing is decided here about instances, images or anything else.
+A client that hangs up cancels its handler; the services' work goes on in tasks of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import trio
+from quart import Response, has_request_context, request, websocket
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+from werkzeug.routing import WebsocketMismatch
+
+from hypeman.errors import HypemanError
+from hypeman.ids import new_id
+from hypeman.server import errors
+from hypeman.server.api import EventStream, Operation, Page, UploadStream
+from hypeman.server.decode import decode_body, decode_query, decode_segment
+from hypeman.server.errors import BodyTooLarge, Failure, failure_of, status_failure, told_error
+from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConnection
+from hypeman.server.routes import OPERATIONS
+from hypeman.server.serve import Connection
+from hypeman.server.services import Services
+from hypeman.server.streams import WEBSOCKETS
+from hypeman.telemetry import metrics
+from hypeman.tokens import LOCAL, Caller, Scope, check_scope, verify
+
+MAX_JSON_BODY = 2 * 2**20
+"""Bytes. The largest sensible request, a create with a long environment, has some 100 KB."""
+
+_log = logging.getLogger("hypeman.http")
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What the application wants to know of the configuration."""
+
+    jwt_secret: str
+    request_timeout: float = 60.0
+
+
+def build_app(services: Services, settings: ServerSettings) -> ApiApp:
+    """The application; ``serve.py`` puts it on sockets."""
+    app = ApiApp(services, settings)
+    app.add_operations(OPERATIONS)
+    for path, scope, handler in WEBSOCKETS:
+        app.add_websocket_route(path, scope, handler)
+    return app
+
+
+class ApiApp(QuartTrio):
+    request_class = ApiRequest
+    asgi_http_class = HttpConnection
+    asgi_websocket_class = WebsocketConnection
+
+    def __init__(self, services: Services, settings: ServerSettings) -> None:
+        super().__init__("hypeman", static_folder=None)
+        self.services = services
+        self.settings = settings
+        self.config["MAX_CONTENT_LENGTH"] = None  # streams have none; JSON bodies are measured where they are read
+        self.config["BODY_TIMEOUT"] = None  # the time limit of the whole request covers it
+        self.config["RESPONSE_TIMEOUT"] = None
+        self.url_map.merge_slashes = False
+        self.register_error_handler(HTTPException, _answer_http_exception)
+
+    def add_operations(self, operations: Iterable[Operation]) -> None:
+        for operation in operations:
+            self.add_url_rule(
+                _rule(operation.path),
+                f"{operation.method} {operation.path}",
+                _view(self, operation),
+                methods=[operation.method],
+                provide_automatic_options=False,
+            )
+
+    def add_websocket_route(self, path: str, scope: Scope, handler: Callable[..., Awaitable[None]]) -> None:
+        async def session(**segments: str) -> Response | None:
+            failure = None
+            try:
+                check_scope(self._caller(websocket), scope)
+                await handler(self.services, websocket, *(decode_segment(value) for value in segments.values()))
+            except Exception as error:
+                failure = _failure(error)
+            return None if failure is None else _failed(failure)
+
+        self.add_websocket(_rule(path), f"WS {path}", session)
+
+    async def handle_request(self, request: Any) -> Any:
+        """One request, with its line in the log and its count."""
+        started = time.perf_counter()
+        request_id = _request_id(request)
+        status = 499  # the client hung up
+        try:
+            response = await super().handle_request(request)
+            status = response.status_code
+            response.headers["X-Request-Id"] = request_id
+            return response
+        finally:
+            _tell(request, request.method, status, time.perf_counter() - started, request_id)
+
+    async def handle_websocket(self, websocket: Any) -> Any:
+        started = time.perf_counter()
+        status = 101
+        try:
+            response = await super().handle_websocket(websocket)
+            if response is not None:
+                status = response.status_code
+            return response
+        finally:
+            _tell(websocket, "WS", status, time.perf_counter() - started, _request_id(websocket))
+
+    async def handle_exception(self, error: Exception) -> Response:
+        """What neither a route nor a handler of HTTP exceptions caught: a bug."""
+        return _failed(_failure(error))
+
+    def _caller(self, connection: Any) -> Caller:
+        if (here := _connection(connection)) is not None and here.trusted:
+            return LOCAL
+        return verify(connection.headers.get("Authorization"), self.settings.jwt_secret)
+
+
+def _rule(path: str) -> str:
+    """``/devices/{id}`` in Quart's words. Image names may also come with their slashes not encoded."""
+    for greedy in ("name", "rest"):
+        path = path.replace(f"{{{greedy}}}", f"<path:{greedy}>")
+    return path.replace("{", "<").replace("}", ">")
+
+
+def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response]]:
+    """The function that Quart calls for ``operation``."""
+    decoder = None
+    if operation.body not in (None, UploadStream):
+        decoder = msgspec.json.Decoder(operation.body)
+    limit = float("inf") if operation.unlimited else app.settings.request_timeout
+
+    async def arguments(segments: dict[str, str]) -> dict[str, Any]:
+        found: dict[str, Any] = {name: decode_segment(value) for name, value in segments.items()}
+        if operation.query is not None:
+            found["query"] = decode_query(request.query_string, operation.query)
+        if operation.body is UploadStream:
+            found["body"] = request.body
+        elif decoder is not None:
+            data = await _read_json_body()
+            if data or operation.body_required:
+                found["body"] = decode_body(data, decoder)
+        return found
+
+    async def view(**segments: str) -> Response:
+        failure = errors.TIMED_OUT
+        with trio.move_on_after(limit):
+            try:
+                if operation.scope is not None:
+                    check_scope(app._caller(request), operation.scope)
+                with _measured(operation):
+                    answer = await operation.handler(app.services, **await arguments(segments))
+                return _answer(operation, answer)
+            except Exception as error:
+                failure = _failure(error)
+        return _failed(failure)
+
+    return view
+
+
+@contextmanager
+def _measured(operation: Operation) -> Iterator[None]:
+    """Observes the time of an operation on instances as its caller sees it."""
+    if not operation.measure:
+        yield
+        return
+    started, status = time.perf_counter(), "error"
+    try:
+        yield
+        status = "success"
+    finally:
+        metrics.instance_seconds[operation.measure].labels(status).observe(time.perf_counter() - started)
+
+
+async def _read_json_body() -> bytes:
+    body = bytearray()
+    if (request.content_length or 0) <= MAX_JSON_BODY:
+        async for chunk in request.body:
+            body += chunk
+            if len(body) > MAX_JSON_BODY:
+                break
+        else:
+            return bytes(body)
+    raise BodyTooLarge(f"the body is larger than {MAX_JSON_BODY} bytes")
+
+
+def _answer(operation: Operation, answer: Any) -> Response:
+    if isinstance(answer, EventStream):
+        response = Response(answer.chunks, operation.status, operation.headers, content_type="text/event-stream")
+        if (here := _connection(request)) is not None:
+            here.streaming = True
+        return response
+    if isinstance(answer, Page):
+        return Response(answer.content, operation.status, operation.headers, content_type=answer.media_type)
+    if operation.answer is None:
+        return Response(b"", operation.status, operation.headers)
+    content = answer if isinstance(answer, bytes) else _encode(answer)
+    return Response(content, operation.status, operation.headers, content_type="application/json")
+
+
+def _connection(asked: Any) -> Connection | None:
+    """What the request or websocket came over; None in tests without sockets."""
+    found = asked.scope.get("state", {}).get("connection")
+    return found if isinstance(found, Connection) else None
+
+
+def _failure(error: Exception) -> Failure:
+    told = error if isinstance(error, HypemanError) else told_error(error)
+    if told is None:
+        _log.error("unexpected failure", exc_info=error)
+        return errors.UNEXPECTED
+    if told.status >= 500 and told.status != 501:
+        _log.error("%s: %s", told.code, told.message, exc_info=told)
+    return failure_of(told)
+
+
+def _failed(failure: Failure) -> Response:
+    return Response(failure.encode(), failure.status, failure.headers, content_type="application/json")
+
+
+async def _answer_http_exception(error: HTTPException) -> Response:
+    """Unknown routes and wrong methods."""
+    status = error.code or 500
+    headers = {}
+    if status == 404:
+        message = f"there is no {request.method} {request.path}" if has_request_context() else "there is no such stream"
+    elif status == 405:
+        allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+        headers["Allow"] = allowed
+        message = f"{request.path} takes {allowed}"
+    elif isinstance(error, WebsocketMismatch):
+        message = "this path speaks WebSocket, or does not"
+    else:
+        message = error.description or ""
+    return _failed(status_failure(status, message, headers))
+
+
+def _request_id(connection: Any) -> str:
+    """The client's own, if it is harmless, else a new one."""
+    given = connection.headers.get("X-Request-Id", "")
+    return given if 0 < len(given) <= 64 and given.isascii() and given.isprintable() else new_id()[:16]
+
+
+def _tell(connection: Any, method: str, status: int, seconds: float, request_id: str) -> None:
+    route = _template(connection)
+    metrics.count_request(method, route, status, seconds)
+    segments = connection.view_args or {}
+    _log.info(
+        "request",
+        extra={
+            "method": method,
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 2),
+            "request_id": request_id,
+            **{f"path_{name}": value for name, value in segments.items()},
+        },
+    )
+
+
+def _template(connection: Any) -> str:
+    """The route's path with its parameters as names, never the path that was asked for: metrics must stay few."""
+    rule = connection.url_rule
+    return rule.rule.replace("<path:", "{").replace("<", "{").replace(">", "}") if rule is not None else "unknown"
+

@@ -1,0 +1,62 @@
+"""From the bytes of a request to the Struct that a route wants. Pure.
+
+Bodies are strict (``"2"`` is no number), queries are text and therefore lax. Unknown keys are
+ignored, as the contract says; everything else that does not fit is a SchemaViolation that names the
+place. ``tags[key]=value`` pairs (deepObject, §1.8) become the dict ``tags``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qsl, unquote_to_bytes
+
+import msgspec
+
+from hypeman.server.errors import SchemaViolation
+
+_MAX_QUERY_FIELDS = 200
+
+
+def decode_body(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """The Struct in ``data``. Raises SchemaViolation."""
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise SchemaViolation(f"body: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise SchemaViolation(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise SchemaViolation("the body is not JSON: nested too deeply") from None
+
+
+def decode_query(query: bytes, wanted: type[Any]) -> Any:
+    """The Struct ``wanted`` from a raw query string. Raises SchemaViolation."""
+    try:
+        text = query.decode("ascii")
+        pairs = parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_QUERY_FIELDS, errors="strict")
+    except ValueError:
+        raise SchemaViolation("the query string is malformed or too long") from None
+    fields: dict[str, Any] = {}
+    for key, value in pairs:
+        name, bracket, inner = key.partition("[")
+        if bracket and inner.endswith("]"):
+            group = fields.setdefault(name, {})
+            if isinstance(group, dict):
+                group[inner[:-1]] = value
+        else:
+            fields[name] = value
+    try:
+        return msgspec.convert(fields, wanted, strict=False)
+    except msgspec.ValidationError as error:
+        raise SchemaViolation(f"query: {error}") from None
+
+
+def decode_segment(segment: str) -> str:
+    """A path parameter, percent-decoded once. Raises SchemaViolation unless it is UTF-8 without NUL."""
+    try:
+        text = unquote_to_bytes(segment).decode()
+    except UnicodeDecodeError:
+        raise SchemaViolation("the path is not UTF-8") from None
+    if "\0" in text:
+        raise SchemaViolation("the path holds a NUL")
+    return text

@@ -1,0 +1,100 @@
+"""Every failure as a status and the error body of the contract (§1.4).
+
+Two styles of ``code`` live side by side, as clients know them: what fails before a handler runs has
+the status text (``Bad Request``, ``Not Found``), what a capability refuses a word of its own
+(``invalid_state``). What is not a HypemanError is a bug: logged with its traceback by the caller,
+answered without a word about its insides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from http import HTTPStatus
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from hypeman.errors import HypemanError, InvalidRequest, RateLimited
+
+
+class ErrorDetail(Struct, frozen=True):
+    code: str | UnsetType = UNSET
+    message: str | UnsetType = UNSET
+
+
+class ErrorBody(Struct, frozen=True):
+    """Why a request failed."""
+
+    code: str
+    message: str
+    details: tuple[ErrorDetail, ...] | UnsetType = UNSET
+    inner_error: ErrorDetail | UnsetType = UNSET
+
+
+class Failure(Struct, frozen=True):
+    """A failure, ready to be sent."""
+
+    status: int
+    body: ErrorBody
+    headers: dict[str, str] = {}
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self.body)
+
+
+class SchemaViolation(InvalidRequest):
+    """Body, query or path do not fit the contract; the message names the place."""
+
+    default_code = "Bad Request"
+
+
+class BodyTooLarge(HypemanError):
+    """More than a JSON body may have."""
+
+    status = 413
+    default_code = "Request Entity Too Large"
+
+
+UNEXPECTED = Failure(500, ErrorBody("internal_error", "something went wrong in the server; its log tells what"))
+
+TIMED_OUT = Failure(
+    504,
+    ErrorBody(
+        "Gateway Timeout",
+        "the answer took too long; the work goes on, so look at the object before you ask again",
+    ),
+    {"X-Should-Retry": "false"},  # a client that repeats a create by itself would meet its own first try
+)
+
+
+def failure_of(error: HypemanError) -> Failure:
+    headers: dict[str, str] = {}
+    if isinstance(error, RateLimited) and error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Failure(error.status, ErrorBody(error.code, error.message), headers)
+
+
+def status_failure(status: int, message: str, headers: dict[str, str] | None = None) -> Failure:
+    """A failure that has no more to say than its status: ``code`` is the status text."""
+    return Failure(status, ErrorBody(HTTPStatus(status).phrase, message), headers or {})
+
+
+def told_error(error: BaseException) -> HypemanError | None:
+    """The HypemanError in ``error``, also where nurseries have wrapped it in groups; None for a bug.
+
+    A group that holds anything else beside it is a bug: the other failure must not be hidden.
+    """
+    leaves = list(_leaves(error))
+    if len(leaves) == 1 and isinstance(leaves[0], HypemanError):
+        return leaves[0]
+    return None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,203 @@
+"""Log files as server-sent events: the last lines, then every new one (§3.3).
+
+    LogStream.open(path, tail, follow)   finds the place by reading backwards in blocks
+    async for chunk in stream            a chunk is one or more complete events
+
+Rules:
+- One reader for each follower, at its own pace: a client that reads slowly holds back nobody and
+  costs one block of memory, however much is printed.
+- Every complete line is one event, at once. Lines that are read together are sent together.
+- A file that is truncated (copy and truncate) goes on from its beginning; one that is renamed away
+  is read to its end, then the new one at the path from its beginning. When the file is deleted with
+  nothing in its place, the stream ends: its instance is gone.
+- The lines asked for may reach back into the one old file that rotation keeps (``<path>.1``).
+- A line longer than MAX_LINE is cut into several. Bytes that are not UTF-8 become U+FFFD.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+
+import msgspec
+import trio
+
+from hypeman.server.inotify import ChangeWatch
+
+BLOCK = 64 * 1024
+MAX_LINE = 64 * 1024
+
+_encode = msgspec.json.Encoder().encode
+
+
+def encode_events(lines: bytes) -> bytes:
+    """Events for ``lines``, which end with a newline each; a CR before it is dropped.
+
+    64 KiB of 100-byte lines take 0.2 ms (0.4 ms by searching for what needs no escape first).
+    """
+    text = lines[:-1].decode("utf-8", "replace")
+    return b"".join([b"data: " + _encode(line.removesuffix("\r")) + b"\n\n" for line in text.split("\n")])
+
+
+def find_tail(fd: int, lines: int) -> tuple[int, int]:
+    """Where the last ``lines`` lines of ``fd`` begin, and how many of them the file does not have."""
+    position = os.fstat(fd).st_size
+    if lines == 0:
+        return position, 0
+    # The newline that ends the last line is not the one before it.
+    newlines = lines + 1 if position == 0 or os.pread(fd, 1, position - 1) == b"\n" else lines
+    while position > 0:
+        begin = max(0, position - BLOCK)
+        block = os.pread(fd, position - begin, begin)
+        found = block.count(b"\n")
+        if found >= newlines:
+            at = len(block)
+            for _ in range(newlines):
+                at = block.rfind(b"\n", 0, at)
+            return begin + at + 1, 0
+        newlines -= found
+        position = begin
+    return 0, newlines - 1
+
+
+class LineCutter:
+    """Blocks in, whole lines out; what is left of a line waits for its end."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, block: bytes) -> bytes:
+        """The complete lines, newlines included; may be empty."""
+        end = block.rfind(b"\n") + 1
+        if end == 0:
+            self._rest += block
+            if len(self._rest) <= MAX_LINE:
+                return b""
+            lines, self._rest = self._rest + b"\n", b""
+            return lines
+        lines, self._rest = self._rest + block[:end], block[end:]
+        return lines
+
+    def flush(self) -> bytes:
+        """The unfinished line as if it had ended, or nothing."""
+        lines, self._rest = self._rest, b""
+        return lines + b"\n" if lines else b""
+
+
+class LogStream:
+    """The events of one log file; see the top of this file. Close it, or iterate to the end."""
+
+    def __init__(
+        self, path: str, current: tuple[int, int], old: tuple[int, int] | None, watch: ChangeWatch | None
+    ) -> None:
+        """``current`` and ``old`` are files with the place to begin at."""
+        self._path = path
+        self._fd, self._offset = old or current
+        self._next = current if old else None
+        """The file to go on with when this one has been read to its end."""
+        self._watch = watch
+        self._stop_at = os.fstat(current[0]).st_size
+        """Without a watch: what is printed later is not read, or a busy guest would keep us for ever."""
+        self._cutter = LineCutter()
+        self._caught_up = False
+        self._ended = False
+
+    @classmethod
+    async def open(cls, path: str, *, tail: int, follow: bool) -> LogStream:
+        """Raises OSError (FileNotFoundError above all) before anything is sent."""
+        return await trio.to_thread.run_sync(cls._open, path, tail, follow)
+
+    @classmethod
+    def _open(cls, path: str, tail: int, follow: bool) -> LogStream:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        watch = ChangeWatch(path) if follow else None  # before the first read, so that nothing is missed
+        offset, missing = find_tail(fd, tail)
+        old = None
+        if missing:
+            try:
+                old_fd = os.open(path + ".1", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                pass
+            else:
+                old = (old_fd, find_tail(old_fd, missing)[0])
+        return cls(path, (fd, offset), old, watch)
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._ended:
+            block = await self._read()
+            lines = self._cutter.feed(block) if block else self._turn_page()
+            if lines:
+                return encode_events(lines)
+        self.close()
+        await trio.lowlevel.checkpoint()
+        raise StopAsyncIteration
+
+    async def _read(self) -> bytes:
+        """The next block; empty when there is none although we waited for it.
+
+        History may lie on a cold disk and is read in a thread; what was just written is in memory.
+        """
+        if not self._caught_up:
+            size = BLOCK if self._watch or self._next else min(BLOCK, self._stop_at - self._offset)
+            block = await trio.to_thread.run_sync(os.pread, self._fd, size, self._offset)
+            self._caught_up = not block and self._next is None
+        else:
+            block = os.pread(self._fd, BLOCK, self._offset)
+            if not block and self._watch is not None and self._next is None and self._is_unchanged():
+                await self._watch.wait_change()
+                block = os.pread(self._fd, BLOCK, self._offset)
+        self._offset += len(block)
+        return block
+
+    def _is_unchanged(self) -> bool:
+        """Whether this is still the file at the path, with all of it read."""
+        here = os.fstat(self._fd)
+        try:
+            there = os.stat(self._path)
+        except OSError:
+            return here.st_nlink > 0  # between two files of a rotation, or gone for good
+        return (here.st_ino, here.st_dev) == (there.st_ino, there.st_dev) and here.st_size == self._offset
+
+    def _turn_page(self) -> bytes:
+        """At the end of the file: find out where it goes on. Returns a line that will get no end."""
+        if self._next is not None:
+            os.close(self._fd)
+            (self._fd, self._offset), self._next = self._next, None
+            return self._cutter.flush()
+        if self._watch is None:
+            self._ended = True
+            return self._cutter.flush()
+        here = os.fstat(self._fd)
+        if here.st_size < self._offset:
+            self._offset = 0
+            return self._cutter.flush()
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._ended = here.st_nlink == 0
+            return self._cutter.flush() if self._ended else b""
+        if os.path.sameopenfile(fd, self._fd):
+            os.close(fd)
+        else:
+            # The renamed file is read once more before: its writer may have been in the middle of a line.
+            self._next = (fd, 0)
+            self._watch.watch_file()
+        return b""
+
+    async def aclose(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        for fd in (self._fd, self._next[0] if self._next else -1):
+            if fd >= 0:
+                os.close(fd)
+        self._fd, self._next, self._ended = -1, None, True
+        if self._watch is not None:
+            self._watch.close()
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,134 @@
+"""The contract as an OpenAPI 3.1 document, rendered from the Operations and their types. Pure.
+
+Nothing is written twice: paths, scopes and statuses come from the declarations beside the handlers,
+schemas from the very Structs that decode requests and encode answers, so the document can not say
+something else than the server does. ``tests/server/golden/openapi.json`` is the last one that was
+looked at; a difference there is a change of the contract and wants to be meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+from hypeman import API_VERSION
+from hypeman.server.api import EventStream, Operation, Page, UploadStream
+from hypeman.server.errors import ErrorBody
+
+_INFO = {
+    "title": "hypeman",
+    "version": API_VERSION,
+    "summary": "OCI images as micro-VMs on one host",
+    "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+}
+_TOKEN = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+_NOT_SCHEMAS = (None, EventStream, Page, UploadStream)
+
+
+def render_document(operations: Iterable[Operation]) -> dict[str, Any]:
+    """The whole document; equal operations give equal documents, byte for byte."""
+    operations = tuple(operations)
+    schemas = _Schemas(operations)
+    paths: dict[str, Any] = {}
+    for operation in operations:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": _INFO,
+        "servers": [{"url": "/"}],
+        "tags": [{"name": name} for name in dict.fromkeys(operation.tag for operation in operations)],
+        "paths": paths,
+        "components": {"securitySchemes": {"bearerAuth": _TOKEN}, "schemas": schemas.components()},
+    }
+
+
+class _Schemas:
+    """The schemas of everything that the operations mention."""
+
+    def __init__(self, operations: tuple[Operation, ...]) -> None:
+        mentioned = [kind for operation in operations for kind in (operation.body, operation.answer, operation.query)]
+        wanted = [kind for kind in dict.fromkeys([ErrorBody, *mentioned]) if kind not in _NOT_SCHEMAS]
+        found, components = msgspec.json.schema_components(wanted, ref_template="#/components/schemas/{name}")
+        self._found: dict[Any, dict[str, Any]] = dict(zip(wanted, found, strict=True))
+        self._components = components
+        self._queries = {operation.query.__name__ for operation in operations if operation.query is not None}
+
+    def of(self, kind: Any) -> dict[str, Any]:
+        return self._found[kind]
+
+    def query_fields(self, kind: Any) -> tuple[dict[str, Any], list[str]]:
+        schema = self._components[kind.__name__]
+        return schema["properties"], schema.get("required", [])
+
+    def components(self) -> dict[str, Any]:
+        return {name: schema for name, schema in sorted(self._components.items()) if name not in self._queries}
+
+
+def _operation(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "parameters": [*_path_parameters(operation), *_query_parameters(operation, schemas)],
+        "responses": _responses(operation, schemas),
+    }
+    if operation.description:
+        described["description"] = operation.description
+    if operation.body is not None:
+        described["requestBody"] = _request_body(operation, schemas)
+    if operation.scope is not None:
+        described["security"] = [{"bearerAuth": [str(operation.scope)]}]
+    else:
+        described["security"] = []
+    return described
+
+
+def _path_parameters(operation: Operation) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in operation.path_parameters
+    ]
+
+
+def _query_parameters(operation: Operation, schemas: _Schemas) -> list[dict[str, Any]]:
+    if operation.query is None:
+        return []
+    fields, required = schemas.query_fields(operation.query)
+    parameters = []
+    for name, schema in fields.items():
+        parameter: dict[str, Any] = {"name": name, "in": "query", "required": name in required, "schema": schema}
+        if schema.get("type") == "object":
+            parameter |= {"style": "deepObject", "explode": True}
+        parameters.append(parameter)
+    return parameters
+
+
+def _request_body(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
+    if operation.body is UploadStream:
+        return {"required": True, "content": {"application/octet-stream": {}}}
+    content = {"application/json": {"schema": schemas.of(operation.body)}}
+    return {"required": operation.body_required, "content": content}
+
+
+def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
+    success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
+    if operation.answer in (EventStream, Page):
+        success["content"] = {operation.media_type: {}}
+    elif operation.answer is not None:
+        success["content"] = {operation.media_type: {"schema": schemas.of(operation.answer)}}
+    failures = set(operation.fails)
+    if operation.path_parameters or operation.query is not None:
+        failures.add(400)
+    if operation.scope is not None:
+        failures |= {401, 403, 500}
+    if operation.body not in (None, UploadStream):
+        failures |= {400, 413}
+    if not operation.unlimited and operation.scope is not None:
+        failures.add(504)
+    error = {"application/json": {"schema": schemas.of(ErrorBody)}}
+    return {str(operation.status): success} | {
+        str(status): {"description": HTTPStatus(status).phrase, "content": error} for status in sorted(failures)
+    }

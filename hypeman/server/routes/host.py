@@ -1,0 +1,31 @@
+"""The server and its host: health, capabilities, resources (§2.1, §2.10)."""
+
+from __future__ import annotations
+
+from hypeman.resources.types import Resources
+from hypeman.server.api import Routes
+from hypeman.server.services import Services
+from hypeman.server.types import Capabilities, Health
+from hypeman.tokens import Scope
+
+routes = Routes("host")
+
+_OK = Health()
+
+
+@routes.get("/health", None)
+async def health(services: Services) -> Health:
+    """Whether the server answers."""
+    return _OK
+
+
+@routes.get("/capabilities", Scope.RESOURCE_READ)
+async def get_capabilities(services: Services) -> Capabilities:
+    """What this server can do on this host."""
+    return await services.capabilities.get()
+
+
+@routes.get("/resources", Scope.RESOURCE_READ)
+async def get_resources(services: Services) -> Resources:
+    """What the host has and who holds it."""
+    return await services.resources.get()

@@ -1,0 +1,64 @@
+"""Images (§2.2). ``{name}`` is a reference, percent-encoded into one segment."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from hypeman.fields import TagMap
+from hypeman.images.types import CreateImageRequest, Image, Progress
+from hypeman.server.api import Routes, UploadStream
+from hypeman.server.routes.queries import TagQuery
+from hypeman.server.services import Services
+from hypeman.tokens import Scope
+
+routes = Routes("images")
+
+
+class ImportQuery(Struct, frozen=True, kw_only=True):
+    name: Annotated[str, Meta(description="Reference that the image gets")]
+    tags: TagMap = {}
+
+
+@routes.get("/images", Scope.IMAGE_READ)
+async def list_images(services: Services, query: TagQuery) -> list[Image]:
+    """All images, also those still on their way."""
+    return list(await services.images.list(tags=query.tags))
+
+
+@routes.post("/images", Scope.IMAGE_WRITE, status=202, fails=(400, 404, 409, 429))
+async def create_image(services: Services, body: CreateImageRequest) -> Image:
+    """Pull an image and make a root disk of it.
+
+    Answers at once; the image's status tells how far it is. An image that is there already is not
+    pulled again.
+    """
+    return await services.images.create(body)
+
+
+@routes.post("/images/import", Scope.IMAGE_WRITE, status=202, fails=(400, 409), unlimited=True)
+async def import_image(services: Services, query: ImportQuery, body: UploadStream) -> Image:
+    """Make an image from an archive: OCI layout or docker save, as a tar.
+
+    The body is the archive itself (application/x-tar). Beyond the contract of the original.
+    """
+    return await services.images.import_archive(body, name=query.name, tags=query.tags)
+
+
+@routes.get("/images/{name}/progress", Scope.IMAGE_READ, fails=(400, 404))
+async def get_image_progress(services: Services, name: str) -> Progress:
+    """How far a pull has come, layer by layer. Beyond the contract of the original."""
+    return await services.images.progress(name)
+
+
+@routes.get("/images/{name}", Scope.IMAGE_READ, fails=(400, 404))
+async def get_image(services: Services, name: str) -> Image:
+    """One image."""
+    return await services.images.get(name)
+
+
+@routes.delete("/images/{name}", Scope.IMAGE_DELETE, fails=(400, 404, 409))
+async def delete_image(services: Services, name: str) -> None:
+    """Delete an image that no instance uses."""
+    await services.images.delete(name)

@@ -1,0 +1,192 @@
+"""Virtual machines and their life (§2.3). ``{id}`` is an id, a name, or the beginning of an id."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from hypeman.errors import InvalidRequest, NotFound
+from hypeman.fields import Count, Duration, TagMap
+from hypeman.guest.types import PathInfo
+from hypeman.instances.types import (
+    AttachVolumeRequest,
+    CreateInstanceRequest,
+    ForkInstanceRequest,
+    Instance,
+    InstanceState,
+    InstanceStats,
+    LogSource,
+    StandbyInstanceRequest,
+    StartInstanceRequest,
+    UpdateInstanceRequest,
+    WaitForStateResponse,
+)
+from hypeman.server.api import EventStream, Routes
+from hypeman.server.follow import LogStream
+from hypeman.server.services import Services
+from hypeman.snapshots.types import CreateSnapshotRequest, RestoreSnapshotRequest, Snapshot
+from hypeman.tokens import Scope
+from hypeman.units import parse_duration
+
+routes = Routes("instances")
+
+_LONGEST_WAIT = 300.0
+
+
+class InstanceQuery(Struct, frozen=True, kw_only=True):
+    state: InstanceState | None = None
+    tags: TagMap = {}
+
+
+class LogQuery(Struct, frozen=True, kw_only=True):
+    tail: Annotated[Count, Meta(description="Lines from before")] = 100
+    follow: bool = False
+    source: LogSource = LogSource.APP
+
+
+class StatQuery(Struct, frozen=True, kw_only=True):
+    path: str
+    follow_links: bool = False
+
+
+class WaitQuery(Struct, frozen=True, kw_only=True):
+    state: InstanceState
+    timeout: Annotated[Duration, Meta(description="At most 5m")] = "60s"
+
+
+@routes.get("/instances", Scope.INSTANCE_READ)
+async def list_instances(services: Services, query: InstanceQuery) -> list[Instance]:
+    """All instances that fit."""
+    # Bytes are the encoded list; the server sends them as they are.
+    return await services.instances.list(query.state, query.tags)  # type: ignore[return-value]
+
+
+@routes.post("/instances", Scope.INSTANCE_WRITE, status=201, fails=(400, 404, 409, 429, 501), measure="create")
+async def create_instance(services: Services, body: CreateInstanceRequest) -> Instance:
+    """Make an instance and boot it.
+
+    A missing image is pulled first.
+    """
+    return await services.instances.create(body)
+
+
+@routes.get("/instances/{id}", Scope.INSTANCE_READ, fails=(404, 409))
+async def get_instance(services: Services, id: str) -> Instance:
+    """One instance."""
+    return await services.instances.get(id)
+
+
+@routes.patch("/instances/{id}", Scope.INSTANCE_WRITE, fails=(400, 404, 409, 501))
+async def update_instance(services: Services, id: str, body: UpdateInstanceRequest) -> Instance:
+    """Change what may change without a reboot."""
+    return await services.instances.update(id, body)
+
+
+@routes.delete("/instances/{id}", Scope.INSTANCE_DELETE, fails=(404, 409))
+async def delete_instance(services: Services, id: str) -> None:
+    """Stop an instance and remove everything that belongs to it."""
+    await services.instances.delete(id)
+
+
+@routes.post("/instances/{id}/start", Scope.INSTANCE_WRITE, fails=(404, 409), measure="start")
+async def start_instance(services: Services, id: str, body: StartInstanceRequest | None = None) -> Instance:
+    """Boot a stopped instance."""
+    return await services.instances.start(id, body or StartInstanceRequest())
+
+
+@routes.post("/instances/{id}/stop", Scope.INSTANCE_WRITE, fails=(404, 409), measure="stop")
+async def stop_instance(services: Services, id: str) -> Instance:
+    """Shut the guest down."""
+    return await services.instances.stop(id)
+
+
+@routes.post("/instances/{id}/standby", Scope.INSTANCE_WRITE, fails=(400, 404, 409, 501), measure="standby")
+async def standby_instance(services: Services, id: str, body: StandbyInstanceRequest | None = None) -> Instance:
+    """Save memory to disk and free everything else."""
+    return await services.instances.standby(id, body or StandbyInstanceRequest())
+
+
+@routes.post("/instances/{id}/restore", Scope.INSTANCE_WRITE, fails=(404, 409), measure="restore")
+async def restore_instance(services: Services, id: str) -> Instance:
+    """Bring an instance back from standby."""
+    return await services.instances.restore(id)
+
+
+@routes.post("/instances/{id}/fork", Scope.INSTANCE_WRITE, status=201, fails=(400, 404, 409, 501))
+async def fork_instance(services: Services, id: str, body: ForkInstanceRequest) -> Instance:
+    """A new instance from the state of another."""
+    return await services.instances.fork(id, body)
+
+
+@routes.get("/instances/{id}/wait", Scope.INSTANCE_READ, fails=(400, 404, 409), unlimited=True)
+async def wait_for_state(services: Services, id: str, query: WaitQuery) -> WaitForStateResponse:
+    """Wait until an instance is in a state, or can no longer come to be."""
+    if query.state is InstanceState.UNKNOWN:
+        raise InvalidRequest("Unknown is nothing to wait for", code="invalid_state")
+    seconds = parse_duration(query.timeout, code="invalid_timeout")
+    if seconds <= 0:
+        raise InvalidRequest("timeout must be more than nothing", code="invalid_timeout")
+    return await services.instances.wait_state(id, query.state, min(seconds, _LONGEST_WAIT))
+
+
+_SSE_HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel-Buffering": "no"}
+
+
+@routes.get(
+    "/instances/{id}/logs",
+    Scope.INSTANCE_READ,
+    fails=(404, 409),
+    media_type="text/event-stream",
+    unlimited=True,
+    headers=_SSE_HEADERS,
+)
+async def get_logs(services: Services, id: str, query: LogQuery) -> EventStream:
+    """The log of an instance as server-sent events.
+
+    Each event is one line, as a JSON string.
+    """
+    path = await services.instances.log_path(id, query.source)
+    try:
+        stream = await LogStream.open(str(path), tail=query.tail, follow=query.follow)
+    except FileNotFoundError:
+        raise NotFound(f"there is no {query.source} log yet", code="log_not_found") from None
+    return EventStream(stream)
+
+
+@routes.get("/instances/{id}/stat", Scope.INSTANCE_READ, fails=(400, 404, 409))
+async def stat_path(services: Services, id: str, query: StatQuery) -> PathInfo:
+    """What there is at a path in the guest."""
+    return await services.instances.stat(id, query.path, query.follow_links)
+
+
+@routes.get("/instances/{id}/stats", Scope.INSTANCE_READ, fails=(404, 409))
+async def get_stats(services: Services, id: str) -> InstanceStats:
+    """What an instance uses just now."""
+    return await services.instances.stats(id)
+
+
+@routes.post("/instances/{id}/volumes/{volumeId}", Scope.VOLUME_WRITE, fails=(400, 404, 409, 501))
+async def attach_volume(services: Services, id: str, volumeId: str, body: AttachVolumeRequest) -> Instance:
+    """Attach a volume and mount it."""
+    return await services.instances.attach_volume(id, volumeId, body)
+
+
+@routes.delete("/instances/{id}/volumes/{volumeId}", Scope.VOLUME_WRITE, fails=(404, 409, 501))
+async def detach_volume(services: Services, id: str, volumeId: str) -> Instance:
+    """Unmount a volume and detach it."""
+    return await services.instances.detach_volume(id, volumeId)
+
+
+@routes.post("/instances/{id}/snapshots", Scope.SNAPSHOT_WRITE, status=201, fails=(400, 404, 409, 501))
+async def create_snapshot(services: Services, id: str, body: CreateSnapshotRequest) -> Snapshot:
+    """Capture an instance."""
+    return await services.snapshots.create(id, body)
+
+
+@routes.post("/instances/{id}/snapshots/{snapshotId}/restore", Scope.SNAPSHOT_WRITE, fails=(400, 404, 409, 501))
+async def restore_snapshot(
+    services: Services, id: str, snapshotId: str, body: RestoreSnapshotRequest | None = None
+) -> Instance:
+    """Put an instance back to one of its snapshots."""
+    return await services.snapshots.restore(id, snapshotId, body or RestoreSnapshotRequest())

@@ -1,0 +1,49 @@
+"""Captures kept for themselves (§2.6)."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from hypeman.fields import TagMap
+from hypeman.instances.types import Instance
+from hypeman.server.api import Routes
+from hypeman.server.services import Services
+from hypeman.snapshots.types import ForkSnapshotRequest, Snapshot, SnapshotKind
+from hypeman.tokens import Scope
+
+routes = Routes("snapshots")
+
+
+class SnapshotQuery(Struct, frozen=True, kw_only=True):
+    source_instance_id: str | None = None
+    kind: SnapshotKind | None = None
+    name: str | None = None
+    tags: TagMap = {}
+
+
+@routes.get("/snapshots", Scope.SNAPSHOT_READ)
+async def list_snapshots(services: Services, query: SnapshotQuery) -> list[Snapshot]:
+    """All snapshots that fit."""
+    return list(
+        await services.snapshots.list(
+            source_instance_id=query.source_instance_id, kind=query.kind, name=query.name, tags=query.tags
+        )
+    )
+
+
+@routes.get("/snapshots/{snapshotId}", Scope.SNAPSHOT_READ, fails=(404,))
+async def get_snapshot(services: Services, snapshotId: str) -> Snapshot:
+    """One snapshot, by id."""
+    return await services.snapshots.get(snapshotId)
+
+
+@routes.delete("/snapshots/{snapshotId}", Scope.SNAPSHOT_DELETE, fails=(404,))
+async def delete_snapshot(services: Services, snapshotId: str) -> None:
+    """Delete a snapshot; what was forked from it lives on."""
+    await services.snapshots.delete(snapshotId)
+
+
+@routes.post("/snapshots/{snapshotId}/fork", Scope.SNAPSHOT_WRITE, status=201, fails=(400, 404, 409, 501))
+async def fork_snapshot(services: Services, snapshotId: str, body: ForkSnapshotRequest) -> Instance:
+    """A new instance from a snapshot."""
+    return await services.snapshots.fork(snapshotId, body)

@@ -1,0 +1,251 @@
+"""Sockets, and the application on them: Hypercorn's protocol code in a nursery of ours.
+
+Hypercorn's own ``serve`` does not say which connection came over which socket and can not let go of
+a client that never reads, so the accept loop is here and only its connection class is used.
+
+- TCP, and a unix socket whose file permissions are the authentication (``Connection.trusted``).
+- Shutdown: no new connections, event streams end at once, everything else gets a grace; then sockets
+  are shut down under whoever still sends (Hypercorn shields its sends from cancellation).
+- Hang-ups are noticed by epoll, also while a handler does not read (a client can send megabytes of
+  stdin to a program that sleeps, and leave: the bytes hide the end of the stream from a reader).
+- No signal handlers: whoever opens the nursery sets ``shutdown``.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import logging
+import os
+import select
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, LifespanState
+
+from hypeman.errors import HypemanError
+from hypeman.telemetry import metrics
+
+_log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 10.0
+"""For requests under way at shutdown."""
+HANG_UP_SECONDS = 5.0
+"""From a client's hang-up to the end of its handler, if the handler has not read to the end before."""
+_BACKLOG = 1024
+
+Application = Callable[..., Awaitable[None]]
+
+
+class ServeError(HypemanError):
+    """A socket can not be bound; the message says which and why."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """One client's connection; a request finds it in ``scope["state"]["connection"]``."""
+
+    stream: trio.SocketStream
+    trusted: bool
+    """Came over a socket whose permissions let in only those who may."""
+    streaming: bool = False
+    """Set by an answer that never ends by itself."""
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+    def abort(self) -> None:
+        """End it now, also in the middle of a send."""
+        self.scope.cancel()
+        with suppress(OSError):  # has ended by itself
+            self.stream.socket.shutdown(socket.SHUT_RDWR)
+
+
+class Server:
+    """One application on some sockets."""
+
+    def __init__(self, app: Application, *, grace: float = GRACE_SECONDS) -> None:
+        self._app = ASGIWrapper(app)
+        self._grace = grace
+        self._config = _hypercorn_config()
+        self._context = WorkerContext(None)
+        self._open: dict[int, Connection] = {}
+        self._one_less = trio.Event()
+        self._hang_ups = select.epoll()
+
+    async def run(
+        self,
+        sockets: Sequence[socket.socket],
+        shutdown: trio.Event,
+        *,
+        trusted: Sequence[socket.socket] = (),
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve listening ``sockets`` and ``trusted`` ones until ``shutdown`` is set; closes them."""
+        with self._hang_ups:
+            async with trio.open_nursery() as connections:
+                try:
+                    async with trio.open_nursery() as accepting:
+                        accepting.start_soon(self._watch_hang_ups)
+                        for group, trust in ((sockets, False), (trusted, True)):
+                            listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in group]
+                            serve = partial(trio.serve_listeners, handler_nursery=connections)
+                            if listeners:
+                                accepting.start_soon(serve, partial(self._handle, trust), listeners)
+                        task_status.started()
+                        await shutdown.wait()
+                        accepting.cancel_scope.cancel()
+                    await self._finish()
+                finally:
+                    for connection in list(self._open.values()):
+                        connection.abort()
+
+    async def _finish(self) -> None:
+        """Let what is under way end, for the length of the grace."""
+        await self._context.terminated.set()
+        for connection in list(self._open.values()):
+            if connection.streaming:
+                connection.abort()
+        with trio.move_on_after(self._grace):
+            while self._open:
+                self._one_less = trio.Event()
+                await self._one_less.wait()
+
+    async def _handle(self, trusted: bool, stream: trio.SocketStream) -> None:
+        connection = Connection(stream, trusted)
+        number = stream.socket.fileno()
+        self._open[number] = connection
+        self._hang_ups.register(number, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        state = ConnectionState(LifespanState({"connection": connection}))
+        try:
+            with connection.scope:
+                await TCPServer(self._app, self._config, self._context, state, stream)  # type: ignore[arg-type]
+        except Exception:
+            _log.exception("a connection failed")
+        finally:
+            if self._open.get(number) is connection:  # else the stream was closed and a newer one has its number
+                del self._open[number]
+            self._one_less.set()
+            await trio.aclose_forcefully(stream)  # ends the registration in epoll too
+
+    async def _watch_hang_ups(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._hang_ups.fileno())
+            for number, _ in self._hang_ups.poll(0):
+                connection = self._open.get(number)
+                if connection is not None:
+                    connection.scope.deadline = trio.current_time() + HANG_UP_SECONDS
+
+
+def _hypercorn_config() -> HypercornConfig:
+    config = HypercornConfig()
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn.error")
+    config.include_server_header = False
+    config.keep_alive_timeout = 75  # longer than what the clients' pools keep, so that they are the ones to close
+    config.h11_max_incomplete_size = 64 * 1024
+    config.websocket_max_message_size = 4 * 2**20
+    config.websocket_ping_interval = 30  # an idle shell must survive the NATs on its way
+    return config
+
+
+def bind_tcp(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets, one for each address of ``host``. Raises ServeError."""
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            sock = socket.socket(family, kind, protocol)
+            sockets.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited: clients that vanish are noticed
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(_BACKLOG)
+            sock.setblocking(False)
+    except OSError as error:
+        for sock in sockets:
+            sock.close()
+        hint = "; something else listens there" if error.errno == errno.EADDRINUSE else ""
+        raise ServeError(f"can not listen on {host}:{port}: {error.strerror or error}{hint}") from None
+    return sockets
+
+
+def bind_unix(path: str, *, mode: int, group: str = "") -> socket.socket:
+    """A listening unix socket with just these permissions from its first moment. Raises ServeError.
+
+    A socket that nobody answers on is left over from a server that was killed, and is replaced.
+    """
+    _remove_leftover(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        before = os.umask(0o777)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        if group:
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        os.chmod(path, mode)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except KeyError:
+        sock.close()
+        raise ServeError(f"the group {group!r} of the socket {path} does not exist") from None
+    except OSError as error:
+        sock.close()
+        raise ServeError(f"can not listen on {path}: {error.strerror or error}") from None
+    return sock
+
+
+def _remove_leftover(path: str) -> None:
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise ServeError(f"can not listen on {path}: there is a file of that name")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            os.unlink(path)
+        else:
+            raise ServeError(f"can not listen on {path}: another server answers there")
+
+
+def notify_ready(message: str = "READY=1") -> None:
+    """Tell systemd, if it waits for us (``Type=notify``). Never fails."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.sendto(message.encode(), address)
+    except OSError as error:
+        _log.warning("systemd could not be told %s: %s", message, error)
+
+
+async def metrics_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    """``/metrics`` and nothing else; an application of its own, so that it can have its own listener."""
+    if scope["type"] != "http":
+        return
+    found = scope["path"] == "/metrics"
+    body = metrics.render_metrics() if found else b"see /metrics\n"
+    media_type = metrics.CONTENT_TYPE if found else "text/plain"
+    headers = [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200 if found else 404, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

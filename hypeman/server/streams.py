@@ -1,0 +1,275 @@
+"""The WebSockets: exec (§3.1) and cp (§3.2).
+
+Before the upgrade a failure is an ordinary answer with a status; after it everything is said in the
+stream. When the client leaves, the handler is cancelled and what it opened is closed: an exec's
+program is killed, a half-copied file thrown away.
+
+One thing beyond the contract: an empty BINARY message is the end of stdin. The original has no way
+to say it, and reads such a message as no bytes at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import trio
+from msgspec import UNSET, Struct, UnsetType
+
+from hypeman.errors import HypemanError, InvalidState
+from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
+from hypeman.instances.types import InstanceState
+from hypeman.server.errors import UNEXPECTED, told_error
+from hypeman.server.services import ExecSession, Services
+from hypeman.telemetry import metrics
+from hypeman.tokens import Scope
+
+CHUNK = 32 * 1024
+"""Bytes in a message; some clients have buffers of just this size."""
+_FAILED_TO_RUN = 127
+_CLOSE_SECONDS = 5.0
+
+
+class Socket(Protocol):
+    """As much of Quart's websocket as is used here. An empty binary message is received as None."""
+
+    async def receive(self) -> str | bytes | None: ...
+    async def send(self, data: str | bytes) -> None: ...
+    async def close(self, code: int) -> None: ...
+
+
+class _Closable(Protocol):
+    async def aclose(self) -> None: ...
+
+
+class Resize(Struct, frozen=True):
+    rows: int
+    cols: int
+
+
+class TtyMessage(Struct, frozen=True):
+    """What a text message may hold beside stdin, with a TTY."""
+
+    resize: Resize
+
+
+class StreamError(Struct, frozen=True, tag="error", tag_field="type"):
+    message: str
+    path: str | UnsetType = UNSET
+
+
+class CopyResult(Struct, frozen=True, tag="result", tag_field="type"):
+    success: bool
+    error: str | UnsetType = UNSET
+    bytes_written: int | UnsetType = UNSET
+
+
+class CopyHeader(Struct, frozen=True, tag="header", tag_field="type"):
+    path: str
+    mode: int
+    is_dir: bool
+    is_symlink: bool
+    link_target: str
+    size: int
+    mtime: int
+    uid: int
+    gid: int
+
+
+class CopyEnd(Struct, frozen=True, tag="end", tag_field="type"):
+    final: bool = False
+
+
+_json = msgspec.json.Encoder()
+_log = logging.getLogger(__name__)
+_Request = TypeVar("_Request")
+_Open = TypeVar("_Open", bound=_Closable)
+
+
+async def exec_session(services: Services, socket: Socket, ref: str) -> None:
+    """One program in the guest, its output, and its exit code."""
+    reference = await _running(services, ref)
+    request = await _first_message(socket, ExecRequest, lambda message: msgspec.json.encode({"error": message}))
+    if request is None:
+        return
+    started = time.perf_counter()
+    exit_code, status = _FAILED_TO_RUN, "error"
+    try:
+        async with _closing(await services.instances.exec(reference, request)) as session:
+            exit_code = await _run(socket, session, tty=request.tty)
+            status = "success"
+    except Exception as error:
+        await socket.send(f"Error: {_told(error).message}\r\n".encode())
+    finally:
+        metrics.exec_sessions.labels(status, str(exit_code)).inc()
+        metrics.exec_seconds.observe(time.perf_counter() - started)
+    await socket.send(msgspec.json.encode({"exitCode": exit_code}).decode())
+    await socket.close(1000)
+
+
+async def _run(socket: Socket, session: ExecSession, *, tty: bool) -> int:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_feed, socket, session, tty)
+        while not isinstance(output := await session.receive(), int):
+            for begin in range(0, len(output), CHUNK):
+                await socket.send(output[begin : begin + CHUNK])
+            metrics.exec_bytes_sent.inc(len(output))
+        nursery.cancel_scope.cancel()
+    return output
+
+
+async def _feed(socket: Socket, session: ExecSession, tty: bool) -> None:
+    """From the client to the program, for as long as both are there."""
+    try:
+        while True:
+            message = await socket.receive()
+            if not message and not isinstance(message, str):
+                await session.close_stdin()
+            elif isinstance(message, bytes):
+                metrics.exec_bytes_received.inc(len(message))
+                await session.send_stdin(message)
+            elif tty and (size := _resize_in(message)) is not None:
+                await session.resize(size.rows, size.cols)
+            elif message:
+                await session.send_stdin(message.encode())
+    except HypemanError:
+        pass  # the program has ended or closed its stdin; its output and exit code are still to come
+
+
+def _resize_in(message: str) -> Resize | None:
+    try:
+        size = msgspec.json.decode(message, type=TtyMessage).resize
+    except msgspec.DecodeError:
+        return None
+    return size if 0 < size.rows < 2**32 and 0 < size.cols < 2**32 else None
+
+
+async def copy_session(services: Services, socket: Socket, ref: str) -> None:
+    """One file or directory into the guest, or one tree out of it."""
+    reference = await _running(services, ref)
+    request = await _first_message(socket, CpRequest, lambda message: _json.encode(StreamError(message)))
+    if request is None:
+        return
+    started = time.perf_counter()
+    status = "error"
+    try:
+        copy = _copy_in if request.direction == "to" else _copy_out
+        status = "success" if await copy(services, socket, reference, request) else "error"
+    except Exception as error:
+        await _send_json(socket, StreamError(_told(error).message, request.guest_path))
+    finally:
+        metrics.cp_sessions.labels(request.direction, status).inc()
+        metrics.cp_seconds.labels(request.direction).observe(time.perf_counter() - started)
+    await socket.close(1000)
+
+
+async def _copy_in(services: Services, socket: Socket, reference: str, request: CpRequest) -> bool:
+    try:
+        async with _closing(await services.instances.copy_to(reference, request)) as copy:
+            while not isinstance(message := await socket.receive(), str):
+                if message:
+                    await copy.send(message)
+                    metrics.cp_bytes.labels("to").inc(len(message))
+            _check_end(message)
+            written = await copy.finish()
+    except Exception as error:
+        await _send_json(socket, CopyResult(False, _told(error).message))
+        # Who is still sending would lose this answer if we closed now.
+        with trio.move_on_after(_CLOSE_SECONDS):
+            while not isinstance(await socket.receive(), str):
+                pass
+        return False
+    await _send_json(socket, CopyResult(True, bytes_written=written))
+    return True
+
+
+def _check_end(message: str) -> None:
+    try:
+        msgspec.json.decode(message, type=CopyEnd)
+    except msgspec.DecodeError:
+        raise HypemanError('a text message must be {"type":"end"}') from None
+
+
+async def _copy_out(services: Services, socket: Socket, reference: str, request: CpRequest) -> bool:
+    async with _closing(await services.instances.copy_from(reference, request)) as copy:
+        async for item in copy:
+            match item:
+                case CopyEntry():
+                    await _send_json(socket, _header(item))
+                case EntryEnd():
+                    await _send_json(socket, CopyEnd(item.final))
+                case _:
+                    for begin in range(0, len(item), CHUNK):
+                        await socket.send(item[begin : begin + CHUNK])
+                    metrics.cp_bytes.labels("from").inc(len(item))
+    return True
+
+
+def _header(entry: CopyEntry) -> CopyHeader:
+    return CopyHeader(
+        path=entry.path,
+        mode=entry.mode,
+        is_dir=entry.is_dir,
+        is_symlink=entry.is_symlink,
+        link_target=entry.link_target,
+        size=entry.size,
+        mtime=entry.mtime,
+        uid=entry.uid,
+        gid=entry.gid,
+    )
+
+
+async def _running(services: Services, reference: str) -> str:
+    """The id of the instance if it runs; before the upgrade, so that a refusal has a status."""
+    instance = await services.instances.get(reference)
+    if instance.state is not InstanceState.RUNNING:
+        raise InvalidState(f"instance {instance.name} is {instance.state}; it must be Running for this")
+    return instance.id
+
+
+async def _first_message(
+    socket: Socket, wanted: type[_Request], say: Callable[[str], bytes]
+) -> _Request | None:
+    """The request that opens the stream; None if it is none, which the client has then been told."""
+    message = await socket.receive()
+    try:
+        if not isinstance(message, str):
+            raise msgspec.DecodeError("the first message must be text")
+        return msgspec.json.decode(message, type=wanted)
+    except (msgspec.DecodeError, RecursionError) as error:
+        await socket.send(say(f"bad request: {error}").decode())
+        await socket.close(1000)
+        return None
+
+
+@asynccontextmanager
+async def _closing(opened: _Open) -> AsyncIterator[_Open]:
+    """Closes also when cancelled: what was opened must not outlive its client."""
+    try:
+        yield opened
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(_CLOSE_SECONDS):
+            await opened.aclose()
+
+
+def _told(error: Exception) -> HypemanError:
+    """What the stream says about ``error``; of a bug no more than that it is one."""
+    told = error if isinstance(error, HypemanError) else told_error(error)
+    if told is None:
+        _log.error("unexpected failure", exc_info=error)
+        return HypemanError(UNEXPECTED.body.message)
+    return told
+
+
+async def _send_json(socket: Socket, message: Any) -> None:
+    await socket.send(_json.encode(message).decode())
+
+
+WEBSOCKETS: tuple[tuple[str, Scope, Callable[..., Awaitable[None]]], ...] = (
+    ("/instances/{id}/exec", Scope.INSTANCE_WRITE, exec_session),
+    ("/instances/{id}/cp", Scope.INSTANCE_WRITE, copy_session),
+)

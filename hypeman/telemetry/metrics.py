@@ -1,0 +1,102 @@
+"""Prometheus metrics under the names that dashboards for the original know (§3.7).
+
+Things that happen are counted where they happen. Things that are (how many instances in which
+state) are asked for when somebody looks: ``register_gauge`` takes the question. Labels are few and
+bounded: routes are templates, never paths.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from hypeman import API_VERSION, __version__
+
+REGISTRY = CollectorRegistry()
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+def _counter(name: str, text: str, *labels: str) -> Counter:
+    return Counter(name, text, labels, registry=REGISTRY)
+
+
+def _histogram(name: str, text: str, *labels: str, buckets: Sequence[float] = _SLOW) -> Histogram:
+    return Histogram(name, text, labels, registry=REGISTRY, buckets=buckets)
+
+
+_http_requests = _counter("hypeman_http_requests", "Requests answered", "method", "path", "status")
+_http_seconds = _histogram(
+    "hypeman_http_request_duration_seconds", "Time to the answer's head", "method", "path", "status", buckets=_FAST
+)
+instance_seconds = {
+    operation: _histogram(
+        f"hypeman_instances_{operation}_duration_seconds", f"Time of {operation}, as its caller sees it", "status"
+    )
+    for operation in ("create", "start", "stop", "standby", "restore")
+}
+volume_create_seconds = _histogram("hypeman_volumes_create_duration_seconds", "Time of making a volume")
+state_transitions = _counter("hypeman_instances_state_transitions", "Changes of state", "from", "to")
+image_pulls = _counter("hypeman_images_pulls", "Pulls that ended", "status")
+image_build_seconds = _histogram("hypeman_images_build_duration_seconds", "Time of a conversion", "status")
+tap_operations = _counter("hypeman_network_tap_operations", "TAP devices made and removed", "operation")
+vmm_seconds = _histogram("hypeman_vmm_api_duration_seconds", "Calls to a VMM", "operation", "status", buckets=_FAST)
+vmm_errors = _counter("hypeman_vmm_api_errors", "Calls to a VMM that failed", "operation")
+exec_sessions = _counter("hypeman_exec_sessions", "Exec sessions that ended", "status", "exit_code")
+exec_seconds = _histogram("hypeman_exec_duration_seconds", "Length of an exec session")
+exec_bytes_sent = _counter("hypeman_exec_bytes_sent", "Bytes of output sent to clients")
+exec_bytes_received = _counter("hypeman_exec_bytes_received", "Bytes of stdin received from clients")
+cp_sessions = _counter("hypeman_cp_sessions", "Copy sessions that ended", "direction", "status")
+cp_seconds = _histogram("hypeman_cp_duration_seconds", "Length of a copy session", "direction")
+cp_bytes = _counter("hypeman_cp_bytes", "Bytes copied", "direction")
+
+Info("hypeman", "What runs here", registry=REGISTRY).info({"version": __version__, "api_version": API_VERSION})
+ProcessCollector(registry=REGISTRY)
+
+
+def count_request(method: str, route: str, status: int, seconds: float) -> None:
+    """One request to ``route`` (a template) was answered."""
+    labels = (method, route, str(status))
+    _http_requests.labels(*labels).inc()
+    _http_seconds.labels(*labels).observe(seconds)
+
+
+class _Gauges(Collector):
+    """Gauges whose values are asked for at each look."""
+
+    def __init__(self) -> None:
+        self.questions: dict[str, tuple[str, Sequence[str], Callable[[], Mapping[tuple[str, ...], float]]]] = {}
+
+    def collect(self) -> Iterable[Metric]:
+        for name, (text, labels, ask) in self.questions.items():
+            family = GaugeMetricFamily(name, text, labels=labels)
+            for values, number in ask().items():
+                family.add_metric(values, number)
+            yield family
+
+
+_gauges = _Gauges()
+REGISTRY.register(_gauges)
+
+
+def register_gauge(
+    name: str, text: str, labels: Sequence[str], ask: Callable[[], Mapping[tuple[str, ...], float]]
+) -> None:
+    """A gauge that ``ask`` answers at each look: label values → number. Must be quick and not block."""
+    _gauges.questions[name] = (text, labels, ask)
+
+
+_started = time.monotonic()
+register_gauge("hypeman_uptime_seconds", "Since the server started", (), lambda: {(): time.monotonic() - _started})
+
+
+def render_metrics() -> bytes:
+    """Everything in Prometheus' text form."""
+    return generate_latest(REGISTRY)

@@ -1,0 +1,128 @@
+"""Who may do what: JSON Web Tokens (§1.2) and scopes (§1.3). Pure, but for the clock of ``verify``.
+
+Rules:
+- Only HMAC signatures count; the list of algorithms is ours, never the token's.
+- A token made for a builder VM is never an API token, whatever it is signed with.
+- Without a ``permissions`` claim a token may do everything (as tokens of old could), with one only
+  what it names; ``*`` names everything.
+- No token, claim or secret is ever part of a message.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import jwt
+from msgspec import Struct
+
+from hypeman.errors import Forbidden, InvalidRequest, Unauthorized
+
+TOKEN_LIFETIME = 24 * 3600
+_ALGORITHMS = ("HS256", "HS384", "HS512")
+_BUILDER_CLAIMS = ("repos", "scope", "build_id")
+_BUILDER_SUBJECT = "builder-"
+
+# A short secret is the operator's choice, told once by `hypeman doctor` and not with every request.
+warnings.filterwarnings("ignore", category=jwt.InsecureKeyLengthWarning)
+
+
+class Scope(enum.StrEnum):
+    """What a token can be allowed to do."""
+
+    INSTANCE_READ = "instance:read"
+    INSTANCE_WRITE = "instance:write"
+    INSTANCE_DELETE = "instance:delete"
+    IMAGE_READ = "image:read"
+    IMAGE_WRITE = "image:write"
+    IMAGE_DELETE = "image:delete"
+    VOLUME_READ = "volume:read"
+    VOLUME_WRITE = "volume:write"
+    VOLUME_DELETE = "volume:delete"
+    SNAPSHOT_READ = "snapshot:read"
+    SNAPSHOT_WRITE = "snapshot:write"
+    SNAPSHOT_DELETE = "snapshot:delete"
+    BUILD_READ = "build:read"
+    BUILD_WRITE = "build:write"
+    BUILD_DELETE = "build:delete"
+    DEVICE_READ = "device:read"
+    DEVICE_WRITE = "device:write"
+    DEVICE_DELETE = "device:delete"
+    INGRESS_READ = "ingress:read"
+    INGRESS_WRITE = "ingress:write"
+    INGRESS_DELETE = "ingress:delete"
+    RESOURCE_READ = "resource:read"
+    RESOURCE_WRITE = "resource:write"
+
+
+EVERYTHING = "*"
+_NAMES = frozenset(Scope) | {EVERYTHING}
+
+
+class Caller(Struct, frozen=True):
+    """Who asks. ``permissions`` is None for full access."""
+
+    subject: str
+    permissions: frozenset[str] | None = None
+
+
+LOCAL = Caller("local")
+"""Somebody whom the permissions of the unix socket let in."""
+
+
+def mint(secret: str, *, subject: str, scopes: Iterable[str] | None = None, lifetime: int = TOKEN_LIFETIME) -> str:
+    """A token for ``subject``, valid ``lifetime`` seconds; ``scopes`` None allows everything.
+
+    Raises InvalidRequest for an empty secret or an unknown scope.
+    """
+    if not secret:
+        raise InvalidRequest("a token needs the server's secret: set JWT_SECRET or jwt_secret in the configuration")
+    now = int(time.time())
+    claims: dict[str, Any] = {"sub": subject, "iat": now, "exp": now + lifetime}
+    if scopes is not None:
+        claims["permissions"] = check_names(scopes)
+    return jwt.encode(claims, secret, algorithm="HS256")
+
+
+def check_names(scopes: Iterable[str]) -> list[str]:
+    """``scopes`` as a list if all of them exist, else InvalidRequest naming the ones that do not."""
+    names = list(scopes)
+    unknown = [name for name in names if name not in _NAMES]
+    if unknown:
+        raise InvalidRequest(f"unknown scope {', '.join(unknown)}; `hypeman token --list-scopes` shows all")
+    return names
+
+
+def verify(authorization: str | None, secret: str) -> Caller:
+    """The caller behind an ``Authorization`` header. Raises Unauthorized with the reason."""
+    if not authorization:
+        raise Unauthorized("the Authorization header is missing; send 'Bearer <token>'")
+    scheme, separator, token = authorization.partition(" ")
+    if scheme.lower() != "bearer" or not separator or not token or " " in token:
+        raise Unauthorized("the Authorization header must read 'Bearer <token>'")
+    if not secret:
+        raise Unauthorized("this server has no jwt_secret, so no token can be valid")
+    try:
+        claims = jwt.decode(token, secret, algorithms=list(_ALGORITHMS), options={"verify_aud": False})
+    except jwt.ExpiredSignatureError:
+        raise Unauthorized("the token has expired") from None
+    except jwt.PyJWTError:
+        raise Unauthorized("the token is not valid here") from None
+    subject = claims.get("sub", "")
+    if any(claim in claims for claim in _BUILDER_CLAIMS) or subject.startswith(_BUILDER_SUBJECT):
+        raise Unauthorized("this token was made for a builder and does not open the API")
+    permissions = claims.get("permissions")
+    if permissions is None:
+        return Caller(subject)
+    if not isinstance(permissions, list) or not all(isinstance(name, str) for name in permissions):
+        raise Unauthorized("the token's permissions must be a list of scope names")
+    return Caller(subject, None if EVERYTHING in permissions else frozenset(permissions))
+
+
+def check_scope(caller: Caller, scope: Scope) -> None:
+    """Raise Forbidden unless ``caller`` has ``scope``."""
+    if caller.permissions is not None and scope not in caller.permissions:
+        raise Forbidden(f"the token lacks the scope {scope}")

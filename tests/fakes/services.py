@@ -1,0 +1,552 @@
+"""Capabilities without anything below them: records in dictionaries, a shell that upper-cases.
+
+Enough to be asked everything that a route can ask, with every refusal that the contract knows. Tests
+change what they hold directly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+from msgspec import UNSET
+
+from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
+from hypeman.errors import Ambiguous, Conflict, HypemanError, InUse, InvalidState, NameConflict, NotFound
+from hypeman.guest.types import PathInfo
+from hypeman.ids import new_id, tags_match
+from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
+from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
+from hypeman.instances.types import (
+    AttachVolumeRequest,
+    CreateInstanceRequest,
+    ForkInstanceRequest,
+    Instance,
+    InstanceNetwork,
+    InstanceState,
+    InstanceStats,
+    LogSource,
+    StandbyInstanceRequest,
+    StartInstanceRequest,
+    UpdateInstanceRequest,
+    VolumeMount,
+    WaitForStateResponse,
+)
+from hypeman.resources.types import ResourceAllocation, Resources, ResourceStatus
+from hypeman.server.services import Services
+from hypeman.server.types import (
+    Capabilities,
+    DefaultRuntime,
+    HostPlatform,
+    ImageCapabilities,
+    NetworkCapabilities,
+    Runtime,
+    ServerVersion,
+)
+from hypeman.snapshots.types import (
+    CreateSnapshotRequest,
+    ForkSnapshotRequest,
+    RestoreSnapshotRequest,
+    Snapshot,
+    SnapshotKind,
+)
+from hypeman.volumes.types import CreateVolumeRequest, Volume
+
+Tags = Mapping[str, str]
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+DIGEST = "sha256:" + "ab" * 32
+
+
+def normalized(ref: str) -> str:
+    """As much of Docker's rules as the tests want."""
+    ref = ref if ref.rpartition("/")[2].count(":") else ref + ":latest"
+    if "/" not in ref:
+        ref = "library/" + ref
+    return ref if "." in ref.split("/")[0] else "docker.io/" + ref
+
+
+@dataclass
+class FakeImages:
+    images: dict[str, Image] = field(default_factory=dict)
+    looks: int = 0
+    """Looks at an image on its way before it is ready."""
+    imported: bytes = b""
+
+    async def create(self, request: CreateImageRequest) -> Image:
+        name = normalized(request.name)
+        image = Image(name, DIGEST, ImageStatus.PENDING, "2026-01-02T03:04:05Z", tags=request.tags or UNSET)
+        return self.images.setdefault(name, image)
+
+    async def create_named(self, name: str) -> Image:
+        return await self.create(CreateImageRequest(name))
+
+    async def list(self, *, tags: Tags) -> Sequence[Image]:
+        return [image for image in self.images.values() if tags_match(image.tags or {}, tags)]
+
+    async def get(self, ref: str) -> Image:
+        name = normalized(ref)
+        if name not in self.images:
+            raise NotFound(f"image {name} is not here")
+        image = self.images[name]
+        if not image.status.is_final:
+            order = [ImageStatus.PENDING, ImageStatus.PULLING, ImageStatus.CONVERTING, ImageStatus.READY]
+            status = order[order.index(image.status) + 1]
+            self.images[name] = msgspec.structs.replace(image, status=status)
+        return image
+
+    async def progress(self, ref: str) -> Progress:
+        image = self.images[normalized(ref)]
+        return Progress(image.status, (LayerProgress(DIGEST, 1000, 400),))
+
+    async def delete(self, ref: str) -> None:
+        await self.get(ref)
+        del self.images[normalized(ref)]
+
+    async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags) -> Image:
+        self.imported = b"".join([chunk async for chunk in chunks])
+        image = Image(normalized(name), DIGEST, ImageStatus.PENDING, "2026-01-02T03:04:05Z", tags=dict(tags) or UNSET)
+        self.images[image.name] = image
+        return image
+
+
+class FakeExec:
+    """A program that says back what it reads in capitals and ends with its stdin, or at ``exit N``."""
+
+    def __init__(self, request: ExecRequest) -> None:
+        self.request = request
+        self.sizes: list[tuple[int, int]] = []
+        self.closed = False
+        self._send, self._receive = trio.open_memory_channel[bytes | int](100)
+        match list(request.command):
+            case ["echo", *words]:
+                self._send.send_nowait(" ".join(words).encode() + b"\n")
+                self._send.send_nowait(0)
+            case ["false"]:
+                self._send.send_nowait(1)
+            case ["big", size]:
+                self._send.send_nowait(b"x" * int(size))
+                self._send.send_nowait(0)
+            case ["dies"]:
+                self._send.close()
+
+    async def send_stdin(self, data: bytes) -> None:
+        if self.request.command[:1] == ("sleep",):
+            await trio.sleep_forever()
+        await self._send.send(data.upper())
+        if found := re.search(rb"exit (\d+)", data):
+            await self._send.send(int(found[1]))
+
+    async def close_stdin(self) -> None:
+        await self._send.send(0)
+
+    async def resize(self, rows: int, cols: int) -> None:
+        self.sizes.append((rows, cols))
+        await self._send.send(f"{rows}x{cols}\r\n".encode())
+
+    async def receive(self) -> bytes | int:
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            raise HypemanError("the guest has gone") from None
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeCopyIn:
+    def __init__(self, files: dict[str, tuple[CpRequest, bytes | None]], request: CpRequest) -> None:
+        self._files = files
+        self._request = request
+        self._data = b""
+        self.closed = False
+
+    async def send(self, data: bytes) -> None:
+        if self._request.guest_path == "/full":
+            raise HypemanError("no space left in the guest")
+        self._data += data
+
+    async def finish(self) -> int:
+        self._files[self._request.guest_path] = (self._request, None if self._request.is_dir else self._data)
+        return len(self._data)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+class FakeCopyOut:
+    def __init__(self, items: list[CopyEntry | bytes | EntryEnd]) -> None:
+        self._items = iter(items)
+
+    def __aiter__(self) -> AsyncIterator[CopyEntry | bytes | EntryEnd]:
+        return self
+
+    async def __anext__(self) -> CopyEntry | bytes | EntryEnd:
+        await trio.lowlevel.checkpoint()
+        for item in self._items:
+            return item
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        pass
+
+
+@dataclass
+class FakeInstances:
+    """Also keeps what was asked of it: ``asked``, ``sessions``, ``files``."""
+
+    log_directory: Path
+    instances: dict[str, Instance] = field(default_factory=dict)
+    encoded: bytes | None = None
+    fails: BaseException | None = None
+    """Raised by everything, where set."""
+    hangs: bool = False
+    asked: list[tuple[str, Any]] = field(default_factory=list)
+    sessions: list[FakeExec] = field(default_factory=list)
+    copies: list[FakeCopyIn] = field(default_factory=list)
+    files: dict[str, tuple[CpRequest, bytes | None]] = field(default_factory=dict)
+    tree: list[CopyEntry | bytes | EntryEnd] = field(default_factory=list)
+
+    def add(self, name: str, state: InstanceState = InstanceState.RUNNING, **changes: Any) -> Instance:
+        """An instance that is simply there."""
+        instance = Instance(
+            id=changes.pop("id", None) or new_id(),
+            name=name,
+            image=changes.pop("image", "alpine"),
+            state=state,
+            created_at=NOW,
+            size="1GB",
+            vcpus=2,
+            network=InstanceNetwork(enabled=True, name="default", ip="10.100.0.2", mac="02:00:00:00:00:02"),
+            **changes,
+        )
+        self.instances[instance.id] = instance
+        return instance
+
+    def _find(self, ref: str) -> Instance:
+        if self.fails is not None:
+            raise self.fails
+        hits = [one for one in self.instances.values() if ref in (one.id, one.name)]
+        hits = hits or [one for one in self.instances.values() if ref and one.id.startswith(ref)]
+        if len(hits) > 1:
+            raise Ambiguous(f"{ref} fits {len(hits)} instances")
+        if not hits:
+            raise NotFound(f"instance {ref} is not here")
+        return hits[0]
+
+    def _change(self, instance: Instance, **changes: Any) -> Instance:
+        changed = msgspec.structs.replace(instance, **changes)
+        self.instances[instance.id] = changed
+        return changed
+
+    def _move(self, what: str, ref: str, wanted: InstanceState, after: InstanceState, request: Any = None) -> Instance:
+        instance = self._find(ref)
+        self.asked.append((what, request))
+        if instance.state is not wanted:
+            raise InvalidState(f"instance {instance.name} is {instance.state}; {what} wants {wanted}")
+        return self._change(instance, state=after)
+
+    async def list(self, state: InstanceState | None, tags: Tags) -> bytes | Sequence[Instance]:
+        if self.fails is not None:
+            raise self.fails
+        if self.encoded is not None:
+            return self.encoded
+        return [
+            instance
+            for instance in self.instances.values()
+            if state in (None, instance.state) and tags_match(instance.tags or {}, tags)
+        ]
+
+    async def get(self, ref: str) -> Instance:
+        if self.hangs:
+            await trio.sleep_forever()
+        return self._find(ref)
+
+    async def create(self, request: CreateInstanceRequest) -> Instance:
+        self.asked.append(("create", request))
+        if self.fails is not None:
+            raise self.fails
+        if any(one.name == request.name for one in self.instances.values()):
+            raise NameConflict(f"there is an instance {request.name} already")
+        return self.add(
+            request.name,
+            image=request.image,
+            env=request.env or UNSET,
+            tags=request.tags or UNSET,
+            volumes=request.volumes or UNSET,
+            phase_durations_ms={"created": 12, "initializing": 340, "running": 5},
+            current_phase="running",
+            current_phase_since=NOW,
+        )
+
+    async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
+        self.asked.append(("update", request))
+        return self._find(ref)
+
+    async def delete(self, ref: str) -> None:
+        del self.instances[self._find(ref).id]
+
+    async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
+        return self._move("start", ref, InstanceState.STOPPED, InstanceState.RUNNING, request)
+
+    async def stop(self, ref: str) -> Instance:
+        return self._move("stop", ref, InstanceState.RUNNING, InstanceState.STOPPED)
+
+    async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
+        return self._move("standby", ref, InstanceState.RUNNING, InstanceState.STANDBY, request)
+
+    async def restore(self, ref: str) -> Instance:
+        return self._move("restore", ref, InstanceState.STANDBY, InstanceState.RUNNING)
+
+    async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
+        self.asked.append(("fork", request))
+        return self.add(request.name, self._find(ref).state)
+
+    async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
+        self.asked.append(("wait", (state, timeout)))
+        instance = self._find(ref)
+        return WaitForStateResponse(state=instance.state, timed_out=instance.state is not state)
+
+    async def stats(self, ref: str) -> InstanceStats:
+        instance = self._find(ref)
+        return InstanceStats(
+            instance_id=instance.id,
+            instance_name=instance.name,
+            cpu_seconds=1.5,
+            memory_rss_bytes=100 * 2**20,
+            memory_vms_bytes=2**30,
+            network_rx_bytes=1000,
+            network_tx_bytes=2000,
+            allocated_vcpus=2,
+            allocated_memory_bytes=2**30,
+            memory_utilization_ratio=0.1,
+        )
+
+    async def stat(self, ref: str, path: str, follow_links: bool) -> PathInfo:
+        self._find(ref)
+        if path.rstrip("/") in ("/tmp", "/etc"):
+            return PathInfo(exists=True, is_dir=True, mode=0o755)
+        if path in self.files:
+            return PathInfo(exists=True, is_file=True, mode=0o644, size=len(self.files[path][1] or b""))
+        return PathInfo(exists=False)
+
+    async def exec(self, ref: str, request: ExecRequest) -> FakeExec:
+        self._find(ref)
+        if request.command[:1] == ("no-such-program",):
+            raise NotFound("exec: no-such-program: not found")
+        if request.command[:1] == ("bug",):
+            raise RuntimeError("a bug with a secret in it")
+        session = FakeExec(request)
+        self.sessions.append(session)
+        return session
+
+    async def copy_to(self, ref: str, request: CpRequest) -> FakeCopyIn:
+        self._find(ref)
+        copy = FakeCopyIn(self.files, request)
+        self.copies.append(copy)
+        return copy
+
+    async def copy_from(self, ref: str, request: CpRequest) -> FakeCopyOut:
+        self._find(ref)
+        if request.guest_path == "/missing":
+            raise NotFound("/missing: no such file or directory")
+        return FakeCopyOut(self.tree)
+
+    async def log_path(self, ref: str, source: LogSource) -> Path:
+        return self.log_directory / f"{self._find(ref).name}-{source}.log"
+
+    async def attach_volume(self, ref: str, volume: str, request: AttachVolumeRequest) -> Instance:
+        instance = self._find(ref)
+        mount = VolumeMount(volume_id=volume, mount_path=request.mount_path, readonly=request.readonly)
+        return self._change(instance, volumes=(*(instance.volumes or ()), mount))
+
+    async def detach_volume(self, ref: str, volume: str) -> Instance:
+        instance = self._find(ref)
+        return self._change(instance, volumes=tuple(one for one in instance.volumes or () if one.volume_id != volume))
+
+
+@dataclass
+class FakeSnapshots:
+    instances: FakeInstances
+    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+
+    async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
+        instance = await self.instances.get(ref)
+        made = Snapshot(
+            id=new_id(),
+            kind=request.kind,
+            source_instance_id=instance.id,
+            source_instance_name=instance.name,
+            source_hypervisor=instance.hypervisor or "qemu",  # type: ignore[arg-type]
+            created_at=NOW,
+            size_bytes=4096,
+            name=request.name,
+            tags=request.tags or UNSET,
+        )
+        self.snapshots[made.id] = made
+        return made
+
+    async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
+        self.instances.asked.append(("restore_snapshot", request))
+        return await self.instances.get(ref)
+
+    async def list(
+        self, *, source_instance_id: str | None, kind: SnapshotKind | None, name: str | None, tags: Tags
+    ) -> Sequence[Snapshot]:
+        return [
+            one
+            for one in self.snapshots.values()
+            if source_instance_id in (None, one.source_instance_id)
+            and kind in (None, one.kind)
+            and name in (None, one.name)
+            and tags_match(one.tags or {}, tags)
+        ]
+
+    async def get(self, snapshot: str) -> Snapshot:
+        if snapshot not in self.snapshots:
+            raise NotFound(f"snapshot {snapshot} is not here")
+        return self.snapshots[snapshot]
+
+    async def delete(self, snapshot: str) -> None:
+        await self.get(snapshot)
+        del self.snapshots[snapshot]
+
+    async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance:
+        await self.get(snapshot)
+        return self.instances.add(request.name)
+
+
+@dataclass
+class FakeVolumes:
+    volumes: dict[str, Volume] = field(default_factory=dict)
+    archives: dict[str, bytes] = field(default_factory=dict)
+    reads_slowly: trio.Event | None = None
+    """Where set, an archive is read only after this."""
+
+    async def list(self, *, tags: Tags) -> Sequence[Volume]:
+        return [one for one in self.volumes.values() if tags_match(one.tags or {}, tags)]
+
+    async def get(self, ref: str) -> Volume:
+        for one in self.volumes.values():
+            if ref in (one.id, one.name):
+                return one
+        raise NotFound(f"volume {ref} is not here")
+
+    async def create(self, request: CreateVolumeRequest) -> Volume:
+        volume = Volume(
+            id=request.id or new_id(),
+            name=request.name,
+            size_gb=request.size_gb,
+            created_at=NOW,
+            tags=request.tags or UNSET,
+        )
+        if volume.id in self.volumes:
+            raise Conflict(f"there is a volume {volume.id} already", code="already_exists")
+        self.volumes[volume.id] = volume
+        return volume
+
+    async def create_from_archive(self, request: CreateVolumeRequest, chunks: AsyncIterable[bytes]) -> Volume:
+        if self.reads_slowly is not None:
+            await self.reads_slowly.wait()
+        volume = await self.create(request)
+        self.archives[volume.id] = b"".join([chunk async for chunk in chunks])
+        return volume
+
+    async def delete(self, ref: str) -> None:
+        volume = await self.get(ref)
+        if volume.attachments:
+            raise Conflict(f"volume {ref} is attached")
+        del self.volumes[volume.id]
+
+
+@dataclass
+class FakeDevices:
+    devices: dict[str, Device] = field(default_factory=dict)
+    free: list[AvailableDevice] = field(default_factory=list)
+
+    def list(self, tags: Tags) -> Sequence[Device]:
+        return list(self.devices.values())
+
+    async def available(self) -> Sequence[AvailableDevice]:
+        return self.free
+
+    async def register(self, request: CreateDeviceRequest) -> Device:
+        raise NotFound(f"there is no {request.pci_address}", code="device_not_found")
+
+    def get(self, ref: str) -> Device:
+        for one in self.devices.values():
+            if ref in (one.id, one.name):
+                return one
+        raise NotFound(f"device {ref} is not here")
+
+    async def delete(self, ref: str) -> None:
+        device = self.get(ref)
+        if device.attached_to:
+            raise InUse(f"device {ref} is attached to {device.attached_to}")
+        del self.devices[device.id]
+
+
+class FakeResources:
+    async def get(self) -> Resources:
+        def status(kind: str, capacity: int) -> ResourceStatus:
+            return ResourceStatus(
+                type=kind,
+                capacity=capacity,
+                effective_limit=capacity,
+                allocated=0,
+                available=capacity,
+                oversub_ratio=1.0,
+                source="detected",
+            )
+
+        return Resources(
+            cpu=status("cpu", 2),
+            memory=status("memory", 8 * 2**30),
+            disk=status("disk", 2**40),
+            network=status("network", 125_000_000),
+            allocations=(ResourceAllocation(instance_id="abc", instance_name="web", cpu=1, memory_bytes=2**30),),
+        )
+
+
+class FakeCapabilities:
+    async def get(self) -> Capabilities:
+        return Capabilities(
+            server=ServerVersion("1234abcd", "0.3.0"),
+            host=HostPlatform("linux", "amd64"),
+            default_runtime=DefaultRuntime("qemu", True),
+            runtimes=(Runtime("qemu", True, ("standby", "fork")),),
+            network=NetworkCapabilities("bridge", False, "10.100.0.1", "10.100.0.0/16"),
+            images=ImageCapabilities(("linux/amd64",), "linux/amd64"),
+            features=("instances", "images"),
+        )
+
+
+@dataclass
+class FakeWorld:
+    """All fakes, with their own types; ``services`` is what the server gets."""
+
+    log_directory: Path
+
+    def __post_init__(self) -> None:
+        self.images = FakeImages()
+        self.instances = FakeInstances(self.log_directory)
+        self.snapshots = FakeSnapshots(self.instances)
+        self.volumes = FakeVolumes()
+        self.devices = FakeDevices()
+
+    @property
+    def services(self) -> Services:
+        return Services(
+            images=self.images,
+            instances=self.instances,
+            snapshots=self.snapshots,
+            volumes=self.volumes,
+            devices=self.devices,
+            resources=FakeResources(),
+            capabilities=FakeCapabilities(),
+        )

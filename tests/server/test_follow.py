@@ -1,0 +1,257 @@
+"""Log following: no line lost or doubled, whatever happens to the file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypeman.server import follow, inotify
+from hypeman.server.follow import LineCutter, LogStream, encode_events, find_tail
+
+
+def lines_of(chunk: bytes) -> list[str]:
+    """The lines in a chunk of events; fails unless it consists of whole events."""
+    assert chunk.endswith(b"\n\n")
+    events = chunk[:-2].split(b"\n\n")
+    assert all(event.startswith(b"data: ") and b"\n" not in event for event in events)
+    return [json.loads(event[6:]) for event in events]
+
+
+async def read_all(path: Path, tail: int = 100) -> list[str]:
+    stream = await LogStream.open(str(path), tail=tail, follow=False)
+    return [line async for chunk in stream for line in lines_of(chunk)]
+
+
+class Collector:
+    """A follower in a task of its own; ``wait_for`` waits until the lines so far satisfy a condition."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.ended = False
+        self._more = trio.Event()
+
+    async def run(self, path: Path, tail: int = 0, *, task_status: trio.TaskStatus[None]) -> None:
+        stream = await LogStream.open(str(path), tail=tail, follow=True)
+        task_status.started()
+        async for chunk in stream:
+            self.lines += lines_of(chunk)
+            self._more.set()
+        self.ended = True
+        self._more.set()
+
+    async def wait_for(self, condition: Callable[[], bool]) -> None:
+        with trio.fail_after(10):
+            while not condition():
+                self._more = trio.Event()
+                await self._more.wait()
+
+    async def wait_line(self, line: str) -> None:
+        await self.wait_for(lambda: self.lines[-1:] == [line])
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=40), min_size=1))
+def test_events_hold_exactly_the_lines(lines: list[str]) -> None:
+    assert lines_of(encode_events("".join(line + "\n" for line in lines).encode())) == lines
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        (b"plain\n", "plain"),
+        (b"dos\r\n", "dos"),
+        (b'a "quote" and a \\\n', 'a "quote" and a \\'),
+        (b"\x1b[31mred\x1b[0m\n", "\x1b[31mred\x1b[0m"),
+        (b"broken \xff utf-8\n", "broken � utf-8"),
+        (b"a\rb\n", "a\rb"),
+        (b"tab\there\n", "tab\there"),
+        ("grüß\n".encode(), "grüß"),
+    ],
+)
+def test_odd_bytes(raw: bytes, line: str) -> None:
+    assert lines_of(encode_events(raw)) == [line]
+
+
+@given(st.binary(max_size=300), st.integers(0, 12), st.integers(1, 7))
+def test_tail_finds_the_same_place_as_splitting(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, lines: int, block: int
+) -> None:
+    """Checked against the simplest way to say it, with blocks so small that every edge is met."""
+    data = data.replace(b"\0", b"\n")
+    path = tmp_path_factory.mktemp("tail") / "log"
+    path.write_bytes(data)
+    fd = os.open(path, os.O_RDONLY)
+    before, follow.BLOCK = follow.BLOCK, block
+    try:
+        offset, missing = find_tail(fd, lines)
+    finally:
+        follow.BLOCK = before
+        os.close(fd)
+    every = [*re.findall(rb"[^\n]*\n|[^\n]+", data)]
+    wanted = every[len(every) - lines :] if lines <= len(every) else every
+    assert data[offset:] == (b"".join(wanted) if lines else b"")
+    assert missing == max(0, lines - len(every))
+
+
+@given(st.lists(st.binary(max_size=30)))
+def test_cutting_does_not_depend_on_the_blocks(blocks: list[bytes]) -> None:
+    cutter = LineCutter()
+    cut = b"".join(cutter.feed(block) for block in blocks if block) + cutter.flush()
+    whole = b"".join(blocks)
+    assert cut == whole + (b"\n" if whole and not whole.endswith(b"\n") else b"")
+
+
+def test_a_line_without_end_is_cut() -> None:
+    cutter = LineCutter()
+    pieces = [cutter.feed(b"x" * 1000) for _ in range(200)]
+    assert max(map(len, pieces)) <= follow.MAX_LINE + 1001
+    assert sum(piece.count(b"x") for piece in pieces) + len(cutter.flush()) - 1 == 200_000
+
+
+async def test_last_lines_and_an_unfinished_one(tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    path.write_text("".join(f"line {number}\n" for number in range(20_000)) + "half")
+    assert await read_all(path, 3) == ["line 19998", "line 19999", "half"]
+    assert await read_all(path, 0) == []
+    assert len(await read_all(path, 20_000)) == 20_000
+    assert len(await read_all(path, 50_000)) == 20_001
+
+
+async def test_tail_reaches_into_the_rotated_file(tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    (tmp_path / "app.log.1").write_text("a\nb\nc\n")
+    path.write_text("d\n")
+    assert await read_all(path, 3) == ["b", "c", "d"]
+    assert await read_all(path, 1) == ["d"]
+    assert await read_all(path, 9) == ["a", "b", "c", "d"]
+
+
+async def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        await LogStream.open(str(tmp_path / "app.log"), tail=1, follow=True)
+
+
+async def test_without_follow_a_busy_writer_does_not_keep_us(tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    path.write_text("one\n")
+    stream = await LogStream.open(str(path), tail=10, follow=False)
+    with path.open("a") as log:
+        log.write("later\n")
+    assert [line async for chunk in stream for line in lines_of(chunk)] == ["one"]
+
+
+@pytest.fixture(params=["inotify", "polling"])
+def notified_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of waiting: with inotify, and when the kernel gives us no more of it."""
+    if request.param == "polling":
+
+        class NoInotify:
+            def inotify_init1(self, flags: int) -> int:
+                inotify.ctypes.set_errno(inotify.errno.EMFILE)
+                return -1
+
+        monkeypatch.setattr(inotify, "_libc", NoInotify())
+    return str(request.param)
+
+
+async def test_follow_new_lines(tmp_path: Path, nursery: trio.Nursery, notified_by: str) -> None:
+    path = tmp_path / "app.log"
+    path.write_text("old\n")
+    collector = Collector()
+    await nursery.start(collector.run, path, 1)
+    with path.open("a", buffering=1) as log:
+        for number in range(5):
+            log.write(f"new {number}\n")
+            await collector.wait_line(f"new {number}")
+        log.write("first half, ")
+        log.flush()
+        log.write("second half\n")
+        await collector.wait_line("first half, second half")
+    assert collector.lines == ["old", *(f"new {number}" for number in range(5)), "first half, second half"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_follow_across_truncation(tmp_path: Path, nursery: trio.Nursery, notified_by: str) -> None:
+    path = tmp_path / "app.log"
+    path.write_text("a long line before\nhalf")
+    collector = Collector()
+    await nursery.start(collector.run, path, 10)
+    await collector.wait_line("a long line before")
+    os.truncate(path, 0)
+    await collector.wait_line("half")
+    with path.open("a") as log:
+        log.write("after\n")
+    await collector.wait_line("after")
+    assert collector.lines == ["a long line before", "half", "after"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_follow_across_rename(tmp_path: Path, nursery: trio.Nursery, notified_by: str) -> None:
+    path = tmp_path / "app.log"
+    path.write_text("one\n")
+    collector = Collector()
+    await nursery.start(collector.run, path, 10)
+    for turn in range(4):
+        with path.open("a") as log:
+            log.write(f"before {turn}\n")
+            path.rename(tmp_path / "app.log.1")
+            log.write(f"last words {turn}\n")
+        path.write_text(f"after {turn}\n")
+        await collector.wait_line(f"after {turn}")
+    wanted = [f"{what} {turn}" for turn in range(4) for what in ("before", "last words", "after")]
+    assert collector.lines == ["one", *wanted]
+    nursery.cancel_scope.cancel()
+
+
+async def test_follow_ends_with_the_instance(tmp_path: Path, nursery: trio.Nursery, notified_by: str) -> None:
+    directory = tmp_path / "logs"
+    directory.mkdir()
+    path = directory / "app.log"
+    path.write_text("one\nlast words")
+    collector = Collector()
+    await nursery.start(collector.run, path, 10)
+    await collector.wait_line("one")
+    path.unlink()
+    directory.rmdir()
+    await collector.wait_for(lambda: collector.ended)
+    assert collector.lines == ["one", "last words"]
+
+
+async def test_followers_leave_no_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    path.write_text("one\n")
+    before = len(os.listdir("/proc/self/fd"))
+    for tail in range(20):
+        stream = await LogStream.open(str(path), tail=tail, follow=True)
+        if tail:
+            await stream.__anext__()
+        await stream.aclose()
+        await stream.aclose()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_many_followers_of_a_busy_log(tmp_path: Path, nursery: trio.Nursery) -> None:
+    """24 followers, rotation in between: each sees every line once, in order."""
+    path = tmp_path / "app.log"
+    path.write_text("")
+    collectors = [Collector() for _ in range(24)]
+    for collector in collectors:
+        await nursery.start(collector.run, path)
+    for turn in range(3):
+        with path.open("a") as log:
+            for number in range(2000):
+                log.write(f"{turn}/{number}\n")
+        for collector in collectors:
+            await collector.wait_line(f"{turn}/1999")
+        path.rename(tmp_path / "app.log.1")
+        path.write_text("")
+    for collector in collectors:
+        assert collector.lines == [f"{turn}/{number}" for turn in range(3) for number in range(2000)]
+    nursery.cancel_scope.cancel()

@@ -1,0 +1,140 @@
+"""The document: the one in git, true of real answers, and complete."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from hypeman.instances.types import InstanceState
+from hypeman.server.app import ApiApp
+from hypeman.server.openapi import render_document
+from hypeman.server.routes import OPERATIONS
+from tests.fakes.services import FakeWorld
+
+DOCUMENT: dict[str, Any] = render_document(OPERATIONS)
+GOLDEN = Path(__file__).parent / "golden" / "openapi.json"
+
+
+def test_golden_copy() -> None:
+    """Look at the difference, then write the file anew: ``python -m tests.server.test_openapi``."""
+    assert render() == GOLDEN.read_text()
+
+
+def render() -> str:
+    return json.dumps(render_document(OPERATIONS), indent=1, ensure_ascii=False) + "\n"
+
+
+def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
+    document = DOCUMENT
+    schemas = document["components"]["schemas"]
+    for schema in schemas.values():
+        Draft202012Validator.check_schema(schema)
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert references <= set(schemas)
+    names = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
+    assert len(names) == len(set(names))
+
+
+CONTRACT = """
+GET /health|GET /capabilities|GET /resources|POST /resources/memory/reclaim
+GET /images|POST /images|GET /images/{name}|DELETE /images/{name}
+GET /instances|POST /instances|GET /instances/{id}|PATCH /instances/{id}|DELETE /instances/{id}
+POST /instances/{id}/standby|POST /instances/{id}/restore|POST /instances/{id}/fork|POST /instances/{id}/start
+POST /instances/{id}/stop|GET /instances/{id}/logs|GET /instances/{id}/stat|GET /instances/{id}/stats
+GET /instances/{id}/wait|GET /instances/{id}/auto-standby/status|POST /instances/{id}/auto-standby/hold
+POST /instances/{id}/volumes/{volumeId}|DELETE /instances/{id}/volumes/{volumeId}
+POST /instances/{id}/snapshots|POST /instances/{id}/snapshots/{snapshotId}/restore
+GET /instances/{id}/snapshot-schedule|PUT /instances/{id}/snapshot-schedule
+DELETE /instances/{id}/snapshot-schedule
+GET /snapshots|GET /snapshots/{snapshotId}|DELETE /snapshots/{snapshotId}|POST /snapshots/{snapshotId}/fork
+GET /volumes|POST /volumes|POST /volumes/from-archive|GET /volumes/{id}|DELETE /volumes/{id}
+GET /devices|POST /devices|GET /devices/available|GET /devices/{id}|DELETE /devices/{id}
+GET /ingresses|POST /ingresses|GET /ingresses/{id}|DELETE /ingresses/{id}
+GET /builders|POST /builders|GET /builders/{id}|DELETE /builders/{id}|POST /builders/{id}/prune
+GET /builds|POST /builds|GET /builds/{id}|DELETE /builds/{id}|GET /builds/{id}/events
+GET /pushes|POST /pushes|GET /pushes/{id}
+"""
+
+
+def test_all_62_operations_of_the_contract_are_there() -> None:
+    wanted = set(CONTRACT.replace("\n", "|").strip("|").split("|"))
+    assert len(wanted) == 62
+    assert wanted <= {f"{operation.method} {operation.path}" for operation in OPERATIONS}
+
+
+ANSWERS = [
+    ("GET", "/health", None),
+    ("GET", "/capabilities", None),
+    ("GET", "/resources", None),
+    ("GET", "/images", None),
+    ("POST", "/images", {"name": "nginx"}),
+    ("GET", "/images/alpine", None),
+    ("GET", "/images/missing", None),
+    ("GET", "/instances", None),
+    ("GET", "/instances?state=nonsense", None),
+    ("POST", "/instances", {"name": "new", "image": "a", "env": {"A": "b"}, "tags": {"c": "d"}}),
+    ("POST", "/instances", {"name": "web", "image": "a"}),
+    ("POST", "/instances", {"name": "web"}),
+    ("GET", "/instances/web", None),
+    ("GET", "/instances/missing", None),
+    ("PATCH", "/instances/web", {"ttl": "1h"}),
+    ("POST", "/instances/web/stop", None),
+    ("POST", "/instances/web/restore", None),
+    ("GET", "/instances/web/wait?state=Running", None),
+    ("GET", "/instances/web/stat?path=/etc", None),
+    ("GET", "/instances/web/stats", None),
+    ("POST", "/instances/web/volumes/v", {"mount_path": "/data"}),
+    ("POST", "/instances/web/snapshots", {"kind": "Stopped"}),
+    ("GET", "/snapshots", None),
+    ("GET", "/volumes", None),
+    ("POST", "/volumes", {"name": "data", "size_gb": 1, "tags": {"a": "b"}}),
+    ("GET", "/devices", None),
+    ("GET", "/builds", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ANSWERS, ids=lambda value: str(value))
+async def test_real_answers_fit_the_document(ask: Any, world: FakeWorld, method: str, path: str, body: Any) -> None:
+    world.instances.add("web", InstanceState.RUNNING)
+    await world.images.create_named("alpine")
+    response = await ask(method, path, **({"json": body} if body is not None else {}))
+    document = DOCUMENT
+    operation = next(
+        methods[method.lower()]
+        for template, methods in document["paths"].items()
+        if method.lower() in methods
+        and re.fullmatch(re.sub(r"{\w+}", "[^/]+", template), path.partition("?")[0])
+    )
+    assert str(response.status_code) in operation["responses"], "a status that the document does not know"
+    described = operation["responses"][str(response.status_code)]
+    [(media_type, content)] = described["content"].items()
+    assert response.content_type == media_type
+    schema = {**content["schema"], "components": document["components"]}
+    Draft202012Validator(schema).validate(await response.get_json())
+
+
+async def test_documents_are_served(app: ApiApp) -> None:
+    client = app.test_client()
+    as_json = await client.get("/spec.json")
+    as_yaml = await client.get("/spec.yaml")
+    assert as_yaml.content_type == "application/vnd.oai.openapi"
+    assert yaml.safe_load(await as_yaml.get_data()) == await as_json.get_json() == json.loads(render())
+
+
+async def test_the_page_asks_no_other_host(app: ApiApp) -> None:
+    response = await app.test_client().get("/swagger")
+    page = (await response.get_data()).decode()
+    assert response.content_type == "text/html; charset=utf-8"
+    assert 'fetch("spec.json")' in page
+    assert not re.search(r"https?://|//cdn|innerHTML", page)
+
+
+if __name__ == "__main__":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(render())

@@ -1,0 +1,270 @@
+"""Real sockets: who is trusted, how a client is held back, how everything ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+
+from hypeman.server.app import ApiApp
+from hypeman.server.serve import Connection, ServeError, Server, bind_tcp, bind_unix, metrics_app, notify_ready
+from tests.fakes.services import FakeWorld
+
+
+async def talk(stream: trio.abc.Stream, request: str) -> tuple[int, dict[str, str], bytes]:
+    """One request on an open connection; answers with a length only."""
+    if request:
+        await stream.send_all(request.replace("\n", "\r\n").encode())
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += (chunk := await stream.receive_some())
+        assert chunk, "the server closed the connection"
+    head, _, body = data.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    while len(body) < int(headers.get("content-length", 0)):
+        body += await stream.receive_some()
+    return int(status.split()[1]), headers, body
+
+
+async def test_tcp_wants_a_token_and_the_socket_does_not(served: Any, world: FakeWorld) -> None:
+    world.instances.add("web")
+    ask = "GET /instances/web HTTP/1.1\nHost: x\n\n"
+    async with await trio.open_tcp_stream("127.0.0.1", served.port) as stream:
+        status, headers, body = await talk(stream, ask)
+        assert (status, msgspec.json.decode(body)["code"]) == (401, "Unauthorized")
+        assert "server" not in headers
+    async with await trio.open_unix_socket(served.socket_path) as stream:
+        status, _, body = await talk(stream, ask)
+        assert (status, msgspec.json.decode(body)["name"]) == (200, "web")
+        status, _, _ = await talk(stream, ask)  # the connection is kept
+        assert status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "told"),
+    [
+        ("/images/docker.io%2Flibrary%2Falpine:latest", 200, "docker.io/library/alpine:latest"),
+        ("/images/docker.io%2flibrary%2falpine%3Alatest", 200, "docker.io/library/alpine:latest"),
+        ("/images/docker.io/library/alpine:latest", 200, "docker.io/library/alpine:latest"),
+        ("/images/alpine", 200, "docker.io/library/alpine:latest"),
+        ("/images/ghcr.io%2Fa%2Fb%40sha256:00/progress", 500, "internal_error"),
+        ("/instances/a%252Fb", 404, "a%2Fb"),
+        ("/instances/%ff", 400, "UTF-8"),
+        ("/instances/", 404, "/instances/"),
+        ("/instances/../volumes", 404, ".."),
+        ("http://host/health", 200, "ok"),
+    ],
+)
+async def test_paths_as_they_come(served: Any, world: FakeWorld, path: str, status: int, told: str) -> None:
+    """Percent signs are decoded once, after the path was matched."""
+    await world.images.create_named("alpine")
+    async with await trio.open_unix_socket(served.socket_path) as stream:
+        got, _, body = await talk(stream, f"GET {path} HTTP/1.1\nHost: x\n\n")
+        assert got == status, body
+        assert told in body.decode()
+
+
+async def test_head(served: Any) -> None:
+    async with await trio.open_tcp_stream("127.0.0.1", served.port) as stream:
+        await stream.send_all(b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = b"".join([chunk async for chunk in stream])
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert answer.endswith(b"\r\n\r\n")
+
+
+async def test_a_fast_sender_is_held_back(served: Any, world: FakeWorld) -> None:
+    """An upload that nobody reads yet stops after some megabytes, and goes on when it is read."""
+    world.volumes.reads_slowly = trio.Event()
+    size = 64 * 2**20
+    sent = 0
+
+    async def send(stream: trio.abc.Stream) -> None:
+        nonlocal sent
+        while sent < size:
+            await stream.send_all(bytes(2**20))
+            sent += 2**20
+
+    async with await trio.open_unix_socket(served.socket_path) as stream, trio.open_nursery() as nursery:
+        await stream.send_all(
+            b"POST /volumes/from-archive?name=a&size_gb=1&id=v HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Length: %d\r\n\r\n" % size
+        )
+        nursery.start_soon(send, stream)
+        before = -1
+        while sent != before:  # until it stands still
+            before = sent
+            await trio.sleep(0.3)
+        assert 0 < sent <= 24 * 2**20
+        world.volumes.reads_slowly.set()
+        status, _, _ = await talk(stream, "")
+        assert (status, len(world.volumes.archives["v"])) == (201, size)
+
+
+async def test_a_client_that_hangs_up_ends_its_handler(served: Any, world: FakeWorld) -> None:
+    ended = trio.Event()
+
+    async def get(ref: str) -> Any:
+        try:
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    world.instances.get = get  # type: ignore[method-assign]
+    stream = await trio.open_unix_socket(served.socket_path)
+    await stream.send_all(b"GET /instances/web HTTP/1.1\r\nHost: x\r\n\r\n")
+    await trio.testing.wait_all_tasks_blocked(0.1)
+    await stream.aclose()
+    with trio.fail_after(5):
+        await ended.wait()
+
+
+async def test_shutdown_ends_streams_at_once_and_lets_requests_finish(served: Any, world: FakeWorld) -> None:
+    instance = world.instances.add("web")
+    (world.log_directory / "web-app.log").write_text("one\n")
+    may_finish = trio.Event()
+
+    async def stop(ref: str) -> Any:
+        await may_finish.wait()
+        return instance
+
+    world.instances.stop = stop  # type: ignore[method-assign]
+    follower = await trio.open_unix_socket(served.socket_path)
+    await follower.send_all(b"GET /instances/web/logs?follow=true HTTP/1.1\r\nHost: x\r\n\r\n")
+    received = b""
+    while b'"one"' not in received:
+        received += await follower.receive_some()
+    slow = await trio.open_unix_socket(served.socket_path)
+    await slow.send_all(b"POST /instances/web/stop HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+    await trio.testing.wait_all_tasks_blocked(0.1)
+    served.shutdown.set()
+    with trio.fail_after(5):
+        while await follower.receive_some():
+            pass
+        with pytest.raises(OSError, match="all attempts"):
+            await trio.open_tcp_stream("127.0.0.1", served.port)
+        assert not served.ended.is_set()
+        may_finish.set()
+        status, _, _ = await talk(slow, "")
+        assert status == 200
+        await served.ended.wait()
+    await follower.aclose()
+    await slow.aclose()
+
+
+async def test_shutdown_does_not_wait_for_a_client_that_never_reads(served: Any, world: FakeWorld) -> None:
+    world.instances.encoded = b'"' + b"x" * (32 * 2**20) + b'"'
+    stream = await trio.open_unix_socket(served.socket_path)
+    await stream.send_all(b"GET /instances HTTP/1.1\r\nHost: x\r\n\r\n")
+    await trio.testing.wait_all_tasks_blocked(0.2)
+    served.shutdown.set()
+    with trio.fail_after(10):
+        await served.ended.wait()
+    await stream.aclose()
+
+
+async def test_a_hang_up_behind_unread_bytes_is_noticed(
+    served: Any, world: FakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of the stream is hidden behind bytes that the handler does not take."""
+    monkeypatch.setattr("hypeman.server.serve.HANG_UP_SECONDS", 0.1)
+    world.volumes.reads_slowly = trio.Event()
+    cancelled = trio.Event()
+    waits = world.volumes.reads_slowly.wait
+
+    async def wait() -> None:
+        try:
+            await waits()
+        finally:
+            cancelled.set()
+
+    monkeypatch.setattr(world.volumes, "reads_slowly", type("Gate", (), {"wait": staticmethod(wait)}))
+    stream = await trio.open_unix_socket(served.socket_path)
+    await stream.send_all(
+        b"POST /volumes/from-archive?name=a&size_gb=1 HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n"
+    )
+    with trio.move_on_after(0.5):
+        while True:
+            await stream.send_all(bytes(2**20))
+    await trio.aclose_forcefully(stream)
+    with trio.fail_after(5):
+        await cancelled.wait()
+
+
+async def test_idle_keep_alive_connections_do_not_hold_up_shutdown(served: Any) -> None:
+    stream = await trio.open_unix_socket(served.socket_path)
+    await talk(stream, "GET /health HTTP/1.1\nHost: x\n\n")
+    served.shutdown.set()
+    with trio.fail_after(5):
+        await served.ended.wait()
+        assert await stream.receive_some() == b""
+    await stream.aclose()
+
+
+def test_socket_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "s.sock"
+    with bind_unix(str(path), mode=0o660, group="root"):
+        found = os.stat(path)
+        assert (stat.S_IMODE(found.st_mode), found.st_gid) == (0o660, 0)
+        with pytest.raises(ServeError, match="another server"):
+            bind_unix(str(path), mode=0o660)
+    assert path.exists()  # as after a kill
+    bind_unix(str(path), mode=0o600).close()
+    path.unlink()
+    path.write_text("precious")
+    with pytest.raises(ServeError, match="a file of that name"):
+        bind_unix(str(path), mode=0o600)
+    assert path.read_text() == "precious"
+    with pytest.raises(ServeError, match="no-such-group"):
+        bind_unix(str(tmp_path / "other"), mode=0o600, group="no-such-group")
+
+
+def test_ports_that_can_not_be_had() -> None:
+    [sock] = bind_tcp("127.0.0.1", 0)
+    with sock, pytest.raises(ServeError, match="something else listens"):
+        bind_tcp("127.0.0.1", sock.getsockname()[1])
+    with pytest.raises(ServeError, match="no-such-host"):
+        bind_tcp("no-such-host.invalid", 80)
+
+
+async def test_metrics_on_their_own_listener(app: ApiApp, nursery: trio.Nursery) -> None:
+    await app.test_client().get("/health")
+    sockets = bind_tcp("127.0.0.1", 0)
+    shutdown = trio.Event()
+    await nursery.start(Server(metrics_app).run, sockets, shutdown)
+    async with await trio.open_tcp_stream(*sockets[0].getsockname()) as stream:
+        status, headers, body = await talk(stream, "GET /metrics HTTP/1.1\nHost: x\nConnection: close\n\n")
+        assert status == 200
+        assert headers["content-type"].startswith("text/plain")
+        assert b'hypeman_http_requests_total{method="GET",path="/health",status="200"}' in body
+        assert b"hypeman_uptime_seconds" in body
+    async with await trio.open_tcp_stream(*sockets[0].getsockname()) as stream:
+        assert (await talk(stream, "GET / HTTP/1.1\nHost: x\nContent-Length: 0\n\n"))[0] == 404
+    shutdown.set()
+
+
+def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notify_ready()  # nobody waits
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        notify_ready()
+        assert systemd.recv(100) == b"READY=1"
+    (tmp_path / "notify").unlink()
+    notify_ready()  # a message that can not be sent is no reason to stop
+
+
+async def test_aborting_twice_is_fine() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        connection = Connection(trio.SocketStream(trio.socket.from_stdlib_socket(ours)), trusted=False)
+        connection.abort()
+        connection.abort()
+        await connection.stream.aclose()
+        connection.abort()

@@ -1,0 +1,85 @@
+"""Tokens and scopes: who gets in, and who is told why not."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jwt
+import pytest
+
+from hypeman.errors import Forbidden, InvalidRequest, Unauthorized
+from hypeman.tokens import Caller, Scope, check_scope, mint, verify
+
+SECRET = "a secret that is long enough for HS256"
+
+
+def signed(algorithm: str = "HS256", secret: str = SECRET, **claims: Any) -> str:
+    return "Bearer " + jwt.encode({"sub": "someone", **claims}, secret, algorithm=algorithm)
+
+
+def test_a_minted_token_opens() -> None:
+    assert verify(f"Bearer {mint(SECRET, subject='ann')}", SECRET) == Caller("ann")
+    narrow = verify(f"bearer {mint(SECRET, subject='ann', scopes=['device:read'])}", SECRET)
+    assert narrow.permissions == {"device:read"}
+
+
+def test_a_token_lives_a_day() -> None:
+    claims = jwt.decode(mint(SECRET, subject="ann"), options={"verify_signature": False})
+    assert claims["exp"] - claims["iat"] == 24 * 3600
+
+
+@pytest.mark.parametrize("algorithm", ["HS256", "HS384", "HS512"])
+def test_every_hmac_is_accepted(algorithm: str) -> None:
+    assert verify(signed(algorithm), SECRET).subject == "someone"
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        (None, "missing"),
+        ("", "missing"),
+        ("Basic abc", "Bearer"),
+        ("Bearer", "Bearer"),
+        ("Bearer ", "Bearer"),
+        ("Bearer  double", "Bearer"),
+        ("Bearer a b", "Bearer"),
+        ("Bearer nonsense", "not valid"),
+        (signed(secret="another secret, also long enough"), "not valid"),
+        (signed(exp=1), "expired"),
+        (signed(nbf=time.time() + 1000), "not valid"),
+        ("Bearer " + jwt.encode({"sub": "x"}, None, algorithm="none"), "not valid"),
+        (signed(repos=["a"]), "builder"),
+        (signed(scope="push"), "builder"),
+        (signed(build_id="b"), "builder"),
+        (signed(sub="builder-1"), "builder"),
+        (signed(permissions="*"), "list"),
+        (signed(permissions=[1]), "list"),
+    ],
+)
+def test_refused(header: str | None, word: str) -> None:
+    with pytest.raises(Unauthorized) as refused:
+        verify(header, SECRET)
+    assert word in refused.value.message
+    assert header is None or len(header) < 20 or header[7:] not in refused.value.message
+
+
+def test_without_a_secret_nobody_gets_in() -> None:
+    with pytest.raises(Unauthorized):
+        verify(signed(), "")
+    with pytest.raises(InvalidRequest):
+        mint("", subject="ann")
+
+
+def test_scopes() -> None:
+    check_scope(Caller("old token"), Scope.INSTANCE_DELETE)
+    check_scope(verify(signed(permissions=["*"]), SECRET), Scope.INSTANCE_DELETE)
+    narrow = Caller("ann", frozenset({"instance:read"}))
+    check_scope(narrow, Scope.INSTANCE_READ)
+    with pytest.raises(Forbidden, match="instance:delete"):
+        check_scope(narrow, Scope.INSTANCE_DELETE)
+
+
+def test_unknown_scopes_are_not_minted() -> None:
+    with pytest.raises(InvalidRequest, match="instance:fly"):
+        mint(SECRET, subject="ann", scopes=["instance:read", "instance:fly"])
