@@ -20,17 +20,28 @@ _SOURCE = Path(__file__).with_name("guest_init.c")
 MakeConfig = Callable[[str], VmConfig]
 
 
+class NoGuest(Exception):
+    """Why there is no guest to test with."""
+
+
 @pytest.fixture(scope="session")
 def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Kernel and initrd of the test guest."""
+    try:
+        return build_guest(tmp_path_factory.mktemp("guest"))
+    except NoGuest as reason:
+        pytest.skip(str(reason))
+
+
+def build_guest(folder: Path) -> tuple[Path, Path]:
     """Kernel and initrd. The kernel unpacks archives that stand one behind the other into one root, so
     the test's init comes to the modules of the real initrd."""
     kernel, initrd = _BUILD / "vmlinux", _BUILD / "initrd.cpio"
     if not kernel.exists() or not initrd.exists():
-        pytest.skip("no guest kernel in build/guest; make it with 'make ready'")
+        raise NoGuest("no guest kernel in build/guest; make it with 'make ready'")
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        pytest.skip("no C compiler for the test guest")
-    folder = tmp_path_factory.mktemp("guest")
+        raise NoGuest("no C compiler for the test guest")
     init, both = folder / "test-init", folder / "initrd.cpio"
     subprocess.run([compiler, "-O2", "-static", "-o", init, _SOURCE, "-lpthread"], check=True)
     both.write_bytes(initrd.read_bytes() + archive("test-init", init.read_bytes()))
@@ -51,14 +62,6 @@ def archive(name: str, data: bytes) -> bytes:
 
 def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
-
-
-@pytest.fixture
-def short_tmp_path(tmp_path: Path) -> Path:
-    """pytest's own paths are too long for the sockets of a VM."""
-    path = Path("/tmp") / f"hv-{os.getpid()}-{abs(hash(tmp_path)) % 10**6}"
-    path.mkdir(mode=0o711)
-    return path
 
 
 @pytest.fixture
