@@ -25,6 +25,7 @@ from msgspec import Meta
 
 from hypeman.errors import InvalidRequest
 from hypeman.images.blobs import Blobs
+from hypeman.images.failures import first_failure
 from hypeman.images.manifest import (
     CONFIG_TYPES,
     INDEX_TYPES,
@@ -96,12 +97,14 @@ async def import_stream(
             except trio.EndOfChannel:
                 return
 
-    async with receive, trio.open_nursery(strict_exception_groups=False) as nursery:
-        nursery.start_soon(feed)
-        result = await trio.to_thread.run_sync(
-            lambda: _Importer(blobs, max_bytes, max_entries, platform).from_archive(pull())
-        )
-        nursery.cancel_scope.cancel()
+    importer = _Importer(blobs, max_bytes, max_entries, platform)
+    try:
+        async with receive, trio.open_nursery() as nursery:
+            nursery.start_soon(feed)
+            result = await trio.to_thread.run_sync(importer.from_archive, pull())
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise first_failure(group) from None
     return result
 
 

@@ -88,11 +88,10 @@ class _Inline:
 class _Extents:
     """A compressed file. One number for each extent: first block << 8 | blocks; blocks 0: as it was."""
 
-    __slots__ = ("dropped", "extents")
+    __slots__ = ("extents",)
 
     def __init__(self) -> None:
         self.extents = array("Q")
-        self.dropped = False
 
 
 class _Chunks:
@@ -156,8 +155,6 @@ class Writer(Sink):
         """Blocks that wait to be written together, the last ones before _next_block."""
         self._small = bytearray()
         self._small_at = 0
-        self.dropped_bytes = 0
-        """Given back as holes."""
 
     # While layers are read
 
@@ -177,7 +174,8 @@ class Writer(Sink):
     def discard(self, node: Node) -> None:
         content = node.content
         if isinstance(content, _Extents):
-            content.dropped = True
+            if len(content.extents) < _extent_count(node.size):
+                self._settle()  # placed like all others, or the disk would depend on who was faster
             for blocks in _extent_blocks(content.extents, node.size):
                 self._free(*blocks)
         elif isinstance(content, _Chunks):
@@ -198,8 +196,6 @@ class Writer(Sink):
 
     def _place(self, job: _Job) -> None:
         packed = job.packed.result()
-        if job.content.dropped:
-            return
         blocks = -(-len(packed) // BLOCK)
         if blocks < -(-len(job.raw) // BLOCK):
             # The kernel wants the data at the end of their blocks and zeros before.
@@ -273,7 +269,6 @@ class Writer(Sink):
     def _free(self, block: int, count: int) -> None:
         self._flush_run()
         self._output.punch(block * BLOCK, count * BLOCK)
-        self.dropped_bytes += count * BLOCK
 
     # When all layers are applied
 
@@ -460,7 +455,7 @@ def _extent_lengths(count: int, size: int) -> Iterator[int]:
 
 def _extent_blocks(extents: array[int], size: int) -> Iterator[tuple[int, int]]:
     """(first block, blocks) of each extent."""
-    for extent, length in zip(extents, _extent_lengths(_extent_count(size), size), strict=False):
+    for extent, length in zip(extents, _extent_lengths(len(extents), size), strict=True):
         yield extent >> 8, extent & 0xFF or -(-length // BLOCK)
 
 

@@ -27,6 +27,7 @@ from hypeman.images.auth import NOBODY, Login
 from hypeman.images.blobs import Blobs
 from hypeman.images.convert import Conversion, ConversionFailed, converting
 from hypeman.images.disks import Disks, Stored
+from hypeman.images.failures import first_failure
 from hypeman.images.manifest import (
     MAX_CONFIG_BYTES,
     MAX_MANIFEST_BYTES,
@@ -114,7 +115,7 @@ class Maker:
             try:
                 return await self._make(job, fetched)
             except BaseExceptionGroup as group:
-                raise _first_of(group) from None
+                raise first_failure(group) from None
         except ConversionFailed as error:
             # An image at fault may have damaged blobs in the cache; a full disk wants its space back.
             await trio.to_thread.run_sync(self._forget, list(job.blobs) if error.blame_image else fetched)
@@ -287,20 +288,6 @@ def _opened(path: Path) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The failure that began it: the first that is not a cancellation, unless all are."""
-    leaves = list(_leaves(group))
-    return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
 
 
 def _runs_on(image: Platform, wanted: Platform) -> bool:

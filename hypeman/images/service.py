@@ -270,6 +270,8 @@ class Images:
             if job is not None:
                 job.given_up = True
                 job.scope.cancel()
+                with suppress(ValueError):
+                    self._queue.remove(job)
                 job.done.set()
             if digest:
                 await trio.to_thread.run_sync(self._disks.remove, digest)
@@ -446,9 +448,8 @@ class Images:
     async def _work(self) -> None:
         while True:
             await self._queued.acquire()
-            job = self._queue.popleft()
-            if not job.given_up:
-                await self._do(job)
+            if self._queue:  # a job that was deleted meanwhile leaves its permit behind
+                await self._do(self._queue.popleft())
 
     async def _do(self, job: Job) -> None:
         """Make one image and write down how it ended. Only a cancellation from outside gets through."""

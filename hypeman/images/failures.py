@@ -1,0 +1,21 @@
+"""Out of several tasks that failed together, the failure that began it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import trio
+
+
+def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first that is not a cancellation, which is only what the others got; unless all are."""
+    leaves = list(_leaves(group))
+    return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error

@@ -1,0 +1,125 @@
+"""SIGKILL at every write of a pull: whatever was reached, a restart ends with the right image, and with
+nothing beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypeman.config import ImagesConfig
+from hypeman.images import worker
+from hypeman.images.records import IMAGES
+from hypeman.images.service import Images
+from hypeman.images.types import CreateImageRequest, ImageStatus
+from hypeman.paths import Paths
+from hypeman.store import Store
+from tests.images.conftest import need_root, push
+from tests.images.crash_points import Points
+from tests.images.layout import ImageFiles, directory, entry, tar
+from tests.images.trees import make_disk
+
+FILES = ImageFiles(
+    [
+        tar(directory("etc"), entry("etc/small", data=b"small"), entry("etc/gone", data=os.urandom(100_000))),
+        tar(entry("etc/.wh.gone"), entry("etc/large", data=os.urandom(3 << 20))),
+    ],
+    compression="none",
+)
+
+
+async def pull(paths: Paths, host: str, name: str, *, ask: bool) -> None:
+    """One life of a server: start, ask for the image, wait until it is ready."""
+    store = Store.open(paths.store)
+    config = ImagesConfig(insecure_registries=(host,), docker_config="/nonexistent")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        images = Images(store=store, paths=paths, config=config)
+        await nursery.start(images.run)
+        if ask:
+            await images.create(CreateImageRequest(name))
+        with trio.fail_after(60):
+            image = await images.wait_final(name)
+        assert image.status is ImageStatus.READY, image.error
+        nursery.cancel_scope.cancel()
+    store.close()
+
+
+def life_that_is_killed(paths: Paths, host: str, name: str, journal: Path, at: int) -> bool:
+    """Run ``pull`` in a process that dies at write number ``at``; whether it came so far."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            points = Points(str(journal), at, victims=(os.getpid(),))
+            points.install()
+            commit = Store._commit
+
+            def counted(self: Store, batch: list) -> None:  # type: ignore[type-arg]
+                points.reach()
+                commit(self, batch)
+                points.reach()
+
+            Store._commit = counted  # type: ignore[method-assign]
+            script = str(Path(__file__).with_name("crash_worker.py"))
+            server = str(os.getpid())
+            run = ["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, script]
+            worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]  # type: ignore[assignment]
+            trio.run(lambda: pull(paths, host, name, ask=True))
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return True
+    assert os.waitstatus_to_exitcode(status) == 0, "the pull itself failed"
+    return False
+
+
+def check_records(paths: Paths) -> None:
+    """Nothing is called ready whose disk is not whole."""
+    store = Store.open(paths.store)
+    try:
+        for digest, row in store.read(lambda txn: list(txn.scan(IMAGES))):
+            if row.status is ImageStatus.READY:
+                disk = paths.images / digest.removeprefix("sha256:") / "root.erofs"
+                assert disk.stat().st_size == row.size
+    finally:
+        store.close()
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_kill_at_every_write(registry_host: str, tmp_path: Path) -> None:
+    need_root()
+    name = f"{registry_host}/test/crash:1"
+    push(FILES.write_layout(tmp_path / "oci"), name)
+    expected = make_disk(FILES.layers)
+    at, visited = 0, 0
+    while True:
+        at += 1
+        paths = Paths(tmp_path / f"data-{at}", tmp_path / "run")
+        reached = life_that_is_killed(paths, registry_host, name, tmp_path / f"journal-{at}", at)
+        check_records(paths)
+        store = Store.open(paths.store)
+        asked = bool(store.read(lambda txn: list(txn.scan(IMAGES))))
+        store.close()
+        trio.run(lambda paths=paths, asked=asked: pull(paths, registry_host, name, ask=not asked))
+        (directory_,) = paths.images.iterdir()
+        assert sorted(file.name for file in directory_.iterdir()) == ["config.json", "root.erofs"]
+        disk = (directory_ / "root.erofs").read_bytes()
+        assert disk[4096:] == expected[4096:], f"killed at write {at}: another disk"
+        assert list(paths.tmp.iterdir()) == [] and list((paths.blobs / "partial").iterdir()) == []
+        if not reached:
+            break
+        visited += 1
+        subprocess.run(["rm", "-rf", paths.data_dir], check=True)
+    print(f"killed at {visited} points of a pull and conversion; every restart ended with the same image")
+    assert visited > 30
