@@ -45,6 +45,13 @@ _EXCLUDED = (
 )  # fmt: skip
 
 
+_MMDEBSTRAP = (
+    "unshare", "--mount",  # what it mounts in the tree must end with it: we remove trees of builds that died
+    "mmdebstrap", "--variant=minbase", '--aptopt=APT::Install-Recommends "false"',
+    *(f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED),
+)  # fmt: skip
+
+
 class Image(NamedTuple):
     """What a boot needs."""
 
@@ -107,8 +114,7 @@ def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
         'chroot "$1" passwd -d root',
     )
     run(
-        "mmdebstrap", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\"",
-        *(f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED),
+        *_MMDEBSTRAP,
         f"--include={','.join(packages)}", f"--essential-hook={early}",
         *(f"--customize-hook={hook}" for hook in late), SUITE, str(tree),
     )  # fmt: skip
@@ -128,8 +134,7 @@ def _make_modules(directory: Path, release: str) -> None:
     shutil.rmtree(tree, ignore_errors=True)
     series = ".".join(release.split(".")[:2])
     run(
-        "mmdebstrap", "--variant=minbase", "--aptopt=APT::Install-Recommends \"false\"",
-        *(f"--dpkgopt=path-exclude={pattern}" for pattern in _EXCLUDED),
+        *_MMDEBSTRAP,
         f"--include=gcc,make,xz-utils,linux-headers-{release},linux-source-{series}", SUITE, str(tree),
     )  # fmt: skip
     work = tree / "root/mdev"

@@ -1,0 +1,181 @@
+"""Passthrough and vGPUs on a real kernel: VFIO, an IOMMU, KVM guests, mdev. See rig.py.
+
+The kernel, its drivers and the guests are real; only the machine is emulated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.metal.rig import MetalHost
+
+pytestmark = pytest.mark.metal
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture
+def call(metal: MetalHost) -> Iterator[Call]:
+    """Ask the service inside: ``call("bind", "one")``. Its store is thrown away after the test."""
+
+    def ask(*words: str, timeout: float = 240) -> Any:
+        quoted = " ".join(f"'{word}'" for word in words)
+        code, output = metal.run(f"cd /opt/hypeman && python3 -m tests.metal.inside {quoted}", timeout=timeout)
+        assert code in (0, 3), f"{words}: {output}\n{metal.console(2000)}"
+        return json.loads(output.splitlines()[-1])
+
+    yield ask
+    metal.run("rm -rf /var/lib/hypeman-devices")
+
+
+@pytest.fixture
+def found(metal: MetalHost, call: Call) -> dict[str, list[dict[str, Any]]]:
+    """The host's functions by "vendor:device", in order of address."""
+    by_id: dict[str, list[dict[str, Any]]] = {}
+    for device in call("available"):
+        by_id.setdefault(f"{device['vendor_id']}:{device['device_id']}", []).append(device)
+    return by_id
+
+
+NIC, NVME, VGA, AUDIO = "8086:10d3", "1b36:0010", "1234:1111", "8086:2668"
+
+
+def driver(metal: MetalHost, address: str) -> str:
+    return metal.check(f"basename $(readlink /sys/bus/pci/devices/{address}/driver || echo none)").strip()
+
+
+def inner(metal: MetalHost, modules: str, script: str, *devices: str) -> str:
+    """The output of ``script`` in a KVM guest inside the host that has ``devices``."""
+    metal.put({"/opt/inner.sh": Path(__file__).parent / "inner.sh", "/opt/script": script.encode()})
+    arguments = " ".join(f"-device vfio-pci,sysfsdev={path}" for path in devices)
+    output = metal.check(f'sh /opt/inner.sh "{modules}" "$(cat /opt/script)" {arguments}', timeout=480)
+    assert "INNER-END" in output, output
+    return output
+
+
+def test_sees_the_machine_as_it_is(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Groups as the IOMMU makes them, bridges and the host's own disk refused with the reason."""
+    nics, (disk,), (card,), (audio,) = found[NIC], found[NVME], found[VGA], found[AUDIO]
+    assert all("reason" not in device for device in (*nics, disk, card, audio))
+    alone, first, second = nics
+    assert alone["iommu_group"] != first["iommu_group"] == second["iommu_group"]
+    assert card["iommu_group"] == audio["iommu_group"]
+    (root,) = found["1af4:1001"]
+    assert "holds /" in root["reason"]
+    assert {port["reason"] for port in found["1b36:000c"]} == {"is a bridge"}
+    assert nics[0]["current_driver"] == "e1000e"
+    assert nics[0]["vendor_name"] == "Intel Corporation"
+
+
+def test_an_nvme_goes_to_a_kvm_guest_and_comes_back(
+    metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]], nvme_disk: Path
+) -> None:
+    """The guest reads what only the disk holds, writes to it, and the host has its driver again."""
+    address = found[NVME][0]["pci_address"]
+    before = driver(metal, address)
+    call("register", address, "disk")
+    call("claim", "one", "-", "disk")
+    (path,) = call("bind", "one")
+    assert driver(metal, address) == "vfio-pci"
+    assert call("list")[0]["bound_to_vfio"]
+    mark = nvme_disk.read_bytes().split(b"\n")[0].decode()
+    script = "until [ -b /dev/nvme0n1 ]; do usleep 100000; done; head -n 1 /dev/nvme0n1; "
+    script += "echo written-inside | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync,fsync 2>/dev/null"
+    assert mark in inner(metal, "nvme", script, path)
+    assert nvme_disk.read_bytes()[4096:].startswith(b"written-inside\n")
+    call("unbind", "one")
+    call("release", "one")
+    assert driver(metal, address) == before == "nvme"
+    metal.check("until [ -b /dev/nvme0n1 ]; do sleep 0.2; done; head -c 14 /dev/nvme0n1", timeout=60)
+    assert call("bindings") == []
+    call("delete", "disk")
+
+
+def test_two_functions_of_a_group_go_together(
+    metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """The guest gets the one that was asked for; VFIO takes the group only because both were bound."""
+    first, second = (device["pci_address"] for device in found[NIC][1:])
+    call("register", first, "nic")
+    call("claim", "one", "-", "nic")
+    (path,) = call("bind", "one")
+    assert [driver(metal, address) for address in (first, second)] == ["vfio-pci", "vfio-pci"]
+    output = inner(metal, "e1000e", "cat /sys/class/net/eth0/address; cat /sys/bus/pci/devices/*/vendor", path)
+    assert "52:54:00" in output
+    call("unbind", "one")
+    assert [driver(metal, address) for address in (first, second)] == ["e1000e", "e1000e"]
+    assert {link.split()[-1] for link in metal.check("ls /sys/class/net").split()} >= {"lo"}
+
+
+def test_killed_at_every_step_on_the_real_kernel(
+    metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    card, audio = found[VGA][0]["pci_address"], found[AUDIO][0]["pci_address"]
+    nic = found[NIC][0]["pci_address"]
+    for address, name in ((card, "card"), (nic, "nic")):
+        call("register", address, name)
+    call("claim", "one", "-", "card", "nic")
+    result = call("kills", "one", card, audio, nic, timeout=900)
+    print(f"{result['kills']} kills on the real kernel")
+    assert result["kills"] >= 20
+
+
+def test_a_bind_that_the_kernel_refuses_leaves_nothing(
+    metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]]
+) -> None:
+    """The second function of the group can not be taken: somebody else has its driver's place."""
+    first, second = (device["pci_address"] for device in found[NIC][1:])
+    call("register", first, "nic")
+    call("claim", "one", "-", "nic")
+    metal.check("modprobe pci-stub; modprobe vfio-pci")
+    metal.check("modprobe -r vfio-pci && mv /lib/modules/$(uname -r)/kernel/drivers/vfio /lib/modules/kept && depmod")
+    try:
+        answer = call("bind", "one")
+        assert answer["status"] == 500
+        assert "vfio-pci" in answer["message"]
+    finally:
+        metal.check("mv /lib/modules/kept /lib/modules/$(uname -r)/kernel/drivers/vfio && depmod")
+    assert [driver(metal, address) for address in (first, second)] == ["e1000e", "e1000e"]
+    assert call("bindings") == []
+
+
+def test_vgpus_of_a_real_mdev_parent(metal: MetalHost, call: Call) -> None:
+    """The kernel's mdpy: slots counted, a vGPU made, shown to a KVM guest, removed."""
+    metal.check("modprobe mdev; insmod /opt/mdev/mdpy.ko")
+    status = call("gpu")
+    assert status["mode"] == "vgpu"
+    assert {profile["name"]: profile["available"] for profile in status["profiles"]} == {"vga": 4, "xga": 4, "hd": 4}
+    for number in range(4):
+        call("claim", f"guest{number}", "vga")
+    assert call("claim", "guest4", "vga")["error"] == "insufficient_resources"
+    assert call("claim", "guest4", "8k")["error"] == "invalid_request"
+    (path,) = call("bind", "guest0")
+    assert call("gpu")["used_slots"] == 4
+    output = inner(metal, "", "cat /sys/bus/pci/devices/*/device", path + ",display=off")
+    assert "0x000f" in output
+    for number in range(4):
+        call("unbind", f"guest{number}")
+        call("release", f"guest{number}")
+    assert call("gpu")["used_slots"] == 0
+    assert metal.check("ls /sys/bus/mdev/devices").strip() == ""
+    metal.check("rmmod mdpy")
+
+
+def test_unplugged_while_registered(metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Last: the NIC does not come back."""
+    address = found[NIC][0]["pci_address"]
+    call("register", address, "nic")
+    call("claim", "one", "-", "nic")
+    metal.qmp("device_del", id="nic")
+    metal.check(f"while [ -e /sys/bus/pci/devices/{address} ]; do sleep 0.2; done", timeout=120)
+    assert call("bind", "one")["error"] == "device_not_found"
+    assert call("list")[0]["bound_to_vfio"] is False
+    call("unbind", "one")
+    call("release", "one")
+    call("delete", "nic")
+    assert call("list") == []
