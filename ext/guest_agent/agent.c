@@ -18,6 +18,10 @@
 #include "util.h"
 #include "workload.h"
 
+#define READS_A_ROUND 32
+/* While frozen we are being saved: where we come back the port's edge for the new host may be lost. */
+#define FROZEN_CHECK_MS 5
+
 static struct channel channel;
 
 static int open_signals(void) {
@@ -67,6 +71,20 @@ static void take_frames(const struct boot_config *config) {
     }
 }
 
+/* A virtio-serial port hands out 4 KB at a time, so several reads make one round. What the host asks may want
+ * room for answers: without any, it waits. */
+static void take_input(const struct boot_config *config) {
+    for (int i = 0; i < READS_A_ROUND && (!channel.greeted || channel_room(&channel, 4 * MAX_PAYLOAD)); i++) {
+        bool was_greeted = channel.greeted;
+        if (channel_read(&channel))
+            take_frames(config);
+        else if (was_greeted && !channel.greeted)
+            sessions_drop_all();
+        if (!channel.readable)
+            return;
+    }
+}
+
 static int sooner(int a, int b) { return a < 0 ? b : b < 0 || a < b ? a : b; }
 
 void agent_run(const struct boot_config *config, int fd) {
@@ -92,20 +110,17 @@ void agent_run(const struct boot_config *config, int fd) {
         fds[1] = (struct pollfd){channel.edge, POLLIN, 0};
         size_t workload_end = workload_poll(fds, 2);
         size_t end = sessions_poll(&channel, fds, workload_end);
+        int thaw_in = freezer_step();
+        if (thaw_in >= 0)
+            timeout = sooner(timeout, FROZEN_CHECK_MS);
         poll(fds, end, timeout);
 
         if (fds[0].revents)
             take_signals(signals);
         channel_step(&channel);
+        channel.readable |= thaw_in >= 0;
         sessions_io(&channel, fds + workload_end, end - workload_end);
         workload_io();
-        /* What the host asks may want room for answers: without any, it waits. */
-        was_greeted = channel.greeted;
-        if (!channel.greeted || channel_room(&channel, 4 * MAX_PAYLOAD)) {
-            if (channel_read(&channel))
-                take_frames(config);
-            else if (was_greeted && !channel.greeted)
-                sessions_drop_all();
-        }
+        take_input(config);
     }
 }

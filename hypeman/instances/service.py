@@ -220,6 +220,7 @@ class Instances:
         self._check_free(request.name)
         spec = self.leases.default_rates(spec)
         image = await self.images.wait_ready(request.image, request.platform)
+        now = self._now()
         record = InstanceRecord(
             id=new_id(),
             name=request.name,
