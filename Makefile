@@ -3,6 +3,7 @@
 # make lint        ruff, mypy --strict, the direction of imports
 # make bench       figures, as a table and in build/bench.json   (make bench AREAS="egress http" for some)
 # make appliance   the bundle without Python: dist/*.tar.gz, dist/*.deb, checksums, list of contents
+# make test-appliance  builds the appliance twice, compares, looks into it
 # make test-metal  the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 # make kernel      our own guest kernel (some 12 CPU minutes, once); without it Debian's is taken
 # make lock        pin the Python packages anew
@@ -24,7 +25,7 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile)
 
-.PHONY: demo test lint bench appliance test-metal kernel lock clean ready
+.PHONY: demo test lint bench appliance test-appliance test-metal kernel lock clean ready
 
 demo: ready
 	@$(PYTHON) -m tests.demo
@@ -47,8 +48,11 @@ bench: ready
 appliance: $(STAMPS)/native
 	@packaging/appliance/build
 
+test-appliance: $(STAMPS)/native
+	@$(PYTHON) -m pytest -v tests/packaging/appliance.py
+
 test-metal: appliance
-	@$(PYTHON) -m tests.packaging.metal
+	@$(PYTHON) -m pytest -v tests/packaging/metal.py
 
 kernel: $(STAMPS)/debian
 	@echo "== guest kernel of our own"
