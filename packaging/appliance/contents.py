@@ -178,9 +178,9 @@ def main() -> None:
     parser.add_argument("--version", required=True)
     arguments = parser.parse_args()
     components = find_components(arguments.tables, arguments.kernel)
-    write_licences(components, arguments.licences)
     timestamp = int(os.environ["SOURCE_DATE_EPOCH"])
     arguments.sbom.write_text(render_sbom(components, arguments.bundle, arguments.version, timestamp))
+    write_licences(components, arguments.licences)
     print(f"  {len(components)} components", file=sys.stderr)
 
 
