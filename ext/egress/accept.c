@@ -201,12 +201,9 @@ static void shake_hands(struct conn *c)
 {
     struct loop *l = c->loop;
     int r = tls_handshake(c);
-    if (r == 0) {
-        if (c->sock_eof)
-            conn_kill(c);
+    if (r == 0 && !c->sock_eof)
         return;
-    }
-    if (r < 0) {
+    if (r <= 0) {
         l->counters[M_HANDSHAKES_FAILED]++;
         audit_refusal(c, R_CLIENT_TLS);
         c->close_after = true; /* the alert is in the buffer */

@@ -168,12 +168,6 @@ static bool may_upgrade(const struct head *h)
     return n == 1;
 }
 
-static bool is_idempotent(const struct head *h)
-{
-    return h1_is(h->method, "get") || h1_is(h->method, "head") || h1_is(h->method, "options")
-        || h1_is(h->method, "put") || h1_is(h->method, "delete");
-}
-
 static void note_request(struct conn *c, const struct head *h)
 {
     struct xchg *x = &c->x;

@@ -220,7 +220,7 @@ static void decide(struct xchg *x)
     } else {
         struct request_line line = {h->target, x->req_body, x->req_left, false};
         up1_send(x, h, &line, &m);
-        x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE;
+        x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && is_idempotent(h);
     }
     snapshot_release(s);
     if (!sent) {

@@ -60,7 +60,7 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
         pairs_number(&p, "content-length", (uint64_t)h->content_length);
     for (unsigned i = 0; i < m->n; i++)
         pairs_add(&p, m->rules[i]->header, m->rules[i]->value, true);
-    body = body && !x->req_complete;
+    body = body && (!x->req_complete || buf_size(&x->to_up) || x->up_trailers.head);
     nghttp2_data_provider source = {.source.ptr = x, .read_callback = give_body};
     int32_t id = nghttp2_submit_request(c->h2, NULL, p.nv, p.n, body ? &source : NULL, x);
     if (id < 0)

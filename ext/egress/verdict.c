@@ -154,6 +154,12 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
     return R_NONE;
 }
 
+bool is_idempotent(const struct head *h)
+{
+    return h1_is(h->method, "get") || h1_is(h->method, "head") || h1_is(h->method, "options")
+        || h1_is(h->method, "put") || h1_is(h->method, "delete");
+}
+
 bool is_nominated(const struct head *h, struct str name)
 {
     for (unsigned i = 0; i < h->n; i++)

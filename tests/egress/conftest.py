@@ -239,8 +239,7 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
             origin, plain = Origin(), Origin()
             listeners = await nursery.start(
                 lambda task_status: trio.serve_ssl_over_tcp(
-                    origin.serve, 0, origin_context, host="127.0.0.1", https_compatible=True,
-                    handler_nursery=nursery, task_status=task_status,
+                    origin.serve, 0, origin_context, host="127.0.0.1", handler_nursery=nursery, task_status=task_status,
                 )
             )  # fmt: skip
             origin.port = listeners[0].transport_listener.socket.getsockname()[1]

@@ -1,0 +1,195 @@
+"""What is refused when it is configured, and what is compiled; sealing and the authority."""
+
+from __future__ import annotations
+
+import base64
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypeman.egress.authority import Authority, load_authority
+from hypeman.egress.policy import (
+    FIXED_HEADERS,
+    HostPattern,
+    check_credentials,
+    compile_policy,
+    guest_environment,
+    parse_host,
+    render_value,
+    rotate,
+    wipe,
+)
+from hypeman.egress.sealing import load_sealer
+from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
+from hypeman.errors import InternalError, InvalidRequest
+from tests.egress.conftest import credential
+
+ENV = {"REAL_KEY": "sk-1", "OTHER_KEY": "sk-2", "PLAIN": "x"}
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [("API.example.com", "api.example.com"), ("a.b.", "a.b"), ("*.X.y", "*.x.y"), ("localhost", "localhost"),
+     ("xn--bcher-kva.example", "xn--bcher-kva.example"), ("a_b.c", "a_b.c")],
+)  # fmt: skip
+def test_hosts(text: str, canonical: str) -> None:
+    assert parse_host(text) == canonical
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ".", "*", "*.", "*.com", "a..b", "-a.b", "a-.b", "a b", "bücher.example", "a.b:443", "https://a.b", "a/b",
+     "*.*.x.y", "a.*.y", "x*.y.z", "127.0.0.1", "127.1", "1.0x7f", "[::1]", "::1", "a@b.c", "a%2e.b", "a" * 64 + ".b",
+     "a." * 130 + "b", "a#b.c", "a.b.."],
+)  # fmt: skip
+def test_hosts_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_host(text)
+
+
+def test_wildcard_covers_one_label() -> None:
+    pattern = parse_host("*.x.y")
+    assert [pattern.covers(name) for name in ("a.x.y", "x.y", "a.b.x.y", "ax.y", "a.x.yz")] == [True] + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("template", "value"),
+    [
+        ("Bearer ${value}", "Bearer s3"),
+        ("${value}", "s3"),
+        ("a${value}b${value}", "as3bs3"),
+        ("Basic ${base64(x-access-token:value)}", "Basic " + base64.b64encode(b"x-access-token:s3").decode()),
+        ("Basic ${base64(value:)}", "Basic " + base64.b64encode(b"s3:").decode()),
+    ],
+)
+def test_templates(template: str, value: str) -> None:
+    assert render_value(template, "s3") == value
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["", "Bearer", "$value", "${VALUE}", "${value", "${other} ${value}", "${base64(a:b)}", "${base64(value)}",
+     "${value}\r\nX: y", " ${value}", "${value}\0", "é${value}"],
+)  # fmt: skip
+def test_templates_refused(template: str) -> None:
+    with pytest.raises(InvalidRequest):
+        render_value(template, "s3")
+
+
+@pytest.mark.parametrize("secret", ["", "a\r\nb", "a\nb", "a\0b", "é", "\x7f", "x" * 9000])
+def test_values_refused_unspoken(secret: str) -> None:
+    """The error never repeats the value."""
+    with pytest.raises(InvalidRequest) as caught:
+        render_value("Bearer ${value}", secret)
+    assert not secret or secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("header", [*sorted(FIXED_HEADERS), "Host", "Transfer-Encoding", "a b", "", "a:", "é", ":path"])
+def test_headers_refused(header: str) -> None:
+    with pytest.raises(InvalidRequest):
+        compile_policy({"K": credential("a.b", header=header)}, ENV)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "clash"),
+    [
+        (("a.b.c",), ("a.b.c",), True),
+        (("a.b.c",), ("A.b.C.",), True),
+        (("a.b.c",), ("*.b.c",), True),
+        (("*.b.c",), ("*.b.c",), True),
+        ((), ("a.b.c",), True),
+        ((), (), True),
+        (("a.b.c",), ("d.b.c",), False),
+        (("*.b.c",), ("b.c",), False),
+        (("*.b.c",), ("x.a.b.c",), False),
+        (("*.b.c",), ("*.d.c",), False),
+    ],
+)
+def test_two_rules_for_one_header_of_one_host(one: tuple[str, ...], two: tuple[str, ...], clash: bool) -> None:
+    """Refused, since chance would choose; another header is no clash."""
+    pair = {"K": credential(*one), "L": credential(*two, env="OTHER_KEY", header="authorization")}
+    if clash:
+        with pytest.raises(InvalidRequest, match="same host"):
+            compile_policy(pair, ENV)
+    else:
+        compile_policy(pair, ENV)
+    compile_policy({"K": credential(*one), "L": credential(*two, header="X-Key")}, ENV)
+
+
+def test_missing_value() -> None:
+    with pytest.raises(InvalidRequest, match="REAL_KEY"):
+        check_credentials({"K": credential("a.b")}, {"PLAIN": "x"})
+
+
+def test_empty_lists() -> None:
+    source = CredentialSource(env="REAL_KEY")
+    shape = InjectAs(header="X", format="${value}")
+    for inject in ((), (InjectRule(as_=shape, hosts=()),)):
+        with pytest.raises(InvalidRequest):
+            compile_policy({"K": CredentialPolicy(source=source, inject=inject)}, ENV)
+
+
+def test_guest_environment() -> None:
+    """The guest sees stand-ins and what is no secret."""
+    seen = guest_environment({"API_KEY": credential("a.b"), "REAL_KEY": credential("c.d", env="REAL_KEY")}, ENV)
+    assert seen == {"OTHER_KEY": "sk-2", "PLAIN": "x", "API_KEY": "mock-API_KEY", "REAL_KEY": "mock-REAL_KEY"}
+
+
+def test_rotation_merges_and_refuses_other_keys() -> None:
+    credentials = {"K": credential("a.b"), "L": credential("c.d", env="OTHER_KEY")}
+    assert rotate(credentials, {"REAL_KEY": "1", "OTHER_KEY": "2"}, {"REAL_KEY": "3"}) == {
+        "REAL_KEY": "3", "OTHER_KEY": "2",
+    }  # fmt: skip
+    for changes in ({"PLAIN": "x"}, {"REAL_KEY": "a\nb"}):
+        with pytest.raises(InvalidRequest):
+            rotate(credentials, {"REAL_KEY": "1", "OTHER_KEY": "2"}, changes)
+
+
+def test_wipe() -> None:
+    compiled = compile_policy({"K": credential("a.b")}, {"REAL_KEY": "very-secret"})
+    assert b"Bearer very-secret" in compiled
+    wipe(compiled)
+    assert set(compiled) == {0}
+
+
+labels = st.text("abcdefghijklmnopqrstuvwxyz0123456789-_", min_size=1, max_size=8)
+
+
+@given(st.lists(labels, min_size=1, max_size=4), st.lists(labels, min_size=1, max_size=4))
+def test_overlap_agrees_with_coverage(one: list[str], two: list[str]) -> None:
+    """Patterns overlap exactly if some name is covered by both: a witness is one of the two with * replaced."""
+    for left in (".".join(one), "*." + ".".join(one)):
+        for right in (".".join(two), "*." + ".".join(two)):
+            a, b = HostPattern(left), HostPattern(right)
+            witness = any(
+                a.covers(name) and b.covers(name) for name in (left.replace("*", "w"), right.replace("*", "w"))
+            )
+            assert a.overlaps(b) == witness == b.overlaps(a)
+
+
+def test_authority_is_made_once(tmp_path: Path) -> None:
+    first = load_authority(tmp_path / "egress")
+    assert load_authority(tmp_path / "egress") == first
+    assert stat.S_IMODE((tmp_path / "egress" / "ca.key").stat().st_mode) == 0o600
+    assert b"PRIVATE" not in repr(first).encode()
+    certificate = x509.load_pem_x509_certificate(first.certificate)
+    assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    (tmp_path / "egress" / "ca.key").unlink()
+    assert load_authority(tmp_path / "egress").fingerprint != first.fingerprint
+    assert isinstance(first, Authority)
+
+
+def test_sealing(tmp_path: Path) -> None:
+    """Opens for the same instance with the same key, and for nothing else."""
+    sealer = load_sealer(tmp_path)
+    sealed = sealer.seal("inst-a", {"REAL_KEY": "sk-1"})
+    assert b"sk-1" not in sealed
+    assert stat.S_IMODE((tmp_path / "seal.key").stat().st_mode) == 0o600
+    assert load_sealer(tmp_path).open("inst-a", sealed) == {"REAL_KEY": "sk-1"}
+    for instance, data in (("inst-b", sealed), ("inst-a", sealed[:-1] + b"\0"), ("inst-a", b"")):
+        with pytest.raises(InternalError):
+            sealer.open(instance, data)
