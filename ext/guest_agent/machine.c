@@ -40,7 +40,7 @@ void machine_stop(int signal, uint64_t grace_ms) {
     if (grace_ms == UINT64_MAX)
         grace_ms = config->grace_ms;
     thaw_guest();
-    workload_signal(signal ? signal : (int)config->stop_signal);
+    workload_stop(signal ? signal : (int)config->stop_signal);
     enter(STOPPING, grace_ms > 1000 * 86400 ? 1000 * 86400 : (int64_t)grace_ms);
 }
 

@@ -32,7 +32,7 @@
 #define FLUSH_BYTES (HEADER_BYTES + MAX_PAYLOAD + TRAILER_BYTES)
 
 /* Each side may send this much in a session before the other grants more with CREDIT. */
-#define WINDOW 131072
+#define WINDOW 524288
 #define MAX_SESSIONS 128
 /* A request may span several OPEN frames, up to this. */
 #define MAX_REQUEST 262144

@@ -21,7 +21,7 @@
 /* What is done in a child of its own; the rest is at hand in start_request. */
 static const struct {
     worker_function function;
-    bool needs_agent;
+    bool needs_agent; /* works on the guest's files */
 } WORKERS[] = {
     [OP_STAT] = {stat_worker, true},         [OP_COPY_TO] = {copy_to_worker, true},
     [OP_COPY_FROM] = {copy_from_worker, true}, [OP_CLOCK] = {clock_worker, false},
@@ -109,7 +109,7 @@ static void start_request(const struct boot_config *config, struct channel *chan
         session_refuse(session, error, error ? strerror(error) : "");
     } else if (!is_worker) {
         session_refuse(session, ENOSYS, "this agent does not know the request");
-    } else if (start_worker(WORKERS[op].function, request + 1, length - 1, &child) < 0) {
+    } else if (start_worker(WORKERS[op].function, WORKERS[op].needs_agent, request + 1, length - 1, &child) < 0) {
         session_refuse(session, errno, strerror(errno));
     } else {
         session_started(session, &child, false, false, 0);

@@ -168,7 +168,8 @@ const char *switch_root(void) {
     umount2("/dev", MNT_DETACH);
     umount2("/sys", MNT_DETACH);
     umount2("/proc", MNT_DETACH);
-    if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
+    if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0 ||
+        mount(NULL, "/", NULL, MS_REC | MS_SHARED, NULL) < 0)
         return problem("can not switch to the new root");
     return NULL;
 }

@@ -160,8 +160,11 @@ bool session_input(struct session *session, const uint8_t *data, size_t length, 
 }
 
 void session_signal(struct session *session, int signal) {
-    if (session->child.pid && !session->reaped)
-        kill(-session->child.pid, signal);
+    if (!session->child.pid || session->reaped)
+        return;
+    /* A child of this very moment leads no group yet. */
+    if (kill(-session->child.pid, signal) < 0)
+        kill(session->child.pid, signal);
 }
 
 void session_resize(struct session *session, uint16_t rows, uint16_t cols) {

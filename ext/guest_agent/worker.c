@@ -11,6 +11,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "namespaces.h"
 #include "util.h"
 
 #define PIPE_BYTES 131072
@@ -41,9 +42,10 @@ int worker_reply(const struct field_writer *writer) {
     return write_all(1, writer->buffer, writer->length) ? 0 : EPIPE;
 }
 
-int start_worker(worker_function function, const uint8_t *request, size_t length, struct child *child) {
+int start_worker(worker_function function, bool in_guest, const uint8_t *request, size_t length, struct child *child) {
     int in[2] = {-1, -1}, out[2] = {-1, -1}, err[2] = {-1, -1};
     pid_t pid = -1;
+    bool joined = in_guest && join_init_pids(); /* or the init's /proc would not know us */
     if (pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0)
         pid = fork();
     int error = errno;
@@ -52,12 +54,17 @@ int start_worker(worker_function function, const uint8_t *request, size_t length
         dup2(in[0], 0);
         dup2(out[1], 1);
         dup2(err[1], 2);
+        const char *wrong = in_guest ? join_init_files() : NULL;
         /* What others hold must end when they let go of it. */
         syscall(SYS_close_range, 3, ~0U, 0);
         umask(0);
+        if (wrong)
+            _exit(worker_failed(errno, "%s", wrong));
         struct field_reader reader = read_fields(request, length);
         _exit(function(&reader) & 0xff);
     }
+    if (joined)
+        leave_init_pids();
     close_fd(&in[0]);
     close_fd(&out[1]);
     close_fd(&err[1]);

@@ -14,8 +14,8 @@
 
 typedef int (*worker_function)(struct field_reader *request);
 
-/* Forks; 0, or -1 with errno. */
-int start_worker(worker_function function, const uint8_t *request, size_t length, struct child *child);
+/* Forks; 0, or -1 with errno. `in_guest`: it sees the mounts that an image's init has made for itself. */
+int start_worker(worker_function function, bool in_guest, const uint8_t *request, size_t length, struct child *child);
 
 /* Inside a worker: says what went wrong and returns the errno to end with. */
 int worker_failed(int error, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -13,13 +13,14 @@
 #include <unistd.h>
 
 #include "events.h"
+#include "namespaces.h"
 #include "program.h"
 #include "util.h"
 
 #define PUMP_BYTES 16384
 
 static struct child child = {0, -1, -1, -1, -1};
-static bool running, ended;
+static bool running, ended, is_init;
 static int console = -1;
 /* What the program printed and the console has not taken yet. A slow console slows the program, no more. */
 static uint8_t pump[PUMP_BYTES];
@@ -60,7 +61,9 @@ void workload_start(const struct boot_config *config) {
                               .make_cwd = true,
                               .user = config->user,
                               .merge_output = true,
-                              .cgroup = WORKLOAD_CGROUP};
+                              .cgroup = WORKLOAD_CGROUP,
+                              .is_init = is_init_program(config->argv[0])};
+    is_init = program.is_init;
     char message[128];
     if (start_program(&program, &child) == 0) {
         running = true;
@@ -76,6 +79,17 @@ bool workload_ended(void) { return ended; }
 void workload_signal(int signal) {
     if (running)
         kill(child.pid, signal);
+}
+
+/* systemd takes SIGTERM for "re-execute yourself"; this is its power-off. Others keep what their image says. */
+#define SYSTEMD_POWER_OFF 38 /* SIGRTMIN+4, as glibc counts */
+
+void workload_stop(int signal) {
+    char name[32] = "", path[40];
+    snprintf(path, sizeof path, "/proc/%d/comm", child.pid);
+    if (running && is_init && read_file(path, name, sizeof name) > 0 && strcmp(name, "systemd") == 0)
+        signal = SYSTEMD_POWER_OFF;
+    workload_signal(signal);
 }
 
 static unsigned oom_kills(void) {
@@ -104,6 +118,9 @@ bool workload_reap(pid_t pid, int status) {
         put_u32_field(&writer, TAG_EXIT_CODE, (uint32_t)failure.exit_code);
     } else {
         int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+        /* How the kernel tells that an init powered its namespace off, or rebooted it. */
+        if (is_init && (signal == SIGINT || signal == SIGHUP))
+            signal = status = 0;
         int code = signal ? 128 + signal : WEXITSTATUS(status);
         event_happened(EVENT_STARTED, NULL); /* it may have been quicker than the news of its start */
         put_u32_field(&writer, TAG_EXIT_CODE, (uint32_t)code);

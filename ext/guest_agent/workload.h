@@ -24,6 +24,8 @@ bool workload_running(void);
 bool workload_ended(void);
 /* Sends a signal to it. */
 void workload_signal(int signal);
+/* Asks it to end, with this signal or the one that its kind of init understands. */
+void workload_stop(int signal);
 /* True if the pid was it; its end becomes EVENT_EXITED. */
 bool workload_reap(pid_t pid, int status);
 /* All that it printed is on the console. */

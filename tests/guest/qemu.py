@@ -21,6 +21,8 @@ from hypeman.guest.protocol import AGENT_PORT_NAME
 
 KERNEL_DIR = Path(__file__).parents[2] / "build" / "guest"
 BOOT_SECONDS = 120
+CPU = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf_lm,+rdrand,+aes"
+"""As the driver chooses for TCG; ``max`` would make the kernel copy byte by byte (ERMS), which TCG is slow at."""
 _CMDLINE = "console=ttyS0 quiet panic=-1 reboot=t cryptomgr.notests random.trust_cpu=on"
 
 
@@ -93,8 +95,8 @@ async def run_guest(
         all_disks.append(("overlay", overlay, False))
     command = [
         "qemu-system-x86_64", "-M", "q35,sata=off,smbus=off,vmport=off", "-accel", "tcg,thread=multi,tb-size=64",
-        "-cpu", "max", "-m", f"{memory_mb}M", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none",
-        "-no-reboot", "-kernel", str(KERNEL_DIR / "vmlinux"), "-initrd", str(initrd), "-append", _CMDLINE,
+        "-cpu", CPU, "-m", f"{memory_mb}M", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none",
+        "-no-reboot", "-kernel", str(Path(initrd).parent / "vmlinux"), "-initrd", str(initrd), "-append", _CMDLINE,
         "-chardev", f"file,id=ser,path={directory}/console.log", "-serial", "chardev:ser",
         "-device", "virtio-serial-pci", "-chardev", f"socket,id=ag,path={directory}/agent.sock,server=on,wait=off",
         "-device", f"virtserialport,chardev=ag,name={AGENT_PORT_NAME}",

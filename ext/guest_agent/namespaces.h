@@ -1,0 +1,28 @@
+/* An image whose program is an init (systemd, s6 …) must see itself as process 1.
+ *
+ * It becomes process 1 of a PID namespace, with mounts and a control group tree of its own; network, host name
+ * and devices are the machine's. So we stay the real process 1: no init can kill or outlive the agent, its exit
+ * is seen like any other, and its reboot(2) ends the namespace and tells us how (SIGINT: power off, SIGHUP: restart).
+ * Mounts that we make later appear inside, too.
+ */
+#ifndef HM_NAMESPACES_H
+#define HM_NAMESPACES_H
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+/* Whether a program wants to be process 1. */
+bool is_init_program(const char *argv0);
+
+/* In the child that will be the init: mounts and control groups of its own. NULL or what failed (errno). */
+const char *make_init_namespaces(void);
+/* In the parent, once it runs. */
+void remember_init(pid_t pid);
+
+/* Children forked between these two are the init's: it sees them, they die with it. False without an init. */
+bool join_init_pids(void);
+void leave_init_pids(void);
+/* In a child: sees the init's mounts from now on. NULL or what failed; content without an init. */
+const char *join_init_files(void);
+
+#endif
