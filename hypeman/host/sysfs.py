@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,8 @@ class Sysfs:
         token = trio.lowlevel.current_trio_token()
         self._busy[subject] = what
         started = time.monotonic()
+        begun = threading.Lock()
+        """Taken by the thread when it begins, or by us when time is up first: then it must not begin."""
         given_up = False
 
         def ended() -> None:
@@ -112,6 +115,8 @@ class Sysfs:
                 self._returned.set()
 
         def work() -> R:
+            if not begun.acquire(blocking=False):
+                raise HostStuck(what)  # to nobody: it was given up
             try:
                 return fn()
             finally:
@@ -121,12 +126,13 @@ class Sysfs:
         result: list[R] = []
         try:
             with trio.move_on_after(self.deadline, shield=True):
-                result.append(
-                    await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter)
-                )
+                result.append(await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limiter))
         except OSError as error:
             raise HostError(f"{what}: {error.strerror or error}") from error
         if not result:
+            if begun.acquire(blocking=False):
+                del self._busy[subject]
+                raise HostStuck(f"{what}: all threads wait for the kernel")
             given_up = True
             log.error("%s has not returned for %.0f s; going on without it", what, self.deadline)
             raise HostStuck(f"{what} has not returned for {self.deadline:.0f} s")
