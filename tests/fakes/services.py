@@ -472,8 +472,8 @@ class FakeDevices:
     def list(self, tags: Tags) -> Sequence[Device]:
         return list(self.devices.values())
 
-    async def available(self) -> Sequence[AvailableDevice]:
-        return self.free
+    async def available(self, *, everything: bool) -> Sequence[AvailableDevice]:
+        return self.free if everything else [device for device in self.free if device.reason is UNSET]
 
     async def register(self, request: CreateDeviceRequest) -> Device:
         raise NotFound(f"there is no {request.pci_address}", code="device_not_found")

@@ -287,7 +287,16 @@ async def test_volumes_devices_snapshots(ask: Any, world: FakeWorld) -> None:
     world.devices.free.append(
         AvailableDevice(pci_address="0000:01:00.0", vendor_id="10de", device_id="2204", iommu_group=1)
     )
-    assert (await (await ask("GET", "/devices/available")).get_json())[0]["current_driver"] is None
+    world.devices.free.append(
+        AvailableDevice(
+            pci_address="0000:00:01.0", vendor_id="8086", device_id="1234", iommu_group=2, reason="is a bridge"
+        )
+    )
+    (free,) = await (await ask("GET", "/devices/available")).get_json()
+    assert free["current_driver"] is None
+    assert "reason" not in free
+    everything = await (await ask("GET", "/devices/available?all=true")).get_json()
+    assert [device.get("reason") for device in everything] == [None, "is a bridge"]
     await failure(await ask("POST", "/devices", json={"pci_address": "0000:01:00.0"}), 404, "device_not_found")
     response = await ask("POST", "/instances/web/snapshots", json={"kind": "Standby", "name": "before"})
     assert (response.status_code, (await response.get_json())["name"]) == (201, "before")

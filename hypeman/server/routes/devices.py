@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
 from hypeman.server.api import Routes
 from hypeman.server.routes.queries import TagQuery
@@ -9,6 +13,10 @@ from hypeman.server.services import Services
 from hypeman.tokens import Scope
 
 routes = Routes("devices")
+
+
+class AvailableQuery(Struct, frozen=True, kw_only=True):
+    all: Annotated[bool, Meta(description="Also those that can not be passed through, with the reason")] = False
 
 
 @routes.get("/devices", Scope.DEVICE_READ)
@@ -24,9 +32,9 @@ async def register_device(services: Services, body: CreateDeviceRequest) -> Devi
 
 
 @routes.get("/devices/available", Scope.DEVICE_READ)
-async def list_available_devices(services: Services) -> list[AvailableDevice]:
+async def list_available_devices(services: Services, query: AvailableQuery) -> list[AvailableDevice]:
     """PCI functions of this host that could be passed through."""
-    return list(await services.devices.available())
+    return list(await services.devices.available(everything=query.all))
 
 
 @routes.get("/devices/{id}", Scope.DEVICE_READ, fails=(404, 409))
