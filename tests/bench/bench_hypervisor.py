@@ -98,9 +98,7 @@ async def _measure(folder: Path, kernel: Path, make_config: MakeConfig) -> list[
     bare = statistics.median(_bare_start(binary, config("bare"), folder) for _ in range(_ROUNDS))
     processes.close()
     results = [
-        Result(f"qemu: {name}", statistics.median(values), "ms")
-        for name, values in times.items()
-        if name != "launch"
+        Result(f"qemu: {name}", statistics.median(values), "ms") for name, values in times.items() if name != "launch"
     ]
     launch = statistics.median(times["launch"])
     results.append(Result("qemu: launch, until the vCPUs run", launch, "ms", "QEMU by hand, until QMP answers", bare))

@@ -41,6 +41,7 @@ class Case(msgspec.Struct, forbid_unknown_fields=True):
 
     config: VmConfig
     accelerator: str = "tcg"
+    board: str = "q35"
     incoming: bool = False
     private_memory: bool = False
 
@@ -62,6 +63,7 @@ def arguments(case: Case) -> tuple[str, ...]:
         config,
         fds,
         binary="qemu-system-x86_64",
+        board=native.MICROVM if case.board == "microvm" else native.Q35,
         accelerator=native.KVM if case.accelerator == "kvm" else native.TCG,
         incoming=case.incoming,
         private_memory=case.private_memory,
@@ -93,7 +95,7 @@ def test_no_two_devices_share_a_place(disks: list[Disk]) -> None:
     config = msgspec.structs.replace(
         PLAIN, disks=tuple(fitting), nics=tuple(Nic(f"net{n}", "t", "m") for n in range(8)), hotplug_bytes=2 << 20
     )
-    native.check(config)
+    native.check(config, native.Q35)
     places = []
     for part in arguments(Case(config)):
         if part.startswith("{") and "addr" in (device := msgspec.json.decode(part)):
@@ -125,7 +127,7 @@ def test_no_two_devices_share_a_place(disks: list[Disk]) -> None:
 )
 def test_what_no_qemu_could_run_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        native.check(msgspec.structs.replace(PLAIN, **changes))
+        native.check(msgspec.structs.replace(PLAIN, **changes), native.Q35)
 
 
 def test_the_kernel_command_line() -> None:

@@ -1,8 +1,9 @@
 """VmConfig to QEMU's command line. Pure: the same config gives the same arguments, in the same order.
 
-The machine is q35, for it alone has hot-plug of disks and memory and a right clock also without KVM.
-Its type is pinned, since a capture can only be loaded by the type that wrote it. Each device has its
-fixed place on the bus, so that a disk that was plugged or pulled moves no other:
+Two boards. ``Q35`` is the default, for it alone has hot-plug of disks and memory and a right clock also
+without KVM. ``MICROVM`` (the kind ``qemu-microvm``) has no PCI: it boots quicker and can do less. The type
+is pinned where QEMU has versions of it, since a capture can only be loaded by the type that wrote it.
+On q35 each device has its fixed place on the bus, so that a disk that was plugged or pulled moves no other:
 
     slot   01 agent port   02 balloon   03 random numbers   05 hot-pluggable memory
            08…0f network   10…12 fixed disks (8 functions each)
@@ -25,14 +26,29 @@ import msgspec
 from hypeman.errors import InvalidRequest
 from hypeman.hypervisor.interface import Disk, VmConfig
 
-MACHINE = "pc-q35-7.2"
+
+class Board(msgspec.Struct, frozen=True):
+    """A machine type and what it can carry."""
+
+    type: str
+    options: str
+    pci: bool
+    pinned: bool
+    """The type names its version, so newer QEMUs load what older ones saved."""
+    max_disks: int
+    max_nics: int
+
+
+Q35 = Board("pc-q35-7.2", "sata=off,smbus=off,vmport=off", pci=True, pinned=True, max_disks=48, max_nics=8)
+MICROVM = Board("microvm", "", pci=False, pinned=False, max_disks=16, max_nics=4)
+"""24 places for virtio; the port, the balloon and the random numbers take three."""
+
 MINIMUM_VERSION = (7, 2)
 AGENT_PORT_NAME = "hypeman.agent"
 """Name of the virtio-serial port; the agent looks for it in /sys/class/virtio-ports."""
 MAX_DISK_PORTS = 24
 """Each costs a boot under TCG 20 ms."""
 MAX_FIXED_DISKS = 24
-MAX_NICS = 8
 MAX_PCI_DEVICES = 8
 MAX_SERIAL = 20
 """Bytes that virtio-blk has for a serial number."""
@@ -92,7 +108,7 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def check(config: VmConfig) -> None:
+def check(config: VmConfig, board: Board) -> None:
     """Raise InvalidRequest for what no QEMU could run."""
     fixed = [disk for disk in config.disks if disk.port == 0]
     ports = [disk.port for disk in config.disks if disk.port]
@@ -101,12 +117,13 @@ def check(config: VmConfig) -> None:
         (not 1 <= config.vcpus <= MAX_VCPUS, f"{config.vcpus} vCPUs; 1 to {MAX_VCPUS} are possible"),
         (config.memory_bytes < _MIB or config.memory_bytes % _MIB, "memory must be whole MiB"),
         (config.hotplug_bytes < 0 or config.hotplug_bytes % MEMORY_BLOCK, "hot-plug memory must be whole 2 MiB"),
+        (len(config.disks) > board.max_disks, f"at most {board.max_disks} disks are possible"),
         (len(fixed) > MAX_FIXED_DISKS, f"{len(fixed)} fixed disks; at most {MAX_FIXED_DISKS} are possible"),
         (not 0 <= config.disk_ports <= MAX_DISK_PORTS, f"at most {MAX_DISK_PORTS} disk ports are possible"),
         (any(not 0 < port <= config.disk_ports for port in ports), f"disk ports are 1 to {config.disk_ports}"),
         (len(set(ports)) < len(ports), "two disks have the same port"),
         (any(disk.shared and not disk.readonly for disk in config.disks), "a shared disk must be read-only"),
-        (len(config.nics) > MAX_NICS, f"at most {MAX_NICS} network interfaces are possible"),
+        (len(config.nics) > board.max_nics, f"at most {board.max_nics} network interfaces are possible"),
         (len(config.pci_devices) > MAX_PCI_DEVICES, f"at most {MAX_PCI_DEVICES} devices can be passed through"),
         (len(set(ids)) < len(ids), "two devices have the same id"),
         (not all(map(_ID.fullmatch, ids)), f"ids of devices are a letter and up to {MAX_SERIAL - 1} of a-z0-9-"),
@@ -118,9 +135,9 @@ def check(config: VmConfig) -> None:
             raise InvalidRequest(f"QEMU can not run this VM: {message}")
 
 
-def machine_name(accelerator: Accelerator) -> str:
+def machine_name(board: Board, accelerator: Accelerator, version: str) -> str:
     """What a capture's state depends on besides the config, in one word."""
-    return f"{MACHINE}/{accelerator.name}/{accelerator.cpu}"
+    return f"{board.type if board.pinned else f'{board.type}-{version}'}/{accelerator.name}/{accelerator.cpu}"
 
 
 def kernel_cmdline(*extra: str, hotplug_memory: bool = False) -> str:
@@ -141,24 +158,28 @@ def command_line(
     fds: Descriptors,
     *,
     binary: str,
+    board: Board,
     accelerator: Accelerator,
+    extra_cmdline: str = "",
     incoming: bool = False,
     private_memory: bool = False,
 ) -> tuple[str, ...]:
     """All arguments of QEMU. It always starts with its vCPUs stopped.
 
-    ``incoming``: it waits for a saved state. ``private_memory``: what the guest writes stays out of the
-    memory file, which several VMs may then share.
+    ``extra_cmdline``: what this host has to tell the guest kernel. ``incoming``: it waits for a saved
+    state. ``private_memory``: what the guest writes stays out of the memory file, which several VMs may
+    then share.
     """
     mib = config.memory_bytes >> 20
     memory = f"{mib}M"
     if config.hotplug_bytes:
         memory += f",slots=1,maxmem={mib + (config.hotplug_bytes >> 20)}M"
     share = "off" if private_memory else "on"
+    options = f",{board.options}" if board.options else ""
     arguments = [
         binary,
         *("-name", f"{config.instance_id},debug-threads=on"),
-        *("-machine", f"{MACHINE},sata=off,smbus=off,vmport=off,memory-backend=mem"),
+        *("-machine", f"{board.type}{options},memory-backend=mem"),
         *("-accel", accelerator.options),
         *("-cpu", accelerator.cpu),
         *("-smp", f"cpus={config.vcpus},sockets=1,cores={config.vcpus},threads=1"),
@@ -169,13 +190,13 @@ def command_line(
         *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
         *_descriptor_set(1, fds.console, CONSOLE_SET),
         *("-chardev", "file,id=console,path=/dev/fdset/1,append=on", "-serial", "chardev:console"),
-        *("-device", "virtio-serial-pci,id=serial,bus=pcie.0,addr=01.0,max_ports=2"),
+        *("-device", _virtio(board, "serial", "id=serial,max_ports=2", "01.0")),
         *("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off"),
         *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT_NAME},id=agent-port"),
         # No free-page-reporting: with private memory QEMU 7.2 answers it by punching holes into the
         # memory file, which all forks of one capture share.
-        *("-device", "virtio-balloon-pci,id=balloon,bus=pcie.0,addr=02.0,deflate-on-oom=on"),
-        *("-object", "rng-builtin,id=random", "-device", "virtio-rng-pci,rng=random,bus=pcie.0,addr=03.0"),
+        *("-device", _virtio(board, "balloon", "id=balloon,deflate-on-oom=on", "02.0")),
+        *("-object", "rng-builtin,id=random", "-device", _virtio(board, "rng", "rng=random", "03.0")),
     ]
     if config.hotplug_bytes:
         # Anonymous memory: virtio-mem of QEMU 7.2 empties a shared file when it starts, also on a restore.
@@ -183,28 +204,29 @@ def command_line(
             *("-object", f"memory-backend-ram,id=hotmem,size={config.hotplug_bytes >> 20}M"),
             *("-device", "virtio-mem-pci,id=hotplug-memory,memdev=hotmem,requested-size=0,bus=pcie.0,addr=05.0"),
         ]
-    for index in range(config.disk_ports):
+    for index in range(config.disk_ports if board.pci else 0):
         port = _root_port(f"disk-port{index + 1}", 0x18, index, chassis=index + 1)
         arguments += ["-device", f"{port},io-reserve=0"]  # virtio uses no I/O space, and there is little of it
     for index, _ in enumerate(config.pci_devices):
         arguments += ["-device", _root_port(f"pci-port{index + 1}", 0x1C, index, chassis=100 + index)]
     for index, nic in enumerate(config.nics):
+        options = f"id={nic.id},netdev=tap-{nic.id},mac={nic.mac},host_mtu={nic.mtu}"
+        if board.pci:
+            options += ",romfile="
         arguments += [
             *("-netdev", f"tap,id=tap-{nic.id},fd={fds.nics[nic.id]}"),
-            "-device",
-            f"virtio-net-pci,id={nic.id},netdev=tap-{nic.id},mac={nic.mac},host_mtu={nic.mtu},romfile=,"
-            f"bus=pcie.0,addr={8 + index:02x}.0",
+            *("-device", _virtio(board, "net", options, f"{8 + index:02x}.0")),
         ]
     fixed = 0
     for number, disk in enumerate(config.disks, 2):
         arguments += _descriptor_set(number, fds.disks[disk.id], disk_set(disk.id))
         arguments += ["-blockdev", _json(block_node(disk, number))]
-        arguments += ["-device", _json(disk_device(disk, place=_fixed_place(fixed) if disk.port == 0 else None))]
+        arguments += ["-device", _json(disk_device(disk, board, place=_fixed_place(fixed)))]
         fixed += disk.port == 0
     for index, device in enumerate(config.pci_devices):
         arguments += ["-device", f"vfio-pci,id={device.id},sysfsdev={device.sysfs_path},bus=pci-port{index + 1}"]
     if fds.kernel is not None:
-        arguments += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", config.cmdline]
+        arguments += ["-kernel", f"/proc/self/fd/{fds.kernel}", "-append", f"{config.cmdline} {extra_cmdline}".strip()]
         if fds.initrd is not None:
             arguments += ["-initrd", f"/proc/self/fd/{fds.initrd}"]
     if incoming:
@@ -238,11 +260,15 @@ def block_node(disk: Disk, descriptor_set: int) -> dict[str, object]:
     }
 
 
-def disk_device(disk: Disk, *, place: str | None = None) -> dict[str, object]:
+def disk_device(disk: Disk, board: Board, *, place: str = "") -> dict[str, object]:
     """Arguments of ``device_add`` and ``-device``. ``place`` is a fixed disk's slot; the others sit in a port."""
-    where = {"bus": "pcie.0", "addr": place, "multifunction": True} if place else {"bus": f"disk-port{disk.port}"}
+    where: dict[str, object] = {}
+    if disk.port:
+        where = {"bus": f"disk-port{disk.port}"}
+    elif board.pci:
+        where = {"bus": "pcie.0", "addr": place, "multifunction": True}
     return {
-        "driver": "virtio-blk-pci",
+        "driver": "virtio-blk-pci" if board.pci else "virtio-blk-device",
         "id": disk.id,
         "drive": disk_node(disk.id),
         "serial": disk.id,
@@ -251,6 +277,17 @@ def disk_device(disk: Disk, *, place: str | None = None) -> dict[str, object]:
         "rerror": "report",
         **where,
     }
+
+
+def throttled_device(disk_id: str, board: Board) -> str:
+    """What ``block_set_io_throttle`` calls a disk."""
+    return f"/machine/peripheral/{disk_id}/virtio-backend" if board.pci else disk_id
+
+
+def _virtio(board: Board, model: str, options: str, place: str) -> str:
+    if board.pci:
+        return f"virtio-{model}-pci,{options},bus=pcie.0,addr={place}"
+    return f"virtio-{model}-device,{options}"
 
 
 def _fixed_place(index: int) -> str:

@@ -34,6 +34,7 @@ from hypeman.hypervisor.interface import (
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.client import QmpClient
+from hypeman.hypervisor.qemu.tsc import tsc_khz
 from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, RESTORED_FROM, QemuVmm, note_capture
 
 _BINARY = "qemu-system-x86_64"
@@ -46,10 +47,11 @@ metal it takes 0.5 s in all, 10 s in a virtual machine that emulates the virtual
 OpenTap = Callable[[str], Awaitable[int]]
 
 
-class QemuDriver:
-    """The ``qemu`` kind: q35, under KVM where it proves itself, else TCG."""
+_BOARDS = {HypervisorKind.QEMU: native.Q35, HypervisorKind.QEMU_MICROVM: native.MICROVM}
 
-    kind = HypervisorKind.QEMU
+
+class QemuDriver:
+    """The kinds ``qemu`` and ``qemu-microvm``, under KVM where it proves itself, else TCG."""
 
     def __init__(
         self,
@@ -57,12 +59,15 @@ class QemuDriver:
         open_tap: OpenTap,
         *,
         kernel: str,
+        kind: HypervisorKind = HypervisorKind.QEMU,
         binary: str = "",
         accelerator: str = "auto",
         vfio: str = "/dev/vfio/vfio",
     ) -> None:
         """``kernel`` is what KVM has to run to prove itself; ``open_tap`` gives a descriptor of a TAP;
         ``accelerator`` is ``auto``, ``kvm`` or ``tcg``."""
+        self.kind = kind
+        self._board = _BOARDS[kind]
         self._processes = processes
         self._open_tap = open_tap
         self._kernel = kernel
@@ -116,14 +121,14 @@ class QemuDriver:
             standby=True,
             fork=True,
             pause=True,
-            hotplug_memory=True,
-            hotplug_disk=True,
-            hotplug_ports=native.MAX_DISK_PORTS,
+            hotplug_memory=self._board.pci,
+            hotplug_disk=self._board.pci,
+            hotplug_ports=native.MAX_DISK_PORTS if self._board.pci else 0,
             balloon=True,
-            pci_passthrough=not why_not_kvm and os.access(self._vfio, os.F_OK),
+            pci_passthrough=self._board.pci and not why_not_kvm and os.access(self._vfio, os.F_OK),
             disk_io_limit=True,
             disk_resize=True,
-            max_disks=native.MAX_FIXED_DISKS + native.MAX_DISK_PORTS,
+            max_disks=self._board.max_disks,
         )
 
     async def _why_not_kvm(self, binary: str) -> str:
@@ -138,7 +143,7 @@ class QemuDriver:
         if not os.access(self._kernel, os.R_OK):
             return f"there is no kernel {self._kernel} to try it with"
         argv = [
-            binary, "-machine", native.MACHINE, "-accel", "kvm", "-cpu", native.KVM.cpu, "-m", "128M",
+            binary, "-machine", native.Q35.type, "-accel", "kvm", "-cpu", native.KVM.cpu, "-m", "128M",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
             "-kernel", self._kernel,
             "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 reboot=t cryptomgr.notests",
@@ -156,13 +161,21 @@ class QemuDriver:
     def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
         return native.kernel_cmdline(hotplug_memory=hotplug_memory)
 
+    @property
+    def _machine(self) -> str:
+        return native.machine_name(self._board, self._accelerator, self._capabilities.version)
+
     def validate(self, config: VmConfig) -> None:
         can = self._capabilities
         if not can.available:
             raise NotSupported(f"{self.kind} can not be used here: {can.reason}")
         if config.pci_devices and not can.pci_passthrough:
-            raise NotSupported("passing devices through wants KVM and VFIO, which this host has not")
-        native.check(config)
+            raise NotSupported(f"{self.kind} can not pass devices through here: that wants PCI, KVM and VFIO")
+        if config.hotplug_bytes and not can.hotplug_memory:
+            raise NotSupported(f"{self.kind} has no hot-plug of memory")
+        if any(disk.port for disk in config.disks) and not can.hotplug_disk:
+            raise NotSupported(f"{self.kind} has no hot-plug of disks")
+        native.check(config, self._board)
 
     # Starting
 
@@ -182,7 +195,7 @@ class QemuDriver:
             config,
             kind=self.kind,
             version=self._capabilities.version,
-            machine=native.machine_name(self._accelerator),
+            machine=self._machine,
         )
         mapped = captures.MEMORY in saved.files
         with contextlib.ExitStack() as opened:
@@ -218,7 +231,7 @@ class QemuDriver:
         except BaseException:
             process.close()
             raise
-        return QemuVmm(handle, process, qmp, machine=native.machine_name(self._accelerator))
+        return QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
 
     async def kill_stray(self, run_dir: str) -> bool:
         process = await trio.to_thread.run_sync(self._processes.find_marked, run_dir)
@@ -226,6 +239,12 @@ class QemuDriver:
             return False
         await _end(process)
         return True
+
+    async def _extra_cmdline(self) -> str:
+        """microvm without KVM has no timer that a kernel could measure its clock with: it must be told."""
+        if self._board.pci or self._accelerator.name == "kvm":
+            return ""
+        return f"tsc_early_khz={await tsc_khz()} tsc=reliable no_timer_check"
 
     async def _start(
         self,
@@ -267,7 +286,9 @@ class QemuDriver:
                 config,
                 fds,
                 binary=self._capabilities.binary,
+                board=self._board,
                 accelerator=self._accelerator,
+                extra_cmdline=await self._extra_cmdline() if kernel else "",
                 incoming=incoming,
                 private_memory=private_memory,
             )
@@ -289,7 +310,7 @@ class QemuDriver:
             qmp = await QmpClient.connect(str(Path(config.run_dir, QMP_SOCKET)))
             name = process.identity
             handle = VmmHandle(self.kind, name.pid, name.start_time, name.boot_id, config.run_dir, config)
-            vmm = QemuVmm(handle, process, qmp, machine=native.machine_name(self._accelerator))
+            vmm = QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
             for disk in config.disks:
                 await vmm.limit_disk(disk)
         except BaseException as error:

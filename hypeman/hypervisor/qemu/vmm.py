@@ -68,10 +68,13 @@ _REASONS = {
 class QemuVmm:
     """A Vmm on QEMU. Made by the driver."""
 
-    def __init__(self, handle: VmmHandle, process: Process, qmp: QmpClient, *, machine: str) -> None:
+    def __init__(
+        self, handle: VmmHandle, process: Process, qmp: QmpClient, *, board: native.Board, machine: str
+    ) -> None:
         self._handle = handle
         self._process = process
         self._qmp = qmp
+        self._board = board
         self._machine = machine
         self._files = Files()
         self._run_dir = Path(handle.run_dir)
@@ -174,6 +177,8 @@ class QemuVmm:
     # Devices
 
     async def add_disk(self, disk: Disk) -> Disk:
+        if not self._board.pci:
+            raise NotSupported("this kind of VM has no hot-plug")
         async with self._changing:
             disk = self._with_free_port(disk)
             flags = os.O_RDONLY if disk.readonly else os.O_RDWR
@@ -181,7 +186,7 @@ class QemuVmm:
                 added = await self._qmp.execute("add-fd", {"opaque": native.disk_set(disk.id)}, fds=[fd])
             try:
                 await self._qmp.execute("blockdev-add", native.block_node(disk, added["fdset-id"]))
-                await self._qmp.execute("device_add", native.disk_device(disk))
+                await self._qmp.execute("device_add", native.disk_device(disk, self._board))
                 await self.limit_disk(disk)
             except BaseException:
                 with trio.CancelScope(shield=True):
@@ -206,7 +211,7 @@ class QemuVmm:
         """Hold the disk to its ``bps``, in each direction."""
         if disk.bps:
             limits = {"bps": 0, "bps_rd": disk.bps, "bps_wr": disk.bps, "iops": 0, "iops_rd": 0, "iops_wr": 0}
-            device = f"/machine/peripheral/{disk.id}/virtio-backend"
+            device = native.throttled_device(disk.id, self._board)
             await self._qmp.execute("block_set_io_throttle", {"id": device, **limits})
 
     async def resize_memory(self, size: int) -> None:
