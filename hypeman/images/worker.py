@@ -21,6 +21,7 @@ import hashlib
 import os
 import queue
 import resource
+import select
 import socket
 import sys
 import threading
@@ -101,6 +102,7 @@ def main(fd: int) -> int:
     with socket.socket(fileno=fd) as link:
         try:
             confine()
+            threading.Thread(target=_end_with, args=(link,), daemon=True).start()
             _convert(link)
         except (TarError, ValueError) as error:
             return _fail(link, str(error), blame_image=True)
@@ -116,8 +118,7 @@ def main(fd: int) -> int:
 def confine() -> None:
     """Give up all rights, for good. What the host does not allow us to give up is kept."""
     libc = ctypes.CDLL(None, use_errno=True)
-    pdeathsig, dumpable, no_new_privs = 1, 4, 38
-    libc.prctl(pdeathsig, 9, 0, 0, 0)
+    dumpable, no_new_privs = 4, 38
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
     if os.geteuid() == 0:
@@ -126,11 +127,19 @@ def confine() -> None:
         os.setgroups([])
         os.setresgid(_NOBODY, _NOBODY, _NOBODY)
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-        libc.prctl(pdeathsig, 9, 0, 0, 0)  # a change of user clears it
     libc.prctl(no_new_privs, 1, 0, 0, 0)
     libc.prctl(dumpable, 0, 0, 0, 0)
     with contextlib.suppress(OSError):
         os.nice(5)
+
+
+def _end_with(link: socket.socket) -> None:
+    """End when the server does. Not by PR_SET_PDEATHSIG: that fires as soon as the *thread* that
+    started us ends, and the server's threads come and go."""
+    poller = select.poll()
+    poller.register(link, 0)  # hang-ups are told without being asked for
+    poller.poll()
+    os._exit(1)
 
 
 def _fail(link: socket.socket, message: str, *, blame_image: bool) -> int:
