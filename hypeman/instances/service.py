@@ -81,6 +81,10 @@ class LeaseNeeds(Protocol):
 
 
 class DeviceClaims(Protocol):
+    async def prepare(self) -> None:
+        """Look at the host's devices, so that a claim decides on fresh facts."""
+        ...
+
     def claim(self, txn: Txn, instance_id: str, devices: tuple[str, ...], gpu_profile: str) -> tuple[str, ...]: ...
     def release(self, txn: Txn, instance_id: str) -> None: ...
     def mdev_uuid(self, instance_id: str) -> str: ...
@@ -220,6 +224,8 @@ class Instances:
         self._check_free(request.name)
         spec = self.leases.default_rates(spec)
         image = await self.images.wait_ready(request.image, request.platform)
+        if spec.devices or spec.gpu_profile:
+            await self.devices.prepare()
         now = self._now()
         record = InstanceRecord(
             id=new_id(),
