@@ -1,8 +1,9 @@
 """One control group for each VMM, below a directory that is ours.
 
-Under systemd that directory belongs to ``hypeman-vms.service``, a unit without a process of its own
-whose subtree is delegated to us. It is another unit than the server's, so stopping, restarting and
-upgrading the server leaves every VMM where it is, and ``systemctl stop hypeman-vms`` ends them all.
+Under systemd that directory belongs to ``hypeman-vms.service``, whose subtree is delegated to us; all
+that it runs itself is a sleeper in the group ``keeper``, so that systemd keeps the directory. It is
+another unit than the server's, so stopping, restarting and upgrading the server leaves every VMM where
+it is, and ``systemctl stop hypeman-vms`` ends them all.
 Without systemd it is ``/sys/fs/cgroup/hypeman``. Where the host has no cgroup v2, or none for us,
 there are no groups and VMMs run without these limits; ``doctor`` tells.
 
