@@ -1,0 +1,305 @@
+"""A whole server, for tests: in a network namespace of its own, with a data directory of its own, asked
+through its unix socket. What it leaves behind when it is killed is what the tests look at.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "localhost/busybox:test"
+PATIENCE = 180.0
+"""Seconds for anything that a guest does; under emulation, beside other guests, it may take its time."""
+
+
+def check_host() -> None:
+    """Skip, saying why, where no real guest can run."""
+    if os.geteuid() != 0:
+        pytest.skip("real guests need root (namespaces, TAPs)")
+    for program in ("qemu-system-x86_64", "ip", "nft", "mkfs.ext4"):
+        if shutil.which(program, path="/usr/sbin:/sbin:" + os.environ["PATH"]) is None:
+            pytest.skip(f"{program} is not installed")
+    if not Path("/bin/busybox").exists():
+        pytest.skip("busybox-static is not installed")
+    if not (ROOT / "build/guest/vmlinux").exists():
+        pytest.skip("there is no guest kernel; `make ready` gets one")
+
+
+def busybox_archive(**config: Any) -> bytes:
+    """A `docker save` archive of one layer with a static busybox; ``config`` goes into its image config."""
+    layer = io.BytesIO()
+    with tarfile.open(fileobj=layer, mode="w") as tree:
+        for name in ("bin", "etc", "tmp", "home"):
+            directory = tarfile.TarInfo(name)
+            directory.type, directory.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755
+            tree.addfile(directory)
+        tree.add("/bin/busybox", "bin/busybox")
+        for name in subprocess.run(["/bin/busybox", "--list"], capture_output=True, text=True).stdout.split():
+            if name != "busybox":
+                link = tarfile.TarInfo(f"bin/{name}")
+                link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+                tree.addfile(link)
+        passwd = b"root:x:0:0:root:/:/bin/sh\nuser:x:1000:1000:user:/home:/bin/sh\n"
+        info = tarfile.TarInfo("etc/passwd")
+        info.size = len(passwd)
+        tree.addfile(info, io.BytesIO(passwd))
+    image = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Env": ["PATH=/bin"], "Cmd": ["sleep", "1000000"], **config},
+        "rootfs": {"type": "layers", "diff_ids": [_sha256(layer.getvalue())]},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": [IMAGE], "Layers": ["layer.tar"]}]
+    saved = io.BytesIO()
+    with tarfile.open(fileobj=saved, mode="w") as archive:
+        for name, content in (
+            ("manifest.json", json.dumps(manifest).encode()),
+            ("config.json", json.dumps(image).encode()),
+            ("layer.tar", layer.getvalue()),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return saved.getvalue()
+
+
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+class Namespace:
+    """A network namespace, removed with everything in it."""
+
+    def __init__(self) -> None:
+        self.name = f"hmt{secrets.token_hex(4)}"
+        subprocess.run(["ip", "netns", "add", self.name], check=True)
+        self.run("ip", "link", "set", "lo", "up")
+
+    def command(self, *argv: str) -> list[str]:
+        return ["ip", "netns", "exec", self.name, *argv]
+
+    def run(self, *argv: str) -> str:
+        return subprocess.run(self.command(*argv), check=True, capture_output=True, text=True).stdout
+
+    def links(self) -> list[str]:
+        """Names of all interfaces but lo."""
+        return [link["ifname"] for link in json.loads(self.run("ip", "-j", "link")) if link["ifname"] != "lo"]
+
+    def remove(self) -> None:
+        subprocess.run(["ip", "netns", "del", self.name], check=True)
+
+
+class Appliance:
+    """One data directory and the server processes that serve it, one after another."""
+
+    def __init__(self, directory: Path, **environ: str) -> None:
+        self.directory = directory
+        self.directory.chmod(0o755)  # VMMs run as users of their own and pass through here
+        self.namespace = Namespace()
+        self.data = directory / "data"
+        self.socket = directory / "run" / "hypeman.sock"
+        self.log = directory / "server.log"
+        self._environ = environ
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # The server's life
+
+    async def start(self, *, killable: str = "", **environ: str) -> None:
+        """Start the server and wait for its first answer. ``killable`` is a file that arms tests/real/killable.py."""
+        module = ["-m", "tests.real.killable", killable] if killable else ["-m", "tests.real.killable", "/nowhere"]
+        settings = {
+            "DATA_DIR": str(self.data),
+            "RUN_DIR": str(self.socket.parent),
+            "PORT": "0",
+            "METRICS__ENABLED": "false",
+            "HYPERVISOR__ACCELERATOR": "tcg",
+            "LOG__FORMAT": "text",
+            "LOG__LEVEL": "debug",
+            **self._environ,
+            **environ,
+        }
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                self.namespace.command(sys.executable, "-W", "error::ResourceWarning:hypeman", *module),
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **settings},
+            )
+        with trio.fail_after(PATIENCE):
+            while not await self._answers():
+                assert self._process.poll() is None, f"the server did not start:\n{self.log_tail()}"
+                await trio.sleep(0.05)
+
+    async def _answers(self) -> bool:
+        try:
+            return (await self.ask("GET", "/health")).status_code == 200
+        except (httpx.TransportError, OSError):
+            return False
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit code."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        code = self._process.wait(timeout=60)
+        self._process = None
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    async def wait_killed(self) -> bool:
+        """Whether the server killed itself, as it was armed to; False if it still answers."""
+        assert self._process is not None
+        for _ in range(40):
+            if self._process.poll() is not None:
+                self._process = None
+                return True
+            await trio.sleep(0.05)
+        return False
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def close(self) -> None:
+        self.kill()
+        for pid in self.vmms():
+            os.kill(pid, signal.SIGKILL)
+        self.namespace.remove()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # Asking
+
+    async def ask(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
+        async with httpx.AsyncClient(transport=transport, base_url="http://hypeman", timeout=PATIENCE) as client:
+            return await client.request(method, path, **arguments)
+
+    async def get(self, path: str) -> Any:
+        return self._body(await self.ask("GET", path))
+
+    async def post(self, path: str, body: object = None, **arguments: Any) -> Any:
+        return self._body(await self.ask("POST", path, json=body, **arguments))
+
+    async def delete(self, path: str) -> None:
+        self._body(await self.ask("DELETE", path))
+
+    def _body(self, answer: httpx.Response) -> Any:
+        assert answer.is_success, f"{answer.request.method} {answer.url}: {answer.status_code} {answer.text}"
+        return answer.json() if answer.content else None
+
+    async def import_busybox(self, **config: Any) -> None:
+        """Have IMAGE ready."""
+        archive = busybox_archive(**config)
+        self._body(await self.ask("POST", "/images/import", params={"name": IMAGE}, content=archive))
+        with trio.fail_after(PATIENCE):
+            while (image := await self.get("/images/localhost%2Fbusybox%3Atest"))["status"] != "ready":
+                assert image["status"] != "failed", image
+                await trio.sleep(0.05)
+
+    async def create(self, name: str, *, wait: str = "Running", **request: Any) -> Any:
+        body = {"name": name, "image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "64MB", **request}
+        made = await self.post("/instances", body)
+        return await self.wait(name, wait) if wait else made
+
+    async def wait(self, name: str, state: str) -> Any:
+        """The instance, once it is in ``state``."""
+        answer = await self.get(f"/instances/{name}/wait?state={state}&timeout={PATIENCE:.0f}s")
+        assert answer["state"] == state, f"{answer}\n{self.log_tail()}"
+        return await self.get(f"/instances/{name}")
+
+    async def exec(self, name: str, *command: str, stdin: bytes = b"") -> tuple[int, str]:
+        """Exit code and output of a program in the guest, through the command line client."""
+        argv = [
+            sys.executable,
+            "-m",
+            "hypeman",
+            "--base-url",
+            f"unix://{self.socket}",
+            "exec",
+            "-T",
+            name,
+            "--",
+            *command,
+        ]
+        done = await trio.run_process(
+            argv, stdin=stdin, capture_stdout=True, capture_stderr=True, check=False, cwd=ROOT
+        )
+        return done.returncode, (done.stdout + done.stderr).decode()
+
+    # What lies about
+
+    def vmms(self) -> dict[int, str]:
+        """Processes of VMMs of this appliance: pid and run directory."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    environ = (entry / "environ").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                for variable in environ:
+                    if variable.startswith(b"HYPEMAN_MARK=" + str(self.directory).encode()):
+                        found[int(entry.name)] = variable.decode().partition("=")[2]
+        return found
+
+    def files(self) -> set[str]:
+        """Everything below the data directory that belongs to instances, captures or snapshots, and runtime
+        directories; the store, images and templates apart."""
+        kept = {"store", "images", "blobs", "templates", "egress"}
+        found = {
+            str(path.relative_to(self.data))
+            for path in self.data.rglob("*")
+            if path.relative_to(self.data).parts[0] not in kept and not (path.is_dir() and path.parent == self.data)
+        }
+        vms = self.socket.parent / "vm"
+        return found | {f"vm/{path.name}" for path in (vms.iterdir() if vms.is_dir() else ())}
+
+    def log_tail(self, lines: int = 60) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""
+
+
+@asynccontextmanager
+async def running_appliance(directory: Path, **environ: str) -> AsyncIterator[Appliance]:
+    """A started server with IMAGE ready."""
+    check_host()
+    appliance = Appliance(directory, **environ)
+    try:
+        await appliance.start()
+        await appliance.import_busybox()
+        yield appliance
+    finally:
+        appliance.close()
+
+
+def short_directory(name: str) -> Iterator[Path]:
+    """A directory with a path short enough for sockets below it."""
+    directory = Path("/tmp") / f"hm-{name}-{secrets.token_hex(3)}"
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
