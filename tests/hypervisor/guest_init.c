@@ -10,7 +10,7 @@
  *   read <serial>    first 16 bytes of that disk
  *   write <serial> <text>   wrote                   to the first sector, through to the device
  *   memory           kB that the kernel has
- *   link             carrier of eth0: 0, 1 or none
+ *   link             brings eth0 up and tells its carrier: 0, 1 or none
  *   mac              address of eth0
  *   poweroff reboot panic   (no answer)
  */
@@ -18,12 +18,15 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <ftw.h>
+#include <net/if.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -140,6 +143,15 @@ static void online_memory(void)
     closedir(memory);
 }
 
+static void bring_up(const char *name)
+{
+    struct ifreq request = {.ifr_flags = IFF_UP};
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    snprintf(request.ifr_name, sizeof request.ifr_name, "%s", name);
+    ioctl(fd, SIOCSIFFLAGS, &request);
+    close(fd);
+}
+
 static void answer_to(char *question, char *answer)
 {
     static char kept[200];
@@ -170,6 +182,7 @@ static void answer_to(char *question, char *answer)
         online_memory();
         first_line("/proc/meminfo", answer, 100);
     } else if (strcmp(question, "link") == 0) {
+        bring_up("eth0");
         first_line("/sys/class/net/eth0/carrier", answer, 100);
         if (answer[0] == 0)
             strcpy(answer, "none");
