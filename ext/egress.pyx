@@ -194,8 +194,8 @@ cdef class Engine:
     def audit_fd(self):
         return engine_audit_fd(self._e)
 
-    def audit(self):
-        """Records since the last call, each (kind, rules, status, reason, http, port, µs taken, µs since 1970, bytes
+    def audit(self, bint keep=True):
+        """Records since the last call (none if they are not to be kept), each (kind, rules, status, reason, http, port, µs taken, µs since 1970, bytes
         up, bytes down, instance, host, method, credentials)."""
         cdef bytes room = bytes(65536)
         cdef char *out = room
@@ -207,7 +207,7 @@ cdef class Engine:
             n = engine_audit_read(self._e, out, 65536)
             if n == 0:
                 return found
-            at = 0
+            at = 0 if keep else n
             while at < n:
                 p = <const uint8_t *>out + at
                 end = at + _number(p, 2)

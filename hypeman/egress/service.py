@@ -315,7 +315,7 @@ class Egress:
             send.close()
 
     def _publish(self, engine: Engine) -> None:
-        for row in engine.audit():
+        for row in engine.audit(bool(self._on_audit)):  # making objects of records costs more than the requests
             record = _read_record(row)
             for tell in tuple(self._on_audit):
                 tell(record)

@@ -1,0 +1,231 @@
+"""CPU that mediating a request costs, against nginx (and haproxy) doing the same rewrite on the same core.
+
+Origin and load run on core 0, the proxy alone on core 1, one worker each. What counts is the proxy's CPU time from
+schedstat divided by requests: on a shared machine it moves by a few per cent where requests a second move by half.
+Every proxy ends TLS with a leaf for the name, sets Authorization, verifies the origin's certificate and keeps
+connections to it. The peers are tuned: buffering off, big buffers, keep-alive without end, no logs. Ours records
+every request in its audit ring.
+
+    python -m tests.bench.bench_egress [round milliseconds]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import trustme
+
+from tests.bench.harness import Result, compare
+
+HERE = Path(__file__).parent
+HOST = "api.example.com"
+ROUND_MS = 1200
+
+TESTS = {
+    "1 KB, kept alive": (["/1k", "64"], []),
+    "1 KB, new TLS connection each": (["/1k", "32"], ["new"]),
+    "1 MB down": (["/1m", "8"], []),
+    "1 MB up": (["/up", "8"], ["1048576"]),
+}
+
+COMMON = """
+daemon off; worker_processes 1; pid {dir}/{name}.pid; error_log {dir}/{name}.error; worker_cpu_affinity {mask};
+events {{ worker_connections 4096; }}
+http {{
+  access_log off; keepalive_requests 100000000; sendfile on; tcp_nodelay on; client_max_body_size 0; default_type x/y;
+  client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u;
+  scgi_temp_path {dir}/s; ssl_session_tickets on;
+"""
+ORIGIN = COMMON + """
+  server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {dir}/origin.pem; ssl_certificate_key {dir}/origin.pem;
+    root {dir}/www; location /up {{ # read the whole body, then answer
+      client_body_buffer_size 2m; proxy_pass_request_body off; proxy_set_header Content-Length "";
+      proxy_http_version 1.1; proxy_set_header Connection ""; proxy_pass http://ok/; }} }}
+  upstream ok {{ server unix:{dir}/ok.sock; keepalive 64; }}
+  server {{ listen unix:{dir}/ok.sock; return 200 "ok"; }}
+}}
+"""
+PROXY = COMMON + """
+  upstream o {{ server 127.0.0.1:{origin}; keepalive 512; keepalive_requests 100000000; }}
+  server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {dir}/leaf.pem; ssl_certificate_key {dir}/leaf.pem;
+    location / {{
+      proxy_pass https://o; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host;
+      proxy_set_header Authorization "Bearer real"; proxy_buffering off; proxy_buffer_size 64k; proxy_buffers 4 64k;
+      proxy_request_buffering off; proxy_max_temp_file_size 0; proxy_ssl_verify on; proxy_ssl_name {host};
+      proxy_ssl_trusted_certificate {dir}/origin-ca.pem; proxy_ssl_server_name on;
+    }} }}
+}}
+"""
+HAPROXY = """
+global
+  nbthread 1
+  tune.bufsize 65536
+defaults
+  mode http
+  timeout client 60s
+  timeout server 60s
+  timeout connect 5s
+  http-reuse always
+frontend f
+  bind 127.0.0.1:{port} ssl crt {dir}/leaf.pem alpn http/1.1
+  http-request set-header Authorization "Bearer real"
+  default_backend b
+backend b
+  server o 127.0.0.1:{origin} ssl verify required ca-file {dir}/origin-ca.pem sni str({host}) verifyhost {host} pool-max-conn 512
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_port(port: int) -> None:
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"nothing listens on {port}")
+
+
+def tree(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(grand for child in children for grand in tree(int(child)))]
+
+
+def cpu_ns(pid: int) -> int:
+    """CPU time of a process with its threads and children."""
+    return sum(
+        int((task / "schedstat").read_text().split()[0])
+        for each in tree(pid)
+        for task in Path(f"/proc/{each}/task").iterdir()
+    )
+
+
+@contextmanager
+def running(argv: list[str], core: int, **kwargs: object) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(["taskset", "-c", str(core), *argv], text=True, **kwargs)  # type: ignore[call-overload]
+    try:
+        yield process
+    finally:
+        if process.stdin:
+            process.stdin.close()
+        process.terminate()
+        process.wait(10)
+
+
+class Bench:
+    """An origin, the proxies, and how to measure one of them."""
+
+    def __init__(self, stack: ExitStack, round_ms: int) -> None:
+        self.round_ms = round_ms
+        self.dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self.pids: dict[str, tuple[int, int]] = {}
+        self._certificates()
+        www = self.dir / "www"
+        www.mkdir()
+        self.dir.chmod(0o755)
+        (www / "1k").write_bytes(bytes(1024))
+        (www / "1m").write_bytes(bytes(1 << 20))
+        subprocess.run(["cc", "-O2", "-o", self.dir / "load", HERE / "egress_load.c", "-lssl", "-lcrypto"], check=True)
+        self.origin = free_port()
+        self._nginx(stack, "origin", ORIGIN, self.origin, 0)
+        port = free_port()
+        self.pids["nginx"] = (self._nginx(stack, "nginx", PROXY, port, 1), port)
+        self._ours(stack)
+        if shutil.which("haproxy"):
+            self._haproxy(stack)
+
+    def _certificates(self) -> None:
+        self.ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
+        self.ca.cert_pem.write_to_path(str(self.dir / "origin-ca.pem"))
+        front = trustme.CA(key_type=trustme.KeyType.ECDSA)
+        front.cert_pem.write_to_path(str(self.dir / "front-ca.pem"))
+        for name, by in (("origin", self.ca), ("leaf", front)):
+            leaf = by.issue_cert(HOST, key_type=trustme.KeyType.ECDSA)
+            pem = leaf.private_key_pem.bytes() + leaf.cert_chain_pems[0].bytes()
+            (self.dir / f"{name}.pem").write_bytes(pem)
+
+    def _nginx(self, stack: ExitStack, name: str, text: str, port: int, core: int) -> int:
+        path = self.dir / f"{name}.conf"
+        path.write_text("user root;" + text.format(dir=self.dir, name=name, port=port, origin=self.origin, host=HOST,
+                                                   mask="01" if core == 0 else "10"))  # fmt: skip
+        process = stack.enter_context(running(["nginx", "-p", str(self.dir), "-c", str(path)], core,
+                                              stderr=subprocess.DEVNULL))  # fmt: skip
+        wait_port(port)
+        return process.pid
+
+    def _haproxy(self, stack: ExitStack) -> None:
+        port = free_port()
+        path = self.dir / "haproxy.cfg"
+        path.write_text(HAPROXY.format(dir=self.dir, port=port, origin=self.origin, host=HOST))
+        process = stack.enter_context(running(["haproxy", "-f", str(path)], 1, stderr=subprocess.DEVNULL))
+        wait_port(port)
+        self.pids["haproxy"] = (process.pid, port)
+
+    def _ours(self, stack: ExitStack) -> None:
+        told = {
+            "settings": {"address": "127.0.0.1", "port": 0, "loops": 1, "allow": ["127.0.0.0/8"],
+                         "trust_file": str(self.dir / "origin-ca.pem"), "assumed_tls_port": self.origin},
+            "directory": str(self.dir / "egress"), "names": {HOST: ["127.0.0.1"]},
+            "policies": [["inst-a", "127.0.0.1", {"API_KEY": {"source": {"env": "K"}, "inject": [
+                {"hosts": [HOST], "as": {"header": "Authorization", "format": "Bearer ${value}"}}]}}, {"K": "real"}]],
+        }  # fmt: skip
+        argv = [sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told)]
+        process = stack.enter_context(running(argv, 1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                              cwd=HERE.parents[1]))  # fmt: skip
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        (self.dir / "egress-ca.pem").write_text(ready["ca"])
+        self.pids["hypeman"] = (process.pid, ready["port"])
+
+    def cost(self, proxy: str, test: str) -> Callable[[], float]:
+        """Measures µs of the proxy's CPU per request of one test."""
+        pid, port = self.pids[proxy]
+        (path, connections), more = TESTS[test]
+        ca = self.dir / ("egress-ca.pem" if proxy == "hypeman" else "front-ca.pem")
+        argv = ["taskset", "-c", "0", str(self.dir / "load"), str(port), HOST, path, connections, str(self.round_ms), *more]
+
+        def measure() -> float:
+            before = cpu_ns(pid)
+            said = subprocess.run(argv, env={**os.environ, "CA": str(ca)}, check=True, capture_output=True, text=True)
+            requests, errors = map(int, said.stdout.split())
+            if errors or not requests:
+                raise RuntimeError(f"{proxy}, {test}: {requests} requests, {errors} errors")
+            return (cpu_ns(pid) - before) / 1000 / requests
+
+        return measure
+
+
+def run(round_ms: int = ROUND_MS, rounds: int = 5) -> list[Result]:
+    if not shutil.which("nginx") or (os.cpu_count() or 1) < 2:
+        return []
+    results = []
+    with ExitStack() as stack:
+        bench = Bench(stack, round_ms)
+        for test in TESTS:
+            for peer in [name for name in ("nginx", "haproxy") if name in bench.pids]:
+                results.append(
+                    compare(f"egress, {test}", "µs CPU/request", bench.cost("hypeman", test), peer,
+                            bench.cost(peer, test), rounds)
+                )  # fmt: skip
+    return results
+
+
+if __name__ == "__main__":
+    for result in run(*(int(each) for each in sys.argv[1:])):
+        print(f"{result.name:45} {result.value:9.1f} {result.unit}  {result.peer} {result.peer_value or 0:9.1f}  "
+              f"ratio {result.ratio or 0:.2f}")  # fmt: skip

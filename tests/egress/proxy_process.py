@@ -1,0 +1,39 @@
+"""The egress path as a process of its own, for tests and benchmarks that need it in another namespace or alone on a core.
+
+Takes one JSON document on the command line: `settings` of the service, `directory`, `names` (host to addresses),
+`policies` ([instance, source, credentials, secrets]). Prints the port and the CA, one JSON line; ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.egress.service import Egress, Settings
+from hypeman.egress.types import CredentialPolicy
+
+
+async def main() -> None:
+    told = json.loads(sys.argv[1])
+    settings = msgspec.convert(told["settings"], Settings)
+
+    async def resolve(name: str) -> list[str]:
+        return list(told["names"].get(name, []))
+
+    egress = Egress(settings, Path(told["directory"]), resolve=resolve)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lambda task_status: egress.run(grace=0.5, task_status=task_status))
+        for instance, source, credentials, secrets in told["policies"]:
+            egress.set_policy(instance, source, msgspec.convert(credentials, dict[str, CredentialPolicy]), secrets)
+        egress.on_audit(lambda record: told.get("audit") and print(json.dumps(msgspec.to_builtins(record)), flush=True))
+        print(json.dumps({"port": egress.port, "ca": egress.ca_pem.decode()}), flush=True)
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(main)
