@@ -1,6 +1,6 @@
 """Lending a file of ours to one user for the moment in which his program opens it.
 
-A file of mode 0600 stays so; an access control entry names the one borrower. Several may borrow the
+The file keeps its owner and mode; an access control entry names the one borrower. Several may borrow the
 same file at once; the last to give it back leaves it as it was.
 """
 
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import msgspec
 
 from hypeman.errors import InternalError
 
@@ -18,51 +21,68 @@ _ACCESS = "system.posix_acl_access"
 _VERSION = 2
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
 _NOBODY_IN_PARTICULAR = 0xFFFFFFFF
-_READ_WRITE = 6
+_READ, _WRITE = 4, 2
 
-_borrowers: dict[tuple[int, int], list[int]] = {}
+
+class _Loan(msgspec.Struct):
+    mode: int
+    """Permission bits to go back to."""
+    borrowers: list[tuple[int, int]] = []
+    """User and permission of each, in order."""
+
+
+_loans: dict[tuple[int, int], _Loan] = {}
 
 
 @contextlib.contextmanager
-def lent(path: Path, uid: int) -> Iterator[None]:
-    """Let ``uid`` open ``path`` for reading and writing, as long as the block runs."""
-    if uid in (0, path.stat().st_uid):
+def lent(path: Path, uid: int, *, write: bool = True) -> Iterator[None]:
+    """Let ``uid`` open ``path`` for reading, and with ``write`` for writing, as long as the block runs."""
+    file = path.stat()
+    if uid in (0, file.st_uid) or (not write and file.st_mode & stat.S_IROTH):
         yield
         return
-    file = path.stat()
-    users = _borrowers.setdefault((file.st_dev, file.st_ino), [])
-    users.append(uid)
+    key = file.st_dev, file.st_ino
+    loan = _loans.setdefault(key, _Loan(stat.S_IMODE(file.st_mode)))
+    borrower = uid, _READ | _WRITE if write else _READ
+    loan.borrowers.append(borrower)
     try:
-        _set_acl(path, users)
+        _apply(path, loan)
         yield
     finally:
-        users.remove(uid)
+        loan.borrowers.remove(borrower)
+        if not loan.borrowers:
+            del _loans[key]
         with contextlib.suppress(FileNotFoundError):
-            _set_acl(path, users)
-        if not users:
-            _borrowers.pop((file.st_dev, file.st_ino), None)
+            _apply(path, loan)
 
 
-def _set_acl(path: Path, users: list[int]) -> None:
+def _apply(path: Path, loan: _Loan) -> None:
     try:
-        if not users:
-            os.removexattr(path, _ACCESS)
-            path.chmod(0o600)  # with entries, the group bits showed their mask
+        if loan.borrowers:
+            permissions: dict[int, int] = {}
+            for uid, permission in loan.borrowers:
+                permissions[uid] = permissions.get(uid, 0) | permission
+            os.setxattr(path, _ACCESS, encode_acl(loan.mode, permissions))
         else:
-            os.setxattr(path, _ACCESS, encode_acl(users))
+            with contextlib.suppress(OSError):  # it never came to one
+                os.removexattr(path, _ACCESS)
+            path.chmod(loan.mode)  # with entries, the group bits showed their mask
     except FileNotFoundError:
         raise
     except OSError as error:
         raise InternalError(f"{path} can not be lent to a VMM's user: {error.strerror}") from error
 
 
-def encode_acl(users: list[int]) -> bytes:
-    """Owner and ``users`` read and write, all others nothing, in the kernel's form (acl(5))."""
+def encode_acl(mode: int, permissions: Mapping[int, int]) -> bytes:
+    """``mode`` and beside it ``permissions`` by user, in the kernel's form (acl(5))."""
+    mask = mode >> 3 & 7
+    for permission in permissions.values():
+        mask |= permission
     entries = [
-        (_USER_OBJ, _READ_WRITE, _NOBODY_IN_PARTICULAR),
-        *((_USER, _READ_WRITE, user) for user in sorted(set(users))),
-        (_GROUP_OBJ, 0, _NOBODY_IN_PARTICULAR),
-        (_MASK, _READ_WRITE, _NOBODY_IN_PARTICULAR),
-        (_OTHER, 0, _NOBODY_IN_PARTICULAR),
+        (_USER_OBJ, mode >> 6 & 7, _NOBODY_IN_PARTICULAR),
+        *((_USER, permission, user) for user, permission in sorted(permissions.items())),
+        (_GROUP_OBJ, mode >> 3 & 7, _NOBODY_IN_PARTICULAR),
+        (_MASK, mask, _NOBODY_IN_PARTICULAR),
+        (_OTHER, mode & 7, _NOBODY_IN_PARTICULAR),
     ]
     return struct.pack("<I", _VERSION) + b"".join(struct.pack("<HHI", *entry) for entry in entries)

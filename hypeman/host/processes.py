@@ -66,6 +66,9 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     argv: tuple[str, ...]
     log: str
     """Standard output and error are appended here; made with mode 0600 if it is not there."""
+    output: str = ""
+    """Where standard output is appended instead: the console of a VMM that has no other place for it."""
+    cwd: str = "/"
     mark: str
     """Unique among living programs of ours; the run directory of a VMM."""
     fds: tuple[int, ...] = ()
@@ -273,14 +276,14 @@ class Processes:
         self._empty_namespaces = None
 
     def _spawn(self, program: Program) -> Process:
-        log = os.open(program.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            namespaces = self._namespaces() if program.isolated and os.geteuid() == 0 else []
-            pid = _in_own_thread(lambda: _start(program, log, namespaces))
-        except OSError as error:
-            raise SpawnFailed(f"{program.argv[0]} can not be started: {error.strerror or error}") from error
-        finally:
-            os.close(log)
+        with contextlib.ExitStack() as opened:
+            try:
+                log = _open_log(program.log, opened)
+                output = _open_log(program.output, opened) if program.output else log
+                namespaces = self._namespaces() if program.isolated and os.geteuid() == 0 else []
+                pid = _in_own_thread(lambda: _start(program, output, log, namespaces))
+            except OSError as error:
+                raise SpawnFailed(f"{program.argv[0]} can not be started: {error.strerror or error}") from error
         process = Process(ProcessId(pid, _start_time(pid), self.boot_id), os.pidfd_open(pid))  # still there if it ended
         try:
             if program.locked_memory:
@@ -326,7 +329,13 @@ class Processes:
         return self._empty_namespaces
 
 
-def _start(program: Program, log: int, namespaces: Sequence[int]) -> int:
+def _open_log(path: str, opened: contextlib.ExitStack) -> int:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    opened.callback(os.close, fd)
+    return fd
+
+
+def _start(program: Program, output: int, log: int, namespaces: Sequence[int]) -> int:
     """Fork and exec. Runs in a thread that ends afterwards: what it gives up (privileges, namespaces)
     belongs to a thread alone and is handed to the child."""
     for namespace in namespaces:
@@ -338,9 +347,9 @@ def _start(program: Program, log: int, namespaces: Sequence[int]) -> int:
     child = subprocess.Popen(
         program.argv,
         stdin=subprocess.DEVNULL,
-        stdout=log,
+        stdout=output,
         stderr=log,
-        cwd="/",
+        cwd=program.cwd,
         env={"PATH": _PATH, "LANG": "C.UTF-8", MARK_VARIABLE: program.mark},
         pass_fds=program.fds,
         start_new_session=True,
