@@ -46,7 +46,7 @@ from hypeman.instances.plan import (
     plan_swap,
 )
 from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent, Operation
-from hypeman.instances.steps import PlugVolume, Reversible, Step, TakeBack
+from hypeman.instances.steps import FreeCapture, PlugVolume, Reversible, Step, TakeBack
 from hypeman.instances.types import InstanceState, SnapshotCompressionConfig, VolumeMount
 from hypeman.instances.validate import check_volumes
 from hypeman.instances.view import describe_exit
@@ -234,6 +234,7 @@ class Lifecycle:
             return
         with trio.CancelScope(shield=True):
             await self._remove()
+            await carry_forward(plan_free(self.record.capture), self.world)
 
     async def start(self, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None) -> InstanceRecord:
         spec = self.record.spec
@@ -469,6 +470,8 @@ class Lifecycle:
         intent = self.world.store.read(lambda txn: txn.get(INTENTS, record.id))
         alive = await self.world.reattach_vmm(record.id)
         if alive:
+            if record.spec.egress:
+                await self.world.set_egress(record.id)
             self._watch(self.world.live[record.id])
         if intent is None:
             if record.state not in _NO_VMM and not alive:
@@ -637,7 +640,7 @@ class Lifecycle:
         except Exception as error:
             self._journal(f"the restored guest could not be awakened: {error}")
             await self._stop(
-                plan_park(self.record),
+                (*plan_park(self.record), *(step for step in steps if isinstance(step, FreeCapture))),
                 self.world.live.get(self.record.id),
                 VmmExit(ExitReason.FAILED, f"the restored guest could not be awakened: {error}"),
             )

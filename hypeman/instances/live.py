@@ -25,11 +25,18 @@ _RECONNECT_MOST = 1.0
 
 LiveEvent: TypeAlias = VmmExit | GuestEvent
 
+Connect: TypeAlias = Callable[[trio.abc.Stream, bytes], GuestClient]
+"""Speaks with an agent over a stream; a boot's nonce proves which one it is."""
+
+
+def connect_guest(stream: trio.abc.Stream, nonce: bytes) -> GuestClient:
+    return GuestClient(stream, nonce=nonce)
+
 
 class Live:
     """A living VM. ``boot`` numbers the launch, so that late news of an older one is known as such."""
 
-    def __init__(self, vmm: Vmm, *, nonce: bytes, boot: int) -> None:
+    def __init__(self, vmm: Vmm, *, nonce: bytes, boot: int, connect: Connect) -> None:
         self.vmm = vmm
         self.boot = boot
         self.guest: GuestClient | None = None
@@ -39,6 +46,7 @@ class Live:
         """How the workload ended, once it has."""
         self.fatal: Fatal | None = None
         self._nonce = nonce
+        self._connect = connect
         self._guest_changed = trio.Event()
 
     async def run(self, tell: Callable[[Live, LiveEvent], None]) -> None:
@@ -70,7 +78,7 @@ class Live:
 
     async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, LiveEvent], None]) -> None:
         """One connection, from its greeting to its end."""
-        client = GuestClient(stream, nonce=self._nonce)
+        client = self._connect(stream, self._nonce)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve, client)
             try:

@@ -148,6 +148,7 @@ class Instances:
                 for record in known:
                     self.board.post(record)
                     settling.start_soon(self._own, record, False)
+            await self.world.collect_captures()
             nursery.start_soon(self._reap_expired)
             task_status.started()
             await trio.sleep_forever()

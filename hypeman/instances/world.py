@@ -30,8 +30,9 @@ from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
 from hypeman.instances import captures
 from hypeman.instances.captures import CAPTURES, CaptureRow
-from hypeman.instances.live import Live
+from hypeman.instances.live import Connect, Live, connect_guest
 from hypeman.instances.records import INSTANCES, InstanceRecord
+from hypeman.instances.types import InstanceState
 from hypeman.instances.validate import guest_env
 from hypeman.instances.vm import (
     Surroundings,
@@ -51,7 +52,7 @@ STOP_GRACE = 10.0
 SECONDS_TO_AWAKEN = 60.0
 """A restored guest answers in 0.1 s; the limit is for a host that swaps."""
 SECONDS_TO_ANSWER = 5.0
-"""For a guest that is asked to end, possibly just after we were started again."""
+"""For a running guest whose channel is just being opened, as after a restart of ours."""
 SECONDS_TO_FREEZE = 10.0
 SECONDS_TO_KILL = 5.0
 """After the guest was asked to power off and its grace is over."""
@@ -114,6 +115,7 @@ class World:
         egress: EgressNeeds,
         templates: TemplateNeeds,
         compressor: CompressorNeeds,
+        connect: Connect = connect_guest,
     ) -> None:
         self.config = config
         self.paths: Paths = config.paths
@@ -129,6 +131,7 @@ class World:
         self.egress = egress
         self.templates = templates
         self.compressor = compressor
+        self.connect = connect
         self.live: dict[str, Live] = {}
         """Instance → its living VM. Filled by launch, restore and adoption; emptied when it ended."""
 
@@ -301,7 +304,7 @@ class World:
         self._adopt(record, vmm)
 
     def _adopt(self, record: InstanceRecord, vmm: Vmm) -> None:
-        self.live[record.id] = Live(vmm, nonce=record.nonce, boot=record.boots)
+        self.live[record.id] = Live(vmm, nonce=record.nonce, boot=record.boots, connect=self.connect)
 
     async def reattach_vmm(self, instance_id: str) -> bool:
         """Find the VMM of the record again after a restart of ours; whether it lives."""
@@ -330,7 +333,8 @@ class World:
         if live is None:
             return
         try:
-            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            booting = self.record(instance_id).state in (InstanceState.CREATED, InstanceState.INITIALIZING)
+            guest = await live.wait_guest(0 if booting else SECONDS_TO_ANSWER)
             with trio.move_on_after(grace + SECONDS_TO_KILL):
                 await guest.shutdown(grace_seconds=grace)
                 await live.vmm.wait_exit()
@@ -401,6 +405,21 @@ class World:
     async def make_restorable(self, capture_id: str) -> None:
         """Have the capture's memory uncompressed on disk, and no compression of it under way."""
         await self.compressor.make_plain(capture_id)
+
+    async def collect_captures(self) -> None:
+        """Remove captures that nobody holds and directories that are none: what a crash left. At start."""
+
+        def read(txn: Txn) -> tuple[set[str], list[str]]:
+            rows = dict(txn.scan(CAPTURES))
+            return set(rows), [key for key, row in rows.items() if not row.holders]
+
+        known, unheld = self.store.read(read)
+        if self.paths.captures.is_dir():
+            for directory in await trio.to_thread.run_sync(lambda: list(self.paths.captures.iterdir())):
+                if directory.name not in known:
+                    await self.files.remove(directory)
+        for capture_id in unheld:
+            await self.free_capture(capture_id)
 
     def capture_row(self, capture_id: str) -> CaptureRow:
         row = self.store.read(lambda txn: txn.get(CAPTURES, capture_id))

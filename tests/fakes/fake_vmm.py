@@ -315,6 +315,12 @@ class FakeDriver:
         async with self.faults.visit("probe"):
             return self.capabilities
 
+    def adopt_capabilities(self, capabilities: Capabilities) -> None:
+        self.capabilities = capabilities
+
+    def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
+        return "quiet"
+
     def validate(self, config: VmConfig) -> None:
         if not self.capabilities.available:
             raise NotSupported(self.capabilities.reason)

@@ -1,0 +1,441 @@
+"""Instances on a host in memory, with faults.
+
+    lab = Lab(store, paths)
+    async with lab.running() as instances:      the service, as app.py would build it
+    lab.fail_at(3)                              the fourth effect from now on raises
+    lab.crash_at(3)                             there the server "dies": nothing after it happens any more
+    lab.world_as_text()                         everything that exists outside of the store
+
+Effects are counted where they would touch the machine: network, egress, devices, disks, files and VMMs.
+A crash leaves what was done; the next ``running`` is the next server, on the same store and machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import AsyncIterator, Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from hypeman.config import Config
+from hypeman.errors import InternalError, InUse
+from hypeman.guest.boot import CaCertificate
+from hypeman.guest.types import Exited, GuestEvent, Ready, Started
+from hypeman.host.cgroups import CGroups
+from hypeman.host.files import Files
+from hypeman.hypervisor.catalog import Catalog
+from hypeman.hypervisor.interface import ExitReason
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.images.types import ImageConfig, ReadyImage
+from hypeman.instances.compression import Compressor
+from hypeman.instances.records import InstanceRecord, InstanceSpec
+from hypeman.instances.service import Instances
+from hypeman.instances.types import CreateInstanceRequest
+from hypeman.instances.world import World
+from hypeman.network import leases
+from hypeman.network.addressing import Subnet
+from hypeman.network.types import GuestNetwork, Lease, NetworkPlan
+from hypeman.paths import Paths
+from hypeman.resources.accounting import Limits
+from hypeman.snapshots.service import Snapshots
+from hypeman.store import Store, Txn
+from tests.fakes.fake_vmm import FakeDriver, FakeMachine, FakeVmm
+
+DIGEST = "sha256:" + "1" * 64
+
+
+class Crash(BaseException):
+    """The server is dead. Not an Exception, so that nothing catches it."""
+
+
+class HostFailed(InternalError):
+    """What an effect was told to raise."""
+
+
+class Bomb:
+    """Counts effects and goes off at the wanted one."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.fail_at: int | None = None
+        self.crash_at: int | None = None
+        self.dead = False
+        self.where = ""
+
+    def tick(self, name: str) -> None:
+        if self.dead:
+            raise Crash
+        number = self.count
+        self.count += 1
+        if number == self.fail_at:
+            self.where = name
+            raise HostFailed(f"{name} was told to fail")
+        if number == self.crash_at:
+            self.where = name
+            self.dead = True
+            raise Crash
+
+
+class Effects:
+    """A part of the host: a set of things that are there, each added and removed by an effect."""
+
+    def __init__(self, kind: str, bomb: Bomb) -> None:
+        self.kind = kind
+        self.there: dict[str, str] = {}
+        self._bomb = bomb
+
+    async def add(self, name: str, value: str = "") -> None:
+        await trio.lowlevel.checkpoint()
+        self._bomb.tick(f"before {self.kind} +{name[:4]}")
+        self.there[name] = value
+        self._bomb.tick(f"after {self.kind} +{name[:4]}")
+
+    async def remove(self, name: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self._bomb.tick(f"before {self.kind} -{name[:4]}")
+        self.there.pop(name, None)
+        self._bomb.tick(f"after {self.kind} -{name[:4]}")
+
+
+class FakeNetwork:
+    subnet = Subnet.parse("10.0.0.0/29")
+
+    def __init__(self, bomb: Bomb) -> None:
+        self.taps = Effects("tap", bomb)
+
+    async def attach(self, lease: Lease, *, uid: int = 0) -> None:
+        await self.taps.add(lease.instance_id, lease.ipv4)
+
+    async def detach(self, lease: Lease) -> None:
+        await self.taps.remove(lease.instance_id)
+
+    def guest_network(self, lease: Lease) -> GuestNetwork | None:
+        if not lease.enabled:
+            return None
+        return GuestNetwork(lease.ipv4, 32, "10.0.0.1", lease.mac, "1.1.1.1", 1500)
+
+
+class FakeLeases:
+    def take(self, txn: Txn, record: InstanceRecord) -> Lease:
+        return leases.take_lease(txn, record.id, NetworkPlan(enabled=record.spec.network), FakeNetwork.subnet)
+
+    def drop(self, txn: Txn, instance_id: str) -> None:
+        leases.drop_lease(txn, instance_id, FakeNetwork.subnet)
+
+    def default_rates(self, spec: InstanceSpec) -> InstanceSpec:
+        return spec
+
+
+class FakeDevices:
+    def __init__(self, bomb: Bomb) -> None:
+        self.bound = Effects("device", bomb)
+
+    async def bind(self, instance_id: str, *, uid: int = 0, gid: int = 0) -> None:
+        await self.bound.add(instance_id)
+
+    async def unbind(self, instance_id: str) -> None:
+        await self.bound.remove(instance_id)
+
+    def sysfs_paths(self, instance_id: str) -> tuple[str, ...]:
+        return ()
+
+    def claim(self, txn: Txn, instance_id: str, devices: tuple[str, ...], gpu_profile: str) -> tuple[str, ...]:
+        return devices
+
+    def release(self, txn: Txn, instance_id: str) -> None:
+        pass
+
+    def mdev_uuid(self, instance_id: str) -> str:
+        return ""
+
+    async def prepare(self) -> None:
+        pass
+
+
+class FakeEgress:
+    def __init__(self, bomb: Bomb) -> None:
+        self.policies = Effects("egress", bomb)
+
+    async def enforce(self, record: InstanceRecord, lease: Lease) -> None:
+        await self.policies.add(record.id)
+
+    async def release(self, instance_id: str) -> None:
+        await self.policies.remove(instance_id)
+
+    def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
+        return {"HTTPS_PROXY": "http://10.0.0.1:1"}, ()
+
+    def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None:
+        pass
+
+    def seal(self, txn: Txn, instance_id: str, values: Mapping[str, str]) -> None:
+        pass
+
+    def drop(self, txn: Txn, instance_id: str) -> None:
+        pass
+
+    async def refresh(self, instance_id: str) -> None:
+        pass
+
+
+class FakeImages:
+    """One image that is always ready; pins are rows of nobody's table."""
+
+    def __init__(self, disk: Path) -> None:
+        self._disk = disk
+        disk.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_bytes(b"image")
+        self.settings = ImageConfig(entrypoint=("/init",), env={"A": "1"}, working_dir="/")
+
+    def platform(self, text: str | None) -> str:
+        return text or "linux/amd64"
+
+    async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage:
+        await trio.lowlevel.checkpoint()
+        return ReadyImage(DIGEST, self._disk, "erofs", self.settings, 5, "linux/amd64")
+
+    def disk(self, digest: str) -> Path:
+        return self._disk
+
+    def root_fs(self, digest: str) -> str:
+        return "erofs"
+
+    def config(self, digest: str) -> ImageConfig:
+        return self.settings
+
+    def pin(self, txn: Txn, digest: str, holder: str) -> None:
+        pass
+
+    def unpin(self, txn: Txn, holder: str) -> None:
+        pass
+
+
+class FakeTemplates:
+    """Empty disks without a formatter."""
+
+    def __init__(self, bomb: Bomb) -> None:
+        self._bomb = bomb
+
+    async def make(self, path: Path, size: int, *, uid: int = 0) -> None:
+        self._bomb.tick("before disk")
+        path.write_bytes(b"empty")
+        await trio.lowlevel.checkpoint()
+        self._bomb.tick("after disk")
+
+
+class FakeGuest:
+    """An agent that is ready at once, obeys, and tells how its program ended."""
+
+    def __init__(self, lab: Lab, process: Any) -> None:
+        self._lab = lab
+        self._process = process
+        self._send, self.events = trio.open_memory_channel[GuestEvent](16)
+        self.identity: dict[str, Any] = {}
+        self.mounted: set[str] = set()
+        self.busy: set[str] = set()
+        self.frozen = False
+        self._end = trio.Event()
+
+    async def run(self) -> None:
+        try:
+            self._send.send_nowait(Ready({"kernel": 1}))
+            self._send.send_nowait(Started())
+            await self._process.ended.wait()
+        finally:
+            self._send.close()
+
+    def tell(self, event: GuestEvent) -> None:
+        self._send.send_nowait(event)
+
+    async def shutdown(self, *, grace_seconds: float | None = None, signal: int = 0) -> None:
+        self.tell(Exited(143, 15))
+        await trio.lowlevel.checkpoint()
+        self._process.end(ExitReason.POWEROFF)
+
+    async def freeze(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.frozen = True
+
+    async def thaw(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.frozen = False
+
+    async def set_identity(self, **identity: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        self.identity = identity
+
+    async def mount_volume(self, volume: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        self.mounted.add(volume.path)
+
+    async def unmount_volume(self, path: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if path in self.busy:
+            raise InUse(f"{path} is in use by 7 (cat)")
+        self.mounted.discard(path)
+
+
+class Lab:
+    """See above. ``machine`` and the parts outlive servers."""
+
+    def __init__(self, store: Store, paths: Paths) -> None:
+        self.store = store
+        self.paths = paths
+        self.bomb = Bomb()
+        self.machine = FakeMachine()
+        self.network = FakeNetwork(self.bomb)
+        self.devices = FakeDevices(self.bomb)
+        self.egress = FakeEgress(self.bomb)
+        self.limits = Limits()
+        self.images = FakeImages(paths.images / "disk")
+        self.guests: dict[str, FakeGuest] = {}
+        self.driver = FakeDriver(self.machine)
+        paths.run_dir.mkdir(parents=True, exist_ok=True)
+        paths.tmp.mkdir(parents=True, exist_ok=True)
+
+    # Faults
+
+    def fail_at(self, number: int) -> None:
+        self.bomb.count, self.bomb.fail_at, self.bomb.crash_at = 0, number, None
+
+    def crash_at(self, number: int) -> None:
+        self.bomb.count, self.bomb.fail_at, self.bomb.crash_at = 0, None, number
+
+    def disarm(self) -> None:
+        self.bomb.fail_at = self.bomb.crash_at = None
+        self.bomb.dead = False
+
+    # Servers
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Instances]:
+        """A server. It ends with the block; after a crash, silently."""
+        self.disarm()
+        instances = self._build()
+        with trio.CancelScope() as scope:
+            try:
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(instances.world.compressor.run)  # type: ignore[attr-defined]
+                    await nursery.start(instances.run)
+                    yield instances
+                    nursery.cancel_scope.cancel()
+            except* Crash:
+                scope.cancel()
+
+    def snapshots(self, instances: Instances) -> Snapshots:
+        return Snapshots(store=self.store, instances=instances)
+
+    def _build(self) -> Instances:
+        config = Config(data_dir=str(self.paths.data_dir), run_dir=str(self.paths.run_dir))
+        driver = FakeDriver(self.machine)
+        driver.guest = self._open_guest
+        driver.faults = self.driver.faults
+        self.driver = driver
+        _count_effects(driver, ("launch", "restore", "kill_stray"), self.bomb, "driver")
+        store = _Mortal(self.store, self.bomb)
+        catalog = Catalog((driver,), store=store, default="qemu", depends_on={})  # type: ignore[arg-type]
+        catalog._probed.set()
+        files = Files()
+        _count_effects(files, ("remove", "copy", "publish", "write", "make_dir"), self.bomb, "files")
+        world = World(
+            config=config,
+            store=store,  # type: ignore[arg-type]
+            files=files,
+            drivers={HypervisorKind.QEMU: driver},  # type: ignore[dict-item]
+            cgroups=CGroups(None),
+            kernel="/kernel",
+            initrd=None,
+            images=self.images,
+            network=self.network,
+            devices=self.devices,
+            egress=self.egress,
+            templates=FakeTemplates(self.bomb),
+            compressor=Compressor(store, self.paths),  # type: ignore[arg-type]
+            connect=self._connect,  # type: ignore[arg-type]
+        )
+        return Instances(
+            world=world,
+            images=self.images,  # type: ignore[arg-type]
+            leases=FakeLeases(),
+            devices=self.devices,
+            secrets=self.egress,
+            counters=_NoCounters(),
+            limits=lambda: self.limits,
+            catalog=catalog,
+        )
+
+    def _open_guest(self, vmm: FakeVmm, stream: Any) -> None:
+        self._opening = vmm
+        _count_effects(vmm, ("pause", "resume", "capture", "add_disk", "remove_disk", "set_link"), self.bomb, "vmm")
+
+    def _connect(self, stream: Any, nonce: bytes) -> FakeGuest:
+        guest = FakeGuest(self, self._opening.process)
+        self.guests[self._opening.config.instance_id] = guest
+        return guest
+
+    # Looking
+
+    def world_as_text(self) -> str:
+        """What exists outside of the store, one thing a line."""
+        lines = [f"vmm {p.config.instance_id} {p.state.value}" for p in self.machine.alive()]
+        for part in (self.network.taps, self.devices.bound, self.egress.policies):
+            lines += [f"{part.kind} {name} {value}" for name, value in part.there.items()]
+        for folder in ("instances", "snapshots", "captures", "tmp"):
+            root = self.paths.data_dir / folder
+            lines += [
+                f"{folder} {path.relative_to(root)}"
+                for path in sorted(root.rglob("*"))
+                if path.suffix != ".log" and path.name != "logs"
+            ]
+        lines += [f"run {path.name}" for path in self.paths.vms.glob("*")]
+        return "\n".join(sorted(lines))
+
+
+class _NoCounters:
+    def of_instance(self, instance_id: str) -> tuple[int, int]:
+        return 0, 0
+
+
+class _Mortal:
+    """A store whose writes are moments for a crash: before, so that they never happened, and after."""
+
+    def __init__(self, store: Store, bomb: Bomb) -> None:
+        self._store = store
+        self._bomb = bomb
+
+    def read(self, fn: Callable[[Txn], Any]) -> Any:
+        return self._store.read(fn)
+
+    async def write(self, fn: Callable[[Txn], Any]) -> Any:
+        if self._bomb.dead or self._bomb.crash_at is not None:
+            self._bomb.tick("before a write")
+        result = await self._store.write(fn)
+        if self._bomb.dead or self._bomb.crash_at is not None:
+            self._bomb.tick("after a write")
+        return result
+
+
+def _count_effects(thing: Any, names: tuple[str, ...], bomb: Bomb, kind: str) -> None:
+    for name in names:
+        method = getattr(thing, name)
+        assert inspect.iscoroutinefunction(method), name
+        setattr(thing, name, _counted(method, f"{kind} {name}", bomb))
+
+
+def _counted(method: Callable[..., Any], name: str, bomb: Bomb) -> Callable[..., Any]:
+    @wraps(method)
+    async def counted(*args: Any, **kwargs: Any) -> Any:
+        bomb.tick(f"before {name}")
+        result = await method(*args, **kwargs)
+        bomb.tick(f"after {name}")
+        return result
+
+    return counted
+
+
+def request(name: str, **changes: Any) -> CreateInstanceRequest:
+    return CreateInstanceRequest(name=name, image="busybox", size="64MB", overlay_size="16MB", **changes)

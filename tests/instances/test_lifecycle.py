@@ -1,0 +1,490 @@
+"""Every operation, failed and crashed at every effect: the old state or the new one, whole.
+
+The host is in memory (fake_world.py), so all moments are visited in seconds. ``tests/real/test_kill.py``
+does the same to a real server with real guests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+
+import pytest
+import trio
+import trio.lowlevel
+
+from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
+from hypeman.guest.types import Exited
+from hypeman.hypervisor.interface import ExitReason
+from hypeman.instances.records import INSTANCES, INTENTS, NAMES
+from hypeman.instances.service import Instances
+from hypeman.instances.types import (
+    AttachVolumeRequest,
+    ForkInstanceRequest,
+    InstanceState,
+    StandbyInstanceRequest,
+    StartInstanceRequest,
+    TargetState,
+)
+from hypeman.network.leases import LEASES
+from hypeman.paths import Paths
+from hypeman.resources.accounting import HOLDINGS, Limits, Totals, totals
+from hypeman.snapshots.types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
+from hypeman.store import Store, Txn
+from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
+from tests.instances.fake_world import Crash, HostFailed, Lab, request
+
+RUNNING = InstanceState.RUNNING
+
+
+@pytest.fixture
+def lab(store: Store, paths: Paths) -> Lab:
+    return Lab(store, paths)
+
+
+async def settled(instances: Instances, ref: str) -> str:
+    """The state that the instance comes to rest in; "gone" if it is not there."""
+    try:
+        record = instances.board.find(ref)
+        while record.state in (InstanceState.CREATED, InstanceState.INITIALIZING, InstanceState.SHUTDOWN):
+            changed = await instances.board.wait_change(record)
+            if changed is None:
+                return "gone"
+            record = changed
+    except NotFound:
+        return "gone"
+    return record.state.value
+
+
+def rows(store: Store) -> str:
+    """What the store says, times and counters apart."""
+
+    def read(txn: Txn) -> list[str]:
+        lines = [
+            f"{key} {row.state.value} {row.capture} {row.mapped} {row.handle is not None}"
+            for key, row in txn.scan(INSTANCES)
+        ]
+        lines += [f"intent {key}" for key in txn.keys(INTENTS)]
+        for table in (NAMES, LEASES, ATTACHMENTS):
+            lines += [f"{table.name} {key}" for key in txn.keys(table)]
+        lines += [f"holding {key} {row}" for key, row in txn.scan(HOLDINGS)]
+        return [*lines, str(totals(txn))]
+
+    return "\n".join(store.read(read))
+
+
+# ── Cases: how to get there, what to do, where it may end ────────────────────────────────────────
+
+
+async def nothing(lab: Lab, instances: Instances) -> None:
+    pass
+
+
+async def running(lab: Lab, instances: Instances) -> None:
+    await instances.create(request("one"))
+    assert await settled(instances, "one") == "Running"
+
+
+async def with_egress(lab: Lab, instances: Instances) -> None:
+    from hypeman.instances.types import EgressRequest, NetworkRequest
+
+    await instances.create(request("one", network=NetworkRequest(egress=EgressRequest(enabled=True))))
+    assert await settled(instances, "one") == "Running"
+
+
+async def stopped(lab: Lab, instances: Instances) -> None:
+    await running(lab, instances)
+    await instances.stop("one")
+
+
+async def in_standby(lab: Lab, instances: Instances) -> None:
+    await running(lab, instances)
+    await instances.standby("one", StandbyInstanceRequest())
+
+
+async def with_volume(lab: Lab, instances: Instances) -> None:
+    await running(lab, instances)
+    row = VolumeRecord(id="vol", name="vol", size_gb=1, created_at=datetime.now(UTC))
+    await lab.store.write(lambda txn: txn.put(VOLUMES, "vol", row))
+    lab.paths.volume_disk("vol").parent.mkdir(parents=True, exist_ok=True)
+    lab.paths.volume_disk("vol").write_bytes(b"x")
+
+
+async def with_attached(lab: Lab, instances: Instances) -> None:
+    await with_volume(lab, instances)
+    await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
+
+
+async def with_snapshot(lab: Lab, instances: Instances) -> None:
+    await running(lab, instances)
+    await lab.snapshots(instances).create("one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
+    await instances.stop("one")
+
+
+async def create(lab: Lab, instances: Instances) -> None:
+    await instances.create(request("one"))
+    await settled(instances, "one")
+
+
+async def start(lab: Lab, instances: Instances) -> None:
+    await instances.start("one", StartInstanceRequest())
+    await settled(instances, "one")
+
+
+async def stop(lab: Lab, instances: Instances) -> None:
+    await instances.stop("one")
+
+
+async def delete(lab: Lab, instances: Instances) -> None:
+    await instances.delete("one")
+
+
+async def standby(lab: Lab, instances: Instances) -> None:
+    await instances.standby("one", StandbyInstanceRequest())
+
+
+async def restore(lab: Lab, instances: Instances) -> None:
+    await instances.restore("one")
+
+
+async def fork(lab: Lab, instances: Instances) -> None:
+    await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+
+
+async def snapshot(lab: Lab, instances: Instances) -> None:
+    await lab.snapshots(instances).create("one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
+
+
+async def revert(lab: Lab, instances: Instances) -> None:
+    snapshots = lab.snapshots(instances)
+    (made,) = await snapshots.list(source_instance_id=None, kind=None, name=None, tags={})
+    await snapshots.restore("one", made.id, RestoreSnapshotRequest(target_state=TargetState.STANDBY))
+
+
+async def attach(lab: Lab, instances: Instances) -> None:
+    await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
+
+
+async def detach(lab: Lab, instances: Instances) -> None:
+    await instances.detach_volume("one", "vol")
+
+
+Act = Callable[[Lab, Instances], Awaitable[None]]
+
+CASES: dict[str, tuple[Act, Act, set[str]]] = {
+    "create": (nothing, create, {"gone", "Running"}),
+    "start": (stopped, start, {"Stopped", "Running"}),
+    "stop": (running, stop, {"Running", "Stopped"}),
+    "stop with egress": (with_egress, stop, {"Running", "Stopped"}),
+    "delete": (running, delete, {"Running", "gone"}),
+    "standby": (running, standby, {"Running", "Standby"}),
+    "restore": (in_standby, restore, {"Standby", "Running", "Stopped"}),
+    "fork running": (running, fork, {"Running"}),
+    "fork standby": (in_standby, fork, {"Standby"}),
+    "snapshot": (running, snapshot, {"Running"}),
+    "revert": (with_snapshot, revert, {"Stopped", "Standby"}),
+    "attach": (with_volume, attach, {"Running"}),
+    "detach": (with_attached, detach, {"Running"}),
+}
+"""Stopped after a crash in a restore: the guest ran on and then lost its VM, as in a power cut."""
+
+TAKEN_BACK = {"create", "start", "standby", "fork standby", "attach"}
+"""Operations after whose failure everything is as before; the others go on (stop, delete) or have a point of no
+return (a restored guest has run)."""
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_failed_at_every_effect(lab: Lab, case: str) -> None:
+    """An effect that fails once is told to the caller, or tried again; never half a state."""
+    prepare, act, allowed = CASES[case]
+    async with lab.running() as instances:
+        for moment in range(1000):
+            lab.disarm()
+            await prepare(lab, instances)
+            before_world, before_rows = lab.world_as_text(), rows(lab.store)
+            lab.fail_at(moment)
+            failed = False
+            try:
+                await act(lab, instances)
+            except (HostFailed, HypemanError):
+                failed = True
+            if lab.bomb.count <= moment:
+                lab.disarm()
+                break
+            where = f"moment {moment}, {lab.bomb.where}, of {case}"
+            lab.disarm()
+            state = await settled(instances, "one")
+            assert state in allowed, f"{state} after {where}"
+            if failed and case in TAKEN_BACK:
+                assert lab.world_as_text() == before_world, where
+                assert rows(lab.store) == before_rows, where
+            check_owned(lab, where)
+            await clean_up(lab, instances)
+    assert moment > 1
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_crashed_at_every_effect(lab: Lab, case: str) -> None:
+    """The server dies there; the next one finds the old state or the new one, and nothing without an owner."""
+    prepare, act, allowed = CASES[case]
+    moment = 0
+    while True:
+        async with lab.running() as instances:
+            await prepare(lab, instances)
+            lab.crash_at(moment)
+            with contextlib.suppress(HypemanError):
+                await act(lab, instances)
+        if not lab.bomb.dead:
+            break
+        where = f"moment {moment}, {lab.bomb.where}, of {case}"
+        async with lab.running() as instances:
+            state = await settled(instances, "one")
+            assert state in allowed, f"{state} after {where}"
+            with trio.move_on_after(5):
+                while store_intents(lab.store):
+                    await trio.sleep(0.01)
+            assert not store_intents(lab.store), where
+            await lab.snapshots(instances).start()
+            check_owned(lab, where)
+            await clean_up(lab, instances)
+        moment += 1
+    assert moment > 3
+    print(f"\n{case}: crashed at {moment} moments")
+
+
+def store_intents(store: Store) -> list[str]:
+    return store.read(lambda txn: list(txn.keys(INTENTS)))
+
+
+def check_owned(lab: Lab, where: str) -> None:
+    """Everything outside of the store belongs to an instance, capture or snapshot inside of it."""
+    records = {row.id: row for row in lab.store.read(lambda txn: [row for _, row in txn.scan(INSTANCES)])}
+    alive = {i for i, row in records.items() if row.state not in (InstanceState.STOPPED, InstanceState.STANDBY)}
+    text = lab.world_as_text()
+    assert {p.config.instance_id for p in lab.machine.alive()} == alive, f"{text}\n{where}"
+    assert set(lab.network.taps.there) == alive, f"{text}\n{where}"
+    assert set(lab.egress.policies.there) <= alive, f"{text}\n{where}"
+    for path in (lab.paths.instances).glob("*"):
+        assert path.name in records, f"{text}\n{where}"
+    holding = lab.store.read(lambda txn: dict(txn.scan(HOLDINGS)))
+    assert set(holding) == set(records), where
+    assert {i for i, h in holding.items() if h.vcpus} == alive, where
+
+
+async def clean_up(lab: Lab, instances: Instances) -> None:
+    """Delete everything; then nothing is left, in the store or outside."""
+    for record in list(instances.board.records()):
+        await instances.delete(record.id)
+    snapshots = lab.snapshots(instances)
+    await snapshots.start()
+    for one in await snapshots.list(source_instance_id=None, kind=None, name=None, tags={}):
+        await snapshots.delete(one.id)
+    await lab.store.write(lambda txn: txn.delete(VOLUMES, "vol"))
+    for leftover in lab.paths.tmp.glob("*"):  # app.py empties it at start
+        await instances.world.remove_tree(str(leftover))
+    left = "\n".join(line for line in lab.world_as_text().splitlines() if not line.startswith("instances .new"))
+    assert left == "", left
+    assert lab.store.read(totals) == Totals()
+    assert not lab.store.read(lambda txn: [*txn.keys(LEASES), *txn.keys(NAMES), *txn.keys(ATTACHMENTS)])
+
+
+# ── What happens by itself ───────────────────────────────────────────────────────────────────────
+
+
+async def test_a_guest_that_ends_is_cleaned_up_after(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        record = instances.board.find("one")
+        lab.guests[record.id].tell(Exited(7))
+        process = lab.machine.of(record.id)
+        while instances.board.find("one").state is RUNNING:
+            await trio.lowlevel.checkpoint()
+        process.end(ExitReason.POWEROFF)
+        assert await settled(instances, "one") == "Stopped"
+        ended = await instances.get("one")
+        assert (ended.exit_code, ended.exit_message) == (7, "exited with code 7")
+        assert not lab.network.taps.there
+
+
+async def test_a_vmm_that_is_killed_is_noticed(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        lab.machine.of(instances.board.find("one").id).end(ExitReason.KILLED)
+        record = instances.board.find("one")
+        while record.state is RUNNING:
+            record = await instances.board.wait_change(record) or record
+        ended = await instances.get("one")
+        assert ended.state is InstanceState.STOPPED and ended.exit_message == "the VMM was killed"
+
+
+async def test_the_next_server_adopts_what_lives(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+    before = lab.world_as_text()
+    async with lab.running() as instances:
+        assert (await instances.get("one")).state is RUNNING
+        assert lab.world_as_text() == before
+        await instances.stop("one")
+
+
+async def test_a_fork_is_somebody_of_its_own(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+        one, two = instances.board.find("one"), instances.board.find("two")
+        assert one.state is two.state is RUNNING
+        assert one.id != two.id and one.number != two.number
+        identity = lab.guests[two.id].identity
+        assert identity["hostname"] == "two" and len(identity["machine_id"]) == 32
+        assert identity["network"].address != (await instances.get("one")).network.ip  # type: ignore[union-attr]
+        assert not lab.guests[one.id].frozen and not lab.guests[two.id].frozen
+        assert not lab.guests[one.id].identity
+
+
+async def test_captures_live_as_long_as_somebody_needs_them(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await in_standby(lab, instances)
+        await instances.fork("one", ForkInstanceRequest(name="two"))
+        assert len(list(lab.paths.captures.iterdir())) == 1
+        await instances.restore("one")
+        assert len(list(lab.paths.captures.iterdir())) == 1
+        assert lab.machine.of(instances.board.find("one").id).private
+        await instances.restore("two")
+        assert len(list(lab.paths.captures.iterdir())) == 1, "the first still maps it"
+        await instances.delete("one")
+        await instances.delete("two")
+        assert list(lab.paths.captures.iterdir()) == []
+
+
+# ── Refusals ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_names_are_taken_once(lab: Lab) -> None:
+    async with lab.running() as instances:
+        outcomes: list[str] = []
+
+        async def try_create() -> None:
+            try:
+                await instances.create(request("one"))
+                outcomes.append("made")
+            except NameConflict:
+                outcomes.append("refused")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(try_create)
+        assert sorted(outcomes) == ["made", *["refused"] * 4]
+
+
+async def test_addresses_run_out_with_a_clear_answer(lab: Lab) -> None:
+    async with lab.running() as instances:
+        for number in range(5):
+            await instances.create(request(f"vm{number}"))
+        before = rows(lab.store)
+        with pytest.raises(InsufficientResources):
+            await instances.create(request("more"))
+        assert rows(lab.store).count("\n") == before.count("\n")
+        await instances.delete("vm0")
+        await instances.create(request("more"))
+
+
+async def test_what_the_host_has_not_is_refused(lab: Lab) -> None:
+    lab.limits = Limits(memory=128 << 20)
+    async with lab.running() as instances:
+        await instances.create(request("one"))
+        await instances.create(request("two"))
+        with pytest.raises(InsufficientResources, match="memory"):
+            await instances.create(request("three"))
+        await settled(instances, "one")
+        await instances.stop("one")
+        await instances.create(request("three"))
+        with pytest.raises(InsufficientResources):
+            await instances.start("one", StartInstanceRequest())
+        assert (await instances.get("one")).state is InstanceState.STOPPED
+
+
+async def test_illegal_verbs_name_the_state(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await stopped(lab, instances)
+        for verb in (instances.stop, instances.restore):
+            with pytest.raises(InvalidState, match="Stopped"):
+                await verb("one")
+        with pytest.raises(InvalidState, match="Stopped"):
+            await instances.standby("one", StandbyInstanceRequest())
+
+
+async def test_a_fork_of_a_running_instance_must_be_asked_for(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        with pytest.raises(InvalidState, match="from_running"):
+            await instances.fork("one", ForkInstanceRequest(name="two"))
+
+
+async def test_a_volume_in_use_stays(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await with_attached(lab, instances)
+        record = instances.board.find("one")
+        lab.guests[record.id].busy.add("/data")
+        before = rows(lab.store)
+        with pytest.raises(InUse, match="cat"):
+            await instances.detach_volume("one", "vol")
+        assert rows(lab.store) == before
+        with pytest.raises(Conflict):
+            await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+        lab.guests[record.id].busy.clear()
+        await instances.detach_volume("one", "vol")
+        assert lab.guests[record.id].mounted == set()
+
+
+async def test_two_verbs_at_once_come_in_turn(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        outcomes: list[str] = []
+
+        async def verb(name: str, fn: Callable[[], Awaitable[object]]) -> None:
+            try:
+                await fn()
+                outcomes.append(name)
+            except (InvalidState, NotFound) as error:
+                outcomes.append(f"{name}: {error.code}")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(verb, "stop", lambda: instances.stop("one"))
+            nursery.start_soon(verb, "delete", lambda: instances.delete("one"))
+        assert sorted(outcomes)[:1] == ["delete"]
+        assert lab.world_as_text() == ""
+
+
+async def test_a_caller_that_hangs_up_changes_nothing(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await instances.stop("one")
+        record = instances.board.find("one")
+        while record.state is not InstanceState.STOPPED:
+            record = await instances.board.wait_change(record) or record
+        assert not lab.machine.alive()
+
+
+async def test_the_list_is_what_get_says(lab: Lab) -> None:
+    async with lab.running() as instances:
+        for name in ("a", "b"):
+            await instances.create(request(name, tags={"n": name}))
+            await settled(instances, name)
+        await instances.stop("a")
+        listed = json.loads(await instances.list(None, {}))
+        assert [i["name"] for i in listed] == ["a", "b"]
+        assert [i["name"] for i in json.loads(await instances.list(RUNNING, {}))] == ["b"]
+        assert [i["name"] for i in json.loads(await instances.list(None, {"n": "a"}))] == ["a"]
+        one = await instances.get("a")
+        assert listed[0]["phase_durations_ms"].keys() == one.phase_durations_ms.keys()  # type: ignore[union-attr]
+        assert listed[0]["id"] == one.id
+
+
+def test_a_crash_is_no_exception() -> None:
+    """Else a handler for failures would hide it, and the tests above would prove nothing."""
+    assert not issubclass(Crash, Exception)
