@@ -46,7 +46,10 @@ void events_tell_again(void) {
 }
 
 void events_step(struct channel *channel) {
-    for (size_t i = 0; i < EVENT_COUNT; i++) {
+    /* In the order in which they can happen: why comes before that it is over. */
+    static const uint8_t order[] = {EVENT_READY, EVENT_STARTED, EVENT_FATAL, EVENT_EXITED};
+    for (size_t n = 0; n < sizeof order; n++) {
+        size_t i = order[n];
         uint8_t *at;
         if (!events[i].happened || events[i].told || !(at = channel_room(channel, EVENT_BYTES)))
             continue;

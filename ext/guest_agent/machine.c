@@ -12,8 +12,9 @@
 #include "util.h"
 #include "workload.h"
 
-/* A host that is just being upgraded is back in a few seconds; one that is gone reads the boot disk later. */
+/* A connected host gets its time to acknowledge; one that is away reads the boot disk when it is back. */
 #define REPORT_MS 10000
+#define REPORT_ABSENT_MS 2000
 #define DRAIN_MS 5000
 #define KILL_MS 3000
 
@@ -74,6 +75,8 @@ int machine_step(struct channel *channel) {
         enter(REPORTING, REPORT_MS);
         late = false;
     }
+    if (state == REPORTING && !channel->greeted)
+        late |= now_ms() >= deadline - REPORT_MS + REPORT_ABSENT_MS;
     if (state == REPORTING && (late || (events_settled() && channel_drained(channel) && sessions_count() == 0))) {
         if (boot_device)
             power_off();
@@ -82,5 +85,7 @@ int machine_step(struct channel *channel) {
     if (state == RUNNING || state == OFF)
         return -1;
     int64_t left = deadline - now_ms();
+    if (state == REPORTING && left > REPORT_ABSENT_MS)
+        left = REPORT_ABSENT_MS; /* the host may go away meanwhile */
     return left > 0 ? (int)left : 0;
 }

@@ -5,7 +5,6 @@ Command line after the recommendations for TCG: q35, an uncompressed kernel, a v
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,14 +15,12 @@ import trio
 
 from hypeman.guest.boot import BootConfig, render_boot_disk
 from hypeman.guest.client import GuestClient
-from hypeman.guest.initrd import INIT, build_initrd, read_modules
 from hypeman.guest.protocol import AGENT_PORT_NAME
 
-KERNEL_DIR = Path(__file__).parents[2] / "build" / "guest"
 BOOT_SECONDS = 120
 CPU = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf_lm,+rdrand,+aes"
 """As the driver chooses for TCG; ``max`` would make the kernel copy byte by byte (ERMS), which TCG is slow at."""
-_CMDLINE = "console=ttyS0 quiet panic=-1 reboot=t cryptomgr.notests random.trust_cpu=on"
+_CMDLINE = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t no_timer_check cryptomgr.notests random.trust_cpu=on"
 
 
 class Guest(msgspec.Struct):
@@ -41,10 +38,19 @@ class Guest(msgspec.Struct):
     def boot_disk(self) -> bytes:
         return (self.directory / "boot.raw").read_bytes()
 
+    async def open_channel(self) -> trio.SocketStream:
+        """The agent's byte stream, as soon as QEMU listens."""
+        with trio.fail_after(BOOT_SECONDS):
+            while True:
+                try:
+                    return await trio.open_unix_socket(str(self.directory / "agent.sock"))
+                except OSError:
+                    await trio.sleep(0.01)
+
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[GuestClient]:
         """A client on a fresh connection, served until the context is left."""
-        stream = await trio.open_unix_socket(str(self.directory / "agent.sock"))
+        stream = await self.open_channel()
         client = GuestClient(stream, nonce=self.config.nonce)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve, client)
@@ -118,10 +124,3 @@ async def run_guest(
             if process.returncode is None:
                 process.kill()
             await process.wait()
-
-
-def make_initrd(path: Path) -> Path:
-    """The initrd of the built agent, with modules if the kernel at hand is a distribution's."""
-    modules = os.environ.get("HYPEMAN_TEST_MODULES")
-    path.write_bytes(build_initrd(INIT.read_bytes(), read_modules(Path(modules)) if modules else ()))
-    return path
