@@ -21,8 +21,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(row.split())
     for row in (
         "__main__",
-        "app",
-        "server cli",
+        "cli",
+        "app doctor",
+        "server",
         "builds autostandby ingress snapshots",
         "instances",
         "images volumes network devices egress guest hypervisor resources",

@@ -1,0 +1,203 @@
+"""``hypeman doctor``: what this host can do, what is missing, and what to type.
+
+Looks, and changes nothing; a server may run meanwhile. Each finding names one thing; the order is
+the order in which one would mend them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import trio
+
+from hypeman import assets
+from hypeman.config import Config
+from hypeman.host import facts
+from hypeman.host.cgroups import CGroups
+from hypeman.host.processes import Processes
+from hypeman.hypervisor.qemu.driver import QemuDriver
+from hypeman.network import doctor as network
+from hypeman.telemetry.findings import Finding, Verdict
+from hypeman.units import format_size
+
+_TOOLS = {"mkfs.ext4": "e2fsprogs", "nft": "nftables"}
+_LITTLE_DISK = 2 << 30
+_SHORT_SECRET = 32
+
+
+def examine(config: Config) -> list[Finding]:
+    """All findings about this host for a server with ``config``. Takes up to ten seconds where KVM hangs."""
+    return trio.run(_examine, config)
+
+
+async def _examine(config: Config) -> list[Finding]:
+    async with aclosing(_findings(config)) as findings:
+        return [finding async for finding in findings]
+
+
+async def _findings(config: Config) -> AsyncGenerator[Finding]:
+    for finding in (*_rights(), *_tools(), *_guest_files(config), *_data_directory(config), *_secret(config)):
+        yield finding
+    async for finding in _hypervisor(config):
+        yield finding
+    for problem in await network.examine(config.network):
+        verdict = Verdict.FAIL if problem.level == "error" else Verdict.WARN
+        yield Finding(name="network", verdict=verdict, message=problem.message, remedy=problem.remedy)
+    for finding in (*_control_groups(), *_devices(config)):
+        yield finding
+
+
+def _rights() -> Iterator[Finding]:
+    if os.geteuid() == 0:
+        yield Finding(name="rights", verdict=Verdict.OK, message="running as root")
+    else:
+        yield Finding(
+            name="rights",
+            verdict=Verdict.FAIL,
+            message="the server needs root: it makes TAPs, rules and users' processes",
+            remedy="sudo hypeman doctor",
+        )
+
+
+def _tools() -> Iterator[Finding]:
+    for tool, package in _TOOLS.items():
+        found = shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+        if found:
+            yield Finding(name=tool, verdict=Verdict.OK, message=found)
+        else:
+            yield Finding(
+                name=tool, verdict=Verdict.FAIL, message="is not installed", remedy=f"apt-get install {package}"
+            )
+
+
+def _guest_files(config: Config) -> Iterator[Finding]:
+    for name, configured, asset in (
+        ("guest kernel", config.hypervisor.kernel, assets.KERNEL),
+        ("guest initrd", config.hypervisor.initrd, assets.INITRD),
+    ):
+        path = Path(configured) if configured else assets.find(asset)
+        if path is not None and path.is_file():
+            yield Finding(name=name, verdict=Verdict.OK, message=str(path))
+        else:
+            yield Finding(
+                name=name,
+                verdict=Verdict.FAIL,
+                message=f"{path or asset} is not there",
+                remedy="set hypervisor.kernel and hypervisor.initrd, or reinstall hypeman",
+            )
+
+
+def _data_directory(config: Config) -> Iterator[Finding]:
+    path = Path(config.data_dir)
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    free = status.f_bavail * status.f_frsize
+    if not os.access(path, os.W_OK):
+        yield Finding(
+            name="data directory",
+            verdict=Verdict.FAIL,
+            message=f"{config.data_dir} can not be written",
+            remedy="run as root, or set data_dir to a directory that can",
+        )
+    elif free < _LITTLE_DISK:
+        yield Finding(
+            name="data directory",
+            verdict=Verdict.WARN,
+            message=f"only {format_size(free >> 20 << 20)} are free below {config.data_dir}",
+            remedy="make room, or set data_dir to a larger disk",
+        )
+    else:
+        yield Finding(
+            name="data directory",
+            verdict=Verdict.OK,
+            message=f"{config.data_dir}, {format_size(free >> 30 << 30)} free",
+        )
+
+
+def _secret(config: Config) -> Iterator[Finding]:
+    if not config.jwt_secret:
+        yield Finding(
+            name="jwt_secret",
+            verdict=Verdict.WARN,
+            message="is empty: over TCP every call is refused; only the unix socket lets anybody in",
+            remedy="set jwt_secret in /etc/hypeman/config.yaml, e.g. to the output of: openssl rand -hex 32",
+        )
+    elif len(config.jwt_secret) < _SHORT_SECRET:
+        yield Finding(
+            name="jwt_secret",
+            verdict=Verdict.WARN,
+            message=f"has {len(config.jwt_secret)} characters; it can be guessed offline",
+            remedy="openssl rand -hex 32",
+        )
+    else:
+        yield Finding(name="jwt_secret", verdict=Verdict.OK, message="is set")
+
+
+async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
+    settings = config.hypervisor
+    kernel = settings.kernel or str(assets.find(assets.KERNEL) or "")
+    processes = Processes()
+    driver = QemuDriver(
+        processes, _no_tap, kernel=kernel, binary=settings.qemu_binary, accelerator=settings.accelerator
+    )
+    try:
+        found = await driver.probe()
+    finally:
+        processes.close()
+    if not found.available:
+        yield Finding(name="qemu", verdict=Verdict.FAIL, message=found.reason, remedy="apt-get install qemu-system-x86")
+        return
+    yield Finding(name="qemu", verdict=Verdict.OK, message=f"{found.binary}, version {found.version}")
+    if found.accelerator == "kvm":
+        yield Finding(name="kvm", verdict=Verdict.OK, message="an ordinary kernel runs on it")
+    else:
+        yield Finding(
+            name="kvm",
+            verdict=Verdict.WARN,
+            message=f"not usable, VMs are emulated (20 to 50 times slower): {found.accelerator_reason}",
+            remedy="switch on virtualisation in the firmware, load kvm_intel or kvm_amd; in a cloud, take a bare-metal "
+            "machine",
+        )
+    if found.vsock:
+        yield Finding(name="vsock", verdict=Verdict.OK, message="/dev/vhost-vsock")
+    else:
+        yield Finding(
+            name="vsock",
+            verdict=Verdict.OK,
+            message="no /dev/vhost-vsock; guests are reached through a virtio-serial port instead",
+        )
+
+
+async def _no_tap(name: str) -> int:
+    raise AssertionError("looking needs no TAP")
+
+
+def _control_groups() -> Iterator[Finding]:
+    groups = CGroups.detect()
+    if groups.root is not None:
+        yield Finding(name="control groups", verdict=Verdict.OK, message=str(groups.root))
+    else:
+        yield Finding(
+            name="control groups",
+            verdict=Verdict.WARN,
+            message="no cgroup v2 for us: CPU and memory of VMMs are not bounded",
+            remedy="boot with systemd.unified_cgroup_hierarchy=1, or install the systemd units",
+        )
+
+
+def _devices(config: Config) -> Iterator[Finding]:
+    groups = Path(config.devices.sysfs_root, "kernel/iommu_groups")
+    number = len(list(groups.iterdir())) if groups.is_dir() else 0
+    if number:
+        yield Finding(name="iommu", verdict=Verdict.OK, message=f"{number} groups on {facts.cpus()} CPUs")
+    else:
+        yield Finding(
+            name="iommu",
+            verdict=Verdict.OK,
+            message="no groups; devices can not be passed through (intel_iommu=on or amd_iommu=on may make some)",
+        )
