@@ -172,17 +172,7 @@ class Links:
 
     async def set_gateway(self, address: str) -> None:
         """Put the guests' gateway on ``lo`` (once, as a /32 that is never chosen as a source towards others)."""
-        body = struct.pack("=BBBBI", socket.AF_INET, 32, 0, _SCOPE_HOST, _LOOPBACK)
-        packed = ipaddress.IPv4Address(address).packed
-        add = Message(
-            _NEW_ADDR,
-            CREATE | EXCL,
-            body + attr(_IFA_LOCAL, packed) + attr(_IFA_ADDRESS, packed),
-            f"add gateway {address} to lo",
-            (errno.EEXIST,),
-        )
-        up = _link_message(_LOOPBACK, "bring lo up", up=True)
-        await self._in_thread(self._netlink.run, [up, add])
+        await self._in_thread(self._netlink.run, _gateway_messages(address))
 
     async def remove_gateway(self, address: str) -> None:
         body = struct.pack("=BBBBI", socket.AF_INET, 32, 0, _SCOPE_HOST, _LOOPBACK)
@@ -224,7 +214,7 @@ class Links:
             _make_tap(tap.name, tap.uid)
             index = _index(tap.name)
         _set_switches(tap)
-        self._netlink.run(_tap_messages(tap, index))
+        self._netlink.run([*_gateway_messages(tap.gateway), *_tap_messages(tap, index)])
         if tap.download or tap.upload:
             self._set_limits(tap)
         self._netlink.run([_link_message(index, f"bring {tap.name} up", up=True), *_way_messages(tap, index)])
@@ -416,6 +406,16 @@ def _shaper_message(name: str) -> Message:
     body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)
     body += text(_IFLA_IFNAME, name) + nested(_IFLA_LINKINFO, text(_INFO_KIND, "ifb"))
     return Message(_NEW_LINK, CREATE | EXCL, body, f"make {name} (load the ifb module: modprobe ifb)", (errno.EEXIST,))
+
+
+def _gateway_messages(address: str) -> list[Message]:
+    packed = ipaddress.IPv4Address(address).packed
+    body = struct.pack("=BBBBI", socket.AF_INET, 32, 0, _SCOPE_HOST, _LOOPBACK)
+    body += attr(_IFA_LOCAL, packed) + attr(_IFA_ADDRESS, packed)
+    return [
+        _link_message(_LOOPBACK, "bring lo up", up=True),
+        Message(_NEW_ADDR, CREATE | EXCL, body, f"add gateway {address} to lo", (errno.EEXIST,)),
+    ]
 
 
 def _tap_messages(tap: Tap, index: int) -> list[Message]:

@@ -62,13 +62,14 @@ def take_lease(txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet) ->
     found = txn.get(LEASES, instance_id)
     if found is not None:
         return found
-    cid = addressing.cid_of(_take(txn, _CIDS, _MAX_CIDS, "vsock CIDs"))
+    rank = -1
     if plan.enabled:
         check_subnet(txn, subnet)
         rank = _take(txn, _ADDRESSES, subnet.guests, f"addresses of {subnet.network}")
-        lease = Lease(
-            instance_id=instance_id,
-            cid=cid,
+    lease = Lease(instance_id=instance_id, cid=addressing.cid_of(_take(txn, _CIDS, _MAX_CIDS, "vsock CIDs")))
+    if plan.enabled:
+        lease = msgspec.structs.replace(
+            lease,
             ipv4=subnet.address(rank),
             mac=addressing.mac_of(subnet.offset(rank)),
             tap=_take_tap(txn, instance_id),
@@ -77,8 +78,6 @@ def take_lease(txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet) ->
             egress_mode=plan.egress_mode,
             isolated=plan.isolated,
         )
-    else:
-        lease = Lease(instance_id=instance_id, cid=cid)
     txn.put(LEASES, instance_id, lease)
     return lease
 

@@ -52,8 +52,8 @@ _DEADLINE = 10
 _VNET_HEADER = 10
 
 
-def in_namespace(test: Callable[..., Awaitable[None]]) -> Callable[[], None]:
-    """Run the async ``test`` (given a Lab if it wants one) in namespaces of its own; skip without root."""
+def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], None]:
+    """Run ``test`` in namespaces of its own; skip without root. An async one is given a Lab if it wants one."""
 
     @pytest.mark.real
     def run() -> None:
@@ -278,7 +278,11 @@ def main(file: str, name: str) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    trio.run(_run_inside, getattr(module, name).inside)
+    test = getattr(module, name).inside
+    if inspect.iscoroutinefunction(test):
+        trio.run(_run_inside, test)
+    else:
+        test()
 
 
 if __name__ == "__main__":

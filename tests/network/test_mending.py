@@ -100,7 +100,9 @@ async def test_a_tap_taken_down_or_robbed_of_its_route_is_put_right(lab: Lab) ->
     guest = await lab.guest(upload_bps=10**6)
     async with watched(lab):
         tap, shaper = guest.lease.tap, shaper_name(guest.lease.tap)
-        for attack in (f"link set {tap} down", f"route del {guest.lease.ipv4}", f"link del {shaper}"):
+        attacks = [f"link set {tap} down", f"route del {guest.lease.ipv4}", f"link del {shaper}"]
+        attacks.append(f"addr del {GATEWAY}/32 dev lo")  # with it go all routes that name it as source
+        for attack in attacks:
             sh(f"ip {attack}")
             await wait_until(lambda: guest.lease.ipv4 in sh("ip route") and shaper in sh("ip link"))
             await wait_until(lambda: "LOWER_UP" in sh(f"ip link show {guest.lease.tap}"))

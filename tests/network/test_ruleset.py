@@ -1,0 +1,78 @@
+"""The rendered rules: whole in a golden file, and the elements of each kind of lease."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypeman.network.addressing import Subnet
+from hypeman.network.ruleset import RuleFacts, lease_elements, possible_elements, render_ruleset
+from hypeman.network.types import EgressMode, HostPort, Lease
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "network" / "ruleset.nft"
+FACTS = RuleFacts(
+    subnet=Subnet.parse("10.100.0.0/16"),
+    uplinks=("eth0",),
+    egress_port=18080,
+    offered=(HostPort("udp", 53), HostPort("tcp", 53)),
+    policed=(("hm-b", 1_250_000),),
+)
+
+
+def lease(name: str, **changes: object) -> Lease:
+    number = ord(name) - ord("a") + 2
+    fields = {
+        "instance_id": name,
+        "cid": number,
+        "ipv4": f"10.100.0.{number}",
+        "mac": f"02:00:00:00:00:{number:02x}",
+        "tap": f"hm-{name}",
+    }
+    return Lease(**(fields | changes))  # type: ignore[arg-type]
+
+
+def test_the_whole_ruleset() -> None:
+    """Written anew by hand when it changes on purpose: ``python -m tests.network.test_ruleset``."""
+    assert render() == GOLDEN.read_text()
+
+
+def render() -> str:
+    guests = [
+        lease("a"),
+        lease("b", egress_mode=EgressMode.ALL),
+        lease("c", egress_mode=EgressMode.HTTP_HTTPS_ONLY, isolated=False),
+        Lease(instance_id="d", cid=9),
+    ]
+    return render_ruleset(FACTS, guests)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sets"),
+    [
+        ({}, {"guests"}),
+        ({"egress_mode": EgressMode.ALL}, {"guests", "mediated", "tcp_closed"}),
+        ({"egress_mode": EgressMode.HTTP_HTTPS_ONLY}, {"guests", "mediated"}),
+        ({"isolated": False}, {"guests", "neighbours"}),
+    ],
+)
+def test_elements_of_a_lease(changes: dict[str, object], sets: set[str]) -> None:
+    guest = lease("a", **changes)
+    assert {element.set for element in lease_elements(guest)} == sets
+    assert {element.family for element in lease_elements(guest)} == {"inet", "arp"}
+
+
+def test_a_removal_clears_whatever_a_lease_may_have_opened() -> None:
+    everything = set(possible_elements(lease("a")))
+    for mode in EgressMode:
+        for isolated in (True, False):
+            assert set(lease_elements(lease("a", egress_mode=mode, isolated=isolated))) <= everything
+
+
+def test_an_instance_without_network_opens_nothing() -> None:
+    assert lease_elements(Lease(instance_id="a", cid=3)) == ()
+    assert possible_elements(Lease(instance_id="a", cid=3)) == ()
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(render())
