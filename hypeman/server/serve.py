@@ -153,7 +153,6 @@ def _hypercorn_config() -> HypercornConfig:
     config.keep_alive_timeout = 75  # longer than what the clients' pools keep, so that they are the ones to close
     config.h11_max_incomplete_size = 64 * 1024
     config.websocket_max_message_size = 4 * 2**20
-    config.websocket_ping_interval = 30  # an idle shell must survive the NATs on its way
     return config
 
 
@@ -166,7 +165,9 @@ def bind_tcp(host: str, port: int) -> list[socket.socket]:
             sock = socket.socket(family, kind, protocol)
             sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # inherited: clients that vanish are noticed
+            # Inherited by connections: clients that vanish are noticed, and an idle shell survives the NATs on
+            # its way. Not by WebSocket pings: Hypercorn's keep each connection for up to an interval after its end.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if family == socket.AF_INET6:

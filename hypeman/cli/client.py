@@ -1,0 +1,187 @@
+"""The HTTP client of the command line: one connection, plain calls, no event loop.
+
+``http.client`` and msgspec, because a command must be there in the blink of an eye: importing an
+asynchronous client takes longer than most requests.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+import msgspec
+
+from hypeman import __version__
+from hypeman.cli.settings import Settings
+
+TIMEOUT = 120.0
+"""Seconds without a byte; the server ends a request after 60."""
+
+
+class ApiError(Exception):
+    """The server refused: ``status`` and the error body (§1.4)."""
+
+    def __init__(self, method: str, path: str, status: int, body: bytes) -> None:
+        self.request = f"{method} {path}"
+        self.status = status
+        self.body = body
+        self.code, self.message = _error_of(body)
+        super().__init__(self.message)
+
+
+class Unreachable(Exception):
+    """There is no server, or it went away in the middle."""
+
+
+def _error_of(body: bytes) -> tuple[str, str]:
+    try:
+        error = msgspec.json.decode(body)
+        return str(error["code"]), str(error["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return "", body.decode(errors="replace").strip() or "no reason given"
+
+
+def segment(text: str) -> str:
+    """``text`` as one segment of a path."""
+    return quote(text, safe=":@")
+
+
+class Client:
+    """Calls one server. ``debug`` shows every request on stderr, without the token."""
+
+    def __init__(self, settings: Settings, *, debug: bool = False) -> None:
+        self.settings = settings
+        self.debug = debug
+        self._connection: http.client.HTTPConnection | None = None
+
+    # Calls
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        query: Mapping[str, Any] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Any:
+        """The decoded answer, None where there is none. Raises ApiError, Unreachable."""
+        data = None if body is None else msgspec.json.encode(body)
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        response = self._request(method, _with_query(path, query), data, headers, timeout)
+        content = response.read()
+        return msgspec.json.decode(content) if content else None
+
+    def get(self, path: str, **query: Any) -> Any:
+        return self.call("GET", path, query=query)
+
+    def post(self, path: str, body: Any = None) -> Any:
+        return self.call("POST", path, body)
+
+    def upload(self, path: str, chunks: Iterable[bytes], media_type: str, query: Mapping[str, Any]) -> Any:
+        """POST a body of unknown length."""
+        response = self._request("POST", _with_query(path, query), chunks, {"Content-Type": media_type}, None)
+        return msgspec.json.decode(response.read())
+
+    def events(self, path: str, **query: Any) -> Iterator[Any]:
+        """The decoded data of server-sent events, as they come."""
+        response = self._request("GET", _with_query(path, query), None, {"Accept": "text/event-stream"}, None)
+        try:
+            for line in response:
+                if line.startswith(b"data: "):
+                    yield msgspec.json.decode(line[6:])
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"the stream broke: {error}") from None
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    # Below
+
+    def headers(self) -> dict[str, str]:
+        """What every request carries."""
+        headers = {"User-Agent": f"Hypeman/CLI {__version__}", "Accept": "application/json"}
+        if self.settings.api_key:
+            headers["Authorization"] = f"Bearer {self.settings.api_key}"
+        return headers
+
+    def dial(self) -> socket.socket:
+        """A connected socket of its own, for a WebSocket. Raises Unreachable."""
+        connection = self._open(None)
+        assert connection.sock is not None
+        return connection.sock
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.settings.base_url).netloc or "localhost"
+
+    @property
+    def prefix(self) -> str:
+        """What a base URL has behind its host."""
+        url = urlsplit(self.settings.base_url)
+        return "" if url.scheme == "unix" else url.path
+
+    def _request(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str], timeout: float | None
+    ) -> http.client.HTTPResponse:
+        if self.debug:
+            print(f"> {method} {self.settings.base_url}{path}", file=sys.stderr)
+        connection = self._connection or self._open(timeout)
+        self._connection = connection
+        assert connection.sock is not None
+        connection.sock.settimeout(timeout)
+        try:
+            chunked = body is not None and not isinstance(body, bytes)
+            try:
+                connection.request(method, self.prefix + path, body, {**self.headers(), **headers})
+            except (BrokenPipeError, ConnectionResetError):
+                if not chunked:
+                    raise
+                # The server has answered before it had everything, and says why.
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise Unreachable(f"{self.settings.base_url} broke off: {str(error) or type(error).__name__}") from None
+        if self.debug:
+            print(f"< {response.status} {response.headers.get('X-Request-Id', '')}", file=sys.stderr)
+        if response.status >= 400:
+            raise ApiError(method, path, response.status, response.read())
+        return response
+
+    def _open(self, timeout: float | None) -> http.client.HTTPConnection:
+        url = urlsplit(self.settings.base_url)
+        connection = http.client.HTTPConnection("localhost", timeout=timeout)
+        try:
+            if url.scheme == "unix":
+                connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.sock.connect(url.path)
+            else:
+                kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+                connection = kind(url.hostname or "", url.port, timeout=timeout)
+                connection.connect()
+        except (OSError, ValueError) as error:
+            connection.close()
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise Unreachable(f"{self.settings.base_url} can not be reached: {reason}") from None
+        return connection
+
+
+def _with_query(path: str, query: Mapping[str, Any] | None) -> str:
+    """Absent values are left out, booleans are words, ``tags`` become ``tags[key]=value``."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in (query or {}).items():
+        if isinstance(value, dict):
+            pairs += [(f"{key}[{inner}]", str(text)) for inner, text in value.items()]
+        elif isinstance(value, bool):
+            pairs.append((key, "true" if value else "false"))
+        elif value is not None:
+            pairs.append((key, str(value)))
+    return f"{path}?{urlencode(pairs)}" if pairs else path

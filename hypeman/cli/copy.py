@@ -1,0 +1,372 @@
+"""``cp``: files and trees in and out of a guest, and tar streams with ``-``.
+
+What comes out of a guest is not trusted: a path that leads out of the destination or another number
+of bytes than promised ends the copy, and a symlink that leads out is not made. Files appear whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import click
+import msgspec
+
+from hypeman.cli.client import Client
+from hypeman.cli.instances import path_of
+from hypeman.cli.session import Session, complain, fail, present, reports
+
+if TYPE_CHECKING:
+    import tarfile
+
+    from hypeman.cli.websocket import WebSocket
+
+_CHUNK = 32 * 1024
+
+
+class CopyFailed(Exception):
+    """The copy ended half-way; the message says where."""
+
+
+@click.command("cp")
+@click.argument("source")
+@click.argument("destination")
+@click.option("-a", "--archive", is_flag=True, help="Keep owners too.")
+@click.option("-L", "--follow-links", is_flag=True, help="Copy what symlinks lead to.")
+@click.option("-q", "--quiet", is_flag=True, help="Do not say how much was copied.")
+@reports
+def copy(session: Session, source: str, destination: str, archive: bool, follow_links: bool, quiet: bool) -> None:
+    """Copy files between here and an instance.
+
+    One side is INSTANCE:/PATH, the other a path here, or - for a tar on standard input or output. A
+    directory is copied with all that is in it; if the destination is a directory, into it.
+    """
+    inside_from, inside_to = split_remote(source), split_remote(destination)
+    if (inside_from is None) == (inside_to is None):
+        raise click.UsageError("one side must be INSTANCE:/PATH, the other a path here")
+    try:
+        if inside_to is not None:
+            sender = Sender(session.client, *inside_to, archive=archive, follow_links=follow_links)
+            count = sender.send_tar(sys.stdin.buffer) if source == "-" else sender.send(source)
+        else:
+            assert inside_from is not None
+            entries = receive(session.client, *inside_from, follow_links=follow_links)
+            if destination == "-":
+                count = write_tar(entries, sys.stdout.buffer)
+            else:
+                count = write_tree(entries, Path(destination), archive=archive)
+    except CopyFailed as error:
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or source}: {error.strerror or error}")
+    if not quiet:
+        click.echo(f"{count} bytes copied", err=True)
+
+
+def split_remote(text: str) -> tuple[str, str] | None:
+    """Instance and path of ``instance:/path``; None for a path here."""
+    instance, colon, path = text.partition(":")
+    return (instance, path) if colon and instance and "/" not in instance and path.startswith("/") else None
+
+
+# ── Into the guest ───────────────────────────────────────────────────────────────────────────────
+
+
+class Sender:
+    """Copies into one instance: one stream for each file or directory."""
+
+    def __init__(self, client: Client, instance: str, path: str, *, archive: bool, follow_links: bool) -> None:
+        self._client = client
+        self._instance = instance
+        self._path = path
+        self._archive = archive
+        self._follow_links = follow_links
+
+    def send(self, source: str) -> int:
+        """A file or tree; returns the bytes of all files."""
+        contents_only = source.endswith("/.") or source == "."
+        source = os.path.normpath(source)
+        if not os.path.lexists(source):
+            raise CopyFailed(f"{source} does not exist")
+        root = self._root_for(os.path.basename(os.path.abspath(source)), contents_only)
+        return self._send_tree(source, root) if os.path.isdir(source) else self._send_file(source, root)
+
+    def send_tar(self, stream: BinaryIO) -> int:
+        """The entries of a tar below the path."""
+        import tarfile
+
+        count = 0
+        try:
+            with tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for member in tar:
+                    name = posixpath.normpath(member.name)
+                    if name.startswith(("/", "..")):
+                        raise CopyFailed(f"the tar's entry {member.name!r} leads out of the destination")
+                    target = posixpath.normpath(posixpath.join(self._path, name))
+                    owner = (member.uid, member.gid)
+                    if member.isdir():
+                        self._put(target, member.mode, owner, None)
+                    elif member.isfile():
+                        content = tar.extractfile(member)
+                        assert content is not None
+                        count += self._put(target, member.mode, owner, content)
+                    else:
+                        complain(f"{member.name} is neither file nor directory and is skipped")
+        except tarfile.TarError as error:
+            raise CopyFailed(f"standard input is no tar: {error}") from None
+        return count
+
+    def _root_for(self, name: str, contents_only: bool) -> str:
+        """Where the root of the copy goes: into the path if that is a directory, else to the path itself."""
+        query = {"path": self._path, "follow_links": True}
+        there = self._client.call("GET", f"{path_of(self._instance)}/stat", query=query)
+        into = self._path.endswith("/") or (there["exists"] and there["is_dir"])
+        return posixpath.join(self._path, name) if into and not contents_only else self._path.rstrip("/") or "/"
+
+    def _send_tree(self, source: str, root: str) -> int:
+        count = 0
+        for directory, names, files in os.walk(source, followlinks=self._follow_links):
+            below = os.path.relpath(directory, source)
+            target = root if below == "." else posixpath.join(root, below)
+            here = os.stat(directory)
+            self._put(target, stat.S_IMODE(here.st_mode), (here.st_uid, here.st_gid), None)
+            if not self._follow_links:
+                files += [name for name in names if os.path.islink(os.path.join(directory, name))]
+            names.sort()
+            for name in sorted(files):
+                count += self._send_file(os.path.join(directory, name), posixpath.join(target, name))
+        return count
+
+    def _send_file(self, source: str, target: str) -> int:
+        if os.path.islink(source) and not self._follow_links:
+            complain(f"{source} is a symlink and is skipped; -L copies what it leads to")
+            return 0
+        here = os.stat(source)
+        if not stat.S_ISREG(here.st_mode):
+            complain(f"{source} is neither file nor directory and is skipped")
+            return 0
+        with open(source, "rb") as content:
+            return self._put(target, stat.S_IMODE(here.st_mode), (here.st_uid, here.st_gid), content)
+
+    def _put(self, target: str, mode: int, owner: tuple[int, int], content: Any) -> int:
+        """One file, or a directory where ``content`` is None."""
+        owners = {"uid": owner[0], "gid": owner[1]} if self._archive else {}
+        request = present(direction="to", guest_path=target, is_dir=content is None, mode=mode, **owners)
+        socket = _open(self._client, self._instance)
+        try:
+            socket.send(msgspec.json.encode(request).decode())
+            while content is not None and (chunk := content.read(_CHUNK)):
+                socket.send(chunk)
+            socket.send('{"type":"end"}')
+            result = _json(socket.receive())
+        finally:
+            socket.close()
+        if not result.get("success"):
+            raise CopyFailed(f"{target}: {result.get('error') or result.get('message') or 'the stream ended early'}")
+        return int(result.get("bytes_written") or 0)
+
+
+# ── Out of the guest ─────────────────────────────────────────────────────────────────────────────
+
+
+def receive(client: Client, instance: str, path: str, *, follow_links: bool) -> Iterator[dict[str, Any] | bytes]:
+    """Headers, each followed by its bytes; every path and size is checked."""
+    socket = _open(client, instance)
+    try:
+        request = {"direction": "from", "guest_path": path, "follow_links": follow_links}
+        socket.send(msgspec.json.encode(request).decode())
+        expected, header, final = 0, "", False
+        while not final:
+            message = socket.receive()
+            if isinstance(message, bytes):
+                expected -= len(message)
+                yield message
+                continue
+            frame = _json(message)
+            match frame.get("type"):
+                case "header":
+                    header, expected = checked_path(frame), frame["size"]
+                    if frame["is_dir"] or frame["is_symlink"]:
+                        expected = 0
+                    yield frame
+                case "end":
+                    if expected != 0:
+                        raise CopyFailed(f"{header} came with another size than it was said to have")
+                    final = bool(frame.get("final"))
+                case _:
+                    raise CopyFailed(frame.get("message") or "the stream ended early")
+    finally:
+        socket.close()
+
+
+def checked_path(header: dict[str, Any]) -> str:
+    """The path of an entry, if it stays below the destination."""
+    path = str(header["path"])
+    if path.startswith("/") or ".." in path.split("/") or not path.strip("/."):
+        raise CopyFailed(f"the guest sent the path {path!r}, which leads out of the destination")
+    return path
+
+
+def leads_out(header: dict[str, Any]) -> bool:
+    """Whether a symlink points to what is no part of the copy."""
+    target, path = str(header["link_target"]), str(header["path"])
+    inside = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+    return target.startswith("/") or inside.split("/")[0] != path.split("/")[0]
+
+
+def write_tree(entries: Iterator[dict[str, Any] | bytes], destination: Path, *, archive: bool) -> int:
+    """Write entries below ``destination``; returns the bytes of all files."""
+    writer = TreeWriter(destination, archive=archive)
+    try:
+        for item in entries:
+            if isinstance(item, bytes):
+                writer.data(item)
+            else:
+                writer.entry(item)
+        writer.finish()
+    finally:
+        writer.abandon()
+    return writer.count
+
+
+class TreeWriter:
+    """Entries as files: each under another name until it is whole. Modes of directories come last, since
+    a directory that may not be written to could not be filled."""
+
+    def __init__(self, destination: Path, *, archive: bool) -> None:
+        self.count = 0
+        self._destination = destination
+        self._into = destination.is_dir()
+        self._archive = archive
+        self._directories: list[tuple[Path, dict[str, Any]]] = []
+        self._file: io.BufferedWriter | None = None
+        self._header: dict[str, Any] = {}
+
+    def entry(self, header: dict[str, Any]) -> None:
+        self._complete()
+        self._header = header
+        path = self._place(header["path"])
+        if header["is_dir"]:
+            path.mkdir(mode=0o700, exist_ok=True)
+            self._directories.append((path, header))
+        elif header["is_symlink"] and leads_out(header):
+            complain(f"{header['path']} → {header['link_target']} leads out of what is copied and is skipped")
+        elif header["is_symlink"]:
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+            path.symlink_to(header["link_target"])
+            self._set_owner(path, header)
+        else:
+            self._file = self._temporary(path).open("wb")
+
+    def data(self, chunk: bytes) -> None:
+        if self._file is None:
+            raise CopyFailed("the guest sent bytes that belong to no file")
+        self._file.write(chunk)
+        self.count += len(chunk)
+
+    def finish(self) -> None:
+        self._complete()
+        for path, header in reversed(self._directories):
+            self._set_owner(path, header)
+            path.chmod(header["mode"] & 0o7777)
+            os.utime(path, (header["mtime"], header["mtime"]))
+
+    def abandon(self) -> None:
+        """Throw away a file that is not whole."""
+        if self._file is not None:
+            self._file.close()
+            os.unlink(self._file.name)
+            self._file = None
+
+    def _complete(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        temporary, header = Path(self._file.name), self._header
+        self._set_owner(temporary, header)
+        temporary.chmod(header["mode"] & 0o7777)
+        os.utime(temporary, (header["mtime"], header["mtime"]))
+        temporary.rename(self._place(header["path"]))
+        self._file = None
+
+    def _set_owner(self, path: Path, header: dict[str, Any]) -> None:
+        if self._archive:
+            os.chown(path, header["uid"], header["gid"], follow_symlinks=False)
+
+    def _place(self, path: str) -> Path:
+        """The root entry takes the destination's name, unless that is a directory to copy into."""
+        place = self._destination / path if self._into else self._destination.joinpath(*path.split("/")[1:])
+        parent = place.parent
+        base = self._destination if self._into else self._destination.parent
+        # What was copied before must not be a way out: a symlink on the way is not followed.
+        while parent != base and parent != parent.parent:
+            if parent.is_symlink():
+                raise CopyFailed(f"{path}: {parent} is a symlink, and is not followed")
+            parent = parent.parent
+        return place
+
+    @staticmethod
+    def _temporary(path: Path) -> Path:
+        return path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+
+
+def write_tar(entries: Iterator[dict[str, Any] | bytes], stream: BinaryIO) -> int:
+    """Write entries as a tar; memory stays flat, since a tar's header needs the size only."""
+    import tarfile
+
+    if stream.isatty():
+        raise CopyFailed("a tar is nothing for a terminal; send standard output to a file or a pipe")
+    count = 0
+    padding = 0
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as tar:
+        for item in entries:
+            if isinstance(item, bytes):
+                _raw(tar, item)
+                count += len(item)
+                continue
+            _raw(tar, b"\0" * padding)
+            info = _tar_info(tarfile.TarInfo(item["path"]), item)
+            tar.addfile(info)
+            padding = -info.size % tarfile.BLOCKSIZE
+        _raw(tar, b"\0" * padding)
+    return count
+
+
+def _tar_info(info: tarfile.TarInfo, header: dict[str, Any]) -> tarfile.TarInfo:
+    info.mode, info.mtime = header["mode"] & 0o7777, header["mtime"]
+    info.uid, info.gid = header["uid"], header["gid"]
+    if header["is_dir"]:
+        info.type = b"5"  # a directory
+    elif header["is_symlink"]:
+        info.type, info.linkname = b"2", header["link_target"]
+    else:
+        info.size = header["size"]
+    return info
+
+
+def _raw(tar: tarfile.TarFile, data: bytes) -> None:
+    """Bytes of a member whose header is written; ``addfile`` without a file object leaves them to us."""
+    assert tar.fileobj is not None
+    tar.fileobj.write(data)
+    tar.offset += len(data)
+
+
+def _open(client: Client, instance: str) -> WebSocket:
+    from hypeman.cli.websocket import WebSocket  # what it imports takes longer than most commands to run
+
+    return WebSocket(client, f"{path_of(instance)}/cp")
+
+
+def _json(message: str | bytes | None) -> dict[str, Any]:
+    if message is None:
+        return {}
+    frame = msgspec.json.decode(message)
+    return frame if isinstance(frame, dict) else {}

@@ -1,0 +1,222 @@
+"""``exec``: a program in a guest, as if it ran here.
+
+One loop on standard input, the socket and the window's size; nothing is read from standard input
+while the other side does not take what was read before. With a terminal everything typed goes over,
+Ctrl-C too, and the terminal is put back whatever happens. Exit codes: the program's own; 130 when
+interrupted here; 255 when the connection broke; 1 when the server refused.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import sys
+import termios
+import tty as terminals
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from hypeman.cli.client import Unreachable
+from hypeman.cli.instances import instance_argument, path_of
+from hypeman.cli.session import Session, complain, pairs, present, reports
+
+if TYPE_CHECKING:
+    from hypeman.cli.websocket import WebSocket
+
+_READ = 32 * 1024
+_INTERRUPTED = 130
+_BROKEN = 255
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("-i", "--interactive", is_flag=True, help="Keep standard input open also without a terminal behind it.")
+@click.option("-t", "--tty", "wants_tty", is_flag=True, help="With a terminal, also where none is found here.")
+@click.option("--it", "both", is_flag=True, help="-i -t")
+@click.option("-T", "--no-tty", is_flag=True, help="Without a terminal.")
+@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE")
+@click.option("--cwd", help="Working directory in the guest.")
+@click.option("--timeout", type=click.IntRange(0), help="Seconds; then it is killed and the exit code is 124.")
+@click.option("--wait-for-agent", type=click.IntRange(0), help="Seconds to wait for a guest that is still booting.")
+@instance_argument
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@reports
+def execute(
+    session: Session,
+    instance: str,
+    command: tuple[str, ...],
+    interactive: bool,
+    wants_tty: bool,
+    both: bool,
+    no_tty: bool,
+    env: tuple[str, ...],
+    cwd: str | None,
+    timeout: int | None,
+    wait_for_agent: int | None,
+) -> None:
+    """Run COMMAND in an instance; without one, a shell.
+
+    Has a terminal when both ends are one, unless -T says otherwise.
+    """
+    from hypeman.cli.websocket import WebSocket  # wsproto takes longer to import than most commands to run
+
+    if command[:1] == ("--",):
+        command = command[1:]
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    tty = not no_tty and (wants_tty or both or on_terminal)
+    request = present(command=command, env=pairs(env), cwd=cwd, timeout=timeout, wait_for_agent=wait_for_agent)
+    if tty:
+        size = window_size()
+        request |= {"tty": True, **({"rows": size[0], "cols": size[1]} if size else {})}
+    wants_stdin = interactive or both or tty or not sys.stdin.isatty()
+    socket = WebSocket(session.client, f"{path_of(instance)}/exec")
+    try:
+        socket.send(msgspec.json.encode(request).decode())
+        with raw_terminal(tty and sys.stdin.isatty()):
+            code = Exec(socket, tty=tty, wants_stdin=wants_stdin).run()
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except Unreachable as error:
+        complain(str(error))
+        code = _BROKEN
+    finally:
+        socket.close()
+    raise SystemExit(code)
+
+
+class Exec:
+    """The loop. ``run`` returns the exit code."""
+
+    def __init__(self, socket: WebSocket, *, tty: bool, wants_stdin: bool) -> None:
+        self._socket = socket
+        self._tty = tty
+        self._outgoing = bytearray()
+        self._stdin: int | None = sys.stdin.fileno() if wants_stdin else None
+        if not wants_stdin:
+            self._outgoing += socket.encode(b"")
+
+    def run(self) -> int:
+        self._socket.socket.setblocking(False)
+        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        before = signal.signal(signal.SIGWINCH, lambda *_: os.write(writing, b"!"))
+        try:
+            while (code := self._take_messages()) is None:
+                if self._socket.closed:
+                    raise Unreachable("the connection ended before the program did")
+                self._step(reading)
+            return code
+        finally:
+            signal.signal(signal.SIGWINCH, before)
+            os.close(reading)
+            os.close(writing)
+
+    def _step(self, resized: int) -> None:
+        """Wait until something can be done, and do it."""
+        # A selector of its own for each step: a regular file as standard input is always ready and can not
+        # be polled, so it is read whenever there is room.
+        with selectors.SelectSelector() as selector:
+            selector.register(resized, selectors.EVENT_READ)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
+            selector.register(self._socket.socket, events)
+            if self._stdin is not None and not self._outgoing:
+                selector.register(self._stdin, selectors.EVENT_READ)
+            ready = {key.fileobj: mask for key, mask in selector.select()}
+        if resized in ready:
+            os.read(resized, 100)
+            self._resize()
+        mask = ready.get(self._socket.socket, 0)
+        if mask & selectors.EVENT_READ:
+            self._socket.receive_some()
+        if self._socket.closed:
+            return
+        if mask & selectors.EVENT_WRITE:
+            self._flush()
+        if self._stdin is not None and self._stdin in ready:
+            self._read_stdin(self._stdin)
+
+    def _read_stdin(self, fd: int) -> None:
+        try:
+            data = os.read(fd, _READ)
+        except OSError:
+            data = b""  # the terminal has gone
+        self._outgoing += self._socket.encode(data)  # an empty message is the end
+        if not data:
+            self._stdin = None
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            sent = self._socket.socket.send(self._outgoing)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            # What the server said before it closed is still to be read.
+            self._outgoing.clear()
+            self._stdin = None
+            if isinstance(error, BrokenPipeError | ConnectionResetError):
+                return
+            raise Unreachable(f"the stream broke: {error.strerror}") from None
+        del self._outgoing[:sent]
+
+    def _resize(self) -> None:
+        size = window_size()
+        if self._tty and size:
+            message = {"resize": {"rows": size[0], "cols": size[1]}}
+            self._outgoing += self._socket.encode(msgspec.json.encode(message).decode())
+
+    def _take_messages(self) -> int | None:
+        """Print what has come; the exit code when that was among it."""
+        while self._socket.messages:
+            message = self._socket.messages.popleft()
+            if isinstance(message, str):
+                return _exit_code_in(message)
+            _write_all(sys.stdout.fileno(), message)
+        return None
+
+
+def _exit_code_in(message: str) -> int:
+    try:
+        last: Any = msgspec.json.decode(message)
+    except msgspec.DecodeError:
+        raise Unreachable(f"the server said what is no part of an exec: {message!r}") from None
+    if isinstance(last, dict) and isinstance(last.get("exitCode"), int):
+        return int(last["exitCode"]) & 0xFF
+    reason = last.get("error", message) if isinstance(last, dict) else message
+    raise Unreachable(f"the server ended the exec: {reason}")
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def window_size() -> tuple[int, int] | None:
+    """Rows and columns of the terminal here, if there is one."""
+    for stream in (sys.stdout, sys.stdin, sys.stderr):
+        try:
+            size = os.get_terminal_size(stream.fileno())
+        except (OSError, ValueError):
+            continue
+        if size.lines and size.columns:
+            return size.lines, size.columns
+    return None
+
+
+@contextmanager
+def raw_terminal(wanted: bool) -> Iterator[None]:
+    """Every key goes through as it is; put back at the end."""
+    if not wanted:
+        yield
+        return
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+    terminals.setraw(fd, termios.TCSADRAIN)  # what was typed ahead is kept
+    try:
+        yield
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)

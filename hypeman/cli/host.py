@@ -1,0 +1,146 @@
+"""Commands on the server and its host. ``serve``, ``doctor`` and ``token`` run here and ask no server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from hypeman.cli.output import render_table, size, use_colour
+from hypeman.cli.session import Session, fail, reports
+
+_config_option = click.option(
+    "--config",
+    "config_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Settings; default: /etc/hypeman/config.yaml.",
+)
+
+
+@click.command()
+@reports
+def health(session: Session) -> None:
+    """Ask whether the server answers."""
+    found = session.client.get("/health")
+    session.show(found, lambda: str(found["status"]))
+
+
+@click.command()
+@reports
+def capabilities(session: Session) -> None:
+    """Show what the server can do on its host."""
+    session.show(session.client.get("/capabilities"))
+
+
+@click.command()
+@reports
+def resources(session: Session) -> None:
+    """Show what the host has and who holds it."""
+    found = session.client.get("/resources")
+    session.show(found, lambda: _resources_text(found))
+
+
+def _resources_text(found: dict[str, Any]) -> str:
+    kinds = [name for name in ("cpu", "memory", "disk", "network", "disk_io") if found.get(name)]
+
+    def amount(kind: str, value: int) -> str:
+        return str(value) if kind == "cpu" else size(value) + ("/s" if kind in ("network", "disk_io") else "")
+
+    def column(key: str) -> Callable[[Any], str]:
+        return lambda kind: amount(kind, found[kind][key])
+
+    columns = [
+        ("RESOURCE", lambda kind: kind),
+        ("HAS", column("capacity")),
+        ("LIMIT", column("effective_limit")),
+        ("TAKEN", column("allocated")),
+        ("FREE", column("available")),
+    ]
+    text = render_table(kinds, columns, colour=use_colour())
+    if found["allocations"]:
+        holders = [
+            ("INSTANCE", lambda row: row.get("instance_name")),
+            ("VCPUS", lambda row: row.get("cpu")),
+            ("MEMORY", lambda row: size(row.get("memory_bytes"))),
+            ("DISK", lambda row: size(row.get("disk_bytes"))),
+        ]
+        text += "\n\n" + render_table(found["allocations"], holders, colour=use_colour())
+    return text
+
+
+@click.command()
+@click.option("--user-id", "-user-id", default="test-user", show_default=True)
+@click.option("--scopes", "-scopes", help="Comma-separated; default: everything.")
+@click.option("--lifetime", type=click.IntRange(1), default=24, show_default=True, help="Hours.")
+@click.option("--list-scopes", "-list-scopes", is_flag=True, help="Show all scopes.")
+@_config_option
+def token(user_id: str, scopes: str | None, lifetime: int, list_scopes: bool, config_file: Path | None) -> None:
+    """Mint an API key with the server's secret (JWT_SECRET, or jwt_secret in its settings)."""
+    from hypeman import tokens
+    from hypeman.config import load_config
+    from hypeman.errors import HypemanError
+
+    if list_scopes:
+        for scope in tokens.Scope:
+            click.echo(str(scope))
+        return
+    try:
+        secret = load_config(config_file).jwt_secret
+        names = None if scopes is None else [name.strip() for name in scopes.split(",") if name.strip()]
+        click.echo(tokens.mint(secret, subject=user_id, scopes=names, lifetime=lifetime * 3600))
+    except HypemanError as error:
+        fail(error.message)
+
+
+@click.command()
+@_config_option
+def serve(config_file: Path | None) -> None:
+    """Run the server."""
+    from hypeman.config import load_config
+    from hypeman.errors import HypemanError
+
+    try:
+        config = load_config(config_file)
+        from hypeman.app import main
+
+        main(config)
+    except HypemanError as error:
+        fail(error.message)
+
+
+@click.command()
+@_config_option
+@click.pass_obj
+def doctor(session: Session, config_file: Path | None) -> None:
+    """Tell what this host can do, what is missing, and what to type. Exit code 1 if something can not work."""
+    from hypeman.config import load_config
+    from hypeman.errors import HypemanError
+    from hypeman.telemetry.findings import Verdict, worst
+
+    try:
+        config = load_config(config_file)
+        from hypeman.doctor import examine
+
+        findings = tuple(examine(config))
+    except HypemanError as error:
+        fail(error.message)
+    rows = [msgspec.to_builtins(finding) for finding in findings]
+    session.show(rows, lambda: _findings_text(rows))
+    sys.exit(1 if worst(findings) is Verdict.FAIL else 0)
+
+
+def _findings_text(rows: list[dict[str, str]]) -> str:
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    lines = []
+    for row in rows:
+        verdict = row["verdict"].ljust(4)
+        if use_colour():
+            verdict = click.style(verdict, fg=colours[row["verdict"]])
+        lines.append(f"{verdict}  {row['name']}: {row['message']}")
+        if row["remedy"]:
+            lines.append(f"      → {row['remedy']}")
+    return "\n".join(lines)

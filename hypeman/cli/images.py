@@ -1,0 +1,222 @@
+"""Commands on images, and the waiting for one."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.output import age, size
+from hypeman.cli.session import Session, complain, fail, pairs, present, reports
+
+_POLL_SECONDS = 0.3
+_CHUNK = 256 * 1024
+
+
+def image_path(name: str) -> str:
+    """The reference as one segment of a path."""
+    return f"/images/{segment(name)}"
+
+
+class PullDisplay:
+    """One line on stderr that changes while an image comes."""
+
+    def __init__(self, name: str, *, visible: bool) -> None:
+        self._name = name
+        self._visible = visible
+
+    @classmethod
+    def for_terminal(cls, name: str) -> PullDisplay:
+        return cls(name, visible=sys.stderr.isatty())
+
+    def update(self, image: dict[str, Any], progress: dict[str, Any] | None) -> None:
+        if self._visible:
+            sys.stderr.write(f"\r\x1b[K{self._name}: {progress_line(image, progress)}")
+            sys.stderr.flush()
+
+    def end(self) -> None:
+        if self._visible:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def progress_line(image: dict[str, Any], progress: dict[str, Any] | None) -> str:
+    """``pulling [####····] 40MB of 120MB, 5 layers``."""
+    status = str(image["status"])
+    if image.get("queue_position"):
+        return f"{status}, number {image['queue_position']} in the queue"
+    layers = (progress or {}).get("layers") or []
+    total = sum(layer["size"] for layer in layers)
+    done = sum(layer["done"] for layer in layers)
+    if status == "converting" and (progress or {}).get("converted_bytes"):
+        return f"{status}, {size((progress or {})['converted_bytes'])} written"
+    if not total:
+        return status
+    bar = "#" * int(20 * done / total)
+    return f"{status} [{bar:·<20}] {size(done)} of {size(total)}, {len(layers)} layer{'s' * (len(layers) != 1)}"
+
+
+def wait_ready(client: Client, name: str, display: PullDisplay) -> dict[str, Any]:
+    """The image once it is ready; ends the command if it failed."""
+    asks_progress = True
+    while True:
+        image = _look(client, name)
+        if image["status"] in ("ready", "failed"):
+            display.end()
+            if image["status"] == "failed":
+                fail(f"{name} could not be pulled: {image.get('error') or 'no reason given'}")
+            return image
+        progress = None
+        if asks_progress:
+            try:
+                progress = client.get(f"{image_path(name)}/progress")
+            except ApiError:
+                asks_progress = False  # a server that does not know it
+        display.update(image, progress)
+        time.sleep(_POLL_SECONDS)
+
+
+def _look(client: Client, name: str) -> dict[str, Any]:
+    """The image; one that was just asked for may not be there for a moment."""
+    deadline = time.monotonic() + 3
+    while True:
+        try:
+            return dict(client.get(image_path(name)))
+        except ApiError as error:
+            if error.status != 404 or time.monotonic() > deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
+
+
+@click.command()
+@click.argument("image")
+@click.option("--platform", help="As in linux/arm64.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
+@click.option("-d", "--detach", is_flag=True, help="Do not wait until it is ready.")
+@reports
+def pull(session: Session, image: str, platform: str | None, tags: tuple[str, ...], detach: bool) -> None:
+    """Pull an image from a registry."""
+    found = session.client.post("/images", present(name=image, platform=platform, tags=pairs(tags)))
+    _finish(session, found, detach)
+
+
+def _finish(session: Session, image: dict[str, Any], detach: bool) -> None:
+    if not detach and image["status"] != "ready":
+        image = wait_ready(session.client, image["name"], PullDisplay.for_terminal(image["name"]))
+    session.show(image, lambda: f"{image['name']} {image['digest']} {image['status']}")
+
+
+@click.group("image")
+def images() -> None:
+    """Images: root disks made from OCI images."""
+
+
+images.add_command(pull, "create")
+
+
+@images.command("list")
+@click.option("-q", "--quiet", is_flag=True, help="Only names.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
+@reports
+def list_images(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
+    """List images."""
+    columns = [
+        ("NAME", lambda row: row["name"]),
+        ("DIGEST", lambda row: row["digest"].partition(":")[2][:12]),
+        ("STATUS", lambda row: row["status"]),
+        ("SIZE", lambda row: size(row.get("size_bytes"))),
+        ("AGE", lambda row: age(row["created_at"])),
+    ]
+    session.show_list(session.client.get("/images", tags=pairs(tags)), columns, quiet="name" if quiet else None)
+
+
+@images.command("get")
+@click.argument("name")
+@reports
+def get_image(session: Session, name: str) -> None:
+    """Show everything about an image."""
+    session.show(session.client.get(image_path(name)))
+
+
+@images.command("delete")
+@click.argument("names", nargs=-1, required=True)
+@reports
+def delete_image(session: Session, names: tuple[str, ...]) -> None:
+    """Delete images that no instance uses."""
+    failed = False
+    for name in names:
+        try:
+            session.client.call("DELETE", image_path(name))
+        except ApiError as error:
+            session.report(error)
+            failed = True
+        else:
+            click.echo(name)
+    if failed:
+        raise SystemExit(1)
+
+
+@images.command("import")
+@click.argument("archive")
+@click.option("--name", help="Reference that the image gets; default: from the file's name.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
+@click.option("-d", "--detach", is_flag=True, help="Do not wait until it is ready.")
+@reports
+def import_image(session: Session, archive: str, name: str | None, tags: tuple[str, ...], detach: bool) -> None:
+    """Make an image from ARCHIVE: a tar as `docker save` or `skopeo copy … oci-archive:` write it, or an
+    OCI layout directory; - reads standard input."""
+    if archive == "-" and not name:
+        raise click.UsageError("--name is needed when the archive comes from standard input")
+    wanted = name or _name_from(archive)
+    try:
+        chunks = upload_chunks(archive)
+        found = session.client.upload(
+            "/images/import", chunks, "application/x-tar", {"name": wanted, "tags": pairs(tags)}
+        )
+    except OSError as error:
+        complain(f"{archive}: {error.strerror or error}")
+        raise SystemExit(1) from None
+    _finish(session, found, detach)
+
+
+def _name_from(archive: str) -> str:
+    base = os.path.basename(os.path.abspath(archive))
+    for ending in (".gz", ".tar", ".tgz", ".oci"):
+        base = base.removesuffix(ending)
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in base.lower()) or "image"
+
+
+def upload_chunks(archive: str) -> Iterator[bytes]:
+    """The bytes of a file or of standard input; a directory as a tar of what is in it."""
+    if os.path.isdir(archive):
+        return _tarred(archive)
+    return _read(sys.stdin.fileno() if archive == "-" else os.open(archive, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def _read(fd: int) -> Iterator[bytes]:
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _tarred(directory: str) -> Iterator[bytes]:
+    """A tar made while it is sent: a thread writes into a pipe, so that memory stays flat."""
+    import tarfile
+    import threading
+
+    reading, writing = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(writing, "wb") as pipe, tarfile.open(fileobj=pipe, mode="w|") as tar:
+            for entry in sorted(os.listdir(directory)):
+                tar.add(os.path.join(directory, entry), arcname=entry)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    yield from _read(reading)
+    thread.join()

@@ -1,0 +1,313 @@
+"""Commands on instances: list, look, and every verb of their life."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.output import age, render_table, size, use_colour
+from hypeman.cli.policies import (
+    compression_body,
+    compression_options,
+    health_body,
+    health_options,
+    restart_body,
+    restart_options,
+)
+from hypeman.cli.session import Session, complain, fail, pairs, present, reports
+
+STATES = ("Created", "Initializing", "Running", "Paused", "Shutdown", "Stopped", "Standby", "Unknown")
+TARGETS = ("Stopped", "Standby", "Running")
+HYPERVISORS = {"ch": "cloud-hypervisor", "fc": "firecracker", "microvm": "qemu-microvm"}
+_HIDDEN = "***"
+
+
+def complete_instance(context: click.Context, _parameter: Any, typed: str) -> list[str]:
+    """Names of instances, for the shell; says nothing where there is no server."""
+    from hypeman.cli.settings import load_settings
+
+    try:
+        client = Client(load_settings(context.find_root().params.get("base_url")))
+        rows = client.call("GET", "/instances", timeout=1.0)
+        client.close()
+    except Exception:  # a completion must never print or fail
+        return []
+    return [row["name"] for row in rows if row["name"].startswith(typed)]
+
+
+instance_argument = click.argument("instance", shell_complete=complete_instance)
+
+
+def path_of(instance: str) -> str:
+    return f"/instances/{segment(instance)}"
+
+
+def show_instance(session: Session, instance: dict[str, Any]) -> None:
+    """After a verb: one line for people, all of it for programs."""
+    session.show(instance, lambda: f"{instance['name']} is {instance['state']}")
+
+
+@click.command()
+@click.option("-a", "--all", "everything", is_flag=True, help="Not only the running ones.")
+@click.option("-q", "--quiet", is_flag=True, help="Only ids.")
+@click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Only those with this tag; repeatable.")
+@reports
+def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags: tuple[str, ...]) -> None:
+    """List instances."""
+    rows = session.client.get("/instances", state=state, tags=pairs(tags))
+    if not everything and state is None:
+        rows = [row for row in rows if row["state"] in ("Running", "Initializing")]
+    columns = [
+        ("ID", lambda row: row["id"][:12]),
+        ("NAME", lambda row: row["name"]),
+        ("IMAGE", lambda row: row["image"]),
+        ("STATE", lambda row: row["state"]),
+        ("IP", lambda row: (row.get("network") or {}).get("ip")),
+        ("VCPUS", lambda row: row.get("vcpus")),
+        ("MEMORY", lambda row: row.get("size")),
+        ("AGE", lambda row: age(row["created_at"])),
+    ]
+    session.show_list(rows, columns, quiet="id" if quiet else None)
+
+
+@click.command()
+@instance_argument
+@click.option("--show-env", is_flag=True, help="Show the values of the environment.")
+@reports
+def inspect(session: Session, instance: str, show_env: bool) -> None:
+    """Show everything about an instance."""
+    found = session.client.get(path_of(instance))
+    if not show_env and found.get("env"):
+        found["env"] = dict.fromkeys(found["env"], _HIDDEN)
+    session.show(found)
+
+
+@click.command()
+@instance_argument
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines.")
+@click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Lines from before.")
+@click.option("-s", "--source", type=click.Choice(["app", "vmm", "hypeman"]), default="app", show_default=True)
+@reports
+def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
+    """Show what an instance printed."""
+    for line in session.client.events(f"{path_of(instance)}/logs", follow=follow, tail=tail, source=source):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+@click.command()
+@instance_argument
+@click.option("--entrypoint", multiple=True, help="Instead of the last one; one word each.")
+@click.option("--cmd", multiple=True, help="Instead of the last one; one word each.")
+@reports
+def start(session: Session, instance: str, entrypoint: tuple[str, ...], cmd: tuple[str, ...]) -> None:
+    """Boot a stopped instance."""
+    body = present(entrypoint=entrypoint, cmd=cmd)
+    show_instance(session, session.client.post(f"{path_of(instance)}/start", body))
+
+
+@click.command()
+@instance_argument
+@reports
+def stop(session: Session, instance: str) -> None:
+    """Shut an instance down."""
+    show_instance(session, session.client.post(f"{path_of(instance)}/stop"))
+
+
+@click.command()
+@instance_argument
+@compression_options()
+@reports
+def standby(session: Session, instance: str, **flags: Any) -> None:
+    """Save memory to disk and free everything else."""
+    body = present(compression=compression_body(flags), compression_delay=flags["compression_delay"])
+    show_instance(session, session.client.post(f"{path_of(instance)}/standby", body))
+
+
+@click.command()
+@instance_argument
+@reports
+def restore(session: Session, instance: str) -> None:
+    """Bring an instance back from standby."""
+    show_instance(session, session.client.post(f"{path_of(instance)}/restore"))
+
+
+@click.command()
+@click.argument("source", shell_complete=complete_instance)
+@click.argument("name")
+@click.option("--from-running", is_flag=True, help="Allow a running source; it pauses for the capture.")
+@click.option("--target-state", type=click.Choice(TARGETS), help="Default: the state of the source.")
+@reports
+def fork(session: Session, source: str, name: str, from_running: bool, target_state: str | None) -> None:
+    """Make a new instance NAME from the state of SOURCE."""
+    body = present(name=name, from_running=from_running, target_state=target_state)
+    made = session.client.post(f"{path_of(source)}/fork", body)
+    session.show(made, lambda: str(made["id"]))
+
+
+@click.command()
+@instance_argument
+@click.option("--state", type=click.Choice(STATES), required=True)
+@click.option("--timeout", default="60s", show_default=True, help="As in 90s or 2m; at most 5m.")
+@reports
+def wait(session: Session, instance: str, state: str, timeout: str) -> None:
+    """Wait until an instance is in a state; exit code 1 if it did not get there."""
+    query = {"state": state, "timeout": timeout}
+    found = session.client.call("GET", f"{path_of(instance)}/wait", query=query, timeout=330)
+    session.show(found, lambda: str(found["state"]))
+    if found["state"] != state:
+        why = "the time is over" if found["timed_out"] else found.get("state_error") or "it ended there"
+        fail(f"{instance} is {found['state']}, not {state}: {why}")
+
+
+@click.command()
+@click.argument("instances", nargs=-1, shell_complete=complete_instance)
+@click.option("-f", "--force", is_flag=True, help="Running ones too.")
+@click.option("--all", "everything", is_flag=True, help="All instances.")
+@reports
+def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bool) -> None:
+    """Delete instances."""
+    if everything == bool(instances):
+        raise click.UsageError("name instances, or say --all")
+    client = session.client
+    rows = client.get("/instances") if everything else [client.get(path_of(name)) for name in instances]
+    failed = False
+    for row in rows:
+        if row["state"] in ("Running", "Initializing", "Paused") and not force:
+            complain(f"{row['name']} is {row['state']}", "stop it first, or say --force")
+            failed = True
+            continue
+        try:
+            client.call("DELETE", path_of(row["id"]))
+        except ApiError as error:
+            if error.status == 404:
+                continue  # somebody else was quicker
+            session.report(error)
+            failed = True
+        else:
+            click.echo(row["name"])
+    if failed:
+        raise SystemExit(1)
+
+
+@click.command()
+@click.argument("instance", required=False, shell_complete=complete_instance)
+@click.option("--once", is_flag=True, help="Do not go on, also on a terminal.")
+@click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds.")
+@reports
+def stats(session: Session, instance: str | None, once: bool, interval: float) -> None:
+    """Show what one instance, or every running one, uses; live on a terminal."""
+    live = session.form == "auto" and sys.stdout.isatty() and not once
+    before: dict[str, tuple[float, float]] = {}
+    try:
+        while True:
+            now = time.monotonic()
+            rows = _usage(session.client, instance)
+            for row in rows:
+                then = before.get(row["instance_id"])
+                row["cpu_percent"] = _percent(then, now, row["cpu_seconds"])
+                before[row["instance_id"]] = (now, row["cpu_seconds"])
+            if not live:
+                for row in rows:
+                    del row["cpu_percent"]
+                wanted: Any = rows[0] if instance is not None else rows
+                session.show(wanted, lambda: render_table(rows, _STATS_COLUMNS))  # noqa: B023 shown at once
+                return
+            click.echo("\x1b[H\x1b[J" + render_table(rows, _LIVE_COLUMNS, colour=use_colour()))
+            time.sleep(interval)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _usage(client: Client, instance: str | None) -> list[dict[str, Any]]:
+    if instance is not None:
+        return [client.get(f"{path_of(instance)}/stats")]
+    found = []
+    for row in client.get("/instances", state="Running"):
+        try:
+            found.append(client.get(f"{path_of(row['id'])}/stats"))
+        except ApiError as error:
+            if error.status != 404:  # it has gone in between
+                raise
+    return found
+
+
+def _percent(then: tuple[float, float] | None, now: float, cpu_seconds: float) -> str:
+    """Of one CPU since the last look; at the first one there is none."""
+    if then is None or now <= then[0]:
+        return "-"
+    return f"{100 * (cpu_seconds - then[1]) / (now - then[0]):.0f}%"
+
+
+_STATS_COLUMNS = [
+    ("NAME", lambda row: row["instance_name"]),
+    ("VCPUS", lambda row: row["allocated_vcpus"]),
+    ("CPU TIME", lambda row: f"{row['cpu_seconds']:.1f}s"),
+    ("MEMORY", lambda row: f"{size(row['memory_rss_bytes'])} / {size(row['allocated_memory_bytes'])}"),
+    ("NET IN", lambda row: size(row["network_rx_bytes"])),
+    ("NET OUT", lambda row: size(row["network_tx_bytes"])),
+]
+_LIVE_COLUMNS = [_STATS_COLUMNS[0], ("CPU", lambda row: row["cpu_percent"]), *_STATS_COLUMNS[1:]]
+
+
+@click.group()
+def update() -> None:
+    """Change what may change without a reboot."""
+
+
+@update.command("auto-standby")
+@instance_argument
+@click.option("--enabled/--disabled", default=None)
+@click.option("--idle-timeout", help="As in 5m.")
+@click.option("--ignore-destination-port", "ports", type=int, multiple=True)
+@click.option("--ignore-source-cidr", "cidrs", multiple=True)
+@reports
+def update_auto_standby(
+    session: Session,
+    instance: str,
+    enabled: bool | None,
+    idle_timeout: str | None,
+    ports: tuple[int, ...],
+    cidrs: tuple[str, ...],
+) -> None:
+    """When to go to standby by itself."""
+    policy = present(
+        enabled=enabled, idle_timeout=idle_timeout, ignore_destination_ports=ports, ignore_source_cidrs=cidrs
+    )
+    _patch(session, instance, {"auto_standby": policy})
+
+
+@update.command("egress-credentials")
+@instance_argument
+@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", required=True, help="New value; repeatable.")
+@reports
+def update_egress_credentials(session: Session, instance: str, env: tuple[str, ...]) -> None:
+    """Rotate secrets; takes effect at once."""
+    _patch(session, instance, {"env": pairs(env)})
+
+
+@update.command("health-check")
+@instance_argument
+@health_options("")
+@reports
+def update_health_check(session: Session, instance: str, **flags: Any) -> None:
+    """How to tell whether the workload is well."""
+    _patch(session, instance, {"health_check": health_body(flags) or {}})
+
+
+@update.command("restart-policy")
+@instance_argument
+@restart_options("")
+@reports
+def update_restart_policy(session: Session, instance: str, **flags: Any) -> None:
+    """What to do when the workload has ended."""
+    _patch(session, instance, {"restart_policy": restart_body(flags) or {}})
+
+
+def _patch(session: Session, instance: str, body: dict[str, Any]) -> None:
+    show_instance(session, session.client.call("PATCH", path_of(instance), body))

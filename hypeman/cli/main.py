@@ -1,0 +1,99 @@
+"""The command ``hypeman``: global options, and where each command comes from.
+
+The same program is the client and the server. A client command imports neither Trio nor Quart, so
+that it is there at once (``tests/cli/test_start.py`` holds it to that); ``serve`` imports them when
+it runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from hypeman import __version__
+from hypeman.cli import copy, devices, execute, host, images, instances, run, shell, snapshots, volumes
+from hypeman.cli.output import FORMATS
+from hypeman.cli.session import Session, complain
+
+ALIASES = {
+    "images": "image",
+    "volumes": "volume",
+    "snapshots": "snapshot",
+    "devices": "device",
+    "resource": "resources",
+    "@completion": "completion",
+    "@manpages": "man",
+}
+_BELOW = {"rm": "delete", "ls": "list", "inspect": "get", "unregister": "delete"}
+
+
+class Commands(click.Group):
+    """A group that also knows the other names of its commands."""
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return super().get_command(context, name) or super().get_command(context, ALIASES.get(name, name))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--base-url", help="http://…, https://… or unix:///path of the server.")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="auto", help="How answers are printed.")
+@click.option("--format-error", "form_error", type=click.Choice(FORMATS), default="auto", help="How errors are.")
+@click.option("--transform", default="", help="Only this part of the answer, as in network.ip or #.name.")
+@click.option("--transform-error", default="", help="Only this part of an error.")
+@click.option("--debug", is_flag=True, help="Show every request.")
+@click.version_option(__version__, "-v", "--version", prog_name="hypeman")
+@click.pass_context
+def hypeman(context: click.Context, /, **options: Any) -> None:
+    """OCI images as micro-VMs on this host, and the client for it."""
+    session = context.obj = Session(**options)
+    context.call_on_close(session.close)
+
+
+for _command in (
+    run.run, instances.ps, instances.inspect, instances.logs, execute.execute, copy.copy, instances.stats,
+    instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
+    instances.rm, instances.update, images.pull, images.images, volumes.volumes, snapshots.snapshots,
+    devices.devices, host.resources, host.health, host.capabilities, host.token, host.doctor, host.serve,
+    shell.completion, shell.man,
+):  # fmt: skip
+    hypeman.add_command(_command)
+
+
+def _name_also(group: click.Group) -> None:
+    """``image rm`` for ``image delete`` and the like; not shown in the help."""
+    for other, name in _BELOW.items():
+        command = group.commands.get(name)
+        if command is not None and other not in group.commands:
+            alias = click.Command(
+                other, params=command.params, callback=command.callback, help=command.help, hidden=True
+            )
+            group.add_command(alias)
+
+
+for _group in (images.images, volumes.volumes, snapshots.snapshots, devices.devices):
+    _name_also(_group)
+
+
+def main() -> None:
+    """The entry point of the program."""
+    try:
+        hypeman.main(prog_name="hypeman", complete_var=shell.COMPLETION_VARIABLE, standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as ended:
+        sys.exit(ended.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `| head` does; nothing more may be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        complain(str(error))
+        sys.exit(1)

@@ -1,0 +1,99 @@
+"""Commands on volumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hypeman.cli.client import segment
+from hypeman.cli.images import upload_chunks
+from hypeman.cli.instances import complete_instance, path_of, show_instance
+from hypeman.cli.output import age
+from hypeman.cli.session import Session, fail, pairs, present, reports
+
+
+@click.group("volume")
+def volumes() -> None:
+    """Volumes: disks that outlive instances."""
+
+
+@volumes.command("create")
+@click.option("--name", required=True)
+@click.option("--size", "size_gb", type=click.IntRange(1), required=True, help="GB.")
+@click.option("--id", "wanted_id", help="Default: a new one.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
+@click.option("--from-archive", metavar="FILE", help="A tar.gz to fill it from; - is standard input.")
+@reports
+def create_volume(
+    session: Session, name: str, size_gb: int, wanted_id: str | None, tags: tuple[str, ...], from_archive: str | None
+) -> None:
+    """Make a volume; prints its id."""
+    fields = present(name=name, size_gb=size_gb, id=wanted_id, tags=pairs(tags))
+    if from_archive is None:
+        made = session.client.post("/volumes", fields)
+    else:
+        try:
+            chunks = upload_chunks(from_archive)
+            made = session.client.upload("/volumes/from-archive", chunks, "application/gzip", fields)
+        except OSError as error:
+            fail(f"{from_archive}: {error.strerror or error}")
+    session.show(made, lambda: str(made["id"]))
+
+
+@volumes.command("list")
+@click.option("-q", "--quiet", is_flag=True, help="Only ids.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
+@reports
+def list_volumes(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
+    """List volumes."""
+    columns = [
+        ("ID", lambda row: row["id"]),
+        ("NAME", lambda row: row["name"]),
+        ("SIZE", lambda row: f"{row['size_gb']}GB"),
+        ("USED BY", _users),
+        ("AGE", lambda row: age(row["created_at"])),
+    ]
+    session.show_list(session.client.get("/volumes", tags=pairs(tags)), columns, quiet="id" if quiet else None)
+
+
+def _users(row: Any) -> str:
+    return ", ".join(f"{one['instance_id'][:12]}:{one['mount_path']}" for one in row.get("attachments") or ())
+
+
+@volumes.command("get")
+@click.argument("volume")
+@reports
+def get_volume(session: Session, volume: str) -> None:
+    """Show everything about a volume."""
+    session.show(session.client.get(f"/volumes/{segment(volume)}"))
+
+
+@volumes.command("delete")
+@click.argument("volume")
+@reports
+def delete_volume(session: Session, volume: str) -> None:
+    """Delete a volume that nobody uses."""
+    session.client.call("DELETE", f"/volumes/{segment(volume)}")
+    click.echo(volume)
+
+
+@volumes.command("attach")
+@click.argument("volume")
+@click.option("-i", "--instance", required=True, shell_complete=complete_instance)
+@click.option("--mount-path", required=True, help="Absolute path in the guest.")
+@click.option("--readonly", is_flag=True)
+@reports
+def attach_volume(session: Session, volume: str, instance: str, mount_path: str, readonly: bool) -> None:
+    """Attach a volume to an instance and mount it."""
+    body = {"mount_path": mount_path, "readonly": readonly}
+    show_instance(session, session.client.post(f"{path_of(instance)}/volumes/{segment(volume)}", body))
+
+
+@volumes.command("detach")
+@click.argument("volume")
+@click.option("-i", "--instance", required=True, shell_complete=complete_instance)
+@reports
+def detach_volume(session: Session, volume: str, instance: str) -> None:
+    """Unmount a volume and detach it."""
+    show_instance(session, session.client.call("DELETE", f"{path_of(instance)}/volumes/{segment(volume)}"))

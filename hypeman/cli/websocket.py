@@ -1,0 +1,116 @@
+"""A WebSocket on a plain socket: wsproto does the protocol, the caller decides when to read."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from typing import Any
+
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Message,
+    Ping,
+    RejectConnection,
+    RejectData,
+    Request,
+    TextMessage,
+)
+from wsproto.utilities import ProtocolError
+
+from hypeman.cli.client import ApiError, Client, Unreachable
+
+_READ = 64 * 1024
+
+
+class WebSocket:
+    """A client's end. ``messages`` holds what has come; ``closed`` says that no more will."""
+
+    def __init__(self, client: Client, path: str) -> None:
+        """Raises ApiError if the server refuses, Unreachable."""
+        self.socket: socket.socket = client.dial()
+        self.messages: deque[str | bytes] = deque()
+        self.closed = False
+        self._connection = WSConnection(ConnectionType.CLIENT)
+        self._partial: list[Any] = []
+        self._path = path
+        self._accepted = False
+        self._refused: tuple[int, bytes] | None = None
+        self._refusal = (0, bytearray())
+        headers = [(name.encode(), value.encode()) for name, value in client.headers().items()]
+        request = Request(host=client.host, target=client.prefix + path, extra_headers=headers)
+        self.socket.sendall(self._connection.send(request))
+        try:
+            self._wait_accepted()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_accepted(self) -> None:
+        while not self._accepted:
+            self.receive_some()
+            if self._refused is not None:
+                raise ApiError("GET", self._path, *self._refused)
+            if self.closed and not self._accepted:
+                raise Unreachable("the server closed the connection before the stream began")
+
+    def encode(self, message: str | bytes) -> bytes:
+        """The bytes to send for ``message``."""
+        event = TextMessage(data=message) if isinstance(message, str) else BytesMessage(data=message)
+        return self._connection.send(event)
+
+    def send(self, message: str | bytes) -> None:
+        """Send at once; waits while the other side does not read."""
+        try:
+            self.socket.sendall(self.encode(message))
+        except OSError as error:
+            raise Unreachable(f"the stream broke: {error.strerror or error}") from None
+
+    def receive(self) -> str | bytes | None:
+        """The next message; None when the other side has closed."""
+        while not self.messages and not self.closed:
+            self.receive_some()
+        return self.messages.popleft() if self.messages else None
+
+    def receive_some(self) -> None:
+        """One read from the socket, which may hold no message or several. Raises Unreachable."""
+        try:
+            data = self.socket.recv(_READ)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise Unreachable(f"the stream broke: {error.strerror or error}") from None
+        try:
+            self._connection.receive_data(data or None)
+            for event in self._connection.events():
+                self._take(event)
+        except ProtocolError as error:
+            raise Unreachable(f"the server does not speak WebSocket: {error}") from None
+        if not data:
+            self.closed = True
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _take(self, event: Any) -> None:
+        match event:
+            case AcceptConnection():
+                self._accepted = True
+            case RejectConnection():
+                self._refusal = (event.status_code, bytearray())
+                self._refused = None if event.has_body else (event.status_code, b"")
+            case RejectData():
+                status, body = self._refusal
+                body.extend(event.data)
+                self._refused = (status, bytes(body)) if event.body_finished else None
+            case Message():
+                self._partial.append(event.data if isinstance(event.data, str) else bytes(event.data))
+                if event.message_finished:
+                    self.messages.append(self._partial[0][:0].join(self._partial))
+                    self._partial = []
+            case Ping():
+                self.socket.sendall(self._connection.send(event.response()))
+            case CloseConnection():
+                self.closed = True

@@ -1,0 +1,394 @@
+"""Every command: what it asks, what it prints, how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import jwt
+import msgspec
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from hypeman.cli import output
+from hypeman.cli.main import hypeman
+from hypeman.cli.run import create_body, parse_mount, random_name
+from hypeman.cli.session import Session
+from hypeman.cli.settings import Settings, SettingsError, load_settings
+from hypeman.config import ConfigError
+from hypeman.devices.types import AvailableDevice
+from hypeman.ids import check_name
+from hypeman.images.types import Image, ImageStatus
+from hypeman.instances.types import CreateInstanceRequest, HypervisorKind, InstanceState
+from hypeman.server.routes import OPERATIONS
+
+SECRET = "a secret that is long enough for HS256"
+
+
+def test_run_pulls_waits_creates(cli: Any, server: Any) -> None:
+    done = cli("run", "nginx", "--name", "web", "-e", "A=b=c", "-e", "broken", "--cpus", "4", "-l", "team=x")
+    assert done.exit_code == 0, done.output
+    [instance] = server.world.instances.instances.values()
+    assert done.stdout.strip() == instance.id
+    assert "'broken' is not KEY=VALUE" in done.stderr
+    assert server.world.images.images["docker.io/library/nginx:latest"].status is ImageStatus.READY
+    [(_, request)] = server.world.instances.asked
+    assert (request.name, request.env, request.vcpus, request.tags) == ("web", {"A": "b=c"}, 4, {"team": "x"})
+    assert (request.size, request.hotplug_size, request.network.enabled) == ("1GB", None, True)
+    again = cli("run", "nginx", "--name", "web")
+    assert (again.exit_code, "already" in again.stderr) == (1, True)
+
+
+def test_run_tells_why_a_pull_failed(cli: Any, server: Any) -> None:
+    name, made = "docker.io/library/bad:latest", "2026-01-02T03:04:05Z"
+    failed = Image(name, "sha256:0", ImageStatus.FAILED, made, error="no disk")
+    server.world.images.images[failed.name] = failed
+    done = cli("run", "bad")
+    assert (done.exit_code, "no disk" in done.stderr) == (1, True)
+    assert server.world.instances.asked == []
+
+
+def parsed_flags(*arguments: str) -> CreateInstanceRequest:
+    """The request that ``run`` would send."""
+    context = hypeman.commands["run"].make_context("run", ["nginx", *arguments])
+    flags = dict(context.params)
+    return msgspec.convert(create_body(flags.pop("image"), flags), CreateInstanceRequest)
+
+
+EVERY_FLAG = """
+--memory 2GB --hotplug-size 3GB --overlay-size 20GB --no-network --network-egress-mode http_https_only
+--bandwidth-down 100mbps --bandwidth-up 50mbps --disk-io 100MB/s --gpu-profile L40S-1Q --device a --device b
+--hypervisor ch --auto-standby-enabled --auto-standby-idle-timeout 5m --auto-standby-ignore-destination-port 22
+--auto-standby-ignore-source-cidr 10.0.0.0/8 --skip-guest-agent --skip-kernel-headers
+--snapshot-compression-algorithm lz4 --snapshot-compression-delay 10m --entrypoint /bin/sh --cmd -c --cmd ls --ttl 2h
+-v data:/data:ro:overlay=1GB --health-type http --health-http-port 80 --health-exec true --restart-policy always
+--restart-max-attempts 0 --platform linux/arm64
+--credentials-json '{"KEY":{"source":{"env":"REAL"},"inject":[{"as":{"header":"A","format":"${value}"}}]}}'
+"""
+
+
+def test_all_flags_of_run() -> None:
+    request = parsed_flags(*shlex.split(EVERY_FLAG))
+    assert (request.size, request.hotplug_size, request.overlay_size) == ("2GB", "3GB", "20GB")
+    assert (request.network.enabled, request.network.egress.enabled) == (False, True)
+    assert request.network.egress.enforcement.mode == "http_https_only"
+    assert (request.network.bandwidth_download, request.disk_io_bps) == ("100mbps", "100MB/s")
+    assert (request.gpu.profile, request.devices) == ("L40S-1Q", ("a", "b"))
+    assert request.hypervisor is HypervisorKind.CLOUD_HYPERVISOR
+    assert request.auto_standby.ignore_destination_ports == (22,)
+    assert (request.skip_guest_agent, request.skip_kernel_headers) == (True, True)
+    assert request.snapshot_policy.compression.enabled
+    assert request.snapshot_policy.standby_compression_delay == "10m"
+    assert (request.entrypoint, request.cmd, request.ttl) == (("/bin/sh",), ("-c", "ls"), "2h")
+    assert (request.volumes[0].overlay, request.volumes[0].overlay_size) == (True, "1GB")
+    assert (request.health_check.http.port, request.health_check.exec.command) == (80, ("true",))
+    assert request.restart_policy.max_attempts == 0
+    assert request.credentials["KEY"].inject[0].as_.header == "A"
+    assert request.platform == "linux/arm64"
+
+
+def test_absent_flags_are_absent() -> None:
+    context = hypeman.commands["run"].make_context("run", ["nginx"])
+    flags = dict(context.params)
+    body = create_body(flags.pop("image"), flags)
+    assert set(body) == {"name", "image", "size", "vcpus", "overlay_size", "network"}
+
+
+@pytest.mark.parametrize("image", ["nginx", "ghcr.io/a/B_c.d:1.2", "x@sha256:00", "a/" + "y" * 99, "localhost:5000/--"])
+def test_random_names_are_legal(image: str) -> None:
+    assert check_name(random_name(image)) != random_name(image)
+
+
+@pytest.mark.parametrize("text", ["data", "data:relative", ":/data", "data:/data:rx"])
+def test_bad_mounts(text: str) -> None:
+    with pytest.raises(Exception, match="data"):
+        parse_mount(text)
+
+
+def test_ps(cli: Any, server: Any) -> None:
+    running = server.world.instances.add("web", tags={"a": "b"})
+    server.world.instances.add("old", InstanceState.STOPPED)
+    lines = cli("ps").stdout.splitlines()
+    assert lines[0].split() == ["ID", "NAME", "IMAGE", "STATE", "IP", "VCPUS", "MEMORY", "AGE"]
+    assert [line.split()[1] for line in lines[1:]] == ["web"]
+    assert cli("ps", "-q").stdout.split() == [running.id]
+    assert len(cli("ps", "-aq").stdout.split()) == 2
+    assert "old" in cli("ps", "--state", "Stopped").stdout
+    assert cli("ps", "-aq", "--tag", "a=b").stdout.split() == [running.id]
+    assert json.loads(cli("--format", "json", "ps").stdout)[0]["id"] == running.id
+
+
+def test_formats(cli: Any, server: Any) -> None:
+    server.world.instances.add("web", env={"KEY": "hunter2"})
+    hidden = cli("inspect", "web").stdout
+    assert "hunter2" not in hidden
+    assert "***" in hidden
+    shown = json.loads(cli("inspect", "--show-env", "web").stdout)
+    assert shown["env"] == {"KEY": "hunter2"}
+    assert yaml.safe_load(cli("--format", "yaml", "inspect", "web").stdout)["name"] == "web"
+    assert len(cli("--format", "jsonl", "ps").stdout.splitlines()) == 1
+    assert "\n" not in cli("--format", "raw", "inspect", "web").stdout.strip()
+    assert cli("--transform", "network.ip", "inspect", "web").stdout == "10.100.0.2\n"
+    assert json.loads(cli("--transform", "#.name", "ps").stdout) == ["web"]
+    assert cli("--transform", "#", "ps").stdout == "1\n"
+
+
+def test_verbs(cli: Any, server: Any) -> None:
+    instance = server.world.instances.add("web")
+    for verb, state in [("stop", "Stopped"), ("start", "Running"), ("standby", "Standby"), ("restore", "Running")]:
+        assert cli(verb, "web").stdout == f"web is {state}\n"
+    cli("stop", "web")
+    cli("start", instance.id[:8], "--entrypoint", "/bin/sh", "--cmd", "x")
+    cli("standby", "web", "--compression-level", "3")
+    asked = dict(server.world.instances.asked)
+    assert (asked["start"].entrypoint, asked["start"].cmd) == (("/bin/sh",), ("x",))
+    assert asked["standby"].compression.level == 3
+    done = cli("stop", "web")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "web is Standby" in done.stderr
+    assert "409 invalid_state" in done.stderr
+    fork = cli("fork", "web", "copy", "--from-running", "--target-state", "Stopped")
+    assert fork.stdout.strip() in server.world.instances.instances
+
+
+def test_wait(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    assert cli("wait", "web", "--state", "Running").exit_code == 0
+    late = cli("wait", "web", "--state", "Stopped", "--timeout", "1s")
+    assert (late.exit_code, late.stdout) == (1, "Running\n")
+    assert "the time is over" in late.stderr
+    assert server.world.instances.asked[-1] == ("wait", (InstanceState.STOPPED, 1.0))
+
+
+def test_rm(cli: Any, server: Any) -> None:
+    for name, state in [("a", InstanceState.RUNNING), ("b", InstanceState.STOPPED), ("c", InstanceState.STANDBY)]:
+        server.world.instances.add(name, state)
+    refused = cli("rm", "a", "b")
+    assert (refused.exit_code, refused.stdout) == (1, "b\n")
+    assert "--force" in refused.stderr
+    assert cli("rm", "-f", "a").stdout == "a\n"
+    assert cli("rm", "missing").exit_code == 1
+    assert cli("rm", "--all").stdout == "c\n"
+    assert server.world.instances.instances == {}
+    assert cli("rm").exit_code == 2
+    assert cli("rm", "--all", "x").exit_code == 2
+
+
+def test_logs(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    (server.world.log_directory / "web-app.log").write_text('one\n"two"\nthree\n')
+    assert cli("logs", "web", "--tail", "2").stdout == '"two"\nthree\n'
+    missing = cli("logs", "web", "-s", "vmm")
+    assert (missing.exit_code, "there is no vmm log yet" in missing.stderr) == (1, True)
+
+
+def test_stats(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    server.world.instances.add("off", InstanceState.STOPPED)
+    assert "100MB / 1GB" in cli("stats", "web").stdout
+    assert [line.split()[0] for line in cli("stats").stdout.splitlines()] == ["NAME", "web"]
+    assert json.loads(cli("--format", "json", "stats", "web").stdout)["cpu_seconds"] == 1.5
+
+
+def test_update(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    for arguments in (
+        ["egress-credentials", "web", "-e", "KEY=new"],
+        ["restart-policy", "web", "--policy", "always", "--max-attempts", "0"],
+        ["health-check", "web", "--type", "none"],
+        ["auto-standby", "web", "--disabled", "--ignore-destination-port", "22"],
+    ):
+        assert cli("update", *arguments).exit_code == 0
+    credentials, restart, health, standby = (request for _, request in server.world.instances.asked)
+    assert credentials.env == {"KEY": "new"}
+    assert restart.restart_policy.max_attempts == 0
+    assert health.health_check.type == "none"
+    assert (standby.auto_standby.enabled, standby.auto_standby.ignore_destination_ports) == (False, (22,))
+
+
+def test_images(cli: Any, server: Any, tmp_path: Path) -> None:
+    assert "ready" in cli("pull", "alpine").stdout
+    assert "pending" in cli("image", "create", "nginx", "-d").stdout
+    assert cli("images", "ls", "-q").stdout.split() == [
+        "docker.io/library/alpine:latest",
+        "docker.io/library/nginx:latest",
+    ]
+    assert json.loads(cli("image", "get", "alpine").stdout)["status"] == "ready"
+    assert cli("image", "rm", "docker.io/library/alpine:latest").exit_code == 0
+    assert cli("image", "get", "alpine").exit_code == 1
+    archive = tmp_path / "My Image.tar.gz"
+    archive.write_bytes(b"x" * 1_000_000)
+    assert cli("image", "import", str(archive)).exit_code == 0
+    assert server.world.images.imported == archive.read_bytes()
+    assert "docker.io/library/my-image:latest" in server.world.images.images
+    layout = tmp_path / "layout"
+    layout.mkdir()
+    (layout / "index.json").write_text("{}")
+    assert cli("image", "import", str(layout), "--name", "laid", "--tag", "a=b").exit_code == 0
+    with tarfile.open(fileobj=io.BytesIO(server.world.images.imported)) as tar:
+        assert tar.getnames() == ["index.json"]
+    missing = cli("image", "import", str(tmp_path / "missing.tar"))
+    assert (missing.exit_code, "No such file" in missing.stderr) == (1, True)
+
+
+def test_volumes(cli: Any, server: Any, tmp_path: Path) -> None:
+    server.world.instances.add("web")
+    assert cli("volume", "create", "--name", "data", "--size", "2", "--id", "v1").stdout == "v1\n"
+    again = cli("volume", "create", "--name", "data", "--size", "2", "--id", "v1")
+    assert (again.exit_code, "409 already_exists" in again.stderr) == (1, True)
+    archive = tmp_path / "data.tgz"
+    archive.write_bytes(b"tar")
+    filled = cli("volume", "create", "--name", "b", "--size", "1", "--id", "v2", "--from-archive", str(archive))
+    assert filled.exit_code == 0
+    assert server.world.volumes.archives["v2"] == b"tar"
+    assert cli("volumes", "list", "-q").stdout.split() == ["v1", "v2"]
+    assert cli("volume", "attach", "v1", "-i", "web", "--mount-path", "/data", "--readonly").exit_code == 0
+    [instance] = server.world.instances.instances.values()
+    assert instance.volumes[0].readonly
+    assert cli("volume", "detach", "v1", "--instance", "web").exit_code == 0
+    assert cli("volume", "inspect", "v1").exit_code == 0
+    assert cli("volume", "rm", "v1").stdout == "v1\n"
+
+
+def test_snapshots(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    done = cli("--format", "json", "snapshot", "create", "web", "--name", "s", "--compression-enabled")
+    made = json.loads(done.stdout)
+    assert (made["kind"], made["name"]) == ("Standby", "s")
+    assert cli("snapshot", "restore", "web", "abc", "--target-state", "Stopped").exit_code == 0
+    assert server.world.instances.asked[-1][1].target_state == "Stopped"
+    assert cli("snapshot", "list", "--kind", "Standby").stdout.startswith("ID")
+    assert cli("snapshot", "get", "abc").exit_code == 1
+    assert cli("snapshot", "fork", "abc", "copy").exit_code == 1
+
+
+def test_devices(cli: Any, server: Any) -> None:
+    server.world.devices.free.append(
+        AvailableDevice(pci_address="0000:01:00.0", vendor_id="10de", device_id="2204", iommu_group=1)
+    )
+    assert "10de:2204" in cli("device", "available").stdout
+    refused = cli("device", "register", "0000:01:00.0", "--name", "gpu")
+    assert (refused.exit_code, "device_not_found" in refused.stderr) == (1, True)
+    assert cli("device", "register").exit_code == 2
+    assert cli("device", "list").exit_code == 0
+    assert cli("device", "unregister", "gpu").exit_code == 1
+
+
+def test_host(cli: Any) -> None:
+    assert cli("health").stdout == "ok\n"
+    assert json.loads(cli("capabilities").stdout)["default_runtime"]["name"] == "qemu"
+    lines = cli("resources").stdout.splitlines()
+    assert lines[0].split() == ["RESOURCE", "HAS", "LIMIT", "TAKEN", "FREE"]
+    assert "8GB" in lines[2]
+    assert "web" in lines[-1]
+
+
+def test_refusals_say_what_to_do(server: Any) -> None:
+    run = CliRunner().invoke
+    done = run(hypeman, ["--base-url", server.tcp_url, "ps"])
+    assert (done.exit_code, "HYPEMAN_API_KEY" in done.stderr, "401" in done.stderr) == (1, True, True)
+    done = run(hypeman, ["--base-url", server.tcp_url, "ps"], env={"HYPEMAN_API_KEY": server.token})
+    assert done.exit_code == 0
+    done = run(hypeman, ["--base-url", server.tcp_url, "--format-error", "json", "ps"])
+    assert json.loads(done.stderr)["code"] == "Unauthorized"
+    done = run(hypeman, ["--base-url", server.tcp_url, "--transform-error", "code", "ps"])
+    assert done.stderr.strip() == '"Unauthorized"'
+    done = run(hypeman, ["--debug", "--base-url", server.tcp_url, "ps"], env={"HYPEMAN_API_KEY": server.token})
+    assert "> GET" in done.stderr
+    assert server.token not in done.stderr
+    for url in ("http://127.0.0.1:1", "unix:///nowhere.sock", "http://no-such-host.invalid"):
+        done = run(hypeman, ["--base-url", url, "ps"])
+        assert (done.exit_code, "can not be reached" in done.stderr, "hypeman serve" in done.stderr) == (1, True, True)
+    assert run(hypeman, ["--base-url", "ftp://x", "ps"]).exit_code == 1
+
+
+def test_where_the_settings_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = str(tmp_path / "none")
+    assert load_settings(None, {}, nothing) == Settings("http://localhost:8080")
+    local = tmp_path / "here.sock"
+    local.touch()
+    assert load_settings(None, {}, str(local)).base_url == f"unix://{local}"
+    file = tmp_path / ".config/hypeman/cli.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("base_url: https://file/\napi_key: from-file\n")
+    assert load_settings(None, {}, str(local)) == Settings("https://file", "from-file")
+    environ = {"HYPEMAN_BASE_URL": "http://env", "HYPEMAN_API_KEY": "from-env"}
+    assert load_settings(None, environ, nothing) == Settings("http://env", "from-env")
+    assert load_settings("http://flag", environ, nothing).base_url == "http://flag"
+    assert "from-env" not in repr(load_settings(None, environ, nothing))
+    file.write_text("- a list")
+    with pytest.raises(SettingsError, match="keys and values"):
+        load_settings(None, {}, nothing)
+
+
+def test_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(hypeman, ["token", *arguments])
+
+    assert "JWT_SECRET" in run().stderr
+    monkeypatch.setenv("JWT_SECRET", SECRET)
+    minted = run("--user-id", "ann", "--scopes", "device:read, image:read").stdout.strip()
+    claims = jwt.decode(minted, SECRET, ["HS256"])
+    assert (claims["sub"], claims["permissions"]) == ("ann", ["device:read", "image:read"])
+    assert "permissions" not in jwt.decode(run().stdout.strip(), SECRET, ["HS256"])
+    assert "unknown scope" in run("--scopes", "fly").stderr
+    listed = run("--list-scopes").stdout.split()
+    assert {operation.scope for operation in OPERATIONS if operation.scope} <= set(listed)
+
+
+def test_serve_with_bad_settings(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("prot: 1\n")
+    done = CliRunner().invoke(hypeman, ["serve", "--config", str(file)])
+    assert (done.exit_code, "prot" in done.stderr) == (1, True)
+    assert issubclass(ConfigError, Exception)
+
+
+def test_completion_and_manual(cli: Any, server: Any, tmp_path: Path) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert "_HYPEMAN_COMPLETE" in cli("completion", shell).stdout
+    assert ".SH COMMANDS" in cli("man").stdout
+    assert cli("@manpages", "-o", str(tmp_path / "man")).exit_code == 0
+    page = (tmp_path / "man" / "hypeman-snapshot-create.1").read_text()
+    assert ".B \\-\\-kind" in page
+    server.world.instances.add("web")
+    offered = CliRunner().invoke(
+        hypeman,
+        prog_name="hypeman",
+        complete_var="_HYPEMAN_COMPLETE",
+        env={
+            "_HYPEMAN_COMPLETE": "bash_complete",
+            "COMP_WORDS": "hypeman stop w",
+            "COMP_CWORD": "2",
+            "HYPEMAN_BASE_URL": server.url,
+        },
+    )
+    assert offered.stdout == "plain,web\n"
+
+
+def test_tables_and_numbers() -> None:
+    rows = [{"a": "x" * 5, "b": None}, {"a": "\x1b[31m", "b": 7}]
+    table = output.render_table(rows, [("A", lambda row: row["a"]), ("BEE", lambda row: row["b"])])
+    assert table == "A      BEE\nxxxxx  -\n�[31m  7"
+    sizes = [output.size(number) for number in (None, 0, 1023, 1536, 2**30, 5 * 2**40)]
+    assert sizes == ["-", "0B", "1023B", "1.5KB", "1GB", "5TB"]
+    assert output.pick({"a": [{"b": 1}, {"b": 2}]}, "a.1.b") == 2
+    assert output.pick({"a": []}, "a.3") is None
+    assert output.pick({}, "x.y") is None
+
+
+def test_colours_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not output.use_colour()
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert output.use_colour()
+    monkeypatch.setenv("FORCE_COLOR", "0")
+    assert not output.use_colour()
+
+
+def test_the_session_asks_no_settings_before_it_needs_them() -> None:
+    assert "client" not in vars(Session(base_url="nonsense"))

@@ -1,0 +1,198 @@
+"""``cp`` both ways, tar streams, and what an evil guest might send."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hypeman.cli.copy import CopyFailed, checked_path, leads_out, split_remote
+from hypeman.instances.session_types import CopyEntry, EntryEnd
+
+
+@pytest.fixture(autouse=True)
+def web(server: Any) -> None:
+    server.world.instances.add("web")
+
+
+def entry(path: str, **fields: Any) -> CopyEntry:
+    defaults: dict[str, Any] = {"mode": 0o644, "is_dir": False, "is_symlink": False, "link_target": "", "size": 0}
+    return CopyEntry(path=path, mtime=1000, uid=os.getuid(), gid=os.getgid(), **{**defaults, **fields})
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        ("web:/etc", ("web", "/etc")),
+        ("/a:/b", None),
+        ("./a", None),
+        ("web:relative", None),
+        (":/x", None),
+        ("-", None),
+    ],
+)
+def test_which_side_is_the_guest(text: str, split: Any) -> None:
+    assert split_remote(text) == split
+
+
+def test_a_file_in(cli: Any, server: Any, tmp_path: Path) -> None:
+    source = tmp_path / "file.txt"
+    source.write_bytes(b"x" * 100_000)
+    source.chmod(0o640)
+    assert cli("cp", str(source), "web:/tmp").exit_code == 0  # into the directory
+    request, data = server.world.instances.files["/tmp/file.txt"]
+    assert (data, request.mode, request.uid) == (b"x" * 100_000, 0o640, 0)
+    done = cli("cp", str(source), "web:/opt/new")
+    assert "100000 bytes copied" in done.stderr
+    assert "/opt/new" in server.world.instances.files
+    full = cli("cp", str(source), "web:/full")
+    assert (full.exit_code, "/full: no space left" in full.stderr) == (1, True)
+    assert cli("cp", str(tmp_path / "missing"), "web:/tmp").exit_code == 1
+    assert cli("cp", "a", "b").exit_code == 2
+
+
+def test_a_tree_in(cli: Any, server: Any, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "a").write_text("A")
+    (tree / "sub" / "b").write_text("B")
+    (tree / "link").symlink_to("a")
+    done = cli("cp", str(tree), "web:/tmp")
+    assert "is a symlink" in done.stderr
+    files = {path: data for path, (_, data) in server.world.instances.files.items()}
+    assert files == {"/tmp/tree": None, "/tmp/tree/a": b"A", "/tmp/tree/sub": None, "/tmp/tree/sub/b": b"B"}
+    server.world.instances.files.clear()
+    assert cli("cp", "-L", str(tree) + "/.", "web:/tmp").exit_code == 0
+    assert set(server.world.instances.files) == {"/tmp", "/tmp/a", "/tmp/link", "/tmp/sub", "/tmp/sub/b"}
+
+
+def test_a_tar_in(shell: Any, server: Any) -> None:
+    def tar_of(*names: str) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = 3
+                tar.addfile(info, io.BytesIO(b"abc"))
+        return buffer.getvalue()
+
+    assert shell("cp", "-", "web:/srv", input=tar_of("./a", "b/c")).returncode == 0
+    assert {path: data for path, (_, data) in server.world.instances.files.items()} == {
+        "/srv/a": b"abc",
+        "/srv/b/c": b"abc",
+    }
+    for evil in ("../x", "/etc/passwd"):
+        done = shell("cp", "-", "web:/srv", input=tar_of(evil))
+        assert (done.returncode, b"leads out" in done.stderr) == (1, True)
+    assert shell("cp", "-", "web:/srv", input=b"no tar at all").returncode == 1
+
+
+TREE = [
+    entry("d", is_dir=True, mode=0o500),
+    EntryEnd(False),
+    entry("d/f", size=10, mode=0o4755),
+    b"01234",
+    b"56789",
+    EntryEnd(False),
+    entry("d/l", is_symlink=True, link_target="f"),
+    EntryEnd(False),
+    entry("d/out", is_symlink=True, link_target="/etc/shadow"),
+    EntryEnd(False),
+    entry("d/empty"),
+    EntryEnd(True),
+]
+
+
+def test_a_tree_out(cli: Any, server: Any, tmp_path: Path) -> None:
+    server.world.instances.tree = list(TREE)
+    target = tmp_path / "here"
+    done = cli("cp", "-a", "web:/srv/d", str(target))
+    assert done.exit_code == 0, done.output
+    assert "d/out" in done.stderr
+    assert sorted(os.listdir(target)) == ["empty", "f", "l"]
+    assert (target / "f").read_text() == "0123456789"
+    assert stat.S_IMODE((target / "f").stat().st_mode) == 0o4755
+    assert (target / "f").stat().st_mtime == 1000
+    assert os.readlink(target / "l") == "f"
+    assert (stat.S_IMODE(target.stat().st_mode), target.stat().st_mtime) == (0o500, 1000)
+    into = tmp_path / "into"
+    into.mkdir()
+    assert cli("cp", "-q", "web:/srv/d", str(into)).stderr == done.stderr.splitlines()[0] + "\n"
+    assert (into / "d" / "f").exists()
+
+
+def test_a_file_out(cli: Any, server: Any, tmp_path: Path) -> None:
+    server.world.instances.tree = [entry("f", size=3), b"abc", EntryEnd(True)]
+    assert cli("cp", "web:/f", str(tmp_path / "new")).exit_code == 0
+    assert (tmp_path / "new").read_text() == "abc"
+    assert cli("cp", "web:/f", str(tmp_path)).exit_code == 0
+    assert (tmp_path / "f").read_text() == "abc"
+    missing = cli("cp", "web:/missing", str(tmp_path / "x"))
+    assert (missing.exit_code, "no such file" in missing.stderr) == (1, True)
+
+
+def test_a_tar_out(shell: Any, server: Any) -> None:
+    server.world.instances.tree = list(TREE)
+    done = shell("cp", "web:/srv/d", "-")
+    with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
+        assert tar.getnames() == ["d", "d/f", "d/l", "d/out", "d/empty"]
+        assert tar.extractfile("d/f").read() == b"0123456789"  # type: ignore[union-attr]
+        assert tar.getmember("d/l").linkname == "f"
+        assert tar.getmember("d").isdir()
+        assert tar.getmember("d/f").mode == 0o4755
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        [entry("../x", size=1), b"x", EntryEnd(True)],
+        [entry("/etc/x", size=1), b"x", EntryEnd(True)],
+        [entry("a/../../x", size=1), b"x", EntryEnd(True)],
+        [entry("."), EntryEnd(True)],
+        [entry("f", size=5), b"too short"[:3], EntryEnd(True)],
+        [entry("f", size=5), b"much too long", EntryEnd(True)],
+        [b"bytes of nothing", EntryEnd(True)],
+        [entry("d", is_dir=True), b"bytes in a directory", EntryEnd(True)],
+        [entry("f", size=5), b"he"],
+    ],
+)
+def test_an_evil_guest(cli: Any, server: Any, tmp_path: Path, evil: list[Any]) -> None:
+    server.world.instances.tree = evil
+    place = tmp_path / "place"
+    place.mkdir()
+    done = cli("cp", "web:/x", str(place))
+    assert done.exit_code == 1, done.output
+    assert not [path for path in place.rglob("*") if not path.is_dir()]
+
+
+def test_a_symlink_is_no_way_out(cli: Any, server: Any, tmp_path: Path) -> None:
+    """A link inside the copy that is legal for itself is still not written through."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    place = tmp_path / "place"
+    (place / "d").mkdir(parents=True)
+    (place / "d" / "sub").symlink_to(outside)
+    into_it = [entry("d/sub/f", size=1), b"x", EntryEnd(True)]
+    server.world.instances.tree = [entry("d", is_dir=True), EntryEnd(False), *into_it]
+    done = cli("cp", "web:/x", str(place))
+    assert (done.exit_code, "is a symlink" in done.stderr) == (1, True)
+    assert os.listdir(outside) == []
+
+
+def test_paths_and_links() -> None:
+    def header(path: str, target: str = "") -> dict[str, Any]:
+        return {"path": path, "is_symlink": bool(target), "link_target": target}
+
+    assert checked_path(header("a/b")) == "a/b"
+    with pytest.raises(CopyFailed):
+        checked_path(header("a/.."))
+    assert not leads_out(header("d/l", "f"))
+    assert not leads_out(header("d/e/l", "../f"))
+    assert leads_out(header("d/l", "../f"))
+    assert leads_out(header("d/l", "/f"))
+    assert leads_out(header("d/l", "../d2/f"))
