@@ -7,6 +7,7 @@ and gone when the block ends.
 from __future__ import annotations
 
 import array
+import logging
 import os
 import socket
 import subprocess
@@ -23,6 +24,8 @@ from hypeman.errors import InternalError
 from hypeman.host.processes import tool_environment
 from hypeman.images import worker
 from hypeman.images.worker import Applied, Begin, Done, Failed, Finish, Layer, Progress, Report, Request
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R", Applied, Done)
 
@@ -72,9 +75,10 @@ class Conversion:
             except OSError:
                 data = b""
             if not data:
-                said = os.pread(self._errors, 4000, 0).decode(errors="replace").strip()
+                said = os.pread(self._errors, 20_000, 0).decode(errors="replace").strip()
+                log.error("the image worker ended unexpectedly: %s", said or "it was killed")
                 raise ConversionFailed(
-                    f"the conversion ended unexpectedly: {said[-1000:] or 'it was killed'}", blame_image=False
+                    "the conversion ended unexpectedly, which the server's log tells more about", blame_image=False
                 )
             report = _decode_report(data)
             if isinstance(report, Failed):

@@ -11,7 +11,6 @@ a crash is as good as having made it. All functions block, but for ``make_ext4``
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import secrets
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from hypeman.host import trees
 from hypeman.host.processes import Processes
 from hypeman.images.erofs import check_super_block
 from hypeman.images.types import ImageConfig
@@ -27,6 +27,7 @@ from hypeman.paths import Paths
 
 _TMP_PREFIX = "image-"
 _CONFIG = "config.json"
+_MOUNT = "mnt"
 
 
 class Stored(msgspec.Struct, frozen=True):
@@ -73,7 +74,7 @@ class Disks:
 
     def abandon(self, made: Path) -> None:
         """Remove a directory of ``begin`` with all that is in it."""
-        _unmount(made / "mnt")
+        trees.unmount(made / _MOUNT)
         shutil.rmtree(made, ignore_errors=True)
 
     def publish(self, made: Path, digest: str, stored: Stored) -> None:
@@ -120,33 +121,17 @@ def verify(disk: Path, size: int) -> None:
 
 
 async def make_ext4(processes: Processes, made: Path, *, content_bytes: int, entries: int) -> Path:
-    """Turn ``root.erofs`` in ``made`` into ``root.ext4``, as a copy made by mke2fs from a read-only mount.
+    """Turn ``root.erofs`` in ``made`` into ``root.ext4``, copied by mke2fs from a read-only mount.
 
     Wants a host kernel with EROFS and loop devices. Raises ToolFailed.
     """
-    mount, source, target = made / "mnt", made / "root.erofs", made / "root.ext4"
-    mount.mkdir()
+    source, target = made / "root.erofs", made / "root.ext4"
     inodes = entries + 64
-    size = (content_bytes * 21 // 20 + inodes * 512 + (16 << 20)) >> 20 << 20
-    try:
-        options = "loop,ro,nosuid,nodev,noexec"
-        await processes.run(["mount", "-t", "erofs", "-o", options, str(source), str(mount)])
-        await processes.run(
-            ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-b", "4096", "-N", str(inodes),
-             "-d", str(mount), str(target), f"{size >> 10}k"],
-            timeout=3600,
-        )  # fmt: skip
-    finally:
-        _unmount(mount)
-    mount.rmdir()
+    size = content_bytes * 21 // 20 + inodes * 512 + (16 << 20)
+    async with trees.mounted(processes, source, made / _MOUNT, fs="erofs") as tree:
+        await trees.make_ext4(processes, tree, target, size=size, inodes=inodes)
     source.unlink()
     return target
-
-
-def _unmount(path: Path) -> None:
-    if path.is_mount():
-        detach = 2
-        ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), detach)
 
 
 def _flush(directory: Path) -> None:

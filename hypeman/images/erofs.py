@@ -26,6 +26,7 @@ little-endian. An inode's number (nid) is its offset in the meta area in units o
 from __future__ import annotations
 
 import stat
+import struct
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -45,6 +46,8 @@ _LAST_EXTENT = EXTENT + BLOCK
 """The last extent of a file may be this long, so that a short end is not left on its own."""
 _CHUNK_BITS = 16
 _HOLE = 0xFFFFFFFF
+_MAX_CHUNKS = 16 << 20
+"""Of all sparse files together: 1 TiB of holes, and 64 MiB of memory for them."""
 _SUPER_OFFSET = 1024
 _MAGIC = 0xE0F5E1E2
 _COMPAT = 0x1 | 0x2  # checksum, mtime
@@ -76,13 +79,8 @@ class Output(Protocol):
     def punch(self, offset: int, length: int) -> None: ...
 
 
-class _Inline:
-    """A small file: its bytes lie in the scratch file until the inodes are written."""
-
-    __slots__ = ("offset",)
-
-    def __init__(self, offset: int) -> None:
-        self.offset = offset
+# What becomes of a node's content: None (empty), bytes (link target), int (a small file: where it lies
+# in the scratch file until the inodes are written), or one of the following.
 
 
 class _Extents:
@@ -155,6 +153,7 @@ class Writer(Sink):
         """Blocks that wait to be written together, the last ones before _next_block."""
         self._small = bytearray()
         self._small_at = 0
+        self._chunks = 0
 
     # While layers are read
 
@@ -164,7 +163,7 @@ class Writer(Sink):
         elif not entry.size:
             node.content = None
         elif entry.size <= _room_beside(node):
-            node.content = _Inline(self._small_at + len(self._small))
+            node.content = self._small_at + len(self._small)
             self._small += read(entry.size)
             if len(self._small) >= 1 << 20:
                 self._flush_small()
@@ -206,7 +205,8 @@ class Writer(Sink):
             self._append(job.raw + bytes(-len(job.raw) % BLOCK))
 
     def _store_sparse(self, entry: Entry, read: Callable[[int], bytes]) -> _Chunks:
-        if entry.size >> _CHUNK_BITS > self._max_blocks:
+        self._chunks += entry.size >> _CHUNK_BITS
+        if self._chunks > _MAX_CHUNKS:
             raise TarError(f"has a sparse file of {entry.size} bytes, more than an image may have")
         content = _Chunks()
         step = 1 << _CHUNK_BITS
@@ -323,15 +323,15 @@ class Writer(Sink):
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
             major, minor = node.device
             address = minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
-        elif isinstance(node.content, _Inline):
-            layout, tail = _INLINE_DATA, self._scratch.read_at(node.size, node.content.offset)
+        elif isinstance(node.content, int):
+            layout, tail = _INLINE_DATA, self._scratch.read_at(node.size, node.content)
         elif isinstance(node.content, _Extents):
             layout = _COMPRESSED_DATA
             address = sum(count for _, count in _extent_blocks(node.content.extents, node.size))
             tail = bytes(-len(xattrs) % 8) + _index(node.content.extents, node.size)
         elif isinstance(node.content, _Chunks):
             layout, address = _CHUNK_DATA, _CHUNK_BITS - 12
-            tail = _little_endian(node.content.chunks)
+            tail = struct.pack(f"<{len(node.content.chunks)}I", *node.content.chunks)
         count = (len(xattrs) - 12) // 4 + 1 if xattrs else 0
         head = _INODE.pack(
             1 | layout << 1, count, node.mode, 0, size, address, node.place, node.uid, node.gid,
@@ -421,7 +421,7 @@ def _extent_of_inode(node: Node) -> tuple[int, int, bool]:
     head = _INODE.size + len(_xattr_bytes(node))
     if isinstance(node, Directory):
         return head, node.content.rest, True
-    if isinstance(node.content, bytes | _Inline):
+    if isinstance(node.content, bytes | int):
         return head, node.size, True
     if isinstance(node.content, _Extents):
         return head, -head % 8 + 16 + 8 * -(-node.size // BLOCK), False
@@ -485,10 +485,6 @@ def _chunk_blocks(number: int, size: int) -> int:
     """Blocks of a chunk: as far as the file reaches."""
     length = min(1 << _CHUNK_BITS, size - (number << _CHUNK_BITS))
     return -(-length // BLOCK)
-
-
-def _little_endian(numbers: array[int]) -> bytes:
-    return b"".join(number.to_bytes(4, "little") for number in numbers)
 
 
 def _directory_blocks(directory: Directory) -> Iterator[list[tuple[bytes, Node]]]:

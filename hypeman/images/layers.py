@@ -35,6 +35,10 @@ MAX_XATTR_NAME = 255
 MAX_XATTR_VALUE = 0xFFFF
 MAX_XATTRS_TOTAL = 0xF000
 """Of one entry, in bytes."""
+MAX_METADATA = 256 << 20
+"""Names, link targets and extended attributes of an image together, in bytes: they are kept in memory."""
+MAX_STEPS = 8192
+"""Components visited on the way to one entry, those of links included."""
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -112,11 +116,16 @@ class Tree:
         self._layer = 0
         self._linked: set[tuple[Directory, bytes]] = set()
         """Names that the present layer gave to nodes of the layers below."""
+        self._pruned: set[Directory] = set()
+        """Directories that hold nothing of the layers below any more: no need to look again, or an
+        archive of nothing but whiteouts would take for ever."""
+        self._metadata = 0
 
     def apply(self, reader: TarReader, sink: Sink) -> None:
         """Apply one layer, on top of those before. Raises TarError; the tree is of no use then."""
         self._layer += 1
         self._linked.clear()
+        self._pruned.clear()
         while (entry := reader.next_entry()) is not None:
             try:
                 self._apply(entry, reader, sink)
@@ -169,6 +178,7 @@ class Tree:
             if not 0 < len(entry.target) <= MAX_TARGET:
                 raise LayerError(f"is a symbolic link with a target of {len(entry.target)} bytes")
             node.content, node.size = entry.target, len(entry.target)
+            self._count(node.size)
         elif entry.kind in (Kind.CHARACTER_DEVICE, Kind.BLOCK_DEVICE):
             node.device = entry.device
         self._add(parent, name, node)
@@ -180,13 +190,19 @@ class Tree:
         node.xattrs = entry.xattrs or None
         node.layer = self._layer
         if entry.xattrs:
-            _check_xattrs(entry.xattrs)
+            self._count(_check_xattrs(entry.xattrs))
 
     def _add(self, parent: Directory, name: bytes, node: Node) -> None:
         self.entries += 1
         if self.entries > self._max_entries:
             raise LayerError(f"is one more than the {self._max_entries} files that an image may have")
         parent.children[name] = node
+        self._count(len(name))
+
+    def _count(self, size: int) -> None:
+        self._metadata += size
+        if self._metadata > MAX_METADATA:
+            raise LayerError(f"exceeds the {MAX_METADATA} bytes of names and attributes that an image may have")
 
     def _link(self, parent: Directory, name: bytes, present: Node | None, entry: Entry, sink: Sink) -> None:
         parts = _split(entry.target)
@@ -221,8 +237,10 @@ class Tree:
 
     def _whiteout(self, parts: list[bytes], name: bytes, sink: Sink) -> None:
         if name == _OPAQUE:
-            parent = self._parent(parts)
-            self._prune(list(parent.children.items()), parent, sink)
+            parent = self._parent(parts, make=False)
+            if parent is not None and parent not in self._pruned:
+                self._pruned.add(parent)
+                self._prune(list(parent.children.items()), parent, sink)
         elif not name.startswith(_AUFS):
             hidden = name[len(_WHITEOUT) :]
             if hidden in (b"", b".", b".."):
@@ -241,7 +259,8 @@ class Tree:
         waiting = [(parent, name, node, False) for name, node in items]
         while waiting:
             holder, name, node, children_done = waiting.pop()
-            if isinstance(node, Directory) and node.children and not children_done:
+            if isinstance(node, Directory) and node not in self._pruned and not children_done:
+                self._pruned.add(node)
                 waiting.append((holder, name, node, True))
                 waiting.extend((node, below, child, False) for below, child in node.children.items())
             elif isinstance(node, Directory) and node.children:
@@ -266,9 +285,12 @@ class Tree:
     def _follow(self, here: Directory, parts: list[bytes], *, make: bool) -> Directory | None:
         waiting = [(part, False) for part in reversed(parts)]
         """Components still to go, the next one last, and whether it came out of a link."""
-        followed = 0
+        followed = visited = 0
         while waiting:
             part, from_link = waiting.pop()
+            visited += 1
+            if visited > MAX_STEPS:
+                raise LayerError("leads through too many directories")
             if part == b"..":
                 if here is self.root:
                     raise LayerError("leads out of the root through a symbolic link")
@@ -313,7 +335,8 @@ def _split(name: bytes) -> list[bytes]:
     return parts
 
 
-def _check_xattrs(xattrs: dict[bytes, bytes]) -> None:
+def _check_xattrs(xattrs: dict[bytes, bytes]) -> int:
+    """How many bytes they are, if a file system can hold them."""
     total = 0
     for key, value in xattrs.items():
         if not 0 < len(key) <= MAX_XATTR_NAME or b"\0" in key or len(value) > MAX_XATTR_VALUE:
@@ -321,6 +344,7 @@ def _check_xattrs(xattrs: dict[bytes, bytes]) -> None:
         total += len(key) + len(value) + 8
     if total > MAX_XATTRS_TOTAL:
         raise LayerError(f"has {total} bytes of extended attributes; at most {MAX_XATTRS_TOTAL} are allowed")
+    return total
 
 
 def _shown(name: bytes) -> str:

@@ -122,6 +122,11 @@ class RegistryClient:
         if self._client is not None:
             await self._client.aclose()
 
+    def forget(self, login: Login) -> None:
+        """Drop the tokens that ``login`` was given for; one that was lent is not kept in memory either."""
+        for key in [key for key in self._tokens if key[2] == login]:
+            del self._tokens[key]
+
     async def manifest(self, ref: Reference, login: Login = NOBODY, *, wait: bool = True) -> Fetched:
         """What ``ref`` names. Without ``wait``, throttling and broken servers are told at once.
 

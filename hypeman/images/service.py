@@ -478,16 +478,22 @@ class Images:
         if self._jobs.get(job.digest) is job:
             del self._jobs[job.digest]
         job.done.set()
+        self._registry.forget(job.login)
         with suppress(HypemanError, OSError):
             await self.collect()
 
     async def _wait_for(self, digest: str) -> None:
-        """Wait for the end of the job for ``digest``, if there is one."""
-        job = self._jobs.get(digest)
-        if job is not None:
-            await job.done.wait()
-        else:
-            await trio.lowlevel.checkpoint()
+        """Wait until the image of that digest is ready, failed or gone."""
+        while True:
+            row = self._store.read(lambda txn: txn.get(IMAGES, digest))
+            if row is None or row.status.is_final:
+                await trio.lowlevel.checkpoint()
+                return
+            job = self._jobs.get(digest)
+            if job is not None:
+                await job.done.wait()
+            else:  # its record was written this moment, by a task that will queue it when it runs next
+                await trio.sleep(0.005)
 
     # Reading
 

@@ -22,12 +22,14 @@ import os
 import queue
 import resource
 import select
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 
 import msgspec
 
@@ -39,7 +41,9 @@ from hypeman.images.unpack import unpack
 
 MAX_MESSAGE = 64 << 10
 _NOBODY = 65534
-_MEMORY_LIMIT = 4 << 30
+_MEMORY_LIMIT = 3 << 30
+_TIME_LIMIT = 3600
+"""Seconds of processor time; the largest image that is allowed by default needs a sixth of it."""
 _CHUNKS_AHEAD = 8
 _PROGRESS_INTERVAL = 0.25
 """Seconds between reports."""
@@ -106,6 +110,8 @@ def main(fd: int) -> int:
             _convert(link)
         except (TarError, ValueError) as error:
             return _fail(link, str(error), blame_image=True)
+        except TimeoutError as error:
+            return _fail(link, str(error), blame_image=True)
         except MemoryError:
             return _fail(link, "the image has more files than fit into memory", blame_image=True)
         except OSError as error:
@@ -121,6 +127,8 @@ def confine() -> None:
     dumpable, no_new_privs = 4, 38
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT, _MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CPU, (_TIME_LIMIT, _TIME_LIMIT + 60))
+    signal.signal(signal.SIGXCPU, _out_of_time)
     if os.geteuid() == 0:
         new_network, new_ipc, new_mounts = 0x40000000, 0x08000000, 0x00020000
         libc.unshare(new_network | new_ipc | new_mounts)
@@ -131,6 +139,10 @@ def confine() -> None:
     libc.prctl(dumpable, 0, 0, 0, 0)
     with contextlib.suppress(OSError):
         os.nice(5)
+
+
+def _out_of_time(number: int, frame: FrameType | None) -> None:
+    raise TimeoutError(f"the image takes more than {_TIME_LIMIT} seconds of processor time to convert")
 
 
 def _end_with(link: socket.socket) -> None:

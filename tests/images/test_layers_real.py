@@ -185,6 +185,7 @@ def test_sparse_files(options: list[str], tmp_path: Path) -> None:
     assert os.path.getsize(disk) < 5 << 20  # of 19 MiB
 
 
+@pytest.mark.slow
 def test_a_whole_distribution(tmp_path: Path, debian_layer: bytes) -> None:
     """A Debian root in two layers, the second with everything that apt and a cleaning up leave."""
     need_root()
