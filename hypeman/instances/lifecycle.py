@@ -540,6 +540,8 @@ class Lifecycle:
             case Started() if self.record.state is InstanceState.INITIALIZING:
                 await self._save(self._entered(self.record, InstanceState.RUNNING))
                 self._journal("running")
+                if self.record.spec.hotplug_bytes:
+                    self._nursery_of_vm().start_soon(self._plug_memory)
             case Exited():
                 code, message = _outcome(live, None)
                 await self._save(
@@ -551,6 +553,13 @@ class Lifecycle:
                 self._journal(f"guest: {event.message}")
             case Ready() | Started():
                 pass
+
+    async def _plug_memory(self) -> None:
+        """Beside the commands: it takes a second, and a guest without it works as well."""
+        try:
+            await self.world.plug_memory(self.record.id)
+        except (HypemanError, OSError) as error:
+            self._journal(f"hot-plugged memory is not there: {error}")
 
     async def _vmm_ended(self, live: Live | None, ended: VmmExit) -> None:
         await self._stop(plan_park(self.record), live, ended)
@@ -606,8 +615,11 @@ class Lifecycle:
         return record
 
     def _watch(self, live: Live) -> None:
-        assert self._nursery is not None
-        self._nursery.start_soon(live.run, self._tell)
+        self._nursery_of_vm().start_soon(live.run, self._tell)
+
+    def _nursery_of_vm(self) -> trio.Nursery:
+        assert self._nursery is not None, "the task runs"
+        return self._nursery
 
     async def _all_or_nothing(
         self,

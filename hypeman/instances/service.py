@@ -7,6 +7,7 @@ away changes nothing.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -58,7 +59,7 @@ from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.store import Txn
-from hypeman.units import parse_duration
+from hypeman.units import parse_duration, parse_size
 from hypeman.volumes import records as volumes
 
 MOST_WAIT = 300.0
@@ -66,6 +67,11 @@ MOST_WAIT = 300.0
 
 SECONDS_FOR_AGENT = 5.0
 """A running instance's agent answers at once; this covers a channel that is just being opened again."""
+
+LOG_INTERVAL = 5.0
+"""Seconds between looks at the size of logs. A guest prints at most some 10 MB/s through its serial console."""
+
+log = logging.getLogger(__name__)
 
 _ENDED = frozenset({InstanceState.STOPPED, InstanceState.STANDBY, InstanceState.UNKNOWN})
 
@@ -150,6 +156,7 @@ class Instances:
                     settling.start_soon(self._own, record, False)
             await self.world.collect_captures()
             nursery.start_soon(self._reap_expired)
+            nursery.start_soon(self._rotate_logs)
             task_status.started()
             await trio.sleep_forever()
 
@@ -559,6 +566,17 @@ class Instances:
             seconds = (min(later) - now).total_seconds() if later else float("inf")
             with trio.move_on_after(min(seconds, 3600.0)):
                 await self._expiry_changed.wait()
+
+    async def _rotate_logs(self) -> None:
+        """Keep logs bounded: a guest that prints for ever fills nothing."""
+        limit = parse_size(self.world.config.limits.max_log_size)
+        while True:
+            await trio.sleep(LOG_INTERVAL)
+            for record in list(self.board.records()):
+                try:
+                    await self.world.rotate_logs(record.id, limit)
+                except (HypemanError, OSError) as error:
+                    log.warning("logs of instance %s can not be rotated: %s", record.id, error)
 
     async def _delete_expired(self, task: Lifecycle) -> None:
         try:

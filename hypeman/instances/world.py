@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import secrets
 import signal
 import time
@@ -248,6 +249,23 @@ class World:
         with contextlib.suppress(OSError), open(self.paths.instance(instance_id).log("hypeman"), "a") as file:
             file.write(line + "\n")
 
+    async def rotate_logs(self, instance_id: str, limit: int) -> None:
+        """Start new logs for those above ``limit`` bytes; one old one is kept of each.
+
+        The console is reopened by the VMM. The VMM's own log is open for appending there for good, so it
+        is copied and truncated: a line in flight may be lost, which for that log is no harm.
+        """
+        mine = self.paths.instance(instance_id)
+        live = self.live.get(instance_id)
+        app = mine.log("app")
+        if live is not None and _size(app) > limit:
+            await trio.to_thread.run_sync(os.replace, app, app.with_suffix(".log.1"))
+            await live.vmm.rotate_console()
+        for log in (mine.log("vmm"), mine.log("hypeman")):
+            if _size(log) > limit:
+                await self.files.copy(log, log.with_suffix(".log.1"))
+                await trio.to_thread.run_sync(os.truncate, log, 0)
+
     # What a VMM has around it
 
     async def prepare_run(self, instance_id: str) -> None:
@@ -340,6 +358,14 @@ class World:
                 await live.vmm.wait_exit()
         except (HypemanError, OSError):
             return  # it does not answer or went away while we asked; killing follows in any case
+
+    async def plug_memory(self, instance_id: str) -> None:
+        """Give the guest all the memory it was promised; the host gives a page only when it is touched."""
+        spec = self.record(instance_id).spec
+        live = self._living(instance_id)
+        await live.vmm.resize_memory(spec.memory_bytes + spec.hotplug_bytes)
+        guest = await live.wait_guest(SECONDS_TO_ANSWER)
+        await guest.online_memory()
 
     # Captures
 
@@ -513,6 +539,13 @@ def signal_number(name: str) -> int:
         return int(name)
     full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
     return int(getattr(signal, full, signal.SIGTERM))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def command_line(

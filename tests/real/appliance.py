@@ -124,7 +124,7 @@ class Appliance:
 
     async def start(self, *, killable: str = "", **environ: str) -> None:
         """Start the server and wait for its first answer. ``killable`` is a file that arms tests/real/killable.py."""
-        module = ["-m", "tests.real.killable", killable] if killable else ["-m", "tests.real.killable", "/nowhere"]
+        module = ["-m", "tests.real.killable", killable] if killable else ["-m", "hypeman", "serve"]
         settings = {
             "DATA_DIR": str(self.data),
             "RUN_DIR": str(self.socket.parent),

@@ -1,0 +1,159 @@
+"""The small pure parts: phases, admission, plans, accounting, ports."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypeman.errors import InsufficientResources, InvalidState
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.instances.admission import ALLOWED, Command, check_legal
+from hypeman.instances.phases import Phases
+from hypeman.instances.plan import plan_create, plan_delete, plan_start, plan_stop
+from hypeman.instances.records import INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
+from hypeman.instances.steps import TakeBack
+from hypeman.instances.types import EgressEnforcementMode, InstanceState, VolumeMount
+from hypeman.instances.vm import DISK_PORTS, assign_ports, free_port, volume_disk_id
+from hypeman.resources.accounting import Holding, Limits, Totals, hold, totals
+from hypeman.store import Store
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def record(**changes: object) -> InstanceRecord:
+    spec = InstanceSpec(
+        image="i",
+        platform="linux/amd64",
+        hypervisor=HypervisorKind.QEMU,
+        vcpus=1,
+        memory_bytes=1 << 30,
+        hotplug_bytes=0,
+        overlay_bytes=1 << 30,
+        egress=EgressEnforcementMode.ALL,
+        devices=("d",),
+    )
+    made = InstanceRecord(
+        id="abc", name="a", number=1, spec=spec, digest="d", state=InstanceState.STOPPED, created_at=NOW,
+        phases=Phases("stopped", NOW),
+    )  # fmt: skip
+    return msgspec.structs.replace(made, **changes)
+
+
+def test_every_state_and_command_is_allowed_or_refused_with_a_remedy() -> None:
+    for command in Command:
+        for state in InstanceState:
+            if state in ALLOWED[command]:
+                check_legal(command, state, name="a")
+            else:
+                with pytest.raises(InvalidState, match=state.value) as caught:
+                    check_legal(command, state, name="a")
+                assert ":" in caught.value.message
+
+
+def test_anything_can_be_deleted_and_whatever_lives_be_stopped() -> None:
+    assert ALLOWED[Command.DELETE] == frozenset(InstanceState)
+    assert InstanceState.UNKNOWN in ALLOWED[Command.STOP]
+
+
+def test_phases_add_up() -> None:
+    phases = Phases("created", NOW)
+    phases = phases.entered("running", NOW + timedelta(seconds=2))
+    phases = phases.entered("running", NOW + timedelta(seconds=3))
+    phases = phases.entered("stopped", NOW + timedelta(seconds=5))
+    phases = phases.entered("running", NOW + timedelta(seconds=6))
+    assert phases.durations_ms(NOW + timedelta(seconds=10)) == {"created": 2000, "running": 7000, "stopped": 1000}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(-5, 100)), max_size=20))
+def test_phases_never_lose_time(moves: list[tuple[str, int]]) -> None:
+    """Whatever the clock does, durations are never negative; with a clock that goes on they sum to the life."""
+    phases, now, forward = Phases("a", NOW), NOW, True
+    for phase, seconds in moves:
+        forward = forward and seconds >= 0
+        now += timedelta(seconds=seconds)
+        phases = phases.entered(phase, now)
+    durations = phases.durations_ms(now)
+    assert all(value >= 0 for value in durations.values())
+    if forward:
+        assert sum(durations.values()) == (now - NOW) / timedelta(milliseconds=1)
+
+
+def test_a_stop_takes_down_what_a_start_built_up() -> None:
+    """But for devices, which stay bound until the instance is deleted."""
+    built = [step for step in plan_start(record()) if type(step).__name__ != "BindDevices"]
+    taken = [step.step for step in plan_stop(record(), grace=1)[1:] if isinstance(step, TakeBack)]
+    assert taken == list(reversed(built))
+
+
+def test_a_delete_takes_down_everything() -> None:
+    taken = [step.step for step in plan_delete(record()) if isinstance(step, TakeBack)]
+    assert taken == list(reversed(plan_create(record())))
+
+
+def test_plans_survive_the_store() -> None:
+    """Stored before the first step, read back after a crash: the same steps."""
+    for steps in (plan_create(record()), plan_stop(record(), grace=1), plan_delete(record())):
+        intent = Intent(Operation.STOP, tuple(steps))
+        assert INTENTS.decode(INTENTS.encode(intent)) == intent
+
+
+@given(st.lists(st.booleans(), max_size=23))
+def test_ports_are_given_once(overlays: list[bool]) -> None:
+    volumes = [
+        VolumeMount(volume_id=f"v{n}", mount_path=f"/d{n}", overlay=overlay, readonly=overlay)
+        for n, overlay in enumerate(overlays)
+    ]
+    ports = assign_ports(volumes)
+    assert len(set(ports.values())) == len(ports)
+    assert all(1 <= port <= DISK_PORTS for port in ports.values())
+    assert not any(volume.overlay for volume in volumes if volume.volume_id in ports)
+    assert free_port(ports) not in ports.values()
+
+
+@given(st.text(min_size=1, max_size=64), st.text(min_size=1, max_size=64))
+def test_disk_ids_fit_a_serial_number_and_differ(one: str, two: str) -> None:
+    assert len(volume_disk_id(one)) <= 20
+    assert (volume_disk_id(one) == volume_disk_id(two)) == (one == two)
+
+
+HOLDINGS = st.builds(
+    Holding, vcpus=st.integers(0, 8), memory=st.integers(0, 100), disk=st.integers(0, 100),
+    download=st.integers(0, 50), upload=st.integers(0, 50), disk_io=st.integers(0, 50),
+)  # fmt: skip
+
+
+async def test_totals_are_the_sum_of_what_is_held(store: Store) -> None:
+    import random
+
+    chance = random.Random(7)
+    held: dict[str, Holding] = {}
+    for _ in range(200):
+        who = chance.choice("abcde")
+        what = Holding(*(chance.randrange(20) for _ in range(6)))
+        if chance.random() < 0.3:
+            what = Holding()
+        await store.write(lambda txn, w=who, h=what: hold(txn, w, h, Limits()))
+        held[who] = what
+    expected = Totals(
+        vcpus=sum(h.vcpus for h in held.values()),
+        memory=sum(h.memory for h in held.values()),
+        disk=sum(h.disk for h in held.values()),
+        network=sum(h.network for h in held.values()),
+        disk_io=sum(h.disk_io for h in held.values()),
+    )
+    assert store.read(totals) == expected
+
+
+async def test_a_limit_refuses_more_and_never_a_giving_back(store: Store) -> None:
+    limits = Limits(memory=100)
+    await store.write(lambda txn: hold(txn, "a", Holding(memory=80), Limits()))
+    with pytest.raises(InsufficientResources, match="memory"):
+        await store.write(lambda txn: hold(txn, "b", Holding(memory=21), limits))
+    await store.write(lambda txn: hold(txn, "b", Holding(memory=20), limits))
+    smaller = Limits(memory=10)
+    await store.write(lambda txn: hold(txn, "a", Holding(memory=70), smaller))
+    assert store.read(totals).memory == 90

@@ -1,0 +1,240 @@
+"""From what was asked to what is meant: each refusal with the code of its field."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypeman.config import LimitsConfig
+from hypeman.errors import HypemanError, InvalidRequest, NotSupported
+from hypeman.hypervisor.interface import Capabilities
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.instances.records import InstanceSpec
+from hypeman.instances.types import (
+    CompressionAlgorithm,
+    CreateInstanceRequest,
+    SnapshotCompressionConfig,
+    VolumeMount,
+)
+from hypeman.instances.validate import check_compression, check_create, check_mount_path, expiry, guest_env
+from tests.fakes.fake_vmm import ALL
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+def check(capabilities: Capabilities = ALL, **body: Any) -> InstanceSpec:
+    request = msgspec.convert({"name": "a", "image": "b", **body}, CreateInstanceRequest)
+    return check_create(
+        request,
+        limits=LimitsConfig(),
+        kind=HypervisorKind.QEMU,
+        capabilities=capabilities,
+        platform="linux/amd64",
+    )
+
+
+def test_defaults() -> None:
+    spec = check()
+    assert (spec.memory_bytes, spec.hotplug_bytes, spec.overlay_bytes, spec.vcpus) == (1 << 30, 0, 10 << 30, 2)
+    assert spec.network and spec.egress is None
+
+
+def test_text_becomes_numbers() -> None:
+    spec = check(size="1536MB", hotplug_size="1G", overlay_size="20GB", disk_io_bps="100MB/s", vcpus=16)
+    assert (spec.memory_bytes, spec.hotplug_bytes, spec.overlay_bytes) == (1536 << 20, 1 << 30, 20 << 30)
+    assert (spec.disk_io_bps, spec.vcpus) == (100 << 20, 16)
+    rates = check(network={"bandwidth_download": "100mbps", "bandwidth_upload": "1MB/s"})
+    assert (rates.download_bps, rates.upload_bps) == (12_500_000, 1 << 20)
+
+
+CREDENTIAL = {"K": {"source": {"env": "REAL"}, "inject": [{"as": {"header": "X", "format": "${value}"}}]}}
+
+
+def mounts(*mounts: dict[str, Any]) -> dict[str, Any]:
+    """A body with volumes; each has id v and path /x unless it says otherwise."""
+    return {"volumes": [{"volume_id": "v", "mount_path": "/x", **mount} for mount in mounts]}
+
+
+TOO_HIGH = {"compression": {"enabled": True, "algorithm": "lz4", "level": 12}}
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"name": "A"}, "invalid_request"),
+        ({"image": ""}, "invalid_request"),
+        ({"size": "1.5GB"}, "invalid_size"),
+        ({"size": "1MB"}, "invalid_size"),
+        ({"hotplug_size": "x"}, "invalid_hotplug_size"),
+        ({"size": "20GB", "hotplug_size": "20GB"}, "invalid_request"),
+        ({"overlay_size": "1KB"}, "invalid_overlay_size"),
+        ({"overlay_size": "101GB"}, "invalid_overlay_size"),
+        ({"vcpus": 17}, "invalid_request"),
+        ({"disk_io_bps": "fast"}, "invalid_disk_io_bps"),
+        ({"network": {"bandwidth_download": "0"}}, "invalid_bandwidth_download"),
+        ({"network": {"bandwidth_upload": "fast"}}, "invalid_bandwidth_upload"),
+        ({"env": {"A=B": "x"}}, "invalid_request"),
+        ({"env": {"": "x"}}, "invalid_request"),
+        ({"env": {"A": "x" * 600_000}}, "invalid_request"),
+        ({"tags": {"k\n": "v"}}, "invalid_request"),
+        ({"network": {"enabled": False, "egress": {"enabled": True}}}, "invalid_request"),
+        ({"credentials": CREDENTIAL}, "invalid_request"),
+        ({"credentials": CREDENTIAL, "network": {"egress": {"enabled": True}}}, "invalid_request"),
+        ({"snapshot_policy": TOO_HIGH}, "invalid_snapshot_policy"),
+        ({"snapshot_policy": {"standby_compression_delay": "soon"}}, "invalid_snapshot_policy"),
+        (mounts({"overlay": True}), "invalid_request"),
+        (mounts({"overlay": True, "readonly": True}), "invalid_overlay_size"),
+        (mounts({}, {"volume_id": "w", "mount_path": "/x/"}), "invalid_request"),
+        (mounts({}, {"mount_path": "/y"}), "invalid_request"),
+        ({"volumes": [{"volume_id": f"v{n}", "mount_path": f"/d{n}"} for n in range(24)]}, "invalid_request"),
+    ],
+)  # fmt: skip
+def test_refusals(body: dict[str, Any], code: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        check(**body)
+    assert caught.value.code == code
+    assert caught.value.message
+
+
+@pytest.mark.parametrize("field", ["auto_standby", "health_check", "restart_policy"])
+def test_what_comes_later_is_said(field: str) -> None:
+    with pytest.raises(NotSupported, match=field):
+        check(**{field: {}})
+
+
+@pytest.mark.parametrize(
+    ("body", "without"),
+    [
+        ({"hotplug_size": "1GB"}, {"hotplug_memory": False}),
+        ({"devices": ["gpu"]}, {"pci_passthrough": False}),
+        ({"gpu": {"profile": "p"}}, {"pci_passthrough": False}),
+        ({"disk_io_bps": "1MB"}, {"disk_io_limit": False}),
+        ({"volumes": [{"volume_id": "v", "mount_path": "/x"}]}, {"max_disks": 3}),
+    ],
+)
+def test_what_the_vmm_can_not_do_is_said_before_anything_happens(body: dict[str, Any], without: dict[str, Any]) -> None:
+    check(**body)
+    with pytest.raises(NotSupported):
+        check(msgspec.structs.replace(ALL, **without), **body)
+
+
+@pytest.mark.parametrize(
+    ("path", "normal"), [("/data", "/data"), ("/data/", "/data"), ("//data//x", "/data/x"), ("/home/a", "/home/a")]
+)
+def test_mount_paths(path: str, normal: str) -> None:
+    assert check_mount_path(path) == normal
+
+
+@pytest.mark.parametrize(
+    "path", ["", "data", "/", "//", "/etc", "/etc/x", "/usr/local", "/data/../etc", "/a\0b", "/proc", "/" + "x" * 1100]
+)
+def test_mount_paths_that_would_hide_the_system(path: str) -> None:
+    with pytest.raises(InvalidRequest):
+        check_mount_path(path)
+
+
+@given(st.text(max_size=40))
+def test_any_mount_path_is_normal_or_refused(path: str) -> None:
+    try:
+        normal = check_mount_path(path)
+    except InvalidRequest:
+        return
+    assert normal.startswith("/") and ".." not in normal.split("/") and normal != "/"
+    assert check_mount_path(normal) == normal
+
+
+def test_expiry() -> None:
+    assert expiry(None, None, now=NOW) is None
+    assert expiry("0s", None, now=NOW) is None
+    assert expiry("90m", None, now=NOW) == NOW + timedelta(minutes=90)
+    assert expiry(None, NOW + timedelta(1), now=NOW) == NOW + timedelta(1)
+
+
+@pytest.mark.parametrize(
+    ("ttl", "at", "code"),
+    [
+        ("soon", None, "invalid_ttl"),
+        ("1h", NOW + timedelta(1), "invalid_ttl"),
+        (None, NOW, "invalid_expires_at"),
+        (None, NOW - timedelta(1), "invalid_expires_at"),
+        ("2562047h", None, None),
+    ],
+)
+def test_expiry_refusals(ttl: str | None, at: datetime | None, code: str | None) -> None:
+    if code is None:
+        expiry(ttl, at, now=NOW)
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        expiry(ttl, at, now=NOW)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "level", "fine"),
+    [("zstd", 1, True), ("zstd", 19, True), ("zstd", 0, False), ("lz4", 0, True), ("lz4", 10, False), (None, 19, True)],
+)
+def test_compression_levels(algorithm: str | None, level: int, fine: bool) -> None:
+    config = SnapshotCompressionConfig(
+        enabled=True, algorithm=CompressionAlgorithm(algorithm) if algorithm else None, level=level
+    )
+    if fine:
+        assert check_compression(config) is config
+    else:
+        with pytest.raises(InvalidRequest) as caught:
+            check_compression(config)
+        assert caught.value.code == "invalid_snapshot_compression"
+
+
+def test_the_guest_sees_stand_ins() -> None:
+    """Neither the real value nor its name, whatever the key is called."""
+    spec = check(
+        env={"PLAIN": "1", "REAL": "s3cret"},
+        credentials=CREDENTIAL,
+        network={"egress": {"enabled": True}},
+    )
+    env = guest_env(spec)
+    assert env == {"PLAIN": "1", "K": "mock-K"}
+    assert "s3cret" not in repr(env)
+
+
+REQUESTS = st.fixed_dictionaries(
+    {},
+    optional={
+        "size": st.text(max_size=8),
+        "hotplug_size": st.text(max_size=8),
+        "overlay_size": st.sampled_from(["1GB", "x", "-1", "99999999TB"]),
+        "vcpus": st.integers(1, 40),
+        "env": st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=3),
+        "tags": st.dictionaries(st.text(max_size=4), st.text(max_size=4), max_size=3),
+        "volumes": st.lists(
+            st.builds(
+                dict,
+                volume_id=st.text(max_size=4),
+                mount_path=st.text(max_size=8),
+                readonly=st.booleans(),
+                overlay=st.booleans(),
+            ),
+            max_size=3,
+        ),
+    },
+)
+
+
+@given(REQUESTS)
+def test_any_request_is_a_spec_or_a_clear_refusal(body: dict[str, Any]) -> None:
+    try:
+        spec = check(**body)
+    except HypemanError as error:
+        assert error.status in (400, 501) and error.message
+    else:
+        assert spec.memory_bytes % (2 << 20) == 0 and spec.memory_bytes > 0
+
+
+def test_a_mount_is_echoed_as_given() -> None:
+    mount = VolumeMount(volume_id="v", mount_path="/data", readonly=True)
+    assert check(volumes=[{"volume_id": "v", "mount_path": "/data/", "readonly": True}]).volumes == (mount,)
