@@ -97,13 +97,13 @@ cdef int parse(const unsigned char *data, size_t size, Rows *rows, bint *last) n
     while offset + HEADER <= size:
         memcpy(&length, data + offset, 4)
         memcpy(&kind, data + offset + 4, 2)
-        if length < HEADER or offset + length > size or kind == DONE:
+        if length < HEADER or offset + length > size:
             return 0
-        if kind == FAILED:
+        if kind == DONE or kind == FAILED:  # both carry 0 or a negative errno
             code = 0
             if length >= HEADER + 4:
                 memcpy(&code, data + offset + HEADER, 4)
-            return -code if code < 0 else -1
+            return -code if -4096 < code < 0 else 0
         if length >= HEADER + STATS_HEADER and parse_link(data, offset + HEADER, offset + length, rows):
             return ENOMEM
         offset += (<size_t>length + 3) & ~<size_t>3
@@ -142,7 +142,6 @@ cdef list rows_to_list(Rows *rows):
 
 
 cdef raise_os_error(int number):
-    number = 0 if number == -1 else number
     raise OSError(number, os.strerror(number))
 
 

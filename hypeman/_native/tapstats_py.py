@@ -41,18 +41,18 @@ class TapStats:
 def parse_stats(data: bytes, found: list[tuple[int, int, int]]) -> bool:
     """Append what one datagram holds to ``found``; whether it was the last one.
 
-    Ends at the first malformed message or attribute. Raises OSError for an error message.
+    Ends at the first malformed message or attribute. Raises OSError for what the kernel reports.
     """
     offset = 0
     while offset + 16 <= len(data):
         length, kind = struct.unpack_from("=IH", data, offset)
         if length < 16 or offset + length > len(data):
             return True
-        if kind == _DONE:
+        if kind in (_DONE, _ERROR):  # both carry 0 or a negative errno
+            code: int = struct.unpack_from("=i", data, offset + 16)[0] if length >= 20 else 0
+            if -4096 < code < 0:
+                raise OSError(-code, os.strerror(-code))
             return True
-        if kind == _ERROR:
-            number = -struct.unpack_from("=i", data, offset + 16)[0] if length >= 20 else 0
-            raise OSError(number, os.strerror(number))
         if length >= 28:
             _parse_link(data, offset, offset + length, found)
         offset += (length + 3) & ~3

@@ -31,15 +31,15 @@ T = TypeVar("T")
 NETLINK_ROUTE = 0
 NETLINK_NETFILTER = 12
 
-REQUEST, MULTI, ACK = 0x1, 0x2, 0x4
+REQUEST, ACK = 0x1, 0x4
 ROOT, MATCH = 0x100, 0x200
 DUMP = ROOT | MATCH
 REPLACE, EXCL, CREATE = 0x100, 0x200, 0x400
 
-_NOOP, _ERROR, _DONE, _OVERRUN = 1, 2, 3, 4
+_ERROR, _DONE = 2, 3
 _SOL_NETLINK = 270
 _ADD_MEMBERSHIP, _EXT_ACK, _GET_STRICT_CHK = 1, 11, 12
-_CAPPED, _ACK_TLVS = 0x100, 0x200
+_INTERRUPTED, _CAPPED, _ACK_TLVS = 0x10, 0x100, 0x200
 _MESSAGE_TEXT = 1
 _NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
@@ -161,13 +161,14 @@ class Netlink:
         interrupted = False
         while True:
             for packet in packets(self._socket.recv(_RECEIVE)):
-                interrupted = interrupted or bool(packet.flags & 0x10)
-                if packet.type == _DONE:
-                    return found, interrupted
-                if packet.type == _ERROR:
-                    number, reason = _error(packet)
+                interrupted = interrupted or bool(packet.flags & _INTERRUPTED)
+                if packet.type not in (_DONE, _ERROR):
+                    found.append(packet)
+                    continue
+                number, reason = _error(packet)
+                if number:
                     raise NetlinkError(message.what, number, reason)
-                found.append(packet)
+                return found, interrupted
 
     def _run_group(self, messages: Sequence[Message], begin: Message | None = None, end: Message | None = None) -> None:
         opening = self._sequence + 1
@@ -252,11 +253,16 @@ def _groups(messages: Sequence[Message], size: int = 64) -> Iterator[Sequence[Me
 
 
 def _error(packet: Packet) -> tuple[int, str]:
-    """(errno, the kernel's own words) of an error message; (0, "") for an acknowledgement."""
+    """(errno, the kernel's own words) of an error or the end of a dump; (0, "") where all is well.
+
+    An error quotes the request (whole or its header) between code and words, the end of a dump does not.
+    """
     (code,) = struct.unpack_from("=i", packet.body)
     if not packet.flags & _ACK_TLVS:
         return -code, ""
-    (length,) = struct.unpack_from("=I", packet.body, 4)
-    offset = 20 if packet.flags & _CAPPED else 4 + ((length + 3) & ~3)
+    offset = 4
+    if packet.type == _ERROR:
+        (length,) = struct.unpack_from("=I", packet.body, 4)
+        offset = 20 if packet.flags & _CAPPED else 4 + ((length + 3) & ~3)
     words = (value for kind, value in attributes(packet.body, offset) if kind == _MESSAGE_TEXT)
     return -code, next(words, b"").rstrip(b"\0").decode(errors="replace")

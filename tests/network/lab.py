@@ -24,9 +24,9 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import trio
 
 from hypeman.config import NetworkConfig
@@ -50,19 +50,25 @@ EGRESS_PORT = 18080
 OFFERED = HostPort("tcp", 5300)
 _DEADLINE = 10
 _VNET_HEADER = 10
+_INSIDE = "HYPEMAN_TEST_INSIDE_NAMESPACE"
 
 
 def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], None]:
     """Run ``test`` in namespaces of its own; skip without root. An async one is given a Lab if it wants one."""
 
+    if _INSIDE in os.environ:  # where pytest, which is slow to import, is not wanted
+        return SimpleNamespace(inside=test)  # type: ignore[return-value]
+    import pytest
+
     @pytest.mark.real
     def run() -> None:
         if os.geteuid() != 0:
             pytest.skip("wants root for a network namespace")
-        command = ["unshare", "--net", "--mount", sys.executable, "-X", "dev", "-W", "error", "-m", "tests.network.lab"]
+        command = ["unshare", "--net", "--mount", sys.executable, "-W", "error", "-m", "tests.network.lab"]
         done = subprocess.run(
-            [*command, inspect.getfile(test), test.__name__], capture_output=True, text=True, timeout=120
-        )
+            [*command, inspect.getfile(test), test.__name__],
+            env=os.environ | {_INSIDE: "1"}, capture_output=True, text=True, timeout=150,
+        )  # fmt: skip
         if done.returncode:
             pytest.fail(done.stdout[-4000:] + done.stderr[-8000:], pytrace=False)
         if done.stdout:
@@ -70,7 +76,6 @@ def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], No
 
     functools.update_wrapper(run, test)
     del run.__wrapped__  # pytest would look for the fixtures of the test itself
-    run.inside = test  # type: ignore[attr-defined]
     return run
 
 

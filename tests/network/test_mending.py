@@ -282,3 +282,21 @@ async def test_the_doctor_finds_a_clashing_subnet() -> None:
         (finding,) = await built.network.doctor()
         assert finding.level == "error" and "10.100.3.0/24 on lan0" in finding.message
         assert "10.101.0.0/16" in finding.remedy
+
+
+@in_namespace
+async def test_five_hundred_taps_come_and_go(lab: Lab) -> None:
+    def state() -> str:
+        return sh("nft -s list ruleset; ls /sys/class/net; ip route; ip neigh; tc qdisc")
+
+    clean = state()
+    leases = [lab.lease(ipv4=f"10.100.{number // 250}.{number % 250 + 2}", upload_bps=10**6) for number in range(500)]
+    for lease in leases:
+        await lab.network.attach(lease)
+    assert len(await lab.links.ours()) == 1000
+    assert lab.network.counters().keys() == {lease.instance_id for lease in leases}
+    async with trio.open_nursery() as nursery:
+        for lease in leases:
+            nursery.start_soon(lab.network.detach, lease)
+    assert state() == clean
+    assert lab.network.counters() == {}

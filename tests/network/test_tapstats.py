@@ -54,8 +54,9 @@ def test_other_attributes_are_passed_over(native: Any) -> None:
 
 
 def test_an_error_is_raised(native: Any) -> None:
-    with pytest.raises(PermissionError):
-        native.parse_stats(message(2, struct.pack("=i", -1)), [])
+    for kind in (2, 3):  # an error message, and a dump that ends with an error
+        with pytest.raises(PermissionError):
+            native.parse_stats(link(7, 1, 2) + message(kind, struct.pack("=i", -1)), [])
 
 
 @needs_build
