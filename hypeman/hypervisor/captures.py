@@ -1,7 +1,8 @@
 """Captures on disk: one directory, whole or not there.
 
-    state          what the VMM saved of its devices (and of memory, where it maps none)
-    memory         guest memory as the VMM maps it, sparse
+    state          what QEMU saved of its devices (and of memory, where it maps none privately)
+    memory         guest memory as QEMU maps it, sparse
+    …              or what another VMM writes
     capture.json   written last, by rename; without it the directory is no capture
 
 What a restore needs is checked before a VMM is started: a torn or foreign capture is refused, never
@@ -24,6 +25,7 @@ from hypeman.hypervisor.kinds import HypervisorKind
 RECORD = "capture.json"
 STATE = "state"
 MEMORY = "memory"
+NOTE = "restored-from"
 
 
 def publish(
@@ -80,6 +82,20 @@ def read(directory: Path) -> Capture:
     return capture
 
 
+def note(run_dir: Path, directory: Path) -> None:
+    """Note beside a VM which capture is used up as soon as its guest runs on; it may be another server of
+    ours that lets it."""
+    (run_dir / NOTE).write_text(str(directory))
+
+
+def use_up_noted(run_dir: Path) -> None:
+    """Use up the noted capture, if there is one. Memory changes from here on: killed in between, we leave a
+    paused VM or a whole capture, never a capture that no longer fits its memory."""
+    with contextlib.suppress(FileNotFoundError):
+        consume(Path((run_dir / NOTE).read_text()))
+        (run_dir / NOTE).unlink()
+
+
 def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, version: str, machine: str) -> None:
     """Raise CaptureInvalid unless a VM of ``config`` can be brought back from ``capture``."""
     old, differences = capture.config, []
@@ -108,8 +124,8 @@ def consume(directory: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         (directory / RECORD).unlink()
         _flush_directory(directory)
-        for name in (MEMORY, STATE):
-            (directory / name).unlink(missing_ok=True)
+        for path in directory.iterdir():
+            path.unlink()
 
 
 def _shape(disk: Disk) -> tuple[object, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -255,11 +257,9 @@ async def test_tools_get_no_secrets_and_the_hosts_own_libraries(
 
 @as_root
 async def test_a_lent_file_can_be_opened_by_its_borrowers_alone(processes: Processes, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent != Path("/tmp") and parent.is_relative_to("/tmp"):
-            parent.chmod(0o755)
-    file = tmp_path / "memory"
+    open_to_all = tempfile.mkdtemp(prefix="hv-")  # other users can not pass pytest's own
+    os.chmod(open_to_all, 0o711)
+    file = Path(open_to_all, "memory")
     file.write_text("x")
     file.chmod(0o640)
 
@@ -279,6 +279,7 @@ async def test_a_lent_file_can_be_opened_by_its_borrowers_alone(processes: Proce
     assert not await can(12345, "<")
     assert file.stat().st_mode & 0o777 == 0o640
     assert os.listxattr(file) == []
+    shutil.rmtree(open_to_all)
 
 
 @as_root

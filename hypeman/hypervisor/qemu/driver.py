@@ -19,7 +19,7 @@ import trio
 
 from hypeman.errors import NotSupported
 from hypeman.host.loans import lent
-from hypeman.host.processes import Process, Processes, ProcessId, Program, ToolFailed, open_for_child
+from hypeman.host.processes import Processes, Program, ToolFailed, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.interface import (
     Capabilities,
@@ -35,7 +35,8 @@ from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.tsc import tsc_khz
-from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, RESTORED_FROM, QemuVmm, note_capture
+from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, QemuVmm
+from hypeman.hypervisor.vmm_process import LastWords, end, end_stray, find, new_handle
 
 _BINARY = "qemu-system-x86_64"
 _VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)")
@@ -81,6 +82,11 @@ class QemuDriver:
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
+
+    def why_not_kvm(self) -> str:
+        """Empty if KVM proved itself here; for the drivers that can do nothing without it."""
+        can = self._capabilities
+        return "" if can.accelerator == "kvm" else can.accelerator_reason or can.reason
 
     def adopt_capabilities(self, capabilities: Capabilities) -> None:
         """Take the answer of an earlier ``probe``. It holds as long as the host's kernel, its boot, the
@@ -208,7 +214,7 @@ class QemuDriver:
         async def bring_back() -> None:
             await vmm.load_state(capture / captures.STATE, without_memory=mapped)
             if not keep_capture:
-                note_capture(Path(config.run_dir), capture)
+                captures.note(Path(config.run_dir), capture)
             for nic in config.nics if paused else ():
                 await vmm.set_link(nic.id, up=False)
             if not paused:
@@ -217,9 +223,7 @@ class QemuDriver:
         return await _or_kill(vmm, bring_back)
 
     async def reattach(self, handle: VmmHandle) -> Vmm:
-        process = self._processes.find(ProcessId(handle.pid, handle.start_time, handle.boot_id))
-        if process is None:
-            raise VmmGone(f"the VMM of {handle.config.instance_id} (pid {handle.pid}) has ended")
+        process = find(self._processes, handle)
         try:
             qmp = await QmpClient.connect(str(Path(handle.run_dir, QMP_SOCKET)))
         except VmmGone:
@@ -234,11 +238,7 @@ class QemuDriver:
         return QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
 
     async def kill_stray(self, run_dir: str) -> bool:
-        process = await trio.to_thread.run_sync(self._processes.find_marked, run_dir)
-        if process is None:
-            return False
-        await _end(process)
-        return True
+        return await end_stray(self._processes, run_dir)
 
     async def _extra_cmdline(self) -> str:
         """An emulated processor does not speculate, so there is nothing to mitigate; and microvm without KVM
@@ -247,7 +247,7 @@ class QemuDriver:
             return ""
         if self._board.pci:
             return "mitigations=off"
-        return f"mitigations=off tsc_early_khz={await tsc_khz()} tsc=reliable no_timer_check"
+        return f"mitigations=off tsc_early_khz={await tsc_khz()} tsc=reliable"
 
     async def _start(
         self,
@@ -282,7 +282,7 @@ class QemuDriver:
                 )
                 if config.pci_devices:
                     await trio.to_thread.run_sync(_give_vfio_groups, config)
-                log_start = _size(config.vmm_log)
+                words = LastWords(config.vmm_log)
             except OSError as error:
                 raise LaunchFailed(f"{error.filename or config.run_dir}: {error.strerror}") from error
             argv = native.command_line(
@@ -311,18 +311,16 @@ class QemuDriver:
         qmp = None
         try:
             qmp = await QmpClient.connect(str(Path(config.run_dir, QMP_SOCKET)))
-            name = process.identity
-            handle = VmmHandle(self.kind, name.pid, name.start_time, name.boot_id, config.run_dir, config)
+            handle = new_handle(self.kind, process, config)
             vmm = QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
             for disk in config.disks:
                 await vmm.limit_disk(disk)
         except BaseException as error:
             if qmp is not None:
                 qmp.close()
-            await _end(process)
+            await end(process)
             if isinstance(error, VmmGone | VmmBroken):
-                said = _said(config.vmm_log, log_start) or error.message
-                raise LaunchFailed(f"QEMU did not start: {said}") from error
+                raise LaunchFailed(f"QEMU did not start: {str(words) or error.message}") from error
             raise
         return vmm
 
@@ -332,7 +330,7 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 
 async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm:
     """``vmm`` after ``then``; if that fails or is cancelled, the VMM is ended."""
-    log_start = _size(vmm.config.vmm_log)
+    words = LastWords(vmm.config.vmm_log)
     try:
         await then()
     except BaseException as error:
@@ -340,24 +338,16 @@ async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm
             await vmm.kill()
             await vmm.aclose()
         if isinstance(error, VmmGone | VmmBroken):
-            said = _said(vmm.config.vmm_log, log_start)
-            raise LaunchFailed(f"{error.message}{': ' + said if said else ''}") from error
+            raise LaunchFailed(f"{error.message}: {words}".removesuffix(": ")) from error
         raise
     return vmm
-
-
-async def _end(process: Process) -> None:
-    with trio.CancelScope(shield=True):
-        process.kill()
-        await process.wait()
-        process.close()
 
 
 def _fresh_run_dir(path: Path) -> None:
     """Empty and root's alone: QEMU has its sockets as descriptors and needs no way in here."""
     path.mkdir(mode=0o700, exist_ok=True)
     path.chmod(0o700)
-    for old in (QMP_SOCKET, AGENT_SOCKET, RESTORED_FROM):
+    for old in (QMP_SOCKET, AGENT_SOCKET, captures.NOTE):
         (path / old).unlink(missing_ok=True)
 
 
@@ -413,15 +403,3 @@ def _give_vfio_groups(config: VmConfig) -> None:
     for device in config.pci_devices:
         group = os.path.basename(os.readlink(f"{device.sysfs_path}/iommu_group"))
         os.chown(f"/dev/vfio/{group}", config.uid, config.gid)
-
-
-def _size(path: str) -> int:
-    return os.stat(path).st_size if os.path.exists(path) else 0
-
-
-def _said(log: str, start: int) -> str:
-    """What QEMU wrote to its log since, in one line."""
-    with contextlib.suppress(OSError), open(log, "rb") as file:
-        file.seek(start)
-        return " / ".join(file.read(2000).decode(errors="replace").split("\n")).strip(" /")
-    return ""

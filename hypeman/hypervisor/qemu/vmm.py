@@ -38,7 +38,6 @@ from hypeman.hypervisor.qmp import Happened
 
 QMP_SOCKET = "qmp.sock"
 AGENT_SOCKET = "agent.sock"
-RESTORED_FROM = "restored-from"
 
 _UNPLUG_LIMIT = 15.0
 _RESIZE_LIMIT = 15.0
@@ -106,8 +105,7 @@ class QemuVmm:
         await self._qmp.execute("stop")
 
     async def resume(self) -> None:
-        # Memory changes from here on. Killed in between, we leave a paused VM or a whole capture.
-        await trio.to_thread.run_sync(_use_up_capture, self._run_dir)
+        await trio.to_thread.run_sync(captures.use_up_noted, self._run_dir)
         await self._qmp.execute("cont")
 
     # Capture
@@ -350,18 +348,6 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def note_capture(run_dir: Path, capture: Path) -> None:
-    """Note which capture is used up as soon as the guest runs on."""
-    (run_dir / RESTORED_FROM).write_text(str(capture))
-
-
-def _use_up_capture(run_dir: Path) -> None:
-    note = run_dir / RESTORED_FROM
-    with contextlib.suppress(FileNotFoundError):
-        captures.consume(Path(note.read_text()))
-        note.unlink()
 
 
 def _link(source: Path, target: Path) -> None:

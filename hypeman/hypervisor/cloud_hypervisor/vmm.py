@@ -1,0 +1,151 @@
+"""One live Cloud Hypervisor, and what its events say about how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from hypeman.errors import InvalidRequest, NotSupported
+from hypeman.hypervisor import captures
+from hypeman.hypervisor.cloud_hypervisor import config as native
+from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
+from hypeman.hypervisor.remote import RemoteVmm, became, linked
+
+_STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Created": VmmState.PAUSED}
+_UNPLUG_LIMIT = 15.0
+_RESIZE_LIMIT = 15.0
+_SAVE_LIMIT = 600.0
+
+SNAPSHOT_SUMMED = ("config.json", "state.json")
+
+
+class Event(msgspec.Struct, frozen=True):
+    """One line of the event monitor."""
+
+    source: str
+    event: str
+
+
+def parse_events(text: bytes) -> tuple[list[Event], bytes]:
+    """The events in ``text``, one JSON object each with an empty line behind, and what is not complete yet."""
+    *whole, rest = text.split(b"\n\n")
+    events = []
+    for part in whole:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeError):  # a VMM's nonsense about itself is no event
+            events.append(msgspec.json.decode(part, type=Event))
+    return events, rest
+
+
+class CloudHypervisorVmm(RemoteVmm):
+    """A Vmm on Cloud Hypervisor. Made by the driver."""
+
+    version = ""
+    """Of the VMM; set by the driver."""
+    _reset = False
+
+    async def state(self) -> VmmState:
+        return _STATES.get((await self._info())["state"], VmmState.SHUTDOWN)
+
+    async def _info(self) -> dict[str, Any]:
+        answer = await self._api.request("GET", "/api/v1/vm.info")
+        if not isinstance(answer, dict) or "state" not in answer:
+            raise VmmBroken("Cloud Hypervisor answers vm.info with nonsense")
+        return answer
+
+    async def _put(self, what: str, body: object = None, *, timeout: float = 30.0) -> object:
+        return await self._api.request("PUT", f"/api/v1/vm.{what}", body, timeout=timeout)
+
+    async def pause(self) -> None:
+        if await self.state() == VmmState.RUNNING:
+            await self._put("pause")
+
+    async def resume(self) -> None:
+        await trio.to_thread.run_sync(captures.use_up_noted, Path(self.config.run_dir))
+        if await self.state() == VmmState.PAUSED:
+            await self._put("resume")
+
+    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
+        """Memory is written by the VMM in full, so it matters not whether the VM goes on."""
+        if self.config.pci_devices:
+            raise NotSupported("the state of a passed-through device can not be saved")
+        async with self._changing:
+            await self.pause()
+            await self._put("snapshot", {"destination_url": f"file://{directory}"}, timeout=_SAVE_LIMIT)
+            return await trio.to_thread.run_sync(
+                lambda: captures.publish(
+                    directory,
+                    kind=self._handle.kind,
+                    version=self.version,
+                    machine="kvm/host",
+                    config=self.config,
+                    summed=SNAPSHOT_SUMMED,
+                )
+            )
+
+    async def add_disk(self, disk: Disk) -> Disk:
+        async with self._changing:
+            disk = self._with_port(disk)
+            with linked(self.config, disk):
+                await self._put("add-disk", native.disk_config(disk))
+            self._now_has_disks((*self.config.disks, disk))
+            return disk
+
+    async def remove_disk(self, disk_id: str) -> None:
+        async with self._changing:
+            disk = self._pullable(disk_id)
+            await self._put("remove-device", {"id": disk_id})
+
+            async def gone() -> bool:
+                return disk_id not in _dict((await self._info()).get("device_tree"))
+
+            if not await became(gone, _UNPLUG_LIMIT):
+                raise VmmBroken(f"the guest did not let go of disk {disk_id!r}")
+            self._now_has_disks(tuple(other for other in self.config.disks if other != disk))
+
+    async def resize_disk(self, disk_id: str, size: int) -> None:
+        self._disk(disk_id)
+        await self._put("resize-disk", {"id": disk_id, "desired_size": size})
+
+    async def resize_memory(self, size: int) -> None:
+        low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
+        if self.config.hotplug_bytes == 0:
+            raise NotSupported("this VM was made without hot-pluggable memory")
+        if not low <= size <= high:
+            raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
+        await self._put("resize", {"desired_ram": size})
+
+        async def there() -> bool:
+            return bool((await self._info()).get("memory_actual_size") == size)
+
+        if not await became(there, _RESIZE_LIMIT):
+            raise VmmBroken(f"the guest did not go to {size} bytes of memory")
+
+    async def wait_exit(self) -> VmmExit:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            ended = await super().wait_exit()
+            nursery.cancel_scope.cancel()
+        if self._reset:
+            return VmmExit(ExitReason.RESET)
+        return ended
+
+    async def _listen(self) -> None:
+        """End the VMM when its guest resets: Cloud Hypervisor would boot it again, behind our back."""
+        fd = os.open(os.path.join(self.config.run_dir, native.EVENTS), os.O_RDWR | os.O_NONBLOCK)
+        rest = b""
+        async with trio.lowlevel.FdStream(fd) as stream:
+            while data := await stream.receive_some():
+                events, rest = parse_events(rest + bytes(data))
+                if any(event.source == "vm" and event.event in ("rebooting", "panic") for event in events):
+                    self._reset = True
+                    self._process.kill()
+                rest = rest[-65536:]
+
+
+def _dict(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}

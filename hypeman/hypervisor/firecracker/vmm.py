@@ -1,0 +1,92 @@
+"""One live Firecracker."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import trio
+
+from hypeman.errors import InternalError, InvalidRequest, NotSupported
+from hypeman.hypervisor import captures
+from hypeman.hypervisor.firecracker import config as native
+from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
+from hypeman.hypervisor.remote import RemoteVmm, became
+
+_STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Not started": VmmState.PAUSED}
+_RESIZE_LIMIT = 15.0
+_SAVE_LIMIT = 600.0
+
+
+class FirecrackerVmm(RemoteVmm):
+    """A Vmm on Firecracker. Made by the driver."""
+
+    version = ""
+    """Of the VMM; set by the driver."""
+
+    async def call(self, call: native.Call, *, timeout: float = 30.0) -> None:
+        await self._api.request(call.method, call.target, call.body, timeout=timeout)
+
+    async def state(self) -> VmmState:
+        answer = await self._api.request("GET", "/")
+        if not isinstance(answer, dict) or answer.get("state") not in _STATES:
+            raise VmmBroken("Firecracker answers with nonsense")
+        return _STATES[answer["state"]]
+
+    async def pause(self) -> None:
+        if await self.state() == VmmState.RUNNING:
+            await self.call(native.state_call(running=False))
+
+    async def resume(self) -> None:
+        await trio.to_thread.run_sync(captures.use_up_noted, Path(self.config.run_dir))
+        if await self.state() == VmmState.PAUSED:
+            await self.call(native.state_call(running=True))
+
+    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
+        """Memory is written by the VMM in full, so it matters not whether the VM goes on."""
+        async with self._changing:
+            await self.pause()
+            state, memory = directory / captures.STATE, directory / captures.MEMORY
+            await self.call(native.snapshot_call(str(state), str(memory)), timeout=_SAVE_LIMIT)
+            return await trio.to_thread.run_sync(
+                lambda: captures.publish(
+                    directory,
+                    kind=self._handle.kind,
+                    version=self.version,
+                    machine="kvm/host",
+                    config=self.config,
+                    summed=(captures.STATE,),
+                )
+            )
+
+    async def add_disk(self, disk: Disk) -> Disk:
+        raise NotSupported("Firecracker has no hot-plug of disks")
+
+    async def remove_disk(self, disk_id: str) -> None:
+        raise NotSupported("Firecracker has no hot-plug of disks")
+
+    async def resize_disk(self, disk_id: str, size: int) -> None:
+        disk = self._disk(disk_id)
+        try:
+            await trio.to_thread.run_sync(os.truncate, disk.path, size)
+        except OSError as error:
+            raise InternalError(f"{disk.path}: {error.strerror}") from error
+        await self.call(native.resize_disk_call(disk))
+
+    async def resize_memory(self, size: int) -> None:
+        low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
+        if self.config.hotplug_bytes == 0:
+            raise NotSupported("this VM was made without hot-pluggable memory")
+        if not low <= size <= high:
+            raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
+        await self.call(native.resize_memory_call(self.config, size))
+
+        async def there() -> bool:
+            status = await self._api.request("GET", "/hotplug/memory")
+            return isinstance(status, dict) and status.get("plugged_size_mib") == status.get("requested_size_mib")
+
+        if not await became(there, _RESIZE_LIMIT):
+            raise VmmBroken(f"the guest did not go to {size} bytes of memory")
+
+    def _ended_by_itself(self) -> VmmExit:
+        return VmmExit(ExitReason.POWEROFF, "ended or reset by the guest; Firecracker does not tell which")

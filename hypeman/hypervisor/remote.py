@@ -1,0 +1,255 @@
+"""What VMMs with an HTTP API have in common: their run directory, their start, their life and their guest channel.
+
+    run_dir/       working directory of the VMM and owned by its user; every path it is given is relative
+      disk-<id>    symbolic links to the disks; so a saved state, which remembers paths, holds none of ours,
+      kernel …     and comes back in another run directory with other disks behind the same names
+      api.sock     the VMM's API
+      vsock.sock   its vsock; what the guest dials on the host arrives at vsock.sock_1024, where we listen
+
+Files are lent to the VMM's user while it opens them, so they may belong to root; the directories above
+them must let him pass (0711).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.errors import InternalError, InUse, NotFound, NotSupported
+from hypeman.host.loans import lent
+from hypeman.host.processes import Process, Processes, Program
+from hypeman.hypervisor.interface import (
+    AGENT_VSOCK_PORT,
+    Disk,
+    ExitReason,
+    LaunchFailed,
+    VmConfig,
+    VmmBroken,
+    VmmExit,
+    VmmGone,
+    VmmHandle,
+)
+from hypeman.hypervisor.run_dir import API_SOCKET, INITRD, KERNEL, VSOCK, disk_link
+from hypeman.hypervisor.unix_http import UnixHttp
+from hypeman.hypervisor.vmm_process import LastWords, end
+
+_POLL = 0.02
+_START_LIMIT = 20.0
+"""Seconds until the API answers; it takes 5-50 ms."""
+
+
+class RemoteVmm:
+    """One VMM process with an HTTP API. The kinds add what they say over it."""
+
+    def __init__(self, handle: VmmHandle, process: Process, listener: trio.socket.SocketType) -> None:
+        self._handle = handle
+        self._process = process
+        self._listener = listener
+        self._api = UnixHttp(os.path.join(handle.run_dir, API_SOCKET))
+        self._channel: trio.SocketStream | None = None
+        self._changing = trio.Lock()
+        self._killed = False
+
+    @property
+    def handle(self) -> VmmHandle:
+        return self._handle
+
+    @property
+    def config(self) -> VmConfig:
+        """As it is now, hot-plugged disks included."""
+        return self._handle.config
+
+    @property
+    def api(self) -> UnixHttp:
+        return self._api
+
+    async def open_channel(self) -> trio.abc.Stream:
+        if self._channel is not None:  # the agent holds one connection and dials again when it ends
+            await trio.aclose_forcefully(self._channel)
+        connection, _ = await self._listener.accept()
+        self._channel = trio.SocketStream(connection)
+        return self._channel
+
+    async def set_link(self, nic_id: str, *, up: bool) -> None:
+        """These VMMs have no link. The rules on its TAP keep a guest with a foreign address silent."""
+        await trio.lowlevel.checkpoint()
+
+    async def rotate_console(self) -> None:
+        await trio.to_thread.run_sync(_rotate, self._process.pid, Path(self.config.console_log))
+
+    async def wait_exit(self) -> VmmExit:
+        code = await self._process.wait()
+        if self._killed or code == -9:
+            return VmmExit(ExitReason.KILLED)
+        if code is None or code == 0:
+            return self._ended_by_itself()
+        how = f"by signal {-code}" if code < 0 else f"with code {code}"
+        return VmmExit(ExitReason.FAILED, f"{self._handle.kind} ended {how}")
+
+    def _ended_by_itself(self) -> VmmExit:
+        return VmmExit(ExitReason.POWEROFF)
+
+    async def kill(self) -> None:
+        if self._process.alive():
+            self._killed = True
+            self._process.kill()
+        with trio.CancelScope(shield=True):
+            await self._process.wait()
+
+    async def aclose(self) -> None:
+        if self._channel is not None:
+            await trio.aclose_forcefully(self._channel)
+        self._listener.close()
+        self._process.close()
+
+    @contextlib.contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """Let go of what this object holds if the block fails; ending the process is ``started``'s."""
+        try:
+            yield
+        except BaseException:
+            self._listener.close()
+            raise
+
+    def _disk(self, disk_id: str) -> Disk:
+        for disk in self.config.disks:
+            if disk.id == disk_id:
+                return disk
+        raise NotFound(f"the VM has no disk {disk_id!r}")
+
+    def _with_port(self, disk: Disk) -> Disk:
+        """These VMMs find a place by themselves; the port only says that the disk can be pulled again."""
+        if any(other.id == disk.id for other in self.config.disks):
+            raise InUse(f"the VM has a disk {disk.id!r} already")
+        taken = {other.port for other in self.config.disks}
+        port = disk.port or next(number for number in range(1, len(taken) + 2) if number not in taken)
+        return msgspec.structs.replace(disk, port=port)
+
+    def _pullable(self, disk_id: str) -> Disk:
+        disk = self._disk(disk_id)
+        if disk.port == 0:
+            raise NotSupported(f"disk {disk_id!r} is fixed and can not be taken from a running VM")
+        return disk
+
+    def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
+        config = msgspec.structs.replace(self.config, disks=disks)
+        self._handle = msgspec.structs.replace(self._handle, config=config)
+
+
+@contextlib.contextmanager
+def prepared(config: VmConfig, *, kernel: bool) -> Iterator[None]:
+    """A run directory with all links, and the files behind them lent, as long as the VMM opens them."""
+    run_dir = Path(config.run_dir)
+    with contextlib.ExitStack() as loans:
+        try:
+            run_dir.mkdir(mode=0o700, exist_ok=True)
+            for old in run_dir.iterdir():
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            if os.geteuid() == 0:
+                os.chown(run_dir, config.uid, config.gid)
+            for disk in config.disks:
+                loans.enter_context(linked(config, disk))
+            for name, path in ((KERNEL, config.kernel), (INITRD, config.initrd)):
+                if kernel and path is not None:
+                    (run_dir / name).symlink_to(path)
+                    loans.enter_context(lent(Path(path), config.uid, write=False))
+        except OSError as error:
+            raise LaunchFailed(f"{error.filename or config.run_dir}: {error.strerror}") from error
+        yield
+
+
+@contextlib.contextmanager
+def linked(config: VmConfig, disk: Disk) -> Iterator[None]:
+    """The link to one disk, which is lent as long as the block runs; the link stays."""
+    link = Path(config.run_dir, disk_link(disk.id))
+    link.unlink(missing_ok=True)
+    link.symlink_to(disk.path)
+    with lent(Path(disk.path), config.uid, write=not disk.readonly):
+        yield
+
+
+def listen_for_guest(config: VmConfig) -> trio.socket.SocketType:
+    """The socket at which the guest's agent arrives; made anew after a restart of ours."""
+    path = Path(config.run_dir, f"{VSOCK}_{AGENT_VSOCK_PORT}")
+    path.unlink(missing_ok=True)
+    sock = trio.socket.from_stdlib_socket(_listening(path))
+    if os.geteuid() == 0:
+        os.chown(path, config.uid, config.gid)
+    return sock
+
+
+def _listening(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(str(path))
+        sock.listen(4)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listening_api(config: VmConfig) -> int:
+    """A descriptor of the API's socket, listening already, for a VMM that takes one."""
+    return _listening(Path(config.run_dir, API_SOCKET)).detach()
+
+
+@contextlib.asynccontextmanager
+async def started(processes: Processes, program: Program) -> AsyncIterator[Process]:
+    """The process, ended again if the block fails; then its last words are in the error."""
+    words = LastWords(program.log)
+    process = await processes.spawn(program)
+    try:
+        yield process
+    except BaseException as error:
+        await end(process)
+        if isinstance(error, VmmGone | VmmBroken):
+            raise LaunchFailed(f"{error.message}: {words}".removesuffix(": ")) from error
+        raise
+
+
+async def wait_api(api: UnixHttp, process: Process, target: str) -> object:
+    """The first answer to GET ``target``. Raises VmmGone if the process ends, VmmBroken if it is too slow."""
+    with trio.move_on_after(_START_LIMIT):
+        while process.alive():
+            with contextlib.suppress(VmmGone):  # it does not listen yet
+                return await api.request("GET", target)
+            await trio.sleep(0.002)
+        raise VmmGone("the VMM ended at its start")
+    raise VmmBroken(f"the VMM's API did not answer within {_START_LIMIT:g} s")
+
+
+async def became(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
+    """Whether ``condition`` came true in time; for what a VMM tells only when it is asked."""
+    with trio.move_on_after(seconds):
+        while True:
+            if await condition():
+                return True
+            await trio.sleep(_POLL)
+    return False
+
+
+def _rotate(pid: int, log: Path) -> None:
+    """Have a process that can not reopen its standard output go on in an empty ``log``.
+
+    Its file was renamed; it gets its name back, empty, and what it held goes where it had been renamed to.
+    What is written in between is lost: some microseconds of a console.
+    """
+    try:
+        renamed = Path(os.readlink(f"/proc/{pid}/fd/1"))
+        if renamed != log:
+            copy = renamed.with_name(renamed.name + ".new")
+            shutil.copyfile(renamed, copy)
+            copy.chmod(0o600)
+            renamed.rename(log)
+            copy.rename(renamed)
+        os.truncate(log, 0)
+    except OSError as error:
+        raise InternalError(f"the console log {log} can not be rotated: {error.strerror}") from error

@@ -1,0 +1,20 @@
+"""Names in the run directory of a VMM with an HTTP API; pure, for the command lines and bodies that use them.
+
+Everything that such a VMM is told is a name in its working directory, so that a saved state, which
+remembers them, fits every other run directory too.
+"""
+
+from __future__ import annotations
+
+API_SOCKET = "api.sock"
+VSOCK = "vsock.sock"
+KERNEL = "kernel"
+INITRD = "initrd"
+LOG = "vmm.log"
+GUEST_CID = 3
+"""The same for all: a vsock behind a unix socket shares its numbers with nobody."""
+
+
+def disk_link(disk_id: str) -> str:
+    """What a disk is called."""
+    return f"disk-{disk_id}"

@@ -1,0 +1,264 @@
+"""The drivers of Cloud Hypervisor and Firecracker against programs that answer like them.
+
+That shows what is ours: processes, users, descriptors, run directories, loans, captures, the guest's way in.
+Whether the real ones take these requests is asked of their published documents, where the folder that
+holds them is named by HYPEMAN_VMM_SPECS, and of themselves, where they and KVM are present.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import trio
+import yaml
+
+from hypeman.errors import InvalidRequest, NotSupported
+from hypeman.host.processes import Processes
+from hypeman.hypervisor.cloud_hypervisor import config as cloud
+from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
+from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events
+from hypeman.hypervisor.firecracker import config as fire
+from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
+from hypeman.hypervisor.interface import Disk, Driver, LaunchFailed, Nic, PciDevice, VmConfig
+from tests.conformance.check_driver import CHECKS, Check, Guest, check_driver, ending
+from tests.hypervisor.conftest import MakeConfig, config_maker
+
+_PROGRAM = Path(__file__).parents[1] / "fakes" / "remote_vmm.py"
+_PYTHON = "/usr/bin/python3"
+KINDS = ("cloud-hypervisor", "firecracker")
+
+Make = Callable[[str], Driver]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A directory that other users can pass, as they can the data directory; pytest's own they can not."""
+    with tempfile.TemporaryDirectory(prefix="hv-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
+async def make_driver(folder: Path, processes: Processes) -> Make:
+    """A probed driver by kind, with the program that answers like its VMM."""
+    if not os.access(_PYTHON, os.X_OK):
+        pytest.skip(f"no {_PYTHON} that every user can run")
+
+    async def open_tap(name: str) -> int:
+        return os.open("/dev/null", os.O_RDWR)
+
+    binaries = {}
+    programs = folder / "programs"
+    programs.mkdir()
+    programs.chmod(0o755)
+    for kind in KINDS:
+        binaries[kind] = programs / kind
+        binaries[kind].write_text(f"#!{_PYTHON}\n" + _PROGRAM.read_text())
+        binaries[kind].chmod(0o755)
+
+    def why_not_kvm() -> str:
+        return ""
+
+    drivers: dict[str, Driver] = {}
+    for kind, binary in binaries.items():
+        driver: CloudHypervisorDriver | FirecrackerDriver
+        if kind == "cloud-hypervisor":
+            driver = CloudHypervisorDriver(processes, open_tap, why_not_kvm=why_not_kvm, binary=str(binary))
+        else:
+            driver = FirecrackerDriver(processes, why_not_kvm=why_not_kvm, binary=str(binary))
+        assert (await driver.probe()).available
+        drivers[kind] = driver
+    return lambda kind: drivers[kind]
+
+
+@pytest.fixture
+def make_config(folder: Path) -> MakeConfig:
+    """Configs whose directories their users may enter, and whose capture directories may be written."""
+    kernel = folder / "vmlinux"
+    kernel.write_bytes(b"kernel")
+    kernel.chmod(0o600)
+    made = config_maker(folder, kernel, None)
+
+    def make(name: str) -> VmConfig:
+        config = made(name)
+        Path(config.run_dir).parent.chmod(0o711)
+        for disk in config.disks:
+            Path(disk.path).chmod(0o600)
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+async def test_conformance(
+    kind: str, check: Check, make_driver: Make, make_config: MakeConfig, folder: Path
+) -> None:
+    captures = folder / "captures"
+    captures.mkdir()
+    captures.chmod(0o777)
+    umask = os.umask(0)  # the caller gives a capture's directory to the VMM's user; here it is everybody's
+    try:
+        await check_driver(check, lambda: make_driver(kind), make_config, captures, captures / "warm")
+    finally:
+        os.umask(umask)
+
+
+async def test_what_the_vmm_said_is_in_the_error(make_driver: Make, make_config: MakeConfig) -> None:
+    for kind in KINDS:
+        config = make_config(kind)
+        with pytest.raises(LaunchFailed, match="No such file"):
+            await make_driver(kind).launch(msgspec.structs.replace(config, kernel="/no/such/kernel"))
+
+
+async def test_a_console_that_can_not_be_reopened_is_rotated(make_driver: Make, make_config: MakeConfig) -> None:
+    for kind in KINDS:
+        config = make_config(kind)
+        async with ending(await make_driver(kind).launch(config)) as vmm:
+            log = Path(config.console_log)
+            log.write_bytes(b"old\n")
+            inode = log.stat().st_ino
+            log.rename(log.with_suffix(".1"))
+            await vmm.rotate_console()
+            assert log.read_bytes() == b"" and log.stat().st_ino == inode
+            assert log.with_suffix(".1").read_bytes() == b"old\n"
+
+
+def test_events_are_taken_apart_wherever_they_are_cut() -> None:
+    one = b'{\n  "source": "vm",\n  "event": "booted",\n  "properties": null\n}\n\n'
+    text = one + b"nonsense\n\n" + one.replace(b"booted", b"rebooting")
+    for cut in range(len(text) + 1):
+        first, rest = parse_events(text[:cut])
+        second, rest = parse_events(rest + text[cut:])
+        assert first + second == [Event("vm", "booted"), Event("vm", "rebooting")] and rest == b""
+
+
+def test_what_they_can_not_run_is_refused() -> None:
+    config = config_maker(Path("/tmp"), Path("/kernel"), None)("refused")
+    shutil.rmtree("/tmp/refused")
+    with pytest.raises(NotSupported):
+        fire.check(msgspec.structs.replace(config, pci_devices=(PciDevice("gpu", "/sys/x"),)))
+    with pytest.raises(NotSupported):
+        fire.check(msgspec.structs.replace(config, disks=(Disk("a", "/a", port=1),)))
+    for check in (fire.check, cloud.check):
+        for changes in (
+            {"vcpus": 0},
+            {"vcpus": 999},
+            {"memory_bytes": 1},
+            {"hotplug_bytes": 1 << 20},
+            {"disks": (Disk("a", "/a"), Disk("a", "/b"))},
+            {"disks": (Disk("A", "/a"),)},
+            {"run_dir": "/" + "x" * 90},
+        ):
+            with pytest.raises(InvalidRequest):
+                check(msgspec.structs.replace(config, **changes))
+
+
+# Their requests against the published documents
+
+
+class Document:
+    """A published API document: is a request one that it knows, and its body what it says?"""
+
+    UNDOCUMENTED = {"RestoreConfig": {"net_fds"}}
+    """Told in Cloud Hypervisor's manual of snapshots, and missing in its API document."""
+
+    def __init__(self, path: Path) -> None:
+        self.tree: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.schemas = self.tree.get("definitions") or self.tree["components"]["schemas"]
+
+    def check(self, method: str, target: str, body: object) -> None:
+        target = target.removeprefix("/api/v1")
+        path = next(path for path in self.tree["paths"] if re.fullmatch(re.sub(r"{\w+}", r"[^/]+", path), target))
+        operation = self.tree["paths"][path][method.lower()]
+        schema = None
+        for parameter in operation.get("parameters", []):
+            if parameter["in"] == "body":
+                schema = parameter["schema"]
+        if "requestBody" in operation:
+            schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        assert (body is None) == (schema is None), f"{method} {target} has a body, or should have one"
+        if schema is not None:
+            self._check(schema, body, target)
+
+    def _check(self, schema: dict[str, Any], value: object, where: str) -> None:
+        name = schema.get("$ref", "").rpartition("/")[2]
+        schema = self.schemas[name] if name else schema
+        if "enum" in schema:
+            assert value in schema["enum"], where
+        match schema.get("type"):
+            case "object":
+                assert isinstance(value, dict), where
+                assert set(schema.get("required", [])) <= set(value), where
+                unknown = set(value) - set(schema.get("properties", {})) - self.UNDOCUMENTED.get(name, set())
+                assert not unknown, f"{where}: {unknown}"
+                for key, each in value.items():
+                    self._check(schema.get("properties", {}).get(key, {}), each, f"{where}.{key}")
+            case "array":
+                assert isinstance(value, list), where
+                for each in value:
+                    self._check(schema["items"], each, where)
+            case "integer":
+                assert type(value) is int and value >= schema.get("minimum", 0), where
+                assert value <= schema.get("maximum", 1 << 63), where
+            case "string":
+                assert isinstance(value, str), where
+            case "boolean":
+                assert isinstance(value, bool), where
+
+
+@pytest.mark.parametrize(
+    ("kind", "document"),
+    [("cloud-hypervisor", "cloud-hypervisor-v53.yaml"), ("firecracker", "firecracker-v1.16.1.yaml")],
+)
+async def test_every_request_is_in_the_published_document(
+    kind: str, document: str, make_driver: Make, make_config: MakeConfig, folder: Path
+) -> None:
+    specs = os.environ.get("HYPEMAN_VMM_SPECS")
+    if not specs:
+        pytest.skip("HYPEMAN_VMM_SPECS names no folder with the VMMs' API documents")
+    published = Document(Path(specs) / document)
+    driver = make_driver(kind)
+    plain = make_config(kind)
+    config = msgspec.structs.replace(
+        plain,
+        hotplug_bytes=256 << 20,
+        initrd=plain.kernel,
+        disks=(plain.disks[0], msgspec.structs.replace(plain.disks[1], bps=1 << 20)),
+        nics=(Nic("net0", "tap0", "02:00:00:00:00:01"),),
+    )
+    captured = folder / "captured"
+    captured.mkdir()
+    captured.chmod(0o777)
+    requests: list[str] = []
+    with trio.fail_after(60):
+        async with ending(await driver.launch(config)) as vmm:
+            await Guest.of(vmm)
+            await vmm.resize_memory(config.memory_bytes + (128 << 20))
+            await vmm.resize_disk("overlay", 1 << 22)
+            if driver.capabilities.hotplug_disk:
+                await vmm.add_disk(Disk("extra", config.disks[1].path))
+                await vmm.remove_disk("extra")
+            await vmm.capture(captured, go_on=False)
+            requests += Path(config.run_dir, "requests").read_text().splitlines()
+        async with ending(await driver.restore(config, captured, keep_capture=True)) as vmm:
+            await vmm.state()
+            requests += Path(config.run_dir, "requests").read_text().splitlines()
+    seen = set()
+    for line in requests:
+        method, target, body, _ = json.loads(line)
+        published.check(method, target, body)
+        seen.add(target)
+    assert len(seen) >= 11, seen
+    if kind == "cloud-hypervisor":
+        device = msgspec.structs.replace(config, pci_devices=(PciDevice("gpu", "/sys/bus/pci/devices/0000:01:00.0"),))
+        published.check("PUT", "/vm.create", cloud.vm_config(device, landlock=("/var/lib/hypeman",)))
