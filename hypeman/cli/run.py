@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import string
 import sys
 from typing import Any
@@ -121,6 +120,8 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 def random_name(image: str) -> str:
     """``nginx-x7k2`` for ``docker.io/library/nginx:1.25``; always a legal name."""
+    import secrets  # loads OpenSSL
+
     base = image.partition("@")[0].rpartition("/")[2].partition(":")[0].lower()
     legal = "".join(c if c in _NAME_CHARACTERS else "-" for c in base).strip("-")[:50].rstrip("-")
     return f"{legal or 'vm'}-{''.join(secrets.choice(_NAME_CHARACTERS) for _ in range(4))}"
