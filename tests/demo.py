@@ -27,7 +27,7 @@ PYTHON = [sys.executable, "-m", "hypeman"]
 REGISTRY = "127.0.0.1:5000"
 IMAGE = f"{REGISTRY}/demo:latest"
 SCRIPT = 'echo "hello from $(hostname), kernel $(uname -r)"; until [ -e /tmp/done ]; do sleep 0.2; done; exit 7'
-PATIENCE = 120.0
+PATIENCE = 240.0
 
 durations: dict[str, float] = {}
 
@@ -92,7 +92,7 @@ def use_it() -> None:
         wait_until("the image is ready", lambda: json.loads(get("image", "get", IMAGE))["status"] == "ready")
     with phase("run"):
         hypeman("run", "--name", "demo", "--memory", "256MB", "--cpus", "1", "--overlay-size", "256MB", IMAGE)
-        hypeman("wait", "demo", "--state", "Running", "--timeout", "60s")
+        hypeman("wait", "demo", "--state", "Running", "--timeout", "3m")
     with phase("logs"):
         wait_until("the guest has said hello", lambda: "hello from" in get("logs", "demo"))
         hypeman("logs", "demo")
@@ -101,7 +101,7 @@ def use_it() -> None:
         assert hypeman("exec", "demo", "--", "sh", "-c", "exit 3", expect=3) == ""
         hypeman("exec", "demo", "--", "touch", "/tmp/done")
     with phase("exit code"):
-        hypeman("wait", "demo", "--state", "Stopped", "--timeout", "60s")
+        hypeman("wait", "demo", "--state", "Stopped", "--timeout", "3m")
         instance = json.loads(get("inspect", "demo"))
         print(f"exit code {instance['exit_code']}, phases in ms: {instance.get('phase_durations_ms')}")
         assert instance["exit_code"] == 7, "the code that the program in the guest ended with"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from tests.metal.image import build_image, missing
 from tests.metal.rig import MetalHost, Result
 
 DIST = Path(__file__).parents[2] / "dist"
-REGISTRY_HERE = ("127.0.0.1", 5000)
 COUNTING = 'i=0; while true; do i=$((i+1)); echo "count $i"; sleep 1; done'
 SLOW = 300
 """Seconds. Everything inside takes 20 to 50 times as long as on metal."""
@@ -112,7 +110,7 @@ def make_registry(folder: Path) -> None:
     """A registry's directory with one image that counts for ever; the host brings no tools to push one."""
     demo.SCRIPT = COUNTING
     with demo.started(["docker-registry", "serve", str(demo.write_registry_config(folder))], folder / "log"):
-        demo.wait_until("the registry listens", lambda: socket.socket().connect_ex(REGISTRY_HERE) == 0)
+        demo.wait_until("the registry listens", lambda: demo.can_connect(5000))
         demo.push_image(folder)
     config = folder / "registry.yml"
     config.write_text(config.read_text().replace(str(folder), "/root/registry"))
@@ -124,7 +122,7 @@ def newer_version(deb: Path, folder: Path) -> Path:
     control = folder / "tree" / "DEBIAN" / "control"
     control.write_text(re.sub(r"^(Version: .*)$", r"\1+1", control.read_text(), flags=re.MULTILINE))
     subprocess.run(
-        ["dpkg-deb", "-Znone", "--root-owner-group", "-b", folder / "tree", folder / "newer.deb"], check=True
+        ["dpkg-deb", "-Zgzip", "-z1", "--root-owner-group", "-b", folder / "tree", folder / "newer.deb"], check=True
     )
     return folder / "newer.deb"
 
