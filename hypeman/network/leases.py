@@ -23,7 +23,7 @@ import msgspec
 from hypeman.errors import InsufficientResources, InvalidState
 from hypeman.network import addressing
 from hypeman.network.addressing import Subnet
-from hypeman.network.types import EgressMode, Lease, NetworkPlan
+from hypeman.network.types import Lease, NetworkPlan
 from hypeman.store import Table, Txn
 
 _ADDRESSES = "ipv4"
@@ -101,28 +101,6 @@ def get_lease(txn: Txn, instance_id: str) -> Lease | None:
 
 def all_leases(txn: Txn) -> list[Lease]:
     return [lease for _, lease in txn.scan(LEASES)]
-
-
-def change_lease(
-    txn: Txn,
-    instance_id: str,
-    *,
-    download_bps: int | None = None,
-    upload_bps: int | None = None,
-    egress_mode: EgressMode | None = None,
-) -> Lease:
-    """Write down new limits or another egress mode; None leaves what is. KeyError without a lease."""
-    lease = txn.get(LEASES, instance_id)
-    if lease is None:
-        raise KeyError(instance_id)
-    lease = msgspec.structs.replace(
-        lease,
-        download_bps=lease.download_bps if download_bps is None else download_bps,
-        upload_bps=lease.upload_bps if upload_bps is None else upload_bps,
-        egress_mode=lease.egress_mode if egress_mode is None else egress_mode,
-    )
-    txn.put(LEASES, instance_id, lease)
-    return lease
 
 
 def check_subnet(txn: Txn, subnet: Subnet) -> None:

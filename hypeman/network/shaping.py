@@ -30,13 +30,3 @@ def token_bucket(rate: int) -> TokenBucket | None:
         burst=max(_MIN_BURST, int(rate * _BURST_SECONDS)),
         queue=max(_MIN_QUEUE, int(rate * _QUEUE_SECONDS)),
     )
-
-
-def default_share(capacity: int, vcpus: int, host_vcpus: int) -> int:
-    """The limit of an instance that asked for none: its vCPUs' part of the host's capacity.
-
-    0 (no limit) where the capacity is unknown. At least 1, so that a small share is no free pass.
-    """
-    if capacity <= 0 or host_vcpus <= 0:
-        return 0
-    return max(1, min(capacity, capacity * vcpus // host_vcpus))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hypeman.errors import InsufficientResources, InvalidState
 from hypeman.network.addressing import Subnet
-from hypeman.network.leases import all_leases, change_lease, check_subnet, drop_lease, get_lease, take_lease
+from hypeman.network.leases import all_leases, check_subnet, drop_lease, get_lease, take_lease
 from hypeman.network.types import EgressMode, Lease, NetworkPlan
 from hypeman.store import Store, Txn
 
@@ -93,14 +93,6 @@ def test_another_subnet_is_refused_while_addresses_are_held(txn: Txn) -> None:
     assert take_lease(txn, "b", PLAN, TINY).ipv4 == "10.9.8.2"
     drop_lease(txn, "b", TINY)
     assert take_lease(txn, "c", PLAN, SUBNET).ipv4 == "10.100.0.2"
-
-
-def test_limits_and_mode_can_be_changed(txn: Txn) -> None:
-    before = take_lease(txn, "a", NetworkPlan(download_bps=1, upload_bps=2), SUBNET)
-    after = change_lease(txn, "a", upload_bps=0, egress_mode=EgressMode.ALL)
-    assert (after.download_bps, after.upload_bps, after.egress_mode) == (1, 0, EgressMode.ALL)
-    assert (after.ipv4, after.mac, after.tap, after.cid) == (before.ipv4, before.mac, before.tap, before.cid)
-    assert get_lease(txn, "a") == after
 
 
 async def test_a_failed_transaction_leases_nothing(store: Store) -> None:
