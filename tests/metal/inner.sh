@@ -24,7 +24,7 @@ done
 cat >"$work/root/init" <<INIT
 #!/bin/busybox sh
 export PATH=/bin
-busybox --install -s /bin
+/bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 for module in /mod/*; do insmod \$module; done
 echo INNER-BEGIN
@@ -36,6 +36,13 @@ chmod 755 "$work/root/init"
 (cd "$work/root" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) >"$work/initrd"
 modprobe kvm-amd
 timeout 400 qemu-system-x86_64 -M q35,accel=kvm -cpu host -m 256 -smp 1 -nodefaults -display none -vga none \
-    -serial stdio -no-reboot -kernel "/boot/vmlinuz-$release" -initrd "$work/initrd" \
-    -append "console=ttyS0 quiet panic=-1" "$@" </dev/null | tr -d '\r' | sed -n '/INNER-BEGIN/,/INNER-END/p'
+    -chardev "file,id=console,path=$work/console" -serial chardev:console -no-reboot \
+    -kernel "/boot/vmlinuz-$release" -initrd "$work/initrd" -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=unstable" \
+    "$@" </dev/null >"$work/qemu" 2>&1 || echo "QEMU ended with $?"
+if grep -q INNER-END "$work/console"; then
+    tr -d '\r' <"$work/console" | sed -n '/INNER-BEGIN/,/INNER-END/p'
+else
+    tail -c 2000 "$work/qemu"
+    tail -c 4000 "$work/console"
+fi
 rm -rf "$work"

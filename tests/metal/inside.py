@@ -143,13 +143,13 @@ def main(words: list[str]) -> None:
         print(json.dumps(kills(words[1], words[2:])))
         return
     sysfs = Sysfs(Path("/sys"), deadline=DEADLINE)
+    result: object = None
     try:
         result = trio.run(lambda: serve(command(words), sysfs, settle=words[0] == "list"))
     except* HypemanError as group:
         error = group.exceptions[0]
         assert isinstance(error, HypemanError)
-        print(json.dumps({"error": error.code, "status": error.status, "message": error.message}))
-        raise SystemExit(3) from None
+        result = {"error": error.code, "status": error.status, "message": error.message}
     print(msgspec.json.encode(result).decode())
 
 
