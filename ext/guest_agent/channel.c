@@ -1,10 +1,8 @@
 #define _GNU_SOURCE
 #include "channel.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
@@ -12,6 +10,7 @@
 
 #include <linux/vm_sockets.h>
 
+#include "port.h"
 #include "util.h"
 
 #define RETRY_MS 100
@@ -21,6 +20,7 @@
 static void attach(struct channel *channel, int fd) {
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET};
     channel->fd = fd;
+    channel->broken = false;
     set_nonblocking(fd);
     epoll_ctl(channel->edge, EPOLL_CTL_ADD, fd, &event);
     channel->readable = channel->writable = true;
@@ -32,30 +32,12 @@ static void forget_connection(struct channel *channel) {
     frame_reset(&channel->in);
 }
 
-static int find_port(void) {
-    DIR *dir = opendir("/sys/class/virtio-ports");
-    int fd = -1;
-    for (struct dirent *entry; dir && fd < 0 && (entry = readdir(dir));) {
-        char path[300], name[64];
-        if (entry->d_name[0] == '.')
-            continue;
-        snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
-        if (read_file(path, name, sizeof name) <= 0 || strcmp(name, AGENT_PORT_NAME) != 0)
-            continue;
-        snprintf(path, sizeof path, "/dev/%.200s", entry->d_name);
-        fd = open(path, O_RDWR | O_CLOEXEC | O_NONBLOCK);
-    }
-    if (dir)
-        closedir(dir);
-    return fd;
-}
-
 void channel_open(struct channel *channel, int fd) {
     channel->edge = epoll_create1(EPOLL_CLOEXEC);
     channel->fd = -1;
     channel->kind = fd >= 0 ? CHANNEL_TEST : CHANNEL_PORT;
     if (fd < 0)
-        fd = find_port();
+        fd = open_port(AGENT_PORT_NAME, O_RDWR);
     if (fd >= 0)
         attach(channel, fd);
     else
@@ -100,6 +82,7 @@ void channel_step(struct channel *channel) {
     while (epoll_wait(channel->edge, &event, 1, 0) == 1) {
         channel->readable = true;
         channel->writable = true;
+        channel->broken |= (event.events & (EPOLLERR | EPOLLHUP)) != 0;
         if (channel->kind == CHANNEL_PORT)
             break;
     }
@@ -122,7 +105,8 @@ bool channel_read(struct channel *channel) {
     if (n < 0 && errno == EINTR)
         return true;
     channel->readable = false;
-    if (n == 0 || (errno != EAGAIN && errno != ENOTCONN))
+    /* A vsock that is still connecting is not connected; one that failed to is so for ever. */
+    if (n == 0 || (errno != EAGAIN && (errno != ENOTCONN || channel->broken)))
         disconnected(channel);
     return false;
 }

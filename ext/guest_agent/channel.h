@@ -24,6 +24,7 @@ struct channel {
     int fd;   /* -1: not connected */
     int edge; /* epoll of fd, edge-triggered: a port without a host is always "hung up", which must not spin us */
     bool readable, writable;
+    bool broken;  /* VSOCK: poll told of an error or a hang-up */
     bool greeted; /* frames may be sent */
     bool ended;   /* TEST: the other side has gone */
     bool no_agent;

@@ -67,8 +67,9 @@ static void start_exec(const struct boot_config *config, struct session *session
     argv[arg_count] = env[env_count] = NULL;
     program.argv = argv;
     program.env = env;
-    /* Without a wish it is where the image's own program works; that one was made if it was missing. */
+    /* Without a wish it is where the image's own program works, which is made if it is missing. */
     program.cwd = cwd ? cwd : config->cwd;
+    program.make_cwd = !cwd;
     if (start_program(&program, &child) < 0)
         session_refuse(session, 126, strerror(errno));
     else

@@ -180,7 +180,8 @@ void settle_disks(void) {
     char paths[MAX_VOLUMES][256];
     size_t count = 0;
     for (struct mntent *entry; mounts && count < MAX_VOLUMES && (entry = getmntent(mounts));)
-        if (strncmp(entry->mnt_fsname, "/dev/", 5) == 0 && strlen(entry->mnt_dir) < sizeof paths[0])
+        if ((strncmp(entry->mnt_fsname, "/dev/", 5) == 0 || strcmp(entry->mnt_type, "overlay") == 0) &&
+            strcmp(entry->mnt_dir, "/") != 0 && strlen(entry->mnt_dir) < sizeof paths[0])
             strcpy(paths[count++], entry->mnt_dir);
     if (mounts)
         endmntent(mounts);

@@ -14,10 +14,12 @@
 
 #include "events.h"
 #include "namespaces.h"
+#include "port.h"
 #include "program.h"
 #include "util.h"
 
-#define PUMP_BYTES 16384
+#define PUMP_BYTES 65536
+#define CONTROLLERS "/sys/fs/cgroup/cgroup.subtree_control"
 
 static struct child child = {0, -1, -1, -1, -1};
 static bool running, ended, is_init;
@@ -26,10 +28,15 @@ static int console = -1;
 static uint8_t pump[PUMP_BYTES];
 static size_t pump_begin, pump_end;
 
-/* Raw: a line feed stays a line feed, so the log holds exactly what was printed. */
+/* The log has a port of its own where the VMM gives one: a serial line costs an exit from the guest for each
+ * byte (0.3 MB/s without KVM on a busy host, where the port did 2.6). Otherwise it is the console, raw, so that a line feed stays a
+ * line feed and the log holds exactly what was printed. */
 static void open_console(const char *path) {
     struct termios settings;
-    console = open(*path ? path : "/dev/console", O_WRONLY | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
+    if (!*path)
+        console = open_port(LOG_PORT_NAME, O_WRONLY);
+    if (console < 0)
+        console = open(*path ? path : "/dev/console", O_WRONLY | O_NOCTTY | O_CLOEXEC | O_NONBLOCK);
     if (console >= 0 && tcgetattr(console, &settings) == 0) {
         settings.c_oflag &= ~(tcflag_t)OPOST;
         tcsetattr(console, TCSANOW, &settings);
@@ -38,9 +45,13 @@ static void open_console(const char *path) {
 
 void workload_prepare(const struct boot_config *config) {
     open_console(config->console);
-    write_file("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
-    write_file("/sys/fs/cgroup/cgroup.subtree_control", "+cpu");
-    write_file("/sys/fs/cgroup/cgroup.subtree_control", "+pids");
+    write_file(CONTROLLERS, "+memory"); /* tells an end by lack of memory apart */
+    if (is_init_program(config->argv[0])) {
+        /* An init divides what it is given; one by one, as the kernel may lack a controller. */
+        write_file(CONTROLLERS, "+cpu");
+        write_file(CONTROLLERS, "+pids");
+        write_file(CONTROLLERS, "+io");
+    }
     mkdir(WORKLOAD_CGROUP, 0755);
     mkdir(EXEC_CGROUP, 0755);
 }

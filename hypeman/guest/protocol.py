@@ -38,6 +38,8 @@ MAX_STALE = 64 * 1024 * 1024
 
 AGENT_PORT_NAME = "hypeman.agent"
 """Name of the virtio-serial port that the agent looks for."""
+LOG_PORT_NAME = "hypeman.log"
+"""Virtio-serial port that takes the program's output, where the VMM has one; without it that goes to the console."""
 AGENT_VSOCK_PORT = 1024
 """Where the agent dials the host (CID 2) if there is no such port."""
 

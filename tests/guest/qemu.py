@@ -15,7 +15,7 @@ import trio
 
 from hypeman.guest.boot import BootConfig, render_boot_disk
 from hypeman.guest.client import GuestClient
-from hypeman.guest.protocol import AGENT_PORT_NAME
+from hypeman.guest.protocol import AGENT_PORT_NAME, LOG_PORT_NAME
 
 BOOT_SECONDS = 120
 CPU = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf_lm,+rdrand,+aes"
@@ -87,6 +87,7 @@ async def run_guest(
     memory_mb: int = 256,
     disks: Sequence[tuple[str, Path, bool]] = (),
     extra: Sequence[str] = (),
+    log_port: bool = True,
 ) -> AsyncIterator[Guest]:
     """Boot ``config`` with the EROFS (or ext4) ``root``; the process is gone when the context is left.
 
@@ -103,9 +104,11 @@ async def run_guest(
         "qemu-system-x86_64", "-M", "q35,sata=off,smbus=off,vmport=off", "-accel", "tcg,thread=multi,tb-size=64",
         "-cpu", CPU, "-m", f"{memory_mb}M", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none",
         "-no-reboot", "-kernel", str(Path(initrd).parent / "vmlinux"), "-initrd", str(initrd), "-append", _CMDLINE,
-        "-chardev", f"file,id=ser,path={directory}/console.log", "-serial", "chardev:ser",
+        "-chardev", f"file,id=ser,path={directory}/console.log,append=on", "-serial", "chardev:ser",
         "-device", "virtio-serial-pci", "-chardev", f"socket,id=ag,path={directory}/agent.sock,server=on,wait=off",
         "-device", f"virtserialport,chardev=ag,name={AGENT_PORT_NAME}",
+        *(["-chardev", f"file,id=log,path={directory}/console.log,append=on"] if log_port else []),
+        *(["-device", f"virtserialport,chardev=log,name={LOG_PORT_NAME}"] if log_port else []),
         "-qmp", f"unix:{directory}/qmp.sock,server=on,wait=off",
         "-device", "pcie-root-port,id=rp1,chassis=1,slot=1",
     ]  # fmt: skip

@@ -40,7 +40,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("no qemu-system-x86_64 here")
     directory = tmp_path_factory.mktemp("kernel")
-    made = subprocess.run([TOP / "packaging/kernel/choose", directory], capture_output=True, text=True)
+    made = subprocess.run([TOP / "packaging/kernel/choose", directory], cwd=TOP, capture_output=True, text=True)
     if made.returncode != 0:
         pytest.skip(f"no guest kernel: {made.stderr.strip()[-200:]}")
     return directory
@@ -95,6 +95,26 @@ def boot_config(*argv: str, **fields: Any) -> BootConfig:
     return BootConfig(
         instance_id="test", hostname="box", nonce=secrets.token_bytes(16), argv=argv, env=("PATH=/bin",), **fields
     )
+
+
+@pytest.fixture(scope="session")
+def systemd_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Debian with systemd as its init; made once (some two minutes) and kept with the other test images."""
+    kept = TOP / "build" / "test-images" / "debian-systemd.erofs"
+    if kept.exists():
+        return kept
+    if shutil.which("mmdebstrap") is None:
+        pytest.skip("no mmdebstrap here")
+    work = tmp_path_factory.mktemp("systemd")
+    packages = "--include=systemd,systemd-sysv,dbus"
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", packages, "bookworm", work / "root"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no Debian to be had: {made.stderr.strip()[-200:]}")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    make_erofs(work / "root", work / "root.erofs").replace(kept)
+    shutil.rmtree(work)
+    return kept
 
 
 @asynccontextmanager
@@ -338,6 +358,33 @@ async def test_an_init_is_process_1_of_its_own(kernel: Path, busybox_root: Path,
         await shell(client, "poweroff")
         assert (await collect_end(guest, client))[-1] == Exited(0)
     assert b"init is up" in guest.console
+
+
+async def test_systemd_is_at_home(kernel: Path, systemd_root: Path, tmp_path: Path) -> None:
+    config = boot_config("/sbin/init")
+    config = msgspec.structs.replace(config, env=("PATH=/usr/bin:/bin:/usr/sbin:/sbin",))
+    async with booted(config, systemd_root, kernel, tmp_path, memory_mb=512) as guest, guest.connect() as client:
+        state = ""
+        with trio.fail_after(200):
+            while state not in ("running", "degraded"):
+                _, out, _ = await run(client, "systemctl", "is-system-running", "--wait", timeout_seconds=15)
+                state = out.decode().strip()
+        failed = await shell(client, "systemctl --failed --no-legend --no-pager --plain")
+        # A kernel without CONFIG_BASE_FULL refuses Debian's kernel.pid_max; nothing else may fail.
+        assert {line.split()[0] for line in failed.splitlines()} <= {"systemd-sysctl.service"}, failed
+        assert "systemd" in await shell(client, "cat /proc/1/comm")
+        await shell(client, "systemctl is-active dbus; echo x > /tmp/in-its-own-tmp")
+        assert (await client.stat("/tmp/in-its-own-tmp")).exists
+        await client.freeze()
+        await client.thaw()
+        await client.shutdown(grace_seconds=100)
+        with trio.fail_after(120):
+            async for event in client.events:
+                if isinstance(event, Exited):
+                    break
+            await guest.wait_exit()
+        assert event == Exited(0)
+    assert b"Reached target poweroff.target" in guest.console, "in order, not by force"
 
 
 async def test_hosts_come_and_go(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
