@@ -165,19 +165,23 @@ def delete_image(session: Session, names: tuple[str, ...]) -> None:
 @click.argument("archive")
 @click.option("--name", help="Reference that the image gets; default: from the file's name.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
+@click.option("--on-server", is_flag=True, help="ARCHIVE is a path on the server, which its configuration allows.")
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until it is ready.")
 @reports
-def import_image(session: Session, archive: str, name: str | None, tags: tuple[str, ...], detach: bool) -> None:
+def import_image(
+    session: Session, archive: str, name: str | None, tags: tuple[str, ...], on_server: bool, detach: bool
+) -> None:
     """Make an image from ARCHIVE: a tar as `docker save` or `skopeo copy … oci-archive:` write it, or an
     OCI layout directory; - reads standard input."""
     if archive == "-" and not name:
         raise click.UsageError("--name is needed when the archive comes from standard input")
     wanted = name or _name_from(archive)
+    query = {"name": wanted, "tags": pairs(tags)}
     try:
-        chunks = upload_chunks(archive)
-        found = session.client.upload(
-            "/images/import", chunks, "application/x-tar", {"name": wanted, "tags": pairs(tags)}
-        )
+        chunks: Iterator[bytes] = iter(()) if on_server else upload_chunks(archive)
+        if on_server:
+            query["path"] = archive
+        found = session.client.upload("/images/import", chunks, "application/x-tar", query)
     except OSError as error:
         complain(f"{archive}: {error.strerror or error}")
         raise SystemExit(1) from None

@@ -56,6 +56,10 @@ class ImageService(Protocol):
         """``chunks`` are an OCI or docker-save archive; ``name`` is given to the image."""
         ...
 
+    async def import_path(self, path: str, *, name: str, tags: Tags) -> Image:
+        """The same from a path on this host, which the configuration must allow."""
+        ...
+
 
 class ExecSession(Protocol):
     """A program in a guest. ``receive`` and the rest may be used by different tasks."""

@@ -18,7 +18,16 @@ import trio
 from msgspec import UNSET
 
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
-from hypeman.errors import Ambiguous, Conflict, HypemanError, InUse, InvalidState, NameConflict, NotFound
+from hypeman.errors import (
+    Ambiguous,
+    Conflict,
+    HypemanError,
+    InUse,
+    InvalidRequest,
+    InvalidState,
+    NameConflict,
+    NotFound,
+)
 from hypeman.guest.types import PathInfo
 from hypeman.ids import new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
@@ -107,6 +116,9 @@ class FakeImages:
     async def delete(self, ref: str) -> None:
         await self.get(ref)
         del self.images[normalized(ref)]
+
+    async def import_path(self, path: str, *, name: str, tags: Tags) -> Image:
+        raise InvalidRequest(f"{path} is not below one of images.import_paths")
 
     async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags) -> Image:
         self.imported = b"".join([chunk async for chunk in chunks])

@@ -18,6 +18,9 @@ routes = Routes("images")
 
 class ImportQuery(Struct, frozen=True, kw_only=True):
     name: Annotated[str, Meta(description="Reference that the image gets")]
+    path: Annotated[
+        str, Meta(description="Archive or OCI layout on the server, below images.import_paths; then there is no body")
+    ] = ""
     tags: TagMap = {}
 
 
@@ -43,6 +46,8 @@ async def import_image(services: Services, query: ImportQuery, body: UploadStrea
 
     The body is the archive itself (application/x-tar). Beyond the contract of the original.
     """
+    if query.path:
+        return await services.images.import_path(query.path, name=query.name, tags=query.tags)
     return await services.images.import_archive(body, name=query.name, tags=query.tags)
 
 
