@@ -7,6 +7,7 @@ asynchronous client takes longer than most requests.
 from __future__ import annotations
 
 import http.client
+import select
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -134,6 +135,8 @@ class Client:
     ) -> http.client.HTTPResponse:
         if self.debug:
             print(f"> {method} {self.settings.base_url}{path}", file=sys.stderr)
+        if self._connection is not None and select.select([self._connection.sock], [], [], 0)[0]:
+            self.close()  # the server has closed the kept connection in the meantime
         connection = self._connection or self._open(timeout)
         self._connection = connection
         assert connection.sock is not None

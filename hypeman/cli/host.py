@@ -103,13 +103,23 @@ def serve(config_file: Path | None) -> None:
     from hypeman.config import load_config
     from hypeman.errors import HypemanError
 
+    messages: list[str] = []
     try:
         config = load_config(config_file)
         from hypeman.app import main
 
         main(config)
-    except HypemanError as error:
-        fail(error.message)
+    except* HypemanError as failures:  # nurseries wrap what goes wrong in groups
+        messages = _messages(failures)
+    if messages:
+        fail("; ".join(messages))
+
+
+def _messages(failures: BaseExceptionGroup[Any]) -> list[str]:
+    found: list[str] = []
+    for error in failures.exceptions:
+        found += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+    return found
 
 
 @click.command()

@@ -89,7 +89,8 @@ class Server:
         trusted: Sequence[socket.socket] = (),
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve listening ``sockets`` and ``trusted`` ones until ``shutdown`` is set; closes them."""
+        """Serve listening ``sockets`` and ``trusted`` ones until ``shutdown`` is set; closes and removes them."""
+        paths = [sock.getsockname() for sock in (*sockets, *trusted) if sock.family == socket.AF_UNIX]
         with self._hang_ups:
             async with trio.open_nursery() as connections:
                 try:
@@ -103,6 +104,9 @@ class Server:
                         task_status.started()
                         await shutdown.wait()
                         accepting.cancel_scope.cancel()
+                    for path in paths:
+                        with suppress(FileNotFoundError):
+                            os.unlink(path)
                     await self._finish()
                 finally:
                     for connection in list(self._open.values()):
@@ -152,7 +156,7 @@ def _hypercorn_config() -> HypercornConfig:
     config.include_server_header = False
     config.keep_alive_timeout = 75  # longer than what the clients' pools keep, so that they are the ones to close
     config.h11_max_incomplete_size = 64 * 1024
-    config.websocket_max_message_size = 4 * 2**20
+    config.websocket_max_message_size = 2**20
     return config
 
 

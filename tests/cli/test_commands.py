@@ -16,6 +16,8 @@ import yaml
 from click.testing import CliRunner
 
 from hypeman.cli import output
+from hypeman.cli.client import Client
+from hypeman.cli.images import progress_line
 from hypeman.cli.main import hypeman
 from hypeman.cli.run import create_body, parse_mount, random_name
 from hypeman.cli.session import Session
@@ -26,6 +28,7 @@ from hypeman.ids import check_name
 from hypeman.images.types import Image, ImageStatus
 from hypeman.instances.types import CreateInstanceRequest, HypervisorKind, InstanceState
 from hypeman.server.routes import OPERATIONS
+from hypeman.server.serve import ServeError
 
 SECRET = "a secret that is long enough for HS256"
 
@@ -307,6 +310,14 @@ def test_refusals_say_what_to_do(server: Any) -> None:
     assert run(hypeman, ["--base-url", "ftp://x", "ps"]).exit_code == 1
 
 
+def test_a_kept_connection_that_was_closed_is_opened_again(server: Any) -> None:
+    client = Client(Settings(server.url))
+    assert client.get("/health") == {"status": "ok"}
+    server.do(server.cut)
+    assert client.get("/health") == {"status": "ok"}
+    client.close()
+
+
 def test_where_the_settings_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nothing = str(tmp_path / "none")
     assert load_settings(None, {}, nothing) == Settings("http://localhost:8080")
@@ -339,6 +350,36 @@ def test_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown scope" in run("--scopes", "fly").stderr
     listed = run("--list-scopes").stdout.split()
     assert {operation.scope for operation in OPERATIONS if operation.scope} <= set(listed)
+
+
+def test_an_upload_that_is_refused_says_why(server: Any, tmp_path: Path) -> None:
+    """The server answers before it has everything, and closes."""
+    archive = tmp_path / "big.tar"
+    archive.write_bytes(bytes(40 * 2**20))
+    done = CliRunner().invoke(hypeman, ["--base-url", server.tcp_url, "image", "import", str(archive)])
+    assert (done.exit_code, "401 Unauthorized" in done.stderr) == (1, True), done.stderr
+
+
+def test_serve_that_can_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(config: Any) -> None:
+        raise ExceptionGroup("nursery", [ExceptionGroup("inner", [ServeError("port 1 is taken")])])
+
+    monkeypatch.setattr("hypeman.app.main", main)
+    file = tmp_path / "config.yaml"
+    file.write_text("port: 1\n")
+    done = CliRunner().invoke(hypeman, ["serve", "--config", str(file)])
+    assert (done.exit_code, done.stderr) == (1, "Error: port 1 is taken\n")
+
+
+def test_how_a_pull_is_told() -> None:
+    def line(status: str, **fields: Any) -> str:
+        return progress_line({"status": status, **fields.pop("image", {})}, fields or None)
+
+    layers = [{"size": 2**20, "done": 2**20}, {"size": 3 * 2**20, "done": 0}]
+    assert line("pending", image={"queue_position": 3}) == "pending, number 3 in the queue"
+    assert line("pulling") == "pulling"
+    assert line("pulling", layers=layers) == "pulling [#####···············] 1MB of 4MB, 2 layers"
+    assert line("converting", layers=layers, converted_bytes=2**20) == "converting, 1MB written"
 
 
 def test_serve_with_bad_settings(tmp_path: Path) -> None:

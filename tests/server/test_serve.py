@@ -154,6 +154,7 @@ async def test_shutdown_ends_streams_at_once_and_lets_requests_finish(served: An
         status, _, _ = await talk(slow, "")
         assert status == 200
         await served.ended.wait()
+    assert not os.path.exists(served.socket_path)
     await follower.aclose()
     await slow.aclose()
 
