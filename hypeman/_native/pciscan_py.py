@@ -24,6 +24,8 @@ _MAX_FILE = 4095
 _MAX_NAME = 255
 _MAX_RESET = 127
 _MAX_ADDRESS = 23
+_MAX_VENDORS = 32
+_BRIDGE = 0x06
 
 
 class Scanner:
@@ -50,12 +52,7 @@ class Scanner:
         self._drivers.clear()
         top = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            rows = self._read(top, self._entries())
-            vendors = {row[1] for row in rows if row[10]}
-            return [
-                _with_physfn(top, row) if row[1] in vendors and not row[10] and not _is_bridge(row) else row
-                for row in rows
-            ]
+            return self._read(top, self._entries(), set())
         finally:
             os.close(top)
 
@@ -83,7 +80,7 @@ class Scanner:
             gone = [name for name in before if name not in seen]
             for name in gone:
                 del self._inodes[name], self._drivers[name]
-            new = [_with_physfn(top, row) for row in self._read(top, unknown)]
+            new = self._read(top, unknown, None)
         finally:
             os.close(top)
         return sorted(changed, key=lambda pair: _order(pair[0])), sorted(map(_text, gone), key=_order), new
@@ -92,8 +89,11 @@ class Scanner:
         with os.scandir(self._path.encode()) as entries:
             return [(entry.name, entry.inode()) for entry in entries if not entry.name.startswith(b".")]
 
-    def _read(self, top: int, entries: list[tuple[bytes, int]]) -> list[Row]:
-        """The rows of ``entries`` in order, all but ``physfn``; a line in ``problems`` for those without."""
+    def _read(self, top: int, entries: list[tuple[bytes, int]], physical: set[int] | None) -> list[Row]:
+        """The rows of ``entries`` in order; a line in ``problems`` for those without.
+
+        ``physical`` collects the vendors of which there are physical functions; None if not known.
+        """
         rows: list[Row] = []
         neighbour: Row | None = None
         wanted = []
@@ -110,22 +110,27 @@ class Scanner:
                 self._problems.append((name, error.errno or errno.EINVAL))
                 continue
             try:
-                row, driver = _row(directory, address, neighbour)
+                row, driver = _row(directory, address, neighbour, physical)
             finally:
                 os.close(directory)
             if row is None:
                 self._problems.append((name, errno.ENOENT))
                 continue
             self._inodes[name], self._drivers[name] = inode, driver
-            neighbour = neighbour if _is_bridge(row) else row
+            if row[3] >> 16 != _BRIDGE:
+                neighbour = row
+                if physical is not None and row[10] and len(physical) < _MAX_VENDORS:
+                    physical.add(row[1])
             rows.append(row)
         return rows
 
 
-def _row(directory: int, address: str, neighbour: Row | None) -> tuple[Row | None, bytes]:
+def _row(
+    directory: int, address: str, neighbour: Row | None, physical: set[int] | None
+) -> tuple[Row | None, bytes]:
     """The row, or None where ids are missing, and the driver's name as it is spelt in the tree.
 
-    ``neighbour`` is the endpoint that was read before.
+    ``neighbour`` is the endpoint that was read before, ``physical`` as in ``Scanner._read``.
     """
     ids, driver = _parse_uevent(_read_file(directory, "uevent", _MAX_FILE))
     vendor, device = ids.get(b"PCI_ID", (-1, -1))
@@ -142,24 +147,20 @@ def _row(directory: int, address: str, neighbour: Row | None) -> tuple[Row | Non
         return None, b""
     group = _decimal(_link_name(directory, b"iommu_group", _MAX_NAME))
     known = (address, vendor, device, class_code, *subsystem, _text(driver) or None, group)
-    if class_code >> 16 == 0x06:
+    if class_code >> 16 == _BRIDGE:
         return (*known, -1, None, 0, ""), driver
     if neighbour is not None and neighbour[0].startswith(address[:-4]):  # the same but for "dd.f"
         node = neighbour[8]
     else:
         node = _decimal(_read_file(directory, "numa_node", 31))
-    virtual = max(_decimal(_read_file(directory, "sriov_totalvfs", 31)), 0)
+    physfn = b""
+    if physical is None or vendor in physical or len(physical) == _MAX_VENDORS:
+        physfn = _link_name(directory, b"physfn", _MAX_ADDRESS)
+    if not _ADDRESS.fullmatch(physfn):
+        physfn = b""
+    virtual = 0 if physfn else max(_decimal(_read_file(directory, "sriov_totalvfs", 31)), 0)
     reset = _read_file(directory, "reset_method", _MAX_RESET).partition(b"\0")[0].rstrip(b"\n")
-    return (*known, node, None, virtual, _text(reset)), driver
-
-
-def _with_physfn(top: int, row: Row) -> Row:
-    physfn = _link_name(top, row[0].encode() + b"/physfn", _MAX_ADDRESS)
-    return (*row[:9], physfn.decode() if _ADDRESS.fullmatch(physfn) else None, *row[10:])
-
-
-def _is_bridge(row: Row) -> bool:
-    return row[3] >> 16 == 0x06
+    return (*known, node, physfn.decode() or None, virtual, _text(reset)), driver
 
 
 def _parse_uevent(text: bytes) -> tuple[dict[bytes, tuple[int, int]], bytes]:

@@ -208,6 +208,16 @@ def test_finds_the_physical_function_also_of_virtual_ones_that_come_later(make: 
     assert [row[9] for row in scanner.scan()] == [None, "0000:01:00.0"]
 
 
+def test_more_makers_of_virtual_functions_than_are_remembered(tree: Tree) -> None:
+    _pciscan_c = pytest.importorskip("hypeman._native._pciscan_c")
+    tree.add_all(FakeFunction(address=f"0000:{n:02x}:00.0", vendor=n + 1, total_vfs=4) for n in range(40))
+    tree.add(FakeFunction(address="0000:40:00.0", vendor=39, physfn="0000:26:00.0"))
+    tree.add(FakeFunction(address="0000:40:01.0", vendor=999, physfn="0000:26:00.0"))
+    rows = _pciscan_c.Scanner(str(tree.root)).scan()
+    assert rows == pciscan_py.Scanner(str(tree.root)).scan()
+    assert [row[9] for row in rows[-2:]] == ["0000:26:00.0"] * 2
+
+
 def test_random_histories_look_the_same_to_both(tree: Tree) -> None:
     """After any change, what look() tells turns the old picture into what a new scan sees."""
     _pciscan_c = pytest.importorskip("hypeman._native._pciscan_c")
