@@ -138,7 +138,7 @@ def test_the_package_installs_starts_and_gives_a_token(appliance: Appliance) -> 
     appliance.token = token[1]
     appliance.host.check("systemctl is-active hypeman hypeman-vms")
     appliance.wait_for_server()
-    assert appliance.host.check("stat -c %a /etc/hypeman/config.yaml /var/lib/hypeman").split() == ["600", "700"]
+    assert appliance.host.check("stat -c %a /etc/hypeman/config.yaml /var/lib/hypeman").split() == ["600", "711"]
 
 
 def test_tcp_wants_the_token(appliance: Appliance) -> None:
