@@ -237,10 +237,17 @@ class Vmm(Protocol):
     async def resize_disk(self, disk_id: str, size: int) -> None: ...
 
     async def resize_memory(self, size: int) -> None:
-        """Total guest memory in bytes, between ``memory_bytes`` and that plus ``hotplug_bytes``."""
+        """Total guest memory in bytes, between ``memory_bytes`` and that plus ``hotplug_bytes``.
+
+        Raises VmmBroken if the guest got only part of the way in time, which is common when it shall give
+        memory back: it holds on to blocks that it uses, and goes on trying.
+        """
         ...
 
-    async def set_link(self, nic_id: str, *, up: bool) -> None: ...
+    async def set_link(self, nic_id: str, *, up: bool) -> None:
+        """Plug or pull the guest's cable. Nothing happens where a VMM has none (all but QEMU): there the
+        rules on the TAP keep a guest with a foreign address silent."""
+        ...
 
     async def rotate_console(self) -> None:
         """Go on in a new, empty console log; the caller has renamed the old one."""

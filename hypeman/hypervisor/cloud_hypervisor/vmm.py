@@ -136,7 +136,10 @@ class CloudHypervisorVmm(RemoteVmm):
 
     async def _listen(self) -> None:
         """End the VMM when its guest resets: Cloud Hypervisor would boot it again, behind our back."""
-        fd = os.open(os.path.join(self.config.run_dir, native.EVENTS), os.O_RDWR | os.O_NONBLOCK)
+        try:
+            fd = os.open(os.path.join(self.config.run_dir, native.EVENTS), os.O_RDWR | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return  # the run directory is gone, and so is the VMM
         rest = b""
         async with trio.lowlevel.FdStream(fd) as stream:
             while data := await stream.receive_some():

@@ -10,6 +10,7 @@ an object of this class can be thrown away and made again at any time.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,10 +120,8 @@ class QemuVmm:
             await self._save_state(directory / captures.STATE, without_memory=shared)
             if shared:
                 memory, kept = Path(self.config.memory_path), directory / captures.MEMORY
-                if go_on:
+                if go_on or not _linked(memory, kept):
                     await self._files.copy(memory, kept)
-                else:
-                    _link(memory, kept)
             return await trio.to_thread.run_sync(
                 lambda: captures.publish(
                     directory,
@@ -187,7 +186,7 @@ class QemuVmm:
                 await self._qmp.execute("device_add", native.disk_device(disk, self._board))
                 await self.limit_disk(disk)
             except BaseException:
-                with trio.CancelScope(shield=True):
+                with trio.CancelScope(shield=True), contextlib.suppress(VmmBroken, VmmGone):
                     await self._unplug(disk.id)
                 raise
             self._now_has_disks((*self.config.disks, disk))
@@ -350,11 +349,15 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         os.close(fd)
 
 
-def _link(source: Path, target: Path) -> None:
+def _linked(source: Path, target: Path) -> bool:
+    """Give a file a second name; False where that is on another file system."""
     try:
         target.hardlink_to(source)
     except OSError as error:
+        if error.errno == errno.EXDEV:
+            return False
         raise InternalError(f"guest memory can not be kept as {target}: {error.strerror}") from error
+    return True
 
 
 def _migration_ended(event: Happened) -> bool:

@@ -1,0 +1,105 @@
+"""What QEMU is found, and whether KVM proves itself: on programs that behave like the known cases."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hypeman.errors import NotSupported
+from hypeman.host.processes import Processes
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.qemu import driver as module
+from hypeman.hypervisor.qemu.driver import QemuDriver
+from tests.hypervisor.conftest import config_maker
+
+_VERSION = "case $1 in --version) echo 'QEMU emulator version 7.2.22 (Debian)'; exit;; esac\n"
+KVM_WORKS = _VERSION + "echo 'Linux version 6.1.0'; echo 'Kernel panic - not syncing: VFS'"
+KVM_HANGS = _VERSION + "sleep 60"
+KVM_HANGS_HALF_WAY = _VERSION + "echo 'Linux version 6.1.0'; sleep 60"
+KVM_ABORTS = _VERSION + "echo 'failed to set MSR 0x10a' >&2; kill -ABRT $$"
+KVM_SILENT = _VERSION + "exit 0"
+
+
+async def probe(
+    processes: Processes,
+    folder: Path,
+    script: str,
+    *,
+    accelerator: str = "auto",
+    kind: HypervisorKind = HypervisorKind.QEMU,
+) -> QemuDriver:
+    binary = folder / "qemu"
+    binary.write_text("#!/bin/sh\n" + script + "\n")
+    binary.chmod(0o755)
+
+    async def no_tap(name: str) -> int:
+        raise OSError(name)
+
+    made = QemuDriver(
+        processes, no_tap, kernel=sys.executable, binary=str(binary), accelerator=accelerator, kind=kind
+    )
+    await made.probe()
+    return made
+
+
+@pytest.fixture(autouse=True)
+def have_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/kvm is there; and nobody waits for long."""
+    monkeypatch.setattr(module.os, "access", lambda path, mode: True)
+    monkeypatch.setattr(module, "_QUIET_LIMIT", 0.3)
+
+
+async def test_kvm_that_runs_a_kernel_is_taken(processes: Processes, tmp_path: Path) -> None:
+    driver = await probe(processes, tmp_path, KVM_WORKS)
+    assert driver.capabilities.available and driver.capabilities.accelerator == "kvm"
+    assert driver.capabilities.version == "7.2.22" and driver.why_not_kvm() == ""
+    assert driver.capabilities.pci_passthrough and driver.capabilities.hotplug_disk
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (KVM_HANGS, "said nothing for 0.3 s"),
+        (KVM_HANGS_HALF_WAY, "said nothing for 0.3 s"),
+        (KVM_ABORTS, "SIGABRT.*failed to set MSR 0x10a"),
+        (KVM_SILENT, "without a word"),
+    ],
+)
+async def test_kvm_that_does_not_leads_to_tcg_with_the_reason(
+    processes: Processes, tmp_path: Path, script: str, reason: str
+) -> None:
+    driver = await probe(processes, tmp_path, script)
+    assert driver.capabilities.available and driver.capabilities.accelerator == "tcg"
+    assert not driver.capabilities.pci_passthrough
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(driver.why_not_kvm())
+    driver = await probe(processes, tmp_path, script, accelerator="kvm")
+    assert not driver.capabilities.available and "kvm is configured, but" in driver.capabilities.reason
+
+
+async def test_tcg_may_be_asked_for(processes: Processes, tmp_path: Path) -> None:
+    driver = await probe(processes, tmp_path, KVM_WORKS, accelerator="tcg")
+    assert driver.capabilities.accelerator == "tcg" and driver.why_not_kvm() == "tcg is configured"
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("echo 'QEMU emulator version 6.2.0'", "QEMU 6.2.0 is too old, 7.2 is wanted"),
+        ("echo 'something else'", "is no QEMU"),
+        ("echo broken >&2; exit 1", "broken"),
+    ],
+)
+async def test_what_is_no_usable_qemu_says_why(processes: Processes, tmp_path: Path, script: str, reason: str) -> None:
+    driver = await probe(processes, tmp_path, script)
+    assert not driver.capabilities.available and reason in driver.capabilities.reason
+    with pytest.raises(NotSupported, match="can not be used here"):
+        driver.validate(config_maker(tmp_path, Path("/kernel"), None)("refused"))
+
+
+async def test_microvm_says_what_it_has_not(processes: Processes, tmp_path: Path) -> None:
+    can = (await probe(processes, tmp_path, KVM_WORKS, kind=HypervisorKind.QEMU_MICROVM)).capabilities
+    assert can.available and can.standby and can.fork
+    assert not (can.hotplug_disk or can.hotplug_memory or can.pci_passthrough) and can.hotplug_ports == 0
