@@ -58,6 +58,16 @@ cdef extern from "engine.h" nogil:
     const char *engine_reason(unsigned reason)
 
 
+cdef extern from "probe.h" nogil:
+    struct probe_origin:
+        const char *tls_name
+        bint explicit_proxy
+        uint16_t port
+
+    int probe_head(const char *data, size_t n, const uint8_t *rules, size_t rules_n, const probe_origin *origin,
+                   char *out, size_t *out_n, const char **reason)
+
+
 METRICS = (
     "accepted", "unregistered", "too_many", "handshakes", "handshakes_failed", "minted", "requests", "injected",
     "denied", "passed_through", "tunnels", "upstream_opened", "upstream_reused", "upstream_failed", "verify_failed",
@@ -87,6 +97,25 @@ cdef uint64_t _number(const uint8_t *p, unsigned n) noexcept:
     for i in range(n):
         v |= <uint64_t>p[i] << (8 * i)
     return v
+
+
+def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_t port):
+    """One request head as the host would get it (bytes), None if it is incomplete, or why it is refused (str)."""
+    cdef const uint8_t[:] view = rules
+    cdef probe_origin origin
+    cdef const char *reason
+    cdef bytes room = bytes(131072)
+    cdef char *out = room
+    cdef size_t n = 131072
+    origin.tls_name = NULL if tls_name is None else <const char *>tls_name
+    origin.explicit_proxy = explicit_proxy
+    origin.port = port
+    cdef int used = probe_head(data, <size_t>len(data), &view[0], <size_t>view.shape[0], &origin, out, &n, &reason)
+    if used == 0:
+        return None
+    if used < 0:
+        return (<bytes>reason).decode()
+    return out[:n]
 
 
 cdef class Engine:

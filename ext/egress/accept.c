@@ -89,7 +89,7 @@ static void terminate(struct conn *c)
         return;
     }
     uint64_t before = mint_count(l->mint);
-    if (!tls_begin(c, l->server, true) || !mint_use(l->mint, c->ssl, &c->to.host, now_s)) {
+    if (!tls_begin(c, mint_session(l->mint, &c->to.host, now_s), true)) {
         audit_refusal(c, R_CLIENT_TLS);
         conn_kill(c);
         return;

@@ -1,6 +1,6 @@
 /* One record a request, allowed or denied, and the counters.
  *
- * Each loop writes to a ring of its own and one thread of the program reads it: no lock. The reader is woken at most ten
+ * Each loop writes to a ring of its own and one thread of the program reads it: no lock. The reader is woken at most four
  * times a second or when the ring is half full, since a wake-up costs more than a request. A full ring loses records and
  * counts them; it never holds up traffic. Paths, queries and values are not recorded.
  *
@@ -16,7 +16,7 @@
 
 #include "loop.h"
 
-enum { RING = 1 << 20, EVERY_MS = 100, RECORD_MAX = 700 };
+enum { RING = 1 << 20, EVERY_MS = 250, RECORD_MAX = 700 };
 
 struct audit {
     _Alignas(64) atomic_size_t head; /* written by the loop */

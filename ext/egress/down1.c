@@ -153,21 +153,6 @@ void down1_fail(struct xchg *x, enum reason why, const char *detail, bool told)
     xchg_try_finish(x);
 }
 
-/* Whether the client may be spoken to about this Upgrade: h2c would open a way around all that is decided here. */
-static bool may_upgrade(const struct head *h)
-{
-    if (!h->connection_upgrade || h->minor != 1 || h->chunked || h->content_length > 0)
-        return false;
-    unsigned n = 0;
-    for (unsigned i = 0; i < h->n; i++)
-        if (h->f[i].id == F_UPGRADE) {
-            n++;
-            if (h1_list_has(h->f[i].value, (struct str){"h2c", 3}) || h1_list_has(h->f[i].value, (struct str){"h2", 2}))
-                return false;
-        }
-    return n == 1;
-}
-
 static void note_request(struct conn *c, const struct head *h)
 {
     struct xchg *x = &c->x;

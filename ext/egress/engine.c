@@ -62,11 +62,10 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
     (void)setsockopt(l->listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* inherited by what it accepts */
     l->epoll = epoll_create1(EPOLL_CLOEXEC);
     l->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    l->server = tls_server_context();
-    l->mint = mint_new(s->ca_certificate, s->ca_key, s->leaf_cache);
+    l->mint = mint_new(s->ca_certificate, s->ca_key, s->leaf_cache, tls_server_context);
     l->audit = audit_new();
     l->scratch = malloc(SCRATCH);
-    return l->epoll >= 0 && l->wake >= 0 && l->server && l->mint && l->audit && l->scratch
+    return l->epoll >= 0 && l->wake >= 0 && l->mint && l->audit && l->scratch
         && watch(l->epoll, l->wake, &l->wake, EPOLLIN) && watch(l->epoll, l->listener, &l->listener, EPOLLIN);
 }
 
@@ -152,7 +151,6 @@ static void free_loop(struct loop *l)
             memcpy(&l->spares[i], p, sizeof p);
             free(p);
         }
-    SSL_CTX_free(l->server);
     mint_free(l->mint);
     audit_free(l->audit);
     free(l->scratch);

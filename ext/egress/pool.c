@@ -280,7 +280,7 @@ void up_connected(struct conn *c)
         return;
     }
     conn_timer(c, T_HANDSHAKE);
-    if (!tls_begin(c, c->loop->engine->client, false)) {
+    if (!tls_begin(c, SSL_new(c->loop->engine->client), false)) {
         up_failed(c, R_UPSTREAM_TLS, NULL);
         return;
     }

@@ -158,11 +158,11 @@ SSL_CTX *tls_client_context(const char *file, const char *extra, char *error, si
     return ctx;
 }
 
-bool tls_begin(struct conn *c, SSL_CTX *ctx, bool server)
+bool tls_begin(struct conn *c, SSL *ssl, bool server)
 {
     (void)pthread_once(&method_once, make_method);
     BIO *b = method ? BIO_new(method) : NULL;
-    c->ssl = SSL_new(ctx);
+    c->ssl = ssl;
     if (!b || !c->ssl) {
         BIO_free(b);
         return false;

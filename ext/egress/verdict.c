@@ -154,6 +154,21 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
     return R_NONE;
 }
 
+/* Whether the client may be spoken to about this Upgrade: h2c would open a way around all that is decided here. */
+bool may_upgrade(const struct head *h)
+{
+    if (!h->connection_upgrade || h->minor != 1 || h->chunked || h->content_length > 0)
+        return false;
+    unsigned n = 0;
+    for (unsigned i = 0; i < h->n; i++)
+        if (h->f[i].id == F_UPGRADE) {
+            n++;
+            if (h1_list_has(h->f[i].value, (struct str){"h2c", 3}) || h1_list_has(h->f[i].value, (struct str){"h2", 2}))
+                return false;
+        }
+    return n == 1;
+}
+
 bool is_idempotent(const struct head *h)
 {
     return h1_is(h->method, "get") || h1_is(h->method, "head") || h1_is(h->method, "options")

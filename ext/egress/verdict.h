@@ -80,6 +80,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
 bool request_field_passes(const struct head *h, const struct field *f, const struct matched *m);
 bool response_field_passes(const struct head *h, const struct field *f);
 bool trailer_passes(const struct field *f, const struct matched *m);
+bool may_upgrade(const struct head *h);
 bool is_idempotent(const struct head *h); /* may be sent a second time */
 /* Nominated by Connection, in this head. */
 bool is_nominated(const struct head *h, struct str name);

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["METRICS", "REASONS", "TIMERS", "Engine"]
+__all__ = ["METRICS", "REASONS", "TIMERS", "Engine", "rewrite_head"]
 
 if TYPE_CHECKING:
 
@@ -31,8 +31,12 @@ if TYPE_CHECKING:
         def denied(self) -> dict[str, int]: ...
         def latency(self) -> list[int]: ...
 
+    def rewrite_head(
+        data: bytes, rules: bytearray, tls_name: bytes | None, explicit_proxy: bool, port: int
+    ) -> bytes | str | None: ...
+
     METRICS: tuple[str, ...]
     REASONS: tuple[str, ...]
     TIMERS: tuple[str, ...]
 else:
-    from hypeman._native._egress_c import METRICS, REASONS, TIMERS, Engine
+    from hypeman._native._egress_c import METRICS, REASONS, TIMERS, Engine, rewrite_head

@@ -239,9 +239,7 @@ class Egress:
             for each in sockets:
                 each.close()
 
-    async def run(
-        self, *, grace: float = 5, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
+    async def run(self, *, grace: float = 5, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves until cancelled; then open exchanges get ``grace`` seconds to end."""
         forbid_dumps()
         engine = self._engine = self._make_engine()

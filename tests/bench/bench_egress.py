@@ -46,7 +46,9 @@ http {{
   client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f; uwsgi_temp_path {dir}/u;
   scgi_temp_path {dir}/s; ssl_session_tickets on;
 """
-ORIGIN = COMMON + """
+ORIGIN = (
+    COMMON
+    + """
   server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {dir}/origin.pem; ssl_certificate_key {dir}/origin.pem;
     root {dir}/www; location /up {{ # read the whole body, then answer
       client_body_buffer_size 2m; proxy_pass_request_body off; proxy_set_header Content-Length "";
@@ -55,7 +57,10 @@ ORIGIN = COMMON + """
   server {{ listen unix:{dir}/ok.sock; return 200 "ok"; }}
 }}
 """
-PROXY = COMMON + """
+)
+PROXY = (
+    COMMON
+    + """
   upstream o {{ server 127.0.0.1:{origin}; keepalive 512; keepalive_requests 100000000; }}
   server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {dir}/leaf.pem; ssl_certificate_key {dir}/leaf.pem;
     location / {{
@@ -66,6 +71,7 @@ PROXY = COMMON + """
     }} }}
 }}
 """
+)
 HAPROXY = """
 global
   nbthread 1
@@ -81,7 +87,8 @@ frontend f
   http-request set-header Authorization "Bearer real"
   default_backend b
 backend b
-  server o 127.0.0.1:{origin} ssl verify required ca-file {dir}/origin-ca.pem sni str({host}) verifyhost {host} pool-max-conn 512
+  default-server ssl verify required ca-file {dir}/origin-ca.pem sni str({host}) verifyhost {host} pool-max-conn 512
+  server o 127.0.0.1:{origin}
 """
 
 
@@ -197,7 +204,18 @@ class Bench:
         pid, port = self.pids[proxy]
         (path, connections), more = TESTS[test]
         ca = self.dir / ("egress-ca.pem" if proxy == "hypeman" else "front-ca.pem")
-        argv = ["taskset", "-c", "0", str(self.dir / "load"), str(port), HOST, path, connections, str(self.round_ms), *more]
+        argv = [
+            "taskset",
+            "-c",
+            "0",
+            str(self.dir / "load"),
+            str(port),
+            HOST,
+            path,
+            connections,
+            str(self.round_ms),
+            *more,
+        ]
 
         def measure() -> float:
             before = cpu_ns(pid)

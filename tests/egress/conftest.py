@@ -6,9 +6,13 @@ Nothing here uses an HTTP library: what matters is which bytes go where. Guests 
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import ssl
+import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,12 @@ import msgspec
 import pytest
 import trio
 import trustme
+
+if _other := os.environ.get("HYPEMAN_EGRESS_SO"):  # another build of the data plane, see test_sanitized.py
+    _spec = importlib.util.spec_from_file_location("hypeman._native._egress_c", _other)
+    assert _spec is not None and _spec.loader is not None
+    sys.modules["hypeman._native._egress_c"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["hypeman._native._egress_c"])
 
 from hypeman.egress.service import Egress, Limits, Settings, Timeouts
 from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
@@ -189,9 +199,9 @@ class World(msgspec.Struct):
         await wire.send(data)
         return await read_response(wire, head_only=head_only)
 
-    async def get(self, path: str = "/", *, name: str = HOST, fields: str = "", source: str = GUEST) -> tuple[
-        int, dict[str, str], bytes
-    ]:
+    async def get(
+        self, path: str = "/", *, name: str = HOST, fields: str = "", source: str = GUEST
+    ) -> tuple[int, dict[str, str], bytes]:
         wire = await self.tls(name, source=source)
         try:
             return await self.ask(wire, f"GET {path} HTTP/1.1\r\nHost: {name}\r\n{fields}\r\n".encode())
@@ -238,15 +248,13 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
         async with trio.open_nursery() as nursery:
             origin, plain = Origin(), Origin()
             listeners = await nursery.start(
-                lambda task_status: trio.serve_ssl_over_tcp(
-                    origin.serve, 0, origin_context, host="127.0.0.1", handler_nursery=nursery, task_status=task_status,
+                partial(
+                    trio.serve_ssl_over_tcp, origin.serve, 0, origin_context, host="127.0.0.1", handler_nursery=nursery
                 )
-            )  # fmt: skip
+            )
             origin.port = listeners[0].transport_listener.socket.getsockname()[1]
             listeners = await nursery.start(
-                lambda task_status: trio.serve_tcp(
-                    plain.serve, 0, host="127.0.0.1", handler_nursery=nursery, task_status=task_status
-                )
+                partial(trio.serve_tcp, plain.serve, 0, host="127.0.0.1", handler_nursery=nursery)
             )
             plain.port = listeners[0].socket.getsockname()[1]
             names: dict[str, list[str]] = {}
@@ -262,7 +270,7 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
                 limits=changes.pop("limits", Limits()), **changes,
             )  # fmt: skip
             egress = Egress(settings, tmp_path / "egress", resolve=resolve)
-            await nursery.start(lambda task_status: egress.run(grace=0, task_status=task_status))
+            await nursery.start(partial(egress.run, grace=0))
             trust = ssl.create_default_context(cadata=egress.ca_pem.decode())
             world = World(egress, origin, plain, names, asked, trust, nursery, [])
             try:

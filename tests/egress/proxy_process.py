@@ -1,4 +1,4 @@
-"""The egress path as a process of its own, for tests and benchmarks that need it in another namespace or alone on a core.
+"""The egress path as a process of its own, for tests and benchmarks that want it in a namespace or alone on a core.
 
 Takes one JSON document on the command line: `settings` of the service, `directory`, `names` (host to addresses),
 `policies` ([instance, source, credentials, secrets]). Prints the port and the CA, one JSON line; ends with its stdin.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -26,7 +27,7 @@ async def main() -> None:
 
     egress = Egress(settings, Path(told["directory"]), resolve=resolve)
     async with trio.open_nursery() as nursery:
-        await nursery.start(lambda task_status: egress.run(grace=0.5, task_status=task_status))
+        await nursery.start(partial(egress.run, grace=0.5))
         for instance, source, credentials, secrets in told["policies"]:
             egress.set_policy(instance, source, msgspec.convert(credentials, dict[str, CredentialPolicy]), secrets)
         egress.on_audit(lambda record: told.get("audit") and print(json.dumps(msgspec.to_builtins(record)), flush=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ssl
+from functools import partial
 
 import pytest
 import trio
@@ -20,7 +21,9 @@ H = f"Host: {HOST}\r\n"
 RESET = (OSError, EOFError, trio.BrokenResourceError)
 
 
-async def connect(world: World, target: str, *, host: str | None = None, source: str = GUEST) -> tuple[Wire, int, dict[str, str]]:
+async def connect(
+    world: World, target: str, *, host: str | None = None, source: str = GUEST
+) -> tuple[Wire, int, dict[str, str]]:
     wire = await world.tcp(source)
     status, fields, _ = await world.ask(
         wire, f"CONNECT {target} HTTP/1.1\r\nHost: {host or target}\r\n\r\n".encode(), head_only=True
@@ -346,9 +349,7 @@ class Issuer:
         builder = self.builder(self.name, self.key.public_key(), signed_by)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         if permitted:
-            builder = builder.add_extension(
-                x509.NameConstraints([x509.DNSName(permitted)], None), critical=True
-            )
+            builder = builder.add_extension(x509.NameConstraints([x509.DNSName(permitted)], None), critical=True)
         self.certificate = builder.sign((signed_by or self).key, hashes.SHA256())
 
     def builder(self, name: x509.Name, key: object, by: Issuer | None, start: datetime.datetime = NOW - DAY,
@@ -358,7 +359,8 @@ class Issuer:
 
     def leaf(self, *names: str | x509.GeneralName, common: str = "x", key: object = None, digest: object = None,
              start: datetime.datetime = NOW - DAY, end: datetime.datetime = NOW + DAY,
-             usage: x509.ObjectIdentifier | None = None, chain: tuple[Issuer, ...] = ()) -> tuple[bytes, bytes]:  # fmt: skip
+             usage: x509.ObjectIdentifier | None = None,
+             chain: tuple[Issuer, ...] = ()) -> tuple[bytes, bytes]:  # fmt: skip
         key = key or ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common)])
         builder = self.builder(subject, key.public_key(), self, start, end)  # type: ignore[attr-defined]
@@ -368,7 +370,9 @@ class Issuer:
         if usage:
             builder = builder.add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
         made = builder.sign(self.key, digest or hashes.SHA256())  # type: ignore[arg-type]
-        pem = b"".join(each.public_bytes(serialization.Encoding.PEM) for each in (made, *(i.certificate for i in chain)))
+        pem = b"".join(
+            each.public_bytes(serialization.Encoding.PEM) for each in (made, *(i.certificate for i in chain))
+        )
         return pem, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,  # type: ignore[attr-defined]
                                       serialization.NoEncryption())  # fmt: skip
 
@@ -423,9 +427,7 @@ async def test_certificates(make_world: object, tmp_path: object, name: str) -> 
         context.load_cert_chain(path)
         other = Origin()
         listeners = await world.nursery.start(
-            lambda task_status: trio.serve_ssl_over_tcp(
-                other.serve, 0, context, host="127.0.0.1", handler_nursery=world.nursery, task_status=task_status
-            )
+            partial(trio.serve_ssl_over_tcp, other.serve, 0, context, host="127.0.0.1", handler_nursery=world.nursery)
         )
         port = listeners[0].transport_listener.socket.getsockname()[1]
         wire, _, _ = await connect(world, f"{HOST}:{port}")

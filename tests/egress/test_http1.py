@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.lowlevel
 
 from tests.egress.conftest import HOST, SECRET, Origin, Request, Wire, World, credential, read_body, read_response
 
@@ -76,7 +77,7 @@ async def test_chunked_down_with_every_cut(world: World) -> None:
 
     async def answer(request: Request, wire: Wire) -> None:
         await wire.send(data[:cut])
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         await wire.send(data[cut:])
 
     world.origin.answers["/c"] = answer
@@ -292,7 +293,7 @@ async def test_closed_without_an_answer(world: World) -> None:
 
 
 async def test_kept_connection_that_died(world: World) -> None:
-    """A request on a kept connection that the host closes at that moment is repeated on a new one, once, if it may be."""
+    """A request on a kept connection that the host closes just then is repeated on a new one, once, if it may be."""
     dropped = 0
 
     async def answer(request: Request, wire: Wire) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import h2.config
@@ -141,9 +142,7 @@ async def grpc(world: World, origin_ca: trustme.CA) -> AsyncGenerator[GrpcLike]:
     context.set_alpn_protocols(["h2"])
     origin = GrpcLike()
     listeners = await world.nursery.start(
-        lambda task_status: trio.serve_ssl_over_tcp(
-            origin.serve, 0, context, host="127.0.0.1", handler_nursery=world.nursery, task_status=task_status
-        )
+        partial(trio.serve_ssl_over_tcp, origin.serve, 0, context, host="127.0.0.1", handler_nursery=world.nursery)
     )
     origin.port = listeners[0].transport_listener.socket.getsockname()[1]
     yield origin
@@ -274,8 +273,8 @@ async def test_interim_and_head(world: World) -> None:
 async def test_grpc(world: World, grpc: GrpcLike) -> None:
     """HTTP/2 end to end: te and trailers pass, the credential is set, several calls share one connection."""
     peer = await through(world, grpc)
-    streams = [await peer.ask(("te", "trailers"), ("content-type", "application/grpc"), method="POST", body=b"call %d" % n)
-               for n in range(10)]  # fmt: skip
+    fields = (("te", "trailers"), ("content-type", "application/grpc"))
+    streams = [await peer.ask(*fields, method="POST", body=b"call %d" % n) for n in range(10)]
     for n, stream in enumerate(streams):
         status, _, body = await peer.answer(stream)
         assert (status, body) == (200, b"call %d" % n)

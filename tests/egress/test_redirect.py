@@ -110,7 +110,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
             "audit": True,
             "policies": [["inst-a", "10.77.0.2", {"API_KEY": {
                 "source": {"env": "K"},
-                "inject": [{"hosts": [HOST, "own.test"], "as": {"header": "Authorization", "format": "Bearer ${value}"}}],
+                "inject": [{"hosts": [HOST, "own.test"],
+                            "as": {"header": "Authorization", "format": "Bearer ${value}"}}],
             }}, {"K": SECRET}]],
         }  # fmt: skip
         argv = ["ip", "netns", "exec", made.host, sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told)]
@@ -218,8 +219,9 @@ func main() {{
   }}
 }}
 """)
-    run(go, "build", "-o", str(lab.dir / "client"), str(source),
-        env={**os.environ, "GOFLAGS": "-mod=mod"}, timeout=300)  # the first build of net/http takes its time
+    run(
+        go, "build", "-o", str(lab.dir / "client"), str(source), env={**os.environ, "GOFLAGS": "-mod=mod"}, timeout=300
+    )  # the first build of net/http takes its time
     said = lab.in_guest(str(lab.dir / "client"), SSL_CERT_FILE=str(lab.dir / "bundle.pem"))
     assert said.count(f"HTTP/2.0 auth=Bearer {SECRET} proto=HTTP/2.0") == 3
 

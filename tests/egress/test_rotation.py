@@ -19,7 +19,7 @@ def resident() -> int:
 
 
 async def test_rotation_under_load(world: World) -> None:
-    """Clients note which value was the newest when they asked: none is ever answered by an older one, none by a mixture."""
+    """Clients note which value was the newest when they asked: no request leaves with an older one or a mixture."""
     current = 0
     done = False
     wrong: list[tuple[int, str]] = []
@@ -135,8 +135,8 @@ async def test_slow_host(world: World) -> None:
 
 
 async def test_streaming_with_flat_memory(world: World) -> None:
-    """256 MB through one connection; what the process holds does not grow with it."""
-    size = 256 << 20
+    """128 MB through one connection; what the process holds does not grow with it."""
+    size = 128 << 20
     piece = bytes(1 << 20)
 
     async def answer(request: Request, wire: Wire) -> None:

@@ -7,6 +7,7 @@ import struct
 
 import pytest
 import trio
+import trio.lowlevel
 from cryptography import x509
 
 from tests.egress.conftest import HOST, SECRET, Wire, World, credential
@@ -14,7 +15,10 @@ from tests.egress.conftest import HOST, SECRET, Wire, World, credential
 H = f"Host: {HOST}\r\n"
 
 
-def client_hello(context: ssl.SSLContext, name: str | None) -> tuple[bytes, ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]:
+Client = tuple[bytes, ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]
+
+
+def client_hello(context: ssl.SSLContext, name: str | None) -> Client:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     session = context.wrap_bio(incoming, outgoing, server_hostname=name)
     with pytest.raises(ssl.SSLWantReadError):
@@ -34,7 +38,6 @@ async def finish(wire: Wire, session: ssl.SSLObject, incoming: ssl.MemoryBIO, ou
             incoming.write(wire.data)
             wire.data = b""
     await wire.send(outgoing.read())
-
 
 
 def split_record(hello: bytes, size: int) -> bytes:
@@ -70,7 +73,7 @@ async def test_split_at_every_byte(world: World) -> None:
         hello, session, incoming, outgoing = client_hello(world.guest_trust, HOST)
         wire = await world.tcp()
         await wire.send(hello[:cut])
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
         await wire.send(hello[cut:])
         await finish(wire, session, incoming, outgoing)
         await trio.aclose_forcefully(wire.stream)

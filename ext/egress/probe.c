@@ -1,0 +1,48 @@
+/* What happens to one request head, without a connection: the same functions that down1.c and up1.c call, in their
+ * order. For tests, which compare it with the readable twin hypeman/_native/egress_head_py.py. */
+#include "probe.h"
+
+#include <string.h>
+
+#include "verdict.h"
+
+int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from, char *out,
+               size_t *out_n, const char **reason)
+{
+    static __thread struct head h;
+    struct destination bound = {.port = from->port, .tls = true}, to;
+    struct str path;
+    struct matched m = {0};
+    enum reason why = R_NONE;
+    *reason = REASONS[R_BAD_REQUEST].code;
+    if (from->tls_name && host_canonical(from->tls_name, strlen(from->tls_name), false, &bound.host) == HOST_INVALID)
+        return -1;
+    int used = h1_parse_request(in, n, &h);
+    if (used == 0)
+        return 0;
+    if (used < 0) {
+        *reason = REASONS[used == H1_TOO_LARGE ? R_HEAD_TOO_LARGE : R_BAD_REQUEST].code;
+        return -1;
+    }
+    struct origin origin = {from->tls_name ? &bound : NULL, from->explicit_proxy, from->port};
+    struct snapshot *s = snapshot_decode(rules, rules_n);
+    if (!s)
+        return -1;
+    why = target_of_h1(&h, &origin, &to, &path);
+    if (why == R_NONE && h.expect_other)
+        why = R_EXPECTATION;
+    if (why == R_NONE)
+        why = apply_policy(s, &h, &to, &m);
+    if (why == R_NONE) {
+        enum body body = h.chunked ? BODY_CHUNKED : h.content_length >= 0 ? BODY_LENGTH : BODY_NONE;
+        struct request_line line = {path, body, h.content_length > 0 ? (uint64_t)h.content_length : 0, may_upgrade(&h)};
+        struct out o = {out, 0, *out_n, false};
+        render_request(&o, &h, &line, &to, &m);
+        *out_n = o.n;
+        if (o.over)
+            why = R_HEAD_TOO_LARGE;
+    }
+    snapshot_release(s);
+    *reason = REASONS[why].code;
+    return why == R_NONE ? used : -1;
+}

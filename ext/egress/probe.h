@@ -1,0 +1,19 @@
+/* See probe.c. */
+#ifndef HYPEMAN_EGRESS_PROBE_H
+#define HYPEMAN_EGRESS_PROBE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct probe_origin {
+    const char *tls_name; /* TLS ended here for this name; NULL: plain HTTP */
+    bool explicit_proxy;
+    uint16_t port;
+};
+
+/* > 0 bytes consumed and the head for the host in out[0..*out_n); 0 incomplete; -1 refused with *reason. */
+int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from, char *out,
+               size_t *out_n, const char **reason);
+
+#endif

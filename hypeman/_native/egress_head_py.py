@@ -1,0 +1,228 @@
+"""What the data plane does to one HTTP/1 request head, readable: the oracle that the tests hold the C to.
+
+Not used at run time (a proxy in Python costs eight times nginx and more). The order is the point: parse strictly, find
+the one destination, apply the rules, drop what belongs to this connection, and only then add the credential, so that
+nothing a guest nominates in Connection can take it away again.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MAX_HEAD = 32 * 1024
+MAX_FIELDS = 128
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+_TARGET = rb"[\x21\x22\x24-\x7e]"
+_VALUE = rb"[\t\x20-\x7e\x80-\xff]"
+_HEAD = re.compile(
+    rb"(?P<method>%b{1,32}) (?P<target>%b+) HTTP/1\.(?P<minor>[01])\r\n(?P<fields>(?:%b+:%b*\r\n)*)\r\n"
+    % (_TOKEN, _TARGET, _TOKEN, _VALUE)
+)
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+
+CONNECTION_FIELDS = frozenset(
+    ("connection", "keep-alive", "proxy-connection", "proxy-authorization", "te", "upgrade", "transfer-encoding",
+     "content-length", "host", "http2-settings")
+)  # fmt: skip
+"""Dropped: they belong to the guest's connection, or are written anew."""
+
+
+class Refused(Exception):  # a verdict, not an error
+    """The reason, as the guest is told it."""
+
+
+class Rule(NamedTuple):
+    """One header for some hosts; ``hosts`` None means every name. Patterns are canonical."""
+
+    placeholder: str
+    header: str
+    value: str
+    hosts: tuple[str, ...] | None
+
+    def covers(self, host: str) -> bool:
+        if is_address(host):
+            return False
+        return self.hosts is None or any(
+            pattern == host or (pattern.startswith("*.") and pattern[2:] == host.partition(".")[2])
+            for pattern in self.hosts
+        )
+
+
+class Origin(NamedTuple):
+    """The connection the head came by: TLS for a name, or plain HTTP, asked as a proxy or redirected."""
+
+    tls_name: str | None
+    explicit_proxy: bool
+    port: int
+
+
+class Head(NamedTuple):
+    method: str
+    target: str
+    minor: int
+    fields: list[tuple[str, str]]
+
+    def all(self, name: str) -> list[str]:
+        return [value for field, value in self.fields if field.lower() == name]
+
+    def options(self) -> set[str]:
+        """What Connection nominates."""
+        return {item.strip(" \t").lower() for value in self.all("connection") for item in value.split(",")}
+
+
+def parse_head(data: bytes) -> Head:
+    """The head at the beginning of ``data``, which holds all of it."""
+    match = _HEAD.match(data)
+    if match is None:
+        raise Refused("bad_request")
+    lines = match["fields"].decode("latin-1").split("\r\n")[:-1]
+    if match.end() > MAX_HEAD or len(lines) > MAX_FIELDS:
+        raise Refused("head_too_large")
+    fields = [(name, value.strip(" \t")) for name, _, value in (line.partition(":") for line in lines)]
+    head = Head(match["method"].decode(), match["target"].decode("latin-1"), int(match["minor"]), fields)
+    _check_framing(head)
+    return head
+
+
+def _check_framing(head: Head) -> None:
+    lengths, codings, hosts = head.all("content-length"), head.all("transfer-encoding"), head.all("host")
+    if len(lengths) > 1 or any(not re.fullmatch("[0-9]{1,18}", length) for length in lengths):
+        raise Refused("bad_request")
+    if codings and (len(codings) > 1 or codings[0].lower() != "chunked" or lengths or head.minor == 0):
+        raise Refused("bad_request")
+    if len(hosts) > 1 or (head.minor == 1 and not hosts):
+        raise Refused("bad_request")
+    if any(option and not re.fullmatch(_TOKEN.decode() + "+", option) for option in head.options()):
+        raise Refused("bad_request")
+
+
+def is_address(host: str) -> bool:
+    return ":" in host or re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]) is not None
+
+
+def canonical_host(text: str) -> str:
+    """One spelling for each host; Refused if it is neither a plain name nor an address."""
+    host = text.lower().removesuffix(".")
+    if len(host) > 253 or len(text) > 254 or not all(_LABEL.fullmatch(label) for label in host.split(".")):
+        raise Refused("bad_host")
+    if is_address(host):
+        try:
+            if str(ipaddress.IPv4Address(host)) != host:
+                raise Refused("bad_host")
+        except ValueError:
+            raise Refused("bad_host") from None
+    return host
+
+
+def parse_authority(text: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"(?:\[([^\]]*)\]|([^:\[]*))(?::([0-9]{1,5}))?", text)
+    if match is None:
+        raise Refused("bad_host")
+    port = int(match[3]) if match[3] else None
+    if port is not None and not 0 < port < 65536:
+        raise Refused("bad_host")
+    if match[1] is None:
+        return canonical_host(match[2]), port
+    try:
+        if "%" in match[1]:
+            raise Refused("bad_host")
+        return str(ipaddress.IPv6Address(match[1])), port
+    except ValueError:
+        raise Refused("bad_host") from None
+
+
+def find_destination(head: Head, origin: Origin) -> tuple[str, int, str]:
+    """Host, port and path that the request asks for."""
+    if head.method.lower() == "connect":
+        raise Refused("method_not_allowed")
+    named, path = None, head.target
+    hosts = head.all("host")
+    if not path.startswith("/"):
+        scheme = "https://" if origin.tls_name else "http://"
+        if not (path == "*" and head.method.lower() == "options"):
+            if not path.lower().startswith(scheme):
+                raise Refused("bad_request")
+            named, path = re.fullmatch(r"([^/?]*)(.*)", path[len(scheme) :]).groups()  # type: ignore[union-attr]
+            path = path or "/"
+            if not named or not path.startswith("/"):
+                raise Refused("bad_request")
+    elif origin.tls_name is None and origin.explicit_proxy:
+        raise Refused("bad_request")
+    if named is not None and hosts and hosts[0].lower() != named.lower():
+        raise Refused("bad_request")
+    if named is None and not hosts:
+        if origin.tls_name is None:
+            raise Refused("bad_request")
+        return canonical_host(origin.tls_name), origin.port, path
+    host, port = parse_authority(named if named is not None else hosts[0])
+    if origin.tls_name is not None:
+        if host != canonical_host(origin.tls_name) or port not in (None, origin.port):
+            raise Refused("host_mismatch")
+        return host, origin.port, path
+    if not origin.explicit_proxy:
+        if port not in (None, origin.port):
+            raise Refused("host_mismatch")
+        return host, origin.port, path
+    return host, port or 80, path
+
+
+def apply_rules(head: Head, host: str, tls: bool, rules: tuple[Rule, ...]) -> list[Rule]:
+    """The rules that add a header to this request."""
+    matched = [rule for rule in rules if tls and rule.covers(host)]
+    here = {rule.placeholder for rule in matched}
+    for rule in rules:
+        if rule.placeholder not in here and any(rule.placeholder in value for _, value in head.fields):
+            raise Refused("placeholder_outside_hosts")
+    if matched and head.method.lower() == "trace":
+        raise Refused("method_not_allowed")
+    return matched
+
+
+def _kept(head: Head, matched: list[Rule]) -> Iterator[tuple[str, str]]:
+    dropped = CONNECTION_FIELDS | head.options() | {rule.header for rule in matched}
+    if matched:
+        dropped |= {"authorization", "cookie"}
+    if head.minor == 0:
+        dropped |= {"expect"}
+    return ((name, value) for name, value in head.fields if name.lower() not in dropped)
+
+
+def _upgrade(head: Head) -> str | None:
+    """The protocol to change to, if the guest may ask for it: h2c would lead around everything decided here."""
+    wanted = head.all("upgrade")
+    framed = head.all("transfer-encoding") or int((head.all("content-length") or ["0"])[0])
+    if "upgrade" not in head.options() or head.minor == 0 or framed or len(wanted) != 1:
+        return None
+    protocols = {item.strip(" \t").lower() for item in wanted[0].split(",")}
+    return None if protocols & {"h2c", "h2"} else wanted[0]
+
+
+def rewrite_head(data: bytes, rules: tuple[Rule, ...], origin: Origin) -> bytes:
+    """The head as the host gets it; Refused with the reason otherwise."""
+    head = parse_head(data)
+    host, port, path = find_destination(head, origin)
+    if any(value.lower() != "100-continue" for value in head.all("expect")):
+        raise Refused("expectation_failed")
+    tls = origin.tls_name is not None
+    matched = apply_rules(head, host, tls, rules)
+    authority = f"[{host}]" if ":" in host else host
+    if port != (443 if tls else 80):
+        authority += f":{port}"
+    lines = [f"{head.method} {path} HTTP/1.1", f"Host: {authority}"]
+    lines += [f"{name}: {value}" for name, value in _kept(head, matched)]
+    upgrade = _upgrade(head)
+    names = [name for name, _ in head.fields if name.lower() == "upgrade"]
+    if upgrade is not None:
+        lines += [f"{names[0]}: {upgrade}", "Connection: upgrade"]
+    elif any("trailers" in (item.strip(" \t").lower() for item in value.split(",")) for value in head.all("te")):
+        lines += ["TE: trailers", "Connection: TE"]
+    if head.all("transfer-encoding"):
+        lines.append("Transfer-Encoding: chunked")
+    elif lengths := head.all("content-length"):
+        lines.append(f"Content-Length: {int(lengths[0])}")
+    lines += [f"{rule.header}: {rule.value}" for rule in matched]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")

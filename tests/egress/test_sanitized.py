@@ -1,0 +1,57 @@
+"""The same tests against the data plane built with the sanitizers for addresses and undefined behaviour; some fuzzing.
+
+Whatever the suite makes it do, it reads and writes only what it owns.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "ext" / "egress"
+SUITE = ("test_hostile.py", "test_http1.py", "test_http2.py", "test_connect.py", "test_tls.py")
+
+
+def run(*argv: object, timeout: float = 600, **env: str) -> str:
+    done = subprocess.run([str(each) for each in argv], cwd=ROOT, env={**os.environ, **env}, timeout=timeout,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout.strip()
+
+
+def test_suite_under_sanitizers(tmp_path: Path) -> None:
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
+    built = tmp_path / "egress.so"
+    source = tmp_path / "egress.c"
+    run(sys.executable, "-m", "cython", "-3", "--module-name", "hypeman._native._egress_c", ROOT / "ext" / "egress.pyx",
+        "-o", source)  # fmt: skip
+    run("gcc", "-shared", "-fPIC", "-O1", "-g", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
+        "-I", sysconfig.get_path("include"), "-I", SOURCES, source, *sorted(SOURCES.glob("*.c")),
+        "-lssl", "-lcrypto", "-lnghttp2", "-lpthread", "-o", built)  # fmt: skip
+    libraries = [run("gcc", f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
+    run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:faulthandler",
+        *(Path(__file__).with_name(name) for name in SUITE), HYPEMAN_EGRESS_SO=str(built),
+        LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")  # fmt: skip
+
+
+def test_fuzz_a_little(tmp_path: Path) -> None:
+    """Twenty seconds on the parsers, from the kept corpus."""
+    if not shutil.which("clang"):
+        pytest.skip("clang is not installed")
+    built = tmp_path / "fuzz"
+    run("clang", "-g", "-O1", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined", "-D_GNU_SOURCE",
+        "-I", SOURCES, ROOT / "tests" / "fuzz" / "egress_fuzz.c",
+        *(SOURCES / f"{name}.c" for name in ("h1", "hello", "host", "addr")), "-o", built)  # fmt: skip
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    run(built, "-max_len=40000", "-max_total_time=20", corpus, ROOT / "tests" / "fuzz" / "egress")
