@@ -20,6 +20,9 @@ from hypeman import API_VERSION, __version__
 REGISTRY = CollectorRegistry()
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
+_METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WS"])
+"""Anybody can make up methods, and each would be a time series for ever."""
+
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -63,7 +66,7 @@ ProcessCollector(registry=REGISTRY)
 
 def count_request(method: str, route: str, status: int, seconds: float) -> None:
     """One request to ``route`` (a template) was answered."""
-    labels = (method, route, str(status))
+    labels = (method if method in _METHODS else "other", route, str(status))
     _http_requests.labels(*labels).inc()
     _http_seconds.labels(*labels).observe(seconds)
 

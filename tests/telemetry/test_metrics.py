@@ -39,3 +39,10 @@ def test_gauges_are_asked_for_at_each_look() -> None:
 def test_requests_are_counted_by_route() -> None:
     metrics.count_request("GET", "/instances/{id}", 200, 0.002)
     assert b'hypeman_http_requests_total{method="GET",path="/instances/{id}",status="200"}' in metrics.render_metrics()
+
+
+def test_made_up_methods_are_one() -> None:
+    for number in range(3):
+        metrics.count_request(f"MADEUP{number}", "unknown", 404, 0.001)
+    assert b'method="other",path="unknown",status="404"} 3.0' in metrics.render_metrics()
+    assert b"MADEUP" not in metrics.render_metrics()
