@@ -7,13 +7,15 @@ is put in at the moment of asking:
 
     b'{"id":"k3…","phase_durations_ms":{"running":' + b'91345' + b'},"current_phase":"running"…}'
 
-Joining 1,000 of them takes 0.3 ms; rendering and encoding them anew 30 ms.
+Joining 1,000 of them takes 0.2 ms of CPU (formatting each by ``%`` 1.1 ms, for it copies everything
+twice); rendering and encoding them anew 30 ms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
 
 import msgspec
 import trio
@@ -30,21 +32,20 @@ _encode = msgspec.json.Encoder().encode
 
 
 class _Entry:
-    __slots__ = ("after", "before", "changed", "ended_ms", "record", "since")
+    __slots__ = ("after", "before", "changed", "record", "zero_ms")
 
     def __init__(self, record: InstanceRecord, view: Instance) -> None:
         self.record = record
         self.changed = trio.Event()
         phases = record.phases
-        self.ended_ms = phases.ended_ms.get(phases.current, 0)
-        self.since = phases.since.timestamp() * 1000
+        self.zero_ms = phases.since.timestamp() * 1000 - phases.ended_ms.get(phases.current, 0)
+        """When the current phase would have begun had it never been left."""
         durations = {**phases.ended_ms, phases.current: _MARK}
         whole = _encode(msgspec.structs.replace(view, phase_durations_ms=durations))
         self.before, self.after = whole.split(str(_MARK).encode())
 
     def encoded(self, now_ms: float) -> bytes:
-        stay = self.ended_ms + max(0, round(now_ms - self.since))
-        return b"%b%d%b" % (self.before, stay, self.after)
+        return b"%b%d%b" % (self.before, max(0, now_ms - self.zero_ms), self.after)
 
 
 class Board:
@@ -87,12 +88,22 @@ class Board:
 
     def encoded_list(self, state: InstanceState | None, tags: Mapping[str, str]) -> bytes:
         """A JSON array of the instances in ``state`` (None: all) that have all ``tags``."""
+        entries: Iterable[_Entry] = self._entries.values()
+        if state is not None:
+            entries = [entry for entry in entries if entry.record.state is state]
+        if tags:
+            entries = [entry for entry in entries if tags_match(entry.record.spec.tags, tags)]
+        found = list(entries)
+        if not found:
+            return b"[]"
         now = _now_ms()
-        return b"[%b]" % b",".join(
-            entry.encoded(now)
-            for entry in self._entries.values()
-            if (state is None or entry.record.state is state) and tags_match(entry.record.spec.tags, tags)
-        )
+        parts = [b","] * (4 * len(found))
+        parts[0] = b"["
+        parts[1::4] = [entry.before for entry in found]
+        parts[2::4] = _encode([max(0, int(now - entry.zero_ms)) for entry in found])[1:-1].split(b",")
+        parts[3::4] = [entry.after for entry in found]
+        parts.append(b"]")
+        return b"".join(parts)
 
     async def wait_change(self, record: InstanceRecord) -> InstanceRecord | None:
         """Wait until the instance's record is another than ``record``; None when it is gone."""
@@ -106,7 +117,4 @@ class Board:
 
 
 def _now_ms() -> float:
-    return (datetime.now(UTC) - _EPOCH) / timedelta(milliseconds=1)
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+    return time.time() * 1000

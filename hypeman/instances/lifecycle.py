@@ -67,7 +67,10 @@ MOST_WAITING = 64
 
 NONCE_BYTES = 16
 
-_NO_VMM = frozenset({InstanceState.STOPPED, InstanceState.STANDBY})
+NOT_STARTED = 127
+"""Exit code of a workload that never ran, as of a shell."""
+
+NO_VMM = frozenset({InstanceState.STOPPED, InstanceState.STANDBY})
 
 Also = Callable[[Txn], object]
 """What else belongs into the transaction of a record."""
@@ -130,7 +133,7 @@ class Lifecycle:
         self.host = host
         self.record = record
         self._new = new
-        """Just written, with its intent: nothing to settle, its first command does the work."""
+        """Nothing to settle: just written and its first command does the work, or it slept all along."""
         self._now = now
         self._queue: trio.MemorySendChannel[_Job[Any] | _News]
         self._inbox: trio.MemoryReceiveChannel[_Job[Any] | _News]
@@ -263,7 +266,7 @@ class Lifecycle:
         self._journal("delete")
         freed = (self.record.capture, self.record.mapped)
         steps = plan_delete(self.record)
-        if self.record.state not in _NO_VMM:
+        if self.record.state not in NO_VMM:
             steps = (plan_stop(self.record, grace=DELETE_GRACE)[0], *steps)
         await self._begin(Operation.DELETE, steps, self._changed(self.record, deleting=True))
         await carry_forward(steps, self.world)
@@ -474,7 +477,7 @@ class Lifecycle:
                 await self.world.set_egress(record.id)
             self._watch(self.world.live[record.id])
         if intent is None:
-            if record.state not in _NO_VMM and not alive:
+            if record.state not in NO_VMM and not alive:
                 await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
             return
         log.warning("instance %s: %s was not finished", record.id, intent.operation.value)
@@ -498,7 +501,7 @@ class Lifecycle:
             case Operation.CAPTURE:
                 await take_back(_reversible(intent.steps), self.world)
                 await self._end(record)
-                if not alive and record.state not in _NO_VMM:
+                if not alive and record.state not in NO_VMM:
                     await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
             case Operation.ATTACH:
                 step = intent.steps[0]
@@ -688,7 +691,7 @@ class Lifecycle:
     def _holding(self, record: InstanceRecord, *, running: bool | None = None) -> Also:
         """Make what the instance holds of the host what its state wants."""
         holding = holding_of(record)
-        if not (record.state not in _NO_VMM if running is None else running):
+        if not (record.state not in NO_VMM if running is None else running):
             holding = holding.without_vmm()
         limits = self.host.limits()
         return lambda txn: hold(txn, record.id, holding, limits)
@@ -763,12 +766,16 @@ def _outcome(
     live: Live | None, ended: VmmExit | None, written: Exited | Fatal | None = None
 ) -> tuple[int | None, str | None]:
     """Exit code and why, from the best witness: the agent, what it wrote to the boot disk, the VMM."""
-    said = (live.exited if live is not None else None) or (live.fatal if live is not None else None) or written
-    match said:
-        case Exited():
-            return said.exit_code, describe_exit(said.exit_code, said.signal, out_of_memory=said.oom)
-        case Fatal():
-            return 127, said.message
+    fatal = live.fatal if live is not None else None
+    exited = live.exited if live is not None else None
+    if isinstance(written, Fatal):
+        fatal = fatal or written
+    elif written is not None:
+        exited = exited or written
+    if fatal is not None:
+        return exited.exit_code if exited is not None else NOT_STARTED, fatal.message
+    if exited is not None:
+        return exited.exit_code, describe_exit(exited.exit_code, exited.signal, out_of_memory=exited.oom)
     if ended is None:
         return None, "stopped"
     match ended.reason:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -28,7 +28,7 @@ from hypeman.instances import captures, records
 from hypeman.instances.admission import Command, check_legal
 from hypeman.instances.board import Board
 from hypeman.instances.captures import CaptureRow
-from hypeman.instances.lifecycle import NONCE_BYTES, Host, Lifecycle, holding_of, utc_now
+from hypeman.instances.lifecycle import NO_VMM, NONCE_BYTES, Host, Lifecycle, holding_of, utc_now
 from hypeman.instances.phases import Phases
 from hypeman.instances.plan import plan_adopt_disks, plan_create
 from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
@@ -149,10 +149,11 @@ class Instances:
         """Own all instances. Started when every one is settled (adopted, finished or taken back)."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            known = self.store.read(lambda txn: [record for _, record in txn.scan(INSTANCES)])
+            known, unsettled = self.store.read(_all_and_unsettled)
+            for record in known:
+                self.board.post(record)
             async with trio.open_nursery() as settling:
-                for record in known:
-                    self.board.post(record)
+                for record in unsettled:
                     settling.start_soon(self._own, record, False)
             await self.world.collect_captures()
             nursery.start_soon(self._reap_expired)
@@ -529,7 +530,8 @@ class Instances:
         task = Lifecycle(self.world, self._host, record, new=new, now=self._now)
         self._tasks[record.id] = task
         await self._nursery.start(task.run)
-        self._expiry_changed.set()
+        if record.expires_at is not None:
+            self._expiry_changed.set()
         return task
 
     def _forget(self, record: InstanceRecord) -> None:
@@ -537,10 +539,13 @@ class Instances:
         self.board.remove(record)
 
     def task(self, ref: str) -> Lifecycle:
+        """The task of an instance. One that sleeps gets its task when it is first wanted."""
         record = self.board.find(ref)
         task = self._tasks.get(record.id)
         if task is None:
-            raise NotFound(f"instance {ref!r} is just being removed")
+            assert self._nursery is not None, "the service runs"
+            task = self._tasks[record.id] = Lifecycle(self.world, self._host, record, new=True, now=self._now)
+            self._nursery.start_soon(task.run)
         return task
 
     def view(self, record: InstanceRecord) -> Instance:
@@ -558,10 +563,8 @@ class Instances:
             now = self._now()
             due = [record for record in self.board.records() if record.expires_at is not None]
             for record in [record for record in due if record.expires_at is not None and record.expires_at <= now]:
-                task = self._tasks.get(record.id)
-                if task is not None and not record.deleting:
-                    assert self._nursery is not None
-                    self._nursery.start_soon(self._delete_expired, task)
+                if not record.deleting and self._nursery is not None:
+                    self._nursery.start_soon(self._delete_expired, self.task(record.id))
             later = [r.expires_at for r in due if r.expires_at is not None and r.expires_at > now]
             seconds = (min(later) - now).total_seconds() if later else float("inf")
             with trio.move_on_after(min(seconds, 3600.0)):
@@ -584,6 +587,13 @@ class Instances:
         except HypemanError:
             await trio.sleep(60)  # the task logged why; the reaper looks again
             self._expiry_changed.set()
+
+
+def _all_and_unsettled(txn: Txn) -> tuple[Sequence[InstanceRecord], Sequence[InstanceRecord]]:
+    """All instances, and those of them that a start of ours has to look after: with a VM, or unfinished."""
+    known = [record for _, record in txn.scan(INSTANCES)]
+    unfinished = set(txn.keys(INTENTS))
+    return known, [r for r in known if r.id in unfinished or r.handle is not None or r.state not in NO_VMM]
 
 
 def check_forkable(record: InstanceRecord) -> None:

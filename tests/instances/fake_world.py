@@ -230,15 +230,13 @@ class FakeTemplates:
 class FakeGuest:
     """An agent that is ready at once, obeys, and tells how its program ended."""
 
-    def __init__(self, lab: Lab, process: Any) -> None:
-        self._lab = lab
+    def __init__(self, process: Any) -> None:
         self._process = process
         self._send, self.events = trio.open_memory_channel[GuestEvent](16)
         self.identity: dict[str, Any] = {}
         self.mounted: set[str] = set()
         self.busy: set[str] = set()
         self.frozen = False
-        self._end = trio.Event()
 
     async def run(self) -> None:
         try:
@@ -373,7 +371,7 @@ class Lab:
         _count_effects(vmm, ("pause", "resume", "capture", "add_disk", "remove_disk", "set_link"), self.bomb, "vmm")
 
     def _connect(self, stream: Any, nonce: bytes) -> FakeGuest:
-        guest = FakeGuest(self, self._opening.process)
+        guest = FakeGuest(self._opening.process)
         self.guests[self._opening.config.instance_id] = guest
         return guest
 

@@ -131,6 +131,7 @@ class Appliance:
             "PORT": "0",
             "METRICS__ENABLED": "false",
             "HYPERVISOR__ACCELERATOR": "tcg",
+            "OVERSUBSCRIPTION__CPU": "32",  # tests start more guests than the machine has processors
             "LOG__FORMAT": "text",
             "LOG__LEVEL": "debug",
             **self._environ,

@@ -1,0 +1,47 @@
+"""The real server on the real host, but for its VMMs, which take no time: what is left is our own share.
+
+``python -m tests.bench.fake_vmm_server`` reads its configuration from the environment, as ``hypeman serve``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from hypeman import app
+from hypeman.config import load_config
+from hypeman.hypervisor.catalog import Catalog
+from hypeman.instances.world import World
+from hypeman.store import Store
+from tests.fakes.fake_vmm import FakeDriver, FakeVmm
+from tests.instances.fake_world import FakeGuest
+
+
+class Guests:
+    """Connects each channel with a guest that is ready at once."""
+
+    def __init__(self) -> None:
+        self._opening: list[FakeVmm] = []
+
+    def opened(self, vmm: FakeVmm, stream: Any) -> None:
+        self._opening.append(vmm)
+
+    def connect(self, stream: Any, nonce: bytes) -> FakeGuest:
+        return FakeGuest(self._opening.pop().process)
+
+
+def main() -> None:
+    guests = Guests()
+    driver = FakeDriver()
+    driver.guest = guests.opened
+
+    def catalog(config: object, store: Store, *_: object) -> Catalog:
+        return Catalog((driver,), store=store, default="qemu", depends_on={})  # type: ignore[arg-type]
+
+    app._catalog = catalog  # type: ignore[assignment]
+    app.World = partial(World, connect=guests.connect)  # type: ignore[misc,assignment,arg-type]
+    app.main(load_config())
+
+
+if __name__ == "__main__":
+    main()
