@@ -4,7 +4,7 @@
 # make bench       figures, as a table and in build/bench.json   (make bench AREAS="egress http" for some)
 # make appliance   the bundle without Python: dist/*.tar.gz, dist/*.deb, checksums, list of contents
 # make test-appliance  builds the appliance twice, compares, looks into it
-# make test-metal  the .deb in a virtual bare-metal host with KVM, VFIO and systemd
+# make test-metal  devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 # make kernel      our own guest kernel (some 12 CPU minutes, once); without it Debian's is taken
 # make lock        pin the Python packages anew
 # make clean       remove what was built here (the kernel cache in ~/.cache/hypeman-build stays)
@@ -52,7 +52,7 @@ test-appliance: $(STAMPS)/native
 	@$(PYTHON) -m pytest -v tests/packaging/appliance.py
 
 test-metal: appliance
-	@$(PYTHON) -m pytest -v tests/packaging/metal.py
+	@$(PYTHON) -m pytest -v -m "metal or not metal" tests/metal tests/packaging/metal.py
 
 kernel: $(STAMPS)/debian
 	@echo "== guest kernel of our own"
