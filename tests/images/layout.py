@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,8 @@ def archive_directory(path: Path) -> bytes:
     """An OCI layout as OCI archive."""
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return tar(*(entry(str(file.relative_to(path)), data=file.read_bytes()) for file in files))
+
+
+async def in_pieces(data: bytes, size: int = 1000) -> AsyncIterator[bytes]:
+    for at in range(0, len(data), size):
+        yield data[at : at + size]

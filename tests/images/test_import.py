@@ -16,14 +16,9 @@ from hypeman.errors import InvalidRequest
 from hypeman.images.types import ImageStatus
 from hypeman.paths import Paths
 from tests.images.conftest import Start, need
-from tests.images.layout import ImageFiles, archive_directory, directory, entry, symlink, tar
+from tests.images.layout import ImageFiles, archive_directory, directory, entry, in_pieces, symlink, tar
 
 FILES = ImageFiles([tar(directory("a")), tar(entry("a/b", data=b"b" * 20_000))], config={"Cmd": ["/a/b"]})
-
-
-async def in_pieces(data: bytes, size: int = 1000) -> AsyncIterator[bytes]:
-    for at in range(0, len(data), size):
-        yield data[at : at + size]
 
 
 def blobs_of(paths: Paths) -> set[str]:

@@ -17,17 +17,17 @@ from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.images.conftest import QUICK, Start
 from tests.images.faults import FaultyRegistry, Request, Response
-from tests.images.layout import OCI_INDEX, OCI_MANIFEST, ImageFiles, entry, tar
+from tests.images.layout import OCI_INDEX, OCI_MANIFEST, ImageFiles, entry, in_pieces, tar
 
 ONE = ImageFiles([tar(entry("one", data=b"1" * 9000))], config={"Entrypoint": ["/one"], "ExposedPorts": {"80/tcp": {}}})
 TWO = ImageFiles([tar(entry("two", data=b"2" * 9000))])
 
 
-PATIENT = msgspec.structs.replace(QUICK, silence=600)
+PATIENT = msgspec.structs.replace(QUICK, silence=600, grace=600)
 
 
 def hold(request: Request) -> Response | None:
-    """Layers never come."""
+    """Configs and layers never come."""
     stalled = Response(200, {}, b"x" * 100, cut=0, then="stall")
     return stalled if "/blobs/" in request.path else None
 
@@ -332,3 +332,37 @@ async def test_refused(request_: CreateImageRequest, code: str, make_images: Sta
     with pytest.raises(InvalidRequest) as caught:
         await images.create(request_)
     assert caught.value.code == code
+
+
+async def test_layers_at_once(registry: FaultyRegistry, make_images: Start) -> None:
+    """Several, but never more than configured, over all images together; a stalled one delays no other image
+    that is already here."""
+    for name in ("a", "b"):
+        registry.serve(name, ImageFiles([tar(entry(f"{name}{n}", data=b"x" * 999)) for n in range(5)]))
+    layers = {str(layer["digest"]) for name in "ab" for layer in manifest_of(registry, name)["layers"]}
+
+    def hold_layers(request: Request) -> Response | None:
+        digest = request.path.rpartition("/")[2]
+        return Response(200, {}, registry.blobs[digest], cut=0, then="stall") if digest in layers else None
+
+    registry.rules.append(hold_layers)
+    images = await make_images(insecure_registries=(registry.host,), patience=PATIENT, max_concurrent_downloads=3)
+    for name in "ab":
+        await images.create(CreateImageRequest(f"{registry.host}/{name}"))
+
+    def asked() -> int:
+        return sum(request.path.rpartition("/")[2] in layers for request in registry.requests)
+
+    with trio.fail_after(20):
+        while asked() < 3:
+            await trio.sleep(0.01)
+    await images.import_archive(in_pieces(ONE.docker_archive("x")), name="here")
+    with trio.fail_after(20):
+        assert (await images.wait_final("here")).status is ImageStatus.READY
+    assert asked() == 3
+    progress = await images.progress(f"{registry.host}/a")
+    assert progress.status is ImageStatus.PULLING and len(progress.layers) == 5
+
+
+def manifest_of(registry: FaultyRegistry, name: str) -> dict[str, list[dict[str, object]]]:
+    return json.loads(registry.manifests[f"{name}/latest"][0])
