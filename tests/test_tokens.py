@@ -9,7 +9,7 @@ import jwt
 import pytest
 
 from hypeman.errors import Forbidden, InvalidRequest, Unauthorized
-from hypeman.tokens import Caller, Scope, check_scope, mint, verify
+from hypeman.tokens import Caller, Scope, Verifier, check_scope, mint, verify
 
 SECRET = "a secret that is long enough for HS256"
 
@@ -19,7 +19,8 @@ def signed(algorithm: str = "HS256", secret: str = SECRET, **claims: Any) -> str
 
 
 def test_a_minted_token_opens() -> None:
-    assert verify(f"Bearer {mint(SECRET, subject='ann')}", SECRET) == Caller("ann")
+    caller = verify(f"Bearer {mint(SECRET, subject='ann')}", SECRET)
+    assert (caller.subject, caller.permissions) == ("ann", None)
     narrow = verify(f"bearer {mint(SECRET, subject='ann', scopes=['device:read'])}", SECRET)
     assert narrow.permissions == {"device:read"}
 
@@ -62,6 +63,28 @@ def test_refused(header: str | None, word: str) -> None:
         verify(header, SECRET)
     assert word in refused.value.message
     assert header is None or len(header) < 20 or header[7:] not in refused.value.message
+
+
+def test_a_known_token_still_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    verifier = Verifier(SECRET)
+    header = f"Bearer {mint(SECRET, subject='ann', lifetime=60)}"
+    first = verifier.caller(header)
+    assert verifier.caller(header) is first
+    later = time.time() + 61
+    monkeypatch.setattr("hypeman.tokens.time.time", lambda: later)
+    monkeypatch.setattr("hypeman.tokens.verify", lambda *_: pytest.fail("looked at again"))
+    with pytest.raises(pytest.fail.Exception):
+        verifier.caller(header)
+
+
+def test_what_is_refused_is_not_remembered() -> None:
+    verifier = Verifier(SECRET)
+    for number in range(3000):
+        with pytest.raises(Unauthorized):
+            verifier.caller(f"Bearer {number}")
+    for number in range(1500):
+        verifier.caller(signed(number=number))
+    assert len(verifier._known) <= 1000
 
 
 def test_without_a_secret_nobody_gets_in() -> None:

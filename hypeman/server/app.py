@@ -37,7 +37,7 @@ from hypeman.server.serve import Connection
 from hypeman.server.services import Services
 from hypeman.server.streams import WEBSOCKETS
 from hypeman.telemetry import metrics
-from hypeman.tokens import LOCAL, Caller, Scope, check_scope, verify
+from hypeman.tokens import LOCAL, Caller, Scope, Verifier, check_scope
 
 MAX_JSON_BODY = 2 * 2**20
 """Bytes. The largest sensible request, a create with a long environment, has some 100 KB."""
@@ -72,6 +72,7 @@ class ApiApp(QuartTrio):
         super().__init__("hypeman", static_folder=None)
         self.services = services
         self.settings = settings
+        self._verifier = Verifier(settings.jwt_secret)
         self.config["MAX_CONTENT_LENGTH"] = None  # streams have none; JSON bodies are measured where they are read
         self.config["BODY_TIMEOUT"] = None  # the time limit of the whole request covers it
         self.config["RESPONSE_TIMEOUT"] = None
@@ -131,7 +132,7 @@ class ApiApp(QuartTrio):
     def _caller(self, connection: Any) -> Caller:
         if (here := _connection(connection)) is not None and here.trusted:
             return LOCAL
-        return verify(connection.headers.get("Authorization"), self.settings.jwt_secret)
+        return self._verifier.caller(connection.headers.get("Authorization"))
 
 
 def _rule(path: str) -> str:
