@@ -37,8 +37,11 @@ from hypeman.host.processes import Processes
 from hypeman.host.rules import Rules
 from hypeman.host.watchdog import feed_watchdog, watchdog_interval
 from hypeman.hypervisor.catalog import Catalog, features
+from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
+from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.interface import Driver
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from hypeman.images.service import Images
 from hypeman.instances import adapters
@@ -274,16 +277,38 @@ def _living_leases(store: Store) -> Sequence[Lease]:
 
 def _catalog(config: Config, store: Store, processes: Processes, links: Links, kernel: str) -> Catalog:
     settings = config.hypervisor
-    qemu = QemuDriver(
-        processes,
-        links.open_tap,
-        kernel=kernel,
-        binary=settings.qemu_binary,
-        accelerator=settings.accelerator,
+    kvm = KvmProof(processes, kernel=kernel, qemu_binary=settings.qemu_binary)
+
+    def qemu(kind: HypervisorKind) -> QemuDriver:
+        return QemuDriver(
+            processes,
+            links.open_tap,
+            kvm=kvm,
+            kind=kind,
+            binary=settings.qemu_binary,
+            accelerator=settings.accelerator,
+        )
+
+    drivers: tuple[Driver, ...] = (
+        qemu(HypervisorKind.QEMU),
+        qemu(HypervisorKind.QEMU_MICROVM),
+        CloudHypervisorDriver(
+            processes,
+            links.open_tap,
+            kvm=kvm,
+            binary=settings.cloud_hypervisor_binary,
+            folders=(config.data_dir,),
+        ),
+        FirecrackerDriver(processes, kvm=kvm, binary=settings.firecracker_binary),
     )
-    drivers: tuple[Driver, ...] = (qemu,)
-    binary = settings.qemu_binary or "/usr/bin/qemu-system-x86_64"
-    depends_on = {HypervisorKind.QEMU: (kernel, binary, "/dev/kvm", f"accelerator={settings.accelerator}")}
+    on_kvm = (kernel, "/dev/kvm", f"accelerator={settings.accelerator}")
+    binaries = {
+        HypervisorKind.QEMU: settings.qemu_binary or "/usr/bin/qemu-system-x86_64",
+        HypervisorKind.QEMU_MICROVM: settings.qemu_binary or "/usr/bin/qemu-system-x86_64",
+        HypervisorKind.CLOUD_HYPERVISOR: settings.cloud_hypervisor_binary or "/usr/bin/cloud-hypervisor",
+        HypervisorKind.FIRECRACKER: settings.firecracker_binary or "/usr/bin/firecracker",
+    }
+    depends_on = {kind: (*on_kvm, binary) for kind, binary in binaries.items()}
     return Catalog(drivers, store=store, default=settings.default, depends_on=depends_on)
 
 

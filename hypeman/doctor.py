@@ -19,6 +19,7 @@ from hypeman.config import Config
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
 from hypeman.host.processes import Processes
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from hypeman.network import doctor as network
 from hypeman.telemetry.findings import Finding, Verdict
@@ -142,8 +143,9 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
     settings = config.hypervisor
     kernel = settings.kernel or str(assets.find(assets.KERNEL) or "")
     processes = Processes()
+    kvm = KvmProof(processes, kernel=kernel, qemu_binary=settings.qemu_binary)
     driver = QemuDriver(
-        processes, _no_tap, kernel=kernel, binary=settings.qemu_binary, accelerator=settings.accelerator
+        processes, _no_tap, kvm=kvm, binary=settings.qemu_binary, accelerator=settings.accelerator
     )
     try:
         found = await driver.probe()

@@ -20,6 +20,7 @@ import trio
 
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import VmConfig
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from tests.bench.harness import Result
 from tests.conformance.check_driver import Guest, ending
@@ -48,7 +49,8 @@ async def _measure(folder: Path, kernel: Path, make_config: MakeConfig) -> list[
     async def no_tap(name: str) -> int:
         raise OSError(f"no TAP {name} in this benchmark")
 
-    driver = QemuDriver(processes, no_tap, kernel=str(kernel), accelerator="tcg")
+    kvm = KvmProof(processes, kernel=str(kernel))
+    driver = QemuDriver(processes, no_tap, kvm=kvm, accelerator="tcg")
     await driver.probe()
     times: dict[str, list[float]] = {}
 

@@ -10,6 +10,7 @@ import pytest
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import Capabilities, Driver
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from tests.conformance.check_driver import CHECKS, Check, check_driver
 from tests.fakes.fake_vmm import ALL, FakeDriver, FakeMachine
@@ -62,7 +63,7 @@ async def test_qemu(
         raise OSError(f"no TAP {name} in this test")
 
     def make_driver() -> QemuDriver:
-        driver = QemuDriver(processes, no_tap, kernel=str(guest_files[0]), kind=kind)
+        driver = QemuDriver(processes, no_tap, kvm=KvmProof(processes, kernel=str(guest_files[0])), kind=kind)
         if kind in seen.capabilities:
             driver.adopt_capabilities(seen.capabilities[kind])
         return driver

@@ -17,6 +17,7 @@ import trio
 
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import Nic
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from tests.conformance.check_driver import Guest, ending
 from tests.hypervisor.conftest import MakeConfig
@@ -73,7 +74,7 @@ async def test_links_are_down_until_a_restored_guest_has_its_identity(
     """A fork wakes up with the address of its source, so it must not reach the network before it got its own."""
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("qemu-system-x86_64 is not installed")
-    driver = QemuDriver(processes, taps.open, kernel=str(guest_files[0]))
+    driver = QemuDriver(processes, taps.open, kvm=KvmProof(processes, kernel=str(guest_files[0])))
     await driver.probe()
 
     def config(name: str, mac: str) -> object:

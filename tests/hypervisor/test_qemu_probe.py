@@ -9,8 +9,9 @@ import pytest
 
 from hypeman.errors import NotSupported
 from hypeman.host.processes import Processes
+from hypeman.hypervisor import kvm as module
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.qemu import driver as module
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from tests.hypervisor.conftest import config_maker
 
@@ -37,9 +38,8 @@ async def probe(
     async def no_tap(name: str) -> int:
         raise OSError(name)
 
-    made = QemuDriver(
-        processes, no_tap, kernel=sys.executable, binary=str(binary), accelerator=accelerator, kind=kind
-    )
+    kvm = KvmProof(processes, kernel=sys.executable, qemu_binary=str(binary))
+    made = QemuDriver(processes, no_tap, kvm=kvm, binary=str(binary), accelerator=accelerator, kind=kind)
     await made.probe()
     return made
 
@@ -54,7 +54,7 @@ def have_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_kvm_that_runs_a_kernel_is_taken(processes: Processes, tmp_path: Path) -> None:
     driver = await probe(processes, tmp_path, KVM_WORKS)
     assert driver.capabilities.available and driver.capabilities.accelerator == "kvm"
-    assert driver.capabilities.version == "7.2.22" and driver.why_not_kvm() == ""
+    assert driver.capabilities.version == "7.2.22" and driver.capabilities.accelerator_reason == ""
     assert driver.capabilities.pci_passthrough and driver.capabilities.hotplug_disk
 
 
@@ -74,14 +74,14 @@ async def test_kvm_that_does_not_leads_to_tcg_with_the_reason(
     assert driver.capabilities.available and driver.capabilities.accelerator == "tcg"
     assert not driver.capabilities.pci_passthrough
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(driver.why_not_kvm())
+        raise AssertionError(driver.capabilities.accelerator_reason)
     driver = await probe(processes, tmp_path, script, accelerator="kvm")
     assert not driver.capabilities.available and "kvm is configured, but" in driver.capabilities.reason
 
 
 async def test_tcg_may_be_asked_for(processes: Processes, tmp_path: Path) -> None:
     driver = await probe(processes, tmp_path, KVM_WORKS, accelerator="tcg")
-    assert driver.capabilities.accelerator == "tcg" and driver.why_not_kvm() == "tcg is configured"
+    assert driver.capabilities.accelerator == "tcg" and driver.capabilities.accelerator_reason == "tcg is configured"
 
 
 @pytest.mark.parametrize(

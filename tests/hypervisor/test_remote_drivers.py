@@ -29,6 +29,7 @@ from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events
 from hypeman.hypervisor.firecracker import config as fire
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.interface import Disk, Driver, LaunchFailed, Nic, PciDevice, VmConfig
+from hypeman.hypervisor.kvm import KvmProof
 from tests.conformance.check_driver import CHECKS, Check, Guest, check_driver, ending
 from tests.hypervisor.conftest import MakeConfig, config_maker
 
@@ -65,16 +66,18 @@ async def make_driver(folder: Path, processes: Processes) -> Make:
         binaries[kind].write_text(f"#!{_PYTHON}\n" + _PROGRAM.read_text())
         binaries[kind].chmod(0o755)
 
-    def why_not_kvm() -> str:
-        return ""
+    class Proved(KvmProof):
+        async def why_not(self) -> str:
+            return ""
 
+    kvm = Proved(processes, kernel="")
     drivers: dict[str, Driver] = {}
     for kind, binary in binaries.items():
         driver: CloudHypervisorDriver | FirecrackerDriver
         if kind == "cloud-hypervisor":
-            driver = CloudHypervisorDriver(processes, open_tap, why_not_kvm=why_not_kvm, binary=str(binary))
+            driver = CloudHypervisorDriver(processes, open_tap, kvm=kvm, binary=str(binary))
         else:
-            driver = FirecrackerDriver(processes, why_not_kvm=why_not_kvm, binary=str(binary))
+            driver = FirecrackerDriver(processes, kvm=kvm, binary=str(binary))
         assert (await driver.probe()).available
         drivers[kind] = driver
     return lambda kind: drivers[kind]

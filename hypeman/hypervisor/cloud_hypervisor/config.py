@@ -28,7 +28,7 @@ _OWN_IDS = frozenset({"vsock"})
 
 def kernel_cmdline(*extra: str) -> str:
     """The guest kernel's command line: like QEMU's, but a panic halts in a reset that the VMM tells of."""
-    words = ("console=ttyS0", "quiet", "panic=-1", "reboot=t", "cryptomgr.notests", "random.trust_cpu=on")
+    words = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t", "cryptomgr.notests", "random.trust_cpu=on")
     return " ".join((*words, *extra))
 
 

@@ -24,6 +24,7 @@ from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.cloud_hypervisor.vmm import CloudHypervisorVmm
 from hypeman.hypervisor.interface import Capabilities, Nic, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.remote import listen_for_guest, listening_api, prepared, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET
 from hypeman.hypervisor.unix_http import UnixHttp
@@ -46,15 +47,15 @@ class CloudHypervisorDriver:
         processes: Processes,
         open_tap: OpenTap,
         *,
-        why_not_kvm: Callable[[], str],
+        kvm: KvmProof,
         binary: str = "",
         folders: tuple[str, ...] = (),
     ) -> None:
-        """``why_not_kvm`` says why KVM can not be used here, empty if it can (the QEMU driver has proved
-        it); ``folders`` are those below which disks to plug and captures lie, for landlock."""
+        """``open_tap`` gives a descriptor of a TAP; below ``folders`` lie disks to plug and captures, which
+        landlock has to let it open."""
         self._processes = processes
         self._open_tap = open_tap
-        self._why_not_kvm = why_not_kvm
+        self._kvm = kvm
         self._binary = binary
         self._folders = folders
         self._capabilities = Capabilities(available=False, reason="not looked for yet")
@@ -84,7 +85,8 @@ class CloudHypervisorDriver:
             return Capabilities(available=False, reason=reason, binary=binary)
         version = ".".join(part or "0" for part in match.groups())
         wanted = ".".join(map(str, native.MINIMUM_VERSION))
-        reason = self._why_not_kvm() and f"it wants KVM: {self._why_not_kvm()}"
+        reason = await self._kvm.why_not()
+        reason = f"it wants KVM, but {reason}" if reason else ""
         if (int(match[1]), int(match[2])) < native.MINIMUM_VERSION:
             reason = f"Cloud Hypervisor {version} is too old, {wanted} is wanted"
         return Capabilities(
@@ -106,6 +108,9 @@ class CloudHypervisorDriver:
             disk_resize=True,
             max_disks=native.MAX_DISKS,
         )
+
+    def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
+        return native.kernel_cmdline()
 
     def validate(self, config: VmConfig) -> None:
         can = self._capabilities

@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import trio
@@ -24,6 +24,7 @@ from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker.vmm import FirecrackerVmm
 from hypeman.hypervisor.interface import Capabilities, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.remote import listen_for_guest, prepared, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET, LOG
 from hypeman.hypervisor.unix_http import UnixHttp
@@ -38,10 +39,9 @@ class FirecrackerDriver:
 
     kind = HypervisorKind.FIRECRACKER
 
-    def __init__(self, processes: Processes, *, why_not_kvm: Callable[[], str], binary: str = "") -> None:
-        """``why_not_kvm`` says why KVM can not be used here, empty if it can."""
+    def __init__(self, processes: Processes, *, kvm: KvmProof, binary: str = "") -> None:
         self._processes = processes
-        self._why_not_kvm = why_not_kvm
+        self._kvm = kvm
         self._binary = binary
         self._capabilities = Capabilities(available=False, reason="not looked for yet")
 
@@ -68,7 +68,8 @@ class FirecrackerDriver:
         if (match := _VERSION.search(said)) is None:
             return Capabilities(available=False, reason=f"{binary} is no Firecracker: {said[:80]!r}", binary=binary)
         version = ".".join(match.groups())
-        reason = self._why_not_kvm() and f"it wants KVM: {self._why_not_kvm()}"
+        reason = await self._kvm.why_not()
+        reason = f"it wants KVM, but {reason}" if reason else ""
         if (int(match[1]), int(match[2])) < native.MINIMUM_VERSION:
             reason = f"Firecracker {version} is too old, {'.'.join(map(str, native.MINIMUM_VERSION))} is wanted"
         return Capabilities(
@@ -87,6 +88,9 @@ class FirecrackerDriver:
             disk_resize=True,
             max_disks=native.MAX_DISKS,
         )
+
+    def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
+        return native.kernel_cmdline()
 
     def validate(self, config: VmConfig) -> None:
         if not self._capabilities.available:

@@ -45,7 +45,8 @@ MICROVM = Board("microvm", "", pci=False, pinned=False, max_disks=16, max_nics=4
 
 MINIMUM_VERSION = (7, 2)
 AGENT_PORT_NAME = "hypeman.agent"
-"""Name of the virtio-serial port; the agent looks for it in /sys/class/virtio-ports."""
+LOG_PORT_NAME = "hypeman.log"
+"""Names of virtio-serial ports; the agent looks for them in /sys/class/virtio-ports."""
 MAX_DISK_PORTS = 24
 """Each costs a boot under TCG 20 ms."""
 MAX_FIXED_DISKS = 24
@@ -193,9 +194,12 @@ def command_line(
         *("-chardev", f"socket,id=qmp,fd={fds.qmp},server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
         *_descriptor_set(1, fds.console, CONSOLE_SET),
         *("-chardev", "file,id=console,path=/dev/fdset/1,append=on", "-serial", "chardev:console"),
-        *("-device", _virtio(board, "serial", "id=serial,max_ports=2", "01.0")),
+        *("-device", _virtio(board, "serial", "id=serial,max_ports=3", "01.0")),
         *("-chardev", f"socket,id=agent,fd={fds.agent},server=on,wait=off"),
         *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT_NAME},id=agent-port"),
+        # What the program prints goes the quick way into the same file: a serial line leaves the guest for each byte.
+        *("-chardev", "file,id=log,path=/dev/fdset/1,append=on"),
+        *("-device", f"virtserialport,chardev=log,name={LOG_PORT_NAME},id=log-port"),
         # No free-page-reporting: with private memory QEMU 7.2 answers it by punching holes into the
         # memory file, which all forks of one capture share.
         *("-device", _virtio(board, "balloon", "id=balloon,deflate-on-oom=on", "02.0")),

@@ -32,6 +32,7 @@ from hypeman.hypervisor.interface import (
     VmmHandle,
 )
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.tsc import tsc_khz
@@ -40,11 +41,6 @@ from hypeman.hypervisor.vmm_process import LastWords, end, end_stray, find, new_
 
 _BINARY = "qemu-system-x86_64"
 _VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)")
-_QUIET_LIMIT = 10.0
-_PROOF_LIMIT = 90.0
-"""Seconds that the kernel may take to say its first word, and to end, when KVM has to prove itself. On
-metal it takes 0.5 s in all, 10 s in a virtual machine that emulates the virtualisation too."""
-
 OpenTap = Callable[[str], Awaitable[int]]
 
 
@@ -59,19 +55,19 @@ class QemuDriver:
         processes: Processes,
         open_tap: OpenTap,
         *,
-        kernel: str,
+        kvm: KvmProof,
         kind: HypervisorKind = HypervisorKind.QEMU,
         binary: str = "",
         accelerator: str = "auto",
         vfio: str = "/dev/vfio/vfio",
     ) -> None:
-        """``kernel`` is what KVM has to run to prove itself; ``open_tap`` gives a descriptor of a TAP;
-        ``accelerator`` is ``auto``, ``kvm`` or ``tcg``."""
+        """``open_tap`` gives a descriptor of a TAP, ``kvm`` says whether KVM works here; ``accelerator`` is
+        ``auto``, ``kvm`` or ``tcg``."""
         self.kind = kind
         self._board = _BOARDS[kind]
         self._processes = processes
         self._open_tap = open_tap
-        self._kernel = kernel
+        self._kvm = kvm
         self._binary = binary
         self._wanted_accelerator = accelerator
         self._vfio = vfio
@@ -82,11 +78,6 @@ class QemuDriver:
     @property
     def capabilities(self) -> Capabilities:
         return self._capabilities
-
-    def why_not_kvm(self) -> str:
-        """Empty if KVM proved itself here; for the drivers that can do nothing without it."""
-        can = self._capabilities
-        return "" if can.accelerator == "kvm" else can.accelerator_reason or can.reason
 
     def adopt_capabilities(self, capabilities: Capabilities) -> None:
         """Take the answer of an earlier ``probe``. It holds as long as the host's kernel, its boot, the
@@ -113,7 +104,7 @@ class QemuDriver:
             return Capabilities(
                 available=False, reason=f"QEMU {version} is too old, {wanted} is wanted", version=version, binary=binary
             )
-        why_not_kvm = "tcg is configured" if self._wanted_accelerator == "tcg" else await self._why_not_kvm(binary)
+        why_not_kvm = "tcg is configured" if self._wanted_accelerator == "tcg" else await self._kvm.why_not()
         if why_not_kvm and self._wanted_accelerator == "kvm":
             return Capabilities(
                 available=False, reason=f"kvm is configured, but {why_not_kvm}", version=version, binary=binary
@@ -136,29 +127,6 @@ class QemuDriver:
             disk_resize=True,
             max_disks=self._board.max_disks,
         )
-
-    async def _why_not_kvm(self, binary: str) -> str:
-        """Empty if an ordinary kernel runs on KVM here, else why it does not.
-
-        A ``/dev/kvm`` that can be opened proves nothing: in nested clouds there are some that hang or
-        abort at the first thing a real kernel does. So the guest kernel itself is booted, without a
-        root: it says its lines, panics, and with that QEMU ends.
-        """
-        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-            return "/dev/kvm is not there or can not be opened"
-        if not os.access(self._kernel, os.R_OK):
-            return f"there is no kernel {self._kernel} to try it with"
-        argv = [
-            binary, "-machine", native.Q35.type, "-accel", "kvm", "-cpu", native.KVM.cpu, "-m", "128M",
-            "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
-            "-kernel", self._kernel,
-            "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 reboot=t cryptomgr.notests",
-        ]  # fmt: skip
-        try:
-            said = await self._processes.run(argv, timeout=_PROOF_LIMIT, quiet_limit=_QUIET_LIMIT)
-        except ToolFailed as error:
-            return f"an ordinary kernel does not run on /dev/kvm: {error.message.splitlines()[0][:300]}"
-        return "" if b"Linux version" in said else "a kernel on /dev/kvm ended without a word"
 
     @property
     def _accelerator(self) -> native.Accelerator:

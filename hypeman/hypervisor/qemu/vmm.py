@@ -237,7 +237,8 @@ class QemuVmm:
         with _opened(self.config.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW) as fd:
             added = await self._qmp.execute("add-fd", {"opaque": native.CONSOLE_SET}, fds=[fd])
         backend = {"type": "file", "data": {"out": f"/dev/fdset/{added['fdset-id']}", "append": True}}
-        await self._qmp.execute("chardev-change", {"id": "console", "backend": backend})
+        for name in ("console", "log"):
+            await self._qmp.execute("chardev-change", {"id": name, "backend": backend})
         if old is not None:
             await self._qmp.execute("remove-fd", {"fdset-id": old})
 
