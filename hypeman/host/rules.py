@@ -4,17 +4,18 @@ The fixed part is text and is loaded by the ``nft`` program (some 20 ms, at star
 Elements, which come and go with every instance, are netlink transactions of our own: 0.1 ms and no
 process, against 15 to 25 ms for ``nft`` to do the same.
 
-Format: include/uapi/linux/netfilter/nf_tables.h; a batch is a transaction.
+Formats: include/uapi/linux/netfilter/nf_tables.h (a batch is a transaction), nfnetlink_conntrack.h.
 """
 
 from __future__ import annotations
 
-import json
+import errno
+import socket
 import struct
 import subprocess
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from ipaddress import IPv4Address
-from typing import Any
 
 import trio
 
@@ -30,6 +31,7 @@ from hypeman.host.netlink import (
     attributes,
     nested,
     text,
+    u32,
 )
 from hypeman.network.types import TABLE, Element
 
@@ -40,6 +42,10 @@ _NEW_GENERATION = _SUBSYSTEM << 8 | 15
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
 _LIST_ELEMENT, _ELEMENT_KEY, _DATA_VALUE = 1, 1, 1
 _GROUP_NFTABLES = 7
+_DELETE_FLOWS = 1 << 8 | 2
+_TUPLE_ORIGINAL, _TUPLE_REPLY, _FILTER = 1, 2, 25
+_TUPLE_IP, _IPV4_SOURCE = 1, 1
+_ORIGINAL_FLAGS, _REPLY_FLAGS, _SELECT_SOURCE = 1, 2, 1
 _FAMILY = {"inet": 1, "arp": 3}
 _TABLE_NAME = 1
 """The first attribute of tables, chains, rules, sets and elements alike."""
@@ -54,7 +60,7 @@ class Rules:
 
     def __init__(self) -> None:
         self._netlink = Netlink(NETLINK_NETFILTER)
-        self._own_ports = {self._netlink.port}
+        self._nft_pids: deque[int] = deque(maxlen=8)
         self._one_at_a_time = trio.CapacityLimiter(1)
 
     def close(self) -> None:
@@ -73,11 +79,11 @@ class Rules:
                 _batch(_BATCH_BEGIN), messages, _batch(_BATCH_END), limiter=self._one_at_a_time,
             )  # fmt: skip
 
-    async def listing(self) -> list[dict[str, Any]]:
-        """Every table, chain and rule of the host, foreign ones too, as nft's JSON objects."""
-        output = await trio.to_thread.run_sync(_nft, ["-j", "-nn", "list", "ruleset"], "", limiter=self._one_at_a_time)
-        objects: list[dict[str, Any]] = json.loads(output)["nftables"]
-        return objects
+    async def forget_flows(self, address: str) -> None:
+        """Remove what conntrack remembers of connections from and to ``address``. Raises NetlinkError
+        (kernels before 5.8 can not select)."""
+        messages = _forget_messages(IPv4Address(address))
+        await trio.to_thread.run_sync(self._netlink.run, messages, limiter=self._one_at_a_time)
 
     async def watch_foreign_changes(self) -> AsyncGenerator[None, None]:
         """Yields when somebody else changed one of our tables, or may have; close it with ``aclosing``."""
@@ -92,13 +98,13 @@ class Rules:
     def _foreign(self, packet: Packet) -> bool | None:
         """True for a change of our tables by somebody else."""
         ours = packet.type != _NEW_GENERATION and _names_our_table(packet.body)
-        return True if ours and packet.port not in self._own_ports else None
+        return True if ours and packet.port not in (self._netlink.port, *self._nft_pids) else None
 
     def _load(self, ruleset: str) -> None:
-        _nft(["-f", "-"], ruleset, self._own_ports)
+        _nft(["-f", "-"], ruleset, self._nft_pids)
 
 
-def _nft(arguments: list[str], text_in: str, own_ports: set[int] | None = None) -> str:
+def _nft(arguments: list[str], text_in: str, pids: deque[int]) -> str:
     """``nft`` binds its socket to its process id, by which its changes are told from foreign ones."""
     try:
         process = subprocess.Popen(
@@ -106,8 +112,7 @@ def _nft(arguments: list[str], text_in: str, own_ports: set[int] | None = None) 
         )
     except FileNotFoundError:
         raise RulesMissing("the nft program is not installed; type: apt-get install nftables") from None
-    if own_ports is not None:
-        own_ports.add(process.pid)
+    pids.append(process.pid)
     output, complaint = process.communicate(text_in)
     if process.returncode != 0:
         raise HostError(f"nft refused: {complaint.strip()[:2000]}")
@@ -129,6 +134,22 @@ def _change_messages(remove: tuple[Element, ...], add: tuple[Element, ...]) -> l
         *(_element_message(_NEW_ELEMENT, CREATE, element) for element in remove),
         *(_element_message(_DEL_ELEMENT, 0, element) for element in remove),
         *(_element_message(_NEW_ELEMENT, CREATE, element) for element in add),
+    ]
+
+
+def _forget_messages(address: IPv4Address) -> list[Message]:
+    """Flows that ``address`` began, and those that it answers."""
+    source = nested(_TUPLE_IP, attr(_IPV4_SOURCE, address.packed))
+    header = struct.pack("=BBH", socket.AF_INET, 0, 0)
+    return [
+        Message(
+            _DELETE_FLOWS,
+            0,
+            header + nested(tuple_kind, source) + nested(_FILTER, u32(flags_kind, _SELECT_SOURCE)),
+            f"forget connections of {address}",
+            (errno.ENOENT,),
+        )
+        for tuple_kind, flags_kind in ((_TUPLE_ORIGINAL, _ORIGINAL_FLAGS), (_TUPLE_REPLY, _REPLY_FLAGS))
     ]
 
 

@@ -21,7 +21,9 @@ instance is one small transaction. Way of a packet from a guest:
     identity (-450, before defragmentation: each fragment must prove its sender)
       → mediate (dstnat) → to_host (input) or to_world (forward) → masquerade (srcnat)
 
-``accept`` ends only our own chain: a firewall of somebody else still has its say.
+``accept`` ends only our own chain: a firewall of somebody else still has its say. Identity lets pass what
+is proved and drops the rest, IPv6 too: nft adds conditions of its own to a rule (Ethernet type, ARP format),
+so one that drops what is *not* proved would let pass whatever does not meet them.
 """
 
 from __future__ import annotations
@@ -123,9 +125,9 @@ table inet {TABLE} {{
         iifname {any_tap} jump identity_guest
     }}
     chain identity_guest {{
-        meta nfproto ipv6 counter drop
-        iifname . ether saddr . ip saddr != @guests counter drop
-{_policer(facts)}    }}
+{_policer(facts)}        iifname . ether saddr . ip saddr @guests accept
+        counter drop
+    }}
 
     chain mediate {{
         type nat hook prerouting priority dstnat; policy accept;
@@ -174,6 +176,7 @@ table inet {TABLE} {{
 
 
 def _arp_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) -> str:
+    proved = "iifname . ether saddr . arp saddr ip @guests iifname . arp saddr ether . arp saddr ip @guests"
     return f"""\
 table arp {TABLE} {{
     set guests {{
@@ -184,9 +187,8 @@ table arp {TABLE} {{
         iifname "{TAP_PREFIX}*" goto identity_guest
     }}
     chain identity_guest {{
-        iifname . ether saddr . arp saddr ip != @guests counter drop
-        iifname . arp saddr ether . arp saddr ip != @guests counter drop
-        arp daddr ip != {facts.subnet.network} counter drop
+        {proved} arp daddr ip {facts.subnet.network} accept
+        counter drop
     }}
 }}
 """

@@ -23,17 +23,21 @@ from hypeman._native.tapstats import TapStats
 from hypeman.config import NetworkConfig
 from hypeman.errors import InternalError
 from hypeman.host.links import Change, Links, Tap, Uplink, claim_namespace, find_uplink
+from hypeman.host.netlink import NetlinkError
 from hypeman.host.rules import Rules
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
 from hypeman.network.doctor import examine
 from hypeman.network.shaping import token_bucket
-from hypeman.network.types import TAP_PREFIX, Finding, GuestNetwork, HostPort, Lease, shaper_name
+from hypeman.network.types import TAP_PREFIX, Element, Finding, GuestNetwork, HostPort, Lease, shaper_name
 
 log = logging.getLogger(__name__)
 
 TapLost = Callable[[str], Awaitable[None]]
 """Told the id of an instance whose TAP was deleted under it and made anew."""
+_RETRY = 1.0
+"""Seconds."""
+
 
 class Network:
     """``start`` once with the leases of living VMs, then ``run`` in a nursery."""
@@ -57,6 +61,8 @@ class Network:
         self._offered = tuple(offered)
         self._on_tap_lost = on_tap_lost
         self._leases: dict[str, Lease] = {}
+        self._last_holders: dict[str, str] = {}
+        """Address → the instance that had it last, as far as is known since the start."""
         self._owners: dict[int, str] = {}
         """Interface index → instance, for the counters."""
         self._changing = trio.Lock()
@@ -74,6 +80,7 @@ class Network:
         """
         self._claim = self._claim or claim_namespace()
         self._leases = {lease.instance_id: lease for lease in living if lease.enabled}
+        self._last_holders = {lease.ipv4: lease.instance_id for lease in self._leases.values()}
         self.uplink = await find_uplink(self._config.uplink)
         if not self.uplink.names:
             log.warning("no uplink: no default route, and network.uplink is not set; guests reach only the host")
@@ -111,12 +118,10 @@ class Network:
         if not lease.enabled:
             return
         await self._add_tap(lease, uid)
+        await self._forget_flows_of_others(lease)
         async with self._changing:
             self._leases[lease.instance_id] = lease
-            if self._is_policed(lease):
-                await self._load_rules_locked()
-            else:
-                await self._rules.change(remove=ruleset.possible_elements(lease), add=ruleset.lease_elements(lease))
+            await self._change_rules(lease, add=ruleset.lease_elements(lease))
         self.tap_operations["create"] += 1
 
     async def detach(self, lease: Lease) -> None:
@@ -125,10 +130,7 @@ class Network:
             return
         async with self._changing:
             self._leases.pop(lease.instance_id, None)
-            if self._is_policed(lease):
-                await self._load_rules_locked()
-            else:
-                await self._rules.change(remove=ruleset.possible_elements(lease))
+            await self._change_rules(lease)
         await self._links.remove_taps([lease.tap])
         self._owners = {index: owner for index, owner in self._owners.items() if owner != lease.instance_id}
         self.tap_operations["delete"] += 1
@@ -156,9 +158,7 @@ class Network:
             if lease.instance_id not in self._leases:
                 return
             self._leases[lease.instance_id] = lease
-            wanted = ruleset.lease_elements(lease)
-            unwanted = set(ruleset.possible_elements(lease)) - set(wanted)
-            await self._rules.change(remove=unwanted, add=wanted)
+            await self._change_rules(lease, add=ruleset.lease_elements(lease))
 
     def guest_network(self, lease: Lease) -> GuestNetwork | None:
         """What the guest sets up for ``lease``; None where it has no interface."""
@@ -214,6 +214,17 @@ class Network:
         index = await self._links.add_tap(self._tap(lease, uid))
         self._owners[index] = lease.instance_id
 
+    async def _forget_flows_of_others(self, lease: Lease) -> None:
+        """Cut what the world still sends to the address's former holder. An instance that comes back from
+        standby to its own address keeps its connections."""
+        if self._last_holders.get(lease.ipv4) == lease.instance_id:
+            return
+        try:
+            await self._rules.forget_flows(lease.ipv4)
+        except NetlinkError as error:
+            log.warning("connections of the former holder of %s may live on: %s", lease.ipv4, error)
+        self._last_holders[lease.ipv4] = lease.instance_id
+
     async def _load_rules(self) -> None:
         async with self._changing:
             await self._load_rules_locked()
@@ -224,15 +235,33 @@ class Network:
         facts = ruleset.RuleFacts(self.subnet, self.uplink.names, self._egress_port, self._offered, policed)
         await self._rules.load(ruleset.render_ruleset(facts, leases))
 
+    async def _change_rules(self, lease: Lease, add: tuple[Element, ...] = ()) -> None:
+        """Make the elements of ``lease`` those of ``add``, in one transaction: no packet meets a mixture."""
+        if self._is_policed(lease):
+            await self._load_rules_locked()
+            return
+        try:
+            await self._rules.change(remove=set(ruleset.possible_elements(lease)) - set(add), add=add)
+        except NetlinkError as error:
+            log.warning("%s; somebody took our nftables tables away, loading them anew", error)
+            await self._load_rules_locked()
+
     async def _watch_rules(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with aclosing(self._rules.watch_foreign_changes()) as changes:
             task_status.started()
             async for _ in changes:
                 log.warning("somebody changed or flushed our nftables tables; loading them anew")
-                try:
-                    await self._load_rules()
-                except InternalError as error:
-                    log.error("our nftables tables could not be loaded: %s", error)
+                await self._load_rules_until_done()
+
+    async def _load_rules_until_done(self) -> None:
+        """Without rules guests are open, so this is not given up."""
+        while True:
+            try:
+                await self._load_rules()
+                return
+            except InternalError as error:
+                log.error("our nftables tables could not be loaded, trying again: %s", error)
+                await trio.sleep(_RETRY)
 
     async def _watch_links(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with aclosing(self._links.watch()) as changes:

@@ -204,6 +204,37 @@ async def test_a_restart_after_a_reboot_makes_everything(lab: Lab) -> None:
 
 
 @in_namespace
+async def test_an_address_brings_no_connections_of_its_former_holder(lab: Lab) -> None:
+    """What the world still sends to the old guest does not reach the new one; the same guest keeps its own."""
+    first = await lab.guest()
+    (seen,) = await lab.world_sees(first)
+    answer = frames.ipv4(SERVER, HOST, UDP, frames.udp(SERVER, HOST, 9, seen.source_port, b"for the first"))
+
+    async def comes_back_as(lease: Lease) -> list[bytes]:
+        await lab.network.detach(lab_guests[-1].lease)
+        await lab.network.attach(lease)
+        lab_guests.append(await lab.plug(lease))
+        lab.from_world(answer)
+        return [each.data for each in await lab_guests[-1].expect_pong() if each.protocol == UDP]
+
+    lab_guests = [first]
+    assert await comes_back_as(first.lease) == [b"for the first"]
+    heir = lab.lease(ipv4=first.lease.ipv4, mac=first.lease.mac)
+    bystander = await lab.guest()
+    (other,) = await lab.world_sees(bystander)
+    assert await comes_back_as(heir) == []
+    lab.from_world(frames.ipv4(SERVER, HOST, UDP, frames.udp(SERVER, HOST, 9, other.source_port, b"still mine")))
+    assert (await bystander.expect(lambda each: each.protocol == UDP)).data == b"still mine"
+
+
+@in_namespace
+async def test_attach_after_a_flush_opens_the_guest_all_the_same(lab: Lab) -> None:
+    """Nobody watches here: the failed change itself leads to a full load."""
+    sh("nft flush ruleset")
+    assert await _is_fenced(lab, await lab.guest())
+
+
+@in_namespace
 async def test_attach_and_detach_may_be_repeated(lab: Lab) -> None:
     lease = lab.lease(upload_bps=10**6, download_bps=10**6, egress_mode="all")
     clean = sh("nft -s list ruleset; ip -br link; ip route")
