@@ -47,7 +47,8 @@ class Watcher:
         """A fresh picture. Raises HostError if the machine does not answer in time."""
         rows = await self._pci.functions()
         functions = {address: PciFunction(*row) for address, row in rows.items()}
-        parents = tuple(_parent(facts) for facts in await self._mdev.parents())
+        virtual = [function.address for function in functions.values() if function.physfn is not None]
+        parents = tuple(_parent(facts) for facts in await self._mdev.parents(virtual))
         held = await self._pci.sysfs.call(
             lambda: holders(self._pci.sysfs.root, self._proc_root, uplink=self._uplink), what="the host's own devices"
         )

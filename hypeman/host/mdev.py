@@ -6,7 +6,7 @@ The only place that writes ``mdev_supported_types/*/create``, ``remove`` and ``c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +39,10 @@ class Mdev:
     def __init__(self, sysfs: Sysfs) -> None:
         self.sysfs = sysfs
 
-    async def parents(self) -> tuple[ParentFacts, ...]:
-        """All there are, in order of address, as of now."""
-        return await self.sysfs.call(lambda: tuple(sorted(_parents(self.sysfs.root))), what="the vGPU scan")
+    async def parents(self, virtual: Sequence[str]) -> tuple[ParentFacts, ...]:
+        """All there are, in order of address, as of now. ``virtual`` are the PCI functions that may be
+        of the vendor kind."""
+        return await self.sysfs.call(lambda: tuple(sorted(_parents(self.sysfs.root, virtual))), what="the vGPU scan")
 
     def path(self, uuid: str) -> str:
         """Where a VMM finds the mdev."""
@@ -84,14 +85,15 @@ def _nvidia(address: str) -> str:
     return f"bus/pci/devices/{address}/nvidia"
 
 
-def _parents(root: Path) -> Iterator[ParentFacts]:
+def _parents(root: Path, virtual: Sequence[str]) -> Iterator[ParentFacts]:
     for name, path in _entries(root / "class/mdev_bus"):
         types = tuple(sorted(_types(path / "mdev_supported_types")))
         made = tuple(
             uuid for kind in types for uuid, _ in _entries(path / "mdev_supported_types" / kind.id / "devices")
         )
         yield ParentFacts(name, _physfn(path), types, None, made)
-    for name, path in _entries(root / "bus/pci/devices"):
+    for name in virtual:
+        path = root / "bus/pci/devices" / name
         creatable = _read(path / "nvidia/creatable_vgpu_types")
         if creatable is not None:
             current = (_read(path / "nvidia/current_vgpu_type") or "0").strip()

@@ -16,7 +16,9 @@ PORT, GPU, AUDIO, NIC, DISK, SPARE = (
 NATIVES = {PORT: "pcieport", GPU: "nouveau", AUDIO: "snd_hda_intel", NIC: "e1000e", DISK: "nvme"}
 FUNCTIONS = (
     FakeFunction(address=PORT, class_code=0x060400, driver="pcieport", group=2),
-    FakeFunction(address=GPU, vendor=0x10DE, device=0x20B5, class_code=0x030200, driver="nouveau", group=2),
+    FakeFunction(
+        address=GPU, vendor=0x10DE, device=0x20B5, class_code=0x030200, driver="nouveau", group=2, total_vfs=16
+    ),
     FakeFunction(address=AUDIO, vendor=0x10DE, device=0x1AEF, class_code=0x040300, driver="snd_hda_intel", group=2),
     FakeFunction(address=NIC, group=3),
     FakeFunction(address=DISK, vendor=0x144D, device=0xA808, class_code=0x010802, driver="nvme", group=4),

@@ -3,6 +3,7 @@
 #
 # Boots the host's own kernel with an initramfs of busybox and <modules> (with what they need), runs
 # <script> as its only program and powers off. What the script writes comes out between two marks.
+# With INNER_UID its VMM runs as that user, who may open nothing but /dev/kvm and what was lent to him.
 set -e
 modules=$1 script=$2
 shift 2
@@ -34,10 +35,17 @@ poweroff -f
 INIT
 chmod 755 "$work/root/init"
 (cd "$work/root" && find . | busybox cpio -o -H newc 2>/dev/null | gzip -1) >"$work/initrd"
+cp "/boot/vmlinuz-$release" "$work/vmlinuz"
 modprobe kvm-amd
-timeout 400 qemu-system-x86_64 -M q35,accel=kvm -cpu host -m 256 -smp 1 -nodefaults -display none -vga none \
+as=
+if [ -n "$INNER_UID" ]; then
+    chmod 666 /dev/kvm
+    chown -R "$INNER_UID" "$work"
+    as="prlimit --memlock=unlimited setpriv --reuid=$INNER_UID --regid=$INNER_UID --clear-groups --no-new-privs"
+fi
+timeout 400 $as qemu-system-x86_64 -M q35,accel=kvm -cpu host -m 256 -smp 1 -nodefaults -display none -vga none \
     -chardev "file,id=console,path=$work/console" -serial chardev:console -no-reboot \
-    -kernel "/boot/vmlinuz-$release" -initrd "$work/initrd" -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=unstable" \
+    -kernel "$work/vmlinuz" -initrd "$work/initrd" -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr tsc=unstable" \
     "$@" </dev/null >"$work/qemu" 2>&1 || echo "QEMU ended with $?"
 if grep -q INNER-END "$work/console"; then
     tr -d '\r' <"$work/console" | sed -n '/INNER-BEGIN/,/INNER-END/p'

@@ -75,8 +75,9 @@ def command(words: list[str]) -> Job:
                 return await store.write(lambda txn: devices.claim(txn, instance, tuple(names), profile.strip("-")))
             case ["release", instance]:
                 return await store.write(lambda txn: devices.release(txn, instance))
-            case ["bind", instance]:
-                await devices.bind(instance)
+            case ["bind", instance, *uid]:
+                user = int(uid[0]) if uid else 0
+                await devices.bind(instance, uid=user, gid=user)
                 return devices.sysfs_paths(instance)
             case ["unbind", instance]:
                 return await devices.unbind(instance)

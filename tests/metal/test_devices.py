@@ -42,6 +42,7 @@ def found(metal: MetalHost, call: Call) -> dict[str, list[dict[str, Any]]]:
     return by_id
 
 
+VMM_USER = 510001
 NIC, NVME, VGA, AUDIO = "8086:10d3", "1b36:0010", "1234:1111", "8086:2668"
 
 
@@ -49,11 +50,12 @@ def driver(metal: MetalHost, address: str) -> str:
     return metal.check(f"basename $(readlink /sys/bus/pci/devices/{address}/driver || echo none)").strip()
 
 
-def inner(metal: MetalHost, modules: str, script: str, *devices: str) -> str:
-    """The output of ``script`` in a KVM guest inside the host that has ``devices``."""
+def inner(metal: MetalHost, modules: str, script: str, *devices: str, uid: int = 0) -> str:
+    """The output of ``script`` in a KVM guest inside the host that has ``devices``; its VMM runs as ``uid``."""
     metal.put({"/opt/inner.sh": Path(__file__).parent / "inner.sh", "/opt/script": script.encode()})
     arguments = " ".join(f"-device vfio-pci,sysfsdev={path}" for path in devices)
-    output = metal.check(f'sh /opt/inner.sh "{modules}" "$(cat /opt/script)" {arguments}', timeout=480)
+    user = f"INNER_UID={uid} " if uid else ""
+    output = metal.check(f'{user}sh /opt/inner.sh "{modules}" "$(cat /opt/script)" {arguments}', timeout=480)
     assert "INNER-END" in output, output
     return output
 
@@ -75,18 +77,19 @@ def test_sees_the_machine_as_it_is(found: dict[str, list[dict[str, Any]]]) -> No
 def test_an_nvme_goes_to_a_kvm_guest_and_comes_back(
     metal: MetalHost, call: Call, found: dict[str, list[dict[str, Any]]], nvme_disk: Path
 ) -> None:
-    """The guest reads what only the disk holds, writes to it, and the host has its driver again."""
+    """The guest reads what only the disk holds, writes to it, and the host has its driver again. The VMM
+    is an ordinary user's, who may open the group because it was lent to him."""
     address = found[NVME][0]["pci_address"]
     before = driver(metal, address)
     call("register", address, "disk")
     call("claim", "one", "-", "disk")
-    (path,) = call("bind", "one")
+    (path,) = call("bind", "one", str(VMM_USER))
     assert driver(metal, address) == "vfio-pci"
     assert call("list")[0]["bound_to_vfio"]
     mark = nvme_disk.read_bytes().split(b"\n")[0].decode()
     script = "until [ -b /dev/nvme0n1 ]; do usleep 100000; done; head -n 1 /dev/nvme0n1; "
     script += "echo written-inside | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync,fsync 2>/dev/null"
-    assert mark in inner(metal, "nvme", script, path)
+    assert mark in inner(metal, "nvme", script, path, uid=VMM_USER)
     assert nvme_disk.read_bytes()[4096:].startswith(b"written-inside\n")
     call("unbind", "one")
     call("release", "one")
