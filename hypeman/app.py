@@ -161,7 +161,13 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     stack.callback(rules.close)
     uplink = await find_uplink(config.network.uplink)
     egress = Egress(_egress_settings(config), paths.egress)
-    network = Network(config.network, links=links, rules=rules, egress_port=config.egress.port)
+    network = Network(
+        config.network,
+        links=links,
+        rules=rules,
+        egress_port=config.egress.port,
+        on_tap_operation=lambda operation: metrics.tap_operations.labels(operation).inc(),
+    )
     stack.callback(network.aclose)
     devices = Devices(store, config.devices, uplink=uplink.names[0] if uplink.names else "")
     images = Images(store=store, paths=paths, config=config.images, conversions=config.limits.max_concurrent_builds)

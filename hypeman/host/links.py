@@ -405,7 +405,7 @@ def _delete_group_message() -> Message:
 def _shaper_message(name: str) -> Message:
     body = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, 0, 0, 0)
     body += text(_IFLA_IFNAME, name) + nested(_IFLA_LINKINFO, text(_INFO_KIND, "ifb"))
-    return Message(_NEW_LINK, CREATE | EXCL, body, f"make {name} (load the ifb module: modprobe ifb)", (errno.EEXIST,))
+    return Message(_NEW_LINK, CREATE | EXCL, body, f"make {name}", (errno.EEXIST,))
 
 
 def _gateway_messages(address: str) -> list[Message]:

@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 
 TapLost = Callable[[str], Awaitable[None]]
 """Told the id of an instance whose TAP was deleted under it and made anew."""
+TapOperation = Callable[[str], None]
+"""Told ``create`` or ``delete``, for the metrics."""
+
 _RETRY = 1.0
 """Seconds."""
 
@@ -51,6 +54,7 @@ class Network:
         egress_port: int = 0,
         offered: Iterable[HostPort] = (),
         on_tap_lost: TapLost | None = None,
+        on_tap_operation: TapOperation = lambda operation: None,
     ) -> None:
         self.subnet = Subnet.parse(config.subnet_cidr, config.gateway)
         self.uplink = Uplink()
@@ -71,7 +75,7 @@ class Network:
         self._stats = TapStats()
         self._claim: socket.socket | None = None
         self._can_shape = True
-        self.tap_operations = {"create": 0, "delete": 0}
+        self._on_tap_operation = on_tap_operation
 
     async def start(self, living: Iterable[Lease]) -> None:
         """Make the host agree with ``living``: their links put back, all else of ours removed.
@@ -122,7 +126,7 @@ class Network:
         async with self._changing:
             self._leases[lease.instance_id] = lease
             await self._change_rules(lease, add=ruleset.lease_elements(lease))
-        self.tap_operations["create"] += 1
+        self._on_tap_operation("create")
 
     async def detach(self, lease: Lease) -> None:
         """Close the guest and remove its TAP; content if there is none."""
@@ -133,7 +137,7 @@ class Network:
             await self._change_rules(lease)
         await self._links.remove_taps([lease.tap])
         self._owners = {index: owner for index, owner in self._owners.items() if owner != lease.instance_id}
-        self.tap_operations["delete"] += 1
+        self._on_tap_operation("delete")
 
     async def open_tap(self, lease: Lease) -> int:
         """A descriptor for the VMM, owned by the caller."""
