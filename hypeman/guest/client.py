@@ -316,6 +316,8 @@ class GuestClient:
     async def stat(self, path: str, *, follow_links: bool = False) -> PathInfo:
         writer = FieldWriter().text(Tag.PATH, path).flag(Tag.FOLLOW_LINKS, follow_links)
         reply, error, ended = await self._call(Op.STAT, writer)
+        if ended.exit_code in _NOT_SUPPORTED:
+            _check(error, ended)
         if ended.exit_code:
             return PathInfo(exists=False, error=_error_text(error, ended))
         return _parsed(parse_path_info, reply)

@@ -13,6 +13,8 @@ import enum
 import struct
 from collections.abc import Iterator
 
+from hypeman.errors import InvalidRequest
+
 _HEADER = struct.Struct("<HI")
 
 
@@ -83,12 +85,19 @@ class Tag(enum.IntEnum):
     HOLDER = 87
 
 
+def _word(tag: Tag) -> str:
+    return tag.name.lower().replace("_", " ")
+
+
 class MalformedFields(ValueError):
     """Bytes that are no fields, or a field whose value is not of its type."""
 
 
 class FieldWriter:
-    """Collects fields; each method returns the writer, so that they chain."""
+    """Collects fields; each method returns the writer, so that they chain.
+
+    Values come from requests of users: what can not be sent raises InvalidRequest, which names it.
+    """
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -98,29 +107,37 @@ class FieldWriter:
         return self
 
     def text(self, tag: Tag, value: str) -> FieldWriter:
-        """Raises ValueError for text with a NUL in it, which no C program could take."""
-        encoded = value.encode("utf-8", "surrogateescape")
+        try:
+            encoded = value.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{_word(tag)} is no text: {error}") from error
         if b"\0" in encoded:
-            raise ValueError(f"{tag.name.lower()} contains a NUL character")
+            raise InvalidRequest(f"{_word(tag)} contains a NUL character, which no program could take")
         return self.add(tag, encoded + b"\0")
 
     def flag(self, tag: Tag, value: bool) -> FieldWriter:
         return self.add(tag, b"\1" if value else b"\0")
 
     def u8(self, tag: Tag, value: int) -> FieldWriter:
-        return self.add(tag, value.to_bytes(1, "little"))
+        return self._integer(tag, value, 1)
 
     def u16(self, tag: Tag, value: int) -> FieldWriter:
-        return self.add(tag, value.to_bytes(2, "little"))
+        return self._integer(tag, value, 2)
 
     def u32(self, tag: Tag, value: int) -> FieldWriter:
-        return self.add(tag, value.to_bytes(4, "little"))
+        return self._integer(tag, value, 4)
 
     def u64(self, tag: Tag, value: int) -> FieldWriter:
-        return self.add(tag, value.to_bytes(8, "little"))
+        return self._integer(tag, value, 8)
 
     def i64(self, tag: Tag, value: int) -> FieldWriter:
-        return self.add(tag, value.to_bytes(8, "little", signed=True))
+        return self._integer(tag, value, 8, signed=True)
+
+    def _integer(self, tag: Tag, value: int, size: int, *, signed: bool = False) -> FieldWriter:
+        try:
+            return self.add(tag, value.to_bytes(size, "little", signed=signed))
+        except OverflowError:
+            raise InvalidRequest(f"{_word(tag)} {value} is out of range") from None
 
     def nested(self, tag: Tag, fields: FieldWriter) -> FieldWriter:
         return self.add(tag, fields.render())

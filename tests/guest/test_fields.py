@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypeman.errors import InvalidRequest
 from hypeman.guest.fields import Fields, FieldWriter, MalformedFields, Tag, parse_fields, parse_text
 from hypeman.guest.types import parse_copy_entry, parse_event, parse_metrics, parse_path_info
 
@@ -55,9 +56,18 @@ def test_file_names_that_are_no_utf8_survive() -> None:
     assert parse_text(value) == "a\udcffb"
 
 
-def test_text_with_a_nul_is_refused() -> None:
-    with pytest.raises(ValueError, match="NUL"):
+def test_what_can_not_be_sent_is_refused_by_name() -> None:
+    with pytest.raises(InvalidRequest, match="arg contains a NUL"):
         FieldWriter().text(Tag.ARG, "a\0b")
+    with pytest.raises(InvalidRequest, match="path is no text"):
+        FieldWriter().text(Tag.PATH, "\ud800")
+    with pytest.raises(InvalidRequest, match="uid 4294967296 is out of range"):
+        FieldWriter().u32(Tag.UID, 1 << 32)
+    with pytest.raises(InvalidRequest, match="out of range"):
+        FieldWriter().u8(Tag.PREFIX, -1)
+
+
+def test_text_that_is_not_well_formed_is_refused() -> None:
     for bad in (b"", b"abc", b"a\0b\0"):
         with pytest.raises(MalformedFields):
             parse_text(bad)
