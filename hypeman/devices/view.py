@@ -1,8 +1,8 @@
 """The machine's devices as last seen: functions, what keeps each from being given away, vGPU parents.
 
 A look costs what has changed (host/pci.py) plus the walk over vGPU parents and the host's own mounts
-and routes, about 2 ms on a server; it runs in threads. Between looks the last picture stands, an
-immutable value that also a transaction in another thread may read.
+and routes: 2 ms on a server, 16 ms more with 500 guests and their routes; it runs in threads. Between
+looks the last picture stands, an immutable value that also a transaction in another thread may read.
 """
 
 from __future__ import annotations
