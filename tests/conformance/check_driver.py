@@ -22,7 +22,7 @@ import pytest
 import trio
 import trio.testing
 
-from hypeman.errors import InUse, NotFound, NotSupported
+from hypeman.errors import HypemanError, InUse, NotFound, NotSupported
 from hypeman.hypervisor.interface import (
     Capture,
     CaptureInvalid,
@@ -364,6 +364,43 @@ async def a_torn_capture_is_refused(bench: Bench) -> None:
         assert await (await Guest.of(vmm)).ask("kept") == "torn", "whole again, it comes back"
 
 
+async def a_cancelled_capture_lets_the_vm_go_on(bench: Bench) -> None:
+    async with bench.launched("undisturbed") as (_, vmm):
+        guest = await Guest.of(vmm)
+        await guest.ask("keep on")
+        for delay in (0.0, 0.004, 0.01, 0.02, 0.04, 0.08):
+            directory = bench.new_directory()
+            with trio.move_on_after(delay) as scope:
+                await vmm.capture(directory, go_on=True)
+            if scope.cancelled_caught:
+                assert not (directory / "capture.json").exists(), f"cancelled after {delay} s"
+            await vmm.resume()
+            assert await guest.ask("kept") == "on"
+        await vmm.capture(bench.new_directory(), go_on=False)
+
+
+async def a_vmm_that_dies_while_it_saves_leaves_no_capture(bench: Bench) -> None:
+    for delay in (0.0, 0.005, 0.02, 0.05):
+        async with bench.running("dying") as (driver, vmm):
+            directory = bench.new_directory()
+            async with trio.open_nursery() as nursery:
+
+                async def die(after: float, vmm: Vmm = vmm) -> None:
+                    await trio.sleep(after)
+                    await vmm.kill()
+
+                nursery.start_soon(die, delay)
+                try:
+                    await vmm.capture(directory, go_on=False)
+                except HypemanError:
+                    assert not (directory / "capture.json").exists(), f"killed after {delay} s"
+                else:
+                    config = vmm.handle.config
+                    await vmm.kill()
+                    async with ending(await driver.restore(config, directory, keep_capture=True)) as back:
+                        await Guest.of(back)
+
+
 async def a_cancelled_restore_leaves_nothing(bench: Bench) -> None:
     driver, directory, capture = await _captured(bench, "unrestored", of_fork=True)
     for delay in (0.0, 0.01, 0.03, 0.06):
@@ -389,7 +426,7 @@ async def a_disk_comes_and_goes(bench: Bench) -> None:
         guest = await Guest.of(vmm)
         before = await guest.disks()
         for _ in range(2):
-            added = await vmm.add_disk(Disk("extra", str(path)))
+            added = await vmm.add_disk(Disk("extra", str(path), bps=64 << 20))
             assert added.port > 0 and added in vmm.handle.config.disks
 
             async def there() -> bool:
@@ -515,6 +552,8 @@ CHECKS: tuple[Check, ...] = (
     later_writes_do_not_reach_a_capture,
     forks_of_a_capture_do_not_see_each_other,
     a_torn_capture_is_refused,
+    a_cancelled_capture_lets_the_vm_go_on,
+    a_vmm_that_dies_while_it_saves_leaves_no_capture,
     a_cancelled_restore_leaves_nothing,
     a_disk_comes_and_goes,
     a_plugged_disk_is_in_the_capture,
@@ -529,6 +568,8 @@ _WANT_STANDBY = (
     later_writes_do_not_reach_a_capture,
     forks_of_a_capture_do_not_see_each_other,
     a_torn_capture_is_refused,
+    a_cancelled_capture_lets_the_vm_go_on,
+    a_vmm_that_dies_while_it_saves_leaves_no_capture,
     a_cancelled_restore_leaves_nothing,
 )
 

@@ -9,6 +9,7 @@ those that come in the wrong state, and appends each to ``<run_dir>/requests`` f
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import re
@@ -224,6 +225,8 @@ def serve(vm: CloudHypervisor | Firecracker, listener: socket.socket) -> None:
         with connection:
             data, ancillary, _, _ = connection.recvmsg(65536, 1024)
             head, _, body = data.partition(b"\r\n\r\n")
+            if not head:
+                continue
             length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])  # type: ignore[index]
             while len(body) < length:
                 body += connection.recv(65536)
@@ -241,11 +244,11 @@ def serve(vm: CloudHypervisor | Firecracker, listener: socket.socket) -> None:
                     ["Error from API", str(error)] if CLOUD_HYPERVISOR else {"fault_message": str(error)},
                     "500 Internal Server Error" if CLOUD_HYPERVISOR else "400 Bad Request",
                 )
+            encoded = b"" if answer is None else json.dumps(answer).encode()
+            header = f"HTTP/1.1 {status}\r\nContent-Length: {len(encoded)}\r\n\r\n"
             if answer is None:
-                connection.sendall(b"HTTP/1.1 204 \r\nServer: fake\r\nConnection: keep-alive\r\n\r\n")
-            else:
-                encoded = json.dumps(answer).encode()
-                header = f"HTTP/1.1 {status}\r\nContent-Length: {len(encoded)}\r\n\r\n"
+                header = "HTTP/1.1 204 \r\nServer: fake\r\nConnection: keep-alive\r\n\r\n"
+            with contextlib.suppress(OSError):  # whoever asked has hung up
                 connection.sendall(header.encode() + encoded)
 
 

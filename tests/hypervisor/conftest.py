@@ -98,7 +98,7 @@ def config_maker(directory: Path, kernel: Path, initrd: Path | None, *, uid: int
             cmdline=kernel_cmdline("rdinit=/test-init", hotplug_memory=True),
             disks=(
                 Disk("root", str(root), readonly=True, shared=True),
-                Disk("overlay", str(overlay)),
+                Disk("overlay", str(overlay), bps=64 << 20),
             ),
             run_dir=str(own / "run"),
             memory_path=str(own / "memory"),

@@ -63,7 +63,7 @@ async def make_driver(folder: Path, processes: Processes) -> Make:
     programs.chmod(0o755)
     for kind in KINDS:
         binaries[kind] = programs / kind
-        binaries[kind].write_text(f"#!{_PYTHON}\n" + _PROGRAM.read_text())
+        binaries[kind].write_text(f"#!{_PYTHON} -IS\n" + _PROGRAM.read_text())
         binaries[kind].chmod(0o755)
 
     class Proved(KvmProof):
