@@ -11,9 +11,10 @@ All methods block; call them in a thread.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -67,9 +68,15 @@ class Blobs:
         with contextlib.suppress(FileNotFoundError):
             self.path(digest).unlink()
 
-    def size(self) -> int:
-        """Bytes of all whole blobs."""
-        return sum(status.st_size for _, status in self._all())
+    def remove_damaged(self, digests: Iterable[str]) -> None:
+        """Remove those blobs whose bytes are no longer what their digests say."""
+        for digest in digests:
+            fd = self.open(digest)
+            if fd is not None:
+                with open(fd, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if f"sha256:{found}" != digest:
+                    self.remove(digest)
 
     def trim(self, limit: int, keep: Collection[str]) -> int:
         """Remove the blobs that were used longest ago until ``limit`` bytes are left, but none of the

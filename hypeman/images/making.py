@@ -117,8 +117,9 @@ class Maker:
             except BaseExceptionGroup as group:
                 raise first_failure(group) from None
         except ConversionFailed as error:
-            # An image at fault may have damaged blobs in the cache; a full disk wants its space back.
-            await trio.to_thread.run_sync(self._forget, list(job.blobs) if error.blame_image else fetched)
+            await trio.to_thread.run_sync(self._forget, fetched)
+            if error.blame_image:  # or our own copy of one of its layers is, and the next try shall fetch it
+                await trio.to_thread.run_sync(self._blobs.remove_damaged, list(job.blobs))
             raise MakeFailed(error.message) from None
         except ManifestError as error:
             await trio.to_thread.run_sync(self._forget, fetched)

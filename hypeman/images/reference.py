@@ -88,13 +88,6 @@ def _is_registry(part: str) -> bool:
     return "." in part or ":" in part or part == "localhost" or part != part.lower()
 
 
-def check_digest(text: str) -> str:
-    """``text`` if it is a sha256 digest, else ValueError."""
-    if not _DIGEST.fullmatch(text):
-        raise ValueError(f"{text[:100]!r} is not a sha256 digest")
-    return text
-
-
 def host_platform() -> Platform:
     return Platform("linux", _MACHINES.get(machine.machine().lower(), "amd64"))
 

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import trio
 
 from hypeman.config import ImagesConfig
+from hypeman.errors import StoreError
 from hypeman.images import worker
 from hypeman.images.records import IMAGES
 from hypeman.images.service import Images
@@ -33,9 +35,21 @@ FILES = ImageFiles(
 )
 
 
+def open_store(paths: Paths) -> Store:
+    """The store, as soon as its lock is free: a worker that was being started when its server was killed
+    has the server's descriptors until its exec."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return Store.open(paths.store)
+        except StoreError:
+            assert time.monotonic() < deadline, "the lock of a dead server is still held"
+            time.sleep(0.01)
+
+
 async def pull(paths: Paths, host: str, name: str, *, ask: bool) -> None:
     """One life of a server: start, ask for the image, wait until it is ready."""
-    store = Store.open(paths.store)
+    store = open_store(paths)
     config = ImagesConfig(insecure_registries=(host,), docker_config="/nonexistent")
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
@@ -85,7 +99,7 @@ def life_that_is_killed(paths: Paths, host: str, name: str, journal: Path, at: i
 
 def check_records(paths: Paths) -> None:
     """Nothing is called ready whose disk is not whole."""
-    store = Store.open(paths.store)
+    store = open_store(paths)
     try:
         for digest, row in store.read(lambda txn: list(txn.scan(IMAGES))):
             if row.status is ImageStatus.READY:
@@ -108,7 +122,7 @@ def test_kill_at_every_write(registry_host: str, tmp_path: Path) -> None:
         paths = Paths(tmp_path / f"data-{at}", tmp_path / "run")
         reached = life_that_is_killed(paths, registry_host, name, tmp_path / f"journal-{at}", at)
         check_records(paths)
-        store = Store.open(paths.store)
+        store = open_store(paths)
         asked = bool(store.read(lambda txn: list(txn.scan(IMAGES))))
         store.close()
         trio.run(lambda paths=paths, asked=asked: pull(paths, registry_host, name, ask=not asked))

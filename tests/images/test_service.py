@@ -334,6 +334,23 @@ async def test_refused(request_: CreateImageRequest, code: str, make_images: Sta
     assert caught.value.code == code
 
 
+async def test_a_blob_that_was_damaged_on_disk(registry: FaultyRegistry, make_images: Start, paths: Paths) -> None:
+    """It costs one failure, which says so, and is fetched again the next time; whole ones are kept."""
+    base, top = tar(entry("base", data=b"b" * 999)), tar(entry("top"))
+    registry.serve("one", ImageFiles([base]))
+    registry.serve("two", ImageFiles([base, top]))
+    images = await make_images(insecure_registries=(registry.host,))
+    await ready(images, f"{registry.host}/one")
+    (blob,) = (paths.blobs / "sha256").iterdir()
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    await images.create(CreateImageRequest(f"{registry.host}/two"))
+    failed = await images.wait_final(f"{registry.host}/two")
+    assert failed.status is ImageStatus.FAILED and blob.name in failed.error
+    assert not blob.exists()
+    await ready(images, f"{registry.host}/two")
+
+
 async def test_layers_at_once(registry: FaultyRegistry, make_images: Start) -> None:
     """Several, but never more than configured, over all images together; a stalled one delays no other image
     that is already here."""
