@@ -9,6 +9,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <string.h>
@@ -45,6 +46,21 @@ static void note_original_destination(struct conn *c, int family)
     c->dialled_port = port;
 }
 
+/* Out of descriptors: take one connection off the queue with the one kept for this, and close it. Otherwise the listener
+ * would stay readable and the loop would spin. */
+static bool shed_one(struct loop *l)
+{
+    if (l->reserve < 0)
+        return false;
+    (void)close(l->reserve);
+    int fd = accept4(l->listener, NULL, NULL, SOCK_CLOEXEC);
+    if (fd >= 0)
+        refuse_socket(fd);
+    l->reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    l->counters[M_TOO_MANY]++;
+    return fd >= 0;
+}
+
 void accept_all(struct loop *l)
 {
     for (;;) {
@@ -53,6 +69,8 @@ void accept_all(struct loop *l)
         int fd = accept4(l->listener, (struct sockaddr *)&from, &n, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0) {
             if (errno == EINTR || errno == ECONNABORTED)
+                continue;
+            if ((errno == EMFILE || errno == ENFILE) && shed_one(l))
                 continue;
             return;
         }

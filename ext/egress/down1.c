@@ -94,6 +94,8 @@ void down1_head(struct xchg *x, const struct head *h, enum body body, uint64_t l
 
 void down1_data(struct xchg *x, const char *p, size_t n)
 {
+    if (x->half)
+        conn_timer(x->down, T_HALF);
     if (x->down_chunked)
         write_chunk(x->down, p, n);
     else

@@ -191,6 +191,7 @@ struct loop {
     struct engine *engine;
     unsigned index;
     int epoll, wake, listener;
+    int reserve; /* a descriptor to give up when there are no more, see accept.c */
     pthread_t thread;
     bool accepting, draining, stop;
     int64_t now_us, now_ms, now_s, drain_by_ms;

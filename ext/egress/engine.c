@@ -3,6 +3,7 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/crypto.h>
@@ -62,6 +63,7 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
     (void)setsockopt(l->listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* inherited by what it accepts */
     l->epoll = epoll_create1(EPOLL_CLOEXEC);
     l->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    l->reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
     l->mint = mint_new(s->ca_certificate, s->ca_key, s->leaf_cache, tls_server_context);
     l->audit = audit_new();
     l->scratch = malloc(SCRATCH);
@@ -90,7 +92,7 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t n
     (void)pthread_mutex_init(&e->question_lock, NULL);
     table_init(&e->table, (struct limits){s->max_connections, s->max_requests, s->max_mints});
     for (unsigned i = 0; i < e->n; i++) {
-        loops[i].epoll = loops[i].wake = -1;
+        loops[i].epoll = loops[i].wake = loops[i].reserve = -1;
         loops[i].listener = s->listeners[i];
     }
     if (!read_networks(s->n_allow, s->allow, e->reach.allow, &e->reach.allowed)
@@ -160,6 +162,8 @@ static void free_loop(struct loop *l)
         (void)close(l->epoll);
     if (l->wake >= 0)
         (void)close(l->wake);
+    if (l->reserve >= 0)
+        (void)close(l->reserve);
 }
 
 /* After engine_join, or before engine_start. */

@@ -199,7 +199,7 @@ static void begin_drain(struct loop *l, unsigned grace_ms)
         next = c->all_next;
         if (c->dead)
             continue;
-        if (c->kind == UP && c->pooled)
+        if (c->kind == UP && c->pooled && c->phase == P_HTTP1)
             conn_kill(c);
         else if (c->kind == DOWN && c->phase == P_HTTP1 && c->h1 == H1_HEAD && !c->x.active && !buf_size(&c->in))
             conn_finish(c, false);

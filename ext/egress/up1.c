@@ -183,13 +183,13 @@ static enum step read_body(struct conn *c)
 static void ended(struct conn *c, ssize_t how)
 {
     struct xchg *x = c->one;
-    if (how == -1 && c->r1 == R1_CLOSE && c->clean_eof) {
-        c->keep = false;
-        (void)response_done(c, NULL);
-        return;
-    }
     if (x && x->resp_done) {
         up_ended_early(x);
+        return;
+    }
+    if (x && how == -1 && c->r1 == R1_CLOSE && c->clean_eof) {
+        c->keep = false;
+        (void)response_done(c, NULL);
         return;
     }
     up_failed(c, R_UPSTREAM_CLOSED, NULL);

@@ -129,7 +129,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
                          struct matched *out)
 {
     out->n = 0;
-    if (s->unmatched == UNMATCHED_DENY && to->host.kind != HOST_NAME)
+    if (s->unmatched != UNMATCHED_PASS && to->host.kind != HOST_NAME)
         return R_ADDRESS_LITERAL;
     bool covered = false;
     for (unsigned i = 0; i < s->n; i++) {

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman.egress.authority import Authority, load_authority
+from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.policy import (
     FIXED_HEADERS,
     HostPattern,
@@ -193,3 +194,12 @@ def test_sealing(tmp_path: Path) -> None:
     for instance, data in (("inst-b", sealed), ("inst-a", sealed[:-1] + b"\0"), ("inst-a", b"")):
         with pytest.raises(InternalError):
             sealer.open(instance, data)
+
+
+def test_variables_for_programs_in_the_guest() -> None:
+    """Those that replace roots get the whole bundle; a program's own settings are for the caller to keep."""
+    found = trust_environment("/b.pem", "/ca.pem") | proxy_environment("10.0.0.1", 18080, direct=("x.test",))
+    assert found["SSL_CERT_FILE"] == found["GIT_SSL_CAINFO"] == "/b.pem"
+    assert found["NODE_EXTRA_CA_CERTS"] == "/ca.pem"
+    assert found["https_proxy"] == found["HTTPS_PROXY"] == "http://10.0.0.1:18080"
+    assert found["no_proxy"] == "localhost,127.0.0.1,::1,10.0.0.1,x.test"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -189,3 +190,18 @@ async def test_not_dumpable(world: World) -> None:
     """Memory that holds credentials is not for core files."""
     get_dumpable = 3
     assert ctypes.CDLL(None).prctl(get_dumpable, 0, 0, 0, 0) == 0
+
+
+async def test_several_loops(make_world: Any) -> None:
+    """Connections spread over the threads; each sees the same rules at the same time."""
+    async with make_world(loops=3) as world:
+        world.allow()
+        wires = [await world.tls() for _ in range(24)]
+        for wire in wires:
+            assert (await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode()))[0] == 200
+        assert 1 < world.origin.connections <= 24
+        world.allow(secret="sk-new")
+        before = len(world.origin.requests)
+        for wire in wires:
+            await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode())
+        assert {request.all("authorization")[0] for request in world.origin.requests[before:]} == {"Bearer sk-new"}
