@@ -34,7 +34,7 @@ _TUNSETOFFLOAD, _CSUM_AND_TSO = 0x400454D0, 0x3
 _CLONE_NEWNET = 0x40000000
 _SETTLE, _WINDOW = 0.5, 1.0
 """Seconds."""
-_WINDOWS = 15
+_WINDOWS, _FLOWS = 15, 4
 _TOLERANCE = 0.10
 
 
@@ -130,14 +130,15 @@ def passed(lease: Lease, way: str) -> int:
 
 
 def measure(lab: Lab, stack: Stack, lease: Lease, limits: dict[str, int]) -> None:
-    """Let a flow run in each direction of ``limits``, and look at them second by second.
+    """Let flows run in each direction of ``limits``, and look at them second by second. Several, since one
+    alone needs many seconds to come back from a loss when the other direction's queue delays its answers.
 
     Never is one above its limit (the first half second apart, when the bucket is full), and there is
     a second in which all come up to theirs. When that comes depends on TCP and on how busy the
     machine is; a limit that is too low never lets it come.
     """
     with ExitStack() as ends:
-        for way in limits:
+        for way in [*limits] * _FLOWS:
             host, guest = ends.enter_context(connection(lab, stack))
             ends.callback((Flow(host, guest) if way == "download" else Flow(guest, host)).close)
         time.sleep(_SETTLE)

@@ -6,6 +6,7 @@ import socket
 import struct
 
 import trio
+from msgspec.structs import replace
 
 from hypeman.network.types import EgressMode
 from tests.network import frames
@@ -473,21 +474,20 @@ async def test_a_guest_without_egress_is_not_mediated(lab: Lab) -> None:
 
 @in_namespace
 async def test_a_stricter_mode_cuts_what_is_open(lab: Lab) -> None:
-    from msgspec.structs import replace
-
-    guest = await lab.guest()
-    guest.send_tcp(SERVER, 8443)
-    seen = await lab.world.expect(lambda each: each.protocol == TCP)
-    reply = frames.tcp(SERVER, HOST, 8443, seen.source_port, frames.SYN | frames.ACK, sequence=1, ack=1001)
-    lab.from_world(frames.ipv4(SERVER, HOST, TCP, reply))
-    await guest.expect(lambda each: each.flags == frames.SYN | frames.ACK)
-    strict = replace(guest.lease, egress_mode=EgressMode.ALL)
-    await lab.network.set_egress(strict)
-    guest.send_tcp(SERVER, 8443, frames.ACK, sequence=1001, ack=2)
-    await guest.expect_reset(8443)
-    await lab.network.set_egress(guest.lease)
-    guest.send_tcp(SERVER, 8444)
-    assert (await lab.world.expect(lambda each: each.protocol == TCP)).port == 8444
+    """Redirection is decided once for a connection; one that was direct is refused, not left direct."""
+    for mode, port in ((EgressMode.ALL, 8443), (EgressMode.HTTP_HTTPS_ONLY, 443)):
+        guest = await lab.guest()
+        guest.send_tcp(SERVER, port)
+        seen = await lab.world.expect(lambda each: each.protocol == TCP)
+        reply = frames.tcp(SERVER, HOST, port, seen.source_port, frames.SYN | frames.ACK, sequence=1, ack=1001)
+        lab.from_world(frames.ipv4(SERVER, HOST, TCP, reply))
+        await guest.expect(lambda each: each.flags == frames.SYN | frames.ACK)
+        await lab.network.set_egress(replace(guest.lease, egress_mode=mode))
+        guest.send_tcp(SERVER, port, frames.ACK, sequence=1001, ack=2)
+        await guest.expect_reset(port)
+        await lab.network.set_egress(guest.lease)
+        guest.send_tcp(SERVER, 8444)
+        assert (await lab.world.expect(lambda each: each.protocol == TCP)).port == 8444
 
 
 @in_namespace
