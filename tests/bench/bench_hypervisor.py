@@ -6,13 +6,15 @@ line started by hand with nothing of ours around it, as far as its QMP greeting:
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,6 +23,7 @@ import trio
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import VmConfig
 from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from tests.bench.harness import Result
 from tests.conformance.check_driver import Guest, ending
@@ -116,20 +119,44 @@ def _pss(pid: int) -> float:
 
 
 def _bare_start(binary: str, config: VmConfig, folder: Path) -> float:
-    """ms from fork to the first answer over QMP of a like VM."""
-    argv = [
-        *(binary, "-M", "pc-q35-7.2,sata=off,smbus=off,vmport=off,memory-backend=mem", "-accel", "tcg"),
-        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S", "-qmp", "stdio", "-m", "256M"),
-        *("-object", f"memory-backend-file,id=mem,size=256M,mem-path={folder}/bare-memory,share=on"),
-        *("-kernel", config.kernel, "-initrd", str(config.initrd), "-append", config.cmdline),
-    ]
-    begin = time.perf_counter()
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(b'{"execute": "qmp_capabilities"}\n')
-        process.stdin.flush()
+    """ms from fork to the first answer over QMP of the very same command line, as root, without a driver."""
+    with ExitStack() as opened:
+
+        def keep(fd: int) -> int:
+            opened.callback(os.close, fd)
+            return fd
+
+        def listen(name: str) -> int:
+            (folder / name).unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(str(folder / name))
+                sock.listen()
+                return keep(sock.detach())
+
+        memory = keep(os.open(folder / "bare-memory", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
+        os.ftruncate(memory, config.memory_bytes)
+        fds = native.Descriptors(
+            qmp=listen("bare-qmp"),
+            agent=listen("bare-agent"),
+            console=keep(os.open(folder / "bare-console", os.O_WRONLY | os.O_CREAT)),
+            memory=memory,
+            kernel=keep(os.open(config.kernel, os.O_RDONLY)),
+            initrd=keep(os.open(str(config.initrd), os.O_RDONLY)),
+            disks={
+                disk.id: keep(os.open(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR))
+                for disk in config.disks
+            },
+            nics={},
+        )
+        argv = native.command_line(config, fds, binary=binary, board=native.Q35, accelerator=native.TCG)
+        begin = time.perf_counter()
+        process = subprocess.Popen(argv, pass_fds=fds.all(), stdin=subprocess.DEVNULL)
+    with process, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(folder / "bare-qmp"))
+        answers = client.makefile("rb")
+        client.sendall(b'{"execute": "qmp_capabilities"}\n')
         for _ in ("greeting", "answer"):
-            process.stdout.readline()
+            answers.readline()
         took = (time.perf_counter() - begin) * 1000
         process.kill()
     return took
