@@ -43,26 +43,32 @@ int metrics_worker(struct field_reader *request) {
     return worker_reply(&writer);
 }
 
-/* Blocks of memory that were plugged in and wait to be used; new kernels bring them up themselves. */
+static bool is_offline(const char *state_path) {
+    char state[32];
+    return read_file(state_path, state, sizeof state) > 0 && strcmp(state, "offline") == 0;
+}
+
+/* Blocks of memory that were plugged in and wait to be used. The kernel brings them up by itself, too, so one
+ * that refuses may just have come up. */
 int memory_worker(struct field_reader *request) {
     (void)request;
     uint8_t buffer[128];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
     DIR *dir = opendir("/sys/devices/system/memory");
-    for (struct dirent *entry; dir && (entry = readdir(dir));) {
-        char path[400], state[32];
+    int error = 0;
+    for (struct dirent *entry; dir && !error && (entry = readdir(dir));) {
+        char path[400];
         if (strncmp(entry->d_name, "memory", 6) != 0)
             continue;
         snprintf(path, sizeof path, "/sys/devices/system/memory/%s/state", entry->d_name);
-        if (read_file(path, state, sizeof state) > 0 && strcmp(state, "offline") == 0 &&
-            write_file(path, "online_movable") < 0 && write_file(path, "online") < 0) {
-            int error = errno;
-            closedir(dir);
-            return worker_failed(error, "%s", entry->d_name);
+        if (is_offline(path) && write_file(path, "online_movable") < 0 && write_file(path, "online") < 0) {
+            int why = errno;
+            if (is_offline(path))
+                error = worker_failed(why, "%s", path);
         }
     }
     if (dir)
         closedir(dir);
     put_memory(&writer);
-    return worker_reply(&writer);
+    return error ? error : worker_reply(&writer);
 }

@@ -496,6 +496,23 @@ async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_ro
             assert await shell(client, "hostname") == "fork\n", "the next host knows the new nonce"
 
 
+async def test_memory_that_is_plugged_in_is_used(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+    """Asked again and again while the kernel brings the same blocks up by itself."""
+    plug = ("-m", "256M,slots=2,maxmem=2G", "-object", "memory-backend-ram,id=hot,size=512M")
+    plug += ("-device", "virtio-mem-pci,id=plug,memdev=hot,requested-size=0")
+    config = boot_config("sleep", "1000")
+    async with booted(config, busybox_root, kernel, tmp_path, extra=plug) as guest, guest.connect() as client:
+        before = await client.online_memory()
+        qmp = Qmp(await trio.open_unix_socket(str(tmp_path / "qmp.sock")))
+        await qmp.command("qmp_capabilities")
+        size: Any = {"path": "/machine/peripheral/plug", "property": "requested-size", "value": 256 << 20}
+        await qmp.command("qom-set", **size)
+        with trio.fail_after(60):
+            while await client.online_memory() < before + (250 << 20):
+                pass
+        await qmp.aclose()
+
+
 async def _read(client: GuestClient, path: str) -> AsyncIterator[bytes]:
     async with client.copy_from(path) as tree:
         async for item in tree:
