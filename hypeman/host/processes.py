@@ -75,6 +75,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     """Descriptors it inherits, with the same numbers."""
     uid: int = 0
     gid: int = 0
+    devices: tuple[str, ...] = ()
+    """Device files that it opens itself: it is in their groups, as far as those may open them."""
     cgroup: str = ""
     """Directory of a control group to put it into; empty for none."""
     isolated: bool = True
@@ -343,7 +345,8 @@ def _start(program: Program, output: int, log: int, namespaces: Sequence[int]) -
             raise OSError(ctypes.get_errno(), "entering an empty namespace")
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "giving up new privileges")
-    drop = {"user": program.uid, "group": program.gid, "extra_groups": []} if program.uid else {}
+    groups = groups_for(program.devices)
+    drop = {"user": program.uid, "group": program.gid, "extra_groups": groups} if program.uid else {}
     child = subprocess.Popen(
         program.argv,
         stdin=subprocess.DEVNULL,
@@ -358,6 +361,18 @@ def _start(program: Program, output: int, log: int, namespaces: Sequence[int]) -
     )
     child.returncode = 0  # from here on the pidfd watches and reaps it; Popen shall not
     return int(child.pid)
+
+
+def groups_for(devices: Sequence[str]) -> list[int]:
+    """The groups that may open ``devices`` for reading and writing. Root's own is never among them; a device
+    that is not there, or open to everybody, asks for none."""
+    groups = set()
+    for device in devices:
+        with contextlib.suppress(OSError):
+            status = os.stat(device)
+            if status.st_mode & 0o060 == 0o060 and status.st_mode & 0o006 != 0o006 and status.st_gid:
+                groups.add(status.st_gid)
+    return sorted(groups)
 
 
 def tool_environment() -> dict[str, str]:

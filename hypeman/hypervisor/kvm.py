@@ -14,7 +14,7 @@ import trio
 
 from hypeman.host.processes import Processes, ToolFailed
 
-_DEVICE = "/dev/kvm"
+KVM_DEVICE = "/dev/kvm"
 _QUIET_LIMIT = 10.0
 _PROOF_LIMIT = 90.0
 """Seconds until the kernel's first word and between any two, and until its end. On metal it takes 0.5 s in
@@ -39,8 +39,8 @@ class KvmProof:
             return self._answer
 
     async def _try(self) -> str:
-        if not os.access(_DEVICE, os.R_OK | os.W_OK):
-            return f"{_DEVICE} is not there or can not be opened"
+        if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
+            return f"{KVM_DEVICE} is not there or can not be opened"
         if not os.access(self._kernel, os.R_OK):
             return f"there is no kernel {self._kernel} to try it with"
         qemu = self._qemu or shutil.which("qemu-system-x86_64")
@@ -55,5 +55,5 @@ class KvmProof:
         try:
             said = await self._processes.run(argv, timeout=_PROOF_LIMIT, quiet_limit=_QUIET_LIMIT)
         except ToolFailed as error:
-            return f"an ordinary kernel does not run on {_DEVICE}: {error.message.splitlines()[0][:300]}"
-        return "" if b"Linux version" in said else f"a kernel on {_DEVICE} ended without a word"
+            return f"an ordinary kernel does not run on {KVM_DEVICE}: {error.message.splitlines()[0][:300]}"
+        return "" if b"Linux version" in said else f"a kernel on {KVM_DEVICE} ended without a word"

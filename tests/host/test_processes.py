@@ -16,7 +16,15 @@ import pytest
 import trio
 
 from hypeman.host.loans import encode_acl, lent
-from hypeman.host.processes import Process, Processes, Program, SpawnFailed, ToolFailed, open_for_child
+from hypeman.host.processes import (
+    Process,
+    Processes,
+    Program,
+    SpawnFailed,
+    ToolFailed,
+    groups_for,
+    open_for_child,
+)
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: changes users and namespaces")
 
@@ -301,3 +309,23 @@ def test_an_acl_is_in_the_kernels_form() -> None:
     assert encode_acl(0o644, {1000: 4}).hex() == (
         "02000000" "01000600ffffffff" "02000400e8030000" "04000400ffffffff" "10000400ffffffff" "20000400ffffffff"
     )  # fmt: skip
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("mode", "gid", "groups"),
+    [
+        (0o660, 108, [108]),
+        (0o666, 108, []),
+        (0o600, 108, []),
+        (0o640, 108, []),
+        (0o660, 0, []),
+    ],
+    ids=["its group may", "everybody may", "only root may", "the group may only read", "never root's group"],
+)
+def test_a_program_joins_the_groups_of_its_devices(tmp_path: Path, mode: int, gid: int, groups: list[int]) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    os.chown(device, 0, gid)
+    device.chmod(mode)
+    assert groups_for([str(device), str(tmp_path / "missing")]) == groups

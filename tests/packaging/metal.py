@@ -147,8 +147,10 @@ def test_tcp_wants_the_token(appliance: Appliance) -> None:
     assert appliance.host.check(f"{ask} -H 'authorization: Bearer {appliance.token}'") == "200"
 
 
-def test_the_doctor_finds_kvm(appliance: Appliance) -> None:
-    assert "kvm" in appliance.host.run("hypeman doctor", timeout=SLOW).output.lower()
+def test_the_doctor_finds_kvm_and_control_groups(appliance: Appliance) -> None:
+    findings = appliance.host.run("hypeman doctor", timeout=SLOW).output
+    assert re.search(r"^ok +kvm:", findings, re.MULTILINE), findings
+    assert re.search(r"^ok +control groups:", findings, re.MULTILINE), findings
 
 
 def test_an_image_is_pulled(appliance: Appliance) -> None:

@@ -24,7 +24,7 @@ from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.cloud_hypervisor.vmm import CloudHypervisorVmm
 from hypeman.hypervisor.interface import Capabilities, Nic, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
 from hypeman.hypervisor.remote import listen_for_guest, listening_api, prepared, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET
 from hypeman.hypervisor.unix_http import UnixHttp
@@ -183,6 +183,7 @@ class CloudHypervisorDriver:
                 fds=(api, events),
                 uid=config.uid,
                 gid=config.gid,
+                devices=(KVM_DEVICE,),
                 cgroup=config.cgroup,
                 locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,
             )

@@ -24,7 +24,7 @@ from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker.vmm import FirecrackerVmm
 from hypeman.hypervisor.interface import Capabilities, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
 from hypeman.hypervisor.remote import listen_for_guest, prepared, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET, LOG
 from hypeman.hypervisor.unix_http import UnixHttp
@@ -151,6 +151,7 @@ class FirecrackerDriver:
             mark=config.run_dir,
             uid=config.uid,
             gid=config.gid,
+            devices=(KVM_DEVICE,),
             cgroup=config.cgroup,
             isolated=not config.nics,
         )

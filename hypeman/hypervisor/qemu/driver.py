@@ -32,7 +32,7 @@ from hypeman.hypervisor.interface import (
     VmmHandle,
 )
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
 from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.tsc import tsc_khz
@@ -271,6 +271,7 @@ class QemuDriver:
                     fds=fds.all(),
                     uid=config.uid,
                     gid=config.gid,
+                    devices=(KVM_DEVICE,) if self._accelerator.name == "kvm" else (),
                     cgroup=config.cgroup,
                     locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,
                 )
