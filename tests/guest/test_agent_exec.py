@@ -124,7 +124,7 @@ async def test_killed_by_a_signal(client: GuestClient) -> None:
 async def test_timeout_kills_the_whole_session(client: GuestClient, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     script = f"set -m; sleep 1000 & echo $! > {pid_file}; sleep 1000"
-    result, _, _ = await run(client, "sh", "-c", script, timeout_seconds=0.5)
+    result, _, _ = await run(client, "sh", "-c", script, timeout_seconds=1, tty=True)
     assert (result.exit_code, result.timed_out) == (124, True)
     await wait_until(lambda: not is_alive(int(pid_file.read_text())))
 
@@ -137,14 +137,15 @@ def is_alive(pid: int) -> bool:
 
 
 async def test_leaving_kills_the_whole_session(client: GuestClient, tmp_path: Path) -> None:
-    """Also background jobs with process groups of their own, as an interactive shell makes them."""
+    """Also background jobs with process groups of their own, as a shell on a terminal makes them."""
     pid_file = tmp_path / "pid"
-    async with await client.exec(
-        ExecRequest(argv=("sh", "-c", f"set -m; sleep 1000 & echo $! > {pid_file}; echo; wait"))
-    ) as session:
-        await session.receive()
+    script = f"set -m; sleep 1000 & echo $! > {pid_file}; echo begun; wait"
+    output = b""
+    async with await client.exec(ExecRequest(argv=("sh", "-c", script), tty=True)) as session:
+        while b"begun" not in output:
+            output += getattr(await session.receive(), "data", b"")
         pid = int(pid_file.read_text())
-        assert is_alive(pid)
+        assert os.getpgid(pid) == pid
     await wait_until(lambda: not is_alive(pid))
 
 
