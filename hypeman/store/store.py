@@ -20,6 +20,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from hypeman.store.tables import Txn
 R = TypeVar("R")
 
 _INITIAL_MAP = 64 << 20
+_LOCK_SECONDS = 1.0
 _MAX_BATCH = 256
 """Writers that share one commit; bounds how long the first of them waits."""
 
@@ -82,10 +84,8 @@ class Store:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock_fd = os.open(path / "owner.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             undo.callback(os.close, lock_fd)
-            try:
-                fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise StoreError(f"store {path} is in use by another hypeman server") from None
+            if not _lock(lock_fd):
+                raise StoreError(f"store {path} is in use by another hypeman server")
             size = _file_size(path / "data.mdb")
             map_size = max(_INITIAL_MAP, _rounded(size * 2))
             env = lmdb.open(str(path), map_size=map_size, max_dbs=0, mode=0o600, readahead=False)
@@ -214,6 +214,20 @@ class Store:
     def _grow(self) -> None:
         with self._readers_gate:
             self._env.set_mapsize(_rounded(self._env.info()["map_size"] * 2))
+
+
+def _lock(fd: int) -> bool:
+    """Whether the lock is ours now. A server that was just killed may have left it to a child between fork
+    and exec, which gives it up in a moment."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
 
 
 def _migrate(env: lmdb.Environment, path: Path, version: int, migrations: Mapping[int, Migration]) -> None:

@@ -1,0 +1,212 @@
+"""Mediated egress from a real guest to a real TLS server: the server sees the secret, the guest never has it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trustme
+
+from tests.real.appliance import ROOT, Appliance, check_host
+from tests.real.world import ADDRESS, World
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+SECRET = "s3cret-7f3a9c51e0"
+ROTATED = "r0tated-20b8d7aa4"
+HOST = "api.example.test"
+OTHER = "other.example.test"
+DEBIAN = ROOT / "build" / "test-images" / "debian-curl.tar"
+
+ORIGIN = """
+import http.server, json, ssl, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def do_GET(self):
+        seen = {"host": self.headers["Host"], "authorization": self.headers.get_all("Authorization")}
+        with open(sys.argv[3], "w") as file:
+            json.dump(seen, file)
+        body = b"{}"  # an origin that echoed the header would hand the secret to the guest itself
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+server = http.server.ThreadingHTTPServer((sys.argv[1], 443), Handler)
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[2])
+server.socket = context.wrap_socket(server.socket, server_side=True)
+print("ready")
+server.serve_forever()
+"""
+
+
+def debian_with_curl() -> Path:
+    """A docker-save archive of a small Debian with curl and Python, made once and kept below ``build``."""
+    if not DEBIAN.exists():
+        DEBIAN.parent.mkdir(parents=True, exist_ok=True)
+        layer = DEBIAN.with_suffix(".layer.tar")
+        done = subprocess.run(
+            [
+                "mmdebstrap", "--quiet", "--variant=minbase", "--include=curl,ca-certificates,python3-minimal",
+                "bookworm", str(layer),
+            ],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode != 0:
+            pytest.skip(f"a Debian image can not be made here: {done.stderr.strip().splitlines()[-1:]}")
+        _save(layer, DEBIAN)
+        layer.unlink()
+    return DEBIAN
+
+
+def _save(layer: Path, archive: Path) -> None:
+    import hashlib
+    import io
+    import tarfile
+
+    with open(layer, "rb") as file:
+        digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    image = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sleep", "infinity"]},
+        "rootfs": {"type": "layers", "diff_ids": [digest]},
+    }
+    manifest = [{"Config": "config.json", "RepoTags": ["localhost/debian:curl"], "Layers": ["layer.tar"]}]
+    side = archive.with_suffix(".new")
+    with tarfile.open(side, "w") as saved:
+        for name, content in (("manifest.json", json.dumps(manifest)), ("config.json", json.dumps(image))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            saved.addfile(info, io.BytesIO(content.encode()))
+        saved.add(layer, "layer.tar")
+    side.rename(archive)
+
+
+@pytest.fixture
+async def mediated(directory: Path, seen: Path) -> AsyncIterator[Appliance]:
+    """A running guest "one" whose API_KEY is mediated for HOST, and an origin that writes down what it was sent."""
+    check_host()
+    async with _mediated(directory, seen) as appliance:
+        yield appliance
+
+
+@pytest.fixture
+def seen(tmp_path: Path) -> Path:
+    """Where the origin writes the last request; outside of everything that is searched for the secret."""
+    return tmp_path / "seen.json"
+
+
+@asynccontextmanager
+async def _mediated(directory: Path, seen: Path) -> AsyncIterator[Appliance]:
+    archive = debian_with_curl()
+    authority = trustme.CA()
+    certificate = authority.issue_cert(HOST, OTHER)
+    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+    certificate.private_key_and_cert_chain_pem.write_to_path(str(directory / "origin.pem"))
+    appliance = Appliance(
+        directory,
+        EGRESS__UPSTREAM_CA_FILE=str(directory / "ca.pem"),
+        EGRESS__ALLOW_PRIVATE=f"[{ADDRESS}/32]",
+    )
+    world = World(appliance.namespace, HOST, OTHER)
+    try:
+        with world.serving(ORIGIN, ADDRESS, str(directory / "origin.pem"), str(seen)):
+            await appliance.start()
+            with open(archive, "rb") as content:
+                answer = await appliance.ask(
+                    "POST", "/images/import", params={"name": "localhost/debian:curl"}, content=_chunks(content)
+                )
+            assert answer.status_code == 202, answer.text
+            with trio.fail_after(180):
+                while (await appliance.get("/images/localhost%2Fdebian%3Acurl"))["status"] != "ready":
+                    await trio.sleep(0.2)
+            await appliance.create(
+                "one",
+                image="localhost/debian:curl",
+                size="256MB",
+                env={"REAL": SECRET, "PLAIN": "1"},
+                credentials={
+                    "API_KEY": {
+                        "source": {"env": "REAL"},
+                        "inject": [{"hosts": [HOST], "as": {"header": "Authorization", "format": "Bearer ${value}"}}],
+                    }
+                },
+                network={"egress": {"enabled": True}},
+            )
+            yield appliance
+    finally:
+        appliance.close()
+        world.remove()
+
+
+async def _chunks(file):  # type: ignore[no-untyped-def]
+    while chunk := file.read(1 << 20):
+        yield chunk
+
+
+async def fetch(appliance: Appliance, seen: Path, *curl: str) -> dict[str, object]:
+    """What the origin saw of a request of the guest."""
+    code, text = await appliance.exec("one", "curl", "-sS", "--max-time", "60", *curl)
+    assert (code, text) == (0, "{}"), text
+    return json.loads(seen.read_text())  # type: ignore[no-any-return]
+
+
+async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: Appliance, seen: Path) -> None:
+    through_proxy = await fetch(mediated, seen, f"https://{HOST}/", "-H", "Authorization: Bearer mine")
+    assert through_proxy == {"host": HOST, "authorization": [f"Bearer {SECRET}"]}
+    direct = ("--noproxy", "*", "--resolve", f"{HOST}:443:{ADDRESS}")
+    redirected = await fetch(mediated, seen, *direct, f"https://{HOST}/")
+    assert redirected["authorization"] == [f"Bearer {SECRET}"]
+    # another host of the same server: passed through unread, verified by the guest itself against its own roots
+    code, _ = await mediated.exec("one", "curl", "-sS", f"https://{OTHER}/")
+    assert code == 60, "the guest does not know the origin's authority, and nobody stands in between"
+
+    code, env = await mediated.exec("one", "env")
+    assert code == 0 and "API_KEY=mock-API_KEY" in env and "PLAIN=1" in env and "REAL" not in env
+    told = await mediated.ask("GET", "/instances/one")
+    assert SECRET not in told.text
+
+    await mediated.ask("PATCH", "/instances/one", json={"env": {"REAL": ROTATED}})
+    assert (await fetch(mediated, seen, f"https://{HOST}/"))["authorization"] == [f"Bearer {ROTATED}"]
+    refused = await mediated.ask("PATCH", "/instances/one", json={"env": {"PLAIN": "2"}})
+    assert refused.status_code == 400 and "PLAIN" in refused.json()["message"]
+
+    for secret in (SECRET, ROTATED):
+        found = [str(path) for path in _files_with(mediated.directory, secret.encode())]
+        assert not found, found
+
+
+def _files_with(directory: Path, needle: bytes) -> list[Path]:
+    """Files below ``directory``, guest memory and disks among them, that contain ``needle``."""
+    done = subprocess.run(["grep", "-rlFa", "--", needle.decode(), str(directory)], capture_output=True, text=True)
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+async def test_what_is_not_mediated_is_refused_at_once(mediated: Appliance) -> None:
+    """Mode all: every other TCP connection is reset, not left to time out."""
+    code, text = await mediated.exec(
+        "one", "curl", "-sS", "--noproxy", "*", "--max-time", "20", f"http://{ADDRESS}:8080/"
+    )
+    assert code == 7, text
+    gateway = "10.100.0.1"
+    code, text = await mediated.exec(
+        "one", "curl", "-sS", "--noproxy", "*", "--max-time", "20", f"http://{gateway}:22/"
+    )
+    assert code == 7, text
+
+
+async def test_the_policy_is_there_again_after_a_restart(mediated: Appliance, seen: Path) -> None:
+    mediated.kill()
+    await mediated.start()
+    assert (await fetch(mediated, seen, f"https://{HOST}/"))["authorization"] == [f"Bearer {SECRET}"]
+    await mediated.post("/instances/one/standby")
+    await mediated.post("/instances/one/restore")
+    assert (await fetch(mediated, seen, f"https://{HOST}/"))["authorization"] == [f"Bearer {SECRET}"]

@@ -1,0 +1,238 @@
+"""Standby, restore, fork and snapshots of real guests: what runs, runs on; what is somebody else's stays so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.real.appliance import Appliance, running_appliance
+from tests.real.world import ADDRESS, World
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+COUNTER = ["sh", "-c", "i=0; while true; do i=$((i+1)); echo $i >> /file; echo $i > /count; sleep 0.1; done"]
+
+ECHO = f"""
+import socket
+server = socket.create_server(({ADDRESS!r}, 7))
+print("ready")
+while True:
+    peer, _ = server.accept()
+    while data := peer.recv(100):
+        peer.sendall(data)
+"""
+
+
+async def counted(appliance: Appliance, name: str) -> int:
+    code, text = await appliance.exec(name, "cat", "/count")
+    assert code == 0, text
+    return int(text)
+
+
+async def check_no_gap(appliance: Appliance, name: str) -> None:
+    """Every number the program wrote is in its file, once: nothing ran twice, nothing was lost."""
+    code, text = await appliance.exec(name, "sh", "-c", "cat /file")
+    assert code == 0
+    numbers = [int(line) for line in text.split()]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+async def test_a_program_goes_on_after_standby(appliance: Appliance) -> None:
+    await appliance.create("one", cmd=COUNTER)
+    before = await counted(appliance, "one")
+    asleep = await appliance.post("/instances/one/standby")
+    assert asleep["state"] == "Standby" and asleep["has_snapshot"]
+    assert not appliance.vmms() and not appliance.namespace.links()
+    assert (await appliance.get("/resources"))["memory"]["allocated"] == 0
+    await trio.sleep(1)
+    awake = await appliance.post("/instances/one/restore")
+    assert awake["state"] == "Running"
+    assert await counted(appliance, "one") >= before
+    await check_no_gap(appliance, "one")
+    code, clock = await appliance.exec("one", "date", "+%s")
+    import time
+
+    assert code == 0 and abs(int(clock) - time.time()) < 10
+    assert not list((appliance.data / "captures").iterdir())
+
+
+async def test_a_connection_survives_standby(directory: Path) -> None:
+    """The peer still waits, so what is said after the restore arrives on the same connection."""
+    talk = f"mkfifo /in; (while true; do sleep 1000; done) > /in & nc {ADDRESS} 7 < /in > /out"
+    async with appliance_in_world(directory) as (appliance, world):
+        with world.serving(ECHO):
+            await appliance.create("one", cmd=["sh", "-c", talk])
+            assert (await appliance.exec("one", "sh", "-c", "until [ -p /in ]; do sleep 0.1; done; echo before > /in"))[
+                0
+            ] == 0
+            await wait_for_text(appliance, "one", "/out", "before")
+            await appliance.post("/instances/one/standby")
+            await appliance.post("/instances/one/restore")
+            assert (await appliance.exec("one", "sh", "-c", "echo after > /in"))[0] == 0
+            await wait_for_text(appliance, "one", "/out", "after")
+
+
+async def wait_for_text(appliance: Appliance, name: str, path: str, text: str) -> None:
+    with trio.fail_after(60):
+        while text not in (await appliance.exec(name, "cat", path))[1]:
+            await trio.sleep(0.1)
+
+
+def appliance_in_world(directory: Path, **environ: str):  # type: ignore[no-untyped-def]
+    from contextlib import asynccontextmanager
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[tuple[Appliance, World]]:
+        async with running_appliance(directory, **environ) as appliance:
+            appliance.stop()
+            world = World(appliance.namespace)
+            try:
+                await appliance.start()
+                yield appliance, world
+            finally:
+                appliance.kill()
+                world.remove()
+
+    return opened()
+
+
+async def test_a_fork_runs_on_as_somebody_else(appliance: Appliance) -> None:
+    """Both go on from the same moment; neither sees what the other writes."""
+    await appliance.create("one", cmd=COUNTER)
+    before = await counted(appliance, "one")
+    await appliance.post("/instances/one/fork", {"name": "two", "from_running": True})
+    assert await appliance.exec("two", "cat", "/etc/hostname") == (0, "two\n")
+    assert await appliance.exec("two", "sh", "-c", "echo mine > /mine") == (0, "")
+    assert (await appliance.exec("one", "cat", "/mine"))[0] != 0
+    for name in ("one", "two"):
+        assert await counted(appliance, name) >= before
+        await check_no_gap(appliance, name)
+    one, two = (await appliance.get(f"/instances/{name}") for name in ("one", "two"))
+    assert one["network"]["ip"] != two["network"]["ip"] and one["network"]["mac"] != two["network"]["mac"]
+    for instance in (one, two):
+        code, text = await appliance.exec(instance["name"], "ip", "address")
+        assert code == 0 and instance["network"]["ip"] in text and instance["network"]["mac"] in text
+
+
+async def test_twenty_forks_of_one_snapshot(appliance: Appliance) -> None:
+    """At once, each with its own identity, and none able to see another's later writes."""
+    await appliance.create("source", size="64MB", cmd=COUNTER)
+    made = await appliance.post("/instances/source/snapshots", {"kind": "Standby", "name": "base"})
+    await appliance.delete("/instances/source")
+    seen: dict[str, str] = {}
+
+    async def fork(number: int) -> None:
+        name = f"fork{number}"
+        instance = await appliance.post(f"/snapshots/{made['id']}/fork", {"name": name})
+        assert instance["state"] == "Running"
+        code, _ = await appliance.exec(name, "sh", "-c", f"echo {name} > /who")
+        assert code == 0
+        seen[name] = instance["network"]["ip"]
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(fork, number)
+    assert len(set(seen.values())) == 20
+    for name in seen:
+        assert await appliance.exec(name, "cat", "/who", "/etc/hostname") == (0, f"{name}\n{name}\n")
+    await appliance.delete(f"/snapshots/{made['id']}")
+    assert await appliance.exec("fork7", "cat", "/who") == (0, "fork7\n")
+    for name in seen:
+        await appliance.delete(f"/instances/{name}")
+    assert not appliance.vmms() and not appliance.files()
+
+
+async def test_back_to_a_snapshot(appliance: Appliance) -> None:
+    await appliance.create("one")
+    assert (await appliance.exec("one", "sh", "-c", "echo old > /note; sync"))[0] == 0
+    made = await appliance.post("/instances/one/snapshots", {"kind": "Standby", "name": "s"})
+    assert (await appliance.exec("one", "sh", "-c", "echo new > /note; sync"))[0] == 0
+    await appliance.post("/instances/one/stop")
+    back = await appliance.post(f"/instances/one/snapshots/{made['id']}/restore", {})
+    assert back["state"] == "Running"
+    assert await appliance.exec("one", "cat", "/note") == (0, "old\n")
+
+
+@pytest.mark.parametrize("algorithm", ["zstd", "lz4"])
+async def test_compressed_standby(appliance: Appliance, algorithm: str) -> None:
+    await appliance.create("one", cmd=COUNTER)
+    await appliance.post("/instances/one/standby", {"compression": {"enabled": True, "algorithm": algorithm}})
+    captures = appliance.data / "captures"
+    with trio.fail_after(60):
+        while not list(captures.glob("*/memory.*")) or list(captures.glob("*/memory")):
+            await trio.sleep(0.05)
+    await appliance.post("/instances/one/restore")
+    await check_no_gap(appliance, "one")
+
+
+@pytest.mark.parametrize("damage", ["truncated memory", "truncated state", "flipped state", "no record"])
+async def test_a_torn_capture_is_refused(appliance: Appliance, damage: str) -> None:
+    await appliance.create("one")
+    await appliance.post("/instances/one/standby")
+    (capture,) = (appliance.data / "captures").iterdir()
+    match damage:
+        case "truncated memory":
+            with open(capture / "memory", "r+b") as file:
+                file.truncate(1 << 20)
+        case "truncated state":
+            with open(capture / "state", "r+b") as file:
+                file.truncate(1000)
+        case "flipped state":
+            content = bytearray((capture / "state").read_bytes())
+            content[len(content) // 2] ^= 1
+            (capture / "state").write_bytes(content)
+        case "no record":
+            (capture / "capture.json").unlink()
+    refused = await appliance.ask("POST", "/instances/one/restore")
+    assert refused.status_code == 500 and "capture" in json.loads(refused.content)["message"]
+    assert (await appliance.get("/instances/one"))["state"] == "Standby"
+    assert not appliance.vmms() and not appliance.namespace.links()
+    await appliance.delete("/instances/one")
+
+
+async def test_volumes_come_and_go_while_the_guest_runs(appliance: Appliance) -> None:
+    volume = await appliance.post("/volumes", {"name": "data", "size_gb": 1})
+    await appliance.create("one")
+    await appliance.create("two")
+    attached = await appliance.post(f"/instances/one/volumes/{volume['id']}", {"mount_path": "/data"})
+    assert attached["volumes"][0]["mount_path"] == "/data"
+    assert (await appliance.exec("one", "sh", "-c", "echo kept > /data/file; (cd /data; sleep 30) > /dev/null 2>&1 &"))[
+        0
+    ] == 0
+    other = await appliance.ask("POST", f"/instances/two/volumes/{volume['id']}", json={"mount_path": "/data"})
+    assert other.status_code == 409
+    busy = await appliance.ask("DELETE", f"/instances/one/volumes/{volume['id']}")
+    assert busy.status_code == 409 and "sleep" in busy.json()["message"], busy.text
+    assert await appliance.exec("one", "cat", "/data/file") == (0, "kept\n")
+    assert (await appliance.exec("one", "killall", "sleep"))[0] in (0, 137, 143)
+    detached = await appliance.ask("DELETE", f"/instances/one/volumes/{volume['id']}")
+    assert detached.status_code == 200, detached.text
+    await appliance.post(f"/instances/two/volumes/{volume['id']}", {"mount_path": "/data", "readonly": True})
+    assert await appliance.exec("two", "cat", "/data/file") == (0, "kept\n")
+    assert (await appliance.exec("two", "sh", "-c", "echo x > /data/file"))[0] != 0
+    in_use = await appliance.ask("DELETE", f"/volumes/{volume['id']}")
+    assert in_use.status_code == 409
+    await appliance.delete("/instances/two")
+    await appliance.delete(f"/volumes/{volume['id']}")
+
+
+async def test_an_instance_ends_when_its_time_is_over(appliance: Appliance) -> None:
+    await appliance.create("one", ttl="1s", wait="")
+    with trio.fail_after(60):
+        while await appliance.get("/instances"):
+            await trio.sleep(0.1)
+    assert not appliance.vmms() and not appliance.files()
+
+
+async def test_memory_grows_to_what_was_promised(appliance: Appliance) -> None:
+    await appliance.create("one", size="128MB", hotplug_size="256MB")
+    with trio.fail_after(60):
+        while True:
+            code, text = await appliance.exec("one", "sh", "-c", "grep MemTotal /proc/meminfo")
+            if code == 0 and int(text.split()[1]) > 300 * 1024:
+                break
+            await trio.sleep(0.2)
