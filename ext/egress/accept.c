@@ -94,6 +94,7 @@ void accept_all(struct loop *l)
             continue;
         }
         conn_timer(c, T_HEAD);
+        down_run(c); /* its first bytes are there, see TCP_DEFER_ACCEPT in engine.c */
     }
 }
 

@@ -1,6 +1,9 @@
 /* OpenSSL without sockets: a BIO that reads from the connection's socket (or first from bytes already taken off it) and
  * writes into its buffer. So SSL_write never blocks, and one send carries many records.
  *
+ * AES-128 with SHA-256 is preferred, as browsers do: processors have instructions for both, not for SHA-384, of which a
+ * handshake computes some fifty.
+ *
  * Session tickets are off on the guest's side: two tickets cost 55 µs of a 350 µs handshake, and what runs in guests
  * (a curl per call, short scripts) does not resume.
  */
@@ -108,7 +111,9 @@ static SSL_CTX *context(const SSL_METHOD *m)
     if (!ctx)
         return NULL;
     SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);
-    SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_NO_TICKET);
+    SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_NO_TICKET
+                                 | SSL_OP_CIPHER_SERVER_PREFERENCE);
+    SSL_CTX_set_ciphersuites(ctx, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256");
     SSL_CTX_set_mode(ctx, SSL_MODE_RELEASE_BUFFERS | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
     SSL_CTX_set_session_cache_mode(ctx, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_read_ahead(ctx, 1);
