@@ -3,8 +3,10 @@
 For each operation the moments are visited one after another until one run of it is not hit; of each
 operation as many as KILL_POINTS says (default 3, spread from a random one on; ``all`` for all, which
 takes some 15 minutes). The same moments are all visited, with a VMM in memory, by
-tests/instances/test_lifecycle.py. After each kill a new server starts, and then holds: the instance is in a state that the operation may leave, no
-process, TAP, file, lease or reservation is without an owner, and the instance can be deleted.
+tests/instances/test_lifecycle.py.
+
+After each kill a new server starts, and then holds: the instance is in a state that the operation may
+leave, no process, TAP, file, lease or reservation is without an owner, and the instance can be deleted.
 """
 
 from __future__ import annotations

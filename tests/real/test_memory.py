@@ -111,7 +111,7 @@ async def test_a_fork_runs_on_as_somebody_else(appliance: Appliance) -> None:
     for name in ("one", "two"):
         assert await counted(appliance, name) >= before
         await check_no_gap(appliance, name)
-    one, two = (await appliance.get(f"/instances/{name}") for name in ("one", "two"))
+    one, two = [await appliance.get(f"/instances/{name}") for name in ("one", "two")]
     assert one["network"]["ip"] != two["network"]["ip"] and one["network"]["mac"] != two["network"]["mac"]
     for instance in (one, two):
         code, text = await appliance.exec(instance["name"], "ip", "address")
