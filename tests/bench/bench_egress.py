@@ -62,7 +62,7 @@ PROXY = (
     COMMON
     + """
   upstream o {{ server 127.0.0.1:{origin}; keepalive 512; keepalive_requests 100000000; }}
-  server {{ listen 127.0.0.1:{port} ssl; ssl_certificate {dir}/leaf.pem; ssl_certificate_key {dir}/leaf.pem;
+  server {{ listen 127.0.0.1:{port} ssl http2; ssl_certificate {dir}/leaf.pem; ssl_certificate_key {dir}/leaf.pem;
     location / {{
       proxy_pass https://o; proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host;
       proxy_set_header Authorization "Bearer real"; proxy_buffering off; proxy_buffer_size 64k; proxy_buffers 4 64k;
@@ -83,13 +83,17 @@ defaults
   timeout connect 5s
   http-reuse always
 frontend f
-  bind 127.0.0.1:{port} ssl crt {dir}/leaf.pem alpn http/1.1
+  bind 127.0.0.1:{port} ssl crt {dir}/leaf.pem alpn h2,http/1.1
   http-request set-header Authorization "Bearer real"
   default_backend b
 backend b
   default-server ssl verify required ca-file {dir}/origin-ca.pem sni str({host}) verifyhost {host} pool-max-conn 512
   server o 127.0.0.1:{origin}
 """
+
+
+HTTP2 = "1 KB, HTTP/2, 8 connections of 8 streams"
+"""Loaded by h2load where it is installed; the origin speaks HTTP/1."""
 
 
 def free_port() -> int:
@@ -227,6 +231,22 @@ class Bench:
 
         return measure
 
+    def cost_http2(self, proxy: str) -> Callable[[], float]:
+        """The same under HTTP/2."""
+        pid, port = self.pids[proxy]
+        count = self.round_ms * 5
+        argv = ["taskset", "-c", "0", "h2load", "-c", "8", "-m", "8", "-n", str(count),
+                f"--connect-to=127.0.0.1:{port}", f"https://{HOST}:{self.origin}/1k"]  # fmt: skip
+
+        def measure() -> float:
+            before = cpu_ns(pid)
+            said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+            if f"status codes: {count} 2xx" not in said:
+                raise RuntimeError(f"{proxy}, HTTP/2: {said}")
+            return (cpu_ns(pid) - before) / 1000 / count
+
+        return measure
+
 
 def run(round_ms: int = ROUND_MS, rounds: int = 5) -> list[Result]:
     if not shutil.which("nginx") or (os.cpu_count() or 1) < 2:
@@ -240,6 +260,9 @@ def run(round_ms: int = ROUND_MS, rounds: int = 5) -> list[Result]:
                     compare(f"egress, {test}", "µs CPU/request", bench.cost("hypeman", test), peer,
                             bench.cost(peer, test), rounds)
                 )  # fmt: skip
+        for peer in [name for name in ("nginx", "haproxy") if name in bench.pids and shutil.which("h2load")]:
+            ours, theirs = bench.cost_http2("hypeman"), bench.cost_http2(peer)
+            results.append(compare(f"egress, {HTTP2}", "µs CPU/request", ours, peer, theirs, rounds))
     return results
 
 
