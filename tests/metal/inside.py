@@ -1,8 +1,9 @@
 """What the device tests run inside the virtual host: the service on a real sysfs, one call a process.
 
-    python3 -m tests.metal.inside COMMAND ARGUMENT...
+    python3 -m tests.metal.inside COMMAND ARGUMENT... [+ COMMAND ARGUMENT...]
 
-Prints JSON. ``kills`` forks a process per call and has each die before or after one of its writes.
+Prints the last result as JSON. Several commands in one process spare its start, which takes seconds
+here. ``kills`` forks a process per call and has each die before or after one of its writes.
 """
 
 from __future__ import annotations
@@ -60,6 +61,19 @@ async def serve(job: Job, sysfs: Sysfs, *, settle: bool) -> object:
         nursery.cancel_scope.cancel()
     store.close()
     return result
+
+
+def commands(words: list[str]) -> Job:
+    async def job(devices: Devices, store: Store) -> object:
+        result: object = None
+        rest = words
+        while rest:
+            end = rest.index("+") if "+" in rest else len(rest)
+            result = await command(rest[:end])(devices, store)
+            rest = rest[end + 1 :]
+        return result
+
+    return job
 
 
 def command(words: list[str]) -> Job:
@@ -146,7 +160,7 @@ def main(words: list[str]) -> None:
     sysfs = Sysfs(Path("/sys"), deadline=DEADLINE)
     result: object = None
     try:
-        result = trio.run(lambda: serve(command(words), sysfs, settle=words[0] == "list"))
+        result = trio.run(lambda: serve(commands(words), sysfs, settle=words[0] == "list"))
     except* HypemanError as group:
         error = group.exceptions[0]
         assert isinstance(error, HypemanError)

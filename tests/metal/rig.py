@@ -247,6 +247,8 @@ class MetalHost:
             data = self._agent.recv(1 << 16)
         except TimeoutError:
             raise self._late("an answer") from None
+        except ConnectionError:
+            data = b""
         if not data:
             raise RigError(f"the host went off: {self._log()}\nconsole:\n{self.console(3000)}")
         self._received += data

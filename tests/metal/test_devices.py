@@ -21,11 +21,11 @@ Call = Callable[..., Any]
 
 @pytest.fixture
 def call(metal: MetalHost) -> Iterator[Call]:
-    """Ask the service inside: ``call("bind", "one")``. Its store is thrown away after the test."""
+    """Ask the service inside: ``call("claim one - nic + bind one")``. Its store is thrown away after the test."""
 
     def ask(*words: str, timeout: float = 240) -> Any:
-        quoted = " ".join(f"'{word}'" for word in words)
-        code, output = metal.run(f"cd /opt/hypeman && python3 -m tests.metal.inside {quoted}", timeout=timeout)
+        line = " ".join(words)
+        code, output = metal.run(f"cd /opt/hypeman && python3 -m tests.metal.inside {line}", timeout=timeout)
         assert code == 0, f"{words}: {output}\n{metal.console(2000)}"
         return json.loads(output.splitlines()[-1])
 
@@ -81,9 +81,7 @@ def test_an_nvme_goes_to_a_kvm_guest_and_comes_back(
     is an ordinary user's, who may open the group because it was lent to him."""
     address = found[NVME][0]["pci_address"]
     before = driver(metal, address)
-    call("register", address, "disk")
-    call("claim", "one", "-", "disk")
-    (path,) = call("bind", "one", str(VMM_USER))
+    (path,) = call(f"register {address} disk + claim one - disk + bind one {VMM_USER}")
     assert driver(metal, address) == "vfio-pci"
     assert call("list")[0]["bound_to_vfio"]
     mark = nvme_disk.read_bytes().split(b"\n")[0].decode()
@@ -91,11 +89,9 @@ def test_an_nvme_goes_to_a_kvm_guest_and_comes_back(
     script += "echo written-inside | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync,fsync 2>/dev/null"
     assert mark in inner(metal, "nvme", script, path, uid=VMM_USER)
     assert nvme_disk.read_bytes()[4096:].startswith(b"written-inside\n")
-    call("unbind", "one")
-    call("release", "one")
+    assert call("unbind one + release one + bindings") == []
     assert driver(metal, address) == before == "nvme"
     metal.check("until [ -b /dev/nvme0n1 ]; do sleep 0.2; done; head -c 14 /dev/nvme0n1", timeout=60)
-    assert call("bindings") == []
     call("delete", "disk")
 
 
@@ -104,9 +100,7 @@ def test_two_functions_of_a_group_go_together(
 ) -> None:
     """The guest gets the one that was asked for; VFIO takes the group only because both were bound."""
     first, second = (device["pci_address"] for device in found[NIC][1:])
-    call("register", first, "nic")
-    call("claim", "one", "-", "nic")
-    (path,) = call("bind", "one")
+    (path,) = call(f"register {first} nic + claim one - nic + bind one")
     assert [driver(metal, address) for address in (first, second)] == ["vfio-pci", "vfio-pci"]
     output = inner(metal, "e1000e", "cat /sys/class/net/eth0/address; cat /sys/bus/pci/devices/*/vendor", path)
     assert "52:54:00" in output
@@ -151,18 +145,15 @@ def test_vgpus_of_a_real_mdev_parent(metal: MetalHost, call: Call) -> None:
     assert status["mode"] == "vgpu"
     free = {profile["name"]: profile["available"] for profile in status["profiles"]}
     assert free == {"mdpy-vga": 4, "mdpy-xga": 4, "mdpy-hd": 4}
-    for number in range(4):
-        call("claim", f"guest{number}", "mdpy-vga")
+    call(" + ".join(f"claim guest{number} mdpy-vga" for number in range(4)))
     assert call("claim", "guest4", "mdpy-vga")["error"] == "insufficient_resources"
     assert call("claim", "guest4", "mdpy-8k")["error"] == "invalid_request"
     (path,) = call("bind", "guest0")
     assert call("gpu")["used_slots"] == 4
     output = inner(metal, "", "cat /sys/bus/pci/devices/*/device", path + ",display=off")
     assert "0x000f" in output
-    for number in range(4):
-        call("unbind", f"guest{number}")
-        call("release", f"guest{number}")
-    assert call("gpu")["used_slots"] == 0
+    end = " + ".join(f"unbind guest{number} + release guest{number}" for number in range(4))
+    assert call(f"{end} + gpu")["used_slots"] == 0
     assert metal.check("ls /sys/bus/mdev/devices").strip() == ""
     metal.check("rmmod mdpy")
 
@@ -176,7 +167,4 @@ def test_unplugged_while_registered(metal: MetalHost, call: Call, found: dict[st
     metal.check(f"while [ -e /sys/bus/pci/devices/{address} ]; do sleep 0.2; done", timeout=120)
     assert call("bind", "one")["error"] == "device_not_found"
     assert call("list")[0]["bound_to_vfio"] is False
-    call("unbind", "one")
-    call("release", "one")
-    call("delete", "nic")
-    assert call("list") == []
+    assert call("unbind one + release one + delete nic + list") == []
