@@ -54,6 +54,7 @@ from hypeman.images.types import CreateImageRequest, Image, ImageConfig, ImageSt
 from hypeman.paths import Paths
 from hypeman.store.store import Store
 from hypeman.store.tables import Txn
+from hypeman.telemetry import metrics
 from hypeman.units import parse_size
 
 log = logging.getLogger(__name__)
@@ -458,7 +459,8 @@ class Images:
         error = ""
         with job.scope:
             try:
-                stored = await self._maker.make(job)
+                with metrics.image_build_seconds.time():
+                    stored = await self._maker.make(job)
             except MakeFailed as failure:
                 error = str(failure)
             except Exception:
@@ -471,9 +473,11 @@ class Images:
                 await self._store.write(lambda txn: _settle(txn, job.digest, stored, error))
         if stored is not None:
             self._made += 1
+            metrics.image_pulls.labels("success").inc()
             log.info("image %s is ready: %d bytes", job.digest, stored.size)
         else:
             self._failed += 1
+            metrics.image_pulls.labels("error").inc()
             log.warning("image %s failed: %s", job.digest, error)
         if self._jobs.get(job.digest) is job:
             del self._jobs[job.digest]

@@ -55,6 +55,7 @@ from hypeman.instances.world import STOP_GRACE, World
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
 from hypeman.store import Txn
+from hypeman.telemetry import metrics
 from hypeman.volumes import records as volumes
 
 log = logging.getLogger(__name__)
@@ -722,6 +723,8 @@ class Lifecycle:
                 also(txn)
 
         await self.world.store.write(write)
+        if record.state is not self.record.state:
+            metrics.state_transitions.labels(self.record.state.value, record.state.value).inc()
         self.record = record
         self.host.changed(record)
         return record

@@ -46,6 +46,7 @@ from hypeman.network.leases import get_lease
 from hypeman.network.types import GuestNetwork, Lease
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
+from hypeman.telemetry import metrics
 from hypeman.units import parse_size
 
 STOP_GRACE = 10.0
@@ -312,13 +313,15 @@ class World:
         config = vm_config(record, self._surroundings(record), self.paths)
         driver = self.driver(record)
         driver.validate(config)
-        self._adopt(record, await driver.launch(config))
+        with metrics.timed_vmm_call("launch"):
+            self._adopt(record, await driver.launch(config))
 
     async def restore_vmm(self, instance_id: str, capture_id: str, *, keep: bool) -> None:
         record = self.record(instance_id)
         config = vm_config(record, self._surroundings(record), self.paths)
         directory = self.paths.capture(capture_id)
-        vmm = await self.driver(record).restore(config, directory, keep_capture=keep, paused=True)
+        with metrics.timed_vmm_call("restore"):
+            vmm = await self.driver(record).restore(config, directory, keep_capture=keep, paused=True)
         self._adopt(record, vmm)
 
     def _adopt(self, record: InstanceRecord, vmm: Vmm) -> None:
@@ -381,7 +384,8 @@ class World:
                 await live.guest.freeze()
             if scope.cancelled_caught:
                 raise InternalError("the guest did not freeze its workload in time")
-        await live.vmm.capture(side, go_on=go_on)
+        with metrics.timed_vmm_call("capture"):
+            await live.vmm.capture(side, go_on=go_on)
         await self.files.publish(side, directory)
 
     async def discard_capture(self, instance_id: str, capture_id: str) -> None:

@@ -8,7 +8,8 @@ bounded: routes are templates, never paths.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -48,7 +49,7 @@ instance_seconds = {
 volume_create_seconds = _histogram("hypeman_volumes_create_duration_seconds", "Time of making a volume")
 state_transitions = _counter("hypeman_instances_state_transitions", "Changes of state", "from", "to")
 image_pulls = _counter("hypeman_images_pulls", "Pulls that ended", "status")
-image_build_seconds = _histogram("hypeman_images_build_duration_seconds", "Time of a conversion", "status")
+image_build_seconds = _histogram("hypeman_images_build_duration_seconds", "Time from a pull's begin to its disk")
 tap_operations = _counter("hypeman_network_tap_operations", "TAP devices made and removed", "operation")
 vmm_seconds = _histogram("hypeman_vmm_api_duration_seconds", "Calls to a VMM", "operation", "status", buckets=_FAST)
 vmm_errors = _counter("hypeman_vmm_api_errors", "Calls to a VMM that failed", "operation")
@@ -69,6 +70,20 @@ def count_request(method: str, route: str, status: int, seconds: float) -> None:
     labels = (method if method in _METHODS else "other", route, str(status))
     _http_requests.labels(*labels).inc()
     _http_seconds.labels(*labels).observe(seconds)
+
+
+@contextmanager
+def timed_vmm_call(operation: str) -> Iterator[None]:
+    """One call to a VMM: how long it took, and whether it failed."""
+    begin = time.perf_counter()
+    status = "error"
+    try:
+        yield
+        status = "success"
+    finally:
+        vmm_seconds.labels(operation, status).observe(time.perf_counter() - begin)
+        if status == "error":
+            vmm_errors.labels(operation).inc()
 
 
 class _Gauges(Collector):

@@ -20,6 +20,7 @@ from hypeman.host.files import Files, HostError
 from hypeman.ids import check_tags, new_id, tags_match
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
+from hypeman.telemetry import metrics
 from hypeman.units import format_size
 from hypeman.volumes import archive
 from hypeman.volumes.records import VOLUMES, Attachment, VolumeRecord, attachments_of, find_volume
@@ -97,6 +98,10 @@ class Volumes:
 
     async def _create(self, request: CreateVolumeRequest, make: Callable[[Path, int], Awaitable[None]]) -> Volume:
         record = _checked(request)
+        with metrics.volume_create_seconds.time():
+            return await self._make(record, make)
+
+    async def _make(self, record: VolumeRecord, make: Callable[[Path, int], Awaitable[None]]) -> Volume:
         size = record.size_gb << 30
         self._store.read(lambda txn: self._check_room(txn, record))
         side = self._paths.tmp / f"volume-{new_id()}"

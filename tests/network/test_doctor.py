@@ -9,8 +9,9 @@ from msgspec.structs import replace
 
 from hypeman.config import NetworkConfig
 from hypeman.host.links import Uplink, parse_default_routes, parse_routed
-from hypeman.host.network_facts import NetworkFacts, parse_routes
+from hypeman.host.network_facts import NetworkFacts, read_routes
 from hypeman.network.doctor import find_problems
+from tests.network.lab import in_namespace, sh
 
 HEALTHY = NetworkFacts(
     tun=True,
@@ -144,5 +145,13 @@ def test_routes_are_read() -> None:
     """The best default route leads out, by all its next hops; our own routes are no clash."""
     assert parse_default_routes(ROUTES) == ("eth0", "eth1")
     assert parse_default_routes("Iface\n") == ()
-    assert parse_routes(ROUTES) == (("eth0", "192.168.0.0/16"),)
     assert parse_routed(ROUTES) == {"10.100.0.5"}
+
+
+@in_namespace
+def test_the_hosts_own_routes_are_read() -> None:
+    """From a real kernel: networks of other links, neither default routes nor ours."""
+    sh("ip link add eth0 type veth peer name far && ip link set eth0 up && ip link set far up")
+    sh("ip addr add 192.168.7.1/24 dev eth0 && ip route add default via 192.168.7.2")
+    sh("ip link add hm-a type veth peer name b && ip link set hm-a up && ip route add 10.100.0.5/32 dev hm-a")
+    assert read_routes() == (("eth0", "192.168.7.0/24"),)
