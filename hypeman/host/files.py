@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from hypeman.errors import InternalError
 R = TypeVar("R")
 
 _FICLONE = 0x40049409
+_NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 _COPY_CHUNK = 16 << 20
 
 
@@ -88,13 +89,13 @@ def _own(path: Path | int, uid: int, gid: int) -> None:
         os.chown(path, uid, gid)
 
 
-def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
-    side = path.with_name(path.name + ".new")
+@contextlib.contextmanager
+def _beside(target: Path, mode: int, uid: int, gid: int) -> Iterator[int]:
+    """A descriptor of a new file beside ``target`` that takes its place, flushed, when the block ends well."""
+    side = target.with_name(target.name + ".new")
     fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+        yield fd
         os.fchmod(fd, mode)
         _own(fd, uid, gid)
         os.fsync(fd)
@@ -103,31 +104,25 @@ def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
         raise
     finally:
         os.close(fd)
-    os.rename(side, path)
-    _flush_dir(path.parent)
+    os.rename(side, target)
+    _flush_dir(target.parent)
+
+
+def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
+    with _beside(path, mode, uid, gid) as fd:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
 
 
 def _copy(source: Path, target: Path, mode: int, uid: int, gid: int) -> None:
-    side = target.with_name(target.name + ".new")
-    with open(source, "rb", buffering=0) as read:
-        fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(source, "rb", buffering=0) as read, _beside(target, mode, uid, gid) as fd:
         try:
-            try:
-                fcntl.ioctl(fd, _FICLONE, read.fileno())
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
-                    raise
-                _copy_data(read.fileno(), fd)
-            os.fchmod(fd, mode)
-            _own(fd, uid, gid)
-            os.fsync(fd)
-        except OSError:
-            os.unlink(side)
-            raise
-        finally:
-            os.close(fd)
-    os.rename(side, target)
-    _flush_dir(target.parent)
+            fcntl.ioctl(fd, _FICLONE, read.fileno())
+        except OSError as error:
+            if error.errno not in _NO_REFLINK:
+                raise
+            _copy_data(read.fileno(), fd)
 
 
 def _copy_data(source: int, target: int) -> None:
