@@ -107,7 +107,9 @@ def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_
     cdef bytes room = bytes(131072)
     cdef char *out = room
     cdef size_t n = 131072
-    origin.tls_name = NULL if tls_name is None else <const char *>tls_name
+    origin.tls_name = NULL
+    if tls_name is not None:
+        origin.tls_name = tls_name
     origin.explicit_proxy = explicit_proxy
     origin.port = port
     cdef int used = probe_head(data, <size_t>len(data), &view[0], <size_t>view.shape[0], &origin, out, &n, &reason)
@@ -129,7 +131,7 @@ cdef class Engine:
                   uint16_t listen_port, uint16_t assumed_tls_port, timers_ms, list allow, list deny):
         cdef engine_settings s
         cdef char error[256]
-        cdef size_t i
+        cdef Py_ssize_t i
         if not listeners or len(timers_ms) != T_CLASSES:
             raise ValueError("at least one listener and all timers")
         memset(&s, 0, sizeof(s))
@@ -152,8 +154,10 @@ cdef class Engine:
             s.listeners = fds
             s.ca_certificate = ca_certificate
             s.ca_key = ca_key
-            s.trust_file = NULL if trust_file is None else <const char *>trust_file
-            s.trust_extra = NULL if trust_extra is None else <const char *>trust_extra
+            if trust_file is not None:
+                s.trust_file = trust_file
+            if trust_extra is not None:
+                s.trust_extra = trust_extra
             s.leaf_cache = leaf_cache
             s.max_connections = max_connections
             s.max_requests = max_requests
@@ -194,7 +198,8 @@ cdef class Engine:
     def set_policy(self, bytes address, bytes instance, snapshot):
         """Swaps the rules of a source address; from the return on every request is decided by the new ones."""
         cdef const uint8_t[:] view = snapshot
-        if engine_set_policy(self._e, address, instance, &view[0], <size_t>view.shape[0]) != 0:
+        cdef const uint8_t *data = &view[0]
+        if engine_set_policy(self._e, address, instance, data, <size_t>view.shape[0]) != 0:
             raise ValueError("not a snapshot, or not an address")
 
     def remove(self, bytes address):

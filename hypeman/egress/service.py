@@ -277,6 +277,8 @@ class Egress:
         snapshot = compile_policy(credentials, secrets, self.settings.unmatched if unmatched is None else unmatched)
         try:
             engine.set_policy(source_ip.encode(), instance_id.encode(), snapshot)
+        except ValueError as error:
+            raise InternalError(f"the egress policy of instance {instance_id} for {source_ip!r}: {error}") from None
         finally:
             wipe(snapshot)
         for instance, addresses in self._sources.items():

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from hypeman.egress.policy import Unmatched
 from hypeman.egress.service import Limits, Timeouts
+from hypeman.errors import InternalError
 from tests.egress.conftest import GUEST, HOST, SECRET, Origin, Wire, World, credential, read_response
 
 H = f"Host: {HOST}\r\n"
@@ -229,6 +230,13 @@ async def nobody_is_served(world: World, wire: Wire) -> None:
         return
     assert (status, fields["x-hypeman-egress"]) == (403, "unregistered")
     assert await wire.rest() == b""
+
+
+async def test_addresses_that_are_none(world: World) -> None:
+    """Told as a failure of ours; the rules of others stay."""
+    with pytest.raises(InternalError):
+        world.allow("inst-b", "not an address")
+    assert (await world.get())[0] == 200
 
 
 async def test_removed_instance(world: World) -> None:
