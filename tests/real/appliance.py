@@ -233,19 +233,12 @@ class Appliance:
         return await self.get(f"/instances/{name}")
 
     async def exec(self, name: str, *command: str, stdin: bytes = b"") -> tuple[int, str]:
-        """Exit code and output of a program in the guest, through the command line client."""
-        argv = [
-            sys.executable,
-            "-m",
-            "hypeman",
-            "--base-url",
-            f"unix://{self.socket}",
-            "exec",
-            "-T",
-            name,
-            "--",
-            *command,
-        ]
+        """Exit code and output of a program in the guest."""
+        return await self.cli("exec", "-T", name, "--", *command, stdin=stdin)
+
+    async def cli(self, *arguments: str, stdin: bytes = b"") -> tuple[int, str]:
+        """Exit code and output of the command line client."""
+        argv = [sys.executable, "-m", "hypeman", "--base-url", f"unix://{self.socket}", *arguments]
         done = await trio.run_process(
             argv, stdin=stdin, capture_stdout=True, capture_stderr=True, check=False, cwd=ROOT
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
 import pytest
 import trio
 
@@ -99,4 +102,44 @@ async def test_errors_leave_nothing(appliance: Appliance) -> None:
     await appliance.delete("/instances/one")
     resources = await appliance.get("/resources")
     assert resources["memory"]["allocated"] == resources["disk"]["allocated"] == 0
+    assert not appliance.vmms() and not appliance.files() and not appliance.namespace.links()
+
+
+async def test_twenty_at_once_and_a_kill_in_between(appliance: Appliance, tmp_path: Path) -> None:
+    """Each used by exec and cp; the server is killed in the middle; then all are adopted and go on."""
+    tick = "i=0; while true; do i=$((i+1)); echo tick $i; sleep 0.5; done"
+    names = [f"vm{number}" for number in range(20)]
+
+    async def make(name: str) -> None:
+        await appliance.create(name, size="64MB", cmd=["sh", "-c", tick])
+
+    async def use(name: str) -> None:
+        (tmp_path / name).write_text(f"for {name}\n" * 1000)
+        assert await appliance.cli("cp", "-q", str(tmp_path / name), f"{name}:/tmp/file") == (0, "")
+        assert await appliance.exec(name, "sh", "-c", "wc -l < /tmp/file; hostname") == (0, f"1000\n{name}\n")
+        assert await appliance.cli("cp", "-q", f"{name}:/tmp/file", str(tmp_path / f"{name}.back")) == (0, "")
+        assert (tmp_path / f"{name}.back").read_text() == (tmp_path / name).read_text()
+
+    async def all_of(act: Callable[[str], Awaitable[None]]) -> None:
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(act, name)
+
+    await all_of(make)
+    await all_of(use)
+    before = appliance.vmms()
+    appliance.kill()
+    assert appliance.vmms() == before
+    await appliance.start()
+    assert {i["state"] for i in await appliance.get("/instances")} == {"Running"}
+    await all_of(use)
+    seen = (await appliance.ask("GET", "/instances/vm3/logs?tail=1")).text
+    with trio.fail_after(60):
+        while (await appliance.ask("GET", "/instances/vm3/logs?tail=1")).text == seen:
+            await trio.sleep(0.2)
+
+    async def delete(name: str) -> None:
+        await appliance.delete(f"/instances/{name}")
+
+    await all_of(delete)
     assert not appliance.vmms() and not appliance.files() and not appliance.namespace.links()
