@@ -176,6 +176,7 @@ struct conn {
     bool timed_out;
     unsigned interim;      /* 1xx responses so far */
     bool want_h2, served, keep;
+    bool h1_only;          /* HTTP/2 was offered and the host chose HTTP/1 */
     uint64_t token;        /* of the resolver's question */
     unsigned addresses, address;
     struct addr candidates[MAX_ADDRESSES];

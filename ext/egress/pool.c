@@ -105,7 +105,8 @@ enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh)
     for (; c; c = c->pool_next) {
         if (!same_place(c, down->tenant, generation, &x->to) || c->broken || c->readable_end)
             continue;
-        if (c->phase == P_HTTP1) {
+        /* A connection that was opened for HTTP/1 tells nothing about the host, and gRPC needs HTTP/2 where there is one. */
+        if (c->phase == P_HTTP1 && (!want_h2 || c->h1_only)) {
             pool_remove(c);
             c->one = x;
             break;
@@ -359,7 +360,7 @@ void up_ready(struct conn *c)
     }
     /* The host speaks HTTP/1 only: one connection for each of those who waited. */
     pool_remove(c);
-    c->keep = true;
+    c->keep = c->h1_only = true;
     if (!x) {
         up_release(c);
         return;
@@ -371,6 +372,7 @@ void up_ready(struct conn *c)
         struct xchg *next = rest->up_next;
         struct conn *more = dial(c->loop, c->tenant, &c->to, c->generation);
         more->one = rest;
+        more->h1_only = true;
         rest->awaits = more;
         rest->up_next = NULL;
         find_addresses(more);

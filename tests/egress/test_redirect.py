@@ -104,7 +104,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         nginx = ["ip", "netns", "exec", made.world, "nginx", "-p", str(made.dir), "-c", str(made.dir / "nginx.conf")]
         started.append(subprocess.Popen(nginx, stderr=subprocess.DEVNULL, text=True))
         told = {
-            "settings": {"address": "10.77.0.1", "port": PORT, "trust_file": str(made.dir / "origin-ca.pem")},
+            "settings": {"address": "10.77.0.1", "port": PORT, "loops": 1,
+                         "trust_file": str(made.dir / "origin-ca.pem")},
             "directory": str(made.dir / "egress"),
             "names": {HOST: [ORIGIN], "other.test": [ORIGIN], "own.test": [OWN]},
             "audit": True,
@@ -149,6 +150,7 @@ def curl(lab: Lab, *argv: str) -> str:
 
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 def test_curl(lab: Lab, version: str) -> None:
+    """The second finds the first one's connection in the pool, and must not be led over it: it wants HTTP/2."""
     said = curl(lab, version, f"https://{HOST}/", "-H", "Authorization: Bearer mock-API_KEY")
     protocol = "HTTP/2.0" if version == "--http2" else "HTTP/1.1"
     assert said == f"auth=Bearer {SECRET} proto={protocol} host={HOST} scheme=https\n"
