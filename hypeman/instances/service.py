@@ -152,6 +152,8 @@ class Instances:
             known, unsettled = self.store.read(_all_and_unsettled)
             for record in known:
                 self.board.post(record)
+            if unsettled:
+                await self.catalog.wait_ready()  # known at once, unless what it depends on has changed
             async with trio.open_nursery() as settling:
                 for record in unsettled:
                     settling.start_soon(self._own, record, False)
@@ -307,6 +309,7 @@ class Instances:
     # Verbs
 
     async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
+        await self.catalog.wait_ready()
         task = self.task(ref)
         return self.view(
             await task.perform(Command.START, lambda: task.start(request.entrypoint, request.cmd)),
@@ -322,6 +325,7 @@ class Instances:
 
     async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
         """Saved, and compressed later if the request, the instance or the server says so (in this order)."""
+        await self.catalog.wait_ready()
         check_compression(request.compression)
         delay = request.compression_delay
         seconds = parse_duration(delay, code="invalid_compression_delay") if delay is not None else None
@@ -343,6 +347,7 @@ class Instances:
         return SnapshotCompressionConfig(enabled=True, algorithm=algorithm, level=settings.level)
 
     async def restore(self, ref: str) -> Instance:
+        await self.catalog.wait_ready()
         task = self.task(ref)
         return self.view(await task.perform(Command.RESTORE, task.restore))
 
@@ -382,6 +387,7 @@ class Instances:
         return changed
 
     async def attach_volume(self, ref: str, volume: str, request: AttachVolumeRequest) -> Instance:
+        await self.catalog.wait_ready()
         path = check_mount_path(request.mount_path)
         found = self.store.read(lambda txn: volumes.find_volume(txn, volume))
         task = self.task(ref)
@@ -397,6 +403,7 @@ class Instances:
     # Forks
 
     async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
+        await self.catalog.wait_ready()
         check_name(request.name)
         self._check_free(request.name)
         task = self.task(ref)

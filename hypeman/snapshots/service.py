@@ -95,6 +95,7 @@ class Snapshots:
 
     async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
         """Capture an instance; a running one pauses only for that."""
+        await self._instances.catalog.wait_ready()
         if request.name is not None and request.name:
             check_name(request.name)
         tags = check_tags(request.tags)
@@ -169,6 +170,7 @@ class Snapshots:
 
     async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
         """Put an instance back to one of its snapshots."""
+        await self._instances.catalog.wait_ready()
         task = self._instances.task(ref)
         row = self._store.read(lambda txn: _find(txn, snapshot))
         if row.source.id != task.record.id:
@@ -214,6 +216,7 @@ class Snapshots:
 
     async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance:
         """A new instance from a snapshot."""
+        await self._instances.catalog.wait_ready()
         check_name(request.name)
         row = self._store.read(lambda txn: _find(txn, snapshot))
         target = _check_target(row, request.target_state, request.target_hypervisor)
