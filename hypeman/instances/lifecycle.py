@@ -95,7 +95,9 @@ class Host:
         """Give back what the capabilities hold for an instance, in the transaction that removes it."""
 
 
-class _Job(Generic[R]):
+class Job(Generic[R]):
+    """A command that has its place in the queue."""
+
     __slots__ = ("action", "command", "done", "error", "value")
 
     def __init__(self, command: Command | None, action: Callable[[], Awaitable[R]]) -> None:
@@ -104,6 +106,13 @@ class _Job(Generic[R]):
         self.done = trio.Event()
         self.value: R | None = None
         self.error: BaseException | None = None
+
+    async def wait(self) -> R:
+        """What the action returned, or raise what it raised."""
+        await self.done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.value  # type: ignore[return-value]  # set together with ``done``
 
 
 class _News:
@@ -136,11 +145,12 @@ class Lifecycle:
         self._new = new
         """Nothing to settle: just written and its first command does the work, or it slept all along."""
         self._now = now
-        self._queue: trio.MemorySendChannel[_Job[Any] | _News]
-        self._inbox: trio.MemoryReceiveChannel[_Job[Any] | _News]
+        self._queue: trio.MemorySendChannel[Job[Any] | _News]
+        self._inbox: trio.MemoryReceiveChannel[Job[Any] | _News]
         self._queue, self._inbox = trio.open_memory_channel(float("inf"))  # bounded by MOST_WAITING and few news
         self._waiting = 0
         self._gone = False
+        self._removed = False
         self._nursery: trio.Nursery | None = None
 
     # Called by others
@@ -150,17 +160,18 @@ class Lifecycle:
 
         The caller may be cancelled; the action is not.
         """
+        return await self.submit(command, action).wait()
+
+    def submit(self, command: Command | None, action: Callable[[], Awaitable[R]]) -> Job[R]:
+        """As ``perform``, but only takes the place in the queue; the caller waits when it likes."""
         if self._gone:
-            raise _gone(self.record)
+            raise self._refusal()
         if self._waiting >= MOST_WAITING:
             raise InvalidState(f"instance {self.record.name!r} has {MOST_WAITING} commands waiting already")
-        job: _Job[R] = _Job(command, action)
+        job: Job[R] = Job(command, action)
         self._waiting += 1
         self._queue.send_nowait(job)
-        await job.done.wait()
-        if job.error is not None:
-            raise job.error
-        return job.value  # type: ignore[return-value]  # set together with ``done``
+        return job
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the instance until it is gone. Started when what a crash left unfinished is settled."""
@@ -173,7 +184,7 @@ class Lifecycle:
                 while not self._gone:
                     item = await self._inbox.receive()
                     if isinstance(item, _News):
-                        await self._hear(item.live, item.event)
+                        await self._take_news(item)
                     else:
                         await self._do(item)
                 nursery.cancel_scope.cancel()
@@ -183,9 +194,11 @@ class Lifecycle:
 
     # The queue
 
-    async def _do(self, job: _Job[Any]) -> None:
+    async def _do(self, job: Job[Any]) -> None:
         self._waiting -= 1
         try:
+            if self.record.deleting and job.command is not Command.DELETE:
+                raise InvalidState(f"instance {self.record.name!r} is half deleted; delete it again")
             if job.command is not None:
                 check_legal(job.command, self.record.state, name=self.record.name)
             job.value = await job.action()
@@ -194,7 +207,7 @@ class Lifecycle:
             if not isinstance(error, HypemanError):
                 log.exception("%s of instance %s failed", job.command, self.record.id)
         except BaseException:
-            job.error = InternalError("the server is shutting down; the command was not finished")
+            job.error = _shutting_down()
             raise
         finally:
             job.done.set()
@@ -205,9 +218,12 @@ class Lifecycle:
                 item = self._inbox.receive_nowait()
             except (trio.WouldBlock, trio.EndOfChannel):
                 return
-            if isinstance(item, _Job):
-                item.error = _gone(self.record)
+            if isinstance(item, Job):
+                item.error = self._refusal()
                 item.done.set()
+
+    def _refusal(self) -> HypemanError:
+        return NotFound(f"instance {self.record.name!r} is gone") if self._removed else _shutting_down()
 
     def _tell(self, live: Live, event: LiveEvent) -> None:
         self._queue.send_nowait(_News(live, event))
@@ -216,29 +232,40 @@ class Lifecycle:
 
     async def create(self) -> InstanceRecord:
         """First boot of an instance whose record was just written, with CREATE as its intent."""
-        try:
-            await carry_out(plan_create(self.record), self.world)
-        except BaseException as error:
-            await self._create_failed(error)
-            raise
-        return await self._launched()
+        return await self._appear(plan_create(self.record), self._launched)
 
     async def adopt_disks(self, source: str, *, shared: bool) -> InstanceRecord:
         """The disks of a fork whose record was just written; it ends Stopped or Standby."""
-        try:
-            await carry_out(plan_adopt_disks(self.record, source, shared=shared), self.world)
-        except BaseException as error:
-            await self._create_failed(error)
-            raise
-        return await self._end(self.record)
+        steps = plan_adopt_disks(self.record, source, shared=shared)
+        return await self._appear(steps, lambda: self._end(self.record))
 
-    async def _create_failed(self, error: BaseException) -> None:
-        if isinstance(error, UndoFailed):
+    async def _appear(
+        self, steps: tuple[Reversible, ...], finish: Callable[[], Awaitable[InstanceRecord]]
+    ) -> InstanceRecord:
+        """Make real what was just written down; if that fails, nothing stays of it."""
+        try:
+            return await self._carry_out(steps, finish)
+        except UndoFailed as error:
             await self._lost(error)
-            return
-        with trio.CancelScope(shield=True):
-            await self._remove()
-            await carry_forward(plan_free(self.record.capture), self.world)
+            raise
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._remove()
+                await carry_forward(plan_free(self.record.capture), self.world)
+            raise
+
+    async def _carry_out(
+        self, steps: tuple[Reversible, ...], finish: Callable[[], Awaitable[InstanceRecord]]
+    ) -> InstanceRecord:
+        """All ``steps`` and the transaction that ends them (``finish``), or none of it."""
+        await carry_out(steps, self.world)
+        try:
+            with trio.CancelScope(shield=True):  # else nobody knew whether it counts
+                record = await finish()
+        except Exception:
+            await take_back(steps, self.world)
+            raise
+        return record
 
     async def start(self, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None) -> InstanceRecord:
         spec = self.record.spec
@@ -256,8 +283,9 @@ class Lifecycle:
             exit_message=None,
             fresh=False,
         )
-        await self._all_or_nothing(Operation.START, plan_start(record), record, before)
-        return await self._launched()
+        return await self._all_or_nothing(
+            Operation.START, plan_start(record), record, before, finish=self._launched, resources=True
+        )
 
     async def stop(self, grace: float = STOP_GRACE) -> InstanceRecord:
         self._journal("stop")
@@ -270,7 +298,11 @@ class Lifecycle:
         if self.record.state not in NO_VMM:
             steps = (plan_stop(self.record, grace=DELETE_GRACE)[0], *steps)
         await self._begin(Operation.DELETE, steps, self._changed(self.record, deleting=True))
-        await carry_forward(steps, self.world)
+        try:
+            await carry_forward(steps, self.world)
+        except Exception as error:
+            await self._lost(error)
+            raise
         await self._remove()
         await carry_forward(plan_free(*freed), self.world)
 
@@ -280,20 +312,27 @@ class Lifecycle:
         self._journal("standby")
         capture = new_id()
         before = self.record
-        await self._all_or_nothing(Operation.CAPTURE, plan_standby(before, capture), before, before, release=False)
-        row = await self._capture_row(capture, captures.of_instance(before.id), compression)
         freed = before.mapped
-        record = self._changed(before, capture=capture, mapped=None)
 
-        def publish(txn: Txn) -> None:
-            txn.put(CAPTURES, capture, row)
-            captures.let_go(txn, freed, captures.of_instance(before.id))
+        async def publish() -> InstanceRecord:
+            row = await self._capture_row(capture, captures.of_instance(before.id), compression)
+            record = self._changed(before, capture=capture, mapped=None)
 
-        await self._begin(Operation.PARK, plan_park(record), record, publish)
+            def exchange(txn: Txn) -> None:
+                txn.put(CAPTURES, capture, row)
+                captures.let_go(txn, freed, captures.of_instance(before.id))
+
+            return await self._begin(Operation.PARK, plan_park(record), record, exchange)
+
+        await self._all_or_nothing(Operation.CAPTURE, plan_standby(before, capture), before, before, finish=publish)
         return await self._park(freed)
 
     async def _park(self, freed: str | None = None) -> InstanceRecord:
-        await carry_forward(plan_park(self.record), self.world)
+        try:
+            await carry_forward(plan_park(self.record), self.world)
+        except Exception as error:
+            await self._lost(error)
+            raise
         record = self._entered(self._changed(self.record, handle=None, stopped_at=self._now()), InstanceState.STANDBY)
         await self._end(record, self._holding(record))
         await carry_forward(plan_free(freed), self.world)
@@ -308,22 +347,27 @@ class Lifecycle:
         await self.world.make_restorable(capture)
         keep = self.world.capture_is_shared(before.id, capture)
         record = self._changed(before, boots=before.boots + 1)
-        await self._all_or_nothing(Operation.RESTORE, plan_restore(record, capture, keep=keep), record, before)
-        live = self.world.live[before.id]
         steps = plan_awaken(record, capture, fresh=before.fresh)
-        record = self._entered(
-            self._changed(
-                self.record, handle=live.vmm.handle, capture=None, mapped=capture if keep else None, stopped_at=None
-            ),
-            InstanceState.RUNNING,
-        )
 
         def consume(txn: Txn) -> None:
             if not keep:
                 captures.let_go(txn, capture, captures.of_instance(before.id))
 
-        await self._begin(Operation.RESUME, steps, record, consume)
-        self._watch(live)
+        async def note() -> InstanceRecord:
+            handle = self.world.live[before.id].vmm.handle
+            mapped = capture if keep else None
+            restored = self._changed(self.record, handle=handle, capture=None, mapped=mapped, stopped_at=None)
+            return await self._begin(Operation.RESUME, steps, self._entered(restored, InstanceState.RUNNING), consume)
+
+        await self._all_or_nothing(
+            Operation.RESTORE,
+            plan_restore(record, capture, keep=keep),
+            record,
+            before,
+            finish=note,
+            resources=True,
+        )
+        self._watch(self.world.live[before.id])
         await self._forward_or_die(steps)
         return await self._end(self._changed(self.record, fresh=False))
 
@@ -341,34 +385,29 @@ class Lifecycle:
         transaction that ends the work.
         """
         before = self.record
-        if not with_memory:
-            steps = plan_copy_out(before, target, capture=None)
-            await self._all_or_nothing(Operation.CAPTURE, steps, before, before, release=False)
-            await self._end(self.record, lambda txn: publish(txn, before, None))
-            return before
-        if before.state is InstanceState.STANDBY:
-            assert before.capture is not None
-            shared = self.world.capture_row(before.capture)
-            steps = plan_copy_out(before, target, capture=None)
-            await self._all_or_nothing(Operation.CAPTURE, steps, before, before, release=False)
+        running = before.state is InstanceState.RUNNING
+        if running and with_memory:
+            self._check_capturable("captured")
+        made = new_id() if running and with_memory else ""
 
-            def share(txn: Txn) -> None:
-                captures.share(txn, shared.id, holder)
-                publish(txn, before, shared)
+        async def end() -> InstanceRecord:
+            row: CaptureRow | None = None
+            if made:
+                row = await self._capture_row(made, holder, None)
+            elif with_memory and before.capture is not None:
+                row = self.world.capture_row(before.capture)
 
-            await self._end(self.record, share)
-            return before
-        self._check_capturable("captured")
-        capture = new_id()
-        steps = plan_copy_out(before, target, capture=capture)
-        await self._all_or_nothing(Operation.CAPTURE, steps, before, before, release=False)
-        row = await self._capture_row(capture, holder, None)
+            def record_it(txn: Txn) -> None:
+                if row is not None and made:
+                    txn.put(CAPTURES, made, row)
+                elif row is not None:
+                    captures.share(txn, row.id, holder)
+                publish(txn, before, row)
 
-        def record_capture(txn: Txn) -> None:
-            txn.put(CAPTURES, capture, row)
-            publish(txn, before, row)
+            return await self._end(self.record, record_it)
 
-        await self._end(self.record, record_capture)
+        steps = plan_copy_out(before, target, capture=made or None, running=running)
+        await self._all_or_nothing(Operation.CAPTURE, steps, before, before, finish=end)
         return before
 
     async def attach(self, volume_id: str, path: str, *, readonly: bool) -> InstanceRecord:
@@ -421,9 +460,8 @@ class Lifecycle:
             await self._begin(Operation.DETACH, (TakeBack(step),), before)
             try:
                 await step.undo(self.world)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self._end(before)
+            except Exception:  # not when cancelled: then the next start finishes it
+                await self._end(before)
                 raise
         return await self._end(*self._without_volume(volume_id))
 
@@ -447,15 +485,24 @@ class Lifecycle:
         before = self.record
         self._journal("restore from snapshot")
         freed = before.capture
-        await self._all_or_nothing(Operation.CAPTURE, plan_stage(before, source), before, before, release=False)
         steps = plan_swap(before)
 
         def exchange(txn: Txn) -> None:
             captures.let_go(txn, freed, captures.of_instance(before.id))
             also(txn)
 
-        await self._begin(Operation.REVERT, steps, record, exchange)
-        await carry_forward(steps, self.world)
+        await self._all_or_nothing(
+            Operation.CAPTURE,
+            plan_stage(before, source),
+            before,
+            before,
+            finish=lambda: self._begin(Operation.REVERT, steps, record, exchange),
+        )
+        try:
+            await carry_forward(steps, self.world)
+        except Exception as error:
+            await self._lost(error)
+            raise
         await self._end(self.record)
         await carry_forward(plan_free(freed), self.world)
         return self.record
@@ -470,23 +517,25 @@ class Lifecycle:
 
     async def _settle(self) -> None:
         """Finish or take back what was under way, adopt a living VM, clean up after a dead one."""
+        try:
+            await self._find_and_settle()
+        except Exception as error:  # whatever it is: one broken instance must not keep the others from being served
+            log.exception("instance %s can not be settled", self.record.id)
+            await self._lost(error)
+
+    async def _find_and_settle(self) -> None:
         record = self.record
         intent = self.world.store.read(lambda txn: txn.get(INTENTS, record.id))
         alive = await self.world.reattach_vmm(record.id)
         if alive:
+            self._watch(self.world.live[record.id])
             if record.spec.egress:
                 await self.world.set_egress(record.id)
-            self._watch(self.world.live[record.id])
-        if intent is None:
-            if record.state not in NO_VMM and not alive:
-                await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
-            return
-        log.warning("instance %s: %s was not finished", record.id, intent.operation.value)
-        try:
+        if intent is not None:
+            log.warning("instance %s: %s was not finished", record.id, intent.operation.value)
             await self._settle_intent(intent, alive=alive)
-        except (HypemanError, OSError) as error:
-            log.exception("instance %s: %s can not be settled", record.id, intent.operation.value)
-            await self._lost(error)
+        elif record.state not in NO_VMM and not alive:
+            await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
 
     async def _settle_intent(self, intent: Intent, *, alive: bool) -> None:
         record = self.record
@@ -522,7 +571,12 @@ class Lifecycle:
                 await carry_forward(intent.steps, self.world)
                 await self._end(record)
             case Operation.RESUME if alive:
-                await self._forward_or_die(intent.steps)
+                try:
+                    await self._forward_or_die(intent.steps)
+                except Exception:
+                    if self.record.state is not InstanceState.STOPPED:
+                        raise
+                    return  # it told the journal why, and the instance has come to rest
                 await self._end(self._changed(self.record, fresh=False))
             case Operation.RESUME | Operation.STOP:
                 live = self.world.live.get(record.id)
@@ -535,6 +589,14 @@ class Lifecycle:
 
     # News
 
+    async def _take_news(self, news: _News) -> None:
+        """Nobody waits for this and can be told of a failure: the record is."""
+        try:
+            await self._hear(news.live, news.event)
+        except Exception as error:
+            log.exception("instance %s: what its VM told can not be followed", self.record.id)
+            await self._lost(error)
+
     async def _hear(self, live: Live, event: LiveEvent) -> None:
         if self.world.live.get(self.record.id) is not live:
             return
@@ -546,7 +608,7 @@ class Lifecycle:
                 self._journal("running")
                 if self.record.spec.hotplug_bytes:
                     self._nursery_of_vm().start_soon(self._plug_memory)
-            case Exited():
+            case Exited() if self.record.state in (InstanceState.INITIALIZING, InstanceState.RUNNING):
                 code, message = _outcome(live, None)
                 await self._save(
                     self._entered(
@@ -555,7 +617,7 @@ class Lifecycle:
                 )
             case Fatal():
                 self._journal(f"guest: {event.message}")
-            case Ready() | Started():
+            case Ready() | Started() | Exited():
                 pass
 
     async def _plug_memory(self) -> None:
@@ -571,7 +633,7 @@ class Lifecycle:
     # Pieces of commands
 
     async def _stop(self, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None) -> InstanceRecord:
-        freed = self.record.mapped
+        freed = (self.record.mapped, self.record.capture)  # the latter after a standby that could not be finished
         await self._begin(Operation.STOP, steps, self.record)
         outcome = await self.world.read_outcome(self.record.id)
         try:
@@ -589,6 +651,7 @@ class Lifecycle:
                 self.record,
                 handle=None,
                 mapped=None,
+                capture=None,
                 stopped_at=self._now(),
                 exit_code=code,
                 exit_message=message,
@@ -598,12 +661,13 @@ class Lifecycle:
         )
 
         def settle(txn: Txn) -> None:
-            captures.let_go(txn, freed, captures.of_instance(record.id))
+            for capture in freed:
+                captures.let_go(txn, capture, captures.of_instance(record.id))
             self._holding(record)(txn)
 
         await self._end(record, settle)
         self._journal(f"stopped: {message}")
-        await carry_forward(plan_free(freed), self.world)
+        await carry_forward(plan_free(*freed), self.world)
         return self.record
 
     async def _launched(self) -> InstanceRecord:
@@ -632,20 +696,23 @@ class Lifecycle:
         record: InstanceRecord,
         before: InstanceRecord,
         *,
-        release: bool = True,
-    ) -> None:
-        """Carry out ``steps`` under an intent; when they fail, the record is again what it was."""
-        running = release  # only starts and restores take resources
-        also = self._holding(record, running=True) if running else None
-        await self._begin(operation, steps, record, also)
+        finish: Callable[[], Awaitable[InstanceRecord]],
+        resources: bool = False,
+    ) -> InstanceRecord:
+        """Carry out ``steps`` under an intent, then ``finish``, the transaction that makes them count.
+
+        When one of them fails, the steps are taken back and the record is again what it was. With
+        ``resources`` (starts and restores) the instance holds those of a running VM from here on.
+        """
+        await self._begin(operation, steps, record, self._holding(record, running=True) if resources else None)
         try:
-            await carry_out(steps, self.world)
+            return await self._carry_out(steps, finish)
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 if isinstance(error, UndoFailed):
                     await self._lost(error)
                 else:
-                    await self._end(before, self._holding(before) if running else None)
+                    await self._end(before, self._holding(before) if resources else None)
             self._journal(f"{operation.value} failed: {error}")
             raise
 
@@ -732,7 +799,7 @@ class Lifecycle:
     async def _remove(self) -> None:
         record = self.record
         await self.world.store.write(lambda txn: self.host.release(txn, record))
-        self._gone = True
+        self._gone = self._removed = True
         self.host.gone(record)
 
     def _changed(self, record: InstanceRecord, **changes: Any) -> InstanceRecord:
@@ -792,5 +859,5 @@ def _outcome(
             return None, ended.message or "the VMM failed"
 
 
-def _gone(record: InstanceRecord) -> HypemanError:
-    return NotFound(f"instance {record.name!r} is gone")
+def _shutting_down() -> HypemanError:
+    return InternalError("the server is shutting down; the command was not finished")

@@ -20,6 +20,7 @@ from hypeman.instances.steps import (
     GoOn,
     LaunchVmm,
     MakeDisks,
+    PauseVm,
     PlugVolume,
     PrepareRun,
     RestoreVmm,
@@ -74,10 +75,13 @@ def plan_standby(record: InstanceRecord, capture: str) -> tuple[Reversible, ...]
     return (SaveCapture(record.id, capture, go_on=False),)
 
 
-def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None) -> tuple[Reversible, ...]:
-    """Copy the disks to ``target``; with ``capture`` the running VM pauses for both and goes on."""
+def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None, running: bool) -> tuple[Reversible, ...]:
+    """Copy the disks to ``target``; a running VM pauses for that, and for its ``capture`` if one is wanted."""
     copy = CopyDisksAway(record.id, target)
-    return (SaveCapture(record.id, capture, go_on=True), copy, GoOn(record.id)) if capture else (copy,)
+    if not running:
+        return (copy,)
+    pause = SaveCapture(record.id, capture, go_on=True) if capture else PauseVm(record.id)
+    return (pause, copy, GoOn(record.id))
 
 
 def plan_adopt_disks(record: InstanceRecord, source: str, *, shared: bool) -> tuple[Reversible, ...]:

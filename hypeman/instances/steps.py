@@ -186,6 +186,16 @@ class StageDisks(_Step, frozen=True):
         await world.unstage_disks(self.instance)
 
 
+class PauseVm(_Step, frozen=True):
+    """Freeze the workload and pause the VM: nothing writes until it goes on. Undo: it goes on."""
+
+    async def do(self, world: World) -> None:
+        await world.pause(self.instance)
+
+    async def undo(self, world: World) -> None:
+        await world.go_on(self.instance)
+
+
 class GoOn(_Step, frozen=True):
     """After its capture the VM goes on as if nothing had been."""
 
@@ -242,6 +252,7 @@ Reversible = (
     | RestoreVmm
     | SaveCapture
     | CopyDisksAway
+    | PauseVm
     | GoOn
     | PlugVolume
     | StageDisks

@@ -379,14 +379,23 @@ class World:
         await self.files.remove(side)
         uid = self.uid(self.record(instance_id))
         await self.files.make_dir(side, uid=uid, gid=uid)
-        if live.guest is not None:
-            with trio.move_on_after(SECONDS_TO_FREEZE) as scope:
-                await live.guest.freeze()
-            if scope.cancelled_caught:
-                raise InternalError("the guest did not freeze its workload in time")
+        await self._freeze(live)
         with metrics.timed_vmm_call("capture"):
             await live.vmm.capture(side, go_on=go_on)
         await self.files.publish(side, directory)
+
+    async def pause(self, instance_id: str) -> None:
+        live = self._living(instance_id)
+        await self._freeze(live)
+        await live.vmm.pause()
+
+    async def _freeze(self, live: Live) -> None:
+        if live.guest is None:
+            return
+        with trio.move_on_after(SECONDS_TO_FREEZE) as scope:
+            await live.guest.freeze()
+        if scope.cancelled_caught:
+            raise InternalError("the guest did not freeze its workload in time")
 
     async def discard_capture(self, instance_id: str, capture_id: str) -> None:
         """The VM goes on where it was, with its memory, and the capture is gone."""
