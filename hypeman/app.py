@@ -46,6 +46,9 @@ from hypeman.hypervisor.qemu.driver import QemuDriver
 from hypeman.images.service import Images
 from hypeman.instances import adapters
 from hypeman.instances.compression import Compressor
+from hypeman.instances.egress_audit import AuditLog
+from hypeman.instances.egress_metrics import register_metrics
+from hypeman.instances.egress_view import EgressView
 from hypeman.instances.records import INSTANCES
 from hypeman.instances.service import Instances
 from hypeman.instances.world import World
@@ -137,6 +140,8 @@ class _Parts:
     devices: Devices
     network: Network
     egress: Egress
+    egress_audit: AuditLog
+    egress_view: EgressView
     images: Images
     compressor: Compressor
     instances: Instances
@@ -161,6 +166,8 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     stack.callback(rules.close)
     uplink = await find_uplink(config.network.uplink)
     egress = Egress(_egress_settings(config), paths.egress)
+    audit = AuditLog()
+    stack.callback(audit.flush)
     network = Network(
         config.network,
         links=links,
@@ -228,7 +235,9 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         max_total=parse_size(config.limits.max_total_volume_storage or "0"),
     )
     snapshots = Snapshots(store=store, instances=instances)
+    egress_view = EgressView(egress, instances.board)
     _register_gauges(instances, images, network, store)
+    register_metrics(egress)
     return _Parts(
         config=config,
         store=store,
@@ -236,6 +245,8 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         devices=devices,
         network=network,
         egress=egress,
+        egress_audit=audit,
+        egress_view=egress_view,
         images=images,
         compressor=compressor,
         instances=instances,
@@ -247,6 +258,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             snapshots=snapshots,
             volumes=volumes,
             devices=devices,
+            egress=egress_view,
             resources=resources,
             capabilities=_CapabilityService(config, catalog, network, images),
         ),
@@ -263,6 +275,9 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await nursery.start(parts.devices.run)
     await parts.network.start(_living_leases(parts.store))
     await nursery.start(parts.network.run)
+    parts.egress.on_audit(parts.egress_audit.offer)
+    parts.egress.on_audit(parts.egress_view.keep)
+    nursery.start_soon(parts.egress_audit.run)
     await nursery.start(parts.egress.run)
     await nursery.start(parts.images.run)
     await nursery.start(parts.compressor.run)

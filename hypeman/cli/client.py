@@ -80,6 +80,10 @@ class Client:
     def get(self, path: str, **query: Any) -> Any:
         return self.call("GET", path, query=query)
 
+    def text(self, path: str) -> str:
+        """An answer that is not JSON."""
+        return self._request("GET", path, None, {}, TIMEOUT).read().decode()
+
     def post(self, path: str, body: Any = None) -> Any:
         return self.call("POST", path, body)
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hypeman import __version__
-from hypeman.cli import copy, devices, execute, host, images, instances, run, shell, snapshots, volumes
+from hypeman.cli import copy, devices, egress, execute, host, images, instances, run, shell, snapshots, volumes
 from hypeman.cli.output import FORMATS
 from hypeman.cli.session import Session, complain
 
@@ -56,7 +56,7 @@ for _command in (
     run.run, instances.ps, instances.inspect, instances.logs, execute.execute, copy.copy, instances.stats,
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, images.pull, images.images, volumes.volumes, snapshots.snapshots,
-    devices.devices, host.resources, host.health, host.capabilities, host.token, host.doctor, host.serve,
+    devices.devices, egress.egress, host.resources, host.health, host.capabilities, host.token, host.doctor, host.serve,
     shell.completion, shell.man,
 ):  # fmt: skip
     hypeman.add_command(_command)

@@ -43,7 +43,7 @@ def render(value: Any, form: str) -> str:
 def render_table(rows: Sequence[Any], columns: Columns, *, colour: bool = False) -> str:
     """One line a row, columns as wide as they must be."""
     cells = [[header for header, _ in columns]]
-    cells += [[_text(get(row)) for _, get in columns] for row in rows]
+    cells += [[plain(get(row)) for _, get in columns] for row in rows]
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
     lines = []
     for number, line in enumerate(cells):
@@ -54,7 +54,8 @@ def render_table(rows: Sequence[Any], columns: Columns, *, colour: bool = False)
     return "\n".join(lines)
 
 
-def _text(value: Any) -> str:
+def plain(value: Any) -> str:
+    """On one line and without control characters, which a guest may have chosen; ``-`` for nothing."""
     if value is None or value == "":
         return "-"
     return "".join(character if character.isprintable() else "�" for character in str(value))

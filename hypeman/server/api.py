@@ -57,6 +57,10 @@ class EventStream(Struct, frozen=True):
     chunks: ByteStream
 
 
+SSE_HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel-Buffering": "no"}
+"""For an answer of events: no proxy on the way shall keep or gather them."""
+
+
 class Operation(Struct, frozen=True, kw_only=True):
     """One method on one path."""
 

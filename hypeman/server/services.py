@@ -15,6 +15,7 @@ from typing import Protocol
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
 from hypeman.guest.types import PathInfo
 from hypeman.images.types import CreateImageRequest, Image, Progress
+from hypeman.instances.egress_types import EgressPolicy, EgressRecord
 from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.instances.types import (
     AttachVolumeRequest,
@@ -171,6 +172,28 @@ class ResourceService(Protocol):
     async def get(self) -> Resources: ...
 
 
+class EgressRecords(Protocol):
+    """Mediated requests of one instance as they end."""
+
+    def __aiter__(self) -> AsyncIterator[EgressRecord]: ...
+    async def __anext__(self) -> EgressRecord: ...
+    async def aclose(self) -> None: ...
+
+
+class EgressService(Protocol):
+    """An instance whose egress is not mediated is NotFound."""
+
+    def ca_pem(self) -> bytes:
+        """The certificate that guests must trust."""
+        ...
+
+    def policy(self, ref: str) -> EgressPolicy: ...
+
+    async def requests(self, ref: str, *, tail: int, follow: bool) -> EgressRecords:
+        """The last ``tail`` ones; with ``follow`` then every new one until the instance is gone."""
+        ...
+
+
 class CapabilityService(Protocol):
     async def get(self) -> Capabilities: ...
 
@@ -184,5 +207,6 @@ class Services:
     snapshots: SnapshotService
     volumes: VolumeService
     devices: DeviceService
+    egress: EgressService
     resources: ResourceService
     capabilities: CapabilityService

@@ -7,7 +7,7 @@ change what they hold directly.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ import trio
 from msgspec import UNSET
 
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
+from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
 from hypeman.errors import (
     Ambiguous,
     Conflict,
@@ -31,10 +32,12 @@ from hypeman.errors import (
 from hypeman.guest.types import PathInfo
 from hypeman.ids import new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
+from hypeman.instances.egress_types import EgressPolicy, EgressRecord
 from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.instances.types import (
     AttachVolumeRequest,
     CreateInstanceRequest,
+    EgressEnforcementMode,
     ForkInstanceRequest,
     Instance,
     InstanceNetwork,
@@ -240,7 +243,7 @@ class FakeInstances:
         self.instances[instance.id] = instance
         return instance
 
-    def _find(self, ref: str) -> Instance:
+    def find(self, ref: str) -> Instance:
         if self.fails is not None:
             raise self.fails
         hits = [one for one in self.instances.values() if ref in (one.id, one.name)]
@@ -257,7 +260,7 @@ class FakeInstances:
         return changed
 
     def _move(self, what: str, ref: str, wanted: InstanceState, after: InstanceState, request: Any = None) -> Instance:
-        instance = self._find(ref)
+        instance = self.find(ref)
         self.asked.append((what, request))
         if instance.state is not wanted:
             raise InvalidState(f"instance {instance.name} is {instance.state}; {what} wants {wanted}")
@@ -277,7 +280,7 @@ class FakeInstances:
     async def get(self, ref: str) -> Instance:
         if self.hangs:
             await trio.sleep_forever()
-        return self._find(ref)
+        return self.find(ref)
 
     async def create(self, request: CreateInstanceRequest) -> Instance:
         self.asked.append(("create", request))
@@ -298,10 +301,10 @@ class FakeInstances:
 
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
         self.asked.append(("update", request))
-        return self._find(ref)
+        return self.find(ref)
 
     async def delete(self, ref: str) -> None:
-        del self.instances[self._find(ref).id]
+        del self.instances[self.find(ref).id]
 
     async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
         return self._move("start", ref, InstanceState.STOPPED, InstanceState.RUNNING, request)
@@ -317,15 +320,15 @@ class FakeInstances:
 
     async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
         self.asked.append(("fork", request))
-        return self.add(request.name, self._find(ref).state)
+        return self.add(request.name, self.find(ref).state)
 
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
         self.asked.append(("wait", (state, timeout)))
-        instance = self._find(ref)
+        instance = self.find(ref)
         return WaitForStateResponse(state=instance.state, timed_out=instance.state is not state)
 
     async def stats(self, ref: str) -> InstanceStats:
-        instance = self._find(ref)
+        instance = self.find(ref)
         return InstanceStats(
             instance_id=instance.id,
             instance_name=instance.name,
@@ -340,7 +343,7 @@ class FakeInstances:
         )
 
     async def stat(self, ref: str, path: str, follow_links: bool) -> PathInfo:
-        self._find(ref)
+        self.find(ref)
         if path.rstrip("/") in ("/tmp", "/etc"):
             return PathInfo(exists=True, is_dir=True, mode=0o755)
         if path in self.files:
@@ -348,7 +351,7 @@ class FakeInstances:
         return PathInfo(exists=False)
 
     async def exec(self, ref: str, request: ExecRequest) -> FakeExec:
-        self._find(ref)
+        self.find(ref)
         if request.command[:1] == ("no-such-program",):
             raise NotFound("exec: no-such-program: not found")
         if request.command[:1] == ("bug",):
@@ -358,27 +361,27 @@ class FakeInstances:
         return session
 
     async def copy_to(self, ref: str, request: CpRequest) -> FakeCopyIn:
-        self._find(ref)
+        self.find(ref)
         copy = FakeCopyIn(self.files, request)
         self.copies.append(copy)
         return copy
 
     async def copy_from(self, ref: str, request: CpRequest) -> FakeCopyOut:
-        self._find(ref)
+        self.find(ref)
         if request.guest_path == "/missing":
             raise NotFound("/missing: no such file or directory")
         return FakeCopyOut(self.tree)
 
     async def log_path(self, ref: str, source: LogSource) -> Path:
-        return self.log_directory / f"{self._find(ref).name}-{source}.log"
+        return self.log_directory / f"{self.find(ref).name}-{source}.log"
 
     async def attach_volume(self, ref: str, volume: str, request: AttachVolumeRequest) -> Instance:
-        instance = self._find(ref)
+        instance = self.find(ref)
         mount = VolumeMount(volume_id=volume, mount_path=request.mount_path, readonly=request.readonly)
         return self._change(instance, volumes=(*(instance.volumes or ()), mount))
 
     async def detach_volume(self, ref: str, volume: str) -> Instance:
-        instance = self._find(ref)
+        instance = self.find(ref)
         return self._change(instance, volumes=tuple(one for one in instance.volumes or () if one.volume_id != volume))
 
 
@@ -503,6 +506,69 @@ class FakeDevices:
         del self.devices[device.id]
 
 
+class FakeEgressRecords:
+    def __init__(self, records: Iterable[EgressRecord], new: trio.MemoryReceiveChannel[EgressRecord] | None) -> None:
+        self._records = iter(records)
+        self._new = new
+        self.closed = False
+
+    def __aiter__(self) -> AsyncIterator[EgressRecord]:
+        return self
+
+    async def __anext__(self) -> EgressRecord:
+        await trio.lowlevel.checkpoint()
+        for record in self._records:
+            return record
+        if self._new is None:
+            raise StopAsyncIteration
+        return await self._new.__anext__()
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+INJECT = InjectRule(hosts=("api.example.com",), as_=InjectAs(header="Authorization", format="Bearer ${value}"))
+
+
+@dataclass
+class FakeEgress:
+    """Policies and records by the instance's name; followers get what is put into ``new``, until it is closed."""
+
+    instances: FakeInstances
+    policies: dict[str, EgressPolicy] = field(default_factory=dict)
+    records: dict[str, list[EgressRecord]] = field(default_factory=dict)
+    streams: list[FakeEgressRecords] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.new, self._receive = trio.open_memory_channel[EgressRecord](100)
+
+    def allow(self, instance: Instance, *rules: InjectRule) -> None:
+        """Gives ``instance`` a policy with one credential, API_KEY, and these rules."""
+        credential = CredentialPolicy(source=CredentialSource(env="REAL_KEY"), inject=rules or (INJECT,))
+        self.policies[instance.name] = EgressPolicy(
+            instance_id=instance.id,
+            instance_name=instance.name,
+            mode=EgressEnforcementMode.ALL,
+            credentials={"API_KEY": credential},
+        )
+
+    def ca_pem(self) -> bytes:
+        return b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+
+    def policy(self, ref: str) -> EgressPolicy:
+        name = self.instances.find(ref).name
+        if name not in self.policies:
+            raise NotFound(f"the egress of instance {name} is not mediated", code="no_egress_policy")
+        return self.policies[name]
+
+    async def requests(self, ref: str, *, tail: int, follow: bool) -> FakeEgressRecords:
+        name = self.policy(ref).instance_name
+        kept = self.records.get(name, [])
+        stream = FakeEgressRecords(kept[max(0, len(kept) - tail) :], self._receive if follow else None)
+        self.streams.append(stream)
+        return stream
+
+
 class FakeResources:
     async def get(self) -> Resources:
         def status(kind: str, capacity: int) -> ResourceStatus:
@@ -550,6 +616,7 @@ class FakeWorld:
         self.snapshots = FakeSnapshots(self.instances)
         self.volumes = FakeVolumes()
         self.devices = FakeDevices()
+        self.egress = FakeEgress(self.instances)
 
     @property
     def services(self) -> Services:
@@ -559,6 +626,7 @@ class FakeWorld:
             snapshots=self.snapshots,
             volumes=self.volumes,
             devices=self.devices,
+            egress=self.egress,
             resources=FakeResources(),
             capabilities=FakeCapabilities(),
         )

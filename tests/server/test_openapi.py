@@ -89,6 +89,8 @@ ANSWERS = [
     ("GET", "/instances/web/wait?state=Running", None),
     ("GET", "/instances/web/stat?path=/etc", None),
     ("GET", "/instances/web/stats", None),
+    ("GET", "/instances/web/egress", None),
+    ("GET", "/instances/plain/egress", None),
     ("POST", "/instances/web/volumes/v", {"mount_path": "/data"}),
     ("POST", "/instances/web/snapshots", {"kind": "Stopped"}),
     ("GET", "/snapshots", None),
@@ -101,7 +103,8 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("method", "path", "body"), ANSWERS, ids=lambda value: str(value))
 async def test_real_answers_fit_the_document(ask: Any, world: FakeWorld, method: str, path: str, body: Any) -> None:
-    world.instances.add("web", InstanceState.RUNNING)
+    world.egress.allow(world.instances.add("web", InstanceState.RUNNING))
+    world.instances.add("plain")
     await world.images.create_named("alpine")
     response = await ask(method, path, **({"json": body} if body is not None else {}))
     document = DOCUMENT

@@ -22,7 +22,7 @@ from hypeman.instances.types import (
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
-from hypeman.server.api import EventStream, Routes
+from hypeman.server.api import SSE_HEADERS, EventStream, Routes
 from hypeman.server.follow import LogStream
 from hypeman.server.services import Services
 from hypeman.snapshots.types import CreateSnapshotRequest, RestoreSnapshotRequest, Snapshot
@@ -130,16 +130,13 @@ async def wait_for_state(services: Services, id: str, query: WaitQuery) -> WaitF
     return await services.instances.wait_state(id, query.state, min(seconds, _LONGEST_WAIT))
 
 
-_SSE_HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel-Buffering": "no"}
-
-
 @routes.get(
     "/instances/{id}/logs",
     Scope.INSTANCE_READ,
     fails=(404, 409),
     media_type="text/event-stream",
     unlimited=True,
-    headers=_SSE_HEADERS,
+    headers=SSE_HEADERS,
 )
 async def get_logs(services: Services, id: str, query: LogQuery) -> EventStream:
     """The log of an instance as server-sent events.

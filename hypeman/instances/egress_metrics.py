@@ -1,0 +1,93 @@
+"""The counters of the egress data plane under the names that Prometheus is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+from msgspec import Struct
+
+from hypeman.egress.service import Egress, Statistics
+from hypeman.errors import InternalError
+from hypeman.telemetry import metrics
+
+
+class Family(Struct, frozen=True):
+    """One metric of several counters, told apart by ``label``; or of one alone, without a label."""
+
+    text: str
+    label: str
+    counters: dict[str, str]
+    """Name in the data plane → value of the label."""
+
+
+def _alone(counter: str, text: str) -> Family:
+    return Family(text, "", {counter: ""})
+
+
+FAMILIES: dict[str, Family] = {
+    "hypeman_egress_connections": _alone("connections", "Open connections, from guests and to hosts"),
+    "hypeman_egress_accepted_total": Family(
+        "Connections from guests by what became of them",
+        "outcome",
+        {"accepted": "accepted", "unregistered": "unregistered", "too_many": "too_many"},
+    ),
+    "hypeman_egress_requests_total": _alone("requests", "Requests of guests"),
+    "hypeman_egress_injected_total": _alone("injected", "Requests that were given a credential"),
+    "hypeman_egress_passed_through_total": _alone("passed_through", "Connections that were carried unread"),
+    "hypeman_egress_tunnels_total": _alone("tunnels", "Exchanges that became something else, as WebSockets"),
+    "hypeman_egress_responses_total": Family(
+        "Answers by class of status", "status", {f"status_{n}xx": f"{n}xx" for n in range(2, 6)}
+    ),
+    "hypeman_egress_handshakes_total": Family(
+        "TLS handshakes with guests", "status", {"handshakes": "success", "handshakes_failed": "error"}
+    ),
+    "hypeman_egress_minted_total": _alone("minted", "Certificates made for names that guests asked for"),
+    "hypeman_egress_upstream_total": Family(
+        "Connections to hosts by how they were got",
+        "outcome",
+        {"upstream_opened": "opened", "upstream_reused": "reused", "upstream_failed": "failed"},
+    ),
+    "hypeman_egress_verify_failed_total": _alone("verify_failed", "Hosts whose certificate was refused"),
+    "hypeman_egress_bytes_total": Family(
+        "Bytes of requests and answers", "direction", {"bytes_up": "up", "bytes_down": "down"}
+    ),
+    "hypeman_egress_audit_lost_total": _alone("audit_lost", "Records that nobody read in time"),
+}
+ELSEWHERE = frozenset(["denied"])
+"""Counters that say less than another metric: that one has the reasons."""
+
+
+def register_metrics(egress: Egress) -> None:
+    for name, family in FAMILIES.items():
+        metrics.register_gauge(name, family.text, _labels(family.label), partial(_of_family, egress, family))
+    metrics.register_gauge(
+        "hypeman_egress_denied_total",
+        "Requests and connections that were denied or failed, by reason",
+        ("reason",),
+        partial(_denied, egress),
+    )
+
+
+def _labels(label: str) -> tuple[str, ...]:
+    return (label,) if label else ()
+
+
+def _of_family(egress: Egress, family: Family) -> Mapping[tuple[str, ...], float]:
+    statistics = _statistics(egress)
+    if statistics is None:
+        return {}
+    return {_labels(value): statistics.counters[name] for name, value in family.counters.items()}
+
+
+def _denied(egress: Egress) -> Mapping[tuple[str, ...], float]:
+    statistics = _statistics(egress)
+    return {} if statistics is None else {(reason,): count for reason, count in statistics.denied.items()}
+
+
+def _statistics(egress: Egress) -> Statistics | None:
+    """None while the data plane does not run: the other metrics shall still be told."""
+    try:
+        return egress.statistics()
+    except InternalError:
+        return None

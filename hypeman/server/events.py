@@ -1,0 +1,32 @@
+"""Objects as server-sent events: each is one event, its JSON the data."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+import msgspec
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ObjectStream(Protocol):
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    async def __anext__(self) -> Any: ...
+    async def aclose(self) -> None: ...
+
+
+class JsonEvents:
+    """``source`` as bytes to send; closed with it."""
+
+    def __init__(self, source: ObjectStream) -> None:
+        self._source = source
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return b"data: " + _encode(await self._source.__anext__()) + b"\n\n"
+
+    async def aclose(self) -> None:
+        await self._source.aclose()
