@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from hypeman.egress import policy
+from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.service import Egress
 from hypeman.guest.boot import CA_BUNDLE_PATH, CA_CERT_PATH, CaCertificate
 from hypeman.instances.records import INSTANCES, InstanceRecord, InstanceSpec
@@ -116,31 +117,10 @@ class EgressOfInstances:
         self._egress.remove(instance_id)
 
     def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
-        proxy = f"http://{self._egress.settings.address}:{self._egress.port}"
-        return proxy_environment(proxy), (CaCertificate(pem=self._egress.ca_pem.decode()),)
+        proxy = proxy_environment(self._egress.settings.address, self._egress.port)
+        trust = trust_environment(CA_BUNDLE_PATH, CA_CERT_PATH)
+        return {**proxy, **trust}, (CaCertificate(pem=self._egress.ca_pem.decode()),)
 
     def _open(self, txn: Txn, instance_id: str) -> dict[str, str]:
         row = txn.get(SECRETS, instance_id)
         return self._egress.sealer.open(instance_id, row.sealed) if row is not None else {}
-
-
-_REPLACES_ROOTS = (
-    "SSL_CERT_FILE",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-    "GIT_SSL_CAINFO",
-    "PIP_CERT",
-    "AWS_CA_BUNDLE",
-    "CARGO_HTTP_CAINFO",
-    "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
-)
-_ADDS_TO_ROOTS = ("NODE_EXTRA_CA_CERTS", "DENO_CERT")
-
-
-def proxy_environment(proxy: str) -> dict[str, str]:
-    """What tells programs of the proxy and whom to trust. Those that look at none of it are redirected."""
-    local = "localhost,127.0.0.1,::1"
-    env = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), proxy)
-    env |= {"NO_PROXY": local, "no_proxy": local, "NODE_USE_ENV_PROXY": "1"}
-    env |= dict.fromkeys(_REPLACES_ROOTS, CA_BUNDLE_PATH)
-    return env | dict.fromkeys(_ADDS_TO_ROOTS, CA_CERT_PATH)
