@@ -179,9 +179,31 @@ async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: App
     refused = await mediated.ask("PATCH", "/instances/one", json={"env": {"PLAIN": "2"}})
     assert refused.status_code == 400 and "PLAIN" in refused.json()["message"]
 
+    await _check_operators_see(mediated)
     for secret in (SECRET, ROTATED):
         found = [str(path) for path in _files_with(mediated.directory, secret.encode())]
         assert not found, found
+
+
+async def _check_operators_see(appliance: Appliance) -> None:
+    """The policy, the requests and their lines in the log: names and numbers, never a value."""
+    policy = await appliance.ask("GET", "/instances/one/egress")
+    assert policy.json()["credentials"]["API_KEY"]["source"] == {"env": "REAL"}
+    with trio.fail_after(20):  # records come at most four times a second
+        while len(records := await _requests(appliance)) < 3:
+            await trio.sleep(0.1)
+    injected = [one for one in records if one["kind"] == "request"]
+    told = {(one["host"], one["method"], one["status"], one["reason"]) for one in injected}
+    assert told == {(HOST, "GET", 200, "ok")}
+    assert all(one["injected"] and one["credentials"] == ["API_KEY"] for one in injected)
+    lines = [line for line in appliance.log.read_text().splitlines() if "hypeman.egress.audit" in line]
+    assert [line for line in lines if f"host={HOST}" in line and "API_KEY" in line]
+    assert not [text for text in (SECRET, ROTATED) if text in policy.text or text in json.dumps(records)]
+
+
+async def _requests(appliance: Appliance) -> list[dict[str, object]]:
+    told = await appliance.ask("GET", "/instances/one/egress/requests")
+    return [json.loads(event.removeprefix("data: ")) for event in told.text.split("\n\n") if event]
 
 
 def _files_with(directory: Path, needle: bytes) -> list[Path]:
