@@ -118,7 +118,8 @@ class Compressor:
             raise
         with trio.CancelScope(shield=True):  # from here on it is only renaming and telling
             await trio.to_thread.run_sync(os.rename, side, directory / (MEMORY + _suffix(row)))
-            await self._store.write(lambda txn: _change(txn, capture_id, compressed_bytes=size))
+            packed = {"compressed_bytes": size, "compression": row.compression}  # another may be wanted by now
+            await self._store.write(lambda txn: _change(txn, capture_id, **packed))
             await trio.to_thread.run_sync(plain.unlink)
 
 

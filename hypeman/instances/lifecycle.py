@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import trio
 
-from hypeman.errors import HypemanError, InternalError, InUse, InvalidState, NotFound, NotSupported
+from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidState, NotFound, NotSupported
 from hypeman.guest.types import Exited, Fatal, Ready, Started
 from hypeman.hypervisor.interface import ExitReason, VmmExit
 from hypeman.ids import new_id
@@ -106,6 +106,24 @@ class Job(Generic[R]):
         self.done = trio.Event()
         self.value: R | None = None
         self.error: BaseException | None = None
+
+    async def run(self) -> None:
+        """Do it; whoever waits is told how it went."""
+        try:
+            self.value = await self.action()
+        except Exception as error:
+            self.error = error
+            if not isinstance(error, HypemanError):
+                log.exception("%s failed", self.command or "work")
+        except BaseException:
+            self.error = _shutting_down()
+            raise
+        finally:
+            self.done.set()
+
+    def refuse(self, error: HypemanError) -> None:
+        self.error = error
+        self.done.set()
 
     async def wait(self) -> R:
         """What the action returned, or raise what it raised."""
@@ -197,20 +215,17 @@ class Lifecycle:
     async def _do(self, job: Job[Any]) -> None:
         self._waiting -= 1
         try:
-            if self.record.deleting and job.command is not Command.DELETE:
-                raise InvalidState(f"instance {self.record.name!r} is half deleted; delete it again")
-            if job.command is not None:
-                check_legal(job.command, self.record.state, name=self.record.name)
-            job.value = await job.action()
-        except Exception as error:
-            job.error = error
-            if not isinstance(error, HypemanError):
-                log.exception("%s of instance %s failed", job.command, self.record.id)
-        except BaseException:
-            job.error = _shutting_down()
-            raise
-        finally:
-            job.done.set()
+            self._check_turn(job.command)
+        except InvalidState as error:
+            job.refuse(error)
+        else:
+            await job.run()
+
+    def _check_turn(self, command: Command | None) -> None:
+        if self.record.deleting and command is not Command.DELETE:
+            raise InvalidState(f"instance {self.record.name!r} is half deleted; delete it again")
+        if command is not None:
+            check_legal(command, self.record.state, name=self.record.name)
 
     def _refuse_the_rest(self) -> None:
         while True:
@@ -219,8 +234,7 @@ class Lifecycle:
             except (trio.WouldBlock, trio.EndOfChannel):
                 return
             if isinstance(item, Job):
-                item.error = self._refusal()
-                item.done.set()
+                item.refuse(self._refusal())
 
     def _refusal(self) -> HypemanError:
         return NotFound(f"instance {self.record.name!r} is gone") if self._removed else _shutting_down()
@@ -413,16 +427,19 @@ class Lifecycle:
     async def attach(self, volume_id: str, path: str, *, readonly: bool) -> InstanceRecord:
         """Give the instance a volume, at once if it runs."""
         before = self.record
+        if any(mount.volume_id == volume_id for mount in before.spec.volumes):
+            raise Conflict(f"volume {volume_id!r} is attached to instance {before.name!r} already")
         port = free_port(before.ports)
         running = before.state is InstanceState.RUNNING
         if running and not self.world.driver(before).capabilities.hotplug_disk:
             raise NotSupported(f"hypervisor {before.spec.hypervisor.value} takes no disks at run time; stop it first")
-        if not port:
+        if running and not port:
             raise NotSupported(f"instance {before.name!r} has no free port for another volume")
         mount = VolumeMount(volume_id=volume_id, mount_path=path, readonly=readonly)
         spec = msgspec.structs.replace(before.spec, volumes=(*before.spec.volumes, mount))
         check_volumes(spec.volumes)
-        record = self._changed(before, spec=spec, ports={**before.ports, volume_id: port})
+        ports = {**before.ports, volume_id: port} if port else before.ports  # without a port it is fixed in the VM
+        record = self._changed(before, spec=spec, ports=ports)
 
         def take(txn: Txn) -> None:
             volumes.attach(

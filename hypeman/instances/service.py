@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import trio
@@ -28,7 +28,7 @@ from hypeman.instances import captures, records
 from hypeman.instances.admission import Command, check_legal
 from hypeman.instances.board import Board
 from hypeman.instances.captures import CaptureRow
-from hypeman.instances.lifecycle import NO_VMM, NONCE_BYTES, Host, Lifecycle, holding_of, utc_now
+from hypeman.instances.lifecycle import NO_VMM, NONCE_BYTES, Host, Job, Lifecycle, holding_of, utc_now
 from hypeman.instances.phases import Phases
 from hypeman.instances.plan import plan_adopt_disks, plan_create
 from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
@@ -70,6 +70,11 @@ SECONDS_FOR_AGENT = 5.0
 
 LOG_INTERVAL = 5.0
 """Seconds between looks at the size of logs. A guest prints at most some 10 MB/s through its serial console."""
+
+EXPIRY_PAUSE = 60.0
+"""Seconds until an expired instance that could not be deleted is tried again."""
+
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +149,8 @@ class Instances:
         self._host = Host(limits=limits, changed=self.board.post, gone=self._forget, release=self._release)
         self._nursery: trio.Nursery | None = None
         self._expiry_changed = trio.Event()
+        self._expiring: set[str] = set()
+        """Instances that the reaper is deleting."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own all instances. Started when every one is settled (adopted, finished or taken back)."""
@@ -156,7 +163,7 @@ class Instances:
                 await self.catalog.wait_ready()  # known at once, unless what it depends on has changed
             async with trio.open_nursery() as settling:
                 for record in unsettled:
-                    settling.start_soon(self._own, record, False)
+                    settling.start_soon(self._settle, record)
             await self.world.collect_captures()
             nursery.start_soon(self._reap_expired)
             nursery.start_soon(self._rotate_logs)
@@ -258,9 +265,10 @@ class Instances:
             self.secrets.seal(txn, record.id, real)
             return written
 
-        record = await self.store.write(write)
-        task = await self._adopt(record)
-        return self.view(await task.perform(None, task.create))
+        async def make() -> Lifecycle:
+            return await self._adopt(await self.store.write(write), Lifecycle.create)
+
+        return self.view((await self.see_through(make)).record)
 
     def _check_free(self, name: str) -> None:
         """Early, so that nobody waits for a pull in vain; the transaction checks again."""
@@ -275,7 +283,10 @@ class Instances:
         )
         spec = msgspec.structs.replace(record.spec, devices=claimed, volumes=mounts)
         record = msgspec.structs.replace(
-            record, spec=spec, number=records.free_number(txn), ports=assign_ports(spec.volumes)
+            record,
+            spec=spec,
+            number=records.free_number(txn),
+            ports=record.ports or assign_ports(spec.volumes),  # a fork's VM has its disks where its source had them
         )
         records.insert(txn, record)
         self.leases.take(txn, record)
@@ -331,15 +342,23 @@ class Instances:
         seconds = parse_duration(delay, code="invalid_compression_delay") if delay is not None else None
         task = self.task(ref)
         policy = task.record.spec.snapshot_policy
-        compression = request.compression or (policy.compression if policy else None) or self._default_compression()
+        compression = request.compression or self.usual_compression(task.record)
         if seconds is None:
             seconds = parse_duration((policy.standby_compression_delay if policy else None) or "0")
-        record = await task.perform(Command.STANDBY, lambda: task.standby(compression))
-        if record.capture is not None:
-            self.world.compressor.schedule(record.capture, delay=seconds)
-        return self.view(record)
 
-    def _default_compression(self) -> SnapshotCompressionConfig | None:
+        async def save() -> InstanceRecord:
+            record = await task.perform(Command.STANDBY, lambda: task.standby(compression))
+            if record.capture is not None:
+                self.world.compressor.schedule(record.capture, delay=seconds)
+            return record
+
+        return self.view(await self.see_through(save))
+
+    def usual_compression(self, record: InstanceRecord) -> SnapshotCompressionConfig | None:
+        """Of captures of this instance when the request says nothing: its policy's, else the server's."""
+        policy = record.spec.snapshot_policy
+        if policy is not None and policy.compression is not None:
+            return policy.compression
         settings = self.world.config.snapshots
         if not settings.compression:
             return None
@@ -410,8 +429,12 @@ class Instances:
         source = task.record
         check_legal(Command.FORK, source.state, name=source.name)
         target = request.target_state or TargetState(source.state.value)
-        fork = await task.perform(Command.FORK, lambda: self._fork_in_turn(task, request, target))
-        return await self.finish_fork(fork, target)
+
+        async def make() -> Instance:
+            fork = await task.perform(Command.FORK, lambda: self._fork_in_turn(task, request, target))
+            return await self._finish_fork(fork, target)
+
+        return await self.see_through(make)
 
     async def _fork_in_turn(self, task: Lifecycle, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
         """In the source's task: copy what the fork needs and write it down."""
@@ -439,14 +462,12 @@ class Instances:
             await task.copy_out(
                 str(staged), with_memory=with_memory, holder=captures.of_instance(fork.id), publish=publish
             )
-        except HypemanError:
+        except Exception:
             await self.world.remove_tree(str(staged))
             raise
-        forked = await self._adopt(made[0])
-        await forked.perform(None, lambda: forked.adopt_disks(str(staged), shared=False))
-        return forked
+        return await self._adopt(made[0], lambda forked: forked.adopt_disks(str(staged), shared=False))
 
-    async def finish_fork(self, fork: Lifecycle, target: TargetState) -> Instance:
+    async def _finish_fork(self, fork: Lifecycle, target: TargetState) -> Instance:
         """Bring a fork to where it was wanted; one that can not get there is not left behind."""
         try:
             if target is TargetState.RUNNING:
@@ -454,28 +475,38 @@ class Instances:
                     await fork.perform(Command.RESTORE, fork.restore)
                 else:
                     await fork.perform(Command.START, lambda: fork.start(None, None))
-        except HypemanError:
+        except Exception:
             await fork.perform(Command.DELETE, fork.delete)
             raise
         return self.view(fork.record)
 
     async def fork_from(
-        self, record: InstanceRecord, disks: str, *, capture: str | None, target: TargetState
+        self,
+        record: InstanceRecord,
+        disks: str,
+        *,
+        capture: str | None,
+        target: TargetState,
+        check: Callable[[Txn], object],
     ) -> Instance:
-        """A new instance with a copy of the disks in directory ``disks`` and, if it is given, on a capture."""
+        """A new instance with a copy of the disks in directory ``disks`` and, if it is given, on a capture.
+
+        ``check`` raises, in the transaction that makes the instance, if it may not be forked any more.
+        """
         if capture is not None:
             record = msgspec.structs.replace(record, capture=capture, state=InstanceState.STANDBY)
 
         def write(txn: Txn) -> InstanceRecord:
+            check(txn)
             written = self._insert(txn, record, plan_adopt_disks(record, disks, shared=True))
             hold(txn, record.id, holding_of(record).without_vmm(), self.limits())
             if capture is not None:
                 captures.share(txn, capture, captures.of_instance(record.id))
             return written
 
-        fork = await self._adopt(await self.store.write(write))
-        await fork.perform(None, lambda: fork.adopt_disks(disks, shared=True))
-        return await self.finish_fork(fork, target)
+        written = await self.store.write(write)
+        fork = await self._adopt(written, lambda fork: fork.adopt_disks(disks, shared=True))
+        return await self._finish_fork(fork, target)
 
     def forked_record(self, source: InstanceRecord, name: str) -> InstanceRecord:
         """The source's spec under a new identity. Expiry and secrets do not go along."""
@@ -527,19 +558,36 @@ class Instances:
 
     # Helpers
 
-    async def _adopt(self, record: InstanceRecord) -> Lifecycle:
-        """A task for an instance that was just written down."""
-        self.board.post(record)
-        return await self._own(record, True)
-
-    async def _own(self, record: InstanceRecord, new: bool) -> Lifecycle:
+    async def see_through(self, work: Callable[[], Awaitable[R]]) -> R:
+        """Run ``work`` to its end, also when the caller goes away meanwhile, and return its result."""
         assert self._nursery is not None, "the service does not run"
-        task = Lifecycle(self.world, self._host, record, new=new, now=self._now)
-        self._tasks[record.id] = task
-        await self._nursery.start(task.run)
+        job = Job(None, work)
+        self._nursery.start_soon(job.run)
+        return await job.wait()
+
+    async def _adopt(
+        self, record: InstanceRecord, first: Callable[[Lifecycle], Awaitable[InstanceRecord]]
+    ) -> Lifecycle:
+        """The task of an instance that was just written down, when it has done ``first``: nobody's command comes
+        before that."""
+        task = self._make_task(record, new=True)
+        job = task.submit(None, lambda: first(task))
+        self.board.post(record)
         if record.expires_at is not None:
             self._expiry_changed.set()
+        await job.wait()
         return task
+
+    def _make_task(self, record: InstanceRecord, *, new: bool) -> Lifecycle:
+        assert self._nursery is not None, "the service does not run"
+        task = self._tasks[record.id] = Lifecycle(self.world, self._host, record, new=new, now=self._now)
+        if new:
+            self._nursery.start_soon(task.run)
+        return task
+
+    async def _settle(self, record: InstanceRecord) -> None:
+        assert self._nursery is not None, "the service does not run"
+        await self._nursery.start(self._make_task(record, new=False).run)
 
     def _forget(self, record: InstanceRecord) -> None:
         self._tasks.pop(record.id, None)
@@ -548,12 +596,7 @@ class Instances:
     def task(self, ref: str) -> Lifecycle:
         """The task of an instance. One that sleeps gets its task when it is first wanted."""
         record = self.board.find(ref)
-        task = self._tasks.get(record.id)
-        if task is None:
-            assert self._nursery is not None, "the service runs"
-            task = self._tasks[record.id] = Lifecycle(self.world, self._host, record, new=True, now=self._now)
-            self._nursery.start_soon(task.run)
-        return task
+        return self._tasks.get(record.id) or self._make_task(record, new=True)
 
     def view(self, record: InstanceRecord) -> Instance:
         return self._render(record, self._now())
@@ -570,7 +613,8 @@ class Instances:
             now = self._now()
             due = [record for record in self.board.records() if record.expires_at is not None]
             for record in [record for record in due if record.expires_at is not None and record.expires_at <= now]:
-                if not record.deleting and self._nursery is not None:
+                if record.id not in self._expiring and self._nursery is not None:
+                    self._expiring.add(record.id)
                     self._nursery.start_soon(self._delete_expired, self.task(record.id))
             later = [r.expires_at for r in due if r.expires_at is not None and r.expires_at > now]
             seconds = (min(later) - now).total_seconds() if later else float("inf")
@@ -591,9 +635,12 @@ class Instances:
     async def _delete_expired(self, task: Lifecycle) -> None:
         try:
             await task.perform(Command.DELETE, task.delete)
-        except HypemanError:
-            await trio.sleep(60)  # the task logged why; the reaper looks again
-            self._expiry_changed.set()
+        except Exception as error:  # whatever it is, the reaper looks again
+            if not isinstance(error, NotFound):
+                log.warning("expired instance %s can not be deleted: %s", task.record.id, error)
+                await trio.sleep(EXPIRY_PAUSE)
+        self._expiring.discard(task.record.id)
+        self._expiry_changed.set()
 
 
 def _all_and_unsettled(txn: Txn) -> tuple[Sequence[InstanceRecord], Sequence[InstanceRecord]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 
 import msgspec
+import trio
 from msgspec import UNSET
 
 from hypeman.errors import Conflict, InvalidRequest, InvalidState, NotFound, NotSupported
@@ -103,10 +104,14 @@ class Snapshots:
         if request.kind is SnapshotKind.STOPPED and request.compression is not None:
             raise InvalidRequest("compression is for snapshots of kind Standby: a stopped one has no memory")
         task = self._instances.task(ref)
-        row = await task.perform(None, lambda: self._create(task, request, tags, compression))
-        if row.capture is not None:
-            self._world.compressor.schedule(row.capture)
-        return await self.get(row.id)
+
+        async def make() -> Snapshot:
+            row = await task.perform(None, lambda: self._create(task, request, tags, compression))
+            if row.capture is not None:
+                self._world.compressor.schedule(row.capture)
+            return await self.get(row.id)
+
+        return await self._instances.see_through(make)
 
     async def _create(
         self, task: Lifecycle, request: CreateSnapshotRequest, tags: Tags, compression: SnapshotCompressionConfig | None
@@ -132,10 +137,10 @@ class Snapshots:
             )
             self._instances.images.pin(txn, record.digest, f"snapshot:{snapshot_id}")
             txn.put(SNAPSHOTS, snapshot_id, row)
-            if capture is not None and compression is not None:
-                held = txn.get(CAPTURES, capture.id)
-                if held is not None:
-                    txn.put(CAPTURES, capture.id, msgspec.structs.replace(held, compression=compression))
+            held = txn.get(CAPTURES, capture.id) if capture is not None else None
+            if held is not None and held.compressed_bytes == 0:  # else it says what the memory is packed with
+                wanted = compression or held.compression or self._instances.usual_compression(record)
+                txn.put(CAPTURES, held.id, msgspec.structs.replace(held, compression=wanted))
             rows[:] = [row]
 
         self._store.read(lambda txn: _check_name_free(txn, source.id, request.name))
@@ -164,9 +169,10 @@ class Snapshots:
             return row
 
         row = await self._store.write(remove)
-        await self._world.files.remove(self._world.paths.snapshot(row.id))
-        if row.capture is not None:
-            await self._world.free_capture(row.capture)
+        with trio.CancelScope(shield=True):  # nobody else knows what to remove
+            await self._world.files.remove(self._world.paths.snapshot(row.id))
+            if row.capture is not None:
+                await self._world.free_capture(row.capture)
 
     async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
         """Put an instance back to one of its snapshots."""
@@ -177,14 +183,18 @@ class Snapshots:
             raise NotFound(f"instance {task.record.name!r} has no snapshot {snapshot!r}")
         target = _check_target(row, request.target_state, request.target_hypervisor)
         kind = self._kind(row, request.target_hypervisor)
-        with self._reading(row):
-            await task.perform(Command.RESTORE_SNAPSHOT, lambda: self._revert(task, row, kind, target))
-        if target is TargetState.RUNNING:
-            if task.record.state is InstanceState.STANDBY:
-                await task.perform(Command.RESTORE, task.restore)
-            else:
-                await task.perform(Command.START, lambda: task.start(None, None))
-        return self._instances.view(task.record)
+
+        async def put_back() -> Instance:
+            with self._reading(row):
+                await task.perform(Command.RESTORE_SNAPSHOT, lambda: self._revert(task, row, kind, target))
+            if target is TargetState.RUNNING:
+                if task.record.state is InstanceState.STANDBY:
+                    await task.perform(Command.RESTORE, task.restore)
+                else:
+                    await task.perform(Command.START, lambda: task.start(None, None))
+            return self._instances.view(task.record)
+
+        return await self._instances.see_through(put_back)
 
     async def _revert(
         self, task: Lifecycle, row: SnapshotRow, kind: HypervisorKind, target: TargetState
@@ -203,11 +213,13 @@ class Snapshots:
             state=state,
             phases=before.phases.entered(state.value.lower(), now),
             capture=capture,
+            fresh=capture is not None and row.source.fresh,
             exit_code=None,
             exit_message=None,
         )
 
         def also(txn: Txn) -> None:
+            _find(txn, row.id)  # or it was deleted while its disks were copied
             self._instances.images.pin(txn, record.digest, record.id)
             if capture is not None:
                 captures.share(txn, capture, captures.of_instance(record.id))
@@ -224,10 +236,18 @@ class Snapshots:
         record = self._instances.forked_record(row.source, request.name)
         record = msgspec.structs.replace(record, spec=msgspec.structs.replace(record.spec, hypervisor=kind))
         capture = row.capture if target is not TargetState.STOPPED else None
-        with self._reading(row):
-            return await self._instances.fork_from(
-                record, str(self._world.paths.snapshot(row.id)), capture=capture, target=target
-            )
+
+        async def make() -> Instance:
+            with self._reading(row):
+                return await self._instances.fork_from(
+                    record,
+                    str(self._world.paths.snapshot(row.id)),
+                    capture=capture,
+                    target=target,
+                    check=lambda txn: _find(txn, row.id),
+                )
+
+        return await self._instances.see_through(make)
 
     def _kind(self, row: SnapshotRow, wanted: HypervisorKind | None) -> HypervisorKind:
         if wanted is None or wanted is row.source.spec.hypervisor:

@@ -3,25 +3,38 @@ find broken VMs, transactions that are refused at the end, clients that hang up,
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
 
-from hypeman.errors import InvalidState, NameConflict
+from hypeman.errors import Conflict, InvalidState, NameConflict, NotFound
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
+from hypeman.instances import service
 from hypeman.instances.captures import CAPTURES
-from hypeman.instances.records import INTENTS
+from hypeman.instances.records import INTENTS, NAMES
 from hypeman.instances.service import Instances
 from hypeman.instances.types import (
+    AttachVolumeRequest,
+    CompressionAlgorithm,
     ForkInstanceRequest,
     InstanceState,
+    SnapshotCompressionConfig,
+    SnapshotPolicy,
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
+    UpdateInstanceRequest,
 )
 from hypeman.paths import Paths
-from hypeman.store import Store
+from hypeman.snapshots.service import SNAPSHOTS
+from hypeman.snapshots.types import CreateSnapshotRequest, ForkSnapshotRequest, SnapshotKind
+from hypeman.store import Store, Txn
+from hypeman.volumes.records import VOLUMES, VolumeRecord
 from tests.instances.fake_world import HostFailed, Lab, request
 from tests.instances.test_lifecycle import check_owned, clean_up, rows, running, settled
 
@@ -217,4 +230,196 @@ async def test_disks_are_copied_only_while_nothing_writes(lab: Lab) -> None:
         assert fork.state is InstanceState.STOPPED
         assert seen and set(seen) == {"paused"}
         assert process.state.value == "running" and not lab.guests[one.id].frozen
+        await clean_up(lab, instances)
+
+
+# ── Callers that go away, commands that come early ───────────────────────────────────────────────
+
+
+class _Interposed:
+    """A store with something that happens around its writes."""
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        before: Callable[[], Awaitable[object]] | None = None,
+        after: Callable[[], object] | None = None,
+    ) -> None:
+        self._store = store
+        self._before = before
+        self._after = after
+
+    def read(self, fn: Callable[[Txn], Any]) -> Any:
+        return self._store.read(fn)
+
+    async def write(self, fn: Callable[[Txn], Any]) -> Any:
+        if self._before is not None:
+            await self._before()
+        result = await self._store.write(fn)
+        if self._after is not None:
+            self._after()
+        return result
+
+
+async def test_a_create_goes_on_when_its_caller_hangs_up(lab: Lab) -> None:
+    """At the worst moment: written down, and nothing made."""
+    async with lab.running() as instances:
+        with trio.CancelScope() as caller:
+            instances.store = _Interposed(instances.store, after=caller.cancel)  # type: ignore[assignment]
+            await instances.create(request("one"))
+        assert caller.cancelled_caught
+        await appeared(instances, "one")
+        await until(instances, "one", InstanceState.RUNNING)
+        await clean_up(lab, instances)
+
+
+async def test_a_fork_goes_on_when_its_caller_hangs_up(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(instances.fork, "one", ForkInstanceRequest(name="two", from_running=True))
+            await appeared(instances, "two")
+            nursery.cancel_scope.cancel()
+        await until(instances, "two", InstanceState.RUNNING)
+        check_owned(lab, "fork")
+        await clean_up(lab, instances)
+
+
+async def test_nobodys_command_comes_before_the_first(lab: Lab) -> None:
+    async with lab.running() as instances:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(instances.create, request("one"))
+            await appeared(instances, "one")
+            await instances.stop("one")
+        assert instances.board.find("one").state is InstanceState.STOPPED
+        check_owned(lab, "create and stop")
+        await clean_up(lab, instances)
+
+
+async def appeared(instances: Instances, name: str) -> None:
+    with trio.fail_after(5):
+        while not any(record.name == name for record in instances.board.records()):
+            await trio.lowlevel.checkpoint()
+
+
+async def test_the_reaper_tries_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "EXPIRY_PAUSE", 0.05)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        failures: list[str] = []
+        remove = lab.network.taps.remove
+
+        async def refuse(name: str) -> None:
+            failures.append(name)
+            if len(failures) > 3:  # as often as a step is tried
+                await remove(name)
+            else:
+                raise HostFailed("the TAP is stuck")
+
+        monkeypatch.setattr(lab.network.taps, "remove", refuse)
+        record = instances.board.find("one")
+        await instances.update("one", UpdateInstanceRequest(ttl="10ms"))
+        with trio.fail_after(5):
+            while (changed := await instances.board.wait_change(record)) is not None:
+                record = changed
+        assert len(failures) > 3
+        assert lab.world_as_text() == ""
+
+
+# ── Volumes, snapshots, compression ──────────────────────────────────────────────────────────────
+
+
+async def make_volume(lab: Lab, name: str) -> None:
+    row = VolumeRecord(id=name, name=name, size_gb=1, created_at=datetime.now(UTC))
+    await lab.store.write(lambda txn: txn.put(VOLUMES, name, row))
+    lab.paths.volume_disk(name).parent.mkdir(parents=True, exist_ok=True)
+    lab.paths.volume_disk(name).write_bytes(b"x")
+
+
+async def remove_volumes(lab: Lab) -> None:
+    await lab.store.write(lambda txn: [txn.delete(VOLUMES, key) for key in list(txn.keys(VOLUMES))])
+
+
+async def test_a_forks_disks_sit_where_its_sources_sat(lab: Lab) -> None:
+    """Else the saved devices would not fit: the first of two volumes is detached before the fork."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        for name in ("a", "b"):
+            await make_volume(lab, name)
+            await instances.attach_volume("one", name, AttachVolumeRequest(mount_path=f"/{name}", readonly=True))
+        await instances.detach_volume("one", "a")
+        fork = await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+        assert fork.state is InstanceState.RUNNING
+        assert instances.board.find("two").ports == instances.board.find("one").ports == {"b": 2}
+        await clean_up(lab, instances)
+        await remove_volumes(lab)
+
+
+async def test_a_volume_is_attached_once(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await make_volume(lab, "a")
+        await instances.attach_volume("one", "a", AttachVolumeRequest(mount_path="/a"))
+        with pytest.raises(Conflict):
+            await instances.attach_volume("one", "a", AttachVolumeRequest(mount_path="/b"))
+        await clean_up(lab, instances)
+        await remove_volumes(lab)
+
+
+async def compressed(lab: Lab, capture: str | None) -> None:
+    assert capture is not None
+    with trio.fail_after(10):
+        while not lab.store.read(lambda txn: (txn.get(CAPTURES, capture) or never()).compressed_bytes):
+            await trio.sleep(0.01)
+
+
+def never() -> Any:
+    raise AssertionError("the capture is gone")
+
+
+async def test_a_snapshot_asks_for_another_compression_than_the_memory_has(lab: Lab) -> None:
+    """What is packed already stays as it is, and is unpacked with what it was packed with."""
+    lz4 = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.LZ4)
+    zstd = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.standby("one", StandbyInstanceRequest(compression=lz4))
+        await compressed(lab, instances.board.find("one").capture)
+        made = await lab.snapshots(instances).create(
+            "one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY, compression=zstd)
+        )
+        assert made.compression == lz4
+        assert (await instances.restore("one")).state is InstanceState.RUNNING
+        await clean_up(lab, instances)
+
+
+async def test_a_snapshot_is_compressed_as_its_source_says(lab: Lab) -> None:
+    zstd = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
+    async with lab.running() as instances:
+        await instances.create(request("one", snapshot_policy=SnapshotPolicy(compression=zstd)))
+        assert await settled(instances, "one") == "Running"
+        made = await lab.snapshots(instances).create("one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
+        assert made.compression == zstd
+        await clean_up(lab, instances)
+
+
+async def test_a_fork_of_a_snapshot_that_is_just_deleted(lab: Lab) -> None:
+    """The delete is quicker, by a transaction: not found, and nothing left."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.stop("one")
+        snapshots = lab.snapshots(instances)
+        made = await snapshots.create("one", CreateSnapshotRequest(kind=SnapshotKind.STOPPED))
+        whole = instances.store
+
+        async def delete_row() -> None:
+            instances.store = whole
+            await whole.write(lambda txn: txn.delete(SNAPSHOTS, made.id))
+
+        instances.store = _Interposed(whole, before=delete_row)  # type: ignore[assignment]
+        with pytest.raises(NotFound):
+            await snapshots.fork(made.id, ForkSnapshotRequest(name="two"))
+        assert not lab.store.read(lambda txn: txn.exists(NAMES, "two"))
+        await snapshots.start()
         await clean_up(lab, instances)
