@@ -106,7 +106,7 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
     trusted = _bind_socket(config)
     async with AsyncExitStack() as stack:
         parts = await _build(config, stack)
-        async with trio.open_nursery() as background:
+        async with parts.store.serving(), trio.open_nursery() as background:
             await _start(parts, background)
             app = build_app(parts.services, ServerSettings(config.jwt_secret, config.request_timeout))
             open_to_all = config.socket.trusted
@@ -267,7 +267,6 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
 
 async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     """Start everything in order; returns when all instances are settled."""
-    await nursery.start(parts.store.run)
     files = Files()
     await files.remove(parts.config.paths.tmp)
     await files.make_dir(parts.config.paths.tmp)

@@ -41,7 +41,6 @@ class Live:
         self.boot = boot
         self.guest: GuestClient | None = None
         """The agent, while it answers."""
-        self.ready: Ready | None = None
         self.exited: Exited | None = None
         """How the workload ended, once it has."""
         self.fatal: Fatal | None = None
@@ -69,24 +68,30 @@ class Live:
     async def _talk(self, tell: Callable[[Live, LiveEvent], None]) -> None:
         pause = _RECONNECT_FIRST
         while True:
+            ready = False
             try:
-                await self._talk_once(await self.vmm.open_channel(), tell)
+                ready = await self._talk_once(await self.vmm.open_channel(), tell)
             except (HypemanError, OSError, trio.BrokenResourceError) as error:
                 log.debug("no channel to the guest of %s: %s", self.vmm.handle.config.instance_id, error)
-            pause = _RECONNECT_FIRST if self.ready else min(pause * 2, _RECONNECT_MOST)
+            except Exception:  # what a guest sends may puzzle us, but never end the server
+                log.exception("the channel to the guest of %s failed", self.vmm.handle.config.instance_id)
+            pause = _RECONNECT_FIRST if ready else min(pause * 2, _RECONNECT_MOST)
             await trio.sleep(pause)
 
-    async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, LiveEvent], None]) -> None:
-        """One connection, from its greeting to its end."""
+    async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, LiveEvent], None]) -> bool:
+        """One connection, from its greeting to its end. Whether the guest was ready in it."""
+        ready = False
         client = self._connect(stream, self._nonce)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve, client)
             try:
                 async for event in client.events:
+                    ready = ready or isinstance(event, Ready)
                     self._hear(client, event)
                     tell(self, event)
             finally:
                 self._set_guest(None)
+        return ready
 
     async def _serve(self, client: GuestClient) -> None:
         try:
@@ -97,7 +102,6 @@ class Live:
     def _hear(self, client: GuestClient, event: GuestEvent) -> None:
         match event:
             case Ready():
-                self.ready = event
                 self._set_guest(client)
             case Exited():
                 self.exited = event

@@ -21,8 +21,8 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -55,7 +55,7 @@ class _Write(Generic[R]):
 
 
 class Store:
-    """An open store. ``Store.open`` makes it, ``run`` (in a nursery) serves the writers."""
+    """An open store. ``Store.open`` makes it, ``serving`` (or ``run`` in a nursery) serves the writers."""
 
     def __init__(self, env: lmdb.Environment, lock_fd: int) -> None:
         self._env = env
@@ -145,6 +145,26 @@ class Store:
         finally:
             with trio.CancelScope(shield=True):
                 await self._commit_pending()
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        """``run`` around a block: what works inside can write to its end, also while it is cancelled.
+
+        Undoing is shielded, and it writes; with a ``run`` that is cancelled together with it, it would wait
+        for ever.
+        """
+        until_the_end = trio.CancelScope(shield=True)
+
+        async def serve(*, task_status: trio.TaskStatus[None]) -> None:
+            with until_the_end:
+                await self.run(task_status=task_status)
+
+        async with trio.open_nursery() as nursery:
+            try:
+                await nursery.start(serve)
+                yield
+            finally:
+                until_the_end.cancel()
 
     def backup(self, target: Path) -> None:
         """Write a compact, consistent copy into the empty directory ``target`` (blocks: use a thread)."""

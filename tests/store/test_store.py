@@ -97,6 +97,22 @@ async def test_a_cancelled_writer_still_gets_its_answer(store: Store) -> None:
     assert store.read(lambda txn: txn.get(ROWS, "a")) == Row(1)
 
 
+async def test_who_is_cancelled_can_write_to_the_end(tmp_path: Path) -> None:
+    """As the undo of an operation does when the server shuts down in the middle of it."""
+    store = Store.open(tmp_path / "store")
+    with trio.fail_after(5), trio.CancelScope() as outer:
+        async with store.serving():
+            try:
+                outer.cancel()
+                await trio.sleep_forever()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(0.05)  # undoing takes its time
+                    await store.write(lambda txn: txn.put(ROWS, "undone", Row(1)))
+    assert store.read(lambda txn: txn.exists(ROWS, "undone"))
+    store.close()
+
+
 async def test_the_map_grows(store: Store) -> None:
     """More data than the first map holds; nothing is lost on the way."""
     text = "x" * 1_000_000

@@ -1,0 +1,65 @@
+"""The channel to a guest that misbehaves: tried again, in peace, and never the server's end."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from hypeman.guest.types import GuestEvent, Ready
+from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.instances.live import Live, LiveEvent
+
+
+class _Vmm:
+    handle = SimpleNamespace(config=SimpleNamespace(instance_id="one"))
+
+    def __init__(self, *, good: int) -> None:
+        self.opened = 0
+        self._good = good
+
+    async def open_channel(self) -> object:
+        self.opened += 1
+        if self.opened > self._good:
+            raise OSError("nobody there")
+        return object()
+
+    async def wait_exit(self) -> VmmExit:
+        await trio.sleep(60)
+        return VmmExit(ExitReason.POWEROFF)
+
+    async def aclose(self) -> None:
+        pass
+
+
+class _Guest:
+    """Says that it is ready, then fails."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self._send, self.events = trio.open_memory_channel[GuestEvent](1)
+        self._error = error
+
+    async def run(self) -> None:
+        self._send.send_nowait(Ready({}))
+        self._send.close()
+        if self._error is not None:
+            raise self._error
+
+
+@pytest.mark.parametrize("error", [None, ValueError("bytes that nobody thought of")])
+async def test_a_lost_channel_is_opened_again_more_and_more_slowly(
+    autojump_clock: trio.testing.MockClock, error: Exception | None
+) -> None:
+    vmm = _Vmm(good=1)
+    told: list[LiveEvent] = []
+
+    def connect(stream: Any, nonce: bytes) -> Any:
+        return _Guest(error)
+
+    live = Live(vmm, nonce=b"", boot=1, connect=connect)  # type: ignore[arg-type]
+    await live.run(lambda _, event: told.append(event))
+    assert 60 < vmm.opened < 80, "once a second, after the first few"
+    assert told[-1] == VmmExit(ExitReason.POWEROFF)
