@@ -25,7 +25,6 @@ import msgspec
 import trio
 import zstandard
 
-from hypeman.errors import HypemanError
 from hypeman.hypervisor.interface import CaptureInvalid
 from hypeman.instances.captures import CAPTURES, CaptureRow
 from hypeman.instances.types import CompressionAlgorithm, SnapshotCompressionConfig
@@ -36,6 +35,8 @@ log = logging.getLogger(__name__)
 
 MEMORY = "memory"
 _SUFFIX = {CompressionAlgorithm.ZSTD: ".zst", CompressionAlgorithm.LZ4: ".lz4"}
+_PACKING, _UNPACKED = ".packing", ".new"
+"""Of files that are not whole yet."""
 _CHUNK = 4 << 20
 _AT_ONCE = 1
 """Compressions at a time: they shall use spare time, not the guests'."""
@@ -46,6 +47,7 @@ class Compressor:
         self._store = store
         self._paths = paths
         self._jobs: dict[str, _Job] = {}
+        self._unpacking: dict[str, trio.Lock] = {}
         self._slots = trio.CapacityLimiter(_AT_ONCE)
         self._nursery: trio.Nursery | None = None
 
@@ -53,8 +55,10 @@ class Compressor:
         """Compress what is waiting, then what is handed over, until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for capture_id in self._store.read(lambda txn: [key for key, row in txn.scan(CAPTURES) if _is_wanted(row)]):
-                self.schedule(capture_id)
+            for row in self._store.read(lambda txn: list(dict(txn.scan(CAPTURES)).values())):
+                await trio.to_thread.run_sync(_remove_halves, self._paths.capture(row.id), row)
+                if _is_wanted(row):
+                    self.schedule(row.id)
             task_status.started()
             await trio.sleep_forever()
 
@@ -69,6 +73,15 @@ class Compressor:
 
     async def make_plain(self, capture_id: str) -> None:
         """Have the plain memory file there, and no compression under way. Raises CaptureInvalid."""
+        lock = self._unpacking.setdefault(capture_id, trio.Lock())
+        try:
+            async with lock:  # forks of one snapshot come at once, and there is one file to unpack into
+                await self._make_plain(capture_id)
+        finally:
+            if not lock.statistics().locked:
+                self._unpacking.pop(capture_id, None)
+
+    async def _make_plain(self, capture_id: str) -> None:
         job = self._jobs.get(capture_id)
         if job is not None:
             job.scope.cancel()
@@ -79,8 +92,8 @@ class Compressor:
         directory = self._paths.capture(capture_id)
         packed = directory / (MEMORY + _suffix(row))
         try:
-            await _pump(_unpacked(packed, row), directory / (MEMORY + ".new"), size=row.memory_bytes)
-            await trio.to_thread.run_sync(os.rename, directory / (MEMORY + ".new"), directory / MEMORY)
+            await _pump(_unpacked(packed, row), directory / (MEMORY + _UNPACKED), size=row.memory_bytes)
+            await trio.to_thread.run_sync(os.rename, directory / (MEMORY + _UNPACKED), directory / MEMORY)
         except (OSError, zstandard.ZstdError, RuntimeError, EOFError) as error:
             raise CaptureInvalid(f"the compressed memory of capture {capture_id} can not be read: {error}") from error
         await self._store.write(lambda txn: _change(txn, capture_id, compressed_bytes=0, compression=None))
@@ -92,7 +105,7 @@ class Compressor:
                 await trio.sleep(delay)
                 async with self._slots:
                     await self._compress_now(capture_id)
-        except (OSError, HypemanError, zstandard.ZstdError, RuntimeError) as error:
+        except Exception as error:  # the capture is as good without; nothing of this may end the server
             log.warning("capture %s can not be compressed: %s", capture_id, error)
             text = str(error)
             await self._store.write(lambda txn: _change(txn, capture_id, compression_error=text))
@@ -109,7 +122,7 @@ class Compressor:
         if not plain.exists():  # a VMM that wrote memory into its state leaves out zero pages already
             await self._store.write(lambda txn: _change(txn, capture_id, compression=None))
             return
-        side = directory / (MEMORY + ".packing")
+        side = directory / (MEMORY + _PACKING)
         try:
             size = await _pump(_packed(plain, row.compression), side)
         except BaseException:
@@ -137,6 +150,14 @@ class _Packer(Protocol):
 def _is_wanted(row: CaptureRow) -> bool:
     wanted = row.compression is not None and row.compression.enabled
     return wanted and row.compressed_bytes == 0 and row.compression_error is None
+
+
+def _remove_halves(directory: Path, row: CaptureRow) -> None:
+    """Whatever form of the memory the row does not tell of."""
+    there = MEMORY + _suffix(row) if row.compressed_bytes else MEMORY
+    for name in (MEMORY, *(MEMORY + suffix for suffix in (*_SUFFIX.values(), _PACKING, _UNPACKED))):
+        if name != there:
+            (directory / name).unlink(missing_ok=True)
 
 
 def _suffix(row: CaptureRow) -> str:

@@ -284,8 +284,8 @@ class Lifecycle:
     async def start(self, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None) -> InstanceRecord:
         spec = self.record.spec
         if entrypoint is not None:
-            spec = msgspec.structs.replace(spec, entrypoint=entrypoint, cmd=cmd)
-        elif cmd is not None:
+            spec = msgspec.structs.replace(spec, entrypoint=entrypoint)
+        if cmd is not None:
             spec = msgspec.structs.replace(spec, cmd=cmd)
         before = self.record
         record = self._changed(
@@ -641,7 +641,7 @@ class Lifecycle:
         """Beside the commands: it takes a second, and a guest without it works as well."""
         try:
             await self.world.plug_memory(self.record.id)
-        except (HypemanError, OSError) as error:
+        except Exception as error:
             self._journal(f"hot-plugged memory is not there: {error}")
 
     async def _vmm_ended(self, live: Live | None, ended: VmmExit) -> None:

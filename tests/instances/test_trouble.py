@@ -423,3 +423,50 @@ async def test_a_fork_of_a_snapshot_that_is_just_deleted(lab: Lab) -> None:
         assert not lab.store.read(lambda txn: txn.exists(NAMES, "two"))
         await snapshots.start()
         await clean_up(lab, instances)
+
+
+async def test_forks_of_one_compressed_snapshot_unpack_it_once(lab: Lab) -> None:
+    zstd = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        snapshots = lab.snapshots(instances)
+        made = await snapshots.create("one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY, compression=zstd))
+        row = lab.store.read(lambda txn: txn.get(SNAPSHOTS, made.id))
+        assert row is not None
+        await compressed(lab, row.capture)
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(snapshots.fork, made.id, ForkSnapshotRequest(name=f"fork{number}"))
+        assert {record.state for record in instances.board.records()} == {InstanceState.RUNNING}
+        await clean_up(lab, instances)
+
+
+async def test_halves_of_a_compression_do_not_outlive_a_start(lab: Lab) -> None:
+    lz4 = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.LZ4)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.standby("one", StandbyInstanceRequest(compression=lz4))
+        capture = instances.board.find("one").capture
+        await compressed(lab, capture)
+    (directory,) = lab.paths.captures.iterdir()
+    with trio.fail_after(5):
+        while (directory / "memory").exists():
+            await trio.sleep(0.01)
+    whole = {path.name for path in directory.iterdir()}
+    for name in ("memory", "memory.packing", "memory.new"):  # killed before the plain file was removed, or earlier
+        (directory / name).write_bytes(b"half")
+    async with lab.running() as instances:
+        assert {path.name for path in directory.iterdir()} == whole
+        assert (await instances.restore("one")).state is InstanceState.RUNNING
+        await clean_up(lab, instances)
+
+
+async def test_a_start_keeps_what_it_does_not_name(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await instances.create(request("one", entrypoint=("/bin/sh",), cmd=("-c", "true")))
+        await settled(instances, "one")
+        await instances.stop("one")
+        await instances.start("one", StartInstanceRequest(entrypoint=("/bin/bash",)))
+        spec = instances.board.find("one").spec
+        assert (spec.entrypoint, spec.cmd) == (("/bin/bash",), ("-c", "true"))
+        await clean_up(lab, instances)
