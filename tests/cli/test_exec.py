@@ -63,7 +63,13 @@ def test_a_lost_connection_is_255(server: Any) -> None:
 
 def test_interrupted_is_130(server: Any) -> None:
     command = [sys.executable, "-m", "hypeman", "--base-url", server.url, "exec", "-i", "web", "cat"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_hear_interrupts,
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(b"x")
@@ -73,6 +79,11 @@ def test_interrupted_is_130(server: Any) -> None:
         _, errors = process.communicate(timeout=15)
     assert (process.returncode, errors) == (130, b"")
     wait_until(lambda: server.world.instances.sessions[0].closed)
+
+
+def _hear_interrupts() -> None:
+    """A suite that runs in the background has SIGINT ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Any) -> None:

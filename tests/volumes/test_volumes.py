@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import subprocess
 import tarfile
@@ -47,6 +48,18 @@ def tar_gz(*entries: tuple[str, bytes | None], links: dict[str, str] | None = No
             info.type, info.linkname = tarfile.SYMTYPE, target
             archive.addfile(info)
     return buffer.getvalue()
+
+
+def hard_link_out_of_it() -> bytes:
+    info = tarfile.TarInfo("link")
+    info.type, info.linkname = tarfile.LNKTYPE, "../../../../etc/passwd"
+    return gzip.compress(info.tobuf() + bytes(1024))
+
+
+def device() -> bytes:
+    info = tarfile.TarInfo("null")
+    info.type, info.devmajor, info.devminor = tarfile.CHRTYPE, 1, 3
+    return gzip.compress(info.tobuf() + bytes(1024))
 
 
 async def in_chunks(data: bytes, size: int = 1000) -> AsyncIterator[bytes]:
@@ -129,6 +142,10 @@ async def test_an_archive_fills_a_volume(volumes: Volumes, paths: Paths) -> None
         (tar_gz(("../escape", b"x")), "invalid_request"),
         (tar_gz(("/etc/passwd", b"x")), "invalid_request"),
         (tar_gz(links={"out": "../../etc"}), "invalid_request"),
+        (tar_gz(links={"out": "/etc"}), "invalid_request"),
+        (tar_gz(("in", None), ("in/x", b"x"), links={"in/up": "../../etc"}), "invalid_request"),
+        (hard_link_out_of_it(), "invalid_request"),
+        (device(), "invalid_request"),
         (b"this is no archive", "invalid_request"),
         (tar_gz(("file", b"x" * 100_000))[:-50], "invalid_request"),
         (b"", "invalid_request"),
@@ -146,8 +163,6 @@ async def test_an_archive_larger_than_its_volume_is_refused(volumes: Volumes, pa
     """Refused by the announced sizes, before the bytes are written."""
     header = tarfile.TarInfo("big")
     header.size = 2 << 30
-    import gzip
-
     data = gzip.compress(header.tobuf())
     with pytest.raises(InvalidRequest) as caught:
         await volumes.create_from_archive(CreateVolumeRequest(name="x", size_gb=1), in_chunks(data))
