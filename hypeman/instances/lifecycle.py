@@ -23,7 +23,7 @@ import trio
 
 from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidState, NotFound, NotSupported
 from hypeman.guest.types import Exited, Fatal, Ready, Started
-from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.hypervisor.interface import Disk, ExitReason, VmmExit
 from hypeman.ids import new_id
 from hypeman.instances import captures
 from hypeman.instances.admission import Command, check_legal
@@ -50,7 +50,7 @@ from hypeman.instances.steps import FreeCapture, PlugVolume, Reversible, Step, T
 from hypeman.instances.types import InstanceState, SnapshotCompressionConfig, VolumeMount
 from hypeman.instances.validate import check_volumes
 from hypeman.instances.view import describe_exit
-from hypeman.instances.vm import free_port
+from hypeman.instances.vm import free_port, volume_disk
 from hypeman.instances.world import STOP_GRACE, World
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
@@ -450,7 +450,8 @@ class Lifecycle:
         if not running:
             return await self._save(record, also=take)
         step = plan_attach(before, volume_id, path, readonly=readonly, port=port)
-        await self._begin(Operation.ATTACH, (step,), record, take)
+        disk = volume_disk(self.world.paths, volume_id, readonly=readonly, port=port)
+        await self._begin(Operation.ATTACH, (step,), self._expecting(record, disk), take)
         try:
             await carry_out((step,), self.world)
         except BaseException as error:
@@ -491,6 +492,13 @@ class Lifecycle:
         ports = {other: port for other, port in before.ports.items() if other != volume_id}
         record = self._with_current_handle(self._changed(before, spec=spec, ports=ports))
         return record, lambda txn: volumes.detach(txn, volume_id, record.id)
+
+    def _expecting(self, record: InstanceRecord, disk: Disk) -> InstanceRecord:
+        """The handle as it will be: after a crash in between, the next server knows what may be plugged in."""
+        assert record.handle is not None, "it runs"
+        config = record.handle.config
+        config = msgspec.structs.replace(config, disks=(*config.disks, disk))
+        return self._changed(record, handle=msgspec.structs.replace(record.handle, config=config))
 
     def _with_current_handle(self, record: InstanceRecord) -> InstanceRecord:
         """The handle has the VM's configuration, which a disk that came or went has changed."""
@@ -551,7 +559,7 @@ class Lifecycle:
         if intent is not None:
             log.warning("instance %s: %s was not finished", record.id, intent.operation.value)
             await self._settle_intent(intent, alive=alive)
-        elif record.state not in NO_VMM and not alive:
+        if not alive and not self._gone and self.record.state not in NO_VMM:
             await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
 
     async def _settle_intent(self, intent: Intent, *, alive: bool) -> None:
@@ -568,8 +576,6 @@ class Lifecycle:
             case Operation.CAPTURE:
                 await take_back(_reversible(intent.steps), self.world)
                 await self._end(record)
-                if not alive and record.state not in NO_VMM:
-                    await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
             case Operation.ATTACH:
                 step = intent.steps[0]
                 assert isinstance(step, PlugVolume)

@@ -3,6 +3,8 @@ find broken VMs, transactions that are refused at the end, clients that hang up,
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,11 +14,11 @@ import pytest
 import trio
 import trio.lowlevel
 
-from hypeman.errors import Conflict, InvalidState, NameConflict, NotFound
+from hypeman.errors import Conflict, HypemanError, InvalidState, NameConflict, NotFound
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.instances import service
 from hypeman.instances.captures import CAPTURES
-from hypeman.instances.records import INTENTS, NAMES
+from hypeman.instances.records import INSTANCES, INTENTS, NAMES
 from hypeman.instances.service import Instances
 from hypeman.instances.types import (
     AttachVolumeRequest,
@@ -36,7 +38,7 @@ from hypeman.snapshots.types import CreateSnapshotRequest, ForkSnapshotRequest, 
 from hypeman.store import Store, Txn
 from hypeman.volumes.records import VOLUMES, VolumeRecord
 from tests.instances.fake_world import HostFailed, Lab, request
-from tests.instances.test_lifecycle import check_owned, clean_up, rows, running, settled
+from tests.instances.test_lifecycle import check_owned, clean_up, rows, running, settled, with_volume
 
 
 @pytest.fixture
@@ -469,4 +471,45 @@ async def test_a_start_keeps_what_it_does_not_name(lab: Lab) -> None:
         await instances.start("one", StartInstanceRequest(entrypoint=("/bin/bash",)))
         spec = instances.board.find("one").spec
         assert (spec.entrypoint, spec.cmd) == (("/bin/bash",), ("-c", "true"))
+        await clean_up(lab, instances)
+
+
+async def test_a_disk_that_may_be_plugged_in_is_written_down_before(lab: Lab) -> None:
+    """A server finds its VMs by what is stored: at no moment may a VM have a disk that the record does not tell of."""
+    for moment in itertools.count():
+        async with lab.running() as instances:
+            await with_volume(lab, instances)
+            lab.crash_at(moment)
+            with contextlib.suppress(HypemanError):
+                await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
+        if not lab.bomb.dead:
+            break
+        (process,) = lab.machine.alive()
+        (record,) = lab.store.read(lambda txn: [row for _, row in txn.scan(INSTANCES)])
+        assert record.handle is not None
+        assert {disk.id for disk in process.config.disks} <= {disk.id for disk in record.handle.config.disks}
+        async with lab.running() as instances:
+            await clean_up(lab, instances)
+    assert moment > 3
+
+
+@pytest.mark.parametrize("verb", ["attach", "detach"])
+async def test_a_vm_that_ended_with_the_server_is_not_running(lab: Lab, verb: str) -> None:
+    """Both were killed in the middle of an attach or detach."""
+    async with lab.running() as instances:
+        await with_volume(lab, instances)
+        if verb == "detach":
+            await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
+        lab.crash_at(2)
+        with contextlib.suppress(HypemanError):
+            if verb == "attach":
+                await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
+            else:
+                await instances.detach_volume("one", "vol")
+    assert lab.bomb.dead
+    (process,) = lab.machine.alive()
+    process.end(ExitReason.KILLED)
+    async with lab.running() as instances:
+        assert (await instances.get("one")).state is InstanceState.STOPPED
+        check_owned(lab, verb)
         await clean_up(lab, instances)
