@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.appliance import Appliance, running_appliance, short_directory
+from tests.real.appliance import Appliance, check_host, running_appliance, short_directory
 
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
+    check_host()  # here and not in an async fixture, whose skip would lose its reason
     yield from short_directory("real")
 
 

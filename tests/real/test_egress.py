@@ -12,7 +12,7 @@ import pytest
 import trio
 import trustme
 
-from tests.real.appliance import ROOT, Appliance, check_host
+from tests.real.appliance import ROOT, Appliance
 from tests.real.world import ADDRESS, World
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -47,6 +47,7 @@ server.serve_forever()
 """
 
 
+@pytest.fixture(scope="session")
 def debian_with_curl() -> Path:
     """A docker-save archive of a small Debian with curl and Python, made once and kept below ``build``."""
     if not DEBIAN.exists():
@@ -91,10 +92,9 @@ def _save(layer: Path, archive: Path) -> None:
 
 
 @pytest.fixture
-async def mediated(directory: Path, seen: Path) -> AsyncIterator[Appliance]:
+async def mediated(directory: Path, seen: Path, debian_with_curl: Path) -> AsyncIterator[Appliance]:
     """A running guest "one" whose API_KEY is mediated for HOST, and an origin that writes down what it was sent."""
-    check_host()
-    async with _mediated(directory, seen) as appliance:
+    async with _mediated(directory, seen, debian_with_curl) as appliance:
         yield appliance
 
 
@@ -105,8 +105,7 @@ def seen(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def _mediated(directory: Path, seen: Path) -> AsyncIterator[Appliance]:
-    archive = debian_with_curl()
+async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator[Appliance]:
     authority = trustme.CA()
     certificate = authority.issue_cert(HOST, OTHER)
     authority.cert_pem.write_to_path(str(directory / "ca.pem"))

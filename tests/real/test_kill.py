@@ -35,13 +35,13 @@ SIZES = {"image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "64MB"}
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
+    check_host()
     yield from short_directory("kill")
 
 
 @pytest.fixture
 async def armed(directory: Path) -> AsyncIterator[Appliance]:
     """An appliance with the image in it, whose server is not running."""
-    check_host()
     appliance = Appliance(directory)
     try:
         await appliance.start()
