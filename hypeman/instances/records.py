@@ -15,7 +15,7 @@ from datetime import datetime
 import msgspec
 
 from hypeman.egress.types import CredentialPolicy
-from hypeman.errors import Ambiguous, NameConflict, NotFound
+from hypeman.errors import NameConflict
 from hypeman.hypervisor.interface import VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import Tags
@@ -160,28 +160,3 @@ def free_number(txn: Txn) -> int:
             break
         expected += 1
     return expected
-
-
-def find(txn: Txn, reference: str) -> InstanceRecord:
-    """The instance with this id, else this name, else the only one whose id begins so (§1.5).
-
-    Raises NotFound, or Ambiguous when a prefix fits several.
-    """
-    record = txn.get(INSTANCES, reference) if _storable(reference) else None
-    if record is not None:
-        return record
-    named = txn.get(NAMES, reference) if _storable(reference) else None
-    if named is not None:
-        record = txn.get(INSTANCES, named)
-        assert record is not None, "a name without its instance"
-        return record
-    fitting = [record for _, record in txn.scan(INSTANCES, reference)] if _storable(reference) else []
-    if len(fitting) > 1:
-        raise Ambiguous(f"{reference!r} fits {len(fitting)} instances; give more of the id")
-    if not fitting:
-        raise NotFound(f"no instance {reference!r}")
-    return fitting[0]
-
-
-def _storable(reference: str) -> bool:
-    return 0 < len(reference) <= 63 and reference.isascii()

@@ -245,6 +245,8 @@ class Instances:
         if spec.devices or spec.gpu_profile:
             await self.devices.prepare()
         now = self._now()
+        if request.ttl is not None:  # it counts from here, however long the pull took
+            expires_at = expiry(request.ttl, None, now=now)
         record = InstanceRecord(
             id=new_id(),
             name=request.name,

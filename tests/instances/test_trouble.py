@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import trio.lowlevel
 
 from hypeman.errors import Conflict, HypemanError, InvalidState, NameConflict, NotFound
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
+from hypeman.images.types import ReadyImage
 from hypeman.instances import service
 from hypeman.instances.captures import CAPTURES
 from hypeman.instances.records import INSTANCES, INTENTS, NAMES
@@ -512,4 +513,18 @@ async def test_a_vm_that_ended_with_the_server_is_not_running(lab: Lab, verb: st
     async with lab.running() as instances:
         assert (await instances.get("one")).state is InstanceState.STOPPED
         check_owned(lab, verb)
+        await clean_up(lab, instances)
+
+
+async def test_a_ttl_counts_from_creation_not_from_the_pull(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = lab.images.wait_ready
+
+    async def pull(name: str, platform: str | None = None) -> ReadyImage:
+        await trio.sleep(0.05)
+        return await ready(name, platform)
+
+    monkeypatch.setattr(lab.images, "wait_ready", pull)
+    async with lab.running() as instances:
+        made = await instances.create(request("one", ttl="1h"))
+        assert made.expires_at == made.created_at + timedelta(hours=1)
         await clean_up(lab, instances)
