@@ -349,12 +349,12 @@ class Instances:
             seconds = parse_duration((policy.standby_compression_delay if policy else None) or "0")
 
         async def save() -> InstanceRecord:
-            record = await task.perform(Command.STANDBY, lambda: task.standby(compression))
-            if record.capture is not None:
+            record = await task.standby(compression)
+            if record.capture is not None:  # scheduled in this turn, so that a restore that waits can end it
                 self.world.compressor.schedule(record.capture, delay=seconds)
             return record
 
-        return self.view(await self.see_through(save))
+        return self.view(await task.perform(Command.STANDBY, save))
 
     def usual_compression(self, record: InstanceRecord) -> SnapshotCompressionConfig | None:
         """Of captures of this instance when the request says nothing: its policy's, else the server's."""

@@ -104,14 +104,8 @@ class Snapshots:
         if request.kind is SnapshotKind.STOPPED and request.compression is not None:
             raise InvalidRequest("compression is for snapshots of kind Standby: a stopped one has no memory")
         task = self._instances.task(ref)
-
-        async def make() -> Snapshot:
-            row = await task.perform(None, lambda: self._create(task, request, tags, compression))
-            if row.capture is not None:
-                self._world.compressor.schedule(row.capture)
-            return await self.get(row.id)
-
-        return await self._instances.see_through(make)
+        row = await task.perform(None, lambda: self._create(task, request, tags, compression))
+        return await self.get(row.id)
 
     async def _create(
         self, task: Lifecycle, request: CreateSnapshotRequest, tags: Tags, compression: SnapshotCompressionConfig | None
@@ -154,7 +148,10 @@ class Snapshots:
         except Exception:
             await self._world.files.remove(directory)
             raise
-        return rows[0]
+        (row,) = rows
+        if row.capture is not None:  # scheduled in this turn, so that a restore that waits can end it
+            self._world.compressor.schedule(row.capture)
+        return row
 
     async def delete(self, snapshot: str) -> None:
         """What was forked from it lives on."""

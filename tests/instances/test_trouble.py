@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trio
 import trio.lowlevel
+import trio.testing
 
 from hypeman.errors import Conflict, HypemanError, InvalidState, NameConflict, NotFound
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
@@ -527,4 +528,27 @@ async def test_a_ttl_counts_from_creation_not_from_the_pull(lab: Lab, monkeypatc
     async with lab.running() as instances:
         made = await instances.create(request("one", ttl="1h"))
         assert made.expires_at == made.created_at + timedelta(hours=1)
+        await clean_up(lab, instances)
+
+
+async def test_a_restore_that_waits_meets_the_compression_and_ends_it(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never the other way round: begun after the restore looked, it would take the memory away."""
+    zstd = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        seen: list[bool] = []
+        make_restorable = instances.world.make_restorable
+
+        async def watch(capture: str) -> None:
+            seen.append(instances.world.compressor.is_busy(capture))
+            await make_restorable(capture)
+
+        monkeypatch.setattr(instances.world, "make_restorable", watch)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(instances.standby, "one", StandbyInstanceRequest(compression=zstd))
+            await trio.testing.wait_all_tasks_blocked()
+            await instances.restore("one")
+        assert seen == [True]
         await clean_up(lab, instances)
