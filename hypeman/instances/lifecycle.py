@@ -575,7 +575,7 @@ class Lifecycle:
                 await self._end(record, self._holding(record))
             case Operation.CAPTURE:
                 await take_back(_reversible(intent.steps), self.world)
-                await self._end(record)
+                await self._end(self._found_again(alive))
             case Operation.ATTACH:
                 step = intent.steps[0]
                 assert isinstance(step, PlugVolume)
@@ -609,6 +609,17 @@ class Lifecycle:
             case Operation.DELETE:
                 await carry_forward(intent.steps, self.world)
                 await self._remove()
+
+    def _found_again(self, alive: bool) -> InstanceRecord:
+        """After a capture that could not be taken back at first: it only looked, so the state is what it was."""
+        record = self.record
+        if record.state is not InstanceState.UNKNOWN:
+            return record
+        if alive:
+            return self._entered(record, InstanceState.RUNNING)
+        if record.handle is not None:
+            return record  # its VMM has gone, which is cleaned up after next
+        return self._entered(record, InstanceState.STANDBY if record.capture else InstanceState.STOPPED)
 
     # News
 

@@ -40,7 +40,7 @@ from hypeman.snapshots.types import CreateSnapshotRequest, ForkSnapshotRequest, 
 from hypeman.store import Store, Txn
 from hypeman.volumes.records import VOLUMES, VolumeRecord
 from tests.instances.fake_world import HostFailed, Lab, request
-from tests.instances.test_lifecycle import check_owned, clean_up, rows, running, settled, with_volume
+from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, settled, with_volume
 
 
 @pytest.fixture
@@ -551,4 +551,27 @@ async def test_a_restore_that_waits_meets_the_compression_and_ends_it(
             await trio.testing.wait_all_tasks_blocked()
             await instances.restore("one")
         assert seen == [True]
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize("prepare", [in_standby, running])
+async def test_a_capture_that_could_not_be_taken_back_is_by_the_next_server(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, prepare: Callable[[Lab, Instances], Awaitable[None]]
+) -> None:
+    """Copying fails, and so does removing what was copied: Unknown for now, but nothing is lost."""
+    async with lab.running() as instances:
+        await prepare(lab, instances)
+        before = instances.board.find("one").state
+
+        async def refuse(*paths: Path, **owner: int) -> None:
+            raise HostFailed("the disk is broken")
+
+        monkeypatch.setattr(instances.world.files, "copy", refuse)
+        monkeypatch.setattr(instances.world, "remove_tree", refuse)
+        with pytest.raises(HypemanError):
+            await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+        assert instances.board.find("one").state is InstanceState.UNKNOWN
+    async with lab.running() as instances:
+        assert instances.board.find("one").state is before
+        check_owned(lab, "capture")
         await clean_up(lab, instances)
