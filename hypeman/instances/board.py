@@ -38,13 +38,13 @@ class _Entry:
         self.record = record
         self.changed = trio.Event()
         phases = record.phases
-        self.zero_ms = phases.since.timestamp() * 1000 - phases.ended_ms.get(phases.current, 0)
+        self.zero_ms = int(phases.since.timestamp() * 1000) - phases.ended_ms.get(phases.current, 0)
         """When the current phase would have begun had it never been left."""
         durations = {**phases.ended_ms, phases.current: _MARK}
         whole = _encode(msgspec.structs.replace(view, phase_durations_ms=durations))
         self.before, self.after = whole.split(str(_MARK).encode())
 
-    def encoded(self, now_ms: float) -> bytes:
+    def encoded(self, now_ms: int) -> bytes:
         return b"%b%d%b" % (self.before, max(0, now_ms - self.zero_ms), self.after)
 
 
@@ -100,7 +100,10 @@ class Board:
         parts = [b","] * (4 * len(found))
         parts[0] = b"["
         parts[1::4] = [entry.before for entry in found]
-        parts[2::4] = _encode([max(0, int(now - entry.zero_ms)) for entry in found])[1:-1].split(b",")
+        stays = [now - entry.zero_ms for entry in found]
+        if min(stays) < 0:  # the clock went back
+            stays = [max(0, stay) for stay in stays]
+        parts[2::4] = _encode(stays)[1:-1].split(b",")
         parts[3::4] = [entry.after for entry in found]
         parts.append(b"]")
         return b"".join(parts)
@@ -116,5 +119,5 @@ class Board:
         return entry.record if entry is not None else None
 
 
-def _now_ms() -> float:
-    return time.time() * 1000
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
