@@ -48,7 +48,7 @@ def test_every_hmac_is_accepted(algorithm: str) -> None:
         ("Bearer nonsense", "not valid"),
         (signed(secret="another secret, also long enough"), "not valid"),
         (signed(exp=1), "expired"),
-        (signed(nbf=time.time() + 1000), "not valid"),
+        (signed(nbf=time.time() + 10**8), "not valid"),
         ("Bearer " + jwt.encode({"sub": "x"}, None, algorithm="none"), "not valid"),
         (signed(repos=["a"]), "builder"),
         (signed(scope="push"), "builder"),

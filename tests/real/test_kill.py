@@ -128,7 +128,7 @@ async def test_killed_at_every_moment(
         assert states.get("one", "gone") in allowed, f"{states}: {where}"
         assert "Unknown" not in states.values(), f"{states}: {where}"
         if states.get("one") == "Running":
-            assert (await armed.exec("one", "true"))[0] == 0, where
+            await _check_answers(armed, where)
         await _check_owned(armed, where)
         await _clean_up(armed)
         armed.stop()
@@ -136,6 +136,14 @@ async def test_killed_at_every_moment(
     assert len(visited) > 1, f"only {visited} were visited"
     print(f"\n{operation}: killed at {len(visited)} moments, {', '.join(visited)}")
     record_property("kill_points", len(visited))
+
+
+async def _check_answers(appliance: Appliance, where: str) -> None:
+    """The guest that runs can be used; its channel may just be being opened again."""
+    with trio.move_on_after(60) as limit:
+        while (await appliance.exec("one", "true"))[0] != 0:
+            await trio.sleep(0.2)
+    assert not limit.cancelled_caught, where
 
 
 async def _until_killed(appliance: Appliance, asked: Act) -> bool:
