@@ -14,7 +14,7 @@
 #include "util.h"
 
 #define RETRY_MS 100
-/* A port's edge tells of host and data; this only guards against one that is lost. */
+/* A port's edge tells of host and data; this guards against one that is lost, as after the VM was captured. */
 #define PORT_CHECK_MS 1000
 
 static void attach(struct channel *channel, int fd) {
@@ -74,7 +74,7 @@ int channel_timeout(const struct channel *channel) {
         int64_t wait = channel->retry_at - now_ms();
         return wait > 0 ? (int)wait : 0;
     }
-    return channel->kind == CHANNEL_PORT && !channel->greeted ? PORT_CHECK_MS : -1;
+    return channel->kind == CHANNEL_PORT ? PORT_CHECK_MS : -1;
 }
 
 void channel_step(struct channel *channel) {
@@ -88,7 +88,7 @@ void channel_step(struct channel *channel) {
     }
     if (channel->kind == CHANNEL_VSOCK && channel->fd < 0 && now_ms() >= channel->retry_at)
         connect_vsock(channel);
-    if (channel->kind == CHANNEL_PORT && !channel->greeted)
+    if (channel->kind == CHANNEL_PORT)
         channel->readable = true;
 }
 

@@ -140,10 +140,12 @@ async def test_killed_at_every_moment(
 
 async def _check_answers(appliance: Appliance, where: str) -> None:
     """The guest that runs can be used; its channel may just be being opened again."""
+    said = ""
     with trio.move_on_after(60) as limit:
-        while (await appliance.exec("one", "true"))[0] != 0:
+        while (answer := await appliance.exec("one", "true"))[0] != 0:
+            said = answer[1]
             await trio.sleep(0.2)
-    assert not limit.cancelled_caught, where
+    assert not limit.cancelled_caught, f"{said}: {where}"
 
 
 async def _until_killed(appliance: Appliance, asked: Act) -> bool:
