@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 import msgspec
 
 from hypeman.config import LimitsConfig
+from hypeman.egress.policy import guest_environment
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -188,10 +189,7 @@ def check_snapshot_policy(policy: SnapshotPolicy | None) -> None:
 
 def guest_env(spec: InstanceSpec) -> Mapping[str, str]:
     """The environment as the guest sees it: a stand-in for each credential, never a real value."""
-    real = {policy.source.env for policy in spec.credentials.values()}
-    env = {key: value for key, value in spec.env.items() if key not in real}
-    env.update({key: f"mock-{key}" for key in spec.credentials})
-    return env
+    return guest_environment(spec.credentials, spec.env)
 
 
 def _memory(text: str | None, field: str, code: str, default: int) -> int:
