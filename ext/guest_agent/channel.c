@@ -16,6 +16,9 @@
 #define RETRY_MS 100
 /* A port's edge tells of host and data; this guards against one that is lost, as after the VM was captured. */
 #define PORT_CHECK_MS 1000
+/* That a host has come is told on another queue than its bytes, and may be known later: until then the port
+ * reads as closed. So only what stays closed is. */
+#define PORT_CLOSED_MS 50
 
 static void attach(struct channel *channel, int fd) {
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET};
@@ -28,6 +31,7 @@ static void attach(struct channel *channel, int fd) {
 
 static void forget_connection(struct channel *channel) {
     channel->greeted = false;
+    channel->closed_at = 0;
     channel->out_begin = channel->out_end = 0;
     frame_reset(&channel->in);
 }
@@ -74,7 +78,9 @@ int channel_timeout(const struct channel *channel) {
         int64_t wait = channel->retry_at - now_ms();
         return wait > 0 ? (int)wait : 0;
     }
-    return channel->kind == CHANNEL_PORT ? PORT_CHECK_MS : -1;
+    if (channel->kind != CHANNEL_PORT)
+        return -1;
+    return channel->closed_at ? PORT_CLOSED_MS : PORT_CHECK_MS;
 }
 
 void channel_step(struct channel *channel) {
@@ -92,6 +98,14 @@ void channel_step(struct channel *channel) {
         channel->readable = true;
 }
 
+static bool stays_closed(struct channel *channel) {
+    if (channel->kind != CHANNEL_PORT || !channel->greeted)
+        return true;
+    if (!channel->closed_at)
+        channel->closed_at = now_ms();
+    return now_ms() - channel->closed_at >= PORT_CLOSED_MS;
+}
+
 bool channel_read(struct channel *channel) {
     size_t room;
     uint8_t *space = frame_space(&channel->in, &room);
@@ -99,12 +113,16 @@ bool channel_read(struct channel *channel) {
         return false;
     ssize_t n = read(channel->fd, space, room);
     if (n > 0) {
+        channel->closed_at = 0;
         frame_filled(&channel->in, (size_t)n);
         return true;
     }
     if (n < 0 && errno == EINTR)
         return true;
     channel->readable = false;
+    if (n == 0 && !stays_closed(channel))
+        return false;
+    channel->closed_at = 0;
     /* A vsock that is still connecting is not connected; one that failed to is so for ever. */
     if (n == 0 || (errno != EAGAIN && (errno != ENOTCONN || channel->broken)))
         disconnected(channel);

@@ -29,6 +29,7 @@ struct channel {
     bool ended;   /* TEST: the other side has gone */
     bool no_agent;
     int64_t retry_at;
+    int64_t closed_at; /* PORT: since when it reads as closed though the host had greeted; 0: it does not */
     uint8_t nonce[NONCE_BYTES];
     struct frame_reader in;
     uint8_t out[CHANNEL_OUT_BYTES];

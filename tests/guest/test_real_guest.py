@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 MAC = "02:00:00:12:34:56"
 NETWORK = GuestNetwork(mac=MAC, address="10.0.2.15", prefix=24, gateway="10.0.2.2", dns=("10.0.2.3",), mtu=1400)
 NETDEV = ("-netdev", "user,id=n0", "-device", f"virtio-net-pci,netdev=n0,mac={MAC},romfile=,id=net0")
+HOSTS = 60
 PEM = "-----BEGIN CERTIFICATE-----\nbm90IHJlYWxseQ==\n-----END CERTIFICATE-----\n"
 
 
@@ -212,7 +213,7 @@ async def test_a_whole_life(kernel: Path, busybox_root: Path, tmp_path: Path) ->
             assert (await client.metrics()).memory_total > 100_000_000
             rss = int(await shell(client, "grep VmRSS /proc/1/status | tr -dc 0-9"))
             assert rss < 3000, f"init and agent use {rss} KB"
-            await shell(client, "touch /tmp/go")
+            await run(client, "touch", "/tmp/go")  # which may be killed with the rest before it has ended
             events = await collect_end(guest, client)
     assert [type(event) for event in events] == [Ready, Started, Exited]
     assert events[-1] == Exited(42)
@@ -429,6 +430,21 @@ class Qmp:
             assert "error" not in answer, answer
             if "return" in answer:
                 return
+
+
+async def test_every_host_is_answered(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+    """A host's first bytes may reach the agent before the word that a host is there, and must not be lost."""
+    config = boot_config("sleep", "1000")
+    async with booted(config, busybox_root, kernel, tmp_path) as guest:
+        for turn in range(HOSTS):
+            client = GuestClient(await guest.open_channel(), nonce=config.nonce)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_ignore_end, client)
+                with trio.move_on_after(30) as limit:
+                    await client.wait_ready()
+                assert not limit.cancelled_caught, f"host {turn} got no answer"
+                nursery.cancel_scope.cancel()
+            await trio.sleep(turn % 10 * 0.02)
 
 
 async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
