@@ -180,8 +180,8 @@ def test_go(lab: Lab) -> None:
     go = shutil.which("go")
     if not go:
         pytest.skip("Go is not installed")
-    program = str(lab.dir / "go-program")
-    run(go, "build", "-o", program, str(Path(__file__).with_name("lab_program.go")), timeout=300)  # the first build of net/http takes its time
+    program, source = str(lab.dir / "go-program"), str(Path(__file__).with_name("lab_program.go"))
+    run(go, "build", "-o", program, source, timeout=300)  # the first build of net/http takes its time
     server = lab.start(lab.world, program, "serve", f"{ORIGINS[GO_HOST]}:443", str(lab.dir / "leaf.pem"),
                        f"Bearer {SECRET}")  # fmt: skip
     assert server.stdout is not None and server.stdout.readline() == "ready\n"
