@@ -71,7 +71,7 @@ class Lab:
         if proxied:
             merged |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), PROXY)
         done = subprocess.run(["ip", "netns", "exec", self.guest, *argv], env=merged | env, cwd=self.dir,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
+                              capture_output=True, text=True, timeout=3600)  # fmt: skip
         assert done.returncode == 0, done.stderr + done.stdout
         return done.stdout
 
@@ -124,6 +124,7 @@ class Lab:
         proxy = self.start(self.host, sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told),
                            stdin=subprocess.PIPE)  # fmt: skip
         assert proxy.stdout is not None
+        self.proxy = proxy.pid
         ready = msgspec.json.decode(proxy.stdout.readline())
         (self.dir / "ca.pem").write_text(ready["ca"])
         (self.dir / "bundle.pem").write_text(ready["ca"] + (self.dir / "origin-ca.pem").read_text())

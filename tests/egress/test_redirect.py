@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socketserver
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -24,11 +29,18 @@ http {{
   server {{
     listen 443 ssl http2; listen 80;
     ssl_certificate {dir}/leaf.pem; ssl_certificate_key {dir}/leaf.pem;
+    location /big {{ root {dir}; }}
+    location /sink {{
+      client_max_body_size 0; proxy_request_buffering off; proxy_http_version 1.1; proxy_pass http://unix:{dir}/sink.sock;
+    }}
     location /repo.git {{ root {dir}; if ($http_authorization != "Bearer {secret}") {{ return 401; }} }}
     location / {{ return 200 "auth=$http_authorization proto=$server_protocol host=$host scheme=$scheme\\n"; }}
   }}
 }}
 """
+
+BULK = int(os.environ.get("HYPEMAN_BULK_BYTES", 64 << 20))
+"""How much is streamed in one request where memory must stay flat. 10 GB were, see ext/egress/README.md."""
 
 proxied = pytest.mark.parametrize("proxied", [False, True], ids=["redirected", "proxied"])
 
@@ -38,6 +50,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if not shutil.which("nginx"):
         pytest.skip("nginx is not installed")
     with a_lab(tmp_path_factory.mktemp("redirect")) as made:
+        with open(made.dir / "big", "wb") as big:
+            big.truncate(BULK)  # sparse
         path = made.dir / "nginx.conf"
         path.write_text(CONFIGURATION.format(dir=made.dir, secret=SECRET))
         made.start(made.world, "nginx", "-p", str(made.dir), "-c", str(path), stderr=subprocess.DEVNULL)
@@ -122,3 +136,60 @@ def test_git(lab: Lab) -> None:
         clone = f"clone-{proxied}"
         lab.in_guest("git", "clone", "-q", f"https://{HOST}/repo.git", clone, proxied=proxied)
         assert (lab.dir / clone / ".git").is_dir()
+
+
+class Sink(socketserver.StreamRequestHandler):
+    """Behind nginx, which would answer without reading: takes a body and says how long it was."""
+
+    def handle(self) -> None:
+        left = 0
+        while (line := self.rfile.readline()) != b"\r\n":
+            if line.lower().startswith(b"content-length:"):
+                left = int(line.split(b":")[1])
+        size, buffer = left, memoryview(bytearray(1 << 18))
+        while left and (got := self.rfile.readinto(buffer[:left])):
+            left -= got
+        said = b"%d" % (size - left)
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said))
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@contextmanager
+def watched(pid: int) -> Iterator[list[int]]:
+    """Of the process: resident memory before, and the most while the block ran."""
+    seen, over = [resident(pid)] * 2, threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.02):
+            seen[1] = max(seen[1], resident(pid))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("version", ["--http1.1", "--http2"])
+@pytest.mark.parametrize("up", [False, True], ids=["down", "up"])
+def test_any_amount_with_flat_memory(lab: Lab, version: str, up: bool) -> None:
+    """One request of BULK bytes, in HTTP/2 on both sides, too: the proxy holds no more at its end than at its beginning."""
+    small = curl(lab, version, f"https://{HOST}/big", "-r", f"0-{8 << 20}", "-o", "/dev/null", "-w", "%{http_code}")
+    assert small == "206"
+    argv = [version, f"https://{HOST}/big", "-o", "/dev/null", "-w", "%{size_download}"]
+    if up:
+        argv = [version, f"https://{HOST}/sink", "-T", str(lab.dir / "big")]
+    with socketserver.ThreadingUnixStreamServer(str(lab.dir / "sink.sock"), Sink) as sink, watched(lab.proxy) as seen:
+        os.chmod(lab.dir / "sink.sock", 0o666)
+        threading.Thread(target=sink.serve_forever, daemon=True).start()
+        said = curl(lab, *argv)
+        sink.shutdown()
+    os.unlink(lab.dir / "sink.sock")
+    print(f"{version} {'up' if up else 'down'}: {said} bytes, resident {seen[0] >> 10} KB, at most {seen[1] >> 10} KB")
+    assert int(said) == BULK
+    assert seen[1] - seen[0] < 12 << 20
