@@ -6,8 +6,9 @@ asked for. The compressed file replaces the plain one by rename, the row says wh
     compressed_bytes == 0   ``memory`` is there, as the VMM wrote it
     compressed_bytes > 0    ``memory.zst`` or ``memory.lz4`` is there instead
 
-A restore wants the plain file. ``make_plain`` first ends a compression under way, then unpacks; so
-the two never race. What a crash interrupted is begun again at start, half files are removed.
+A restore wants the plain file. ``plain`` first ends a compression under way, then unpacks, and lets none
+begin before the restore is done; so the two never race. What a fork interrupted is begun again after it,
+what a crash interrupted at start, where half files are removed.
 Holes stay holes both ways: zeros are not written.
 """
 
@@ -16,7 +17,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ import msgspec
 import trio
 import zstandard
 
+from hypeman.errors import StoreError
 from hypeman.hypervisor.interface import CaptureInvalid
 from hypeman.instances.captures import CAPTURES, CaptureRow
 from hypeman.instances.types import CompressionAlgorithm, SnapshotCompressionConfig
@@ -48,6 +51,8 @@ class Compressor:
         self._paths = paths
         self._jobs: dict[str, _Job] = {}
         self._unpacking: dict[str, trio.Lock] = {}
+        self._wanted_plain: dict[str, int] = {}
+        """Capture → restores under way from it."""
         self._slots = trio.CapacityLimiter(_AT_ONCE)
         self._nursery: trio.Nursery | None = None
 
@@ -64,15 +69,29 @@ class Compressor:
 
     def schedule(self, capture_id: str, *, delay: float = 0.0) -> None:
         """Compress the capture after ``delay`` seconds, unless somebody wants it plain before."""
-        if self._nursery is not None and capture_id not in self._jobs:
+        if self._nursery is not None and capture_id not in self._jobs and capture_id not in self._wanted_plain:
             job = self._jobs[capture_id] = _Job()
             self._nursery.start_soon(self._compress, capture_id, delay, job)
 
     def is_busy(self, capture_id: str) -> bool:
         return capture_id in self._jobs
 
-    async def make_plain(self, capture_id: str) -> None:
-        """Have the plain memory file there, and no compression under way. Raises CaptureInvalid."""
+    @asynccontextmanager
+    async def plain(self, capture_id: str) -> AsyncIterator[None]:
+        """Within the block the plain memory file is there, and nobody compresses it. Raises CaptureInvalid."""
+        self._wanted_plain[capture_id] = self._wanted_plain.get(capture_id, 0) + 1
+        try:
+            await self._unpack_once(capture_id)
+            yield
+        finally:
+            self._wanted_plain[capture_id] -= 1
+            if not self._wanted_plain[capture_id]:
+                del self._wanted_plain[capture_id]
+                row = self._store.read(lambda txn: txn.get(CAPTURES, capture_id))
+                if row is not None and row.holders and _is_wanted(row):
+                    self.schedule(capture_id)
+
+    async def _unpack_once(self, capture_id: str) -> None:
         lock = self._unpacking.setdefault(capture_id, trio.Lock())
         try:
             async with lock:  # forks of one snapshot come at once, and there is one file to unpack into
@@ -108,7 +127,10 @@ class Compressor:
         except Exception as error:  # the capture is as good without; nothing of this may end the server
             log.warning("capture %s can not be compressed: %s", capture_id, error)
             text = str(error)
-            await self._store.write(lambda txn: _change(txn, capture_id, compression_error=text))
+            try:
+                await self._store.write(lambda txn: _change(txn, capture_id, compression_error=text))
+            except StoreError as refused:  # on a full disk; the next start compresses it
+                log.warning("and that can not be written down: %s", refused)
         finally:
             del self._jobs[capture_id]
             job.ended.set()

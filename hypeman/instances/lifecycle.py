@@ -8,6 +8,9 @@ A command is judged when its turn comes, by the state of that moment (admission.
 
 News of the VM (it is ready, the workload ended, the VMM is gone) comes through the same queue, so
 nothing changes a record while a command works on it. News of an earlier boot is ignored.
+
+What can go neither on nor back makes the instance Unknown. It is then looked at again as at a start of
+the server, soon and then ever more seldom, until it can be settled or somebody stops or deletes it.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ import trio
 
 from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidState, NotFound, NotSupported
 from hypeman.guest.types import Exited, Fatal, Ready, Started
-from hypeman.hypervisor.interface import Disk, ExitReason, VmmExit
+from hypeman.hypervisor.interface import Disk, ExitReason, VmmBroken, VmmExit, VmmGone
 from hypeman.ids import new_id
 from hypeman.instances import captures
 from hypeman.instances.admission import Command, check_legal
 from hypeman.instances.captures import CAPTURES, CaptureRow
-from hypeman.instances.live import Live, LiveEvent
+from hypeman.instances.live import Live, LiveEvent, Unwatched
 from hypeman.instances.plan import (
     plan_adopt_disks,
     plan_attach,
@@ -67,6 +70,11 @@ MOST_WAITING = 64
 """Commands that may wait for one instance; more are refused, so that a queue can not grow without bound."""
 
 NONCE_BYTES = 16
+
+LOOK_FIRST, LOOK_MOST = 1.0, 60.0
+"""Seconds from one look at an Unknown instance to the next; each pause is twice the one before."""
+SECONDS_TO_LOOK = 2.0
+"""For a VMM to answer in such a look, during which commands wait; it answers in a millisecond or is stuck."""
 
 NOT_STARTED = 127
 """Exit code of a workload that never ran, as of a shell."""
@@ -133,6 +141,10 @@ class Job(Generic[R]):
         return self.value  # type: ignore[return-value]  # set together with ``done``
 
 
+class _Look:
+    """Turn to look at an Unknown instance again."""
+
+
 class _News:
     __slots__ = ("event", "live")
 
@@ -163,13 +175,16 @@ class Lifecycle:
         self._new = new
         """Nothing to settle: just written and its first command does the work, or it slept all along."""
         self._now = now
-        self._queue: trio.MemorySendChannel[Job[Any] | _News]
-        self._inbox: trio.MemoryReceiveChannel[Job[Any] | _News]
+        self._queue: trio.MemorySendChannel[Job[Any] | _News | _Look]
+        self._inbox: trio.MemoryReceiveChannel[Job[Any] | _News | _Look]
         self._queue, self._inbox = trio.open_memory_channel(float("inf"))  # bounded by MOST_WAITING and few news
         self._waiting = 0
         self._gone = False
         self._removed = False
         self._nursery: trio.Nursery | None = None
+        self._looking = False
+        self._ended: VmmExit | None = None
+        """How the VMM ended, from when that is heard."""
 
     # Called by others
 
@@ -200,11 +215,13 @@ class Lifecycle:
                     await self._settle()
                 task_status.started()
                 while not self._gone:
-                    item = await self._inbox.receive()
-                    if isinstance(item, _News):
-                        await self._take_news(item)
-                    else:
-                        await self._do(item)
+                    match await self._inbox.receive():
+                        case _News() as news:
+                            await self._take_news(news)
+                        case _Look():
+                            await self._settle_again()
+                        case job:
+                            await self._do(job)
                 nursery.cancel_scope.cancel()
         finally:
             self._gone = True
@@ -314,10 +331,10 @@ class Lifecycle:
         await self._begin(Operation.DELETE, steps, self._changed(self.record, deleting=True))
         try:
             await carry_forward(steps, self.world)
+            await self._remove()
         except Exception as error:
             await self._lost(error)
             raise
-        await self._remove()
         await carry_forward(plan_free(*freed), self.world)
 
     async def standby(self, compression: SnapshotCompressionConfig | None) -> InstanceRecord:
@@ -344,21 +361,25 @@ class Lifecycle:
     async def _park(self, freed: str | None = None) -> InstanceRecord:
         try:
             await carry_forward(plan_park(self.record), self.world)
+            asleep = self._changed(self.record, handle=None, stopped_at=self._now())
+            asleep = self._entered(asleep, InstanceState.STANDBY)
+            await self._end(asleep, self._holding(asleep))
         except Exception as error:
             await self._lost(error)
             raise
-        record = self._entered(self._changed(self.record, handle=None, stopped_at=self._now()), InstanceState.STANDBY)
-        await self._end(record, self._holding(record))
         await carry_forward(plan_free(freed), self.world)
         return self.record
 
     async def restore(self) -> InstanceRecord:
-        before = self.record
-        capture = before.capture
+        capture = self.record.capture
         if capture is None:
-            raise InternalError(f"instance {before.id} is in standby without a capture")
+            raise InternalError(f"instance {self.record.id} is in standby without a capture")
         self._journal("restore")
-        await self.world.make_restorable(capture)
+        async with self.world.restorable(capture):
+            return await self._restore_from(capture)
+
+    async def _restore_from(self, capture: str) -> InstanceRecord:
+        before = self.record
         keep = self.world.capture_is_shared(before.id, capture)
         record = self._changed(before, boots=before.boots + 1)
         steps = plan_awaken(record, capture, fresh=before.fresh)
@@ -548,19 +569,58 @@ class Lifecycle:
             log.exception("instance %s can not be settled", self.record.id)
             await self._lost(error)
 
-    async def _find_and_settle(self) -> None:
-        record = self.record
-        intent = self.world.store.read(lambda txn: txn.get(INTENTS, record.id))
-        alive = await self.world.reattach_vmm(record.id)
-        if alive:
-            self._watch(self.world.live[record.id])
-            if record.spec.egress:
-                await self.world.set_egress(record.id)
+    async def _settle_again(self) -> None:
+        """The same for an instance that is still Unknown."""
+        if self.record.state is not InstanceState.UNKNOWN:
+            return
+        try:
+            await self._find_and_settle(SECONDS_TO_LOOK)
+        except Exception as error:
+            if str(error) != self.record.state_error:
+                log.warning("instance %s is still Unknown: %s", self.record.id, error, exc_info=True)
+            await self._lost(error)
+
+    async def _find_and_settle(self, seconds: float = float("inf")) -> None:
+        intent = self.world.store.read(lambda txn: txn.get(INTENTS, self.record.id))
+        alive = await self._find_vm(seconds)
         if intent is not None:
-            log.warning("instance %s: %s was not finished", record.id, intent.operation.value)
+            log.warning("instance %s: %s was not finished", self.record.id, intent.operation.value)
             await self._settle_intent(intent, alive=alive)
-        if not alive and not self._gone and self.record.state not in NO_VMM:
-            await self._vmm_ended(None, VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
+        if self._gone or self.record.state in NO_VMM:
+            return
+        if not alive:
+            ended = self._ended or VmmExit(ExitReason.FAILED, "the VMM ended while the server was away")
+            await self._vmm_ended(self.world.live.get(self.record.id), ended)
+        elif self.record.state is InstanceState.UNKNOWN:
+            await self._save(self._entered(self.record, self.record.was or InstanceState.RUNNING))
+            self._journal(f"the VMM answers again: {self.record.state.value}")
+            await self._hear_again(self.world.live[self.record.id])
+
+    async def _find_vm(self, seconds: float) -> bool:
+        """Whether the VM lives; then it is watched. Raises VmmBroken if it does not answer in time."""
+        live = self.world.live.get(self.record.id)
+        try:
+            with trio.fail_after(seconds):
+                if live is not None:
+                    await live.vmm.state()
+                    return True
+                if not await self.world.reattach_vmm(self.record.id):
+                    return False
+        except VmmGone:
+            return False
+        except trio.TooSlowError:
+            raise VmmBroken(f"the VMM did not answer within {seconds:g} s") from None
+        self._watch(self.world.live[self.record.id])
+        if self.record.spec.egress:
+            await self.world.set_egress(self.record.id)
+        return True
+
+    async def _hear_again(self, live: Live) -> None:
+        """What the guest told while its news could not be followed."""
+        if live.started:
+            await self._hear(live, Started())
+        if live.exited is not None:
+            await self._hear(live, live.exited)
 
     async def _settle_intent(self, intent: Intent, *, alive: bool) -> None:
         record = self.record
@@ -609,6 +669,7 @@ class Lifecycle:
             case Operation.DELETE:
                 await carry_forward(intent.steps, self.world)
                 await self._remove()
+                await carry_forward(plan_free(record.capture, record.mapped), self.world)
 
     def _found_again(self, alive: bool) -> InstanceRecord:
         """After a capture that could not be taken back at first: it only looked, so the state is what it was."""
@@ -616,7 +677,7 @@ class Lifecycle:
         if record.state is not InstanceState.UNKNOWN:
             return record
         if alive:
-            return self._entered(record, InstanceState.RUNNING)
+            return self._entered(record, record.was or InstanceState.RUNNING)
         if record.handle is not None:
             return record  # its VMM has gone, which is cleaned up after next
         return self._entered(record, InstanceState.STANDBY if record.capture else InstanceState.STOPPED)
@@ -636,7 +697,11 @@ class Lifecycle:
             return
         match event:
             case VmmExit():
+                self._ended = event
                 await self._vmm_ended(live, event)
+            case Unwatched():
+                del self.world.live[self.record.id]
+                await self._lost(VmmBroken("the VMM can not be watched any more; the server's log says why"))
             case Started() if self.record.state is InstanceState.INITIALIZING:
                 await self._save(self._entered(self.record, InstanceState.RUNNING))
                 self._journal("running")
@@ -669,40 +734,41 @@ class Lifecycle:
     async def _stop(self, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None) -> InstanceRecord:
         freed = (self.record.mapped, self.record.capture)  # the latter after a standby that could not be finished
         await self._begin(Operation.STOP, steps, self.record)
-        outcome = await self.world.read_outcome(self.record.id)
         try:
-            await carry_forward(steps, self.world)
+            record = await self._take_down(steps, live, ended)
+
+            def settle(txn: Txn) -> None:
+                for capture in freed:
+                    captures.let_go(txn, capture, captures.of_instance(record.id))
+                self._holding(record)(txn)
+
+            await self._end(record, settle)
         except Exception as error:
             await self._lost(error)
             raise
+        self._journal(f"stopped: {record.exit_message}")
+        await carry_forward(plan_free(*freed), self.world)
+        return self.record
+
+    async def _take_down(self, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None) -> InstanceRecord:
+        """The record that is true after ``steps``."""
+        outcome = await self.world.read_outcome(self.record.id)
+        await carry_forward(steps, self.world)
         if live is None or live.exited is None:
             outcome = await self.world.read_outcome(self.record.id) or outcome
         code, message = _outcome(live, ended, outcome)
         if self.record.exit_code is not None and code is None:
             code, message = self.record.exit_code, self.record.exit_message
-        record = self._entered(
-            self._changed(
-                self.record,
-                handle=None,
-                mapped=None,
-                capture=None,
-                stopped_at=self._now(),
-                exit_code=code,
-                exit_message=message,
-                state_error=None,
-            ),
-            InstanceState.STOPPED,
+        record = self._changed(
+            self.record,
+            handle=None,
+            mapped=None,
+            capture=None,
+            stopped_at=self._now(),
+            exit_code=code,
+            exit_message=message,
         )
-
-        def settle(txn: Txn) -> None:
-            for capture in freed:
-                captures.let_go(txn, capture, captures.of_instance(record.id))
-            self._holding(record)(txn)
-
-        await self._end(record, settle)
-        self._journal(f"stopped: {message}")
-        await carry_forward(plan_free(*freed), self.world)
-        return self.record
+        return self._entered(record, InstanceState.STOPPED)
 
     async def _launched(self) -> InstanceRecord:
         live = self.world.live[self.record.id]
@@ -717,6 +783,7 @@ class Lifecycle:
         return record
 
     def _watch(self, live: Live) -> None:
+        self._ended = None
         self._nursery_of_vm().start_soon(live.run, self._tell)
 
     def _nursery_of_vm(self) -> trio.Nursery:
@@ -764,10 +831,27 @@ class Lifecycle:
             raise
 
     async def _lost(self, error: BaseException) -> None:
-        """Something could be neither done nor undone. The intent stays; stop and delete try again."""
+        """Something could be neither done nor undone. The intent stays, and is looked at again."""
+        before = self.record
+        was = before.was if before.state is InstanceState.UNKNOWN else before.state
+        record = self._changed(self._entered(before, InstanceState.UNKNOWN), state_error=str(error), was=was)
         with trio.CancelScope(shield=True):
-            record = self._changed(self.record, state_error=str(error))
-            await self._save(self._entered(record, InstanceState.UNKNOWN))
+            try:
+                await self._save(record)
+            except HypemanError as refused:  # a full disk: nobody may take the instance for what it was all the same
+                log.error("instance %s is Unknown, which can not be written down: %s", record.id, refused)
+                self._know(record)
+        if not self._looking:
+            self._looking = True
+            self._nursery_of_vm().start_soon(self._keep_looking)
+
+    async def _keep_looking(self) -> None:
+        pause = LOOK_FIRST
+        while self.record.state is InstanceState.UNKNOWN:
+            await trio.sleep(pause)
+            pause = min(pause * 2, LOOK_MOST)
+            self._queue.send_nowait(_Look())
+        self._looking = False
 
     async def _capture_row(
         self, capture: str, holder: str, compression: SnapshotCompressionConfig | None
@@ -824,6 +908,9 @@ class Lifecycle:
                 also(txn)
 
         await self.world.store.write(write)
+        return self._know(record)
+
+    def _know(self, record: InstanceRecord) -> InstanceRecord:
         if record.state is not self.record.state:
             metrics.state_transitions.labels(self.record.state.value, record.state.value).inc()
         self.record = record
@@ -841,7 +928,7 @@ class Lifecycle:
 
     def _entered(self, record: InstanceRecord, state: InstanceState) -> InstanceRecord:
         phases = record.phases.entered(state.value.lower(), self._now())
-        return msgspec.structs.replace(record, state=state, phases=phases)
+        return msgspec.structs.replace(record, state=state, phases=phases, state_error=None, was=None)
 
     def _journal(self, text: str) -> None:
         """One line into the instance's own log, for whoever owns the instance."""

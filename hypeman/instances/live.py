@@ -23,7 +23,12 @@ log = logging.getLogger(__name__)
 _RECONNECT_FIRST = 0.01
 _RECONNECT_MOST = 1.0
 
-LiveEvent: TypeAlias = VmmExit | GuestEvent
+
+class Unwatched:
+    """The VMM may live, but this look at it broke: it must be found again."""
+
+
+LiveEvent: TypeAlias = VmmExit | Unwatched | GuestEvent
 
 Connect: TypeAlias = Callable[[trio.abc.Stream, bytes], GuestClient]
 """Speaks with an agent over a stream; a boot's nonce proves which one it is."""
@@ -41,6 +46,8 @@ class Live:
         self.boot = boot
         self.guest: GuestClient | None = None
         """The agent, while it answers."""
+        self.started = False
+        """Whether the workload was started."""
         self.exited: Exited | None = None
         """How the workload ended, once it has."""
         self.fatal: Fatal | None = None
@@ -49,12 +56,19 @@ class Live:
         self._guest_changed = trio.Event()
 
     async def run(self, tell: Callable[[Live, LiveEvent], None]) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._talk, tell)
-            ended = await self.vmm.wait_exit()
-            nursery.cancel_scope.cancel()
-        await self.vmm.aclose()
-        tell(self, ended)
+        told: LiveEvent = Unwatched()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._talk, tell)
+                told = await self.vmm.wait_exit()
+                nursery.cancel_scope.cancel()
+        except Exception:  # a driver's error, whatever it is, is this instance's trouble and not the server's
+            log.exception("the VMM of %s can not be watched any more", self.vmm.handle.config.instance_id)
+        try:
+            await self.vmm.aclose()
+        except Exception:
+            log.exception("the VMM of %s was not let go of in order", self.vmm.handle.config.instance_id)
+        tell(self, told)
 
     async def wait_guest(self, seconds: float) -> GuestClient:
         """The agent, waited for up to ``seconds``. Raises InvalidState if it does not answer."""
@@ -108,7 +122,7 @@ class Live:
             case Fatal():
                 self.fatal = event
             case Started():
-                pass
+                self.started = True
 
     def _set_guest(self, client: GuestClient | None) -> None:
         self.guest = client

@@ -80,6 +80,9 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     created_at: datetime
     phases: Phases
     state_error: str | None = None
+    """Why it is Unknown."""
+    was: InstanceState | None = None
+    """The state that it lost when it became Unknown."""
     expires_at: datetime | None = None
     started_at: datetime | None = None
     stopped_at: datetime | None = None

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import secrets
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +50,8 @@ from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
 from hypeman.units import parse_size
+
+log = logging.getLogger(__name__)
 
 STOP_GRACE = 10.0
 """Seconds between the stop signal and the kill, as with Docker."""
@@ -93,7 +97,7 @@ class TemplateNeeds(Protocol):
 
 
 class CompressorNeeds(Protocol):
-    async def make_plain(self, capture_id: str) -> None: ...
+    def plain(self, capture_id: str) -> AbstractAsyncContextManager[None]: ...
     def schedule(self, capture_id: str, *, delay: float = 0.0) -> None: ...
     def is_busy(self, capture_id: str) -> bool: ...
 
@@ -441,9 +445,9 @@ class World:
             await self.files.remove(self.paths.capture(capture_id))
             await self.store.write(lambda txn: txn.delete(CAPTURES, capture_id))
 
-    async def make_restorable(self, capture_id: str) -> None:
-        """Have the capture's memory uncompressed on disk, and no compression of it under way."""
-        await self.compressor.make_plain(capture_id)
+    def restorable(self, capture_id: str) -> AbstractAsyncContextManager[None]:
+        """Have the capture's memory uncompressed on disk, and no compression of it, within the block."""
+        return self.compressor.plain(capture_id)
 
     async def collect_captures(self) -> None:
         """Remove captures that nobody holds and directories that are none: what a crash left. At start."""
@@ -456,9 +460,9 @@ class World:
         if self.paths.captures.is_dir():
             for directory in await trio.to_thread.run_sync(lambda: list(self.paths.captures.iterdir())):
                 if directory.name not in known:
-                    await self.files.remove(directory)
+                    await _or_log(self.files.remove(directory), directory.name)
         for capture_id in unheld:
-            await self.free_capture(capture_id)
+            await _or_log(self.free_capture(capture_id), capture_id)
 
     def capture_row(self, capture_id: str) -> CaptureRow:
         row = self.store.read(lambda txn: txn.get(CAPTURES, capture_id))
@@ -552,6 +556,14 @@ def signal_number(name: str) -> int:
         return int(name)
     full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
     return int(getattr(signal, full, signal.SIGTERM))
+
+
+async def _or_log(removal: Awaitable[None], capture: str) -> None:
+    """What stays costs disk and no more; the next start tries again."""
+    try:
+        await removal
+    except Exception as error:
+        log.warning("capture %s, which nobody needs, can not be removed: %s", capture, error)
 
 
 def _size(path: Path) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -539,13 +540,13 @@ async def test_a_restore_that_waits_meets_the_compression_and_ends_it(
     async with lab.running() as instances:
         await running(lab, instances)
         seen: list[bool] = []
-        make_restorable = instances.world.make_restorable
+        restorable = instances.world.restorable
 
-        async def watch(capture: str) -> None:
+        def watch(capture: str) -> AbstractAsyncContextManager[None]:
             seen.append(instances.world.compressor.is_busy(capture))
-            await make_restorable(capture)
+            return restorable(capture)
 
-        monkeypatch.setattr(instances.world, "make_restorable", watch)
+        monkeypatch.setattr(instances.world, "restorable", watch)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(instances.standby, "one", StandbyInstanceRequest(compression=zstd))
             await trio.testing.wait_all_tasks_blocked()

@@ -1,0 +1,361 @@
+"""Unknown is no place to stay: an instance that could go neither on nor back is looked at again until it can,
+and whatever made it so stays its own trouble."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import trio
+
+from hypeman.errors import HypemanError, StoreError
+from hypeman.guest.types import Exited
+from hypeman.hypervisor.interface import ExitReason, VmmBroken
+from hypeman.instances import compression, lifecycle
+from hypeman.instances.captures import CAPTURES
+from hypeman.instances.records import INTENTS
+from hypeman.instances.service import Instances
+from hypeman.instances.types import (
+    AttachVolumeRequest,
+    CompressionAlgorithm,
+    ForkInstanceRequest,
+    InstanceState,
+    SnapshotCompressionConfig,
+    StandbyInstanceRequest,
+    TargetState,
+)
+from hypeman.paths import Paths
+from hypeman.store import Store
+from tests.fakes.fake_vmm import FakeVmm
+from tests.instances.fake_world import HostFailed, Lab
+from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, with_volume
+
+
+def no_answer() -> VmmBroken:
+    return VmmBroken("QEMU did not answer")
+
+
+@pytest.fixture
+def lab(store: Store, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setattr(lifecycle, "LOOK_FIRST", 0.01)
+    monkeypatch.setattr(lifecycle, "LOOK_MOST", 0.05)
+    return Lab(store, paths)
+
+
+async def until(instances: Instances, state: InstanceState) -> None:
+    record = instances.board.find("one")
+    with trio.fail_after(10):
+        while record.state is not state:
+            record = await instances.board.wait_change(record) or record
+    assert (await instances.get("one")).state_error is None
+
+
+async def is_unknown(instances: Instances, reason: str) -> None:
+    view = await instances.get("one")
+    assert view.state is InstanceState.UNKNOWN and reason in str(view.state_error)
+
+
+async def test_a_vmm_that_answers_again_after_a_start(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+    lab.driver.fail("reattach", no_answer())
+    async with lab.running() as instances:
+        await is_unknown(instances, "did not answer")
+        await until(instances, InstanceState.RUNNING)
+        check_owned(lab, "came back")
+        await instances.standby("one", StandbyInstanceRequest())
+        await clean_up(lab, instances)
+
+
+async def test_a_vmm_that_ended_meanwhile(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+    for call in range(1, 4):
+        lab.driver.fail("reattach", no_answer(), call=call)
+    async with lab.running() as instances:
+        await is_unknown(instances, "did not answer")
+        (process,) = lab.machine.alive()
+        process.end(ExitReason.KILLED)
+        await until(instances, InstanceState.STOPPED)
+        check_owned(lab, "ended meanwhile")
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize("verb", ["standby", "fork"])
+async def test_a_capture_during_which_the_vmm_fell_silent(lab: Lab, verb: str) -> None:
+    """Neither the capture nor going on is answered; later the VMM is heard of again, and goes on then."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        before = lab.world_as_text()
+        lab.driver.fail("capture", no_answer())
+        lab.driver.fail("resume", no_answer())
+        lab.driver.fail("state", no_answer())
+        with pytest.raises(HypemanError):
+            if verb == "standby":
+                await instances.standby("one", StandbyInstanceRequest())
+            else:
+                await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+        await is_unknown(instances, "did not answer")
+        await until(instances, InstanceState.RUNNING)
+        assert lab.world_as_text() == before
+        assert not lab.guests[instances.board.find("one").id].frozen
+        assert not lab.store.read(lambda txn: list(txn.keys(INTENTS)))
+        await clean_up(lab, instances)
+
+
+async def test_a_volume_of_which_the_vmm_did_not_let_go(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await with_volume(lab, instances)
+        lab.driver.fail("add_disk", no_answer(), after=True)
+        lab.driver.fail("remove_disk", no_answer())
+        with pytest.raises(HypemanError):
+            await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
+        await is_unknown(instances, "did not answer")
+        await until(instances, InstanceState.RUNNING)
+        assert not (await instances.get("one")).volumes
+        await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
+        await clean_up(lab, instances)
+
+
+async def test_a_capture_of_a_stopped_one_that_could_not_be_taken_back(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.stop("one")
+
+        async def refuse(*paths: object) -> None:
+            raise HostFailed("the disk is broken")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(instances.world, "copy_disks_away", refuse)
+            broken.setattr(instances.world, "remove_tree", refuse)
+            with pytest.raises(HypemanError):
+                await instances.fork("one", ForkInstanceRequest(name="two", target_state=TargetState.STOPPED))
+            await is_unknown(instances, "broken")
+        await until(instances, InstanceState.STOPPED)
+        check_owned(lab, "fork")
+        await clean_up(lab, instances)
+
+
+# ── Drivers that break ───────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_watch_that_breaks_is_begun_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    broke = trio.Event()
+    wait_exit = FakeVmm.wait_exit
+
+    async def break_once(vmm: FakeVmm) -> Any:
+        if broke.is_set():
+            return await wait_exit(vmm)
+        await trio.lowlevel.checkpoint()
+        broke.set()
+        raise ValueError("nobody thought of this")
+
+    async with lab.running() as instances:
+        await running(lab, instances)
+        monkeypatch.setattr(FakeVmm, "wait_exit", break_once)
+    async with lab.running() as instances:
+        await broke.wait()
+        await until(instances, InstanceState.RUNNING)
+        lab.machine.of(instances.board.find("one").id).end(ExitReason.KILLED)
+        await until(instances, InstanceState.STOPPED)
+        await clean_up(lab, instances)
+
+
+async def test_a_vmm_that_can_not_be_let_go_of(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(vmm: FakeVmm) -> None:
+        raise ValueError("nobody thought of this")
+
+    async with lab.running() as instances:
+        await running(lab, instances)
+        with monkeypatch.context() as broken:
+            broken.setattr(FakeVmm, "aclose", refuse)
+            lab.machine.of(instances.board.find("one").id).end(ExitReason.KILLED)
+            with trio.fail_after(10):
+                while instances.board.find("one").state is InstanceState.RUNNING:
+                    await trio.sleep(0.01)
+        await until(instances, InstanceState.STOPPED)
+        await clean_up(lab, instances)
+
+
+async def test_a_capture_that_nobody_needs_and_nobody_can_remove(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server starts all the same, and the others are removed."""
+    for name in ("a-stuck", "b"):
+        (lab.paths.captures / name).mkdir(parents=True)
+    build = lab._build
+
+    def with_stuck_file() -> Instances:
+        instances = build()
+        remove = instances.world.files.remove
+
+        async def refuse(path: Any) -> None:
+            if path.name == "a-stuck":
+                raise OSError("the disk is broken")
+            await remove(path)
+
+        instances.world.files.remove = refuse  # type: ignore[method-assign]
+        return instances
+
+    with monkeypatch.context() as broken:
+        broken.setattr(lab, "_build", with_stuck_file)
+        async with lab.running():
+            assert [path.name for path in lab.paths.captures.iterdir()] == ["a-stuck"]
+    async with lab.running() as instances:
+        await clean_up(lab, instances)
+
+
+# ── A store that can not be written ──────────────────────────────────────────────────────────────
+
+
+class _Full:
+    """A store on a full disk, as long as it is full."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self.full = False
+        self.first = 0
+        """Writes that still work."""
+
+    def read(self, fn: Any) -> Any:
+        return self._store.read(fn)
+
+    async def write(self, fn: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        self.first -= 1
+        if self.full and self.first < 0:
+            raise StoreError("the disk is full")
+        return await self._store.write(fn)
+
+
+@contextlib.contextmanager
+def full_disk(instances: Instances, *, after: int = 0) -> Iterator[None]:
+    store = _Full(instances.world.store)
+    instances.world.store = store  # type: ignore[assignment]
+    store.full, store.first = True, after
+    try:
+        yield
+    finally:
+        store.full = False
+
+
+@pytest.mark.parametrize("after", [0, 1])
+async def test_an_end_that_can_not_be_written_down(lab: Lab, after: int) -> None:
+    """Neither the server nor the instance goes on as if nothing had been; later all is well."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        record = instances.board.find("one")
+        with full_disk(instances, after=after):
+            lab.guests[record.id].tell(Exited(7))
+            lab.machine.of(record.id).end(ExitReason.POWEROFF)
+            with trio.fail_after(10):
+                while instances.board.find("one").state is not InstanceState.UNKNOWN:
+                    await trio.sleep(0.01)
+            await is_unknown(instances, "full")
+        await until(instances, InstanceState.STOPPED)
+        check_owned(lab, "ended")
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize("verb", ["stop", "standby", "delete"])
+async def test_a_verb_whose_result_can_not_be_written_down(lab: Lab, verb: str) -> None:
+    """It did its work and could not say so: finished as soon as it can be written."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        work = {
+            "stop": lambda: instances.stop("one"),
+            "standby": lambda: instances.standby("one", StandbyInstanceRequest()),
+            "delete": lambda: instances.delete("one"),
+        }[verb]
+        intents = 2 if verb == "standby" else 1
+        with full_disk(instances, after=intents), pytest.raises(HypemanError):
+            await work()  # type: ignore[no-untyped-call]
+        assert not lab.machine.alive()
+        if verb == "delete":
+            with trio.fail_after(10):
+                while list(instances.board.records()):
+                    await trio.sleep(0.01)
+        else:
+            await until(instances, InstanceState.STOPPED if verb == "stop" else InstanceState.STANDBY)
+            check_owned(lab, verb)
+        assert not lab.store.read(lambda txn: list(txn.keys(INTENTS)))
+        await clean_up(lab, instances)
+
+
+async def test_a_start_of_the_workload_that_can_not_be_written_down(lab: Lab) -> None:
+    """The agent says so once; it is remembered."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.stop("one")
+        before = rows(lab.store)
+        with full_disk(instances, after=2):
+            await lifecycle_start(instances)
+            with trio.fail_after(10):
+                while instances.board.find("one").state is not InstanceState.UNKNOWN:
+                    await trio.sleep(0.01)
+        await until(instances, InstanceState.RUNNING)
+        assert rows(lab.store) != before
+        await clean_up(lab, instances)
+
+
+async def lifecycle_start(instances: Instances) -> None:
+    task = instances.task("one")
+    await task.perform(None, lambda: task.start(None, None))
+
+
+# ── Compression ──────────────────────────────────────────────────────────────────────────────────
+
+ZSTD = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
+
+
+async def test_a_compression_that_a_fork_interrupts_is_begun_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    pump = compression._pump
+    begun: list[str] = []
+
+    async def linger(chunks: Any, target: Any, **size: Any) -> int:
+        begun.append(target.name)
+        if len(begun) == 1:
+            await trio.sleep_forever()
+        return await pump(chunks, target, **size)
+
+    monkeypatch.setattr(compression, "_pump", linger)
+    async with lab.running() as instances:
+        await in_standby(lab, instances)
+        await instances.restore("one")
+        await instances.standby("one", StandbyInstanceRequest(compression=ZSTD))
+        with trio.fail_after(10):
+            while not begun:
+                await trio.sleep(0.01)
+        fork = await instances.fork("one", ForkInstanceRequest(name="two", target_state=TargetState.RUNNING))
+        assert fork.state is InstanceState.RUNNING
+        capture = instances.board.find("one").capture
+        with trio.fail_after(10):
+            while not lab.store.read(lambda txn: txn.get(CAPTURES, str(capture)).compressed_bytes):  # type: ignore[union-attr]
+                await trio.sleep(0.01)
+        assert (await instances.restore("one")).state is InstanceState.RUNNING
+        await clean_up(lab, instances)
+
+
+async def test_a_compression_for_which_the_disk_is_too_full(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither it nor its failure can be written: the server and the capture live on."""
+    failed = trio.Event()
+
+    async def refuse(*arguments: Any, **size: Any) -> int:
+        failed.set()
+        raise OSError(28, "no space left on device")
+
+    monkeypatch.setattr(compression, "_pump", refuse)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        compressor = instances.world.compressor
+        store = compressor._store = _Full(compressor._store)  # type: ignore[attr-defined]
+        store.full = True
+        await instances.standby("one", StandbyInstanceRequest(compression=ZSTD))
+        await failed.wait()
+        with trio.fail_after(10):
+            while compressor.is_busy(str(instances.board.find("one").capture)):
+                await trio.sleep(0.01)
+        assert (await instances.restore("one")).state is InstanceState.RUNNING
+        await clean_up(lab, instances)
