@@ -50,9 +50,16 @@ class Files:
         """A file of ``size`` bytes without blocks; one that is there keeps its content and is resized."""
         await _in_thread(_make_sparse, path, size, mode, uid, gid)
 
-    async def own(self, path: Path, *, uid: int, gid: int) -> None:
-        """Give a file to another user."""
-        await _in_thread(_own, path, uid, gid)
+    async def copy_all(self, source: Path, target: Path, pattern: str, *, uid: int = 0, gid: int = 0) -> None:
+        """``copy`` all files in directory ``source`` whose name matches the glob into the directory ``target``."""
+        await _in_thread(_copy_all, source, target, pattern, uid, gid)
+
+    async def move_all(
+        self, source: Path, target: Path, pattern: str, *, uid: int | None = None, gid: int | None = None
+    ) -> None:
+        """Rename all such files from ``source`` into ``target``, durably, given to another user if one is named.
+        May run again after it was cut short."""
+        await _in_thread(_move_all, source, target, pattern, uid, gid)
 
     async def publish(self, source: Path, target: Path) -> None:
         """Rename ``source`` to ``target`` (which may not exist as a non-empty directory), durably."""
@@ -91,7 +98,8 @@ def _own(path: Path | int, uid: int, gid: int) -> None:
 
 @contextlib.contextmanager
 def _beside(target: Path, mode: int, uid: int, gid: int) -> Iterator[int]:
-    """A descriptor of a new file beside ``target`` that takes its place, flushed, when the block ends well."""
+    """A descriptor of a new file beside ``target`` that takes its place, flushed, when the block ends well.
+    Whoever made all its files flushes the directory."""
     side = target.with_name(target.name + ".new")
     fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -105,7 +113,6 @@ def _beside(target: Path, mode: int, uid: int, gid: int) -> Iterator[int]:
     finally:
         os.close(fd)
     os.rename(side, target)
-    _flush_dir(target.parent)
 
 
 def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
@@ -113,9 +120,29 @@ def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
+    _flush_dir(path.parent)
 
 
 def _copy(source: Path, target: Path, mode: int, uid: int, gid: int) -> None:
+    _copy_unflushed(source, target, mode, uid, gid)
+    _flush_dir(target.parent)
+
+
+def _copy_all(source: Path, target: Path, pattern: str, uid: int, gid: int) -> None:
+    for file in sorted(source.glob(pattern)):
+        _copy_unflushed(file, target / file.name, 0o600, uid, gid)
+    _flush_dir(target)
+
+
+def _move_all(source: Path, target: Path, pattern: str, uid: int | None, gid: int | None) -> None:
+    for file in sorted(source.glob(pattern)):
+        if uid is not None and gid is not None:
+            _own(file, uid, gid)
+        os.rename(file, target / file.name)
+    _flush_dir(target)
+
+
+def _copy_unflushed(source: Path, target: Path, mode: int, uid: int, gid: int) -> None:
     with open(source, "rb", buffering=0) as read, _beside(target, mode, uid, gid) as fd:
         try:
             fcntl.ioctl(fd, _FICLONE, read.fileno())

@@ -53,6 +53,8 @@ from hypeman.units import parse_size
 
 log = logging.getLogger(__name__)
 
+DISKS = "*.raw"
+"""What in an instance's, capture's or snapshot's directory is a disk."""
 STOP_GRACE = 10.0
 """Seconds between the stop signal and the kill, as with Docker."""
 SECONDS_TO_AWAKEN = 60.0
@@ -178,32 +180,25 @@ class World:
         record = self.record(instance_id)
         uid = self.uid(record)
         await self._make_dirs(record)
-        root = self.paths.instance(instance_id).root
-        for disk in await self._disks_in(Path(source)):
-            await self.files.copy(disk, root / disk.name, uid=uid, gid=uid)
+        await self.files.copy_all(Path(source), self.paths.instance(instance_id).root, DISKS, uid=uid, gid=uid)
 
     async def take_disks(self, instance_id: str, source: str) -> None:
         record = self.record(instance_id)
         uid = self.uid(record)
         await self._make_dirs(record)
-        root = self.paths.instance(instance_id).root
-        for disk in await self._disks_in(Path(source)):
-            await self.files.own(disk, uid=uid, gid=uid)
-            await self.files.publish(disk, root / disk.name)
+        await self.files.move_all(Path(source), self.paths.instance(instance_id).root, DISKS, uid=uid, gid=uid)
         await self.files.remove(Path(source))
 
     async def copy_disks_away(self, instance_id: str, target: str) -> None:
         await self.files.make_dir(Path(target))
-        for disk in await self._disks_in(self.paths.instance(instance_id).root):
-            await self.files.copy(disk, Path(target) / disk.name)
+        await self.files.copy_all(self.paths.instance(instance_id).root, Path(target), DISKS)
 
     async def stage_disks(self, instance_id: str, source: str) -> None:
         uid = self.uid(self.record(instance_id))
         staged = self.paths.instance(instance_id).staged
         await self.files.remove(staged)
         await self.files.make_dir(staged)
-        for disk in await self._disks_in(Path(source)):
-            await self.files.copy(disk, staged / disk.name, uid=uid, gid=uid)
+        await self.files.copy_all(Path(source), staged, DISKS, uid=uid, gid=uid)
 
     async def unstage_disks(self, instance_id: str) -> None:
         await self.files.remove(self.paths.instance(instance_id).staged)
@@ -211,8 +206,7 @@ class World:
     async def swap_disks(self, instance_id: str) -> None:
         """Each disk is replaced by one rename; what was done before a crash is not there any more."""
         mine = self.paths.instance(instance_id)
-        for disk in await self._disks_in(mine.staged):
-            await self.files.publish(disk, mine.root / disk.name)
+        await self.files.move_all(mine.staged, mine.root, DISKS)
         await self.files.remove(mine.staged)
 
     async def plug_volume(self, instance_id: str, volume_id: str, path: str, *, readonly: bool, port: int) -> None:
@@ -487,10 +481,6 @@ class World:
         mine = self.paths.instance(record.id)
         await self.files.make_dir(mine.root, mode=0o711, uid=uid, gid=uid)
         await self.files.make_dir(mine.logs, mode=0o711, uid=uid, gid=uid)
-
-    async def _disks_in(self, directory: Path) -> list[Path]:
-        names = await trio.to_thread.run_sync(lambda: sorted(p.name for p in directory.glob("*.raw")))
-        return [directory / name for name in names]
 
     def _surroundings(self, record: InstanceRecord) -> Surroundings:
         lease = self.lease(record.id)

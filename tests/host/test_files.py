@@ -44,6 +44,20 @@ async def test_a_failed_copy_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+async def test_all_files_of_a_kind_are_copied_or_moved(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir(), target.mkdir()
+    for name in ("a.raw", "b.raw", "log"):
+        (source / name).write_text(name)
+    await Files().copy_all(source, target, "*.raw")
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"a.raw": "a.raw", "b.raw": "b.raw"}
+    (source / "a.raw").write_text("newer")
+    for _ in range(2):
+        await Files().move_all(source, target, "*.raw")
+        assert os.listdir(source) == ["log"]
+        assert {path.name: path.read_text() for path in target.iterdir()} == {"a.raw": "newer", "b.raw": "b.raw"}
+
+
 async def test_removing_may_repeat(tmp_path: Path) -> None:
     tree = tmp_path / "tree" / "deep"
     tree.mkdir(parents=True)

@@ -222,13 +222,13 @@ async def test_disks_are_copied_only_while_nothing_writes(lab: Lab) -> None:
         one = instances.board.find("one")
         process = lab.machine.of(one.id)
         seen: list[str] = []
-        copy = instances.world.files.copy
+        copy_all = instances.world.files.copy_all
 
-        async def watch(source: Path, target: Path, **owner: int) -> None:
+        async def watch(source: Path, target: Path, pattern: str, **owner: int) -> None:
             seen.append(process.state.value)
-            await copy(source, target, **owner)
+            await copy_all(source, target, pattern, **owner)
 
-        instances.world.files.copy = watch  # type: ignore[method-assign]
+        instances.world.files.copy_all = watch  # type: ignore[method-assign]
         fork = await instances.fork(
             "one", ForkInstanceRequest(name="two", from_running=True, target_state=TargetState.STOPPED)
         )
@@ -564,10 +564,10 @@ async def test_a_capture_that_could_not_be_taken_back_is_by_the_next_server(
         await prepare(lab, instances)
         before = instances.board.find("one").state
 
-        async def refuse(*paths: Path, **owner: int) -> None:
+        async def refuse(*paths: Path | str, **owner: int) -> None:
             raise HostFailed("the disk is broken")
 
-        monkeypatch.setattr(instances.world.files, "copy", refuse)
+        monkeypatch.setattr(instances.world.files, "copy_all", refuse)
         monkeypatch.setattr(instances.world, "remove_tree", refuse)
         with pytest.raises(HypemanError):
             await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
