@@ -39,7 +39,6 @@ from hypeman.host.watchdog import feed_watchdog, watchdog_interval
 from hypeman.hypervisor.catalog import Catalog, features
 from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
-from hypeman.hypervisor.interface import Driver
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
@@ -309,7 +308,7 @@ def _catalog(config: Config, store: Store, processes: Processes, links: Links, k
             accelerator=settings.accelerator,
         )
 
-    drivers: tuple[Driver, ...] = (
+    drivers = (
         qemu(HypervisorKind.QEMU),
         qemu(HypervisorKind.QEMU_MICROVM),
         CloudHypervisorDriver(
@@ -319,16 +318,12 @@ def _catalog(config: Config, store: Store, processes: Processes, links: Links, k
             binary=settings.cloud_hypervisor_binary,
             folders=(config.data_dir,),
         ),
-        FirecrackerDriver(processes, kvm=kvm, binary=settings.firecracker_binary),
+        FirecrackerDriver(
+            processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary
+        ),
     )
     on_kvm = (kernel, "/dev/kvm", f"accelerator={settings.accelerator}")
-    binaries = {
-        HypervisorKind.QEMU: settings.qemu_binary or "/usr/bin/qemu-system-x86_64",
-        HypervisorKind.QEMU_MICROVM: settings.qemu_binary or "/usr/bin/qemu-system-x86_64",
-        HypervisorKind.CLOUD_HYPERVISOR: settings.cloud_hypervisor_binary or "/usr/bin/cloud-hypervisor",
-        HypervisorKind.FIRECRACKER: settings.firecracker_binary or "/usr/bin/firecracker",
-    }
-    depends_on = {kind: (*on_kvm, binary) for kind, binary in binaries.items()}
+    depends_on = {driver.kind: (*on_kvm, *driver.programs()) for driver in drivers}
     return Catalog(drivers, store=store, default=settings.default, depends_on=depends_on)
 
 

@@ -10,8 +10,9 @@ Rules:
   only through its pidfd, so that no stranger who got the number next is ever hit.
 - A spawned program gets only the descriptors that are listed, under the numbers they have here, an
   environment made from nothing, its own user from before ``exec`` on, and can never gain privileges.
-- It carries its mark (``HYPEMAN_MARK``) in its environment: what we started and could not write down
-  before we were killed is found again by ``find_marked``.
+- It carries its mark (``HYPEMAN_MARK``) in its environment, or as an argument where somebody between us and it
+  empties the environment (``mark_argument``): what we started and could not write down before we were
+  killed is found again by ``find_marked``.
 - Starting happens in a thread: fork and exec of QEMU take 2–10 ms, which the event loop has not.
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import math
 import os
 import resource
@@ -190,12 +192,11 @@ class Processes:
 
     def find_marked(self, mark: str) -> Process | None:
         """The living program that was started with ``mark``, by a look at every process (25 µs each)."""
-        wanted = f"{MARK_VARIABLE}={mark}".encode()
         for entry in os.listdir("/proc"):
-            if not entry.isdigit() or not _has_mark(entry, wanted):
+            if not entry.isdigit() or not _has_mark(entry, mark):
                 continue
             process = self._open(int(entry))
-            if process is not None and _has_mark(entry, wanted):
+            if process is not None and _has_mark(entry, mark):
                 return process
             if process is not None:
                 process.close()
@@ -391,9 +392,16 @@ def _start_time(pid: int) -> int:
     return int(stat[stat.rindex(b")") + 2 :].split()[19])  # the name before may hold spaces and brackets
 
 
-def _has_mark(pid: str, wanted: bytes) -> bool:
+def mark_argument(mark: str) -> str:
+    """An argument that marks a program as its environment would; letters, digits and dashes, 35 of them."""
+    return "hm-" + hashlib.sha256(mark.encode()).hexdigest()[:32]
+
+
+def _has_mark(pid: str, mark: str) -> bool:
     try:
-        return wanted in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if environment := Path(f"/proc/{pid}/environ").read_bytes():
+            return f"{MARK_VARIABLE}={mark}".encode() in environment.split(b"\0")
+        return mark_argument(mark).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
 

@@ -79,7 +79,7 @@ class VmConfig(msgspec.Struct, frozen=True):
     """In the order in which the guest sees them."""
     run_dir: str
     """Directory for sockets; the driver makes it, empties it at each start, and gives it to ``uid`` only
-    where the VMM itself must write there. At most 90 bytes, so that a socket path fits."""
+    where the VMM itself must write there. At most 85 bytes, so that every socket path fits."""
     memory_path: str
     """File that holds guest memory where the VMM maps one; private to this VM. The driver makes it and
     leaves it behind: whoever ended the VMM removes it."""

@@ -15,19 +15,22 @@ import trio
 from hypeman.host.processes import Processes, ToolFailed
 
 KVM_DEVICE = "/dev/kvm"
-_QUIET_LIMIT = 10.0
-_PROOF_LIMIT = 90.0
-"""Seconds until the kernel's first word and between any two, and until its end. On metal it takes 0.5 s in
-all, 10 s in a virtual machine that emulates the virtualisation too."""
+_PROOF_LIMIT = 9
+"""How many times the patience until the kernel's end. On metal all takes 0.5 s, 10 s in a virtual machine that
+emulates the virtualisation too."""
 
 
 class KvmProof:
-    """The proof for one host, one guest kernel and one QEMU; shared by all drivers that want KVM."""
+    """The proof for one host, one guest kernel and one QEMU; shared by all drivers that want KVM.
 
-    def __init__(self, processes: Processes, *, kernel: str, qemu_binary: str = "") -> None:
+    ``patience``: seconds until the kernel's first word and between any two.
+    """
+
+    def __init__(self, processes: Processes, *, kernel: str, qemu_binary: str = "", patience: float) -> None:
         self._processes = processes
         self._kernel = kernel
         self._qemu = qemu_binary
+        self._patience = patience
         self._asking = trio.Lock()
         self._answer: str | None = None
 
@@ -53,7 +56,7 @@ class KvmProof:
             "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 reboot=t cryptomgr.notests",
         ]  # fmt: skip
         try:
-            said = await self._processes.run(argv, timeout=_PROOF_LIMIT, quiet_limit=_QUIET_LIMIT)
+            said = await self._processes.run(argv, timeout=_PROOF_LIMIT * self._patience, quiet_limit=self._patience)
         except ToolFailed as error:
             return f"an ordinary kernel does not run on {KVM_DEVICE}: {error.message.splitlines()[0][:300]}"
         return "" if b"Linux version" in said else f"a kernel on {KVM_DEVICE} ended without a word"

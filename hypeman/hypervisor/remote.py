@@ -1,13 +1,12 @@
-"""What VMMs with an HTTP API have in common: their run directory, their start, their life and their guest channel.
+"""What VMMs with an HTTP API have in common: the room they work in, their start, their life and their guest channel.
 
-    run_dir/       working directory of the VMM and owned by its user; every path it is given is relative
-      disk-<id>    symbolic links to the disks; so a saved state, which remembers paths, holds none of ours,
-      kernel …     and comes back in another run directory with other disks behind the same names
+    room/          working directory of the VMM; every path it is given is a name in there
+      disk-<id>    ways to the disks; so a saved state, which remembers paths, holds none of ours,
+      kernel …     and comes back in another room with other disks behind the same names
       api.sock     the VMM's API
       vsock.sock   its vsock; what the guest dials on the host arrives at vsock.sock_1024, where we listen
 
-Files are lent to the VMM's user while it opens them, so they may belong to root; the directories above
-them must let him pass (0711).
+Files are lent to the VMM's user while it opens them, so they may belong to root.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from hypeman.hypervisor.interface import (
     VmmGone,
     VmmHandle,
 )
-from hypeman.hypervisor.run_dir import API_SOCKET, INITRD, KERNEL, VSOCK, disk_link
+from hypeman.hypervisor.run_dir import INITRD, KERNEL, VSOCK, disk_link
 from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.hypervisor.vmm_process import LastWords, end
 
@@ -48,11 +47,11 @@ _START_LIMIT = 20.0
 class RemoteVmm:
     """One VMM process with an HTTP API. The kinds add what they say over it."""
 
-    def __init__(self, handle: VmmHandle, process: Process, listener: trio.socket.SocketType) -> None:
+    def __init__(self, handle: VmmHandle, process: Process, api: UnixHttp, listener: trio.socket.SocketType) -> None:
         self._handle = handle
         self._process = process
+        self._api = api
         self._listener = listener
-        self._api = UnixHttp(os.path.join(handle.run_dir, API_SOCKET))
         self._channel: trio.SocketStream | None = None
         self._changing = trio.Lock()
         self._killed = False
@@ -143,22 +142,20 @@ class RemoteVmm:
         self._handle = msgspec.structs.replace(self._handle, config=config)
 
 
+Place = Callable[[Path, Path], None]
+"""Makes a file of ours (first) reachable under a name in a room (second)."""
+
+
 @contextlib.contextmanager
-def prepared(config: VmConfig, *, kernel: bool) -> Iterator[None]:
-    """A run directory with all links, and the files behind them lent, as long as the VMM opens them."""
-    run_dir = Path(config.run_dir)
+def furnished(room: Path, config: VmConfig, place: Place, *, kernel: bool) -> Iterator[None]:
+    """The disks, and the kernel where it is wanted, placed in an empty room and lent as long as the VMM opens them."""
     with contextlib.ExitStack() as loans:
         try:
-            run_dir.mkdir(mode=0o700, exist_ok=True)
-            for old in run_dir.iterdir():
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
-            if os.geteuid() == 0:
-                os.chown(run_dir, config.uid, config.gid)
             for disk in config.disks:
-                loans.enter_context(linked(config, disk))
+                loans.enter_context(placed(room, config, disk, place))
             for name, path in ((KERNEL, config.kernel), (INITRD, config.initrd)):
                 if kernel and path is not None:
-                    (run_dir / name).symlink_to(path)
+                    place(Path(path), room / name)
                     loans.enter_context(lent(Path(path), config.uid, write=False))
         except OSError as error:
             raise LaunchFailed(f"{error.filename or config.run_dir}: {error.strerror}") from error
@@ -166,26 +163,47 @@ def prepared(config: VmConfig, *, kernel: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def linked(config: VmConfig, disk: Disk) -> Iterator[None]:
-    """The link to one disk, which is lent as long as the block runs; the link stays."""
-    link = Path(config.run_dir, disk_link(disk.id))
-    link.unlink(missing_ok=True)
-    link.symlink_to(disk.path)
+def placed(room: Path, config: VmConfig, disk: Disk, place: Place) -> Iterator[None]:
+    """One disk, which is lent as long as the block runs; the way to it stays."""
+    name = room / disk_link(disk.id)
+    name.unlink(missing_ok=True)
+    place(Path(disk.path), name)
     with lent(Path(disk.path), config.uid, write=not disk.readonly):
         yield
 
 
-def listen_for_guest(config: VmConfig) -> trio.socket.SocketType:
-    """The socket at which the guest's agent arrives; made anew after a restart of ours."""
-    path = Path(config.run_dir, f"{VSOCK}_{AGENT_VSOCK_PORT}")
-    path.unlink(missing_ok=True)
-    sock = trio.socket.from_stdlib_socket(_listening(path))
-    if os.geteuid() == 0:
-        os.chown(path, config.uid, config.gid)
-    return sock
+def emptied(directory: Path) -> None:
+    """``directory``, there, root's alone, and with nothing in it."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    directory.chmod(0o700)
+    for old in directory.iterdir():
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
-def _listening(path: Path) -> socket.socket:
+def listen_for_guest(room: Path, config: VmConfig) -> trio.socket.SocketType:
+    """The socket at which the guest's agent arrives; made anew after a restart of ours.
+
+    Its owner is changed beside the room, where no name can be changed under our hands.
+    """
+    beside = os.open(room / os.pardir, os.O_PATH | os.O_DIRECTORY)
+    path = Path(f"/proc/self/fd/{beside}", f"{os.path.basename(config.run_dir)}.new")  # short enough for a socket
+    try:
+        path.unlink(missing_ok=True)
+        sock = trio.socket.from_stdlib_socket(listening(path))
+        try:
+            if os.geteuid() == 0:
+                os.chown(path, config.uid, config.gid)
+            path.rename(room / f"{VSOCK}_{AGENT_VSOCK_PORT}")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    finally:
+        os.close(beside)
+
+
+def listening(path: Path) -> socket.socket:
+    """A socket that listens at ``path``."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(str(path))
@@ -194,11 +212,6 @@ def _listening(path: Path) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def listening_api(config: VmConfig) -> int:
-    """A descriptor of the API's socket, listening already, for a VMM that takes one."""
-    return _listening(Path(config.run_dir, API_SOCKET)).detach()
 
 
 @contextlib.asynccontextmanager
@@ -244,6 +257,8 @@ def _rotate(pid: int, log: Path) -> None:
     """
     try:
         renamed = Path(os.readlink(f"/proc/{pid}/fd/1"))
+        if renamed.parent != log.parent:  # a VMM that was taken over may have put any file there
+            raise InternalError(f"the console of {pid} is not in {log.parent}")
         if renamed != log:
             copy = renamed.with_name(renamed.name + ".new")
             shutil.copyfile(renamed, copy)

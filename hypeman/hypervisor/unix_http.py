@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import socket
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,10 @@ class ApiRefused(VmmBroken):
 class UnixHttp:
     """The API behind one socket path. Holds nothing open."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, pid: int = 0) -> None:
+        """``pid``: who must be listening, where the socket lies in a directory that somebody else may write."""
         self.path = path
+        self._pid = pid
 
     async def request(
         self,
@@ -80,10 +83,18 @@ class UnixHttp:
         message += connection.send(h11.EndOfMessage()) or b""
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             await sock.connect(self.path)
+            if self._pid and _listener(sock) != self._pid:
+                raise VmmBroken(f"somebody else than the VMM listens at {self.path}")
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             sent = await sock.sendmsg([message], ancillary)
             await trio.SocketStream(sock).send_all(message[sent:])
             return await _answer(sock, connection)
+
+
+def _listener(sock: trio.socket.SocketType) -> int:
+    """The process that listens at the other end."""
+    pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+    return pid
 
 
 async def _answer(sock: trio.socket.SocketType, connection: h11.Connection) -> tuple[int, bytes]:

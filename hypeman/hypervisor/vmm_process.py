@@ -42,6 +42,13 @@ async def end_stray(processes: Processes, run_dir: str) -> bool:
     return True
 
 
+def give_vfio_groups(config: VmConfig) -> None:
+    """Let the VMM's user open the devices that are passed through. Raises OSError."""
+    for device in config.pci_devices:
+        group = os.path.basename(os.readlink(f"{device.sysfs_path}/iommu_group"))
+        os.chown(f"/dev/vfio/{group}", config.uid, config.gid)
+
+
 class LastWords:
     """What a VMM writes to its log from now on."""
 

@@ -1,5 +1,8 @@
 """A program that answers like Cloud Hypervisor or like Firecracker, and has no VM: for tests of their drivers.
 
+Under the name ``jailer`` it is Firecracker's jailer, with no walls: the program is started in its root directory,
+as its user and with an empty environment.
+
 Started by the driver under test as the real one would be, with the real one's arguments, as its own user,
 with nothing but the standard library. It takes the requests of the published API, refuses unknown ones and
 those that come in the wrong state, and appends each to ``<run_dir>/requests`` for tests to look at. Its
@@ -252,7 +255,26 @@ def serve(vm: CloudHypervisor | Firecracker, listener: socket.socket) -> None:
                 connection.sendall(header.encode() + encoded)
 
 
+def run_jailed() -> None:
+    end = sys.argv.index("--")
+    arguments = dict(zip(sys.argv[1:end:2], sys.argv[2:end:2], strict=True))
+    program, name = os.path.realpath(arguments["--exec-file"]), arguments["--id"]
+    root = Path(arguments["--chroot-base-dir"], os.path.basename(program), name, "root")
+    uid, gid = int(arguments["--uid"]), int(arguments["--gid"])
+    os.closerange(3, 1 << 16)
+    root.chmod(0o700)
+    os.chown(root, uid, gid)
+    os.chdir(root)
+    os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+    os.execve(program, [program, "--id", name, *sys.argv[end + 1 :]], {})
+
+
 def main() -> None:
+    if "jailer" in Path(sys.argv[0]).name:
+        print("Jailer v1.16.1\n") if "--version" in sys.argv else run_jailed()
+        return
     arguments = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
     if "--version" in sys.argv:
         print("cloud-hypervisor v53.0" if CLOUD_HYPERVISOR else "Firecracker v1.16.1\n\nSupported snapshots: v9")

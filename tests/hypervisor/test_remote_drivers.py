@@ -28,6 +28,7 @@ from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
 from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events
 from hypeman.hypervisor.firecracker import config as fire
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
+from hypeman.hypervisor.firecracker.jail import room_of as jail_of
 from hypeman.hypervisor.interface import Disk, Driver, LaunchFailed, Nic, PciDevice, VmConfig
 from hypeman.hypervisor.kvm import KvmProof
 from tests.conformance.check_driver import CHECKS, Check, Guest, check_driver, ending
@@ -61,7 +62,7 @@ async def make_driver(folder: Path, processes: Processes) -> Make:
     programs = folder / "programs"
     programs.mkdir()
     programs.chmod(0o755)
-    for kind in KINDS:
+    for kind in (*KINDS, "jailer"):
         binaries[kind] = programs / kind
         binaries[kind].write_text(f"#!{_PYTHON} -IS\n" + _PROGRAM.read_text())
         binaries[kind].chmod(0o755)
@@ -72,7 +73,8 @@ async def make_driver(folder: Path, processes: Processes) -> Make:
 
     kvm = Proved(processes, kernel="")
     drivers: dict[str, Driver] = {}
-    for kind, binary in binaries.items():
+    for kind in KINDS:
+        binary = binaries[kind]
         driver: CloudHypervisorDriver | FirecrackerDriver
         if kind == "cloud-hypervisor":
             driver = CloudHypervisorDriver(processes, open_tap, kvm=kvm, binary=str(binary))
@@ -217,6 +219,12 @@ class Document:
                 assert isinstance(value, bool), where
 
 
+def requests_of(config: VmConfig) -> list[str]:
+    """What the program that answers was asked; it wrote that down in its working directory."""
+    jail = jail_of(config.run_dir)
+    return (jail if jail.exists() else Path(config.run_dir)).joinpath("requests").read_text().splitlines()
+
+
 @pytest.fixture
 def specs() -> Path:
     """The folder with the VMMs' published API documents, which are not ours to carry."""
@@ -256,10 +264,10 @@ async def test_every_request_is_in_the_published_document(
                 await vmm.add_disk(Disk("extra", config.disks[1].path))
                 await vmm.remove_disk("extra")
             await vmm.capture(captured, go_on=False)
-            requests += Path(config.run_dir, "requests").read_text().splitlines()
+            requests += requests_of(config)
         async with ending(await driver.restore(config, captured, keep_capture=True)) as vmm:
             await vmm.state()
-            requests += Path(config.run_dir, "requests").read_text().splitlines()
+            requests += requests_of(config)
     seen = set()
     for line in requests:
         method, target, body, _ = json.loads(line)

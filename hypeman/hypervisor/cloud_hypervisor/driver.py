@@ -9,38 +9,44 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import trio
 
 from hypeman.errors import NotSupported
+from hypeman.host.landlock import landlock_abi
 from hypeman.host.loans import lent
-from hypeman.host.processes import Process, Processes, Program, ToolFailed, open_for_child
+from hypeman.host.processes import Process, Processes, Program, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.cloud_hypervisor.vmm import CloudHypervisorVmm
-from hypeman.hypervisor.interface import Capabilities, Nic, VmConfig, Vmm, VmmHandle
+from hypeman.hypervisor.interface import Capabilities, LaunchFailed, Nic, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
-from hypeman.hypervisor.remote import listen_for_guest, listening_api, prepared, started, wait_api
+from hypeman.hypervisor.remote import emptied, furnished, listen_for_guest, listening, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET
+from hypeman.hypervisor.sought import Missing, Seeker, Sought
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import end_stray, find, new_handle
+from hypeman.hypervisor.vmm_process import find, give_vfio_groups, new_handle
 
-_BINARY = "cloud-hypervisor"
-_VERSION = re.compile(r"cloud-hypervisor v(\d+)\.(\d+)(?:\.(\d+))?")
 _PING = "/api/v1/vmm.ping"
+_USERFAULTS = "/dev/userfaultfd"
+"""Since Linux 6.1; without it, memory is read in whole before a restored VM runs."""
 
 OpenTap = Callable[[str], Awaitable[int]]
 
 
-class CloudHypervisorDriver:
+class CloudHypervisorDriver(Seeker):
     """The ``cloud-hypervisor`` kind."""
 
     kind = HypervisorKind.CLOUD_HYPERVISOR
+    sought = Sought(
+        "cloud-hypervisor",
+        "Cloud Hypervisor",
+        r"cloud-hypervisor v(\d+)\.(\d+)(?:\.(\d+))?",
+        native.MINIMUM_VERSION,
+    )
 
     def __init__(
         self,
@@ -53,47 +59,16 @@ class CloudHypervisorDriver:
     ) -> None:
         """``open_tap`` gives a descriptor of a TAP; below ``folders`` lie disks to plug and captures, which
         landlock has to let it open."""
-        self._processes = processes
+        super().__init__(processes, binary=binary)
         self._open_tap = open_tap
         self._kvm = kvm
-        self._binary = binary
         self._folders = folders
-        self._capabilities = Capabilities(available=False, reason="not looked for yet")
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    def adopt_capabilities(self, capabilities: Capabilities) -> None:
-        """Take the answer of an earlier ``probe``."""
-        self._capabilities = capabilities
-
-    async def probe(self) -> Capabilities:
-        self._capabilities = await self._probe()
-        return self._capabilities
-
-    async def _probe(self) -> Capabilities:
-        binary = self._binary or shutil.which(_BINARY) or ""
-        if not binary:
-            return Capabilities(available=False, reason=f"{_BINARY} is not installed")
-        try:
-            said = (await self._processes.run([binary, "--version"], timeout=20)).decode(errors="replace")
-        except ToolFailed as error:
-            return Capabilities(available=False, reason=error.message, binary=binary)
-        if (match := _VERSION.search(said)) is None:
-            reason = f"{binary} is no Cloud Hypervisor: {said[:80]!r}"
-            return Capabilities(available=False, reason=reason, binary=binary)
-        version = ".".join(part or "0" for part in match.groups())
-        wanted = ".".join(map(str, native.MINIMUM_VERSION))
-        reason = await self._kvm.why_not()
-        reason = f"it wants KVM, but {reason}" if reason else ""
-        if (int(match[1]), int(match[2])) < native.MINIMUM_VERSION:
-            reason = f"Cloud Hypervisor {version} is too old, {wanted} is wanted"
+    async def _able(self, binary: str, version: str) -> Capabilities:
+        if why_not := await self._kvm.why_not():
+            raise Missing(f"it wants KVM, but {why_not}", binary=binary, version=version)
         return Capabilities(
-            available=not reason,
-            reason=reason,
-            version=version,
-            binary=binary,
+            available=True,
             accelerator="kvm",
             standby=True,
             fork=True,
@@ -113,19 +88,18 @@ class CloudHypervisorDriver:
         return native.kernel_cmdline()
 
     def validate(self, config: VmConfig) -> None:
-        can = self._capabilities
-        if not can.available:
-            raise NotSupported(f"{self.kind} can not be used here: {can.reason}")
-        if config.pci_devices and not can.pci_passthrough:
+        self._want_available()
+        if config.pci_devices and not self._capabilities.pci_passthrough:
             raise NotSupported("passing devices through wants VFIO, which this host has not")
         native.check(config)
 
     async def launch(self, config: VmConfig) -> Vmm:
         self.validate(config)
-        with prepared(config, kernel=True):
+        folders = self._folders if landlock_abi() >= native.LANDLOCK_ABI else None
+        with _room(config) as room, furnished(room, config, os.symlink, kernel=True):
             async with self._started(config) as vmm:
                 api = vmm.api
-                await api.request("PUT", "/api/v1/vm.create", native.vm_config(config, landlock=self._folders))
+                await api.request("PUT", "/api/v1/vm.create", native.vm_config(config, landlock=folders))
                 for nic in config.nics:
                     with await self._tap(nic) as fd:
                         await api.request("PUT", "/api/v1/vm.add-net", native.net_config(nic), fds=[fd])
@@ -137,12 +111,17 @@ class CloudHypervisorDriver:
         saved = await trio.to_thread.run_sync(captures.read, capture)
         version = self._capabilities.version
         captures.check_fits(saved, config, kind=self.kind, version=version, machine="kvm/host")
-        with prepared(config, kernel=True), contextlib.ExitStack() as opened:
+        lazily = os.access(_USERFAULTS, os.F_OK)
+        with contextlib.ExitStack() as opened:
+            room = opened.enter_context(_room(config))
+            opened.enter_context(furnished(room, config, os.symlink, kernel=True))
             for name in saved.files:
                 opened.enter_context(lent(capture / name, config.uid, write=False))
+            if lazily:  # a page that the kernel itself touches, for a vCPU, is no business of everybody's
+                opened.enter_context(lent(Path(_USERFAULTS), config.uid))
             taps = [opened.enter_context(await self._tap(nic)) for nic in config.nics]
             async with self._started(config) as vmm:
-                body = native.restore_config(str(capture), config.nics, lazily=True)
+                body = native.restore_config(str(capture), config.nics, lazily=lazily)
                 await vmm.api.request("PUT", "/api/v1/vm.restore", body, fds=taps, timeout=600)
                 if not keep_capture:
                     captures.note(Path(config.run_dir), capture)
@@ -159,14 +138,11 @@ class CloudHypervisorDriver:
             process.close()
             raise
 
-    async def kill_stray(self, run_dir: str) -> bool:
-        return await end_stray(self._processes, run_dir)
-
     @contextlib.asynccontextmanager
     async def _started(self, config: VmConfig) -> AsyncIterator[CloudHypervisorVmm]:
         """A VMM that answers and has no VM yet, ended again if the block fails."""
         with contextlib.ExitStack() as opened:
-            api = listening_api(config)
+            api = listening(Path(config.run_dir, API_SOCKET)).detach()
             opened.callback(os.close, api)
             os.mkfifo(os.path.join(config.run_dir, native.EVENTS), 0o600)
             events = open_for_child(os.path.join(config.run_dir, native.EVENTS), os.O_RDWR)
@@ -195,12 +171,29 @@ class CloudHypervisorDriver:
                     yield vmm
 
     def _vmm(self, handle: VmmHandle, process: Process) -> CloudHypervisorVmm:
-        vmm = CloudHypervisorVmm(handle, process, listen_for_guest(handle.config))
+        api = UnixHttp(os.path.join(handle.run_dir, API_SOCKET))
+        listener = listen_for_guest(Path(handle.run_dir), handle.config)
+        vmm = CloudHypervisorVmm(handle, process, api, listener)
         vmm.version = self._capabilities.version
         return vmm
 
     async def _tap(self, nic: Nic) -> contextlib.AbstractContextManager[int]:
         return _closing(await self._open_tap(nic.tap))
+
+
+@contextlib.contextmanager
+def _room(config: VmConfig) -> Iterator[Path]:
+    """The run directory. The VMM may put its sockets there, and take away or replace nothing of ours."""
+    room = Path(config.run_dir)
+    try:
+        emptied(room)
+        if os.geteuid() == 0:
+            os.chown(room, 0, config.gid)
+            room.chmod(0o1770)
+        give_vfio_groups(config)
+    except OSError as error:
+        raise LaunchFailed(f"{error.filename or room}: {error.strerror}") from error
+    yield room
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
-from hypeman.hypervisor.remote import RemoteVmm, became, linked
+from hypeman.hypervisor.remote import RemoteVmm, became, placed
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Created": VmmState.PAUSED}
 _UNPLUG_LIMIT = 15.0
@@ -90,7 +90,7 @@ class CloudHypervisorVmm(RemoteVmm):
     async def add_disk(self, disk: Disk) -> Disk:
         async with self._changing:
             disk = self._with_port(disk)
-            with linked(self.config, disk):
+            with placed(Path(self.config.run_dir), self.config, disk, os.symlink):
                 await self._put("add-disk", native.disk_config(disk))
             self._now_has_disks((*self.config.disks, disk))
             return disk

@@ -1,6 +1,6 @@
 """VmConfig to the requests that make a Firecracker VM, in their order. Pure.
 
-Paths are relative to the run directory (``remote.py``): a snapshot remembers the paths of its disks, and
+Paths are names in the root of the VMM's jail (``jail.py``): a snapshot remembers the paths of its disks, and
 Firecracker can not be told others when it is loaded.
 """
 
@@ -18,6 +18,8 @@ MINIMUM_VERSION = (1, 16)
 """The oldest that these requests were checked against."""
 MEMORY_SLOT = 128
 """MiB; unit in which memory is plugged."""
+MAX_RUN_DIR = 85
+"""Of the 107 bytes of a socket path; ``/jail/vsock.sock_1024`` follows."""
 MAX_DISKS = 16
 MAX_NICS = 4
 
@@ -136,7 +138,7 @@ def check(config: VmConfig) -> None:
         (len(set(names)) < len(names), "two disks have the same id"),
         (not all(map(_ID.fullmatch, names)), "ids of disks are a letter and up to 19 of a-z0-9-"),
         (any(disk.shared and not disk.readonly for disk in config.disks), "a shared disk must be read-only"),
-        (len(config.run_dir.encode()) > 90, "run_dir is longer than 90 bytes"),
+        (len(config.run_dir.encode()) > MAX_RUN_DIR, f"run_dir is longer than {MAX_RUN_DIR} bytes"),
     ):
         if wrong:
             raise InvalidRequest(f"Firecracker can not run this VM: {message}")

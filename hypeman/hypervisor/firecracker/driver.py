@@ -1,82 +1,72 @@
 """Firecracker as a hypervisor. KVM only.
 
-It starts as its own user, in its own control group, without a way to new privileges and behind its seccomp
-filters. It opens TAPs by name, so a VM with a network has to be in the host's network namespace and its
-TAP has to belong to ``config.uid``.
+Its jailer starts it: as its own user, in a root directory of its own (``jail.py``), besides the control group and the
+empty namespaces that all VMMs are in, without a way to new privileges and behind its seccomp filters. It opens TAPs by
+name, so a VM with a network has to be in the host's network namespace and its TAP has to belong to ``config.uid``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import trio
 
-from hypeman.errors import NotSupported
 from hypeman.host.loans import lent
-from hypeman.host.processes import Process, Processes, Program, ToolFailed
+from hypeman.host.processes import Process, Processes, Program
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.firecracker import config as native
+from hypeman.hypervisor.firecracker import jail
 from hypeman.hypervisor.firecracker.vmm import FirecrackerVmm
-from hypeman.hypervisor.interface import Capabilities, VmConfig, Vmm, VmmHandle
+from hypeman.hypervisor.interface import Capabilities, LaunchFailed, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
-from hypeman.hypervisor.remote import listen_for_guest, prepared, started, wait_api
+from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.remote import listen_for_guest, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET, LOG
+from hypeman.hypervisor.sought import Missing, Seeker, Sought, find_binary, version_of
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import end_stray, find, new_handle
+from hypeman.hypervisor.vmm_process import find, new_handle
 
-_BINARY = "firecracker"
-_VERSION = re.compile(r"Firecracker v(\d+)\.(\d+)\.(\d+)")
+_NUMBERS = r" v(\d+)\.(\d+)\.(\d+)"
 
 
-class FirecrackerDriver:
+class FirecrackerDriver(Seeker):
     """The ``firecracker`` kind."""
 
     kind = HypervisorKind.FIRECRACKER
+    sought = Sought("firecracker", "Firecracker", "Firecracker" + _NUMBERS, native.MINIMUM_VERSION)
+    _sought_jailer = Sought("jailer", "Firecracker jailer", "Jailer" + _NUMBERS, native.MINIMUM_VERSION)
 
-    def __init__(self, processes: Processes, *, kvm: KvmProof, binary: str = "") -> None:
-        self._processes = processes
+    def __init__(self, processes: Processes, *, kvm: KvmProof, binary: str = "", jailer: str = "") -> None:
+        super().__init__(processes, binary=binary)
         self._kvm = kvm
-        self._binary = binary
-        self._capabilities = Capabilities(available=False, reason="not looked for yet")
+        self._configured_jailer = jailer
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
+    def programs(self) -> tuple[str, ...]:
+        firecracker = super().programs()
+        return (*firecracker, *filter(None, map(self._jailer, firecracker)))
 
-    def adopt_capabilities(self, capabilities: Capabilities) -> None:
-        """Take the answer of an earlier ``probe``."""
-        self._capabilities = capabilities
+    def _jailer(self, firecracker: str) -> str:
+        """The one that is configured, else that which came with ``firecracker``, named as it is in a release, else
+        one in PATH; empty if none."""
+        name = os.path.basename(firecracker).replace("firecracker", "jailer")
+        beside = os.path.join(os.path.dirname(firecracker), name)
+        if not self._configured_jailer and beside != firecracker and os.access(beside, os.X_OK):
+            return beside
+        return find_binary(self._sought_jailer.name, self._configured_jailer)
 
-    async def probe(self) -> Capabilities:
-        self._capabilities = await self._probe()
-        return self._capabilities
-
-    async def _probe(self) -> Capabilities:
-        binary = self._binary or shutil.which(_BINARY) or ""
-        if not binary:
-            return Capabilities(available=False, reason=f"{_BINARY} is not installed")
-        try:
-            said = (await self._processes.run([binary, "--version"], timeout=20)).decode(errors="replace")
-        except ToolFailed as error:
-            return Capabilities(available=False, reason=error.message, binary=binary)
-        if (match := _VERSION.search(said)) is None:
-            return Capabilities(available=False, reason=f"{binary} is no Firecracker: {said[:80]!r}", binary=binary)
-        version = ".".join(match.groups())
-        reason = await self._kvm.why_not()
-        reason = f"it wants KVM, but {reason}" if reason else ""
-        if (int(match[1]), int(match[2])) < native.MINIMUM_VERSION:
-            reason = f"Firecracker {version} is too old, {'.'.join(map(str, native.MINIMUM_VERSION))} is wanted"
+    async def _able(self, binary: str, version: str) -> Capabilities:
+        if os.geteuid() != 0:
+            raise Missing("its jailer wants root", binary=binary, version=version)
+        jailer = await version_of(self._processes, self._sought_jailer, self._jailer(binary))
+        if jailer != version:
+            raise Missing(f"its jailer is of version {jailer}", binary=binary, version=version)
+        if why_not := await self._kvm.why_not():
+            raise Missing(f"it wants KVM, but {why_not}", binary=binary, version=version)
         return Capabilities(
-            available=not reason,
-            reason=reason,
-            version=version,
-            binary=binary,
+            available=True,
             accelerator="kvm",
             standby=True,
             fork=True,
@@ -93,14 +83,13 @@ class FirecrackerDriver:
         return native.kernel_cmdline()
 
     def validate(self, config: VmConfig) -> None:
-        if not self._capabilities.available:
-            raise NotSupported(f"{self.kind} can not be used here: {self._capabilities.reason}")
+        self._want_available()
         native.check(config)
 
     async def launch(self, config: VmConfig) -> Vmm:
         self.validate(config)
-        with prepared(config, kernel=True):
-            async with self._started(config) as vmm:
+        with jail.jail(config, self._capabilities.binary, kernel=True) as base:
+            async with self._started(config, base) as vmm:
                 for call in native.boot_calls(config):
                     await vmm.call(call)
         return vmm
@@ -110,13 +99,12 @@ class FirecrackerDriver:
         saved = await trio.to_thread.run_sync(captures.read, capture)
         version = self._capabilities.version
         captures.check_fits(saved, config, kind=self.kind, version=version, machine="kvm/host")
-        state, memory = capture / captures.STATE, capture / captures.MEMORY
-        with contextlib.ExitStack() as loans:
-            loans.enter_context(prepared(config, kernel=False))
-            for file in (state, memory):
-                loans.enter_context(lent(file, config.uid, write=False))
-            async with self._started(config) as vmm:
-                await vmm.call(native.load_call(config, str(state), str(memory)), timeout=600)
+        with (
+            jail.jail(config, self._capabilities.binary, kernel=False) as base,
+            _let_in(config, capture),
+        ):
+            async with self._started(config, base) as vmm:
+                await vmm.call(native.load_call(config, captures.STATE, captures.MEMORY), timeout=600)
                 if not keep_capture:
                     captures.note(Path(config.run_dir), capture)
                 if not paused:
@@ -126,51 +114,61 @@ class FirecrackerDriver:
     async def reattach(self, handle: VmmHandle) -> Vmm:
         process = find(self._processes, handle)
         try:
-            await UnixHttp(os.path.join(handle.run_dir, API_SOCKET)).request("GET", "/")
-            return self._vmm(handle, process)
+            vmm = self._vmm(handle, process)
+            with vmm.unless_it_fails():
+                await vmm.state()
+            return vmm
         except BaseException:
             process.close()
             raise
 
     async def kill_stray(self, run_dir: str) -> bool:
-        return await end_stray(self._processes, run_dir)
+        there_was = await super().kill_stray(run_dir)
+        await trio.to_thread.run_sync(jail.take_down, run_dir)
+        return there_was
 
     @contextlib.asynccontextmanager
-    async def _started(self, config: VmConfig) -> AsyncIterator[FirecrackerVmm]:
+    async def _started(self, config: VmConfig, base: Path) -> AsyncIterator[FirecrackerVmm]:
         """A VMM that answers and has no VM yet, ended again if the block fails."""
-        log = _link_log(config)
+        binary = self._capabilities.binary
         program = Program(
             argv=(
-                self._capabilities.binary,
-                *("--api-sock", API_SOCKET, "--id", config.instance_id),
+                self._jailer(binary),
+                *("--id", jail.name_of(config), "--exec-file", binary, "--chroot-base-dir", str(base)),
+                *("--uid", str(config.uid), "--gid", str(config.gid)),
+                *("--", "--api-sock", API_SOCKET),
                 *("--log-path", LOG, "--level", "Warning"),  # or its log would be on the guest's console
             ),
             log=config.vmm_log,
             output=config.console_log,
-            cwd=config.run_dir,
             mark=config.run_dir,
-            uid=config.uid,
-            gid=config.gid,
-            devices=(KVM_DEVICE,),
             cgroup=config.cgroup,
             isolated=not config.nics,
         )
-        with lent(log, config.uid):
-            async with started(self._processes, program) as process:
-                vmm = self._vmm(new_handle(self.kind, process, config), process)
-                with vmm.unless_it_fails():
-                    await wait_api(vmm.api, process, "/")
-                    yield vmm
+        async with started(self._processes, program) as process:
+            vmm = self._vmm(new_handle(self.kind, process, config), process)
+            with vmm.unless_it_fails():
+                await wait_api(vmm.api, process, "/")
+                yield vmm
 
     def _vmm(self, handle: VmmHandle, process: Process) -> FirecrackerVmm:
-        vmm = FirecrackerVmm(handle, process, listen_for_guest(handle.config))
+        room = jail.room_of(handle.run_dir)
+        api = UnixHttp(str(room / API_SOCKET), pid=process.pid)
+        vmm = FirecrackerVmm(handle, process, api, listen_for_guest(room, handle.config))
         vmm.version = self._capabilities.version
         return vmm
 
 
-def _link_log(config: VmConfig) -> Path:
-    """The log, there and under its name in the run directory."""
-    log = Path(config.vmm_log)
-    log.touch(mode=0o600)
-    Path(config.run_dir, LOG).symlink_to(log)
-    return log
+@contextlib.contextmanager
+def _let_in(config: VmConfig, capture: Path) -> Iterator[None]:
+    """A capture, in the jail for as long as it is being loaded."""
+    room = jail.room_of(config.run_dir)
+    with contextlib.ExitStack() as opened:
+        for name in (captures.STATE, captures.MEMORY):
+            try:
+                opened.enter_context(lent(capture / name, config.uid, write=False))
+                jail.let_in(capture / name, room / name)
+            except OSError as error:
+                raise LaunchFailed(f"{error.filename}: {error.strerror}") from error
+            opened.callback((room / name).unlink, missing_ok=True)
+        yield

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import trio
@@ -10,6 +12,7 @@ import trio
 from hypeman.errors import InternalError, InvalidRequest, NotSupported
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.firecracker import config as native
+from hypeman.hypervisor.firecracker import jail
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
 from hypeman.hypervisor.remote import RemoteVmm, became
 
@@ -46,8 +49,8 @@ class FirecrackerVmm(RemoteVmm):
         """Memory is written by the VMM in full, so it matters not whether the VM goes on."""
         async with self._changing:
             await self.pause()
-            state, memory = directory / captures.STATE, directory / captures.MEMORY
-            await self.call(native.snapshot_call(str(state), str(memory)), timeout=_SAVE_LIMIT)
+            with self._let_out(directory):
+                await self.call(native.snapshot_call(captures.STATE, captures.MEMORY), timeout=_SAVE_LIMIT)
             return await trio.to_thread.run_sync(
                 lambda: captures.publish(
                     directory,
@@ -58,6 +61,28 @@ class FirecrackerVmm(RemoteVmm):
                     summed=(captures.STATE,),
                 )
             )
+
+    @contextlib.contextmanager
+    def _let_out(self, directory: Path) -> Iterator[None]:
+        """Two files of ``directory`` in the jail, empty, and as long as they are written."""
+        room = jail.room_of(self.config.run_dir)
+        with contextlib.ExitStack() as opened:
+            for name in (captures.STATE, captures.MEMORY):
+                try:
+                    fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                    os.fchown(fd, self.config.uid, self.config.gid)
+                    os.close(fd)
+                    (room / name).unlink(missing_ok=True)  # of a server that ended in between
+                    jail.let_in(directory / name, room / name)
+                except OSError as error:
+                    raise InternalError(f"{error.filename}: {error.strerror}") from error
+                opened.callback((room / name).unlink, missing_ok=True)
+            yield
+
+    async def kill(self) -> None:
+        await super().kill()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(jail.take_down, self.config.run_dir)
 
     async def add_disk(self, disk: Disk) -> Disk:
         raise NotSupported("Firecracker has no hot-plug of disks")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import shutil
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,7 +17,7 @@ import trio
 
 from hypeman.errors import NotSupported
 from hypeman.host.loans import lent
-from hypeman.host.processes import Processes, Program, ToolFailed, open_for_child
+from hypeman.host.processes import Processes, Program, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.interface import (
     Capabilities,
@@ -37,18 +35,21 @@ from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.tsc import tsc_khz
 from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, QemuVmm
-from hypeman.hypervisor.vmm_process import LastWords, end, end_stray, find, new_handle
+from hypeman.hypervisor.sought import Missing, Seeker, Sought
+from hypeman.hypervisor.vmm_process import LastWords, end, find, give_vfio_groups, new_handle
 
-_BINARY = "qemu-system-x86_64"
-_VERSION = re.compile(r"QEMU emulator version (\d+)\.(\d+)\.(\d+)")
 OpenTap = Callable[[str], Awaitable[int]]
 
 
 _BOARDS = {HypervisorKind.QEMU: native.Q35, HypervisorKind.QEMU_MICROVM: native.MICROVM}
 
 
-class QemuDriver:
+class QemuDriver(Seeker):
     """The kinds ``qemu`` and ``qemu-microvm``, under KVM where it proves itself, else TCG."""
+
+    sought = Sought(
+        "qemu-system-x86_64", "QEMU", r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", native.MINIMUM_VERSION
+    )
 
     def __init__(
         self,
@@ -63,56 +64,22 @@ class QemuDriver:
     ) -> None:
         """``open_tap`` gives a descriptor of a TAP, ``kvm`` says whether KVM works here; ``accelerator`` is
         ``auto``, ``kvm`` or ``tcg``."""
+        super().__init__(processes, binary=binary)
         self.kind = kind
         self._board = _BOARDS[kind]
-        self._processes = processes
         self._open_tap = open_tap
         self._kvm = kvm
-        self._binary = binary
         self._wanted_accelerator = accelerator
         self._vfio = vfio
-        self._capabilities = Capabilities(available=False, reason="not looked for yet")
 
     # What it can do
 
-    @property
-    def capabilities(self) -> Capabilities:
-        return self._capabilities
-
-    def adopt_capabilities(self, capabilities: Capabilities) -> None:
-        """Take the answer of an earlier ``probe``. It holds as long as the host's kernel, its boot, the
-        guest kernel and QEMU's version stay the same; the caller sees to that."""
-        self._capabilities = capabilities
-
-    async def probe(self) -> Capabilities:
-        self._capabilities = await self._probe()
-        return self._capabilities
-
-    async def _probe(self) -> Capabilities:
-        binary = self._binary or shutil.which(_BINARY) or ""
-        if not binary:
-            return Capabilities(available=False, reason=f"{_BINARY} is not installed")
-        try:
-            said = (await self._processes.run([binary, "--version"], timeout=20)).decode(errors="replace")
-        except ToolFailed as error:
-            return Capabilities(available=False, reason=error.message, binary=binary)
-        if (match := _VERSION.search(said)) is None:
-            return Capabilities(available=False, reason=f"{binary} is no QEMU: {said[:80]!r}", binary=binary)
-        version = ".".join(match.groups())
-        if (int(match[1]), int(match[2])) < native.MINIMUM_VERSION:
-            wanted = ".".join(map(str, native.MINIMUM_VERSION))
-            return Capabilities(
-                available=False, reason=f"QEMU {version} is too old, {wanted} is wanted", version=version, binary=binary
-            )
+    async def _able(self, binary: str, version: str) -> Capabilities:
         why_not_kvm = "tcg is configured" if self._wanted_accelerator == "tcg" else await self._kvm.why_not()
         if why_not_kvm and self._wanted_accelerator == "kvm":
-            return Capabilities(
-                available=False, reason=f"kvm is configured, but {why_not_kvm}", version=version, binary=binary
-            )
+            raise Missing(f"kvm is configured, but {why_not_kvm}", binary=binary, version=version)
         return Capabilities(
             available=True,
-            version=version,
-            binary=binary,
             accelerator="tcg" if why_not_kvm else "kvm",
             accelerator_reason=why_not_kvm,
             standby=True,
@@ -140,9 +107,8 @@ class QemuDriver:
         return native.machine_name(self._board, self._accelerator, self._capabilities.version)
 
     def validate(self, config: VmConfig) -> None:
+        self._want_available()
         can = self._capabilities
-        if not can.available:
-            raise NotSupported(f"{self.kind} can not be used here: {can.reason}")
         if config.pci_devices and not can.pci_passthrough:
             raise NotSupported(f"{self.kind} can not pass devices through here: that wants PCI, KVM and VFIO")
         if config.hotplug_bytes and not can.hotplug_memory:
@@ -205,9 +171,6 @@ class QemuDriver:
             raise
         return QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
 
-    async def kill_stray(self, run_dir: str) -> bool:
-        return await end_stray(self._processes, run_dir)
-
     async def _extra_cmdline(self) -> str:
         """An emulated processor does not speculate, so there is nothing to mitigate; and microvm without KVM
         has no timer that a kernel could measure its clock with: it must be told."""
@@ -249,7 +212,7 @@ class QemuDriver:
                     nics={nic.id: keep(await self._open_tap(nic.tap)) for nic in config.nics},
                 )
                 if config.pci_devices:
-                    await trio.to_thread.run_sync(_give_vfio_groups, config)
+                    await trio.to_thread.run_sync(give_vfio_groups, config)
                 words = LastWords(config.vmm_log)
             except OSError as error:
                 raise LaunchFailed(f"{error.filename or config.run_dir}: {error.strerror}") from error
@@ -366,9 +329,3 @@ def _saved_memory(config: VmConfig, directory: Path, capture: Capture, keep: boo
 def _give(fd: int, config: VmConfig) -> None:
     if os.geteuid() == 0:
         os.fchown(fd, config.uid, config.gid)
-
-
-def _give_vfio_groups(config: VmConfig) -> None:
-    for device in config.pci_devices:
-        group = os.path.basename(os.readlink(f"{device.sysfs_path}/iommu_group"))
-        os.chown(f"/dev/vfio/{group}", config.uid, config.gid)
