@@ -274,7 +274,7 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
             trust = ssl.create_default_context(cadata=egress.ca_pem.decode())
             world = World(egress, origin, plain, names, asked, trust, nursery, [])
             try:
-                with trio.fail_after(30):
+                with trio.fail_after(120):
                     yield world
             finally:
                 for stream in world.streams:

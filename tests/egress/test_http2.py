@@ -359,6 +359,44 @@ async def test_rotation_on_a_living_connection(world: World, grpc: GrpcLike) -> 
     assert grpc.connections == 2
 
 
+@pytest.mark.parametrize("to_http2", [True, False])
+async def test_rotation_under_load(world: World, grpc: GrpcLike, to_http2: bool) -> None:
+    """Many streams at once on several connections; each names the newest value of when it was asked as its path."""
+    both = {"A": credential(HOST), "B": credential(HOST, header="X-Key", template="${value}", env="OTHER_KEY")}
+    current = answered = 0
+    done = False
+
+    def put(number: int) -> None:
+        value = f"sk-{number:06}"
+        world.egress.set_policy("inst-a", GUEST, both, {"REAL_KEY": value, "OTHER_KEY": value})
+
+    async def load() -> None:
+        nonlocal answered
+        peer = await (through(world, grpc) if to_http2 else client(world))
+        while not done:
+            streams = [await peer.ask(path=f"/{current}") for _ in range(4)]
+            for stream in streams:
+                assert (await peer.answer(stream))[0] == 200
+                answered += 1
+            peer.events.clear()
+
+    put(0)
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(load)
+        for number in range(1, 25):
+            put(number)
+            current = number
+            enough = answered + 10
+            while answered < enough:
+                await trio.sleep(0.001)
+        done = True
+    sent = [(head[":path"], head["authorization"], head["x-key"]) for head in grpc.heads]
+    sent += [(one.target, one.all("authorization")[0], one.all("x-key")[0]) for one in world.origin.requests]
+    assert len(sent) >= answered >= 240
+    assert not [each for each in sent if each[1] != f"Bearer {each[2]}" or int(each[2][3:]) < int(each[0][1:])]
+
+
 async def test_rapid_resets(world: World) -> None:
     """Thousands of streams opened and cancelled at once end the connection, not the proxy."""
     peer = await client(world)

@@ -178,7 +178,7 @@ def watched(pid: int) -> Iterator[list[int]]:
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 @pytest.mark.parametrize("up", [False, True], ids=["down", "up"])
 def test_any_amount_with_flat_memory(lab: Lab, version: str, up: bool) -> None:
-    """One request of BULK bytes, in HTTP/2 on both sides, too: the proxy holds no more at its end than at its beginning."""
+    """One request of BULK bytes, in HTTP/2 on both sides, too: at its end the proxy holds what it held before."""
     small = curl(lab, version, f"https://{HOST}/big", "-r", f"0-{8 << 20}", "-o", "/dev/null", "-w", "%{http_code}")
     assert small == "206"
     argv = [version, f"https://{HOST}/big", "-o", "/dev/null", "-w", "%{size_download}"]
