@@ -296,7 +296,7 @@ def _living_leases(store: Store) -> Sequence[Lease]:
 
 def _catalog(config: Config, store: Store, processes: Processes, links: Links, kernel: str) -> Catalog:
     settings = config.hypervisor
-    kvm = KvmProof(processes, kernel=kernel, qemu_binary=settings.qemu_binary)
+    kvm = KvmProof(processes, kernel=kernel, qemu_binary=settings.qemu_binary, patience=settings.kvm_patience)
 
     def qemu(kind: HypervisorKind) -> QemuDriver:
         return QemuDriver(
@@ -322,7 +322,7 @@ def _catalog(config: Config, store: Store, processes: Processes, links: Links, k
             processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary
         ),
     )
-    on_kvm = (kernel, "/dev/kvm", f"accelerator={settings.accelerator}")
+    on_kvm = (kernel, "/dev/kvm", f"accelerator={settings.accelerator}", f"patience={settings.kvm_patience}")
     depends_on = {driver.kind: (*on_kvm, *driver.programs()) for driver in drivers}
     return Catalog(drivers, store=store, default=settings.default, depends_on=depends_on)
 

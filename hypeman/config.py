@@ -46,6 +46,8 @@ class HypervisorConfig(_Section, frozen=True):
     """Kind used when a create names none; empty: cloud-hypervisor where it is installed and KVM works, else qemu."""
     accelerator: str = "auto"
     """``auto`` (KVM if it proves itself, else TCG), ``kvm`` or ``tcg``."""
+    kvm_patience: Annotated[float, Meta(gt=0)] = 10.0
+    """Seconds that a kernel on trial may be silent before KVM counts as unusable; more where KVM is emulated."""
     kernel: str = ""
     """Guest kernel (uncompressed PVH vmlinux); empty: the one that came with us."""
     initrd: str = ""

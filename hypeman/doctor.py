@@ -143,7 +143,7 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
     settings = config.hypervisor
     kernel = settings.kernel or str(assets.find(assets.KERNEL) or "")
     processes = Processes()
-    kvm = KvmProof(processes, kernel=kernel, qemu_binary=settings.qemu_binary)
+    kvm = KvmProof(processes, kernel=kernel, qemu_binary=settings.qemu_binary, patience=settings.kvm_patience)
     driver = QemuDriver(
         processes, _no_tap, kvm=kvm, binary=settings.qemu_binary, accelerator=settings.accelerator
     )

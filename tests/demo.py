@@ -19,7 +19,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -135,8 +135,8 @@ def get(*arguments: str) -> str:
     return hypeman(*json_wanted, *arguments, quiet=True)
 
 
-def push_image(folder: Path) -> None:
-    """One layer: busybox, and its names as symbolic links."""
+def push_image(folder: Path, *, script: str = SCRIPT, files: Iterable[Path] = ()) -> None:
+    """One layer: busybox, its names as symbolic links, and ``files`` of this host."""
     layer = folder / "layer.tar"
     names = subprocess.run(["busybox", "--list"], capture_output=True, text=True, check=True).stdout.split()
     with tarfile.open(layer, "w") as tar:
@@ -153,13 +153,15 @@ def push_image(folder: Path) -> None:
             entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
             if name != "busybox":
                 tar.addfile(entry)
+        for file in files:
+            tar.add(file.resolve(), arcname=str(file).lstrip("/"))
     layout = f"{folder}/layout"
     for command in (
         ["umoci", "init", "--layout", layout],
         ["umoci", "new", "--image", f"{layout}:demo"],
         ["umoci", "raw", "add-layer", "--image", f"{layout}:demo", str(layer)],
         ["umoci", "config", "--image", f"{layout}:demo", "--config.env", "PATH=/bin"]
-        + [part for word in ("/bin/sh", "-c", SCRIPT) for part in ("--config.cmd", word)],
+        + [part for word in ("/bin/sh", "-c", script) for part in ("--config.cmd", word)],
         ["skopeo", "copy", "--quiet", "--dest-tls-verify=false", f"oci:{layout}:demo", f"docker://{IMAGE}"],
     ):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

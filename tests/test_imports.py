@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for row in (
         "__main__",
         "cli",
-        "app doctor",
+        "app backup doctor removal",
         "server",
         "builds autostandby ingress snapshots",
         "instances",

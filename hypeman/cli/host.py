@@ -13,7 +13,7 @@ import msgspec
 from hypeman.cli.output import render_table, size, use_colour
 from hypeman.cli.session import Session, fail, reports
 
-_config_option = click.option(
+config_option = click.option(
     "--config",
     "config_file",
     type=click.Path(dir_okay=False, path_type=Path),
@@ -77,7 +77,7 @@ def _resources_text(found: dict[str, Any]) -> str:
 @click.option("--scopes", "-scopes", help="Comma-separated; default: everything.")
 @click.option("--lifetime", type=click.IntRange(1), default=24, show_default=True, help="Hours.")
 @click.option("--list-scopes", "-list-scopes", is_flag=True, help="Show all scopes.")
-@_config_option
+@config_option
 def token(user_id: str, scopes: str | None, lifetime: int, list_scopes: bool, config_file: Path | None) -> None:
     """Mint an API key with the server's secret (JWT_SECRET, or jwt_secret in its settings)."""
     from hypeman import tokens
@@ -97,7 +97,7 @@ def token(user_id: str, scopes: str | None, lifetime: int, list_scopes: bool, co
 
 
 @click.command()
-@_config_option
+@config_option
 def serve(config_file: Path | None) -> None:
     """Run the server."""
     from hypeman.config import load_config
@@ -122,8 +122,27 @@ def _messages(failures: BaseExceptionGroup[Any]) -> list[str]:
     return found
 
 
+@click.command("clean-host", hidden=True)
+@config_option
+def clean_host(config_file: Path | None) -> None:
+    """Take away the links, rules and lent devices of VMs that are no more. For removing the appliance."""
+    from hypeman.config import load_config
+    from hypeman.errors import HypemanError
+
+    messages: list[str] = []
+    try:
+        config = load_config(config_file)
+        from hypeman import removal
+
+        removal.clean_host(config)
+    except* HypemanError as failures:
+        messages = _messages(failures)
+    if messages:
+        fail("; ".join(messages))
+
+
 @click.command()
-@_config_option
+@config_option
 @click.pass_obj
 def doctor(session: Session, config_file: Path | None) -> None:
     """Tell what this host can do, what is missing, and what to type. Exit code 1 if something can not work."""

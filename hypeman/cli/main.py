@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hypeman import __version__
-from hypeman.cli import copy, devices, egress, execute, host, images, instances, run, shell, snapshots, volumes
+from hypeman.cli import backup, copy, devices, egress, execute, host, images, instances, run, shell, snapshots, volumes
 from hypeman.cli.output import FORMATS
 from hypeman.cli.session import Session, complain
 
@@ -57,6 +57,7 @@ for _command in (
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, images.pull, images.images, volumes.volumes, snapshots.snapshots,
     devices.devices, egress.egress, host.resources, host.health, host.capabilities, host.token, host.doctor, host.serve,
+    host.clean_host, backup.backup,
     shell.completion, shell.man,
 ):  # fmt: skip
     hypeman.add_command(_command)

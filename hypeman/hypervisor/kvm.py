@@ -26,7 +26,7 @@ class KvmProof:
     ``patience``: seconds until the kernel's first word and between any two.
     """
 
-    def __init__(self, processes: Processes, *, kernel: str, qemu_binary: str = "", patience: float) -> None:
+    def __init__(self, processes: Processes, *, kernel: str, qemu_binary: str = "", patience: float = 10.0) -> None:
         self._processes = processes
         self._kernel = kernel
         self._qemu = qemu_binary

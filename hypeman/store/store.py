@@ -166,10 +166,14 @@ class Store:
             finally:
                 until_the_end.cancel()
 
-    def backup(self, target: Path) -> None:
-        """Write a compact, consistent copy into the empty directory ``target`` (blocks: use a thread)."""
-        with _translated(target):
-            self._env.copy(str(target), compact=True)
+    @staticmethod
+    def copy(path: Path, target: Path) -> None:
+        """Write a compact, consistent copy of the store at ``path`` into the empty directory ``target``.
+
+        A server may own the store and write to it meanwhile. Blocks; raises StoreError.
+        """
+        with _translated(path), lmdb.open(str(path), readonly=True, create=False) as env:
+            env.copy(str(target), compact=True)
 
     def statistics(self) -> dict[str, int]:
         info, stat = self._env.info(), self._env.stat()

@@ -1,7 +1,7 @@
 """``check_bundle.py BUNDLE``: does the finished bundle start, serve, and stop; on which hosts will it run?
 
 - The command answers, and a server started from the bundle with an empty environment answers /health
-  and ends by SIGTERM with code 0.
+  and ends by SIGTERM with code 0. The doctor, who imports what nobody else does, reports.
 - No bundled object wants a newer C library than GLIBC, which README promises.
 """
 
@@ -48,6 +48,15 @@ def check_command(program: Path) -> None:
     if said.returncode != 0:
         raise SystemExit(f"check_bundle: hypeman --version failed:\n{said.stdout}{said.stderr}")
     print(f"  {said.stdout.strip()}, said in {(time.perf_counter() - begin) * 1000:.0f} ms")
+
+
+def check_doctor(program: Path) -> None:
+    """Its findings, whatever they are: a module that is missing in the bundle shows only when it is imported."""
+    argv = [program, "--format", "json", "doctor"]
+    environment = {"PATH": PATH, "HYPERVISOR__ACCELERATOR": "tcg"}
+    said = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    if said.returncode not in (0, 1) or not said.stdout.startswith("["):
+        raise SystemExit(f"check_bundle: hypeman doctor failed:\n{said.stdout}{said.stderr}")
 
 
 def check_server(program: Path) -> None:
@@ -99,4 +108,5 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     check_glibc(folder)
     check_command(folder / "hypeman")
+    check_doctor(folder / "hypeman")
     check_server(folder / "hypeman")

@@ -3,7 +3,7 @@
 set -eu
 [ "$(id -u)" = 0 ] || { echo "uninstall.sh: must be run as root" >&2; exit 1; }
 systemctl stop hypeman.service hypeman-vms.service hypeman.slice 2>/dev/null || true
-for family in inet arp; do nft delete table $family hypeman 2>/dev/null || true; done
+hypeman clean-host || true # links and rules, which outlive the server as the VMs do
 systemctl disable --quiet hypeman.service 2>/dev/null || true
 rm -f /etc/systemd/system/hypeman.service /etc/systemd/system/hypeman-vms.service /etc/systemd/system/hypeman.slice
 rm -f /etc/modules-load.d/hypeman.conf /etc/sysctl.d/50-hypeman.conf /usr/bin/hypeman

@@ -1,0 +1,207 @@
+"""``hypeman backup``: everything that a host knows and keeps, in one file, and back on an empty host.
+
+Made while a server runs or while none does: the store is a snapshot that LMDB takes, everything else does not
+change once it is recorded (images, snapshots, captures) or belongs to nobody who runs (disks of stopped instances and
+what is in standby, volumes that no running instance may write to). Left out are instances that have a VM, with the
+volumes they may write to: their disks change under the copy. A snapshot of them is contained. In the copy of the store
+they are marked as half deleted, so the first server on it takes them away as it would after a crash. Not contained
+either: settings, the cache of layers, TAPs and rules (made anew at start).
+
+What always holds: files are looked at again after they were copied; if one has changed meanwhile there is no backup
+and the error says which. A restore ends with a whole data directory or with an empty one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman import __version__
+from hypeman.errors import Conflict, InvalidRequest
+from hypeman.host.tarballs import pack, unpack
+from hypeman.images.records import IMAGES
+from hypeman.images.types import ImageStatus
+from hypeman.instances.captures import CAPTURES, of_instance
+from hypeman.instances.plan import plan_delete
+from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent, Operation
+from hypeman.instances.types import InstanceState
+from hypeman.paths import Paths
+from hypeman.snapshots.service import SNAPSHOTS
+from hypeman.store import Store, Txn
+from hypeman.volumes.records import ATTACHMENTS, VOLUMES
+
+FORMAT = 1
+_AT_REST = (InstanceState.STOPPED, InstanceState.STANDBY)
+_ABOUT = "backup.json"
+_HALF = ".restoring"
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """What a backup says about itself; its first entry."""
+
+    format: int
+    version: str
+    """Of the program that made it."""
+    created_at: datetime
+    instances: tuple[str, ...]
+    """Names of the instances in it."""
+    left_out: tuple[str, ...]
+    """Names of the instances that are not in it, since they had a VM."""
+    volumes_left_out: tuple[str, ...] = ()
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What the store says is to be copied, as directories below the data directory, and what is not."""
+
+    directories: tuple[str, ...]
+    instances: tuple[InstanceRecord, ...]
+    left_out: tuple[InstanceRecord, ...]
+    volumes_left_out: tuple[str, ...]
+
+
+def create(paths: Paths, target: Path) -> About:
+    """Write a new file ``target``. Raises Conflict if something changed meanwhile, HypemanError for all else."""
+    if not (paths.store / "data.mdb").exists():
+        raise InvalidRequest(f"there is nothing to back up in {paths.data_dir}")
+    with tempfile.TemporaryDirectory(prefix=".backup.", dir=paths.data_dir) as staging:
+        work = Path(staging)
+        (work / "store").mkdir(mode=0o700)
+        Store.copy(paths.store, work / "store")
+        contents = trio.run(_settle_copy, work / "store")
+        about = About(
+            format=FORMAT,
+            version=__version__,
+            created_at=datetime.now(UTC),
+            instances=tuple(record.name for record in contents.instances),
+            left_out=tuple(record.name for record in contents.left_out),
+            volumes_left_out=contents.volumes_left_out,
+        )
+        (work / _ABOUT).write_bytes(msgspec.json.encode(about))
+        before = _look(paths.data_dir, contents.directories)
+        pack(target, [(work, (_ABOUT, "store", "store/data.mdb")), (paths.data_dir, before)])
+        if changed := _first_difference(before, _look(paths.data_dir, contents.directories)):
+            target.unlink()
+            raise Conflict(f"{paths.data_dir / changed} changed while it was copied; make the backup again")
+    return about
+
+
+def restore(paths: Paths, source: Path) -> About:
+    """Fill an empty data directory from a backup. Raises HypemanError, with the directory empty."""
+    data = paths.data_dir
+    if data.is_dir() and (found := sorted(set(os.listdir(data)) - {_HALF, "lost+found"})):
+        raise Conflict(f"{data} is not empty (there is {found[0]}); move it away first")
+    half = data / _HALF
+    shutil.rmtree(half, ignore_errors=True)
+    data.mkdir(mode=0o711, parents=True, exist_ok=True)
+    try:
+        half.mkdir(mode=0o700)
+        unpack(source, half)
+        about = _read_about(half)
+        Store.open(half / "store").close()  # refuses that of a newer version
+        (half / _ABOUT).unlink()
+        # The store last: without it a server would take the rest for leftovers, and so could a second restore.
+        for name in sorted(os.listdir(half), key=lambda name: name == "store"):
+            (half / name).rename(data / name)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return about
+
+
+def _read_about(directory: Path) -> About:
+    try:
+        about = msgspec.json.decode((directory / _ABOUT).read_bytes(), type=About)
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidRequest(f"this is no backup of hypeman: {error}") from None
+    if about.format != FORMAT:
+        raise InvalidRequest(f"this backup has format {about.format}; hypeman {__version__} reads {FORMAT}")
+    return about
+
+
+async def _settle_copy(path: Path) -> Contents:
+    """What is in the copied store, after it says what will be missing."""
+    store = Store.open(path)
+    try:
+        async with store.serving():
+            contents = store.read(find_contents)
+            await store.write(lambda txn: condemn(txn, contents))
+    finally:
+        store.close()
+    for lock in ("lock.mdb", "owner.lock"):
+        (path / lock).unlink(missing_ok=True)
+    return contents
+
+
+def find_contents(txn: Txn) -> Contents:
+    everyone = [record for _, record in txn.scan(INSTANCES)]
+    resting = tuple(record for record in everyone if _is_resting(txn, record))
+    running = tuple(record for record in everyone if record not in resting)
+    busy = {record.id for record in running}
+    written = {row.volume_id for _, row in txn.scan(ATTACHMENTS) if row.instance_id in busy and not row.readonly}
+    captures = [
+        row.id for _, row in txn.scan(CAPTURES) if set(row.holders) - {of_instance(record.id) for record in running}
+    ]
+    images = [row.digest.partition(":")[2] for _, row in txn.scan(IMAGES) if row.status is ImageStatus.READY]
+    below = {
+        "images": images,
+        "volumes": [volume_id for volume_id in txn.keys(VOLUMES) if volume_id not in written],
+        "instances": [record.id for record in resting],
+        "captures": captures,
+        "snapshots": list(txn.keys(SNAPSHOTS)),
+    }
+    directories = tuple(f"{folder}/{name}" for folder, names in below.items() for name in names)
+    return Contents(("egress", *directories), resting, running, tuple(sorted(written)))
+
+
+def _is_resting(txn: Txn, record: InstanceRecord) -> bool:
+    return record.handle is None and record.state in _AT_REST and not txn.exists(INTENTS, record.id)
+
+
+def condemn(txn: Txn, contents: Contents) -> None:
+    """Let the next server delete the instances that are left out, and know nothing of the volumes."""
+    for record in contents.left_out:
+        dead = msgspec.structs.replace(record, state=InstanceState.STOPPED, handle=None, deleting=True)
+        txn.put(INSTANCES, record.id, dead)
+        txn.put(INTENTS, record.id, Intent(Operation.DELETE, plan_delete(dead)))
+    for volume_id in contents.volumes_left_out:
+        txn.delete(VOLUMES, volume_id)
+
+
+Look = dict[str, tuple[int, int, int]]
+"""Path below the data directory → inode, size and time of its last change."""
+
+
+def _look(data: Path, directories: Iterable[str]) -> Look:
+    return {path: _identity(data / path) for path in _paths(data, directories)}
+
+
+def _paths(data: Path, directories: Iterable[str]) -> Iterator[str]:
+    """The directories, those above them, and everything in them, in order."""
+    above = dict.fromkeys(name.partition("/")[0] for name in directories)
+    yield from (name for name in above if (data / name).is_dir())
+    for name in directories:
+        for directory, folders, files in os.walk(data / name):
+            folders.sort()
+            here = os.path.relpath(directory, data)
+            if here not in above:
+                yield here
+            yield from (f"{here}/{file}" for file in sorted(files))
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    try:
+        found = path.lstat()
+    except OSError as error:
+        raise Conflict(f"{path} went away while it was copied; make the backup again ({error.strerror})") from None
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _first_difference(before: Look, after: Look) -> str:
+    """A path that is not what it was. The folders above come and go with everybody's work and do not count."""
+    return next((p for p in before | after if "/" in p and before.get(p) != after.get(p)), "")

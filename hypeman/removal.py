@@ -1,0 +1,72 @@
+"""``hypeman clean-host``: take away what a server leaves on its host when it ends.
+
+It leaves links, rules and devices lent to VMs on purpose, since VMs go on without it. Whoever removes the appliance
+ends the VMs first and then calls this. Refuses while a server runs; touches nothing that is not ours, and nothing
+below the data directory but the record of what was lent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from hypeman.config import Config
+from hypeman.devices.registry import BINDINGS, VGPUS
+from hypeman.devices.service import Devices
+from hypeman.errors import HypemanError
+from hypeman.host.links import Links, claim_namespace
+from hypeman.host.rules import Rules
+from hypeman.network import ruleset
+from hypeman.network.addressing import Subnet
+from hypeman.store import Store, Txn
+
+
+def clean_host(config: Config) -> None:
+    """Raises HypemanError, after everything else was tried, for what could not be taken away."""
+    trio.run(_clean_host, config)
+
+
+async def _clean_host(config: Config) -> None:
+    parts: tuple[Callable[[Config], Awaitable[None]], ...] = (_give_back_devices, _remove_network)
+    failures: list[HypemanError] = []
+    claim = claim_namespace()  # no server here, and none that starts meanwhile
+    try:
+        for part in parts:
+            try:
+                await part(config)
+            except HypemanError as error:
+                failures.append(error)
+    finally:
+        claim.close()
+    if failures:
+        raise failures[0]
+
+
+async def _give_back_devices(config: Config) -> None:
+    if not (config.paths.store / "data.mdb").exists():
+        return
+    store = Store.open(config.paths.store)
+    try:
+        async with store.serving():
+            devices = Devices(store, config.devices)
+            for instance_id in store.read(_borrowers):
+                await devices.unbind(instance_id)
+    finally:
+        store.close()
+
+
+def _borrowers(txn: Txn) -> tuple[str, ...]:
+    found = [binding.instance_id for _, binding in txn.scan(BINDINGS)]
+    return tuple(dict.fromkeys([*found, *txn.keys(VGPUS)]))
+
+
+async def _remove_network(config: Config) -> None:
+    links, rules = Links(), Rules()
+    try:
+        await links.remove_links((await links.ours()).keys())
+        await links.remove_gateway(str(Subnet.parse(config.network.subnet_cidr, config.network.gateway).gateway))
+        await rules.load(ruleset.render_removal())
+    finally:
+        rules.close()
+        links.close()
