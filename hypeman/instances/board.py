@@ -7,15 +7,17 @@ is put in at the moment of asking:
 
     b'{"id":"k3…","phase_durations_ms":{"running":' + b'91345' + b'},"current_phase":"running"…}'
 
-Joining 1,000 of them takes 0.2 ms of CPU (formatting each by ``%`` 1.1 ms, for it copies everything
-twice); rendering and encoding them anew 30 ms.
+For the list of all, what stands between two numbers is kept in one piece until an instance changes.
+Joining 1,000 takes 0.13 ms of CPU then, 0.25 ms where the pieces must be put together first; formatting
+each by ``%`` 1.1 ms, for it copies everything twice; rendering and encoding them anew 30 ms.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import pairwise
 
 import msgspec
 import trio
@@ -48,10 +50,34 @@ class _Entry:
         return b"%b%d%b" % (self.before, max(0, now_ms - self.zero_ms), self.after)
 
 
+class _Listed:
+    """A JSON array of instances, complete but for the numbers."""
+
+    __slots__ = ("_parts", "_zeros_ms")
+
+    def __init__(self, entries: Sequence[_Entry]) -> None:
+        self._zeros_ms = [entry.zero_ms for entry in entries]
+        between = [b"%b,%b" % (entry.after, following.before) for entry, following in pairwise(entries)]
+        self._parts = [b""] * (2 * len(entries) + 1)
+        self._parts[::2] = [b"[" + entries[0].before, *between, entries[-1].after + b"]"] if entries else [b"[]"]
+
+    def encoded(self, now_ms: int) -> bytes:
+        stays = [now_ms - zero_ms for zero_ms in self._zeros_ms]
+        if not stays:
+            return self._parts[0]
+        if min(stays) < 0:  # the clock went back
+            stays = [max(0, stay) for stay in stays]
+        parts = self._parts.copy()
+        parts[1::2] = _encode(stays)[1:-1].split(b",")
+        return b"".join(parts)
+
+
 class Board:
     def __init__(self, render: Callable[[InstanceRecord, datetime], Instance]) -> None:
         self._render = render
         self._entries: dict[str, _Entry] = {}
+        self._all: _Listed | None = None
+        """For the list of all; None: to be made anew."""
         self._names: dict[str, str] = {}
 
     def post(self, record: InstanceRecord) -> None:
@@ -59,11 +85,13 @@ class Board:
         old = self._entries.get(record.id)
         self._entries[record.id] = _Entry(record, self._render(record, record.phases.since))
         self._names[record.name] = record.id
+        self._all = None
         if old is not None:
             old.changed.set()
 
     def remove(self, record: InstanceRecord) -> None:
         entry = self._entries.pop(record.id, None)
+        self._all = None
         if entry is not None:
             self._names.pop(record.name, None)
             entry.changed.set()
@@ -88,25 +116,16 @@ class Board:
 
     def encoded_list(self, state: InstanceState | None, tags: Mapping[str, str]) -> bytes:
         """A JSON array of the instances in ``state`` (None: all) that have all ``tags``."""
+        if state is None and not tags:
+            if self._all is None:
+                self._all = _Listed(list(self._entries.values()))
+            return self._all.encoded(_now_ms())
         entries: Iterable[_Entry] = self._entries.values()
         if state is not None:
             entries = [entry for entry in entries if entry.record.state is state]
         if tags:
             entries = [entry for entry in entries if tags_match(entry.record.spec.tags, tags)]
-        found = list(entries)
-        if not found:
-            return b"[]"
-        now = _now_ms()
-        parts = [b","] * (4 * len(found))
-        parts[0] = b"["
-        parts[1::4] = [entry.before for entry in found]
-        stays = [now - entry.zero_ms for entry in found]
-        if min(stays) < 0:  # the clock went back
-            stays = [max(0, stay) for stay in stays]
-        parts[2::4] = _encode(stays)[1:-1].split(b",")
-        parts[3::4] = [entry.after for entry in found]
-        parts.append(b"]")
-        return b"".join(parts)
+        return _Listed(list(entries)).encoded(_now_ms())
 
     async def wait_change(self, record: InstanceRecord) -> InstanceRecord | None:
         """Wait until the instance's record is another than ``record``; None when it is gone."""

@@ -1,0 +1,70 @@
+"""The board against what it stands for: the records, rendered and encoded anew."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.instances import board as board_module
+from hypeman.instances.board import Board
+from hypeman.instances.phases import Phases
+from hypeman.instances.records import InstanceRecord, InstanceSpec
+from hypeman.instances.types import Instance, InstanceState
+from hypeman.instances.view import render_instance
+
+BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
+STATES = (InstanceState.STOPPED, InstanceState.RUNNING)
+
+
+def a_record(name: str, state: InstanceState, tag: str, seconds: int) -> InstanceRecord:
+    spec = InstanceSpec(
+        image="localhost/x:y", platform="linux/amd64", hypervisor=HypervisorKind.QEMU, vcpus=1, memory_bytes=1 << 30,
+        hotplug_bytes=0, overlay_bytes=1 << 30, tags={"t": tag},
+    )  # fmt: skip
+    phases = Phases(state.value.lower(), BEGIN + timedelta(seconds=seconds), {"created": 12})
+    return InstanceRecord(
+        id=f"id-{name}", name=name, number=1, spec=spec, digest="sha256:0", created_at=BEGIN, state=state, phases=phases
+    )
+
+
+def render(record: InstanceRecord, now: datetime) -> Instance:
+    return render_instance(record, None, mdev_uuid="", now=now)
+
+
+_changes = st.lists(
+    st.tuples(
+        st.sampled_from("abcd"), st.sampled_from((*STATES, None)), st.sampled_from("xy"), st.integers(-5, 100_000)
+    ),
+    max_size=20,
+)
+
+
+@given(_changes, st.integers(0, 200_000))
+def test_lists_are_what_the_records_say(changes: list[tuple[str, Any, str, int]], seconds: int) -> None:
+    """After any changes, also when the clock went back behind some of them; None removes."""
+    now = BEGIN + timedelta(seconds=seconds)
+    board = Board(render)
+    records: dict[str, InstanceRecord] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board_module, "_now_ms", lambda: int(now.timestamp() * 1000))
+        for name, state, tag, since in changes:
+            if state is not None:
+                records[name] = a_record(name, state, tag, since)
+                board.post(records[name])
+            elif name in records:
+                board.remove(records.pop(name))
+            for wanted in (None, *STATES):
+                for tags in ({}, {"t": "x"}):
+                    expected = [
+                        msgspec.to_builtins(render(record, now))
+                        for record in records.values()
+                        if wanted in (None, record.state) and tags.items() <= record.spec.tags.items()
+                    ]
+                    assert json.loads(board.encoded_list(wanted, tags)) == expected
