@@ -338,7 +338,8 @@ class Lab:
         catalog = Catalog((driver,), store=store, default="qemu", depends_on={})  # type: ignore[arg-type]
         catalog._probed.set()
         files = Files()
-        _count_effects(files, ("remove", "copy", "copy_all", "move_all", "publish", "write", "make_dir"), self.bomb, "files")
+        effects = ("remove", "copy", "copy_all", "move_all", "publish", "write", "make_dir")
+        _count_effects(files, effects, self.bomb, "files")
         world = World(
             config=config,
             store=store,  # type: ignore[arg-type]
