@@ -6,6 +6,7 @@
 # make test-appliance  builds the appliance twice, compares, looks into it
 # make test-metal  devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 # make kernel      our own guest kernel (some 12 CPU minutes, once); without it Debian's is taken
+# make reference   write CONFIGURATION.md from the types in hypeman/config.py
 # make lock        pin the Python packages anew
 # make clean       remove what was built here (the kernel cache in ~/.cache/hypeman-build stays)
 #
@@ -25,7 +26,7 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile)
 
-.PHONY: demo test lint bench appliance test-appliance test-metal kernel lock clean ready
+.PHONY: demo test lint bench appliance test-appliance test-metal kernel reference lock clean ready
 
 demo: ready
 	@$(PYTHON) -m tests.demo
@@ -57,6 +58,9 @@ test-metal: appliance
 kernel: $(STAMPS)/debian
 	@echo "== guest kernel of our own"
 	@packaging/kernel/build
+
+reference: $(STAMPS)/venv
+	@$(PYTHON) packaging/configuration-reference
 
 lock: $(STAMPS)/venv
 	@packaging/lock

@@ -51,42 +51,60 @@ class HypervisorConfig(_Section, frozen=True):
     kernel: str = ""
     """Guest kernel (uncompressed PVH vmlinux); empty: the one that came with us."""
     initrd: str = ""
+    """Initial file system of guests, with the agent; empty: the one that came with us."""
     qemu_binary: str = ""
+    """Empty: ``qemu-system-x86_64`` on the path."""
     cloud_hypervisor_binary: str = ""
+    """Empty: ``cloud-hypervisor`` on the path."""
     firecracker_binary: str = ""
+    """Empty: ``firecracker`` on the path."""
     jailer_binary: str = ""
+    """Firecracker's own; empty: ``jailer`` on the path."""
     uid_base: Annotated[int, Meta(ge=0, le=2**31)] = 510000
     """VMMs run as ``uid_base`` + a number of their own each; 0 runs them as the server's user."""
 
 
 class LimitsConfig(_Section, frozen=True):
     max_vcpus_per_instance: Positive = 16
+    """The most that one instance may ask for."""
     max_memory_per_instance: Size = "32GB"
+    """The most that one instance may ask for, plugged memory included."""
     max_overlay_size: Size = "100GB"
+    """The largest writable layer over an image."""
     max_concurrent_builds: Positive = 1
     """Image conversions at once."""
     max_total_volume_storage: Size = ""
+    """Sum of the sizes of all volumes; empty: no limit."""
     max_log_size: Size = "50MB"
     """A log file of an instance is rotated above this size; one old one is kept."""
 
 
 class OversubscriptionConfig(_Section, frozen=True):
     cpu: Ratio = 4.0
+    """How many times the processors may be promised to running instances."""
     memory: Ratio = 1.0
+    """How many times the memory may be promised."""
     disk: Ratio = 1.0
+    """How many times the disk may be promised; disks of guests are sparse."""
     network: Ratio = 2.0
+    """How many times the uplink's capacity may be promised."""
     disk_io: Ratio = 2.0
+    """How many times the rate of the disks may be promised."""
 
 
 class CapacityConfig(_Section, frozen=True):
     """What the host has, where detection should be overruled. Empty or 0: detected."""
 
     cpu: Annotated[int, Meta(ge=0)] = 0
+    """Processors."""
     memory: Size = ""
+    """Memory for guests."""
     disk: Size = ""
+    """Disk below ``data_dir``."""
     network: str = ""
     """A rate, as in ``10gbps``. Limiting by share needs it, or a link speed that the uplink tells."""
     disk_io: str = ""
+    """A rate, as in ``500MB/s``. Limiting by share needs it."""
 
 
 class ImagesConfig(_Section, frozen=True):
@@ -97,26 +115,34 @@ class ImagesConfig(_Section, frozen=True):
     mirrors: dict[str, tuple[str, ...]] = {}
     """Registry host → mirrors to ask first."""
     ca_file: str = ""
+    """Roots for verifying registries; empty: those of the system."""
     docker_config: str = ""
     """A docker ``config.json`` with logins; empty: ``~/.docker/config.json`` of the server's user."""
     max_concurrent_downloads: Positive = 4
+    """Layers being fetched at once, over all images."""
     blob_cache_size: Size = "10GB"
+    """Compressed layers kept for the next pull; the least used go first."""
     max_image_size: Size = "50GB"
+    """Bytes of all layers unpacked."""
     max_image_entries: Positive = 2_000_000
+    """Files and directories in an image."""
     import_paths: tuple[str, ...] = ()
     """Directories below which the server may import archives by path."""
 
 
 class NetworkConfig(_Section, frozen=True):
     subnet_cidr: str = "10.100.0.0/16"
+    """Where guests get their addresses from."""
     gateway: str = ""
     """Address that answers on every TAP; empty: the first of the subnet."""
     dns_server: str = "1.1.1.1"
+    """What guests are told to ask for names."""
     uplink: str = ""
     """Interface towards the world; empty: that of the default route."""
     bridge_name: str = ""
     """Accepted for the original's configuration files; there is no bridge."""
     guest_to_guest: bool = False
+    """Whether guests reach each other."""
     default_limits: bool = True
     """Give instances without explicit limits a share of the uplink's capacity, where that is known."""
 
@@ -136,18 +162,25 @@ class EgressConfig(_Section, frozen=True):
 
 class DevicesConfig(_Section, frozen=True):
     sysfs_root: str = "/sys"
+    """For tests."""
     dev_root: str = "/dev"
+    """For tests."""
     pci_ids: str = ""
+    """File with the names of PCI devices; empty: that of the system, else the one that came with us."""
 
 
 class MetricsConfig(_Section, frozen=True):
     listen_address: str = "127.0.0.1"
+    """Where the metrics are served, without a token."""
     port: Port = 9464
+    """Of the metrics."""
     enabled: bool = True
+    """Whether metrics are served."""
 
 
 class LogConfig(_Section, frozen=True):
     level: str = "info"
+    """``debug``, ``info``, ``warning`` or ``error``."""
     format: str = "json"
     """``json`` or ``text``."""
 
@@ -156,7 +189,9 @@ class SocketConfig(_Section, frozen=True):
     path: str = ""
     """Empty: ``<run_dir>/hypeman.sock``; ``none`` for no socket."""
     mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
+    """Permission bits of the socket."""
     group: str = ""
+    """Group that owns the socket; empty: root."""
     trusted: bool = True
     """Who may open the socket needs no token."""
 
@@ -165,14 +200,20 @@ class SnapshotsConfig(_Section, frozen=True):
     compression: str = ""
     """Default for standby and snapshots: empty (off), ``zstd`` or ``lz4``."""
     level: Annotated[int, Meta(ge=0, le=19)] = 1
+    """The more, the smaller and the slower; 1 to 19 for zstd, 0 to 9 for lz4."""
 
 
 class Config(_Section, frozen=True):
     listen_address: str = "127.0.0.1"
+    """Where the API listens for TCP. It speaks plain HTTP: let others in only through a proxy with TLS."""
     port: Port = 8080
+    """Of the API; 0: only the socket."""
     jwt_secret: str = ""
+    """Signs the tokens; empty: nobody is let in over TCP."""
     data_dir: str = "/var/lib/hypeman"
+    """Images, disks and records."""
     run_dir: str = "/run/hypeman"
+    """Sockets; a file system that a reboot empties."""
     request_timeout: Annotated[float, Meta(gt=0)] = 60.0
     """Seconds that a request may take, streams and waits apart."""
     socket: SocketConfig = SocketConfig()

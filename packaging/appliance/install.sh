@@ -25,7 +25,7 @@ mkdir -p /etc/modules-load.d /etc/sysctl.d
 cp "$here/modules-load.conf" /etc/modules-load.d/hypeman.conf
 cp "$here/sysctl.conf" /etc/sysctl.d/50-hypeman.conf
 cp "$here/config.yaml" "$here/make-config" "$here/uninstall.sh" /usr/share/hypeman/
-cp "$here/README.md" "$here/LICENSE" "$here/openapi.json" /usr/share/doc/hypeman/
+cp "$here/README.md" "$here/CONFIGURATION.md" "$here/LICENSE" "$here/openapi.json" /usr/share/doc/hypeman/
 
 /usr/share/hypeman/make-config /usr/share/hypeman/config.yaml
 while read -r module; do
