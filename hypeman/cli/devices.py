@@ -14,8 +14,9 @@ def devices() -> None:
 
 
 @devices.command("available")
+@click.option("-a", "--all", "everything", is_flag=True, help="Also what can not be passed through, and why.")
 @reports
-def available_devices(session: Session) -> None:
+def available_devices(session: Session, everything: bool) -> None:
     """List what this host could pass through."""
     columns = [
         ("ADDRESS", lambda row: row["pci_address"]),
@@ -24,7 +25,9 @@ def available_devices(session: Session) -> None:
         ("DRIVER", lambda row: row.get("current_driver")),
         ("NAME", lambda row: " ".join(filter(None, (row.get("vendor_name"), row.get("device_name"))))),
     ]
-    session.show_list(session.client.get("/devices/available"), columns)
+    if everything:
+        columns.append(("WHY NOT", lambda row: row.get("reason")))
+    session.show_list(session.client.get("/devices/available", all="true" if everything else None), columns)
 
 
 @devices.command("register")

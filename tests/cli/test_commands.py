@@ -274,7 +274,14 @@ def test_devices(cli: Any, server: Any) -> None:
     server.world.devices.free.append(
         AvailableDevice(pci_address="0000:01:00.0", vendor_id="10de", device_id="2204", iommu_group=1)
     )
+    server.world.devices.free.append(
+        AvailableDevice(
+            pci_address="0000:00:00.0", vendor_id="8086", device_id="29c0", iommu_group=0, reason="is a bridge"
+        )
+    )
     assert "10de:2204" in cli("device", "available").stdout
+    assert "is a bridge" not in cli("device", "available").stdout
+    assert "is a bridge" in cli("device", "available", "--all").stdout
     refused = cli("device", "register", "0000:01:00.0", "--name", "gpu")
     assert (refused.exit_code, "device_not_found" in refused.stderr) == (1, True)
     assert cli("device", "register").exit_code == 2

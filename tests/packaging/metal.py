@@ -9,15 +9,15 @@ a finished ``dist/`` and takes some minutes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests import demo
 from tests.metal.image import build_image, missing
-from tests.metal.rig import MetalHost
+from tests.metal.rig import MetalHost, nvme
 from tests.packaging.on_metal import (
     MAKE_WORLD,
     ORIGIN,
@@ -30,16 +30,29 @@ from tests.packaging.on_metal import (
 )
 
 DIST = Path(__file__).parents[2] / "dist"
+NVME = ("1b36", "0010")
+MARK = "only-on-the-disk-4f1c"
 
 
 @pytest.fixture(scope="module")
-def appliance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OnMetal]:
+def nvme_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The medium of an NVMe of the host, with a mark that only its reader can know."""
+    disk = tmp_path_factory.mktemp("nvme") / "disk"
+    with disk.open("wb") as file:
+        file.write(f"{MARK}\n".encode())
+        file.truncate(16 << 20)
+    return disk
+
+
+@pytest.fixture(scope="module")
+def appliance(tmp_path_factory: pytest.TempPathFactory, nvme_disk: Path) -> Iterator[OnMetal]:
     if reason := missing():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("registry")
     make_registry(folder)
     deb, tarball = find("*.deb"), find("*.tar.gz")
-    with MetalHost.boot(build_image(python=False), memory_mb=4096) as host:
+    devices = (nvme("nvme", 0, nvme_disk),)
+    with MetalHost.boot(build_image(python=False), devices=devices, memory_mb=4096) as host:
         host.put(
             {
                 "/root/hypeman.deb": deb,
@@ -89,7 +102,7 @@ def test_an_image_is_pulled(appliance: OnMetal) -> None:
 
 
 def test_an_instance_boots_with_kvm(appliance: OnMetal) -> None:
-    appliance.run_counter("--bandwidth-down", "40mbps", "--bandwidth-up", "20mbps")
+    appliance.run("counter", "--bandwidth-down", "40mbps", "--bandwidth-up", "20mbps")
     assert "kvm" in appliance.host.check(f"tr '\\0' ' ' < /proc/{appliance.vmm()}/cmdline")
 
 
@@ -186,13 +199,42 @@ def test_deleting_leaves_nothing_of_the_vm(appliance: OnMetal) -> None:
     assert " hm" not in appliance.host.check("ip -o link show")
 
 
+def test_a_device_goes_to_a_guest_and_comes_back(appliance: OnMetal, nvme_disk: Path) -> None:
+    """An NVMe of the host: kept over a restart of the server and over stop and start, refused where it must be."""
+    seen = json.loads(appliance.hypeman("--format", "json", "device", "available"))
+    (address,) = (one["pci_address"] for one in seen if (one["vendor_id"], one["device_id"]) == NVME)
+    driver = f"basename $(readlink /sys/bus/pci/devices/{address}/driver)"
+    read = "until [ -b /dev/nvme0n1 ]; do sleep 1; done; head -n 1 /dev/nvme0n1"
+    appliance.hypeman("device", "register", address, "--name", "disk")
+    appliance.run("owner", "--device", "disk", "--cmd", "sleep", "--cmd", "1000000")
+    assert appliance.host.check(driver).strip() == "vfio-pci"
+    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", read).strip() == MARK
+    write = "echo written-inside | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync,fsync"
+    appliance.hypeman("exec", "owner", "--", "sh", "-c", write)
+    assert nvme_disk.read_bytes()[4096:].startswith(b"written-inside\n")
+
+    assert "attached" in appliance.refused("device", "delete", "disk")
+    assert "device" in appliance.refused("standby", "owner")
+    appliance.host.check("systemctl restart hypeman", timeout=SLOW)
+    appliance.wait_for_server()
+    appliance.hypeman("stop", "owner")
+    assert appliance.instance("owner")["state"] == "Stopped"
+    assert "attached" in appliance.refused("device", "delete", "disk")
+    appliance.hypeman("start", "owner")
+    appliance.wait_for_state("owner", "Running")
+    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", read).strip() == MARK
+
+    appliance.hypeman("rm", "--force", "owner")
+    assert appliance.host.check(driver).strip() == "nvme"
+    appliance.wait_for("the host has its disk again", f"head -c {len(MARK)} /dev/nvme0n1 | grep -q {MARK}")
+    appliance.hypeman("device", "delete", "disk")
+
+
 def test_the_credential_is_in_the_request_and_not_in_the_guest(appliance: OnMetal) -> None:
-    appliance.hypeman(
-        "run", "--name", "agent", "--memory", "256MB", "--cpus", "1", "--overlay-size", "256MB",
-        "--cmd", "sleep", "--cmd", "1000000", "--network-egress-enabled",
-        "--env", f"REAL={SECRET}", "--credentials-json", "@/root/credentials.json", demo.IMAGE,
+    appliance.run(
+        "agent", "--cmd", "sleep", "--cmd", "1000000", "--network-egress-enabled",
+        "--env", f"REAL={SECRET}", "--credentials-json", "@/root/credentials.json",
     )  # fmt: skip
-    appliance.wait_for_state("agent", "Running")
     seen = appliance.fetch()
     assert f"host: {ORIGIN}\r\n" in seen.lower()
     assert f"Authorization: Bearer {SECRET}\r\n" in seen
@@ -211,7 +253,7 @@ def test_the_same_from_the_tarball_without_dpkg(appliance: OnMetal) -> None:
     appliance.install("cd /root && tar -xzf hypeman.tar.gz && hypeman-*/install.sh")
     appliance.configure()
     appliance.pull()
-    appliance.run_counter()
+    appliance.run("counter")
     vmm, mark = appliance.vmm(), appliance.count()
     appliance.host.check("/root/hypeman-*/install.sh", timeout=SLOW)  # as an upgrade does
     appliance.wait_for_server()

@@ -111,11 +111,18 @@ class OnMetal:
     def instance(self, name: str) -> dict[str, Any]:
         return dict(json.loads(self.hypeman("--format", "json", "inspect", name)))
 
-    def run_counter(self, *options: str) -> None:
-        """An instance ``counter`` of the counting image, running."""
+    def refused(self, *arguments: str) -> str:
+        """What a command says that must fail."""
+        quoted = " ".join(f"'{argument}'" for argument in arguments)
+        result = self.host.run(f"hypeman {quoted}", timeout=SLOW)
+        assert result.code == 1, result
+        return result.output
+
+    def run(self, name: str, *options: str) -> None:
+        """An instance of the story's image, running."""
         small = ("--memory", "256MB", "--cpus", "1", "--overlay-size", "256MB")
-        self.hypeman("run", "--name", "counter", *small, *options, demo.IMAGE)
-        self.wait_for_state("counter", "Running")
+        self.hypeman("run", "--name", name, *small, *options, demo.IMAGE)
+        self.wait_for_state(name, "Running")
 
     def wait_for_state(self, name: str, state: str) -> None:
         self.hypeman("wait", name, "--state", state, "--timeout", f"{SLOW}s", timeout=SLOW + 60)
