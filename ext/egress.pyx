@@ -42,6 +42,7 @@ cdef extern from "engine.h" nogil:
 
     engine *engine_new(const engine_settings *s, char *error, size_t error_size)
     bint engine_start(engine *e)
+    void engine_accept(engine *e)
     void engine_drain(engine *e, unsigned grace_ms)
     void engine_join(engine *e)
     void engine_free(engine *e)
@@ -121,7 +122,7 @@ def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_
 
 
 cdef class Engine:
-    """All loops of the data plane. `start`, then `drain` and `join`; freed with the object."""
+    """All loops of the data plane. `start`, `accept`, then `drain` and `join`; freed with the object."""
 
     cdef engine *_e
     cdef bint _started
@@ -187,6 +188,10 @@ cdef class Engine:
         self._started = True
         if not engine_start(self._e):
             raise OSError("the threads of the data plane can not be started")
+
+    def accept(self):
+        """Takes connections; those that came since the sockets listen have waited."""
+        engine_accept(self._e)
 
     def drain(self, unsigned grace_ms):
         engine_drain(self._e, grace_ms)

@@ -33,6 +33,7 @@ from hypeman.host.cgroups import CGroups
 from hypeman.host.disks import Disks
 from hypeman.host.files import Files
 from hypeman.host.links import Links, find_uplink
+from hypeman.host.notify import keep_sockets, notify, take_kept_sockets
 from hypeman.host.processes import Processes
 from hypeman.host.rules import Rules
 from hypeman.host.watchdog import feed_watchdog, watchdog_interval
@@ -58,7 +59,7 @@ from hypeman.network.types import Lease
 from hypeman.resources.service import Capacity, ResourceService
 from hypeman.resources.types import DiskBreakdown
 from hypeman.server.app import ServerSettings, build_app
-from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app, notify_ready
+from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
 from hypeman.server.types import (
     Capabilities,
@@ -123,8 +124,8 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
                     await serving.start(
                         lambda task_status: Server(metrics_app).run(listeners, shutdown, task_status=task_status)
                     )
-                notify_ready()
-                background.start_soon(feed_watchdog, notify_ready, watchdog_interval())
+                notify()
+                background.start_soon(feed_watchdog, notify, watchdog_interval())
                 log.info("serving", extra={"port": config.port, "data_dir": config.data_dir, "version": __version__})
                 started()
             log.info("shutting down; VMs go on")
@@ -164,7 +165,12 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     stack.callback(links.close)
     stack.callback(rules.close)
     uplink = await find_uplink(config.network.uplink)
-    egress = Egress(_egress_settings(config), paths.egress)
+    egress = Egress(
+        _egress_settings(config),
+        paths.egress,
+        listeners=take_kept_sockets().get("egress", ()),
+        keep=partial(keep_sockets, "egress"),
+    )
     audit = AuditLog()
     stack.callback(audit.flush)
     network = Network(
@@ -282,6 +288,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await parts.volumes.start()
     await parts.snapshots.start()
     await nursery.start(parts.instances.run)
+    parts.egress.accept()  # the rules of all guests are there again
 
 
 def _living_leases(store: Store) -> Sequence[Lease]:

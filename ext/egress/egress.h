@@ -194,7 +194,7 @@ struct loop {
     int epoll, wake, listener;
     int reserve; /* a descriptor to give up when there are no more, see accept.c */
     pthread_t thread;
-    bool accepting, draining, stop;
+    bool draining;
     int64_t now_us, now_ms, now_s, drain_by_ms;
     struct mint *mint;
     struct conn *dirty, *again, *graveyard, *all;

@@ -71,7 +71,7 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
     l->audit = audit_new();
     l->scratch = malloc(SCRATCH);
     return l->epoll >= 0 && l->wake >= 0 && l->mint && l->audit && l->scratch
-        && watch(l->epoll, l->wake, &l->wake, EPOLLIN) && watch(l->epoll, l->listener, &l->listener, EPOLLIN);
+        && watch(l->epoll, l->wake, &l->wake, EPOLLIN) && watch(l->epoll, l->listener, &l->listener, 0);
 }
 
 struct engine *engine_new(const struct engine_settings *s, char *error, size_t n)
@@ -130,6 +130,11 @@ static void post_all(struct engine *e, enum message_kind kind, unsigned n)
         m->n = n;
         loop_post(&e->loops[i], m);
     }
+}
+
+void engine_accept(struct engine *e)
+{
+    post_all(e, MSG_ACCEPT, 0);
 }
 
 void engine_drain(struct engine *e, unsigned grace_ms)

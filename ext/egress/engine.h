@@ -67,7 +67,8 @@ struct engine_settings {
 struct engine;
 
 struct engine *engine_new(const struct engine_settings *s, char *error, size_t error_size);
-bool engine_start(struct engine *e);
+bool engine_start(struct engine *e);  /* connections queue up until engine_accept */
+void engine_accept(struct engine *e);
 void engine_drain(struct engine *e, unsigned grace_ms); /* no new connections; old ones get grace_ms */
 void engine_join(struct engine *e);
 void engine_free(struct engine *e);

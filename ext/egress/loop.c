@@ -181,6 +181,13 @@ void loop_post(struct loop *l, struct message *m)
     (void)!write(l->wake, &one, sizeof one);
 }
 
+static void begin_accept(struct loop *l)
+{
+    struct epoll_event e = {.events = EPOLLIN, .data.ptr = &l->listener};
+    if (l->listener >= 0)
+        (void)epoll_ctl(l->epoll, EPOLL_CTL_MOD, l->listener, &e);
+}
+
 static void close_listener(struct loop *l)
 {
     if (l->listener >= 0)
@@ -222,6 +229,9 @@ static void read_inbox(struct loop *l)
     while (m) {
         struct message *next = m->next;
         switch (m->kind) {
+        case MSG_ACCEPT:
+            begin_accept(l);
+            break;
         case MSG_ANSWER:
             up_answer(l, m->token, m->n, m->addresses);
             break;

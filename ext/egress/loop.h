@@ -4,7 +4,7 @@
 
 #include "egress.h"
 
-enum message_kind { MSG_ANSWER, MSG_SWEEP, MSG_DRAIN };
+enum message_kind { MSG_ACCEPT, MSG_ANSWER, MSG_SWEEP, MSG_DRAIN };
 
 struct message {
     struct message *next;

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from hypeman.egress.types import CredentialPolicy
 from hypeman.errors import InternalError
 
 Resolve = Callable[[str], Awaitable[list[str]]]
+Keep = Callable[[Sequence[socket.socket]], None]
 
 _CACHE_SECONDS = 10.0
 _CACHE_NAMES = 4096
@@ -164,6 +165,17 @@ def _system_roots() -> str | None:
     return next((path for path in _SYSTEM_ROOTS if Path(path).exists()), None)
 
 
+def _inherit_listeners(given: Sequence[socket.socket], address: str, port: int) -> list[socket.socket]:
+    """Those that listen where we want to; the others are closed."""
+    mine = []
+    for each in given:
+        if each.getsockname()[0] == address and port in (0, each.getsockname()[1]):
+            mine.append(each)
+        else:
+            each.close()
+    return mine
+
+
 def _open_listener(address: str, port: int, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -185,16 +197,31 @@ class Egress:
     """The egress path of all instances.
 
     ``run`` serves until it is cancelled and then drains; the other methods may be called from when ``run`` has
-    said that it is started.
+    said that it is started. Connections wait until ``accept`` is called, when the policies of all guests are set:
+    before, they would be reset as unregistered.
     """
 
-    def __init__(self, settings: Settings, directory: Path, *, resolve: Resolve = resolve_by_system) -> None:
-        """``directory`` keeps the authority and the sealing key."""
+    def __init__(
+        self,
+        settings: Settings,
+        directory: Path,
+        *,
+        resolve: Resolve = resolve_by_system,
+        listeners: Sequence[socket.socket] = (),
+        keep: Keep | None = None,
+    ) -> None:
+        """``directory`` keeps the authority and the sealing key.
+
+        ``keep`` is given the listening sockets to hold for the next process, which takes them as ``listeners``:
+        then guests that connect between the two wait and are not refused. There are as many loops as ``listeners``.
+        """
         self.settings = settings
         self.authority = load_authority(directory)
         self.sealer = load_sealer(directory)
         self.port = settings.port
         self._resolve = resolve
+        self._inherited = listeners
+        self._keep = keep
         self._cache: dict[str, tuple[float, list[str]]] = {}
         self._engine: Engine | None = None
         self._sources: dict[str, set[str]] = {}
@@ -210,11 +237,14 @@ class Egress:
         loops = settings.loops or min(4, os.cpu_count() or 1)
         extra = Path(settings.extra_ca_file).read_bytes() if settings.extra_ca_file else None
         trust = settings.trust_file or _system_roots()
-        sockets: list[socket.socket] = []
+        sockets = _inherit_listeners(self._inherited, settings.address, self.port)
         try:
-            for _ in range(loops):
+            for _ in range(0 if sockets else loops):
                 sockets.append(_open_listener(settings.address, self.port, shared=loops > 1))
                 self.port = sockets[-1].getsockname()[1]
+            self.port = sockets[0].getsockname()[1]
+            if self._keep is not None:
+                self._keep(sockets)
             return Engine(
                 [each.detach() for each in sockets],
                 self.authority.certificate,
@@ -255,6 +285,10 @@ class Egress:
                 await trio.to_thread.run_sync(engine.join)
             self._publish(engine)
             self._engine = None
+
+    def accept(self) -> None:
+        """Takes connections, those first that came since the sockets listen."""
+        self._running().accept()
 
     def _running(self) -> Engine:
         if self._engine is None:

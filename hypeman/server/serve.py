@@ -230,20 +230,6 @@ def _remove_leftover(path: str) -> None:
             raise ServeError(f"can not listen on {path}: another server answers there")
 
 
-def notify_ready(message: str = "READY=1") -> None:
-    """Tell systemd, if it waits for us (``Type=notify``). Never fails."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(message.encode(), address)
-    except OSError as error:
-        _log.warning("systemd could not be told %s: %s", message, error)
-
-
 async def metrics_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     """``/metrics`` and nothing else; an application of its own, so that it can have its own listener."""
     if scope["type"] != "http":

@@ -271,6 +271,7 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
             )  # fmt: skip
             egress = Egress(settings, tmp_path / "egress", resolve=resolve)
             await nursery.start(partial(egress.run, grace=0))
+            egress.accept()
             trust = ssl.create_default_context(cadata=egress.ca_pem.decode())
             world = World(egress, origin, plain, names, asked, trust, nursery, [])
             try:

@@ -30,6 +30,7 @@ async def main() -> None:
         await nursery.start(partial(egress.run, grace=0.5))
         for instance, source, credentials, secrets in told["policies"]:
             egress.set_policy(instance, source, msgspec.convert(credentials, dict[str, CredentialPolicy]), secrets)
+        egress.accept()
         egress.on_audit(lambda record: told.get("audit") and print(json.dumps(msgspec.to_builtins(record)), flush=True))
         print(json.dumps({"port": egress.port, "ca": egress.ca_pem.decode()}), flush=True)
         await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)

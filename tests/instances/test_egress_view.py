@@ -78,6 +78,7 @@ async def egress(tmp_path: Path) -> AsyncIterator[Egress]:
     async with trio.open_nursery() as nursery:
         await nursery.start(egress.run)
         egress.set_policy("one", GUEST, {"API_KEY": CREDENTIAL}, {"REAL_KEY": "sk-live-7f3a91"})
+        egress.accept()
         yield egress
         nursery.cancel_scope.cancel()
 

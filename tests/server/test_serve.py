@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from hypeman.server.app import ApiApp
-from hypeman.server.serve import Connection, ServeError, Server, bind_tcp, bind_unix, metrics_app, notify_ready
+from hypeman.server.serve import Connection, ServeError, Server, bind_tcp, bind_unix, metrics_app
 from tests.fakes.services import FakeWorld
 
 
@@ -248,17 +248,6 @@ async def test_metrics_on_their_own_listener(app: ApiApp, nursery: trio.Nursery)
     async with await trio.open_tcp_stream(*sockets[0].getsockname()) as stream:
         assert (await talk(stream, "GET / HTTP/1.1\nHost: x\nContent-Length: 0\n\n"))[0] == 404
     shutdown.set()
-
-
-def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    notify_ready()  # nobody waits
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
-        systemd.bind(str(tmp_path / "notify"))
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        notify_ready()
-        assert systemd.recv(100) == b"READY=1"
-    (tmp_path / "notify").unlink()
-    notify_ready()  # a message that can not be sent is no reason to stop
 
 
 async def test_aborting_twice_is_fine() -> None:
