@@ -195,8 +195,9 @@ class Appliance:
     # Asking
 
     async def ask(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket))
-        async with httpx.AsyncClient(transport=transport, base_url="http://hypeman", timeout=PATIENCE) as client:
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), verify=False)  # a TLS context costs 30 ms
+        settings: dict[str, Any] = {"base_url": "http://hypeman", "timeout": PATIENCE, "trust_env": False}
+        async with httpx.AsyncClient(transport=transport, **settings) as client:
             return await client.request(method, path, **arguments)
 
     async def get(self, path: str) -> Any:

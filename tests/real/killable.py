@@ -1,72 +1,179 @@
 """The real server, with a bomb in it: ``python -m tests.real.killable FILE``.
 
-It counts the moments at which a crash would hurt: before and after every commit of the store, and
-before and after every effect on the world. When FILE appears, it holds the number of moments to let
-pass; at the next one the process kills itself with SIGKILL. How many passed is kept in FILE.seen, so
-that a test knows when it has visited all of them.
+It counts the moments at which trouble would hurt. While FILE is there it says which kind and how many moments
+to let pass; at the next one it happens, once, and FILE.where tells the moment's name:
+
+    {"kind": "server", "at": 7}                 the server kills itself with SIGKILL
+    {"kind": "vmm", "at": 7, "spare": ""}       all VMMs are killed with SIGKILL, that of instance ``spare`` apart
+    {"kind": "write", "at": 7}                  the disk is full, for this one write
+
+Moments are before and after: every commit of the store, every effect on the world, the first piece and the whole
+of a file that a compression writes; for VMMs also every QMP command, as long as there is one to be killed. For
+writes they are the writes themselves.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import inspect
+import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import outcome
+
 from hypeman import app
 from hypeman.config import load_config
+from hypeman.errors import StoreError
+from hypeman.host import files
+from hypeman.host.processes import MARK_VARIABLE
+from hypeman.hypervisor.qemu.client import QmpClient
+from hypeman.instances import compression
 from hypeman.instances.world import World
 from hypeman.store import Store
 
+_NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+_NEED_NO_SPACE = ("_remove", "allocated_bytes")
+
 
 class Bomb:
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, vms: Path) -> None:
         self._file = file
+        self._vms = vms
         self._seen = 0
+        self._one_at_a_time = threading.RLock()  # some moments are in worker threads
 
-    def tick(self, where: str) -> None:
-        try:
-            wanted = int(self._file.read_text())
-        except (FileNotFoundError, ValueError):
-            return
-        if self._seen == wanted:
+    def strikes(self, kind: str, where: str) -> bool:
+        """Whether the moment has come; called at each."""
+        with self._one_at_a_time:
+            try:
+                wanted = json.loads(self._file.read_text())
+            except (FileNotFoundError, ValueError):
+                self._seen = 0
+                return False
+            if wanted["kind"] != kind:
+                return False
+            victims = self._vmms(wanted["spare"]) if kind == "vmm" else []
+            if kind == "vmm" and not victims:
+                return False
+            self._seen += 1
+            if self._seen != wanted["at"] + 1:
+                return False
             self._file.with_suffix(".where").write_text(where)
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._seen += 1
-        self._file.with_suffix(".seen").write_text(str(self._seen))
+            for pid in victims if kind == "vmm" else [os.getpid()] if kind == "server" else []:
+                os.kill(pid, signal.SIGKILL)
+            return True
+
+    def _vmms(self, spared: str) -> list[int]:
+        found = []
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+                state = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            runs = [v.decode().partition("=")[2] for v in environment if v.startswith(f"{MARK_VARIABLE}=".encode())]
+            if state != "Z" and any(Path(run).parent == self._vms and Path(run).name != spared for run in runs):
+                found.append(int(entry))
+        return found
+
+
+def around(name: str, fn: Callable[..., Any], *moments: Callable[[str], object]) -> Callable[..., Any]:
+    """``fn`` with ``moments`` before and after it."""
+
+    def tell(when: str) -> None:
+        for moment in moments:
+            moment(f"{when} {name}")
+
+    if inspect.iscoroutinefunction(fn):
+
+        @functools.wraps(fn)
+        async def wrapped(*args: Any, **kwargs: Any) -> Any:
+            tell("before")
+            result = await fn(*args, **kwargs)
+            tell("after")
+            return result
+
+    else:
+
+        @functools.wraps(fn)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            tell("before")
+            result = fn(*args, **kwargs)
+            tell("after")
+            return result
+
+    return wrapped
 
 
 def arm(bomb: Bomb) -> None:
-    def around(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
-        if inspect.iscoroutinefunction(fn):
-
-            @wraps(fn)
-            async def wrapped(*args: Any, **kwargs: Any) -> Any:
-                bomb.tick(f"before {name}")
-                result = await fn(*args, **kwargs)
-                bomb.tick(f"after {name}")
-                return result
-        else:
-
-            @wraps(fn)
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                bomb.tick(f"before {name}")
-                result = fn(*args, **kwargs)
-                bomb.tick(f"after {name}")
-                return result
-
-        return wrapped
-
-    Store._commit = around("commit", Store._commit)  # type: ignore[method-assign]
+    server, vmm = functools.partial(bomb.strikes, "server"), functools.partial(bomb.strikes, "vmm")
     for name, method in inspect.getmembers(World, inspect.iscoroutinefunction):
-        if not name.startswith("_") and name not in ("read_outcome",):
-            setattr(World, name, around(name, method))
+        if not name.startswith("_") and name not in ("read_outcome", "rotate_logs"):
+            setattr(World, name, around(name, method, server, vmm))
+    _arm_store(bomb, server, vmm)
+    _arm_compression(bomb, server, vmm)
+    _arm_files(bomb)
+    execute = QmpClient.execute
+
+    async def told(self: QmpClient, name: str, *args: Any, **kwargs: Any) -> Any:
+        return await around(f"QMP {name}", execute, vmm)(self, name, *args, **kwargs)
+
+    QmpClient.execute = told  # type: ignore[method-assign]
+
+
+def _arm_store(bomb: Bomb, *moments: Callable[[str], object]) -> None:
+    commit = Store._commit
+
+    def fail_or_commit(self: Store, batch: list[Any]) -> None:
+        if not bomb.strikes("write", "commit"):
+            commit(self, batch)
+            return
+        for write in batch:
+            write.result = outcome.Error(StoreError(f"the store could not be written: {_NO_SPACE.strerror}"))
+
+    Store._commit = around("commit", fail_or_commit, *moments)  # type: ignore[method-assign]
+
+
+def _arm_compression(bomb: Bomb, *moments: Callable[[str], object]) -> None:
+    write_at = compression._write_at
+
+    def fail_or_write(fd: int, data: bytes, position: int) -> None:
+        if bomb.strikes("write", "a piece of memory"):
+            raise _NO_SPACE
+        write_at(fd, data, position)
+
+    first = around("a piece of memory", fail_or_write, *moments)
+
+    def write(fd: int, data: bytes, position: int) -> None:
+        (write_at if position else first)(fd, data, position)
+
+    compression._write_at = write
+    compression._pump = around("all memory", compression._pump, *moments)
+
+
+def _arm_files(bomb: Bomb) -> None:
+    in_thread = files._in_thread
+
+    def refuse(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+
+    async def fail_or_do(fn: Callable[..., Any], *args: Any) -> Any:
+        needs_space = fn.__name__ not in _NEED_NO_SPACE
+        if needs_space and bomb.strikes("write", f"files.{fn.__name__.strip('_')}"):
+            return await in_thread(refuse, *args)
+        return await in_thread(fn, *args)
+
+    files._in_thread = fail_or_do
 
 
 if __name__ == "__main__":
-    arm(Bomb(Path(sys.argv[1])))
-    app.main(load_config())
+    config = load_config()
+    arm(Bomb(Path(sys.argv[1]), config.paths.vms))
+    app.main(config)

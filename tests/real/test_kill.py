@@ -1,36 +1,38 @@
-"""SIGKILL of the server at every moment of every operation, then a restart: the world is whole again.
+"""SIGKILL of the server, SIGKILL of the VMM, and a full disk, at every moment of every operation: the world is
+whole afterwards.
 
 For each operation the moments are visited one after another until one run of it is not hit; of each
-operation as many as KILL_POINTS says (default 3, spread from a random one on; ``all`` for all, which
-takes some 15 minutes). The same moments are all visited, with a VMM in memory, by
-tests/instances/test_lifecycle.py.
+operation as many as KILL_POINTS says (default 2, spread from a random one on; ``all`` for all, which
+takes an hour). The same moments are all visited, with a VMM in memory, by tests/instances/test_lifecycle.py.
 
-After each kill a new server starts, and then holds: the instance is in a state that the operation may
-leave, no process, TAP, file, lease or reservation is without an owner, and the instance can be deleted.
+After each the instance is in a state that the operation may leave, no process, TAP, file, lease or
+reservation is without an owner, everybody can be used, and everything can be deleted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-import trio
 
-from tests.real.appliance import IMAGE, Appliance, check_host, short_directory
+from tests.real.appliance import Appliance, check_host, short_directory
+from tests.real.operations import OPERATIONS, check_clear, check_whole, clean_up, wait_at_rest
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 _STRIDE = 4
 """Moments from one visited to the next where not all are."""
+_POINTS = os.environ.get("KILL_POINTS", "2")
 
-Act = Callable[[Appliance], Awaitable[object]]
-
-SIZES = {"image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "64MB"}
+Record = Callable[[str, object], None]
 
 
 @pytest.fixture
@@ -41,156 +43,127 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture
 async def armed(directory: Path) -> AsyncIterator[Appliance]:
-    """An appliance with the image in it, whose server is not running."""
+    """A server with a bomb in it, and the image."""
     appliance = Appliance(directory)
     try:
-        await appliance.start()
+        await appliance.start(killable=str(directory / "bomb"))
         await appliance.import_busybox()
-        appliance.stop()
         yield appliance
     finally:
         appliance.close()
 
 
-async def create(appliance: Appliance) -> None:
-    await appliance.post("/instances", {"name": "one", **SIZES})
+class Trigger:
+    """The test's side of the bomb."""
+
+    def __init__(self, directory: Path) -> None:
+        self._file = directory / "bomb"
+        self._where = directory / "bomb.where"
+        self.visited: list[str] = []
+
+    def moments(self) -> Iterator[int]:
+        """Those to visit, until one is not there."""
+        every = _POINTS == "all"
+        for moment in itertools.count(0 if every else random.randrange(_STRIDE), 1 if every else _STRIDE):
+            if not every and len(self.visited) == int(_POINTS):
+                return
+            yield moment
+
+    def set(self, moment: int, kind: str, **more: Any) -> None:
+        self._where.unlink(missing_ok=True)
+        side = self._file.with_suffix(".new")
+        side.write_text(json.dumps({"kind": kind, "at": moment, "spare": "", **more}))
+        side.rename(self._file)
+
+    def release(self) -> str:
+        """Where it struck; empty if it did not."""
+        self._file.unlink(missing_ok=True)
+        struck = self._where.read_text() if self._where.exists() else ""
+        if struck:
+            self.visited.append(struck)
+        return struck
+
+    def report(self, operation: str, record: Record) -> None:
+        assert self.visited, "no moment was visited"
+        print(f"\n{operation}: {len(self.visited)} moments, {', '.join(self.visited)}")
+        record("moments", len(self.visited))
 
 
-async def running(appliance: Appliance) -> None:
-    await appliance.create("one")
-
-
-async def stopped(appliance: Appliance) -> None:
-    await appliance.create("one")
-    await appliance.post("/instances/one/stop")
-
-
-async def standby(appliance: Appliance) -> None:
-    await running(appliance)
-    await appliance.post("/instances/one/standby")
-
-
-async def nothing(appliance: Appliance) -> None:
-    pass
-
-
-def act(method: str, path: str, body: object = None) -> Act:
-    async def asked(appliance: Appliance) -> None:
-        if method == "DELETE":
-            await appliance.delete(path)
-        else:
-            await appliance.post(path, body)
-
-    return asked
-
-
-CASES: dict[str, tuple[Act, Act, set[str]]] = {
-    "create": (nothing, create, {"gone", "Initializing", "Running"}),
-    "start": (stopped, act("POST", "/instances/one/start", {}), {"Stopped", "Initializing", "Running"}),
-    "stop": (running, act("POST", "/instances/one/stop"), {"Running", "Stopped"}),
-    "delete": (running, act("DELETE", "/instances/one"), {"Running", "gone"}),
-    "standby": (running, act("POST", "/instances/one/standby"), {"Running", "Standby"}),
-    "restore": (standby, act("POST", "/instances/one/restore"), {"Standby", "Running"}),
-    "fork": (
-        running,
-        act("POST", "/instances/one/fork", {"name": "two", "from_running": True}),
-        {"Running"},
-    ),
-    "snapshot": (running, act("POST", "/instances/one/snapshots", {"kind": "Standby", "name": "s"}), {"Running"}),
-}
-
-
-@pytest.mark.parametrize("operation", CASES)
-async def test_killed_at_every_moment(
-    armed: Appliance, directory: Path, operation: str, record_property: Callable[[str, object], None]
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_server_killed_at_every_moment(
+    armed: Appliance, directory: Path, name: str, record_property: Record
 ) -> None:
-    prepare, asked, allowed = CASES[operation]
-    bomb = directory / "bomb"
-    visited: list[str] = []
-    every = os.environ.get("KILL_POINTS", "3")
-    first = 0 if every == "all" else random.randrange(_STRIDE)
-    for moment in itertools.count(first, 1 if every == "all" else _STRIDE):
-        if every != "all" and len(visited) == int(every):
+    operation, trigger = OPERATIONS[name], Trigger(directory)
+    for moment in trigger.moments():
+        await operation.prepare(armed)
+        trigger.set(moment, "server")
+        with contextlib.suppress(httpx.TransportError, OSError):
+            await operation.act(armed)
+        struck = trigger.release()
+        if not struck:
+            await clean_up(armed)
             break
-        await armed.start(killable=str(bomb))
-        await prepare(armed)
-        bomb.write_text(str(moment))
-        hit = await _until_killed(armed, asked)
-        bomb.unlink()
-        if not hit:
-            await _clean_up(armed)
-            armed.stop()
-            break
-        visited.append((directory / "bomb.where").read_text())
-        await armed.start()
-        where = f"killed {visited[-1]} (moment {moment}) of {operation}\n{armed.log_tail()}"
-        states = {i["name"]: i["state"] for i in await armed.get("/instances")}
-        assert states.get("one", "gone") in allowed, f"{states}: {where}"
-        assert "Unknown" not in states.values(), f"{states}: {where}"
-        if states.get("one") == "Running":
-            await _check_answers(armed, where)
-        await _check_owned(armed, where)
-        await _clean_up(armed)
-        armed.stop()
+        await armed.wait_killed()
+        where = f"server killed {struck} (moment {moment}) of {name}"
+        await armed.start(killable=str(directory / "bomb"))
+        states = await wait_at_rest(armed, operation.states, f"{where}\n{armed.log_tail()}")
+        assert "Unknown" not in states.values()
+        await check_whole(armed, f"{where}\n{armed.log_tail()}")
+        await clean_up(armed)
         armed.log.write_text("")
-    assert len(visited) > 1, f"only {visited} were visited"
-    print(f"\n{operation}: killed at {len(visited)} moments, {', '.join(visited)}")
-    record_property("kill_points", len(visited))
+    trigger.report(f"{name}, server killed", record_property)
 
 
-async def _check_answers(appliance: Appliance, where: str) -> None:
-    """The guest that runs can be used; its channel may just be being opened again."""
-    said = ""
-    with trio.move_on_after(60) as limit:
-        while (answer := await appliance.exec("one", "true"))[0] != 0:
-            said = answer[1]
-            await trio.sleep(0.2)
-    assert not limit.cancelled_caught, f"{said}: {where}"
+GONE = {"create": {"gone", "Stopped"}, "delete": {"gone"}, "standby": {"Standby", "Stopped"},
+        "restore": {"Standby", "Stopped"}, "unpacking": {"Standby", "Stopped"}}  # fmt: skip
+"""States after the VMM was killed, where it is not just Stopped."""
 
 
-async def _until_killed(appliance: Appliance, asked: Act) -> bool:
-    try:
-        await asked(appliance)
-    except (httpx.TransportError, OSError):
-        return await appliance.wait_killed()
-    # The answer came before the last moments, which may still be under way.
-    return await appliance.wait_killed()
+@pytest.mark.parametrize("name", [*OPERATIONS, "fork's own"])
+async def test_vmm_killed_at_every_moment(
+    armed: Appliance, directory: Path, name: str, record_property: Record
+) -> None:
+    """The server goes on all the while. Of a fork the source's VMM is killed, or that of the fork itself."""
+    operation, trigger = OPERATIONS[name.removesuffix("'s own")], Trigger(directory)
+    for moment in trigger.moments():
+        await operation.prepare(armed)
+        spare = (await armed.get("/instances/one"))["id"] if name == "fork's own" else ""
+        trigger.set(moment, "vmm", spare=spare)
+        answer = await operation.act(armed)
+        struck = trigger.release()
+        where = f"VMM killed {struck} (moment {moment}) of {name}"
+        if not struck:
+            assert answer.is_success, f"{answer.text}: {where}"
+            await clean_up(armed)
+            break
+        check_clear(answer, where)
+        where += f"\n{answer.text}\n{armed.log_tail()}"
+        states = await wait_at_rest(armed, {"Running"} if spare else GONE.get(name, {"Stopped"}), where)
+        assert spare or "two" not in states or states["two"] in ("Running", "Stopped"), f"{states}: {where}"
+        await check_whole(armed, where)
+        await clean_up(armed)
+        armed.log.write_text("")
+    trigger.report(f"{name}, VMM killed", record_property)
 
 
-async def _check_owned(appliance: Appliance, where: str) -> None:
-    """Everything that lies about belongs to an instance that is there."""
-    instances = await appliance.get("/instances")
-    alive = {i["id"] for i in instances if i["state"] not in ("Stopped", "Standby")}
-    known = {i["id"] for i in instances}
-    with trio.move_on_after(5):  # what the server still ends in the background
-        while {run.rpartition("/")[2] for run in appliance.vmms().values()} != alive:
-            await trio.sleep(0.1)
-    assert {run.rpartition("/")[2] for run in appliance.vmms().values()} == alive, where
-    assert len(appliance.namespace.links()) == len(alive), f"{appliance.namespace.links()}: {where}"
-    snapshots = {s["id"] for s in await appliance.get("/snapshots")}
-    for name in appliance.files():
-        kind, *rest = name.split("/")
-        owner = rest[0] if rest else ""
-        match kind:
-            case "instances":
-                assert owner in known, f"{name}: {where}"
-            case "vm":
-                assert owner in alive, f"{name}: {where}"
-            case "snapshots":
-                assert owner in snapshots, f"{name}: {where}"
-            case "captures":
-                held = [i for i in instances if i["state"] == "Standby"] or snapshots
-                assert held, f"{name}: {where}"
-            case _:
-                raise AssertionError(f"{name} lies about: {where}")
-
-
-async def _clean_up(appliance: Appliance) -> None:
-    for instance in await appliance.get("/instances"):
-        await appliance.delete(f"/instances/{instance['id']}")
-    for snapshot in await appliance.get("/snapshots"):
-        await appliance.delete(f"/snapshots/{snapshot['id']}")
-    assert not appliance.vmms() and not appliance.namespace.links()
-    assert not appliance.files(), appliance.files()
-    resources = await appliance.get("/resources")
-    assert not resources["allocations"] and resources["memory"]["allocated"] == resources["disk"]["allocated"] == 0
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_every_write_fails_once(armed: Appliance, directory: Path, name: str, record_property: Record) -> None:
+    """As on a full disk: told clearly, the old state or the new one. The real full disk is in test_full_disk.py."""
+    operation, trigger = OPERATIONS[name], Trigger(directory)
+    for moment in trigger.moments():
+        await operation.prepare(armed)
+        trigger.set(moment, "write")
+        answer = await operation.act(armed)
+        struck = trigger.release()
+        where = f"no space for {struck} (moment {moment}) of {name}"
+        if not struck:
+            assert answer.is_success, f"{answer.text}: {where}"
+            await clean_up(armed)
+            break
+        check_clear(answer, where)
+        where += f"\n{answer.text}\n{armed.log_tail()}"
+        await wait_at_rest(armed, operation.states, where)
+        await check_whole(armed, where)
+        await clean_up(armed)
+        armed.log.write_text("")
+    trigger.report(f"{name}, a write failed", record_property)
