@@ -105,9 +105,14 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
     sockets = bind_tcp(config.listen_address, config.port) if config.port else []
     trusted = _bind_socket(config)
     async with AsyncExitStack() as stack:
+        for each in (*sockets, *trusted):
+            stack.callback(each.close)
         parts = await _build(config, stack)
         async with parts.store.serving(), trio.open_nursery() as background:
-            await _start(parts, background)
+            if not await _started(parts, background, shutdown):
+                log.info("shutting down before everything was started; VMs go on")
+                background.cancel_scope.cancel()
+                return
             app = build_app(parts.services, ServerSettings(config.jwt_secret, config.request_timeout))
             open_to_all = config.socket.trusted
             async with trio.open_nursery() as serving:
@@ -268,6 +273,21 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             capabilities=_CapabilityService(config, catalog, network, images),
         ),
     )
+
+
+async def _started(parts: _Parts, background: trio.Nursery, shutdown: trio.Event) -> bool:
+    """False if ``shutdown`` came first: what a crash left unfinished may take long to settle, and the next
+    start can go on with it."""
+
+    async def stop_starting() -> None:
+        await shutdown.wait()
+        starting.cancel_scope.cancel()
+
+    async with trio.open_nursery() as starting:
+        starting.start_soon(stop_starting)
+        await _start(parts, background)
+        starting.cancel_scope.cancel()
+    return not shutdown.is_set()
 
 
 async def _start(parts: _Parts, nursery: trio.Nursery) -> None:

@@ -1,0 +1,29 @@
+"""The wiring, where it decides something itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypeman import app
+from hypeman.config import load_config
+
+
+async def test_a_server_that_is_still_starting_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a crash left may take minutes to settle; a service manager that waits would kill us."""
+    starting = trio.Event()
+
+    async def never_ready(*_: object) -> None:
+        starting.set()
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(app, "_start", never_ready)
+    config = load_config(environ={"DATA_DIR": f"{tmp_path}/data", "RUN_DIR": f"{tmp_path}/run", "PORT": "0"})
+    shutdown = trio.Event()
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(app.run, config, shutdown)
+            await starting.wait()
+            shutdown.set()
