@@ -184,6 +184,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         rules=rules,
         egress_port=config.egress.port,
         on_tap_operation=lambda operation: metrics.tap_operations.labels(operation).inc(),
+        on_tap_lost=lambda instance_id: instances.plug_in_again(instance_id),  # who are below
     )
     stack.callback(network.aclose)
     devices = Devices(store, config.devices, uplink=uplink.names[0] if uplink.names else "")

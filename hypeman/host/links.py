@@ -70,9 +70,9 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _GROUP_LINK, _GROUP_ROUTE, _GROUP_NETCONF = 1, 7, 24
 _NEW_NETCONF, _NETCONF_FORWARDING = 80, 2
 
-_TUN = "/dev/net/tun"
-_TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
-_TAP_FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
+TUN_DEVICE = "/dev/net/tun"
+TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
+TAP_FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 _GONE = (errno.ENODEV,)
 
 
@@ -351,11 +351,12 @@ def _open_tap(name: str) -> int:
 
 def _attach_tap(name: str) -> int:
     try:
-        descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise HostError(f"{_TUN} can not be opened ({error.strerror}); load the tun module: modprobe tun") from error
+        why = f"{TUN_DEVICE} can not be opened ({error.strerror}); load the tun module: modprobe tun"
+        raise HostError(why) from error
     try:
-        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _TAP_FLAGS))
+        fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), TAP_FLAGS))
     except OSError as error:
         os.close(descriptor)
         raise HostError(f"TAP {name} can not be opened: {error.strerror}") from error

@@ -328,6 +328,14 @@ class Instances:
             await task.perform(Command.START, lambda: task.start(request.entrypoint, request.cmd)),
         )
 
+    async def plug_in_again(self, instance_id: str) -> None:
+        """Somebody deleted the TAP of a living instance; it is there again."""
+        try:
+            await self.world.plug_in_again(instance_id)
+        except Exception as error:  # whatever it is, the network has others to look after
+            log.error("instance %s is without network until it is started or restored anew: %s", instance_id, error)
+            self.world.journal(instance_id, f"the network is lost until the next start or restore: {error}")
+
     async def stop(self, ref: str) -> Instance:
         task = self.task(ref)
         return self.view(await task.perform(Command.STOP, task.stop))

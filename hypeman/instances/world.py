@@ -69,6 +69,7 @@ SECONDS_TO_KILL = 5.0
 class NetworkNeeds(Protocol):
     async def attach(self, lease: Lease, *, uid: int = 0) -> None: ...
     async def detach(self, lease: Lease) -> None: ...
+    async def plug_in_again(self, lease: Lease, pid: int) -> bool: ...
     def guest_network(self, lease: Lease) -> GuestNetwork | None: ...
 
 
@@ -288,6 +289,12 @@ class World:
         lease = self.lease(instance_id)
         if lease is not None:
             await self.network.detach(lease)
+
+    async def plug_in_again(self, instance_id: str) -> None:
+        """After somebody deleted its TAP, which is there again: the guest's cable ends in it as before."""
+        live, lease = self.live.get(instance_id), self.lease(instance_id)
+        if live is not None and lease is not None and await self.network.plug_in_again(lease, live.vmm.handle.pid):
+            log.warning("instance %s was put on its TAP again, which somebody had deleted", instance_id)
 
     async def set_egress(self, instance_id: str) -> None:
         lease = self.lease(instance_id)

@@ -4,7 +4,7 @@ Desired state is ``_leases``: the leases of living VMs. Links and rules are made
 attach and detach, at start, and whenever a watcher sees that the world has changed:
 
     rules flushed or changed by somebody    both tables are loaded anew
-    TAP deleted by somebody                 made anew, and its owner is told (its VMM holds a dead one)
+    TAP deleted by somebody                 made anew, and its owner is told, who has its VMM put on it
     uplink gone, back, another, other MTU   rules, forwarding and MTUs follow
 
 A guest is opened last and closed first, so no packet of it ever meets half of its rules.
@@ -24,6 +24,7 @@ from hypeman.config import NetworkConfig
 from hypeman.errors import InternalError
 from hypeman.host.links import Change, Links, Tap, Uplink, claim_namespace, find_uplink
 from hypeman.host.netlink import NetlinkError
+from hypeman.host.revival import revive
 from hypeman.host.rules import Rules
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
@@ -35,6 +36,12 @@ log = logging.getLogger(__name__)
 
 TapLost = Callable[[str], Awaitable[None]]
 """Told the id of an instance whose TAP was deleted under it and made anew."""
+
+
+async def _nobody_to_tell(instance_id: str) -> None:
+    pass
+
+
 TapOperation = Callable[[str], None]
 """Told ``create`` or ``delete``, for the metrics."""
 
@@ -53,7 +60,7 @@ class Network:
         rules: Rules,
         egress_port: int = 0,
         offered: Iterable[HostPort] = (),
-        on_tap_lost: TapLost | None = None,
+        on_tap_lost: TapLost = _nobody_to_tell,
         on_tap_operation: TapOperation = lambda operation: None,
     ) -> None:
         self.subnet = Subnet.parse(config.subnet_cidr, config.gateway)
@@ -142,6 +149,13 @@ class Network:
     async def open_tap(self, lease: Lease) -> int:
         """A descriptor for the VMM, owned by the caller."""
         return await self._links.open_tap(lease.tap)
+
+    async def plug_in_again(self, lease: Lease, pid: int) -> bool:
+        """Put the VMM with process ``pid`` on its TAP that was made anew; whether it held a dead one.
+
+        Raises HostError.
+        """
+        return await trio.to_thread.run_sync(revive, pid, lease.tap) > 0
 
     async def set_rates(self, lease: Lease) -> None:
         """Make the limits of a living guest those of ``lease``; a stopped one gets them with its TAP."""
@@ -308,5 +322,5 @@ class Network:
                 what = "deleted" if link is None else "changed"
                 log.error("%s of instance %s was %s by somebody; putting it right", lease.tap, lease.instance_id, what)
                 await self._add_tap(lease)
-            if link is None and self._on_tap_lost is not None:
+            if link is None:
                 await self._on_tap_lost(lease.instance_id)

@@ -113,6 +113,9 @@ class FakeNetwork:
     async def detach(self, lease: Lease) -> None:
         await self.taps.remove(lease.instance_id)
 
+    async def plug_in_again(self, lease: Lease, pid: int) -> bool:
+        return True
+
     def guest_network(self, lease: Lease) -> GuestNetwork | None:
         if not lease.enabled:
             return None

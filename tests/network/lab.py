@@ -50,6 +50,7 @@ EGRESS_PORT = 18080
 OFFERED = HostPort("tcp", 5300)
 _DEADLINE = 10
 _VNET_HEADER = 10
+VIRTIO_1_HEADER = 12
 _INSIDE = "HYPEMAN_TEST_INSIDE_NAMESPACE"
 
 
@@ -97,17 +98,18 @@ class Wire:
 
     def __init__(self, descriptor: int) -> None:
         self._fd = descriptor
+        self.header = _VNET_HEADER
         os.set_blocking(descriptor, False)
 
     def send_frame(self, frame: bytes) -> None:
-        os.write(self._fd, b"\0" * _VNET_HEADER + frame)
+        os.write(self._fd, b"\0" * self.header + frame)
 
     async def receive(self) -> Seen:
         """The next frame, or TooSlowError."""
         with trio.fail_after(_DEADLINE):
             while True:
                 try:
-                    return frames.read(os.read(self._fd, 70000)[_VNET_HEADER:])
+                    return frames.read(os.read(self._fd, 70000)[self.header :])
                 except BlockingIOError:
                     await trio.lowlevel.wait_readable(self._fd)
 
