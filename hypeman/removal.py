@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-import trio
-
 from hypeman.config import Config
 from hypeman.devices.registry import BINDINGS, VGPUS
 from hypeman.devices.service import Devices
@@ -22,12 +20,8 @@ from hypeman.network.addressing import Subnet
 from hypeman.store import Store, Txn
 
 
-def clean_host(config: Config) -> None:
+async def clean_host(config: Config) -> None:
     """Raises HypemanError, after everything else was tried, for what could not be taken away."""
-    trio.run(_clean_host, config)
-
-
-async def _clean_host(config: Config) -> None:
     parts: tuple[Callable[[Config], Awaitable[None]], ...] = (_give_back_devices, _remove_network)
     failures: list[HypemanError] = []
     claim = claim_namespace()  # no server here, and none that starts meanwhile

@@ -132,9 +132,11 @@ def clean_host(config_file: Path | None) -> None:
     messages: list[str] = []
     try:
         config = load_config(config_file)
+        import trio
+
         from hypeman import removal
 
-        removal.clean_host(config)
+        trio.run(removal.clean_host, config)
     except* HypemanError as failures:
         messages = _messages(failures)
     if messages:
