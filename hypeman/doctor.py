@@ -45,9 +45,8 @@ async def _findings(config: Config) -> AsyncGenerator[Finding]:
         yield finding
     async for finding in _hypervisor(config):
         yield finding
-    for problem in await network.examine(config.network):
-        verdict = Verdict.FAIL if problem.level == "error" else Verdict.WARN
-        yield Finding(name="network", verdict=verdict, message=problem.message, remedy=problem.remedy)
+    for finding in await network.examine(config.network):
+        yield finding
     for finding in (*_control_groups(), *_devices(config)):
         yield finding
 

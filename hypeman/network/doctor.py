@@ -18,7 +18,8 @@ import trio
 from hypeman.config import NetworkConfig
 from hypeman.host.network_facts import NetworkFacts, gather
 from hypeman.network.addressing import Subnet
-from hypeman.network.types import TABLE, TAP_PREFIX, Finding
+from hypeman.network.types import TABLE, TAP_PREFIX
+from hypeman.telemetry.findings import Finding, Verdict
 
 _CANDIDATES = [f"10.{second}.0.0/16" for second in range(100, 200)] + [f"172.{second}.0.0/16" for second in (30, 31)]
 _END = ({"drop"}, {"reject"})
@@ -31,27 +32,34 @@ async def examine(config: NetworkConfig) -> list[Finding]:
 
 
 def find_problems(facts: NetworkFacts, config: NetworkConfig) -> list[Finding]:
-    """Findings, errors first."""
+    """Findings, failures first."""
     subnet = Subnet.parse(config.subnet_cidr, config.gateway)
     findings = [*_tools(facts), *_uplink(facts, config), *_clashes(facts, subnet)]
     findings += _firewalls(facts.ruleset or [], subnet)
     findings += _legacy_firewall(facts.legacy_rules)
-    return sorted(findings, key=lambda finding: finding.level)
+    return sorted(findings, key=lambda finding: finding.verdict is not Verdict.FAIL)
+
+
+def _fails(message: str, remedy: str) -> Finding:
+    return Finding(name="network", verdict=Verdict.FAIL, message=message, remedy=remedy)
+
+
+def _warns(message: str, remedy: str) -> Finding:
+    return Finding(name="network", verdict=Verdict.WARN, message=message, remedy=remedy)
 
 
 def _tools(facts: NetworkFacts) -> Iterable[Finding]:
     if not facts.tun:
-        yield Finding("error", "/dev/net/tun is missing: no guest can have a network", "modprobe tun")
+        yield _fails("/dev/net/tun is missing: no guest can have a network", "modprobe tun")
     if not facts.nft:
-        yield Finding("error", "nft is not installed: guests would not be fenced", "apt-get install nftables")
+        yield _fails("nft is not installed: guests would not be fenced", "apt-get install nftables")
     if not facts.privileged:
-        yield Finding("error", "no right to change the network (CAP_NET_ADMIN)", "run hypeman serve as root")
+        yield _fails("no right to change the network (CAP_NET_ADMIN)", "run hypeman serve as root")
     if facts.nft and facts.privileged and facts.ruleset is None:
-        yield Finding("error", "nft can not list the rules: the kernel lacks nf_tables", "modprobe nf_tables")
+        yield _fails("nft can not list the rules: the kernel lacks nf_tables", "modprobe nf_tables")
     if facts.missing_modules:
         names = " ".join(facts.missing_modules)
-        yield Finding(
-            "warning",
+        yield _warns(
             f"this kernel was installed without {names}: bandwidth limits are missing or rough",
             "apt-get install linux-modules-extra-$(uname -r), or dnf install kernel-modules-extra",
         )
@@ -59,15 +67,13 @@ def _tools(facts: NetworkFacts) -> Iterable[Finding]:
 
 def _uplink(facts: NetworkFacts, config: NetworkConfig) -> Iterable[Finding]:
     if not facts.uplink.names:
-        yield Finding(
-            "warning",
+        yield _warns(
             "no uplink: there is no default route, so guests reach only this host",
             "ip route add default via ROUTER, or set network.uplink",
         )
     for name, forwards in facts.forwarding.items():
         if not forwards and not facts.switchable:
-            yield Finding(
-                "error",
+            yield _fails(
                 f"packets that come in by {name} are not forwarded, and /proc/sys is read-only",
                 f"sysctl -w net.ipv4.conf.{name}.forwarding=1",
             )
@@ -81,8 +87,7 @@ def _clashes(facts: NetworkFacts, subnet: Subnet) -> Iterable[Finding]:
     )
     for name, network in networks:
         if network.overlaps(subnet.network):
-            yield Finding(
-                "error",
+            yield _fails(
                 f"network.subnet_cidr {subnet.network} clashes with {network} on {name}",
                 f"set network.subnet_cidr to {free}",
             )
@@ -124,7 +129,7 @@ def _blocked(chain: dict[str, Any], names: set[str], subnet: Subnet) -> Finding:
         message = f"the firewall chain {where} drops what guests send to the world"
     else:
         message = f"the firewall chain {where} drops what guests send to this host (DNS and the egress proxy)"
-    return Finding("error" if chain["hook"] == "forward" else "warning", message, _remedy(chain, names, subnet))
+    return (_fails if chain["hook"] == "forward" else _warns)(message, _remedy(chain, names, subnet))
 
 
 def _remedy(chain: dict[str, Any], names: set[str], subnet: Subnet) -> str:
@@ -157,14 +162,12 @@ def _legacy_firewall(rules: str) -> Iterable[Finding]:
         return
     if "-P FORWARD DROP" in lines:
         chain = "DOCKER-USER" if "-N DOCKER-USER" in lines else "FORWARD"
-        yield Finding(
-            "error",
+        yield _fails(
             "the policy of FORWARD in iptables-legacy drops what guests send to the world",
             iptables_remedy("iptables-legacy", chain),
         )
     if "-P INPUT DROP" in lines:
-        yield Finding(
-            "warning",
+        yield _warns(
             "the policy of INPUT in iptables-legacy drops what guests send to this host (DNS and the egress proxy)",
             f"iptables-legacy -I INPUT -i {TAP_PREFIX}+ -j ACCEPT",
         )

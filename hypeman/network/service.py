@@ -28,9 +28,8 @@ from hypeman.host.revival import revive
 from hypeman.host.rules import Rules
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
-from hypeman.network.doctor import examine
 from hypeman.network.shaping import token_bucket
-from hypeman.network.types import TAP_PREFIX, Element, Finding, GuestNetwork, HostPort, Lease, shaper_name
+from hypeman.network.types import TAP_PREFIX, Element, GuestNetwork, HostPort, Lease, shaper_name
 
 log = logging.getLogger(__name__)
 
@@ -199,10 +198,6 @@ class Network:
             for index, from_guest, to_guest in self._stats.sweep()
             if index in owners
         }
-
-    async def doctor(self) -> list[Finding]:
-        """What is wrong with the host's network, and what to type."""
-        return await examine(self._config)
 
     # Making the host agree
 

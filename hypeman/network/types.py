@@ -112,15 +112,6 @@ class Element(msgspec.Struct, frozen=True, order=True):
         return f"{self.family} {self.set} {' . '.join(self.key)}"
 
 
-class Finding(msgspec.Struct, frozen=True):
-    """Something that ``hypeman doctor`` tells: what is wrong and what to type."""
-
-    level: str
-    """``error`` (guests have no network) or ``warning``."""
-    message: str
-    remedy: str = ""
-
-
 def shaper_name(tap: str) -> str:
     """The ifb that belongs to ``tap``."""
     return SHAPER_PREFIX + tap.removeprefix(TAP_PREFIX)

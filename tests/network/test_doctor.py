@@ -11,6 +11,7 @@ from hypeman.config import NetworkConfig
 from hypeman.host.links import Uplink, parse_default_routes, parse_routed
 from hypeman.host.network_facts import NetworkFacts, read_routes
 from hypeman.network.doctor import find_problems
+from hypeman.telemetry.findings import Verdict
 from tests.network.lab import in_namespace, sh
 
 HEALTHY = NetworkFacts(
@@ -54,25 +55,25 @@ def test_a_healthy_host_has_no_findings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "level", "remedy"),
+    ("changes", "verdict", "remedy"),
     [
-        ({"tun": False}, "error", "modprobe tun"),
-        ({"nft": "", "ruleset": None}, "error", "apt-get install nftables"),
-        ({"privileged": False, "ruleset": None}, "error", "run hypeman serve as root"),
-        ({"ruleset": None}, "error", "modprobe nf_tables"),
-        ({"uplink": Uplink(), "forwarding": {}}, "warning", "ip route add default"),
-        ({"forwarding": {"eth0": False}, "switchable": False}, "error", "sysctl -w net.ipv4.conf.eth0.forwarding=1"),
-        ({"missing_modules": ("ifb",)}, "warning", "linux-modules-extra"),
-        ({"routes": (("vpn0", "10.0.0.0/8"),)}, "error", "172.30.0.0/16"),
-        ({"routes": (("lan0", "10.100.5.0/24"),)}, "error", "10.101.0.0/16"),
-        ({"legacy_rules": "-P INPUT ACCEPT\n-P FORWARD DROP\n"}, "error", "iptables-legacy -I FORWARD -i hm-+"),
-        ({"legacy_rules": "-P FORWARD DROP\n-N DOCKER-USER\n"}, "error", "iptables-legacy -I DOCKER-USER -i hm-+"),
-        ({"legacy_rules": "-P INPUT DROP\n"}, "warning", "iptables-legacy -I INPUT -i hm-+ -j ACCEPT"),
+        ({"tun": False}, Verdict.FAIL, "modprobe tun"),
+        ({"nft": "", "ruleset": None}, Verdict.FAIL, "apt-get install nftables"),
+        ({"privileged": False, "ruleset": None}, Verdict.FAIL, "run hypeman serve as root"),
+        ({"ruleset": None}, Verdict.FAIL, "modprobe nf_tables"),
+        ({"uplink": Uplink(), "forwarding": {}}, Verdict.WARN, "ip route add default"),
+        ({"forwarding": {"eth0": False}, "switchable": False}, Verdict.FAIL, "sysctl -w net.ipv4.conf.eth0.forwarding=1"),
+        ({"missing_modules": ("ifb",)}, Verdict.WARN, "linux-modules-extra"),
+        ({"routes": (("vpn0", "10.0.0.0/8"),)}, Verdict.FAIL, "172.30.0.0/16"),
+        ({"routes": (("lan0", "10.100.5.0/24"),)}, Verdict.FAIL, "10.101.0.0/16"),
+        ({"legacy_rules": "-P INPUT ACCEPT\n-P FORWARD DROP\n"}, Verdict.FAIL, "iptables-legacy -I FORWARD -i hm-+"),
+        ({"legacy_rules": "-P FORWARD DROP\n-N DOCKER-USER\n"}, Verdict.FAIL, "legacy -I DOCKER-USER -i hm-+"),
+        ({"legacy_rules": "-P INPUT DROP\n"}, Verdict.WARN, "iptables-legacy -I INPUT -i hm-+ -j ACCEPT"),
     ],
 )
-def test_each_problem_has_its_remedy(changes: dict[str, Any], level: str, remedy: str) -> None:
+def test_each_problem_has_its_remedy(changes: dict[str, Any], verdict: Verdict, remedy: str) -> None:
     (finding,) = find_problems(replace(HEALTHY, **changes), CONFIG)
-    assert finding.level == level
+    assert finding.verdict is verdict
     assert remedy in finding.remedy
 
 
