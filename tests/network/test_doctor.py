@@ -62,7 +62,7 @@ def test_a_healthy_host_has_no_findings() -> None:
         ({"privileged": False, "ruleset": None}, Verdict.FAIL, "run hypeman serve as root"),
         ({"ruleset": None}, Verdict.FAIL, "modprobe nf_tables"),
         ({"uplink": Uplink(), "forwarding": {}}, Verdict.WARN, "ip route add default"),
-        ({"forwarding": {"eth0": False}, "switchable": False}, Verdict.FAIL, "sysctl -w net.ipv4.conf.eth0.forwarding=1"),
+        ({"forwarding": {"eth0": False}, "switchable": False}, Verdict.FAIL, "net.ipv4.conf.eth0.forwarding=1"),
         ({"missing_modules": ("ifb",)}, Verdict.WARN, "linux-modules-extra"),
         ({"routes": (("vpn0", "10.0.0.0/8"),)}, Verdict.FAIL, "172.30.0.0/16"),
         ({"routes": (("lan0", "10.100.5.0/24"),)}, Verdict.FAIL, "10.101.0.0/16"),
