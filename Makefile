@@ -6,7 +6,7 @@
 # make test-appliance  builds the appliance twice, compares, looks into it
 # make test-metal  devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 # make kernel      our own guest kernel (some 12 CPU minutes, once); without it Debian's is taken
-# make reference   write CONFIGURATION.md from the types in hypeman/config.py
+# make reference   write systemd/CONFIGURATION.md from the types in hypeman/config.py
 # make lock        pin the Python packages anew
 # make clean       remove what was built here (the kernel cache in ~/.cache/hypeman-build stays)
 #
