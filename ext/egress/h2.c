@@ -81,7 +81,7 @@ bool fields_add(struct loop *l, struct fields *f, const uint8_t *name, size_t n,
 
 static void settle(const struct fields *f, struct str *s)
 {
-    s->p = f->text.p + f->text.off + (uintptr_t)s->p;
+    s->p = f->text.p ? f->text.p + f->text.off + (uintptr_t)s->p : "";
 }
 
 struct head *fields_done(struct fields *f)

@@ -45,13 +45,13 @@ def test_suite_under_sanitizers(tmp_path: Path) -> None:
 
 
 def test_fuzz_a_little(tmp_path: Path) -> None:
-    """Twenty seconds on the parsers, from the kept corpus."""
+    """Ten seconds on the parsers, from the kept corpus."""
     if not shutil.which("clang"):
         pytest.skip("clang is not installed")
     built = tmp_path / "fuzz"
-    run("clang", "-g", "-O1", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined", "-D_GNU_SOURCE",
-        "-I", SOURCES, ROOT / "tests" / "fuzz" / "egress_fuzz.c",
-        *(SOURCES / f"{name}.c" for name in ("h1", "hello", "host", "addr")), "-o", built)  # fmt: skip
+    run("clang", "-g", "-O1", "-w", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined",
+        "-D_GNU_SOURCE", "-I", SOURCES, ROOT / "tests" / "fuzz" / "egress_fuzz.c", *sorted(SOURCES.glob("*.c")),
+        "-lssl", "-lcrypto", "-lnghttp2", "-lpthread", "-o", built)  # fmt: skip
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    run(built, "-max_len=40000", "-max_total_time=20", corpus, ROOT / "tests" / "fuzz" / "egress")
+    run(built, "-max_len=40000", "-max_total_time=10", corpus, ROOT / "tests" / "fuzz" / "egress")

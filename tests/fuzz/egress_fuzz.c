@@ -1,21 +1,27 @@
 /* Fuzz target for everything of the egress path that reads bytes of guests or hosts: heads, trailers, chunks, the
- * ClientHello, hosts and authorities. The first byte of the input picks the parser.
+ * ClientHello, hosts and authorities, what is made of a request's head, header blocks of HTTP/2; and the snapshots that
+ * our own program writes. The first byte of the input picks the parser.
  *
- *   clang -g -O1 -fsanitize=fuzzer,address,undefined -Iext/egress tests/fuzz/egress_fuzz.c \
- *         ext/egress/{h1,hello,host,addr}.c -o build/fuzz-egress
+ *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Iext/egress tests/fuzz/egress_fuzz.c ext/egress/[!.]*.c \
+ *         -lssl -lcrypto -lnghttp2 -lpthread -o build/fuzz-egress
  *   build/fuzz-egress -max_len=40000 tests/fuzz/egress
  *
  * Held to more than not crashing: what is parsed lies inside the input; a message read whole is the same message when it
- * comes in two pieces; an accepted value contains nothing that could end a line.
+ * comes in two pieces; an accepted value contains nothing that could end a line; what is sent on has one Host and one
+ * credential. With -DWITH_LLHTTP, llhttp_opinion.c and the sources of llhttp 9, whatever we accept llhttp must read the same
+ * way.
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "addr.h"
-#include "h1.h"
+#include "h2.h"
 #include "hello.h"
-#include "host.h"
+#include "probe.h"
+
+#ifdef WITH_LLHTTP
+#include "llhttp_opinion.h"
+#endif
 
 #define MUST(x) \
     do { \
@@ -29,6 +35,35 @@ static void inside(struct str s, const char *p, size_t n)
     for (uint32_t i = 0; i < s.n; i++)
         MUST(s.p[i] != '\r' && s.p[i] != '\n' && s.p[i] != 0);
 }
+
+#ifdef WITH_LLHTTP
+/* A head that we took is one head for llhttp, too. */
+static void agree(bool response, const struct head *h, const char *p, size_t used)
+{
+    struct opinion o = llhttp_opinion(response, p, used, NULL, 0);
+    if (o.unknown || o.odd_target) /* ours is judged later, by target_of_h1 */
+        return;
+    MUST(!o.refused && o.head && o.fields == h->n && o.major == 1 && (int)o.minor == h->minor);
+    MUST(o.chunked == h->chunked && o.length == (h->content_length >= 0));
+    MUST(response ? (int)o.status == h->status
+                  : h->method.n == strlen(o.method) && !memcmp(h->method.p, o.method, h->method.n));
+}
+
+/* And so is a chunked body; an empty trailer section is added to it. */
+static void agree_on_body(const char *p, size_t n, uint64_t sum)
+{
+    static char body[65536];
+    static const char HEAD[] = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n";
+    if (n + 2 > sizeof body)
+        return;
+    memcpy(body, p, n);
+    memcpy(body + n, "\r\n", 2);
+    struct opinion o = llhttp_opinion(false, HEAD, sizeof HEAD - 1, body, n + 2);
+    if (o.refused && memchr(p, ';', n)) /* extensions are dropped here whatever they say; it knows their grammar */
+        return;
+    MUST(!o.refused && o.message && o.sum == sum);
+}
+#endif
 
 typedef int (*parser)(const char *, size_t, struct head *);
 
@@ -52,6 +87,10 @@ static void head(parser parse, const char *p, size_t n)
         MUST(parse(p, (size_t)used, &again) == used);
         for (size_t cut = (size_t)used > 64 ? (size_t)used - 64 : 0; cut < (size_t)used; cut++)
             MUST(parse(p, cut, &again) == 0); /* no proper beginning of it is a message or refused */
+#ifdef WITH_LLHTTP
+        if (parse != h1_parse_trailers)
+            agree(parse == h1_parse_response, &h, p, (size_t)used);
+#endif
     } else if (used < 0 && n < 4096) {
         MUST(parse(p, n, &again) == used);
     }
@@ -98,6 +137,10 @@ static void chunked(const char *p, size_t n)
         int b = chunks(p, n, step, &pieces, &end2);
         MUST(a == b && (a < 0 || whole == pieces) && (a <= 0 || end == end2));
     }
+#ifdef WITH_LLHTTP
+    if (a == 1)
+        agree_on_body(p, end, whole);
+#endif
 }
 
 static void hello(const uint8_t *p, size_t n)
@@ -131,19 +174,113 @@ static void host(const char *p, size_t n)
     MUST((h.kind == HOST_IP) == addr_parse(h.text, &a));
 }
 
+/* One credential for api.example.com and *.b.c in Authorization, as hypeman/egress/policy.py writes it. */
+static const uint8_t RULES[] = "HEG1\0\1\0\2\0" "\3\0KEY" "\10\0mock-KEY" "\15\0authorization" "\11\0Bearer sk" "\0\2\0"
+                               "\0\17\0api.example.com" "\1\3\0b.c";
+
+static unsigned count(const struct head *h, enum h1_field_id id)
+{
+    unsigned n = 0;
+    for (unsigned i = 0; i < h->n; i++)
+        n += h->f[i].id == id;
+    return n;
+}
+
+/* What goes on to the host reads as one request with the rule's credential and nobody else's. */
+static void request(const char *p, size_t n)
+{
+    static char out[131072];
+    static struct head h;
+    static const char *const NAMES[] = {"api.example.com", "x.b.c", "other.test", NULL};
+    if (n < 1)
+        return;
+    const char *name = NAMES[p[0] & 3], *why;
+    struct probe_origin from = {name, (p[0] & 4) != 0, p[0] & 8 ? 8443 : 443};
+    size_t out_n = sizeof out;
+    int used = probe_head(p + 1, n - 1, RULES, sizeof RULES - 1, &from, out, &out_n, &why);
+    if (used <= 0)
+        return;
+    MUST(h1_parse_request(out, out_n, &h) == (int)out_n && h.hosts == 1);
+#ifdef WITH_LLHTTP
+    MUST(!llhttp_opinion(false, out, out_n, NULL, 0).odd_target);
+    agree(false, &h, out, out_n);
+#endif
+    bool real = false;
+    for (unsigned i = 0; i < h.n; i++)
+        real |= h.f[i].id == F_AUTHORIZATION && h1_same(h.f[i].value, (struct str){"Bearer sk", 9});
+    bool ruled = name && (name[0] == 'a' || name[0] == 'x');
+    MUST(real <= ruled && (!ruled || (real && count(&h, F_AUTHORIZATION) == 1 && !count(&h, F_COOKIE))));
+}
+
+static void snapshot(const uint8_t *p, size_t n)
+{
+    struct host h;
+    struct snapshot *s = snapshot_decode(p, n);
+    if (!s)
+        return;
+    MUST(s->n <= MAX_RULES && host_canonical("api.example.com", 15, false, &h) == HOST_NAME);
+    (void)snapshot_covers(s, &h);
+    snapshot_release(s);
+}
+
+/* A header block as nghttp2 hands it over, field by field: a byte of length before each name and each value. */
+static void block(const uint8_t *p, size_t n)
+{
+    static struct loop l;
+    struct fields f = {0}, copy = {0};
+    struct destination to = {.port = 443, .tls = true};
+    bool good = true;
+    if (!l.scratch && !(l.scratch = malloc(SCRATCH)))
+        abort();
+    fields_start(&l, &f);
+    for (size_t at = 0; at + 2 <= n;) {
+        size_t a = p[at], b = at + 1 + a < n ? p[at + 1 + a] : 0;
+        if (at + 2 + a + b > n)
+            break;
+        good &= fields_add(&l, &f, p + at + 1, a, p + at + 2 + a, b);
+        at += 2 + a + b;
+    }
+    struct head *h = fields_done(&f);
+    if (good) {
+        struct pairs pairs;
+        const char *text = f.text.p ? f.text.p + f.text.off : "";
+        pairs_start(&l, &pairs);
+        for (unsigned i = 0; i < h->n; i++) {
+            inside(h->f[i].name, text, buf_size(&f.text));
+            inside(h->f[i].value, text, buf_size(&f.text));
+            MUST(h1_is_token(h->f[i].name.p, h->f[i].name.n) && h1_is_field_value(h->f[i].value.p, h->f[i].value.n));
+            pairs_add(&pairs, h->f[i].name, h->f[i].value, false);
+        }
+        MUST(!pairs.names.over && pairs.n == h->n);
+        (void)host_canonical("api.example.com", 15, false, &to.host);
+        if (target_of_h2(h, &to) == R_NONE) {
+            struct host named;
+            uint16_t port;
+            MUST(host_parse_authority(h->authority.p, h->authority.n, &named, &port) == HOST_NAME);
+            MUST(!strcmp(named.text, to.host.text) && (port == 0 || port == 443) && h->target.n);
+        }
+        fields_copy(&l, &copy, h);
+        fields_free(&l, &copy);
+    }
+    fields_free(&l, &f);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     if (n < 1)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 6) {
+    switch (data[0] % 9) {
     case 0: head(h1_parse_request, p, n); break;
     case 1: head(h1_parse_response, p, n); break;
     case 2: head(h1_parse_trailers, p, n); break;
     case 3: chunked(p, n); break;
     case 4: hello((const uint8_t *)p, n); break;
-    default: host(p, n); break;
+    case 5: host(p, n); break;
+    case 6: request(p, n); break;
+    case 7: snapshot((const uint8_t *)p, n); break;
+    default: block((const uint8_t *)p, n); break;
     }
     return 0;
 }
