@@ -36,7 +36,8 @@ from typing import Protocol
 
 import lz4.block
 
-from hypeman.images.layers import Directory, Node, Sink, Tree
+from hypeman.images.layers import Sink, Tree
+from hypeman.images.nodes import Directory, Node
 from hypeman.images.tar import Entry, TarError
 
 BLOCK = 4096
@@ -80,34 +81,13 @@ class Output(Protocol):
 
 
 # What becomes of a node's content: None (empty), bytes (link target), int (a small file: where it lies
-# in the scratch file until the inodes are written), or one of the following.
-
-
-class _Extents:
-    """A compressed file. One number for each extent: first block << 8 | blocks; blocks 0: as it was."""
-
-    __slots__ = ("extents",)
-
-    def __init__(self) -> None:
-        self.extents = array("Q")
-
-
-class _Chunks:
-    """A sparse file: first block of each chunk, or _HOLE."""
-
-    __slots__ = ("chunks",)
-
-    def __init__(self) -> None:
-        self.chunks = array("I")
-
-
-class _Whole:
-    """A link target that does not fit beside its inode: it has a block of its own."""
-
-    __slots__ = ("block",)
-
-    def __init__(self, block: int) -> None:
-        self.block = block
+# in the scratch file until the inodes are written), or an array, whose type code says what its numbers are.
+_EXTENTS = "Q"
+"""A compressed file: for each extent its first block << 8 | blocks; blocks 0: as it was."""
+_CHUNKS = "I"
+"""A sparse file: first block of each chunk, or _HOLE."""
+_WHOLE = "L"
+"""A link target that does not fit beside its inode: the block that it has of its own."""
 
 
 class _Shape:
@@ -116,21 +96,23 @@ class _Shape:
     __slots__ = ("rest", "size", "whole")
 
     def __init__(self, directory: Directory) -> None:
-        *full, last = _directory_blocks(directory)
-        tail = sum(_DIRENT.size + len(name) for name, _ in last)
-        self.size = len(full) * BLOCK + tail
+        blocks = tail = 0
+        for block in _directory_blocks(directory):
+            blocks += 1
+            tail = sum(_DIRENT.size + len(name) for name, _ in block)
+        self.size = (blocks - 1) * BLOCK + tail
         beside = tail <= _room_beside(directory)
-        self.whole = len(full) if beside else len(full) + 1
+        self.whole = blocks - 1 if beside else blocks
         self.rest = tail if beside else 0
 
 
 class _Job:
     """One extent on its way through a compressing thread."""
 
-    __slots__ = ("content", "packed", "raw")
+    __slots__ = ("extents", "packed", "raw")
 
-    def __init__(self, content: _Extents, raw: bytes, packed: Future[bytes]) -> None:
-        self.content, self.raw, self.packed = content, raw, packed
+    def __init__(self, extents: array[int], raw: bytes, packed: Future[bytes]) -> None:
+        self.extents, self.raw, self.packed = extents, raw, packed
 
 
 class Writer(Sink):
@@ -172,46 +154,50 @@ class Writer(Sink):
 
     def discard(self, node: Node) -> None:
         content = node.content
-        if isinstance(content, _Extents):
-            if len(content.extents) < _extent_count(node.size):
-                self._settle()  # placed like all others, or the disk would depend on who was faster
-            for blocks in _extent_blocks(content.extents, node.size):
+        if _is(content, _EXTENTS):
+            if len(content) < _extent_count(node.size):
+                self.settle()  # placed like all others, or the disk would depend on who was faster
+            for blocks in _extent_blocks(content, node.size):
                 self._free(*blocks)
-        elif isinstance(content, _Chunks):
-            for number, chunk in enumerate(content.chunks):
+        elif _is(content, _CHUNKS):
+            for number, chunk in enumerate(content):
                 if chunk != _HOLE:
                     self._free(chunk, _chunk_blocks(number, node.size))
 
-    def _store_extents(self, size: int, read: Callable[[int], bytes]) -> _Extents:
-        content = _Extents()
+    def settle(self) -> None:
+        """Place every extent that is still with a thread."""
+        while self._jobs:
+            self._place(self._jobs.popleft())
+
+    def _store_extents(self, size: int, read: Callable[[int], bytes]) -> array[int]:
+        extents = array(_EXTENTS)
         while size:
             length = size if size <= _LAST_EXTENT else EXTENT
             raw = read(length)
             size -= length
-            self._jobs.append(_Job(content, raw, self._threads.submit(_compress, raw)))
+            self._jobs.append(_Job(extents, raw, self._threads.submit(_compress, raw)))
             while len(self._jobs) > self._ahead or (self._jobs and self._jobs[0].packed.done()):
                 self._place(self._jobs.popleft())
-        return content
+        return extents
 
     def _place(self, job: _Job) -> None:
         packed = job.packed.result()
         blocks = -(-len(packed) // BLOCK)
         if blocks < -(-len(job.raw) // BLOCK):
             # The kernel wants the data at the end of their blocks and zeros before.
-            job.content.extents.append(self._next_block << 8 | blocks)
+            job.extents.append(self._next_block << 8 | blocks)
             self._append(bytes(-len(packed) % BLOCK) + packed)
         else:
-            job.content.extents.append(self._next_block << 8)
+            job.extents.append(self._next_block << 8)
             self._append(job.raw + bytes(-len(job.raw) % BLOCK))
 
-    def _store_sparse(self, entry: Entry, read: Callable[[int], bytes]) -> _Chunks:
+    def _store_sparse(self, entry: Entry, read: Callable[[int], bytes]) -> array[int]:
         self._chunks += entry.size >> _CHUNK_BITS
         if self._chunks > _MAX_CHUNKS:
             raise TarError(f"has a sparse file of {entry.size} bytes, more than an image may have")
-        content = _Chunks()
         step = 1 << _CHUNK_BITS
         count = -(-entry.size // step)
-        chunks = content.chunks
+        chunks = array(_CHUNKS)
         buffer = bytearray()
         """The chunk being put together, number len(chunks); empty if nothing is in it yet."""
 
@@ -224,13 +210,13 @@ class Writer(Sink):
                 self._append(bytes(buffer).ljust(blocks * BLOCK, b"\0"))
             buffer.clear()
 
-        self._settle()
+        self.settle()
         for offset, length in entry.pieces or ():
             while length:
                 if offset >> _CHUNK_BITS > len(chunks):
                     if buffer:
                         close_chunk()
-                    chunks.extend(array("I", [_HOLE]) * ((offset >> _CHUNK_BITS) - len(chunks)))
+                    chunks.extend(array(_CHUNKS, [_HOLE]) * ((offset >> _CHUNK_BITS) - len(chunks)))
                 inside = offset - (len(chunks) << _CHUNK_BITS)
                 take = min(length, step - inside)
                 buffer += bytes(inside - len(buffer))
@@ -240,13 +226,8 @@ class Writer(Sink):
                     close_chunk()
         if buffer:
             close_chunk()
-        chunks.extend(array("I", [_HOLE]) * (count - len(chunks)))
-        return content
-
-    def _settle(self) -> None:
-        """Place every extent that is still with a thread."""
-        while self._jobs:
-            self._place(self._jobs.popleft())
+        chunks.extend(array(_CHUNKS, [_HOLE]) * (count - len(chunks)))
+        return chunks
 
     def _append(self, blocks: bytes) -> None:
         self._next_block += len(blocks) // BLOCK
@@ -272,14 +253,17 @@ class Writer(Sink):
 
     # When all layers are applied
 
-    def finish(self, tree: Tree, *, uuid: bytes) -> int:
-        """Write directories, inodes and super block. Returns the size of the file system in bytes."""
-        self._settle()
+    def finish(self, tree: Tree, *, uuid: bytes) -> tuple[int, int]:
+        """Write directories, inodes and super block.
+
+        Returns the size of the file system, and what its files would take without compression, in bytes.
+        """
+        self.settle()
         for _, _, node in tree.walk():
             if isinstance(node, Directory):
                 node.content = _Shape(node)
             elif isinstance(node.content, bytes) and node.size > _room_beside(node):
-                target, node.content = node.content, _Whole(self._next_block)
+                target, node.content = node.content, array(_WHOLE, [self._next_block])
                 self._append(target.ljust(BLOCK, b"\0"))
         tree.root.content = _Shape(tree.root)
         self._flush_run()
@@ -304,7 +288,7 @@ class Writer(Sink):
         out.fill(blocks * BLOCK)
         out.flush()
         self._output.write_at(_super_block(plan, blocks, meta_at, uuid), 0)
-        return blocks * BLOCK
+        return blocks * BLOCK, plan.content_bytes
 
     def _inode(self, node: Node, directory_block: int) -> bytes:
         """The inode with all that follows it; ``directory_block`` is where a directory's blocks begin."""
@@ -316,8 +300,8 @@ class Writer(Sink):
             size, links, address = shape.size, _directory_links(node), directory_block
             if shape.rest:
                 layout, tail = _INLINE_DATA, _directory_data(node)[shape.whole * BLOCK :]
-        elif isinstance(node.content, _Whole):
-            address = node.content.block
+        elif _is(node.content, _WHOLE):
+            address = node.content[0]
         elif isinstance(node.content, bytes):
             layout, tail = _INLINE_DATA, node.content
         elif kind in (stat.S_IFCHR, stat.S_IFBLK):
@@ -325,13 +309,13 @@ class Writer(Sink):
             address = minor & 0xFF | major << 8 | (minor & ~0xFF) << 12
         elif isinstance(node.content, int):
             layout, tail = _INLINE_DATA, self._scratch.read_at(node.size, node.content)
-        elif isinstance(node.content, _Extents):
+        elif _is(node.content, _EXTENTS):
             layout = _COMPRESSED_DATA
-            address = sum(count for _, count in _extent_blocks(node.content.extents, node.size))
-            tail = bytes(-len(xattrs) % 8) + _index(node.content.extents, node.size)
-        elif isinstance(node.content, _Chunks):
+            address = sum(count for _, count in _extent_blocks(node.content, node.size))
+            tail = bytes(-len(xattrs) % 8) + _index(node.content, node.size)
+        elif _is(node.content, _CHUNKS):
             layout, address = _CHUNK_DATA, _CHUNK_BITS - 12
-            tail = struct.pack(f"<{len(node.content.chunks)}I", *node.content.chunks)
+            tail = struct.pack(f"<{len(node.content)}I", *node.content)
         count = (len(xattrs) - 12) // 4 + 1 if xattrs else 0
         head = _INODE.pack(
             1 | layout << 1, count, node.mode, 0, size, address, node.place, node.uid, node.gid,
@@ -350,11 +334,10 @@ class _Plan:
         self._tree = tree
         self.root = tree.root
         self.directory_blocks = 0
-        self.count = 0
+        self.count = self.content_bytes = 0
         at = self._ROOT_PLACE * 32
         for node in self._nodes():
-            node.place = 0
-        for node in self._nodes():
+            self.content_bytes += -(-node.size // BLOCK) * BLOCK
             if node.place:
                 continue  # another name of the same file
             head, tail, together = _extent_of_inode(node)
@@ -407,6 +390,10 @@ class _Sequential:
         self._buffer = bytearray()
 
 
+def _is(content: object, numbers: str) -> bool:
+    return isinstance(content, array) and content.typecode == numbers
+
+
 def _compress(raw: bytes) -> bytes:
     return bytes(lz4.block.compress(raw, store_size=False))
 
@@ -423,10 +410,10 @@ def _extent_of_inode(node: Node) -> tuple[int, int, bool]:
         return head, node.content.rest, True
     if isinstance(node.content, bytes | int):
         return head, node.size, True
-    if isinstance(node.content, _Extents):
+    if _is(node.content, _EXTENTS):
         return head, -head % 8 + 16 + 8 * -(-node.size // BLOCK), False
-    if isinstance(node.content, _Chunks):
-        return head, 4 * len(node.content.chunks), False
+    if _is(node.content, _CHUNKS):
+        return head, 4 * len(node.content), False
     return head, 0, False
 
 
@@ -489,15 +476,16 @@ def _chunk_blocks(number: int, size: int) -> int:
 
 def _directory_blocks(directory: Directory) -> Iterator[list[tuple[bytes, Node]]]:
     """Names in byte order, as many in each list as one block takes."""
-    names: dict[bytes, Node] = {**directory.children, b".": directory, b"..": directory.parent}
+    children = directory.children
+    dots: dict[bytes, Node] = {b".": directory, b"..": directory.parent}
     block: list[tuple[bytes, Node]] = []
     used = 0
-    for name in sorted(names):
+    for name in sorted([*children, *dots]):
         need = _DIRENT.size + len(name)
         if used + need > BLOCK:
             yield block
             block, used = [], 0
-        block.append((name, names[name]))
+        block.append((name, dots.get(name) or children[name]))
         used += need
     yield block
 

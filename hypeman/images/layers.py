@@ -24,6 +24,7 @@ import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hypeman.images.nodes import ENOUGH, Directory, Node, Shelf
 from hypeman.images.tar import Entry, Kind, TarError, TarReader
 
 MAX_LINKS_FOLLOWED = 40
@@ -49,50 +50,6 @@ class LayerError(TarError):
     """A layer that can not be applied; the message names the entry."""
 
 
-class Node:
-    """A file of any kind. Hard links are one Node under several names."""
-
-    __slots__ = (
-        "content", "device", "gid", "layer", "links", "mode", "mtime", "mtime_ns", "place", "size", "uid", "xattrs",
-    )  # fmt: skip
-
-    def __init__(self, mode: int, layer: int) -> None:
-        self.mode = mode
-        """``st_mode``: file type and permissions."""
-        self.uid = 0
-        self.gid = 0
-        self.mtime = 0
-        self.mtime_ns = 0
-        self.size = 0
-        self.links = 0
-        """Names in the tree, of anything but a directory."""
-        self.device = (0, 0)
-        self.xattrs: dict[bytes, bytes] | None = None
-        self.layer = layer
-        """The layer that this node, with its present metadata, came from."""
-        self.content: Any = None
-        """bytes: target of a symbolic link; else what the sink made of a file's data."""
-        self.place = 0
-        """Where the writer of the disk put the inode."""
-
-    @property
-    def is_directory(self) -> bool:
-        return False
-
-
-class Directory(Node):
-    __slots__ = ("children", "parent")
-
-    def __init__(self, mode: int, layer: int, parent: Directory | None) -> None:
-        super().__init__(stat.S_IFDIR | mode, layer)
-        self.children: dict[bytes, Node] = {}
-        self.parent = parent or self
-
-    @property
-    def is_directory(self) -> bool:
-        return True
-
-
 class Sink:
     """Where the data of files goes while a layer is read."""
 
@@ -104,15 +61,22 @@ class Sink:
         """``node`` lost its last name; its data is not wanted any more."""
         raise NotImplementedError
 
+    def settle(self) -> None:
+        """Finish what ``store`` left under way: the content of all nodes is about to be packed."""
+
 
 class Tree:
     """The merged file tree of the layers applied so far."""
 
-    def __init__(self, *, max_entries: int = 2_000_000) -> None:
-        self.root = Directory(0o755, 0, None)
+    def __init__(self, *, max_entries: int = 2_000_000, enough: int = ENOUGH) -> None:
+        """``enough`` files may lie about unpacked (``nodes.py``)."""
+        self._shelf = Shelf(enough=enough)
+        self.root = self._shelf.directory(0o755, 0, None)
         self._max_entries = max_entries
         self.entries = 0
         """Names in the tree."""
+        self._here = self.root
+        """Where the last entry went: there is likely to be another one."""
         self._layer = 0
         self._linked: set[tuple[Directory, bytes]] = set()
         """Names that the present layer gave to nodes of the layers below."""
@@ -126,20 +90,32 @@ class Tree:
         self._layer += 1
         self._linked.clear()
         self._pruned.clear()
+        shelf = self._shelf
         while (entry := reader.next_entry()) is not None:
+            shelf.made += 1
+            # Entries have to pay for it, or a layer could have the same million files packed and unpacked for ever.
+            if shelf.full and shelf.unpacked <= 4 * shelf.made:
+                sink.settle()
+                shelf.pack(besides=self._here)
             try:
                 self._apply(entry, reader, sink)
             except LayerError as error:
                 raise LayerError(f"entry {_shown(entry.name)} {error}") from None
 
     def walk(self) -> Iterator[tuple[Directory, bytes, Node]]:
-        """(parent, name, node) of everything below the root; parents first, names in byte order."""
+        """(parent, name, node) of everything below the root; parents first, names in byte order.
+
+        Only directories and hard links may be kept when the next one is asked for.
+        """
         waiting = [self.root]
         while waiting:
             directory = waiting.pop()
-            for name in sorted(directory.children):
-                node = directory.children[name]
+            children = directory.children
+            for name in sorted(children):
+                node = children[name]
                 yield directory, name, node
+                if self._shelf.full:
+                    self._shelf.pack(besides=directory)
                 if isinstance(node, Directory):
                     waiting.append(node)
 
@@ -154,7 +130,7 @@ class Tree:
         if name.startswith(_WHITEOUT):
             self._whiteout(parts, name, sink)
             return
-        parent = self._parent(parts)
+        parent = self._here = self._parent(parts)
         present = parent.children.get(name)
         if entry.kind is Kind.HARD_LINK:
             self._link(parent, name, present, entry, sink)
@@ -166,7 +142,7 @@ class Tree:
             self._drop(parent, name, present, sink)
         node: Node
         if entry.kind is Kind.DIRECTORY:
-            node = Directory(0, self._layer, parent)
+            node = self._shelf.directory(0, self._layer, parent)
         else:
             node = Node(int(entry.kind), self._layer)
             node.links = 1
@@ -229,7 +205,7 @@ class Tree:
             self.entries -= 1
             if isinstance(node, Directory):
                 waiting.extend(node.children.values())
-                node.children = {}
+                node.children.clear()
             else:
                 node.links -= 1
                 if not node.links:
@@ -314,7 +290,7 @@ class Tree:
             elif from_link:
                 raise LayerError("leads through a symbolic link to nowhere in the image")
             else:
-                made = Directory(0o755, self._layer, here)
+                made = self._shelf.directory(0o755, self._layer, here)
                 self._add(here, part, made)
                 here = made
         return here

@@ -33,7 +33,7 @@ from types import FrameType
 
 import msgspec
 
-from hypeman.images.erofs import BLOCK, Writer
+from hypeman.images.erofs import Writer
 from hypeman.images.layers import Tree
 from hypeman.images.manifest import Compression
 from hypeman.images.tar import Source, TarError, TarReader
@@ -206,10 +206,9 @@ def _convert(link: socket.socket) -> None:
             finally:
                 os.close(blobs[0])
             link.send(_encode(Applied(request.digest)))
-        size = writer.finish(tree, uuid=bytes.fromhex(begin.uuid))
+        size, content = writer.finish(tree, uuid=bytes.fromhex(begin.uuid))
     os.ftruncate(disk, size)
     os.fsync(disk)
-    content = sum(-(-node.size // BLOCK) * BLOCK for _, _, node in tree.walk())
     link.send(_encode(Done(size, tree.entries, content)))
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypeman.images.layers import Directory, LayerError, Node, Sink, Tree
+from hypeman.images.layers import LayerError, Sink, Tree
+from hypeman.images.nodes import Directory, Node, Shelf
 from hypeman.images.tar import Entry, Source, TarError, TarReader
 from tests.images.layout import directory, entry, hard_link, symlink, tar
 from tests.images.trees import make_disk
@@ -162,4 +163,37 @@ def test_any_layers(layers: list[list[tuple[tarfile.TarInfo, bytes]]]) -> None:
         assert parent.children[name] is node
         assert isinstance(node, Directory) or node.links == sum(other is node for _, _, other in nodes)
     assert {id(node) for _, _, node in nodes if isinstance(node.content, list)} == sink.wanted
-    assert make_disk(archives)[1024:1028] == b"\xe2\xe1\xf5\xe0"
+    disk = make_disk(archives)
+    assert disk[1024:1028] == b"\xe2\xe1\xf5\xe0"
+    assert make_disk(archives, enough=0) == disk, "packed away at every chance, the tree became another one"
+
+
+def test_packing_is_paid_for() -> None:
+    """Two large directories in turn: files are not packed and unpacked for each entry."""
+    base = tar(*(entry(f"{directory}/{n}") for directory in "ab" for n in range(1000)))
+    turns = tar(*(entry(f"{'ab'[n % 2]}/{n}") for n in range(1000)))
+    tree = Tree(max_entries=5000, enough=100)
+    packings = 0
+    pack = Shelf.pack
+
+    def counted(self: Shelf, *, besides: Directory | None = None) -> None:
+        nonlocal packings
+        packings += 1
+        pack(self, besides=besides)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shelf, "pack", counted)
+        for layer in (base, turns):
+            tree.apply(TarReader(Source(iter([layer]))), Empty())
+    assert 5 < packings < 40
+    assert tree.entries == 2002
+
+
+class Empty(Sink):
+    """For files without data."""
+
+    def store(self, node: Node, entry: Entry, read: Callable[[int], bytes]) -> None:
+        pass
+
+    def discard(self, node: Node) -> None:
+        pass

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hypeman.images.erofs import Writer
 from hypeman.images.layers import Tree
+from hypeman.images.nodes import ENOUGH
 from hypeman.images.tar import Source, TarReader
 
 Described = dict[bytes, tuple[object, ...]]
@@ -37,16 +38,18 @@ class MemoryOutput:
         self.data[offset : offset + length] = bytes(length)
 
 
-def make_disk(layers: list[bytes], *, max_bytes: int = 1 << 30, max_entries: int = 100_000) -> bytes:
+def make_disk(
+    layers: list[bytes], *, max_bytes: int = 1 << 30, max_entries: int = 100_000, enough: int = ENOUGH
+) -> bytes:
     """The EROFS disk of uncompressed ``layers``, made in this process."""
     disk = MemoryOutput()
     with ThreadPoolExecutor(1) as pool:
         writer = Writer(disk, MemoryOutput(), pool, max_bytes=max_bytes)
-        tree = Tree(max_entries=max_entries)
+        tree = Tree(max_entries=max_entries, enough=enough)
         for layer in layers:
             source = Source(iter([layer[at : at + 7001] for at in range(0, len(layer), 7001)]), limit=max_bytes)
             tree.apply(TarReader(source, max_entries=max_entries), writer)
-        size = writer.finish(tree, uuid=bytes(16))
+        size, _ = writer.finish(tree, uuid=bytes(16))
     return bytes(disk.data[:size])
 
 
