@@ -37,12 +37,9 @@ def metal(nvme_disk: Path) -> Iterator[MetalHost]:
     image = build_image()
     modules = build_mdev_modules(image.release)
     devices = (nic("nic", 0), nvme("disk", 1, nvme_disk), dual_nic("dual", 2), gpu("gpu", 3))
-    with MetalHost.boot(image, devices=devices) as host:
-        packages = Path(site.getsitepackages()[0])
-        files: dict[str, bytes | Path] = {
-            f"/opt/hypeman/{name}": ROOT / name for name in OURS if (ROOT / name).exists()
-        }
-        files |= {f"/opt/hypeman/{name}": packages / name for name in NEEDED if (packages / name).exists()}
-        files |= {f"/opt/mdev/{module.name}": module for module in modules.glob("*.ko")}
-        host.put(files)
+    packages = Path(site.getsitepackages()[0])
+    files: dict[str, bytes | Path] = {f"/opt/hypeman/{name}": ROOT / name for name in OURS if (ROOT / name).exists()}
+    files |= {f"/opt/hypeman/{name}": packages / name for name in NEEDED if (packages / name).exists()}
+    files |= {f"/opt/mdev/{module.name}": module for module in modules.glob("*.ko")}
+    with MetalHost.boot(image, devices=devices, files=files) as host:
         yield host

@@ -52,17 +52,15 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, nvme_disk: Path) -> Iter
     make_registry(folder)
     deb, tarball = find("*.deb"), find("*.tar.gz")
     devices = (nvme("nvme", 0, nvme_disk),)
-    with MetalHost.boot(build_image(python=False), devices=devices, memory_mb=4096) as host:
-        host.put(
-            {
-                "/root/hypeman.deb": deb,
-                "/root/newer.deb": newer_version(deb, tmp_path_factory.mktemp("newer")),
-                "/root/hypeman.tar.gz": tarball,
-                "/root/registry": folder,
-                "/usr/local/bin/docker-registry": Path("/usr/bin/docker-registry"),
-                **make_certificates(),
-            }
-        )
+    files = {
+        "/root/hypeman.deb": deb,
+        "/root/newer.deb": newer_version(deb, tmp_path_factory.mktemp("newer")),
+        "/root/hypeman.tar.gz": tarball,
+        "/root/registry": folder,
+        "/usr/local/bin/docker-registry": Path("/usr/bin/docker-registry"),
+        **make_certificates(),
+    }
+    with MetalHost.boot(build_image(python=False), devices=devices, files=files, memory_mb=4096) as host:
         host.check(MAKE_WORLD)
         yield OnMetal(host)
 
