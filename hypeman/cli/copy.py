@@ -14,14 +14,14 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 import msgspec
 
 from hypeman.cli.client import Client
 from hypeman.cli.instances import path_of
-from hypeman.cli.session import Session, complain, fail, present, reports
+from hypeman.cli.session import Session, complain, fail, reports
 
 if TYPE_CHECKING:
     import tarfile
@@ -80,7 +80,7 @@ def split_remote(text: str) -> tuple[str, str] | None:
 
 
 class Sender:
-    """Copies into one instance: one stream for each file or directory."""
+    """Copies into one instance: one stream for each file, directory or symlink."""
 
     def __init__(self, client: Client, instance: str, path: str, *, archive: bool, follow_links: bool) -> None:
         self._client = client
@@ -92,17 +92,21 @@ class Sender:
     def send(self, source: str) -> int:
         """A file or tree; returns the bytes of all files."""
         contents_only = source.endswith("/.") or source == "."
+        entered = contents_only or source.endswith("/")
         source = os.path.normpath(source)
         if not os.path.lexists(source):
             raise CopyFailed(f"{source} does not exist")
         root = self._root_for(os.path.basename(os.path.abspath(source)), contents_only)
-        return self._send_tree(source, root) if os.path.isdir(source) else self._send_file(source, root)
+        if os.path.isdir(source) and (entered or self._follow_links or not os.path.islink(source)):
+            return self._send_tree(source, root)
+        return self._send_file(source, root)
 
-    def send_tar(self, stream: BinaryIO) -> int:
+    def send_tar(self, stream: IO[bytes]) -> int:
         """The entries of a tar below the path."""
         import tarfile
 
         count = 0
+        directories: list[tuple[str, dict[str, int]]] = []
         try:
             with tarfile.open(fileobj=stream, mode="r|*") as tar:
                 for member in tar:
@@ -110,17 +114,21 @@ class Sender:
                     if name.startswith(("/", "..")):
                         raise CopyFailed(f"the tar's entry {member.name!r} leads out of the destination")
                     target = posixpath.normpath(posixpath.join(self._path, name))
-                    owner = (member.uid, member.gid)
+                    meta = self._meta(member.mode, int(member.mtime), member.uid, member.gid)
                     if member.isdir():
-                        self._put(target, member.mode, owner, None)
+                        self._put(target, meta, None)
+                        directories.append((target, meta))
                     elif member.isfile():
                         content = tar.extractfile(member)
                         assert content is not None
-                        count += self._put(target, member.mode, owner, content)
+                        count += self._put(target, meta, content)
+                    elif member.issym():
+                        self._link(target, meta, member.linkname)
                     else:
-                        complain(f"{member.name} is neither file nor directory and is skipped")
+                        complain(f"{member.name} is no file, directory or symlink, and is skipped")
         except tarfile.TarError as error:
             raise CopyFailed(f"standard input is no tar: {error}") from None
+        self._finish(directories)
         return count
 
     def _root_for(self, name: str, contents_only: bool) -> str:
@@ -132,36 +140,63 @@ class Sender:
 
     def _send_tree(self, source: str, root: str) -> int:
         count = 0
+        directories: list[tuple[str, dict[str, int]]] = []
         for directory, names, files in os.walk(source, followlinks=self._follow_links):
             below = os.path.relpath(directory, source)
             target = root if below == "." else posixpath.join(root, below)
-            here = os.stat(directory)
-            self._put(target, stat.S_IMODE(here.st_mode), (here.st_uid, here.st_gid), None)
+            meta = self._meta_of(os.stat(directory))
+            self._put(target, meta, None)
+            directories.append((target, meta))
             if not self._follow_links:
                 files += [name for name in names if os.path.islink(os.path.join(directory, name))]
             names.sort()
             for name in sorted(files):
                 count += self._send_file(os.path.join(directory, name), posixpath.join(target, name))
+        self._finish(directories)
         return count
 
+    def _finish(self, directories: list[tuple[str, dict[str, int]]]) -> None:
+        """Give directories their times again, which what was put into them has changed."""
+        for target, meta in reversed(directories):
+            self._put(target, meta, None)
+
     def _send_file(self, source: str, target: str) -> int:
-        if os.path.islink(source) and not self._follow_links:
-            complain(f"{source} is a symlink and is skipped; -L copies what it leads to")
+        here = os.stat(source, follow_symlinks=self._follow_links)
+        if stat.S_ISLNK(here.st_mode):
+            self._link(target, self._meta_of(here), os.readlink(source))
             return 0
-        here = os.stat(source)
         if not stat.S_ISREG(here.st_mode):
-            complain(f"{source} is neither file nor directory and is skipped")
+            complain(f"{source} is no file, directory or symlink, and is skipped")
             return 0
         with open(source, "rb") as content:
-            return self._put(target, stat.S_IMODE(here.st_mode), (here.st_uid, here.st_gid), content)
+            return self._put(target, self._meta_of(here), content)
 
-    def _put(self, target: str, mode: int, owner: tuple[int, int], content: Any) -> int:
+    def _meta_of(self, here: os.stat_result) -> dict[str, int]:
+        return self._meta(stat.S_IMODE(here.st_mode), int(here.st_mtime), here.st_uid, here.st_gid)
+
+    def _meta(self, mode: int, mtime: int, uid: int, gid: int) -> dict[str, int]:
+        return {"mode": mode, "mtime": mtime, **({"uid": uid, "gid": gid} if self._archive else {})}
+
+    def _put(self, target: str, meta: dict[str, int], content: IO[bytes] | None) -> int:
         """One file, or a directory where ``content`` is None."""
-        owners = {"uid": owner[0], "gid": owner[1]} if self._archive else {}
-        request = present(direction="to", guest_path=target, is_dir=content is None, mode=mode, **owners)
+        return self._send({"direction": "to", "guest_path": target, "is_dir": content is None, **meta}, content)
+
+    def _link(self, target: str, meta: dict[str, int], leads_to: str) -> None:
+        """One symlink, as it stands: what it leads to is the guest's."""
+        try:
+            self._send({"direction": "link", "guest_path": target, "link_target": leads_to, **meta}, None)
+        except CopyFailed as error:
+            raise CopyFailed(f"{error} (a symlink; -L copies what it leads to)") from None
+
+    def _send(self, request: dict[str, Any], content: IO[bytes] | None) -> int:
+        """One stream; the bytes that arrived."""
+        try:
+            first = msgspec.json.encode(request).decode()
+        except UnicodeEncodeError:
+            raise CopyFailed(f"{os.fsencode(request['guest_path'])!r}: a name or link that is not UTF-8") from None
         socket = _open(self._client, self._instance)
         try:
-            socket.send(msgspec.json.encode(request).decode())
+            socket.send(first)
             while content is not None and (chunk := content.read(_CHUNK)):
                 socket.send(chunk)
             socket.send('{"type":"end"}')
@@ -169,6 +204,7 @@ class Sender:
         finally:
             socket.close()
         if not result.get("success"):
+            target = request["guest_path"]
             raise CopyFailed(f"{target}: {result.get('error') or result.get('message') or 'the stream ended early'}")
         return int(result.get("bytes_written") or 0)
 
@@ -318,7 +354,7 @@ class TreeWriter:
         return path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
 
 
-def write_tar(entries: Iterator[dict[str, Any] | bytes], stream: BinaryIO) -> int:
+def write_tar(entries: Iterator[dict[str, Any] | bytes], stream: IO[bytes]) -> int:
     """Write entries as a tar; memory stays flat, since a tar's header needs the size only."""
     import tarfile
 

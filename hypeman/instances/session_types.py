@@ -28,9 +28,12 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
 
 
 class CpRequest(Struct, frozen=True, kw_only=True):
-    """One file or directory into the guest, or one tree out of it."""
+    """One file, directory or symlink into the guest, or one tree out of it."""
 
-    direction: Literal["to", "from"]
+    direction: Annotated[
+        Literal["to", "from", "link"],
+        Meta(description="`link` is ours: `to`, but for a symlink. A server that does not know it says so"),
+    ]
     guest_path: str
     is_dir: bool = False
     mode: Annotated[Uint32, Meta(description="Permission bits; 0: 0644 for a file, 0755 for a directory")] = 0
@@ -38,6 +41,8 @@ class CpRequest(Struct, frozen=True, kw_only=True):
     gid: Uint32 = 0
     follow_links: bool = False
     src_basename: str | None = None
+    link_target: Annotated[str, Meta(description="Where a symlink is to lead; any path of the guest")] = ""
+    mtime: Annotated[int | None, Meta(description="Seconds since 1970; null: now")] = None
 
 
 class CopyEntry(Struct, frozen=True, kw_only=True):

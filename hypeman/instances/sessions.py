@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
+from hypeman.errors import InvalidRequest
 from hypeman.guest import client as guest
 from hypeman.guest import types as wire
 from hypeman.guest.client import GuestClient
@@ -105,13 +106,20 @@ async def open_exec(client: GuestClient, request: ExecRequest) -> ExecSession:
 
 async def open_copy_to(client: GuestClient, request: CpRequest) -> guest.CopyIn:
     owned = bool(request.uid or request.gid)
+    kind = FileKind.DIR if request.is_dir else FileKind.FILE
+    if request.direction == "link":
+        kind = FileKind.SYMLINK
+        if not request.link_target or "\0" in request.link_target:
+            raise InvalidRequest("link_target must say where the symlink is to lead")
     return await client.copy_to(
         wire.CopyToRequest(
             path=request.guest_path,
-            kind=FileKind.DIR if request.is_dir else FileKind.FILE,
+            kind=kind,
             mode=request.mode & 0o7777 or None,
             uid=request.uid if owned else None,
             gid=request.gid if owned else None,
+            mtime=request.mtime,
+            link_target=request.link_target if kind is FileKind.SYMLINK else None,
         )
     )
 

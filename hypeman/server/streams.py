@@ -149,21 +149,22 @@ def _resize_in(message: str) -> Resize | None:
 
 
 async def copy_session(services: Services, socket: Socket, ref: str) -> None:
-    """One file or directory into the guest, or one tree out of it."""
+    """One file, directory or symlink into the guest, or one tree out of it."""
     reference = await _running(services, ref)
     request = await _first_message(socket, CpRequest, lambda message: _json.encode(StreamError(message)))
     if request is None:
         return
+    direction = "from" if request.direction == "from" else "to"
     started = time.perf_counter()
     status = "error"
     try:
-        copy = _copy_in if request.direction == "to" else _copy_out
+        copy = _copy_out if direction == "from" else _copy_in
         status = "success" if await copy(services, socket, reference, request) else "error"
     except Exception as error:
         await _send_json(socket, StreamError(_told(error).message, request.guest_path))
     finally:
-        metrics.cp_sessions.labels(request.direction, status).inc()
-        metrics.cp_seconds.labels(request.direction).observe(time.perf_counter() - started)
+        metrics.cp_sessions.labels(direction, status).inc()
+        metrics.cp_seconds.labels(direction).observe(time.perf_counter() - started)
     await socket.close(1000)
 
 

@@ -62,13 +62,38 @@ def test_a_tree_in(cli: Any, server: Any, tmp_path: Path) -> None:
     (tree / "a").write_text("A")
     (tree / "sub" / "b").write_text("B")
     (tree / "link").symlink_to("a")
-    done = cli("cp", str(tree), "web:/tmp")
-    assert "is a symlink" in done.stderr
+    os.utime(tree / "sub" / "b", (1000, 2000))
+    os.utime(tree / "sub", (1000, 3000))
+    assert cli("cp", str(tree), "web:/tmp").exit_code == 0
     files = {path: data for path, (_, data) in server.world.instances.files.items()}
+    link = files.pop("/tmp/tree/link")
     assert files == {"/tmp/tree": None, "/tmp/tree/a": b"A", "/tmp/tree/sub": None, "/tmp/tree/sub/b": b"B"}
+    requests = {path: request for path, (request, _) in server.world.instances.files.items()}
+    assert (link, requests["/tmp/tree/link"].direction, requests["/tmp/tree/link"].link_target) == (b"", "link", "a")
+    assert (requests["/tmp/tree/sub/b"].mtime, requests["/tmp/tree/sub"].mtime) == (2000, 3000)
+    order = list(server.world.instances.files)
+    assert order.index("/tmp/tree/sub") > order.index("/tmp/tree/sub/b"), "a directory gets its time last"
     server.world.instances.files.clear()
     assert cli("cp", "-L", str(tree) + "/.", "web:/tmp").exit_code == 0
     assert set(server.world.instances.files) == {"/tmp", "/tmp/a", "/tmp/link", "/tmp/sub", "/tmp/sub/b"}
+
+
+def test_symlinks_in(cli: Any, server: Any, tmp_path: Path) -> None:
+    """A symlink is copied as one, also where it leads nowhere; by its name with a slash, what it leads to."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "f").write_text("F")
+    (tmp_path / "link").symlink_to("tree")
+    (tmp_path / "nowhere").symlink_to("/gone/away")
+    for name, target in (("link", "tree"), ("nowhere", "/gone/away")):
+        assert cli("cp", str(tmp_path / name), "web:/tmp").exit_code == 0
+        request, _ = server.world.instances.files[f"/tmp/{name}"]
+        assert (request.direction, request.link_target) == ("link", target)
+    assert cli("cp", f"{tmp_path}/link/", "web:/srv/").exit_code == 0
+    assert set(server.world.instances.files) >= {"/srv/link", "/srv/link/f"}
+    os.symlink(b"\xff", tmp_path / "bytes")
+    done = cli("cp", str(tmp_path / "bytes"), "web:/tmp")
+    assert (done.exit_code, "not UTF-8" in done.stderr) == (1, True)
 
 
 def test_a_tar_in(shell: Any, server: Any) -> None:

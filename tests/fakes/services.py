@@ -187,6 +187,7 @@ class FakeCopyIn:
         self._data += data
 
     async def finish(self) -> int:
+        self._files.pop(self._request.guest_path, None)  # so that their order is that of the last writing
         self._files[self._request.guest_path] = (self._request, None if self._request.is_dir else self._data)
         return len(self._data)
 
