@@ -78,6 +78,8 @@ void buf_need(struct loop *l, struct buf *b, size_t room)
 
 void buf_add(struct loop *l, struct buf *b, const char *p, size_t n)
 {
+    if (!n)
+        return; /* memcpy wants pointers that point somewhere, even for nothing */
     buf_need(l, b, n);
     memcpy(b->p + b->len, p, n);
     b->len += n;

@@ -54,4 +54,5 @@ def test_fuzz_a_little(tmp_path: Path) -> None:
         "-lssl", "-lcrypto", "-lnghttp2", "-lpthread", "-o", built)  # fmt: skip
     corpus = tmp_path / "corpus"
     corpus.mkdir()
-    run(built, "-max_len=40000", "-max_total_time=10", corpus, ROOT / "tests" / "fuzz" / "egress")
+    run(built, "-max_len=40000", "-max_total_time=10", f"-artifact_prefix={tmp_path}/", corpus,
+        ROOT / "tests" / "fuzz" / "egress")  # fmt: skip
