@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,10 @@ class NoGuest(Exception):
 
 @pytest.fixture(scope="session")
 def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Kernel and initrd of the test guest."""
+    """Kernel and initrd of the test guest. HYPEMAN_TEST_GUEST names a folder where they were made before, for
+    hosts without a compiler."""
+    if made := os.environ.get("HYPEMAN_TEST_GUEST"):
+        return Path(made, "vmlinux"), Path(made, "initrd.cpio")
     try:
         return build_guest(tmp_path_factory.mktemp("guest"))
     except NoGuest as reason:
@@ -65,6 +69,14 @@ def _padded(data: bytes) -> bytes:
 
 
 @pytest.fixture
+def folder() -> Iterator[Path]:
+    """A directory that other users can pass, as they can the data directory; pytest's own they can not."""
+    with tempfile.TemporaryDirectory(prefix="hv-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
 async def processes() -> AsyncIterator[Processes]:
     made = Processes()
     yield made
@@ -76,13 +88,20 @@ def make_config(tmp_path: Path, guest_files: tuple[Path, Path]) -> MakeConfig:
     return config_maker(tmp_path, *guest_files)
 
 
-def config_maker(directory: Path, kernel: Path, initrd: Path | None, *, uid: int = 510000) -> MakeConfig:
+def config_maker(
+    directory: Path,
+    kernel: Path,
+    initrd: Path | None,
+    *,
+    uid: int = 510000,
+    cmdline: str = kernel_cmdline(hotplug_memory=True),
+) -> MakeConfig:
     """Configs below ``directory``, each with its own user, a shared read-only disk and a writable one."""
     uids: dict[str, int] = {}
 
     def make(name: str) -> VmConfig:
         own = directory / name
-        own.mkdir(exist_ok=True, mode=0o700)
+        own.mkdir(exist_ok=True, mode=0o711)
         root, overlay = directory / "root.raw", own / "overlay.raw"
         for disk in (root, overlay):
             if not disk.exists():
@@ -95,7 +114,7 @@ def config_maker(directory: Path, kernel: Path, initrd: Path | None, *, uid: int
             memory_bytes=192 << 20,
             kernel=str(kernel),
             initrd=str(initrd) if initrd is not None else None,
-            cmdline=kernel_cmdline("rdinit=/test-init", hotplug_memory=True),
+            cmdline=f"{cmdline} rdinit=/test-init",
             disks=(
                 Disk("root", str(root), readonly=True, shared=True),
                 Disk("overlay", str(overlay), bps=64 << 20),

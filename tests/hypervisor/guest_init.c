@@ -13,6 +13,9 @@
  *   link             brings eth0 up and tells its carrier: 0, 1 or none
  *   mac              address of eth0
  *   poweroff reboot panic   (no answer)
+ *
+ * It answers at the virtio-serial port, or dials the host by vsock where a VMM has no such port. The command line
+ * makes up for what a VMM has not: disks=root,overlay are their names in order, poweroff=reset is how to end.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -20,6 +23,7 @@
 #include <ftw.h>
 #include <net/if.h>
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -30,6 +34,10 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include <linux/vm_sockets.h>
+
+#define AGENT_VSOCK_PORT 1024
 
 /* In the order in which they need each other; those that the kernel has built in are just not found. */
 static const char *const MODULES[] = {
@@ -71,6 +79,28 @@ static void first_line(const char *path, char *line, size_t size)
     line[strcspn(line, "\n")] = 0;
 }
 
+static bool told(const char *word)
+{
+    char line[2048];
+    first_line("/proc/cmdline", line, sizeof line);
+    return strstr(line, word) != NULL;
+}
+
+/* The name that the command line has for the disk "vda", "vdb" ..., if it names disks. */
+static void ordered_name(const char *name, char *serial, size_t size)
+{
+    char line[2048];
+    first_line("/proc/cmdline", line, sizeof line);
+    char *word = strstr(line, "disks=");
+    if (word == NULL)
+        return;
+    word[strcspn(word, " ")] = 0;
+    word = strtok(word + strlen("disks="), ",");
+    for (char disk = 'a'; word != NULL && disk < name[2]; disk++)
+        word = strtok(NULL, ",");
+    snprintf(serial, size, "%s", word != NULL ? word : "");
+}
+
 /* Calls back for every virtio disk with its kernel name and serial number. */
 static void each_disk(void (*then)(const char *name, const char *serial, void *arg), void *arg)
 {
@@ -82,6 +112,7 @@ static void each_disk(void (*then)(const char *name, const char *serial, void *a
             continue;
         snprintf(path, sizeof path, "/sys/block/%s/serial", entry->d_name);
         first_line(path, serial, sizeof serial);
+        ordered_name(entry->d_name, serial, sizeof serial);
         then(entry->d_name, serial, arg);
     }
     closedir(block);
@@ -189,7 +220,7 @@ static void answer_to(char *question, char *answer)
     } else if (strcmp(question, "mac") == 0)
         first_line("/sys/class/net/eth0/address", answer, 100);
     else if (strcmp(question, "poweroff") == 0)
-        reboot(RB_POWER_OFF);
+        reboot(told("poweroff=reset") ? RB_AUTOBOOT : RB_POWER_OFF);
     else if (strcmp(question, "reboot") == 0)
         reboot(RB_AUTOBOOT);
     else if (strcmp(question, "panic") == 0)
@@ -199,26 +230,47 @@ static void answer_to(char *question, char *answer)
     strcat(answer, "\n");
 }
 
-static int open_port(void)
+static int find_port(void)
 {
-    for (int tries = 0; tries < 3000; tries++) {
-        DIR *ports = opendir("/sys/class/virtio-ports");
-        struct dirent *entry;
-        while (ports != NULL && (entry = readdir(ports)) != NULL) {
-            char path[300], name[64];
-            snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
-            first_line(path, name, sizeof name);
-            if (strcmp(name, "hypeman.agent") == 0) {
-                snprintf(path, sizeof path, "/dev/%s", entry->d_name);
-                closedir(ports);
-                return open(path, O_RDWR | O_CLOEXEC);
-            }
-        }
-        if (ports != NULL)
-            closedir(ports);
-        usleep(1000);
+    int port = -1;
+    DIR *ports = opendir("/sys/class/virtio-ports");
+    struct dirent *entry;
+    while (port < 0 && ports != NULL && (entry = readdir(ports)) != NULL) {
+        char path[300], name[64];
+        snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
+        first_line(path, name, sizeof name);
+        snprintf(path, sizeof path, "/dev/%s", entry->d_name);
+        if (strcmp(name, "hypeman.agent") == 0)
+            port = open(path, O_RDWR | O_CLOEXEC);
     }
+    if (ports != NULL)
+        closedir(ports);
+    return port;
+}
+
+static int dial_host(void)
+{
+    struct sockaddr_vm host = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = AGENT_VSOCK_PORT};
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd >= 0 && connect(fd, (struct sockaddr *)&host, sizeof host) == 0)
+        return fd;
+    if (fd >= 0)
+        close(fd);
     return -1;
+}
+
+/* Where questions come from; tells whether it is a connection, which may end. */
+static int open_channel(bool *dialled)
+{
+    for (int fd;;) {
+        *dialled = false;
+        if ((fd = find_port()) >= 0)
+            return fd;
+        *dialled = true;
+        if ((fd = dial_host()) >= 0)
+            return fd;
+        usleep(2000);
+    }
 }
 
 int main(void)
@@ -241,14 +293,17 @@ int main(void)
 
     int console = open("/dev/console", O_WRONLY);
     dprintf(console, "test guest is up\n");
-    int port = open_port();
-    if (port < 0)
-        dprintf(console, "no agent port\n");
+    bool dialled;
+    int port = open_channel(&dialled);
     for (;;) {
         ssize_t got = read(port, question + have, sizeof question - 1 - have);
         if (got <= 0) { /* nobody is connected on the host's side */
             usleep(2000);
             have = 0;
+            if (dialled) {
+                close(port);
+                port = open_channel(&dialled);
+            }
             continue;
         }
         have += (size_t)got;

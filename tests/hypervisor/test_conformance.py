@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import Capabilities, Driver
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KvmProof
-from hypeman.hypervisor.qemu.driver import QemuDriver
 from tests.conformance.check_driver import CHECKS, Check, check_driver
 from tests.fakes.fake_vmm import ALL, FakeDriver, FakeMachine
-from tests.hypervisor.conftest import MakeConfig, config_maker
+from tests.hypervisor.conftest import config_maker
+from tests.hypervisor.real import REAL_KINDS, guest_cmdline, real_driver
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -31,45 +32,59 @@ async def test_fake(check: Check, able: str, tmp_path: Path) -> None:
     assert machine.alive() == []
 
 
-class Seen:
-    """What all tests of a run share about one kind of VMM."""
+class Found:
+    """What all tests of a run share: what is here of each kind, and a VM of it to fork."""
 
-    def __init__(self, folder: Path) -> None:
-        self.capabilities: dict[HypervisorKind, Capabilities] = {}
+    def __init__(self, kernel: str, folder: Path) -> None:
+        self._kernel = kernel
+        self._capabilities: dict[HypervisorKind, Capabilities] = {}
         self.folder = folder
+
+    def capabilities(self, kind: HypervisorKind) -> Capabilities:
+        if kind not in self._capabilities:
+            processes = Processes()
+            driver = real_driver(kind, processes, kernel=self._kernel, folder=str(self.folder))()
+            self._capabilities[kind] = trio.run(driver.probe)
+            processes.close()
+        return self._capabilities[kind]
 
 
 @pytest.fixture(scope="session")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    return Seen(tmp_path_factory.mktemp("warm"))
+def found(guest_files: tuple[Path, Path]) -> Iterator[Found]:
+    with tempfile.TemporaryDirectory(prefix="hv-warm-") as name:
+        Path(name).chmod(0o711)
+        yield Found(str(guest_files[0]), Path(name))
+
+
+@pytest.fixture
+def capabilities(kind: HypervisorKind, found: Found) -> Capabilities:
+    """What ``kind`` can do here. Skips where it is not; from a fixture that does not wait, which keeps the reason."""
+    capabilities = found.capabilities(kind)
+    if not capabilities.available:
+        pytest.skip(f"{kind.value}: {capabilities.reason}")
+    return capabilities
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("kind", [HypervisorKind.QEMU, HypervisorKind.QEMU_MICROVM])
-async def test_qemu(
+@pytest.mark.parametrize("kind", REAL_KINDS, ids=lambda kind: str(kind.value))
+async def test_real(
     kind: HypervisorKind,
     check: Check,
-    make_config: MakeConfig,
+    capabilities: Capabilities,
+    found: Found,
     guest_files: tuple[Path, Path],
     processes: Processes,
-    seen: Seen,
-    tmp_path: Path,
+    folder: Path,
 ) -> None:
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("qemu-system-x86_64 is not installed")
+    make = real_driver(kind, processes, kernel=str(guest_files[0]), folder=str(folder.parent))
 
-    async def no_tap(name: str) -> int:
-        raise OSError(f"no TAP {name} in this test")
-
-    def make_driver() -> QemuDriver:
-        driver = QemuDriver(processes, no_tap, kvm=KvmProof(processes, kernel=str(guest_files[0])), kind=kind)
-        if kind in seen.capabilities:
-            driver.adopt_capabilities(seen.capabilities[kind])
+    def make_driver() -> Driver:
+        driver = make()
+        driver.adopt_capabilities(capabilities)
         return driver
 
-    if kind not in seen.capabilities:
-        seen.capabilities[kind] = await make_driver().probe()
-    directory = tmp_path / "captures"
-    directory.mkdir()
-    await check_driver(check, make_driver, make_config, directory, seen.folder / kind.value)
+    make_config = config_maker(folder, *guest_files, cmdline=guest_cmdline(make_driver()))
+    directory = folder / "captures"
+    directory.mkdir(mode=0o711)
+    await check_driver(check, make_driver, make_config, directory, found.folder / kind.value)

@@ -11,8 +11,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,6 @@ _PYTHON = "/usr/bin/python3"
 KINDS = ("cloud-hypervisor", "firecracker")
 
 Make = Callable[[str], Driver]
-
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """A directory that other users can pass, as they can the data directory; pytest's own they can not."""
-    with tempfile.TemporaryDirectory(prefix="hv-") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
 
 
 @pytest.fixture
@@ -95,7 +86,6 @@ def make_config(folder: Path) -> MakeConfig:
 
     def make(name: str) -> VmConfig:
         config = made(name)
-        Path(config.run_dir).parent.chmod(0o711)
         for disk in config.disks:
             Path(disk.path).chmod(0o600)
         return config
@@ -107,13 +97,8 @@ def make_config(folder: Path) -> MakeConfig:
 @pytest.mark.parametrize("kind", KINDS)
 async def test_conformance(kind: str, check: Check, make_driver: Make, make_config: MakeConfig, folder: Path) -> None:
     captures = folder / "captures"
-    captures.mkdir()
-    captures.chmod(0o777)
-    umask = os.umask(0)  # the caller gives a capture's directory to the VMM's user; here it is everybody's
-    try:
-        await check_driver(check, lambda: make_driver(kind), make_config, captures, captures / "warm")
-    finally:
-        os.umask(umask)
+    captures.mkdir(mode=0o711)
+    await check_driver(check, lambda: make_driver(kind), make_config, captures, captures / "warm")
 
 
 async def test_what_the_vmm_said_is_in_the_error(make_driver: Make, make_config: MakeConfig) -> None:
