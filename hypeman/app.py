@@ -435,7 +435,7 @@ def _register_gauges(instances: Instances, images: Images, network: Network, sto
         return {(instance,): counts[column] for instance, counts in network.counters().items()}
 
     for column, direction in enumerate(("receive", "transmit")):
-        metrics.register_gauge(
+        metrics.register_counter(
             f"hypeman_network_{direction}_bytes_total",
             f"Bytes that the guest did {direction}",
             ("instance",),

@@ -19,22 +19,13 @@ static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n,
 {
     struct conn *c = user;
     struct xchg *x = source->ptr;
+    (void)s;
     if (!buf_size(&x->to_down)) {
         if (!x->to_down_end) {
             x->to_down_deferred = true;
             return NGHTTP2_ERR_DEFERRED;
         }
-        *flags |= NGHTTP2_DATA_FLAG_EOF;
-        struct head *t = x->down_trailers.head;
-        if (t && t->n) {
-            struct pairs p;
-            pairs_start(c->loop, &p);
-            for (unsigned i = 0; i < t->n; i++)
-                if (trailer_passes(&t->f[i], NULL))
-                    pairs_add(&p, t->f[i].name, t->f[i].value, false);
-            if (p.n && nghttp2_submit_trailer(s, id, p.nv, p.n) == 0)
-                *flags |= NGHTTP2_DATA_FLAG_NO_END_STREAM;
-        }
+        *flags |= h2_end_body(c, id, x->down_trailers.head);
         return 0;
     }
     ssize_t given = h2_pull(c->loop, &x->to_down, out, n);

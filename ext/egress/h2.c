@@ -148,6 +148,17 @@ void pairs_number(struct pairs *p, const char *name, uint64_t value)
     pairs_add(p, (struct str){name, (uint32_t)strlen(name)}, text, false);
 }
 
+uint32_t h2_end_body(struct conn *c, int32_t stream, const struct head *trailers)
+{
+    struct pairs p;
+    pairs_start(c->loop, &p);
+    for (unsigned i = 0; trailers && i < trailers->n; i++)
+        if (trailer_passes(&trailers->f[i], NULL))
+            pairs_add(&p, trailers->f[i].name, trailers->f[i].value, false);
+    bool more = p.n && nghttp2_submit_trailer(c->h2, stream, p.nv, p.n) == 0;
+    return NGHTTP2_DATA_FLAG_EOF | (more ? NGHTTP2_DATA_FLAG_NO_END_STREAM : 0);
+}
+
 nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbacks *callbacks)
 {
     nghttp2_session *s = NULL;

@@ -28,6 +28,9 @@ void pairs_start(struct loop *l, struct pairs *p);
 void pairs_add(struct pairs *p, struct str name, struct str value, bool secret);
 void pairs_number(struct pairs *p, const char *name, uint64_t value);
 
+/* The last byte of a body was given: flags for nghttp2, which then sends the trailers, if there are any. */
+uint32_t h2_end_body(struct conn *c, int32_t stream, const struct head *trailers);
+
 nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbacks *callbacks);
 /* Writes frames while there is room; the rest goes when there is room again. */
 void h2_pump(struct conn *c);

@@ -60,8 +60,9 @@ ELSEWHERE = frozenset(["denied"])
 
 def register_metrics(egress: Egress) -> None:
     for name, family in FAMILIES.items():
-        metrics.register_gauge(name, family.text, _labels(family.label), partial(_of_family, egress, family))
-    metrics.register_gauge(
+        register = metrics.register_counter if name.endswith("_total") else metrics.register_gauge
+        register(name, family.text, _labels(family.label), partial(_of_family, egress, family))
+    metrics.register_counter(
         "hypeman_egress_denied_total",
         "Requests and connections that were denied or failed, by reason",
         ("reason",),

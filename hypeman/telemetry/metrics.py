@@ -1,7 +1,8 @@
 """Prometheus metrics under the names that dashboards for the original know (§3.7).
 
 Things that happen are counted where they happen. Things that are (how many instances in which
-state) are asked for when somebody looks: ``register_gauge`` takes the question. Labels are few and
+state) are asked for when somebody looks: ``register_gauge`` takes the question, and ``register_counter``
+that for what others count (kernel, data plane). Labels are few and
 bounded: routes are templates, never paths.
 """
 
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -86,29 +87,36 @@ def timed_vmm_call(operation: str) -> Iterator[None]:
             vmm_errors.labels(operation).inc()
 
 
-class _Gauges(Collector):
-    """Gauges whose values are asked for at each look."""
+Ask = Callable[[], Mapping[tuple[str, ...], float]]
+"""Label values → number. Must be quick and not block."""
+
+
+class _Asked(Collector):
+    """Metrics whose values are asked for at each look."""
 
     def __init__(self) -> None:
-        self.questions: dict[str, tuple[str, Sequence[str], Callable[[], Mapping[tuple[str, ...], float]]]] = {}
+        self.questions: dict[str, tuple[type[CounterMetricFamily | GaugeMetricFamily], str, Sequence[str], Ask]] = {}
 
     def collect(self) -> Iterable[Metric]:
-        for name, (text, labels, ask) in self.questions.items():
-            family = GaugeMetricFamily(name, text, labels=labels)
+        for name, (kind, text, labels, ask) in self.questions.items():
+            family = kind(name, text, labels=labels)
             for values, number in ask().items():
                 family.add_metric(values, number)
             yield family
 
 
-_gauges = _Gauges()
-REGISTRY.register(_gauges)
+_asked = _Asked()
+REGISTRY.register(_asked)
 
 
-def register_gauge(
-    name: str, text: str, labels: Sequence[str], ask: Callable[[], Mapping[tuple[str, ...], float]]
-) -> None:
-    """A gauge that ``ask`` answers at each look: label values → number. Must be quick and not block."""
-    _gauges.questions[name] = (text, labels, ask)
+def register_gauge(name: str, text: str, labels: Sequence[str], ask: Ask) -> None:
+    """A gauge that ``ask`` answers at each look."""
+    _asked.questions[name] = (GaugeMetricFamily, text, labels, ask)
+
+
+def register_counter(name: str, text: str, labels: Sequence[str], ask: Ask) -> None:
+    """The same for a number that only grows; ``name`` ends in ``_total``."""
+    _asked.questions[name] = (CounterMetricFamily, text, labels, ask)
 
 
 _started = time.monotonic()

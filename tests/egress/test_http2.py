@@ -242,6 +242,27 @@ async def test_refused_streams(world: World, change: dict[str, str], status: int
     assert len(world.origin.requests) == 1
 
 
+@pytest.mark.parametrize("extended", [False, True])
+async def test_connect_is_refused(world: World, extended: bool) -> None:
+    """Neither a tunnel in a stream nor one of RFC 8441, which is not offered: WebSockets come over HTTP/1."""
+    peer = await client(world)
+    await peer.answer(await peer.ask())
+    assert not peer.http.remote_settings.enable_connect_protocol
+    stream = peer.http.get_next_available_stream_id()
+    fields = [(":method", "CONNECT"), (":authority", HOST)]
+    if extended:
+        fields += [(":protocol", "websocket"), (":scheme", "https"), (":path", "/")]
+    peer.http.send_headers(stream, fields)
+    await peer.flush()
+    status, said, _ = await peer.answer(stream)
+    if extended:
+        assert peer.of(stream, h2.events.StreamReset)[0].error_code == 1  # PROTOCOL_ERROR, as of anything not offered
+    else:
+        assert (status, said["x-hypeman-egress"]) == (405, "method_not_allowed")
+    assert (await peer.answer(await peer.ask()))[0] == 200
+    assert [request.method for request in world.origin.requests] == ["GET", "GET"]
+
+
 async def test_host_field_beside_authority(world: World) -> None:
     peer = await client(world)
     assert (await peer.answer(await peer.ask(("host", "evil.test"))))[0] in (0, 400)

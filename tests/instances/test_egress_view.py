@@ -177,6 +177,8 @@ async def test_metrics_of_a_real_denial(egress: Egress) -> None:
     told = metrics.render_metrics().decode()
     for line in (
         "hypeman_egress_requests_total 1.0",
+        "# TYPE hypeman_egress_connections gauge",
+        "# TYPE hypeman_egress_accepted_total counter",
         'hypeman_egress_accepted_total{outcome="accepted"} 1.0',
         'hypeman_egress_accepted_total{outcome="unregistered"} 0.0',
     ):
