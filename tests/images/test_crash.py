@@ -1,5 +1,5 @@
-"""SIGKILL at every write of a pull: whatever was reached, a restart ends with the right image, and with
-nothing beside it."""
+"""SIGKILL at every write of a pull or an import: whatever was reached, a restart ends with the right image,
+and with nothing beside it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.images.conftest import need_root, push
 from tests.images.crash_points import Points
-from tests.images.layout import ImageFiles, directory, entry, tar
+from tests.images.layout import ImageFiles, archive_directory, directory, entry, in_pieces, tar
 from tests.images.trees import make_disk
 
 FILES = ImageFiles(
@@ -47,16 +48,18 @@ def open_store(paths: Paths) -> Store:
             time.sleep(0.01)
 
 
-async def pull(paths: Paths, host: str, name: str, *, ask: bool) -> None:
+Ask = Callable[[Images], Awaitable[object]]
+
+
+async def live(paths: Paths, config: ImagesConfig, name: str, ask: Ask | None) -> None:
     """One life of a server: start, ask for the image, wait until it is ready."""
     store = open_store(paths)
-    config = ImagesConfig(insecure_registries=(host,), docker_config="/nonexistent")
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)
         images = Images(store=store, paths=paths, config=config)
         await nursery.start(images.run)
-        if ask:
-            await images.create(CreateImageRequest(name))
+        if ask is not None:
+            await ask(images)
         with trio.fail_after(60):
             image = await images.wait_final(name)
         assert image.status is ImageStatus.READY, image.error
@@ -64,8 +67,10 @@ async def pull(paths: Paths, host: str, name: str, *, ask: bool) -> None:
     store.close()
 
 
-def life_that_is_killed(paths: Paths, host: str, name: str, journal: Path, at: int) -> bool:
-    """Run ``pull`` in a process that dies at write number ``at``; whether it came so far."""
+def life_that_is_killed(
+    paths: Paths, config: ImagesConfig, name: str, ask: Ask, journal: Path, at: int
+) -> bool:
+    """``live`` in a process that dies at write number ``at``; whether it came so far."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -83,7 +88,7 @@ def life_that_is_killed(paths: Paths, host: str, name: str, journal: Path, at: i
             server = str(os.getpid())
             run = ["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, script]
             worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]  # type: ignore[assignment]
-            trio.run(lambda: pull(paths, host, name, ask=True))
+            trio.run(live, paths, config, name, ask)
         except BaseException:
             import traceback
 
@@ -93,7 +98,7 @@ def life_that_is_killed(paths: Paths, host: str, name: str, journal: Path, at: i
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return True
-    assert os.waitstatus_to_exitcode(status) == 0, "the pull itself failed"
+    assert os.waitstatus_to_exitcode(status) == 0, "the image could not be made at all"
     return False
 
 
@@ -115,17 +120,45 @@ def test_kill_at_every_write(registry_host: str, tmp_path: Path) -> None:
     need_root()
     name = f"{registry_host}/test/crash:1"
     push(FILES.write_layout(tmp_path / "oci"), name)
+    config = ImagesConfig(insecure_registries=(registry_host,), docker_config="/nonexistent")
+    visited = visit(tmp_path, config, name, lambda images: images.create(CreateImageRequest(name)))
+    assert visited > 30
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["archive", "layout"])
+def test_kill_at_every_write_of_an_import(form: str, tmp_path: Path) -> None:
+    """Until the image is written down; from there on it is made as after a pull."""
+    need_root()
+    layout = FILES.write_layout(tmp_path / "oci")
+    archive = archive_directory(layout)
+    name = "localhost/crash:1"
+
+    async def ask(images: Images) -> None:
+        if form == "archive":
+            await images.import_archive(in_pieces(archive, 1 << 20), name=name)
+        else:
+            await images.import_path(str(layout), name=name)
+
+    config = ImagesConfig(import_paths=(str(tmp_path),), docker_config="/nonexistent")
+    visited = visit(tmp_path, config, name, ask, until_asked=True)
+    assert visited > 15
+
+
+def visit(tmp_path: Path, config: ImagesConfig, name: str, ask: Ask, *, until_asked: bool = False) -> int:
+    """Die at every write, or every one before the image is in the records; how many there were."""
     expected = make_disk(FILES.layers)
-    at, visited = 0, 0
-    while True:
+    at, visited, asked = 0, 0, False
+    while not (until_asked and asked):
         at += 1
         paths = Paths(tmp_path / f"data-{at}", tmp_path / "run")
-        reached = life_that_is_killed(paths, registry_host, name, tmp_path / f"journal-{at}", at)
+        reached = life_that_is_killed(paths, config, name, ask, tmp_path / f"journal-{at}", at)
         check_records(paths)
         store = open_store(paths)
         asked = bool(store.read(lambda txn: list(txn.scan(IMAGES))))
         store.close()
-        trio.run(lambda paths=paths, asked=asked: pull(paths, registry_host, name, ask=not asked))
+        trio.run(live, paths, config, name, None if asked else ask)
         (directory_,) = paths.images.iterdir()
         assert sorted(file.name for file in directory_.iterdir()) == ["config.json", "root.erofs"]
         disk = (directory_ / "root.erofs").read_bytes()
@@ -135,5 +168,5 @@ def test_kill_at_every_write(registry_host: str, tmp_path: Path) -> None:
             break
         visited += 1
         subprocess.run(["rm", "-rf", paths.data_dir], check=True)
-    print(f"killed at {visited} points of a pull and conversion; every restart ended with the same image")
-    assert visited > 30
+    print(f"killed at {visited} points; every restart ended with the same image")
+    return visited
