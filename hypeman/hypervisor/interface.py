@@ -128,6 +128,10 @@ class Capabilities(msgspec.Struct, frozen=True):
     disk_io_limit: bool = False
     disk_resize: bool = False
     max_disks: int = 24
+    disk_serials: bool = True
+    """Guests find a disk by its id; else only by its place among the disks."""
+    power_off: bool = True
+    """A guest can power off; else it ends by a reset."""
 
 
 class VmmState(enum.StrEnum):

@@ -79,20 +79,27 @@ def volume_disk(paths: Paths, volume_id: str, *, readonly: bool, port: int) -> D
     )
 
 
-def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmConfig:
+def vm_disks(record: InstanceRecord, root_disk: Path, paths: Paths, *, hotplug: bool) -> tuple[Disk, ...]:
+    """In the order in which the guest sees them. Without ``hotplug`` all of them are fixed."""
     spec = record.spec
     mine = paths.instance(record.id)
     disks = [
-        Disk(id="root", path=str(around.root_disk), readonly=True, shared=True, bps=spec.disk_io_bps),
+        Disk(id="root", path=str(root_disk), readonly=True, shared=True, bps=spec.disk_io_bps),
         Disk(id="overlay", path=str(mine.overlay), bps=spec.disk_io_bps),
         Disk(id="boot", path=str(mine.boot_disk)),
     ]
     for volume in spec.volumes:
-        port = record.ports.get(volume.volume_id, 0)
+        port = record.ports.get(volume.volume_id, 0) if hotplug else 0
         disks.append(volume_disk(paths, volume.volume_id, readonly=volume.readonly, port=port))
         if volume.overlay:
             overlay = mine.volume_overlay(volume.volume_id)
             disks.append(Disk(id=volume_overlay_disk_id(volume.volume_id), path=str(overlay)))
+    return tuple(disks)
+
+
+def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmConfig:
+    spec = record.spec
+    mine = paths.instance(record.id)
     nics: tuple[Nic, ...] = ()
     if around.lease is not None and around.lease.enabled:
         nics = (Nic(id="net0", tap=around.lease.tap, mac=around.lease.mac, mtu=around.mtu),)
@@ -105,7 +112,7 @@ def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmC
         kernel=around.kernel,
         initrd=around.initrd,
         cmdline=around.cmdline,
-        disks=tuple(disks),
+        disks=vm_disks(record, around.root_disk, paths, hotplug=around.hotplug),
         nics=nics,
         pci_devices=tuple(PciDevice(id=f"dev{n}", sysfs_path=path) for n, path in enumerate(around.devices)),
         run_dir=str(mine.run),

@@ -40,6 +40,7 @@ from hypeman.instances.validate import guest_env
 from hypeman.instances.vm import (
     Surroundings,
     vm_config,
+    vm_disks,
     volume_disk,
     volume_disk_id,
     volume_overlay_disk_id,
@@ -519,6 +520,8 @@ class World:
             egress_env, certificates = self.egress.guest_setup(lease)
             env.update(egress_env)
         network = self.network.guest_network(lease) if lease is not None else None
+        able = self.driver(record).capabilities
+        disks = vm_disks(record, self.images.disk(record.digest), self.paths, hotplug=able.hotplug_disk)
         return BootConfig(
             instance_id=record.id,
             hostname=record.name,
@@ -544,6 +547,8 @@ class World:
             grace_seconds=STOP_GRACE,
             skip_agent=spec.skip_guest_agent,
             clock_ns=time.time_ns(),
+            disk_order=() if able.disk_serials else tuple(disk.id for disk in disks),
+            power_off_by_reset=not able.power_off,
         )
 
 

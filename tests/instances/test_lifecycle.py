@@ -11,6 +11,7 @@ import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 
+import msgspec
 import pytest
 import trio
 import trio.lowlevel
@@ -488,3 +489,13 @@ async def test_the_list_is_what_get_says(lab: Lab) -> None:
 def test_a_crash_is_no_exception() -> None:
     """Else a handler for failures would hide it, and the tests above would prove nothing."""
     assert not issubclass(Crash, Exception)
+
+
+async def test_a_guest_is_told_what_its_vmm_can_not(lab: Lab) -> None:
+    async with lab.running() as instances:
+        for name, able in (("able", True), ("unable", False)):
+            capabilities = msgspec.structs.replace(lab.driver.capabilities, disk_serials=able, power_off=able)
+            lab.driver.adopt_capabilities(capabilities)
+            instance = await instances.create(request(name))
+            disk = lab.paths.instance(instance.id).boot_disk.read_bytes()
+            assert (b"overlay" in disk) is not able

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -17,7 +18,8 @@ from hypeman.instances.plan import plan_create, plan_delete, plan_start, plan_st
 from hypeman.instances.records import INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
 from hypeman.instances.steps import TakeBack
 from hypeman.instances.types import EgressEnforcementMode, InstanceState, VolumeMount
-from hypeman.instances.vm import DISK_PORTS, assign_ports, free_port, volume_disk_id
+from hypeman.instances.vm import DISK_PORTS, assign_ports, free_port, vm_disks, volume_disk_id
+from hypeman.paths import Paths
 from hypeman.resources.accounting import Holding, Limits, Totals, hold, totals
 from hypeman.store import Store
 
@@ -157,3 +159,13 @@ async def test_a_limit_refuses_more_and_never_a_giving_back(store: Store) -> Non
     smaller = Limits(memory=10)
     await store.write(lambda txn: hold(txn, "a", Holding(memory=70), smaller))
     assert store.read(totals).memory == 90
+
+
+def test_without_hotplug_all_disks_are_fixed() -> None:
+    volumes = (VolumeMount(volume_id="data", mount_path="/data"),)
+    changed = record(ports={"data": 2})
+    changed = msgspec.structs.replace(changed, spec=msgspec.structs.replace(changed.spec, volumes=volumes))
+    for hotplug, port in ((True, 2), (False, 0)):
+        disks = vm_disks(changed, Path("/root.erofs"), Paths(Path("/data"), Path("/run")), hotplug=hotplug)
+        assert [disk.id for disk in disks] == ["root", "overlay", "boot", volume_disk_id("data")]
+        assert disks[-1].port == port

@@ -21,8 +21,8 @@ SLOWNESS = 10
 
 _OURS = ("hypeman", "tests/__init__.py", "tests/conftest.py", "tests/conformance", "tests/fakes", "tests/hypervisor")
 _PACKAGES = (
-    "trio", "attr", "attrs", "outcome", "sniffio", "sortedcontainers", "idna", "msgspec", "lmdb", "h11", "yaml", "_yaml",
-    "pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pygments", "pytest_trio",
+    "trio", "attr", "attrs", "outcome", "sniffio", "sortedcontainers", "idna", "msgspec", "lmdb", "h11", "yaml",
+    "_yaml", "pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pygments", "pytest_trio",
 )  # fmt: skip
 _METADATA = ("pytest-", "pytest_trio-", "pluggy-")
 """pytest finds its plugins by these."""
@@ -70,7 +70,7 @@ def boot(image: Image, folder: Path) -> MetalHost:
 def tests(host: MetalHost, selection: str, *, seconds: float) -> str:
     """Run tests of ours in there; what pytest said."""
     return host.check(
-        f"cd /opt/hypeman && HYPEMAN_TEST_VMMS=/opt/vmms HYPEMAN_TEST_GUEST=/opt/guest HYPEMAN_TEST_SLOWNESS={SLOWNESS} "
-        f"timeout {seconds} python3 -m pytest -q -x {selection}",
+        f"cd /opt/hypeman && export HYPEMAN_TEST_VMMS=/opt/vmms HYPEMAN_TEST_GUEST=/opt/guest && "
+        f"HYPEMAN_TEST_SLOWNESS={SLOWNESS} timeout {seconds} python3 -m pytest -q -x {selection}",
         timeout=seconds + 60,
     )

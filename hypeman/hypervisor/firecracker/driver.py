@@ -77,6 +77,8 @@ class FirecrackerDriver(Seeker):
             disk_io_limit=True,
             disk_resize=True,
             max_disks=native.MAX_DISKS,
+            disk_serials=False,
+            power_off=False,
         )
 
     def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
