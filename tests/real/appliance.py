@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,21 @@ class Namespace:
 
     def run(self, *argv: str) -> str:
         return subprocess.run(self.command(*argv), check=True, capture_output=True, text=True).stdout
+
+    @contextmanager
+    def serving(self, program: str, *arguments: str) -> Iterator[None]:
+        """A Python program that prints a line when it listens."""
+        process = subprocess.Popen(
+            self.command(sys.executable, "-u", "-c", program, *arguments), stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline(), "the server did not start"
+            yield
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
 
     def links(self) -> list[str]:
         """Names of all interfaces but lo."""
@@ -246,6 +261,11 @@ class Appliance:
         return done.returncode, (done.stdout + done.stderr).decode()
 
     # What lies about
+
+    def open_files(self) -> int:
+        """Descriptors that the server has open."""
+        assert self._process is not None  # `ip netns exec` has become the server
+        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
 
     def vmms(self) -> dict[int, str]:
         """Processes of VMMs of this appliance: pid and run directory."""

@@ -3,9 +3,11 @@
 It counts the moments at which trouble would hurt. While FILE is there it says which kind and how many moments
 to let pass; at the next one it happens, once, and FILE.where tells the moment's name:
 
-    {"kind": "server", "at": 7}                 the server kills itself with SIGKILL
-    {"kind": "vmm", "at": 7, "spare": ""}       all VMMs are killed with SIGKILL, that of instance ``spare`` apart
-    {"kind": "write", "at": 7}                  the disk is full, for this one write
+    {"run": 1, "kind": "server", "at": 7}               the server kills itself with SIGKILL
+    {"run": 2, "kind": "vmm", "at": 7, "spare": ""}     all VMMs are killed with SIGKILL, that of ``spare`` apart
+    {"run": 3, "kind": "write", "at": 7}                the disk is full, for this one write
+
+Each run counts from its own beginning.
 
 Moments are before and after: every commit of the store, every effect on the world, the first piece and the whole
 of a file that a compression writes; for VMMs also every QMP command, as long as there is one to be killed. For
@@ -47,6 +49,7 @@ class Bomb:
         self._file = file
         self._vms = vms
         self._seen = 0
+        self._run = 0
         self._one_at_a_time = threading.RLock()  # some moments are in worker threads
 
     def strikes(self, kind: str, where: str) -> bool:
@@ -54,9 +57,10 @@ class Bomb:
         with self._one_at_a_time:
             try:
                 wanted = json.loads(self._file.read_text())
-            except (FileNotFoundError, ValueError):
-                self._seen = 0
+            except FileNotFoundError:
                 return False
+            if wanted["run"] != self._run:
+                self._run, self._seen = wanted["run"], 0
             if wanted["kind"] != kind:
                 return False
             victims = self._vmms(wanted["spare"]) if kind == "vmm" else []

@@ -59,6 +59,7 @@ class Trigger:
     def __init__(self, directory: Path) -> None:
         self._file = directory / "bomb"
         self._where = directory / "bomb.where"
+        self._run = 0
         self.visited: list[str] = []
 
     def moments(self) -> Iterator[int]:
@@ -72,7 +73,8 @@ class Trigger:
     def set(self, moment: int, kind: str, **more: Any) -> None:
         self._where.unlink(missing_ok=True)
         side = self._file.with_suffix(".new")
-        side.write_text(json.dumps({"kind": kind, "at": moment, "spare": "", **more}))
+        self._run += 1
+        side.write_text(json.dumps({"run": self._run, "kind": kind, "at": moment, "spare": "", **more}))
         side.rename(self._file)
 
     def release(self) -> str:

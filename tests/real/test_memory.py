@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import os
+import time
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.real.appliance import Appliance, running_appliance
-from tests.real.world import ADDRESS, World
+from tests.real.appliance import Appliance
+from tests.real.world import ADDRESS, appliance_in_world
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -54,10 +55,30 @@ async def test_a_program_goes_on_after_standby(appliance: Appliance) -> None:
     assert await counted(appliance, "one") >= before
     await check_no_gap(appliance, "one")
     code, clock = await appliance.exec("one", "date", "+%s")
-    import time
-
     assert code == 0 and abs(int(clock) - time.time()) < 10
     assert not list((appliance.data / "captures").iterdir())
+
+
+async def test_many_standbys_of_one(appliance: Appliance) -> None:
+    """As often as STANDBY_CYCLES says (100 once per release): the program goes on, and nothing piles up."""
+    cycles = int(os.environ.get("STANDBY_CYCLES", "5"))
+    await appliance.create("one", size="64MB", cmd=COUNTER)
+    await appliance.post("/instances/one/standby")
+    asleep, open_files = appliance.files(), appliance.open_files()
+    for number in range(cycles):
+        await appliance.post("/instances/one/restore")
+        before = await counted(appliance, "one")
+        await appliance.post("/instances/one/standby")
+        captures = {path for path in asleep ^ appliance.files() if not path.startswith("captures/")}
+        assert not captures, f"{captures} after {number + 1} cycles"
+        assert len(appliance.files()) == len(asleep) and not appliance.vmms()
+    assert appliance.open_files() <= open_files + 2, "descriptors of the server pile up"
+    await appliance.post("/instances/one/restore")
+    assert await counted(appliance, "one") > before > 0
+    await check_no_gap(appliance, "one")
+    code, clock = await appliance.exec("one", "date", "+%s")
+    assert code == 0 and abs(int(clock) - time.time()) < 10
+    print(f"{cycles} cycles, counter at {before}")
 
 
 async def test_a_connection_survives_standby(directory: Path) -> None:
@@ -80,24 +101,6 @@ async def wait_for_text(appliance: Appliance, name: str, path: str, text: str) -
     with trio.fail_after(60):
         while text not in (await appliance.exec(name, "cat", path))[1]:
             await trio.sleep(0.1)
-
-
-def appliance_in_world(directory: Path, **environ: str):  # type: ignore[no-untyped-def]
-    from contextlib import asynccontextmanager
-
-    @asynccontextmanager
-    async def opened() -> AsyncIterator[tuple[Appliance, World]]:
-        async with running_appliance(directory, **environ) as appliance:
-            appliance.stop()
-            world = World(appliance.namespace)
-            try:
-                await appliance.start()
-                yield appliance, world
-            finally:
-                appliance.kill()
-                world.remove()
-
-    return opened()
 
 
 async def test_a_fork_runs_on_as_somebody_else(appliance: Appliance) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from tests.real.appliance import Namespace
+from tests.real.appliance import Appliance, Namespace, running_appliance
 
 ADDRESS = "192.0.2.1"
 _OUR_SIDE = "192.0.2.2"
@@ -21,8 +20,6 @@ class World(Namespace):
 
     def __init__(self, inside: Namespace, *names: str) -> None:
         super().__init__()
-        self._inside = inside
-        self._processes: list[subprocess.Popen[bytes]] = []
         link = f"w{self.name[3:]}"
         subprocess.run(
             [
@@ -53,21 +50,20 @@ class World(Namespace):
         (self._etc / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{ADDRESS} {name}\n" for name in names))
         (self._etc / "resolv.conf").write_text("")
 
-    @contextmanager
-    def serving(self, program: str, *arguments: str) -> Iterator[None]:
-        """A Python program that prints a line when it listens."""
-        process = subprocess.Popen(
-            self.command(sys.executable, "-u", "-c", program, *arguments), stdout=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        try:
-            assert process.stdout.readline(), "the server did not start"
-            yield
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-
     def remove(self) -> None:
         shutil.rmtree(self._etc)
         super().remove()
+
+
+@asynccontextmanager
+async def appliance_in_world(directory: Path, **environ: str) -> AsyncIterator[tuple[Appliance, World]]:
+    """A started server with its uplink in a world."""
+    async with running_appliance(directory, **environ) as appliance:
+        appliance.stop()
+        world = World(appliance.namespace)
+        try:
+            await appliance.start()
+            yield appliance, world
+        finally:
+            appliance.kill()
+            world.remove()
