@@ -1,7 +1,8 @@
 """Blobs on disk: a cache of compressed layers, by digest, bounded, and never trusted blindly.
 
     blobs/sha256/<hex>        whole blobs; the modification time is that of the last use
-    blobs/partial/<name>      downloads under way; emptied at start
+    blobs/partial/<hex>       downloads under way, also those that a stopped server left: they are gone on with
+    blobs/partial/import-…    files of an archive on their way in; removed at start
 
 A blob gets its final name only after its digest was checked and its bytes were flushed. What is read
 from here is checked once more while it is unpacked (diff_id), so a damaged file can only cost a pull.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -32,7 +34,8 @@ class Blobs:
         for path in (self._whole, self._partial):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left_over in self._partial.iterdir():
-            left_over.unlink()
+            if not _is_download(left_over.name):
+                left_over.unlink()
 
     def path(self, digest: str) -> Path:
         return self._whole / digest.removeprefix("sha256:")
@@ -50,10 +53,21 @@ class Blobs:
         os.utime(fd)
         return fd
 
-    def begin(self) -> tuple[int, Path]:
-        """A new, empty partial file, open for reading and writing."""
-        path = self._partial / secrets.token_hex(8)
+    def begin(self, digest: str = "") -> tuple[int, Path]:
+        """A partial file, open for reading and writing: for the blob ``digest``, with what an earlier
+        download left in it, or a new one for a blob that is yet to be named."""
+        if digest:
+            path = self._partial / digest.removeprefix("sha256:")
+            return os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600), path
+        path = self._partial / f"import-{secrets.token_hex(8)}"
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600), path
+
+    def downloads(self) -> list[str]:
+        """Digests of the blobs of which there is a part."""
+        return [f"sha256:{name}" for name in os.listdir(self._partial) if _is_download(name)]
+
+    def abandon_download(self, digest: str) -> None:
+        self.abandon(self._partial / digest.removeprefix("sha256:"))
 
     def publish(self, fd: int, partial: Path, digest: str) -> None:
         """Give a checked file its final name."""
@@ -99,3 +113,7 @@ class Blobs:
                 with contextlib.suppress(FileNotFoundError):
                     found.append((f"sha256:{entry.name}", entry.stat(follow_symlinks=False)))
         return found
+
+
+def _is_download(name: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", name) is not None

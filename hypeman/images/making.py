@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import trio
@@ -84,6 +84,9 @@ class Job:
         self.unpacked = 0
         self.scope = trio.CancelScope()
         self.given_up = False
+        """Nobody wants it any more."""
+        self.broken = False
+        """It will fail: what was fetched for it is not kept."""
         self.done = trio.Event()
 
     @property
@@ -156,7 +159,11 @@ class Maker:
                 for blob in job.blobs.values():
                     nursery.start_soon(self._obtain, job, blob, fetched)
                 nursery.start_soon(self._watch_downloads, job)
-                done = await self._convert(job, manifest, config, made)
+                try:
+                    done = await self._convert(job, manifest, config, made)
+                except Exception:
+                    job.broken = True
+                    raise
             disk = made / "root.erofs"
             await trio.to_thread.run_sync(disks.verify, disk, done.size)
             if self._config.root_fs == "ext4":
@@ -214,12 +221,29 @@ class Maker:
             raise MakeFailed("what was imported is no longer there; import it again")
         return data
 
+    async def collect_downloads(self) -> None:
+        """Remove what earlier downloads left and nobody goes on with."""
+        for digest in await trio.to_thread.run_sync(self._blobs.downloads):
+            if digest in self._fetching:
+                continue
+            async with self._alone_with(digest):
+                await trio.to_thread.run_sync(self._blobs.abandon_download, digest)
+
+    @contextlib.asynccontextmanager
+    async def _alone_with(self, digest: str) -> AsyncIterator[None]:
+        """Two images that share a layer fetch it once."""
+        lock = self._fetching.setdefault(digest, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked() and self._fetching.get(digest) is lock:
+                del self._fetching[digest]
+
     async def _obtain(self, job: Job, blob: _Blob, fetched: list[str]) -> None:
         """Bring one layer's blob here, from the cache or the registry."""
         digest, size = blob.descriptor.digest, blob.descriptor.size
-        # Two images that share a layer fetch it once.
-        lock = self._fetching.setdefault(digest, trio.Lock())
-        async with lock:
+        async with self._alone_with(digest):
             found = await trio.to_thread.run_sync(self._blobs.open, digest, size)
             if found is not None:
                 blob.fd, blob.done = found, size
@@ -228,7 +252,7 @@ class Maker:
             if job.source is None:
                 raise MakeFailed("what was imported is no longer there; import it again")
             async with self._downloads:
-                fd, partial = await trio.to_thread.run_sync(self._blobs.begin)
+                fd, partial = await trio.to_thread.run_sync(self._blobs.begin, digest)
                 blob.fd = fd  # closed with the job
                 try:
                     await self._registry.blob(
@@ -239,11 +263,12 @@ class Maker:
                     with trio.CancelScope(shield=True):
                         await trio.to_thread.run_sync(self._blobs.publish, fd, partial, digest)
                     fetched.append(digest)
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await trio.to_thread.run_sync(self._blobs.abandon, partial)
-        if not lock.statistics().tasks_waiting:
-            self._fetching.pop(digest, None)
+                except BaseException as error:
+                    job.broken = job.broken or isinstance(error, Exception)
+                    if job.broken or job.given_up:
+                        with trio.CancelScope(shield=True):
+                            await trio.to_thread.run_sync(self._blobs.abandon, partial)
+                    raise  # where the server stops, the next one goes on with what is there
 
     async def _watch_downloads(self, job: Job) -> None:
         for blob in job.blobs.values():

@@ -9,8 +9,8 @@ Rules:
 - A login goes to the registry it belongs to and to the token service that this registry names; never
   to a mirror, to the target of a redirect, into a log or into an error.
 - Plain HTTP only for registries that the configuration names; an HTTPS registry can not redirect to it.
-- Broken transfers go on where they stopped (Range); servers that answer nonsense are asked again,
-  later each time, and not for ever. Throttling (429) is told to the caller as RateLimited.
+- Broken transfers go on where they stopped (Range), also after a restart of ours; servers that answer
+  nonsense are asked again, later each time, and not for ever. Throttling (429) is told to the caller as RateLimited.
 """
 
 from __future__ import annotations
@@ -162,12 +162,15 @@ class RegistryClient:
     async def blob(
         self, ref: Reference, blob: Descriptor, fd: int, login: Login, progress: Callable[[int], None]
     ) -> None:
-        """Download a blob into the open, empty file ``fd``; ``progress(n)`` says how many bytes it has.
+        """Download a blob into the open file ``fd``, going on behind what is in it already.
 
+        ``progress(n)`` says how many bytes it has.
         Raises NotFound, RateLimited, RegistryError, ManifestError (other content) and OSError (disk).
         """
         limit = self._patience.grace + blob.size / _SLOWEST
         download = _Download(blob, fd, progress)
+        if await trio.to_thread.run_sync(download.resume):
+            return
 
         async def once(endpoint: _Endpoint) -> None:
             url = f"{endpoint.url}/v2/{ref.repository}/blobs/{blob.digest}"
@@ -376,12 +379,33 @@ class _Download:
         self._progress = progress
         self._hash = hashlib.sha256()
         self.done = 0
-        self._no_range = False
+        self._found = False
+        """Some of the bytes are from an earlier life: nobody has vouched for them since."""
+
+    def resume(self) -> bool:
+        """Go on with what is in the file; whether that is all. Blocks."""
+        found = os.fstat(self._fd).st_size
+        if found > self._blob.size:
+            self._restart()
+            return False
+        while self.done < found:
+            data = os.pread(self._fd, min(_WRITE_SIZE, found - self.done), self.done)
+            self._hash.update(data)
+            self.done += len(data)
+        self._found = self.done > 0
+        self._progress(self.done)
+        if self.done < self._blob.size:
+            return False
+        if "sha256:" + self._hash.hexdigest() == self._blob.digest:
+            return True
+        self._restart()
+        return False
 
     def _restart(self) -> None:
         os.ftruncate(self._fd, 0)
         self._hash = hashlib.sha256()
         self.done = 0
+        self._found = False
         self._progress(0)
 
     async def accept(self, response: httpx.Response, ref: Reference) -> None:
@@ -422,6 +446,9 @@ class _Download:
         if self.done < self._blob.size:
             raise _Again(f"ends blob {self._blob.digest} after {self.done} of {self._blob.size} bytes")
         digest = "sha256:" + self._hash.hexdigest()
+        if digest != self._blob.digest and self._found:
+            self._restart()
+            raise _Again("does not continue what was there")
         if digest != self._blob.digest:
             raise ManifestError(f"{host} sent {digest} for blob {self._blob.digest}")
 

@@ -151,6 +151,8 @@ class Images:
             log.info("removed the disk of image %s, which nothing uses", digest)
         in_use = set[str]().union(*(self._maker.in_use(job) for job in self._jobs.values()))
         await trio.to_thread.run_sync(self._blobs.trim, self._cache_size, in_use)
+        if not self._jobs:  # which layers a job will want is known only when it is at work
+            await self._maker.collect_downloads()
 
     def _collect_records(self, txn: Txn) -> set[str]:
         """Drop the records that nobody needs; the digests of those that stay."""

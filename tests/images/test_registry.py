@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import trio
 import trustme
 
 from hypeman.errors import Conflict, InternalError, NotFound, RateLimited
+from hypeman.images.registry import Patience
 from hypeman.images.types import CreateImageRequest, ImageStatus, PushCredentials
+from hypeman.paths import Paths
 from tests.images.conftest import free_port, push, running_registry
 from tests.images.faults import FaultyRegistry, Request, Response, serve_bytes
 from tests.images.layout import ImageFiles, directory, entry, tar
@@ -90,6 +93,56 @@ async def test_many_short_answers(registry: FaultyRegistry, make_images) -> None
     image = await pull(registry, make_images)
     assert image.status is ImageStatus.READY, image.error
     assert len([request for request in registry.requests if big_blob(request)]) == -(-len(BYTES) // 100_000)
+
+
+@pytest.mark.parametrize("left", ["a part", "a damaged part", "all", "too much"])
+async def test_restart_goes_on(left: str, registry: FaultyRegistry, make_images, paths: Paths) -> None:
+    """A server that stops in a download leaves what it has; the next one asks for the rest, and checks all of it."""
+    data = os.urandom(3 << 20)
+    files = ImageFiles([tar(entry("data", data=data))], compression="none")
+    (digest,) = (str(layer["digest"]) for layer in files.manifest_document["layers"])
+    whole = files.blobs[digest]
+    registry.serve("some/image", files)
+
+    def rule(request: Request) -> Response | None:
+        stalls = Response(200, {}, whole, cut=len(whole) * 6 // 10, then="stall")
+        return stalls if request.path.endswith(digest) else None
+
+    registry.rules.append(rule)
+    name = f"{registry.host}/some/image"
+    partial = paths.blobs / "partial" / digest.removeprefix("sha256:")
+    async with trio.open_nursery() as first:
+        images = await make_images(
+            insecure_registries=(registry.host,), nursery=first, patience=Patience(silence=600, grace=600)
+        )
+        await images.create(CreateImageRequest(name))
+        with trio.fail_after(30):
+            while not sum(layer.done for layer in (await images.progress(name)).layers):
+                await trio.sleep(0.01)
+        first.cancel_scope.cancel()
+    have = partial.read_bytes()
+    assert 0 < len(have) < len(whole) and whole.startswith(have)
+    match left:
+        case "a damaged part":
+            partial.write_bytes(b"x" + have[1:])
+        case "all":
+            partial.write_bytes(whole)
+        case "too much":
+            partial.write_bytes(whole + b"x")
+    for name_of_nobody in ("0" * 64, "import-0123"):
+        (partial.parent / name_of_nobody).write_bytes(b"x")
+    registry.rules.clear()
+    registry.requests.clear()
+    images = await make_images(insecure_registries=(registry.host,))
+    with trio.fail_after(30):
+        image = await images.wait_final(name)
+    assert image.status is ImageStatus.READY, image.error
+    asked = [request.headers.get("range") for request in registry.requests if request.path.endswith(digest)]
+    rest = f"bytes={len(have)}-"
+    assert asked == {"a part": [rest], "a damaged part": [rest, None], "all": [], "too much": [None]}[left]
+    with trio.fail_after(30):
+        while os.listdir(partial.parent):  # the collection after the last job
+            await trio.sleep(0.01)
 
 
 @pytest.mark.parametrize(
