@@ -10,10 +10,13 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from hypeman.host.processes import Processes
-from hypeman.hypervisor.interface import Disk, VmConfig
+from hypeman.hypervisor.interface import Capabilities, Disk, VmConfig
+from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.qemu.config import kernel_cmdline
+from tests.hypervisor.real import real_driver
 
 _BUILD = Path(__file__).parents[2] / "build" / "guest"
 _SOURCE = Path(__file__).with_name("guest_init.c")
@@ -66,6 +69,39 @@ def archive(name: str, data: bytes) -> bytes:
 
 def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % 4)
+
+
+class Found:
+    """What all tests of a run share: what is here of each kind, and a VM of it to fork."""
+
+    def __init__(self, kernel: str, folder: Path) -> None:
+        self._kernel = kernel
+        self._capabilities: dict[HypervisorKind, Capabilities] = {}
+        self.folder = folder
+
+    def capabilities(self, kind: HypervisorKind) -> Capabilities:
+        if kind not in self._capabilities:
+            processes = Processes()
+            driver = real_driver(kind, processes, kernel=self._kernel, folder=str(self.folder))()
+            self._capabilities[kind] = trio.run(driver.probe)
+            processes.close()
+        return self._capabilities[kind]
+
+
+@pytest.fixture(scope="session")
+def found(guest_files: tuple[Path, Path]) -> Iterator[Found]:
+    with tempfile.TemporaryDirectory(prefix="hv-warm-") as name:
+        Path(name).chmod(0o711)
+        yield Found(str(guest_files[0]), Path(name))
+
+
+@pytest.fixture
+def capabilities(kind: HypervisorKind, found: Found) -> Capabilities:
+    """What ``kind`` can do here. Skips where it is not; from a fixture that does not wait, which keeps the reason."""
+    capabilities = found.capabilities(kind)
+    if not capabilities.available:
+        pytest.skip(f"{kind.value}: {capabilities.reason}")
+    return capabilities
 
 
 @pytest.fixture

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import trio
 
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import Capabilities, Driver
 from hypeman.hypervisor.kinds import HypervisorKind
 from tests.conformance.check_driver import CHECKS, Check, check_driver
 from tests.fakes.fake_vmm import ALL, FakeDriver, FakeMachine
-from tests.hypervisor.conftest import config_maker
+from tests.hypervisor.conftest import Found, config_maker
 from tests.hypervisor.real import REAL_KINDS, guest_cmdline, real_driver
 
 
@@ -30,39 +27,6 @@ async def test_fake(check: Check, able: str, tmp_path: Path) -> None:
     make_config = config_maker(tmp_path, Path("/kernel"), None)
     await check_driver(check, make_driver, make_config, tmp_path, tmp_path / "template")
     assert machine.alive() == []
-
-
-class Found:
-    """What all tests of a run share: what is here of each kind, and a VM of it to fork."""
-
-    def __init__(self, kernel: str, folder: Path) -> None:
-        self._kernel = kernel
-        self._capabilities: dict[HypervisorKind, Capabilities] = {}
-        self.folder = folder
-
-    def capabilities(self, kind: HypervisorKind) -> Capabilities:
-        if kind not in self._capabilities:
-            processes = Processes()
-            driver = real_driver(kind, processes, kernel=self._kernel, folder=str(self.folder))()
-            self._capabilities[kind] = trio.run(driver.probe)
-            processes.close()
-        return self._capabilities[kind]
-
-
-@pytest.fixture(scope="session")
-def found(guest_files: tuple[Path, Path]) -> Iterator[Found]:
-    with tempfile.TemporaryDirectory(prefix="hv-warm-") as name:
-        Path(name).chmod(0o711)
-        yield Found(str(guest_files[0]), Path(name))
-
-
-@pytest.fixture
-def capabilities(kind: HypervisorKind, found: Found) -> Capabilities:
-    """What ``kind`` can do here. Skips where it is not; from a fixture that does not wait, which keeps the reason."""
-    capabilities = found.capabilities(kind)
-    if not capabilities.available:
-        pytest.skip(f"{kind.value}: {capabilities.reason}")
-    return capabilities
 
 
 @pytest.mark.real
