@@ -68,7 +68,7 @@ ip netns exec world setsid sh -c 'exec 3<>/root/say; exec busybox nc -l -p {SESS
     >/root/heard 2>&1 </dev/null &
 ip netns exec world setsid sh -c 'exec 3<>/root/answer
     exec openssl s_server -quiet -accept 443 -cert /root/origin.pem -key /root/origin.pem <&3' \\
-    >/root/seen 2>/root/origin.log </dev/null &
+    >>/root/seen 2>/root/origin.log </dev/null &
 """
 """``nc`` takes one connection and no second one: who is heard there is heard over the first session."""
 
@@ -85,7 +85,8 @@ exit $code
 """A request of the guest; the origin writes down what it was sent and answers by hand."""
 
 LEFT = {
-    "files": "find /etc /usr /var/lib /run -xdev -name '*hypeman*' ! -path '/var/lib/dpkg/*'",
+    "files": "find /etc /usr /var/lib -xdev -name '*hypeman*' ! -path '/var/lib/dpkg/*'",
+    "runtime files": "ls -d /run/hypeman 2>/dev/null || true",
     "units": "systemctl list-units --all --plain --no-legend 'hypeman*'",
     "processes": "pgrep -af '^/usr/lib/hypeman|^/usr/bin/qemu-system' || true",
     "tables": "nft list tables | grep hypeman || true",
