@@ -106,6 +106,8 @@ def open_disk(path: str, *, readonly: bool) -> str:
 
 class CloudHypervisor(Vm):
     fds: list[int] = []
+    gathering = 0
+    """So often it refuses to save, since it was restored lazily."""
 
     def handle(self, method: str, target: str, body: dict) -> object:  # type: ignore[type-arg]
         match method, target.removeprefix("/api/v1/"):
@@ -134,10 +136,14 @@ class CloudHypervisor(Vm):
                 self.state = "Running"
             case "PUT", "vm.snapshot":
                 self.want("Paused")
+                if self.gathering:
+                    self.gathering -= 1
+                    raise Refused("VM on-demand memory restore is still in progress")
                 self.save(Path(body["destination_url"].removeprefix("file://")))
             case "PUT", "vm.restore":
                 self.want("none")
                 self.load(Path(body["source_url"].removeprefix("file://")))
+                self.gathering = 2 if body["memory_restore_mode"] == "OnDemand" else 0
                 if len(self.fds) != len(body.get("net_fds", [])):
                     raise Refused("not a TAP for each interface")
             case "PUT", "vm.add-disk":

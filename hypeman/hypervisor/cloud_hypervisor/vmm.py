@@ -15,11 +15,13 @@ from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
 from hypeman.hypervisor.remote import RemoteVmm, became, placed
+from hypeman.hypervisor.unix_http import ApiRefused
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Created": VmmState.PAUSED}
 _UNPLUG_LIMIT = 15.0
 _RESIZE_LIMIT = 15.0
 _SAVE_LIMIT = 600.0
+_GATHERING = "restore is still in progress"
 
 SNAPSHOT_SUMMED = ("config.json", "state.json")
 
@@ -75,7 +77,7 @@ class CloudHypervisorVmm(RemoteVmm):
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:
             await self.pause()
-            await self._put("snapshot", {"destination_url": f"file://{directory}"}, timeout=_SAVE_LIMIT)
+            await self._snapshot(directory)
             return await trio.to_thread.run_sync(
                 lambda: captures.publish(
                     directory,
@@ -86,6 +88,24 @@ class CloudHypervisorVmm(RemoteVmm):
                     summed=SNAPSHOT_SUMMED,
                 )
             )
+
+    async def _snapshot(self, directory: Path) -> None:
+        """Refused until a VM that was restored lazily has all of its memory, which it gathers by itself."""
+        refusal: ApiRefused | None = None
+
+        async def saved() -> bool:
+            nonlocal refusal
+            try:
+                await self._put("snapshot", {"destination_url": f"file://{directory}"}, timeout=_SAVE_LIMIT)
+            except ApiRefused as error:
+                if _GATHERING not in error.message:
+                    raise
+                refusal = error
+                return False
+            return True
+
+        if not await became(saved, _SAVE_LIMIT) and refusal is not None:
+            raise refusal
 
     async def add_disk(self, disk: Disk) -> Disk:
         async with self._changing:
