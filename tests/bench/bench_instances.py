@@ -108,7 +108,7 @@ def run() -> list[Result]:
     return results
 
 
-def _import(client: Client) -> None:
+def import_image(client: Client) -> None:
     client.ask("POST", f"/images/import?name={IMAGE}", busybox_archive())
     while client.ask("GET", "/images/localhost%2Fbusybox%3Atest")["status"] != "ready":
         time.sleep(0.02)
@@ -127,7 +127,7 @@ def _timed(client: Client, method: str, path: str, body: object = None) -> float
 def _control_plane(directory: Path, namespace: Namespace) -> list[Result]:
     times: dict[str, list[float]] = {"create to running": [], "fork of a running one": [], "delete": []}
     with server(directory, namespace, "tests.bench.fake_vmm_server") as (client, pid, _):
-        _import(client)
+        import_image(client)
         client.ask("POST", "/instances", _body("warm"))
         for number in range(CREATES):
             begin = time.perf_counter()
@@ -219,7 +219,7 @@ def _real(directory: Path, namespace: Namespace) -> list[Result]:
     shutil.rmtree(directory / "data", ignore_errors=True)
     phases: dict[str, list[float]] = {"created": [], "initializing": []}
     with server(directory, namespace, "hypeman serve") as (client, _, start):
-        _import(client)
+        import_image(client)
         for number in range(5):
             name = f"vm{number}"
             client.ask("POST", "/instances", _body(name))

@@ -1,0 +1,109 @@
+"""Every operation with next to no room in the data directory: a small ext4 of its own, filled but for a little.
+
+It fails with a clear error or it works; either way all is whole once there is room again. A running VM of which
+the host can not keep a page that it touches is ended by that: its memory is a file there. Then it is Stopped,
+with its disk as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.real.appliance import Appliance, check_host, short_directory
+from tests.real.operations import OPERATIONS, check_clear, check_whole, clean_up, wait_at_rest
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+SIZE = 256 << 20
+ROOM = (0, 64 << 10, 1 << 20, 4 << 20, 16 << 20, 32 << 20)
+"""Bytes that are left; a capture of these guests takes some 40 MB."""
+
+
+class SmallDisk:
+    """An ext4 of ``SIZE`` at ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self._image, self._path = path.with_suffix(".img"), path
+        with open(self._image, "wb") as file:
+            file.truncate(SIZE)
+        # Nothing is kept for root, who would have room where others have none.
+        subprocess.run(["mkfs.ext4", "-q", "-m", "0", self._image], check=True)
+        path.mkdir()
+        mounted = subprocess.run(["mount", "-o", "loop", self._image, path], capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"no loop file system can be mounted here: {mounted.stderr.strip()}")
+        (path / "lost+found").rmdir()
+
+    @property
+    def _ballast(self) -> Path:
+        return self._path / "store" / "ballast"  # where the test that looks for leftovers does not look
+
+    def fill(self, room: int) -> None:
+        """Leave ``room`` bytes."""
+        with open(self._ballast, "wb") as file:
+            for piece in (4 << 20, 64 << 10, 4 << 10):  # the file system's own bookkeeping takes its part
+                with contextlib.suppress(OSError):
+                    while self._free() - room >= piece:
+                        os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, piece)
+
+    def _free(self) -> int:
+        told = os.statvfs(self._path)
+        return told.f_bavail * told.f_frsize
+
+    def empty(self) -> None:
+        self._ballast.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        subprocess.run(["umount", "--lazy", self._path], check=True)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    check_host()
+    yield from short_directory("full")
+
+
+@pytest.fixture
+def disk(directory: Path) -> Iterator[SmallDisk]:
+    made = SmallDisk(directory / "data")
+    yield made
+    made.remove()
+
+
+@pytest.fixture
+async def appliance(directory: Path, disk: SmallDisk) -> AsyncIterator[Appliance]:
+    appliance = Appliance(directory)
+    try:
+        await appliance.start()
+        await appliance.import_busybox()
+        yield appliance
+    finally:
+        appliance.close()
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_on_a_full_disk(appliance: Appliance, disk: SmallDisk, name: str) -> None:
+    """With ever more room until it works (FULL_DISK=all), or with none and then with one chosen at random."""
+    operation = OPERATIONS[name]
+    every = os.environ.get("FULL_DISK") == "all"
+    told = []
+    for room in ROOM if every else (0, random.choice(ROOM[1:])):
+        await operation.prepare(appliance)
+        disk.fill(room)
+        answer = await operation.act(appliance)
+        disk.empty()
+        where = f"{name} with {room} bytes left: {answer.status_code} {answer.text}"
+        check_clear(answer, where)
+        told.append(f"{room >> 10} KB {answer.status_code}")
+        await wait_at_rest(appliance, operation.states | {"Stopped"}, f"{where}\n{appliance.log_tail()}")
+        await check_whole(appliance, f"{where}\n{appliance.log_tail()}")
+        await clean_up(appliance)
+        appliance.log.write_text("")
+    print(f"\n{name}: {', '.join(told)}")
