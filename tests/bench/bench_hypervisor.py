@@ -98,7 +98,7 @@ async def _measure(folder: Path, kernel: Path, make_config: MakeConfig) -> list[
                     await stack.enter_async_context(ending(vmm))
                     await first_answer(vmm)
                 sizes.append(vmm.handle.pid)
-        pss = statistics.median(_pss(pid) for pid in sizes)
+        memory = statistics.median(pss(pid) for pid in sizes)
     binary = driver.capabilities.binary
     bare = statistics.median(_bare_start(binary, config("bare"), folder) for _ in range(_ROUNDS))
     processes.close()
@@ -107,11 +107,11 @@ async def _measure(folder: Path, kernel: Path, make_config: MakeConfig) -> list[
     ]
     launch = statistics.median(times["launch"])
     results.append(Result("qemu: launch, until the vCPUs run", launch, "ms", "QEMU by hand, until QMP answers", bare))
-    results.append(Result("qemu: memory of one fork (PSS)", pss, "MB"))
+    results.append(Result("qemu: memory of one fork (PSS)", memory, "MB"))
     return results
 
 
-def _pss(pid: int) -> float:
+def pss(pid: int) -> float:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024

@@ -30,14 +30,19 @@ class NoGuest(Exception):
 
 @pytest.fixture(scope="session")
 def guest_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Kernel and initrd of the test guest. HYPEMAN_TEST_GUEST names a folder where they were made before, for
-    hosts without a compiler."""
-    if made := os.environ.get("HYPEMAN_TEST_GUEST"):
-        return Path(made, "vmlinux"), Path(made, "initrd.cpio")
+    """Kernel and initrd of the test guest."""
     try:
-        return build_guest(tmp_path_factory.mktemp("guest"))
+        return guest_from(tmp_path_factory.mktemp("guest"))
     except NoGuest as reason:
         pytest.skip(str(reason))
+
+
+def guest_from(folder: Path) -> tuple[Path, Path]:
+    """Kernel and initrd, from the folder that HYPEMAN_TEST_GUEST names, for hosts without a compiler, or made in
+    ``folder``."""
+    if made := os.environ.get("HYPEMAN_TEST_GUEST"):
+        return Path(made, "vmlinux"), Path(made, "initrd.cpio")
+    return build_guest(folder)
 
 
 def build_guest(folder: Path) -> tuple[Path, Path]:

@@ -1,6 +1,7 @@
 """A virtual host with the VMMs that are not Debian's, and our code to drive them.
 
-Their programs come from the folder that HYPEMAN_TEST_VMMS names, else from PATH; they are nobody's here.
+Their programs come from the folder that HYPEMAN_TEST_VMMS names, else from PATH. ``python -m tests.metal.vmm_host``
+measures all kinds side by side on such a host (``tests/bench/bench_kinds.py``).
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ from __future__ import annotations
 import os
 import shutil
 import site
+import tempfile
 from pathlib import Path
 
 from tests.hypervisor.conftest import build_guest
-from tests.metal.image import Image
+from tests.metal.image import Image, build_image
 from tests.metal.rig import MetalHost
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +21,10 @@ PROGRAMS = ("cloud-hypervisor", "firecracker", "jailer")
 SLOWNESS = 10
 """How many times longer everything may take in there than on a host."""
 
-_OURS = ("hypeman", "tests/__init__.py", "tests/conftest.py", "tests/conformance", "tests/fakes", "tests/hypervisor")
+_OURS = (
+    "hypeman", "tests/conftest.py", "tests/conformance", "tests/fakes", "tests/hypervisor", "tests/bench/__main__.py",
+    "tests/bench/harness.py", "tests/bench/bench_hypervisor.py", "tests/bench/bench_kinds.py",
+)  # fmt: skip
 _PACKAGES = (
     "trio", "attr", "attrs", "outcome", "sniffio", "sortedcontainers", "idna", "msgspec", "lmdb", "h11", "yaml",
     "_yaml", "pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pygments", "pytest_trio",
@@ -53,7 +58,7 @@ def boot(image: Image, folder: Path) -> MetalHost:
         "/opt/hypeman/pytest.ini": _SETTINGS,
     }
     files |= {f"/opt/vmms/{name}": path for name, path in programs().items()}
-    files |= {f"/opt/hypeman/{name}": ROOT / name for name in _OURS if (ROOT / name).exists()}
+    files |= {f"/opt/hypeman/{name}": ROOT / name for name in _OURS}
     files |= {f"/opt/hypeman/{name}": packages / name for name in _PACKAGES if (packages / name).exists()}
     for path in packages.glob("*.dist-info"):
         if path.name.startswith(_METADATA):
@@ -69,9 +74,19 @@ def boot(image: Image, folder: Path) -> MetalHost:
 
 def run_tests(host: MetalHost, selection: str, *, seconds: float) -> str:
     """Run tests of ours in there; what pytest said."""
-    return host.check(
-        f"cd /opt/hypeman && export HYPEMAN_TEST_VMMS=/opt/vmms HYPEMAN_TEST_GUEST=/opt/guest && "
-        f"HYPEMAN_TEST_SLOWNESS={SLOWNESS} timeout {seconds} unshare --net sh -c 'ip link set lo up; exec "
-        f"python3 -m pytest -q \"$@\"' - {selection}",
-        timeout=seconds + 60,
-    )
+    return host.check(f"{_ENTER} python3 -m pytest -q {selection}", timeout=seconds)
+
+
+_ENTER = (
+    "cd /opt/hypeman && export HYPEMAN_TEST_VMMS=/opt/vmms HYPEMAN_TEST_GUEST=/opt/guest "
+    f"HYPEMAN_TEST_SLOWNESS={SLOWNESS} && exec unshare --net"
+)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder, boot(build_image(), Path(folder)) as host:
+        print(host.check(f"{_ENTER} python3 -m tests.bench kinds", timeout=3600))
+
+
+if __name__ == "__main__":
+    main()

@@ -139,7 +139,7 @@ class FirecrackerDriver(Seeker):
                 *("--id", jail.name_of(config), "--exec-file", binary, "--chroot-base-dir", str(base)),
                 *("--uid", str(config.uid), "--gid", str(config.gid)),
                 *("--", "--api-sock", API_SOCKET),
-                *("--log-path", LOG, "--level", "Warning"),  # or its log would be on the guest's console
+                *("--log-path", LOG, "--level", "Error"),  # or its log, a word for each odd port, would be on the console
             ),
             log=config.vmm_log,
             output=config.console_log,
