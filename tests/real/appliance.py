@@ -262,10 +262,14 @@ class Appliance:
 
     # What lies about
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None  # `ip netns exec` has become the server
+        return self._process.pid
+
     def open_files(self) -> int:
         """Descriptors that the server has open."""
-        assert self._process is not None  # `ip netns exec` has become the server
-        return len(os.listdir(f"/proc/{self._process.pid}/fd"))
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def vmms(self) -> dict[int, str]:
         """Processes of VMMs of this appliance: pid and run directory."""
