@@ -40,8 +40,8 @@ def name_of(config: VmConfig) -> str:
 
 
 @contextlib.contextmanager
-def jail(config: VmConfig, program: str, *, kernel: bool) -> Iterator[Path]:
-    """A furnished jail for ``program``, taken down if the block fails."""
+def jail(config: VmConfig, program: str) -> Iterator[Path]:
+    """A jail for ``program`` with the disks in it, taken down if the block fails. Gives its base."""
     base = base_of(config)
     root = base / os.path.basename(os.path.realpath(program)) / name_of(config) / "root"
     try:
@@ -58,7 +58,7 @@ def jail(config: VmConfig, program: str, *, kernel: bool) -> Iterator[Path]:
                 let_in(log, root / LOG)
             except OSError as error:
                 raise LaunchFailed(f"{error.filename or base}: {error.strerror}") from error
-            opened.enter_context(furnished(root, config, let_in, kernel=kernel))
+            opened.enter_context(furnished(root, config, let_in, kernel=False))
             yield base
     except BaseException:
         take_down(config.run_dir)
