@@ -21,7 +21,7 @@ import msgspec
 
 from hypeman.cli.client import Client
 from hypeman.cli.instances import path_of
-from hypeman.cli.session import Session, complain, fail, reports
+from hypeman.cli.session import Session, fail, reports, warn
 
 if TYPE_CHECKING:
     import tarfile
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hypeman.cli.websocket import WebSocket
 
 _CHUNK = 32 * 1024
+_ZEROS = bytes(_CHUNK)
 
 
 class CopyFailed(Exception):
@@ -125,7 +126,7 @@ class Sender:
                     elif member.issym():
                         self._link(target, meta, member.linkname)
                     else:
-                        complain(f"{member.name} is no file, directory or symlink, and is skipped")
+                        warn(f"{member.name} is no file, directory or symlink, and is skipped")
         except tarfile.TarError as error:
             raise CopyFailed(f"standard input is no tar: {error}") from None
         self._finish(directories)
@@ -166,7 +167,7 @@ class Sender:
             self._link(target, self._meta_of(here), os.readlink(source))
             return 0
         if not stat.S_ISREG(here.st_mode):
-            complain(f"{source} is no file, directory or symlink, and is skipped")
+            warn(f"{source} is no file, directory or symlink, and is skipped")
             return 0
         with open(source, "rb") as content:
             return self._put(target, self._meta_of(here), content)
@@ -293,7 +294,7 @@ class TreeWriter:
             path.mkdir(mode=0o700, exist_ok=True)
             self._directories.append((path, header))
         elif header["is_symlink"] and leads_out(header):
-            complain(f"{header['path']} → {header['link_target']} leads out of what is copied and is skipped")
+            warn(f"{header['path']} → {header['link_target']} leads out of what is copied and is skipped")
         elif header["is_symlink"]:
             if path.is_symlink() or path.is_file():
                 path.unlink()
@@ -305,7 +306,10 @@ class TreeWriter:
     def data(self, chunk: bytes) -> None:
         if self._file is None:
             raise CopyFailed("the guest sent bytes that belong to no file")
-        self._file.write(chunk)
+        if chunk == _ZEROS:
+            self._file.seek(_CHUNK, os.SEEK_CUR)  # a hole stays one
+        else:
+            self._file.write(chunk)
         self.count += len(chunk)
 
     def finish(self) -> None:
@@ -325,6 +329,7 @@ class TreeWriter:
     def _complete(self) -> None:
         if self._file is None:
             return
+        self._file.truncate()  # where it ends with a hole
         self._file.close()
         temporary, header = Path(self._file.name), self._header
         self._set_owner(temporary, header)

@@ -30,11 +30,45 @@ ALIASES = {
 _BELOW = {"rm": "delete", "ls": "list", "inspect": "get", "unregister": "delete"}
 
 
+_VALUES = {"true": True, "1": True, "false": False, "0": False}
+
+
 class Commands(click.Group):
-    """A group that also knows the other names of its commands."""
+    """A group that also knows the other names of its commands, and ``--flag=false`` as scripts of the
+    original write it."""
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return super().get_command(context, name) or super().get_command(context, ALIASES.get(name, name))
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(context, args)
+        below = command
+        for word in rest:
+            if isinstance(below, click.Group) and not word.startswith("-"):
+                below = below.get_command(context, word)
+        return name, command, plain_flags(below, rest) if below is not None else rest
+
+
+def plain_flags(command: click.Command, args: list[str]) -> list[str]:
+    """``--flag=true`` and ``--flag=false`` in the words of ``command``. Pure."""
+    if any(isinstance(found, click.Argument) and found.nargs == -1 for found in command.params):
+        return args  # what follows may be another program's
+    options = [found for found in command.params if isinstance(found, click.Option) and found.is_flag]
+    flags = {text: option for option in options for text in option.opts}
+    plain: list[str] = []
+    for at, word in enumerate(args):
+        if word == "--":
+            return plain + args[at:]
+        flag, _, value = word.partition("=")
+        if flag not in flags or value not in _VALUES:
+            plain.append(word)
+        elif _VALUES[value]:
+            plain.append(flag)
+        else:
+            plain += flags[flag].secondary_opts[:1]  # none: it is off unless it is given
+    return plain
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 import sys
+import time
 from typing import Any
 
 import click
@@ -11,7 +12,8 @@ import msgspec
 
 from hypeman.cli.client import ApiError, Client
 from hypeman.cli.images import PullDisplay, image_path, wait_ready
-from hypeman.cli.instances import HYPERVISORS
+from hypeman.cli.instances import HYPERVISORS, path_of
+from hypeman.cli.output import plain
 from hypeman.cli.policies import (
     compression_body,
     compression_options,
@@ -22,6 +24,9 @@ from hypeman.cli.policies import (
 )
 from hypeman.cli.session import Session, fail, pairs, present, reports
 
+_BOOTING = ("Created", "Initializing")
+_POLL_SECONDS = 0.3
+_WATCH_SECONDS = 120.0
 _NAME_CHARACTERS = string.ascii_lowercase + string.digits
 
 
@@ -64,9 +69,9 @@ def run(session: Session, image: str, **flags: Any) -> None:
     body = create_body(image, flags)
     ensure_image(session.client, image, flags["platform"])
     made = session.client.post("/instances", body)
-    if sys.stderr.isatty():
-        click.echo(f"{made['name']} is {made['state']}{_phases(made)}", err=True)
     session.show(made, lambda: str(made["id"]))
+    if sys.stderr.isatty():
+        watch_boot(session.client, made)
 
 
 def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +175,28 @@ def _credentials(text: str | None) -> Any:
         fail(f"--credentials-json: {error}")
 
 
-def _phases(instance: dict[str, Any]) -> str:
-    phases = instance.get("phase_durations_ms") or {}
-    return f" ({', '.join(f'{name} {duration} ms' for name, duration in phases.items())})" if phases else ""
+def watch_boot(client: Client, instance: dict[str, Any]) -> None:
+    """One line on stderr that changes while an instance boots. It boots on if this is interrupted."""
+    sys.stdout.flush()
+    deadline = time.monotonic() + _WATCH_SECONDS
+    while instance["state"] in _BOOTING and time.monotonic() < deadline:
+        sys.stderr.write(f"\r\x1b[K{boot_line(instance)}")
+        sys.stderr.flush()
+        time.sleep(_POLL_SECONDS)
+        try:
+            instance = client.get(path_of(instance["id"]))
+        except ApiError:
+            return  # deleted meanwhile
+    sys.stderr.write(f"\r\x1b[K{boot_line(instance)}\n")
+
+
+def boot_line(instance: dict[str, Any]) -> str:
+    """``web is Running (created 512 ms, initializing 240 ms)``, or how it ended."""
+    now = instance.get("current_phase")
+    phases = [
+        f"{name} {duration} ms" for name, duration in (instance.get("phase_durations_ms") or {}).items()
+        if name != now or instance["state"] in _BOOTING
+    ]  # fmt: skip
+    ended = instance.get("state_error") or instance.get("exit_message")
+    text = f"{instance['name']} is {instance['state']}" + (f" ({', '.join(phases)})" if phases else "")
+    return f"{text}: {plain(ended)}" if ended else text

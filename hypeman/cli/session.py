@@ -100,6 +100,11 @@ def complain(message: str, hint: str = "") -> None:
         click.echo(f"  {hint}", err=True)
 
 
+def warn(message: str) -> None:
+    """One line on stderr of what is left undone."""
+    click.echo(f"Warning: {message}", err=True)
+
+
 def fail(message: str, hint: str = "", code: int = 1) -> NoReturn:
     """End the command."""
     complain(message, hint)
@@ -128,7 +133,7 @@ def pairs(values: Sequence[str]) -> dict[str, str]:
         if key and equals:
             found[key] = text
         else:
-            click.echo(f"Warning: {value!r} is not KEY=VALUE and is skipped", err=True)
+            warn(f"{value!r} is not KEY=VALUE and is skipped")
     return found
 
 

@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from hypeman.cli import output
 from hypeman.cli.client import Client
 from hypeman.cli.images import progress_line
-from hypeman.cli.main import hypeman
-from hypeman.cli.run import create_body, parse_mount, random_name
+from hypeman.cli.main import hypeman, plain_flags
+from hypeman.cli.run import boot_line, create_body, parse_mount, random_name
 from hypeman.cli.session import Session
 from hypeman.cli.settings import Settings, SettingsError, load_settings
 from hypeman.config import ConfigError
@@ -54,6 +54,30 @@ def test_run_tells_why_a_pull_failed(cli: Any, server: Any) -> None:
     done = cli("run", "bad")
     assert (done.exit_code, "no disk" in done.stderr) == (1, True)
     assert server.world.instances.asked == []
+
+
+def test_boot_line() -> None:
+    """What is over is told with its time; what an instance ended with, without control characters."""
+    booting = {"name": "web", "state": "Initializing", "phase_durations_ms": {"created": 12, "initializing": 3}}
+    assert boot_line({**booting, "current_phase": "initializing"}) == (
+        "web is Initializing (created 12 ms, initializing 3 ms)"
+    )
+    running = {**booting, "state": "Running", "current_phase": "running"}
+    running["phase_durations_ms"] = {"created": 12, "initializing": 340, "running": 1}
+    assert boot_line(running) == "web is Running (created 12 ms, initializing 340 ms)"
+    assert boot_line({"name": "web", "state": "Stopped", "exit_message": "no\x1b"}) == "web is Stopped: no�"
+
+
+def test_flags_with_values(cli: Any, server: Any) -> None:
+    """As scripts of the original write them; what is the program's own stays as it is."""
+    assert cli("run", "nginx", "--name", "web", "--network=false", "--skip-guest-agent=true").exit_code == 0
+    [(_, request)] = server.world.instances.asked
+    assert (request.network.enabled, request.skip_guest_agent) == (False, True)
+    run, execute = hypeman.commands["run"], hypeman.commands["exec"]
+    assert plain_flags(run, ["--network=0", "--skip-guest-agent=false", "--name=true", "--", "--network=false"]) == [
+        "--no-network", "--name=true", "--", "--network=false",
+    ]  # fmt: skip
+    assert plain_flags(execute, ["web", "tool", "--tty=false"]) == ["web", "tool", "--tty=false"]
 
 
 def parsed_flags(*arguments: str) -> CreateInstanceRequest:

@@ -161,6 +161,17 @@ def test_a_file_out(cli: Any, server: Any, tmp_path: Path) -> None:
     assert (missing.exit_code, "no such file" in missing.stderr) == (1, True)
 
 
+def test_holes_stay_holes(cli: Any, server: Any, tmp_path: Path) -> None:
+    size = 8 << 20
+    zeros = [bytes(32 << 10)] * (size // (32 << 10))
+    server.world.instances.tree = [entry("f", size=size + 1), *zeros, b"x", EntryEnd(False)]
+    server.world.instances.tree += [entry("g", size=size), *zeros, EntryEnd(True)]
+    for name, end in (("f", b"x"), ("g", b"")):
+        assert cli("cp", "web:/f", str(tmp_path)).exit_code == 0
+        assert (tmp_path / name).read_bytes() == bytes(size) + end
+        assert (tmp_path / name).stat().st_blocks * 512 < 1 << 20
+
+
 def test_a_tar_out(shell: Any, server: Any) -> None:
     server.world.instances.tree = list(TREE)
     done = shell("cp", "web:/srv/d", "-")
