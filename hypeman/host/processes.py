@@ -121,6 +121,13 @@ class Process:
         poller.register(self._pidfd, select.POLLIN)
         return not poller.poll(0)
 
+    def stopped(self) -> bool:
+        """Whether it stands still, by SIGSTOP."""
+        try:
+            return _stat(self.pid)[0] == b"T" and self.alive()
+        except OSError:
+            return False
+
     async def wait(self) -> int | None:
         """Wait for the end and return ``returncode``. Any number of tasks may wait."""
         if self._pidfd >= 0 and self.alive():
@@ -388,8 +395,13 @@ def tool_environment() -> dict[str, str]:
 
 
 def _start_time(pid: int) -> int:
+    return int(_stat(pid)[19])
+
+
+def _stat(pid: int) -> list[bytes]:
+    """What the kernel tells of a process, from its state on."""
     stat = Path(f"/proc/{pid}/stat").read_bytes()
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])  # the name before may hold spaces and brackets
+    return stat[stat.rindex(b")") + 2 :].split()  # the name before may hold spaces and brackets
 
 
 def mark_argument(mark: str) -> str:

@@ -39,6 +39,7 @@ class Vm:
         self.plugged = 0
         self.memory = {"kept": "", "count": 0}
         self.events = -1
+        self.deaf = False
 
     def answer(self, question: str) -> str | None:
         word, _, rest = question.partition(" ")
@@ -81,7 +82,7 @@ class Vm:
                 with socket.socket(socket.AF_UNIX) as sock:
                     sock.connect("vsock.sock_1024")
                     for line in sock.makefile("rb"):
-                        while self.state != "Running":
+                        while self.state != "Running" or self.deaf:
                             time.sleep(0.005)
                         if (said := self.answer(line.decode().strip())) is not None:
                             sock.sendall(said.encode() + b"\n")
@@ -182,6 +183,9 @@ class CloudHypervisor(Vm):
 
 
 class Firecracker(Vm):
+    told = False
+    """The guest will hear of a reset of its vsock when it goes on, because it was saved; else it hears nothing."""
+
     def handle(self, method: str, target: str, body: dict) -> object:  # type: ignore[type-arg]
         kind = re.sub(r"(?<=^/drives/)\w+|(?<=^/network-interfaces/)\w+", "ID", target)
         match method, kind:
@@ -195,6 +199,8 @@ class Firecracker(Vm):
             case "PATCH", "/vm":
                 self.want("Running", "Paused")
                 self.state = "Running" if body["state"] == "Resumed" else "Paused"
+                self.deaf = not self.told
+                self.told = False
             case "PUT", "/machine-config":
                 self.size = body["mem_size_mib"] << 20
             case "PUT", "/boot-source":
@@ -211,6 +217,7 @@ class Firecracker(Vm):
                 self.run()
             case "PUT", "/snapshot/create":
                 self.want("Paused")
+                self.told = True
                 saved = {**self.memory, "size": self.size, "plugged": self.plugged, "disks": list(self.disks)}
                 Path(body["snapshot_path"]).write_text(json.dumps(saved))
                 Path(body["mem_file_path"]).write_bytes(b"\0" * 4096)
@@ -223,6 +230,7 @@ class Firecracker(Vm):
                     self.disks[name] = open_disk(f"disk-{name}", readonly=name == "root")
                 self.run()
                 self.state = "Paused"
+                self.told = True
             case _:
                 raise Refused(f"no such request: {method} {target}")
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypeman.hypervisor.remote import RemoteVmm, became
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Not started": VmmState.PAUSED}
 _RESIZE_LIMIT = 15.0
+_SIGNAL_LIMIT = 10.0
 _SAVE_LIMIT = 600.0
 
 
@@ -31,25 +33,45 @@ class FirecrackerVmm(RemoteVmm):
         await self._api.request(call.method, call.target, call.body, timeout=timeout)
 
     async def state(self) -> VmmState:
+        return VmmState.PAUSED if self._process.stopped() else await self._told_state()
+
+    async def _told_state(self) -> VmmState:
         answer = await self._api.request("GET", "/")
         if not isinstance(answer, dict) or answer.get("state") not in _STATES:
             raise VmmBroken("Firecracker answers with nonsense")
         return _STATES[answer["state"]]
 
     async def pause(self) -> None:
+        """By a signal: a guest that Firecracker (1.16) itself has paused and let go on, and not saved in between,
+        gets nothing from its vsock any more."""
         if await self.state() == VmmState.RUNNING:
-            await self.call(native.state_call(running=False))
+            await self._signal(signal.SIGSTOP, stopped=True)
 
     async def resume(self) -> None:
         await trio.to_thread.run_sync(captures.use_up_noted, Path(self.config.run_dir))
-        if await self.state() == VmmState.PAUSED:
+        if self._process.stopped():
+            await self._signal(signal.SIGCONT, stopped=False)
+        elif await self._told_state() == VmmState.PAUSED:
             await self.call(native.state_call(running=True))
 
+    async def _signal(self, number: signal.Signals, *, stopped: bool) -> None:
+        self._process.kill(number)
+
+        async def done() -> bool:
+            return self._process.stopped() == stopped or not self._process.alive()
+
+        if not await became(done, _SIGNAL_LIMIT):
+            raise VmmBroken(f"Firecracker does not obey {number.name}")
+
     async def capture(self, directory: Path, *, go_on: bool) -> Capture:
-        """Memory is written by the VMM in full, so it matters not whether the VM goes on."""
+        """Memory is written by the VMM in full, so it matters not whether the VM goes on. Not to be cancelled
+        between its pause and its save (see ``pause``), nor is there a way to stop it from saving."""
         async with self._changing:
-            await self.pause()
-            with self._let_out(directory):
+            with self._let_out(directory), trio.CancelScope(shield=True):
+                if self._process.stopped():
+                    await self._signal(signal.SIGCONT, stopped=False)
+                if await self._told_state() == VmmState.RUNNING:
+                    await self.call(native.state_call(running=False))
                 await self.call(native.snapshot_call(captures.STATE, captures.MEMORY), timeout=_SAVE_LIMIT)
             return await trio.to_thread.run_sync(
                 lambda: captures.publish(
