@@ -19,6 +19,9 @@ from hypeman.config import Config
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
 from hypeman.host.processes import Processes
+from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
+from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
+from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from hypeman.network import doctor as network
@@ -143,35 +146,46 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
     kernel = settings.kernel or str(assets.find(assets.KERNEL) or "")
     processes = Processes()
     kvm = KvmProof(processes, kernel=kernel, qemu_binary=settings.qemu_binary, patience=settings.kvm_patience)
-    driver = QemuDriver(
-        processes, _no_tap, kvm=kvm, binary=settings.qemu_binary, accelerator=settings.accelerator
+    qemu = QemuDriver(processes, _no_tap, kvm=kvm, binary=settings.qemu_binary, accelerator=settings.accelerator)
+    others = (
+        CloudHypervisorDriver(processes, _no_tap, kvm=kvm, binary=settings.cloud_hypervisor_binary),
+        FirecrackerDriver(processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary),
     )
     try:
-        found = await driver.probe()
+        yield _qemu(found := await qemu.probe())
+        if found.available:
+            yield _kvm(found)
+        for driver in others:
+            yield _other(driver.kind.value, await driver.probe())
     finally:
         processes.close()
-    if not found.available:
-        yield Finding(name="qemu", verdict=Verdict.FAIL, message=found.reason, remedy="apt-get install qemu-system-x86")
-        return
-    yield Finding(name="qemu", verdict=Verdict.OK, message=f"{found.binary}, version {found.version}")
+
+
+def _qemu(found: Capabilities) -> Finding:
+    if found.available:
+        return Finding(name="qemu", verdict=Verdict.OK, message=f"{found.binary}, version {found.version}")
+    return Finding(name="qemu", verdict=Verdict.FAIL, message=found.reason, remedy="apt-get install qemu-system-x86")
+
+
+def _kvm(found: Capabilities) -> Finding:
     if found.accelerator == "kvm":
-        yield Finding(name="kvm", verdict=Verdict.OK, message="an ordinary kernel runs on it")
-    else:
-        yield Finding(
-            name="kvm",
-            verdict=Verdict.WARN,
-            message=f"not usable, VMs are emulated (20 to 50 times slower): {found.accelerator_reason}",
-            remedy="switch on virtualisation in the firmware, load kvm_intel or kvm_amd; in a cloud, take a bare-metal "
-            "machine",
-        )
-    if found.vsock:
-        yield Finding(name="vsock", verdict=Verdict.OK, message="/dev/vhost-vsock")
-    else:
-        yield Finding(
-            name="vsock",
-            verdict=Verdict.OK,
-            message="no /dev/vhost-vsock; guests are reached through a virtio-serial port instead",
-        )
+        return Finding(name="kvm", verdict=Verdict.OK, message="an ordinary kernel runs on it")
+    return Finding(
+        name="kvm",
+        verdict=Verdict.WARN,
+        message=f"not usable, VMs are emulated (20 to 50 times slower): {found.accelerator_reason}",
+        remedy="switch on virtualisation in the firmware, load kvm_intel or kvm_amd; in a cloud, take a bare-metal "
+        "machine",
+    )
+
+
+def _other(name: str, found: Capabilities) -> Finding:
+    """A VMM that nobody needs, but who has installed it wants to know."""
+    if not found.binary:
+        return Finding(name=name, verdict=Verdict.OK, message="not installed, and not needed")
+    if found.available:
+        return Finding(name=name, verdict=Verdict.OK, message=f"{found.binary}, version {found.version}")
+    return Finding(name=name, verdict=Verdict.WARN, message=f"{found.binary} can not be used: {found.reason}")
 
 
 async def _no_tap(name: str) -> int:

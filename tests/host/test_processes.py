@@ -23,6 +23,7 @@ from hypeman.host.processes import (
     SpawnFailed,
     ToolFailed,
     groups_for,
+    mark_argument,
     open_for_child,
 )
 
@@ -169,6 +170,36 @@ async def test_a_marked_one_is_found_without_its_name(processes: Processes, tmp_
     finally:
         await end(process)
     assert processes.find_marked("/run/vm/x1") is None
+
+
+async def test_a_marked_one_is_found_though_its_environment_was_emptied(processes: Processes, tmp_path: Path) -> None:
+    argv = ("/usr/bin/env", "-i", "/bin/sh", "-c", "sleep 60; :", mark_argument("/run/vm/x2"))
+    process = await processes.spawn(program(tmp_path, *argv, mark="/run/vm/x2"))
+    try:
+        with trio.fail_after(10):
+            while Path(f"/proc/{process.pid}/environ").read_bytes():
+                await trio.sleep(0.001)
+            while (found := processes.find_marked("/run/vm/x2")) is None:
+                await trio.sleep(0.001)
+        assert found.pid == process.pid
+        found.close()
+        assert processes.find_marked("/run/vm/x") is None
+    finally:
+        await end(process)
+
+
+async def test_one_that_stands_still_is_told_from_others(processes: Processes, tmp_path: Path) -> None:
+    process = await processes.spawn(program(tmp_path, "/bin/sleep", "60"))
+    try:
+        for number, stopped in ((signal.SIGSTOP, True), (signal.SIGCONT, False)):
+            process.kill(number)
+            with trio.fail_after(10):
+                while process.stopped() != stopped:
+                    await trio.sleep(0.001)
+            assert process.alive()
+    finally:
+        await end(process)
+    assert not process.stopped()
 
 
 async def test_one_that_ends_at_once_is_waited_for_all_the_same(processes: Processes, tmp_path: Path) -> None:

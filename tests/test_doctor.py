@@ -1,0 +1,50 @@
+"""What the doctor says about hypervisors: which are here, which version, and why one can not be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hypeman import doctor
+from hypeman.config import Config
+from hypeman.hypervisor.kvm import KvmProof
+from hypeman.telemetry.findings import Finding, Verdict
+
+
+def program(path: Path, says: str) -> str:
+    path.write_text(f"#!/bin/sh\necho '{says}'\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+async def findings(config: Config) -> dict[str, Finding]:
+    return {finding.name: finding async for finding in doctor._hypervisor(config)}
+
+
+async def test_what_is_here_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def works(self: KvmProof) -> str:
+        return ""
+
+    monkeypatch.setattr(KvmProof, "why_not", works)
+    monkeypatch.setenv("PATH", "/nowhere:/bin")
+    config = Config()
+    settings = msgspec.structs.replace(
+        config.hypervisor,
+        qemu_binary=program(tmp_path / "qemu", "QEMU emulator version 7.2.1"),
+        cloud_hypervisor_binary=program(tmp_path / "cloud-hypervisor", "cloud-hypervisor v9.0"),
+    )
+    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert told["qemu"].verdict == Verdict.OK and "7.2.1" in told["qemu"].message
+    assert told["kvm"].verdict == Verdict.OK
+    assert told["cloud-hypervisor"].verdict == Verdict.WARN and "9.0.0 is too old" in told["cloud-hypervisor"].message
+    assert told["firecracker"].verdict == Verdict.OK and "not installed" in told["firecracker"].message
+
+
+async def test_a_server_without_qemu_is_told_what_to_install(tmp_path: Path) -> None:
+    config = Config()
+    settings = msgspec.structs.replace(config.hypervisor, qemu_binary=str(tmp_path / "missing"))
+    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert told["qemu"].verdict == Verdict.FAIL and "qemu-system-x86" in told["qemu"].remedy
+    assert "kvm" not in told
