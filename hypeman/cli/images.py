@@ -163,7 +163,7 @@ def delete_image(session: Session, names: tuple[str, ...]) -> None:
 
 @images.command("import")
 @click.argument("archive")
-@click.option("--name", help="Reference that the image gets; default: from the file's name.")
+@click.option("--name", help="Reference that the image gets; default: as the archive says, or else by the file's name.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
 @click.option("--on-server", is_flag=True, help="ARCHIVE is a path on the server, which its configuration allows.")
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until it is ready.")
@@ -173,10 +173,9 @@ def import_image(
 ) -> None:
     """Make an image from ARCHIVE: a tar as `docker save` or `skopeo copy … oci-archive:` write it, or an
     OCI layout directory; - reads standard input."""
-    if archive == "-" and not name:
-        raise click.UsageError("--name is needed when the archive comes from standard input")
-    wanted = name or _name_from(archive)
-    query = {"name": wanted, "tags": pairs(tags)}
+    query = {"name": name or "", "tags": pairs(tags)}
+    if archive != "-":
+        query["default_name"] = _name_from(archive)
     try:
         chunks: Iterator[bytes] = iter(()) if on_server else upload_chunks(archive)
         if on_server:

@@ -189,20 +189,28 @@ class Images:
         return str(parse_platform(text) if text else reference.host_platform())
 
     async def import_archive(
-        self, chunks: AsyncIterable[bytes], *, name: str = "", tags: Mapping[str, str] | None = None
+        self,
+        chunks: AsyncIterable[bytes],
+        *,
+        name: str = "",
+        tags: Mapping[str, str] | None = None,
+        default_name: str = "",
     ) -> Image:
         """Take in an OCI archive or one of ``docker save``, as it streams in.
 
-        ``name`` is given to the image; empty: the one in the archive. Returns when the archive is here.
+        ``name`` is given to the image; empty: the one in the archive, or else ``default_name``. Returns
+        when the archive is here.
         Raises InvalidRequest (bad name, bad archive), InternalError (disk).
         """
         wanted = parse_reference(name) if name else None
         checked = check_tags(tags or {})
         limits = (self._max_bytes, self._config.max_image_entries)
         manifest, digest, named = await import_stream(chunks, self._blobs, *limits, reference.host_platform())
-        return await self._imported(manifest, digest, wanted, named, checked)
+        return await self._imported(manifest, digest, wanted, named or default_name, checked)
 
-    async def import_path(self, path: str, *, name: str = "", tags: Mapping[str, str] | None = None) -> Image:
+    async def import_path(
+        self, path: str, *, name: str = "", tags: Mapping[str, str] | None = None, default_name: str = ""
+    ) -> Image:
         """Like ``import_archive``, from an archive or an OCI layout on this host.
 
         The path must be below one of ``images.import_paths`` after links are followed, else InvalidRequest.
@@ -216,7 +224,7 @@ class Images:
             raise InvalidRequest(f"{path} is not below one of images.import_paths, which the configuration allows")
         limits = (self._max_bytes, self._config.max_image_entries)
         manifest, digest, named = await import_file(real, self._blobs, *limits, reference.host_platform())
-        return await self._imported(manifest, digest, wanted, named, checked)
+        return await self._imported(manifest, digest, wanted, named or default_name, checked)
 
     async def list(self, *, tags: Mapping[str, str] | None = None) -> list[Image]:
         """All names with their images, newest first; with ``tags`` those that have all of these pairs."""

@@ -53,11 +53,14 @@ class ImageService(Protocol):
     async def progress(self, ref: str) -> Progress: ...
     async def delete(self, ref: str) -> None: ...
 
-    async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags) -> Image:
-        """``chunks`` are an OCI or docker-save archive; ``name`` is given to the image."""
+    async def import_archive(
+        self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str
+    ) -> Image:
+        """``chunks`` are an OCI or docker-save archive; ``name`` is given to the image. Empty: the one in
+        the archive, or else ``default_name``."""
         ...
 
-    async def import_path(self, path: str, *, name: str, tags: Tags) -> Image:
+    async def import_path(self, path: str, *, name: str, tags: Tags, default_name: str) -> Image:
         """The same from a path on this host, which the configuration must allow."""
         ...
 

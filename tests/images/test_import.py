@@ -43,8 +43,14 @@ async def test_archive(kind: str, compress, make_images: Start, paths: Paths, tm
     assert len(blobs_of(paths)) == 4
 
 
-async def test_a_name_of_ones_own(make_images: Start) -> None:
+async def test_a_name_of_ones_own(make_images: Start, tmp_path: Path) -> None:
     images = await make_images()
+    by_itself = await images.import_archive(in_pieces(FILES.docker_archive("acme/tool:2")), default_name="other")
+    assert by_itself.name == "docker.io/acme/tool:2"
+    nameless = archive_directory(FILES.write_layout(tmp_path / "oci"))
+    assert (await images.import_archive(in_pieces(nameless), default_name="other")).name.endswith("/other:latest")
+    with pytest.raises(InvalidRequest, match="give a name"):
+        await images.import_archive(in_pieces(nameless))
     image = await images.import_archive(in_pieces(FILES.docker_archive("acme/tool:2")), name="mine")
     assert image.name == "docker.io/library/mine:latest"
     assert (await images.wait_ready("mine")).size > 0

@@ -17,7 +17,8 @@ routes = Routes("images")
 
 
 class ImportQuery(Struct, frozen=True, kw_only=True):
-    name: Annotated[str, Meta(description="Reference that the image gets")]
+    name: Annotated[str, Meta(description="Reference that the image gets; without it, the one in the archive")] = ""
+    default_name: Annotated[str, Meta(description="The same, for an archive that does not say")] = ""
     path: Annotated[
         str, Meta(description="Archive or OCI layout on the server, below images.import_paths; then there is no body")
     ] = ""
@@ -46,9 +47,10 @@ async def import_image(services: Services, query: ImportQuery, body: UploadStrea
 
     The body is the archive itself (application/x-tar). Beyond the contract of the original.
     """
+    naming = {"name": query.name, "default_name": query.default_name}
     if query.path:
-        return await services.images.import_path(query.path, name=query.name, tags=query.tags)
-    return await services.images.import_archive(body, name=query.name, tags=query.tags)
+        return await services.images.import_path(query.path, tags=query.tags, **naming)
+    return await services.images.import_archive(body, tags=query.tags, **naming)
 
 
 @routes.get("/images/{name}/progress", Scope.IMAGE_READ, fails=(400, 404))
