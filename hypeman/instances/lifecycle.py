@@ -474,16 +474,12 @@ class Lifecycle:
         disk = volume_disk(self.world.paths, volume_id, readonly=readonly, port=port)
         await self._begin(Operation.ATTACH, (step,), self._expecting(record, disk), take)
         try:
-            await carry_out((step,), self.world)
+            record = await self._carry_out((step,), lambda: self._end(self._with_current_handle(self.record)))
         except BaseException as error:
-            with trio.CancelScope(shield=True):
-                if isinstance(error, UndoFailed):
-                    await self._lost(error)
-                else:
-                    await self._end(before, lambda txn: volumes.detach(txn, volume_id, record.id))
+            await self._put_back(before, lambda txn: volumes.detach(txn, volume_id, before.id), error)
             raise
         self._journal(f"attached volume {volume_id} at {path}")
-        return await self._end(self._with_current_handle(self.record))
+        return record
 
     async def detach(self, volume_id: str) -> InstanceRecord:
         """Take a volume away. Raises InUse, with everything as it was, while a process in the guest holds it."""
@@ -491,18 +487,23 @@ class Lifecycle:
         mount = next((mount for mount in before.spec.volumes if mount.volume_id == volume_id), None)
         if mount is None:
             raise NotFound(f"volume {volume_id!r} is not attached to instance {before.name!r}")
+        if before.state is not InstanceState.RUNNING:
+            return await self._end(*self._without_volume(volume_id))
         port = before.ports.get(volume_id, 0)
-        if before.state is InstanceState.RUNNING:
-            if not port:
-                raise NotSupported(f"volume {volume_id!r} is fixed in the running VM; stop the instance first")
-            step = plan_attach(before, volume_id, mount.mount_path, readonly=mount.readonly, port=port)
-            await self._begin(Operation.DETACH, (TakeBack(step),), before)
-            try:
-                await step.undo(self.world)
-            except Exception:  # not when cancelled: then the next start finishes it
-                await self._end(before)
-                raise
-        return await self._end(*self._without_volume(volume_id))
+        if not port:
+            raise NotSupported(f"volume {volume_id!r} is fixed in the running VM; stop the instance first")
+        step = plan_attach(before, volume_id, mount.mount_path, readonly=mount.readonly, port=port)
+        await self._begin(Operation.DETACH, (TakeBack(step),), before)
+        try:
+            await step.undo(self.world)
+        except Exception:  # not when cancelled: then the next start finishes it
+            await self._end(before)
+            raise
+        try:
+            return await self._end(*self._without_volume(volume_id))
+        except Exception as error:  # the VM has let go of it, and that is written down as soon as it can be
+            await self._lost(error)
+            raise
 
     def _without_volume(self, volume_id: str) -> tuple[InstanceRecord, Also]:
         """The record without the volume, and what goes along with that."""
@@ -809,13 +810,20 @@ class Lifecycle:
         try:
             return await self._carry_out(steps, finish)
         except BaseException as error:
-            with trio.CancelScope(shield=True):
-                if isinstance(error, UndoFailed):
-                    await self._lost(error)
-                else:
-                    await self._end(before, self._holding(before) if resources else None)
+            await self._put_back(before, self._holding(before) if resources else None, error)
             self._journal(f"{operation.value} failed: {error}")
             raise
+
+    async def _put_back(self, before: InstanceRecord, also: Also | None, error: BaseException) -> None:
+        """The record as it was, after ``error`` and after the steps were taken back, if they could be."""
+        with trio.CancelScope(shield=True):
+            if isinstance(error, UndoFailed):
+                await self._lost(error)
+                return
+            try:
+                await self._end(before, also)
+            except HypemanError as refused:
+                await self._lost(refused)
 
     async def _forward_or_die(self, steps: tuple[Step, ...]) -> None:
         """After a restore the VM has run: if it can not be awakened, it is stopped, not left half-way."""

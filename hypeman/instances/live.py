@@ -16,7 +16,7 @@ import trio
 from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest.client import GuestBroken, GuestClient, GuestLost
 from hypeman.guest.types import Exited, Fatal, GuestEvent, Ready, Started
-from hypeman.hypervisor.interface import Vmm, VmmExit
+from hypeman.hypervisor.interface import Vmm, VmmExit, VmmGone
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ class Live:
         self.fatal: Fatal | None = None
         self._nonce = nonce
         self._connect = connect
-        self._guest_changed = trio.Event()
+        self._over = False
+        """Whether the VMM has ended, or is not watched any more."""
+        self._changed = trio.Event()
 
     async def run(self, tell: Callable[[Live, LiveEvent], None]) -> None:
         told: LiveEvent = Unwatched()
@@ -64,6 +66,8 @@ class Live:
                 nursery.cancel_scope.cancel()
         except Exception:  # a driver's error, whatever it is, is this instance's trouble and not the server's
             log.exception("the VMM of %s can not be watched any more", self.vmm.handle.config.instance_id)
+        self._over = True
+        self._wake()
         try:
             await self.vmm.aclose()
         except Exception:
@@ -71,13 +75,18 @@ class Live:
         tell(self, told)
 
     async def wait_guest(self, seconds: float) -> GuestClient:
-        """The agent, waited for up to ``seconds``. Raises InvalidState if it does not answer."""
+        """The agent, waited for up to ``seconds``.
+
+        Raises InvalidState if it does not answer, VmmGone if the VMM has ended.
+        """
         with trio.move_on_after(seconds):
-            while self.guest is None:
-                await self._guest_changed.wait()
-        if self.guest is None:
-            raise InvalidState("the guest agent does not answer")
-        return self.guest
+            while self.guest is None and not self._over:
+                await self._changed.wait()
+        if self.guest is not None:
+            return self.guest
+        if self._over:
+            raise VmmGone("the VMM has ended")
+        raise InvalidState("the guest agent does not answer")
 
     async def _talk(self, tell: Callable[[Live, LiveEvent], None]) -> None:
         pause = _RECONNECT_FIRST
@@ -126,5 +135,8 @@ class Live:
 
     def _set_guest(self, client: GuestClient | None) -> None:
         self.guest = client
-        self._guest_changed.set()
-        self._guest_changed = trio.Event()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()

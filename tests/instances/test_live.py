@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from hypeman.guest.types import GuestEvent, Ready
-from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.hypervisor.interface import ExitReason, VmmExit, VmmGone
 from hypeman.instances.live import Live, LiveEvent
 
 
@@ -63,3 +63,13 @@ async def test_a_lost_channel_is_opened_again_more_and_more_slowly(
     await live.run(lambda _, event: told.append(event))
     assert 60 < vmm.opened < 80, "once a second, after the first few"
     assert told[-1] == VmmExit(ExitReason.POWEROFF)
+
+
+async def test_nobody_waits_for_the_guest_of_a_vmm_that_has_ended(autojump_clock: trio.testing.MockClock) -> None:
+    live = Live(_Vmm(good=0), nonce=b"", boot=1, connect=lambda stream, nonce: _Guest(None))  # type: ignore[arg-type, return-value]
+    begin = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(live.run, lambda _, event: None)
+        with pytest.raises(VmmGone):
+            await live.wait_guest(3600)
+    assert trio.current_time() - begin < 3600

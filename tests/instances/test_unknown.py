@@ -284,6 +284,28 @@ async def test_a_verb_whose_result_can_not_be_written_down(lab: Lab, verb: str) 
         await clean_up(lab, instances)
 
 
+@pytest.mark.parametrize("verb", ["attach", "detach"])
+async def test_a_volume_that_came_or_went_and_nobody_can_write_it_down(lab: Lab, verb: str) -> None:
+    """An attach is taken back, a detach is finished: the record and the VM agree in the end."""
+    async with lab.running() as instances:
+        await with_volume(lab, instances)
+        before = rows(lab.store)
+        attach = AttachVolumeRequest(mount_path="/data")
+        if verb == "detach":
+            await instances.attach_volume("one", "vol", attach)
+        with full_disk(instances, after=1), pytest.raises(HypemanError):
+            if verb == "attach":
+                await instances.attach_volume("one", "vol", attach)
+            await instances.detach_volume("one", "vol")
+        await until(instances, InstanceState.RUNNING)
+        assert not (await instances.get("one")).volumes
+        assert rows(lab.store) == before
+        assert not any(disk.id.startswith("v") for disk in lab.machine.alive()[0].config.disks)
+        assert not lab.guests[instances.board.find("one").id].mounted
+        await instances.attach_volume("one", "vol", attach)
+        await clean_up(lab, instances)
+
+
 async def test_a_start_of_the_workload_that_can_not_be_written_down(lab: Lab) -> None:
     """The agent says so once; it is remembered."""
     async with lab.running() as instances:

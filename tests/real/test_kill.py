@@ -1,9 +1,10 @@
 """SIGKILL of the server, SIGKILL of the VMM, and a full disk, at every moment of every operation: the world is
 whole afterwards.
 
-For each operation the moments are visited one after another until one run of it is not hit; of each
-operation as many as KILL_POINTS says (default 2, spread from a random one on; ``all`` for all, which
-takes an hour). The same moments are all visited, with a VMM in memory, by tests/instances/test_lifecycle.py.
+Of each operation one moment is visited, chosen at random, or as many as KILL_POINTS says. With KILL_POINTS=all
+they are visited one after another until one run of the operation is not hit, which takes an hour for all; then
+each operation is a test of its own. The same moments are all visited, with a VMM in memory, by
+tests/instances/test_lifecycle.py.
 
 After each the instance is in a state that the operation may leave, no process, TAP, file, lease or
 reservation is without an owner, everybody can be used, and everything can be deleted.
@@ -16,7 +17,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ from tests.real.operations import OPERATIONS, check_clear, check_whole, clean_up
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-_STRIDE = 4
-"""Moments from one visited to the next where not all are."""
-_POINTS = os.environ.get("KILL_POINTS", "2")
+_POINTS = os.environ.get("KILL_POINTS", "1")
+_RUNS = itertools.count(1)
+_SPREAD = 12
+"""A moment at random is one of so many first ones; an operation has 3 to 40."""
 
-Record = Callable[[str, object], None]
+
+def groups(names: Iterable[str]) -> pytest.MarkDecorator:
+    """One test for each operation, or one for all, which spares the start of many servers."""
+    each = [[name] for name in names] if _POINTS == "all" else [[*names]]
+    return pytest.mark.parametrize("names", each, ids=lambda group: group[0] if len(group) == 1 else "all")
 
 
 @pytest.fixture
@@ -59,61 +65,65 @@ class Trigger:
     def __init__(self, directory: Path) -> None:
         self._file = directory / "bomb"
         self._where = directory / "bomb.where"
-        self._run = 0
+        self.struck = ""
         self.visited: list[str] = []
 
     def moments(self) -> Iterator[int]:
-        """Those to visit, until one is not there."""
-        every = _POINTS == "all"
-        for moment in itertools.count(0 if every else random.randrange(_STRIDE), 1 if every else _STRIDE):
-            if not every and len(self.visited) == int(_POINTS):
-                return
+        """Those to visit."""
+        if _POINTS == "all":
+            for moment in itertools.count():
+                yield moment
+                if not self.struck:
+                    return
+        for _ in range(int(_POINTS)):
+            moment = random.randrange(_SPREAD)
             yield moment
+            while not self.struck and moment:  # the operation has fewer
+                moment //= 2
+                yield moment
 
     def set(self, moment: int, kind: str, **more: Any) -> None:
         self._where.unlink(missing_ok=True)
         side = self._file.with_suffix(".new")
-        self._run += 1
-        side.write_text(json.dumps({"run": self._run, "kind": kind, "at": moment, "spare": "", **more}))
+        side.write_text(json.dumps({"run": next(_RUNS), "kind": kind, "at": moment, "spare": "", **more}))
         side.rename(self._file)
 
     def release(self) -> str:
         """Where it struck; empty if it did not."""
         self._file.unlink(missing_ok=True)
-        struck = self._where.read_text() if self._where.exists() else ""
-        if struck:
-            self.visited.append(struck)
-        return struck
+        self.struck = self._where.read_text() if self._where.exists() else ""
+        if self.struck:
+            self.visited.append(self.struck)
+        return self.struck
 
-    def report(self, operation: str, record: Record) -> None:
-        assert self.visited, "no moment was visited"
+    def report(self, operation: str) -> None:
+        assert self.visited, f"no moment of {operation} was visited"
         print(f"\n{operation}: {len(self.visited)} moments, {', '.join(self.visited)}")
-        record("moments", len(self.visited))
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-async def test_server_killed_at_every_moment(
-    armed: Appliance, directory: Path, name: str, record_property: Record
-) -> None:
+@groups(OPERATIONS)
+async def test_server_killed_at_every_moment(armed: Appliance, directory: Path, names: list[str]) -> None:
+    for name in names:
+        await _kill_server(armed, directory, name)
+
+
+async def _kill_server(armed: Appliance, directory: Path, name: str) -> None:
     operation, trigger = OPERATIONS[name], Trigger(directory)
     for moment in trigger.moments():
         await operation.prepare(armed)
         trigger.set(moment, "server")
         with contextlib.suppress(httpx.TransportError, OSError):
             await operation.act(armed)
-        struck = trigger.release()
-        if not struck:
-            await clean_up(armed)
-            break
-        await armed.wait_killed()
-        where = f"server killed {struck} (moment {moment}) of {name}"
-        await armed.start(killable=str(directory / "bomb"))
-        states = await wait_at_rest(armed, operation.states, f"{where}\n{armed.log_tail()}")
-        assert "Unknown" not in states.values()
-        await check_whole(armed, f"{where}\n{armed.log_tail()}")
+        if struck := trigger.release():
+            await armed.wait_killed()
+            await armed.start(killable=str(directory / "bomb"))
+            where = f"server killed {struck} (moment {moment}) of {name}\n{armed.log_tail()}"
+            states = await wait_at_rest(armed, operation.states, where)
+            assert "Unknown" not in states.values()
+            await check_whole(armed, where)
         await clean_up(armed)
         armed.log.write_text("")
-    trigger.report(f"{name}, server killed", record_property)
+    trigger.report(f"{name}, server killed")
 
 
 GONE = {"create": {"gone", "Stopped"}, "delete": {"gone"}, "standby": {"Standby", "Stopped"},
@@ -121,51 +131,55 @@ GONE = {"create": {"gone", "Stopped"}, "delete": {"gone"}, "standby": {"Standby"
 """States after the VMM was killed, where it is not just Stopped."""
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, "fork's own"])
-async def test_vmm_killed_at_every_moment(
-    armed: Appliance, directory: Path, name: str, record_property: Record
-) -> None:
+@groups([*OPERATIONS, "fork's own"])
+async def test_vmm_killed_at_every_moment(armed: Appliance, directory: Path, names: list[str]) -> None:
     """The server goes on all the while. Of a fork the source's VMM is killed, or that of the fork itself."""
+    for name in names:
+        await _kill_vmm(armed, directory, name)
+
+
+async def _kill_vmm(armed: Appliance, directory: Path, name: str) -> None:
     operation, trigger = OPERATIONS[name.removesuffix("'s own")], Trigger(directory)
     for moment in trigger.moments():
         await operation.prepare(armed)
         spare = (await armed.get("/instances/one"))["id"] if name == "fork's own" else ""
         trigger.set(moment, "vmm", spare=spare)
         answer = await operation.act(armed)
-        struck = trigger.release()
-        where = f"VMM killed {struck} (moment {moment}) of {name}"
-        if not struck:
-            assert answer.is_success, f"{answer.text}: {where}"
-            await clean_up(armed)
-            break
-        check_clear(answer, where)
-        where += f"\n{answer.text}\n{armed.log_tail()}"
-        states = await wait_at_rest(armed, {"Running"} if spare else GONE.get(name, {"Stopped"}), where)
-        assert spare or "two" not in states or states["two"] in ("Running", "Stopped"), f"{states}: {where}"
-        await check_whole(armed, where)
+        if struck := trigger.release():
+            where = f"VMM killed {struck} (moment {moment}) of {name}: {answer.text}"
+            check_clear(answer, where)
+            where += f"\n{armed.log_tail()}"
+            states = await wait_at_rest(armed, {"Running"} if spare else GONE.get(name, {"Stopped"}), where)
+            assert spare or states.get("two", "Running") in ("Running", "Stopped"), f"{states}: {where}"
+            await check_whole(armed, where)
+        else:
+            assert answer.is_success, f"{name}: {answer.text}"
         await clean_up(armed)
         armed.log.write_text("")
-    trigger.report(f"{name}, VMM killed", record_property)
+    trigger.report(f"{name}, VMM killed")
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-async def test_every_write_fails_once(armed: Appliance, directory: Path, name: str, record_property: Record) -> None:
+@groups(OPERATIONS)
+async def test_every_write_fails_once(armed: Appliance, directory: Path, names: list[str]) -> None:
     """As on a full disk: told clearly, the old state or the new one. The real full disk is in test_full_disk.py."""
+    for name in names:
+        await _fail_writes(armed, directory, name)
+
+
+async def _fail_writes(armed: Appliance, directory: Path, name: str) -> None:
     operation, trigger = OPERATIONS[name], Trigger(directory)
     for moment in trigger.moments():
         await operation.prepare(armed)
         trigger.set(moment, "write")
         answer = await operation.act(armed)
-        struck = trigger.release()
-        where = f"no space for {struck} (moment {moment}) of {name}"
-        if not struck:
-            assert answer.is_success, f"{answer.text}: {where}"
-            await clean_up(armed)
-            break
-        check_clear(answer, where)
-        where += f"\n{answer.text}\n{armed.log_tail()}"
-        await wait_at_rest(armed, operation.states, where)
-        await check_whole(armed, where)
+        if struck := trigger.release():
+            where = f"no space for {struck} (moment {moment}) of {name}: {answer.text}"
+            check_clear(answer, where)
+            where += f"\n{armed.log_tail()}"
+            await wait_at_rest(armed, operation.states, where)
+            await check_whole(armed, where)
+        else:
+            assert answer.is_success, f"{name}: {answer.text}"
         await clean_up(armed)
         armed.log.write_text("")
-    trigger.report(f"{name}, a write failed", record_property)
+    trigger.report(f"{name}, a write failed")
