@@ -34,8 +34,33 @@ _VALUES = {"true": True, "1": True, "false": False, "0": False}
 
 
 class Commands(click.Group):
-    """A group that also knows the other names of its commands, and ``--flag=false`` as scripts of the
-    original write it."""
+    """A group that also knows the other names of its commands, global options behind them, and
+    ``--flag=false``, as people and scripts of the original write them."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(context, self.in_front(context, args))
+
+    def in_front(self, context: click.Context, args: list[str]) -> list[str]:
+        """``args`` with the global options first, but for what may be another program's. Pure."""
+        options = {text: found for found in self.params if isinstance(found, click.Option) for text in found.opts}
+        front: list[str] = []
+        rest: list[str] = []
+        command: click.Command = self
+        words = iter(args)
+        for word in words:
+            if word == "--" or takes_anything(command):
+                return [*front, *rest, word, *words]
+            flag, equals, _ = word.partition("=")
+            own = any(flag in found.opts for found in command.params)
+            if flag.startswith("--") and flag in options and (command is self or not own):
+                front.append(word)
+                if not equals and not options[flag].is_flag:
+                    front += [value for value in [next(words, None)] if value is not None]
+            else:
+                rest.append(word)
+                if isinstance(command, click.Group) and not word.startswith("-"):
+                    command = command.get_command(context, word) or command
+        return front + rest
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return super().get_command(context, name) or super().get_command(context, ALIASES.get(name, name))
@@ -51,10 +76,15 @@ class Commands(click.Group):
         return name, command, plain_flags(below, rest) if below is not None else rest
 
 
+def takes_anything(command: click.Command) -> bool:
+    """Whether words behind ``command`` may be another program's."""
+    return any(isinstance(found, click.Argument) and found.nargs == -1 for found in command.params)
+
+
 def plain_flags(command: click.Command, args: list[str]) -> list[str]:
     """``--flag=true`` and ``--flag=false`` in the words of ``command``. Pure."""
-    if any(isinstance(found, click.Argument) and found.nargs == -1 for found in command.params):
-        return args  # what follows may be another program's
+    if takes_anything(command):
+        return args
     options = [found for found in command.params if isinstance(found, click.Option) and found.is_flag]
     flags = {text: option for option in options for text in option.opts}
     plain: list[str] = []

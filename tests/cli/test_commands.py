@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import click
 import jwt
 import msgspec
 import pytest
@@ -18,7 +19,7 @@ from click.testing import CliRunner
 from hypeman.cli import output
 from hypeman.cli.client import Client
 from hypeman.cli.images import progress_line
-from hypeman.cli.main import hypeman, plain_flags
+from hypeman.cli.main import Commands, hypeman, plain_flags
 from hypeman.cli.run import boot_line, create_body, parse_mount, random_name
 from hypeman.cli.session import Session
 from hypeman.cli.settings import Settings, SettingsError, load_settings
@@ -78,6 +79,20 @@ def test_flags_with_values(cli: Any, server: Any) -> None:
         "--no-network", "--name=true", "--", "--network=false",
     ]  # fmt: skip
     assert plain_flags(execute, ["web", "tool", "--tty=false"]) == ["web", "tool", "--tty=false"]
+
+
+def test_global_options_anywhere(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    for written in (["--format", "json", "ps"], ["ps", "--format", "json"], ["ps", "--all", "--format=json"]):
+        assert json.loads(cli(*written).stdout)[0]["name"] == "web"
+    assert cli("image", "list", "--format", "json").stdout.strip() == "[]"
+    assert cli("inspect", "web", "--transform", "name").stdout == "web\n"
+    assert cli("ps", "--format").exit_code == 2
+    root = click.Context(hypeman)
+    assert isinstance(hypeman, Commands)
+    for untouched in (["exec", "web", "tool", "--debug"], ["run", "--", "--debug"], ["ps", "--all"]):
+        assert hypeman.in_front(root, untouched) == untouched
+    assert hypeman.in_front(root, ["ps", "--debug", "--all"]) == ["--debug", "ps", "--all"]
 
 
 def parsed_flags(*arguments: str) -> CreateInstanceRequest:
