@@ -156,6 +156,19 @@ async def reaches_us(client: GuestClient, network: GuestNetwork) -> None:
         nursery.cancel_scope.cancel()
 
 
+def check_walls(vmm: Vmm) -> None:
+    """Its own user, no way to privileges, system calls filtered in all threads that do something; Firecracker sees
+    nothing but its jail."""
+    config, process = vmm.handle.config, Path("/proc", str(vmm.handle.pid))
+    for thread in (process / "task").iterdir():
+        status = dict(line.split(":\t", 1) for line in (thread / "status").read_text().splitlines())
+        assert status["Uid"].split() == [str(config.uid)] * 4
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2" or thread.name == process.name, "the first only waits in Cloud Hypervisor"
+    if vmm.handle.kind is HypervisorKind.FIRECRACKER:
+        assert {"disk-root", "dev"} <= set(os.listdir(process / "root")) and not (process / "root/proc").exists()
+
+
 @pytest.fixture
 def place(guest_files: tuple[Path, Path], folder: Path, capabilities: Capabilities) -> Iterator[Place]:
     if capabilities.accelerator != "kvm":
@@ -188,6 +201,7 @@ async def test_a_guest_works_sleeps_wakes_and_is_copied(place: Place, driver: Dr
     with trio.fail_after(_PATIENCE):
         async with ending(await driver.launch(one)) as vmm:
             async with talking(vmm) as client:
+                check_walls(vmm)
                 assert await output_of(client, "echo $((6 * 7)); cat /proc/sys/kernel/hostname") == "42\none"
                 await reaches_us(client, place.network("one"))
                 await output_of(client, "echo kept > /tmp/kept")
