@@ -19,8 +19,9 @@ from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.vmm_process import end_stray
 
-_PATIENCE = 20.0
-"""Seconds for a program to tell its version; it takes 2 to 50 ms."""
+_PATIENCE = 120.0
+"""Seconds for a program to tell its version. It takes 2 to 50 ms; but with a VMM that was given up because its host
+was busy at that moment, running VMs could not be put into standby until the next start."""
 
 
 class Sought(msgspec.Struct, frozen=True):
