@@ -1,4 +1,5 @@
-"""CPU that mediating a request costs, against nginx (and haproxy) doing the same rewrite on the same core.
+"""CPU and memory that mediating costs, against others doing the same rewrite on the same core: nginx, and where they
+are installed haproxy, Go's ReverseProxy (a toolchain builds it) and mitmproxy.
 
 Origin and load run on core 0, the proxy alone on core 1, one worker each. What counts is the proxy's CPU time from
 schedstat divided by requests: on a shared machine it moves by a few per cent where requests a second move by half.
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ from pathlib import Path
 
 import trustme
 
-from tests.bench.harness import Result, compare
+from tests.bench.harness import Result, compare, process_memory
 
 HERE = Path(__file__).parent
 HOST = "api.example.com"
@@ -91,6 +93,14 @@ backend b
   server o 127.0.0.1:{origin}
 """
 
+
+CONNECTIONS = 300
+"""Idle ones, when memory is measured."""
+NAMES = 300
+"""Hosts that a certificate is made for, when memory is measured; fewer than the cache holds."""
+
+ROUNDS = {"nginx": 5, "haproxy": 5, "Go": 3, "mitmproxy": 1}
+"""The farther from us, the fewer."""
 
 HTTP2 = "1 KB, HTTP/2, 8 connections of 8 streams"
 """Loaded by h2load where it is installed; the origin speaks HTTP/1."""
@@ -159,6 +169,11 @@ class Bench:
         self._ours(stack)
         if shutil.which("haproxy"):
             self._haproxy(stack)
+        if shutil.which("go"):
+            self._go(stack)
+        if shutil.which("mitmdump"):
+            self._mitmproxy(stack)
+        self.peers = [name for name in ROUNDS if name in self.pids]
 
     def _certificates(self) -> None:
         self.ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
@@ -187,13 +202,37 @@ class Bench:
         wait_port(port)
         self.pids["haproxy"] = (process.pid, port)
 
+    def _go(self, stack: ExitStack) -> None:
+        port, program = free_port(), str(self.dir / "egress-go")
+        subprocess.run(["go", "build", "-o", program, HERE / "egress_go.go"], check=True)
+        argv = [program, f"127.0.0.1:{port}", str(self.dir / "leaf.pem"), f"127.0.0.1:{self.origin}", HOST,
+                str(self.dir / "origin-ca.pem")]  # fmt: skip
+        process = stack.enter_context(running(argv, 1, env={**os.environ, "GOMAXPROCS": "1"}))
+        wait_port(port)
+        self.pids["Go"] = (process.pid, port)
+
+    def _mitmproxy(self, stack: ExitStack) -> None:
+        port = free_port()
+        argv = ["mitmdump", "-q", "--mode", f"reverse:https://127.0.0.1:{self.origin}", "--listen-host", "127.0.0.1",
+                "--listen-port", str(port), "--certs", f"*={self.dir / 'leaf.pem'}", "--modify-headers",
+                "/~q/Authorization/Bearer real"]  # fmt: skip
+        settings = {"flow_detail": "0", "http2": "false", "keep_host_header": "true", "connection_strategy": "lazy",
+                    "ssl_verify_upstream_trusted_ca": str(self.dir / "origin-ca.pem"),
+                    "confdir": str(self.dir / "mitm")}  # fmt: skip
+        argv += [f"--set={name}={value}" for name, value in settings.items()]
+        process = stack.enter_context(running(argv, 1, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        wait_port(port)
+        self.pids["mitmproxy"] = (process.pid, port)
+
     def _ours(self, stack: ExitStack) -> None:
         told = {
             "settings": {"address": "127.0.0.1", "port": 0, "loops": 1, "allow": ["127.0.0.0/8"],
-                         "trust_file": str(self.dir / "origin-ca.pem"), "assumed_tls_port": self.origin},
+                         "trust_file": str(self.dir / "origin-ca.pem"), "assumed_tls_port": self.origin,
+                         "limits": {"mints_per_second": 0}},
             "directory": str(self.dir / "egress"), "names": {HOST: ["127.0.0.1"]},
             "policies": [["inst-a", "127.0.0.1", {"API_KEY": {"source": {"env": "K"}, "inject": [
-                {"hosts": [HOST], "as": {"header": "Authorization", "format": "Bearer ${value}"}}]}}, {"K": "real"}]],
+                {"hosts": [HOST, "*.names.test"],
+                 "as": {"header": "Authorization", "format": "Bearer ${value}"}}]}}, {"K": "real"}]],
         }  # fmt: skip
         argv = [sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told)]
         process = stack.enter_context(running(argv, 1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -248,25 +287,63 @@ class Bench:
         return measure
 
 
-def run(round_ms: int = ROUND_MS, rounds: int = 5) -> list[Result]:
+    def held(self, proxy: str) -> int:
+        return sum(process_memory(each) for each in tree(self.pids[proxy][0]))
+
+    def connect(self, proxy: str, name: str) -> ssl.SSLSocket:
+        context = ssl.create_default_context(
+            cafile=self.dir / ("egress-ca.pem" if proxy == "hypeman" else "front-ca.pem")
+        )
+        return context.wrap_socket(
+            socket.create_connection(("127.0.0.1", self.pids[proxy][1])), server_hostname=name
+        )
+
+    def per_connection(self, proxy: str) -> float:
+        """KB held for a connection that has asked once and is kept open."""
+        ask = f"GET /1k HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
+        with ExitStack() as stack:
+            before = 0
+            for number in range(CONNECTIONS + 20):  # what the first ones bring along belongs to none
+                if number == 20:
+                    before = self.held(proxy)
+                sock = stack.enter_context(self.connect(proxy, HOST))
+                sock.sendall(ask)
+                got = b""
+                while not got.endswith(bytes(1024)):
+                    got += sock.recv(65536)
+            return (self.held(proxy) - before) / 1024 / CONNECTIONS
+
+    def per_name(self) -> float:
+        """KB held for a name that a certificate was made for."""
+        before = 0
+        for number in range(NAMES + 20):
+            if number == 20:
+                before = self.held("hypeman")
+            self.connect("hypeman", f"h{number}.names.test").close()
+        return (self.held("hypeman") - before) / 1024 / NAMES
+
+
+def run(round_ms: int = ROUND_MS) -> list[Result]:
     if not shutil.which("nginx") or (os.cpu_count() or 1) < 2:
         return []
-    results = []
     with ExitStack() as stack:
         bench = Bench(stack, round_ms)
+        results = [Result("egress, memory of a minted name", bench.per_name(), "KB")]
+        held = {name: bench.per_connection(name) for name in ("hypeman", *bench.peers)}
+        for peer in bench.peers:
+            name = f"egress, memory of an idle connection, {peer}"
+            results.append(Result(name, held["hypeman"], "KB", peer, held[peer]))
         for test in TESTS:
-            for peer in [name for name in ("nginx", "haproxy") if name in bench.pids]:
-                results.append(
-                    compare(f"egress, {test}", "µs CPU/request", bench.cost("hypeman", test), peer,
-                            bench.cost(peer, test), rounds)
-                )  # fmt: skip
-        for peer in [name for name in ("nginx", "haproxy") if name in bench.pids and shutil.which("h2load")]:
+            for peer in bench.peers:
+                ours, theirs = bench.cost("hypeman", test), bench.cost(peer, test)
+                results.append(compare(f"egress, {test}, {peer}", "µs CPU/request", ours, peer, theirs, ROUNDS[peer]))
+        for peer in [name for name in bench.peers if name != "mitmproxy" and shutil.which("h2load")]:
             ours, theirs = bench.cost_http2("hypeman"), bench.cost_http2(peer)
-            results.append(compare(f"egress, {HTTP2}", "µs CPU/request", ours, peer, theirs, rounds))
+            results.append(compare(f"egress, {HTTP2}, {peer}", "µs CPU/request", ours, peer, theirs, ROUNDS[peer]))
     return results
 
 
 if __name__ == "__main__":
     for result in run(*(int(each) for each in sys.argv[1:])):
-        print(f"{result.name:45} {result.value:9.1f} {result.unit}  {result.peer} {result.peer_value or 0:9.1f}  "
-              f"ratio {result.ratio or 0:.2f}")  # fmt: skip
+        peer = f"{result.peer} {result.peer_value or 0:.1f}  ratio {result.ratio or 0:.2f}" if result.peer else ""
+        print(f"{result.name:60} {result.value:9.1f} {result.unit}  {peer}")
