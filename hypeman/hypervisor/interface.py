@@ -226,7 +226,7 @@ class Vmm(Protocol):
         With ``go_on`` the VM will be resumed afterwards: memory is copied (reflink or sparse copy) and
         later writes of the guest do not reach the capture. Without, the VM will be killed next and
         guest memory may be moved or linked there from ``config.memory_path``; ``resume`` after a
-        failure still works.
+        failure still works. The channel may have ended when the VM goes on (Firecracker resets it).
         """
         ...
 

@@ -74,15 +74,15 @@ class Live:
             log.exception("the VMM of %s was not let go of in order", self.vmm.handle.config.instance_id)
         tell(self, told)
 
-    async def wait_guest(self, seconds: float) -> GuestClient:
-        """The agent, waited for up to ``seconds``.
+    async def wait_guest(self, seconds: float, *, instead_of: GuestClient | None = None) -> GuestClient:
+        """The agent, waited for up to ``seconds``; on another connection than ``instead_of``.
 
         Raises InvalidState if it does not answer, VmmGone if the VMM has ended.
         """
         with trio.move_on_after(seconds):
-            while self.guest is None and not self._over:
+            while self.guest in (None, instead_of) and not self._over:
                 await self._changed.wait()
-        if self.guest is not None:
+        if self.guest is not None and self.guest is not instead_of:
             return self.guest
         if self._over:
             raise VmmGone("the VMM has ended")

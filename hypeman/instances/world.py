@@ -25,6 +25,7 @@ from hypeman.config import Config
 from hypeman.errors import HypemanError, InternalError
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume, parse_outcome, render_boot_disk
 from hypeman.guest.boot import GuestNetwork as BootNetwork
+from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited, Fatal
 from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
@@ -414,9 +415,14 @@ class World:
         live = self.live.get(instance_id)
         if live is None:
             return
+        guest = live.guest
         await live.vmm.resume()
-        if live.guest is not None:
-            await live.guest.thaw()
+        if guest is None:
+            return
+        try:
+            await guest.thaw()
+        except GuestLost:  # the capture has ended its channel: the agent dials again
+            await (await live.wait_guest(SECONDS_TO_AWAKEN, instead_of=guest)).thaw()
 
     async def awaken_guest(self, instance_id: str, *, fresh: bool) -> None:
         live = self._living(instance_id)

@@ -6,6 +6,7 @@ copied, is given a disk. Wants KVM, root and a network namespace of its own, for
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -21,7 +22,7 @@ import pytest
 import trio
 
 from hypeman.guest.boot import BootConfig, GuestNetwork, GuestVolume, render_boot_disk
-from hypeman.guest.client import ExecResult, GuestClient
+from hypeman.guest.client import ExecResult, GuestClient, GuestLost
 from hypeman.guest.types import ExecRequest
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import Capabilities, Disk, Driver, Nic, VmConfig, Vmm
@@ -114,18 +115,21 @@ async def open_tap(name: str) -> int:
 
 @asynccontextmanager
 async def talking(vmm: Vmm) -> AsyncIterator[GuestClient]:
-    """The agent of ``vmm``, on a new channel."""
-    client = GuestClient(await vmm.open_channel(), nonce=NONCE)
+    """The agent of ``vmm``, on a new channel; on the next one, if it ends before the agent is ready."""
 
-    async def serve() -> None:
+    async def serve(client: GuestClient) -> None:
         try:
             await client.run()
         except Exception:  # its callers learn why from their own calls
             return
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve)
-        await client.wait_ready()
+        while True:
+            client = GuestClient(await vmm.open_channel(), nonce=NONCE)
+            nursery.start_soon(serve, client)
+            with contextlib.suppress(GuestLost):
+                await client.wait_ready()
+                break
         yield client
         nursery.cancel_scope.cancel()
 

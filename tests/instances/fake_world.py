@@ -240,14 +240,23 @@ class FakeGuest:
         self.mounted: set[str] = set()
         self.busy: set[str] = set()
         self.frozen = False
+        self.hung_up = trio.Event()
+        """Set: its channel has ended, and it dials again."""
 
     async def run(self) -> None:
         try:
             self._send.send_nowait(Ready({"kernel": 1}))
             self._send.send_nowait(Started())
-            await self._process.ended.wait()
+            async with trio.open_nursery() as nursery:
+                for end in (self._process.ended, self.hung_up):
+                    nursery.start_soon(self._cancel_after, end, nursery.cancel_scope)
         finally:
             self._send.close()
+
+    @staticmethod
+    async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:
+        await event.wait()
+        scope.cancel()
 
     def tell(self, event: GuestEvent) -> None:
         self._send.send_nowait(event)

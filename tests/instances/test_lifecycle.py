@@ -17,6 +17,7 @@ import trio
 import trio.lowlevel
 
 from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
+from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.instances.records import INSTANCES, INTENTS, NAMES
@@ -499,3 +500,22 @@ async def test_a_guest_is_told_what_its_vmm_can_not(lab: Lab) -> None:
             instance = await instances.create(request(name))
             disk = lab.paths.instance(instance.id).boot_disk.read_bytes()
             assert (b"overlay" in disk) is not able
+
+
+async def test_a_guest_whose_channel_a_capture_ended_is_thawed_on_the_next(lab: Lab) -> None:
+    async with lab.running() as instances:
+        instance = await instances.create(request("web"))
+        assert await settled(instances, instance.id) == RUNNING
+        first = lab.guests[instance.id]
+
+        async def lost() -> None:
+            first.hung_up.set()
+            raise GuestLost("the connection to the guest has ended")
+
+        first.thaw = lost  # type: ignore[method-assign]
+        snapshots = lab.snapshots(instances)
+        with trio.fail_after(20):
+            await snapshots.create(instance.id, CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
+        second = lab.guests[instance.id]
+        assert second is not first and not second.frozen
+        assert await settled(instances, instance.id) == RUNNING
