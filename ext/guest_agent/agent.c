@@ -102,23 +102,24 @@ void agent_run(const struct boot_config *config, int fd) {
         if (was_greeted && !channel.greeted)
             sessions_drop_all();
 
+        int thaw_in = freezer_step();
+        bool frozen = thaw_in >= 0;
         int timeout = sooner(sooner(machine_step(&channel), sessions_timeout(&channel)),
-                             sooner(channel_timeout(&channel), freezer_step()));
+                             sooner(channel_timeout(&channel), thaw_in));
+        if (frozen)
+            timeout = sooner(timeout, FROZEN_CHECK_MS);
         if (channel.readable && channel_room(&channel, 4 * MAX_PAYLOAD))
             timeout = 0;
         fds[0] = (struct pollfd){signals, POLLIN, 0};
         fds[1] = (struct pollfd){channel.edge, POLLIN, 0};
         size_t workload_end = workload_poll(fds, 2);
         size_t end = sessions_poll(&channel, fds, workload_end);
-        int thaw_in = freezer_step();
-        if (thaw_in >= 0)
-            timeout = sooner(timeout, FROZEN_CHECK_MS);
         poll(fds, end, timeout);
 
         if (fds[0].revents)
             take_signals(signals);
         channel_step(&channel);
-        channel.readable |= thaw_in >= 0;
+        channel.readable |= frozen;
         sessions_io(&channel, fds + workload_end, end - workload_end);
         workload_io();
         take_input(config);

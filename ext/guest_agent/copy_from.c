@@ -125,10 +125,14 @@ int copy_from_worker(struct field_reader *request) {
     struct field field;
     char name[NAME_MAX + 1], full[PATH_MAX];
     signal(SIGPIPE, SIG_IGN);
-    while (next_field(request, &field))
-        if (field.tag == TAG_PATH ? !field_text(&field, &path)
-                                  : field.tag != TAG_FOLLOW_LINKS || !field_bool(&field, &follow_links))
-            request->malformed = true;
+    while (next_field(request, &field)) {
+        bool good = false;
+        switch (field.tag) {
+        case TAG_PATH: good = field_text(&field, &path); break;
+        case TAG_FOLLOW_LINKS: good = field_bool(&field, &follow_links); break;
+        }
+        request->malformed |= !good;
+    }
     if (request->malformed || !path || strlen(path) >= sizeof full)
         return worker_failed(EINVAL, "copy");
     int root = open_worker_root();

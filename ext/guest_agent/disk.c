@@ -73,7 +73,8 @@ static const char *read_config(int fd, struct boot_config *config, uint32_t *out
     uint8_t *fields = malloc(length + 1);
     if (!fields)
         return "no memory for the boot disk";
-    if (lseek(fd, BOOT_HEADER_BYTES, SEEK_SET) < 0 || !read_all(fd, fields, length) || crc32_of(fields, length) != crc) {
+    if (lseek(fd, BOOT_HEADER_BYTES, SEEK_SET) < 0 || !read_all(fd, fields, length) ||
+        crc32_of(fields, length) != crc) {
         free(fields);
         return "boot disk is torn";
     }

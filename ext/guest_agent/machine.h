@@ -1,7 +1,7 @@
 /* The life of this boot from the first event to power-off.
  *
- *   RUNNING ──stop──▶ STOPPING ──its end, or the grace is over──▶ DRAINING ──▶ REPORTING ──▶ off
- *      └──the main process ends──────────────────────────────────────▲
+ *   RUNNING ──stop──▶ STOPPING ──its end, or the grace is over──▶ KILLING ──▶ DRAINING ──▶ REPORTING ──▶ off
+ *      └──the main process ends─────────────────────────────────────────────────▲
  *
  * DRAINING waits for the last output to reach the console, REPORTING for the host to acknowledge the events;
  * both only so long.
@@ -16,7 +16,8 @@
 #include "channel.h"
 
 void machine_begin(const struct boot_config *config, const char *boot_device, uint32_t outcome_offset);
-/* Ends the main process with a signal (0: the image's own), after grace_ms by force; UINT64_MAX: the boot's own grace. */
+/* Ends the main process with a signal (0: the image's own), after grace_ms by force; UINT64_MAX: the boot's
+ * own grace. */
 void machine_stop(int signal, uint64_t grace_ms);
 /* Moves on if it is time; powers off at the end. Milliseconds to the next deadline, -1 for none. */
 int machine_step(struct channel *channel);

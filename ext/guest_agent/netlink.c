@@ -69,8 +69,10 @@ static int change_link(int fd, int index, bool up, const uint8_t *mac, uint32_t 
 
 static int add_address(int fd, int index, const struct network *network) {
     struct message m;
-    struct ifaddrmsg address = {
-        .ifa_family = AF_INET, .ifa_prefixlen = network->prefix, .ifa_index = (unsigned)index, .ifa_scope = RT_SCOPE_UNIVERSE};
+    struct ifaddrmsg address = {.ifa_family = AF_INET,
+                                .ifa_prefixlen = network->prefix,
+                                .ifa_index = (unsigned)index,
+                                .ifa_scope = RT_SCOPE_UNIVERSE};
     uint8_t broadcast[4];
     for (int i = 0; i < 4; i++) {
         int bits = network->prefix - 8 * i;

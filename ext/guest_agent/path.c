@@ -17,7 +17,8 @@ uint8_t file_kind_of(mode_t mode) {
 }
 
 int open_inside(int root, const char *path, uint64_t flags, uint64_t mode) {
-    struct open_how how = {.flags = flags | O_CLOEXEC, .mode = mode, .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
+    struct open_how how = {
+        .flags = flags | O_CLOEXEC, .mode = mode, .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
     for (;;) {
         int fd = (int)syscall(SYS_openat2, root, path, &how, sizeof how);
         if (fd >= 0 || errno != EAGAIN) /* EAGAIN: something was renamed under the look-up */

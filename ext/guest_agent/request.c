@@ -81,9 +81,12 @@ static void start_shutdown(struct session *session, struct field_reader *reader)
     uint32_t signal = 0;
     uint64_t grace_ms = UINT64_MAX;
     while (next_field(reader, &field)) {
-        if (field.tag == TAG_STOP_SIGNAL ? !field_u32(&field, &signal) || signal > 64
-                                         : field.tag != TAG_GRACE_MS || !field_u64(&field, &grace_ms))
-            reader->malformed = true;
+        bool good = false;
+        switch (field.tag) {
+        case TAG_STOP_SIGNAL: good = field_u32(&field, &signal) && signal <= 64; break;
+        case TAG_GRACE_MS: good = field_u64(&field, &grace_ms); break;
+        }
+        reader->malformed |= !good;
     }
     if (reader->malformed) {
         session_refuse(session, EINVAL, "shutdown: malformed request");

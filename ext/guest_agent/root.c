@@ -188,7 +188,8 @@ void settle_disks(void) {
     while (count > 0)
         if (umount2(paths[--count], 0) < 0)
             umount2(paths[count], MNT_DETACH);
-    /* Freezing writes out the journal and marks the file system clean; unmounting it is impossible under a living root. */
+    /* Freezing writes out the journal and marks the file system clean; unmounting it is impossible under a
+     * living root. */
     if (overlay_fd >= 0)
         ioctl(overlay_fd, FIFREEZE, 0);
     sync();

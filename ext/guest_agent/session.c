@@ -26,7 +26,7 @@ static size_t turn;
 /* Who polled which descriptor in this round. */
 static struct poller {
     struct session *session;
-    enum { ROLE_IN, ROLE_OUT, ROLE_ERR } role;
+    enum role { ROLE_IN, ROLE_OUT, ROLE_ERR } role;
 } pollers[SESSION_POLL_FDS];
 
 struct session *session_find(uint32_t id) {
@@ -86,7 +86,8 @@ void sessions_drop_all(void) {
             session_drop(&sessions[i]);
 }
 
-void session_started(struct session *session, const struct child *child, bool is_program, bool tty, int64_t timeout_ms) {
+void session_started(struct session *session, const struct child *child, bool is_program, bool tty,
+                     int64_t timeout_ms) {
     session->child = *child;
     session->is_program = is_program;
     session->tty = tty;
@@ -102,15 +103,18 @@ void session_refuse(struct session *session, int code, const char *message) {
 /* Writes to the child what is waiting; a child that no longer reads swallows it. */
 static void push_input(struct session *session) {
     while (session->input_begin < session->input_end && session->child.in >= 0) {
-        ssize_t n = write(session->child.in, session->input + session->input_begin, session->input_end - session->input_begin);
+        size_t waiting = session->input_end - session->input_begin;
+        ssize_t n = write(session->child.in, session->input + session->input_begin, waiting);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno == EAGAIN)
             return;
         if (n < 0)
             close_fd(&session->child.in);
-        else
-            session->input_begin += (size_t)n, session->consumed += (uint32_t)n;
+        if (n > 0) {
+            session->input_begin += (size_t)n;
+            session->consumed += (uint32_t)n;
+        }
     }
     if (session->child.in < 0)
         session->consumed += (uint32_t)(session->input_end - session->input_begin);
@@ -243,6 +247,12 @@ void sessions_step(struct channel *channel) {
     }
 }
 
+static size_t watch(struct pollfd *fds, size_t n, struct session *session, enum role role, int fd) {
+    fds[n] = (struct pollfd){fd, role == ROLE_IN ? POLLOUT : POLLIN, 0};
+    pollers[n] = (struct poller){session, role};
+    return n + 1;
+}
+
 size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) {
     bool room = channel_room(channel, MAX_PAYLOAD) != NULL;
     size_t n = 0;
@@ -253,11 +263,11 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) 
         bool may_send = room && session->credit > 0;
         bool has_input = session->input_begin < session->input_end || session->input_ends;
         if (session->child.in >= 0 && has_input)
-            fds[count + n] = (struct pollfd){session->child.in, POLLOUT, 0}, pollers[n++] = (struct poller){session, ROLE_IN};
+            n = watch(fds + count, n, session, ROLE_IN, session->child.in);
         if (session->child.out >= 0 && may_send)
-            fds[count + n] = (struct pollfd){session->child.out, POLLIN, 0}, pollers[n++] = (struct poller){session, ROLE_OUT};
+            n = watch(fds + count, n, session, ROLE_OUT, session->child.out);
         if (session->child.err >= 0 && may_send)
-            fds[count + n] = (struct pollfd){session->child.err, POLLIN, 0}, pollers[n++] = (struct poller){session, ROLE_ERR};
+            n = watch(fds + count, n, session, ROLE_ERR, session->child.err);
     }
     return count + n;
 }

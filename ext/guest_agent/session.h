@@ -42,7 +42,8 @@ struct session *session_new(uint32_t id);
 void session_drop(struct session *session);
 void sessions_drop_all(void);
 
-void session_started(struct session *session, const struct child *child, bool is_program, bool tty, int64_t timeout_ms);
+void session_started(struct session *session, const struct child *child, bool is_program, bool tty,
+                     int64_t timeout_ms);
 /* No child: tells `code` and the message as the session's end. */
 void session_refuse(struct session *session, int code, const char *message);
 

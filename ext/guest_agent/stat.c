@@ -14,9 +14,14 @@ int stat_worker(struct field_reader *request) {
     const char *path = NULL;
     bool follow = false;
     struct field field;
-    while (next_field(request, &field))
-        if (field.tag == TAG_PATH ? !field_text(&field, &path) : field.tag != TAG_FOLLOW_LINKS || !field_bool(&field, &follow))
-            request->malformed = true;
+    while (next_field(request, &field)) {
+        bool good = false;
+        switch (field.tag) {
+        case TAG_PATH: good = field_text(&field, &path); break;
+        case TAG_FOLLOW_LINKS: good = field_bool(&field, &follow); break;
+        }
+        request->malformed |= !good;
+    }
     if (request->malformed || !path)
         return worker_failed(EINVAL, "stat");
 

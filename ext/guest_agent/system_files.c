@@ -41,7 +41,8 @@ int write_resolver(const struct network *network) {
     size_t length = 0;
     for (size_t i = 0; i < network->dns_count; i++) {
         const uint8_t *a = network->dns[i];
-        length += (size_t)snprintf(text + length, sizeof text - length, "nameserver %d.%d.%d.%d\n", a[0], a[1], a[2], a[3]);
+        length += (size_t)snprintf(text + length, sizeof text - length, "nameserver %d.%d.%d.%d\n", a[0], a[1], a[2],
+                                   a[3]);
     }
     if (length == 0)
         return 0;

@@ -42,8 +42,8 @@ static bool maps_device(const char *pid, dev_t device) {
     FILE *maps = fopen(path, "re");
     bool found = false;
     while (maps && !found && fgets(line, sizeof line, maps)) {
-        unsigned major_number, minor_number;
-        found = sscanf(line, "%*s %*s %*s %x:%x", &major_number, &minor_number) == 2 && makedev(major_number, minor_number) == device;
+        unsigned its_major, its_minor;
+        found = sscanf(line, "%*s %*s %*s %x:%x", &its_major, &its_minor) == 2 && makedev(its_major, its_minor) == device;
     }
     if (maps)
         fclose(maps);
@@ -78,7 +78,8 @@ static void tell_holders(dev_t device) {
     size_t count = 0;
     for (struct dirent *entry; dir && count < MAX_HOLDERS && (entry = readdir(dir));) {
         char path[64], comm[64], text[128];
-        if (entry->d_name[0] < '0' || entry->d_name[0] > '9' || atoi(entry->d_name) == getpid() || !holds(entry->d_name, device))
+        bool is_process = entry->d_name[0] >= '0' && entry->d_name[0] <= '9';
+        if (!is_process || atoi(entry->d_name) == getpid() || !holds(entry->d_name, device))
             continue;
         snprintf(path, sizeof path, "/proc/%.16s/comm", entry->d_name);
         if (read_file(path, comm, sizeof comm) < 0)

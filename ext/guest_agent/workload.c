@@ -29,8 +29,8 @@ static uint8_t pump[PUMP_BYTES];
 static size_t pump_begin, pump_end;
 
 /* The log has a port of its own where the VMM gives one: a serial line costs an exit from the guest for each
- * byte (0.3 MB/s without KVM on a busy host, where the port did 2.6). Otherwise it is the console, raw, so that a line feed stays a
- * line feed and the log holds exactly what was printed. */
+ * byte (0.3 MB/s without KVM on a busy host, where the port did 2.6). Otherwise it is the console, raw, so that
+ * a line feed stays a line feed and the log holds exactly what was printed. */
 static void open_console(const char *path) {
     struct termios settings;
     if (!*path)
@@ -173,7 +173,8 @@ void workload_io(void) {
             close_fd(&child.out);
     }
     while (pump_begin < pump_end) {
-        ssize_t n = console >= 0 ? write(console, pump + pump_begin, pump_end - pump_begin) : (ssize_t)(pump_end - pump_begin);
+        size_t waiting = pump_end - pump_begin;
+        ssize_t n = console >= 0 ? write(console, pump + pump_begin, waiting) : (ssize_t)waiting;
         if (n < 0 && errno == EAGAIN)
             return;
         if (n < 0 && errno == EINTR)
