@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.real.appliance import Appliance
+from tests.real.appliance import PATIENCE, Appliance
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -18,8 +19,9 @@ async def test_a_life(appliance: Appliance) -> None:
     made = await appliance.create("one", tags={"team": "a"}, cmd=["sh", "-c", "echo hello; exec sleep 1000"])
     assert made["state"] == "Running" and made["network"]["ip"] == "10.100.0.2"
     assert made["id"] == (await appliance.get(f"/instances/{made['id'][:6]}"))["id"]
-    logs = await appliance.ask("GET", "/instances/one/logs")
-    assert 'data: "hello"' in logs.text
+    with trio.fail_after(PATIENCE):  # it runs, but may not have printed yet
+        while 'data: "hello"' not in (await appliance.ask("GET", "/instances/one/logs")).text:
+            await trio.sleep(0.05)
     assert await appliance.exec("one", "sh", "-c", "echo out; exit 3") == (3, "out\n")
     assert (await appliance.get("/instances/one/stat?path=/bin/busybox"))["is_file"]
     stats = await appliance.get("/instances/one/stats")
@@ -37,6 +39,36 @@ async def test_a_life(appliance: Appliance) -> None:
     await appliance.delete("/instances/one")
     assert await appliance.get("/instances") == []
     assert not appliance.vmms() and not appliance.files() and not appliance.namespace.links()
+
+
+async def test_a_tree_there_and_back(appliance: Appliance, tmp_path: Path) -> None:
+    """Modes, times, symlinks and holes survive ``cp`` both ways; a name may begin with a dash."""
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "-f").write_text("F")
+    (tree / "link").symlink_to("sub/sparse")
+    with open(tree / "sub" / "sparse", "wb") as file:
+        file.truncate(4 << 20)
+    (tree / "-f").chmod(0o640)
+    os.utime(tree / "-f", (1_000_000, 1_000_000))
+    os.utime(tree / "sub", (2_000_000, 2_000_000))
+
+    def seen(root: Path) -> dict[str, tuple[object, ...]]:
+        found: dict[str, tuple[object, ...]] = {}
+        for path in sorted(root.rglob("*")):
+            status = path.lstat()
+            content = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            found[str(path.relative_to(root))] = (oct(status.st_mode), int(status.st_mtime), content)
+        found.pop("link", None)  # its own times are nobody's
+        return found
+
+    await appliance.create("one")
+    assert (await appliance.cli("cp", "-q", "-a", str(tree), "one:/srv/in"))[0] == 0
+    assert await appliance.exec("one", "readlink", "/srv/in/link") == (0, "sub/sparse\n")
+    assert (await appliance.cli("cp", "-q", "-a", "one:/srv/in", str(tmp_path / "back")))[0] == 0
+    assert seen(tmp_path / "back") == seen(tree)
+    assert os.readlink(tmp_path / "back" / "link") == "sub/sparse"
+    assert (tmp_path / "back" / "sub" / "sparse").stat().st_blocks == 0
 
 
 async def test_a_server_that_is_killed_finds_its_vms_again(appliance: Appliance) -> None:
