@@ -70,7 +70,7 @@ def run(session: Session, image: str, **flags: Any) -> None:
     ensure_image(session.client, image, flags["platform"])
     made = session.client.post("/instances", body)
     session.show(made, lambda: str(made["id"]))
-    if sys.stderr.isatty():
+    if sys.stdout.isatty() and sys.stderr.isatty():  # a person; a script that wants the id does not wait
         watch_boot(session.client, made)
 
 
