@@ -239,13 +239,13 @@ async def wait_api(api: UnixHttp, process: Process, target: str) -> object:
     raise VmmBroken(f"the VMM's API did not answer within {_START_LIMIT:g} s")
 
 
-async def became(condition: Callable[[], Awaitable[bool]], seconds: float) -> bool:
+async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, every: float = _POLL) -> bool:
     """Whether ``condition`` came true in time; for what a VMM tells only when it is asked."""
     with trio.move_on_after(seconds):
         while True:
             if await condition():
                 return True
-            await trio.sleep(_POLL)
+            await trio.sleep(every)
     return False
 
 

@@ -211,6 +211,7 @@ class Firecracker(Vm):
                 self.disks[name] = open_disk(body["path_on_host"], readonly=body["is_read_only"])
             case "PATCH", "/drives/ID":
                 self.want("Running", "Paused")
+                self.disks[body["drive_id"]] = open_disk(body["path_on_host"], readonly=False)
             case "PUT", "/vsock" | "/entropy" | "/balloon" | "/hotplug/memory" | "/network-interfaces/ID":
                 self.want("none")
             case "PUT", "/actions":

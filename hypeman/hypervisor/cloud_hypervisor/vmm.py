@@ -22,6 +22,7 @@ _UNPLUG_LIMIT = 15.0
 _RESIZE_LIMIT = 15.0
 _SAVE_LIMIT = 600.0
 _GATHERING = "restore is still in progress"
+_GATHERING_POLL = 0.1
 
 SNAPSHOT_SUMMED = ("config.json", "state.json")
 
@@ -104,7 +105,7 @@ class CloudHypervisorVmm(RemoteVmm):
                 return False
             return True
 
-        if not await became(saved, _SAVE_LIMIT) and refusal is not None:
+        if not await became(saved, _SAVE_LIMIT, every=_GATHERING_POLL) and refusal is not None:
             raise refusal
 
     async def add_disk(self, disk: Disk) -> Disk:

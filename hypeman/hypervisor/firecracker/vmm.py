@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from hypeman.errors import InternalError, InvalidRequest, NotSupported
+from hypeman.host.loans import lent
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker import jail
@@ -118,7 +119,8 @@ class FirecrackerVmm(RemoteVmm):
             await trio.to_thread.run_sync(os.truncate, disk.path, size)
         except OSError as error:
             raise InternalError(f"{disk.path}: {error.strerror}") from error
-        await self.call(native.resize_disk_call(disk))
+        with lent(Path(disk.path), self.config.uid, write=not disk.readonly):  # it is opened anew
+            await self.call(native.resize_disk_call(disk))
 
     async def resize_memory(self, size: int) -> None:
         low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
