@@ -126,6 +126,8 @@ class CloudHypervisor(Vm):
             case "PUT", "vm.add-net":
                 if len(self.fds) != 1:
                     raise Refused("no TAP came with it")
+                if "mtu" in body:
+                    raise Refused("Operation not permitted")
             case "PUT", "vm.boot":
                 self.run()
                 return None

@@ -78,8 +78,9 @@ def disk_config(disk: Disk) -> dict[str, object]:
 
 
 def net_config(nic: Nic) -> dict[str, object]:
-    """Body of ``vm.add-net``; the TAP's descriptor travels beside it."""
-    return {"id": nic.id, "mac": nic.mac, "mtu": nic.mtu, "num_queues": 2}
+    """Body of ``vm.add-net``; the TAP's descriptor travels beside it. Without its MTU, which the VMM would set on
+    the TAP and may not; guests are told on the boot disk."""
+    return {"id": nic.id, "mac": nic.mac, "num_queues": 2}
 
 
 def restore_config(source: str, nics: tuple[Nic, ...], *, lazily: bool) -> dict[str, object]:
