@@ -142,7 +142,7 @@ class Sender:
     def _send_tree(self, source: str, root: str) -> int:
         count = 0
         directories: list[tuple[str, dict[str, int]]] = []
-        for directory, names, files in os.walk(source, followlinks=self._follow_links):
+        for directory, names, files in os.walk(source, onerror=_raise, followlinks=self._follow_links):
             below = os.path.relpath(directory, source)
             target = root if below == "." else posixpath.join(root, below)
             meta = self._meta_of(os.stat(directory))
@@ -208,6 +208,11 @@ class Sender:
             target = request["guest_path"]
             raise CopyFailed(f"{target}: {result.get('error') or result.get('message') or 'the stream ended early'}")
         return int(result.get("bytes_written") or 0)
+
+
+def _raise(error: OSError) -> None:
+    """``os.walk`` would leave out what it can not read, without a word."""
+    raise error
 
 
 # ── Out of the guest ─────────────────────────────────────────────────────────────────────────────

@@ -78,6 +78,21 @@ def test_a_tree_in(cli: Any, server: Any, tmp_path: Path) -> None:
     assert set(server.world.instances.files) == {"/tmp", "/tmp/a", "/tmp/link", "/tmp/sub", "/tmp/sub/b"}
 
 
+def test_a_directory_that_can_not_be_read(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not left out without a word."""
+    (tmp_path / "tree" / "sub").mkdir(parents=True)
+    scandir = os.scandir
+
+    def guarded(path: str) -> Any:
+        if path.endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    done = cli("cp", str(tmp_path / "tree"), "web:/tmp")
+    assert (done.exit_code, "sub: Permission denied" in done.stderr) == (1, True)
+
+
 def test_symlinks_in(cli: Any, server: Any, tmp_path: Path) -> None:
     """A symlink is copied as one, also where it leads nowhere; by its name with a slash, what it leads to."""
     tree = tmp_path / "tree"
