@@ -3,6 +3,7 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,12 +50,18 @@ static int look_in_order(const struct boot_config *config, const char *id, char 
     return -1;
 }
 
+/* A disk that is just plugged in shows its serial number a moment before it can be used (ENXIO). */
+static bool can_be_opened(const char *path) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0)
+        close(fd);
+    return fd >= 0;
+}
+
 int find_disk(const struct boot_config *config, const char *id, char path[DEVICE_PATH_BYTES], int wait_ms) {
     int64_t deadline = now_ms() + wait_ms;
     for (;;) {
-        if (look_for_serial(id, path) == 0)
-            return 0;
-        if (look_in_order(config, id, path) == 0)
+        if ((look_for_serial(id, path) == 0 || look_in_order(config, id, path) == 0) && can_be_opened(path))
             return 0;
         if (now_ms() >= deadline)
             return -1;
