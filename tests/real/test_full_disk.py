@@ -79,7 +79,7 @@ def disk(directory: Path) -> Iterator[SmallDisk]:
 
 @pytest.fixture
 async def appliance(directory: Path, disk: SmallDisk) -> AsyncIterator[Appliance]:
-    appliance = Appliance(directory)
+    appliance = Appliance(directory, REQUEST_TIMEOUT="600")  # a busy machine is no answer
     try:
         await appliance.start()
         await appliance.import_busybox()

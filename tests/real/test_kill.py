@@ -50,7 +50,7 @@ def directory() -> Iterator[Path]:
 @pytest.fixture
 async def armed(directory: Path) -> AsyncIterator[Appliance]:
     """A server with a bomb in it, and the image."""
-    appliance = Appliance(directory)
+    appliance = Appliance(directory, REQUEST_TIMEOUT="600")  # a busy machine is no answer
     try:
         await appliance.start(killable=str(directory / "bomb"))
         await appliance.import_busybox()
