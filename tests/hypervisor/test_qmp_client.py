@@ -199,3 +199,23 @@ async def test_silence_has_a_limit(pair: tuple[QmpClient, Qemu]) -> None:
 async def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(VmmGone):
         await QmpClient.connect(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("said", [b"", GREETING])
+async def test_the_first_answer_has_a_limit_of_its_own(tmp_path: Path, said: bytes) -> None:
+    """A QEMU that still pins its guest's memory has greeted, or not even that."""
+    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
+        await listener.bind(str(tmp_path / "qmp"))
+        listener.listen()
+        async with trio.open_nursery() as nursery:
+
+            async def greet() -> None:
+                connection, _ = await listener.accept()
+                with connection:
+                    await connection.send(said)
+                    await trio.sleep_forever()
+
+            nursery.start_soon(greet)
+            with pytest.raises(VmmBroken):
+                await QmpClient.connect(str(tmp_path / "qmp"), timeout=0.05)
+            nursery.cancel_scope.cancel()

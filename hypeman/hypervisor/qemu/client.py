@@ -47,16 +47,16 @@ class QmpClient:
         self._progress = trio.Event()
 
     @classmethod
-    async def connect(cls, path: str) -> QmpClient:
+    async def connect(cls, path: str, *, timeout: float = _TIME_LIMIT) -> QmpClient:
         """Connect to the socket at ``path`` and agree on capabilities.
 
-        Raises VmmGone where nobody listens, VmmBroken where nobody answers in time.
+        Raises VmmGone where nobody listens, VmmBroken where nobody answers within ``timeout`` seconds.
         """
         client = cls(await connect_unix(path))
         try:
-            with trio.fail_after(_TIME_LIMIT):
+            with trio.fail_after(timeout):
                 await client._until(lambda: client._greeting)
-            await client.execute("qmp_capabilities")
+            await client.execute("qmp_capabilities", timeout=timeout)
         except trio.TooSlowError:
             client.close()
             raise VmmBroken("QEMU does not answer on its QMP socket") from None

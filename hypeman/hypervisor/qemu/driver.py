@@ -40,6 +40,10 @@ from hypeman.hypervisor.vmm_process import LastWords, end, find, give_vfio_group
 
 OpenTap = Callable[[str], Awaitable[int]]
 
+_START = 30.0
+_START_WITH_DEVICES = 300.0
+"""Seconds until QEMU's first answer: some 20 ms. With devices the kernel first clears and pins all of the guest's
+memory, which is a matter of its size, and the devices are reset."""
 
 _BOARDS = {HypervisorKind.QEMU: native.Q35, HypervisorKind.QEMU_MICROVM: native.MICROVM}
 
@@ -242,7 +246,8 @@ class QemuDriver(Seeker):
         # Our copies of the listening sockets are closed: if QEMU dies now, the connection breaks at once.
         qmp = None
         try:
-            qmp = await QmpClient.connect(str(Path(config.run_dir, QMP_SOCKET)))
+            limit = _START_WITH_DEVICES if config.pci_devices else _START
+            qmp = await QmpClient.connect(str(Path(config.run_dir, QMP_SOCKET)), timeout=limit)
             handle = new_handle(self.kind, process, config)
             vmm = QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
             for disk in config.disks:
