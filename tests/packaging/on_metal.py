@@ -74,7 +74,7 @@ ip netns exec world setsid sh -c 'exec 3<>/root/answer
 
 FETCH = f"""
 : > /root/seen
-hypeman exec agent -- curl -sS --max-time 240 https://{ORIGIN}/ >/root/got 2>&1 & job=$!
+hypeman exec agent -- /usr/bin/curl -sS --max-time 240 https://{ORIGIN}/ >/root/got 2>&1 & job=$!
 until grep -qx "$(printf '\\r')" /root/seen; do kill -0 $job || break; sleep 0.5; done
 printf 'HTTP/1.1 200 OK\\r\\nContent-Length: 5\\r\\n\\r\\nhello' > /root/answer
 wait $job
