@@ -231,7 +231,8 @@ class Vmm(Protocol):
         ...
 
     async def add_disk(self, disk: Disk) -> Disk:
-        """Plug a disk in. Returns it with its port, as ``handle.config`` has it from now on."""
+        """Plug a disk in. Returns it with its port, as ``handle.config`` has it from now on. The guest hears of it
+        a moment later; a capture before it has may come back without (Cloud Hypervisor forgets to tell again)."""
         ...
 
     async def remove_disk(self, disk_id: str) -> None:

@@ -458,17 +458,18 @@ async def a_plugged_disk_is_in_the_capture(bench: Bench) -> None:
             return
         path = bench.new_directory() / "extra.raw"
         path.write_bytes(b"extra".ljust(1 << 20, b"\0"))
-        await Guest.of(vmm)
+        guest = await Guest.of(vmm)
+
+        async def there() -> bool:
+            return "extra" in await guest.disks()
+
         await vmm.add_disk(Disk("extra", str(path), port=3))
+        await guest.until(there)  # what the guest has not heard of yet may be lost with a capture
         directory = bench.new_directory()
         capture = await vmm.capture(directory, go_on=False)
         await vmm.kill()
         async with ending(await driver.restore(capture.config, directory, keep_capture=False)) as back:
             guest = await Guest.of(back)
-
-            async def there() -> bool:
-                return "extra" in await guest.disks()
-
             await guest.until(there)
             await back.remove_disk("extra")
             assert "extra" not in await guest.disks()
