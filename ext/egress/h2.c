@@ -172,7 +172,7 @@ nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbac
     if (r != 0)
         return NULL;
     nghttp2_settings_entry settings[] = {
-        {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, H2_STREAM_WINDOW},
+        {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, server ? H2_DOWN_WINDOW : H2_UP_WINDOW},
         {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, H2_MAX_STREAMS},
         {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, H1_MAX_HEAD},
         {NGHTTP2_SETTINGS_ENABLE_PUSH, 0},

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class Http(http.server.BaseHTTPRequestHandler):
         body = self._body()
         if self.path == "/ack":
             self.acknowledged.release()
-        self._answer(json.dumps({"bytes": len(body)}).encode())
+        self._answer(json.dumps({"bytes": len(body), "sha256": sha256(body).hexdigest()}).encode())
 
     def _body(self) -> bytes:
         if self.headers["Transfer-Encoding"] != "chunked":

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from textwrap import dedent
 
@@ -140,14 +141,15 @@ def test_requests(lab: Lab, proxied: bool) -> None:
         import json, requests
         with requests.Session() as session:
             said = session.get("https://{STREAM_HOST}/a?b", headers={{"Authorization": "Bearer mine"}}).json()
-            said["up"] = session.post("https://{STREAM_HOST}/", data=(bytes(50_000) for _ in range(40))).json()
+            said["up"] = session.post("https://{STREAM_HOST}/", data=(bytes([n]) * 50_000 for n in range(40))).json()
             moved = session.get("https://{STREAM_HOST}/elsewhere", allow_redirects=False)
             said["moved"] = [moved.status_code, moved.headers["Location"]]
         print(json.dumps(said))
         """,
         proxied,
     )
-    assert said == {"credential": "real", "path": "/a?b", "up": {"bytes": 2_000_000},
+    up = b"".join(bytes([n]) * 50_000 for n in range(40))
+    assert said == {"credential": "real", "path": "/a?b", "up": {"bytes": len(up), "sha256": sha256(up).hexdigest()},
                     "moved": [302, "https://other.test/"]}  # fmt: skip
 
 
@@ -191,18 +193,22 @@ def test_go(lab: Lab) -> None:
 
 @proxied
 def test_git(lab: Lab, proxied: bool) -> None:
-    """Clone and push by git's smart protocol; the pack is larger than git sends without chunks."""
+    """Clone and push by git's smart protocol; the pack is larger than git sends without chunks.
+
+    Over HTTP/1.1: in HTTP/2 uploads of Debian 12's git are not dependable (see ext/egress/README.md).
+    """
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     bare, clone = f"bare-{proxied}.git", f"work-{proxied}"
+    git = ("git", "-c", "http.version=HTTP/1.1")
     run("git", "init", "-q", "--bare", str(lab.dir / bare))
     run("git", "-C", str(lab.dir / bare), "config", "http.receivepack", "true")
     url = f"https://{STREAM_HOST}/git/{bare}"
-    lab.in_guest("git", "clone", "-q", url, clone, proxied=proxied)
+    lab.in_guest(*git, "clone", "-q", url, clone, proxied=proxied)
     work = lab.dir / clone
     subprocess.run(["dd", "if=/dev/urandom", f"of={work}/file", "bs=1M", "count=3", "status=none"], check=True)
     run("git", "-C", str(work), "add", "file")
     run("git", "-C", str(work), "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "first")
-    lab.in_guest("git", "-C", clone, "push", "-q", "origin", "HEAD:refs/heads/main", proxied=proxied)
-    lab.in_guest("git", "clone", "-q", "-b", "main", url, clone + "-again", proxied=proxied)
+    lab.in_guest(*git, "-C", clone, "push", "-q", "origin", "HEAD:refs/heads/main", proxied=proxied)
+    lab.in_guest(*git, "clone", "-q", "-b", "main", url, clone + "-again", proxied=proxied)
     assert (lab.dir / f"{clone}-again" / "file").read_bytes() == (work / "file").read_bytes()
