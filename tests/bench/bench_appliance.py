@@ -99,5 +99,8 @@ def answers(address: str) -> bool:
     with socket.socket(socket.AF_UNIX) as connection:
         if connection.connect_ex(address):
             return False
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        return connection.recv(64).startswith(b"HTTP/1.1 200")
+        try:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return connection.recv(64).startswith(b"HTTP/1.1 200")
+        except ConnectionError:  # it listens, but does not serve yet
+            return False
