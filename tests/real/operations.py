@@ -178,14 +178,17 @@ async def check_volumes(appliance: Appliance, instance: dict[str, Any], where: s
 
 
 async def check_owned(appliance: Appliance, where: str) -> None:
-    instances = await appliance.get("/instances")
-    alive = {i["id"] for i in instances if i["state"] not in ("Stopped", "Standby")}
-    known = {i["id"] for i in instances}
-    with trio.move_on_after(PATIENCE):  # what the server still ends in the background
-        while {run.rpartition("/")[2] for run in appliance.vmms().values()} != alive:
+    with trio.move_on_after(PATIENCE):  # what the server still ends, and hears the end of, in the background
+        while True:
+            instances = await appliance.get("/instances")
+            alive = {i["id"] for i in instances if i["state"] not in ("Stopped", "Standby")}
+            running = {run.rpartition("/")[2] for run in appliance.vmms().values()}
+            if running == alive and len(appliance.namespace.links()) == len(alive):
+                break
             await trio.sleep(0.1)
-    assert {run.rpartition("/")[2] for run in appliance.vmms().values()} == alive, where
+    assert running == alive, where
     assert len(appliance.namespace.links()) == len(alive), f"{appliance.namespace.links()}: {where}"
+    known = {i["id"] for i in instances}
     snapshots = {s["id"] for s in await appliance.get("/snapshots")}
     volumes = {v["id"] for v in await appliance.get("/volumes")}
     owners = {"instances": known, "vm": alive, "snapshots": snapshots, "volumes": volumes}
