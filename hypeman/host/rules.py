@@ -26,6 +26,7 @@ from hypeman.host.netlink import (
     Message,
     Monitor,
     Netlink,
+    NetlinkError,
     Packet,
     attr,
     attributes,
@@ -42,8 +43,8 @@ _NEW_GENERATION = _SUBSYSTEM << 8 | 15
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
 _LIST_ELEMENT, _ELEMENT_KEY, _DATA_VALUE = 1, 1, 1
 _GROUP_NFTABLES = 7
-_DELETE_FLOWS = 1 << 8 | 2
-_TUPLE_ORIGINAL, _TUPLE_REPLY, _FILTER = 1, 2, 25
+_GET_FLOWS, _DELETE_FLOWS = 1 << 8 | 1, 1 << 8 | 2
+_TUPLE_ORIGINAL, _TUPLE_REPLY, _FLOW_NUMBER, _FLOW_ZONE, _FILTER = 1, 2, 12, 18, 25
 _TUPLE_IP, _IPV4_SOURCE = 1, 1
 _ORIGINAL_FLAGS, _REPLY_FLAGS, _SELECT_SOURCE = 1, 2, 1
 _FAMILY = {"inet": 1, "arp": 3}
@@ -80,10 +81,8 @@ class Rules:
             )  # fmt: skip
 
     async def forget_flows(self, address: str) -> None:
-        """Remove what conntrack remembers of connections from and to ``address``. Raises NetlinkError
-        (kernels before 5.8 can not select)."""
-        messages = _forget_messages(IPv4Address(address))
-        await trio.to_thread.run_sync(self._netlink.run, messages, limiter=self._one_at_a_time)
+        """Remove what conntrack remembers of connections from and to ``address``. Raises NetlinkError."""
+        await trio.to_thread.run_sync(self._forget, IPv4Address(address), limiter=self._one_at_a_time)
 
     async def watch_foreign_changes(self) -> AsyncGenerator[None, None]:
         """Yields when somebody else changed one of our tables, or may have; close it with ``aclosing``."""
@@ -99,6 +98,22 @@ class Rules:
         """True for a change of our tables by somebody else."""
         ours = packet.type != _NEW_GENERATION and _names_our_table(packet.body)
         return True if ours and packet.port not in (self._netlink.port, *self._nft_pids) else None
+
+    def _forget(self, address: IPv4Address) -> None:
+        try:
+            self._forget_selected(address)
+        except NetlinkError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._forget_one_by_one(address)
+
+    def _forget_selected(self, address: IPv4Address) -> None:
+        self._netlink.run([Message(_DELETE_FLOWS, 0, *each, (errno.ENOENT,)) for each in _selections(address)])
+
+    def _forget_one_by_one(self, address: IPv4Address) -> None:
+        """For kernels that select only what they list, as Debian 12's 6.1 does."""
+        listed = [self._netlink.dump(Message(_GET_FLOWS, 0, *each)) for each in _selections(address)]
+        self._netlink.run([_delete_message(packet) for packets in listed for packet in packets])
 
     def _load(self, ruleset: str) -> None:
         _nft(["-f", "-"], ruleset, self._nft_pids)
@@ -137,20 +152,25 @@ def _change_messages(remove: tuple[Element, ...], add: tuple[Element, ...]) -> l
     ]
 
 
-def _forget_messages(address: IPv4Address) -> list[Message]:
-    """Flows that ``address`` began, and those that it answers."""
+def _selections(address: IPv4Address) -> list[tuple[bytes, str]]:
+    """Flows that ``address`` began, and those that it answers: body and name of a message about them."""
     source = nested(_TUPLE_IP, attr(_IPV4_SOURCE, address.packed))
     header = struct.pack("=BBH", socket.AF_INET, 0, 0)
     return [
-        Message(
-            _DELETE_FLOWS,
-            0,
+        (
             header + nested(tuple_kind, source) + nested(_FILTER, u32(flags_kind, _SELECT_SOURCE)),
             f"forget connections of {address}",
-            (errno.ENOENT,),
         )
         for tuple_kind, flags_kind in ((_TUPLE_ORIGINAL, _ORIGINAL_FLAGS), (_TUPLE_REPLY, _REPLY_FLAGS))
     ]
+
+
+def _delete_message(flow: Packet) -> Message:
+    """Its number says that it is this one and no later one of the same ends."""
+    told = dict(attributes(flow.body, 4))
+    body = flow.body[:4] + nested(_TUPLE_ORIGINAL, told[_TUPLE_ORIGINAL])
+    body += b"".join(attr(kind, told[kind]) for kind in (_FLOW_NUMBER, _FLOW_ZONE) if kind in told)
+    return Message(_DELETE_FLOWS, 0, body, "forget a connection", (errno.ENOENT,))
 
 
 def _element_message(kind: int, flags: int, element: Element) -> Message:
