@@ -15,7 +15,7 @@ from tests.real.appliance import IMAGE, PATIENCE, Appliance
 
 Act = Callable[[Appliance], Awaitable[httpx.Response]]
 
-SIZES = {"image": IMAGE, "size": "64MB", "vcpus": 1, "overlay_size": "16MB"}
+SIZES = {"image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "16MB"}
 NOTE = ["sh", "-c", "echo mine > /note; sync; exec sleep 1000000"]
 ZSTD = {"enabled": True, "algorithm": "zstd"}
 

@@ -21,7 +21,7 @@ from tests.real.operations import OPERATIONS, check_clear, check_whole, clean_up
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-SIZE = 256 << 20
+SIZE = 512 << 20
 ROOM = (0, 64 << 10, 1 << 20, 4 << 20, 16 << 20, 32 << 20)
 """Bytes that are left; a capture of these guests takes some 40 MB."""
 

@@ -62,7 +62,7 @@ async def test_a_program_goes_on_after_standby(appliance: Appliance) -> None:
 async def test_many_standbys_of_one(appliance: Appliance) -> None:
     """As often as STANDBY_CYCLES says (100 once per release): the program goes on, and nothing piles up."""
     cycles = int(os.environ.get("STANDBY_CYCLES", "5"))
-    await appliance.create("one", size="64MB", cmd=COUNTER)
+    await appliance.create("one", cmd=COUNTER)
     await appliance.post("/instances/one/standby")
     asleep, open_files = appliance.files(), appliance.open_files()
     for number in range(cycles):
@@ -123,7 +123,7 @@ async def test_a_fork_runs_on_as_somebody_else(appliance: Appliance) -> None:
 
 async def test_twenty_forks_of_one_snapshot(appliance: Appliance) -> None:
     """At once, each with its own identity, and none able to see another's later writes."""
-    await appliance.create("source", size="64MB", cmd=COUNTER)
+    await appliance.create("source", cmd=COUNTER)
     made = await appliance.post("/instances/source/snapshots", {"kind": "Standby", "name": "base"})
     await appliance.delete("/instances/source")
     seen: dict[str, str] = {}

@@ -145,7 +145,7 @@ async def fenced(directory: Path, frame_program: Path) -> AsyncIterator[tuple[Ap
         world.run("ip", "addr", "add", f"{METADATA}/32", "dev", "wan")
         guests = []
         for name in ("one", "two"):
-            made = await appliance.create(name, size="64MB")
+            made = await appliance.create(name)
             guests.append(Guest(appliance, name, made["network"]))
             await guests[-1].learn(frame_program)
         yield appliance, world, guests[0], guests[1]
@@ -352,7 +352,7 @@ async def test_limits_hold_in_each_direction_and_together(directory: Path, frame
         for name, rate in rates.items():
             network = {"bandwidth_download": f"{rate}mbps", "bandwidth_upload": f"{rate}mbps"}
             before = set(appliance.namespace.links())
-            made = await appliance.create(name, size="64MB", network=network)
+            made = await appliance.create(name, network=network)
             guests.append(Guest(appliance, name, made["network"]))
             await guests[-1].learn(frame_program)
             for link in set(appliance.namespace.links()) - before:

@@ -143,7 +143,7 @@ async def test_twenty_at_once_and_a_kill_in_between(appliance: Appliance, tmp_pa
     names = [f"vm{number}" for number in range(20)]
 
     async def make(name: str) -> None:
-        await appliance.create(name, size="64MB", cmd=["sh", "-c", tick])
+        await appliance.create(name, cmd=["sh", "-c", tick])
 
     async def use(name: str) -> None:
         (tmp_path / name).write_text(f"for {name}\n" * 1000)

@@ -12,11 +12,13 @@ import trio
 
 from hypeman.errors import InternalError, InvalidRequest, NotSupported
 from hypeman.host.loans import lent
+from hypeman.host.processes import Process
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker import jail
-from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
+from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmHandle, VmmState
 from hypeman.hypervisor.remote import RemoteVmm, became
+from hypeman.hypervisor.unix_http import UnixHttp
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Not started": VmmState.PAUSED}
 _RESIZE_LIMIT = 15.0
@@ -29,6 +31,11 @@ class FirecrackerVmm(RemoteVmm):
 
     version = ""
     """Of the VMM; set by the driver."""
+
+    def __init__(self, handle: VmmHandle, process: Process, api: UnixHttp, listener: trio.socket.SocketType) -> None:
+        super().__init__(handle, process, api, listener)
+        self._taking_down = trio.Lock()
+        self._taken_down = False
 
     async def call(self, call: native.Call, *, timeout: float = 30.0) -> None:
         await self._api.request(call.method, call.target, call.body, timeout=timeout)
@@ -105,7 +112,10 @@ class FirecrackerVmm(RemoteVmm):
     async def kill(self) -> None:
         await super().kill()
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(jail.take_down, self.config.run_dir)
+            async with self._taking_down:
+                if not self._taken_down:  # else it may be the next VMM's by now
+                    await trio.to_thread.run_sync(jail.take_down, self.config.run_dir)
+                    self._taken_down = True
 
     async def add_disk(self, disk: Disk) -> Disk:
         raise NotSupported("Firecracker has no hot-plug of disks")
