@@ -311,8 +311,8 @@ class TreeWriter:
     def data(self, chunk: bytes) -> None:
         if self._file is None:
             raise CopyFailed("the guest sent bytes that belong to no file")
-        if chunk == _ZEROS:
-            self._file.seek(_CHUNK, os.SEEK_CUR)  # a hole stays one
+        if _ZEROS.startswith(chunk):
+            self._file.seek(len(chunk), os.SEEK_CUR)  # a hole stays one
         else:
             self._file.write(chunk)
         self.count += len(chunk)
