@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 GUEST_AGENT = HERE / "hypeman" / "guest" / "bin" / "hypeman-init"
 
 HARDENING = ["-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fstack-protector-strong"]
+REPRODUCIBLE = [f"-ffile-prefix-map={HERE.resolve()}=."]  # else the build's id tells the directory it was made in
 LINKING = ["-Wl,-z,relro,-z,now", "-Wl,--as-needed"]
 
 EGRESS_C = sorted((HERE / "ext" / "egress").glob("*.c"))
@@ -38,7 +39,7 @@ def extensions() -> list[Extension]:
             include_dirs=[str(c_sources[0].parent.relative_to(HERE))] if c_sources else [],
             depends=[str(path.relative_to(HERE)) for path in c_sources[:1] and c_sources[0].parent.glob("*.h")],
             libraries=libraries,
-            extra_compile_args=HARDENING,
+            extra_compile_args=[*HARDENING, *REPRODUCIBLE],
             extra_link_args=LINKING,
         )
         for module, source, c_sources, libraries in EXTENSIONS

@@ -22,9 +22,11 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two ``dist`` directories of one commit."""
     folder = tmp_path_factory.mktemp("builds")
     made = []
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in ("one", "a-longer-name-for-the-other"):
         clone = folder / name
         subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+        subprocess.run(["git", "checkout", "--quiet", commit.stdout.strip()], cwd=clone, check=True)
         done = subprocess.run([clone / "packaging/appliance/build"], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         made.append(clone / "dist")
