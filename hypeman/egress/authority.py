@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from hypeman.errors import InternalError
+from hypeman.host.files import flush_directory
 
 
 class Authority(msgspec.Struct, frozen=True):
@@ -62,11 +63,7 @@ def write_private(path: Path, data: bytes, mode: int) -> None:
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         temporary.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        flush_directory(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -54,9 +54,7 @@ class Files:
         """``copy`` all files in directory ``source`` whose name matches the glob into the directory ``target``."""
         await _in_thread(_copy_all, source, target, pattern, uid, gid)
 
-    async def move_all(
-        self, source: Path, target: Path, pattern: str, *, uid: int | None = None, gid: int | None = None
-    ) -> None:
+    async def move_all(self, source: Path, target: Path, pattern: str, *, uid: int = 0, gid: int = 0) -> None:
         """Rename all such files from ``source`` into ``target``, durably, given to another user if one is named.
         May run again after it was cut short."""
         await _in_thread(_move_all, source, target, pattern, uid, gid)
@@ -120,26 +118,25 @@ def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
-    _flush_dir(path.parent)
+    flush_directory(path.parent)
 
 
 def _copy(source: Path, target: Path, mode: int, uid: int, gid: int) -> None:
     _copy_unflushed(source, target, mode, uid, gid)
-    _flush_dir(target.parent)
+    flush_directory(target.parent)
 
 
 def _copy_all(source: Path, target: Path, pattern: str, uid: int, gid: int) -> None:
     for file in sorted(source.glob(pattern)):
         _copy_unflushed(file, target / file.name, 0o600, uid, gid)
-    _flush_dir(target)
+    flush_directory(target)
 
 
-def _move_all(source: Path, target: Path, pattern: str, uid: int | None, gid: int | None) -> None:
+def _move_all(source: Path, target: Path, pattern: str, uid: int, gid: int) -> None:
     for file in sorted(source.glob(pattern)):
-        if uid is not None and gid is not None:
-            _own(file, uid, gid)
+        _own(file, uid, gid)
         os.rename(file, target / file.name)
-    _flush_dir(target)
+    flush_directory(target)
 
 
 def _copy_unflushed(source: Path, target: Path, mode: int, uid: int, gid: int) -> None:
@@ -184,9 +181,9 @@ def _make_sparse(path: Path, size: int, mode: int, uid: int, gid: int) -> None:
 
 
 def _publish(source: Path, target: Path) -> None:
-    _flush_dir(source if source.is_dir() else source.parent)
+    flush_directory(source if source.is_dir() else source.parent)
     os.rename(source, target)
-    _flush_dir(target.parent)
+    flush_directory(target.parent)
 
 
 def _remove(path: Path) -> None:
@@ -211,7 +208,8 @@ def allocated_bytes(path: Path) -> int:
     return total
 
 
-def _flush_dir(path: Path) -> None:
+def flush_directory(path: Path) -> None:
+    """Make names that were given or taken in it durable; blocks."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

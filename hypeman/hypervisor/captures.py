@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 
 from hypeman.errors import InternalError
+from hypeman.host.files import flush_directory
 from hypeman.hypervisor.interface import Capture, CaptureInvalid, Disk, VmConfig
 from hypeman.hypervisor.kinds import HypervisorKind
 
@@ -53,7 +54,7 @@ def publish(
             file.flush()
             os.fsync(file.fileno())
         half.rename(directory / RECORD)
-        _flush_directory(directory)
+        flush_directory(directory)
     except OSError as error:
         raise InternalError(f"the capture in {directory} can not be written: {error.strerror}") from error
     return capture
@@ -123,7 +124,7 @@ def consume(directory: Path) -> None:
     """Make a capture invalid, durably, and free its files: its VM runs on. Content if there is none."""
     with contextlib.suppress(FileNotFoundError):
         (directory / RECORD).unlink()
-        _flush_directory(directory)
+        flush_directory(directory)
         for path in directory.iterdir():
             path.unlink()
 
@@ -142,14 +143,6 @@ def _sum(fd: int) -> str:
     while chunk := os.read(fd, 1024 * 1024):
         digest.update(chunk)
     return "sha256:" + digest.hexdigest()
-
-
-def _flush_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _private(path: str, flags: int) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from hypeman.host import trees
+from hypeman.host.files import flush_directory
 from hypeman.host.processes import Processes
 from hypeman.images.erofs import check_super_block
 from hypeman.images.types import ImageConfig
@@ -91,9 +92,9 @@ class Disks:
         target = self.directory(digest)
         if target.exists():
             shutil.rmtree(target)  # nobody's: its image has no record of being ready
-        _flush(made)
+        flush_directory(made)
         os.rename(made, target)
-        _flush(self._images)
+        flush_directory(self._images)
 
     def remove(self, digest: str) -> None:
         """Remove a disk. The name goes first, so a crash in between leaves nothing that looks whole."""
@@ -132,11 +133,3 @@ async def make_ext4(processes: Processes, made: Path, *, content_bytes: int, ent
         await trees.make_ext4(processes, tree, target, size=size, inodes=inodes)
     source.unlink()
     return target
-
-
-def _flush(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
