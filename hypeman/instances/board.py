@@ -46,9 +46,6 @@ class _Entry:
         whole = _encode(msgspec.structs.replace(view, phase_durations_ms=durations))
         self.before, self.after = whole.split(str(_MARK).encode())
 
-    def encoded(self, now_ms: int) -> bytes:
-        return b"%b%d%b" % (self.before, max(0, now_ms - self.zero_ms), self.after)
-
 
 class _Listed:
     """A JSON array of instances, complete but for the numbers."""
@@ -110,9 +107,6 @@ class Board:
 
     def records(self) -> Iterator[InstanceRecord]:
         return (entry.record for entry in self._entries.values())
-
-    def encoded(self, record_id: str) -> bytes:
-        return self._entries[record_id].encoded(_now_ms())
 
     def encoded_list(self, state: InstanceState | None, tags: Mapping[str, str]) -> bytes:
         """A JSON array of the instances in ``state`` (None: all) that have all ``tags``."""
