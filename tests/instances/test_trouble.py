@@ -59,15 +59,20 @@ async def until(instances: Instances, ref: str, *states: InstanceState) -> None:
 # ── A broken instance is its own trouble ─────────────────────────────────────────────────────────
 
 
+def jam_taps(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TAP can be removed until ``monkeypatch`` is undone."""
+
+    async def refuse(name: str) -> None:
+        raise HostFailed("the TAP is stuck")
+
+    monkeypatch.setattr(lab.network.taps, "remove", refuse)
+
+
 async def test_a_clean_up_that_fails_leaves_the_server_alive(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The VM ended by itself and its TAP can not be removed: Unknown, with the reason; stop tries again."""
     async with lab.running() as instances:
         await running(lab, instances)
-
-        async def refuse(name: str) -> None:
-            raise HostFailed("the TAP is stuck")
-
-        monkeypatch.setattr(lab.network.taps, "remove", refuse)
+        jam_taps(lab, monkeypatch)
         lab.machine.of(instances.board.find("one").id).end(ExitReason.KILLED)
         await until(instances, "one", InstanceState.UNKNOWN)
         assert "stuck" in str((await instances.get("one")).state_error)
@@ -180,11 +185,7 @@ async def _do(instances: Instances, verb: str) -> None:
 async def test_a_standby_that_can_not_be_finished_leaks_no_capture(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab.running() as instances:
         await running(lab, instances)
-
-        async def refuse(name: str) -> None:
-            raise HostFailed("the TAP is stuck")
-
-        monkeypatch.setattr(lab.network.taps, "remove", refuse)
+        jam_taps(lab, monkeypatch)
         with pytest.raises(HostFailed):
             await instances.standby("one", StandbyInstanceRequest())
         assert (await instances.get("one")).state is InstanceState.UNKNOWN
@@ -197,11 +198,7 @@ async def test_a_standby_that_can_not_be_finished_leaks_no_capture(lab: Lab, mon
 async def test_what_could_not_be_deleted_can_only_be_deleted(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab.running() as instances:
         await running(lab, instances)
-
-        async def refuse(name: str) -> None:
-            raise HostFailed("the TAP is stuck")
-
-        monkeypatch.setattr(lab.network.taps, "remove", refuse)
+        jam_taps(lab, monkeypatch)
         with pytest.raises(HostFailed):
             await instances.delete("one")
         assert (await instances.get("one")).state is InstanceState.UNKNOWN

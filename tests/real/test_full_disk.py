@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.appliance import Appliance, check_host, short_directory
+from tests.real.appliance import Appliance, check_host, running_appliance, short_directory
 from tests.real.operations import OPERATIONS, check_clear, check_whole, clean_up, wait_at_rest
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -79,13 +79,8 @@ def disk(directory: Path) -> Iterator[SmallDisk]:
 
 @pytest.fixture
 async def appliance(directory: Path, disk: SmallDisk) -> AsyncIterator[Appliance]:
-    appliance = Appliance(directory, REQUEST_TIMEOUT="600")  # a busy machine is no answer
-    try:
-        await appliance.start()
-        await appliance.import_busybox()
-        yield appliance
-    finally:
-        appliance.close()
+    async with running_appliance(directory, REQUEST_TIMEOUT="600") as started:  # a busy machine is no answer
+        yield started
 
 
 @pytest.mark.parametrize("rooms", [ROOM] if os.environ.get("FULL_DISK") == "all" else [(random.choice(ROOM),)])
