@@ -15,7 +15,12 @@ from tests.real.world import ADDRESS, appliance_in_world
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-COUNTER = ["sh", "-c", "i=0; while true; do i=$((i+1)); echo $i >> /file; echo $i > /count; sleep 0.1; done"]
+# The count is renamed into place: `>` empties a file first, and a reader (or a fork) may come just then.
+COUNTER = [
+    "sh",
+    "-c",
+    "i=0; while true; do i=$((i+1)); echo $i >> /file; echo $i > /next; mv /next /count; sleep 0.1; done",
+]
 
 ECHO = f"""
 import socket
