@@ -1,4 +1,4 @@
-/* One file, directory or symlink from the host into the guest.
+/* One file, directory, symlink or hard link from the host into the guest.
  *
  * A file grows under a temporary name beside its place and is renamed onto it when all has come, so nobody
  * ever sees half a file, and a transfer that ends early leaves nothing. Blocks of zeros become holes.
@@ -59,7 +59,8 @@ static bool parse(struct field_reader *request, struct target *target) {
     }
     if (target->mode == UINT32_MAX)
         target->mode = target->kind == KIND_DIR ? 0755 : 0644;
-    return !request->malformed && target->path && (target->kind == KIND_SYMLINK) == (target->link != NULL);
+    return !request->malformed && target->path &&
+           (target->kind == KIND_SYMLINK || target->kind == KIND_HARD_LINK) == (target->link != NULL);
 }
 
 /* Owner before mode, as a change of owner clears the set-id bits; time last. */
@@ -180,6 +181,21 @@ static int make_symlink(int dir, const char *name, const struct target *target) 
     return worker_failed(error, "%s", target->path);
 }
 
+/* One more name for a file that is there already; what it looks like is the file's own. */
+static int make_hard_link(int root, int dir, const char *name, const struct target *target) {
+    char temporary[64], old[NAME_MAX + 1];
+    struct stat st;
+    if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(st.st_mode))
+        return worker_failed(EISDIR, "%s", target->path);
+    int old_dir = open_parent(root, target->link, false, old);
+    snprintf(temporary, sizeof temporary, ".hypeman-%d-%lld", getpid(), (long long)now_ms());
+    if (old_dir < 0 || linkat(old_dir, old, dir, temporary, 0) < 0)
+        return worker_failed(errno, "%s: hard link to %s", target->path, target->link);
+    int error = renameat(dir, temporary, dir, name) < 0 ? errno : 0;
+    unlinkat(dir, temporary, 0); /* rename leaves both where both are the same file already */
+    return error ? worker_failed(error, "%s", target->path) : 0;
+}
+
 int copy_to_worker(struct field_reader *request) {
     struct sigaction action = {.sa_handler = give_up};
     struct target target;
@@ -210,6 +226,7 @@ int copy_to_worker(struct field_reader *request) {
     switch (target.kind) {
     case KIND_DIR: return make_directory(dir, name, &target);
     case KIND_SYMLINK: return make_symlink(dir, name, &target);
+    case KIND_HARD_LINK: return make_hard_link(root, dir, name, &target);
     case KIND_FILE: return make_file(dir, name, &target);
     default: return worker_failed(EINVAL, "%s: unknown kind of file", target.path);
     }

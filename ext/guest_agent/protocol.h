@@ -75,7 +75,7 @@ enum op {
 enum event { EVENT_READY = 1, EVENT_STARTED = 2, EVENT_EXITED = 3, EVENT_FATAL = 4 };
 #define EVENT_COUNT 5
 
-enum file_kind { KIND_FILE = 1, KIND_DIR = 2, KIND_SYMLINK = 3, KIND_OTHER = 4 };
+enum file_kind { KIND_FILE = 1, KIND_DIR = 2, KIND_SYMLINK = 3, KIND_OTHER = 4, KIND_HARD_LINK = 5 };
 
 /* Fields are u16 tag, u32 length, value. Text ends in a NUL byte that the length counts. */
 enum tag {

@@ -39,7 +39,7 @@ class CopyFailed(Exception):
 @click.command("cp")
 @click.argument("source")
 @click.argument("destination")
-@click.option("-a", "--archive", is_flag=True, help="Keep owners too.")
+@click.option("-a", "--archive", is_flag=True, help="Keep owners and hard links too.")
 @click.option("-L", "--follow-links", is_flag=True, help="Copy what symlinks lead to.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not say how much was copied.")
 @reports
@@ -81,7 +81,7 @@ def split_remote(text: str) -> tuple[str, str] | None:
 
 
 class Sender:
-    """Copies into one instance: one stream for each file, directory or symlink."""
+    """Copies into one instance: one stream for each file, directory or link."""
 
     def __init__(self, client: Client, instance: str, path: str, *, archive: bool, follow_links: bool) -> None:
         self._client = client
@@ -89,6 +89,8 @@ class Sender:
         self._path = path
         self._archive = archive
         self._follow_links = follow_links
+        self._copied: dict[tuple[int, int], str] = {}
+        """Where files with several names are now, by device and inode."""
 
     def send(self, source: str) -> int:
         """A file or tree; returns the bytes of all files."""
@@ -111,10 +113,7 @@ class Sender:
         try:
             with tarfile.open(fileobj=stream, mode="r|*") as tar:
                 for member in tar:
-                    name = posixpath.normpath(member.name)
-                    if name.startswith(("/", "..")):
-                        raise CopyFailed(f"the tar's entry {member.name!r} leads out of the destination")
-                    target = posixpath.normpath(posixpath.join(self._path, name))
+                    target = self._place(member.name)
                     meta = self._meta(member.mode, int(member.mtime), member.uid, member.gid)
                     if member.isdir():
                         self._put(target, meta, None)
@@ -125,12 +124,21 @@ class Sender:
                         count += self._put(target, meta, content)
                     elif member.issym():
                         self._link(target, meta, member.linkname)
+                    elif member.islnk():
+                        self._hard_link(target, self._place(member.linkname))
                     else:
-                        warn(f"{member.name} is no file, directory or symlink, and is skipped")
+                        warn(f"{member.name} is no file, directory or link, and is skipped")
         except tarfile.TarError as error:
             raise CopyFailed(f"standard input is no tar: {error}") from None
         self._finish(directories)
         return count
+
+    def _place(self, name: str) -> str:
+        """Where an entry of a tar goes."""
+        name = posixpath.normpath(name)
+        if name.startswith("/") or name.split("/")[0] == "..":
+            raise CopyFailed(f"the tar's entry {name!r} leads out of the destination")
+        return posixpath.normpath(posixpath.join(self._path, name))
 
     def _root_for(self, name: str, contents_only: bool) -> str:
         """Where the root of the copy goes: into the path if that is a directory, else to the path itself."""
@@ -169,8 +177,15 @@ class Sender:
         if not stat.S_ISREG(here.st_mode):
             warn(f"{source} is no file, directory or symlink, and is skipped")
             return 0
+        first = self._copied.setdefault((here.st_dev, here.st_ino), target) if self._keeps_links(here) else target
+        if first != target:
+            self._hard_link(target, first)
+            return 0
         with open(source, "rb") as content:
             return self._put(target, self._meta_of(here), content)
+
+    def _keeps_links(self, here: os.stat_result) -> bool:
+        return self._archive and here.st_nlink > 1
 
     def _meta_of(self, here: os.stat_result) -> dict[str, int]:
         return self._meta(stat.S_IMODE(here.st_mode), int(here.st_mtime), here.st_uid, here.st_gid)
@@ -188,6 +203,10 @@ class Sender:
             self._send({"direction": "link", "guest_path": target, "link_target": leads_to, **meta}, None)
         except CopyFailed as error:
             raise CopyFailed(f"{error} (a symlink; -L copies what it leads to)") from None
+
+    def _hard_link(self, target: str, first: str) -> None:
+        """One more name for what was copied to ``first``."""
+        self._send({"direction": "hardlink", "guest_path": target, "link_target": first}, None)
 
     def _send(self, request: dict[str, Any], content: IO[bytes] | None) -> int:
         """One stream; the bytes that arrived."""

@@ -323,7 +323,7 @@ class GuestClient:
         return _parsed(parse_path_info, reply)
 
     async def copy_to(self, request: CopyToRequest) -> CopyIn:
-        """Begin to make a file, directory or symlink; ``finish`` the result, also for those without data."""
+        """Begin to make a file, directory or link; ``finish`` the result, also for those without data."""
         writer = FieldWriter().text(Tag.PATH, request.path).u8(Tag.KIND, request.kind)
         if request.mode is not None:
             writer.u32(Tag.MODE, request.mode)

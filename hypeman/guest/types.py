@@ -66,6 +66,8 @@ class FileKind(enum.IntEnum):
     DIR = 2
     SYMLINK = 3
     OTHER = 4
+    HARD_LINK = 5
+    """Only into a guest; out of it each name comes as a file."""
 
 
 class ExecRequest(msgspec.Struct, frozen=True):
@@ -86,7 +88,7 @@ class ExecRequest(msgspec.Struct, frozen=True):
 
 
 class CopyToRequest(msgspec.Struct, frozen=True):
-    """One file, directory or symlink to make in the guest; parents are made (0755)."""
+    """One file, directory, symlink or hard link to make in the guest; parents are made (0755)."""
 
     path: str
     kind: FileKind = FileKind.FILE
@@ -97,7 +99,7 @@ class CopyToRequest(msgspec.Struct, frozen=True):
     mtime: int | None = None
     """Seconds since 1970."""
     link_target: str | None = None
-    """Only, and always, for a symlink."""
+    """Only, and always, for a symlink or a hard link; for this one a path of the guest."""
 
 
 class CopyEntry(msgspec.Struct, frozen=True):

@@ -28,11 +28,14 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
 
 
 class CpRequest(Struct, frozen=True, kw_only=True):
-    """One file, directory or symlink into the guest, or one tree out of it."""
+    """One file, directory or link into the guest, or one tree out of it."""
 
     direction: Annotated[
-        Literal["to", "from", "link"],
-        Meta(description="`link` is ours: `to`, but for a symlink. A server that does not know it says so"),
+        Literal["to", "from", "link", "hardlink"],
+        Meta(
+            description="`link` and `hardlink` are ours: `to`, but for a symlink, and for one more name of a file that "
+            "is there (`mode`, owner and `mtime` are that file's). A server that does not know them says so"
+        ),
     ]
     guest_path: str
     is_dir: bool = False
@@ -41,7 +44,7 @@ class CpRequest(Struct, frozen=True, kw_only=True):
     gid: Uint32 = 0
     follow_links: bool = False
     src_basename: str | None = None
-    link_target: Annotated[str, Meta(description="Where a symlink is to lead; any path of the guest")] = ""
+    link_target: Annotated[str, Meta(description="Where a link is to lead; any path of the guest")] = ""
     mtime: Annotated[int | None, Meta(description="Seconds since 1970; null: now")] = None
 
 

@@ -17,6 +17,7 @@ from hypeman.guest.types import FileKind
 from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 
 _DEFAULT_COMMAND = ("/bin/sh",)
+_LINKS = {"link": FileKind.SYMLINK, "hardlink": FileKind.HARD_LINK}
 
 
 class ExecSession:
@@ -106,11 +107,10 @@ async def open_exec(client: GuestClient, request: ExecRequest) -> ExecSession:
 
 async def open_copy_to(client: GuestClient, request: CpRequest) -> guest.CopyIn:
     owned = bool(request.uid or request.gid)
-    kind = FileKind.DIR if request.is_dir else FileKind.FILE
-    if request.direction == "link":
-        kind = FileKind.SYMLINK
-        if not request.link_target or "\0" in request.link_target:
-            raise InvalidRequest("link_target must say where the symlink is to lead")
+    kind = _LINKS.get(request.direction) or (FileKind.DIR if request.is_dir else FileKind.FILE)
+    linked = kind in _LINKS.values()
+    if linked and (not request.link_target or "\0" in request.link_target):
+        raise InvalidRequest("link_target must say where the link is to lead")
     return await client.copy_to(
         wire.CopyToRequest(
             path=request.guest_path,
@@ -119,7 +119,7 @@ async def open_copy_to(client: GuestClient, request: CpRequest) -> guest.CopyIn:
             uid=request.uid if owned else None,
             gid=request.gid if owned else None,
             mtime=request.mtime,
-            link_target=request.link_target if kind is FileKind.SYMLINK else None,
+            link_target=request.link_target if linked else None,
         )
     )
 

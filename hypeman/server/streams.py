@@ -149,7 +149,7 @@ def _resize_in(message: str) -> Resize | None:
 
 
 async def copy_session(services: Services, socket: Socket, ref: str) -> None:
-    """One file, directory or symlink into the guest, or one tree out of it."""
+    """One file, directory or link into the guest, or one tree out of it."""
     reference = await _running(services, ref)
     request = await _first_message(socket, CpRequest, lambda message: _json.encode(StreamError(message)))
     if request is None:

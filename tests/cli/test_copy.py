@@ -132,6 +132,41 @@ def test_a_tar_in(shell: Any, server: Any) -> None:
     assert shell("cp", "-", "web:/srv", input=b"no tar at all").returncode == 1
 
 
+def test_hard_links_in_a_tar(shell: Any, server: Any) -> None:
+    """The second name is a link to where the first one went, and that may not be outside."""
+
+    def tar_of(leads_to: str) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            first = tarfile.TarInfo("./a/first")
+            first.size = 3
+            tar.addfile(first, io.BytesIO(b"abc"))
+            second = tarfile.TarInfo("second")
+            second.type, second.linkname = tarfile.LNKTYPE, leads_to
+            tar.addfile(second)
+        return buffer.getvalue()
+
+    assert shell("cp", "-", "web:/srv", input=tar_of("./a/first")).returncode == 0
+    request, _ = server.world.instances.files["/srv/second"]
+    assert (request.direction, request.link_target) == ("hardlink", "/srv/a/first")
+    for evil in ("../first", "/etc/shadow"):
+        done = shell("cp", "-", "web:/srv", input=tar_of(evil))
+        assert (done.returncode, b"leads out" in done.stderr) == (1, True)
+
+
+def test_hard_links_in_a_tree(cli: Any, server: Any, tmp_path: Path) -> None:
+    """As with cp: -a keeps them, without it each name is a file."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "first").write_text("F")
+    (tree / "second").hardlink_to(tree / "first")
+    for options, direction in (([], "to"), (["-a"], "hardlink")):
+        assert cli("cp", *options, str(tree), "web:/tmp").exit_code == 0
+        request, data = server.world.instances.files["/tmp/tree/second"]
+        assert request.direction == direction
+        assert (data, request.link_target) == ((b"F", "") if direction == "to" else (b"", "/tmp/tree/first"))
+
+
 TREE = [
     entry("d", is_dir=True, mode=0o500),
     EntryEnd(False),

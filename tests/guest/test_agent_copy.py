@@ -131,6 +131,37 @@ async def test_symlinks(agent: Agent, client: GuestClient) -> None:
     assert (agent.root / "to-real").is_symlink()
 
 
+async def test_hard_links(agent: Agent, client: GuestClient) -> None:
+    (agent.root / "first").write_bytes(b"data")
+    (agent.root / "dir").mkdir()
+    (agent.root / "taken").write_bytes(b"old")
+    for path in ("/dir/second", "/taken", "/taken"):  # twice: rename() does nothing where both are one file
+        await put(client, path, kind=FileKind.HARD_LINK, link_target="/first")
+        assert os.path.samefile(agent.root / "first", agent.root / path.lstrip("/"))
+    assert (agent.root / "first").stat().st_nlink == 3, "and no temporary name is left"
+    assert names(agent.root) == ["dir", "first", "taken"]
+    with pytest.raises(NotFound):
+        await put(client, "/x", kind=FileKind.HARD_LINK, link_target="/missing")
+    for target in ("/dir", "/"):
+        with pytest.raises(HypemanError):
+            await put(client, "/x", kind=FileKind.HARD_LINK, link_target=target)
+    with pytest.raises(Conflict):
+        await put(client, "/dir", kind=FileKind.HARD_LINK, link_target="/first")
+    with pytest.raises(InvalidRequest):
+        await put(client, "/x", kind=FileKind.HARD_LINK)
+    assert names(agent.root) == ["dir", "first", "taken"]
+
+
+async def test_a_hard_link_to_a_file_outside_the_root(agent: Agent, client: GuestClient, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("secret")
+    (agent.root / "out").symlink_to(tmp_path / "outside")
+    for target in ("/out/secret", "/../outside/secret", str(tmp_path / "outside" / "secret")):
+        with pytest.raises(HypemanError):
+            await put(client, "/x", kind=FileKind.HARD_LINK, link_target=target)
+    assert names(agent.root) == ["out"]
+
+
 @pytest.mark.parametrize("path", ["/../escaped", "/dir/../../escaped", "/out/escaped", "/out2/escaped"])
 async def test_nothing_leads_out_of_the_root(agent: Agent, client: GuestClient, tmp_path: Path, path: str) -> None:
     outside = tmp_path / "outside"
