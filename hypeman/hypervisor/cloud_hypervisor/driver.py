@@ -20,7 +20,7 @@ from hypeman.host.loans import lent
 from hypeman.host.processes import Process, Processes, Program, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
-from hypeman.hypervisor.cloud_hypervisor.vmm import CloudHypervisorVmm
+from hypeman.hypervisor.cloud_hypervisor.vmm import SNAPSHOT_MEMORY, SNAPSHOT_SUMMED, CloudHypervisorVmm
 from hypeman.hypervisor.interface import Capabilities, LaunchFailed, Nic, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
@@ -121,7 +121,7 @@ class CloudHypervisorDriver(Seeker):
                 opened.enter_context(lent(Path(_USERFAULTS), config.uid))
             taps = [opened.enter_context(await self._tap(nic)) for nic in config.nics]
             async with self._started(config) as vmm:
-                body = native.restore_config(str(capture), config.nics, lazily=lazily)
+                body = native.restore_config(_as_it_wrote_them(room, capture), config.nics, lazily=lazily)
                 await vmm.api.request("PUT", "/api/v1/vm.restore", body, fds=taps, timeout=600)
                 if not keep_capture:
                     captures.note(Path(config.run_dir), capture)
@@ -194,6 +194,19 @@ def _room(config: VmConfig) -> Iterator[Path]:
     except OSError as error:
         raise LaunchFailed(f"{error.filename or room}: {error.strerror}") from error
     yield room
+
+
+def _as_it_wrote_them(room: Path, capture: Path) -> str:
+    """A directory that leads to the files of ``capture`` under the names that Cloud Hypervisor knows them by."""
+    directory = room / "saved"
+    try:
+        directory.mkdir(mode=0o711)
+        for name in SNAPSHOT_SUMMED:
+            (directory / name).symlink_to(capture / name)
+        (directory / SNAPSHOT_MEMORY).symlink_to(capture / captures.MEMORY)
+    except OSError as error:
+        raise LaunchFailed(f"{error.filename or directory}: {error.strerror}") from error
+    return str(directory)
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ _GATHERING = "restore is still in progress"
 _GATHERING_POLL = 0.1
 
 SNAPSHOT_SUMMED = ("config.json", "state.json")
+SNAPSHOT_MEMORY = "memory-ranges"
+"""What Cloud Hypervisor calls guest memory. In a capture it has the name that it has with all VMMs."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -79,16 +81,21 @@ class CloudHypervisorVmm(RemoteVmm):
         async with self._changing:
             await self.pause()
             await self._snapshot(directory)
-            return await trio.to_thread.run_sync(
-                lambda: captures.publish(
-                    directory,
-                    kind=self._handle.kind,
-                    version=self.version,
-                    machine="kvm/host",
-                    config=self.config,
-                    summed=SNAPSHOT_SUMMED,
-                )
-            )
+            return await trio.to_thread.run_sync(self._publish, directory)
+
+    def _publish(self, directory: Path) -> Capture:
+        try:
+            (directory / SNAPSHOT_MEMORY).rename(directory / captures.MEMORY)
+        except OSError as error:
+            raise VmmBroken(f"Cloud Hypervisor saved no memory in {directory}: {error.strerror}") from error
+        return captures.publish(
+            directory,
+            kind=self._handle.kind,
+            version=self.version,
+            machine="kvm/host",
+            config=self.config,
+            summed=SNAPSHOT_SUMMED,
+        )
 
     async def _snapshot(self, directory: Path) -> None:
         """Refused until a VM that was restored lazily has all of its memory, which it gathers by itself."""
