@@ -39,7 +39,8 @@ class Command(enum.StrEnum):
     DELETE = "delete"
 
 
-_ALIVE = frozenset({S.CREATED, S.INITIALIZING, S.RUNNING, S.PAUSED, S.SHUTDOWN, S.UNKNOWN})
+NO_VMM = frozenset({S.STOPPED, S.STANDBY})
+_ALIVE = frozenset(S) - NO_VMM
 
 ALLOWED: dict[Command, frozenset[S]] = {
     Command.START: frozenset({S.STOPPED}),

@@ -1,4 +1,4 @@
-"""How long an instance was in each phase. Pure: ``now`` is always an argument.
+"""How long an instance was in each phase. ``now`` is always an argument; by default callers take ``utc_now``.
 
 A phase is a state in lower case. Durations add up over the whole life and include the phase under
 way, so that a client sees where the time goes while it goes.
@@ -6,9 +6,13 @@ way, so that a client sees where the time goes while it goes.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 import msgspec
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 class Phases(msgspec.Struct, frozen=True):

@@ -8,7 +8,6 @@ away changes nothing.
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +24,17 @@ from hypeman.hypervisor.catalog import Catalog
 from hypeman.ids import check_name, new_id
 from hypeman.images.service import Images
 from hypeman.instances import captures, records
-from hypeman.instances.admission import Command, check_legal
+from hypeman.instances.admission import NO_VMM, Command, check_legal
 from hypeman.instances.board import Board
 from hypeman.instances.captures import CaptureRow
-from hypeman.instances.lifecycle import NO_VMM, NONCE_BYTES, Host, Job, Lifecycle, holding_of, utc_now
-from hypeman.instances.phases import Phases
+from hypeman.instances.lifecycle import Job, Lifecycle
+from hypeman.instances.operations.boot import create, new_nonce, start
+from hypeman.instances.operations.copies import adopt_disks, copy_out
+from hypeman.instances.operations.standby import restore, standby
+from hypeman.instances.operations.stop import delete, stop
+from hypeman.instances.operations.volumes import attach, detach
+from hypeman.instances.owned import Hooks, Owned, holding_of
+from hypeman.instances.phases import Phases, utc_now
 from hypeman.instances.plan import plan_adopt_disks, plan_create
 from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
 from hypeman.instances.session_types import CpRequest, ExecRequest
@@ -146,7 +151,7 @@ class Instances:
         self.board = Board(self._render)
         self._now = now
         self._tasks: dict[str, Lifecycle] = {}
-        self._host = Host(limits=limits, changed=self.board.post, gone=self._forget, release=self._release)
+        self._hooks = Hooks(limits=limits, changed=self.board.post, gone=self._forget, release=self._release)
         self._nursery: trio.Nursery | None = None
         self._expiry_changed = trio.Event()
         self._expiring: set[str] = set()
@@ -258,7 +263,7 @@ class Instances:
             phases=Phases(InstanceState.CREATED.value.lower(), now),
             expires_at=expires_at,
             boots=1,
-            nonce=secrets.token_bytes(NONCE_BYTES),
+            nonce=new_nonce(),
         )
 
         def write(txn: Txn) -> InstanceRecord:
@@ -268,7 +273,7 @@ class Instances:
             return written
 
         async def make() -> Lifecycle:
-            return await self._adopt(await self.store.write(write), Lifecycle.create)
+            return await self._adopt(await self.store.write(write), create)
 
         return self.view((await self.see_through(make)).record)
 
@@ -325,7 +330,7 @@ class Instances:
         await self.catalog.wait_ready()
         task = self.task(ref)
         return self.view(
-            await task.perform(Command.START, lambda: task.start(request.entrypoint, request.cmd)),
+            await task.perform(Command.START, lambda owned: start(owned, request.entrypoint, request.cmd))
         )
 
     async def plug_in_again(self, instance_id: str) -> None:
@@ -338,11 +343,11 @@ class Instances:
 
     async def stop(self, ref: str) -> Instance:
         task = self.task(ref)
-        return self.view(await task.perform(Command.STOP, task.stop))
+        return self.view(await task.perform(Command.STOP, stop))
 
     async def delete(self, ref: str) -> None:
         task = self.task(ref)
-        await task.perform(Command.DELETE, task.delete)
+        await task.perform(Command.DELETE, delete)
 
     async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
         """Saved, and compressed later if the request, the instance or the server says so (in this order)."""
@@ -356,8 +361,8 @@ class Instances:
         if seconds is None:
             seconds = parse_duration((policy.standby_compression_delay if policy else None) or "0")
 
-        async def save() -> InstanceRecord:
-            record = await task.standby(compression)
+        async def save(owned: Owned) -> InstanceRecord:
+            record = await standby(owned, compression)
             if record.capture is not None:  # scheduled in this turn, so that a restore that waits can end it
                 self.world.compressor.schedule(record.capture, delay=seconds)
             return record
@@ -378,18 +383,18 @@ class Instances:
     async def restore(self, ref: str) -> Instance:
         await self.catalog.wait_ready()
         task = self.task(ref)
-        return self.view(await task.perform(Command.RESTORE, task.restore))
+        return self.view(await task.perform(Command.RESTORE, restore))
 
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
         for field in ("auto_standby", "health_check", "restart_policy"):
             if getattr(request, field) is not None:
                 raise NotSupported(f"{field} is not part of this server yet; leave it out")
         task = self.task(ref)
-        return self.view(await task.perform(None, lambda: self._update(task, request)))
+        return self.view(await task.perform(None, lambda owned: self._update(owned, request)))
 
-    async def _update(self, task: Lifecycle, request: UpdateInstanceRequest) -> InstanceRecord:
+    async def _update(self, owned: Owned, request: UpdateInstanceRequest) -> InstanceRecord:
         now = self._now()
-        record = task.record
+        record = owned.record
         changes: dict[str, object] = {}
         if request.ttl is not None or request.expires_at is not None:
             if record.expires_at is not None and record.expires_at <= now:
@@ -409,7 +414,7 @@ class Instances:
             if values:
                 self.secrets.seal(txn, record.id, values)
 
-        changed = await task.change(lambda r: msgspec.structs.replace(r, **changes), seal)
+        changed = await owned.save(msgspec.structs.replace(record, **changes), also=seal)
         if values:
             await self.secrets.refresh(record.id)
         self._expiry_changed.set()
@@ -421,13 +426,15 @@ class Instances:
         found = self.store.read(lambda txn: volumes.find_volume(txn, volume))
         task = self.task(ref)
         return self.view(
-            await task.perform(Command.ATTACH, lambda: task.attach(found.id, path, readonly=request.readonly))
+            await task.perform(
+                Command.ATTACH, lambda owned: attach(owned, found.id, path, readonly=request.readonly)
+            )
         )
 
     async def detach_volume(self, ref: str, volume: str) -> Instance:
         found = self.store.read(lambda txn: volumes.find_volume(txn, volume))
         task = self.task(ref)
-        return self.view(await task.perform(Command.DETACH, lambda: task.detach(found.id)))
+        return self.view(await task.perform(Command.DETACH, lambda owned: detach(owned, found.id)))
 
     # Forks
 
@@ -441,14 +448,14 @@ class Instances:
         target = request.target_state or TargetState(source.state.value)
 
         async def make() -> Instance:
-            fork = await task.perform(Command.FORK, lambda: self._fork_in_turn(task, request, target))
+            fork = await task.perform(Command.FORK, lambda owned: self._fork_in_turn(owned, request, target))
             return await self._finish_fork(fork, target)
 
         return await self.see_through(make)
 
-    async def _fork_in_turn(self, task: Lifecycle, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
+    async def _fork_in_turn(self, owned: Owned, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
         """In the source's task: copy what the fork needs and write it down."""
-        source = task.record
+        source = owned.record
         if source.state is InstanceState.RUNNING and not request.from_running:
             raise InvalidState(
                 f"instance {source.name!r} is Running; give from_running to fork it while it pauses, or stop it"
@@ -469,24 +476,24 @@ class Instances:
             hold(txn, record.id, holding_of(record).without_vmm(), self.limits())
 
         try:
-            await task.copy_out(
-                str(staged), with_memory=with_memory, holder=captures.of_instance(fork.id), publish=publish
+            await copy_out(
+                owned, str(staged), with_memory=with_memory, holder=captures.of_instance(fork.id), publish=publish
             )
         except Exception:
             await self.world.remove_tree(str(staged))
             raise
-        return await self._adopt(made[0], lambda forked: forked.adopt_disks(str(staged), shared=False))
+        return await self._adopt(made[0], lambda forked: adopt_disks(forked, str(staged), shared=False))
 
     async def _finish_fork(self, fork: Lifecycle, target: TargetState) -> Instance:
         """Bring a fork to where it was wanted; one that can not get there is not left behind."""
         try:
             if target is TargetState.RUNNING:
                 if fork.record.state is InstanceState.STANDBY:
-                    await fork.perform(Command.RESTORE, fork.restore)
+                    await fork.perform(Command.RESTORE, restore)
                 else:
-                    await fork.perform(Command.START, lambda: fork.start(None, None))
+                    await fork.perform(Command.START, start)
         except Exception:
-            await fork.perform(Command.DELETE, fork.delete)
+            await fork.perform(Command.DELETE, delete)
             raise
         return self.view(fork.record)
 
@@ -515,7 +522,7 @@ class Instances:
             return written
 
         written = await self.store.write(write)
-        fork = await self._adopt(written, lambda fork: fork.adopt_disks(disks, shared=True))
+        fork = await self._adopt(written, lambda forked: adopt_disks(forked, disks, shared=True))
         return await self._finish_fork(fork, target)
 
     def forked_record(self, source: InstanceRecord, name: str) -> InstanceRecord:
@@ -576,12 +583,12 @@ class Instances:
         return await job.wait()
 
     async def _adopt(
-        self, record: InstanceRecord, first: Callable[[Lifecycle], Awaitable[InstanceRecord]]
+        self, record: InstanceRecord, first: Callable[[Owned], Awaitable[InstanceRecord]]
     ) -> Lifecycle:
         """The task of an instance that was just written down, when it has done ``first``: nobody's command comes
         before that."""
         task = self._make_task(record, new=True)
-        job = task.submit(None, lambda: first(task))
+        job = task.submit(None, first)
         self.board.post(record)
         if record.expires_at is not None:
             self._expiry_changed.set()
@@ -590,7 +597,7 @@ class Instances:
 
     def _make_task(self, record: InstanceRecord, *, new: bool) -> Lifecycle:
         assert self._nursery is not None, "the service does not run"
-        task = self._tasks[record.id] = Lifecycle(self.world, self._host, record, new=new, now=self._now)
+        task = self._tasks[record.id] = Lifecycle(self.world, self._hooks, record, new=new, now=self._now)
         if new:
             self._nursery.start_soon(task.run)
         return task
@@ -644,7 +651,7 @@ class Instances:
 
     async def _delete_expired(self, task: Lifecycle) -> None:
         try:
-            await task.perform(Command.DELETE, task.delete)
+            await task.perform(Command.DELETE, delete)
         except Exception as error:  # whatever it is, the reaper looks again
             if not isinstance(error, NotFound):
                 log.warning("expired instance %s can not be deleted: %s", task.record.id, error)

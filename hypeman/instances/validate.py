@@ -187,6 +187,16 @@ def check_snapshot_policy(policy: SnapshotPolicy | None) -> None:
         raise InvalidRequest(f"snapshot_policy: {error.message}", code="invalid_snapshot_policy") from None
 
 
+def check_capturable(spec: InstanceSpec, capabilities: Capabilities, what: str) -> None:
+    """Raise NotSupported, saying that it can not be ``what``, if memory of such an instance can not be saved."""
+    if not capabilities.standby:
+        raise NotSupported(f"hypervisor {spec.hypervisor.value} can not save a VM; it can not be {what}")
+    if spec.devices or spec.gpu_profile:
+        raise NotSupported(f"an instance with passed-through devices can not be {what}")
+    if spec.skip_guest_agent:
+        raise NotSupported(f"an instance without guest agent can not be {what}")
+
+
 def guest_env(spec: InstanceSpec) -> Mapping[str, str]:
     """The environment as the guest sees it: a stand-in for each credential, never a real value."""
     return guest_environment(spec.credentials, spec.env)

@@ -29,6 +29,7 @@ from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited, Fatal
 from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
+from hypeman.hypervisor.captures import MEMORY
 from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmGone
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
@@ -36,7 +37,7 @@ from hypeman.instances import captures
 from hypeman.instances.captures import CAPTURES, CaptureRow
 from hypeman.instances.live import Connect, Live, connect_guest
 from hypeman.instances.records import INSTANCES, InstanceRecord
-from hypeman.instances.types import InstanceState
+from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
 from hypeman.instances.validate import guest_env
 from hypeman.instances.vm import (
     Surroundings,
@@ -471,6 +472,24 @@ class World:
                     await _or_log(self.files.remove(directory), directory.name)
         for capture_id in unheld:
             await _or_log(self.free_capture(capture_id), capture_id)
+
+    async def describe_capture(
+        self,
+        instance_id: str,
+        capture_id: str,
+        *,
+        holder: str,
+        compression: SnapshotCompressionConfig | None = None,
+    ) -> CaptureRow:
+        """The row of a capture that was just made of the instance."""
+        return CaptureRow(
+            id=capture_id,
+            holders=(holder,),
+            size_bytes=await self.files.allocated(self.paths.capture(capture_id)),
+            # Some VMMs write plugged memory behind the other, some write none but into their state.
+            memory_bytes=_size(self.paths.capture(capture_id) / MEMORY) or self.record(instance_id).spec.memory_bytes,
+            compression=compression,
+        )
 
     def capture_row(self, capture_id: str) -> CaptureRow:
         row = self.store.read(lambda txn: txn.get(CAPTURES, capture_id))

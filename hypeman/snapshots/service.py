@@ -24,7 +24,11 @@ from hypeman.ids import Tags, check_name, check_tags, new_id, tags_match
 from hypeman.instances import captures
 from hypeman.instances.admission import Command
 from hypeman.instances.captures import CAPTURES, CaptureRow
-from hypeman.instances.lifecycle import Lifecycle, utc_now
+from hypeman.instances.operations.boot import start
+from hypeman.instances.operations.copies import copy_out, revert
+from hypeman.instances.operations.standby import restore
+from hypeman.instances.owned import Owned
+from hypeman.instances.phases import utc_now
 from hypeman.instances.records import InstanceRecord
 from hypeman.instances.service import Instances, check_forkable
 from hypeman.instances.types import Instance, InstanceState, SnapshotCompressionConfig, TargetState
@@ -104,13 +108,13 @@ class Snapshots:
         if request.kind is SnapshotKind.STOPPED and request.compression is not None:
             raise InvalidRequest("compression is for snapshots of kind Standby: a stopped one has no memory")
         task = self._instances.task(ref)
-        row = await task.perform(None, lambda: self._create(task, request, tags, compression))
+        row = await task.perform(None, lambda owned: self._create(owned, request, tags, compression))
         return await self.get(row.id)
 
     async def _create(
-        self, task: Lifecycle, request: CreateSnapshotRequest, tags: Tags, compression: SnapshotCompressionConfig | None
+        self, owned: Owned, request: CreateSnapshotRequest, tags: Tags, compression: SnapshotCompressionConfig | None
     ) -> SnapshotRow:
-        source = task.record
+        source = owned.record
         _check_kind(request.kind, source)
         check_forkable(source)
         snapshot_id = new_id()
@@ -139,7 +143,8 @@ class Snapshots:
 
         self._store.read(lambda txn: _check_name_free(txn, source.id, request.name))
         try:
-            await task.copy_out(
+            await copy_out(
+                owned,
                 str(directory),
                 with_memory=request.kind is SnapshotKind.STANDBY,
                 holder=captures.of_snapshot(snapshot_id),
@@ -183,20 +188,20 @@ class Snapshots:
 
         async def put_back() -> Instance:
             with self._reading(row):
-                await task.perform(Command.RESTORE_SNAPSHOT, lambda: self._revert(task, row, kind, target))
+                await task.perform(Command.RESTORE_SNAPSHOT, lambda owned: self._revert(owned, row, kind, target))
             if target is TargetState.RUNNING:
                 if task.record.state is InstanceState.STANDBY:
-                    await task.perform(Command.RESTORE, task.restore)
+                    await task.perform(Command.RESTORE, restore)
                 else:
-                    await task.perform(Command.START, lambda: task.start(None, None))
+                    await task.perform(Command.START, start)
             return self._instances.view(task.record)
 
         return await self._instances.see_through(put_back)
 
     async def _revert(
-        self, task: Lifecycle, row: SnapshotRow, kind: HypervisorKind, target: TargetState
+        self, owned: Owned, row: SnapshotRow, kind: HypervisorKind, target: TargetState
     ) -> InstanceRecord:
-        now, before = self._now(), task.record
+        now, before = self._now(), owned.record
         capture = row.capture if target is not TargetState.STOPPED else None
         if before.spec.volumes != row.source.spec.volumes:
             raise Conflict("the instance has other volumes than at the time of the snapshot; attach the same first")
@@ -221,7 +226,7 @@ class Snapshots:
             if capture is not None:
                 captures.share(txn, capture, captures.of_instance(record.id))
 
-        return await task.revert(str(self._world.paths.snapshot(row.id)), record, also)
+        return await revert(owned, str(self._world.paths.snapshot(row.id)), record, also)
 
     async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance:
         """A new instance from a snapshot."""

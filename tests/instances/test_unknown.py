@@ -15,6 +15,7 @@ from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.instances import compression, lifecycle
 from hypeman.instances.captures import CAPTURES
+from hypeman.instances.operations.boot import start
 from hypeman.instances.records import INTENTS
 from hypeman.instances.service import Instances
 from hypeman.instances.types import (
@@ -313,18 +314,13 @@ async def test_a_start_of_the_workload_that_can_not_be_written_down(lab: Lab) ->
         await instances.stop("one")
         before = rows(lab.store)
         with full_disk(instances, after=2):
-            await lifecycle_start(instances)
+            await instances.task("one").perform(None, start)
             with trio.fail_after(60):
                 while instances.board.find("one").state is not InstanceState.UNKNOWN:
                     await trio.sleep(0.01)
         await until(instances, InstanceState.RUNNING)
         assert rows(lab.store) != before
         await clean_up(lab, instances)
-
-
-async def lifecycle_start(instances: Instances) -> None:
-    task = instances.task("one")
-    await task.perform(None, lambda: task.start(None, None))
 
 
 # ── Compression ──────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,63 @@
+"""Create and start: a VM that boots.
+
+Both end in Initializing, when the VMM runs; Running comes as news from the guest (../news.py). A create
+that fails leaves nothing at all, a start that fails leaves the instance Stopped, as it was.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import msgspec
+
+from hypeman.instances.owned import Owned
+from hypeman.instances.plan import plan_create, plan_start
+from hypeman.instances.records import InstanceRecord, Operation
+from hypeman.instances.types import InstanceState
+
+_NONCE_BYTES = 16
+
+
+def new_nonce() -> bytes:
+    """By which the guest agent of one boot proves itself."""
+    return secrets.token_bytes(_NONCE_BYTES)
+
+
+async def create(owned: Owned) -> InstanceRecord:
+    """First boot of an instance whose record was just written, with CREATE as its intent."""
+    return await owned.appear(plan_create(owned.record), lambda: _launched(owned))
+
+
+async def start(
+    owned: Owned, entrypoint: tuple[str, ...] | None = None, cmd: tuple[str, ...] | None = None
+) -> InstanceRecord:
+    """Boot a stopped instance; what is given is its entry point and command from now on."""
+    before = owned.record
+    spec = before.spec
+    if entrypoint is not None:
+        spec = msgspec.structs.replace(spec, entrypoint=entrypoint)
+    if cmd is not None:
+        spec = msgspec.structs.replace(spec, cmd=cmd)
+    record = msgspec.structs.replace(
+        before,
+        spec=spec,
+        nonce=new_nonce(),
+        boots=before.boots + 1,
+        exit_code=None,
+        exit_message=None,
+        fresh=False,
+    )
+    return await owned.all_or_nothing(
+        Operation.START, plan_start(record), record, before, finish=lambda: _launched(owned), resources=True
+    )
+
+
+async def _launched(owned: Owned) -> InstanceRecord:
+    live = owned.world.live[owned.record.id]
+    record = msgspec.structs.replace(
+        owned.record, handle=live.vmm.handle, started_at=owned.now(), stopped_at=None
+    )
+    record = await owned.end(owned.entered(record, InstanceState.INITIALIZING))
+    owned.watch(live)
+    owned.journal("launched")
+    return record

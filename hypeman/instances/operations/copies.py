@@ -1,0 +1,91 @@
+"""Copies of an instance: out of it for a fork or a snapshot, into a fork, and back from a snapshot.
+
+A running VM pauses while its disks are copied, so that memory and disks are of one moment, and goes on.
+A copy counts when ``publish`` has recorded who has it, in the same transaction that ends the work; until
+then it is taken back. Memory is never copied: it is a capture, held by all who need it (../captures.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypeman.ids import new_id
+from hypeman.instances import captures
+from hypeman.instances.captures import CAPTURES, CaptureRow
+from hypeman.instances.owned import Also, Owned
+from hypeman.instances.plan import plan_adopt_disks, plan_copy_out, plan_free, plan_stage, plan_swap
+from hypeman.instances.records import InstanceRecord, Operation
+from hypeman.instances.types import InstanceState
+from hypeman.instances.validate import check_capturable
+from hypeman.saga import carry_forward
+from hypeman.store import Txn
+
+
+async def copy_out(
+    owned: Owned,
+    target: str,
+    *,
+    with_memory: bool,
+    holder: str,
+    publish: Callable[[Txn, InstanceRecord, CaptureRow | None], object],
+) -> InstanceRecord:
+    """Copy the disks to ``target`` and, ``with_memory``, have the memory held by ``holder``."""
+    before = owned.record
+    running = before.state is InstanceState.RUNNING
+    if running and with_memory:
+        check_capturable(before.spec, owned.world.driver(before).capabilities, "captured")
+    made = new_id() if running and with_memory else ""
+
+    async def end() -> InstanceRecord:
+        row: CaptureRow | None = None
+        if made:
+            row = await owned.world.describe_capture(before.id, made, holder=holder)
+        elif with_memory and before.capture is not None:
+            row = owned.world.capture_row(before.capture)
+
+        def record_it(txn: Txn) -> None:
+            if row is not None and made:
+                txn.put(CAPTURES, made, row)
+            elif row is not None:
+                captures.share(txn, row.id, holder)
+            publish(txn, before, row)
+
+        return await owned.end(owned.record, record_it)
+
+    steps = plan_copy_out(before, target, capture=made or None, running=running)
+    await owned.all_or_nothing(Operation.CAPTURE, steps, before, before, finish=end)
+    return before
+
+
+async def adopt_disks(owned: Owned, source: str, *, shared: bool) -> InstanceRecord:
+    """The disks of a fork whose record was just written; it ends Stopped or Standby."""
+    steps = plan_adopt_disks(owned.record, source, shared=shared)
+    return await owned.appear(steps, lambda: owned.end(owned.record))
+
+
+async def revert(owned: Owned, source: str, record: InstanceRecord, also: Also) -> InstanceRecord:
+    """Put the disks in directory ``source`` in place of the instance's own, and make it ``record``."""
+    before = owned.record
+    owned.journal("restore from snapshot")
+    freed = before.capture
+    steps = plan_swap(before)
+
+    def exchange(txn: Txn) -> None:
+        captures.let_go(txn, freed, captures.of_instance(before.id))
+        also(txn)
+
+    await owned.all_or_nothing(
+        Operation.CAPTURE,
+        plan_stage(before, source),
+        before,
+        before,
+        finish=lambda: owned.begin(Operation.REVERT, steps, record, exchange),
+    )
+    try:
+        await carry_forward(steps, owned.world)
+    except Exception as error:
+        await owned.lost(error)
+        raise
+    await owned.end(owned.record)
+    await carry_forward(plan_free(freed), owned.world)
+    return owned.record

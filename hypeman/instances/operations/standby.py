@@ -1,0 +1,123 @@
+"""Standby and restore: memory and devices to disk and the VMM gone, and back.
+
+    standby   CAPTURE: save the memory            taken back if it fails: the VM goes on
+              published with the intent PARK      from here it sleeps, whatever comes
+              PARK: take the VMM down             forward only
+
+    restore   RESTORE: a paused VM from the memory taken back if it fails: it sleeps on
+              recorded with the intent RESUME     from here it is Running, and the capture is used up
+              RESUME: wake the guest, free the capture   forward; a guest that can not be woken is stopped
+
+A capture that nobody else holds is consumed: its memory file becomes the VM's own. A shared one stays and
+is mapped privately (``mapped``) for as long as the VM lives.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hypeman.errors import InternalError
+from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.ids import new_id
+from hypeman.instances import captures
+from hypeman.instances.captures import CAPTURES
+from hypeman.instances.operations.stop import bring_down
+from hypeman.instances.owned import Owned
+from hypeman.instances.plan import plan_awaken, plan_free, plan_park, plan_restore, plan_standby
+from hypeman.instances.records import InstanceRecord, Operation
+from hypeman.instances.steps import FreeCapture, Step
+from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
+from hypeman.instances.validate import check_capturable
+from hypeman.saga import carry_forward
+from hypeman.store import Txn
+
+
+async def standby(owned: Owned, compression: SnapshotCompressionConfig | None) -> InstanceRecord:
+    """Memory and devices to disk, VMM gone."""
+    before = owned.record
+    check_capturable(before.spec, owned.world.driver(before).capabilities, "put in standby")
+    owned.journal("standby")
+    capture = new_id()
+    holder = captures.of_instance(before.id)
+    freed = before.mapped
+
+    async def publish() -> InstanceRecord:
+        row = await owned.world.describe_capture(before.id, capture, holder=holder, compression=compression)
+        record = msgspec.structs.replace(before, capture=capture, mapped=None)
+
+        def exchange(txn: Txn) -> None:
+            txn.put(CAPTURES, capture, row)
+            captures.let_go(txn, freed, holder)
+
+        return await owned.begin(Operation.PARK, plan_park(record), record, exchange)
+
+    await owned.all_or_nothing(Operation.CAPTURE, plan_standby(before, capture), before, before, finish=publish)
+    return await park(owned, freed)
+
+
+async def park(owned: Owned, freed: str | None = None) -> InstanceRecord:
+    """What is left of a standby once its capture is published; ``freed``: the capture it had mapped."""
+    try:
+        await carry_forward(plan_park(owned.record), owned.world)
+        asleep = msgspec.structs.replace(owned.record, handle=None, stopped_at=owned.now())
+        asleep = owned.entered(asleep, InstanceState.STANDBY)
+        await owned.end(asleep, owned.holding(asleep))
+    except Exception as error:
+        await owned.lost(error)
+        raise
+    await carry_forward(plan_free(freed), owned.world)
+    return owned.record
+
+
+async def restore(owned: Owned) -> InstanceRecord:
+    """Bring it back as it was when it fell asleep."""
+    capture = owned.record.capture
+    if capture is None:
+        raise InternalError(f"instance {owned.record.id} is in standby without a capture")
+    owned.journal("restore")
+    async with owned.world.restorable(capture):
+        return await _restore_from(owned, capture)
+
+
+async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
+    before = owned.record
+    keep = owned.world.capture_is_shared(before.id, capture)
+    record = msgspec.structs.replace(before, boots=before.boots + 1)
+    steps = plan_awaken(record, capture, fresh=before.fresh)
+
+    def consume(txn: Txn) -> None:
+        if not keep:
+            captures.let_go(txn, capture, captures.of_instance(before.id))
+
+    async def note() -> InstanceRecord:
+        handle = owned.world.live[before.id].vmm.handle
+        mapped = capture if keep else None
+        restored = msgspec.structs.replace(owned.record, handle=handle, capture=None, mapped=mapped, stopped_at=None)
+        return await owned.begin(Operation.RESUME, steps, owned.entered(restored, InstanceState.RUNNING), consume)
+
+    await owned.all_or_nothing(
+        Operation.RESTORE,
+        plan_restore(record, capture, keep=keep),
+        record,
+        before,
+        finish=note,
+        resources=True,
+    )
+    owned.watch(owned.world.live[before.id])
+    return await awaken(owned, steps)
+
+
+async def awaken(owned: Owned, steps: tuple[Step, ...]) -> InstanceRecord:
+    """What is left of a restore once the record says that the VM lives.
+
+    The VM has run since: if it can not be awakened, it is stopped, not left half-way, and that is raised.
+    """
+    try:
+        await carry_forward(steps, owned.world)
+    except Exception as error:
+        told = f"the restored guest could not be awakened: {error}"
+        owned.journal(told)
+        free = tuple(step for step in steps if isinstance(step, FreeCapture))
+        await bring_down(owned, (*plan_park(owned.record), *free), VmmExit(ExitReason.FAILED, told))
+        raise
+    return await owned.end(msgspec.structs.replace(owned.record, fresh=False))

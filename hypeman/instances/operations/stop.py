@@ -1,0 +1,132 @@
+"""Stop, delete, and the end of a VM that nobody asked for.
+
+These go forward only: what has begun to end is tried until it has, here or at the next look
+(../settle.py). How the workload ended is told by the best witness there is: the agent, what it wrote
+to the boot disk, the VMM.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hypeman.guest.types import Exited, Fatal
+from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.instances import captures
+from hypeman.instances.admission import NO_VMM
+from hypeman.instances.live import Live
+from hypeman.instances.owned import Owned
+from hypeman.instances.plan import plan_delete, plan_free, plan_park, plan_stop
+from hypeman.instances.records import InstanceRecord, Operation
+from hypeman.instances.steps import Step
+from hypeman.instances.types import InstanceState
+from hypeman.instances.view import describe_exit
+from hypeman.instances.world import STOP_GRACE
+from hypeman.saga import carry_forward
+from hypeman.store import Txn
+
+DELETE_GRACE = 2.0
+
+NOT_STARTED = 127
+"""Exit code of a workload that never ran, as of a shell."""
+
+
+async def stop(owned: Owned, grace: float = STOP_GRACE) -> InstanceRecord:
+    """Shut the guest down and take away what it had around it; after ``grace`` seconds it is killed."""
+    owned.journal("stop")
+    return await bring_down(owned, plan_stop(owned.record, grace=grace), None)
+
+
+async def vmm_ended(owned: Owned, ended: VmmExit) -> InstanceRecord:
+    """Clean up after a VMM that has ended by itself."""
+    return await bring_down(owned, plan_park(owned.record), ended)
+
+
+async def bring_down(owned: Owned, steps: tuple[Step, ...], ended: VmmExit | None) -> InstanceRecord:
+    """Carry out ``steps``, after which there is no VM, and make it Stopped, with how it ``ended``."""
+    live = owned.live  # the steps take it out of the World
+    freed = (owned.record.mapped, owned.record.capture)  # the latter after a standby that could not be finished
+    await owned.begin(Operation.STOP, steps, owned.record)
+    try:
+        record = await _take_down(owned, steps, live, ended)
+
+        def settle(txn: Txn) -> None:
+            for capture in freed:
+                captures.let_go(txn, capture, captures.of_instance(record.id))
+            owned.holding(record)(txn)
+
+        await owned.end(record, settle)
+    except Exception as error:
+        await owned.lost(error)
+        raise
+    owned.journal(f"stopped: {record.exit_message}")
+    await carry_forward(plan_free(*freed), owned.world)
+    return owned.record
+
+
+async def _take_down(
+    owned: Owned, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None
+) -> InstanceRecord:
+    """The record that is true after ``steps``."""
+    written = await owned.world.read_outcome(owned.record.id)
+    await carry_forward(steps, owned.world)
+    if live is None or live.exited is None:
+        written = await owned.world.read_outcome(owned.record.id) or written
+    before = owned.record
+    code, message = exit_of(live, ended, written)
+    if before.exit_code is not None and code is None:
+        code, message = before.exit_code, before.exit_message
+    record = msgspec.structs.replace(
+        before,
+        handle=None,
+        mapped=None,
+        capture=None,
+        stopped_at=owned.now(),
+        exit_code=code,
+        exit_message=message,
+    )
+    return owned.entered(record, InstanceState.STOPPED)
+
+
+async def delete(owned: Owned) -> None:
+    """Nothing of it is left, whatever state it was in. Captures that others hold stay theirs."""
+    owned.journal("delete")
+    record = owned.record
+    freed = (record.capture, record.mapped)
+    steps = plan_delete(record)
+    if record.state not in NO_VMM:
+        steps = (plan_stop(record, grace=DELETE_GRACE)[0], *steps)
+    await owned.begin(Operation.DELETE, steps, msgspec.structs.replace(record, deleting=True))
+    try:
+        await carry_forward(steps, owned.world)
+        await owned.remove()
+    except Exception as error:
+        await owned.lost(error)
+        raise
+    await carry_forward(plan_free(*freed), owned.world)
+
+
+def exit_of(
+    live: Live | None, ended: VmmExit | None, written: Exited | Fatal | None = None
+) -> tuple[int | None, str | None]:
+    """Exit code and why, from the best witness: the agent, what it wrote to the boot disk, the VMM."""
+    fatal = live.fatal if live is not None else None
+    exited = live.exited if live is not None else None
+    if isinstance(written, Fatal):
+        fatal = fatal or written
+    elif written is not None:
+        exited = exited or written
+    if fatal is not None:
+        return exited.exit_code if exited is not None else NOT_STARTED, fatal.message
+    if exited is not None:
+        return exited.exit_code, describe_exit(exited.exit_code, exited.signal, out_of_memory=exited.oom)
+    if ended is None:
+        return None, "stopped"
+    match ended.reason:
+        case ExitReason.POWEROFF:
+            return None, "the guest powered off"
+        case ExitReason.RESET:
+            return None, "the guest rebooted or its kernel panicked"
+        case ExitReason.KILLED:
+            return None, "the VMM was killed"
+        case ExitReason.FAILED:
+            return None, ended.message or "the VMM failed"

@@ -1,0 +1,109 @@
+"""Attach and detach: volumes that come and go, at once where a VM runs.
+
+The volume's attachment changes in the transaction of the record. An attach that fails is taken back; a
+detach is finished, unless a process in the guest holds the volume: then all stays as it was. A disk is in
+the VM's handle before it is in the VM, so that the next server looks for it there.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from hypeman.errors import Conflict, NotFound, NotSupported
+from hypeman.hypervisor.interface import Disk
+from hypeman.instances.owned import Owned
+from hypeman.instances.plan import plan_attach
+from hypeman.instances.records import InstanceRecord, Operation
+from hypeman.instances.steps import TakeBack
+from hypeman.instances.types import InstanceState, VolumeMount
+from hypeman.instances.validate import check_volumes
+from hypeman.instances.vm import free_port, volume_disk
+from hypeman.store import Txn
+from hypeman.volumes import records as volumes
+
+
+async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> InstanceRecord:
+    """Give the instance a volume, at once if it runs."""
+    before = owned.record
+    if any(mount.volume_id == volume_id for mount in before.spec.volumes):
+        raise Conflict(f"volume {volume_id!r} is attached to instance {before.name!r} already")
+    port = free_port(before.ports)
+    running = before.state is InstanceState.RUNNING
+    if running and not owned.world.driver(before).capabilities.hotplug_disk:
+        raise NotSupported(f"hypervisor {before.spec.hypervisor.value} takes no disks at run time; stop it first")
+    if running and not port:
+        raise NotSupported(f"instance {before.name!r} has no free port for another volume")
+    mount = VolumeMount(volume_id=volume_id, mount_path=path, readonly=readonly)
+    spec = msgspec.structs.replace(before.spec, volumes=(*before.spec.volumes, mount))
+    check_volumes(spec.volumes)
+    ports = {**before.ports, volume_id: port} if port else before.ports  # without a port it is fixed in the VM
+    record = msgspec.structs.replace(before, spec=spec, ports=ports)
+
+    def take(txn: Txn) -> None:
+        volumes.attach(
+            txn,
+            volumes.Attachment(volume_id=volume_id, instance_id=record.id, mount_path=path, readonly=readonly),
+        )
+
+    if not running:
+        return await owned.save(record, also=take)
+    step = plan_attach(before, volume_id, path, readonly=readonly, port=port)
+    disk = volume_disk(owned.world.paths, volume_id, readonly=readonly, port=port)
+    await owned.begin(Operation.ATTACH, (step,), _expecting(record, disk), take)
+    try:
+        record = await owned.carry_out((step,), lambda: owned.end(_with_current_handle(owned, owned.record)))
+    except BaseException as error:
+        await owned.put_back(before, lambda txn: volumes.detach(txn, volume_id, before.id), error)
+        raise
+    owned.journal(f"attached volume {volume_id} at {path}")
+    return record
+
+
+async def detach(owned: Owned, volume_id: str) -> InstanceRecord:
+    """Take a volume away. Raises InUse, with everything as it was, while a process in the guest holds it."""
+    before = owned.record
+    mount = next((mount for mount in before.spec.volumes if mount.volume_id == volume_id), None)
+    if mount is None:
+        raise NotFound(f"volume {volume_id!r} is not attached to instance {before.name!r}")
+    if before.state is not InstanceState.RUNNING:
+        return await end_without(owned, volume_id)
+    port = before.ports.get(volume_id, 0)
+    if not port:
+        raise NotSupported(f"volume {volume_id!r} is fixed in the running VM; stop the instance first")
+    step = plan_attach(before, volume_id, mount.mount_path, readonly=mount.readonly, port=port)
+    await owned.begin(Operation.DETACH, (TakeBack(step),), before)
+    try:
+        await step.undo(owned.world)
+    except Exception:  # not when cancelled: then the next start finishes it
+        await owned.end(before)
+        raise
+    try:
+        return await end_without(owned, volume_id)
+    except Exception as error:  # the VM has let go of it, and that is written down as soon as it can be
+        await owned.lost(error)
+        raise
+
+
+async def end_without(owned: Owned, volume_id: str) -> InstanceRecord:
+    """The last transaction, after which the instance does not have the volume."""
+    before = owned.record
+    spec = msgspec.structs.replace(
+        before.spec, volumes=tuple(mount for mount in before.spec.volumes if mount.volume_id != volume_id)
+    )
+    ports = {other: port for other, port in before.ports.items() if other != volume_id}
+    record = _with_current_handle(owned, msgspec.structs.replace(before, spec=spec, ports=ports))
+    return await owned.end(record, lambda txn: volumes.detach(txn, volume_id, before.id))
+
+
+def _expecting(record: InstanceRecord, disk: Disk) -> InstanceRecord:
+    """The handle as it will be: after a crash in between, the next server knows what may be plugged in."""
+    assert record.handle is not None, "it runs"
+    config = record.handle.config
+    config = msgspec.structs.replace(config, disks=(*config.disks, disk))
+    return msgspec.structs.replace(record, handle=msgspec.structs.replace(record.handle, config=config))
+
+
+def _with_current_handle(owned: Owned, record: InstanceRecord) -> InstanceRecord:
+    """The handle has the VM's configuration, which a disk that came or went has changed."""
+    live = owned.live
+    return msgspec.structs.replace(record, handle=live.vmm.handle) if live is not None else record

@@ -1,0 +1,242 @@
+"""An instance in the hands of its task: its record, how it is written, and work that counts whole or not at all.
+
+    begin    one transaction: the intent (the plan), the reservation, whatever else goes along
+    do       the steps, through the saga; on failure the begun ones are taken back
+    end      one transaction: the new record instead of the intent
+
+What can go neither on nor back makes the instance Unknown (``lost``); its intent stays stored for the next look.
+Nothing here waits for a turn: whoever holds an Owned has it, from ``Lifecycle.perform``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+
+import msgspec
+import trio
+
+from hypeman.errors import HypemanError
+from hypeman.hypervisor.interface import VmmExit
+from hypeman.instances.admission import NO_VMM
+from hypeman.instances.live import Live, LiveEvent
+from hypeman.instances.plan import plan_free
+from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent, Operation
+from hypeman.instances.steps import Reversible, Step
+from hypeman.instances.types import InstanceState
+from hypeman.instances.world import World
+from hypeman.resources.accounting import Holding, Limits, hold
+from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
+from hypeman.store import Txn
+from hypeman.telemetry import metrics
+
+log = logging.getLogger(__name__)
+
+Also = Callable[[Txn], object]
+"""What else belongs into the transaction of a record."""
+
+Finish = Callable[[], Awaitable[InstanceRecord]]
+"""The transaction that makes steps count."""
+
+
+class Hooks:
+    """What all instances share beside the World: who is told of changes, and what may be held."""
+
+    def __init__(
+        self,
+        *,
+        limits: Callable[[], Limits],
+        changed: Callable[[InstanceRecord], None],
+        gone: Callable[[InstanceRecord], None],
+        release: Callable[[Txn, InstanceRecord], None],
+    ) -> None:
+        self.limits = limits
+        self.changed = changed
+        self.gone = gone
+        self.release = release
+        """Give back what the capabilities hold for an instance, in the transaction that removes it."""
+
+
+class Owned:
+    """See above. One per instance, made by its task."""
+
+    def __init__(
+        self,
+        world: World,
+        hooks: Hooks,
+        record: InstanceRecord,
+        *,
+        now: Callable[[], datetime],
+        tell: Callable[[Live, LiveEvent], None],
+    ) -> None:
+        self.world = world
+        self.record = record
+        self.now = now
+        self.removed = False
+        """Nothing is left of it."""
+        self.ended: VmmExit | None = None
+        """How the VMM ended, from when that is heard."""
+        self.nursery: trio.Nursery | None = None
+        """For what runs beside the commands, as long as the task runs."""
+        self._hooks = hooks
+        self._tell = tell
+
+    @property
+    def live(self) -> Live | None:
+        return self.world.live.get(self.record.id)
+
+    def watch(self, live: Live) -> None:
+        """Have the VM's news come into the queue."""
+        self.ended = None
+        self.beside(live.run, self._tell)
+
+    def beside(self, work: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        """Run ``work`` beside the commands, until the instance is gone."""
+        assert self.nursery is not None, "the task runs"
+        self.nursery.start_soon(work, *arguments)
+
+    def journal(self, text: str) -> None:
+        """One line into the instance's own log, for whoever owns the instance."""
+        log.info("instance %s (%s): %s", self.record.id, self.record.name, text)
+        self.world.journal(self.record.id, f"{self.now():%Y-%m-%dT%H:%M:%S.%fZ} {text}")
+
+    # The record
+
+    def entered(self, record: InstanceRecord, state: InstanceState) -> InstanceRecord:
+        """``record`` in ``state``, since now."""
+        phases = record.phases.entered(state.value.lower(), self.now())
+        return msgspec.structs.replace(record, state=state, phases=phases, state_error=None, was=None)
+
+    def holding(self, record: InstanceRecord, *, running: bool | None = None) -> Also:
+        """Make what the instance holds of the host what its state wants."""
+        holding = holding_of(record)
+        if not (record.state not in NO_VMM if running is None else running):
+            holding = holding.without_vmm()
+        limits = self._hooks.limits()
+        return lambda txn: hold(txn, record.id, holding, limits)
+
+    async def begin(
+        self, operation: Operation, steps: tuple[Step, ...], record: InstanceRecord, also: Also | None = None
+    ) -> InstanceRecord:
+        return await self.save(record, intent=Intent(operation, steps), also=also)
+
+    async def end(self, record: InstanceRecord, also: Also | None = None) -> InstanceRecord:
+        def clear(txn: Txn) -> None:
+            txn.delete(INTENTS, record.id)
+            if also is not None:
+                also(txn)
+
+        return await self.save(record, also=clear)
+
+    async def save(
+        self, record: InstanceRecord, *, intent: Intent | None = None, also: Also | None = None
+    ) -> InstanceRecord:
+        def write(txn: Txn) -> None:
+            txn.put(INSTANCES, record.id, record)
+            if intent is not None:
+                txn.put(INTENTS, record.id, intent)
+            if also is not None:
+                also(txn)
+
+        await self.world.store.write(write)
+        return self._know(record)
+
+    def _know(self, record: InstanceRecord) -> InstanceRecord:
+        if record.state is not self.record.state:
+            metrics.state_transitions.labels(self.record.state.value, record.state.value).inc()
+        self.record = record
+        self._hooks.changed(record)
+        return record
+
+    async def remove(self) -> None:
+        """The last effect of the instance is gone, and now the record with all that it holds."""
+        record = self.record
+        await self.world.store.write(lambda txn: self._hooks.release(txn, record))
+        self.removed = True
+        self._hooks.gone(record)
+
+    async def lost(self, error: BaseException) -> None:
+        """Something could be neither done nor undone. The intent stays, and is looked at again."""
+        before = self.record
+        was = before.was if before.state is InstanceState.UNKNOWN else before.state
+        unknown = self.entered(before, InstanceState.UNKNOWN)
+        record = msgspec.structs.replace(unknown, state_error=str(error), was=was)
+        with trio.CancelScope(shield=True):
+            try:
+                await self.save(record)
+            except HypemanError as refused:  # a full disk: nobody may take the instance for what it was all the same
+                log.error("instance %s is Unknown, which can not be written down: %s", record.id, refused)
+                self._know(record)
+
+    # All or nothing
+
+    async def carry_out(self, steps: tuple[Reversible, ...], finish: Finish) -> InstanceRecord:
+        """All ``steps`` and the transaction that ends them (``finish``), or none of it."""
+        await carry_out(steps, self.world)
+        try:
+            with trio.CancelScope(shield=True):  # else nobody knew whether it counts
+                record = await finish()
+        except Exception:
+            await take_back(steps, self.world)
+            raise
+        return record
+
+    async def all_or_nothing(
+        self,
+        operation: Operation,
+        steps: tuple[Reversible, ...],
+        record: InstanceRecord,
+        before: InstanceRecord,
+        *,
+        finish: Finish,
+        resources: bool = False,
+    ) -> InstanceRecord:
+        """``carry_out`` under an intent; when that fails, the record is again what it was ``before``.
+
+        With ``resources`` (starts and restores) the instance holds those of a running VM from here on.
+        """
+        await self.begin(operation, steps, record, self.holding(record, running=True) if resources else None)
+        try:
+            return await self.carry_out(steps, finish)
+        except BaseException as error:
+            await self.put_back(before, self.holding(before) if resources else None, error)
+            self.journal(f"{operation.value} failed: {error}")
+            raise
+
+    async def put_back(self, before: InstanceRecord, also: Also | None, error: BaseException) -> None:
+        """The record as it was, after ``error`` and after the steps were taken back, if they could be."""
+        with trio.CancelScope(shield=True):
+            if isinstance(error, UndoFailed):
+                await self.lost(error)
+                return
+            try:
+                await self.end(before, also)
+            except HypemanError as refused:
+                await self.lost(refused)
+
+    async def appear(self, steps: tuple[Reversible, ...], finish: Finish) -> InstanceRecord:
+        """Make real what was just written down, with CREATE as its intent; if that fails, nothing stays of it."""
+        try:
+            return await self.carry_out(steps, finish)
+        except UndoFailed as error:
+            await self.lost(error)
+            raise
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.remove()
+                await carry_forward(plan_free(self.record.capture), self.world)
+            raise
+
+
+def holding_of(record: InstanceRecord) -> Holding:
+    """What a running instance holds."""
+    spec = record.spec
+    return Holding(
+        vcpus=spec.vcpus,
+        memory=spec.memory_bytes + spec.hotplug_bytes,
+        disk=spec.overlay_bytes,
+        download=spec.download_bps,
+        upload=spec.upload_bps,
+        disk_io=spec.disk_io_bps,
+    )

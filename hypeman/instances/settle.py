@@ -1,0 +1,168 @@
+"""What a crash left, or what could go neither on nor back: find out, and bring the instance to rest.
+
+At a start of the server each instance that had a VM or unfinished work is settled once, before anybody's
+command; one that is Unknown is looked at again (lifecycle.py says when). Either way:
+
+    the VM      adopted if it lives
+    the intent  taken back, or finished, as its Operation says
+    the rest    a VM that died is cleaned up after; one that answers again gets its old state back
+"""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import trio
+
+from hypeman.errors import InUse
+from hypeman.guest.types import Started
+from hypeman.hypervisor.interface import ExitReason, VmmBroken, VmmExit, VmmGone
+from hypeman.instances.admission import NO_VMM
+from hypeman.instances.live import Live
+from hypeman.instances.news import hear
+from hypeman.instances.operations.standby import awaken, park
+from hypeman.instances.operations.stop import bring_down, vmm_ended
+from hypeman.instances.operations.volumes import end_without
+from hypeman.instances.owned import Owned
+from hypeman.instances.plan import plan_free, plan_park
+from hypeman.instances.records import INTENTS, InstanceRecord, Intent, Operation
+from hypeman.instances.steps import PlugVolume, Reversible, Step, TakeBack
+from hypeman.instances.types import InstanceState
+from hypeman.saga import carry_forward, take_back
+
+log = logging.getLogger(__name__)
+
+SECONDS_TO_LOOK = 2.0
+"""For a VMM to answer when it is looked at again, during which commands wait; it answers in a millisecond or is
+stuck."""
+
+
+async def settle(owned: Owned) -> None:
+    """At a start of the server: finish or take back what was under way, adopt a living VM, clean up after a
+    dead one."""
+    try:
+        await _find_and_settle(owned)
+    except Exception as error:  # whatever it is: one broken instance must not keep the others from being served
+        log.exception("instance %s can not be settled", owned.record.id)
+        await owned.lost(error)
+
+
+async def settle_again(owned: Owned) -> None:
+    """The same for an instance that is still Unknown."""
+    if owned.record.state is not InstanceState.UNKNOWN:
+        return
+    try:
+        await _find_and_settle(owned, SECONDS_TO_LOOK)
+    except Exception as error:
+        if str(error) != owned.record.state_error:
+            log.warning("instance %s is still Unknown: %s", owned.record.id, error, exc_info=True)
+        await owned.lost(error)
+
+
+async def _find_and_settle(owned: Owned, seconds: float = float("inf")) -> None:
+    intent = owned.world.store.read(lambda txn: txn.get(INTENTS, owned.record.id))
+    alive = await _find_vm(owned, seconds)
+    if intent is not None:
+        log.warning("instance %s: %s was not finished", owned.record.id, intent.operation.value)
+        await _settle_intent(owned, intent, alive=alive)
+    if owned.removed or owned.record.state in NO_VMM:
+        return
+    if not alive:
+        await vmm_ended(owned, owned.ended or VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
+    elif owned.record.state is InstanceState.UNKNOWN:
+        await owned.save(owned.entered(owned.record, owned.record.was or InstanceState.RUNNING))
+        owned.journal(f"the VMM answers again: {owned.record.state.value}")
+        await _hear_again(owned, owned.world.live[owned.record.id])
+
+
+async def _find_vm(owned: Owned, seconds: float) -> bool:
+    """Whether the VM lives; then it is watched. Raises VmmBroken if it does not answer in time."""
+    instance, live = owned.record.id, owned.live
+    try:
+        with trio.fail_after(seconds):
+            if live is not None:
+                await live.vmm.state()
+                return True
+            if not await owned.world.reattach_vmm(instance):
+                return False
+    except VmmGone:
+        return False
+    except trio.TooSlowError:
+        raise VmmBroken(f"the VMM did not answer within {seconds:g} s") from None
+    owned.watch(owned.world.live[instance])
+    if owned.record.spec.egress:
+        await owned.world.set_egress(instance)
+    return True
+
+
+async def _hear_again(owned: Owned, live: Live) -> None:
+    """What the guest told while its news could not be followed."""
+    if live.started:
+        await hear(owned, live, Started())
+    if live.exited is not None:
+        await hear(owned, live, live.exited)
+
+
+async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
+    record, world, steps = owned.record, owned.world, intent.steps
+    match intent.operation:
+        case Operation.CREATE:
+            await take_back(_reversible(steps), world)
+            await owned.remove()
+        case Operation.START | Operation.RESTORE:
+            await take_back(_reversible(steps), world)
+            state = InstanceState.STOPPED if intent.operation is Operation.START else InstanceState.STANDBY
+            record = owned.entered(msgspec.structs.replace(record, handle=None), state)
+            await owned.end(record, owned.holding(record))
+        case Operation.CAPTURE:
+            await take_back(_reversible(steps), world)
+            await owned.end(_found_again(owned, alive=alive))
+        case Operation.ATTACH:
+            step = steps[0]
+            assert isinstance(step, PlugVolume)
+            await step.undo(world)
+            await end_without(owned, step.volume)
+        case Operation.DETACH:
+            step = steps[0]
+            assert isinstance(step, TakeBack) and isinstance(step.step, PlugVolume)
+            try:
+                await step.do(world)
+            except InUse:
+                await owned.end(record)
+            else:
+                await end_without(owned, step.step.volume)
+        case Operation.REVERT:
+            await carry_forward(steps, world)
+            await owned.end(record)
+        case Operation.RESUME if alive:
+            try:
+                await awaken(owned, steps)
+            except Exception:
+                if owned.record.state is not InstanceState.STOPPED:
+                    raise
+                # It told the journal why, and the instance has come to rest
+        case Operation.RESUME | Operation.STOP:
+            await bring_down(owned, (*plan_park(record), *plan_free(record.mapped)), None)
+        case Operation.PARK:
+            await park(owned)
+        case Operation.DELETE:
+            await carry_forward(steps, world)
+            await owned.remove()
+            await carry_forward(plan_free(record.capture, record.mapped), world)
+
+
+def _found_again(owned: Owned, *, alive: bool) -> InstanceRecord:
+    """After a capture that could not be taken back at first: it only looked, so the state is what it was."""
+    record = owned.record
+    if record.state is not InstanceState.UNKNOWN:
+        return record
+    if alive:
+        return owned.entered(record, record.was or InstanceState.RUNNING)
+    if record.handle is not None:
+        return record  # its VMM has gone, which is cleaned up after next
+    return owned.entered(record, InstanceState.STANDBY if record.capture else InstanceState.STOPPED)
+
+
+def _reversible(steps: tuple[Step, ...]) -> tuple[Reversible, ...]:
+    return tuple(step for step in steps if isinstance(step, Reversible))
