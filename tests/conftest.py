@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 import trio
+from hypothesis import HealthCheck, settings
 
 from hypeman.paths import Paths
 from hypeman.store import Store
+
+# On a busy machine an example may take any time; what is slow is seen in benchmarks.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 @pytest.fixture

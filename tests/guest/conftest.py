@@ -10,14 +10,9 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import HealthCheck, settings
 
 from hypeman.guest.client import GuestClient
 from hypeman.guest.initrd import INIT
-
-# On a busy machine an example may take any time; what is slow is seen in benchmarks.
-settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy machine")
 
 TOP = Path(__file__).parents[2]
 NONCE = bytes(range(16))
