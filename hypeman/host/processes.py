@@ -383,6 +383,11 @@ def groups_for(devices: Sequence[str]) -> list[int]:
     return sorted(groups)
 
 
+def open_to_users(device: str) -> bool:
+    """Whether a program that is not root may open ``device``: as everybody, or in a group that it is put into."""
+    return bool(groups_for([device])) or os.stat(device).st_mode & 0o006 == 0o006
+
+
 def tool_environment() -> dict[str, str]:
     """What helper tools get of our environment: no secrets, and not the bundle's own libraries.
 

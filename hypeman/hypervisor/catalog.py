@@ -102,6 +102,7 @@ class Catalog:
             try:
                 status = os.stat(item)
                 facts.append(f"{item}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}")
+                facts.append(f"{status.st_mode:o}:{status.st_gid}")
             except OSError:
                 facts.append(item)
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32]

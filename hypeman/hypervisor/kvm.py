@@ -12,7 +12,7 @@ import shutil
 
 import trio
 
-from hypeman.host.processes import Processes, ToolFailed
+from hypeman.host.processes import Processes, ToolFailed, open_to_users
 
 KVM_DEVICE = "/dev/kvm"
 _PROOF_LIMIT = 9
@@ -23,19 +23,35 @@ emulates the virtualisation too."""
 class KvmProof:
     """The proof for one host, one guest kernel and one QEMU; shared by all drivers that want KVM.
 
-    ``patience``: seconds until the kernel's first word and between any two.
+    ``patience``: seconds until the kernel's first word and between any two. ``own_users``: VMMs run as users of
+    their own, not as root, who runs the kernel on trial.
     """
 
-    def __init__(self, processes: Processes, *, kernel: str, qemu_binary: str = "", patience: float = 10.0) -> None:
+    def __init__(
+        self,
+        processes: Processes,
+        *,
+        kernel: str,
+        qemu_binary: str = "",
+        patience: float = 10.0,
+        own_users: bool = False,
+    ) -> None:
         self._processes = processes
         self._kernel = kernel
         self._qemu = qemu_binary
         self._patience = patience
+        self._own_users = own_users
         self._asking = trio.Lock()
         self._answer: str | None = None
 
     async def why_not(self) -> str:
-        """Empty if an ordinary kernel runs on KVM here, else why not, in one line."""
+        """Empty if an ordinary kernel runs on KVM here, and a VMM can open it; else why not, in one line."""
+        if self._own_users and os.access(KVM_DEVICE, os.F_OK) and not open_to_users(KVM_DEVICE):
+            return f"only root may open {KVM_DEVICE}, and VMMs are other users; 'chgrp kvm' and 'chmod 660' it"
+        return await self.why_not_as_root()
+
+    async def why_not_as_root(self) -> str:
+        """The same for a VMM that is given a device of its own (Firecracker's jailer makes one)."""
         async with self._asking:
             if self._answer is None:
                 self._answer = await self._try()

@@ -30,6 +30,7 @@ async def probe(
     *,
     accelerator: str = "auto",
     kind: HypervisorKind = HypervisorKind.QEMU,
+    own_users: bool = False,
 ) -> QemuDriver:
     binary = folder / "qemu"
     binary.write_text("#!/bin/sh\n" + script + "\n")
@@ -39,7 +40,9 @@ async def probe(
         raise OSError(name)
 
     patience = 0.3 if script in (KVM_HANGS, KVM_HANGS_HALF_WAY) else 60.0
-    kvm = KvmProof(processes, kernel=sys.executable, qemu_binary=str(binary), patience=patience)
+    kvm = KvmProof(
+        processes, kernel=sys.executable, qemu_binary=str(binary), patience=patience, own_users=own_users
+    )
     made = QemuDriver(processes, no_tap, kvm=kvm, binary=str(binary), accelerator=accelerator, kind=kind)
     await made.probe()
     return made
@@ -77,6 +80,20 @@ async def test_kvm_that_does_not_leads_to_tcg_with_the_reason(
         raise AssertionError(driver.capabilities.accelerator_reason)
     driver = await probe(processes, tmp_path, script, accelerator="kvm")
     assert not driver.capabilities.available and "kvm is configured, but" in driver.capabilities.reason
+
+
+async def test_kvm_that_only_root_may_open_is_none_for_vmms(
+    processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KVM_DEVICE", str(tmp_path / "kvm"))
+    (tmp_path / "kvm").touch(mode=0o600)
+    for own_users, accelerator in ((True, "tcg"), (False, "kvm")):
+        driver = await probe(processes, tmp_path, KVM_WORKS, own_users=own_users)
+        assert driver.capabilities.accelerator == accelerator
+        assert ("only root may open" in driver.capabilities.accelerator_reason) == own_users
+    (tmp_path / "kvm").chmod(0o666)
+    driver = await probe(processes, tmp_path, KVM_WORKS, own_users=True)
+    assert driver.capabilities.accelerator == "kvm"
 
 
 async def test_tcg_may_be_asked_for(processes: Processes, tmp_path: Path) -> None:

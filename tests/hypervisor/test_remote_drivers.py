@@ -30,6 +30,8 @@ from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.firecracker.jail import room_of as jail_of
 from hypeman.hypervisor.interface import Disk, Driver, LaunchFailed, Nic, PciDevice, VmConfig
 from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.run_dir import API_SOCKET
+from hypeman.hypervisor.unix_http import UnixHttp
 from tests.conformance.check_driver import CHECKS, Check, Guest, check_driver, ending
 from tests.hypervisor.conftest import MakeConfig, config_maker
 
@@ -59,7 +61,7 @@ async def make_driver(folder: Path, processes: Processes) -> Make:
         binaries[kind].chmod(0o755)
 
     class Proved(KvmProof):
-        async def why_not(self) -> str:
+        async def why_not_as_root(self) -> str:
             return ""
 
     kvm = Proved(processes, kernel="")
@@ -119,6 +121,24 @@ async def test_a_console_that_can_not_be_reopened_is_rotated(make_driver: Make, 
             await vmm.rotate_console()
             assert log.read_bytes() == b"" and log.stat().st_ino == inode
             assert log.with_suffix(".1").read_bytes() == b"old\n"
+
+
+async def test_a_guest_of_firecracker_is_reached_after_a_save_that_never_came(
+    make_driver: Make, make_config: MakeConfig
+) -> None:
+    """The server that had it paused was killed then; the next one lets it go on."""
+    driver, config = make_driver("firecracker"), make_config("one")
+    async with ending(await driver.launch(config)) as vmm:
+        await Guest.of(vmm)
+        api = UnixHttp(str(jail_of(config.run_dir) / API_SOCKET))
+        pause = fire.state_call(running=False)
+        await api.request(pause.method, pause.target, pause.body)
+        await vmm.aclose()
+        again = await driver.reattach(vmm.handle)
+        await again.resume()
+        with trio.fail_after(60):
+            await Guest.of(again)
+        await again.aclose()
 
 
 def test_events_are_taken_apart_wherever_they_are_cut() -> None:

@@ -63,7 +63,7 @@ class FirecrackerDriver(Seeker):
         jailer = await version_of(self._processes, self._sought_jailer, self._jailer(binary))
         if jailer != version:
             raise Missing(f"its jailer is of version {jailer}", binary=binary, version=version)
-        if why_not := await self._kvm.why_not():
+        if why_not := await self._kvm.why_not_as_root():
             raise Missing(f"it wants KVM, but {why_not}", binary=binary, version=version)
         return Capabilities(
             available=True,
@@ -111,6 +111,7 @@ class FirecrackerDriver(Seeker):
         ):
             async with self._started(config, base) as vmm:
                 await vmm.call(native.load_call(config, captures.STATE, captures.MEMORY), timeout=600)
+                vmm.vsock_reset = True
                 if not keep_capture:
                     captures.note(Path(config.run_dir), capture)
                 if not paused:

@@ -18,12 +18,13 @@ from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker import jail
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmHandle, VmmState
 from hypeman.hypervisor.remote import RemoteVmm, became
-from hypeman.hypervisor.unix_http import UnixHttp
+from hypeman.hypervisor.unix_http import ApiRefused, UnixHttp
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Not started": VmmState.PAUSED}
 _RESIZE_LIMIT = 15.0
 _SIGNAL_LIMIT = 10.0
 _SAVE_LIMIT = 600.0
+_NOWHERE = "nowhere/file"
 
 
 class FirecrackerVmm(RemoteVmm):
@@ -36,6 +37,9 @@ class FirecrackerVmm(RemoteVmm):
         super().__init__(handle, process, api, listener)
         self._taking_down = trio.Lock()
         self._taken_down = False
+        self.vsock_reset = False
+        """The guest, which Firecracker has paused, will hear that its vsock was reset; set by the driver for one that
+        was loaded. Else it would wait for answers that never come."""
 
     async def call(self, call: native.Call, *, timeout: float = 30.0) -> None:
         await self._api.request(call.method, call.target, call.body, timeout=timeout)
@@ -60,7 +64,16 @@ class FirecrackerVmm(RemoteVmm):
         if self._process.stopped():
             await self._signal(signal.SIGCONT, stopped=False)
         elif await self._told_state() == VmmState.PAUSED:
+            if not self.vsock_reset:
+                await self._reset_vsock()
             await self.call(native.state_call(running=True))
+            self.vsock_reset = False
+
+    async def _reset_vsock(self) -> None:
+        """For a VM that was paused to be saved, and was not: the save failed, or a server of ours ended before it.
+        Firecracker resets the vsock at the beginning of every save, also of one that can not be written."""
+        with contextlib.suppress(ApiRefused):
+            await self.call(native.snapshot_call(_NOWHERE, _NOWHERE))
 
     async def _signal(self, number: signal.Signals, *, stopped: bool) -> None:
         self._process.kill(number)
@@ -73,7 +86,7 @@ class FirecrackerVmm(RemoteVmm):
 
     async def capture(self, directory: Path, *, go_on: bool) -> Capture:
         """Memory is written by the VMM in full, so it matters not whether the VM goes on. Not to be cancelled
-        between its pause and its save (see ``pause``), nor is there a way to stop it from saving."""
+        between its pause and its save, for there is no way to stop it from saving."""
         async with self._changing:
             with self._let_out(directory), trio.CancelScope(shield=True):
                 if self._process.stopped():
@@ -81,6 +94,7 @@ class FirecrackerVmm(RemoteVmm):
                 if await self._told_state() == VmmState.RUNNING:
                     await self.call(native.state_call(running=False))
                 await self.call(native.snapshot_call(captures.STATE, captures.MEMORY), timeout=_SAVE_LIMIT)
+                self.vsock_reset = True
             return await trio.to_thread.run_sync(
                 lambda: captures.publish(
                     directory,
