@@ -133,7 +133,6 @@ async def test_a_guest_of_firecracker_is_reached_after_a_save_that_never_came(
         api = UnixHttp(str(jail_of(config.run_dir) / API_SOCKET))
         pause = fire.state_call(running=False)
         await api.request(pause.method, pause.target, pause.body)
-        await vmm.aclose()
         again = await driver.reattach(vmm.handle)
         await again.resume()
         with trio.fail_after(60):
