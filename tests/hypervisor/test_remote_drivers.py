@@ -128,16 +128,15 @@ async def test_a_guest_of_firecracker_is_reached_after_a_save_that_never_came(
 ) -> None:
     """The server that had it paused was killed then; the next one lets it go on."""
     driver, config = make_driver("firecracker"), make_config("one")
-    async with ending(await driver.launch(config)) as vmm:
-        await Guest.of(vmm)
-        api = UnixHttp(str(jail_of(config.run_dir) / API_SOCKET))
-        pause = fire.state_call(running=False)
-        await api.request(pause.method, pause.target, pause.body)
-        again = await driver.reattach(vmm.handle)
-        await again.resume()
+    first = await driver.launch(config)
+    await Guest.of(first)
+    pause = fire.state_call(running=False)
+    await UnixHttp(str(jail_of(config.run_dir) / API_SOCKET)).request(pause.method, pause.target, pause.body)
+    await first.aclose()
+    async with ending(await driver.reattach(first.handle)) as vmm:
+        await vmm.resume()
         with trio.fail_after(60):
-            await Guest.of(again)
-        await again.aclose()
+            await Guest.of(vmm)
 
 
 def test_events_are_taken_apart_wherever_they_are_cut() -> None:
