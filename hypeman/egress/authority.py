@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
-import secrets
 import ssl
 from pathlib import Path
 
 import msgspec
 
 from hypeman.errors import InternalError
-from hypeman.host.files import flush_directory
+from hypeman.host.files import write_file
 
 
 class Authority(msgspec.Struct, frozen=True):
@@ -45,25 +43,8 @@ def load_authority(directory: Path) -> Authority:
             from hypeman.egress.new_authority import make_authority  # 8 MB that a host needs once
 
             made = make_authority(datetime.datetime.now(datetime.UTC))
-            write_private(key, made.key, 0o600)
-            write_private(certificate, made.certificate, 0o644)
+            write_file(key, made.key)
+            write_file(certificate, made.certificate, 0o644)
         return Authority(certificate.read_bytes(), key.read_bytes())
     except OSError as error:
         raise InternalError(f"the egress certificate authority in {directory} can not be used: {error}") from error
-
-
-def write_private(path: Path, data: bytes, mode: int) -> None:
-    """Writes a file that is whole or not there, readable by nobody else at any moment."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), mode)
-            os.fsync(file.fileno())
-        temporary.rename(path)
-        flush_directory(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

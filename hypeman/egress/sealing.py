@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from hypeman.egress.authority import write_private
 from hypeman.errors import InternalError
+from hypeman.host.files import write_file
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -59,7 +59,7 @@ def load_sealer(directory: Path) -> Sealer:
     try:
         if not path.exists():
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_private(path, os.urandom(32), 0o600)
+            write_file(path, os.urandom(32))
         key = path.read_bytes()
     except OSError as error:
         raise InternalError(f"the key that seals credentials, {path}, can not be used: {error}") from error

@@ -40,7 +40,7 @@ class Files:
 
     async def write(self, path: Path, data: bytes, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
         """Write a whole file to the side, flush it and rename it into place."""
-        await _in_thread(_write, path, data, mode, uid, gid)
+        await _in_thread(write_file, path, data, mode, uid, gid)
 
     async def copy(self, source: Path, target: Path, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
         """Copy a file, sharing its blocks where possible and keeping holes; ``target`` is replaced whole."""
@@ -113,7 +113,9 @@ def _beside(target: Path, mode: int, uid: int, gid: int) -> Iterator[int]:
     os.rename(side, target)
 
 
-def _write(path: Path, data: bytes, mode: int, uid: int, gid: int) -> None:
+def write_file(path: Path, data: bytes, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
+    """``Files.write`` for who has no loop: whole or as it was, and at no moment open to more than ``mode`` says;
+    blocks."""
     with _beside(path, mode, uid, gid) as fd:
         view = memoryview(data)
         while view:
