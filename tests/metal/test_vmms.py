@@ -1,8 +1,10 @@
-"""Cloud Hypervisor and Firecracker themselves on the virtual host's KVM: the suite that all drivers are held to, and
-the real agent at work (``tests/hypervisor/test_real_agent.py``). A quarter of an hour for each."""
+"""Cloud Hypervisor and Firecracker themselves on the virtual host's KVM: the suite that all drivers are held to, the
+real agent at work (``tests/hypervisor/test_real_agent.py``), and the whole server (``tests/real``): lives, saved
+memory, and kills of the server in the middle of each operation. Some twenty minutes for each module and kind."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +20,13 @@ WANTED = {
     "cloud-hypervisor": ("cloud-hypervisor",),
     "firecracker": ("firecracker", "jailer"),
 }
+OF_WHOLE_SERVER = {
+    "test_spine": "not many_at_once_and",
+    "test_memory": "not ends_when_its_time",
+    "test_kill": "server_killed",
+}
+"""Module of tests/real and what of it."""
+PATIENCE = 5400
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +55,21 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("kind", WANTED, indirect=True)
 @pytest.mark.parametrize("module", ["test_conformance", "test_real_agent"])
 def test_on_real_kvm(kind: str, module: str, host: MetalHost) -> None:
-    said = vmm_host.run_tests(host, f"tests/hypervisor/{module}.py -k 'real and {kind}'", seconds=2400)
+    said = vmm_host.run_tests(host, f"tests/hypervisor/{module}.py -k 'real and {kind}'", seconds=PATIENCE)
+    check_ran(said)
+
+
+@pytest.mark.parametrize("kind", WANTED, indirect=True)
+@pytest.mark.parametrize("module", OF_WHOLE_SERVER)
+def test_whole_server(kind: str, module: str, host: MetalHost) -> None:
+    points = os.environ.get("KILL_POINTS", "1")
+    selection = f"tests/real/{module}.py -k '{OF_WHOLE_SERVER[module]}'"
+    said = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR=kind, KILL_POINTS=points)
+    check_ran(said)
+
+
+def check_ran(said: str) -> None:
+    """All of it, but for what a VMM has not."""
+    print(said)
     skipped = [line for line in said.splitlines() if line.startswith("SKIPPED") and "has no hot-plug" not in line]
     assert " passed" in said and not skipped, said

@@ -1,6 +1,6 @@
-"""A virtual host with the VMMs that are not Debian's, and our code to drive them.
+"""A virtual host with the VMMs that are not Debian's, our code, and what it wants of Python's packages.
 
-Their programs come from the folder that HYPEMAN_TEST_VMMS names, else from PATH. ``python -m tests.metal.vmm_host``
+The VMMs come from the folder that HYPEMAN_TEST_VMMS names, else from PATH. ``python -m tests.metal.vmm_host``
 measures all kinds side by side on such a host (``tests/bench/bench_kinds.py``).
 """
 
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import site
 import tempfile
+import tomllib
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from tests.hypervisor.conftest import build_guest
 from tests.metal.image import Image, build_image
 from tests.metal.rig import MetalHost
@@ -22,20 +24,17 @@ SLOWNESS = 10
 """How many times longer everything may take in there than on a host."""
 
 _OURS = (
-    "hypeman", "tests/conftest.py", "tests/conformance", "tests/fakes", "tests/hypervisor", "tests/bench/__main__.py",
-    "tests/bench/harness.py", "tests/bench/bench_hypervisor.py", "tests/bench/bench_kinds.py",
+    "hypeman", "build/guest", "tests/__init__.py", "tests/conftest.py", "tests/conformance", "tests/fakes",
+    "tests/hypervisor", "tests/real", "tests/bench/__main__.py", "tests/bench/harness.py",
+    "tests/bench/bench_hypervisor.py", "tests/bench/bench_kinds.py",
 )  # fmt: skip
-_PACKAGES = (
-    "trio", "attr", "attrs", "outcome", "sniffio", "sortedcontainers", "idna", "msgspec", "lmdb", "h11", "yaml",
-    "_yaml", "pytest", "_pytest", "py.py", "pluggy", "iniconfig", "packaging", "pygments", "pytest_trio",
-)  # fmt: skip
-_METADATA = ("pytest-", "pytest_trio-", "pluggy-")
-"""pytest finds its plugins by these."""
+_TOOLS = ("pytest", "pytest-trio", "hypothesis")
 _SETTINGS = b"""[pytest]
 trio_mode = true
 addopts = -ra --import-mode=importlib -p no:cacheprovider
 markers =
     real: on real kernels and guests
+    slow: over ten seconds
 filterwarnings = error
 """
 _MODULES = "kvm-amd tun vhost_net vhost_vsock"
@@ -51,18 +50,14 @@ def programs() -> dict[str, Path]:
 def boot(image: Image, folder: Path) -> MetalHost:
     """A host with our code in /opt/hypeman, a guest for it in /opt/guest and the programs in /opt/vmms."""
     kernel, initrd = build_guest(folder)
-    packages = Path(site.getsitepackages()[0])
     files: dict[str, bytes | Path] = {
         "/opt/guest/vmlinux": kernel,
         "/opt/guest/initrd.cpio": initrd,
         "/opt/hypeman/pytest.ini": _SETTINGS,
     }
     files |= {f"/opt/vmms/{name}": path for name, path in programs().items()}
-    files |= {f"/opt/hypeman/{name}": ROOT / name for name in _OURS}
-    files |= {f"/opt/hypeman/{name}": packages / name for name in _PACKAGES if (packages / name).exists()}
-    for path in packages.glob("*.dist-info"):
-        if path.name.startswith(_METADATA):
-            files[f"/opt/hypeman/{path.name}"] = path
+    files |= {f"/opt/hypeman/{name}": ROOT / name for name in _OURS if (ROOT / name).exists()}
+    files |= {f"/opt/hypeman/{name}": path for name, path in _packages().items()}
     host = MetalHost.boot(image, files=files, memory_mb=4096)
     try:
         host.check(f"for module in {_MODULES}; do modprobe $module; done; chmod 755 /opt/vmms/* /opt/guest")
@@ -72,9 +67,30 @@ def boot(image: Image, folder: Path) -> MetalHost:
     return host
 
 
-def run_tests(host: MetalHost, selection: str, *, seconds: float) -> str:
+def _packages() -> dict[str, Path]:
+    """The files and folders of all packages that the product and pytest want, by name; the host's Debian has the
+    same Python series as we do."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted, found = [*_TOOLS, *project["dependencies"]], dict[str, Distribution]()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        here = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if here and requirement.name not in found:
+            found[requirement.name] = distribution(requirement.name)
+            wanted += found[requirement.name].requires or ()
+    tops = {
+        (file.parts[0], each.locate_file(file.parts[0]))
+        for each in found.values()
+        for file in each.files or ()
+        if file.parts[0] not in ("..", "__pycache__")
+    }
+    return {name: Path(str(path)) for name, path in tops}
+
+
+def run_tests(host: MetalHost, selection: str, *, seconds: float, **environ: str) -> str:
     """Run tests of ours in there; what pytest said."""
-    return host.check(f"{_ENTER} python3 -m pytest -q {selection}", timeout=seconds)
+    settings = " ".join(f"{name}={value}" for name, value in environ.items())
+    return host.check(f"{_ENTER} env {settings} python3 -m pytest -q {selection}", timeout=seconds)
 
 
 _ENTER = (

@@ -1,5 +1,5 @@
 """A whole server, for tests: in a network namespace of its own, with a data directory of its own, asked
-through its unix socket. What it leaves behind when it is killed is what the tests look at.
+through its unix socket. What it leaves behind when it is killed is what the tests look at. ``kind.py`` chooses its VMM.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -22,10 +23,14 @@ import httpx
 import pytest
 import trio
 
+from hypeman.host.processes import MARK_VARIABLE, mark_argument
+from tests.real import kind
+from tests.real.kind import PATIENCE as PATIENCE
+
 ROOT = Path(__file__).parents[2]
 IMAGE = "localhost/busybox:test"
-PATIENCE = 180.0
-"""Seconds for anything that a guest does; under emulation, beside other guests, it may take its time."""
+MARK = re.compile(r"hm-[0-9a-f]{32}")
+"""As an argument of a program (``mark_argument``)."""
 
 
 def check_host() -> None:
@@ -92,6 +97,7 @@ class Namespace:
         self.name = f"hmt{secrets.token_hex(4)}"
         subprocess.run(["ip", "netns", "add", self.name], check=True)
         self.run("ip", "link", "set", "lo", "up")
+        self.inode = Path("/run/netns", self.name).stat().st_ino
 
     def command(self, *argv: str) -> list[str]:
         return ["ip", "netns", "exec", self.name, *argv]
@@ -145,7 +151,7 @@ class Appliance:
             "RUN_DIR": str(self.socket.parent),
             "PORT": "0",
             "METRICS__ENABLED": "false",
-            "HYPERVISOR__ACCELERATOR": "tcg",
+            **kind.settings(),
             "OVERSUBSCRIPTION__CPU": "32",  # tests start more guests than the machine has processors
             "LOG__FORMAT": "text",
             "LOG__LEVEL": "debug",
@@ -175,7 +181,7 @@ class Appliance:
         """SIGTERM, and its exit code."""
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(timeout=60)
+        code = self._process.wait(timeout=PATIENCE)
         self._process = None
         return code
 
@@ -186,15 +192,13 @@ class Appliance:
             self._process.wait()
             self._process = None
 
-    async def wait_killed(self) -> bool:
-        """Whether the server killed itself, as it was armed to; False if it still answers."""
+    async def wait_killed(self) -> None:
+        """Wait for the server that has killed itself, as it was armed to."""
         assert self._process is not None
-        for _ in range(40):
-            if self._process.poll() is not None:
-                self._process = None
-                return True
-            await trio.sleep(0.05)
-        return False
+        with trio.fail_after(PATIENCE):
+            while self._process.poll() is None:
+                await trio.sleep(0.05)
+        self._process = None
 
     @property
     def alive(self) -> bool:
@@ -272,17 +276,26 @@ class Appliance:
         return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def vmms(self) -> dict[int, str]:
-        """Processes of VMMs of this appliance: pid and run directory."""
+        """Processes of VMMs of this appliance: pid and run directory, or, where that is known to nobody, the mark."""
+        vms = self.socket.parent / "vm"
+        ids = {path.name for place in (vms, self.data / "instances") if place.is_dir() for path in place.iterdir()}
+        by_argument = {mark_argument(str(vms / each)): str(vms / each) for each in ids}
+        here = self.namespace.inode
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
                     environ = (entry / "environ").read_bytes().split(b"\0")
+                    words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                    ours = (entry / "ns/net").stat().st_ino == here
                 except OSError:
                     continue
                 for variable in environ:
-                    if variable.startswith(b"HYPEMAN_MARK=" + str(self.directory).encode()):
+                    if variable.startswith(f"{MARK_VARIABLE}={self.directory}".encode()):
                         found[int(entry.name)] = variable.decode().partition("=")[2]
+                for word in words if ours and environ == [b""] else ():  # its jailer has emptied the environment
+                    if word in by_argument or MARK.fullmatch(word):
+                        found[int(entry.name)] = by_argument.get(word, word)
         return found
 
     def files(self) -> set[str]:

@@ -10,8 +10,8 @@ to let pass; at the next one it happens, once, and FILE.where tells the moment's
 Each run counts from its own beginning.
 
 Moments are before and after: every commit of the store, every effect on the world, the first piece and the whole
-of a file that a compression writes; for VMMs also every QMP command, as long as there is one to be killed. For
-writes they are the writes themselves.
+of a file that a compression writes, every order to a VMM with an HTTP API; for VMMs also every QMP command, as long as
+there is one to be killed. For writes they are the writes themselves.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from hypeman import app
 from hypeman.config import load_config
 from hypeman.errors import StoreError
 from hypeman.host import files
-from hypeman.host.processes import MARK_VARIABLE
+from hypeman.host.processes import MARK_VARIABLE, mark_argument
 from hypeman.hypervisor.qemu.client import QmpClient
+from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.instances import compression
 from hypeman.instances.world import World
 from hypeman.store import Store
@@ -75,15 +76,17 @@ class Bomb:
             return True
 
     def _vmms(self, spared: str) -> list[int]:
+        runs = [run for run in self._vms.iterdir() if run.name != spared] if self._vms.is_dir() else []
+        marks = {f"{MARK_VARIABLE}={run}".encode() for run in runs} | {mark_argument(str(run)).encode() for run in runs}
         found = []
         for entry in filter(str.isdigit, os.listdir("/proc")):
             try:
                 environment = Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+                words = Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
                 state = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            runs = [v.decode().partition("=")[2] for v in environment if v.startswith(f"{MARK_VARIABLE}=".encode())]
-            if state != "Z" and any(Path(run).parent == self._vms and Path(run).name != spared for run in runs):
+            if state != "Z" and not marks.isdisjoint((*environment, *words)):
                 found.append(int(entry))
         return found
 
@@ -130,6 +133,13 @@ def arm(bomb: Bomb) -> None:
         return await around(f"QMP {name}", execute, vmm)(self, name, *args, **kwargs)
 
     QmpClient.execute = told  # type: ignore[method-assign]
+    request = UnixHttp.request
+
+    async def ordered(self: UnixHttp, method: str, target: str, *args: Any, **kwargs: Any) -> Any:
+        moments = () if method == "GET" else (server, vmm)
+        return await around(f"{method} {target}", request, *moments)(self, method, target, *args, **kwargs)
+
+    UnixHttp.request = ordered  # type: ignore[method-assign]
 
 
 def _arm_store(bomb: Bomb, *moments: Callable[[str], object]) -> None:

@@ -12,6 +12,7 @@ import httpx
 import trio
 
 from tests.real.appliance import IMAGE, PATIENCE, Appliance
+from tests.real.kind import TAKES_DISKS
 
 Act = Callable[[Appliance], Awaitable[httpx.Response]]
 
@@ -102,11 +103,12 @@ OPERATIONS = {
         running, ask("POST", "/instances/one/fork", {"name": "two", "from_running": True}), {"Running"}
     ),
     "snapshot": Operation(running, snapshot, {"Running"}),
-    "attach": Operation(
-        with_volume, ask("POST", "/instances/one/volumes/data", {"mount_path": "/data"}), {"Running"}
-    ),
-    "detach": Operation(attached, ask("DELETE", "/instances/one/volumes/data"), {"Running"}),
 }
+if TAKES_DISKS:
+    OPERATIONS["attach"] = Operation(
+        with_volume, ask("POST", "/instances/one/volumes/data", {"mount_path": "/data"}), {"Running"}
+    )
+    OPERATIONS["detach"] = Operation(attached, ask("DELETE", "/instances/one/volumes/data"), {"Running"})
 
 
 # What holds

@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,85 +101,75 @@ class Trigger:
         print(f"\n{operation}: {len(self.visited)} moments, {', '.join(self.visited)}")
 
 
+FORK_ITSELF = "fork's own"
+"""A fork, of which the source's VMM is spared."""
+
+Aftermath = Callable[[str, str], Awaitable[object]]
+"""Waits until all is at rest after the operation (its name) was struck (where), and looks how."""
+
+
+async def strike(armed: Appliance, directory: Path, names: list[str], kind: str, aftermath: Aftermath) -> None:
+    """Have each operation struck at each moment to visit: whatever comes of it is whole, and can be deleted."""
+    for name in names:
+        operation, trigger = OPERATIONS[name if name != FORK_ITSELF else "fork"], Trigger(directory)
+        for moment in trigger.moments():
+            await operation.prepare(armed)
+            spare = (await armed.get("/instances/one"))["id"] if name == FORK_ITSELF else ""
+            trigger.set(moment, kind, spare=spare)
+            answer, told = None, "no answer"
+            with contextlib.suppress(httpx.TransportError, OSError):  # from a server that was killed
+                answer = await operation.act(armed)
+                told = answer.text
+            if struck := trigger.release():
+                where = f"{kind} struck {struck} (moment {moment}) of {name}: {told}"
+                try:
+                    assert answer is not None or kind == "server", where
+                    if answer is not None:
+                        check_clear(answer, where)
+                    await aftermath(name, where)
+                    await check_whole(armed, where)
+                except Exception as error:
+                    error.add_note(armed.log_tail())
+                    raise
+            else:
+                assert answer is not None and answer.is_success, f"{name}: {told}"
+            await clean_up(armed)
+            armed.log.write_text("")
+        trigger.report(f"{name}, {kind} struck")
+
+
 @groups(OPERATIONS)
 async def test_server_killed_at_every_moment(armed: Appliance, directory: Path, names: list[str]) -> None:
-    for name in names:
-        await _kill_server(armed, directory, name)
+    async def aftermath(name: str, where: str) -> None:
+        await armed.wait_killed()
+        await armed.start(killable=str(directory / "bomb"))
+        states = await wait_at_rest(armed, OPERATIONS[name].states, where)
+        assert "Unknown" not in states.values(), where
 
-
-async def _kill_server(armed: Appliance, directory: Path, name: str) -> None:
-    operation, trigger = OPERATIONS[name], Trigger(directory)
-    for moment in trigger.moments():
-        await operation.prepare(armed)
-        trigger.set(moment, "server")
-        with contextlib.suppress(httpx.TransportError, OSError):
-            await operation.act(armed)
-        if struck := trigger.release():
-            await armed.wait_killed()
-            await armed.start(killable=str(directory / "bomb"))
-            where = f"server killed {struck} (moment {moment}) of {name}\n{armed.log_tail()}"
-            states = await wait_at_rest(armed, operation.states, where)
-            assert "Unknown" not in states.values()
-            await check_whole(armed, where)
-        await clean_up(armed)
-        armed.log.write_text("")
-    trigger.report(f"{name}, server killed")
+    await strike(armed, directory, names, "server", aftermath)
 
 
 GONE = {"create": {"gone", "Stopped"}, "delete": {"gone"}, "standby": {"Standby", "Stopped"},
-        "restore": {"Standby", "Stopped"}, "unpacking": {"Standby", "Stopped"}}  # fmt: skip
+        "restore": {"Standby", "Stopped"}, "unpacking": {"Standby", "Stopped"}, FORK_ITSELF: {"Running"}}  # fmt: skip
 """States after the VMM was killed, where it is not just Stopped."""
 
 
-@groups([*OPERATIONS, "fork's own"])
+@groups([*OPERATIONS, FORK_ITSELF])
 async def test_vmm_killed_at_every_moment(armed: Appliance, directory: Path, names: list[str]) -> None:
     """The server goes on all the while. Of a fork the source's VMM is killed, or that of the fork itself."""
-    for name in names:
-        await _kill_vmm(armed, directory, name)
 
+    async def aftermath(name: str, where: str) -> None:
+        states = await wait_at_rest(armed, GONE.get(name, {"Stopped"}), where)
+        assert name == FORK_ITSELF or states.get("two", "Running") in ("Running", "Stopped"), f"{states}: {where}"
 
-async def _kill_vmm(armed: Appliance, directory: Path, name: str) -> None:
-    operation, trigger = OPERATIONS[name.removesuffix("'s own")], Trigger(directory)
-    for moment in trigger.moments():
-        await operation.prepare(armed)
-        spare = (await armed.get("/instances/one"))["id"] if name == "fork's own" else ""
-        trigger.set(moment, "vmm", spare=spare)
-        answer = await operation.act(armed)
-        if struck := trigger.release():
-            where = f"VMM killed {struck} (moment {moment}) of {name}: {answer.text}"
-            check_clear(answer, where)
-            where += f"\n{armed.log_tail()}"
-            states = await wait_at_rest(armed, {"Running"} if spare else GONE.get(name, {"Stopped"}), where)
-            assert spare or states.get("two", "Running") in ("Running", "Stopped"), f"{states}: {where}"
-            await check_whole(armed, where)
-        else:
-            assert answer.is_success, f"{name}: {answer.text}"
-        await clean_up(armed)
-        armed.log.write_text("")
-    trigger.report(f"{name}, VMM killed")
+    await strike(armed, directory, names, "vmm", aftermath)
 
 
 @groups(OPERATIONS)
 async def test_every_write_fails_once(armed: Appliance, directory: Path, names: list[str]) -> None:
     """As on a full disk: told clearly, the old state or the new one. The real full disk is in test_full_disk.py."""
-    for name in names:
-        await _fail_writes(armed, directory, name)
 
+    async def aftermath(name: str, where: str) -> None:
+        await wait_at_rest(armed, OPERATIONS[name].states, where)
 
-async def _fail_writes(armed: Appliance, directory: Path, name: str) -> None:
-    operation, trigger = OPERATIONS[name], Trigger(directory)
-    for moment in trigger.moments():
-        await operation.prepare(armed)
-        trigger.set(moment, "write")
-        answer = await operation.act(armed)
-        if struck := trigger.release():
-            where = f"no space for {struck} (moment {moment}) of {name}: {answer.text}"
-            check_clear(answer, where)
-            where += f"\n{armed.log_tail()}"
-            await wait_at_rest(armed, operation.states, where)
-            await check_whole(armed, where)
-        else:
-            assert answer.is_success, f"{name}: {answer.text}"
-        await clean_up(armed)
-        armed.log.write_text("")
-    trigger.report(f"{name}, a write failed")
+    await strike(armed, directory, names, "write", aftermath)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.real.appliance import Appliance
+from tests.real.appliance import PATIENCE, Appliance
+from tests.real.kind import SLOWNESS, STATE_FILE, TAKES_DISKS, few
+from tests.real.operations import wait_packed
 from tests.real.world import ADDRESS, appliance_in_world
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -60,7 +62,7 @@ async def test_a_program_goes_on_after_standby(appliance: Appliance) -> None:
     assert await counted(appliance, "one") >= before
     await check_no_gap(appliance, "one")
     code, clock = await appliance.exec("one", "date", "+%s")
-    assert code == 0 and abs(int(clock) - time.time()) < 10
+    assert code == 0 and abs(int(clock) - time.time()) < 10 * SLOWNESS
     assert not list((appliance.data / "captures").iterdir())
 
 
@@ -82,7 +84,7 @@ async def test_many_standbys_of_one(appliance: Appliance) -> None:
     assert await counted(appliance, "one") > before > 0
     await check_no_gap(appliance, "one")
     code, clock = await appliance.exec("one", "date", "+%s")
-    assert code == 0 and abs(int(clock) - time.time()) < 10
+    assert code == 0 and abs(int(clock) - time.time()) < 10 * SLOWNESS
     print(f"{cycles} cycles, counter at {before}")
 
 
@@ -103,7 +105,7 @@ async def test_a_connection_survives_standby(directory: Path) -> None:
 
 
 async def wait_for_text(appliance: Appliance, name: str, path: str, text: str) -> None:
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE):
         while text not in (await appliance.exec(name, "cat", path))[1]:
             await trio.sleep(0.1)
 
@@ -126,7 +128,7 @@ async def test_a_fork_runs_on_as_somebody_else(appliance: Appliance) -> None:
         assert code == 0 and instance["network"]["ip"] in text and instance["network"]["mac"] in text
 
 
-async def test_twenty_forks_of_one_snapshot(appliance: Appliance) -> None:
+async def test_many_forks_of_one_snapshot(appliance: Appliance) -> None:
     """At once, each with its own identity, and none able to see another's later writes."""
     await appliance.create("source", cmd=COUNTER)
     made = await appliance.post("/instances/source/snapshots", {"kind": "Standby", "name": "base"})
@@ -142,13 +144,13 @@ async def test_twenty_forks_of_one_snapshot(appliance: Appliance) -> None:
         seen[name] = instance["network"]["ip"]
 
     async with trio.open_nursery() as nursery:
-        for number in range(20):
+        for number in range(few(20)):
             nursery.start_soon(fork, number)
-    assert len(set(seen.values())) == 20
+    assert len(set(seen.values())) == few(20)
     for name in seen:
         assert await appliance.exec(name, "cat", "/who", "/etc/hostname") == (0, f"{name}\n{name}\n")
     await appliance.delete(f"/snapshots/{made['id']}")
-    assert await appliance.exec("fork7", "cat", "/who") == (0, "fork7\n")
+    assert await appliance.exec("fork2", "cat", "/who") == (0, "fork2\n")
     for name in seen:
         await appliance.delete(f"/instances/{name}")
     assert not appliance.vmms() and not appliance.files()
@@ -170,7 +172,7 @@ async def test_compressed_standby(appliance: Appliance, algorithm: str) -> None:
     await appliance.create("one", cmd=COUNTER)
     await appliance.post("/instances/one/standby", {"compression": {"enabled": True, "algorithm": algorithm}})
     captures = appliance.data / "captures"
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE):
         while not list(captures.glob("*/memory.*")) or list(captures.glob("*/memory")):
             await trio.sleep(0.05)
     await appliance.post("/instances/one/restore")
@@ -187,12 +189,12 @@ async def test_a_torn_capture_is_refused(appliance: Appliance, damage: str) -> N
             with open(capture / "memory", "r+b") as file:
                 file.truncate(1 << 20)
         case "truncated state":
-            with open(capture / "state", "r+b") as file:
+            with open(capture / STATE_FILE, "r+b") as file:
                 file.truncate(1000)
         case "flipped state":
-            content = bytearray((capture / "state").read_bytes())
+            content = bytearray((capture / STATE_FILE).read_bytes())
             content[len(content) // 2] ^= 1
-            (capture / "state").write_bytes(content)
+            (capture / STATE_FILE).write_bytes(content)
         case "no record":
             (capture / "capture.json").unlink()
     refused = await appliance.ask("POST", "/instances/one/restore")
@@ -202,6 +204,28 @@ async def test_a_torn_capture_is_refused(appliance: Appliance, damage: str) -> N
     await appliance.delete("/instances/one")
 
 
+async def test_a_volume_is_given_to_a_stopped_instance(appliance: Appliance) -> None:
+    """Every VMM has it at the next start; one that takes no disks at run time says so before anything happens."""
+    await appliance.post("/volumes", {"name": "data", "size_gb": 1})
+    await appliance.create("one")
+    if not TAKES_DISKS:
+        refused = await appliance.ask("POST", "/instances/one/volumes/data", json={"mount_path": "/data"})
+        assert refused.status_code == 501 and "stop it first" in refused.json()["message"]
+        assert not (await appliance.get("/instances/one")).get("volumes")
+    await appliance.post("/instances/one/stop")
+    await appliance.post("/instances/one/volumes/data", {"mount_path": "/data"})
+    await appliance.post("/instances/one/start", {})
+    await appliance.wait("one", "Running")
+    assert await appliance.exec("one", "sh", "-c", "echo kept > /data/file; sync") == (0, "")
+    await appliance.post("/instances/one/standby")
+    await appliance.post("/instances/one/restore")
+    assert await appliance.exec("one", "cat", "/data/file") == (0, "kept\n")
+    await appliance.post("/instances/one/stop")
+    await appliance.delete("/instances/one/volumes/data")
+    await appliance.delete("/volumes/data")
+
+
+@pytest.mark.skipif(not TAKES_DISKS, reason="this hypervisor has no hot-plug of disks")
 async def test_volumes_come_and_go_while_the_guest_runs(appliance: Appliance) -> None:
     volume = await appliance.post("/volumes", {"name": "data", "size_gb": 1})
     await appliance.create("one")
@@ -232,17 +256,25 @@ async def test_volumes_come_and_go_while_the_guest_runs(appliance: Appliance) ->
 
 async def test_an_instance_ends_when_its_time_is_over(appliance: Appliance) -> None:
     await appliance.create("one", ttl="1s", wait="")
-    with trio.fail_after(60):
+    with trio.fail_after(PATIENCE):
         while await appliance.get("/instances"):
             await trio.sleep(0.1)
     assert not appliance.vmms() and not appliance.files()
 
 
 async def test_memory_grows_to_what_was_promised(appliance: Appliance) -> None:
+    """And stays so in a standby, however the plugged memory is saved."""
     await appliance.create("one", size="128MB", hotplug_size="256MB")
-    with trio.fail_after(60):
-        while True:
-            code, text = await appliance.exec("one", "sh", "-c", "grep MemTotal /proc/meminfo")
-            if code == 0 and int(text.split()[1]) > 300 * 1024:
-                break
+    with trio.fail_after(PATIENCE):
+        while await _memory_of(appliance, "one") < 300 << 20:
             await trio.sleep(0.2)
+    await appliance.post("/instances/one/standby", {"compression": {"enabled": True, "algorithm": "zstd"}})
+    await wait_packed(appliance)
+    await appliance.post("/instances/one/restore")
+    assert await _memory_of(appliance, "one") > 300 << 20
+
+
+async def _memory_of(appliance: Appliance, name: str) -> int:
+    code, text = await appliance.exec(name, "grep", "MemTotal", "/proc/meminfo")
+    assert code == 0, text
+    return int(text.split()[1]) << 10
