@@ -25,6 +25,7 @@ class CaptureRow(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     """Bytes on disk when it was made."""
     memory_bytes: int
+    """Of the plain memory."""
     compression: SnapshotCompressionConfig | None = None
     """What the memory is to be compressed with; None: stays as it is."""
     compressed_bytes: int = 0
