@@ -21,20 +21,6 @@ static void add_trailers(struct out *o, const struct head *trailers, const struc
             out_field(o, trailers->f[i].name, trailers->f[i].value);
 }
 
-static void write_chunk(struct conn *c, const char *p, size_t n)
-{
-    char *s = c->loop->scratch;
-    while (n) {
-        size_t part = n < RECORD - 16 ? n : RECORD - 16; /* one record a chunk */
-        int head = snprintf(s, 16, "%zx\r\n", part);
-        memcpy(s + head, p, part);
-        memcpy(s + head + part, "\r\n", 2);
-        conn_write(c, s, (size_t)head + part + 2);
-        p += part;
-        n -= part;
-    }
-}
-
 static void write_last_chunk(struct conn *c, const struct head *trailers, const struct matched *m)
 {
     struct out o = {c->loop->scratch, 0, SCRATCH, false};
@@ -97,7 +83,7 @@ void down1_data(struct xchg *x, const char *p, size_t n)
     if (x->half)
         conn_timer(x->down, T_HALF);
     if (x->down_chunked)
-        write_chunk(x->down, p, n);
+        conn_write_chunks(x->down, p, n);
     else
         conn_write(x->down, p, n);
 }

@@ -232,6 +232,7 @@ bool conn_watch(struct conn *c);
 void conn_kill(struct conn *c);
 ssize_t conn_read(struct conn *c); /* > 0 bytes added to `in`; 0 nothing now; -1 end; -2 broken */
 void conn_write(struct conn *c, const char *p, size_t n);
+void conn_write_chunks(struct conn *c, const char *p, size_t n); /* a piece of an HTTP/1 body that is chunked; in scratch */
 void conn_mark(struct conn *c);    /* to be flushed in this round */
 void conn_flush(struct conn *c);
 void conn_finish(struct conn *c, bool linger); /* close when all is sent */

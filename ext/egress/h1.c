@@ -235,6 +235,21 @@ static int parse_version(const char *p, const char *end)
     return p[7] == '0' ? 0 : p[7] == '1' ? 1 : -1;
 }
 
+/* What follows the first line, whose end is at p. */
+static int parse_rest(const char *in, size_t n, const char *p, struct head *h)
+{
+    if (*p != '\r')
+        return H1_BAD;
+    if (p + 1 == in + n)
+        return 0;
+    if (p[1] != '\n')
+        return H1_BAD;
+    int used = parse_fields(in, n, (size_t)(p + 2 - in), H1_MAX_HEAD, h);
+    if (used > 0 && h->chunked && (h->content_length >= 0 || h->minor == 0))
+        return H1_BAD;
+    return used;
+}
+
 int h1_parse_request(const char *in, size_t n, struct head *h)
 {
     const char *p = in, *end = in + n;
@@ -265,18 +280,8 @@ int h1_parse_request(const char *in, size_t n, struct head *h)
     p += 8;
     if (p == end)
         return 0;
-    if (*p != '\r')
-        return H1_BAD;
-    if (p + 1 == end)
-        return 0;
-    if (p[1] != '\n')
-        return H1_BAD;
-    int used = parse_fields(in, n, (size_t)(p + 2 - in), H1_MAX_HEAD, h);
-    if (used <= 0)
-        return used;
-    if (h->chunked && (h->content_length >= 0 || h->minor == 0))
-        return H1_BAD;
-    if (h->minor == 1 && h->hosts == 0)
+    int used = parse_rest(in, n, p, h);
+    if (used > 0 && h->minor == 1 && h->hosts == 0)
         return H1_BAD;
     return used;
 }
@@ -309,18 +314,7 @@ int h1_parse_response(const char *in, size_t n, struct head *h)
         if (p == end)
             return n >= H1_MAX_HEAD ? H1_TOO_LARGE : 0;
     }
-    if (*p != '\r')
-        return H1_BAD;
-    if (p + 1 == end)
-        return 0;
-    if (p[1] != '\n')
-        return H1_BAD;
-    int used = parse_fields(in, n, (size_t)(p + 2 - in), H1_MAX_HEAD, h);
-    if (used <= 0)
-        return used;
-    if (h->chunked && (h->content_length >= 0 || h->minor == 0))
-        return H1_BAD;
-    return used;
+    return parse_rest(in, n, p, h);
 }
 
 int h1_parse_trailers(const char *in, size_t n, struct head *h)

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <openssl/crypto.h>
 #include <openssl/err.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -227,6 +228,20 @@ void conn_write(struct conn *c, const char *p, size_t n)
         return;
     }
     buf_add(c->loop, &c->stage, p, n);
+}
+
+void conn_write_chunks(struct conn *c, const char *p, size_t n)
+{
+    char *s = c->loop->scratch;
+    while (n) {
+        size_t part = n < RECORD - 16 ? n : RECORD - 16; /* one record a chunk */
+        int head = snprintf(s, 16, "%zx\r\n", part);
+        memcpy(s + head, p, part);
+        memcpy(s + head + part, "\r\n", 2);
+        conn_write(c, s, (size_t)head + part + 2);
+        p += part;
+        n -= part;
+    }
 }
 
 bool conn_secret(struct conn *c, const char *p, size_t n)

@@ -1,7 +1,6 @@
 /* The host's side in HTTP/1: writes one request, reads its response, then lies in the pool until the next. */
 #define _GNU_SOURCE
 #include <openssl/crypto.h>
-#include <stdio.h>
 #include <string.h>
 
 #include "down.h"
@@ -30,20 +29,10 @@ void up1_send(struct xchg *x, const struct head *h, const struct request_line *l
 void up1_data(struct xchg *x, const char *p, size_t n)
 {
     struct conn *c = x->up;
-    if (x->req_body != BODY_CHUNKED) {
+    if (x->req_body == BODY_CHUNKED)
+        conn_write_chunks(c, p, n);
+    else
         conn_write(c, p, n);
-        return;
-    }
-    char *s = c->loop->scratch;
-    while (n) {
-        size_t part = n < RECORD - 16 ? n : RECORD - 16;
-        int head = snprintf(s, 16, "%zx\r\n", part);
-        memcpy(s + head, p, part);
-        memcpy(s + head + part, "\r\n", 2);
-        conn_write(c, s, (size_t)head + part + 2);
-        p += part;
-        n -= part;
-    }
 }
 
 void up1_end(struct xchg *x, const struct head *trailers)
