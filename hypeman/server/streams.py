@@ -68,16 +68,8 @@ class CopyResult(Struct, frozen=True, tag="result", tag_field="type"):
     bytes_written: int | UnsetType = UNSET
 
 
-class CopyHeader(Struct, frozen=True, tag="header", tag_field="type"):
-    path: str
-    mode: int
-    is_dir: bool
-    is_symlink: bool
-    link_target: str
-    size: int
-    mtime: int
-    uid: int
-    gid: int
+class CopyHeader(CopyEntry, frozen=True, tag="header", tag_field="type"):
+    pass
 
 
 class CopyEnd(Struct, frozen=True, tag="end", tag_field="type"):
@@ -200,7 +192,7 @@ async def _copy_out(services: Services, socket: Socket, reference: str, request:
         async for item in copy:
             match item:
                 case CopyEntry():
-                    await _send_json(socket, _header(item))
+                    await _send_json(socket, CopyHeader(**msgspec.structs.asdict(item)))
                 case EntryEnd():
                     await _send_json(socket, CopyEnd(item.final))
                 case _:
@@ -208,20 +200,6 @@ async def _copy_out(services: Services, socket: Socket, reference: str, request:
                         await socket.send(item[begin : begin + CHUNK])
                     metrics.cp_bytes.labels("from").inc(len(item))
     return True
-
-
-def _header(entry: CopyEntry) -> CopyHeader:
-    return CopyHeader(
-        path=entry.path,
-        mode=entry.mode,
-        is_dir=entry.is_dir,
-        is_symlink=entry.is_symlink,
-        link_target=entry.link_target,
-        size=entry.size,
-        mtime=entry.mtime,
-        uid=entry.uid,
-        gid=entry.gid,
-    )
 
 
 async def _running(services: Services, reference: str) -> str:
