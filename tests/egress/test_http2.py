@@ -59,6 +59,20 @@ class Peer:
         await self.flush()
         return stream
 
+    async def upload(self, stream: int, size: int) -> None:
+        """A body, in pieces as large as the windows allow."""
+        left = size
+        while left:
+            room = min(left, self.http.local_flow_control_window(stream), self.http.max_outbound_frame_size)
+            if room <= 0:
+                await self.pump()
+                continue
+            self.http.send_data(stream, b"x" * room)
+            left -= room
+            await self.flush()
+        self.http.end_stream(stream)
+        await self.flush()
+
     def of(self, stream: int, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind) and event.stream_id == stream]
 
@@ -174,17 +188,7 @@ async def test_bodies_to_http1(world: World, size: int) -> None:
     peer = await client(world)
     for fields in ((("content-length", str(size)),), ()):
         stream = await peer.ask(*fields, method="POST", path="/up", end=False)
-        left = size
-        while left:
-            room = min(left, peer.http.local_flow_control_window(stream), peer.http.max_outbound_frame_size)
-            if room <= 0:
-                await peer.pump()
-                continue
-            peer.http.send_data(stream, b"x" * room)
-            left -= room
-            await peer.flush()
-        peer.http.end_stream(stream)
-        await peer.flush()
+        await peer.upload(stream, size)
         assert (await peer.answer(stream))[2] == f"POST /up {size}".encode()
 
 
@@ -322,18 +326,8 @@ async def test_request_trailers(world: World, grpc: GrpcLike) -> None:
 async def test_large_upload_to_http2(world: World, grpc: GrpcLike) -> None:
     peer = await through(world, grpc)
     stream = await peer.ask(method="POST", end=False)
-    left = size = 3_000_000
-    while left:
-        room = min(left, peer.http.local_flow_control_window(stream), peer.http.max_outbound_frame_size)
-        if room <= 0:
-            await peer.pump()
-            continue
-        peer.http.send_data(stream, b"x" * room)
-        left -= room
-        await peer.flush()
-    peer.http.end_stream(stream)
-    await peer.flush()
-    assert (await peer.answer(stream))[2] == b"%d" % size
+    await peer.upload(stream, 3_000_000)
+    assert (await peer.answer(stream))[2] == b"3000000"
 
 
 async def test_slow_host_slows_the_client(world: World, grpc: GrpcLike) -> None:
