@@ -122,7 +122,7 @@ def around(name: str, fn: Callable[..., Any], *moments: Callable[[str], object])
 def arm(bomb: Bomb) -> None:
     server, vmm = functools.partial(bomb.strikes, "server"), functools.partial(bomb.strikes, "vmm")
     for name, method in inspect.getmembers(World, inspect.iscoroutinefunction):
-        if not name.startswith("_") and name not in ("read_outcome", "rotate_logs"):
+        if not name.startswith("_") and name not in ("read_outcome", "rotate_logs", "describe_capture"):
             setattr(World, name, around(name, method, server, vmm))
     _arm_store(bomb, server, vmm)
     _arm_compression(bomb, server, vmm)
