@@ -1,4 +1,4 @@
-"""From a record to the machine: the VmConfig of its VMM and the boot facts of its guest. Pure.
+"""From a record to the machine: the VmConfig of its VMM. Pure.
 
 Disks, in the order the guest sees them; the guest finds each by its serial number:
 

@@ -8,11 +8,9 @@ crash does the same as the one that was planned.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import secrets
-import signal
 import time
 from collections.abc import Awaitable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -24,7 +22,6 @@ import trio
 from hypeman.config import Config
 from hypeman.errors import HypemanError, InternalError
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume, parse_outcome, render_boot_disk
-from hypeman.guest.boot import GuestNetwork as BootNetwork
 from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited, Fatal
 from hypeman.host.cgroups import CGroups
@@ -35,18 +32,11 @@ from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
 from hypeman.instances import captures
 from hypeman.instances.captures import CAPTURES, CaptureRow
+from hypeman.instances.guest_boot import boot_config, boot_network, machine_id
 from hypeman.instances.live import Connect, Live, connect_guest
 from hypeman.instances.records import INSTANCES, InstanceRecord
 from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
-from hypeman.instances.validate import guest_env
-from hypeman.instances.vm import (
-    Surroundings,
-    vm_config,
-    vm_disks,
-    volume_disk,
-    volume_disk_id,
-    volume_overlay_disk_id,
-)
+from hypeman.instances.vm import Surroundings, vm_config, vm_disks, volume_disk, volume_disk_id
 from hypeman.network.leases import get_lease
 from hypeman.network.types import GuestNetwork, Lease
 from hypeman.paths import Paths
@@ -58,8 +48,6 @@ log = logging.getLogger(__name__)
 
 DISKS = "*.raw"
 """What in an instance's, capture's or snapshot's directory is a disk."""
-STOP_GRACE = 10.0
-"""Seconds between the stop signal and the kill, as with Docker."""
 SECONDS_TO_AWAKEN = 60.0
 """A restored guest answers in 0.1 s; the limit is for a host that swaps."""
 SECONDS_TO_ANSWER = 5.0
@@ -431,11 +419,10 @@ class World:
         await live.vmm.resume()
         guest = await live.wait_guest(SECONDS_TO_AWAKEN)
         lease = self.lease(instance_id)
-        network = self.network.guest_network(lease) if lease is not None else None
         await guest.set_identity(
             hostname=record.name,
-            machine_id=_machine_id(record.id) if fresh else "",
-            network=_boot_network(network),
+            machine_id=machine_id(record.id) if fresh else "",
+            network=boot_network(self._guest_network(instance_id)),
             entropy=secrets.token_bytes(64),
             clock_ns=time.time_ns(),
         )
@@ -516,15 +503,14 @@ class World:
         await self.files.make_dir(mine.logs, mode=0o711, uid=uid, gid=uid)
 
     def _surroundings(self, record: InstanceRecord) -> Surroundings:
-        lease = self.lease(record.id)
-        network = self.network.guest_network(lease) if lease is not None else None
+        network = self._guest_network(record.id)
         driver = self.driver(record)
         return Surroundings(
             root_disk=self.images.disk(record.digest),
             kernel=self.kernel,
             initrd=self.initrd,
             cmdline=driver.kernel_cmdline(hotplug_memory=record.spec.hotplug_bytes > 0),
-            lease=lease,
+            lease=self.lease(record.id),
             mtu=network.mtu if network is not None else 1500,
             devices=self.devices.sysfs_paths(record.id),
             uid=self.uid(record),
@@ -535,54 +521,28 @@ class World:
             ),
         )
 
+    def _guest_network(self, instance_id: str) -> GuestNetwork | None:
+        lease = self.lease(instance_id)
+        return self.network.guest_network(lease) if lease is not None else None
+
     def _boot_config(self, record: InstanceRecord) -> BootConfig:
-        spec = record.spec
-        image = self.images.config(record.digest)
         lease = self.lease(record.id)
-        env = {**dict(image.env), **guest_env(spec)}
+        egress_env: Mapping[str, str] = {}
         certificates: tuple[CaCertificate, ...] = ()
-        if spec.egress and lease is not None:
+        if record.spec.egress and lease is not None:
             egress_env, certificates = self.egress.guest_setup(lease)
-            env.update(egress_env)
-        network = self.network.guest_network(lease) if lease is not None else None
         able = self.driver(record).capabilities
-        disks = vm_disks(record, self.images.disk(record.digest), self.paths, hotplug=able.hotplug_disk)
-        return BootConfig(
-            instance_id=record.id,
-            hostname=record.name,
-            machine_id=_machine_id(record.id),
-            nonce=record.nonce,
-            argv=command_line(image, spec.entrypoint, spec.cmd),
-            env=tuple(f"{key}={value}" for key, value in env.items()),
-            cwd=image.working_dir,
-            user=image.user,
+        return boot_config(
+            record,
+            self.images.config(record.digest),
             root_fs=self.images.root_fs(record.digest),
-            volumes=tuple(
-                GuestVolume(
-                    disk_id=volume_disk_id(volume.volume_id),
-                    path=volume.mount_path,
-                    readonly=volume.readonly,
-                    overlay_disk_id=volume_overlay_disk_id(volume.volume_id) if volume.overlay else "",
-                )
-                for volume in spec.volumes
-            ),
-            network=_boot_network(network),
-            ca_certificates=certificates,
-            stop_signal=signal_number(image.stop_signal),
-            grace_seconds=STOP_GRACE,
-            skip_agent=spec.skip_guest_agent,
+            disks=vm_disks(record, self.images.disk(record.digest), self.paths, hotplug=able.hotplug_disk),
+            network=self._guest_network(record.id),
+            egress_env=egress_env,
+            certificates=certificates,
+            able=able,
             clock_ns=time.time_ns(),
-            disk_order=() if able.disk_serials else tuple(disk.id for disk in disks),
-            power_off_by_reset=not able.power_off,
         )
-
-
-def signal_number(name: str) -> int:
-    """An image's StopSignal ("SIGINT", "INT", "2", empty: SIGTERM); what is no signal is SIGTERM."""
-    if name.isdigit() and 0 < int(name) < 65:
-        return int(name)
-    full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
-    return int(getattr(signal, full, signal.SIGTERM))
 
 
 async def _or_log(removal: Awaitable[None], capture: str) -> None:
@@ -598,31 +558,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def command_line(
-    image: ImageConfig, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None
-) -> tuple[str, ...]:
-    """What the guest runs: the image's entry point and command, or what overrides them. As with Docker,
-    a new entry point drops the image's command."""
-    if entrypoint is not None:
-        return (*entrypoint, *(cmd or ()))
-    return (*(image.entrypoint or ()), *(cmd if cmd is not None else image.cmd or ()))
-
-
-def _boot_network(network: GuestNetwork | None) -> BootNetwork | None:
-    if network is None:
-        return None
-    return BootNetwork(
-        mac=network.mac,
-        address=network.address,
-        prefix=network.prefix_length,
-        gateway=network.gateway,
-        dns=(network.dns_server,),
-        mtu=network.mtu,
-    )
-
-
-def _machine_id(instance_id: str) -> str:
-    """32 hex digits (machine-id(5)), a function of the instance's id."""
-    return hashlib.sha256(b"machine-id:" + instance_id.encode()).hexdigest()[:32]

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from hypeman.errors import InsufficientResources, InvalidState
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.images.types import ImageConfig
 from hypeman.instances.admission import ALLOWED, Command, check_legal
+from hypeman.instances.guest_boot import command_line, machine_id, signal_number
 from hypeman.instances.phases import Phases
 from hypeman.instances.plan import plan_create, plan_delete, plan_start, plan_stop
 from hypeman.instances.records import INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
@@ -169,3 +171,33 @@ def test_without_hotplug_all_disks_are_fixed() -> None:
         disks = vm_disks(changed, Path("/root.erofs"), Paths(Path("/data"), Path("/run")), hotplug=hotplug)
         assert [disk.id for disk in disks] == ["root", "overlay", "boot", volume_disk_id("data")]
         assert disks[-1].port == port
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "cmd", "runs"),
+    [
+        (None, None, ("/init", "serve")),
+        (None, ("--help",), ("/init", "--help")),
+        (None, (), ("/init",)),
+        (("sh",), None, ("sh",)),  # what the image gives its own entry point is nothing for another
+        (("sh",), ("-c", "x"), ("sh", "-c", "x")),
+        ((), ("sh",), ("sh",)),
+    ],
+)
+def test_the_guest_runs_what_docker_would(
+    entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None, runs: tuple[str, ...]
+) -> None:
+    assert command_line(ImageConfig(entrypoint=("/init",), cmd=("serve",)), entrypoint, cmd) == runs
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("", 15), ("SIGINT", 2), ("int", 2), ("2", 2), ("64", 64), ("65", 15), ("0", 15), ("SIGNONSENSE", 15)],
+)
+def test_stop_signals(name: str, number: int) -> None:
+    assert signal_number(name) == number
+
+
+def test_a_machine_id_is_the_instances_own() -> None:
+    assert machine_id("a") == machine_id("a") != machine_id("b")
+    assert len(machine_id("a")) == 32 and int(machine_id("a"), 16) >= 0

@@ -13,6 +13,7 @@ from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason, VmmExit
 from hypeman.instances import captures
 from hypeman.instances.admission import NO_VMM
+from hypeman.instances.guest_boot import STOP_GRACE
 from hypeman.instances.live import Live
 from hypeman.instances.owned import Owned
 from hypeman.instances.plan import plan_delete, plan_free, plan_park, plan_stop
@@ -20,7 +21,6 @@ from hypeman.instances.records import InstanceRecord, Operation
 from hypeman.instances.steps import Step
 from hypeman.instances.types import InstanceState
 from hypeman.instances.view import describe_exit
-from hypeman.instances.world import STOP_GRACE
 from hypeman.saga import carry_forward
 from hypeman.store import Txn
 

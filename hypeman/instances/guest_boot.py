@@ -1,0 +1,101 @@
+"""From a record and its image to what the guest reads at boot. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Mapping, Sequence
+
+from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume
+from hypeman.guest.boot import GuestNetwork as BootNetwork
+from hypeman.hypervisor.interface import Capabilities, Disk
+from hypeman.images.types import ImageConfig
+from hypeman.instances.records import InstanceRecord
+from hypeman.instances.validate import guest_env
+from hypeman.instances.vm import volume_disk_id, volume_overlay_disk_id
+from hypeman.network.types import GuestNetwork
+
+STOP_GRACE = 10.0
+"""Seconds between the stop signal and the kill, as with Docker."""
+
+
+def boot_config(
+    record: InstanceRecord,
+    image: ImageConfig,
+    *,
+    root_fs: str,
+    disks: Sequence[Disk],
+    network: GuestNetwork | None,
+    egress_env: Mapping[str, str],
+    certificates: tuple[CaCertificate, ...],
+    able: Capabilities,
+    clock_ns: int,
+) -> BootConfig:
+    """``disks`` in the order in which the guest sees them; ``able`` is what its VMM can do."""
+    spec = record.spec
+    env = {**dict(image.env), **guest_env(spec), **egress_env}
+    return BootConfig(
+        instance_id=record.id,
+        hostname=record.name,
+        machine_id=machine_id(record.id),
+        nonce=record.nonce,
+        argv=command_line(image, spec.entrypoint, spec.cmd),
+        env=tuple(f"{key}={value}" for key, value in env.items()),
+        cwd=image.working_dir,
+        user=image.user,
+        root_fs=root_fs,
+        volumes=tuple(
+            GuestVolume(
+                disk_id=volume_disk_id(volume.volume_id),
+                path=volume.mount_path,
+                readonly=volume.readonly,
+                overlay_disk_id=volume_overlay_disk_id(volume.volume_id) if volume.overlay else "",
+            )
+            for volume in spec.volumes
+        ),
+        network=boot_network(network),
+        ca_certificates=certificates,
+        stop_signal=signal_number(image.stop_signal),
+        grace_seconds=STOP_GRACE,
+        skip_agent=spec.skip_guest_agent,
+        clock_ns=clock_ns,
+        disk_order=() if able.disk_serials else tuple(disk.id for disk in disks),
+        power_off_by_reset=not able.power_off,
+    )
+
+
+def command_line(
+    image: ImageConfig, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None
+) -> tuple[str, ...]:
+    """What the guest runs: the image's entry point and command, or what overrides them. As with Docker,
+    a new entry point drops the image's command."""
+    if entrypoint is not None:
+        return (*entrypoint, *(cmd or ()))
+    return (*(image.entrypoint or ()), *(cmd if cmd is not None else image.cmd or ()))
+
+
+def signal_number(name: str) -> int:
+    """An image's StopSignal ("SIGINT", "INT", "2", empty: SIGTERM); what is no signal is SIGTERM."""
+    if name.isdigit() and 0 < int(name) < 65:
+        return int(name)
+    full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
+    return int(getattr(signal, full, signal.SIGTERM))
+
+
+def boot_network(network: GuestNetwork | None) -> BootNetwork | None:
+    """The guest's network as its agent sets it up."""
+    if network is None:
+        return None
+    return BootNetwork(
+        mac=network.mac,
+        address=network.address,
+        prefix=network.prefix_length,
+        gateway=network.gateway,
+        dns=(network.dns_server,),
+        mtu=network.mtu,
+    )
+
+
+def machine_id(instance_id: str) -> str:
+    """32 hex digits (machine-id(5)), a function of the instance's id."""
+    return hashlib.sha256(b"machine-id:" + instance_id.encode()).hexdigest()[:32]
