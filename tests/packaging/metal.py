@@ -121,6 +121,13 @@ def test_its_network_has_the_limits(appliance: OnMetal) -> None:
     assert (tap, ifb) == ("40Mbit", "20Mbit")
 
 
+def test_a_deleted_tap_is_replaced_under_the_running_vm(appliance: OnMetal) -> None:
+    """Which the unit's filter of system calls has to let the server do."""
+    (tap,) = re.findall(r"(hm-\S+?)[:@]", appliance.host.check("ip -o link show type tun"))
+    appliance.host.check(f"ip link delete {tap}")
+    appliance.say("again")
+
+
 def test_the_vm_has_a_control_group_with_limits(appliance: OnMetal) -> None:
     group = appliance.host.check(f"cut -d: -f3 /proc/{appliance.vmm()}/cgroup").strip()
     assert group.startswith("/hypeman.slice/hypeman-vms.service/")

@@ -39,6 +39,42 @@ def test_the_servers_end_is_not_the_vms_end() -> None:
     assert server["Service"]["RuntimeDirectoryPreserve"] == "yes", "sockets of living VMs are in there"
 
 
+def test_the_server_may_call_what_it_needs() -> None:
+    """The last word on a system call counts: a set that is taken away, and what is given back of it."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    lines = (UNITS / "hypeman.service").read_text().splitlines()
+    denied: set[str] = set()
+    for line in lines:
+        if line.startswith("SystemCallFilter="):
+            words = line.partition("=")[2]
+            calls = _calls(words.removeprefix("~").split())
+            denied = denied | calls if words.startswith("~") else denied - calls
+    assert {"ptrace", "kexec_load", "init_module"} <= denied, "else this test looks at nothing"
+    assert not denied & NEEDED, denied & NEEDED
+
+
+NEEDED = {
+    *("mount", "move_mount", "open_tree", "umount2", "setns", "unshare", "pivot_root", "mknodat", "setxattr"),
+    *("pidfd_open", "pidfd_send_signal", "pidfd_getfd", "prlimit64", "memfd_create", "userfaultfd", "copy_file_range"),
+    *("landlock_create_ruleset", "landlock_restrict_self"),
+}
+"""What server, VMMs and the jailer call and a filter might well deny."""
+
+
+def _calls(words: list[str]) -> set[str]:
+    found: set[str] = set()
+    for word in words:
+        if word.startswith("@"):
+            listed = subprocess.run(
+                ["systemd-analyze", "syscall-filter", word], capture_output=True, text=True, check=True
+            ).stdout.split("\n")[1:]
+            found |= _calls([line.strip() for line in listed if line.strip() and not line.strip().startswith("#")])
+        else:
+            found.add(word)
+    return found
+
+
 def read(name: str) -> ConfigParser:
     parser = ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
