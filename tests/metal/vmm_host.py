@@ -16,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from tests.hypervisor.conftest import build_guest
 from tests.metal.image import Image, build_image
-from tests.metal.rig import MetalHost
+from tests.metal.rig import MetalHost, nvme
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("cloud-hypervisor", "firecracker", "jailer")
@@ -37,7 +37,7 @@ markers =
     slow: over ten seconds
 filterwarnings = error
 """
-_MODULES = "kvm-amd tun vhost_net vhost_vsock"
+_MODULES = "kvm-amd tun vhost_net vhost_vsock vfio-pci"
 
 
 def programs() -> dict[str, Path]:
@@ -48,7 +48,7 @@ def programs() -> dict[str, Path]:
 
 
 def boot(image: Image, folder: Path) -> MetalHost:
-    """A host with our code in /opt/hypeman, a guest for it in /opt/guest and the programs in /opt/vmms."""
+    """A host with our code in /opt/hypeman, a guest for it in /opt/guest, the programs in /opt/vmms, and an NVMe."""
     kernel, initrd = build_guest(folder)
     files: dict[str, bytes | Path] = {
         "/opt/guest/vmlinux": kernel,
@@ -58,7 +58,10 @@ def boot(image: Image, folder: Path) -> MetalHost:
     files |= {f"/opt/vmms/{name}": path for name, path in programs().items()}
     files |= {f"/opt/hypeman/{name}": ROOT / name for name in _OURS if (ROOT / name).exists()}
     files |= {f"/opt/hypeman/{name}": path for name, path in _packages().items()}
-    host = MetalHost.boot(image, files=files, memory_mb=4096)
+    medium = folder / "nvme"
+    medium.touch()
+    os.truncate(medium, 16 << 20)
+    host = MetalHost.boot(image, devices=(nvme("nvme", 0, medium),), files=files, memory_mb=4096)
     try:
         host.check(f"for module in {_MODULES}; do modprobe $module; done; chmod 755 /opt/vmms/* /opt/guest")
     except BaseException:
