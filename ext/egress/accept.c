@@ -153,7 +153,7 @@ static void on_hello(struct conn *c, const struct hello *h)
 {
     struct host name;
     bool pass = false;
-    c->offers_h2 = h->offers_h2;
+    c->prefers_h1 = h->gnutls;
     if (h->name_len && host_canonical(h->name, h->name_len, false, &name) != HOST_NAME) {
         audit_refusal(c, R_BAD_HOST);
         conn_kill(c);

@@ -163,7 +163,7 @@ struct conn {
     uint16_t dialled_port; /* redirected: original destination */
     struct addr dialled;
     enum reason refused;   /* every request on this connection is answered with it */
-    bool offers_h2;
+    bool prefers_h1;       /* HTTP/2 only if the client offers nothing else */
     unsigned resets;
     enum { H1_HEAD, H1_BODY, H1_WAIT } h1;
     bool head_timer;

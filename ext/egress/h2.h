@@ -6,7 +6,7 @@
 
 enum {
     /* What a guest may send of one stream before it is taken on: the protocol's default. More would gain nothing so near,
-     * and with 256 KB git on Debian 12 (libcurl 7.88 on GnuTLS) was seen to send 64 KB of a push twice, see README.md. */
+     * and libcurl 7.88 may send parts of an upload twice when its socket is full, which less than that hardly fills. */
     H2_DOWN_WINDOW = 65535,
     H2_UP_WINDOW = 256 * 1024,
     H2_CONNECTION_WINDOW = 1024 * 1024,

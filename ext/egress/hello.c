@@ -1,9 +1,10 @@
-/* See hello.h. RFC 8446 §4.1.2, RFC 6066 §3, RFC 7301 §3.1. */
+/* See hello.h. RFC 8446 §4.1.2, RFC 6066 §3. */
 #include "hello.h"
 
 #include <string.h>
 
-enum { HANDSHAKE = 22, CLIENT_HELLO = 1, SERVER_NAME = 0, ALPN = 16 };
+enum { HANDSHAKE = 22, CLIENT_HELLO = 1 };
+enum { SERVER_NAME = 0, ENCRYPT_THEN_MAC = 22, RECORD_SIZE_LIMIT = 28 };
 
 /* A window on bytes; every read checks what is left. */
 struct window {
@@ -54,25 +55,11 @@ static bool read_server_name(struct window ext, struct hello *out)
     return true;
 }
 
-static bool read_alpn(struct window ext, struct hello *out)
-{
-    struct window list, proto;
-    if (!vector(&ext, 2, &list) || ext.n)
-        return false;
-    while (list.n) {
-        if (!vector(&list, 1, &proto) || !proto.n)
-            return false;
-        if (proto.n == 2 && memcmp(proto.p, "h2", 2) == 0)
-            out->offers_h2 = true;
-    }
-    return true;
-}
-
 static bool read_message(struct window m, struct hello *out)
 {
     struct window skip, extensions, ext;
     size_t kind;
-    bool seen_name = false, seen_alpn = false;
+    bool name = false, mac = false, limit = false;
     if (!take(&m, 2 + 32, &skip) || !vector(&m, 1, &skip) || !vector(&m, 2, &skip) || !vector(&m, 1, &skip))
         return false;
     if (m.n == 0)
@@ -83,15 +70,14 @@ static bool read_message(struct window m, struct hello *out)
         if (!number(&extensions, 2, &kind) || !vector(&extensions, 2, &ext))
             return false;
         if (kind == SERVER_NAME) {
-            if (seen_name || !read_server_name(ext, out))
+            if (name || !read_server_name(ext, out))
                 return false;
-            seen_name = true;
-        } else if (kind == ALPN) {
-            if (seen_alpn || !read_alpn(ext, out))
-                return false;
-            seen_alpn = true;
+            name = true;
         }
+        mac |= kind == ENCRYPT_THEN_MAC;
+        limit |= kind == RECORD_SIZE_LIMIT;
     }
+    out->gnutls = mac && limit; /* OpenSSL sends the first only, NSS the second, BoringSSL, Go and rustls neither */
     return true;
 }
 

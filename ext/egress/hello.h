@@ -1,4 +1,4 @@
-/* Reads the server name out of a TLS ClientHello that may come in any pieces. Pure.
+/* Reads the server name, and who wrote it, out of a TLS ClientHello that may come in any pieces. Pure.
  *
  * A hello may span records and segments and be larger than 4 KB (post-quantum key shares); a peek of fixed size
  * would break browsers. Nothing is decided before the whole message is there.
@@ -16,7 +16,7 @@ enum hello_result { HELLO_BAD = -1, HELLO_MORE, HELLO_OK };
 struct hello {
     uint16_t name_len; /* 0: no server name sent */
     char name[256];    /* as sent, not yet canonical */
-    bool offers_h2;
+    bool gnutls;       /* the marks of GnuTLS: of libcurl in Debian's and Ubuntu's git, see README.md */
 };
 
 /* in[0..n): everything received so far. `scratch` takes the message joined from its records. */

@@ -95,11 +95,12 @@ static void make_method(void)
 static int choose_alpn(SSL *ssl, const unsigned char **out, unsigned char *n, const unsigned char *in, unsigned in_n,
                        void *arg)
 {
-    static const unsigned char OURS[] = "\2h2\10http/1.1";
+    static const unsigned char OURS[] = "\2h2\10http/1.1", OTHER_WAY[] = "\10http/1.1\2h2";
+    const struct conn *c = BIO_get_data(SSL_get_rbio(ssl));
+    const unsigned char *order = c->prefers_h1 ? OTHER_WAY : OURS;
     unsigned char *chosen;
-    (void)ssl;
     (void)arg;
-    if (SSL_select_next_proto(&chosen, n, OURS, sizeof OURS - 1, in, in_n) != OPENSSL_NPN_NEGOTIATED)
+    if (SSL_select_next_proto(&chosen, n, order, sizeof OURS - 1, in, in_n) != OPENSSL_NPN_NEGOTIATED)
         return SSL_TLSEXT_ERR_ALERT_FATAL;
     *out = chosen;
     return SSL_TLSEXT_ERR_OK;

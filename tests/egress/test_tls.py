@@ -13,6 +13,7 @@ from cryptography import x509
 from tests.egress.conftest import HOST, SECRET, Wire, World, credential
 
 H = f"Host: {HOST}\r\n"
+ALPN, RECORD_SIZE_LIMIT = 16, 28
 
 
 Client = tuple[bytes, ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]
@@ -50,14 +51,14 @@ def split_record(hello: bytes, size: int) -> bytes:
     return out
 
 
-def pad(hello: bytes, size: int) -> bytes:
-    """The hello with an unknown extension of `size` bytes, as large as key shares may make it."""
+def extend(hello: bytes, kind: int, size: int) -> bytes:
+    """The hello with one extension more, of `size` zeros."""
     body = hello[9:]
     at = 2 + 32
     at += 1 + body[at]
     at += 2 + struct.unpack(">H", body[at : at + 2])[0]
     at += 1 + body[at]
-    extensions = body[at + 2 :] + struct.pack(">HH", 0xFDFD, size) + bytes(size)
+    extensions = body[at + 2 :] + struct.pack(">HH", kind, size) + bytes(size)
     body = body[:at] + struct.pack(">H", len(extensions)) + extensions
     message = b"\x01" + struct.pack(">I", len(body))[1:] + body
     return b"".join(
@@ -102,12 +103,43 @@ async def test_large(world: World, size: int) -> None:
     """Passed through whole, however large: the origin sees the padded bytes and answers with a server flight."""
     hello, _, _, _ = client_hello(world.guest_trust, "other.test")
     wire = await world.tcp()
-    data = pad(hello, size)
+    data = extend(hello, 0xFDFD, size)  # unknown, and as large as key shares may make it
     assert len(data) > size
     await wire.send(data)
     assert await wire.more()
     assert wire.data[0] in (0x16, 0x15)
     assert world.egress.statistics().counters["passed_through"] == 1
+
+
+def chosen_protocol(flight: bytes) -> bytes | None:
+    """What a ServerHello of TLS 1.2 says about ALPN; None if it has not come whole."""
+    size = 5 + int.from_bytes(flight[3:5], "big")
+    if len(flight) < 5 or len(flight) < size:
+        return None
+    at = 9 + 2 + 32
+    at += 1 + flight[at] + 2 + 1 + 2
+    while at < size:
+        kind, length = struct.unpack(">HH", flight[at : at + 4])
+        if kind == ALPN:
+            return flight[at + 7 : at + 4 + length]
+        at += 4 + length
+    return b""
+
+
+@pytest.mark.parametrize(
+    ("gnutls", "offered", "chosen"),
+    [(False, ["h2", "http/1.1"], b"h2"), (True, ["h2", "http/1.1"], b"http/1.1"), (True, ["h2"], b"h2")],
+)
+async def test_gnutls_is_led_to_http1(world: World, gnutls: bool, offered: list[str], chosen: bytes) -> None:
+    """git of Debian 12, which is GnuTLS, loses its place in uploads over HTTP/2 (ext/egress/README.md)."""
+    world.guest_trust.maximum_version = ssl.TLSVersion.TLSv1_2  # its ServerHello can be read
+    world.guest_trust.set_alpn_protocols(offered)
+    hello, _, _, _ = client_hello(world.guest_trust, HOST)
+    wire = await world.tcp()
+    await wire.send(extend(hello, RECORD_SIZE_LIMIT, 2) if gnutls else hello)
+    while (said := chosen_protocol(wire.data)) is None:
+        assert await wire.more(), "closed during the handshake"
+    assert said == chosen
 
 
 async def test_leaf(world: World) -> None:
