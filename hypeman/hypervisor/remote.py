@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypeman.errors import InternalError, InUse, NotFound, NotSupported
+from hypeman.errors import InternalError, InUse
 from hypeman.host.loans import lent
 from hypeman.host.processes import Process, Processes, Program
 from hypeman.hypervisor.interface import (
@@ -35,6 +35,7 @@ from hypeman.hypervisor.interface import (
     VmmGone,
     VmmHandle,
 )
+from hypeman.hypervisor.live_vmm import LiveVmm
 from hypeman.hypervisor.run_dir import INITRD, KERNEL, VSOCK, disk_link
 from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.hypervisor.vmm_process import LastWords, end
@@ -44,26 +45,13 @@ _START_LIMIT = 20.0
 """Seconds until the API answers; it takes 5-50 ms."""
 
 
-class RemoteVmm:
+class RemoteVmm(LiveVmm):
     """One VMM process with an HTTP API. The kinds add what they say over it."""
 
     def __init__(self, handle: VmmHandle, process: Process, api: UnixHttp, listener: trio.socket.SocketType) -> None:
-        self._handle = handle
-        self._process = process
+        super().__init__(handle, process)
         self._api = api
         self._listener = listener
-        self._channel: trio.SocketStream | None = None
-        self._changing = trio.Lock()
-        self._killed = False
-
-    @property
-    def handle(self) -> VmmHandle:
-        return self._handle
-
-    @property
-    def config(self) -> VmConfig:
-        """As it is now, hot-plugged disks included."""
-        return self._handle.config
 
     @property
     def api(self) -> UnixHttp:
@@ -95,18 +83,9 @@ class RemoteVmm:
     def _ended_by_itself(self) -> VmmExit:
         return VmmExit(ExitReason.POWEROFF)
 
-    async def kill(self) -> None:
-        if self._process.alive():
-            self._killed = True
-            self._process.kill()
-        with trio.CancelScope(shield=True):
-            await self._process.wait()
-
     async def aclose(self) -> None:
-        if self._channel is not None:
-            await trio.aclose_forcefully(self._channel)
         self._listener.close()
-        self._process.close()
+        await super().aclose()
 
     @contextlib.contextmanager
     def unless_it_fails(self) -> Iterator[None]:
@@ -117,12 +96,6 @@ class RemoteVmm:
             self._listener.close()
             raise
 
-    def _disk(self, disk_id: str) -> Disk:
-        for disk in self.config.disks:
-            if disk.id == disk_id:
-                return disk
-        raise NotFound(f"the VM has no disk {disk_id!r}")
-
     def _with_port(self, disk: Disk) -> Disk:
         """These VMMs find a place by themselves; the port only says that the disk can be pulled again."""
         if any(other.id == disk.id for other in self.config.disks):
@@ -130,16 +103,6 @@ class RemoteVmm:
         taken = {other.port for other in self.config.disks}
         port = disk.port or next(number for number in range(1, len(taken) + 2) if number not in taken)
         return msgspec.structs.replace(disk, port=port)
-
-    def _pullable(self, disk_id: str) -> Disk:
-        disk = self._disk(disk_id)
-        if disk.port == 0:
-            raise NotSupported(f"disk {disk_id!r} is fixed and can not be taken from a running VM")
-        return disk
-
-    def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
-        config = msgspec.structs.replace(self.config, disks=disks)
-        self._handle = msgspec.structs.replace(self._handle, config=config)
 
 
 Place = Callable[[Path, Path], None]

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import trio
 
-from hypeman.errors import InvalidRequest, NotSupported
+from hypeman.errors import NotSupported
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
@@ -140,11 +140,7 @@ class CloudHypervisorVmm(RemoteVmm):
         await self._put("resize-disk", {"id": disk_id, "desired_size": size})
 
     async def resize_memory(self, size: int) -> None:
-        low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
-        if self.config.hotplug_bytes == 0:
-            raise NotSupported("this VM was made without hot-pluggable memory")
-        if not low <= size <= high:
-            raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
+        self._check_memory(size)
         await self._put("resize", {"desired_ram": size})
 
         async def there() -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from hypeman.errors import InternalError, InvalidRequest, NotSupported
+from hypeman.errors import InternalError, NotSupported
 from hypeman.host.loans import lent
 from hypeman.host.processes import Process
 from hypeman.hypervisor import captures
@@ -147,11 +147,7 @@ class FirecrackerVmm(RemoteVmm):
             await self.call(native.resize_disk_call(disk))
 
     async def resize_memory(self, size: int) -> None:
-        low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
-        if self.config.hotplug_bytes == 0:
-            raise NotSupported("this VM was made without hot-pluggable memory")
-        if not low <= size <= high:
-            raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
+        self._check_memory(size)
         await self.call(native.resize_memory_call(self.config, size))
 
         async def there() -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypeman.errors import InternalError, InUse, InvalidRequest, NotFound, NotSupported
+from hypeman.errors import InternalError, InUse, NotSupported
 from hypeman.host.files import Files
 from hypeman.host.processes import Process, open_for_child
 from hypeman.hypervisor import captures
@@ -26,13 +26,13 @@ from hypeman.hypervisor.interface import (
     Capture,
     Disk,
     ExitReason,
-    VmConfig,
     VmmBroken,
     VmmExit,
     VmmGone,
     VmmHandle,
     VmmState,
 )
+from hypeman.hypervisor.live_vmm import LiveVmm
 from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.client import QmpClient, QmpRefused, connect_unix
 from hypeman.hypervisor.qmp import Happened
@@ -65,32 +65,19 @@ _REASONS = {
 }
 
 
-class QemuVmm:
+class QemuVmm(LiveVmm):
     """A Vmm on QEMU. Made by the driver."""
 
     def __init__(
         self, handle: VmmHandle, process: Process, qmp: QmpClient, *, board: native.Board, machine: str
     ) -> None:
-        self._handle = handle
-        self._process = process
+        super().__init__(handle, process)
         self._qmp = qmp
         self._board = board
         self._machine = machine
         self._files = Files()
         self._run_dir = Path(handle.run_dir)
-        self._channel: trio.SocketStream | None = None
-        self._changing = trio.Lock()  # of the VM: capture and hot-plug one after the other
         self._exit: VmmExit | None = None
-        self._killed = False
-
-    @property
-    def handle(self) -> VmmHandle:
-        return self._handle
-
-    @property
-    def config(self) -> VmConfig:
-        """As it is now, hot-plugged disks included."""
-        return self._handle.config
 
     async def state(self) -> VmmState:
         status = await self._qmp.execute("query-status")
@@ -194,11 +181,9 @@ class QemuVmm:
 
     async def remove_disk(self, disk_id: str) -> None:
         async with self._changing:
-            disk = self._disk(disk_id)
-            if disk.port == 0:
-                raise NotSupported(f"disk {disk_id!r} is fixed and can not be taken from a running VM")
+            disk = self._pullable(disk_id)
             await self._unplug(disk_id)
-            self._now_has_disks(tuple(other for other in self.config.disks if other.id != disk_id))
+            self._now_has_disks(tuple(other for other in self.config.disks if other != disk))
 
     async def resize_disk(self, disk_id: str, size: int) -> None:
         self._disk(disk_id)
@@ -212,11 +197,8 @@ class QemuVmm:
             await self._qmp.execute("block_set_io_throttle", {"id": device, **limits})
 
     async def resize_memory(self, size: int) -> None:
-        low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
-        if self.config.hotplug_bytes == 0:
-            raise NotSupported("this VM was made without hot-pluggable memory")
-        if not low <= size <= high:
-            raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
+        self._check_memory(size)
+        low = self.config.memory_bytes
         device = "/machine/peripheral/hotplug-memory"
         wanted = (size - low) // native.MEMORY_BLOCK * native.MEMORY_BLOCK
         since = self._qmp.event_count
@@ -253,18 +235,9 @@ class QemuVmm:
             self._exit = await self._why_ended()
         return self._exit
 
-    async def kill(self) -> None:
-        if self._process.alive():
-            self._killed = True
-            self._process.kill()
-        with trio.CancelScope(shield=True):  # SIGKILL takes 5-50 ms; half dead is no state to leave it in
-            await self._process.wait()
-
     async def aclose(self) -> None:
-        if self._channel is not None:
-            await trio.aclose_forcefully(self._channel)
         self._qmp.close()
-        self._process.close()
+        await super().aclose()
 
     async def _listen(self) -> None:
         """Keep events from piling up in QEMU while nothing is asked of it."""
@@ -285,12 +258,6 @@ class QemuVmm:
 
     # Parts
 
-    def _disk(self, disk_id: str) -> Disk:
-        for disk in self.config.disks:
-            if disk.id == disk_id:
-                return disk
-        raise NotFound(f"the VM has no disk {disk_id!r}")
-
     def _with_free_port(self, disk: Disk) -> Disk:
         if any(other.id == disk.id for other in self.config.disks):
             raise InUse(f"the VM has a disk {disk.id!r} already")
@@ -301,10 +268,6 @@ class QemuVmm:
         if not 1 <= port <= self.config.disk_ports:
             raise InUse(f"all {self.config.disk_ports} ports for disks are taken")
         return msgspec.structs.replace(disk, port=port)
-
-    def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
-        config = msgspec.structs.replace(self.config, disks=disks)
-        self._handle = msgspec.structs.replace(self._handle, config=config)
 
     async def _unplug(self, disk_id: str) -> None:
         """Take a disk out, as far as it is in; may be called again after a failure."""

@@ -1,0 +1,67 @@
+"""One live VMM, as far as all kinds are alike: its process, and its VM's configuration as it is now."""
+
+from __future__ import annotations
+
+import msgspec
+import trio
+
+from hypeman.errors import InvalidRequest, NotFound, NotSupported
+from hypeman.host.processes import Process
+from hypeman.hypervisor.interface import Disk, VmConfig, VmmHandle
+
+
+class LiveVmm:
+    """The part of a Vmm that asks the VMM nothing."""
+
+    def __init__(self, handle: VmmHandle, process: Process) -> None:
+        self._handle = handle
+        self._process = process
+        self._channel: trio.SocketStream | None = None
+        """To the guest's agent; there is one at a time."""
+        self._changing = trio.Lock()  # of the VM: capture and hot-plug one after the other
+        self._killed = False
+
+    @property
+    def handle(self) -> VmmHandle:
+        return self._handle
+
+    @property
+    def config(self) -> VmConfig:
+        """As it is now, hot-plugged disks included."""
+        return self._handle.config
+
+    async def kill(self) -> None:
+        if self._process.alive():
+            self._killed = True
+            self._process.kill()
+        with trio.CancelScope(shield=True):  # SIGKILL takes 5-50 ms; half dead is no state to leave it in
+            await self._process.wait()
+
+    async def aclose(self) -> None:
+        if self._channel is not None:
+            await trio.aclose_forcefully(self._channel)
+        self._process.close()
+
+    def _disk(self, disk_id: str) -> Disk:
+        for disk in self.config.disks:
+            if disk.id == disk_id:
+                return disk
+        raise NotFound(f"the VM has no disk {disk_id!r}")
+
+    def _pullable(self, disk_id: str) -> Disk:
+        disk = self._disk(disk_id)
+        if disk.port == 0:
+            raise NotSupported(f"disk {disk_id!r} is fixed and can not be taken from a running VM")
+        return disk
+
+    def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
+        config = msgspec.structs.replace(self.config, disks=disks)
+        self._handle = msgspec.structs.replace(self._handle, config=config)
+
+    def _check_memory(self, size: int) -> None:
+        """Raise NotSupported or InvalidRequest if the VM can not have ``size`` bytes."""
+        low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
+        if self.config.hotplug_bytes == 0:
+            raise NotSupported("this VM was made without hot-pluggable memory")
+        if not low <= size <= high:
+            raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
