@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from hypeman.errors import InternalError
-from hypeman.host.files import flush_directory
+from hypeman.host.files import flush_directory, write_file
 from hypeman.hypervisor.interface import Capture, CaptureInvalid, Disk, VmConfig
 from hypeman.hypervisor.kinds import HypervisorKind
 
@@ -48,13 +48,7 @@ def publish(
                 if path.name in summed:
                     sums[path.name] = _sum(file.fileno())
         capture = Capture(kind, version, machine, config, sizes, sums)
-        half = directory / f".{RECORD}"
-        with open(half, "wb", opener=_private) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(capture)))
-            file.flush()
-            os.fsync(file.fileno())
-        half.rename(directory / RECORD)
-        flush_directory(directory)
+        write_file(directory / RECORD, msgspec.json.format(msgspec.json.encode(capture)))
     except OSError as error:
         raise InternalError(f"the capture in {directory} can not be written: {error.strerror}") from error
     return capture
@@ -143,7 +137,3 @@ def _sum(fd: int) -> str:
     while chunk := os.read(fd, 1024 * 1024):
         digest.update(chunk)
     return "sha256:" + digest.hexdigest()
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
