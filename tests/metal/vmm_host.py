@@ -98,7 +98,7 @@ def run_tests(host: MetalHost, selection: str, *, seconds: float, **environ: str
 
 _ENTER = (
     "cd /opt/hypeman && export HYPEMAN_TEST_VMMS=/opt/vmms HYPEMAN_TEST_GUEST=/opt/guest "
-    f"HYPEMAN_TEST_SLOWNESS={SLOWNESS} && exec unshare --net"
+    f"HYPEMAN_TEST_SLOWNESS={SLOWNESS} HYPEMAN_TEST_WARM=/opt/warm && exec unshare --net"
 )
 
 

@@ -171,6 +171,24 @@ class Appliance:
                 assert self._process.poll() is None, f"the server did not start:\n{self.log_tail()}"
                 await trio.sleep(0.05)
 
+    async def start_with_image(self, *, killable: str = "") -> None:
+        """The first start, until IMAGE is ready."""
+        warm = Path(kind.WARM, kind.KIND or "tcg") if kind.WARM else None
+        if warm is not None and not warm.exists():
+            await self.start()
+            await self.import_busybox()
+            with trio.fail_after(PATIENCE):
+                while not (await self.get("/capabilities"))["default_runtime"]["available"]:
+                    await trio.sleep(0.5)
+            self.stop()
+            copy(self.data, warm.with_suffix(".new"))
+            warm.with_suffix(".new").rename(warm)
+        elif warm is not None:
+            copy(warm, self.data)
+        await self.start(killable=killable)
+        if warm is None:
+            await self.import_busybox()
+
     async def _answers(self) -> bool:
         try:
             return (await self.ask("GET", "/health")).status_code == 200
@@ -319,11 +337,15 @@ async def running_appliance(directory: Path, **environ: str) -> AsyncIterator[Ap
     """A started server with IMAGE ready."""
     appliance = Appliance(directory, **environ)
     try:
-        await appliance.start()
-        await appliance.import_busybox()
+        await appliance.start_with_image()
         yield appliance
     finally:
         appliance.close()
+
+
+def copy(directory: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["cp", "-a", "--sparse=always", directory, to], check=True)
 
 
 def short_directory(name: str) -> Iterator[Path]:

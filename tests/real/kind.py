@@ -13,6 +13,10 @@ KIND = os.environ.get("HYPEMAN_TEST_HYPERVISOR", "")
 SLOWNESS = float(os.environ.get("HYPEMAN_TEST_SLOWNESS", "1"))
 _PROGRAMS = os.environ.get("HYPEMAN_TEST_VMMS", "")
 
+WARM = os.environ.get("HYPEMAN_TEST_WARM", "")
+"""A folder to keep data directories in with which a server starts: whether KVM works is found out in them, and the
+image is made. On a slow host that takes minutes, and each test has a server of its own."""
+
 PATIENCE = 180.0 * SLOWNESS
 """Seconds for anything that a guest does; under emulation, beside other guests, it may take its time."""
 TAKES_DISKS = KIND in ("", "qemu", "cloud-hypervisor")

@@ -52,8 +52,7 @@ async def armed(directory: Path) -> AsyncIterator[Appliance]:
     """A server with a bomb in it, and the image."""
     appliance = Appliance(directory, REQUEST_TIMEOUT="600")  # a busy machine is no answer
     try:
-        await appliance.start(killable=str(directory / "bomb"))
-        await appliance.import_busybox()
+        await appliance.start_with_image(killable=str(directory / "bomb"))
         yield appliance
     finally:
         appliance.close()
