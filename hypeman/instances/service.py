@@ -27,6 +27,7 @@ from hypeman.instances import captures, records
 from hypeman.instances.admission import NO_VMM, Command, check_legal
 from hypeman.instances.board import Board
 from hypeman.instances.captures import CaptureRow
+from hypeman.instances.expiry import Reaper
 from hypeman.instances.lifecycle import Job, Lifecycle
 from hypeman.instances.operations.boot import create, new_nonce, start
 from hypeman.instances.operations.copies import adopt_disks, copy_out
@@ -75,9 +76,6 @@ SECONDS_FOR_AGENT = 5.0
 
 LOG_INTERVAL = 5.0
 """Seconds between looks at the size of logs. A guest prints at most some 10 MB/s through its serial console."""
-
-EXPIRY_PAUSE = 60.0
-"""Seconds until an expired instance that could not be deleted is tried again."""
 
 R = TypeVar("R")
 
@@ -153,9 +151,7 @@ class Instances:
         self._tasks: dict[str, Lifecycle] = {}
         self._hooks = Hooks(limits=limits, changed=self.board.post, gone=self._forget, release=self._release)
         self._nursery: trio.Nursery | None = None
-        self._expiry_changed = trio.Event()
-        self._expiring: set[str] = set()
-        """Instances that the reaper is deleting."""
+        self._reaper = Reaper(self.board.records, self.delete, now=now)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own all instances. Started when every one is settled (adopted, finished or taken back)."""
@@ -170,7 +166,7 @@ class Instances:
                 for record in unsettled:
                     settling.start_soon(self._settle, record)
             await self.world.collect_captures()
-            nursery.start_soon(self._reap_expired)
+            nursery.start_soon(self._reaper.run)
             nursery.start_soon(self._rotate_logs)
             task_status.started()
             await trio.sleep_forever()
@@ -417,7 +413,7 @@ class Instances:
         changed = await owned.save(msgspec.structs.replace(record, **changes), also=seal)
         if values:
             await self.secrets.refresh(record.id)
-        self._expiry_changed.set()
+        self._reaper.look()
         return changed
 
     async def attach_volume(self, ref: str, volume: str, request: AttachVolumeRequest) -> Instance:
@@ -591,7 +587,7 @@ class Instances:
         job = task.submit(None, first)
         self.board.post(record)
         if record.expires_at is not None:
-            self._expiry_changed.set()
+            self._reaper.look()
         await job.wait()
         return task
 
@@ -623,21 +619,6 @@ class Instances:
         uuid = self.devices.mdev_uuid(record.id) if record.spec.gpu_profile else ""
         return render_instance(record, lease, mdev_uuid=uuid, now=now)
 
-    async def _reap_expired(self) -> None:
-        """Delete instances whose time is over."""
-        while True:
-            self._expiry_changed = trio.Event()
-            now = self._now()
-            due = [record for record in self.board.records() if record.expires_at is not None]
-            for record in [record for record in due if record.expires_at is not None and record.expires_at <= now]:
-                if record.id not in self._expiring and self._nursery is not None:
-                    self._expiring.add(record.id)
-                    self._nursery.start_soon(self._delete_expired, self.task(record.id))
-            later = [r.expires_at for r in due if r.expires_at is not None and r.expires_at > now]
-            seconds = (min(later) - now).total_seconds() if later else float("inf")
-            with trio.move_on_after(min(seconds, 3600.0)):
-                await self._expiry_changed.wait()
-
     async def _rotate_logs(self) -> None:
         """Keep logs bounded: a guest that prints for ever fills nothing."""
         limit = parse_size(self.world.config.limits.max_log_size)
@@ -648,16 +629,6 @@ class Instances:
                     await self.world.rotate_logs(record.id, limit)
                 except (HypemanError, OSError) as error:
                     log.warning("logs of instance %s can not be rotated: %s", record.id, error)
-
-    async def _delete_expired(self, task: Lifecycle) -> None:
-        try:
-            await task.perform(Command.DELETE, delete)
-        except Exception as error:  # whatever it is, the reaper looks again
-            if not isinstance(error, NotFound):
-                log.warning("expired instance %s can not be deleted: %s", task.record.id, error)
-                await trio.sleep(EXPIRY_PAUSE)
-        self._expiring.discard(task.record.id)
-        self._expiry_changed.set()
 
 
 def _all_and_unsettled(txn: Txn) -> tuple[Sequence[InstanceRecord], Sequence[InstanceRecord]]:

@@ -19,7 +19,7 @@ import trio.testing
 from hypeman.errors import Conflict, HypemanError, InvalidState, NameConflict, NotFound
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.images.types import ReadyImage
-from hypeman.instances import service
+from hypeman.instances import expiry
 from hypeman.instances.captures import CAPTURES
 from hypeman.instances.records import INSTANCES, INTENTS, NAMES
 from hypeman.instances.service import Instances
@@ -306,7 +306,7 @@ async def appeared(instances: Instances, name: str) -> None:
 
 
 async def test_the_reaper_tries_again(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "EXPIRY_PAUSE", 0.05)
+    monkeypatch.setattr(expiry, "PAUSE", 0.05)
     async with lab.running() as instances:
         await running(lab, instances)
         failures: list[str] = []

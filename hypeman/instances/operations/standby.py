@@ -1,12 +1,12 @@
 """Standby and restore: memory and devices to disk and the VMM gone, and back.
 
-    standby   CAPTURE: save the memory            taken back if it fails: the VM goes on
-              published with the intent PARK      from here it sleeps, whatever comes
-              PARK: take the VMM down             forward only
+    standby   CAPTURE   save the memory                       a failure takes it back: the VM goes on
+              PARK      the capture is published:             forward only: it sleeps from here on,
+                        take the VMM down                     whatever comes
 
-    restore   RESTORE: a paused VM from the memory taken back if it fails: it sleeps on
-              recorded with the intent RESUME     from here it is Running, and the capture is used up
-              RESUME: wake the guest, free the capture   forward; a guest that can not be woken is stopped
+    restore   RESTORE   a paused VM from the memory           a failure takes it back: it sleeps on
+              RESUME    recorded as Running, the capture      forward only: a guest that can not be
+                        let go of: wake the guest             woken is stopped
 
 A capture that nobody else holds is consumed: its memory file becomes the VM's own. A shared one stays and
 is mapped privately (``mapped``) for as long as the VM lives.
