@@ -27,7 +27,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.errno cimport EINVAL, ENOENT, errno
 from libc.stdlib cimport qsort
 from libc.string cimport memcpy, memset, strcmp, strlen, strncmp
-from posix.fcntl cimport O_CLOEXEC, O_DIRECTORY, O_RDONLY, open as c_open
+from posix.fcntl cimport O_CLOEXEC, O_DIRECTORY, O_RDONLY
 from posix.types cimport ino_t
 from posix.unistd cimport close, read
 
@@ -44,7 +44,8 @@ cdef extern from "<dirent.h>" nogil:
     struct dirent:
         ino_t d_ino
         char d_name[256]
-    DIR *fdopendir(int fd)
+    DIR *opendir(const char *path)
+    int dirfd(DIR *directory)
     dirent *readdir(DIR *directory)
     int closedir(DIR *directory)
 
@@ -397,18 +398,12 @@ cdef class Scanner:
 
     cdef int _scan(self, const char *path) noexcept nogil:
         cdef dirent *entry
-        cdef int top = c_open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        cdef DIR *directory
+        cdef DIR *directory = opendir(path)
         cdef Vendors physical
         cdef int error = 0
         physical.count = 0
-        if top < 0:
-            return errno
-        directory = fdopendir(top)
         if directory == NULL:
-            error = errno
-            close(top)
-            return error
+            return errno
         self._count = 0
         self._problem_count = 0
         while error == 0:
@@ -418,7 +413,7 @@ cdef class Scanner:
             if entry.d_name[0] != c'.':
                 error = self._add(entry)
         if error == 0:
-            error = self._read_from(top, 0, &physical)
+            error = self._read_from(dirfd(directory), 0, &physical)
         closedir(directory)
         return error
 
@@ -428,17 +423,13 @@ cdef class Scanner:
         cdef char driver[MAX_NAME]
         cdef char link[MAX_ADDRESS + 8]
         cdef size_t i
-        cdef int top = c_open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        cdef DIR *directory
+        cdef DIR *directory = opendir(path)
+        cdef int top
         cdef int error = 0
         known[0] = self._count
-        if top < 0:
-            return errno
-        directory = fdopendir(top)
         if directory == NULL:
-            error = errno
-            close(top)
-            return error
+            return errno
+        top = dirfd(directory)
         self._problem_count = 0
         for i in range(self._count):
             self._functions[i].seen = self._functions[i].changed = False
