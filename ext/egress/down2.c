@@ -12,7 +12,8 @@
 #include "h2.h"
 #include "loop.h"
 
-enum { MAX_RESETS = 1000 }; /* streams opened and reset again: more is an attack */
+/* Streams opened and reset again: more of them in so short a time is an attack. */
+enum { MAX_RESETS = 1000, RESETS_MS = 60 * 1000 };
 
 static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n, uint32_t *flags,
                          nghttp2_data_source *source, void *user)
@@ -92,7 +93,8 @@ void down2_finished(struct xchg *x)
 void down2_fail(struct xchg *x, enum reason why, const char *detail, bool told)
 {
     struct conn *c = x->down;
-    if (told) {
+    /* What the host refused unread, the client may repeat without harm, and many do by themselves. */
+    if (told && x->reset_code != NGHTTP2_REFUSED_STREAM) {
         char body[512];
         size_t n = error_body(body, sizeof body, why, detail);
         struct pairs p;
@@ -149,6 +151,7 @@ static void push_up(struct xchg *x)
             up1_data(x, x->to_up.p + x->to_up.off, n);
             buf_take(l, &x->to_up, n);
             grant(x, n);
+            conn_timer(x->up, T_STREAM);
         }
         if (!buf_size(&x->to_up) && x->req_complete && !x->req_done) {
             up1_end(x, x->up_trailers.head);
@@ -206,12 +209,12 @@ static void decide(struct xchg *x)
     xchg_note_rules(x, &m);
     l->counters[M_INJECTED] += m.n > 0;
     bool sent = true;
+    x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && is_idempotent(h);
     if (x->up->h2) {
         sent = up2_send(x, h, h->target, x->req_body != BODY_NONE, &m);
     } else {
         struct request_line line = {h->target, x->req_body, x->req_left, false};
         up1_send(x, h, &line, &m);
-        x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && is_idempotent(h);
     }
     snapshot_release(s);
     if (!sent) {
@@ -295,6 +298,15 @@ static int on_header(nghttp2_session *s, const nghttp2_frame *f, const uint8_t *
     return 0;
 }
 
+static bool resets_too_often(struct conn *c)
+{
+    if (c->loop->now_ms - c->resets_since > RESETS_MS) {
+        c->resets_since = c->loop->now_ms;
+        c->resets = 0;
+    }
+    return ++c->resets > MAX_RESETS;
+}
+
 static int on_frame(nghttp2_session *s, const nghttp2_frame *f, void *user)
 {
     struct conn *c = user;
@@ -309,7 +321,7 @@ static int on_frame(nghttp2_session *s, const nghttp2_frame *f, void *user)
         request_ended(x);
     } else if (f->hd.type == NGHTTP2_DATA && ended) {
         request_ended(x);
-    } else if (f->hd.type == NGHTTP2_RST_STREAM && ++c->resets > MAX_RESETS) {
+    } else if (f->hd.type == NGHTTP2_RST_STREAM && resets_too_often(c)) {
         (void)nghttp2_session_terminate_session(s, NGHTTP2_ENHANCE_YOUR_CALM);
     }
     return 0;

@@ -92,12 +92,12 @@ struct xchg {
     bool passed;       /* audit: carried without looking */
     bool resp_started, resp_done;
     bool reused, retried, retriable;
+    bool taken;        /* HTTP/2: of the body, which is then not here any more */
     bool closing;      /* HTTP/1 down: no further request on this connection */
     bool down_chunked; /* HTTP/1 down: how the response body is framed */
     enum body req_body;
     uint64_t req_left;
     struct h1_chunked req_chunks;
-    unsigned attempts;
     size_t kept_head;  /* HTTP/1 down: bytes of the head kept at the front of `in` for a retry */
     /* audit */
     int64_t started_us;
@@ -112,7 +112,7 @@ struct xchg {
     struct buf to_up, to_down; /* body bytes waiting for the other side to take them */
     bool to_down_end, to_up_deferred, to_down_deferred;
     bool bad;                  /* the request's header block is not acceptable */
-    uint32_t reset_code;       /* with which the host reset the stream */
+    uint32_t reset_code;       /* with which the host ended the stream; REFUSED_STREAM: it has not looked at it */
     size_t unconsumed_down;    /* taken by the host, not yet granted back to the client */
     struct xchg *prev, *next;  /* streams of the down conn */
     struct xchg *up_prev, *up_next; /* waiting for, or streams of, the up conn */
@@ -164,7 +164,8 @@ struct conn {
     struct addr dialled;
     enum reason refused;   /* every request on this connection is answered with it */
     bool prefers_h1;       /* HTTP/2 only if the client offers nothing else */
-    unsigned resets;
+    unsigned resets;       /* streams the client cancelled since `resets_since` */
+    int64_t resets_since;
     enum { H1_HEAD, H1_BODY, H1_WAIT } h1;
     bool head_timer;
 
@@ -302,6 +303,7 @@ enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh)
 void up_pass(struct conn *down);
 void up_ready(struct conn *c);
 void up_failed(struct conn *c, enum reason why, const char *detail);
+void up_failed_one(struct conn *c, struct xchg *x, enum reason why, const char *detail);
 void up_release(struct conn *c);
 void up_run(struct conn *c);
 void up_connected(struct conn *c);

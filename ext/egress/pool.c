@@ -97,21 +97,27 @@ static void find_addresses(struct conn *c)
     conn_again(c); /* checked and dialled in the next round: callers hold half-made things */
 }
 
+static unsigned max_streams(const struct conn *c)
+{
+    unsigned host = nghttp2_session_get_remote_settings(c->h2, NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS);
+    return host < MAX_STREAMS ? host : MAX_STREAMS;
+}
+
 enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh)
 {
     struct conn *down = x->down;
     struct loop *l = down->loop;
-    struct conn *c = fresh ? NULL : *slot_of(l, down->tenant, &x->to);
+    struct conn *c = *slot_of(l, down->tenant, &x->to);
     for (; c; c = c->pool_next) {
         if (!same_place(c, down->tenant, generation, &x->to) || c->broken || c->readable_end)
             continue;
         /* A connection that was opened for HTTP/1 tells nothing about the host, and gRPC needs HTTP/2 where there is one. */
-        if (c->phase == P_HTTP1 && (!want_h2 || c->h1_only)) {
+        if (!fresh && c->phase == P_HTTP1 && (!want_h2 || c->h1_only)) {
             pool_remove(c);
             c->one = x;
             break;
         }
-        if (c->phase == P_HTTP2 && want_h2 && c->stream_count < MAX_STREAMS)
+        if (!fresh && c->phase == P_HTTP2 && want_h2 && c->stream_count < max_streams(c))
             break;
         if (c->want_h2 && want_h2 && c->phase < P_HTTP1) { /* on its way: wait with the others */
             x->waiting = true;
@@ -380,21 +386,28 @@ void up_ready(struct conn *c)
     }
 }
 
-static void fail_one(struct conn *c, struct xchg *x, enum reason why, const char *detail)
+/* A kept connection may be closed by the host just as we write: nothing was answered, nothing can have happened twice,
+ * so ask again on a new one. A host of HTTP/2 may even say that it has not looked at a stream. */
+static bool may_ask_again(const struct xchg *x)
+{
+    bool refused = x->reset_code == NGHTTP2_REFUSED_STREAM && !x->taken;
+    return (x->retriable || refused) && !x->retried && !x->resp_started && x->down;
+}
+
+void up_failed_one(struct conn *c, struct xchg *x, enum reason why, const char *detail)
 {
     x->up = NULL;
     x->waiting = false;
     x->awaits = NULL;
     x->up_next = NULL;
-    /* A kept connection may be closed by the host just as we write: nothing was answered, nothing can have happened
-     * twice, so ask again on a new one. */
-    if (x->retriable && !x->resp_started && why == R_UPSTREAM_CLOSED && !x->retried && x->down) {
+    if (why == R_UPSTREAM_CLOSED && may_ask_again(x)) {
         x->retried = true;
         x->retriable = false;
         x->req_done = false;
+        x->reset_code = 0;
         if (!x->down->h2)
             x->down->h1 = H1_HEAD;
-        (void)up_take(x, c->generation, false, true);
+        (void)up_take(x, c->generation, c->h2 != NULL, true);
         return;
     }
     down_fail(x, why, detail);
@@ -418,16 +431,16 @@ void up_failed(struct conn *c, enum reason why, const char *detail)
         down_pass_failed(down, why, detail);
     }
     if (one)
-        fail_one(c, one, why, detail);
+        up_failed_one(c, one, why, detail);
     while (waiting) {
         struct xchg *next = waiting->up_next;
-        fail_one(c, waiting, why, detail);
+        up_failed_one(c, waiting, why, detail);
         waiting = next;
     }
     while (c->streams) {
         struct xchg *x = c->streams;
         up2_detach(c, x);
-        fail_one(c, x, why, detail);
+        up_failed_one(c, x, why, detail);
     }
     conn_kill(c);
 }

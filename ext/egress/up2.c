@@ -18,6 +18,7 @@ static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n,
     if (buf_size(&x->to_up)) {
         given = h2_pull(c->loop, &x->to_up, out, n);
         x->unconsumed_down += (size_t)given;
+        x->taken = true;
         down2_consumed(x);
     }
     if (buf_size(&x->to_up))
@@ -188,7 +189,7 @@ static int on_close(nghttp2_session *s, int32_t id, uint32_t code, void *user)
         return 0;
     }
     x->reset_code = code;
-    down_fail(x, R_UPSTREAM_CLOSED, code ? nghttp2_http2_strerror(code) : NULL);
+    up_failed_one(c, x, R_UPSTREAM_CLOSED, code ? nghttp2_http2_strerror(code) : NULL);
     return 0;
 }
 
