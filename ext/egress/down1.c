@@ -237,6 +237,8 @@ static enum step read_head(struct conn *c)
     size_t n = buf_size(&c->in);
     if (c->x.active && c->x.waiting)
         return STEP_STOP;
+    if (!c->x.active && conn_wants_room(c))
+        return STEP_STOP; /* requests sent ahead, by a client that does not read the answers */
     if (n == 0)
         return STEP_MORE;
     int used = h1_parse_request(c->in.p + c->in.off, n, h);

@@ -228,3 +228,21 @@ async def test_denial_keeps_the_connection(world: World) -> None:
     for _ in range(3):
         assert (await world.ask(wire, MISDIRECTED["other host"].encode()))[0] == 421
     assert (await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode()))[0] == 200
+
+
+AHEAD = f"GET / HTTP/1.1\r\nHost: {HOST}\r\nExpect: nothing\r\n\r\n".encode() * 1000
+"""Requests sent before the first is answered; each gets 417, which costs nobody else anything."""
+
+
+async def test_answers_wait_for_their_reader(world: World) -> None:
+    """A client that sends on and on and reads nothing is read no more; its answers would fill the memory."""
+    wire = await world.tls()
+    sent = 0
+    while sent < 64 << 20:
+        with trio.move_on_after(3) as waited:
+            await wire.send(AHEAD)
+        if waited.cancelled_caught:
+            break
+        sent += len(AHEAD)
+    assert sent < 64 << 20
+    assert (await world.get())[0] == 200
