@@ -91,6 +91,13 @@ static void settle(struct loop *l)
     }
 }
 
+/* Whether what is to be done may wait for more of its kind: small answers that several hosts give to one connection of
+ * HTTP/2 leave in one record then, at three quarters of the cost. Large ones had better leave while they are in the cache. */
+static bool may_gather(const struct loop *l)
+{
+    return (!l->again || l->again->h2) && (!l->dirty || buf_size(&l->dirty->out) < RECORD);
+}
+
 static void bury(struct loop *l)
 {
     while (l->graveyard) {
@@ -275,8 +282,10 @@ void *loop_main(void *arg)
                 read_inbox(l);
             else
                 on_event(who, events[i].events);
-            settle(l);
+            if (!may_gather(l))
+                settle(l);
         }
+        settle(l);
         wait = run_timers(l);
         bury(l);
         if (l->audit_due_ms && l->audit_due_ms <= l->now_ms)
