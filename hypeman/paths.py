@@ -5,7 +5,7 @@ data_dir/                       survives reboots; 0700
   images/<digest>/              root disk and config of one image, published by rename
   blobs/sha256/<hex>            compressed layers kept for the next pull, bounded
   volumes/<id>/disk.raw         disks that outlive instances
-  instances/<id>/               overlay, boot disk, memory, logs of one instance
+  instances/<id>/               overlay, boot disk, logs of one instance
   snapshots/<id>/               captures kept for themselves
   egress/                       certificate authority, sealed secrets
   tmp/                          half-made things; emptied at start
@@ -103,9 +103,9 @@ class InstancePaths(msgspec.Struct, frozen=True):
         return self.root / "boot.raw"
 
     @property
-    def memory(self) -> Path:
-        """Guest memory as a file, where the VMM maps one."""
-        return self.root / "memory"
+    def jail(self) -> Path:
+        """Where a VMM is shut in that has a jailer."""
+        return self.root / "jail"
 
     @property
     def staged(self) -> Path:

@@ -148,28 +148,40 @@ def _copy_unflushed(source: Path, target: Path, mode: int, uid: int, gid: int) -
         except OSError as error:
             if error.errno not in _NO_REFLINK:
                 raise
-            _copy_data(read.fileno(), fd)
+            os.ftruncate(fd, os.fstat(read.fileno()).st_size)
+            for start, end in data_ranges(read.fileno()):
+                _copy_range(read.fileno(), fd, start, end)
 
 
-def _copy_data(source: int, target: int) -> None:
-    """Only what is data: holes stay holes."""
-    size = os.fstat(source).st_size
-    os.ftruncate(target, size)
-    position = 0
-    while position < size:
+def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of what is no hole in the file."""
+    size = os.fstat(fd).st_size
+    end = 0
+    while end < size:
         try:
-            start = os.lseek(source, position, os.SEEK_DATA)
+            start = os.lseek(fd, end, os.SEEK_DATA)
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole behind this
                 return
             raise
-        end = os.lseek(source, start, os.SEEK_HOLE)
-        while start < end:
-            copied = os.copy_file_range(source, target, min(end - start, _COPY_CHUNK), start, start)
-            if copied == 0:
-                raise OSError(errno.EIO, "the file became shorter while it was copied")
-            start += copied
-        position = end
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
+
+
+def _copy_range(source: int, target: int, start: int, end: int) -> None:
+    """Inside the kernel; between two file systems with ``sendfile``, as only within one is there a shorter way."""
+    os.lseek(target, start, os.SEEK_SET)
+    while start < end:
+        count = min(end - start, _COPY_CHUNK)
+        try:
+            copied = os.copy_file_range(source, target, count, start)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            copied = os.sendfile(target, source, start, count)
+        if copied == 0:
+            raise OSError(errno.EIO, "the file became shorter while it was copied")
+        start += copied
 
 
 def _make_sparse(path: Path, size: int, mode: int, uid: int, gid: int) -> None:

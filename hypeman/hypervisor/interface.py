@@ -80,9 +80,9 @@ class VmConfig(msgspec.Struct, frozen=True):
     run_dir: str
     """Directory for sockets; the driver makes it, empties it at each start, and gives it to ``uid`` only
     where the VMM itself must write there. At most 85 bytes, so that every socket path fits."""
-    memory_path: str
-    """File that holds guest memory where the VMM maps one; private to this VM. The driver makes it and
-    leaves it behind: whoever ended the VMM removes it."""
+    jail: str
+    """Directory, not there yet, for a VMM that is shut into one: on the file system of disks and captures. The driver
+    makes it and, with the VMM, removes it."""
     console_log: str
     """The serial console is appended to this file."""
     vmm_log: str
@@ -219,14 +219,12 @@ class Vmm(Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
 
-    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
+    async def capture(self, directory: Path) -> Capture:
         """Pause and save the VM into ``directory`` (which exists and is empty); stays paused.
 
-        The directory is complete and flushed to disk, ``capture.json`` last, before this returns.
-        With ``go_on`` the VM will be resumed afterwards: memory is copied (reflink or sparse copy) and
-        later writes of the guest do not reach the capture. Without, the VM will be killed next and
-        guest memory may be moved or linked there from ``config.memory_path``; ``resume`` after a
-        failure still works. The channel may have ended when the VM goes on (Firecracker resets it).
+        The directory is complete and flushed to disk, ``capture.json`` last, before this returns. The VM may be
+        resumed or killed afterwards, and resumed after a failure too; what it writes then does not reach the capture.
+        The channel may have ended when the VM goes on (Firecracker resets it).
         """
         ...
 
@@ -312,10 +310,8 @@ class Driver(Protocol):
         """Bring back the VM saved in ``capture``, with the names, paths and TAPs of ``config``.
 
         With ``keep_capture`` memory is mapped privately and the capture stays as it is (fork, restore
-        from a snapshot); without, the capture's memory file is hard-linked to ``config.memory_path`` and
-        used as the VM's own: the caller removes the capture once the guest has run, and until then a
-        restore that fails leaves it whole, by removing the link. ``paused`` leaves the vCPUs stopped and
-        the links down. Raises CaptureInvalid before anything is started if the capture does not fit.
+        from a snapshot). ``paused`` leaves the vCPUs stopped and the links down. Raises CaptureInvalid before
+        anything is started if the capture does not fit.
 
         Without ``keep_capture`` the capture stays whole until the guest runs on, that is until
         ``resume`` (or until this returns, unless ``paused``); then it is used up and removed. So:

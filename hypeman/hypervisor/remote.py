@@ -15,7 +15,7 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -40,7 +40,6 @@ from hypeman.hypervisor.run_dir import INITRD, KERNEL, VSOCK, disk_link
 from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.hypervisor.vmm_process import LastWords, end
 
-_POLL = 0.02
 _START_LIMIT = 20.0
 """Seconds until the API answers; it takes 5-50 ms."""
 
@@ -200,16 +199,6 @@ async def wait_api(api: UnixHttp, process: Process, target: str) -> object:
             await trio.sleep(0.002)
         raise VmmGone("the VMM ended at its start")
     raise VmmBroken(f"the VMM's API did not answer within {_START_LIMIT:g} s")
-
-
-async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, every: float = _POLL) -> bool:
-    """Whether ``condition`` came true in time; for what a VMM tells only when it is asked."""
-    with trio.move_on_after(seconds):
-        while True:
-            if await condition():
-                return True
-            await trio.sleep(every)
-    return False
 
 
 def _rotate(pid: int, log: Path) -> None:

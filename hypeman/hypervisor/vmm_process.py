@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Awaitable, Callable
 
 import trio
 
 from hypeman.host.processes import Process, Processes, ProcessId
 from hypeman.hypervisor.interface import VmConfig, VmmGone, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
+
+_POLL = 0.02
 
 
 def new_handle(kind: HypervisorKind, process: Process, config: VmConfig) -> VmmHandle:
@@ -40,6 +43,16 @@ async def end_stray(processes: Processes, run_dir: str) -> bool:
         return False
     await end(process)
     return True
+
+
+async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, every: float = _POLL) -> bool:
+    """Whether ``condition`` came true in time; for what a VMM tells only when it is asked."""
+    with trio.move_on_after(seconds):
+        while True:
+            if await condition():
+                return True
+            await trio.sleep(every)
+    return False
 
 
 def give_vfio_groups(config: VmConfig) -> None:

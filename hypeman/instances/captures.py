@@ -6,8 +6,7 @@ whole. It never changes once recorded; who needs it is in its row:
     instance:<id>   in standby on it, or running with its memory mapped privately from it
     snapshot:<id>   kept for itself
 
-The last holder to go frees it. A holder that is alone may consume it on restore (its memory file
-becomes the VM's own), which spares a copy.
+The last holder to go frees it. A holder that is alone takes its memory with it on restore, and the capture is used up.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def plan_free(*captures: str | None) -> tuple[Step, ...]:
 
 
 def plan_standby(record: InstanceRecord, capture: str) -> tuple[Reversible, ...]:
-    return (SaveCapture(record.id, capture, go_on=False),)
+    return (SaveCapture(record.id, capture),)
 
 
 def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None, running: bool) -> tuple[Reversible, ...]:
@@ -80,7 +80,7 @@ def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None, r
     copy = CopyDisksAway(record.id, target)
     if not running:
         return (copy,)
-    pause = SaveCapture(record.id, capture, go_on=True) if capture else PauseVm(record.id)
+    pause = SaveCapture(record.id, capture) if capture else PauseVm(record.id)
     return (pause, copy, GoOn(record.id))
 
 

@@ -138,10 +138,9 @@ class SaveCapture(_Step, frozen=True):
     """Freeze the workload, pause the VM and publish its capture. Undo: the VM goes on."""
 
     capture: str
-    go_on: bool
 
     async def do(self, world: World) -> None:
-        await world.save_capture(self.instance, self.capture, go_on=self.go_on)
+        await world.save_capture(self.instance, self.capture)
 
     async def undo(self, world: World) -> None:
         await world.discard_capture(self.instance, self.capture)

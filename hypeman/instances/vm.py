@@ -116,7 +116,7 @@ def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmC
         nics=nics,
         pci_devices=tuple(PciDevice(id=f"dev{n}", sysfs_path=path) for n, path in enumerate(around.devices)),
         run_dir=str(mine.run),
-        memory_path=str(mine.memory),
+        jail=str(mine.jail),
         console_log=str(mine.log("app")),
         vmm_log=str(mine.log("vmm")),
         vsock_cid=around.lease.cid if around.vsock and around.lease is not None else 0,

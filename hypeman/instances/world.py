@@ -341,7 +341,6 @@ class World:
             await live.vmm.kill()
             await live.vmm.aclose()
         await self.driver(self.record(instance_id)).kill_stray(str(self.paths.instance(instance_id).run))
-        await self.files.remove(self.paths.instance(instance_id).memory)
         self.cgroups.remove(instance_id)
 
     async def shutdown_guest(self, instance_id: str, grace: float) -> None:
@@ -368,7 +367,7 @@ class World:
 
     # Captures
 
-    async def save_capture(self, instance_id: str, capture_id: str, *, go_on: bool) -> None:
+    async def save_capture(self, instance_id: str, capture_id: str) -> None:
         live = self._living(instance_id)
         directory = self.paths.capture(capture_id)
         side = directory.with_name(directory.name + ".new")
@@ -377,7 +376,7 @@ class World:
         await self.files.make_dir(side, uid=uid, gid=uid)
         await self._freeze(live)
         with metrics.timed_vmm_call("capture"):
-            await live.vmm.capture(side, go_on=go_on)
+            await live.vmm.capture(side)
         await self.files.publish(side, directory)
 
     async def pause(self, instance_id: str) -> None:

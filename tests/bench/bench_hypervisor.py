@@ -78,7 +78,7 @@ async def _measure(folder: Path, kernel: Path, make_config: MakeConfig) -> list[
             async with ending(vmm):
                 await first_answer(vmm)
                 with clock("capture and end"):
-                    capture = await vmm.capture(directory, go_on=False)
+                    capture = await vmm.capture(directory)
                     await vmm.kill()
         with clock("restore → answers"):
             vmm = await driver.restore(capture.config, directory, keep_capture=True)

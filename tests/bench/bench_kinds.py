@@ -101,7 +101,7 @@ async def _round(driver: Driver, place: Path, kernel: Path, initrd: Path, times:
             await stack.enter_async_context(ending(source))
             await Guest.of(source)
         with clock("standby"):
-            await source.capture(asleep, go_on=False)
+            await source.capture(asleep)
             await source.kill()
         sizes = [pss((await forked(f"fork-{number}")).handle.pid) for number in range(_FORKS)]
         times.setdefault("memory of one fork (PSS)", []).append(statistics.median(sizes))

@@ -184,7 +184,7 @@ class FakeVmm:
                 self.process.restored_from = None
             self.process.state = VmmState.RUNNING
 
-    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
+    async def capture(self, directory: Path) -> Capture:
         self._want(self._driver.capabilities.standby, "standby")
         if self.config.pci_devices:
             raise NotSupported("the state of a passed-through device can not be saved")
@@ -192,10 +192,7 @@ class FakeVmm:
             self.process.state = VmmState.PAUSED
             _write(directory / captures.STATE, msgspec.json.encode(self.process.memory))
             if not self.process.private:
-                if go_on:
-                    _write(directory / captures.MEMORY, size=self.config.memory_bytes)
-                else:
-                    (directory / captures.MEMORY).hardlink_to(self.config.memory_path)
+                _write(directory / captures.MEMORY, size=self.config.memory_bytes)
             return captures.publish(
                 directory,
                 kind=self._driver.kind,
@@ -375,9 +372,6 @@ class FakeDriver:
             if not os.path.exists(disk.path):
                 raise LaunchFailed(f"{disk.path}: No such file or directory")
         Path(config.run_dir).mkdir(exist_ok=True)
-        if not private:
-            Path(config.memory_path).unlink(missing_ok=True)
-            _write(Path(config.memory_path), size=config.memory_bytes)
         return self.machine.start(config, memory, private=private)
 
     @contextlib.asynccontextmanager

@@ -161,7 +161,7 @@ def config_maker(
                 Disk("overlay", str(overlay), bps=64 << 20),
             ),
             run_dir=str(own / "run"),
-            memory_path=str(own / "memory"),
+            jail=str(own / "jail"),
             console_log=str(own / "console.log"),
             vmm_log=str(own / "vmm.log"),
             uid=user,

@@ -30,7 +30,7 @@ PLAIN = VmConfig(
     cmdline="console=ttyS0",
     disks=(Disk("root", "/root.raw", readonly=True, shared=True), Disk("overlay", "/overlay.raw")),
     run_dir="/run/vm/a",
-    memory_path="/memory",
+    jail="/jail",
     console_log="/console",
     vmm_log="/vmm",
 )

@@ -100,7 +100,7 @@ async def test_links_are_down_until_a_restored_guest_has_its_identity(
             await wait_link(guest, "0")
             await vmm.set_link("net0", up=True)
             await wait_link(guest, "1")
-            await vmm.capture(directory, go_on=False)
+            await vmm.capture(directory)
         restored = await driver.restore(
             config("two", "02:00:00:00:00:02"),  # type: ignore[arg-type]
             directory,

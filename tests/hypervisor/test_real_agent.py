@@ -211,7 +211,7 @@ async def test_a_guest_works_sleeps_wakes_and_is_copied(place: Place, driver: Dr
                 await output_of(client, "echo kept > /tmp/kept")
                 await client.freeze()
             asleep = capture_directory(place, "asleep")
-            await vmm.capture(asleep, go_on=False)
+            await vmm.capture(asleep)
             await vmm.kill()
         async with ending(await driver.restore(one, asleep, keep_capture=False, paused=True)) as vmm:
             await vmm.resume()
@@ -223,7 +223,7 @@ async def test_a_guest_works_sleeps_wakes_and_is_copied(place: Place, driver: Dr
                 await reaches_us(client, place.network("one"))
                 await client.freeze()
             snapshot = capture_directory(place, "snapshot")
-            await vmm.capture(snapshot, go_on=True)
+            await vmm.capture(snapshot)
             Path(two.disks[1].path).write_bytes(Path(one.disks[1].path).read_bytes())
             await vmm.resume()
             async with ending(await driver.restore(two, snapshot, keep_capture=True, paused=True)) as copy:

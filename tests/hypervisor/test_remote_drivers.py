@@ -266,7 +266,7 @@ async def test_every_request_is_in_the_published_document(
             if driver.capabilities.hotplug_disk:
                 await vmm.add_disk(Disk("extra", config.disks[1].path))
                 await vmm.remove_disk("extra")
-            await vmm.capture(captured, go_on=False)
+            await vmm.capture(captured)
             requests += requests_of(config)
         async with ending(await driver.restore(config, captured, keep_capture=True)) as vmm:
             await vmm.state()

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trustme
 
+from hypeman.hypervisor.qemu import memory
 from tests.real.appliance import ROOT, Appliance
 from tests.real.world import ADDRESS, World
 
@@ -180,8 +181,9 @@ async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: App
 
     await _check_operators_see(mediated)
     for secret in (SECRET, ROTATED):
-        found = [str(path) for path in _files_with(mediated.directory, secret.encode())]
+        found = [str(path) for path in _places_with(mediated, secret.encode())]
         assert not found, found
+    assert any("/proc/" in str(path) for path in _places_with(mediated, b"mock-API_KEY")), "memory is looked into"
 
 
 async def _check_operators_see(appliance: Appliance) -> None:
@@ -205,9 +207,12 @@ async def _requests(appliance: Appliance) -> list[dict[str, object]]:
     return [json.loads(event.removeprefix("data: ")) for event in told.text.split("\n\n") if event]
 
 
-def _files_with(directory: Path, needle: bytes) -> list[Path]:
-    """Files below ``directory``, guest memory and disks among them, that contain ``needle``."""
-    done = subprocess.run(["grep", "-rlFa", "--", needle.decode(), str(directory)], capture_output=True, text=True)
+def _places_with(appliance: Appliance, needle: bytes) -> list[Path]:
+    """Files of the appliance, guests' disks among them, and guests' memories, that contain ``needle``."""
+    memories = [memory.of_process(pid) for pid in appliance.vmms()]
+    assert memories
+    places = map(str, (appliance.directory, *memories))
+    done = subprocess.run(["grep", "-rlFa", "--", needle.decode(), *places], capture_output=True, text=True)
     return [Path(line) for line in done.stdout.splitlines()]
 
 

@@ -14,8 +14,9 @@ from hypeman.errors import NotSupported
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
-from hypeman.hypervisor.remote import RemoteVmm, became, placed
+from hypeman.hypervisor.remote import RemoteVmm, placed
 from hypeman.hypervisor.unix_http import ApiRefused
+from hypeman.hypervisor.vmm_process import became
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Created": VmmState.PAUSED}
 _UNPLUG_LIMIT = 15.0
@@ -74,8 +75,7 @@ class CloudHypervisorVmm(RemoteVmm):
         if await self.state() == VmmState.PAUSED:
             await self._put("resume")
 
-    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
-        """Memory is written by the VMM in full, so it matters not whether the VM goes on."""
+    async def capture(self, directory: Path) -> Capture:
         if self.config.pci_devices:
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:

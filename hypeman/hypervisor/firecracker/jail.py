@@ -1,12 +1,12 @@
 """Where a Firecracker lives: the root directory that its jailer shuts it into.
 
-    <memory_path>.jail/<program>/<name>/root/    all that the VMM can see
+    <jail>/<program>/<name>/root/    all that the VMM can see
         disk-<id> kernel initrd vmm.log          hard links to our files, each lent while it opens it
         api.sock vsock.sock vsock.sock_1024
         firecracker dev/…                        made by the jailer
     run_dir/jail                                 leads there
 
-It lies beside the VM's memory and not in the run directory: that is a tmpfs, which has no device nodes and no
+It lies beside the VM's disks and not in the run directory: that is a tmpfs, which has no device nodes and no
 links to disks. So all disks and captures have to be on the file system of the data directory, as they are.
 The VMM owns its root: what lies there is never trusted, nor lent or changed by its name in there.
 """
@@ -66,7 +66,7 @@ def jail(config: VmConfig, program: str) -> Iterator[Path]:
 
 
 def base_of(config: VmConfig) -> Path:
-    return Path(config.memory_path + ".jail")
+    return Path(config.jail)
 
 
 def let_in(source: Path, name: Path) -> None:

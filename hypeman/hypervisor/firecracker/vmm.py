@@ -17,8 +17,9 @@ from hypeman.hypervisor import captures
 from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker import jail
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmHandle, VmmState
-from hypeman.hypervisor.remote import RemoteVmm, became
+from hypeman.hypervisor.remote import RemoteVmm
 from hypeman.hypervisor.unix_http import ApiRefused, UnixHttp
+from hypeman.hypervisor.vmm_process import became
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Not started": VmmState.PAUSED}
 _RESIZE_LIMIT = 15.0
@@ -84,9 +85,8 @@ class FirecrackerVmm(RemoteVmm):
         if not await became(done, _SIGNAL_LIMIT):
             raise VmmBroken(f"Firecracker does not obey {number.name}")
 
-    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
-        """Memory is written by the VMM in full, so it matters not whether the VM goes on. Not to be cancelled
-        between its pause and its save, for there is no way to stop it from saving."""
+    async def capture(self, directory: Path) -> Capture:
+        """Not to be cancelled between its pause and its save, for there is no way to stop it from saving."""
         async with self._changing:
             with self._let_out(directory), trio.CancelScope(shield=True):
                 if self._process.stopped():

@@ -21,7 +21,6 @@ from hypeman.host.processes import Processes, Program, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.interface import (
     Capabilities,
-    Capture,
     LaunchFailed,
     VmConfig,
     Vmm,
@@ -32,6 +31,7 @@ from hypeman.hypervisor.interface import (
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
 from hypeman.hypervisor.qemu import config as native
+from hypeman.hypervisor.qemu import memory
 from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.tsc import tsc_khz
 from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, QemuVmm
@@ -126,9 +126,9 @@ class QemuDriver(Seeker):
     async def launch(self, config: VmConfig) -> Vmm:
         self.validate(config)
         with contextlib.ExitStack() as opened:
-            memory = await trio.to_thread.run_sync(_new_memory, config)
-            opened.callback(os.close, memory)
-            vmm = await self._start(config, memory, kernel=True)
+            own = memory.new(config)
+            opened.callback(os.close, own)
+            vmm = await self._start(config, own, kernel=True)
         return await _or_kill(vmm, vmm.resume)
 
     async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
@@ -141,16 +141,19 @@ class QemuDriver(Seeker):
             version=self._capabilities.version,
             machine=self._machine,
         )
-        mapped = captures.MEMORY in saved.files
+        apart = captures.MEMORY in saved.files
+        private = apart and keep_capture
         with contextlib.ExitStack() as opened:
-            if mapped and keep_capture:
+            if private:
                 opened.enter_context(lent(capture / captures.MEMORY, config.uid))
-            memory = await trio.to_thread.run_sync(_saved_memory, config, capture, saved, keep_capture)
-            opened.callback(os.close, memory)
-            vmm = await self._start(config, memory, incoming=True, private_memory=mapped and keep_capture)
+            fd = _open_saved(capture / captures.MEMORY) if private else memory.new(config)
+            opened.callback(os.close, fd)
+            vmm = await self._start(config, fd, incoming=True, private_memory=private)
 
         async def bring_back() -> None:
-            await vmm.load_state(capture / captures.STATE, without_memory=mapped)
+            if apart and not private:
+                await trio.to_thread.run_sync(memory.fill, vmm.handle.pid, capture / captures.MEMORY)
+            await vmm.load_state(capture / captures.STATE, without_memory=apart)
             if not keep_capture:
                 captures.note(Path(config.run_dir), capture)
             for nic in config.nics if paused else ():
@@ -187,7 +190,7 @@ class QemuDriver(Seeker):
     async def _start(
         self,
         config: VmConfig,
-        memory: int,
+        guest_memory: int,
         *,
         kernel: bool = False,
         incoming: bool = False,
@@ -206,7 +209,7 @@ class QemuDriver(Seeker):
                     qmp=keep(_listen(Path(config.run_dir, QMP_SOCKET))),
                     agent=keep(_listen(Path(config.run_dir, AGENT_SOCKET))),
                     console=keep(open_for_child(config.console_log, _APPEND)),
-                    memory=memory,
+                    memory=guest_memory,
                     kernel=keep(open_for_child(config.kernel, os.O_RDONLY)) if kernel else None,
                     initrd=keep(open_for_child(config.initrd, os.O_RDONLY)) if kernel and config.initrd else None,
                     disks={
@@ -296,41 +299,9 @@ def _listen(path: Path) -> int:
         return sock.detach()
 
 
-def _new_memory(config: VmConfig) -> int:
-    """A new memory file, all hole, that belongs to the VMM's user."""
-    path = Path(config.memory_path)
+def _open_saved(path: Path) -> int:
+    """Read-write: QEMU opens it so, though it maps it privately."""
     try:
-        path.unlink(missing_ok=True)
-        fd = open_for_child(config.memory_path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        try:
-            os.ftruncate(fd, config.memory_bytes)
-            _give(fd, config)
-        except BaseException:
-            os.close(fd)
-            raise
+        return open_for_child(str(path), os.O_RDWR)
     except OSError as error:
-        raise LaunchFailed(f"{config.memory_path}: {error.strerror}") from error
-    return fd
-
-
-def _saved_memory(config: VmConfig, directory: Path, capture: Capture, keep: bool) -> int:
-    """A descriptor of the memory to start on: the capture's own, linked or lent, or a new one to fill."""
-    if captures.MEMORY not in capture.files:
-        return _new_memory(config)
-    source = directory / captures.MEMORY
-    try:
-        if keep:
-            return open_for_child(str(source), os.O_RDWR)
-        path = Path(config.memory_path)
-        path.unlink(missing_ok=True)
-        path.hardlink_to(source)
-        fd = open_for_child(config.memory_path, os.O_RDWR)
-        _give(fd, config)
-        return fd
-    except OSError as error:
-        raise LaunchFailed(f"{source}: {error.strerror}") from error
-
-
-def _give(fd: int, config: VmConfig) -> None:
-    if os.geteuid() == 0:
-        os.fchown(fd, config.uid, config.gid)
+        raise LaunchFailed(f"{path}: {error.strerror}") from error

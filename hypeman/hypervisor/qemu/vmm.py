@@ -10,7 +10,6 @@ an object of this class can be thrown away and made again at any time.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +33,10 @@ from hypeman.hypervisor.interface import (
 )
 from hypeman.hypervisor.live_vmm import LiveVmm
 from hypeman.hypervisor.qemu import config as native
+from hypeman.hypervisor.qemu import memory
 from hypeman.hypervisor.qemu.client import QmpClient, QmpRefused, connect_unix
 from hypeman.hypervisor.qmp import Happened
+from hypeman.hypervisor.vmm_process import became
 
 QMP_SOCKET = "qmp.sock"
 AGENT_SOCKET = "agent.sock"
@@ -44,6 +45,8 @@ _UNPLUG_LIMIT = 15.0
 _RESIZE_LIMIT = 15.0
 _SAVE_LIMIT = 600.0
 """Seconds; a guest lets go of a disk in 0.1 s, of memory in 1 s; a large memory is written at disk speed."""
+_CANCEL_LIMIT = 10.0
+_MIGRATING = frozenset({"setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling"})
 
 _STATES = {
     "running": VmmState.RUNNING,
@@ -98,7 +101,7 @@ class QemuVmm(LiveVmm):
 
     # Capture
 
-    async def capture(self, directory: Path, *, go_on: bool) -> Capture:
+    async def capture(self, directory: Path) -> Capture:
         if self.config.pci_devices:
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:
@@ -106,9 +109,7 @@ class QemuVmm(LiveVmm):
             await self._qmp.execute("stop")
             await self._save_state(directory / captures.STATE, without_memory=shared)
             if shared:
-                memory, kept = Path(self.config.memory_path), directory / captures.MEMORY
-                if go_on or not _linked(memory, kept):
-                    await self._files.copy(memory, kept)
+                await self._files.copy(memory.of_process(self._handle.pid), directory / captures.MEMORY)
             return await trio.to_thread.run_sync(
                 lambda: captures.publish(
                     directory,
@@ -134,8 +135,17 @@ class QemuVmm(LiveVmm):
             await self._migrate("migrate", "state", ignore_shared=without_memory)
         except trio.Cancelled:
             with trio.CancelScope(shield=True), contextlib.suppress(VmmGone, VmmBroken):
-                await self._qmp.execute("migrate_cancel")
+                await self._cancel_migration()
             raise
+
+    async def _cancel_migration(self) -> None:
+        """Returns when it is over: until then QEMU refuses the next one."""
+        await self._qmp.execute("migrate_cancel")
+
+        async def over() -> bool:
+            return (await self._qmp.execute("query-migrate")).get("status") not in _MIGRATING
+
+        await became(over, _CANCEL_LIMIT)
 
     async def _migrate(self, command: str, fdname: str, *, ignore_shared: bool) -> None:
         switches = {"x-ignore-shared": ignore_shared, "events": True}
@@ -311,17 +321,6 @@ def _opened(path: str, flags: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _linked(source: Path, target: Path) -> bool:
-    """Give a file a second name; False where that is on another file system."""
-    try:
-        target.hardlink_to(source)
-    except OSError as error:
-        if error.errno == errno.EXDEV:
-            return False
-        raise InternalError(f"guest memory can not be kept as {target}: {error.strerror}") from error
-    return True
 
 
 def _migration_ended(event: Happened) -> bool:
