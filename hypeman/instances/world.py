@@ -373,7 +373,7 @@ class World:
         side = directory.with_name(directory.name + ".new")
         await self.files.remove(side)
         uid = self.uid(self.record(instance_id))
-        await self.files.make_dir(side, uid=uid, gid=uid)
+        await self.files.make_dir(side, mode=0o711, uid=uid, gid=uid)  # the user of a fork's VMM passes, too
         await self._freeze(live)
         with metrics.timed_vmm_call("capture"):
             await live.vmm.capture(side)

@@ -107,7 +107,7 @@ class Volumes:
         self._store.read(lambda txn: self._check_room(txn, record))
         side = self._paths.tmp / f"volume-{new_id()}"
         final = self._paths.volumes / record.id
-        await self._files.make_dir(side)
+        await self._files.make_dir(side, mode=0o711)
         await self._files.make_dir(self._paths.volumes, mode=0o711)
         published = False
         try:

@@ -282,7 +282,7 @@ def _command(
         "qemu-system-x86_64", "-M", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi",
         "-cpu", "max,+svm,la57=off", "-smp", str(cpus), "-m", str(memory_mb),
         "-nodefaults", "-display", "none", "-vga", "none", "-no-reboot",
-        "-device", "intel-iommu,intremap=on,caching-mode=on",
+        "-device", "intel-iommu,intremap=on,caching-mode=on,aw-bits=48",  # Cloud Hypervisor puts BARs up to 2^40
         "-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", kernel_line.strip(),
         "-drive", f"if=none,id=root,file={overlay},format=qcow2,cache=unsafe",
         "-device", "virtio-blk-pci,drive=root,bus=pcie.0,addr=2",

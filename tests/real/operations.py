@@ -5,6 +5,7 @@ The guest has a note on its disk, so that one who lost his disk, or got another'
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Set
 from typing import Any, NamedTuple
 
@@ -190,6 +191,10 @@ async def check_owned(appliance: Appliance, where: str) -> None:
             await trio.sleep(0.1)
     assert running == alive, where
     assert len(appliance.namespace.links()) == len(alive), f"{appliance.namespace.links()}: {where}"
+    for kind in ("instances", "captures", "volumes"):
+        for directory in appliance.data.glob(f"{kind}/*"):
+            with contextlib.suppress(FileNotFoundError):
+                assert directory.stat().st_mode & 0o001, f"no VMM's user can pass {directory}: {where}"
     known = {i["id"] for i in instances}
     snapshots = {s["id"] for s in await appliance.get("/snapshots")}
     volumes = {v["id"] for v in await appliance.get("/volumes")}
