@@ -32,6 +32,7 @@ enum {
     POOL_SLOTS = 256,
     POOL_PER_KEY = 128,
     MAX_ADDRESSES = 16,
+    MAX_INTERIM = 64, /* 1xx responses before the one that counts */
 };
 
 struct buf {
@@ -91,6 +92,7 @@ struct xchg {
     bool half;         /* the client has ended its side */
     bool passed;       /* audit: carried without looking */
     bool resp_started, resp_done;
+    unsigned interim;  /* 1xx responses so far */
     bool reused, retried, retriable;
     bool taken;        /* HTTP/2: of the body, which is then not here any more */
     bool closing;      /* HTTP/1 down: no further request on this connection */
@@ -175,7 +177,6 @@ struct conn {
     struct conn *pass_for; /* pass through: the down conn that waits */
     uint64_t generation;
     bool timed_out;
-    unsigned interim;      /* 1xx responses so far */
     bool want_h2, served, keep;
     bool h1_only;          /* HTTP/2 was offered and the host chose HTTP/1 */
     uint64_t token;        /* of the resolver's question */

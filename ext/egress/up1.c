@@ -6,8 +6,6 @@
 #include "down.h"
 #include "loop.h"
 
-enum { MAX_INTERIM = 64 };
-
 void up1_send(struct xchg *x, const struct head *h, const struct request_line *line, const struct matched *m)
 {
     struct conn *c = x->up;
@@ -15,7 +13,6 @@ void up1_send(struct xchg *x, const struct head *h, const struct request_line *l
     render_request(&o, h, line, &x->to, m);
     c->r1 = R1_HEAD;
     c->served = true;
-    c->interim = 0;
     x->matched_trailers = m->n > 0;
     if (m->n) {
         (void)conn_secret(c, o.p, o.n);
@@ -72,7 +69,7 @@ static enum step read_head(struct conn *c)
     int used = h1_parse_response(c->in.p + c->in.off, buf_size(&c->in), h);
     if (used == 0)
         return STEP_MORE;
-    if (used < 0 || ++c->interim > MAX_INTERIM)
+    if (used < 0 || (h->status < 200 && ++x->interim > MAX_INTERIM))
         return bad_response(c);
     if (h->status == 101) {
         if (!x->upgrade || !x->down)

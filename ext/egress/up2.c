@@ -134,6 +134,10 @@ static void on_headers(struct xchg *x, bool ended)
         response_ended(x, h);
         return;
     }
+    if (h->status < 200 && ++x->interim > MAX_INTERIM) {
+        down_fail(x, R_UPSTREAM_RESPONSE, NULL);
+        return;
+    }
     enum body body = ended ? BODY_NONE : h->content_length >= 0 ? BODY_LENGTH : BODY_CHUNKED;
     if (ended && h->content_length >= 0 && h->status != 204)
         body = BODY_LENGTH;

@@ -141,6 +141,9 @@ class GrpcLike:
             bodies[event.stream_id] = b""
             if dict(event.headers)[":path"] == "/reset":
                 peer.http.reset_stream(event.stream_id, 8)
+            if dict(event.headers)[":path"] == "/hints":
+                for _ in range(1000):
+                    peer.http.send_headers(event.stream_id, [(":status", "103")])
         elif isinstance(event, h2.events.DataReceived):
             bodies[event.stream_id] += event.data
             if not self.read_slowly and event.flow_controlled_length:
@@ -419,6 +422,16 @@ async def test_host_of_few_streams(world: World, grpc: GrpcLike) -> None:
         await peer.ask(method="POST", body=b"x", end=False)
     assert (await peer.answer(await peer.ask()))[0] == 200
     assert grpc.connections == 2
+
+
+async def test_hints_without_end(world: World, grpc: GrpcLike) -> None:
+    """A host's interim responses are counted: a client that reads none of them would have us keep them all."""
+    peer = await through(world, grpc)
+    stream = await peer.ask(path="/hints")
+    status, fields, _ = await peer.answer(stream)
+    assert (status, fields["x-hypeman-egress"]) == (502, "upstream_response")
+    assert len(peer.of(stream, h2.events.InformationalResponseReceived)) == 64
+    assert (await peer.answer(await peer.ask()))[0] == 200
 
 
 async def test_rotation_on_a_living_connection(world: World, grpc: GrpcLike) -> None:
