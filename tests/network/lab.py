@@ -68,7 +68,7 @@ def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], No
         command = ["unshare", "--net", "--mount", sys.executable, "-W", "error", "-m", "tests.network.lab"]
         done = subprocess.run(
             [*command, inspect.getfile(test), test.__name__],
-            env=os.environ | {_INSIDE: "1"}, capture_output=True, text=True, timeout=150,
+            env=os.environ | {_INSIDE: "1"}, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         if done.returncode:
             pytest.fail(done.stdout[-4000:] + done.stderr[-8000:], pytrace=False)
