@@ -193,6 +193,13 @@ def driver(
     return made
 
 
+@pytest.fixture
+def hotplug(kind: HypervisorKind, capabilities: Capabilities) -> None:
+    """Skips where there is none; from here and not from a test that waits, whose skip would lose its reason."""
+    if not capabilities.hotplug_disk:
+        pytest.skip(f"{kind.value} has no hot-plug of disks")
+
+
 def capture_directory(place: Place, name: str) -> Path:
     directory = place.folder / name
     directory.mkdir()
@@ -239,9 +246,8 @@ async def test_a_guest_works_sleeps_wakes_and_is_copied(place: Place, driver: Dr
                     await copy.wait_exit()
 
 
+@pytest.mark.usefixtures("hotplug")
 async def test_a_guest_mounts_what_is_plugged_in(place: Place, driver: Driver) -> None:
-    if not driver.capabilities.hotplug_disk:
-        pytest.skip(f"{driver.kind.value} has no hot-plug of disks")
     volume = place.folder / "volume.raw"
     _format(volume, 8)
     with trio.fail_after(_PATIENCE):
