@@ -324,13 +324,7 @@ def _living_leases(store: Store) -> Sequence[Lease]:
 
 def _catalog(config: Config, store: Store, processes: Processes, links: Links, kernel: str) -> Catalog:
     settings = config.hypervisor
-    kvm = KvmProof(
-        processes,
-        kernel=kernel,
-        qemu_binary=settings.qemu_binary,
-        patience=settings.kvm_patience,
-        own_users=settings.uid_base > 0,
-    )
+    kvm = KvmProof.configured(processes, settings, kernel=kernel)
 
     def qemu(kind: HypervisorKind) -> QemuDriver:
         return QemuDriver(

@@ -145,13 +145,7 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
     settings = config.hypervisor
     kernel = settings.kernel or str(assets.find(assets.KERNEL) or "")
     processes = Processes()
-    kvm = KvmProof(
-        processes,
-        kernel=kernel,
-        qemu_binary=settings.qemu_binary,
-        patience=settings.kvm_patience,
-        own_users=settings.uid_base > 0,
-    )
+    kvm = KvmProof.configured(processes, settings, kernel=kernel)
     qemu = QemuDriver(processes, _no_tap, kvm=kvm, binary=settings.qemu_binary, accelerator=settings.accelerator)
     others = (
         CloudHypervisorDriver(processes, _no_tap, kvm=kvm, binary=settings.cloud_hypervisor_binary),

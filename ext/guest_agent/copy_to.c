@@ -19,6 +19,7 @@
 
 #define CHUNK 65536
 #define HOLE 4096
+#define TEMPORARY 64
 
 struct target {
     const char *path, *link;
@@ -139,13 +140,29 @@ static int receive(int fd, uint64_t *total) {
     }
 }
 
-static int make_file(int dir, const char *name, const struct target *target) {
-    char temporary[64];
+/* A name for what grows beside its place; not where a directory is. 0, or as worker_failed. */
+static int begin(int dir, const char *name, const struct target *target, char temporary[TEMPORARY]) {
     struct stat st;
-    uint64_t total = 0;
     if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(st.st_mode))
         return worker_failed(EISDIR, "%s", target->path);
-    snprintf(temporary, sizeof temporary, ".hypeman-%d-%lld", getpid(), (long long)now_ms());
+    snprintf(temporary, TEMPORARY, ".hypeman-%d-%lld", getpid(), (long long)now_ms());
+    return 0;
+}
+
+/* What has grown takes its place, unless there was an error; either way nothing is left beside it. */
+static int end(int dir, const char *temporary, const char *name, const struct target *target, int error) {
+    if (!error && renameat(dir, temporary, dir, name) < 0)
+        error = errno;
+    unlinkat(dir, temporary, 0); /* rename has left it there, too, if both are names of one file */
+    return error ? worker_failed(error, "%s", target->path) : 0;
+}
+
+static int make_file(int dir, const char *name, const struct target *target) {
+    char temporary[TEMPORARY];
+    uint64_t total = 0;
+    int failed = begin(dir, name, target, temporary);
+    if (failed)
+        return failed;
     int fd = openat(dir, temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
     if (fd < 0)
         return worker_failed(errno, "%s", target->path);
@@ -154,12 +171,9 @@ static int make_file(int dir, const char *name, const struct target *target) {
         error = errno;
     if (close(fd) < 0 && !error)
         error = errno;
-    if (!error && renameat(dir, temporary, dir, name) < 0)
-        error = errno;
-    if (error) {
-        unlinkat(dir, temporary, 0);
-        return worker_failed(error, "%s", target->path);
-    }
+    failed = end(dir, temporary, name, target, error);
+    if (failed)
+        return failed;
     uint8_t buffer[64];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
     put_u64_field(&writer, TAG_SIZE, total);
@@ -167,33 +181,25 @@ static int make_file(int dir, const char *name, const struct target *target) {
 }
 
 static int make_symlink(int dir, const char *name, const struct target *target) {
-    char temporary[64];
-    struct stat st;
-    if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(st.st_mode))
-        return worker_failed(EISDIR, "%s", target->path);
-    snprintf(temporary, sizeof temporary, ".hypeman-%d-%lld", getpid(), (long long)now_ms());
+    char temporary[TEMPORARY];
+    int failed = begin(dir, name, target, temporary);
+    if (failed)
+        return failed;
     if (symlinkat(target->link, dir, temporary) < 0)
         return worker_failed(errno, "%s", target->path);
-    if (dress(dir, temporary, target) == 0 && renameat(dir, temporary, dir, name) == 0)
-        return 0;
-    int error = errno;
-    unlinkat(dir, temporary, 0);
-    return worker_failed(error, "%s", target->path);
+    return end(dir, temporary, name, target, dress(dir, temporary, target) < 0 ? errno : 0);
 }
 
 /* One more name for a file that is there already; what it looks like is the file's own. */
 static int make_hard_link(int root, int dir, const char *name, const struct target *target) {
-    char temporary[64], old[NAME_MAX + 1];
-    struct stat st;
-    if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(st.st_mode))
-        return worker_failed(EISDIR, "%s", target->path);
+    char temporary[TEMPORARY], old[NAME_MAX + 1];
+    int failed = begin(dir, name, target, temporary);
+    if (failed)
+        return failed;
     int old_dir = open_parent(root, target->link, false, old);
-    snprintf(temporary, sizeof temporary, ".hypeman-%d-%lld", getpid(), (long long)now_ms());
     if (old_dir < 0 || linkat(old_dir, old, dir, temporary, 0) < 0)
         return worker_failed(errno, "%s: hard link to %s", target->path, target->link);
-    int error = renameat(dir, temporary, dir, name) < 0 ? errno : 0;
-    unlinkat(dir, temporary, 0); /* rename leaves both where both are the same file already */
-    return error ? worker_failed(error, "%s", target->path) : 0;
+    return end(dir, temporary, name, target, 0);
 }
 
 int copy_to_worker(struct field_reader *request) {

@@ -12,6 +12,7 @@ import shutil
 
 import trio
 
+from hypeman.config import HypervisorConfig
 from hypeman.host.processes import Processes, ToolFailed, open_to_users
 
 KVM_DEVICE = "/dev/kvm"
@@ -43,6 +44,17 @@ class KvmProof:
         self._own_users = own_users
         self._asking = trio.Lock()
         self._answer: str | None = None
+
+    @classmethod
+    def configured(cls, processes: Processes, settings: HypervisorConfig, *, kernel: str) -> KvmProof:
+        """The proof with the QEMU, the patience and the users of VMMs that ``settings`` name."""
+        return cls(
+            processes,
+            kernel=kernel,
+            qemu_binary=settings.qemu_binary,
+            patience=settings.kvm_patience,
+            own_users=settings.uid_base > 0,
+        )
 
     async def why_not(self) -> str:
         """Empty if an ordinary kernel runs on KVM here, and a VMM can open it; else why not, in one line."""

@@ -8,8 +8,8 @@
               RESUME    recorded as Running, the capture      forward only: a guest that can not be
                         let go of: wake the guest             woken is stopped
 
-A capture that nobody else holds is consumed: its memory file becomes the VM's own. A shared one stays and
-is mapped privately (``mapped``) for as long as the VM lives.
+A capture that nobody else holds is used up as soon as its VM runs on. A shared one stays and is
+mapped privately (``mapped``) for as long as the VM lives.
 """
 
 from __future__ import annotations
