@@ -25,9 +25,11 @@ HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / "build" / "metal"
 
 SUITE = "bookworm"
+BACKPORTS = "bookworm-backports"
+_KERNEL = "linux-image-amd64"
 BASE = (
-    "systemd-sysv", "udev", "dbus", "kmod", "pciutils", "iproute2", "procps", "initramfs-tools", "zstd",
-    "linux-image-amd64", "nftables", "e2fsprogs", "erofs-utils", "busybox-static", "curl", "ca-certificates",
+    "systemd-sysv", "udev", "dbus", "kmod", "pciutils", "iproute2", "procps", "initramfs-tools", "zstd", "nftables",
+    "e2fsprogs", "erofs-utils", "busybox-static", "curl", "ca-certificates",
     "qemu-system-x86",
 )  # fmt: skip
 MAX_ROOT = "8G"
@@ -71,9 +73,11 @@ def missing() -> str:
     return f"wants {', '.join(absent)}" if absent else ""
 
 
-def build_image(*, python: bool = True, extra: tuple[str, ...] = ()) -> Image:
-    """The image with or without Python (an appliance must run without), and ``extra`` Debian packages."""
-    packages = (*BASE, *(("python3",) if python else ()), *extra)
+def build_image(*, python: bool = True, newer_kernel: bool = False, extra: tuple[str, ...] = ()) -> Image:
+    """The image with or without Python (an appliance must run without), with Debian's own kernel or the one of its
+    backports, and ``extra`` Debian packages."""
+    kernel = f"{_KERNEL}/{BACKPORTS}" if newer_kernel else _KERNEL
+    packages = (*BASE, kernel, *(("python3",) if python else ()), *extra)
     recipe = "\n".join((SUITE, *packages, *_EXCLUDED, *_INITRAMFS_MODULES, MAX_ROOT))
     recipe += "".join((HERE / name).read_text() for name in ("agent.sh", "rig-agent.service"))
     directory = CACHE / hashlib.sha256(recipe.encode()).hexdigest()[:16]
@@ -105,6 +109,7 @@ def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
         f"mkdir -p {initramfs}/conf.d; echo MODULES=list > {initramfs}/conf.d/rig; "
         f"printf '{modules}\\n' > {initramfs}/modules"
     )
+    backports = f"deb http://deb.debian.org/debian {BACKPORTS} main"  # taken only for what is asked of it by name
     late = (
         f"install -D -m 755 {HERE}/agent.sh $1/usr/local/lib/rig-agent",
         f"install -D -m 644 {HERE}/rig-agent.service $1/etc/systemd/system/rig-agent.service",
@@ -116,6 +121,7 @@ def _make_root(directory: Path, packages: tuple[str, ...]) -> None:
     run(
         *_MMDEBSTRAP,
         f"--include={','.join(packages)}", f"--essential-hook={early}",
+        f"--setup-hook=echo '{backports}' > $1/etc/apt/sources.list.d/backports.list",
         *(f"--customize-hook={hook}" for hook in late), SUITE, str(tree),
     )  # fmt: skip
     kernel = next((tree / "boot").glob("vmlinuz-*"))

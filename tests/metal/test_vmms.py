@@ -1,6 +1,6 @@
 """Cloud Hypervisor and Firecracker themselves on the virtual host's KVM: the suite that all drivers are held to, the
-real agent at work (``tests/hypervisor/test_real_agent.py``), and the whole server (``tests/real``): lives, saved
-memory, and kills of the server in the middle of each operation. Some twenty minutes for each module and kind."""
+real agent at work (``tests/hypervisor/test_real_agent.py``), landlock, and the whole server (``tests/real``): lives,
+saved memory, and kills of the server in the middle of each operation. Some twenty minutes for each module and kind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
     if reason := missing():
         pytest.skip(reason)
     try:
-        booted = vmm_host.boot(build_image(), tmp_path_factory.mktemp("guest"))
+        booted = vmm_host.boot(build_image(newer_kernel=True), tmp_path_factory.mktemp("guest"))
     except NoGuest as reason:
         pytest.skip(str(reason))
     with booted:
@@ -58,6 +58,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 def test_on_real_kvm(kind: str, module: str, host: MetalHost) -> None:
     said = vmm_host.run_tests(host, f"tests/hypervisor/{module}.py -k 'real and {kind}'", seconds=PATIENCE)
     check_ran(said)
+
+
+@pytest.mark.parametrize("kind", ["cloud-hypervisor"], indirect=True)
+def test_landlock(kind: str, host: MetalHost) -> None:
+    check_ran(vmm_host.run_tests(host, "tests/hypervisor/test_landlock.py", seconds=PATIENCE))
 
 
 @pytest.mark.parametrize("kind", WANTED, indirect=True)

@@ -1,7 +1,8 @@
 """A virtual host with the VMMs that are not Debian's, our code, and what it wants of Python's packages.
 
-The VMMs come from the folder that HYPEMAN_TEST_VMMS names, else from PATH. ``python -m tests.metal.vmm_host``
-measures all kinds side by side on such a host (``tests/bench/bench_kinds.py``).
+Its kernel is the one of Debian's backports, for landlock. The VMMs come from the folder that HYPEMAN_TEST_VMMS names,
+else from PATH. ``python -m tests.metal.vmm_host`` measures all kinds side by side on such a host
+(``tests/bench/bench_kinds.py``).
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ _ENTER = (
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, boot(build_image(), Path(folder)) as host:
+    with tempfile.TemporaryDirectory() as folder, boot(build_image(newer_kernel=True), Path(folder)) as host:
         print(host.check(f"{_ENTER} python3 -m tests.bench kinds", timeout=3600))
 
 

@@ -1,0 +1,74 @@
+"""Cloud Hypervisor behind landlock: one that was taken over opens no file that is not its VM's, whatever the file's
+permissions say, however the VM came to be."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypeman.host.landlock import landlock_abi
+from hypeman.host.processes import Processes
+from hypeman.hypervisor.cloud_hypervisor.config import LANDLOCK_ABI
+from hypeman.hypervisor.cloud_hypervisor.vmm import CloudHypervisorVmm
+from hypeman.hypervisor.interface import Capabilities, Disk, Vmm
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.unix_http import ApiRefused
+from tests.conformance.check_driver import Guest, ending
+from tests.hypervisor.conftest import config_maker
+from tests.hypervisor.real import SLOWNESS, guest_cmdline, real_driver
+
+pytestmark = [pytest.mark.real, pytest.mark.parametrize("kind", [HypervisorKind.CLOUD_HYPERVISOR], ids=["real"])]
+
+
+@pytest.fixture
+def landlocked(capabilities: Capabilities) -> None:
+    if landlock_abi() < LANDLOCK_ABI:
+        pytest.skip("this kernel has not enough of landlock: Cloud Hypervisor wants Linux 6.2")
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A file that everybody may read and write, outside of all folders of VMs."""
+    with tempfile.TemporaryDirectory(prefix="everybodys-") as name:
+        Path(name).chmod(0o777)
+        file = Path(name, "disk.raw")
+        file.touch()
+        file.chmod(0o666)
+        os.truncate(file, 1 << 20)
+        yield file
+
+
+@pytest.mark.usefixtures("landlocked")
+async def test_it_opens_no_file_that_is_not_its_vms(
+    kind: HypervisorKind, guest_files: tuple[Path, Path], processes: Processes, folder: Path, everybodys: Path
+) -> None:
+    driver = real_driver(kind, processes, kernel=str(guest_files[0]), folder=str(folder))()
+    await driver.probe()
+    make_config = config_maker(folder, *guest_files, cmdline=guest_cmdline(driver))
+    captured, plugged = folder / "captured", folder / "plugged.raw"
+    captured.mkdir()
+    captured.chmod(0o777)
+    plugged.touch()
+    os.truncate(plugged, 1 << 20)
+
+    async def walled(vmm: Vmm) -> None:
+        await Guest.of(vmm)
+        assert isinstance(vmm, CloudHypervisorVmm)
+        disk = {"id": "foreign", "path": str(everybodys), "image_type": "Raw"}
+        with pytest.raises(ApiRefused, match=r"os error 13"):
+            await vmm.api.request("PUT", "/api/v1/vm.add-disk", disk)
+        await vmm.add_disk(Disk("plugged", str(plugged)))  # what its server lends it, it gets
+        await vmm.remove_disk("plugged")
+
+    with trio.fail_after(60 * SLOWNESS):
+        async with ending(await driver.launch(make_config("one"))) as vmm:
+            await walled(vmm)
+            await vmm.capture(captured)
+            await vmm.resume()
+            async with ending(await driver.restore(make_config("two"), captured, keep_capture=True)) as fork:
+                await walled(fork)
