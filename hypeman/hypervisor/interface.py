@@ -247,6 +247,15 @@ class Vmm(Protocol):
         """
         ...
 
+    async def set_balloon(self, size: int) -> None:
+        """How many bytes of its memory the guest lends to the host: from 0, which gives all back, to less than
+        ``memory_bytes``. Does not wait for the guest, which lends what is free, and takes back before it runs out.
+
+        Raises NotSupported where lending would be no use or do harm: to a fork on QEMU, whose memory is a view of
+        its capture. A capture holds the size, so set it to 0 before.
+        """
+        ...
+
     async def set_link(self, nic_id: str, *, up: bool) -> None:
         """Plug or pull the guest's cable. Nothing happens where a VMM has none (all but QEMU): there the
         rules on the TAP keep a guest with a foreign address silent."""

@@ -9,6 +9,8 @@ from hypeman.errors import InvalidRequest, NotFound, NotSupported
 from hypeman.host.processes import Process
 from hypeman.hypervisor.interface import Disk, VmConfig, VmmHandle
 
+MIB = 1 << 20
+
 
 class LiveVmm:
     """The part of a Vmm that asks the VMM nothing."""
@@ -65,3 +67,8 @@ class LiveVmm:
             raise NotSupported("this VM was made without hot-pluggable memory")
         if not low <= size <= high:
             raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
+
+    def _check_balloon(self, size: int) -> None:
+        """Raise InvalidRequest if the guest can not lend ``size`` bytes."""
+        if not 0 <= size < self.config.memory_bytes or size % MIB:
+            raise InvalidRequest(f"a guest can lend whole MiB of its {self.config.memory_bytes} bytes, not {size}")

@@ -22,7 +22,7 @@ import pytest
 import trio
 import trio.testing
 
-from hypeman.errors import HypemanError, InUse, NotFound, NotSupported
+from hypeman.errors import HypemanError, InUse, InvalidRequest, NotFound, NotSupported
 from hypeman.hypervisor.interface import (
     Capture,
     CaptureInvalid,
@@ -529,6 +529,56 @@ async def memory_grows_and_shrinks(bench: Bench) -> None:
                 await guest.until(smaller)
 
 
+async def a_balloon_takes_free_memory_and_gives_it_back(bench: Bench) -> None:
+    lent, some = 64 << 20, 48 << 20
+    async with bench.launched("balloon") as (driver, vmm):
+        if not driver.capabilities.balloon:
+            with pytest.raises(NotSupported):
+                await vmm.set_balloon(lent)
+            return
+        guest = await Guest.of(vmm)
+
+        async def free() -> int:
+            return int((await guest.ask("free")).split()[1]) * 1024
+
+        start = await free()
+        await vmm.set_balloon(lent)
+
+        async def less() -> bool:
+            return await free() < start - some
+
+        await guest.until(less)
+        await vmm.set_balloon(0)
+
+        async def as_before() -> bool:
+            return await free() > start - some // 4
+
+        await guest.until(as_before)
+        for wrong in (-(1 << 20), vmm.handle.config.memory_bytes, lent + 1):
+            with pytest.raises(InvalidRequest):
+                await vmm.set_balloon(wrong)
+
+
+async def a_balloon_leaves_the_capture_of_a_fork_alone(bench: Bench) -> None:
+    driver, directory, _ = await _captured(bench, "lender")
+    if not (driver.capabilities.balloon and driver.capabilities.fork):
+        return
+    before = {path.name: (path.stat().st_mtime_ns, path.stat().st_blocks) for path in directory.iterdir()}
+    for name in ("first", "second"):
+        async with ending(await driver.restore(bench.make_config(name), directory, keep_capture=True)) as vmm:
+            guest = await Guest.of(vmm)
+            assert await guest.ask("kept") == "lender"
+            start = await guest.ask("free")
+
+            async def lending(start: str = start, guest: Guest = guest) -> bool:
+                return await guest.ask("free") != start
+
+            with contextlib.suppress(NotSupported):
+                await vmm.set_balloon(64 << 20)
+                await guest.until(lending)
+    assert {path.name: (path.stat().st_mtime_ns, path.stat().st_blocks) for path in directory.iterdir()} == before
+
+
 async def a_rotated_console_goes_on_in_a_new_file(bench: Bench) -> None:
     async with bench.running("console") as (_, vmm):
         guest = await Guest.of(vmm)
@@ -565,6 +615,8 @@ CHECKS: tuple[Check, ...] = (
     a_plugged_disk_is_in_the_capture,
     a_disk_grows_under_the_guest,
     memory_grows_and_shrinks,
+    a_balloon_takes_free_memory_and_gives_it_back,
+    a_balloon_leaves_the_capture_of_a_fork_alone,
     a_rotated_console_goes_on_in_a_new_file,
 )
 
@@ -577,6 +629,7 @@ _WANT_STANDBY = (
     a_cancelled_capture_lets_the_vm_go_on,
     a_vmm_that_dies_while_it_saves_leaves_no_capture,
     a_cancelled_restore_leaves_nothing,
+    a_balloon_leaves_the_capture_of_a_fork_alone,
 )
 
 

@@ -69,6 +69,7 @@ class Memory(msgspec.Struct):
     kept: str = ""
     counter: int = 0
     plugged: int = 0
+    lent: int = 0
 
 
 class FakeProcess:
@@ -234,6 +235,13 @@ class FakeVmm:
             if not 0 <= size - self.config.memory_bytes <= self.config.hotplug_bytes:
                 raise InvalidRequest("memory out of bounds")
             self.process.memory.plugged = size - self.config.memory_bytes
+
+    async def set_balloon(self, size: int) -> None:
+        self._want(self._driver.capabilities.balloon, "balloon")
+        async with self._visit("set_balloon"):
+            if not 0 <= size < self.config.memory_bytes or size % (1 << 20):
+                raise InvalidRequest("a balloon out of bounds")
+            self.process.memory.lent = size
 
     async def set_link(self, nic_id: str, *, up: bool) -> None:
         async with self._visit("set_link"):
@@ -440,6 +448,8 @@ def _answer_to(process: FakeProcess, question: str) -> str | None:
             return "wrote"
         case "memory":
             return f"MemTotal: {(process.config.memory_bytes + process.memory.plugged) // 1024} kB"
+        case "free":
+            return f"MemFree: {(process.config.memory_bytes - process.memory.lent) // 1024} kB"
         case "link":
             return str(int(all(process.links.values()))) if process.links else "none"
         case "mac":

@@ -37,6 +37,7 @@ class Vm:
         self.disks: dict[str, str] = {}
         self.size = 0
         self.plugged = 0
+        self.lent = 0
         self.memory = {"kept": "", "count": 0}
         self.events = -1
         self.deaf = False
@@ -60,6 +61,8 @@ class Vm:
                 return file.read(16).rstrip(b"\0").decode()
         if word == "memory":
             return f"MemTotal: {(self.size + self.plugged) // 1024} kB"
+        if word == "free":
+            return f"MemFree: {(self.size - self.lent) // 1024} kB"
         self.end(word)
         return None
 
@@ -157,7 +160,9 @@ class CloudHypervisor(Vm):
             case "PUT", "vm.resize-disk":
                 os.ftruncate(int(self.disks[body["id"]].rpartition("/")[2]), body["desired_size"])
             case "PUT", "vm.resize":
-                self.plugged = body["desired_ram"] - self.size
+                if "desired_ram" in body:
+                    self.plugged = body["desired_ram"] - self.size
+                self.lent = body.get("desired_balloon", self.lent)
             case _:
                 raise Refused(f"no such request: {method} {target}")
         return None
@@ -198,6 +203,9 @@ class Firecracker(Vm):
                 return {"plugged_size_mib": self.plugged >> 20, "requested_size_mib": self.plugged >> 20}
             case "PATCH", "/hotplug/memory":
                 self.plugged = body["requested_size_mib"] << 20
+            case "PATCH", "/balloon":
+                self.want("Running", "Paused")
+                self.lent = body["amount_mib"] << 20
             case "PATCH", "/vm":
                 self.want("Running", "Paused")
                 self.state = "Running" if body["state"] == "Resumed" else "Paused"

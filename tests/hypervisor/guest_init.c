@@ -10,6 +10,7 @@
  *   read <serial>    first 16 bytes of that disk
  *   write <serial> <text>   wrote                   to the first sector, through to the device
  *   memory           kB that the kernel has
+ *   free             kB of it that nobody uses
  *   link             brings eth0 up and tells its carrier: 0, 1 or none
  *   mac              address of eth0
  *   poweroff reboot panic   (no answer)
@@ -68,15 +69,23 @@ static void *count(void *arg)
     return arg;
 }
 
-static void first_line(const char *path, char *line, size_t size)
+static void line_of(const char *path, int number, char *line, size_t size)
 {
     FILE *file = fopen(path, "r");
     line[0] = 0;
-    if (file == NULL || fgets(line, (int)size, file) == NULL)
-        line[0] = 0;
+    for (int seen = 0; file != NULL && seen < number; seen++)
+        if (fgets(line, (int)size, file) == NULL) {
+            line[0] = 0;
+            break;
+        }
     if (file != NULL)
         fclose(file);
     line[strcspn(line, "\n")] = 0;
+}
+
+static void first_line(const char *path, char *line, size_t size)
+{
+    line_of(path, 1, line, size);
 }
 
 static bool told(const char *word)
@@ -212,6 +221,8 @@ static void answer_to(char *question, char *answer)
     } else if (strcmp(question, "memory") == 0) {
         online_memory();
         first_line("/proc/meminfo", answer, 100);
+    } else if (strcmp(question, "free") == 0) {
+        line_of("/proc/meminfo", 2, answer, 100);
     } else if (strcmp(question, "link") == 0) {
         bring_up("eth0");
         first_line("/sys/class/net/eth0/carrier", answer, 100);

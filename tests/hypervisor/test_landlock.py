@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -15,7 +16,7 @@ from hypeman.host.landlock import landlock_abi
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.cloud_hypervisor.config import LANDLOCK_ABI
 from hypeman.hypervisor.cloud_hypervisor.vmm import CloudHypervisorVmm
-from hypeman.hypervisor.interface import Capabilities, Disk, Vmm
+from hypeman.hypervisor.interface import Capabilities, Disk, VmConfig, Vmm
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.unix_http import ApiRefused
 from tests.conformance.check_driver import Guest, ending
@@ -32,6 +33,14 @@ def landlocked(capabilities: Capabilities) -> None:
 
 
 @pytest.fixture
+def runs() -> Iterator[Path]:
+    """Where the run directories are: not below the data directory, as in truth."""
+    with tempfile.TemporaryDirectory(prefix="hv-run-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
 def everybodys() -> Iterator[Path]:
     """A file that everybody may read and write, outside of all folders of VMs."""
     with tempfile.TemporaryDirectory(prefix="everybodys-") as name:
@@ -45,11 +54,20 @@ def everybodys() -> Iterator[Path]:
 
 @pytest.mark.usefixtures("landlocked")
 async def test_it_opens_no_file_that_is_not_its_vms(
-    kind: HypervisorKind, guest_files: tuple[Path, Path], processes: Processes, folder: Path, everybodys: Path
+    kind: HypervisorKind,
+    guest_files: tuple[Path, Path],
+    processes: Processes,
+    folder: Path,
+    runs: Path,
+    everybodys: Path,
 ) -> None:
     driver = real_driver(kind, processes, kernel=str(guest_files[0]), folder=str(folder))()
     await driver.probe()
-    make_config = config_maker(folder, *guest_files, cmdline=guest_cmdline(driver))
+    config_of = config_maker(folder, *guest_files, cmdline=guest_cmdline(driver))
+
+    def make_config(name: str) -> VmConfig:
+        return msgspec.structs.replace(config_of(name), run_dir=str(runs / name))
+
     captured, plugged = folder / "captured", folder / "plugged.raw"
     captured.mkdir()
     captured.chmod(0o777)

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ class Trigger:
         self.struck = self._where.read_text() if self._where.exists() else ""
         if self.struck:
             self.visited.append(self.struck)
+            print(f"{time.strftime('%H:%M:%S')} {self.struck}", flush=True)
         return self.struck
 
     def report(self, operation: str) -> None:

@@ -36,7 +36,8 @@ def kernel_cmdline(*extra: str) -> str:
 
 def vm_config(config: VmConfig, *, landlock: tuple[str, ...] | None = None) -> dict[str, object]:
     """Body of ``vm.create``. ``landlock`` are directories in which disks to plug and captures will lie; None
-    where the host's kernel has not enough of it."""
+    where the host's kernel has not enough of it. The VMM's working directory, where it makes its vsock, is always
+    among them: by the name that it has for every VM that is restored from this one, too."""
     memory: dict[str, object] = {"size": config.memory_bytes, "shared": False}
     if config.hotplug_bytes:
         memory |= {"hotplug_method": "VirtioMem", "hotplug_size": config.hotplug_bytes}
@@ -57,7 +58,7 @@ def vm_config(config: VmConfig, *, landlock: tuple[str, ...] | None = None) -> d
     }
     if landlock is not None:
         body["landlock_enable"] = True
-        body["landlock_rules"] = [{"path": path, "access": "rw"} for path in landlock]
+        body["landlock_rules"] = [{"path": path, "access": "rw"} for path in (".", *landlock)]
     if config.pci_devices:
         body["devices"] = [{"path": device.sysfs_path, "id": device.id} for device in config.pci_devices]
     return body

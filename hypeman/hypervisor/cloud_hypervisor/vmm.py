@@ -149,6 +149,10 @@ class CloudHypervisorVmm(RemoteVmm):
         if not await became(there, _RESIZE_LIMIT):
             raise VmmBroken(f"the guest did not go to {size} bytes of memory")
 
+    async def set_balloon(self, size: int) -> None:
+        self._check_balloon(size)
+        await self._put("resize", {"desired_balloon": size})
+
     async def wait_exit(self) -> VmmExit:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._listen)

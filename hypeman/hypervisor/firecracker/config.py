@@ -122,6 +122,10 @@ def resize_memory_call(config: VmConfig, size: int) -> Call:
     return Call("PATCH", "/hotplug/memory", {"requested_size_mib": (size - config.memory_bytes) // _MIB})
 
 
+def balloon_call(size: int) -> Call:
+    return Call("PATCH", "/balloon", {"amount_mib": size // _MIB})
+
+
 def check(config: VmConfig) -> None:
     """Raise NotSupported for what Firecracker can not do, InvalidRequest for what nobody could."""
     if config.pci_devices:

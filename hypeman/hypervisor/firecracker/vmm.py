@@ -157,5 +157,9 @@ class FirecrackerVmm(RemoteVmm):
         if not await became(there, _RESIZE_LIMIT):
             raise VmmBroken(f"the guest did not go to {size} bytes of memory")
 
+    async def set_balloon(self, size: int) -> None:
+        self._check_balloon(size)
+        await self.call(native.balloon_call(size))
+
     def _ended_by_itself(self) -> VmmExit:
         return VmmExit(ExitReason.POWEROFF, "ended or reset by the guest; Firecracker does not tell which")
