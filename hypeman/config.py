@@ -107,6 +107,17 @@ class CapacityConfig(_Section, frozen=True):
     """A rate, as in ``500MB/s``. Limiting by share needs it."""
 
 
+class ReclaimConfig(_Section, frozen=True):
+    """Memory that guests lend to the host when ``POST /resources/memory/reclaim`` asks for it."""
+
+    enabled: bool = True
+    """Whether it may be asked for."""
+    floor: Size = "256MB"
+    """What a guest keeps in any case."""
+    floor_percent: Annotated[int, Meta(ge=0, le=100)] = 50
+    """Part of its memory that a guest keeps in any case."""
+
+
 class ImagesConfig(_Section, frozen=True):
     root_fs: str = "erofs"
     """``erofs`` (compressed, read-only) or ``ext4``."""
@@ -221,6 +232,7 @@ class Config(_Section, frozen=True):
     limits: LimitsConfig = LimitsConfig()
     oversubscription: OversubscriptionConfig = OversubscriptionConfig()
     capacity: CapacityConfig = CapacityConfig()
+    reclaim: ReclaimConfig = ReclaimConfig()
     images: ImagesConfig = ImagesConfig()
     network: NetworkConfig = NetworkConfig()
     egress: EgressConfig = EgressConfig()
@@ -321,6 +333,7 @@ def _check(config: Config) -> None:
         ("limits.max_log_size", config.limits.max_log_size),
         ("capacity.memory", config.capacity.memory or "0"),
         ("capacity.disk", config.capacity.disk or "0"),
+        ("reclaim.floor", config.reclaim.floor),
         ("images.blob_cache_size", config.images.blob_cache_size),
         ("images.max_image_size", config.images.max_image_size),
     ):

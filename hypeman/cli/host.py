@@ -12,6 +12,8 @@ import msgspec
 
 from hypeman.cli.output import render_table, size, use_colour
 from hypeman.cli.session import Session, fail, reports
+from hypeman.errors import InvalidRequest
+from hypeman.units import parse_size
 
 config_option = click.option(
     "--config",
@@ -36,12 +38,52 @@ def capabilities(session: Session) -> None:
     session.show(session.client.get("/capabilities"))
 
 
-@click.command()
-@reports
-def resources(session: Session) -> None:
+@click.group(invoke_without_command=True)
+@click.pass_context
+def resources(context: click.Context) -> None:
     """Show what the host has and who holds it."""
+    if context.invoked_subcommand is None:
+        context.invoke(_show_resources)
+
+
+@reports
+def _show_resources(session: Session) -> None:
     found = session.client.get("/resources")
     session.show(found, lambda: _resources_text(found))
+
+
+@resources.command("reclaim-memory")
+@click.option("--reclaim-bytes", required=True, metavar="SIZE", help="What all guests together shall lend; 0: nothing.")
+@click.option("--hold-for", help="Until they have it back, as in 10m; up to 1h.  [default: 5m]")
+@click.option("--dry-run", is_flag=True, help="Only tell what would be done.")
+@click.option("--reason", help="For the server's log.")
+@reports
+def reclaim_memory(
+    session: Session, reclaim_bytes: str, hold_for: str | None, dry_run: bool, reason: str | None
+) -> None:
+    """Have running guests lend memory that they do not need to the host."""
+    try:
+        body: dict[str, Any] = {"reclaim_bytes": parse_size(reclaim_bytes), "dry_run": dry_run}
+    except InvalidRequest as error:
+        raise click.BadParameter(error.message, param_hint="--reclaim-bytes") from None
+    body |= {name: value for name, value in (("hold_for", hold_for), ("reason", reason)) if value is not None}
+    found = session.client.post("/resources/memory/reclaim", body)
+    session.show(found, lambda: _reclaim_text(found))
+
+
+def _reclaim_text(found: dict[str, Any]) -> str:
+    lent, planned = size(found["applied_reclaim_bytes"]), size(found["planned_reclaim_bytes"])
+    until = f" until {found['hold_until']}" if "hold_until" in found else ""
+    text = f"lent {lent} of {planned} planned{until}; the host has {size(found['host_available_bytes'])} left"
+    columns = [
+        ("INSTANCE", lambda row: row["instance_name"]),
+        ("STATUS", lambda row: row["status"]),
+        ("HAS", lambda row: size(row["assigned_memory_bytes"])),
+        ("KEEPS", lambda row: size(row["target_guest_memory_bytes"])),
+        ("WHY", lambda row: row.get("error", "")),
+    ]
+    table = render_table(found["actions"], columns, colour=use_colour()) if found["actions"] else ""
+    return f"{text}\n\n{table}".rstrip()
 
 
 def _resources_text(found: dict[str, Any]) -> str:

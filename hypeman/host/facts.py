@@ -13,8 +13,17 @@ def cpus() -> int:
 
 def memory_bytes() -> int:
     """Memory of the host, from proc(5)."""
+    return _memory("MemTotal:")
+
+
+def available_memory_bytes() -> int:
+    """What of it new programs could have without swapping."""
+    return _memory("MemAvailable:")
+
+
+def _memory(name: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemTotal:"):
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
     return 0
 

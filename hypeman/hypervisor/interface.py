@@ -247,12 +247,17 @@ class Vmm(Protocol):
         """
         ...
 
-    async def set_balloon(self, size: int) -> None:
-        """How many bytes of its memory the guest lends to the host: from 0, which gives all back, to less than
-        ``memory_bytes``. Does not wait for the guest, which lends what is free, and takes back before it runs out.
+    async def can_lend(self) -> bool:
+        """Whether the guest can lend memory to the host: not where devices hold it in place, nor in a fork on QEMU,
+        whose memory is a view of its capture that lending would tear."""
+        ...
 
-        Raises NotSupported where lending would be no use or do harm: to a fork on QEMU, whose memory is a view of
-        its capture. A capture holds the size, so set it to 0 before.
+    async def set_balloon(self, size: int) -> None:
+        """How many bytes of its memory the guest lends to the host: whole MiB, from 0, which gives all back, to less
+        than ``memory_bytes``. Does not wait for the guest, which lends what is free, and takes back before it runs
+        out.
+
+        Raises NotSupported if it can not lend. A capture holds the size, so set it to 0 before.
         """
         ...
 

@@ -68,7 +68,12 @@ class LiveVmm:
         if not low <= size <= high:
             raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
 
-    def _check_balloon(self, size: int) -> None:
-        """Raise InvalidRequest if the guest can not lend ``size`` bytes."""
+    async def can_lend(self) -> bool:
+        return not self.config.pci_devices
+
+    async def _check_balloon(self, size: int) -> None:
+        """Raise NotSupported or InvalidRequest if the guest can not lend ``size`` bytes."""
         if not 0 <= size < self.config.memory_bytes or size % MIB:
             raise InvalidRequest(f"a guest can lend whole MiB of its {self.config.memory_bytes} bytes, not {size}")
+        if size and not await self.can_lend():
+            raise NotSupported("this VM's memory is held by a device, or is a view of a capture: it can not be lent")

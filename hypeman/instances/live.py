@@ -51,6 +51,10 @@ class Live:
         self.exited: Exited | None = None
         """How the workload ended, once it has."""
         self.fatal: Fatal | None = None
+        self.lent: int | None = 0
+        """Bytes that the guest lends to the host (``reclaim.py``); None where an earlier server may have asked."""
+        self.balloon = trio.Lock()
+        """Held while that changes, and while the VM is saved, which would save it, too."""
         self._nonce = nonce
         self._connect = connect
         self._over = False
@@ -73,6 +77,12 @@ class Live:
         except Exception:
             log.exception("the VMM of %s was not let go of in order", self.vmm.handle.config.instance_id)
         tell(self, told)
+
+    async def lend(self, size: int) -> None:
+        """Under ``balloon``. See ``Vmm.set_balloon``."""
+        self.lent = None
+        await self.vmm.set_balloon(size)
+        self.lent = size
 
     async def wait_guest(self, seconds: float, *, instead_of: GuestClient | None = None) -> GuestClient:
         """The agent, waited for up to ``seconds``; on another connection than ``instead_of``.

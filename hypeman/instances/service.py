@@ -37,6 +37,7 @@ from hypeman.instances.operations.volumes import attach, detach
 from hypeman.instances.owned import Hooks, Owned, holding_of
 from hypeman.instances.phases import Phases, utc_now
 from hypeman.instances.plan import plan_adopt_disks, plan_create
+from hypeman.instances.reclaim import Reclaim
 from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
 from hypeman.instances.session_types import CpRequest, ExecRequest
 from hypeman.instances.sessions import CopyOut, ExecSession, open_copy_to, open_exec
@@ -64,6 +65,7 @@ from hypeman.instances.world import World
 from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
 from hypeman.resources.accounting import Holding, Limits, hold
+from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse
 from hypeman.store import Txn
 from hypeman.units import parse_duration, parse_size
 from hypeman.volumes import records as volumes
@@ -152,6 +154,7 @@ class Instances:
         self._hooks = Hooks(limits=limits, changed=self.board.post, gone=self._forget, release=self._release)
         self._nursery: trio.Nursery | None = None
         self._reaper = Reaper(self.board.records, self.delete, now=now)
+        self._reclaim = Reclaim(world.config.reclaim, records=self.board.records, live=world.live, now=now)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own all instances. Started when every one is settled (adopted, finished or taken back)."""
@@ -167,6 +170,7 @@ class Instances:
                     settling.start_soon(self._settle, record)
             await self.world.collect_captures()
             nursery.start_soon(self._reaper.run)
+            nursery.start_soon(self._reclaim.run)
             nursery.start_soon(self._rotate_logs)
             task_status.started()
             await trio.sleep_forever()
@@ -216,6 +220,9 @@ class Instances:
             allocated_memory_bytes=memory,
             memory_utilization_ratio=usage.rss_bytes / memory if memory else None,
         )
+
+    async def reclaim_memory(self, request: MemoryReclaimRequest) -> MemoryReclaimResponse:
+        return await self.see_through(lambda: self._reclaim.order(request))
 
     async def log_path(self, ref: str, source: LogSource) -> Path:
         return self.world.paths.instance(self.board.find(ref).id).log(source.value)

@@ -332,6 +332,7 @@ class World:
             self._adopt(record, await self.driver(record).reattach(record.handle))
         except VmmGone:
             return False
+        self.live[instance_id].lent = None if self.driver(record).capabilities.balloon else 0
         return True
 
     async def kill_vmm(self, instance_id: str) -> None:
@@ -374,9 +375,12 @@ class World:
         await self.files.remove(side)
         uid = self.uid(self.record(instance_id))
         await self.files.make_dir(side, mode=0o711, uid=uid, gid=uid)  # the user of a fork's VMM passes, too
-        await self._freeze(live)
-        with metrics.timed_vmm_call("capture"):
-            await live.vmm.capture(side)
+        async with live.balloon:
+            if live.lent != 0:
+                await live.lend(0)
+            await self._freeze(live)
+            with metrics.timed_vmm_call("capture"):
+                await live.vmm.capture(side)
         await self.files.publish(side, directory)
 
     async def pause(self, instance_id: str) -> None:

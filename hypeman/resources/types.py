@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from hypeman.fields import Duration, Timestamp
+
 
 class ResourceStatus(Struct, frozen=True, kw_only=True):
     type: str
@@ -65,3 +67,44 @@ class Resources(Struct, frozen=True, kw_only=True):
     disk_io: ResourceStatus | UnsetType = UNSET
     disk_breakdown: DiskBreakdown | UnsetType = UNSET
     gpu: GPUResourceStatus | None = None
+
+
+class MemoryReclaimRequest(Struct, frozen=True, kw_only=True):
+    reclaim_bytes: Annotated[
+        int,
+        Meta(
+            description="What all guests together shall lend to the host, instead of what they lend now; 0: nothing",
+            extra_json_schema={"minimum": 0},
+        ),
+    ]
+    hold_for: Annotated[
+        Duration | None, Meta(description="How long, up to 1h; default: 5m. Then the guests have it back")
+    ] = None
+    dry_run: Annotated[bool, Meta(description="Only tell what would be done")] = False
+    reason: Annotated[str, Meta(max_length=256, description="For the log")] | None = None
+
+
+class MemoryReclaimAction(Struct, frozen=True, kw_only=True):
+    """What it means for one running instance. A target is what is left to the guest."""
+
+    instance_id: str
+    instance_name: str
+    hypervisor: str
+    status: Annotated[str, Meta(description="applied, unchanged, planned (dry run), unsupported or error")]
+    assigned_memory_bytes: int
+    protected_floor_bytes: Annotated[int, Meta(description="What is never taken")]
+    previous_target_guest_memory_bytes: int
+    planned_target_guest_memory_bytes: int
+    target_guest_memory_bytes: int
+    applied_reclaim_bytes: Annotated[int, Meta(description="What the guest was asked to lend, in all")]
+    error: str | UnsetType = UNSET
+
+
+class MemoryReclaimResponse(Struct, frozen=True, kw_only=True):
+    requested_reclaim_bytes: int
+    planned_reclaim_bytes: int
+    applied_reclaim_bytes: int
+    host_available_bytes: int
+    host_pressure_state: Literal["healthy", "pressure"]
+    actions: tuple[MemoryReclaimAction, ...]
+    hold_until: Timestamp | UnsetType = UNSET

@@ -30,7 +30,7 @@ from hypeman.instances.types import (
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
-from hypeman.resources.types import Resources
+from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
 from hypeman.server.types import Capabilities
 from hypeman.snapshots.types import (
     CreateSnapshotRequest,
@@ -129,6 +129,7 @@ class InstanceService(Protocol):
     async def log_path(self, ref: str, source: LogSource) -> Path: ...
     async def attach_volume(self, ref: str, volume: str, request: AttachVolumeRequest) -> Instance: ...
     async def detach_volume(self, ref: str, volume: str) -> Instance: ...
+    async def reclaim_memory(self, request: MemoryReclaimRequest) -> MemoryReclaimResponse: ...
 
 
 class SnapshotService(Protocol):

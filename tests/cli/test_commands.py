@@ -337,6 +337,18 @@ def test_host(cli: Any) -> None:
     assert "web" in lines[-1]
 
 
+def test_reclaim_memory(cli: Any, server: Any) -> None:
+    done = cli("resources", "reclaim-memory", "--reclaim-bytes", "1GB", "--hold-for", "10m", "--reason", "a build")
+    assert done.exit_code == 0, done.output
+    [asked] = server.world.instances.reclaimed
+    assert (asked.reclaim_bytes, asked.hold_for, asked.dry_run, asked.reason) == (1 << 30, "10m", False, "a build")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("lent 1GB of 1GB planned until 2026-")
+    assert lines[-1].split() == ["web", "applied", "4GB", "3GB", "-"]
+    assert cli("resources", "reclaim-memory", "--reclaim-bytes", "much").exit_code == 2
+    assert cli("resources", "reclaim-memory").exit_code == 2
+
+
 def test_refusals_say_what_to_do(server: Any) -> None:
     run = CliRunner().invoke
     done = run(hypeman, ["--base-url", server.tcp_url, "ps"])

@@ -236,6 +236,10 @@ class FakeVmm:
                 raise InvalidRequest("memory out of bounds")
             self.process.memory.plugged = size - self.config.memory_bytes
 
+    async def can_lend(self) -> bool:
+        async with self._visit("can_lend"):
+            return self._driver.capabilities.balloon and not self.config.pci_devices
+
     async def set_balloon(self, size: int) -> None:
         self._want(self._driver.capabilities.balloon, "balloon")
         async with self._visit("set_balloon"):

@@ -50,7 +50,14 @@ from hypeman.instances.types import (
     VolumeMount,
     WaitForStateResponse,
 )
-from hypeman.resources.types import ResourceAllocation, Resources, ResourceStatus
+from hypeman.resources.types import (
+    MemoryReclaimAction,
+    MemoryReclaimRequest,
+    MemoryReclaimResponse,
+    ResourceAllocation,
+    Resources,
+    ResourceStatus,
+)
 from hypeman.server.services import Services
 from hypeman.server.types import (
     Capabilities,
@@ -226,6 +233,7 @@ class FakeInstances:
     """Raised by everything, where set."""
     hangs: bool = False
     asked: list[tuple[str, Any]] = field(default_factory=list)
+    reclaimed: list[MemoryReclaimRequest] = field(default_factory=list)
     sessions: list[FakeExec] = field(default_factory=list)
     copies: list[FakeCopyIn] = field(default_factory=list)
     files: dict[str, tuple[CpRequest, bytes | None]] = field(default_factory=dict)
@@ -387,6 +395,21 @@ class FakeInstances:
     async def detach_volume(self, ref: str, volume: str) -> Instance:
         instance = self.find(ref)
         return self._change(instance, volumes=tuple(one for one in instance.volumes or () if one.volume_id != volume))
+
+    async def reclaim_memory(self, request: MemoryReclaimRequest) -> MemoryReclaimResponse:
+        """One guest of 4 GB lends whatever is asked."""
+        self.reclaimed.append(request)
+        lent = request.reclaim_bytes
+        action = MemoryReclaimAction(
+            instance_id="i1", instance_name="web", hypervisor="qemu", status="applied",
+            assigned_memory_bytes=4 << 30, protected_floor_bytes=2 << 30,
+            previous_target_guest_memory_bytes=4 << 30, planned_target_guest_memory_bytes=(4 << 30) - lent,
+            target_guest_memory_bytes=(4 << 30) - lent, applied_reclaim_bytes=lent,
+        )  # fmt: skip
+        return MemoryReclaimResponse(
+            requested_reclaim_bytes=lent, planned_reclaim_bytes=lent, applied_reclaim_bytes=lent,
+            host_available_bytes=1 << 34, host_pressure_state="healthy", actions=(action,), hold_until=NOW,
+        )  # fmt: skip
 
 
 @dataclass

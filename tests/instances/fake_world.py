@@ -449,4 +449,5 @@ def _counted(method: Callable[..., Any], name: str, bomb: Bomb) -> Callable[...,
 
 
 def request(name: str, **changes: Any) -> CreateInstanceRequest:
-    return CreateInstanceRequest(name=name, image="busybox", size="64MB", overlay_size="16MB", **changes)
+    usual = {"image": "busybox", "size": "64MB", "overlay_size": "16MB"}
+    return CreateInstanceRequest(**{"name": name, **usual, **changes})

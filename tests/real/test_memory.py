@@ -272,7 +272,29 @@ async def test_memory_grows_to_what_was_promised(appliance: Appliance) -> None:
     assert await _memory_of(appliance, "one") > 300 << 20
 
 
-async def _memory_of(appliance: Appliance, name: str) -> int:
-    code, text = await appliance.exec(name, "grep", "MemTotal", "/proc/meminfo")
+async def _memory_of(appliance: Appliance, name: str, what: str = "MemTotal") -> int:
+    code, text = await appliance.exec(name, "grep", what, "/proc/meminfo")
     assert code == 0, text
     return int(text.split()[1]) << 10
+
+
+async def test_a_guest_lends_memory_that_it_does_not_need(appliance: Appliance) -> None:
+    """What a program used once is the host's again; a standby ends the loan."""
+    await appliance.create("one", size="1GB")
+    code, text = await appliance.exec("one", "sh", "-c", "head -c 300000000 /dev/zero | tail -c 300000000 | wc -c")
+    assert (code, text.strip()) == (0, "300000000")
+    free = await _memory_of(appliance, "one", "MemFree")
+    lent = await appliance.post("/resources/memory/reclaim", {"reclaim_bytes": 512 << 20, "reason": "a test"})
+    [action] = lent["actions"]
+    assert (action["status"], action["applied_reclaim_bytes"]) == ("applied", 512 << 20), lent
+    with trio.fail_after(PATIENCE):
+        while (await appliance.get("/instances/one/stats"))["memory_rss_bytes"] > 300 << 20:
+            await trio.sleep(0.2)
+        while await _memory_of(appliance, "one", "MemFree") > free - (448 << 20):
+            await trio.sleep(0.2)
+    await appliance.post("/instances/one/standby")
+    assert (await appliance.post("/resources/memory/reclaim", {"reclaim_bytes": 1 << 20}))["actions"] == []
+    await appliance.post("/instances/one/restore")
+    with trio.fail_after(PATIENCE):
+        while await _memory_of(appliance, "one", "MemFree") < free - (64 << 20):
+            await trio.sleep(0.2)

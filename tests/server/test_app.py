@@ -313,7 +313,6 @@ async def test_what_comes_later_is_501(ask: Any) -> None:
         ("POST", "/pushes"),
         ("GET", "/v2/"),
         ("PUT", "/v2/a/b/manifests/latest"),
-        ("POST", "/resources/memory/reclaim"),
         ("GET", "/instances/x/auto-standby/status"),
         ("PUT", "/instances/x/snapshot-schedule"),
     ]:

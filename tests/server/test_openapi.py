@@ -72,6 +72,8 @@ ANSWERS = [
     ("GET", "/health", None),
     ("GET", "/capabilities", None),
     ("GET", "/resources", None),
+    ("POST", "/resources/memory/reclaim", {"reclaim_bytes": 1 << 30, "hold_for": "10m"}),
+    ("POST", "/resources/memory/reclaim", {"reclaim_bytes": "much"}),
     ("GET", "/images", None),
     ("POST", "/images", {"name": "nginx"}),
     ("GET", "/images/alpine", None),

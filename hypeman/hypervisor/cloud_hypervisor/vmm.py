@@ -150,7 +150,7 @@ class CloudHypervisorVmm(RemoteVmm):
             raise VmmBroken(f"the guest did not go to {size} bytes of memory")
 
     async def set_balloon(self, size: int) -> None:
-        self._check_balloon(size)
+        await self._check_balloon(size)
         await self._put("resize", {"desired_balloon": size})
 
     async def wait_exit(self) -> VmmExit:

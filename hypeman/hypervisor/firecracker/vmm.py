@@ -158,7 +158,7 @@ class FirecrackerVmm(RemoteVmm):
             raise VmmBroken(f"the guest did not go to {size} bytes of memory")
 
     async def set_balloon(self, size: int) -> None:
-        self._check_balloon(size)
+        await self._check_balloon(size)
         await self.call(native.balloon_call(size))
 
     def _ended_by_itself(self) -> VmmExit:

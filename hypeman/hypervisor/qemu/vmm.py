@@ -221,10 +221,11 @@ class QemuVmm(LiveVmm):
         except trio.TooSlowError:
             raise VmmBroken(f"the guest went to {low + now} bytes of memory and not to {size}") from None
 
+    async def can_lend(self) -> bool:
+        return await super().can_lend() and await self._memory_is_shared()  # else QEMU punches holes into the capture
+
     async def set_balloon(self, size: int) -> None:
-        self._check_balloon(size)
-        if size and not await self._memory_is_shared():
-            raise NotSupported("this VM's memory is a view of its capture; QEMU would punch holes into that")
+        await self._check_balloon(size)
         await self._qmp.execute("balloon", {"value": self.config.memory_bytes - size})
 
     async def set_link(self, nic_id: str, *, up: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypeman.resources.types import Resources
+from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
 from hypeman.server.api import Routes
 from hypeman.server.services import Services
 from hypeman.server.types import Capabilities, Health
@@ -29,3 +29,9 @@ async def get_capabilities(services: Services) -> Capabilities:
 async def get_resources(services: Services) -> Resources:
     """What the host has and who holds it."""
     return await services.resources.get()
+
+
+@routes.post("/resources/memory/reclaim", Scope.RESOURCE_WRITE, fails=(400,))
+async def reclaim_memory(services: Services, body: MemoryReclaimRequest) -> MemoryReclaimResponse:
+    """Have the guests lend memory that they do not need to the host for a while."""
+    return await services.instances.reclaim_memory(body)

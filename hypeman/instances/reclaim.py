@@ -1,0 +1,215 @@
+"""Memory that running guests lend to the host, by their balloons, for a while: ``POST /resources/memory/reclaim``.
+
+An order says what all guests together shall lend from now on, in place of what an earlier one said, and until when.
+Each lends in proportion to what it can spare above its floor. What is lent is known only here: a server that starts
+has everything given back, and a VM that is saved has it back before, so no saved state remembers a loan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+
+import msgspec
+import trio
+from msgspec import UNSET
+
+from hypeman.config import ReclaimConfig
+from hypeman.errors import HypemanError, InvalidRequest, InvalidState, NotSupported
+from hypeman.host import facts
+from hypeman.hypervisor.interface import VmmGone
+from hypeman.instances.live import Live
+from hypeman.instances.records import InstanceRecord
+from hypeman.instances.types import InstanceState
+from hypeman.resources.types import MemoryReclaimAction, MemoryReclaimRequest, MemoryReclaimResponse
+from hypeman.units import parse_duration, parse_size
+
+USUAL_HOLD = 300.0
+MOST_HOLD = 3600.0
+"""Seconds."""
+PRESSURE = 0.10
+"""Less of the host's memory available than this is pressure."""
+PAUSE = 10.0
+"""Seconds until a VMM that did not take its memory back is asked again."""
+MIB = 1 << 20
+
+log = logging.getLogger(__name__)
+
+
+class Lender(msgspec.Struct, frozen=True):
+    """One running instance, and what it could lend."""
+
+    record: InstanceRecord
+    live: Live
+    assigned: int
+    floor: int
+    able: bool
+    trouble: str = ""
+    """Why it could not be asked."""
+
+    @property
+    def spare(self) -> int:
+        """The balloon is smaller than the memory that the guest booted with, and a whole number of MiB."""
+        most = min(self.assigned - self.floor, self.record.spec.memory_bytes - MIB)
+        return max(0, most // MIB * MIB) if self.able else 0
+
+
+def shares(wanted: int, spare: Sequence[int]) -> list[int]:
+    """What of ``wanted`` bytes falls to each, in proportion to what it can spare: whole MiB, together never more than
+    ``wanted``, and less by more than a MiB only where all give what they can."""
+    total = sum(spare)
+    wanted = min(wanted, total) // MIB * MIB
+    parts = [each * wanted // total // MIB * MIB if total else 0 for each in spare]
+    for index, each in enumerate(spare):
+        if sum(parts) < wanted and parts[index] < each:
+            parts[index] += MIB
+    return parts
+
+
+class Reclaim:
+    """See above. ``run`` in a nursery."""
+
+    def __init__(
+        self,
+        config: ReclaimConfig,
+        *,
+        records: Callable[[], Iterator[InstanceRecord]],
+        live: Mapping[str, Live],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._config = config
+        self._floor = parse_size(config.floor)
+        self._records = records
+        self._live = live
+        self._now = now
+        self._until: datetime | None = now()
+        self._changed = trio.Event()
+        self._one_order = trio.Lock()
+
+    async def run(self) -> None:
+        """Give everything back when its time is over, beginning with what an earlier server left lent."""
+        while True:
+            self._changed = trio.Event()
+            left = float("inf") if self._until is None else (self._until - self._now()).total_seconds()
+            with trio.move_on_after(max(0.0, left)) as waiting:
+                await self._changed.wait()
+            if waiting.cancelled_caught:
+                await self._give_back()
+
+    async def order(self, request: MemoryReclaimRequest) -> MemoryReclaimResponse:
+        """Raises InvalidRequest."""
+        if not self._config.enabled:
+            raise InvalidRequest("this server takes no memory from guests (reclaim.enabled)", code="feature_disabled")
+        if request.reclaim_bytes < 0:
+            raise InvalidRequest("reclaim_bytes must not be negative", code="bad_request")
+        hold = USUAL_HOLD if request.hold_for is None else parse_duration(request.hold_for, code="bad_request")
+        if hold > MOST_HOLD:
+            raise InvalidRequest(f"hold_for may be up to {MOST_HOLD / 3600:g}h", code="bad_request")
+        async with self._one_order:
+            lenders = await self._lenders()
+            planned = shares(request.reclaim_bytes, [lender.spare for lender in lenders])
+            if not request.dry_run:
+                log.info("guests lend %d bytes for %g s; reason: %s", sum(planned), hold, request.reason or "none told")
+                self._set_end(self._now() + timedelta(seconds=hold) if request.reclaim_bytes else None)
+            actions: list[MemoryReclaimAction] = []
+            async with trio.open_nursery() as nursery:
+                for lender, size in zip(lenders, planned, strict=True):
+                    nursery.start_soon(self._act, lender, size, request.dry_run, actions)
+        available = facts.available_memory_bytes()
+        return MemoryReclaimResponse(
+            requested_reclaim_bytes=request.reclaim_bytes,
+            planned_reclaim_bytes=sum(planned),
+            applied_reclaim_bytes=sum(action.applied_reclaim_bytes for action in actions),
+            host_available_bytes=available,
+            host_pressure_state="pressure" if available < PRESSURE * facts.memory_bytes() else "healthy",
+            actions=tuple(sorted(actions, key=lambda action: action.instance_name)),
+            hold_until=self._until or UNSET,
+        )
+
+    def _set_end(self, until: datetime | None) -> None:
+        self._until = until
+        self._changed.set()
+
+    async def _lenders(self) -> list[Lender]:
+        found = []
+        for record in list(self._records()):
+            live = self._live.get(record.id)
+            if record.state is not InstanceState.RUNNING or live is None:
+                continue
+            assigned = record.spec.memory_bytes + record.spec.hotplug_bytes
+            floor = min(assigned, max(self._floor, assigned * self._config.floor_percent // 100))
+            able, trouble = False, ""
+            try:
+                able = await live.vmm.can_lend()
+            except VmmGone:
+                continue
+            except HypemanError as error:
+                trouble = error.message
+            found.append(Lender(record, live, assigned, floor, able, trouble))
+        return found
+
+    async def _act(self, lender: Lender, size: int, dry_run: bool, actions: list[MemoryReclaimAction]) -> None:
+        live, before = lender.live, lender.live.lent or 0
+        status, trouble = self._outlook(lender, size, dry_run), lender.trouble
+        if status == "applied":
+            try:
+                await _lend(live, size)
+            except VmmGone:
+                return
+            except NotSupported as error:
+                status, trouble = "unsupported", error.message
+            except HypemanError as error:
+                status, trouble = "error", error.message
+        lent = live.lent or 0
+        actions.append(
+            MemoryReclaimAction(
+                instance_id=lender.record.id,
+                instance_name=lender.record.name,
+                hypervisor=lender.record.spec.hypervisor.value,
+                status=status,
+                assigned_memory_bytes=lender.assigned,
+                protected_floor_bytes=lender.floor,
+                previous_target_guest_memory_bytes=lender.assigned - before,
+                planned_target_guest_memory_bytes=lender.assigned - size,
+                target_guest_memory_bytes=lender.assigned - lent,
+                applied_reclaim_bytes=lent,
+                error=trouble or UNSET,
+            )
+        )
+
+    def _outlook(self, lender: Lender, size: int, dry_run: bool) -> str:
+        """What will come of it if all goes well."""
+        if lender.trouble:
+            return "error"
+        if not lender.able:
+            return "unsupported"
+        if dry_run:
+            return "planned"
+        return "unchanged" if lender.live.lent == size else "applied"
+
+    async def _give_back(self) -> None:
+        async with self._one_order:
+            owing = [live for live in self._live.values() if live.lent != 0]
+            for live in owing:
+                async with live.balloon:
+                    try:
+                        await live.lend(0)
+                    except VmmGone:
+                        live.lent = 0
+                    except HypemanError as error:
+                        log.warning("%s has not got its memory back: %s", live.vmm.handle.config.instance_id, error)
+            again = any(live.lent != 0 for live in self._live.values())
+            self._until = self._now() + timedelta(seconds=PAUSE) if again else None
+
+
+async def _lend(live: Live, size: int) -> None:
+    """Raises InvalidState while the VM is being saved, which may take long."""
+    try:
+        live.balloon.acquire_nowait()
+    except trio.WouldBlock:
+        raise InvalidState("its memory is just being saved") from None
+    try:
+        await live.lend(size)
+    finally:
+        live.balloon.release()
