@@ -350,8 +350,11 @@ def _catalog(config: Config, store: Store, processes: Processes, links: Links, k
             processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary
         ),
     )
-    on_kvm = (kernel, "/dev/kvm", f"accelerator={settings.accelerator}", f"patience={settings.kvm_patience}")
-    depends_on = {driver.kind: (*on_kvm, *driver.programs()) for driver in drivers}
+    on_host = (
+        *(kernel, "/dev/kvm", "/dev/vfio/vfio"),
+        *(f"{name}={getattr(settings, name)}" for name in ("accelerator", "kvm_patience", "uid_base")),
+    )
+    depends_on = {driver.kind: (*on_host, *driver.programs()) for driver in drivers}
     return Catalog(drivers, store=store, default=settings.default, depends_on=depends_on)
 
 
