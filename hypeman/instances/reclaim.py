@@ -111,11 +111,12 @@ class Reclaim:
             planned = shares(request.reclaim_bytes, [lender.spare for lender in lenders])
             if not request.dry_run:
                 log.info("guests lend %d bytes for %g s; reason: %s", sum(planned), hold, request.reason or "none told")
-                self._set_end(self._now() + timedelta(seconds=hold) if request.reclaim_bytes else None)
+                self._set_end(self._now() + timedelta(seconds=hold if request.reclaim_bytes else 0))
             actions: list[MemoryReclaimAction] = []
             async with trio.open_nursery() as nursery:
                 for lender, size in zip(lenders, planned, strict=True):
                     nursery.start_soon(self._act, lender, size, request.dry_run, actions)
+            until = self._until
         available = facts.available_memory_bytes()
         return MemoryReclaimResponse(
             requested_reclaim_bytes=request.reclaim_bytes,
@@ -124,10 +125,10 @@ class Reclaim:
             host_available_bytes=available,
             host_pressure_state="pressure" if available < PRESSURE * facts.memory_bytes() else "healthy",
             actions=tuple(sorted(actions, key=lambda action: action.instance_name)),
-            hold_until=self._until or UNSET,
+            hold_until=until if until is not None and until > self._now() else UNSET,
         )
 
-    def _set_end(self, until: datetime | None) -> None:
+    def _set_end(self, until: datetime) -> None:
         self._until = until
         self._changed.set()
 
@@ -190,15 +191,13 @@ class Reclaim:
 
     async def _give_back(self) -> None:
         async with self._one_order:
-            owing = [live for live in self._live.values() if live.lent != 0]
-            for live in owing:
-                async with live.balloon:
-                    try:
-                        await live.lend(0)
-                    except VmmGone:
-                        live.lent = 0
-                    except HypemanError as error:
-                        log.warning("%s has not got its memory back: %s", live.vmm.handle.config.instance_id, error)
+            for live in [live for live in self._live.values() if live.lent != 0]:
+                try:
+                    await _lend(live, 0)
+                except VmmGone:
+                    live.lent = 0
+                except HypemanError as error:
+                    log.warning("%s has not got its memory back: %s", live.vmm.handle.config.instance_id, error)
             again = any(live.lent != 0 for live in self._live.values())
             self._until = self._now() + timedelta(seconds=PAUSE) if again else None
 

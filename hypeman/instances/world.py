@@ -332,8 +332,17 @@ class World:
             self._adopt(record, await self.driver(record).reattach(record.handle))
         except VmmGone:
             return False
-        self.live[instance_id].lent = None if self.driver(record).capabilities.balloon else 0
+        if self.driver(record).capabilities.balloon:
+            await self._end_loan(self.live[instance_id])
         return True
+
+    async def _end_loan(self, live: Live) -> None:
+        """Of an earlier server. Tried again before the VM is saved, and by ``reclaim.py``."""
+        live.lent = None
+        try:
+            await live.lend(0)
+        except HypemanError as error:
+            log.warning("%s has not got its memory back: %s", live.vmm.handle.config.instance_id, error.message)
 
     async def kill_vmm(self, instance_id: str) -> None:
         """End the VMM, also one that was launched by a server that crashed before noting it."""

@@ -102,6 +102,19 @@ async def test_zero_gives_all_back(lab: Lab) -> None:
         assert lent(lab, instances, "large") == lent(lab, instances, "small") == 0
 
 
+async def test_what_did_not_come_back_when_it_was_told_to_is_asked_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reclaim, "PAUSE", 0.01)
+    async with lab.running() as instances:
+        await one(lab, instances)
+        await instances.reclaim_memory(asked(GIB))
+        lab.driver.fail("set_balloon", VmmBroken("no word from it"))
+        answer = await instances.reclaim_memory(asked(0))
+        assert [action.status for action in answer.actions] == ["error"]
+        await until(lambda: lent(lab, instances, "one") == 0)
+
+
 async def test_all_is_given_back_when_the_time_is_over(lab: Lab) -> None:
     async with lab.running() as instances:
         await two(lab, instances)
@@ -188,7 +201,22 @@ async def test_the_next_server_has_everything_given_back(lab: Lab) -> None:
         assert lent(lab, instances, "one") == 256 * MIB
         lab.crash_at(0)
     async with lab.running() as instances:
-        await until(lambda: lent(lab, instances, "one") == 0)
+        assert lent(lab, instances, "one") == 0
+
+
+async def test_a_loan_that_an_earlier_server_made_ends_before_the_vm_is_saved(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await one(lab, instances)
+        await instances.reclaim_memory(asked(256 * MIB, hold_for="1h"))
+        lab.crash_at(0)
+    for call in (1, 2):
+        lab.driver.fail("set_balloon", VmmBroken("no word from it"), call=call)
+    async with lab.running() as instances:
+        await until(lambda: sum(entry.startswith("set_balloon") for entry in lab.machine.journal) == 3)
+        assert lent(lab, instances, "one") == 256 * MIB
+        await instances.standby("one", StandbyInstanceRequest())
+        await instances.restore("one")
+        assert lent(lab, instances, "one") == 0
 
 
 @pytest.mark.parametrize(
