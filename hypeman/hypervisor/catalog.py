@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -101,7 +102,9 @@ class Catalog:
         for item in self._depends_on.get(kind, ()):
             try:
                 status = os.stat(item)
-                facts.append(f"{item}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}")
+                # KVM tells udev of each VM, and udev gives the device a new time then.
+                time = 0 if stat.S_ISCHR(status.st_mode) else status.st_mtime_ns
+                facts.append(f"{item}:{status.st_size}:{time}:{status.st_ino}")
                 facts.append(f"{status.st_mode:o}:{status.st_gid}")
             except OSError:
                 facts.append(item)

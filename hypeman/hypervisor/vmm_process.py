@@ -57,9 +57,14 @@ async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, ev
 
 def give_vfio_groups(config: VmConfig) -> None:
     """Let the VMM's user open the devices that are passed through. Raises OSError."""
-    for device in config.pci_devices:
-        group = os.path.basename(os.readlink(f"{device.sysfs_path}/iommu_group"))
-        os.chown(f"/dev/vfio/{group}", config.uid, config.gid)
+    for group in vfio_groups(config):
+        os.chown(group, config.uid, config.gid)
+
+
+def vfio_groups(config: VmConfig) -> list[str]:
+    """The files of the groups that the devices passed through are in. Raises OSError."""
+    links = (os.readlink(f"{device.sysfs_path}/iommu_group") for device in config.pci_devices)
+    return [f"/dev/vfio/{os.path.basename(link)}" for link in links]
 
 
 class LastWords:

@@ -35,9 +35,10 @@ def kernel_cmdline(*extra: str) -> str:
 
 
 def vm_config(config: VmConfig, *, landlock: tuple[str, ...] | None = None) -> dict[str, object]:
-    """Body of ``vm.create``. ``landlock`` are directories in which disks to plug and captures will lie; None
-    where the host's kernel has not enough of it. The VMM's working directory, where it makes its vsock, is always
-    among them: by the name that it has for every VM that is restored from this one, too."""
+    """Body of ``vm.create``. ``landlock`` are files and directories that the VMM must be let open, of devices, of
+    disks to plug, of captures; None where the host's kernel has not enough of it. The VMM's working directory, where
+    it makes its vsock, is always among them: by the name that it has for every VM that is restored from this one, too.
+    """
     memory: dict[str, object] = {"size": config.memory_bytes, "shared": False}
     if config.hotplug_bytes:
         memory |= {"hotplug_method": "VirtioMem", "hotplug_size": config.hotplug_bytes}

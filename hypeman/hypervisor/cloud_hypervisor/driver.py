@@ -28,8 +28,9 @@ from hypeman.hypervisor.remote import emptied, furnished, listen_for_guest, list
 from hypeman.hypervisor.run_dir import API_SOCKET
 from hypeman.hypervisor.sought import Missing, Seeker, Sought
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import find, give_vfio_groups, new_handle
+from hypeman.hypervisor.vmm_process import find, give_vfio_groups, new_handle, vfio_groups
 
+_VFIO = "/dev/vfio/vfio"
 _PING = "/api/v1/vmm.ping"
 _USERFAULTS = "/dev/userfaultfd"
 """Since Linux 6.1; without it, memory is read in whole before a restored VM runs."""
@@ -78,7 +79,7 @@ class CloudHypervisorDriver(Seeker):
             hotplug_ports=native.MAX_DISKS,
             balloon=True,
             vsock=True,
-            pci_passthrough=os.access("/dev/vfio/vfio", os.F_OK),
+            pci_passthrough=os.access(_VFIO, os.F_OK),
             disk_io_limit=True,
             disk_resize=True,
             max_disks=native.MAX_DISKS,
@@ -95,16 +96,22 @@ class CloudHypervisorDriver(Seeker):
 
     async def launch(self, config: VmConfig) -> Vmm:
         self.validate(config)
-        folders = self._folders if landlock_abi() >= native.LANDLOCK_ABI else None
         with _room(config) as room, furnished(room, config, os.symlink, kernel=True):
             async with self._started(config) as vmm:
                 api = vmm.api
-                await api.request("PUT", "/api/v1/vm.create", native.vm_config(config, landlock=folders))
+                await api.request("PUT", "/api/v1/vm.create", native.vm_config(config, landlock=self._opens(config)))
                 for nic in config.nics:
                     with await self._tap(nic) as fd:
                         await api.request("PUT", "/api/v1/vm.add-net", native.net_config(nic), fds=[fd])
                 await api.request("PUT", "/api/v1/vm.boot")
         return vmm
+
+    def _opens(self, config: VmConfig) -> tuple[str, ...] | None:
+        """What landlock has to let the VMM open later than its own look at the VM's configuration finds; None where
+        the host's kernel has not enough of it."""
+        if landlock_abi() < native.LANDLOCK_ABI:
+            return None
+        return (*self._folders, *((_VFIO, *vfio_groups(config)) if config.pci_devices else ()))
 
     async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
         self.validate(config)
