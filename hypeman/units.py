@@ -12,6 +12,7 @@ from decimal import Decimal
 
 from hypeman.errors import InvalidRequest
 
+MIB = 1 << 20
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB", "EB")
 _SIZE = re.compile(r"\s*([0-9]{1,19})\s*([kmgtpe]?b?)\s*", re.IGNORECASE)
 _BITS = re.compile(r"([0-9]{1,19})([kmg]?)bps")

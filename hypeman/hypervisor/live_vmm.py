@@ -8,8 +8,7 @@ import trio
 from hypeman.errors import InvalidRequest, NotFound, NotSupported
 from hypeman.host.processes import Process
 from hypeman.hypervisor.interface import Disk, VmConfig, VmmHandle
-
-MIB = 1 << 20
+from hypeman.units import MIB
 
 
 class LiveVmm:

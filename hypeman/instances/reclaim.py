@@ -23,7 +23,7 @@ from hypeman.instances.live import Live
 from hypeman.instances.records import InstanceRecord
 from hypeman.instances.types import InstanceState
 from hypeman.resources.types import MemoryReclaimAction, MemoryReclaimRequest, MemoryReclaimResponse
-from hypeman.units import parse_duration, parse_size
+from hypeman.units import MIB, parse_duration, parse_size
 
 USUAL_HOLD = 300.0
 MOST_HOLD = 3600.0
@@ -32,7 +32,6 @@ PRESSURE = 0.10
 """Less of the host's memory available than this is pressure."""
 PAUSE = 10.0
 """Seconds until a VMM that did not take its memory back is asked again."""
-MIB = 1 << 20
 
 log = logging.getLogger(__name__)
 

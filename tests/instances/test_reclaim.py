@@ -14,12 +14,13 @@ from hypeman.config import ReclaimConfig
 from hypeman.errors import InvalidRequest
 from hypeman.hypervisor.interface import VmmBroken
 from hypeman.instances import reclaim
-from hypeman.instances.reclaim import MIB, shares
+from hypeman.instances.reclaim import shares
 from hypeman.instances.service import Instances
 from hypeman.instances.types import ForkInstanceRequest, StandbyInstanceRequest
 from hypeman.paths import Paths
 from hypeman.resources.types import MemoryReclaimRequest
 from hypeman.store import Store
+from hypeman.units import MIB
 from tests.instances.fake_world import Lab, request
 from tests.instances.test_lifecycle import settled
 

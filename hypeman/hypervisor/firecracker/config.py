@@ -13,6 +13,7 @@ import msgspec
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Disk, VmConfig
 from hypeman.hypervisor.run_dir import GUEST_CID, INITRD, KERNEL, VSOCK, disk_link
+from hypeman.units import MIB
 
 MINIMUM_VERSION = (1, 16)
 """The oldest that these requests were checked against."""
@@ -23,7 +24,6 @@ MAX_RUN_DIR = 85
 MAX_DISKS = 16
 MAX_NICS = 4
 
-_MIB = 1 << 20
 _REFILL_MS = 1000
 _ID = re.compile(r"[a-z][a-z0-9_]{0,19}")
 
@@ -47,7 +47,7 @@ def boot_calls(config: VmConfig) -> tuple[Call, ...]:
     boot: dict[str, object] = {"kernel_image_path": KERNEL, "boot_args": config.cmdline}
     if config.initrd is not None:
         boot["initrd_path"] = INITRD
-    machine: dict[str, object] = {"vcpu_count": config.vcpus, "mem_size_mib": config.memory_bytes // _MIB}
+    machine: dict[str, object] = {"vcpu_count": config.vcpus, "mem_size_mib": config.memory_bytes // MIB}
     calls = [
         Call("PUT", "/machine-config", machine),
         Call("PUT", "/boot-source", boot),
@@ -66,7 +66,7 @@ def boot_calls(config: VmConfig) -> tuple[Call, ...]:
     # No free-page reporting: a restored VM's memory is a private mapping of its capture.
     calls.append(Call("PUT", "/balloon", {"amount_mib": 0, "deflate_on_oom": True}))
     if config.hotplug_bytes:
-        calls.append(Call("PUT", "/hotplug/memory", {"total_size_mib": config.hotplug_bytes // _MIB}))
+        calls.append(Call("PUT", "/hotplug/memory", {"total_size_mib": config.hotplug_bytes // MIB}))
     calls.append(Call("PUT", "/actions", {"action_type": "InstanceStart"}))
     return tuple(calls)
 
@@ -119,11 +119,11 @@ def resize_disk_call(disk: Disk) -> Call:
 
 
 def resize_memory_call(config: VmConfig, size: int) -> Call:
-    return Call("PATCH", "/hotplug/memory", {"requested_size_mib": (size - config.memory_bytes) // _MIB})
+    return Call("PATCH", "/hotplug/memory", {"requested_size_mib": (size - config.memory_bytes) // MIB})
 
 
 def balloon_call(size: int) -> Call:
-    return Call("PATCH", "/balloon", {"amount_mib": size // _MIB})
+    return Call("PATCH", "/balloon", {"amount_mib": size // MIB})
 
 
 def check(config: VmConfig) -> None:
@@ -135,8 +135,8 @@ def check(config: VmConfig) -> None:
     names = [drive_id(disk.id) for disk in config.disks]
     for wrong, message in (
         (not 1 <= config.vcpus <= 32, f"{config.vcpus} vCPUs; 1 to 32 are possible"),
-        (config.memory_bytes <= 0 or config.memory_bytes % _MIB, "memory must be whole MiB"),
-        (config.hotplug_bytes % (MEMORY_SLOT * _MIB), f"hot-plug memory must be whole {MEMORY_SLOT} MiB"),
+        (config.memory_bytes <= 0 or config.memory_bytes % MIB, "memory must be whole MiB"),
+        (config.hotplug_bytes % (MEMORY_SLOT * MIB), f"hot-plug memory must be whole {MEMORY_SLOT} MiB"),
         (len(config.disks) > MAX_DISKS, f"at most {MAX_DISKS} disks are possible"),
         (len(config.nics) > MAX_NICS, f"at most {MAX_NICS} network interfaces are possible"),
         (len(set(names)) < len(names), "two disks have the same id"),

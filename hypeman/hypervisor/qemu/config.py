@@ -25,6 +25,7 @@ import msgspec
 
 from hypeman.errors import InvalidRequest
 from hypeman.hypervisor.interface import Disk, VmConfig
+from hypeman.units import MIB
 
 
 class Board(msgspec.Struct, frozen=True):
@@ -58,7 +59,6 @@ MAX_RUN_DIR = 90
 """Of the 107 bytes of a socket path."""
 MEMORY_BLOCK = 2 * 1024 * 1024
 """Unit in which virtio-mem plugs."""
-_MIB = 1024 * 1024
 _ID = re.compile(rf"[a-z][a-z0-9-]{{0,{MAX_SERIAL - 1}}}")
 _OWN_IDS = frozenset({"serial", "agent-port", "balloon", "hotplug-memory"})
 
@@ -116,7 +116,7 @@ def check(config: VmConfig, board: Board) -> None:
     ids = [each.id for group in (config.disks, config.nics, config.pci_devices) for each in group]
     for wrong, message in (
         (not 1 <= config.vcpus <= MAX_VCPUS, f"{config.vcpus} vCPUs; 1 to {MAX_VCPUS} are possible"),
-        (config.memory_bytes < _MIB or config.memory_bytes % _MIB, "memory must be whole MiB"),
+        (config.memory_bytes < MIB or config.memory_bytes % MIB, "memory must be whole MiB"),
         (config.hotplug_bytes < 0 or config.hotplug_bytes % MEMORY_BLOCK, "hot-plug memory must be whole 2 MiB"),
         (len(config.disks) > board.max_disks, f"at most {board.max_disks} disks are possible"),
         (len(fixed) > MAX_FIXED_DISKS, f"{len(fixed)} fixed disks; at most {MAX_FIXED_DISKS} are possible"),
