@@ -262,6 +262,7 @@ async def test_every_request_is_in_the_published_document(
         async with ending(await driver.launch(config)) as vmm:
             await Guest.of(vmm)
             await vmm.resize_memory(config.memory_bytes + (128 << 20))
+            await vmm.set_balloon(64 << 20)
             await vmm.resize_disk("overlay", 1 << 22)
             if driver.capabilities.hotplug_disk:
                 await vmm.add_disk(Disk("extra", config.disks[1].path))
