@@ -26,8 +26,8 @@ STATE_FILE = "state.json" if KIND == "cloud-hypervisor" else "state"
 
 
 def few(number: int) -> int:
-    """So many guests at once, or three where each takes its time."""
-    return number if SLOWNESS == 1 else 3
+    """So many guests at once, or HYPEMAN_TEST_MANY (three) where each takes its time."""
+    return number if SLOWNESS == 1 else min(number, int(os.environ.get("HYPEMAN_TEST_MANY", "3")))
 
 
 def settings() -> dict[str, str]:
