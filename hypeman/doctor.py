@@ -19,9 +19,10 @@ from hypeman.config import Config
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
 from hypeman.host.processes import Processes
-from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
+from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver, landlocked
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.interface import Capabilities
+from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from hypeman.network import doctor as network
@@ -31,6 +32,8 @@ from hypeman.units import format_size
 _TOOLS = {"mkfs.ext4": "e2fsprogs", "nft": "nftables"}
 _LITTLE_DISK = 2 << 30
 _SHORT_SECRET = 32
+_WITH_LANDLOCK = ", behind landlock"
+_WITHOUT_LANDLOCK = "; not behind landlock, for which it wants Linux 6.2"
 
 
 def examine(config: Config) -> list[Finding]:
@@ -156,7 +159,7 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
         if found.available:
             yield _kvm(found)
         for driver in others:
-            yield _other(driver.kind.value, await driver.probe())
+            yield _other(driver.kind, await driver.probe())
     finally:
         processes.close()
 
@@ -179,13 +182,15 @@ def _kvm(found: Capabilities) -> Finding:
     )
 
 
-def _other(name: str, found: Capabilities) -> Finding:
+def _other(kind: HypervisorKind, found: Capabilities) -> Finding:
     """A VMM that nobody needs, but who has installed it wants to know."""
+    name = kind.value
     if not found.binary:
         return Finding(name=name, verdict=Verdict.OK, message="not installed, and not needed")
-    if found.available:
-        return Finding(name=name, verdict=Verdict.OK, message=f"{found.binary}, version {found.version}")
-    return Finding(name=name, verdict=Verdict.WARN, message=f"{found.binary} can not be used: {found.reason}")
+    if not found.available:
+        return Finding(name=name, verdict=Verdict.WARN, message=f"{found.binary} can not be used: {found.reason}")
+    walls = "" if kind is not HypervisorKind.CLOUD_HYPERVISOR else _WITH_LANDLOCK if landlocked() else _WITHOUT_LANDLOCK
+    return Finding(name=name, verdict=Verdict.OK, message=f"{found.binary}, version {found.version}{walls}")
 
 
 async def _no_tap(name: str) -> int:

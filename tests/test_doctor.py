@@ -9,6 +9,7 @@ import pytest
 
 from hypeman import doctor
 from hypeman.config import Config
+from hypeman.hypervisor.cloud_hypervisor import driver
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.telemetry.findings import Finding, Verdict
 
@@ -48,3 +49,19 @@ async def test_a_server_without_qemu_is_told_what_to_install(tmp_path: Path) -> 
     told = await findings(msgspec.structs.replace(config, hypervisor=settings))
     assert told["qemu"].verdict == Verdict.FAIL and "qemu-system-x86" in told["qemu"].remedy
     assert "kvm" not in told
+
+
+@pytest.mark.parametrize(("abi", "words"), [(3, ", behind landlock"), (2, "not behind landlock")])
+async def test_walls_that_the_kernel_has_not_are_told(
+    abi: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def works(self: KvmProof) -> str:
+        return ""
+
+    monkeypatch.setattr(KvmProof, "why_not", works)
+    monkeypatch.setattr(driver, "landlock_abi", lambda: abi)
+    config = Config()
+    binary = program(tmp_path / "cloud-hypervisor", "cloud-hypervisor v53.0")
+    settings = msgspec.structs.replace(config.hypervisor, cloud_hypervisor_binary=binary)
+    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert told["cloud-hypervisor"].verdict == Verdict.OK and words in told["cloud-hypervisor"].message
