@@ -21,6 +21,8 @@ PATIENCE = 180.0 * SLOWNESS
 """Seconds for anything that a guest does; under emulation, beside other guests, it may take its time."""
 TAKES_DISKS = KIND in ("", "qemu", "cloud-hypervisor")
 """Disks come and go while a guest runs."""
+OTHER = "qemu" if KIND not in ("", "qemu") else "qemu-microvm"
+"""Another kind, which is also there."""
 STATE_FILE = "state.json" if KIND == "cloud-hypervisor" else "state"
 """What a capture holds of the devices."""
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from tests.real.appliance import PATIENCE, Appliance
-from tests.real.kind import SLOWNESS, STATE_FILE, TAKES_DISKS, few
+from tests.real.kind import OTHER, SLOWNESS, STATE_FILE, TAKES_DISKS, few
 from tests.real.operations import wait_packed
 from tests.real.world import ADDRESS, appliance_in_world
 
@@ -152,6 +152,28 @@ async def test_many_forks_of_one_snapshot(appliance: Appliance) -> None:
     for name in seen:
         await appliance.delete(f"/instances/{name}")
     assert not appliance.vmms() and not appliance.files()
+
+
+async def test_a_stopped_snapshot_comes_back_on_another_kind(appliance: Appliance) -> None:
+    """And on its own again. One of a running guest stays with its kind."""
+    own = (await appliance.create("one"))["hypervisor"]
+    assert (await appliance.exec("one", "sh", "-c", "echo old > /note; sync"))[0] == 0
+    awake = await appliance.post("/instances/one/snapshots", {"kind": "Standby", "name": "awake"})
+    elsewhere = {"target_hypervisor": OTHER, "target_state": "Running"}
+    refused = await appliance.ask("POST", f"/snapshots/{awake['id']}/fork", json={"name": "two", **elsewhere})
+    assert refused.status_code == 400 and "target_hypervisor" in refused.json()["message"], refused.text
+    await appliance.post("/instances/one/stop")
+    off = await appliance.post("/instances/one/snapshots", {"kind": "Stopped", "name": "off"})
+    on_mac = {"name": "two", "target_hypervisor": "vz"}
+    nowhere = await appliance.ask("POST", f"/snapshots/{off['id']}/fork", json=on_mac)
+    assert nowhere.status_code == 501 and "macOS" in nowhere.json()["message"], nowhere.text
+    await appliance.post(f"/instances/one/snapshots/{off['id']}/restore", elsewhere)
+    await appliance.post(f"/snapshots/{off['id']}/fork", {"name": "two", "target_state": "Running"})
+    await appliance.post(f"/snapshots/{off['id']}/fork", {"name": "three", **elsewhere})
+    for name, kind in (("one", OTHER), ("two", own), ("three", OTHER)):
+        await appliance.wait(name, "Running")
+        assert (await appliance.get(f"/instances/{name}"))["hypervisor"] == kind
+        assert await appliance.exec(name, "cat", "/note") == (0, "old\n")
 
 
 async def test_back_to_a_snapshot(appliance: Appliance) -> None:
