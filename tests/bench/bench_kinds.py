@@ -22,9 +22,9 @@ from tests.bench.bench_hypervisor import pss
 from tests.bench.harness import Result
 from tests.conformance.check_driver import Guest, ending
 from tests.hypervisor.conftest import NoGuest, config_maker, guest_from
-from tests.hypervisor.real import REAL_KINDS, SLOWNESS, guest_cmdline, real_driver
+from tests.hypervisor.real import REAL_KINDS, guest_cmdline, real_driver
 
-_ROUNDS = 3 if SLOWNESS == 1 else 1
+_ROUNDS = 3
 _FORKS = 3
 
 Times = dict[str, list[float]]

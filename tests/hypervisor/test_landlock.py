@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,7 @@ from hypeman.host.landlock import landlock_abi
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.cloud_hypervisor.config import LANDLOCK_ABI
 from hypeman.hypervisor.cloud_hypervisor.vmm import CloudHypervisorVmm
-from hypeman.hypervisor.interface import Capabilities, Disk, VmConfig, Vmm
+from hypeman.hypervisor.interface import Capabilities, Disk, Driver, VmConfig, Vmm
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.unix_http import ApiRefused
 from tests.conformance.check_driver import Guest, ending
@@ -61,32 +61,36 @@ async def test_it_opens_no_file_that_is_not_its_vms(
     runs: Path,
     everybodys: Path,
 ) -> None:
-    driver = real_driver(kind, processes, kernel=str(guest_files[0]), folder=str(folder))()
-    await driver.probe()
-    config_of = config_maker(folder, *guest_files, cmdline=guest_cmdline(driver))
+    """A fork is restored as on another host, whose data directory is called otherwise."""
 
-    def make_config(name: str) -> VmConfig:
-        return msgspec.structs.replace(config_of(name), run_dir=str(runs / name))
+    async def driver_in(data: Path) -> tuple[Driver, Callable[[str], VmConfig]]:
+        data.mkdir(mode=0o711)
+        driver = real_driver(kind, processes, kernel=str(guest_files[0]), folder=str(data))()
+        await driver.probe()
+        config_of = config_maker(data, *guest_files, cmdline=guest_cmdline(driver))
+        return driver, lambda name: msgspec.structs.replace(config_of(name), run_dir=str(runs / name))
 
-    captured, plugged = folder / "captured", folder / "plugged.raw"
-    captured.mkdir()
-    captured.chmod(0o777)
-    plugged.touch()
-    os.truncate(plugged, 1 << 20)
-
-    async def walled(vmm: Vmm) -> None:
+    async def walled(vmm: Vmm, plugged: Path) -> None:
         await Guest.of(vmm)
         assert isinstance(vmm, CloudHypervisorVmm)
         disk = {"id": "foreign", "path": str(everybodys), "image_type": "Raw"}
         with pytest.raises(ApiRefused, match=r"os error 13"):
             await vmm.api.request("PUT", "/api/v1/vm.add-disk", disk)
+        plugged.touch()
+        os.truncate(plugged, 1 << 20)
         await vmm.add_disk(Disk("plugged", str(plugged)))  # what its server lends it, it gets
         await vmm.remove_disk("plugged")
 
+    here, there = folder / "here", folder / "there"
     with trio.fail_after(60 * SLOWNESS):
+        driver, make_config = await driver_in(here)
         async with ending(await driver.launch(make_config("one"))) as vmm:
-            await walled(vmm)
-            await vmm.capture(captured)
-            await vmm.resume()
-            async with ending(await driver.restore(make_config("two"), captured, keep_capture=True)) as fork:
-                await walled(fork)
+            await walled(vmm, here / "plugged.raw")
+            saved = here / "saved"
+            saved.mkdir()
+            saved.chmod(0o777)
+            await vmm.capture(saved)
+        driver, make_config = await driver_in(there)
+        saved = saved.rename(there / "saved")
+        async with ending(await driver.restore(make_config("two"), saved, keep_capture=True)) as fork:
+            await walled(fork, there / "plugged.raw")

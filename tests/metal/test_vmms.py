@@ -24,6 +24,7 @@ OF_WHOLE_SERVER = {
     "test_spine": "not many_at_once_and",
     "test_memory": "not ends_when_its_time",
     "test_devices": "",
+    "test_backup": "",
     "test_kill": "",
 }
 """Module of tests/real and what of it."""

@@ -37,7 +37,8 @@ def kernel_cmdline(*extra: str) -> str:
 def vm_config(config: VmConfig, *, landlock: tuple[str, ...] | None = None) -> dict[str, object]:
     """Body of ``vm.create``. ``landlock`` are files and directories that the VMM must be let open, of devices, of
     disks to plug, of captures; None where the host's kernel has not enough of it. The VMM's working directory, where
-    it makes its vsock, is always among them: by the name that it has for every VM that is restored from this one, too.
+    it makes its vsock, is always among them. What can be saved remembers the names, so they must fit every VM that is
+    restored from it, on every host.
     """
     memory: dict[str, object] = {"size": config.memory_bytes, "shared": False}
     if config.hotplug_bytes:
@@ -77,6 +78,11 @@ def disk_config(disk: Disk) -> dict[str, object]:
     if disk.bps:
         body["rate_limiter_config"] = {"bandwidth": {"size": disk.bps, "refill_time": _REFILL_MS}}
     return body
+
+
+def folder_link(number: int) -> str:
+    """What a directory that disks and captures lie in is called, in the working directory."""
+    return f"folder-{number}"
 
 
 def net_config(nic: Nic) -> dict[str, object]:

@@ -96,7 +96,7 @@ class CloudHypervisorDriver(Seeker):
 
     async def launch(self, config: VmConfig) -> Vmm:
         self.validate(config)
-        with _room(config) as room, furnished(room, config, os.symlink, kernel=True):
+        with _room(config, self._folders) as room, furnished(room, config, os.symlink, kernel=True):
             async with self._started(config) as vmm:
                 api = vmm.api
                 await api.request("PUT", "/api/v1/vm.create", native.vm_config(config, landlock=self._opens(config)))
@@ -111,7 +111,8 @@ class CloudHypervisorDriver(Seeker):
         the host's kernel has not enough of it."""
         if not landlocked():
             return None
-        return (*self._folders, *((_VFIO, *vfio_groups(config)) if config.pci_devices else ()))
+        folders = map(native.folder_link, range(len(self._folders)))
+        return (*folders, *((_VFIO, *vfio_groups(config)) if config.pci_devices else ()))
 
     async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
         self.validate(config)
@@ -120,7 +121,7 @@ class CloudHypervisorDriver(Seeker):
         captures.check_fits(saved, config, kind=self.kind, version=version, machine="kvm/host")
         lazily = os.access(_USERFAULTS, os.F_OK)
         with contextlib.ExitStack() as opened:
-            room = opened.enter_context(_room(config))
+            room = opened.enter_context(_room(config, self._folders))
             opened.enter_context(furnished(room, config, os.symlink, kernel=True))
             for name in saved.files:
                 opened.enter_context(lent(capture / name, config.uid, write=False))
@@ -194,11 +195,14 @@ def landlocked() -> bool:
 
 
 @contextlib.contextmanager
-def _room(config: VmConfig) -> Iterator[Path]:
-    """The run directory. The VMM may put its sockets there, and take away or replace nothing of ours."""
+def _room(config: VmConfig, folders: tuple[str, ...]) -> Iterator[Path]:
+    """The run directory, with ways to ``folders``. The VMM may put its sockets there, and take away or replace nothing
+    of ours."""
     room = Path(config.run_dir)
     try:
         emptied(room)
+        for number, folder in enumerate(folders):
+            (room / native.folder_link(number)).symlink_to(folder)
         if os.geteuid() == 0:
             os.chown(room, 0, config.gid)
             room.chmod(0o1770)
