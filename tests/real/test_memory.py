@@ -145,6 +145,8 @@ async def test_many_forks_of_one_snapshot(appliance: Appliance) -> None:
         for number in range(few(20)):
             nursery.start_soon(fork, number)
     assert len(set(seen.values())) == few(20)
+    states = {each["name"]: each["state"] for each in await appliance.get("/instances")}
+    assert set(states.values()) == {"Running"}, f"{states}\n{appliance.log_tail()}"
     for name in seen:
         assert await appliance.exec(name, "cat", "/who", "/etc/hostname") == (0, f"{name}\n{name}\n")
     await appliance.delete(f"/snapshots/{made['id']}")
