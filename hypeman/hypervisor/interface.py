@@ -234,7 +234,8 @@ class Vmm(Protocol):
         ...
 
     async def remove_disk(self, disk_id: str) -> None:
-        """Returns when the guest has let go of it. Raises VmmBroken after the VMM's own time limit."""
+        """Returns when the guest has let go of it; at once if the VM never got it, because the server was killed when
+        it was about to plug it in. Raises VmmBroken after the VMM's own time limit."""
         ...
 
     async def resize_disk(self, disk_id: str, size: int) -> None: ...

@@ -450,6 +450,23 @@ async def a_disk_comes_and_goes(bench: Bench) -> None:
             await vmm.remove_disk(vmm.handle.config.disks[0].id)
 
 
+async def a_disk_that_was_never_plugged_in_is_removed(bench: Bench) -> None:
+    """The handle has it before the VM does, and whoever wrote the handle was killed in between."""
+    async with bench.running("interrupted") as (driver, vmm):
+        if not driver.capabilities.hotplug_disk:
+            return
+        path = bench.new_directory() / "extra.raw"
+        path.write_bytes(b"extra".ljust(1 << 20, b"\0"))
+        disks = vmm.handle.config.disks
+        config = msgspec.structs.replace(vmm.handle.config, disks=(*disks, Disk("extra", str(path), port=1)))
+        await vmm.aclose()
+        found = await bench.make_driver().reattach(msgspec.structs.replace(vmm.handle, config=config))
+        async with ending(found):
+            await found.remove_disk("extra")
+            assert found.handle.config.disks == disks
+            await found.add_disk(Disk("extra", str(path)))
+
+
 async def a_plugged_disk_is_in_the_capture(bench: Bench) -> None:
     async with bench.running("plugged") as (driver, vmm):
         if not (driver.capabilities.hotplug_disk and driver.capabilities.standby):
@@ -616,6 +633,7 @@ CHECKS: tuple[Check, ...] = (
     a_vmm_that_dies_while_it_saves_leaves_no_capture,
     a_cancelled_restore_leaves_nothing,
     a_disk_comes_and_goes,
+    a_disk_that_was_never_plugged_in_is_removed,
     a_plugged_disk_is_in_the_capture,
     a_disk_grows_under_the_guest,
     memory_grows_and_shrinks,

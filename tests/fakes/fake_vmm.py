@@ -370,6 +370,7 @@ class FakeDriver:
             process = self.machine.processes.get(handle.pid)
             if process is None or process.exit is not None:
                 raise VmmGone(f"pid {handle.pid} has ended")
+            process.config = handle.config
             return FakeVmm(self, process)
 
     async def kill_stray(self, run_dir: str) -> bool:

@@ -156,6 +156,8 @@ class CloudHypervisor(Vm):
                 self.take_disks([body])
                 return {"id": body["id"], "bdf": "0000:00:09.0"}
             case "PUT", "vm.remove-device":
+                if body["id"] not in self.disks:
+                    raise Refused(f"Failed to find device corresponding to the given identifier: {body['id']}")
                 threading.Timer(0.05, lambda: self.disks.pop(body["id"])).start()
             case "PUT", "vm.resize-disk":
                 os.ftruncate(int(self.disks[body["id"]].rpartition("/")[2]), body["desired_size"])

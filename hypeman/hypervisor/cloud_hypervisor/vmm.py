@@ -126,11 +126,12 @@ class CloudHypervisorVmm(RemoteVmm):
     async def remove_disk(self, disk_id: str) -> None:
         async with self._changing:
             disk = self._pullable(disk_id)
-            await self._put("remove-device", {"id": disk_id})
 
             async def gone() -> bool:
                 return disk_id not in _dict((await self._info()).get("device_tree"))
 
+            if not await gone():
+                await self._put("remove-device", {"id": disk_id})
             if not await became(gone, _UNPLUG_LIMIT):
                 raise VmmBroken(f"the guest did not let go of disk {disk_id!r}")
             self._now_has_disks(tuple(other for other in self.config.disks if other != disk))
