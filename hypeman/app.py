@@ -41,8 +41,9 @@ from hypeman.hypervisor.catalog import Catalog, features
 from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
+from hypeman.hypervisor.vmm_process import VFIO_DEVICE
 from hypeman.images.service import Images
 from hypeman.instances import adapters
 from hypeman.instances.compression import Compressor
@@ -351,7 +352,7 @@ def _catalog(config: Config, store: Store, processes: Processes, links: Links, k
         ),
     )
     on_host = (
-        *(kernel, "/dev/kvm", "/dev/vfio/vfio"),
+        *(kernel, KVM_DEVICE, VFIO_DEVICE),
         *(f"{name}={getattr(settings, name)}" for name in ("accelerator", "kvm_patience", "uid_base")),
     )
     depends_on = {driver.kind: (*on_host, *driver.programs()) for driver in drivers}

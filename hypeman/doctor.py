@@ -32,8 +32,6 @@ from hypeman.units import format_size
 _TOOLS = {"mkfs.ext4": "e2fsprogs", "nft": "nftables"}
 _LITTLE_DISK = 2 << 30
 _SHORT_SECRET = 32
-_WITH_LANDLOCK = ", behind landlock"
-_WITHOUT_LANDLOCK = "; not behind landlock, for which it wants Linux 6.2"
 
 
 def examine(config: Config) -> list[Finding]:
@@ -189,7 +187,9 @@ def _other(kind: HypervisorKind, found: Capabilities) -> Finding:
         return Finding(name=name, verdict=Verdict.OK, message="not installed, and not needed")
     if not found.available:
         return Finding(name=name, verdict=Verdict.WARN, message=f"{found.binary} can not be used: {found.reason}")
-    walls = "" if kind is not HypervisorKind.CLOUD_HYPERVISOR else _WITH_LANDLOCK if landlocked() else _WITHOUT_LANDLOCK
+    walls = ""
+    if kind is HypervisorKind.CLOUD_HYPERVISOR:
+        walls = ", behind landlock" if landlocked() else "; not behind landlock, for which it wants Linux 6.2"
     return Finding(name=name, verdict=Verdict.OK, message=f"{found.binary}, version {found.version}{walls}")
 
 

@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from hypeman.cli.output import render_table, size, use_colour
-from hypeman.cli.session import Session, fail, reports
+from hypeman.cli.session import Session, fail, present, reports
 from hypeman.errors import InvalidRequest
 from hypeman.units import parse_size
 
@@ -63,10 +63,10 @@ def reclaim_memory(
 ) -> None:
     """Have running guests lend memory that they do not need to the host."""
     try:
-        body: dict[str, Any] = {"reclaim_bytes": parse_size(reclaim_bytes), "dry_run": dry_run}
+        wanted = parse_size(reclaim_bytes)
     except InvalidRequest as error:
         raise click.BadParameter(error.message, param_hint="--reclaim-bytes") from None
-    body |= {name: value for name, value in (("hold_for", hold_for), ("reason", reason)) if value is not None}
+    body = present(reclaim_bytes=wanted, hold_for=hold_for, dry_run=dry_run, reason=reason)
     found = session.client.post("/resources/memory/reclaim", body)
     session.show(found, lambda: _reclaim_text(found))
 

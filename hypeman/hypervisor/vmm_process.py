@@ -55,6 +55,10 @@ async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, ev
     return False
 
 
+VFIO_DEVICE = "/dev/vfio/vfio"
+"""There where VFIO is; the groups lie beside it."""
+
+
 def give_vfio_groups(config: VmConfig) -> None:
     """Let the VMM's user open the devices that are passed through. Raises OSError."""
     for group in vfio_groups(config):

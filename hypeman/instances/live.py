@@ -8,7 +8,8 @@ reconnects when it breaks (also after a restart of this server), and tells what 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 import trio
@@ -52,8 +53,8 @@ class Live:
         """How the workload ended, once it has."""
         self.fatal: Fatal | None = None
         self.lent: int | None = 0
-        """Bytes that the guest lends to the host (``reclaim.py``); None where an earlier server may have asked."""
-        self.balloon = trio.Lock()
+        """Bytes that the guest lends to the host (``reclaim.py``); None where that is not known."""
+        self._balloon = trio.Lock()
         """Held while that changes, and while the VM is saved, which would save it, too."""
         self._nonce = nonce
         self._connect = connect
@@ -79,7 +80,34 @@ class Live:
         tell(self, told)
 
     async def lend(self, size: int) -> None:
-        """Under ``balloon``. See ``Vmm.set_balloon``."""
+        """See ``Vmm.set_balloon``. Raises InvalidState while the VM is being saved, which may take long."""
+        try:
+            self._balloon.acquire_nowait()
+        except trio.WouldBlock:
+            raise InvalidState("its memory is just being saved") from None
+        try:
+            await self._set_balloon(size)
+        finally:
+            self._balloon.release()
+
+    async def end_loan(self) -> None:
+        """As far as it goes: if ``lent`` is not 0 afterwards, the VMM did not obey."""
+        try:
+            await self.lend(0)
+        except VmmGone:
+            self.lent = 0
+        except HypemanError as error:
+            log.warning("%s has not got its memory back: %s", self.vmm.handle.config.instance_id, error.message)
+
+    @asynccontextmanager
+    async def without_loan(self) -> AsyncIterator[None]:
+        """The guest lends nothing as long as the block runs."""
+        async with self._balloon:
+            if self.lent != 0:
+                await self._set_balloon(0)
+            yield
+
+    async def _set_balloon(self, size: int) -> None:
         self.lent = None
         await self.vmm.set_balloon(size)
         self.lent = size

@@ -16,7 +16,7 @@ import trio
 from msgspec import UNSET
 
 from hypeman.config import ReclaimConfig
-from hypeman.errors import HypemanError, InvalidRequest, InvalidState, NotSupported
+from hypeman.errors import HypemanError, InvalidRequest
 from hypeman.host import facts
 from hypeman.hypervisor.interface import VmmGone
 from hypeman.instances.live import Live
@@ -110,7 +110,8 @@ class Reclaim:
             planned = shares(request.reclaim_bytes, [lender.spare for lender in lenders])
             if not request.dry_run:
                 log.info("guests lend %d bytes for %g s; reason: %s", sum(planned), hold, request.reason or "none told")
-                self._set_end(self._now() + timedelta(seconds=hold if request.reclaim_bytes else 0))
+                self._until = self._now() + timedelta(seconds=hold if request.reclaim_bytes else 0)
+                self._changed.set()
             actions: list[MemoryReclaimAction] = []
             async with trio.open_nursery() as nursery:
                 for lender, size in zip(lenders, planned, strict=True):
@@ -126,10 +127,6 @@ class Reclaim:
             actions=tuple(sorted(actions, key=lambda action: action.instance_name)),
             hold_until=until if until is not None and until > self._now() else UNSET,
         )
-
-    def _set_end(self, until: datetime) -> None:
-        self._until = until
-        self._changed.set()
 
     async def _lenders(self) -> list[Lender]:
         found = []
@@ -154,11 +151,9 @@ class Reclaim:
         status, trouble = self._outlook(lender, size, dry_run), lender.trouble
         if status == "applied":
             try:
-                await _lend(live, size)
+                await live.lend(size)
             except VmmGone:
                 return
-            except NotSupported as error:
-                status, trouble = "unsupported", error.message
             except HypemanError as error:
                 status, trouble = "error", error.message
         lent = live.lent or 0
@@ -191,23 +186,6 @@ class Reclaim:
     async def _give_back(self) -> None:
         async with self._one_order:
             for live in [live for live in self._live.values() if live.lent != 0]:
-                try:
-                    await _lend(live, 0)
-                except VmmGone:
-                    live.lent = 0
-                except HypemanError as error:
-                    log.warning("%s has not got its memory back: %s", live.vmm.handle.config.instance_id, error)
+                await live.end_loan()
             again = any(live.lent != 0 for live in self._live.values())
             self._until = self._now() + timedelta(seconds=PAUSE) if again else None
-
-
-async def _lend(live: Live, size: int) -> None:
-    """Raises InvalidState while the VM is being saved, which may take long."""
-    try:
-        live.balloon.acquire_nowait()
-    except trio.WouldBlock:
-        raise InvalidState("its memory is just being saved") from None
-    try:
-        await live.lend(size)
-    finally:
-        live.balloon.release()

@@ -333,16 +333,8 @@ class World:
         except VmmGone:
             return False
         if self.driver(record).capabilities.balloon:
-            await self._end_loan(self.live[instance_id])
+            await self.live[instance_id].end_loan()  # an earlier server's
         return True
-
-    async def _end_loan(self, live: Live) -> None:
-        """Of an earlier server. Tried again before the VM is saved, and by ``reclaim.py``."""
-        live.lent = None
-        try:
-            await live.lend(0)
-        except HypemanError as error:
-            log.warning("%s has not got its memory back: %s", live.vmm.handle.config.instance_id, error.message)
 
     async def kill_vmm(self, instance_id: str) -> None:
         """End the VMM, also one that was launched by a server that crashed before noting it."""
@@ -384,9 +376,7 @@ class World:
         await self.files.remove(side)
         uid = self.uid(self.record(instance_id))
         await self.files.make_dir(side, mode=0o711, uid=uid, gid=uid)  # the user of a fork's VMM passes, too
-        async with live.balloon:
-            if live.lent != 0:
-                await live.lend(0)
+        async with live.without_loan():
             await self._freeze(live)
             with metrics.timed_vmm_call("capture"):
                 await live.vmm.capture(side)

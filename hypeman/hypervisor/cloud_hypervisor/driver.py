@@ -28,9 +28,8 @@ from hypeman.hypervisor.remote import emptied, furnished, listen_for_guest, list
 from hypeman.hypervisor.run_dir import API_SOCKET
 from hypeman.hypervisor.sought import Missing, Seeker, Sought
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import find, give_vfio_groups, new_handle, vfio_groups
+from hypeman.hypervisor.vmm_process import VFIO_DEVICE, find, give_vfio_groups, new_handle, vfio_groups
 
-_VFIO = "/dev/vfio/vfio"
 _PING = "/api/v1/vmm.ping"
 _USERFAULTS = "/dev/userfaultfd"
 """Since Linux 6.1; without it, memory is read in whole before a restored VM runs."""
@@ -79,7 +78,7 @@ class CloudHypervisorDriver(Seeker):
             hotplug_ports=native.MAX_DISKS,
             balloon=True,
             vsock=True,
-            pci_passthrough=os.access(_VFIO, os.F_OK),
+            pci_passthrough=os.access(VFIO_DEVICE, os.F_OK),
             disk_io_limit=True,
             disk_resize=True,
             max_disks=native.MAX_DISKS,
@@ -112,7 +111,7 @@ class CloudHypervisorDriver(Seeker):
         if not landlocked():
             return None
         folders = map(native.folder_link, range(len(self._folders)))
-        return (*folders, *((_VFIO, *vfio_groups(config)) if config.pci_devices else ()))
+        return (*folders, *((VFIO_DEVICE, *vfio_groups(config)) if config.pci_devices else ()))
 
     async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
         self.validate(config)

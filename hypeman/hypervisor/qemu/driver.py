@@ -36,7 +36,7 @@ from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.tsc import tsc_khz
 from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, QemuVmm
 from hypeman.hypervisor.sought import Missing, Seeker, Sought
-from hypeman.hypervisor.vmm_process import LastWords, end, find, give_vfio_groups, new_handle
+from hypeman.hypervisor.vmm_process import VFIO_DEVICE, LastWords, end, find, give_vfio_groups, new_handle
 
 OpenTap = Callable[[str], Awaitable[int]]
 
@@ -64,7 +64,7 @@ class QemuDriver(Seeker):
         kind: HypervisorKind = HypervisorKind.QEMU,
         binary: str = "",
         accelerator: str = "auto",
-        vfio: str = "/dev/vfio/vfio",
+        vfio: str = VFIO_DEVICE,
     ) -> None:
         """``open_tap`` gives a descriptor of a TAP, ``kvm`` says whether KVM works here; ``accelerator`` is
         ``auto``, ``kvm`` or ``tcg``."""
