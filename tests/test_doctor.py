@@ -24,11 +24,16 @@ async def findings(config: Config) -> dict[str, Finding]:
     return {finding.name: finding async for finding in doctor._hypervisor(config)}
 
 
-async def test_what_is_here_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def kvm_works(monkeypatch: pytest.MonkeyPatch) -> None:
     async def works(self: KvmProof) -> str:
         return ""
 
     monkeypatch.setattr(KvmProof, "why_not", works)
+
+
+@pytest.mark.usefixtures("kvm_works")
+async def test_what_is_here_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere:/bin")
     config = Config()
     settings = msgspec.structs.replace(
@@ -51,14 +56,11 @@ async def test_a_server_without_qemu_is_told_what_to_install(tmp_path: Path) -> 
     assert "kvm" not in told
 
 
+@pytest.mark.usefixtures("kvm_works")
 @pytest.mark.parametrize(("abi", "words"), [(3, ", behind landlock"), (2, "not behind landlock")])
 async def test_walls_that_the_kernel_has_not_are_told(
     abi: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def works(self: KvmProof) -> str:
-        return ""
-
-    monkeypatch.setattr(KvmProof, "why_not", works)
     monkeypatch.setattr(driver, "landlock_abi", lambda: abi)
     config = Config()
     binary = program(tmp_path / "cloud-hypervisor", "cloud-hypervisor v53.0")

@@ -61,6 +61,12 @@ class Bench:
         self._count += 1
         return _open_directory(self._directory / f"capture-{self._count}")
 
+    def new_disk(self) -> Path:
+        """One to plug in; it begins with "extra"."""
+        path = self.new_directory() / "extra.raw"
+        path.write_bytes(b"extra".ljust(1 << 20, b"\0"))
+        return path
+
     @contextlib.asynccontextmanager
     async def launched(self, name: str, **changes: object) -> AsyncIterator[tuple[Driver, Vmm]]:
         """A VM that was booted, ended on the way out."""
@@ -422,8 +428,7 @@ async def a_cancelled_restore_leaves_nothing(bench: Bench) -> None:
 
 async def a_disk_comes_and_goes(bench: Bench) -> None:
     async with bench.running("disks") as (driver, vmm):
-        path = bench.new_directory() / "extra.raw"
-        path.write_bytes(b"extra".ljust(1 << 20, b"\0"))
+        path = bench.new_disk()
         if not driver.capabilities.hotplug_disk:
             with pytest.raises(NotSupported):
                 await vmm.add_disk(Disk("extra", str(path)))
@@ -455,8 +460,7 @@ async def a_disk_that_was_never_plugged_in_is_removed(bench: Bench) -> None:
     async with bench.running("interrupted") as (driver, vmm):
         if not driver.capabilities.hotplug_disk:
             return
-        path = bench.new_directory() / "extra.raw"
-        path.write_bytes(b"extra".ljust(1 << 20, b"\0"))
+        path = bench.new_disk()
         disks = vmm.handle.config.disks
         config = msgspec.structs.replace(vmm.handle.config, disks=(*disks, Disk("extra", str(path), port=1)))
         await vmm.aclose()
@@ -471,8 +475,7 @@ async def a_plugged_disk_is_in_the_capture(bench: Bench) -> None:
     async with bench.running("plugged") as (driver, vmm):
         if not (driver.capabilities.hotplug_disk and driver.capabilities.standby):
             return
-        path = bench.new_directory() / "extra.raw"
-        path.write_bytes(b"extra".ljust(1 << 20, b"\0"))
+        path = bench.new_disk()
         guest = await Guest.of(vmm)
 
         async def there() -> bool:
