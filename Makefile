@@ -38,6 +38,7 @@ test: ready
 lint: $(STAMPS)/native
 	@echo "== ruff"
 	@.venv/bin/ruff check hypeman tests setup.py packaging
+	@.venv/bin/ruff format --quiet --check hypeman tests setup.py packaging
 	@echo "== mypy --strict"
 	@.venv/bin/mypy
 	@echo "== the direction of imports"

@@ -347,9 +347,7 @@ def _catalog(config: Config, store: Store, processes: Processes, links: Links, k
             binary=settings.cloud_hypervisor_binary,
             folders=(config.data_dir,),
         ),
-        FirecrackerDriver(
-            processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary
-        ),
+        FirecrackerDriver(processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary),
     )
     on_host = (
         *(kernel, KVM_DEVICE, VFIO_DEVICE),

@@ -125,9 +125,7 @@ class Scanner:
         return rows
 
 
-def _row(
-    directory: int, address: str, neighbour: Row | None, physical: set[int] | None
-) -> tuple[Row | None, bytes]:
+def _row(directory: int, address: str, neighbour: Row | None, physical: set[int] | None) -> tuple[Row | None, bytes]:
     """The row, or None where ids are missing, and the driver's name as it is spelt in the tree.
 
     ``neighbour`` is the endpoint that was read before, ``physical`` as in ``Scanner._read``.

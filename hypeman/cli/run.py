@@ -85,9 +85,7 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         network["egress"] = {"enabled": True}
         if flags["network_egress_mode"]:
             network["egress"]["enforcement"] = {"mode": flags["network_egress_mode"]}
-    policy = present(
-        compression=compression_body(flags), standby_compression_delay=flags["compression_delay"]
-    )
+    policy = present(compression=compression_body(flags), standby_compression_delay=flags["compression_delay"])
     auto_standby = present(
         enabled=flags["auto_standby_enabled"],
         idle_timeout=flags["auto_standby_idle_timeout"],

@@ -48,9 +48,7 @@ def free(parent: VgpuParent, kind: VgpuType, claims: Iterable[VgpuRecord]) -> in
     return max(kind.available - sum(claim.uuid not in parent.made for claim in mine), 0)
 
 
-def choose(
-    parents: Sequence[VgpuParent], claims: Sequence[VgpuRecord], profile: str
-) -> tuple[VgpuParent, VgpuType]:
+def choose(parents: Sequence[VgpuParent], claims: Sequence[VgpuRecord], profile: str) -> tuple[VgpuParent, VgpuType]:
     """Where a vGPU of ``profile`` goes: to the card that has the fewest, then by address.
 
     ``profile`` is the API's name, the driver's full name or the id of the type. Raises InvalidRequest

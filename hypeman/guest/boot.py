@@ -220,4 +220,3 @@ def _render_fields(config: BootConfig) -> FieldWriter:
     for disk_id in config.disk_order:
         writer.text(Tag.DISK_ORDER, check_disk_id(disk_id))
     return writer
-

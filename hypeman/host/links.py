@@ -385,9 +385,7 @@ def _write_switch(key: str, value: str) -> None:
             raise
 
 
-def _link_message(
-    index: int, what: str, *parts: bytes, up: bool = False, tolerated: tuple[int, ...] = ()
-) -> Message:
+def _link_message(index: int, what: str, *parts: bytes, up: bool = False, tolerated: tuple[int, ...] = ()) -> Message:
     flags = _IFF_UP if up else 0
     header = struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, flags)
     return Message(_NEW_LINK, 0, header + b"".join(parts), what, tolerated)

@@ -121,9 +121,7 @@ class Writer(Sink):
     ``scratch`` holds small files meanwhile. ``threads`` compress; at most ``ahead`` extents wait.
     """
 
-    def __init__(
-        self, output: Output, scratch: Output, threads: Executor, *, max_bytes: int, ahead: int = 32
-    ) -> None:
+    def __init__(self, output: Output, scratch: Output, threads: Executor, *, max_bytes: int, ahead: int = 32) -> None:
         self._output = output
         self._scratch = scratch
         self._threads = threads

@@ -1,9 +1,9 @@
 """What the store keeps about images. Nobody but this folder writes these tables.
 
-    image_names     normalised reference → the digest it stands for, and the one it will stand for
-    images          digest → the image itself, whatever it is called
-    image_pins      digest/holder → somebody uses the image
-    image_holders   holder → the digest it uses
+image_names     normalised reference → the digest it stands for, and the one it will stand for
+images          digest → the image itself, whatever it is called
+image_pins      digest/holder → somebody uses the image
+image_holders   holder → the digest it uses
 """
 
 from __future__ import annotations

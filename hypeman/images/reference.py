@@ -1,8 +1,8 @@
 """Image references and platforms, as text and back. Pure; the rules are those of Docker (contract §1.5).
 
-    alpine                          docker.io/library/alpine:latest
-    ghcr.io/acme/tool:1.2           ghcr.io/acme/tool:1.2
-    localhost:5000/x@sha256:…       localhost:5000/x@sha256:…   (a tag beside a digest is dropped)
+alpine                          docker.io/library/alpine:latest
+ghcr.io/acme/tool:1.2           ghcr.io/acme/tool:1.2
+localhost:5000/x@sha256:…       localhost:5000/x@sha256:…   (a tag beside a digest is dropped)
 """
 
 from __future__ import annotations

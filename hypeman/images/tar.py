@@ -229,7 +229,7 @@ class TarReader:
             if b"mtime" in records:
                 seconds, nanoseconds = _parse_time(records[b"mtime"])
             xattrs = _parse_xattrs(records)
-        if kind is Kind.FILE and name.endswith(b"/") and flag in b"\0" b"0":
+        if kind is Kind.FILE and name.endswith(b"/") and flag in b"\00":
             kind = Kind.DIRECTORY  # how V7 wrote them
         # Only files have data. Other types may state a size (old GNU tar does for links), without any.
         stored = size if kind is Kind.FILE else 0

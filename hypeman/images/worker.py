@@ -212,9 +212,7 @@ def _convert(link: socket.socket) -> None:
     link.send(_encode(Done(size, tree.entries, content)))
 
 
-def _apply(
-    layer: Layer, blob: int, tree: Tree, writer: Writer, limit: int, max_entries: int, report: _Reporter
-) -> int:
+def _apply(layer: Layer, blob: int, tree: Tree, writer: Writer, limit: int, max_entries: int, report: _Reporter) -> int:
     """Apply one layer; the bytes that it was unpacked."""
     digest = hashlib.sha256()
     at = 0

@@ -332,9 +332,7 @@ class Instances:
     async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
         await self.catalog.wait_ready()
         task = self.task(ref)
-        return self.view(
-            await task.perform(Command.START, lambda owned: start(owned, request.entrypoint, request.cmd))
-        )
+        return self.view(await task.perform(Command.START, lambda owned: start(owned, request.entrypoint, request.cmd)))
 
     async def plug_in_again(self, instance_id: str) -> None:
         """Somebody deleted the TAP of a living instance; it is there again."""
@@ -429,9 +427,7 @@ class Instances:
         found = self.store.read(lambda txn: volumes.find_volume(txn, volume))
         task = self.task(ref)
         return self.view(
-            await task.perform(
-                Command.ATTACH, lambda owned: attach(owned, found.id, path, readonly=request.readonly)
-            )
+            await task.perform(Command.ATTACH, lambda owned: attach(owned, found.id, path, readonly=request.readonly))
         )
 
     async def detach_volume(self, ref: str, volume: str) -> Instance:
@@ -585,9 +581,7 @@ class Instances:
         self._nursery.start_soon(job.run)
         return await job.wait()
 
-    async def _adopt(
-        self, record: InstanceRecord, first: Callable[[Owned], Awaitable[InstanceRecord]]
-    ) -> Lifecycle:
+    async def _adopt(self, record: InstanceRecord, first: Callable[[Owned], Awaitable[InstanceRecord]]) -> Lifecycle:
         """The task of an instance that was just written down, when it has done ``first``: nobody's command comes
         before that."""
         task = self._make_task(record, new=True)

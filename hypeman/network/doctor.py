@@ -137,9 +137,8 @@ def _remedy(chain: dict[str, Any], names: set[str], subnet: Subnet) -> str:
     if "DOCKER-USER" in names and forward:
         return iptables_remedy("iptables", "DOCKER-USER")
     if chain["table"] == "firewalld":
-        return (
-            f"firewall-cmd --permanent --zone=trusted --add-source={subnet.network} && firewall-cmd --reload"
-        )  # a zone for the source, since zones know no interface patterns
+        # a zone for the source, since zones know no interface patterns
+        return f"firewall-cmd --permanent --zone=trusted --add-source={subnet.network} && firewall-cmd --reload"
     if any(name.startswith("ufw-") for name in names):
         return f"ufw route allow from {subnet.network}" if forward else f"ufw allow from {subnet.network}"
     target = f"{chain['family']} {chain['table']} {chain['name']}"

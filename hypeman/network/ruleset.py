@@ -96,7 +96,7 @@ def _inet_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) ->
     gateway, network = facts.subnet.gateway, facts.subnet.network
     any_tap = f'"{TAP_PREFIX}*"'
     refused = ", ".join(REFUSED_NETWORKS)
-    uplinks = "".join(f'        elements = {{ {", ".join(map(_quoted, facts.uplinks))} }}\n' if facts.uplinks else "")
+    uplinks = "".join(f"        elements = {{ {', '.join(map(_quoted, facts.uplinks))} }}\n" if facts.uplinks else "")
     return f"""\
 table inet {TABLE} {{
     set guests {{

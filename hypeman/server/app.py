@@ -281,4 +281,3 @@ def _template(connection: Any) -> str:
     """The route's path with its parameters as names, never the path that was asked for: metrics must stay few."""
     rule = connection.url_rule
     return rule.rule.replace("<path:", "{").replace("<", "{").replace(">", "}") if rule is not None else "unknown"
-

@@ -53,9 +53,7 @@ class ImageService(Protocol):
     async def progress(self, ref: str) -> Progress: ...
     async def delete(self, ref: str) -> None: ...
 
-    async def import_archive(
-        self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str
-    ) -> Image:
+    async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str) -> Image:
         """``chunks`` are an OCI or docker-save archive; ``name`` is given to the image. Empty: the one in
         the archive, or else ``default_name``."""
         ...

@@ -210,9 +210,7 @@ async def _running(services: Services, reference: str) -> str:
     return instance.id
 
 
-async def _first_message(
-    socket: Socket, wanted: type[_Request], say: Callable[[str], bytes]
-) -> _Request | None:
+async def _first_message(socket: Socket, wanted: type[_Request], say: Callable[[str], bytes]) -> _Request | None:
     """The request that opens the stream; None if it is none, which the client has then been told."""
     message = await socket.receive()
     try:

@@ -75,9 +75,7 @@ def run() -> list[Result]:
         if shutil.which("lspci"):
             process = _per_function(lambda: lspci(root), FUNCTIONS)
             results.append(compare(f"full scan, {kind}", _UNIT, scan, "lspci -Dnnk", process))
-        results.append(
-            compare(f"full scan, {kind}", _UNIT, scan, "Python twin", _per_function(twin.scan, FUNCTIONS))
-        )
+        results.append(compare(f"full scan, {kind}", _UNIT, scan, "Python twin", _per_function(twin.scan, FUNCTIONS)))
         results.append(compare(f"later look, {kind}", _UNIT, look, "plain Python", plain))
     for size in SIZES:
         with _tree(size) as root:

@@ -286,7 +286,6 @@ class Bench:
 
         return measure
 
-
     def held(self, proxy: str) -> int:
         return sum(process_memory(each) for each in tree(self.pids[proxy][0]))
 
@@ -294,9 +293,7 @@ class Bench:
         context = ssl.create_default_context(
             cafile=self.dir / ("egress-ca.pem" if proxy == "hypeman" else "front-ca.pem")
         )
-        return context.wrap_socket(
-            socket.create_connection(("127.0.0.1", self.pids[proxy][1])), server_hostname=name
-        )
+        return context.wrap_socket(socket.create_connection(("127.0.0.1", self.pids[proxy][1])), server_hostname=name)
 
     def per_connection(self, proxy: str) -> float:
         """KB held for a connection that has asked once and is kept open."""

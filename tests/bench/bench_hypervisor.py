@@ -143,8 +143,7 @@ def _bare_start(binary: str, config: VmConfig, folder: Path) -> float:
             kernel=keep(os.open(config.kernel, os.O_RDONLY)),
             initrd=keep(os.open(str(config.initrd), os.O_RDONLY)),
             disks={
-                disk.id: keep(os.open(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR))
-                for disk in config.disks
+                disk.id: keep(os.open(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR)) for disk in config.disks
             },
             nics={},
         )

@@ -24,9 +24,7 @@ A = "0000:01:00.0"
 
 
 def binding(driver: str | None, override: str = "", *, persistence: bool = False) -> Binding:
-    return Binding(
-        address=A, instance_id="i", driver=driver, override=override, persistence=persistence, boot_id="b"
-    )
+    return Binding(address=A, instance_id="i", driver=driver, override=override, persistence=persistence, boot_id="b")
 
 
 def after(now: Now, step: Step) -> Now:
@@ -76,9 +74,7 @@ def test_a_gpu_lets_go_of_its_persistence_first_and_gets_it_back_last() -> None:
     before=st.sampled_from([("native", ""), (None, ""), ("vfio-pci", "vfio-pci"), (None, "none"), ("other", "other")]),
     stops=st.lists(st.integers(0, 4), max_size=4),
 )
-def test_from_any_interruption_both_ways_lead_to_their_ends(
-    before: tuple[str | None, str], stops: list[int]
-) -> None:
+def test_from_any_interruption_both_ways_lead_to_their_ends(before: tuple[str | None, str], stops: list[int]) -> None:
     """Any prefix of either plan, any number of times, then one of them whole."""
     start = Now(*before)
     taken = binding(*before)

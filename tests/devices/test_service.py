@@ -206,9 +206,7 @@ async def test_what_was_on_vfio_before_us_stays_there(machine: Machine, store: S
     assert render(machine.tree) == before
 
 
-async def test_the_journal_is_stored_before_the_first_write(
-    machine: Machine, store: Store, devices: Devices
-) -> None:
+async def test_the_journal_is_stored_before_the_first_write(machine: Machine, store: Store, devices: Devices) -> None:
     await register(devices, GPU, "gpu")
     await claim(store, devices, "one", "gpu")
     seen: list[list[str]] = []
@@ -440,9 +438,7 @@ async def with_mdev(machine: Machine, devices: Devices) -> Devices:
     return devices
 
 
-async def test_a_vgpu_is_made_and_removed_with_its_instance(
-    machine: Machine, store: Store, with_mdev: Devices
-) -> None:
+async def test_a_vgpu_is_made_and_removed_with_its_instance(machine: Machine, store: Store, with_mdev: Devices) -> None:
     devices = with_mdev
     await claim(store, devices, "one", gpu="T4-1Q")
     uuid = devices.mdev_uuid("one")

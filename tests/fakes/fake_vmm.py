@@ -311,9 +311,7 @@ class FakeDriver:
         self.faults = _Faults()
         self.guest: GuestScript | None = None
 
-    def fail(
-        self, operation: str, error: BaseException | None = None, *, call: int = 1, after: bool = False
-    ) -> None:
+    def fail(self, operation: str, error: BaseException | None = None, *, call: int = 1, after: bool = False) -> None:
         """The ``call``-th such operation from now on raises; with ``after``, when it has done its work."""
         self.faults.plan(operation, call, error or LaunchFailed(f"{operation} was told to fail"), after=after)
 

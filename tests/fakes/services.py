@@ -130,9 +130,7 @@ class FakeImages:
     async def import_path(self, path: str, *, name: str, tags: Tags, default_name: str) -> Image:
         raise InvalidRequest(f"{path} is not below one of images.import_paths")
 
-    async def import_archive(
-        self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str
-    ) -> Image:
+    async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str) -> Image:
         self.imported = b"".join([chunk async for chunk in chunks])
         name = normalized(name or default_name)
         image = Image(name, DIGEST, ImageStatus.PENDING, "2026-01-02T03:04:05Z", tags=dict(tags) or UNSET)

@@ -40,9 +40,7 @@ async def probe(
         raise OSError(name)
 
     patience = 0.3 if script in (KVM_HANGS, KVM_HANGS_HALF_WAY) else 60.0
-    kvm = KvmProof(
-        processes, kernel=sys.executable, qemu_binary=str(binary), patience=patience, own_users=own_users
-    )
+    kvm = KvmProof(processes, kernel=sys.executable, qemu_binary=str(binary), patience=patience, own_users=own_users)
     made = QemuDriver(processes, no_tap, kvm=kvm, binary=str(binary), accelerator=accelerator, kind=kind)
     await made.probe()
     return made

@@ -67,9 +67,7 @@ async def live(paths: Paths, config: ImagesConfig, name: str, ask: Ask | None) -
     store.close()
 
 
-def life_that_is_killed(
-    paths: Paths, config: ImagesConfig, name: str, ask: Ask, journal: Path, at: int
-) -> bool:
+def life_that_is_killed(paths: Paths, config: ImagesConfig, name: str, ask: Ask, journal: Path, at: int) -> bool:
     """``live`` in a process that dies at write number ``at``; whether it came so far."""
     pid = os.fork()
     if pid == 0:

@@ -51,6 +51,7 @@ def paths(tree: Tree) -> dict[str, object]:
                 found[here] = child.content[0]
             else:
                 found[here] = child.content
+
     visit(tree.root, "")
     return found
 

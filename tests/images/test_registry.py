@@ -209,9 +209,11 @@ async def test_redirects_carry_no_login(registry: FaultyRegistry, make_images) -
         registry.serve("some/image", FILES)
         registry.rules.append(ask_for_basic("user", "secret"))
         registry.rules.append(
-            lambda request: Response(307, {"Location": f"http://{store.host}/{request.path.rpartition('/')[2]}"})
-            if "/blobs/" in request.path
-            else None
+            lambda request: (
+                Response(307, {"Location": f"http://{store.host}/{request.path.rpartition('/')[2]}"})
+                if "/blobs/" in request.path
+                else None
+            )
         )
         images = await make_images(insecure_registries=(registry.host,))
         name = f"{registry.host}/some/image"
@@ -387,9 +389,7 @@ async def test_debian_registry_with_login_and_tls(make_images, tmp_path: Path) -
             await stranger.create(CreateImageRequest(name, credentials=login))
 
 
-async def test_proxy_of_the_environment(
-    registry: FaultyRegistry, make_images, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_proxy_of_the_environment(registry: FaultyRegistry, make_images, monkeypatch: pytest.MonkeyPatch) -> None:
     """HTTP_PROXY is used, NO_PROXY is kept to."""
     for name in ("http_proxy", "https_proxy", "no_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -158,9 +158,7 @@ async def test_one_that_fails_is_told_and_the_others_lend(lab: Lab) -> None:
 async def test_what_can_not_lend_is_told(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     async with lab.running() as instances:
         await one(lab, instances)
-        monkeypatch.setattr(
-            lab.driver, "capabilities", msgspec.structs.replace(lab.driver.capabilities, balloon=False)
-        )
+        monkeypatch.setattr(lab.driver, "capabilities", msgspec.structs.replace(lab.driver.capabilities, balloon=False))
         answer = await instances.reclaim_memory(asked(GIB))
         assert [action.status for action in answer.actions] == ["unsupported"]
         assert answer.planned_reclaim_bytes == 0

@@ -256,9 +256,7 @@ async def lab(*, uplink: bool = True, **config: Any) -> AsyncIterator[Lab]:
     sh("ip link set lo up")
     world = set_up_uplink() if uplink else plug_in("nowhere")
     links, rules = Links(), Rules()
-    network = Network(
-        NetworkConfig(**config), links=links, rules=rules, egress_port=EGRESS_PORT, offered=[OFFERED]
-    )
+    network = Network(NetworkConfig(**config), links=links, rules=rules, egress_port=EGRESS_PORT, offered=[OFFERED])
     await network.start([])
     built = Lab(network, links, rules, world)
     try:

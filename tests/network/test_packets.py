@@ -238,9 +238,7 @@ async def test_dhcp_of_a_guest_is_heard_by_nobody(lab: Lab) -> None:
 async def test_vlan_tags_are_no_way_round(lab: Lab) -> None:
     guest, other = await lab.guest(), await lab.guest()
     for tag in (0, 5):
-        packet = frames.ipv4(
-            other.lease.ipv4, SERVER, UDP, frames.udp(other.lease.ipv4, SERVER, 4000, 9, b"tagged")
-        )
+        packet = frames.ipv4(other.lease.ipv4, SERVER, UDP, frames.udp(other.lease.ipv4, SERVER, 4000, 9, b"tagged"))
         tagged = struct.pack("!HH", tag, IPV4) + packet
         guest.send_frame(frames.ethernet(GATEWAY_MAC, guest.lease.mac, frames.VLAN, tagged))
     assert _datagrams(await lab.world_sees(guest)) == [b"marker"]

@@ -100,9 +100,7 @@ OPERATIONS = {
     "standby": Operation(running, ask("POST", "/instances/one/standby"), {"Running", "Standby"}),
     "restore": Operation(standby, ask("POST", "/instances/one/restore"), {"Standby", "Running"}),
     "unpacking": Operation(compressed, ask("POST", "/instances/one/restore"), {"Standby", "Running"}),
-    "fork": Operation(
-        running, ask("POST", "/instances/one/fork", {"name": "two", "from_running": True}), {"Running"}
-    ),
+    "fork": Operation(running, ask("POST", "/instances/one/fork", {"name": "two", "from_running": True}), {"Running"}),
     "snapshot": Operation(running, snapshot, {"Running"}),
 }
 if TAKES_DISKS:

@@ -113,8 +113,7 @@ async def test_real_answers_fit_the_document(ask: Any, world: FakeWorld, method:
     operation = next(
         methods[method.lower()]
         for template, methods in document["paths"].items()
-        if method.lower() in methods
-        and re.fullmatch(re.sub(r"{\w+}", "[^/]+", template), path.partition("?")[0])
+        if method.lower() in methods and re.fullmatch(re.sub(r"{\w+}", "[^/]+", template), path.partition("?")[0])
     )
     assert str(response.status_code) in operation["responses"], "a status that the document does not know"
     described = operation["responses"][str(response.status_code)]

@@ -93,8 +93,7 @@ async def test_a_fast_sender_is_held_back(served: Any, world: FakeWorld) -> None
 
     async with await trio.open_unix_socket(served.socket_path) as stream, trio.open_nursery() as nursery:
         await stream.send_all(
-            b"POST /volumes/from-archive?name=a&size_gb=1&id=v HTTP/1.1\r\nHost: x\r\n"
-            b"Content-Length: %d\r\n\r\n" % size
+            b"POST /volumes/from-archive?name=a&size_gb=1&id=v HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % size
         )
         nursery.start_soon(send, stream)
         before = -1

@@ -51,9 +51,7 @@ _BOARDS = {HypervisorKind.QEMU: native.Q35, HypervisorKind.QEMU_MICROVM: native.
 class QemuDriver(Seeker):
     """The kinds ``qemu`` and ``qemu-microvm``, under KVM where it proves itself, else TCG."""
 
-    sought = Sought(
-        "qemu-system-x86_64", "QEMU", r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", native.MINIMUM_VERSION
-    )
+    sought = Sought("qemu-system-x86_64", "QEMU", r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", native.MINIMUM_VERSION)
 
     def __init__(
         self,

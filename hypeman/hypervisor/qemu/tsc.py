@@ -14,7 +14,7 @@ from functools import cache
 
 import trio
 
-_RDTSC = bytes.fromhex("0f31" "48c1e220" "4809d0" "c3")  # rdtsc; shl rdx, 32; or rax, rdx; ret
+_RDTSC = bytes.fromhex("0f3148c1e2204809d0c3")  # rdtsc; shl rdx, 32; or rax, rdx; ret
 _SECONDS = 0.05
 _known: list[int] = []
 

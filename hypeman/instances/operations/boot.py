@@ -54,9 +54,7 @@ async def start(
 
 async def _launched(owned: Owned) -> InstanceRecord:
     live = owned.world.live[owned.record.id]
-    record = msgspec.structs.replace(
-        owned.record, handle=live.vmm.handle, started_at=owned.now(), stopped_at=None
-    )
+    record = msgspec.structs.replace(owned.record, handle=live.vmm.handle, started_at=owned.now(), stopped_at=None)
     record = await owned.end(owned.entered(record, InstanceState.INITIALIZING))
     owned.watch(live)
     owned.journal("launched")

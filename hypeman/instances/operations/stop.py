@@ -63,9 +63,7 @@ async def bring_down(owned: Owned, steps: tuple[Step, ...], ended: VmmExit | Non
     return owned.record
 
 
-async def _take_down(
-    owned: Owned, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None
-) -> InstanceRecord:
+async def _take_down(owned: Owned, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None) -> InstanceRecord:
     """The record that is true after ``steps``."""
     written = await owned.world.read_outcome(owned.record.id)
     await carry_forward(steps, owned.world)
