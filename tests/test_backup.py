@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -17,6 +18,7 @@ import trio
 from hypeman import backup
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, NotFound, StoreError
 from hypeman.host.files import HostError
+from hypeman.host.tarballs import pack
 from hypeman.images.records import IMAGES, ImageRow
 from hypeman.images.types import ImageStatus
 from hypeman.instances.records import INSTANCES, INTENTS
@@ -148,10 +150,9 @@ async def test_a_file_that_changes_meanwhile_makes_no_backup(
 ) -> None:
     await fill(lab)
     lab.store.close()
-    pack = backup.pack
 
-    def pack_slowly(*arguments: object) -> None:
-        pack(*arguments)  # type: ignore[arg-type]
+    def pack_slowly(*arguments: Any) -> None:
+        pack(*arguments)
         paths.volume_disk("kept").write_bytes(b"a guest was here")
 
     monkeypatch.setattr(backup, "pack", pack_slowly)

@@ -36,10 +36,10 @@ def main() -> None:
     driver.guest = guests.opened
 
     def catalog(config: object, store: Store, *_: object) -> Catalog:
-        return Catalog((driver,), store=store, default="qemu", depends_on={})  # type: ignore[arg-type]
+        return Catalog((driver,), store=store, default="qemu", depends_on={})
 
     app._catalog = catalog  # type: ignore[assignment]
-    app.World = partial(World, connect=guests.connect)  # type: ignore[misc,assignment,arg-type]
+    vars(app)["World"] = partial(World, connect=guests.connect)  # type: ignore[arg-type]
     app.main(load_config())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -63,4 +64,4 @@ def _peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.buffer.write(msgspec.json.encode(trio.run(main, *sys.argv[1:])))
+    sys.stdout.buffer.write(msgspec.json.encode(trio.run(partial(main, *sys.argv[1:]))))

@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from hypeman.cli.session import Session
 from hypeman.cli.settings import Settings, SettingsError, load_settings
 from hypeman.config import ConfigError
 from hypeman.devices.types import AvailableDevice
+from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name
 from hypeman.images.types import Image, ImageStatus
-from hypeman.instances.types import CreateInstanceRequest, HypervisorKind, InstanceState
+from hypeman.instances.types import CreateInstanceRequest, InstanceState
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import ServeError
 
@@ -49,7 +51,7 @@ def test_run_pulls_waits_creates(cli: Any, server: Any) -> None:
 
 
 def test_run_tells_why_a_pull_failed(cli: Any, server: Any) -> None:
-    name, made = "docker.io/library/bad:latest", "2026-01-02T03:04:05Z"
+    name, made = "docker.io/library/bad:latest", datetime(2026, 1, 2, tzinfo=UTC)
     failed = Image(name, "sha256:0", ImageStatus.FAILED, made, error="no disk")
     server.world.images.images[failed.name] = failed
     done = cli("run", "bad")
@@ -120,16 +122,19 @@ def test_all_flags_of_run() -> None:
     assert (request.network.enabled, request.network.egress.enabled) == (False, True)
     assert request.network.egress.enforcement.mode == "http_https_only"
     assert (request.network.bandwidth_download, request.disk_io_bps) == ("100mbps", "100MB/s")
+    assert request.gpu is not None and request.auto_standby is not None
     assert (request.gpu.profile, request.devices) == ("L40S-1Q", ("a", "b"))
     assert request.hypervisor is HypervisorKind.CLOUD_HYPERVISOR
     assert request.auto_standby.ignore_destination_ports == (22,)
     assert (request.skip_guest_agent, request.skip_kernel_headers) == (True, True)
-    assert request.snapshot_policy.compression.enabled
-    assert request.snapshot_policy.standby_compression_delay == "10m"
+    policy, health, restart = request.snapshot_policy, request.health_check, request.restart_policy
+    assert policy is not None and policy.compression and policy.compression.enabled
+    assert policy.standby_compression_delay == "10m"
     assert (request.entrypoint, request.cmd, request.ttl) == (("/bin/sh",), ("-c", "ls"), "2h")
     assert (request.volumes[0].overlay, request.volumes[0].overlay_size) == (True, "1GB")
-    assert (request.health_check.http.port, request.health_check.exec.command) == (80, ("true",))
-    assert request.restart_policy.max_attempts == 0
+    assert health is not None and health.http and health.exec
+    assert (health.http.port, health.exec.command) == (80, ("true",))
+    assert restart is not None and restart.max_attempts == 0
     assert request.credentials["KEY"].inject[0].as_.header == "A"
     assert request.platform == "linux/arm64"
 

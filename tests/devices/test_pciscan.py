@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 
 from hypeman._native import pciscan_py
 from tests.devices.trees import FakeFunction, Tree, server
+from tests.native import optional
 
 Make = Callable[[str], Any]
 
 
 def _makers() -> list[Any]:
-    try:
-        from hypeman._native import _pciscan_c
-    except ImportError:
+    if (_pciscan_c := optional("_pciscan_c")) is None:
         return [pytest.param(None, id="c", marks=pytest.mark.skip("not compiled")), pciscan_py.Scanner]
     return [pytest.param(_pciscan_c.Scanner, id="c"), pytest.param(pciscan_py.Scanner, id="py")]
 

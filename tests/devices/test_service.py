@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from msgspec import UNSET
 
 from hypeman.config import DevicesConfig
 from hypeman.devices.registry import BINDINGS, DEVICES, VGPUS
@@ -450,6 +451,7 @@ async def test_a_vgpu_is_made_and_removed_with_its_instance(machine: Machine, st
     status = await devices.gpu_status()
     assert status is not None
     assert (status.mode, status.total_slots, status.used_slots) == ("vgpu", 2, 1)
+    assert status.profiles is not UNSET
     told = [(profile.name, profile.framebuffer_mb, profile.available) for profile in status.profiles]
     assert told == [("T4-1Q", 1024, 1), ("T4-2Q", 2048, 1)]
     await devices.unbind("one")
@@ -576,7 +578,7 @@ async def test_the_cards_are_told_where_there_are_no_vgpus(store: Store, devices
     await register(devices, GPU, "gpu")
     await claim(store, devices, "one", "gpu")
     status = await devices.gpu_status()
-    assert status is not None
+    assert status is not None and status.devices is not UNSET
     assert (status.used_slots, [d.available for d in status.devices]) == (1, [False])
 
 

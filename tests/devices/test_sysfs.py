@@ -78,11 +78,16 @@ async def test_cancellation_is_seen_before_an_access_and_never_within(tmp_path: 
     sysfs = Sysfs(tmp_path)
     started, gate = threading.Event(), threading.Event()
     finished = False
+
+    def begin() -> None:
+        started.set()
+        gate.wait(timeout=30)
+
     async with trio.open_nursery() as nursery:
 
         async def access() -> None:
             nonlocal finished
-            await sysfs.call(lambda: (started.set(), gate.wait()), what="job")
+            await sysfs.call(begin, what="job")
             finished = True
             await sysfs.call(pytest.fail, what="job after the cancellation")
 

@@ -11,6 +11,7 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -142,16 +143,16 @@ def server(count: int, seed: int = 0) -> Iterator[FakeFunction]:
         kind = rng.choice(("gpu", "nic", "nvme", "bare"))
         ids = prefix + "01."
         if kind == "gpu":
-            gpu = {"vendor": 0x10DE, "group": bus * 10 + 8, "numa": bus % 2}
+            gpu: Any = {"vendor": 0x10DE, "group": bus * 10 + 8, "numa": bus % 2}
             slot.append(FakeFunction(address=ids + "0", device=0x20B5, class_code=0x030200, driver="nvidia", **gpu))
             slot.append(FakeFunction(address=ids + "1", device=0x1AEF, class_code=0x040300, driver=None, **gpu))
         elif kind == "nic":
-            nic = {"numa": bus % 2, "reset": "flr"}
+            nic: Any = {"numa": bus % 2, "reset": "flr"}
             slot.append(FakeFunction(address=ids + "0", driver="igb", group=bus * 10 + 8, total_vfs=7, **nic))
-            virtual = {"device": 0x1520, "driver": "igbvf", "physfn": ids + "0", **nic}
+            virtual: Any = {"device": 0x1520, "driver": "igbvf", "physfn": ids + "0", **nic}
             slot += (FakeFunction(address=f"{prefix}02.{n}", group=bus * 10 + n, **virtual) for n in range(1, 8))
         elif kind == "nvme":
-            nvme = {"vendor": 0x144D, "device": 0xA808, "class_code": 0x010802, "driver": "nvme"}
+            nvme: Any = {"vendor": 0x144D, "device": 0xA808, "class_code": 0x010802, "driver": "nvme"}
             slot.append(FakeFunction(address=ids + "0", group=bus * 10 + 8, reset="flr", **nvme))
         else:
             slot.append(FakeFunction(address=ids + "0", driver=None, class_code=0xFF0000, group=bus * 10 + 8))

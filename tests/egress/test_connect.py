@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import ssl
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -12,9 +15,10 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from hypeman.egress.policy import Unmatched
-from hypeman.egress.service import Limits, Timeouts
+from hypeman.egress.service import AuditRecord, Limits, Timeouts
 from hypeman.errors import InternalError
 from tests.egress.conftest import GUEST, HOST, SECRET, Origin, Wire, World, credential, read_response
 
@@ -113,7 +117,7 @@ async def test_plain_http_never_carries_a_credential(world: World) -> None:
 async def test_placeholder_elsewhere(world: World) -> None:
     """A placeholder on its way to a host that the credential is not for: refused and recorded."""
     world.allow(API_KEY=credential(HOST), OTHER=credential("other.test", env="OTHER_KEY", header="X-Key"))
-    records = []
+    records: list[AuditRecord] = []
     world.egress.on_audit(records.append)
     status, fields, _ = await world.get(name="other.test", fields="X-Foo: Bearer mock-API_KEY\r\n")
     assert (status, fields["x-hypeman-egress"]) == (403, "placeholder_outside_hosts")
@@ -129,7 +133,7 @@ async def test_passed_through_unread(world: World, origin_ca: trustme.CA) -> Non
     context = ssl.create_default_context()
     origin_ca.configure_trust(context)
     world.guest_trust, ours = context, world.guest_trust
-    records = []
+    records: list[AuditRecord] = []
     world.egress.on_audit(records.append)
     for over in (None, (await connect(world, f"other.test:{world.origin.port}"))[0]):
         wire = await world.tls("other.test", over=over)
@@ -390,7 +394,7 @@ MIDDLE = Issuer(ROOT)
 STRANGER = Issuer()
 CONSTRAINED = Issuer(ROOT, permitted="other.test")
 
-CERTIFICATES = {
+CERTIFICATES: dict[str, tuple[bool, Callable[[], tuple[bytes, bytes]] | None]] = {
     "good": (True, lambda: ROOT.leaf(HOST)),
     "good by wildcard": (True, lambda: ROOT.leaf("*.example.com")),
     "good through an intermediate": (True, lambda: MIDDLE.leaf(HOST, chain=(MIDDLE,))),
@@ -404,8 +408,8 @@ CERTIFICATES = {
     "unknown CA": (False, lambda: STRANGER.leaf(HOST)),
     "wildcard too high": (False, lambda: ROOT.leaf("*.com")),
     "wildcard inside a label": (False, lambda: ROOT.leaf("a*.example.com")),
-    "address": (False, lambda: ROOT.leaf(x509.IPAddress(__import__("ipaddress").ip_address("127.0.0.1")))),
-    "for clients only": (False, lambda: ROOT.leaf(HOST, usage=x509.ExtendedKeyUsageOID.CLIENT_AUTH)),
+    "address": (False, lambda: ROOT.leaf(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))),
+    "for clients only": (False, lambda: ROOT.leaf(HOST, usage=ExtendedKeyUsageOID.CLIENT_AUTH)),
     "name constraints": (False, lambda: CONSTRAINED.leaf(HOST, chain=(CONSTRAINED,))),
     "RSA 1024": (False, lambda: ROOT.leaf(HOST, key=rsa.generate_private_key(65537, 1024))),
     "the leaf of our own CA": (False, None),
@@ -413,10 +417,10 @@ CERTIFICATES = {
 
 
 @pytest.mark.parametrize("name", CERTIFICATES)
-async def test_certificates(make_world: object, tmp_path: object, name: str) -> None:
+async def test_certificates(make_world: object, tmp_path: Path, name: str) -> None:
     """502 with the reason, and the host has not seen a byte of the request."""
     good, make = CERTIFICATES[name]
-    roots = tmp_path / "roots.pem"  # type: ignore[operator]
+    roots = tmp_path / "roots.pem"
     roots.write_bytes(ROOT.certificate.public_bytes(serialization.Encoding.PEM))
     async with make_world(extra_ca_file=str(roots)) as world:  # type: ignore[operator]
         world.allow()
@@ -428,7 +432,7 @@ async def test_certificates(make_world: object, tmp_path: object, name: str) -> 
             chain, key = issuer.leaf(HOST)
         else:
             chain, key = make()
-        path = tmp_path / "leaf.pem"  # type: ignore[operator]
+        path = tmp_path / "leaf.pem"
         path.write_bytes(chain + key)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.set_ciphers("DEFAULT@SECLEVEL=0")

@@ -189,7 +189,7 @@ async def test_websocket(world: World) -> None:
             data = await wire.stream.receive_some(65536)
             if not data:
                 return False
-            await wire.send(data.upper())
+            await wire.send(bytes(data.upper()))
 
     world.origin.answers["/ws"] = answer
     wire = await world.tls()

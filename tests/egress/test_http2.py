@@ -137,11 +137,12 @@ class GrpcLike:
     async def _on(self, peer: Peer, event: h2.events.Event, bodies: dict[int, bytes]) -> None:
         if isinstance(event, h2.events.RequestReceived):
             assert event.headers is not None
-            self.heads.append(dict(event.headers))  # type: ignore[arg-type]
+            head: dict[Any, Any] = dict(event.headers)
+            self.heads.append(head)
             bodies[event.stream_id] = b""
-            if dict(event.headers)[":path"] == "/reset":
+            if head[":path"] == "/reset":
                 peer.http.reset_stream(event.stream_id, 8)
-            if dict(event.headers)[":path"] == "/hints":
+            if head[":path"] == "/hints":
                 for _ in range(1000):
                     peer.http.send_headers(event.stream_id, [(":status", "103")])
         elif isinstance(event, h2.events.DataReceived):

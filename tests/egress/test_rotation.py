@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from hypeman.egress.policy import Unmatched
+from hypeman.egress.service import AuditRecord
 from tests.egress.conftest import GUEST, HOST, SECRET, Request, Wire, World, credential
 
 H = f"Host: {HOST}\r\n"
@@ -120,7 +121,6 @@ async def test_slow_host(world: World) -> None:
 
     async def answer(request: Request, wire: Wire) -> bool:
         await trio.sleep_forever()
-        return False
 
     world.origin.answers["/stuck"] = answer
     before = resident()
@@ -161,7 +161,7 @@ async def test_streaming_with_flat_memory(world: World) -> None:
 
 async def test_the_value_appears_nowhere(world: World, capfd: object) -> None:
     """Not in records, statistics, reprs or on the output."""
-    records = []
+    records: list[AuditRecord] = []
     world.egress.on_audit(records.append)
     await world.get("/path?query=1", fields="X: y\r\n")
     while len(records) < 1:

@@ -99,7 +99,7 @@ class FakeImages:
 
     async def create(self, request: CreateImageRequest) -> Image:
         name = normalized(request.name)
-        image = Image(name, DIGEST, ImageStatus.PENDING, "2026-01-02T03:04:05Z", tags=request.tags or UNSET)
+        image = Image(name, DIGEST, ImageStatus.PENDING, NOW, tags=request.tags or UNSET)
         return self.images.setdefault(name, image)
 
     async def create_named(self, name: str) -> Image:
@@ -133,7 +133,7 @@ class FakeImages:
     async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str) -> Image:
         self.imported = b"".join([chunk async for chunk in chunks])
         name = normalized(name or default_name)
-        image = Image(name, DIGEST, ImageStatus.PENDING, "2026-01-02T03:04:05Z", tags=dict(tags) or UNSET)
+        image = Image(name, DIGEST, ImageStatus.PENDING, NOW, tags=dict(tags) or UNSET)
         self.images[image.name] = image
         return image
 

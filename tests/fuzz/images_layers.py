@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 
 import atheris
 
@@ -63,7 +64,7 @@ def layers(data: bytes) -> None:
     check_super_block(disk[:4096], len(disk))
 
 
-def _bounded(chunks):  # type: ignore[no-untyped-def]
+def _bounded(chunks: Iterable[bytes]) -> Iterator[bytes]:
     total = 0
     for chunk in chunks:
         total += len(chunk)

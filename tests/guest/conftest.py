@@ -33,7 +33,16 @@ class Agent:
             pytest.skip("the agent changes users: wants root")
         ours, theirs = socket.socketpair()
         with theirs:
-            command = [INIT, "--agent-fd", str(theirs.fileno()), "--root", root, "--nonce", NONCE.hex(), *options]
+            command = [
+                str(INIT),
+                "--agent-fd",
+                str(theirs.fileno()),
+                "--root",
+                str(root),
+                "--nonce",
+                NONCE.hex(),
+                *options,
+            ]
             self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env={"PATH": os.environ["PATH"]})
         self.socket = ours
         self.root = root

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -95,11 +96,12 @@ async def test_a_script_without_interpreter_line_is_not_run_by_a_shell(client: G
 
 
 async def test_bad_users_and_directories_are_refused_by_name(client: GuestClient) -> None:
-    for options, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"user": "nobody-here"}, "unable to find user"),
         ({"user": "root:nix"}, "unable to find group"),
         ({"cwd": "/no/where"}, "/no/where"),
-    ):
+    )
+    for options, words in cases:
         result, _, _ = await run(client, "true", **options)
         assert result.exit_code == 126
         assert words in result.message

@@ -108,7 +108,7 @@ def systemd_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no mmdebstrap here")
     work = tmp_path_factory.mktemp("systemd")
     packages = "--include=systemd,systemd-sysv,dbus"
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", packages, "bookworm", work / "root"]
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", packages, "bookworm", str(work / "root")]
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode != 0:
         pytest.skip(f"no Debian to be had: {made.stderr.strip()[-200:]}")
@@ -513,7 +513,7 @@ async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_ro
 
 async def test_memory_that_is_plugged_in_is_used(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
     """Asked again and again while the kernel brings the same blocks up by itself."""
-    plug = ("-m", "256M,slots=2,maxmem=2G", "-object", "memory-backend-ram,id=hot,size=512M")
+    plug: tuple[str, ...] = ("-m", "256M,slots=2,maxmem=2G", "-object", "memory-backend-ram,id=hot,size=512M")
     plug += ("-device", "virtio-mem-pci,id=plug,memdev=hot,requested-size=0")
     config = boot_config("sleep", "1000")
     async with booted(config, busybox_root, kernel, tmp_path, extra=plug) as guest, guest.connect() as client:

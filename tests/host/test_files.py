@@ -46,7 +46,8 @@ async def test_a_failed_copy_leaves_nothing(tmp_path: Path) -> None:
 
 async def test_all_files_of_a_kind_are_copied_or_moved(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir(), target.mkdir()
+    source.mkdir()
+    target.mkdir()
     for name in ("a.raw", "b.raw", "log"):
         (source / name).write_text(name)
     await Files().copy_all(source, target, "*.raw")

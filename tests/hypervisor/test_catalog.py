@@ -25,7 +25,7 @@ class Asked(FakeDriver):
 async def was_asked(store: Store, *depends_on: str | Path) -> bool:
     """A server starts; whether it had to ask its driver."""
     driver = Asked()
-    catalog = Catalog((driver,), store=store, default="", depends_on={HypervisorKind.QEMU: map(str, depends_on)})  # type: ignore[arg-type]
+    catalog = Catalog((driver,), store=store, default="", depends_on={HypervisorKind.QEMU: map(str, depends_on)})
     await catalog.probe()
     assert driver.capabilities.available
     return driver.asked > 0

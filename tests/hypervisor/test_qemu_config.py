@@ -90,8 +90,8 @@ def test_the_other_disks_stay_where_they_are() -> None:
 
 @given(st.permutations([Disk(f"d{n}", f"/{n}", port=n % 5) for n in range(12)][:9]))
 def test_no_two_devices_share_a_place(disks: list[Disk]) -> None:
-    ports: set[int] = set()
-    fitting = [disk for disk in disks if disk.port == 0 or not (disk.port in ports or ports.add(disk.port))]
+    one_per_port = {disk.port: disk for disk in reversed(disks) if disk.port}
+    fitting = [disk for disk in disks if disk.port == 0 or one_per_port[disk.port] is disk]
     config = msgspec.structs.replace(
         PLAIN, disks=tuple(fitting), nics=tuple(Nic(f"net{n}", "t", "m") for n in range(8)), hotplug_bytes=2 << 20
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ async def probe(
 @pytest.fixture(autouse=True)
 def have_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     """/dev/kvm is there."""
-    monkeypatch.setattr(module.os, "access", lambda path, mode: True)
+    monkeypatch.setattr(os, "access", lambda path, mode: True)
 
 
 async def test_kvm_that_runs_a_kernel_is_taken(processes: Processes, tmp_path: Path) -> None:

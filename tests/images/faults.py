@@ -61,7 +61,7 @@ class FaultyRegistry:
     def blob_requests(self) -> list[Request]:
         return [request for request in self.requests if "/blobs/" in request.path]
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[list[trio.SocketListener]] = trio.TASK_STATUS_IGNORED) -> None:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         self.host = f"127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         await trio.serve_listeners(self._connection, listeners, task_status=task_status)

@@ -78,11 +78,11 @@ class ImageFiles:
         self.blobs: dict[str, bytes] = {}
         self.layers = layers
         suffix = {"gzip": "+gzip", "zstd": "+zstd", "none": ""}[compression]
-        descriptors = []
+        self.layer_descriptors: list[dict[str, Any]] = []
         for layer in layers:
             packed = pack(layer, compression)
             self.blobs[sha256(packed)] = packed
-            descriptors.append(
+            self.layer_descriptors.append(
                 {"mediaType": media_type or OCI_LAYER + suffix, "digest": sha256(packed), "size": len(packed)}
             )
         document = {
@@ -94,7 +94,7 @@ class ImageFiles:
         self.manifest_document = {
             "schemaVersion": 2, "mediaType": OCI_MANIFEST,
             "config": {"mediaType": OCI_CONFIG, "digest": sha256(self.config), "size": len(self.config)},
-            "layers": descriptors,
+            "layers": self.layer_descriptors,
         }  # fmt: skip
 
     @property

@@ -85,7 +85,7 @@ def life_that_is_killed(paths: Paths, config: ImagesConfig, name: str, ask: Ask,
             script = str(Path(__file__).with_name("crash_worker.py"))
             server = str(os.getpid())
             run = ["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, script]
-            worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]  # type: ignore[assignment]
+            worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]
             trio.run(live, paths, config, name, ask)
         except BaseException:
             import traceback

@@ -6,7 +6,7 @@ import gzip
 import json
 import os
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,9 @@ def blobs_of(paths: Paths) -> set[str]:
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gzip"])
 @pytest.mark.parametrize("kind", ["oci", "docker"])
-async def test_archive(kind: str, compress, make_images: Start, paths: Paths, tmp_path: Path) -> None:
+async def test_archive(
+    kind: str, compress: Callable[[bytes], bytes], make_images: Start, paths: Paths, tmp_path: Path
+) -> None:
     """Streamed in, converted, its config read; only what the image needs stays in the cache."""
     layout = FILES.write_layout(tmp_path / "oci", tag="docker.io/acme/tool:2")
     data = archive_directory(layout) if kind == "oci" else FILES.docker_archive("acme/tool:2")
@@ -94,9 +96,9 @@ def broken(name: str, tmp_path: Path) -> bytes:
     layout = FILES.write_layout(tmp_path / "oci")
     blobs = layout / "blobs" / "sha256"
     if name == "missing layer":
-        (blobs / str(FILES.manifest_document["layers"][1]["digest"]).removeprefix("sha256:")).unlink()
+        (blobs / str(FILES.layer_descriptors[1]["digest"]).removeprefix("sha256:")).unlink()
     elif name == "changed blob":
-        file = blobs / str(FILES.manifest_document["layers"][1]["digest"]).removeprefix("sha256:")
+        file = blobs / str(FILES.layer_descriptors[1]["digest"]).removeprefix("sha256:")
         file.write_bytes(file.read_bytes() + b"x")
     elif name == "no index":
         (layout / "index.json").unlink()

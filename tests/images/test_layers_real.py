@@ -274,7 +274,7 @@ def test_random_layers(tmp_path: Path) -> None:
         image = ImageFiles(random_layers(random.Random(seed)), compression="none")
         here = tmp_path / str(seed)
         image.write_layout(here / "oci")
-        unpack = ["umoci", "unpack", "--image", f"{here}/oci:latest", here / "bundle"]
+        unpack = ["umoci", "unpack", "--image", f"{here}/oci:latest", str(here / "bundle")]
         if subprocess.run(unpack, capture_output=True).returncode != 0:
             continue  # an entry below a file, a link to nothing: we refuse these too, or need not
         theirs = describe(here / "bundle" / "rootfs")

@@ -119,7 +119,8 @@ def test_config() -> None:
     assert isinstance(manifest, Manifest)
     config = {"rootfs": {"type": "layers", "diff_ids": [DIGEST]}, "config": {"Env": None, "Cmd": None, "Volumes": {}}}
     assert parse_config(json.dumps(config).encode(), manifest).rootfs.diff_ids == (DIGEST,)
-    for bad in ({}, {"rootfs": {"diff_ids": []}}, {"rootfs": {"type": "x", "diff_ids": [DIGEST]}}, []):
+    bad_configs: list[object] = [{}, {"rootfs": {"diff_ids": []}}, {"rootfs": {"type": "x", "diff_ids": [DIGEST]}}, []]
+    for bad in bad_configs:
         with pytest.raises(ManifestError):
             parse_config(json.dumps(bad).encode(), manifest)
 

@@ -8,13 +8,13 @@ import pytest
 import trio
 
 from hypeman.images.types import CreateImageRequest, ImageStatus
-from tests.images.conftest import push
+from tests.images.conftest import Start, push
 from tests.images.layout import ImageFiles, directory, entry, tar
 
 pytestmark = pytest.mark.real
 
 
-async def test_from_registry_to_ready(registry_host: str, make_images, tmp_path: Path) -> None:
+async def test_from_registry_to_ready(registry_host: str, make_images: Start, tmp_path: Path) -> None:
     """A name becomes pending at once and ready soon, with its config, and its disk has the files."""
     image = ImageFiles(
         [tar(directory("etc"), entry("etc/motd", data=b"hello\n" * 5000))],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,6 +13,7 @@ import trio
 import trio.testing
 
 from hypeman.errors import InternalError, InUse, InvalidRequest, InvalidState, NotFound
+from hypeman.images.service import Images
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, PushCredentials
 from hypeman.paths import Paths
 from hypeman.store import Store
@@ -32,7 +34,7 @@ def hold(request: Request) -> Response | None:
     return stalled if "/blobs/" in request.path else None
 
 
-async def ready(images, name: str, **fields: object) -> Image:
+async def ready(images: Images, name: str, **fields: Any) -> Image:
     await images.create(CreateImageRequest(name, **fields))
     with trio.fail_after(30):
         image = await images.wait_final(name)
@@ -152,7 +154,7 @@ async def test_platforms(registry: FaultyRegistry, make_images: Start) -> None:
     registry.serve("single", arm)
     await images.create(CreateImageRequest(f"{registry.host}/single", platform="linux/amd64"))
     failed = await images.wait_final(f"{registry.host}/single")
-    assert failed.status is ImageStatus.FAILED and "made for linux/arm64" in failed.error
+    assert failed.status is ImageStatus.FAILED and "made for linux/arm64" in (failed.error or "")
 
 
 async def test_queue_position(registry: FaultyRegistry, make_images: Start) -> None:
@@ -262,7 +264,7 @@ async def test_restart(
     images = await make_images(insecure_registries=(registry.host,))
     assert (await images.get(f"{registry.host}/done")).status is ImageStatus.READY
     lent = await images.get(f"{registry.host}/lent")
-    assert lent.status is ImageStatus.FAILED and "login was not kept" in lent.error
+    assert lent.status is ImageStatus.FAILED and "login was not kept" in (lent.error or "")
     with trio.fail_after(30):
         assert (await images.wait_final(f"{registry.host}/open")).status is ImageStatus.READY
     assert os.listdir(paths.tmp) == [] and os.listdir(paths.blobs / "partial") == []
@@ -277,7 +279,7 @@ async def test_a_disk_that_is_gone(registry: FaultyRegistry, make_images: Start,
         first.cancel_scope.cancel()
     found.disk.unlink()
     images = await make_images(insecure_registries=(registry.host,))
-    assert "its disk is gone" in (await images.get(f"{registry.host}/one")).error
+    assert "its disk is gone" in ((await images.get(f"{registry.host}/one")).error or "")
     assert (await images.wait_ready(f"{registry.host}/one")).disk.exists()
 
 
@@ -346,7 +348,7 @@ async def test_a_blob_that_was_damaged_on_disk(registry: FaultyRegistry, make_im
     blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     await images.create(CreateImageRequest(f"{registry.host}/two"))
     failed = await images.wait_final(f"{registry.host}/two")
-    assert failed.status is ImageStatus.FAILED and blob.name in failed.error
+    assert failed.status is ImageStatus.FAILED and blob.name in (failed.error or "")
     assert not blob.exists()
     await ready(images, f"{registry.host}/two")
 
@@ -382,4 +384,5 @@ async def test_layers_at_once(registry: FaultyRegistry, make_images: Start) -> N
 
 
 def manifest_of(registry: FaultyRegistry, name: str) -> dict[str, list[dict[str, object]]]:
-    return json.loads(registry.manifests[f"{name}/latest"][0])
+    document: dict[str, list[dict[str, object]]] = json.loads(registry.manifests[f"{name}/latest"][0])
+    return document

@@ -22,7 +22,7 @@ def read(data: bytes, *, step: int = 1000, limit: int = 1 << 30, max_entries: in
     return found
 
 
-CHARACTERS = st.characters(blacklist_characters="\0", blacklist_categories=("Cs",))
+CHARACTERS = st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])
 NAMES = st.text(CHARACTERS, min_size=1, max_size=180).filter(lambda name: name.strip("/"))
 
 
@@ -78,7 +78,7 @@ def test_xattrs_of_both_conventions() -> None:
 def test_global_headers_change_nothing() -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", pax_headers={"comment": "git", "path": "elsewhere"}) as archive:
-        archive.addfile(*[tarfile.TarInfo("x")])
+        archive.addfile(tarfile.TarInfo("x"))
     assert [member.name for member, _ in read(out.getvalue())] == [b"x"]
 
 

@@ -75,8 +75,8 @@ def describe(root: Path, *, without_times: frozenset[bytes] = frozenset()) -> De
         path = waiting.pop()
         full = os.path.join(base, path)
         status = os.lstat(full)
-        names = sorted(os.listxattr(full, follow_symlinks=False))
-        xattrs = tuple((name, os.getxattr(full, name, follow_symlinks=False)) for name in names)
+        attributes = sorted(os.listxattr(full, follow_symlinks=False))
+        xattrs = tuple((name, os.getxattr(full, name, follow_symlinks=False)) for name in attributes)
         content: object = None
         if stat.S_ISREG(status.st_mode):
             with open(full, "rb") as file:

@@ -356,7 +356,7 @@ class Lab:
             config=config,
             store=store,  # type: ignore[arg-type]
             files=files,
-            drivers={HypervisorKind.QEMU: driver},  # type: ignore[dict-item]
+            drivers={HypervisorKind.QEMU: driver},
             cgroups=CGroups(None),
             kernel="/kernel",
             initrd=None,

@@ -28,7 +28,8 @@ from hypeman.instances.board import Board
 from hypeman.instances.egress_audit import AuditLog
 from hypeman.instances.egress_metrics import ELSEWHERE, FAMILIES, register_metrics
 from hypeman.instances.egress_view import EgressRecords, EgressView
-from hypeman.instances.records import InstanceRecord, InstanceSpec, Phases
+from hypeman.instances.phases import Phases
+from hypeman.instances.records import InstanceRecord, InstanceSpec
 from hypeman.instances.types import EgressEnforcementMode, Instance, InstanceState
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs

@@ -10,6 +10,7 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 import pytest
@@ -34,7 +35,7 @@ from hypeman.network.leases import LEASES
 from hypeman.paths import Paths
 from hypeman.resources.accounting import HOLDINGS, Limits, Totals, totals
 from hypeman.snapshots.types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
-from hypeman.store import Store, Txn
+from hypeman.store import Store, Table, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
 from tests.instances.fake_world import Crash, HostFailed, Lab, request
 
@@ -69,7 +70,8 @@ def rows(store: Store) -> str:
             for key, row in txn.scan(INSTANCES)
         ]
         lines += [f"intent {key}" for key in txn.keys(INTENTS)]
-        for table in (NAMES, LEASES, ATTACHMENTS):
+        tables: tuple[Table[Any], ...] = (NAMES, LEASES, ATTACHMENTS)
+        for table in tables:
             lines += [f"{table.name} {key}" for key in txn.keys(table)]
         lines += [f"holding {key} {row}" for key, row in txn.scan(HOLDINGS)]
         return [*lines, str(totals(txn))]

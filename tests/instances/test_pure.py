@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -140,7 +141,7 @@ async def test_totals_are_the_sum_of_what_is_held(store: Store) -> None:
         what = Holding(*(chance.randrange(20) for _ in range(6)))
         if chance.random() < 0.3:
             what = Holding()
-        await store.write(lambda txn, w=who, h=what: hold(txn, w, h, Limits()))
+        await store.write(partial(hold, holder=who, wanted=what, limits=Limits()))
         held[who] = what
     expected = Totals(
         vcpus=sum(h.vcpus for h in held.values()),

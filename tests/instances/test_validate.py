@@ -104,7 +104,7 @@ def test_refusals(body: dict[str, Any], code: str) -> None:
 @pytest.mark.parametrize("field", ["auto_standby", "health_check", "restart_policy"])
 def test_what_comes_later_is_said(field: str) -> None:
     with pytest.raises(NotSupported, match=field):
-        check(**{field: {}})
+        check(ALL, **{field: {}})
 
 
 @pytest.mark.parametrize(

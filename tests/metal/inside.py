@@ -94,9 +94,11 @@ def command(words: list[str]) -> Job:
                 await devices.bind(instance, uid=user, gid=user)
                 return devices.sysfs_paths(instance)
             case ["unbind", instance]:
-                return await devices.unbind(instance)
+                await devices.unbind(instance)
+                return None
             case ["delete", name]:
-                return await devices.delete(name)
+                await devices.delete(name)
+                return None
             case ["gpu"]:
                 return await devices.gpu_status()
             case ["bindings"]:
@@ -142,7 +144,11 @@ def kills(instance: str, addresses: list[str]) -> dict[str, int]:
             for when in ("before", "after"):
                 if operation == "unbind":
                     in_child(["bind", instance])
-                lived = in_child([operation, instance], **{when: number})
+                lived = in_child(
+                    [operation, instance],
+                    before=number if when == "before" else -1,
+                    after=number if when == "after" else -1,
+                )
                 count += not lived
                 if count % 2:
                     in_child(["bind", instance], settle=True)

@@ -19,7 +19,7 @@ def mac(text: str) -> bytes:
 def checksum(data: bytes) -> int:
     if len(data) % 2:
         data += b"\0"
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -105,8 +105,8 @@ def read(frame: bytes) -> Seen:
     body = frame[14:]
     if kind == ARP:
         (operation,) = struct.unpack_from("!H", body, 6)
-        addresses = (str(ipaddress.IPv4Address(body[at : at + 4])) for at in (14, 24))
-        return Seen(kind, sender, *addresses, flags=operation, data=body[8:14])
+        source, target = (str(ipaddress.IPv4Address(body[at : at + 4])) for at in (14, 24))
+        return Seen(kind, sender, source, target, flags=operation, data=body[8:14])
     if kind != IPV4:
         return Seen(kind, sender, data=body)
     (length,) = struct.unpack_from("!H", body, 2)

@@ -13,7 +13,6 @@ there, the other one would have been too. No test waits for time to pass.
 from __future__ import annotations
 
 import fcntl
-import functools
 import importlib.util
 import inspect
 import os
@@ -75,9 +74,8 @@ def in_namespace(test: Callable[..., Awaitable[None] | None]) -> Callable[[], No
         if done.stdout:
             print(done.stdout)
 
-    functools.update_wrapper(run, test)
-    del run.__wrapped__  # pytest would look for the fixtures of the test itself
-    return run
+    run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+    return run  # not functools.wraps: through __wrapped__ pytest would look for the fixtures of the test itself
 
 
 def sh(command: str, *, check: bool = True) -> str:

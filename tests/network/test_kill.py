@@ -7,6 +7,7 @@ links and rules with the leases in the store, and no lease clashes. In the end n
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import tempfile
@@ -33,7 +34,7 @@ VICTIM, BYSTANDER = "victim00000000000000000a", "bystander000000000000000"
 _SETS = ("inet hypeman guests", "arp hypeman guests", "inet hypeman mediated")
 _EFFECTS = [
     (Netlink, "_run_group"),
-    (links_module.fcntl, "ioctl"),
+    (fcntl, "ioctl"),
     (links_module, "_write_switch"),
     (rules_module, "_nft"),
     (Store, "_commit"),

@@ -10,12 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman._native import tapstats_py
+from tests.native import optional
 from tests.network.lab import in_namespace, plug_in, sh
 
-try:
-    from hypeman._native import _tapstats_c
-except ImportError:
-    _tapstats_c = None
+_tapstats_c = optional("_tapstats_c")
 
 Row = tuple[int, int, int]
 needs_build = pytest.mark.skipif(_tapstats_c is None, reason="not compiled")

@@ -17,7 +17,7 @@ from tests.real.kind import TAKES_DISKS
 
 Act = Callable[[Appliance], Awaitable[httpx.Response]]
 
-SIZES = {"image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "16MB"}
+SIZES: dict[str, Any] = {"image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "16MB"}
 NOTE = ["sh", "-c", "echo mine > /note; sync; exec sleep 1000000"]
 ZSTD = {"enabled": True, "algorithm": "zstd"}
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import trio
@@ -147,7 +148,7 @@ async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator
         world.remove()
 
 
-async def _chunks(file):  # type: ignore[no-untyped-def]
+async def _chunks(file: BinaryIO) -> AsyncIterator[bytes]:
     while chunk := file.read(1 << 20):
         yield chunk
 

@@ -348,7 +348,9 @@ async def test_limits_hold_in_each_direction_and_together(directory: Path, frame
     """5, 20 and 100 Mbit/s, each for a guest of its own: all downloads, then all uploads, then all at once."""
     rates = {"five": 5, "twenty": 20, "hundred": 100}
     async with appliance_in_world(directory) as (appliance, world):
-        downloads, uploads, guests = {}, {}, []
+        downloads: dict[str, Any] = {}
+        uploads: dict[str, Any] = {}
+        guests = []
         for name, rate in rates.items():
             network = {"bandwidth_download": f"{rate}mbps", "bandwidth_upload": f"{rate}mbps"}
             before = set(appliance.namespace.links())

@@ -53,12 +53,14 @@ async def test_every_other_route_wants_a_token_and_its_scope(app: ApiApp, operat
     if operation.scope is None:
         return
     path = operation.path.replace("{", "").replace("}", "")
-    response = await app.test_client().open(path, method=operation.method)
+    response = await app.test_client().open(path, method=operation.method, json=None)
     await failure(response, 401, "Unauthorized")
     assert response.headers["WWW-Authenticate"] == "Bearer"
     others = {one.scope for one in OPERATIONS if one.scope} - {operation.scope}
     token = mint(SECRET, subject="narrow", scopes=[str(scope) for scope in others])
-    response = await app.test_client().open(path, method=operation.method, headers={"Authorization": f"Bearer {token}"})
+    response = await app.test_client().open(
+        path, method=operation.method, json=None, headers={"Authorization": f"Bearer {token}"}
+    )
     assert operation.scope in await failure(response, 403, "Forbidden")
 
 

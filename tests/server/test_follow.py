@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import re
@@ -154,7 +156,7 @@ def notified_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
         class NoInotify:
             def inotify_init1(self, flags: int) -> int:
-                inotify.ctypes.set_errno(inotify.errno.EMFILE)
+                ctypes.set_errno(errno.EMFILE)
                 return -1
 
         monkeypatch.setattr(inotify, "_libc", NoInotify())

@@ -133,7 +133,7 @@ async def test_documents_are_served(app: ApiApp) -> None:
 
 async def test_the_page_asks_no_other_host(app: ApiApp) -> None:
     response = await app.test_client().get("/swagger")
-    page = (await response.get_data()).decode()
+    page = await response.get_data(as_text=True)
     assert response.content_type == "text/html; charset=utf-8"
     assert 'fetch("spec.json")' in page
     assert not re.search(r"https?://|//cdn|innerHTML", page)

@@ -80,7 +80,7 @@ class Client:
     async def _event(self) -> Any:
         while not self._events:
             data = await self.stream.receive_some()
-            self.connection.receive_data(data or None)
+            self.connection.receive_data(bytes(data) if data else None)
             self._events += self.connection.events()
         return self._events.pop(0)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,10 @@ from hypeman.store.schema import SCHEMA
 class Row(msgspec.Struct, frozen=True):
     value: int
     text: str = ""
+
+
+def put(key: str, value: int, text: str = "") -> Callable[[Txn], None]:
+    return lambda txn: txn.put(ROWS, key, Row(value, text))
 
 
 ROWS: Table[Row] = Table("rows", Row)
@@ -79,13 +84,13 @@ async def test_writers_share_commits(store: Store) -> None:
     before = store.statistics()["commits"]
     async with trio.open_nursery() as nursery:
         for number in range(100):
-            nursery.start_soon(store.write, lambda txn, n=number: txn.put(ROWS, str(n), Row(n)))
+            nursery.start_soon(store.write, put(str(number), number))
     assert store.statistics()["commits"] - before < 10
 
 
 async def test_order_is_the_order_of_the_calls(store: Store) -> None:
     for number in range(50):
-        store.write_soon(lambda txn, n=number: txn.put(ROWS, "last", Row(n)))
+        store.write_soon(put("last", number))
     await store.write(lambda txn: None)
     assert store.read(lambda txn: txn.get(ROWS, "last")) == Row(49)
 
@@ -118,7 +123,7 @@ async def test_the_map_grows(store: Store) -> None:
     text = "x" * 1_000_000
     before = store.statistics()["map_bytes"]
     for number in range(90):
-        await store.write(lambda txn, n=number: txn.put(ROWS, f"{n:03}", Row(n, text)))
+        await store.write(put(f"{number:03}", number, text))
     assert store.statistics()["map_bytes"] > before
     assert store.read(lambda txn: sum(row.value for _, row in txn.scan(ROWS))) == sum(range(90))
 

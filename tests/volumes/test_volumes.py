@@ -8,6 +8,7 @@ import subprocess
 import tarfile
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 
 import pytest
 import trio
@@ -184,15 +185,15 @@ def attachment(volume: str, instance: str, *, readonly: bool) -> Attachment:
 async def test_read_write_is_exclusive_and_read_only_is_shared(volumes: Volumes, store: Store) -> None:
     made = await volumes.create(CreateVolumeRequest(name="x", size_gb=1))
     for instance in ("a", "b"):
-        await store.write(lambda txn, i=instance: records.attach(txn, attachment(made.id, i, readonly=True)))
+        await store.write(partial(records.attach, attachment=attachment(made.id, instance, readonly=True)))
     with pytest.raises(Conflict):
         await store.write(lambda txn: records.attach(txn, attachment(made.id, "c", readonly=False)))
     for instance in ("a", "b"):
-        await store.write(lambda txn, i=instance: records.detach(txn, made.id, i))
+        await store.write(partial(records.detach, volume_id=made.id, instance_id=instance))
     await store.write(lambda txn: records.attach(txn, attachment(made.id, "c", readonly=False)))
     for readonly in (True, False):
         with pytest.raises(Conflict):
-            await store.write(lambda txn, r=readonly: records.attach(txn, attachment(made.id, "d", readonly=r)))
+            await store.write(partial(records.attach, attachment=attachment(made.id, "d", readonly=readonly)))
     with pytest.raises(Conflict):
         await volumes.delete(made.id)
     await store.write(lambda txn: records.detach(txn, made.id, "c"))
