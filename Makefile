@@ -92,6 +92,6 @@ $(STAMPS)/native: $(native_sources) $(STAMPS)/venv
 	@$(PYTHON) setup.py --quiet build_ext --inplace >build/native.log 2>&1 || { cat build/native.log; exit 1; }
 	@touch $@
 
-build/guest/vmlinux: packaging/kernel/config $(STAMPS)/native
+build/guest/vmlinux: packaging/kernel/config $(wildcard packaging/kernel/patches/*.patch) $(STAMPS)/native
 	@echo "== guest kernel and initrd"
 	@packaging/kernel/choose build/guest
