@@ -273,7 +273,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text())
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"configuration file {file} can not be read: {error}") from None
+        raise ConfigError(f"configuration file {file} cannot be read: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

@@ -112,12 +112,16 @@ def verify(authorization: str | None, secret: str) -> Caller:
         claims = jwt.decode(token, secret, algorithms=list(_ALGORITHMS), options={"verify_aud": False})
     except jwt.ExpiredSignatureError:
         raise Unauthorized("the token has expired") from None
-    except jwt.PyJWTError:
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):  # odd claims make PyJWT raise the others too
         raise Unauthorized("the token is not valid here") from None
-    subject = claims.get("sub", "")
+    subject, permissions, expires_at = claims.get("sub", ""), claims.get("permissions"), claims.get("exp")
+    # PyJWT also accepts a string of digits as a time. RFC 7519 requires a number, and the cache compares numbers.
+    if expires_at is not None and (isinstance(expires_at, bool) or not isinstance(expires_at, int | float)):
+        raise Unauthorized("the token's exp must be a number")
+    if not isinstance(subject, str):
+        raise Unauthorized("the token's sub must be a string")
     if any(claim in claims for claim in _BUILDER_CLAIMS) or subject.startswith(_BUILDER_SUBJECT):
         raise Unauthorized("this token was made for a builder and does not open the API")
-    permissions, expires_at = claims.get("permissions"), claims.get("exp")
     if permissions is None:
         return Caller(subject, None, expires_at)
     if not isinstance(permissions, list) or not all(isinstance(name, str) for name in permissions):

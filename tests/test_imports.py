@@ -31,7 +31,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     )
 )
 
-GROUND = frozenset(["errors", "ids", "units", "fields", "paths", "config", "assets", "version", "tokens", "_native"])
+GROUND = frozenset(
+    ["errors", "ids", "units", "fields", "paths", "config", "assets", "version", "tokens", "text", "_native"]
+)
 """Words, numbers, settings and the hot paths: anybody may use them, they use each other at most."""
 
 PURE_NAMES = frozenset(["types", "states", "plan", "steps", "admission", "protocol"])

@@ -18,6 +18,7 @@ import msgspec
 
 from hypeman import __version__
 from hypeman.cli.settings import Settings
+from hypeman.text import one_line
 
 TIMEOUT = 120.0
 """Seconds without a byte; the server ends a request after 60."""
@@ -158,7 +159,7 @@ class Client:
             self.close()
             raise Unreachable(f"{self.settings.base_url} broke off: {str(error) or type(error).__name__}") from None
         if self.debug:
-            print(f"< {response.status} {response.headers.get('X-Request-Id', '')}", file=sys.stderr)
+            print(one_line(f"< {response.status} {response.headers.get('X-Request-Id', '')}"), file=sys.stderr)
         if response.status >= 400:
             raise ApiError(method, path, response.status, response.read())
         return response

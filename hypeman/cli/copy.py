@@ -7,12 +7,13 @@ not at all.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import posixpath
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -275,13 +276,6 @@ def checked_path(header: dict[str, Any]) -> str:
     return path
 
 
-def leads_out(header: dict[str, Any]) -> bool:
-    """Whether a symlink points to what is no part of the copy."""
-    target, path = str(header["link_target"]), str(header["path"])
-    inside = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
-    return target.startswith("/") or inside.split("/")[0] != path.split("/")[0]
-
-
 def write_tree(entries: Iterator[dict[str, Any] | bytes], destination: Path, *, archive: bool) -> int:
     """Write entries below ``destination``; returns the bytes of all files."""
     writer = TreeWriter(destination, archive=archive)
@@ -299,33 +293,47 @@ def write_tree(entries: Iterator[dict[str, Any] | bytes], destination: Path, *, 
 
 class TreeWriter:
     """Entries as files: each under another name until it is whole. Modes of directories come last, since
-    a directory that may not be written to could not be filled."""
+    a directory that may not be written to could not be filled.
+
+    The guest chooses the entries, and the destination may hold anything. So every name is used relative to a
+    descriptor of its directory, and each directory is opened without following a symlink: neither a link that
+    the guest sent nor one that was there can lead a later entry out of the destination.
+    """
 
     def __init__(self, destination: Path, *, archive: bool) -> None:
         self.count = 0
-        self._destination = destination
         self._into = destination.is_dir()
+        # The destination itself is the user's choice: symlinks on the way to it are followed.
+        self._base = destination if self._into else destination.parent
+        self._name = destination.name
         self._archive = archive
-        self._directories: list[tuple[Path, dict[str, Any]]] = []
+        self._directories: dict[tuple[str, ...], dict[str, Any]] = {}
+        """By the words of their paths. No later entry can replace one: none is removed for a link or a file."""
         self._file: io.BufferedWriter | None = None
         self._header: dict[str, Any] = {}
 
     def entry(self, header: dict[str, Any]) -> None:
         self._complete()
         self._header = header
-        path = self._place(header["path"])
-        if header["is_dir"]:
-            path.mkdir(mode=0o700, exist_ok=True)
-            self._directories.append((path, header))
-        elif header["is_symlink"] and leads_out(header):
-            warn(f"{header['path']} → {header['link_target']} leads out of what is copied and is skipped")
-        elif header["is_symlink"]:
-            if path.is_symlink() or path.is_file():
-                path.unlink()
-            path.symlink_to(header["link_target"])
-            self._set_owner(path, header)
-        else:
-            self._file = self._temporary(path).open("wb")
+        with self._parent(header) as (parent, name):
+            if header["is_dir"]:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=parent)
+                os.close(self._open_directory(parent, name, header["path"]))
+                self._directories[_words(header["path"])] = header
+            elif header["is_symlink"] and leads_out(header, self._directories):
+                warn(f"{header['path']} → {header['link_target']} leads out of what is copied and is skipped")
+            elif header["is_symlink"]:
+                if (there := _lstat(parent, name)) and not stat.S_ISDIR(there.st_mode):
+                    os.unlink(name, dir_fd=parent)
+                os.symlink(header["link_target"], name, dir_fd=parent)
+                if self._archive:
+                    os.chown(name, header["uid"], header["gid"], dir_fd=parent, follow_symlinks=False)
+            else:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
+                    os.unlink(_temporary(name), dir_fd=parent)
+                self._file = os.fdopen(os.open(_temporary(name), flags, 0o600, dir_fd=parent), "wb")
 
     def data(self, chunk: bytes) -> None:
         if self._file is None:
@@ -338,49 +346,104 @@ class TreeWriter:
 
     def finish(self) -> None:
         self._complete()
-        for path, header in reversed(self._directories):
-            self._set_owner(path, header)
-            path.chmod(header["mode"] & 0o7777)
-            os.utime(path, (header["mtime"], header["mtime"]))
+        for header in reversed(self._directories.values()):
+            with self._parent(header) as (parent, name):
+                directory = self._open_directory(parent, name, header["path"])
+            try:
+                self._set_attributes(directory, header)
+            finally:
+                os.close(directory)
 
     def abandon(self) -> None:
-        """Throw away a file that is not whole."""
-        if self._file is not None:
-            self._file.close()
-            os.unlink(self._file.name)
-            self._file = None
+        """Remove a file that is not whole."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        with contextlib.suppress(OSError, CopyFailed), self._parent(self._header) as (parent, name):
+            os.unlink(_temporary(name), dir_fd=parent)
 
     def _complete(self) -> None:
         if self._file is None:
             return
-        self._file.truncate()  # where it ends with a hole
+        self._file.truncate()  # where it ends with a hole; also flushes, or a later write would change the time
+        self._set_attributes(self._file.fileno(), self._header)
+        with self._parent(self._header) as (parent, name):
+            os.rename(_temporary(name), name, src_dir_fd=parent, dst_dir_fd=parent)
         self._file.close()
-        temporary, header = Path(self._file.name), self._header
-        self._set_owner(temporary, header)
-        temporary.chmod(header["mode"] & 0o7777)
-        os.utime(temporary, (header["mtime"], header["mtime"]))
-        temporary.rename(self._place(header["path"]))
         self._file = None
 
-    def _set_owner(self, path: Path, header: dict[str, Any]) -> None:
+    def _set_attributes(self, fd: int, header: dict[str, Any]) -> None:
         if self._archive:
-            os.chown(path, header["uid"], header["gid"], follow_symlinks=False)
+            os.fchown(fd, header["uid"], header["gid"])
+        os.fchmod(fd, header["mode"] & 0o7777)
+        os.utime(fd, (header["mtime"], header["mtime"]))
 
-    def _place(self, path: str) -> Path:
-        """The root entry takes the destination's name, unless that is a directory to copy into."""
-        place = self._destination / path if self._into else self._destination.joinpath(*path.split("/")[1:])
-        parent = place.parent
-        base = self._destination if self._into else self._destination.parent
-        # What was copied before must not be a way out: a symlink on the way is not followed.
-        while parent != base and parent != parent.parent:
-            if parent.is_symlink():
-                raise CopyFailed(f"{path}: {parent} is a symlink, and is not followed")
-            parent = parent.parent
-        return place
+    @contextlib.contextmanager
+    def _parent(self, header: dict[str, Any]) -> Iterator[tuple[int, str]]:
+        """Descriptor of the entry's directory, and the entry's name in it. The root entry takes the destination's
+        name, unless that is a directory to copy into."""
+        path = header["path"]
+        words = list(_words(path))
+        if not self._into:
+            words[0] = self._name
+        here = os.open(self._base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for word in words[:-1]:
+                below = self._open_directory(here, word, path)
+                os.close(here)
+                here = below
+            yield here, words[-1]
+        finally:
+            os.close(here)
 
     @staticmethod
-    def _temporary(path: Path) -> Path:
-        return path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
+    def _open_directory(parent: int, name: str, path: str) -> int:
+        try:
+            return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        except OSError as error:
+            if (there := _lstat(parent, name)) and stat.S_ISLNK(there.st_mode):
+                raise CopyFailed(f"{path}: {name} is a symlink, and is not followed") from None
+            error.filename = path
+            raise
+
+
+def leads_out(header: dict[str, Any], directories: Collection[tuple[str, ...]]) -> bool:
+    """Whether a symlink points to what is no part of the copy, or may come to do so.
+
+    Resolved as the kernel would: after a name that is a symlink, ``..`` is the parent of what that leads to. A name
+    that is not among ``directories``, the ones made by this copy, may be a link or become one, so ``..`` after it
+    counts as leading out.
+    """
+    target, path = str(header["link_target"]), _words(header["path"])
+    if target.startswith("/"):
+        return True
+    here = path[:-1]
+    real = {path[:end] for end in range(1, len(path))} | {*directories}
+    for word in _words(target):
+        if word != "..":
+            here = (*here, word)
+        elif here in real and len(here) > 1:
+            here = here[:-1]
+        else:
+            return True
+    return here[:1] != path[:1]
+
+
+def _words(path: str) -> tuple[str, ...]:
+    return tuple(word for word in str(path).split("/") if word not in ("", "."))
+
+
+def _lstat(parent: int, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def _temporary(name: str) -> str:
+    short = os.fsdecode(os.fsencode(name)[:200].decode(errors="ignore").encode())
+    return f".{short}.{os.getpid()}.part"
 
 
 def write_tar(entries: Iterator[dict[str, Any] | bytes], stream: IO[bytes]) -> int:

@@ -13,6 +13,7 @@ import click
 from hypeman.cli.client import ApiError, Client, segment
 from hypeman.cli.output import age, size
 from hypeman.cli.session import Session, complain, fail, pairs, present, reports
+from hypeman.text import one_line
 
 _POLL_SECONDS = 0.3
 _CHUNK = 256 * 1024
@@ -36,7 +37,7 @@ class PullDisplay:
 
     def update(self, image: dict[str, Any], progress: dict[str, Any] | None) -> None:
         if self._visible:
-            sys.stderr.write(f"\r\x1b[K{self._name}: {progress_line(image, progress)}")
+            sys.stderr.write("\r\x1b[K" + one_line(f"{self._name}: {progress_line(image, progress)}"))
             sys.stderr.flush()
 
     def end(self) -> None:

@@ -19,6 +19,7 @@ from hypeman.cli.policies import (
     restart_options,
 )
 from hypeman.cli.session import Session, complain, fail, pairs, present, reports
+from hypeman.text import one_line
 
 STATES = ("Created", "Initializing", "Running", "Paused", "Shutdown", "Stopped", "Standby", "Unknown")
 TARGETS = ("Stopped", "Standby", "Running")
@@ -96,7 +97,8 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
     """Show what an instance printed."""
     for line in session.client.events(f"{path_of(instance)}/logs", follow=follow, tail=tail, source=source):
-        sys.stdout.write(line + "\n")
+        # What the workload printed is data, as with exec. The other logs are ours and quote what others sent.
+        sys.stdout.write((line if source == "app" else one_line(line)) + "\n")
         sys.stdout.flush()
 
 

@@ -197,4 +197,4 @@ def boot_line(instance: dict[str, Any]) -> str:
     ]  # fmt: skip
     ended = instance.get("state_error") or instance.get("exit_message")
     text = f"{instance['name']} is {instance['state']}" + (f" ({', '.join(phases)})" if phases else "")
-    return f"{text}: {plain(ended)}" if ended else text
+    return plain(f"{text}: {ended}" if ended else text)

@@ -13,6 +13,7 @@ import msgspec
 from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.output import Columns, pick, render, render_table, use_colour
 from hypeman.cli.settings import SettingsError, load_settings
+from hypeman.text import lines, lines_with_colours, one_line
 
 _HINTS = {
     401: "set HYPEMAN_API_KEY or api_key in ~/.config/hypeman/cli.yaml; `hypeman token` on the server mints a key",
@@ -54,19 +55,19 @@ class Session:
         if self._transform:
             value = pick(value, self._transform)
             form = "raw" if self.form == "auto" and isinstance(value, str) else self.form
-            click.echo(render(value, form))
+            echo(render(value, form))
         elif self.form == "auto" and human is not None:
             text = human()
             if text:
-                click.echo(text)
+                click.echo(lines_with_colours(text) if use_colour() else lines(text))
         else:
-            click.echo(render(value, self.form))
+            echo(render(value, self.form))
 
     def show_list(self, rows: Sequence[Mapping[str, Any]], columns: Columns, *, quiet: str | None = None) -> None:
         """A table, or only the field ``quiet`` of each row."""
         if quiet is not None:
             for row in rows:
-                click.echo(row[quiet])
+                click.echo(one_line(str(row[quiet])))
         else:
             self.show(rows, lambda: render_table(rows, columns, colour=use_colour()))
 
@@ -82,27 +83,32 @@ class Session:
     def _report_refusal(self, error: ApiError) -> None:
         if self._form_error == "auto" and not self._transform_error:
             complain(error.message, _HINTS.get(error.status, ""))
-            click.echo(f"  {error.request} → {error.status} {error.code}".rstrip(), err=True)
+            click.echo(one_line(f"  {error.request} → {error.status} {error.code}".rstrip()), err=True)
             return
         try:
             body = msgspec.json.decode(error.body)
         except msgspec.DecodeError:
             body = error.message
         form: str = "json" if self._form_error == "auto" else self._form_error
-        click.echo(render(pick(body, self._transform_error), form), err=True)
+        click.echo(lines(render(pick(body, self._transform_error), form)), err=True)
+
+
+def echo(text: str) -> None:
+    """Print what the server sent: as it is into a file or pipe, with control characters escaped on a terminal."""
+    click.echo(lines(text) if sys.stdout.isatty() else text)
 
 
 def complain(message: str, hint: str = "") -> None:
     """One line of what is wrong and, where it helps, one of what to do, on stderr."""
     prefix = click.style("Error:", fg="red", bold=True) if use_colour(sys.stderr) else "Error:"
-    click.echo(f"{prefix} {message}", err=True)
+    click.echo(f"{prefix} {one_line(message)}", err=True)
     if hint:
-        click.echo(f"  {hint}", err=True)
+        click.echo(f"  {one_line(hint)}", err=True)
 
 
 def warn(message: str) -> None:
     """One line on stderr of what is left undone."""
-    click.echo(f"Warning: {message}", err=True)
+    click.echo(f"Warning: {one_line(message)}", err=True)
 
 
 def fail(message: str, hint: str = "", code: int = 1) -> NoReturn:

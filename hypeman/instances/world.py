@@ -42,6 +42,7 @@ from hypeman.network.types import GuestNetwork, Lease
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
+from hypeman.text import one_line
 from hypeman.units import parse_size
 
 log = logging.getLogger(__name__)
@@ -238,7 +239,7 @@ class World:
     def journal(self, instance_id: str, line: str) -> None:
         """Append one line to the instance's ``hypeman`` log; losing one is better than failing for it."""
         with contextlib.suppress(OSError), open(self.paths.instance(instance_id).log("hypeman"), "a") as file:
-            file.write(line + "\n")
+            file.write(one_line(line) + "\n")  # parts of it were chosen by guests and images
 
     async def rotate_logs(self, instance_id: str, limit: int) -> None:
         """Start new logs for those above ``limit`` bytes; one old one is kept of each.

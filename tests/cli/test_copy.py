@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hypeman.cli.copy import CopyFailed, checked_path, leads_out, split_remote
+from hypeman.cli.copy import CopyFailed, TreeWriter, checked_path, leads_out, split_remote
 from hypeman.instances.session_types import CopyEntry, EntryEnd
 
 
@@ -270,6 +270,43 @@ def test_a_symlink_is_no_way_out(cli: Any, server: Any, tmp_path: Path) -> None:
     assert os.listdir(outside) == []
 
 
+def test_a_symlink_through_a_symlink_is_no_way_out(cli: Any, server: Any, tmp_path: Path) -> None:
+    """Each link looks harmless as text; followed through one another they would lead above the destination."""
+    place = tmp_path / "place"
+    place.mkdir()
+    links = [("d/e/up", ".."), ("d/out", "e/up/../.."), ("d/e/f/way", "../up/..")]
+    server.world.instances.tree = [
+        item for path in ("d", "d/e", "d/e/f") for item in (entry(path, is_dir=True, mode=0o755), EntryEnd(False))
+    ]
+    for number, (path, target) in enumerate(links, 1):
+        link = entry(path, is_symlink=True, link_target=target)
+        server.world.instances.tree += [link, EntryEnd(number == len(links))]
+    done = cli("cp", "web:/x", str(place))
+    assert done.exit_code == 0, done.output
+    made = [found for found in place.rglob("*") if found.is_symlink()]
+    assert made
+    for link_path in made:
+        assert link_path.resolve().is_relative_to(place / "d"), f"{link_path} leads to {link_path.resolve()}"
+
+
+def test_a_directory_that_is_exchanged_meanwhile(tmp_path: Path) -> None:
+    """Another program of the user's replaces a directory by a symlink between two entries."""
+    outside, place = tmp_path / "outside", tmp_path / "place"
+    outside.mkdir()
+    place.mkdir()
+    fields = {"mode": 0o644, "mtime": 1000, "uid": os.getuid(), "gid": os.getgid(), "link_target": ""}
+    writer = TreeWriter(place, archive=False)
+    writer.entry({"path": "d", "is_dir": True, "is_symlink": False, **fields, "mode": 0o755})
+    writer.entry({"path": "d/f", "is_dir": False, "is_symlink": False, **fields})
+    writer.data(b"x")
+    (place / "d").rename(place / "was")
+    (place / "d").symlink_to(outside)
+    with pytest.raises(CopyFailed, match="is a symlink"):
+        writer.finish()
+    writer.abandon()
+    assert os.listdir(outside) == []
+
+
 def test_paths_and_links() -> None:
     def header(path: str, target: str = "") -> dict[str, Any]:
         return {"path": path, "is_symlink": bool(target), "link_target": target}
@@ -277,8 +314,16 @@ def test_paths_and_links() -> None:
     assert checked_path(header("a/b")) == "a/b"
     with pytest.raises(CopyFailed):
         checked_path(header("a/.."))
-    assert not leads_out(header("d/l", "f"))
-    assert not leads_out(header("d/e/l", "../f"))
-    assert leads_out(header("d/l", "../f"))
-    assert leads_out(header("d/l", "/f"))
-    assert leads_out(header("d/l", "../d2/f"))
+    directories = {("d",), ("d", "e")}
+    for path, target, out in (
+        ("d/l", "f", False),
+        ("d/e/l", "../f", False),
+        ("d/l", "e/../f", False),
+        ("d/l", "../f", True),
+        ("d/l", "/f", True),
+        ("d/l", "../d2/f", True),
+        ("d/e/l", "../../d/f", True),
+        ("d/l", "m/../f", True),  # m may be a link
+        ("d/e/l", "../m/../../f", True),
+    ):
+        assert leads_out(header(path, target), directories) == out, (path, target)
