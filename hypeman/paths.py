@@ -1,8 +1,10 @@
 """Where everything lies below the data directory and the runtime directory, as pure functions.
 
-data_dir/                       survives reboots; 0700
+data_dir/                       survives reboots; 0711
   store/                        LMDB: the truth
   images/<digest>/              root disk and config of one image, published by rename
+  templates/                    formatted overlays, copied for each instance
+  captures/<id>/                memory and disks of instances in standby
   blobs/sha256/<hex>            compressed layers kept for the next pull, bounded
   volumes/<id>/disk.raw         disks that outlive instances
   instances/<id>/               overlay, boot disk, logs of one instance

@@ -1,6 +1,6 @@
 /* What host and guest say to each other: the one table of numbers.
  *
- * Twin of hypeman/guest/protocol.py and hypeman/guest/wire.py; the golden frames in tests/golden/guest
+ * Twin of hypeman/guest/protocol.py; the golden frames in tests/golden/guest
  * hold both to the same bytes. All integers are little endian.
  *
  *   greeting, host → guest    FLUSH_BYTES zero bytes, then SYNC_MAGIC, 16-byte token, CRC-32 of both

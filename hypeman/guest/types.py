@@ -1,4 +1,4 @@
-"""What is said between host and guest, as Structs. PathInfo also goes over HTTP (api.md §2.5)."""
+"""What is said between host and guest, as Structs. PathInfo is also part of the HTTP API."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """From a record to the steps of an operation. Pure: the plans can be printed, compared and stored.
 
-create   make disks · prepare run · network · egress · devices · launch
-start                 prepare run · network · egress · devices · launch
-restore               prepare run · network · egress · restore        then: awaken, free capture
+create   make disks · prepare run · egress · network · devices · launch
+start                 prepare run · egress · network · devices · launch
+restore               prepare run · egress · network · restore        then: awaken, free capture
 stop     shut the guest down, then the reverse of a start (devices stay bound until delete)
 delete   the reverse of create
 """

@@ -5,8 +5,8 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 [ "$(id -u)" = 0 ] || { echo "install.sh: must be run as root" >&2; exit 1; }
-for tool in nft ip mkfs.ext4 mkfs.erofs; do
-    command -v $tool >/dev/null || echo "install.sh: $tool is missing: install nftables, iproute2, e2fsprogs, erofs-utils" >&2
+for tool in nft ip mkfs.ext4; do
+    command -v $tool >/dev/null || echo "install.sh: $tool is missing: install nftables, iproute2, e2fsprogs" >&2
 done
 
 # The server stops before its files are exchanged under it; VMs and their network go on.
