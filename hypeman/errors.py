@@ -33,6 +33,9 @@ class HypemanError(Exception):
 
     status: ClassVar[int] = 500
     default_code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = True
+    """False where the same request fails in the same way until somebody changes something: SDKs retry 409 and
+    every 5xx by themselves unless they get ``X-Should-Retry: false``."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
@@ -68,20 +71,24 @@ class Conflict(HypemanError):
 
 
 class Ambiguous(Conflict):
+    retryable = False
     default_code = "ambiguous"
 
 
 class AlreadyExists(Conflict):
+    retryable = False
     default_code = "already_exists"
 
 
 class NameConflict(Conflict):
+    retryable = False
     default_code = "name_conflict"
 
 
 class InvalidState(Conflict):
     """The command is legal, but not in the state the object is in; the message names both."""
 
+    retryable = False
     default_code = "invalid_state"
 
 
@@ -116,4 +123,5 @@ class NotSupported(HypemanError):
     """This server, host or hypervisor can not do it; said before anything was touched."""
 
     status = 501
+    retryable = False
     default_code = "not_supported"

@@ -144,6 +144,15 @@ def get_image(session: Session, name: str) -> None:
     session.show(session.client.get(image_path(name)))
 
 
+@images.command("tag")
+@click.argument("name")
+@click.argument("target")
+@reports
+def tag_image(session: Session, name: str, target: str) -> None:
+    """Have TARGET stand for the image NAME too, without a pull."""
+    session.show(session.client.call("POST", f"{image_path(name)}/tag", {"target": target}))
+
+
 @images.command("delete")
 @click.argument("names", nargs=-1, required=True)
 @reports

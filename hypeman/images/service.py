@@ -258,6 +258,28 @@ class Images:
                 return await self.get(name)
             await self._wait_for(naming.wanted or row.digest)
 
+    async def tag(self, name: str, target: str) -> Image:
+        """Have the name ``target`` stand for the image ``name``, without a pull; the image under ``target``.
+
+        Whatever ``target`` stood for before loses that name. Raises NotFound, InvalidRequest ``invalid_name``.
+        """
+        ref, wanted = parse_reference(name), parse_reference(target)
+        if wanted.digest:
+            raise InvalidRequest("the target is a digest; an image is given a tag", code="invalid_name")
+        now = self._now()
+
+        def write(txn: Txn) -> tuple[NameRow, ImageRow]:
+            _, source, row = _find(txn, ref)
+            before = txn.get(NAMES, str(wanted))
+            tags = before.tags if before is not None else source.tags
+            naming = NameRow(row.digest, now, tags, wanted=source.wanted)
+            txn.put(NAMES, str(wanted), naming)
+            return naming, row
+
+        naming, row = await self._store.write(write)
+        await self.collect()
+        return self._view(str(wanted), naming, row)
+
     async def delete(self, name: str) -> None:
         """Take the name away, and with the last one the image. Raises NotFound, InUse, InvalidRequest."""
         ref = parse_reference(name)

@@ -49,6 +49,12 @@ class CreateImageRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     tags: TagMap | None = None
 
 
+class TagImageRequest(msgspec.Struct, frozen=True):
+    """Give an image another name."""
+
+    target: Annotated[str, Meta(description="OCI reference with a tag; without one, latest")]
+
+
 class Image(msgspec.Struct, frozen=True):
     """An image, from the moment it was asked for."""
 

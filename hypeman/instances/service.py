@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -346,9 +347,10 @@ class Instances:
         task = self.task(ref)
         return self.view(await task.perform(Command.STOP, stop))
 
-    async def delete(self, ref: str) -> None:
+    async def delete(self, ref: str, *, graceful: bool = True) -> None:
+        """Nothing is left of it. Without ``graceful`` its guest is not asked to shut down first."""
         task = self.task(ref)
-        await task.perform(Command.DELETE, delete)
+        await task.perform(Command.DELETE, partial(delete, graceful=graceful))
 
     async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
         """Saved, and compressed later if the request, the instance or the server says so (in this order)."""

@@ -71,6 +71,8 @@ def failure_of(error: HypemanError) -> Failure:
     headers: dict[str, str] = {}
     if isinstance(error, RateLimited) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if not error.retryable:
+        headers["X-Should-Retry"] = "false"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Failure(error.status, ErrorBody(error.code, error.message), headers)

@@ -123,6 +123,11 @@ class FakeImages:
         image = self.images[normalized(ref)]
         return Progress(image.status, (LayerProgress(DIGEST, 1000, 400),))
 
+    async def tag(self, ref: str, target: str) -> Image:
+        image = msgspec.structs.replace(await self.get(ref), name=normalized(target))
+        self.images[image.name] = image
+        return image
+
     async def delete(self, ref: str) -> None:
         await self.get(ref)
         del self.images[normalized(ref)]
@@ -232,6 +237,8 @@ class FakeInstances:
     hangs: bool = False
     asked: list[tuple[str, Any]] = field(default_factory=list)
     reclaimed: list[MemoryReclaimRequest] = field(default_factory=list)
+    killed: int = 0
+    """Deletes without a shutdown of the guest."""
     sessions: list[FakeExec] = field(default_factory=list)
     copies: list[FakeCopyIn] = field(default_factory=list)
     files: dict[str, tuple[CpRequest, bytes | None]] = field(default_factory=dict)
@@ -313,8 +320,9 @@ class FakeInstances:
         self.asked.append(("update", request))
         return self.find(ref)
 
-    async def delete(self, ref: str) -> None:
+    async def delete(self, ref: str, *, graceful: bool = True) -> None:
         del self.instances[self.find(ref).id]
+        self.killed += not graceful
 
     async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
         return self._move("start", ref, InstanceState.STOPPED, InstanceState.RUNNING, request)

@@ -92,6 +92,33 @@ async def test_one_digest_under_several_names(registry: FaultyRegistry, make_ima
     assert os.listdir(paths.images) == []
 
 
+async def test_an_image_is_tagged_without_a_pull(registry: FaultyRegistry, make_images: Start) -> None:
+    """The new name stands for the same digest, whatever it stood for before; the old name stays."""
+    registry.serve("one", ONE)
+    registry.serve("two", TWO)
+    images = await make_images(insecure_registries=(registry.host,))
+    one = await ready(images, f"{registry.host}/one", tags={"a": "1"})
+    two = await ready(images, f"{registry.host}/two")
+    requests = len(registry.requests)
+    tagged = await images.tag(f"{registry.host}/one", "mine:1")
+    assert (tagged.name, tagged.digest, tagged.tags) == ("docker.io/library/mine:1", one.digest, {"a": "1"})
+    assert (await images.tag(f"{registry.host}/two", "mine:1")).digest == two.digest
+    assert (await images.get(f"{registry.host}/one")).digest == one.digest
+    assert len(registry.requests) == requests
+    await images.delete(f"{registry.host}/two")
+    assert (await images.get("mine:1")).status is ImageStatus.READY
+    await images.tag(f"{registry.host}/one", "mine:1")  # the last name of the second image
+    with pytest.raises(NotFound):
+        await images.get(f"{registry.host}/two")
+    for source, target, error in (
+        ("nobody", "mine:2", NotFound),
+        (f"{registry.host}/one", "UPPER", InvalidRequest),
+        (f"{registry.host}/one", f"mine@{one.digest}", InvalidRequest),
+    ):
+        with pytest.raises(error):
+            await images.tag(source, target)
+
+
 async def test_a_tag_moves_when_the_new_image_is_ready(registry: FaultyRegistry, make_images: Start) -> None:
     """Until then the old one is what the name stands for; one that fails changes nothing."""
     name = f"{registry.host}/app"

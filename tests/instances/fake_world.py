@@ -240,6 +240,7 @@ class FakeGuest:
         self.mounted: set[str] = set()
         self.busy: set[str] = set()
         self.frozen = False
+        self.shutdowns = 0
         self.hung_up = trio.Event()
         """Set: its channel has ended, and it dials again."""
 
@@ -262,6 +263,7 @@ class FakeGuest:
         self._send.send_nowait(event)
 
     async def shutdown(self, *, grace_seconds: float | None = None, signal: int = 0) -> None:
+        self.shutdowns += 1
         self.tell(Exited(143, 15))
         await trio.lowlevel.checkpoint()
         self._process.end(ExitReason.POWEROFF)

@@ -312,6 +312,17 @@ async def test_a_guest_that_ends_is_cleaned_up_after(lab: Lab) -> None:
         assert not lab.network.taps.there
 
 
+async def test_a_delete_asks_the_guest_to_shut_down_unless_told_not_to(lab: Lab) -> None:
+    async with lab.running() as instances:
+        for name, graceful, shutdowns in (("one", True, 1), ("two", False, 0)):
+            await instances.create(request(name))
+            assert await settled(instances, name) == "Running"
+            guest = lab.guests[instances.board.find(name).id]
+            await instances.delete(name, graceful=graceful)
+            assert guest.shutdowns == shutdowns, name
+        assert not lab.machine.alive() and not lab.network.taps.there
+
+
 async def test_a_vmm_that_is_killed_is_noticed(lab: Lab) -> None:
     async with lab.running() as instances:
         await running(lab, instances)

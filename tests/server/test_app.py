@@ -306,7 +306,7 @@ async def test_volumes_devices_snapshots(ask: Any, world: FakeWorld) -> None:
 
 async def test_what_comes_later_is_501(ask: Any) -> None:
     for method, path in [
-        ("GET", "/ingresses"),
+        ("POST", "/ingresses"),
         ("POST", "/builds"),
         ("GET", "/builds/x/events"),
         ("POST", "/builders/x/prune"),
@@ -317,6 +317,43 @@ async def test_what_comes_later_is_501(ask: Any) -> None:
         ("PUT", "/instances/x/snapshot-schedule"),
     ]:
         assert "not" in await failure(await ask(method, path), 501, "not_supported")
+
+
+async def test_lists_of_what_comes_later_are_empty(ask: Any) -> None:
+    for path in ("/ingresses", "/builds", "/builders", "/pushes"):
+        response = await ask("GET", path)
+        assert (response.status_code, await response.get_json()) == (200, []), path
+
+
+async def test_a_refusal_that_is_final_says_so(ask: Any) -> None:
+    """SDKs retry 409 and 501 by themselves."""
+    assert (await ask("POST", "/builds")).headers["X-Should-Retry"] == "false"
+    body = {"name": "web", "image": "a"}
+    assert (await ask("POST", "/instances", json=body)).status_code == 201
+    taken = await ask("POST", "/instances", json=body)
+    assert (taken.status_code, taken.headers["X-Should-Retry"]) == (409, "false")
+    assert "X-Should-Retry" not in (await ask("GET", "/instances/nobody")).headers
+
+
+async def test_an_image_gets_another_name(ask: Any) -> None:
+    await ask("POST", "/images", json={"name": "alpine"})
+    response = await ask("POST", "/images/docker.io%2Flibrary%2Falpine%3Alatest/tag", json={"target": "mine:1"})
+    assert response.status_code == 200
+    assert (await response.get_json())["name"] == "docker.io/library/mine:1"
+    await failure(await ask("POST", "/images/nothing/tag", json={"target": "mine:1"}), 404, "not_found")
+
+
+async def test_a_delete_without_a_shutdown(ask: Any, world: FakeWorld) -> None:
+    for name, query, killed in (
+        ("a", "", 0),
+        ("b", "?graceful_shutdown=true", 0),
+        ("c", "?graceful_shutdown=false", 1),
+    ):
+        await ask("POST", "/instances", json={"name": name, "image": "a"})
+        assert (await ask("DELETE", f"/instances/{name}{query}")).status_code == 204
+        assert world.instances.killed == killed, query
+    await ask("POST", "/instances", json={"name": "d", "image": "a"})
+    await failure(await ask("DELETE", "/instances/d?graceful_shutdown=maybe"), 400, "Bad Request")
 
 
 async def test_request_ids(ask: Any) -> None:

@@ -85,13 +85,13 @@ async def _take_down(owned: Owned, steps: tuple[Step, ...], live: Live | None, e
     return owned.entered(record, InstanceState.STOPPED)
 
 
-async def delete(owned: Owned) -> None:
+async def delete(owned: Owned, *, graceful: bool = True) -> None:
     """Nothing of it is left, whatever state it was in. Captures that others hold stay theirs."""
     owned.journal("delete")
     record = owned.record
     freed = (record.capture, record.mapped)
     steps = plan_delete(record)
-    if record.state not in NO_VMM:
+    if graceful and record.state not in NO_VMM:
         steps = (plan_stop(record, grace=DELETE_GRACE)[0], *steps)
     await owned.begin(Operation.DELETE, steps, msgspec.structs.replace(record, deleting=True))
     try:

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from hypeman.fields import TagMap
-from hypeman.images.types import CreateImageRequest, Image, Progress
+from hypeman.images.types import CreateImageRequest, Image, Progress, TagImageRequest
 from hypeman.server.api import Routes, UploadStream
 from hypeman.server.routes.queries import TagQuery
 from hypeman.server.services import Services
@@ -57,6 +57,12 @@ async def import_image(services: Services, query: ImportQuery, body: UploadStrea
 async def get_image_progress(services: Services, name: str) -> Progress:
     """How far a pull has come, layer by layer. Beyond the contract of the original."""
     return await services.images.progress(name)
+
+
+@routes.post("/images/{name}/tag", Scope.IMAGE_WRITE, fails=(400, 404))
+async def tag_image(services: Services, name: str, body: TagImageRequest) -> Image:
+    """Give an image another name, without pulling it again."""
+    return await services.images.tag(name, body.target)
 
 
 @routes.get("/images/{name}", Scope.IMAGE_READ, fails=(400, 404))

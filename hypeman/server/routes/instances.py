@@ -50,6 +50,12 @@ class StatQuery(Struct, frozen=True, kw_only=True):
     follow_links: bool = False
 
 
+class DeleteQuery(Struct, frozen=True, kw_only=True):
+    graceful_shutdown: Annotated[
+        bool, Meta(description="Ask the guest to shut down first; false: kill its VM at once")
+    ] = True
+
+
 class WaitQuery(Struct, frozen=True, kw_only=True):
     state: InstanceState
     timeout: Annotated[Duration, Meta(description="At most 5m")] = "60s"
@@ -83,10 +89,10 @@ async def update_instance(services: Services, id: str, body: UpdateInstanceReque
     return await services.instances.update(id, body)
 
 
-@routes.delete("/instances/{id}", Scope.INSTANCE_DELETE, fails=(404, 409))
-async def delete_instance(services: Services, id: str) -> None:
+@routes.delete("/instances/{id}", Scope.INSTANCE_DELETE, fails=(400, 404, 409))
+async def delete_instance(services: Services, id: str, query: DeleteQuery) -> None:
     """Stop an instance and remove everything that belongs to it."""
-    await services.instances.delete(id)
+    await services.instances.delete(id, graceful=query.graceful_shutdown)
 
 
 @routes.post("/instances/{id}/start", Scope.INSTANCE_WRITE, fails=(404, 409), measure="start")

@@ -1,5 +1,6 @@
-"""What the contract has and this server has not yet: answered with 501 and a sentence, never with 404,
-so that a client knows that it asked the right thing of the wrong version."""
+"""Operations of the contract that this server does not implement yet: 501 with the reason, never 404, so that
+a client can tell a missing feature from a wrong path. Their lists are empty: nothing can have been created, and
+clients read all lists before they do anything else."""
 
 from __future__ import annotations
 
@@ -13,21 +14,17 @@ from hypeman.tokens import Scope
 routes = Routes("not yet")
 
 _LATER: tuple[tuple[str, str, Scope, str], ...] = (
-    ("GET", "/ingresses", Scope.INGRESS_READ, "ingresses"),
     ("POST", "/ingresses", Scope.INGRESS_WRITE, "ingresses"),
     ("GET", "/ingresses/{id}", Scope.INGRESS_READ, "ingresses"),
     ("DELETE", "/ingresses/{id}", Scope.INGRESS_DELETE, "ingresses"),
-    ("GET", "/builds", Scope.BUILD_READ, "builds"),
     ("POST", "/builds", Scope.BUILD_WRITE, "builds"),
     ("GET", "/builds/{id}", Scope.BUILD_READ, "builds"),
     ("DELETE", "/builds/{id}", Scope.BUILD_DELETE, "builds"),
     ("GET", "/builds/{id}/events", Scope.BUILD_READ, "builds"),
-    ("GET", "/builders", Scope.BUILD_READ, "builders"),
     ("POST", "/builders", Scope.BUILD_WRITE, "builders"),
     ("GET", "/builders/{id}", Scope.BUILD_READ, "builders"),
     ("DELETE", "/builders/{id}", Scope.BUILD_DELETE, "builders"),
     ("POST", "/builders/{id}/prune", Scope.BUILD_WRITE, "builders"),
-    ("GET", "/pushes", Scope.IMAGE_READ, "pushes"),
     ("POST", "/pushes", Scope.IMAGE_WRITE, "pushes"),
     ("GET", "/pushes/{id}", Scope.IMAGE_READ, "pushes"),
     ("GET", "/v2/", Scope.IMAGE_READ, "registry uploads"),
@@ -53,5 +50,25 @@ def _declare(method: str, path: str, scope: Scope, missing: str) -> None:
     routes.declare(method, path, scope, fails=(501,))(not_yet)
 
 
+_LISTS: tuple[tuple[str, Scope], ...] = (
+    ("/ingresses", Scope.INGRESS_READ),
+    ("/builds", Scope.BUILD_READ),
+    ("/builders", Scope.BUILD_READ),
+    ("/pushes", Scope.IMAGE_READ),
+)
+
+
+def _declare_list(path: str, scope: Scope) -> None:
+    async def empty(services: Services) -> list[Any]:
+        return []
+
+    name = path.strip("/")
+    empty.__name__ = f"list_{name}"
+    empty.__doc__ = f"All {name}: none, since this server cannot create any yet."
+    routes.get(path, scope)(empty)
+
+
+for _path, _scope in _LISTS:
+    _declare_list(_path, _scope)
 for _method, _path, _scope, _missing in _LATER:
     _declare(_method, _path, _scope, _missing)
