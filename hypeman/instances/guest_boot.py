@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
 from collections.abc import Mapping, Sequence
 
@@ -75,11 +76,21 @@ def command_line(
 
 
 def signal_number(name: str) -> int:
-    """An image's StopSignal ("SIGINT", "INT", "2", empty: SIGTERM); what is no signal is SIGTERM."""
-    if name.isdigit() and 0 < int(name) < 65:
-        return int(name)
-    full = name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
-    return int(getattr(signal, full, signal.SIGTERM))
+    """An image's StopSignal: ``SIGINT``, ``int``, ``2``, ``SIGRTMIN+3``, ``RTMAX-1``. Anything else is SIGTERM."""
+    text = name.upper().removeprefix("SIG")
+    if text.isdecimal() and 0 < int(text) <= signal.SIGRTMAX:
+        return int(text)
+    if realtime := _REALTIME.fullmatch(text):
+        base = signal.SIGRTMIN if realtime["base"] == "MIN" else signal.SIGRTMAX
+        number = base + int(realtime["offset"] or "0")
+        return number if signal.SIGRTMIN <= number <= signal.SIGRTMAX else int(signal.SIGTERM)
+    try:
+        return int(signal.Signals[f"SIG{text}"])
+    except KeyError:
+        return int(signal.SIGTERM)
+
+
+_REALTIME = re.compile(r"RT(?P<base>MIN|MAX)(?P<offset>[+-]\d{1,2})?")
 
 
 def boot_network(network: GuestNetwork | None) -> BootNetwork | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from signal import SIGKILL, SIGRTMAX, SIGRTMIN, Signals
 
 from msgspec import UNSET
 
@@ -66,6 +67,22 @@ def _network(record: InstanceRecord, lease: Lease | None) -> InstanceNetwork:
 
 def describe_exit(code: int, signal: int, *, out_of_memory: bool) -> str:
     """Why the workload ended, for people; ``signal`` is 0 if it ended by itself."""
-    if out_of_memory:
-        return "killed: out of memory"
-    return f"killed by signal {signal}" if signal else f"exited with code {code}"
+    if signal or out_of_memory:
+        number = signal or SIGKILL
+        cause = f"killed by signal {number} ({_signal_name(number)})"
+        return f"{cause} - OOM" if out_of_memory else cause
+    return _EXIT_MESSAGES.get(code, f"exited with code {code}")
+
+
+_EXIT_MESSAGES = {126: "command cannot be executed", 127: "command not found"}
+"""What a shell's exit codes mean; the rest are the program's own."""
+
+
+def _signal_name(number: int) -> str:
+    """``SIGKILL`` for 9, ``SIGRTMIN+3`` for 37: numbers of Linux guests, which are this host's."""
+    if SIGRTMIN < number < SIGRTMAX:
+        return f"SIGRTMIN+{number - SIGRTMIN}"
+    try:
+        return Signals(number).name
+    except ValueError:
+        return "unknown signal"

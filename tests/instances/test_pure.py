@@ -21,6 +21,7 @@ from hypeman.instances.plan import plan_create, plan_delete, plan_start, plan_st
 from hypeman.instances.records import INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
 from hypeman.instances.steps import TakeBack
 from hypeman.instances.types import EgressEnforcementMode, InstanceState, VolumeMount
+from hypeman.instances.view import describe_exit
 from hypeman.instances.vm import DISK_PORTS, assign_ports, free_port, vm_disks, volume_disk_id
 from hypeman.paths import Paths
 from hypeman.resources.accounting import Holding, Limits, Totals, hold, totals
@@ -193,7 +194,22 @@ def test_the_guest_runs_what_docker_would(
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [("", 15), ("SIGINT", 2), ("int", 2), ("2", 2), ("64", 64), ("65", 15), ("0", 15), ("SIGNONSENSE", 15)],
+    [
+        ("", 15),
+        ("SIGINT", 2),
+        ("int", 2),
+        ("2", 2),
+        ("64", 64),
+        ("65", 15),
+        ("0", 15),
+        ("SIGNONSENSE", 15),
+        ("SIGRTMIN+3", 37),
+        ("sigrtmin", 34),
+        ("RTMAX-14", 50),
+        ("SIGRTMAX+1", 15),
+        ("SIGRTMIN-1", 15),
+        ("SIG_DFL", 15),
+    ],
 )
 def test_stop_signals(name: str, number: int) -> None:
     assert signal_number(name) == number
@@ -202,3 +218,20 @@ def test_stop_signals(name: str, number: int) -> None:
 def test_a_machine_id_is_the_instances_own() -> None:
     assert machine_id("a") == machine_id("a") != machine_id("b")
     assert len(machine_id("a")) == 32 and int(machine_id("a"), 16) >= 0
+
+
+@pytest.mark.parametrize(
+    ("code", "signal", "oom", "text"),
+    [
+        (0, 0, False, "exited with code 0"),
+        (7, 0, False, "exited with code 7"),
+        (126, 0, False, "command cannot be executed"),
+        (127, 0, False, "command not found"),
+        (137, 9, False, "killed by signal 9 (SIGKILL)"),
+        (137, 9, True, "killed by signal 9 (SIGKILL) - OOM"),
+        (165, 37, False, "killed by signal 37 (SIGRTMIN+3)"),
+        (228, 100, False, "killed by signal 100 (unknown signal)"),
+    ],
+)
+def test_exit_messages_are_worded_as_in_the_contract(code: int, signal: int, oom: bool, text: str) -> None:
+    assert describe_exit(code, signal, out_of_memory=oom) == text
