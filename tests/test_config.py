@@ -75,7 +75,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, environ: dict[str, st
 
 
 def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="can not be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "none.yaml", {})
 
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from hypeman.telemetry.metrics import InstanceVerb
 from hypeman.tokens import Scope
 
 _PATH_PARAMETER = re.compile(r"{(\w+)}")
@@ -84,8 +85,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     fails: tuple[int, ...]
     """Statuses beside those that every operation may answer."""
     media_type: str
-    measure: str
-    """Name of the operation in the metrics of instances; empty for none."""
+    measure: InstanceVerb | None
+    """The verb whose duration metric observes this operation; None for none."""
     unlimited: bool
     """No time limit: a stream, or a wait that the client asked for."""
     headers: dict[str, str]
@@ -124,7 +125,7 @@ class Routes:
         media_type: str = "application/json",
         unlimited: bool = False,
         headers: dict[str, str] | None = None,
-        measure: str = "",
+        measure: InstanceVerb | None = None,
     ) -> Callable[[_Handler], _Handler]:
         def declare(handler: _Handler) -> _Handler:
             hints = typing.get_type_hints(handler, include_extras=True)

@@ -180,7 +180,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
 @contextmanager
 def _measured(operation: Operation) -> Iterator[None]:
     """Observes the time of an operation on instances as its caller sees it."""
-    if not operation.measure:
+    if operation.measure is None:
         yield
         return
     started, status = time.perf_counter(), "error"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -41,11 +42,14 @@ _http_requests = _counter("hypeman_http_requests", "Requests answered", "method"
 _http_seconds = _histogram(
     "hypeman_http_request_duration_seconds", "Time to the answer's head", "method", "path", "status", buckets=_FAST
 )
-instance_seconds = {
+InstanceVerb = Literal["create", "start", "stop", "standby", "restore"]
+"""Verbs whose duration is observed; a route names one as its ``measure``."""
+
+instance_seconds: dict[InstanceVerb, Histogram] = {
     operation: _histogram(
         f"hypeman_instances_{operation}_duration_seconds", f"Time of {operation}, as its caller sees it", "status"
     )
-    for operation in ("create", "start", "stop", "standby", "restore")
+    for operation in get_args(InstanceVerb)
 }
 volume_create_seconds = _histogram("hypeman_volumes_create_duration_seconds", "Time of making a volume")
 state_transitions = _counter("hypeman_instances_state_transitions", "Changes of state", "from", "to")

@@ -17,7 +17,7 @@ import msgspec
 import trio
 from msgspec import UNSET
 
-from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
+from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device, DeviceType
 from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
 from hypeman.errors import (
     Ambiguous,
@@ -516,6 +516,8 @@ class FakeVolumes:
 class FakeDevices:
     devices: dict[str, Device] = field(default_factory=dict)
     free: list[AvailableDevice] = field(default_factory=list)
+    present: set[str] = field(default_factory=lambda: {"0000:03:00.0"})
+    """Addresses that can be registered."""
 
     def list(self, tags: Tags) -> Sequence[Device]:
         return list(self.devices.values())
@@ -524,7 +526,18 @@ class FakeDevices:
         return self.free if everything else [device for device in self.free if device.reason is UNSET]
 
     async def register(self, request: CreateDeviceRequest) -> Device:
-        raise NotFound(f"there is no {request.pci_address}", code="device_not_found")
+        if request.pci_address not in self.present:
+            raise NotFound(f"there is no {request.pci_address}", code="device_not_found")
+        return self.add(request.name or request.pci_address, request.pci_address)
+
+    def add(self, name: str, address: str = "0000:02:00.0") -> Device:
+        """A device that is registered."""
+        device = Device(
+            id=new_id(), type=DeviceType.GPU, pci_address=address, vendor_id="10de", device_id="2204", iommu_group=1,
+            bound_to_vfio=False, created_at=NOW, name=name,
+        )  # fmt: skip
+        self.devices[device.id] = device
+        return device
 
     def get(self, ref: str) -> Device:
         for one in self.devices.values():

@@ -1,0 +1,131 @@
+"""Every declared operation, asked once through the whole application on fakes: a new verb cannot be green and broken.
+
+Bodies and queries are made from the declared types, so an operation that is added is asked without an entry here. If
+the made request does not succeed, the operation needs a row in ``STATES`` or ``FIELDS``: that is a decision,
+and the failure says so.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from urllib.parse import urlencode
+
+import msgspec
+import pytest
+import trio
+from jsonschema import Draft202012Validator
+
+from hypeman.instances.types import InstanceState
+from hypeman.server.api import Operation, Page, UploadStream
+from hypeman.server.openapi import render_document
+from hypeman.server.routes import OPERATIONS, later
+from hypeman.snapshots.types import CreateSnapshotRequest, SnapshotKind
+from hypeman.telemetry import metrics
+from hypeman.volumes.types import CreateVolumeRequest
+from tests.fakes.services import FakeWorld
+
+DOCUMENT: dict[str, Any] = render_document(OPERATIONS)
+NOT_YET = {operation.name for operation in later.routes.operations}
+"""Declared, and answered with 501."""
+
+STATES = {"start_instance": InstanceState.STOPPED, "restore_instance": InstanceState.STANDBY}
+"""In which state the instance must be; Running for all others."""
+
+FIELDS: dict[str, Any] = {
+    "image": "alpine", "mount_path": "/data", "pci_address": "0000:03:00.0", "path": "/etc", "reclaim_bytes": 1 << 30,
+}  # fmt: skip
+"""Required fields for which no value can be made from the type alone."""
+
+
+def example(kind: Any) -> Any:
+    """The smallest value of a type: a Struct's required fields only, the first member of an enum."""
+    match kind:
+        case msgspec.inspect.StructType():
+            return {
+                field.encode_name: FIELDS.get(field.encode_name, example(field.type))
+                for field in kind.fields
+                if field.required
+            }
+        case msgspec.inspect.EnumType():
+            return next(iter(kind.cls)).value
+        case msgspec.inspect.LiteralType():
+            return kind.values[0]
+        case msgspec.inspect.Metadata():
+            return example(kind.type)
+        case msgspec.inspect.UnionType():
+            return example(kind.types[0])
+        case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
+            return 1
+        case msgspec.inspect.StrType():
+            return "new"
+        case msgspec.inspect.BoolType():
+            return True
+    raise AssertionError(f"no example for {kind}: add the field to FIELDS")
+
+
+async def fill(world: FakeWorld, operation: Operation) -> dict[str, str]:
+    """One object of each kind; what to put into the path for each parameter."""
+    instance = world.instances.add("web", STATES.get(operation.name, InstanceState.RUNNING))
+    world.egress.allow(instance)
+    for source in ("app", "vmm", "hypeman"):
+        (world.log_directory / f"web-{source}.log").write_text("one line\n")
+    await world.images.create_named("alpine")
+    snapshot = await world.snapshots.create("web", CreateSnapshotRequest(kind=SnapshotKind.STOPPED))
+    await world.volumes.create(CreateVolumeRequest(name="data", size_gb=1, id="data"))
+    device = world.devices.add("gpu")
+    owner = operation.path.split("/")[1]
+    ids = {"instances": "web", "volumes": "data", "devices": device.id}
+    return {
+        "id": ids.get(owner, "x"), "name": "alpine", "snapshotId": snapshot.id, "volumeId": "data", "rest": "a/b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: f"{one.method} {one.path}")
+async def test_it_answers_as_documented(ask: Any, world: FakeWorld, operation: Operation) -> None:
+    values = await fill(world, operation)
+    path = operation.path.format_map(values)
+    if operation.query is not None and (query := example(msgspec.inspect.type_info(operation.query))):
+        path += "?" + urlencode(query)
+    options: dict[str, Any] = {}
+    if operation.body is UploadStream:
+        options["data"] = b"an archive"
+    elif operation.body is not None:
+        options["json"] = example(msgspec.inspect.type_info(operation.body))
+    before = observations(operation)
+    with trio.fail_after(30):
+        response = await ask(operation.method, path, **options)
+        data = await response.get_data(as_text=False)
+
+    wanted = 501 if operation.name in NOT_YET else operation.status
+    assert response.status_code == wanted, data
+    described = DOCUMENT["paths"][operation.path][operation.method.lower()]["responses"]
+    assert str(wanted) in described, f"the document does not know the status {wanted}"
+    content = described[str(wanted)].get("content")
+    if content is None:
+        assert data == b"", "an operation without content answered with some"
+    else:
+        [(media_type, form)] = content.items()
+        assert response.content_type.partition(";")[0] == media_type
+        if media_type == "application/json" and operation.answer is not Page:
+            Draft202012Validator({**form["schema"], "components": DOCUMENT["components"]}).validate(json.loads(data))
+            if wanted != 501 and operation.answer is not None:
+                msgspec.json.decode(data, type=operation.answer)
+    after = observations(operation)
+    assert {name: after[name] - before[name] for name in after} == dict.fromkeys(after, 1), "a metric is missing"
+
+
+def observations(operation: Operation) -> dict[str, float]:
+    """How often the metrics of this operation were observed so far."""
+    wanted = 501 if operation.name in NOT_YET else operation.status
+    labels = {"method": operation.method, "path": operation.path, "status": str(wanted)}
+    found = {"requests": metrics.REGISTRY.get_sample_value("hypeman_http_requests_total", labels) or 0}
+    if operation.measure is not None:
+        name = f"hypeman_instances_{operation.measure}_duration_seconds_count"
+        found["duration"] = metrics.REGISTRY.get_sample_value(name, {"status": "success"}) or 0
+    return found
+
+
+def test_every_measured_verb_is_declared_by_exactly_one_operation() -> None:
+    measured = [operation.measure for operation in OPERATIONS if operation.measure is not None]
+    assert sorted(measured) == sorted(metrics.instance_seconds)
