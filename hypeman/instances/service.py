@@ -59,7 +59,13 @@ from hypeman.instances.types import (
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
-from hypeman.instances.validate import check_compression, check_create, check_mount_path, expiry
+from hypeman.instances.validate import (
+    check_compression,
+    check_create,
+    check_mount_path,
+    check_supported_policies,
+    expiry,
+)
 from hypeman.instances.view import render_instance
 from hypeman.instances.vm import assign_ports
 from hypeman.instances.world import World
@@ -389,9 +395,7 @@ class Instances:
         return self.view(await task.perform(Command.RESTORE, restore))
 
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
-        for field in ("auto_standby", "health_check", "restart_policy"):
-            if getattr(request, field) is not None:
-                raise NotSupported(f"{field} is not part of this server yet; leave it out")
+        check_supported_policies(request)
         task = self.task(ref)
         return self.view(await task.perform(None, lambda owned: self._update(owned, request)))
 
@@ -403,6 +407,13 @@ class Instances:
             if record.expires_at is not None and record.expires_at <= now:
                 raise Conflict(f"instance {record.name!r} has expired", code="instance_expired")
             changes["expires_at"] = expiry(request.ttl, request.expires_at, now=now)
+        policies = {
+            field: policy
+            for field in ("auto_standby", "health_check", "restart_policy")
+            if (policy := getattr(request, field)) is not None
+        }
+        if policies:
+            changes["spec"] = msgspec.structs.replace(record.spec, **policies)
         values = dict(request.env or {})
         sources = {policy.source.env for policy in record.spec.credentials.values()}
         for key in values:

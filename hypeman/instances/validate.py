@@ -20,8 +20,11 @@ from hypeman.instances.records import InstanceSpec
 from hypeman.instances.types import (
     CompressionAlgorithm,
     CreateInstanceRequest,
+    HealthCheckType,
+    RestartMode,
     SnapshotCompressionConfig,
     SnapshotPolicy,
+    UpdateInstanceRequest,
     VolumeMount,
 )
 from hypeman.units import format_size, parse_disk_rate, parse_duration, parse_rate, parse_size
@@ -73,7 +76,8 @@ def check_create(
     if vcpus > limits.max_vcpus_per_instance:
         raise InvalidRequest(f"vcpus is {vcpus}, at most {limits.max_vcpus_per_instance} are allowed")
     _check_env(request)
-    _check_policies(request)
+    check_snapshot_policy(request.snapshot_policy)
+    check_supported_policies(request)
     _check_network(request)
     volumes = check_volumes(request.volumes)
     spec = InstanceSpec(
@@ -99,6 +103,9 @@ def check_create(
         cmd=request.cmd,
         skip_guest_agent=request.skip_guest_agent,
         snapshot_policy=request.snapshot_policy,
+        auto_standby=request.auto_standby,
+        health_check=request.health_check,
+        restart_policy=request.restart_policy,
     )
     _check_capable(spec, kind, capabilities)
     return spec
@@ -244,11 +251,24 @@ def _check_network(request: CreateInstanceRequest) -> None:
         raise InvalidRequest("network.egress needs network.enabled")
 
 
-def _check_policies(request: CreateInstanceRequest) -> None:
-    check_snapshot_policy(request.snapshot_policy)
-    for field in ("auto_standby", "health_check", "restart_policy"):
-        if getattr(request, field) is not None:
-            raise NotSupported(f"{field} is not part of this server yet; leave it out")
+def check_supported_policies(request: CreateInstanceRequest | UpdateInstanceRequest) -> None:
+    """Raise NotSupported for a policy that asks for something which this server cannot do yet.
+
+    One that asks for nothing (``enabled: false``, ``none``, ``never``) is accepted, since clients send such defaults.
+    """
+    for field, wanted in (
+        ("auto_standby", request.auto_standby is not None and bool(request.auto_standby.enabled)),
+        (
+            "health_check",
+            request.health_check is not None and request.health_check.type not in (None, HealthCheckType.NONE),
+        ),
+        (
+            "restart_policy",
+            request.restart_policy is not None and request.restart_policy.policy not in (None, RestartMode.NEVER),
+        ),
+    ):
+        if wanted:
+            raise NotSupported(f"{field} is not supported by this server yet; omit it")
 
 
 def _check_capable(spec: InstanceSpec, kind: HypervisorKind, capabilities: Capabilities) -> None:

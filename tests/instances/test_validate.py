@@ -19,9 +19,17 @@ from hypeman.instances.types import (
     CompressionAlgorithm,
     CreateInstanceRequest,
     SnapshotCompressionConfig,
+    UpdateInstanceRequest,
     VolumeMount,
 )
-from hypeman.instances.validate import check_compression, check_create, check_mount_path, expiry, guest_env
+from hypeman.instances.validate import (
+    check_compression,
+    check_create,
+    check_mount_path,
+    check_supported_policies,
+    expiry,
+    guest_env,
+)
 from tests.fakes.fake_vmm import ALL
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -101,10 +109,34 @@ def test_refusals(body: dict[str, Any], code: str) -> None:
     assert caught.value.message
 
 
-@pytest.mark.parametrize("field", ["auto_standby", "health_check", "restart_policy"])
-def test_what_comes_later_is_said(field: str) -> None:
+@pytest.mark.parametrize(
+    ("field", "policy"),
+    [
+        ("auto_standby", {"enabled": True, "idle_timeout": "5m"}),
+        ("health_check", {"type": "tcp", "tcp": {"port": 80}}),
+        ("restart_policy", {"policy": "always"}),
+    ],
+)
+def test_a_policy_that_asks_for_what_comes_later_is_refused(field: str, policy: dict[str, Any]) -> None:
     with pytest.raises(NotSupported, match=field):
-        check(ALL, **{field: {}})
+        check(ALL, **{field: policy})
+    with pytest.raises(NotSupported, match=field):
+        check_supported_policies(msgspec.convert({field: policy}, UpdateInstanceRequest))
+
+
+@pytest.mark.parametrize(
+    ("field", "policy"),
+    [
+        ("auto_standby", {}),
+        ("auto_standby", {"enabled": False, "idle_timeout": "5m"}),
+        ("health_check", {"type": "none"}),
+        ("restart_policy", {"policy": "never", "max_attempts": 0}),
+    ],
+)
+def test_a_policy_that_asks_for_nothing_is_kept(field: str, policy: dict[str, Any]) -> None:
+    """Clients of the original send such defaults."""
+    assert msgspec.to_builtins(getattr(check(ALL, **{field: policy}), field)) == policy
+    check_supported_policies(msgspec.convert({field: policy}, UpdateInstanceRequest))
 
 
 @pytest.mark.parametrize(
