@@ -74,13 +74,20 @@ class RemoteVmm(LiveVmm):
         code = await self._process.wait()
         if self._killed or code == -9:
             return VmmExit(ExitReason.KILLED)
-        if code is None or code == 0:
+        if code is None:
+            return self._ended_without_code()
+        if code == 0:
             return self._ended_by_itself()
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         return VmmExit(ExitReason.FAILED, f"{self._handle.kind} ended {how}")
 
     def _ended_by_itself(self) -> VmmExit:
         return VmmExit(ExitReason.POWEROFF)
+
+    def _ended_without_code(self) -> VmmExit:
+        """The VMM was started by an earlier server, so only init learns its exit code. Without other evidence that
+        the guest ended, it counts as killed: a restart policy must not take a crash for a power-off."""
+        return VmmExit(ExitReason.KILLED, "the VMM ended; how is unknown, since the server was restarted meanwhile")
 
     async def aclose(self) -> None:
         self._listener.close()

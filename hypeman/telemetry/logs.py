@@ -1,29 +1,48 @@
 """Structured logs: one line an event, JSON or text, on stderr, and never a secret.
 
-Code logs as usual (``logging.getLogger(__name__).info("text", extra={...})``); what stands in
-``extra`` becomes fields of the line. Nobody should log a secret; that nobody does by mistake is held
-here: fields whose name speaks of secrets, and anything that looks like a token, are blanked.
+Code logs as usual (``logging.getLogger(__name__).info("text", extra={...})``); what stands in ``extra`` becomes
+fields of the line. Rules:
+
+- Secrets are not logged. As a second line of defence, fields whose names suggest a secret, and anything that looks
+  like a token, are blanked here.
+- Control characters are escaped: guests, images and clients choose parts of what is logged.
+- A log never makes the server wait. Lines go through a bounded queue to a thread of their own; while nobody reads
+  them they are dropped and counted.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import re
 import sys
+import threading
+from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from hypeman.telemetry import metrics
+from hypeman.text import lines, one_line
+
 BLANK = "***"
+QUEUE_BYTES = 8 * 2**20
+"""Of lines that wait to be written."""
+FLUSH_SECONDS = 2.0
+"""How long the program's exit waits for the log."""
 _SECRET_NAME = re.compile(r"secret|passw|token|authorization|api_?key|credential|(^|_)env$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"(?i:bearer|basic)\s+[\w.~+/=-]+|eyJ[\w-]+\.[\w-]+\.[\w-]*")
+# What JSON itself leaves as it is: DEL, C1, separators of lines, changes of direction, surrogates.
+_JSON_CONTROL = re.compile(r"[\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 def setup_logs(level: str = "info", style: str = "json", stream: TextIO | None = None) -> None:
     """Send what is at ``level`` (debug, info, warning, error) or above to ``stream`` (stderr), as json or text."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = QueuedHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -31,6 +50,96 @@ def setup_logs(level: str = "info", style: str = "json", stream: TextIO | None =
     # Their information is about themselves; a request is already one line of ours.
     for name in ("hypercorn", "quart", "httpx", "httpcore", "pyroute2"):
         logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
+
+
+class QueuedHandler(logging.Handler):
+    """Writes to ``stream`` in a thread of its own, which may block there: a full pipe, a stuck disk.
+
+    At most ``limit`` bytes wait; lines beyond that are dropped. Their number is logged as soon as the stream
+    accepts a line again, and counted by the metric ``hypeman_log_lines_dropped_total``.
+    """
+
+    def __init__(self, stream: TextIO, limit: int = QUEUE_BYTES) -> None:
+        super().__init__()
+        self._write = _writer(stream)
+        self._limit = limit
+        self._changed = threading.Condition(threading.Lock())
+        self._waiting: deque[bytes] = deque()
+        self._size = 0
+        self._dropped = 0
+        self._busy = False
+        self._thread: threading.Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+        except Exception:
+            self.handleError(record)
+            return
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+                self._thread.start()
+            if self._size + len(line) > self._limit:
+                self._dropped += 1
+                metrics.log_lines_dropped.inc()
+            else:
+                self._waiting.append(line)
+                self._size += len(line)
+            self._changed.notify_all()
+
+    def flush(self, timeout: float = FLUSH_SECONDS) -> None:
+        """Wait until everything is written, but no longer than ``timeout`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._waiting or self._busy or self._dropped), timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._waiting or self._dropped)
+                self._busy = True
+                batch, dropped = [*self._waiting], self._dropped
+                self._waiting.clear()
+                self._dropped = 0
+            if dropped:
+                batch.append(self._about_dropped(dropped))
+            for line in batch:
+                try:
+                    self._write(line)
+                except (OSError, ValueError):  # the reader has gone, the disk is full, or the stream was closed
+                    metrics.log_lines_dropped.inc()
+                with self._changed:
+                    self._size = max(0, self._size - len(line))
+
+    def _about_dropped(self, count: int) -> bytes:
+        record = logging.makeLogRecord(
+            {
+                "name": __name__,
+                "levelno": logging.WARNING,
+                "levelname": "WARNING",
+                "msg": "log lines were dropped: the log was not read fast enough",
+                "dropped": count,
+            }
+        )
+        return (self.format(record) + "\n").encode()
+
+
+def _writer(stream: TextIO) -> Callable[[bytes], object]:
+    """A function that writes a whole line. It bypasses Python's buffer where there is a descriptor: a thread that
+    blocks while it holds the buffer's lock would block every other writer to stderr, and the interpreter's exit."""
+    try:
+        fd = stream.fileno()
+    except (io.UnsupportedOperation, AttributeError):
+        return lambda line: stream.write(line.decode())
+
+    def write(line: bytes) -> None:
+        view = memoryview(line)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    return write
 
 
 class JsonFormatter(logging.Formatter):
@@ -46,18 +155,18 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = blank_text(self.formatException(record.exc_info))
-        return json.dumps(line, default=str, ensure_ascii=False)
+        return _JSON_CONTROL.sub(_json_escape, json.dumps(line, default=str, ensure_ascii=False))
 
 
 class TextFormatter(logging.Formatter):
     """For people: time, level, message, then key=value."""
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {key}={_quoted(value)}" for key, value in _fields(record).items())
-        message = blank_text(record.getMessage()).replace("\n", "\\n")
+        fields = "".join(f" {one_line(key)}={_quoted(value)}" for key, value in _fields(record).items())
+        message = one_line(blank_text(record.getMessage()))
         line = f"{_time(record)} {record.levelname.lower():7} {record.name}: {message}{fields}"
         if record.exc_info:
-            line += "\n" + blank_text(self.formatException(record.exc_info))
+            line += "\n" + lines(blank_text(self.formatException(record.exc_info)))
         return line
 
 
@@ -82,7 +191,12 @@ def _blank(key: str, value: Any) -> Any:
 
 def _quoted(value: Any) -> str:
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if not text or any(c in ' "=\n' for c in text) else text
+    quoted = json.dumps(text, ensure_ascii=False) if not text or any(c in ' "=\n' for c in text) else text
+    return one_line(quoted)
+
+
+def _json_escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ import trio
 import yaml
 
 from hypeman.errors import InvalidRequest, NotSupported
-from hypeman.host.processes import Processes
+from hypeman.host.processes import Process, Processes
 from hypeman.hypervisor.cloud_hypervisor import config as cloud
 from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
 from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events
 from hypeman.hypervisor.firecracker import config as fire
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.firecracker.jail import room_of as jail_of
-from hypeman.hypervisor.interface import Disk, Driver, LaunchFailed, Nic, PciDevice, VmConfig
+from hypeman.hypervisor.interface import Disk, Driver, ExitReason, LaunchFailed, Nic, PciDevice, VmConfig, VmmExit
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.run_dir import API_SOCKET
 from hypeman.hypervisor.unix_http import UnixHttp
@@ -137,6 +138,42 @@ async def test_a_guest_of_firecracker_is_reached_after_a_save_that_never_came(
         await vmm.resume()
         with trio.fail_after(60):
             await Guest.of(vmm)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "reason"),
+    [
+        ("cloud-hypervisor", "poweroff", ExitReason.POWEROFF),
+        ("cloud-hypervisor", "reboot", ExitReason.RESET),
+        ("cloud-hypervisor", "SIGKILL", ExitReason.KILLED),
+        ("cloud-hypervisor", "SIGSEGV", ExitReason.KILLED),
+        ("firecracker", "poweroff", ExitReason.KILLED),  # it has no events: the agent's word is all there is
+        ("firecracker", "SIGKILL", ExitReason.KILLED),
+    ],
+)
+async def test_how_a_vmm_of_an_earlier_server_ended(
+    kind: str, how: str, reason: ExitReason, make_driver: Make, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its exit code goes to init. A kill must not look like a power-off, after which nothing is restarted."""
+    driver = make_driver(kind)
+    first = await driver.launch(make_config("one"))
+    await first.aclose()
+    async with ending(await driver.reattach(first.handle)) as vmm:
+        monkeypatch.setattr(Process, "_reap", lambda process: None)
+        async with trio.open_nursery() as nursery:
+            exits: list[VmmExit] = []
+
+            async def wait() -> None:
+                exits.append(await vmm.wait_exit())
+
+            nursery.start_soon(wait)
+            guest = await Guest.of(vmm)
+            if how.startswith("SIG"):
+                os.kill(vmm.handle.pid, signal.Signals[how])
+            else:
+                await guest.tell(how)
+        assert exits[0].reason == reason
+        monkeypatch.undo()
 
 
 def test_events_are_taken_apart_wherever_they_are_cut() -> None:

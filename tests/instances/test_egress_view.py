@@ -101,7 +101,13 @@ def lines() -> Iterator[Any]:
     handlers, level = root.handlers[:], root.level
     stream = io.StringIO()
     setup_logs("info", "json", stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    [handler] = root.handlers
+
+    def written() -> list[Any]:
+        handler.flush()
+        return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+    yield written
     root.handlers[:] = handlers
     root.setLevel(level)
 

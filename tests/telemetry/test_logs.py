@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
+import subprocess
+import sys
+import threading
+import unicodedata
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 import pytest
 
 from hypeman.telemetry.findings import Finding, Verdict, worst
 from hypeman.telemetry.logs import setup_logs
+from hypeman.telemetry.metrics import REGISTRY
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +36,13 @@ def logged(style: str = "json", level: str = "info") -> tuple[logging.Logger, io
     return logging.getLogger("hypeman.test"), stream
 
 
+def text_of(stream: io.StringIO) -> str:
+    """What was written, once the writing thread is idle."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    return stream.getvalue()
+
+
 def test_json_lines() -> None:
     log, stream = logged()
     log.info("made %s", "web", extra={"instance": "abc", "ms": 1.5})
@@ -36,7 +51,7 @@ def test_json_lines() -> None:
         raise ValueError("two\nlines")
     except ValueError:
         log.exception("failed")
-    first, second = (json.loads(line) for line in stream.getvalue().splitlines())
+    first, second = (json.loads(line) for line in text_of(stream).splitlines())
     assert first.pop("time").endswith("Z")
     assert first == {"level": "info", "logger": "hypeman.test", "message": "made web", "instance": "abc", "ms": 1.5}
     assert "ValueError: two\nlines" in second["traceback"]
@@ -45,8 +60,85 @@ def test_json_lines() -> None:
 def test_text_lines() -> None:
     log, stream = logged("text")
     log.warning("two\nlines", extra={"route": "/a b", "status": 200})
-    [line] = stream.getvalue().splitlines()
+    [line] = text_of(stream).splitlines()
     assert line.endswith('warning hypeman.test: two\\nlines route="/a b" status=200')
+
+
+@pytest.mark.parametrize("style", ["json", "text"])
+def test_foreign_text_is_one_harmless_line(style: str) -> None:
+    log, stream = logged(style)
+    evil = "a\x1b[2J\x9b2Jb\nforged\r\x7f\x85\u2028\u202e\ud800"
+    log.info("guest said %s", evil, extra={"path_name": evil, evil: 1})
+    [line] = text_of(stream).split("\n")[:-1]
+    assert all(unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp", "Cf") for character in line), line
+    if style == "json":
+        assert json.loads(line)["path_name"] == evil, "in JSON nothing is lost"
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, TextIO]]:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as stream:
+        yield reading, stream
+        with contextlib.suppress(OSError):
+            os.close(reading)
+
+
+def test_a_log_that_nobody_reads_makes_nobody_wait(pipe: tuple[int, TextIO]) -> None:
+    """Sixteen times more than pipe and queue hold. What is dropped is counted, and logged once somebody reads."""
+    reading, stream = pipe
+    setup_logs(stream=stream)
+    [handler] = logging.getLogger().handlers
+    handler._limit = 2**18  # type: ignore[attr-defined]
+    before = REGISTRY.get_sample_value("hypeman_log_lines_dropped_total") or 0
+    sent = 5000
+    done = threading.Event()
+
+    def log_much() -> None:
+        for number in range(sent):
+            logging.getLogger("hypeman.test").info("%d %s", number, "x" * 1000)
+        done.set()
+
+    threading.Thread(target=log_much, daemon=True).start()
+    assert done.wait(60), "logging waits for the reader"
+    received: list[dict[str, Any]] = []
+    with os.fdopen(reading, "rb") as log:
+        for text in log:
+            received.append(json.loads(text))
+            if "dropped" in received[-1]:
+                break
+    report = received.pop()
+    assert report["level"] == "warning"
+    assert report["dropped"] > 0
+    assert len(received) + report["dropped"] == sent
+    assert REGISTRY.get_sample_value("hypeman_log_lines_dropped_total") == before + report["dropped"]
+    assert [int(line["message"].split()[0]) for line in received] == list(range(len(received)))
+
+
+def test_a_log_whose_reader_has_gone(pipe: tuple[int, TextIO]) -> None:
+    reading, stream = pipe
+    setup_logs(stream=stream)
+    os.close(reading)
+    before = REGISTRY.get_sample_value("hypeman_log_lines_dropped_total") or 0
+    for _ in range(3):
+        logging.getLogger("hypeman.test").info("x")
+        logging.getLogger().handlers[0].flush()
+    assert REGISTRY.get_sample_value("hypeman_log_lines_dropped_total") == before + 3
+
+
+def test_exit_waits_for_the_log_but_not_forever() -> None:
+    program = (
+        "import logging, sys; from hypeman.telemetry.logs import setup_logs; setup_logs(); "
+        "[logging.getLogger('a').info('x' * 1000) for _ in range(int(sys.argv[1]))]"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "50"], capture_output=True, timeout=60)
+    assert len(done.stderr.splitlines()) == 50
+    reading, writing = os.pipe()
+    try:
+        assert subprocess.run([sys.executable, "-c", program, "500"], stderr=writing, timeout=60).returncode == 0
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 TOKEN = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2lnbmF0dXJl"
@@ -58,10 +150,10 @@ def test_secrets_are_blanked(style: str) -> None:
     log.info(f"Authorization: Bearer {TOKEN}", extra={"jwt_secret": "hunter2", "env": {"A": "hunter2"}})
     log.info("a token %s in the middle", TOKEN, extra={"headers": {"Authorization": "hunter2"}, "list": [TOKEN]})
     log.info("login", extra={"registry_token": "hunter2", "Password": "hunter2", "note": "Basic aHVudGVyMg=="})
-    assert "hunter2" not in stream.getvalue()
-    assert TOKEN not in stream.getvalue()
-    assert "aHVudGVyMg" not in stream.getvalue()
-    assert "in the middle" in stream.getvalue()
+    assert "hunter2" not in text_of(stream)
+    assert TOKEN not in text_of(stream)
+    assert "aHVudGVyMg" not in text_of(stream)
+    assert "in the middle" in text_of(stream)
 
 
 def test_the_worst_finding_counts() -> None:

@@ -22,6 +22,7 @@ _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Created": Vm
 _UNPLUG_LIMIT = 15.0
 _RESIZE_LIMIT = 15.0
 _SAVE_LIMIT = 600.0
+_FIFO_SIZE = 65536
 _GATHERING = "restore is still in progress"
 _GATHERING_POLL = 0.1
 
@@ -53,6 +54,8 @@ class CloudHypervisorVmm(RemoteVmm):
     version = ""
     """Of the VMM; set by the driver."""
     _reset = False
+    _off = False
+    _unparsed = b""
 
     async def state(self) -> VmmState:
         return _STATES.get((await self._info())["state"], VmmState.SHUTDOWN)
@@ -155,28 +158,38 @@ class CloudHypervisorVmm(RemoteVmm):
         await self._put("resize", {"desired_balloon": size})
 
     async def wait_exit(self) -> VmmExit:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._listen)
-            ended = await super().wait_exit()
-            nursery.cancel_scope.cancel()
-        if self._reset:
-            return VmmExit(ExitReason.RESET)
-        return ended
-
-    async def _listen(self) -> None:
-        """End the VMM when its guest resets: Cloud Hypervisor would boot it again, behind our back."""
         try:
             fd = os.open(os.path.join(self.config.run_dir, native.EVENTS), os.O_RDWR | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return  # the run directory is gone, and so is the VMM
-        rest = b""
+        except FileNotFoundError:  # the run directory is gone, and so is the VMM
+            return await super().wait_exit()
         async with trio.lowlevel.FdStream(fd) as stream:
-            while data := await stream.receive_some():
-                events, rest = parse_events(rest + bytes(data))
-                if any(event.source == "vm" and event.event in ("rebooting", "panic") for event in events):
-                    self._reset = True
-                    self._process.kill()
-                rest = rest[-65536:]
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._listen, stream)
+                await self._process.wait()
+                nursery.cancel_scope.cancel()
+            with contextlib.suppress(BlockingIOError):  # its last events, which say how it ended
+                self._heed(os.read(fd, _FIFO_SIZE))
+        if self._reset:
+            return VmmExit(ExitReason.RESET)
+        return await super().wait_exit()
+
+    def _ended_without_code(self) -> VmmExit:
+        return VmmExit(ExitReason.POWEROFF) if self._off else super()._ended_without_code()
+
+    async def _listen(self, events: trio.lowlevel.FdStream) -> None:
+        while data := await events.receive_some():
+            self._heed(bytes(data))
+
+    def _heed(self, data: bytes) -> None:
+        """End the VMM when its guest resets: Cloud Hypervisor would boot it again, behind our back."""
+        events, rest = parse_events(self._unparsed + data)
+        self._unparsed = rest[-_FIFO_SIZE:]
+        for event in events:
+            if event.source == "vm" and event.event in ("rebooting", "panic"):
+                self._reset = True
+                self._process.kill()
+            elif event.source == "vm" and event.event == "shutdown":
+                self._off = True
 
 
 def _dict(value: object) -> dict[str, object]:

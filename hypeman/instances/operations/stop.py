@@ -125,6 +125,6 @@ def exit_of(
         case ExitReason.RESET:
             return None, "the guest rebooted or its kernel panicked"
         case ExitReason.KILLED:
-            return None, "the VMM was killed"
+            return None, ended.message or "the VMM was killed"
         case ExitReason.FAILED:
             return None, ended.message or "the VMM failed"
