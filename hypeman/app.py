@@ -25,9 +25,12 @@ from msgspec import UNSET
 from hypeman import API_VERSION, __version__, assets
 from hypeman.config import Config, ConfigError
 from hypeman.devices.service import Devices
+from hypeman.egress.audit import AuditLog
+from hypeman.egress.metrics import register_metrics
 from hypeman.egress.policy import Unmatched
 from hypeman.egress.service import Egress
 from hypeman.egress.service import Settings as EgressSettings
+from hypeman.egress.view import EgressView
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
 from hypeman.host.disks import Disks
@@ -47,9 +50,6 @@ from hypeman.hypervisor.vmm_process import VFIO_DEVICE
 from hypeman.images.service import Images
 from hypeman.instances import adapters
 from hypeman.instances.compression import Compressor
-from hypeman.instances.egress_audit import AuditLog
-from hypeman.instances.egress_metrics import register_metrics
-from hypeman.instances.egress_view import EgressView
 from hypeman.instances.records import INSTANCES
 from hypeman.instances.service import Instances
 from hypeman.instances.world import World
@@ -247,7 +247,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         max_total=parse_size(config.limits.max_total_volume_storage or "0"),
     )
     snapshots = Snapshots(store=store, instances=instances)
-    egress_view = EgressView(egress, instances.board)
+    egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     _register_gauges(instances, images, network, store)
     register_metrics(egress)
     return _Parts(

@@ -1,14 +1,27 @@
-"""What is said about credentials: which real value goes into which header of which request (§2.4).
+"""The egress path in the API (§2.4): credential rules, the policy of an instance, records of requests.
 
-The guest sees only a stand-in; the real value comes from the request's ``env`` and is inserted on
-HTTPS requests on their way out.
+The guest sees only a placeholder; the real value comes from the request's ``env`` and is inserted into
+HTTPS requests on their way out. No type here holds the value of a credential, nor the path or query of a
+request: a policy names where values come from and where they go, a record names the credentials used.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
+
+from hypeman.fields import Timestamp
+
+RecordKind = Literal["request", "passed_through", "refused"]
+
+
+class EgressEnforcementMode(enum.StrEnum):
+    """Which direct TCP is rejected: all of it, or only to ports 80 and 443."""
+
+    ALL = "all"
+    HTTP_HTTPS_ONLY = "http_https_only"
 
 
 class CredentialSource(Struct, frozen=True, kw_only=True):
@@ -32,3 +45,35 @@ class CredentialPolicy(Struct, frozen=True, kw_only=True):
 
     source: CredentialSource
     inject: Annotated[tuple[InjectRule, ...], Meta(min_length=1)]
+
+
+class EgressPolicy(Struct, frozen=True, kw_only=True):
+    """The stored egress policy of an instance. Never a credential's value."""
+
+    instance_id: str
+    instance_name: str
+    mode: Annotated[EgressEnforcementMode, Meta(description="Which direct TCP of the guest is rejected")]
+    credentials: Annotated[
+        dict[str, CredentialPolicy], Meta(description="By the name under which the guest sees a placeholder")
+    ]
+
+
+class EgressRecord(Struct, frozen=True, kw_only=True):
+    """One mediated request that ended, allowed or denied."""
+
+    time: Timestamp
+    kind: Annotated[
+        RecordKind,
+        Meta(description="passed_through: not decrypted; refused: a connection that never became a request"),
+    ]
+    host: str
+    port: int
+    method: str
+    status: Annotated[int, Meta(description="0 where there was none")]
+    reason: Annotated[str, Meta(description="ok, or the code returned to the denied client")]
+    injected: bool
+    credentials: Annotated[tuple[str, ...], Meta(description="Names of the credentials whose rules were applied")]
+    bytes_up: int
+    bytes_down: int
+    ms: float
+    http: Annotated[int, Meta(description="Major version of HTTP that the guest used")]

@@ -13,7 +13,10 @@ import msgspec
 from hypeman.egress import policy
 from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.service import Egress
+from hypeman.egress.types import EgressPolicy
+from hypeman.errors import NotFound
 from hypeman.guest.boot import CA_BUNDLE_PATH, CA_CERT_PATH, CaCertificate
+from hypeman.instances.board import Board
 from hypeman.instances.records import INSTANCES, InstanceRecord, InstanceSpec
 from hypeman.network import leases
 from hypeman.network.service import Network
@@ -124,3 +127,24 @@ class EgressOfInstances:
     def _open(self, txn: Txn, instance_id: str) -> dict[str, str]:
         row = txn.get(SECRETS, instance_id)
         return self._egress.sealer.open(instance_id, row.sealed) if row is not None else {}
+
+
+class EgressGuests:
+    """The instances with mediated egress, for the view of the egress path."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def policy(self, ref: str) -> EgressPolicy:
+        record = self._board.find(ref)
+        if record.spec.egress is None:
+            raise NotFound(f"the egress of instance {record.name} is not mediated", code="no_egress_policy")
+        return EgressPolicy(
+            instance_id=record.id,
+            instance_name=record.name,
+            mode=record.spec.egress,
+            credentials=record.spec.credentials,
+        )
+
+    async def wait_deleted(self, instance_id: str) -> None:
+        await self._board.wait_deleted(instance_id)

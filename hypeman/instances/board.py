@@ -131,6 +131,11 @@ class Board:
             entry = self._entries.get(record.id)
         return entry.record if entry is not None else None
 
+    async def wait_deleted(self, instance_id: str) -> None:
+        """Wait until there is no instance with this id."""
+        while (entry := self._entries.get(instance_id)) is not None:
+            await entry.changed.wait()
+
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000

@@ -14,7 +14,7 @@ from datetime import datetime
 
 import msgspec
 
-from hypeman.egress.types import CredentialPolicy
+from hypeman.egress.types import CredentialPolicy, EgressEnforcementMode
 from hypeman.errors import NameConflict
 from hypeman.hypervisor.interface import VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -23,7 +23,6 @@ from hypeman.instances.phases import Phases
 from hypeman.instances.steps import Step
 from hypeman.instances.types import (
     AutoStandbyPolicy,
-    EgressEnforcementMode,
     HealthCheck,
     InstanceState,
     RestartPolicy,

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from hypeman.egress.types import CredentialPolicy
+from hypeman.egress.types import CredentialPolicy, EgressEnforcementMode
 from hypeman.fields import Count, DiskRate, Duration, Name, Platform, Port, Rate, Size, TagMap, Timestamp
 from hypeman.hypervisor.kinds import HypervisorKind
 
@@ -151,13 +151,6 @@ class VolumeMount(Struct, frozen=True, kw_only=True):
     readonly: bool = False
     overlay: Annotated[bool, Meta(description="Private write layer; needs readonly")] = False
     overlay_size: Annotated[Size | UnsetType, Meta(description="Size limit of the layer; needed with overlay")] = UNSET
-
-
-class EgressEnforcementMode(enum.StrEnum):
-    """Which direct TCP is rejected: all of it, or only to ports 80 and 443."""
-
-    ALL = "all"
-    HTTP_HTTPS_ONLY = "http_https_only"
 
 
 class EgressEnforcementRequest(Struct, frozen=True, kw_only=True):

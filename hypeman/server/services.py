@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
+from hypeman.egress.types import EgressPolicy, EgressRecord
 from hypeman.guest.types import PathInfo
 from hypeman.images.types import CreateImageRequest, Image, Progress
-from hypeman.instances.egress_types import EgressPolicy, EgressRecord
 from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.instances.types import (
     AttachVolumeRequest,

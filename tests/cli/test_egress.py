@@ -9,8 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hypeman.egress.types import InjectAs, InjectRule
-from hypeman.instances.egress_types import EgressRecord
+from hypeman.egress.types import EgressRecord, InjectAs, InjectRule
 
 RECORD = EgressRecord(
     time=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), kind="request", host="api.example.com", port=443,

@@ -18,7 +18,15 @@ import trio
 from msgspec import UNSET
 
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device, DeviceType
-from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
+from hypeman.egress.types import (
+    CredentialPolicy,
+    CredentialSource,
+    EgressEnforcementMode,
+    EgressPolicy,
+    EgressRecord,
+    InjectAs,
+    InjectRule,
+)
 from hypeman.errors import (
     Ambiguous,
     Conflict,
@@ -32,12 +40,10 @@ from hypeman.errors import (
 from hypeman.guest.types import PathInfo
 from hypeman.ids import new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
-from hypeman.instances.egress_types import EgressPolicy, EgressRecord
 from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.instances.types import (
     AttachVolumeRequest,
     CreateInstanceRequest,
-    EgressEnforcementMode,
     ForkInstanceRequest,
     Instance,
     InstanceNetwork,

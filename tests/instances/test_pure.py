@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypeman.egress.types import EgressEnforcementMode
 from hypeman.errors import InsufficientResources, InvalidState
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
@@ -20,7 +21,7 @@ from hypeman.instances.phases import Phases
 from hypeman.instances.plan import plan_create, plan_delete, plan_start, plan_stop
 from hypeman.instances.records import INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
 from hypeman.instances.steps import TakeBack
-from hypeman.instances.types import EgressEnforcementMode, InstanceState, VolumeMount
+from hypeman.instances.types import InstanceState, VolumeMount
 from hypeman.instances.view import describe_exit
 from hypeman.instances.vm import DISK_PORTS, assign_ports, free_port, vm_disks, volume_disk_id
 from hypeman.paths import Paths

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import trio
 
-from hypeman.instances.egress_types import EgressRecord
+from hypeman.egress.types import EgressRecord
 from tests.fakes.services import FakeWorld
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from hypeman.egress.types import EgressPolicy
 from hypeman.fields import Count
-from hypeman.instances.egress_types import EgressPolicy
 from hypeman.server.api import SSE_HEADERS, EventStream, Page, Routes
 from hypeman.server.events import JsonEvents
 from hypeman.server.services import Services

@@ -19,18 +19,20 @@ import trio
 import trio.testing
 
 from hypeman._native.egress import METRICS
+from hypeman.egress import audit as audit_module
+from hypeman.egress import view as view_module
+from hypeman.egress.audit import AuditLog
+from hypeman.egress.metrics import FAMILIES, LEFT_OUT, register_metrics
 from hypeman.egress.service import AuditRecord, Egress, Settings
-from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
+from hypeman.egress.types import CredentialPolicy, CredentialSource, EgressEnforcementMode, InjectAs, InjectRule
+from hypeman.egress.view import EgressRecords, EgressView
 from hypeman.errors import NotFound
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.instances import egress_audit, egress_view
+from hypeman.instances.adapters import EgressGuests
 from hypeman.instances.board import Board
-from hypeman.instances.egress_audit import AuditLog
-from hypeman.instances.egress_metrics import ELSEWHERE, FAMILIES, register_metrics
-from hypeman.instances.egress_view import EgressRecords, EgressView
 from hypeman.instances.phases import Phases
 from hypeman.instances.records import InstanceRecord, InstanceSpec
-from hypeman.instances.types import EgressEnforcementMode, Instance, InstanceState
+from hypeman.instances.types import Instance, InstanceState
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs
 
@@ -131,7 +133,7 @@ async def test_one_line_a_request(lines: Any, nursery: trio.Nursery) -> None:
 
 
 def test_too_many_lines_are_counted(lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(egress_audit, "MOST_WAITING", 3)
+    monkeypatch.setattr(audit_module, "MAX_QUEUED", 3)
     audit = AuditLog()
     for number in range(5):
         audit.offer(audited(number))
@@ -175,7 +177,7 @@ async def test_a_real_denial_is_logged_without_its_path(lines: Any, egress: Egre
 
 def test_every_counter_has_its_metric() -> None:
     named = [counter for family in FAMILIES.values() for counter in family.counters]
-    assert sorted([*named, *ELSEWHERE]) == sorted(METRICS)
+    assert sorted([*named, *LEFT_OUT]) == sorted(METRICS)
 
 
 async def test_metrics_of_a_real_denial(egress: Egress) -> None:
@@ -205,7 +207,7 @@ def test_metrics_without_a_running_data_plane(tmp_path: Path) -> None:
 
 
 async def test_policy_as_stored(egress: Egress, board: Board) -> None:
-    view = EgressView(egress, board)
+    view = EgressView(egress, EgressGuests(board))
     assert view.ca_pem().startswith(b"-----BEGIN CERTIFICATE-----")
     policy = view.policy("name-of-one")
     assert (policy.instance_id, policy.mode) == ("one", EgressEnforcementMode.ALL)
@@ -220,9 +222,9 @@ async def statuses(view: EgressView, ref: str, tail: int) -> list[int]:
 
 
 async def test_the_last_requests_are_kept(egress: Egress, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(egress_view, "KEPT", 3)
-    monkeypatch.setattr(egress_view, "MOST_INSTANCES", 2)
-    view = EgressView(egress, board)
+    monkeypatch.setattr(view_module, "MAX_RECORDS", 3)
+    monkeypatch.setattr(view_module, "MAX_INSTANCES", 2)
+    view = EgressView(egress, EgressGuests(board))
     for number in range(5):
         view.keep(audited(number))
     assert await statuses(view, "one", 100) == [2, 3, 4]
@@ -243,7 +245,7 @@ async def read_to_end(stream: EgressRecords) -> None:
 
 
 async def test_followers_see_real_requests_until_the_instance_goes(egress: Egress, board: Board) -> None:
-    view = EgressView(egress, board)
+    view = EgressView(egress, EgressGuests(board))
     egress.on_audit(view.keep)
     view.keep(audited(7))
     stream = await view.requests("one", tail=1, follow=True)
@@ -265,7 +267,7 @@ async def test_followers_see_real_requests_until_the_instance_goes(egress: Egres
 
 
 async def test_a_follower_that_leaves_is_forgotten(egress: Egress, board: Board) -> None:
-    view = EgressView(egress, board)
+    view = EgressView(egress, EgressGuests(board))
     before = len(egress._on_audit)
     stream = await view.requests("one", tail=0, follow=True)
     assert len(egress._on_audit) == before + 1

@@ -1,4 +1,4 @@
-"""The counters of the egress data plane under the names that Prometheus is told."""
+"""The counters of the egress data plane as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypeman.telemetry import metrics
 
 
 class Family(Struct, frozen=True):
-    """One metric of several counters, told apart by ``label``; or of one alone, without a label."""
+    """One metric made of several counters, distinguished by ``label``; or of a single one, without a label."""
 
     text: str
     label: str
@@ -21,41 +21,45 @@ class Family(Struct, frozen=True):
     """Name in the data plane → value of the label."""
 
 
-def _alone(counter: str, text: str) -> Family:
+def _single(counter: str, text: str) -> Family:
     return Family(text, "", {counter: ""})
 
 
 FAMILIES: dict[str, Family] = {
-    "hypeman_egress_connections": _alone("connections", "Open connections, from guests and to hosts"),
+    "hypeman_egress_connections": _single("connections", "Open connections, from guests and to hosts"),
     "hypeman_egress_accepted_total": Family(
-        "Connections from guests by what became of them",
+        "Connections from guests by outcome",
         "outcome",
         {"accepted": "accepted", "unregistered": "unregistered", "too_many": "too_many"},
     ),
-    "hypeman_egress_requests_total": _alone("requests", "Requests of guests"),
-    "hypeman_egress_injected_total": _alone("injected", "Requests that were given a credential"),
-    "hypeman_egress_passed_through_total": _alone("passed_through", "Connections that were carried unread"),
-    "hypeman_egress_tunnels_total": _alone("tunnels", "Exchanges that became something else, as WebSockets"),
+    "hypeman_egress_requests_total": _single("requests", "Requests of guests"),
+    "hypeman_egress_injected_total": _single("injected", "Requests into which a credential was injected"),
+    "hypeman_egress_passed_through_total": _single("passed_through", "Connections passed through without decryption"),
+    "hypeman_egress_tunnels_total": _single("tunnels", "Exchanges upgraded to another protocol, such as WebSocket"),
     "hypeman_egress_responses_total": Family(
-        "Answers by class of status", "status", {f"status_{n}xx": f"{n}xx" for n in range(2, 6)}
+        "Responses by status class", "status", {f"status_{n}xx": f"{n}xx" for n in range(2, 6)}
     ),
     "hypeman_egress_handshakes_total": Family(
         "TLS handshakes with guests", "status", {"handshakes": "success", "handshakes_failed": "error"}
     ),
-    "hypeman_egress_minted_total": _alone("minted", "Certificates made for names that guests asked for"),
+    "hypeman_egress_minted_total": _single("minted", "Leaf certificates issued for names that guests asked for"),
     "hypeman_egress_upstream_total": Family(
-        "Connections to hosts by how they were got",
+        "Upstream connections by outcome",
         "outcome",
         {"upstream_opened": "opened", "upstream_reused": "reused", "upstream_failed": "failed"},
     ),
-    "hypeman_egress_verify_failed_total": _alone("verify_failed", "Hosts whose certificate was refused"),
-    "hypeman_egress_bytes_total": Family(
-        "Bytes of requests and answers", "direction", {"bytes_up": "up", "bytes_down": "down"}
+    "hypeman_egress_verify_failed_total": _single(
+        "verify_failed", "Upstream connections whose certificate was rejected"
     ),
-    "hypeman_egress_audit_lost_total": _alone("audit_lost", "Records that nobody read in time"),
+    "hypeman_egress_bytes_total": Family(
+        "Bytes of requests and responses", "direction", {"bytes_up": "up", "bytes_down": "down"}
+    ),
+    "hypeman_egress_audit_lost_total": _single(
+        "audit_lost", "Audit records dropped because they were not read in time"
+    ),
 }
-ELSEWHERE = frozenset(["denied"])
-"""Counters that say less than another metric: that one has the reasons."""
+LEFT_OUT = frozenset(["denied"])
+"""Counters left out, because another metric has the same with the reasons."""
 
 
 def register_metrics(egress: Egress) -> None:
@@ -87,7 +91,7 @@ def _denied(egress: Egress) -> Mapping[tuple[str, ...], float]:
 
 
 def _statistics(egress: Egress) -> Statistics | None:
-    """None while the data plane does not run: the other metrics shall still be told."""
+    """None while the data plane does not run: the other metrics are still exported."""
     try:
         return egress.statistics()
     except InternalError:
