@@ -30,6 +30,9 @@ Size = str
 
 _HYPERVISORS = ("cloud-hypervisor", "firecracker", "qemu", "qemu-microvm")
 
+MIN_SECRET_BYTES = 32
+"""As RFC 7518 requires for HS256."""
+
 CONFIG_FILES = ("/etc/hypeman/config.yaml", "~/.config/hypeman/config.yaml")
 
 
@@ -202,7 +205,7 @@ class SocketConfig(_Section, frozen=True):
     mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
     """Permission bits of the socket."""
     group: str = ""
-    """Group that owns the socket; empty: root."""
+    """Group that owns the socket, whose members have root on the host; empty: root. The package sets ``hypeman``."""
     trusted: bool = True
     """Who may open the socket needs no token."""
 
@@ -220,7 +223,7 @@ class Config(_Section, frozen=True):
     port: Port = 8080
     """Of the API; 0: only the socket."""
     jwt_secret: str = ""
-    """Signs the tokens; empty: nobody is let in over TCP."""
+    """Signs the tokens; at least 32 bytes (``openssl rand -hex 32`` makes a good one). Empty: no access over TCP."""
     data_dir: str = "/var/lib/hypeman"
     """Images, disks and records."""
     run_dir: str = "/run/hypeman"
@@ -341,6 +344,11 @@ def _check(config: Config) -> None:
             parse_size(text)
         except InvalidRequest as error:
             raise ConfigError(f"configuration: {name}: {error.message}") from None
+    if config.jwt_secret and len(config.jwt_secret.encode()) < MIN_SECRET_BYTES:
+        raise ConfigError(
+            f"configuration: jwt_secret has {len(config.jwt_secret.encode())} bytes; a secret shorter than "
+            f"{MIN_SECRET_BYTES} can be found from any token. Make one with: openssl rand -hex 32"
+        )
     for name, value, allowed in (
         ("hypervisor.default", config.hypervisor.default, ("", *_HYPERVISORS)),
         ("hypervisor.accelerator", config.hypervisor.accelerator, ("auto", "kvm", "tcg")),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import enum
 import time
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,9 +25,6 @@ _ALGORITHMS = ("HS256", "HS384", "HS512")
 _BUILDER_CLAIMS = ("repos", "scope", "build_id")
 _MOST_KNOWN = 1000
 _BUILDER_SUBJECT = "builder-"
-
-# A short secret is the operator's choice, told once by `hypeman doctor` and not with every request.
-warnings.filterwarnings("ignore", category=jwt.InsecureKeyLengthWarning)
 
 
 class Scope(enum.StrEnum):

@@ -67,7 +67,7 @@ def demonstrate(folder: Path) -> None:
         **os.environ,
         "DATA_DIR": f"{folder}/data",
         "RUN_DIR": f"{folder}/run",
-        "JWT_SECRET": "only for this demonstration",
+        "JWT_SECRET": "a secret only for this demonstration",
         "IMAGES__INSECURE_REGISTRIES": json.dumps([REGISTRY]),
     }
     with started(registry, folder / "registry.log"):

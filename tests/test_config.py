@@ -32,7 +32,7 @@ def test_environment_over_file_over_default(tmp_path: Path) -> None:
 def test_variables_of_sections_and_their_types(tmp_path: Path) -> None:
     config = load(
         tmp_path,
-        JWT_SECRET="0123",
+        JWT_SECRET="0123" * 8,
         METRICS__PORT="9000",
         IMAGES__INSECURE_REGISTRIES="[a:5000, b]",
         NETWORK__DEFAULT_LIMITS="false",
@@ -40,7 +40,7 @@ def test_variables_of_sections_and_their_types(tmp_path: Path) -> None:
         PATH="/bin",
         CAPACITY="16",
     )
-    assert config.jwt_secret == "0123"  # a secret of digits stays text
+    assert config.jwt_secret == "0123" * 8  # a secret of digits stays text
     assert config.metrics.port == 9000
     assert config.images.insecure_registries == ("a:5000", "b")
     assert config.network.default_limits is False
@@ -80,4 +80,12 @@ def test_a_missing_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_secret_stays_out_of_the_repr(tmp_path: Path) -> None:
-    assert "s3cret" not in repr(load(tmp_path, JWT_SECRET="s3cret"))
+    assert "s3cret" not in repr(load(tmp_path, JWT_SECRET="s3cret" * 6))
+
+
+@pytest.mark.parametrize("secret", ["a", "x" * 31, "ä" * 15])
+def test_a_secret_that_can_be_guessed_is_refused(tmp_path: Path, secret: str) -> None:
+    with pytest.raises(ConfigError, match="openssl rand -hex 32") as refused:
+        load(tmp_path, JWT_SECRET=secret)
+    assert len(secret) == 1 or secret not in refused.value.message
+    assert load(tmp_path, JWT_SECRET="ä" * 16).jwt_secret

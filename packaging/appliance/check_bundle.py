@@ -66,7 +66,7 @@ def check_server(program: Path) -> None:
             "DATA_DIR": f"{folder}/data",
             "RUN_DIR": f"{folder}/run",
             "PORT": "0",
-            "JWT_SECRET": "for this check only",
+            "JWT_SECRET": "a secret that is for this check only",
             "METRICS__ENABLED": "false",
         }
         address = f"{folder}/run/hypeman.sock"

@@ -12,10 +12,33 @@ else
     base=${XDG_CACHE_HOME:-$HOME/.cache}/hypeman-appliance
 fi
 program=$base/$identity/hypeman
+me=$(id -u)
+
+# refuse_unless_ours DIRECTORY: it and every directory above must belong to root or to the caller and be writable by
+# nobody else, or another user could put a program there for the caller to run. Others may write to a directory with
+# the sticky bit, such as /tmp: what is in it can be exchanged only by its owner.
+refuse_unless_ours() {
+    directory=$(cd "$1" && pwd -P) || exit 1
+    others=02
+    [ "$me" != 0 ] || others=022 # a user's own group may write to that user's directories
+    while :; do
+        set -- $(stat -c '%u %a' "$directory/")
+        if [ "$1" != "$me" ] && [ "$1" != 0 ]; then
+            echo "hypeman: $directory belongs to another user; set HYPEMAN_UNPACK_DIR to a directory of your own" >&2
+            exit 1
+        elif [ $((0$2 & others)) != 0 ] && [ $((0$2 & 01000)) = 0 ]; then
+            echo "hypeman: other users may write to $directory; set HYPEMAN_UNPACK_DIR to a directory of your own" >&2
+            exit 1
+        fi
+        [ -n "$directory" ] || break
+        directory=${directory%/*}
+    done
+}
+
 if [ ! -x "$program" ]; then
     umask 022
     mkdir -p "$base"
-    chmod 755 "$base"
+    refuse_unless_ours "$base"
     work=$(mktemp -d "$base/unpacking.XXXXXX")
     trap 'rm -rf "$work"' EXIT
     begin=$(awk '/^--- payload ---$/ { print NR + 1; exit }' "$0")
@@ -26,11 +49,7 @@ if [ ! -x "$program" ]; then
     rm -rf "$work"
     trap - EXIT
 fi
-# What others may write is not run.
-if [ ! -O "$program" ] && [ "$(id -u)" != 0 ]; then
-    echo "hypeman: $program belongs to somebody else; set HYPEMAN_UNPACK_DIR" >&2
-    exit 1
-fi
+refuse_unless_ours "$base/$identity"
 exec "$program" "$@"
 exit 1
 --- payload ---

@@ -11,6 +11,7 @@ rm -rf /usr/lib/hypeman /usr/share/hypeman /usr/share/doc/hypeman
 systemctl daemon-reload
 if [ "${1:-}" = --purge ]; then
     rm -rf /etc/hypeman /var/lib/hypeman /run/hypeman
+    ! getent group hypeman >/dev/null || groupdel hypeman || true
     echo "Hypeman is gone."
 else
     echo "Hypeman is removed; /etc/hypeman and /var/lib/hypeman are still there (uninstall.sh --purge)."

@@ -76,7 +76,7 @@ def test_the_host_has_no_python(appliance: OnMetal) -> None:
     assert appliance.host.run("command -v python3 python").code != 0
 
 
-def test_the_package_installs_starts_and_gives_a_token(appliance: OnMetal) -> None:
+def test_the_package_installs_starts_and_prints_no_token(appliance: OnMetal) -> None:
     appliance.install("dpkg -i /root/hypeman.deb")
     appliance.host.check("systemctl is-active hypeman hypeman-vms")
     assert appliance.host.check("stat -c %a /etc/hypeman/config.yaml /var/lib/hypeman").split() == ["600", "711"]

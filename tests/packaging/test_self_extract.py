@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -64,3 +65,44 @@ def test_a_directory_that_can_not_be_made_is_told(single_file: Path) -> None:
     refused = run(single_file, HYPEMAN_UNPACK_DIR="/proc/nowhere")
     assert refused.returncode != 0
     assert "/proc/nowhere" in refused.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives directories to another user")
+@pytest.mark.parametrize("how", ["base", "above", "link", "unpacked", "writable", "unpacked writable"])
+def test_a_program_that_another_user_could_exchange_is_not_run(single_file: Path, tmp_path: Path, how: str) -> None:
+    """Not even by root, who could read and run anything: above all not by root."""
+    base = tmp_path / "above" / "unpacked"
+    unpacked = base / "1-abc"
+    unpacked.mkdir(parents=True)
+    program = unpacked / "hypeman"
+    program.write_text("#!/bin/sh\necho taken over\n")
+    program.chmod(0o755)
+    chosen = base
+    match how:
+        case "base":
+            os.chown(base, 12345, 12345)
+        case "above":
+            os.chown(base.parent, 12345, 12345)
+        case "link":
+            chosen = tmp_path / "link"
+            chosen.symlink_to(base)
+            os.chown(base.parent, 12345, 12345)
+        case "unpacked":
+            os.chown(unpacked, 12345, 12345)
+        case "writable":
+            base.chmod(0o777)
+        case "unpacked writable":
+            unpacked.chmod(0o775)
+    refused = run(single_file, HYPEMAN_UNPACK_DIR=str(chosen))
+    assert refused.returncode != 0
+    assert "taken over" not in refused.stdout
+    assert "HYPEMAN_UNPACK_DIR" in refused.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives directories to another user")
+def test_nothing_is_unpacked_into_a_directory_of_another_user(single_file: Path, tmp_path: Path) -> None:
+    base = tmp_path / "unpacked"
+    base.mkdir()
+    os.chown(base, 12345, 12345)
+    assert run(single_file, HYPEMAN_UNPACK_DIR=str(base)).returncode != 0
+    assert not list(base.iterdir())
