@@ -127,8 +127,8 @@ static void pass_through(struct conn *c)
     up_pass(c);
 }
 
-/* What to do with TLS to c->to: R_NONE and *pass, or the reason to answer with. */
-static enum reason judge(struct conn *c, bool *pass)
+/* What to do with TLS to c->to, with a server name unless `named` is false: R_NONE and *pass, or the reason to answer with. */
+static enum reason judge(struct conn *c, bool named, bool *pass)
 {
     uint64_t generation;
     struct snapshot *s = tenant_borrow(c->tenant, &generation);
@@ -137,7 +137,12 @@ static enum reason judge(struct conn *c, bool *pass)
     bool name = c->to.host.kind == HOST_NAME;
     enum reason why = R_NONE;
     *pass = false;
-    if (!snapshot_covers(s, &c->to.host)) {
+    c->names_only = s->web_only;
+    if (s->web_only && !name) {
+        why = named ? R_ADDRESS_LITERAL : R_NO_NAME;
+    } else if (!snapshot_allows_port(s, &c->to.host, c->to.port, true)) {
+        why = R_PORT;
+    } else if (!snapshot_covers(s, &c->to.host, c->to.port)) {
         if (s->unmatched == UNMATCHED_PASS)
             *pass = true;
         else if (!name)
@@ -154,6 +159,7 @@ static void on_hello(struct conn *c, const struct hello *h)
     struct host name;
     bool pass = false;
     c->prefers_h1 = h->gnutls;
+    c->hello_size = h->size;
     if (h->name_len && host_canonical(h->name, h->name_len, false, &name) != HOST_NAME) {
         audit_refusal(c, R_BAD_HOST);
         conn_kill(c);
@@ -161,8 +167,9 @@ static void on_hello(struct conn *c, const struct hello *h)
     }
     if (c->connected) {
         bool differs = h->name_len && (name.len != c->to.host.len || memcmp(name.text, c->to.host.text, name.len) != 0);
-        if (differs && c->peer) { /* connected to one host, asking for another */
-            audit_refusal(c, R_HOST_MISMATCH);
+        bool nameless = !h->name_len && c->names_only;
+        if (c->peer && (differs || nameless)) { /* connected to one host, asking for another, or for none */
+            audit_refusal(c, differs ? R_HOST_MISMATCH : R_NO_NAME);
             conn_kill(c);
             return;
         }
@@ -189,7 +196,7 @@ static void on_hello(struct conn *c, const struct hello *h)
         conn_kill(c);
         return;
     }
-    c->refused = judge(c, &pass);
+    c->refused = judge(c, h->name_len > 0, &pass);
     if (pass)
         pass_through(c);
     else
@@ -284,7 +291,7 @@ bool down_connect(struct conn *c, const struct head *h, size_t used)
     if (why == R_NONE) {
         c->to.port = port;
         c->to.tls = true;
-        why = judge(c, &pass);
+        why = judge(c, true, &pass);
     }
     if (why != R_NONE) {
         xchg_begin(&c->x, c, h);

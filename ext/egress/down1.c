@@ -50,6 +50,7 @@ void down1_head(struct xchg *x, const struct head *h, enum body body, uint64_t l
     for (unsigned i = 0; i < h->n; i++)
         if (response_field_passes(h, &h->f[i]))
             out_field(&o, h->f[i].name, h->f[i].value);
+    out_via(&o, h->http2 ? 2 : h->minor);
     if (h->status == 101) {
         for (unsigned i = 0; i < h->n; i++)
             if (h->f[i].id == F_UPGRADE)
@@ -185,6 +186,8 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         why = c->refused;
     if (why == R_NONE && h->expect_other)
         why = R_EXPECTATION;
+    if (why == R_NONE)
+        why = check_hops(h);
     if (why != R_NONE)
         return refuse(c, why, used);
     uint64_t generation;

@@ -59,6 +59,7 @@ void down2_head(struct xchg *x, const struct head *h, enum body body, uint64_t l
     for (unsigned i = 0; i < h->n; i++)
         if (response_field_passes(h, &h->f[i]))
             pairs_add(&p, h->f[i].name, h->f[i].value, false);
+    pairs_via(&p, h);
     if (body == BODY_LENGTH)
         pairs_number(&p, "content-length", length);
     if (h->status < 200) {
@@ -113,6 +114,7 @@ void down2_fail(struct xchg *x, enum reason why, const char *detail, bool told)
         (void)nghttp2_submit_response(c->h2, x->down_stream, p.nv, p.n, x->is_head ? NULL : &source);
     } else {
         uint32_t code = x->reset_code ? x->reset_code : NGHTTP2_INTERNAL_ERROR;
+        x->reset_by_us = true;
         (void)nghttp2_submit_rst_stream(c->h2, NGHTTP2_FLAG_NONE, x->down_stream, code);
     }
     x->req_done = x->resp_done = true;
@@ -181,6 +183,8 @@ static void decide(struct xchg *x)
         why = c->refused;
     if (why == R_NONE && h->expect_other)
         why = R_EXPECTATION;
+    if (why == R_NONE)
+        why = check_hops(h);
     x->to = c->to;
     struct snapshot *s = why == R_NONE ? tenant_borrow(c->tenant, &generation) : NULL;
     if (why == R_NONE && !s)
@@ -235,7 +239,7 @@ void down2_resume(struct xchg *x)
 static void on_request(struct xchg *x, bool ended)
 {
     struct conn *c = x->down;
-    struct head *h = fields_done(&x->request);
+    struct head *h = fields_done(c->loop, &x->request);
     xchg_begin(x, c, h);
     c->loop->counters[M_REQUESTS]++;
     x->req_complete = ended;
@@ -317,7 +321,7 @@ static int on_frame(nghttp2_session *s, const nghttp2_frame *f, void *user)
     if (f->hd.type == NGHTTP2_HEADERS && f->headers.cat == NGHTTP2_HCAT_REQUEST) {
         on_request(x, ended);
     } else if (f->hd.type == NGHTTP2_HEADERS) {
-        (void)fields_done(&x->up_trailers);
+        (void)fields_done(c->loop, &x->up_trailers);
         request_ended(x);
     } else if (f->hd.type == NGHTTP2_DATA && ended) {
         request_ended(x);
@@ -344,7 +348,14 @@ static int on_data(nghttp2_session *s, uint8_t flags, int32_t id, const uint8_t 
 
 static int on_sent(nghttp2_session *s, const nghttp2_frame *f, void *user)
 {
-    (void)user;
+    struct conn *c = user;
+    if (f->hd.type == NGHTTP2_RST_STREAM) {
+        struct xchg *x = nghttp2_session_get_stream_user_data(s, f->hd.stream_id);
+        bool made_to = f->rst_stream.error_code != NGHTTP2_NO_ERROR && !(x && x->reset_by_us);
+        if (made_to && resets_too_often(c)) /* a client's violation is as cheap for it as a reset */
+            (void)nghttp2_session_terminate_session(s, NGHTTP2_ENHANCE_YOUR_CALM);
+        return 0;
+    }
     if ((f->hd.type == NGHTTP2_DATA || f->hd.type == NGHTTP2_HEADERS) && f->hd.flags & NGHTTP2_FLAG_END_STREAM) {
         struct xchg *x = nghttp2_session_get_stream_user_data(s, f->hd.stream_id);
         if (x && !x->req_complete) /* the answer is complete, the rest of the request is not needed */

@@ -113,6 +113,7 @@ struct xchg {
     struct fields request, response, up_trailers, down_trailers;
     struct buf to_up, to_down; /* body bytes waiting for the other side to take them */
     bool to_down_end, to_up_deferred, to_down_deferred;
+    bool reset_by_us;          /* not because of what the client did */
     bool bad;                  /* the request's header block is not acceptable */
     uint32_t reset_code;       /* with which the host ended the stream; REFUSED_STREAM: it has not looked at it */
     size_t unconsumed_down;    /* taken by the host, not yet granted back to the client */
@@ -148,6 +149,7 @@ struct conn {
     struct conn *peer; /* tunnel and splice */
     int pipe[2];       /* splice: from this conn's socket to the peer's */
     size_t piped;
+    bool spoke_tls;        /* splice, up: the host answered the ClientHello */
     struct destination to; /* down: what the client asked for; up: where it leads */
     nghttp2_session *h2;
     struct xchg *streams;  /* HTTP/2: of this conn */
@@ -162,6 +164,8 @@ struct conn {
     bool explicit_proxy;   /* not redirected: the client spoke to the proxy's own address */
     struct conn *passing;  /* the connection that is being opened to pass it through */
     bool connected;        /* a CONNECT was answered; `to` is bound */
+    bool names_only;       /* TLS without a server name is not passed through */
+    uint32_t hello_size;   /* of the ClientHello at the front of `in` */
     uint16_t dialled_port; /* redirected: original destination */
     struct addr dialled;
     enum reason refused;   /* every request on this connection is answered with it */
@@ -178,6 +182,7 @@ struct conn {
     uint64_t generation;
     bool timed_out;
     bool want_h2, served, keep;
+    bool spent;            /* a body on it may not have been read to its end: nothing else may follow */
     bool h1_only;          /* HTTP/2 was offered and the host chose HTTP/1 */
     uint64_t token;        /* of the resolver's question */
     unsigned addresses, address;
@@ -237,6 +242,7 @@ void conn_write(struct conn *c, const char *p, size_t n);
 void conn_write_chunks(struct conn *c, const char *p, size_t n); /* a piece of an HTTP/1 body that is chunked; in scratch */
 void conn_mark(struct conn *c);    /* to be flushed in this round */
 void conn_flush(struct conn *c);
+void conn_alert(struct conn *c);   /* TLS failed: the alert leaves although the connection is about to be killed */
 void conn_finish(struct conn *c, bool linger); /* close when all is sent */
 size_t conn_room(const struct conn *c);
 bool conn_wants_room(struct conn *c); /* full even after a flush: the caller stops and is woken later */

@@ -40,6 +40,16 @@ bool h1_same(struct str a, struct str b)
     return true;
 }
 
+bool h1_same_variable(struct str a, struct str b)
+{
+    if (a.n != b.n)
+        return false;
+    for (uint32_t i = 0; i < a.n; i++)
+        if ((a.p[i] == '_' ? '-' : lower(a.p[i])) != (b.p[i] == '_' ? '-' : lower(b.p[i])))
+            return false;
+    return true;
+}
+
 bool h1_is(struct str a, const char *text)
 {
     return h1_same(a, (struct str){text, (uint32_t)strlen(text)});
@@ -59,6 +69,14 @@ bool h1_is_field_value(const char *p, size_t n)
         if (!is(p[i], VALUE))
             return false;
     return true;
+}
+
+bool h1_is_target(const char *p, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (!is(p[i], TARGET))
+            return false;
+    return n > 0;
 }
 
 static struct str trim(struct str s)
@@ -115,9 +133,10 @@ enum h1_field_id h1_field_id(const char *p, size_t n)
     case 6: MATCH("cookie", F_COOKIE); MATCH("expect", F_EXPECT); break;
     case 7: MATCH("upgrade", F_UPGRADE); MATCH("trailer", F_TRAILER); MATCH("alt-svc", F_ALT_SVC); break;
     case 10: MATCH("connection", F_CONNECTION); MATCH("keep-alive", F_KEEP_ALIVE); break;
+    case 12: MATCH("max-forwards", F_MAX_FORWARDS); break;
     case 13: MATCH("authorization", F_AUTHORIZATION); break;
     case 14: MATCH("content-length", F_CONTENT_LENGTH); MATCH("http2-settings", F_HTTP2_SETTINGS); break;
-    case 16: MATCH("proxy-connection", F_PROXY_CONNECTION); break;
+    case 16: MATCH("proxy-connection", F_PROXY_CONNECTION); MATCH("x-hypeman-egress", F_HYPEMAN); break;
     case 17: MATCH("transfer-encoding", F_TRANSFER_ENCODING); break;
     case 18: MATCH("proxy-authenticate", F_PROXY_AUTHENTICATE); break;
     case 19: MATCH("proxy-authorization", F_PROXY_AUTHORIZATION); break;
@@ -302,7 +321,7 @@ int h1_parse_response(const char *in, size_t n, struct head *h)
         if (i > 0)
             h->status = h->status * 10 + (*p - '0');
     }
-    if (h->status < 100 || h->status > 599)
+    if (h->status < 100) /* 600 to 999 mean nothing, and are read as a 5xx (RFC 9110 15) */
         return H1_BAD;
     if (p == end)
         return 0;

@@ -45,6 +45,8 @@ enum h1_field_id {
     F_AUTHORIZATION,
     F_COOKIE,
     F_ALT_SVC,
+    F_MAX_FORWARDS,
+    F_HYPEMAN, /* X-Hypeman-Egress: only ours */
 };
 
 struct field {
@@ -60,6 +62,7 @@ struct head {
     struct str reason;     /* responses */
     int status;            /* responses */
     int minor;             /* HTTP/1.minor */
+    bool http2;
     int64_t content_length; /* -1: not given */
     bool chunked;
     bool connection_close;
@@ -81,7 +84,9 @@ int h1_parse_trailers(const char *in, size_t n, struct head *out);
 enum h1_field_id h1_field_id(const char *name, size_t n);
 bool h1_is_token(const char *p, size_t n);
 bool h1_is_field_value(const char *p, size_t n);
+bool h1_is_target(const char *p, size_t n); /* visible ASCII without '#' */
 bool h1_same(struct str a, struct str b);                 /* ASCII case does not matter */
+bool h1_same_variable(struct str a, struct str b);        /* nor does '-' or '_': one variable to CGI and its like */
 bool h1_is(struct str a, const char *lower);              /* the same, against a lower-case literal */
 bool h1_list_has(struct str list, struct str item);       /* comma-separated tokens, case does not matter */
 /* Digits only, below 2^62; -1 otherwise. */

@@ -16,6 +16,7 @@ void fields_start(struct loop *l, struct fields *f)
     memset(f->head, 0, offsetof(struct head, f));
     f->head->content_length = -1;
     f->head->minor = 1;
+    f->head->http2 = true;
 }
 
 /* Until fields_done, strings are kept as offsets: the text may move while it grows. */
@@ -84,12 +85,46 @@ static void settle(const struct fields *f, struct str *s)
     s->p = f->text.p ? f->text.p + f->text.off + (uintptr_t)s->p : "";
 }
 
-struct head *fields_done(struct fields *f)
+/* While strings are still offsets. */
+static void join_cookies(struct loop *l, struct fields *f)
+{
+    struct head *h = f->head;
+    unsigned crumbs = 0, kept = 0;
+    size_t total = 0;
+    for (unsigned i = 0; i < h->n; i++)
+        if (h->f[i].id == F_COOKIE) {
+            crumbs++;
+            total += h->f[i].value.n + 2;
+        }
+    if (crumbs < 2)
+        return;
+    buf_need(l, &f->text, total); /* so that the crumbs do not move while they are copied */
+    struct str whole = {(const char *)buf_size(&f->text), 0};
+    struct field *first = NULL;
+    for (unsigned i = 0; i < h->n; i++) {
+        struct field *at = &h->f[i];
+        if (at->id == F_COOKIE) {
+            if (first)
+                buf_add(l, &f->text, "; ", 2);
+            buf_add(l, &f->text, f->text.p + f->text.off + (uintptr_t)at->value.p, at->value.n);
+            if (first)
+                continue;
+            first = &h->f[kept];
+        }
+        h->f[kept++] = *at;
+    }
+    whole.n = (uint32_t)(buf_size(&f->text) - (uintptr_t)whole.p);
+    first->value = whole;
+    h->n = kept;
+}
+
+struct head *fields_done(struct loop *l, struct fields *f)
 {
     struct head *h = f->head;
     if (!h || f->done)
         return h;
     f->done = true;
+    join_cookies(l, f);
     settle(f, &h->method);
     settle(f, &h->target);
     settle(f, &h->authority);
@@ -111,7 +146,7 @@ void fields_copy(struct loop *l, struct fields *f, const struct head *h)
     for (unsigned i = 0; i < h->n; i++)
         (void)fields_add(l, f, (const uint8_t *)h->f[i].name.p, h->f[i].name.n, (const uint8_t *)h->f[i].value.p,
                          h->f[i].value.n);
-    (void)fields_done(f);
+    (void)fields_done(l, f);
 }
 
 void fields_free(struct loop *l, struct fields *f)
@@ -146,6 +181,20 @@ void pairs_number(struct pairs *p, const char *name, uint64_t value)
     out_number(&p->names, value);
     struct str text = {p->names.p + at, (uint32_t)(p->names.n - at)};
     pairs_add(p, (struct str){name, (uint32_t)strlen(name)}, text, false);
+}
+
+void pairs_via(struct pairs *p, const struct head *received)
+{
+    static const char *const TEXT[] = {"1.0 hypeman", "1.1 hypeman", "2 hypeman"};
+    const char *text = TEXT[received->http2 ? 2 : received->minor];
+    pairs_add(p, (struct str){"via", 3}, (struct str){text, (uint32_t)strlen(text)}, false);
+}
+
+void pairs_max_forwards(struct pairs *p, const struct head *h)
+{
+    int64_t left = max_forwards(h);
+    if (left > 0)
+        pairs_number(p, "max-forwards", (uint64_t)left - 1);
 }
 
 uint32_t h2_end_body(struct conn *c, int32_t stream, const struct head *trailers)

@@ -16,7 +16,8 @@ enum {
 void fields_start(struct loop *l, struct fields *f);
 /* False: too many or too large, or the block is not what it must be. */
 bool fields_add(struct loop *l, struct fields *f, const uint8_t *name, size_t n, const uint8_t *value, size_t m);
-struct head *fields_done(struct fields *f); /* strings now point into the fields' own text */
+/* Strings now point into the fields' own text; the crumbs of a cookie are one field again (RFC 9113 8.2.3). */
+struct head *fields_done(struct loop *l, struct fields *f);
 void fields_copy(struct loop *l, struct fields *f, const struct head *h); /* trailers */
 void fields_free(struct loop *l, struct fields *f);
 
@@ -29,6 +30,8 @@ struct pairs {
 
 void pairs_start(struct loop *l, struct pairs *p);
 void pairs_add(struct pairs *p, struct str name, struct str value, bool secret);
+void pairs_via(struct pairs *p, const struct head *received);
+void pairs_max_forwards(struct pairs *p, const struct head *h);
 void pairs_number(struct pairs *p, const char *name, uint64_t value);
 
 /* The last byte of a body was given: flags for nghttp2, which then sends the trailers, if there are any. */

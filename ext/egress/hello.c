@@ -118,5 +118,6 @@ enum hello_result hello_parse(const uint8_t *in, size_t n, uint8_t scratch[HELLO
     }
     if (joined != wanted) /* nothing may follow a ClientHello in its record */
         return HELLO_BAD;
+    out->size = (uint32_t)(w.p - in);
     return read_message((struct window){scratch + 4, wanted - 4}, out) ? HELLO_OK : HELLO_BAD;
 }

@@ -14,6 +14,7 @@ enum { HELLO_MAX = 32 * 1024 };
 enum hello_result { HELLO_BAD = -1, HELLO_MORE, HELLO_OK };
 
 struct hello {
+    uint32_t size;     /* bytes of its records */
     uint16_t name_len; /* 0: no server name sent */
     char name[256];    /* as sent, not yet canonical */
     bool gnutls;       /* the marks of GnuTLS: of libcurl in Debian's and Ubuntu's git, see README.md */

@@ -258,12 +258,8 @@ bool conn_secret(struct conn *c, const char *p, size_t n)
     return !c->broken;
 }
 
-void conn_flush(struct conn *c)
+static void send_out(struct conn *c)
 {
-    if (c->dead || c->fd < 0 || c->phase == P_CONNECT || c->phase == P_RESOLVE)
-        return;
-    if (c->ssl && c->phase != P_HANDSHAKE)
-        seal_stage(c);
     while (buf_size(&c->out) && !c->broken && !c->blocked) {
         size_t n = buf_size(&c->out);
         ssize_t sent = send(c->fd, c->out.p + c->out.off, n, MSG_NOSIGNAL);
@@ -279,6 +275,21 @@ void conn_flush(struct conn *c)
         c->blocked = (size_t)sent < n;
         buf_take(c->loop, &c->out, (size_t)sent);
     }
+}
+
+void conn_alert(struct conn *c)
+{
+    if (!c->dead && c->fd >= 0)
+        send_out(c);
+}
+
+void conn_flush(struct conn *c)
+{
+    if (c->dead || c->fd < 0 || c->phase == P_CONNECT || c->phase == P_RESOLVE)
+        return;
+    if (c->ssl && c->phase != P_HANDSHAKE)
+        seal_stage(c);
+    send_out(c);
     if (c->broken) {
         buf_free(c->loop, &c->out);
         return;
@@ -366,6 +377,7 @@ ssize_t conn_read(struct conn *c)
         c->clean_eof = true;
         return -1;
     default:
+        conn_alert(c);
         return c->sock_eof ? -1 : -2;
     }
 }

@@ -8,7 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-static const char MAGIC[4] = {'H', 'E', 'G', '1'};
+static const char MAGIC[4] = {'H', 'E', 'G', '2'};
 
 struct reader {
     const uint8_t *p, *end;
@@ -53,8 +53,9 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         return NULL;
     }
     r.p += sizeof MAGIC;
-    unsigned unmatched = number(&r, 1), rules = number(&r, 2), patterns = number(&r, 2);
-    if (r.bad || unmatched > UNMATCHED_DENY || rules > MAX_RULES) {
+    unsigned unmatched = number(&r, 1), web_only = number(&r, 1), tls_port = number(&r, 2);
+    unsigned rules = number(&r, 2), patterns = number(&r, 2);
+    if (r.bad || unmatched > UNMATCHED_DENY || web_only > 1 || rules > MAX_RULES) {
         errno = EINVAL;
         return NULL;
     }
@@ -69,6 +70,8 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
     s->size = size;
     atomic_init(&s->refs, 1);
     s->unmatched = (enum unmatched)unmatched;
+    s->web_only = web_only;
+    s->tls_port = (uint16_t)tls_port;
     s->n = rules;
     s->rules = (struct rule *)(s + 1);
     struct pattern *pool = (struct pattern *)(s->rules + rules);
@@ -83,6 +86,10 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         rule->header = text(&r);
         rule->value = text(&r);
         rule->every_host = number(&r, 1) != 0;
+        rule->port_count = number(&r, 1);
+        rule->ports = r.p;
+        for (unsigned k = 0; k < rule->port_count; k++)
+            (void)number(&r, 2);
         rule->n = number(&r, 2);
         rule->patterns = pool;
         if (rule->n > patterns)
@@ -113,10 +120,15 @@ void snapshot_release(struct snapshot *s)
     }
 }
 
-bool rule_covers(const struct rule *r, const struct host *h)
+bool rule_covers(const struct rule *r, const struct host *h, uint16_t port)
 {
     if (h->kind != HOST_NAME)
         return false; /* credentials are bound to names */
+    bool here = false;
+    for (unsigned i = 0; i < r->port_count; i++)
+        here |= (r->ports[2 * i] | r->ports[2 * i + 1] << 8) == port;
+    if (!here)
+        return false;
     if (r->every_host)
         return true;
     for (unsigned i = 0; i < r->n; i++)
@@ -125,10 +137,15 @@ bool rule_covers(const struct rule *r, const struct host *h)
     return false;
 }
 
-bool snapshot_covers(const struct snapshot *s, const struct host *h)
+bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls)
+{
+    return !s->web_only || port == (tls ? s->tls_port : 80) || snapshot_covers(s, h, port);
+}
+
+bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port)
 {
     for (unsigned i = 0; i < s->n; i++)
-        if (rule_covers(&s->rules[i], h))
+        if (rule_covers(&s->rules[i], h, port))
             return true;
     return false;
 }

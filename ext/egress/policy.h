@@ -33,12 +33,16 @@ struct rule {
     bool every_host;
     unsigned n;
     const struct pattern *patterns;
+    unsigned port_count;
+    const uint8_t *ports;   /* two bytes each, low one first */
 };
 
 struct snapshot {
     atomic_uint refs;
     size_t size; /* of the whole mapping */
     enum unmatched unmatched;
+    bool web_only;    /* HTTPS to tls_port and HTTP to 80 only, except where a rule names the port; TLS with a name only */
+    uint16_t tls_port;
     unsigned n;
     struct rule *rules;
 };
@@ -46,8 +50,9 @@ struct snapshot {
 /* Reads the encoding written by hypeman/egress/policy.py; NULL with errno set if it is not one. */
 struct snapshot *snapshot_decode(const uint8_t *data, size_t n);
 void snapshot_release(struct snapshot *s);
-bool snapshot_covers(const struct snapshot *s, const struct host *h);
-bool rule_covers(const struct rule *r, const struct host *h);
+bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port);
+bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls);
+bool rule_covers(const struct rule *r, const struct host *h, uint16_t port);
 
 /* Tokens refilled with time; guarded by the owner's lock. A rate of 0 never refuses. */
 struct bucket {

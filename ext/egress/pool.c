@@ -62,7 +62,7 @@ static bool is_stale(const struct conn *c)
 void up_release(struct conn *c)
 {
     struct loop *l = c->loop;
-    if (!c->keep || c->dead || c->broken || c->sock_eof || c->readable_end || l->draining || buf_size(&c->in)
+    if (!c->keep || c->spent || c->dead || c->broken || c->sock_eof || c->readable_end || l->draining || buf_size(&c->in)
         || is_stale(c)) {
         if (c->ssl && !c->dead && !c->broken && !c->sock_eof)
             conn_finish(c, false);

@@ -32,6 +32,8 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     if (why == R_NONE && h.expect_other)
         why = R_EXPECTATION;
     if (why == R_NONE)
+        why = check_hops(&h);
+    if (why == R_NONE)
         why = apply_policy(s, &h, &to, &m);
     if (why == R_NONE) {
         enum body body = h.chunked ? BODY_CHUNKED : h.content_length >= 0 ? BODY_LENGTH : BODY_NONE;

@@ -30,7 +30,6 @@ static void end_both(struct conn *c, enum reason why)
 
 void splice_begin(struct conn *down, struct conn *up)
 {
-    struct loop *l = down->loop;
     if (pipe2(down->pipe, O_NONBLOCK | O_CLOEXEC) != 0 || pipe2(up->pipe, O_NONBLOCK | O_CLOEXEC) != 0) {
         conn_kill(down);
         return;
@@ -38,12 +37,9 @@ void splice_begin(struct conn *down, struct conn *up)
     xchg_begin(&down->x, down, NULL);
     down->x.to = down->to;
     down->x.passed = true;
-    l->counters[M_PASSED_THROUGH]++;
     down->phase = up->phase = P_SPLICE;
-    down->x.up_bytes += buf_size(&down->in);
-    conn_write(up, down->in.p + down->in.off, buf_size(&down->in)); /* the hello that was read to decide */
-    buf_free(l, &down->in);
-    conn_timer(down, T_STREAM);
+    conn_write(up, down->in.p + down->in.off, down->hello_size); /* and not a byte more until the host answers in TLS */
+    conn_timer(down, T_HANDSHAKE);
     conn_timer(up, -1);
     conn_again(down);
 }
@@ -85,6 +81,45 @@ static bool move(struct conn *from, struct conn *to, uint64_t *count)
     return true;
 }
 
+/* The host's first bytes: a ServerHello or an alert, else this is no TLS and nobody's business of ours to carry.
+ * -1: it is not; 0: wait. */
+static int check_tls(struct conn *up)
+{
+    uint8_t p[6];
+    conn_flush(up);
+    if (up->broken)
+        return -1;
+    ssize_t n = recv(up->fd, p, sizeof p, MSG_PEEK);
+    if (n < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : -1;
+    if (n == 0 || (p[0] != 0x15 && p[0] != 0x16) || (n > 1 && p[1] != 3))
+        return -1;
+    if (n < (ssize_t)sizeof p)
+        return up->readable_end ? -1 : 0;
+    return p[0] == 0x15 || p[5] == 2 ? 1 : -1;
+}
+
+/* True: the host has answered in TLS, and what the client sent after its hello is on its way. */
+static bool open_splice(struct conn *down, struct conn *up)
+{
+    struct loop *l = down->loop;
+    int answered = check_tls(up);
+    if (answered < 0) { /* the client has seen nothing of it: it can still be told why, in TLS */
+        down->peer = up->peer = NULL;
+        conn_kill(up);
+        down->x.active = false;
+        down_pass_failed(down, R_UPSTREAM_TLS, "it does not answer in TLS");
+    }
+    if (answered <= 0)
+        return false;
+    up->spoke_tls = true;
+    l->counters[M_PASSED_THROUGH]++;
+    down->x.up_bytes += buf_size(&down->in);
+    conn_write(up, down->in.p + down->in.off + down->hello_size, buf_size(&down->in) - down->hello_size);
+    buf_free(l, &down->in);
+    return true;
+}
+
 void splice_run(struct conn *c)
 {
     struct conn *down = c->kind == DOWN ? c : c->peer, *up = c->kind == UP ? c : c->peer;
@@ -92,6 +127,8 @@ void splice_run(struct conn *c)
         conn_kill(c);
         return;
     }
+    if (!up->spoke_tls && !open_splice(down, up))
+        return;
     bool ok = move(down, up, &down->x.up_bytes) && move(up, down, &down->x.down_bytes);
     if (!ok || (down->shut_done && up->shut_done)) {
         end_both(c, ok ? R_NONE : down->hung_up ? R_CLIENT_CLOSED : R_UPSTREAM_CLOSED);

@@ -199,7 +199,10 @@ int tls_handshake(struct conn *c)
         return 1;
     int e = SSL_get_error(c->ssl, r);
     conn_mark(c);
-    return e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE ? 0 : -1;
+    if (e == SSL_ERROR_WANT_READ || e == SSL_ERROR_WANT_WRITE)
+        return 0;
+    conn_alert(c);
+    return -1;
 }
 
 void tls_close_notify(struct conn *c)

@@ -1,7 +1,9 @@
 /* The host's side in HTTP/1: writes one request, reads its response, then lies in the pool until the next. */
 #define _GNU_SOURCE
 #include <openssl/crypto.h>
+#include <linux/sockios.h>
 #include <string.h>
+#include <sys/ioctl.h>
 
 #include "down.h"
 #include "loop.h"
@@ -13,6 +15,7 @@ void up1_send(struct xchg *x, const struct head *h, const struct request_line *l
     render_request(&o, h, line, &x->to, m);
     c->r1 = R1_HEAD;
     c->served = true;
+    c->spent = body_is_undefined(h, line);
     x->matched_trailers = m->n > 0;
     if (m->n) {
         (void)conn_secret(c, o.p, o.n);
@@ -62,6 +65,19 @@ static enum step response_done(struct conn *c, const struct head *trailers)
     return STEP_STOP;
 }
 
+/* Whether the host may have answered before it read all of a body that we sent. What it leaves unread it may take for
+ * the next request. */
+static bool may_be_unread(const struct conn *c)
+{
+    const struct xchg *x = c->one;
+    int unsent = 0;
+    if (!x->req_done)
+        return true;
+    if (x->req_body == BODY_NONE || !x->up_bytes)
+        return false;
+    return buf_size(&c->out) || buf_size(&c->stage) || (ioctl(c->fd, SIOCOUTQ, &unsent) == 0 && unsent > 0);
+}
+
 static enum step read_head(struct conn *c)
 {
     struct xchg *x = c->one;
@@ -98,6 +114,7 @@ static enum step read_head(struct conn *c)
     if (h->content_length >= 0)
         length = (uint64_t)h->content_length;
     c->keep = !h->connection_close && (h->minor == 1 || h->connection_keep_alive) && body != BODY_CLOSE;
+    c->spent |= may_be_unread(c);
     c->resp_left = length;
     c->resp_chunks = (struct h1_chunked){0};
     /* HEAD and 304 may tell the length of what they leave out. */

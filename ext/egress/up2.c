@@ -45,6 +45,8 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
     for (unsigned i = 0; i < h->n; i++)
         if (request_field_passes(h, &h->f[i], m))
             pairs_add(&p, h->f[i].name, h->f[i].value, false);
+    pairs_max_forwards(&p, h);
+    pairs_via(&p, h);
     if (h->te_trailers)
         pairs_add(&p, (struct str){"te", 2}, (struct str){"trailers", 8}, false);
     if (h->content_length >= 0)
@@ -127,7 +129,7 @@ static void response_ended(struct xchg *x, const struct head *trailers)
 
 static void on_headers(struct xchg *x, bool ended)
 {
-    struct head *h = fields_done(&x->response);
+    struct head *h = fields_done(x->up->loop, &x->response);
     if (!h)
         return;
     if (x->resp_started) {

@@ -17,6 +17,9 @@ const struct reason_text REASONS[R_COUNT] = {
     [R_HOST_DENIED] = {403, "host_denied", "no rule of this instance covers the host"},
     [R_ADDRESS_LITERAL] = {403, "address_literal", "this instance may open hosts by name only"},
     [R_ADDRESS_DENIED] = {403, "address_denied", "the host lies at a private, local or otherwise refused address"},
+    [R_PORT] = {403, "port_denied", "ports other than 443 for HTTPS and 80 for HTTP need a rule that names them"},
+    [R_NO_NAME] = {403, "no_server_name", "this instance may open TLS with a server name only"},
+    [R_MAX_FORWARDS] = {200, "max_forwards", ""},
     [R_RATE] = {429, "rate_limited", "this instance makes too many requests"},
     [R_UNREGISTERED] = {403, "unregistered", "this instance is no longer registered"},
     [R_RESOLVE] = {502, "name_not_resolved", "the host's name could not be resolved"},
@@ -50,9 +53,7 @@ static bool split_absolute(struct str target, const char *scheme, struct str *au
         q++;
     *authority = (struct str){p, (uint32_t)(q - p)};
     *path = (struct str){q, (uint32_t)(end - q)};
-    if (!path->n)
-        *path = (struct str){"/", 1};
-    return authority->n > 0 && path->p[0] == '/';
+    return authority->n > 0; /* a path that is empty or begins with '?' is completed below, and in render_request */
 }
 
 enum reason target_of_h1(const struct head *h, const struct origin *from, struct destination *to, struct str *path)
@@ -67,14 +68,13 @@ enum reason target_of_h1(const struct head *h, const struct origin *from, struct
         bool asterisk = h->target.n == 1 && h->target.p[0] == '*' && h1_is(h->method, "options");
         if (!asterisk && !split_absolute(h->target, from->bound ? "https://" : "http://", &named, path))
             return R_BAD_REQUEST;
+        if (!asterisk && !path->n) /* OPTIONS of a whole host: RFC 9112 3.2.4 */
+            *path = (struct str){h1_is(h->method, "options") ? "*" : "/", 1};
     } else if (!from->bound && from->explicit_proxy) {
         return R_BAD_REQUEST; /* asked as an origin server, which we are not */
     }
-    if (named.p) {
-        if (h->hosts && !h1_same(named, authority))
-            return R_BAD_REQUEST;
-        authority = named;
-    }
+    if (named.p)
+        authority = named; /* Host is ignored then: RFC 9112 3.2.2 */
     if (!h->hosts && !named.p) {
         if (!from->bound)
             return R_BAD_REQUEST;
@@ -105,7 +105,9 @@ enum reason target_of_h2(const struct head *h, const struct destination *bound)
     uint16_t port;
     if (h1_is(h->method, "connect"))
         return R_METHOD;
-    if (!h->target.n || (h->target.p[0] != '/' && !(h->target.n == 1 && h->target.p[0] == '*')))
+    bool asterisk = h->target.n == 1 && h->target.p[0] == '*' && h1_is(h->method, "options");
+    if (!h1_is_token(h->method.p, h->method.n) || !h1_is_target(h->target.p, h->target.n)
+        || (h->target.p[0] != '/' && !asterisk))
         return R_BAD_REQUEST;
     if (host_parse_authority(h->authority.p, h->authority.n, &host, &port) == HOST_INVALID)
         return R_BAD_HOST;
@@ -131,10 +133,12 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
     out->n = 0;
     if (s->unmatched != UNMATCHED_PASS && to->host.kind != HOST_NAME)
         return R_ADDRESS_LITERAL;
+    if (!snapshot_allows_port(s, &to->host, to->port, to->tls))
+        return R_PORT;
     bool covered = false;
     for (unsigned i = 0; i < s->n; i++) {
         const struct rule *r = &s->rules[i];
-        bool covers = rule_covers(r, &to->host);
+        bool covers = rule_covers(r, &to->host, to->port);
         covered |= covers;
         if (covers && to->tls && out->n < MAX_MATCHED)
             out->rules[out->n++] = r; /* never on plain HTTP: anyone on the way could read it */
@@ -175,6 +179,26 @@ bool is_idempotent(const struct head *h)
         || h1_is(h->method, "put") || h1_is(h->method, "delete");
 }
 
+int64_t max_forwards(const struct head *h)
+{
+    if (!h1_is(h->method, "options") && !h1_is(h->method, "trace"))
+        return -1;
+    for (unsigned i = 0; i < h->n; i++)
+        if (h->f[i].id == F_MAX_FORWARDS) {
+            int64_t left = h1_content_length(h->f[i].value);
+            return left < 0 ? -2 : left;
+        }
+    return -1;
+}
+
+enum reason check_hops(const struct head *h)
+{
+    int64_t left = max_forwards(h);
+    if (left == 0)
+        return h1_is(h->method, "trace") ? R_METHOD : R_MAX_FORWARDS;
+    return left == -2 ? R_BAD_REQUEST : R_NONE;
+}
+
 bool is_nominated(const struct head *h, struct str name)
 {
     for (unsigned i = 0; i < h->n; i++)
@@ -186,7 +210,7 @@ bool is_nominated(const struct head *h, struct str name)
 static bool is_injected(const struct matched *m, struct str name)
 {
     for (unsigned i = 0; i < m->n; i++)
-        if (h1_same(m->rules[i]->header, name))
+        if (h1_same_variable(m->rules[i]->header, name))
             return true;
     return false;
 }
@@ -213,6 +237,10 @@ bool request_field_passes(const struct head *h, const struct field *f, const str
     case F_UPGRADE:
     case F_HTTP2_SETTINGS:
         return false;
+    case F_MAX_FORWARDS:
+        if (h1_is(h->method, "options") || h1_is(h->method, "trace"))
+            return false; /* written anew, one less */
+        break;
     case F_EXPECT:
         return h->minor == 1; /* HTTP/1.0 has no 100 */
     case F_AUTHORIZATION:
@@ -239,6 +267,7 @@ bool response_field_passes(const struct head *h, const struct field *f)
     case F_PROXY_AUTHENTICATE:
     case F_UPGRADE:
     case F_TE:
+    case F_HYPEMAN: /* only we say this */
     case F_ALT_SVC: /* would send the client to QUIC, which has no way out */
         return false;
     default:
@@ -300,11 +329,34 @@ static void out_authority(struct out *o, const struct destination *to)
     }
 }
 
+bool body_is_undefined(const struct head *h, const struct request_line *line)
+{
+    bool carries = line->body == BODY_CHUNKED || (line->body == BODY_LENGTH && line->length);
+    return carries && !h1_is(h->method, "post") && !h1_is(h->method, "put") && !h1_is(h->method, "patch");
+}
+
+void out_via(struct out *o, int minor)
+{
+    out_text(o, minor == 2 ? "Via: 2 hypeman\r\n" : minor == 1 ? "Via: 1.1 hypeman\r\n" : "Via: 1.0 hypeman\r\n");
+}
+
+static void out_max_forwards(struct out *o, const struct head *h)
+{
+    int64_t left = max_forwards(h);
+    if (left <= 0)
+        return;
+    out_text(o, "Max-Forwards: ");
+    out_number(o, (uint64_t)left - 1);
+    out_add(o, "\r\n", 2);
+}
+
 void render_request(struct out *o, const struct head *h, const struct request_line *line,
                     const struct destination *to, const struct matched *m)
 {
     out_add(o, h->method.p, h->method.n);
     out_add(o, " ", 1);
+    if (line->path.p[0] == '?')
+        out_add(o, "/", 1); /* absolute form with an empty path */
     out_add(o, line->path.p, line->path.n);
     out_text(o, " HTTP/1.1\r\nHost: ");
     out_authority(o, to);
@@ -312,13 +364,18 @@ void render_request(struct out *o, const struct head *h, const struct request_li
     for (unsigned i = 0; i < h->n; i++)
         if (request_field_passes(h, &h->f[i], m))
             out_field(o, h->f[i].name, h->f[i].value);
+    out_max_forwards(o, h);
+    out_via(o, h->http2 ? 2 : h->minor);
+    bool close = body_is_undefined(h, line);
     if (line->upgrade) {
         for (unsigned i = 0; i < h->n; i++)
             if (h->f[i].id == F_UPGRADE)
                 out_field(o, h->f[i].name, h->f[i].value);
         out_text(o, "Connection: upgrade\r\n");
     } else if (h->te_trailers) {
-        out_text(o, "TE: trailers\r\nConnection: TE\r\n");
+        out_text(o, close ? "TE: trailers\r\nConnection: TE, close\r\n" : "TE: trailers\r\nConnection: TE\r\n");
+    } else if (close) {
+        out_text(o, "Connection: close\r\n");
     }
     if (line->body == BODY_CHUNKED) {
         out_text(o, "Transfer-Encoding: chunked\r\n");

@@ -21,6 +21,9 @@ enum reason {
     R_HOST_DENIED,
     R_ADDRESS_LITERAL,
     R_ADDRESS_DENIED,
+    R_PORT,
+    R_NO_NAME,
+    R_MAX_FORWARDS,
     R_RATE,
     R_UNREGISTERED,
     R_RESOLVE,
@@ -82,6 +85,9 @@ bool response_field_passes(const struct head *h, const struct field *f);
 bool trailer_passes(const struct field *f, const struct matched *m);
 bool may_upgrade(const struct head *h);
 bool is_idempotent(const struct head *h); /* may be sent a second time */
+/* R_NONE if the request may go on by one more hop (Max-Forwards, RFC 9110 7.6.2). */
+int64_t max_forwards(const struct head *h); /* as sent, where it counts (OPTIONS, TRACE); -1: not given; -2: malformed */
+enum reason check_hops(const struct head *h);
 /* Nominated by Connection, in this head. */
 bool is_nominated(const struct head *h, struct str name);
 
@@ -105,6 +111,12 @@ struct request_line {
     uint64_t length;
     bool upgrade; /* Upgrade goes on, with Connection: upgrade */
 };
+
+/* The request carries a body although its method gives none a meaning: a host may leave it unread and take it for the
+ * next request, so nothing else may follow on its connection. */
+bool body_is_undefined(const struct head *h, const struct request_line *line);
+
+void out_via(struct out *o, int minor);
 
 void render_request(struct out *o, const struct head *h, const struct request_line *line,
                     const struct destination *to, const struct matched *m);

@@ -73,6 +73,8 @@ size_t error_body(char *out, size_t cap, enum reason why, const char *detail)
 {
     const struct reason_text *r = &REASONS[why];
     char clean[120] = "";
+    if (r->status < 400)
+        return 0; /* an answer, not an error */
     for (size_t i = 0; detail && detail[i] && i < sizeof clean - 1; i++)
         clean[i] = detail[i] == '"' || detail[i] == '\\' || (unsigned char)detail[i] < 0x20 ? ' ' : detail[i];
     return (size_t)snprintf(out, cap, "{\"error\":{\"code\":\"%s\",\"message\":\"%s%s%s\"}}\n", r->code, r->message,

@@ -31,6 +31,9 @@ CONNECTION_FIELDS = frozenset(
 """Dropped: they belong to the guest's connection, or are written anew."""
 
 
+HOP_COUNTED = frozenset(("options", "trace"))
+
+
 class Refused(Exception):  # a verdict, not an error
     """The reason, as the guest is told it."""
 
@@ -42,9 +45,10 @@ class Rule(NamedTuple):
     header: str
     value: str
     hosts: tuple[str, ...] | None
+    ports: tuple[int, ...] = (443,)
 
-    def covers(self, host: str) -> bool:
-        if is_address(host):
+    def covers(self, host: str, port: int) -> bool:
+        if is_address(host) or port not in self.ports:
             return False
         return self.hosts is None or any(
             pattern == host or (pattern.startswith("*.") and pattern[2:] == host.partition(".")[2])
@@ -147,12 +151,11 @@ def find_destination(head: Head, origin: Origin) -> tuple[str, int, str]:
             if not path.lower().startswith(scheme):
                 raise Refused("bad_request")
             named, path = re.fullmatch(r"([^/?]*)(.*)", path[len(scheme) :]).groups()  # type: ignore[union-attr]
-            path = path or "/"
-            if not named or not path.startswith("/"):
+            path = path or ("*" if head.method.lower() == "options" else "/")
+            if not named:
                 raise Refused("bad_request")
+            path = f"/{path}" if path.startswith("?") else path
     elif origin.tls_name is None and origin.explicit_proxy:
-        raise Refused("bad_request")
-    if named is not None and hosts and hosts[0].lower() != named.lower():
         raise Refused("bad_request")
     if named is None and not hosts:
         if origin.tls_name is None:
@@ -170,9 +173,9 @@ def find_destination(head: Head, origin: Origin) -> tuple[str, int, str]:
     return host, port or 80, path
 
 
-def apply_rules(head: Head, host: str, tls: bool, rules: tuple[Rule, ...]) -> list[Rule]:
+def apply_rules(head: Head, host: str, port: int, tls: bool, rules: tuple[Rule, ...]) -> list[Rule]:
     """The rules that add a header to this request."""
-    matched = [rule for rule in rules if tls and rule.covers(host)]
+    matched = [rule for rule in rules if tls and rule.covers(host, port)]
     here = {rule.placeholder for rule in matched}
     for rule in rules:
         if rule.placeholder not in here and any(rule.placeholder in value for _, value in head.fields):
@@ -183,12 +186,16 @@ def apply_rules(head: Head, host: str, tls: bool, rules: tuple[Rule, ...]) -> li
 
 
 def _kept(head: Head, matched: list[Rule]) -> Iterator[tuple[str, str]]:
-    dropped = CONNECTION_FIELDS | head.options() | {rule.header for rule in matched}
+    dropped = CONNECTION_FIELDS | head.options()
+    variables = {rule.header.replace("_", "-") for rule in matched}
     if matched:
         dropped |= {"authorization", "cookie"}
     if head.minor == 0:
         dropped |= {"expect"}
-    return ((name, value) for name, value in head.fields if name.lower() not in dropped)
+    if head.method.lower() in HOP_COUNTED:
+        dropped |= {"max-forwards"}
+    kept = ((name, value) for name, value in head.fields if name.lower() not in dropped)
+    return ((name, value) for name, value in kept if name.lower().replace("_", "-") not in variables)
 
 
 def _upgrade(head: Head) -> str | None:
@@ -201,6 +208,24 @@ def _upgrade(head: Head) -> str | None:
     return None if protocols & {"h2c", "h2"} else wanted[0]
 
 
+def _hops(head: Head) -> int | None:
+    """Max-Forwards where it counts; nothing may be left to go on."""
+    found = head.all("max-forwards")
+    if head.method.lower() not in HOP_COUNTED or not found:
+        return None
+    if not re.fullmatch("[0-9]{1,18}", found[0]):
+        raise Refused("bad_request")
+    if int(found[0]) == 0:
+        raise Refused("method_not_allowed" if head.method.lower() == "trace" else "max_forwards")
+    return int(found[0])
+
+
+def _body_is_undefined(head: Head) -> bool:
+    """A body that the host may leave unread, since the method gives it no meaning."""
+    carries = head.all("transfer-encoding") or int((head.all("content-length") or ["0"])[0])
+    return bool(carries) and head.method.lower() not in ("post", "put", "patch")
+
+
 def rewrite_head(data: bytes, rules: tuple[Rule, ...], origin: Origin) -> bytes:
     """The head as the host gets it; Refused with the reason otherwise."""
     head = parse_head(data)
@@ -208,18 +233,25 @@ def rewrite_head(data: bytes, rules: tuple[Rule, ...], origin: Origin) -> bytes:
     if any(value.lower() != "100-continue" for value in head.all("expect")):
         raise Refused("expectation_failed")
     tls = origin.tls_name is not None
-    matched = apply_rules(head, host, tls, rules)
+    hops = _hops(head)
+    matched = apply_rules(head, host, port, tls, rules)
     authority = f"[{host}]" if ":" in host else host
     if port != (443 if tls else 80):
         authority += f":{port}"
     lines = [f"{head.method} {path} HTTP/1.1", f"Host: {authority}"]
     lines += [f"{name}: {value}" for name, value in _kept(head, matched)]
+    if hops is not None:
+        lines.append(f"Max-Forwards: {hops - 1}")
+    lines.append(f"Via: 1.{head.minor} hypeman")
+    close = _body_is_undefined(head)
     upgrade = _upgrade(head)
     names = [name for name, _ in head.fields if name.lower() == "upgrade"]
     if upgrade is not None:
         lines += [f"{names[0]}: {upgrade}", "Connection: upgrade"]
     elif any("trailers" in (item.strip(" \t").lower() for item in value.split(",")) for value in head.all("te")):
-        lines += ["TE: trailers", "Connection: TE"]
+        lines += ["TE: trailers", "Connection: TE, close" if close else "Connection: TE"]
+    elif close:
+        lines.append("Connection: close")
     if head.all("transfer-encoding"):
         lines.append("Transfer-Encoding: chunked")
     elif lengths := head.all("content-length"):

@@ -26,6 +26,8 @@ from hypeman.errors import InvalidRequest
 MAX_RULES = 256
 MAX_RULES_PER_HOST = 16
 MAX_VALUE = 8 * 1024
+MAX_PORTS = 16
+HTTPS = 443
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -107,6 +109,15 @@ def parse_hosts(rule: InjectRule) -> tuple[HostPattern, ...] | None:
     return tuple(parse_host(host) for host in rule.hosts)
 
 
+def parse_ports(rule: InjectRule, usual_port: int = HTTPS) -> tuple[int, ...]:
+    """The TCP ports of a rule."""
+    if rule.ports is None:
+        return (usual_port,)
+    if not 0 < len(rule.ports) <= MAX_PORTS or any(not 0 < port < 65536 for port in rule.ports):
+        raise InvalidRequest(f"ports must be 1 to {MAX_PORTS} numbers from 1 to 65535; leave it out to mean 443")
+    return rule.ports
+
+
 def render_value(template: str, secret: str) -> str:
     """The header's value: ``${value}`` is the secret, ``${base64(user:value)}`` Basic's pair with it.
 
@@ -152,28 +163,34 @@ def parse_header(name: str) -> str:
 class _Rule:
     """One header of one set of hosts, checked."""
 
-    def __init__(self, key: str, rule: InjectRule) -> None:
+    def __init__(self, key: str, rule: InjectRule, usual_port: int) -> None:
         self.key = key
         self.header = parse_header(rule.as_.header)
         self.template = rule.as_.format
         self.hosts = parse_hosts(rule)
+        self.ports = parse_ports(rule, usual_port)
+
+    @property
+    def variable(self) -> str:
+        """The header as CGI and its like name it, to which ``-`` and ``_`` are the same."""
+        return self.header.replace("_", "-")
 
     def clashes(self, other: _Rule) -> bool:
-        if self.header != other.header:
+        if self.variable != other.variable or not set(self.ports) & set(other.ports):
             return False
         if self.hosts is None or other.hosts is None:
             return True
         return any(mine.overlaps(its) for mine in self.hosts for its in other.hosts)
 
 
-def _rules(credentials: Mapping[str, CredentialPolicy]) -> Iterator[_Rule]:
+def _rules(credentials: Mapping[str, CredentialPolicy], usual_port: int) -> Iterator[_Rule]:
     for key, policy in credentials.items():
         if not _TOKEN.fullmatch(key):
             raise InvalidRequest(f"credential {key!r} must be named like an environment variable")
         if not policy.inject:
             raise InvalidRequest(f"credential {key!r} has no inject rule")
         for rule in policy.inject:
-            yield _Rule(key, rule)
+            yield _Rule(key, rule, usual_port)
 
 
 def check_credentials(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> None:
@@ -218,10 +235,19 @@ def _text(value: str) -> bytes:
 
 
 def compile_policy(
-    credentials: Mapping[str, CredentialPolicy], secrets: Mapping[str, str], unmatched: Unmatched = Unmatched.PASS
+    credentials: Mapping[str, CredentialPolicy],
+    secrets: Mapping[str, str],
+    unmatched: Unmatched = Unmatched.PASS,
+    *,
+    web_only: bool = False,
+    usual_port: int = HTTPS,
 ) -> bytearray:
-    """The snapshot for the data plane. It holds the values: wipe it after handing it over."""
-    rules = list(_rules(credentials))
+    """The snapshot for the data plane. It holds the values: wipe it after handing it over.
+
+    ``web_only``: the proxy is the guest's only way out by TCP, so it carries HTTPS to ``usual_port`` and HTTP to 80,
+    other ports where a rule names them, and TLS with a server name only.
+    """
+    rules = list(_rules(credentials, usual_port))
     if len(rules) > MAX_RULES:
         raise InvalidRequest(f"{len(rules)} inject rules given, at most {MAX_RULES} are allowed")
     for number, rule in enumerate(rules):
@@ -233,14 +259,15 @@ def compile_policy(
     if len({rule.header for rule in rules}) > MAX_RULES_PER_HOST:
         raise InvalidRequest(f"the rules set over {MAX_RULES_PER_HOST} different headers")
     patterns = sum(len(rule.hosts or ()) for rule in rules)
-    out = bytearray(b"HEG1" + struct.pack("<BHH", unmatched, len(rules), patterns))
+    out = bytearray(b"HEG2" + struct.pack("<BBHHH", unmatched, web_only, usual_port, len(rules), patterns))
     for rule in rules:
         secret = secrets.get(credentials[rule.key].source.env)
         if secret is None:
             raise InvalidRequest(f"the real value of credential {rule.key!r} is not known")
         out += _text(rule.key) + _text(placeholder(rule.key)) + _text(rule.header)
         out += _text(render_value(rule.template, secret))
-        out += struct.pack("<BH", rule.hosts is None, len(rule.hosts or ()))
+        out += struct.pack(f"<BB{len(rule.ports)}H", rule.hosts is None, len(rule.ports), *rule.ports)
+        out += struct.pack("<H", len(rule.hosts or ()))
         for host in rule.hosts or ():
             out += struct.pack("<B", host.wildcard) + _text(host.name)
     return out

@@ -302,13 +302,22 @@ class Egress:
         credentials: Mapping[str, CredentialPolicy],
         secrets: Mapping[str, str],
         unmatched: Unmatched | None = None,
+        *,
+        web_only: bool = False,
     ) -> None:
         """From the return on, requests from ``source_ip`` are decided by these rules, on old connections too.
 
-        Raises InvalidRequest if the rules can not be carried out; then the ones before stay in force.
+        ``web_only``: see compile_policy. Raises InvalidRequest if the rules cannot be carried out; then the ones before
+        stay in force.
         """
         engine = self._running()
-        snapshot = compile_policy(credentials, secrets, self.settings.unmatched if unmatched is None else unmatched)
+        snapshot = compile_policy(
+            credentials,
+            secrets,
+            self.settings.unmatched if unmatched is None else unmatched,
+            web_only=web_only,
+            usual_port=self.settings.assumed_tls_port,
+        )
         try:
             engine.set_policy(source_ip.encode(), instance_id.encode(), snapshot)
         except ValueError as error:

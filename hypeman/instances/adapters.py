@@ -114,7 +114,9 @@ class EgressOfInstances:
 
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None:
         values = self._store.read(lambda txn: self._open(txn, record.id))
-        self._egress.set_policy(record.id, lease.ipv4, record.spec.credentials, values)
+        self._egress.set_policy(
+            record.id, lease.ipv4, record.spec.credentials, values, web_only=lease.egress_mode is EgressMode.ALL
+        )
 
     async def release(self, instance_id: str) -> None:
         self._egress.remove(instance_id)

@@ -33,6 +33,8 @@ from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, I
 HOST = "api.example.com"
 SECRET = "sk-live-7f3a91"
 GUEST = "127.0.1.1"
+PORTS: list[int] = []
+"""Where the origins of this world listen: what rules are for, in place of 443."""
 
 
 def credential(
@@ -40,7 +42,9 @@ def credential(
 ) -> CredentialPolicy:
     return CredentialPolicy(
         source=CredentialSource(env=env),
-        inject=(InjectRule(hosts=hosts or None, as_=InjectAs(header=header, format=template)),),
+        inject=(
+            InjectRule(hosts=hosts or None, as_=InjectAs(header=header, format=template), ports=tuple(PORTS) or None),
+        ),
     )
 
 
@@ -253,6 +257,7 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
                 )
             )
             origin.port = listeners[0].transport_listener.socket.getsockname()[1]
+            PORTS[:] = [origin.port]
             listeners = await nursery.start(
                 partial(trio.serve_tcp, plain.serve, 0, host="127.0.0.1", handler_nursery=nursery)
             )
@@ -278,6 +283,7 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
                 with trio.fail_after(120):
                     yield world
             finally:
+                PORTS.clear()
                 for stream in world.streams:
                     with trio.CancelScope() as scope:
                         scope.cancel()

@@ -20,7 +20,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from hypeman.egress.policy import Unmatched
 from hypeman.egress.service import AuditRecord, Limits, Timeouts
 from hypeman.errors import InternalError
-from tests.egress.conftest import GUEST, HOST, SECRET, Origin, Wire, World, credential, read_response
+from tests.egress.conftest import GUEST, HOST, PORTS, SECRET, Origin, Wire, World, credential, read_response
 
 H = f"Host: {HOST}\r\n"
 RESET = (OSError, EOFError, trio.BrokenResourceError)
@@ -106,7 +106,7 @@ async def test_plain_http_never_carries_a_credential(world: World) -> None:
     target = f"http://{HOST}:{world.plain.port}/p"
     status, _, _ = await world.ask(wire, f"GET {target} HTTP/1.1\r\nHost: {HOST}:{world.plain.port}\r\n\r\n".encode())
     assert status == 200
-    assert world.plain.requests[0].fields == [("host", f"{HOST}:{world.plain.port}")]
+    assert world.plain.requests[0].fields == [("host", f"{HOST}:{world.plain.port}"), ("via", "1.1 hypeman")]
     fields = f"Host: {HOST}:{world.plain.port}\r\nAuthorization: Bearer mock-API_KEY\r\n"
     status, said, _ = await world.ask(wire, f"GET {target} HTTP/1.1\r\n{fields}\r\n".encode())
     assert (status, said["x-hypeman-egress"]) == (403, "placeholder_outside_hosts")
@@ -442,6 +442,8 @@ async def test_certificates(make_world: object, tmp_path: Path, name: str) -> No
             partial(trio.serve_ssl_over_tcp, other.serve, 0, context, host="127.0.0.1", handler_nursery=world.nursery)
         )
         port = listeners[0].transport_listener.socket.getsockname()[1]
+        PORTS.append(port)
+        world.allow()
         wire, _, _ = await connect(world, f"{HOST}:{port}")
         inside = await world.tls(over=wire)
         status, fields, body = await world.ask(inside, f"GET / HTTP/1.1\r\n{H}\r\n".encode())

@@ -31,7 +31,8 @@ authorities = st.builds(lambda host, port: host + port, hosts,
                         st.sampled_from(["", "", "", ":443", ":80", ":8443", ":0", ":", ":99999", ":x"]))  # fmt: skip
 names = st.sampled_from(
     ["Host", "Content-Length", "Transfer-Encoding", "Connection", "TE", "Upgrade", "Expect", "Authorization", "Cookie",
-     "X-Key", "X-Other", "Keep-Alive", "Proxy-Authorization", "HTTP2-Settings", "x y", "", "X:"]
+     "X-Key", "x_key", "Max-Forwards", "X-Other", "Keep-Alive", "Proxy-Authorization", "HTTP2-Settings", "x y",
+     "", "X:"]
 )  # fmt: skip
 values = st.sampled_from(
     ["", "a", " a\t", "5", "0", "+5", "chunked", "Chunked", "gzip", "close", "keep-alive, X-Other", "upgrade",

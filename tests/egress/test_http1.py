@@ -31,7 +31,10 @@ async def test_head_and_empty_responses(world: World) -> None:
     assert (status, fields["content-length"]) == (200, "1234")
     says(b"HTTP/1.1 204 No Content\r\nX: 1\r\n\r\n", origin=world.origin, path="/204")
     says(b"HTTP/1.1 304 Not Modified\r\nContent-Length: 99\r\n\r\n", origin=world.origin, path="/304")
-    assert (await world.ask(wire, f"GET /204 HTTP/1.1\r\n{H}\r\n".encode()))[:2] == (204, {"x": "1"})
+    assert (await world.ask(wire, f"GET /204 HTTP/1.1\r\n{H}\r\n".encode()))[:2] == (
+        204,
+        {"x": "1", "via": "1.1 hypeman"},
+    )
     assert (await world.ask(wire, f"GET /304 HTTP/1.1\r\n{H}\r\n".encode()))[0] == 304
     assert (await world.ask(wire, f"GET /z HTTP/1.1\r\n{H}\r\n".encode()))[2] == b"GET /z 0"
     assert world.origin.connections == 1
@@ -116,7 +119,10 @@ async def test_interim_responses(world: World) -> None:
     says(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
          b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", origin=world.origin, path="/i")  # fmt: skip
     wire = await world.tls()
-    assert (await world.ask(wire, f"GET /i HTTP/1.1\r\n{H}\r\n".encode()))[:2] == (103, {"link": "</a>"})
+    assert (await world.ask(wire, f"GET /i HTTP/1.1\r\n{H}\r\n".encode()))[:2] == (
+        103,
+        {"link": "</a>", "via": "1.1 hypeman"},
+    )
     assert (await read_response(wire))[0] == 102
     assert (await read_response(wire))[::2] == (200, b"ok")
     status, _, body = await world.ask(wire, f"GET /i HTTP/1.0\r\n{H}\r\n".encode())
@@ -238,7 +244,7 @@ BAD_RESPONSES = {
     "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
     "bare LF": b"HTTP/1.1 200 OK\nContent-Length: 1\n\nx",
     "status of two digits": b"HTTP/1.1 20 OK\r\n\r\n",
-    "status 999": b"HTTP/1.1 999 OK\r\n\r\n",
+    "status 099": b"HTTP/1.1 099 OK\r\n\r\n",
     "unasked 101": b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n",
     "fold": b"HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n",
     "endless 1xx": b"HTTP/1.1 102 Processing\r\n\r\n" * 100,

@@ -16,7 +16,7 @@ import trio
 import trustme
 
 from hypeman.egress.service import Timeouts
-from tests.egress.conftest import GUEST, HOST, SECRET, Request, Wire, World, credential
+from tests.egress.conftest import GUEST, HOST, PORTS, SECRET, Request, Wire, World, credential
 
 H2 = ("h2", "http/1.1")
 
@@ -174,6 +174,8 @@ async def grpc(world: World, origin_ca: trustme.CA) -> AsyncGenerator[GrpcLike]:
         partial(trio.serve_ssl_over_tcp, origin.serve, 0, context, host="127.0.0.1", handler_nursery=world.nursery)
     )
     origin.port = listeners[0].transport_listener.socket.getsockname()[1]
+    PORTS.append(origin.port)
+    world.allow()
     yield origin
 
 
@@ -194,7 +196,7 @@ async def test_http2_to_http1(world: World) -> None:
     assert (status, fields["content-length"], body) == (200, "10", b"GET /p?q 0")
     request = world.origin.requests[0]
     assert request.all("authorization") == [f"Bearer {SECRET}"]
-    assert [name for name, _ in request.fields] == ["host", "x-mine", "authorization"]
+    assert [name for name, _ in request.fields] == ["host", "x-mine", "via", "authorization"]
 
 
 @pytest.mark.parametrize("size", [0, 5, 20_000, 1_000_000])

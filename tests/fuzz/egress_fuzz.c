@@ -175,7 +175,7 @@ static void host(const char *p, size_t n)
 }
 
 /* One credential for api.example.com and *.b.c in Authorization, as hypeman/egress/policy.py writes it. */
-static const uint8_t RULES[] = "HEG1\0\1\0\2\0" "\3\0KEY" "\10\0mock-KEY" "\15\0authorization" "\11\0Bearer sk" "\0\2\0"
+static const uint8_t RULES[] = "HEG2\0\0\273\1\1\0\2\0" "\3\0KEY" "\10\0mock-KEY" "\15\0authorization" "\11\0Bearer sk" "\0\1\273\1\2\0"
                                "\0\17\0api.example.com" "\1\3\0b.c";
 
 static unsigned count(const struct head *h, enum h1_field_id id)
@@ -219,7 +219,7 @@ static void snapshot(const uint8_t *p, size_t n)
     if (!s)
         return;
     MUST(s->n <= MAX_RULES && host_canonical("api.example.com", 15, false, &h) == HOST_NAME);
-    (void)snapshot_covers(s, &h);
+    (void)snapshot_covers(s, &h, 443);
     snapshot_release(s);
 }
 
@@ -240,7 +240,7 @@ static void block(const uint8_t *p, size_t n)
         good &= fields_add(&l, &f, p + at + 1, a, p + at + 2 + a, b);
         at += 2 + a + b;
     }
-    struct head *h = fields_done(&f);
+    struct head *h = fields_done(&l, &f);
     if (good) {
         struct pairs pairs;
         const char *text = f.text.p ? f.text.p + f.text.off : "";
