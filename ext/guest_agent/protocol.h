@@ -69,7 +69,8 @@ enum op {
     OP_MEMORY = 10,
     OP_METRICS = 11,
     OP_FREEZE = 12,
-    OP_THAW = 13
+    OP_THAW = 13,
+    OP_PING = 14 /* answered at once with an empty reply: the agent lives */
 };
 
 enum event { EVENT_READY = 1, EVENT_STARTED = 2, EVENT_EXITED = 3, EVENT_FATAL = 4 };

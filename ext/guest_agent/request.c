@@ -111,6 +111,8 @@ static void start_request(const struct boot_config *config, struct channel *chan
     } else if (op == OP_FREEZE || op == OP_THAW) {
         int error = op == OP_FREEZE ? freeze_guest() : thaw_guest();
         session_refuse(session, error, error ? strerror(error) : "");
+    } else if (op == OP_PING) {
+        session_refuse(session, 0, "");
     } else if (!is_worker) {
         session_refuse(session, ENOSYS, "this agent does not know the request");
     } else if (start_worker(WORKERS[op].function, WORKERS[op].needs_agent, request + 1, length - 1, &child) < 0) {

@@ -8,6 +8,8 @@ Rules:
 - One task reads, one task writes. The reader never waits for a consumer: what may be on the way is bounded
   by the windows of ``protocol.py``.
 - Each method gives its session back on every way out, also when cancelled: what ran in it is then killed.
+- No wait is without a limit (``limits.py``): requests have one each, and while a session is open the agent must
+  be heard from, or all sessions end with GuestTimeout.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import TypeVar
 
@@ -23,8 +26,10 @@ import msgspec
 import trio
 
 from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidRequest, NotFound, NotSupported
+from hypeman.guest import limits
 from hypeman.guest.boot import GuestNetwork, GuestVolume, render_network, render_volume
 from hypeman.guest.fields import Fields, FieldWriter, MalformedFields, Tag
+from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import (
     MAX_PAYLOAD,
     MAX_SESSIONS,
@@ -77,6 +82,13 @@ class GuestError(InternalError):
         self.errno = errno
 
 
+class GuestTimeout(HypemanError):
+    """The guest did not answer in time; what was asked of it may have happened or not."""
+
+    status = 504
+    default_code = "guest_timeout"
+
+
 class VolumeBusy(InUse):
     """A volume can not be unmounted; ``holders`` are the processes that use it, "pid (name)" each."""
 
@@ -105,9 +117,13 @@ class ExecResult(msgspec.Struct, frozen=True):
 class _Session:
     """What has come for a session and was not fetched yet; at most a window of it."""
 
-    def __init__(self, client: GuestClient, session_id: int) -> None:
+    def __init__(self, client: GuestClient, session_id: int, stall_limit: float = math.inf) -> None:
         self._client = client
+        self._stall_limit = stall_limit
+        """Seconds that one wait of ``receive`` and ``send`` may take."""
         self.id = session_id
+        self.failure: GuestTimeout | None = None
+        """Why it ended without the guest."""
         self.chunks: deque[Data] = deque()
         self.ended: Ended | None = None
         self.wakeup = trio.Event()
@@ -118,13 +134,12 @@ class _Session:
         self.wakeup = trio.Event()
 
     async def receive(self) -> Data | None:
-        """The next chunk, or None after the last; ``ended`` is then set. Raises GuestLost."""
+        """The next chunk, or None after the last; ``ended`` is then set. Raises GuestLost, GuestTimeout."""
         while not self.chunks:
             if self.ended is not None:
                 await trio.lowlevel.checkpoint()
                 return None
-            self._client.check_alive()
-            await self.wakeup.wait()
+            await self._wait()
         await trio.lowlevel.checkpoint()
         chunk = self.chunks.popleft()
         self._used += len(chunk.data)
@@ -137,15 +152,28 @@ class _Session:
         """Send all of ``data`` as the window allows. Data for a session that has ended goes nowhere."""
         view = memoryview(data)
         while view:
-            self._client.check_alive()
             if self.ended is not None:
                 return
+            self.check()
             room = min(self._client.window(self.id), MAX_PAYLOAD)
             if not room:
-                await self.wakeup.wait()
+                await self._wait()
                 continue
-            await self._client.send(self.id, bytes(view[:room]))
+            await self._client.send(self, bytes(view[:room]))
             view = view[room:]
+
+    def check(self) -> None:
+        """Raise why nothing more comes of this session, if that is so."""
+        self._client.check_alive()
+        if self.failure is not None:
+            raise self.failure
+
+    async def _wait(self) -> None:
+        self.check()
+        with trio.move_on_after(self._stall_limit) as scope:
+            await self.wakeup.wait()
+        if scope.cancelled_caught:
+            raise GuestTimeout(f"the guest made no progress for {self._stall_limit:g} s")
 
     async def finish(self) -> tuple[bytes, bytes, Ended]:
         """Everything that still comes, as reply and error text. Raises GuestBroken for an endless reply."""
@@ -247,7 +275,7 @@ class GuestClient:
         self._stream = stream
         self._connection = Connection(nonce)
         self._sessions: dict[int, _Session] = {}
-        self._slots = trio.CapacityLimiter(MAX_SESSIONS)
+        self._slots = trio.CapacityLimiter(MAX_SESSIONS - 1)  # one is kept for the ping
         self._events_in, self.events = trio.open_memory_channel[GuestEvent](16)
         self._greeted = trio.Event()
         self._ready = trio.Event()
@@ -259,6 +287,17 @@ class GuestClient:
         """What the guest told about its boot, once it has."""
         self.no_agent = False
         """The guest serves no exec, copy or stat."""
+        self.silent_since: datetime | None = None
+        """When a guest that does not answer was last heard from (UTC); None while it answers."""
+        self.silence_changed: Callable[[], object] = lambda: None
+        """Called when ``silent_since`` changes."""
+        self._heard = self._asked = trio.current_time()
+        """When the last bytes came, and when the first of the open sessions was opened."""
+        self._heard_at = datetime.now(UTC)
+        self._reads = 0
+        self._held = False
+        self._stirred = trio.Event()
+        """Bytes came, or what is expected of the guest has changed."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the connection until it ends; started as soon as the greeting is on its way.
@@ -268,6 +307,7 @@ class GuestClient:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
+                nursery.start_soon(self._watch)
                 task_status.started()
                 await self._read()
                 nursery.cancel_scope.cancel()
@@ -415,6 +455,12 @@ class GuestClient:
     async def thaw(self) -> None:
         await self._request(Op.THAW, None)
 
+    def hold(self, held: bool) -> None:
+        """The VM is paused from here on, and so owes no answer; or it runs again."""
+        self._held = held
+        self._heard = trio.current_time()
+        self._stir()
+
     # For sessions
 
     def check_alive(self) -> None:
@@ -428,12 +474,12 @@ class GuestClient:
         self._connection.grant(session, count)
         self._wake_writer()
 
-    async def send(self, session: int, data: bytes) -> None:
+    async def send(self, session: _Session, data: bytes) -> None:
         while self._outbox_bytes > _OUTBOX_BYTES:
             await self._outbox_drained.wait()
-            self.check_alive()
-        if self._connection.is_open(session):
-            self._connection.send(session, data[: self._connection.window(session)])
+            session.check()
+        if self._connection.is_open(session.id):
+            self._connection.send(session.id, data[: self._connection.window(session.id)])
             self._outbox_bytes += len(data)
         self._wake_writer()
         await trio.lowlevel.checkpoint()
@@ -464,17 +510,25 @@ class GuestClient:
     # Inside
 
     async def _open(self, op: Op, fields: FieldWriter | None) -> _Session:
-        await self.wait_greeted()
-        session = _Session(self, 0)
-        await self._slots.acquire_on_behalf_of(session)
+        session = _Session(self, 0, LIMITS[op])
+        with trio.move_on_after(limits.OPEN) as scope:
+            await self.wait_greeted()
+            self._check_responds()
+            await self._slots.acquire_on_behalf_of(session)
+        if scope.cancelled_caught:
+            raise GuestTimeout(f"the guest took no request for {limits.OPEN:g} s")
         try:
             self.check_alive()
+            self._check_responds()
             session.id = self._connection.open(op, fields)
         except BaseException as error:
             self._slots.release_on_behalf_of(session)
             if isinstance(error, ValueError):
                 raise InvalidRequest(str(error)) from error
             raise
+        if not self._sessions:
+            self._asked = trio.current_time()
+            self._stir()
         self._sessions[session.id] = session
         self._wake_writer()
         return session
@@ -482,9 +536,12 @@ class GuestClient:
     async def _call(self, op: Op, fields: FieldWriter | None) -> tuple[bytes, bytes, Ended]:
         session = await self._open(op, fields)
         try:
-            return await session.finish()
+            with trio.move_on_after(LIMITS[op]) as scope:
+                return await session.finish()
         finally:
             self.close(session)
+        assert scope.cancelled_caught
+        raise GuestTimeout(f"the guest did not finish {op.name.lower()} within {LIMITS[op]:g} s")
 
     async def _request(self, op: Op, fields: FieldWriter | None) -> bytes:
         reply, error, ended = await self._call(op, fields)
@@ -506,8 +563,63 @@ class GuestClient:
     def _wake_writer(self) -> None:
         self._outbox_filled.set()
 
+    async def _watch(self) -> None:
+        """Ping a guest that is not heard from; find out that it is silent, and that it answers again.
+
+        There is one ping at a time, so nothing piles up for a guest that does not read.
+        """
+        await self._greeted.wait()
+        self._heard = trio.current_time()
+        while True:
+            due = max(self._heard, self._asked) + limits.QUIET if self._sessions else self._heard + limits.HEARTBEAT
+            if self._held or trio.current_time() < due:
+                with trio.move_on_at(math.inf if self._held else due):
+                    await self._stirred.wait()
+                continue
+            before = self._reads
+            ping = self._connection.open(Op.PING)
+            self._wake_writer()
+            if not await self._is_heard_after(before):
+                self._set_silent(self._heard_at)
+                while self._reads == before:
+                    await self._stirred.wait()
+                self._set_silent(None)
+            self._connection.close(ping)
+
+    async def _is_heard_after(self, before: int) -> bool:
+        """Whether another read succeeds within ANSWER seconds in which the VM is not paused."""
+        while self._reads == before:
+            with trio.move_on_after(math.inf if self._held else limits.ANSWER) as scope:
+                held = self._held
+                while self._reads == before and self._held == held:
+                    await self._stirred.wait()
+            if scope.cancelled_caught:
+                return False
+        return True
+
+    def _set_silent(self, since: datetime | None) -> None:
+        self.silent_since = since
+        if since is not None:
+            for session in self._sessions.values():
+                session.failure = _silent(since)
+                session.notify()
+            self._outbox_drained.set()  # senders find their session failed
+            self._outbox_drained = trio.Event()
+        self.silence_changed()
+
+    def _check_responds(self) -> None:
+        if self.silent_since is not None:
+            raise _silent(self.silent_since)
+
+    def _stir(self) -> None:
+        self._stirred.set()
+        self._stirred = trio.Event()
+
     async def _read(self) -> None:
         while data := await self._stream.receive_some(_READ_BYTES):
+            self._heard, self._heard_at = trio.current_time(), datetime.now(UTC)
+            self._reads += 1
+            self._stir()
             for event in self._connection.receive(bytes(data)):
                 self._take(event)
             self._wake_writer()
@@ -552,6 +664,10 @@ class GuestClient:
         self._outbox_drained.set()
         for session in self._sessions.values():
             session.notify()
+
+
+def _silent(since: datetime) -> GuestTimeout:
+    return GuestTimeout(f"the guest has not responded since {since:%Y-%m-%dT%H:%M:%SZ}")
 
 
 async def _read_tree(session: _Session) -> AsyncGenerator[CopyEntry | bytes, None]:

@@ -81,6 +81,7 @@ class Op(enum.IntEnum):
     METRICS = 11
     FREEZE = 12
     THAW = 13
+    PING = 14
 
 
 class ProtocolError(Exception):

@@ -3,6 +3,9 @@
 A command is judged when its turn comes, by the state of that moment (admission.py); what it does is in
 operations/, and how that is written down in owned.py. News of the VM comes through the same queue (news.py).
 
+A stop or delete does not queue behind a guest that does not answer: the waits for the guest of what runs and of
+what is queued before it are given up (``overtakes``), which ends those commands with InvalidState.
+
 At a start of the server, what a crash left is settled first (settle.py). An instance that is Unknown is
 settled anew, soon and then ever more seldom, until that succeeds or somebody stops or deletes it.
 """
@@ -35,6 +38,16 @@ MOST_WAITING = 64
 
 LOOK_FIRST, LOOK_MOST = 1.0, 60.0
 """Seconds from one look at an Unknown instance to the next; each pause is twice the one before."""
+
+
+def overtakes(command: Command | None, other: Command | None) -> bool:
+    """Whether ``other`` (None: anything else the task does) shall not wait for the guest when ``command`` is queued.
+
+    A delete overtakes everything but a delete; a second stop leaves the first one its grace period.
+    """
+    if command is Command.DELETE:
+        return other is not Command.DELETE
+    return command is Command.STOP and other not in (Command.STOP, Command.DELETE)
 
 
 class Job(Generic[R]):
@@ -105,7 +118,9 @@ class Lifecycle:
         self._queue: trio.MemorySendChannel[Job[Any] | _News | _Look]
         self._inbox: trio.MemoryReceiveChannel[Job[Any] | _News | _Look]
         self._queue, self._inbox = trio.open_memory_channel(float("inf"))  # bounded by MOST_WAITING and few news
-        self._waiting = 0
+        self._queued: list[Command | None] = []
+        """The commands of the jobs in the queue, in their order."""
+        self._running: Command | None = None
         self._over = False
         """It takes no commands any more."""
         self._looking = False
@@ -128,11 +143,12 @@ class Lifecycle:
         """As ``perform``, but only takes the place in the queue; the caller waits when it likes."""
         if self._over or self._owned.removed:
             raise self._refusal()
-        if self._waiting >= MOST_WAITING:
+        if len(self._queued) >= MOST_WAITING:
             raise InvalidState(f"instance {self.record.name!r} has {MOST_WAITING} commands waiting already")
         job: Job[R] = Job(command, lambda: action(self._owned))
-        self._waiting += 1
+        self._queued.append(command)
         self._queue.send_nowait(job)
+        self._let_overtake()
         return job
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -145,7 +161,12 @@ class Lifecycle:
                 task_status.started()
                 while not self._owned.removed:
                     self._look_again_if_unknown()
-                    match await self._inbox.receive():
+                    item = await self._inbox.receive()
+                    self._running = item.command if isinstance(item, Job) else None
+                    if isinstance(item, Job):
+                        self._queued.pop(0)
+                    self._let_overtake()
+                    match item:
                         case _News() as news:
                             await take_news(self._owned, news.live, news.event)
                         case _Look():
@@ -156,17 +177,22 @@ class Lifecycle:
         finally:
             self._over = True
             self._refuse_the_rest()
+            self._owned.world.give_up_guest(self.record.id, False)
 
     # The queue
 
     async def _do(self, job: Job[Any]) -> None:
-        self._waiting -= 1
         try:
             self._check_turn(job.command)
         except InvalidState as error:
             job.refuse(error)
         else:
             await job.run()
+
+    def _let_overtake(self) -> None:
+        """Nobody waits for the guest as long as a queued command overtakes the one that runs."""
+        given_up = any(overtakes(command, self._running) for command in self._queued)
+        self._owned.world.give_up_guest(self.record.id, given_up)
 
     def _check_turn(self, command: Command | None) -> None:
         if self.record.deleting and command is not Command.DELETE:

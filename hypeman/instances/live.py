@@ -8,13 +8,15 @@ reconnects when it breaks (also after a restart of this server), and tells what 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
 import trio
 
 from hypeman.errors import HypemanError, InvalidState
+from hypeman.guest import limits
 from hypeman.guest.client import GuestBroken, GuestClient, GuestLost
 from hypeman.guest.types import Exited, Fatal, GuestEvent, Ready, Started
 from hypeman.hypervisor.interface import Vmm, VmmExit, VmmGone
@@ -61,6 +63,45 @@ class Live:
         self._over = False
         """Whether the VMM has ended, or is not watched any more."""
         self._changed = trio.Event()
+        self._absent_since = datetime.now(UTC)
+        """Since when there is no connection to the agent, while there is none."""
+        self._asking: set[trio.CancelScope] = set()
+        self._given_up = False
+
+    @property
+    def silent_since(self) -> datetime | None:
+        """When the guest was last heard from (UTC), if it has not answered for longer than it may."""
+        if self.guest is not None:
+            return self.guest.silent_since
+        absent_for = datetime.now(UTC) - self._absent_since
+        return self._absent_since if absent_for > timedelta(seconds=limits.ABSENT) else None
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Around each wait for the guest in the instance's task. Raises InvalidState after ``give_up(True)``."""
+        scope = trio.CancelScope()
+        if self._given_up:
+            scope.cancel()
+        self._asking.add(scope)
+        try:
+            with scope:
+                yield
+        finally:
+            self._asking.discard(scope)
+        if scope.cancelled_caught:
+            raise InvalidState("gave up waiting for the guest, because the instance is to be stopped or deleted")
+
+    def give_up(self, given_up: bool) -> None:
+        """End all waits for the guest, those that begin later included, until this is called with False."""
+        self._given_up = given_up
+        if given_up:
+            for scope in self._asking:
+                scope.cancel()
+
+    def hold(self, held: bool) -> None:
+        """The VM is paused by us, so its guest owes no answer; or it runs again."""
+        if self.guest is not None:
+            self.guest.hold(held)
 
     async def run(self, tell: Callable[[Live, LiveEvent], None]) -> None:
         told: LiveEvent = Unwatched()
@@ -143,6 +184,7 @@ class Live:
         """One connection, from its greeting to its end. Whether the guest was ready in it."""
         ready = False
         client = self._connect(stream, self._nonce)
+        client.silence_changed = lambda: self._log_silence(client)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve, client)
             try:
@@ -171,7 +213,16 @@ class Live:
             case Started():
                 self.started = True
 
+    def _log_silence(self, client: GuestClient) -> None:
+        instance = self.vmm.handle.config.instance_id
+        if client.silent_since is not None:
+            log.warning("the guest of %s does not answer; last heard at %s", instance, client.silent_since)
+        else:
+            log.warning("the guest of %s answers again", instance)
+
     def _set_guest(self, client: GuestClient | None) -> None:
+        if client is None and self.guest is not None:
+            self._absent_since = datetime.now(UTC)
         self.guest = client
         self._wake()
 

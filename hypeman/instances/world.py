@@ -23,11 +23,13 @@ from hypeman.config import Config
 from hypeman.errors import HypemanError, InternalError
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume, parse_outcome, render_boot_disk
 from hypeman.guest.client import GuestLost
+from hypeman.guest.limits import LIMITS
+from hypeman.guest.protocol import Op
 from hypeman.guest.types import Exited, Fatal
 from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
 from hypeman.hypervisor.captures import MEMORY
-from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmGone
+from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmBroken, VmmGone
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
 from hypeman.instances import captures
@@ -53,7 +55,6 @@ SECONDS_TO_AWAKEN = 60.0
 """A restored guest answers in 0.1 s; the limit is for a host that swaps."""
 SECONDS_TO_ANSWER = 5.0
 """For a running guest whose channel is just being opened, as after a restart of ours."""
-SECONDS_TO_FREEZE = 10.0
 SECONDS_TO_KILL = 5.0
 """After the guest was asked to power off and its grace is over."""
 
@@ -135,6 +136,8 @@ class World:
         self.connect = connect
         self.live: dict[str, Live] = {}
         """Instance → its living VM. Filled by launch, restore and adoption; emptied when it ended."""
+        self._overtaken: set[str] = set()
+        """Instances for whose guests nobody waits, since a stop or delete is queued."""
 
     # Look-ups
 
@@ -154,6 +157,16 @@ class World:
 
     def driver(self, record: InstanceRecord) -> Driver:
         return self.drivers[record.spec.hypervisor]
+
+    def give_up_guest(self, instance_id: str, given_up: bool) -> None:
+        """End all waits for the guest of an instance, and those of its next VM, until called with False."""
+        if given_up:
+            self._overtaken.add(instance_id)
+        else:
+            self._overtaken.discard(instance_id)
+        live = self.live.get(instance_id)
+        if live is not None:
+            live.give_up(given_up)
 
     # Disks
 
@@ -205,8 +218,9 @@ class World:
     async def plug_volume(self, instance_id: str, volume_id: str, path: str, *, readonly: bool, port: int) -> None:
         live = self._living(instance_id)
         await live.vmm.add_disk(volume_disk(self.paths, volume_id, readonly=readonly, port=port))
-        guest = await live.wait_guest(SECONDS_TO_ANSWER)
-        await guest.mount_volume(GuestVolume(disk_id=volume_disk_id(volume_id), path=path, readonly=readonly))
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            await guest.mount_volume(GuestVolume(disk_id=volume_disk_id(volume_id), path=path, readonly=readonly))
 
     async def unplug_volume(self, instance_id: str, volume_id: str, path: str) -> None:
         """Content if the VM is gone or never had it. Raises InUse while a process holds it."""
@@ -214,8 +228,9 @@ class World:
         disk = volume_disk_id(volume_id)
         if live is None or not any(other.id == disk for other in live.vmm.handle.config.disks):
             return
-        guest = await live.wait_guest(SECONDS_TO_ANSWER)
-        await guest.unmount_volume(path)
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            await guest.unmount_volume(path)
         await live.vmm.remove_disk(disk)
 
     async def remove_disks(self, instance_id: str) -> None:
@@ -322,7 +337,9 @@ class World:
         self._adopt(record, vmm)
 
     def _adopt(self, record: InstanceRecord, vmm: Vmm) -> None:
-        self.live[record.id] = Live(vmm, nonce=record.nonce, boot=record.boots, connect=self.connect)
+        live = Live(vmm, nonce=record.nonce, boot=record.boots, connect=self.connect)
+        live.give_up(record.id in self._overtaken)
+        self.live[record.id] = live
 
     async def reattach_vmm(self, instance_id: str) -> bool:
         """Find the VMM of the record again after a restart of ours; whether it lives."""
@@ -353,10 +370,11 @@ class World:
             return
         try:
             booting = self.record(instance_id).state in (InstanceState.CREATED, InstanceState.INITIALIZING)
-            guest = await live.wait_guest(0 if booting else SECONDS_TO_ANSWER)
-            with trio.move_on_after(grace + SECONDS_TO_KILL):
-                await guest.shutdown(grace_seconds=grace)
-                await live.vmm.wait_exit()
+            with live.asking():
+                guest = await live.wait_guest(0 if booting else SECONDS_TO_ANSWER)
+                with trio.move_on_after(grace + SECONDS_TO_KILL):
+                    await guest.shutdown(grace_seconds=grace)
+                    await live.vmm.wait_exit()
         except (HypemanError, OSError):
             return  # it does not answer or went away while we asked; killing follows in any case
 
@@ -365,8 +383,9 @@ class World:
         spec = self.record(instance_id).spec
         live = self._living(instance_id)
         await live.vmm.resize_memory(spec.memory_bytes + spec.hotplug_bytes)
-        guest = await live.wait_guest(SECONDS_TO_ANSWER)
-        await guest.online_memory()
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            await guest.online_memory()
 
     # Captures
 
@@ -379,6 +398,7 @@ class World:
         await self.files.make_dir(side, mode=0o711, uid=uid, gid=uid)  # the user of a fork's VMM passes, too
         async with live.without_loan():
             await self._freeze(live)
+            live.hold(True)
             with metrics.timed_vmm_call("capture"):
                 await live.vmm.capture(side)
         await self.files.publish(side, directory)
@@ -386,15 +406,13 @@ class World:
     async def pause(self, instance_id: str) -> None:
         live = self._living(instance_id)
         await self._freeze(live)
+        live.hold(True)
         await live.vmm.pause()
 
     async def _freeze(self, live: Live) -> None:
-        if live.guest is None:
-            return
-        with trio.move_on_after(SECONDS_TO_FREEZE) as scope:
-            await live.guest.freeze()
-        if scope.cancelled_caught:
-            raise InternalError("the guest did not freeze its workload in time")
+        with live.asking():
+            if live.guest is not None:
+                await live.guest.freeze()
 
     async def discard_capture(self, instance_id: str, capture_id: str) -> None:
         """The VM goes on where it was, with its memory, and the capture is gone."""
@@ -409,29 +427,38 @@ class World:
             return
         guest = live.guest
         await live.vmm.resume()
+        live.hold(False)
         if guest is None:
             return
         try:
-            await guest.thaw()
-        except GuestLost:  # the capture has ended its channel: the agent dials again
-            await (await live.wait_guest(SECONDS_TO_AWAKEN, instead_of=guest)).thaw()
+            with live.asking():
+                try:
+                    await guest.thaw()
+                except GuestLost:  # the capture has ended its channel: the agent dials again
+                    await (await live.wait_guest(LIMITS[Op.THAW], instead_of=guest)).thaw()
+        except (VmmGone, VmmBroken):
+            raise
+        except HypemanError as error:  # its programs run on by themselves after 10 s of its own time
+            log.warning("the guest of instance %s did not confirm that it runs on: %s", instance_id, error.message)
 
     async def awaken_guest(self, instance_id: str, *, fresh: bool) -> None:
         live = self._living(instance_id)
         record = self.record(instance_id)
         await live.vmm.resume()
-        guest = await live.wait_guest(SECONDS_TO_AWAKEN)
         lease = self.lease(instance_id)
-        await guest.set_identity(
-            hostname=record.name,
-            machine_id=machine_id(record.id) if fresh else "",
-            network=boot_network(self._guest_network(instance_id)),
-            entropy=secrets.token_bytes(64),
-            clock_ns=time.time_ns(),
-        )
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_AWAKEN)
+            await guest.set_identity(
+                hostname=record.name,
+                machine_id=machine_id(record.id) if fresh else "",
+                network=boot_network(self._guest_network(instance_id)),
+                entropy=secrets.token_bytes(64),
+                clock_ns=time.time_ns(),
+            )
         if lease is not None and lease.enabled:
             await live.vmm.set_link("net0", up=True)
-        await guest.thaw()
+        with live.asking():
+            await guest.thaw()
 
     async def free_capture(self, capture_id: str) -> None:
         """Remove a capture that nobody holds, directory first: a row without one is never restored."""

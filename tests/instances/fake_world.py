@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ import trio
 from hypeman.config import Config
 from hypeman.errors import InternalError, InUse
 from hypeman.guest.boot import CaCertificate
+from hypeman.guest.client import GuestTimeout
+from hypeman.guest.limits import LIMITS
+from hypeman.guest.protocol import Op
 from hypeman.guest.types import Exited, GuestEvent, Ready, Started
 from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
@@ -243,6 +247,26 @@ class FakeGuest:
         self.shutdowns = 0
         self.hung_up = trio.Event()
         """Set: its channel has ended, and it dials again."""
+        self.silent_since: datetime | None = None
+        self.silence_changed: Callable[[], object] = lambda: None
+        self.held = False
+        self.stuck: set[str] = set()
+        """Names of the methods that are not answered."""
+        self.limits: Mapping[Op, float] = LIMITS
+        """Seconds after which they fail, as those of the real client do."""
+        self.asked = trio.Event()
+        """Set when such a method is called."""
+
+    def hold(self, held: bool) -> None:
+        self.held = held
+
+    async def _obey(self, op: Op) -> None:
+        """Raises GuestTimeout at its limit, if the guest is stuck here."""
+        await trio.lowlevel.checkpoint()
+        if op.name.lower() in self.stuck:
+            self.asked.set()
+            await trio.sleep(self.limits[op])
+            raise GuestTimeout(f"the guest did not finish {op.name.lower()} within {self.limits[op]:g} s")
 
     async def run(self) -> None:
         try:
@@ -264,28 +288,29 @@ class FakeGuest:
 
     async def shutdown(self, *, grace_seconds: float | None = None, signal: int = 0) -> None:
         self.shutdowns += 1
+        await self._obey(Op.SHUTDOWN)
         self.tell(Exited(143, 15))
         await trio.lowlevel.checkpoint()
         self._process.end(ExitReason.POWEROFF)
 
     async def freeze(self) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._obey(Op.FREEZE)
         self.frozen = True
 
     async def thaw(self) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._obey(Op.THAW)
         self.frozen = False
 
     async def set_identity(self, **identity: Any) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._obey(Op.IDENTITY)
         self.identity = identity
 
     async def mount_volume(self, volume: Any) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._obey(Op.MOUNT)
         self.mounted.add(volume.path)
 
     async def unmount_volume(self, path: str) -> None:
-        await trio.lowlevel.checkpoint()
+        await self._obey(Op.UNMOUNT)
         if path in self.busy:
             raise InUse(f"{path} is in use by 7 (cat)")
         self.mounted.discard(path)
