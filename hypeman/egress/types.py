@@ -38,10 +38,13 @@ class InjectRule(Struct, frozen=True, kw_only=True):
     hosts: Annotated[
         tuple[str, ...] | None, Meta(description="Exact names, or *.x.y for one label; absent: every destination")
     ] = None
-    ports: Annotated[
-        tuple[Annotated[int, Meta(ge=1, le=65535)], ...] | None,
-        Meta(min_length=1, max_length=16, description="TCP ports of the hosts; absent: 443"),
-    ] = None
+    ports: (
+        Annotated[
+            tuple[Annotated[int, Meta(ge=1, le=65535)], ...],
+            Meta(min_length=1, max_length=16, description="TCP ports of the hosts; absent: 443"),
+        ]
+        | None
+    ) = None
 
 
 class CredentialPolicy(Struct, frozen=True, kw_only=True):
