@@ -155,6 +155,11 @@ class NetworkConfig(_Section, frozen=True):
     """Interface towards the world; empty: that of the default route."""
     bridge_name: str = ""
     """Accepted for the original's configuration files; there is no bridge."""
+    allow_private: bool = True
+    """Whether guests' direct traffic reaches private networks behind the uplink (RFC 1918, 100.64.0.0/10, services of
+    cloud providers at 168.63.129.16 and 100.100.100.200, and the like). Off is recommended: then only ``dns_server`` is
+    reached there, on port 53. Mediated connections have ``egress.allow_private`` instead; link-local addresses are
+    never reached."""
     guest_to_guest: bool = False
     """Whether guests reach each other."""
     default_limits: bool = True

@@ -37,6 +37,7 @@ def find_problems(facts: NetworkFacts, config: NetworkConfig) -> list[Finding]:
     findings = [*_tools(facts), *_uplink(facts, config), *_clashes(facts, subnet)]
     findings += _firewalls(facts.ruleset or [], subnet)
     findings += _legacy_firewall(facts.legacy_rules)
+    findings += _private(config)
     return sorted(findings, key=lambda finding: finding.verdict is not Verdict.FAIL)
 
 
@@ -91,6 +92,14 @@ def _clashes(facts: NetworkFacts, subnet: Subnet) -> Iterable[Finding]:
                 f"network.subnet_cidr {subnet.network} clashes with {network} on {name}",
                 f"set network.subnet_cidr to {free}",
             )
+
+
+def _private(config: NetworkConfig) -> Iterable[Finding]:
+    if config.allow_private:
+        yield _warns(
+            "guests reach private networks behind the uplink, and services of the cloud provider there",
+            "set network.allow_private to false unless guests need them",
+        )
 
 
 def _firewalls(objects: list[dict[str, Any]], subnet: Subnet) -> Iterable[Finding]:

@@ -40,6 +40,17 @@ FAMILIES = ("inet", "arp")
 REFUSED_NETWORKS = ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4")
 """Never forwarded for a guest: this host, link-local (cloud metadata at 169.254.169.254), multicast, reserved."""
 
+PRIVATE_NETWORKS = (
+    "10.0.0.0/8",
+    "100.64.0.0/10",  # shared address space; has Alibaba Cloud's metadata at 100.100.100.200
+    "168.63.129.16",  # Azure's services for its VMs
+    "172.16.0.0/12",
+    "192.0.0.0/24",  # Oracle Cloud's services at 192.0.0.192
+    "192.168.0.0/16",
+    "198.18.0.0/15",
+)
+"""Never forwarded for a guest where ``network.allow_private`` is off: what networks beside the internet use."""
+
 _WEB = "{ 80, 443 }"
 
 
@@ -54,6 +65,10 @@ class RuleFacts(msgspec.Struct, frozen=True):
     offered: tuple[HostPort, ...] = ()
     policed: tuple[tuple[str, int], ...] = ()
     """(tap, bytes per second) whose upload is cut here, where the kernel has no ifb to shape it."""
+    allow_private: bool = True
+    """Whether guests' direct traffic may go to PRIVATE_NETWORKS."""
+    dns_server: str = ""
+    """What guests ask for names; its port 53 stays reachable in PRIVATE_NETWORKS."""
 
 
 def lease_elements(lease: Lease) -> tuple[Element, ...]:
@@ -96,6 +111,7 @@ def _inet_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) ->
     gateway, network = facts.subnet.gateway, facts.subnet.network
     any_tap = f'"{TAP_PREFIX}*"'
     refused = ", ".join(REFUSED_NETWORKS)
+    private = "" if facts.allow_private else f"        elements = {{ {', '.join(PRIVATE_NETWORKS)} }}\n"
     uplinks = "".join(f"        elements = {{ {', '.join(map(_quoted, facts.uplinks))} }}\n" if facts.uplinks else "")
     return f"""\
 table inet {TABLE} {{
@@ -119,6 +135,10 @@ table inet {TABLE} {{
         flags interval
         elements = {{ {refused} }}
     }}
+    set private {{
+        type ipv4_addr
+        flags interval
+{private}    }}
 {_limits(facts)}
     chain identity {{
         type filter hook prerouting priority -450; policy accept;
@@ -159,6 +179,7 @@ table inet {TABLE} {{
         ip daddr @refused counter goto refuse
         ip daddr {network} counter goto refuse
         udp sport {{ 67, 68 }} counter drop
+{_name_server(facts)}        ip daddr @private counter goto refuse
         oifname @uplinks accept
         counter goto refuse
     }}
@@ -207,6 +228,12 @@ def _offered(facts: RuleFacts) -> str:
     if facts.egress_port:
         rules.append(f"iifname @mediated tcp dport {facts.egress_port} accept")
     return "".join(f"        {rule}\n" for rule in rules)
+
+
+def _name_server(facts: RuleFacts) -> str:
+    if facts.allow_private or not facts.dns_server:
+        return ""
+    return f"        ip daddr {facts.dns_server} meta l4proto {{ tcp, udp }} th dport 53 oifname @uplinks accept\n"
 
 
 def _limits(facts: RuleFacts) -> str:

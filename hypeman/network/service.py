@@ -245,7 +245,15 @@ class Network:
     async def _load_rules_locked(self) -> None:
         leases = self._leases.values()
         policed = tuple((lease.tap, lease.upload_bps) for lease in leases if self._is_policed(lease))
-        facts = ruleset.RuleFacts(self.subnet, self.uplink.names, self._egress_port, self._offered, policed)
+        facts = ruleset.RuleFacts(
+            subnet=self.subnet,
+            uplinks=self.uplink.names,
+            egress_port=self._egress_port,
+            offered=self._offered,
+            policed=policed,
+            allow_private=self._config.allow_private,
+            dns_server=self._config.dns_server,
+        )
         await self._rules.load(ruleset.render_ruleset(facts, leases))
 
     async def _change_rules(self, lease: Lease, add: tuple[Element, ...] = ()) -> None:

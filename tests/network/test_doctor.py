@@ -26,7 +26,7 @@ HEALTHY = NetworkFacts(
     legacy_rules="",
     missing_modules=(),
 )
-CONFIG = NetworkConfig()
+CONFIG = NetworkConfig(allow_private=False)
 
 
 def chain(family: str, table: str, name: str, hook: str = "", policy: str = "accept") -> dict[str, Any]:
@@ -156,3 +156,8 @@ def test_the_hosts_own_routes_are_read() -> None:
     sh("ip addr add 192.168.7.1/24 dev eth0 && ip route add default via 192.168.7.2")
     sh("ip link add hm-a type veth peer name b && ip link set hm-a up && ip route add 10.100.0.5/32 dev hm-a")
     assert read_routes() == (("eth0", "192.168.7.0/24"),)
+
+
+def test_open_private_networks_are_reported() -> None:
+    (finding,) = find_problems(HEALTHY, NetworkConfig())
+    assert (finding.verdict, "network.allow_private" in finding.remedy) == (Verdict.WARN, True)

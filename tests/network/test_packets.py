@@ -8,6 +8,8 @@ import struct
 import trio
 from msgspec.structs import replace
 
+from hypeman.config import NetworkConfig
+from hypeman.network.service import Network
 from hypeman.network.types import EgressMode
 from tests.network import frames
 from tests.network.frames import ARP, ICMP, IPV4, IPV6, TCP, UDP, Seen
@@ -497,3 +499,99 @@ async def test_egress_and_identity_hold_for_a_guest_with_limits(lab: Lab) -> Non
     guest.send_tcp(SERVER, 22)
     await guest.expect_reset(22)
     assert _datagrams(await lab.world_sees(guest)) == [b"marker"]
+
+
+PRIVATE = (
+    "10.0.0.5",
+    "10.99.255.255",
+    "10.101.0.1",
+    "100.64.0.1",
+    "100.100.100.200",
+    "100.127.255.255",
+    "168.63.129.16",
+    "172.16.0.1",
+    "172.31.255.255",
+    "192.0.0.192",
+    "192.168.1.1",
+    "198.18.0.1",
+)
+NEXT_TO_PRIVATE = (
+    "9.255.255.255",
+    "11.0.0.1",
+    "100.63.255.255",
+    "100.128.0.1",
+    "168.63.129.15",
+    "172.15.0.1",
+    "172.32.0.1",
+)
+
+
+def _send_everything(guest: Guest, address: str) -> None:
+    guest.send_udp(address, 9, b"udp")
+    guest.send_udp(address, 53, b"dns")
+    guest.send_tcp(address, 80)
+    guest.send_tcp(address, 8080)
+    guest.ping(address)
+    datagram = frames.udp(guest.lease.ipv4, address, 4000, 9, b"F" * 32)
+    guest.send_ipv4(frames.ipv4(guest.lease.ipv4, address, UDP, datagram[:24], fragment=0x2000))
+    guest.send_ipv4(frames.ipv4(guest.lease.ipv4, address, UDP, datagram[24:], fragment=3))
+
+
+@in_namespace
+async def test_private_networks_are_reached_by_default() -> None:
+    async with lab() as built:
+        guest = await built.guest()
+        for address in PRIVATE:
+            guest.send_udp(address, 9, b"x")
+        assert [seen.destination for seen in await built.world_sees(guest)] == [*PRIVATE, SERVER]
+
+
+@in_namespace
+async def test_private_networks_are_closed_where_the_settings_say_so() -> None:
+    """Every protocol, fragments too, in each egress mode; the addresses beside those networks stay open."""
+    async with lab(allow_private=False) as built:
+        for mode in EgressMode:
+            guest = await built.guest(egress_mode=mode)
+            for address in PRIVATE:
+                _send_everything(guest, address)
+            if mode is EgressMode.NONE:
+                guest.send_tcp(PRIVATE[0], 8080, source_port=4711)
+                refusal = await guest.expect(lambda seen: seen.protocol == TCP and seen.port == 4711)
+                assert is_reset(refusal), "a client hears at once"
+            assert [seen.destination for seen in await built.world_sees(guest)] == [SERVER], mode
+            for address in NEXT_TO_PRIVATE:
+                guest.send_udp(address, 9, b"x")
+            assert [seen.destination for seen in await built.world_sees(guest)] == [*NEXT_TO_PRIVATE, SERVER], mode
+
+
+@in_namespace
+async def test_a_private_name_server_stays_reachable_for_names_only() -> None:
+    async with lab(allow_private=False, dns_server="10.0.0.5") as built:
+        guest = await built.guest()
+        _send_everything(guest, "10.0.0.6")
+        _send_everything(guest, "10.0.0.5")
+        guest.send_tcp("10.0.0.5", 53)
+        seen = await built.world_sees(guest)
+        assert [(each.protocol, each.destination, each.port) for each in seen] == [
+            (UDP, "10.0.0.5", 53),
+            (TCP, "10.0.0.5", 53),
+            (UDP, SERVER, 9),
+        ]
+
+
+@in_namespace
+async def test_closed_private_networks_stay_closed_for_open_connections_and_after_a_flush() -> None:
+    """What was let out before the setting was changed is not let out any more; the rules come back as they were."""
+    async with lab() as built:
+        guest = await built.guest()
+        guest.send_udp("10.0.0.5", 9, b"first")
+        seen = await built.world_sees(guest)
+        closed = Network(
+            NetworkConfig(allow_private=False), links=built.links, rules=built.rules, egress_port=EGRESS_PORT
+        )
+        closed._claim = built.network._claim  # as after a restart: there is one at a time
+        await closed.start([guest.lease])
+        answer = frames.udp("10.0.0.5", HOST, 9, seen[0].source_port, b"answer")
+        built.from_world(frames.ipv4("10.0.0.5", HOST, UDP, answer))
+        guest.send_udp("10.0.0.5", 9, b"second")
+        assert _datagrams(await built.world_sees(guest)) == [b"marker"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from hypeman.network.addressing import Subnet
 from hypeman.network.ruleset import RuleFacts, lease_elements, possible_elements, render_ruleset
 from hypeman.network.types import EgressMode, HostPort, Lease
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "network" / "ruleset.nft"
+CLOSED = GOLDEN.with_name("ruleset-without-private.nft")
 FACTS = RuleFacts(
     subnet=Subnet.parse("10.100.0.0/16"),
     uplinks=("eth0",),
@@ -35,6 +37,15 @@ def lease(name: str, **changes: object) -> Lease:
 def test_the_whole_ruleset() -> None:
     """Written anew by hand when it changes on purpose: ``python -m tests.network.test_ruleset``."""
     assert render() == GOLDEN.read_text()
+
+
+def test_the_ruleset_without_private_networks() -> None:
+    assert render_closed() == CLOSED.read_text()
+
+
+def render_closed() -> str:
+    facts = replace(FACTS, allow_private=False, dns_server="10.0.0.53", policed=())
+    return render_ruleset(facts, [lease("a"), lease("b", egress_mode=EgressMode.ALL)])
 
 
 def render() -> str:
@@ -76,3 +87,4 @@ def test_an_instance_without_network_opens_nothing() -> None:
 
 if __name__ == "__main__":
     GOLDEN.write_text(render())
+    CLOSED.write_text(render_closed())
