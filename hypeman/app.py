@@ -37,6 +37,7 @@ from hypeman.host.disks import Disks
 from hypeman.host.files import Files
 from hypeman.host.links import Links, find_uplink
 from hypeman.host.notify import keep_sockets, notify, take_kept_sockets
+from hypeman.host.ownership import repair
 from hypeman.host.processes import Processes
 from hypeman.host.rules import Rules
 from hypeman.host.watchdog import feed_watchdog, watchdog_interval
@@ -160,8 +161,9 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     """All services, none of them running. What they hold open is closed by ``stack``."""
     paths = config.paths
     files = Files()
-    await files.make_dir(paths.data_dir, mode=0o711)
-    await files.make_dir(paths.run_dir, mode=0o755)
+    await files.make_dir(paths.data_dir.resolve(), mode=0o711)
+    await files.make_dir(paths.run_dir.resolve(), mode=0o755)
+    await trio.to_thread.run_sync(repair, paths.data_dir, paths.run_dir)
     store = Store.open(paths.store)
     stack.callback(store.close)
     processes = Processes()

@@ -42,6 +42,8 @@ _VERSION = 1
 _BLOCK = 4096
 _MAX_FIELDS = 1024 * 1024
 _MAX_STRINGS = 8192
+MAX_BOOT_DISK = 2 * _MAX_FIELDS
+"""Bytes that any boot disk of ours has at most; a VMM may have enlarged its own."""
 
 _OUTCOME_HEADER = struct.Struct("<8sII16s")
 _OUTCOME_MAGIC = b"HYPEOVER"

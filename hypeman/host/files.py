@@ -19,6 +19,7 @@ from typing import TypeVar
 import trio
 
 from hypeman.errors import InternalError
+from hypeman.host.safe_open import open_directory, open_regular
 
 R = TypeVar("R")
 
@@ -35,7 +36,8 @@ class Files:
     """Effects on the file system. Paths are absolute; modes are octal permission bits."""
 
     async def make_dir(self, path: Path, *, mode: int = 0o700, uid: int = 0, gid: int = 0) -> None:
-        """Make ``path`` and its parents (0711, so that a VMM's user can pass) unless it is there."""
+        """Make ``path`` and its parents (0711, so that a VMM's user can pass) unless it is there; it gets this mode
+        and owner in any case."""
         await _in_thread(_make_dir, path, mode, uid, gid)
 
     async def write(self, path: Path, data: bytes, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
@@ -45,6 +47,10 @@ class Files:
     async def copy(self, source: Path, target: Path, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
         """Copy a file, sharing its blocks where possible and keeping holes; ``target`` is replaced whole."""
         await _in_thread(_copy, source, target, mode, uid, gid)
+
+    async def copy_open(self, source: int, target: Path) -> None:
+        """``copy`` from a descriptor, which stays open; ``target`` gets mode 0600."""
+        await _in_thread(_copy_open, source, target)
 
     async def make_sparse(self, path: Path, size: int, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
         """A file of ``size`` bytes without blocks; one that is there keeps its content and is resized."""
@@ -85,13 +91,18 @@ def _make_dir(path: Path, mode: int, uid: int, gid: int) -> None:
             parent.mkdir(mode=0o711)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=mode)
-    os.chmod(path, mode)
-    _own(path, uid, gid)
+    directory = open_directory(path)
+    try:
+        if os.geteuid() == 0:
+            os.fchown(directory, uid, gid)  # also one that was there and was somebody else's
+        os.fchmod(directory, mode)
+    finally:
+        os.close(directory)
 
 
 def _own(path: Path | int, uid: int, gid: int) -> None:
     if (uid or gid) and os.geteuid() == 0:
-        os.chown(path, uid, gid)
+        os.chown(path, uid, gid, follow_symlinks=isinstance(path, int))
 
 
 @contextlib.contextmanager
@@ -142,15 +153,25 @@ def _move_all(source: Path, target: Path, pattern: str, uid: int, gid: int) -> N
 
 
 def _copy_unflushed(source: Path, target: Path, mode: int, uid: int, gid: int) -> None:
-    with open(source, "rb", buffering=0) as read, _beside(target, mode, uid, gid) as fd:
-        try:
-            fcntl.ioctl(fd, _FICLONE, read.fileno())
-        except OSError as error:
-            if error.errno not in _NO_REFLINK:
-                raise
-            os.ftruncate(fd, os.fstat(read.fileno()).st_size)
-            for start, end in data_ranges(read.fileno()):
-                _copy_range(read.fileno(), fd, start, end)
+    with open(open_regular(source, os.O_RDONLY), "rb", buffering=0) as read, _beside(target, mode, uid, gid) as fd:
+        _copy_content(read.fileno(), fd)
+
+
+def _copy_open(source: int, target: Path) -> None:
+    with _beside(target, 0o600, 0, 0) as fd:
+        _copy_content(source, fd)
+    flush_directory(target.parent)
+
+
+def _copy_content(source: int, target: int) -> None:
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as error:
+        if error.errno not in _NO_REFLINK:
+            raise
+        os.ftruncate(target, os.fstat(source).st_size)
+        for start, end in data_ranges(source):
+            _copy_range(source, target, start, end)
 
 
 def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
@@ -185,7 +206,7 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
 
 
 def _make_sparse(path: Path, size: int, mode: int, uid: int, gid: int) -> None:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fd = open_regular(path, os.O_RDWR | os.O_CREAT)
     try:
         os.ftruncate(fd, size)
         os.fchmod(fd, mode)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import math
@@ -37,6 +38,7 @@ import msgspec
 import trio
 
 from hypeman.errors import InternalError
+from hypeman.host.safe_open import open_log, open_regular
 
 _T = TypeVar("_T")
 
@@ -44,6 +46,7 @@ MARK_VARIABLE = "HYPEMAN_MARK"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_OUTPUT = 4 * 1024 * 1024
 _PR_SET_NO_NEW_PRIVS = 38
+_PIDFD_GETFD = 438
 _CLONE_NEWIPC, _CLONE_NEWNET, _CLONE_NEWUTS = 0x08000000, 0x40000000, 0x04000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -340,7 +343,8 @@ class Processes:
 
 
 def _open_log(path: str, opened: contextlib.ExitStack) -> int:
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    fd = open_log(path)
+    os.set_blocking(fd, True)
     opened.callback(os.close, fd)
     return fd
 
@@ -454,9 +458,32 @@ def _in_own_thread(function: Callable[[], _T]) -> _T:
     return results[0]
 
 
-def open_for_child(path: str, flags: int, mode: int = 0o600) -> int:
-    """A descriptor to hand to a program: opened by us, so that its user need not be able to."""
-    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+def copy_descriptor(pid: int, number: int) -> int:
+    """A copy of descriptor ``number`` of process ``pid``. Raises OSError.
+
+    What it leads to has to be checked by the copy: the process may put something else under that number at any moment.
+    """
+    pidfd = os.pidfd_open(pid)
+    try:
+        descriptor = int(_libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
+        if descriptor < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code) if code != errno.EPERM else "CAP_SYS_PTRACE is missing")
+        return descriptor  # close-on-exec, as the kernel makes it
+    finally:
+        os.close(pidfd)
+
+
+def open_for_child(path: str, flags: int, mode: int = 0o600, *, regular: bool = False, log: bool = False) -> int:
+    """A descriptor to hand to a program: opened by us, so that its user need not be able to.
+
+    ``regular``: only a regular file, through no link; ``log``: a log (``open_log``). Raises OSError.
+    """
+    if regular or log:
+        fd = open_regular(path, flags, mode, links=2 if log else 0)
+        os.set_blocking(fd, True)
+    else:
+        fd = os.open(path, flags | os.O_CLOEXEC, mode)
     if fd > 2:
         return fd
     try:  # 0 to 2 will be the child's standard streams

@@ -11,7 +11,6 @@ is started or restored next.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -20,26 +19,26 @@ from pathlib import Path
 
 from hypeman.host.files import HostError
 from hypeman.host.links import TAP_FLAGS, TUN_DEVICE, TUNSETIFF
+from hypeman.host.processes import copy_descriptor
 
 _TUNSETOFFLOAD, _TUNSETVNETHDRSZ = 0x400454D0, 0x400454D8
 _VIRTIO_1_HEADER = 12
-_PIDFD_GETFD = 438
 
 
 def revive(pid: int, name: str) -> int:
     """Attach what process ``pid`` holds of deleted TAPs to the TAP ``name``; how many descriptors that were.
 
+    Each copy is checked before it is used.
+
     Raises HostError. A process that has ended holds none.
     """
     try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return 0
-    try:
         lost = _lost_descriptors(pid)
         for number in lost:
-            copy = _copy_of(pidfd, number)
+            copy = copy_descriptor(pid, number)
             try:
+                if os.readlink(f"/proc/self/fd/{copy}") != TUN_DEVICE:
+                    raise OSError(errno.EBADF, "it has replaced its descriptor of the TAP")
                 fcntl.ioctl(copy, TUNSETIFF, struct.pack("16sH22x", name.encode(), TAP_FLAGS))
                 fcntl.ioctl(copy, _TUNSETVNETHDRSZ, struct.pack("i", _VIRTIO_1_HEADER))
                 fcntl.ioctl(copy, _TUNSETOFFLOAD, 0)
@@ -47,14 +46,14 @@ def revive(pid: int, name: str) -> int:
                 os.close(copy)
     except OSError as error:
         raise HostError(f"process {pid} can not be put on TAP {name} again: {error.strerror}") from error
-    finally:
-        os.close(pidfd)
     return len(lost)
 
 
 def _lost_descriptors(pid: int) -> list[int]:
     """Those of TAPs that are not there any more: the kernel names the TAP in fdinfo, and here no name."""
-    found = []
+    found: list[int] = []
+    if not Path(f"/proc/{pid}/fd").is_dir():
+        return found
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
             if os.readlink(entry) == TUN_DEVICE and "iff:\t\n" in Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text():
@@ -62,12 +61,3 @@ def _lost_descriptors(pid: int) -> list[int]:
         except FileNotFoundError:  # closed meanwhile
             continue
     return found
-
-
-def _copy_of(pidfd: int, number: int) -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
-    descriptor = int(libc.syscall(_PIDFD_GETFD, pidfd, number, 0))
-    if descriptor < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code) if code != errno.EPERM else "we may not look into it (CAP_SYS_PTRACE)")
-    return descriptor

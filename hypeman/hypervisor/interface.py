@@ -167,6 +167,8 @@ class VmmHandle(msgspec.Struct, frozen=True):
     boot_id: str
     run_dir: str
     config: VmConfig
+    memory_inode: int = 0
+    """Of the memfd that is the guest's memory; 0 where there is none."""
 
 
 class LaunchFailed(InternalError):
@@ -268,7 +270,7 @@ class Vmm(Protocol):
         ...
 
     async def rotate_console(self) -> None:
-        """Go on in a new, empty console log; the caller has renamed the old one."""
+        """Go on in a new, empty console log; the caller has renamed the old one to ``<console_log>.1``."""
         ...
 
     async def wait_exit(self) -> VmmExit:

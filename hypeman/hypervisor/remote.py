@@ -24,6 +24,7 @@ import trio
 from hypeman.errors import InternalError, InUse
 from hypeman.host.loans import lent
 from hypeman.host.processes import Process, Processes, Program
+from hypeman.host.safe_open import open_log
 from hypeman.hypervisor.interface import (
     AGENT_VSOCK_PORT,
     Disk,
@@ -68,7 +69,7 @@ class RemoteVmm(LiveVmm):
         await trio.lowlevel.checkpoint()
 
     async def rotate_console(self) -> None:
-        await trio.to_thread.run_sync(_rotate, self._process.pid, Path(self.config.console_log))
+        await trio.to_thread.run_sync(_rotate, Path(self.config.console_log))
 
     async def wait_exit(self) -> VmmExit:
         code = await self._process.wait()
@@ -155,7 +156,7 @@ def listen_for_guest(room: Path, config: VmConfig) -> trio.socket.SocketType:
     Its owner is changed beside the room, where no name can be changed under our hands.
     """
     beside = os.open(room / os.pardir, os.O_PATH | os.O_DIRECTORY)
-    path = Path(f"/proc/self/fd/{beside}", f"{os.path.basename(config.run_dir)}.new")  # short enough for a socket
+    path = Path(f"/proc/self/fd/{beside}", "channel.new")  # short enough for a socket
     try:
         path.unlink(missing_ok=True)
         sock = trio.socket.from_stdlib_socket(listening(path))
@@ -208,22 +209,22 @@ async def wait_api(api: UnixHttp, process: Process, target: str) -> object:
     raise VmmBroken(f"the VMM's API did not answer within {_START_LIMIT:g} s")
 
 
-def _rotate(pid: int, log: Path) -> None:
-    """Have a process that can not reopen its standard output go on in an empty ``log``.
+def _rotate(log: Path) -> None:
+    """Have a process that cannot reopen its standard output go on in an empty ``log``.
 
-    Its file was renamed; it gets its name back, empty, and what it held goes where it had been renamed to.
-    What is written in between is lost: some microseconds of a console.
+    Its file was renamed to ``log``.1 by the caller; it gets its name back, empty, and what it held becomes ``log``.1.
+    What is written in between is lost: some microseconds of a console. The VMM is not asked which file it writes to: a
+    VMM that was taken over could name any file.
     """
+    renamed = log.with_suffix(log.suffix + ".1")
     try:
-        renamed = Path(os.readlink(f"/proc/{pid}/fd/1"))
-        if renamed.parent != log.parent:  # a VMM that was taken over may have put any file there
-            raise InternalError(f"the console of {pid} is not in {log.parent}")
-        if renamed != log:
+        with open(open_log(renamed, os.O_RDWR), "rb+", buffering=0) as old:
             copy = renamed.with_name(renamed.name + ".new")
-            shutil.copyfile(renamed, copy)
-            copy.chmod(0o600)
+            copy.unlink(missing_ok=True)
+            with open(open_log(copy), "ab") as new:
+                shutil.copyfileobj(old, new)
             renamed.rename(log)
             copy.rename(renamed)
-        os.truncate(log, 0)
+            os.truncate(old.fileno(), 0)
     except OSError as error:
-        raise InternalError(f"the console log {log} can not be rotated: {error.strerror}") from error
+        raise InternalError(f"the console log {log} cannot be rotated: {error.strerror}") from error

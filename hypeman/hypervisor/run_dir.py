@@ -15,6 +15,12 @@ GUEST_CID = 3
 """The same for all: a vsock behind a unix socket shares its numbers with nobody."""
 
 
+ROOM = "room"
+"""Directory below its run directory that Cloud Hypervisor works in and may write to. What root opens lies beside it."""
+SAVING = "vmm"
+"""Directory below that of a new capture which Cloud Hypervisor writes its files to. Root takes them out of there."""
+
+
 def disk_link(disk_id: str) -> str:
     """What a disk is called."""
     return f"disk-{disk_id}"

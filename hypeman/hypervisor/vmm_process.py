@@ -15,9 +15,9 @@ from hypeman.hypervisor.kinds import HypervisorKind
 _POLL = 0.02
 
 
-def new_handle(kind: HypervisorKind, process: Process, config: VmConfig) -> VmmHandle:
+def new_handle(kind: HypervisorKind, process: Process, config: VmConfig, *, memory_inode: int = 0) -> VmmHandle:
     name = process.identity
-    return VmmHandle(kind, name.pid, name.start_time, name.boot_id, config.run_dir, config)
+    return VmmHandle(kind, name.pid, name.start_time, name.boot_id, config.run_dir, config, memory_inode)
 
 
 def find(processes: Processes, handle: VmmHandle) -> Process:

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import trio
 
+from hypeman.host.safe_open import open_log
 from hypeman.server.inotify import ChangeWatch
 
 BLOCK = 64 * 1024
@@ -109,13 +110,13 @@ class LogStream:
 
     @classmethod
     def _open(cls, path: str, tail: int, follow: bool) -> LogStream:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_log(path, os.O_RDONLY)
         watch = ChangeWatch(path) if follow else None  # before the first read, so that nothing is missed
         offset, missing = find_tail(fd, tail)
         old = None
         if missing:
             try:
-                old_fd = os.open(path + ".1", os.O_RDONLY | os.O_CLOEXEC)
+                old_fd = open_log(path + ".1", os.O_RDONLY)
             except OSError:
                 pass
             else:
@@ -175,7 +176,7 @@ class LogStream:
             self._offset = 0
             return self._cutter.flush()
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_log(self._path, os.O_RDONLY)
         except OSError:
             self._ended = here.st_nlink == 0
             return self._cutter.flush() if self._ended else b""

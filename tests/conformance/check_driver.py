@@ -608,7 +608,7 @@ async def a_rotated_console_goes_on_in_a_new_file(bench: Bench) -> None:
         guest = await Guest.of(vmm)
         log = Path(vmm.handle.config.console_log)
         if log.exists():
-            log.rename(log.with_suffix(".1"))
+            log.rename(log.with_suffix(".log.1"))
         await vmm.rotate_console()
         assert log.exists()
         await guest.tell("poweroff")

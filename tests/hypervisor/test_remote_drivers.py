@@ -25,7 +25,7 @@ from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.host.processes import Process, Processes
 from hypeman.hypervisor.cloud_hypervisor import config as cloud
 from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
-from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events
+from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events, room_of
 from hypeman.hypervisor.firecracker import config as fire
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.firecracker.jail import room_of as jail_of
@@ -118,10 +118,10 @@ async def test_a_console_that_can_not_be_reopened_is_rotated(make_driver: Make, 
             log = Path(config.console_log)
             log.write_bytes(b"old\n")
             inode = log.stat().st_ino
-            log.rename(log.with_suffix(".1"))
+            log.rename(log.with_suffix(".log.1"))
             await vmm.rotate_console()
             assert log.read_bytes() == b"" and log.stat().st_ino == inode
-            assert log.with_suffix(".1").read_bytes() == b"old\n"
+            assert log.with_suffix(".log.1").read_bytes() == b"old\n"
 
 
 async def test_a_guest_of_firecracker_is_reached_after_a_save_that_never_came(
@@ -262,7 +262,7 @@ class Document:
 def requests_of(config: VmConfig) -> list[str]:
     """What the program that answers was asked; it wrote that down in its working directory."""
     jail = jail_of(config.run_dir)
-    return (jail if jail.exists() else Path(config.run_dir)).joinpath("requests").read_text().splitlines()
+    return (jail if jail.exists() else room_of(config.run_dir)).joinpath("requests").read_text().splitlines()
 
 
 @pytest.fixture

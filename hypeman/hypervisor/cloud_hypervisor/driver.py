@@ -20,12 +20,12 @@ from hypeman.host.loans import lent
 from hypeman.host.processes import Process, Processes, Program, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
-from hypeman.hypervisor.cloud_hypervisor.vmm import SNAPSHOT_MEMORY, SNAPSHOT_SUMMED, CloudHypervisorVmm
+from hypeman.hypervisor.cloud_hypervisor.vmm import SNAPSHOT_MEMORY, SNAPSHOT_SUMMED, CloudHypervisorVmm, room_of
 from hypeman.hypervisor.interface import Capabilities, LaunchFailed, Nic, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
 from hypeman.hypervisor.remote import emptied, furnished, listen_for_guest, listening, started, wait_api
-from hypeman.hypervisor.run_dir import API_SOCKET
+from hypeman.hypervisor.run_dir import API_SOCKET, ROOM
 from hypeman.hypervisor.sought import Missing, Seeker, Sought
 from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.hypervisor.vmm_process import VFIO_DEVICE, find, give_vfio_groups, new_handle, vfio_groups
@@ -161,7 +161,7 @@ class CloudHypervisorDriver(Seeker):
                 ),
                 log=config.vmm_log,
                 output=config.console_log,
-                cwd=config.run_dir,
+                cwd=str(room_of(config.run_dir)),
                 mark=config.run_dir,
                 fds=(api, events),
                 uid=config.uid,
@@ -179,7 +179,7 @@ class CloudHypervisorDriver(Seeker):
 
     def _vmm(self, handle: VmmHandle, process: Process) -> CloudHypervisorVmm:
         api = UnixHttp(os.path.join(handle.run_dir, API_SOCKET))
-        listener = listen_for_guest(Path(handle.run_dir), handle.config)
+        listener = listen_for_guest(room_of(handle.run_dir), handle.config)
         vmm = CloudHypervisorVmm(handle, process, api, listener)
         vmm.version = self._capabilities.version
         return vmm
@@ -195,10 +195,12 @@ def landlocked() -> bool:
 
 @contextlib.contextmanager
 def _room(config: VmConfig, folders: tuple[str, ...]) -> Iterator[Path]:
-    """The run directory, with ways to ``folders``. The VMM may put its sockets there, and take away or replace nothing
-    of ours."""
-    room = Path(config.run_dir)
+    """The VMM's working directory, with ways to ``folders``. The VMM may put its sockets there, and take away or
+    replace nothing of ours. Root opens nothing in there: API socket and events are beside it."""
+    room = Path(config.run_dir, ROOM)
     try:
+        emptied(Path(config.run_dir))
+        Path(config.run_dir).chmod(0o711)
         emptied(room)
         for number, folder in enumerate(folders):
             (room / native.folder_link(number)).symlink_to(folder)

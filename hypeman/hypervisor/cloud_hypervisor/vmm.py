@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
 
-from hypeman.errors import NotSupported
+from hypeman.errors import InternalError, NotSupported
+from hypeman.host.safe_open import open_regular
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
-from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmState
+from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmConfig, VmmBroken, VmmExit, VmmState
 from hypeman.hypervisor.remote import RemoteVmm, placed
+from hypeman.hypervisor.run_dir import ROOM, SAVING
 from hypeman.hypervisor.unix_http import ApiRefused
 from hypeman.hypervisor.vmm_process import became
 
@@ -83,14 +86,19 @@ class CloudHypervisorVmm(RemoteVmm):
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:
             await self.pause()
-            await self._snapshot(directory)
+            saving = directory / SAVING
+            await trio.to_thread.run_sync(_make_writable, saving, self.config)
+            await self._snapshot(saving)
             return await trio.to_thread.run_sync(self._publish, directory)
 
     def _publish(self, directory: Path) -> Capture:
         try:
-            (directory / SNAPSHOT_MEMORY).rename(directory / captures.MEMORY)
+            for name in SNAPSHOT_SUMMED:
+                _take(directory, name, name)
+            _take(directory, SNAPSHOT_MEMORY, captures.MEMORY)
+            shutil.rmtree(directory / SAVING)
         except OSError as error:
-            raise VmmBroken(f"Cloud Hypervisor saved no memory in {directory}: {error.strerror}") from error
+            raise VmmBroken(f"Cloud Hypervisor saved no whole VM in {directory}: {error.strerror}") from error
         return captures.publish(
             directory,
             kind=self._handle.kind,
@@ -121,7 +129,7 @@ class CloudHypervisorVmm(RemoteVmm):
     async def add_disk(self, disk: Disk) -> Disk:
         async with self._changing:
             disk = self._with_port(disk)
-            with placed(Path(self.config.run_dir), self.config, disk, os.symlink):
+            with placed(room_of(self.config.run_dir), self.config, disk, os.symlink):
                 await self._put("add-disk", native.disk_config(disk))
             self._now_has_disks((*self.config.disks, disk))
             return disk
@@ -190,6 +198,33 @@ class CloudHypervisorVmm(RemoteVmm):
                 self._process.kill()
             elif event.source == "vm" and event.event == "shutdown":
                 self._off = True
+
+
+def room_of(run_dir: str) -> Path:
+    """The working directory of the VMM. That of one started by an older version is the run directory itself."""
+    room = Path(run_dir, ROOM)
+    return room if room.is_dir() else Path(run_dir)
+
+
+def _make_writable(directory: Path, config: VmConfig) -> None:
+    try:
+        directory.mkdir(mode=0o700)
+        if os.geteuid() == 0:
+            os.chown(directory, config.uid, config.gid)
+    except OSError as error:
+        raise InternalError(f"{directory}: {error.strerror}") from error
+
+
+def _take(directory: Path, saved: str, name: str) -> None:
+    """Move a file that the VMM has saved to where only root can change names, and only then look at what it is.
+    Raises OSError if it is anything but a regular file with this one name."""
+    target = directory / name
+    os.rename(directory / SAVING / saved, target)
+    try:
+        os.close(open_regular(target, os.O_RDONLY, links=1))
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
 
 
 def _dict(value: object) -> dict[str, object]:

@@ -18,6 +18,7 @@ import trio
 from hypeman.errors import NotSupported
 from hypeman.host.loans import lent
 from hypeman.host.processes import Processes, Program, open_for_child
+from hypeman.host.safe_open import open_directory
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.interface import (
     Capabilities,
@@ -150,7 +151,7 @@ class QemuDriver(Seeker):
 
         async def bring_back() -> None:
             if apart and not private:
-                await trio.to_thread.run_sync(memory.fill, vmm.handle.pid, capture / captures.MEMORY)
+                await trio.to_thread.run_sync(memory.fill, vmm.handle, capture / captures.MEMORY)
             await vmm.load_state(capture / captures.STATE, without_memory=apart)
             if not keep_capture:
                 captures.note(Path(config.run_dir), capture)
@@ -206,12 +207,14 @@ class QemuDriver(Seeker):
                 fds = native.Descriptors(
                     qmp=keep(_listen(Path(config.run_dir, QMP_SOCKET))),
                     agent=keep(_listen(Path(config.run_dir, AGENT_SOCKET))),
-                    console=keep(open_for_child(config.console_log, _APPEND)),
+                    console=keep(open_for_child(config.console_log, _APPEND, log=True)),
                     memory=guest_memory,
                     kernel=keep(open_for_child(config.kernel, os.O_RDONLY)) if kernel else None,
                     initrd=keep(open_for_child(config.initrd, os.O_RDONLY)) if kernel and config.initrd else None,
                     disks={
-                        disk.id: keep(open_for_child(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR))
+                        disk.id: keep(
+                            open_for_child(disk.path, os.O_RDONLY if disk.readonly else os.O_RDWR, regular=True)
+                        )
                         for disk in config.disks
                     },
                     nics={nic.id: keep(await self._open_tap(nic.tap)) for nic in config.nics},
@@ -249,7 +252,8 @@ class QemuDriver(Seeker):
         try:
             limit = _START_WITH_DEVICES if config.pci_devices else _START
             qmp = await QmpClient.connect(str(Path(config.run_dir, QMP_SOCKET)), timeout=limit)
-            handle = new_handle(self.kind, process, config)
+            inode = 0 if private_memory else memory.inode(guest_memory)
+            handle = new_handle(self.kind, process, config, memory_inode=inode)
             vmm = QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
             for disk in config.disks:
                 await vmm.limit_disk(disk)
@@ -263,7 +267,7 @@ class QemuDriver(Seeker):
         return vmm
 
 
-_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm:
@@ -282,11 +286,18 @@ async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm
 
 
 def _fresh_run_dir(path: Path) -> None:
-    """Empty and root's alone: QEMU has its sockets as descriptors and needs no way in here."""
+    """Root's alone: QEMU has its sockets as descriptors and needs no way in here. Raises OSError."""
     path.mkdir(mode=0o700, exist_ok=True)
-    path.chmod(0o700)
-    for old in (QMP_SOCKET, AGENT_SOCKET, captures.NOTE):
-        (path / old).unlink(missing_ok=True)
+    directory = open_directory(path)
+    try:
+        if os.geteuid() == 0:
+            os.fchown(directory, 0, 0)  # the caller may have given it to the VMM's user
+        os.fchmod(directory, 0o700)
+        for old in (QMP_SOCKET, AGENT_SOCKET, captures.NOTE):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(old, dir_fd=directory)
+    finally:
+        os.close(directory)
 
 
 def _listen(path: Path) -> int:
@@ -300,6 +311,6 @@ def _listen(path: Path) -> int:
 def _open_saved(path: Path) -> int:
     """Read-write: QEMU opens it so, though it maps it privately."""
     try:
-        return open_for_child(str(path), os.O_RDWR)
+        return open_for_child(str(path), os.O_RDWR, regular=True)
     except OSError as error:
         raise LaunchFailed(f"{path}: {error.strerror}") from error

@@ -8,28 +8,36 @@ a minute, again and again, and a full disk would end the VM. So:
     a restore           that file copied into a new memfd
     a fork              that file, mapped privately: what the guest writes is its own, the rest is everybody's
 
-The memfd is found through the VMM's descriptors, so a server that was restarted finds it as well. A restored guest's
-memory is written through the VMM's own mapping, so that the pages count for the VM's control group and not for ours.
+The memfd is found through the VMM's descriptors, so a server that was restarted finds it as well. A VMM that was
+taken over can put anything in the place of a descriptor, at any moment. So it is copied once (pidfd_getfd), and the
+copy is checked: the inode noted at launch, the seals that hold its size, the size. A restored guest's memory is written
+through the VMM's own mapping, so that the pages count for the VM's control group and not for ours.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 from hypeman.host.files import data_ranges
-from hypeman.hypervisor.interface import LaunchFailed, VmConfig, VmmBroken
+from hypeman.host.processes import copy_descriptor
+from hypeman.hypervisor.interface import LaunchFailed, VmConfig, VmmBroken, VmmHandle
 
 _NAME = "hypeman-guest"
 _CHUNK = 1 << 20
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_MAX_CANDIDATES = 64
+"""QEMU has some five memfds; one that makes thousands of them is not waited for."""
 
 
 def new(config: VmConfig) -> int:
     """A descriptor of memory, all zeros, that ``config.uid`` may open. Raises LaunchFailed."""
     try:
-        fd = os.memfd_create(_NAME)
+        fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, config.memory_bytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # its size, not its content
             os.fchmod(fd, 0o600)
             if os.geteuid() == 0:
                 os.fchown(fd, config.uid, config.gid)
@@ -41,21 +49,58 @@ def new(config: VmConfig) -> int:
     return fd
 
 
-def of_process(pid: int) -> Path:
-    """A path that leads to the memory of VMM ``pid`` as long as it lives. Raises VmmBroken."""
+def inode(fd: int) -> int:
+    """What tells this memory from every other one of the host."""
+    return os.fstat(fd).st_ino
+
+
+def of_process(handle: VmmHandle) -> int:
+    """A read-only descriptor of the memory of a VMM that is alive. Raises VmmBroken if it does not hold the memory that
+    it was started with. Blocks for less than 1 ms."""
+    pid, seen = handle.pid, 0
     try:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            if os.readlink(entry).startswith(f"/memfd:{_NAME} "):
-                return entry
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            if not _may_be_memory(f"/proc/{pid}/fd/{entry}"):
+                continue
+            if (seen := seen + 1) > _MAX_CANDIDATES:
+                break
+            copy = copy_descriptor(pid, int(entry))
+            try:
+                if _is_memory(copy, handle):
+                    # Of our own file table, so it leads to what was checked; with an offset that is not the VMM's.
+                    return os.open(f"/proc/self/fd/{copy}", os.O_RDONLY | os.O_CLOEXEC)
+            finally:
+                os.close(copy)
     except OSError as error:
-        raise VmmBroken(f"the memory of process {pid} can not be looked for: {error.strerror}") from error
-    raise VmmBroken(f"process {pid} holds no guest memory")
+        raise VmmBroken(f"the memory of process {pid} cannot be looked for: {error.strerror}") from error
+    raise VmmBroken(f"process {pid} does not hold the guest memory that it was started with")
 
 
-def fill(pid: int, saved: Path) -> None:
-    """Copy a saved memory into that of VMM ``pid``, whose vCPUs have not run yet. Blocks; raises VmmBroken."""
+def _may_be_memory(link: str) -> bool:
     try:
-        begin = _address(pid)
+        return os.readlink(link).startswith(f"/memfd:{_NAME} ")
+    except FileNotFoundError:  # closed meanwhile
+        return False
+
+
+def _is_memory(copy: int, handle: VmmHandle) -> bool:
+    found = os.fstat(copy)
+    try:
+        seals = fcntl.fcntl(copy, fcntl.F_GET_SEALS)
+    except OSError:  # no memfd
+        return False
+    if found.st_size != handle.config.memory_bytes:
+        return False
+    if handle.memory_inode == 0:  # started by an older version, which noted no inode and set no seals
+        return found.st_uid in (0, handle.config.uid)
+    return found.st_ino == handle.memory_inode and seals & _SEALS == _SEALS
+
+
+def fill(handle: VmmHandle, saved: Path) -> None:
+    """Copy a saved memory into that of a VMM whose vCPUs have not run yet. Blocks; raises VmmBroken."""
+    pid = handle.pid
+    try:
+        begin = _address(pid, handle.memory_inode)
         with open(saved, "rb", buffering=0) as file, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
             for start, end in data_ranges(file.fileno()):
                 memory.seek(begin + start)
@@ -69,10 +114,10 @@ def fill(pid: int, saved: Path) -> None:
         raise VmmBroken(f"{saved} can not be loaded into process {pid}: {error.strerror}") from error
 
 
-def _address(pid: int) -> int:
-    """Where VMM ``pid`` has mapped its guest's memory; one mapping, though the kernel may tell it in pieces."""
+def _address(pid: int, inode: int) -> int:
+    """Where VMM ``pid`` has mapped the memory with this inode; one mapping, though the kernel may tell it in pieces."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
-        if len(fields) == 6 and fields[5].startswith(f"/memfd:{_NAME} "):
+        if len(fields) == 6 and fields[4] == str(inode) and fields[5].startswith(f"/memfd:{_NAME} "):
             return int(fields[0].partition("-")[0], 16) - int(fields[2], 16)
     raise VmmBroken(f"process {pid} has mapped no guest memory")

@@ -109,7 +109,8 @@ class QemuVmm(LiveVmm):
             await self._qmp.execute("stop")
             await self._save_state(directory / captures.STATE, without_memory=shared)
             if shared:
-                await self._files.copy(memory.of_process(self._handle.pid), directory / captures.MEMORY)
+                with _closing(await trio.to_thread.run_sync(memory.of_process, self._handle)) as own:
+                    await self._files.copy_open(own, directory / captures.MEMORY)
             return await trio.to_thread.run_sync(
                 lambda: captures.publish(
                     directory,
@@ -233,7 +234,7 @@ class QemuVmm(LiveVmm):
 
     async def rotate_console(self) -> None:
         old = await self._descriptor_set(native.CONSOLE_SET)
-        with _opened(self.config.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW) as fd:
+        with _opened(self.config.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, log=True) as fd:
             added = await self._qmp.execute("add-fd", {"opaque": native.CONSOLE_SET}, fds=[fd])
         backend = {"type": "file", "data": {"out": f"/dev/fdset/{added['fdset-id']}", "append": True}}
         for name in ("console", "log"):
@@ -319,11 +320,17 @@ class QemuVmm(LiveVmm):
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int) -> Iterator[int]:
+def _opened(path: str, flags: int, *, log: bool = False) -> Iterator[int]:
     try:
-        fd = open_for_child(path, flags)
+        fd = open_for_child(path, flags, regular=not log, log=log)
     except OSError as error:
         raise InternalError(f"{path}: {error.strerror}") from error
+    with _closing(fd):
+        yield fd
+
+
+@contextlib.contextmanager
+def _closing(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:
