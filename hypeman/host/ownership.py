@@ -52,6 +52,20 @@ def repair(data_dir: Path, run_dir: Path) -> list[str]:
     return removed
 
 
+def take_back(path: str | Path) -> None:
+    """Make one directory root's, writable for nobody else, before a VMM starts that could change names in it, or while
+    it runs. Raises OSError; ENOTDIR or ELOOP for a link."""
+    directory = open_directory(path)
+    try:
+        found = os.fstat(directory)
+        if stat.S_IMODE(found.st_mode) & 0o022:
+            os.fchmod(directory, stat.S_IMODE(found.st_mode) & ~0o022)
+        if os.geteuid() == 0 and (found.st_uid or found.st_gid):
+            os.fchown(directory, 0, 0)
+    finally:
+        os.close(directory)
+
+
 def _repair_instance(directory: int, path: str, removed: list[str]) -> None:
     links = 2 if _is_directory(directory, _JAIL) else 1
     keep = _kept_in(_close(directory), links=links)

@@ -86,6 +86,8 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     """Directory of a control group to put it into; empty for none."""
     isolated: bool = True
     """In an empty network and IPC namespace. A program that opens TAPs by name needs the host's."""
+    max_file_size: int = 0
+    """Bytes that a file may grow to by what it writes (RLIMIT_FSIZE); 0 is no limit."""
     locked_memory: int = 0
     """Bytes it may lock in memory, as device pass-through does with all of the guest's."""
 
@@ -368,6 +370,7 @@ def _start(program: Program, output: int, log: int, namespaces: Sequence[int]) -
         env={"PATH": _PATH, "LANG": "C.UTF-8", MARK_VARIABLE: program.mark},
         pass_fds=program.fds,
         start_new_session=True,
+        restore_signals=False,  # SIGXFSZ stays ignored, as in all Python: a file at its limit is an error, not the end
         umask=0o077,
         **drop,  # type: ignore[call-overload]
     )

@@ -23,6 +23,7 @@ import trio
 
 from hypeman.errors import InternalError, InUse
 from hypeman.host.loans import lent
+from hypeman.host.ownership import take_back
 from hypeman.host.processes import Process, Processes, Program
 from hypeman.host.safe_open import open_log
 from hypeman.hypervisor.interface import (
@@ -145,6 +146,7 @@ def placed(room: Path, config: VmConfig, disk: Disk, place: Place) -> Iterator[N
 def emptied(directory: Path) -> None:
     """``directory``, there, root's alone, and with nothing in it."""
     directory.mkdir(mode=0o700, exist_ok=True)
+    take_back(directory)
     directory.chmod(0o700)
     for old in directory.iterdir():
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()

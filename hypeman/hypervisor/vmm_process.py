@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import trio
 
+from hypeman.host.ownership import take_back
 from hypeman.host.processes import Process, Processes, ProcessId
-from hypeman.hypervisor.interface import VmConfig, VmmGone, VmmHandle
+from hypeman.hypervisor.interface import VmConfig, VmmBroken, VmmGone, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 
 _POLL = 0.02
+_STATE = 1 << 30
+"""Bytes of devices in a saved VM, and of logs until they are rotated, at most."""
 
 
 def new_handle(kind: HypervisorKind, process: Process, config: VmConfig, *, memory_inode: int = 0) -> VmmHandle:
     name = process.identity
     return VmmHandle(kind, name.pid, name.start_time, name.boot_id, config.run_dir, config, memory_inode)
+
+
+def take_back_directories(config: VmConfig) -> None:
+    """Before a VMM starts: what root opens around it lies in directories that the VMM's user cannot change, whoever
+    made them. Raises OSError."""
+    logs = {os.path.dirname(config.console_log), os.path.dirname(config.vmm_log)}
+    for directory in (*sorted(logs), os.path.dirname(config.jail)):
+        if directory:
+            take_back(directory)
+
+
+def take_back_capture(directory: Path) -> None:
+    """Before a VM is saved: only root puts names into the directory, and there are none yet. Raises VmmBroken."""
+    try:
+        take_back(directory)
+        found = os.listdir(directory)
+    except OSError as error:
+        raise VmmBroken(f"{directory} cannot be used for a capture: {error.strerror}") from error
+    if found:
+        raise VmmBroken(f"{directory} is not empty: {sorted(found)[0][:80]!r} was put into it")
+
+
+def max_file_size(config: VmConfig) -> int:
+    """Bytes that any file may grow to by what this VMM writes (RLIMIT_FSIZE): as much as its largest disk, or as all
+    that it could save. Disks that are plugged in later raise it (``allow_file_size``)."""
+    sizes = [_disk_size(disk.path) for disk in config.disks if not disk.readonly]
+    return max(config.memory_bytes + config.hotplug_bytes + _STATE, *sizes, 0)
+
+
+def allow_file_size(pid: int, size: int) -> None:
+    """Let VMM ``pid`` write files of ``size`` bytes, if it may not already. Raises OSError."""
+    if size > resource.prlimit(pid, resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+
+
+def _disk_size(path: str) -> int:
+    try:
+        return os.lstat(path).st_size
+    except OSError:
+        return 0  # opening it says why
 
 
 def find(processes: Processes, handle: VmmHandle) -> Process:

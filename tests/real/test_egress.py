@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,6 @@ import pytest
 import trio
 import trustme
 
-from hypeman.hypervisor.qemu import memory
 from tests.real.appliance import ROOT, Appliance
 from tests.real.world import ADDRESS, World
 
@@ -210,7 +210,12 @@ async def _requests(appliance: Appliance) -> list[dict[str, object]]:
 
 def _places_with(appliance: Appliance, needle: bytes) -> list[Path]:
     """Files of the appliance, guests' disks among them, and guests' memories, that contain ``needle``."""
-    memories = [memory.of_process(pid) for pid in appliance.vmms()]
+    memories = [
+        link
+        for pid in appliance.vmms()
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if os.readlink(link).startswith("/memfd:hypeman-guest ")
+    ]
     assert memories
     places = map(str, (appliance.directory, *memories))
     done = subprocess.run(["grep", "-rlFa", "--", needle.decode(), *places], capture_output=True, text=True)

@@ -28,7 +28,15 @@ from hypeman.hypervisor.remote import emptied, furnished, listen_for_guest, list
 from hypeman.hypervisor.run_dir import API_SOCKET, ROOM
 from hypeman.hypervisor.sought import Missing, Seeker, Sought
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import VFIO_DEVICE, find, give_vfio_groups, new_handle, vfio_groups
+from hypeman.hypervisor.vmm_process import (
+    VFIO_DEVICE,
+    find,
+    give_vfio_groups,
+    max_file_size,
+    new_handle,
+    take_back_directories,
+    vfio_groups,
+)
 
 _PING = "/api/v1/vmm.ping"
 _USERFAULTS = "/dev/userfaultfd"
@@ -168,6 +176,7 @@ class CloudHypervisorDriver(Seeker):
                 gid=config.gid,
                 devices=(KVM_DEVICE,),
                 cgroup=config.cgroup,
+                max_file_size=max_file_size(config),
                 locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,
             )
             async with started(self._processes, program) as process:
@@ -199,6 +208,7 @@ def _room(config: VmConfig, folders: tuple[str, ...]) -> Iterator[Path]:
     replace nothing of ours. Root opens nothing in there: API socket and events are beside it."""
     room = Path(config.run_dir, ROOM)
     try:
+        take_back_directories(config)
         emptied(Path(config.run_dir))
         Path(config.run_dir).chmod(0o711)
         emptied(room)

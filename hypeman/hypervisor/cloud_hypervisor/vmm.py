@@ -19,7 +19,7 @@ from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmConfig, Vm
 from hypeman.hypervisor.remote import RemoteVmm, placed
 from hypeman.hypervisor.run_dir import ROOM, SAVING
 from hypeman.hypervisor.unix_http import ApiRefused
-from hypeman.hypervisor.vmm_process import became
+from hypeman.hypervisor.vmm_process import allow_file_size, became, take_back_capture
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Created": VmmState.PAUSED}
 _UNPLUG_LIMIT = 15.0
@@ -86,6 +86,7 @@ class CloudHypervisorVmm(RemoteVmm):
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:
             await self.pause()
+            await trio.to_thread.run_sync(take_back_capture, directory)
             saving = directory / SAVING
             await trio.to_thread.run_sync(_make_writable, saving, self.config)
             await self._snapshot(saving)
@@ -129,6 +130,8 @@ class CloudHypervisorVmm(RemoteVmm):
     async def add_disk(self, disk: Disk) -> Disk:
         async with self._changing:
             disk = self._with_port(disk)
+            if not disk.readonly:
+                allow_file_size(self._handle.pid, os.lstat(disk.path).st_size)
             with placed(room_of(self.config.run_dir), self.config, disk, os.symlink):
                 await self._put("add-disk", native.disk_config(disk))
             self._now_has_disks((*self.config.disks, disk))
@@ -149,6 +152,7 @@ class CloudHypervisorVmm(RemoteVmm):
 
     async def resize_disk(self, disk_id: str, size: int) -> None:
         self._disk(disk_id)
+        allow_file_size(self._handle.pid, size)
         await self._put("resize-disk", {"id": disk_id, "desired_size": size})
 
     async def resize_memory(self, size: int) -> None:

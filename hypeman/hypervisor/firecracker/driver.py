@@ -27,7 +27,7 @@ from hypeman.hypervisor.remote import listen_for_guest, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET, INITRD, KERNEL, LOG
 from hypeman.hypervisor.sought import Missing, Seeker, Sought, find_binary, version_of
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import find, new_handle
+from hypeman.hypervisor.vmm_process import find, max_file_size, new_handle
 
 _NUMBERS = r" v(\d+)\.(\d+)\.(\d+)"
 
@@ -150,6 +150,7 @@ class FirecrackerDriver(Seeker):
             output=config.console_log,
             mark=config.run_dir,
             cgroup=config.cgroup,
+            max_file_size=max_file_size(config),
             isolated=not config.nics,
         )
         async with started(self._processes, program) as process:

@@ -25,6 +25,7 @@ from hypeman.host.processes import mark_argument
 from hypeman.hypervisor.interface import LaunchFailed, VmConfig
 from hypeman.hypervisor.remote import emptied, furnished
 from hypeman.hypervisor.run_dir import INITRD, KERNEL, LOG
+from hypeman.hypervisor.vmm_process import take_back_directories
 
 _WAY_IN = "jail"
 
@@ -47,6 +48,7 @@ def jail(config: VmConfig, program: str) -> Iterator[Path]:
     try:
         with contextlib.ExitStack() as opened:
             try:
+                take_back_directories(config)
                 emptied(Path(config.run_dir))
                 shutil.rmtree(base, ignore_errors=True)
                 for directory in (base, root.parent.parent, root.parent, root):

@@ -19,7 +19,7 @@ from hypeman.hypervisor.firecracker import jail
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmHandle, VmmState
 from hypeman.hypervisor.remote import RemoteVmm
 from hypeman.hypervisor.unix_http import ApiRefused, UnixHttp
-from hypeman.hypervisor.vmm_process import became
+from hypeman.hypervisor.vmm_process import allow_file_size, became, take_back_capture
 
 _STATES = {"Running": VmmState.RUNNING, "Paused": VmmState.PAUSED, "Not started": VmmState.PAUSED}
 _RESIZE_LIMIT = 15.0
@@ -88,6 +88,7 @@ class FirecrackerVmm(RemoteVmm):
     async def capture(self, directory: Path) -> Capture:
         """Not to be cancelled between its pause and its save, for there is no way to stop it from saving."""
         async with self._changing:
+            await trio.to_thread.run_sync(take_back_capture, directory)
             with self._let_out(directory), trio.CancelScope(shield=True):
                 if self._process.stopped():
                     await self._signal(signal.SIGCONT, stopped=False)
@@ -139,6 +140,7 @@ class FirecrackerVmm(RemoteVmm):
 
     async def resize_disk(self, disk_id: str, size: int) -> None:
         disk = self._disk(disk_id)
+        allow_file_size(self._handle.pid, size)
         try:
             await trio.to_thread.run_sync(os.truncate, disk.path, size)
         except OSError as error:

@@ -37,7 +37,16 @@ from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.tsc import tsc_khz
 from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, QemuVmm
 from hypeman.hypervisor.sought import Missing, Seeker, Sought
-from hypeman.hypervisor.vmm_process import VFIO_DEVICE, LastWords, end, find, give_vfio_groups, new_handle
+from hypeman.hypervisor.vmm_process import (
+    VFIO_DEVICE,
+    LastWords,
+    end,
+    find,
+    give_vfio_groups,
+    max_file_size,
+    new_handle,
+    take_back_directories,
+)
 
 OpenTap = Callable[[str], Awaitable[int]]
 
@@ -203,6 +212,7 @@ class QemuDriver(Seeker):
                 return fd
 
             try:
+                take_back_directories(config)
                 _fresh_run_dir(Path(config.run_dir))
                 fds = native.Descriptors(
                     qmp=keep(_listen(Path(config.run_dir, QMP_SOCKET))),
@@ -244,6 +254,7 @@ class QemuDriver(Seeker):
                     gid=config.gid,
                     devices=(KVM_DEVICE,) if self._accelerator.name == "kvm" else (),
                     cgroup=config.cgroup,
+                    max_file_size=max_file_size(config),
                     locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,
                 )
             )

@@ -36,7 +36,7 @@ from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu import memory
 from hypeman.hypervisor.qemu.client import QmpClient, QmpRefused, connect_unix
 from hypeman.hypervisor.qmp import Happened
-from hypeman.hypervisor.vmm_process import became
+from hypeman.hypervisor.vmm_process import allow_file_size, became, take_back_capture
 
 QMP_SOCKET = "qmp.sock"
 AGENT_SOCKET = "agent.sock"
@@ -106,6 +106,7 @@ class QemuVmm(LiveVmm):
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:
             shared = await self._memory_is_shared()
+            await trio.to_thread.run_sync(take_back_capture, directory)
             await self._qmp.execute("stop")
             await self._save_state(directory / captures.STATE, without_memory=shared)
             if shared:
@@ -178,6 +179,8 @@ class QemuVmm(LiveVmm):
             disk = self._with_free_port(disk)
             flags = os.O_RDONLY if disk.readonly else os.O_RDWR
             with _opened(disk.path, flags) as fd:
+                if not disk.readonly:
+                    allow_file_size(self._handle.pid, os.fstat(fd).st_size)
                 added = await self._qmp.execute("add-fd", {"opaque": native.disk_set(disk.id)}, fds=[fd])
             try:
                 await self._qmp.execute("blockdev-add", native.block_node(disk, added["fdset-id"]))
@@ -198,6 +201,7 @@ class QemuVmm(LiveVmm):
 
     async def resize_disk(self, disk_id: str, size: int) -> None:
         self._disk(disk_id)
+        allow_file_size(self._handle.pid, size)
         await self._qmp.execute("block_resize", {"node-name": native.disk_node(disk_id), "size": size})
 
     async def limit_disk(self, disk: Disk) -> None:
