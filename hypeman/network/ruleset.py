@@ -12,7 +12,7 @@ The chains are fixed and closed for the prefix of our TAPs. A guest is *opened* 
 
     guests       tap . mac . address    may speak at all: as this, and as nobody else
     mediated     tap                    ports 80 and 443 end in the proxy; may reach the proxy's port
-    tcp_closed   tap                    every other TCP connection is refused as well
+    mode_all     tap                    of the rest only UDP and ICMP pass: no other TCP, no other protocol
     neighbours   tap                    may talk with other neighbours
 
 so a TAP is closed before its lease is applied and after it is taken away, and adding or removing an
@@ -80,7 +80,7 @@ def lease_elements(lease: Lease) -> tuple[Element, ...]:
     if lease.egress_mode is not EgressMode.NONE:
         elements.append(Element("inet", "mediated", (lease.tap,)))
     if lease.egress_mode is EgressMode.ALL:
-        elements.append(Element("inet", "tcp_closed", (lease.tap,)))
+        elements.append(Element("inet", "mode_all", (lease.tap,)))
     if not lease.isolated:
         elements.append(Element("inet", "neighbours", (lease.tap,)))
     return tuple(elements)
@@ -121,9 +121,9 @@ table inet {TABLE} {{
     set mediated {{
         type ifname
 {_elements(elements, "inet", "mediated")}    }}
-    set tcp_closed {{
+    set mode_all {{
         type ifname
-{_elements(elements, "inet", "tcp_closed")}    }}
+{_elements(elements, "inet", "mode_all")}    }}
     set neighbours {{
         type ifname
 {_elements(elements, "inet", "neighbours")}    }}
@@ -172,7 +172,7 @@ table inet {TABLE} {{
         oifname {any_tap} counter drop
     }}
     chain to_world_guest {{
-        iifname @tcp_closed meta l4proto tcp counter goto refuse
+        iifname @mode_all meta l4proto != {{ udp, icmp }} counter goto refuse
         iifname @mediated tcp dport {_WEB} counter goto refuse
         iifname @mediated udp dport 443 counter reject with icmpx port-unreachable
         oifname {any_tap} iifname @neighbours oifname @neighbours accept

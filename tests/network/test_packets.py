@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable
+from pathlib import Path
 
 import trio
 from msgspec.structs import replace
@@ -470,6 +472,77 @@ async def test_a_guest_without_egress_is_not_mediated(lab: Lab) -> None:
         assert (first.destination, first.port, first.source) == (SERVER, 443, HOST)
         second = await lab.world.expect(lambda seen: seen.protocol == UDP)
         assert second.data == b"quic"
+
+
+@in_namespace
+async def test_mode_all_lets_no_other_protocol_pass(lab: Lab) -> None:
+    """Each of the 256 numbers but UDP and ICMP; without the mode they pass (the numbers that mean an IPv4 payload)."""
+    guest = await lab.mediated(EgressMode.ALL)
+    others = [number for number in range(256) if number not in (ICMP, UDP)]
+    for number in others:
+        guest.send_ipv4(frames.ipv4(guest.lease.ipv4, SERVER, number, bytes(range(64))))
+    assert [seen.protocol for seen in await lab.world_sees(guest)] == [UDP]
+    await lab.network.set_egress(replace(guest.lease, egress_mode=EgressMode.HTTP_HTTPS_ONLY))
+    for number in TUNNELS.values():
+        guest.send_ipv4(frames.ipv4(guest.lease.ipv4, SERVER, number, bytes(range(64))))
+    assert {seen.protocol for seen in await lab.world_sees(guest)} >= {IPIP, GRE, ESP}
+
+
+IPIP, GRE, ESP, SCTP, UDP_LITE = 4, 47, 50, 132, 136
+TUNNELS = {"IPIP": IPIP, "GRE": GRE, "ESP": ESP}
+README = Path(__file__).parents[2] / "hypeman" / "network" / "README.md"
+
+ROWS: dict[str, tuple[Callable[[Guest], None], ...]] = {
+    "world, TCP 80 and 443": (lambda g: g.send_tcp(SERVER, 80), lambda g: g.send_tcp(SERVER, 443)),
+    "world, other TCP": (lambda g: g.send_tcp(SERVER, 8443),),
+    "world, UDP 443": (lambda g: g.send_udp(SERVER, 443, b"quic"),),
+    "world, other UDP, ICMP": (lambda g: g.send_udp(SERVER, 53, b"query"), lambda g: g.ping(SERVER)),
+    "world, every other protocol": (lambda g: g.send_ipv4(frames.ipv4(g.lease.ipv4, SERVER, GRE, bytes(range(64)))),),
+    "the proxy's port on the gateway": (lambda g: g.send_tcp(GATEWAY, EGRESS_PORT),),
+    "gateway: ping, ports offered to guests": (lambda g: g.send_tcp(GATEWAY, OFFERED.port),),
+    "gateway and host: everything else": (lambda g: g.send_tcp(HOST, 8080), lambda g: g.send_tcp(GATEWAY, 8080)),
+    "169.254.0.0/16": (lambda g: g.send_udp("169.254.169.254", 9000, b"metadata"),),
+    "IPv6, VLAN tags, DHCP": (
+        lambda g: g.send_ipv4(frames.ipv4(g.lease.ipv4, SERVER, UDP, frames.udp(g.lease.ipv4, SERVER, 68, 67))),
+    ),
+}
+"""One packet of each kind for a row of the README's table, found by how the row begins. The row of other
+guests has tests of its own above."""
+
+
+def _table() -> dict[str, list[str]]:
+    lines = README.read_text().partition("| to | without egress |")[2].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: lines.index("")]]
+    return {row[0]: [cell.partition(" ")[0].strip(",:;(") for cell in row[1:]] for row in rows}
+
+
+async def _outcome(lab: Lab, guest: Guest, send: Callable[[Guest], None]) -> str:
+    send(guest)
+    if len(await lab.world_sees(guest)) > 1:
+        return "direct"
+    back = [seen for seen in await guest.expect_pong() if seen.protocol in (TCP, ICMP)][:-1]
+    if any(seen.protocol == TCP and is_reset(seen) for seen in back):
+        return "RST"
+    if any(seen.protocol == TCP and seen.flags == frames.SYN | frames.ACK for seen in back):
+        return "open"
+    return "refused" if any(seen.protocol == ICMP and seen.flags == 3 for seen in back) else "dropped"
+
+
+@in_namespace
+async def test_the_table_of_the_readme(lab: Lab) -> None:
+    """What each row says of each mode, by a packet."""
+    modes = (EgressMode.NONE, EgressMode.HTTP_HTTPS_ONLY, EgressMode.ALL)
+    table = _table()
+    assert len(table) == len(ROWS) + 1
+    with lab.listen(GATEWAY, EGRESS_PORT), lab.listen("0.0.0.0", 8080), lab.listen("0.0.0.0", OFFERED.port):
+        for name, send in ((name, send) for name, packets in ROWS.items() for send in packets):
+            (said,) = (cells for row, cells in table.items() if row.startswith(name))
+            found = []
+            for mode in modes:
+                guest = await (lab.guest() if mode is EgressMode.NONE else lab.mediated(mode))
+                found.append(await _outcome(lab, guest, send))
+            wanted = ["open" if cell == "proxy" else cell for cell in said]
+            assert found == wanted, name
 
 
 @in_namespace

@@ -62,7 +62,7 @@ def render() -> str:
     ("changes", "sets"),
     [
         ({}, {"guests"}),
-        ({"egress_mode": EgressMode.ALL}, {"guests", "mediated", "tcp_closed"}),
+        ({"egress_mode": EgressMode.ALL}, {"guests", "mediated", "mode_all"}),
         ({"egress_mode": EgressMode.HTTP_HTTPS_ONLY}, {"guests", "mediated"}),
         ({"isolated": False}, {"guests", "neighbours"}),
     ],
