@@ -76,7 +76,6 @@ from hypeman.snapshots.service import Snapshots
 from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs
-from hypeman.units import parse_size
 from hypeman.volumes.records import VOLUMES
 from hypeman.volumes.service import Volumes
 
@@ -246,7 +245,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         paths=paths,
         files=files,
         disks=disks,
-        max_total=parse_size(config.limits.max_total_volume_storage or "0"),
+        max_total=config.limits.max_total_volume_storage,
     )
     snapshots = Snapshots(store=store, instances=instances)
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))

@@ -74,7 +74,7 @@ from hypeman.network.types import Lease
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse
 from hypeman.store import Txn
-from hypeman.units import parse_duration, parse_size
+from hypeman.units import parse_duration
 from hypeman.volumes import records as volumes
 
 MOST_WAIT = 300.0
@@ -635,7 +635,7 @@ class Instances:
 
     async def _rotate_logs(self) -> None:
         """Keep logs bounded: a guest that prints for ever fills nothing."""
-        limit = parse_size(self.world.config.limits.max_log_size)
+        limit = self.world.config.limits.max_log_size
         while True:
             await trio.sleep(LOG_INTERVAL)
             for record in list(self.board.records()):
