@@ -425,6 +425,9 @@ def _register_gauges(instances: Instances, images: Images, network: Network, sto
 
     metrics.register_gauge("hypeman_instances_total", "Instances by state", ("state",), states)
     metrics.register_gauge(
+        "hypeman_guests_silent", "Running guests that do not answer", (), lambda: {(): float(instances.silent_guests())}
+    )
+    metrics.register_gauge(
         "hypeman_images_build_queue_length", "Images that wait", (), lambda: {(): images.statistics()["queued"]}
     )
     metrics.register_gauge(

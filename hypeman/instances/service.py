@@ -626,7 +626,17 @@ class Instances:
         return self._tasks.get(record.id) or self._make_task(record, new=True)
 
     def view(self, record: InstanceRecord) -> Instance:
-        return self._render(record, self._now())
+        shown = self._render(record, self._now())
+        since = self._silent_since(record)  # not in lists, which are rendered when a record changes
+        return shown if since is None else msgspec.structs.replace(shown, guest_silent_since=since)
+
+    def silent_guests(self) -> int:
+        """How many running guests do not answer."""
+        return sum(self._silent_since(record) is not None for record in self.board.records())
+
+    def _silent_since(self, record: InstanceRecord) -> datetime | None:
+        live = self.world.live.get(record.id)
+        return live.silent_since if live is not None and record.state is InstanceState.RUNNING else None
 
     def _render(self, record: InstanceRecord, now: datetime) -> Instance:
         lease = self.store.read(lambda txn: get_lease(txn, record.id))
