@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from hypeman.errors import InternalError
 from hypeman.host.ownership import take_back
 from hypeman.host.processes import Process, Processes, ProcessId
 from hypeman.hypervisor.interface import VmConfig, VmmBroken, VmmGone, VmmHandle
@@ -53,9 +54,16 @@ def max_file_size(config: VmConfig) -> int:
 
 
 def allow_file_size(pid: int, size: int) -> None:
-    """Let VMM ``pid`` write files of ``size`` bytes, if it may not already. Raises OSError."""
-    if size > resource.prlimit(pid, resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+    """Let VMM ``pid`` write files of ``size`` bytes, if it may not already. Raises InternalError."""
+    try:
+        limits = Path(f"/proc/{pid}/limits").read_text()  # asking prlimit takes CAP_SYS_RESOURCE already
+        limit = next(line for line in limits.splitlines() if line.startswith("Max file size")).split()[3]
+        if limit != "unlimited" and int(limit) < size:
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+    except FileNotFoundError:
+        return  # it has ended
+    except OSError as error:
+        raise InternalError(f"process {pid} cannot be allowed files of {size} bytes: {error.strerror}") from error
 
 
 def _disk_size(path: str) -> int:
