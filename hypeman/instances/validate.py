@@ -40,9 +40,10 @@ MAX_ENV_BYTES = 512 << 10
 _MEMORY_STEP = 2 << 20
 """VMMs want whole huge pages; memory is rounded up to them."""
 
-_SYSTEM_DIRS = frozenset(
-    ["bin", "boot", "dev", "etc", "lib", "lib64", "proc", "root", "run", "sbin", "sys", "tmp", "usr", "var"]
-)  # a volume on one of these would hide what the guest boots from
+_KERNEL_DIRS = frozenset(["dev", "proc", "sys"])
+"""Trees of the guest's kernel: nothing can be mounted at or below them."""
+_SYSTEM_DIRS = frozenset(["bin", "etc", "lib", "lib64", "sbin", "usr"])
+"""Directories that the guest boots from: nothing can be mounted over them, but below them."""
 
 
 def check_create(
@@ -62,16 +63,15 @@ def check_create(
     if memory < MIN_MEMORY:
         raise InvalidRequest(f"size must be at least {format_size(MIN_MEMORY)}", code="invalid_size")
     hotplug = _memory(request.hotplug_size, "hotplug_size", "invalid_hotplug_size", 0)
-    most = limits.max_memory_per_instance
+    most = parse_size(limits.max_memory_per_instance)
     if memory + hotplug > most:
         raise InvalidRequest(
             f"size and hotplug_size together are {format_size(memory + hotplug)}; the limit is {format_size(most)}"
         )
     overlay = parse_size(request.overlay_size, code="invalid_overlay_size") if request.overlay_size else DEFAULT_OVERLAY
-    if not MIN_OVERLAY <= overlay <= limits.max_overlay_size:
+    if not MIN_OVERLAY <= overlay <= parse_size(limits.max_overlay_size):
         raise InvalidRequest(
-            f"overlay_size must be {format_size(MIN_OVERLAY)} to {format_size(limits.max_overlay_size)}",
-            code="invalid_overlay_size",
+            f"overlay_size must be {format_size(MIN_OVERLAY)} to {limits.max_overlay_size}", code="invalid_overlay_size"
         )
     vcpus = request.vcpus or DEFAULT_VCPUS
     if vcpus > limits.max_vcpus_per_instance:
@@ -165,8 +165,10 @@ def check_mount_path(path: str) -> str:
     top = normal.split("/")[1]
     if not top:
         raise InvalidRequest("a volume can not be mounted over the root")
-    if top in _SYSTEM_DIRS:
-        raise InvalidRequest(f"a volume can not be mounted at or below /{top}")
+    if top in _KERNEL_DIRS:
+        raise InvalidRequest(f"a volume cannot be mounted at or below /{top}")
+    if normal.removeprefix("/") in _SYSTEM_DIRS:
+        raise InvalidRequest(f"a volume cannot be mounted over {normal}; below it is allowed")
     return normal
 
 

@@ -243,6 +243,7 @@ class FakeGuest:
         self.identity: dict[str, Any] = {}
         self.mounted: set[str] = set()
         self.busy: set[str] = set()
+        self.frozen = False
         self.shutdowns = 0
         self.hung_up = trio.Event()
         """Set: its channel has ended, and it dials again."""
@@ -266,12 +267,6 @@ class FakeGuest:
             self.asked.set()
             await trio.sleep(self.limits[op])
             raise GuestTimeout(f"the guest did not finish {op.name.lower()} within {self.limits[op]:g} s")
-
-    @property
-    def frozen(self) -> bool:
-        """Of the workload: kept in the guest's memory, so a new connection and a capture do not lose it."""
-        frozen: bool = self._process.memory.frozen
-        return frozen
 
     async def run(self) -> None:
         try:
@@ -300,11 +295,11 @@ class FakeGuest:
 
     async def freeze(self) -> None:
         await self._obey(Op.FREEZE)
-        self._process.memory.frozen = True
+        self.frozen = True
 
     async def thaw(self) -> None:
         await self._obey(Op.THAW)
-        self._process.memory.frozen = False
+        self.frozen = False
 
     async def set_identity(self, **identity: Any) -> None:
         await self._obey(Op.IDENTITY)

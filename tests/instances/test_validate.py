@@ -156,14 +156,41 @@ def test_what_the_vmm_can_not_do_is_said_before_anything_happens(body: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("path", "normal"), [("/data", "/data"), ("/data/", "/data"), ("//data//x", "/data/x"), ("/home/a", "/home/a")]
+    ("path", "normal"),
+    [
+        ("/data", "/data"),
+        ("/data/", "/data"),
+        ("//data//x", "/data/x"),
+        ("/home/a", "/home/a"),
+        ("/var/lib/postgresql/data", "/var/lib/postgresql/data"),
+        ("/etc/nginx", "/etc/nginx"),
+        ("/usr/local", "/usr/local"),
+        ("/root", "/root"),
+        ("/tmp", "/tmp"),
+        ("/run/app", "/run/app"),
+    ],
 )
 def test_mount_paths(path: str, normal: str) -> None:
     assert check_mount_path(path) == normal
 
 
 @pytest.mark.parametrize(
-    "path", ["", "data", "/", "//", "/etc", "/etc/x", "/usr/local", "/data/../etc", "/a\0b", "/proc", "/" + "x" * 1100]
+    "path",
+    [
+        "",
+        "data",
+        "/",
+        "//",
+        "/etc",
+        "//etc/",
+        "/usr",
+        "/data/../etc",
+        "/a\0b",
+        "/proc",
+        "/dev/shm",
+        "/sys/x",
+        "/" + "x" * 1100,
+    ],
 )
 def test_mount_paths_that_would_hide_the_system(path: str) -> None:
     with pytest.raises(InvalidRequest):
