@@ -54,12 +54,20 @@ static const char *configure_system(void) {
     write_file("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
     write_file("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
     write_file("/sys/devices/system/memory/auto_online_blocks", "online_movable");
+    /* As in a container: any user may listen on low ports and ping; the rest is what databases and watchers need. */
+    write_file("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+    write_file("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
+    write_file("/proc/sys/vm/max_map_count", "262144");
+    write_file("/proc/sys/fs/inotify/max_user_instances", "8192");
+    write_file("/proc/sys/fs/inotify/max_user_watches", "1048576");
     if (bring_up_loopback() < 0)
         step = "loopback";
     else if (config.network.present && configure_network(&config.network) < 0)
         step = "network";
     else if (set_hostname(config.hostname, config.network.present ? config.network.address : NULL) < 0)
         step = "host name";
+    else if (link_mount_table() < 0)
+        step = "mount table";
     else if (write_resolver(&config.network) < 0)
         step = "resolver";
     else if (write_machine_id(config.machine_id, false) < 0)
@@ -76,6 +84,8 @@ static const char *prepare(void) {
     const char *wrong = mount_root(&config);
     if (!wrong)
         wrong = switch_root();
+    if (!wrong)
+        wrong = mount_late();
     if (wrong)
         return wrong;
     phase_done("root");

@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "disk.h"
+#include "populate.h"
 #include "util.h"
 
 #define NEW_ROOT "/newroot"
@@ -39,14 +40,12 @@ struct kernel_fs {
     unsigned long flags;
 };
 
-static const char *mount_kernel_fs(const struct kernel_fs *list, size_t count, const char *prefix) {
+static const char *mount_kernel_fs(const struct kernel_fs *list, size_t count) {
     for (size_t i = 0; i < count; i++) {
-        char path[PATH_MAX];
-        snprintf(path, sizeof path, "%s%s", prefix, list[i].path);
-        if (make_dirs(path) < 0)
-            return problem("can not make %s", list[i].path);
-        if (mount(list[i].type, path, list[i].type, list[i].flags, list[i].options) < 0 && errno != EBUSY)
-            return problem("can not mount %s", list[i].path);
+        if (make_dirs(list[i].path) < 0)
+            return problem("cannot create %s", list[i].path);
+        if (mount(list[i].type, list[i].path, list[i].type, list[i].flags, list[i].options) < 0 && errno != EBUSY)
+            return problem("cannot mount %s", list[i].path);
     }
     return NULL;
 }
@@ -57,10 +56,12 @@ const char *mount_early(void) {
         {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
         {"devtmpfs", "/dev", "mode=0755", MS_NOSUID},
     };
-    return mount_kernel_fs(list, LENGTH(list), "");
+    return mount_kernel_fs(list, LENGTH(list));
 }
 
-static const char *mount_late(void) {
+/* In the new root, so that links of the image (/dev -> /x/dev) lead to where they do for its programs. /run is the
+ * image's own: programs expect the directories that it has there, as they find them in a container. */
+const char *mount_late(void) {
     static const struct kernel_fs list[] = {
         {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
         {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
@@ -68,7 +69,6 @@ static const char *mount_late(void) {
         {"devpts", "/dev/pts", "newinstance,ptmxmode=0666,mode=0620,gid=5", MS_NOSUID | MS_NOEXEC},
         {"tmpfs", "/dev/shm", "mode=1777", MS_NOSUID | MS_NODEV},
         {"mqueue", "/dev/mqueue", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
-        {"tmpfs", "/run", "mode=0755,size=20%", MS_NOSUID | MS_NODEV},
         {"cgroup2", "/sys/fs/cgroup", "nsdelegate", MS_NOSUID | MS_NODEV | MS_NOEXEC},
     };
     static const char *const links[][2] = {{"/proc/self/fd", "/dev/fd"},
@@ -76,13 +76,11 @@ static const char *mount_late(void) {
                                            {"/proc/self/fd/1", "/dev/stdout"},
                                            {"/proc/self/fd/2", "/dev/stderr"},
                                            {"pts/ptmx", "/dev/ptmx"}};
-    const char *wrong = mount_kernel_fs(list, LENGTH(list), NEW_ROOT);
+    const char *wrong = mount_kernel_fs(list, LENGTH(list));
     for (size_t i = 0; !wrong && i < LENGTH(links); i++) {
-        char path[64];
-        snprintf(path, sizeof path, NEW_ROOT "%s", links[i][1]);
-        unlink(path);
-        if (symlink(links[i][0], path) < 0)
-            wrong = problem("can not make %s", links[i][1]);
+        unlink(links[i][1]);
+        if (symlink(links[i][0], links[i][1]) < 0)
+            wrong = problem("cannot create %s", links[i][1]);
     }
     return wrong;
 }
@@ -128,9 +126,31 @@ static const char *join(const char *lower, const char *upper, const char *path) 
     return NULL;
 }
 
+/* A writable volume, which gets what its place holds if it is fresh. */
+static const char *mount_writable(const struct boot_config *config, const struct volume *volume, int wait_ms) {
+    if (make_dirs(volume->path) < 0)
+        return problem("cannot create %s", volume->path);
+    int covered = open(volume->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (covered < 0)
+        return problem("cannot open %s", volume->path);
+    const char *wrong = mount_disk(config, volume->disk_id, volume->path, volume->fs_type, false, wait_ms);
+    if (!wrong) {
+        int root = open(volume->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (root < 0 || populate_volume(root, covered) < 0)
+            wrong = problem("cannot copy the content of %s to its volume", volume->path);
+        close_fd(&root);
+        if (wrong)
+            umount2(volume->path, MNT_DETACH);
+    }
+    close_fd(&covered);
+    return wrong;
+}
+
 const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms) {
+    if (!volume->overlay_disk_id && !volume->readonly)
+        return mount_writable(config, volume, wait_ms);
     if (!volume->overlay_disk_id)
-        return mount_disk(config, volume->disk_id, volume->path, volume->fs_type, volume->readonly, wait_ms);
+        return mount_disk(config, volume->disk_id, volume->path, volume->fs_type, true, wait_ms);
     /* Two directories on a file system in memory that nobody else sees for longer than this takes. */
     static const char *const lower = "/dev/shm/.hypeman-lower", *const upper = "/dev/shm/.hypeman-upper";
     const char *wrong = mount_disk(config, volume->disk_id, lower, volume->fs_type, true, wait_ms);
@@ -138,6 +158,11 @@ const char *mount_volume(const struct boot_config *config, const struct volume *
         wrong = mount_disk(config, volume->overlay_disk_id, upper, "ext4", false, wait_ms);
     if (!wrong)
         wrong = join(lower, upper, volume->path);
+    if (!wrong) {
+        char path[PATH_MAX];
+        snprintf(path, sizeof path, "%s/lost+found", volume->path);
+        rmdir(path); /* the file system's, not the user's; kept if something is in it */
+    }
     if (wrong) {
         umount2(lower, MNT_DETACH);
         umount2(upper, MNT_DETACH);
@@ -157,10 +182,7 @@ const char *mount_root(const struct boot_config *config) {
         return wrong;
     if (config->overlay)
         overlay_fd = open("/upper", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    wrong = join("/lower", "/upper", NEW_ROOT);
-    if (!wrong)
-        wrong = mount_late();
-    return wrong;
+    return join("/lower", "/upper", NEW_ROOT);
 }
 
 const char *switch_root(void) {

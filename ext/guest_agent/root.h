@@ -8,10 +8,12 @@
 const char *mount_early(void);
 #define BOOT_DISK_WAIT_MS 10000
 
-/* Root image and overlay, with the kernel's file systems, beside the initramfs. NULL or what went wrong. */
+/* Root image and overlay, beside the initramfs. NULL or what went wrong. */
 const char *mount_root(const struct boot_config *config);
 /* Makes that the root of this process and all its children, and empties the initramfs. */
 const char *switch_root(void);
+/* The kernel's file systems in the new root. NULL or what went wrong. */
+const char *mount_late(void);
 
 /* Mounts one volume; symlinks on the way are the new root's own. NULL or what went wrong. */
 const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms);

@@ -13,6 +13,11 @@
 
 /* Replaces whatever stands there: a dangling symlink of the image would otherwise lead the write astray. */
 static int put_file(const char *path, const char *text) {
+    struct stat st;
+    if (lstat(path, &st) == 0 && S_ISDIR(st.st_mode) && rmdir(path) < 0) {
+        log_line("%s is a directory of the image and stays as it is", path);
+        return 0;
+    }
     unlink(path);
     return write_file(path, text);
 }
@@ -27,13 +32,18 @@ int set_hostname(const char *hostname, const uint8_t *address) {
     snprintf(text, sizeof text, "%s\n", hostname);
     if (put_file("/etc/hostname", text) < 0)
         return -1;
-    int n = snprintf(text, sizeof text, "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    int n = snprintf(text, sizeof text, "127.0.0.1\tlocalhost\n");
     if (address)
         snprintf(text + n, sizeof text - (size_t)n, "%d.%d.%d.%d\t%s\n", address[0], address[1], address[2], address[3],
                  hostname);
     else
         snprintf(text + n, sizeof text - (size_t)n, "127.0.1.1\t%s\n", hostname);
     return put_file("/etc/hosts", text);
+}
+
+int link_mount_table(void) {
+    mkdir("/etc", 0755);
+    return symlink("/proc/mounts", "/etc/mtab") < 0 && errno != EEXIST ? -1 : 0;
 }
 
 int write_resolver(const struct network *network) {

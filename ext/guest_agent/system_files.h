@@ -6,6 +6,8 @@
 
 /* sethostname, /etc/hostname and /etc/hosts; address NULL without a network. */
 int set_hostname(const char *hostname, const uint8_t *address);
+/* /etc/mtab, a link to the kernel's own table, unless the image has one. */
+int link_mount_table(void);
 /* /etc/resolv.conf, as a file of its own even where the image has a symlink. Nothing without name servers. */
 int write_resolver(const struct network *network);
 /* /etc/machine-id, where the image has one or `always` is set, and the D-Bus copy where it is a file. */

@@ -33,9 +33,10 @@ static size_t split(char *line, char **fields, size_t capacity) {
 /* Finds the passwd line of a name or number and fills in the user. */
 static bool look_up_passwd(const char *name, bool is_number, unsigned uid, struct user *user) {
     FILE *file = fopen("/etc/passwd", "re");
-    char line[1024], *f[7];
+    char *line = NULL, *f[7];
+    size_t capacity = 0;
     bool found = false;
-    while (file && !found && fgets(line, sizeof line, file)) {
+    while (file && !found && getline(&line, &capacity, file) >= 0) {
         unsigned its_uid, its_gid;
         if (split(line, f, 7) < 6 || !number(f[2], &its_uid) || !number(f[3], &its_gid))
             continue;
@@ -48,6 +49,7 @@ static bool look_up_passwd(const char *name, bool is_number, unsigned uid, struc
         if (*f[5])
             snprintf(user->home, sizeof user->home, "%s", f[5]);
     }
+    free(line);
     if (file)
         fclose(file);
     return found;
@@ -63,9 +65,10 @@ static bool is_member(char *members, const char *name) {
 /* One walk of /etc/group: the gid of a named group, or all groups that list the user. */
 static bool walk_groups(const char *wanted, struct user *user) {
     FILE *file = fopen("/etc/group", "re");
-    char line[4096], *f[4];
+    char *line = NULL, *f[4];
+    size_t capacity = 0;
     bool found = false;
-    while (file && !found && fgets(line, sizeof line, file)) {
+    while (file && !found && getline(&line, &capacity, file) >= 0) {
         unsigned gid;
         if (split(line, f, 4) < 3 || !number(f[2], &gid))
             continue;
@@ -78,6 +81,7 @@ static bool walk_groups(const char *wanted, struct user *user) {
             user->groups[user->group_count++] = gid;
         }
     }
+    free(line);
     if (file)
         fclose(file);
     return found;
@@ -88,7 +92,8 @@ const char *find_user(const char *text, struct user *user) {
     char name[128];
     unsigned value;
     *user = (struct user){.home = "/"};
-    snprintf(name, sizeof name, "%s", *text ? text : "0");
+    /* ":55" is root with another group. */
+    snprintf(name, sizeof name, "%s%s", *text && *text != ':' ? "" : "0", text);
     char *group = strchr(name, ':');
     if (group)
         *group++ = 0;

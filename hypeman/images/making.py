@@ -45,6 +45,7 @@ from hypeman.images.reference import Platform, Reference
 from hypeman.images.registry import RegistryClient
 from hypeman.images.types import ImageConfig, ImageStatus, LayerProgress, Progress
 from hypeman.images.unpack import sniff
+from hypeman.units import parse_size
 
 _SPARE_BYTES = 64 << 20
 """Free space that a pull leaves to the rest of the host when it begins."""
@@ -106,7 +107,7 @@ class Maker:
         self._disks = disks
         self._downloads = trio.CapacityLimiter(config.max_concurrent_downloads)
         self._conversions = trio.CapacityLimiter(conversions)
-        self._max_bytes = config.max_image_size
+        self._max_bytes = parse_size(config.max_image_size)
         self._processes = Processes()
         self._fetching: dict[str, trio.Lock] = {}
 

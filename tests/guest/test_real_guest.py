@@ -183,7 +183,7 @@ async def test_a_whole_life(kernel: Path, busybox_root: Path, tmp_path: Path) ->
             ):
                 [line] = [line for line in mounts.splitlines() if line.split()[1] == path]
                 assert line.split()[3].split(",")[0] == options, line
-            assert {"/proc", "/sys", "/dev", "/dev/pts", "/dev/shm", "/run", "/sys/fs/cgroup"} <= {
+            assert {"/proc", "/sys", "/dev", "/dev/pts", "/dev/shm", "/sys/fs/cgroup"} <= {
                 line.split()[1] for line in mounts.splitlines()
             }
             await shell(client, "echo x > /data/deep/file; echo y > /mixed/file; ! touch /ro/file 2>/dev/null")
