@@ -19,7 +19,7 @@ import trio
 
 from hypeman.errors import HypemanError
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestNetwork, GuestVolume, parse_outcome
-from hypeman.guest.client import ExecResult, GuestClient, VolumeBusy
+from hypeman.guest.client import ExecResult, GuestClient, GuestLost, GuestTimeout, VolumeBusy
 from hypeman.guest.types import CopyEntry, CopyToRequest, ExecRequest, Exited, Fatal, GuestEvent, Ready, Started
 
 from .conftest import TOP
@@ -342,6 +342,45 @@ async def test_shutdown_with_grace_then_by_force(kernel: Path, busybox_root: Pat
             await client.shutdown(grace_seconds=30 if directory is gentle else 0.5)
             assert (await collect_end(guest, client))[-1] == expected
     assert (gentle / "console.log").read_bytes() == b"up\nbye\n"
+
+
+async def test_halt_ends_the_vm(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+    """On our kernel at once; on a distribution's the guest falls silent, which is told."""
+    config = boot_config("sleep", "1000")
+    async with booted(config, busybox_root, kernel, tmp_path) as guest, guest.connect() as client:
+        with pytest.raises((GuestLost, GuestTimeout)):
+            await shell(client, "halt -f; sleep 1000")
+        if (kernel / "release").read_text().strip().endswith("-hypeman"):
+            await guest.wait_exit()
+        else:
+            assert client.silent_since is not None
+
+
+async def test_a_kernel_that_stopped_is_silent(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+    """It has panicked and was told to stay: its processor spins, its devices are there, nobody answers."""
+    config = boot_config("sleep", "1000")
+    async with booted(config, busybox_root, kernel, tmp_path) as guest, guest.connect() as client:
+        with pytest.raises(GuestTimeout):
+            await shell(client, "echo 0 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger")
+        assert client.silent_since is not None
+        with pytest.raises(GuestTimeout, match="has not responded since"):
+            await client.freeze()
+        assert guest.process.returncode is None
+
+
+async def test_a_fork_bomb_does_not_silence_the_agent(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+    """Until there is neither memory nor a process number: requests may fail, the agent answers or is silent."""
+    config = boot_config("sh", "-c", "b() { b | b & }; b; sleep 1000")
+    async with booted(config, busybox_root, kernel, tmp_path) as guest, guest.connect() as client:
+        outcomes = []
+        for _ in range(3):
+            try:
+                await client.stat("/")
+                outcomes.append("answered")
+            except HypemanError as error:
+                outcomes.append(type(error).__name__)
+        assert len(outcomes) == 3, "each request ended"
+        assert guest.process.returncode is None
 
 
 async def test_an_init_is_process_1_of_its_own(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
