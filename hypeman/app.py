@@ -190,7 +190,12 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         on_tap_lost=lambda instance_id: instances.plug_in_again(instance_id),  # who are below
     )
     stack.callback(network.aclose)
-    devices = Devices(store, config.devices, uplink=uplink.names[0] if uplink.names else "")
+    devices = Devices(
+        store,
+        config.devices,
+        uplink=uplink.names[0] if uplink.names else "",
+        on_vanished=lambda instance_id, text: instances.device_vanished(instance_id, text),  # who are below
+    )
     images = Images(store=store, paths=paths, config=config.images, conversions=config.limits.max_concurrent_builds)
     disks = Disks(files, processes, paths.templates)
     catalog = _catalog(config, store, processes, links, kernel)

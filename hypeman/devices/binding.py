@@ -21,7 +21,7 @@ from hypeman.devices.plan import Now, plan_bind, plan_return
 from hypeman.devices.registry import BINDINGS
 from hypeman.devices.types import Binding, DeviceRecord, PciFunction
 from hypeman.devices.view import View
-from hypeman.errors import Conflict, InternalError, InUse, NotFound
+from hypeman.errors import Conflict, InternalError, InUse
 from hypeman.host.pci import Pci
 from hypeman.store import Store, Txn
 
@@ -35,12 +35,15 @@ class Binder:
         self._store = store
         self._pci = pci
         self._proc_root = proc_root
+        self.failures: dict[str, str] = {}
+        """Address → the first reason why the function could not be given back. Later attempts only meet the change
+        that is still under way."""
 
     async def take(self, instance_id: str, records: tuple[DeviceRecord, ...], view: View) -> tuple[int, ...]:
         """Bind the groups of ``records`` to vfio-pci; the groups. What fails half-way waits for ``give_back``.
 
-        Raises NotFound ``device_not_found`` for one that was unplugged, Conflict for one that can not
-        be passed through (any more), HostError for what the kernel refused.
+        Raises Conflict, with the device's name, for one that is missing or cannot be passed through (any more),
+        HostError for what the kernel refused.
         """
         functions = [_present(record, view) for record in records]
         groups = tuple(dict.fromkeys(function.iommu_group for function in functions))
@@ -69,7 +72,9 @@ class Binder:
                 await self._give_one_back(binding)
             except InternalError as error:
                 log.error("PCI function %s could not be given back: %s", binding.address, error.message)
-                failed = failed or error
+                reason = self.failures.setdefault(binding.address, error.message)
+                told = f"PCI function {binding.address} could not be given back: {reason}"
+                failed = failed or type(error)(told, code=error.code)
         if failed is not None:
             raise failed
 
@@ -79,6 +84,7 @@ class Binder:
                 await step.do(self._pci)
             await self._pci.reclaim_group(binding.address)
         await self._store.write(lambda txn: txn.delete(BINDINGS, binding.address))
+        self.failures.pop(binding.address, None)
 
     async def _note(self, instance_id: str, members: list[PciFunction]) -> tuple[Binding, ...]:
         """Write down what each function is now, unless that was done before (and is still true)."""
@@ -146,7 +152,7 @@ def _present(record: DeviceRecord, view: View) -> PciFunction:
     """The function of a registered device, if it may be passed through as of now."""
     function = view.functions.get(record.pci_address)
     if function is None:
-        raise NotFound(f"device {record.name} ({record.pci_address}) is not in this host", code="device_not_found")
+        raise Conflict(f"device {record.name} ({record.pci_address}) is missing: this host has no such function now")
     ids = f"{function.vendor:04x}", f"{function.device:04x}"
     if ids != (record.vendor_id, record.device_id):
         raise Conflict(

@@ -38,10 +38,19 @@ def insert(txn: Txn, record: DeviceRecord) -> None:
     txn.put(DEVICES, record.id, record)
 
 
-def remove(txn: Txn, ref: str) -> None:
+def remove(txn: Txn, ref: str, failures: Mapping[str, str] = {}) -> None:
+    """Raises NotFound, or InUse: attached to an instance, or still being given back by one. ``failures`` has the
+    reason by address, where that failed."""
     record = find(txn, ref)
     if record.attached_to is not None:
         raise InUse(f"device {record.name} is attached to instance {record.attached_to}")
+    binding = txn.get(BINDINGS, record.pci_address)
+    if binding is not None:
+        reason = failures.get(record.pci_address)
+        raise InUse(
+            f"device {record.name} ({record.pci_address}) is still being given back by instance {binding.instance_id}"
+            + (f": {reason}" if reason else "")
+        )
     txn.delete(DEVICES, record.id)
 
 
@@ -88,6 +97,11 @@ def attach(txn: Txn, instance_id: str, refs: tuple[str, ...], functions: Mapping
 def detach(txn: Txn, instance_id: str) -> None:
     for record in attached(txn, instance_id):
         txn.put(DEVICES, record.id, msgspec.structs.replace(record, attached_to=None, position=0))
+
+
+def binding_rows(txn: Txn) -> tuple[Binding, ...]:
+    """All of them."""
+    return tuple(binding for _, binding in txn.scan(BINDINGS))
 
 
 def bindings_of(txn: Txn, instance_id: str) -> tuple[Binding, ...]:

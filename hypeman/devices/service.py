@@ -24,7 +24,7 @@ from hypeman.devices import binding, registry, slots, vgpu
 from hypeman.devices.binding import Binder
 from hypeman.devices.facts import VFIO_DRIVER, check_device_name, default_name, parse_address
 from hypeman.devices.pciids import PciIds
-from hypeman.devices.registry import DEVICES, VGPUS
+from hypeman.devices.registry import DEVICES, VGPUS, binding_rows
 from hypeman.devices.slots import Slots
 from hypeman.devices.types import (
     AvailableDevice,
@@ -47,6 +47,10 @@ from hypeman.store import Store, Txn
 log = logging.getLogger(__name__)
 
 
+LOOK_EVERY = 5.0
+"""Seconds. A look is one stat for each function that an instance has."""
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
@@ -63,10 +67,14 @@ class Devices:
         sysfs: Sysfs | None = None,
         proc_root: Path = Path("/proc"),
         now: Callable[[], datetime] = utc_now,
+        on_vanished: Callable[[str, str], None] = lambda instance_id, text: None,
     ) -> None:
         self._store = store
         self._config = config
         self._now = now
+        self._on_vanished = on_vanished
+        self.look_every = LOOK_EVERY
+        """Seconds between two looks whether functions that instances have are still there."""
         self._sysfs = sysfs or Sysfs(Path(config.sysfs_root))
         self._pci = Pci(self._sysfs, Path(config.dev_root))
         mdev = Mdev(self._sysfs)
@@ -81,9 +89,26 @@ class Devices:
         await self.prepare()
         await self._settle()
         task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_vanished)
+            while True:
+                await self._sysfs.wait_returned()
+                await self._settle()
+
+    async def _watch_vanished(self) -> None:
+        """Report functions that disappear while an instance has them: unplugged, or dropped by a failing bus."""
+        reported: set[str] = set()
         while True:
-            await self._sysfs.wait_returned()
-            await self._settle()
+            await trio.sleep(self.look_every)
+            bound = {binding.address: binding for binding in self._store.read(binding_rows) if not binding.leaving}
+            missing = {address for address in bound if not self._pci.exists(address)}
+            for address in sorted(missing - reported):
+                text = f"PCI function {address} has vanished from the host while the instance has it"
+                log.error("instance %s: %s", bound[address].instance_id, text)
+                self._on_vanished(bound[address].instance_id, text)
+            for address in sorted(reported & bound.keys() - missing):
+                log.warning("PCI function %s is there again; its instance must be stopped and started", address)
+            reported = missing
 
     # The registry
 
@@ -125,8 +150,9 @@ class Devices:
         return self._device(self._store.read(lambda txn: registry.find(txn, ref)))
 
     async def delete(self, ref: str) -> None:
-        """Forget the registration. Raises NotFound, or InUse while an instance has the device."""
-        await self._store.write(lambda txn: registry.remove(txn, ref))
+        """Forget the registration. Raises NotFound, or InUse while an instance has the device, or while the kernel has
+        not returned from giving it back; then with the first failure."""
+        await self._store.write(lambda txn: registry.remove(txn, ref, self._binder.failures))
 
     async def available(self, *, everything: bool = False) -> tuple[AvailableDevice, ...]:
         """What can be passed through; with ``everything`` also what can not, and why."""
@@ -202,8 +228,8 @@ class Devices:
     async def bind(self, instance_id: str, *, uid: int = 0, gid: int = 0) -> None:
         """Make what the instance claimed usable by a VMM that runs as ``uid``, or leave all as it was.
 
-        Raises NotFound ``device_not_found`` or Conflict for a device that is gone or has become
-        unusable, HostError for what the kernel refused.
+        Raises Conflict, with the device's name, for one that is missing or has become unusable, HostError for what
+        the kernel refused.
         """
         records, claim = self._store.read(
             lambda txn: (registry.attached(txn, instance_id), txn.get(VGPUS, instance_id))
@@ -290,6 +316,7 @@ class Devices:
             created_at=record.created_at,
             name=record.name,
             attached_to=record.attached_to,
+            missing=UNSET if self._pci.exists(record.pci_address) else True,
             tags=record.tags or UNSET,
         )
 

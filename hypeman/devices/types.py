@@ -40,7 +40,10 @@ class Device(Struct, frozen=True, kw_only=True):
     bound_to_vfio: Annotated[bool, Meta(description="As of now")]
     created_at: Timestamp
     name: str
-    attached_to: Annotated[str | None, Meta(description="Instance that has it")] = None
+    attached_to: Annotated[
+        str | None, Meta(description="Instance that has it. A stopped instance keeps its devices until it is deleted")
+    ] = None
+    missing: Annotated[bool | UnsetType, Meta(description="True where the host has no such function now")] = UNSET
     tags: TagMap | UnsetType = UNSET
 
 

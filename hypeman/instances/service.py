@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -340,6 +340,10 @@ class Instances:
         await self.catalog.wait_ready()
         task = self.task(ref)
         return self.view(await task.perform(Command.START, lambda owned: start(owned, request.entrypoint, request.cmd)))
+
+    def device_vanished(self, instance_id: str, text: str) -> None:
+        """A device of a living instance has disappeared from the host: into the journal, for the instance's owner."""
+        self.world.journal(instance_id, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ} {text}")
 
     async def plug_in_again(self, instance_id: str) -> None:
         """Somebody deleted the TAP of a living instance; it is there again."""

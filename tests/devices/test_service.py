@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from msgspec import UNSET
 
 from hypeman.config import DevicesConfig
@@ -303,6 +304,11 @@ async def test_a_driver_that_never_lets_go_does_not_hang_the_server(
             assert bindings(store) == [GPU, AUDIO, NIC]
             with pytest.raises(InUse, match="still being given back"):
                 await claim(store, devices, "three", "nic")
+            for _ in range(2):  # a later attempt says what went wrong first, and not that something is under way
+                with pytest.raises(InUse, match=f"{NIC}.*given back by instance one.*e1000e/unbind"):
+                    await devices.delete("nic")
+                with pytest.raises(HostStuck, match=f"PCI function {NIC} .*e1000e/unbind has not returned"):
+                    await devices.unbind("one")
             await devices.unbind("two")
             gate.set()
             await until(lambda: not bindings(store))
@@ -317,12 +323,47 @@ async def test_a_device_unplugged_while_registered(machine: Machine, store: Stor
     await register(devices, NIC, "nic")
     await claim(store, devices, "one", "nic")
     machine.tree.remove(NIC)
-    with pytest.raises(NotFound) as error:
+    with pytest.raises(Conflict, match=f"device nic .{NIC}. is missing"):
         await devices.bind("one")
-    assert error.value.code == "device_not_found"
     assert not devices.get("nic").bound_to_vfio
+    assert devices.get("nic").missing is True
     await release(store, devices, "one")
     await devices.delete("nic")
+
+
+async def test_a_device_that_vanishes_from_a_running_guest_is_reported_once(
+    machine: Machine, store: Store, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal: list[tuple[str, str]] = []
+    devices = machine.service(store, on_vanished=lambda instance, text: journal.append((instance, text)))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(devices.run)
+        await register(devices, NIC, "nic")
+        await claim(store, devices, "one", "nic")
+        await devices.bind("one")
+        await trio.sleep(60)
+        assert (journal, devices.get("nic").missing) == ([], UNSET)
+        machine.tree.remove(NIC)
+        await trio.sleep(60)
+        [(instance, text)] = journal
+        assert (instance, NIC in text, "vanished" in text) == ("one", True, True)
+        assert NIC in caplog.text
+        assert devices.list()[0].missing is True
+        await devices.unbind("one")
+        await trio.sleep(60)
+        assert len(journal) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_stopped_instance_keeps_its_device(store: Store, devices: Devices) -> None:
+    """Decided so: a start never fails because somebody else took the device meanwhile. See README.md."""
+    await register(devices, NIC, "nic")
+    await claim(store, devices, "one", "nic")
+    await devices.bind("one")
+    await devices.unbind("one")
+    assert devices.get("nic").attached_to == "one"
+    with pytest.raises(InUse, match="attached to instance one"):
+        await claim(store, devices, "two", "nic")
 
 
 async def test_a_device_unplugged_while_bound_can_be_given_back(
