@@ -251,6 +251,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         paths=paths,
         files=files,
         disks=disks,
+        fill=images.fill_volume,
         max_total=parse_size(config.limits.max_total_volume_storage or "0"),
     )
     snapshots = Snapshots(store=store, instances=instances)

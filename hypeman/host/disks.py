@@ -1,7 +1,7 @@
 """Formatted disks: ext4 in sparse files.
 
 An empty disk is a copy of a template of its size, formatted once: a sparse copy takes 8 ms and a
-reflink 1 ms where mkfs takes 20. A disk with content is made by mkfs from a directory.
+reflink 1 ms where mkfs takes 20.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import trio
 
-from hypeman.errors import InvalidRequest
 from hypeman.host.files import Files
-from hypeman.host.processes import Processes, ToolFailed
+from hypeman.host.processes import Processes
 
 _MOST_TEMPLATES = 16
 """Sizes kept; an odd size more is formatted each time."""
@@ -46,21 +45,6 @@ class Disks:
                 await self._format(side, size, 0)
                 await self._files.publish(side, template)
         await self._files.copy(template, path, uid=uid, gid=uid)
-
-    async def fill(self, path: Path, size: int, tree: Path) -> None:
-        """A disk of ``size`` bytes at ``path`` with the content of directory ``tree``.
-
-        Raises InvalidRequest if the content does not fit.
-        """
-        await self._files.remove(path)
-        await self._files.make_sparse(path, size)
-        try:
-            await self._processes.run((*_MKFS, "-d", str(tree), str(path)), timeout=_MKFS_SECONDS)
-        except ToolFailed as error:
-            await self._files.remove(path)
-            if "Could not allocate" in str(error) or "No space" in str(error) or "too small" in str(error):
-                raise InvalidRequest("the content does not fit on the volume", code="archive_too_large") from error
-            raise
 
     async def _format(self, path: Path, size: int, uid: int) -> None:
         await self._files.remove(path)

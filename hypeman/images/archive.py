@@ -1,8 +1,8 @@
 """Images without a registry: OCI layouts and archives, and what ``docker save`` writes.
 
-Every file of an archive goes to the blob cache under the digest of its bytes while it streams by;
-then the index is read, and what the image does not need is removed again. Nothing in an archive is
-trusted for its name: a blob is what its digest says, a path is only a key in a table.
+The archive is stored, a worker without rights says where in it the files lie, and those that its images need
+go to the blob cache under the digest of their bytes. Nothing in an archive is trusted for its name: a blob is
+what its digest says, a path is only a key in a table.
 
     index.json, blobs/sha256/<hex>              OCI layout; also newer ``docker save``
     manifest.json, <hex>.json, */layer.tar      older ``docker save``; gets an OCI-like manifest here
@@ -15,17 +15,18 @@ from __future__ import annotations
 import hashlib
 import os
 import posixpath
-from collections.abc import AsyncIterable, Callable, Iterator
+from collections.abc import AsyncIterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import msgspec
 import trio
 from msgspec import Meta
 
 from hypeman.errors import InvalidRequest
-from hypeman.images.blobs import Blobs
-from hypeman.images.failures import first_failure
+from hypeman.host.files import HostError
+from hypeman.images.blobs import Blobs, write_all
+from hypeman.images.convert import MAX_MEMBERS, ConversionFailed, running_worker
 from hypeman.images.manifest import (
     CONFIG_TYPES,
     INDEX_TYPES,
@@ -44,20 +45,38 @@ from hypeman.images.manifest import (
     parse_manifest,
 )
 from hypeman.images.reference import Platform
-from hypeman.images.tar import Kind, Source, TarError, TarReader
-from hypeman.images.unpack import sniff, unpack
+from hypeman.images.tar import TarError
+from hypeman.images.unpack import sniff
+from hypeman.images.worker import Sort
 
-Imported = tuple[Manifest, str, str]
-"""Manifest, its digest, and the name that the archive gives its image (empty if none)."""
+
+class Imported(msgspec.Struct, frozen=True):
+    """One image of an archive; its blobs are in the cache."""
+
+    manifest: Manifest
+    digest: str
+    names: tuple[str, ...]
+    """That the archive gives it."""
+
 
 _COPY = 1 << 20
 _MAX_NESTING = 3
+_MAX_IMAGES = 64
+"""In one archive."""
 _NAME_ANNOTATIONS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 _DOCKER_LAYERS = {
     Compression.NONE: "application/vnd.docker.image.rootfs.diff.tar",
     Compression.GZIP: "application/vnd.docker.image.rootfs.diff.tar.gzip",
     Compression.ZSTD: "application/vnd.docker.image.rootfs.diff.tar.zstd",
 }
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What an archive may have, and which of several images is wanted."""
+
+    max_bytes: int
+    max_entries: int
+    platform: Platform
 
 
 class _Saved(msgspec.Struct, frozen=True):
@@ -68,235 +87,267 @@ class _Saved(msgspec.Struct, frozen=True):
     repo_tags: tuple[str, ...] | None = msgspec.field(name="RepoTags", default=None)
 
 
-class _Member(msgspec.Struct, frozen=True):
-    """A file of the archive, in the cache."""
-
-    digest: str
-    size: int
-    compression: Compression
-
-
 async def import_stream(
-    chunks: AsyncIterable[bytes], blobs: Blobs, max_bytes: int, max_entries: int, platform: Platform
-) -> Imported:
-    """Take in an archive as it streams by. Raises InvalidRequest; the cache is then as before.
+    chunks: AsyncIterable[bytes], blobs: Blobs, bounds: Bounds, turns: trio.CapacityLimiter
+) -> list[Imported]:
+    """Take in an archive from the network. Raises InvalidRequest; the cache is then as before.
 
-    Reading happens in a thread. If the sender fails or the caller is cancelled, nothing is kept.
+    If the sender fails or the caller is cancelled, nothing is kept.
     """
-    send, receive = trio.open_memory_channel[bytes](4)
-
-    async def feed() -> None:
-        async with send:
-            async for chunk in chunks:
-                await send.send(chunk)
-
-    def pull() -> Iterator[bytes]:
-        while True:
-            try:
-                yield trio.from_thread.run(receive.receive)
-            except trio.EndOfChannel:
-                return
-
-    importer = _Importer(blobs, max_bytes, max_entries, platform)
+    fd, partial = blobs.begin()
+    blobs.abandon(partial)  # the open file is all that is needed
     try:
-        async with receive, trio.open_nursery() as nursery:
-            nursery.start_soon(feed)
-            result = await trio.to_thread.run_sync(importer.from_archive, pull())
-            nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as group:
-        raise first_failure(group) from None
-    return result
+        total = 0
+        async for chunk in chunks:
+            total += len(chunk)
+            if total > bounds.max_bytes:
+                raise InvalidRequest(f"the archive is larger than the {bounds.max_bytes} bytes that are allowed")
+            try:
+                await trio.to_thread.run_sync(write_all, fd, chunk)
+            except OSError as error:
+                raise HostError(f"the archive cannot be stored: {error.strerror}") from None
+        return await _import_archive(fd, blobs, bounds, turns)
+    finally:
+        os.close(fd)
 
 
-async def import_file(path: Path, blobs: Blobs, max_bytes: int, max_entries: int, platform: Platform) -> Imported:
+async def import_file(path: Path, blobs: Blobs, bounds: Bounds, turns: trio.CapacityLimiter) -> list[Imported]:
     """Take in an archive or the directory of an OCI layout. Raises InvalidRequest; the cache is then as before."""
-
-    def work() -> Imported:
-        importer = _Importer(blobs, max_bytes, max_entries, platform)
+    try:
+        if await trio.to_thread.run_sync(path.is_dir):
+            return await trio.to_thread.run_sync(_Importer(_Directory(path), blobs, bounds.platform).run)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            if path.is_dir():
-                return importer.from_directory(path)
-            with open(path, "rb") as file:
-                return importer.from_archive(iter(lambda: file.read(_COPY), b""))
-        except OSError as error:
-            raise InvalidRequest(f"{path} can not be read: {error.strerror}") from None
+            return await _import_archive(fd, blobs, bounds, turns)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise InvalidRequest(f"{path} can not be read: {error.strerror}") from None
 
-    return await trio.to_thread.run_sync(work)
+
+async def _import_archive(fd: int, blobs: Blobs, bounds: Bounds, turns: trio.CapacityLimiter) -> list[Imported]:
+    plain, partial = blobs.begin()
+    blobs.abandon(partial)
+    try:
+        async with running_worker(turns) as worker:
+            found = await worker.sort(Sort(bounds.max_bytes, min(bounds.max_entries, MAX_MEMBERS)), fd, plain)
+            members = {member.name: (member.offset, member.size) for member in worker.members}
+            links = {link.name: link.target for link in worker.links}
+        archive = _Archive(fd if found.plain else plain, members, links)
+        return await trio.to_thread.run_sync(_Importer(archive, blobs, bounds.platform).run)
+    except ConversionFailed as error:
+        if not error.blame_image:
+            raise
+        raise InvalidRequest(f"the archive can not be imported: it {error.message}") from None
+    finally:
+        os.close(plain)
+
+
+class _Files(Protocol):
+    """The files of an archive or a directory, by name."""
+
+    def find(self, name: str) -> str:
+        """The name of a file that ``name`` stands for, through links; empty if there is none."""
+
+    def open(self, name: str) -> tuple[int, int, int]:
+        """A new descriptor; where in it the file begins, and its size."""
+
+
+class _Archive:
+    def __init__(self, fd: int, members: dict[str, tuple[int, int]], links: dict[str, str]) -> None:
+        self._fd = fd
+        self._members = members
+        self._links = links
+
+    def find(self, name: str) -> str:
+        for _ in range(8):
+            if name in self._members:
+                return name
+            if name not in self._links:
+                break
+            name = self._links[name]
+        return ""
+
+    def open(self, name: str) -> tuple[int, int, int]:
+        return os.dup(self._fd), *self._members[name]
+
+
+class _Directory:
+    """An OCI layout; links are not followed."""
+
+    def __init__(self, path: Path) -> None:
+        blobs = path / "blobs" / "sha256"
+        found = [path / "index.json", *(blobs.iterdir() if blobs.is_dir() else ())]
+        self._files = {str(file.relative_to(path)): file for file in found if file.is_file()}
+
+    def find(self, name: str) -> str:
+        return name if name in self._files else ""
+
+    def open(self, name: str) -> tuple[int, int, int]:
+        fd = os.open(self._files[name], os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return fd, 0, os.fstat(fd).st_size
 
 
 class _Importer:
-    def __init__(self, blobs: Blobs, max_bytes: int, max_entries: int, platform: Platform) -> None:
+    def __init__(self, files: _Files, blobs: Blobs, platform: Platform) -> None:
+        self._files = files
         self._blobs = blobs
-        self._max_bytes = max_bytes
-        self._max_entries = max_entries
         self._platform = platform
-        self._members: dict[str, _Member] = {}
-        self._links: dict[str, str] = {}
         self._added: set[str] = set()
         """Digests that were not in the cache before."""
 
-    def from_archive(self, chunks: Iterator[bytes]) -> Imported:
-        return self._import(lambda: self._take_archive(chunks))
-
-    def from_directory(self, path: Path) -> Imported:
-        return self._import(lambda: self._take_directory(path))
-
-    def _import(self, take: Callable[[], None]) -> Imported:
-        needed: set[str] = set()
+    def run(self) -> list[Imported]:
+        """Copy what the images need into the cache. Raises InvalidRequest. Blocks."""
         try:
-            take()
-            manifest, digest, name = self._choose()
-            parse_config(self._read(manifest.config.digest, MAX_CONFIG_BYTES), manifest)
-            needed = {digest, manifest.config.digest, *(layer.digest for layer in manifest.layers)}
-            present = {member.digest for member in self._members.values()} | {digest}
-            if missing := needed - present:
-                raise ManifestError(f"blob {min(missing)} is missing")
-            return manifest, digest, name
-        except (TarError, ManifestError) as error:
-            needed = set()
-            raise InvalidRequest(f"the archive can not be imported: {error}") from None
-        except BaseException:
-            needed = set()
-            raise
-        finally:
-            for digest in self._added - needed:
+            if self._files.find("index.json"):
+                return self._from_layout()
+            if self._files.find("manifest.json"):
+                return self._from_docker()
+            raise ManifestError("it has neither an index.json (OCI) nor a manifest.json (docker save)")
+        except BaseException as error:
+            for digest in self._added:
                 self._blobs.remove(digest)
+            if isinstance(error, TarError | ManifestError):
+                raise InvalidRequest(f"the archive can not be imported: {error}") from None
+            raise
 
-    # Bytes to the cache
+    # OCI layouts
 
-    def _take_archive(self, chunks: Iterator[bytes]) -> None:
-        left = next(chunks, b"")
-        compression = sniff(left)
+    def _from_layout(self) -> list[Imported]:
+        index = parse_manifest(self._read("index.json", MAX_MANIFEST_BYTES))
+        if not isinstance(index, Index):
+            raise ManifestError("its index.json is no index")
+        by_name: dict[str, list[Descriptor]] = {}
+        for entry in index.manifests:
+            if entry.media_type in INDEX_TYPES + MANIFEST_TYPES:
+                by_name.setdefault(_name_of(entry), []).append(entry)
+        if len(by_name) > 1:
+            by_name.pop("", None)  # attestations and the like
+        images: dict[str, Imported] = {}
+        for name, entries in (by_name or {"": []}).items():
+            image = self._from_index(msgspec.structs.replace(index, manifests=tuple(entries)))
+            names = (*images[image.digest].names, name) if image.digest in images else (name,)
+            images[image.digest] = msgspec.structs.replace(image, names=tuple(filter(None, names)))
+        return list(images.values())
 
-        def read(size: int) -> bytes:
-            nonlocal left
-            while not left:
-                if (following := next(chunks, None)) is None:
-                    return b""
-                left = following
-            taken, left = left[:size], left[size:]
-            return taken
-
-        source = Source(unpack(read, compression), limit=self._max_bytes)
-        reader = TarReader(source, max_entries=self._max_entries)
-        while (entry := reader.next_entry()) is not None:
-            name = _clean(entry.name)
-            if entry.kind is Kind.FILE and entry.pieces is None:
-                self._keep(name, entry.size, reader.data)
-            elif entry.kind is Kind.SYMLINK:
-                self._links[name] = _clean(posixpath.join(posixpath.dirname(name.encode()), entry.target))
-            elif entry.kind is Kind.HARD_LINK:
-                self._links[name] = _clean(entry.target)
-
-    def _take_directory(self, path: Path) -> None:
-        """The few files of an OCI layout; links are not followed."""
-        blobs = path / "blobs" / "sha256"
-        files = [path / "index.json", *(sorted(blobs.iterdir()) if blobs.is_dir() else [])]
-        for file in files:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            with open(fd, "rb") as opened:
-                size = os.fstat(fd).st_size
-                self._keep(str(file.relative_to(path)), size, opened.read)
-
-    def _keep(self, name: str, size: int, read: Callable[[int], bytes]) -> None:
-        fd, partial = self._blobs.begin()
-        try:
-            digest, head, left = hashlib.sha256(), b"", size
-            while left:
-                data = read(min(left, _COPY))
-                if not data:
-                    raise TarError(f"has a file {name!r} that is shorter than it was")
-                head = head or data[:4]
-                digest.update(data)
-                left -= os.write(fd, data)
-            found = f"sha256:{digest.hexdigest()}"
-            if name.startswith("blobs/sha256/") and name != f"blobs/sha256/{digest.hexdigest()}":
-                raise TarError(f"has a blob {name!r} with other content than its name says")
-            if not self._blobs.path(found).exists():
-                self._added.add(found)
-                self._blobs.publish(fd, partial, found)
-            self._members[name] = _Member(found, size, sniff(head))
-        finally:
-            os.close(fd)
-            self._blobs.abandon(partial)
-
-    # From the cache to a manifest
-
-    def _choose(self) -> Imported:
-        if "index.json" in self._members:
-            return self._from_layout()
-        if "manifest.json" in self._members:
-            return self._from_docker()
-        raise ManifestError("it has neither an index.json (OCI) nor a manifest.json (docker save)")
-
-    def _from_layout(self) -> Imported:
-        document = parse_manifest(self._read(self._members["index.json"].digest, MAX_MANIFEST_BYTES))
-        name, digest = "", ""
+    def _from_index(self, document: Manifest | Index) -> Imported:
+        digest = name = ""
         for _ in range(_MAX_NESTING):
             if not isinstance(document, Index):
                 break
             images = [entry for entry in document.manifests if entry.media_type in INDEX_TYPES + MANIFEST_TYPES]
             chosen = images[0] if len(images) == 1 else choose_platform(document, self._platform)
-            name = name or _name_of(chosen)
             digest = chosen.digest
-            document = parse_manifest(self._read(digest, MAX_MANIFEST_BYTES), chosen.media_type)
+            document = parse_manifest(self._read_blob(digest, MAX_MANIFEST_BYTES), chosen.media_type)
         if isinstance(document, Index):
             raise ManifestError(f"its index points to indexes more than {_MAX_NESTING} levels deep")
-        return document, digest, name
+        parse_config(self._read_blob(document.config.digest, MAX_CONFIG_BYTES), document)
+        for blob in (digest, document.config.digest, *(layer.digest for layer in document.layers)):
+            self._keep(self._find(_blob_name(blob)), blob)
+        return Imported(document, digest, (name,) if name else ())
 
-    def _from_docker(self) -> Imported:
-        text = self._read(self._members["manifest.json"].digest, MAX_MANIFEST_BYTES)
+    def _read_blob(self, digest: str, limit: int) -> bytes:
+        data = self._read(self._find(_blob_name(digest)), limit)
+        if digest_of(data) != digest:
+            raise ManifestError(f"blob {digest} has other content than its name says")
+        return data
+
+    # docker save
+
+    def _from_docker(self) -> list[Imported]:
+        text = self._read("manifest.json", MAX_MANIFEST_BYTES)
         try:
             saved = msgspec.json.decode(text, type=tuple[_Saved, ...])
         except msgspec.DecodeError as error:
             raise ManifestError(f"its manifest.json can not be read: {error}") from None
-        if len(saved) != 1:
-            raise ManifestError(f"it holds {len(saved)} images; save them one at a time")
-        config = self._find(saved[0].config)
-        layers = [self._find(name) for name in saved[0].layers]
+        if not 0 < len(saved) <= _MAX_IMAGES:
+            raise ManifestError(f"it has {len(saved)} images; 1 to {_MAX_IMAGES} are possible")
+        return [self._from_saved(image) for image in saved]
+
+    def _from_saved(self, saved: _Saved) -> Imported:
+        layers = [self._find(_clean(name)) for name in saved.layers]
         manifest = Manifest(
             schema_version=2,
             media_type=MANIFEST_TYPES[1],
-            config=Descriptor(config.digest, config.size, CONFIG_TYPES[1]),
-            layers=tuple(Descriptor(found.digest, found.size, _DOCKER_LAYERS[found.compression]) for found in layers),
+            config=self._describe(self._find(_clean(saved.config)), CONFIG_TYPES[1]),
+            layers=tuple(self._describe(name) for name in layers),
         )
+        parse_config(self._read(self._find(_clean(saved.config)), MAX_CONFIG_BYTES), manifest)
         data = msgspec.json.encode(manifest)
         digest = digest_of(data)
-        self._keep(f"blobs/sha256/{digest.removeprefix('sha256:')}", len(data), lambda _: data)
-        return _checked(data), digest, next(iter(saved[0].repo_tags or ()), "")
+        document = parse_manifest(data)
+        assert isinstance(document, Manifest)
+        fd, partial = self._blobs.begin()
+        try:
+            write_all(fd, data)
+            self._publish(fd, partial, digest)
+        finally:
+            os.close(fd)
+            self._blobs.abandon(partial)
+        return Imported(document, digest, saved.repo_tags or ())
 
-    def _find(self, name: str) -> _Member:
-        """A file by its name in the archive, through links."""
-        path = _clean(name.encode())
-        for _ in range(8):
-            if path in self._members:
-                return self._members[path]
-            if path not in self._links:
-                break
-            path = self._links[path]
-        raise ManifestError(f"{name[:200]!r} is missing")
+    def _describe(self, name: str, media_type: str = "") -> Descriptor:
+        """The descriptor of a file, which goes to the cache. A layer's type is that of its bytes."""
+        digest, size, head = self._keep(name)
+        return Descriptor(digest, size, media_type or _DOCKER_LAYERS[sniff(head)])
 
-    def _read(self, digest: str, limit: int) -> bytes:
-        fd = self._blobs.open(digest)
-        if fd is None:
-            raise ManifestError(f"blob {digest} is missing")
-        with open(fd, "rb") as file:
-            data = file.read(limit + 1)
-        if len(data) > limit:
-            raise ManifestError(f"blob {digest} is longer than {limit} bytes, too long for what it should be")
-        return data
+    # Bytes
+
+    def _find(self, name: str) -> str:
+        found = self._files.find(name)
+        if not found:
+            raise ManifestError(f"{name[:200]!r} is missing")
+        return found
+
+    def _read(self, name: str, limit: int) -> bytes:
+        fd, offset, size = self._files.open(self._find(name))
+        try:
+            if size > limit:
+                raise ManifestError(f"{name[:200]!r} is longer than {limit} bytes, too long for what it should be")
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
+    def _keep(self, name: str, wanted: str = "") -> tuple[str, int, bytes]:
+        """Copy a file to the cache, which must have the digest ``wanted`` if one is named.
+
+        Returns its digest, its size and its first bytes.
+        """
+        source, offset, size = self._files.open(name)
+        fd, partial = self._blobs.begin()
+        try:
+            digest, head, left = hashlib.sha256(), b"", size
+            while left:
+                data = os.pread(source, min(left, _COPY), offset)
+                if not data:
+                    raise TarError(f"has a file {name[:200]!r} that is shorter than it was")
+                head = head or data[:8]
+                digest.update(data)
+                write_all(fd, data)
+                offset, left = offset + len(data), left - len(data)
+            found = f"sha256:{digest.hexdigest()}"
+            if wanted and found != wanted:
+                raise TarError(f"has a blob {name[:200]!r} with other content than its name says")
+            self._publish(fd, partial, found)
+            return found, size, head
+        finally:
+            os.close(source)
+            os.close(fd)
+            self._blobs.abandon(partial)
+
+    def _publish(self, fd: int, partial: Path, digest: str) -> None:
+        if not self._blobs.path(digest).exists():
+            self._added.add(digest)
+            self._blobs.publish(fd, partial, digest)
 
 
-def _checked(data: bytes) -> Manifest:
-    """A manifest that we wrote ourselves, through the same checks as all others."""
-    document = parse_manifest(data)
-    assert isinstance(document, Manifest)
-    return document
+def _blob_name(digest: str) -> str:
+    return f"blobs/sha256/{digest.removeprefix('sha256:')}"
 
 
-def _clean(name: bytes) -> str:
-    """A path as a key: no leading or doubled slashes, no dots. Where it leads does not matter here."""
-    return posixpath.normpath(name).decode(errors="surrogateescape").lstrip("/")
+def _clean(name: str) -> str:
+    """A path as the worker spells it."""
+    return posixpath.normpath(name).lstrip("/")
 
 
 def _name_of(entry: Descriptor) -> str:

@@ -115,5 +115,11 @@ class Blobs:
         return found
 
 
+def write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
 def _is_download(name: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", name) is not None

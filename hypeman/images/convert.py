@@ -1,4 +1,7 @@
-"""The server's side of the worker (``worker.py``): starts it, hands it layers, waits for the disk.
+"""The server's side of the worker (``worker.py``): starts it, hands it archives, waits for what comes of them.
+
+Workers take turns: after a second of work one that yields goes behind those that wait, so an archive that
+takes an hour delays others by a second at a time.
 
 The worker lives as long as the ``async with``: left early (an error, a cancelled pull), it is killed
 and gone when the block ends.
@@ -11,7 +14,7 @@ import logging
 import os
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -20,83 +23,123 @@ import msgspec
 import trio
 
 import hypeman
-from hypeman.errors import InternalError
+from hypeman.errors import InternalError, InvalidRequest
 from hypeman.host.processes import tool_environment
 from hypeman.images import worker
-from hypeman.images.worker import Applied, Begin, Done, Failed, Finish, Layer, Progress, Report, Request
+from hypeman.images.worker import (
+    Applied,
+    Done,
+    Failed,
+    Fill,
+    Finish,
+    Layer,
+    Link,
+    Member,
+    Progress,
+    Report,
+    Request,
+    Sort,
+    Sorted,
+    Turn,
+    Yield,
+)
 
 log = logging.getLogger(__name__)
 
-R = TypeVar("R", Applied, Done)
+MAX_VOLUME_ENTRIES = 1_000_000
+MAX_MEMBERS = 20_000
+"""Files and links of an archive with images."""
+
+R = TypeVar("R", Applied, Done, Sorted)
 
 _decode_report = msgspec.json.Decoder(Report).decode
 
 
 class ConversionFailed(InternalError):
-    """No disk was made. ``blame_image`` tells whether the image is at fault, or this host."""
+    """Nothing was made."""
 
-    def __init__(self, message: str, *, blame_image: bool) -> None:
+    def __init__(self, message: str, *, blame_image: bool, too_large: bool = False) -> None:
+        """``blame_image``: the archive is at fault, not this host. ``too_large``: it is more than was allowed."""
         super().__init__(message)
         self.blame_image = blame_image
+        self.too_large = too_large
 
 
 class Conversion:
-    """A running worker."""
+    """A running worker. It works only while it has one of the ``turns`` that all workers share."""
 
-    def __init__(self, link: trio.socket.SocketType, errors: int, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, link: trio.socket.SocketType, errors: int, turns: trio.CapacityLimiter) -> None:
         self._link = link
         self._errors = errors
-        self._on_bytes = on_bytes
+        self._turns = turns
+        self.bytes = 0
+        """Unpacked so far."""
+        self.members: list[Member] = []
+        self.links: list[Link] = []
 
     async def apply(self, layer: Layer, blob: int) -> None:
         """Apply ``layer``, whose bytes are in the open file ``blob``, on top of those before.
 
         Raises ConversionFailed.
         """
-        await self.send(layer, [blob])
-        await self._wait_for(Applied)
+        await self._run(layer, [blob], Applied)
 
     async def finish(self) -> Done:
         """Write the rest of the disk and flush it."""
-        await self.send(Finish(), [])
-        return await self._wait_for(Done)
+        return await self._run(Finish(), [], Done)
+
+    async def sort(self, sort: Sort, archive: int, plain: int) -> Sorted:
+        """Collect ``members`` and ``links``."""
+        return await self._run(sort, [archive, plain], Sorted)
 
     async def send(self, message: Request, files: list[int]) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
         try:
             await self._link.sendmsg([msgspec.json.encode(message)], rights)
         except OSError:
-            await self._wait_for(Done)  # it has ended: its last words say why
+            await self._next_report(Done)  # it has ended: its last message says why
 
-    async def _wait_for(self, kind: type[R]) -> R:
+    async def _run(self, message: Request, files: list[int], kind: type[R]) -> R:
+        """Have the worker do one thing, in turns with other workers."""
+        while True:
+            # The limiter is fair: of those that wait, the first is served first.
+            async with self._turns:
+                await self.send(message, files)
+                report = await self._next_report(kind)
+            if not isinstance(report, Yield):
+                return report
+            message, files = Turn(), []
+
+    async def _next_report(self, kind: type[R]) -> R | Yield:
         while True:
             try:
                 data = await self._link.recv(worker.MAX_MESSAGE)
             except OSError:
                 data = b""
             if not data:
-                said = os.pread(self._errors, 20_000, 0).decode(errors="replace").strip()
-                log.error("the image worker ended unexpectedly: %s", said or "it was killed")
+                output = os.pread(self._errors, 20_000, 0).decode(errors="replace").strip()
+                log.error("the image worker ended unexpectedly: %s", output or "it was killed")
                 raise ConversionFailed(
-                    "the conversion ended unexpectedly, which the server's log tells more about", blame_image=False
+                    "the conversion ended unexpectedly; the server's log has the details", blame_image=False
                 )
             report = _decode_report(data)
             if isinstance(report, Failed):
-                raise ConversionFailed(report.message, blame_image=report.blame_image)
+                raise ConversionFailed(report.message, blame_image=report.blame_image, too_large=report.too_large)
+            if len(self.members) + len(self.links) > MAX_MEMBERS:
+                raise ConversionFailed("the worker reports more files than were asked for", blame_image=False)
             if isinstance(report, Progress):
-                self._on_bytes(report.bytes)
-            elif isinstance(report, kind):
+                self.bytes = report.bytes
+            elif isinstance(report, Member):
+                self.members.append(report)
+            elif isinstance(report, Link):
+                self.links.append(report)
+            elif isinstance(report, kind | Yield):
                 return report
 
 
 @asynccontextmanager
-async def converting(
-    disk: int, scratch: int, *, max_bytes: int, max_entries: int, uuid: str, on_bytes: Callable[[int], None]
-) -> AsyncIterator[Conversion]:
-    """A worker that writes into the open, empty file ``disk`` and keeps notes in ``scratch``.
-
-    ``on_bytes(n)`` is told how many unpacked bytes it has seen.
-    """
+async def running_worker(turns: trio.CapacityLimiter) -> AsyncIterator[Conversion]:
+    """A worker that has not begun anything yet."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     errors = os.memfd_create("image-worker-errors")
     process = None
@@ -107,10 +150,7 @@ async def converting(
                 worker.argv(theirs.fileno()), pass_fds=(theirs.fileno(),), env=environment,
                 stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True,
             )  # fmt: skip
-        link = trio.socket.from_stdlib_socket(ours)
-        conversion = Conversion(link, errors, on_bytes)
-        await conversion.send(Begin(max_bytes, max_entries, uuid), [disk, scratch])
-        yield conversion
+        yield Conversion(trio.socket.from_stdlib_socket(ours), errors, turns)
     finally:
         ours.close()
         if process is not None:
@@ -118,3 +158,21 @@ async def converting(
             with trio.CancelScope(shield=True):
                 await process.wait()
         os.close(errors)
+
+
+async def fill_volume(turns: trio.CapacityLimiter, archive: int, disk: int, *, max_bytes: int) -> None:
+    """Unpack an archive (tar, also compressed with gzip or zstd) into the empty ext4 file system ``disk``.
+
+    Both are open files; ``disk`` may be readable and writable. Raises InvalidRequest, with the code
+    ``archive_too_large`` if it does not fit, and InternalError if this host fails.
+    """
+    try:
+        async with running_worker(turns) as conversion:
+            await conversion.send(Fill(max_bytes, MAX_VOLUME_ENTRIES), [disk])
+            await conversion.apply(Layer("the archive", ""), archive)
+            await conversion.finish()
+    except ConversionFailed as error:
+        if not error.blame_image:
+            raise
+        code = "archive_too_large" if error.too_large else "invalid_request"
+        raise InvalidRequest(error.message, code=code) from None

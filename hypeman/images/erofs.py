@@ -251,8 +251,8 @@ class Writer(Sink):
 
     # When all layers are applied
 
-    def finish(self, tree: Tree, *, uuid: bytes) -> tuple[int, int]:
-        """Write directories, inodes and super block.
+    def finish(self, tree: Tree, *, uuid: bytes, on_entry: Callable[[], None] = lambda: None) -> tuple[int, int]:
+        """Write directories, inodes and super block. ``on_entry`` is called for every inode.
 
         Returns the size of the file system, and what its files would take without compression, in bytes.
         """
@@ -279,6 +279,7 @@ class Writer(Sink):
         assert out.at == meta_at * BLOCK
         block = directories_at
         for node in plan.inodes():
+            on_entry()
             out.fill(meta_at * BLOCK + node.place * 32)
             out.write(self._inode(node, block))
             if isinstance(node, Directory):

@@ -13,9 +13,11 @@ honest layer contains.
     a/.wh..wh.x                    left-overs of AUFS: ignored
     hard link                      one more name for a node of this layer or one below
 
-Symbolic links in the middle of a path are followed inside the tree, an absolute one from its root,
-as in a chroot. One that climbs above the root, or leads nowhere, is refused. Whiteouts only touch
-what came from the layers below, whatever the order within a layer's archive.
+Names are cleaned as other tools do: ``/a``, ``../a`` and ``b/../a`` all mean ``a``. Symbolic links in the
+middle of a path are followed inside the tree, an absolute one from its root; ``..`` in the root stays there,
+as in a chroot. Directories that a link leads to are made if they are missing. Whiteouts only touch what
+came from the layers below, whatever the order within a layer's archive. An archive that is no layer
+(a volume's) has none: there, such names are ordinary files.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hypeman.images.nodes import ENOUGH, Directory, Node, Shelf
-from hypeman.images.tar import Entry, Kind, TarError, TarReader
+from hypeman.images.tar import Entry, Kind, TarError, TarReader, TooLarge
 
 MAX_LINKS_FOLLOWED = 40
 """As in Linux."""
@@ -50,6 +52,10 @@ class LayerError(TarError):
     """A layer that can not be applied; the message names the entry."""
 
 
+class TooMany(LayerError, TooLarge):
+    """One entry more than there is room for."""
+
+
 class Sink:
     """Where the data of files goes while a layer is read."""
 
@@ -68,8 +74,9 @@ class Sink:
 class Tree:
     """The merged file tree of the layers applied so far."""
 
-    def __init__(self, *, max_entries: int = 2_000_000, enough: int = ENOUGH) -> None:
+    def __init__(self, *, max_entries: int = 2_000_000, enough: int = ENOUGH, whiteouts: bool = True) -> None:
         """``enough`` files may lie about unpacked (``nodes.py``)."""
+        self._whiteouts = whiteouts
         self._shelf = Shelf(enough=enough)
         self.root = self._shelf.directory(0o755, 0, None)
         self._max_entries = max_entries
@@ -100,7 +107,7 @@ class Tree:
             try:
                 self._apply(entry, reader, sink)
             except LayerError as error:
-                raise LayerError(f"entry {_shown(entry.name)} {error}") from None
+                raise type(error)(f"entry {_shown(entry.name)} {error}") from None
 
     def walk(self) -> Iterator[tuple[Directory, bytes, Node]]:
         """(parent, name, node) of everything below the root; parents first, names in byte order.
@@ -127,7 +134,7 @@ class Tree:
             self._describe(self.root, entry)
             return
         name = parts.pop()
-        if name.startswith(_WHITEOUT):
+        if self._whiteouts and name.startswith(_WHITEOUT):
             self._whiteout(parts, name, sink)
             return
         parent = self._here = self._parent(parts)
@@ -171,14 +178,14 @@ class Tree:
     def _add(self, parent: Directory, name: bytes, node: Node) -> None:
         self.entries += 1
         if self.entries > self._max_entries:
-            raise LayerError(f"is one more than the {self._max_entries} files that an image may have")
+            raise TooMany(f"is one more than the {self._max_entries} files that an image may have")
         parent.children[name] = node
         self._count(len(name))
 
     def _count(self, size: int) -> None:
         self._metadata += size
         if self._metadata > MAX_METADATA:
-            raise LayerError(f"exceeds the {MAX_METADATA} bytes of names and attributes that an image may have")
+            raise TooMany(f"exceeds the {MAX_METADATA} bytes of names and attributes that an image may have")
 
     def _link(self, parent: Directory, name: bytes, present: Node | None, entry: Entry, sink: Sink) -> None:
         parts = _split(entry.target)
@@ -259,18 +266,16 @@ class Tree:
         return here
 
     def _follow(self, here: Directory, parts: list[bytes], *, make: bool) -> Directory | None:
-        waiting = [(part, False) for part in reversed(parts)]
-        """Components still to go, the next one last, and whether it came out of a link."""
+        waiting = parts[::-1]
+        """Components still to go, the next one last."""
         followed = visited = 0
         while waiting:
-            part, from_link = waiting.pop()
+            part = waiting.pop()
             visited += 1
             if visited > MAX_STEPS:
                 raise LayerError("leads through too many directories")
             if part == b"..":
-                if here is self.root:
-                    raise LayerError("leads out of the root through a symbolic link")
-                here = here.parent
+                here = here.parent  # that of the root is the root
                 continue
             child = here.children.get(part)
             if isinstance(child, Directory):
@@ -282,13 +287,11 @@ class Tree:
                 if child.content.startswith(b"/"):
                     here = self.root
                 steps = [step for step in child.content.split(b"/") if step not in (b"", b".")]
-                waiting.extend((step, True) for step in reversed(steps))
+                waiting.extend(reversed(steps))
             elif not make:
                 return None
             elif child is not None:
                 raise LayerError(f"lies below {_shown(part)}, which is no directory")
-            elif from_link:
-                raise LayerError("leads through a symbolic link to nowhere in the image")
             else:
                 made = self._shelf.directory(0o755, self._layer, here)
                 self._add(here, part, made)
@@ -297,17 +300,17 @@ class Tree:
 
 
 def _split(name: bytes) -> list[bytes]:
-    """Components of a path below the root, or LayerError."""
-    if name.startswith(b"/"):
-        raise LayerError("has an absolute name")
+    """Components of a path below the root, cleaned; LayerError if no file system can have such a name."""
     if len(name) > MAX_PATH or b"\0" in name:
         raise LayerError(f"has a name that is longer than {MAX_PATH} bytes or has a zero byte in it")
-    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-    for part in parts:
-        if part == b"..":
-            raise LayerError("leads out of the root by '..'")
+    parts: list[bytes] = []
+    for part in name.split(b"/"):
         if len(part) > MAX_NAME:
             raise LayerError(f"has a component of {len(part)} bytes; file systems take {MAX_NAME}")
+        if part == b"..":
+            del parts[-1:]
+        elif part not in (b"", b"."):
+            parts.append(part)
     return parts
 
 

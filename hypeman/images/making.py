@@ -25,18 +25,16 @@ from hypeman.host.processes import Processes
 from hypeman.images import disks, worker
 from hypeman.images.auth import NOBODY, Login
 from hypeman.images.blobs import Blobs
-from hypeman.images.convert import Conversion, ConversionFailed, converting
+from hypeman.images.convert import Conversion, ConversionFailed, running_worker
 from hypeman.images.disks import Disks, Stored
 from hypeman.images.failures import first_failure
 from hypeman.images.manifest import (
     MAX_CONFIG_BYTES,
     MAX_MANIFEST_BYTES,
-    Compression,
     Config,
     Descriptor,
     Manifest,
     ManifestError,
-    compression_of,
     parse_config,
     parse_manifest,
     platform_of,
@@ -44,7 +42,6 @@ from hypeman.images.manifest import (
 from hypeman.images.reference import Platform, Reference
 from hypeman.images.registry import RegistryClient
 from hypeman.images.types import ImageConfig, ImageStatus, LayerProgress, Progress
-from hypeman.images.unpack import sniff
 from hypeman.units import parse_size
 
 _SPARE_BYTES = 64 << 20
@@ -81,7 +78,7 @@ class Job:
         """Known already, or None: it is fetched."""
         self.status = ImageStatus.PENDING
         self.blobs: dict[str, _Blob] = {}
-        self.unpacked = 0
+        self.conversion: Conversion | None = None
         self.scope = trio.CancelScope()
         self.given_up = False
         """Nobody wants it any more."""
@@ -92,7 +89,7 @@ class Job:
     @property
     def progress(self) -> Progress:
         layers = tuple(LayerProgress(b.descriptor.digest, b.descriptor.size, b.done) for b in self.blobs.values())
-        return Progress(self.status, layers, self.unpacked)
+        return Progress(self.status, layers, self.conversion.bytes if self.conversion is not None else 0)
 
 
 class Maker:
@@ -106,7 +103,8 @@ class Maker:
         self._blobs = blobs
         self._disks = disks
         self._downloads = trio.CapacityLimiter(config.max_concurrent_downloads)
-        self._conversions = trio.CapacityLimiter(conversions)
+        self.turns = trio.CapacityLimiter(conversions)
+        """Workers that may work at one time."""
         self._max_bytes = parse_size(config.max_image_size)
         self._processes = Processes()
         self._fetching: dict[str, trio.Lock] = {}
@@ -279,28 +277,16 @@ class Maker:
         with _opened(made / "root.erofs") as disk, _opened(made / "scratch") as scratch:
             (made / "scratch").unlink()
 
-            def on_bytes(count: int) -> None:
-                job.unpacked = count
-
-            async with converting(
-                disk, scratch, max_bytes=self._max_bytes, max_entries=self._config.max_image_entries,
-                uuid=job.digest.removeprefix("sha256:")[:32], on_bytes=on_bytes,
-            ) as conversion:  # fmt: skip
+            async with running_worker(self.turns) as conversion:
+                job.conversion = conversion
+                uuid = job.digest.removeprefix("sha256:")[:32]
+                begin = worker.Begin(self._max_bytes, self._config.max_image_entries, uuid)
+                await conversion.send(begin, [disk, scratch])
                 for layer, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True):
                     blob = job.blobs[layer.digest]
-                    await blob.here.wait()
-                    # Held for one layer at a time: a download that stalls keeps no other image waiting.
-                    async with self._conversions:
-                        await self._apply(conversion, layer, diff_id, blob.fd)
-                async with self._conversions:
-                    return await conversion.finish()
-
-    async def _apply(self, conversion: Conversion, layer: Descriptor, diff_id: str, fd: int) -> None:
-        compression = compression_of(layer)
-        if compression is Compression.GZIP:
-            # Builders have called plain or zstd layers gzip; readers are expected to look.
-            compression = sniff(os.pread(fd, 4, 0))
-        await conversion.apply(worker.Layer(layer.digest, diff_id, compression), fd)
+                    await blob.here.wait()  # without a turn: a download that stalls keeps no other image waiting
+                    await conversion.apply(worker.Layer(f"layer {layer.digest}", diff_id), blob.fd)
+                return await conversion.finish()
 
     def _forget(self, digests: list[str]) -> None:
         for digest in digests:

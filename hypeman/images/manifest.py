@@ -56,18 +56,14 @@ class Compression(enum.StrEnum):
     ZSTD = "zstd"
 
 
-_LAYER_TYPES = {
-    "application/vnd.oci.image.layer.v1.tar": Compression.NONE,
-    "application/vnd.oci.image.layer.v1.tar+gzip": Compression.GZIP,
-    "application/vnd.oci.image.layer.v1.tar+zstd": Compression.ZSTD,
-    "application/vnd.oci.image.layer.nondistributable.v1.tar": Compression.NONE,
-    "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip": Compression.GZIP,
-    "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd": Compression.ZSTD,
-    "application/vnd.docker.image.rootfs.diff.tar": Compression.NONE,
-    "application/vnd.docker.image.rootfs.diff.tar.gzip": Compression.GZIP,
-    "application/vnd.docker.image.rootfs.diff.tar.zstd": Compression.ZSTD,
-    "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip": Compression.GZIP,
-}
+_LAYER_TYPES = (
+    "application/vnd.oci.image.layer.v1.tar",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar",
+    "application/vnd.docker.image.rootfs.diff.tar",
+    "application/vnd.docker.image.rootfs.foreign.diff.tar",
+)
+_COMPRESSIONS = ("", "gzip", "zstd", "xz", "bzip2")
+"""Suffixes of layer types. The layer's bytes say how it is compressed, and whether that is supported."""
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
@@ -174,15 +170,15 @@ def _check_image(manifest: Manifest) -> None:
     if manifest.config.size > MAX_CONFIG_BYTES:
         raise ManifestError(f"the image's config is {manifest.config.size} bytes; {MAX_CONFIG_BYTES} are allowed")
     for layer in manifest.layers:
-        compression_of(layer)
+        if not _is_layer_type(layer.media_type):
+            raise ManifestError(f"a layer has the unknown media type {layer.media_type[:100]!r}")
 
 
-def compression_of(layer: Descriptor) -> Compression:
-    """How a layer is compressed, else ManifestError."""
-    found = _LAYER_TYPES.get(layer.media_type)
-    if found is None:
-        raise ManifestError(f"a layer has the unknown media type {layer.media_type[:100]!r}")
-    return found
+def _is_layer_type(media_type: str) -> bool:
+    return any(
+        media_type.startswith(known) and media_type[len(known) :].lstrip("+.") in _COMPRESSIONS
+        for known in _LAYER_TYPES
+    )
 
 
 def choose_platform(index: Index, wanted: Platform) -> Descriptor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,9 +29,10 @@ from hypeman.config import ImagesConfig
 from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidRequest, InvalidState, NotFound
 from hypeman.ids import check_tags, tags_match
 from hypeman.images import reference
-from hypeman.images.archive import import_file, import_stream
+from hypeman.images.archive import Bounds, Imported, import_file, import_stream
 from hypeman.images.auth import Login, login_of
 from hypeman.images.blobs import Blobs
+from hypeman.images.convert import fill_volume
 from hypeman.images.disks import Disks, Stored
 from hypeman.images.making import Job, MakeFailed, Maker
 from hypeman.images.manifest import Manifest, ManifestError, PlatformMissing, choose_platform, parse_manifest
@@ -198,15 +199,15 @@ class Images:
     ) -> Image:
         """Take in an OCI archive or one of ``docker save``, as it streams in.
 
-        ``name`` is given to the image; empty: the one in the archive, or else ``default_name``. Returns
-        when the archive is here.
+        ``name`` is given to the image; empty: the names in the archive, or else ``default_name``. An archive may
+        have several images: ``name`` then says which of them is wanted; without it all are imported, and the first
+        is returned. Returns when the archive is here.
         Raises InvalidRequest (bad name, bad archive), InternalError (disk).
         """
         wanted = parse_reference(name) if name else None
         checked = check_tags(tags or {})
-        limits = (self._max_bytes, self._config.max_image_entries)
-        manifest, digest, named = await import_stream(chunks, self._blobs, *limits, reference.host_platform())
-        return await self._imported(manifest, digest, wanted, named or default_name, checked)
+        found = await import_stream(chunks, self._blobs, self._import_bounds(), self._maker.turns)
+        return await self._imported(found, wanted, default_name, checked)
 
     async def import_path(
         self, path: str, *, name: str = "", tags: Mapping[str, str] | None = None, default_name: str = ""
@@ -222,9 +223,15 @@ class Images:
         )
         if not any(real.is_relative_to(directory) for directory in allowed):
             raise InvalidRequest(f"{path} is not below one of images.import_paths, which the configuration allows")
-        limits = (self._max_bytes, self._config.max_image_entries)
-        manifest, digest, named = await import_file(real, self._blobs, *limits, reference.host_platform())
-        return await self._imported(manifest, digest, wanted, named or default_name, checked)
+        found = await import_file(real, self._blobs, self._import_bounds(), self._maker.turns)
+        return await self._imported(found, wanted, default_name, checked)
+
+    def _import_bounds(self) -> Bounds:
+        return Bounds(self._max_bytes, self._config.max_image_entries, reference.host_platform())
+
+    async def fill_volume(self, archive: int, disk: int, *, max_bytes: int) -> None:
+        """``convert.fill_volume``, in turns with images that are being made."""
+        await fill_volume(self._maker.turns, archive, disk, max_bytes=max_bytes)
 
     async def list(self, *, tags: Mapping[str, str] | None = None) -> list[Image]:
         """All names with their images, newest first; with ``tags`` those that have all of these pairs."""
@@ -421,18 +428,20 @@ class Images:
         return job, row
 
     async def _imported(
-        self, manifest: Manifest, digest: str, wanted: Reference | None, named: str, tags: Mapping[str, str]
+        self, found: Sequence[Imported], wanted: Reference | None, default: str, tags: Mapping[str, str]
     ) -> Image:
-        if wanted is None:
-            if not named:
-                raise InvalidRequest("the archive does not name its image; give a name", code="invalid_name")
-            wanted = parse_reference(named)
-        if wanted.digest:
+        """Record the images of an archive under their names; the first of them."""
+        if wanted is not None and wanted.digest:
             raise InvalidRequest("an imported image is given a tag, not a digest", code="invalid_name")
-        job = Job(digest, None)
-        job.manifest = manifest
-        row = ImageRow(digest=digest, status=ImageStatus.PENDING, created_at=self._now(), source="")
-        return await self._record(str(wanted), row, job, dict(tags))
+        named = _names_for(found, wanted, default)
+        recorded = [await self._record_import(name, image, tags) for name, image in named]
+        return recorded[0]
+
+    async def _record_import(self, name: Reference, image: Imported, tags: Mapping[str, str]) -> Image:
+        job = Job(image.digest, None)
+        job.manifest = image.manifest
+        row = ImageRow(digest=image.digest, status=ImageStatus.PENDING, created_at=self._now(), source="")
+        return await self._record(str(name), row, job, dict(tags))
 
     async def _record(self, name: str, new: ImageRow, job: Job | None, tags: dict[str, str] | None) -> Image:
         """Write down that ``name`` is to stand for ``new``, and queue ``job`` unless it is under way or done."""
@@ -600,3 +609,20 @@ def _repoint(txn: Txn, digest: str, *, ready: bool) -> None:
         if naming.wanted == digest:
             target = digest if ready else naming.digest
             txn.put(NAMES, name, msgspec.structs.replace(naming, digest=target, wanted=""))
+
+
+def _names_for(found: Sequence[Imported], wanted: Reference | None, default: str) -> list[tuple[Reference, Imported]]:
+    """Which images of an archive are to be recorded, and as what. Raises InvalidRequest."""
+    if wanted is not None and len(found) == 1:
+        return [(wanted, found[0])]
+    named = [(parse_reference(name), image) for image in found for name in image.names]
+    if wanted is not None:
+        if fitting := [(name, image) for name, image in named if str(name) == str(wanted)]:
+            return fitting[:1]
+        offered = ", ".join(str(name) for name, _ in named) or "none of them has a name"
+        raise InvalidRequest(f"the archive has {len(found)} images, but not {wanted}: {offered[:500]}")
+    if not named and default and len(found) == 1:
+        return [(parse_reference(default), found[0])]
+    if not named:
+        raise InvalidRequest("the archive does not name its image; give a name", code="invalid_name")
+    return named

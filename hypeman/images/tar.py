@@ -35,6 +35,10 @@ class TarError(ValueError):
     """The archive is damaged, or says something that no layer may say."""
 
 
+class TooLarge(TarError):
+    """The archive has more than there is room for; it may be in order otherwise."""
+
+
 class Kind(enum.IntEnum):
     """What an entry is; the values are the file type bits of ``st_mode``."""
 
@@ -84,13 +88,18 @@ class Source:
         self.total = 0
         """Bytes taken from the chunks so far."""
 
+    @property
+    def position(self) -> int:
+        """Where in the stream the next byte lies."""
+        return self.total - len(self._chunk) + self._at
+
     def _next_chunk(self) -> bool:
         for chunk in self._chunks:
             if chunk:
                 self._chunk, self._at = chunk, 0
                 self.total += len(chunk)
                 if self.total > self._limit:
-                    raise TarError(f"unpacks to more than the {self._limit} bytes that are allowed")
+                    raise TooLarge(f"unpacks to more than the {self._limit} bytes that are allowed")
                 return True
         self._chunk, self._at = b"", 0
         return False
@@ -169,7 +178,7 @@ class TarReader:
                 return None
             self._left -= 1
             if self._left < 0:
-                raise TarError(f"has more than the {self._max_entries} entries that are allowed")
+                raise TooLarge(f"has more than the {self._max_entries} entries that are allowed")
             _check_sum(block)
             flag = block[156:157]
             if flag == b"x":

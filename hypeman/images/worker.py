@@ -1,12 +1,16 @@
-"""The process that turns layers into a disk: a program of its own, with next to no rights.
+"""The process that reads archives: a program of its own, with next to no rights.
 
-Everything that reads an image's bytes (decompression, tar, xattrs) happens here, as an ordinary
-user, without network, without a way to get rights back, and with limits on memory and file size.
+Everything that reads an archive's bytes (decompression, tar, xattrs) happens here, as an ordinary
+user, without network, without a way to get rights back, and with limits on memory and processor time.
 It owns no path: the server hands it open files over a socket. So a flaw in a decompressor is no
 way into the host, and the server's own requests do not wait for the interpreter lock.
 
-    server → worker   Begin (with the disk and a scratch file), Layer … (with the blob), Finish
-    worker → server   Progress …, Applied for each layer, then Done; or Failed, and it ends
+    layers into a root disk     Begin (with the disk and a scratch file), Layer … (with the blob), Finish
+    an archive into a volume    Fill (with the disk), Layer (with the archive), Finish
+    files of an imported image  Sort (with the archive and a file for its plain form)
+
+    worker → server   Progress …, Applied for each layer, then Done; Member and Link …, then Sorted;
+                      Yield, which waits for Turn; or Failed, and it ends
 
 One JSON message a packet (``SOCK_SEQPACKET``). Layers are handed over as they arrive, in order.
 """
@@ -19,6 +23,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import posixpath
 import queue
 import resource
 import select
@@ -27,17 +32,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import msgspec
 
 from hypeman.images.erofs import Writer
-from hypeman.images.layers import Tree
+from hypeman.images.ext4 import Filler
+from hypeman.images.layers import Sink, Tree
 from hypeman.images.manifest import Compression
-from hypeman.images.tar import Source, TarError, TarReader
-from hypeman.images.unpack import unpack
+from hypeman.images.tar import Kind, Source, TarError, TarReader, TooLarge
+from hypeman.images.unpack import sniff, unpack
 
 MAX_MESSAGE = 64 << 10
 _NOBODY = 65534
@@ -45,12 +51,16 @@ _MEMORY_LIMIT = 3 << 30
 _TIME_LIMIT = 3600
 """Seconds of processor time; the largest image that is allowed by default needs a sixth of it."""
 _CHUNKS_AHEAD = 8
+_MAX_MEMBER_NAME = 512
+"""Bytes. Files of an imported archive with longer names are no part of an image."""
 _PROGRESS_INTERVAL = 0.25
 """Seconds between reports."""
+QUANTUM = 1.0
+"""Seconds of work after which another image may have its turn."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Comes with two open files: the disk and a scratch file."""
+    """Make an EROFS disk. Comes with two open files: the disk and a scratch file."""
 
     max_bytes: int
     """Of the disk, and of all layers unpacked."""
@@ -59,16 +69,36 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     """Hex; of the file system."""
 
 
-class Layer(msgspec.Struct, frozen=True, tag=True):
-    """Comes with the blob, open for reading."""
+class Fill(msgspec.Struct, frozen=True, tag=True):
+    """Fill an empty ext4 file system. Comes with the disk, open for reading and writing."""
 
-    digest: str
+    max_bytes: int
+    """Of the archive unpacked, headers included."""
+    max_entries: int
+
+
+class Sort(msgspec.Struct, frozen=True, tag=True):
+    """Say where the files of an archive lie. Comes with the archive and a file for its plain form, if that differs."""
+
+    max_bytes: int
+    max_entries: int
+
+
+class Layer(msgspec.Struct, frozen=True, tag=True):
+    """Comes with the archive, open for reading."""
+
+    name: str
+    """What messages call it, such as ``layer sha256:…``."""
     diff_id: str
-    compression: Compression
+    """Digest of the plain archive; empty if nothing is known about it."""
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
     pass
+
+
+class Turn(msgspec.Struct, frozen=True, tag=True):
+    """The answer to ``Yield``: go on."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -76,8 +106,34 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     """Of unpacked layers so far."""
 
 
+class Yield(msgspec.Struct, frozen=True, tag=True):
+    """It has worked for ``QUANTUM`` seconds and waits for its next turn: other images want to be made, too."""
+
+
+class Member(msgspec.Struct, frozen=True, tag=True):
+    """A file of a sorted archive."""
+
+    name: str
+    offset: int
+    """In the plain archive."""
+    size: int
+
+
+class Link(msgspec.Struct, frozen=True, tag=True):
+    """A symbolic or hard link of a sorted archive."""
+
+    name: str
+    target: str
+    """Name of another member."""
+
+
+class Sorted(msgspec.Struct, frozen=True, tag=True):
+    plain: bool
+    """The archive is not compressed: the members lie in it, and not in the second file."""
+
+
 class Applied(msgspec.Struct, frozen=True, tag=True):
-    digest: str
+    name: str
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -92,10 +148,12 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
     blame_image: bool
     """The image is at fault, not the host."""
+    too_large: bool = False
+    """It has more than was allowed or than there is space for."""
 
 
-Request = Begin | Layer | Finish
-Report = Progress | Applied | Done | Failed
+Request = Begin | Fill | Sort | Layer | Finish | Turn
+Report = Progress | Yield | Member | Link | Sorted | Applied | Done | Failed
 
 _encode = msgspec.json.Encoder().encode
 _decode_request = msgspec.json.Decoder(Request).decode
@@ -107,9 +165,9 @@ def main(fd: int) -> int:
         try:
             confine()
             threading.Thread(target=_end_with, args=(link,), daemon=True).start()
-            _convert(link)
+            _work(link)
         except (TarError, ValueError) as error:
-            return _fail(link, str(error), blame_image=True)
+            return _fail(link, str(error), blame_image=True, too_large=isinstance(error, TooLarge))
         except TimeoutError as error:
             return _fail(link, str(error), blame_image=True)
         except MemoryError:
@@ -154,9 +212,9 @@ def _end_with(link: socket.socket) -> None:
     os._exit(1)
 
 
-def _fail(link: socket.socket, message: str, *, blame_image: bool) -> int:
+def _fail(link: socket.socket, message: str, *, blame_image: bool, too_large: bool = False) -> int:
     with contextlib.suppress(OSError):
-        link.send(_encode(Failed(message[:2000], blame_image)))
+        link.send(_encode(Failed(message[:2000], blame_image, too_large)))
     return 1
 
 
@@ -182,69 +240,132 @@ class _FileOutput:
         self._libc.fallocate(self._fd, punch_hole, ctypes.c_int64(offset), ctypes.c_int64(length))
 
 
-def _convert(link: socket.socket) -> None:
-    begin, files = _receive(link)
-    if not isinstance(begin, Begin) or len(files) != 2:
-        raise ValueError("the conversion was begun in the wrong order")
-    libc = ctypes.CDLL(None, use_errno=True)
-    disk = files[0]
+def _work(link: socket.socket) -> None:
+    first, files = _receive(link)
     report = _Reporter(link)
+    if isinstance(first, Begin) and len(files) == 2:
+        _convert(link, first, files[0], files[1], report)
+    elif isinstance(first, Fill) and len(files) == 1:
+        _fill(link, first, files[0], report)
+    elif isinstance(first, Sort) and len(files) == 2:
+        _sort(link, first, files[0], files[1], report)
+    else:
+        raise ValueError("the conversion was begun in the wrong order")
+
+
+def _convert(link: socket.socket, begin: Begin, disk: int, scratch: int, report: _Reporter) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
     threads = max(1, min(4, (os.cpu_count() or 1)))
     with ThreadPoolExecutor(threads) as pool:
-        writer = Writer(_FileOutput(disk, libc), _FileOutput(files[1], libc), pool, max_bytes=begin.max_bytes)
+        writer = Writer(_FileOutput(disk, libc), _FileOutput(scratch, libc), pool, max_bytes=begin.max_bytes)
         tree = Tree(max_entries=begin.max_entries)
-        left = begin.max_bytes
-        while True:
-            request, blobs = _receive(link)
-            if isinstance(request, Finish):
-                break
-            assert isinstance(request, Layer)
-            try:
-                left -= _apply(request, blobs[0], tree, writer, left, begin.max_entries, report)
-            except TarError as error:
-                raise TarError(f"layer {request.digest} {error}") from None
-            finally:
-                os.close(blobs[0])
-            link.send(_encode(Applied(request.digest)))
-        size, content = writer.finish(tree, uuid=bytes.fromhex(begin.uuid))
+        _apply_all(link, tree, writer, begin, report)
+        size, content = writer.finish(tree, uuid=bytes.fromhex(begin.uuid), on_entry=report.take_turns)
     os.ftruncate(disk, size)
     os.fsync(disk)
     link.send(_encode(Done(size, tree.entries, content)))
 
 
-def _apply(layer: Layer, blob: int, tree: Tree, writer: Writer, limit: int, max_entries: int, report: _Reporter) -> int:
+def _fill(link: socket.socket, fill: Fill, disk: int, report: _Reporter) -> None:
+    filler = Filler(disk)
+    tree = Tree(max_entries=fill.max_entries, whiteouts=False)
+    _apply_all(link, tree, filler, fill, report)
+    filler.finish(tree, on_entry=report.take_turns)
+    os.fsync(disk)
+    link.send(_encode(Done(os.fstat(disk).st_size, tree.entries, 0)))
+
+
+def _apply_all(link: socket.socket, tree: Tree, sink: Sink, bounds: Begin | Fill, report: _Reporter) -> None:
+    """Apply the layers that the server sends, up to ``Finish``."""
+    left = bounds.max_bytes
+    while True:
+        request, files = _receive(link)
+        if isinstance(request, Finish):
+            return
+        assert isinstance(request, Layer)
+        try:
+            left -= _apply(request, files[0], tree, sink, left, bounds.max_entries, report)
+        except TarError as error:
+            kind = TooLarge if isinstance(error, TooLarge) else TarError
+            raise kind(f"{request.name} {error}") from None
+        finally:
+            os.close(files[0])
+        link.send(_encode(Applied(request.name)))
+
+
+def _apply(layer: Layer, blob: int, tree: Tree, sink: Sink, limit: int, max_entries: int, report: _Reporter) -> int:
     """Apply one layer; the bytes that it was unpacked."""
     digest = hashlib.sha256()
-    at = 0
-
-    def read(size: int) -> bytes:
-        nonlocal at
-        data = os.pread(blob, size, at)  # not read: the server's descriptor has the same position
-        at += len(data)
-        return data
 
     def plain() -> Iterator[bytes]:
-        for chunk in unpack(read, layer.compression):
+        for chunk in unpack(_reader(blob)):
             digest.update(chunk)
             yield chunk
 
     with _in_thread(plain()) as chunks:
         source = Source(report.counted(chunks), limit=limit)
-        tree.apply(TarReader(source, max_entries=max_entries), writer)
+        tree.apply(TarReader(source, max_entries=max_entries), sink)
         # None of what follows the archive was looked at, but it is part of the digest.
         source.drain()
-    if "sha256:" + digest.hexdigest() != layer.diff_id:
+    if not source.total and not layer.diff_id:
+        raise TarError("is empty")
+    if layer.diff_id and "sha256:" + digest.hexdigest() != layer.diff_id:
         raise TarError(f"is not what the image's config says: it unpacks to sha256:{digest.hexdigest()}")
     return source.total
 
 
+def _reader(fd: int) -> Callable[[int], bytes]:
+    """Reads a file from its start. By position: the server's descriptor has the same offset."""
+    at = 0
+
+    def read(size: int) -> bytes:
+        nonlocal at
+        data = os.pread(fd, size, at)
+        at += len(data)
+        return data
+
+    return read
+
+
+def _sort(link: socket.socket, sort: Sort, archive: int, plain: int, report: _Reporter) -> None:
+    is_plain = sniff(os.pread(archive, 8, 0)) is Compression.NONE
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in unpack(_reader(archive)):
+            if not is_plain:
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(plain, view) :]
+            yield chunk
+
+    source = Source(report.counted(chunks()), limit=sort.max_bytes)
+    reader = TarReader(source, max_entries=sort.max_entries)
+    while (entry := reader.next_entry()) is not None:
+        if max(len(entry.name), len(entry.target)) > _MAX_MEMBER_NAME:
+            continue
+        name = _clean(entry.name)
+        if entry.kind is Kind.FILE and entry.pieces is None:
+            link.send(_encode(Member(name, source.position, entry.size)))
+        elif entry.kind is Kind.SYMLINK:
+            link.send(_encode(Link(name, _clean(posixpath.join(posixpath.dirname(entry.name), entry.target)))))
+        elif entry.kind is Kind.HARD_LINK:
+            link.send(_encode(Link(name, _clean(entry.target))))
+    link.send(_encode(Sorted(is_plain)))
+
+
+def _clean(name: bytes) -> str:
+    """A path as a key: no leading or doubled slashes, no dots. Where it leads does not matter here."""
+    return posixpath.normpath(name).decode(errors="backslashreplace").lstrip("/")
+
+
 class _Reporter:
-    """Counts unpacked bytes and tells them now and then."""
+    """Counts unpacked bytes and reports them now and then; gives way to other workers."""
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
         self._bytes = 0
         self._next = time.monotonic() + _PROGRESS_INTERVAL
+        self._turn_ends = time.monotonic() + QUANTUM
 
     def counted(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
@@ -252,7 +373,18 @@ class _Reporter:
             if time.monotonic() >= self._next:
                 self._link.send(_encode(Progress(self._bytes)))
                 self._next = time.monotonic() + _PROGRESS_INTERVAL
+            self.take_turns()
             yield chunk
+
+    def take_turns(self) -> None:
+        """Wait for the next turn if this one is over."""
+        if time.monotonic() < self._turn_ends:
+            return
+        self._link.send(_encode(Yield()))
+        answer, _ = _receive(self._link)
+        if not isinstance(answer, Turn):
+            raise ValueError("a turn was to be given")
+        self._turn_ends = time.monotonic() + QUANTUM
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ whole disk. A directory without a row is what a crash left; it is removed at sta
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import trio
 from msgspec import UNSET
@@ -22,21 +24,35 @@ from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
 from hypeman.units import format_size
-from hypeman.volumes import archive
+from hypeman.volumes.archive import spooled
 from hypeman.volumes.records import VOLUMES, Attachment, VolumeRecord, attachments_of, find_volume
 from hypeman.volumes.types import CreateVolumeRequest, Volume, VolumeAttachment
 
 _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}")
 _RESERVED = ("hm-", "overlay-", "boot-", "root-")
 MAX_SIZE_GB = 1 << 16
+_UNPACKED = 2
+"""An archive may unpack to this many times the volume's size: headers and padding are not stored in the volume."""
+
+
+class Fill(Protocol):
+    """Unpacks the open file ``archive`` into the empty ext4 file system in the open file ``disk``.
+
+    Raises InvalidRequest, with the code ``archive_too_large`` if it does not fit.
+    """
+
+    async def __call__(self, archive: int, disk: int, *, max_bytes: int) -> None: ...
 
 
 class Volumes:
-    def __init__(self, *, store: Store, paths: Paths, files: Files, disks: Disks, max_total: int = 0) -> None:
+    def __init__(
+        self, *, store: Store, paths: Paths, files: Files, disks: Disks, fill: Fill, max_total: int = 0
+    ) -> None:
         self._store = store
         self._paths = paths
         self._files = files
         self._disks = disks
+        self._fill = fill
         self._max_total = max_total
         """Bytes of all volumes together; 0 is no limit."""
 
@@ -71,14 +87,16 @@ class Volumes:
         return await self._create(request, make)
 
     async def create_from_archive(self, request: CreateVolumeRequest, chunks: AsyncIterable[bytes]) -> Volume:
-        """A disk with the content of a tar.gz."""
+        """A disk with the content of an archive: tar, plain or compressed with gzip or zstd."""
 
         async def make(disk: Path, size: int) -> None:
-            tree = disk.parent / "tree"
-            await self._files.make_dir(tree, mode=0o755)
-            await archive.unpack(chunks, tree, limit=size)
-            await self._disks.fill(disk, size, tree)
-            await self._files.remove(tree)
+            async with spooled(chunks, disk.parent, limit=size) as archive:
+                await self._disks.make(disk, size)
+                fd = os.open(disk, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+                try:
+                    await self._fill(archive, fd, max_bytes=_UNPACKED * size)
+                finally:
+                    os.close(fd)
 
         return await self._create(request, make)
 

@@ -141,7 +141,7 @@ def test_kill_at_every_write_of_an_import(form: str, tmp_path: Path) -> None:
 
     config = ImagesConfig(import_paths=(str(tmp_path),), docker_config="/nonexistent")
     visited = visit(tmp_path, config, name, ask, until_asked=True)
-    assert visited > 15
+    assert visited > 10
 
 
 def visit(tmp_path: Path, config: ImagesConfig, name: str, ask: Ask, *, until_asked: bool = False) -> int:

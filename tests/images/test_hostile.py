@@ -37,22 +37,7 @@ def many_entries(count: int) -> bytes:
 
 
 LAYERS: dict[str, tuple[bytes, str]] = {
-    "escape by name": (tar(entry("../../outside", data=b"x")), "leads out of the root by '..'"),
-    "escape by name in the middle": (tar(directory("a"), entry("a/../../outside")), "leads out of the root by '..'"),
-    "absolute name": (raw_header(b"/etc/passwd") + bytes(1024), "has an absolute name"),
-    "escape by symlink": (
-        tar(symlink("out", "../../../tmp"), entry("out/file", data=b"x")),
-        "leads out of the root through a symbolic link",
-    ),
-    "absolute symlink to nowhere": (
-        tar(symlink("out", "/tmp/host"), entry("out/file", data=b"x")), "symbolic link to nowhere in the image",
-    ),
     "symlink loop": (tar(symlink("a", "b"), symlink("b", "a"), entry("a/x")), "too many symbolic links"),
-    "escape by hard link": (tar(hard_link("pw", "../../etc/passwd")), "leads out of the root by '..'"),
-    "absolute hard link": (tar(hard_link("pw", "/etc/passwd")), "has an absolute name"),
-    "hard link through a symlink": (
-        tar(symlink("e", "../../../etc"), hard_link("pw", "e/passwd")), "leads out of the root through a symbolic link",
-    ),
     "hard link to nothing": (tar(hard_link("pw", "missing")), "does not exist in the image"),
     "hard link to a directory": (tar(directory("d"), hard_link("e", "d")), "which is a directory"),
     "below a file": (tar(entry("f", data=b"x"), entry("f/g")), "is no directory"),

@@ -14,7 +14,6 @@ import msgspec
 import pytest
 
 from hypeman.images import worker
-from hypeman.images.manifest import Compression
 from tests.images.conftest import need_root
 from tests.images.layout import entry, sha256, tar
 
@@ -47,7 +46,7 @@ def test_ends_with_its_server(tmp_path: Path) -> None:
     with running(tmp_path) as (link, process):
         endless = os.open(tmp_path / "endless", os.O_RDWR | os.O_CREAT)
         os.ftruncate(endless, 1 << 42)
-        send(link, worker.Layer(sha256(b""), sha256(b""), Compression.NONE), [endless])
+        send(link, worker.Layer("layer", sha256(b"")), [endless])
         assert b"Progress" in link.recv(worker.MAX_MESSAGE)
         link.close()
         assert process.wait(20) == 1
@@ -60,7 +59,7 @@ def test_has_no_rights(tmp_path: Path) -> None:
     (tmp_path / "layer").write_bytes(layer)
     with running(tmp_path) as (link, process):
         fd = os.open(tmp_path / "layer", os.O_RDONLY)
-        send(link, worker.Layer(sha256(layer), sha256(layer), Compression.NONE), [fd])
+        send(link, worker.Layer("layer", sha256(layer)), [fd])
         assert b"Applied" in link.recv(worker.MAX_MESSAGE)
         status = Path(f"/proc/{process.pid}/status").read_text()
         fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
@@ -73,7 +72,7 @@ def test_has_no_rights(tmp_path: Path) -> None:
         assert process.wait(20) == 0
 
 
-@pytest.mark.parametrize("first", [worker.Finish(), worker.Layer("d", "d", Compression.NONE)])
+@pytest.mark.parametrize("first", [worker.Finish(), worker.Layer("d", "d")])
 def test_wrong_order(first: worker.Request, tmp_path: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     root = str(Path(__file__).parents[2])
