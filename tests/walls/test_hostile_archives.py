@@ -51,7 +51,7 @@ ENTRIES = 5000
 
 
 def beyond_path_max(host: str, *, read: bool) -> bytes:
-    """The attack of CVE-2025-4517: a path whose real form is longer than PATH_MAX, where checks stop following links."""
+    """The attack of CVE-2025-4517: the real form of a path exceeds PATH_MAX, where checks follow no links."""
     name, steps, path = "d" * 247, "abcdefghijklmnop", ""
     entries = []
     for step in steps:
@@ -59,7 +59,7 @@ def beyond_path_max(host: str, *, read: bool) -> bytes:
         path += name + "/"
     long_link = "/".join(steps) + "/" + "l" * 254
     entries.append(symlink(long_link, "../" * len(steps)))
-    entries.append(symlink("escape", long_link + "/.." * 20 + host))
+    entries.append(symlink("escape", long_link + "/.." * len(steps) + host))
     entries += [hard_link("taken", "escape/canary")] if read else [entry("escape/canary", data=b"overwritten")]
     return tar(*entries)
 
@@ -120,8 +120,8 @@ REFUSED: dict[str, tuple[Callable[[str], bytes], str]] = {
     "a Zstandard bomb": (lambda host: zstd_bomb(), "more than the|more content than"),
     "xz": (lambda host: b"\xfd7zXZ\0" + bytes(500), "compressed with xz"),
     "bzip2": (lambda host: b"BZh9" + bytes(500), "compressed with bzip2"),
-    "a damaged gzip stream": (lambda host: gzip.compress(os.urandom(9000))[:5000], "cut off|damaged"),
-    "garbage behind gzip": (lambda host: gzip.compress(tar(entry("f"))) + b"garbage", "damaged"),
+    "a damaged gzip stream": (lambda host: gzip.compress(tar(entry("f", data=os.urandom(9000))))[:5000], "cut off|damaged"),
+    "garbage behind gzip": (lambda host: gzip.compress(tar(entry("f"))) + b"garbage", "damaged|cut off"),
 }  # fmt: skip
 
 CONTAINED: dict[str, tuple[Callable[[str], bytes], tuple[str, ...]]] = {
@@ -134,7 +134,9 @@ CONTAINED: dict[str, tuple[Callable[[str], bytes], tuple[str, ...]]] = {
     "a link through a link": (
         lambda host: tar(symlink("a", "b/.."), symlink("b", host), entry("a/x")), ("{parent}/x",),
     ),
-    "a link that is replaced": (lambda host: tar(symlink("a", host), directory("a"), entry("a/canary")), ("/a/canary",)),
+    "a link that is replaced": (
+        lambda host: tar(symlink("a", host), directory("a"), entry("a/canary")), ("/a/canary",),
+    ),
     "a file over a link": (lambda host: tar(symlink("a", f"{host}/canary"), entry("a", data=b"x")), ("/a",)),
     "an entry for the root": (lambda host: header(b"/", kind=b"5") + tar(entry("f")), ("/f",)),
     "an absolute hard link": (lambda host: tar(entry("f"), hard_link("/g", "/f")), ("/f", "/g")),
@@ -218,7 +220,7 @@ def plain_of(data: bytes) -> bytes:
 
 def host_files(tmp_path: Path, paths: Paths) -> dict[str, tuple[object, ...]]:
     """Everything below ``tmp_path`` except what the services keep there, with its metadata."""
-    found = {}
+    found: dict[str, tuple[object, ...]] = {}
     for where, folders, files in os.walk(tmp_path):
         if Path(where) == paths.data_dir:
             folders.clear()
