@@ -120,7 +120,9 @@ REFUSED: dict[str, tuple[Callable[[str], bytes], str]] = {
     "a Zstandard bomb": (lambda host: zstd_bomb(), "more than the|more content than"),
     "xz": (lambda host: b"\xfd7zXZ\0" + bytes(500), "compressed with xz"),
     "bzip2": (lambda host: b"BZh9" + bytes(500), "compressed with bzip2"),
-    "a damaged gzip stream": (lambda host: gzip.compress(tar(entry("f", data=os.urandom(9000))))[:5000], "cut off|damaged"),
+    "a gzip stream that ends too early": (
+        lambda host: gzip.compress(tar(entry("f", data=os.urandom(9000))))[:5000], "cut off|damaged",
+    ),
     "garbage behind gzip": (lambda host: gzip.compress(tar(entry("f"))) + b"garbage", "damaged|cut off"),
 }  # fmt: skip
 
@@ -171,9 +173,7 @@ def take(
 
     async def image(data: bytes) -> Path:
         files = ImageFiles([data], compression="none", diff_ids=[sha256(plain_of(data))])
-        images = await make_images(
-            insecure_registries=(registry.host,), max_image_size=f"{MAX >> 20}MB", max_image_entries=ENTRIES
-        )
+        images = await make_images(insecure_registries=(registry.host,), max_image_size=MAX, max_image_entries=ENTRIES)
         if request.param == "layer":
             registry.serve("evil", files)
             name = f"{registry.host}/evil"
@@ -337,7 +337,7 @@ async def test_a_slow_image_lets_others_pass(registry: FaultyRegistry, make_imag
     slow = ImageFiles([blob], compression="none", media_type="application/vnd.oci.image.layer.v1.tar+zstd")
     registry.serve("slow", slow)
     registry.serve("quick", ImageFiles([tar(entry("f", data=b"x"))]))
-    images = await make_images(insecure_registries=(registry.host,), max_image_size="100GB")
+    images = await make_images(insecure_registries=(registry.host,), max_image_size=100 << 30)
     await images.create(CreateImageRequest(f"{registry.host}/slow"))
     with trio.fail_after(120):
         while not (await images.progress(f"{registry.host}/slow")).converted_bytes:
