@@ -76,7 +76,6 @@ from hypeman.snapshots.service import Snapshots
 from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs
-from hypeman.units import parse_size
 from hypeman.volumes.records import VOLUMES
 from hypeman.volumes.service import Volumes
 
@@ -252,7 +251,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         files=files,
         disks=disks,
         fill=images.fill_volume,
-        max_total=parse_size(config.limits.max_total_volume_storage or "0"),
+        max_total=config.limits.max_total_volume_storage,
     )
     snapshots = Snapshots(store=store, instances=instances)
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
@@ -431,6 +430,9 @@ def _register_gauges(instances: Instances, images: Images, network: Network, sto
         return counts
 
     metrics.register_gauge("hypeman_instances_total", "Instances by state", ("state",), states)
+    metrics.register_gauge(
+        "hypeman_guests_silent", "Running guests that do not answer", (), lambda: {(): float(instances.silent_guests())}
+    )
     metrics.register_gauge(
         "hypeman_images_build_queue_length", "Images that wait", (), lambda: {(): images.statistics()["queued"]}
     )

@@ -4,15 +4,17 @@ Order of precedence: environment > file > default. A file is YAML; an environmen
 path of the key in upper case with ``__`` between the levels (``NETWORK__SUBNET_CIDR``), alone
 (``JWT_SECRET``) for a key of the first level. A key nobody knows, a value out of bounds or of the
 wrong type is refused at start with its full name: a typing error must never quietly become a default.
+Sizes and rates are written as text (``32GB``) and decoded here, once: everybody else sees bytes.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import yaml
@@ -20,15 +22,23 @@ from msgspec import Meta
 
 from hypeman.errors import HypemanError, InvalidRequest
 from hypeman.paths import Paths
-from hypeman.units import parse_size
+from hypeman.units import parse_rate, parse_size
 
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Positive = Annotated[int, Meta(ge=1)]
 Ratio = Annotated[float, Meta(gt=0)]
-Size = str
-"""A size as text (``32GB``); read with ``units.parse_size``."""
 
-_HYPERVISORS = ("cloud-hypervisor", "firecracker", "qemu", "qemu-microvm")
+_PARSERS: Mapping[str, Callable[[str], int]] = {"size": parse_size, "rate": parse_rate}
+"""By ``Meta.extra["text"]``: how the text of a value becomes the number."""
+
+Size = Annotated[int, Meta(ge=0, extra={"text": "size"})]
+"""Bytes; text as ``32GB`` in the file and the environment, where empty is 0."""
+PositiveSize = Annotated[int, Meta(ge=1, extra={"text": "size"})]
+Rate = Annotated[int, Meta(ge=0, extra={"text": "rate"})]
+"""Bytes per second; text as ``10gbps`` or ``500MB/s`` in the file and the environment, where empty is 0."""
+
+HypervisorChoice = Literal["", "cloud-hypervisor", "firecracker", "qemu", "qemu-microvm"]
+"""Empty, or a kind that ``hypervisor/drivers.py`` has a driver for; a test compares them."""
 
 MIN_SECRET_BYTES = 32
 """As RFC 7518 requires for HS256."""
@@ -45,12 +55,12 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class HypervisorConfig(_Section, frozen=True):
-    default: str = ""
+    default: HypervisorChoice = ""
     """Kind used when a create names none; empty: cloud-hypervisor where it is installed and KVM works, else qemu."""
-    accelerator: str = "auto"
-    """``auto`` (KVM if it proves itself, else TCG), ``kvm`` or ``tcg``."""
+    accelerator: Literal["auto", "kvm", "tcg"] = "auto"
+    """``auto``: KVM if the probe kernel runs on it, else TCG."""
     kvm_patience: Annotated[float, Meta(gt=0)] = 10.0
-    """Seconds that a kernel on trial may be silent before KVM counts as unusable; more where KVM is emulated."""
+    """Seconds to wait for output from the probe kernel before treating KVM as unusable; more where KVM is nested."""
     kernel: str = ""
     """Guest kernel (uncompressed PVH vmlinux); empty: the one that came with us."""
     initrd: str = ""
@@ -70,15 +80,15 @@ class HypervisorConfig(_Section, frozen=True):
 class LimitsConfig(_Section, frozen=True):
     max_vcpus_per_instance: Positive = 16
     """The most that one instance may ask for."""
-    max_memory_per_instance: Size = "32GB"
+    max_memory_per_instance: PositiveSize = 32 << 30
     """The most that one instance may ask for, plugged memory included."""
-    max_overlay_size: Size = "100GB"
+    max_overlay_size: PositiveSize = 100 << 30
     """The largest writable layer over an image."""
     max_concurrent_builds: Positive = 1
     """Image conversions at once."""
-    max_total_volume_storage: Size = ""
-    """Sum of the sizes of all volumes; empty: no limit."""
-    max_log_size: Size = "50MB"
+    max_total_volume_storage: Size = 0
+    """Sum of the sizes of all volumes; 0: no limit."""
+    max_log_size: PositiveSize = 50 << 20
     """A log file of an instance is rotated above this size; one old one is kept."""
 
 
@@ -96,17 +106,17 @@ class OversubscriptionConfig(_Section, frozen=True):
 
 
 class CapacityConfig(_Section, frozen=True):
-    """What the host has, where detection should be overruled. Empty or 0: detected."""
+    """Capacity of the host, to override detection. 0: detected."""
 
     cpu: Annotated[int, Meta(ge=0)] = 0
     """Processors."""
-    memory: Size = ""
+    memory: Size = 0
     """Memory for guests."""
-    disk: Size = ""
+    disk: Size = 0
     """Disk below ``data_dir``."""
-    network: str = ""
-    """A rate, as in ``10gbps``. Limiting by share needs it, or a link speed that the uplink tells."""
-    disk_io: str = ""
+    network: Rate = 0
+    """A rate, as in ``10gbps``. Limiting by share needs it, or a link speed that the uplink reports."""
+    disk_io: Rate = 0
     """A rate, as in ``500MB/s``. Limiting by share needs it."""
 
 
@@ -115,15 +125,15 @@ class ReclaimConfig(_Section, frozen=True):
 
     enabled: bool = True
     """Whether it may be asked for."""
-    floor: Size = "256MB"
+    floor: Size = 256 << 20
     """What a guest keeps in any case."""
     floor_percent: Annotated[int, Meta(ge=0, le=100)] = 50
     """Part of its memory that a guest keeps in any case."""
 
 
 class ImagesConfig(_Section, frozen=True):
-    root_fs: str = "erofs"
-    """``erofs`` (compressed, read-only) or ``ext4``."""
+    root_fs: Literal["erofs", "ext4"] = "erofs"
+    """File system of image disks; ``erofs`` is compressed and read-only."""
     insecure_registries: tuple[str, ...] = ()
     """``host[:port]`` of registries that speak plain HTTP."""
     mirrors: dict[str, tuple[str, ...]] = {}
@@ -134,9 +144,9 @@ class ImagesConfig(_Section, frozen=True):
     """A docker ``config.json`` with logins; empty: ``~/.docker/config.json`` of the server's user."""
     max_concurrent_downloads: Positive = 4
     """Layers being fetched at once, over all images."""
-    blob_cache_size: Size = "10GB"
+    blob_cache_size: Size = 10 << 30
     """Compressed layers kept for the next pull; the least used go first."""
-    max_image_size: Size = "50GB"
+    max_image_size: PositiveSize = 50 << 30
     """Bytes of all layers unpacked."""
     max_image_entries: Positive = 2_000_000
     """Files and directories in an image."""
@@ -198,10 +208,10 @@ class MetricsConfig(_Section, frozen=True):
 
 
 class LogConfig(_Section, frozen=True):
-    level: str = "info"
-    """``debug``, ``info``, ``warning`` or ``error``."""
-    format: str = "json"
-    """``json`` or ``text``."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least severe level that is logged."""
+    format: Literal["json", "text"] = "json"
+    """One JSON object per line, or text."""
 
 
 class SocketConfig(_Section, frozen=True):
@@ -216,8 +226,8 @@ class SocketConfig(_Section, frozen=True):
 
 
 class SnapshotsConfig(_Section, frozen=True):
-    compression: str = ""
-    """Default for standby and snapshots: empty (off), ``zstd`` or ``lz4``."""
+    compression: Literal["", "zstd", "lz4"] = ""
+    """Default for standby and snapshots; empty: none."""
     level: Annotated[int, Meta(ge=0, le=19)] = 1
     """The more, the smaller and the slower; 1 to 19 for zstd, 0 to 9 for lz4."""
 
@@ -268,11 +278,12 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] = os.enviro
         keys = _key_of_variable(name)
         if keys is not None:
             _set_in(tree, keys, _value_of_variable(keys, text))
+    _parse_texts(tree, Config, "")
     try:
         config = msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
         where = f" (in {file} or the environment)" if file else " (in the environment)"
-        raise ConfigError(f"configuration: {error}{where}") from None
+        raise ConfigError(f"configuration: {_named(str(error))}{where}") from None
     _check(config)
     return config
 
@@ -310,9 +321,43 @@ def _value_of_variable(keys: tuple[str, ...], text: str) -> object:
     wanted: Any = Config
     for key in keys:
         wanted = _field_types(wanted).get(key) if _is_section(wanted) else None
-    if wanted in (str, Size) or (getattr(wanted, "__origin__", None) is str):
+    if wanted is str or getattr(wanted, "__origin__", None) is str or _choices(wanted) or _parser(wanted):
         return text
     return yaml.safe_load(text)
+
+
+def _parse_texts(tree: dict[str, Any], section: Any, prefix: str) -> None:
+    """Replace the text of sizes and rates in ``tree``, which may have any shape, by numbers."""
+    for name, kind in _field_types(section).items():
+        value = tree.get(name)
+        if _is_section(kind):
+            if isinstance(value, dict):
+                _parse_texts(value, kind, f"{prefix}{name}.")
+        elif (parse := _parser(kind)) is not None and isinstance(value, str):
+            try:
+                tree[name] = parse(value or "0")
+            except InvalidRequest as error:
+                raise ConfigError(f"configuration: {prefix}{name}: {error.message}") from None
+
+
+def _parser(kind: Any) -> Callable[[str], int] | None:
+    """How the text of a field of type ``kind`` becomes a number; None if it is no such field."""
+    extras = (meta.extra for meta in getattr(kind, "__metadata__", ()) if meta.extra)
+    return next((_PARSERS[extra["text"]] for extra in extras), None)
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _named(message: str) -> str:
+    """msgspec's message, with the choices where it complains of a value that is none of them."""
+    path = re.search(r"at `\$\.([a-z_.]+)`", message)
+    kind: Any = Config
+    for key in path[1].split(".") if path else ():
+        kind = _field_types(kind).get(key) if _is_section(kind) else None
+    choices = ", ".join(repr(choice) for choice in _choices(kind))
+    return f"{message}; it must be one of {choices}" if choices else message
 
 
 def _field_types(section: Any) -> dict[str, Any]:
@@ -333,38 +378,12 @@ def _set_in(tree: dict[str, Any], keys: tuple[str, ...], value: object) -> None:
 
 
 def _check(config: Config) -> None:
-    """What types can not say."""
-    for name, text in (
-        ("limits.max_memory_per_instance", config.limits.max_memory_per_instance),
-        ("limits.max_overlay_size", config.limits.max_overlay_size),
-        ("limits.max_total_volume_storage", config.limits.max_total_volume_storage or "0"),
-        ("limits.max_log_size", config.limits.max_log_size),
-        ("capacity.memory", config.capacity.memory or "0"),
-        ("capacity.disk", config.capacity.disk or "0"),
-        ("reclaim.floor", config.reclaim.floor),
-        ("images.blob_cache_size", config.images.blob_cache_size),
-        ("images.max_image_size", config.images.max_image_size),
-    ):
-        try:
-            parse_size(text)
-        except InvalidRequest as error:
-            raise ConfigError(f"configuration: {name}: {error.message}") from None
+    """What the types cannot express."""
     if config.jwt_secret and len(config.jwt_secret.encode()) < MIN_SECRET_BYTES:
         raise ConfigError(
             f"configuration: jwt_secret has {len(config.jwt_secret.encode())} bytes; a secret shorter than "
             f"{MIN_SECRET_BYTES} can be found from any token. Make one with: openssl rand -hex 32"
         )
-    for name, value, allowed in (
-        ("hypervisor.default", config.hypervisor.default, ("", *_HYPERVISORS)),
-        ("hypervisor.accelerator", config.hypervisor.accelerator, ("auto", "kvm", "tcg")),
-        ("images.root_fs", config.images.root_fs, ("erofs", "ext4")),
-        ("log.level", config.log.level, ("debug", "info", "warning", "error")),
-        ("log.format", config.log.format, ("json", "text")),
-        ("snapshots.compression", config.snapshots.compression, ("", "zstd", "lz4")),
-    ):
-        if value not in allowed:
-            wanted = ", ".join(repr(choice) for choice in allowed)
-            raise ConfigError(f"configuration: {name} is {value!r}; it must be one of {wanted}")
     try:
         subnet = ipaddress.IPv4Network(config.network.subnet_cidr)
         gateway = ipaddress.IPv4Address(config.network.gateway) if config.network.gateway else None

@@ -89,3 +89,45 @@ def test_a_secret_that_can_be_guessed_is_refused(tmp_path: Path, secret: str) ->
         load(tmp_path, JWT_SECRET=secret)
     assert len(secret) == 1 or secret not in refused.value.message
     assert load(tmp_path, JWT_SECRET="ä" * 16).jwt_secret
+
+
+def test_sizes_and_rates_are_numbers(tmp_path: Path) -> None:
+    config = load(
+        tmp_path,
+        "limits: {max_log_size: 1MB, max_overlay_size: 2147483648, max_total_volume_storage: ''}\n"
+        "capacity: {network: 10gbps, memory: '512'}\n",
+        CAPACITY__DISK_IO="500MB/s",
+        RECLAIM__FLOOR="0",
+        CAPACITY__DISK="",
+    )
+    assert config.limits.max_log_size == 1 << 20
+    assert config.limits.max_overlay_size == 2 << 30
+    assert config.limits.max_total_volume_storage == 0
+    assert config.capacity.network == 10**10 // 8
+    assert (config.capacity.memory, config.capacity.disk, config.capacity.disk_io) == (512, 0, 500 << 20)
+    assert config.reclaim.floor == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("capacity: {disk_io: fast}", "capacity.disk_io"),
+        ("capacity: {network: fast}", "capacity.network"),
+        ("limits: {max_image: 1}", "limits"),
+        ("limits: {max_log_size: ''}", "limits.max_log_size"),
+        ("limits: {max_log_size: -1}", "limits.max_log_size"),
+        ("limits: {max_log_size: [1]}", "limits.max_log_size"),
+        ("limits: [max_log_size]", "limits"),
+        ("snapshots: {compression: gzip}", "snapshots.compression"),
+        ("log: {level: loud}", "log.level"),
+        ("hypervisor: {accelerator: 5}", "hypervisor.accelerator"),
+    ],
+)
+def test_a_wrong_size_or_choice_is_refused_by_name(tmp_path: Path, text: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"\b{key}\b".replace(".", r"\.")):
+        load(tmp_path, text)
+
+
+def test_a_refused_choice_names_the_possible_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'debug', 'info', 'warning', 'error'"):
+        load(tmp_path, LOG__LEVEL="off")

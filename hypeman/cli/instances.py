@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -18,7 +19,7 @@ from hypeman.cli.policies import (
     restart_body,
     restart_options,
 )
-from hypeman.cli.session import Session, complain, fail, pairs, present, reports
+from hypeman.cli.session import Session, complain, fail, pairs, present, reports, warn
 from hypeman.text import one_line
 
 STATES = ("Created", "Initializing", "Running", "Paused", "Shutdown", "Stopped", "Standby", "Unknown")
@@ -286,11 +287,42 @@ def update_auto_standby(
 
 @update.command("egress-credentials")
 @instance_argument
-@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE", required=True, help="New value; repeatable.")
+@click.option("-e", "--env", multiple=True, metavar="KEY", help="Take the new value from this variable; repeatable.")
+@click.option("--env-file", type=click.File(), metavar="FILE", help="New values as lines of KEY=VALUE; - is stdin.")
 @reports
-def update_egress_credentials(session: Session, instance: str, env: tuple[str, ...]) -> None:
-    """Rotate secrets; takes effect at once."""
-    _patch(session, instance, {"env": pairs(env)})
+def update_egress_credentials(session: Session, instance: str, env: tuple[str, ...], env_file: TextIO | None) -> None:
+    """Rotate secrets; takes effect at once.
+
+    Values come from the caller's environment (--env KEY) or from a file (--env-file), since every user of this host
+    can read the arguments of a program. --env KEY=VALUE works as well, with a warning.
+    """
+    values = secrets_in_file(env_file) if env_file is not None else {}
+    for word in env:
+        key, equals, value = word.partition("=")
+        if equals:
+            warn(f"every user of this host could read the value of {key}; use --env {key} or --env-file")
+        elif (value := os.environ.get(key, "")) == "":
+            raise click.UsageError(f"--env {key}: there is no such variable in the environment")
+        if not key:
+            raise click.UsageError("--env: the name is missing")
+        values[key] = value
+    if not values:
+        raise click.UsageError("say what to change with --env KEY or --env-file FILE")
+    _patch(session, instance, {"env": values})
+
+
+def secrets_in_file(file: TextIO) -> dict[str, str]:
+    """Lines of KEY=VALUE; empty ones and comments (#) are skipped. Raises UsageError naming the line, not its text."""
+    values = {}
+    for number, line in enumerate(file, 1):
+        line = line.removesuffix("\n").removesuffix("\r")
+        key, equals, value = line.partition("=")
+        if not line.strip() or line.startswith("#"):
+            continue
+        if not equals or not key or key != key.strip():
+            raise click.UsageError(f"--env-file: line {number} is not KEY=VALUE")
+        values[key] = value
+    return values
 
 
 @update.command("health-check")

@@ -42,7 +42,6 @@ from hypeman.images.manifest import (
 from hypeman.images.reference import Platform, Reference
 from hypeman.images.registry import RegistryClient
 from hypeman.images.types import ImageConfig, ImageStatus, LayerProgress, Progress
-from hypeman.units import parse_size
 
 _SPARE_BYTES = 64 << 20
 """Free space that a pull leaves to the rest of the host when it begins."""
@@ -105,7 +104,7 @@ class Maker:
         self._downloads = trio.CapacityLimiter(config.max_concurrent_downloads)
         self.turns = trio.CapacityLimiter(conversions)
         """Workers that may work at one time."""
-        self._max_bytes = parse_size(config.max_image_size)
+        self._max_bytes = config.max_image_size
         self._processes = Processes()
         self._fetching: dict[str, trio.Lock] = {}
 

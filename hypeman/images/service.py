@@ -56,7 +56,6 @@ from hypeman.paths import Paths
 from hypeman.store.store import Store
 from hypeman.store.tables import Txn
 from hypeman.telemetry import metrics
-from hypeman.units import parse_size
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +91,8 @@ class Images:
         self._maker = Maker(
             config=config, registry=self._registry, blobs=self._blobs, disks=self._disks, conversions=conversions
         )
-        self._cache_size = parse_size(config.blob_cache_size)
-        self._max_bytes = parse_size(config.max_image_size)
+        self._cache_size = config.blob_cache_size
+        self._max_bytes = config.max_image_size
         self._jobs: dict[str, Job] = {}
         self._queue: deque[Job] = deque()
         self._queued = trio.Semaphore(0)

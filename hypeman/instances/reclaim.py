@@ -23,7 +23,7 @@ from hypeman.instances.live import Live
 from hypeman.instances.records import InstanceRecord
 from hypeman.instances.types import InstanceState
 from hypeman.resources.types import MemoryReclaimAction, MemoryReclaimRequest, MemoryReclaimResponse
-from hypeman.units import MIB, parse_duration, parse_size
+from hypeman.units import MIB, parse_duration
 
 USUAL_HOLD = 300.0
 MOST_HOLD = 3600.0
@@ -78,7 +78,7 @@ class Reclaim:
         now: Callable[[], datetime],
     ) -> None:
         self._config = config
-        self._floor = parse_size(config.floor)
+        self._floor = config.floor
         self._records = records
         self._live = live
         self._now = now

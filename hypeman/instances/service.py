@@ -74,7 +74,7 @@ from hypeman.network.types import Lease
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse
 from hypeman.store import Txn
-from hypeman.units import parse_duration, parse_size
+from hypeman.units import parse_duration
 from hypeman.volumes import records as volumes
 
 MOST_WAIT = 300.0
@@ -630,7 +630,17 @@ class Instances:
         return self._tasks.get(record.id) or self._make_task(record, new=True)
 
     def view(self, record: InstanceRecord) -> Instance:
-        return self._render(record, self._now())
+        shown = self._render(record, self._now())
+        since = self._silent_since(record)  # not in lists, which are rendered when a record changes
+        return shown if since is None else msgspec.structs.replace(shown, guest_silent_since=since)
+
+    def silent_guests(self) -> int:
+        """How many running guests do not answer."""
+        return sum(self._silent_since(record) is not None for record in self.board.records())
+
+    def _silent_since(self, record: InstanceRecord) -> datetime | None:
+        live = self.world.live.get(record.id)
+        return live.silent_since if live is not None and record.state is InstanceState.RUNNING else None
 
     def _render(self, record: InstanceRecord, now: datetime) -> Instance:
         lease = self.store.read(lambda txn: get_lease(txn, record.id))
@@ -639,7 +649,7 @@ class Instances:
 
     async def _rotate_logs(self) -> None:
         """Keep logs bounded: a guest that prints for ever fills nothing."""
-        limit = parse_size(self.world.config.limits.max_log_size)
+        limit = self.world.config.limits.max_log_size
         while True:
             await trio.sleep(LOG_INTERVAL)
             for record in list(self.board.records()):

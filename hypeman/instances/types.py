@@ -329,6 +329,13 @@ class Instance(Struct, frozen=True, kw_only=True):
     ] = UNSET
     current_phase: str | UnsetType = UNSET
     current_phase_since: Timestamp | UnsetType = UNSET
+    guest_silent_since: Annotated[
+        Timestamp | UnsetType,
+        Meta(
+            description="Of one running instance, not in lists: its guest does not answer, and was last heard from "
+            "then. Requests that need the guest end with 504 guest_timeout; stop and delete work."
+        ),
+    ] = UNSET
 
 
 class WaitForStateResponse(Struct, frozen=True, kw_only=True):

@@ -63,15 +63,16 @@ def check_create(
     if memory < MIN_MEMORY:
         raise InvalidRequest(f"size must be at least {format_size(MIN_MEMORY)}", code="invalid_size")
     hotplug = _memory(request.hotplug_size, "hotplug_size", "invalid_hotplug_size", 0)
-    most = parse_size(limits.max_memory_per_instance)
+    most = limits.max_memory_per_instance
     if memory + hotplug > most:
         raise InvalidRequest(
             f"size and hotplug_size together are {format_size(memory + hotplug)}; the limit is {format_size(most)}"
         )
     overlay = parse_size(request.overlay_size, code="invalid_overlay_size") if request.overlay_size else DEFAULT_OVERLAY
-    if not MIN_OVERLAY <= overlay <= parse_size(limits.max_overlay_size):
+    if not MIN_OVERLAY <= overlay <= limits.max_overlay_size:
         raise InvalidRequest(
-            f"overlay_size must be {format_size(MIN_OVERLAY)} to {limits.max_overlay_size}", code="invalid_overlay_size"
+            f"overlay_size must be {format_size(MIN_OVERLAY)} to {format_size(limits.max_overlay_size)}",
+            code="invalid_overlay_size",
         )
     vcpus = request.vcpus or DEFAULT_VCPUS
     if vcpus > limits.max_vcpus_per_instance:

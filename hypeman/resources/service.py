@@ -16,7 +16,6 @@ from hypeman.config import CapacityConfig, OversubscriptionConfig
 from hypeman.resources.accounting import HOLDINGS, Holding, Limits, Totals, totals
 from hypeman.resources.types import DiskBreakdown, GPUResourceStatus, ResourceAllocation, Resources, ResourceStatus
 from hypeman.store import Store, Txn
-from hypeman.units import parse_rate, parse_size
 
 Source = Literal["detected", "configured"]
 
@@ -51,10 +50,10 @@ class ResourceService:
         self._gpu = gpu
         overruled = {
             "vcpus": configured.cpu,
-            "memory": parse_size(configured.memory or "0"),
-            "disk": parse_size(configured.disk or "0"),
-            "network": parse_rate(configured.network or "0"),
-            "disk_io": parse_rate(configured.disk_io or "0"),
+            "memory": configured.memory,
+            "disk": configured.disk,
+            "network": configured.network,
+            "disk_io": configured.disk_io,
         }
         self._sources: Mapping[str, Source] = {
             name: "configured" if value else "detected" for name, value in overruled.items()

@@ -8,6 +8,7 @@ answered without a word about its insides.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -15,6 +16,8 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from hypeman.errors import HypemanError, InvalidRequest, RateLimited
+
+_HOST_PATH = re.compile(r"(?<![\w./:-])/(?:[^\s/:;,'\"()]+/)+([^\s/:;,'\"()]*)")
 
 
 class ErrorDetail(Struct, frozen=True):
@@ -75,7 +78,14 @@ def failure_of(error: HypemanError) -> Failure:
         headers["X-Should-Retry"] = "false"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Failure(error.status, ErrorBody(error.code, error.message), headers)
+    message = error.message if error.status < 500 else without_host_paths(error.message)
+    return Failure(error.status, ErrorBody(error.code, message), headers)
+
+
+def without_host_paths(text: str) -> str:
+    """``text`` with absolute paths cut down to their last name: where the host keeps things is no client's business.
+    The log has the whole message. What a client did wrong (4xx) names only paths of its own."""
+    return _HOST_PATH.sub(r"\1", text)
 
 
 def status_failure(status: int, message: str, headers: dict[str, str] | None = None) -> Failure:

@@ -36,7 +36,7 @@ async def main(data_dir: str, mode: str, first: str, second: str) -> Outcome:
     if mode == "pull":
         config = ImagesConfig(insecure_registries=(first,), docker_config="/nonexistent")
     else:
-        config = ImagesConfig(import_paths=("/",), root_fs=second)
+        config = msgspec.convert({"import_paths": ("/",), "root_fs": second}, ImagesConfig)
     store = Store.open(paths.store)
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)

@@ -258,6 +258,36 @@ def test_update(cli: Any, server: Any) -> None:
     assert (standby.auto_standby.enabled, standby.auto_standby.ignore_destination_ports) == (False, (22,))
 
 
+def test_new_credentials_are_no_arguments(
+    cli: Any, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.world.instances.add("web")
+    file = tmp_path / "secrets"
+    file.write_text("# mine\n\nA=1=2\r\nB= spaced \n")
+    monkeypatch.setenv("KEY", "from the environment")
+    update = ("update", "egress-credentials", "web")
+    assert cli(*update, "--env", "KEY").stderr == ""
+    assert cli(*update, "--env-file", str(file)).exit_code == 0
+    assert cli(*update, "--env-file", "-", input="C=3\n").exit_code == 0
+    warned = cli(*update, "--env", "KEY=visible")
+    assert (warned.exit_code, "--env-file" in warned.stderr, "visible" in warned.stderr) == (0, True, False)
+    assert [request.env for _, request in server.world.instances.asked] == [
+        {"KEY": "from the environment"},
+        {"A": "1=2", "B": " spaced "},
+        {"C": "3"},
+        {"KEY": "visible"},
+    ]
+    for wrong, options in (
+        ((), {}),
+        (("--env", "NOT_SET"), {}),
+        (("--env", "=x"), {}),
+        (("--env-file", "-"), {"input": "secret without a name"}),
+    ):
+        refused = cli(*update, *wrong, **options)
+        assert refused.exit_code == 2, wrong
+        assert "secret" not in refused.stderr
+
+
 def test_images(cli: Any, server: Any, tmp_path: Path) -> None:
     assert "ready" in cli("pull", "alpine").stdout
     assert "pending" in cli("image", "create", "nginx", "-d").stdout

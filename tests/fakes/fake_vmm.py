@@ -70,6 +70,8 @@ class Memory(msgspec.Struct):
     counter: int = 0
     plugged: int = 0
     lent: int = 0
+    frozen: bool = False
+    """The guest's workload is frozen; part of what a capture saves."""
 
 
 class FakeProcess:

@@ -136,7 +136,7 @@ async def test_bomb(compression: str, registry: FaultyRegistry, make_images: Sta
     """A layer that unpacks to more than an image may have ends when the bound is reached."""
     size = 96 << 20
     files = ImageFiles([raw_header(b"zeros", size) + bytes(size + 1024)], compression=compression)
-    image = await fail(registry, make_images, paths, files, max_image_size="32MB")
+    image = await fail(registry, make_images, paths, files, max_image_size=32 << 20)
     assert "more than the 33554432 bytes" in (image.error or "")
 
 

@@ -311,7 +311,7 @@ async def test_a_disk_that_is_gone(registry: FaultyRegistry, make_images: Start,
 
 
 async def test_the_cache_of_blobs_is_bounded(registry: FaultyRegistry, make_images: Start, paths: Paths) -> None:
-    images = await make_images(insecure_registries=(registry.host,), blob_cache_size="1MB")
+    images = await make_images(insecure_registries=(registry.host,), blob_cache_size=1 << 20)
     for number in range(4):
         layer = tar(entry("x", data=os.urandom(400_000)))
         registry.serve(f"n{number}", ImageFiles([layer]))

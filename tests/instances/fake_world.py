@@ -243,7 +243,6 @@ class FakeGuest:
         self.identity: dict[str, Any] = {}
         self.mounted: set[str] = set()
         self.busy: set[str] = set()
-        self.frozen = False
         self.shutdowns = 0
         self.hung_up = trio.Event()
         """Set: its channel has ended, and it dials again."""
@@ -267,6 +266,12 @@ class FakeGuest:
             self.asked.set()
             await trio.sleep(self.limits[op])
             raise GuestTimeout(f"the guest did not finish {op.name.lower()} within {self.limits[op]:g} s")
+
+    @property
+    def frozen(self) -> bool:
+        """Of the workload: kept in the guest's memory, so a new connection and a capture do not lose it."""
+        frozen: bool = self._process.memory.frozen
+        return frozen
 
     async def run(self) -> None:
         try:
@@ -295,11 +300,11 @@ class FakeGuest:
 
     async def freeze(self) -> None:
         await self._obey(Op.FREEZE)
-        self.frozen = True
+        self._process.memory.frozen = True
 
     async def thaw(self) -> None:
         await self._obey(Op.THAW)
-        self.frozen = False
+        self._process.memory.frozen = False
 
     async def set_identity(self, **identity: Any) -> None:
         await self._obey(Op.IDENTITY)

@@ -20,7 +20,7 @@ import trio.lowlevel
 from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
 from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
-from hypeman.hypervisor.interface import ExitReason
+from hypeman.hypervisor.interface import ExitReason, VmmState
 from hypeman.instances.records import INSTANCES, INTENTS, NAMES
 from hypeman.instances.service import Instances
 from hypeman.instances.types import (
@@ -157,6 +157,11 @@ async def fork(lab: Lab, instances: Instances) -> None:
     await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
 
 
+async def fork_to_stopped(lab: Lab, instances: Instances) -> None:
+    wanted = ForkInstanceRequest(name="two", from_running=True, target_state=TargetState.STOPPED)
+    await instances.fork("one", wanted)
+
+
 async def snapshot(lab: Lab, instances: Instances) -> None:
     await lab.snapshots(instances).create("one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
 
@@ -186,6 +191,7 @@ CASES: dict[str, tuple[Act, Act, set[str]]] = {
     "standby": (running, standby, {"Running", "Standby"}),
     "restore": (in_standby, restore, {"Standby", "Running", "Stopped"}),
     "fork running": (running, fork, {"Running"}),
+    "fork running to stopped": (running, fork_to_stopped, {"Running"}),
     "fork standby": (in_standby, fork, {"Standby"}),
     "snapshot": (running, snapshot, {"Running"}),
     "revert": (with_snapshot, revert, {"Stopped", "Standby"}),
@@ -251,7 +257,7 @@ async def test_crashed_at_every_effect(lab: Lab, case: str) -> None:
                     await trio.sleep(0.01)
             assert not store_intents(lab.store), where
             await lab.snapshots(instances).start()
-            check_owned(lab, where)
+            check_owned(lab, where, crashed=True)
             await clean_up(lab, instances)
         moment += 1
     assert moment > 3
@@ -262,8 +268,16 @@ def store_intents(store: Store) -> list[str]:
     return store.read(lambda txn: list(txn.keys(INTENTS)))
 
 
-def check_owned(lab: Lab, where: str) -> None:
-    """Everything outside of the store belongs to an instance, capture or snapshot inside of it."""
+VM_STATES = {
+    InstanceState.RUNNING: (VmmState.RUNNING, False, True),
+    InstanceState.PAUSED: (VmmState.PAUSED, True, True),
+}
+"""What the record's state requires of the VM: its state, whether the workload is frozen, whether the link is up."""
+
+
+def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
+    """Everything outside of the store belongs to an instance, capture or snapshot inside of it, and every VM and its
+    guest are in the state that the record claims, unless an operation on it is under way."""
     records = {row.id: row for row in lab.store.read(lambda txn: [row for _, row in txn.scan(INSTANCES)])}
     alive = {i for i, row in records.items() if row.state not in (InstanceState.STOPPED, InstanceState.STANDBY)}
     text = lab.world_as_text()
@@ -272,6 +286,15 @@ def check_owned(lab: Lab, where: str) -> None:
     assert set(lab.egress.policies.there) <= alive, f"{text}\n{where}"
     for path in (lab.paths.instances).glob("*"):
         assert path.name in records, f"{text}\n{where}"
+    busy = set(store_intents(lab.store))
+    for process in lab.machine.alive():
+        record = records[process.config.instance_id]
+        if record.id not in busy and (wanted := VM_STATES.get(record.state)) is not None:
+            frozen = process.memory.frozen and not crashed  # the agent ends a freeze of a dead server by itself
+            vm = (process.state, frozen, all(process.links.values()))
+            assert vm == wanted, f"the record says {record.state}, the VM {vm}\n{where}"
+            if record.spec.egress:
+                assert record.id in lab.egress.policies.there, f"{text}\n{where}"
     holding = lab.store.read(lambda txn: dict(txn.scan(HOLDINGS)))
     assert set(holding) == set(records), where
     assert {i for i, h in holding.items() if h.vcpus} == alive, where

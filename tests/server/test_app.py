@@ -14,6 +14,7 @@ from hypeman.errors import (
     Conflict,
     HypemanError,
     InsufficientResources,
+    InternalError,
     InvalidRequest,
     NotSupported,
     RateLimited,
@@ -155,6 +156,26 @@ async def test_bugs_are_logged_and_not_told(
     world.instances.fails = error
     assert "hunter2" not in await failure(await ask("GET", "/instances/web"), 500, "internal_error")
     assert any(record.exc_info and record.exc_info[1] is error for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("/var/lib/hypeman/instances/abc/overlay.raw: No space left", "overlay.raw: No space left"),
+        ("nft refused: in '/run/hypeman/x y'", "nft refused: in 'x y'"),
+        ("writing '1' to /sys/bus/pci/drivers/e1000e/unbind: busy", "writing '1' to unbind: busy"),
+        ("image docker.io/library/nginx:1 cannot be used", "image docker.io/library/nginx:1 cannot be used"),
+        ("see https://example.com/a/b", "see https://example.com/a/b"),
+        ("the VMM answered 1/2 requests", "the VMM answered 1/2 requests"),
+    ],
+)
+async def test_errors_name_no_path_of_the_host(
+    ask: Any, world: FakeWorld, caplog: pytest.LogCaptureFixture, message: str, shown: str
+) -> None:
+    world.instances.fails = InternalError(message)
+    response = await ask("GET", "/instances/web")
+    assert (response.status_code, (await response.get_json())["message"]) == (500, shown)
+    assert message in caplog.text, "the log has it whole"
 
 
 async def test_time_limit(world: FakeWorld, headers: dict[str, str], autojump_clock: trio.testing.MockClock) -> None:

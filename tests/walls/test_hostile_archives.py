@@ -45,8 +45,8 @@ from tests.images.layout import (
 )
 
 SECRET = b"a root file that no archive may reach\n"
-MAX = "64MB"
-"""What an image of these tests may have."""
+MAX = 64 << 20
+"""Bytes that an image of these tests may have."""
 ENTRIES = 5000
 
 
@@ -337,7 +337,7 @@ async def test_a_slow_image_lets_others_pass(registry: FaultyRegistry, make_imag
     slow = ImageFiles([blob], compression="none", media_type="application/vnd.oci.image.layer.v1.tar+zstd")
     registry.serve("slow", slow)
     registry.serve("quick", ImageFiles([tar(entry("f", data=b"x"))]))
-    images = await make_images(insecure_registries=(registry.host,), max_image_size="100GB")
+    images = await make_images(insecure_registries=(registry.host,), max_image_size=100 << 30)
     await images.create(CreateImageRequest(f"{registry.host}/slow"))
     with trio.fail_after(120):
         while not (await images.progress(f"{registry.host}/slow")).converted_bytes:
