@@ -354,20 +354,33 @@ NOW = datetime.datetime.now(datetime.UTC)
 DAY = datetime.timedelta(days=1)
 
 
+SIGNS = x509.KeyUsage(digital_signature=True, content_commitment=False, key_encipherment=False, data_encipherment=False,
+                      key_agreement=False, key_cert_sign=True, crl_sign=True, encipher_only=False,
+                      decipher_only=False)  # fmt: skip
+
+
 class Issuer:
     def __init__(self, signed_by: Issuer | None = None, *, permitted: str | None = None) -> None:
         self.key = ec.generate_private_key(ec.SECP256R1())
         self.name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"issuer {id(self)}")])
         builder = self.builder(self.name, self.key.public_key(), signed_by)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        builder = builder.add_extension(SIGNS, critical=True)
+        builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(self.key.public_key()), False)
         if permitted:
             builder = builder.add_extension(x509.NameConstraints([x509.DNSName(permitted)], None), critical=True)
         self.certificate = builder.sign((signed_by or self).key, hashes.SHA256())
 
     def builder(self, name: x509.Name, key: object, by: Issuer | None, start: datetime.datetime = NOW - DAY,
                 end: datetime.datetime = NOW + DAY) -> x509.CertificateBuilder:  # fmt: skip
-        return (x509.CertificateBuilder().subject_name(name).issuer_name((by or self).name).public_key(key)  # type: ignore[arg-type]
-                .serial_number(x509.random_serial_number()).not_valid_before(start).not_valid_after(end))  # fmt: skip
+        builder = (x509.CertificateBuilder().subject_name(name).issuer_name((by or self).name).public_key(key)  # type: ignore[arg-type]
+                   .serial_number(x509.random_serial_number())
+                   .not_valid_before(start).not_valid_after(end))  # fmt: skip
+        if by is None:
+            return builder
+        return builder.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(by.key.public_key()), critical=False
+        )
 
     def leaf(self, *names: str | x509.GeneralName, common: str = "x", key: object = None, digest: object = None,
              start: datetime.datetime = NOW - DAY, end: datetime.datetime = NOW + DAY,
