@@ -10,23 +10,21 @@ VMs are no part of it: they live in control groups of their own and are found ag
 from __future__ import annotations
 
 import logging
-import platform
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import trio
-from msgspec import UNSET
 
-from hypeman import API_VERSION, __version__, assets
+from hypeman import __version__, assets
 from hypeman.config import Config, ConfigError
 from hypeman.devices.service import Devices
+from hypeman.egress import metrics as egress_metrics
 from hypeman.egress.audit import AuditLog
-from hypeman.egress.metrics import register_metrics
 from hypeman.egress.policy import Unmatched
 from hypeman.egress.service import Egress
 from hypeman.egress.service import Settings as EgressSettings
@@ -41,47 +39,31 @@ from hypeman.host.ownership import repair
 from hypeman.host.processes import Processes
 from hypeman.host.rules import Rules
 from hypeman.host.watchdog import feed_watchdog, watchdog_interval
-from hypeman.hypervisor.catalog import Catalog, features
-from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
-from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
-from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
-from hypeman.hypervisor.qemu.driver import QemuDriver
-from hypeman.hypervisor.vmm_process import VFIO_DEVICE
+from hypeman.hypervisor.catalog import Catalog
+from hypeman.hypervisor.drivers import make_catalog
+from hypeman.images import metrics as image_metrics
 from hypeman.images.service import Images
-from hypeman.instances import adapters
+from hypeman.instances import adapters, usage
+from hypeman.instances import metrics as instance_metrics
 from hypeman.instances.compression import Compressor
-from hypeman.instances.records import INSTANCES
 from hypeman.instances.service import Instances
 from hypeman.instances.world import World
+from hypeman.network import metrics as network_metrics
 from hypeman.network.addressing import Subnet
-from hypeman.network.leases import get_lease
 from hypeman.network.service import Network
-from hypeman.network.types import Lease
 from hypeman.resources.service import Capacity, ResourceService
-from hypeman.resources.types import DiskBreakdown
 from hypeman.server.app import ServerSettings, build_app
+from hypeman.server.capabilities import CapabilityView
 from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
-from hypeman.server.types import (
-    Capabilities,
-    DefaultRuntime,
-    HostPlatform,
-    ImageCapabilities,
-    NetworkCapabilities,
-    Runtime,
-    ServerVersion,
-)
 from hypeman.snapshots.service import Snapshots
-from hypeman.store import Store, Txn
+from hypeman.store import Store
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs
-from hypeman.volumes.records import VOLUMES
+from hypeman.volumes import metrics as volume_metrics
 from hypeman.volumes.service import Volumes
 
 log = logging.getLogger(__name__)
-
-FEATURES = ("instances", "images", "volumes", "exec", "logs", "devices")
 
 
 def main(config: Config) -> None:
@@ -186,7 +168,6 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         rules=rules,
         egress_port=config.egress.port,
         on_tap_operation=lambda operation: metrics.tap_operations.labels(operation).inc(),
-        on_tap_lost=lambda instance_id: instances.plug_in_again(instance_id),  # who are below
     )
     stack.callback(network.aclose)
     devices = Devices(
@@ -197,7 +178,9 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     )
     images = Images(store=store, paths=paths, config=config.images, conversions=config.limits.max_concurrent_builds)
     disks = Disks(files, processes, paths.templates)
-    catalog = _catalog(config, store, processes, links, kernel)
+    catalog = make_catalog(
+        config.hypervisor, store, processes, links.open_tap, kernel=kernel, folders=(config.data_dir,)
+    )
     compressor = Compressor(store, paths)
     resources = ResourceService(
         store=store,
@@ -210,8 +193,8 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         ),
         configured=config.capacity,
         oversubscription=config.oversubscription,
-        name_of=lambda instance_id: _name_of(store, instance_id),
-        disk_use=lambda: _disk_use(store, images),
+        name_of=partial(usage.instance_name, store),
+        disk_use=partial(usage.disk_use, store, images),
         gpu=devices.gpu_status,
     )
     secrets = adapters.EgressOfInstances(egress, store)
@@ -245,6 +228,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         limits=lambda: resources.limits,
         catalog=catalog,
     )
+    network.on_tap_lost(instances.plug_in_again)
     volumes = Volumes(
         store=store,
         paths=paths,
@@ -255,8 +239,11 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     )
     snapshots = Snapshots(store=store, instances=instances)
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
-    _register_gauges(instances, images, network, store)
-    register_metrics(egress)
+    egress_metrics.register(egress)
+    image_metrics.register(images)
+    instance_metrics.register(instances)
+    network_metrics.register(network)
+    volume_metrics.register(store)
     return _Parts(
         config=config,
         store=store,
@@ -279,7 +266,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             devices=devices,
             egress=egress_view,
             resources=resources,
-            capabilities=_CapabilityService(config, catalog, network, images),
+            capabilities=CapabilityView(config, catalog, network, images),
         ),
     )
 
@@ -306,7 +293,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await files.make_dir(parts.config.paths.tmp)
     nursery.start_soon(parts.catalog.probe)
     await nursery.start(parts.devices.run)
-    await parts.network.start(_living_leases(parts.store))
+    await parts.network.start(usage.living_leases(parts.store))
     await nursery.start(parts.network.run)
     parts.egress.on_audit(parts.egress_audit.offer)
     parts.egress.on_audit(parts.egress_view.keep)
@@ -318,50 +305,6 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await parts.snapshots.start()
     await nursery.start(parts.instances.run)
     parts.egress.accept()  # the rules of all guests are there again
-
-
-def _living_leases(store: Store) -> Sequence[Lease]:
-    """Leases of instances that had a VMM when we last looked; the dead are found when they are settled."""
-
-    def read(txn: Txn) -> list[Lease]:
-        living = [record.id for _, record in txn.scan(INSTANCES) if record.handle is not None]
-        return [lease for instance_id in living if (lease := get_lease(txn, instance_id)) is not None]
-
-    return store.read(read)
-
-
-def _catalog(config: Config, store: Store, processes: Processes, links: Links, kernel: str) -> Catalog:
-    settings = config.hypervisor
-    kvm = KvmProof.configured(processes, settings, kernel=kernel)
-
-    def qemu(kind: HypervisorKind) -> QemuDriver:
-        return QemuDriver(
-            processes,
-            links.open_tap,
-            kvm=kvm,
-            kind=kind,
-            binary=settings.qemu_binary,
-            accelerator=settings.accelerator,
-        )
-
-    drivers = (
-        qemu(HypervisorKind.QEMU),
-        qemu(HypervisorKind.QEMU_MICROVM),
-        CloudHypervisorDriver(
-            processes,
-            links.open_tap,
-            kvm=kvm,
-            binary=settings.cloud_hypervisor_binary,
-            folders=(config.data_dir,),
-        ),
-        FirecrackerDriver(processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary),
-    )
-    on_host = (
-        *(kernel, KVM_DEVICE, VFIO_DEVICE),
-        *(f"{name}={getattr(settings, name)}" for name in ("accelerator", "kvm_patience", "uid_base")),
-    )
-    depends_on = {driver.kind: (*on_host, *driver.programs()) for driver in drivers}
-    return Catalog(drivers, store=store, default=settings.default, depends_on=depends_on)
 
 
 def _guest_kernel(config: Config) -> tuple[str, str | None]:
@@ -400,92 +343,3 @@ async def _watch_signals(shutdown: trio.Event) -> None:
         async for number in signals:
             log.info("received %s", signal.Signals(number).name)
             shutdown.set()
-
-
-def _name_of(store: Store, instance_id: str) -> str | None:
-    record = store.read(lambda txn: txn.get(INSTANCES, instance_id))
-    return record.name if record is not None else None
-
-
-def _disk_use(store: Store, images: Images) -> DiskBreakdown:
-    def read(txn: Txn) -> tuple[int, int]:
-        overlays = sum(record.spec.overlay_bytes for _, record in txn.scan(INSTANCES))
-        return overlays, sum(volume.size_gb for _, volume in txn.scan(VOLUMES)) << 30
-
-    overlays, volumes = store.read(read)
-    statistics = images.statistics()
-    return DiskBreakdown(
-        images_bytes=statistics["disk_bytes"],
-        oci_cache_bytes=statistics.get("cache_bytes", 0),
-        volumes_bytes=volumes,
-        overlays_bytes=overlays,
-    )
-
-
-def _register_gauges(instances: Instances, images: Images, network: Network, store: Store) -> None:
-    def states() -> dict[tuple[str, ...], float]:
-        counts: dict[tuple[str, ...], float] = {}
-        for record in instances.board.records():
-            counts[(record.state.value,)] = counts.get((record.state.value,), 0) + 1
-        return counts
-
-    metrics.register_gauge("hypeman_instances_total", "Instances by state", ("state",), states)
-    metrics.register_gauge(
-        "hypeman_guests_silent", "Running guests that do not answer", (), lambda: {(): float(instances.silent_guests())}
-    )
-    metrics.register_gauge(
-        "hypeman_images_build_queue_length", "Images that wait", (), lambda: {(): images.statistics()["queued"]}
-    )
-    metrics.register_gauge(
-        "hypeman_volumes_total",
-        "Volumes",
-        (),
-        lambda: {(): store.read(lambda txn: sum(1 for _ in txn.keys(VOLUMES)))},
-    )
-
-    def bytes_in_direction(column: int) -> dict[tuple[str, ...], float]:
-        return {(instance,): counts[column] for instance, counts in network.counters().items()}
-
-    for column, direction in enumerate(("receive", "transmit")):
-        metrics.register_counter(
-            f"hypeman_network_{direction}_bytes_total",
-            f"Bytes that the guest did {direction}",
-            ("instance",),
-            partial(bytes_in_direction, column),
-        )
-
-
-class _CapabilityService:
-    """What this server can do on this host, as it is known now (§2.1)."""
-
-    def __init__(self, config: Config, catalog: Catalog, network: Network, images: Images) -> None:
-        self._config = config
-        self._catalog = catalog
-        self._network = network
-        self._images = images
-
-    async def get(self) -> Capabilities:
-        default = self._catalog.default()
-        drivers = self._catalog.drivers
-        return Capabilities(
-            server=ServerVersion(version=__version__, api_version=API_VERSION),
-            host=HostPlatform(os="linux", arch={"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), "")),
-            default_runtime=DefaultRuntime(
-                name=default.value,
-                available=default in drivers and drivers[default].capabilities.available,
-            ),
-            runtimes=tuple(
-                Runtime(kind.value, driver.capabilities.available, features(driver.capabilities))
-                for kind, driver in sorted(drivers.items())
-            ),
-            network=NetworkCapabilities(
-                model="bridge",
-                guest_to_guest=self._config.network.guest_to_guest,
-                gateway=str(self._network.subnet.gateway) or UNSET,
-                subnet=str(self._network.subnet.network),
-            ),
-            images=ImageCapabilities(
-                platforms=(self._images.platform(None),), default_platform=self._images.platform(None)
-            ),
-            features=FEATURES,
-        )

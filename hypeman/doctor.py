@@ -19,12 +19,10 @@ from hypeman.config import Config
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
 from hypeman.host.processes import Processes
-from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver, landlocked
-from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
+from hypeman.hypervisor.cloud_hypervisor.driver import landlocked
+from hypeman.hypervisor.drivers import make_drivers
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.hypervisor.kvm import KvmProof
-from hypeman.hypervisor.qemu.driver import QemuDriver
 from hypeman.network import doctor as network
 from hypeman.telemetry.findings import Finding, Verdict
 from hypeman.units import format_size
@@ -138,18 +136,15 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
     settings = config.hypervisor
     kernel = settings.kernel or str(assets.find(assets.KERNEL) or "")
     processes = Processes()
-    kvm = KvmProof.configured(processes, settings, kernel=kernel)
-    qemu = QemuDriver(processes, _no_tap, kvm=kvm, binary=settings.qemu_binary, accelerator=settings.accelerator)
-    others = (
-        CloudHypervisorDriver(processes, _no_tap, kvm=kvm, binary=settings.cloud_hypervisor_binary),
-        FirecrackerDriver(processes, kvm=kvm, binary=settings.firecracker_binary, jailer=settings.jailer_binary),
-    )
     try:
-        yield _qemu(found := await qemu.probe())
-        if found.available:
-            yield _kvm(found)
-        for driver in others:
-            yield _other(driver.kind, await driver.probe())
+        for driver in make_drivers(settings, processes, _no_tap, kernel=kernel):
+            found = await driver.probe()
+            if driver.kind is not HypervisorKind.QEMU:
+                yield _other(driver.kind, found)
+                continue
+            yield _qemu(found)
+            if found.available:
+                yield _kvm(found)
     finally:
         processes.close()
 

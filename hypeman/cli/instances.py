@@ -20,11 +20,17 @@ from hypeman.cli.policies import (
     restart_options,
 )
 from hypeman.cli.session import Session, complain, fail, pairs, present, reports, warn
+from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
 
 STATES = ("Created", "Initializing", "Running", "Paused", "Shutdown", "Stopped", "Standby", "Unknown")
 TARGETS = ("Stopped", "Standby", "Running")
-HYPERVISORS = {"ch": "cloud-hypervisor", "fc": "firecracker", "microvm": "qemu-microvm"}
+HYPERVISORS = {
+    "ch": HypervisorKind.CLOUD_HYPERVISOR.value,
+    "fc": HypervisorKind.FIRECRACKER.value,
+    "microvm": HypervisorKind.QEMU_MICROVM.value,
+}
+"""Short names."""
 _HIDDEN = "***"
 
 

@@ -62,10 +62,10 @@ LEFT_OUT = frozenset(["denied"])
 """Counters left out, because another metric has the same with the reasons."""
 
 
-def register_metrics(egress: Egress) -> None:
+def register(egress: Egress) -> None:
     for name, family in FAMILIES.items():
-        register = metrics.register_counter if name.endswith("_total") else metrics.register_gauge
-        register(name, family.text, _labels(family.label), partial(_of_family, egress, family))
+        add = metrics.register_counter if name.endswith("_total") else metrics.register_gauge
+        add(name, family.text, _labels(family.label), partial(_of_family, egress, family))
     metrics.register_counter(
         "hypeman_egress_denied_total",
         "Requests and connections that were denied or failed, by reason",

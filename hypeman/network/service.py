@@ -37,7 +37,7 @@ TapLost = Callable[[str], Awaitable[None]]
 """Told the id of an instance whose TAP was deleted under it and made anew."""
 
 
-async def _nobody_to_tell(instance_id: str) -> None:
+async def _ignore(instance_id: str) -> None:
     pass
 
 
@@ -59,7 +59,6 @@ class Network:
         rules: Rules,
         egress_port: int = 0,
         offered: Iterable[HostPort] = (),
-        on_tap_lost: TapLost = _nobody_to_tell,
         on_tap_operation: TapOperation = lambda operation: None,
     ) -> None:
         self.subnet = Subnet.parse(config.subnet_cidr, config.gateway)
@@ -69,7 +68,7 @@ class Network:
         self._rules = rules
         self._egress_port = egress_port
         self._offered = tuple(offered)
-        self._on_tap_lost = on_tap_lost
+        self._on_tap_lost: TapLost = _ignore
         self._leases: dict[str, Lease] = {}
         self._last_holders: dict[str, str] = {}
         """Address → the instance that had it last, as far as is known since the start."""
@@ -82,6 +81,10 @@ class Network:
         self._claim: socket.socket | None = None
         self._can_shape = True
         self._on_tap_operation = on_tap_operation
+
+    def on_tap_lost(self, react: TapLost) -> None:
+        """Await ``react`` with the id of each instance whose TAP somebody deleted, once it has been recreated."""
+        self._on_tap_lost = react
 
     async def start(self, living: Iterable[Lease]) -> None:
         """Make the host agree with ``living``: their links put back, all else of ours removed.

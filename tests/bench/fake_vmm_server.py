@@ -35,10 +35,10 @@ def main() -> None:
     driver = FakeDriver()
     driver.guest = guests.opened
 
-    def catalog(config: object, store: Store, *_: object) -> Catalog:
+    def catalog(settings: object, store: Store, *_: object, **__: object) -> Catalog:
         return Catalog((driver,), store=store, default="qemu", depends_on={})
 
-    app._catalog = catalog  # type: ignore[assignment]
+    vars(app)["make_catalog"] = catalog
     vars(app)["World"] = partial(World, connect=guests.connect)  # type: ignore[arg-type]
     app.main(load_config())
 

@@ -20,9 +20,10 @@ import trio.testing
 
 from hypeman._native.egress import METRICS
 from hypeman.egress import audit as audit_module
+from hypeman.egress import metrics as egress_metrics
 from hypeman.egress import view as view_module
 from hypeman.egress.audit import AuditLog
-from hypeman.egress.metrics import FAMILIES, LEFT_OUT, register_metrics
+from hypeman.egress.metrics import FAMILIES, LEFT_OUT
 from hypeman.egress.service import AuditRecord, Egress, Settings
 from hypeman.egress.types import CredentialPolicy, CredentialSource, EgressEnforcementMode, InjectAs, InjectRule
 from hypeman.egress.view import EgressRecords, EgressView
@@ -181,7 +182,7 @@ def test_every_counter_has_its_metric() -> None:
 
 
 async def test_metrics_of_a_real_denial(egress: Egress) -> None:
-    register_metrics(egress)
+    egress_metrics.register(egress)
     await ask_denied(egress)
     told = metrics.render_metrics().decode()
     for line in (
@@ -197,7 +198,7 @@ async def test_metrics_of_a_real_denial(egress: Egress) -> None:
 
 
 def test_metrics_without_a_running_data_plane(tmp_path: Path) -> None:
-    register_metrics(Egress(Settings(address="127.0.0.1", port=0, loops=1), tmp_path))
+    egress_metrics.register(Egress(Settings(address="127.0.0.1", port=0, loops=1), tmp_path))
     told = [line.partition(" ")[0] for line in metrics.render_metrics().decode().splitlines()]
     assert "hypeman_egress_requests_total" not in told
     assert "hypeman_uptime_seconds" in told

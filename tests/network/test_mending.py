@@ -96,7 +96,7 @@ async def test_a_deleted_tap_comes_back_and_its_vmm_is_put_on_it(lab: Lab) -> No
     async def on_tap_lost(instance_id: str) -> None:
         lost.append(instance_id)
 
-    lab.network._on_tap_lost = on_tap_lost
+    lab.network.on_tap_lost(on_tap_lost)
     guest = await lab.guest(upload_bps=10**6)
     async with watched(lab) as told:
         sh(f"ip link del {guest.lease.tap}")

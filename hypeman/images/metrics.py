@@ -1,0 +1,12 @@
+"""Gauges of the image service."""
+
+from __future__ import annotations
+
+from hypeman.images.service import Images
+from hypeman.telemetry import metrics
+
+
+def register(images: Images) -> None:
+    metrics.register_gauge(
+        "hypeman_images_build_queue_length", "Images waiting", (), lambda: {(): images.statistics()["queued"]}
+    )

@@ -1,0 +1,47 @@
+"""One list of drivers, and everything that names kinds agrees with it."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from hypeman import doctor
+from hypeman.cli.instances import HYPERVISORS
+from hypeman.config import Config, HypervisorChoice, HypervisorConfig
+from hypeman.host.processes import Processes
+from hypeman.hypervisor import catalog
+from hypeman.hypervisor.drivers import AnyDriver, make_drivers
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.kvm import KvmProof
+
+
+async def no_tap(name: str) -> int:
+    raise AssertionError(name)
+
+
+@pytest.fixture
+def drivers() -> tuple[AnyDriver, ...]:
+    return make_drivers(HypervisorConfig(), Processes(), no_tap, kernel="/no/kernel")
+
+
+def test_every_kind_but_apples_has_one_driver(drivers: tuple[AnyDriver, ...]) -> None:
+    assert sorted(driver.kind for driver in drivers) == sorted(set(HypervisorKind) - {HypervisorKind.VZ})
+
+
+def test_names_elsewhere_are_those_of_the_list(drivers: tuple[AnyDriver, ...]) -> None:
+    kinds = {driver.kind.value for driver in drivers}
+    assert set(get_args(HypervisorChoice)) == {"", *kinds}
+    assert {kind.value for kind in catalog._PREFERENCE} == kinds
+    assert set(HYPERVISORS.values()) <= kinds
+
+
+async def test_the_doctor_has_a_finding_for_each(
+    drivers: tuple[AnyDriver, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def works(self: KvmProof) -> str:
+        return ""
+
+    monkeypatch.setattr(KvmProof, "why_not", works)
+    found = {finding.name async for finding in doctor._hypervisor(Config())}
+    assert found - {"kvm"} == {driver.kind.value for driver in drivers}
