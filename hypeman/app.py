@@ -212,6 +212,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         egress=secrets,
         templates=disks,
         compressor=compressor,
+        boot_id=processes.boot_id,
     )
     instances = Instances(
         world=world,

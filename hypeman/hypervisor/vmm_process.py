@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from hypeman.hypervisor.interface import VmConfig, VmmBroken, VmmGone, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 
 _POLL = 0.02
+_PT_INTERP = 3
+"""Of an ELF program header: the path of the dynamic loader."""
 _STATE = 1 << 30
 """Bytes of devices in a saved VM, and of logs until they are rotated, at most."""
 
@@ -79,6 +82,23 @@ def find(processes: Processes, handle: VmmHandle) -> Process:
     if process is None:
         raise VmmGone(f"the VMM of {handle.config.instance_id} (pid {handle.pid}) has ended")
     return process
+
+
+def needs_libraries(program: str) -> bool:
+    """Whether ``program`` is an ELF file that names a dynamic loader, so that it cannot run in an empty root."""
+    try:
+        with open(program, "rb") as file:
+            header = file.read(64)
+            if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian
+                return False
+            (table,) = struct.unpack_from("<Q", header, 32)
+            size, count = struct.unpack_from("<HH", header, 54)
+            file.seek(table)
+            entries = file.read(size * count)
+    except OSError:
+        return False
+    kinds = (struct.unpack_from("<I", entries, at)[0] for at in range(0, len(entries) - 3, size or 1))
+    return _PT_INTERP in kinds
 
 
 async def end(process: Process) -> None:

@@ -69,11 +69,19 @@ async def _find_and_settle(owned: Owned, seconds: float = float("inf")) -> None:
     if owned.removed or owned.record.state in NO_VMM:
         return
     if not alive:
-        await vmm_ended(owned, owned.ended or VmmExit(ExitReason.FAILED, "the VMM ended while the server was away"))
+        await vmm_ended(owned, owned.ended or _ended_unseen(owned))
     elif owned.record.state is InstanceState.UNKNOWN:
         await owned.save(owned.entered(owned.record, owned.record.was or InstanceState.RUNNING))
         owned.journal(f"the VMM answers again: {owned.record.state.value}")
         await _hear_again(owned, owned.world.live[owned.record.id])
+
+
+def _ended_unseen(owned: Owned) -> VmmExit:
+    """How a VMM ended whose end no server of ours has seen."""
+    handle = owned.record.handle
+    if handle is not None and handle.boot_id != owned.world.boot_id:
+        return VmmExit(ExitReason.KILLED, "the host rebooted while the VM ran")
+    return VmmExit(ExitReason.FAILED, "the VMM ended while the server was away")
 
 
 async def _find_vm(owned: Owned, seconds: float) -> bool:

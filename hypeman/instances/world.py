@@ -117,6 +117,7 @@ class World:
         egress: EgressNeeds,
         templates: TemplateNeeds,
         compressor: CompressorNeeds,
+        boot_id: str,
         connect: Connect = connect_guest,
     ) -> None:
         self.config = config
@@ -133,6 +134,8 @@ class World:
         self.egress = egress
         self.templates = templates
         self.compressor = compressor
+        self.boot_id = boot_id
+        """Of the host; the handles of VMMs have the one that they were started in."""
         self.connect = connect
         self.live: dict[str, Live] = {}
         """Instance → its living VM. Filled by launch, restore and adoption; emptied when it ended."""

@@ -176,6 +176,28 @@ async def test_how_a_vmm_of_an_earlier_server_ended(
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("linked", ["-static", "-dynamic"])
+async def test_a_firecracker_that_needs_libraries_counts_as_not_available(
+    linked: str, make_driver: Make, folder: Path, processes: Processes
+) -> None:
+    """It tells its version on the host, and in its jail it could not even start."""
+    compiler = shutil.which("cc")
+    if compiler is None or os.geteuid() != 0:
+        pytest.skip("wants a C compiler and root")
+    binary = folder / "programs" / "firecracker-linked"
+    source = folder / "firecracker.c"
+    source.write_text('#include <stdio.h>\nint main(void) { puts("Firecracker v1.16.1"); return 0; }\n')
+    arguments = [compiler, "-o", str(binary), str(source), *(["-static"] if linked == "-static" else [])]
+    await processes.run(arguments, timeout=120)
+    binary.chmod(0o755)
+    good = make_driver("firecracker")
+    assert isinstance(good, FirecrackerDriver)
+    jailer = folder / "programs" / "jailer"
+    driver = FirecrackerDriver(processes, kvm=good._kvm, binary=str(binary), jailer=str(jailer))
+    found = await driver.probe()
+    assert (found.available, "static build" in found.reason) == (linked == "-static", linked != "-static"), found
+
+
 def test_events_are_taken_apart_wherever_they_are_cut() -> None:
     one = b'{\n  "source": "vm",\n  "event": "booted",\n  "properties": null\n}\n\n'
     text = one + b"nonsense\n\n" + one.replace(b"booted", b"rebooting")

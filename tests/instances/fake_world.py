@@ -335,6 +335,7 @@ class Lab:
         self.limits = Limits()
         self.images = FakeImages(paths.images / "disk")
         self.guests: dict[str, FakeGuest] = {}
+        self.boot_id = "boot"
         self.driver = FakeDriver(self.machine)
         paths.run_dir.mkdir(parents=True, exist_ok=True)
         paths.tmp.mkdir(parents=True, exist_ok=True)
@@ -398,6 +399,7 @@ class Lab:
             egress=self.egress,
             templates=FakeTemplates(self.bomb),
             compressor=Compressor(store, self.paths),  # type: ignore[arg-type]
+            boot_id=self.boot_id,
             connect=self._connect,  # type: ignore[arg-type]
         )
         return Instances(

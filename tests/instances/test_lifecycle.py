@@ -367,6 +367,21 @@ async def test_the_next_server_adopts_what_lives(lab: Lab) -> None:
         await instances.stop("one")
 
 
+@pytest.mark.parametrize(
+    ("boot_id", "message"),
+    [("boot", "the VMM ended while the server was away"), ("another", "the host rebooted while the VM ran")],
+)
+async def test_how_a_vm_ended_while_the_server_was_away(lab: Lab, boot_id: str, message: str) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+    for process in lab.machine.alive():
+        process.end(ExitReason.KILLED)
+    lab.boot_id = boot_id
+    async with lab.running() as instances:
+        ended = await instances.get("one")
+        assert (ended.state, ended.exit_message) == (InstanceState.STOPPED, message)
+
+
 async def test_a_fork_is_somebody_of_its_own(lab: Lab) -> None:
     async with lab.running() as instances:
         await running(lab, instances)

@@ -27,7 +27,7 @@ from hypeman.hypervisor.remote import listen_for_guest, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET, INITRD, KERNEL, LOG
 from hypeman.hypervisor.sought import Missing, Seeker, Sought, find_binary, version_of
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import find, max_file_size, new_handle
+from hypeman.hypervisor.vmm_process import find, max_file_size, needs_libraries, new_handle
 
 _NUMBERS = r" v(\d+)\.(\d+)\.(\d+)"
 
@@ -60,6 +60,12 @@ class FirecrackerDriver(Seeker):
     async def _able(self, binary: str, version: str) -> Capabilities:
         if os.geteuid() != 0:
             raise Missing("its jailer wants root", binary=binary, version=version)
+        if needs_libraries(binary):
+            raise Missing(
+                "it is linked dynamically, and its jail has no libraries: install the static build of its releases",
+                binary=binary,
+                version=version,
+            )
         jailer = await version_of(self._processes, self._sought_jailer, self._jailer(binary))
         if jailer != version:
             raise Missing(f"its jailer is of version {jailer}", binary=binary, version=version)

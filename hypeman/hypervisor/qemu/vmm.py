@@ -274,7 +274,7 @@ class QemuVmm(LiveVmm):
         if event is not None and (reason := str(event.data.get("reason"))) in _REASONS:
             return VmmExit(_REASONS[reason], reason)
         if self._killed or code is None or code == -9:
-            return VmmExit(ExitReason.KILLED, "ended by SIGKILL" if code == -9 else "")
+            return VmmExit(ExitReason.KILLED)
         how = f"by signal {-code}" if code < 0 else f"with code {code}"
         return VmmExit(ExitReason.FAILED, f"QEMU ended {how}")
 
