@@ -1,14 +1,4 @@
-# make demo        see an OCI image run as a VM, from nothing to `demo: ok`
-# make test        the whole suite
-# make lint        ruff, mypy --strict, the direction of imports
-# make bench       figures, as a table and in build/bench.json   (make bench AREAS="egress http" for some)
-# make appliance   the bundle without Python: dist/*.tar.gz, dist/*.deb, checksums, list of contents
-# make test-appliance  builds the appliance twice, compares, looks into it
-# make test-metal  devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
-# make kernel      our own guest kernel (some 12 CPU minutes, once); without it Debian's is taken
-# make reference   write systemd/CONFIGURATION.md from the types in hypeman/config.py
-# make lock        pin the Python packages anew
-# make clean       remove what was built here (the kernel cache in ~/.cache/hypeman-build stays)
+# `make help` lists the targets; their descriptions are behind `##` below.
 #
 # Each target first installs what it needs, on a fresh Debian 12 as root or through sudo; a stamp in
 # build/stamps makes that quick the second time.
@@ -26,47 +16,55 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile)
 
-.PHONY: demo test lint bench appliance test-appliance test-metal kernel reference lock clean ready
+.PHONY: help demo test test-fast lint bench appliance test-appliance test-metal kernel reference lock clean ready
 
-demo: ready
+help:  ## this list; the default, so that a plain `make` starts no VM
+	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
+	    printf '  make %-15s %s\n' "$$name" "$$what"; done
+
+demo: ready  ## see an OCI image run as a VM, from nothing to `demo: ok`
 	@$(PYTHON) -m tests.demo
 
-test: ready
+test: ready  ## the whole suite
 	@echo "== tests"
 	@$(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
-lint: $(STAMPS)/native
+test-fast: $(STAMPS)/native  ## the tests without guests, namespaces and registries: under a minute on two idle processors
+	@echo "== fast tests"
+	@$(PYTHON) -m pytest -q -m "not real and not slow and not metal" $(PYTEST_ARGS) $$($(PYTHON) -m tests.tiers fast)
+
+lint: $(STAMPS)/native  ## ruff, mypy --strict over code and tests, direction of imports, documents
 	@echo "== ruff"
 	@.venv/bin/ruff check hypeman tests setup.py packaging
 	@.venv/bin/ruff format --quiet --check hypeman tests setup.py packaging
 	@echo "== mypy --strict"
 	@.venv/bin/mypy
-	@echo "== the direction of imports"
-	@$(PYTHON) -m pytest -q tests/test_imports.py
+	@echo "== direction of imports, documents, test tiers"
+	@$(PYTHON) -m pytest -q tests/test_imports.py tests/test_documents.py tests/test_tiers.py
 
-bench: ready
+bench: ready  ## figures, as a table and in build/bench.json; AREAS="egress http" for some
 	@$(PYTHON) -m tests.bench $(AREAS)
 
-appliance: $(STAMPS)/native
+appliance: $(STAMPS)/native  ## the bundle without Python: dist/*.tar.gz, dist/*.deb, checksums, list of contents
 	@packaging/appliance/build
 
-test-appliance: $(STAMPS)/native
+test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect it
 	@$(PYTHON) -m pytest -v tests/packaging/appliance.py
 
-test-metal: appliance
+test-metal: appliance  ## devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" tests/metal tests/packaging/metal.py
 
-kernel: $(STAMPS)/debian
+kernel: $(STAMPS)/debian  ## our own guest kernel (some 12 CPU minutes, once); without it Debian's is used
 	@echo "== guest kernel of our own"
 	@packaging/kernel/build
 
-reference: $(STAMPS)/venv
+reference: $(STAMPS)/venv  ## write systemd/CONFIGURATION.md from the types in hypeman/config.py
 	@$(PYTHON) packaging/configuration-reference
 
-lock: $(STAMPS)/venv
+lock: $(STAMPS)/venv  ## pin the Python packages again
 	@packaging/lock
 
-clean:
+clean:  ## remove what was built here (the kernel cache in ~/.cache/hypeman-build stays)
 	rm -rf build dist .mypy_cache .ruff_cache .hypothesis hypeman.egg-info
 	rm -f hypeman/_native/*.so hypeman/guest/bin/hypeman-init
 	find hypeman tests -name __pycache__ -type d -prune -exec rm -rf {} +
