@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _RECONNECT_FIRST = 0.01
 _RECONNECT_MOST = 1.0
+_SHORT_LIVED = 1.0
+"""A connection that ends sooner is not followed by another at once: a guest could keep us busy with that."""
 
 
 class Unwatched:
@@ -170,14 +172,15 @@ class Live:
     async def _talk(self, tell: Callable[[Live, LiveEvent], None]) -> None:
         pause = _RECONNECT_FIRST
         while True:
-            ready = False
+            ready, begun = False, trio.current_time()
             try:
                 ready = await self._talk_once(await self.vmm.open_channel(), tell)
             except (HypemanError, OSError, trio.BrokenResourceError) as error:
                 log.debug("no channel to the guest of %s: %s", self.vmm.handle.config.instance_id, error)
             except Exception:  # what a guest sends may puzzle us, but never end the server
                 log.exception("the channel to the guest of %s failed", self.vmm.handle.config.instance_id)
-            pause = _RECONNECT_FIRST if ready else min(pause * 2, _RECONNECT_MOST)
+            lasted = trio.current_time() - begun
+            pause = _RECONNECT_FIRST if ready and lasted > _SHORT_LIVED else min(pause * 2, _RECONNECT_MOST)
             await trio.sleep(pause)
 
     async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, LiveEvent], None]) -> bool:
