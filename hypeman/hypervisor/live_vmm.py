@@ -8,6 +8,7 @@ import trio
 from hypeman.errors import InvalidRequest, NotFound, NotSupported
 from hypeman.host.processes import Process
 from hypeman.hypervisor.interface import Disk, VmConfig, VmmHandle
+from hypeman.hypervisor.vmm_process import kill_and_wait
 from hypeman.units import MIB
 
 
@@ -32,11 +33,9 @@ class LiveVmm:
         return self._handle.config
 
     async def kill(self) -> None:
-        if self._process.alive():
-            self._killed = True
-            self._process.kill()
-        with trio.CancelScope(shield=True):  # SIGKILL takes 5-50 ms; half dead is no state to leave it in
-            await self._process.wait()
+        self._killed = self._killed or self._process.alive()
+        with trio.CancelScope(shield=True):  # half dead is no state to leave it in
+            await kill_and_wait(self._process)
 
     async def aclose(self) -> None:
         if self._channel is not None:

@@ -20,6 +20,8 @@ from hypeman.hypervisor.kinds import HypervisorKind
 _POLL = 0.02
 _PT_INTERP = 3
 """Of an ELF program header: the path of the dynamic loader."""
+_KILL_LIMIT = 30.0
+"""Seconds from SIGKILL to the end, which takes 5 to 50 ms unless the kernel itself waits for a device."""
 _STATE = 1 << 30
 """Bytes of devices in a saved VM, and of logs until they are rotated, at most."""
 
@@ -102,11 +104,19 @@ def needs_libraries(program: str) -> bool:
 
 
 async def end(process: Process) -> None:
-    """Kill and reap; not to be cancelled half way."""
+    """Kill and reap; not to be cancelled half way. Raises VmmBroken if it does not end."""
     with trio.CancelScope(shield=True):
-        process.kill()
-        await process.wait()
+        await kill_and_wait(process)
         process.close()
+
+
+async def kill_and_wait(process: Process) -> None:
+    """Raises VmmBroken for a process that a signal does not end: one that waits in the kernel for a dead disk."""
+    process.kill()
+    with trio.move_on_after(_KILL_LIMIT) as limit:
+        await process.wait()
+    if limit.cancelled_caught:
+        raise VmmBroken(f"process {process.pid} did not end within {_KILL_LIMIT:g} s after SIGKILL")
 
 
 async def end_stray(processes: Processes, run_dir: str) -> bool:
