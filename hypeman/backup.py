@@ -14,19 +14,24 @@ and the error says which. A restore ends with a whole data directory or with an 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import trio
+import zstandard
 
 from hypeman import __version__
 from hypeman.errors import Conflict, InvalidRequest
-from hypeman.host.tarballs import pack, unpack
+from hypeman.host.files import HostError
+from hypeman.host.tarballs import pack
 from hypeman.images.records import IMAGES
+from hypeman.images.tar import Entry, Kind, Source, TarError, TarReader
 from hypeman.images.types import ImageStatus
 from hypeman.instances.captures import CAPTURES, of_instance
 from hypeman.instances.plan import plan_delete
@@ -41,6 +46,9 @@ FORMAT = 1
 _AT_REST = (InstanceState.STOPPED, InstanceState.STANDBY)
 _ABOUT = "backup.json"
 _HALF = ".restoring"
+_SAFE_NAME = re.compile(rb"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,254}){0,15}")
+_MAX_ENTRIES = 10_000_000
+_CHUNK = 1 << 20
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +110,7 @@ def restore(paths: Paths, source: Path) -> About:
     data.mkdir(mode=0o711, parents=True, exist_ok=True)
     try:
         half.mkdir(mode=0o700)
-        unpack(source, half)
+        _unpack(source, half)
         about = _read_about(half)
         Store.open(half / "store").close()  # refuses that of a newer version
         (half / _ABOUT).unlink()
@@ -112,6 +120,72 @@ def restore(paths: Paths, source: Path) -> About:
     finally:
         shutil.rmtree(half, ignore_errors=True)
     return about
+
+
+def _unpack(source: Path, directory: Path) -> None:
+    """Unpack a backup into an empty directory that only we can write to: regular files and directories, nothing else.
+
+    Modes are ours: nothing is executable, setuid or writable by others. Raises HostError.
+    """
+    try:
+        with source.open("rb") as file:
+            reader = TarReader(Source(_plain(file)), max_entries=_MAX_ENTRIES)
+            root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                while (entry := reader.next_entry()) is not None:
+                    _unpack_entry(entry, reader, root)
+            finally:
+                os.close(root)
+    except (TarError, zstandard.ZstdError) as error:
+        raise HostError(f"{source} is damaged: it {error}") from None
+    except OSError as error:
+        raise HostError(f"{source} can not be unpacked: {error}") from error
+
+
+def _plain(file: BinaryIO) -> Iterator[bytes]:
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    while data := file.read(_CHUNK // 16):
+        yield frame.decompress(data)
+    if not frame.eof:
+        raise TarError("is cut off")
+
+
+def _unpack_entry(entry: Entry, reader: TarReader, root: int) -> None:
+    """``root`` is the directory's descriptor. There are no links below it, since none is ever made."""
+    name = entry.name.rstrip(b"/")
+    if not _SAFE_NAME.fullmatch(name):
+        raise TarError(f"has the name {name[:200]!r}, which no backup has")
+    if entry.kind is Kind.DIRECTORY:
+        os.mkdir(name, 0o700, dir_fd=root)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+        mode = entry.mode & 0o711
+    elif entry.kind is Kind.FILE:
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
+        mode = entry.mode & 0o644
+    else:
+        raise TarError(f"has {name[:200]!r}, which is neither a regular file nor a directory")
+    try:
+        if entry.kind is Kind.FILE:
+            for offset, length in ((0, entry.size),) if entry.pieces is None else entry.pieces:
+                end = offset + length
+                while offset < end:
+                    data = reader.data(min(_CHUNK, end - offset))
+                    offset += _write_at(fd, data, offset)
+            os.ftruncate(fd, entry.size)
+        if os.geteuid() == 0:
+            os.fchown(fd, entry.uid, entry.gid)
+        os.fchmod(fd, mode)
+        os.utime(fd, ns=(entry.mtime * 10**9 + entry.mtime_ns,) * 2)
+    finally:
+        os.close(fd)
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> int:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+    return len(data)
 
 
 def _read_about(directory: Path) -> About:

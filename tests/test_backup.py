@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import trio
+import zstandard
 
 from hypeman import backup
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, NotFound, StoreError
@@ -30,6 +33,7 @@ from hypeman.snapshots.types import CreateSnapshotRequest, SnapshotKind
 from hypeman.store import Store, Txn
 from hypeman.store.schema import SCHEMA, SchemaRow
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
+from tests.images.layout import directory, entry, hard_link, symlink, tar
 from tests.instances.fake_world import DIGEST, Lab, request
 
 MEGABYTE = 1 << 20
@@ -202,6 +206,43 @@ def test_a_damaged_backup_restores_nothing(paths: Paths, file: Path, elsewhere: 
     assert list(elsewhere.data_dir.iterdir()) == []
     assert trio.run(trio.to_thread.run_sync, make_backup, paths, file.with_name("again")) is None
     backup.restore(elsewhere, file.with_name("again"))
+
+
+FOREIGN = {
+    "a symlink": (symlink("volumes", "/etc"), "neither a regular file nor a directory"),
+    "a hard link": (hard_link("volumes", "backup.json"), "neither a regular file nor a directory"),
+    "a device": (entry("disk", tarfile.BLKTYPE, devmajor=8), "neither a regular file nor a directory"),
+    "a pipe": (entry("disk", tarfile.FIFOTYPE), "neither a regular file nor a directory"),
+    "an absolute name": (entry("/tmp/x"), "which no backup has"),
+    "a name that climbs": (entry("volumes/../../x"), "which no backup has"),
+    "a hidden name": (entry(".ssh"), "which no backup has"),
+    "a name with a newline": (entry("a\nb"), "which no backup has"),
+    "a name beyond PATH_MAX": (entry("/".join(["d" * 200] * 30)), "which no backup has"),
+    "the same name twice": (entry("backup.json"), "exists"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_no_backup_has_is_refused(case: str, file: Path, elsewhere: Paths, tmp_path: Path) -> None:
+    foreign, reason = FOREIGN[case]
+    data = tar(entry("backup.json", data=b"{}"), foreign)
+    file.write_bytes(zstandard.compress(data))
+    with pytest.raises(HypemanError, match=reason):
+        backup.restore(elsewhere, file)
+    assert list(elsewhere.data_dir.iterdir()) == []
+
+
+def test_modes_of_a_backup_are_ours(paths: Paths, file: Path, elsewhere: Paths) -> None:
+    """No setuid, no execution, no write access for others, whatever the archive says."""
+    make_backup(paths, file)
+    good = zstandard.ZstdDecompressor().decompressobj().decompress(file.read_bytes())
+    more = tar(
+        directory("volumes", mode=0o7777), directory("volumes/a", mode=0o6777), entry("volumes/a/x", mode=0o6777)
+    )
+    file.write_bytes(zstandard.compress(good.rstrip(b"\0") + bytes(512 - len(good.rstrip(b"\0")) % 512) + more))
+    backup.restore(elsewhere, file)
+    assert stat.S_IMODE((elsewhere.volumes / "a").stat().st_mode) == 0o711
+    assert stat.S_IMODE((elsewhere.volumes / "a" / "x").stat().st_mode) == 0o644
 
 
 async def test_the_backup_of_a_newer_version_is_refused(

@@ -300,6 +300,8 @@ class Connection:
             return  # closed by us meanwhile
         match kind:
             case FrameType.DATA | FrameType.STDERR:
+                if not payload:
+                    raise ProtocolError("a frame without data")  # it would use up no allowance: without end, free
                 if len(payload) > state.allowance:
                     raise ProtocolError("the guest sends more than it was granted")
                 state.allowance -= len(payload)

@@ -1,4 +1,4 @@
-"""Directories into one compressed file and back, with their holes, owners and times: GNU tar, and Zstandard.
+"""Directories into one compressed file, with their holes, owners and times: GNU tar, and Zstandard.
 
 The frame carries a checksum and its end, so that a file that was cut or altered is refused when it is read.
 """
@@ -17,9 +17,8 @@ import zstandard
 from hypeman.host.files import HostError
 
 _LEVEL = 3
-_CHUNK = 64 << 10
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
-_KEEP = ("--sparse", "--numeric-owner")
+_KEEP = ("--sparse", "--numeric-owner", "--hard-dereference")
 
 
 def pack(target: Path, parts: Sequence[tuple[Path, Iterable[str]]]) -> None:
@@ -47,24 +46,6 @@ def pack(target: Path, parts: Sequence[tuple[Path, Iterable[str]]]) -> None:
             raise HostError(f"{error.filename2 or error.filename} exists already") from None
         except OSError as error:
             raise HostError(f"{target} can not be written: {error}") from error
-
-
-def unpack(source: Path, directory: Path) -> None:
-    """Unpack what ``pack`` wrote into a directory. Raises HostError, also for a file that is cut or altered."""
-    argv = ["tar", "--extract", *_KEEP, "--same-owner", "--same-permissions", "--directory", str(directory)]
-    frame = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        with source.open("rb") as file, _tar(argv, stdin=subprocess.PIPE) as tar:
-            assert tar.stdin is not None
-            while data := file.read(_CHUNK):
-                tar.stdin.write(frame.decompress(data))
-            if not frame.eof:
-                raise HostError(f"{source} is cut off")
-            tar.stdin.close()
-    except zstandard.ZstdError as error:
-        raise HostError(f"{source} is damaged: {error}") from None
-    except OSError as error:
-        raise HostError(f"{source} can not be unpacked: {error}") from error
 
 
 @contextlib.contextmanager

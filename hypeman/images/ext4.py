@@ -120,7 +120,8 @@ class Filler(Sink):
         self._space -= entry.stored
         node.content = self._allocate(is_directory=False)
         self._write_inode(node.content, _raw_inode(stat.S_IFREG, links=1))
-        self._write_data(node.content, entry.size, entry.pieces or ((0, entry.size),), read)
+        pieces = ((0, entry.size),) if entry.pieces is None else entry.pieces
+        self._write_data(node.content, entry.size, pieces, read)
 
     def discard(self, node: Node) -> None:
         if isinstance(node.content, int):

@@ -30,7 +30,15 @@ from hypeman.ids import new_id
 from hypeman.server import errors
 from hypeman.server.api import EventStream, Operation, Page, UploadStream
 from hypeman.server.decode import decode_body, decode_query, decode_segment
-from hypeman.server.errors import BodyTooLarge, Failure, failure_of, status_failure, told_error
+from hypeman.server.errors import (
+    BodyTooLarge,
+    BodyTooSlow,
+    Failure,
+    TooManyBodies,
+    failure_of,
+    status_failure,
+    told_error,
+)
 from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConnection
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import Connection
@@ -41,6 +49,11 @@ from hypeman.tokens import LOCAL, Caller, Scope, Verifier, check_scope
 
 MAX_JSON_BODY = 2 * 2**20
 """Bytes. The largest sensible request, a create with a long environment, has some 100 KB."""
+
+MAX_JSON_BODIES = 32 * 2**20
+"""Bytes of all JSON bodies that are arriving at one time."""
+BODY_SECONDS = 10.0
+"""In which a JSON body must arrive. Uploads have no such limit: they are not held in memory."""
 
 _log = logging.getLogger("hypeman.http")
 _encode = msgspec.json.Encoder().encode
@@ -63,6 +76,13 @@ def build_app(services: Services, settings: ServerSettings) -> ApiApp:
     return app
 
 
+@dataclass
+class _HeldBodies:
+    """JSON bodies that are arriving."""
+
+    bytes: int = 0
+
+
 class ApiApp(QuartTrio):
     request_class = ApiRequest
     asgi_http_class = HttpConnection
@@ -73,6 +93,7 @@ class ApiApp(QuartTrio):
         self.services = services
         self.settings = settings
         self._verifier = Verifier(settings.jwt_secret)
+        self.held_bodies = _HeldBodies()
         self.config["MAX_CONTENT_LENGTH"] = None  # streams have none; JSON bodies are measured where they are read
         self.config["BODY_TIMEOUT"] = None  # the time limit of the whole request covers it
         self.config["RESPONSE_TIMEOUT"] = None
@@ -156,7 +177,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
         if operation.body is UploadStream:
             found["body"] = request.body
         elif decoder is not None:
-            data = await _read_json_body()
+            data = await _read_json_body(app.held_bodies)
             if data or operation.body_required:
                 found["body"] = decode_body(data, decoder)
         return found
@@ -191,16 +212,25 @@ def _measured(operation: Operation) -> Iterator[None]:
         metrics.instance_seconds[operation.measure].labels(status).observe(time.perf_counter() - started)
 
 
-async def _read_json_body() -> bytes:
+async def _read_json_body(held: _HeldBodies) -> bytes:
+    """Raises BodyTooLarge, BodyTooSlow, TooManyBodies."""
+    if (request.content_length or 0) > MAX_JSON_BODY:
+        raise BodyTooLarge(f"the body is larger than {MAX_JSON_BODY} bytes")
     body = bytearray()
-    if (request.content_length or 0) <= MAX_JSON_BODY:
-        async for chunk in request.body:
-            body += chunk
-            if len(body) > MAX_JSON_BODY:
-                break
-        else:
-            return bytes(body)
-    raise BodyTooLarge(f"the body is larger than {MAX_JSON_BODY} bytes")
+    try:
+        with trio.fail_after(BODY_SECONDS):
+            async for chunk in request.body:
+                body += chunk
+                held.bytes += len(chunk)
+                if len(body) > MAX_JSON_BODY:
+                    raise BodyTooLarge(f"the body is larger than {MAX_JSON_BODY} bytes")
+                if held.bytes > MAX_JSON_BODIES:
+                    raise TooManyBodies("too many requests with large bodies are under way; try again")
+        return bytes(body)
+    except trio.TooSlowError:
+        raise BodyTooSlow(f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
+    finally:
+        held.bytes -= len(body)
 
 
 def _answer(operation: Operation, answer: Any) -> Response:

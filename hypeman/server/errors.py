@@ -58,6 +58,20 @@ class BodyTooLarge(HypemanError):
     default_code = "Request Entity Too Large"
 
 
+class BodyTooSlow(HypemanError):
+    """A JSON body that does not arrive in time."""
+
+    status = 408
+    default_code = "Request Timeout"
+
+
+class TooManyBodies(HypemanError):
+    """The memory for JSON bodies is used up by requests under way."""
+
+    status = 503
+    default_code = "Service Unavailable"
+
+
 UNEXPECTED = Failure(500, ErrorBody("internal_error", "something went wrong in the server; its log tells what"))
 
 TIMED_OUT = Failure(

@@ -125,7 +125,7 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     if operation.scope is not None:
         failures |= {401, 403, 500}
     if operation.body not in (None, UploadStream):
-        failures |= {400, 413}
+        failures |= {400, 408, 413, 503}
     if not operation.unlimited and operation.scope is not None:
         failures.add(504)
     error = {"application/json": {"schema": schemas.of(ErrorBody)}}

@@ -168,6 +168,16 @@ def test_windows_in_both_directions() -> None:
     assert connection.receive(frame(FrameType.STDERR, session, b"12345")) == [Data(session, b"12345", True)]
 
 
+@pytest.mark.parametrize("kind", [FrameType.DATA, FrameType.STDERR])
+@pytest.mark.parametrize("flags", [0, 2])
+def test_frames_without_data_are_refused(kind: FrameType, flags: int) -> None:
+    """They use up no allowance, so a guest could send them without end."""
+    connection = greeted()
+    session = connection.open(Op.EXEC)
+    with pytest.raises(ProtocolError, match="without data"):
+        connection.receive(frame(kind, session, b"", flags))
+
+
 def test_sessions_are_bounded_and_end() -> None:
     connection = greeted()
     for _ in range(MAX_SESSIONS):

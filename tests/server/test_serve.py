@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import msgspec
 import pytest
 import trio
 
+from hypeman.server import app as app_module
 from hypeman.server.app import ApiApp
 from hypeman.server.serve import Connection, ServeError, Server, bind_tcp, bind_unix, metrics_app
 from tests.fakes.services import FakeWorld
@@ -257,3 +259,31 @@ async def test_aborting_twice_is_fine() -> None:
         connection.abort()
         await connection.stream.aclose()
         connection.abort()
+
+
+async def test_unfinished_bodies_are_bounded_together(
+    served: Any, app: ApiApp, world: FakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients with a large JSON body that never ends: their sum is bounded, others are served, then they time out."""
+    monkeypatch.setattr(app_module, "BODY_SECONDS", 3.0)
+    statuses: list[int] = []
+
+    async def client() -> None:
+        async with await trio.open_unix_socket(served.socket_path) as stream:
+            await stream.send_all(b"POST /instances HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n")
+            with suppress(trio.BrokenResourceError):
+                await stream.send_all(b"{" + b" " * (2**20 - 1))
+            statuses.append((await talk(stream, ""))[0])
+
+    highest = 0
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for _ in range(60):
+                nursery.start_soon(client)
+            while len(statuses) < 60:
+                highest = max(highest, app.held_bodies.bytes)
+                async with await trio.open_unix_socket(served.socket_path) as stream:
+                    assert (await talk(stream, "GET /health HTTP/1.1\nHost: x\n\n"))[0] == 200
+                await trio.sleep(0.05)
+    assert set(statuses) == {408, 503}
+    assert 0 < highest <= app_module.MAX_JSON_BODIES + 2**20 and app.held_bodies.bytes == 0

@@ -279,12 +279,14 @@ async def test_a_volume_keeps_all_that_an_archive_says(volumes: Volumes, paths: 
     hole[0].pax_headers = {
         "GNU.sparse.map": f"{100 << 20},4", "GNU.sparse.realsize": str(200 << 20), "GNU.sparse.numblocks": "1",
     }  # fmt: skip
+    nothing = entry("nothing", data=b"")
+    nothing[0].pax_headers = {"GNU.sparse.map": "", "GNU.sparse.realsize": "50000", "GNU.sparse.numblocks": "0"}
     data = tar(
         directory("d", uid=70000, gid=80000, mode=0o2750), entry("d/f", data=b"hello" * 9000, mode=0o4751, uid=1000),
         hard_link("d/g", "d/f"), entry("x", data=b"1", xattrs={"user.a": "b", "security.c": "d" * 2000}),
         entry("null", tarfile.CHRTYPE, devmajor=1, devminor=3), symlink("short", "d/f"), symlink("long", "y" * 300),
         entry("z" * 255, data=b"2"), entry(".wh.kept", data=b"3"), hole, entry("twice", data=b"x" * 90_000),
-        entry("twice", data=b"second"), directory("empty"),
+        entry("twice", data=b"second"), directory("empty"), nothing,
     )  # fmt: skip
     made = await volumes.create_from_archive(
         CreateVolumeRequest(name="v", size_gb=1), in_pieces(zstandard.compress(data))
@@ -304,6 +306,7 @@ async def test_a_volume_keeps_all_that_an_archive_says(volumes: Volumes, paths: 
     assert 'Fast link dest: "d/f"' in debugfs("stat /short") and debugfs("cat /long") == "y" * 300
     assert debugfs("cat /" + "z" * 255) == "2" and debugfs("cat /.wh.kept") == "3" and debugfs("cat /twice") == "second"
     assert "Size: 209715200" in debugfs("stat /hole") and "Blockcount: 8" in debugfs("stat /hole")
+    assert "Size: 50000" in debugfs("stat /nothing") and "Blockcount: 0" in debugfs("stat /nothing")
     assert "Type: directory" in debugfs("stat /empty") and "Type: directory" in debugfs("stat /lost+found")
 
 
