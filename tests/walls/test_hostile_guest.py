@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from hypeman.errors import HypemanError, InvalidState, NotFound
-from hypeman.guest.client import GuestTimeout
+from hypeman.guest.client import GuestBroken, GuestError, GuestLost, GuestTimeout
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
 from hypeman.instances.admission import Command
@@ -192,6 +192,30 @@ async def test_a_freeze_that_is_not_answered_leaves_the_instance_running(lab: La
         assert instances.board.find("one").state is InstanceState.RUNNING
         guest.stuck = set()
         await standby(lab, instances)
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize("error", [GuestBroken("nonsense"), GuestError("no", errno=5), GuestLost("hung up")])
+async def test_a_guest_that_answers_a_thaw_badly_does_not_spoil_the_undo(
+    lab: Lab, error: HypemanError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest must not be able to make its instance Unknown by what it answers."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        instance = instances.board.find("one").id
+        guest = lab.guests[instance]
+
+        async def answer_badly() -> None:
+            guest.hung_up.set()  # the server closes such a channel, and the agent dials again
+            lab.machine.of(instance).memory.frozen = False  # by itself, as every freeze ends
+            raise error
+
+        monkeypatch.setattr(guest, "thaw", answer_badly)
+        with trio.fail_after(20):
+            await fork(lab, instances)
+        assert instances.board.find("one").state is InstanceState.RUNNING
+        await settled(instances, "two")
+        check_owned(lab, type(error).__name__)
         await clean_up(lab, instances)
 
 
