@@ -16,6 +16,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import random
 import ssl
@@ -254,7 +255,7 @@ class RegistryClient:
         self, endpoint: _Endpoint, url: str, headers: dict[str, str], authorization: str
     ) -> AsyncIterator[httpx.Response]:
         target = httpx.URL(url)
-        home = _origin(target)
+        home, home_host = _origin(target), target.host
         for _ in range(_MAX_REDIRECTS + 1):
             # Blob stores sign their own URLs; a login of the registry is none of their business.
             own = {"Authorization": authorization} if authorization and _origin(target) == home else {}
@@ -268,6 +269,10 @@ class RegistryClient:
                     raise RegistryError(f"{endpoint.host} redirects to something that is no URL") from None
             if target.scheme not in ("http", "https") or (target.scheme == "http" and home[0] == "https"):
                 raise RegistryError(f"{endpoint.host} redirects to {target.scheme}://{target.host}, which is not safe")
+            # Or anyone who can answer for a registry, a plain-HTTP one above all, could send requests from this host
+            # to its own services and to a cloud's metadata.
+            if target.host != home_host and await _is_inward(target.host) and not await _is_inward(home_host):
+                raise RegistryError(f"{endpoint.host} redirects to {target.host}, an address of this host or its link")
         raise RegistryError(f"{endpoint.host} redirects more than {_MAX_REDIRECTS} times")
 
     @asynccontextmanager
@@ -531,3 +536,14 @@ def _describe(error: httpx.TransportError) -> str:
     if isinstance(error, httpx.TimeoutException):
         return "has gone silent"
     return f"the connection broke: {str(error) or type(error).__name__}"
+
+
+async def _is_inward(host: str) -> bool:
+    """Whether ``host`` is, or resolves to, a loopback, link-local or unspecified address."""
+    try:
+        found = await trio.socket.getaddrinfo(host, None)
+    except OSError:
+        return False  # whoever connects says so, perhaps a proxy that knows the name
+    addresses = [ipaddress.ip_address(str(row[4][0]).partition("%")[0]) for row in found]
+    plain = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    return any(address.is_loopback or address.is_link_local or address.is_unspecified for address in plain)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import base64
 import json
 import os
+import socket
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import trio
 import trustme
 
+from hypeman.config import ImagesConfig
 from hypeman.errors import Conflict, InternalError, NotFound, RateLimited
-from hypeman.images.registry import Patience
+from hypeman.images.reference import parse_reference
+from hypeman.images.registry import Patience, RegistryClient, RegistryError
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, PushCredentials
 from hypeman.paths import Paths
 from tests.images.conftest import Start, free_port, push, running_registry
@@ -229,6 +234,52 @@ async def test_bad_redirects(location: str, registry: FaultyRegistry, make_image
     images = await make_images(insecure_registries=(registry.host,))
     with pytest.raises(InternalError, match=r"redirects|broke|answer"):
         await images.create(CreateImageRequest(f"{registry.host}/some/image"))
+
+
+class Names(trio.abc.HostnameResolver):
+    """Names that need no server; every other host is an address."""
+
+    known = {"registry.test": "198.51.100.7", "blobs.test": "198.51.100.8", "inward.test": "127.0.0.1"}
+
+    async def getaddrinfo(self, host: Any, port: Any, *_: Any, **__: Any) -> Any:
+        address = self.known.get(host.decode() if isinstance(host, bytes) else host, host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port or 0))]
+
+    async def getnameinfo(self, *_: Any) -> Any:
+        raise AssertionError("not asked for")
+
+
+@pytest.mark.parametrize(
+    ("target", "allowed"),
+    [
+        ("blobs.test", True),
+        ("10.0.0.1", True),
+        ("inward.test", False),
+        ("127.0.0.1:6443", False),
+        ("127.8.8.8", False),
+        ("[::1]", False),
+        ("[::ffff:127.0.0.1]", False),
+        ("0.0.0.0", False),
+        ("169.254.169.254", False),
+        ("[fe80::1]", False),
+    ],
+)
+async def test_a_registry_sends_us_to_no_service_of_this_host(target: str, allowed: bool) -> None:
+    trio.socket.set_custom_hostname_resolver(Names())
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        if request.url.host != "registry.test":
+            return httpx.Response(404)
+        return httpx.Response(307, headers={"Location": f"http://{target}/latest/meta-data"})
+
+    client = RegistryClient(ImagesConfig(insecure_registries=("registry.test",)))
+    client._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    with pytest.raises(NotFound if allowed else RegistryError):
+        await client.manifest(parse_reference("registry.test/some/image"), wait=False)
+    assert (len(asked) > 1) == allowed, asked
+    await client.aclose()
 
 
 async def test_plain_http_only_by_configuration(registry: FaultyRegistry, make_images: Start) -> None:
