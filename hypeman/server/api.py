@@ -21,7 +21,7 @@ import re
 import types
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from msgspec import Struct
 
@@ -92,6 +92,17 @@ class Operation(Struct, frozen=True, kw_only=True):
     headers: dict[str, str]
 
 
+class Options(TypedDict, total=False):
+    """What a route may declare beside its method, path and scope."""
+
+    status: int | None
+    fails: tuple[int, ...]
+    media_type: str
+    unlimited: bool
+    headers: dict[str, str] | None
+    measure: InstanceVerb | None
+
+
 class Routes:
     """The operations of one capability."""
 
@@ -99,19 +110,19 @@ class Routes:
         self.tag = tag
         self.operations: list[Operation] = []
 
-    def get(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+    def get(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("GET", path, scope, **options)
 
-    def post(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+    def post(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("POST", path, scope, **options)
 
-    def put(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+    def put(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("PUT", path, scope, **options)
 
-    def patch(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+    def patch(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("PATCH", path, scope, **options)
 
-    def delete(self, path: str, scope: Scope | None, **options: Any) -> Callable[[_Handler], _Handler]:
+    def delete(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("DELETE", path, scope, **options)
 
     def declare(
