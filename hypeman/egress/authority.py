@@ -42,9 +42,9 @@ def load_authority(directory: Path) -> Authority:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             from hypeman.egress.new_authority import make_authority  # 8 MB that a host needs once
 
-            made = make_authority(datetime.datetime.now(datetime.UTC))
-            write_file(key, made.key)
-            write_file(certificate, made.certificate, 0o644)
+            made_certificate, made_key = make_authority(datetime.datetime.now(datetime.UTC))
+            write_file(key, made_key)
+            write_file(certificate, made_certificate, 0o644)
         return Authority(certificate.read_bytes(), key.read_bytes())
     except OSError as error:
         raise InternalError(f"the egress certificate authority in {directory} can not be used: {error}") from error

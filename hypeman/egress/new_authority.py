@@ -9,13 +9,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from hypeman.egress.authority import Authority
-
 YEARS = 10
 
 
-def make_authority(now: datetime.datetime) -> Authority:
-    """A new CA: P-256, may sign leaves only, ten years."""
+def make_authority(now: datetime.datetime) -> tuple[bytes, bytes]:
+    """Certificate and key, PEM, of a new CA: P-256, may sign leaves only, ten years."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name(
         [
@@ -42,7 +40,7 @@ def make_authority(now: datetime.datetime) -> Authority:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )  # fmt: skip
-    return Authority(
+    return (
         certificate.public_bytes(serialization.Encoding.PEM),
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
     )

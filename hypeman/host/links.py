@@ -48,7 +48,7 @@ from hypeman.host.netlink import (
     text,
     u32,
 )
-from hypeman.network.types import SHAPER_PREFIX, TAP_PREFIX, TokenBucket, shaper_name
+from hypeman.host.types import SHAPER_PREFIX, TAP_PREFIX, TokenBucket, shaper_name
 
 R = TypeVar("R")
 

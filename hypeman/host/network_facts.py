@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from hypeman.host.links import Uplink, find_uplink_now
-from hypeman.network.types import TAP_PREFIX
+from hypeman.host.types import TAP_PREFIX
 
 _CAP_NET_ADMIN = 12
 _MAIN_TABLE = 254

@@ -13,7 +13,7 @@ import errno
 import struct
 
 from hypeman.host.netlink import CREATE, EXCL, REPLACE, Message, attr, nested, text, u32
-from hypeman.network.types import TokenBucket
+from hypeman.host.types import TokenBucket
 
 _NEW_QDISC, _DEL_QDISC, _NEW_FILTER = 36, 37, 44
 _TCA_KIND, _TCA_OPTIONS = 1, 2

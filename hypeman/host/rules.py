@@ -34,7 +34,7 @@ from hypeman.host.netlink import (
     text,
     u32,
 )
-from hypeman.network.types import TABLE, Element
+from hypeman.host.types import TABLE, Element
 
 _SUBSYSTEM = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11

@@ -9,7 +9,8 @@ delete   the reverse of create
 
 from __future__ import annotations
 
-from hypeman.instances.records import InstanceRecord
+from typing import TYPE_CHECKING
+
 from hypeman.instances.steps import (
     AttachNetwork,
     AwakenGuest,
@@ -34,6 +35,9 @@ from hypeman.instances.steps import (
     TakeBack,
     TakeDisks,
 )
+
+if TYPE_CHECKING:  # the module of the records has their tables, too, and so loads the store
+    from hypeman.instances.records import InstanceRecord
 
 
 def plan_create(record: InstanceRecord) -> tuple[Reversible, ...]:

@@ -16,7 +16,7 @@ import ipaddress
 
 import msgspec
 
-from hypeman.network.types import TAP_PREFIX
+from hypeman.host.types import TAP_PREFIX
 
 _MAX_TAP_LENGTH = 15
 """IFNAMSIZ without its NUL."""

@@ -17,8 +17,8 @@ import trio
 
 from hypeman.config import NetworkConfig
 from hypeman.host.network_facts import NetworkFacts, gather
+from hypeman.host.types import TABLE, TAP_PREFIX
 from hypeman.network.addressing import Subnet
-from hypeman.network.types import TABLE, TAP_PREFIX
 from hypeman.telemetry.findings import Finding, Verdict
 
 _CANDIDATES = [f"10.{second}.0.0/16" for second in range(100, 200)] + [f"172.{second}.0.0/16" for second in (30, 31)]

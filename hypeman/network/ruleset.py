@@ -32,8 +32,9 @@ from collections.abc import Iterable
 
 import msgspec
 
+from hypeman.host.types import TABLE, TAP_PREFIX, Element
 from hypeman.network.addressing import Subnet
-from hypeman.network.types import TABLE, TAP_PREFIX, EgressMode, Element, HostPort, Lease
+from hypeman.network.types import EgressMode, HostPort, Lease
 
 FAMILIES = ("inet", "arp")
 

@@ -26,10 +26,11 @@ from hypeman.host.links import Change, Links, Tap, Uplink, claim_namespace, find
 from hypeman.host.netlink import NetlinkError
 from hypeman.host.revival import revive
 from hypeman.host.rules import Rules
+from hypeman.host.types import TAP_PREFIX, Element, shaper_name
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
 from hypeman.network.shaping import token_bucket
-from hypeman.network.types import TAP_PREFIX, Element, GuestNetwork, HostPort, Lease, shaper_name
+from hypeman.network.types import GuestNetwork, HostPort, Lease
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ segments TCP loses its pace at low rates (5 Mbit/s in both directions at once: 3
 
 from __future__ import annotations
 
-from hypeman.network.types import TokenBucket
+from hypeman.host.types import TokenBucket
 
 _MIN_BURST = 16 * 1024
 _BURST_SECONDS = 0.010

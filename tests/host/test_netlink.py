@@ -28,7 +28,7 @@ from hypeman.host.netlink import (
 )
 from hypeman.host.qdiscs import ticks
 from hypeman.host.rules import Rules
-from hypeman.network.types import Element, TokenBucket
+from hypeman.host.types import Element, TokenBucket
 from tests.network.lab import in_namespace, sh
 
 TAP = Tap(

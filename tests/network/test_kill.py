@@ -23,9 +23,10 @@ from hypeman.host import rules as rules_module
 from hypeman.host.links import Links
 from hypeman.host.netlink import Netlink
 from hypeman.host.rules import Rules
+from hypeman.host.types import shaper_name
 from hypeman.network.leases import all_leases, drop_lease, get_lease, take_lease
 from hypeman.network.service import Network
-from hypeman.network.types import EgressMode, NetworkPlan, shaper_name
+from hypeman.network.types import EgressMode, NetworkPlan
 from hypeman.store import Store
 from tests.network.lab import in_namespace, set_up_uplink, sh
 

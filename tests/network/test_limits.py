@@ -24,7 +24,8 @@ from typing import TypeVar
 import trio
 from msgspec.structs import replace
 
-from hypeman.network.types import Lease, shaper_name
+from hypeman.host.types import shaper_name
+from hypeman.network.types import Lease
 from tests.network.frames import UDP
 from tests.network.lab import GATEWAY, OFFERED, SERVER, Lab, in_namespace, lab, plug_in, sh
 

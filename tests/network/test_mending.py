@@ -12,8 +12,9 @@ import trio
 
 from hypeman.config import NetworkConfig
 from hypeman.host.netlink import NetlinkError
+from hypeman.host.types import shaper_name
 from hypeman.network.doctor import examine
-from hypeman.network.types import Lease, shaper_name
+from hypeman.network.types import Lease
 from hypeman.telemetry.findings import Finding, Verdict
 from tests.network import frames
 from tests.network.frames import ARP, ICMP, TCP, UDP

@@ -1,0 +1,45 @@
+"""Names and parameters of what the host has for guests' networks: links, nft elements, queues. Plain data.
+
+They are here, below their users, because links, rules and leases share them.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+TAP_PREFIX = "hm-"
+"""Every TAP of ours begins so, and nothing else on a host does: the rules are closed for the whole
+prefix, so a TAP without a lease reaches nothing at all."""
+
+SHAPER_PREFIX = "hmu-"
+"""The ifb through which a TAP's upload is shaped. Not matched by the TAPs' prefix."""
+
+TABLE = "hypeman"
+"""Name of our nft tables, one in each family that we need."""
+
+
+class TokenBucket(msgspec.Struct, frozen=True):
+    """Parameters of one TBF queue."""
+
+    rate: int
+    """Bytes per second."""
+    burst: int
+    """Bytes that may pass at once after a pause."""
+    queue: int
+    """Bytes that may wait; more is dropped, which is what slows a sender down."""
+
+
+class Element(msgspec.Struct, frozen=True, order=True):
+    """One element of one set of our nft tables. ``key`` has one text per component of the set's type."""
+
+    family: str
+    set: str
+    key: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.family} {self.set} {' . '.join(self.key)}"
+
+
+def shaper_name(tap: str) -> str:
+    """The ifb that belongs to ``tap``."""
+    return SHAPER_PREFIX + tap.removeprefix(TAP_PREFIX)
