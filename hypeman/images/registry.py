@@ -9,6 +9,7 @@ Rules:
 - A login goes to the registry it belongs to and to the token service that this registry names; never
   to a mirror, to the target of a redirect, into a log or into an error.
 - Plain HTTP only for registries that the configuration names; an HTTPS registry can not redirect to it.
+- No redirect leads from a registry elsewhere to a loopback or link-local address, such as a metadata service.
 - Broken transfers go on where they stopped (Range), also after a restart of ours; servers that answer
   nonsense are asked again, later each time, and not for ever. Throttling (429) is told to the caller as RateLimited.
 """
@@ -51,6 +52,8 @@ R = TypeVar("R")
 ACCEPT = ", ".join(MANIFEST_TYPES + INDEX_TYPES)
 _DOCKER_HUB = "registry-1.docker.io"
 _MAX_REDIRECTS = 5
+_QUICK_ATTEMPTS = 3
+"""For a manifest, while a client waits: enough for a restart of one of several servers behind a name."""
 _MAX_TOKEN_BYTES = 1 << 20
 _MAX_RETRY_AFTER = 60.0
 """Seconds that a pull in the background waits for a registry that throttles."""
@@ -68,6 +71,16 @@ _CA_FILES = (
 
 class RegistryError(InternalError):
     """The registry can not be reached, or does not do what registries do."""
+
+    status = 502
+    default_code = "Bad Gateway"
+
+
+class RegistryTimeout(RegistryError):
+    """The registry does not answer in time."""
+
+    status = 504
+    default_code = "Gateway Timeout"
 
 
 class _Again(Exception):
@@ -129,7 +142,8 @@ class RegistryClient:
             del self._tokens[key]
 
     async def manifest(self, ref: Reference, login: Login = NOBODY, *, wait: bool = True) -> Fetched:
-        """What ``ref`` names. Without ``wait``, throttling and broken servers are told at once.
+        """What ``ref`` names. Without ``wait``, throttling is reported at once
+        and broken servers after a few attempts.
 
         Raises NotFound, RateLimited, RegistryError.
         """
@@ -144,7 +158,7 @@ class RegistryClient:
                 raise ManifestError(f"{endpoint.host} sent a manifest with the digest {digest}, not {ref.digest}")
             return Fetched(data, response.headers.get("content-type", ""), digest)
 
-        return await self._from_somewhere(ref, login, once, attempts=None if wait else 1)
+        return await self._from_somewhere(ref, login, once, attempts=None if wait else _QUICK_ATTEMPTS)
 
     async def small_blob(self, ref: Reference, blob: Descriptor, login: Login, *, limit: int) -> bytes:
         """A blob of at most ``limit`` bytes, in memory. Raises as ``manifest`` does, and ManifestError."""
@@ -370,8 +384,8 @@ class RegistryClient:
 
 
 class _TokenReply(msgspec.Struct, frozen=True):
-    token: str = ""
-    access_token: str = ""
+    token: str | None = None
+    access_token: str | None = None
     expires_in: int | None = None
 
 

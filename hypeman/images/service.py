@@ -50,7 +50,7 @@ from hypeman.images.records import (
     view,
 )
 from hypeman.images.reference import Platform, Reference, parse_platform, parse_reference
-from hypeman.images.registry import RegistryClient
+from hypeman.images.registry import RegistryClient, RegistryTimeout
 from hypeman.images.types import CreateImageRequest, Image, ImageConfig, ImageStatus, Progress, ReadyImage
 from hypeman.paths import Paths
 from hypeman.store.store import Store
@@ -410,7 +410,7 @@ class Images:
                 else:
                     raise ManifestError(f"the index points to indexes more than {_MAX_NESTING} levels deep")
         except trio.TooSlowError:
-            raise InternalError(f"registry {ref.registry} did not answer in {_RESOLVE_TIMEOUT:.0f} seconds") from None
+            raise RegistryTimeout(f"registry {ref.registry} did not answer in {_RESOLVE_TIMEOUT:.0f} seconds") from None
         except PlatformMissing as missing:
             raise NotFound(str(missing), code="platform_not_available") from None
         except ManifestError as bad:

@@ -92,6 +92,30 @@ async def test_by_path(form: str, make_images: Start, tmp_path: Path) -> None:
     assert (await images.wait_ready("x")).digest == FILES.digest
 
 
+async def test_several_images_in_one_archive(make_images: Start) -> None:
+    """As ``docker save a b`` writes them: all are imported, or the one that is named."""
+    other = ImageFiles([tar(entry("other"))])
+    saved = [
+        {"Config": "1.json", "RepoTags": ["acme/one:1", "acme/uno:1"], "Layers": ["0/layer.tar", "1/layer.tar"]},
+        {"Config": "2.json", "RepoTags": ["acme/two:2"], "Layers": ["2/layer.tar"]},
+    ]
+    layers = [*FILES.layers, *other.layers]
+    data = tar(
+        *(entry(f"{number}/layer.tar", data=layer) for number, layer in enumerate(layers)),
+        entry("1.json", data=FILES.config), entry("2.json", data=other.config),
+        entry("manifest.json", data=json.dumps(saved).encode()),
+    )  # fmt: skip
+    images = await make_images()
+    with pytest.raises(InvalidRequest, match=r"2 images, but not .*three.*acme/two:2"):
+        await images.import_archive(in_pieces(data), name="acme/three")
+    assert (await images.import_archive(in_pieces(data), name="acme/two:2")).name == "docker.io/acme/two:2"
+    assert len(await images.list()) == 1
+    assert (await images.import_archive(in_pieces(data))).name == "docker.io/acme/one:1"
+    assert {image.name.rpartition("/")[2] for image in await images.list()} == {"one:1", "uno:1", "two:2"}
+    for name in ("acme/one:1", "acme/uno:1", "acme/two:2"):
+        assert (await images.wait_ready(name)).size > 0
+
+
 def broken(name: str, tmp_path: Path) -> bytes:
     layout = FILES.write_layout(tmp_path / "oci")
     blobs = layout / "blobs" / "sha256"

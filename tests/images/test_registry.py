@@ -468,3 +468,35 @@ async def test_nobody_there(make_images: Start) -> None:
     images = await make_images(insecure_registries=(host,))
     with pytest.raises(InternalError, match=host):
         await images.create(CreateImageRequest(f"{host}/x"))
+
+
+@pytest.mark.parametrize("fault", [Response(503), Response(200, {}, b"x" * 100, cut=3, then="reset")])
+async def test_a_manifest_is_asked_for_again(fault: Response, registry: FaultyRegistry, make_images: Start) -> None:
+    """While the client waits: a registry that fails once is no failure of the pull."""
+    registry.serve("some/image", FILES)
+    faults = [fault]
+    registry.rules.append(lambda request: faults.pop() if faults and "/manifests/" in request.path else None)
+    assert (await pull(registry, make_images)).status is ImageStatus.READY
+    assert not faults
+
+
+@pytest.mark.parametrize("host", ["localhost:1", "registry.invalid"])
+async def test_a_registry_that_cannot_be_reached(host: str, make_images: Start) -> None:
+    """A gateway's failure with the name of the host, and no fault of the server's own."""
+    images = await make_images(insecure_registries=(host,))
+    with pytest.raises(RegistryError, match=host) as caught:
+        await images.create(CreateImageRequest(f"{host}/some/image"))
+    assert caught.value.status in (502, 504)
+
+
+async def test_null_in_a_token_reply(registry: FaultyRegistry, make_images: Start) -> None:
+    registry.serve("some/image", FILES)
+    header = {"WWW-Authenticate": f'Bearer realm="http://{registry.host}/token"'}
+
+    def answer(request: Request) -> Response | None:
+        if request.path.startswith("/token"):
+            return Response(body=b'{"token": null, "access_token": "abc", "expires_in": null}')
+        return None if request.headers.get("authorization") == "Bearer abc" else Response(401, header)
+
+    registry.rules.append(answer)
+    assert (await pull(registry, make_images)).status is ImageStatus.READY
