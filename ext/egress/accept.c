@@ -84,6 +84,7 @@ void accept_all(struct loop *l)
             continue;
         }
         struct conn *c = conn_new(l, DOWN, fd);
+        c->side = &DOWN1; /* until TLS says HTTP/2 */
         c->tenant = t;
         c->source = source;
         c->phase = P_DETECT;

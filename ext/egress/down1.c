@@ -30,7 +30,7 @@ static void write_last_chunk(struct conn *c, const struct head *trailers, const 
     conn_write(c, o.p, o.n);
 }
 
-void down1_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
+static void down1_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
 {
     struct conn *c = x->down;
     bool interim = h->status < 200;
@@ -79,7 +79,7 @@ void down1_head(struct xchg *x, const struct head *h, enum body body, uint64_t l
     conn_write(c, o.p, o.n);
 }
 
-void down1_data(struct xchg *x, const char *p, size_t n)
+static void down1_data(struct xchg *x, const char *p, size_t n)
 {
     if (x->half)
         conn_timer(x->down, T_HALF);
@@ -89,13 +89,13 @@ void down1_data(struct xchg *x, const char *p, size_t n)
         conn_write(x->down, p, n);
 }
 
-void down1_end(struct xchg *x, const struct head *trailers)
+static void down1_end(struct xchg *x, const struct head *trailers)
 {
     if (x->down_chunked)
         write_last_chunk(x->down, trailers, NULL);
 }
 
-void down1_finished(struct xchg *x)
+static void down1_finished(struct xchg *x)
 {
     struct conn *c = x->down;
     c->h1 = H1_HEAD;
@@ -110,7 +110,7 @@ void down1_finished(struct xchg *x)
         conn_again(c);
 }
 
-void down1_fail(struct xchg *x, enum reason why, const char *detail, bool told)
+static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool told)
 {
     struct conn *c = x->down;
     char body[512], head[512];
@@ -319,6 +319,50 @@ static enum step read_body(struct conn *c)
     x->in_trailers = e == H1_CHUNK_TRAILERS;
     return STEP_AGAIN;
 }
+
+static bool full(struct xchg *x)
+{
+    return conn_wants_room(x->down);
+}
+
+static void again(struct xchg *x)
+{
+    x->down->h1 = H1_HEAD; /* its head is still in the buffer */
+}
+
+static void resume(struct xchg *x)
+{
+    conn_again(x->down);
+}
+
+static void pump(struct conn *c)
+{
+    if (c->x.up)
+        conn_again(c->x.up);
+}
+
+static void lost(struct conn *c)
+{
+    if (!c->x.active)
+        return;
+    up_abandon(&c->x);
+    c->x.active = false;
+    c->x.reason = R_CLIENT_CLOSED;
+    audit_record(c->loop, c->tenant, &c->x);
+}
+
+const struct side DOWN1 = {
+    .head = down1_head,
+    .fail = down1_fail,
+    .finished = down1_finished,
+    .again = again,
+    .full = full,
+    .data = down1_data,
+    .end = down1_end,
+    .resume = resume,
+    .pump = pump,
+    .lost = lost,
+};
 
 static void client_ended(struct conn *c)
 {

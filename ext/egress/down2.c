@@ -50,7 +50,7 @@ static void resume(struct xchg *x)
     conn_again(x->down);
 }
 
-void down2_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
+static void down2_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
 {
     struct conn *c = x->down;
     struct pairs p;
@@ -72,13 +72,13 @@ void down2_head(struct xchg *x, const struct head *h, enum body body, uint64_t l
     conn_again(c);
 }
 
-void down2_data(struct xchg *x, const char *p, size_t n)
+static void down2_data(struct xchg *x, const char *p, size_t n)
 {
     buf_add(x->down->loop, &x->to_down, p, n);
     resume(x);
 }
 
-void down2_end(struct xchg *x, const struct head *trailers)
+static void down2_end(struct xchg *x, const struct head *trailers)
 {
     x->to_down_end = true;
     if (trailers && trailers->n)
@@ -86,12 +86,12 @@ void down2_end(struct xchg *x, const struct head *trailers)
     resume(x);
 }
 
-void down2_finished(struct xchg *x)
+static void down2_finished(struct xchg *x)
 {
     conn_again(x->down); /* nghttp2 closes the stream when all of it is sent */
 }
 
-void down2_fail(struct xchg *x, enum reason why, const char *detail, bool told)
+static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool told)
 {
     struct conn *c = x->down;
     /* What the host refused unread, the client may repeat without harm, and many do by themselves. */
@@ -121,7 +121,7 @@ void down2_fail(struct xchg *x, enum reason why, const char *detail, bool told)
     xchg_try_finish(x);
 }
 
-static void grant(struct xchg *x, size_t n)
+void down2_grant(struct xchg *x, size_t n)
 {
     (void)nghttp2_session_consume(x->down->h2, x->down_stream, n);
     conn_again(x->down);
@@ -130,44 +130,18 @@ static void grant(struct xchg *x, size_t n)
 void down2_consumed(struct xchg *x)
 {
     if (x->unconsumed_down) {
-        grant(x, x->unconsumed_down);
+        down2_grant(x, x->unconsumed_down);
         x->unconsumed_down = 0;
     }
 }
 
-/* Moves waiting request bytes on: into an HTTP/1 connection as far as there is room; HTTP/2 pulls them itself. */
+/* Moves waiting request bytes on. */
 static void push_up(struct xchg *x)
 {
-    struct loop *l = x->down->loop;
     if (!x->active || !x->up)
         return;
-    if (x->up->h2) {
-        if (x->to_up_deferred) {
-            x->to_up_deferred = false;
-            (void)nghttp2_session_resume_data(x->up->h2, x->up_stream);
-        }
-        conn_again(x->up);
-    } else {
-        while (buf_size(&x->to_up) && !conn_wants_room(x->up)) {
-            size_t n = buf_size(&x->to_up) < RECORD ? buf_size(&x->to_up) : RECORD;
-            up1_data(x, x->to_up.p + x->to_up.off, n);
-            buf_take(l, &x->to_up, n);
-            grant(x, n);
-            conn_timer(x->up, T_STREAM);
-        }
-        if (!buf_size(&x->to_up) && x->req_complete && !x->req_done) {
-            up1_end(x, x->up_trailers.head);
-            x->req_done = true;
-        }
-    }
-    if (x->up && x->up->h2 && x->req_complete)
-        x->req_done = true;
+    x->up->side->resume(x);
     xchg_try_finish(x);
-}
-
-void down2_push(struct xchg *x)
-{
-    push_up(x);
 }
 
 /* Decides the stream and sends it on; called again when its upstream connection is ready. */
@@ -199,12 +173,7 @@ static void decide(struct xchg *x)
     if (x->up && x->up->generation != generation) {
         struct conn *old = x->up;
         x->up = NULL;
-        if (old->h2) {
-            up2_detach(old, x);
-        } else {
-            old->one = NULL;
-            conn_kill(old);
-        }
+        old->side->abandon(old, x);
     }
     if (!x->up && up_take(x, generation, true, x->retried) == TAKE_WAIT) {
         snapshot_release(s);
@@ -229,11 +198,6 @@ static void decide(struct xchg *x)
     if (x->req_body == BODY_NONE)
         x->req_done = x->req_complete = true;
     push_up(x);
-}
-
-void down2_resume(struct xchg *x)
-{
-    decide(x);
 }
 
 static void on_request(struct xchg *x, bool ended)
@@ -416,20 +380,46 @@ static void make_callbacks(void)
     nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, on_close);
 }
 
-bool down2_begin(struct conn *c)
+static bool full(struct xchg *x)
 {
-    (void)pthread_once(&once, make_callbacks);
-    c->h2 = h2_session(c, true, callbacks);
-    return c->h2 != NULL;
+    return buf_size(&x->to_down) >= WATERMARK;
 }
 
-void down2_lost(struct conn *c)
+static void again(struct xchg *x)
+{
+    (void)x; /* its head is kept until the stream ends */
+}
+
+static void lost(struct conn *c)
 {
     while (c->streams)
         drop(c, c->streams);
 }
 
-void down2_pump(struct conn *c)
+static void pump(struct conn *c);
+
+const struct side DOWN2 = {
+    .head = down2_head,
+    .fail = down2_fail,
+    .finished = down2_finished,
+    .again = again,
+    .full = full,
+    .data = down2_data,
+    .end = down2_end,
+    .resume = decide,
+    .pump = pump,
+    .lost = lost,
+};
+
+bool down2_begin(struct conn *c)
+{
+    c->side = &DOWN2;
+    (void)pthread_once(&once, make_callbacks);
+    c->h2 = h2_session(c, true, callbacks);
+    return c->h2 != NULL;
+}
+
+static void pump(struct conn *c)
 {
     if (c->dead || c->in_h2)
         return;
@@ -443,7 +433,7 @@ void down2_pump(struct conn *c)
         return;
     bool over = !nghttp2_session_want_read(c->h2) && !nghttp2_session_want_write(c->h2);
     if (over || (c->goaway && !c->streams)) {
-        down2_lost(c);
+        lost(c);
         conn_finish(c, true);
     }
 }
@@ -457,7 +447,7 @@ void down2_run(struct conn *c)
     if (r < 0) {
         if (!c->sock_eof && !c->clean_eof)
             h2_pump(c); /* the GOAWAY that says why */
-        down2_lost(c);
+        lost(c);
         conn_finish(c, false);
         return;
     }
@@ -466,5 +456,5 @@ void down2_run(struct conn *c)
     else if (had || c->head_timer)
         conn_timer(c, T_IDLE_DOWN);
     c->head_timer = false;
-    down2_pump(c);
+    pump(c);
 }

@@ -121,8 +121,31 @@ struct xchg {
     struct xchg *up_prev, *up_next; /* waiting for, or streams of, the up conn */
 };
 
+/* What a connection does with its end of an exchange: one table each for the guest's and the host's side in HTTP/1 and
+ * HTTP/2, so that what joins them (xchg.c, pool.c) need not know the version. Set when the protocol is known. */
+struct side {
+    /* the guest's side: the response goes down */
+    void (*head)(struct xchg *x, const struct head *h, enum body body, uint64_t length);
+    void (*fail)(struct xchg *x, enum reason why, const char *detail, bool told);
+    void (*finished)(struct xchg *x);
+    void (*again)(struct xchg *x); /* the request goes to another connection */
+    bool (*full)(struct xchg *x);  /* the caller stops, and is woken when there is room */
+    /* the host's side: the exchange leaves its connection */
+    void (*abandon)(struct conn *c, struct xchg *x); /* in the middle */
+    void (*release)(struct conn *c, struct xchg *x); /* complete */
+    /* both: bytes of the body, its end, and what the other side may do now */
+    void (*data)(struct xchg *x, const char *p, size_t n);
+    void (*end)(struct xchg *x, const struct head *trailers);
+    void (*resume)(struct xchg *x);
+    void (*pump)(struct conn *c); /* the connection has room again */
+    void (*lost)(struct conn *c); /* the connection is over: so are its exchanges */
+};
+
+extern const struct side DOWN1, DOWN2, UP1, UP2;
+
 struct conn {
     struct loop *loop;
+    const struct side *side;
     SSL *ssl;
     int fd;
     enum kind kind;
@@ -278,9 +301,6 @@ void down1_run(struct conn *c);
 /* down2.c */
 bool down2_begin(struct conn *c);
 void down2_run(struct conn *c);
-void down2_lost(struct conn *c);
-void down2_pump(struct conn *c);
-void down2_push(struct xchg *x); /* the host's connection has room again */
 
 /* up1.c */
 void up1_run(struct conn *c);
@@ -288,7 +308,6 @@ void up1_send(struct xchg *x, const struct head *h, const struct request_line *l
 /* up2.c */
 bool up2_begin(struct conn *c);
 void up2_run(struct conn *c);
-void up2_pump(struct conn *c);
 bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, const struct matched *m);
 
 /* xchg.c: the joint. Down side of x: */

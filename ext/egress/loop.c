@@ -218,7 +218,7 @@ static void begin_drain(struct loop *l, unsigned grace_ms)
         else if (c->kind == DOWN && c->phase == P_HTTP1 && c->h1 == H1_HEAD && !c->x.active && !buf_size(&c->in))
             conn_finish(c, false);
         else if (c->kind == DOWN && c->h2)
-            down2_pump(c);
+            c->side->pump(c);
         else if (c->kind == UP && c->phase == P_HTTP2 && !c->streams)
             conn_kill(c);
     }

@@ -77,6 +77,7 @@ void up_release(struct conn *c)
 static struct conn *dial(struct loop *l, struct tenant *t, const struct destination *to, uint64_t generation)
 {
     struct conn *c = conn_new(l, UP, -1);
+    c->side = &UP1; /* until TLS says HTTP/2 */
     tenant_hold(t);
     c->tenant = t;
     c->to = *to;
@@ -332,10 +333,7 @@ static void hand_over(struct conn *c, struct xchg *x)
     x->awaits = NULL;
     x->up_next = NULL;
     x->up = c;
-    if (x->down->h2)
-        down2_resume(x);
-    else
-        conn_again(x->down);
+    x->down->side->resume(x);
 }
 
 void up_ready(struct conn *c)
@@ -405,8 +403,7 @@ void up_failed_one(struct conn *c, struct xchg *x, enum reason why, const char *
         x->retriable = false;
         x->req_done = false;
         x->reset_code = 0;
-        if (!x->down->h2)
-            x->down->h1 = H1_HEAD;
+        x->down->side->again(x);
         (void)up_take(x, c->generation, c->h2 != NULL, true);
         return;
     }

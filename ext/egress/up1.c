@@ -26,7 +26,7 @@ void up1_send(struct xchg *x, const struct head *h, const struct request_line *l
     conn_timer(c, T_STREAM);
 }
 
-void up1_data(struct xchg *x, const char *p, size_t n)
+static void up1_data(struct xchg *x, const char *p, size_t n)
 {
     struct conn *c = x->up;
     if (x->req_body == BODY_CHUNKED)
@@ -35,7 +35,7 @@ void up1_data(struct xchg *x, const char *p, size_t n)
         conn_write(c, p, n);
 }
 
-void up1_end(struct xchg *x, const struct head *trailers)
+static void up1_end(struct xchg *x, const struct head *trailers)
 {
     if (x->req_body != BODY_CHUNKED)
         return;
@@ -47,6 +47,65 @@ void up1_end(struct xchg *x, const struct head *trailers)
     out_text(&o, "\r\n");
     conn_write(x->up, o.p, o.n);
 }
+
+/* Body bytes of a stream, as far as there is room. */
+static void resume(struct xchg *x)
+{
+    struct conn *c = x->up;
+    while (buf_size(&x->to_up) && !conn_wants_room(c)) {
+        size_t n = buf_size(&x->to_up) < RECORD ? buf_size(&x->to_up) : RECORD;
+        up1_data(x, x->to_up.p + x->to_up.off, n);
+        buf_take(c->loop, &x->to_up, n);
+        down2_grant(x, n);
+        conn_timer(c, T_STREAM);
+    }
+    if (!buf_size(&x->to_up) && x->req_complete && !x->req_done) {
+        up1_end(x, x->up_trailers.head);
+        x->req_done = true;
+    }
+}
+
+static void abandon(struct conn *c, struct xchg *x)
+{
+    (void)x; /* in the middle of a response it is of no further use */
+    c->one = NULL;
+    conn_kill(c);
+}
+
+static void release(struct conn *c, struct xchg *x)
+{
+    (void)x;
+    c->one = NULL;
+    up_release(c);
+}
+
+static void pump(struct conn *c)
+{
+    struct xchg *x = c->one;
+    if (!x || !x->down)
+        return;
+    if (x->down->h2) { /* its body is in the stream's own buffer */
+        resume(x);
+        xchg_try_finish(x);
+    } else {
+        conn_again(x->down);
+    }
+}
+
+static void lost(struct conn *c)
+{
+    up_failed(c, R_UPSTREAM_CLOSED, NULL);
+}
+
+const struct side UP1 = {
+    .abandon = abandon,
+    .release = release,
+    .data = up1_data,
+    .end = up1_end,
+    .resume = resume,
+    .pump = pump,
+    .lost = lost,
+};
 
 static enum step bad_response(struct conn *c)
 {

@@ -93,11 +93,12 @@ void up2_detach(struct conn *c, struct xchg *x)
     conn_again(c);
 }
 
-void up2_abandon(struct conn *c, struct xchg *x)
+static void up2_abandon(struct conn *c, struct xchg *x)
 {
     int32_t id = x->up_stream;
+    bool sent = c->streams == x || x->up_prev;
     up2_detach(c, x);
-    if (!c->dead && id > 0)
+    if (!c->dead && sent && id > 0)
         (void)nghttp2_submit_rst_stream(c->h2, NGHTTP2_FLAG_NONE, id, NGHTTP2_CANCEL);
 }
 
@@ -213,15 +214,44 @@ static void make_callbacks(void)
     nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, on_close);
 }
 
+static void pump(struct conn *c);
+
+/* nghttp2 asks for the body by itself, once it is told that there is some. */
+static void resume(struct xchg *x)
+{
+    if (x->to_up_deferred) {
+        x->to_up_deferred = false;
+        (void)nghttp2_session_resume_data(x->up->h2, x->up_stream);
+    }
+    conn_again(x->up);
+    if (x->req_complete)
+        x->req_done = true;
+}
+
+static void lost(struct conn *c)
+{
+    up_failed(c, R_UPSTREAM_CLOSED, NULL);
+}
+
+/* No data and end: only guests of HTTP/2 come here, and their bodies are pulled out of the streams' buffers. */
+const struct side UP2 = {
+    .abandon = up2_abandon,
+    .release = up2_detach,
+    .resume = resume,
+    .pump = pump,
+    .lost = lost,
+};
+
 bool up2_begin(struct conn *c)
 {
+    c->side = &UP2;
     (void)pthread_once(&once, make_callbacks);
     c->h2 = h2_session(c, false, callbacks);
     conn_again(c);
     return c->h2 != NULL;
 }
 
-void up2_pump(struct conn *c)
+static void pump(struct conn *c)
 {
     h2_pump(c);
     if (c->dead || c->broken)
@@ -242,5 +272,5 @@ void up2_run(struct conn *c)
     }
     if (c->streams)
         conn_timer(c, T_STREAM);
-    up2_pump(c);
+    pump(c);
 }

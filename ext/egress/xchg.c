@@ -9,7 +9,7 @@
 
 void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
 {
-    if (!down->h2) /* a stream of HTTP/2 is new and holds its header block already */
+    if (x == &down->x) /* a stream of HTTP/2 is new and holds its header block already */
         memset(x, 0, sizeof *x);
     x->down = down;
     x->active = true;
@@ -41,32 +41,21 @@ void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t le
         x->resp_started = true;
         x->status = h->status;
     }
-    if (x->down->h2)
-        down2_head(x, h, body, length);
-    else
-        down1_head(x, h, body, length);
+    x->down->side->head(x, h, body, length);
 }
 
 void down_data(struct xchg *x, const char *p, size_t n)
 {
     x->down_bytes += n;
-    if (!x->down)
-        return;
-    if (x->down->h2)
-        down2_data(x, p, n);
-    else
-        down1_data(x, p, n);
+    if (x->down)
+        x->down->side->data(x, p, n);
 }
 
 void down_end(struct xchg *x, const struct head *trailers)
 {
     x->resp_done = true;
-    if (!x->down)
-        return;
-    if (x->down->h2)
-        down2_end(x, trailers);
-    else
-        down1_end(x, trailers);
+    if (x->down)
+        x->down->side->end(x, trailers);
 }
 
 size_t error_body(char *out, size_t cap, enum reason why, const char *detail)
@@ -96,33 +85,26 @@ void down_fail(struct xchg *x, enum reason why, const char *detail)
     down->loop->denied[why]++;
     if (REASONS[why].status < 500)
         down->loop->counters[M_DENIED]++;
-    if (down->h2)
-        down2_fail(x, why, detail, told);
-    else
-        down1_fail(x, why, detail, told);
+    down->side->fail(x, why, detail, told);
 }
 
 bool down_wants_room(struct xchg *x)
 {
-    if (!x->down)
-        return false;
-    if (x->down->h2)
-        return buf_size(&x->to_down) >= WATERMARK;
-    return conn_wants_room(x->down);
+    return x->down && x->down->side->full(x);
 }
 
 void up_data(struct xchg *x, const char *p, size_t n)
 {
     x->up_bytes += n;
     if (x->up)
-        up1_data(x, p, n);
+        x->up->side->data(x, p, n);
 }
 
 void up_end(struct xchg *x, const struct head *trailers)
 {
     x->req_done = true;
     if (x->up)
-        up1_end(x, trailers);
+        x->up->side->end(x, trailers);
 }
 
 /* The response is not wanted any more. An HTTP/1 connection in the middle of one is of no further use. */
@@ -132,14 +114,8 @@ void up_abandon(struct xchg *x)
     if (x->waiting)
         up_unwait(x);
     x->up = NULL;
-    if (!up)
-        return;
-    if (up->h2) {
-        up2_abandon(up, x);
-    } else {
-        up->one = NULL;
-        conn_kill(up);
-    }
+    if (up)
+        up->side->abandon(up, x);
 }
 
 void xchg_try_finish(struct xchg *x)
@@ -148,35 +124,16 @@ void xchg_try_finish(struct xchg *x)
         return;
     struct conn *up = x->up;
     x->up = NULL;
-    if (up && !up->h2) {
-        up->one = NULL;
-        up_release(up);
-    } else if (up) {
-        up2_detach(up, x);
-    }
+    if (up)
+        up->side->release(up, x);
     x->active = false;
     audit_record(x->down->loop, x->down->tenant, x);
-    if (x->down->h2)
-        down2_finished(x);
-    else
-        down1_finished(x);
+    x->down->side->finished(x);
 }
 
 void conn_drained(struct conn *c)
 {
-    if (c->kind == UP) {
-        if (c->h2)
-            up2_pump(c);
-        else if (c->one && c->one->down && c->one->down->h2)
-            down2_push(c->one);
-        else if (c->one && c->one->down)
-            conn_again(c->one->down);
-        return;
-    }
-    if (c->h2)
-        down2_pump(c);
-    else if (c->x.up)
-        conn_again(c->x.up);
+    c->side->pump(c);
 }
 
 void conn_lost(struct conn *c)
@@ -194,17 +151,10 @@ void conn_lost(struct conn *c)
         return;
     }
     if (c->kind == UP) {
-        up_failed(c, R_UPSTREAM_CLOSED, NULL);
+        c->side->lost(c);
         return;
     }
     up_unpass(c);
-    if (c->h2) {
-        down2_lost(c);
-    } else if (c->x.active) {
-        up_abandon(&c->x);
-        c->x.active = false;
-        c->x.reason = R_CLIENT_CLOSED;
-        audit_record(c->loop, c->tenant, &c->x);
-    }
+    c->side->lost(c);
     conn_kill(c);
 }
