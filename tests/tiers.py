@@ -17,7 +17,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 _WHOLE = """
-    egress/test_connect.py egress/test_hostile.py egress/test_http1.py egress/test_http2.py egress/test_restart.py
+    egress/test_connect.py egress/test_hostile.py egress/test_http1.py egress/test_http2.py
+    egress/test_intermediary.py egress/test_restart.py
     egress/test_rotation.py egress/test_tls.py
     guest/test_agent_copy.py guest/test_agent_exec.py guest/test_agent_protocol.py
     host/test_cgroups.py host/test_processes.py
@@ -26,6 +27,7 @@ _WHOLE = """
     images/test_worker.py
     instances/test_lifecycle.py instances/test_trouble.py instances/test_unknown.py
     server/test_serve.py test_backup.py
+    walls/test_hostile_archives.py walls/test_hostile_guest.py walls/test_silent_guest.py
 """
 WHOLE = frozenset(_WHOLE.split())
 
