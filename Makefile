@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile)
 
-.PHONY: help demo test test-fast lint bench appliance test-appliance test-metal kernel reference lock clean ready
+.PHONY: help demo test test-fast test-conformance lint bench appliance test-appliance test-metal kernel reference lock clean ready
 
 help:  ## this list; the default, so that a plain `make` starts no VM
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -32,6 +32,9 @@ test: ready  ## the whole suite
 test-fast: $(STAMPS)/native  ## the tests without guests, namespaces and registries: under a minute on two idle processors
 	@echo "== fast tests"
 	@$(PYTHON) -m pytest -q -m "not real and not slow and not metal" $(PYTEST_ARGS) $$($(PYTHON) -m tests.tiers fast)
+
+test-conformance: ready  ## public suites and their like against the egress path (needs Go)
+	@$(PYTHON) -m pytest -v tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py
 
 lint: $(STAMPS)/native  ## ruff, mypy --strict over code and tests, direction of imports, documents
 	@echo "== ruff"

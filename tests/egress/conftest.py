@@ -238,7 +238,7 @@ def origin_ca() -> trustme.CA:
 @pytest.fixture(scope="session")
 def origin_context(origin_ca: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    leaf = origin_ca.issue_cert(HOST, "*.example.com", "other.test", "example.com", "*.b.example.com")
+    leaf = origin_ca.issue_cert(HOST, "*.example.com", "other.test", "example.com", "*.b.example.com", "localhost")
     leaf.configure_cert(context)
     return context
 
