@@ -14,7 +14,7 @@ STAMPS := build/stamps
 AREAS ?=
 PYTEST_ARGS ?=
 
-native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile)
+native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile ext/launcher/Makefile)
 
 .PHONY: help demo test test-fast test-conformance lint bench appliance test-appliance test-metal kernel reference lock clean ready
 
@@ -69,7 +69,7 @@ lock: $(STAMPS)/venv  ## pin the Python packages again
 
 clean:  ## remove what was built here (the kernel cache in ~/.cache/hypeman-build stays)
 	rm -rf build dist .mypy_cache .ruff_cache .hypothesis hypeman.egg-info
-	rm -f hypeman/_native/*.so hypeman/guest/bin/hypeman-init
+	rm -f hypeman/_native/*.so hypeman/guest/bin/hypeman-init hypeman/host/bin/hypeman-launch
 	find hypeman tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .venv
 

@@ -1,7 +1,8 @@
 """Builds what pyproject.toml can not say: the compiled hot paths and the guest agent.
 
 ``python setup.py build_ext --inplace`` puts each extension beside its Python twin in
-``hypeman/_native`` and the static guest agent into ``hypeman/guest/bin``. The extensions import
+``hypeman/_native`` and the static programs, the guest agent and
+the launcher of VMMs, into ``hypeman/guest/bin`` and ``hypeman/host/bin``. The extensions import
 nothing of ours. The C that Cython writes goes to ``build/cython``.
 """
 
@@ -16,6 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 GUEST_AGENT = HERE / "hypeman" / "guest" / "bin" / "hypeman-init"
+LAUNCHER = HERE / "hypeman" / "host" / "bin" / "hypeman-launch"
 
 HARDENING = ["-O2", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fstack-protector-strong"]
 REPRODUCIBLE = [f"-ffile-prefix-map={HERE.resolve()}=."]  # else the build's id tells the directory it was made in
@@ -54,6 +56,8 @@ class BuildAll(build_ext):
         super().run()
         if (HERE / "ext" / "guest_agent" / "Makefile").exists():
             subprocess.run(["make", "-s", "-C", "ext/guest_agent", f"OUT={GUEST_AGENT}"], cwd=HERE, check=True)
+        if (HERE / "ext" / "launcher" / "Makefile").exists():
+            subprocess.run(["make", "-s", "-C", "ext/launcher", f"OUT={LAUNCHER}"], cwd=HERE, check=True)
 
 
 setup(

@@ -47,7 +47,9 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_OUTPUT = 4 * 1024 * 1024
 _PR_SET_NO_NEW_PRIVS = 38
 _PIDFD_GETFD = 438
-_CLONE_NEWIPC, _CLONE_NEWNET, _CLONE_NEWUTS = 0x08000000, 0x40000000, 0x04000000
+_CLONE_NEWPID = 0x20000000
+LAUNCHER = Path(__file__).parent / "bin" / "hypeman-launch"
+_MAX_REPORT = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -85,7 +87,16 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     cgroup: str = ""
     """Directory of a control group to put it into; empty for none."""
     isolated: bool = True
-    """In an empty network and IPC namespace. A program that opens TAPs by name needs the host's."""
+    """In an empty network namespace. A program that opens TAPs by name needs the host's."""
+    root_files: tuple[str, ...] = ()
+    """Files and directories that it sees, read-only and under their own names, beside ``devices``, ``other_devices``
+    and a /proc of its own: nothing else. Empty: it sees the host's, but for ``hidden``."""
+    other_devices: tuple[str, ...] = ()
+    """Devices that it opens as everybody may; only with ``root_files``."""
+    hidden: tuple[str, ...] = ()
+    """Directories of the host that are empty for it; only without ``root_files``."""
+    jailer: bool = False
+    """It makes namespaces and a root directory of its own, and gives up root by itself."""
     max_file_size: int = 0
     """Bytes that a file may grow to by what it writes (RLIMIT_FSIZE); 0 is no limit."""
     locked_memory: int = 0
@@ -174,7 +185,6 @@ class Processes:
 
     def __init__(self) -> None:
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        self._empty_namespaces: list[int] | None = None
         # Inherited by all that we start: a core file would hold a guest's memory, or our secrets.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
@@ -286,33 +296,19 @@ class Processes:
         return bytes(output)
 
     def close(self) -> None:
-        for fd in self._empty_namespaces or ():
-            os.close(fd)
-        self._empty_namespaces = None
+        """Nothing is held open."""
 
     def _spawn(self, program: Program) -> Process:
         with contextlib.ExitStack() as opened:
             try:
                 log = _open_log(program.log, opened)
                 output = _open_log(program.output, opened) if program.output else log
-                namespaces = self._namespaces() if program.isolated and os.geteuid() == 0 else []
-                pid = _in_own_thread(lambda: _start(program, output, log, namespaces))
+                start = _launch if os.geteuid() == 0 else _start
+                pid = _in_own_thread(lambda: start(program, output, log))
             except OSError as error:
                 raise SpawnFailed(f"{program.argv[0]} can not be started: {error.strerror or error}") from error
-        process = Process(ProcessId(pid, _start_time(pid), self.boot_id), os.pidfd_open(pid))  # still there if it ended
-        try:
-            if program.locked_memory:
-                resource.prlimit(pid, resource.RLIMIT_MEMLOCK, (program.locked_memory, program.locked_memory))
-            if program.cgroup:
-                # It has run for less than 1 ms and has not touched the guest's memory yet.
-                Path(program.cgroup, "cgroup.procs").write_text(str(pid))
-        except OSError as error:
-            if process.alive():  # else it has ended by itself, which whoever waits for it will see
-                process.kill()
-                os.waitid(os.P_PID, pid, os.WEXITED)
-                process.close()
-                raise SpawnFailed(f"{program.argv[0]} can not be confined: {error}") from error
-        return process
+        # It is still there if it has ended: nobody has reaped it.
+        return Process(ProcessId(pid, _start_time(pid), self.boot_id), os.pidfd_open(pid))
 
     def _open(self, pid: int) -> Process | None:
         try:
@@ -330,19 +326,6 @@ class Processes:
             return None
         return process
 
-    def _namespaces(self) -> list[int]:
-        """Descriptors of one empty network, IPC and host name namespace that all VMMs share: nothing
-        is in there, so there is nothing to share. Entering costs 10 µs, making one for each 10 ms."""
-        if self._empty_namespaces is None:
-
-            def make() -> list[int]:
-                if _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWUTS) != 0:
-                    return []  # forbidden here (a container); the other walls stand
-                return [os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY) for kind in ("net", "ipc", "uts")]
-
-            self._empty_namespaces = _in_own_thread(make)
-        return self._empty_namespaces
-
 
 def _open_log(path: str, opened: contextlib.ExitStack) -> int:
     fd = open_log(path)
@@ -351,28 +334,81 @@ def _open_log(path: str, opened: contextlib.ExitStack) -> int:
     return fd
 
 
-def _start(program: Program, output: int, log: int, namespaces: Sequence[int]) -> int:
-    """Fork and exec. Runs in a thread that ends afterwards: what it gives up (privileges, namespaces)
-    belongs to a thread alone and is handed to the child."""
-    for namespace in namespaces:
-        if _libc.setns(namespace, 0) != 0:
-            raise OSError(ctypes.get_errno(), "entering an empty namespace")
+def _launch(program: Program, output: int, log: int) -> int:
+    """Start ``program`` through the launcher (ext/launcher), which builds its walls. Raises OSError.
+
+    Returns when the program runs. To be called in a thread that ends afterwards: the PID namespace for the next child
+    belongs to the thread alone.
+    """
+    with contextlib.ExitStack() as opened:
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        opened.callback(os.close, reading)
+        with contextlib.ExitStack() as handed:
+            handed.callback(os.close, writing)
+            options = ["--status", str(writing)]
+            fds = [*program.fds, writing]
+            if program.cgroup:
+                try:
+                    cgroup = os.open(os.path.join(program.cgroup, "cgroup.procs"), os.O_WRONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise OSError(error.errno, f"it cannot be confined to {program.cgroup}: {error.strerror}") from None
+                handed.callback(os.close, cgroup)
+                options += ["--cgroup", str(cgroup)]
+                fds.append(cgroup)
+            if not program.jailer and _libc.unshare(_CLONE_NEWPID) != 0:
+                raise OSError(ctypes.get_errno(), "making a PID namespace (CAP_SYS_ADMIN is missing)")
+            child = _popen([str(LAUNCHER), *options, *_launcher_options(program), "--", *program.argv],
+                           program, output, log, tuple(fds))  # fmt: skip
+        said = b""
+        while len(said) < _MAX_REPORT and (more := os.read(reading, _MAX_REPORT)):
+            said += more
+    if said:  # it has ended
+        os.waitid(os.P_PID, child, os.WEXITED)
+        raise OSError(errno.EIO, said.decode(errors="replace"))
+    return child
+
+
+def _launcher_options(program: Program) -> list[str]:
+    options = ["--net"] if program.isolated else []
+    for name, number in (
+        *(("--fsize", program.max_file_size), ("--memlock", program.locked_memory)),
+        *(("--uid", program.uid), ("--gid", program.gid)),
+        *(("--group", group) for group in (groups_for(program.devices) if program.uid else ())),
+    ):
+        if number:
+            options += [name, str(number)]
+    if program.jailer:
+        options.append("--jailer")
+    if program.root_files:
+        for path in program.root_files:
+            options += ["--file", path]
+        for path in (*program.devices, *program.other_devices):
+            options += ["--device", path]
+    else:
+        for path in program.hidden:
+            options += ["--hide", path]
+    return options
+
+
+def _start(program: Program, output: int, log: int) -> int:
+    """The same for a server that is not root: it has nothing to wall off. Runs in a thread of its own."""
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "giving up new privileges")
-    groups = groups_for(program.devices)
-    drop = {"user": program.uid, "group": program.gid, "extra_groups": groups} if program.uid else {}
+    return _popen(list(program.argv), program, output, log, program.fds)
+
+
+def _popen(argv: list[str], program: Program, output: int, log: int, fds: tuple[int, ...]) -> int:
     child = subprocess.Popen(
-        program.argv,
+        argv,
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=log,
         cwd=program.cwd,
         env={"PATH": _PATH, "LANG": "C.UTF-8", MARK_VARIABLE: program.mark},
-        pass_fds=program.fds,
+        pass_fds=fds,
         start_new_session=True,
         restore_signals=False,  # SIGXFSZ stays ignored, as in all Python: a file at its limit is an error, not the end
         umask=0o077,
-        **drop,  # type: ignore[call-overload]
     )
     child.returncode = 0  # from here on the pidfd watches and reaps it; Popen shall not
     return int(child.pid)

@@ -31,6 +31,10 @@ def new_handle(kind: HypervisorKind, process: Process, config: VmConfig, *, memo
     return VmmHandle(kind, name.pid, name.start_time, name.boot_id, config.run_dir, config, memory_inode)
 
 
+_SHARED = ("/run/systemd", "/run/dbus", "/dev/shm", "/tmp", "/var/tmp", "/home", "/root")  # noqa: S108
+"""Directories of the host in which others put sockets and files."""
+
+
 def take_back_directories(config: VmConfig) -> None:
     """Before a VMM starts: what root opens around it lies in directories that the VMM's user cannot change, whoever
     made them. Raises OSError."""
@@ -49,6 +53,14 @@ def take_back_capture(directory: Path) -> None:
         raise VmmBroken(f"{directory} cannot be used for a capture: {error.strerror}") from error
     if found:
         raise VmmBroken(f"{directory} is not empty: {sorted(found)[0][:80]!r} was put into it")
+
+
+def hidden_from(config: VmConfig) -> tuple[str, ...]:
+    """What a VMM that sees the host's files shall not see of them, as far as its own are not below."""
+    needed = [config.run_dir, config.jail, config.kernel, *(disk.path for disk in config.disks)]
+    return tuple(
+        place for place in _SHARED if os.path.isdir(place) and not any(path.startswith(f"{place}/") for path in needed)
+    )
 
 
 def max_file_size(config: VmConfig) -> int:

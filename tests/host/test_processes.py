@@ -130,8 +130,8 @@ async def test_it_outlives_the_event_loop_and_is_found_again(tmp_path: Path) -> 
     assert second.find(msgspec.structs.replace(name, boot_id="another")) is None
     found = second.find(name)
     assert found is not None and found.alive()
-    found.kill(signal.SIGTERM)
-    assert await found.wait() == -signal.SIGTERM
+    found.kill()
+    assert await found.wait() == -signal.SIGKILL
     assert second.find(name) is None
     found.close()
 

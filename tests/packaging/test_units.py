@@ -35,6 +35,8 @@ def test_the_servers_end_is_not_the_vms_end() -> None:
     assert server["Service"]["KillMode"] == "process"
     assert server["Unit"]["Requires"] == "hypeman-vms.service", "not BindsTo or PartOf"
     assert "PartOf" not in machines["Unit"]
+    assert machines["Service"]["NotifyAccess"] == "main", "VMMs are in its control group, too"
+    assert server["Service"].get("NotifyAccess", "main") == "main"
     assert machines["Service"]["Delegate"].split() == ["cpu", "memory", "pids"]
     assert server["Service"]["RuntimeDirectoryPreserve"] == "yes", "sockets of living VMs are in there"
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import stat
+import sys
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from hypeman.host.ownership import take_back
+from hypeman.host.processes import Processes, Program
 from hypeman.hypervisor.interface import Disk, VmConfig, VmmBroken
 from hypeman.hypervisor.vmm_process import (
     allow_file_size,
@@ -35,6 +37,28 @@ def config(directory: Path) -> VmConfig:
         disks=(Disk("overlay", str(overlay)), Disk("gone", str(own / "gone"))), run_dir=str(directory / "run"),
         jail=str(own / "jail"), console_log=str(own / "logs/app.log"), vmm_log=str(own / "logs/vmm.log"),
     )  # fmt: skip
+
+
+@as_root
+async def test_a_file_grows_to_its_limit_and_the_vmm_lives_on(tmp_path: Path) -> None:
+    """Its own disk, its log, a hole at the end of either: an error for the VMM, and nothing more."""
+    script = (
+        "import os\n"
+        f"fd = os.open({str(tmp_path / 'disk')!r}, os.O_RDWR | os.O_CREAT)\n"
+        "for grow in (lambda: os.ftruncate(fd, 1 << 40), lambda: os.pwrite(fd, b'x', 1 << 30),\n"
+        "             lambda: os.posix_fallocate(fd, 0, 1 << 30)):\n"
+        "    try: grow(); print('grown')\n"
+        "    except OSError as error: print(error.errno)\n"
+        f"os.ftruncate(fd, {MIB}); print('alive')"
+    )
+    program = Program(
+        argv=(sys.executable, "-c", script), log=str(tmp_path / "log"), mark=str(tmp_path), max_file_size=MIB
+    )
+    process = await Processes().spawn(program)
+    assert await process.wait() == 0
+    process.close()
+    assert (tmp_path / "log").read_text().split() == ["27", "27", "27", "alive"], "EFBIG"
+    assert (tmp_path / "disk").stat().st_size == MIB
 
 
 def test_the_limit_is_what_the_vm_needs(tmp_path: Path) -> None:

@@ -158,6 +158,7 @@ class FirecrackerDriver(Seeker):
             cgroup=config.cgroup,
             max_file_size=max_file_size(config),
             isolated=not config.nics,
+            jailer=True,
         )
         async with started(self._processes, program) as process:
             vmm = self._vmm(new_handle(self.kind, process, config), process)

@@ -18,6 +18,7 @@ import trio
 from hypeman.errors import NotSupported
 from hypeman.host.loans import lent
 from hypeman.host.processes import Processes, Program, open_for_child
+from hypeman.host.program_files import NotRunnable
 from hypeman.host.safe_open import open_directory
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.interface import (
@@ -34,6 +35,7 @@ from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
 from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu import memory
 from hypeman.hypervisor.qemu.client import QmpClient
+from hypeman.hypervisor.qemu.files import DEVICES, root_files
 from hypeman.hypervisor.qemu.tsc import tsc_khz
 from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, QemuVmm
 from hypeman.hypervisor.sought import Missing, Seeker, Sought
@@ -46,6 +48,7 @@ from hypeman.hypervisor.vmm_process import (
     max_file_size,
     new_handle,
     take_back_directories,
+    vfio_groups,
 )
 
 OpenTap = Callable[[str], Awaitable[int]]
@@ -244,6 +247,7 @@ class QemuDriver(Seeker):
                 incoming=incoming,
                 private_memory=private_memory,
             )
+            root = await trio.to_thread.run_sync(_root_files, self._capabilities.binary)
             process = await self._processes.spawn(
                 Program(
                     argv=argv,
@@ -253,6 +257,8 @@ class QemuDriver(Seeker):
                     uid=config.uid,
                     gid=config.gid,
                     devices=(KVM_DEVICE,) if self._accelerator.name == "kvm" else (),
+                    root_files=(*root, *(("/sys",) if config.pci_devices else ())),
+                    other_devices=(*DEVICES, *((VFIO_DEVICE, *vfio_groups(config)) if config.pci_devices else ())),
                     cgroup=config.cgroup,
                     max_file_size=max_file_size(config),
                     locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,
@@ -294,6 +300,13 @@ async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm
             raise LaunchFailed(f"{error.message}: {words}".removesuffix(": ")) from error
         raise
     return vmm
+
+
+def _root_files(binary: str) -> tuple[str, ...]:
+    try:
+        return root_files(binary)
+    except NotRunnable as error:
+        raise LaunchFailed(str(error)) from None
 
 
 def _fresh_run_dir(path: Path) -> None:

@@ -1,0 +1,64 @@
+"""Which files a program needs to run: itself, its loader and libraries. For a root directory of its own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+import subprocess
+
+_PT_INTERP = 3
+
+
+class NotRunnable(Exception):
+    """A program whose files cannot be found; says why."""
+
+
+def files_of(binary: str) -> tuple[str, ...]:
+    """``binary`` and everything that the dynamic loader loads with it, sorted. Raises NotRunnable. Blocks for some
+    10 ms, once for each version of the file."""
+    try:
+        found = os.stat(binary)
+    except OSError as error:
+        raise NotRunnable(f"{binary}: {error.strerror}") from None
+    return _files_of(binary, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _files_of(binary: str, *version: int) -> tuple[str, ...]:
+    loader = _loader_of(binary)
+    if not loader:
+        return (binary,)
+    try:
+        listed = subprocess.run(
+            [loader, "--list", binary], capture_output=True, text=True, timeout=60, check=True, env={"LANG": "C.UTF-8"}
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotRunnable(f"the libraries of {binary} cannot be listed: {error}") from None
+    found = {binary, loader}
+    for line in listed.splitlines():
+        name, arrow, rest = line.strip().partition(" => ")
+        path = (rest if arrow else name).rsplit(" (", 1)[0]
+        if path == "not found":
+            raise NotRunnable(f"{binary} wants {name}, which is not installed")
+        if path.startswith("/"):
+            found.add(path)
+    return tuple(sorted(found))
+
+
+def _loader_of(binary: str) -> str:
+    """The dynamic loader that an ELF program names; empty for a static one. Raises NotRunnable for anything else."""
+    with open(binary, "rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
+            raise NotRunnable(f"{binary} is no program for this processor")
+        (offset,) = struct.unpack_from("<Q", head, 32)
+        size, count = struct.unpack_from("<HH", head, 54)
+        for index in range(count):
+            file.seek(offset + index * size)
+            entry = file.read(size)
+            if struct.unpack_from("<I", entry)[0] == _PT_INTERP:
+                begin, length = struct.unpack_from("<Q", entry, 8)[0], struct.unpack_from("<Q", entry, 32)[0]
+                file.seek(begin)
+                return file.read(length).rstrip(b"\0").decode()
+    return ""

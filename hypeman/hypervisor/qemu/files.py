@@ -1,0 +1,47 @@
+"""What QEMU finds in its root directory: itself with its libraries, its firmware, its accelerator, some devices.
+
+Everything else comes as a descriptor (``config.py``). So a QEMU that was taken over finds no file of the host, no other
+VM, no socket and no /run, /tmp or /dev/shm.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import subprocess
+
+from hypeman.host.program_files import NotRunnable, files_of
+
+FIRMWARE = (
+    *("bios-256k.bin", "bios-microvm.bin", "qboot.rom", "vgabios.bin", "kvmvapic.bin"),
+    *("linuxboot.bin", "linuxboot_dma.bin", "multiboot.bin", "multiboot_dma.bin", "pvh.bin"),
+)
+"""What q35 and microvm load, as far as an installation has it."""
+_MODULES = ("accel-tcg-x86_64.so", "accel-qtest-x86_64.so")
+DEVICES = ("/dev/null", "/dev/urandom")
+
+
+def root_files(binary: str) -> tuple[str, ...]:
+    """Files for ``Program.root_files``. Raises NotRunnable. Blocks for some 20 ms, once for each version of QEMU."""
+    try:
+        found = os.stat(binary)
+    except OSError as error:
+        raise NotRunnable(f"{binary}: {error.strerror}") from None
+    return _root_files(binary, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _root_files(binary: str, *version: int) -> tuple[str, ...]:
+    try:
+        said = subprocess.run([binary, "-L", "help"], capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotRunnable(f"{binary} does not name its firmware: {error}") from None
+    files = set(files_of(binary))
+    folders = [os.path.normpath(line) for line in said.splitlines() if line.startswith("/")]
+    for name in FIRMWARE:
+        files.update(path for folder in folders if os.path.isfile(path := f"{folder}/{name}"))
+    for name in _MODULES:
+        for module in glob.glob(f"/usr/lib*/*/qemu/{name}") + glob.glob(f"/usr/lib*/qemu/{name}"):
+            files.update(files_of(module))
+    return tuple(sorted(files))
