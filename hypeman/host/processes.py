@@ -9,7 +9,8 @@ Rules:
 - A process is named by pid, start time and boot id together, never by a bare pid, and signalled
   only through its pidfd, so that no stranger who got the number next is ever hit.
 - A spawned program gets only the descriptors that are listed, under the numbers they have here, an
-  environment made from nothing, its own user from before ``exec`` on, and can never gain privileges.
+  environment made from nothing, its own user from before ``exec`` on, and can never gain privileges. A server
+  that is root starts it through the launcher (ext/launcher): in namespaces of its own, with limits and a filter.
 - It carries its mark (``HYPEMAN_MARK``) in its environment, or as an argument where somebody between us and it
   empties the environment (``mark_argument``): what we started and could not write down before we were
   killed is found again by ``find_marked``.
@@ -340,6 +341,8 @@ def _launch(program: Program, output: int, log: int) -> int:
     Returns when the program runs. To be called in a thread that ends afterwards: the PID namespace for the next child
     belongs to the thread alone.
     """
+    if not LAUNCHER.exists():
+        raise OSError(errno.ENOENT, f"{LAUNCHER} is missing; run make")
     with contextlib.ExitStack() as opened:
         reading, writing = os.pipe2(os.O_CLOEXEC)
         opened.callback(os.close, reading)
