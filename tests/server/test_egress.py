@@ -42,7 +42,13 @@ async def test_policy(ask: Any, mediated: FakeWorld) -> None:
     assert policy["credentials"] == {
         "API_KEY": {
             "source": {"env": "REAL_KEY"},
-            "inject": [{"as": {"header": "Authorization", "format": "Bearer ${value}"}, "hosts": ["api.example.com"]}],
+            "inject": [
+                {
+                    "as": {"header": "Authorization", "format": "Bearer ${value}"},
+                    "hosts": ["api.example.com"],
+                    "ports": None,
+                }
+            ],
         }
     }
 
