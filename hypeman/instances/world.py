@@ -21,13 +21,21 @@ import trio
 
 from hypeman.config import Config
 from hypeman.errors import HypemanError, InternalError
-from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume, parse_outcome, render_boot_disk
+from hypeman.guest.boot import (
+    MAX_BOOT_DISK,
+    BootConfig,
+    CaCertificate,
+    GuestVolume,
+    parse_outcome,
+    render_boot_disk,
+)
 from hypeman.guest.client import GuestLost
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
 from hypeman.guest.types import Exited, Fatal
 from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
+from hypeman.host.safe_open import open_log, read_start
 from hypeman.hypervisor.captures import MEMORY
 from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmBroken, VmmGone
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -249,15 +257,19 @@ class World:
         record = self.record(instance_id)
         disk = self.paths.instance(instance_id).boot_disk
         try:
-            content = await trio.to_thread.run_sync(disk.read_bytes)
+            content = await trio.to_thread.run_sync(read_start, disk, MAX_BOOT_DISK)  # the VMM may have enlarged it
         except OSError:
             return None  # it never booted
         return parse_outcome(content, record.nonce)
 
     def journal(self, instance_id: str, line: str) -> None:
         """Append one line to the instance's ``hypeman`` log; losing one is better than failing for it."""
-        with contextlib.suppress(OSError), open(self.paths.instance(instance_id).log("hypeman"), "a") as file:
-            file.write(one_line(line) + "\n")  # parts of it were chosen by guests and images
+        text = one_line(line) + "\n"  # parts of it were chosen by guests and images
+        with (
+            contextlib.suppress(OSError),
+            open(open_log(self.paths.instance(instance_id).log("hypeman")), "ab") as file,
+        ):
+            file.write(text.encode())
 
     async def rotate_logs(self, instance_id: str, limit: int) -> None:
         """Start new logs for those above ``limit`` bytes; one old one is kept of each.
@@ -274,7 +286,7 @@ class World:
         for log in (mine.log("vmm"), mine.log("hypeman")):
             if _size(log) > limit:
                 await self.files.copy(log, log.with_suffix(".log.1"))
-                await trio.to_thread.run_sync(os.truncate, log, 0)
+                await trio.to_thread.run_sync(_empty, log)
 
     # What a VMM has around it
 
@@ -282,7 +294,7 @@ class World:
         record = self.record(instance_id)
         uid = self.uid(record)
         mine = self.paths.instance(instance_id)
-        await self.files.make_dir(mine.run, uid=uid, gid=uid)
+        await self.files.make_dir(mine.run)
         if not record.nonce:
             raise InternalError(f"instance {instance_id} has no nonce")
         await self.files.write(mine.boot_disk, render_boot_disk(self._boot_config(record)), uid=uid, gid=uid)
@@ -397,8 +409,7 @@ class World:
         directory = self.paths.capture(capture_id)
         side = directory.with_name(directory.name + ".new")
         await self.files.remove(side)
-        uid = self.uid(self.record(instance_id))
-        await self.files.make_dir(side, mode=0o711, uid=uid, gid=uid)  # the user of a fork's VMM passes, too
+        await self.files.make_dir(side, mode=0o711)  # the user of a fork's VMM passes, too
         async with live.without_loan():
             await self._freeze(live)
             live.hold(True)
@@ -530,10 +541,10 @@ class World:
         return live
 
     async def _make_dirs(self, record: InstanceRecord) -> None:
-        uid = self.uid(record)
+        """Root's: a VMM gets descriptors of what is in them, and can put nothing else in its place."""
         mine = self.paths.instance(record.id)
-        await self.files.make_dir(mine.root, mode=0o711, uid=uid, gid=uid)
-        await self.files.make_dir(mine.logs, mode=0o711, uid=uid, gid=uid)
+        await self.files.make_dir(mine.root, mode=0o711)
+        await self.files.make_dir(mine.logs, mode=0o711)
 
     def _surroundings(self, record: InstanceRecord) -> Surroundings:
         network = self._guest_network(record.id)
@@ -584,6 +595,15 @@ async def _or_log(removal: Awaitable[None], capture: str) -> None:
         await removal
     except Exception as error:
         log.warning("capture %s, which nobody needs, can not be removed: %s", capture, error)
+
+
+def _empty(path: Path) -> None:
+    """Truncate a log of ours. Raises OSError; EINVAL for what is no regular file."""
+    descriptor = open_log(path, os.O_WRONLY)
+    try:
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
 
 
 def _size(path: Path) -> int:
