@@ -13,7 +13,7 @@ from hypeman.config import Config
 from hypeman.devices.registry import BINDINGS, VGPUS
 from hypeman.devices.service import Devices
 from hypeman.errors import HypemanError
-from hypeman.host.links import Links, claim_namespace
+from hypeman.host.links import Links, NamespaceClaim
 from hypeman.host.rules import Rules
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
@@ -24,7 +24,7 @@ async def clean_host(config: Config) -> None:
     """Raises HypemanError, after everything else was tried, for what could not be taken away."""
     parts: tuple[Callable[[Config], Awaitable[None]], ...] = (_give_back_devices, _remove_network)
     failures: list[HypemanError] = []
-    claim = claim_namespace()  # no server here, and none that starts meanwhile
+    claim = NamespaceClaim()  # no server here, and none that starts meanwhile
     try:
         for part in parts:
             try:

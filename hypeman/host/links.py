@@ -48,6 +48,7 @@ from hypeman.host.netlink import (
     text,
     u32,
 )
+from hypeman.host.safe_open import open_regular
 from hypeman.host.types import SHAPER_PREFIX, TAP_PREFIX, TokenBucket, shaper_name
 
 R = TypeVar("R")
@@ -465,16 +466,28 @@ def _change(packet: Packet) -> Change | None:
     return None
 
 
-def claim_namespace() -> socket.socket:
-    """Be the one server of this network namespace for as long as the socket is open.
+class NamespaceClaim:
+    """Being the one server of this network namespace, from its making until ``close`` or the end of the process.
 
-    A second one, with another data directory, would take the first one's TAPs for leftovers.
-    Abstract names belong to the network namespace, and vanish with the process.
+    A second one, with another data directory, would take the first one's TAPs for leftovers. It is a lock on a file
+    named after the namespace's inode, in a directory of root's, so that no other user can hold it. Raises HostError.
     """
-    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        claim.bind("\0hypeman-network")
-    except OSError as error:
-        claim.close()
-        raise HostError("another hypeman server keeps the network of this host; stop it first") from error
-    return claim
+
+    def __init__(self, directory: Path = Path("/run/hypeman")) -> None:
+        self._path = directory / f"network-{os.stat('/proc/self/ns/net').st_ino}.lock"
+        try:
+            directory.mkdir(mode=0o755, exist_ok=True)
+            self._descriptor = open_regular(self._path, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise HostError(f"{error.filename or self._path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise HostError("another hypeman server keeps the network of this host; stop it first") from error
+
+    def close(self) -> None:
+        """Idempotent. The file stays, since a lock on a name that is removed could be held twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1

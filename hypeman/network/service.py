@@ -13,7 +13,6 @@ A guest is opened last and closed first, so no packet of it ever meets half of i
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 
@@ -22,7 +21,7 @@ import trio
 from hypeman._native.tapstats import TapStats
 from hypeman.config import NetworkConfig
 from hypeman.errors import InternalError
-from hypeman.host.links import Change, Links, Tap, Uplink, claim_namespace, find_uplink
+from hypeman.host.links import Change, Links, NamespaceClaim, Tap, Uplink, find_uplink
 from hypeman.host.netlink import NetlinkError
 from hypeman.host.revival import revive
 from hypeman.host.rules import Rules
@@ -79,7 +78,7 @@ class Network:
         """Held while ``_leases`` and the rules change together, so that a reload never brings back
         a guest that is being closed."""
         self._stats = TapStats()
-        self._claim: socket.socket | None = None
+        self._claim: NamespaceClaim | None = None
         self._can_shape = True
         self._on_tap_operation = on_tap_operation
 
@@ -92,7 +91,7 @@ class Network:
 
         Rules come first, so nothing is open meanwhile. Raises HostError.
         """
-        self._claim = self._claim or claim_namespace()
+        self._claim = self._claim or NamespaceClaim()
         self._leases = {lease.instance_id: lease for lease in living if lease.enabled}
         self._last_holders = {lease.ipv4: lease.instance_id for lease in self._leases.values()}
         self.uplink = await find_uplink(self._config.uplink)

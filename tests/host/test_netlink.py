@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import struct
+import tempfile
+from pathlib import Path
 
 import pytest
 import trio
@@ -12,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman.host.files import HostError
-from hypeman.host.links import Links, Tap, claim_namespace
+from hypeman.host.links import Links, NamespaceClaim, Tap
 from hypeman.host.netlink import (
     NETLINK_ROUTE,
     Message,
@@ -199,8 +202,20 @@ async def test_lost_notifications_are_told() -> None:
 
 @in_namespace
 async def test_one_server_for_one_namespace() -> None:
-    claim = claim_namespace()
-    with pytest.raises(HostError, match="another hypeman server"):
-        claim_namespace()
-    claim.close()
-    claim_namespace().close()
+    """Nobody but root can be in its way: neither by an abstract socket's name nor by a lock on what they may open."""
+    squatter = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    squatter.bind("\0hypeman-network")
+    with tempfile.TemporaryDirectory() as directory:
+        claim = NamespaceClaim(Path(directory))
+        (lock,) = Path(directory).iterdir()
+        assert lock.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(HostError, match="another hypeman server"):
+            NamespaceClaim(Path(directory))
+        claim.close()
+        claim.close()
+        NamespaceClaim(Path(directory)).close()
+        lock.unlink()
+        lock.symlink_to("elsewhere")
+        with pytest.raises(HostError):
+            NamespaceClaim(Path(directory))
+    squatter.close()
