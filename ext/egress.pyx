@@ -49,7 +49,7 @@ cdef extern from "engine.h" nogil:
     int engine_set_policy(engine *e, const char *address, const char *instance, const uint8_t *data, size_t n)
     bint engine_remove(engine *e, const char *address)
     int engine_question_fd(engine *e)
-    bint engine_question(engine *e, unsigned *loop, uint64_t *token, char *name)
+    bint engine_question(engine *e, unsigned *loop, uint64_t *token, char *instance, char *name)
     void engine_answer(engine *e, unsigned loop, uint64_t token, unsigned n, const char **addresses)
     int engine_audit_fd(engine *e)
     size_t engine_audit_read(engine *e, char *out, size_t cap)
@@ -214,13 +214,14 @@ cdef class Engine:
         return engine_question_fd(self._e)
 
     def questions(self):
-        """The names to resolve, each as (loop, token, name)."""
+        """The names to resolve, each as (loop, token, instance, name)."""
         cdef unsigned loop
         cdef uint64_t token
+        cdef char instance[64]
         cdef char name[256]
         found = []
-        while engine_question(self._e, &loop, &token, name):
-            found.append((loop, token, (<bytes>name).decode()))
+        while engine_question(self._e, &loop, &token, instance, name):
+            found.append((loop, token, (<bytes>instance).decode(), (<bytes>name).decode()))
         return found
 
     def answer(self, unsigned loop, uint64_t token, list addresses):

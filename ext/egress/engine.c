@@ -213,12 +213,13 @@ bool engine_remove(struct engine *e, const char *address)
     return true;
 }
 
-uint64_t engine_ask(struct engine *e, unsigned loop, const char *name)
+uint64_t engine_ask(struct engine *e, unsigned loop, const char *instance, const char *name)
 {
     struct question *q = calloc(1, sizeof *q);
     if (!q)
         abort();
     q->loop = loop;
+    strcpy(q->instance, instance);
     strcpy(q->name, name);
     (void)pthread_mutex_lock(&e->question_lock);
     uint64_t token = q->token = ++e->last_token;
@@ -235,7 +236,7 @@ int engine_question_fd(struct engine *e)
     return e->question_fd;
 }
 
-bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char name[256])
+bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char instance[64], char name[256])
 {
     (void)pthread_mutex_lock(&e->question_lock);
     struct question *q = e->first_question;
@@ -249,6 +250,7 @@ bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char nam
         return false;
     *loop = q->loop;
     *token = q->token;
+    strcpy(instance, q->instance);
     strcpy(name, q->name);
     free(q);
     return true;

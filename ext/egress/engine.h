@@ -78,7 +78,7 @@ bool engine_remove(struct engine *e, const char *address);
 
 /* Questions to the resolver: engine_question_fd is readable while there are some. */
 int engine_question_fd(struct engine *e);
-bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char name[256]);
+bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char instance[64], char name[256]);
 /* `addresses` as text; none: the name could not be resolved. */
 void engine_answer(struct engine *e, unsigned loop, uint64_t token, unsigned n, const char *const *addresses);
 

@@ -18,6 +18,7 @@ struct question {
     struct question *next;
     unsigned loop;
     uint64_t token;
+    char instance[INSTANCE_MAX]; /* who asks: look-ups are shared out among instances */
     char name[HOST_MAX];
 };
 
@@ -38,6 +39,6 @@ struct engine {
 
 void loop_post(struct loop *l, struct message *m); /* takes over m */
 /* Asks the resolver; the answer comes as MSG_ANSWER with the returned token. */
-uint64_t engine_ask(struct engine *e, unsigned loop, const char *name);
+uint64_t engine_ask(struct engine *e, unsigned loop, const char *instance, const char *name);
 
 #endif

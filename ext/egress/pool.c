@@ -91,7 +91,7 @@ static struct conn *dial(struct loop *l, struct tenant *t, const struct destinat
 static void find_addresses(struct conn *c)
 {
     if (c->to.host.kind == HOST_NAME) {
-        c->token = engine_ask(c->loop->engine, c->loop->index, c->to.host.text);
+        c->token = engine_ask(c->loop->engine, c->loop->index, c->tenant->instance, c->to.host.text);
         return;
     }
     c->addresses = addr_parse(c->to.host.text, &c->candidates[0]) ? 1 : 0;

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import socket
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,13 @@ import trio
 from hypeman._native.egress import REASONS, TIMERS, Engine
 from hypeman.egress.authority import load_authority
 from hypeman.egress.policy import Unmatched, compile_policy, wipe
+from hypeman.egress.resolver import Resolve, Resolver, resolve_by_system
 from hypeman.egress.sealing import load_sealer
 from hypeman.egress.types import CredentialPolicy
 from hypeman.errors import InternalError
 
-Resolve = Callable[[str], Awaitable[list[str]]]
 Keep = Callable[[Sequence[socket.socket]], None]
 
-_CACHE_SECONDS = 10.0
-_CACHE_NAMES = 4096
 _PR_SET_DUMPABLE = 4
 _SYSTEM_ROOTS = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Alpine, Arch
@@ -147,15 +145,6 @@ class Statistics(msgspec.Struct, frozen=True):
     """Requests by time taken: item i counts those below 16 µs · 2^i."""
 
 
-async def resolve_by_system(name: str) -> list[str]:
-    """Addresses of ``name`` as the host's resolver gives them; none if it has none."""
-    try:
-        found = await trio.socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return []
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
 def forbid_dumps() -> None:
     """No core dump and no ptrace of this process by others: its memory holds credentials."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -219,10 +208,9 @@ class Egress:
         self.authority = load_authority(directory)
         self.sealer = load_sealer(directory)
         self.port = settings.port
-        self._resolve = resolve
+        self._resolver = Resolver(resolve)
         self._inherited = listeners
         self._keep = keep
-        self._cache: dict[str, tuple[float, list[str]]] = {}
         self._engine: Engine | None = None
         self._sources: dict[str, set[str]] = {}
         self._on_audit: list[Callable[[AuditRecord], None]] = []
@@ -371,18 +359,11 @@ class Egress:
     async def _answer_questions(self, engine: Engine, nursery: trio.Nursery) -> None:
         while True:
             await _wait_event(engine.question_fd())
-            for loop, token, name in engine.questions():
-                nursery.start_soon(self._answer, engine, loop, token, name)
+            for loop, token, instance, name in engine.questions():
+                nursery.start_soon(self._answer, engine, loop, token, instance, name)
 
-    async def _answer(self, engine: Engine, loop: int, token: int, name: str) -> None:
-        now = trio.current_time()
-        until, addresses = self._cache.get(name, (0.0, []))
-        if until <= now:
-            addresses = await self._resolve(name)
-            if len(self._cache) >= _CACHE_NAMES:
-                self._cache.clear()
-            if addresses:
-                self._cache[name] = (now + _CACHE_SECONDS, addresses)
+    async def _answer(self, engine: Engine, loop: int, token: int, instance: str, name: str) -> None:
+        addresses = await self._resolver.addresses(instance, name)
         engine.answer(loop, token, [address.encode() for address in addresses])
 
 

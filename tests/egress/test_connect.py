@@ -182,11 +182,11 @@ async def test_names_are_resolved_here(world: World) -> None:
     """One forbidden address among several refuses the name; names without addresses are told."""
     for addresses in (["127.0.0.1", "10.1.2.3"], ["169.254.169.254"], ["::1", "127.0.0.1"], ["fd00::1"],
                       ["::ffff:10.0.0.1"], ["100.64.0.1"], ["0.0.0.0"], ["224.0.0.1"], ["192.168.1.1"]):  # fmt: skip
-        world.egress._cache.clear()
+        world.egress._resolver.forget()
         world.names[HOST] = addresses
         status, fields, _ = await world.get()
         assert (status, fields["x-hypeman-egress"]) == (403, "address_denied"), addresses
-    world.egress._cache.clear()
+    world.egress._resolver.forget()
     world.names[HOST] = []
     assert (await world.get())[1]["x-hypeman-egress"] == "name_not_resolved"
     assert world.origin.connections == 0
@@ -195,7 +195,7 @@ async def test_names_are_resolved_here(world: World) -> None:
 async def test_rebinding(world: World) -> None:
     """The resolver is asked again later and answers with the metadata address: refused then, too."""
     assert (await world.get())[0] == 200
-    world.egress._cache.clear()
+    world.egress._resolver.forget()
     world.names[HOST] = ["169.254.169.254"]
     world.allow()  # a new generation of rules: kept connections are not used
     assert (await world.get())[0] == 403

@@ -71,7 +71,7 @@ async def test_rotation_while_the_host_is_dialled(world: World) -> None:
         await release.wait()
         return ["127.0.0.1"]
 
-    world.egress._resolve = late
+    world.egress._resolver._resolve = late
     wire = await world.tls()
     await wire.send(f"GET / HTTP/1.1\r\n{H}\r\n".encode())
     while not world.egress.statistics().counters["upstream_opened"]:
