@@ -71,6 +71,8 @@ def main(config: Config) -> None:
     setup_logs(config.log.level, config.log.format)
     if not config.jwt_secret:
         log.warning("jwt_secret is empty: over TCP every call is refused; only the unix socket lets anybody in")
+    if conflicts := facts.uid_conflicts(config.hypervisor.uid_base):
+        log.warning("others may use the same user ids as VMMs (hypervisor.uid_base): %s", ", ".join(conflicts))
     trio.run(serve, config)
 
 

@@ -42,7 +42,14 @@ async def _examine(config: Config) -> list[Finding]:
 
 
 async def _findings(config: Config) -> AsyncGenerator[Finding]:
-    for finding in (*_rights(), *_tools(), *_guest_files(config), *_data_directory(config), *_secret(config)):
+    for finding in (
+        *_rights(),
+        *_tools(),
+        *_guest_files(config),
+        *_data_directory(config),
+        *_secret(config),
+        *_users(config),
+    ):
         yield finding
     async for finding in _hypervisor(config):
         yield finding
@@ -130,6 +137,26 @@ def _secret(config: Config) -> Iterator[Finding]:
         )
     else:
         yield Finding(name="jwt_secret", verdict=Verdict.OK, message="is set")
+
+
+def _users(config: Config) -> Iterator[Finding]:
+    base = config.hypervisor.uid_base
+    if base == 0:
+        yield Finding(
+            name="users of VMMs",
+            verdict=Verdict.WARN,
+            message="hypervisor.uid_base is 0: VMMs run as the server's user",
+            remedy="remove hypervisor.uid_base from the configuration",
+        )
+    elif conflicts := facts.uid_conflicts(base):
+        yield Finding(
+            name="users of VMMs",
+            verdict=Verdict.WARN,
+            message=f"others may use the same user ids as VMMs: {', '.join(conflicts)}",
+            remedy="set hypervisor.uid_base so that it and the 65536 ids from it on are nobody's",
+        )
+    else:
+        yield Finding(name="users of VMMs", verdict=Verdict.OK, message=f"{base} to {base + facts.VMM_UIDS - 1}")
 
 
 async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:

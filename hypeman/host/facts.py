@@ -43,3 +43,33 @@ def link_speed(name: str) -> int:
     except (OSError, ValueError):
         return 0
     return max(0, megabits) * 1_000_000 // 8
+
+
+VMM_UIDS = 65_536
+"""User ids from ``uid_base`` on that VMMs may get: as many as a /16 of guests has addresses."""
+
+
+def uid_conflicts(base: int, *, etc: Path = Path("/etc")) -> list[str]:
+    """Who else may use user ids that VMMs get (``base`` to ``base + VMM_UIDS``): accounts of passwd(5), and ranges of
+    subuid(5), from which rootless containers take theirs. Empty for ``base`` 0, where VMMs have no users of their own.
+    """
+    if base == 0:
+        return []
+    found = []
+    for name, _, uid in _rows(etc / "passwd"):
+        if base <= uid < base + VMM_UIDS:
+            found.append(f"account {name} ({uid})")
+    for name, start, count in _rows(etc / "subuid"):
+        first = int(start) if start.isdecimal() else 0
+        if first and first < base + VMM_UIDS and base < first + count:
+            found.append(f"subordinate ids of {name} ({first} to {first + count - 1})")
+    return found
+
+
+def _rows(file: Path) -> list[tuple[str, str, int]]:
+    """The first three fields of each line ``a:b:number``; other lines are skipped, and so is a missing file."""
+    try:
+        rows = [line.split(":") for line in file.read_text(errors="replace").splitlines()]
+    except OSError:
+        return []
+    return [(row[0], row[1], int(row[2])) for row in rows if len(row) > 2 and row[2].isdecimal()]
