@@ -1,7 +1,7 @@
-# `make help` lists the targets; their descriptions are behind `##` below.
+# `make help` lists the targets; their descriptions follow `##` below.
 #
 # Each target first installs what it needs, on a fresh Debian 12 as root or through sudo; a stamp in
-# build/stamps makes that quick the second time.
+# build/stamps skips what is already installed.
 
 MAKEFLAGS += --no-builtin-rules
 SHELL := /bin/bash
@@ -18,25 +18,25 @@ native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Mak
 
 .PHONY: help demo test test-fast test-conformance lint bench appliance test-appliance test-metal kernel reference lock clean ready
 
-help:  ## this list; the default, so that a plain `make` starts no VM
+help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
 	    printf '  make %-15s %s\n' "$$name" "$$what"; done
 
-demo: ready  ## see an OCI image run as a VM, from nothing to `demo: ok`
+demo: ready  ## run an OCI image as a VM; ends with `demo: ok`
 	@$(PYTHON) -m tests.demo
 
-test: ready  ## the whole suite
+test: ready  ## run the whole test suite
 	@echo "== tests"
 	@$(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
-test-fast: $(STAMPS)/native  ## the tests without guests, namespaces and registries: under a minute on two idle processors
+test-fast: $(STAMPS)/native  ## tests without guests, namespaces or registries: under a minute on two idle CPUs
 	@echo "== fast tests"
 	@$(PYTHON) -m pytest -q -m "not real and not slow and not metal" $(PYTEST_ARGS) $$($(PYTHON) -m tests.tiers fast)
 
-test-conformance: ready  ## public suites and their like against the egress path (needs Go)
+test-conformance: ready  ## public conformance suites against the egress proxy (needs Go)
 	@$(PYTHON) -m pytest -v tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py
 
-lint: $(STAMPS)/native  ## ruff, mypy --strict over code and tests, direction of imports, documents
+lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import direction, documents
 	@echo "== ruff"
 	@.venv/bin/ruff check hypeman tests setup.py packaging
 	@.venv/bin/ruff format --quiet --check hypeman tests setup.py packaging
@@ -45,10 +45,10 @@ lint: $(STAMPS)/native  ## ruff, mypy --strict over code and tests, direction of
 	@echo "== direction of imports, documents, test tiers"
 	@$(PYTHON) -m pytest -q tests/test_imports.py tests/test_documents.py tests/test_tiers.py
 
-bench: ready  ## figures, as a table and in build/bench.json; AREAS="egress http" for some
+bench: ready  ## benchmarks, as a table and in build/bench.json; AREAS="egress http" selects some
 	@$(PYTHON) -m tests.bench $(AREAS)
 
-appliance: $(STAMPS)/native  ## the bundle without Python: dist/*.tar.gz, dist/*.deb, checksums, list of contents
+appliance: $(STAMPS)/native  ## build the self-contained bundle: dist/*.tar.gz, dist/*.deb, checksums, list of contents
 	@packaging/appliance/build
 
 test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect it
@@ -57,23 +57,23 @@ test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect
 test-metal: appliance  ## devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" tests/metal tests/packaging/metal.py
 
-kernel: $(STAMPS)/debian  ## our own guest kernel (some 12 CPU minutes, once); without it Debian's is used
+kernel: $(STAMPS)/debian  ## build our guest kernel (about 12 CPU minutes, once); otherwise Debian's is used
 	@echo "== guest kernel of our own"
 	@packaging/kernel/build
 
-reference: $(STAMPS)/venv  ## write systemd/CONFIGURATION.md from the types in hypeman/config.py
+reference: $(STAMPS)/venv  ## generate systemd/CONFIGURATION.md from the types in hypeman/config.py
 	@$(PYTHON) packaging/configuration-reference
 
-lock: $(STAMPS)/venv  ## pin the Python packages again
+lock: $(STAMPS)/venv  ## update the pinned Python packages
 	@packaging/lock
 
-clean:  ## remove what was built here (the kernel cache in ~/.cache/hypeman-build stays)
+clean:  ## remove build products (keeps the kernel cache in ~/.cache/hypeman-build)
 	rm -rf build dist .mypy_cache .ruff_cache .hypothesis hypeman.egg-info
 	rm -f hypeman/_native/*.so hypeman/guest/bin/hypeman-init hypeman/host/bin/hypeman-launch
 	find hypeman tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .venv
 
-# --- what the targets stand on ---
+# --- prerequisites ---
 
 ready: $(STAMPS)/native build/guest/vmlinux
 
