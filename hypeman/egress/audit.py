@@ -1,11 +1,11 @@
 """The audit log: one structured line per mediated request, from the logger ``hypeman.egress.audit``.
 
 Rules:
-- No path, no query, no value. Names of credentials are logged as ``rules``, because the log redacts every
-  field whose own name mentions credentials.
-- Guests decide how many lines there are, so writing must not delay the API: lines are written in batches
+- Paths, queries and credential values are not logged. Names of credentials are logged as ``rules``, because
+  the log redacts every field whose own name mentions credentials.
+- Guests control the number of lines, so writing must not delay the API: lines are written in batches
   of ``BATCH`` with a checkpoint in between, and at most ``MAX_QUEUED`` are queued. Records beyond that are
-  dropped, and a line of its own reports how many. A line costs 50 µs of CPU.
+  dropped, and a separate line reports how many. A line costs 50 µs of CPU.
 - ``flush`` writes what is still queued at shutdown.
 """
 
@@ -53,7 +53,7 @@ class AuditLog:
             self._report_dropped()
 
     def flush(self) -> None:
-        """Write everything that is queued; the data plane delivers its last records when it has drained."""
+        """Write everything queued; the data plane delivers its last records once it has drained."""
         self._write(len(self._queue))
         self._report_dropped()
 

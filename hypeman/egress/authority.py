@@ -1,4 +1,4 @@
-"""The host's certificate authority: made once, trusted by its guests only, key never outside this directory.
+"""The host's certificate authority: created once, trusted only by its guests; the key never leaves this directory.
 
     egress/ca.pem       the certificate, given to guests             0644
     egress/ca.key       its private key                              0600
@@ -35,12 +35,12 @@ class Authority(msgspec.Struct, frozen=True):
 
 
 def load_authority(directory: Path) -> Authority:
-    """The CA kept in ``directory``, made now if there is none or only half of one."""
+    """The CA in ``directory``, created if it is missing or incomplete."""
     certificate, key = directory / "ca.pem", directory / "ca.key"
     try:
         if not (certificate.exists() and key.exists()):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            from hypeman.egress.new_authority import make_authority  # 8 MB that a host needs once
+            from hypeman.egress.new_authority import make_authority  # 8 MB, needed once per host
 
             made_certificate, made_key = make_authority(datetime.datetime.now(datetime.UTC))
             write_file(key, made_key)

@@ -13,7 +13,7 @@ from hypeman.telemetry import metrics
 
 
 class Family(Struct, frozen=True):
-    """One metric made of several counters, distinguished by ``label``; or of a single one, without a label."""
+    """One metric: several counters distinguished by ``label``, or a single counter without a label."""
 
     text: str
     label: str
@@ -59,7 +59,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 LEFT_OUT = frozenset(["denied"])
-"""Counters left out, because another metric has the same with the reasons."""
+"""Counters not exported, because another metric has the same count by reason."""
 
 
 def register(egress: Egress) -> None:
@@ -91,7 +91,7 @@ def _denied(egress: Egress) -> Mapping[tuple[str, ...], float]:
 
 
 def _statistics(egress: Egress) -> Statistics | None:
-    """None while the data plane does not run: the other metrics are still exported."""
+    """None while the data plane is not running; the other metrics are still exported."""
     try:
         return egress.statistics()
     except InternalError:

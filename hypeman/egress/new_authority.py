@@ -1,4 +1,4 @@
-"""Makes a certificate authority: once in a host's life, so that what it takes is not loaded at every start."""
+"""Creates a certificate authority. Needed once per host, so its imports are not loaded at every start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ YEARS = 10
 
 
 def make_authority(now: datetime.datetime) -> tuple[bytes, bytes]:
-    """Certificate and key, PEM, of a new CA: P-256, may sign leaves only, ten years."""
+    """Certificate and key (PEM) of a new CA: P-256, signs leaves only, valid for ten years."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name(
         [

@@ -1,15 +1,15 @@
-"""From credentials and secrets to the rules that the data plane carries out. Pure.
+"""Compiles credentials and secrets into the rules that the data plane applies. Pure.
 
-A credential is a name that the guest sees, the key of the real value, and rules saying which header of which
-hosts gets it. Compiling checks everything that would otherwise go wrong on a request, and refuses it now:
+A credential is a name that the guest sees, the key of the real value, and rules for which header of which
+hosts it is inserted into. Compiling rejects everything that would otherwise fail on a request:
 
 - hosts are plain names in one spelling, exact or ``*.x.y`` for exactly one label (not ``x.y``, not ``a.b.x.y``);
-- no two rules may set the same header of the same host: it would be chance which credential leaves;
-- headers that frame a message or belong to one connection can not be set;
-- a value can not hold bytes that end a header.
+- no two rules may set the same header of the same host: which credential is sent would be undefined;
+- message framing and hop-by-hop headers cannot be set;
+- a value cannot contain bytes that end a header.
 
-No error, repr or log of ours repeats a value. The compiled form is `ext/egress/policy.c`'s; whoever hands it over
-wipes it afterwards.
+No error, repr or log line contains a value. The compiled format is defined in `ext/egress/policy.c`; the caller
+wipes the snapshot after handing it over.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ FIXED_HEADERS = frozenset(
         "transfer-encoding", "upgrade", "via",
     )
 )  # fmt: skip
-"""Headers that say how a message is framed or carried; a rule can not set them."""
+"""Message framing and hop-by-hop headers; a rule cannot set them."""
 
 
 class Unmatched(enum.IntEnum):
-    """What happens to a host that no rule names."""
+    """How to treat a host that no rule names."""
 
     PASS = 0
-    """Carried without being decrypted."""
+    """Passed through without being decrypted."""
     INSPECT = 1
-    """Decrypted and recorded, nothing added; addresses instead of names are refused."""
+    """Decrypted and recorded, nothing added; IP addresses instead of names are refused."""
     DENY = 2
 
 
@@ -70,7 +70,7 @@ class HostPattern(str):
         return self.removeprefix("*.")
 
     def covers(self, name: str) -> bool:
-        """Whether the rule is for the host ``name`` (canonical)."""
+        """Whether the pattern matches the host ``name`` (canonical)."""
         return name.partition(".")[2] == self.name if self.wildcard else name == self
 
     def overlaps(self, other: HostPattern) -> bool:
@@ -80,12 +80,12 @@ class HostPattern(str):
 
 
 def placeholder(key: str) -> str:
-    """What the guest holds instead of the value of credential ``key``."""
+    """What the guest sees instead of the value of credential ``key``."""
     return f"mock-{key}"
 
 
 def parse_host(text: str) -> HostPattern:
-    """The canonical form of a host in a rule; InvalidRequest says what is wrong with it."""
+    """The canonical form of a host in a rule. Raises InvalidRequest with the reason."""
     name = text.lower().removesuffix(".")
     wildcard = name.startswith("*.")
     labels = name.removeprefix("*.").split(".")
@@ -119,9 +119,9 @@ def parse_ports(rule: InjectRule, usual_port: int = HTTPS) -> tuple[int, ...]:
 
 
 def render_value(template: str, secret: str) -> str:
-    """The header's value: ``${value}`` is the secret, ``${base64(user:value)}`` Basic's pair with it.
+    """The header's value: ``${value}`` is the secret, ``${base64(user:value)}`` a Basic credential with it.
 
-    Raises InvalidRequest, never repeating the secret, if the template is none or the result is no header value.
+    Raises InvalidRequest, never containing the secret, if the template or the resulting header value is invalid.
     """
     used = False
 
@@ -172,7 +172,7 @@ class _Rule:
 
     @property
     def variable(self) -> str:
-        """The header as CGI and its like name it, to which ``-`` and ``_`` are the same."""
+        """The header's CGI-style name, where ``-`` and ``_`` are equivalent."""
         return self.header.replace("_", "-")
 
     def clashes(self, other: _Rule) -> bool:
@@ -194,12 +194,12 @@ def _rules(credentials: Mapping[str, CredentialPolicy], usual_port: int) -> Iter
 
 
 def check_credentials(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> None:
-    """InvalidRequest unless the credentials can be carried out with the values in ``env``."""
+    """Raises InvalidRequest unless the credentials are valid with the values in ``env``."""
     compile_policy(credentials, secrets_of(credentials, env))
 
 
 def secrets_of(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> dict[str, str]:
-    """The part of a request's ``env`` that holds real values."""
+    """The entries of a request's ``env`` that are real credential values."""
     secrets = {}
     for key, policy in credentials.items():
         name = policy.source.env
@@ -219,7 +219,7 @@ def guest_environment(credentials: Mapping[str, CredentialPolicy], env: Mapping[
 def rotate(
     credentials: Mapping[str, CredentialPolicy], secrets: Mapping[str, str], changes: Mapping[str, str]
 ) -> dict[str, str]:
-    """``secrets`` with ``changes`` merged in (PATCH env); only keys that are a credential's source may change."""
+    """``secrets`` with ``changes`` merged in (PATCH env); only source keys of credentials may change."""
     sources = {policy.source.env for policy in credentials.values()}
     for name in changes:
         if name not in sources:
@@ -242,10 +242,10 @@ def compile_policy(
     web_only: bool = False,
     usual_port: int = HTTPS,
 ) -> bytearray:
-    """The snapshot for the data plane. It holds the values: wipe it after handing it over.
+    """The snapshot for the data plane. It contains the real values: wipe it after handing it over.
 
-    ``web_only``: the proxy is the guest's only way out by TCP, so it carries HTTPS to ``usual_port`` and HTTP to 80,
-    other ports where a rule names them, and TLS with a server name only.
+    ``web_only``: the proxy is the guest's only TCP egress, so it forwards HTTPS to ``usual_port``, HTTP to 80, other
+    ports only if a rule names them, and TLS only with a server name.
     """
     rules = list(_rules(credentials, usual_port))
     if len(rules) > MAX_RULES:

@@ -1,13 +1,13 @@
-"""Name look-ups for the data plane, shared so that no instance can keep another's waiting.
+"""Name look-ups for the data plane, with fair shares so that no instance can delay another's.
 
-- Look-ups have threads of their own (``THREADS``): names that never resolve block nobody else's worker threads.
-- An instance has at most ``SHARE`` of them. Its further questions wait for its own to end, at most ``MAX_WAITING``
-  of them; beyond that a question is answered at once, with no address.
-- A name is looked up once at a time, whoever asks, and the answer serves all who wait for it.
-- Answers are kept: addresses for ``KEPT``, that there are none for ``KEPT_EMPTY`` seconds, the oldest of ``MAX_KEPT``
-  names dropped first.
+- Look-ups have dedicated threads (``THREADS``): names that never resolve do not block other worker threads.
+- An instance uses at most ``SHARE`` of them. Up to ``MAX_WAITING`` more of its queries are queued; any beyond
+  that are answered immediately with no address.
+- Concurrent queries for the same name share one look-up.
+- Answers are cached: addresses for ``KEPT`` seconds, empty answers for ``KEPT_EMPTY`` seconds, at most ``MAX_KEPT``
+  names, oldest evicted first.
 
-A look-up by the C library cannot be interrupted: its place in the share stays taken until it returns.
+A look-up by the C library cannot be interrupted: it counts against the share until it returns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _threads = trio.CapacityLimiter(THREADS)
 
 
 async def resolve_by_system(name: str) -> list[str]:
-    """Addresses of ``name`` as the host's resolver gives them; none if it has none."""
+    """Addresses of ``name`` from the host's resolver; empty if there are none."""
     look_up = partial(socket.getaddrinfo, name, None, type=socket.SOCK_STREAM)
     try:
         found = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=_threads)
@@ -40,16 +40,16 @@ async def resolve_by_system(name: str) -> list[str]:
 
 
 class _Share:
-    """Of one instance, while it has questions."""
+    """The share of one instance, while it has queries."""
 
     def __init__(self) -> None:
         self.places = trio.Semaphore(SHARE)
         self.asked = 0
-        """Questions that run or wait."""
+        """Queries running or queued."""
 
 
 class _LookUp:
-    """One name on its way."""
+    """One look-up in progress."""
 
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -57,17 +57,17 @@ class _LookUp:
 
 
 class Resolver:
-    """See above. ``resolve`` does one look-up; it raises nothing."""
+    """Caching resolver with a limit per instance. ``resolve`` does one look-up and must not raise."""
 
     def __init__(self, resolve: Resolve = resolve_by_system) -> None:
         self._resolve = resolve
         self._shares: dict[str, _Share] = {}
         self._running: dict[str, _LookUp] = {}
         self._kept: dict[str, tuple[float, list[str]]] = {}
-        """Name → until when, and its addresses; in the order in which they were found."""
+        """Name → expiry time and addresses, in the order of resolution."""
 
     async def addresses(self, instance: str, name: str) -> list[str]:
-        """Addresses of ``name``, asked for by ``instance``; none if there are none or it asks for too many."""
+        """Addresses of ``name`` for ``instance``; empty if there are none or the instance exceeds its limit."""
         if (known := self._known(name)) is not None:
             return known
         if (running := self._running.get(name)) is not None:
@@ -86,11 +86,11 @@ class Resolver:
                 del self._shares[instance]
 
     def forget(self) -> None:
-        """Look every name up anew from now on."""
+        """Clear the cache."""
         self._kept.clear()
 
     async def _look_up(self, name: str) -> list[str]:
-        """Whoever waited for its place may find that somebody else has asked meanwhile."""
+        """Checks again after waiting for a slot: another task may have started the same look-up meanwhile."""
         if (known := self._known(name)) is not None:
             return known
         if (running := self._running.get(name)) is not None:

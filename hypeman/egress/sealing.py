@@ -1,9 +1,9 @@
-"""Real values at rest: encrypted with a key of this host, and bound to the instance they belong to.
+"""Real values at rest: encrypted with this host's key and bound to their instance.
 
-    egress/seal.key     32 random bytes, 0600; without it sealed values are lost, which is the point
+    egress/seal.key     32 random bytes, 0600; without it sealed values are lost, by design
 
-A sealed value is a nonce of 12 bytes and AES-256-GCM's output; the instance's id is authenticated with it, so a
-record copied to another instance does not open. This protects backups and copies of the store, not against root.
+A sealed value is a 12-byte nonce and the AES-256-GCM output, with the instance's id as associated data, so a record
+copied to another instance cannot be opened. This protects backups and copies of the store, not against root.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sealer:
 
     @cached_property
     def _cipher(self) -> AESGCM:
-        """Loaded with the first secret: 8 MB and 60 ms that a host without secrets does not need."""
+        """Loaded lazily: 8 MB and 60 ms that a host without secrets does not need."""
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
         return AESGCM(self._key)
@@ -43,7 +43,7 @@ class Sealer:
         return nonce + self._cipher.encrypt(nonce, msgspec.json.encode(secrets), instance_id.encode())
 
     def open(self, instance_id: str, sealed: bytes) -> dict[str, str]:
-        """What was sealed for this very instance; InternalError for anything else."""
+        """The secrets sealed for this instance; raises InternalError for anything else."""
         from cryptography.exceptions import InvalidTag
 
         try:
@@ -54,7 +54,7 @@ class Sealer:
 
 
 def load_sealer(directory: Path) -> Sealer:
-    """The sealer whose key is kept in ``directory``, made now if there is none."""
+    """The sealer with the key in ``directory``, created if there is none."""
     path = directory / "seal.key"
     try:
         if not path.exists():

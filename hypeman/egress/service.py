@@ -1,11 +1,11 @@
-"""Keeps the data plane running and tells it what each instance may do.
+"""Runs the data plane and sets each instance's policy.
 
-The loops are native threads (`ext/egress/`); Trio's part is what happens seldom: policies, name resolution, the audit
-stream, the end. Names are resolved here because that needs the system's resolver; whether an address may be dialled is
-decided in the data plane, on the addresses that it then dials.
+The loops are native threads (`ext/egress/`); Trio handles infrequent work: policies, name resolution, the audit
+stream, shutdown. Names are resolved here because that needs the system's resolver; whether an address may be dialled is
+decided in the data plane, on the addresses it then dials.
 
-A policy is in force when ``set_policy`` returns: each request borrows the rules of the moment it is written, so later
-requests on living connections, too, are decided by the new ones.
+A policy is in force when ``set_policy`` returns: each request uses the rules in force when it is forwarded, so the
+new rules also apply to later requests on open connections.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _SYSTEM_ROOTS = (
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one instance."""
+    """Limits of one instance."""
 
     connections: int = 4096
     requests_per_second: int = 0
-    """0: not limited."""
+    """0: unlimited."""
     mints_per_second: int = 50
     """Leaf certificates for new names: each costs 0.3 ms of signing."""
 
@@ -57,13 +57,13 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     handshake: float = 15
     resolve: float = 10
     connect: float = 5
-    """For each address of a host."""
+    """Per address of a host."""
     idle_down: float = 75
     idle_up: float = 55
     stream: float = 2 * 3600
-    """Without a byte in an open exchange: event streams and long calls are silent for long."""
+    """Without traffic in an open exchange: event streams and long calls can be silent for a long time."""
     half: float = 60
-    """The same once one side has ended."""
+    """The same once one side has closed."""
     linger: float = 5
 
 
@@ -71,41 +71,41 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the data plane is started with."""
 
     address: str
-    """Where redirected and proxied connections arrive: the gateway of the guests."""
+    """Listening address for redirected and proxied connections: the guests' gateway."""
     port: int
     loops: int = 0
-    """Threads; 0: one for each core, at most 4."""
+    """Threads; 0: one per core, at most 4."""
     allow: tuple[str, ...] = ()
     """Networks beyond the public internet that guests may reach, as address/prefix."""
     deny: tuple[str, ...] = ()
-    """Networks that they may not reach in any case; the host's own addresses are refused without being named."""
+    """Networks that guests may never reach; the host's own addresses are always refused."""
     trust_file: str = ""
-    """Bundle of roots; empty: the system's."""
+    """CA bundle; empty: the system's."""
     extra_ca_file: str = ""
     unmatched: Unmatched = Unmatched.PASS
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     assumed_tls_port: int = 443
-    """Port that is meant by TLS which arrives on the proxy's own address."""
+    """Destination port assumed for TLS that arrives on the proxy's own address."""
 
 
 class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, allowed or denied; no path, no query, no value."""
+    """One request, allowed or denied; without path, query or credential values."""
 
     time: float
     """Seconds since 1970, when it ended."""
     instance: str
     kind: str
-    """``request``; ``passed_through``: carried unread; ``refused``: a connection that never became a request."""
+    """``request``; ``passed_through``: not decrypted; ``refused``: a connection without a valid request."""
     host: str
     port: int
     method: str
     status: int
     reason: str
-    """``ok``, or the code that a denied client was given."""
+    """``ok``, or the error code returned to a denied client."""
     injected: bool
     credentials: tuple[str, ...]
-    """Names of the credentials whose rules were applied."""
+    """Names of the credentials that were applied."""
     bytes_up: int
     bytes_down: int
     seconds: float
@@ -142,11 +142,11 @@ class Statistics(msgspec.Struct, frozen=True):
     denied: dict[str, int]
     """By reason."""
     latency: list[int]
-    """Requests by time taken: item i counts those below 16 µs · 2^i."""
+    """Requests by duration: item i counts those below 16 µs · 2^i."""
 
 
 def forbid_dumps() -> None:
-    """No core dump and no ptrace of this process by others: its memory holds credentials."""
+    """Disable core dumps and ptrace of this process: its memory holds credentials."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
@@ -155,7 +155,7 @@ def _system_roots() -> str | None:
 
 
 def _inherit_listeners(given: Sequence[socket.socket], address: str, port: int) -> list[socket.socket]:
-    """Those that listen where we want to; the others are closed."""
+    """The sockets that listen on ``address`` and ``port``; the others are closed."""
     mine = []
     for each in given:
         if each.getsockname()[0] == address and port in (0, each.getsockname()[1]):
@@ -185,9 +185,9 @@ def _open_listener(address: str, port: int, shared: bool) -> socket.socket:
 class Egress:
     """The egress path of all instances.
 
-    ``run`` serves until it is cancelled and then drains; the other methods may be called from when ``run`` has
-    said that it is started. Connections wait until ``accept`` is called, when the policies of all guests are set:
-    before, they would be reset as unregistered.
+    ``run`` serves until it is cancelled and then drains; the other methods may be called once ``run`` has reported
+    started. Connections wait until ``accept`` is called after the policies of all guests are set: earlier they would
+    be reset as unregistered.
     """
 
     def __init__(
@@ -199,10 +199,10 @@ class Egress:
         listeners: Sequence[socket.socket] = (),
         keep: Keep | None = None,
     ) -> None:
-        """``directory`` keeps the authority and the sealing key.
+        """``directory`` contains the authority and the sealing key.
 
-        ``keep`` is given the listening sockets to hold for the next process, which takes them as ``listeners``:
-        then guests that connect between the two wait and are not refused. There are as many loops as ``listeners``.
+        ``keep`` receives the listening sockets to hold for the next process, which takes them as ``listeners``, so that
+        guests connecting during a restart wait instead of being refused. There are as many loops as ``listeners``.
         """
         self.settings = settings
         self.authority = load_authority(directory)
@@ -217,7 +217,7 @@ class Egress:
 
     @property
     def ca_pem(self) -> bytes:
-        """What guests must trust."""
+        """The CA certificate that guests must trust."""
         return self.authority.certificate
 
     def _make_engine(self) -> Engine:
@@ -258,7 +258,7 @@ class Egress:
                 each.close()
 
     async def run(self, *, grace: float = 5, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serves until cancelled; then open exchanges get ``grace`` seconds to end."""
+        """Serve until cancelled; open exchanges then get ``grace`` seconds to finish."""
         forbid_dumps()
         engine = self._engine = self._make_engine()
         engine.start()
@@ -275,7 +275,7 @@ class Egress:
             self._engine = None
 
     def accept(self) -> None:
-        """Takes connections, those first that came since the sockets listen."""
+        """Start accepting connections, including those queued since the sockets were opened."""
         self._running().accept()
 
     def _running(self) -> Engine:
@@ -293,10 +293,10 @@ class Egress:
         *,
         web_only: bool = False,
     ) -> None:
-        """From the return on, requests from ``source_ip`` are decided by these rules, on old connections too.
+        """Once this returns, these rules apply to requests from ``source_ip``, also on open connections.
 
-        ``web_only``: see compile_policy. Raises InvalidRequest if the rules cannot be carried out; then the ones before
-        stay in force.
+        ``web_only``: see compile_policy. Raises InvalidRequest if the rules are invalid; the previous ones
+        then stay in force.
         """
         engine = self._running()
         snapshot = compile_policy(
@@ -318,7 +318,7 @@ class Egress:
         self._sources.setdefault(instance_id, set()).add(source_ip)
 
     def remove(self, instance_id: str) -> None:
-        """Forgets the instance: its values are wiped, its connections closed, new ones refused. Content if unknown."""
+        """Remove the instance: wipe its values, close its connections, refuse new ones. No-op if unknown."""
         for source_ip in self._sources.pop(instance_id, ()):
             if self._engine is not None:
                 self._engine.remove(source_ip.encode())
@@ -328,14 +328,14 @@ class Egress:
         return Statistics(engine.metrics(), engine.denied(), engine.latency())
 
     def on_audit(self, tell: Callable[[AuditRecord], None]) -> None:
-        """Calls ``tell`` with every record, in Trio's thread."""
+        """Call ``tell`` with every record, in Trio's thread."""
         self._on_audit.append(tell)
 
     @asynccontextmanager
     async def audit(
         self, instance_id: str | None = None, *, backlog: int = 1000
     ) -> AsyncGenerator[trio.MemoryReceiveChannel[AuditRecord]]:
-        """Records as they are made, of one instance or of all. A reader that lags over ``backlog`` misses some."""
+        """New records of one instance or of all. A reader that lags by more than ``backlog`` misses some."""
         send, receive = trio.open_memory_channel[AuditRecord](backlog)
         wanted = partial(_offer, send, instance_id)
         self._on_audit.append(wanted)
@@ -346,7 +346,7 @@ class Egress:
             send.close()
 
     def _publish(self, engine: Engine) -> None:
-        for row in engine.audit(bool(self._on_audit)):  # making objects of records costs more than the requests
+        for row in engine.audit(bool(self._on_audit)):  # creating record objects costs more than the requests
             record = _read_record(row)
             for tell in tuple(self._on_audit):
                 tell(record)

@@ -1,7 +1,7 @@
 """The egress path in the API (§2.4): credential rules, the policy of an instance, records of requests.
 
 The guest sees only a placeholder; the real value comes from the request's ``env`` and is inserted into
-HTTPS requests on their way out. No type here holds the value of a credential, nor the path or query of a
+outgoing HTTPS requests. No type here contains the value of a credential, or the path or query of a
 request: a policy names where values come from and where they go, a record names the credentials used.
 """
 
@@ -55,7 +55,7 @@ class CredentialPolicy(Struct, frozen=True, kw_only=True):
 
 
 class EgressPolicy(Struct, frozen=True, kw_only=True):
-    """The stored egress policy of an instance. Never a credential's value."""
+    """The stored egress policy of an instance, without credential values."""
 
     instance_id: str
     instance_name: str
@@ -66,7 +66,7 @@ class EgressPolicy(Struct, frozen=True, kw_only=True):
 
 
 class EgressRecord(Struct, frozen=True, kw_only=True):
-    """One mediated request that ended, allowed or denied."""
+    """One completed mediated request, allowed or denied."""
 
     time: Timestamp
     kind: Annotated[

@@ -1,6 +1,6 @@
-"""The egress path as the API shows it: the CA, policies as stored, and requests as they end.
+"""The egress path in the API: the CA, stored policies, and completed requests.
 
-The last requests of an instance are kept in memory for later readers; a restart forgets them. The audit
+The last requests of an instance are kept in memory for later readers and lost on restart. The audit
 log has all of them.
 """
 
@@ -17,16 +17,16 @@ from hypeman.egress.service import AuditRecord, Egress
 from hypeman.egress.types import EgressPolicy, EgressRecord, RecordKind
 
 MAX_RECORDS = 100
-"""Records kept of one instance."""
+"""Records kept per instance."""
 MAX_INSTANCES = 256
-"""Instances of which records are kept, the most recent ones; with MAX_RECORDS at most about 15 MB."""
+"""Number of most recent instances whose records are kept; with MAX_RECORDS about 15 MB at most."""
 
 
 class Guests(Protocol):
     """The instances behind the guests."""
 
     def policy(self, ref: str) -> EgressPolicy:
-        """Of the instance ``ref``. Raises NotFound if there is none, or its egress is not mediated."""
+        """Policy of the instance ``ref``. Raises NotFound if there is none or its egress is not mediated."""
         ...
 
     async def wait_deleted(self, instance_id: str) -> None: ...
@@ -45,12 +45,12 @@ class EgressView:
         return self._guests.policy(ref)
 
     async def requests(self, ref: str, *, tail: int, follow: bool) -> EgressRecords:
-        """The last ``tail`` requests, then, with ``follow``, every new one until the instance is deleted."""
+        """The last ``tail`` requests; with ``follow``, then every new one until the instance is deleted."""
         instance_id = self._guests.policy(ref).instance_id
         stream = EgressRecords(self._guests, instance_id)
         if follow:
             await stream.follow(self._egress)
-        # No await after the subscription: no record is missed, none comes twice.
+        # No await after the subscription: no record is missed or duplicated.
         kept = self._kept.get(instance_id, ())
         stream.start_with(list(kept)[max(0, len(kept) - tail) :])
         return stream
@@ -68,7 +68,7 @@ class EgressView:
 
 
 class EgressRecords:
-    """Records of one instance: the kept ones, and new ones until its deletion if it is followed."""
+    """Records of one instance: the kept ones and, when following, new ones until it is deleted."""
 
     def __init__(self, guests: Guests, instance_id: str) -> None:
         self._guests = guests
