@@ -1,11 +1,11 @@
-"""Who holds how much of the host, in numbers kept with the records.
+"""How much of the host each instance has allocated, stored with the records.
 
-A Holding is what one instance takes. It is written in the same transaction as the instance itself
-and added to one row of totals, so that admission costs one look-up and ``GET /resources`` walks
-nothing. vCPUs, memory and bandwidths are held while there is a VMM; disk as long as the instance
+A Holding is one instance's allocation. It is written in the same transaction as the instance itself
+and added to one row of totals, so that admission costs one look-up and ``GET /resources`` does not
+iterate. vCPUs, memory and bandwidths are held while there is a VMM; disk as long as the instance
 exists.
 
-    limit = capacity × oversubscription; a take above it is refused with 409 insufficient_resources
+    limit = capacity × oversubscription; exceeding it is refused with 409 insufficient_resources
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Holding(msgspec.Struct, frozen=True):
 
     @property
     def network(self) -> int:
-        """Both directions share one wire: the larger one counts."""
+        """The larger of the two directions, since both share one link."""
         return max(self.download, self.upload)
 
     def without_vmm(self) -> Holding:
-        """What stays held when the VMM has gone."""
+        """What stays allocated without a VMM."""
         return Holding(disk=self.disk)
 
 
@@ -57,7 +57,7 @@ class Totals(msgspec.Struct, frozen=True):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What may be held in all; 0 is unknown and therefore unlimited."""
+    """Limits on the totals; 0 is unknown and therefore unlimited."""
 
     vcpus: int = 0
     memory: int = 0
@@ -78,10 +78,10 @@ def totals(txn: Txn) -> Totals:
 
 
 def hold(txn: Txn, holder: str, wanted: Holding, limits: Limits) -> None:
-    """Make ``wanted`` what ``holder`` holds, instead of what it held before.
+    """Replace the allocation of ``holder`` with ``wanted``.
 
-    Raises InsufficientResources, naming what is short, if that takes more of something and the sum
-    would pass its limit. Giving back never fails.
+    Raises InsufficientResources, naming the resource, if an increase would make its total exceed
+    the limit. Releasing never fails.
     """
     held = txn.get(HOLDINGS, holder) or Holding()
     before = totals(txn)

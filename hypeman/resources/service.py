@@ -1,7 +1,7 @@
-"""What the host has and who holds it: ``GET /resources`` and the limits of admission.
+"""Host capacity and allocations: ``GET /resources`` and admission limits.
 
-All numbers are kept with the records (accounting.py) or by the capability that owns the bytes;
-nothing is walked to answer.
+All numbers are stored with the records (accounting.py) or by the package that owns the bytes;
+requests do not iterate over instances.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Capacity(msgspec.Struct, frozen=True):
 
 
 class ResourceService:
-    """``detected`` is what the host itself tells; configuration overrules it."""
+    """``detected`` is read from the host; configuration overrides it."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ResourceService:
         self.limits = Limits(**limits)
 
     def share(self, vcpus: int, capacity: int) -> int:
-        """The part of ``capacity`` that ``vcpus`` of the host's CPUs stand for; 0 if it is unknown."""
+        """The part of ``capacity`` proportional to ``vcpus`` of the host's CPUs; 0 if unknown."""
         return capacity * vcpus // max(1, self.capacity.vcpus) if capacity else 0
 
     async def get(self) -> Resources:

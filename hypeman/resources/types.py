@@ -1,4 +1,4 @@
-"""What the host has and who holds it: the contract's §2.10. vCPUs, bytes, bytes per second."""
+"""Host capacity and allocations (contract §2.10). vCPUs, bytes, bytes per second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DiskBreakdown(Struct, frozen=True, kw_only=True):
 
 
 class ResourceAllocation(Struct, frozen=True, kw_only=True):
-    """What one instance holds."""
+    """Resources allocated to one instance."""
 
     instance_id: str | UnsetType = UNSET
     instance_name: str | UnsetType = UNSET
@@ -85,7 +85,7 @@ class MemoryReclaimRequest(Struct, frozen=True, kw_only=True):
 
 
 class MemoryReclaimAction(Struct, frozen=True, kw_only=True):
-    """What it means for one running instance. A target is what is left to the guest."""
+    """Effect on one running instance. The target is the memory left to the guest."""
 
     instance_id: str
     instance_name: str
