@@ -1,4 +1,4 @@
-"""What ``hypeman doctor`` tells: one finding for each thing that was looked at."""
+"""What ``hypeman doctor`` reports: one finding per check."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from msgspec import Struct
 class Verdict(enum.StrEnum):
     OK = "ok"
     WARN = "warn"
-    """It works, but less well, less safely or not for everybody."""
+    """Works, but less well, less safely or not for every user."""
     FAIL = "fail"
-    """Something that was asked for can not work like this."""
+    """Something requested cannot work in this configuration."""
 
 
 class Finding(Struct, frozen=True, kw_only=True):
-    """One thing that was looked at on this host."""
+    """The result of one check on this host."""
 
     name: str
     """Short and stable, as in ``kvm`` or ``tun``."""
     verdict: Verdict
     message: str
-    """What was seen."""
+    """What was found."""
     remedy: str = ""
-    """What to type, or to change, for an ``ok``."""
+    """Command or change that fixes it."""
 
 
 def worst(findings: tuple[Finding, ...]) -> Verdict:

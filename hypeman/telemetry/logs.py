@@ -1,13 +1,13 @@
-"""Structured logs: one line an event, JSON or text, on stderr, and never a secret.
+"""Structured logs: one line per event, JSON or text, on stderr, without secrets.
 
-Code logs as usual (``logging.getLogger(__name__).info("text", extra={...})``); what stands in ``extra`` becomes
-fields of the line. Rules:
+Code logs as usual (``logging.getLogger(__name__).info("text", extra={...})``); ``extra`` becomes fields
+of the line. Rules:
 
 - Secrets are not logged. As a second line of defence, fields whose names suggest a secret, and anything that looks
-  like a token, are blanked here.
-- Control characters are escaped: guests, images and clients choose parts of what is logged.
-- A log never makes the server wait. Lines go through a bounded queue to a thread of their own; while nobody reads
-  them they are dropped and counted.
+  like a token, are redacted here.
+- Control characters are escaped: guests, images and clients control parts of what is logged.
+- Logging never blocks the server. Lines go through a bounded queue to a dedicated thread; if the reader stalls,
+  they are dropped and counted.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from hypeman.text import lines, one_line
 
 BLANK = "***"
 QUEUE_BYTES = 8 * 2**20
-"""Of lines that wait to be written."""
+"""Limit on queued lines."""
 FLUSH_SECONDS = 2.0
-"""How long the program's exit waits for the log."""
+"""How long exit waits for the log to be written."""
 _SECRET_NAME = re.compile(r"secret|passw|token|authorization|api_?key|credential|(^|_)env$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"(?i:bearer|basic)\s+[\w.~+/=-]+|eyJ[\w-]+\.[\w-]+\.[\w-]*")
-# What JSON itself leaves as it is: DEL, C1, separators of lines, changes of direction, surrogates.
+# Characters that JSON does not escape: DEL, C1, line separators, bidirectional controls, surrogates.
 _JSON_CONTROL = re.compile(r"[\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
 def setup_logs(level: str = "info", style: str = "json", stream: TextIO | None = None) -> None:
-    """Send what is at ``level`` (debug, info, warning, error) or above to ``stream`` (stderr), as json or text."""
+    """Log ``level`` (debug, info, warning, error) and above to ``stream`` (stderr), as json or text."""
     handler = QueuedHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(_LEVELS[level])
-    # Their information is about themselves; a request is already one line of ours.
+    # Their info lines describe their internals; every request already has a line of ours.
     for name in ("hypercorn", "quart", "httpx", "httpcore", "pyroute2"):
         logging.getLogger(name).setLevel(max(logging.WARNING, _LEVELS[level]))
 
 
 class QueuedHandler(logging.Handler):
-    """Writes to ``stream`` in a thread of its own, which may block there: a full pipe, a stuck disk.
+    """Writes to ``stream`` in a dedicated thread, which may block: a full pipe, a stuck disk.
 
-    At most ``limit`` bytes wait; lines beyond that are dropped. Their number is logged as soon as the stream
+    At most ``limit`` bytes are queued; lines beyond that are dropped. Their number is logged as soon as the stream
     accepts a line again, and counted by the metric ``hypeman_log_lines_dropped_total``.
     """
 
@@ -89,7 +89,7 @@ class QueuedHandler(logging.Handler):
             self._changed.notify_all()
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> None:
-        """Wait until everything is written, but no longer than ``timeout`` seconds."""
+        """Wait until everything is written, at most ``timeout`` seconds."""
         with self._changed:
             self._changed.wait_for(lambda: not (self._waiting or self._busy or self._dropped), timeout)
 
@@ -108,7 +108,7 @@ class QueuedHandler(logging.Handler):
             for line in batch:
                 try:
                     self._write(line)
-                except (OSError, ValueError):  # the reader has gone, the disk is full, or the stream was closed
+                except (OSError, ValueError):  # the reader is gone, the disk is full, or the stream was closed
                     metrics.log_lines_dropped.inc()
                 with self._changed:
                     self._size = max(0, self._size - len(line))
@@ -127,8 +127,8 @@ class QueuedHandler(logging.Handler):
 
 
 def _writer(stream: TextIO) -> Callable[[bytes], object]:
-    """A function that writes a whole line. It bypasses Python's buffer where there is a descriptor: a thread that
-    blocks while it holds the buffer's lock would block every other writer to stderr, and the interpreter's exit."""
+    """A function that writes a whole line. It bypasses Python's buffer if there is a descriptor: a thread that blocks
+    while holding the buffer's lock would block every other writer to stderr, and the interpreter's exit."""
     try:
         fd = stream.fileno()
     except (io.UnsupportedOperation, AttributeError):
@@ -143,7 +143,7 @@ def _writer(stream: TextIO) -> Callable[[bytes], object]:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; a traceback is one field of it."""
+    """One JSON object per line, a traceback being one field."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -159,7 +159,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """For people: time, level, message, then key=value."""
+    """Human-readable: time, level, message, then key=value."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields = "".join(f" {one_line(key)}={_quoted(value)}" for key, value in _fields(record).items())
@@ -171,7 +171,7 @@ class TextFormatter(logging.Formatter):
 
 
 def blank_text(text: str) -> str:
-    """``text`` with everything blanked that looks like a token or a login."""
+    """``text`` with everything that looks like a token or a login redacted."""
     return _SECRET_TEXT.sub(BLANK, text)
 
 

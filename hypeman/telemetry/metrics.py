@@ -1,9 +1,8 @@
-"""Prometheus metrics under the names that dashboards for the original know (§3.7).
+"""Prometheus metrics, named as in the original so that its dashboards work (§3.7).
 
-Things that happen are counted where they happen. Things that are (how many instances in which
-state) are asked for when somebody looks: ``register_gauge`` takes the question, and ``register_counter``
-that for what others count (kernel, data plane). Labels are few and
-bounded: routes are templates, never paths.
+Events are counted where they happen. State (such as the number of instances in each state) is read at
+scrape time through a callback: ``register_gauge``, or ``register_counter`` for what others count
+(kernel, data plane). Labels are few and bounded: routes are templates, never paths.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ REGISTRY = CollectorRegistry()
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _METHODS = frozenset(["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "WS"])
-"""Anybody can make up methods, and each would be a time series for ever."""
+"""Clients can invent methods, and each would become a permanent time series."""
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _SLOW = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -43,7 +42,7 @@ _http_seconds = _histogram(
     "hypeman_http_request_duration_seconds", "Time to the answer's head", "method", "path", "status", buckets=_FAST
 )
 InstanceVerb = Literal["create", "start", "stop", "standby", "restore"]
-"""Verbs whose duration is observed; a route names one as its ``measure``."""
+"""Operations whose duration is observed; a route names one as its ``measure``."""
 
 instance_seconds: dict[InstanceVerb, Histogram] = {
     operation: _histogram(
@@ -72,7 +71,7 @@ ProcessCollector(registry=REGISTRY)
 
 
 def count_request(method: str, route: str, status: int, seconds: float) -> None:
-    """One request to ``route`` (a template) was answered."""
+    """Count one answered request to ``route`` (a template)."""
     labels = (method if method in _METHODS else "other", route, str(status))
     _http_requests.labels(*labels).inc()
     _http_seconds.labels(*labels).observe(seconds)
@@ -80,7 +79,7 @@ def count_request(method: str, route: str, status: int, seconds: float) -> None:
 
 @contextmanager
 def timed_vmm_call(operation: str) -> Iterator[None]:
-    """One call to a VMM: how long it took, and whether it failed."""
+    """Record the duration of one call to a VMM and whether it failed."""
     begin = time.perf_counter()
     status = "error"
     try:
@@ -93,11 +92,11 @@ def timed_vmm_call(operation: str) -> Iterator[None]:
 
 
 Ask = Callable[[], Mapping[tuple[str, ...], float]]
-"""Label values → number. Must be quick and not block."""
+"""Label values → number. Must be fast and not block."""
 
 
 class _Asked(Collector):
-    """Metrics whose values are asked for at each look."""
+    """Metrics whose values are read at each scrape."""
 
     def __init__(self) -> None:
         self.questions: dict[str, tuple[type[CounterMetricFamily | GaugeMetricFamily], str, Sequence[str], Ask]] = {}
@@ -115,12 +114,12 @@ REGISTRY.register(_asked)
 
 
 def register_gauge(name: str, text: str, labels: Sequence[str], ask: Ask) -> None:
-    """A gauge that ``ask`` answers at each look."""
+    """Register a gauge whose values ``ask`` returns at each scrape."""
     _asked.questions[name] = (GaugeMetricFamily, text, labels, ask)
 
 
 def register_counter(name: str, text: str, labels: Sequence[str], ask: Ask) -> None:
-    """The same for a number that only grows; ``name`` ends in ``_total``."""
+    """The same for a monotonic counter; ``name`` ends in ``_total``."""
     _asked.questions[name] = (CounterMetricFamily, text, labels, ask)
 
 
@@ -129,5 +128,5 @@ register_gauge("hypeman_uptime_seconds", "Since the server started", (), lambda:
 
 
 def render_metrics() -> bytes:
-    """Everything in Prometheus' text form."""
+    """All metrics in the Prometheus text format."""
     return generate_latest(REGISTRY)
