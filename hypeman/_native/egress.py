@@ -1,6 +1,6 @@
 """The egress data plane. There is no Python twin of the whole: a proxy in Python costs 8 to 64 times the CPU.
 
-What is decided about a request's head has one, as the oracle of the tests: `egress_head_py`.
+The processing of a request's head has one, as the oracle of the tests: `egress_head_py`.
 """
 
 from __future__ import annotations

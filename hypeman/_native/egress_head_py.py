@@ -1,8 +1,8 @@
-"""What the data plane does to one HTTP/1 request head, readable: the oracle that the tests hold the C to.
+"""Python reference for the data plane's processing of one HTTP/1 request head: the tests compare the C with it.
 
-Not used at run time (a proxy in Python costs eight times nginx and more). The order is the point: parse strictly, find
-the one destination, apply the rules, drop what belongs to this connection, and only then add the credential, so that
-nothing a guest nominates in Connection can take it away again.
+Not used at run time (a proxy in Python costs at least eight times nginx). The order matters: parse strictly, find
+the single destination, apply the rules, drop hop-by-hop headers, and only then add the credential, so that a guest
+cannot remove it by listing it in Connection.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ CONNECTION_FIELDS = frozenset(
     ("connection", "keep-alive", "proxy-connection", "proxy-authorization", "te", "upgrade", "transfer-encoding",
      "content-length", "host", "http2-settings")
 )  # fmt: skip
-"""Dropped: they belong to the guest's connection, or are written anew."""
+"""Dropped: hop-by-hop, or rewritten."""
 
 
 HOP_COUNTED = frozenset(("options", "trace"))
 
 
 class Refused(Exception):  # a verdict, not an error
-    """The reason, as the guest is told it."""
+    """The reason returned to the guest."""
 
 
 class Rule(NamedTuple):
-    """One header for some hosts; ``hosts`` None means every name. Patterns are canonical."""
+    """One header for some hosts; ``hosts`` None matches every name. Patterns are canonical."""
 
     placeholder: str
     header: str
@@ -57,7 +57,7 @@ class Rule(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """The connection the head came by: TLS for a name, or plain HTTP, asked as a proxy or redirected."""
+    """The connection that carried the head: TLS for a name, or plain HTTP, as a proxy or redirected."""
 
     tls_name: str | None
     explicit_proxy: bool
@@ -74,12 +74,12 @@ class Head(NamedTuple):
         return [value for field, value in self.fields if field.lower() == name]
 
     def options(self) -> set[str]:
-        """What Connection nominates."""
+        """The options listed in Connection."""
         return {item.strip(" \t").lower() for value in self.all("connection") for item in value.split(",")}
 
 
 def parse_head(data: bytes) -> Head:
-    """The head at the beginning of ``data``, which holds all of it."""
+    """The head at the start of ``data``, which must contain all of it."""
     match = _HEAD.match(data)
     if match is None:
         raise Refused("bad_request")
@@ -109,7 +109,7 @@ def is_address(host: str) -> bool:
 
 
 def canonical_host(text: str) -> str:
-    """One spelling for each host; Refused if it is neither a plain name nor an address."""
+    """The canonical form of a host. Raises Refused if it is neither a plain name nor an address."""
     host = text.lower().removesuffix(".")
     if len(host) > 253 or len(text) > 254 or not all(_LABEL.fullmatch(label) for label in host.split(".")):
         raise Refused("bad_host")
@@ -140,7 +140,7 @@ def parse_authority(text: str) -> tuple[str, int | None]:
 
 
 def find_destination(head: Head, origin: Origin) -> tuple[str, int, str]:
-    """Host, port and path that the request asks for."""
+    """Host, port and path of the request."""
     if head.method.lower() == "connect":
         raise Refused("method_not_allowed")
     named, path = None, head.target
@@ -199,7 +199,7 @@ def _kept(head: Head, matched: list[Rule]) -> Iterator[tuple[str, str]]:
 
 
 def _upgrade(head: Head) -> str | None:
-    """The protocol to change to, if the guest may ask for it: h2c would lead around everything decided here."""
+    """The protocol to upgrade to, if permitted: h2c would bypass all checks made here."""
     wanted = head.all("upgrade")
     framed = head.all("transfer-encoding") or int((head.all("content-length") or ["0"])[0])
     if "upgrade" not in head.options() or head.minor == 0 or framed or len(wanted) != 1:
@@ -209,7 +209,7 @@ def _upgrade(head: Head) -> str | None:
 
 
 def _hops(head: Head) -> int | None:
-    """Max-Forwards where it counts; nothing may be left to go on."""
+    """Max-Forwards, for the methods that use it. Raises Refused at 0."""
     found = head.all("max-forwards")
     if head.method.lower() not in HOP_COUNTED or not found:
         return None
@@ -221,13 +221,13 @@ def _hops(head: Head) -> int | None:
 
 
 def _body_is_undefined(head: Head) -> bool:
-    """A body that the host may leave unread, since the method gives it no meaning."""
+    """Whether there is a body that the host may leave unread, since the method does not define one."""
     carries = head.all("transfer-encoding") or int((head.all("content-length") or ["0"])[0])
     return bool(carries) and head.method.lower() not in ("post", "put", "patch")
 
 
 def rewrite_head(data: bytes, rules: tuple[Rule, ...], origin: Origin) -> bytes:
-    """The head as the host gets it; Refused with the reason otherwise."""
+    """The head as sent to the host. Raises Refused with the reason."""
     head = parse_head(data)
     host, port, path = find_destination(head, origin)
     if any(value.lower() != "100-continue" for value in head.all("expect")):

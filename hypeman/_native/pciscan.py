@@ -1,7 +1,7 @@
-"""Picks the compiled PCI scan, or its Python twin.
+"""Selects the compiled PCI scan or its Python twin.
 
-``HYPEMAN_NATIVE=yes`` makes a missing build an error, ``no`` takes the twin; otherwise the compiled
-one is used where it was built.
+``HYPEMAN_NATIVE=yes`` makes a missing build an error, ``no`` selects the twin; otherwise the compiled
+one is used if it was built.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The readable twin of ext/pciscan.pyx: same answers, byte for byte, and the oracle of its tests.
+"""Python twin of ext/pciscan.pyx: same results, byte for byte, and the oracle of its tests.
 
 A row is (address, vendor, device, class, subsystem vendor, subsystem device, driver or None,
 IOMMU group or -1, NUMA node or -1, physical function or None, sriov_totalvfs, reset methods).
-Numbers that the tree does not tell are -1. Entries that are not PCI addresses, or of which vendor,
-device and class can not be read (a loop, a device that went away meanwhile), are ``problems``.
+Numbers missing from sysfs are -1. Entries that are not PCI addresses, or whose vendor, device and
+class cannot be read (a symlink loop, a device removed meanwhile), are listed in ``problems``.
 
-What is asked of whom, and why not more, is told at the head of the .pyx.
+The header of the .pyx explains which files are read, and why no others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BRIDGE = 0x06
 
 
 class Scanner:
-    """What a sysfs root holds, as last seen. One thread at a time."""
+    """The devices of a sysfs root as last read. Not thread-safe."""
 
     def __init__(self, root: str) -> None:
         self._path = root + "/bus/pci/devices"
@@ -39,13 +39,13 @@ class Scanner:
 
     @property
     def problems(self) -> list[tuple[str, int]]:
-        """Entries that were passed over, and why: (name, errno)."""
+        """Skipped entries and the reason: (name, errno)."""
         return [(_text(name), error) for name, error in self._problems]
 
     def scan(self) -> list[Row]:
-        """Read everything anew: one row per function, in order of address.
+        """Read everything again: one row per function, sorted by address.
 
-        Raises OSError if the directory itself can not be read.
+        Raises OSError if the directory itself cannot be read.
         """
         self._problems = []
         self._inodes.clear()
@@ -57,7 +57,7 @@ class Scanner:
             os.close(top)
 
     def look(self) -> tuple[list[tuple[str, str | None]], list[str], list[Row]]:
-        """What has changed since the last ``scan`` or ``look``.
+        """Changes since the last ``scan`` or ``look``.
 
         Returns ([(address, driver or None)], [addresses gone], [rows new or replaced]).
         """
@@ -90,9 +90,9 @@ class Scanner:
             return [(entry.name, entry.inode()) for entry in entries if not entry.name.startswith(b".")]
 
     def _read(self, top: int, entries: list[tuple[bytes, int]], physical: set[int] | None) -> list[Row]:
-        """The rows of ``entries`` in order; a line in ``problems`` for those without.
+        """The rows of ``entries`` in order; entries without a row are added to ``problems``.
 
-        ``physical`` collects the vendors of which there are physical functions; None if not known.
+        ``physical`` collects the vendors that have physical functions; None if not known.
         """
         rows: list[Row] = []
         neighbour: Row | None = None
@@ -126,9 +126,9 @@ class Scanner:
 
 
 def _row(directory: int, address: str, neighbour: Row | None, physical: set[int] | None) -> tuple[Row | None, bytes]:
-    """The row, or None where ids are missing, and the driver's name as it is spelt in the tree.
+    """The row, or None if ids are missing, and the driver's name as spelled in sysfs.
 
-    ``neighbour`` is the endpoint that was read before, ``physical`` as in ``Scanner._read``.
+    ``neighbour`` is the endpoint read before it, ``physical`` as in ``Scanner._read``.
     """
     ids, driver = _parse_uevent(_read_file(directory, "uevent", _MAX_FILE))
     vendor, device = ids.get(b"PCI_ID", (-1, -1))
@@ -147,7 +147,7 @@ def _row(directory: int, address: str, neighbour: Row | None, physical: set[int]
     known = (address, vendor, device, class_code, *subsystem, _text(driver) or None, group)
     if class_code >> 16 == _BRIDGE:
         return (*known, -1, None, 0, ""), driver
-    if neighbour is not None and neighbour[0].startswith(address[:-4]):  # the same but for "dd.f"
+    if neighbour is not None and neighbour[0].startswith(address[:-4]):  # the same except for "dd.f"
         node = neighbour[8]
     else:
         node = _decimal(_read_file(directory, "numa_node", 31))
@@ -162,7 +162,7 @@ def _row(directory: int, address: str, neighbour: Row | None, physical: set[int]
 
 
 def _parse_uevent(text: bytes) -> tuple[dict[bytes, tuple[int, int]], bytes]:
-    """The lines of ``uevent`` that hold one or two hex numbers (-1 for what is not there), and the driver."""
+    """The lines of ``uevent`` that hold one or two hex numbers (-1 if missing), and the driver."""
     found: dict[bytes, tuple[int, int]] = {}
     driver = b""
     for line in text.partition(b"\0")[0].split(b"\n"):
@@ -200,7 +200,7 @@ def _decimal(text: bytes) -> int:
 
 
 def _link_name(directory: int, name: bytes, longest: int) -> bytes:
-    """The last part of what link ``name`` points to; empty if there is none or it is too long."""
+    """The last component of the target of link ``name``; empty if there is none or it is too long."""
     try:
         target = os.readlink(name, dir_fd=directory).rpartition(b"/")[2]
     except OSError:

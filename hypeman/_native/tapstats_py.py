@@ -1,7 +1,7 @@
-"""Counters of all links in one netlink dump: the readable twin of ``ext/tapstats.pyx``.
+"""Counters of all links in one netlink dump: Python twin of ``ext/tapstats.pyx``.
 
-RTM_GETSTATS with a filter for IFLA_STATS_LINK_64 answers with the index and twenty-odd 64-bit
-counters of each link and nothing else, in large datagrams. Names are not in it; whoever asks keeps
+RTM_GETSTATS with a filter for IFLA_STATS_LINK_64 returns only the index and twenty-odd 64-bit
+counters of each link, in large datagrams. Names are not included; the caller keeps track of
 the indexes. Format: include/uapi/linux/if_link.h (if_stats_msg, rtnl_link_stats64).
 """
 
@@ -21,7 +21,7 @@ _STATS = struct.Struct("=4Q")  # rx_packets, tx_packets, rx_bytes, tx_bytes
 
 
 class TapStats:
-    """A socket kept for the sweeps. One thread at a time."""
+    """A socket reused across sweeps. Not thread-safe."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
@@ -39,9 +39,9 @@ class TapStats:
 
 
 def parse_stats(data: bytes, found: list[tuple[int, int, int]]) -> bool:
-    """Append what one datagram holds to ``found``; whether it was the last one.
+    """Append the contents of one datagram to ``found``; returns whether it was the last.
 
-    Ends at the first malformed message or attribute. Raises OSError for what the kernel reports.
+    Stops at the first malformed message or attribute. Raises OSError for kernel errors.
     """
     offset = 0
     while offset + 16 <= len(data):
