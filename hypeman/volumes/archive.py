@@ -1,6 +1,6 @@
-"""An archive from the network into a file without a name, before a worker reads it.
+"""Spools an archive from the network to an unnamed file before a worker reads it.
 
-Written down first, so that a slow sender keeps no worker waiting, and limited, so that it cannot fill the host.
+Spooled so that a slow sender does not occupy a worker, and limited so that it cannot fill the host's disk.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hypeman.units import format_size
 
 @asynccontextmanager
 async def spooled(chunks: AsyncIterable[bytes], directory: Path, *, limit: int) -> AsyncIterator[int]:
-    """A descriptor of a file with all ``chunks``, on the file system of ``directory``; gone when the block ends.
+    """A descriptor of a file with all ``chunks``, on the file system of ``directory``; deleted when the block ends.
 
-    Raises InvalidRequest ``archive_too_large`` above ``limit`` bytes, HostError for a disk that is full.
+    Raises InvalidRequest ``archive_too_large`` above ``limit`` bytes, HostError if the disk is full.
     """
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
         total = 0

@@ -1,10 +1,10 @@
-"""Volumes and who has them, as rows; functions inside the caller's transaction.
+"""Volumes and their attachments as rows; the functions run inside the caller's transaction.
 
     volumes/<id>                          VolumeRecord
     volume-attachments/<volume>/<instance>  Attachment
 
-Read-write is exclusive; any number of read-only attachments may coexist. The rows appear and go in
-the transaction that changes the instance.
+Read-write is exclusive; any number of read-only attachments may coexist. The rows are written and removed
+in the transaction that changes the instance.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def attachments_of(txn: Txn, volume_id: str) -> list[Attachment]:
 
 
 def attach(txn: Txn, attachment: Attachment) -> None:
-    """Record that an instance has a volume. Raises NotFound, or Conflict if it can not be shared."""
+    """Record that an instance uses a volume. Raises NotFound, or Conflict if it cannot be shared."""
     volume = txn.get(VOLUMES, attachment.volume_id)
     if volume is None:
         raise NotFound(f"no volume {attachment.volume_id!r}")
@@ -71,5 +71,5 @@ def attach(txn: Txn, attachment: Attachment) -> None:
 
 
 def detach(txn: Txn, volume_id: str, instance_id: str) -> bool:
-    """Whether there was an attachment to remove."""
+    """Remove an attachment; returns whether there was one."""
     return txn.delete(ATTACHMENTS, f"{volume_id}/{instance_id}")

@@ -1,7 +1,7 @@
-"""Volumes: made, filled, listed, removed. Who may attach one is decided in records.py.
+"""Creates, fills, lists and deletes volumes. records.py decides whether one can be attached.
 
-A disk is made to the side and published by rename before its row is written, so a row always has a
-whole disk. A directory without a row is what a crash left; it is removed at start.
+A disk is created in a temporary directory and published by rename before its row is written, so a row always
+has a complete disk. A directory without a row was left by a crash and is removed at start.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Volumes:
         self._disks = disks
         self._fill = fill
         self._max_total = max_total
-        """Bytes of all volumes together; 0 is no limit."""
+        """Total bytes of all volumes; 0 is unlimited."""
 
     async def start(self) -> None:
-        """Remove what a crash left half-made."""
+        """Remove incomplete volumes left by a crash."""
         known = self._store.read(lambda txn: set(txn.keys(VOLUMES)))
         if self._paths.volumes.is_dir():
             for directory in self._paths.volumes.iterdir():
@@ -79,7 +79,7 @@ class Volumes:
         return self._store.read(find)
 
     async def create(self, request: CreateVolumeRequest) -> Volume:
-        """An empty ext4 disk. Raises AlreadyExists for an id that is taken."""
+        """Create an empty ext4 disk. Raises AlreadyExists if the id is taken."""
 
         async def make(disk: Path, size: int) -> None:
             await self._disks.make(disk, size)
@@ -87,7 +87,7 @@ class Volumes:
         return await self._create(request, make)
 
     async def create_from_archive(self, request: CreateVolumeRequest, chunks: AsyncIterable[bytes]) -> Volume:
-        """A disk with the content of an archive: tar, plain or compressed with gzip or zstd."""
+        """Create a disk with the content of an archive: tar, plain or compressed with gzip or zstd."""
 
         async def make(disk: Path, size: int) -> None:
             async with spooled(chunks, disk.parent, limit=size) as archive:
@@ -101,7 +101,7 @@ class Volumes:
         return await self._create(request, make)
 
     async def delete(self, ref: str) -> None:
-        """Raises Conflict while an instance has it."""
+        """Raises Conflict while it is attached to an instance."""
 
         def remove(txn: Txn) -> VolumeRecord:
             record = find_volume(txn, ref)
@@ -112,7 +112,7 @@ class Volumes:
             return record
 
         record = await self._store.write(remove)
-        with trio.CancelScope(shield=True):  # nobody else knows what to remove
+        with trio.CancelScope(shield=True):  # no one else would clean up
             await self._files.remove(self._paths.volumes / record.id)
 
     async def _create(self, request: CreateVolumeRequest, make: Callable[[Path, int], Awaitable[None]]) -> Volume:
@@ -134,7 +134,7 @@ class Volumes:
                 await self._files.publish(side, final)
             except HostError as error:
                 if final.exists():
-                    raise _taken(record.id) from error  # somebody was quicker
+                    raise _taken(record.id) from error  # created concurrently
                 raise
             published = True
             await self._store.write(lambda txn: self._insert(txn, record))

@@ -1,4 +1,4 @@
-"""What is said about volumes: the contract's §2.7."""
+"""API types of volumes (contract §2.7)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class VolumeAttachment(Struct, frozen=True, kw_only=True):
 
 
 class Volume(Struct, frozen=True, kw_only=True):
-    """A disk that outlives instances."""
+    """A disk that outlives its instances."""
 
     id: str
     name: str
