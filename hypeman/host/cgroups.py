@@ -1,15 +1,15 @@
 """One control group for each VMM, below a directory that is ours.
 
-Under systemd that directory belongs to ``hypeman-vms.service``, whose subtree is delegated to us; all
-that it runs itself is a sleeper in the group ``keeper``, so that systemd keeps the directory. It is
-another unit than the server's, so stopping, restarting and upgrading the server leaves every VMM where
-it is, and ``systemctl stop hypeman-vms`` ends them all.
+Under systemd that directory belongs to ``hypeman-vms.service``, whose subtree is delegated to us; it
+runs only a sleeping process in the group ``keeper``, so that systemd keeps the directory. It is a separate
+unit from the server's, so stopping, restarting or upgrading the server does not affect any VMM, and
+``systemctl stop hypeman-vms`` ends them all.
 Without systemd it is ``/sys/fs/cgroup/hypeman``. Where the host has no cgroup v2, or none for us,
-there are no groups and VMMs run without these limits; ``doctor`` tells.
+there are no groups and VMMs run without these limits; ``doctor`` reports it.
 
-Always holds: a group has the name of its VM and is removed after its last process; what a killed
-server left behind is found by its name and removed by ``remove_strays``. Making one costs 0.1 ms,
-no message to systemd and no process.
+Invariants: a group is named after its VM and is removed after its last process; ``remove_strays``
+finds groups that a killed server left behind by their names. Creating one takes 0.1 ms, without a
+message to systemd or a process.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ ALONE = Path("/sys/fs/cgroup/hypeman")
 _CONTROLLERS = ("cpu", "memory", "pids")
 _PERIOD = 100_000
 _VMM_MEMORY = 256 * 1024 * 1024
-"""For the VMM beside the guest's memory: QEMU with TCG was seen at 110 MB, a mapped kernel included."""
+"""For the VMM on top of the guest's memory: 110 MB measured for QEMU with TCG, including a mapped kernel."""
 _VMM_TASKS = 1024
 
 
 def render_limits(vcpus: int, memory: int) -> dict[str, str]:
-    """Files of a control group and what to write into them, for a VM of ``vcpus`` and ``memory`` bytes.
+    """Control group files and the values to write, for a VM of ``vcpus`` and ``memory`` bytes.
 
-    The VMM gets half a processor more than the guest, for emulated devices and I/O threads, and room
-    beside the guest's memory. If that is not enough all of the VM ends, not half of it.
+    The VMM gets half a CPU more than the guest, for emulated devices and I/O threads, and some memory
+    on top of the guest's. If that is exceeded the whole VM is killed, not single processes of it.
     """
     return {
         "cpu.max": f"{vcpus * _PERIOD + _PERIOD // 2} {_PERIOD}",
@@ -48,7 +48,7 @@ def render_limits(vcpus: int, memory: int) -> dict[str, str]:
 
 
 class CGroups:
-    """The groups below ``root``; None where this host has none for us."""
+    """The groups below ``root``; None if this host has none for us."""
 
     def __init__(self, root: Path | None) -> None:
         self.root = root
@@ -60,7 +60,7 @@ class CGroups:
 
     @classmethod
     def detect(cls) -> CGroups:
-        """The groups of this host. Never fails: what can not be used is not there."""
+        """The groups of this host. Never fails: an unusable hierarchy counts as missing."""
         with contextlib.suppress(OSError):
             if os.access(UNDER_SYSTEMD / "cgroup.procs", os.W_OK):
                 return cls(UNDER_SYSTEMD)
@@ -70,7 +70,7 @@ class CGroups:
         return cls(None)
 
     def make(self, name: str, *, vcpus: int, memory: int) -> str:
-        """The directory of the group ``name``, made or found, with its limits set; "" without groups.
+        """Create the group ``name`` if missing, set its limits and return its directory; "" without groups.
 
         Raises InternalError if the kernel refuses.
         """
@@ -87,7 +87,7 @@ class CGroups:
         return str(group)
 
     def remove(self, name: str) -> bool:
-        """Remove the group ``name``. True if it is gone, False while a process in it has not ended yet."""
+        """Remove the group ``name``. True if it is gone, False while it still contains a process."""
         if self.root is None:
             return True
         try:
@@ -109,6 +109,6 @@ class CGroups:
 
 
 def _write(path: Path, text: str) -> None:
-    """The kernel judges a setting as it is written, so nothing may be buffered."""
+    """Unbuffered, since the kernel reports errors from the write itself."""
     with open(path, "w", buffering=1) as file:
         file.write(text)

@@ -1,8 +1,8 @@
-"""Files and directories: made, copied, published, removed. The blocking calls run in worker threads.
+"""Creates, copies, publishes and removes files and directories. Blocking calls run in worker threads.
 
-- ``publish`` makes a finished thing visible by rename and flushes the directory: never half a file.
-- ``copy`` shares blocks (reflink) where the file system can and keeps holes where it can not.
-- Removing what is not there is fine: an undo may run twice.
+- ``publish`` makes a finished file or tree visible by rename and flushes the directory: never a partial file.
+- ``copy`` shares blocks (reflink) where the file system supports it, and keeps holes elsewhere.
+- Removing a missing file is a no-op: an undo may run twice.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _COPY_CHUNK = 16 << 20
 
 
 class HostError(InternalError):
-    """The host refused a change; the message has the path and the reason."""
+    """The host refused a change; the message contains the path and the reason."""
 
 
 class Files:
-    """Effects on the file system. Paths are absolute; modes are octal permission bits."""
+    """File system operations. Paths are absolute; modes are octal permission bits."""
 
     async def make_dir(self, path: Path, *, mode: int = 0o700, uid: int = 0, gid: int = 0) -> None:
-        """Make ``path`` and its parents (0711, so that a VMM's user can pass) unless it is there; it gets this mode
-        and owner in any case."""
+        """Create ``path`` and its parents (0711, so that a VMM's user can traverse them) if missing; mode and owner
+        are set in any case."""
         await _in_thread(_make_dir, path, mode, uid, gid)
 
     async def write(self, path: Path, data: bytes, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
-        """Write a whole file to the side, flush it and rename it into place."""
+        """Write a temporary file, flush it and rename it into place."""
         await _in_thread(write_file, path, data, mode, uid, gid)
 
     async def copy(self, source: Path, target: Path, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
-        """Copy a file, sharing its blocks where possible and keeping holes; ``target`` is replaced whole."""
+        """Copy a file, sharing its blocks where possible and keeping holes; ``target`` is replaced atomically."""
         await _in_thread(_copy, source, target, mode, uid, gid)
 
     async def copy_open(self, source: int, target: Path) -> None:
@@ -53,7 +53,7 @@ class Files:
         await _in_thread(_copy_open, source, target)
 
     async def make_sparse(self, path: Path, size: int, *, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
-        """A file of ``size`` bytes without blocks; one that is there keeps its content and is resized."""
+        """Create a sparse file of ``size`` bytes; an existing one keeps its content and is resized."""
         await _in_thread(_make_sparse, path, size, mode, uid, gid)
 
     async def copy_all(self, source: Path, target: Path, pattern: str, *, uid: int = 0, gid: int = 0) -> None:
@@ -61,8 +61,8 @@ class Files:
         await _in_thread(_copy_all, source, target, pattern, uid, gid)
 
     async def move_all(self, source: Path, target: Path, pattern: str, *, uid: int = 0, gid: int = 0) -> None:
-        """Rename all such files from ``source`` into ``target``, durably, given to another user if one is named.
-        May run again after it was cut short."""
+        """Rename all matching files from ``source`` into ``target``, durably, and chown them if a user is given.
+        May be rerun after an interruption."""
         await _in_thread(_move_all, source, target, pattern, uid, gid)
 
     async def publish(self, source: Path, target: Path) -> None:
@@ -70,11 +70,11 @@ class Files:
         await _in_thread(_publish, source, target)
 
     async def remove(self, path: Path) -> None:
-        """Remove a file or a whole tree; content if there is none."""
+        """Remove a file or a whole tree; a no-op if there is none."""
         await _in_thread(_remove, path)
 
     async def allocated(self, path: Path) -> int:
-        """Bytes that a file or tree really takes on disk; 0 if it is not there."""
+        """Bytes that a file or tree occupies on disk; 0 if it is missing."""
         return await _in_thread(allocated_bytes, path)
 
 
@@ -94,7 +94,7 @@ def _make_dir(path: Path, mode: int, uid: int, gid: int) -> None:
     directory = open_directory(path)
     try:
         if os.geteuid() == 0:
-            os.fchown(directory, uid, gid)  # also one that was there and was somebody else's
+            os.fchown(directory, uid, gid)  # also an existing one with another owner
         os.fchmod(directory, mode)
     finally:
         os.close(directory)
@@ -107,8 +107,8 @@ def _own(path: Path | int, uid: int, gid: int) -> None:
 
 @contextlib.contextmanager
 def _beside(target: Path, mode: int, uid: int, gid: int) -> Iterator[int]:
-    """A descriptor of a new file beside ``target`` that takes its place, flushed, when the block ends well.
-    Whoever made all its files flushes the directory."""
+    """A descriptor of a new file beside ``target`` that is flushed and replaces it if the block succeeds.
+    The caller flushes the directory after its last file."""
     side = target.with_name(target.name + ".new")
     fd = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -125,7 +125,7 @@ def _beside(target: Path, mode: int, uid: int, gid: int) -> Iterator[int]:
 
 
 def write_file(path: Path, data: bytes, mode: int = 0o600, uid: int = 0, gid: int = 0) -> None:
-    """``Files.write`` for who has no loop: whole or as it was, and at no moment open to more than ``mode`` says;
+    """``Files.write`` for callers without an event loop: atomic, and never more accessible than ``mode`` allows;
     blocks."""
     with _beside(path, mode, uid, gid) as fd:
         view = memoryview(data)
@@ -175,14 +175,14 @@ def _copy_content(source: int, target: int) -> None:
 
 
 def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of what is no hole in the file."""
+    """Start and end of each data range (not a hole) in the file."""
     size = os.fstat(fd).st_size
     end = 0
     while end < size:
         try:
             start = os.lseek(fd, end, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole behind this
+            if error.errno == errno.ENXIO:  # only a hole after this offset
                 return
             raise
         end = os.lseek(fd, start, os.SEEK_HOLE)
@@ -190,7 +190,7 @@ def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
 
 
 def _copy_range(source: int, target: int, start: int, end: int) -> None:
-    """Inside the kernel; between two file systems with ``sendfile``, as only within one is there a shorter way."""
+    """Copy inside the kernel; with ``sendfile`` if ``copy_file_range`` fails because it crosses file systems."""
     os.lseek(target, start, os.SEEK_SET)
     while start < end:
         count = min(end - start, _COPY_CHUNK)
@@ -232,7 +232,7 @@ def _remove(path: Path) -> None:
 
 
 def allocated_bytes(path: Path) -> int:
-    """Bytes that a file or tree takes on disk; blocks."""
+    """Bytes that a file or tree occupies on disk; blocks."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -244,7 +244,7 @@ def allocated_bytes(path: Path) -> int:
 
 
 def flush_directory(path: Path) -> None:
-    """Make names that were given or taken in it durable; blocks."""
+    """Make names created or removed in it durable; blocks."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

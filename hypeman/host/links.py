@@ -1,16 +1,16 @@
-"""TAPs of guests: made, opened, limited, watched, removed. The only code that touches links.
+"""Creates, opens, limits, watches and removes guests' TAPs. The only code that changes links.
 
-    add_tap     ioctl makes the persistent TAP, one netlink batch does all else, up comes last
-    remove_tap  TAP and shaper in one batch; content if they are not there
+    add_tap     an ioctl creates the persistent TAP, one netlink batch does the rest, link up last
+    remove_tap  TAP and shaper in one batch; a no-op if they are missing
     open_tap    a descriptor for the VMM
 
 Each TAP has the same MAC (the gateway's) on our side, a /32 route to its guest, a permanent neighbour
-entry (the host never asks by ARP, so nothing can be answered falsely) and no IPv6. The gateway's
-address lies once on ``lo``, and so answers on every TAP and can be bound before the first one exists.
+entry (the host sends no ARP requests, so replies cannot be spoofed) and no IPv6. The gateway's address
+is on ``lo``, so it answers on every TAP and can be bound before the first one exists.
 
-Only links with our prefixes are ever changed or removed, the uplink's ``forwarding`` switch and the
-gateway's address on ``lo`` apart. Forwarding is switched on per interface: a host that was no router
-does not become one between its other networks.
+Only links with our prefixes are ever changed or removed, except for the uplink's ``forwarding`` switch and
+the gateway's address on ``lo``. Forwarding is enabled per interface, so that the host does not start
+routing between its other networks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_EXT
 _INFO_KIND = 1
 _IFLA_GROUP = 27
 _DYING_GROUP = 0x686D2D78
-"""A group that links are in for the moment of their removal, and nobody else uses."""
+"""The group that links are put into while being removed; nothing else uses it."""
 _SKIP_STATS = 1 << 3
 _IFF_UP = 1
 _LOOPBACK = 1
@@ -78,7 +78,7 @@ _GONE = (errno.ENODEV,)
 
 
 class Tap(msgspec.Struct, frozen=True):
-    """A guest's cable, complete: the same value makes the same TAP."""
+    """Complete description of a guest's TAP: the same value creates the same TAP."""
 
     name: str
     address: str
@@ -89,42 +89,42 @@ class Tap(msgspec.Struct, frozen=True):
     gateway_mac: str
     mtu: int = 1500
     uid: int = 0
-    """Who may open it without privilege."""
+    """User that may open it without privileges."""
     alias: str = ""
     """Shown by ``ip link``."""
     proxy_arp: bool = False
-    """Answer ARP for other guests, for guests that take the subnet for one wire."""
+    """Proxy ARP for other guests, for guests that treat the subnet as on-link."""
     download: TokenBucket | None = None
     upload: TokenBucket | None = None
 
 
 class Change(enum.Enum):
-    """What a watcher is told."""
+    """What a watcher reports."""
 
     OURS = "ours"
-    """A link of ours was removed or taken down, or a guest's route removed, by whomever."""
+    """One of our links was removed or set down, or a guest's route removed, by us or others."""
     UPLINK = "uplink"
-    """A default route or another link changed: find the uplink anew."""
+    """A default route or another link changed: find the uplink again."""
     FORWARDING = "forwarding"
-    """Somebody switched forwarding off for some interface."""
+    """Forwarding was disabled on some interface."""
     LOST = "lost"
-    """The kernel dropped notifications: look at everything."""
+    """The kernel dropped notifications: recheck everything."""
 
 
 class Link(msgspec.Struct, frozen=True):
-    """A link of ours as it is now."""
+    """Current state of one of our links."""
 
     index: int
     up: bool
 
 
 class Uplink(msgspec.Struct, frozen=True):
-    """The way out. ``names`` is more than one where the default route has several next hops."""
+    """The host's uplink. ``names`` has several entries if the default route has several next hops."""
 
     names: tuple[str, ...] = ()
     mtu: int = 1500
     speed: int = 0
-    """Bytes per second that the link says it does; 0: it says nothing."""
+    """Link speed in bytes per second as reported by the driver; 0: not reported."""
 
 
 class Links:
@@ -139,22 +139,22 @@ class Links:
         self._netlink.close()
 
     async def add_tap(self, tap: Tap) -> int:
-        """Make ``tap``, or make the one that exists so; its index. Where it fails half a TAP is left."""
+        """Create ``tap`` or update the existing one; returns its index. A failure may leave a partial TAP."""
         return await self._in_thread(self._add_tap, tap)
 
     async def set_limits(self, tap: Tap) -> None:
-        """Make the limits of a TAP that exists those of ``tap``."""
+        """Set the limits of an existing TAP to those of ``tap``."""
         await self._in_thread(self._set_limits, tap)
 
     async def remove_taps(self, names: Iterable[str]) -> None:
-        """Remove TAPs and all that belongs to them; those that are not there are no error."""
+        """Remove TAPs and everything that belongs to them; missing ones are no error."""
         await self.remove_links([link for name in names for link in (name, shaper_name(name))])
 
     async def remove_links(self, names: Iterable[str]) -> None:
-        """Remove links of ours by name; those that are not there are no error.
+        """Remove our links by name; missing ones are no error.
 
-        Callers that wait for each other share one removal: the kernel waits for its readers once for
-        a group of links, but some 15 ms for each link that is removed alone.
+        Concurrent callers share one removal: the kernel waits for its RCU readers once for a group
+        of links, but about 15 ms for each link that is removed alone.
         """
         self._dying.update(names)
         await self._in_thread(self._remove_dying)
@@ -172,7 +172,7 @@ class Links:
         await self._in_thread(self._netlink.run, messages)
 
     async def set_gateway(self, address: str) -> None:
-        """Put the guests' gateway on ``lo`` (once, as a /32 that is never chosen as a source towards others)."""
+        """Put the guests' gateway on ``lo`` (once, as a /32 that is never selected as source address for others)."""
         await self._in_thread(self._netlink.run, _gateway_messages(address))
 
     async def remove_gateway(self, address: str) -> None:
@@ -183,23 +183,23 @@ class Links:
         await self._in_thread(self._netlink.run, [message])
 
     async def forward(self, names: Iterable[str]) -> None:
-        """Let packets that come in by ``names`` be forwarded."""
+        """Enable forwarding of packets that arrive on ``names``."""
         await self._in_thread(_forward, list(names))
 
     async def ours(self) -> dict[str, Link]:
-        """All links with a prefix of ours by name."""
+        """All links with our prefixes, by name."""
         return await self._in_thread(self._ours)
 
     async def routed(self) -> set[str]:
-        """Addresses that have a /32 route to a TAP of ours."""
+        """Addresses that have a /32 route to one of our TAPs."""
         return await self._in_thread(lambda: parse_routed(_read("/proc/net/route")))
 
     async def can_shape(self) -> bool:
-        """Whether this kernel has ifb, by which uploads are shaped. Leaves one behind for ``remove_links``."""
+        """Whether this kernel has ifb, which shapes uploads. Leaves one behind for ``remove_links``."""
         return await self._in_thread(self._can_shape)
 
     async def watch(self) -> AsyncGenerator[set[Change], None]:
-        """What happens to links and routes from the first ``anext`` on; close it with ``aclosing``."""
+        """Yields changes to links and routes from the first ``anext`` on; close it with ``aclosing``."""
         monitor = Monitor(NETLINK_ROUTE, (_GROUP_LINK, _GROUP_ROUTE, _GROUP_NETCONF))
         try:
             while True:
@@ -240,7 +240,7 @@ class Links:
         self._netlink.run(messages)
 
     def _remove_dying(self) -> None:
-        """All that anybody wants removed by now. Put back on failure, so that each caller hears of it."""
+        """Remove all queued links. They are queued again on failure, so that each caller gets the error."""
         names, self._dying = self._dying, set()
         found = [(name, index) for name in sorted(names) if (index := _index(name))]
         if not found:
@@ -276,7 +276,7 @@ class Links:
 
 
 async def find_uplink(configured: str = "") -> Uplink:
-    """The configured interface, else those of the best default route; no name where there is none."""
+    """The configured interface, else those of the best default route; no names if there is none."""
     return await trio.to_thread.run_sync(find_uplink_now, configured)
 
 
@@ -311,7 +311,7 @@ def find_uplink_now(configured: str = "") -> Uplink:
 
 
 def _read(path: str) -> str:
-    """The text of a file of the kernel's; empty where it is not there or has no answer now."""
+    """The text of a /proc or /sys file; empty if it is missing or cannot be read now."""
     try:
         return Path(path).read_text().strip()
     except OSError:
@@ -321,13 +321,13 @@ def _read(path: str) -> str:
 def _forward(names: list[str]) -> None:
     for name in names:
         switch = Path(f"/proc/sys/net/ipv4/conf/{name}/forwarding")
-        with contextlib.suppress(FileNotFoundError):  # a configured uplink that is not plugged in
+        with contextlib.suppress(FileNotFoundError):  # the configured uplink does not exist
             if switch.read_text().strip() != "1":
                 switch.write_text("1")
 
 
 def _index(name: str) -> int:
-    """0 where there is no such link."""
+    """Index of the link; 0 if there is no such link."""
     try:
         return socket.if_nametoindex(name)
     except OSError:
@@ -335,7 +335,7 @@ def _index(name: str) -> int:
 
 
 def _make_tap(name: str, uid: int) -> None:
-    """Until TUNSETPERSIST the TAP vanishes with our descriptor, so a crash in between leaves nothing."""
+    """Until TUNSETPERSIST the TAP disappears with our descriptor, so a crash in between leaves nothing behind."""
     descriptor = _attach_tap(name)
     try:
         fcntl.ioctl(descriptor, _TUNSETOWNER, uid)
@@ -346,7 +346,7 @@ def _make_tap(name: str, uid: int) -> None:
 
 def _open_tap(name: str) -> int:
     if not _index(name):
-        raise HostError(f"TAP {name} is not there")  # TUNSETIFF would make one, and not a persistent one
+        raise HostError(f"TAP {name} is not there")  # TUNSETIFF would create a non-persistent one
     return _attach_tap(name)
 
 
@@ -365,7 +365,7 @@ def _attach_tap(name: str) -> int:
 
 
 def _set_switches(tap: Tap) -> None:
-    """Before the link comes up, so that not even a router solicitation leaves it."""
+    """Set sysctls before the link comes up, so that not even a router solicitation is sent."""
     settings = {
         f"ipv6/conf/{tap.name}/disable_ipv6": "1",
         f"ipv4/conf/{tap.name}/rp_filter": "1",
@@ -382,7 +382,7 @@ def _write_switch(key: str, value: str) -> None:
     try:
         Path("/proc/sys/net", key).write_text(value)
     except FileNotFoundError:
-        if not key.startswith("ipv6/"):  # a kernel without IPv6 has nothing to close
+        if not key.startswith("ipv6/"):  # a kernel without IPv6 has no IPv6 switches
             raise
 
 
@@ -447,7 +447,7 @@ def _link_of(packet: Packet) -> tuple[str, Link]:
 
 
 def _change(packet: Packet) -> Change | None:
-    """What a notification means to us; None where nothing."""
+    """The Change that a notification stands for; None if it is irrelevant."""
     if packet.type in (_NEW_LINK, _DEL_LINK):
         name, link = _link_of(packet)
         if not name.startswith((TAP_PREFIX, SHAPER_PREFIX)):
@@ -459,7 +459,7 @@ def _change(packet: Packet) -> Change | None:
             return Change.UPLINK
         return Change.OURS if length == 32 and packet.type == _DEL_ROUTE else None
     if packet.type == _NEW_NETCONF:
-        # Of the many switches only this one matters, switched off alone: a new link reports all at once.
+        # Only this switch matters, and only when it is reported alone: a new link reports all at once.
         switches = dict(attributes(packet.body, 4))
         off = len(switches) == 2 and switches.get(_NETCONF_FORWARDING) == struct.pack("=i", 0)
         return Change.FORWARDING if off else None
@@ -467,10 +467,10 @@ def _change(packet: Packet) -> Change | None:
 
 
 class NamespaceClaim:
-    """Being the one server of this network namespace, from its making until ``close`` or the end of the process.
+    """Makes this the only server in the network namespace, from creation until ``close`` or process exit.
 
-    A second one, with another data directory, would take the first one's TAPs for leftovers. It is a lock on a file
-    named after the namespace's inode, in a directory of root's, so that no other user can hold it. Raises HostError.
+    A second one, with another data directory, would treat the first one's TAPs as leftovers. It is a lock on a file
+    named after the namespace's inode, in a root-owned directory, so that no other user can hold it. Raises HostError.
     """
 
     def __init__(self, directory: Path = Path("/run/hypeman")) -> None:
@@ -487,7 +487,7 @@ class NamespaceClaim:
             raise HostError("another hypeman server keeps the network of this host; stop it first") from error
 
     def close(self) -> None:
-        """Idempotent. The file stays, since a lock on a name that is removed could be held twice."""
+        """Idempotent. The file stays: if it were unlinked, two processes could each hold a lock on that name."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1

@@ -1,7 +1,7 @@
-"""What a service says to systemd that waits for it, and the sockets that systemd keeps while the service restarts.
+"""Readiness notification to systemd, and the sockets that systemd keeps while the service restarts.
 
-A listening socket that systemd keeps (``FileDescriptorStoreMax`` in the unit) goes on listening with nobody there:
-who connects meanwhile waits in the kernel's queue and is served by the next process, instead of being refused.
+A listening socket that systemd keeps (``FileDescriptorStoreMax`` in the unit) stays open during the restart:
+clients that connect meanwhile wait in the kernel's queue for the next process instead of being refused.
 Without systemd all of this does nothing.
 """
 
@@ -13,13 +13,13 @@ import socket
 from collections.abc import MutableMapping, Sequence
 
 _FIRST = 3
-"""The descriptor from which on systemd hands over what it kept (sd_listen_fds)."""
+"""First descriptor passed by systemd (sd_listen_fds)."""
 
 _log = logging.getLogger(__name__)
 
 
 def notify(message: str = "READY=1", sockets: Sequence[socket.socket] = ()) -> None:
-    """Tell systemd, if it waits for us (``Type=notify``). Never fails."""
+    """Notify systemd, if it waits for us (``Type=notify``). Never fails."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -34,13 +34,13 @@ def notify(message: str = "READY=1", sockets: Sequence[socket.socket] = ()) -> N
 
 
 def keep_sockets(name: str, sockets: Sequence[socket.socket]) -> None:
-    """From now on systemd holds ``sockets``, and no others of that name, for our successor."""
+    """Store ``sockets`` with systemd for the next process, replacing all others of that name."""
     notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
     notify(f"FDSTORE=1\nFDNAME={name}", sockets)
 
 
 def take_kept_sockets(environ: MutableMapping[str, str] = os.environ) -> dict[str, list[socket.socket]]:
-    """What systemd kept for us, by name. To be called once: afterwards ``environ`` says nothing of it."""
+    """The sockets that systemd kept for us, by name. Call it once: it removes the variables from ``environ``."""
     ours = environ.pop("LISTEN_PID", "") == str(os.getpid())
     count, names = environ.pop("LISTEN_FDS", ""), environ.pop("LISTEN_FDNAMES", "").split(":")
     found: dict[str, list[socket.socket]] = {}
@@ -49,7 +49,7 @@ def take_kept_sockets(environ: MutableMapping[str, str] = os.environ) -> dict[st
     for descriptor, name in enumerate(names, _FIRST):
         try:
             kept = socket.socket(fileno=descriptor)
-        except OSError:  # no socket: not from us
+        except OSError:  # not a socket: not from us
             os.close(descriptor)
             continue
         kept.set_inheritable(False)

@@ -1,8 +1,8 @@
-"""Directories that root works in belong to root, also those that an older version gave to the users of VMMs.
+"""Makes the directories that root works in owned by root, including those that older versions gave to VMM users.
 
 In older versions the user of a VMM owned ``instances/<id>``, its ``logs``, ``captures/<id>`` and ``run/vm/<id>``, and
-so could put links, FIFOs or other people's files in the place of what root opens there. ``repair`` takes these
-directories back at startup, before anything in them is opened, and removes what does not belong there:
+so could replace files that root opens there by links, FIFOs or other users' files. ``repair`` reclaims these
+directories at startup, before anything in them is opened, and removes what does not belong there:
 
     in                      stays
     instances/<id>          regular files of root or of the VMM's user; logs/, staged/, jail/
@@ -10,8 +10,8 @@ directories back at startup, before anything in them is opened, and removes what
     captures/<id>           regular files of root or of the VMM's user
     run/vm/<id>             what root made, and sockets: those of VMMs that are still running
 
-Each directory is closed first (owner and mode) and searched afterwards, through its descriptor, so a VMM that is
-still running can change nothing in between. Running it again does no harm.
+Each directory is first locked down (owner and mode) and then searched through its descriptor, so a VMM that is
+still running can change nothing in between. It is idempotent.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hypeman.host.safe_open import open_beneath, open_directory
 
 _INSTANCE_PARTS = ("logs", "staged", "jail", "room")
 _JAIL = "jail"
-"""Made and removed whole by its driver, which follows no link in there; its files have names outside as well."""
+"""Created and removed as a whole by its driver, which follows no links in it; its files are hard links."""
 
 _MODE = 0o711
 Keep = Callable[[os.stat_result], bool]
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def repair(data_dir: Path, run_dir: Path) -> list[str]:
-    """Take all directories back; returns what was removed. Blocks. Raises OSError."""
+    """Reclaim all directories; returns what was removed. Blocks. Raises OSError."""
     removed: list[str] = []
     for directory, path in _directories(data_dir / "instances", removed):
         _repair_instance(directory, path, removed)
@@ -53,8 +53,8 @@ def repair(data_dir: Path, run_dir: Path) -> list[str]:
 
 
 def take_back(path: str | Path) -> None:
-    """Make one directory root's, writable for nobody else, before a VMM starts that could change names in it, or while
-    it runs. Raises OSError; ENOTDIR or ELOOP for a link."""
+    """Make one directory owned by root and writable only by root, before a VMM starts that could change names in it,
+    or while it runs. Raises OSError; ENOTDIR or ELOOP for a link."""
     directory = open_directory(path)
     try:
         found = os.fstat(directory)
@@ -80,7 +80,7 @@ def _repair_instance(directory: int, path: str, removed: list[str]) -> None:
 
 
 def _directories(parent: Path, removed: list[str]) -> Iterator[tuple[int, str]]:
-    """Each directory in ``parent``, open; links to directories are no directories."""
+    """Each directory in ``parent``, open; symbolic links are skipped."""
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(parent)):
             path = os.path.join(parent, name)
@@ -100,7 +100,7 @@ def _directories(parent: Path, removed: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def _close(directory: int) -> int | None:
-    """Make ``directory`` root's, writable for nobody else. Returns who owned it, None if it was closed already."""
+    """Make ``directory`` owned and writable only by root. Returns the previous owner, None if it already was."""
     found = os.fstat(directory)
     mode = stat.S_IMODE(found.st_mode)
     if mode & ~_MODE:
@@ -134,8 +134,8 @@ def _sweep(
 
 
 def _kept_in(owner: int | None, *, links: int) -> Keep:
-    """What stays in a directory that ``owner`` could write to until now: regular files that he owns, or root, with at
-    most ``links`` names (0: any number). Where nobody could, nobody put anything: all regular files stay."""
+    """What to keep in a directory that ``owner`` could write to until now: regular files owned by it or by root, with
+    at most ``links`` hard links (0: any number). If no user could write to it, all regular files are kept."""
 
     def keep(entry: os.stat_result) -> bool:
         if not stat.S_ISREG(entry.st_mode):

@@ -1,20 +1,20 @@
 """Other programs: VMMs that outlive us, and short helper tools.
 
-    spawn    starts a program in a session of its own that lives on when we end; told by a Process
-    find     a Process again from what was stored, or by the mark it carries
-    run      a helper tool: waits for it, returns its output, kills its whole group when cancelled
+    spawn    starts a program in a session of its own that outlives us; returns a Process
+    find     finds a Process again by its stored identity, or by its mark
+    run      runs a helper tool: waits for it, returns its output, kills its process group when cancelled
 
 Rules:
 
 - A process is named by pid, start time and boot id together, never by a bare pid, and signalled
-  only through its pidfd, so that no stranger who got the number next is ever hit.
-- A spawned program gets only the descriptors that are listed, under the numbers they have here, an
-  environment made from nothing, its own user from before ``exec`` on, and can never gain privileges. A server
-  that is root starts it through the launcher (ext/launcher): in namespaces of its own, with limits and a filter.
-- It carries its mark (``HYPEMAN_MARK``) in its environment, or as an argument where somebody between us and it
-  empties the environment (``mark_argument``): what we started and could not write down before we were
-  killed is found again by ``find_marked``.
-- Starting happens in a thread: fork and exec of QEMU take 2–10 ms, which the event loop has not.
+  only through its pidfd, so that a process that reuses the pid is never hit.
+- A spawned program inherits only the listed descriptors, under their numbers here, and a minimal environment.
+  Its user is set before ``exec``, and it can never gain privileges. A server running as root starts it through
+  the launcher (ext/launcher): in its own namespaces, with limits and a seccomp filter.
+- It carries its mark (``HYPEMAN_MARK``) in its environment, or as an argument where an intermediate program
+  clears the environment (``mark_argument``). ``find_marked`` finds a program that we started but could not
+  record before we were killed.
+- Starting happens in a thread: fork and exec of QEMU take 2–10 ms, too long for the event loop.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class SpawnFailed(InternalError):
-    """A program could not be started; nothing of it is left."""
+    """A program could not be started; everything it had was cleaned up."""
 
 
 class ToolFailed(InternalError):
-    """A helper tool ended with an error, was too slow or said too much."""
+    """A helper tool failed, timed out or produced too much output."""
 
     def __init__(self, message: str, *, returncode: int | None = None, output: bytes = b"") -> None:
         super().__init__(message)
@@ -69,43 +69,43 @@ class ToolFailed(InternalError):
 
 
 class Program(msgspec.Struct, frozen=True, kw_only=True):
-    """What to start, complete."""
+    """Everything needed to start a program."""
 
     argv: tuple[str, ...]
     log: str
-    """Standard output and error are appended here; made with mode 0600 if it is not there."""
+    """Standard output and error are appended here; created with mode 0600 if missing."""
     output: str = ""
-    """Where standard output is appended instead: the console of a VMM that has no other place for it."""
+    """Where standard output is appended instead: the console of a VMM that writes it to stdout."""
     cwd: str = "/"
     mark: str
-    """Unique among living programs of ours; the run directory of a VMM."""
+    """Unique among our running programs; the run directory of a VMM."""
     fds: tuple[int, ...] = ()
-    """Descriptors it inherits, with the same numbers."""
+    """Descriptors to inherit, under the same numbers."""
     uid: int = 0
     gid: int = 0
     devices: tuple[str, ...] = ()
-    """Device files that it opens itself: it is in their groups, as far as those may open them."""
+    """Device files that it opens itself: it is put into their groups where those have access."""
     cgroup: str = ""
     """Directory of a control group to put it into; empty for none."""
     isolated: bool = True
-    """In an empty network namespace. A program that opens TAPs by name needs the host's."""
+    """Run in an empty network namespace. A program that opens TAPs by name needs the host's."""
     root_files: tuple[str, ...] = ()
-    """Files and directories that it sees, read-only and under their own names, beside ``devices``, ``other_devices``
-    and a /proc of its own: nothing else. Empty: it sees the host's, but for ``hidden``."""
+    """The only files and directories that it sees (read-only, same paths), besides ``devices``, ``other_devices``
+    and a /proc of its own. Empty: it sees the host's, except ``hidden``."""
     other_devices: tuple[str, ...] = ()
-    """Devices that it opens as everybody may; only with ``root_files``."""
+    """World-accessible devices that it opens; only with ``root_files``."""
     hidden: tuple[str, ...] = ()
-    """Directories of the host that are empty for it; only without ``root_files``."""
+    """Host directories that appear empty to it; only without ``root_files``."""
     jailer: bool = False
-    """It makes namespaces and a root directory of its own, and gives up root by itself."""
+    """It creates its own namespaces and root directory, and drops root itself."""
     max_file_size: int = 0
-    """Bytes that a file may grow to by what it writes (RLIMIT_FSIZE); 0 is no limit."""
+    """Maximum size in bytes of a file it writes (RLIMIT_FSIZE); 0 is no limit."""
     locked_memory: int = 0
-    """Bytes it may lock in memory, as device pass-through does with all of the guest's."""
+    """Bytes it may lock in memory; device passthrough locks all guest memory."""
 
 
 class ProcessId(msgspec.Struct, frozen=True):
-    """Names one process for ever, also across reboots."""
+    """Identifies one process uniquely, also across reboots."""
 
     pid: int
     start_time: int
@@ -114,7 +114,7 @@ class ProcessId(msgspec.Struct, frozen=True):
 
 
 class Process:
-    """One process, ours or adopted, held by a pidfd. ``close`` lets go of it; it lives on."""
+    """One process, ours or adopted, held by a pidfd. ``close`` closes the pidfd; the process keeps running."""
 
     def __init__(self, identity: ProcessId, pidfd: int) -> None:
         self.identity = identity
@@ -131,7 +131,7 @@ class Process:
         return self._returncode
 
     def alive(self) -> bool:
-        """Whether it still runs; one that ended and was not yet reaped does not."""
+        """Whether it is still running; a zombie is not."""
         if self._pidfd < 0:
             return False
         poller = select.poll()  # not select: pidfds may be above 1024 here
@@ -139,14 +139,14 @@ class Process:
         return not poller.poll(0)
 
     def stopped(self) -> bool:
-        """Whether it stands still, by SIGSTOP."""
+        """Whether it is stopped by SIGSTOP."""
         try:
             return _stat(self.pid)[0] == b"T" and self.alive()
         except OSError:
             return False
 
     async def wait(self) -> int | None:
-        """Wait for the end and return ``returncode``. Any number of tasks may wait."""
+        """Wait for the process to exit and return ``returncode``. Any number of tasks may wait."""
         if self._pidfd >= 0 and self.alive():
             own = os.dup(self._pidfd)  # Trio lets only one task wait for one descriptor
             try:
@@ -159,7 +159,7 @@ class Process:
         return self._returncode
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Send a signal; content if the process is gone already."""
+        """Send a signal; a no-op if the process has already exited."""
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -174,7 +174,7 @@ class Process:
     def _reap(self) -> None:
         if self._pidfd < 0 or self._returncode is not None:
             return
-        with contextlib.suppress(ChildProcessError):  # adopted: init reaps it, and alone knows the code
+        with contextlib.suppress(ChildProcessError):  # adopted: init reaps it and gets the exit code
             result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
             if result is not None:
                 exited = result.si_code == os.CLD_EXITED
@@ -182,16 +182,16 @@ class Process:
 
 
 class Processes:
-    """The hands that start, find and watch programs. One for the server; cheap to make."""
+    """Starts, finds and watches programs. One per server; cheap to create."""
 
     def __init__(self) -> None:
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        # Inherited by all that we start: a core file would hold a guest's memory, or our secrets.
+        # Inherited by all child processes: a core file would contain a guest's memory, or our secrets.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
     async def spawn(self, program: Program) -> Process:
-        """Start ``program``. Raises SpawnFailed; when cancelled, nothing of it is left either."""
-        with trio.CancelScope(shield=True):  # a few ms; half a start could not be taken back
+        """Start ``program``. Raises SpawnFailed. Also cleans up when cancelled."""
+        with trio.CancelScope(shield=True):  # a few ms; a partial start could not be undone
             process = await trio.to_thread.run_sync(self._spawn, program)
         try:
             await trio.lowlevel.checkpoint_if_cancelled()
@@ -204,7 +204,7 @@ class Processes:
         return process
 
     def find(self, identity: ProcessId) -> Process | None:
-        """The living process of that name, or None."""
+        """The running process with this identity, or None."""
         if identity.boot_id != self.boot_id:
             return None
         process = self._open(identity.pid)
@@ -214,7 +214,7 @@ class Processes:
         return process
 
     def find_marked(self, mark: str) -> Process | None:
-        """The living program that was started with ``mark``, by a look at every process (25 µs each)."""
+        """The running program that was started with ``mark``. Scans every process (25 µs each)."""
         for entry in os.listdir("/proc"):
             if not entry.isdigit() or not _has_mark(entry, mark):
                 continue
@@ -236,10 +236,10 @@ class Processes:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
     ) -> bytes:
-        """Standard output of a helper tool. Raises ToolFailed with what it said on standard error.
+        """Return the standard output of a helper tool. Raises ToolFailed with its standard error.
 
-        ``timeout`` is for the whole run, ``quiet_limit`` the longest time without a word from it.
-        Cancelled, late, or too talkative: its process group is killed and reaped before this returns.
+        ``timeout`` is for the whole run, ``quiet_limit`` the longest time without output.
+        On cancellation, timeout or too much output its process group is killed and reaped before this returns.
         """
         try:
             process = await trio.lowlevel.open_process(
@@ -254,7 +254,7 @@ class Processes:
 
         async def feed(stream: trio.abc.SendStream) -> None:
             async with stream:
-                with contextlib.suppress(trio.BrokenResourceError):  # it may read less than it is given
+                with contextlib.suppress(trio.BrokenResourceError):  # it may not read all of its input
                     await stream.send_all(stdin)
 
         async def collect(stream: trio.abc.ReceiveStream, into: bytearray) -> None:
@@ -297,7 +297,7 @@ class Processes:
         return bytes(output)
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """A no-op: nothing is held open."""
 
     def _spawn(self, program: Program) -> Process:
         with contextlib.ExitStack() as opened:
@@ -308,7 +308,7 @@ class Processes:
                 pid = _in_own_thread(lambda: start(program, output, log))
             except OSError as error:
                 raise SpawnFailed(f"{program.argv[0]} can not be started: {error.strerror or error}") from error
-        # It is still there if it has ended: nobody has reaped it.
+        # If it has exited it is still a zombie: it has not been reaped.
         return Process(ProcessId(pid, _start_time(pid), self.boot_id), os.pidfd_open(pid))
 
     def _open(self, pid: int) -> Process | None:
@@ -322,7 +322,7 @@ class Processes:
             os.close(pidfd)
             return None
         process = Process(ProcessId(pid, started, self.boot_id), pidfd)
-        if not process.alive():  # so the start time may be that of a successor, or it is ours and dead
+        if not process.alive():  # so the start time may belong to a process that reused the pid, or ours is dead
             process.close()
             return None
         return process
@@ -336,10 +336,10 @@ def _open_log(path: str, opened: contextlib.ExitStack) -> int:
 
 
 def _launch(program: Program, output: int, log: int) -> int:
-    """Start ``program`` through the launcher (ext/launcher), which builds its walls. Raises OSError.
+    """Start ``program`` through the launcher (ext/launcher), which sandboxes it. Raises OSError.
 
-    Returns when the program runs. To be called in a thread that ends afterwards: the PID namespace for the next child
-    belongs to the thread alone.
+    Returns once the program runs. Call it in a thread that ends afterwards: the PID namespace for the next child
+    is a per-thread setting.
     """
     if not LAUNCHER.exists():
         raise OSError(errno.ENOENT, f"{LAUNCHER} is missing; run make")
@@ -394,7 +394,7 @@ def _launcher_options(program: Program) -> list[str]:
 
 
 def _start(program: Program, output: int, log: int) -> int:
-    """The same for a server that is not root: it has nothing to wall off. Runs in a thread of its own."""
+    """The same for a server that is not root, without a sandbox. Runs in a thread of its own."""
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "giving up new privileges")
     return _popen(list(program.argv), program, output, log, program.fds)
@@ -410,16 +410,16 @@ def _popen(argv: list[str], program: Program, output: int, log: int, fds: tuple[
         env={"PATH": _PATH, "LANG": "C.UTF-8", MARK_VARIABLE: program.mark},
         pass_fds=fds,
         start_new_session=True,
-        restore_signals=False,  # SIGXFSZ stays ignored, as in all Python: a file at its limit is an error, not the end
+        restore_signals=False,  # SIGXFSZ stays ignored, as in Python: a file at its limit is an error, not fatal
         umask=0o077,
     )
-    child.returncode = 0  # from here on the pidfd watches and reaps it; Popen shall not
+    child.returncode = 0  # from here on it is watched and reaped through the pidfd, not by Popen
     return int(child.pid)
 
 
 def groups_for(devices: Sequence[str]) -> list[int]:
-    """The groups that may open ``devices`` for reading and writing. Root's own is never among them; a device
-    that is not there, or open to everybody, asks for none."""
+    """The groups that may open ``devices`` for reading and writing. Never includes root's group; a device
+    that is missing or world-accessible needs none."""
     groups = set()
     for device in devices:
         with contextlib.suppress(OSError):
@@ -430,12 +430,12 @@ def groups_for(devices: Sequence[str]) -> list[int]:
 
 
 def open_to_users(device: str) -> bool:
-    """Whether a program that is not root may open ``device``: as everybody, or in a group that it is put into."""
+    """Whether a program that is not root can open ``device``: through the mode for others, or through a group."""
     return bool(groups_for([device])) or os.stat(device).st_mode & 0o006 == 0o006
 
 
 def tool_environment() -> dict[str, str]:
-    """What helper tools get of our environment: no secrets, and not the bundle's own libraries.
+    """The environment of helper tools: ours without secrets and without the bundle's library path.
 
     A PyInstaller bundle sets LD_LIBRARY_PATH for itself and keeps the caller's value in ..._ORIG.
     """
@@ -450,13 +450,13 @@ def _start_time(pid: int) -> int:
 
 
 def _stat(pid: int) -> list[bytes]:
-    """What the kernel tells of a process, from its state on."""
+    """The fields of /proc/<pid>/stat, from the process state on."""
     stat = Path(f"/proc/{pid}/stat").read_bytes()
-    return stat[stat.rindex(b")") + 2 :].split()  # the name before may hold spaces and brackets
+    return stat[stat.rindex(b")") + 2 :].split()  # the name before it may contain spaces and parentheses
 
 
 def mark_argument(mark: str) -> str:
-    """An argument that marks a program as its environment would; letters, digits and dashes, 35 of them."""
+    """An argument that marks a program in place of its environment; 35 letters, digits and dashes."""
     return "hm-" + hashlib.sha256(mark.encode()).hexdigest()[:32]
 
 
@@ -482,7 +482,7 @@ def _describe(returncode: int | None) -> str:
 
 
 def _in_own_thread(function: Callable[[], _T]) -> _T:
-    """``function()`` in a thread that ends with it, unlike those of a pool."""
+    """Run ``function()`` in a thread that ends with it, unlike a pool's threads."""
     results: list[_T] = []
     errors: list[BaseException] = []
 
@@ -503,7 +503,7 @@ def _in_own_thread(function: Callable[[], _T]) -> _T:
 def copy_descriptor(pid: int, number: int) -> int:
     """A copy of descriptor ``number`` of process ``pid``. Raises OSError.
 
-    What it leads to has to be checked by the copy: the process may put something else under that number at any moment.
+    Check the file through the copy: the process may replace the descriptor at any moment.
     """
     pidfd = os.pidfd_open(pid)
     try:
@@ -511,15 +511,15 @@ def copy_descriptor(pid: int, number: int) -> int:
         if descriptor < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code) if code != errno.EPERM else "CAP_SYS_PTRACE is missing")
-        return descriptor  # close-on-exec, as the kernel makes it
+        return descriptor  # the kernel sets close-on-exec
     finally:
         os.close(pidfd)
 
 
 def open_for_child(path: str, flags: int, mode: int = 0o600, *, regular: bool = False, log: bool = False) -> int:
-    """A descriptor to hand to a program: opened by us, so that its user need not be able to.
+    """A descriptor to pass to a program: opened by us, so that its user needs no access to the path.
 
-    ``regular``: only a regular file, through no link; ``log``: a log (``open_log``). Raises OSError.
+    ``regular``: only a regular file, not following links; ``log``: a log (``open_log``). Raises OSError.
     """
     if regular or log:
         fd = open_regular(path, flags, mode, links=2 if log else 0)
@@ -528,7 +528,7 @@ def open_for_child(path: str, flags: int, mode: int = 0o600, *, regular: bool = 
         fd = os.open(path, flags | os.O_CLOEXEC, mode)
     if fd > 2:
         return fd
-    try:  # 0 to 2 will be the child's standard streams
+    try:  # 0 to 2 are the child's standard streams
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
         os.close(fd)

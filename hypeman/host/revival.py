@@ -1,12 +1,12 @@
-"""A VMM whose TAP somebody deleted, put on the TAP of the same name that was made anew.
+"""Reattaches a VMM whose TAP was deleted to the recreated TAP of the same name.
 
-The descriptor that the VMM holds is not lost with its TAP, only empty: the kernel lets it be attached again,
-by whoever has a copy of it. We take a copy out of the VMM (pidfd_getfd), attach it and close it. So no VMM needs
-to know, no guest to lose its interface, and nothing of ours to be kept for the purpose.
+The VMM's descriptor outlives its TAP, only detached: the kernel lets any process with a copy of it attach it
+again. We copy it from the VMM (pidfd_getfd), attach it and close it. So the VMM is not involved, the guest keeps
+its interface, and we need not keep a descriptor for the purpose.
 
-What the VMM had told the old TAP and no one can ask for is set to what fits always: 12 bytes before each frame
-(virtio 1.0, so every guest of ours), and no offloads towards the guest, which gets small segments until it
-is started or restored next.
+Settings that the VMM made on the old TAP and that cannot be read back get safe values: a 12-byte header before
+each frame (virtio 1.0, so all our guests), and no offloads towards the guest, which gets small segments until it
+is next started or restored.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _VIRTIO_1_HEADER = 12
 
 
 def revive(pid: int, name: str) -> int:
-    """Attach what process ``pid`` holds of deleted TAPs to the TAP ``name``; how many descriptors that were.
+    """Attach process ``pid``'s descriptors of deleted TAPs to the TAP ``name``; returns their number.
 
     Each copy is checked before it is used.
 
-    Raises HostError. A process that has ended holds none.
+    Raises HostError. An exited process has none.
     """
     try:
         lost = _lost_descriptors(pid)
@@ -50,7 +50,7 @@ def revive(pid: int, name: str) -> int:
 
 
 def _lost_descriptors(pid: int) -> list[int]:
-    """Those of TAPs that are not there any more: the kernel names the TAP in fdinfo, and here no name."""
+    """Descriptors of deleted TAPs: fdinfo contains the TAP's name, and for these no name."""
     found: list[int] = []
     if not Path(f"/proc/{pid}/fd").is_dir():
         return found

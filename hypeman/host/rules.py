@@ -1,8 +1,8 @@
-"""Our nftables tables, changed and watched.
+"""Changes and watches our nftables tables.
 
-The fixed part is text and is loaded by the ``nft`` program (some 20 ms, at start and after a flush).
-Elements, which come and go with every instance, are netlink transactions of our own: 0.1 ms and no
-process, against 15 to 25 ms for ``nft`` to do the same.
+The fixed part is text and is loaded by the ``nft`` program (about 20 ms, at start and after a flush).
+Elements, which change with every instance, use our own netlink transactions: 0.1 ms and no process,
+compared with 15 to 25 ms for ``nft``.
 
 Formats: include/uapi/linux/netfilter/nf_tables.h (a batch is a transaction), nfnetlink_conntrack.h.
 """
@@ -49,7 +49,7 @@ _TUPLE_IP, _IPV4_SOURCE = 1, 1
 _ORIGINAL_FLAGS, _REPLY_FLAGS, _SELECT_SOURCE = 1, 2, 1
 _FAMILY = {"inet": 1, "arp": 3}
 _TABLE_NAME = 1
-"""The first attribute of tables, chains, rules, sets and elements alike."""
+"""The first attribute of tables, chains, rules, sets and elements."""
 
 
 class RulesMissing(HostError):
@@ -57,7 +57,7 @@ class RulesMissing(HostError):
 
 
 class Rules:
-    """All changes to nftables. Never anything but our two tables."""
+    """All changes to nftables. Only our two tables are ever changed."""
 
     def __init__(self) -> None:
         self._netlink = Netlink(NETLINK_NETFILTER)
@@ -68,11 +68,11 @@ class Rules:
         self._netlink.close()
 
     async def load(self, ruleset: str) -> None:
-        """Load nft's own text as one transaction. Raises HostError with what nft said."""
+        """Load a ruleset in nft syntax as one transaction. Raises HostError with nft's error output."""
         await trio.to_thread.run_sync(self._load, ruleset, limiter=self._one_at_a_time)
 
     async def change(self, *, remove: Iterable[Element] = (), add: Iterable[Element] = ()) -> None:
-        """Remove and add elements, all or none. Removing what is not there and adding what is are fine."""
+        """Remove and add elements atomically. Removing missing and adding existing elements is a no-op."""
         messages = _change_messages(tuple(remove), tuple(add))
         if messages:
             await trio.to_thread.run_sync(
@@ -81,11 +81,11 @@ class Rules:
             )  # fmt: skip
 
     async def forget_flows(self, address: str) -> None:
-        """Remove what conntrack remembers of connections from and to ``address``. Raises NetlinkError."""
+        """Delete conntrack entries of connections from and to ``address``. Raises NetlinkError."""
         await trio.to_thread.run_sync(self._forget, IPv4Address(address), limiter=self._one_at_a_time)
 
     async def watch_foreign_changes(self) -> AsyncGenerator[None, None]:
-        """Yields when somebody else changed one of our tables, or may have; close it with ``aclosing``."""
+        """Yields when another program changed one of our tables, or may have; close it with ``aclosing``."""
         monitor = Monitor(NETLINK_NETFILTER, (_GROUP_NFTABLES,))
         try:
             while True:
@@ -95,7 +95,7 @@ class Rules:
             monitor.close()
 
     def _foreign(self, packet: Packet) -> bool | None:
-        """True for a change of our tables by somebody else."""
+        """True for a change of our tables by another program."""
         ours = packet.type != _NEW_GENERATION and _names_our_table(packet.body)
         return True if ours and packet.port not in (self._netlink.port, *self._nft_pids) else None
 
@@ -111,7 +111,7 @@ class Rules:
         self._netlink.run([Message(_DELETE_FLOWS, 0, *each, (errno.ENOENT,)) for each in _selections(address)])
 
     def _forget_one_by_one(self, address: IPv4Address) -> None:
-        """For kernels that select only what they list, as Debian 12's 6.1 does."""
+        """For kernels that filter only dumps, not deletions, such as Debian 12's 6.1."""
         listed = [self._netlink.dump(Message(_GET_FLOWS, 0, *each)) for each in _selections(address)]
         self._netlink.run([_delete_message(packet) for packets in listed for packet in packets])
 
@@ -120,7 +120,7 @@ class Rules:
 
 
 def _nft(arguments: list[str], text_in: str, pids: deque[int]) -> str:
-    """``nft`` binds its socket to its process id, by which its changes are told from foreign ones."""
+    """Run ``nft``. It binds its socket to its process id, which distinguishes its changes from foreign ones."""
     try:
         process = subprocess.Popen(
             ["nft", *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -144,7 +144,7 @@ def _batch(kind: int) -> Message:
 
 
 def _change_messages(remove: tuple[Element, ...], add: tuple[Element, ...]) -> list[Message]:
-    """A removal is preceded by an addition, since removing what is not there fails the transaction."""
+    """A removal is preceded by an addition, since removing a missing element fails the transaction."""
     return [
         *(_element_message(_NEW_ELEMENT, CREATE, element) for element in remove),
         *(_element_message(_DEL_ELEMENT, 0, element) for element in remove),
@@ -153,7 +153,7 @@ def _change_messages(remove: tuple[Element, ...], add: tuple[Element, ...]) -> l
 
 
 def _selections(address: IPv4Address) -> list[tuple[bytes, str]]:
-    """Flows that ``address`` began, and those that it answers: body and name of a message about them."""
+    """Message body and name for the flows that ``address`` started, and for those that it answers."""
     source = nested(_TUPLE_IP, attr(_IPV4_SOURCE, address.packed))
     header = struct.pack("=BBH", socket.AF_INET, 0, 0)
     return [
@@ -166,7 +166,7 @@ def _selections(address: IPv4Address) -> list[tuple[bytes, str]]:
 
 
 def _delete_message(flow: Packet) -> Message:
-    """Its number says that it is this one and no later one of the same ends."""
+    """Includes the flow's id, so that a later flow between the same endpoints is not deleted."""
     told = dict(attributes(flow.body, 4))
     body = flow.body[:4] + nested(_TUPLE_ORIGINAL, told[_TUPLE_ORIGINAL])
     body += b"".join(attr(kind, told[kind]) for kind in (_FLOW_NUMBER, _FLOW_ZONE) if kind in told)
@@ -182,7 +182,7 @@ def _element_message(kind: int, flags: int, element: Element) -> Message:
 
 
 def encode_key(element: Element) -> bytes:
-    """The key as the kernel keeps it: each part padded to four bytes, interface names to 16."""
+    """The key in the kernel's format: each part padded to four bytes, interface names to 16."""
     name, *identity = element.key
     key = name.encode().ljust(16, b"\0")
     if identity:

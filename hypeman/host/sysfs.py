@@ -1,12 +1,12 @@
 """Reading and writing below ``/sys`` without hanging the server.
 
-A write that unbinds a driver returns when the driver lets go, and a driver may never do that. So
-every access runs in a thread of its own pool with a time limit. When the limit has passed the
-caller gets HostStuck, the log says so, and the thread stays behind until the kernel returns; until
-then the same ``subject`` (a PCI address, usually) is refused, so that nothing is written on top of an
-unfinished change, and a late one can not meet the next owner. ``wait_returned`` tells when it ended.
+A write that unbinds a driver returns when the driver has released the device, which may never happen.
+So every access runs in a thread of a separate pool with a time limit. After the limit the caller
+gets HostStuck, this is logged, and the thread remains until the kernel returns; until then the same
+``subject`` (usually a PCI address) is refused, so that nothing is written on top of an unfinished
+change, and a late one cannot affect the next owner. ``wait_returned`` returns when it has ended.
 
-An access is not cancelled half-way: it is shielded up to its limit, and cancellation is seen before it.
+An access is shielded from cancellation up to its limit; cancellation takes effect only before it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_READ = 1 << 16
 
 
 class HostStuck(HostError):
-    """The kernel has not returned from a change in time; it may still happen."""
+    """The kernel did not complete a change in time; it may still complete it."""
 
 
 class Sysfs:
@@ -42,14 +42,14 @@ class Sysfs:
     def __init__(self, root: Path, *, deadline: float = 30.0) -> None:
         self.root = root
         self.deadline = deadline
-        """Seconds that one access may take."""
+        """``deadline``: seconds that one access may take."""
         self._limiter: trio.CapacityLimiter | None = None
         self._busy: dict[str, str] = {}
-        """Subject → what is under way for it."""
+        """Subject → the access in progress for it."""
         self._returned = trio.Event()
 
     def read_link(self, path: str) -> str | None:
-        """The last part of where a link points, None if there is none. Never blocks."""
+        """The last path component of a link's target, None if there is none. Never blocks."""
         try:
             return os.readlink(self.root / path).rpartition("/")[2]
         except OSError:
@@ -59,11 +59,11 @@ class Sysfs:
         return os.path.lexists(self.root / path)
 
     def is_busy(self, subject: str) -> bool:
-        """A change of ``subject`` is under way, perhaps for ever."""
+        """A change of ``subject`` is in progress, possibly forever."""
         return subject in self._busy
 
     async def write(self, path: str, text: str, *, subject: str) -> None:
-        """Raises HostError with the path and the kernel's reason, HostStuck when time is up."""
+        """Raises HostError with the path and the kernel's reason, HostStuck on timeout."""
         await self._in_time(subject, f"writing {text!r} to {self.root / path}", lambda: self.write_now(path, text))
 
     async def read(self, path: str, *, subject: str) -> str | None:
@@ -83,7 +83,7 @@ class Sysfs:
         return await self._in_time(f"{what} #{time.monotonic_ns()}", what, fn)
 
     def write_now(self, path: str, text: str) -> None:
-        """The write itself, in whatever thread. One system call: the kernel acts on each."""
+        """The write itself, in the calling thread. One system call: the kernel acts on each."""
         fd = os.open(self.root / path, os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, text.encode())
@@ -91,7 +91,7 @@ class Sysfs:
             os.close(fd)
 
     async def wait_returned(self) -> None:
-        """Wait until an access that was given up for stuck has come back after all."""
+        """Wait until an access that was reported as stuck has returned after all."""
         await self._returned.wait()
         self._returned = trio.Event()
 
@@ -116,7 +116,7 @@ class Sysfs:
 
         def work() -> R:
             if not begun.acquire(blocking=False):
-                raise HostStuck(what)  # to nobody: it was given up
+                raise HostStuck(what)  # discarded: the caller has already timed out
             try:
                 return fn()
             finally:
