@@ -1,4 +1,4 @@
-"""The only place that knows how undoing works. See runner.py."""
+"""Runs and undoes plans; the only implementation of undo. See runner.py."""
 
 from hypeman.saga.runner import Step, UndoFailed, carry_forward, carry_out, take_back
 

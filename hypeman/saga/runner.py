@@ -1,19 +1,19 @@
-"""Carry out a plan, or take it back.
+"""Carry out a plan, or undo it.
 
-A plan is a tuple of steps; a step is plain data with ``do`` beside ``undo``. Plans are of two kinds:
+A plan is a tuple of steps; a step is plain data with ``do`` and ``undo``. There are two ways to run one:
 
-    carry_out       all or nothing: when a step fails or we are cancelled, the begun steps are undone,
-                    newest first, the failing one too, since it may have half happened
-    carry_forward   only onwards: what must end (stop, delete) is tried again until it is done
+    carry_out       all or nothing: on failure or cancellation all started steps are undone, newest
+                    first, including the failed one, since it may be partly done
+    carry_forward   roll forward only: for operations that must complete (stop, delete), with retries
 
-What every step promises, and the tests hold it to:
+Every step guarantees, and the tests verify:
 
-- ``do`` may run again after it was done or half done (a crash comes between doing and noting).
-- ``undo`` is content when there is nothing to undo, and may run twice.
-- Both meet only what carries this plan's own names.
+- ``do`` may run again after it was done or partly done (a crash before the result was recorded).
+- ``undo`` is idempotent and a no-op if nothing was done.
+- Both touch only resources that carry this plan's own names.
 
-Undoing is shielded from cancellation and goes on past a failing undo: everything that can be taken
-back is. What could not be is told by UndoFailed, and the caller keeps the intent for the next start.
+Undoing is shielded from cancellation and continues after a failed undo: everything that can be undone
+is. UndoFailed reports the rest, and the caller keeps the intent for the next start.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _FORWARD_PAUSE = 0.2
 
 
 class Step(Protocol[World_contra]):
-    """One change of the world, and its reverse."""
+    """One change to the system, and its reverse."""
 
     async def do(self, world: World_contra) -> None: ...
     async def undo(self, world: World_contra) -> None: ...
 
 
 class UndoFailed(InternalError):
-    """Some steps could not be taken back; the intent stays for the next start."""
+    """Some steps could not be undone; the intent is kept for the next start."""
 
 
 async def carry_out(steps: Sequence[Step[World_contra]], world: World_contra) -> None:
-    """Do all steps in order, or raise what went wrong with all begun ones undone.
+    """Do all steps in order. On failure undo all started ones and raise the error.
 
-    Raises UndoFailed instead, with the first failure as its cause, if the undoing failed as well.
+    Raises UndoFailed instead, with the first failure as its cause, if undoing failed as well.
     """
     begun = 0
     try:
@@ -64,7 +64,7 @@ async def carry_out(steps: Sequence[Step[World_contra]], world: World_contra) ->
 
 
 async def take_back(steps: Sequence[Step[World_contra]], world: World_contra) -> None:
-    """Undo ``steps``, newest first, going on past failures. Raises UndoFailed if there were any."""
+    """Undo ``steps``, newest first, continuing after failures. Raises UndoFailed if there were any."""
     failed: list[str] = []
     with trio.CancelScope(shield=True):
         for step in reversed(steps):
@@ -78,9 +78,9 @@ async def take_back(steps: Sequence[Step[World_contra]], world: World_contra) ->
 
 
 async def carry_forward(steps: Sequence[Step[World_contra]], world: World_contra) -> None:
-    """Do all steps, each tried a few times. Raises what the last try of a step raised.
+    """Do all steps, retrying each a few times. Raises the error of a step's last attempt.
 
-    Cancelled, it leaves the rest undone: the intent is still stored and the next start goes on.
+    If cancelled, the remaining steps are not done: the intent is still stored and the next start continues.
     """
     for step in steps:
         for attempt in range(1, _FORWARD_TRIES + 1):
