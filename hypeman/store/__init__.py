@@ -1,4 +1,4 @@
-"""The truth: typed tables in one LMDB file. See README.md."""
+"""Persistent state: typed tables in one LMDB file. See README.md."""
 
 from hypeman.store.schema import MIGRATIONS, SCHEMA_VERSION
 from hypeman.store.store import Store

@@ -1,8 +1,8 @@
-"""Schema version of the store, and how an older one becomes this one.
+"""Schema version of the store, and migrations from older ones.
 
-Adding a field with a default, or a table, needs nothing. Everything else raises SCHEMA_VERSION and
-adds the function that turns the version before into it. The steps run in one transaction: either
-the store is wholly of the new version or untouched.
+Adding a field with a default, or a table, needs no migration. Any other change increments SCHEMA_VERSION
+and adds a function that migrates from the previous version. All migrations run in one transaction: the
+store either has the new version or is unchanged.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SCHEMA_VERSION = 1
 Migration = Callable[[Txn], None]
 
 MIGRATIONS: Mapping[int, Migration] = MappingProxyType({})
-"""Version n → what turns a store of version n into n + 1."""
+"""Version n → function that migrates a store from version n to n + 1."""
 
 
 class SchemaRow(msgspec.Struct, frozen=True):
     version: int
     created_by: str
-    """Version of the program that made the store."""
+    """Version of the program that created the store."""
 
 
 SCHEMA: Table[SchemaRow] = Table("schema", SchemaRow)

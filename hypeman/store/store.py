@@ -1,18 +1,18 @@
 """LMDB behind two functions: ``read`` and ``write``.
 
-    read(fn)          runs fn(txn) at once, in this thread: a look into mapped memory, no I/O wait
+    read(fn)          runs fn(txn) immediately, in this thread: reads mapped memory, no I/O wait
     await write(fn)   runs fn(txn) in a worker thread and returns when its changes are on disk
 
-One plain function is one transaction: a write transaction of LMDB stays on the thread that began
-it, so functions are handed over whole. Writers that come while a commit is under way are committed
-together by the next one, each in a child transaction of its own, so that they share the fsync but
-not their failures (group commit). Order is the order of the calls.
+One plain function is one transaction: a write transaction of LMDB is bound to the thread that began
+it, so whole functions are passed. Writes that arrive during a commit are committed together by the
+next one, each in its own child transaction, so that they share the fsync but not their failures
+(group commit). Writes run in the order of the calls.
 
-What always holds:
+Invariants:
 
-- A ``write`` that returned is on disk. One that raised has changed nothing.
-- A write once handed over is never cancelled half-way; the caller waits shielded (milliseconds).
-- One process owns a store (a lock on the directory), so nothing changes behind our caches.
+- A ``write`` that returned is on disk. One that raised changed nothing.
+- A submitted write is never cancelled; the caller waits shielded (milliseconds).
+- One process owns a store (a lock on the directory), so caches cannot become stale.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ R = TypeVar("R")
 _INITIAL_MAP = 64 << 20
 _LOCK_SECONDS = 1.0
 _MAX_BATCH = 256
-"""Writers that share one commit; bounds how long the first of them waits."""
+"""Maximum writes per commit; bounds how long the first of them waits."""
 
 
 class _Write(Generic[R]):
-    """A function on its way to the writer, and the place for its result."""
+    """A queued write function and its result."""
 
     __slots__ = ("done", "fn", "result")
 
@@ -55,7 +55,7 @@ class _Write(Generic[R]):
 
 
 class Store:
-    """An open store. ``Store.open`` makes it, ``serving`` (or ``run`` in a nursery) serves the writers."""
+    """An open store. ``Store.open`` creates it, ``serving`` (or ``run`` in a nursery) processes writes."""
 
     def __init__(self, env: lmdb.Environment, lock_fd: int) -> None:
         self._env = env
@@ -63,7 +63,7 @@ class Store:
         self._pending: list[_Write[Any]] = []
         self._work = trio.Event()
         self._readers_gate = threading.Lock()
-        """Held while the map is replaced by a larger one, which no reader may see happen."""
+        """Held while the map is replaced by a larger one, when no reader may be active."""
         self._closed = False
         self.commits = 0
 
@@ -75,9 +75,9 @@ class Store:
         version: int = SCHEMA_VERSION,
         migrations: Mapping[int, Migration] = MIGRATIONS,
     ) -> Store:
-        """Open the store in directory ``path``, making or migrating it where needed.
+        """Open the store in directory ``path``, creating or migrating it if needed.
 
-        Raises StoreError, with the store untouched, when it is in use by another server, can not be
+        Raises StoreError, with the store unchanged, if it is in use by another server, cannot be
         read or written, or was written by a newer version.
         """
         with ExitStack() as undo, _translated(path):
@@ -95,7 +95,7 @@ class Store:
             return cls(env, lock_fd)
 
     def close(self) -> None:
-        """Close the file. Writers that still wait fail with StoreError."""
+        """Close the file. Pending writes fail with StoreError."""
         if self._closed:
             return
         self._closed = True
@@ -108,19 +108,19 @@ class Store:
         os.close(self._lock_fd)
 
     def read(self, fn: Callable[[Txn], R]) -> R:
-        """Run ``fn`` on a consistent view of the store and return what it returns.
+        """Run ``fn`` on a consistent view of the store and return its result.
 
-        Synchronous on purpose: a few microseconds for a row. ``fn`` must not write.
+        Synchronous on purpose: a row takes a few microseconds. ``fn`` must not write.
         """
         with self._readers_gate, _translated(None), self._env.begin() as txn:
             return fn(Txn(txn))
 
     async def write(self, fn: Callable[[Txn], R]) -> R:
-        """Run ``fn`` in a transaction and return its result when that is durable.
+        """Run ``fn`` in a transaction and return its result once it is durable.
 
-        ``fn`` is a plain function; it runs in another thread and may run twice (when the map had to
-        grow), so it must touch nothing but the transaction. What it raises is raised here, with
-        nothing changed.
+        ``fn`` is a plain function; it runs in another thread and may run twice (if the map had to
+        grow), so it must touch only the transaction. Its exceptions are raised here, with nothing
+        changed.
         """
         write = self._hand_over(fn)
         with trio.CancelScope(shield=True):
@@ -131,12 +131,12 @@ class Store:
     def write_soon(self, fn: Callable[[Txn], object]) -> None:
         """Like ``write``, without waiting: durable together with, and before, any later write.
 
-        For notes whose loss a crash may bring: they are found missing and the work done again.
+        For records that may be lost in a crash, because the work is then redone.
         """
         self._hand_over(fn)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve writers until cancelled; what was handed over before is still committed."""
+        """Process writes until cancelled; writes submitted before are still committed."""
         task_status.started()
         try:
             while not self._closed:
@@ -148,10 +148,10 @@ class Store:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
-        """``run`` around a block: what works inside can write to its end, also while it is cancelled.
+        """``run`` around a block: code inside can write until it ends, also while being cancelled.
 
-        Undoing is shielded, and it writes; with a ``run`` that is cancelled together with it, it would wait
-        for ever.
+        Undoing is shielded, and it writes; if ``run`` were cancelled together with it, it would wait
+        forever.
         """
         until_the_end = trio.CancelScope(shield=True)
 
@@ -170,7 +170,7 @@ class Store:
     def copy(path: Path, target: Path) -> None:
         """Write a compact, consistent copy of the store at ``path`` into the empty directory ``target``.
 
-        A server may own the store and write to it meanwhile. Blocks; raises StoreError.
+        A running server may own the store and write to it concurrently. Blocks; raises StoreError.
         """
         with _translated(path), lmdb.open(str(path), readonly=True, create=False) as env:
             env.copy(str(target), compact=True)
@@ -206,7 +206,7 @@ class Store:
             self._work = trio.Event()
 
     def _commit(self, batch: list[_Write[Any]]) -> None:
-        """Give every write of the batch its result. Never raises."""
+        """Commit the batch and set the result of each write. Never raises."""
         while True:
             try:
                 with self._env.begin(write=True) as txn:
@@ -216,7 +216,7 @@ class Store:
                 return
             except lmdb.MapFullError:
                 self._grow()
-            except lmdb.Error as error:  # the commit itself: full disk, I/O error; nothing was changed
+            except lmdb.Error as error:  # the commit itself failed: full disk, I/O error; nothing was changed
                 failure = StoreError(f"the store could not be written: {error}")
                 for write in batch:
                     write.result = outcome.Error(failure)
@@ -241,8 +241,8 @@ class Store:
 
 
 def _lock(fd: int) -> bool:
-    """Whether the lock is ours now. A server that was just killed may have left it to a child between fork
-    and exec, which gives it up in a moment."""
+    """Take the lock; returns whether we have it. A server that was just killed may have left it to a child
+    between fork and exec, which releases it shortly."""
     deadline = time.monotonic() + _LOCK_SECONDS
     while True:
         try:
@@ -292,5 +292,5 @@ def _file_size(path: Path) -> int:
 
 
 def _rounded(size: int) -> int:
-    """Up to whole MiB, which is a multiple of every page size."""
+    """Round up to whole MiB, a multiple of every page size."""
     return (size + (1 << 20) - 1) >> 20 << 20

@@ -1,8 +1,8 @@
-"""Typed tables inside one ordered key space.
+"""Typed tables in one ordered key space.
 
-A row lives under ``<table>/<key>`` and holds a Struct as JSON: a dump of the store can be read by
-a person, and a field added with a default needs no migration (msgspec's schema evolution). One key
-space for all tables, because then every transaction covers all of them without further ado.
+A row is stored under ``<table>/<key>`` as a Struct in JSON: a dump of the store is human-readable,
+and a field added with a default needs no migration (msgspec's schema evolution). All tables share
+one key space, so that every transaction covers all of them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from hypeman.errors import StoreError
 T = TypeVar("T")
 
 _MAX_KEY = 511
-"""LMDB's limit for keys in bytes."""
+"""LMDB's key size limit in bytes."""
 
 
 class Table(Generic[T]):
-    """Name and row type of a table. Declared once at module level by the capability that owns it."""
+    """Name and row type of a table. Declared once at module level by the package that owns it."""
 
     def __init__(self, name: str, row: type[T]) -> None:
         if "/" in name or not name:
@@ -36,7 +36,7 @@ class Table(Generic[T]):
         return f"Table({self.name!r})"
 
     def key(self, key: str) -> bytes:
-        """The full key of a row. Raises StoreError when it is longer than LMDB allows."""
+        """The full key of a row. Raises StoreError if it is longer than LMDB allows."""
         full = self.prefix + key.encode()
         if len(full) > _MAX_KEY:
             raise StoreError(f"key {key[:60]!r}… of table {self.name} is longer than {_MAX_KEY} bytes")
@@ -57,25 +57,25 @@ class Txn:
         return self._txn.get(table.key(key)) is not None
 
     def put(self, table: Table[T], key: str, row: T) -> None:
-        """Write ``row``, replacing what was there."""
+        """Write ``row``, replacing any existing one."""
         self._txn.put(table.key(key), table.encode(row))
 
     def insert(self, table: Table[T], key: str, row: T) -> bool:
-        """Write ``row`` only if there is none yet; whether it was written."""
+        """Write ``row`` only if there is none yet; returns whether it was written."""
         return bool(self._txn.put(table.key(key), table.encode(row), overwrite=False))
 
     def delete(self, table: Table[T], key: str) -> bool:
-        """Remove the row; whether there was one."""
+        """Remove the row; returns whether there was one."""
         return bool(self._txn.delete(table.key(key)))
 
     def scan(self, table: Table[T], prefix: str = "") -> Iterator[tuple[str, T]]:
-        """Rows whose key begins with ``prefix``, in key order. The table may be changed meanwhile only
-        after the iteration has ended: collect first."""
+        """Rows whose key starts with ``prefix``, in key order. Do not change the table during the
+        iteration: collect the rows first."""
         for key, value in self._items(table, prefix):
             yield key, table.decode(value)
 
     def keys(self, table: Table[T], prefix: str = "") -> Iterator[str]:
-        """Keys that begin with ``prefix``, in order, without reading the rows."""
+        """Keys that start with ``prefix``, in order, without reading the rows."""
         for key, _ in self._items(table, prefix):
             yield key
 
@@ -86,7 +86,7 @@ class Txn:
             if not cursor.set_range(start):
                 return
             for key, value in cursor:
-                assert isinstance(key, bytes) and isinstance(value, bytes)  # buffers were not asked for
+                assert isinstance(key, bytes) and isinstance(value, bytes)  # not buffers
                 if not key.startswith(start):
                     return
                 yield key[skip:].decode(), value
