@@ -1,7 +1,7 @@
-"""What stands between instances and the capabilities they use, where the two speak differently.
+"""Adapters between instances and the capabilities they use, where their types differ.
 
-Capabilities know no InstanceRecord; here a record becomes a lease's plan, an egress policy or a
-claim, and what is sealed or counted finds its way back.
+Capabilities do not know InstanceRecord. Here a record is converted to a lease's plan, an egress
+policy or a claim, and sealed values and counters are mapped back to the instance.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hypeman.store import Store, Table, Txn
 
 
 class Leases:
-    """Addresses for instances, and a share of the uplink for those that ask for no rates."""
+    """Addresses for instances, and a share of the uplink for those that request no rates."""
 
     def __init__(self, network: Network, resources: ResourceService, *, default_limits: bool, isolated: bool) -> None:
         self._network = network
@@ -49,7 +49,7 @@ class Leases:
         leases.drop_lease(txn, instance_id, self._network.subnet)
 
     def default_rates(self, spec: InstanceSpec) -> InstanceSpec:
-        """Shares are by vCPUs, and only where the capacity is known."""
+        """Shares are proportional to vCPUs, and assigned only if the capacity is known."""
         capacity = self._resources.capacity
         if spec.network and self._default_limits:
             share = self._resources.share(spec.vcpus, self._resources.limits.network)
@@ -80,21 +80,21 @@ SECRETS: Table[SealedSecrets] = Table("egress-secrets", SealedSecrets)
 
 
 class EgressOfInstances:
-    """Real values sealed in the store, and policies in force while a VM lives."""
+    """Credential values sealed in the store, and egress policies in force while a VM runs."""
 
     def __init__(self, egress: Egress, store: Store) -> None:
         self._egress = egress
         self._store = store
 
     def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None:
-        """Raise InvalidRequest unless these values can be put where the rules say."""
+        """Raise InvalidRequest unless these values can be inserted where the rules say."""
         sources = {credential.source.env: credential for credential in spec.credentials.values()}
         concerned = {key: c for key, c in spec.credentials.items() if c.source.env in values}
         assert set(values) <= set(sources)
         policy.check_credentials(concerned if len(values) < len(sources) else spec.credentials, values)
 
     def seal(self, txn: Txn, instance_id: str, values: Mapping[str, str]) -> None:
-        """Keep ``values``, merged over those that are kept already."""
+        """Store ``values``, merged over the stored ones."""
         if values:
             merged = {**self._open(txn, instance_id), **values}
             txn.put(SECRETS, instance_id, SealedSecrets(self._egress.sealer.seal(instance_id, merged)))
@@ -103,7 +103,7 @@ class EgressOfInstances:
         txn.delete(SECRETS, instance_id)
 
     async def refresh(self, instance_id: str) -> None:
-        """New values take effect with the next request, if the instance lives."""
+        """Make new values take effect on the next request, if the instance is running."""
 
         def read(txn: Txn) -> tuple[InstanceRecord | None, Lease | None]:
             return txn.get(INSTANCES, instance_id), leases.get_lease(txn, instance_id)
@@ -132,7 +132,7 @@ class EgressOfInstances:
 
 
 class EgressGuests:
-    """The instances with mediated egress, for the view of the egress path."""
+    """The instances with mediated egress, for the API view of the egress path."""
 
     def __init__(self, board: Board) -> None:
         self._board = board

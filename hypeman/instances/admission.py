@@ -1,7 +1,7 @@
-"""Which command is legal in which state: the whole table on one screen.
+"""Which command is legal in which state: the whole table.
 
-A command waits for its turn in the instance's task and is judged there, so two verbs at once are
-ordered, never mixed. A refusal names the state and says what would be legal.
+A command is queued in the instance's task and checked when it is dequeued, so concurrent commands
+are serialized. A refusal names the state and the commands that would be legal.
 
     state          start  stop  standby  restore  fork  capture  exec/cp/stat  attach/detach  delete
     Created                x                                                                    x

@@ -1,15 +1,15 @@
-"""What everybody may look at: the current record of each instance, its API form ready-made, and
-who waits for a change.
+"""The current record of each instance, its cached API encoding, and the tasks waiting for a
+change.
 
 ``GET /instances`` with 1,000 instances must cost about as much as ``GET /health``, so the encoded
-bytes are kept and only the one number that moves by itself, the milliseconds of the current phase,
-is put in at the moment of asking:
+bytes are cached and only the one number that changes over time, the milliseconds of the current
+phase, is inserted on each request:
 
     b'{"id":"k3…","phase_durations_ms":{"running":' + b'91345' + b'},"current_phase":"running"…}'
 
-For the list of all, what stands between two numbers is kept in one piece until an instance changes.
-Joining 1,000 takes 0.13 ms of CPU then, 0.25 ms where the pieces must be put together first; formatting
-each by ``%`` 1.1 ms, for it copies everything twice; rendering and encoding them anew 30 ms.
+For the full list, the bytes between two numbers are cached as one piece until an instance changes.
+Joining 1,000 then takes 0.13 ms of CPU, or 0.25 ms if the pieces must be assembled first; formatting
+each with ``%`` takes 1.1 ms, since it copies everything twice; rendering and encoding again takes 30 ms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hypeman.instances.records import InstanceRecord
 from hypeman.instances.types import Instance, InstanceState
 
 _MARK = 987654321987654321
-"""Stands for the current phase's milliseconds in the encoded form; no stay lasts 31 million years."""
+"""Placeholder for the current phase's milliseconds in the encoded form; no phase lasts 31 million years."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -41,14 +41,14 @@ class _Entry:
         self.changed = trio.Event()
         phases = record.phases
         self.zero_ms = int(phases.since.timestamp() * 1000) - phases.ended_ms.get(phases.current, 0)
-        """When the current phase would have begun had it never been left."""
+        """When the current phase would have begun if all time in it had been continuous."""
         durations = {**phases.ended_ms, phases.current: _MARK}
         whole = _encode(msgspec.structs.replace(view, phase_durations_ms=durations))
         self.before, self.after = whole.split(str(_MARK).encode())
 
 
 class _Listed:
-    """A JSON array of instances, complete but for the numbers."""
+    """A JSON array of instances, complete except for the numbers."""
 
     __slots__ = ("_parts", "_zeros_ms")
 
@@ -62,7 +62,7 @@ class _Listed:
         stays = [now_ms - zero_ms for zero_ms in self._zeros_ms]
         if not stays:
             return self._parts[0]
-        if min(stays) < 0:  # the clock went back
+        if min(stays) < 0:  # the clock was set back
             stays = [max(0, stay) for stay in stays]
         parts = self._parts.copy()
         parts[1::2] = _encode(stays)[1:-1].split(b",")
@@ -74,11 +74,11 @@ class Board:
         self._render = render
         self._entries: dict[str, _Entry] = {}
         self._all: _Listed | None = None
-        """For the list of all; None: to be made anew."""
+        """For the full list; None: must be rebuilt."""
         self._names: dict[str, str] = {}
 
     def post(self, record: InstanceRecord) -> None:
-        """Show ``record`` from now on and wake who waits for a change of it."""
+        """Publish ``record`` and wake the tasks waiting for a change to it."""
         old = self._entries.get(record.id)
         self._entries[record.id] = _Entry(record, self._render(record, record.phases.since))
         self._names[record.name] = record.id
@@ -94,7 +94,7 @@ class Board:
             entry.changed.set()
 
     def find(self, reference: str) -> InstanceRecord:
-        """By id, else name, else the only id that begins so (§1.5). Raises NotFound or Ambiguous."""
+        """Look up by id, then name, then unique id prefix (§1.5). Raises NotFound or Ambiguous."""
         entry = self._entries.get(reference) or self._entries.get(self._names.get(reference, ""))
         if entry is not None:
             return entry.record
@@ -122,7 +122,7 @@ class Board:
         return _Listed(list(entries)).encoded(_now_ms())
 
     async def wait_change(self, record: InstanceRecord) -> InstanceRecord | None:
-        """Wait until the instance's record is another than ``record``; None when it is gone."""
+        """Wait until the instance's record differs from ``record``; None if it was deleted."""
         entry = self._entries.get(record.id)
         if entry is None:
             return None

@@ -1,12 +1,12 @@
-"""Saved memory and devices of a VM, shared by all who come back from it.
+"""Saved memory and device state of a VM, shared by all instances restored from it.
 
-A capture is a directory published by rename and only then recorded, so a torn one can not look
-whole. It never changes once recorded; who needs it is in its row:
+A capture is a directory published by rename and only then recorded, so a partial one cannot appear
+complete. It never changes once recorded; its row lists its holders:
 
     instance:<id>   in standby on it, or running with its memory mapped privately from it
-    snapshot:<id>   kept for itself
+    snapshot:<id>   kept as a snapshot
 
-The last holder to go frees it. A holder that is alone takes its memory with it on restore, and the capture is used up.
+The last holder to release it frees it. A restore by the only holder consumes the memory, and with it the capture.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class CaptureRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     holders: tuple[str, ...]
     size_bytes: int
-    """Bytes on disk when it was made."""
+    """Bytes on disk at creation."""
     memory_bytes: int
-    """Of the plain memory."""
+    """Size of the uncompressed memory."""
     compression: SnapshotCompressionConfig | None = None
-    """What the memory is to be compressed with; None: stays as it is."""
+    """Algorithm to compress the memory with; None: leave it uncompressed."""
     compressed_bytes: int = 0
-    """Size of the compressed memory; 0 while it is not."""
+    """Size of the compressed memory; 0 while it is uncompressed."""
     compression_error: str | None = None
 
 
@@ -44,7 +44,7 @@ def of_snapshot(snapshot_id: str) -> str:
 
 
 def share(txn: Txn, capture_id: str, holder: str) -> None:
-    """Let ``holder`` need the capture too."""
+    """Add ``holder`` to the capture's holders."""
     row = txn.get(CAPTURES, capture_id)
     if row is None:
         raise InternalError(f"capture {capture_id} is gone")
@@ -53,7 +53,7 @@ def share(txn: Txn, capture_id: str, holder: str) -> None:
 
 
 def let_go(txn: Txn, capture_id: str | None, holder: str) -> None:
-    """``holder`` no longer needs it; a capture without holders is collected by ``FreeCapture``."""
+    """Remove ``holder``; a capture without holders is removed by ``FreeCapture``."""
     row = txn.get(CAPTURES, capture_id) if capture_id else None
     if row is not None and capture_id is not None:
         holders = tuple(other for other in row.holders if other != holder)
@@ -61,6 +61,6 @@ def let_go(txn: Txn, capture_id: str | None, holder: str) -> None:
 
 
 def is_shared(txn: Txn, capture_id: str, holder: str) -> bool:
-    """Whether somebody beside ``holder`` needs it."""
+    """Whether it has a holder other than ``holder``."""
     row = txn.get(CAPTURES, capture_id)
     return row is not None and any(other != holder for other in row.holders)

@@ -1,15 +1,15 @@
-"""Saved memory made smaller, off the critical path.
+"""Compression of saved memory, off the critical path.
 
-A standby is answered when the capture is on disk; compression follows, after a delay if one was
-asked for. The compressed file replaces the plain one by rename, the row says which is there:
+A standby request returns once the capture is on disk; compression follows, after a delay if one was
+requested. The compressed file replaces the plain one by rename; the row says which one exists:
 
-    compressed_bytes == 0   ``memory`` is there, as the VMM wrote it
-    compressed_bytes > 0    ``memory.zst`` or ``memory.lz4`` is there instead
+    compressed_bytes == 0   ``memory`` exists, as the VMM wrote it
+    compressed_bytes > 0    ``memory.zst`` or ``memory.lz4`` exists instead
 
-A restore wants the plain file. ``plain`` first ends a compression under way, then unpacks, and lets none
-begin before the restore is done; so the two never race. What a fork interrupted is begun again after it,
-what a crash interrupted at start, where half files are removed.
-Holes stay holes both ways: zeros are not written.
+A restore needs the plain file. ``plain`` first cancels a running compression, then decompresses, and blocks new
+ones until the restore is done, so the two never race. A compression interrupted by a fork restarts after it;
+one interrupted by a crash restarts at server start, after partial files are removed.
+Holes are preserved in both directions: zeros are not written.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ log = logging.getLogger(__name__)
 MEMORY = "memory"
 _SUFFIX = {CompressionAlgorithm.ZSTD: ".zst", CompressionAlgorithm.LZ4: ".lz4"}
 _PACKING, _UNPACKED = ".packing", ".new"
-"""Of files that are not whole yet."""
+"""Suffix of incomplete files."""
 _CHUNK = 4 << 20
 _AT_ONCE = 1
-"""Compressions at a time: they shall use spare time, not the guests'."""
+"""Concurrent compressions: they should use spare CPU time, not the guests'."""
 
 
 class Compressor:
@@ -52,12 +52,12 @@ class Compressor:
         self._jobs: dict[str, _Job] = {}
         self._unpacking: dict[str, trio.Lock] = {}
         self._wanted_plain: dict[str, int] = {}
-        """Capture → restores under way from it."""
+        """Capture → number of restores in progress from it."""
         self._slots = trio.CapacityLimiter(_AT_ONCE)
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Compress what is waiting, then what is handed over, until cancelled."""
+        """Compress pending captures, then newly scheduled ones, until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for row in self._store.read(lambda txn: list(dict(txn.scan(CAPTURES)).values())):
@@ -68,7 +68,7 @@ class Compressor:
             await trio.sleep_forever()
 
     def schedule(self, capture_id: str, *, delay: float = 0.0) -> None:
-        """Compress the capture after ``delay`` seconds, unless somebody wants it plain before."""
+        """Compress the capture after ``delay`` seconds, unless a restore needs it uncompressed before then."""
         if self._nursery is not None and capture_id not in self._jobs and capture_id not in self._wanted_plain:
             job = self._jobs[capture_id] = _Job()
             self._nursery.start_soon(self._compress, capture_id, delay, job)
@@ -78,7 +78,7 @@ class Compressor:
 
     @asynccontextmanager
     async def plain(self, capture_id: str) -> AsyncIterator[None]:
-        """Within the block the plain memory file is there, and nobody compresses it. Raises CaptureInvalid."""
+        """Within the block the plain memory file exists and is not compressed. Raises CaptureInvalid."""
         self._wanted_plain[capture_id] = self._wanted_plain.get(capture_id, 0) + 1
         try:
             await self._unpack_once(capture_id)
@@ -94,7 +94,7 @@ class Compressor:
     async def _unpack_once(self, capture_id: str) -> None:
         lock = self._unpacking.setdefault(capture_id, trio.Lock())
         try:
-            async with lock:  # forks of one snapshot come at once, and there is one file to unpack into
+            async with lock:  # concurrent forks of one snapshot decompress into the same file
                 await self._make_plain(capture_id)
         finally:
             if not lock.statistics().locked:
@@ -124,7 +124,7 @@ class Compressor:
                 await trio.sleep(delay)
                 async with self._slots:
                     await self._compress_now(capture_id)
-        except Exception as error:  # the capture is as good without; nothing of this may end the server
+        except Exception as error:  # the capture is valid uncompressed; a failure here must not stop the server
             log.warning("capture %s can not be compressed: %s", capture_id, error)
             text = str(error)
             try:
@@ -141,7 +141,7 @@ class Compressor:
             return
         directory = self._paths.capture(capture_id)
         plain = directory / MEMORY
-        if not plain.exists():  # a VMM that wrote memory into its state leaves out zero pages already
+        if not plain.exists():  # a VMM that stores memory in its state file already omits zero pages
             await self._store.write(lambda txn: _change(txn, capture_id, compression=None))
             return
         side = directory / (MEMORY + _PACKING)
@@ -151,9 +151,9 @@ class Compressor:
             with contextlib.suppress(FileNotFoundError):
                 side.unlink()
             raise
-        with trio.CancelScope(shield=True):  # from here on it is only renaming and telling
+        with trio.CancelScope(shield=True):  # only renames and the row update remain
             await trio.to_thread.run_sync(os.rename, side, directory / (MEMORY + _suffix(row)))
-            packed = {"compressed_bytes": size, "compression": row.compression}  # another may be wanted by now
+            packed = {"compressed_bytes": size, "compression": row.compression}  # the requested one may have changed
             await self._store.write(lambda txn: _change(txn, capture_id, **packed))
             await trio.to_thread.run_sync(plain.unlink)
 
@@ -175,7 +175,7 @@ def _is_wanted(row: CaptureRow) -> bool:
 
 
 def _remove_halves(directory: Path, row: CaptureRow) -> None:
-    """Whatever form of the memory the row does not tell of."""
+    """Remove every form of the memory file except the one recorded in the row."""
     there = MEMORY + _suffix(row) if row.compressed_bytes else MEMORY
     for name in (MEMORY, *(MEMORY + suffix for suffix in (*_SUFFIX.values(), _PACKING, _UNPACKED))):
         if name != there:
@@ -194,8 +194,8 @@ def _change(txn: Txn, capture_id: str, **changes: Any) -> None:
 
 
 async def _pump(chunks: Iterator[bytes], target: Path, *, size: int | None = None) -> int:
-    """Write ``chunks`` to ``target``, zeros as holes, flushed; bytes written. One chunk per thread call,
-    so that it can be cancelled between any two."""
+    """Write ``chunks`` to ``target``, zeros as holes, and flush; returns bytes written. One chunk per thread
+    call, so that it can be cancelled between chunks."""
     fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     position = 0
     try:

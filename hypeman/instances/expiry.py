@@ -1,6 +1,6 @@
-"""Instances whose time is over are deleted.
+"""Deletes expired instances.
 
-One that can not be deleted is tried again after a pause, and keeps no other from being deleted meanwhile.
+A failed deletion is retried after a pause and does not block the deletion of others.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from hypeman.errors import NotFound
 from hypeman.instances.records import InstanceRecord
 
 PAUSE = 60.0
-"""Seconds until an expired instance that could not be deleted is tried again."""
+"""Seconds until a failed deletion of an expired instance is retried."""
 
 _LONGEST_SLEEP = 3600.0
-"""Seconds; the clock may have been set meanwhile."""
+"""Longest sleep in seconds, since the clock may be set meanwhile."""
 
 log = logging.getLogger(__name__)
 
 
 class Reaper:
-    """See above. ``run`` in a nursery."""
+    """Deletes instances when they expire. ``run`` in a nursery."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Reaper:
         self._deleting: set[str] = set()
 
     def look(self) -> None:
-        """An instance has another time to expire, or is new."""
+        """Re-evaluate expiry times: an instance is new or its expiry time has changed."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -60,7 +60,7 @@ class Reaper:
     async def _reap(self, instance_id: str) -> None:
         try:
             await self._delete(instance_id)
-        except Exception as error:  # whatever it is, the reaper looks again
+        except Exception as error:  # on any error the reaper retries later
             if not isinstance(error, NotFound):
                 log.warning("expired instance %s can not be deleted: %s", instance_id, error)
                 await trio.sleep(PAUSE)

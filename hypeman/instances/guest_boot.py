@@ -1,4 +1,4 @@
-"""From a record and its image to what the guest reads at boot. Pure."""
+"""Builds the guest's boot configuration from a record and its image. Pure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def boot_config(
     able: Capabilities,
     clock_ns: int,
 ) -> BootConfig:
-    """``disks`` in the order in which the guest sees them; ``able`` is what its VMM can do."""
+    """``disks`` are in the order in which the guest sees them; ``able`` is its VMM's capabilities."""
     spec = record.spec
     env = {**dict(image.env), **guest_env(spec), **egress_env}
     return BootConfig(
@@ -68,8 +68,8 @@ def boot_config(
 def command_line(
     image: ImageConfig, entrypoint: tuple[str, ...] | None, cmd: tuple[str, ...] | None
 ) -> tuple[str, ...]:
-    """What the guest runs: the image's entry point and command, or what overrides them. As with Docker,
-    a new entry point drops the image's command."""
+    """What the guest runs: the image's entry point and command, or their overrides. As with Docker,
+    overriding the entry point drops the image's command."""
     if entrypoint is not None:
         return (*entrypoint, *(cmd or ()))
     return (*(image.entrypoint or ()), *(cmd if cmd is not None else image.cmd or ()))

@@ -1,13 +1,13 @@
-"""The one task that owns an instance: takes its commands in turn, and its VM's news.
+"""The one task that owns an instance: it runs its commands in order and handles its VM's events.
 
-A command is judged when its turn comes, by the state of that moment (admission.py); what it does is in
-operations/, and how that is written down in owned.py. News of the VM comes through the same queue (news.py).
+A command is checked when it is dequeued, against the current state (admission.py); what it does is in
+operations/, and how it is recorded in owned.py. Events of the VM come through the same queue (news.py).
 
-A stop or delete does not queue behind a guest that does not answer: the waits for the guest of what runs and of
-what is queued before it are given up (``overtakes``), which ends those commands with InvalidState.
+A stop or delete does not queue behind an unresponsive guest: waits for the guest by the running command and by
+those queued before it are abandoned (``overtakes``), which fails those commands with InvalidState.
 
-At a start of the server, what a crash left is settled first (settle.py). An instance that is Unknown is
-settled anew, soon and then ever more seldom, until that succeeds or somebody stops or deletes it.
+At server start, the leftovers of a crash are settled first (settle.py). Settling an Unknown instance is retried
+with exponential backoff until it succeeds or the instance is stopped or deleted.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 MOST_WAITING = 64
-"""Commands that may wait for one instance; more are refused, so that a queue can not grow without bound."""
+"""Queued commands per instance; more are refused, so that the queue is bounded."""
 
 LOOK_FIRST, LOOK_MOST = 1.0, 60.0
-"""Seconds from one look at an Unknown instance to the next; each pause is twice the one before."""
+"""Seconds between retries for an Unknown instance; each pause is twice the previous one."""
 
 
 def overtakes(command: Command | None, other: Command | None) -> bool:
-    """Whether ``other`` (None: anything else the task does) shall not wait for the guest when ``command`` is queued.
+    """Whether ``other`` (None: anything else the task does) must not wait for the guest once ``command`` is queued.
 
-    A delete overtakes everything but a delete; a second stop leaves the first one its grace period.
+    A delete overtakes everything except another delete; a second stop does not shorten the first one's grace period.
     """
     if command is Command.DELETE:
         return other is not Command.DELETE
@@ -51,7 +51,7 @@ def overtakes(command: Command | None, other: Command | None) -> bool:
 
 
 class Job(Generic[R]):
-    """A command that has its place in the queue."""
+    """A queued command."""
 
     __slots__ = ("action", "command", "done", "error", "value")
 
@@ -63,7 +63,7 @@ class Job(Generic[R]):
         self.error: BaseException | None = None
 
     async def run(self) -> None:
-        """Do it; whoever waits is told how it went."""
+        """Run the action and hand its result or error to the waiter."""
         try:
             self.value = await self.action()
         except Exception as error:
@@ -81,7 +81,7 @@ class Job(Generic[R]):
         self.done.set()
 
     async def wait(self) -> R:
-        """What the action returned, or raise what it raised."""
+        """Return the action's result or raise its exception."""
         await self.done.wait()
         if self.error is not None:
             raise self.error
@@ -89,7 +89,7 @@ class Job(Generic[R]):
 
 
 class _Look:
-    """Turn to look at an Unknown instance again."""
+    """Queue entry: retry settling an Unknown instance."""
 
 
 class _News:
@@ -101,7 +101,7 @@ class _News:
 
 
 class Lifecycle:
-    """See above. ``run`` in a nursery; it ends when the instance is gone."""
+    """The task that owns one instance. ``run`` in a nursery; it ends when the instance is deleted."""
 
     def __init__(
         self,
@@ -114,33 +114,33 @@ class Lifecycle:
     ) -> None:
         self._owned = Owned(world, hooks, record, now=now, tell=self._tell)
         self._new = new
-        """Nothing to settle: just written and its first command does the work, or it slept all along."""
+        """Nothing to settle: either just created, with its first command doing the work, or not running."""
         self._queue: trio.MemorySendChannel[Job[Any] | _News | _Look]
         self._inbox: trio.MemoryReceiveChannel[Job[Any] | _News | _Look]
-        self._queue, self._inbox = trio.open_memory_channel(float("inf"))  # bounded by MOST_WAITING and few news
+        self._queue, self._inbox = trio.open_memory_channel(float("inf"))  # bounded by MOST_WAITING and few events
         self._queued: list[Command | None] = []
-        """The commands of the jobs in the queue, in their order."""
+        """The commands of the queued jobs, in order."""
         self._running: Command | None = None
         self._over = False
-        """It takes no commands any more."""
+        """No longer accepts commands."""
         self._looking = False
 
     # Called by others
 
     @property
     def record(self) -> InstanceRecord:
-        """As it is now; it may be another when a command has its turn."""
+        """The current record; it may have changed by the time a command runs."""
         return self._owned.record
 
     async def perform(self, command: Command | None, action: Callable[[Owned], Awaitable[R]]) -> R:
-        """Run ``action`` in the instance's task when its turn comes and ``command`` is legal then.
+        """Run ``action`` in the instance's task when it is dequeued, if ``command`` is legal then.
 
         The caller may be cancelled; the action is not.
         """
         return await self.submit(command, action).wait()
 
     def submit(self, command: Command | None, action: Callable[[Owned], Awaitable[R]]) -> Job[R]:
-        """As ``perform``, but only takes the place in the queue; the caller waits when it likes."""
+        """Like ``perform``, but only enqueues; the caller waits on the Job."""
         if self._over or self._owned.removed:
             raise self._refusal()
         if len(self._queued) >= MOST_WAITING:
@@ -152,7 +152,7 @@ class Lifecycle:
         return job
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Own the instance until it is gone. Started when what a crash left unfinished is settled."""
+        """Own the instance until it is deleted. Reports started once the leftovers of a crash are settled."""
         try:
             async with trio.open_nursery() as nursery:
                 self._owned.nursery = nursery
@@ -190,7 +190,7 @@ class Lifecycle:
             await job.run()
 
     def _let_overtake(self) -> None:
-        """Nobody waits for the guest as long as a queued command overtakes the one that runs."""
+        """Abandon waits for the guest while a queued command overtakes the running one."""
         given_up = any(overtakes(command, self._running) for command in self._queued)
         self._owned.world.give_up_guest(self.record.id, given_up)
 

@@ -1,8 +1,8 @@
-"""One boot of one VM, as long as we watch it: the VMM process and the talk with its guest.
+"""One boot of one VM while it is watched: the VMM process and the connection to its guest agent.
 
-``run`` ends when the VMM has ended. Until then it keeps the channel to the guest agent open,
-reconnects when it breaks (also after a restart of this server), and tells what happens through
-``tell``: facts only, the instance's task decides what they mean.
+``run`` returns when the VMM exits. Until then it keeps the channel to the guest agent open,
+reconnects when it breaks (also after a restart of this server), and reports events through
+``tell``: facts only; the instance's task decides what they mean.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ log = logging.getLogger(__name__)
 _RECONNECT_FIRST = 0.01
 _RECONNECT_MOST = 1.0
 _SHORT_LIVED = 1.0
-"""A connection that ends sooner is not followed by another at once: a guest could keep us busy with that."""
+"""Reconnects are delayed after connections shorter than this, or a guest could keep the server busy."""
 
 
 class Unwatched:
-    """The VMM may live, but this look at it broke: it must be found again."""
+    """The VMM may be alive, but watching it failed: it must be reattached."""
 
 
 LiveEvent: TypeAlias = VmmExit | Unwatched | GuestEvent
 
 Connect: TypeAlias = Callable[[trio.abc.Stream, bytes], GuestClient]
-"""Speaks with an agent over a stream; a boot's nonce proves which one it is."""
+"""Opens a client for the agent over a stream; the boot's nonce authenticates the agent."""
 
 
 def connect_guest(stream: trio.abc.Stream, nonce: bytes) -> GuestClient:
@@ -44,35 +44,35 @@ def connect_guest(stream: trio.abc.Stream, nonce: bytes) -> GuestClient:
 
 
 class Live:
-    """A living VM. ``boot`` numbers the launch, so that late news of an older one is known as such."""
+    """A running VM. ``boot`` numbers the launch, so that late events of an older one can be recognized."""
 
     def __init__(self, vmm: Vmm, *, nonce: bytes, boot: int, connect: Connect) -> None:
         self.vmm = vmm
         self.boot = boot
         self.guest: GuestClient | None = None
-        """The agent, while it answers."""
+        """The agent's client, while connected."""
         self.started = False
         """Whether the workload was started."""
         self.exited: Exited | None = None
-        """How the workload ended, once it has."""
+        """How the workload ended, once it has ended."""
         self.fatal: Fatal | None = None
         self.lent: int | None = 0
-        """Bytes that the guest lends to the host (``reclaim.py``); None where that is not known."""
+        """Bytes that the guest lends to the host (``reclaim.py``); None if unknown."""
         self._balloon = trio.Lock()
-        """Held while that changes, and while the VM is saved, which would save it, too."""
+        """Held while ``lent`` changes, and while the VM is saved, which would save the loan too."""
         self._nonce = nonce
         self._connect = connect
         self._over = False
-        """Whether the VMM has ended, or is not watched any more."""
+        """Whether the VMM has exited or is no longer watched."""
         self._changed = trio.Event()
         self._absent_since = datetime.now(UTC)
-        """Since when there is no connection to the agent, while there is none."""
+        """When the connection to the agent was last lost; ignored while connected."""
         self._asking: set[trio.CancelScope] = set()
         self._given_up = False
 
     @property
     def silent_since(self) -> datetime | None:
-        """When the guest was last heard from (UTC), if it has not answered for longer than it may."""
+        """When the guest was last heard from (UTC), if that exceeds the limit."""
         if self.guest is not None:
             return self.guest.silent_since
         absent_for = datetime.now(UTC) - self._absent_since
@@ -80,7 +80,7 @@ class Live:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Around each wait for the guest in the instance's task. Raises InvalidState after ``give_up(True)``."""
+        """Wraps each wait for the guest in the instance's task. Raises InvalidState after ``give_up(True)``."""
         scope = trio.CancelScope()
         if self._given_up:
             scope.cancel()
@@ -94,14 +94,14 @@ class Live:
             raise InvalidState("gave up waiting for the guest, because the instance is to be stopped or deleted")
 
     def give_up(self, given_up: bool) -> None:
-        """End all waits for the guest, those that begin later included, until this is called with False."""
+        """Abort all waits for the guest, including later ones, until called with False."""
         self._given_up = given_up
         if given_up:
             for scope in self._asking:
                 scope.cancel()
 
     def hold(self, held: bool) -> None:
-        """The VM is paused by us, so its guest owes no answer; or it runs again."""
+        """Mark the VM as paused by the server, so that its guest is not expected to answer, or as resumed."""
         if self.guest is not None:
             self.guest.hold(held)
 
@@ -112,7 +112,7 @@ class Live:
                 nursery.start_soon(self._talk, tell)
                 told = await self.vmm.wait_exit()
                 nursery.cancel_scope.cancel()
-        except Exception:  # a driver's error, whatever it is, is this instance's trouble and not the server's
+        except Exception:  # any error of a driver affects this instance only, not the server
             log.exception("the VMM of %s can not be watched any more", self.vmm.handle.config.instance_id)
         self._over = True
         self._wake()
@@ -123,7 +123,7 @@ class Live:
         tell(self, told)
 
     async def lend(self, size: int) -> None:
-        """See ``Vmm.set_balloon``. Raises InvalidState while the VM is being saved, which may take long."""
+        """Calls ``Vmm.set_balloon``. Raises InvalidState while the VM is being saved, which may take long."""
         try:
             self._balloon.acquire_nowait()
         except trio.WouldBlock:
@@ -134,7 +134,7 @@ class Live:
             self._balloon.release()
 
     async def end_loan(self) -> None:
-        """As far as it goes: if ``lent`` is not 0 afterwards, the VMM did not obey."""
+        """Best effort: if ``lent`` is not 0 afterwards, the VMM did not comply."""
         try:
             await self.lend(0)
         except VmmGone:
@@ -144,7 +144,7 @@ class Live:
 
     @asynccontextmanager
     async def without_loan(self) -> AsyncIterator[None]:
-        """The guest lends nothing as long as the block runs."""
+        """The guest lends no memory within the block."""
         async with self._balloon:
             if self.lent != 0:
                 await self._set_balloon(0)
@@ -156,9 +156,9 @@ class Live:
         self.lent = size
 
     async def wait_guest(self, seconds: float, *, instead_of: GuestClient | None = None) -> GuestClient:
-        """The agent, waited for up to ``seconds``; on another connection than ``instead_of``.
+        """Wait up to ``seconds`` for the agent, on a connection other than ``instead_of``.
 
-        Raises InvalidState if it does not answer, VmmGone if the VMM has ended.
+        Raises InvalidState if it does not answer, VmmGone if the VMM has exited.
         """
         with trio.move_on_after(seconds):
             while self.guest in (None, instead_of) and not self._over:
@@ -177,14 +177,14 @@ class Live:
                 ready = await self._talk_once(await self.vmm.open_channel(), tell)
             except (HypemanError, OSError, trio.BrokenResourceError) as error:
                 log.debug("no channel to the guest of %s: %s", self.vmm.handle.config.instance_id, error)
-            except Exception:  # what a guest sends may puzzle us, but never end the server
+            except Exception:  # malformed data from a guest must never stop the server
                 log.exception("the channel to the guest of %s failed", self.vmm.handle.config.instance_id)
             lasted = trio.current_time() - begun
             pause = _RECONNECT_FIRST if ready and lasted > _SHORT_LIVED else min(pause * 2, _RECONNECT_MOST)
             await trio.sleep(pause)
 
     async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, LiveEvent], None]) -> bool:
-        """One connection, from its greeting to its end. Whether the guest was ready in it."""
+        """Handle one connection until it closes; returns whether the guest became ready on it."""
         ready = False
         client = self._connect(stream, self._nonce)
         client.silence_changed = lambda: self._log_silence(client)

@@ -1,7 +1,7 @@
-"""What a VM tells by itself: it is ready, its workload began or ended, the VMM is gone.
+"""Events that a VM reports: ready, workload started or ended, VMM exited.
 
-News comes through the queue of the instance's task, so nothing changes a record while a command works on
-it. News of an earlier boot is ignored. Nobody waits for news and could be told of a failure: the record is.
+Events come through the queue of the instance's task, so nothing changes a record while a command works on
+it. Events of an earlier boot are ignored. No caller waits for an event, so failures go into the record.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 async def take_news(owned: Owned, live: Live, event: LiveEvent) -> None:
-    """``hear`` it; what can not be followed makes the instance Unknown."""
+    """Handle ``event``; if that fails, the instance becomes Unknown."""
     try:
         await hear(owned, live, event)
     except Exception as error:
@@ -30,7 +30,7 @@ async def take_news(owned: Owned, live: Live, event: LiveEvent) -> None:
 
 
 async def hear(owned: Owned, live: Live, event: LiveEvent) -> None:
-    """Make of the record what ``event`` says."""
+    """Update the record according to ``event``."""
     if owned.live is not live:
         return
     match event:
@@ -56,7 +56,7 @@ async def hear(owned: Owned, live: Live, event: LiveEvent) -> None:
 
 
 async def _plug_memory(owned: Owned) -> None:
-    """Beside the commands: it takes a second, and a guest without it works as well."""
+    """Runs concurrently with commands: it takes a second, and the guest works without it."""
     try:
         await owned.world.plug_memory(owned.record.id)
     except Exception as error:

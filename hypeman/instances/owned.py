@@ -1,11 +1,11 @@
-"""An instance in the hands of its task: its record, how it is written, and work that counts whole or not at all.
+"""An instance as its task sees it: its record, how it is written, and all-or-nothing operations.
 
-    begin    one transaction: the intent (the plan), the reservation, whatever else goes along
-    do       the steps, through the saga; on failure the begun ones are taken back
-    end      one transaction: the new record instead of the intent
+    begin    one transaction: the intent (the plan), the reservation and related rows
+    do       the steps, through the saga; on failure the started ones are undone
+    end      one transaction: the new record replaces the intent
 
-What can go neither on nor back makes the instance Unknown (``lost``); its intent stays stored for the next look.
-Nothing here waits for a turn: whoever holds an Owned has it, from ``Lifecycle.perform``.
+If steps can be neither finished nor undone, the instance becomes Unknown (``lost``); its intent stays for a retry.
+Nothing here queues: a caller gets an Owned from ``Lifecycle.perform``, which has already serialized it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from hypeman.telemetry import metrics
 log = logging.getLogger(__name__)
 
 Also = Callable[[Txn], object]
-"""What else belongs into the transaction of a record."""
+"""Further changes in the transaction that writes a record."""
 
 Finish = Callable[[], Awaitable[InstanceRecord]]
-"""The transaction that makes steps count."""
+"""The transaction that commits completed steps."""
 
 
 class Hooks:
-    """What all instances share beside the World: who is told of changes, and what may be held."""
+    """What all instances share besides the World: change notification and resource holding."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class Hooks:
         self.changed = changed
         self.gone = gone
         self.release = release
-        """Give back what the capabilities hold for an instance, in the transaction that removes it."""
+        """Release what the capabilities hold for an instance, in the transaction that removes it."""
 
 
 class Owned:
-    """See above. One per instance, made by its task."""
+    """An instance's record and the operations on it. One per instance, created by its task."""
 
     def __init__(
         self,
@@ -74,11 +74,11 @@ class Owned:
         self.record = record
         self.now = now
         self.removed = False
-        """Nothing is left of it."""
+        """The instance was deleted."""
         self.ended: VmmExit | None = None
-        """How the VMM ended, from when that is heard."""
+        """How the VMM ended, once that is known."""
         self.nursery: trio.Nursery | None = None
-        """For what runs beside the commands, as long as the task runs."""
+        """Nursery for work that runs concurrently with commands, while the task runs."""
         self._hooks = hooks
         self._tell = tell
 
@@ -87,29 +87,29 @@ class Owned:
         return self.world.live.get(self.record.id)
 
     def watch(self, live: Live) -> None:
-        """Have the VM's news come into the queue."""
+        """Route the VM's events into the queue."""
         self.ended = None
         self.beside(live.run, self._tell)
 
     def beside(self, work: Callable[..., Awaitable[object]], *arguments: object) -> None:
-        """Run ``work`` beside the commands, until the instance is gone."""
+        """Run ``work`` concurrently with commands, until the instance is deleted."""
         assert self.nursery is not None, "the task runs"
         self.nursery.start_soon(work, *arguments)
 
     def journal(self, text: str) -> None:
-        """One line into the instance's own log, for whoever owns the instance."""
+        """Append one line to the instance's own log, for its owner."""
         log.info("instance %s (%s): %s", self.record.id, self.record.name, text)
         self.world.journal(self.record.id, f"{self.now():%Y-%m-%dT%H:%M:%S.%fZ} {text}")
 
     # The record
 
     def entered(self, record: InstanceRecord, state: InstanceState) -> InstanceRecord:
-        """``record`` in ``state``, since now."""
+        """``record`` in ``state``, entered now."""
         phases = record.phases.entered(state.value.lower(), self.now())
         return msgspec.structs.replace(record, state=state, phases=phases, state_error=None, was=None)
 
     def holding(self, record: InstanceRecord, *, running: bool | None = None) -> Also:
-        """Make what the instance holds of the host what its state wants."""
+        """Set the host resources that the instance holds to what its state requires."""
         holding = holding_of(record)
         if not (record.state not in NO_VMM if running is None else running):
             holding = holding.without_vmm()
@@ -150,14 +150,14 @@ class Owned:
         return record
 
     async def remove(self) -> None:
-        """The last effect of the instance is gone, and now the record with all that it holds."""
+        """Remove the record and all that it holds, after the instance's last effect was undone."""
         record = self.record
         await self.world.store.write(lambda txn: self._hooks.release(txn, record))
         self.removed = True
         self._hooks.gone(record)
 
     async def lost(self, error: BaseException) -> None:
-        """Something could be neither done nor undone. The intent stays, and is looked at again."""
+        """Steps could be neither done nor undone: mark as Unknown. The intent stays and is retried."""
         before = self.record
         was = before.was if before.state is InstanceState.UNKNOWN else before.state
         unknown = self.entered(before, InstanceState.UNKNOWN)
@@ -165,17 +165,17 @@ class Owned:
         with trio.CancelScope(shield=True):
             try:
                 await self.save(record)
-            except HypemanError as refused:  # a full disk: nobody may take the instance for what it was all the same
+            except HypemanError as refused:  # a full disk: the instance must not be shown in its old state even so
                 log.error("instance %s is Unknown, which can not be written down: %s", record.id, refused)
                 self._know(record)
 
     # All or nothing
 
     async def carry_out(self, steps: tuple[Reversible, ...], finish: Finish) -> InstanceRecord:
-        """All ``steps`` and the transaction that ends them (``finish``), or none of it."""
+        """Run all ``steps`` and the final transaction (``finish``), or none of them."""
         await carry_out(steps, self.world)
         try:
-            with trio.CancelScope(shield=True):  # else nobody knew whether it counts
+            with trio.CancelScope(shield=True):  # otherwise it would be unknown whether it was committed
                 record = await finish()
         except Exception:
             await take_back(steps, self.world)
@@ -192,7 +192,7 @@ class Owned:
         finish: Finish,
         resources: bool = False,
     ) -> InstanceRecord:
-        """``carry_out`` under an intent; when that fails, the record is again what it was ``before``.
+        """``carry_out`` under an intent; if that fails, the record is restored to ``before``.
 
         With ``resources`` (starts and restores) the instance holds those of a running VM from here on.
         """
@@ -205,7 +205,7 @@ class Owned:
             raise
 
     async def put_back(self, before: InstanceRecord, also: Also | None, error: BaseException) -> None:
-        """The record as it was, after ``error`` and after the steps were taken back, if they could be."""
+        """Restore the record after ``error``, once the steps were undone, if they could be."""
         with trio.CancelScope(shield=True):
             if isinstance(error, UndoFailed):
                 await self.lost(error)
@@ -216,7 +216,7 @@ class Owned:
                 await self.lost(refused)
 
     async def appear(self, steps: tuple[Reversible, ...], finish: Finish) -> InstanceRecord:
-        """Make real what was just written down, with CREATE as its intent; if that fails, nothing stays of it."""
+        """Create what was just recorded, with CREATE as its intent; if that fails, nothing remains."""
         try:
             return await self.carry_out(steps, finish)
         except UndoFailed as error:

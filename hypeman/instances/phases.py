@@ -1,7 +1,7 @@
-"""How long an instance was in each phase. ``now`` is always an argument; by default callers take ``utc_now``.
+"""How long an instance was in each phase. ``now`` is always an argument; callers default to ``utc_now``.
 
-A phase is a state in lower case. Durations add up over the whole life and include the phase under
-way, so that a client sees where the time goes while it goes.
+A phase is a state in lower case. Durations are summed over the instance's lifetime and include the
+current phase, so that a client sees the time spent so far.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Phases(msgspec.Struct, frozen=True):
     current: str
     since: datetime
     ended_ms: dict[str, int] = {}
-    """Phase → milliseconds of its ended stays."""
+    """Phase → milliseconds spent in it before the current phase."""
 
     def entered(self, phase: str, now: datetime) -> Phases:
         """These phases after entering ``phase``; entering the current one changes nothing."""
@@ -28,6 +28,6 @@ class Phases(msgspec.Struct, frozen=True):
         return Phases(phase, now, self.durations_ms(now))
 
     def durations_ms(self, now: datetime) -> dict[str, int]:
-        """Phase → milliseconds, the current one included. A clock that went back counts as 0."""
+        """Phase → milliseconds, including the current one. If the clock was set back, that one counts 0."""
         stay = max(0, round((now - self.since).total_seconds() * 1000))
         return {**self.ended_ms, self.current: self.ended_ms.get(self.current, 0) + stay}

@@ -1,4 +1,4 @@
-"""From a record to the steps of an operation. Pure: the plans can be printed, compared and stored.
+"""Builds the steps of an operation from a record. Pure: plans can be printed, compared and stored.
 
 create   make disks · prepare run · egress · network · devices · launch
 start                 prepare run · egress · network · devices · launch
@@ -36,7 +36,7 @@ from hypeman.instances.steps import (
     TakeDisks,
 )
 
-if TYPE_CHECKING:  # the module of the records has their tables, too, and so loads the store
+if TYPE_CHECKING:  # the records module also defines their tables, and so loads the store
     from hypeman.instances.records import InstanceRecord
 
 
@@ -53,7 +53,7 @@ def plan_restore(record: InstanceRecord, capture: str, *, keep: bool) -> tuple[R
 
 
 def plan_awaken(record: InstanceRecord, capture: str, *, fresh: bool) -> tuple[Step, ...]:
-    """What follows a restore once the record says that the VM lives."""
+    """What follows a restore once the record says that the VM is running."""
     return (AwakenGuest(record.id, fresh), *plan_free(capture))
 
 
@@ -62,12 +62,12 @@ def plan_stop(record: InstanceRecord, *, grace: float) -> tuple[Step, ...]:
 
 
 def plan_park(record: InstanceRecord) -> tuple[Step, ...]:
-    """Take down what a running VM has around it; its disks, lease and devices stay."""
+    """Tear down what surrounds a running VM; its disks, lease and devices stay."""
     return _reversed((*_surroundings(record), LaunchVmm(record.id)))
 
 
 def plan_delete(record: InstanceRecord) -> tuple[Step, ...]:
-    """Needs a record that holds no captures any more; whoever lets go of them frees them."""
+    """Requires a record that no longer holds captures; the code that releases them frees them."""
     return _reversed(plan_create(record))
 
 
@@ -80,7 +80,7 @@ def plan_standby(record: InstanceRecord, capture: str) -> tuple[Reversible, ...]
 
 
 def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None, running: bool) -> tuple[Reversible, ...]:
-    """Copy the disks to ``target``; a running VM pauses for that, and for its ``capture`` if one is wanted."""
+    """Copy the disks to ``target``; a running VM is paused for that, and for its ``capture`` if requested."""
     copy = CopyDisksAway(record.id, target)
     if not running:
         return (copy,)
@@ -89,7 +89,7 @@ def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None, r
 
 
 def plan_adopt_disks(record: InstanceRecord, source: str, *, shared: bool) -> tuple[Reversible, ...]:
-    """Disks for a fork: copied from a ``shared`` source (a snapshot), else taken over."""
+    """Disks for a fork: copied from a ``shared`` source (a snapshot), otherwise moved."""
     return (CopyDisks(record.id, source),) if shared else (TakeDisks(record.id, source),)
 
 

@@ -1,8 +1,8 @@
-"""Memory that running guests lend to the host, by their balloons, for a while: ``POST /resources/memory/reclaim``.
+"""Memory that running guests temporarily lend to the host through balloons: ``POST /resources/memory/reclaim``.
 
-An order says what all guests together shall lend from now on, in place of what an earlier one said, and until when.
-Each lends in proportion to what it can spare above its floor. What is lent is known only here: a server that starts
-has everything given back, and a VM that is saved has it back before, so no saved state remembers a loan.
+An order says how much all guests together lend and until when; it replaces the previous order.
+Each lends in proportion to what it can spare above its floor. Loans are known only here: a starting server
+returns everything, and a VM gets its memory back before it is saved, so no saved state contains a loan.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ USUAL_HOLD = 300.0
 MOST_HOLD = 3600.0
 """Seconds."""
 PRESSURE = 0.10
-"""Less of the host's memory available than this is pressure."""
+"""Available host memory below this counts as pressure."""
 PAUSE = 10.0
-"""Seconds until a VMM that did not take its memory back is asked again."""
+"""Seconds until the return of memory to a VMM is retried."""
 
 log = logging.getLogger(__name__)
 
 
 class Lender(msgspec.Struct, frozen=True):
-    """One running instance, and what it could lend."""
+    """One running instance and what it could lend."""
 
     record: InstanceRecord
     live: Live
@@ -45,18 +45,18 @@ class Lender(msgspec.Struct, frozen=True):
     floor: int
     able: bool
     trouble: str = ""
-    """Why it could not be asked."""
+    """Why it cannot lend."""
 
     @property
     def spare(self) -> int:
-        """The balloon is smaller than the memory that the guest booted with, and a whole number of MiB."""
+        """Limited to less than the memory that the guest booted with, in whole MiB."""
         most = min(self.assigned - self.floor, self.record.spec.memory_bytes - MIB)
         return max(0, most // MIB * MIB) if self.able else 0
 
 
 def shares(wanted: int, spare: Sequence[int]) -> list[int]:
-    """What of ``wanted`` bytes falls to each, in proportion to what it can spare: whole MiB, together never more than
-    ``wanted``, and less by more than a MiB only where all give what they can."""
+    """Each one's share of ``wanted`` bytes, in proportion to what it can spare: whole MiB, in total never more than
+    ``wanted``, and short by more than a MiB only if all give what they can."""
     total = sum(spare)
     wanted = min(wanted, total) // MIB * MIB
     parts = [each * wanted // total // MIB * MIB if total else 0 for each in spare]
@@ -67,7 +67,7 @@ def shares(wanted: int, spare: Sequence[int]) -> list[int]:
 
 
 class Reclaim:
-    """See above. ``run`` in a nursery."""
+    """Carries out reclaim orders. ``run`` in a nursery."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Reclaim:
         self._one_order = trio.Lock()
 
     async def run(self) -> None:
-        """Give everything back when its time is over, beginning with what an earlier server left lent."""
+        """Return loans when they expire, starting with those left by an earlier server."""
         while True:
             self._changed = trio.Event()
             left = float("inf") if self._until is None else (self._until - self._now()).total_seconds()
@@ -174,7 +174,7 @@ class Reclaim:
         )
 
     def _outlook(self, lender: Lender, size: int, dry_run: bool) -> str:
-        """What will come of it if all goes well."""
+        """The expected outcome if nothing fails."""
         if lender.trouble:
             return "error"
         if not lender.able:

@@ -1,10 +1,10 @@
-"""What is stored of an instance: the record, the index of names, and the intent of unfinished work.
+"""What is stored for an instance: the record, the name index, and the intent of unfinished work.
 
     instances/<id>          InstanceRecord: the state and everything a restart needs
     instance-names/<name>   the id; unique because the key is
-    intents/<id>            the plan under way, written before its first effect
+    intents/<id>            the plan in progress, written before its first effect
 
-A record is replaced whole in one transaction with whatever changes along with it.
+A record is replaced as a whole, in one transaction with all related changes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hypeman.store import Table, Txn
 
 
 class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for, checked and in bytes, bytes per second and seconds."""
+    """The validated request, in bytes, bytes per second and seconds."""
 
     image: str
     """As the caller wrote it."""
@@ -45,7 +45,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     overlay_bytes: int
     disk_io_bps: int = 0
     env: dict[str, str] = {}
-    """The guest's environment; values of ``credentials`` are not here but sealed in ``egress``."""
+    """The guest's environment; values of ``credentials`` are not stored here but sealed in ``egress``."""
     credentials: dict[str, CredentialPolicy] = {}
     tags: Tags = {}
     network: bool = True
@@ -53,7 +53,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     upload_bps: int = 0
     egress: EgressEnforcementMode | None = None
     devices: tuple[str, ...] = ()
-    """Ids."""
+    """Device ids."""
     gpu_profile: str = ""
     volumes: tuple[VolumeMount, ...] = ()
     entrypoint: tuple[str, ...] | None = None
@@ -66,60 +66,60 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The truth about one instance."""
+    """The authoritative state of one instance."""
 
     id: str
     name: str
     number: int
-    """Small, unique among the living; the VMM's user is ``uid_base + number``."""
+    """Small and unique among existing instances; the VMM's user is ``uid_base + number``."""
     spec: InstanceSpec
     digest: str
-    """Of the image's manifest."""
+    """Digest of the image's manifest."""
     state: InstanceState
     created_at: datetime
     phases: Phases
     state_error: str | None = None
-    """Why it is Unknown."""
+    """Why the instance is Unknown."""
     was: InstanceState | None = None
-    """The state that it lost when it became Unknown."""
+    """The state before it became Unknown."""
     expires_at: datetime | None = None
     started_at: datetime | None = None
     stopped_at: datetime | None = None
     exit_code: int | None = None
     exit_message: str | None = None
     boots: int = 0
-    """How often a VMM was launched; names one boot."""
+    """Number of VMM launches; identifies one boot."""
     nonce: bytes = b""
-    """Of this boot, or of the boot that was captured: by it the guest agent proves itself."""
+    """Nonce of this boot, or of the captured boot; it authenticates the guest agent."""
     handle: VmmHandle | None = None
-    """The living VMM."""
+    """The running VMM."""
     capture: str | None = None
-    """Id of the capture that a restore brings back."""
+    """Id of the capture to restore from."""
     mapped: str | None = None
-    """Id of the capture whose memory the living VM maps privately; it must not change meanwhile."""
+    """Id of the capture whose memory the running VM maps privately; it must not change meanwhile."""
     ports: dict[str, int] = {}
-    """Volume id → the port its disk sits in, from where it can be detached; the others are fixed."""
+    """Volume id → PCI port of its detachable disk; the other disks are fixed."""
     fresh: bool = False
-    """A fork that has not run yet: its guest still believes to be the source."""
+    """A fork that has not run yet: its guest still has the source's identity."""
     deleting: bool = False
 
 
 class Operation(enum.StrEnum):
-    """What is being done; with it a restart knows where an unfinished plan leads."""
+    """What is being done; a restart uses it to decide what to do with an unfinished plan."""
 
     CREATE = "create"
     START = "start"
     RESTORE = "restore"
     CAPTURE = "capture"
     ATTACH = "attach"
-    """These are taken back when they did not finish."""
+    """Operations that are undone if they did not finish."""
     RESUME = "resume"
     REVERT = "revert"
     DETACH = "detach"
     STOP = "stop"
     PARK = "park"
     DELETE = "delete"
-    """And these are finished."""
+    """Operations that are completed instead."""
 
 
 class Intent(msgspec.Struct, frozen=True):
@@ -155,7 +155,7 @@ def remove(txn: Txn, record: InstanceRecord) -> None:
 
 
 def free_number(txn: Txn) -> int:
-    """The smallest number from 1 on that no living instance has."""
+    """The smallest number, starting at 1, that no existing instance has."""
     expected = 1
     for key in txn.keys(NUMBERS):
         if int(key) != expected:

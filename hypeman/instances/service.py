@@ -1,8 +1,8 @@
-"""What the others call: every operation on instances, by id, name or prefix.
+"""Public interface: every operation on instances, by id, name or prefix.
 
-Here the request becomes a record: checked, its image found or pulled, and everything it takes written
-down in one transaction. What follows is the work of the instance's own task; a caller that goes
-away changes nothing.
+A request is validated, its image found or pulled, and a record with everything it reserves written in
+one transaction. The rest is done by the instance's own task; a caller that disconnects does not
+affect it.
 """
 
 from __future__ import annotations
@@ -78,13 +78,13 @@ from hypeman.units import parse_duration
 from hypeman.volumes import records as volumes
 
 MOST_WAIT = 300.0
-"""Seconds that a ``wait`` may last."""
+"""Maximum duration of a ``wait``, in seconds."""
 
 SECONDS_FOR_AGENT = 5.0
-"""A running instance's agent answers at once; this covers a channel that is just being opened again."""
+"""A running instance's agent answers at once; this covers a channel that is being reopened."""
 
 LOG_INTERVAL = 5.0
-"""Seconds between looks at the size of logs. A guest prints at most some 10 MB/s through its serial console."""
+"""Seconds between checks of log sizes. A guest prints at most about 10 MB/s through its serial console."""
 
 R = TypeVar("R")
 
@@ -94,18 +94,18 @@ _ENDED = frozenset({InstanceState.STOPPED, InstanceState.STANDBY, InstanceState.
 
 
 class LeaseNeeds(Protocol):
-    """Addresses, in the caller's transaction."""
+    """Allocates addresses, in the caller's transaction."""
 
     def take(self, txn: Txn, record: InstanceRecord) -> Lease: ...
     def drop(self, txn: Txn, instance_id: str) -> None: ...
     def default_rates(self, spec: InstanceSpec) -> InstanceSpec:
-        """``spec`` with a share of the uplink for the rates that were not given."""
+        """``spec`` with unset rates replaced by a share of the uplink."""
         ...
 
 
 class DeviceClaims(Protocol):
     async def prepare(self) -> None:
-        """Look at the host's devices, so that a claim decides on fresh facts."""
+        """Rescan the host's devices, so that a claim uses current data."""
         ...
 
     def claim(self, txn: Txn, instance_id: str, devices: tuple[str, ...], gpu_profile: str) -> tuple[str, ...]: ...
@@ -114,7 +114,7 @@ class DeviceClaims(Protocol):
 
 
 class Secrets(Protocol):
-    """Real values of credentials: checked, sealed and kept by the egress capability."""
+    """Credential values: checked, sealed and stored by the egress capability."""
 
     def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None: ...
     def seal(self, txn: Txn, instance_id: str, values: Mapping[str, str]) -> None: ...
@@ -131,7 +131,7 @@ class Counters(Protocol):
 
 
 class Instances:
-    """See above. ``run`` in a nursery adopts what lives and serves until cancelled."""
+    """All operations on instances. ``run`` in a nursery adopts running VMs and serves until cancelled."""
 
     def __init__(
         self,
@@ -164,14 +164,14 @@ class Instances:
         self._reclaim = Reclaim(world.config.reclaim, records=self.board.records, live=world.live, now=now)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Own all instances. Started when every one is settled (adopted, finished or taken back)."""
+        """Own all instances. Reports started when each is settled (adopted, finished or undone)."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             known, unsettled = self.store.read(_all_and_unsettled)
             for record in known:
                 self.board.post(record)
             if unsettled:
-                await self.catalog.wait_ready()  # known at once, unless what it depends on has changed
+                await self.catalog.wait_ready()  # returns at once, unless the probe's inputs have changed
             async with trio.open_nursery() as settling:
                 for record in unsettled:
                     settling.start_soon(self._settle, record)
@@ -191,8 +191,8 @@ class Instances:
         return self.view(self.board.find(ref))
 
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
-        """Wait for ``state``, or one from which it can not be reached by itself. Raises NotFound when the
-        instance goes meanwhile."""
+        """Wait for ``state``, or for one from which it cannot be reached without a command. Raises NotFound
+        if the instance is deleted meanwhile."""
         if state is InstanceState.UNKNOWN:
             raise InvalidRequest("Unknown is no state to wait for", code="invalid_state")
         if timeout <= 0:
@@ -260,7 +260,7 @@ class Instances:
         if spec.devices or spec.gpu_profile:
             await self.devices.prepare()
         now = self._now()
-        if request.ttl is not None:  # it counts from here, however long the pull took
+        if request.ttl is not None:  # counts from here, regardless of how long the pull took
             expires_at = expiry(request.ttl, None, now=now)
         record = InstanceRecord(
             id=new_id(),
@@ -288,11 +288,11 @@ class Instances:
         return self.view((await self.see_through(make)).record)
 
     def _check_free(self, name: str) -> None:
-        """Early, so that nobody waits for a pull in vain; the transaction checks again."""
+        """Early check, to avoid a useless pull; the transaction checks again."""
         self.store.read(lambda txn: records.check_name_free(txn, name))
 
     def _insert(self, txn: Txn, record: InstanceRecord, steps: tuple[Step, ...]) -> InstanceRecord:
-        """Write down a new instance and everything it takes, with the plan that makes it real."""
+        """Record a new instance and everything it reserves, with the plan that creates it."""
         claimed = self.devices.claim(txn, record.id, record.spec.devices, record.spec.gpu_profile)
         mounts = tuple(
             msgspec.structs.replace(mount, volume_id=volumes.find_volume(txn, mount.volume_id).id)
@@ -303,7 +303,7 @@ class Instances:
             record,
             spec=spec,
             number=records.free_number(txn),
-            ports=record.ports or assign_ports(spec.volumes),  # a fork's VM has its disks where its source had them
+            ports=record.ports or assign_ports(spec.volumes),  # a fork's disks are on the same ports as its source's
         )
         records.insert(txn, record)
         self.leases.take(txn, record)
@@ -322,7 +322,7 @@ class Instances:
         return record
 
     def _release(self, txn: Txn, record: InstanceRecord) -> None:
-        """The reverse of ``_insert``, when the last effect of the instance is gone."""
+        """The reverse of ``_insert``, after the instance's last effect was undone."""
         records.remove(txn, record)
         self.leases.drop(txn, record.id)
         self.images.unpin(txn, record.id)
@@ -342,14 +342,14 @@ class Instances:
         return self.view(await task.perform(Command.START, lambda owned: start(owned, request.entrypoint, request.cmd)))
 
     def device_vanished(self, instance_id: str, text: str) -> None:
-        """A device of a living instance has disappeared from the host: into the journal, for the instance's owner."""
+        """Journal that a device of a running instance has disappeared from the host."""
         self.world.journal(instance_id, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ} {text}")
 
     async def plug_in_again(self, instance_id: str) -> None:
-        """Somebody deleted the TAP of a living instance; it is there again."""
+        """Reconnect a running instance whose TAP was deleted externally and has been recreated."""
         try:
             await self.world.plug_in_again(instance_id)
-        except Exception as error:  # whatever it is, the network has others to look after
+        except Exception as error:  # on any error, the network must still handle other instances
             log.error("instance %s is without network until it is started or restored anew: %s", instance_id, error)
             self.world.journal(instance_id, f"the network is lost until the next start or restore: {error}")
 
@@ -358,12 +358,12 @@ class Instances:
         return self.view(await task.perform(Command.STOP, stop))
 
     async def delete(self, ref: str, *, graceful: bool = True) -> None:
-        """Nothing is left of it. Without ``graceful`` its guest is not asked to shut down first."""
+        """Delete the instance. Without ``graceful`` its guest is not asked to shut down first."""
         task = self.task(ref)
         await task.perform(Command.DELETE, partial(delete, graceful=graceful))
 
     async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
-        """Saved, and compressed later if the request, the instance or the server says so (in this order)."""
+        """Save the VM; compress later if the request, the instance or the server says so (in this order)."""
         await self.catalog.wait_ready()
         check_compression(request.compression)
         delay = request.compression_delay
@@ -376,14 +376,14 @@ class Instances:
 
         async def save(owned: Owned) -> InstanceRecord:
             record = await standby(owned, compression)
-            if record.capture is not None:  # scheduled in this turn, so that a restore that waits can end it
+            if record.capture is not None:  # scheduled before the next command, so that a queued restore can cancel it
                 self.world.compressor.schedule(record.capture, delay=seconds)
             return record
 
         return self.view(await task.perform(Command.STANDBY, save))
 
     def usual_compression(self, record: InstanceRecord) -> SnapshotCompressionConfig | None:
-        """Of captures of this instance when the request says nothing: its policy's, else the server's."""
+        """Compression when the request specifies none: the instance's policy, else the server's default."""
         policy = record.spec.snapshot_policy
         if policy is not None and policy.compression is not None:
             return policy.compression
@@ -470,7 +470,7 @@ class Instances:
         return await self.see_through(make)
 
     async def _fork_in_turn(self, owned: Owned, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
-        """In the source's task: copy what the fork needs and write it down."""
+        """In the source's task: copy what the fork needs and record it."""
         source = owned.record
         if source.state is InstanceState.RUNNING and not request.from_running:
             raise InvalidState(
@@ -501,7 +501,7 @@ class Instances:
         return await self._adopt(made[0], lambda forked: adopt_disks(forked, str(staged), shared=False))
 
     async def _finish_fork(self, fork: Lifecycle, target: TargetState) -> Instance:
-        """Bring a fork to where it was wanted; one that can not get there is not left behind."""
+        """Bring a fork to its target state; if that fails, the fork is deleted."""
         try:
             if target is TargetState.RUNNING:
                 if fork.record.state is InstanceState.STANDBY:
@@ -522,9 +522,9 @@ class Instances:
         target: TargetState,
         check: Callable[[Txn], object],
     ) -> Instance:
-        """A new instance with a copy of the disks in directory ``disks`` and, if it is given, on a capture.
+        """Create an instance from a copy of the disks in directory ``disks`` and, if given, a capture.
 
-        ``check`` raises, in the transaction that makes the instance, if it may not be forked any more.
+        ``check`` raises, in the transaction that creates the instance, if it may no longer be forked.
         """
         if capture is not None:
             record = msgspec.structs.replace(record, capture=capture, state=InstanceState.STANDBY)
@@ -542,7 +542,7 @@ class Instances:
         return await self._finish_fork(fork, target)
 
     def forked_record(self, source: InstanceRecord, name: str) -> InstanceRecord:
-        """The source's spec under a new identity. Expiry and secrets do not go along."""
+        """The source's spec under a new identity. Expiry and secrets are not inherited."""
         now = self._now()
         return msgspec.structs.replace(
             source,
@@ -592,15 +592,15 @@ class Instances:
     # Helpers
 
     async def see_through(self, work: Callable[[], Awaitable[R]]) -> R:
-        """Run ``work`` to its end, also when the caller goes away meanwhile, and return its result."""
+        """Run ``work`` to completion, even if the caller is cancelled, and return its result."""
         assert self._nursery is not None, "the service does not run"
         job = Job(None, work)
         self._nursery.start_soon(job.run)
         return await job.wait()
 
     async def _adopt(self, record: InstanceRecord, first: Callable[[Owned], Awaitable[InstanceRecord]]) -> Lifecycle:
-        """The task of an instance that was just written down, when it has done ``first``: nobody's command comes
-        before that."""
+        """Start the task of a newly recorded instance and return it when it has done ``first``, which runs before
+        any command."""
         task = self._make_task(record, new=True)
         job = task.submit(None, first)
         self.board.post(record)
@@ -625,17 +625,17 @@ class Instances:
         self.board.remove(record)
 
     def task(self, ref: str) -> Lifecycle:
-        """The task of an instance. One that sleeps gets its task when it is first wanted."""
+        """The task of an instance, started on first use if the instance is not running."""
         record = self.board.find(ref)
         return self._tasks.get(record.id) or self._make_task(record, new=True)
 
     def view(self, record: InstanceRecord) -> Instance:
         shown = self._render(record, self._now())
-        since = self._silent_since(record)  # not in lists, which are rendered when a record changes
+        since = self._silent_since(record)  # not in lists, which are rendered only when a record changes
         return shown if since is None else msgspec.structs.replace(shown, guest_silent_since=since)
 
     def silent_guests(self) -> int:
-        """How many running guests do not answer."""
+        """Number of running guests that do not answer."""
         return sum(self._silent_since(record) is not None for record in self.board.records())
 
     def _silent_since(self, record: InstanceRecord) -> datetime | None:
@@ -648,7 +648,7 @@ class Instances:
         return render_instance(record, lease, mdev_uuid=uuid, now=now)
 
     async def _rotate_logs(self) -> None:
-        """Keep logs bounded: a guest that prints for ever fills nothing."""
+        """Keep logs bounded, so that a guest that prints indefinitely cannot fill the disk."""
         limit = self.world.config.limits.max_log_size
         while True:
             await trio.sleep(LOG_INTERVAL)
@@ -660,14 +660,14 @@ class Instances:
 
 
 def _all_and_unsettled(txn: Txn) -> tuple[Sequence[InstanceRecord], Sequence[InstanceRecord]]:
-    """All instances, and those of them that a start of ours has to look after: with a VM, or unfinished."""
+    """All instances, and those that server start must settle: with a VM or unfinished work."""
     known = [record for _, record in txn.scan(INSTANCES)]
     unfinished = set(txn.keys(INTENTS))
     return known, [r for r in known if r.id in unfinished or r.handle is not None or r.state not in NO_VMM]
 
 
 def check_forkable(record: InstanceRecord) -> None:
-    """Raise NotSupported or Conflict if the instance has what can not be in two places."""
+    """Raise NotSupported or Conflict if the instance has something that cannot be duplicated."""
     if record.spec.devices or record.spec.gpu_profile:
         raise NotSupported("an instance with passed-through devices can not be forked or captured")
     for mount in record.spec.volumes:
@@ -676,5 +676,5 @@ def check_forkable(record: InstanceRecord) -> None:
 
 
 def _is_final(state: InstanceState, wanted: InstanceState) -> bool:
-    """Whether ``wanted`` does not come by itself any more: states end only by a command from here."""
+    """Whether ``wanted`` can no longer be reached from ``state`` without a command."""
     return state in _ENDED and state is not wanted

@@ -1,6 +1,6 @@
 """The first messages of the exec and cp streams (contract §3.1, §3.2) and what a copy out yields.
 
-What the guest agent itself is asked is said in ``guest/types.py``; ``sessions.py`` stands between.
+Requests to the guest agent itself are in ``guest/types.py``; ``sessions.py`` converts between the two.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CpRequest(Struct, frozen=True, kw_only=True):
 
 
 class CopyEntry(Struct, frozen=True, kw_only=True):
-    """Head of an entry; its bytes follow, then an EntryEnd."""
+    """Header of an entry; its bytes follow, then an EntryEnd."""
 
     path: str
     mode: int

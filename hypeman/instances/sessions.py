@@ -1,7 +1,7 @@
-"""Between the streams of the contract (§3.1, §3.2) and what the guest agent offers.
+"""Adapts the guest agent's protocol to the streams of the contract (§3.1, §3.2).
 
-The contract merges stdout and stderr, gives an exit code as the last thing, marks the last entry of
-a copy, and counts mode 0 and owner 0:0 of a copy as not given.
+The contract merges stdout and stderr, sends the exit code last, marks the last entry of a copy, and
+treats mode 0 and owner 0:0 of a copy as not given.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LINKS = {"link": FileKind.SYMLINK, "hardlink": FileKind.HARD_LINK}
 
 
 class ExecSession:
-    """A program in the guest. ``receive`` gives its output and at last its exit code."""
+    """A program in the guest. ``receive`` returns its output and finally its exit code."""
 
     def __init__(self, session: guest.ExecSession) -> None:
         self._session = session
@@ -37,7 +37,7 @@ class ExecSession:
         await self._session.resize(min(rows, 65535), min(cols, 65535))
 
     async def receive(self) -> bytes | int:
-        """Output as it comes, the exit code last. Why a program could not be started is output too."""
+        """Output as it arrives, the exit code last. If a program could not be started, the reason is output too."""
         if self._result is None:
             match await self._session.receive():
                 case guest.Output(data=data):
@@ -54,7 +54,7 @@ class ExecSession:
 
 
 class CopyOut:
-    """A file or tree on its way out: for each entry its head, its bytes, its end."""
+    """A file or tree being copied out: for each entry its header, its bytes, its end."""
 
     def __init__(self, client: GuestClient, request: CpRequest) -> None:
         self._client = client
@@ -73,7 +73,7 @@ class CopyOut:
         await self._stack.aclose()
 
     async def _iterate(self) -> AsyncIterator[CopyEntry | bytes | EntryEnd]:
-        """An entry's end is told when the next one begins, since only then it is known whether it is the last."""
+        """An entry's end is emitted when the next one begins, since only then is it known whether it is the last."""
         copying = self._client.copy_from(self._request.guest_path, follow_links=self._request.follow_links)
         items = await self._stack.enter_async_context(copying)
         begun = False

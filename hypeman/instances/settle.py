@@ -1,11 +1,11 @@
-"""What a crash left, or what could go neither on nor back: find out, and bring the instance to rest.
+"""Resolves what a crash left, or what could be neither finished nor undone, into a stable state.
 
-At a start of the server each instance that had a VM or unfinished work is settled once, before anybody's
-command; one that is Unknown is looked at again (lifecycle.py says when). Either way:
+At server start each instance that had a VM or unfinished work is settled once, before any command;
+Unknown ones are retried (lifecycle.py says when). Either way:
 
-    the VM      adopted if it lives
-    the intent  taken back, or finished, as its Operation says
-    the rest    a VM that died is cleaned up after; one that answers again gets its old state back
+    the VM      adopted if it is running
+    the intent  undone or finished, according to its Operation
+    the rest    a dead VM is cleaned up; one that answers again gets its old state back
 """
 
 from __future__ import annotations
@@ -34,16 +34,15 @@ from hypeman.saga import carry_forward, take_back
 log = logging.getLogger(__name__)
 
 SECONDS_TO_LOOK = 2.0
-"""For a VMM to answer when it is looked at again, during which commands wait; it answers in a millisecond or is
+"""Seconds for a VMM to answer on a retry, during which commands wait; it answers within a millisecond or is
 stuck."""
 
 
 async def settle(owned: Owned) -> None:
-    """At a start of the server: finish or take back what was under way, adopt a living VM, clean up after a
-    dead one."""
+    """At server start: finish or undo work in progress, adopt a running VM, clean up after a dead one."""
     try:
         await _find_and_settle(owned)
-    except Exception as error:  # whatever it is: one broken instance must not keep the others from being served
+    except Exception as error:  # on any error: one broken instance must not keep the others from being served
         log.exception("instance %s can not be settled", owned.record.id)
         await owned.lost(error)
 
@@ -77,7 +76,7 @@ async def _find_and_settle(owned: Owned, seconds: float = float("inf")) -> None:
 
 
 def _ended_unseen(owned: Owned) -> VmmExit:
-    """How a VMM ended whose end no server of ours has seen."""
+    """Exit status for a VMM that exited while no server was watching."""
     handle = owned.record.handle
     if handle is not None and handle.boot_id != owned.world.boot_id:
         return VmmExit(ExitReason.KILLED, "the host rebooted while the VM ran")
@@ -85,7 +84,7 @@ def _ended_unseen(owned: Owned) -> VmmExit:
 
 
 async def _find_vm(owned: Owned, seconds: float) -> bool:
-    """Whether the VM lives; then it is watched. Raises VmmBroken if it does not answer in time."""
+    """Whether the VM is running; if so it is watched. Raises VmmBroken if it does not answer in time."""
     instance, live = owned.record.id, owned.live
     try:
         with trio.fail_after(seconds):
@@ -105,7 +104,7 @@ async def _find_vm(owned: Owned, seconds: float) -> bool:
 
 
 async def _hear_again(owned: Owned, live: Live) -> None:
-    """What the guest told while its news could not be followed."""
+    """Handle what the guest reported while its events could not be handled."""
     if live.started:
         await hear(owned, live, Started())
     if live.exited is not None:
@@ -149,7 +148,7 @@ async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
             except Exception:
                 if owned.record.state is not InstanceState.STOPPED:
                     raise
-                # It told the journal why, and the instance has come to rest
+                # The reason is in the journal, and the instance is in a stable state
         case Operation.RESUME | Operation.STOP:
             await bring_down(owned, (*plan_park(record), *plan_free(record.mapped)), None)
         case Operation.PARK:
@@ -161,14 +160,14 @@ async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
 
 
 def _found_again(owned: Owned, *, alive: bool) -> InstanceRecord:
-    """After a capture that could not be taken back at first: it only looked, so the state is what it was."""
+    """After a capture that could not be undone at first: it was read-only, so the old state applies."""
     record = owned.record
     if record.state is not InstanceState.UNKNOWN:
         return record
     if alive:
         return owned.entered(record, record.was or InstanceState.RUNNING)
     if record.handle is not None:
-        return record  # its VMM has gone, which is cleaned up after next
+        return record  # its VMM has exited; cleanup follows
     return owned.entered(record, InstanceState.STANDBY if record.capture else InstanceState.STOPPED)
 
 

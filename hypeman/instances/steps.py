@@ -1,7 +1,7 @@
-"""The steps that plans are made of: plain data with ``do`` beside ``undo``.
+"""The steps that plans consist of: plain data with ``do`` next to ``undo``.
 
-A step knows names, not things: it is stored before it is done, read back after a crash, and acts on
-the World it is given. Promises of every step are in ``saga/runner.py``.
+A step holds names, not objects: it is stored before it runs, read back after a crash, and acts on
+the World passed to it. The guarantees of every step are in ``saga/runner.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Step(msgspec.Struct, frozen=True, tag=True):
-    """Base: a step about one instance, stored with its class name."""
+    """Base: a step on one instance, stored with its class name."""
 
     instance: str
 
@@ -31,7 +31,7 @@ class MakeDisks(_Step, frozen=True):
 
 
 class CopyDisks(_Step, frozen=True):
-    """The same, as a copy of another instance's or of a snapshot's (``source`` is a directory)."""
+    """Like MakeDisks, as a copy of another instance's or a snapshot's disks (``source`` is a directory)."""
 
     source: str
 
@@ -43,7 +43,7 @@ class CopyDisks(_Step, frozen=True):
 
 
 class TakeDisks(_Step, frozen=True):
-    """The same, taken over from directory ``source``, which belongs to this plan alone."""
+    """Like MakeDisks, moved from directory ``source``, which belongs to this plan alone."""
 
     source: str
 
@@ -66,7 +66,7 @@ class PrepareRun(_Step, frozen=True):
 
 
 class AttachNetwork(_Step, frozen=True):
-    """TAP, route, rules and limits for the instance's lease; closed until they are all there."""
+    """TAP, route, rules and limits for the instance's lease; blocked until all are in place."""
 
     async def do(self, world: World) -> None:
         await world.attach_network(self.instance)
@@ -106,7 +106,7 @@ class LaunchVmm(_Step, frozen=True):
 
 
 class RestoreVmm(_Step, frozen=True):
-    """A VMM with the captured guest in it, paused and with its link down: nothing has run yet."""
+    """A VMM with the captured guest, paused and with its link down: nothing has run yet."""
 
     capture: str
     keep: bool
@@ -121,11 +121,11 @@ class RestoreVmm(_Step, frozen=True):
 class AwakenGuest(_Step, frozen=True):
     """The restored guest gets its clock, entropy and identity, and only then its network and program.
 
-    No undo: from here on the guest has run, and its capture, if consumed, is no longer that.
+    No undo: from here on the guest has run, and its capture, if consumed, no longer matches it.
     """
 
     fresh: bool
-    """A fork: also a new machine-id, and connections of the source are closed."""
+    """A fork also gets a new machine-id, and the source's connections are closed."""
 
     async def do(self, world: World) -> None:
         await world.awaken_guest(self.instance, fresh=self.fresh)
@@ -135,7 +135,7 @@ class AwakenGuest(_Step, frozen=True):
 
 
 class SaveCapture(_Step, frozen=True):
-    """Freeze the workload, pause the VM and publish its capture. Undo: the VM goes on."""
+    """Freeze the workload, pause the VM and publish its capture. Undo: resume the VM."""
 
     capture: str
 
@@ -147,7 +147,7 @@ class SaveCapture(_Step, frozen=True):
 
 
 class CopyDisksAway(_Step, frozen=True):
-    """The instance's writable layers copied into directory ``target``, while nothing writes."""
+    """Copy the instance's writable layers into directory ``target``, while nothing writes."""
 
     target: str
 
@@ -159,7 +159,7 @@ class CopyDisksAway(_Step, frozen=True):
 
 
 class PlugVolume(_Step, frozen=True):
-    """A volume's disk plugged into the living VM and mounted by its guest."""
+    """Plug a volume's disk into the running VM and have the guest mount it."""
 
     volume: str
     path: str
@@ -174,7 +174,7 @@ class PlugVolume(_Step, frozen=True):
 
 
 class StageDisks(_Step, frozen=True):
-    """The disks of a snapshot copied beside the instance's own, to take their place at once."""
+    """Copy the disks of a snapshot next to the instance's own, to replace them by rename."""
 
     source: str
 
@@ -186,7 +186,7 @@ class StageDisks(_Step, frozen=True):
 
 
 class PauseVm(_Step, frozen=True):
-    """Freeze the workload and pause the VM: nothing writes until it goes on. Undo: it goes on."""
+    """Freeze the workload and pause the VM: nothing writes until it is resumed. Undo: resume it."""
 
     async def do(self, world: World) -> None:
         await world.pause(self.instance)
@@ -196,7 +196,7 @@ class PauseVm(_Step, frozen=True):
 
 
 class GoOn(_Step, frozen=True):
-    """After its capture the VM goes on as if nothing had been."""
+    """Resume the VM after its capture, as if nothing had happened."""
 
     async def do(self, world: World) -> None:
         await world.go_on(self.instance)
@@ -218,7 +218,7 @@ class ShutdownGuest(_Step, frozen=True):
 
 
 class SwapDisks(_Step, frozen=True):
-    """The staged disks become the instance's own."""
+    """Replace the instance's disks with the staged ones."""
 
     async def do(self, world: World) -> None:
         await world.swap_disks(self.instance)
@@ -228,7 +228,7 @@ class SwapDisks(_Step, frozen=True):
 
 
 class FreeCapture(msgspec.Struct, frozen=True, tag=True):
-    """Remove a capture if nobody holds it any more."""
+    """Remove a capture if it has no holders."""
 
     capture: str
 
@@ -259,7 +259,7 @@ Reversible = (
 
 
 class TakeBack(msgspec.Struct, frozen=True, tag=True):
-    """The undo of a step as a step: what a start built up, a stop takes down."""
+    """The undo of a step as a step: a stop tears down what a start set up."""
 
     step: Reversible
 

@@ -1,7 +1,7 @@
-"""What is said about instances: the requests and answers of the contract, §2.4 and §2.5.
+"""API types of instances: the requests and responses of the contract, §2.4 and §2.5.
 
-One Struct serves the wire and the document at /spec.json. Which fields are emitted when, and why
-sizes and durations are text here, is told in ``hypeman/fields.py``.
+The same Structs define the wire format and /spec.json. ``hypeman/fields.py`` explains which fields
+are emitted when, and why sizes and durations are text here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Positive = Annotated[int, Meta(ge=1)]
 
 
 class InstanceState(enum.StrEnum):
-    """Where in its life an instance is."""
+    """The state of an instance."""
 
     CREATED = "Created"
     """The VMM exists, the guest has not booted."""
@@ -33,11 +33,11 @@ class InstanceState(enum.StrEnum):
     STANDBY = "Standby"
     """No VMM; memory is saved and can be restored."""
     UNKNOWN = "Unknown"
-    """Could not be derived; ``state_error`` says why."""
+    """Could not be determined; ``state_error`` says why."""
 
 
 class TargetState(enum.StrEnum):
-    """Where a fork or a restore from a snapshot shall end."""
+    """The state that a fork or a restore from a snapshot ends in."""
 
     STOPPED = "Stopped"
     STANDBY = "Standby"
@@ -50,12 +50,12 @@ class LogSource(enum.StrEnum):
     APP = "app"
     """The serial console."""
     VMM = "vmm"
-    """What the hypervisor itself printed."""
+    """The hypervisor's own output."""
     HYPEMAN = "hypeman"
     """What this server did with the instance."""
 
 
-# ── Policies: sent by the client, kept, and echoed as they were given ───────────────────────────
+# ── Policies: sent by the client, stored, and echoed as given ───────────────────────────────────
 
 
 class CompressionAlgorithm(enum.StrEnum):
@@ -64,7 +64,7 @@ class CompressionAlgorithm(enum.StrEnum):
 
 
 class SnapshotCompressionConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How saved memory is compressed. The last two fields count only while enabled."""
+    """How saved memory is compressed. The last two fields apply only while enabled."""
 
     enabled: bool
     algorithm: CompressionAlgorithm | None = None
@@ -74,14 +74,14 @@ class SnapshotCompressionConfig(Struct, frozen=True, kw_only=True, omit_defaults
 
 
 class SnapshotPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Defaults for captures of one instance; a request may overrule them."""
+    """Defaults for captures of one instance; a request may override them."""
 
     compression: SnapshotCompressionConfig | None = None
     standby_compression_delay: Annotated[Duration | None, Meta(description="Default: at once")] = None
 
 
 class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Standby after a time without inbound TCP connections (IPv4)."""
+    """Standby after a period without inbound TCP connections (IPv4)."""
 
     enabled: Annotated[bool | None, Meta(description="Default false")] = None
     idle_timeout: Duration | None = None
@@ -144,7 +144,7 @@ class RestartPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class VolumeMount(Struct, frozen=True, kw_only=True):
-    """A volume in a guest; the same in requests and answers."""
+    """A volume in a guest; the same in requests and responses."""
 
     volume_id: str
     mount_path: Annotated[str, Meta(description="Absolute path in the guest")]
@@ -158,7 +158,7 @@ class EgressEnforcementRequest(Struct, frozen=True, kw_only=True):
 
 
 class EgressRequest(Struct, frozen=True, kw_only=True):
-    """Egress that goes through the host, which inserts credentials."""
+    """Egress through the host, which inserts credentials."""
 
     enabled: bool = False
     enforcement: EgressEnforcementRequest = EgressEnforcementRequest()
@@ -212,7 +212,7 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
 
 
 class UpdateInstanceRequest(Struct, frozen=True, kw_only=True):
-    """What may change in a living instance; absent fields stay as they are."""
+    """What may change in an existing instance; absent fields stay unchanged."""
 
     env: Annotated[
         Annotated[dict[str, str], Meta(min_length=1)] | None,
@@ -248,7 +248,7 @@ class AttachVolumeRequest(Struct, frozen=True, kw_only=True):
     readonly: bool = False
 
 
-# ── Answers ─────────────────────────────────────────────────────────────────────────────────────
+# ── Responses ───────────────────────────────────────────────────────────────────────────────────
 
 
 class InstanceNetwork(Struct, frozen=True, kw_only=True):
@@ -292,7 +292,7 @@ class RestartStatus(Struct, frozen=True, kw_only=True):
 
 
 class Instance(Struct, frozen=True, kw_only=True):
-    """One virtual machine and what is known of it."""
+    """One virtual machine and its current state."""
 
     id: str
     name: str
@@ -339,7 +339,7 @@ class Instance(Struct, frozen=True, kw_only=True):
 
 
 class WaitForStateResponse(Struct, frozen=True, kw_only=True):
-    """Also sent, with timed_out false, when the wanted state can no longer be reached."""
+    """Also sent, with timed_out false, if the wanted state can no longer be reached."""
 
     state: InstanceState
     timed_out: bool
@@ -347,7 +347,7 @@ class WaitForStateResponse(Struct, frozen=True, kw_only=True):
 
 
 class InstanceStats(Struct, frozen=True, kw_only=True):
-    """What the VMM process used, and what passed its TAP as the guest sees it."""
+    """Resources used by the VMM process, and traffic through its TAP as the guest sees it."""
 
     instance_id: str
     instance_name: str

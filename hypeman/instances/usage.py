@@ -1,4 +1,4 @@
-"""Questions that other capabilities have about stored instances, answered from the store."""
+"""Queries on stored instances for other capabilities, answered from the store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def instance_name(store: Store, instance_id: str) -> str | None:
 
 
 def disk_use(store: Store, images: Images) -> DiskBreakdown:
-    """Bytes promised to overlays and volumes, and used by images."""
+    """Bytes allocated to overlays and volumes, and used by images."""
 
     def read(txn: Txn) -> tuple[int, int]:
         overlays = sum(record.spec.overlay_bytes for _, record in txn.scan(INSTANCES))
@@ -36,7 +36,7 @@ def disk_use(store: Store, images: Images) -> DiskBreakdown:
 
 
 def living_leases(store: Store) -> Sequence[Lease]:
-    """Leases of instances whose record names a VMM. Those whose VMM has ended since are settled later."""
+    """Leases of instances whose record names a VMM. If the VMM has exited since, they are settled later."""
 
     def read(txn: Txn) -> list[Lease]:
         living = [record.id for _, record in txn.scan(INSTANCES) if record.handle is not None]

@@ -1,5 +1,5 @@
-"""From what was asked to what is meant: every field of a create request checked, text turned into
-numbers. Pure; each refusal has the code that the contract gives to its field (§2.3, §2.4).
+"""Validates every field of a create request and parses its text forms into numbers. Pure; each
+refusal has the code that the contract assigns to its field (§2.3, §2.4).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ DEFAULT_MEMORY = 1 << 30
 DEFAULT_OVERLAY = 10 << 30
 DEFAULT_VCPUS = 2
 MIN_MEMORY = 64 << 20
-"""Below this no kernel boots."""
+"""Minimum memory for a kernel to boot."""
 MIN_OVERLAY = 16 << 20
 MAX_VOLUME_DISKS = 23
 MAX_ENV_BYTES = 512 << 10
 _MEMORY_STEP = 2 << 20
-"""VMMs want whole huge pages; memory is rounded up to them."""
+"""VMMs require whole huge pages; memory is rounded up to a multiple."""
 
 _KERNEL_DIRS = frozenset(["dev", "proc", "sys"])
-"""Trees of the guest's kernel: nothing can be mounted at or below them."""
+"""Kernel file systems of the guest: nothing can be mounted at or below them."""
 _SYSTEM_DIRS = frozenset(["bin", "etc", "lib", "lib64", "sbin", "usr"])
-"""Directories that the guest boots from: nothing can be mounted over them, but below them."""
+"""Directories that the guest boots from: nothing can be mounted on them, only below them."""
 
 
 def check_create(
@@ -54,7 +54,7 @@ def check_create(
     capabilities: Capabilities,
     platform: str,
 ) -> InstanceSpec:
-    """The checked spec of a request. Raises InvalidRequest with the field's code, or NotSupported."""
+    """The validated spec of a request. Raises InvalidRequest with the field's code, or NotSupported."""
     check_name(request.name)
     tags = check_tags(request.tags)
     if not request.image:
@@ -114,7 +114,7 @@ def check_create(
 
 
 def expiry(ttl: str | None, expires_at: datetime | None, *, now: datetime) -> datetime | None:
-    """When an instance shall end: ``ttl`` counts from ``now``; None is never.
+    """When an instance expires: ``ttl`` counts from ``now``; None is never.
 
     Raises InvalidRequest (``invalid_ttl``, ``invalid_expires_at``).
     """
@@ -132,7 +132,7 @@ def expiry(ttl: str | None, expires_at: datetime | None, *, now: datetime) -> da
 
 
 def check_volumes(volumes: Sequence[VolumeMount]) -> tuple[VolumeMount, ...]:
-    """The mounts with normal paths, if all rules of §2.4 are kept; else InvalidRequest."""
+    """The mounts with normalized paths. Raises InvalidRequest if they break a rule of §2.4."""
     disks = sum(2 if volume.overlay else 1 for volume in volumes)
     if disks > MAX_VOLUME_DISKS:
         raise InvalidRequest(f"the volumes need {disks} disks, {MAX_VOLUME_DISKS} fit (an overlay counts twice)")
@@ -157,7 +157,7 @@ def check_volumes(volumes: Sequence[VolumeMount]) -> tuple[VolumeMount, ...]:
 
 
 def check_mount_path(path: str) -> str:
-    """``path`` normalized, if a volume may be mounted there, else InvalidRequest."""
+    """``path`` normalized. Raises InvalidRequest if no volume may be mounted there."""
     if not path.startswith("/") or "\0" in path or len(path.encode()) > 1024:
         raise InvalidRequest(f"mount path {path!r} must be absolute")
     if ".." in path.split("/"):
@@ -174,7 +174,7 @@ def check_mount_path(path: str) -> str:
 
 
 def check_compression(config: SnapshotCompressionConfig | None) -> SnapshotCompressionConfig | None:
-    """``config`` if algorithm and level agree, else InvalidRequest ``invalid_snapshot_compression``."""
+    """``config`` if the level fits the algorithm, else InvalidRequest ``invalid_snapshot_compression``."""
     if config is None or not config.enabled or config.level is None:
         return config
     lowest, highest = (0, 9) if config.algorithm is CompressionAlgorithm.LZ4 else (1, 19)
@@ -199,7 +199,7 @@ def check_snapshot_policy(policy: SnapshotPolicy | None) -> None:
 
 
 def check_capturable(spec: InstanceSpec, capabilities: Capabilities, what: str) -> None:
-    """Raise NotSupported, saying that it can not be ``what``, if memory of such an instance can not be saved."""
+    """Raise NotSupported, naming the operation ``what``, if memory of such an instance cannot be saved."""
     if not capabilities.standby:
         raise NotSupported(f"hypervisor {spec.hypervisor.value} can not save a VM; it can not be {what}")
     if spec.devices or spec.gpu_profile:
@@ -209,7 +209,7 @@ def check_capturable(spec: InstanceSpec, capabilities: Capabilities, what: str) 
 
 
 def guest_env(spec: InstanceSpec) -> Mapping[str, str]:
-    """The environment as the guest sees it: a stand-in for each credential, never a real value."""
+    """The environment as the guest sees it: a placeholder for each credential, never a real value."""
     return guest_environment(spec.credentials, spec.env)
 
 
@@ -256,9 +256,9 @@ def _check_network(request: CreateInstanceRequest) -> None:
 
 
 def check_supported_policies(request: CreateInstanceRequest | UpdateInstanceRequest) -> None:
-    """Raise NotSupported for a policy that asks for something which this server cannot do yet.
+    """Raise NotSupported for a policy that requires something this server cannot do yet.
 
-    One that asks for nothing (``enabled: false``, ``none``, ``never``) is accepted, since clients send such defaults.
+    One that is off (``enabled: false``, ``none``, ``never``) is accepted, since clients send such defaults.
     """
     for field, wanted in (
         ("auto_standby", request.auto_standby is not None and bool(request.auto_standby.enabled)),

@@ -1,4 +1,4 @@
-"""From the record to what a client sees. Pure; what is not echoed (§2.5) never gets here."""
+"""Renders a record for clients. Pure; fields that are not echoed (§2.5) never get here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypeman.units import format_rate, format_size
 
 
 def render_instance(record: InstanceRecord, lease: Lease | None, *, mdev_uuid: str, now: datetime) -> Instance:
-    """``now`` decides only how long the current phase has lasted."""
+    """``now`` is only used for the duration of the current phase."""
     spec = record.spec
     return Instance(
         id=record.id,
@@ -66,7 +66,7 @@ def _network(record: InstanceRecord, lease: Lease | None) -> InstanceNetwork:
 
 
 def describe_exit(code: int, signal: int, *, out_of_memory: bool) -> str:
-    """Why the workload ended, for people; ``signal`` is 0 if it ended by itself."""
+    """Human-readable reason why the workload ended; ``signal`` is 0 if it exited normally."""
     if signal or out_of_memory:
         number = signal or SIGKILL
         cause = f"killed by signal {number} ({_signal_name(number)})"
@@ -75,11 +75,11 @@ def describe_exit(code: int, signal: int, *, out_of_memory: bool) -> str:
 
 
 _EXIT_MESSAGES = {126: "command cannot be executed", 127: "command not found"}
-"""What a shell's exit codes mean; the rest are the program's own."""
+"""Meaning of a shell's exit codes; the rest are program-specific."""
 
 
 def _signal_name(number: int) -> str:
-    """``SIGKILL`` for 9, ``SIGRTMIN+3`` for 37: numbers of Linux guests, which are this host's."""
+    """``SIGKILL`` for 9, ``SIGRTMIN+3`` for 37. Linux guests have the same numbers as this host."""
     if SIGRTMIN < number < SIGRTMAX:
         return f"SIGRTMIN+{number - SIGRTMIN}"
     try:

@@ -1,10 +1,10 @@
-"""From a record to the machine: the VmConfig of its VMM. Pure.
+"""Builds a VMM's VmConfig from a record. Pure.
 
 Disks, in the order the guest sees them; the guest finds each by its serial number:
 
     root      the image, read-only, shared by all instances of it
     overlay   the writable layer
-    boot      what the guest reads at boot, and where it writes how it ended
+    boot      boot configuration for the guest, and where it writes its outcome
     v…, w…    volumes and the write layers over read-only ones
 """
 
@@ -24,7 +24,7 @@ from hypeman.paths import Paths
 
 
 class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a VM needs from others: looked up just before, never guessed."""
+    """What a VM needs from other capabilities, looked up immediately before use."""
 
     root_disk: Path
     kernel: str
@@ -37,12 +37,12 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     uid: int = 0
     vsock: bool = False
     hotplug: bool = False
-    """The VMM takes disks at run time."""
+    """The VMM supports disk hotplug."""
     cgroup: str = ""
 
 
 def volume_disk_id(volume_id: str) -> str:
-    """Serial number of a volume's disk: virtio allows 20 bytes, ids may be longer."""
+    """Serial number of a volume's disk. virtio allows 20 bytes; ids may be longer."""
     return "v" + hashlib.sha256(volume_id.encode()).hexdigest()[:18]
 
 
@@ -51,16 +51,16 @@ def volume_overlay_disk_id(volume_id: str) -> str:
 
 
 DISK_PORTS = 8
-"""Disks that can come and go while a VM runs; each costs a PCI port, whose scan costs boot time."""
+"""Disks that can be hotplugged; each needs a PCI port, whose scan costs boot time."""
 
 
 def free_port(ports: Mapping[str, int]) -> int:
-    """The lowest port that no volume sits in; 0 if all are taken."""
+    """The lowest free port; 0 if all are taken."""
     return next((port for port in range(1, DISK_PORTS + 1) if port not in ports.values()), 0)
 
 
 def assign_ports(volumes: Iterable[VolumeMount]) -> dict[str, int]:
-    """Ports for the volumes of a new instance. A volume with a write layer is fixed: it is two disks."""
+    """Ports for the volumes of a new instance. A volume with a write layer is two disks and is fixed."""
     ports: dict[str, int] = {}
     for volume in volumes:
         port = free_port(ports)
@@ -80,7 +80,7 @@ def volume_disk(paths: Paths, volume_id: str, *, readonly: bool, port: int) -> D
 
 
 def vm_disks(record: InstanceRecord, root_disk: Path, paths: Paths, *, hotplug: bool) -> tuple[Disk, ...]:
-    """In the order in which the guest sees them. Without ``hotplug`` all of them are fixed."""
+    """The disks in the order in which the guest sees them. Without ``hotplug`` all are fixed."""
     spec = record.spec
     mine = paths.instance(record.id)
     disks = [

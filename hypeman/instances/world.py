@@ -1,8 +1,8 @@
-"""What the steps act on: the capabilities, the drivers and the VMs that live.
+"""What the steps act on: the capabilities, the drivers and the running VMs.
 
-Each method is what one step does or undoes; it may be called again and is content when there is
-nothing to do. Facts come from the store at the moment of acting, so that a step read back after a
-crash does the same as the one that was planned.
+Each method does or undoes one step; it is idempotent and a no-op if there is nothing to do. Data is
+read from the store at execution time, so that a step read back after a crash does the same as the
+one that was planned.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ from hypeman.units import parse_size
 log = logging.getLogger(__name__)
 
 DISKS = "*.raw"
-"""What in an instance's, capture's or snapshot's directory is a disk."""
+"""Pattern for disks in an instance's, capture's or snapshot's directory."""
 SECONDS_TO_AWAKEN = 60.0
-"""A restored guest answers in 0.1 s; the limit is for a host that swaps."""
+"""A restored guest answers in 0.1 s; the limit allows for a host that swaps."""
 SECONDS_TO_ANSWER = 5.0
-"""For a running guest whose channel is just being opened, as after a restart of ours."""
+"""For a running guest whose channel is being opened, for example after a server restart."""
 SECONDS_TO_KILL = 5.0
-"""After the guest was asked to power off and its grace is over."""
+"""After the guest was asked to power off and its grace period is over."""
 
 
 class NetworkNeeds(Protocol):
@@ -84,7 +84,7 @@ class EgressNeeds(Protocol):
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None: ...
     async def release(self, instance_id: str) -> None: ...
     def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
-        """Environment and CA certificates that a mediated guest gets."""
+        """Environment and CA certificates for a guest with mediated egress."""
         ...
 
 
@@ -96,7 +96,7 @@ class ImageNeeds(Protocol):
 
 class TemplateNeeds(Protocol):
     async def make(self, path: Path, size: int, *, uid: int) -> None:
-        """A formatted empty disk at ``path``."""
+        """Create a formatted empty disk at ``path``."""
         ...
 
 
@@ -107,7 +107,7 @@ class CompressorNeeds(Protocol):
 
 
 class World:
-    """See above. One per server."""
+    """Carries out the steps. One per server."""
 
     def __init__(
         self,
@@ -143,12 +143,12 @@ class World:
         self.templates = templates
         self.compressor = compressor
         self.boot_id = boot_id
-        """Of the host; the handles of VMMs have the one that they were started in."""
+        """The host's boot id; a VMM's handle has the one it was started in."""
         self.connect = connect
         self.live: dict[str, Live] = {}
-        """Instance → its living VM. Filled by launch, restore and adoption; emptied when it ended."""
+        """Instance → its running VM. Set by launch, restore and adoption; removed when the VM ends."""
         self._overtaken: set[str] = set()
-        """Instances for whose guests nobody waits, since a stop or delete is queued."""
+        """Instances whose guests are not waited for, since a stop or delete is queued."""
 
     # Look-ups
 
@@ -162,7 +162,7 @@ class World:
         return self.store.read(lambda txn: get_lease(txn, instance_id))
 
     def uid(self, record: InstanceRecord) -> int:
-        """The user of this instance's VMM: each has its own; 0 is the server's."""
+        """The user id of this instance's VMM: each has its own; 0 is the server's."""
         base = self.config.hypervisor.uid_base
         return base + record.number if base else 0
 
@@ -170,7 +170,7 @@ class World:
         return self.drivers[record.spec.hypervisor]
 
     def give_up_guest(self, instance_id: str, given_up: bool) -> None:
-        """End all waits for the guest of an instance, and those of its next VM, until called with False."""
+        """Abort all waits for the guest of an instance, including its next VM's, until called with False."""
         if given_up:
             self._overtaken.add(instance_id)
         else:
@@ -193,7 +193,7 @@ class World:
                 await self.templates.make(mine.volume_overlay(volume.volume_id), size, uid=uid)
 
     async def copy_disks(self, instance_id: str, source: str) -> None:
-        """The writable layers from directory ``source``, which nobody writes meanwhile."""
+        """Copy the writable layers from directory ``source``, which must not be written to meanwhile."""
         record = self.record(instance_id)
         uid = self.uid(record)
         await self._make_dirs(record)
@@ -221,7 +221,7 @@ class World:
         await self.files.remove(self.paths.instance(instance_id).staged)
 
     async def swap_disks(self, instance_id: str) -> None:
-        """Each disk is replaced by one rename; what was done before a crash is not there any more."""
+        """Replace each disk by one rename; after a crash, those already renamed are no longer staged."""
         mine = self.paths.instance(instance_id)
         await self.files.move_all(mine.staged, mine.root, DISKS)
         await self.files.remove(mine.staged)
@@ -234,7 +234,7 @@ class World:
             await guest.mount_volume(GuestVolume(disk_id=volume_disk_id(volume_id), path=path, readonly=readonly))
 
     async def unplug_volume(self, instance_id: str, volume_id: str, path: str) -> None:
-        """Content if the VM is gone or never had it. Raises InUse while a process holds it."""
+        """A no-op if the VM has ended or never had the volume. Raises InUse while a process holds it."""
         live = self.live.get(instance_id)
         disk = volume_disk_id(volume_id)
         if live is None or not any(other.id == disk for other in live.vmm.handle.config.disks):
@@ -250,10 +250,10 @@ class World:
     async def remove_tree(self, path: str) -> None:
         await self.files.remove(Path(path))
 
-    # What the guest and we leave to read
+    # Logs and outcomes
 
     async def read_outcome(self, instance_id: str) -> Exited | Fatal | None:
-        """How the guest's workload ended, as it wrote on its boot disk, for when nobody listened."""
+        """How the workload ended, as the guest wrote it to its boot disk, in case the channel was down."""
         record = self.record(instance_id)
         disk = self.paths.instance(instance_id).boot_disk
         try:
@@ -264,7 +264,7 @@ class World:
 
     def journal(self, instance_id: str, line: str) -> None:
         """Append one line to the instance's ``hypeman`` log; losing one is better than failing for it."""
-        text = one_line(line) + "\n"  # parts of it were chosen by guests and images
+        text = one_line(line) + "\n"  # parts of it come from guests and images
         with (
             contextlib.suppress(OSError),
             open(open_log(self.paths.instance(instance_id).log("hypeman")), "ab") as file,
@@ -272,10 +272,10 @@ class World:
             file.write(text.encode())
 
     async def rotate_logs(self, instance_id: str, limit: int) -> None:
-        """Start new logs for those above ``limit`` bytes; one old one is kept of each.
+        """Rotate logs larger than ``limit`` bytes; one old log is kept of each.
 
-        The console is reopened by the VMM. The VMM's own log is open for appending there for good, so it
-        is copied and truncated: a line in flight may be lost, which for that log is no harm.
+        The VMM reopens the console log. It holds its own log open for appending, so that one is copied and
+        truncated: a line in flight may be lost, which is harmless for that log.
         """
         mine = self.paths.instance(instance_id)
         live = self.live.get(instance_id)
@@ -288,7 +288,7 @@ class World:
                 await self.files.copy(log, log.with_suffix(".log.1"))
                 await trio.to_thread.run_sync(_empty, log)
 
-    # What a VMM has around it
+    # The VMM's environment
 
     async def prepare_run(self, instance_id: str) -> None:
         record = self.record(instance_id)
@@ -313,7 +313,7 @@ class World:
             await self.network.detach(lease)
 
     async def plug_in_again(self, instance_id: str) -> None:
-        """After somebody deleted its TAP, which is there again: the guest's cable ends in it as before."""
+        """Reconnect the guest's NIC to its TAP, which was deleted externally and has been recreated."""
         live, lease = self.live.get(instance_id), self.lease(instance_id)
         if live is not None and lease is not None and await self.network.plug_in_again(lease, live.vmm.handle.pid):
             log.warning("instance %s was put on its TAP again, which somebody had deleted", instance_id)
@@ -357,7 +357,7 @@ class World:
         self.live[record.id] = live
 
     async def reattach_vmm(self, instance_id: str) -> bool:
-        """Find the VMM of the record again after a restart of ours; whether it lives."""
+        """Reattach to the record's VMM after a server restart; returns whether it is running."""
         record = self.record(instance_id)
         if record.handle is None:
             return False
@@ -366,11 +366,11 @@ class World:
         except VmmGone:
             return False
         if self.driver(record).capabilities.balloon:
-            await self.live[instance_id].end_loan()  # an earlier server's
+            await self.live[instance_id].end_loan()  # left by an earlier server
         return True
 
     async def kill_vmm(self, instance_id: str) -> None:
-        """End the VMM, also one that was launched by a server that crashed before noting it."""
+        """Kill the VMM, including one launched by a server that crashed before recording it."""
         live = self.live.pop(instance_id, None)
         if live is not None:
             await live.vmm.kill()
@@ -379,7 +379,7 @@ class World:
         self.cgroups.remove(instance_id)
 
     async def shutdown_guest(self, instance_id: str, grace: float) -> None:
-        """Ask for an orderly end and wait for it; a guest that does not answer is not waited for."""
+        """Request an orderly shutdown and wait for it; an unresponsive guest is not waited for."""
         live = self.live.get(instance_id)
         if live is None:
             return
@@ -391,10 +391,10 @@ class World:
                     await guest.shutdown(grace_seconds=grace)
                     await live.vmm.wait_exit()
         except (HypemanError, OSError):
-            return  # it does not answer or went away while we asked; killing follows in any case
+            return  # unresponsive or gone; the VMM is killed next in any case
 
     async def plug_memory(self, instance_id: str) -> None:
-        """Give the guest all the memory it was promised; the host gives a page only when it is touched."""
+        """Plug all of the guest's assigned memory; the host allocates a page only when it is touched."""
         spec = self.record(instance_id).spec
         live = self._living(instance_id)
         await live.vmm.resize_memory(spec.memory_bytes + spec.hotplug_bytes)
@@ -409,7 +409,7 @@ class World:
         directory = self.paths.capture(capture_id)
         side = directory.with_name(directory.name + ".new")
         await self.files.remove(side)
-        await self.files.make_dir(side, mode=0o711)  # the user of a fork's VMM passes, too
+        await self.files.make_dir(side, mode=0o711)  # a fork's VMM user needs search permission
         async with live.without_loan():
             await self._freeze(live)
             live.hold(True)
@@ -429,7 +429,7 @@ class World:
                 await live.guest.freeze()
 
     async def discard_capture(self, instance_id: str, capture_id: str) -> None:
-        """The VM goes on where it was, with its memory, and the capture is gone."""
+        """Resume the VM where it was, with its memory, and remove the capture."""
         directory = self.paths.capture(capture_id)
         await self.files.remove(directory)
         await self.files.remove(directory.with_name(directory.name + ".new"))
@@ -448,11 +448,11 @@ class World:
             with live.asking():
                 try:
                     await guest.thaw()
-                except GuestLost:  # the capture has ended its channel: the agent dials again
+                except GuestLost:  # the capture closed the channel: the agent reconnects
                     await (await live.wait_guest(LIMITS[Op.THAW], instead_of=guest)).thaw()
         except (VmmGone, VmmBroken):
             raise
-        except HypemanError as error:  # its programs run on by themselves after 10 s of its own time
+        except HypemanError as error:  # the agent thaws its programs after 10 s of guest time
             log.warning("the guest of instance %s did not confirm that it runs on: %s", instance_id, error.message)
 
     async def awaken_guest(self, instance_id: str, *, fresh: bool) -> None:
@@ -475,7 +475,7 @@ class World:
             await guest.thaw()
 
     async def free_capture(self, capture_id: str) -> None:
-        """Remove a capture that nobody holds, directory first: a row without one is never restored."""
+        """Remove a capture without holders, directory first: a row without one is never restored."""
 
         def is_free(txn: Txn) -> bool:
             row = txn.get(CAPTURES, capture_id)
@@ -486,11 +486,11 @@ class World:
             await self.store.write(lambda txn: txn.delete(CAPTURES, capture_id))
 
     def restorable(self, capture_id: str) -> AbstractAsyncContextManager[None]:
-        """Have the capture's memory uncompressed on disk, and no compression of it, within the block."""
+        """Within the block, the capture's memory is uncompressed on disk and not being compressed."""
         return self.compressor.plain(capture_id)
 
     async def collect_captures(self) -> None:
-        """Remove captures that nobody holds and directories that are none: what a crash left. At start."""
+        """At server start, remove what a crash left: captures without holders and directories without a row."""
 
         def read(txn: Txn) -> tuple[set[str], list[str]]:
             rows = dict(txn.scan(CAPTURES))
@@ -512,12 +512,12 @@ class World:
         holder: str,
         compression: SnapshotCompressionConfig | None = None,
     ) -> CaptureRow:
-        """The row of a capture that was just made of the instance."""
+        """The row of a capture just made of the instance."""
         return CaptureRow(
             id=capture_id,
             holders=(holder,),
             size_bytes=await self.files.allocated(self.paths.capture(capture_id)),
-            # Some VMMs write plugged memory behind the other, some write none but into their state.
+            # Some VMMs write plugged memory after the rest, some store all memory in their state file.
             memory_bytes=_size(self.paths.capture(capture_id) / MEMORY) or self.record(instance_id).spec.memory_bytes,
             compression=compression,
         )
@@ -541,7 +541,7 @@ class World:
         return live
 
     async def _make_dirs(self, record: InstanceRecord) -> None:
-        """Root's: a VMM gets descriptors of what is in them, and can put nothing else in its place."""
+        """Owned by root: a VMM gets descriptors of the files in them and cannot replace the files."""
         mine = self.paths.instance(record.id)
         await self.files.make_dir(mine.root, mode=0o711)
         await self.files.make_dir(mine.logs, mode=0o711)
@@ -590,7 +590,7 @@ class World:
 
 
 async def _or_log(removal: Awaitable[None], capture: str) -> None:
-    """What stays costs disk and no more; the next start tries again."""
+    """Leftovers only cost disk space; the next server start retries."""
     try:
         await removal
     except Exception as error:
@@ -598,7 +598,7 @@ async def _or_log(removal: Awaitable[None], capture: str) -> None:
 
 
 def _empty(path: Path) -> None:
-    """Truncate a log of ours. Raises OSError; EINVAL for what is no regular file."""
+    """Truncate one of the server's logs. Raises OSError; EINVAL if it is not a regular file."""
     descriptor = open_log(path, os.O_WRONLY)
     try:
         os.ftruncate(descriptor, 0)
