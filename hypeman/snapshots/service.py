@@ -1,11 +1,11 @@
-"""Snapshots: captures of an instance kept for themselves.
+"""Snapshots: captures of an instance that are independent of it.
 
 A snapshot has its own copy of the writable disks (``snapshots/<id>/``) and, for kind Standby, holds a
-capture of memory and devices. It pins its image. So it is independent of its source's later life,
-and what was forked from it is independent of it: memory is shared through the capture's holders,
-disks are copied.
+capture of memory and devices. It pins its image. It is therefore independent of later changes to its
+source, and its forks are independent of it: memory is shared through the capture's holders, disks
+are copied.
 
-The row is written when everything is on disk; a directory without a row is removed at start.
+The row is written once everything is on disk; a directory without a row is removed at server start.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
     tags: Tags
     created_at: datetime
     source: InstanceRecord
-    """The source as it was: what a fork or a restore is made from."""
+    """The source's record at capture time, used for forks and restores."""
     size_bytes: int
     capture: str | None = None
 
@@ -72,10 +72,10 @@ class Snapshots:
         self._world = instances.world
         self._now = now
         self._readers: dict[str, int] = {}
-        """Snapshot → forks and restores that are just reading its disks."""
+        """Snapshot → number of forks and restores reading its disks."""
 
     async def start(self) -> None:
-        """Remove what a crash left half-made."""
+        """Remove incomplete snapshots left by a crash."""
         known = self._store.read(lambda txn: set(txn.keys(SNAPSHOTS)))
         if self._world.paths.snapshots.is_dir():
             for directory in self._world.paths.snapshots.iterdir():
@@ -99,7 +99,7 @@ class Snapshots:
         return self._store.read(lambda txn: self._view(txn, _find(txn, snapshot)))
 
     async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
-        """Capture an instance; a running one pauses only for that."""
+        """Capture an instance; a running one is paused only for the capture."""
         await self._instances.catalog.wait_ready()
         if request.name is not None and request.name:
             check_name(request.name)
@@ -136,7 +136,7 @@ class Snapshots:
             self._instances.images.pin(txn, record.digest, f"snapshot:{snapshot_id}")
             txn.put(SNAPSHOTS, snapshot_id, row)
             held = txn.get(CAPTURES, capture.id) if capture is not None else None
-            if held is not None and held.compressed_bytes == 0:  # else it says what the memory is packed with
+            if held is not None and held.compressed_bytes == 0:  # otherwise it names the algorithm in use
                 wanted = compression or held.compression or self._instances.usual_compression(record)
                 txn.put(CAPTURES, held.id, msgspec.structs.replace(held, compression=wanted))
             rows[:] = [row]
@@ -154,12 +154,12 @@ class Snapshots:
             await self._world.files.remove(directory)
             raise
         (row,) = rows
-        if row.capture is not None:  # scheduled in this turn, so that a restore that waits can end it
+        if row.capture is not None:  # scheduled before the next command, so that a queued restore can cancel it
             self._world.compressor.schedule(row.capture)
         return row
 
     async def delete(self, snapshot: str) -> None:
-        """What was forked from it lives on."""
+        """Delete the snapshot. Its forks are not affected."""
 
         def remove(txn: Txn) -> SnapshotRow:
             row = _find(txn, snapshot)
@@ -171,13 +171,13 @@ class Snapshots:
             return row
 
         row = await self._store.write(remove)
-        with trio.CancelScope(shield=True):  # nobody else knows what to remove
+        with trio.CancelScope(shield=True):  # no other code knows what to remove
             await self._world.files.remove(self._world.paths.snapshot(row.id))
             if row.capture is not None:
                 await self._world.free_capture(row.capture)
 
     async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
-        """Put an instance back to one of its snapshots."""
+        """Restore an instance to one of its snapshots."""
         await self._instances.catalog.wait_ready()
         task = self._instances.task(ref)
         row = self._store.read(lambda txn: _find(txn, snapshot))
@@ -221,7 +221,7 @@ class Snapshots:
         )
 
         def also(txn: Txn) -> None:
-            _find(txn, row.id)  # or it was deleted while its disks were copied
+            _find(txn, row.id)  # it may have been deleted while its disks were copied
             self._instances.images.pin(txn, record.digest, record.id)
             if capture is not None:
                 captures.share(txn, capture, captures.of_instance(record.id))
@@ -296,7 +296,7 @@ class Snapshots:
 
 
 class _Reading:
-    """While it is entered, the snapshot is not deleted."""
+    """Context manager: within it, the snapshot is not deleted."""
 
     def __init__(self, readers: dict[str, int], snapshot_id: str) -> None:
         self._readers = readers

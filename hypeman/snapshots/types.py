@@ -1,4 +1,4 @@
-"""What is said about snapshots and their schedule: the contract's §2.4 to §2.6."""
+"""API types of snapshots and their schedules: the contract's §2.4 to §2.6."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ForkSnapshotRequest(Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
-    """A capture kept for itself; it outlives its source."""
+    """A capture that outlives its source."""
 
     id: str
     kind: SnapshotKind
@@ -70,7 +70,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
 
 
 class SnapshotRetention(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """At least one of the two is wanted."""
+    """At least one of the two is required."""
 
     max_count: Annotated[Count | None, Meta(description="0: no limit by count")] = None
     max_age: Duration | None = None
