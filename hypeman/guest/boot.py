@@ -1,15 +1,15 @@
-"""What a guest is told before it runs, as a Struct and as the bytes of a small raw disk.
+"""A guest's boot configuration, as a Struct and as the bytes of a small raw disk.
 
-Twin of ``ext/guest_agent/boot_config.c``. The disk is no file system: a header, fields (see
-``fields.py``), padding, and in its last 4 KB the place where the guest writes how it ended, for a host
-that was not there to hear it.
+Twin of ``ext/guest_agent/boot_config.c``. The disk has no file system: a header, fields (see
+``fields.py``), padding, and in its last 4 KB an area where the guest records its outcome, in case the host
+was not connected to receive it.
 
     0    magic "HYPEBOOT", u32 version, u32 length, u32 CRC-32 of the fields, u32 offset of the outcome
     24   fields
     …    outcome: magic "HYPEOVER", u32 length, u32 CRC-32, nonce, u8 event, fields
 
-Ids of disks are virtio serial numbers, of which only 20 bytes exist. Three have fixed ids: BOOT_DISK_ID,
-ROOT_DISK_ID and OVERLAY_DISK_ID.
+Disk ids are virtio serial numbers, limited to 20 bytes. Three are fixed: BOOT_DISK_ID, ROOT_DISK_ID and
+OVERLAY_DISK_ID.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ OVERLAY_DISK_ID = "overlay"
 DISK_ID_BYTES = 20
 
 CA_BUNDLE_PATH = "/etc/hypeman/ca-bundle.pem"
-"""In a guest with extra certificates: its image's roots and ours. For variables that *replace* the roots."""
+"""In a guest with extra certificates: the image's roots plus ours. For variables that *replace* the roots."""
 CA_CERT_PATH = "/etc/hypeman/ca.pem"
-"""Ours alone, for variables that add to the roots."""
+"""Only ours, for variables that add to the roots."""
 
 _HEADER = struct.Struct("<8sIIII")
 _MAGIC = b"HYPEBOOT"
@@ -43,7 +43,7 @@ _BLOCK = 4096
 _MAX_FIELDS = 1024 * 1024
 _MAX_STRINGS = 8192
 MAX_BOOT_DISK = 2 * _MAX_FIELDS
-"""Bytes that any boot disk of ours has at most; a VMM may have enlarged its own."""
+"""Maximum bytes of a boot disk of ours; a VMM may enlarge it."""
 
 _OUTCOME_HEADER = struct.Struct("<8sII16s")
 _OUTCOME_MAGIC = b"HYPEOVER"
@@ -51,16 +51,16 @@ _OUTCOME_BYTES = 4096
 
 
 class GuestNetwork(msgspec.Struct, frozen=True):
-    """The guest's one interface, found by its MAC."""
+    """The guest's only interface, identified by its MAC."""
 
     mac: str
     address: str
     prefix: Annotated[int, Meta(ge=0, le=32)]
     gateway: str = ""
-    """Default route, reached on the link whatever the prefix; empty for none."""
+    """Default gateway, always on-link regardless of the prefix; empty for none."""
     dns: tuple[str, ...] = ()
     mtu: int = 0
-    """0 leaves it as the device says."""
+    """0 keeps the device's."""
 
 
 class GuestVolume(msgspec.Struct, frozen=True):
@@ -71,15 +71,15 @@ class GuestVolume(msgspec.Struct, frozen=True):
     readonly: bool = False
     fs_type: str = "ext4"
     overlay_disk_id: str = ""
-    """A second disk that takes the writes of this guest; the volume itself is then only read."""
+    """A second disk for this guest's writes; the volume itself is then read-only."""
 
 
 class CaCertificate(msgspec.Struct, frozen=True):
-    """A certificate authority that the guest shall trust."""
+    """A certificate authority for the guest to trust."""
 
     pem: str
     subject_hash: str = ""
-    """OpenSSL's hash of the subject (8 hexadecimal digits), for /etc/ssl/certs/<hash>.0; empty leaves that out."""
+    """OpenSSL's hash of the subject (8 hexadecimal digits), for /etc/ssl/certs/<hash>.0; empty skips that file."""
 
 
 class BootConfig(msgspec.Struct, frozen=True):
@@ -88,38 +88,38 @@ class BootConfig(msgspec.Struct, frozen=True):
     instance_id: str
     hostname: str
     nonce: bytes
-    """16 random bytes of this boot; the agent proves itself with them."""
+    """16 random bytes per boot that authenticate the agent."""
     argv: tuple[str, ...]
-    """The program: the image's entry point and command. An init such as /sbin/init runs as its own process 1."""
+    """The image's entry point and command. An init such as /sbin/init runs as process 1."""
     env: tuple[str, ...] = ()
     """"NAME=value" each."""
     cwd: str = ""
     user: str = ""
-    """As in an image's config: name, uid, name:group … Empty is root."""
+    """As in an image's config: name, uid, name:group … Empty: root."""
     root_fs: str = "erofs"
     overlay: bool = True
-    """Writes go to the disk OVERLAY_DISK_ID (ext4); without it they stay in memory."""
+    """Writes go to the disk OVERLAY_DISK_ID (ext4), otherwise to memory."""
     volumes: tuple[GuestVolume, ...] = ()
     network: GuestNetwork | None = None
     ca_certificates: tuple[CaCertificate, ...] = ()
     stop_signal: int = 15
     grace_seconds: float = 10.0
     skip_agent: bool = False
-    """No exec, copy or stat; events and shutdown go on working."""
+    """Disables exec, copy and stat; events and shutdown still work."""
     machine_id: str = ""
     """32 hexadecimal digits for an image that has an /etc/machine-id."""
     clock_ns: int = 0
     """Time to set, in nanoseconds since 1970; 0 leaves the clock alone."""
     disk_order: tuple[str, ...] = ()
-    """Ids in the order of the devices, only for VMMs that can not give disks a serial number."""
+    """Ids in device order, only for VMMs that cannot set disk serial numbers."""
     console: str = ""
-    """Device that takes the program's output; empty for the kernel's console."""
+    """Device for the program's output; empty: the kernel's console."""
     power_off_by_reset: bool = False
-    """The VMM ends on a reset, not on power-off (Firecracker, microvm without ACPI)."""
+    """The VMM exits on reset, not on power-off (Firecracker, microvm without ACPI)."""
 
 
 def render_boot_disk(config: BootConfig) -> bytes:
-    """The whole disk, a multiple of 4 KB. Raises InvalidRequest for what no guest could take."""
+    """The whole disk, a multiple of 4 KB. Raises InvalidRequest for an invalid config."""
     try:
         fields = _render_fields(config).render()
     except ValueError as error:
@@ -132,9 +132,9 @@ def render_boot_disk(config: BootConfig) -> bytes:
 
 
 def parse_outcome(disk: bytes, nonce: bytes) -> Exited | Fatal | None:
-    """How the boot with this nonce ended, if the guest could still note it; None for anything else.
+    """How the boot with this nonce ended, if the guest recorded it; None otherwise.
 
-    The bytes are the guest's: they are worth as much as what it says on the channel.
+    The bytes are written by the guest and as untrusted as its messages.
     """
     if len(disk) < _HEADER.size:
         return None
@@ -153,7 +153,7 @@ def parse_outcome(disk: bytes, nonce: bytes) -> Exited | Fatal | None:
 
 
 def render_network(writer: FieldWriter, network: GuestNetwork) -> None:
-    """Adds the fields of a network; raises ValueError for addresses that are none."""
+    """Append the fields of a network. Raises ValueError for invalid addresses."""
     mac = bytes.fromhex(network.mac.replace(":", ""))
     if len(mac) != 6:
         raise ValueError(f"{network.mac!r} is not a MAC address")
@@ -181,7 +181,7 @@ def render_volume(volume: GuestVolume) -> FieldWriter:
 
 
 def check_disk_id(disk_id: str) -> str:
-    """``disk_id`` if a virtio disk can carry it whole as its serial number, else ValueError."""
+    """``disk_id`` if it fits a virtio serial number, else raises ValueError."""
     if not 1 <= len(disk_id.encode()) <= DISK_ID_BYTES:
         raise ValueError(f"disk id {disk_id!r} must have 1 to {DISK_ID_BYTES} bytes")
     return disk_id

@@ -1,15 +1,15 @@
-"""Talks with the agent of one guest over any Trio byte stream.
+"""Client of one guest's agent over any Trio byte stream.
 
-``GuestClient.run`` is started in a nursery by whoever owns the instance; it ends when the stream ends and
-raises GuestLost (a new connection can be tried) or GuestBroken (the guest breaks the protocol: no use to
-try). All other methods may be called by any number of tasks at once.
+``GuestClient.run`` is started in a nursery by the owner of the instance; it ends with the stream and raises
+GuestLost (reconnecting may help) or GuestBroken (the guest violates the protocol: do not retry). All other
+methods may be called by any number of tasks concurrently.
 
 Rules:
-- One task reads, one task writes. The reader never waits for a consumer: what may be on the way is bounded
-  by the windows of ``protocol.py``.
-- Each method gives its session back on every way out, also when cancelled: what ran in it is then killed.
-- No wait is without a limit (``limits.py``): requests have one each, and while a session is open the agent must
-  be heard from, or all sessions end with GuestTimeout.
+- One task reads, one task writes. The reader never waits for a consumer: data in flight is bounded by the
+  windows of ``protocol.py``.
+- Each method releases its session on every exit path, including cancellation: what ran in it is then killed.
+- Every wait has a timeout (``limits.py``): each request has one, and while a session is open the agent must
+  send something in time, or all sessions end with GuestTimeout.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from hypeman.guest.types import (
 _READ_BYTES = 262144
 _GRANT_BYTES = WINDOW // 4
 _OUTBOX_BYTES = 4 * WINDOW
-"""Senders wait while more than this waits for the stream."""
+"""Senders wait while more bytes than this are queued for the stream."""
 _MAX_REPLY = 1024 * 1024
 
 _T = TypeVar("_T")
@@ -71,7 +71,7 @@ class GuestLost(InternalError):
 
 
 class GuestBroken(InternalError):
-    """The guest's agent breaks the protocol, or is not the one that we started."""
+    """The guest's agent violates the protocol, or is not the one that we started."""
 
 
 class GuestError(InternalError):
@@ -83,14 +83,14 @@ class GuestError(InternalError):
 
 
 class GuestTimeout(HypemanError):
-    """The guest did not answer in time; what was asked of it may have happened or not."""
+    """The guest did not answer in time; the request may or may not have taken effect."""
 
     status = 504
     default_code = "guest_timeout"
 
 
 class VolumeBusy(InUse):
-    """A volume can not be unmounted; ``holders`` are the processes that use it, "pid (name)" each."""
+    """A volume cannot be unmounted; ``holders`` are the processes that use it, each as "pid (name)"."""
 
     def __init__(self, message: str, holders: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -98,32 +98,32 @@ class VolumeBusy(InUse):
 
 
 class Output(msgspec.Struct, frozen=True):
-    """Bytes that a program printed; with a terminal everything is standard output."""
+    """Output of a program; with a terminal everything is standard output."""
 
     data: bytes
     stderr: bool = False
 
 
 class ExecResult(msgspec.Struct, frozen=True):
-    """How a program ended: 128 + signal if killed, 124 on timeout, 127 not found, 126 not executable."""
+    """A program's result: 128 + signal if killed, 124 on timeout, 127 not found, 126 not executable."""
 
     exit_code: int
     signal: int = 0
     timed_out: bool = False
     message: str = ""
-    """Why it could not be started, if it could not."""
+    """Reason if it could not be started."""
 
 
 class _Session:
-    """What has come for a session and was not fetched yet; at most a window of it."""
+    """Data received for a session and not yet consumed; at most one window."""
 
     def __init__(self, client: GuestClient, session_id: int, stall_limit: float = math.inf) -> None:
         self._client = client
         self._stall_limit = stall_limit
-        """Seconds that one wait of ``receive`` and ``send`` may take."""
+        """Timeout in seconds of each wait in ``receive`` and ``send``."""
         self.id = session_id
         self.failure: GuestTimeout | None = None
-        """Why it ended without the guest."""
+        """Why it ended, if not ended by the guest."""
         self.chunks: deque[Data] = deque()
         self.ended: Ended | None = None
         self.wakeup = trio.Event()
@@ -149,7 +149,7 @@ class _Session:
         return chunk
 
     async def send(self, data: bytes | bytearray | memoryview) -> None:
-        """Send all of ``data`` as the window allows. Data for a session that has ended goes nowhere."""
+        """Send all of ``data`` as the window allows. Data for an ended session is discarded."""
         view = memoryview(data)
         while view:
             if self.ended is not None:
@@ -163,7 +163,7 @@ class _Session:
             view = view[room:]
 
     def check(self) -> None:
-        """Raise why nothing more comes of this session, if that is so."""
+        """Raise the error that ended this session, if any."""
         self._client.check_alive()
         if self.failure is not None:
             raise self.failure
@@ -176,7 +176,7 @@ class _Session:
             raise GuestTimeout(f"the guest made no progress for {self._stall_limit:g} s")
 
     async def finish(self) -> tuple[bytes, bytes, Ended]:
-        """Everything that still comes, as reply and error text. Raises GuestBroken for an endless reply."""
+        """The remaining data, as reply and error text. Raises GuestBroken for an endless reply."""
         parts: tuple[list[bytes], list[bytes]] = ([], [])
         size = 0
         while (chunk := await self.receive()) is not None:
@@ -189,18 +189,18 @@ class _Session:
 
 
 class ExecSession:
-    """A program that runs in the guest. Use as an async context manager; leaving it kills what still runs."""
+    """A program running in the guest. Use as an async context manager; leaving it kills what still runs."""
 
     def __init__(self, client: GuestClient, session: _Session) -> None:
         self._client = client
         self._session = session
 
     async def send_stdin(self, data: bytes) -> None:
-        """Waits while the program does not read. Content with a program that has ended."""
+        """Waits while the program does not read. No-op if the program has ended."""
         await self._session.send(data)
 
     async def close_stdin(self) -> None:
-        """End of file for the program; with a terminal, what Ctrl-D does."""
+        """Send end of file; with a terminal, Ctrl-D."""
         self._client.send_end(self._session.id)
         await trio.lowlevel.checkpoint()
 
@@ -209,12 +209,12 @@ class ExecSession:
         await trio.lowlevel.checkpoint()
 
     async def signal(self, number: int) -> None:
-        """To the program's process group."""
+        """Send a signal to the program's process group."""
         self._client.signal(self._session.id, number)
         await trio.lowlevel.checkpoint()
 
     async def receive(self) -> Output | ExecResult:
-        """The next output; at last, and from then on, the result. Raises GuestLost."""
+        """The next output; after the last, always the result. Raises GuestLost."""
         chunk = await self._session.receive()
         if chunk is not None:
             return Output(chunk.data, chunk.stderr)
@@ -236,19 +236,19 @@ class ExecSession:
 
 
 class CopyIn:
-    """A file on its way into the guest. ``finish`` puts it in its place; without it, leaving the context takes
-    everything back."""
+    """A file being copied into the guest. ``finish`` moves it into place; leaving the context without it undoes
+    everything."""
 
     def __init__(self, client: GuestClient, session: _Session) -> None:
         self._client = client
         self._session = session
 
     async def send(self, data: bytes) -> None:
-        """Waits while the guest is busy. An error of the guest shows in ``finish``."""
+        """Waits while the guest is busy. Errors of the guest are raised by ``finish``."""
         await self._session.send(data)
 
     async def finish(self) -> int:
-        """Bytes written. Raises InvalidRequest, Conflict, NotFound or GuestError if it did not work."""
+        """Bytes written. Raises InvalidRequest, Conflict, NotFound or GuestError on failure."""
         self._client.send_end(self._session.id)
         reply, error, ended = await self._session.finish()
         self._client.close(self._session)
@@ -275,7 +275,7 @@ class GuestClient:
         self._stream = stream
         self._connection = Connection(nonce)
         self._sessions: dict[int, _Session] = {}
-        self._slots = trio.CapacityLimiter(MAX_SESSIONS - 1)  # one is kept for the ping
+        self._slots = trio.CapacityLimiter(MAX_SESSIONS - 1)  # one is reserved for the ping
         self._events_in, self.events = trio.open_memory_channel[GuestEvent](16)
         self._greeted = trio.Event()
         self._ready = trio.Event()
@@ -284,23 +284,23 @@ class GuestClient:
         self._outbox_drained = trio.Event()
         self._outbox_bytes = 0
         self.ready: Ready | None = None
-        """What the guest told about its boot, once it has."""
+        """The guest's boot report, once received."""
         self.no_agent = False
         """The guest serves no exec, copy or stat."""
         self.silent_since: datetime | None = None
-        """When a guest that does not answer was last heard from (UTC); None while it answers."""
+        """When an unresponsive guest last sent anything (UTC); None while it answers."""
         self.silence_changed: Callable[[], object] = lambda: None
         """Called when ``silent_since`` changes."""
         self._heard = self._asked = trio.current_time()
-        """When the last bytes came, and when the first of the open sessions was opened."""
+        """When the last bytes arrived, and when the first of the open sessions was opened."""
         self._heard_at = datetime.now(UTC)
         self._reads = 0
         self._held = False
         self._stirred = trio.Event()
-        """Bytes came, or what is expected of the guest has changed."""
+        """Set when bytes arrive or what is expected of the guest changes."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve the connection until it ends; started as soon as the greeting is on its way.
+        """Serve the connection until it ends; reports started once the greeting is being sent.
 
         Always raises: GuestLost, GuestBroken, or Cancelled. The stream is closed then.
         """
@@ -323,7 +323,7 @@ class GuestClient:
         raise self._lost
 
     async def wait_greeted(self) -> None:
-        """Wait for an agent that has proved itself. Raises GuestLost or GuestBroken."""
+        """Wait until the agent is authenticated. Raises GuestLost or GuestBroken."""
         await self._greeted.wait()
         self.check_alive()
 
@@ -338,7 +338,7 @@ class GuestClient:
     # Requests
 
     async def exec(self, request: ExecRequest) -> ExecSession:
-        """Start a program. Whether it could be started shows in its result (127, 126)."""
+        """Start a program. Failure to start is reported in its result (127, 126)."""
         writer = FieldWriter()
         for argument in request.argv:
             writer.text(Tag.ARG, argument)
@@ -363,7 +363,7 @@ class GuestClient:
         return _parsed(parse_path_info, reply)
 
     async def copy_to(self, request: CopyToRequest) -> CopyIn:
-        """Begin to make a file, directory or link; ``finish`` the result, also for those without data."""
+        """Begin creating a file, directory or link; always call ``finish`` on the result, even without data."""
         writer = FieldWriter().text(Tag.PATH, request.path).u8(Tag.KIND, request.kind)
         if request.mode is not None:
             writer.u32(Tag.MODE, request.mode)
@@ -381,7 +381,7 @@ class GuestClient:
     async def copy_from(
         self, path: str, *, follow_links: bool = False
     ) -> AsyncIterator[AsyncIterator[CopyEntry | bytes]]:
-        """A file or tree: each entry, after a file's entry its data in chunks of exactly ``size`` bytes in all.
+        """A file or tree: each entry, followed for files by the data in chunks, ``size`` bytes in total.
 
         Errors of the guest are raised by the iteration: NotFound if ``path`` does not exist, else GuestError.
         """
@@ -394,8 +394,8 @@ class GuestClient:
             self.close(session)
 
     async def shutdown(self, *, grace_seconds: float | None = None, signal: int = 0) -> None:
-        """Ask the guest to end: ``signal`` (0: the image's own) to its program, after the grace by force, then
-        power off. Returns when the guest has begun."""
+        """Ask the guest to shut down: ``signal`` (0: the image's own) to its program, a forced kill after the grace
+        period, power off. Returns when the guest has begun."""
         writer = FieldWriter().u32(Tag.STOP_SIGNAL, signal)
         if grace_seconds is not None:
             writer.u64(Tag.GRACE_MS, math.ceil(grace_seconds * 1000))
@@ -415,10 +415,10 @@ class GuestClient:
         clock_ns: int = 0,
         nonce: bytes | None = None,
     ) -> None:
-        """Make a restored or forked guest somebody of its own; all of it is done when this returns.
+        """Give a restored or forked guest its own identity; complete when this returns.
 
         ``network`` replaces MAC, address and route (the link to the guest should be down until then);
-        ``nonce`` is what the agent proves itself with from the next connection on.
+        ``nonce`` authenticates the agent from the next connection on.
         """
         writer = FieldWriter().text(Tag.HOSTNAME, hostname).text(Tag.MACHINE_ID, machine_id)
         writer.add(Tag.ENTROPY, entropy).u64(Tag.CLOCK_NS, clock_ns)
@@ -429,11 +429,11 @@ class GuestClient:
         await self._request(Op.IDENTITY, writer)
 
     async def mount_volume(self, volume: GuestVolume) -> None:
-        """Mount a disk that was just plugged in; waits up to 10 s for it to appear."""
+        """Mount a hot-plugged disk; waits up to 10 s for it to appear."""
         await self._request(Op.MOUNT, FieldWriter().nested(Tag.VOLUME, render_volume(volume)))
 
     async def unmount_volume(self, path: str) -> None:
-        """Unmount; content if nothing is mounted there. Raises VolumeBusy with who uses it; then nothing changed."""
+        """Unmount; no-op if nothing is mounted there. Raises VolumeBusy with the users; nothing has changed then."""
         reply, error, ended = await self._call(Op.UNMOUNT, FieldWriter().text(Tag.PATH, path))
         holders = tuple(_parsed(Fields, reply).texts(Tag.HOLDER))
         if holders:
@@ -441,7 +441,7 @@ class GuestClient:
         _check(error, ended)
 
     async def online_memory(self) -> int:
-        """Use memory that was plugged in; bytes that the guest has now."""
+        """Bring hot-plugged memory online; returns the guest's total bytes."""
         return _parsed(Fields, await self._request(Op.MEMORY, None)).u64(Tag.MEMORY_TOTAL)
 
     async def metrics(self) -> Metrics:
@@ -449,14 +449,14 @@ class GuestClient:
 
     async def freeze(self) -> None:
         """Stop all processes but the agent, for at most 10 s of guest time, so that after a restore or fork
-        identity and clock are set before they run on."""
+        identity and clock are set before they resume."""
         await self._request(Op.FREEZE, None)
 
     async def thaw(self) -> None:
         await self._request(Op.THAW, None)
 
     def hold(self, held: bool) -> None:
-        """The VM is paused from here on, and so owes no answer; or it runs again."""
+        """Record that the VM is paused, so no answer is expected, or running again."""
         self._held = held
         self._heard = trio.current_time()
         self._stir()
@@ -500,7 +500,7 @@ class GuestClient:
             self._wake_writer()
 
     def close(self, session: _Session) -> None:
-        """Give a session back; idempotent."""
+        """Release a session. Idempotent."""
         if self._sessions.pop(session.id, None) is not None:
             self._connection.close(session.id)
             self._slots.release_on_behalf_of(session)
@@ -564,9 +564,9 @@ class GuestClient:
         self._outbox_filled.set()
 
     async def _watch(self) -> None:
-        """Ping a guest that is not heard from; find out that it is silent, and that it answers again.
+        """Ping a guest that sends nothing; detect that it is silent, and that it answers again.
 
-        There is one ping at a time, so nothing piles up for a guest that does not read.
+        There is one ping at a time, so nothing accumulates for a guest that does not read.
         """
         await self._greeted.wait()
         self._heard = trio.current_time()
@@ -651,11 +651,11 @@ class GuestClient:
             except trio.WouldBlock as error:
                 raise ProtocolError("the guest tells more events than there are") from error
             except trio.BrokenResourceError:
-                return  # nobody wants to know: not acknowledged either
+                return  # no receiver: not acknowledged either
         self._connection.acknowledge(told)
 
     def _fail(self, error: HypemanError) -> None:
-        """The connection is over: everybody who waits learns why. The first reason counts."""
+        """End the connection: all waiters get ``error``. The first error is kept."""
         if self._lost is not None:
             return
         self._lost = error
@@ -671,7 +671,7 @@ def _silent(since: datetime) -> GuestTimeout:
 
 
 async def _read_tree(session: _Session) -> AsyncGenerator[CopyEntry | bytes, None]:
-    """The reply of COPY_FROM: u32 length, entry, then exactly the data that the entry promises."""
+    """The reply of COPY_FROM: u32 length, entry, then exactly the data that the entry announces."""
     reader = _TreeReader(session)
     while (header := await reader.read_header()) is not None:
         entry = _parsed(parse_copy_entry, header)
@@ -684,7 +684,7 @@ async def _read_tree(session: _Session) -> AsyncGenerator[CopyEntry | bytes, Non
 
 
 class _TreeReader:
-    """Reads the stream of a tree by numbers of bytes."""
+    """Reads the stream of a tree in exact lengths."""
 
     _MAX_HEADER = 16384
 
@@ -730,7 +730,7 @@ class _TreeReader:
         return True
 
 
-_NOT_THERE = {2, 20}  # ENOENT, ENOTDIR of Linux, whatever the host calls them
+_NOT_THERE = {2, 20}  # Linux ENOENT, ENOTDIR, regardless of the host's numbers
 _IN_THE_WAY = {17, 21, 39}  # EEXIST, EISDIR, ENOTEMPTY
 _BUSY = 16
 _NOT_SUPPORTED = {38, 95}  # ENOSYS, EOPNOTSUPP
@@ -742,7 +742,7 @@ def _error_text(error: bytes, ended: Ended) -> str:
 
 
 def _check(error: bytes, ended: Ended) -> None:
-    """Raise what a failed request of the guest means to our caller."""
+    """Raise the exception for a failed guest request."""
     if ended.exit_code == 0:
         return
     text, errno = _error_text(error, ended), ended.exit_code
@@ -758,7 +758,7 @@ def _check(error: bytes, ended: Ended) -> None:
 
 
 def _parsed(parse: Callable[[bytes], _T], reply: bytes) -> _T:
-    """A reply, understood; a guest whose replies can not be is broken."""
+    """The parsed reply. Raises GuestBroken if it is malformed."""
     try:
         return parse(reply)
     except MalformedFields as error:

@@ -1,10 +1,10 @@
-"""Fields: the one encoding of requests, replies, events and the boot disk.
+"""Fields: the encoding of requests, replies, events and the boot disk.
 
-u16 tag, u32 length, value, one after the other, little endian. Text carries a closing NUL that its
-length counts, so that the guest's C can read it where it lies. The tags are those of
-``ext/guest_agent/protocol.h``; the golden files in ``tests/golden/guest`` hold both to the same bytes.
+u16 tag, u32 length, value, concatenated, little endian. Text has a trailing NUL included in its
+length, so that the guest's C can read it in place. The tags are those of
+``ext/guest_agent/protocol.h``; the golden files in ``tests/golden/guest`` check both for the same bytes.
 
-Whatever comes from a guest is hostile: readers are strict and raise MalformedFields.
+Input from a guest is untrusted: readers are strict and raise MalformedFields.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _HEADER = struct.Struct("<HI")
 
 
 class Tag(enum.IntEnum):
-    """Every tag there is; the number is the contract."""
+    """All tags; the numbers are part of the protocol."""
 
     ARG = 1
     ENV = 2
@@ -90,13 +90,13 @@ def _word(tag: Tag) -> str:
 
 
 class MalformedFields(ValueError):
-    """Bytes that are no fields, or a field whose value is not of its type."""
+    """Bytes that are not fields, or a field whose value is not of its type."""
 
 
 class FieldWriter:
-    """Collects fields; each method returns the writer, so that they chain.
+    """Collects fields; each method returns the writer for chaining.
 
-    Values come from requests of users: what can not be sent raises InvalidRequest, which names it.
+    Values come from user requests: one that cannot be sent raises InvalidRequest, which names it.
     """
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class FieldWriter:
 
 
 def parse_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Tag and value of each field; unknown tags are the caller's to skip or refuse."""
+    """Tag and value of each field; the caller skips or rejects unknown tags."""
     position, end = 0, len(data)
     while position < end:
         if end - position < _HEADER.size:
@@ -161,7 +161,7 @@ def parse_fields(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class Fields:
-    """The fields of one message by tag, with typed access. Of repeated ones the last counts, except for ``all``."""
+    """The fields of one message by tag, with typed access. The last of repeated ones wins, except for ``all``."""
 
     def __init__(self, data: bytes) -> None:
         self._values: dict[int, list[bytes]] = {}
@@ -207,7 +207,7 @@ class Fields:
 
 
 def parse_text(value: bytes) -> str:
-    """Text of a guest; bytes that are no UTF-8 (file names) survive as surrogates."""
+    """Text from a guest; bytes that are not UTF-8 (file names) become surrogates."""
     if not value.endswith(b"\0") or value.find(b"\0") != len(value) - 1:
         raise MalformedFields("text without its NUL, or with one inside")
     return value[:-1].decode("utf-8", "surrogateescape")

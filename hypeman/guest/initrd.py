@@ -1,7 +1,7 @@
-"""The initial RAM disk: our init, and the modules that a distribution's kernel wants before it sees a disk.
+"""The initial RAM disk: our init, and the modules that a distribution's kernel needs to see a disk.
 
-``build_initrd`` and ``plan_modules`` are pure: the same bytes for the same input. A kernel that has its drivers
-built in needs no modules. Uncompressed on purpose: unpacking costs more than reading 2 MB.
+``build_initrd`` and ``plan_modules`` are pure: the same output for the same input. A kernel with built-in drivers
+needs no modules. Uncompressed on purpose: unpacking costs more than reading 2 MB.
 
     python -m hypeman.guest.initrd [--modules /lib/modules/RELEASE] OUT
 """
@@ -20,18 +20,18 @@ GUEST_MODULES = (
     "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_console", "virtio_net", "ext4", "erofs", "overlay",
     "vmw_vsock_virtio_transport", "virtio_balloon", "virtio_mem", "virtio-rng", "button",
 )  # fmt: skip
-"""What a guest can need; those that are built in or do not exist are left out."""
+"""Modules a guest may need; built-in or missing ones are skipped."""
 
 _TRAILER = "TRAILER!!!"
 _DIR, _FILE, _CHAR = 0o040000, 0o100000, 0o020000
 
 
 INIT = Path(__file__).parent / "bin" / "hypeman-init"
-"""The static program that is built from ``ext/guest_agent``."""
+"""The static binary built from ``ext/guest_agent``."""
 
 
 def build_initrd(init: bytes, modules: Sequence[tuple[str, bytes]] = ()) -> bytes:
-    """A cpio archive (newc) with ``/init``, ``/dev/console`` and the modules, which are loaded in the order given."""
+    """A cpio archive (newc) with ``/init``, ``/dev/console`` and the modules, loaded in the given order."""
     archive = _Archive()
     archive.add("dev", _DIR | 0o755)
     archive.add("dev/console", _CHAR | 0o600, device=(5, 1))
@@ -69,10 +69,10 @@ def _pad(data: bytes) -> bytes:
 
 
 def plan_modules(dependencies: str, wanted: Iterable[str] = GUEST_MODULES) -> list[str]:
-    """Paths of the wanted modules and all they depend on, in the order to load them.
+    """Paths of the wanted modules and their dependencies, in load order.
 
     ``dependencies`` is the text of ``modules.dep``, as depmod writes it, or lines of that form: path, colon, the
-    paths it needs. Names count with '-' and '_' alike.
+    paths it needs. '-' and '_' are equivalent in names.
     """
     needs: dict[str, list[str]] = {}
     paths: dict[str, str] = {}
@@ -100,9 +100,9 @@ def _module_name(path: str) -> str:
 
 
 def read_modules(tree: Path, wanted: Iterable[str] = GUEST_MODULES) -> list[tuple[str, bytes]]:
-    """Names and contents of the modules that guests need from ``/lib/modules/<release>``, in the order to load them.
+    """Names and contents of the modules that guests need from ``/lib/modules/<release>``, in load order.
 
-    Wants ``modules.dep`` there (``depmod -b``). Raises FileNotFoundError without it.
+    Requires ``modules.dep`` there (``depmod -b``), else raises FileNotFoundError.
     """
     order = plan_modules((tree / "modules.dep").read_text(), wanted)
     return [_read_module(tree / path) for path in order]
@@ -118,7 +118,7 @@ def _read_module(path: Path) -> tuple[str, bytes]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write an initrd with the init of this package."""
+    """Write an initrd with this package's init."""
     parser = argparse.ArgumentParser(prog="python -m hypeman.guest.initrd", description=main.__doc__)
     parser.add_argument("--modules", type=Path, help="directory with modules.dep")
     parser.add_argument("out", type=Path)

@@ -1,16 +1,16 @@
-"""The host's half of the talk with a guest: bytes to events and calls to bytes, without any I/O.
+"""The host side of the guest protocol: bytes to events and calls to bytes, without I/O.
 
     greet ──▶ GREETING ──the guest's answer──▶ OPEN ──▶ frames of up to 128 sessions
-                 │ everything before the answer is thrown away: it is the rest of an earlier connection
+                 │ everything before the answer is discarded: it is left over from an earlier connection
 
-Twin of ``ext/guest_agent/protocol.h``, where the bytes are laid out. Rules:
+Twin of ``ext/guest_agent/protocol.h``, which defines the layout. Rules:
 
-- A session begins with ``open`` and ends with the guest's Ended, or with ``close``; ids are never used twice
+- A session begins with ``open`` and ends with the guest's Ended, or with ``close``; ids are never reused
   on a connection.
-- Each side may have WINDOW bytes on the way in a session until the other grants more, so nothing here
-  buffers more than that for a session, and a slow reader stops only its own session.
-- A guest that breaks a rule gets a ProtocolError, and the connection is useless from then on. Nothing that
-  it sends can make us allocate more than a frame and its windows.
+- Each side may have WINDOW bytes in flight per session until the other grants more, so at most that is
+  buffered per session, and a slow reader stalls only its own session.
+- A guest that violates a rule causes a ProtocolError, and the connection is unusable from then on. A guest
+  cannot make us allocate more than a frame and its windows.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ WINDOW = 524288
 MAX_SESSIONS = 128
 MAX_REQUEST = 262144
 MAX_STALE = 64 * 1024 * 1024
-"""More left-over bytes than any queue between guest and host can hold."""
+"""More leftover bytes than any queue between guest and host can hold."""
 
 AGENT_PORT_NAME = "hypeman.agent"
 """Name of the virtio-serial port that the agent looks for."""
 LOG_PORT_NAME = "hypeman.log"
-"""Virtio-serial port that takes the program's output, where the VMM has one; without it that goes to the console."""
+"""Virtio-serial port for the program's output, if the VMM has one; otherwise it goes to the console."""
 AGENT_VSOCK_PORT = 1024
-"""Where the agent dials the host (CID 2) if there is no such port."""
+"""Vsock port on which the agent dials the host (CID 2) if there is no such port."""
 
 _HEADER = struct.Struct("<4sBBHI")
 _TRAILER_BYTES = 4
@@ -66,7 +66,7 @@ class FrameType(enum.IntEnum):
 
 
 class Op(enum.IntEnum):
-    """What a session is opened for."""
+    """Operation of a session."""
 
     EXEC = 1
     STAT = 2
@@ -85,17 +85,17 @@ class Op(enum.IntEnum):
 
 
 class ProtocolError(Exception):
-    """The guest broke the protocol; its connection is of no use any more."""
+    """The guest violated the protocol; its connection is unusable."""
 
 
 class Greeted(msgspec.Struct, frozen=True):
-    """The guest has answered and proved itself; sessions may be opened."""
+    """The guest has answered and is authenticated; sessions may be opened."""
 
     no_agent: bool
 
 
 class Data(msgspec.Struct, frozen=True):
-    """Output or part of a reply. ``grant`` as many bytes when they have been used."""
+    """Output or part of a reply. ``grant`` as many bytes once consumed."""
 
     session: int
     data: bytes
@@ -109,7 +109,7 @@ class Credit(msgspec.Struct, frozen=True):
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """The last of a session."""
+    """The last event of a session."""
 
     session: int
     exit_code: int
@@ -119,7 +119,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Told(msgspec.Struct, frozen=True):
-    """The guest told an event (again, after each greeting); it waits for ``acknowledge``."""
+    """The guest reported an event (repeated after each greeting) and waits for ``acknowledge``."""
 
     kind: int
     event: GuestEvent | None
@@ -139,7 +139,7 @@ class _Session:
 
 
 class Connection:
-    """One connection with one guest. Sync, and never blocks: what is to be sent is fetched with ``data_to_send``."""
+    """One connection with one guest. Synchronous, never blocks: output is fetched with ``data_to_send``."""
 
     def __init__(self, nonce: bytes, *, token: bytes | None = None) -> None:
         self._nonce = nonce
@@ -161,15 +161,15 @@ class Connection:
         return len(self._sessions)
 
     def data_to_send(self) -> bytes:
-        """All bytes that wait to be sent, once."""
+        """Remove and return all bytes queued for sending."""
         data = b"".join(self._outgoing)
         self._outgoing.clear()
         return data
 
-    # What we do
+    # Calls of the host
 
     def open(self, op: Op, fields: FieldWriter | None = None) -> int:
-        """Open a session; its id. ValueError if the request is too large, RuntimeError without a free slot."""
+        """Open a session and return its id. ValueError: request too large; RuntimeError: no free slot."""
         request = bytes((op,)) + (fields.render() if fields is not None else b"")
         if len(request) > MAX_REQUEST:
             raise ValueError(f"request of {len(request)} bytes; at most {MAX_REQUEST} are possible")
@@ -201,11 +201,11 @@ class Connection:
             self._send(FrameType.DATA, 0, session, data[start : start + MAX_PAYLOAD])
 
     def send_end(self, session: int) -> None:
-        """No more data will come."""
+        """Signal the end of data."""
         self._send(FrameType.DATA, _FLAG_END, session, b"")
 
     def grant(self, session: int, count: int) -> None:
-        """``count`` received bytes have been used; the guest may send as many more."""
+        """``count`` received bytes were consumed; the guest may send as many more."""
         state = self._sessions.get(session)
         if state is not None:
             state.allowance += count
@@ -218,17 +218,17 @@ class Connection:
         self._send(FrameType.RESIZE, 0, session, struct.pack("<HH", rows, cols))
 
     def close(self, session: int) -> None:
-        """End a session from our side: what runs in it is killed. Content with one that has ended."""
+        """End a session from our side: what runs in it is killed. No-op if it has ended."""
         if self._sessions.pop(session, None) is not None:
             self._send(FrameType.CLOSE, 0, session, b"")
 
     def acknowledge(self, told: Told) -> None:
         self._send(FrameType.EVENT_ACK, 0, 0, bytes((told.kind,)))
 
-    # What the guest does
+    # Input from the guest
 
     def receive(self, data: bytes) -> list[ProtocolEvent]:
-        """Take bytes of the guest; what they mean, in order. Raises ProtocolError."""
+        """Parse bytes from the guest into events, in order. Raises ProtocolError."""
         self._incoming += data
         events: list[ProtocolEvent] = []
         if not self._greeted:
@@ -274,7 +274,7 @@ class Connection:
         del self._incoming[:count]
 
     def _frame_end(self, position: int) -> int | None:
-        """Where the frame at ``position`` ends, if it is here as a whole."""
+        """Where the frame at ``position`` ends, if it is complete."""
         if len(self._incoming) - position < _HEADER.size:
             return None
         mark, _, _, length, _ = _HEADER.unpack_from(self._incoming, position)
@@ -301,7 +301,7 @@ class Connection:
         match kind:
             case FrameType.DATA | FrameType.STDERR:
                 if not payload:
-                    raise ProtocolError("a frame without data")  # it would use up no allowance: without end, free
+                    raise ProtocolError("a frame without data")  # consumes no window: could repeat endlessly
                 if len(payload) > state.allowance:
                     raise ProtocolError("the guest sends more than it was granted")
                 state.allowance -= len(payload)
@@ -338,7 +338,7 @@ def _render_greeting(token: bytes) -> bytes:
 
 
 def _new_token() -> bytes:
-    """Random, but with a trailer that the zero bytes of a greeting can not be taken for."""
+    """Random, with a trailer that cannot be confused with the zero bytes of a greeting."""
     while True:
         token = secrets.token_bytes(16)
         if token[4:8] != bytes(4):

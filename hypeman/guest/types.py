@@ -1,4 +1,4 @@
-"""What is said between host and guest, as Structs. PathInfo is also part of the HTTP API."""
+"""Messages between host and guest, as Structs. PathInfo is also part of the HTTP API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypeman.guest.fields import Fields, MalformedFields, Tag
 
 
 class PathInfo(msgspec.Struct, frozen=True):
-    """What lies at a path in the guest."""
+    """What exists at a path in the guest."""
 
     exists: bool
     is_dir: bool = False
@@ -25,10 +25,10 @@ class PathInfo(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True):
-    """The guest is set up and serves; told on every connection, first of all."""
+    """The guest is set up and serving; the first event on every connection."""
 
     phases_ms: dict[str, int]
-    """Name of each phase of the boot → milliseconds from the kernel's start to its end, in order."""
+    """Boot phase → milliseconds from kernel start to the end of the phase, in order."""
 
 
 class Started(msgspec.Struct, frozen=True):
@@ -39,14 +39,14 @@ class Exited(msgspec.Struct, frozen=True):
     """The main process has ended; the guest powers off as soon as this is acknowledged."""
 
     exit_code: int
-    """As of a shell: 128 + signal for a killed one, 127 and 126 for one that never ran."""
+    """As in a shell: 128 + signal if killed, 127 or 126 if it never ran."""
     signal: int = 0
     oom: bool = False
     """Killed because guest memory ran out."""
 
 
 class Fatal(msgspec.Struct, frozen=True):
-    """The guest could not be set up or its program not be started; it powers off."""
+    """The guest could not be set up or its program could not be started; it powers off."""
 
     message: str
 
@@ -67,28 +67,28 @@ class FileKind(enum.IntEnum):
     SYMLINK = 3
     OTHER = 4
     HARD_LINK = 5
-    """Only into a guest; out of it each name comes as a file."""
+    """Only into a guest; when copied out, each name is a separate file."""
 
 
 class ExecRequest(msgspec.Struct, frozen=True):
-    """A program to run beside the main process."""
+    """A program to run alongside the main process."""
 
     argv: tuple[str, ...]
     env: tuple[str, ...] = ()
-    """"NAME=value", over the variables of the instance."""
+    """"NAME=value", overriding the instance's variables."""
     cwd: str | None = None
-    """None: where the instance's own program works."""
+    """None: the working directory of the instance's own program."""
     user: str = ""
     """Empty: root."""
     tty: bool = False
     rows: int = 0
     cols: int = 0
     timeout_seconds: float = 0.0
-    """0: none. When it is over everything in the session is killed and the exit code is 124."""
+    """0: none. On expiry everything in the session is killed and the exit code is 124."""
 
 
 class CopyToRequest(msgspec.Struct, frozen=True):
-    """One file, directory, symlink or hard link to make in the guest; parents are made (0755)."""
+    """One file, directory, symlink or hard link to create in the guest; parents are created (0755)."""
 
     path: str
     kind: FileKind = FileKind.FILE
@@ -99,14 +99,14 @@ class CopyToRequest(msgspec.Struct, frozen=True):
     mtime: int | None = None
     """Seconds since 1970."""
     link_target: str | None = None
-    """Only, and always, for a symlink or a hard link; for this one a path of the guest."""
+    """Required for a symlink or hard link, else None; for a hard link a path in the guest."""
 
 
 class CopyEntry(msgspec.Struct, frozen=True):
-    """One entry of a tree that comes from the guest; ``size`` bytes of data follow for a file."""
+    """One entry of a tree copied from the guest; for a file ``size`` bytes of data follow."""
 
     path: str
-    """Relative to the parent of what was asked for: the root's own name comes first."""
+    """Relative to the parent of the requested path: begins with the root's own name."""
     kind: FileKind
     mode: int
     uid: int
@@ -117,7 +117,7 @@ class CopyEntry(msgspec.Struct, frozen=True):
 
 
 class Metrics(msgspec.Struct, frozen=True):
-    """How the guest feels."""
+    """Resource usage inside the guest."""
 
     memory_total: int
     memory_available: int
@@ -127,7 +127,7 @@ class Metrics(msgspec.Struct, frozen=True):
 
 
 def parse_event(payload: bytes) -> GuestEvent | None:
-    """An event frame's payload: u8 kind, fields. None for a kind that a newer agent may know."""
+    """Parse an event frame's payload: u8 kind, fields. None for an unknown kind (newer agent)."""
     if not payload:
         raise MalformedFields("an empty event")
     fields = Fields(payload[1:])
@@ -150,7 +150,7 @@ def _parse_phase(data: bytes) -> tuple[str, int]:
 
 
 def parse_path_info(data: bytes) -> PathInfo:
-    """The reply to a stat request."""
+    """Parse the reply to a stat request."""
     fields = Fields(data)
     if not fields.flag(Tag.EXISTS):
         return PathInfo(exists=False)
@@ -167,7 +167,7 @@ def parse_path_info(data: bytes) -> PathInfo:
 
 
 def parse_copy_entry(data: bytes) -> CopyEntry:
-    """The header of one entry; its path is safe to join to a directory, or MalformedFields is raised."""
+    """Parse one entry's header. Raises MalformedFields unless its path is safe to join to a directory."""
     fields = Fields(data)
     path = fields.text(Tag.PATH)
     if not path or path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
@@ -189,7 +189,7 @@ def parse_copy_entry(data: bytes) -> CopyEntry:
 
 
 def parse_metrics(data: bytes) -> Metrics:
-    """The reply to a metrics request."""
+    """Parse the reply to a metrics request."""
     fields = Fields(data)
     return Metrics(
         memory_total=fields.u64(Tag.MEMORY_TOTAL),
