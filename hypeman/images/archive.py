@@ -1,8 +1,8 @@
-"""Images without a registry: OCI layouts and archives, and what ``docker save`` writes.
+"""Images without a registry: OCI layouts and archives, and the output of ``docker save``.
 
-The archive is stored, a worker without rights says where in it the files lie, and those that its images need
-go to the blob cache under the digest of their bytes. Nothing in an archive is trusted for its name: a blob is
-what its digest says, a path is only a key in a table.
+The archive is spooled, an unprivileged worker lists the offsets of its files, and those that its images need
+are copied to the blob cache under the digest of their bytes. Names in an archive are not trusted: a blob is
+identified by its digest, and a path is only a key in a table.
 
     index.json, blobs/sha256/<hex>              OCI layout; also newer ``docker save``
     manifest.json, <hex>.json, */layer.tar      older ``docker save``; gets an OCI-like manifest here
@@ -51,7 +51,7 @@ from hypeman.images.worker import Sort
 
 
 class Imported(msgspec.Struct, frozen=True):
-    """One image of an archive; its blobs are in the cache."""
+    """One image imported from an archive; its blobs are in the cache."""
 
     manifest: Manifest
     digest: str
@@ -62,7 +62,7 @@ class Imported(msgspec.Struct, frozen=True):
 _COPY = 1 << 20
 _MAX_NESTING = 3
 _MAX_IMAGES = 64
-"""In one archive."""
+"""Limit per archive."""
 _NAME_ANNOTATIONS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 _DOCKER_LAYERS = {
     Compression.NONE: "application/vnd.docker.image.rootfs.diff.tar",
@@ -72,7 +72,7 @@ _DOCKER_LAYERS = {
 
 
 class Bounds(msgspec.Struct, frozen=True):
-    """What an archive may have, and which of several images is wanted."""
+    """Limits on an archive, and which of several images to import."""
 
     max_bytes: int
     max_entries: int
@@ -90,12 +90,12 @@ class _Saved(msgspec.Struct, frozen=True):
 async def import_stream(
     chunks: AsyncIterable[bytes], blobs: Blobs, bounds: Bounds, turns: trio.CapacityLimiter
 ) -> list[Imported]:
-    """Take in an archive from the network. Raises InvalidRequest; the cache is then as before.
+    """Import an archive from the network. Raises InvalidRequest; the cache is then unchanged.
 
     If the sender fails or the caller is cancelled, nothing is kept.
     """
     fd, partial = blobs.begin()
-    blobs.abandon(partial)  # the open file is all that is needed
+    blobs.abandon(partial)  # only the open file is needed
     try:
         total = 0
         async for chunk in chunks:
@@ -112,7 +112,7 @@ async def import_stream(
 
 
 async def import_file(path: Path, blobs: Blobs, bounds: Bounds, turns: trio.CapacityLimiter) -> list[Imported]:
-    """Take in an archive or the directory of an OCI layout. Raises InvalidRequest; the cache is then as before."""
+    """Import an archive or an OCI layout directory. Raises InvalidRequest; the cache is then unchanged."""
     try:
         if await trio.to_thread.run_sync(path.is_dir):
             return await trio.to_thread.run_sync(_Importer(_Directory(path), blobs, bounds.platform).run)
@@ -147,10 +147,10 @@ class _Files(Protocol):
     """The files of an archive or a directory, by name."""
 
     def find(self, name: str) -> str:
-        """The name of a file that ``name`` stands for, through links; empty if there is none."""
+        """The name of the file that ``name`` resolves to through links; empty if there is none."""
 
     def open(self, name: str) -> tuple[int, int, int]:
-        """A new descriptor; where in it the file begins, and its size."""
+        """A new descriptor, the file's offset in it, and its size."""
 
 
 class _Archive:
@@ -287,7 +287,7 @@ class _Importer:
         return Imported(document, digest, saved.repo_tags or ())
 
     def _describe(self, name: str, media_type: str = "") -> Descriptor:
-        """The descriptor of a file, which goes to the cache. A layer's type is that of its bytes."""
+        """Copy a file to the cache and return its OCI descriptor. A layer's type is derived from its bytes."""
         digest, size, head = self._keep(name)
         return Descriptor(digest, size, media_type or _DOCKER_LAYERS[sniff(head)])
 
@@ -309,7 +309,7 @@ class _Importer:
             os.close(fd)
 
     def _keep(self, name: str, wanted: str = "") -> tuple[str, int, bytes]:
-        """Copy a file to the cache, which must have the digest ``wanted`` if one is named.
+        """Copy a file to the cache; it must have the digest ``wanted`` if one is given.
 
         Returns its digest, its size and its first bytes.
         """
@@ -346,13 +346,13 @@ def _blob_name(digest: str) -> str:
 
 
 def _clean(name: str) -> str:
-    """A path as the worker spells it."""
+    """A path as normalised by the worker."""
     return posixpath.normpath(name).lstrip("/")
 
 
 def _name_of(entry: Descriptor) -> str:
     for key in _NAME_ANNOTATIONS:
         name = (entry.annotations or {}).get(key, "")
-        if "/" in name or ":" in name:  # else it is only a tag
+        if "/" in name or ":" in name:  # otherwise it is only a tag
             return name
     return ""

@@ -1,7 +1,7 @@
-"""Logins for registries: challenges and docker's configuration file, read. Pure but for one file.
+"""Registry logins: parses challenges and docker's configuration file. Pure except for reading that file.
 
-Helpers (``credHelpers``, ``credsStore``) are programs of other people and are not run: a registry
-that is only named there has no login here.
+Helpers (``credHelpers``, ``credsStore``) are third-party programs and are not run: a registry
+configured only there has no login here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SCHEME = re.compile(rf"\s*,?\s*({_WORD})(?=\s|,|$)")
 
 
 class Challenge(msgspec.Struct, frozen=True):
-    """One way to log in that a registry offers."""
+    """One authentication method offered by a registry."""
 
     scheme: str
     """In lower case."""
@@ -32,14 +32,14 @@ class Challenge(msgspec.Struct, frozen=True):
 
 
 class Login(msgspec.Struct, frozen=True):
-    """What is known about the user at one registry. All empty: nobody."""
+    """Credentials for one registry. All empty: anonymous."""
 
     username: str = ""
     password: str = ""
     registry_token: str = ""
-    """Sent as it is, as bearer token."""
+    """Sent unchanged as a bearer token."""
     identity_token: str = ""
-    """OAuth2 refresh token, given for an access token."""
+    """OAuth2 refresh token, exchanged for an access token."""
 
     def __bool__(self) -> bool:
         return bool(self.username or self.password or self.registry_token or self.identity_token)
@@ -57,14 +57,14 @@ NOBODY = Login()
 
 
 def login_of(credentials: PushCredentials | None) -> Login:
-    """The login that came with a request; NOBODY if none did."""
+    """The login supplied with a request, or NOBODY."""
     if not credentials:
         return NOBODY
     return Login(credentials.username, credentials.password, credentials.registry_token)
 
 
 def parse_challenges(headers: list[str]) -> list[Challenge]:
-    """The challenges of all WWW-Authenticate headers (RFC 9110, §11.6.1), as far as they are well-formed."""
+    """The challenges of all WWW-Authenticate headers (RFC 9110, §11.6.1); malformed ones are skipped."""
     found = []
     for header in headers:
         at = 0
@@ -80,7 +80,7 @@ def parse_challenges(headers: list[str]) -> list[Challenge]:
 
 
 class Keychain:
-    """The logins in docker's ``config.json``, read again whenever the file has changed."""
+    """The logins in docker's ``config.json``, reread when the file changes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -90,7 +90,7 @@ class Keychain:
     def login(self, registry: str) -> Login:
         """The login for a registry (``host[:port]``, ``docker.io`` for Docker Hub), or NOBODY.
 
-        A file that is missing or damaged holds no logins; the registry then says what it thinks.
+        A missing or malformed file yields no logins; the registry then decides.
         """
         try:
             status = self._path.stat()
@@ -105,7 +105,7 @@ class Keychain:
 
 
 def parse_docker_config(text: bytes) -> dict[str, Login]:
-    """Registry → login. Entries that can not be read are left out; ValueError if nothing can."""
+    """Registry → login. Unreadable entries are skipped; raises ValueError if the file is unreadable."""
     document = msgspec.json.decode(text)
     entries = document.get("auths") if isinstance(document, dict) else None
     if not isinstance(entries, dict):
@@ -132,6 +132,6 @@ def _parse_entry(entry: dict[str, Any]) -> Login:
 
 
 def registry_of_key(key: str) -> str:
-    """``https://index.docker.io/v1/`` and its like as the registry's name."""
+    """The registry name of a key such as ``https://index.docker.io/v1/``."""
     host = key.removeprefix("https://").removeprefix("http://").split("/", 1)[0]
     return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host

@@ -1,11 +1,11 @@
-"""Blobs on disk: a cache of compressed layers, by digest, bounded, and never trusted blindly.
+"""Blobs on disk: a bounded cache of compressed layers by digest, verified on use.
 
-    blobs/sha256/<hex>        whole blobs; the modification time is that of the last use
-    blobs/partial/<hex>       downloads under way, also those that a stopped server left: they are gone on with
-    blobs/partial/import-…    files of an archive on their way in; removed at start
+    blobs/sha256/<hex>        complete blobs; the modification time is that of the last use
+    blobs/partial/<hex>       downloads in progress or interrupted by a server stop: they are resumed
+    blobs/partial/import-…    files of an archive being imported; removed at start
 
-A blob gets its final name only after its digest was checked and its bytes were flushed. What is read
-from here is checked once more while it is unpacked (diff_id), so a damaged file can only cost a pull.
+A blob gets its final name only after its digest was checked and its bytes were flushed. Blobs are
+checked again while they are unpacked (diff_id), so a corrupt file costs at most another pull.
 All methods block; call them in a thread.
 """
 
@@ -30,7 +30,7 @@ class Blobs:
         self._partial = root / "partial"
 
     def prepare(self) -> None:
-        """Make the directories and remove what an earlier run left half-done."""
+        """Create the directories and remove incomplete imports of an earlier run."""
         for path in (self._whole, self._partial):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left_over in self._partial.iterdir():
@@ -41,7 +41,7 @@ class Blobs:
         return self._whole / digest.removeprefix("sha256:")
 
     def open(self, digest: str, size: int | None = None) -> int | None:
-        """A descriptor on the blob if it is here, whole, and has ``size`` bytes; None otherwise."""
+        """A descriptor of the blob if it is cached, complete and has ``size`` bytes; None otherwise."""
         try:
             fd = os.open(self.path(digest), os.O_RDONLY | _FLAGS)
         except FileNotFoundError:
@@ -54,8 +54,8 @@ class Blobs:
         return fd
 
     def begin(self, digest: str = "") -> tuple[int, Path]:
-        """A partial file, open for reading and writing: for the blob ``digest``, with what an earlier
-        download left in it, or a new one for a blob that is yet to be named."""
+        """A partial file, open for reading and writing: that of the blob ``digest`` with the data of an
+        earlier download, or a new one for a blob whose digest is not yet known."""
         if digest:
             path = self._partial / digest.removeprefix("sha256:")
             return os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o600), path
@@ -63,14 +63,14 @@ class Blobs:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FLAGS, 0o600), path
 
     def downloads(self) -> list[str]:
-        """Digests of the blobs of which there is a part."""
+        """Digests of partially downloaded blobs."""
         return [f"sha256:{name}" for name in os.listdir(self._partial) if _is_download(name)]
 
     def abandon_download(self, digest: str) -> None:
         self.abandon(self._partial / digest.removeprefix("sha256:"))
 
     def publish(self, fd: int, partial: Path, digest: str) -> None:
-        """Give a checked file its final name."""
+        """Rename a verified file to its final name."""
         os.fsync(fd)
         os.rename(partial, self.path(digest))
 
@@ -83,7 +83,7 @@ class Blobs:
             self.path(digest).unlink()
 
     def remove_damaged(self, digests: Iterable[str]) -> None:
-        """Remove those blobs whose bytes are no longer what their digests say."""
+        """Remove those blobs whose bytes no longer match their digests."""
         for digest in digests:
             fd = self.open(digest)
             if fd is not None:
@@ -93,8 +93,8 @@ class Blobs:
                     self.remove(digest)
 
     def trim(self, limit: int, keep: Collection[str]) -> int:
-        """Remove the blobs that were used longest ago until ``limit`` bytes are left, but none of the
-        digests in ``keep``. Returns the bytes that were removed."""
+        """Remove the least recently used blobs until ``limit`` bytes are left, except the digests in
+        ``keep``. Returns the bytes removed."""
         blobs = sorted(self._all(), key=lambda item: item[1].st_mtime_ns)
         excess = sum(status.st_size for _, status in blobs) - limit
         removed = 0

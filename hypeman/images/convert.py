@@ -1,10 +1,10 @@
-"""The server's side of the worker (``worker.py``): starts it, hands it archives, waits for what comes of them.
+"""The server side of the worker (``worker.py``): starts it, passes archives to it and waits for the results.
 
-Workers take turns: after a second of work one that yields goes behind those that wait, so an archive that
-takes an hour delays others by a second at a time.
+Workers take turns: after one second of work a worker yields to those waiting, so an archive that takes an hour
+delays others by one second at a time.
 
-The worker lives as long as the ``async with``: left early (an error, a cancelled pull), it is killed
-and gone when the block ends.
+The worker lives as long as the ``async with`` block: on an early exit (error, cancelled pull) it is killed
+and reaped before the block ends.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 MAX_VOLUME_ENTRIES = 1_000_000
 MAX_MEMBERS = 20_000
-"""Files and links of an archive with images."""
+"""Limit of files and links in an image archive."""
 
 R = TypeVar("R", Applied, Done, Sorted)
 
@@ -56,29 +56,29 @@ _decode_report = msgspec.json.Decoder(Report).decode
 
 
 class ConversionFailed(InternalError):
-    """Nothing was made."""
+    """The conversion failed; there is no result."""
 
     def __init__(self, message: str, *, blame_image: bool, too_large: bool = False) -> None:
-        """``blame_image``: the archive is at fault, not this host. ``too_large``: it is more than was allowed."""
+        """``blame_image``: the archive is at fault, not this host. ``too_large``: it exceeds a limit."""
         super().__init__(message)
         self.blame_image = blame_image
         self.too_large = too_large
 
 
 class Conversion:
-    """A running worker. It works only while it has one of the ``turns`` that all workers share."""
+    """A running worker. It works only while holding one of the ``turns`` shared by all workers."""
 
     def __init__(self, link: trio.socket.SocketType, errors: int, turns: trio.CapacityLimiter) -> None:
         self._link = link
         self._errors = errors
         self._turns = turns
         self.bytes = 0
-        """Unpacked so far."""
+        """Bytes unpacked so far."""
         self.members: list[Member] = []
         self.links: list[Link] = []
 
     async def apply(self, layer: Layer, blob: int) -> None:
-        """Apply ``layer``, whose bytes are in the open file ``blob``, on top of those before.
+        """Apply ``layer``, read from the open file ``blob``, on top of the previous ones.
 
         Raises ConversionFailed.
         """
@@ -97,12 +97,12 @@ class Conversion:
         try:
             await self._link.sendmsg([msgspec.json.encode(message)], rights)
         except OSError:
-            await self._next_report(Done)  # it has ended: its last message says why
+            await self._next_report(Done)  # it has exited: its last message has the reason
 
     async def _run(self, message: Request, files: list[int], kind: type[R]) -> R:
-        """Have the worker do one thing, in turns with other workers."""
+        """Run one request in the worker, taking turns with other workers."""
         while True:
-            # The limiter is fair: of those that wait, the first is served first.
+            # The limiter is fair: first come, first served.
             async with self._turns:
                 await self.send(message, files)
                 report = await self._next_report(kind)
@@ -139,7 +139,7 @@ class Conversion:
 
 @asynccontextmanager
 async def running_worker(turns: trio.CapacityLimiter) -> AsyncIterator[Conversion]:
-    """A worker that has not begun anything yet."""
+    """A new, idle worker."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     errors = os.memfd_create("image-worker-errors")
     process = None

@@ -1,11 +1,11 @@
-"""Root disks on disk: published whole, by digest, and read-only from then on.
+"""Root disk files: published atomically by digest, read-only from then on.
 
     images/<hex>/root.erofs (or root.ext4)     0444: any VMM may open it
-    images/<hex>/config.json                   what is in the image, and how long the disk is
-    tmp/image-<random>/                        a disk being made
+    images/<hex>/config.json                   the image's config and the length of the disk
+    tmp/image-<random>/                        a disk being built
 
-A directory below ``images`` is complete: it was flushed before it got its name. So finding it after
-a crash is as good as having made it. All functions block, but for ``make_ext4``.
+A directory below ``images`` is complete, because it is flushed before it gets its name, so it can be
+used as is after a crash. All functions except ``make_ext4`` block.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Disks:
         self._tmp = paths.tmp
 
     def prepare(self) -> None:
-        """Make the directories and remove what an earlier run left half-made."""
+        """Create the directories and remove incomplete disks of an earlier run."""
         self._images.mkdir(mode=0o711, parents=True, exist_ok=True)
         self._tmp.mkdir(mode=0o700, parents=True, exist_ok=True)
         for left_over in self._tmp.glob(f"{_TMP_PREFIX}*"):
@@ -59,7 +59,7 @@ class Disks:
         return self.directory(digest) / f"root.{fs}"
 
     def read(self, digest: str) -> Stored | None:
-        """What is known about a published disk; None if there is none, or not of the right length."""
+        """The metadata of a published disk; None if there is none or its length is wrong."""
         try:
             stored = msgspec.json.decode((self.directory(digest) / _CONFIG).read_bytes(), type=Stored)
             found = self.disk(digest, stored.fs).stat().st_size
@@ -68,18 +68,18 @@ class Disks:
         return stored if found == stored.size else None
 
     def begin(self) -> Path:
-        """A new, empty directory to make a disk in."""
+        """A new, empty directory to build a disk in."""
         path = self._tmp / f"{_TMP_PREFIX}{secrets.token_hex(8)}"
         path.mkdir(mode=0o711)
         return path
 
     def abandon(self, made: Path) -> None:
-        """Remove a directory of ``begin`` with all that is in it."""
+        """Remove a directory created by ``begin`` and its contents."""
         trees.unmount(made / _MOUNT)
         shutil.rmtree(made, ignore_errors=True)
 
     def publish(self, made: Path, digest: str, stored: Stored) -> None:
-        """Give the finished disk in ``made`` its final name, durably. Raises OSError.
+        """Durably rename the finished disk in ``made`` to its final name. Raises OSError.
 
         Only ``root.<fs>`` may be in ``made``, already flushed.
         """
@@ -91,20 +91,20 @@ class Disks:
             os.fsync(file.fileno())
         target = self.directory(digest)
         if target.exists():
-            shutil.rmtree(target)  # nobody's: its image has no record of being ready
+            shutil.rmtree(target)  # orphan: its image has no ready record
         flush_directory(made)
         os.rename(made, target)
         flush_directory(self._images)
 
     def remove(self, digest: str) -> None:
-        """Remove a disk. The name goes first, so a crash in between leaves nothing that looks whole."""
+        """Remove a disk. It is renamed first, so a crash in between leaves nothing that looks complete."""
         trash = self._tmp / f"{_TMP_PREFIX}{secrets.token_hex(8)}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.directory(digest), trash)
             self.abandon(trash)
 
     def collect(self, keep: Collection[str]) -> list[str]:
-        """Remove every disk but those of the digests ``keep``; what was removed."""
+        """Remove every disk except the digests in ``keep``; returns the removed ones."""
         gone = [f"sha256:{path.name}" for path in self._images.iterdir() if f"sha256:{path.name}" not in keep]
         for digest in gone:
             self.remove(digest)
@@ -112,7 +112,7 @@ class Disks:
 
 
 def verify(disk: Path, size: int) -> None:
-    """Read back what a disk must begin with. Raises ValueError."""
+    """Read back and check the start of a disk. Raises ValueError."""
     with open(disk, "rb") as file:
         head = file.read(4096)
         found = os.fstat(file.fileno()).st_size
@@ -124,7 +124,7 @@ def verify(disk: Path, size: int) -> None:
 async def make_ext4(processes: Processes, made: Path, *, content_bytes: int, entries: int) -> Path:
     """Turn ``root.erofs`` in ``made`` into ``root.ext4``, copied by mke2fs from a read-only mount.
 
-    Wants a host kernel with EROFS and loop devices. Raises ToolFailed.
+    Requires a host kernel with EROFS and loop devices. Raises ToolFailed.
     """
     source, target = made / "root.erofs", made / "root.ext4"
     inodes = entries + 64

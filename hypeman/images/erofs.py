@@ -1,12 +1,12 @@
-"""Writes an EROFS file system in one pass, straight from a file tree in memory.
+"""Writes an EROFS file system in one pass from an in-memory file tree.
 
-Why not mkfs.erofs: the one of Debian 12 reads a directory only, so every layer would first have to
-be unpacked as root on the host, and it compresses on one core in clusters of 4 KiB. Here data go to
-the disk while a layer is being read, nothing is unpacked, and no tool is needed on the host.
+Why not mkfs.erofs: Debian 12's version reads only directories, so every layer would have to be
+unpacked as root on the host first, and it compresses on one core in clusters of 4 KiB. Here data is
+written while a layer is being read, nothing is unpacked, and no tool is needed on the host.
 
     block 0     super block at 1024, with checksum
-    1 …         data of files in the order in which they came; space of files that a later layer
-                replaced is given back to the host as holes
+    1 …         file data in order of arrival; the space of files replaced by a later layer is
+                released to the host as holes
     then        directory blocks
     meta        inodes, 64 bytes each and aligned to 32, followed by xattrs and, where they fit, by
                 small files, link targets and the ends of directories; or by the index of a large file
@@ -14,10 +14,10 @@ the disk while a layer is being read, nothing is unpacked, and no tool is needed
 Choices, with numbers from ``tests/bench/bench_images.py``:
 
 - LZ4 in extents of 64 KiB (16 logical clusters): 0.44 of the size of /usr/bin, against 0.49 for
-  32 KiB and 0.42 for 128 KiB, which would make small reads dearer for the guest. Linux ≥ 5.13.
-- Files up to about 4 KiB lie beside their inode: no block of their own and no second read.
+  32 KiB and 0.42 for 128 KiB, which would make small reads slower in the guest. Linux ≥ 5.13.
+- Files up to about 4 KiB are stored inline with their inode: no separate block and no second read.
 - Sparse files are stored as chunks, uncompressed, with holes that cost 4 bytes each 64 KiB.
-- Nothing depends on time or chance: the same layers give the same bytes.
+- Output is deterministic: the same layers give the same bytes.
 
 On-disk format: Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h of Linux. Numbers are
 little-endian. An inode's number (nid) is its offset in the meta area in units of 32 bytes.
@@ -44,7 +44,7 @@ BLOCK = 4096
 EXTENT = 64 << 10
 """Bytes of a file that are compressed together."""
 _LAST_EXTENT = EXTENT + BLOCK
-"""The last extent of a file may be this long, so that a short end is not left on its own."""
+"""Maximum of a file's last extent, so that a short tail does not get its own extent."""
 _CHUNK_BITS = 16
 _HOLE = 0xFFFFFFFF
 _MAX_CHUNKS = 16 << 20
@@ -73,25 +73,25 @@ _FILE_TYPES = {
 
 
 class Output(Protocol):
-    """Where bytes go, at offsets. Both a file of the machine and a fake in memory will do."""
+    """Output written at offsets: a file, or an in-memory fake."""
 
     def write_at(self, data: bytes | bytearray, offset: int) -> None: ...
     def read_at(self, length: int, offset: int) -> bytes: ...
     def punch(self, offset: int, length: int) -> None: ...
 
 
-# What becomes of a node's content: None (empty), bytes (link target), int (a small file: where it lies
-# in the scratch file until the inodes are written), or an array, whose type code says what its numbers are.
+# A node's content is None (empty), bytes (link target), int (a small file: its offset in the scratch file
+# until the inodes are written), or an array, whose type code determines the meaning of its numbers.
 _EXTENTS = "Q"
-"""A compressed file: for each extent its first block << 8 | blocks; blocks 0: as it was."""
+"""A compressed file: for each extent its first block << 8 | blocks; blocks 0: uncompressed."""
 _CHUNKS = "I"
 """A sparse file: first block of each chunk, or _HOLE."""
 _WHOLE = "L"
-"""A link target that does not fit beside its inode: the block that it has of its own."""
+"""A link target that does not fit inline: its own block."""
 
 
 class _Shape:
-    """How a directory is stored: its size, blocks of its own, bytes beside the inode."""
+    """How a directory is stored: its size, own blocks, inline bytes."""
 
     __slots__ = ("rest", "size", "whole")
 
@@ -107,7 +107,7 @@ class _Shape:
 
 
 class _Job:
-    """One extent on its way through a compressing thread."""
+    """One extent being compressed in a thread."""
 
     __slots__ = ("extents", "packed", "raw")
 
@@ -116,9 +116,9 @@ class _Job:
 
 
 class Writer(Sink):
-    """Takes the data of files while layers are applied, then ``finish`` writes the rest.
+    """Stores file data while layers are applied; ``finish`` then writes the rest.
 
-    ``scratch`` holds small files meanwhile. ``threads`` compress; at most ``ahead`` extents wait.
+    ``scratch`` holds small files until then. ``threads`` compress; at most ``ahead`` extents are queued.
     """
 
     def __init__(self, output: Output, scratch: Output, threads: Executor, *, max_bytes: int, ahead: int = 32) -> None:
@@ -130,7 +130,7 @@ class Writer(Sink):
         self._next_block = 1
         self._max_blocks = min(max_bytes // BLOCK, 0xFFFFFFFE)
         self._run = bytearray()
-        """Blocks that wait to be written together, the last ones before _next_block."""
+        """Blocks queued to be written together, the last ones before _next_block."""
         self._small = bytearray()
         self._small_at = 0
         self._chunks = 0
@@ -154,7 +154,7 @@ class Writer(Sink):
         content = node.content
         if _is(content, _EXTENTS):
             if len(content) < _extent_count(node.size):
-                self.settle()  # placed like all others, or the disk would depend on who was faster
+                self.settle()  # placed in order, or the disk would depend on timing
             for blocks in _extent_blocks(content, node.size):
                 self._free(*blocks)
         elif _is(content, _CHUNKS):
@@ -163,7 +163,7 @@ class Writer(Sink):
                     self._free(chunk, _chunk_blocks(number, node.size))
 
     def settle(self) -> None:
-        """Place every extent that is still with a thread."""
+        """Place every extent still being compressed."""
         while self._jobs:
             self._place(self._jobs.popleft())
 
@@ -182,7 +182,7 @@ class Writer(Sink):
         packed = job.packed.result()
         blocks = -(-len(packed) // BLOCK)
         if blocks < -(-len(job.raw) // BLOCK):
-            # The kernel wants the data at the end of their blocks and zeros before.
+            # The kernel expects the data at the end of its blocks, preceded by zeros.
             job.extents.append(self._next_block << 8 | blocks)
             self._append(bytes(-len(packed) % BLOCK) + packed)
         else:
@@ -197,7 +197,7 @@ class Writer(Sink):
         count = -(-entry.size // step)
         chunks = array(_CHUNKS)
         buffer = bytearray()
-        """The chunk being put together, number len(chunks); empty if nothing is in it yet."""
+        """The chunk being assembled, number len(chunks); empty if it has no data yet."""
 
         def close_chunk() -> None:
             if buffer.count(0) == len(buffer):
@@ -249,12 +249,12 @@ class Writer(Sink):
         self._flush_run()
         self._output.punch(block * BLOCK, count * BLOCK)
 
-    # When all layers are applied
+    # After all layers are applied
 
     def finish(self, tree: Tree, *, uuid: bytes, on_entry: Callable[[], None] = lambda: None) -> tuple[int, int]:
         """Write directories, inodes and super block. ``on_entry`` is called for every inode.
 
-        Returns the size of the file system, and what its files would take without compression, in bytes.
+        Returns the size of the file system and the uncompressed size of its files, in bytes.
         """
         self.settle()
         for _, _, node in tree.walk():
@@ -290,7 +290,7 @@ class Writer(Sink):
         return blocks * BLOCK, plan.content_bytes
 
     def _inode(self, node: Node, directory_block: int) -> bytes:
-        """The inode with all that follows it; ``directory_block`` is where a directory's blocks begin."""
+        """The inode with everything that follows it; ``directory_block`` is a directory's first block."""
         layout, address, tail, size, links = _PLAIN_DATA, 0, b"", node.size, node.links
         xattrs = _xattr_bytes(node)
         kind = stat.S_IFMT(node.mode)
@@ -324,10 +324,10 @@ class Writer(Sink):
 
 
 class _Plan:
-    """Where every inode goes. The root comes first, since the super block has 16 bits for its number."""
+    """Placement of all inodes. The root comes first, since the super block has 16 bits for its number."""
 
     _ROOT_PLACE = 32
-    """Not 0: programs take inode number 0 for a deleted file."""
+    """Not 0: programs treat inode number 0 as a deleted file."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
@@ -341,7 +341,7 @@ class _Plan:
                 continue  # another name of the same file
             head, tail, together = _extent_of_inode(node)
             if together and at % BLOCK + head + tail > BLOCK:
-                at += -at % BLOCK  # what lies beside an inode must not cross a block
+                at += -at % BLOCK  # inline data must not cross a block boundary
             node.place = at // 32
             at += head + tail
             at += -at % 32
@@ -356,7 +356,7 @@ class _Plan:
             yield node
 
     def inodes(self) -> Iterator[Node]:
-        """Every node once, in the order of its place."""
+        """Every node once, in order of placement."""
         last = 0
         for node in self._nodes():
             if node.place > last:
@@ -398,7 +398,7 @@ def _compress(raw: bytes) -> bytes:
 
 
 def _room_beside(node: Node) -> int:
-    """Bytes that fit into one block with the node's inode and xattrs."""
+    """Inline bytes that fit into one block with the node's inode and xattrs."""
     return BLOCK - _INODE.size - len(_xattr_bytes(node))
 
 
@@ -427,7 +427,7 @@ def _xattr_bytes(node: Node) -> bytes:
             if key.startswith(prefix) and len(key) > len(prefix):
                 index, name = number, key[len(prefix) :]
         if not index:
-            continue  # a kind that belongs to the system it was made on
+            continue  # a namespace specific to the system that created it
         out += _XATTR_ENTRY.pack(len(name), index, len(value)) + name + value
         out += bytes(-len(out) % 4)
     return bytes(out) if len(out) > len(_XATTR_HEADER) else b""
@@ -468,13 +468,13 @@ def _index(extents: array[int], size: int) -> bytes:
 
 
 def _chunk_blocks(number: int, size: int) -> int:
-    """Blocks of a chunk: as far as the file reaches."""
+    """Blocks of a chunk, up to the end of the file."""
     length = min(1 << _CHUNK_BITS, size - (number << _CHUNK_BITS))
     return -(-length // BLOCK)
 
 
 def _directory_blocks(directory: Directory) -> Iterator[list[tuple[bytes, Node]]]:
-    """Names in byte order, as many in each list as one block takes."""
+    """Names in byte order, one list per block."""
     children = directory.children
     dots: dict[bytes, Node] = {b".": directory, b"..": directory.parent}
     block: list[tuple[bytes, Node]] = []
@@ -494,7 +494,7 @@ def _directory_links(directory: Directory) -> int:
 
 
 def _directory_data(directory: Directory) -> bytes:
-    """All blocks, the last one filled up only if it is not stored beside the inode."""
+    """All blocks, the last one padded only if it is not stored inline."""
     parts = []
     for block in _directory_blocks(directory):
         at = _DIRENT.size * len(block)
@@ -532,7 +532,7 @@ def check_super_block(head: bytes, size: int) -> None:
 
 
 def crc32c(data: bytes) -> int:
-    """CRC-32C as EROFS has it: begun with all ones, not inverted at the end."""
+    """CRC-32C as in EROFS: initialised with all ones, not inverted at the end."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte

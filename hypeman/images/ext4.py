@@ -1,11 +1,11 @@
-"""Fills an empty ext4 file system from a file tree in memory, with the library of e2fsprogs.
+"""Fills an empty ext4 file system from an in-memory file tree, using the library of e2fsprogs.
 
 Why not ``mke2fs -d``: it copies from a directory of the host, so an archive would have to be unpacked there
-first. Here data go to the disk while the archive is read, and names exist only inside the file system that
-is being filled. ``libext2fs`` keeps bitmaps, extents and checksums right; it runs in the worker, as an
+first. Here data is written while the archive is read, and names exist only inside the file system being
+filled. ``libext2fs`` keeps bitmaps, extents and checksums right; it runs in the worker, as an
 ordinary user, on a descriptor that the server opened.
 
-The file system is fresh from mkfs: inodes are given out in sequence, and every directory is written once,
+The file system is newly created: inodes are allocated in sequence, and every directory is written once,
 as a whole, so that filling takes linear time (``ext2fs_link`` searches the directory for every name).
 
 On-disk format: Documentation/filesystems/ext4 of Linux. Numbers are little-endian.
@@ -28,7 +28,7 @@ from hypeman.images.nodes import Directory, Node
 from hypeman.images.tar import Entry, TarError, TooLarge
 
 _PIECE = 1 << 20
-"""Bytes of a file that are written at a time."""
+"""Bytes per write."""
 _MAX_FILE = (1 << 44) - 4096
 _MAX_LINKS = 65_000
 _ROOT = 2
@@ -36,11 +36,11 @@ _LOST_FOUND = b"lost+found"
 
 _INODE_BYTES = 256
 _FAST_LINK = 60
-"""A link target that is shorter lies in the inode."""
+"""Shorter link targets are stored in the inode."""
 _EXTENTS_FLAG = 0x80000
 _NO_EXTENTS = Layout("<HHHHI").pack(0xF30A, 0, 4, 0, 0)
 _EPOCHS = 1 << 34
-"""Seconds that a time with its extra bits covers, from 2^31 before 1970."""
+"""Range in seconds of a time with its extra bits, from 2^31 before 1970."""
 
 _DIRENT = Layout("<IHBB")
 _TAIL = Layout("<IHBBI")
@@ -48,7 +48,7 @@ _FILE_TYPES = {
     stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFCHR: 3, stat.S_IFBLK: 4, stat.S_IFIFO: 5, stat.S_IFLNK: 7,
 }  # fmt: skip
 
-# Of ext2fs.h and ext2_err.et
+# From ext2fs.h and ext2_err.et
 _OPEN_READ_WRITE, _OPEN_64_BITS = 0x1, 0x20000
 _FILE_WRITE = 0x1
 _BMAP_ALLOCATE = 0x1
@@ -79,10 +79,10 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 
 
 class Filler(Sink):
-    """Takes the data of files while an archive is read, then ``finish`` writes the rest.
+    """Stores file data while an archive is read; ``finish`` then writes the rest.
 
-    ``fd`` is a file system fresh from mkfs, open for reading and writing. All methods raise TarError for what
-    ext4 cannot hold (TooLarge without space or inodes) and OSError for a disk that fails.
+    ``fd`` is a newly created file system, open for reading and writing. All methods raise TarError for what
+    ext4 cannot store (TooLarge if out of space or inodes) and OSError if the disk fails.
     """
 
     def __init__(self, fd: int) -> None:
@@ -105,7 +105,7 @@ class Filler(Sink):
         """Inodes of files that were replaced."""
         self._block = 1024 << unpack_from("<I", head, 24)[0]
         self._space = (free_blocks | free_blocks_high << 32) * self._block
-        """Bytes that files may still take; the library keeps the exact count."""
+        """Estimate of the bytes left for files; the library keeps the exact count."""
         self._has_checksums = bool(unpack_from("<I", head, 100)[0] & _CHECKSUMS)
 
     # While the archive is read
@@ -130,7 +130,7 @@ class Filler(Sink):
             self._write_inode(node.content, bytearray(_INODE_BYTES))
             self._unused.append(node.content)
 
-    # When it has been read
+    # After it has been read
 
     def finish(self, tree: Tree, *, on_entry: Callable[[], None] = lambda: None) -> None:
         """Write inodes and directories, and close the file system. ``on_entry`` is called for every name."""
@@ -140,7 +140,7 @@ class Filler(Sink):
             content.add(_LOST_FOUND, lost_found, stat.S_IFDIR)
         here = tree.root
         unwritten = {tree.root}
-        # The children of a directory come one after another, and after their parent.
+        # The children of a directory are consecutive and come after their parent.
         for directory, name, node in tree.walk():
             on_entry()
             if directory is not here:
@@ -250,7 +250,7 @@ class Filler(Sink):
         self._call("write_inode_full", inode, bytes(raw), _INODE_BYTES)
 
     def _call(self, name: str, *arguments: object, fs: bool = True) -> None:
-        """A function of the library that returns an error code; ``fs`` is its first argument."""
+        """Call a library function that returns an error code; ``fs`` is its first argument."""
         function = getattr(self._library, f"ext2fs_{name}")
         error = function(self._fs, *arguments) if fs else function(*arguments)
         if error == 0:
@@ -264,7 +264,7 @@ class Filler(Sink):
 
 
 class _DirectoryContent:
-    """The blocks of one directory, linear, with space for a checksum where the file system has them."""
+    """The blocks of one linear directory, with space for a checksum if the file system uses them."""
 
     def __init__(self, block: int, has_checksums: bool, inode: int, parent: int) -> None:
         self._room = block - (_TAIL.size if has_checksums else 0)
@@ -272,7 +272,7 @@ class _DirectoryContent:
         self._full: list[bytes] = []
         self._open = bytearray()
         self._last = 0
-        """Where the last entry of the open block begins: its length reaches to the end of the block."""
+        """Offset of the last entry in the open block; its length extends to the end of the block."""
         self.subdirectories = -2
         self.add(b".", inode, stat.S_IFDIR)
         self.add(b"..", parent, stat.S_IFDIR)
@@ -298,7 +298,7 @@ class _DirectoryContent:
 
 
 def _raw_inode(kind: int, links: int = 0) -> bytearray:
-    """An inode without data, with 32 bytes of extra fields as the kernel has them."""
+    """An inode without data, with 32 bytes of extra fields as in the kernel."""
     raw = bytearray(_INODE_BYTES)
     pack_into("<H", raw, 0, kind)
     pack_into("<H", raw, 26, links)
@@ -322,7 +322,7 @@ def _describe(raw: bytearray, node: Node, links: int) -> None:
 
 
 def _is_kept(key: bytes, value: bytes) -> bool:
-    """Whether the attribute means something on Linux; others belong to the system that made the archive."""
+    """Whether the attribute is meaningful on Linux; others are specific to the system that created the archive."""
     if key in (b"system.posix_acl_access", b"system.posix_acl_default"):
         return len(value) % 8 == 4 and value[:4] == b"\2\0\0\0"
     prefix, _, rest = key.partition(b".")

@@ -1,4 +1,4 @@
-"""Out of several tasks that failed together, the failure that began it."""
+"""Finds the original failure among several tasks that failed together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import trio
 
 
 def first_failure(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first that is not a cancellation, which is only what the others got; unless all are."""
+    """The first exception that is not a cancellation (a consequence); a cancellation only if all are."""
     leaves = list(_leaves(group))
     return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])
 

@@ -1,9 +1,8 @@
-"""Layers applied in order to a file tree that exists only in memory. Pure.
+"""Applies layers in order to an in-memory file tree. Pure.
 
-The tree is never written to a file system of the host: it goes straight from here into the root
-disk (``erofs.py``). So no layer can write outside its root, follow a link of ours, leave a setuid
-program or a device node behind, or exhaust the host's inodes; what is left to refuse is what no
-honest layer contains.
+The tree is never written to a host file system: it goes straight into the root disk (``erofs.py``).
+So a layer cannot write outside its root, follow host links, leave a setuid program or device node on
+the host, or exhaust its inodes; the checks here only reject what no valid layer contains.
 
     name in the archive            what happens
     a/b                            parents are looked up (and made, 0755 root), then the entry replaces
@@ -39,9 +38,9 @@ MAX_XATTR_VALUE = 0xFFFF
 MAX_XATTRS_TOTAL = 0xF000
 """Of one entry, in bytes."""
 MAX_METADATA = 256 << 20
-"""Names, link targets and extended attributes of an image together, in bytes: they are kept in memory."""
+"""Total bytes of names, link targets and extended attributes of an image, which are kept in memory."""
 MAX_STEPS = 8192
-"""Components visited on the way to one entry, those of links included."""
+"""Path components visited per entry, including those of links."""
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -49,11 +48,11 @@ _AUFS = b".wh..wh."
 
 
 class LayerError(TarError):
-    """A layer that can not be applied; the message names the entry."""
+    """A layer that cannot be applied; the message names the entry."""
 
 
 class TooMany(LayerError, TooLarge):
-    """One entry more than there is room for."""
+    """Too many entries."""
 
 
 class Sink:
@@ -64,18 +63,18 @@ class Sink:
         raise NotImplementedError
 
     def discard(self, node: Node) -> None:
-        """``node`` lost its last name; its data is not wanted any more."""
+        """``node`` lost its last name; its data is no longer needed."""
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Finish what ``store`` left under way: the content of all nodes is about to be packed."""
+        """Finish pending work of ``store``: the content of all nodes is about to be packed."""
 
 
 class Tree:
     """The merged file tree of the layers applied so far."""
 
     def __init__(self, *, max_entries: int = 2_000_000, enough: int = ENOUGH, whiteouts: bool = True) -> None:
-        """``enough`` files may lie about unpacked (``nodes.py``)."""
+        """``enough``: maximum of unpacked files (``nodes.py``)."""
         self._whiteouts = whiteouts
         self._shelf = Shelf(enough=enough)
         self.root = self._shelf.directory(0o755, 0, None)
@@ -83,24 +82,24 @@ class Tree:
         self.entries = 0
         """Names in the tree."""
         self._here = self.root
-        """Where the last entry went: there is likely to be another one."""
+        """Directory of the last entry: the next one is likely to be there too."""
         self._layer = 0
         self._linked: set[tuple[Directory, bytes]] = set()
-        """Names that the present layer gave to nodes of the layers below."""
+        """Names given by the current layer to nodes of lower layers."""
         self._pruned: set[Directory] = set()
-        """Directories that hold nothing of the layers below any more: no need to look again, or an
-        archive of nothing but whiteouts would take for ever."""
+        """Directories without anything from lower layers, not searched again: otherwise an archive of
+        whiteouts alone could run indefinitely."""
         self._metadata = 0
 
     def apply(self, reader: TarReader, sink: Sink) -> None:
-        """Apply one layer, on top of those before. Raises TarError; the tree is of no use then."""
+        """Apply one layer on top of the previous ones. Raises TarError; the tree is then unusable."""
         self._layer += 1
         self._linked.clear()
         self._pruned.clear()
         shelf = self._shelf
         while (entry := reader.next_entry()) is not None:
             shelf.made += 1
-            # Entries have to pay for it, or a layer could have the same million files packed and unpacked for ever.
+            # Limited by the entries read, or a layer could cause endless packing and unpacking of a million files.
             if shelf.full and shelf.unpacked <= 4 * shelf.made:
                 sink.settle()
                 shelf.pack(besides=self._here)
@@ -112,7 +111,7 @@ class Tree:
     def walk(self) -> Iterator[tuple[Directory, bytes, Node]]:
         """(parent, name, node) of everything below the root; parents first, names in byte order.
 
-        Only directories and hard links may be kept when the next one is asked for.
+        Only directories and hard links may be kept across iterations.
         """
         waiting = [self.root]
         while waiting:
@@ -198,13 +197,13 @@ class Tree:
         self._linked.add((parent, name))
         if node is present:
             return
-        node.links += 1  # before the drop: the target may lie inside of what is replaced
+        node.links += 1  # before the drop: the target may be inside what is replaced
         if present is not None:
             self._drop(parent, name, present, sink)
         self._add(parent, name, node)
 
     def _drop(self, parent: Directory, name: bytes, node: Node, sink: Sink) -> None:
-        """Take ``name`` and all below it out of the tree."""
+        """Remove ``name`` and everything below it from the tree."""
         del parent.children[name]
         waiting = [node]
         while waiting:
@@ -233,12 +232,12 @@ class Tree:
                 self._prune([(hidden, found.children[hidden])], found, sink)
 
     def _prune(self, items: list[tuple[bytes, Node]], parent: Directory, sink: Sink) -> None:
-        """Remove those of ``items``, children of ``parent``, that came from the layers below.
+        """Remove those of ``items``, children of ``parent``, that came from lower layers.
 
-        A directory goes with all below it, unless this layer has put something there: then what
-        it put there stays, and the directories that lead to it.
+        A directory is removed with everything below it, except what this layer added there and the
+        directories leading to it.
         """
-        # Two visits of each directory: going down, then, with its children decided, itself.
+        # Each directory is visited twice: going down, then again after its children.
         waiting = [(parent, name, node, False) for name, node in items]
         while waiting:
             holder, name, node, children_done = waiting.pop()
@@ -257,7 +256,7 @@ class Tree:
         Links are followed inside the tree. A component that is neither directory nor link is refused.
         """
         here = self.root
-        # Plain components first: nearly every look-up ends here.
+        # Fast path without links: nearly every look-up ends here.
         for depth, part in enumerate(parts):
             child = here.children.get(part)
             if not isinstance(child, Directory):
@@ -300,7 +299,7 @@ class Tree:
 
 
 def _split(name: bytes) -> list[bytes]:
-    """Components of a path below the root, cleaned; LayerError if no file system can have such a name."""
+    """Normalised components of a path below the root. Raises LayerError for an invalid name."""
     if len(name) > MAX_PATH or b"\0" in name:
         raise LayerError(f"has a name that is longer than {MAX_PATH} bytes or has a zero byte in it")
     parts: list[bytes] = []
@@ -315,7 +314,7 @@ def _split(name: bytes) -> list[bytes]:
 
 
 def _check_xattrs(xattrs: dict[bytes, bytes]) -> int:
-    """How many bytes they are, if a file system can hold them."""
+    """Their total bytes, after checking that a file system can store them."""
     total = 0
     for key, value in xattrs.items():
         if not 0 < len(key) <= MAX_XATTR_NAME or b"\0" in key or len(value) > MAX_XATTR_VALUE:

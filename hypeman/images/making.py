@@ -1,12 +1,12 @@
-"""Makes the root disk of one image: layers fetched, several at once, while earlier ones are applied.
+"""Builds the root disk of one image: layers are fetched concurrently while earlier ones are applied.
 
     manifest, config ──► layer 1 ─┐ fetched at once, at most    ┌─► worker: applied in order,
                          layer 2 ─┤ max_concurrent_downloads    │   at most max_concurrent_builds
                          layer 3 ─┘ of all images together  ────┘   of all images at work
                                                             then: verified, published
 
-Whatever goes wrong ends in MakeFailed with a sentence for the user, and the disk as before: the
-half-made disk is gone, and so are the blobs of an image that is itself at fault.
+Every failure ends in MakeFailed with a message for the user; the incomplete root disk is removed,
+and so are the blobs of an image that is itself at fault.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from hypeman.images.registry import RegistryClient
 from hypeman.images.types import ImageConfig, ImageStatus, LayerProgress, Progress
 
 _SPARE_BYTES = 64 << 20
-"""Free space that a pull leaves to the rest of the host when it begins."""
+"""Free space that must remain on the host when a pull begins."""
 
 
 class MakeFailed(Exception):
-    """No disk was made; the message is for the user."""
+    """No disk was built; the message is for the user."""
 
 
 class _Blob:
-    """A layer's blob on its way here."""
+    """A layer's blob being fetched."""
 
     def __init__(self, descriptor: Descriptor) -> None:
         self.descriptor = descriptor
@@ -62,27 +62,27 @@ class _Blob:
 
 
 class Job:
-    """The making of one image, from when it was asked for until its disk exists."""
+    """The build of one image, from the request until its disk exists."""
 
     def __init__(
         self, digest: str, source: Reference | None, *, login: Login = NOBODY, platform: Platform | None = None
     ) -> None:
         """``source`` names the registry and repository; None if all blobs are in the cache already.
-        ``platform`` is refused to differ from what the image says."""
+        An image for a different ``platform`` is rejected."""
         self.digest = digest
         self.source = source
         self.login = login
         self.platform = platform
         self.manifest: Manifest | None = None
-        """Known already, or None: it is fetched."""
+        """None if not known yet: it is fetched."""
         self.status = ImageStatus.PENDING
         self.blobs: dict[str, _Blob] = {}
         self.conversion: Conversion | None = None
         self.scope = trio.CancelScope()
         self.given_up = False
-        """Nobody wants it any more."""
+        """No longer wanted."""
         self.broken = False
-        """It will fail: what was fetched for it is not kept."""
+        """It will fail: its downloads are not kept."""
         self.done = trio.Event()
 
     @property
@@ -92,7 +92,7 @@ class Job:
 
 
 class Maker:
-    """Shared by all jobs: it holds the bounds that they keep together."""
+    """Shared by all jobs: enforces their common limits."""
 
     def __init__(
         self, *, config: ImagesConfig, registry: RegistryClient, blobs: Blobs, disks: Disks, conversions: int
@@ -103,13 +103,13 @@ class Maker:
         self._disks = disks
         self._downloads = trio.CapacityLimiter(config.max_concurrent_downloads)
         self.turns = trio.CapacityLimiter(conversions)
-        """Workers that may work at one time."""
+        """Workers that may run concurrently."""
         self._max_bytes = config.max_image_size
         self._processes = Processes()
         self._fetching: dict[str, trio.Lock] = {}
 
     async def make(self, job: Job) -> Stored:
-        """Make and publish the disk of ``job``. Raises MakeFailed."""
+        """Build and publish the disk of ``job``. Raises MakeFailed."""
         fetched: list[str] = []
         try:
             try:
@@ -118,7 +118,7 @@ class Maker:
                 raise first_failure(group) from None
         except ConversionFailed as error:
             await trio.to_thread.run_sync(self._forget, fetched)
-            if error.blame_image:  # or our own copy of one of its layers is, and the next try shall fetch it
+            if error.blame_image:  # or our copy of one of its layers is, and the next try must fetch it
                 await trio.to_thread.run_sync(self._blobs.remove_damaged, list(job.blobs))
             raise MakeFailed(error.message) from None
         except ManifestError as error:
@@ -137,7 +137,7 @@ class Maker:
                     blob.fd = -1
 
     def in_use(self, job: Job) -> set[str]:
-        """Digests of blobs that must stay in the cache while ``job`` is under way."""
+        """Digests of blobs that must stay cached while ``job`` is running."""
         config = {job.manifest.config.digest} if job.manifest is not None else set()
         return set(job.blobs) | config | {job.digest}
 
@@ -219,7 +219,7 @@ class Maker:
         return data
 
     async def collect_downloads(self) -> None:
-        """Remove what earlier downloads left and nobody goes on with."""
+        """Remove partial downloads that no job will resume."""
         for digest in await trio.to_thread.run_sync(self._blobs.downloads):
             if digest in self._fetching:
                 continue
@@ -228,7 +228,7 @@ class Maker:
 
     @contextlib.asynccontextmanager
     async def _alone_with(self, digest: str) -> AsyncIterator[None]:
-        """Two images that share a layer fetch it once."""
+        """Serialises fetches per digest, so that images sharing a layer fetch it once."""
         lock = self._fetching.setdefault(digest, trio.Lock())
         try:
             async with lock:
@@ -238,7 +238,7 @@ class Maker:
                 del self._fetching[digest]
 
     async def _obtain(self, job: Job, blob: _Blob, fetched: list[str]) -> None:
-        """Bring one layer's blob here, from the cache or the registry."""
+        """Get one layer's blob from the cache or the registry."""
         digest, size = blob.descriptor.digest, blob.descriptor.size
         async with self._alone_with(digest):
             found = await trio.to_thread.run_sync(self._blobs.open, digest, size)
@@ -255,7 +255,7 @@ class Maker:
                     await self._registry.blob(
                         job.source, blob.descriptor, fd, job.login, lambda done: setattr(blob, "done", done)
                     )
-                    # The worker may begin while the bytes are still being flushed.
+                    # The worker may start while the bytes are still being flushed.
                     blob.here.set()
                     with trio.CancelScope(shield=True):
                         await trio.to_thread.run_sync(self._blobs.publish, fd, partial, digest)
@@ -265,7 +265,7 @@ class Maker:
                     if job.broken or job.given_up:
                         with trio.CancelScope(shield=True):
                             await trio.to_thread.run_sync(self._blobs.abandon, partial)
-                    raise  # where the server stops, the next one goes on with what is there
+                    raise  # the server is stopping: the next one resumes the partial download
 
     async def _watch_downloads(self, job: Job) -> None:
         for blob in job.blobs.values():
@@ -283,7 +283,7 @@ class Maker:
                 await conversion.send(begin, [disk, scratch])
                 for layer, diff_id in zip(manifest.layers, config.rootfs.diff_ids, strict=True):
                     blob = job.blobs[layer.digest]
-                    await blob.here.wait()  # without a turn: a download that stalls keeps no other image waiting
+                    await blob.here.wait()  # without a turn: a stalled download delays no other image
                     await conversion.apply(worker.Layer(f"layer {layer.digest}", diff_id), blob.fd)
                 return await conversion.finish()
 

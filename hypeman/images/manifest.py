@@ -1,8 +1,8 @@
-"""Manifests, indexes and configs of images: bytes in, checked Structs out. Pure.
+"""Parses image manifests, indexes and configs into validated Structs. Pure.
 
-OCI image-spec 1.1 and Docker image manifest version 2, schema 2. What registries send is not
-trusted: sizes are bounded, digests have the one form that is used everywhere, a layer has a media
-type that is known, and unknown fields are passed over as the specification asks.
+OCI image-spec 1.1 and Docker image manifest version 2, schema 2. Data from registries is not
+trusted: sizes are bounded, digests must have canonical form, layers must have a known media type,
+and unknown fields are ignored as the specification requires.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ T = TypeVar("T")
 
 
 class ManifestError(ValueError):
-    """What the registry or archive holds is no image that can be used."""
+    """The registry or archive does not contain a usable image."""
 
 
 class PlatformMissing(ManifestError):
-    """The index has no image for the platform that was asked for."""
+    """The index has no image for the requested platform."""
 
 
 class Compression(enum.StrEnum):
@@ -63,11 +63,11 @@ _LAYER_TYPES = (
     "application/vnd.docker.image.rootfs.foreign.diff.tar",
 )
 _COMPRESSIONS = ("", "gzip", "zstd", "xz", "bzip2")
-"""Suffixes of layer types. The layer's bytes say how it is compressed, and whether that is supported."""
+"""Suffixes of layer types. The compression is detected from the layer's bytes, and checked then."""
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
-    """Points to a blob: what it is, which bytes, how many."""
+    """Reference to a blob: media type, digest, size."""
 
     digest: Digest
     size: Size
@@ -86,7 +86,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Index(msgspec.Struct, frozen=True, rename="camel"):
-    """Several images of one name, for several platforms."""
+    """The images of one name for several platforms."""
 
     schema_version: int
     manifests: Annotated[tuple[Descriptor, ...], Meta(max_length=MAX_INDEX_ENTRIES)]
@@ -100,7 +100,7 @@ class RootFs(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """How the image wants to be run. Docker writes null where it has nothing."""
+    """The image's run configuration. Docker writes null for unset values."""
 
     user: _Text = msgspec.field(name="User", default="")
     env: tuple[_Text, ...] | None = msgspec.field(name="Env", default=None)
@@ -123,7 +123,7 @@ class Config(msgspec.Struct, frozen=True):
 
 
 class _Probe(msgspec.Struct, frozen=True, rename="camel"):
-    """Just enough to tell what a document is."""
+    """The fields needed to identify a document."""
 
     media_type: str = ""
     schema_version: int | None = None
@@ -137,7 +137,7 @@ def digest_of(data: bytes) -> str:
 
 
 def parse_manifest(data: bytes, media_type: str = "") -> Manifest | Index:
-    """The manifest or index in ``data``; ``media_type`` is what the sender called it, if it did.
+    """The manifest or index in ``data``; ``media_type`` is the one stated by the sender, if any.
 
     Raises ManifestError.
     """
@@ -184,8 +184,8 @@ def _is_layer_type(media_type: str) -> bool:
 def choose_platform(index: Index, wanted: Platform) -> Descriptor:
     """The first entry of ``index`` that runs on ``wanted``. Raises PlatformMissing.
 
-    An entry without platform is taken if it is the only image. A variant (as in arm64/v8) decides
-    between several, but one that was not asked for, or not stated, is no reason to refuse.
+    An entry without platform is used if it is the only image. A variant (as in arm64/v8) selects among
+    several, but an unrequested or unstated one is not a reason to reject an entry.
     """
     images = [entry for entry in index.manifests if entry.media_type in INDEX_TYPES + MANIFEST_TYPES]
     fitting = [entry for entry in images if _fits(entry.platform, wanted)]
@@ -228,7 +228,7 @@ def parse_config(data: bytes, manifest: Manifest) -> Config:
 
 
 def platform_of(config: Config) -> Platform:
-    """What the image itself says it runs on; amd64 Linux where it says nothing (old Docker images)."""
+    """The platform in the image's config; amd64 Linux if unstated (old Docker images)."""
     return Platform(config.os or "linux", config.architecture or "amd64", config.variant)
 
 

@@ -1,11 +1,10 @@
-"""The nodes of a file tree in memory, and how a million of them are kept small. Pure.
+"""The nodes of a file tree in memory, stored compactly enough for a million files. Pure.
 
-As Python objects a file and its name take 330 bytes, packed some 25. So a directory has its files as objects
-only while somebody does something with them: when too many lie about, all are packed, each directory's
-into one string, and unpacked where they are looked for again. Directories themselves stay objects, and so
-do files with several names: others refer to them.
+As Python objects a file and its name take 330 bytes, packed about 25. So files are objects only while in use:
+when there are too many, all are packed, one string per directory, and unpacked on the next access. Directories
+and files with several names stay objects, because others refer to them.
 
-Whoever holds a file's Node must be done with it before ``Shelf.pack`` is called.
+A file's Node must not be used after ``Shelf.pack`` is called.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import lz4.block
 import msgspec
 
 ENOUGH = 20_000
-"""Files that may lie about as objects: 7 MB of them."""
+"""Maximum of unpacked files: 7 MB."""
 
 
 class Node(msgspec.Struct, array_like=True, eq=False, gc=False):
@@ -34,40 +33,40 @@ class Node(msgspec.Struct, array_like=True, eq=False, gc=False):
     mtime_ns: int = 0
     size: int = 0
     links: int = 0
-    """Names in the tree, of anything but a directory."""
+    """Number of names in the tree; not for directories."""
     device: tuple[int, int] = (0, 0)
     xattrs: dict[bytes, bytes] | None = None
     content: Any = None
-    """Target of a symbolic link; else what the sink made of a file's data: bytes, a number or an array of them."""
+    """Target of a symbolic link, or the sink's representation of file data: bytes, a number or an array of numbers."""
     place: int = 0
-    """Where the writer of the disk put the inode."""
+    """Inode location, set by the disk writer."""
 
 
 class Directory(Node, array_like=True, eq=False, gc=True):
     parent: Any = None
-    """A Directory; the root is its own."""
+    """A Directory; the root is its own parent."""
     shelf: Any = None
     loose: dict[bytes, Node] = {}
-    """The children; if some of them are packed, those that are not."""
+    """The unpacked children."""
     packed: bytes | None = None
 
     @property
     def children(self) -> dict[bytes, Node]:
-        """Names and nodes, to read and to change, until the next ``Shelf.pack``."""
+        """Names and nodes, mutable, valid until the next ``Shelf.pack``."""
         if self.packed is not None:
             self.shelf.unpack(self)
         return self.loose
 
 
 class Shelf:
-    """Where the files of a tree lie packed; each directory holds its own, here it is kept in order."""
+    """Packs and unpacks the files of a tree; the packed data is stored in each directory."""
 
     def __init__(self, *, enough: int = ENOUGH) -> None:
         self._enough = enough
         self._open: list[Directory] = []
-        """Directories whose files lie about; some may have left the tree meanwhile."""
+        """Directories with unpacked files; some may have left the tree meanwhile."""
         self.made = 0
-        """Files made since the last packing, or looked at: what a packing may be paid with."""
+        """Files created or accessed since the last packing: the budget for the next one."""
         self.unpacked = 0
         """Files unpacked since then."""
 
@@ -83,7 +82,7 @@ class Shelf:
         return self.made + self.unpacked > self._enough
 
     def pack(self, *, besides: Directory | None = None) -> None:
-        """Pack everything but the files of the directory ``besides``."""
+        """Pack everything except the files of the directory ``besides``."""
         kept = []
         for directory in self._open:
             if directory is besides:

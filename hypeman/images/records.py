@@ -1,8 +1,8 @@
-"""What the store keeps about images. Nobody but this folder writes these tables.
+"""The store's tables of images, written only by this package.
 
-image_names     normalised reference → the digest it stands for, and the one it will stand for
-images          digest → the image itself, whatever it is called
-image_pins      digest/holder → somebody uses the image
+image_names     normalised reference → its current digest, and the pending one
+images          digest → the image, independent of its names
+image_pins      digest/holder → the holder uses the image
 image_holders   holder → the digest it uses
 """
 
@@ -17,13 +17,13 @@ from hypeman.store.tables import Table, Txn
 
 
 class NameRow(Struct, frozen=True):
-    """A name. Several may stand for one image."""
+    """A name. Several may refer to one image."""
 
     digest: str
     created_at: datetime
     tags: dict[str, str] = {}
     wanted: str = ""
-    """Digest that takes over when it is ready; until then ``digest`` stays usable."""
+    """Digest that replaces ``digest`` when it is ready; until then ``digest`` stays usable."""
 
 
 class ImageRow(Struct, frozen=True):
@@ -31,10 +31,10 @@ class ImageRow(Struct, frozen=True):
     status: ImageStatus
     created_at: datetime
     source: str
-    """``registry/repository`` that it is pulled from; empty for an image that was imported."""
+    """``registry/repository`` that it is pulled from; empty for an imported image."""
     platform: str = ""
     borrowed: bool = False
-    """Pulled with a login that came with the request and is not kept: can not be resumed."""
+    """Pulled with a login from the request, which is not stored: cannot be resumed."""
     error: str = ""
     fs: str = ""
     size: int = 0
@@ -61,7 +61,7 @@ def is_pinned(txn: Txn, digest: str) -> bool:
 
 
 def named_digests(txn: Txn) -> set[str]:
-    """Every digest that some name stands for, or will."""
+    """All current and pending digests of names."""
     found: set[str] = set()
     for _, row in txn.scan(NAMES):
         found |= {row.digest, row.wanted}
@@ -69,7 +69,7 @@ def named_digests(txn: Txn) -> set[str]:
 
 
 def view(name: str, naming: NameRow, row: ImageRow, position: int | None) -> Image:
-    """The image as the API shows it; ``position`` in the queue, 1 for the next."""
+    """The image as shown by the API; ``position`` in the queue, 1 for the next."""
     ready = row.status is ImageStatus.READY
     return Image(
         name=name,

@@ -1,8 +1,8 @@
-"""Image references and platforms, as text and back. Pure; the rules are those of Docker (contract §1.5).
+"""Parses and formats image references and platforms. Pure; follows Docker's rules (contract §1.5).
 
 alpine                          docker.io/library/alpine:latest
 ghcr.io/acme/tool:1.2           ghcr.io/acme/tool:1.2
-localhost:5000/x@sha256:…       localhost:5000/x@sha256:…   (a tag beside a digest is dropped)
+localhost:5000/x@sha256:…       localhost:5000/x@sha256:…   (a tag with a digest is dropped)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypeman.errors import InvalidRequest
 
 DEFAULT_REGISTRY = "docker.io"
 MAX_NAME = 255
-"""Of registry and repository together, in characters."""
+"""Limit for registry plus repository, in characters."""
 
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _DOMAIN_PART = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
@@ -44,7 +44,7 @@ class Reference(msgspec.Struct, frozen=True):
 
     @property
     def selector(self) -> str:
-        """What a registry is asked for: the digest, else the tag."""
+        """The digest or tag to request from a registry."""
         return self.digest or self.tag
 
 
@@ -59,7 +59,7 @@ class Platform(msgspec.Struct, frozen=True):
 
 
 def parse_reference(text: str) -> Reference:
-    """``text`` normalised, else InvalidRequest ``invalid_name``."""
+    """``text`` normalised. Raises InvalidRequest ``invalid_name``."""
     match = _REFERENCE.fullmatch(text) if len(text) <= 600 else None
     if match is None:
         hint = "; names are lower case" if text != text.lower() else ""
@@ -93,7 +93,7 @@ def host_platform() -> Platform:
 
 
 def parse_platform(text: str) -> Platform:
-    """The platform in ``text``, else InvalidRequest ``invalid_platform``."""
+    """The platform in ``text``. Raises InvalidRequest ``invalid_platform``."""
     parts = text.split("/")
     if not _PLATFORM.fullmatch(text) or parts[0] != "linux" or parts[1] not in ("amd64", "arm64"):
         raise InvalidRequest(

@@ -1,17 +1,17 @@
-"""Talks to registries: the pull half of the OCI distribution specification, over httpx.
+"""Registry client: the pull part of the OCI distribution specification, over httpx.
 
     GET /v2/<repository>/manifests/<tag or digest>        small, kept in memory, digest checked
     GET /v2/<repository>/blobs/<digest>                   streamed to a file, digest and size checked
 
 Rules:
 
-- What arrives is what was asked for (digest and size), or nothing arrives.
-- A login goes to the registry it belongs to and to the token service that this registry names; never
-  to a mirror, to the target of a redirect, into a log or into an error.
-- Plain HTTP only for registries that the configuration names; an HTTPS registry can not redirect to it.
+- Content that does not match the requested digest and size is rejected.
+- A login is sent only to its registry and to the token service that this registry names; never to a
+  mirror or the target of a redirect, and never put into a log or an error.
+- Plain HTTP only for registries named in the configuration; an HTTPS registry cannot redirect to it.
 - No redirect leads from a registry elsewhere to a loopback or link-local address, such as a metadata service.
-- Broken transfers go on where they stopped (Range), also after a restart of ours; servers that answer
-  nonsense are asked again, later each time, and not for ever. Throttling (429) is told to the caller as RateLimited.
+- Broken transfers are resumed (Range), also after a server restart; invalid answers are retried with backoff,
+  a limited number of times. Throttling (429) is reported to the caller as RateLimited.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ ACCEPT = ", ".join(MANIFEST_TYPES + INDEX_TYPES)
 _DOCKER_HUB = "registry-1.docker.io"
 _MAX_REDIRECTS = 5
 _QUICK_ATTEMPTS = 3
-"""For a manifest, while a client waits: enough for a restart of one of several servers behind a name."""
+"""Attempts for a manifest while a client waits: enough to ride out a restart of one of several servers."""
 _MAX_TOKEN_BYTES = 1 << 20
 _MAX_RETRY_AFTER = 60.0
-"""Seconds that a pull in the background waits for a registry that throttles."""
+"""Seconds that a background pull waits for a throttling registry."""
 _SLOWEST = 32 << 10
-"""Bytes per second below which a download is given up, after a generous start."""
+"""Bytes per second below which a download is aborted, after an initial allowance."""
 _WRITE_SIZE = 1 << 20
 _CA_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -66,11 +66,11 @@ _CA_FILES = (
     "/etc/ssl/ca-bundle.pem",
     "/etc/ssl/cert.pem",
 )
-"""Where distributions keep their roots; a bundled OpenSSL looks in its build machine's place."""
+"""Distributions' CA bundle paths; a bundled OpenSSL has only its build machine's path."""
 
 
 class RegistryError(InternalError):
-    """The registry can not be reached, or does not do what registries do."""
+    """The registry cannot be reached or violates the specification."""
 
     status = 502
     default_code = "Bad Gateway"
@@ -84,7 +84,7 @@ class RegistryTimeout(RegistryError):
 
 
 class _Again(Exception):
-    """Worth another try: broken connection or an error of the server's own."""
+    """Retryable: broken connection or server error."""
 
     def __init__(self, reason: str, *, after: float | None = None) -> None:
         super().__init__(reason)
@@ -92,21 +92,21 @@ class _Again(Exception):
 
 
 class Patience(msgspec.Struct, frozen=True):
-    """How long to try. Seconds."""
+    """Retry limits. Seconds."""
 
     attempts: int = 6
-    """In a row without any progress."""
+    """Consecutive attempts without progress."""
     first_delay: float = 0.5
     longest_delay: float = 10.0
     connect: float = 10.0
     silence: float = 30.0
     """Longest wait for the next bytes."""
     grace: float = 120.0
-    """A download may take this long beside what its size allows at _SLOWEST."""
+    """Time for a download in addition to its size divided by _SLOWEST."""
 
 
 class Fetched(msgspec.Struct, frozen=True):
-    """A manifest or index as it came."""
+    """A manifest or index as received."""
 
     data: bytes
     media_type: str
@@ -114,7 +114,7 @@ class Fetched(msgspec.Struct, frozen=True):
 
 
 class _Endpoint(msgspec.Struct, frozen=True):
-    """Where one registry, or one of its mirrors, is found."""
+    """The address of a registry or one of its mirrors."""
 
     host: str
     url: str
@@ -122,7 +122,7 @@ class _Endpoint(msgspec.Struct, frozen=True):
 
 
 class RegistryClient:
-    """One for the server: connections and tokens are shared. Close with ``aclose``."""
+    """One per server: connections and tokens are shared. Close with ``aclose``."""
 
     def __init__(self, config: ImagesConfig, *, keychain: Keychain | None = None, patience: Patience | None = None):
         self._config = config
@@ -137,13 +137,13 @@ class RegistryClient:
             await self._client.aclose()
 
     def forget(self, login: Login) -> None:
-        """Drop the tokens that ``login`` was given for; one that was lent is not kept in memory either."""
+        """Drop the tokens obtained with ``login``, so that a login from a request does not stay in memory."""
         for key in [key for key in self._tokens if key[2] == login]:
             del self._tokens[key]
 
     async def manifest(self, ref: Reference, login: Login = NOBODY, *, wait: bool = True) -> Fetched:
-        """What ``ref`` names. Without ``wait``, throttling is reported at once
-        and broken servers after a few attempts.
+        """The manifest of ``ref``. Without ``wait``, throttling is reported at once
+        and server failures after a few attempts.
 
         Raises NotFound, RateLimited, RegistryError.
         """
@@ -177,9 +177,9 @@ class RegistryClient:
     async def blob(
         self, ref: Reference, blob: Descriptor, fd: int, login: Login, progress: Callable[[int], None]
     ) -> None:
-        """Download a blob into the open file ``fd``, going on behind what is in it already.
+        """Download a blob into the open file ``fd``, resuming after the data already in it.
 
-        ``progress(n)`` says how many bytes it has.
+        ``progress(n)`` reports the bytes received.
         Raises NotFound, RateLimited, RegistryError, ManifestError (other content) and OSError (disk).
         """
         limit = self._patience.grace + blob.size / _SLOWEST
@@ -212,7 +212,7 @@ class RegistryClient:
         attempts: int | None = None,
         progress: Callable[[], int] = lambda: 0,
     ) -> R:
-        """``once`` at each mirror, one try each, then at the registry itself with all patience."""
+        """Call ``once`` for each mirror, one try each, then for the registry itself with all retries."""
         for host in self._config.mirrors.get(ref.registry, ()):
             try:
                 return await once(self._endpoint(host, self._keychain.login(host)))
@@ -251,7 +251,7 @@ class RegistryClient:
     async def _get(
         self, endpoint: _Endpoint, repository: str, url: str, headers: dict[str, str]
     ) -> AsyncIterator[httpx.Response]:
-        """GET with login and redirects. Raises _Again for what may go better next time."""
+        """GET with login and redirects. Raises _Again for retryable failures."""
         authorization = self._known_authorization(endpoint, repository)
         refused = False
         while True:
@@ -271,7 +271,7 @@ class RegistryClient:
         target = httpx.URL(url)
         home, home_host = _origin(target), target.host
         for _ in range(_MAX_REDIRECTS + 1):
-            # Blob stores sign their own URLs; a login of the registry is none of their business.
+            # Blob stores sign their own URLs and must not receive the registry's login.
             own = {"Authorization": authorization} if authorization and _origin(target) == home else {}
             async with self._stream("GET", target, {**headers, **own}) as response:
                 if not response.has_redirect_location:
@@ -283,8 +283,8 @@ class RegistryClient:
                     raise RegistryError(f"{endpoint.host} redirects to something that is no URL") from None
             if target.scheme not in ("http", "https") or (target.scheme == "http" and home[0] == "https"):
                 raise RegistryError(f"{endpoint.host} redirects to {target.scheme}://{target.host}, which is not safe")
-            # Or anyone who can answer for a registry, a plain-HTTP one above all, could send requests from this host
-            # to its own services and to a cloud's metadata.
+            # Otherwise anyone who can answer for a registry, especially a plain-HTTP one, could make this host send
+            # requests to its own services or a cloud's metadata service.
             if target.host != home_host and await _is_inward(target.host) and not await _is_inward(home_host):
                 raise RegistryError(f"{endpoint.host} redirects to {target.host}, an address of this host or its link")
         raise RegistryError(f"{endpoint.host} redirects more than {_MAX_REDIRECTS} times")
@@ -293,7 +293,7 @@ class RegistryClient:
     async def _stream(
         self, method: str, url: httpx.URL, headers: dict[str, str], content: bytes | None = None
     ) -> AsyncIterator[httpx.Response]:
-        """One exchange, without authentication or redirects; errors of the wire and 5xx become _Again."""
+        """One exchange, without authentication or redirects; network errors and 5xx become _Again."""
         if self._client is None:
             self._client = await trio.to_thread.run_sync(self._make_client)
         try:
@@ -347,7 +347,7 @@ class RegistryClient:
         return authorization
 
     async def _token(self, endpoint: _Endpoint, repository: str, challenge: Challenge) -> tuple[str, float]:
-        """A token of the service that the registry names, and for how many seconds to use it."""
+        """A token from the service named by the registry, and the seconds for which to use it."""
         login = endpoint.login
         try:
             realm = httpx.URL(challenge.parameters.get("realm", ""))
@@ -390,7 +390,7 @@ class _TokenReply(msgspec.Struct, frozen=True):
 
 
 class _Download:
-    """One blob on its way into a file, over as many responses as it takes."""
+    """One blob being downloaded into a file, over one or more responses."""
 
     def __init__(self, blob: Descriptor, fd: int, progress: Callable[[int], None]) -> None:
         self._blob = blob
@@ -399,10 +399,10 @@ class _Download:
         self._hash = hashlib.sha256()
         self.done = 0
         self._found = False
-        """Some of the bytes are from an earlier life: nobody has vouched for them since."""
+        """Some of the bytes are from an earlier process and not yet verified."""
 
     def resume(self) -> bool:
-        """Go on with what is in the file; whether that is all. Blocks."""
+        """Resume from the data in the file; returns whether it is complete. Blocks."""
         found = os.fstat(self._fd).st_size
         if found > self._blob.size:
             self._restart()
@@ -428,7 +428,7 @@ class _Download:
         self._progress(0)
 
     async def accept(self, response: httpx.Response, ref: Reference) -> None:
-        """Look at the head of a response: does it bring the bytes that are missing?"""
+        """Check from a response's headers that it carries the missing bytes."""
         status = response.status_code
         if status == 206 and self.done:
             if response.headers.get("content-range") == f"bytes {self.done}-{self._blob.size - 1}/{self._blob.size}":
@@ -445,7 +445,7 @@ class _Download:
                 f"blob {self._blob.digest} is {stated} bytes long at the registry, {self._blob.size} in the manifest"
             )
         if self.done:
-            self._restart()  # the server does not know ranges
+            self._restart()  # the server does not support ranges
 
     async def receive(self, response: httpx.Response, host: str) -> None:
         buffer = bytearray()
@@ -459,7 +459,7 @@ class _Download:
                 if len(buffer) >= _WRITE_SIZE:
                     buffer = await self._write(buffer)
         except httpx.TransportError:
-            await self._write(buffer)  # what came counts: the next request begins behind it
+            await self._write(buffer)  # keep what arrived: the next request starts after it
             raise
         await self._write(buffer)
         if self.done < self._blob.size:
@@ -488,7 +488,7 @@ class _Download:
 
 
 def retry_after(value: str | None, now: Callable[[], float] = time.time) -> float | None:
-    """Seconds in a Retry-After header, which may be a number or a date; None if it says nothing."""
+    """Seconds in a Retry-After header, which may be a number or a date; None if absent or invalid."""
     if value is None:
         return None
     if value.strip().isdigit():
@@ -524,7 +524,7 @@ def _origin(url: httpx.URL) -> tuple[str, str, int]:
 
 
 def _trust(ca_file: str) -> ssl.SSLContext:
-    """The roots of this host, and those in ``ca_file``. Raises RegistryError if that can not be read."""
+    """The host's CA roots plus those in ``ca_file``. Raises RegistryError if that cannot be read."""
     context = ssl.create_default_context(cafile=next((path for path in _CA_FILES if os.path.exists(path)), None))
     context.load_default_certs()
     if ca_file:
@@ -557,7 +557,7 @@ async def _is_inward(host: str) -> bool:
     try:
         found = await trio.socket.getaddrinfo(host, None)
     except OSError:
-        return False  # whoever connects says so, perhaps a proxy that knows the name
+        return False  # left to the connection, perhaps through a proxy that can resolve the name
     addresses = [ipaddress.ip_address(str(row[4][0]).partition("%")[0]) for row in found]
     plain = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
     return any(address.is_loopback or address.is_link_local or address.is_unspecified for address in plain)

@@ -1,16 +1,16 @@
-"""Images as the rest of the server sees them: asked for, waited for, listed, pinned, deleted.
+"""The image service used by the rest of the server: create, wait, list, pin, delete.
 
     create ──► resolve name to digest ──► record (pending) ──► queue ──► pulling ──► converting ──► ready
                                                                 └───────────┴────────────┴──────► failed
 
-What always holds:
+Invariants:
 
-- A record is ``ready`` only if its disk is published whole (``disks.py``); the disk comes first.
-- One digest is made once, however many names and requests want it; a name that stood for another
-  image keeps it until the new one is ready.
-- A pinned image is not deleted, neither by a request nor by the collection of garbage.
-- A job interrupted by a restart begins again, unless it used a login that was only lent to it.
-- Names and tags are changed in one transaction with the record they stand for.
+- A record is ``ready`` only after its disk is published (``disks.py``).
+- Each digest is built once, regardless of the number of names and requests; a name that referred to
+  another image keeps it until the new one is ready.
+- A pinned image is not deleted, neither by a request nor by garbage collection.
+- A job interrupted by a restart is restarted, unless it used a login supplied with the request.
+- Names and tags are changed in the same transaction as the record they refer to.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ from hypeman.telemetry import metrics
 log = logging.getLogger(__name__)
 
 _RESOLVE_TIMEOUT = 20.0
-"""Seconds in which a registry must say what a name stands for, while the client waits."""
+"""Timeout in seconds for resolving a name at a registry while the client waits."""
 _JOBS_AT_ONCE = 4
-"""Images under way; what they share is bounded in ``making.Maker``."""
+"""Images in progress; shared resources are bounded in ``making.Maker``."""
 _MAX_NESTING = 3
-"""Indexes inside of indexes."""
+"""Maximum depth of nested indexes."""
 _COLLECT_INTERVAL = 600.0
 
 
 class Images:
-    """One for the server. ``run`` in a nursery does the work."""
+    """One per server. ``run``, started in a nursery, does the work."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Images:
         registry: RegistryClient | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """``conversions`` at once is ``limits.max_concurrent_builds``."""
+        """``conversions`` is ``limits.max_concurrent_builds``."""
         self._store = store
         self._config = config
         self._now = now
@@ -97,13 +97,13 @@ class Images:
         self._queue: deque[Job] = deque()
         self._queued = trio.Semaphore(0)
         self._changing_disks = trio.Lock()
-        """Held while disks get or lose their names together with their records."""
+        """Held while disks are published or removed together with their records."""
         self._made = self._failed = 0
 
-    # Life of the service
+    # Service lifecycle
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Tidy up, take up interrupted jobs, then work until cancelled."""
+        """Clean up, resume interrupted jobs, then work until cancelled."""
         await trio.to_thread.run_sync(self._disks.prepare)
         await trio.to_thread.run_sync(self._blobs.prepare)
         await self._resume()
@@ -120,7 +120,7 @@ class Images:
                 await self._registry.aclose()
 
     async def _resume(self) -> None:
-        """Make records and disks agree, and queue what was under way."""
+        """Reconcile records and disks, and queue interrupted jobs."""
         rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES)])
         found = await trio.to_thread.run_sync(lambda: {row.digest: self._disks.read(row.digest) for row in rows})
 
@@ -143,7 +143,7 @@ class Images:
                 self._enqueue(Job(row.digest, source, platform=platform))
 
     async def collect(self) -> None:
-        """Remove images that nothing stands for any more, their disks, and blobs above the bound."""
+        """Remove unreferenced images, their disks, and blobs above the size limit."""
         async with self._changing_disks:
             keep = await self._store.write(self._collect_records)
             gone = await trio.to_thread.run_sync(self._disks.collect, keep)
@@ -151,11 +151,11 @@ class Images:
             log.info("removed the disk of image %s, which nothing uses", digest)
         in_use = set[str]().union(*(self._maker.in_use(job) for job in self._jobs.values()))
         await trio.to_thread.run_sync(self._blobs.trim, self._cache_size, in_use)
-        if not self._jobs:  # which layers a job will want is known only when it is at work
+        if not self._jobs:  # a job's layers are known only once it runs
             await self._maker.collect_downloads()
 
     def _collect_records(self, txn: Txn) -> set[str]:
-        """Drop the records that nobody needs; the digests of those that stay."""
+        """Drop unreferenced records; returns the digests of the remaining ones."""
         named = named_digests(txn)
         keep = set()
         for digest, row in list(txn.scan(IMAGES)):
@@ -165,10 +165,10 @@ class Images:
                 txn.delete(IMAGES, digest)
         return keep
 
-    # What clients ask for
+    # Client requests
 
     async def create(self, request: CreateImageRequest) -> Image:
-        """Ask for an image; answers as soon as its digest is known. Idempotent.
+        """Request an image; returns as soon as its digest is known. Idempotent.
 
         Raises InvalidRequest (``invalid_name``, ``invalid_platform``), NotFound (``not_found``,
         ``platform_not_available``), Conflict (``credential_conflict``), RateLimited.
@@ -179,13 +179,13 @@ class Images:
         login = login_of(request.credentials)
         known = self._known(ref)
         if ref.digest and known is not None and known.status is not ImageStatus.FAILED:
-            job, row = self._jobs.get(known.digest), known  # a digest can not come to mean something else
+            job, row = self._jobs.get(known.digest), known  # a digest never changes its meaning
         else:
             job, row = await self._resolve(ref, platform, login)
         return await self._record(str(ref), row, job, tags)
 
     def platform(self, text: str | None) -> str:
-        """``text`` as a platform that images are made for; None is this host's."""
+        """``text`` as a supported platform; None is this host's."""
         return str(parse_platform(text) if text else reference.host_platform())
 
     async def import_archive(
@@ -196,11 +196,11 @@ class Images:
         tags: Mapping[str, str] | None = None,
         default_name: str = "",
     ) -> Image:
-        """Take in an OCI archive or one of ``docker save``, as it streams in.
+        """Import an OCI or ``docker save`` archive from a stream.
 
         ``name`` is given to the image; empty: the names in the archive, or else ``default_name``. An archive may
-        have several images: ``name`` then says which of them is wanted; without it all are imported, and the first
-        is returned. Returns when the archive is here.
+        have several images: ``name`` then selects one; without it all are imported, and the first is returned.
+        Returns when the archive has been received.
         Raises InvalidRequest (bad name, bad archive), InternalError (disk).
         """
         wanted = parse_reference(name) if name else None
@@ -229,11 +229,11 @@ class Images:
         return Bounds(self._max_bytes, self._config.max_image_entries, reference.host_platform())
 
     async def fill_volume(self, archive: int, disk: int, *, max_bytes: int) -> None:
-        """``convert.fill_volume``, in turns with images that are being made."""
+        """``convert.fill_volume``, taking turns with image builds."""
         await fill_volume(self._maker.turns, archive, disk, max_bytes=max_bytes)
 
     async def list(self, *, tags: Mapping[str, str] | None = None) -> list[Image]:
-        """All names with their images, newest first; with ``tags`` those that have all of these pairs."""
+        """All names with their images, newest first; with ``tags`` only those that have all of these pairs."""
 
         def read(txn: Txn) -> list[tuple[str, NameRow, ImageRow]]:
             found = []
@@ -251,13 +251,13 @@ class Images:
         return self._view(*self._look_up(parse_reference(name)))
 
     async def progress(self, name: str) -> Progress:
-        """How far a pull has come, layer by layer. Raises as ``get`` does."""
+        """Progress of a pull per layer. Raises as ``get`` does."""
         _, naming, row = self._look_up(parse_reference(name))
         job = self._jobs.get(naming.wanted or row.digest)
         return job.progress if job is not None else Progress(row.status)
 
     async def wait_final(self, name: str) -> Image:
-        """Wait until a pull has ended, well or not, also one that is to take the name over."""
+        """Wait until a pull has succeeded or failed, including one that will replace the name's image."""
         while True:
             _, naming, row = self._look_up(parse_reference(name))
             if row.status.is_final and not naming.wanted:
@@ -265,9 +265,9 @@ class Images:
             await self._wait_for(naming.wanted or row.digest)
 
     async def tag(self, name: str, target: str) -> Image:
-        """Have the name ``target`` stand for the image ``name``, without a pull; the image under ``target``.
+        """Make the name ``target`` refer to the image ``name``, without a pull; returns the image under ``target``.
 
-        Whatever ``target`` stood for before loses that name. Raises NotFound, InvalidRequest ``invalid_name``.
+        The image that ``target`` referred to loses that name. Raises NotFound, InvalidRequest ``invalid_name``.
         """
         ref, wanted = parse_reference(name), parse_reference(target)
         if wanted.digest:
@@ -287,7 +287,7 @@ class Images:
         return self._view(str(wanted), naming, row)
 
     async def delete(self, name: str) -> None:
-        """Take the name away, and with the last one the image. Raises NotFound, InUse, InvalidRequest."""
+        """Delete the name, and with the last one the image. Raises NotFound, InUse, InvalidRequest."""
         ref = parse_reference(name)
 
         def remove(txn: Txn) -> str:
@@ -315,12 +315,12 @@ class Images:
             if digest:
                 await trio.to_thread.run_sync(self._disks.remove, digest)
 
-    # What other capabilities ask for
+    # Used by other packages
 
     async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage:
         """The converted image of that name and platform, pulled first if it is missing or has failed.
 
-        Raises as ``create`` does, and InternalError if it can not be made.
+        Raises as ``create`` does, and InternalError if it cannot be built.
         """
         ref = parse_reference(name)
         wanted = self.platform(platform)
@@ -347,13 +347,13 @@ class Images:
         return self._ready(digest).fs
 
     def config(self, digest: str) -> ImageConfig:
-        """How the image wants to be run. Raises NotFound."""
+        """The image's run configuration. Raises NotFound."""
         return self._ready(digest).config
 
     def pin(self, txn: Txn, digest: str, holder: str) -> None:
-        """Keep a ready image for ``holder`` (an instance, a snapshot), which had none or the same before.
+        """Pin a ready image for ``holder`` (an instance, a snapshot), which has none or the same pinned.
 
-        Part of the caller's transaction. Raises InvalidState if the image went away meanwhile.
+        Part of the caller's transaction. Raises InvalidState if the image was deleted meanwhile.
         """
         row = txn.get(IMAGES, digest)
         if row is None or row.status is not ImageStatus.READY:
@@ -365,7 +365,7 @@ class Images:
         txn.put(HOLDERS, holder, HolderRow(digest))
 
     def unpin(self, txn: Txn, holder: str) -> None:
-        """Let go of the image that ``holder`` kept, if any. An image without a name goes with the next
+        """Unpin the image that ``holder`` pinned, if any. An image without a name is removed by the next
         collection."""
         held = txn.get(HOLDERS, holder)
         if held is not None:
@@ -373,7 +373,7 @@ class Images:
             txn.delete(HOLDERS, holder)
 
     def statistics(self) -> dict[str, int]:
-        """For metrics: bytes of disks, jobs under way and waiting, images made and failed since start."""
+        """For metrics: bytes of disks, jobs running and queued, images built and failed since start."""
         rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES)])
         ready = [row.size for row in rows if row.status is ImageStatus.READY]
         return {
@@ -385,12 +385,12 @@ class Images:
             "failed": self._failed,
         }
 
-    # Asking registries
+    # Resolving names
 
     async def _resolve(self, ref: Reference, platform: Platform, login: Login) -> tuple[Job, ImageRow]:
-        """Ask the registry what ``ref`` stands for; a job for it, and its record as it will begin.
+        """Resolve ``ref`` at the registry; returns a job for it and its initial record.
 
-        An image that can be named but not used comes back as a failed record.
+        An image that exists but is unusable is returned as a failed record.
         """
         digest = ref.digest
         error = ""
@@ -429,7 +429,7 @@ class Images:
     async def _imported(
         self, found: Sequence[Imported], wanted: Reference | None, default: str, tags: Mapping[str, str]
     ) -> Image:
-        """Record the images of an archive under their names; the first of them."""
+        """Record the images of an archive under their names; returns the first."""
         if wanted is not None and wanted.digest:
             raise InvalidRequest("an imported image is given a tag, not a digest", code="invalid_name")
         named = _names_for(found, wanted, default)
@@ -443,7 +443,7 @@ class Images:
         return await self._record(str(name), row, job, dict(tags))
 
     async def _record(self, name: str, new: ImageRow, job: Job | None, tags: dict[str, str] | None) -> Image:
-        """Write down that ``name`` is to stand for ``new``, and queue ``job`` unless it is under way or done."""
+        """Record that ``name`` is to refer to ``new``, and queue ``job`` unless it is running or done."""
         running = self._jobs.get(new.digest)
         if running is not None and job is not None and running is not job and running.login != job.login:
             raise Conflict(f"image {name} is being pulled with another login", code="credential_conflict")
@@ -453,7 +453,7 @@ class Images:
             row = txn.get(IMAGES, new.digest)
             begin = row is None or row.status is ImageStatus.FAILED
             if begin:
-                # A failed record is tried again from the beginning, a fresh failure is told as it is.
+                # A failed record is retried from the beginning, a new failure is reported as is.
                 row = new if new.status is not ImageStatus.READY else row
                 assert row is not None
                 txn.put(IMAGES, new.digest, row)
@@ -489,11 +489,11 @@ class Images:
     async def _work(self) -> None:
         while True:
             await self._queued.acquire()
-            if self._queue:  # a job that was deleted meanwhile leaves its permit behind
+            if self._queue:  # a deleted job leaves its permit behind
                 await self._do(self._queue.popleft())
 
     async def _do(self, job: Job) -> None:
-        """Make one image and write down how it ended. Only a cancellation from outside gets through."""
+        """Build one image and record the outcome. Only cancellation from outside propagates."""
         job.status = ImageStatus.PULLING
         stored: Stored | None = None
         error = ""
@@ -527,7 +527,7 @@ class Images:
             await self.collect()
 
     async def _wait_for(self, digest: str) -> None:
-        """Wait until the image of that digest is ready, failed or gone."""
+        """Wait until the image with that digest is ready, failed or deleted."""
         while True:
             row = self._store.read(lambda txn: txn.get(IMAGES, digest))
             if row is None or row.status.is_final:
@@ -536,7 +536,7 @@ class Images:
             job = self._jobs.get(digest)
             if job is not None:
                 await job.done.wait()
-            else:  # its record was written this moment, by a task that will queue it when it runs next
+            else:  # its record was just written by a task that will queue it when it runs next
                 await trio.sleep(0.005)
 
     # Reading
@@ -581,7 +581,7 @@ def _find(txn: Txn, ref: Reference) -> tuple[str, NameRow, ImageRow]:
 def _settle(txn: Txn, digest: str, stored: Stored | None, error: str) -> None:
     row = txn.get(IMAGES, digest)
     if row is None:
-        return  # deleted meanwhile; its disk is nobody's and is collected
+        return  # deleted meanwhile; its orphaned disk is collected
     if stored is not None:
         _make_ready(txn, row, stored)
     else:
@@ -603,7 +603,7 @@ def _fail(txn: Txn, row: ImageRow, error: str) -> None:
 
 
 def _repoint(txn: Txn, digest: str, *, ready: bool) -> None:
-    """Names that waited for ``digest`` now stand for it, or stay where they were."""
+    """Names waiting for ``digest`` now refer to it, or keep their previous image."""
     for name, naming in list(txn.scan(NAMES)):
         if naming.wanted == digest:
             target = digest if ready else naming.digest
@@ -611,7 +611,7 @@ def _repoint(txn: Txn, digest: str, *, ready: bool) -> None:
 
 
 def _names_for(found: Sequence[Imported], wanted: Reference | None, default: str) -> list[tuple[Reference, Imported]]:
-    """Which images of an archive are to be recorded, and as what. Raises InvalidRequest."""
+    """The images of an archive to record, with their names. Raises InvalidRequest."""
     if wanted is not None and len(found) == 1:
         return [(wanted, found[0])]
     named = [(parse_reference(name), image) for image in found for name in image.names]

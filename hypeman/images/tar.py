@@ -1,16 +1,16 @@
-"""A strict, streaming reader of tar archives, as image layers use them. Pure: bytes in, entries out.
+"""A strict, streaming reader of tar archives for image layers. Pure: bytes in, entries out.
 
 Why not ``tarfile``: it guesses where it should refuse, holds every header in memory, and costs
-about three times as much per entry. What is read here: V7, ustar, PAX (also global headers, whose
-records no image builder means for the files), GNU long names, base-256 numbers, and all four ways
-in which GNU tar writes sparse files.
+about three times as much per entry. Supported: V7, ustar, PAX (also global headers, whose records
+no image builder means for the files), GNU long names, base-256 numbers, and all four GNU tar
+formats of sparse files.
 
 Rules:
 
 - Names stay bytes, exactly as stored; nothing is decoded, cleaned or resolved here.
-- A header that is not understood in full is refused (TarError), never skipped.
-- Every length that the archive states is bounded before anything of that length is read.
-- An entry's data must be consumed, or is skipped, before the next entry is read.
+- A header that is not fully understood is rejected (TarError), never skipped.
+- Every length in the archive is checked against a limit before anything of that length is read.
+- Unread data of an entry is skipped before the next entry is read.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import msgspec
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20
-"""Of one PAX header or GNU long name: room for the largest xattr that Linux takes, in base64."""
+"""Limit of one PAX header or GNU long name: fits the largest Linux xattr in base64."""
 MAX_SPARSE_PIECES = 1 << 20
 MAX_FILE_SIZE = 1 << 62
 
 
 class TarError(ValueError):
-    """The archive is damaged, or says something that no layer may say."""
+    """The archive is corrupt or contains something not allowed in a layer."""
 
 
 class TooLarge(TarError):
-    """The archive has more than there is room for; it may be in order otherwise."""
+    """The archive exceeds a limit or the available space; it may be valid otherwise."""
 
 
 class Kind(enum.IntEnum):
-    """What an entry is; the values are the file type bits of ``st_mode``."""
+    """Type of an entry; the values are the file type bits of ``st_mode``."""
 
     FILE = stat.S_IFREG
     DIRECTORY = stat.S_IFDIR
@@ -61,10 +61,10 @@ class Entry(msgspec.Struct):
     uid: int
     gid: int
     mtime: int
-    """Seconds since 1970, rounded down; ``mtime_ns`` is what is left, in nanoseconds."""
+    """Seconds since 1970, rounded down; ``mtime_ns`` is the remainder in nanoseconds."""
     mtime_ns: int
     size: int
-    """Bytes that the file has once it is unpacked, holes included."""
+    """Size of the unpacked file in bytes, holes included."""
     stored: int
     """Bytes that follow in the archive."""
     target: bytes
@@ -90,7 +90,7 @@ class Source:
 
     @property
     def position(self) -> int:
-        """Where in the stream the next byte lies."""
+        """Offset of the next byte in the stream."""
         return self.total - len(self._chunk) + self._at
 
     def _next_chunk(self) -> bool:
@@ -105,7 +105,7 @@ class Source:
         return False
 
     def exact(self, length: int) -> bytes:
-        """The next ``length`` bytes; TarError if the stream ends before."""
+        """The next ``length`` bytes. Raises TarError if the stream ends first."""
         end = self._at + length
         if end <= len(self._chunk):
             taken = self._chunk[self._at : end]
@@ -122,7 +122,7 @@ class Source:
         return b"".join(parts)
 
     def block(self) -> bytes:
-        """The next 512 bytes, or nothing where the stream ends in order."""
+        """The next 512 bytes; empty at a regular end of the stream."""
         if self._at == len(self._chunk) and not self._next_chunk():
             return b""
         return self.exact(BLOCK)
@@ -136,7 +136,7 @@ class Source:
             length -= step
 
     def drain(self) -> None:
-        """Read what follows the end of the archive: it belongs to the digest."""
+        """Read the data after the end of the archive: it is part of the digest."""
         while self._next_chunk():
             pass
 
@@ -239,7 +239,7 @@ class TarReader:
                 seconds, nanoseconds = _parse_time(records[b"mtime"])
             xattrs = _parse_xattrs(records)
         if kind is Kind.FILE and name.endswith(b"/") and flag in b"\00":
-            kind = Kind.DIRECTORY  # how V7 wrote them
+            kind = Kind.DIRECTORY  # as written by V7
         # Only files have data. Other types may state a size (old GNU tar does for links), without any.
         stored = size if kind is Kind.FILE else 0
         if stored > MAX_FILE_SIZE or owner > 0xFFFFFFFF or group > 0xFFFFFFFF:
@@ -376,7 +376,7 @@ def _parse_time(text: bytes) -> tuple[int, int]:
 
 
 def _parse_pax(payload: bytes) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]]]:
-    """Records of ``<length> <key>=<value>\\n``; the last of a key counts. Beside them, in order, those
+    """Records of ``<length> <key>=<value>\\n``, the last of a key winning; and separately, in order, those
     that sparse format 0.0 repeats."""
     records: dict[bytes, bytes] = {}
     sparse: list[tuple[bytes, bytes]] = []

@@ -1,4 +1,4 @@
-"""What is said about images: the Structs of the contract (§2.2, §2.13), used for HTTP and for documents."""
+"""Structs of images in the contract (§2.2, §2.13), used for HTTP and for stored documents."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PushCredentials(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class CreateImageRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Pull an image and make a root disk of it."""
+    """Pull an image and build a root disk from it."""
 
     name: Annotated[str, Meta(description="OCI reference, normalised by Docker's rules")]
     platform: Platform | None = None
@@ -56,7 +56,7 @@ class TagImageRequest(msgspec.Struct, frozen=True):
 
 
 class Image(msgspec.Struct, frozen=True):
-    """An image, from the moment it was asked for."""
+    """An image, from the time it was requested."""
 
     name: Annotated[str, Meta(description="normalised OCI reference")]
     digest: Annotated[str, Meta(description="manifest digest, sha256:…")]
@@ -74,7 +74,7 @@ class Image(msgspec.Struct, frozen=True):
 
 
 class ImageConfig(msgspec.Struct, frozen=True):
-    """How an image wants to be run; also the ``config.json`` beside its root disk."""
+    """An image's run configuration; also the ``config.json`` next to its root disk."""
 
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class ImageConfig(msgspec.Struct, frozen=True):
 
 
 class ReadyImage(msgspec.Struct, frozen=True):
-    """A converted image: what an instance is made from."""
+    """A converted image, from which instances are created."""
 
     digest: str
     disk: Path
@@ -102,7 +102,7 @@ class ReadyImage(msgspec.Struct, frozen=True):
 
 
 class LayerProgress(msgspec.Struct, frozen=True):
-    """How far one layer has come, in compressed bytes."""
+    """Progress of one layer, in compressed bytes."""
 
     digest: str
     size: int
@@ -110,9 +110,9 @@ class LayerProgress(msgspec.Struct, frozen=True):
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """How far the pull of an image has come."""
+    """Progress of an image pull."""
 
     status: ImageStatus
     layers: tuple[LayerProgress, ...] = ()
     converted_bytes: int = 0
-    """Uncompressed bytes of layers that were applied."""
+    """Uncompressed bytes of the layers applied."""

@@ -1,7 +1,7 @@
-"""Compressed layers to plain bytes, in bounded pieces. Pure: a ``read`` function in, chunks out.
+"""Decompresses layers in bounded chunks. Pure: a ``read`` function in, chunks out.
 
-The first bytes decide how a stream is compressed, not its media type: builders have labelled plain and
-Zstandard layers as gzip, and readers are expected to look. Gzip goes through ISA-L, which was five times
+Compression is detected from the first bytes, not the media type: builders have labelled plain and
+Zstandard layers as gzip, and readers are expected to detect it. Gzip goes through ISA-L, which was five times
 as fast as zlib here (510 against 106 MB/s).
 """
 
@@ -17,22 +17,22 @@ from hypeman.images.tar import BLOCK, TarError
 
 READ_SIZE = 256 << 10
 CHUNK = 512 << 10
-"""Most bytes in one chunk: a bomb is noticed a chunk at a time."""
+"""Maximum bytes per chunk, so that a decompression bomb is detected early."""
 _MAX_ZSTD_WINDOW = 128 << 20
 _SPARE_MEMBERS = 1024
 """Gzip members that need not contain anything. All others must have a tar block each on average: starting one
 costs 0.1 ms, so millions of empty ones would keep a worker busy for minutes."""
 _GZIP = 31
-"""``wbits`` that takes the gzip format and nothing else."""
+"""``wbits`` that accepts only the gzip format."""
 
 _UNSUPPORTED = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"LZIP": "lzip"}
 
 Read = Callable[[int], bytes]
-"""The next bytes of the blob, at most as many as asked for; nothing at its end."""
+"""The next bytes of the blob, at most as many as requested; empty at the end."""
 
 
 def unpack(read: Read) -> Iterator[bytes]:
-    """Chunks of the plain archive. Raises TarError if the stream is damaged, cut off or of another compression."""
+    """Chunks of the plain archive. Raises TarError if the stream is corrupt, truncated or in another format."""
     head = read(READ_SIZE)
     compression = sniff(head)
 
@@ -51,19 +51,19 @@ def unpack(read: Read) -> Iterator[bytes]:
 
 
 def sniff(head: bytes) -> Compression:
-    """The compression of a stream, by its first bytes. Raises TarError for one that is known but not supported."""
+    """The compression of a stream, by its first bytes. Raises TarError for a known but unsupported one."""
     for magic, name in _UNSUPPORTED.items():
         if head.startswith(magic):
             raise TarError(f"is compressed with {name}, which is not supported; use gzip or zstd")
     if head.startswith(b"\x1f\x8b"):
         return Compression.GZIP
     if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
-        return Compression.ZSTD  # also if it begins with a skippable frame, as zstd:chunked may
+        return Compression.ZSTD  # also with a leading skippable frame, as in zstd:chunked
     return Compression.NONE
 
 
 def _gunzip(read: Read) -> Iterator[bytes]:
-    """Members one after the other, as pigz, bgzip and eStargz write them."""
+    """Concatenated members, as written by pigz, bgzip and eStargz."""
     data = read(READ_SIZE)
     members = total = 0
     while data:
@@ -91,7 +91,7 @@ def _gunzip(read: Read) -> Iterator[bytes]:
 
 
 class _Readable:
-    """The ``read`` of a file is all that zstandard wants."""
+    """A file-like object with only ``read``, which is all zstandard needs."""
 
     def __init__(self, read: Read) -> None:
         self.read = read

@@ -1,18 +1,18 @@
-"""The process that reads archives: a program of its own, with next to no rights.
+"""The process that reads archives: a separate program with minimal privileges.
 
 Everything that reads an archive's bytes (decompression, tar, xattrs) happens here, as an ordinary
-user, without network, without a way to get rights back, and with limits on memory and processor time.
-It owns no path: the server hands it open files over a socket. So a flaw in a decompressor is no
-way into the host, and the server's own requests do not wait for the interpreter lock.
+user, without network, unable to regain privileges, and with limits on memory and CPU time.
+It opens no paths: the server passes open files over a socket. So a flaw in a decompressor does not
+compromise the host, and the server's own requests do not wait for the interpreter lock.
 
     layers into a root disk     Begin (with the disk and a scratch file), Layer … (with the blob), Finish
     an archive into a volume    Fill (with the disk), Layer (with the archive), Finish
     files of an imported image  Sort (with the archive and a file for its plain form)
 
     worker → server   Progress …, Applied for each layer, then Done; Member and Link …, then Sorted;
-                      Yield, which waits for Turn; or Failed, and it ends
+                      Yield, which waits for Turn; or Failed, then exit
 
-One JSON message a packet (``SOCK_SEQPACKET``). Layers are handed over as they arrive, in order.
+One JSON message per packet (``SOCK_SEQPACKET``). Layers are passed in order, as they arrive.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ MAX_MESSAGE = 64 << 10
 _NOBODY = 65534
 _MEMORY_LIMIT = 3 << 30
 _TIME_LIMIT = 3600
-"""Seconds of processor time; the largest image that is allowed by default needs a sixth of it."""
+"""Seconds of CPU time; the largest image allowed by default needs a sixth of it."""
 _CHUNKS_AHEAD = 8
 _MAX_MEMBER_NAME = 512
-"""Bytes. Files of an imported archive with longer names are no part of an image."""
+"""Bytes. Files of an imported archive with longer names do not belong to an image."""
 _PROGRESS_INTERVAL = 0.25
 """Seconds between reports."""
 QUANTUM = 1.0
-"""Seconds of work after which another image may have its turn."""
+"""Seconds of work before yielding to another image."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
@@ -78,7 +78,7 @@ class Fill(msgspec.Struct, frozen=True, tag=True):
 
 
 class Sort(msgspec.Struct, frozen=True, tag=True):
-    """Say where the files of an archive lie. Comes with the archive and a file for its plain form, if that differs."""
+    """List the offsets of an archive's files. Comes with the archive and a file for its decompressed form, if any."""
 
     max_bytes: int
     max_entries: int
@@ -88,9 +88,9 @@ class Layer(msgspec.Struct, frozen=True, tag=True):
     """Comes with the archive, open for reading."""
 
     name: str
-    """What messages call it, such as ``layer sha256:…``."""
+    """Its name in messages, such as ``layer sha256:…``."""
     diff_id: str
-    """Digest of the plain archive; empty if nothing is known about it."""
+    """Digest of the uncompressed archive; empty if unknown."""
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
@@ -98,7 +98,7 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 
 class Turn(msgspec.Struct, frozen=True, tag=True):
-    """The answer to ``Yield``: go on."""
+    """The answer to ``Yield``: continue."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -107,7 +107,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Yield(msgspec.Struct, frozen=True, tag=True):
-    """It has worked for ``QUANTUM`` seconds and waits for its next turn: other images want to be made, too."""
+    """The worker has run for ``QUANTUM`` seconds and waits for its next turn, so that others can run."""
 
 
 class Member(msgspec.Struct, frozen=True, tag=True):
@@ -115,7 +115,7 @@ class Member(msgspec.Struct, frozen=True, tag=True):
 
     name: str
     offset: int
-    """In the plain archive."""
+    """In the uncompressed archive."""
     size: int
 
 
@@ -129,7 +129,7 @@ class Link(msgspec.Struct, frozen=True, tag=True):
 
 class Sorted(msgspec.Struct, frozen=True, tag=True):
     plain: bool
-    """The archive is not compressed: the members lie in it, and not in the second file."""
+    """The archive is not compressed: the members are in it, not in the second file."""
 
 
 class Applied(msgspec.Struct, frozen=True, tag=True):
@@ -141,7 +141,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """Of the disk."""
     entries: int
     content_bytes: int
-    """What the files take in a file system that does not compress, in blocks of 4 KiB."""
+    """Size of the files in a file system without compression, in blocks of 4 KiB."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -149,7 +149,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     blame_image: bool
     """The image is at fault, not the host."""
     too_large: bool = False
-    """It has more than was allowed or than there is space for."""
+    """It exceeds a limit or the available space."""
 
 
 Request = Begin | Fill | Sort | Layer | Finish | Turn
@@ -160,7 +160,7 @@ _decode_request = msgspec.json.Decoder(Request).decode
 
 
 def main(fd: int) -> int:
-    """Serve one conversion on the socket ``fd``; the exit code of the process."""
+    """Serve one conversion on the socket ``fd``; returns the process's exit code."""
     with socket.socket(fileno=fd) as link:
         try:
             confine()
@@ -180,7 +180,7 @@ def main(fd: int) -> int:
 
 
 def confine() -> None:
-    """Give up all rights, for good. What the host does not allow us to give up is kept."""
+    """Drop all privileges permanently, except those that the host does not allow us to drop."""
     libc = ctypes.CDLL(None, use_errno=True)
     dumpable, no_new_privs = 4, 38
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -204,10 +204,10 @@ def _out_of_time(number: int, frame: FrameType | None) -> None:
 
 
 def _end_with(link: socket.socket) -> None:
-    """End when the server does. Not by PR_SET_PDEATHSIG: that fires as soon as the *thread* that
-    started us ends, and the server's threads come and go."""
+    """Exit when the server does. Not by PR_SET_PDEATHSIG: that fires when the *thread* that started us
+    exits, and the server's threads are short-lived."""
     poller = select.poll()
-    poller.register(link, 0)  # hang-ups are told without being asked for
+    poller.register(link, 0)  # hang-ups are always reported
     poller.poll()
     os._exit(1)
 
@@ -235,7 +235,7 @@ class _FileOutput:
         return os.pread(self._fd, length, offset)
 
     def punch(self, offset: int, length: int) -> None:
-        """Give the space back; on a file system that has no holes it stays unused."""
+        """Release the space; on a file system without holes it stays unused."""
         punch_hole = 0x01 | 0x02
         self._libc.fallocate(self._fd, punch_hole, ctypes.c_int64(offset), ctypes.c_int64(length))
 
@@ -294,7 +294,7 @@ def _apply_all(link: socket.socket, tree: Tree, sink: Sink, bounds: Begin | Fill
 
 
 def _apply(layer: Layer, blob: int, tree: Tree, sink: Sink, limit: int, max_entries: int, report: _Reporter) -> int:
-    """Apply one layer; the bytes that it was unpacked."""
+    """Apply one layer; returns its unpacked size."""
     digest = hashlib.sha256()
 
     def plain() -> Iterator[bytes]:
@@ -305,7 +305,7 @@ def _apply(layer: Layer, blob: int, tree: Tree, sink: Sink, limit: int, max_entr
     with _in_thread(plain()) as chunks:
         source = Source(report.counted(chunks), limit=limit)
         tree.apply(TarReader(source, max_entries=max_entries), sink)
-        # None of what follows the archive was looked at, but it is part of the digest.
+        # Data after the end of the archive is ignored, but part of the digest.
         source.drain()
     if not source.total and not layer.diff_id:
         raise TarError("is empty")
@@ -315,7 +315,7 @@ def _apply(layer: Layer, blob: int, tree: Tree, sink: Sink, limit: int, max_entr
 
 
 def _reader(fd: int) -> Callable[[int], bytes]:
-    """Reads a file from its start. By position: the server's descriptor has the same offset."""
+    """Reads a file from its start, using pread because the server's descriptor shares the offset."""
     at = 0
 
     def read(size: int) -> bytes:
@@ -354,12 +354,12 @@ def _sort(link: socket.socket, sort: Sort, archive: int, plain: int, report: _Re
 
 
 def _clean(name: bytes) -> str:
-    """A path as a key: no leading or doubled slashes, no dots. Where it leads does not matter here."""
+    """A path as a key: no leading or doubled slashes, no dots. Its target does not matter here."""
     return posixpath.normpath(name).decode(errors="backslashreplace").lstrip("/")
 
 
 class _Reporter:
-    """Counts unpacked bytes and reports them now and then; gives way to other workers."""
+    """Counts unpacked bytes, reports them periodically and yields to other workers."""
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
@@ -377,7 +377,7 @@ class _Reporter:
             yield chunk
 
     def take_turns(self) -> None:
-        """Wait for the next turn if this one is over."""
+        """Wait for the next turn if this one has expired."""
         if time.monotonic() < self._turn_ends:
             return
         self._link.send(_encode(Yield()))
@@ -389,7 +389,7 @@ class _Reporter:
 
 @contextlib.contextmanager
 def _in_thread(chunks: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
-    """Run ``chunks`` in a thread, a few ahead: decompression beside parsing and compression."""
+    """Run ``chunks`` in a thread, a few ahead: decompression in parallel with parsing and compression."""
     ready: queue.Queue[bytes | BaseException | None] = queue.Queue(_CHUNKS_AHEAD)
     stop = threading.Event()
 
@@ -432,7 +432,7 @@ def _receive(link: socket.socket) -> tuple[Request, list[int]]:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             files.frombytes(payload[: len(payload) - len(payload) % 4])
     if not data:
-        raise SystemExit(1)  # the server is gone, or does not want the disk any more
+        raise SystemExit(1)  # the server exited or no longer wants the disk
     return _decode_request(data), list(files)
 
 
