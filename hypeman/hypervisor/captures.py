@@ -1,12 +1,12 @@
-"""Captures on disk: one directory, whole or not there.
+"""Captures on disk: one directory each, complete or absent.
 
-    state          what QEMU saved of its devices (and of memory, where it maps none privately)
+    state          QEMU's device state (and memory, if it is not mapped privately)
     memory         guest memory as QEMU maps it, sparse
-    …              or what another VMM writes
-    capture.json   written last, by rename; without it the directory is no capture
+    …              or the files of another VMM
+    capture.json   written last, by rename; without it the directory is not a capture
 
-What a restore needs is checked before a VMM is started: a torn or foreign capture is refused, never
-tried. Memory is checked by its size only, for reading it would cost what the mapping saves.
+A capture is checked before a VMM is started: an incomplete or foreign one is refused without an attempt.
+Memory is checked only by size, since reading it would cost the time that mapping saves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def publish(
     config: VmConfig,
     summed: tuple[str, ...],
 ) -> Capture:
-    """Make what lies in ``directory`` a capture: flush it, sum the files of ``summed``, write the record."""
+    """Make the files in ``directory`` a capture: flush them, checksum those in ``summed``, write the record."""
     sizes, sums = {}, {}
     try:
         for path in sorted(directory.iterdir()):
@@ -55,7 +55,7 @@ def publish(
 
 
 def read(directory: Path) -> Capture:
-    """The capture in ``directory``, whole. Raises CaptureInvalid."""
+    """The complete capture in ``directory``. Raises CaptureInvalid."""
     try:
         capture = msgspec.json.decode((directory / RECORD).read_bytes(), type=Capture)
     except FileNotFoundError:
@@ -78,21 +78,21 @@ def read(directory: Path) -> Capture:
 
 
 def note(run_dir: Path, directory: Path) -> None:
-    """Note beside a VM which capture is used up as soon as its guest runs on; it may be another server of
-    ours that lets it."""
+    """Record in the run directory which capture to remove when the guest resumes; a later server may be the one
+    that resumes it."""
     (run_dir / NOTE).write_text(str(directory))
 
 
 def use_up_noted(run_dir: Path) -> None:
-    """Use up the noted capture, if there is one. Memory changes from here on: killed in between, we leave a
-    paused VM or a whole capture, never a capture that no longer fits its memory."""
+    """Remove the recorded capture, if there is one. Memory changes from here on: if we are killed in between, there
+    is a paused VM or a complete capture, never a capture that does not match its memory."""
     with contextlib.suppress(FileNotFoundError):
         consume(Path((run_dir / NOTE).read_text()))
         (run_dir / NOTE).unlink()
 
 
 def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, version: str, machine: str) -> None:
-    """Raise CaptureInvalid unless a VM of ``config`` can be brought back from ``capture``."""
+    """Raise CaptureInvalid unless a VM of ``config`` can be restored from ``capture``."""
     old, differences = capture.config, []
     if capture.kind != kind:
         raise CaptureInvalid(f"the capture was made by {capture.kind} and can not be loaded by {kind}")
@@ -115,7 +115,7 @@ def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, vers
 
 
 def consume(directory: Path) -> None:
-    """Make a capture invalid, durably, and free its files: its VM runs on. Content if there is none."""
+    """Invalidate a capture durably and delete its files, since its VM resumes. A no-op if there is none."""
     with contextlib.suppress(FileNotFoundError):
         (directory / RECORD).unlink()
         flush_directory(directory)

@@ -1,9 +1,9 @@
-"""Which hypervisors this host has, found once and remembered.
+"""Which hypervisors this host has, probed once and stored.
 
-Finding out may take long: whether KVM really works is known only after a kernel ran on it, and a
-``/dev/kvm`` that hangs costs ten seconds. So the server answers first and looks meanwhile, and the
-answer is kept in the store for as long as nothing it depends on has changed: the host's boot and
-kernel, the guest kernel, the VMM's binary and the settings.
+Probing may take long: whether KVM works is known only after a kernel has booted on it, and a
+``/dev/kvm`` that hangs takes ten seconds. So the server starts serving while it probes, and the
+result is stored until one of its inputs changes: the host's boot and kernel, the guest kernel,
+the VMM's binary and the settings.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Catalog:
         default: str,
         depends_on: Mapping[HypervisorKind, Iterable[str]],
     ) -> None:
-        """``depends_on``: files and settings that each kind's answer depends on."""
+        """``depends_on``: files and settings that each kind's result depends on."""
         self.drivers: dict[HypervisorKind, Driver] = {driver.kind: driver for driver in drivers}
         self._store = store
         self._wanted = default
@@ -53,7 +53,7 @@ class Catalog:
         self._probed = trio.Event()
 
     async def probe(self) -> None:
-        """Ask every driver that has no answer from before; then the catalog is ready."""
+        """Probe every driver without a stored result; then the catalog is ready."""
         async with trio.open_nursery() as nursery:
             for driver in self.drivers.values():
                 nursery.start_soon(self._probe, driver)
@@ -64,7 +64,7 @@ class Catalog:
         await self._probed.wait()
 
     def driver(self, kind: HypervisorKind) -> Driver:
-        """The driver of ``kind``. Raises NotSupported, with the reason, if it can launch nothing here."""
+        """The driver of ``kind``. Raises NotSupported, with the reason, if it cannot launch VMs here."""
         if kind is HypervisorKind.VZ:
             raise NotSupported("hypervisor vz is Apple's Virtualization.framework: it runs on macOS hosts only")
         driver = self.drivers.get(kind)
@@ -91,7 +91,7 @@ class Catalog:
             driver.adopt_capabilities(known)
             return
         found = await driver.probe()
-        if found.available:  # what is missing may be installed at any time: ask again at the next start
+        if found.available:  # missing programs may be installed at any time: probe again at the next start
             await self._store.write(lambda txn: txn.put(PROBES, key, found))
         log.info(
             "hypervisor %s: %s", driver.kind.value, found.reason or f"{found.version} with {found.accelerator or 'kvm'}"
@@ -102,7 +102,7 @@ class Catalog:
         for item in self._depends_on.get(kind, ()):
             try:
                 status = os.stat(item)
-                # KVM tells udev of each VM, and udev gives the device a new time then.
+                # KVM notifies udev of each VM, and udev then updates the device's mtime.
                 time = 0 if stat.S_ISCHR(status.st_mode) else status.st_mtime_ns
                 facts.append(f"{item}:{status.st_size}:{time}:{status.st_ino}")
                 facts.append(f"{status.st_mode:o}:{status.st_gid}")
@@ -112,7 +112,7 @@ class Catalog:
 
 
 def features(capabilities: Capabilities) -> tuple[str, ...]:
-    """What a kind can do, in the words of the API (§2.1)."""
+    """The features of a kind, under their names in the API (§2.1)."""
     told = {
         "snapshots": capabilities.standby,
         "standby": capabilities.standby,

@@ -1,18 +1,18 @@
-"""What a hypervisor must offer, whichever VMM it is.
+"""The interface that every hypervisor driver implements.
 
-    Driver   one per kind of VMM; holds no VM. Pure questions first (``capabilities``, ``validate``),
-             then ``launch``, ``restore`` and ``reattach``, each of which returns a live Vmm.
-    Vmm      one live process. Few methods; the optional ones are announced in Capabilities and
-             raise NotSupported, before anything was touched, where they are not.
+    Driver   one per kind of VMM; holds no VM. Pure functions (``capabilities``, ``validate``), and
+             ``launch``, ``restore`` and ``reattach``, each of which returns a live Vmm.
+    Vmm      one live process. Optional methods are listed in Capabilities; where unsupported they
+             raise NotSupported before changing anything.
 
-Rules that every driver keeps (``tests/conformance/check_driver.py`` holds them to it):
+Rules for every driver (verified by ``tests/conformance/check_driver.py``):
 
-- A VmConfig is complete: the same config gives the same VM, also after a restart of ours.
+- A VmConfig is complete: the same config gives the same VM, also after a server restart.
 - ``validate`` is pure and raises NotSupported or InvalidRequest before anything exists.
-- ``launch`` and ``restore`` either return a live Vmm or leave no process behind, also when cancelled.
-- The VMM outlives us. ``reattach`` finds it again from what ``Vmm.handle`` held, or raises VmmGone.
-- ``kill`` is idempotent; ``wait_exit`` returns at once for a VMM that has already gone.
-- Memory of the guest and captures are files of mode 0600.
+- ``launch`` and ``restore`` either return a live Vmm or leave no process behind, even when cancelled.
+- The VMM outlives the server. ``reattach`` finds it again from a stored ``Vmm.handle``, or raises VmmGone.
+- ``kill`` is idempotent; ``wait_exit`` returns immediately if the VMM has already exited.
+- Guest memory and captures are files of mode 0600.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hypeman.errors import InternalError
 from hypeman.hypervisor.kinds import HypervisorKind as HypervisorKind
 
 AGENT_VSOCK_PORT = 1024
-"""Where the guest agent listens when the channel is vsock."""
+"""Port of the guest agent when the channel is vsock."""
 
 
 class Disk(msgspec.Struct, frozen=True):
@@ -38,18 +38,18 @@ class Disk(msgspec.Struct, frozen=True):
     path: str
     readonly: bool = False
     bps: int = 0
-    """Limit in bytes per second for reads and writes each; 0 is none."""
+    """Limit in bytes per second, for reads and writes each; 0: no limit."""
     shared: bool = False
-    """Other VMMs have the same file open; only with ``readonly``."""
+    """Other VMMs may have the same file open; only with ``readonly``."""
     port: int = 0
-    """Where it sits: 0 for good, n in the n-th of ``VmConfig.disk_ports``, from where ``remove_disk`` can
-    take it while the guest runs. A port once given stays the disk's own, for a capture remembers it.
-    ``add_disk`` chooses a free one for 0."""
+    """0: not removable; n: in the n-th of ``VmConfig.disk_ports``, from which ``remove_disk`` can unplug it
+    while the guest runs. A disk keeps its port, since captures contain it. ``add_disk`` replaces 0 by a
+    free port."""
 
 
 class Nic(msgspec.Struct, frozen=True):
-    """One network interface on a TAP that exists already. The VMM gets the TAP as a descriptor
-    (``Host.links.open_tap``) where it takes one, else by name."""
+    """One network interface on an existing TAP. The VMM gets the TAP as a descriptor
+    (``Host.links.open_tap``) if it supports that, else by name."""
 
     id: str
     tap: str
@@ -66,7 +66,7 @@ class PciDevice(msgspec.Struct, frozen=True):
 
 class VmConfig(msgspec.Struct, frozen=True):
     """One virtual machine, the same for all hypervisors. Stored with a capture, because a restore
-    wants the very same devices."""
+    needs the same devices."""
 
     instance_id: str
     name: str
@@ -78,34 +78,34 @@ class VmConfig(msgspec.Struct, frozen=True):
     disks: tuple[Disk, ...]
     """In the order in which the guest sees them."""
     run_dir: str
-    """Directory for sockets; the driver makes it, empties it at each start, and gives it to ``uid`` only
-    where the VMM itself must write there. At most 85 bytes, so that every socket path fits."""
+    """Directory for sockets; the driver creates it, empties it at each start, and makes ``uid`` its owner only
+    if the VMM itself must write there. At most 85 bytes, so that every socket path fits."""
     jail: str
-    """Directory, not there yet, for a VMM that is shut into one: on the file system of disks and captures. The driver
-    makes it and, with the VMM, removes it."""
+    """Path of a chroot for VMMs that use one, on the file system of disks and captures. The driver creates it and
+    removes it with the VMM."""
     console_log: str
     """The serial console is appended to this file."""
     vmm_log: str
     """Output of the VMM itself."""
     hotplug_bytes: int = 0
     disk_ports: int = 8
-    """Ports that disks can be plugged into and pulled from at run time; at most ``Capabilities.hotplug_ports``."""
+    """Number of ports for disk hot-plug; at most ``Capabilities.hotplug_ports``."""
     nics: tuple[Nic, ...] = ()
     pci_devices: tuple[PciDevice, ...] = ()
     vsock_cid: int = 0
-    """A context id of this VM's own, taken where the VMM's guest channel is vsock; 0 for none."""
+    """Unique vsock context id, if the VMM's guest channel is vsock; 0 for none."""
     uid: int = 0
     gid: int = 0
-    """Who the VMM runs as; 0 only in tests and where the host forbids anything else."""
+    """User that the VMM runs as; 0 only in tests and where the host allows nothing else."""
     cgroup: str = ""
     """Control group that the VMM is put into; empty for none."""
 
 
 class Capabilities(msgspec.Struct, frozen=True):
-    """What a kind of VMM can do on this host; the API tells them as runtime features (§2.1)."""
+    """What a kind of VMM supports on this host; the API returns them as runtime features (§2.1)."""
 
     available: bool
-    """Can launch now; ``reason`` says why not."""
+    """Can launch VMs; ``reason`` says why not."""
     reason: str = ""
     version: str = ""
     binary: str = ""
@@ -114,14 +114,14 @@ class Capabilities(msgspec.Struct, frozen=True):
     accelerator_reason: str = ""
     """Why not KVM; for ``doctor`` and the log."""
     standby: bool = False
-    """Can save memory and devices to a file and come back from it."""
+    """Can save memory and devices to a file and restore from it."""
     fork: bool = False
     """A capture may be restored more than once, each with private memory."""
     pause: bool = False
     hotplug_memory: bool = False
     hotplug_disk: bool = False
     hotplug_ports: int = 0
-    """How many ``disk_ports`` a VM can have."""
+    """Maximum ``disk_ports`` of a VM."""
     balloon: bool = False
     vsock: bool = False
     pci_passthrough: bool = False
@@ -129,27 +129,27 @@ class Capabilities(msgspec.Struct, frozen=True):
     disk_resize: bool = False
     max_disks: int = 24
     disk_serials: bool = True
-    """Guests find a disk by its id; else only by its place among the disks."""
+    """Guests can identify a disk by its id; else only by its position."""
     power_off: bool = True
-    """A guest can power off; else it ends by a reset."""
+    """A guest can power off; else it stops with a reset."""
 
 
 class VmmState(enum.StrEnum):
     RUNNING = "running"
     PAUSED = "paused"
     SHUTDOWN = "shutdown"
-    """The guest is off, the process still there."""
+    """The guest is off, the process still runs."""
 
 
 class ExitReason(enum.StrEnum):
     POWEROFF = "poweroff"
-    """The guest ended in order."""
+    """The guest shut down."""
     RESET = "reset"
-    """The guest rebooted or its kernel panicked; VMs are not rebooted behind our back."""
+    """The guest rebooted or its kernel panicked; the VMM itself never reboots a VM."""
     KILLED = "killed"
-    """We, or somebody on the host, ended the process."""
+    """We, or someone on the host, killed the process."""
     FAILED = "failed"
-    """The VMM gave up by itself; see its log."""
+    """The VMM failed; see its log."""
 
 
 class VmmExit(msgspec.Struct, frozen=True):
@@ -158,42 +158,42 @@ class VmmExit(msgspec.Struct, frozen=True):
 
 
 class VmmHandle(msgspec.Struct, frozen=True):
-    """What is stored so that a living VMM is found again: never trust a bare pid."""
+    """Stored to find a running VMM again: a bare pid is not enough."""
 
     kind: HypervisorKind
     pid: int
     start_time: int
-    """Clock ticks after boot, field 22 of /proc/<pid>/stat: with the pid it names one process."""
+    """Clock ticks after boot, field 22 of /proc/<pid>/stat: with the pid it identifies one process."""
     boot_id: str
     run_dir: str
     config: VmConfig
     memory_inode: int = 0
-    """Of the memfd that is the guest's memory; 0 where there is none."""
+    """Inode of the memfd that holds the guest's memory; 0 if there is none."""
 
 
 class LaunchFailed(InternalError):
-    """The VMM could not be started, or ended at once; nothing is left of it. Says what the VMM said."""
+    """The VMM failed to start or exited immediately; it was cleaned up. Contains the VMM's error output."""
 
 
 class VmmGone(InternalError):
-    """The VMM of a handle is no longer alive."""
+    """The VMM of a handle is no longer running."""
 
 
 class VmmBroken(InternalError):
-    """The VMM lives but does not answer, or answers nonsense."""
+    """The VMM is running but does not answer, or answers with invalid data."""
 
 
 class CaptureInvalid(InternalError):
-    """A capture is torn, changed, or was made by an incompatible VMM; it was not restored."""
+    """A capture is incomplete, modified, or from an incompatible VMM; it was not restored."""
 
 
 class Capture(msgspec.Struct, frozen=True):
-    """A saved VM in one directory, with all that a restore must check first. Written as
-    ``capture.json`` beside the payload; a directory without it is not a capture."""
+    """A saved VM in one directory, with everything that a restore must check first. Written as
+    ``capture.json`` next to the payload; a directory without it is not a capture."""
 
     kind: HypervisorKind
     version: str
-    """Of the VMM that wrote it."""
+    """Version of the VMM that wrote it."""
     machine: str
     """Machine type, CPU model and accelerator as far as the state depends on them."""
     config: VmConfig
@@ -211,7 +211,7 @@ class Vmm(Protocol):
     def handle(self) -> VmmHandle: ...
 
     async def state(self) -> VmmState:
-        """Asked of the VMM itself. Raises VmmGone or VmmBroken."""
+        """State as reported by the VMM. Raises VmmGone or VmmBroken."""
         ...
 
     async def open_channel(self) -> trio.abc.Stream:
@@ -222,67 +222,67 @@ class Vmm(Protocol):
     async def resume(self) -> None: ...
 
     async def capture(self, directory: Path) -> Capture:
-        """Pause and save the VM into ``directory`` (which exists and is empty); stays paused.
+        """Pause the VM and save it into ``directory`` (which exists and is empty); it stays paused.
 
         The directory is complete and flushed to disk, ``capture.json`` last, before this returns. The VM may be
-        resumed or killed afterwards, and resumed after a failure too; what it writes then does not reach the capture.
-        The channel may have ended when the VM goes on (Firecracker resets it).
+        resumed or killed afterwards, and resumed after a failure too; later writes do not affect the capture.
+        The channel may be closed when the VM resumes (Firecracker resets it).
         """
         ...
 
     async def add_disk(self, disk: Disk) -> Disk:
-        """Plug a disk in. Returns it with its port, as ``handle.config`` has it from now on. The guest hears of it
-        a moment later; a capture before it has may come back without (Cloud Hypervisor forgets to tell again)."""
+        """Plug a disk in. Returns it with its port, as now in ``handle.config``. The guest is notified shortly
+        after; a capture taken before that may restore without it (Cloud Hypervisor does not notify again)."""
         ...
 
     async def remove_disk(self, disk_id: str) -> None:
-        """Returns when the guest has let go of it; at once if the VM never got it, because the server was killed when
-        it was about to plug it in. Raises VmmBroken after the VMM's own time limit."""
+        """Returns when the guest has released the disk; immediately if the VM never got it, because the server was
+        killed before plugging it in. Raises VmmBroken after the VMM's own time limit."""
         ...
 
     async def resize_disk(self, disk_id: str, size: int) -> None: ...
 
     async def resize_memory(self, size: int) -> None:
-        """Total guest memory in bytes, between ``memory_bytes`` and that plus ``hotplug_bytes``.
+        """Set total guest memory in bytes, from ``memory_bytes`` to ``memory_bytes`` plus ``hotplug_bytes``.
 
-        Raises VmmBroken if the guest got only part of the way in time, which is common when it shall give
-        memory back: it holds on to blocks that it uses, and goes on trying.
+        Raises VmmBroken if the guest did not reach the size in time, which is common when shrinking:
+        it cannot release blocks that are in use, and keeps trying.
         """
         ...
 
     async def can_lend(self) -> bool:
-        """Whether the guest can lend memory to the host: not where devices hold it in place, nor in a fork on QEMU,
-        whose memory is a view of its capture that lending would tear."""
+        """Whether the guest can lend memory to the host (balloon): not if devices pin it, nor in a fork on QEMU,
+        whose memory is a mapping of its capture that ballooning would corrupt."""
         ...
 
     async def set_balloon(self, size: int) -> None:
-        """How many bytes of its memory the guest lends to the host: whole MiB, from 0, which gives all back, to less
-        than ``memory_bytes``. Does not wait for the guest, which lends what is free, and takes back before it runs
-        out.
+        """Set how many bytes of its memory the guest lends to the host: whole MiB, from 0 (returns all) to less than
+        ``memory_bytes``. Does not wait for the guest, which lends free memory and reclaims it before it runs out
+        of memory.
 
-        Raises NotSupported if it can not lend. A capture holds the size, so set it to 0 before.
+        Raises NotSupported if it cannot lend. A capture contains the size, so set it to 0 before.
         """
         ...
 
     async def set_link(self, nic_id: str, *, up: bool) -> None:
-        """Plug or pull the guest's cable. Nothing happens where a VMM has none (all but QEMU): there the
-        rules on the TAP keep a guest with a foreign address silent."""
+        """Set the guest's link up or down. A no-op on VMMs without this feature (all but QEMU): there the
+        rules on the TAP drop packets from a guest with a foreign address."""
         ...
 
     async def rotate_console(self) -> None:
-        """Go on in a new, empty console log; the caller has renamed the old one to ``<console_log>.1``."""
+        """Switch to a new, empty console log; the caller has renamed the old one to ``<console_log>.1``."""
         ...
 
     async def wait_exit(self) -> VmmExit:
-        """Wait for the process to end; may be called by several tasks and again afterwards."""
+        """Wait for the process to exit; may be called by several tasks and again afterwards."""
         ...
 
     async def kill(self) -> None:
-        """End the process at once and wait until it is gone."""
+        """Kill the process and wait until it has exited."""
         ...
 
     async def aclose(self) -> None:
-        """Let go of sockets and descriptors; the VMM lives on."""
+        """Close sockets and descriptors; the VMM keeps running."""
         ...
 
 
@@ -295,52 +295,52 @@ class Driver(Protocol):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Found once, by ``probe``."""
+        """The result of ``probe``."""
         ...
 
     async def probe(self) -> Capabilities:
-        """Look for the binary, its version and a working accelerator. KVM counts only if an ordinary
-        kernel really runs on it."""
+        """Check for the binary, its version and a working accelerator. KVM counts as working only if an
+        ordinary kernel boots on it."""
         ...
 
     def adopt_capabilities(self, capabilities: Capabilities) -> None:
-        """Take the answer of an earlier ``probe`` instead of asking again."""
+        """Use the result of an earlier ``probe`` instead of probing again."""
         ...
 
     def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
-        """What the guest kernel wants to be told on this VMM's machine. Pure."""
+        """The guest kernel command line for this VMM's machine. Pure."""
         ...
 
     def validate(self, config: VmConfig) -> None:
-        """Raise NotSupported or InvalidRequest for what this VMM can not do. Pure."""
+        """Raise NotSupported or InvalidRequest if this VMM cannot run ``config``. Pure."""
         ...
 
     async def launch(self, config: VmConfig) -> Vmm:
         """Start the process and boot the guest. Raises LaunchFailed.
 
-        All files are opened by us and handed over as descriptors where the VMM can take them: disks,
-        logs and the kernel may belong to root in directories that ``config.uid`` can not enter.
+        All files are opened by us and passed as descriptors if the VMM supports it: disks, logs
+        and the kernel may belong to root, in directories that ``config.uid`` cannot enter.
         """
         ...
 
     async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
-        """Bring back the VM saved in ``capture``, with the names, paths and TAPs of ``config``.
+        """Restore the VM saved in ``capture``, with the names, paths and TAPs of ``config``.
 
-        With ``keep_capture`` memory is mapped privately and the capture stays as it is (fork, restore
+        With ``keep_capture`` memory is mapped privately and the capture is unchanged (fork, restore
         from a snapshot). ``paused`` leaves the vCPUs stopped and the links down. Raises CaptureInvalid before
-        anything is started if the capture does not fit.
+        anything is started if the capture does not match.
 
-        Without ``keep_capture`` the capture stays whole until the guest runs on, that is until
-        ``resume`` (or until this returns, unless ``paused``); then it is used up and removed. So:
-        restore paused, write down ``handle``, resume; killed anywhere in between, nothing is lost.
+        Without ``keep_capture`` the capture stays intact until the guest resumes, that is until
+        ``resume`` (or until this returns, unless ``paused``); then it is removed. So: restore
+        paused, store ``handle``, resume; if we are killed anywhere in between, nothing is lost.
         """
         ...
 
     async def kill_stray(self, run_dir: str) -> bool:
-        """End the VMM started for ``run_dir``, also one that we had no time to write down. Whether
+        """Kill the VMM started for ``run_dir``, even if we were killed before recording it. Returns whether
         there was one."""
         ...
 
     async def reattach(self, handle: VmmHandle) -> Vmm:
-        """Find the VMM of ``handle`` again after a restart of ours, else raise VmmGone."""
+        """Find the VMM of ``handle`` again after a server restart, else raise VmmGone."""
         ...

@@ -1,8 +1,8 @@
-"""Does KVM work here? Asked once, answered by a kernel.
+"""Checks once whether KVM works here, by booting a kernel.
 
-A ``/dev/kvm`` that can be opened proves nothing: in nested clouds there are some that hang, or make the VMM
-abort, at the first thing that a real kernel does. So the guest kernel is booted on it, without a root: it
-says its lines, panics, and with that the VMM ends.
+Being able to open ``/dev/kvm`` is not enough: in nested clouds it may hang, or make the VMM abort, as soon as a
+real kernel runs. So the guest kernel is booted on it without a root file system: it prints its boot messages
+and panics, which ends the VMM.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from hypeman.host.processes import Processes, ToolFailed, open_to_users
 
 KVM_DEVICE = "/dev/kvm"
 _PROOF_LIMIT = 9
-"""How many times the patience until the kernel's end. On metal all takes 0.5 s, 10 s in a virtual machine that
-emulates the virtualisation too."""
+"""Total time limit as a multiple of ``patience``. The probe takes 0.5 s on bare metal and 10 s in a virtual machine
+that emulates virtualisation as well."""
 
 
 class KvmProof:
-    """The proof for one host, one guest kernel and one QEMU; shared by all drivers that want KVM.
+    """The probe for one host, guest kernel and QEMU; shared by all drivers that use KVM.
 
-    ``patience``: seconds until the kernel's first word and between any two. ``own_users``: VMMs run as users of
-    their own, not as root, who runs the kernel on trial.
+    ``patience``: seconds to wait for output from the probe kernel. ``own_users``: VMMs run as their own users,
+    not as root, which runs the probe kernel.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class KvmProof:
 
     @classmethod
     def configured(cls, processes: Processes, settings: HypervisorConfig, *, kernel: str) -> KvmProof:
-        """The proof with the QEMU, the patience and the users of VMMs that ``settings`` name."""
+        """The probe with the QEMU binary, patience and VMM users from ``settings``."""
         return cls(
             processes,
             kernel=kernel,
@@ -57,13 +57,13 @@ class KvmProof:
         )
 
     async def why_not(self) -> str:
-        """Empty if an ordinary kernel runs on KVM here, and a VMM can open it; else why not, in one line."""
+        """Empty if an ordinary kernel boots on KVM here and a VMM can open it; else the reason, in one line."""
         if self._own_users and os.access(KVM_DEVICE, os.F_OK) and not open_to_users(KVM_DEVICE):
             return f"only root may open {KVM_DEVICE}, and VMMs are other users; 'chgrp kvm' and 'chmod 660' it"
         return await self.why_not_as_root()
 
     async def why_not_as_root(self) -> str:
-        """The same for a VMM that is given a device of its own (Firecracker's jailer makes one)."""
+        """The same for a VMM with its own device node (created by Firecracker's jailer)."""
         async with self._asking:
             if self._answer is None:
                 self._answer = await self._try()
@@ -76,7 +76,7 @@ class KvmProof:
             return f"there is no kernel {self._kernel} to try it with"
         qemu = self._qemu or shutil.which("qemu-system-x86_64")
         if qemu is None:
-            return ""  # nothing to try it with; other VMMs fail at once and say so where it does not work
+            return ""  # no QEMU to probe with; other VMMs fail immediately with an error if KVM does not work
         argv = [
             qemu, "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "128M",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",

@@ -1,4 +1,4 @@
-"""One live VMM, as far as all kinds are alike: its process, and its VM's configuration as it is now."""
+"""The part of a live VMM that is common to all kinds: its process and its VM's current configuration."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypeman.units import MIB
 
 
 class LiveVmm:
-    """The part of a Vmm that asks the VMM nothing."""
+    """The part of a Vmm that does not talk to the VMM."""
 
     def __init__(self, handle: VmmHandle, process: Process) -> None:
         self._handle = handle
         self._process = process
         self._channel: trio.SocketStream | None = None
-        """To the guest's agent; there is one at a time."""
-        self._changing = trio.Lock()  # of the VM: capture and hot-plug one after the other
+        """Stream to the guest agent; one at a time."""
+        self._changing = trio.Lock()  # serialises capture and hot-plug
         self._killed = False
 
     @property
@@ -29,12 +29,12 @@ class LiveVmm:
 
     @property
     def config(self) -> VmConfig:
-        """As it is now, hot-plugged disks included."""
+        """Current configuration, including hot-plugged disks."""
         return self._handle.config
 
     async def kill(self) -> None:
         self._killed = self._killed or self._process.alive()
-        with trio.CancelScope(shield=True):  # half dead is no state to leave it in
+        with trio.CancelScope(shield=True):  # do not leave it partly killed
             await kill_and_wait(self._process)
 
     async def aclose(self) -> None:
@@ -59,7 +59,7 @@ class LiveVmm:
         self._handle = msgspec.structs.replace(self._handle, config=config)
 
     def _check_memory(self, size: int) -> None:
-        """Raise NotSupported or InvalidRequest if the VM can not have ``size`` bytes."""
+        """Raise NotSupported or InvalidRequest if the VM cannot have ``size`` bytes."""
         low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
         if self.config.hotplug_bytes == 0:
             raise NotSupported("this VM was made without hot-pluggable memory")
@@ -70,7 +70,7 @@ class LiveVmm:
         return not self.config.pci_devices
 
     async def _check_balloon(self, size: int) -> None:
-        """Raise NotSupported or InvalidRequest if the guest can not lend ``size`` bytes."""
+        """Raise NotSupported or InvalidRequest if the guest cannot lend ``size`` bytes."""
         if not 0 <= size < self.config.memory_bytes or size % MIB:
             raise InvalidRequest(f"a guest can lend whole MiB of its {self.config.memory_bytes} bytes, not {size}")
         if size and not await self.can_lend():

@@ -1,12 +1,12 @@
-"""What VMMs with an HTTP API have in common: the room they work in, their start, their life and their guest channel.
+"""Common code for VMMs with an HTTP API: working directory, start, lifetime and guest channel.
 
-    room/          working directory of the VMM; every path it is given is a name in there
-      disk-<id>    ways to the disks; so a saved state, which remembers paths, holds none of ours,
-      kernel …     and comes back in another room with other disks behind the same names
+    room/          working directory of the VMM; all its paths are relative to it
+      disk-<id>    links to the disks; so a saved state, which contains paths, has no host paths and can
+      kernel …     be restored in another room with other disks under the same names
       api.sock     the VMM's API
-      vsock.sock   its vsock; what the guest dials on the host arrives at vsock.sock_1024, where we listen
+      vsock.sock   its vsock; guest connections to the host arrive at vsock.sock_1024, where we listen
 
-Files are lent to the VMM's user while it opens them, so they may belong to root.
+The VMM's user gets temporary access to files while it opens them, so they may belong to root.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.hypervisor.vmm_process import LastWords, end
 
 _START_LIMIT = 20.0
-"""Seconds until the API answers; it takes 5-50 ms."""
+"""Seconds to wait until the API answers; it takes 5-50 ms."""
 
 
 class RemoteVmm(LiveVmm):
-    """One VMM process with an HTTP API. The kinds add what they say over it."""
+    """One VMM process with an HTTP API. Subclasses implement the requests."""
 
     def __init__(self, handle: VmmHandle, process: Process, api: UnixHttp, listener: trio.socket.SocketType) -> None:
         super().__init__(handle, process)
@@ -59,14 +59,14 @@ class RemoteVmm(LiveVmm):
         return self._api
 
     async def open_channel(self) -> trio.abc.Stream:
-        if self._channel is not None:  # the agent holds one connection and dials again when it ends
+        if self._channel is not None:  # the agent keeps one connection and reconnects when it is closed
             await trio.aclose_forcefully(self._channel)
         connection, _ = await self._listener.accept()
         self._channel = trio.SocketStream(connection)
         return self._channel
 
     async def set_link(self, nic_id: str, *, up: bool) -> None:
-        """These VMMs have no link. The rules on its TAP keep a guest with a foreign address silent."""
+        """A no-op: these VMMs have no link state. The TAP's rules drop packets with a foreign address."""
         await trio.lowlevel.checkpoint()
 
     async def rotate_console(self) -> None:
@@ -87,8 +87,8 @@ class RemoteVmm(LiveVmm):
         return VmmExit(ExitReason.POWEROFF)
 
     def _ended_without_code(self) -> VmmExit:
-        """The VMM was started by an earlier server, so only init learns its exit code. Without other evidence that
-        the guest ended, it counts as killed: a restart policy must not take a crash for a power-off."""
+        """The VMM was started by an earlier server, so only init gets its exit code. Without other evidence that
+        the guest shut down, it counts as killed: a restart policy must not mistake a crash for a power-off."""
         return VmmExit(ExitReason.KILLED, "the VMM ended; how is unknown, since the server was restarted meanwhile")
 
     async def aclose(self) -> None:
@@ -97,7 +97,7 @@ class RemoteVmm(LiveVmm):
 
     @contextlib.contextmanager
     def unless_it_fails(self) -> Iterator[None]:
-        """Let go of what this object holds if the block fails; ending the process is ``started``'s."""
+        """Release this object's resources if the block fails; ``started`` kills the process."""
         try:
             yield
         except BaseException:
@@ -105,7 +105,7 @@ class RemoteVmm(LiveVmm):
             raise
 
     def _with_port(self, disk: Disk) -> Disk:
-        """These VMMs find a place by themselves; the port only says that the disk can be pulled again."""
+        """These VMMs choose a slot themselves; the port only means that the disk can be unplugged."""
         if any(other.id == disk.id for other in self.config.disks):
             raise InUse(f"the VM has a disk {disk.id!r} already")
         taken = {other.port for other in self.config.disks}
@@ -114,12 +114,12 @@ class RemoteVmm(LiveVmm):
 
 
 Place = Callable[[Path, Path], None]
-"""Makes a file of ours (first) reachable under a name in a room (second)."""
+"""Makes one of our files (first) reachable under a name in a room (second)."""
 
 
 @contextlib.contextmanager
 def furnished(room: Path, config: VmConfig, place: Place, *, kernel: bool) -> Iterator[None]:
-    """The disks, and the kernel where it is wanted, placed in an empty room and lent as long as the VMM opens them."""
+    """Place the disks, and optionally the kernel, in an empty room, accessible to the VMM during the block."""
     with contextlib.ExitStack() as loans:
         try:
             for disk in config.disks:
@@ -135,7 +135,7 @@ def furnished(room: Path, config: VmConfig, place: Place, *, kernel: bool) -> It
 
 @contextlib.contextmanager
 def placed(room: Path, config: VmConfig, disk: Disk, place: Place) -> Iterator[None]:
-    """One disk, which is lent as long as the block runs; the way to it stays."""
+    """Place one disk, accessible to the VMM during the block; the link to it remains."""
     name = room / disk_link(disk.id)
     name.unlink(missing_ok=True)
     place(Path(disk.path), name)
@@ -144,7 +144,7 @@ def placed(room: Path, config: VmConfig, disk: Disk, place: Place) -> Iterator[N
 
 
 def emptied(directory: Path) -> None:
-    """``directory``, there, root's alone, and with nothing in it."""
+    """Make ``directory`` exist, empty and accessible only to root."""
     directory.mkdir(mode=0o700, exist_ok=True)
     take_back(directory)
     directory.chmod(0o700)
@@ -153,12 +153,12 @@ def emptied(directory: Path) -> None:
 
 
 def listen_for_guest(room: Path, config: VmConfig) -> trio.socket.SocketType:
-    """The socket at which the guest's agent arrives; made anew after a restart of ours.
+    """The socket that the guest agent connects to; recreated after a server restart.
 
-    Its owner is changed beside the room, where no name can be changed under our hands.
+    Its owner is changed outside the room, where the VMM cannot replace it.
     """
     beside = os.open(room / os.pardir, os.O_PATH | os.O_DIRECTORY)
-    path = Path(f"/proc/self/fd/{beside}", "channel.new")  # short enough for a socket
+    path = Path(f"/proc/self/fd/{beside}", "channel.new")  # short enough for a socket address
     try:
         path.unlink(missing_ok=True)
         sock = trio.socket.from_stdlib_socket(listening(path))
@@ -175,7 +175,7 @@ def listen_for_guest(room: Path, config: VmConfig) -> trio.socket.SocketType:
 
 
 def listening(path: Path) -> socket.socket:
-    """A socket that listens at ``path``."""
+    """A listening socket at ``path``."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(str(path))
@@ -188,7 +188,7 @@ def listening(path: Path) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def started(processes: Processes, program: Program) -> AsyncIterator[Process]:
-    """The process, ended again if the block fails; then its last words are in the error."""
+    """Start the process; if the block fails, kill it and add its last output to the error."""
     words = LastWords(program.log)
     process = await processes.spawn(program)
     try:
@@ -201,10 +201,10 @@ async def started(processes: Processes, program: Program) -> AsyncIterator[Proce
 
 
 async def wait_api(api: UnixHttp, process: Process, target: str) -> object:
-    """The first answer to GET ``target``. Raises VmmGone if the process ends, VmmBroken if it is too slow."""
+    """The first response to GET ``target``. Raises VmmGone if the process exits, VmmBroken on timeout."""
     with trio.move_on_after(_START_LIMIT):
         while process.alive():
-            with contextlib.suppress(VmmGone):  # it does not listen yet
+            with contextlib.suppress(VmmGone):  # not listening yet
                 return await api.request("GET", target)
             await trio.sleep(0.002)
         raise VmmGone("the VMM ended at its start")
@@ -212,11 +212,11 @@ async def wait_api(api: UnixHttp, process: Process, target: str) -> object:
 
 
 def _rotate(log: Path) -> None:
-    """Have a process that cannot reopen its standard output go on in an empty ``log``.
+    """Rotate ``log`` for a process that cannot reopen its standard output.
 
-    Its file was renamed to ``log``.1 by the caller; it gets its name back, empty, and what it held becomes ``log``.1.
-    What is written in between is lost: some microseconds of a console. The VMM is not asked which file it writes to: a
-    VMM that was taken over could name any file.
+    The caller has renamed its file to ``log``.1; it gets its name back, empty, and a copy of it becomes ``log``.1.
+    Output in between is lost: a few microseconds of console. The VMM is not asked which file it writes to: a
+    compromised VMM could name any file.
     """
     renamed = log.with_suffix(log.suffix + ".1")
     try:

@@ -1,7 +1,7 @@
-"""Looking for a VMM: the half of a driver that is the same for every kind.
+"""Finding a VMM binary: the part of a driver that is common to all kinds.
 
-A program is taken from the configuration, else from PATH, else from the folder of files that came with us. It is
-asked its version; one that is too old is refused with what is wanted. What it can do here, its kind says.
+A program is taken from the configuration, else from PATH, else from the bundled files. Its version is checked;
+one that is too old is refused, naming the required version. Each kind determines the capabilities itself.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.vmm_process import end_stray
 
 _PATIENCE = 120.0
-"""Seconds for a program to tell its version. It takes 2 to 50 ms; but with a VMM that was given up because its host
-was busy at that moment, running VMs could not be put into standby until the next start."""
+"""Seconds for ``--version``. It takes 2 to 50 ms; but if a VMM counted as unavailable because the host was busy at
+that moment, running VMs could not be put into standby until the next start."""
 
 
 class Sought(msgspec.Struct, frozen=True):
-    """Which program a kind wants."""
+    """The program that a kind needs."""
 
     name: str
-    """As it is called in PATH."""
+    """Name in PATH."""
     product: str
-    """As it is called in sentences."""
+    """Name in messages."""
     told: str
-    """Pattern of its answer to ``--version``, the numbers in groups."""
+    """Pattern of its ``--version`` output, with the numbers in groups."""
     minimum: tuple[int, ...]
 
 
 class Missing(Exception):
-    """A program that is not there, is another one or too old; says which, for Capabilities."""
+    """A program is missing, is a different one or is too old; the message is for Capabilities."""
 
     def __init__(self, reason: str, *, binary: str = "", version: str = "") -> None:
         super().__init__(reason)
@@ -45,12 +45,12 @@ class Missing(Exception):
 
 
 def find_binary(name: str, configured: str = "") -> str:
-    """Where the program lies; empty if nowhere."""
+    """Path of the program; empty if not found."""
     return configured or shutil.which(name) or str(assets.find(name) or "")
 
 
 async def version_of(processes: Processes, sought: Sought, binary: str) -> str:
-    """The version that ``binary`` tells. Raises Missing if it is not what was sought."""
+    """The version that ``binary`` reports. Raises Missing if it is not the required program."""
     if not binary:
         raise Missing(f"{sought.name} is not installed")
     try:
@@ -68,7 +68,7 @@ async def version_of(processes: Processes, sought: Sought, binary: str) -> str:
 
 
 class Seeker(abc.ABC):
-    """What a driver knows of its VMM, and how it came to know it."""
+    """A driver's VMM binary and capabilities, and how they are determined."""
 
     kind: HypervisorKind
     sought: Sought
@@ -79,7 +79,7 @@ class Seeker(abc.ABC):
         self._capabilities = Capabilities(available=False, reason="not looked for yet")
 
     def programs(self) -> tuple[str, ...]:
-        """The files that the answer of ``probe`` depends on, as far as they are there."""
+        """The existing files that the result of ``probe`` depends on."""
         binary = find_binary(self.sought.name, self._configured)
         return (binary,) if binary else ()
 
@@ -88,12 +88,12 @@ class Seeker(abc.ABC):
         return self._capabilities
 
     def adopt_capabilities(self, capabilities: Capabilities) -> None:
-        """Take the answer of an earlier ``probe``. It holds as long as the host's kernel, its boot, the
-        guest kernel and the VMM's program stay the same; the caller sees to that."""
+        """Use the result of an earlier ``probe``. It is valid as long as the host's kernel and boot, the
+        guest kernel and the VMM binary stay the same; the caller ensures that."""
         self._capabilities = capabilities
 
     async def probe(self) -> Capabilities:
-        """Look for the program and for what it can do here; remembered."""
+        """Find the program and determine its capabilities here; the result is kept."""
         binary = find_binary(self.sought.name, self._configured)
         try:
             version = await version_of(self._processes, self.sought, binary)
@@ -105,10 +105,10 @@ class Seeker(abc.ABC):
 
     @abc.abstractmethod
     async def _able(self, binary: str, version: str) -> Capabilities:
-        """What ``binary`` can do on this host. Raises Missing for what else it would need."""
+        """Capabilities of ``binary`` on this host. Raises Missing if something else that it needs is missing."""
 
     def _want_available(self) -> None:
-        """Raises NotSupported, with the reason, if nothing can be launched."""
+        """Raise NotSupported, with the reason, if this VMM cannot launch VMs."""
         if not self._capabilities.available:
             raise NotSupported(f"{self.kind} can not be used here: {self._capabilities.reason}")
 

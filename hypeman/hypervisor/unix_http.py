@@ -1,8 +1,8 @@
-"""HTTP/1.1 over a unix socket, for VMMs whose API speaks it: h11 in the middle, a Trio stream around it.
+"""HTTP/1.1 over a unix socket, for VMMs with such an API: h11 on a Trio stream.
 
-One connection for each request: connecting costs 30 µs, and a VMM that was restarted, or a request that
-was cancelled half way, leaves nothing behind that the next one could trip over. Answers are bounded, for
-they come from a process that a guest may have taken over.
+One connection per request: connecting takes 30 µs, and a restarted VMM or a cancelled request leaves no
+state that could affect the next one. Response sizes are bounded, since they come from a process that a
+guest may have compromised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_BODY = 4 * 1024 * 1024
 
 
 class ApiRefused(VmmBroken):
-    """The VMM understood a request and would not do it."""
+    """The VMM rejected a request."""
 
     def __init__(self, message: str, *, answered: int) -> None:
         super().__init__(message)
@@ -32,10 +32,10 @@ class ApiRefused(VmmBroken):
 
 
 class UnixHttp:
-    """The API behind one socket path. Holds nothing open."""
+    """The API at one socket path. Keeps no connection open."""
 
     def __init__(self, path: str, *, pid: int = 0) -> None:
-        """``pid``: who must be listening, where the socket lies in a directory that somebody else may write."""
+        """``pid``: process that must be listening, if the socket is in a directory that another user can write to."""
         self.path = path
         self._pid = pid
 
@@ -48,10 +48,10 @@ class UnixHttp:
         fds: Sequence[int] = (),
         timeout: float = _TIME_LIMIT,
     ) -> Any:
-        """The decoded answer, None where it is empty. ``fds`` travel with the request (SCM_RIGHTS).
+        """The decoded response, None if it is empty. ``fds`` are sent with the request (SCM_RIGHTS).
 
-        Raises ApiRefused for a status of 400 and above, VmmGone where nobody listens or the connection
-        breaks, VmmBroken for nonsense and for no answer in time.
+        Raises ApiRefused for a status of 400 and above, VmmGone if there is no listener or the connection
+        breaks, VmmBroken for an invalid response or a timeout.
         """
         what = f"{method} {target}"
         try:
@@ -92,7 +92,7 @@ class UnixHttp:
 
 
 def _listener(sock: trio.socket.SocketType) -> int:
-    """The process that listens at the other end."""
+    """The pid of the listening process."""
     pid: int = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
     return pid
 
@@ -116,7 +116,7 @@ async def _answer(sock: trio.socket.SocketType, connection: h11.Connection) -> t
 
 
 def _reason(answer: bytes) -> str:
-    """What a VMM says about a refusal: JSON of its own kind, or plain text."""
+    """The VMM's error message: JSON in its own format, or plain text."""
     try:
         decoded = msgspec.json.decode(answer)
     except (msgspec.MsgspecError, UnicodeError):

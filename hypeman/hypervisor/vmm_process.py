@@ -1,4 +1,4 @@
-"""The process of a VMM, as all drivers deal with it: named, found again, ended, and quoted when it failed."""
+"""VMM process handling common to all drivers: identify, find again, kill, and quote its log on failure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hypeman.hypervisor.kinds import HypervisorKind
 
 _POLL = 0.02
 _PT_INTERP = 3
-"""Of an ELF program header: the path of the dynamic loader."""
+"""ELF program header type for the path of the dynamic loader."""
 _KILL_LIMIT = 30.0
-"""Seconds from SIGKILL to the end, which takes 5 to 50 ms unless the kernel itself waits for a device."""
+"""Seconds from SIGKILL to exit, which takes 5 to 50 ms unless the kernel itself waits for a device."""
 _STATE = 1 << 30
-"""Bytes of devices in a saved VM, and of logs until they are rotated, at most."""
+"""Maximum bytes of device state in a saved VM, and of logs between rotations."""
 
 
 def new_handle(kind: HypervisorKind, process: Process, config: VmConfig, *, memory_inode: int = 0) -> VmmHandle:
@@ -32,12 +32,12 @@ def new_handle(kind: HypervisorKind, process: Process, config: VmConfig, *, memo
 
 
 _SHARED = ("/run/systemd", "/run/dbus", "/dev/shm", "/tmp", "/var/tmp", "/home", "/root")  # noqa: S108
-"""Directories of the host in which others put sockets and files."""
+"""Host directories that contain other programs' sockets and files."""
 
 
 def take_back_directories(config: VmConfig) -> None:
-    """Before a VMM starts: what root opens around it lies in directories that the VMM's user cannot change, whoever
-    made them. Raises OSError."""
+    """Before a VMM starts: ensure that the VMM's user cannot change the directories in which root opens files,
+    regardless of who created them. Raises OSError."""
     logs = {os.path.dirname(config.console_log), os.path.dirname(config.vmm_log)}
     for directory in (*sorted(logs), os.path.dirname(config.jail)):
         if directory:
@@ -45,7 +45,7 @@ def take_back_directories(config: VmConfig) -> None:
 
 
 def take_back_capture(directory: Path) -> None:
-    """Before a VM is saved: only root puts names into the directory, and there are none yet. Raises VmmBroken."""
+    """Before a VM is saved: ensure the directory is empty and writable only by root. Raises VmmBroken."""
     try:
         take_back(directory)
         found = os.listdir(directory)
@@ -56,7 +56,7 @@ def take_back_capture(directory: Path) -> None:
 
 
 def hidden_from(config: VmConfig) -> tuple[str, ...]:
-    """What a VMM that sees the host's files shall not see of them, as far as its own are not below."""
+    """Directories to hide from a VMM that sees the host's files, unless they contain its own."""
     needed = [config.run_dir, config.jail, config.kernel, *(disk.path for disk in config.disks)]
     return tuple(
         place for place in _SHARED if os.path.isdir(place) and not any(path.startswith(f"{place}/") for path in needed)
@@ -64,21 +64,21 @@ def hidden_from(config: VmConfig) -> tuple[str, ...]:
 
 
 def max_file_size(config: VmConfig) -> int:
-    """Bytes that any file may grow to by what this VMM writes (RLIMIT_FSIZE): as much as its largest disk, or as all
-    that it could save. Disks that are plugged in later raise it (``allow_file_size``)."""
+    """Maximum size of a file that this VMM writes (RLIMIT_FSIZE): that of its largest disk or of its saved state.
+    Hot-plugged disks raise it (``allow_file_size``)."""
     sizes = [_disk_size(disk.path) for disk in config.disks if not disk.readonly]
     return max(config.memory_bytes + config.hotplug_bytes + _STATE, *sizes, 0)
 
 
 def allow_file_size(pid: int, size: int) -> None:
-    """Let VMM ``pid`` write files of ``size`` bytes, if it may not already. Raises InternalError."""
+    """Let VMM ``pid`` write files of ``size`` bytes, if it cannot already. Raises InternalError."""
     try:
-        limits = Path(f"/proc/{pid}/limits").read_text()  # asking prlimit takes CAP_SYS_RESOURCE already
+        limits = Path(f"/proc/{pid}/limits").read_text()  # even reading with prlimit needs CAP_SYS_RESOURCE
         limit = next(line for line in limits.splitlines() if line.startswith("Max file size")).split()[3]
         if limit != "unlimited" and int(limit) < size:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
     except FileNotFoundError:
-        return  # it has ended
+        return  # it has exited
     except OSError as error:
         raise InternalError(f"process {pid} cannot be allowed files of {size} bytes: {error.strerror}") from error
 
@@ -87,7 +87,7 @@ def _disk_size(path: str) -> int:
     try:
         return os.lstat(path).st_size
     except OSError:
-        return 0  # opening it says why
+        return 0  # opening it will raise the error
 
 
 def find(processes: Processes, handle: VmmHandle) -> Process:
@@ -103,7 +103,7 @@ def needs_libraries(program: str) -> bool:
     try:
         with open(program, "rb") as file:
             header = file.read(64)
-            if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # 64 bits, little endian
+            if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":  # 64-bit, little-endian
                 return False
             (table,) = struct.unpack_from("<Q", header, 32)
             size, count = struct.unpack_from("<HH", header, 54)
@@ -116,14 +116,14 @@ def needs_libraries(program: str) -> bool:
 
 
 async def end(process: Process) -> None:
-    """Kill and reap; not to be cancelled half way. Raises VmmBroken if it does not end."""
+    """Kill and reap, shielded from cancellation. Raises VmmBroken if it does not exit."""
     with trio.CancelScope(shield=True):
         await kill_and_wait(process)
         process.close()
 
 
 async def kill_and_wait(process: Process) -> None:
-    """Raises VmmBroken for a process that a signal does not end: one that waits in the kernel for a dead disk."""
+    """Raises VmmBroken if SIGKILL does not end the process: it waits in the kernel for a dead disk."""
     process.kill()
     with trio.move_on_after(_KILL_LIMIT) as limit:
         await process.wait()
@@ -132,7 +132,7 @@ async def kill_and_wait(process: Process) -> None:
 
 
 async def end_stray(processes: Processes, run_dir: str) -> bool:
-    """End the VMM that was started for ``run_dir``; whether there was one."""
+    """Kill the VMM that was started for ``run_dir``; returns whether there was one."""
     process = await trio.to_thread.run_sync(processes.find_marked, run_dir)
     if process is None:
         return False
@@ -141,7 +141,7 @@ async def end_stray(processes: Processes, run_dir: str) -> bool:
 
 
 async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, every: float = _POLL) -> bool:
-    """Whether ``condition`` came true in time; for what a VMM tells only when it is asked."""
+    """Whether ``condition`` became true in time; for state that must be polled from a VMM."""
     with trio.move_on_after(seconds):
         while True:
             if await condition():
@@ -151,30 +151,30 @@ async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, ev
 
 
 VFIO_DEVICE = "/dev/vfio/vfio"
-"""There where VFIO is; the groups lie beside it."""
+"""Exists if VFIO is available; the groups are next to it."""
 
 
 def give_vfio_groups(config: VmConfig) -> None:
-    """Let the VMM's user open the devices that are passed through. Raises OSError."""
+    """Allow the VMM's user to open the passed-through devices. Raises OSError."""
     for group in vfio_groups(config):
         os.chown(group, config.uid, config.gid)
 
 
 def vfio_groups(config: VmConfig) -> list[str]:
-    """The files of the groups that the devices passed through are in. Raises OSError."""
+    """Group files of the passed-through devices. Raises OSError."""
     links = (os.readlink(f"{device.sysfs_path}/iommu_group") for device in config.pci_devices)
     return [f"/dev/vfio/{os.path.basename(link)}" for link in links]
 
 
 class LastWords:
-    """What a VMM writes to its log from now on."""
+    """The output that a VMM appends to its log from now on."""
 
     def __init__(self, log: str) -> None:
         self._log = log
         self._start = os.stat(log).st_size if os.access(log, os.F_OK) else 0
 
     def __str__(self) -> str:
-        """In one line; empty if it said nothing."""
+        """The output in one line; empty if there was none."""
         with contextlib.suppress(OSError), open(self._log, "rb") as file:
             file.seek(self._start)
             return " / ".join(file.read(2000).decode(errors="replace").split("\n")).strip(" /")

@@ -1,8 +1,8 @@
 """QMP over a Trio stream: commands, descriptors, events.
 
-No task of its own: whichever task waits for something reads the socket for all, and hands over when it
-has what it wanted. So a connection needs no nursery, and nothing is lost when a waiting task is
-cancelled. Somebody should always wait (``wait_exit`` does), or events pile up in the socket.
+It has no task of its own: one of the waiting tasks reads the socket for all, and passes this role on when
+it has its result. So a connection needs no nursery, and nothing is lost when a waiting task is cancelled.
+Some task should always wait (``wait_exit`` does), or events accumulate in the socket.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hypeman.hypervisor.qmp import Greeting, Happened, Message, QmpCodec, QmpErr
 _T = TypeVar("_T")
 
 _TIME_LIMIT = 30.0
-"""Seconds for one answer. QEMU answers in 0.1 ms; a host that swaps can take a thousand times that."""
+"""Seconds for one answer. QEMU answers in 0.1 ms; on a swapping host it can take a thousand times as long."""
 _KEPT_EVENTS = 256
 
 
 class QmpRefused(VmmBroken):
-    """QEMU understood a command and would not do it."""
+    """QEMU rejected a command."""
 
 
 class QmpClient:
@@ -48,9 +48,9 @@ class QmpClient:
 
     @classmethod
     async def connect(cls, path: str, *, timeout: float = _TIME_LIMIT) -> QmpClient:
-        """Connect to the socket at ``path`` and agree on capabilities.
+        """Connect to the socket at ``path`` and negotiate capabilities.
 
-        Raises VmmGone where nobody listens, VmmBroken where nobody answers within ``timeout`` seconds.
+        Raises VmmGone if there is no listener, VmmBroken if there is no answer within ``timeout`` seconds.
         """
         client = cls(await connect_unix(path))
         try:
@@ -78,7 +78,7 @@ class QmpClient:
         fds: Sequence[int] = (),
         timeout: float = _TIME_LIMIT,
     ) -> Any:
-        """What QEMU returns. Raises QmpRefused, VmmGone, VmmBroken (also when it takes too long)."""
+        """Return QEMU's answer. Raises QmpRefused, VmmGone, VmmBroken (also on timeout)."""
         self._last_id += 1
         number = self._last_id
         self._asked.add(number)
@@ -108,11 +108,11 @@ class QmpClient:
 
     @property
     def event_count(self) -> int:
-        """How many events have come so far."""
+        """Number of events received so far."""
         return self._event_count
 
     async def wait_closed(self) -> None:
-        """Read until QEMU closes the connection; the events it sent before can be asked for afterwards."""
+        """Read until QEMU closes the connection; earlier events can still be queried afterwards."""
         await self._until(lambda: None, or_closed=True)
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class QmpClient:
                 raise VmmGone(f"QEMU: {self._ended}")
             try:
                 sent = await self._stream.socket.sendmsg([data], ancillary)
-                while sent < len(data):  # never seen: a command is far smaller than the socket's buffer
+                while sent < len(data):  # never observed: a command is far smaller than the socket buffer
                     sent += await self._stream.socket.send(data[sent:])
             except (OSError, trio.ClosedResourceError):
                 self._end("the QMP connection was lost")
@@ -139,7 +139,7 @@ class QmpClient:
                 raise
 
     async def _until(self, answer: Callable[[], _T | None], *, or_closed: bool = False) -> _T | None:
-        """``answer()`` as soon as it is not None; the socket is read meanwhile, by one task for all."""
+        """``answer()`` once it is not None; meanwhile one task reads the socket for all."""
         while (found := answer()) is None:
             if self._ended:
                 if or_closed:
@@ -177,7 +177,7 @@ class QmpClient:
             self._event_count += 1
         elif isinstance(message, Greeting):
             self._greeting = message
-        elif message.id in self._asked:  # else whoever asked was cancelled
+        elif message.id in self._asked:  # else the waiting task was cancelled
             self._asked.discard(message.id)
             self._answers[message.id] = message
 
@@ -190,7 +190,7 @@ class QmpClient:
 
 
 async def connect_unix(path: str) -> trio.SocketStream:
-    """A stream to the listening socket at ``path``; VmmGone if nobody is there."""
+    """A stream to the listening socket at ``path``; VmmGone if there is no listener."""
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         await sock.connect(path)

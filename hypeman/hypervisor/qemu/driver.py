@@ -1,8 +1,8 @@
-"""QEMU as a hypervisor: start it, bring it back, find it again.
+"""QEMU driver: launch, restore, reattach.
 
-Order of a start: everything is opened here, as root; QEMU starts as its own user with nothing but those
-descriptors, and stopped; limits are set over QMP; then the vCPUs run. What fails on the way is said
-with QEMU's own words, and nothing is left.
+Start sequence: everything is opened here, as root; QEMU starts as its own user with only those descriptors
+and with its vCPUs stopped; limits are set over QMP; then the vCPUs run. Errors include QEMU's own output,
+and everything is cleaned up.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ OpenTap = Callable[[str], Awaitable[int]]
 
 _START = 30.0
 _START_WITH_DEVICES = 300.0
-"""Seconds until QEMU's first answer: some 20 ms. With devices the kernel first clears and pins all of the guest's
-memory, which is a matter of its size, and the devices are reset."""
+"""Seconds until QEMU's first answer, typically 20 ms. With devices the kernel first clears and pins all guest
+memory, which depends on its size, and the devices are reset."""
 
 _BOARDS = {HypervisorKind.QEMU: native.Q35, HypervisorKind.QEMU_MICROVM: native.MICROVM}
 
 
 class QemuDriver(Seeker):
-    """The kinds ``qemu`` and ``qemu-microvm``, under KVM where it proves itself, else TCG."""
+    """The kinds ``qemu`` and ``qemu-microvm``, with KVM if it works, else TCG."""
 
     sought = Sought("qemu-system-x86_64", "QEMU", r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", native.MINIMUM_VERSION)
 
@@ -77,7 +77,7 @@ class QemuDriver(Seeker):
         accelerator: str = "auto",
         vfio: str = VFIO_DEVICE,
     ) -> None:
-        """``open_tap`` gives a descriptor of a TAP, ``kvm`` says whether KVM works here; ``accelerator`` is
+        """``open_tap`` returns a descriptor of a TAP, ``kvm`` checks whether KVM works here; ``accelerator`` is
         ``auto``, ``kvm`` or ``tcg``."""
         super().__init__(processes, binary=binary)
         self.kind = kind
@@ -190,8 +190,8 @@ class QemuDriver(Seeker):
         return QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
 
     async def _extra_cmdline(self) -> str:
-        """An emulated processor does not speculate, so there is nothing to mitigate; and microvm without KVM
-        has no timer that a kernel could measure its clock with: it must be told."""
+        """An emulated CPU does not speculate, so mitigations are off; and microvm without KVM has no timer
+        to calibrate the TSC with, so its frequency is passed to the kernel."""
         if self._accelerator.name == "kvm":
             return ""
         if self._board.pci:
@@ -264,7 +264,7 @@ class QemuDriver(Seeker):
                     locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,
                 )
             )
-        # Our copies of the listening sockets are closed: if QEMU dies now, the connection breaks at once.
+        # Our copies of the listening sockets are closed: if QEMU dies now, the connection breaks immediately.
         qmp = None
         try:
             limit = _START_WITH_DEVICES if config.pci_devices else _START
@@ -288,7 +288,7 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 
 async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm:
-    """``vmm`` after ``then``; if that fails or is cancelled, the VMM is ended."""
+    """``vmm`` after ``then``; if that fails or is cancelled, the VMM is killed."""
     words = LastWords(vmm.config.vmm_log)
     try:
         await then()
@@ -310,12 +310,12 @@ def _root_files(binary: str) -> tuple[str, ...]:
 
 
 def _fresh_run_dir(path: Path) -> None:
-    """Root's alone: QEMU has its sockets as descriptors and needs no way in here. Raises OSError."""
+    """Accessible only to root: QEMU has its sockets as descriptors and needs no access here. Raises OSError."""
     path.mkdir(mode=0o700, exist_ok=True)
     directory = open_directory(path)
     try:
         if os.geteuid() == 0:
-            os.fchown(directory, 0, 0)  # the caller may have given it to the VMM's user
+            os.fchown(directory, 0, 0)  # it may have been owned by the VMM's user
         os.fchmod(directory, 0o700)
         for old in (QMP_SOCKET, AGENT_SOCKET, captures.NOTE):
             with contextlib.suppress(FileNotFoundError):
@@ -325,7 +325,7 @@ def _fresh_run_dir(path: Path) -> None:
 
 
 def _listen(path: Path) -> int:
-    """A descriptor of a socket that already listens, so that nobody has to wait until QEMU does."""
+    """A descriptor of a socket that is already listening, so that clients need not wait for QEMU."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.bind(str(path))
         sock.listen(1)
@@ -333,7 +333,7 @@ def _listen(path: Path) -> int:
 
 
 def _open_saved(path: Path) -> int:
-    """Read-write: QEMU opens it so, though it maps it privately."""
+    """Open read-write, as QEMU does, although it maps the file privately."""
     try:
         return open_for_child(str(path), os.O_RDWR, regular=True)
     except OSError as error:

@@ -1,17 +1,17 @@
-"""Guest memory: the kernel's alone while the VM runs, a file only once it is saved.
+"""Guest memory: a memfd while the VM runs, a file only once it is saved.
 
-Were it a file on a disk all the time, the kernel would write each page that the guest touches to that disk within half
-a minute, again and again, and a full disk would end the VM. So:
+If it were always a file on disk, the kernel would keep writing each page that the guest touches to disk within half
+a minute, and a full disk would kill the VM. So:
 
-    a VM of its own     a memfd, which is gone with its VMM, whoever ends it
+    a fresh VM          a memfd, which disappears with its VMM however that exits
     a capture           the memfd copied into a sparse file
     a restore           that file copied into a new memfd
-    a fork              that file, mapped privately: what the guest writes is its own, the rest is everybody's
+    a fork              that file, mapped privately: pages the guest writes are its own, the rest is shared
 
-The memfd is found through the VMM's descriptors, so a server that was restarted finds it as well. A VMM that was
-taken over can put anything in the place of a descriptor, at any moment. So it is copied once (pidfd_getfd), and the
-copy is checked: the inode noted at launch, the seals that hold its size, the size. A restored guest's memory is written
-through the VMM's own mapping, so that the pages count for the VM's control group and not for ours.
+The memfd is found through the VMM's descriptors, so a restarted server finds it as well. A compromised VMM can
+replace a descriptor at any moment. So it is copied once (pidfd_getfd), and the copy is checked: the inode recorded
+at launch, the seals that fix its size, the size. A restored guest's memory is written through the VMM's own mapping,
+so that the pages are charged to the VM's control group and not to ours.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _NAME = "hypeman-guest"
 _CHUNK = 1 << 20
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MAX_CANDIDATES = 64
-"""QEMU has some five memfds; one that makes thousands of them is not waited for."""
+"""QEMU has about five memfds; the limit bounds the search if it has thousands."""
 
 
 def new(config: VmConfig) -> int:
-    """A descriptor of memory, all zeros, that ``config.uid`` may open. Raises LaunchFailed."""
+    """A descriptor of zeroed memory that ``config.uid`` may open. Raises LaunchFailed."""
     try:
         fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, config.memory_bytes)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # its size, not its content
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)  # fix its size, not its content
             os.fchmod(fd, 0o600)
             if os.geteuid() == 0:
                 os.fchown(fd, config.uid, config.gid)
@@ -50,13 +50,13 @@ def new(config: VmConfig) -> int:
 
 
 def inode(fd: int) -> int:
-    """What tells this memory from every other one of the host."""
+    """Identifies this memory among all others on the host."""
     return os.fstat(fd).st_ino
 
 
 def of_process(handle: VmmHandle) -> int:
-    """A read-only descriptor of the memory of a VMM that is alive. Raises VmmBroken if it does not hold the memory that
-    it was started with. Blocks for less than 1 ms."""
+    """A read-only descriptor of a running VMM's memory. Raises VmmBroken if the VMM no longer has the memory that it
+    was started with. Blocks for less than 1 ms."""
     pid, seen = handle.pid, 0
     try:
         for entry in os.listdir(f"/proc/{pid}/fd"):
@@ -67,7 +67,7 @@ def of_process(handle: VmmHandle) -> int:
             copy = copy_descriptor(pid, int(entry))
             try:
                 if _is_memory(copy, handle):
-                    # Of our own file table, so it leads to what was checked; with an offset that is not the VMM's.
+                    # Through our own descriptor, so it opens the file that was checked; with its own file offset.
                     return os.open(f"/proc/self/fd/{copy}", os.O_RDONLY | os.O_CLOEXEC)
             finally:
                 os.close(copy)
@@ -87,17 +87,17 @@ def _is_memory(copy: int, handle: VmmHandle) -> bool:
     found = os.fstat(copy)
     try:
         seals = fcntl.fcntl(copy, fcntl.F_GET_SEALS)
-    except OSError:  # no memfd
+    except OSError:  # not a memfd
         return False
     if found.st_size != handle.config.memory_bytes:
         return False
-    if handle.memory_inode == 0:  # started by an older version, which noted no inode and set no seals
+    if handle.memory_inode == 0:  # started by an older version, which recorded no inode and set no seals
         return found.st_uid in (0, handle.config.uid)
     return found.st_ino == handle.memory_inode and seals & _SEALS == _SEALS
 
 
 def fill(handle: VmmHandle, saved: Path) -> None:
-    """Copy a saved memory into that of a VMM whose vCPUs have not run yet. Blocks; raises VmmBroken."""
+    """Copy saved memory into a VMM whose vCPUs have not run yet. Blocks; raises VmmBroken."""
     pid = handle.pid
     try:
         begin = _address(pid, handle.memory_inode)
@@ -115,7 +115,7 @@ def fill(handle: VmmHandle, saved: Path) -> None:
 
 
 def _address(pid: int, inode: int) -> int:
-    """Where VMM ``pid`` has mapped the memory with this inode; one mapping, though the kernel may tell it in pieces."""
+    """Address at which VMM ``pid`` maps the memory with this inode; one mapping, which the kernel may list in parts."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
         if len(fields) == 6 and fields[4] == str(inode) and fields[5].startswith(f"/memfd:{_NAME} "):

@@ -1,10 +1,10 @@
-"""One live QEMU: what the Vmm interface asks, in QMP.
+"""One live QEMU: the Vmm interface over QMP.
 
-All that must survive a restart of ours lies in the handle, in QEMU itself or in the run directory;
-an object of this class can be thrown away and made again at any time.
+All state that must survive a server restart is in the handle, in QEMU itself or in the run directory;
+an object of this class can be discarded and recreated at any time.
 
-    run_dir/   qmp.sock  agent.sock     listening sockets, ours alone; QEMU got them as descriptors
-               restored-from            path of a capture that is used up as soon as the guest runs on
+    run_dir/   qmp.sock  agent.sock     listening sockets, accessible only to us; QEMU gets them as descriptors
+               restored-from            path of a capture that is removed when the guest resumes
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ AGENT_SOCKET = "agent.sock"
 _UNPLUG_LIMIT = 15.0
 _RESIZE_LIMIT = 15.0
 _SAVE_LIMIT = 600.0
-"""Seconds; a guest lets go of a disk in 0.1 s, of memory in 1 s; a large memory is written at disk speed."""
+"""Seconds; a guest releases a disk in 0.1 s, memory in 1 s; a large memory is written at disk speed."""
 _CANCEL_LIMIT = 10.0
 _MIGRATING = frozenset({"setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling"})
 
@@ -69,7 +69,7 @@ _REASONS = {
 
 
 class QemuVmm(LiveVmm):
-    """A Vmm on QEMU. Made by the driver."""
+    """A Vmm on QEMU. Created by the driver."""
 
     def __init__(
         self, handle: VmmHandle, process: Process, qmp: QmpClient, *, board: native.Board, machine: str
@@ -87,7 +87,7 @@ class QemuVmm(LiveVmm):
         return _STATES.get(status["status"], VmmState.PAUSED)
 
     async def open_channel(self) -> trio.abc.Stream:
-        if self._channel is not None:  # QEMU serves one connection; a second one would wait behind it
+        if self._channel is not None:  # QEMU serves one connection; a second one would wait for it
             await trio.aclose_forcefully(self._channel)
         self._channel = await connect_unix(str(self._run_dir / AGENT_SOCKET))
         return self._channel
@@ -124,7 +124,7 @@ class QemuVmm(LiveVmm):
             )
 
     async def load_state(self, file: Path, *, without_memory: bool) -> None:
-        """Take over a saved state; for a QEMU that was started to wait for one. Stays paused."""
+        """Load a saved state into a QEMU that was started to wait for one. Stays paused."""
         with _opened(str(file), os.O_RDONLY) as fd:
             await self._qmp.execute("getfd", {"fdname": "state"}, fds=[fd])
         await self._migrate("migrate-incoming", "state", ignore_shared=without_memory)
@@ -141,7 +141,7 @@ class QemuVmm(LiveVmm):
             raise
 
     async def _cancel_migration(self) -> None:
-        """Returns when it is over: until then QEMU refuses the next one."""
+        """Returns when the migration has ended: until then QEMU refuses the next one."""
         await self._qmp.execute("migrate_cancel")
 
         async def over() -> bool:
@@ -205,7 +205,7 @@ class QemuVmm(LiveVmm):
         await self._qmp.execute("block_resize", {"node-name": native.disk_node(disk_id), "size": size})
 
     async def limit_disk(self, disk: Disk) -> None:
-        """Hold the disk to its ``bps``, in each direction."""
+        """Limit the disk to its ``bps``, in each direction."""
         if disk.bps:
             limits = {"bps": 0, "bps_rd": disk.bps, "bps_wr": disk.bps, "iops": 0, "iops_rd": 0, "iops_wr": 0}
             device = native.throttled_device(disk.id, self._board)
@@ -227,7 +227,7 @@ class QemuVmm(LiveVmm):
             raise VmmBroken(f"the guest went to {low + now} bytes of memory and not to {size}") from None
 
     async def can_lend(self) -> bool:
-        return await super().can_lend() and await self._memory_is_shared()  # else QEMU punches holes into the capture
+        return await super().can_lend() and await self._memory_is_shared()  # else QEMU punches holes in the capture
 
     async def set_balloon(self, size: int) -> None:
         await self._check_balloon(size)
@@ -262,13 +262,13 @@ class QemuVmm(LiveVmm):
         await super().aclose()
 
     async def _listen(self) -> None:
-        """Keep events from piling up in QEMU while nothing is asked of it."""
+        """Read events so that they do not accumulate in QEMU while no command runs."""
         with contextlib.suppress(VmmBroken, VmmGone):
             await self._qmp.wait_closed()
 
     async def _why_ended(self) -> VmmExit:
         with trio.move_on_after(1), contextlib.suppress(VmmBroken, VmmGone):
-            await self._qmp.wait_closed()  # what QEMU said before it went is still in the socket
+            await self._qmp.wait_closed()  # events from before QEMU exited are still in the socket
         event = self._qmp.find_event(lambda event: event.name == "SHUTDOWN")
         code = self._process.returncode
         if event is not None and (reason := str(event.data.get("reason"))) in _REASONS:
@@ -292,7 +292,7 @@ class QemuVmm(LiveVmm):
         return msgspec.structs.replace(disk, port=port)
 
     async def _unplug(self, disk_id: str) -> None:
-        """Take a disk out, as far as it is in; may be called again after a failure."""
+        """Unplug a disk, even if it is only partly plugged in; may be called again after a failure."""
         since = self._qmp.event_count
         try:
             await self._qmp.execute("device_del", {"id": disk_id})
@@ -304,7 +304,7 @@ class QemuVmm(LiveVmm):
         if not gone:
             try:
                 with trio.fail_after(_UNPLUG_LIMIT):
-                    # Another DEVICE_DELETED, without a device, tells only of the virtio backend inside.
+                    # Another DEVICE_DELETED, without a device, is only for the virtio backend inside.
                     await self._qmp.wait_event(
                         lambda event: event.name == "DEVICE_DELETED" and event.data.get("device") == disk_id,
                         since=since,
