@@ -28,7 +28,7 @@ from hypeman.host.safe_open import open_beneath, open_directory
 
 _INSTANCE_PARTS = ("logs", "staged", "jail", "room")
 _JAIL = "jail"
-"""Created and removed as a whole by its driver, which follows no links in it; its files are hard links."""
+"""Created and removed as a whole by its driver, which follows no links in it; its files have hard links outside."""
 
 _MODE = 0o711
 Keep = Callable[[os.stat_result], bool]
