@@ -1,11 +1,11 @@
-"""Functions move to vfio-pci and back: the journal first, then the plan, one step at a time.
+"""Moves functions to vfio-pci and back: the journal is written first, then the plan runs step by step.
 
-What always holds:
+Invariants:
 
 - A function that we have changed has a Binding in the store, from before the first change until
-  after the last one was taken back. Whoever dies in between, the next ``give_back`` goes on.
-- All endpoints of an IOMMU group move, or none of them stays moved.
-- Only what a Binding names is ever given back: drivers that others have bound are not ours.
+  after the last one was undone. After a crash in between, the next ``give_back`` continues.
+- All endpoints of an IOMMU group are moved, or none.
+- Only functions with a Binding are ever given back: drivers bound by others are left alone.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ log = logging.getLogger(__name__)
 
 
 class Binder:
-    """Takes functions for instances. Calls for one instance come in turn; others do not wait for them."""
+    """Takes functions for instances. Calls for one instance are serialised; others do not wait for them."""
 
     def __init__(self, store: Store, pci: Pci, *, proc_root: Path) -> None:
         self._store = store
         self._pci = pci
         self._proc_root = proc_root
         self.failures: dict[str, str] = {}
-        """Address → the first reason why the function could not be given back. Later attempts only meet the change
-        that is still under way."""
+        """Address → the first reason why the function could not be given back. Later attempts only hit the change
+        that is still in progress."""
 
     async def take(self, instance_id: str, records: tuple[DeviceRecord, ...], view: View) -> tuple[int, ...]:
-        """Bind the groups of ``records`` to vfio-pci; the groups. What fails half-way waits for ``give_back``.
+        """Bind the groups of ``records`` to vfio-pci; returns them. ``give_back`` undoes partial failures.
 
         Raises Conflict, with the device's name, for one that is missing or cannot be passed through (any more),
-        HostError for what the kernel refused.
+        HostError if the kernel refused a change.
         """
         functions = [_present(record, view) for record in records]
         groups = tuple(dict.fromkeys(function.iommu_group for function in functions))
@@ -59,9 +59,9 @@ class Binder:
         return groups
 
     async def give_back(self, instance_id: str) -> None:
-        """Return every function that the instance has to the driver it had. Content if there is none.
+        """Return every function of the instance to its previous driver. A no-op if there is none.
 
-        Goes on past failures and raises the first; what could not be returned stays in the store.
+        Continues after failures and raises the first; functions not returned stay in the store.
         """
         if not self._store.read(lambda txn: registry.bindings_of(txn, instance_id)):
             return
@@ -87,7 +87,7 @@ class Binder:
         self.failures.pop(binding.address, None)
 
     async def _note(self, instance_id: str, members: list[PciFunction]) -> tuple[Binding, ...]:
-        """Write down what each function is now, unless that was done before (and is still true)."""
+        """Store each function's current state, unless it is already stored (and still valid)."""
         boot_id = self._boot_id()
         known = {b.address: b for b in self._store.read(lambda txn: registry.bindings_of(txn, instance_id))}
         bindings = []
@@ -122,14 +122,14 @@ class Binder:
 
 
 def unsettled(txn: Txn) -> tuple[str, ...]:
-    """Instances whose functions are to be given back: they said so, or they are no more."""
+    """Instances whose functions must be given back: marked as leaving, or deleted."""
     owners = {record.attached_to for _, record in txn.scan(registry.DEVICES)}
     bindings = [binding for _, binding in txn.scan(BINDINGS)]
     return tuple(dict.fromkeys(b.instance_id for b in bindings if b.leaving or b.instance_id not in owners))
 
 
 def _mark_leaving(txn: Txn, instance_id: str, boot_id: str) -> tuple[Binding, ...]:
-    """The bindings that are to be taken back; those of another boot have nothing to take back."""
+    """Mark and return the bindings to undo; those of another boot need no undo."""
     leaving = []
     for binding in registry.bindings_of(txn, instance_id):
         if binding.boot_id != boot_id:
@@ -149,7 +149,7 @@ def _put_all(txn: Txn, bindings: list[Binding]) -> None:
 
 
 def _present(record: DeviceRecord, view: View) -> PciFunction:
-    """The function of a registered device, if it may be passed through as of now."""
+    """The function of a registered device, if it can currently be passed through."""
     function = view.functions.get(record.pci_address)
     if function is None:
         raise Conflict(f"device {record.name} ({record.pci_address}) is missing: this host has no such function now")

@@ -1,8 +1,8 @@
-"""Why a function can or can not be passed through. Pure: the machine comes in as values.
+"""Why a function can or cannot be passed through. Pure: the host's state is passed in as values.
 
-An IOMMU group is the smallest thing that can be given away: its members can reach each other's
-memory behind the IOMMU's back. So one obstacle in a group is one for all its endpoints. Bridges in
-it stay where they are, as long as only the kernel's own port driver (or none) holds them.
+An IOMMU group is the smallest unit that can be passed through: its members can access each other's
+memory bypassing the IOMMU. So one obstacle in a group applies to all its endpoints. Bridges in it
+are left alone if only the kernel's port driver (or none) is bound to them.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def group_members(functions: Functions, group: int) -> tuple[PciFunction, ...]:
 
 
 def endpoints(functions: Functions, group: int) -> tuple[PciFunction, ...]:
-    """Those members of a group that are bound together, in order of address."""
+    """The members of a group that are bound together, sorted by address."""
     return tuple(f for f in group_members(functions, group) if not f.is_bridge)
 
 
 def obstacles(functions: Functions, held: Mapping[str, str], divided: Iterable[str]) -> dict[str, str]:
-    """For each function why it can not be passed through; those that can are left out.
+    """For each function that cannot be passed through, the reason.
 
-    ``held`` says what the host does with a function ("holds /"); ``divided`` are the parents of vGPUs.
+    ``held``: how the host uses a function ("holds /"); ``divided``: the parents of vGPUs.
     """
     own = {f.address: reason for f in functions.values() if (reason := _own_obstacle(f, held))}
     for address in divided:
@@ -94,7 +94,7 @@ def _own_obstacle(f: PciFunction, held: Mapping[str, str]) -> str:
 
 
 def _group_obstacle(f: PciFunction, held: Mapping[str, str], own: Mapping[str, str]) -> str:
-    """What ``f`` means for the others of its group."""
+    """Obstacle that ``f`` is for the others in its group."""
     if f.iommu_group < 0:
         return ""
     shared = f"shares IOMMU group {f.iommu_group} with {f.address}"

@@ -1,9 +1,9 @@
-"""How a function gets to vfio-pci and back, as plain data.
+"""Plans that bind a function to vfio-pci and back, as plain data.
 
-Both plans are made from what the function is *now* and what it shall become, so either can be made
-again at any moment: after a failure, after a crash between two steps, twice in a row. The way back
-needs only the Binding, which is stored before the first step; it is the undo of every prefix of the
-way there, and therefore the steps need none of their own.
+Both plans are computed from the *current* state of the function and the desired one, so either can be
+recomputed at any time: after a failure, after a crash between two steps, twice in a row. The return plan
+needs only the Binding, which is stored before the first step; it undoes every prefix of the bind plan,
+so the steps need no undo of their own.
 
     there:  (persistence off) · driver_override = vfio-pci · unbind · probe
     back:   unbind · driver_override as before · probe · (persistence on)
@@ -20,19 +20,19 @@ from hypeman.devices.types import Binding
 
 
 class Hands(Protocol):
-    """What the steps do to the machine (host/pci.py). Each raises HostError."""
+    """The operations of the steps (host/pci.py). Each raises HostError."""
 
     async def set_override(self, address: str, driver: str) -> None: ...
     async def unbind(self, address: str, driver: str) -> None: ...
     async def probe(self, address: str, driver: str) -> None:
-        """Let the kernel find a driver; raises unless it found ``driver``."""
+        """Make the kernel probe for a driver; raises unless it is ``driver``."""
         ...
 
     async def set_persistence(self, address: str, *, on: bool) -> None: ...
 
 
 class Now(msgspec.Struct, frozen=True):
-    """A function as it is at this moment."""
+    """Current state of a function."""
 
     driver: str | None
     override: str
@@ -43,9 +43,9 @@ class _Step(msgspec.Struct, frozen=True, tag=True):
 
 
 class SetPersistence(_Step, frozen=True):
-    """NVIDIA's persistence daemon lets go of this GPU (or takes it again); others keep theirs.
+    """NVIDIA's persistence daemon releases this GPU (or takes it again); other GPUs are not affected.
 
-    It holds the device file open, and unbinding the driver would wait for that for ever.
+    It holds the device file open, and unbinding the driver would wait for that forever.
     """
 
     on: bool
@@ -55,7 +55,7 @@ class SetPersistence(_Step, frozen=True):
 
 
 class SetOverride(_Step, frozen=True):
-    """The only driver that may take this function; empty for any. By address: an id would name its twins too."""
+    """The only driver that may take this function; empty for any. By address: an id would match identical cards too."""
 
     driver: str
 
@@ -71,7 +71,7 @@ class Unbind(_Step, frozen=True):
 
 
 class Probe(_Step, frozen=True):
-    """The kernel looks for a driver again; it must be ``driver``."""
+    """The kernel probes for a driver again; it must be ``driver``."""
 
     driver: str
 
@@ -83,7 +83,7 @@ Step = SetPersistence | SetOverride | Unbind | Probe
 
 
 def plan_bind(binding: Binding, now: Now) -> tuple[Step, ...]:
-    """From ``now`` to vfio-pci."""
+    """Steps from ``now`` to vfio-pci."""
     steps: list[Step] = []
     address = binding.address
     if now.override != VFIO_DRIVER:
@@ -98,7 +98,7 @@ def plan_bind(binding: Binding, now: Now) -> tuple[Step, ...]:
 
 
 def plan_return(binding: Binding, now: Now) -> tuple[Step, ...]:
-    """From ``now`` back to what the binding says."""
+    """Steps from ``now`` back to the state in the binding."""
     steps: list[Step] = []
     address = binding.address
     moved = now.driver != binding.driver

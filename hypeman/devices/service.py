@@ -1,9 +1,9 @@
-"""Devices: what the host has, what is registered, and who has it. The way in for everybody else.
+"""Devices of the host, registrations and their owners. The public interface of this package.
 
-The store says who has what; the machine is made to agree (binding.py, slots.py). For an instance
-the order is: ``claim`` in the transaction that creates it, ``bind`` before its VMM starts, ``unbind``
-when its VMM is gone, ``release`` in the transaction that removes it. ``bind`` and ``unbind`` may run
-again at any time. Devices that a stored instance has are never taken from it by a restart of ours.
+The store records the owners; the host is made to match (binding.py, slots.py). The order for an
+instance is: ``claim`` in the transaction that creates it, ``bind`` before its VMM starts, ``unbind``
+after its VMM has exited, ``release`` in the transaction that removes it. ``bind`` and ``unbind`` may be
+repeated at any time. A server restart never takes devices from a stored instance.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 LOOK_EVERY = 5.0
-"""Seconds. A look is one stat for each function that an instance has."""
+"""Seconds. A check is one stat per function that an instance has."""
 
 
 def utc_now() -> datetime:
@@ -56,7 +56,7 @@ def utc_now() -> datetime:
 
 
 class Devices:
-    """See above. ``run`` in a nursery settles what an earlier life of ours left, and serves."""
+    """The devices service. ``run`` in a nursery cleans up after an earlier server, then keeps running."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Devices:
         self._now = now
         self._on_vanished = on_vanished
         self.look_every = LOOK_EVERY
-        """Seconds between two looks whether functions that instances have are still there."""
+        """Seconds between checks that functions in use by instances still exist."""
         self._sysfs = sysfs or Sysfs(Path(config.sysfs_root))
         self._pci = Pci(self._sysfs, Path(config.dev_root))
         mdev = Mdev(self._sysfs)
@@ -84,8 +84,8 @@ class Devices:
         self._locks: WeakValueDictionary[str, trio.Lock] = WeakValueDictionary()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Give back what nobody has any more. Started when that was tried once; then again whenever a
-        change that the kernel held up has come back. Run it before instances start."""
+        """Give back devices without an owner. Reports started after the first attempt; retries whenever a
+        stuck kernel change has returned. Run it before instances start."""
         await self.prepare()
         await self._settle()
         task_status.started()
@@ -96,7 +96,7 @@ class Devices:
                 await self._settle()
 
     async def _watch_vanished(self) -> None:
-        """Report functions that disappear while an instance has them: unplugged, or dropped by a failing bus."""
+        """Report functions that disappear while an instance has them: unplugged, or lost by a failing bus."""
         reported: set[str] = set()
         while True:
             await trio.sleep(self.look_every)
@@ -114,7 +114,7 @@ class Devices:
 
     async def register(self, request: CreateDeviceRequest) -> Device:
         """Raises InvalidRequest ``invalid_pci_address`` or ``invalid_name``, NotFound ``device_not_found``,
-        Conflict when the address or the name is taken or the function can not be passed through."""
+        Conflict if the address or the name is taken or the function cannot be passed through."""
         address = parse_address(request.pci_address)
         name = check_device_name(request.name) if request.name else default_name(address)
         tags = check_tags(request.tags)
@@ -139,23 +139,23 @@ class Devices:
         return self._device(record)
 
     def list(self, tags: Mapping[str, str] | None = None) -> tuple[Device, ...]:
-        """All, or those that have all of ``tags``; by age."""
+        """All devices, or those that have all of ``tags``; sorted by age."""
         wanted = (tags or {}).items()
         records = [record for _, record in self._store.read(lambda txn: list(txn.scan(DEVICES)))]
         records.sort(key=lambda record: record.created_at)
         return tuple(self._device(record) for record in records if wanted <= record.tags.items())
 
     def get(self, ref: str) -> Device:
-        """By id or name; NotFound otherwise."""
+        """The device with this id or name; raises NotFound."""
         return self._device(self._store.read(lambda txn: registry.find(txn, ref)))
 
     async def delete(self, ref: str) -> None:
-        """Forget the registration. Raises NotFound, or InUse while an instance has the device, or while the kernel has
-        not returned from giving it back; then with the first failure."""
+        """Delete the registration. Raises NotFound, or InUse while an instance has the device, or while the kernel
+        has not returned from giving it back; then with the first failure."""
         await self._store.write(lambda txn: registry.remove(txn, ref, self._binder.failures))
 
     async def available(self, *, everything: bool = False) -> tuple[AvailableDevice, ...]:
-        """What can be passed through; with ``everything`` also what can not, and why."""
+        """Functions that can be passed through; with ``everything`` also those that cannot, and why."""
         view = await self._watcher.look()
         return tuple(
             self._available(function, view.obstacles.get(address))
@@ -164,7 +164,7 @@ class Devices:
         )
 
     async def gpu_status(self) -> GPUResourceStatus | None:
-        """Slots and profiles where there are vGPUs, else the cards; None without either."""
+        """Slots and profiles if there are vGPUs, else the cards; None without either."""
         view = await self._watcher.look()
         if view.parents:
             claims = self._store.read(slots.claims)
@@ -188,8 +188,8 @@ class Devices:
     # For instances
 
     async def prepare(self) -> None:
-        """Look at the machine, so that a ``claim`` decides on fresh facts. Never fails: without an
-        answer the last picture stands, and ``bind`` looks again."""
+        """Scan the host, so that ``claim`` uses current facts. Never fails: if the scan fails, the last
+        view is kept, and ``bind`` scans again."""
         try:
             await self._watcher.look()
         except HypemanError as error:
@@ -197,10 +197,10 @@ class Devices:
 
     def claim(self, txn: Txn, instance_id: str, devices: tuple[str, ...], gpu_profile: str) -> tuple[str, ...]:
         """Make the instance the owner of ``devices`` (ids or names) and of a slot for ``gpu_profile``
-        (empty for none); the devices' ids. Nothing on the machine changes yet.
+        (empty for none); returns the devices' ids. The host is not changed yet.
 
         Raises NotFound ``device_not_found``, InUse, InvalidRequest for an unknown profile,
-        InsufficientResources when all slots are taken.
+        InsufficientResources if all slots are taken.
         """
         view = self._watcher.view
         ids = registry.attach(txn, instance_id, devices, view.functions)
@@ -221,15 +221,15 @@ class Devices:
         return ids
 
     def release(self, txn: Txn, instance_id: str) -> None:
-        """The reverse of ``claim``. Content if there is nothing."""
+        """The reverse of ``claim``. A no-op if there is no claim."""
         registry.detach(txn, instance_id)
         slots.release(txn, instance_id)
 
     async def bind(self, instance_id: str, *, uid: int = 0, gid: int = 0) -> None:
-        """Make what the instance claimed usable by a VMM that runs as ``uid``, or leave all as it was.
+        """Make the claimed devices usable by a VMM that runs as ``uid``, or change nothing.
 
-        Raises Conflict, with the device's name, for one that is missing or has become unusable, HostError for what
-        the kernel refused.
+        Raises Conflict, with the device's name, for one that is missing or has become unusable, HostError if the
+        kernel refused a change.
         """
         records, claim = self._store.read(
             lambda txn: (registry.attached(txn, instance_id), txn.get(VGPUS, instance_id))
@@ -251,14 +251,14 @@ class Devices:
     async def unbind(self, instance_id: str) -> None:
         """Give every function back to the driver it had and remove the vGPU; claims stay.
 
-        Only when the instance's VMM is gone. Raises HostError for what could not be given back; it is
-        tried again at the next start, or when the kernel returns.
+        Only after the instance's VMM has exited. Raises HostError if something could not be given back; it
+        is retried at the next start, or when the kernel returns.
         """
         async with self._lock(instance_id):
             await self._unbind(instance_id)
 
     def sysfs_paths(self, instance_id: str) -> tuple[str, ...]:
-        """Where a VMM finds the instance's devices, in the order in which they were asked for."""
+        """Sysfs paths of the instance's devices, in the requested order."""
         records, claim = self._store.read(
             lambda txn: (registry.attached(txn, instance_id), txn.get(VGPUS, instance_id))
         )
@@ -266,14 +266,14 @@ class Devices:
         return paths if claim is None else (*paths, self._slots.path(claim))
 
     def mdev_uuid(self, instance_id: str) -> str:
-        """Of the instance's vGPU; empty if it has none."""
+        """UUID of the instance's vGPU; empty if it has none."""
         claim = self._store.read(lambda txn: txn.get(VGPUS, instance_id))
         return "" if claim is None else claim.uuid
 
     # Inside
 
     def _lock(self, instance_id: str) -> trio.Lock:
-        """What is done for one instance comes in turn; others do not wait for it."""
+        """Serialises operations per instance; others do not wait."""
         return self._locks.setdefault(instance_id, trio.Lock())
 
     async def _unbind(self, instance_id: str) -> None:
@@ -284,14 +284,14 @@ class Devices:
         await self.prepare()
 
     async def _unbind_quietly(self, instance_id: str) -> None:
-        """After a failure, which is what the caller is told."""
+        """Unbind after a failure; only the original failure is raised."""
         try:
             await self._unbind(instance_id)
         except HypemanError as error:
             log.error("devices of instance %s could not be given back: %s", instance_id, error.message)
 
     async def _settle(self) -> None:
-        """Finish every giving back that was begun, or that an owner's end has made due."""
+        """Finish giving back devices where it was started, or where the owner no longer exists."""
         due = self._store.read(lambda txn: (*binding.unsettled(txn), *slots.unsettled(txn)))
         for instance_id in dict.fromkeys(due):
             async with self._lock(instance_id):

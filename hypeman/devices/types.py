@@ -1,4 +1,4 @@
-"""What is said about devices (the contract's §2.8), what is seen of the machine, and what is stored."""
+"""Device types: API (the contract's §2.8), host scan and stored records."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class AvailableDevice(Struct, frozen=True, kw_only=True):
 
 
 class PciFunction(Struct, frozen=True):
-    """One function as the scan saw it. Numbers are -1 where the machine does not tell them."""
+    """One function as scanned. Numbers are -1 if the host does not report them."""
 
     address: str
     vendor: int
@@ -98,19 +98,19 @@ class PciFunction(Struct, frozen=True):
 
 class VgpuKind(enum.StrEnum):
     MDEV = "mdev"
-    """Made by writing a UUID into the parent's type."""
+    """Created by writing a UUID into the parent's type."""
     VENDOR = "vendor"
     """The type is written into a virtual function (NVIDIA's driver on kernels 6.8 and newer)."""
 
 
 class VgpuType(Struct, frozen=True):
-    """What one parent can be divided into."""
+    """A vGPU type that a parent offers."""
 
     id: str
     name: str
     framebuffer_mb: int
     available: int
-    """How many more the parent can make as of now."""
+    """Number that the parent can currently still create."""
 
 
 class VgpuParent(Struct, frozen=True):
@@ -122,14 +122,14 @@ class VgpuParent(Struct, frozen=True):
     kind: VgpuKind
     types: tuple[VgpuType, ...]
     made: tuple[str, ...]
-    """UUIDs of the mdevs that exist; for the vendor kind the id of the type that is set, if one is."""
+    """UUIDs of existing mdevs; for the vendor kind the id of the type that is set, if any."""
 
 
 # ── What is stored ──────────────────────────────────────────────────────────────────────────────
 
 
 class DeviceRecord(Struct, frozen=True, kw_only=True):
-    """A registration, and who has the device."""
+    """A registration and the device's owner."""
 
     id: str
     name: str
@@ -143,22 +143,22 @@ class DeviceRecord(Struct, frozen=True, kw_only=True):
     tags: dict[str, str] = {}
     attached_to: str | None = None
     position: int = 0
-    """Place among the devices of that instance."""
+    """Position among the devices of that instance."""
 
 
 class Binding(Struct, frozen=True, kw_only=True):
-    """What a function was before we took it, written before the first change and removed after the
-    last one was taken back. While it exists, nobody else gets the function."""
+    """A function's state before we took it, written before the first change and removed after the
+    last one was undone. While it exists, no other instance gets the function."""
 
     address: str
     instance_id: str
     driver: str | None
     override: str
-    """``driver_override`` as it was; empty for none."""
+    """Previous ``driver_override``; empty for none."""
     persistence: bool
     """NVIDIA's persistence mode was on for it."""
     boot_id: str
-    """Another boot has forgotten all of this: nothing is left to give back."""
+    """After a reboot the changes are gone and need not be undone."""
     leaving: bool = False
     """Is being given back, and was not yet when this was written."""
 
@@ -177,4 +177,4 @@ class VgpuRecord(Struct, frozen=True, kw_only=True):
     leaving: bool = False
     """Is being removed, and was not yet when this was written."""
     owned: bool = True
-    """The instance still wants the slot; without, the claim goes with the vGPU."""
+    """The instance still needs the slot; if false, the claim is removed with the vGPU."""

@@ -1,8 +1,8 @@
-"""The machine's devices as last seen: functions, what keeps each from being given away, vGPU parents.
+"""The host's devices as of the last scan: functions, what prevents passing each through, vGPU parents.
 
-A look costs what has changed (host/pci.py) plus the walk over vGPU parents and the host's own mounts
-and routes: 2 ms on a server, 16 ms more with 500 guests and their routes; it runs in threads. Between
-looks the last picture stands, an immutable value that also a transaction in another thread may read.
+A scan reads what has changed (host/pci.py), all vGPU parents and the host's own mounts and routes:
+2 ms on a server, 16 ms more with 500 guests and their routes; it runs in threads. Between scans the
+last view is used, an immutable value that a transaction in another thread may also read.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 
 
 class View(msgspec.Struct, frozen=True):
-    """One picture of the machine."""
+    """One snapshot of the host's devices."""
 
     functions: Mapping[str, PciFunction] = {}
     obstacles: Mapping[str, str] = {}
-    """Address → why it can not be passed through."""
+    """Address → why it cannot be passed through."""
     parents: tuple[VgpuParent, ...] = ()
 
 
 class Watcher:
-    """Makes Views, and says in the log what has become possible or impossible."""
+    """Creates Views, and logs which functions have become usable or unusable."""
 
     def __init__(self, pci: Pci, mdev: Mdev, *, proc_root: Path, uplink: str) -> None:
         self._pci = pci
@@ -41,10 +41,10 @@ class Watcher:
         self._proc_root = proc_root
         self._uplink = uplink
         self.view = View()
-        """The last picture."""
+        """The last view."""
 
     async def look(self) -> View:
-        """A fresh picture. Raises HostError if the machine does not answer in time."""
+        """Scan and return a new view. Raises HostError on timeout."""
         rows = await self._pci.functions()
         functions = {address: PciFunction(*row) for address, row in rows.items()}
         virtual = [function.address for function in functions.values() if function.physfn is not None]
