@@ -1,9 +1,9 @@
-"""What is wrong with the host's network, and what to type. Judging is pure; ``examine`` looks first.
+"""Problems of the host's network and commands to fix them. ``examine`` reads the host; ``find_problems`` is pure.
 
-The hard one is a firewall of somebody else. Our ``accept`` ends only our own chains: every other
-chain at the same hook still has its say, and one with ``policy drop`` (Docker's FORWARD, a hand-made
-``inet filter``) or a last ``reject`` (firewalld) silently cuts guests off. Such rules are never
-changed by us; the finding says what their owner may add.
+The main case is another firewall. Our ``accept`` ends only our own chains: every other chain at the
+same hook still applies, and one with ``policy drop`` (Docker's FORWARD, a custom ``inet filter``) or
+a final ``reject`` (firewalld) silently cuts guests off. We never change such rules; the finding
+says what their owner can add.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _END = ({"drop"}, {"reject"})
 
 
 async def examine(config: NetworkConfig) -> list[Finding]:
-    """Look at the host and judge. Needs no running server."""
+    """Check the host. Needs no running server."""
     facts = await trio.to_thread.run_sync(gather, config.uplink)
     return find_problems(facts, config)
 
@@ -120,13 +120,13 @@ def _firewalls(objects: list[dict[str, Any]], subnet: Subnet) -> Iterable[Findin
 
 
 def _ends_all(rule: dict[str, Any]) -> bool:
-    """Whether the rule refuses whatever comes to it."""
+    """Whether the rule refuses every packet."""
     statements = [statement for statement in rule["expr"] if not {"counter", "log"} & statement.keys()]
     return len(statements) == 1 and statements[0].keys() in _END
 
 
 def _lets_guests_pass(rule: dict[str, Any], subnet: Subnet) -> bool:
-    """Whether somebody has thought of us: the rule names our TAPs or our subnet and does not refuse."""
+    """Whether the rule is meant for us: it names our TAPs or our subnet and does not refuse."""
     text = json.dumps(rule["expr"])
     names_us = f'"{TAP_PREFIX}' in text or f'"{subnet.network.network_address}"' in text
     return names_us and not any({"drop", "reject"} & statement.keys() for statement in rule["expr"])
@@ -146,7 +146,7 @@ def _remedy(chain: dict[str, Any], names: set[str], subnet: Subnet) -> str:
     if "DOCKER-USER" in names and forward:
         return iptables_remedy("iptables", "DOCKER-USER")
     if chain["table"] == "firewalld":
-        # a zone for the source, since zones know no interface patterns
+        # a zone by source, since zones do not support interface patterns
         return f"firewall-cmd --permanent --zone=trusted --add-source={subnet.network} && firewall-cmd --reload"
     if any(name.startswith("ufw-") for name in names):
         return f"ufw route allow from {subnet.network}" if forward else f"ufw allow from {subnet.network}"

@@ -1,17 +1,17 @@
-"""Leases: who holds which address, TAP name and CID. Functions inside the caller's transaction.
+"""Leases of address, TAP name and CID. Functions that run in the caller's transaction.
 
 They are called in the transaction that writes the instance's record, so both exist or neither.
 
-A *pool* gives out ranks 0, 1, 2… and takes them back:
+A *pool* allocates and frees ranks 0, 1, 2…:
 
-    next    the lowest rank never given out; taken while there is one
-    freed   ranks given back, oldest first in the order of giving back; taken when ``next`` is at the end
+    next    the lowest rank never allocated; used while there is one
+    freed   freed ranks, oldest first; used when ``next`` has reached the end
 
-So a create costs two or three look-ups however full the subnet is, and an address rests as long as
-possible before another guest gets it (connections and name caches of the old one have died by then).
+So a create takes two or three look-ups however full the subnet is, and an address is unused as long as
+possible before another guest gets it (the old one's connections and DNS cache entries have expired by then).
 
-The pool of addresses belongs to one subnet and gateway. With other ones configured it starts anew if
-nobody holds an address, and is refused otherwise: running guests can not be renumbered.
+The address pool belongs to one subnet and gateway. A different configuration resets it if no address
+is in use, and is an error otherwise: running guests cannot be renumbered.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MAX_CIDS = 1 << 24
 class Pool(msgspec.Struct, frozen=True):
     next: int = 0
     freed: int = 0
-    """How often a rank was given back: the key of the next freed row."""
+    """Number of ranks freed so far: the key of the next freed row."""
     scope: str = ""
     """The subnet and gateway that give the ranks their meaning."""
 
@@ -54,10 +54,10 @@ TAPS: Table[TapOwner] = Table("lease_taps", TapOwner)
 
 
 def take_lease(txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet) -> Lease:
-    """Lease address, MAC, TAP name and CID for a new instance and write it down.
+    """Lease address, MAC, TAP name and CID for a new instance and store the lease.
 
-    The lease that exists already is returned as it is, so a repeated step takes nothing twice.
-    Raises InsufficientResources when the subnet is full.
+    An existing lease is returned unchanged, so a repeated step allocates nothing twice.
+    Raises InsufficientResources if the subnet is full.
     """
     found = txn.get(LEASES, instance_id)
     if found is not None:
@@ -83,7 +83,7 @@ def take_lease(txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet) ->
 
 
 def drop_lease(txn: Txn, instance_id: str, subnet: Subnet) -> None:
-    """Give everything back; content if there is no lease. Only after the last effect is gone."""
+    """Free the lease; a no-op if there is none. Only after its TAP and rules are removed."""
     lease = txn.get(LEASES, instance_id)
     if lease is None:
         return
@@ -104,9 +104,9 @@ def all_leases(txn: Txn) -> list[Lease]:
 
 
 def check_subnet(txn: Txn, subnet: Subnet) -> None:
-    """Make ``subnet`` the one that addresses come from.
+    """Make ``subnet`` the one that addresses are allocated from.
 
-    Raises InvalidState when instances still hold addresses of another subnet or gateway.
+    Raises InvalidState if instances still hold addresses of another subnet or gateway.
     """
     scope = f"{subnet.network} via {subnet.gateway}"
     pool = txn.get(POOLS, _ADDRESSES)

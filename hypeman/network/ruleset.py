@@ -3,27 +3,27 @@
 Two tables, each wholly ours and the only ones we touch:
 
     inet hypeman    identity (prerouting), mediation (nat), what guests reach, masquerade
-    arp  hypeman    ARP must tell the truth too; ``inet`` chains never see ARP
+    arp  hypeman    drops spoofed ARP, which ``inet`` chains never see
 
-Not ``netdev``: packets that come back from an ifb (upload limits) skip the netdev ingress hook, so
-rules there would bind only guests without a limit.
+Not ``netdev``: packets that return from an ifb (upload limits) skip the netdev ingress hook, so
+rules there would apply only to guests without a limit.
 
-The chains are fixed and closed for the prefix of our TAPs. A guest is *opened* by elements:
+The chains are fixed and drop by default for the prefix of our TAPs. A guest is *opened* by elements:
 
-    guests       tap . mac . address    may speak at all: as this, and as nobody else
-    mediated     tap                    ports 80 and 443 end in the proxy; may reach the proxy's port
+    guests       tap . mac . address    may send, only with this MAC and address
+    mediated     tap                    ports 80 and 443 are redirected to the proxy; may reach the proxy's port
     mode_all     tap                    of the rest only UDP and ICMP pass: no other TCP, no other protocol
-    neighbours   tap                    may talk with other neighbours
+    neighbours   tap                    may communicate with other neighbours
 
-so a TAP is closed before its lease is applied and after it is taken away, and adding or removing an
-instance is one small transaction. Way of a packet from a guest:
+so a TAP is closed before its lease is applied and after it is removed, and adding or removing an
+instance is one small transaction. Path of a packet from a guest:
 
     identity (-450, before defragmentation: each fragment must prove its sender)
       → mediate (dstnat) → to_host (input) or to_world (forward) → masquerade (srcnat)
 
-``accept`` ends only our own chain: a firewall of somebody else still has its say. Identity lets pass what
-is proved and drops the rest, IPv6 too: nft adds conditions of its own to a rule (Ethernet type, ARP format),
-so one that drops what is *not* proved would let pass whatever does not meet them.
+``accept`` ends only our own chain: other firewalls' chains still apply. Identity accepts verified packets
+and drops the rest, including IPv6: nft adds implicit conditions to a rule (Ethernet type, ARP format), so a
+rule that drops *unverified* packets would let those pass that do not meet them.
 """
 
 from __future__ import annotations
@@ -50,26 +50,26 @@ PRIVATE_NETWORKS = (
     "192.168.0.0/16",
     "198.18.0.0/15",
 )
-"""Never forwarded for a guest where ``network.allow_private`` is off: what networks beside the internet use."""
+"""Never forwarded for a guest where ``network.allow_private`` is off: private networks."""
 
 _WEB = "{ 80, 443 }"
 
 
 class RuleFacts(msgspec.Struct, frozen=True):
-    """What the fixed part depends on."""
+    """Inputs of the fixed part."""
 
     subnet: Subnet
     uplinks: tuple[str, ...]
-    """Interfaces towards the world; none: guests reach only the host and each other."""
+    """Uplink interfaces; none: guests reach only the host and each other."""
     egress_port: int = 0
-    """The proxy's port on the gateway; 0: there is no proxy."""
+    """The proxy's port on the gateway; 0: no proxy."""
     offered: tuple[HostPort, ...] = ()
     policed: tuple[tuple[str, int], ...] = ()
-    """(tap, bytes per second) whose upload is cut here, where the kernel has no ifb to shape it."""
+    """(tap, bytes per second) whose upload is policed here, if the kernel has no ifb to shape it."""
     allow_private: bool = True
     """Whether guests' direct traffic may go to PRIVATE_NETWORKS."""
     dns_server: str = ""
-    """What guests ask for names; its port 53 stays reachable in PRIVATE_NETWORKS."""
+    """The guests' name servers; their port 53 stays reachable in PRIVATE_NETWORKS."""
 
 
 def lease_elements(lease: Lease) -> tuple[Element, ...]:
@@ -88,13 +88,13 @@ def lease_elements(lease: Lease) -> tuple[Element, ...]:
 
 
 def possible_elements(lease: Lease) -> tuple[Element, ...]:
-    """Every element that ``lease`` may have had in whatever mode: what a removal clears."""
+    """Every element that ``lease`` may have had in any mode; a removal deletes all of them."""
     strictest = msgspec.structs.replace(lease, egress_mode=EgressMode.ALL, isolated=False)
     return lease_elements(strictest)
 
 
 def render_ruleset(facts: RuleFacts, leases: Iterable[Lease]) -> str:
-    """Both tables with all elements, replacing what is there in one transaction (``nft -f``)."""
+    """Both tables with all elements, replacing existing ones in one transaction (``nft -f``)."""
     elements: dict[tuple[str, str], list[str]] = {}
     for lease in leases:
         for element in lease_elements(lease):
@@ -104,7 +104,7 @@ def render_ruleset(facts: RuleFacts, leases: Iterable[Lease]) -> str:
 
 
 def render_removal() -> str:
-    """Both tables gone, also where they never were."""
+    """Delete both tables, even if they do not exist."""
     return "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in FAMILIES)
 
 
@@ -238,7 +238,7 @@ def _name_server(facts: RuleFacts) -> str:
 
 
 def _limits(facts: RuleFacts) -> str:
-    """Named policers: a cut instead of a queue, rough for TCP, used only without ifb."""
+    """Named policers: they drop instead of queueing, which hurts TCP; used only without ifb."""
     return "".join(
         f"    limit up_{_word(tap)} {{ rate over {rate} bytes/second burst {max(rate // 10, 65536)} bytes; }}\n"
         for tap, rate in facts.policed

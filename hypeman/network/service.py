@@ -1,13 +1,13 @@
-"""The guests' network, as the others see it: attach, detach, limits, egress mode, counters.
+"""The guest network's public interface: attach, detach, limits, egress mode, counters.
 
-Desired state is ``_leases``: the leases of living VMs. Links and rules are made to agree with it by
-attach and detach, at start, and whenever a watcher sees that the world has changed:
+Desired state is ``_leases``: the leases of running VMs. Links and rules are made to match it by
+attach and detach, at start, and whenever a watcher detects a change on the host:
 
-    rules flushed or changed by somebody    both tables are loaded anew
-    TAP deleted by somebody                 made anew, and its owner is told, who has its VMM put on it
-    uplink gone, back, another, other MTU   rules, forwarding and MTUs follow
+    rules flushed or changed by others      both tables are reloaded
+    TAP deleted by others                   recreated; its owner is notified and reattaches the VMM
+    uplink lost, back, replaced, new MTU    rules, forwarding and MTUs are updated
 
-A guest is opened last and closed first, so no packet of it ever meets half of its rules.
+A guest is opened last and closed first, so none of its packets meets a partial set of rules.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hypeman.network.types import GuestNetwork, HostPort, Lease
 log = logging.getLogger(__name__)
 
 TapLost = Callable[[str], Awaitable[None]]
-"""Told the id of an instance whose TAP was deleted under it and made anew."""
+"""Called with the id of an instance whose TAP was deleted and recreated."""
 
 
 async def _ignore(instance_id: str) -> None:
@@ -42,14 +42,14 @@ async def _ignore(instance_id: str) -> None:
 
 
 TapOperation = Callable[[str], None]
-"""Told ``create`` or ``delete``, for the metrics."""
+"""Called with ``create`` or ``delete``, for the metrics."""
 
 _RETRY = 1.0
 """Seconds."""
 
 
 class Network:
-    """``start`` once with the leases of living VMs, then ``run`` in a nursery."""
+    """``start`` once with the leases of running VMs, then ``run`` in a nursery."""
 
     def __init__(
         self,
@@ -71,11 +71,11 @@ class Network:
         self._on_tap_lost: TapLost = _ignore
         self._leases: dict[str, Lease] = {}
         self._last_holders: dict[str, str] = {}
-        """Address → the instance that had it last, as far as is known since the start."""
+        """Address → the instance that had it last, since the server started."""
         self._owners: dict[int, str] = {}
         """Interface index → instance, for the counters."""
         self._changing = trio.Lock()
-        """Held while ``_leases`` and the rules change together, so that a reload never brings back
+        """Held while ``_leases`` and the rules change together, so that a reload never reopens
         a guest that is being closed."""
         self._stats = TapStats()
         self._claim: NamespaceClaim | None = None
@@ -83,13 +83,13 @@ class Network:
         self._on_tap_operation = on_tap_operation
 
     def on_tap_lost(self, react: TapLost) -> None:
-        """Await ``react`` with the id of each instance whose TAP somebody deleted, once it has been recreated."""
+        """Await ``react`` with the id of each instance whose TAP was deleted by others, once it has been recreated."""
         self._on_tap_lost = react
 
     async def start(self, living: Iterable[Lease]) -> None:
-        """Make the host agree with ``living``: their links put back, all else of ours removed.
+        """Make the host match ``living``: restore their links, remove all our others.
 
-        Rules come first, so nothing is open meanwhile. Raises HostError.
+        Rules are loaded first, so no guest is open meanwhile. Raises HostError.
         """
         self._claim = self._claim or NamespaceClaim()
         self._leases = {lease.instance_id: lease for lease in living if lease.enabled}
@@ -111,22 +111,22 @@ class Network:
             await self._add_tap(lease)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Watch links, routes and rules, and mend, until cancelled."""
+        """Watch links, routes and rules, and repair them, until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_links)
             await nursery.start(self._watch_rules)
             task_status.started()
 
     def aclose(self) -> None:
-        """Let go of sockets; the guests' network stays as it is."""
+        """Close sockets; the guests' network is unchanged."""
         self._stats.close()
         if self._claim is not None:
             self._claim.close()
 
     async def attach(self, lease: Lease, *, uid: int = 0) -> None:
-        """Make the TAP of ``lease``, owned by ``uid``, and open it. A repetition changes nothing.
+        """Create the TAP of ``lease``, owned by ``uid``, and open the guest. Idempotent.
 
-        Raises HostError; what is half made then is removed by ``detach``.
+        Raises HostError; ``detach`` then removes a partial TAP.
         """
         if not lease.enabled:
             return
@@ -138,7 +138,7 @@ class Network:
         self._on_tap_operation("create")
 
     async def detach(self, lease: Lease) -> None:
-        """Close the guest and remove its TAP; content if there is none."""
+        """Close the guest and remove its TAP; a no-op if there is none."""
         if not lease.enabled:
             return
         async with self._changing:
@@ -153,14 +153,14 @@ class Network:
         return await self._links.open_tap(lease.tap)
 
     async def plug_in_again(self, lease: Lease, pid: int) -> bool:
-        """Put the VMM with process ``pid`` on its TAP that was made anew; whether it held a dead one.
+        """Reattach the VMM with process ``pid`` to its recreated TAP; returns whether it held a deleted one.
 
         Raises HostError.
         """
         return await trio.to_thread.run_sync(revive, pid, lease.tap) > 0
 
     async def set_rates(self, lease: Lease) -> None:
-        """Make the limits of a living guest those of ``lease``; a stopped one gets them with its TAP."""
+        """Set the limits of a running guest to those of ``lease``; a stopped one gets them with its TAP."""
         async with self._changing:
             if lease.instance_id not in self._leases:
                 return
@@ -170,9 +170,9 @@ class Network:
                 await self._load_rules_locked()
 
     async def set_egress(self, lease: Lease) -> None:
-        """Make the egress mode of a living guest that of ``lease``, in one transaction.
+        """Set the egress mode of a running guest to that of ``lease``, in one transaction.
 
-        Connections that are open are cut by a stricter mode as well.
+        A stricter mode also cuts open connections.
         """
         async with self._changing:
             if lease.instance_id not in self._leases:
@@ -181,7 +181,7 @@ class Network:
             await self._change_rules(lease, add=ruleset.lease_elements(lease))
 
     def guest_network(self, lease: Lease) -> GuestNetwork | None:
-        """What the guest sets up for ``lease``; None where it has no interface."""
+        """The guest's network settings for ``lease``; None if it has no interface."""
         if not lease.enabled:
             return None
         return GuestNetwork(
@@ -194,7 +194,7 @@ class Network:
         )
 
     def counters(self) -> dict[str, tuple[int, int]]:
-        """Instance → (bytes received, bytes sent) as the guest counts them. One system call; no wait."""
+        """Instance → (bytes received, bytes sent) from the guest's view. One system call; does not block."""
         owners = self._owners
         return {
             owners[index]: (to_guest, from_guest)
@@ -231,8 +231,8 @@ class Network:
         self._owners[index] = lease.instance_id
 
     async def _forget_flows_of_others(self, lease: Lease) -> None:
-        """Cut what the world still sends to the address's former holder. An instance that comes back from
-        standby to its own address keeps its connections."""
+        """Drop flows to the address's previous holder. An instance that returns from standby to its own
+        address keeps its connections."""
         if self._last_holders.get(lease.ipv4) == lease.instance_id:
             return
         try:
@@ -260,7 +260,7 @@ class Network:
         await self._rules.load(ruleset.render_ruleset(facts, leases))
 
     async def _change_rules(self, lease: Lease, add: tuple[Element, ...] = ()) -> None:
-        """Make the elements of ``lease`` those of ``add``, in one transaction: no packet meets a mixture."""
+        """Replace the elements of ``lease`` by ``add`` in one transaction: no packet meets a mixture."""
         if self._is_policed(lease):
             await self._load_rules_locked()
             return
@@ -278,7 +278,7 @@ class Network:
                 await self._load_rules_until_done()
 
     async def _load_rules_until_done(self) -> None:
-        """Without rules guests are open, so this is not given up."""
+        """Load the rules, retrying indefinitely, since guests are unfiltered without them."""
         while True:
             try:
                 await self._load_rules()
@@ -314,8 +314,8 @@ class Network:
             await self._links.set_mtu([lease.tap for lease in self._leases.values()], self.uplink.mtu)
 
     async def _put_back(self) -> None:
-        """TAPs, shapers and routes that somebody removed. What ``detach`` removes is no lease any more."""
-        leases = list(self._leases.values())  # before looking: what is attached meanwhile is not in the look
+        """Restore TAPs, shapers and routes removed by others. Those that ``detach`` removes have no lease."""
+        leases = list(self._leases.values())  # before reading links: guests attached meanwhile are not among them
         there, routed = await self._links.ours(), await self._links.routed()
         for lease in leases:
             link = there.get(lease.tap)
