@@ -1,9 +1,9 @@
 """Hypeman: OCI images as micro-VMs behind a REST API, on one host.
 
-Start reading at ``__main__.py`` (the command) and ``app.py`` (how the parts are put together).
+Start reading at ``__main__.py`` (the command) and ``app.py`` (the wiring of the parts).
 """
 
 __version__ = "0.1.0"
 
 API_VERSION = "0.3.0"
-"""Revision of the HTTP contract that this server speaks."""
+"""Revision of the HTTP contract that this server implements."""

@@ -1,4 +1,4 @@
-"""``python -m hypeman``, and where the bundled program begins."""
+"""``python -m hypeman``, and the entry point of the bundled program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["@image-worker"]:  # a helper process of our own, see images/worker.py
+    if sys.argv[1:2] == ["@image-worker"]:  # a helper process, see images/worker.py
         from hypeman.images.worker import main as work
 
         sys.exit(work(int(sys.argv[2])))

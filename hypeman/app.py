@@ -1,10 +1,10 @@
-"""How the parts are put together: each service built once, started in the order in which they lean on
-each other, stopped in the reverse one. Nothing imports this module but the command line.
+"""Wiring: each service is built once, started in dependency order and stopped in reverse order. Only
+the command line imports this module.
 
-    store → hypervisors (asked in the background) → devices → network → egress → images → instances
+    store → hypervisors (probed in the background) → devices → network → egress → images → instances
           → snapshots, volumes → HTTP
 
-VMs are no part of it: they live in control groups of their own and are found again at the next start.
+VMs are not part of it: they run in their own control groups and are reattached at the next start.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 
 def main(config: Config) -> None:
-    """Serve until SIGTERM or SIGINT. Raises HypemanError if the server can not start."""
+    """Serve until SIGTERM or SIGINT. Raises HypemanError if the server cannot start."""
     setup_logs(config.log.level, config.log.format)
     if not config.jwt_secret:
         log.warning("jwt_secret is empty: over TCP every call is refused; only the unix socket lets anybody in")
@@ -77,7 +77,7 @@ def main(config: Config) -> None:
 
 
 async def serve(config: Config, *, started: Callable[[], object] = lambda: None) -> None:
-    """The whole server; ends in order when SIGTERM or SIGINT comes."""
+    """Run the whole server; shuts down in order on SIGTERM or SIGINT."""
     shutdown = trio.Event()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch_signals, shutdown)
@@ -86,7 +86,7 @@ async def serve(config: Config, *, started: Callable[[], object] = lambda: None)
 
 
 async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], object] = lambda: None) -> None:
-    """The server until ``shutdown`` is set. ``started`` is called when it answers."""
+    """Run the server until ``shutdown`` is set. ``started`` is called once it accepts requests."""
     sockets = bind_tcp(config.listen_address, config.port) if config.port else []
     trusted = _bind_socket(config)
     async with AsyncExitStack() as stack:
@@ -141,7 +141,7 @@ class _Parts:
 
 
 async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
-    """All services, none of them running. What they hold open is closed by ``stack``."""
+    """Build all services without starting them. ``stack`` closes the resources they hold open."""
     paths = config.paths
     files = Files()
     await files.make_dir(paths.data_dir.resolve(), mode=0o711)
@@ -176,7 +176,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         store,
         config.devices,
         uplink=uplink.names[0] if uplink.names else "",
-        on_vanished=lambda instance_id, text: instances.device_vanished(instance_id, text),  # who are below
+        on_vanished=lambda instance_id, text: instances.device_vanished(instance_id, text),  # defined below
     )
     images = Images(store=store, paths=paths, config=config.images, conversions=config.limits.max_concurrent_builds)
     disks = Disks(files, processes, paths.templates)
@@ -275,8 +275,8 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
 
 
 async def _started(parts: _Parts, background: trio.Nursery, shutdown: trio.Event) -> bool:
-    """False if ``shutdown`` came first: what a crash left unfinished may take long to settle, and the next
-    start can go on with it."""
+    """False if ``shutdown`` came first: settling the leftovers of a crash may take long, and the next start
+    can continue it."""
 
     async def stop_starting() -> None:
         await shutdown.wait()
@@ -290,7 +290,7 @@ async def _started(parts: _Parts, background: trio.Nursery, shutdown: trio.Event
 
 
 async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
-    """Start everything in order; returns when all instances are settled."""
+    """Start everything in order; returns once all instances are settled."""
     files = Files()
     await files.remove(parts.config.paths.tmp)
     await files.make_dir(parts.config.paths.tmp)
@@ -307,7 +307,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await parts.volumes.start()
     await parts.snapshots.start()
     await nursery.start(parts.instances.run)
-    parts.egress.accept()  # the rules of all guests are there again
+    parts.egress.accept()  # the rules of all guests have been restored
 
 
 def _guest_kernel(config: Config) -> tuple[str, str | None]:

@@ -1,6 +1,6 @@
-"""Files that come with the program and are not Python: the guest kernel and its initrd.
+"""Non-Python files shipped with the program: the guest kernel and its initrd.
 
-In the appliance they lie beside the package; in a checkout ``make`` puts them into ``build/guest``.
+In the appliance they are next to the package; in a checkout ``make`` puts them into ``build/guest``.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ INITRD = "initrd.cpio"
 
 
 def find(name: str) -> Path | None:
-    """The file ``name`` that came with us, or None."""
+    """The shipped file ``name``, or None."""
     return next((folder / name for folder in FOLDERS if (folder / name).is_file()), None)

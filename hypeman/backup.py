@@ -1,14 +1,14 @@
-"""``hypeman backup``: everything that a host knows and keeps, in one file, and back on an empty host.
+"""``hypeman backup``: all state of a host in one file, and its restore on an empty host.
 
-Made while a server runs or while none does: the store is a snapshot that LMDB takes, everything else does not
-change once it is recorded (images, snapshots, captures) or belongs to nobody who runs (disks of stopped instances and
-what is in standby, volumes that no running instance may write to). Left out are instances that have a VM, with the
-volumes they may write to: their disks change under the copy. A snapshot of them is contained. In the copy of the store
-they are marked as half deleted, so the first server on it takes them away as it would after a crash. Not contained
-either: settings, the cache of layers, TAPs and rules (made anew at start).
+Works with or without a running server: the store is copied as an LMDB snapshot; everything else either does not
+change once recorded (images, snapshots, captures) or is not in use (disks of instances that are stopped or in standby,
+volumes that no running instance may write to). Instances that have a VM are left out, with the volumes they may write
+to, since their disks change during the copy; their snapshots are included. The copied store marks them as partially
+deleted, so the first server on it removes them as it would after a crash. Also not included: settings, the layer
+cache, TAPs and rules (recreated at start).
 
-What always holds: files are looked at again after they were copied; if one has changed meanwhile there is no backup
-and the error says which. A restore ends with a whole data directory or with an empty one.
+Invariants: files are checked again after copying; if one has changed, no backup is made and the error names it.
+A restore ends with a complete data directory or an empty one.
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ _CHUNK = 1 << 20
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backup says about itself; its first entry."""
+    """Metadata of a backup; its first entry."""
 
     format: int
     version: str
-    """Of the program that made it."""
+    """Version of the program that made it."""
     created_at: datetime
     instances: tuple[str, ...]
     """Names of the instances in it."""
     left_out: tuple[str, ...]
-    """Names of the instances that are not in it, since they had a VM."""
+    """Names of the instances left out because they had a VM."""
     volumes_left_out: tuple[str, ...] = ()
 
 
 class Contents(msgspec.Struct, frozen=True):
-    """What the store says is to be copied, as directories below the data directory, and what is not."""
+    """What to copy according to the store, as directories below the data directory, and what is left out."""
 
     directories: tuple[str, ...]
     instances: tuple[InstanceRecord, ...]
@@ -75,7 +75,7 @@ class Contents(msgspec.Struct, frozen=True):
 
 
 def create(paths: Paths, target: Path) -> About:
-    """Write a new file ``target``. Raises Conflict if something changed meanwhile, HypemanError for all else."""
+    """Write a new file ``target``. Raises Conflict if something changed meanwhile, otherwise HypemanError."""
     if not (paths.store / "data.mdb").exists():
         raise InvalidRequest(f"there is nothing to back up in {paths.data_dir}")
     with tempfile.TemporaryDirectory(prefix=".backup.", dir=paths.data_dir) as staging:
@@ -101,7 +101,7 @@ def create(paths: Paths, target: Path) -> About:
 
 
 def restore(paths: Paths, source: Path) -> About:
-    """Fill an empty data directory from a backup. Raises HypemanError, with the directory empty."""
+    """Fill an empty data directory from a backup. On HypemanError the directory is left empty."""
     data = paths.data_dir
     if data.is_dir() and (found := sorted(set(os.listdir(data)) - {_HALF, "lost+found"})):
         raise Conflict(f"{data} is not empty (there is {found[0]}); move it away first")
@@ -112,9 +112,9 @@ def restore(paths: Paths, source: Path) -> About:
         half.mkdir(mode=0o700)
         _unpack(source, half)
         about = _read_about(half)
-        Store.open(half / "store").close()  # refuses that of a newer version
+        Store.open(half / "store").close()  # refuses a store of a newer version
         (half / _ABOUT).unlink()
-        # The store last: without it a server would take the rest for leftovers, and so could a second restore.
+        # The store comes last: without it a server, or a second restore, may treat the rest as leftovers.
         for name in sorted(os.listdir(half), key=lambda name: name == "store"):
             (half / name).rename(data / name)
     finally:
@@ -123,9 +123,9 @@ def restore(paths: Paths, source: Path) -> About:
 
 
 def _unpack(source: Path, directory: Path) -> None:
-    """Unpack a backup into an empty directory that only we can write to: regular files and directories, nothing else.
+    """Unpack regular files and directories, nothing else, into an empty directory that only root can write to.
 
-    Modes are ours: nothing is executable, setuid or writable by others. Raises HostError.
+    Modes are fixed: nothing is executable, setuid or writable by others. Raises HostError.
     """
     try:
         with source.open("rb") as file:
@@ -151,7 +151,7 @@ def _plain(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _unpack_entry(entry: Entry, reader: TarReader, root: int) -> None:
-    """``root`` is the directory's descriptor. There are no links below it, since none is ever made."""
+    """``root`` is the directory's descriptor. There are no links below it, since none are ever created."""
     name = entry.name.rstrip(b"/")
     if not _SAFE_NAME.fullmatch(name):
         raise TarError(f"has the name {name[:200]!r}, which no backup has")
@@ -199,7 +199,7 @@ def _read_about(directory: Path) -> About:
 
 
 async def _settle_copy(path: Path) -> Contents:
-    """What is in the copied store, after it says what will be missing."""
+    """The contents of the copied store, after instances to be left out were marked in it."""
     store = Store.open(path)
     try:
         async with store.serving():
@@ -238,7 +238,7 @@ def _is_resting(txn: Txn, record: InstanceRecord) -> bool:
 
 
 def condemn(txn: Txn, contents: Contents) -> None:
-    """Let the next server delete the instances that are left out, and know nothing of the volumes."""
+    """Mark the instances left out for deletion by the next server, and remove the rows of their volumes."""
     for record in contents.left_out:
         dead = msgspec.structs.replace(record, state=InstanceState.STOPPED, handle=None, deleting=True)
         txn.put(INSTANCES, record.id, dead)
@@ -248,7 +248,7 @@ def condemn(txn: Txn, contents: Contents) -> None:
 
 
 Look = dict[str, tuple[int, int, int]]
-"""Path below the data directory → inode, size and time of its last change."""
+"""Path below the data directory → inode, size and ctime."""
 
 
 def _look(data: Path, directories: Iterable[str]) -> Look:
@@ -277,5 +277,5 @@ def _identity(path: Path) -> tuple[int, int, int]:
 
 
 def _first_difference(before: Look, after: Look) -> str:
-    """A path that is not what it was. The folders above come and go with everybody's work and do not count."""
+    """A path that has changed. Parent directories change with unrelated work and are ignored."""
     return next((p for p in before | after if "/" in p and before.get(p) != after.get(p)), "")

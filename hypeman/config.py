@@ -1,10 +1,10 @@
 """The server's settings: one frozen tree, read once at start.
 
-Order of precedence: environment > file > default. A file is YAML; an environment variable is the
-path of the key in upper case with ``__`` between the levels (``NETWORK__SUBNET_CIDR``), alone
-(``JWT_SECRET``) for a key of the first level. A key nobody knows, a value out of bounds or of the
-wrong type is refused at start with its full name: a typing error must never quietly become a default.
-Sizes and rates are written as text (``32GB``) and decoded here, once: everybody else sees bytes.
+Order of precedence: environment > file > default. The file is YAML; an environment variable is the
+path of the key in upper case with ``__`` between the levels (``NETWORK__SUBNET_CIDR``); a top-level
+key has no prefix (``JWT_SECRET``). An unknown key, or a value out of bounds or of the wrong type, is
+refused at start with its full name: a typo must never silently become a default.
+Sizes and rates are written as text (``32GB``) and decoded here, once: other modules see bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Positive = Annotated[int, Meta(ge=1)]
 Ratio = Annotated[float, Meta(gt=0)]
 
 _PARSERS: Mapping[str, Callable[[str], int]] = {"size": parse_size, "rate": parse_rate}
-"""By ``Meta.extra["text"]``: how the text of a value becomes the number."""
+"""Parsers of text values, by ``Meta.extra["text"]``."""
 
 Size = Annotated[int, Meta(ge=0, extra={"text": "size"})]
 """Bytes; text as ``32GB`` in the file and the environment, where empty is 0."""
@@ -41,13 +41,13 @@ HypervisorChoice = Literal["", "cloud-hypervisor", "firecracker", "qemu", "qemu-
 """Empty, or a kind that ``hypervisor/drivers.py`` has a driver for; a test compares them."""
 
 MIN_SECRET_BYTES = 32
-"""As RFC 7518 requires for HS256."""
+"""Required by RFC 7518 for HS256."""
 
 CONFIG_FILES = ("/etc/hypeman/config.yaml", "~/.config/hypeman/config.yaml")
 
 
 class ConfigError(HypemanError):
-    """The settings can not be used; the message names the key."""
+    """The settings cannot be used; the message names the key."""
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,53 +56,53 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 class HypervisorConfig(_Section, frozen=True):
     default: HypervisorChoice = ""
-    """Kind used when a create names none; empty: cloud-hypervisor where it is installed and KVM works, else qemu."""
+    """Hypervisor if a create request names none; empty: cloud-hypervisor if installed and KVM works, else qemu."""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
     """``auto``: KVM if the probe kernel runs on it, else TCG."""
     kvm_patience: Annotated[float, Meta(gt=0)] = 10.0
     """Seconds to wait for output from the probe kernel before treating KVM as unusable; more where KVM is nested."""
     kernel: str = ""
-    """Guest kernel (uncompressed PVH vmlinux); empty: the one that came with us."""
+    """Guest kernel (uncompressed PVH vmlinux); empty: the one shipped with hypeman."""
     initrd: str = ""
-    """Initial file system of guests, with the agent; empty: the one that came with us."""
+    """Initrd of guests, with the agent; empty: the one shipped with hypeman."""
     qemu_binary: str = ""
-    """Empty: ``qemu-system-x86_64`` on the path."""
+    """Path of the binary; empty: ``qemu-system-x86_64`` in PATH."""
     cloud_hypervisor_binary: str = ""
-    """Empty: ``cloud-hypervisor`` on the path."""
+    """Path of the binary; empty: ``cloud-hypervisor`` in PATH."""
     firecracker_binary: str = ""
-    """Empty: ``firecracker`` on the path."""
+    """Path of the binary; empty: ``firecracker`` in PATH."""
     jailer_binary: str = ""
-    """Firecracker's own; empty: ``jailer`` on the path."""
+    """Path of Firecracker's jailer; empty: ``jailer`` in PATH."""
     uid_base: Annotated[int, Meta(ge=0, le=2**31)] = 510000
-    """VMMs run as ``uid_base`` + a number of their own each; 0 runs them as the server's user."""
+    """Each VMM runs as ``uid_base`` plus a unique number; 0 runs all as the server's user."""
 
 
 class LimitsConfig(_Section, frozen=True):
     max_vcpus_per_instance: Positive = 16
-    """The most that one instance may ask for."""
+    """Maximum per instance."""
     max_memory_per_instance: PositiveSize = 32 << 30
-    """The most that one instance may ask for, plugged memory included."""
+    """Maximum per instance, including hotplugged memory."""
     max_overlay_size: PositiveSize = 100 << 30
-    """The largest writable layer over an image."""
+    """Maximum size of the writable layer over an image."""
     max_concurrent_builds: Positive = 1
-    """Image conversions at once."""
+    """Concurrent image conversions."""
     max_total_volume_storage: Size = 0
-    """Sum of the sizes of all volumes; 0: no limit."""
+    """Maximum total size of all volumes; 0: no limit."""
     max_log_size: PositiveSize = 50 << 20
-    """A log file of an instance is rotated above this size; one old one is kept."""
+    """An instance's log file is rotated above this size; one old file is kept."""
 
 
 class OversubscriptionConfig(_Section, frozen=True):
     cpu: Ratio = 4.0
-    """How many times the processors may be promised to running instances."""
+    """Overcommit factor of the processors for running instances."""
     memory: Ratio = 1.0
-    """How many times the memory may be promised."""
+    """Overcommit factor of memory."""
     disk: Ratio = 1.0
-    """How many times the disk may be promised; disks of guests are sparse."""
+    """Overcommit factor of disk space; guest disks are sparse."""
     network: Ratio = 2.0
-    """How many times the uplink's capacity may be promised."""
+    """Overcommit factor of the uplink's capacity."""
     disk_io: Ratio = 2.0
-    """How many times the rate of the disks may be promised."""
+    """Overcommit factor of the disk rate."""
 
 
 class CapacityConfig(_Section, frozen=True):
@@ -115,78 +115,78 @@ class CapacityConfig(_Section, frozen=True):
     disk: Size = 0
     """Disk below ``data_dir``."""
     network: Rate = 0
-    """A rate, as in ``10gbps``. Limiting by share needs it, or a link speed that the uplink reports."""
+    """A rate such as ``10gbps``. Limiting by share requires it, or a link speed reported by the uplink."""
     disk_io: Rate = 0
-    """A rate, as in ``500MB/s``. Limiting by share needs it."""
+    """A rate such as ``500MB/s``. Limiting by share requires it."""
 
 
 class ReclaimConfig(_Section, frozen=True):
-    """Memory that guests lend to the host when ``POST /resources/memory/reclaim`` asks for it."""
+    """Memory that guests lend to the host on ``POST /resources/memory/reclaim``."""
 
     enabled: bool = True
-    """Whether it may be asked for."""
+    """Whether reclaim is enabled."""
     floor: Size = 256 << 20
-    """What a guest keeps in any case."""
+    """Minimum memory that a guest keeps."""
     floor_percent: Annotated[int, Meta(ge=0, le=100)] = 50
-    """Part of its memory that a guest keeps in any case."""
+    """Minimum fraction of its memory that a guest keeps."""
 
 
 class ImagesConfig(_Section, frozen=True):
     root_fs: Literal["erofs", "ext4"] = "erofs"
     """File system of image disks; ``erofs`` is compressed and read-only."""
     insecure_registries: tuple[str, ...] = ()
-    """``host[:port]`` of registries that speak plain HTTP."""
+    """``host[:port]`` of registries that use plain HTTP."""
     mirrors: dict[str, tuple[str, ...]] = {}
-    """Registry host → mirrors to ask first."""
+    """Registry host → mirrors to try first."""
     ca_file: str = ""
-    """Roots for verifying registries; empty: those of the system."""
+    """CA certificates for verifying registries; empty: the system's."""
     docker_config: str = ""
-    """A docker ``config.json`` with logins; empty: ``~/.docker/config.json`` of the server's user."""
+    """A docker ``config.json`` with credentials; empty: ``~/.docker/config.json`` of the server's user."""
     max_concurrent_downloads: Positive = 4
-    """Layers being fetched at once, over all images."""
+    """Concurrent layer downloads, over all images."""
     blob_cache_size: Size = 10 << 30
-    """Compressed layers kept for the next pull; the least used go first."""
+    """Size of the cache of compressed layers; the least recently used are evicted first."""
     max_image_size: PositiveSize = 50 << 30
-    """Bytes of all layers unpacked."""
+    """Maximum unpacked size of all layers of an image."""
     max_image_entries: Positive = 2_000_000
-    """Files and directories in an image."""
+    """Maximum number of files and directories in an image."""
     import_paths: tuple[str, ...] = ()
-    """Directories below which the server may import archives by path."""
+    """Directories from which the server may import archives by path."""
 
 
 class NetworkConfig(_Section, frozen=True):
     subnet_cidr: str = "10.100.0.0/16"
-    """Where guests get their addresses from."""
+    """Subnet of the guests' addresses."""
     gateway: str = ""
-    """Address that answers on every TAP; empty: the first of the subnet."""
+    """Gateway address on every TAP; empty: the first address of the subnet."""
     dns_server: str = "1.1.1.1"
-    """What guests are told to ask for names."""
+    """DNS server configured in guests."""
     uplink: str = ""
-    """Interface towards the world; empty: that of the default route."""
+    """Uplink interface; empty: that of the default route."""
     bridge_name: str = ""
-    """Accepted for the original's configuration files; there is no bridge."""
+    """Ignored; accepted for compatibility with the original's configuration files. There is no bridge."""
     allow_private: bool = True
     """Whether guests' direct traffic reaches private networks behind the uplink (RFC 1918, 100.64.0.0/10, services of
     cloud providers at 168.63.129.16 and 100.100.100.200, and the like). Off is recommended: then only ``dns_server`` is
     reached there, on port 53. Mediated connections have ``egress.allow_private`` instead; link-local addresses are
     never reached."""
     guest_to_guest: bool = False
-    """Whether guests reach each other."""
+    """Whether guests can reach each other."""
     default_limits: bool = True
-    """Give instances without explicit limits a share of the uplink's capacity, where that is known."""
+    """Give instances without explicit limits a share of the uplink's capacity, if it is known."""
 
 
 class EgressConfig(_Section, frozen=True):
     port: Port = 18080
     """Port on the gateway where mediated connections end; never reachable from elsewhere."""
     loops: Annotated[int, Meta(ge=0, le=64)] = 0
-    """Threads; 0: one for each core, at most 4."""
+    """Number of threads; 0: one per core, at most 4."""
     allow_private: tuple[str, ...] = ()
     """CIDRs of private upstreams that guests may reach through the proxy."""
     upstream_ca_file: str = ""
-    """Extra roots, beside the system's, for verifying upstreams."""
+    """Additional CA certificates, besides the system's, for verifying upstreams."""
     intercept_all: bool = False
-    """Decrypt also hosts without a rule; by default they are passed through unread."""
+    """Also decrypt connections to hosts without a rule; by default they are passed through encrypted."""
 
 
 class DevicesConfig(_Section, frozen=True):
@@ -195,21 +195,21 @@ class DevicesConfig(_Section, frozen=True):
     dev_root: str = "/dev"
     """For tests."""
     pci_ids: str = ""
-    """File with the names of PCI devices; empty: that of the system, else the one that came with us."""
+    """The pci.ids file; empty: the system's, else the one shipped with hypeman."""
 
 
 class MetricsConfig(_Section, frozen=True):
     listen_address: str = "127.0.0.1"
-    """Where the metrics are served, without a token."""
+    """Address on which metrics are served, without a token."""
     port: Port = 9464
-    """Of the metrics."""
+    """Port of the metrics."""
     enabled: bool = True
     """Whether metrics are served."""
 
 
 class LogConfig(_Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least severe level that is logged."""
+    """Minimum level that is logged."""
     format: Literal["json", "text"] = "json"
     """One JSON object per line, or text."""
 
@@ -220,31 +220,31 @@ class SocketConfig(_Section, frozen=True):
     mode: Annotated[str, Meta(pattern="^0?[0-7]{3}$")] = "0660"
     """Permission bits of the socket."""
     group: str = ""
-    """Group that owns the socket, whose members have root on the host; empty: root. The package sets ``hypeman``."""
+    """Group that owns the socket; its members have root on the host. Empty: root. The package sets ``hypeman``."""
     trusted: bool = True
-    """Who may open the socket needs no token."""
+    """Users who can open the socket need no token."""
 
 
 class SnapshotsConfig(_Section, frozen=True):
     compression: Literal["", "zstd", "lz4"] = ""
     """Default for standby and snapshots; empty: none."""
     level: Annotated[int, Meta(ge=0, le=19)] = 1
-    """The more, the smaller and the slower; 1 to 19 for zstd, 0 to 9 for lz4."""
+    """Higher is smaller and slower; 1 to 19 for zstd, 0 to 9 for lz4."""
 
 
 class Config(_Section, frozen=True):
     listen_address: str = "127.0.0.1"
-    """Where the API listens for TCP. It speaks plain HTTP: let others in only through a proxy with TLS."""
+    """TCP address of the API. It uses plain HTTP: expose it to others only through a TLS proxy."""
     port: Port = 8080
-    """Of the API; 0: only the socket."""
+    """TCP port of the API; 0: only the socket."""
     jwt_secret: str = ""
-    """Signs the tokens; at least 32 bytes (``openssl rand -hex 32`` makes a good one). Empty: no access over TCP."""
+    """Signs the tokens; at least 32 bytes (for example from ``openssl rand -hex 32``). Empty: no access over TCP."""
     data_dir: str = "/var/lib/hypeman"
-    """Images, disks and records."""
+    """Directory for images, disks and records."""
     run_dir: str = "/run/hypeman"
-    """Sockets; a file system that a reboot empties."""
+    """Directory for sockets, on a file system that a reboot clears."""
     request_timeout: Annotated[float, Meta(gt=0)] = 60.0
-    """Seconds that a request may take, streams and waits apart."""
+    """Maximum seconds for a request, except streams and waits."""
     socket: SocketConfig = SocketConfig()
     hypervisor: HypervisorConfig = HypervisorConfig()
     limits: LimitsConfig = LimitsConfig()
@@ -301,10 +301,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _key_of_variable(name: str) -> tuple[str, ...] | None:
-    """("network", "dns_server") for NETWORK__DNS_SERVER; None for variables that are not ours.
+    """("network", "dns_server") for NETWORK__DNS_SERVER; None for unrelated variables.
 
-    Only sections and first-level keys that exist are taken, since the environment is everybody's;
-    below a section of ours every name is, so that a typing error there is refused.
+    Only existing sections and top-level keys are accepted, since the environment is shared with others;
+    below an existing section every name is, so that a typo there is refused.
     """
     keys = tuple(name.lower().split("__"))
     types = _field_types(Config)
@@ -317,7 +317,7 @@ def _key_of_variable(name: str) -> tuple[str, ...] | None:
 
 
 def _value_of_variable(keys: tuple[str, ...], text: str) -> object:
-    """``text`` as the type that the key wants: strings stay as they are, all else is read as YAML."""
+    """``text`` as the key's type: strings are taken literally, everything else is parsed as YAML."""
     wanted: Any = Config
     for key in keys:
         wanted = _field_types(wanted).get(key) if _is_section(wanted) else None
@@ -327,7 +327,7 @@ def _value_of_variable(keys: tuple[str, ...], text: str) -> object:
 
 
 def _parse_texts(tree: dict[str, Any], section: Any, prefix: str) -> None:
-    """Replace the text of sizes and rates in ``tree``, which may have any shape, by numbers."""
+    """Replace the text of sizes and rates in ``tree``, which may have any shape, with numbers."""
     for name, kind in _field_types(section).items():
         value = tree.get(name)
         if _is_section(kind):
@@ -341,7 +341,7 @@ def _parse_texts(tree: dict[str, Any], section: Any, prefix: str) -> None:
 
 
 def _parser(kind: Any) -> Callable[[str], int] | None:
-    """How the text of a field of type ``kind`` becomes a number; None if it is no such field."""
+    """The text parser of a field of type ``kind``; None if it has none."""
     extras = (meta.extra for meta in getattr(kind, "__metadata__", ()) if meta.extra)
     return next((_PARSERS[extra["text"]] for extra in extras), None)
 
@@ -351,7 +351,7 @@ def _choices(kind: Any) -> tuple[str, ...]:
 
 
 def _named(message: str) -> str:
-    """msgspec's message, with the choices where it complains of a value that is none of them."""
+    """msgspec's message, with the allowed choices added if the value is not one of them."""
     path = re.search(r"at `\$\.([a-z_.]+)`", message)
     kind: Any = Config
     for key in path[1].split(".") if path else ():

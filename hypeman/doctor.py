@@ -1,7 +1,7 @@
-"""``hypeman doctor``: what this host can do, what is missing, and what to type.
+"""``hypeman doctor``: what this host can do, what is missing, and the commands that fix it.
 
-Looks, and changes nothing; a server may run meanwhile. Each finding names one thing; the order is
-the order in which one would mend them.
+Read-only; a server may be running. Each finding covers one item; they are in the order in which they
+should be fixed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LITTLE_DISK = 2 << 30
 
 
 def examine(config: Config) -> list[Finding]:
-    """All findings about this host for a server with ``config``. Takes up to ten seconds where KVM hangs."""
+    """All findings about this host for a server with ``config``. Takes up to ten seconds if KVM hangs."""
     return trio.run(_examine, config)
 
 
@@ -195,7 +195,7 @@ def _kvm(found: Capabilities) -> Finding:
 
 
 def _other(kind: HypervisorKind, found: Capabilities) -> Finding:
-    """A VMM that nobody needs, but who has installed it wants to know."""
+    """A finding on an optional VMM, of interest if it is installed."""
     name = kind.value
     if not found.binary:
         return Finding(name=name, verdict=Verdict.OK, message="not installed, and not needed")

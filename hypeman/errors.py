@@ -1,9 +1,9 @@
-"""Everything that can go wrong and be told to a caller.
+"""All errors that are reported to a caller.
 
-One tree, because the HTTP layer, the command line and the log all speak of the same failures:
-each class has the ``status`` and the default ``code`` of the API contract (§1.4), and a message
-written for the person who has to act on it. Anything that is not a ``HypemanError`` is a bug and
-is answered with 500 ``internal_error``.
+One hierarchy, because the HTTP layer, the command line and the log report the same failures: each
+class has the ``status`` and the default ``code`` of the API contract (§1.4), and a message written
+for the person who has to act on it. Anything that is not a ``HypemanError`` is a bug and is answered
+with 500 ``internal_error``.
 
     HypemanError
     ├── InvalidRequest        400  the request itself is wrong (``code`` names the field)
@@ -11,7 +11,7 @@ is answered with 500 ``internal_error``.
     ├── Forbidden             403
     ├── NotFound              404
     ├── Conflict              409
-    │   ├── Ambiguous              the name or prefix fits several objects
+    │   ├── Ambiguous              the name or prefix matches several objects
     │   ├── AlreadyExists
     │   ├── NameConflict
     │   ├── InvalidState           legal, but not now
@@ -19,8 +19,8 @@ is answered with 500 ``internal_error``.
     │   └── InsufficientResources
     ├── RateLimited           429  an upstream registry throttles
     ├── InternalError         500  the machine refused: disk, kernel, VMM
-    │   └── StoreError             the data base can not be used; nothing was changed
-    └── NotSupported          501  this server, host or hypervisor can not do it
+    │   └── StoreError             the database cannot be used; nothing was changed
+    └── NotSupported          501  this server, host or hypervisor cannot do it
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from typing import ClassVar
 
 
 class HypemanError(Exception):
-    """Base of all failures that are told to a caller."""
+    """Base of all errors that are reported to a caller."""
 
     status: ClassVar[int] = 500
     default_code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = True
-    """False where the same request fails in the same way until somebody changes something: SDKs retry 409 and
-    every 5xx by themselves unless they get ``X-Should-Retry: false``."""
+    """False if the same request fails again until something is changed: SDKs automatically retry 409 and every
+    5xx unless they get ``X-Should-Retry: false``."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class HypemanError(Exception):
 
 
 class InvalidRequest(HypemanError):
-    """The request is wrong whatever the state of the world."""
+    """The request is invalid regardless of the current state."""
 
     status = 400
     default_code = "invalid_request"
@@ -86,7 +86,7 @@ class NameConflict(Conflict):
 
 
 class InvalidState(Conflict):
-    """The command is legal, but not in the state the object is in; the message names both."""
+    """The command is legal, but not in the object's current state; the message names both."""
 
     retryable = False
     default_code = "invalid_state"
@@ -101,7 +101,7 @@ class InsufficientResources(Conflict):
 
 
 class RateLimited(HypemanError):
-    """An upstream throttles; ``retry_after`` seconds when it said how long."""
+    """An upstream throttles; ``retry_after`` in seconds if it gave a delay."""
 
     status = 429
     default_code = "rate_limited"
@@ -112,15 +112,15 @@ class RateLimited(HypemanError):
 
 
 class InternalError(HypemanError):
-    """The machine below us refused: a disk, the kernel, a VMM."""
+    """The host failed: a disk, the kernel, a VMM."""
 
 
 class StoreError(InternalError):
-    """The data base can not be opened or written; what was there is untouched."""
+    """The database cannot be opened or written; existing data is unchanged."""
 
 
 class NotSupported(HypemanError):
-    """This server, host or hypervisor can not do it; said before anything was touched."""
+    """This server, host or hypervisor cannot do it; raised before anything was changed."""
 
     status = 501
     retryable = False

@@ -1,13 +1,13 @@
-"""Field types that the Structs of several capabilities share: how the contract writes times, sizes,
+"""Field types shared by the Structs of several capabilities: the contract's notation of times, sizes,
 rates and durations (§1.5 to §1.8).
 
-Text forms stay text here and are read by ``units`` and ``ids`` in the service, because each field
-has an error code of its own there; only what msgspec checks better itself (numbers, enums, times)
-is checked while decoding.
+Text forms stay text here and are parsed by ``units`` and ``ids`` in the service, because each field
+has its own error code there; only what msgspec checks better itself (numbers, enums, times) is
+checked during decoding.
 
-How the Structs say what is emitted (§0): a nullable field has the type ``T | None`` and is always
-there; an optional one has ``T | UnsetType`` and is left out while ``UNSET``. Requests take ``None``
-for absent throughout, since they are only read. Structs that travel both ways (the policies) say
+What the Structs emit (§0): a nullable field has the type ``T | None`` and is always present; an
+optional one has ``T | UnsetType`` and is omitted while ``UNSET``. Requests always use ``None`` for
+absent, since they are only decoded. Structs used in both directions (the policies) set
 ``omit_defaults``, so that absent stays absent and an explicit 0 or false is echoed.
 """
 

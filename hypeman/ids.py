@@ -1,4 +1,4 @@
-"""Identifiers, names and tags: made here, checked here.
+"""Generates and validates identifiers, names and tags.
 
 The grammar is that of the API contract, §1.5 and §1.8.
 """
@@ -24,11 +24,11 @@ Tags = dict[str, str]
 
 
 def new_id() -> str:
-    """A new identifier in the shape of a CUID2: 24 characters a–z0–9, the first one a letter.
+    """A new identifier in the format of a CUID2: 24 characters a–z0–9, the first one a letter.
 
-    Drawn from the system's entropy (about 123 bits), so two hosts never clash either.
+    Drawn from the system's entropy (about 123 bits), so ids of different hosts do not collide either.
     """
-    drawn = int.from_bytes(secrets.token_bytes(32))  # 256 bits for 124: the remainders are as good as even
+    drawn = int.from_bytes(secrets.token_bytes(32))  # 256 bits for 124: the modulo bias is negligible
     drawn, first = divmod(drawn, len(_FIRST))
     letters = [_FIRST[first]]
     for _ in range(_ID_LENGTH - 1):
@@ -38,7 +38,7 @@ def new_id() -> str:
 
 
 def check_name(name: str, *, what: str = "name", max_length: int = 63) -> str:
-    """``name`` if it is a legal name of an instance, ingress or snapshot, else InvalidRequest."""
+    """``name`` if it is a legal name of an instance, ingress or snapshot. Raises InvalidRequest."""
     if len(name) > max_length or not _NAME.fullmatch(name):
         raise InvalidRequest(
             f"{what} {name!r} must be 1 to {max_length} of a-z, 0-9 and '-', and begin and end with a letter or digit"
@@ -47,7 +47,7 @@ def check_name(name: str, *, what: str = "name", max_length: int = 63) -> str:
 
 
 def check_tags(tags: Mapping[str, str] | None) -> Tags:
-    """A copy of ``tags`` (empty for None) if all pairs are legal, else InvalidRequest."""
+    """A copy of ``tags`` (empty for None) if all pairs are legal. Raises InvalidRequest."""
     checked = dict(tags or {})
     if len(checked) > _MAX_TAGS:
         raise InvalidRequest(f"{len(checked)} tags given, at most {_MAX_TAGS} are allowed")

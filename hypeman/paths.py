@@ -1,17 +1,17 @@
-"""Where everything lies below the data directory and the runtime directory, as pure functions.
+"""The layout of the data directory and the runtime directory, as pure functions.
 
 data_dir/                       survives reboots; 0711
-  store/                        LMDB: the truth
+  store/                        LMDB: the authoritative records
   images/<digest>/              root disk and config of one image, published by rename
   templates/                    formatted overlays, copied for each instance
   captures/<id>/                memory and disks of instances in standby
   blobs/sha256/<hex>            compressed layers kept for the next pull, bounded
   volumes/<id>/disk.raw         disks that outlive instances
   instances/<id>/               overlay, boot disk, logs of one instance
-  snapshots/<id>/               captures kept for themselves
+  snapshots/<id>/               disks of snapshots
   egress/                       certificate authority, sealed secrets
-  tmp/                          half-made things; emptied at start
-run_dir/                        gone after a reboot (tmpfs); 0755 so that VMM users can pass
+  tmp/                          incomplete files; emptied at start
+run_dir/                        cleared by a reboot (tmpfs); 0755 so that VMM users can search it
   hypeman.sock                  the API
   vm/<id>/                      sockets and pid files of one VMM, owned by its user
 """
@@ -106,12 +106,12 @@ class InstancePaths(msgspec.Struct, frozen=True):
 
     @property
     def jail(self) -> Path:
-        """Where a VMM is shut in that has a jailer."""
+        """The chroot of a VMM that has a jailer."""
         return self.root / "jail"
 
     @property
     def staged(self) -> Path:
-        """Disks that are about to take the place of the instance's own."""
+        """Disks that are about to replace the instance's own."""
         return self.root / "staged"
 
     @property

@@ -1,8 +1,8 @@
-"""``hypeman clean-host``: take away what a server leaves on its host when it ends.
+"""``hypeman clean-host``: remove what a server leaves on its host when it stops.
 
-It leaves links, rules and devices lent to VMs on purpose, since VMs go on without it. Whoever removes the appliance
-ends the VMs first and then calls this. Refuses while a server runs; touches nothing that is not ours, and nothing
-below the data directory but the record of what was lent.
+The server deliberately leaves links, rules and devices lent to VMs, since VMs keep running without it. To remove the
+appliance, end the VMs first, then call this. Refuses while a server runs; touches nothing that is not hypeman's, and
+nothing below the data directory except the record of what was lent.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hypeman.store import Store, Txn
 
 
 async def clean_host(config: Config) -> None:
-    """Raises HypemanError, after everything else was tried, for what could not be taken away."""
+    """Tries to remove everything, then raises HypemanError for what could not be removed."""
     parts: tuple[Callable[[Config], Awaitable[None]], ...] = (_give_back_devices, _remove_network)
     failures: list[HypemanError] = []
-    claim = NamespaceClaim()  # no server here, and none that starts meanwhile
+    claim = NamespaceClaim()  # no server is running, and none can start meanwhile
     try:
         for part in parts:
             try:

@@ -1,4 +1,4 @@
-"""Text that came from others (guests, images, registries, clients), made safe to print. Pure.
+"""Makes text from others (guests, images, registries, clients) safe to print. Pure.
 
 A control character in such text is data: it must not start a new line of a log, or move the cursor or
 change the title of an operator's terminal.
@@ -28,7 +28,7 @@ def lines(text: str) -> str:
 
 
 def lines_with_colours(text: str) -> str:
-    """``lines``, but colours stay: for text that we coloured, whose foreign parts were escaped before that."""
+    """``lines``, but keeps colours: for text coloured by us, whose untrusted parts were escaped before that."""
     parts = _COLOUR.split(text)
     return "".join(part if at % 2 else lines(part) for at, part in enumerate(parts))
 

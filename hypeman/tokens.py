@@ -1,10 +1,10 @@
-"""Who may do what: JSON Web Tokens (§1.2) and scopes (§1.3). Pure, but for the clock of ``verify``.
+"""Authentication and authorization: JSON Web Tokens (§1.2) and scopes (§1.3). Pure, except for the clock in ``verify``.
 
 Rules:
-- Only HMAC signatures count; the list of algorithms is ours, never the token's.
-- A token made for a builder VM is never an API token, whatever it is signed with.
-- Without a ``permissions`` claim a token may do everything (as tokens of old could), with one only
-  what it names; ``*`` names everything.
+- Only HMAC signatures are accepted; the list of algorithms is fixed here, never taken from the token.
+- A token made for a builder VM is never an API token, regardless of its signing key.
+- Without a ``permissions`` claim a token has full access (for compatibility with old tokens), with one
+  only the scopes it names; ``*`` names all.
 - No token, claim or secret is ever part of a message.
 """
 
@@ -28,7 +28,7 @@ _BUILDER_SUBJECT = "builder-"
 
 
 class Scope(enum.StrEnum):
-    """What a token can be allowed to do."""
+    """Permissions that a token can have."""
 
     INSTANCE_READ = "instance:read"
     INSTANCE_WRITE = "instance:write"
@@ -60,7 +60,7 @@ _NAMES = frozenset(Scope) | {EVERYTHING}
 
 
 class Caller(Struct, frozen=True):
-    """Who asks. ``permissions`` is None for full access."""
+    """The authenticated caller. ``permissions`` is None for full access."""
 
     subject: str
     permissions: frozenset[str] | None = None
@@ -69,11 +69,11 @@ class Caller(Struct, frozen=True):
 
 
 LOCAL = Caller("local")
-"""Somebody whom the permissions of the unix socket let in."""
+"""A caller admitted by the permissions of the unix socket."""
 
 
 def mint(secret: str, *, subject: str, scopes: Iterable[str] | None = None, lifetime: int = TOKEN_LIFETIME) -> str:
-    """A token for ``subject``, valid ``lifetime`` seconds; ``scopes`` None allows everything.
+    """A token for ``subject``, valid for ``lifetime`` seconds; ``scopes`` None allows everything.
 
     Raises InvalidRequest for an empty secret or an unknown scope.
     """
@@ -87,7 +87,7 @@ def mint(secret: str, *, subject: str, scopes: Iterable[str] | None = None, life
 
 
 def check_names(scopes: Iterable[str]) -> list[str]:
-    """``scopes`` as a list if all of them exist, else InvalidRequest naming the ones that do not."""
+    """``scopes`` as a list. Raises InvalidRequest naming those that do not exist."""
     names = list(scopes)
     unknown = [name for name in names if name not in _NAMES]
     if unknown:
@@ -108,7 +108,7 @@ def verify(authorization: str | None, secret: str) -> Caller:
         claims = jwt.decode(token, secret, algorithms=list(_ALGORITHMS), options={"verify_aud": False})
     except jwt.ExpiredSignatureError:
         raise Unauthorized("the token has expired") from None
-    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):  # odd claims make PyJWT raise the others too
+    except (jwt.PyJWTError, ValueError, TypeError, OverflowError):  # PyJWT raises the others on malformed claims
         raise Unauthorized("the token is not valid here") from None
     subject, permissions, expires_at = claims.get("sub", ""), claims.get("permissions"), claims.get("exp")
     # PyJWT also accepts a string of digits as a time. RFC 7519 requires a number, and the cache compares numbers.
@@ -126,15 +126,15 @@ def verify(authorization: str | None, secret: str) -> Caller:
 
 
 class Verifier:
-    """``verify`` that remembers whom it knows: a signature is checked once for each token, its expiry every
-    time. A sixth of what a small request costs is saved by that. Only valid tokens are remembered."""
+    """``verify`` with a cache: a signature is checked once per token, its expiry every time. This saves a
+    sixth of the cost of a small request. Only valid tokens are cached."""
 
     def __init__(self, secret: str) -> None:
         self._secret = secret
         self._known: dict[str, Caller] = {}
 
     def caller(self, authorization: str | None) -> Caller:
-        """Raises Unauthorized."""
+        """The caller behind an ``Authorization`` header. Raises Unauthorized."""
         known = self._known.get(authorization or "")
         if known is None or (known.expires_at is not None and known.expires_at <= time.time()):
             known = verify(authorization, self._secret)

@@ -1,7 +1,7 @@
-"""Sizes, rates and durations as people write them, and back.
+"""Parses and formats human-readable sizes, rates and durations.
 
-Inside the program there are only bytes, bytes per second and seconds. The text forms are those of
-the API contract: §1.6 (Go durations) and §1.7 (sizes and rates). Output always parses back to the
+The program itself uses only bytes, bytes per second and seconds. The text forms are those of the API
+contract: §1.6 (Go durations) and §1.7 (sizes and rates). Output always parses back to the
 same value.
 """
 
@@ -28,7 +28,7 @@ _NANOSECONDS = {
 def parse_size(text: str, *, code: str = "invalid_request") -> int:
     """Bytes in ``text``: an integer with an optional binary unit ("512MB" is 512 · 2^20).
 
-    Raises InvalidRequest with ``code`` if the text is no size or does not fit 63 bits.
+    Raises InvalidRequest with ``code`` if the text is not a size or does not fit in 63 bits.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
@@ -60,12 +60,12 @@ def parse_rate(text: str, *, code: str = "invalid_request") -> int:
 
 
 def parse_disk_rate(text: str, *, code: str = "invalid_disk_io_bps") -> int:
-    """Bytes per second in ``text``: a size with an optional "/s" or "ps" behind it."""
+    """Bytes per second in ``text``: a size with an optional "/s" or "ps" suffix."""
     return parse_size(text.strip().lower().removesuffix("/s").removesuffix("ps"), code=code)
 
 
 def format_rate(value: int) -> str:
-    """``value`` bytes per second as a size with "/s" behind it."""
+    """``value`` bytes per second as a size with the suffix "/s"."""
     return format_size(value) + "/s"
 
 
