@@ -1,4 +1,4 @@
-"""How a route is declared: an ordinary function with its method, path and scope beside it.
+"""Route declarations: an ordinary function with its method, path and scope next to it.
 
     routes = Routes("devices")
 
@@ -8,10 +8,10 @@
         return await services.devices.get(id)
 
 The signature is the declaration: ``body`` is decoded from JSON into its annotation (or is the
-UploadStream), ``query`` likewise from the query string, every other parameter is one of the path.
-A ``body`` with the default None may be absent. The return annotation is the answer, the docstring
-the documentation. The server (``app.py``) and the document (``openapi.py``) both read it from the
-Operation made here, so that they can not disagree. Pure: knows no web framework.
+UploadStream), ``query`` likewise from the query string; every other parameter is a path parameter.
+A ``body`` with the default None is optional. The return annotation is the response type, the
+docstring the documentation. The server (``app.py``) and the document (``openapi.py``) both use the
+Operation created here, so that they cannot disagree. Pure: independent of the web framework.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _PATH_PARAMETER = re.compile(r"{(\w+)}")
 
 
 class UploadStream(Protocol):
-    """A request body that is too large to hold: chunks as they arrive, the sender held back."""
+    """A request body too large for memory: chunks as they arrive, with backpressure on the sender."""
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
 
 
 class ByteStream(Protocol):
-    """An answer that is sent while it is made; closed when it ends or the client leaves."""
+    """A streamed response; closed when it ends or the client disconnects."""
 
     def __aiter__(self) -> AsyncIterator[bytes]: ...
     async def __anext__(self) -> bytes: ...
@@ -46,7 +46,7 @@ class ByteStream(Protocol):
 
 
 class Page(Struct, frozen=True):
-    """An answer that is not JSON."""
+    """A response that is not JSON."""
 
     content: bytes
     media_type: str
@@ -59,7 +59,7 @@ class EventStream(Struct, frozen=True):
 
 
 SSE_HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel-Buffering": "no"}
-"""For an answer of events: no proxy on the way shall keep or gather them."""
+"""Headers of an event stream: proxies must not cache or buffer it."""
 
 
 class Operation(Struct, frozen=True, kw_only=True):
@@ -67,11 +67,11 @@ class Operation(Struct, frozen=True, kw_only=True):
 
     method: str
     path: str
-    """With ``{name}`` for parameters."""
+    """Path template with ``{name}`` for parameters."""
     name: str
     tag: str
     scope: Scope | None
-    """None: open to everybody."""
+    """None: no authentication."""
     handler: Callable[..., Awaitable[Any]]
     summary: str
     description: str
@@ -83,17 +83,17 @@ class Operation(Struct, frozen=True, kw_only=True):
     """None: no content."""
     status: int
     fails: tuple[int, ...]
-    """Statuses beside those that every operation may answer."""
+    """Error statuses besides those common to all operations."""
     media_type: str
     measure: InstanceVerb | None
-    """The verb whose duration metric observes this operation; None for none."""
+    """The verb whose duration metric covers this operation; None for none."""
     unlimited: bool
-    """No time limit: a stream, or a wait that the client asked for."""
+    """No time limit: a stream, or a wait requested by the client."""
     headers: dict[str, str]
 
 
 class Options(TypedDict, total=False):
-    """What a route may declare beside its method, path and scope."""
+    """What a route may declare besides its method, path and scope."""
 
     status: int | None
     fails: tuple[int, ...]
@@ -176,7 +176,7 @@ _Handler = typing.TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
 
 
 def _body_of(handler: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, bool]:
-    """The type of the body without its ``| None``, and whether it must be there."""
+    """The type of the body without its ``| None``, and whether it is required."""
     if "body" not in hints:
         return None, False
     wanted = hints["body"]

@@ -1,12 +1,12 @@
-"""The HTTP application: every Operation becomes a route of Quart-Trio, and every failure an answer.
+"""The HTTP application: every Operation becomes a Quart-Trio route, and every failure a response.
 
-One request, from outside in:
+Stages of a request:
 
-    match the path → who is it (token, or the socket's permissions) → may they → decode Struct
-      → handler (asks a service) → encode Struct → one line in the log, one count in the metrics
+    match the path → authenticate (token, or the socket's permissions) → authorize → decode Struct
+    → handler (calls a service) → encode Struct → one log line, one metrics count
 
-The order is the contract's (§1.1). Nothing is decided here about instances, images or anything else.
-A client that hangs up cancels its handler; the services' work goes on in tasks of their own.
+The order is the contract's (§1.1). There is no logic here on instances, images or other resources.
+A client that disconnects cancels its handler; the services' work continues in their own tasks.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from hypeman.telemetry import metrics
 from hypeman.tokens import LOCAL, Caller, Scope, Verifier, check_scope
 
 MAX_JSON_BODY = 2 * 2**20
-"""Bytes. The largest sensible request, a create with a long environment, has some 100 KB."""
+"""Bytes. The largest realistic request, a create with a long environment, has about 100 KB."""
 
 MAX_JSON_BODIES = 32 * 2**20
-"""Bytes of all JSON bodies that are arriving at one time."""
+"""Total bytes of all JSON bodies being received."""
 BODY_SECONDS = 10.0
-"""In which a JSON body must arrive. Uploads have no such limit: they are not held in memory."""
+"""Time limit for receiving a JSON body. Uploads have no such limit: they are not held in memory."""
 
 _log = logging.getLogger("hypeman.http")
 _encode = msgspec.json.Encoder().encode
@@ -61,14 +61,14 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the application wants to know of the configuration."""
+    """The parts of the configuration that the application needs."""
 
     jwt_secret: str
     request_timeout: float = 60.0
 
 
 def build_app(services: Services, settings: ServerSettings) -> ApiApp:
-    """The application; ``serve.py`` puts it on sockets."""
+    """Build the application; ``serve.py`` serves it on sockets."""
     app = ApiApp(services, settings)
     app.add_operations(OPERATIONS)
     for path, scope, handler in WEBSOCKETS:
@@ -78,7 +78,7 @@ def build_app(services: Services, settings: ServerSettings) -> ApiApp:
 
 @dataclass
 class _HeldBodies:
-    """JSON bodies that are arriving."""
+    """JSON bodies being received."""
 
     bytes: int = 0
 
@@ -94,7 +94,7 @@ class ApiApp(QuartTrio):
         self.settings = settings
         self._verifier = Verifier(settings.jwt_secret)
         self.held_bodies = _HeldBodies()
-        self.config["MAX_CONTENT_LENGTH"] = None  # streams have none; JSON bodies are measured where they are read
+        self.config["MAX_CONTENT_LENGTH"] = None  # streams are unlimited; JSON bodies are checked where they are read
         self.config["BODY_TIMEOUT"] = None  # the time limit of the whole request covers it
         self.config["RESPONSE_TIMEOUT"] = None
         self.url_map.merge_slashes = False
@@ -123,10 +123,10 @@ class ApiApp(QuartTrio):
         self.add_websocket(_rule(path), f"WS {path}", session)
 
     async def handle_request(self, request: Any) -> Any:
-        """One request, with its line in the log and its count."""
+        """Handle one request, with its log line and metrics count."""
         started = time.perf_counter()
         request_id = _request_id(request)
-        status = 499  # the client hung up
+        status = 499  # the client disconnected
         try:
             response = await super().handle_request(request)
             status = response.status_code
@@ -147,7 +147,7 @@ class ApiApp(QuartTrio):
             _tell(websocket, "WS", status, time.perf_counter() - started, _request_id(websocket))
 
     async def handle_exception(self, error: Exception) -> Response:
-        """What neither a route nor a handler of HTTP exceptions caught: a bug."""
+        """Handle an exception that neither a route nor an HTTP exception handler caught: a bug."""
         return _failed(_failure(error))
 
     def _caller(self, connection: Any) -> Caller:
@@ -157,7 +157,7 @@ class ApiApp(QuartTrio):
 
 
 def _rule(path: str) -> str:
-    """``/devices/{id}`` in Quart's words. Image names may also come with their slashes not encoded."""
+    """``/devices/{id}`` in Quart's syntax. Image names may also contain unencoded slashes."""
     for greedy in ("name", "rest"):
         path = path.replace(f"{{{greedy}}}", f"<path:{greedy}>")
     return path.replace("{", "<").replace("}", ">")
@@ -200,7 +200,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
 
 @contextmanager
 def _measured(operation: Operation) -> Iterator[None]:
-    """Observes the time of an operation on instances as its caller sees it."""
+    """Observe the duration of an instance operation as seen by its caller."""
     if operation.measure is None:
         yield
         return
@@ -213,7 +213,7 @@ def _measured(operation: Operation) -> Iterator[None]:
 
 
 async def _read_json_body(held: _HeldBodies) -> bytes:
-    """Raises BodyTooLarge, BodyTooSlow, TooManyBodies."""
+    """Read a JSON body. Raises BodyTooLarge, BodyTooSlow, TooManyBodies."""
     if (request.content_length or 0) > MAX_JSON_BODY:
         raise BodyTooLarge(f"the body is larger than {MAX_JSON_BODY} bytes")
     body = bytearray()
@@ -248,7 +248,7 @@ def _answer(operation: Operation, answer: Any) -> Response:
 
 
 def _connection(asked: Any) -> Connection | None:
-    """What the request or websocket came over; None in tests without sockets."""
+    """The connection of the request or websocket; None in tests without sockets."""
     found = asked.scope.get("state", {}).get("connection")
     return found if isinstance(found, Connection) else None
 
@@ -268,7 +268,7 @@ def _failed(failure: Failure) -> Response:
 
 
 async def _answer_http_exception(error: HTTPException) -> Response:
-    """Unknown routes and wrong methods."""
+    """Handle unknown routes and wrong methods."""
     status = error.code or 500
     headers = {}
     if status == 404:
@@ -285,7 +285,7 @@ async def _answer_http_exception(error: HTTPException) -> Response:
 
 
 def _request_id(connection: Any) -> str:
-    """The client's own, if it is harmless, else a new one."""
+    """The client's request id if it is well-formed, else a new one."""
     given = connection.headers.get("X-Request-Id", "")
     return given if 0 < len(given) <= 64 and given.isascii() and given.isprintable() else new_id()[:16]
 
@@ -308,6 +308,6 @@ def _tell(connection: Any, method: str, status: int, seconds: float, request_id:
 
 
 def _template(connection: Any) -> str:
-    """The route's path with its parameters as names, never the path that was asked for: metrics must stay few."""
+    """The route's path template, never the requested path, to bound the number of metric series."""
     rule = connection.url_rule
     return rule.rule.replace("<path:", "{").replace("<", "{").replace(">", "}") if rule is not None else "unknown"

@@ -1,4 +1,4 @@
-"""What this server can do on this host, as it is known now (§2.1)."""
+"""The current capabilities of this server on this host (§2.1)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""From the bytes of a request to the Struct that a route wants. Pure.
+"""Decodes the bytes of a request into the Struct that a route expects. Pure.
 
-Bodies are strict (``"2"`` is no number), queries are text and therefore lax. Unknown keys are
-ignored, as the contract says; everything else that does not fit is a SchemaViolation that names the
-place. ``tags[key]=value`` pairs (deepObject, §1.8) become the dict ``tags``.
+Bodies are strict (``"2"`` is not a number); queries are text and therefore lax. Unknown keys are
+ignored, as the contract says; any other mismatch is a SchemaViolation that names the location.
+``tags[key]=value`` pairs (deepObject, §1.8) become the dict ``tags``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MAX_QUERY_FIELDS = 200
 
 
 def decode_body(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """The Struct in ``data``. Raises SchemaViolation."""
+    """Decode the Struct in ``data``. Raises SchemaViolation."""
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
@@ -30,7 +30,7 @@ def decode_body(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 
 def decode_query(query: bytes, wanted: type[Any]) -> Any:
-    """The Struct ``wanted`` from a raw query string. Raises SchemaViolation."""
+    """Decode the Struct ``wanted`` from a raw query string. Raises SchemaViolation."""
     try:
         text = query.decode("ascii")
         pairs = parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_QUERY_FIELDS, errors="strict")

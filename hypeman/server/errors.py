@@ -1,9 +1,9 @@
-"""Every failure as a status and the error body of the contract (§1.4).
+"""Maps every failure to a status and the error body of the contract (§1.4).
 
-Two styles of ``code`` live side by side, as clients know them: what fails before a handler runs has
-the status text (``Bad Request``, ``Not Found``), what a capability refuses a word of its own
-(``invalid_state``). What is not a HypemanError is a bug: logged with its traceback by the caller,
-answered without a word about its insides.
+There are two styles of ``code``, for compatibility with clients: failures before a handler runs have
+the status text (``Bad Request``, ``Not Found``); refusals by a capability have a specific code
+(``invalid_state``). Anything that is not a HypemanError is a bug: the caller logs it with its
+traceback, and the response contains no internal details.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Failure(Struct, frozen=True):
 
 
 class SchemaViolation(InvalidRequest):
-    """Body, query or path do not fit the contract; the message names the place."""
+    """Body, query or path violate the contract; the message names the location."""
 
     default_code = "Bad Request"
 
 
 class BodyTooLarge(HypemanError):
-    """More than a JSON body may have."""
+    """A JSON body above the size limit."""
 
     status = 413
     default_code = "Request Entity Too Large"
@@ -66,7 +66,7 @@ class BodyTooSlow(HypemanError):
 
 
 class TooManyBodies(HypemanError):
-    """The memory for JSON bodies is used up by requests under way."""
+    """The memory for JSON bodies is used up by requests in progress."""
 
     status = 503
     default_code = "Service Unavailable"
@@ -80,7 +80,7 @@ TIMED_OUT = Failure(
         "Gateway Timeout",
         "the answer took too long; the work goes on, so look at the object before you ask again",
     ),
-    {"X-Should-Retry": "false"},  # a client that repeats a create by itself would meet its own first try
+    {"X-Should-Retry": "false"},  # an automatic retry of a create would conflict with the first attempt
 )
 
 
@@ -97,20 +97,20 @@ def failure_of(error: HypemanError) -> Failure:
 
 
 def without_host_paths(text: str) -> str:
-    """``text`` with absolute paths cut down to their last name: where the host keeps things is no client's business.
-    The log has the whole message. What a client did wrong (4xx) names only paths of its own."""
+    """``text`` with absolute paths reduced to their last component: host paths are not disclosed to clients.
+    The log has the full message. Client errors (4xx) only name the client's own paths."""
     return _HOST_PATH.sub(r"\1", text)
 
 
 def status_failure(status: int, message: str, headers: dict[str, str] | None = None) -> Failure:
-    """A failure that has no more to say than its status: ``code`` is the status text."""
+    """A failure without details beyond its status: ``code`` is the status text."""
     return Failure(status, ErrorBody(HTTPStatus(status).phrase, message), headers or {})
 
 
 def told_error(error: BaseException) -> HypemanError | None:
-    """The HypemanError in ``error``, also where nurseries have wrapped it in groups; None for a bug.
+    """The HypemanError in ``error``, also if nurseries have wrapped it in groups; None for a bug.
 
-    A group that holds anything else beside it is a bug: the other failure must not be hidden.
+    A group that also holds anything else is a bug: the other failure must not be hidden.
     """
     leaves = list(_leaves(error))
     if len(leaves) == 1 and isinstance(leaves[0], HypemanError):

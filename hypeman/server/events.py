@@ -1,4 +1,4 @@
-"""Objects as server-sent events: each is one event, its JSON the data."""
+"""Objects as server-sent events: one event per object, with its JSON as the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ObjectStream(Protocol):
 
 
 class JsonEvents:
-    """``source`` as bytes to send; closed with it."""
+    """Encodes ``source`` as bytes to send; closing it closes ``source``."""
 
     def __init__(self, source: ObjectStream) -> None:
         self._source = source

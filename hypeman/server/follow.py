@@ -1,17 +1,17 @@
-"""Log files as server-sent events: the last lines, then every new one (§3.3).
+"""Log files as server-sent events: the last lines, then each new line (§3.3).
 
-    LogStream.open(path, tail, follow)   finds the place by reading backwards in blocks
+    LogStream.open(path, tail, follow)   finds the start by reading backwards in blocks
     async for chunk in stream            a chunk is one or more complete events
 
 Rules:
-- One reader for each follower, at its own pace: a client that reads slowly holds back nobody and
-  costs one block of memory, however much is printed.
-- Every complete line is one event, at once. Lines that are read together are sent together.
-- A file that is truncated (copy and truncate) goes on from its beginning; one that is renamed away
-  is read to its end, then the new one at the path from its beginning. When the file is deleted with
-  nothing in its place, the stream ends: its instance is gone.
-- The lines asked for may reach back into the one old file that rotation keeps (``<path>.1``).
-- A line longer than MAX_LINE is cut into several. Bytes that are not UTF-8 become U+FFFD.
+- Each follower has its own reader: a slow client does not delay others and costs one block of
+  memory, regardless of how much is printed.
+- Every complete line is sent immediately as one event. Lines that are read together are sent together.
+- A truncated file (copy and truncate) is read again from its beginning; a renamed one is read to its
+  end, then the new file at the path from its beginning. If the file is deleted without a successor,
+  the stream ends: its instance was deleted.
+- The requested lines may extend into the one old file that rotation keeps (``<path>.1``).
+- A line longer than MAX_LINE is split. Bytes that are not UTF-8 become U+FFFD.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _encode = msgspec.json.Encoder().encode
 
 
 def encode_events(lines: bytes) -> bytes:
-    """Events for ``lines``, which end with a newline each; a CR before it is dropped.
+    """Events for ``lines``, each terminated by a newline; a CR before it is dropped.
 
-    64 KiB of 100-byte lines take 0.2 ms (0.4 ms by searching for what needs no escape first).
+    64 KiB of 100-byte lines take 0.2 ms (0.4 ms if lines that need no escape are searched for first).
     """
     text = lines[:-1].decode("utf-8", "replace")
     return b"".join([b"data: " + _encode(line.removesuffix("\r")) + b"\n\n" for line in text.split("\n")])
 
 
 def find_tail(fd: int, lines: int) -> tuple[int, int]:
-    """Where the last ``lines`` lines of ``fd`` begin, and how many of them the file does not have."""
+    """The offset of the last ``lines`` lines of ``fd``, and how many of them the file lacks."""
     position = os.fstat(fd).st_size
     if lines == 0:
         return position, 0
-    # The newline that ends the last line is not the one before it.
+    # Skip the newline that terminates the last line.
     newlines = lines + 1 if position == 0 or os.pread(fd, 1, position - 1) == b"\n" else lines
     while position > 0:
         begin = max(0, position - BLOCK)
@@ -62,7 +62,7 @@ def find_tail(fd: int, lines: int) -> tuple[int, int]:
 
 
 class LineCutter:
-    """Blocks in, whole lines out; what is left of a line waits for its end."""
+    """Splits blocks into complete lines; a partial line is buffered until it is complete."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -80,38 +80,38 @@ class LineCutter:
         return lines
 
     def flush(self) -> bytes:
-        """The unfinished line as if it had ended, or nothing."""
+        """The partial line as if it were complete, or nothing."""
         lines, self._rest = self._rest, b""
         return lines + b"\n" if lines else b""
 
 
 class LogStream:
-    """The events of one log file; see the top of this file. Close it, or iterate to the end."""
+    """The events of one log file. Close it, or iterate to the end."""
 
     def __init__(
         self, path: str, current: tuple[int, int], old: tuple[int, int] | None, watch: ChangeWatch | None
     ) -> None:
-        """``current`` and ``old`` are files with the place to begin at."""
+        """``current`` and ``old`` are files with the offset to start at."""
         self._path = path
         self._fd, self._offset = old or current
         self._next = current if old else None
-        """The file to go on with when this one has been read to its end."""
+        """The file to continue with after this one."""
         self._watch = watch
         self._stop_at = os.fstat(current[0]).st_size
-        """Without a watch: what is printed later is not read, or a busy guest would keep us for ever."""
+        """End offset without a watch: later output is not read, or a busy guest could keep the stream open forever."""
         self._cutter = LineCutter()
         self._caught_up = False
         self._ended = False
 
     @classmethod
     async def open(cls, path: str, *, tail: int, follow: bool) -> LogStream:
-        """Raises OSError (FileNotFoundError above all) before anything is sent."""
+        """Open a stream. Raises OSError (usually FileNotFoundError) before anything is sent."""
         return await trio.to_thread.run_sync(cls._open, path, tail, follow)
 
     @classmethod
     def _open(cls, path: str, tail: int, follow: bool) -> LogStream:
         fd = open_log(path, os.O_RDONLY)
-        watch = ChangeWatch(path) if follow else None  # before the first read, so that nothing is missed
+        watch = ChangeWatch(path) if follow else None  # before the first read, so that no change is missed
         offset, missing = find_tail(fd, tail)
         old = None
         if missing:
@@ -137,9 +137,9 @@ class LogStream:
         raise StopAsyncIteration
 
     async def _read(self) -> bytes:
-        """The next block; empty when there is none although we waited for it.
+        """The next block; empty if there is none even after waiting.
 
-        History may lie on a cold disk and is read in a thread; what was just written is in memory.
+        History may not be cached and is read in a thread; recent output is in the page cache.
         """
         if not self._caught_up:
             size = BLOCK if self._watch or self._next else min(BLOCK, self._stop_at - self._offset)
@@ -154,16 +154,16 @@ class LogStream:
         return block
 
     def _is_unchanged(self) -> bool:
-        """Whether this is still the file at the path, with all of it read."""
+        """Whether this is still the file at the path, and fully read."""
         here = os.fstat(self._fd)
         try:
             there = os.stat(self._path)
         except OSError:
-            return here.st_nlink > 0  # between two files of a rotation, or gone for good
+            return here.st_nlink > 0  # in the middle of a rotation, or deleted
         return (here.st_ino, here.st_dev) == (there.st_ino, there.st_dev) and here.st_size == self._offset
 
     def _turn_page(self) -> bytes:
-        """At the end of the file: find out where it goes on. Returns a line that will get no end."""
+        """At the end of the file, find the next one. Returns a partial line that will not be completed."""
         if self._next is not None:
             os.close(self._fd)
             (self._fd, self._offset), self._next = self._next, None
@@ -183,7 +183,7 @@ class LogStream:
         if os.path.sameopenfile(fd, self._fd):
             os.close(fd)
         else:
-            # The renamed file is read once more before: its writer may have been in the middle of a line.
+            # First read the renamed file once more: its writer may have been in the middle of a line.
             self._next = (fd, 0)
             self._watch.watch_file()
         return b""

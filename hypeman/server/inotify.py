@@ -1,9 +1,9 @@
-"""Waiting until a file changes: inotify by ctypes, as much of it as following a log wants.
+"""Waits for file changes: inotify through ctypes, limited to what following a log needs.
 
-Why not polling: a follower that looks every 50 ms costs 20 wake-ups a second for nothing, and a
-line comes up to 50 ms late. Here an idle follower costs nothing and a line arrives at once. The
-kernel gives each user a bounded number of inotify instances (often 128); when none is left we do
-poll, so that the 129th follower is slower and not refused.
+Why not polling: polling every 50 ms costs 20 wake-ups a second per idle follower and delays a line
+by up to 50 ms. With inotify an idle follower costs nothing and a line arrives at once. The kernel
+limits the number of inotify instances per user (often 128); beyond that we poll, so that the 129th
+follower is slower instead of refused.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _FILE_MASK = 0x2 | 0x4 | 0x400 | 0x800  # MODIFY, ATTRIB (last link gone), DELET
 _DIRECTORY_MASK = 0x100 | 0x80 | 0x200  # CREATE, MOVED_TO, DELETE
 _POLL_SECONDS = 0.05
 _LOOK_ANYWAY_SECONDS = 2.0
-"""Some file systems tell inotify nothing; a look now and then keeps even those followers right."""
+"""Some file systems do not support inotify; a periodic check keeps followers correct even there."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class ChangeWatch:
-    """Tells when a file, or who is in its directory, has changed since the last wait."""
+    """Reports when a file, or its directory's entries, have changed since the last wait."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -36,11 +36,11 @@ class ChangeWatch:
         self.watch_file()
 
     def watch_file(self) -> None:
-        """Watch whatever has the path now: to be called again when a new file has taken it."""
+        """Watch the file currently at the path; call again after it was replaced."""
         self._add(self._path, _FILE_MASK)
 
     async def wait_change(self) -> None:
-        """Return after a change; now and then also without one."""
+        """Return after a change; occasionally also without one."""
         if self._fd < 0:
             await trio.sleep(_POLL_SECONDS)
             return
@@ -58,6 +58,6 @@ class ChangeWatch:
             self._fd = -1
 
     def _add(self, path: str, mask: int) -> None:
-        # A path that has gone is no error here: whoever reads the file finds out.
+        # A missing path is not an error here: the reader of the file notices it.
         if self._fd >= 0:
             _libc.inotify_add_watch(self._fd, os.fsencode(path), ctypes.c_uint32(mask))

@@ -1,9 +1,9 @@
-"""The contract as an OpenAPI 3.1 document, rendered from the Operations and their types. Pure.
+"""Renders the contract as an OpenAPI 3.1 document from the Operations and their types. Pure.
 
-Nothing is written twice: paths, scopes and statuses come from the declarations beside the handlers,
-schemas from the very Structs that decode requests and encode answers, so the document can not say
-something else than the server does. ``tests/server/golden/openapi.json`` is the last one that was
-looked at; a difference there is a change of the contract and wants to be meant.
+Nothing is duplicated: paths, scopes and statuses come from the declarations next to the handlers,
+schemas from the Structs that decode requests and encode responses, so the document cannot differ
+from the server's behaviour. ``tests/server/golden/openapi.json`` is the last reviewed version; a
+difference there is a change of the contract and must be intended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NOT_SCHEMAS = (None, EventStream, Page, UploadStream)
 
 
 def render_document(operations: Iterable[Operation]) -> dict[str, Any]:
-    """The whole document; equal operations give equal documents, byte for byte."""
+    """The whole document; equal operations give byte-identical documents."""
     operations = tuple(operations)
     schemas = _Schemas(operations)
     paths: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def render_document(operations: Iterable[Operation]) -> dict[str, Any]:
 
 
 class _Schemas:
-    """The schemas of everything that the operations mention."""
+    """The schemas of all types that the operations use."""
 
     def __init__(self, operations: tuple[Operation, ...]) -> None:
         mentioned = [kind for operation in operations for kind in (operation.body, operation.answer, operation.query)]

@@ -1,12 +1,12 @@
-"""Quart-Trio, with what it lacks for an appliance.
+"""Quart-Trio with changes that the server needs.
 
-- The path is matched as it came, percent signs and all: an image reference is one segment with its
+- The path is matched in its percent-encoded form: an image reference is one segment with its
   slashes encoded, and is decoded once, by the route.
-- A request body has a bound in memory: who sends faster than the handler reads is held back, so
-  that an archive of 100 GB costs no more than one of 100 KB.
-- The end of an answer is not taken for the client's hang-up: that would cancel Hypercorn in the
-  middle of closing a connection that was asked to be closed, which then stays open.
-- A small answer is two ASGI events and not three.
+- Buffering of a request body is bounded: a sender faster than the handler gets backpressure, so that
+  an archive of 100 GB costs no more memory than one of 100 KB.
+- The end of a response is not treated as a disconnect: that would cancel Hypercorn while it closes a
+  connection that should be closed, which then stays open.
+- A small response is two ASGI events instead of three.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from quart_trio.wrappers import TrioRequest
 from quart_trio.wrappers.request import TrioBody
 
 HIGH_WATER = 4 * 2**20
-"""Bytes of a body that may wait for its reader; above the limit of a JSON body, which is read whole."""
+"""Bytes of a body that may be buffered; above the limit of a JSON body, which is read whole."""
 
 
 class BoundedBody(TrioBody):
-    """A body whose sender waits while HIGH_WATER bytes are unread."""
+    """A body whose sender blocks while HIGH_WATER bytes are unread."""
 
     def __init__(self, expected_content_length: int | None, max_content_length: int | None) -> None:
         super().__init__(expected_content_length, max_content_length)
@@ -49,7 +49,7 @@ class ApiRequest(TrioRequest):
 
 class HttpConnection(TrioASGIHTTPConnection):
     _answered = False
-    """The last event of the answer is on its way."""
+    """The last event of the response was sent."""
 
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         _keep_raw_path(self.scope)

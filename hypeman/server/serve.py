@@ -1,14 +1,14 @@
-"""Sockets, and the application on them: Hypercorn's protocol code in a nursery of ours.
+"""Serves the application on sockets: Hypercorn's protocol code in our own nursery.
 
-Hypercorn's own ``serve`` does not say which connection came over which socket and can not let go of
-a client that never reads, so the accept loop is here and only its connection class is used.
+Hypercorn's own ``serve`` does not report which socket a connection came from and cannot drop a
+client that never reads, so the accept loop is here and only its connection class is used.
 
 - TCP, and a unix socket whose file permissions are the authentication (``Connection.trusted``).
-- Shutdown: no new connections, event streams end at once, everything else gets a grace; then sockets
-  are shut down under whoever still sends (Hypercorn shields its sends from cancellation).
-- Hang-ups are noticed by epoll, also while a handler does not read (a client can send megabytes of
-  stdin to a program that sleeps, and leave: the bytes hide the end of the stream from a reader).
-- No signal handlers: whoever opens the nursery sets ``shutdown``.
+- Shutdown: no new connections, event streams end at once, everything else gets a grace period; then
+  sockets that are still sending are shut down (Hypercorn shields its sends from cancellation).
+- Disconnects are detected by epoll, even while a handler does not read (a client can send megabytes of
+  stdin to a sleeping program and disconnect: unread bytes hide the end of the stream from a reader).
+- No signal handlers: the owner of the nursery sets ``shutdown``.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from hypeman.telemetry import metrics
 _log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10.0
-"""For requests under way at shutdown."""
+"""Grace period for requests in progress at shutdown."""
 HANG_UP_SECONDS = 5.0
-"""From a client's hang-up to the end of its handler, if the handler has not read to the end before."""
+"""Delay from a client's disconnect to cancelling its handler, unless the handler reads to the end first."""
 _BACKLOG = 1024
 
 Application = Callable[..., Awaitable[None]]
 
 
 class ServeError(HypemanError):
-    """A socket can not be bound; the message says which and why."""
+    """A socket cannot be bound; the message says which and why."""
 
 
 @dataclass(eq=False)
@@ -57,15 +57,15 @@ class Connection:
 
     stream: trio.SocketStream
     trusted: bool
-    """Came over a socket whose permissions let in only those who may."""
+    """Came over a socket whose permissions authenticate the client."""
     streaming: bool = False
-    """Set by an answer that never ends by itself."""
+    """Set by a response that does not end by itself."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def abort(self) -> None:
-        """End it now, also in the middle of a send."""
+        """Close it now, even in the middle of a send."""
         self.scope.cancel()
-        with suppress(OSError):  # has ended by itself
+        with suppress(OSError):  # already closed
             self.stream.socket.shutdown(socket.SHUT_RDWR)
 
 
@@ -113,7 +113,7 @@ class Server:
                         connection.abort()
 
     async def _finish(self) -> None:
-        """Let what is under way end, for the length of the grace."""
+        """Let requests in progress finish within the grace period."""
         await self._context.terminated.set()
         for connection in list(self._open.values()):
             if connection.streaming:
@@ -135,10 +135,12 @@ class Server:
         except Exception:
             _log.exception("a connection failed")
         finally:
-            if self._open.get(number) is connection:  # else the stream was closed and a newer one has its number
+            if (
+                self._open.get(number) is connection
+            ):  # otherwise the stream was closed and a newer one reuses its number
                 del self._open[number]
             self._one_less.set()
-            await trio.aclose_forcefully(stream)  # ends the registration in epoll too
+            await trio.aclose_forcefully(stream)  # also removes the registration in epoll
 
     async def _watch_hang_ups(self) -> None:
         while True:
@@ -154,7 +156,7 @@ def _hypercorn_config() -> HypercornConfig:
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
-    config.keep_alive_timeout = 75  # longer than what the clients' pools keep, so that they are the ones to close
+    config.keep_alive_timeout = 75  # longer than clients' connection pools, so that clients close first
     config.h11_max_incomplete_size = 64 * 1024
     config.websocket_max_message_size = 2**20
     return config
@@ -169,8 +171,8 @@ def bind_tcp(host: str, port: int) -> list[socket.socket]:
             sock = socket.socket(family, kind, protocol)
             sockets.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Inherited by connections: clients that vanish are noticed, and an idle shell survives the NATs on
-            # its way. Not by WebSocket pings: Hypercorn's keep each connection for up to an interval after its end.
+            # Inherited by connections: detects vanished clients and keeps idle shells alive through NATs.
+            # WebSocket pings are not used: Hypercorn's hold each connection for up to an interval after its end.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -188,9 +190,9 @@ def bind_tcp(host: str, port: int) -> list[socket.socket]:
 
 
 def bind_unix(path: str, *, mode: int, group: str = "") -> socket.socket:
-    """A listening unix socket with just these permissions from its first moment. Raises ServeError.
+    """A listening unix socket created with exactly these permissions. Raises ServeError.
 
-    A socket that nobody answers on is left over from a server that was killed, and is replaced.
+    A socket without a listener is left over from a killed server and is replaced.
     """
     _remove_leftover(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -231,7 +233,7 @@ def _remove_leftover(path: str) -> None:
 
 
 async def metrics_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
-    """``/metrics`` and nothing else; an application of its own, so that it can have its own listener."""
+    """``/metrics`` and nothing else; a separate application, so that it can have its own listener."""
     if scope["type"] != "http":
         return
     found = scope["path"] == "/metrics"

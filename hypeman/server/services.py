@@ -1,8 +1,8 @@
-"""What the server wants of each capability: one Protocol each, and the bundle that ``app.py`` fills.
+"""What the server needs from each capability: one Protocol each, and the bundle that ``app.py`` fills.
 
-Only what a route calls stands here. All methods raise HypemanErrors; every ``ref`` is what a client
-wrote (id, name, or prefix where the contract allows one) and is resolved by the service. Work that
-was asked for goes on when the caller is cancelled, because clients hang up.
+Contains only what routes call. All methods raise HypemanErrors; every ``ref`` is as the client wrote
+it (id, name, or prefix where the contract allows one) and is resolved by the service. Requested work
+continues when the caller is cancelled, because clients disconnect.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ class ImageService(Protocol):
     async def get(self, ref: str) -> Image: ...
     async def progress(self, ref: str) -> Progress: ...
     async def tag(self, ref: str, target: str) -> Image:
-        """Have ``target`` stand for the same image, without a pull."""
+        """Make ``target`` a name of the same image, without a pull."""
         ...
 
     async def delete(self, ref: str) -> None: ...
 
     async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str) -> Image:
-        """``chunks`` are an OCI or docker-save archive; ``name`` is given to the image. Empty: the one in
-        the archive, or else ``default_name``."""
+        """``chunks`` are an OCI or docker-save archive; ``name`` is the image's name. Empty: the one in the
+        archive, or else ``default_name``."""
         ...
 
     async def import_path(self, path: str, *, name: str, tags: Tags, default_name: str) -> Image:
@@ -71,37 +71,37 @@ class ExecSession(Protocol):
     """A program in a guest. ``receive`` and the rest may be used by different tasks."""
 
     async def send_stdin(self, data: bytes) -> None:
-        """Waits while the program does not read."""
+        """Send input; blocks while the program does not read."""
         ...
 
     async def close_stdin(self) -> None: ...
     async def resize(self, rows: int, cols: int) -> None: ...
 
     async def receive(self) -> bytes | int:
-        """Output as it comes, the exit code last."""
+        """Output as it arrives, the exit code last."""
         ...
 
     async def aclose(self) -> None:
-        """Kill what still runs, with all its children."""
+        """Kill the program if it is still running, with all its children."""
         ...
 
 
 class CopyIn(Protocol):
-    """One file or directory on its way into a guest; nothing is to be seen of it before ``finish``."""
+    """One file or directory being copied into a guest; not visible before ``finish``."""
 
     async def send(self, data: bytes) -> None: ...
 
     async def finish(self) -> int:
-        """Put it in its place; returns the bytes written."""
+        """Move it into place; returns the bytes written."""
         ...
 
     async def aclose(self) -> None:
-        """Throw away what is not finished."""
+        """Discard the copy if it is unfinished."""
         ...
 
 
 class CopyOut(Protocol):
-    """A file or tree on its way out: for each entry its head, its bytes, its end."""
+    """A file or tree being copied out: for each entry its header, its bytes, its end."""
 
     def __aiter__(self) -> AsyncIterator[CopyEntry | bytes | EntryEnd]: ...
     async def __anext__(self) -> CopyEntry | bytes | EntryEnd: ...
@@ -110,7 +110,7 @@ class CopyOut(Protocol):
 
 class InstanceService(Protocol):
     async def list(self, state: InstanceState | None, tags: Tags) -> bytes | Sequence[Instance]:
-        """Bytes are the whole JSON array, for a service that keeps instances encoded."""
+        """May return the encoded JSON array as bytes, for a service that caches encoded instances."""
         ...
 
     async def get(self, ref: str) -> Instance: ...
@@ -118,7 +118,7 @@ class InstanceService(Protocol):
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance: ...
 
     async def delete(self, ref: str, *, graceful: bool = True) -> None:
-        """Without ``graceful`` its guest is not asked to shut down first."""
+        """Delete the instance. Without ``graceful`` its guest is not asked to shut down first."""
         ...
 
     async def start(self, ref: str, request: StartInstanceRequest) -> Instance: ...
@@ -147,11 +147,11 @@ class SnapshotService(Protocol):
     async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance: ...
 
     async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
-        """Of the instance ``ref``."""
+        """Snapshot the instance ``ref``."""
         ...
 
     async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
-        """The instance ``ref`` becomes what it was."""
+        """Restore the instance ``ref`` to the snapshot."""
         ...
 
 
@@ -161,7 +161,7 @@ class VolumeService(Protocol):
     async def create(self, request: CreateVolumeRequest) -> Volume: ...
 
     async def create_from_archive(self, request: CreateVolumeRequest, chunks: AsyncIterable[bytes]) -> Volume:
-        """``chunks`` are a tar.gz that fills the volume."""
+        """Create a volume filled from ``chunks``, a tar.gz."""
         ...
 
     async def delete(self, ref: str) -> None: ...
@@ -171,7 +171,7 @@ class DeviceService(Protocol):
     def list(self, tags: Tags) -> Sequence[Device]: ...
     def get(self, ref: str) -> Device: ...
     async def available(self, *, everything: bool) -> Sequence[AvailableDevice]:
-        """With ``everything`` also what can not be passed through, and why."""
+        """With ``everything`` also devices that cannot be passed through, and why."""
         ...
 
     async def register(self, request: CreateDeviceRequest) -> Device: ...
@@ -183,7 +183,7 @@ class ResourceService(Protocol):
 
 
 class EgressRecords(Protocol):
-    """Mediated requests of one instance as they end."""
+    """Mediated requests of one instance, as they complete."""
 
     def __aiter__(self) -> AsyncIterator[EgressRecord]: ...
     async def __anext__(self) -> EgressRecord: ...
@@ -191,7 +191,7 @@ class EgressRecords(Protocol):
 
 
 class EgressService(Protocol):
-    """An instance whose egress is not mediated is NotFound."""
+    """Raises NotFound for an instance whose egress is not mediated."""
 
     def ca_pem(self) -> bytes:
         """The certificate that guests must trust."""
@@ -200,7 +200,7 @@ class EgressService(Protocol):
     def policy(self, ref: str) -> EgressPolicy: ...
 
     async def requests(self, ref: str, *, tail: int, follow: bool) -> EgressRecords:
-        """The last ``tail`` ones; with ``follow`` then every new one until the instance is gone."""
+        """The last ``tail`` requests; with ``follow`` then each new one until the instance is deleted."""
         ...
 
 
@@ -210,7 +210,7 @@ class CapabilityService(Protocol):
 
 @dataclass(frozen=True)
 class Services:
-    """Everything that a route can ask."""
+    """All services available to routes."""
 
     images: ImageService
     instances: InstanceService

@@ -1,11 +1,11 @@
 """The WebSockets: exec (§3.1) and cp (§3.2).
 
-Before the upgrade a failure is an ordinary answer with a status; after it everything is said in the
-stream. When the client leaves, the handler is cancelled and what it opened is closed: an exec's
-program is killed, a half-copied file thrown away.
+Before the upgrade a failure is an ordinary response with a status; after it failures are reported in
+the stream. When the client disconnects, the handler is cancelled and what it opened is closed: an
+exec's program is killed, a partially copied file discarded.
 
-One thing beyond the contract: an empty BINARY message is the end of stdin. The original has no way
-to say it, and reads such a message as no bytes at all.
+One extension of the contract: an empty BINARY message is the end of stdin. The original cannot
+express this and treats such a message as zero bytes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from hypeman.telemetry import metrics
 from hypeman.tokens import Scope
 
 CHUNK = 32 * 1024
-"""Bytes in a message; some clients have buffers of just this size."""
+"""Bytes in a message; some clients have buffers of exactly this size."""
 _FAILED_TO_RUN = 127
 _CLOSE_SECONDS = 5.0
 
 
 class Socket(Protocol):
-    """As much of Quart's websocket as is used here. An empty binary message is received as None."""
+    """The part of Quart's websocket that is used here. An empty binary message is received as None."""
 
     async def receive(self) -> str | bytes | None: ...
     async def send(self, data: str | bytes) -> None: ...
@@ -52,7 +52,7 @@ class Resize(Struct, frozen=True):
 
 
 class TtyMessage(Struct, frozen=True):
-    """What a text message may hold beside stdin, with a TTY."""
+    """What a text message may contain besides stdin, with a TTY."""
 
     resize: Resize
 
@@ -115,7 +115,7 @@ async def _run(socket: Socket, session: ExecSession, *, tty: bool) -> int:
 
 
 async def _feed(socket: Socket, session: ExecSession, tty: bool) -> None:
-    """From the client to the program, for as long as both are there."""
+    """Forward the client's input to the program until either one ends."""
     try:
         while True:
             message = await socket.receive()
@@ -129,7 +129,7 @@ async def _feed(socket: Socket, session: ExecSession, tty: bool) -> None:
             elif message:
                 await session.send_stdin(message.encode())
     except HypemanError:
-        pass  # the program has ended or closed its stdin; its output and exit code are still to come
+        pass  # the program has ended or closed its stdin; its output and exit code still follow
 
 
 def _resize_in(message: str) -> Resize | None:
@@ -171,7 +171,7 @@ async def _copy_in(services: Services, socket: Socket, reference: str, request: 
             written = await copy.finish()
     except Exception as error:
         await _send_json(socket, CopyResult(False, _told(error).message))
-        # Who is still sending would lose this answer if we closed now.
+        # A client that is still sending would lose this response if we closed now.
         with trio.move_on_after(_CLOSE_SECONDS):
             while not isinstance(await socket.receive(), str):
                 pass
@@ -211,7 +211,7 @@ async def _running(services: Services, reference: str) -> str:
 
 
 async def _first_message(socket: Socket, wanted: type[_Request], say: Callable[[str], bytes]) -> _Request | None:
-    """The request that opens the stream; None if it is none, which the client has then been told."""
+    """The request that opens the stream; None if it is invalid, which was reported to the client."""
     message = await socket.receive()
     try:
         if not isinstance(message, str):
@@ -225,7 +225,7 @@ async def _first_message(socket: Socket, wanted: type[_Request], say: Callable[[
 
 @asynccontextmanager
 async def _closing(opened: _Open) -> AsyncIterator[_Open]:
-    """Closes also when cancelled: what was opened must not outlive its client."""
+    """Closes also on cancellation: what was opened must not outlive its client."""
     try:
         yield opened
     finally:
@@ -234,7 +234,7 @@ async def _closing(opened: _Open) -> AsyncIterator[_Open]:
 
 
 def _told(error: Exception) -> HypemanError:
-    """What the stream says about ``error``; of a bug no more than that it is one."""
+    """The error to report in the stream; for a bug, without details."""
     told = error if isinstance(error, HypemanError) else told_error(error)
     if told is None:
         _log.error("unexpected failure", exc_info=error)

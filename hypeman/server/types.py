@@ -1,4 +1,4 @@
-"""What the server says about itself (§2.1)."""
+"""API types of the server's own state (§2.1)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DefaultRuntime(Struct, frozen=True):
 
 
 class Runtime(Struct, frozen=True):
-    """A hypervisor that this build knows on this platform."""
+    """A hypervisor that this build supports on this platform."""
 
     name: str
     available: Annotated[bool, Meta(description="False: something it needs is missing, launches fail")]
