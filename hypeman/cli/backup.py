@@ -1,4 +1,4 @@
-"""``backup create`` and ``backup restore``: run on the host itself, beside the server or without one."""
+"""``backup create`` and ``backup restore``: run on the host itself, with or without a running server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The HTTP client of the command line: one connection, plain calls, no event loop.
+"""The HTTP client of the command line: one connection, blocking calls, no event loop.
 
-``http.client`` and msgspec, because a command must be there in the blink of an eye: importing an
-asynchronous client takes longer than most requests.
+Uses ``http.client`` and msgspec, because commands must start quickly: importing an asynchronous
+client takes longer than most requests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ApiError(Exception):
 
 
 class Unreachable(Exception):
-    """There is no server, or it went away in the middle."""
+    """There is no server, or the connection was lost."""
 
 
 def _error_of(body: bytes) -> tuple[str, str]:
@@ -71,7 +71,7 @@ class Client:
         query: Mapping[str, Any] | None = None,
         timeout: float = TIMEOUT,
     ) -> Any:
-        """The decoded answer, None where there is none. Raises ApiError, Unreachable."""
+        """The decoded response, None if it is empty. Raises ApiError, Unreachable."""
         data = None if body is None else msgspec.json.encode(body)
         headers = {} if data is None else {"Content-Type": "application/json"}
         response = self._request(method, _with_query(path, query), data, headers, timeout)
@@ -82,7 +82,7 @@ class Client:
         return self.call("GET", path, query=query)
 
     def text(self, path: str) -> str:
-        """An answer that is not JSON."""
+        """A response that is not JSON."""
         return self._request("GET", path, None, {}, TIMEOUT).read().decode()
 
     def post(self, path: str, body: Any = None) -> Any:
@@ -94,7 +94,7 @@ class Client:
         return msgspec.json.decode(response.read())
 
     def events(self, path: str, **query: Any) -> Iterator[Any]:
-        """The decoded data of server-sent events, as they come."""
+        """The decoded data of server-sent events, as they arrive."""
         response = self._request("GET", _with_query(path, query), None, {"Accept": "text/event-stream"}, None)
         try:
             for line in response:
@@ -110,17 +110,17 @@ class Client:
             self._connection.close()
             self._connection = None
 
-    # Below
+    # Internals
 
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """Headers of every request."""
         headers = {"User-Agent": f"Hypeman/CLI {__version__}", "Accept": "application/json"}
         if self.settings.api_key:
             headers["Authorization"] = f"Bearer {self.settings.api_key}"
         return headers
 
     def dial(self) -> socket.socket:
-        """A connected socket of its own, for a WebSocket. Raises Unreachable."""
+        """A separate connected socket, for a WebSocket. Raises Unreachable."""
         connection = self._open(None)
         assert connection.sock is not None
         return connection.sock
@@ -131,7 +131,7 @@ class Client:
 
     @property
     def prefix(self) -> str:
-        """What a base URL has behind its host."""
+        """The path of the base URL."""
         url = urlsplit(self.settings.base_url)
         return "" if url.scheme == "unix" else url.path
 
@@ -141,7 +141,7 @@ class Client:
         if self.debug:
             print(f"> {method} {self.settings.base_url}{path}", file=sys.stderr)
         if self._connection is not None and select.select([self._connection.sock], [], [], 0)[0]:
-            self.close()  # the server has closed the kept connection in the meantime
+            self.close()  # the server has closed the idle connection meanwhile
         connection = self._connection or self._open(timeout)
         self._connection = connection
         assert connection.sock is not None
@@ -153,7 +153,7 @@ class Client:
             except (BrokenPipeError, ConnectionResetError):
                 if not chunked:
                     raise
-                # The server has answered before it had everything, and says why.
+                # The server responded before it had received everything; the response says why.
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             self.close()
@@ -183,7 +183,7 @@ class Client:
 
 
 def _with_query(path: str, query: Mapping[str, Any] | None) -> str:
-    """Absent values are left out, booleans are words, ``tags`` become ``tags[key]=value``."""
+    """Omits absent values, writes booleans as words and ``tags`` as ``tags[key]=value``."""
     pairs: list[tuple[str, str]] = []
     for key, value in (query or {}).items():
         if isinstance(value, dict):

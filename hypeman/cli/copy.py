@@ -1,8 +1,8 @@
-"""``cp``: files and trees in and out of a guest, and tar streams with ``-``.
+"""``cp``: copies files and trees into and out of a guest, and tar streams with ``-``.
 
-What comes out of a guest is not trusted: a path that leads out of the destination or another number
-of bytes than promised ends the copy, and a symlink that leads out is not made. Files appear whole or
-not at all.
+Data from a guest is untrusted: a path outside the destination or a byte count other than announced
+aborts the copy, and a symlink that points outside is not created. Files appear complete or not at
+all.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ZEROS = bytes(_CHUNK)
 
 
 class CopyFailed(Exception):
-    """The copy ended half-way; the message says where."""
+    """The copy was aborted; the message says where."""
 
 
 @click.command("cp")
@@ -73,7 +73,7 @@ def copy(session: Session, source: str, destination: str, archive: bool, follow_
 
 
 def split_remote(text: str) -> tuple[str, str] | None:
-    """Instance and path of ``instance:/path``; None for a path here."""
+    """Instance and path of ``instance:/path``; None for a local path."""
     instance, colon, path = text.partition(":")
     return (instance, path) if colon and instance and "/" not in instance and path.startswith("/") else None
 
@@ -82,7 +82,7 @@ def split_remote(text: str) -> tuple[str, str] | None:
 
 
 class Sender:
-    """Copies into one instance: one stream for each file, directory or link."""
+    """Copies into one instance: one stream per file, directory or link."""
 
     def __init__(self, client: Client, instance: str, path: str, *, archive: bool, follow_links: bool) -> None:
         self._client = client
@@ -91,10 +91,10 @@ class Sender:
         self._archive = archive
         self._follow_links = follow_links
         self._copied: dict[tuple[int, int], str] = {}
-        """Where files with several names are now, by device and inode."""
+        """Target paths of files with several links, by device and inode."""
 
     def send(self, source: str) -> int:
-        """A file or tree; returns the bytes of all files."""
+        """Copy a file or tree; returns the bytes of all files."""
         contents_only = source.endswith("/.") or source == "."
         entered = contents_only or source.endswith("/")
         source = os.path.normpath(source)
@@ -106,7 +106,7 @@ class Sender:
         return self._send_file(source, root)
 
     def send_tar(self, stream: IO[bytes]) -> int:
-        """The entries of a tar below the path."""
+        """Copy the entries of a tar to below the path."""
         import tarfile
 
         count = 0
@@ -135,14 +135,14 @@ class Sender:
         return count
 
     def _place(self, name: str) -> str:
-        """Where an entry of a tar goes."""
+        """Target path of a tar entry."""
         name = posixpath.normpath(name)
         if name.startswith("/") or name.split("/")[0] == "..":
             raise CopyFailed(f"the tar's entry {name!r} leads out of the destination")
         return posixpath.normpath(posixpath.join(self._path, name))
 
     def _root_for(self, name: str, contents_only: bool) -> str:
-        """Where the root of the copy goes: into the path if that is a directory, else to the path itself."""
+        """Target of the copy's root: inside the path if that is a directory, else the path itself."""
         query = {"path": self._path, "follow_links": True}
         there = self._client.call("GET", f"{path_of(self._instance)}/stat", query=query)
         into = self._path.endswith("/") or (there["exists"] and there["is_dir"])
@@ -166,7 +166,7 @@ class Sender:
         return count
 
     def _finish(self, directories: list[tuple[str, dict[str, int]]]) -> None:
-        """Give directories their times again, which what was put into them has changed."""
+        """Set the times of directories again, since writing entries into them has changed these."""
         for target, meta in reversed(directories):
             self._put(target, meta, None)
 
@@ -195,22 +195,22 @@ class Sender:
         return {"mode": mode, "mtime": mtime, **({"uid": uid, "gid": gid} if self._archive else {})}
 
     def _put(self, target: str, meta: dict[str, int], content: IO[bytes] | None) -> int:
-        """One file, or a directory where ``content`` is None."""
+        """Copy one file, or a directory if ``content`` is None."""
         return self._send({"direction": "to", "guest_path": target, "is_dir": content is None, **meta}, content)
 
     def _link(self, target: str, meta: dict[str, int], leads_to: str) -> None:
-        """One symlink, as it stands: what it leads to is the guest's."""
+        """Copy one symlink unchanged: its target is resolved in the guest."""
         try:
             self._send({"direction": "link", "guest_path": target, "link_target": leads_to, **meta}, None)
         except CopyFailed as error:
             raise CopyFailed(f"{error} (a symlink; -L copies what it leads to)") from None
 
     def _hard_link(self, target: str, first: str) -> None:
-        """One more name for what was copied to ``first``."""
+        """Create another link to the file copied to ``first``."""
         self._send({"direction": "hardlink", "guest_path": target, "link_target": first}, None)
 
     def _send(self, request: dict[str, Any], content: IO[bytes] | None) -> int:
-        """One stream; the bytes that arrived."""
+        """Send one stream; returns the bytes that arrived."""
         try:
             first = msgspec.json.encode(request).decode()
         except UnicodeEncodeError:
@@ -231,7 +231,7 @@ class Sender:
 
 
 def _raise(error: OSError) -> None:
-    """``os.walk`` would leave out what it can not read, without a word."""
+    """Error handler, since ``os.walk`` silently skips what it cannot read."""
     raise error
 
 
@@ -269,7 +269,7 @@ def receive(client: Client, instance: str, path: str, *, follow_links: bool) -> 
 
 
 def checked_path(header: dict[str, Any]) -> str:
-    """The path of an entry, if it stays below the destination."""
+    """The path of an entry, checked to stay below the destination."""
     path = str(header["path"])
     if path.startswith("/") or ".." in path.split("/") or not path.strip("/."):
         raise CopyFailed(f"the guest sent the path {path!r}, which leads out of the destination")
@@ -292,23 +292,23 @@ def write_tree(entries: Iterator[dict[str, Any] | bytes], destination: Path, *, 
 
 
 class TreeWriter:
-    """Entries as files: each under another name until it is whole. Modes of directories come last, since
-    a directory that may not be written to could not be filled.
+    """Writes entries as files: each under a temporary name until it is complete. Directory modes are set last,
+    since a read-only directory could not be filled.
 
-    The guest chooses the entries, and the destination may hold anything. So every name is used relative to a
-    descriptor of its directory, and each directory is opened without following a symlink: neither a link that
-    the guest sent nor one that was there can lead a later entry out of the destination.
+    The guest chooses the entries, and the destination may contain anything. So every name is used relative to a
+    descriptor of its directory, and each directory is opened without following symlinks: neither a link sent by
+    the guest nor an existing one can redirect a later entry outside the destination.
     """
 
     def __init__(self, destination: Path, *, archive: bool) -> None:
         self.count = 0
         self._into = destination.is_dir()
-        # The destination itself is the user's choice: symlinks on the way to it are followed.
+        # The destination itself is chosen by the user: symlinks in its path are followed.
         self._base = destination if self._into else destination.parent
         self._name = destination.name
         self._archive = archive
         self._directories: dict[tuple[str, ...], dict[str, Any]] = {}
-        """By the words of their paths. No later entry can replace one: none is removed for a link or a file."""
+        """By path components. No later entry can replace one: none is removed for a link or a file."""
         self._file: io.BufferedWriter | None = None
         self._header: dict[str, Any] = {}
 
@@ -331,7 +331,7 @@ class TreeWriter:
                     os.chown(name, header["uid"], header["gid"], dir_fd=parent, follow_symlinks=False)
             else:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                with contextlib.suppress(FileNotFoundError):  # left by a copy that was killed
+                with contextlib.suppress(FileNotFoundError):  # left by a killed copy
                     os.unlink(_temporary(name), dir_fd=parent)
                 self._file = os.fdopen(os.open(_temporary(name), flags, 0o600, dir_fd=parent), "wb")
 
@@ -339,7 +339,7 @@ class TreeWriter:
         if self._file is None:
             raise CopyFailed("the guest sent bytes that belong to no file")
         if _ZEROS.startswith(chunk):
-            self._file.seek(len(chunk), os.SEEK_CUR)  # a hole stays one
+            self._file.seek(len(chunk), os.SEEK_CUR)  # preserve holes
         else:
             self._file.write(chunk)
         self.count += len(chunk)
@@ -355,7 +355,7 @@ class TreeWriter:
                 os.close(directory)
 
     def abandon(self) -> None:
-        """Remove a file that is not whole."""
+        """Remove an incomplete file."""
         if self._file is None:
             return
         self._file.close()
@@ -366,7 +366,7 @@ class TreeWriter:
     def _complete(self) -> None:
         if self._file is None:
             return
-        self._file.truncate()  # where it ends with a hole; also flushes, or a later write would change the time
+        self._file.truncate()  # for a trailing hole; also flushes, since a later write would change the time
         self._set_attributes(self._file.fileno(), self._header)
         with self._parent(self._header) as (parent, name):
             os.rename(_temporary(name), name, src_dir_fd=parent, dst_dir_fd=parent)
@@ -381,8 +381,8 @@ class TreeWriter:
 
     @contextlib.contextmanager
     def _parent(self, header: dict[str, Any]) -> Iterator[tuple[int, str]]:
-        """Descriptor of the entry's directory, and the entry's name in it. The root entry takes the destination's
-        name, unless that is a directory to copy into."""
+        """Descriptor of the entry's directory, and the entry's name in it. The root entry is named after the
+        destination, unless that is a directory to copy into."""
         path = header["path"]
         words = list(_words(path))
         if not self._into:
@@ -409,11 +409,11 @@ class TreeWriter:
 
 
 def leads_out(header: dict[str, Any], directories: Collection[tuple[str, ...]]) -> bool:
-    """Whether a symlink points to what is no part of the copy, or may come to do so.
+    """Whether a symlink points outside the copy, or could later do so.
 
-    Resolved as the kernel would: after a name that is a symlink, ``..`` is the parent of what that leads to. A name
-    that is not among ``directories``, the ones made by this copy, may be a link or become one, so ``..`` after it
-    counts as leading out.
+    Resolved as the kernel does: after a component that is a symlink, ``..`` is the parent of the link's target. A
+    component not in ``directories``, those created by this copy, may be or become a link, so ``..`` after it counts
+    as pointing outside.
     """
     target, path = str(header["link_target"]), _words(header["path"])
     if target.startswith("/"):
@@ -447,7 +447,7 @@ def _temporary(name: str) -> str:
 
 
 def write_tar(entries: Iterator[dict[str, Any] | bytes], stream: IO[bytes]) -> int:
-    """Write entries as a tar; memory stays flat, since a tar's header needs the size only."""
+    """Write entries as a tar in constant memory, since a tar header only needs the size."""
     import tarfile
 
     if stream.isatty():
@@ -481,14 +481,14 @@ def _tar_info(info: tarfile.TarInfo, header: dict[str, Any]) -> tarfile.TarInfo:
 
 
 def _raw(tar: tarfile.TarFile, data: bytes) -> None:
-    """Bytes of a member whose header is written; ``addfile`` without a file object leaves them to us."""
+    """Write bytes of a member after its header; ``addfile`` without a file object writes only the header."""
     assert tar.fileobj is not None
     tar.fileobj.write(data)
     tar.offset += len(data)
 
 
 def _open(client: Client, instance: str) -> WebSocket:
-    from hypeman.cli.websocket import WebSocket  # what it imports takes longer than most commands to run
+    from hypeman.cli.websocket import WebSocket  # its imports take longer than most commands
 
     return WebSocket(client, f"{path_of(instance)}/cp")
 

@@ -1,4 +1,4 @@
-"""Commands on mediated egress: what an instance may do on its way out, and what it does."""
+"""Commands on mediated egress: an instance's policy and its requests."""
 
 from __future__ import annotations
 

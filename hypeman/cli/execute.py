@@ -1,9 +1,9 @@
-"""``exec``: a program in a guest, as if it ran here.
+"""``exec``: runs a program in a guest as if it were local.
 
-One loop on standard input, the socket and the window's size; nothing is read from standard input
-while the other side does not take what was read before. With a terminal everything typed goes over,
-Ctrl-C too, and the terminal is put back whatever happens. Exit codes: the program's own; 130 when
-interrupted here; 255 when the connection broke; 1 when the server refused.
+One loop over standard input, the socket and window size changes; standard input is not read while
+earlier input is still unsent. With a terminal all keys are forwarded, including Ctrl-C, and the
+terminal is always restored. Exit codes: the program's own; 130 if interrupted locally; 255 if the
+connection broke; 1 if the server refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def execute(
 
     Has a terminal when both ends are one, unless -T says otherwise.
     """
-    from hypeman.cli.websocket import WebSocket  # wsproto takes longer to import than most commands to run
+    from hypeman.cli.websocket import WebSocket  # importing wsproto takes longer than most commands
 
     if command[:1] == ("--",):
         command = command[1:]
@@ -89,7 +89,7 @@ def execute(
 
 
 class Exec:
-    """The loop. ``run`` returns the exit code."""
+    """The I/O loop. ``run`` returns the exit code."""
 
     def __init__(self, socket: WebSocket, *, tty: bool, wants_stdin: bool) -> None:
         self._socket = socket
@@ -115,9 +115,9 @@ class Exec:
             os.close(writing)
 
     def _step(self, resized: int) -> None:
-        """Wait until something can be done, and do it."""
-        # A selector of its own for each step: a regular file as standard input is always ready and can not
-        # be polled, so it is read whenever there is room.
+        """Wait for an event and handle it."""
+        # Each step has its own selector: a regular file as standard input is always ready and cannot be
+        # polled, so it is read whenever there is room.
         with selectors.SelectSelector() as selector:
             selector.register(resized, selectors.EVENT_READ)
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
@@ -143,7 +143,7 @@ class Exec:
             data = os.read(fd, _READ)
         except OSError:
             data = b""  # the terminal has gone
-        self._outgoing += self._socket.encode(data)  # an empty message is the end
+        self._outgoing += self._socket.encode(data)  # an empty message means end of input
         if not data:
             self._stdin = None
         self._flush()
@@ -154,7 +154,7 @@ class Exec:
         except BlockingIOError:
             return
         except OSError as error:
-            # What the server said before it closed is still to be read.
+            # Messages sent before the server closed must still be read.
             self._outgoing.clear()
             self._stdin = None
             if isinstance(error, BrokenPipeError | ConnectionResetError):
@@ -169,7 +169,7 @@ class Exec:
             self._outgoing += self._socket.encode(msgspec.json.encode(message).decode())
 
     def _take_messages(self) -> int | None:
-        """Print what has come; the exit code when that was among it."""
+        """Print received output; returns the exit code if it was received."""
         while self._socket.messages:
             message = self._socket.messages.popleft()
             if isinstance(message, str):
@@ -196,7 +196,7 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def window_size() -> tuple[int, int] | None:
-    """Rows and columns of the terminal here, if there is one."""
+    """Rows and columns of the local terminal, if there is one."""
     for stream in (sys.stdout, sys.stdin, sys.stderr):
         try:
             size = os.get_terminal_size(stream.fileno())
@@ -209,13 +209,13 @@ def window_size() -> tuple[int, int] | None:
 
 @contextmanager
 def raw_terminal(wanted: bool) -> Iterator[None]:
-    """Every key goes through as it is; put back at the end."""
+    """Raw mode within the block: keys are passed through unchanged."""
     if not wanted:
         yield
         return
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
-    terminals.setraw(fd, termios.TCSADRAIN)  # what was typed ahead is kept
+    terminals.setraw(fd, termios.TCSADRAIN)  # keeps type-ahead
     try:
         yield
     finally:

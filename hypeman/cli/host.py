@@ -1,4 +1,4 @@
-"""Commands on the server and its host. ``serve``, ``doctor`` and ``token`` run here and ask no server."""
+"""Commands on the server and its host. ``serve``, ``doctor`` and ``token`` run locally without a server."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def serve(config_file: Path | None) -> None:
         from hypeman.app import main
 
         main(config)
-    except* HypemanError as failures:  # nurseries wrap what goes wrong in groups
+    except* HypemanError as failures:  # nurseries wrap exceptions in groups
         messages = _messages(failures)
     if messages:
         fail("; ".join(messages))

@@ -1,4 +1,4 @@
-"""Commands on images, and the waiting for one."""
+"""Commands on images, and waiting for a pull."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _CHUNK = 256 * 1024
 
 
 def image_path(name: str) -> str:
-    """The reference as one segment of a path."""
+    """The reference as one path segment."""
     return f"/images/{segment(name)}"
 
 
 class PullDisplay:
-    """One line on stderr that changes while an image comes."""
+    """A progress line on stderr during a pull."""
 
     def __init__(self, name: str, *, visible: bool) -> None:
         self._name = name
@@ -63,7 +63,7 @@ def progress_line(image: dict[str, Any], progress: dict[str, Any] | None) -> str
 
 
 def wait_ready(client: Client, name: str, display: PullDisplay) -> dict[str, Any]:
-    """The image once it is ready; ends the command if it failed."""
+    """Wait until the image is ready; ends the command if it failed."""
     asks_progress = True
     while True:
         image = _look(client, name)
@@ -77,13 +77,13 @@ def wait_ready(client: Client, name: str, display: PullDisplay) -> dict[str, Any
             try:
                 progress = client.get(f"{image_path(name)}/progress")
             except ApiError:
-                asks_progress = False  # a server that does not know it
+                asks_progress = False  # an older server without it
         display.update(image, progress)
         time.sleep(_POLL_SECONDS)
 
 
 def _look(client: Client, name: str) -> dict[str, Any]:
-    """The image; one that was just asked for may not be there for a moment."""
+    """The image; one just requested may not exist yet for a moment."""
     deadline = time.monotonic() + 3
     while True:
         try:
@@ -205,7 +205,7 @@ def _name_from(archive: str) -> str:
 
 
 def upload_chunks(archive: str) -> Iterator[bytes]:
-    """The bytes of a file or of standard input; a directory as a tar of what is in it."""
+    """The bytes of a file or of standard input; a directory as a tar of its contents."""
     if os.path.isdir(archive):
         return _tarred(archive)
     return _read(sys.stdin.fileno() if archive == "-" else os.open(archive, os.O_RDONLY | os.O_CLOEXEC))
@@ -218,7 +218,7 @@ def _read(fd: int) -> Iterator[bytes]:
 
 
 def _tarred(directory: str) -> Iterator[bytes]:
-    """A tar made while it is sent: a thread writes into a pipe, so that memory stays flat."""
+    """A tar created while it is sent: a thread writes into a pipe, so that memory use is constant."""
     import tarfile
     import threading
 

@@ -1,4 +1,4 @@
-"""Commands on instances: list, look, and every verb of their life."""
+"""Commands on instances: list, inspect, and all lifecycle verbs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HIDDEN = "***"
 
 
 def complete_instance(context: click.Context, _parameter: Any, typed: str) -> list[str]:
-    """Names of instances, for the shell; says nothing where there is no server."""
+    """Instance names for shell completion; empty without a server."""
     from hypeman.cli.settings import load_settings
 
     try:
@@ -55,7 +55,7 @@ def path_of(instance: str) -> str:
 
 
 def show_instance(session: Session, instance: dict[str, Any]) -> None:
-    """After a verb: one line for people, all of it for programs."""
+    """Output after a verb: one line for people, everything for programs."""
     session.show(instance, lambda: f"{instance['name']} is {instance['state']}")
 
 
@@ -104,7 +104,7 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
     """Show what an instance printed."""
     for line in session.client.events(f"{path_of(instance)}/logs", follow=follow, tail=tail, source=source):
-        # What the workload printed is data, as with exec. The other logs are ours and quote what others sent.
+        # Workload output is data, as with exec. The other logs are hypeman's and quote untrusted text.
         sys.stdout.write((line if source == "app" else one_line(line)) + "\n")
         sys.stdout.flush()
 
@@ -195,7 +195,7 @@ def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bo
             client.call("DELETE", path_of(row["id"]))
         except ApiError as error:
             if error.status == 404:
-                continue  # somebody else was quicker
+                continue  # already deleted
             session.report(error)
             failed = True
         else:
@@ -241,13 +241,13 @@ def _usage(client: Client, instance: str | None) -> list[dict[str, Any]]:
         try:
             found.append(client.get(f"{path_of(row['id'])}/stats"))
         except ApiError as error:
-            if error.status != 404:  # it has gone in between
+            if error.status != 404:  # deleted meanwhile
                 raise
     return found
 
 
 def _percent(then: tuple[float, float] | None, now: float, cpu_seconds: float) -> str:
-    """Of one CPU since the last look; at the first one there is none."""
+    """Percentage of one CPU since the last sample; none for the first one."""
     if then is None or now <= then[0]:
         return "-"
     return f"{100 * (cpu_seconds - then[1]) / (now - then[0]):.0f}%"

@@ -1,8 +1,7 @@
-"""The command ``hypeman``: global options, and where each command comes from.
+"""The command ``hypeman``: global options and the registration of all commands.
 
-The same program is the client and the server. A client command imports neither Trio nor Quart, so
-that it is there at once (``tests/cli/test_start.py`` holds it to that); ``serve`` imports them when
-it runs.
+The same program is the client and the server. Client commands import neither Trio nor Quart, so that
+they start fast (enforced by ``tests/cli/test_start.py``); ``serve`` imports them when it runs.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ _VALUES = {"true": True, "1": True, "false": False, "0": False}
 
 
 class Commands(click.Group):
-    """A group that also knows the other names of its commands, global options behind them, and
-    ``--flag=false``, as people and scripts of the original write them."""
+    """A group that also accepts command aliases, global options after the command, and ``--flag=false``,
+    for compatibility with the original."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(context, self.in_front(context, args))
 
     def in_front(self, context: click.Context, args: list[str]) -> list[str]:
-        """``args`` with the global options first, but for what may be another program's. Pure."""
+        """``args`` with the global options first, except those that may belong to another program. Pure."""
         options = {text: found for found in self.params if isinstance(found, click.Option) for text in found.opts}
         front: list[str] = []
         rest: list[str] = []
@@ -77,12 +76,12 @@ class Commands(click.Group):
 
 
 def takes_anything(command: click.Command) -> bool:
-    """Whether words behind ``command`` may be another program's."""
+    """Whether arguments after ``command`` may belong to another program."""
     return any(isinstance(found, click.Argument) and found.nargs == -1 for found in command.params)
 
 
 def plain_flags(command: click.Command, args: list[str]) -> list[str]:
-    """``--flag=true`` and ``--flag=false`` in the words of ``command``. Pure."""
+    """Translates ``--flag=true`` and ``--flag=false`` to the flags of ``command``. Pure."""
     if takes_anything(command):
         return args
     options = [found for found in command.params if isinstance(found, click.Option) and found.is_flag]
@@ -97,7 +96,7 @@ def plain_flags(command: click.Command, args: list[str]) -> list[str]:
         elif _VALUES[value]:
             plain.append(flag)
         else:
-            plain += flags[flag].secondary_opts[:1]  # none: it is off unless it is given
+            plain += flags[flag].secondary_opts[:1]  # no such option: off by default
     return plain
 
 
@@ -128,7 +127,7 @@ for _command in (
 
 
 def _name_also(group: click.Group) -> None:
-    """``image rm`` for ``image delete`` and the like; not shown in the help."""
+    """Aliases such as ``image rm`` for ``image delete``; not shown in the help."""
     for other, name in _BELOW.items():
         command = group.commands.get(name)
         if command is not None and other not in group.commands:
@@ -156,7 +155,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has gone, as `| head` does; nothing more may be written at exit.
+        # The reader of our output has exited, as with `| head`; write nothing more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:

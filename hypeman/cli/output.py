@@ -1,4 +1,4 @@
-"""What a command prints: a table for people, JSON or YAML for programs. Colours only on terminals."""
+"""Output of commands: a table for people, JSON or YAML for programs. Colours only on terminals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATE_COLOURS = {"Running": "green", "ready": "green", "ok": "green", "Standby"
 
 
 def use_colour(stream: Any = None) -> bool:
-    """FORCE_COLOR decides, then NO_COLOR, then whether it is a terminal."""
+    """Decided by FORCE_COLOR, then NO_COLOR, then whether the stream is a terminal."""
     forced = os.environ.get("FORCE_COLOR")
     if forced is not None:
         return forced not in ("", "0")
@@ -27,7 +27,7 @@ def use_colour(stream: Any = None) -> bool:
 
 
 def render(value: Any, form: str) -> str:
-    """``value`` in one of FORMATS but ``auto``, without the last newline."""
+    """``value`` in one of FORMATS except ``auto``, without the last newline."""
     if form == "jsonl":
         rows = value if isinstance(value, list) else [value]
         return "\n".join(msgspec.json.encode(row).decode() for row in rows)
@@ -41,7 +41,7 @@ def render(value: Any, form: str) -> str:
 
 
 def render_table(rows: Sequence[Any], columns: Columns, *, colour: bool = False) -> str:
-    """One line a row, columns as wide as they must be."""
+    """One line per row; columns are as wide as their content."""
     cells = [[header for header, _ in columns]]
     cells += [[plain(get(row)) for _, get in columns] for row in rows]
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
@@ -55,7 +55,7 @@ def render_table(rows: Sequence[Any], columns: Columns, *, colour: bool = False)
 
 
 def plain(value: Any) -> str:
-    """On one line and without control characters, which a guest may have chosen; ``-`` for nothing."""
+    """On one line and without control characters, since a guest may have chosen the text; ``-`` if empty."""
     if value is None or value == "":
         return "-"
     return "".join(character if character.isprintable() else "�" for character in str(value))
@@ -69,8 +69,8 @@ def _coloured(text: str, is_header: bool) -> str:
 
 
 def pick(value: Any, path: str) -> Any:
-    """The part of ``value`` at a GJSON path: keys and indices with dots between, ``#`` for every element
-    (or, last, their number). None where there is nothing."""
+    """The part of ``value`` at a GJSON path: keys and indices separated by dots, ``#`` for every element
+    (or, at the end, their number). None if there is no match."""
     if not path:
         return value
     head, _, rest = path.partition(".")
@@ -84,7 +84,7 @@ def pick(value: Any, path: str) -> Any:
 
 
 def size(number: float | None) -> str:
-    """Bytes for people: 1.5GB."""
+    """Human-readable bytes: 1.5GB."""
     if number is None:
         return "-"
     for unit in ("B", "KB", "MB", "GB"):
@@ -95,7 +95,7 @@ def size(number: float | None) -> str:
 
 
 def age(timestamp: str | None, now: datetime | None = None) -> str:
-    """How long ago, in one unit: 5m."""
+    """Time since ``timestamp``, in one unit: 5m."""
     if not timestamp:
         return "-"
     seconds = ((now or datetime.now(UTC)) - datetime.fromisoformat(timestamp)).total_seconds()

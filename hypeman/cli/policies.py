@@ -1,4 +1,4 @@
-"""Flags that several commands share, and the parts of request bodies they make."""
+"""Flags shared by several commands, and the parts of request bodies built from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compression_options(prefix: str = "", *, delay: bool = True) -> Decorator:
 
 
 def compression_body(flags: Mapping[str, Any]) -> dict[str, Any] | None:
-    """None without any of the flags; naming an algorithm means that it shall be used."""
+    """None without any of the flags; naming an algorithm enables compression."""
     body = present(algorithm=flags["compression_algorithm"], level=flags["compression_level"])
     enabled = flags["compression_enabled"]
     if enabled is None and not body:

@@ -1,4 +1,4 @@
-"""``run``: image there, instance made, and people told how it goes."""
+"""``run``: pulls the image if needed, creates the instance and shows progress."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def run(session: Session, image: str, **flags: Any) -> None:
     ensure_image(session.client, image, flags["platform"])
     made = session.client.post("/instances", body)
     session.show(made, lambda: str(made["id"]))
-    if sys.stdout.isatty() and sys.stderr.isatty():  # a person; a script that wants the id does not wait
+    if sys.stdout.isatty() and sys.stderr.isatty():  # interactive; a script that only needs the id does not wait
         watch_boot(session.client, made)
 
 
 def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """CreateInstanceRequest from the flags. Pure but for the random name."""
+    """CreateInstanceRequest from the flags. Pure except for the random name."""
     network = present(
         enabled=flags["network"],
         bandwidth_download=flags["bandwidth_down"],
@@ -148,7 +148,7 @@ def parse_mount(text: str) -> dict[str, Any]:
 
 
 def ensure_image(client: Client, image: str, platform: str | None) -> None:
-    """Pull the image if it is not there, and wait until it is ready."""
+    """Pull the image if it is missing, and wait until it is ready."""
     try:
         found = client.get(image_path(image))
     except ApiError as error:
@@ -174,7 +174,7 @@ def _credentials(text: str | None) -> Any:
 
 
 def watch_boot(client: Client, instance: dict[str, Any]) -> None:
-    """One line on stderr that changes while an instance boots. It boots on if this is interrupted."""
+    """A progress line on stderr while an instance boots. Interrupting it does not stop the boot."""
     sys.stdout.flush()
     deadline = time.monotonic() + _WATCH_SECONDS
     while instance["state"] in _BOOTING and time.monotonic() < deadline:

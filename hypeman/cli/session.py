@@ -1,4 +1,4 @@
-"""What every command shares: the client, the wanted format, and how a failure ends it."""
+"""Shared by all commands: the client, the output format, and error handling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HINTS = {
 
 
 class Session:
-    """The global options, and what commands do with them."""
+    """The global options and the operations that depend on them."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Session:
             self.client.close()
 
     def show(self, value: Any, human: Callable[[], str] | None = None) -> None:
-        """Print ``value`` in the wanted format; ``human`` says it for people where that is ``auto``."""
+        """Print ``value`` in the selected format; ``human`` renders it for people if that is ``auto``."""
         if self._transform:
             value = pick(value, self._transform)
             form = "raw" if self.form == "auto" and isinstance(value, str) else self.form
@@ -64,7 +64,7 @@ class Session:
             echo(render(value, self.form))
 
     def show_list(self, rows: Sequence[Mapping[str, Any]], columns: Columns, *, quiet: str | None = None) -> None:
-        """A table, or only the field ``quiet`` of each row."""
+        """Print a table, or only the field ``quiet`` of each row."""
         if quiet is not None:
             for row in rows:
                 click.echo(one_line(str(row[quiet])))
@@ -72,7 +72,7 @@ class Session:
             self.show(rows, lambda: render_table(rows, columns, colour=use_colour()))
 
     def report(self, error: Exception) -> None:
-        """Tell on stderr what went wrong and what to do."""
+        """Print on stderr what went wrong and what to do."""
         if isinstance(error, ApiError):
             self._report_refusal(error)
         elif isinstance(error, Unreachable):
@@ -94,12 +94,12 @@ class Session:
 
 
 def echo(text: str) -> None:
-    """Print what the server sent: as it is into a file or pipe, with control characters escaped on a terminal."""
+    """Print data from the server: unchanged to a file or pipe, with control characters escaped on a terminal."""
     click.echo(lines(text) if sys.stdout.isatty() else text)
 
 
 def complain(message: str, hint: str = "") -> None:
-    """One line of what is wrong and, where it helps, one of what to do, on stderr."""
+    """Print one line on stderr about the error and, if there is a hint, one on what to do."""
     prefix = click.style("Error:", fg="red", bold=True) if use_colour(sys.stderr) else "Error:"
     click.echo(f"{prefix} {one_line(message)}", err=True)
     if hint:
@@ -107,7 +107,7 @@ def complain(message: str, hint: str = "") -> None:
 
 
 def warn(message: str) -> None:
-    """One line on stderr of what is left undone."""
+    """Print one line on stderr about what was not done."""
     click.echo(f"Warning: {one_line(message)}", err=True)
 
 
@@ -118,7 +118,7 @@ def fail(message: str, hint: str = "", code: int = 1) -> NoReturn:
 
 
 def reports(command: Callable[..., Any]) -> Any:
-    """Failures of the talk with the server end the command with exit code 1 and a sentence."""
+    """Decorator: errors in communication with the server end the command with exit code 1 and a message."""
 
     @functools.wraps(command)
     def run(session: Session, *args: Any, **kwargs: Any) -> Any:
@@ -132,7 +132,7 @@ def reports(command: Callable[..., Any]) -> Any:
 
 
 def pairs(values: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE flags as a dict; what is no pair is warned about and skipped, as clients of old did."""
+    """KEY=VALUE flags as a dict; anything else is skipped with a warning, as in older clients."""
     found = {}
     for value in values:
         key, equals, text = value.partition("=")
@@ -144,5 +144,5 @@ def pairs(values: Sequence[str]) -> dict[str, str]:
 
 
 def present(**fields: Any) -> dict[str, Any]:
-    """The fields that were given: no None, no empty text, list or dict. An explicit 0 or False stays."""
+    """The fields that were given, without None and empty text, lists or dicts. An explicit 0 or False stays."""
     return {key: value for key, value in fields.items() if value not in (None, "", (), [], {})}

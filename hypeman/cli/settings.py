@@ -1,4 +1,4 @@
-"""Where the server is and what opens it: flag > environment > file > what is found on this host (§4.1)."""
+"""The server's URL and credentials: flag > environment > file > local socket (§4.1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT_URL = "http://localhost:8080"
 
 
 class SettingsError(Exception):
-    """The settings can not be used; the message names the file or the key."""
+    """The settings cannot be used; the message names the file or the key."""
 
 
 class Settings(Struct, frozen=True):
@@ -30,7 +30,7 @@ class Settings(Struct, frozen=True):
 def load_settings(
     flag: str | None = None, environ: Mapping[str, str] = os.environ, local_socket: str = LOCAL_SOCKET
 ) -> Settings:
-    """Raises SettingsError. Without any setting the server's socket on this host is used, if we may open it."""
+    """Raises SettingsError. Without any setting the server's socket on this host is used, if it can be opened."""
     file = Path(CONFIG_FILE).expanduser()
     kept = _read(file) if file.is_file() else {}
     url = flag or environ.get("HYPEMAN_BASE_URL") or kept.get("base_url")
@@ -42,7 +42,7 @@ def load_settings(
 
 
 def _read(file: Path) -> dict[str, str]:
-    import yaml  # 15 ms that most calls need not spend
+    import yaml  # takes 15 ms, which most calls can avoid
 
     try:
         tree: Any = yaml.safe_load(file.read_text())

@@ -1,4 +1,4 @@
-"""What the shell and ``man`` want to know; made from the commands themselves."""
+"""Shell completion and manual pages, generated from the commands."""
 
 from __future__ import annotations
 

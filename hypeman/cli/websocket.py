@@ -1,4 +1,4 @@
-"""A WebSocket on a plain socket: wsproto does the protocol, the caller decides when to read."""
+"""A WebSocket on a plain socket: wsproto implements the protocol, the caller decides when to read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _READ = 64 * 1024
 
 
 class WebSocket:
-    """A client's end. ``messages`` holds what has come; ``closed`` says that no more will."""
+    """The client side. ``messages`` holds received messages; ``closed`` means that no more will arrive."""
 
     def __init__(self, client: Client, path: str) -> None:
-        """Raises ApiError if the server refuses, Unreachable."""
+        """Raises ApiError if the server refuses, Unreachable if there is none."""
         self.socket: socket.socket = client.dial()
         self.messages: deque[str | bytes] = deque()
         self.closed = False
@@ -62,20 +62,20 @@ class WebSocket:
         return self._connection.send(event)
 
     def send(self, message: str | bytes) -> None:
-        """Send at once; waits while the other side does not read."""
+        """Send at once; blocks while the other side does not read."""
         try:
             self.socket.sendall(self.encode(message))
         except OSError as error:
             raise Unreachable(f"the stream broke: {error.strerror or error}") from None
 
     def receive(self) -> str | bytes | None:
-        """The next message; None when the other side has closed."""
+        """The next message; None if the other side has closed."""
         while not self.messages and not self.closed:
             self.receive_some()
         return self.messages.popleft() if self.messages else None
 
     def receive_some(self) -> None:
-        """One read from the socket, which may hold no message or several. Raises Unreachable."""
+        """One read from the socket, which may yield no message or several. Raises Unreachable."""
         try:
             data = self.socket.recv(_READ)
         except BlockingIOError:
