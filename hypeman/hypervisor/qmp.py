@@ -23,7 +23,7 @@ MAX_LINE = 1024 * 1024
 
 
 class QmpError(Exception):
-    """The other side does not speak QMP."""
+    """The peer violated the QMP protocol."""
 
 
 class Greeting(msgspec.Struct, frozen=True):
@@ -90,7 +90,7 @@ class QmpCodec:
         self._broken = False
 
     def receive_data(self, data: bytes) -> list[Message]:
-        """The messages that ``data`` completes. Raises QmpError; then the codec is dead."""
+        """The messages that ``data`` completes. Raises QmpError; then the codec is unusable."""
         if self._broken:
             raise QmpError("this connection broke before")
         self._buffer += data

@@ -12,7 +12,7 @@ KERNEL = "kernel"
 INITRD = "initrd"
 LOG = "vmm.log"
 GUEST_CID = 3
-"""The same for all: a vsock behind a unix socket shares its numbers with nobody."""
+"""The same for all: CIDs of a vsock behind a unix socket are private to the VMM."""
 
 
 ROOM = "room"
@@ -22,5 +22,5 @@ SAVING = "vmm"
 
 
 def disk_link(disk_id: str) -> str:
-    """What a disk is called."""
+    """File name of a disk."""
     return f"disk-{disk_id}"

@@ -16,9 +16,9 @@ from hypeman.hypervisor.run_dir import GUEST_CID, INITRD, KERNEL, VSOCK, disk_li
 MINIMUM_VERSION = (53, 0)
 """The oldest that these requests were checked against."""
 EVENTS = "events"
-"""FIFO in the run directory that events come through; it keeps them while nobody of us is there."""
+"""FIFO for events in the run directory; it buffers them while no server runs."""
 LANDLOCK_ABI = 3
-"""Of the kernel; Cloud Hypervisor makes do with no less. Linux 6.2 has it."""
+"""Minimum Landlock ABI that Cloud Hypervisor needs; Linux 6.2 has it."""
 MEMORY_BLOCK = 128 * 1024 * 1024
 MAX_DISKS = 24
 MAX_NICS = 8
@@ -29,7 +29,7 @@ _OWN_IDS = frozenset({"vsock"})
 
 
 def kernel_cmdline(*extra: str) -> str:
-    """The guest kernel's command line: like QEMU's, but a panic halts in a reset that the VMM tells of."""
+    """The guest kernel's command line: like QEMU's, but a panic ends in a reset that the VMM reports."""
     words = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t", "cryptomgr.notests", "random.trust_cpu=on")
     return " ".join((*words, *extra))
 
@@ -54,7 +54,7 @@ def vm_config(config: VmConfig, *, landlock: tuple[str, ...] | None = None) -> d
         "rng": {"src": "/dev/urandom"},
         # Memory is the VMM's own here, never a file that forks share, so free pages may go back to the host.
         "balloon": {"size": 0, "deflate_on_oom": True, "free_page_reporting": True},
-        "serial": {"mode": "Tty"},  # its standard output, which is the console log
+        "serial": {"mode": "Tty"},  # standard output, which is the console log
         "console": {"mode": "Off"},
         "vsock": {"cid": GUEST_CID, "socket": VSOCK, "id": "vsock"},
     }

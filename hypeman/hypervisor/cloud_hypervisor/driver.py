@@ -1,4 +1,4 @@
-"""Cloud Hypervisor as a hypervisor. KVM only.
+"""Cloud Hypervisor driver. KVM only.
 
 It starts as its own user in an empty network namespace, with its seccomp filters and landlock on; its API
 socket listens already, TAPs come as descriptors. A snapshot is loaded lazily: pages come from the file
@@ -156,7 +156,7 @@ class CloudHypervisorDriver(Seeker):
 
     @contextlib.asynccontextmanager
     async def _started(self, config: VmConfig) -> AsyncIterator[CloudHypervisorVmm]:
-        """A VMM that answers and has no VM yet, ended again if the block fails."""
+        """Start a VMM that answers and has no VM yet; it is killed if the block fails."""
         with contextlib.ExitStack() as opened:
             api = listening(Path(config.run_dir, API_SOCKET)).detach()
             opened.callback(os.close, api)
@@ -200,7 +200,7 @@ class CloudHypervisorDriver(Seeker):
 
 
 def landlocked() -> bool:
-    """Whether the host's kernel has as much of landlock as Cloud Hypervisor wants; without, VMs have one wall less."""
+    """Whether the kernel has the Landlock ABI that Cloud Hypervisor needs; without it, VMs are less isolated."""
     return landlock_abi() >= native.LANDLOCK_ABI
 
 
@@ -226,7 +226,7 @@ def _room(config: VmConfig, folders: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _as_it_wrote_them(room: Path, capture: Path) -> str:
-    """A directory that leads to the files of ``capture`` under the names that Cloud Hypervisor knows them by."""
+    """A directory of links to the files of ``capture`` under Cloud Hypervisor's names for them."""
     directory = room / "saved"
     try:
         directory.mkdir(mode=0o711)

@@ -1,4 +1,4 @@
-"""One live Cloud Hypervisor, and what its events say about how it ended."""
+"""One live Cloud Hypervisor; its events give the exit reason."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def parse_events(text: bytes) -> tuple[list[Event], bytes]:
     *whole, rest = text.split(b"\n\n")
     events = []
     for part in whole:
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeError):  # a VMM's nonsense about itself is no event
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeError):  # skip malformed events
             events.append(msgspec.json.decode(part, type=Event))
     return events, rest
 
 
 class CloudHypervisorVmm(RemoteVmm):
-    """A Vmm on Cloud Hypervisor. Made by the driver."""
+    """A Vmm on Cloud Hypervisor. Created by the driver."""
 
     version = ""
     """Of the VMM; set by the driver."""
@@ -110,7 +110,7 @@ class CloudHypervisorVmm(RemoteVmm):
         )
 
     async def _snapshot(self, directory: Path) -> None:
-        """Refused until a VM that was restored lazily has all of its memory, which it gathers by itself."""
+        """Refused by a lazily restored VM until it has loaded all of its memory, which it does by itself."""
         refusal: ApiRefused | None = None
 
         async def saved() -> bool:
@@ -193,7 +193,7 @@ class CloudHypervisorVmm(RemoteVmm):
             self._heed(bytes(data))
 
     def _heed(self, data: bytes) -> None:
-        """End the VMM when its guest resets: Cloud Hypervisor would boot it again, behind our back."""
+        """Kill the VMM when its guest resets: otherwise Cloud Hypervisor would reboot it."""
         events, rest = parse_events(self._unparsed + data)
         self._unparsed = rest[-_FIFO_SIZE:]
         for event in events:

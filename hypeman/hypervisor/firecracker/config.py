@@ -1,7 +1,7 @@
 """VmConfig to the requests that make a Firecracker VM, in their order. Pure.
 
 Paths are names in the root of the VMM's jail (``jail.py``): a snapshot remembers the paths of its disks, and
-Firecracker can not be told others when it is loaded.
+Firecracker cannot be given others at load time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 def kernel_cmdline(*extra: str) -> str:
-    """The guest kernel's command line. Firecracker has no power to switch off: its guests end by a reset."""
+    """The guest kernel's command line. Firecracker has no power-off: its guests end with a reset."""
     words = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=k", "pci=off", "cryptomgr.notests")
     return " ".join((*words, *extra))
 
@@ -97,7 +97,7 @@ def snapshot_call(state: str, memory: str) -> Call:
 
 
 def load_call(config: VmConfig, state: str, memory: str) -> Call:
-    """Bring a VM back, paused; its memory is mapped privately from the file."""
+    """Restore a VM, paused; its memory is mapped privately from the file."""
     body: dict[str, object] = {
         "snapshot_path": state,
         "mem_backend": {"backend_type": "File", "backend_path": memory},
@@ -113,7 +113,7 @@ def state_call(*, running: bool) -> Call:
 
 
 def resize_disk_call(disk: Disk) -> Call:
-    """Have Firecracker look at a disk's size again."""
+    """Make Firecracker re-read a disk's size."""
     name = drive_id(disk.id)
     return Call("PATCH", f"/drives/{name}", {"drive_id": name, "path_on_host": disk_link(disk.id)})
 
@@ -127,7 +127,7 @@ def balloon_call(size: int) -> Call:
 
 
 def check(config: VmConfig) -> None:
-    """Raise NotSupported for what Firecracker can not do, InvalidRequest for what nobody could."""
+    """Raise NotSupported for what Firecracker does not support, InvalidRequest for what no VMM could run."""
     if config.pci_devices:
         raise NotSupported("Firecracker can not pass devices through")
     if any(disk.port for disk in config.disks):

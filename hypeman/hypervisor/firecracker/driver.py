@@ -1,4 +1,4 @@
-"""Firecracker as a hypervisor. KVM only.
+"""Firecracker driver. KVM only.
 
 Its jailer starts it: as its own user, in a root directory of its own (``jail.py``), besides the control group and the
 empty namespaces that all VMMs are in, without a way to new privileges and behind its seccomp filters. It opens TAPs by
@@ -142,7 +142,7 @@ class FirecrackerDriver(Seeker):
 
     @contextlib.asynccontextmanager
     async def _started(self, config: VmConfig, base: Path) -> AsyncIterator[FirecrackerVmm]:
-        """A VMM that answers and has no VM yet, ended again if the block fails."""
+        """Start a VMM that answers and has no VM yet; it is killed if the block fails."""
         binary = self._capabilities.binary
         program = Program(
             argv=(
@@ -150,7 +150,7 @@ class FirecrackerDriver(Seeker):
                 *("--id", jail.name_of(config), "--exec-file", binary, "--chroot-base-dir", str(base)),
                 *("--uid", str(config.uid), "--gid", str(config.gid)),
                 *("--", "--api-sock", API_SOCKET),
-                *("--log-path", LOG, "--level", "Error"),  # on the console it would be else
+                *("--log-path", LOG, "--level", "Error"),  # else it would go to the console
             ),
             log=config.vmm_log,
             output=config.console_log,
@@ -175,7 +175,7 @@ class FirecrackerDriver(Seeker):
 
 
 async def _bring(file: Path, name: Path) -> None:
-    """``file`` into a jail; in a thread, for it may have to be copied (28 MB in 15 ms)."""
+    """Link or copy ``file`` into a jail; in a thread, since a copy takes time (28 MB in 15 ms)."""
     try:
         await trio.to_thread.run_sync(jail.let_in, file, name)
     except OSError as error:
@@ -184,7 +184,7 @@ async def _bring(file: Path, name: Path) -> None:
 
 @contextlib.contextmanager
 def _let_in(config: VmConfig, capture: Path) -> Iterator[None]:
-    """A capture, in the jail for as long as it is being loaded."""
+    """Put a capture into the jail while it is being loaded."""
     room = jail.room_of(config.run_dir)
     with contextlib.ExitStack() as opened:
         for name in (captures.STATE, captures.MEMORY):

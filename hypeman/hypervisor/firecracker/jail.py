@@ -1,4 +1,4 @@
-"""Where a Firecracker lives: the root directory that its jailer shuts it into.
+"""The chroot that the jailer confines Firecracker to.
 
     <jail>/<program>/<name>/root/    all that the VMM can see
         disk-<id> kernel initrd vmm.log          hard links to our files, each lent while it opens it
@@ -8,7 +8,7 @@
 
 It lies beside the VM's disks and not in the run directory: that is a tmpfs, which has no device nodes and no
 links to disks. So all disks and captures have to be on the file system of the data directory, as they are.
-The VMM owns its root: what lies there is never trusted, nor lent or changed by its name in there.
+The VMM owns its root: files in it are never trusted, and never opened up or changed by their names in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def room_of(run_dir: str) -> Path:
 
 
 def name_of(config: VmConfig) -> str:
-    """The VMM's name, which also is the mark that it is found again by: the jailer empties its environment."""
+    """The VMM's name, which is also its mark, since the jailer clears the environment."""
     return mark_argument(config.run_dir)
 
 
@@ -83,11 +83,11 @@ def let_in(source: Path, name: Path) -> None:
 
 
 _COPIED = (KERNEL, INITRD)
-"""What may be copied in, from another file system: it is small and never written."""
+"""Files that may be copied in from another file system: small and never written."""
 
 
 def take_down(run_dir: str) -> None:
-    """Remove the jail that was made for ``run_dir``, if there is one. Its VMM has ended."""
+    """Remove the jail that was made for ``run_dir``, if there is one. Its VMM must have exited."""
     with contextlib.suppress(OSError):
         root = Path(os.readlink(room_of(run_dir)))
         shutil.rmtree(root.parents[2], ignore_errors=True)

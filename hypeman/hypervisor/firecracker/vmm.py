@@ -29,7 +29,7 @@ _NOWHERE = "nowhere/file"
 
 
 class FirecrackerVmm(RemoteVmm):
-    """A Vmm on Firecracker. Made by the driver."""
+    """A Vmm on Firecracker. Created by the driver."""
 
     version = ""
     """Of the VMM; set by the driver."""
@@ -86,7 +86,7 @@ class FirecrackerVmm(RemoteVmm):
             raise VmmBroken(f"Firecracker does not obey {number.name}")
 
     async def capture(self, directory: Path) -> Capture:
-        """Not to be cancelled between its pause and its save, for there is no way to stop it from saving."""
+        """Shielded from cancellation between pause and save, since a save cannot be aborted."""
         async with self._changing:
             await trio.to_thread.run_sync(take_back_capture, directory)
             with self._let_out(directory), trio.CancelScope(shield=True):
@@ -109,7 +109,7 @@ class FirecrackerVmm(RemoteVmm):
 
     @contextlib.contextmanager
     def _let_out(self, directory: Path) -> Iterator[None]:
-        """Two files of ``directory`` in the jail, empty, and as long as they are written."""
+        """Put two empty files of ``directory`` into the jail while they are being written."""
         room = jail.room_of(self.config.run_dir)
         with contextlib.ExitStack() as opened:
             for name in (captures.STATE, captures.MEMORY):
@@ -145,7 +145,7 @@ class FirecrackerVmm(RemoteVmm):
             await trio.to_thread.run_sync(os.truncate, disk.path, size)
         except OSError as error:
             raise InternalError(f"{disk.path}: {error.strerror}") from error
-        with lent(Path(disk.path), self.config.uid, write=not disk.readonly):  # it is opened anew
+        with lent(Path(disk.path), self.config.uid, write=not disk.readonly):  # it is reopened
             await self.call(native.resize_disk_call(disk))
 
     async def resize_memory(self, size: int) -> None:

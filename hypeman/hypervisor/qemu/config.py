@@ -29,13 +29,13 @@ from hypeman.units import MIB
 
 
 class Board(msgspec.Struct, frozen=True):
-    """A machine type and what it can carry."""
+    """A machine type and its capabilities."""
 
     type: str
     options: str
     pci: bool
     pinned: bool
-    """The type names its version, so newer QEMUs load what older ones saved."""
+    """The type is versioned, so newer QEMUs load captures of older ones."""
     max_disks: int
     max_nics: int
 
@@ -110,7 +110,7 @@ class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check(config: VmConfig, board: Board) -> None:
-    """Raise InvalidRequest for what no QEMU could run."""
+    """Raise InvalidRequest for a config that no QEMU can run."""
     fixed = [disk for disk in config.disks if disk.port == 0]
     ports = [disk.port for disk in config.disks if disk.port]
     ids = [each.id for group in (config.disks, config.nics, config.pci_devices) for each in group]
@@ -279,7 +279,7 @@ def disk_device(disk: Disk, board: Board, *, place: str = "") -> dict[str, objec
         "id": disk.id,
         "drive": disk_node(disk.id),
         "serial": disk.id,
-        # An I/O error is the guest's to see; the default would stop the VM when the host's disk is full.
+        # Report I/O errors to the guest; the default would stop the VM when the host's disk is full.
         "werror": "report",
         "rerror": "report",
         **where,
@@ -287,7 +287,7 @@ def disk_device(disk: Disk, board: Board, *, place: str = "") -> dict[str, objec
 
 
 def throttled_device(disk_id: str, board: Board) -> str:
-    """What ``block_set_io_throttle`` calls a disk."""
+    """Name of a disk for ``block_set_io_throttle``."""
     return f"/machine/peripheral/{disk_id}/virtio-backend" if board.pci else disk_id
 
 

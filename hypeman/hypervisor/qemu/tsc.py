@@ -1,7 +1,7 @@
-"""How fast the host's time stamp counter ticks, which is how fast a TCG guest's does.
+"""Frequency of the host's time stamp counter, which is also that of a TCG guest.
 
-Linux tells nobody, so it is measured: the counter against the clock, over 50 ms, once. The difference to
-the kernel's own idea was below 0.001 %.
+Linux does not expose it, so it is measured once: the counter against the clock, over 50 ms. The difference
+from the kernel's own value was below 0.001 %.
 """
 
 from __future__ import annotations
