@@ -56,13 +56,13 @@ class Mdev:
         return int(name) if name and name.isdecimal() else None
 
     async def create(self, parent: str, type_id: str, uuid: str) -> None:
-        """Content if it exists already. Raises HostError, e.g. when the card has no slot left."""
+        """A no-op if it already exists. Raises HostError, e.g. if the card has no free slot."""
         if not self.exists(uuid):
             path = f"class/mdev_bus/{parent}/mdev_supported_types/{type_id}/create"
             await self.sysfs.write(path, uuid, subject=parent)
 
     async def remove(self, parent: str, uuid: str) -> None:
-        """Content if there is none."""
+        """A no-op if there is none."""
         try:
             if self.exists(uuid):
                 await self.sysfs.write(f"bus/mdev/devices/{uuid}/remove", "1", subject=parent)

@@ -59,7 +59,7 @@ class Pci:
         return dict(sorted(rows.items(), key=lambda item: (len(item[0]), item[0])))
 
     def path(self, address: str) -> str:
-        """Where a VMM finds the function."""
+        """Sysfs path of the function, for a VMM."""
         return str(self.sysfs.root / _of(address))
 
     def exists(self, address: str) -> bool:
@@ -80,7 +80,7 @@ class Pci:
         return "" if text in (None, "(null)") else str(text)
 
     async def strangers(self, group: int) -> tuple[str, ...]:
-        """Members of a group that are no PCI functions (a platform device behind the same IOMMU)."""
+        """Members of a group that are not PCI functions (a platform device behind the same IOMMU)."""
 
         def read() -> tuple[str, ...]:
             names = os.listdir(self.sysfs.root / "kernel/iommu_groups" / str(group) / "devices")
@@ -97,7 +97,7 @@ class Pci:
         await self.sysfs.write(f"{_of(address)}/driver_override", driver + "\n", subject=address)
 
     async def unbind(self, address: str, driver: str) -> None:
-        """Content if the function has no driver any more, or is gone."""
+        """A no-op if the function has no driver, or no longer exists."""
         try:
             await self.sysfs.write(f"bus/pci/drivers/{driver}/unbind", address, subject=address)
         except HostStuck:

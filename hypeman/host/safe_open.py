@@ -1,4 +1,4 @@
-"""Opening files whose names somebody else may have chosen, or could have changed in the past.
+"""Opens files whose names another user may have chosen, or could have changed in the past.
 
     open_beneath    below a directory descriptor: follows no link, leaves the directory by no way
     open_regular    a regular file by its path; the last two parts of the path may not be links
@@ -51,7 +51,7 @@ def open_beneath(directory: int, name: str, flags: int, mode: int = 0o600) -> in
 
 
 def _open_part_by_part(directory: int, name: str, flags: int, mode: int) -> int:
-    """The same with openat alone."""
+    """The same with only openat."""
     *parents, last = name.split("/")
     if any(part in ("", "..") for part in (*parents, last)):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), name)

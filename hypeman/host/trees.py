@@ -39,7 +39,7 @@ def _clear(where: Path) -> None:
 
 
 def unmount(where: Path) -> None:
-    """Take a mount away, at once for everybody who looks for it; content if there is none."""
+    """Detach a mount immediately (lazy unmount); a no-op if there is none."""
     if where.is_mount():
         _libc.umount2(os.fsencode(where), _MNT_DETACH)
 

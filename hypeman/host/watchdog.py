@@ -1,7 +1,7 @@
-"""systemd's watchdog: a word from the event loop now and then, or systemd starts us anew.
+"""systemd's watchdog: the event loop sends keep-alives, otherwise systemd restarts us.
 
-The word comes from a task like any other, so a loop that hangs is a loop that falls silent. VMs live
-in another unit and do not notice.
+An ordinary task sends them, so they stop when the event loop hangs. VMs run in another unit and are not
+affected.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import trio
 
 
 def watchdog_interval(environ: Mapping[str, str] = os.environ, pid: int | None = None) -> float | None:
-    """Seconds within which systemd wants a word (WATCHDOG_USEC); None if it does not wait for us."""
+    """Keep-alive interval that systemd expects, in seconds (WATCHDOG_USEC); None if there is no watchdog."""
     wanted = environ.get("WATCHDOG_PID")
     if wanted is not None and wanted != str(os.getpid() if pid is None else pid):
         return None
