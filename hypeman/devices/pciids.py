@@ -39,7 +39,7 @@ class PciIds:
             try:
                 with Path(file).open("rb") as opened:
                     return cls(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError):  # ValueError: an empty file can not be mapped
+            except (OSError, ValueError):  # ValueError: an empty file cannot be mapped
                 continue
         log.warning("no pci.ids in %s: devices have no names", ", ".join(files))
         return cls(b"")

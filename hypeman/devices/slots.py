@@ -24,7 +24,7 @@ _NO_TYPE = "0"
 
 
 class Slots:
-    """Makes what claims promise."""
+    """Creates and removes the vGPUs of claims."""
 
     def __init__(self, store: Store, mdev: Mdev, pci: Pci) -> None:
         self._store = store
@@ -45,7 +45,7 @@ class Slots:
         return self._pci.group(record.parent)
 
     async def remove(self, instance_id: str) -> None:
-        """Remove the instance's vGPU; the claim stays. Content if there is none."""
+        """Remove the instance's vGPU; the claim stays. A no-op if there is none."""
         record = self._store.read(lambda txn: txn.get(VGPUS, instance_id))
         if record is None or not record.made:
             return
