@@ -32,7 +32,7 @@ class Subnet(msgspec.Struct, frozen=True):
 
     @classmethod
     def parse(cls, cidr: str, gateway: str = "") -> Subnet:
-        """``gateway`` empty: the first address. Raises ValueError for what can hold no guest."""
+        """``gateway`` empty: the first address. Raises ValueError for a subnet without room for guests."""
         network = ipaddress.IPv4Network(cidr)
         if not 8 <= network.prefixlen <= 30:
             raise ValueError(f"subnet {cidr} must have a prefix of 8 to 30 bits")
@@ -51,7 +51,7 @@ class Subnet(msgspec.Struct, frozen=True):
 
     @property
     def guests(self) -> int:
-        """How many addresses can be given out."""
+        """Number of addresses that can be allocated."""
         return self.network.num_addresses - 3
 
     def offset(self, rank: int) -> int:
@@ -60,7 +60,7 @@ class Subnet(msgspec.Struct, frozen=True):
         return offset if offset < self.gateway_offset else offset + 1
 
     def rank(self, address: str) -> int:
-        """The reverse of ``offset``. Raises ValueError for an address that can not be given out."""
+        """The reverse of ``offset``. Raises ValueError for an address that cannot be allocated."""
         offset = int(ipaddress.IPv4Address(address)) - int(self.network.network_address)
         if not 0 < offset < self.network.num_addresses - 1 or offset == self.gateway_offset:
             raise ValueError(f"{address} is no guest address of {self.network}")
