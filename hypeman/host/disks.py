@@ -14,17 +14,17 @@ from hypeman.host.files import Files
 from hypeman.host.processes import Processes
 
 _MOST_TEMPLATES = 16
-"""Sizes kept; an odd size more is formatted each time."""
+"""Maximum number of templates; disks of other sizes are formatted each time."""
 
-# A VMM that is killed leaves the disk as after a power cut: the journal makes it whole at the next mount.
-# lazy_itable_init leaves the inode tables sparse; no blocks are reserved for a root who is not us.
+# A killed VMM leaves the disk as after a power failure: the journal repairs it at the next mount.
+# lazy_itable_init leaves the inode tables sparse; no blocks are reserved for root.
 _MKFS = ("mkfs.ext4", "-q", "-F", "-m", "0", "-I", "256", "-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard")
 
 _MKFS_SECONDS = 600.0
 
 
 class Disks:
-    """Makes ext4 disks. ``templates`` is a directory of ours."""
+    """Creates ext4 disks. ``templates`` is a directory owned by us."""
 
     def __init__(self, files: Files, processes: Processes, templates: Path) -> None:
         self._files = files
@@ -33,7 +33,7 @@ class Disks:
         self._making = trio.Lock()
 
     async def make(self, path: Path, size: int, *, uid: int = 0) -> None:
-        """A formatted empty disk of ``size`` bytes at ``path``, owned by ``uid``, replacing what is there."""
+        """A formatted empty disk of ``size`` bytes at ``path``, owned by ``uid``, replacing any existing file."""
         template = self._templates / f"ext4-{size}.raw"
         async with self._making:
             if not template.exists():

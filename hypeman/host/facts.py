@@ -1,4 +1,4 @@
-"""What this machine has: CPUs, memory, disk, the speed of a link. Read, never changed."""
+"""The host's resources: CPUs, memory, disk, link speed. Read-only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """What of it new programs could have without swapping."""
+    """Memory available to new programs without swapping."""
     return _memory("MemAvailable:")
 
 
@@ -37,7 +37,7 @@ def disk_bytes(path: Path) -> int:
 
 
 def link_speed(name: str) -> int:
-    """Bytes per second of a network link; 0 where it does not tell (virtual links)."""
+    """Bytes per second of a network link; 0 if it is not reported (virtual links)."""
     try:
         megabits = int(Path(f"/sys/class/net/{name}/speed").read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""How much of Landlock the kernel has: a sandbox that a program puts around itself."""
+"""Version of Landlock in the kernel, a sandbox that a program applies to itself."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def landlock_abi() -> int:
-    """The version of the kernel's interface; 0 where there is none, or it is switched off."""
+    """The version of the kernel's interface; 0 if it is missing or disabled."""
     return max(0, int(_libc.syscall(_CREATE_RULESET, None, 0, _ASK_VERSION)))

@@ -1,4 +1,4 @@
-"""The little of netlink that we speak: messages in, acknowledgements out, and notifications.
+"""A minimal netlink client: requests, acknowledgements and notifications.
 
 Own code and not pyroute2, because the messages are few and fixed, and attach is on the path of every
 create and restore: pyroute2 takes 0.3 s and some 30 MB to import and about 1 ms a request (asyncio
@@ -6,7 +6,7 @@ inside); these lines take 0.02 ms a request, and a batch of ten is one system ca
 ``tests/bench/bench_network.py`` has the comparison.
 
     Message    type, flags and body, as data: what to ask is decided by pure functions
-    Netlink    a socket that sends a batch and returns what the kernel said to each message
+    Netlink    a socket that sends a batch and checks the kernel's answer to each message
     Monitor    a socket that listens to multicast groups, for Trio
 
 Formats: netlink(7), rtnetlink(7), include/uapi/linux/netlink.h.
@@ -48,7 +48,7 @@ _RECEIVE = 1 << 20
 
 
 class NetlinkError(HostError):
-    """The kernel refused a message. ``errno`` is its number."""
+    """The kernel refused a message with error ``errno``."""
 
     def __init__(self, what: str, number: int, text: str = "") -> None:
         reason = os.strerror(number) + (f" ({text})" if text else "")
@@ -57,14 +57,14 @@ class NetlinkError(HostError):
 
 
 class Message(NamedTuple):
-    """One request. ``what`` is for people: it begins the error's message."""
+    """One request. ``what`` is human-readable and starts the error message."""
 
     type: int
     flags: int
     body: bytes
     what: str
     tolerated: tuple[int, ...] = ()
-    """Error numbers that mean "it is so already"."""
+    """Error numbers that mean "already done"."""
 
 
 class Packet(NamedTuple):
@@ -74,7 +74,7 @@ class Packet(NamedTuple):
     flags: int
     sequence: int
     port: int
-    """Port of the socket that asked for it; 0 where the kernel spoke by itself."""
+    """Port of the requesting socket; 0 for messages the kernel sends unasked."""
     body: bytes
 
 
@@ -197,8 +197,8 @@ class Netlink:
 
 
 class Monitor:
-    """Notifications of multicast groups. Changes come in bursts (a flush of rules is a notification for
-    each of them), so what follows within ``settle`` seconds is taken together."""
+    """Notifications of multicast groups. Changes come in bursts (flushing rules sends a notification for
+    each of them), so those within ``settle`` seconds are returned together."""
 
     def __init__(self, protocol: int, groups: Iterable[int], *, settle: float = 0.05) -> None:
         self._socket = socket.socket(
@@ -216,7 +216,7 @@ class Monitor:
     async def receive(self, meaning: Callable[[Packet], T | None], lost: T) -> set[T]:
         """Wait for packets that mean something, and return all that they and those right behind them mean.
 
-        ``lost`` is among it when the kernel had to drop some: look at everything anew.
+        ``lost`` is among it when the kernel had to drop some: recheck everything.
         """
         meanings: set[T] = set()
         while not meanings:

@@ -1,4 +1,4 @@
-"""What ``hypeman doctor`` looks at before it judges the network: read only, nothing is changed."""
+"""Network facts for ``hypeman doctor``. Read-only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class NetworkFacts(msgspec.Struct, frozen=True):
     legacy_rules: str
     """Output of ``iptables-legacy -S`` where such rules exist: nft does not see them."""
     missing_modules: tuple[str, ...]
-    """Kernel modules that this kernel's packages do not have; empty where that can not be told."""
+    """Kernel modules that this kernel's packages do not have; empty if that cannot be determined."""
 
 
 def gather(uplink: str = "") -> NetworkFacts:
@@ -60,8 +60,8 @@ def gather(uplink: str = "") -> NetworkFacts:
 def read_routes() -> tuple[tuple[str, str], ...]:
     """Interface and network of each IPv4 route of the main table but default routes and our own.
 
-    By pyroute2: how much there is to know of routes is its trade. It takes 0.3 s to import, which a
-    doctor has; what is on the path of a create speaks netlink by itself (``netlink.py``).
+    Uses pyroute2, which covers all kinds of routes. It takes 0.3 s to import, which is acceptable for
+    ``doctor``; code on the path of a create uses ``netlink.py``.
     """
     from pyroute2 import IPRoute
 

@@ -1,4 +1,4 @@
-"""Which files a program needs to run: itself, its loader and libraries. For a root directory of its own."""
+"""Files that a program needs to run in a chroot: itself, its loader and libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PT_INTERP = 3
 
 
 class NotRunnable(Exception):
-    """A program whose files cannot be found; says why."""
+    """The files of a program cannot be found; the message has the reason."""
 
 
 def files_of(binary: str) -> tuple[str, ...]:

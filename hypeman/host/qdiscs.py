@@ -1,4 +1,4 @@
-"""Queues that limit a TAP, as netlink messages. Pure.
+"""Queueing disciplines that limit a TAP, as netlink messages. Pure.
 
     download   guest ◄── TAP ◄── TBF                     the TAP's root queue
     upload     guest ──► TAP ──► ingress ─u32, mirred─► ifb ──► TBF ──► back in as from the TAP
@@ -25,23 +25,23 @@ _MIRRED_PARMS = 2
 _EGRESS_REDIRECT, _TC_ACT_STOLEN = 1, 4
 _U32_TERMINAL = 1
 _FIRST_U32 = 0x80000800
-"""Handle of the first filter: named, so that a repeated request replaces it."""
+"""Handle of the first filter: explicit, so that a repeated request replaces it."""
 _ETH_P_ALL_BE = 0x0300
 _LINKLAYER_ETHERNET = 1
-"""Told, it spares the table of send times that kernels before 3.8 wanted."""
+"""Setting it avoids the rate table that kernels before 3.8 needed."""
 _NOTHING_THERE = (errno.ENOENT, errno.EINVAL)
-"""What the kernel says to the removal of a queue that is the default one, or not there."""
+"""Kernel errors for removing a queue that is the default one, or missing."""
 
 
 def download_messages(tap: str, index: int, bucket: TokenBucket | None) -> list[Message]:
-    """Limit what ``tap`` sends to the guest, or lift the limit."""
+    """Limit what ``tap`` sends to the guest, or remove the limit."""
     return [_tbf(tap, index, bucket)] if bucket else [_remove(tap, index, _ROOT)]
 
 
 def upload_messages(tap: str, index: int, shaper: int, bucket: TokenBucket) -> list[Message]:
-    """Limit what comes from the guest by way of the ifb with index ``shaper``, which is up.
+    """Limit what the guest sends, through the ifb with index ``shaper``, which is up.
 
-    The ifb's queue stands before the redirection, so no packet ever passes unlimited.
+    The ifb's queue is created before the redirection, so no packet ever passes unlimited.
     """
     return [_tbf(tap, shaper, bucket), _ingress(tap, index), _redirect(tap, index, shaper)]
 

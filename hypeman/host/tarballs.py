@@ -1,6 +1,6 @@
-"""Directories into one compressed file, with their holes, owners and times: GNU tar, and Zstandard.
+"""Packs directories into one compressed file, with holes, owners and times: GNU tar and Zstandard.
 
-The frame carries a checksum and its end, so that a file that was cut or altered is refused when it is read.
+The frame has a checksum and an end mark, so that a truncated or altered file is refused when it is read.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pack(target: Path, parts: Sequence[tuple[Path, Iterable[str]]]) -> None:
                 assert tar.stdout is not None
                 compressor.copy_stream(tar.stdout, out)
             os.fsync(out.fileno())
-            os.link(half, target)  # never in the place of another file
+            os.link(half, target)  # never replaces another file
         except FileExistsError as error:
             raise HostError(f"{error.filename2 or error.filename} exists already") from None
         except OSError as error:

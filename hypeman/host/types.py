@@ -1,6 +1,6 @@
-"""Names and parameters of what the host has for guests' networks: links, nft elements, queues. Plain data.
+"""Names and parameters of links, nft elements and queues for guests' networks. Plain data.
 
-They are here, below their users, because links, rules and leases share them.
+They are here because links, rules and leases share them.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import msgspec
 
 TAP_PREFIX = "hm-"
-"""Every TAP of ours begins so, and nothing else on a host does: the rules are closed for the whole
-prefix, so a TAP without a lease reaches nothing at all."""
+"""Prefix of all our TAPs and of nothing else on a host: the rules drop everything for this prefix,
+so a TAP without a lease reaches nothing."""
 
 SHAPER_PREFIX = "hmu-"
 """The ifb through which a TAP's upload is shaped. Not matched by the TAPs' prefix."""
@@ -26,7 +26,7 @@ class TokenBucket(msgspec.Struct, frozen=True):
     burst: int
     """Bytes that may pass at once after a pause."""
     queue: int
-    """Bytes that may wait; more is dropped, which is what slows a sender down."""
+    """Bytes that may be queued; more is dropped, which slows a sender down."""
 
 
 class Element(msgspec.Struct, frozen=True, order=True):

@@ -1,4 +1,4 @@
-"""What a process has used, read from proc(5)."""
+"""Resource usage of a process, from proc(5)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 def read_usage(pid: int) -> Usage:
-    """What process ``pid`` has used so far; all 0 if there is none."""
+    """Resource usage of process ``pid`` so far; all 0 if there is none."""
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
