@@ -25,7 +25,7 @@ _DEVICE = re.compile(rb"^\t([0-9a-f]{4})  (.*)$", re.MULTILINE)
 
 
 class PciIds:
-    """``PciIds.open`` finds the data base; without one every name is empty."""
+    """``PciIds.open`` finds the database; without one every name is empty."""
 
     def __init__(self, data: bytes | mmap.mmap) -> None:
         self._data = data

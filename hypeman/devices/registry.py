@@ -1,4 +1,4 @@
-"""Registered devices and who has them: plain functions on a transaction."""
+"""Registered devices and their owners: plain functions on a transaction."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def remove(txn: Txn, ref: str, failures: Mapping[str, str] = {}) -> None:
 
 
 def attached(txn: Txn, instance_id: str) -> tuple[DeviceRecord, ...]:
-    """The devices of an instance, in the order in which it wants them."""
+    """The devices of an instance, in the requested order."""
     mine = [record for _, record in txn.scan(DEVICES) if record.attached_to == instance_id]
     return tuple(sorted(mine, key=lambda record: record.position))
 

@@ -1,4 +1,4 @@
-"""vGPUs are made and removed for instances; the claim in the store comes first and goes last.
+"""Creates and removes instances' vGPUs; the claim is stored first and removed last.
 
 For the vendor kind a slot is a virtual function with a type written into it. A release of an
 earlier owner that the kernel finishes late would clear the type of the next one; so a claim that is

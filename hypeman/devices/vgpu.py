@@ -49,7 +49,7 @@ def free(parent: VgpuParent, kind: VgpuType, claims: Iterable[VgpuRecord]) -> in
 
 
 def choose(parents: Sequence[VgpuParent], claims: Sequence[VgpuRecord], profile: str) -> tuple[VgpuParent, VgpuType]:
-    """Where a vGPU of ``profile`` goes: to the card that has the fewest, then by address.
+    """Choose the parent for a vGPU of ``profile``: on the card with the fewest vGPUs, then by address.
 
     ``profile`` is the API's name, the driver's full name or the id of the type. Raises InvalidRequest
     for a profile that no card has, InsufficientResources when no slot is free.
