@@ -1,4 +1,4 @@
-"""Which numbers an instance gets. Pure.
+"""Address, MAC, TAP name and CID of an instance. Pure.
 
 Everything that must be unique follows from one number, the *offset* of the address in the subnet:
 
@@ -25,7 +25,7 @@ _CID_BASE = 1 << 24
 
 
 class Subnet(msgspec.Struct, frozen=True):
-    """The guests' network and the address that answers in it."""
+    """The guests' network and its gateway."""
 
     network: ipaddress.IPv4Network
     gateway: ipaddress.IPv4Address

@@ -1,4 +1,4 @@
-"""From rates to queues. Pure; all rates in bytes per second.
+"""Converts rates to queue parameters. Pure; all rates in bytes per second.
 
 Both directions are a token bucket (TBF): download on the TAP's own queue, upload on an ifb that the
 TAP's ingress is redirected to. A bucket that delays is what TCP slows down for; a policer that cuts
@@ -22,7 +22,7 @@ _MAX_RATE = 2**32 - 1
 
 
 def token_bucket(rate: int) -> TokenBucket | None:
-    """The queue that limits to ``rate``; None where there is nothing to limit."""
+    """The queue that limits to ``rate``; None if there is no limit."""
     if rate <= 0 or rate > _MAX_RATE:
         return None
     return TokenBucket(

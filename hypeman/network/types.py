@@ -1,4 +1,4 @@
-"""What is said about an instance's network: requests, leases, limits. Plain data.
+"""Types of an instance's network: requests, leases, limits. Plain data.
 
 Rates are bytes per second everywhere (the API's ``bandwidth_*`` after ``units.parse_rate``); 0 is
 no limit. Names of links, rules and queues are in ``host/types.py``.
@@ -27,7 +27,7 @@ class EgressMode(enum.StrEnum):
 
 
 class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a create wants of the network."""
+    """Network settings of a create request."""
 
     enabled: bool = True
     """False: the instance has no interface; it still gets a CID."""
@@ -39,7 +39,7 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
-    """What one instance holds of the network for as long as its record exists."""
+    """Network resources of one instance, held as long as its record exists."""
 
     instance_id: str
     cid: int
@@ -61,7 +61,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GuestNetwork(msgspec.Struct, frozen=True):
-    """What the guest agent sets up inside."""
+    """Network settings that the guest agent applies."""
 
     address: str
     prefix_length: int
