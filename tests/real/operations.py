@@ -174,8 +174,8 @@ async def check_volumes(appliance: Appliance, instance: dict[str, Any], where: s
         holders = [each["instance_id"] for each in volume.get("attachments") or ()]
         mine = [each["volume_id"] for each in instance.get("volumes") or ()]
         assert (instance["id"] in holders) == (volume["id"] in mine), f"{volume}, {instance}: {where}"
-        inside = await appliance.get(f"/instances/{instance['name']}/stat?path=/data/lost%2Bfound")
-        assert inside["exists"] == bool(mine), f"{inside}, {mine}: {where}"
+        mounted, output = await appliance.exec(instance["name"], "grep", " /data ", "/proc/mounts")
+        assert (mounted == 0) == bool(mine), f"{output}, {mine}: {where}"
 
 
 async def check_owned(appliance: Appliance, where: str) -> None:
