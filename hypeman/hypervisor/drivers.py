@@ -1,4 +1,4 @@
-"""The one list of drivers; server, doctor and configuration all go by it.
+"""The list of drivers, used by server, doctor and configuration.
 
 Adding a VMM: its name in ``kinds.py``, its driver here, its name in ``config.HypervisorChoice``.
 """

@@ -6,9 +6,9 @@
      │  Returned or Refused       │     one for each command, with its id
      │  Happened                  │     any time in between
 
-Every message is a JSON object on a line. The codec is strict, for what comes out of a VMM may come
-from a guest that has taken it over: a line that is too long, is not JSON or is none of the four is a
-QmpError, after which the codec takes nothing more.
+Every message is a JSON object on a line. The codec is strict, since a VMM's output may come from a guest
+that has compromised it: a line that is too long, is not JSON or is none of the four is a QmpError, after
+which the codec accepts no more data.
 """
 
 from __future__ import annotations

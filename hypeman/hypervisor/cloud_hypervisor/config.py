@@ -1,8 +1,8 @@
 """VmConfig to Cloud Hypervisor's API bodies. Pure.
 
 Paths are relative to the run directory (``remote.py``), so a snapshot, which keeps the whole config, needs
-no rewriting when it comes back elsewhere. Network interfaces are not in here: they are added with
-their TAP's descriptor before the boot, for the VMM has no right to open a TAP by name.
+no rewriting when it is restored elsewhere. Network interfaces are not included: they are added with
+their TAP's descriptor before the boot, since the VMM may not open a TAP by name.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class FirecrackerVmm(RemoteVmm):
 
     async def _reset_vsock(self) -> None:
         """For a VM that was paused to be saved, and was not: the save failed, or a server of ours ended before it.
-        Firecracker resets the vsock at the beginning of every save, also of one that can not be written."""
+        Firecracker resets the vsock at the beginning of every save, even of one that cannot be written."""
         with contextlib.suppress(ApiRefused):
             await self.call(native.snapshot_call(_NOWHERE, _NOWHERE))
 

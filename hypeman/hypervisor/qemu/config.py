@@ -1,8 +1,8 @@
 """VmConfig to QEMU's command line. Pure: the same config gives the same arguments, in the same order.
 
-Two boards. ``Q35`` is the default, for it alone has hot-plug of disks and memory and a right clock also
-without KVM. ``MICROVM`` (the kind ``qemu-microvm``) has no PCI: it boots quicker and can do less. The type
-is pinned where QEMU has versions of it, since a capture can only be loaded by the type that wrote it.
+Two boards. ``Q35`` is the default, since only it has hot-plug of disks and memory, and an accurate clock
+without KVM. ``MICROVM`` (the kind ``qemu-microvm``) has no PCI: it boots faster with fewer features. Versioned
+machine types are pinned, since a capture can only be loaded by the type that wrote it.
 On q35 each device has its fixed place on the bus, so that a disk that was plugged or pulled moves no other:
 
     slot   01 agent port   02 balloon   03 random numbers   05 hot-pluggable memory

@@ -1,7 +1,7 @@
-"""What QEMU finds in its root directory: itself with its libraries, its firmware, its accelerator, some devices.
+"""Contents of QEMU's root directory: QEMU with its libraries, firmware and accelerator, and some devices.
 
-Everything else comes as a descriptor (``config.py``). So a QEMU that was taken over finds no file of the host, no other
-VM, no socket and no /run, /tmp or /dev/shm.
+Everything else is passed as a descriptor (``config.py``). So a compromised QEMU has no access to host files, other
+VMs, sockets, /run, /tmp or /dev/shm.
 """
 
 from __future__ import annotations
