@@ -23,7 +23,7 @@ def backup() -> None:
 @config_option
 @click.pass_obj
 def create_backup(session: Session, file: Path, config_file: Path | None) -> None:
-    """Write a new FILE (.tar.zst). The server may run; who has a VM is left out and named.
+    """Write a new FILE (.tar.zst). The server may run; instances with a VM are left out and listed.
 
     FILE holds the key that seals credentials and is as secret as they are. Settings are not in it: keep
     /etc/hypeman/config.yaml as well.

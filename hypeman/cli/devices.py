@@ -10,14 +10,14 @@ from hypeman.cli.session import Session, pairs, present, reports
 
 @click.group("device")
 def devices() -> None:
-    """Devices: PCI functions that instances may have."""
+    """Devices: PCI functions for passthrough to instances."""
 
 
 @devices.command("available")
 @click.option("-a", "--all", "everything", is_flag=True, help="Also what can not be passed through, and why.")
 @reports
 def available_devices(session: Session, everything: bool) -> None:
-    """List what this host could pass through."""
+    """List the devices that this host can pass through."""
     columns = [
         ("ADDRESS", lambda row: row["pci_address"]),
         ("ID", lambda row: f"{row['vendor_id']}:{row['device_id']}"),

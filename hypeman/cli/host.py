@@ -167,7 +167,7 @@ def _messages(failures: BaseExceptionGroup[Any]) -> list[str]:
 @click.command("clean-host", hidden=True)
 @config_option
 def clean_host(config_file: Path | None) -> None:
-    """Take away the links, rules and lent devices of VMs that are no more. For removing the appliance."""
+    """Remove the links, rules and devices of VMs that no longer exist. For removing the appliance."""
     from hypeman.config import load_config
     from hypeman.errors import HypemanError
 
@@ -189,7 +189,7 @@ def clean_host(config_file: Path | None) -> None:
 @config_option
 @click.pass_obj
 def doctor(session: Session, config_file: Path | None) -> None:
-    """Tell what this host can do, what is missing, and what to type. Exit code 1 if something can not work."""
+    """Report what this host can do, what is missing, and how to fix it. Exit code 1 if something cannot work."""
     from hypeman.config import load_config
     from hypeman.errors import HypemanError
     from hypeman.telemetry.findings import Verdict, worst

@@ -149,7 +149,7 @@ def get_image(session: Session, name: str) -> None:
 @click.argument("target")
 @reports
 def tag_image(session: Session, name: str, target: str) -> None:
-    """Have TARGET stand for the image NAME too, without a pull."""
+    """Make TARGET another name of the image NAME, without a pull."""
     session.show(session.client.call("POST", f"{image_path(name)}/tag", {"target": target}))
 
 

@@ -18,7 +18,7 @@ _target_hypervisor = click.option("--target-hypervisor", help="Only for snapshot
 
 @click.group("snapshot")
 def snapshots() -> None:
-    """Snapshots: captures of instances, kept for themselves."""
+    """Snapshots: captures that outlive their instances."""
 
 
 @snapshots.command("create")
@@ -46,7 +46,7 @@ def create_snapshot(
 def restore_snapshot(
     session: Session, instance: str, snapshot: str, target_state: str | None, target_hypervisor: str | None
 ) -> None:
-    """Put an instance back to one of its snapshots."""
+    """Restore an instance to one of its snapshots."""
     path = f"{path_of(instance)}/snapshots/{segment(snapshot)}/restore"
     show_instance(session, session.client.post(path, _target(target_state, target_hypervisor)))
 
@@ -103,6 +103,6 @@ def get_snapshot(session: Session, snapshot: str) -> None:
 @click.argument("snapshot")
 @reports
 def delete_snapshot(session: Session, snapshot: str) -> None:
-    """Delete a snapshot; what was forked from it lives on."""
+    """Delete a snapshot; its forks are not affected."""
     session.client.call("DELETE", f"/snapshots/{segment(snapshot)}")
     click.echo(snapshot)

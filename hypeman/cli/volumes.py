@@ -73,7 +73,7 @@ def get_volume(session: Session, volume: str) -> None:
 @click.argument("volume")
 @reports
 def delete_volume(session: Session, volume: str) -> None:
-    """Delete a volume that nobody uses."""
+    """Delete a volume that is not in use."""
     session.client.call("DELETE", f"/volumes/{segment(volume)}")
     click.echo(volume)
 
