@@ -1,13 +1,13 @@
-"""What each command does, one file a family.
+"""The implementation of each command, one file per family.
 
-Each is a function of an Owned instance, so it can only run in the instance's task (lifecycle.py), after it was
-found legal there (admission.py):
+Each is a function of an Owned instance, so it can only run in the instance's task (lifecycle.py), after the
+legality check there (admission.py):
 
     boot.py      create, start
-    stop.py      stop, delete, and the end of a VM that nobody asked for
+    stop.py      stop, delete, and the unrequested end of a VM
     standby.py   standby, restore
-    copies.py    fork, snapshot, and back to a snapshot
+    copies.py    fork, snapshot, and restore from a snapshot
     volumes.py   attach, detach
 
-What became of one that a crash cut short is decided in ../settle.py.
+../settle.py resolves those interrupted by a crash.
 """

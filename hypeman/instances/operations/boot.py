@@ -1,7 +1,7 @@
 """Create and start: a VM that boots.
 
-Both end in Initializing, when the VMM runs; Running comes as news from the guest (../news.py). A create
-that fails leaves nothing at all, a start that fails leaves the instance Stopped, as it was.
+Both end in Initializing, once the VMM runs; Running follows from a guest event (../news.py). A failed
+create leaves nothing; a failed start leaves the instance Stopped, as before.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _NONCE_BYTES = 16
 
 
 def new_nonce() -> bytes:
-    """By which the guest agent of one boot proves itself."""
+    """Nonce that authenticates the guest agent of one boot."""
     return secrets.token_bytes(_NONCE_BYTES)
 
 
 async def create(owned: Owned) -> InstanceRecord:
-    """First boot of an instance whose record was just written, with CREATE as its intent."""
+    """First boot of a newly recorded instance, with CREATE as its intent."""
     return await owned.appear(plan_create(owned.record), lambda: _launched(owned))
 
 
 async def start(
     owned: Owned, entrypoint: tuple[str, ...] | None = None, cmd: tuple[str, ...] | None = None
 ) -> InstanceRecord:
-    """Boot a stopped instance; what is given is its entry point and command from now on."""
+    """Boot a stopped instance; a given entry point or command is also kept for later starts."""
     before = owned.record
     spec = before.spec
     if entrypoint is not None:

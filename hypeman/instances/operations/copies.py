@@ -1,8 +1,8 @@
-"""Copies of an instance: out of it for a fork or a snapshot, into a fork, and back from a snapshot.
+"""Copies an instance's disks and memory for forks and snapshots, and restores from a snapshot.
 
-A running VM pauses while its disks are copied, so that memory and disks are of one moment, and goes on.
-A copy counts when ``publish`` has recorded who has it, in the same transaction that ends the work; until
-then it is taken back. Memory is never copied: it is a capture, held by all who need it (../captures.py).
+A running VM is paused while its disks are copied, so that memory and disks are consistent, then resumed.
+A copy is valid once ``publish`` has recorded its holder, in the transaction that ends the work; until then
+a failure undoes it. Memory is never copied: it is a capture with several holders (../captures.py).
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ async def copy_out(
 
 
 async def adopt_disks(owned: Owned, source: str, *, shared: bool) -> InstanceRecord:
-    """The disks of a fork whose record was just written; it ends Stopped or Standby."""
+    """Create the disks of a newly recorded fork, which ends Stopped or Standby."""
     steps = plan_adopt_disks(owned.record, source, shared=shared)
     return await owned.appear(steps, lambda: owned.end(owned.record))
 
 
 async def revert(owned: Owned, source: str, record: InstanceRecord, also: Also) -> InstanceRecord:
-    """Put the disks in directory ``source`` in place of the instance's own, and make it ``record``."""
+    """Replace the instance's disks with those in directory ``source``, and its record with ``record``."""
     before = owned.record
     owned.journal("restore from snapshot")
     freed = before.capture

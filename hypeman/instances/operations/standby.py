@@ -1,15 +1,15 @@
-"""Standby and restore: memory and devices to disk and the VMM gone, and back.
+"""Standby and restore: save memory and device state to disk and end the VMM, and the reverse.
 
-    standby   CAPTURE   save the memory                       a failure takes it back: the VM goes on
-              PARK      the capture is published:             forward only: it sleeps from here on,
-                        take the VMM down                     whatever comes
+    standby   CAPTURE   save the memory                       a failure is undone: the VM is resumed
+              PARK      the capture is published:             forward only: it is in standby from
+                        end the VMM                           here on
 
-    restore   RESTORE   a paused VM from the memory           a failure takes it back: it sleeps on
-              RESUME    recorded as Running, the capture      forward only: a guest that can not be
-                        let go of: wake the guest             woken is stopped
+    restore   RESTORE   a paused VM from the memory           a failure is undone: it stays in standby
+              RESUME    recorded as Running, the capture      forward only: a guest that cannot be
+                        released: wake the guest              woken is stopped
 
-A capture that nobody else holds is used up as soon as its VM runs on. A shared one stays and is
-mapped privately (``mapped``) for as long as the VM lives.
+A capture without other holders is consumed once its VM resumes. A shared one stays and is mapped
+privately (``mapped``) while the VM runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hypeman.store import Txn
 
 
 async def standby(owned: Owned, compression: SnapshotCompressionConfig | None) -> InstanceRecord:
-    """Memory and devices to disk, VMM gone."""
+    """Save memory and device state to disk, then end the VMM."""
     before = owned.record
     check_capturable(before.spec, owned.world.driver(before).capabilities, "put in standby")
     owned.journal("standby")
@@ -56,7 +56,7 @@ async def standby(owned: Owned, compression: SnapshotCompressionConfig | None) -
 
 
 async def park(owned: Owned, freed: str | None = None) -> InstanceRecord:
-    """What is left of a standby once its capture is published; ``freed``: the capture it had mapped."""
+    """The rest of a standby once its capture is published; ``freed``: the capture it had mapped."""
     try:
         await carry_forward(plan_park(owned.record), owned.world)
         asleep = msgspec.structs.replace(owned.record, handle=None, stopped_at=owned.now())
@@ -70,7 +70,7 @@ async def park(owned: Owned, freed: str | None = None) -> InstanceRecord:
 
 
 async def restore(owned: Owned) -> InstanceRecord:
-    """Bring it back as it was when it fell asleep."""
+    """Restore the instance from standby."""
     capture = owned.record.capture
     if capture is None:
         raise InternalError(f"instance {owned.record.id} is in standby without a capture")
@@ -108,9 +108,9 @@ async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
 
 
 async def awaken(owned: Owned, steps: tuple[Step, ...]) -> InstanceRecord:
-    """What is left of a restore once the record says that the VM lives.
+    """The rest of a restore once the record says that the VM is running.
 
-    The VM has run since: if it can not be awakened, it is stopped, not left half-way, and that is raised.
+    The VM has run since: if it cannot be woken, it is stopped and the error is raised.
     """
     try:
         await carry_forward(steps, owned.world)

@@ -1,8 +1,8 @@
-"""Stop, delete, and the end of a VM that nobody asked for.
+"""Stop, delete, and the unrequested end of a VM.
 
-These go forward only: what has begun to end is tried until it has, here or at the next look
-(../settle.py). How the workload ended is told by the best witness there is: the agent, what it wrote
-to the boot disk, the VMM.
+These go forward only: they are retried until they succeed, here or when settling (../settle.py). How
+the workload ended comes from the best available source: the agent, its outcome on the boot disk, the
+VMM.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from hypeman.store import Txn
 DELETE_GRACE = 2.0
 
 NOT_STARTED = 127
-"""Exit code of a workload that never ran, as of a shell."""
+"""Exit code of a workload that never ran, as in a shell."""
 
 
 async def stop(owned: Owned, grace: float = STOP_GRACE) -> InstanceRecord:
-    """Shut the guest down and take away what it had around it; after ``grace`` seconds it is killed."""
+    """Shut the guest down and tear down its environment; after ``grace`` seconds it is killed."""
     owned.journal("stop")
     return await bring_down(owned, plan_stop(owned.record, grace=grace), None)
 
 
 async def vmm_ended(owned: Owned, ended: VmmExit) -> InstanceRecord:
-    """Clean up after a VMM that has ended by itself."""
+    """Clean up after a VMM that ended without a command."""
     return await bring_down(owned, plan_park(owned.record), ended)
 
 
 async def bring_down(owned: Owned, steps: tuple[Step, ...], ended: VmmExit | None) -> InstanceRecord:
-    """Carry out ``steps``, after which there is no VM, and make it Stopped, with how it ``ended``."""
-    live = owned.live  # the steps take it out of the World
-    freed = (owned.record.mapped, owned.record.capture)  # the latter after a standby that could not be finished
+    """Carry out ``steps``, which end the VM, and record it as Stopped, with how it ``ended``."""
+    live = owned.live  # the steps remove it from the World
+    freed = (owned.record.mapped, owned.record.capture)  # the latter after an unfinished standby
     await owned.begin(Operation.STOP, steps, owned.record)
     try:
         record = await _take_down(owned, steps, live, ended)
@@ -64,7 +64,7 @@ async def bring_down(owned: Owned, steps: tuple[Step, ...], ended: VmmExit | Non
 
 
 async def _take_down(owned: Owned, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None) -> InstanceRecord:
-    """The record that is true after ``steps``."""
+    """The record after ``steps``."""
     written = await owned.world.read_outcome(owned.record.id)
     await carry_forward(steps, owned.world)
     if live is None or live.exited is None:
@@ -86,7 +86,7 @@ async def _take_down(owned: Owned, steps: tuple[Step, ...], live: Live | None, e
 
 
 async def delete(owned: Owned, *, graceful: bool = True) -> None:
-    """Nothing of it is left, whatever state it was in. Captures that others hold stay theirs."""
+    """Delete the instance in any state. Captures with other holders remain."""
     owned.journal("delete")
     record = owned.record
     freed = (record.capture, record.mapped)
@@ -106,7 +106,7 @@ async def delete(owned: Owned, *, graceful: bool = True) -> None:
 def exit_of(
     live: Live | None, ended: VmmExit | None, written: Exited | Fatal | None = None
 ) -> tuple[int | None, str | None]:
-    """Exit code and why, from the best witness: the agent, what it wrote to the boot disk, the VMM."""
+    """Exit code and reason, from the best source: the agent, its outcome on the boot disk, the VMM."""
     fatal = live.fatal if live is not None else None
     exited = live.exited if live is not None else None
     if isinstance(written, Fatal):

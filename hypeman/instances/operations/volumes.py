@@ -1,8 +1,8 @@
-"""Attach and detach: volumes that come and go, at once where a VM runs.
+"""Attach and detach volumes, by hotplug if the VM is running.
 
-The volume's attachment changes in the transaction of the record. An attach that fails is taken back; a
-detach is finished, unless a process in the guest holds the volume: then all stays as it was. A disk is in
-the VM's handle before it is in the VM, so that the next server looks for it there.
+The volume's attachment changes in the record's transaction. A failed attach is undone; a detach is
+finished, unless a process in the guest holds the volume: then nothing changes. A disk is added to the
+VM's handle before the VM, so that the next server looks for it there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hypeman.volumes import records as volumes
 
 
 async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> InstanceRecord:
-    """Give the instance a volume, at once if it runs."""
+    """Attach a volume, by hotplug if the instance is running."""
     before = owned.record
     if any(mount.volume_id == volume_id for mount in before.spec.volumes):
         raise Conflict(f"volume {volume_id!r} is attached to instance {before.name!r} already")
@@ -60,7 +60,7 @@ async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> 
 
 
 async def detach(owned: Owned, volume_id: str) -> InstanceRecord:
-    """Take a volume away. Raises InUse, with everything as it was, while a process in the guest holds it."""
+    """Detach a volume. Raises InUse, with nothing changed, while a process in the guest holds it."""
     before = owned.record
     mount = next((mount for mount in before.spec.volumes if mount.volume_id == volume_id), None)
     if mount is None:
@@ -79,13 +79,13 @@ async def detach(owned: Owned, volume_id: str) -> InstanceRecord:
         raise
     try:
         return await end_without(owned, volume_id)
-    except Exception as error:  # the VM has let go of it, and that is written down as soon as it can be
+    except Exception as error:  # the VM has released it, which is recorded as soon as possible
         await owned.lost(error)
         raise
 
 
 async def end_without(owned: Owned, volume_id: str) -> InstanceRecord:
-    """The last transaction, after which the instance does not have the volume."""
+    """The final transaction, which removes the volume from the instance."""
     before = owned.record
     spec = msgspec.structs.replace(
         before.spec, volumes=tuple(mount for mount in before.spec.volumes if mount.volume_id != volume_id)
@@ -96,7 +96,7 @@ async def end_without(owned: Owned, volume_id: str) -> InstanceRecord:
 
 
 def _expecting(record: InstanceRecord, disk: Disk) -> InstanceRecord:
-    """The handle as it will be: after a crash in between, the next server knows what may be plugged in."""
+    """Record the future handle: after a crash in between, the next server knows what may be plugged in."""
     assert record.handle is not None, "it runs"
     config = record.handle.config
     config = msgspec.structs.replace(config, disks=(*config.disks, disk))
@@ -104,6 +104,6 @@ def _expecting(record: InstanceRecord, disk: Disk) -> InstanceRecord:
 
 
 def _with_current_handle(owned: Owned, record: InstanceRecord) -> InstanceRecord:
-    """The handle has the VM's configuration, which a disk that came or went has changed."""
+    """Update the VM configuration in the handle after a disk was added or removed."""
     live = owned.live
     return msgspec.structs.replace(record, handle=live.vmm.handle) if live is not None else record
