@@ -1,4 +1,4 @@
-"""All operations of the API, one module a capability."""
+"""All operations of the API, one module per capability."""
 
 from __future__ import annotations
 

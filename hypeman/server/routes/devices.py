@@ -27,7 +27,7 @@ async def list_devices(services: Services, query: TagQuery) -> list[Device]:
 
 @routes.post("/devices", Scope.DEVICE_WRITE, status=201, fails=(400, 404, 409))
 async def register_device(services: Services, body: CreateDeviceRequest) -> Device:
-    """Register a PCI function, so that instances may have it."""
+    """Register a PCI function for use by instances."""
     return await services.devices.register(body)
 
 

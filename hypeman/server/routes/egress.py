@@ -1,6 +1,6 @@
 """The egress path as operators see it: the CA, the policy of an instance, its requests.
 
-Beyond the contract of the original. Nothing here tells a credential's value, a path or a query.
+Extension of the original's contract. Nothing here discloses a credential's value, a path or a query.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ async def get_egress_ca(services: Services) -> Page:
 
 @routes.get("/instances/{id}/egress", Scope.INSTANCE_READ, fails=(404, 409))
 async def get_egress_policy(services: Services, id: str) -> EgressPolicy:
-    """What an instance may do on its way out, without any credential's value."""
+    """The egress policy of an instance, without credential values."""
     return services.egress.policy(id)
 
 

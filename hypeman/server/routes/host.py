@@ -27,11 +27,11 @@ async def get_capabilities(services: Services) -> Capabilities:
 
 @routes.get("/resources", Scope.RESOURCE_READ)
 async def get_resources(services: Services) -> Resources:
-    """What the host has and who holds it."""
+    """The host's resources and their allocation."""
     return await services.resources.get()
 
 
 @routes.post("/resources/memory/reclaim", Scope.RESOURCE_WRITE, fails=(400,))
 async def reclaim_memory(services: Services, body: MemoryReclaimRequest) -> MemoryReclaimResponse:
-    """Have the guests lend memory that they do not need to the host for a while."""
+    """Have the guests temporarily lend unneeded memory to the host."""
     return await services.instances.reclaim_memory(body)

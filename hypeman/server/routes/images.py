@@ -27,7 +27,7 @@ class ImportQuery(Struct, frozen=True, kw_only=True):
 
 @routes.get("/images", Scope.IMAGE_READ)
 async def list_images(services: Services, query: TagQuery) -> list[Image]:
-    """All images, also those still on their way."""
+    """All images, including those being pulled."""
     return list(await services.images.list(tags=query.tags))
 
 
@@ -35,8 +35,7 @@ async def list_images(services: Services, query: TagQuery) -> list[Image]:
 async def create_image(services: Services, body: CreateImageRequest) -> Image:
     """Pull an image and make a root disk of it.
 
-    Answers at once; the image's status tells how far it is. An image that is there already is not
-    pulled again.
+    Returns at once; the image's status shows the progress. An existing image is not pulled again.
     """
     return await services.images.create(body)
 
@@ -55,7 +54,7 @@ async def import_image(services: Services, query: ImportQuery, body: UploadStrea
 
 @routes.get("/images/{name}/progress", Scope.IMAGE_READ, fails=(400, 404))
 async def get_image_progress(services: Services, name: str) -> Progress:
-    """How far a pull has come, layer by layer. Beyond the contract of the original."""
+    """Progress of a pull, per layer. Extension of the original's contract."""
     return await services.images.progress(name)
 
 

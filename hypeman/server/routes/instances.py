@@ -1,4 +1,4 @@
-"""Virtual machines and their life (§2.3). ``{id}`` is an id, a name, or the beginning of an id."""
+"""Virtual machines and their life cycle (§2.3). ``{id}`` is an id, a name, or an id prefix."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class WaitQuery(Struct, frozen=True, kw_only=True):
 
 @routes.get("/instances", Scope.INSTANCE_READ)
 async def list_instances(services: Services, query: InstanceQuery) -> list[Instance]:
-    """All instances that fit."""
-    # Bytes are the encoded list; the server sends them as they are.
+    """All matching instances."""
+    # Bytes are the encoded list; the server sends them unchanged.
     return await services.instances.list(query.state, query.tags)  # type: ignore[return-value]
 
 
@@ -127,7 +127,7 @@ async def fork_instance(services: Services, id: str, body: ForkInstanceRequest) 
 
 @routes.get("/instances/{id}/wait", Scope.INSTANCE_READ, fails=(400, 404, 409), unlimited=True)
 async def wait_for_state(services: Services, id: str, query: WaitQuery) -> WaitForStateResponse:
-    """Wait until an instance is in a state, or can no longer come to be."""
+    """Wait until an instance is in a state, or can no longer reach it."""
     if query.state is InstanceState.UNKNOWN:
         raise InvalidRequest("Unknown is nothing to wait for", code="invalid_state")
     seconds = parse_duration(query.timeout, code="invalid_timeout")
@@ -159,13 +159,13 @@ async def get_logs(services: Services, id: str, query: LogQuery) -> EventStream:
 
 @routes.get("/instances/{id}/stat", Scope.INSTANCE_READ, fails=(400, 404, 409))
 async def stat_path(services: Services, id: str, query: StatQuery) -> PathInfo:
-    """What there is at a path in the guest."""
+    """Information on a path in the guest."""
     return await services.instances.stat(id, query.path, query.follow_links)
 
 
 @routes.get("/instances/{id}/stats", Scope.INSTANCE_READ, fails=(404, 409))
 async def get_stats(services: Services, id: str) -> InstanceStats:
-    """What an instance uses just now."""
+    """Current resource usage of an instance."""
     return await services.instances.stats(id)
 
 
@@ -191,5 +191,5 @@ async def create_snapshot(services: Services, id: str, body: CreateSnapshotReque
 async def restore_snapshot(
     services: Services, id: str, snapshotId: str, body: RestoreSnapshotRequest | None = None
 ) -> Instance:
-    """Put an instance back to one of its snapshots."""
+    """Restore an instance to one of its snapshots."""
     return await services.snapshots.restore(id, snapshotId, body or RestoreSnapshotRequest())

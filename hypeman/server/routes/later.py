@@ -1,6 +1,6 @@
 """Operations of the contract that this server does not implement yet: 501 with the reason, never 404, so that
-a client can tell a missing feature from a wrong path. Their lists are empty: nothing can have been created, and
-clients read all lists before they do anything else."""
+a client can distinguish a missing feature from a wrong path. Their lists are empty, not 501: nothing can have
+been created, and clients read all lists first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captures kept for themselves (§2.6)."""
+"""Snapshots (§2.6)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SnapshotQuery(Struct, frozen=True, kw_only=True):
 
 @routes.get("/snapshots", Scope.SNAPSHOT_READ)
 async def list_snapshots(services: Services, query: SnapshotQuery) -> list[Snapshot]:
-    """All snapshots that fit."""
+    """All matching snapshots."""
     return list(
         await services.snapshots.list(
             source_instance_id=query.source_instance_id, kind=query.kind, name=query.name, tags=query.tags
@@ -39,7 +39,7 @@ async def get_snapshot(services: Services, snapshotId: str) -> Snapshot:
 
 @routes.delete("/snapshots/{snapshotId}", Scope.SNAPSHOT_DELETE, fails=(404,))
 async def delete_snapshot(services: Services, snapshotId: str) -> None:
-    """Delete a snapshot; what was forked from it lives on."""
+    """Delete a snapshot; its forks are not affected."""
     await services.snapshots.delete(snapshotId)
 
 

@@ -53,5 +53,5 @@ async def get_volume(services: Services, id: str) -> Volume:
 
 @routes.delete("/volumes/{id}", Scope.VOLUME_DELETE, fails=(404, 409))
 async def delete_volume(services: Services, id: str) -> None:
-    """Delete a volume that nobody uses."""
+    """Delete a volume that is not in use."""
     await services.volumes.delete(id)
