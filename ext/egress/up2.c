@@ -216,7 +216,7 @@ static void make_callbacks(void)
 
 static void pump(struct conn *c);
 
-/* nghttp2 asks for the body by itself, once it is told that there is some. */
+/* nghttp2 asks for the body by itself, once it knows that there is some. */
 static void resume(struct xchg *x)
 {
     if (x->to_up_deferred) {

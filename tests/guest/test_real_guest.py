@@ -345,7 +345,7 @@ async def test_shutdown_with_grace_then_by_force(kernel: Path, busybox_root: Pat
 
 
 async def test_halt_ends_the_vm(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
-    """On our kernel at once; on a distribution's the guest falls silent, which is told."""
+    """On our kernel at once; on a distribution's the guest falls silent, which is reported."""
     config = boot_config("sleep", "1000")
     async with booted(config, busybox_root, kernel, tmp_path) as guest, guest.connect() as client:
         with pytest.raises((GuestLost, GuestTimeout)):

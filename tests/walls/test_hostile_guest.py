@@ -41,7 +41,7 @@ def lab(store: Store, paths: Paths) -> Lab:
 
 
 def make_stuck(guest: FakeGuest, *where: str) -> None:
-    """The guest does not answer these requests: all for ever but the shutdown, whose limit comes at once."""
+    """The guest does not answer these requests: all indefinitely but the shutdown, whose limit comes at once."""
     guest.stuck = set(where)
     guest.limits = {op: 0.01 if op is Op.SHUTDOWN else math.inf for op in LIMITS}
 

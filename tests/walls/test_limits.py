@@ -90,7 +90,7 @@ def test_a_disk_that_is_plugged_in_raises_it(tmp_path: Path) -> None:
 
 @as_root
 def test_the_directories_around_a_vmm_are_roots_when_it_starts(tmp_path: Path) -> None:
-    """Whoever made them, and gave them to the VMM's user."""
+    """Regardless of who created them and gave them to the VMM's user."""
     vm = config(tmp_path)
     around = [Path(vm.jail).parent, Path(vm.console_log).parent]
     for directory in around:

@@ -1,6 +1,6 @@
 """A guest that stops answering: every request ends by itself, and says that the guest was the reason.
 
-The agent's side of the channel is a program of a few lines that answers only what it is told to.
+The agent's side of the channel is a program of a few lines that answers only selected requests.
 """
 
 from __future__ import annotations
