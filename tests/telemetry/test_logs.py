@@ -101,18 +101,21 @@ def test_a_log_that_nobody_reads_makes_nobody_wait(pipe: tuple[int, TextIO]) -> 
 
     threading.Thread(target=log_much, daemon=True).start()
     assert done.wait(60), "logging waits for the reader"
-    received: list[dict[str, Any]] = []
+    received: list[int] = []
+    dropped = 0
     with os.fdopen(reading, "rb") as log:
-        for text in log:
-            received.append(json.loads(text))
-            if "dropped" in received[-1]:
-                break
-    report = received.pop()
-    assert report["level"] == "warning"
-    assert report["dropped"] > 0
-    assert len(received) + report["dropped"] == sent
-    assert REGISTRY.get_sample_value("hypeman_log_lines_dropped_total") == before + report["dropped"]
-    assert [int(line["message"].split()[0]) for line in received] == list(range(len(received)))
+        while len(received) + dropped < sent:
+            line = json.loads(log.readline())
+            if "dropped" in line:
+                assert line["level"] == "warning"
+                dropped += line["dropped"]
+            else:
+                received.append(int(line["message"].split()[0]))
+    assert dropped > 0
+    assert len(received) + dropped == sent
+    assert REGISTRY.get_sample_value("hypeman_log_lines_dropped_total") == before + dropped
+    # The writer frees room as it fills the pipe, so lines may be missing in between; their order stays.
+    assert received == sorted(set(received))
 
 
 def test_a_log_whose_reader_has_gone(pipe: tuple[int, TextIO]) -> None:
