@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile ext/launcher/Makefile)
 
-.PHONY: help demo test test-fast test-conformance lint bench appliance test-appliance test-metal kernel reference lock clean ready
+.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal kernel reference lock clean ready
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -50,6 +50,9 @@ bench: ready  ## benchmarks, as a table and in build/bench.json; AREAS="egress h
 
 appliance: $(STAMPS)/native  ## build the self-contained bundle: dist/*.tar.gz, dist/*.deb, checksums, list of contents
 	@packaging/appliance/build
+
+client: $(STAMPS)/venv  ## the command line alone as a wheel: dist/hypeman_client-*.whl
+	@$(PYTHON) packaging/client/build
 
 test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect it
 	@$(PYTHON) -m pytest -v tests/packaging/appliance.py

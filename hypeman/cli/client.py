@@ -169,6 +169,8 @@ class Client:
         connection = http.client.HTTPConnection("localhost", timeout=timeout)
         try:
             if url.scheme == "unix":
+                if not hasattr(socket, "AF_UNIX"):
+                    raise Unreachable("this system has no unix sockets; use --base-url http://… or https://…")
                 connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 connection.sock.connect(url.path)
             else:

@@ -12,10 +12,10 @@ import os
 import selectors
 import signal
 import sys
-import termios
-import tty as terminals
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from socket import socket, socketpair
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,55 +66,55 @@ def execute(
 
     if command[:1] == ("--",):
         command = command[1:]
-    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    on_terminal = has_terminals() and sys.stdin.isatty() and sys.stdout.isatty()
     tty = not no_tty and (wants_tty or both or on_terminal)
+    if tty and not has_terminals():
+        raise click.UsageError("exec with a terminal is not supported on this system; use -T")
     request = present(command=command, env=pairs(env), cwd=cwd, timeout=timeout, wait_for_agent=wait_for_agent)
     if tty:
         size = window_size()
         request |= {"tty": True, **({"rows": size[0], "cols": size[1]} if size else {})}
     wants_stdin = interactive or both or tty or not sys.stdin.isatty()
-    socket = WebSocket(session.client, f"{path_of(instance)}/exec")
+    stream = WebSocket(session.client, f"{path_of(instance)}/exec")
     try:
-        socket.send(msgspec.json.encode(request).decode())
+        stream.send(msgspec.json.encode(request).decode())
         with raw_terminal(tty and sys.stdin.isatty()):
-            code = Exec(socket, tty=tty, wants_stdin=wants_stdin).run()
+            code = Exec(stream, tty=tty, wants_stdin=wants_stdin).run()
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except Unreachable as error:
         complain(str(error))
         code = _BROKEN
     finally:
-        socket.close()
+        stream.close()
     raise SystemExit(code)
 
 
 class Exec:
     """The I/O loop. ``run`` returns the exit code."""
 
-    def __init__(self, socket: WebSocket, *, tty: bool, wants_stdin: bool) -> None:
-        self._socket = socket
+    def __init__(self, stream: WebSocket, *, tty: bool, wants_stdin: bool) -> None:
+        self._socket = stream
         self._tty = tty
         self._outgoing = bytearray()
-        self._stdin: int | None = sys.stdin.fileno() if wants_stdin else None
+        self._stdin: int | socket | None = selectable_stdin() if wants_stdin else None
         if not wants_stdin:
-            self._outgoing += socket.encode(b"")
+            self._outgoing += stream.encode(b"")
 
     def run(self) -> int:
         self._socket.socket.setblocking(False)
-        reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        before = signal.signal(signal.SIGWINCH, lambda *_: os.write(writing, b"!"))
-        try:
+        # a socket pair, since Windows can select on sockets only, and macOS has no pipe2
+        reading, writing = socketpair()
+        with reading, writing, on_resize(lambda: writing.send(b"!")):
+            reading.setblocking(False)
+            writing.setblocking(False)
             while (code := self._take_messages()) is None:
                 if self._socket.closed:
                     raise Unreachable("the connection ended before the program did")
                 self._step(reading)
             return code
-        finally:
-            signal.signal(signal.SIGWINCH, before)
-            os.close(reading)
-            os.close(writing)
 
-    def _step(self, resized: int) -> None:
+    def _step(self, resized: socket) -> None:
         """Wait for an event and handle it."""
         # Each step has its own selector: a regular file as standard input is always ready and cannot be
         # polled, so it is read whenever there is room.
@@ -126,7 +126,7 @@ class Exec:
                 selector.register(self._stdin, selectors.EVENT_READ)
             ready = {key.fileobj: mask for key, mask in selector.select()}
         if resized in ready:
-            os.read(resized, 100)
+            resized.recv(100)
             self._resize()
         mask = ready.get(self._socket.socket, 0)
         if mask & selectors.EVENT_READ:
@@ -138,9 +138,9 @@ class Exec:
         if self._stdin is not None and self._stdin in ready:
             self._read_stdin(self._stdin)
 
-    def _read_stdin(self, fd: int) -> None:
+    def _read_stdin(self, source: int | socket) -> None:
         try:
-            data = os.read(fd, _READ)
+            data = source.recv(_READ) if isinstance(source, socket) else os.read(source, _READ)
         except OSError:
             data = b""  # the terminal has gone
         self._outgoing += self._socket.encode(data)  # an empty message means end of input
@@ -207,12 +207,50 @@ def window_size() -> tuple[int, int] | None:
     return None
 
 
+def has_terminals() -> bool:
+    """Whether this system has POSIX terminals: Windows does not."""
+    return os.name == "posix"
+
+
+def selectable_stdin() -> int | socket:
+    """Standard input in a form that ``select`` accepts. Windows selects on sockets only, so there a thread copies
+    it into one."""
+    fd = sys.stdin.fileno()
+    if os.name == "posix":
+        return fd
+    ours, copy = socketpair()
+
+    def pump() -> None:
+        with copy:
+            while data := os.read(fd, _READ):
+                copy.sendall(data)
+
+    threading.Thread(target=pump, name="stdin", daemon=True).start()
+    return ours
+
+
+@contextmanager
+def on_resize(call: Callable[[], object]) -> Iterator[None]:
+    """Within the block, ``call`` whenever the window changes its size, where the system reports that."""
+    if not hasattr(signal, "SIGWINCH"):
+        yield
+        return
+    before = signal.signal(signal.SIGWINCH, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGWINCH, before)
+
+
 @contextmanager
 def raw_terminal(wanted: bool) -> Iterator[None]:
     """Raw mode within the block: keys are passed through unchanged."""
     if not wanted:
         yield
         return
+    import termios
+    import tty as terminals
+
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
     terminals.setraw(fd, termios.TCSADRAIN)  # keeps type-ahead

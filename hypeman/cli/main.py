@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -119,11 +120,14 @@ for _command in (
     run.run, instances.ps, instances.inspect, instances.logs, execute.execute, copy.copy, instances.stats,
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, images.pull, images.images, volumes.volumes, snapshots.snapshots,
-    devices.devices, egress.egress, host.resources, host.health, host.capabilities, host.token, host.doctor, host.serve,
-    host.clean_host, backup.backup,
+    devices.devices, egress.egress, host.resources, host.health, host.capabilities,
     shell.completion, shell.man,
 ):  # fmt: skip
     hypeman.add_command(_command)
+
+if find_spec("hypeman.app") is not None:  # not in the client, which is distributed without the server
+    for _command in (host.token, host.doctor, host.serve, host.clean_host, backup.backup):
+        hypeman.add_command(_command)
 
 
 def _name_also(group: click.Group) -> None:

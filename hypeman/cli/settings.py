@@ -33,12 +33,19 @@ def load_settings(
     """Raises SettingsError. Without any setting the server's socket on this host is used, if it can be opened."""
     file = Path(CONFIG_FILE).expanduser()
     kept = _read(file) if file.is_file() else {}
+    key = environ.get("HYPEMAN_API_KEY") or kept.get("api_key") or ""
     url = flag or environ.get("HYPEMAN_BASE_URL") or kept.get("base_url")
     if not url:
-        url = f"unix://{local_socket}" if os.access(local_socket, os.R_OK | os.W_OK) else DEFAULT_URL
+        usable = os.access(local_socket, os.R_OK | os.W_OK)
+        if not usable and Path(local_socket).exists() and not key:
+            raise SettingsError(
+                f"no permission to open {local_socket}: join the group hypeman (sudo usermod -aG hypeman $USER, then "
+                "log in again), use sudo, or set HYPEMAN_API_KEY to use the API over TCP"
+            )
+        url = f"unix://{local_socket}" if usable else DEFAULT_URL
     if not url.startswith(("http://", "https://", "unix:///")):
         raise SettingsError(f"base URL {url!r} must begin with http://, https:// or unix:///")
-    return Settings(url.rstrip("/"), environ.get("HYPEMAN_API_KEY") or kept.get("api_key") or "")
+    return Settings(url.rstrip("/"), key)
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -47,7 +54,7 @@ def _read(file: Path) -> dict[str, str]:
     try:
         tree: Any = yaml.safe_load(file.read_text())
     except (OSError, UnicodeError, yaml.YAMLError) as error:
-        raise SettingsError(f"{file} can not be read: {error}") from None
+        raise SettingsError(f"{file} cannot be read: {error}") from None
     if not isinstance(tree, dict | None):
         raise SettingsError(f"{file} must hold keys and values")
     return {str(key): str(value) for key, value in (tree or {}).items() if value is not None}

@@ -1,13 +1,20 @@
 #!/bin/sh
 # Installs Hypeman from this directory, on a host with systemd: program in /usr/lib/hypeman, command
-# /usr/bin/hypeman, settings in /etc/hypeman. Run again with a newer version it upgrades: the server is
-# away for a moment, VMs go on. uninstall.sh takes it away.
+# /usr/bin/hypeman, settings in /etc/hypeman. Running a newer version's install.sh upgrades: the API is unavailable
+# for a moment, VMs continue. uninstall.sh removes it. Nothing is written unless every check passes.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-[ "$(id -u)" = 0 ] || { echo "install.sh: must be run as root" >&2; exit 1; }
-for tool in nft ip mkfs.ext4; do
-    command -v $tool >/dev/null || echo "install.sh: $tool is missing: install nftables, iproute2, e2fsprogs" >&2
+fail() { echo "install.sh: $1; nothing was changed" >&2; exit 1; }
+
+[ "$(uname -s) $(uname -m)" = "Linux x86_64" ] || fail "this build is for Linux on x86-64, not $(uname -s) on $(uname -m)"
+glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null) || fail "glibc 2.36 or newer is required (Debian 12, Ubuntu 24.04)"
+[ "$(printf '%s\n' 2.36 "${glibc#glibc }" | sort -V | head -n 1)" = 2.36 ] \
+    || fail "glibc 2.36 or newer is required (Debian 12, Ubuntu 24.04), this host has ${glibc#glibc }"
+[ -d /run/systemd/system ] || fail "systemd must be running (the single-file build works without it)"
+for tool in nft:nftables ip:iproute2 mkfs.ext4:e2fsprogs; do
+    PATH=$PATH:/usr/sbin:/sbin command -v "${tool%:*}" >/dev/null || fail "${tool%:*} is missing: install ${tool#*:}"
 done
+[ "$(id -u)" = 0 ] || fail "it must be run as root"
 
 # The server stops before its files are exchanged under it; VMs and their network go on.
 systemctl stop hypeman.service 2>/dev/null || true
@@ -25,7 +32,16 @@ mkdir -p /etc/modules-load.d /etc/sysctl.d
 cp "$here/modules-load.conf" /etc/modules-load.d/hypeman.conf
 cp "$here/sysctl.conf" /etc/sysctl.d/50-hypeman.conf
 cp "$here/config.yaml" "$here/make-config" "$here/uninstall.sh" /usr/share/hypeman/
-cp "$here/README.md" "$here/CONFIGURATION.md" "$here/LICENSE" "$here/openapi.json" /usr/share/doc/hypeman/
+cp "$here/README.md" "$here/CONFIGURATION.md" "$here/CHANGELOG.md" "$here/LICENSE" "$here/openapi.json" \
+    /usr/share/doc/hypeman/
+# Manual pages and completions, in the directories that every distribution reads. uninstall.sh removes them.
+mkdir -p /usr/local/share/man/man1 /usr/share/bash-completion/completions /usr/local/share/zsh/site-functions \
+    /usr/share/fish/vendor_completions.d
+rm -f /usr/local/share/man/man1/hypeman.1 /usr/local/share/man/man1/hypeman-*.1
+cp "$here"/man/*.1 /usr/local/share/man/man1/
+cp "$here/completions/bash" /usr/share/bash-completion/completions/hypeman
+cp "$here/completions/zsh" /usr/local/share/zsh/site-functions/_hypeman
+cp "$here/completions/fish" /usr/share/fish/vendor_completions.d/hypeman.fish
 
 /usr/share/hypeman/make-config /usr/share/hypeman/config.yaml
 while read -r module; do
@@ -35,4 +51,4 @@ sysctl -q -p /etc/sysctl.d/50-hypeman.conf || echo 1 > /proc/sys/net/ipv4/ip_for
 systemctl daemon-reload
 systemctl enable --quiet hypeman.service
 systemctl start hypeman.service
-echo "Hypeman runs. Try: hypeman doctor"
+echo "Hypeman is running. Next: hypeman doctor"

@@ -428,6 +428,11 @@ def test_where_the_settings_come_from(tmp_path: Path, monkeypatch: pytest.Monkey
     file.write_text("- a list")
     with pytest.raises(SettingsError, match="keys and values"):
         load_settings(None, {}, nothing)
+    file.unlink()
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may open everything
+    with pytest.raises(SettingsError, match="join the group hypeman"):
+        load_settings(None, {}, str(local))
+    assert load_settings(None, {"HYPEMAN_API_KEY": "x"}, str(local)).base_url == "http://localhost:8080"
 
 
 def test_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TextIO
 
 import pytest
 
