@@ -21,6 +21,7 @@ from pathlib import Path
 import trio
 
 from hypeman import __version__, assets
+from hypeman.captures.compression import Compressor
 from hypeman.config import Config, ConfigError
 from hypeman.devices.service import Devices
 from hypeman.egress import metrics as egress_metrics
@@ -45,9 +46,9 @@ from hypeman.images import metrics as image_metrics
 from hypeman.images.service import Images
 from hypeman.instances import adapters, usage
 from hypeman.instances import metrics as instance_metrics
-from hypeman.instances.compression import Compressor
+from hypeman.instances.machine.world import World
 from hypeman.instances.service import Instances
-from hypeman.instances.world import World
+from hypeman.instances.snapshots import Snapshots
 from hypeman.network import metrics as network_metrics
 from hypeman.network.addressing import Subnet
 from hypeman.network.service import Network
@@ -56,7 +57,6 @@ from hypeman.server.app import ServerSettings, build_app
 from hypeman.server.capabilities import CapabilityView
 from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
-from hypeman.snapshots.service import Snapshots
 from hypeman.store import Store
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs

@@ -27,18 +27,19 @@ import trio
 import zstandard
 
 from hypeman import __version__
+from hypeman.captures.records import CAPTURES, of_instance
 from hypeman.errors import Conflict, InvalidRequest
 from hypeman.host.files import HostError
 from hypeman.host.tarballs import pack
 from hypeman.images.records import IMAGES
 from hypeman.images.tar import Entry, Kind, Source, TarError, TarReader
 from hypeman.images.types import ImageStatus
-from hypeman.instances.captures import CAPTURES, of_instance
-from hypeman.instances.plan import plan_delete
-from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent, Operation
-from hypeman.instances.types import InstanceState
+from hypeman.instances.model.plan import plan_delete
+from hypeman.instances.model.record import InstanceRecord, Intent, Operation
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.rows import INSTANCES, INTENTS
+from hypeman.instances.snapshots import SNAPSHOTS
 from hypeman.paths import Paths
-from hypeman.snapshots.service import SNAPSHOTS
 from hypeman.store import Store, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES
 

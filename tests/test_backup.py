@@ -24,12 +24,17 @@ from hypeman.host.files import HostError
 from hypeman.host.tarballs import pack
 from hypeman.images.records import IMAGES, ImageRow
 from hypeman.images.types import ImageStatus
-from hypeman.instances.records import INSTANCES, INTENTS
+from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
+from hypeman.instances.model.types import (
+    AttachVolumeRequest,
+    InstanceState,
+    StandbyInstanceRequest,
+    StartInstanceRequest,
+)
+from hypeman.instances.rows import INSTANCES, INTENTS
 from hypeman.instances.service import Instances
-from hypeman.instances.types import AttachVolumeRequest, InstanceState, StandbyInstanceRequest, StartInstanceRequest
 from hypeman.network.leases import LEASES
 from hypeman.paths import Paths
-from hypeman.snapshots.types import CreateSnapshotRequest, SnapshotKind
 from hypeman.store import Store, Txn
 from hypeman.store.schema import SCHEMA, SchemaRow
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord

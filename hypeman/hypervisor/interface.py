@@ -19,13 +19,15 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import msgspec
-import trio
 
 from hypeman.errors import InternalError
 from hypeman.hypervisor.kinds import HypervisorKind as HypervisorKind
+
+if TYPE_CHECKING:  # for annotations; the types of this module are used by pure code
+    import trio
 
 AGENT_VSOCK_PORT = 1024
 """Port of the guest agent when the channel is vsock."""

@@ -17,7 +17,8 @@ from hypeman.egress.types import EgressPolicy
 from hypeman.errors import NotFound
 from hypeman.guest.boot import CA_BUNDLE_PATH, CA_CERT_PATH, CaCertificate
 from hypeman.instances.board import Board
-from hypeman.instances.records import INSTANCES, InstanceRecord, InstanceSpec
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec
+from hypeman.instances.rows import INSTANCES
 from hypeman.network import leases
 from hypeman.network.service import Network
 from hypeman.network.types import EgressMode, Lease, NetworkPlan

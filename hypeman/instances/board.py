@@ -24,8 +24,8 @@ import trio
 
 from hypeman.errors import Ambiguous, NotFound
 from hypeman.ids import tags_match
-from hypeman.instances.records import InstanceRecord
-from hypeman.instances.types import Instance, InstanceState
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import Instance, InstanceState
 
 _MARK = 987654321987654321
 """Placeholder for the current phase's milliseconds in the encoded form; no phase lasts 31 million years."""

@@ -12,7 +12,7 @@ from datetime import datetime
 import trio
 
 from hypeman.errors import NotFound
-from hypeman.instances.records import InstanceRecord
+from hypeman.instances.model.record import InstanceRecord
 
 PAUSE = 60.0
 """Seconds until a failed deletion of an expired instance is retried."""

@@ -19,9 +19,9 @@ from hypeman.config import ReclaimConfig
 from hypeman.errors import HypemanError, InvalidRequest
 from hypeman.host import facts
 from hypeman.hypervisor.interface import VmmGone
-from hypeman.instances.live import Live
-from hypeman.instances.records import InstanceRecord
-from hypeman.instances.types import InstanceState
+from hypeman.instances.machine.live import Live
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import InstanceState
 from hypeman.resources.types import MemoryReclaimAction, MemoryReclaimRequest, MemoryReclaimResponse
 from hypeman.units import MIB, parse_duration
 

@@ -17,6 +17,9 @@ from typing import Protocol, TypeVar
 import msgspec
 import trio
 
+from hypeman.captures import records as captures
+from hypeman.captures.records import CaptureRow
+from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound, NotSupported
 from hypeman.guest.client import CopyIn, GuestClient
 from hypeman.guest.types import PathInfo
@@ -24,51 +27,49 @@ from hypeman.host.usage import read_usage
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.ids import check_name, new_id
 from hypeman.images.service import Images
-from hypeman.instances import captures, records
-from hypeman.instances.admission import NO_VMM, Command, check_legal
+from hypeman.instances import rows
 from hypeman.instances.board import Board
-from hypeman.instances.captures import CaptureRow
 from hypeman.instances.expiry import Reaper
-from hypeman.instances.lifecycle import Job, Lifecycle
-from hypeman.instances.operations.boot import create, new_nonce, start
-from hypeman.instances.operations.copies import adopt_disks, copy_out
-from hypeman.instances.operations.standby import restore, standby
-from hypeman.instances.operations.stop import delete, stop
-from hypeman.instances.operations.volumes import attach, detach
-from hypeman.instances.owned import Hooks, Owned, holding_of
-from hypeman.instances.phases import Phases, utc_now
-from hypeman.instances.plan import plan_adopt_disks, plan_create
-from hypeman.instances.reclaim import Reclaim
-from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
-from hypeman.instances.session_types import CpRequest, ExecRequest
-from hypeman.instances.sessions import CopyOut, ExecSession, open_copy_to, open_exec
-from hypeman.instances.steps import Step
-from hypeman.instances.types import (
+from hypeman.instances.life.lifecycle import Job, Lifecycle
+from hypeman.instances.life.operations.boot import create, new_nonce, start
+from hypeman.instances.life.operations.copies import adopt_disks, copy_out
+from hypeman.instances.life.operations.standby import restore, standby
+from hypeman.instances.life.operations.stop import delete, stop
+from hypeman.instances.life.operations.volumes import attach, detach
+from hypeman.instances.life.owned import Hooks, Owned, holding_of
+from hypeman.instances.machine.world import World
+from hypeman.instances.model.admission import NO_VMM, Command, check_legal
+from hypeman.instances.model.phases import Phases, utc_now
+from hypeman.instances.model.plan import plan_adopt_disks, plan_create
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec, Intent, Operation
+from hypeman.instances.model.steps import Step
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
-    CompressionAlgorithm,
     CreateInstanceRequest,
     ForkInstanceRequest,
     Instance,
     InstanceState,
     InstanceStats,
     LogSource,
-    SnapshotCompressionConfig,
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
-from hypeman.instances.validate import (
+from hypeman.instances.model.validate import (
     check_compression,
     check_create,
     check_mount_path,
     check_supported_policies,
     expiry,
 )
-from hypeman.instances.view import render_instance
-from hypeman.instances.vm import assign_ports
-from hypeman.instances.world import World
+from hypeman.instances.model.view import render_instance
+from hypeman.instances.model.vm import assign_ports
+from hypeman.instances.reclaim import Reclaim
+from hypeman.instances.rows import INSTANCES, INTENTS
+from hypeman.instances.session_types import CpRequest, ExecRequest
+from hypeman.instances.sessions import CopyOut, ExecSession, open_copy_to, open_exec
 from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
 from hypeman.resources.accounting import Holding, Limits, hold
@@ -289,7 +290,7 @@ class Instances:
 
     def _check_free(self, name: str) -> None:
         """Early check, to avoid a useless pull; the transaction checks again."""
-        self.store.read(lambda txn: records.check_name_free(txn, name))
+        self.store.read(lambda txn: rows.check_name_free(txn, name))
 
     def _insert(self, txn: Txn, record: InstanceRecord, steps: tuple[Step, ...]) -> InstanceRecord:
         """Record a new instance and everything it reserves, with the plan that creates it."""
@@ -302,10 +303,10 @@ class Instances:
         record = msgspec.structs.replace(
             record,
             spec=spec,
-            number=records.free_number(txn),
+            number=rows.free_number(txn),
             ports=record.ports or assign_ports(spec.volumes),  # a fork's disks are on the same ports as its source's
         )
-        records.insert(txn, record)
+        rows.insert(txn, record)
         self.leases.take(txn, record)
         self.images.pin(txn, record.digest, record.id)
         for mount in mounts:
@@ -323,7 +324,7 @@ class Instances:
 
     def _release(self, txn: Txn, record: InstanceRecord) -> None:
         """The reverse of ``_insert``, after the instance's last effect was undone."""
-        records.remove(txn, record)
+        rows.remove(txn, record)
         self.leases.drop(txn, record.id)
         self.images.unpin(txn, record.id)
         self.devices.release(txn, record.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hypeman.images.service import Images
-from hypeman.instances.records import INSTANCES
+from hypeman.instances.rows import INSTANCES
 from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
 from hypeman.resources.types import DiskBreakdown

@@ -16,8 +16,14 @@ from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
 from hypeman.egress.types import EgressPolicy, EgressRecord
 from hypeman.guest.types import PathInfo
 from hypeman.images.types import CreateImageRequest, Image, Progress
-from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
-from hypeman.instances.types import (
+from hypeman.instances.model.snapshot_types import (
+    CreateSnapshotRequest,
+    ForkSnapshotRequest,
+    RestoreSnapshotRequest,
+    Snapshot,
+    SnapshotKind,
+)
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
     CreateInstanceRequest,
     ForkInstanceRequest,
@@ -30,15 +36,9 @@ from hypeman.instances.types import (
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
+from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
 from hypeman.server.types import Capabilities
-from hypeman.snapshots.types import (
-    CreateSnapshotRequest,
-    ForkSnapshotRequest,
-    RestoreSnapshotRequest,
-    Snapshot,
-    SnapshotKind,
-)
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 
 Tags = Mapping[str, str]

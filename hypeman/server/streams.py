@@ -21,8 +21,8 @@ import trio
 from msgspec import UNSET, Struct, UnsetType
 
 from hypeman.errors import HypemanError, InvalidState
+from hypeman.instances.model.types import InstanceState
 from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
-from hypeman.instances.types import InstanceState
 from hypeman.server.errors import UNEXPECTED, told_error
 from hypeman.server.services import ExecSession, Services
 from hypeman.telemetry import metrics

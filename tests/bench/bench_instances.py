@@ -26,10 +26,10 @@ import msgspec
 import trio
 
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.instances import records
-from hypeman.instances.phases import Phases
-from hypeman.instances.records import InstanceRecord, InstanceSpec
-from hypeman.instances.types import InstanceState
+from hypeman.instances import rows
+from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec
+from hypeman.instances.model.types import InstanceState
 from hypeman.store import Store, Txn
 from tests.bench.harness import Result, compare
 from tests.real.appliance import IMAGE, Namespace, busybox_archive, short_directory
@@ -204,7 +204,7 @@ async def _store_instances(path: Path) -> None:
                 created_at=now, state=InstanceState.STOPPED,
                 phases=Phases("stopped", now, {"created": 12, "running": 4711}),
             )  # fmt: skip
-            records.insert(txn, record)
+            rows.insert(txn, record)
 
     async with trio.open_nursery() as nursery:
         await nursery.start(store.run)

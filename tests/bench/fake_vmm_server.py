@@ -11,7 +11,7 @@ from typing import Any
 from hypeman import app
 from hypeman.config import load_config
 from hypeman.hypervisor.catalog import Catalog
-from hypeman.instances.world import World
+from hypeman.instances.machine.world import World
 from hypeman.store import Store
 from tests.fakes.fake_vmm import FakeDriver, FakeVmm
 from tests.instances.fake_world import FakeGuest

@@ -29,7 +29,7 @@ from hypeman.devices.types import AvailableDevice
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name
 from hypeman.images.types import Image, ImageStatus
-from hypeman.instances.types import CreateInstanceRequest, InstanceState
+from hypeman.instances.model.types import CreateInstanceRequest, InstanceState
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import ServeError
 

@@ -31,9 +31,9 @@ from hypeman.errors import NotFound
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.instances.adapters import EgressGuests
 from hypeman.instances.board import Board
-from hypeman.instances.phases import Phases
-from hypeman.instances.records import InstanceRecord, InstanceSpec
-from hypeman.instances.types import Instance, InstanceState
+from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec
+from hypeman.instances.model.types import Instance, InstanceState
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs
 

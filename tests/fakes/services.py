@@ -40,8 +40,14 @@ from hypeman.errors import (
 from hypeman.guest.types import PathInfo
 from hypeman.ids import new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
-from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
-from hypeman.instances.types import (
+from hypeman.instances.model.snapshot_types import (
+    CreateSnapshotRequest,
+    ForkSnapshotRequest,
+    RestoreSnapshotRequest,
+    Snapshot,
+    SnapshotKind,
+)
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
     CreateInstanceRequest,
     ForkInstanceRequest,
@@ -56,6 +62,7 @@ from hypeman.instances.types import (
     VolumeMount,
     WaitForStateResponse,
 )
+from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.resources.types import (
     MemoryReclaimAction,
     MemoryReclaimRequest,
@@ -73,13 +80,6 @@ from hypeman.server.types import (
     NetworkCapabilities,
     Runtime,
     ServerVersion,
-)
-from hypeman.snapshots.types import (
-    CreateSnapshotRequest,
-    ForkSnapshotRequest,
-    RestoreSnapshotRequest,
-    Snapshot,
-    SnapshotKind,
 )
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import trio
 
+from hypeman.captures.compression import Compressor
 from hypeman.config import Config
 from hypeman.errors import InternalError, InUse
 from hypeman.guest.boot import CaCertificate
@@ -35,17 +36,16 @@ from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig, ReadyImage
-from hypeman.instances.compression import Compressor
-from hypeman.instances.records import InstanceRecord, InstanceSpec
+from hypeman.instances.machine.world import World
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec
+from hypeman.instances.model.types import CreateInstanceRequest
 from hypeman.instances.service import Instances
-from hypeman.instances.types import CreateInstanceRequest
-from hypeman.instances.world import World
+from hypeman.instances.snapshots import Snapshots
 from hypeman.network import leases
 from hypeman.network.addressing import Subnet
 from hypeman.network.types import GuestNetwork, Lease, NetworkPlan
 from hypeman.paths import Paths
 from hypeman.resources.accounting import Limits
-from hypeman.snapshots.service import Snapshots
 from hypeman.store import Store, Txn
 from tests.fakes.fake_vmm import FakeDriver, FakeMachine, FakeVmm
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.instances import board as board_module
 from hypeman.instances.board import Board
-from hypeman.instances.phases import Phases
-from hypeman.instances.records import InstanceRecord, InstanceSpec
-from hypeman.instances.types import Instance, InstanceState
-from hypeman.instances.view import render_instance
+from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec
+from hypeman.instances.model.types import Instance, InstanceState
+from hypeman.instances.model.view import render_instance
 
 BEGIN = datetime(2026, 1, 1, tzinfo=UTC)
 STATES = (InstanceState.STOPPED, InstanceState.RUNNING)

@@ -21,9 +21,8 @@ from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse,
 from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmState
-from hypeman.instances.records import INSTANCES, INTENTS, NAMES
-from hypeman.instances.service import Instances
-from hypeman.instances.types import (
+from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
     InstanceState,
@@ -31,10 +30,11 @@ from hypeman.instances.types import (
     StartInstanceRequest,
     TargetState,
 )
+from hypeman.instances.rows import INSTANCES, INTENTS, NAMES
+from hypeman.instances.service import Instances
 from hypeman.network.leases import LEASES
 from hypeman.paths import Paths
 from hypeman.resources.accounting import HOLDINGS, Limits, Totals, totals
-from hypeman.snapshots.types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
 from hypeman.store import Store, Table, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
 from tests.instances.fake_world import Crash, HostFailed, Lab, request
@@ -92,7 +92,7 @@ async def running(lab: Lab, instances: Instances) -> None:
 
 
 async def with_egress(lab: Lab, instances: Instances) -> None:
-    from hypeman.instances.types import EgressRequest, NetworkRequest
+    from hypeman.instances.model.types import EgressRequest, NetworkRequest
 
     await instances.create(request("one", network=NetworkRequest(egress=EgressRequest(enabled=True))))
     assert await settled(instances, "one") == "Running"

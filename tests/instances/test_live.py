@@ -11,7 +11,7 @@ import trio.testing
 
 from hypeman.guest.types import GuestEvent, Ready
 from hypeman.hypervisor.interface import ExitReason, VmmExit, VmmGone
-from hypeman.instances.live import Live, LiveEvent
+from hypeman.instances.machine.live import Live, LiveEvent
 
 
 class _Vmm:

@@ -9,11 +9,11 @@ import pytest
 
 from hypeman.egress.types import EgressEnforcementMode
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.instances import plan
-from hypeman.instances.phases import Phases
-from hypeman.instances.records import InstanceRecord, InstanceSpec
-from hypeman.instances.steps import Step
-from hypeman.instances.types import InstanceState
+from hypeman.instances.model import plan
+from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec
+from hypeman.instances.model.steps import Step
+from hypeman.instances.model.types import InstanceState
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plans.txt"
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

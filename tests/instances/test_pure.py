@@ -15,15 +15,16 @@ from hypeman.egress.types import EgressEnforcementMode
 from hypeman.errors import InsufficientResources, InvalidState
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
-from hypeman.instances.admission import ALLOWED, Command, check_legal
-from hypeman.instances.guest_boot import command_line, machine_id, signal_number
-from hypeman.instances.phases import Phases
-from hypeman.instances.plan import plan_create, plan_delete, plan_start, plan_stop
-from hypeman.instances.records import INTENTS, InstanceRecord, InstanceSpec, Intent, Operation
-from hypeman.instances.steps import TakeBack
-from hypeman.instances.types import InstanceState, VolumeMount
-from hypeman.instances.view import describe_exit
-from hypeman.instances.vm import DISK_PORTS, assign_ports, free_port, vm_disks, volume_disk_id
+from hypeman.instances.model.admission import ALLOWED, Command, check_legal
+from hypeman.instances.model.guest_boot import command_line, machine_id, signal_number
+from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.plan import plan_create, plan_delete, plan_start, plan_stop
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec, Intent, Operation
+from hypeman.instances.model.steps import TakeBack
+from hypeman.instances.model.types import InstanceState, VolumeMount
+from hypeman.instances.model.view import describe_exit
+from hypeman.instances.model.vm import DISK_PORTS, assign_ports, free_port, vm_disks, volume_disk_id
+from hypeman.instances.rows import INTENTS
 from hypeman.paths import Paths
 from hypeman.resources.accounting import Holding, Limits, Totals, hold, totals
 from hypeman.store import Store

@@ -14,9 +14,9 @@ from hypeman.config import ReclaimConfig
 from hypeman.errors import InvalidRequest
 from hypeman.hypervisor.interface import VmmBroken
 from hypeman.instances import reclaim
+from hypeman.instances.model.types import ForkInstanceRequest, StandbyInstanceRequest
 from hypeman.instances.reclaim import shares
 from hypeman.instances.service import Instances
-from hypeman.instances.types import ForkInstanceRequest, StandbyInstanceRequest
 from hypeman.paths import Paths
 from hypeman.resources.types import MemoryReclaimRequest
 from hypeman.store import Store

@@ -16,28 +16,27 @@ import trio
 import trio.lowlevel
 import trio.testing
 
+from hypeman.captures.records import CAPTURES
+from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import Conflict, HypemanError, InvalidState, NameConflict, NotFound
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.images.types import ReadyImage
 from hypeman.instances import expiry
-from hypeman.instances.captures import CAPTURES
-from hypeman.instances.records import INSTANCES, INTENTS, NAMES
-from hypeman.instances.service import Instances
-from hypeman.instances.types import (
+from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, ForkSnapshotRequest, SnapshotKind
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
-    CompressionAlgorithm,
     ForkInstanceRequest,
     InstanceState,
-    SnapshotCompressionConfig,
     SnapshotPolicy,
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
 )
+from hypeman.instances.rows import INSTANCES, INTENTS, NAMES
+from hypeman.instances.service import Instances
+from hypeman.instances.snapshots import SNAPSHOTS
 from hypeman.paths import Paths
-from hypeman.snapshots.service import SNAPSHOTS
-from hypeman.snapshots.types import CreateSnapshotRequest, ForkSnapshotRequest, SnapshotKind
 from hypeman.store import Store, Txn
 from hypeman.volumes.records import VOLUMES, VolumeRecord
 from tests.instances.fake_world import HostFailed, Lab, request

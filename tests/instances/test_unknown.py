@@ -10,23 +10,23 @@ from typing import Any
 import pytest
 import trio
 
+from hypeman.captures import compression
+from hypeman.captures.records import CAPTURES
+from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import HypemanError, StoreError
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
-from hypeman.instances import compression, lifecycle
-from hypeman.instances.captures import CAPTURES
-from hypeman.instances.operations.boot import start
-from hypeman.instances.records import INTENTS
-from hypeman.instances.service import Instances
-from hypeman.instances.types import (
+from hypeman.instances.life import lifecycle
+from hypeman.instances.life.operations.boot import start
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
-    CompressionAlgorithm,
     ForkInstanceRequest,
     InstanceState,
-    SnapshotCompressionConfig,
     StandbyInstanceRequest,
     TargetState,
 )
+from hypeman.instances.rows import INTENTS
+from hypeman.instances.service import Instances
 from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.fakes.fake_vmm import FakeVmm

@@ -10,19 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.config import LimitsConfig
 from hypeman.errors import HypemanError, InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.instances.records import InstanceSpec
-from hypeman.instances.types import (
-    CompressionAlgorithm,
-    CreateInstanceRequest,
-    SnapshotCompressionConfig,
-    UpdateInstanceRequest,
-    VolumeMount,
-)
-from hypeman.instances.validate import (
+from hypeman.instances.model.record import InstanceSpec
+from hypeman.instances.model.types import CreateInstanceRequest, UpdateInstanceRequest, VolumeMount
+from hypeman.instances.model.validate import (
     check_compression,
     check_create,
     check_mount_path,

@@ -32,14 +32,14 @@ from typing import Any
 import outcome
 
 from hypeman import app
+from hypeman.captures import compression
 from hypeman.config import load_config
 from hypeman.errors import StoreError
 from hypeman.host import files
 from hypeman.host.processes import MARK_VARIABLE, mark_argument
 from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.instances import compression
-from hypeman.instances.world import World
+from hypeman.instances.machine.world import World
 from hypeman.store import Store
 
 _NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -19,7 +19,7 @@ from hypeman.errors import (
     NotSupported,
     RateLimited,
 )
-from hypeman.instances.types import InstanceState
+from hypeman.instances.model.types import InstanceState
 from hypeman.server.app import ApiApp, ServerSettings, build_app
 from hypeman.server.routes import OPERATIONS
 from hypeman.tokens import mint

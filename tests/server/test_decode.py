@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypeman.instances.types import CreateInstanceRequest, InstanceState
+from hypeman.instances.model.types import CreateInstanceRequest, InstanceState
 from hypeman.server.decode import decode_body, decode_query, decode_segment
 from hypeman.server.errors import SchemaViolation
 from hypeman.server.routes.instances import InstanceQuery, LogQuery

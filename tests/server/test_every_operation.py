@@ -16,11 +16,11 @@ import pytest
 import trio
 from jsonschema import Draft202012Validator
 
-from hypeman.instances.types import InstanceState
+from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
+from hypeman.instances.model.types import InstanceState
 from hypeman.server.api import Operation, Page, UploadStream
 from hypeman.server.openapi import render_document
 from hypeman.server.routes import OPERATIONS, later
-from hypeman.snapshots.types import CreateSnapshotRequest, SnapshotKind
 from hypeman.telemetry import metrics
 from hypeman.volumes.types import CreateVolumeRequest
 from tests.fakes.services import FakeWorld

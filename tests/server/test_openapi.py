@@ -11,7 +11,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from hypeman.instances.types import InstanceState
+from hypeman.instances.model.types import InstanceState
 from hypeman.server.app import ApiApp
 from hypeman.server.openapi import render_document
 from hypeman.server.routes import OPERATIONS

@@ -22,8 +22,8 @@ from wsproto.events import (
     TextMessage,
 )
 
+from hypeman.instances.model.types import InstanceState
 from hypeman.instances.session_types import CopyEntry, EntryEnd
-from hypeman.instances.types import InstanceState
 from hypeman.server import streams
 from tests.fakes.services import FakeWorld
 

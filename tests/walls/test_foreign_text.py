@@ -11,7 +11,7 @@ import pytest
 from hypeman.cli.client import ApiError
 from hypeman.cli.run import boot_line
 from hypeman.cli.session import Session, complain, warn
-from hypeman.instances.world import World
+from hypeman.instances.machine.world import World
 from hypeman.paths import Paths
 from hypeman.text import lines, lines_with_colours, one_line
 

@@ -17,17 +17,17 @@ from hypeman.errors import HypemanError, InvalidState, NotFound
 from hypeman.guest.client import GuestBroken, GuestError, GuestLost, GuestTimeout
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
-from hypeman.instances.admission import Command
-from hypeman.instances.lifecycle import overtakes
-from hypeman.instances.service import Instances
-from hypeman.instances.types import (
+from hypeman.instances.life.lifecycle import overtakes
+from hypeman.instances.model.admission import Command
+from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
     InstanceState,
     StandbyInstanceRequest,
 )
+from hypeman.instances.service import Instances
 from hypeman.paths import Paths
-from hypeman.snapshots.types import CreateSnapshotRequest, SnapshotKind
 from hypeman.store import Store
 from tests.instances.fake_world import FakeGuest, Lab, request
 from tests.instances.test_lifecycle import check_owned, clean_up, running, settled, with_attached, with_volume

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from hypeman.guest import boot
-from hypeman.instances import world
-from hypeman.instances.types import StandbyInstanceRequest
+from hypeman.instances.machine import world
+from hypeman.instances.model.types import StandbyInstanceRequest
 from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.instances.fake_world import Lab

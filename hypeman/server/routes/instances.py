@@ -9,7 +9,8 @@ from msgspec import Meta, Struct
 from hypeman.errors import InvalidRequest, NotFound
 from hypeman.fields import Count, Duration, TagMap
 from hypeman.guest.types import PathInfo
-from hypeman.instances.types import (
+from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, RestoreSnapshotRequest, Snapshot
+from hypeman.instances.model.types import (
     AttachVolumeRequest,
     CreateInstanceRequest,
     ForkInstanceRequest,
@@ -25,7 +26,6 @@ from hypeman.instances.types import (
 from hypeman.server.api import SSE_HEADERS, EventStream, Routes
 from hypeman.server.follow import LogStream
 from hypeman.server.services import Services
-from hypeman.snapshots.types import CreateSnapshotRequest, RestoreSnapshotRequest, Snapshot
 from hypeman.tokens import Scope
 from hypeman.units import parse_duration
 

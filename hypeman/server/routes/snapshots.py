@@ -5,10 +5,10 @@ from __future__ import annotations
 from msgspec import Struct
 
 from hypeman.fields import TagMap
-from hypeman.instances.types import Instance
+from hypeman.instances.model.snapshot_types import ForkSnapshotRequest, Snapshot, SnapshotKind
+from hypeman.instances.model.types import Instance
 from hypeman.server.api import Routes
 from hypeman.server.services import Services
-from hypeman.snapshots.types import ForkSnapshotRequest, Snapshot, SnapshotKind
 from hypeman.tokens import Scope
 
 routes = Routes("snapshots")

@@ -18,17 +18,18 @@ import trio
 from hypeman.errors import InUse
 from hypeman.guest.types import Started
 from hypeman.hypervisor.interface import ExitReason, VmmBroken, VmmExit, VmmGone
-from hypeman.instances.admission import NO_VMM
-from hypeman.instances.live import Live
-from hypeman.instances.news import hear
-from hypeman.instances.operations.standby import awaken, park
-from hypeman.instances.operations.stop import bring_down, vmm_ended
-from hypeman.instances.operations.volumes import end_without
-from hypeman.instances.owned import Owned
-from hypeman.instances.plan import plan_free, plan_park
-from hypeman.instances.records import INTENTS, InstanceRecord, Intent, Operation
-from hypeman.instances.steps import PlugVolume, Reversible, Step, TakeBack
-from hypeman.instances.types import InstanceState
+from hypeman.instances.life.news import hear
+from hypeman.instances.life.operations.standby import awaken, park
+from hypeman.instances.life.operations.stop import bring_down, vmm_ended
+from hypeman.instances.life.operations.volumes import end_without
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.machine.live import Live
+from hypeman.instances.model.admission import NO_VMM
+from hypeman.instances.model.plan import plan_free, plan_park
+from hypeman.instances.model.record import InstanceRecord, Intent, Operation
+from hypeman.instances.model.steps import PlugVolume, Reversible, Step, TakeBack
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.rows import INTENTS
 from hypeman.saga import carry_forward, take_back
 
 log = logging.getLogger(__name__)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import msgspec
 
+from hypeman.captures import records as captures
 from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason, VmmExit
-from hypeman.instances import captures
-from hypeman.instances.admission import NO_VMM
-from hypeman.instances.guest_boot import STOP_GRACE
-from hypeman.instances.live import Live
-from hypeman.instances.owned import Owned
-from hypeman.instances.plan import plan_delete, plan_free, plan_park, plan_stop
-from hypeman.instances.records import InstanceRecord, Operation
-from hypeman.instances.steps import Step
-from hypeman.instances.types import InstanceState
-from hypeman.instances.view import describe_exit
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.machine.live import Live
+from hypeman.instances.model.admission import NO_VMM
+from hypeman.instances.model.guest_boot import STOP_GRACE
+from hypeman.instances.model.plan import plan_delete, plan_free, plan_park, plan_stop
+from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.steps import Step
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.view import describe_exit
 from hypeman.saga import carry_forward
 from hypeman.store import Txn
 

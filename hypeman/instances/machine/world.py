@@ -19,6 +19,9 @@ from typing import Protocol
 
 import trio
 
+from hypeman.captures import records as captures
+from hypeman.captures.records import CAPTURES, CaptureRow
+from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.config import Config
 from hypeman.errors import HypemanError, InternalError
 from hypeman.guest.boot import (
@@ -40,13 +43,12 @@ from hypeman.hypervisor.captures import MEMORY
 from hypeman.hypervisor.interface import CaptureInvalid, Driver, Vmm, VmmBroken, VmmGone
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
-from hypeman.instances import captures
-from hypeman.instances.captures import CAPTURES, CaptureRow
-from hypeman.instances.guest_boot import boot_config, boot_network, machine_id
-from hypeman.instances.live import Connect, Live, connect_guest
-from hypeman.instances.records import INSTANCES, InstanceRecord
-from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
-from hypeman.instances.vm import Surroundings, vm_config, vm_disks, volume_disk, volume_disk_id
+from hypeman.instances.machine.live import Connect, Live, connect_guest
+from hypeman.instances.model.guest_boot import boot_config, boot_network, machine_id
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.vm import Surroundings, vm_config, vm_disks, volume_disk, volume_disk_id
+from hypeman.instances.rows import INSTANCES
 from hypeman.network.leases import get_lease
 from hypeman.network.types import GuestNetwork, Lease
 from hypeman.paths import Paths

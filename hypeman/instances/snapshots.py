@@ -17,23 +17,21 @@ import msgspec
 import trio
 from msgspec import UNSET
 
+from hypeman.captures import records as captures
+from hypeman.captures.records import CAPTURES, CaptureRow
+from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.errors import Conflict, InvalidRequest, InvalidState, NotFound, NotSupported
 from hypeman.host.files import allocated_bytes
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import Tags, check_name, check_tags, new_id, tags_match
-from hypeman.instances import captures
-from hypeman.instances.admission import Command
-from hypeman.instances.captures import CAPTURES, CaptureRow
-from hypeman.instances.operations.boot import start
-from hypeman.instances.operations.copies import copy_out, revert
-from hypeman.instances.operations.standby import restore
-from hypeman.instances.owned import Owned
-from hypeman.instances.phases import utc_now
-from hypeman.instances.records import InstanceRecord
-from hypeman.instances.service import Instances, check_forkable
-from hypeman.instances.types import Instance, InstanceState, SnapshotCompressionConfig, TargetState
-from hypeman.instances.validate import check_compression
-from hypeman.snapshots.types import (
+from hypeman.instances.life.operations.boot import start
+from hypeman.instances.life.operations.copies import copy_out, revert
+from hypeman.instances.life.operations.standby import restore
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.model.admission import Command
+from hypeman.instances.model.phases import utc_now
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.snapshot_types import (
     CompressionState,
     CreateSnapshotRequest,
     ForkSnapshotRequest,
@@ -41,6 +39,9 @@ from hypeman.snapshots.types import (
     Snapshot,
     SnapshotKind,
 )
+from hypeman.instances.model.types import Instance, InstanceState, TargetState
+from hypeman.instances.model.validate import check_compression
+from hypeman.instances.service import Instances, check_forkable
 from hypeman.store import Store, Table, Txn
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import msgspec
 
+from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.errors import InternalError
-from hypeman.instances.types import SnapshotCompressionConfig
 from hypeman.store import Table, Txn
 
 

@@ -12,10 +12,10 @@ import msgspec
 
 from hypeman.guest.types import Exited, Fatal, Ready, Started
 from hypeman.hypervisor.interface import VmmBroken, VmmExit
-from hypeman.instances.live import Live, LiveEvent, Unwatched
-from hypeman.instances.operations.stop import exit_of, vmm_ended
-from hypeman.instances.owned import Owned
-from hypeman.instances.types import InstanceState
+from hypeman.instances.life.operations.stop import exit_of, vmm_ended
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.machine.live import Live, LiveEvent, Unwatched
+from hypeman.instances.model.types import InstanceState
 
 log = logging.getLogger(__name__)
 

@@ -19,13 +19,14 @@ import trio
 
 from hypeman.errors import HypemanError
 from hypeman.hypervisor.interface import VmmExit
-from hypeman.instances.admission import NO_VMM
-from hypeman.instances.live import Live, LiveEvent
-from hypeman.instances.plan import plan_free
-from hypeman.instances.records import INSTANCES, INTENTS, InstanceRecord, Intent, Operation
-from hypeman.instances.steps import Reversible, Step
-from hypeman.instances.types import InstanceState
-from hypeman.instances.world import World
+from hypeman.instances.machine.live import Live, LiveEvent
+from hypeman.instances.machine.world import World
+from hypeman.instances.model.admission import NO_VMM
+from hypeman.instances.model.plan import plan_free
+from hypeman.instances.model.record import InstanceRecord, Intent, Operation
+from hypeman.instances.model.steps import Reversible, Step
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.rows import INSTANCES, INTENTS
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
 from hypeman.store import Txn

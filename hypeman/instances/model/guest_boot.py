@@ -11,9 +11,9 @@ from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume
 from hypeman.guest.boot import GuestNetwork as BootNetwork
 from hypeman.hypervisor.interface import Capabilities, Disk
 from hypeman.images.types import ImageConfig
-from hypeman.instances.records import InstanceRecord
-from hypeman.instances.validate import guest_env
-from hypeman.instances.vm import volume_disk_id, volume_overlay_disk_id
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.validate import guest_env
+from hypeman.instances.model.vm import volume_disk_id, volume_overlay_disk_id
 from hypeman.network.types import GuestNetwork
 
 STOP_GRACE = 10.0

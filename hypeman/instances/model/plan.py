@@ -9,9 +9,8 @@ delete   the reverse of create
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from hypeman.instances.steps import (
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.steps import (
     AttachNetwork,
     AwakenGuest,
     BindDevices,
@@ -35,9 +34,6 @@ from hypeman.instances.steps import (
     TakeBack,
     TakeDisks,
 )
-
-if TYPE_CHECKING:  # the records module also defines their tables, and so loads the store
-    from hypeman.instances.records import InstanceRecord
 
 
 def plan_create(record: InstanceRecord) -> tuple[Reversible, ...]:

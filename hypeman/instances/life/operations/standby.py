@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import msgspec
 
+from hypeman.captures import records as captures
+from hypeman.captures.records import CAPTURES
+from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.errors import InternalError
 from hypeman.hypervisor.interface import ExitReason, VmmExit
 from hypeman.ids import new_id
-from hypeman.instances import captures
-from hypeman.instances.captures import CAPTURES
-from hypeman.instances.operations.stop import bring_down
-from hypeman.instances.owned import Owned
-from hypeman.instances.plan import plan_awaken, plan_free, plan_park, plan_restore, plan_standby
-from hypeman.instances.records import InstanceRecord, Operation
-from hypeman.instances.steps import FreeCapture, Step
-from hypeman.instances.types import InstanceState, SnapshotCompressionConfig
-from hypeman.instances.validate import check_capturable
+from hypeman.instances.life.operations.stop import bring_down
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.model.plan import plan_awaken, plan_free, plan_park, plan_restore, plan_standby
+from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.steps import FreeCapture, Step
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.validate import check_capturable
 from hypeman.saga import carry_forward
 from hypeman.store import Txn
 

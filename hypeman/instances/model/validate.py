@@ -10,19 +10,18 @@ from datetime import datetime, timedelta
 
 import msgspec
 
+from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.config import LimitsConfig
 from hypeman.egress.policy import guest_environment
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name, check_tags
-from hypeman.instances.records import InstanceSpec
-from hypeman.instances.types import (
-    CompressionAlgorithm,
+from hypeman.instances.model.record import InstanceSpec
+from hypeman.instances.model.types import (
     CreateInstanceRequest,
     HealthCheckType,
     RestartMode,
-    SnapshotCompressionConfig,
     SnapshotPolicy,
     UpdateInstanceRequest,
     VolumeMount,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.egress.types import CredentialPolicy, EgressEnforcementMode
 from hypeman.fields import Count, DiskRate, Duration, Name, Platform, Port, Rate, Size, TagMap, Timestamp
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -56,21 +57,6 @@ class LogSource(enum.StrEnum):
 
 
 # ── Policies: sent by the client, stored, and echoed as given ───────────────────────────────────
-
-
-class CompressionAlgorithm(enum.StrEnum):
-    ZSTD = "zstd"
-    LZ4 = "lz4"
-
-
-class SnapshotCompressionConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How saved memory is compressed. The last two fields apply only while enabled."""
-
-    enabled: bool
-    algorithm: CompressionAlgorithm | None = None
-    level: Annotated[
-        Annotated[int, Meta(ge=0, le=19)] | None, Meta(description="zstd 1 to 19 (default 1), lz4 0 to 9 (default 0)")
-    ] = None
 
 
 class SnapshotPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):

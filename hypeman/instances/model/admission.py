@@ -21,7 +21,7 @@ from __future__ import annotations
 import enum
 
 from hypeman.errors import InvalidState
-from hypeman.instances.types import InstanceState as S
+from hypeman.instances.model.types import InstanceState as S
 
 
 class Command(enum.StrEnum):

@@ -1,10 +1,5 @@
-"""What is stored for an instance: the record, the name index, and the intent of unfinished work.
-
-    instances/<id>          InstanceRecord: the state and everything a restart needs
-    instance-names/<name>   the id; unique because the key is
-    intents/<id>            the plan in progress, written before its first effect
-
-A record is replaced as a whole, in one transaction with all related changes.
+"""What is known of an instance: its validated spec, its record, and the intent of unfinished work. Pure; the
+tables that hold them are in ../rows.py.
 """
 
 from __future__ import annotations
@@ -15,13 +10,12 @@ from datetime import datetime
 import msgspec
 
 from hypeman.egress.types import CredentialPolicy, EgressEnforcementMode
-from hypeman.errors import NameConflict
 from hypeman.hypervisor.interface import VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import Tags
-from hypeman.instances.phases import Phases
-from hypeman.instances.steps import Step
-from hypeman.instances.types import (
+from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.steps import Step
+from hypeman.instances.model.types import (
     AutoStandbyPolicy,
     HealthCheck,
     InstanceState,
@@ -29,7 +23,6 @@ from hypeman.instances.types import (
     SnapshotPolicy,
     VolumeMount,
 )
-from hypeman.store import Table, Txn
 
 
 class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,40 +118,3 @@ class Operation(enum.StrEnum):
 class Intent(msgspec.Struct, frozen=True):
     operation: Operation
     steps: tuple[Step, ...]
-
-
-INSTANCES: Table[InstanceRecord] = Table("instances", InstanceRecord)
-NAMES: Table[str] = Table("instance-names", str)
-NUMBERS: Table[str] = Table("instance-numbers", str)
-INTENTS: Table[Intent] = Table("intents", Intent)
-
-
-def check_name_free(txn: Txn, name: str) -> None:
-    """Raise NameConflict if an instance has this name."""
-    if txn.exists(NAMES, name):
-        raise NameConflict(f"an instance named {name!r} exists already")
-
-
-def insert(txn: Txn, record: InstanceRecord) -> None:
-    """Add a new instance and take its name. Raises NameConflict."""
-    if not txn.insert(NAMES, record.name, record.id):
-        raise NameConflict(f"an instance named {record.name!r} exists already")
-    txn.put(NUMBERS, f"{record.number:010}", record.id)
-    txn.put(INSTANCES, record.id, record)
-
-
-def remove(txn: Txn, record: InstanceRecord) -> None:
-    txn.delete(NAMES, record.name)
-    txn.delete(NUMBERS, f"{record.number:010}")
-    txn.delete(INSTANCES, record.id)
-    txn.delete(INTENTS, record.id)
-
-
-def free_number(txn: Txn) -> int:
-    """The smallest number, starting at 1, that no existing instance has."""
-    expected = 1
-    for key in txn.keys(NUMBERS):
-        if int(key) != expected:
-            break
-        expected += 1
-    return expected

@@ -1,6 +1,6 @@
 """The one task that owns an instance: it runs its commands in order and handles its VM's events.
 
-A command is checked when it is dequeued, against the current state (admission.py); what it does is in
+A command is checked when it is dequeued, against the current state (model/admission.py); what it does is in
 operations/, and how it is recorded in owned.py. Events of the VM come through the same queue (news.py).
 
 A stop or delete does not queue behind an unresponsive guest: waits for the guest by the running command and by
@@ -20,14 +20,14 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from hypeman.errors import HypemanError, InternalError, InvalidState, NotFound
-from hypeman.instances.admission import Command, check_legal
-from hypeman.instances.live import Live, LiveEvent
-from hypeman.instances.news import take_news
-from hypeman.instances.owned import Hooks, Owned
-from hypeman.instances.records import InstanceRecord
-from hypeman.instances.settle import settle, settle_again
-from hypeman.instances.types import InstanceState
-from hypeman.instances.world import World
+from hypeman.instances.life.news import take_news
+from hypeman.instances.life.owned import Hooks, Owned
+from hypeman.instances.life.settle import settle, settle_again
+from hypeman.instances.machine.live import Live, LiveEvent
+from hypeman.instances.machine.world import World
+from hypeman.instances.model.admission import Command, check_legal
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import InstanceState
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.fields import Count, Duration, Name, TagMap, Timestamp
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.instances.types import SnapshotCompressionConfig, TargetState
+from hypeman.instances.model.types import TargetState
 
 
 class SnapshotKind(enum.StrEnum):

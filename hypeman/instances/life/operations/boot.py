@@ -10,10 +10,10 @@ import secrets
 
 import msgspec
 
-from hypeman.instances.owned import Owned
-from hypeman.instances.plan import plan_create, plan_start
-from hypeman.instances.records import InstanceRecord, Operation
-from hypeman.instances.types import InstanceState
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.model.plan import plan_create, plan_start
+from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.types import InstanceState
 
 _NONCE_BYTES = 16
 

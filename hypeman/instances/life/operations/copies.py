@@ -2,21 +2,21 @@
 
 A running VM is paused while its disks are copied, so that memory and disks are consistent, then resumed.
 A copy is valid once ``publish`` has recorded its holder, in the transaction that ends the work; until then
-a failure undoes it. Memory is never copied: it is a capture with several holders (../captures.py).
+a failure undoes it. Memory is never copied: it is a capture with several holders (captures/records.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from hypeman.captures import records as captures
+from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.ids import new_id
-from hypeman.instances import captures
-from hypeman.instances.captures import CAPTURES, CaptureRow
-from hypeman.instances.owned import Also, Owned
-from hypeman.instances.plan import plan_adopt_disks, plan_copy_out, plan_free, plan_stage, plan_swap
-from hypeman.instances.records import InstanceRecord, Operation
-from hypeman.instances.types import InstanceState
-from hypeman.instances.validate import check_capturable
+from hypeman.instances.life.owned import Also, Owned
+from hypeman.instances.model.plan import plan_adopt_disks, plan_copy_out, plan_free, plan_stage, plan_swap
+from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.validate import check_capturable
 from hypeman.saga import carry_forward
 from hypeman.store import Txn
 

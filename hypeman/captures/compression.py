@@ -27,10 +27,10 @@ import msgspec
 import trio
 import zstandard
 
+from hypeman.captures.records import CAPTURES, CaptureRow
+from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import StoreError
 from hypeman.hypervisor.interface import CaptureInvalid
-from hypeman.instances.captures import CAPTURES, CaptureRow
-from hypeman.instances.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 

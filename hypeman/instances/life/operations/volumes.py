@@ -11,13 +11,13 @@ import msgspec
 
 from hypeman.errors import Conflict, NotFound, NotSupported
 from hypeman.hypervisor.interface import Disk
-from hypeman.instances.owned import Owned
-from hypeman.instances.plan import plan_attach
-from hypeman.instances.records import InstanceRecord, Operation
-from hypeman.instances.steps import TakeBack
-from hypeman.instances.types import InstanceState, VolumeMount
-from hypeman.instances.validate import check_volumes
-from hypeman.instances.vm import free_port, volume_disk
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.model.plan import plan_attach
+from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.steps import TakeBack
+from hypeman.instances.model.types import InstanceState, VolumeMount
+from hypeman.instances.model.validate import check_volumes
+from hypeman.instances.model.vm import free_port, volume_disk
 from hypeman.store import Txn
 from hypeman.volumes import records as volumes
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 if TYPE_CHECKING:
-    from hypeman.instances.world import World
+    from hypeman.instances.machine.world import World
 
 
 class _Step(msgspec.Struct, frozen=True, tag=True):

@@ -7,9 +7,9 @@ from signal import SIGKILL, SIGRTMAX, SIGRTMIN, Signals
 
 from msgspec import UNSET
 
-from hypeman.instances.records import InstanceRecord
-from hypeman.instances.types import Instance, InstanceGpu, InstanceNetwork, InstanceState
-from hypeman.instances.validate import guest_env
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import Instance, InstanceGpu, InstanceNetwork, InstanceState
+from hypeman.instances.model.validate import guest_env
 from hypeman.network.types import Lease
 from hypeman.units import format_rate, format_size
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import msgspec
 
 from hypeman.hypervisor.interface import Disk, Nic, PciDevice, VmConfig
-from hypeman.instances.records import InstanceRecord
-from hypeman.instances.types import VolumeMount
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import VolumeMount
 from hypeman.network.types import Lease
 from hypeman.paths import Paths
 
