@@ -16,6 +16,7 @@ with 500 ``internal_error``.
     │   ├── NameConflict
     │   ├── InvalidState           legal, but not now
     │   ├── InUse
+    │   │   └── PortInUse          of the host, by an instance or another program
     │   └── InsufficientResources
     ├── RateLimited           429  an upstream registry throttles
     ├── InternalError         500  the machine refused: disk, kernel, VMM
@@ -94,6 +95,13 @@ class InvalidState(Conflict):
 
 class InUse(Conflict):
     default_code = "in_use"
+
+
+class PortInUse(InUse):
+    """A port of the host belongs to an instance or another program, which the message names."""
+
+    retryable = False
+    default_code = "port_in_use"
 
 
 class InsufficientResources(Conflict):

@@ -94,6 +94,8 @@ class Tap(msgspec.Struct, frozen=True):
     """Shown by ``ip link``."""
     proxy_arp: bool = False
     """Proxy ARP for other guests, for guests that treat the subnet as on-link."""
+    route_loopback: bool = False
+    """Whether packets of the host from 127.0.0.0/8 may be routed to the guest, for ports published there."""
     download: TokenBucket | None = None
     upload: TokenBucket | None = None
 
@@ -373,6 +375,7 @@ def _set_switches(tap: Tap) -> None:
         f"ipv4/conf/{tap.name}/accept_redirects": "0",
         f"ipv4/conf/{tap.name}/send_redirects": "0",
         f"ipv4/conf/{tap.name}/proxy_arp": "1" if tap.proxy_arp else "0",
+        f"ipv4/conf/{tap.name}/route_localnet": "1" if tap.route_loopback else "0",
     }
     for key, value in settings.items():
         _write_switch(key, value)

@@ -14,6 +14,7 @@ Formats: netlink(7), rtnetlink(7), include/uapi/linux/netlink.h.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -45,6 +46,9 @@ _NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _RECEIVE = 1 << 20
+_SO_SNDBUFFORCE = 32
+_SEND = 4 << 20
+"""A batch is one datagram. One change of 1,000 published ports has 0.3 MB."""
 
 
 class NetlinkError(HostError):
@@ -124,6 +128,8 @@ class Netlink:
     def __init__(self, protocol: int = NETLINK_ROUTE) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.bind((0, 0))
+        with contextlib.suppress(PermissionError):  # needed for transactions of thousands of elements only
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SEND)
         self._socket.setsockopt(_SOL_NETLINK, _EXT_ACK, 1)
         self._socket.setsockopt(_SOL_NETLINK, _GET_STRICT_CHK, 1)
         self.port: int = self._socket.getsockname()[0]

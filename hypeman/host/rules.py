@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from ipaddress import IPv4Address
 
 import trio
@@ -34,19 +34,24 @@ from hypeman.host.netlink import (
     text,
     u32,
 )
-from hypeman.host.types import TABLE, Element
+from hypeman.host.types import MAP_TYPES, SET_TYPES, TABLE, Element
 
 _SUBSYSTEM = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _NEW_ELEMENT, _DEL_ELEMENT = _SUBSYSTEM << 8 | 12, _SUBSYSTEM << 8 | 14
 _NEW_GENERATION = _SUBSYSTEM << 8 | 15
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
-_LIST_ELEMENT, _ELEMENT_KEY, _DATA_VALUE = 1, 1, 1
+_LIST_ELEMENT, _ELEMENT_KEY, _ELEMENT_DATA, _DATA_VALUE = 1, 1, 2, 1
+_ELEMENTS_PER_MESSAGE = 400
+"""The list of elements is one attribute, whose length has 16 bits."""
+_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 _GROUP_NFTABLES = 7
 _GET_FLOWS, _DELETE_FLOWS = 1 << 8 | 1, 1 << 8 | 2
 _TUPLE_ORIGINAL, _TUPLE_REPLY, _FLOW_NUMBER, _FLOW_ZONE, _FILTER = 1, 2, 12, 18, 25
 _TUPLE_IP, _IPV4_SOURCE = 1, 1
-_ORIGINAL_FLAGS, _REPLY_FLAGS, _SELECT_SOURCE = 1, 2, 1
+_TUPLE_PROTO, _PROTO_NUMBER, _PROTO_DESTINATION = 2, 1, 3
+_FLOW_STATUS, _DESTINATION_TRANSLATED = 3, 1 << 5
+_ORIGINAL_FLAGS, _REPLY_FLAGS, _SELECT_SOURCE, _SELECT_PROTOCOL = 1, 2, 1, 1 << 3
 _FAMILY = {"inet": 1, "arp": 3}
 _TABLE_NAME = 1
 """The first attribute of tables, chains, rules, sets and elements."""
@@ -84,6 +89,17 @@ class Rules:
         """Delete conntrack entries of connections from and to ``address``. Raises NetlinkError."""
         await trio.to_thread.run_sync(self._forget, IPv4Address(address), limiter=self._one_at_a_time)
 
+    async def forget_translated_flows(self, address: str, ports: Iterable[tuple[str, int]]) -> None:
+        """Delete conntrack entries of connections to ``address`` that came in through one of ``ports`` (protocol and
+        number) of the host. Raises NetlinkError."""
+        await trio.to_thread.run_sync(
+            self._forget_translated, IPv4Address(address), frozenset(ports), limiter=self._one_at_a_time
+        )
+
+    async def forget_untranslated_flows(self, ports: Iterable[tuple[str, int]]) -> None:
+        """Delete conntrack entries of UDP flows to one of ``ports`` that are not translated. Raises NetlinkError."""
+        await trio.to_thread.run_sync(self._forget_untranslated, frozenset(ports), limiter=self._one_at_a_time)
+
     async def watch_foreign_changes(self) -> AsyncGenerator[None, None]:
         """Yields when another program changed one of our tables, or may have; close it with ``aclosing``."""
         monitor = Monitor(NETLINK_NETFILTER, (_GROUP_NFTABLES,))
@@ -114,6 +130,26 @@ class Rules:
         """For kernels that filter only dumps, not deletions, such as Debian 12's 6.1."""
         listed = [self._netlink.dump(Message(_GET_FLOWS, 0, *each)) for each in _selections(address)]
         self._netlink.run([_delete_message(packet) for packets in listed for packet in packets])
+
+    def _forget_translated(self, address: IPv4Address, ports: frozenset[tuple[str, int]]) -> None:
+        answered = self._netlink.dump(Message(_GET_FLOWS, 0, *_selections(address)[1]))
+        gone = [flow for flow in answered if _is_translated(flow) and _destination(flow) in ports]
+        self._netlink.run([_delete_message(flow) for flow in gone])
+
+    def _forget_untranslated(self, ports: frozenset[tuple[str, int]]) -> None:
+        gone = [flow for flow in self._udp_flows() if not _is_translated(flow) and _destination(flow) in ports]
+        self._netlink.run([_delete_message(flow) for flow in gone])
+
+    def _udp_flows(self) -> list[Packet]:
+        header = struct.pack("=BBH", socket.AF_INET, 0, 0)
+        udp = nested(_TUPLE_ORIGINAL, nested(_TUPLE_PROTO, attr(_PROTO_NUMBER, bytes([socket.IPPROTO_UDP]))))
+        udp += nested(_FILTER, u32(_ORIGINAL_FLAGS, _SELECT_PROTOCOL))
+        try:
+            return self._netlink.dump(Message(_GET_FLOWS, 0, header + udp, "list UDP flows"))
+        except NetlinkError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+            return self._netlink.dump(Message(_GET_FLOWS, 0, header, "list flows"))
 
     def _load(self, ruleset: str) -> None:
         _nft(["-f", "-"], ruleset, self._nft_pids)
@@ -146,9 +182,9 @@ def _batch(kind: int) -> Message:
 def _change_messages(remove: tuple[Element, ...], add: tuple[Element, ...]) -> list[Message]:
     """A removal is preceded by an addition, since removing a missing element fails the transaction."""
     return [
-        *(_element_message(_NEW_ELEMENT, CREATE, element) for element in remove),
-        *(_element_message(_DEL_ELEMENT, 0, element) for element in remove),
-        *(_element_message(_NEW_ELEMENT, CREATE, element) for element in add),
+        *_element_messages(_NEW_ELEMENT, CREATE, remove),
+        *_element_messages(_DEL_ELEMENT, 0, remove),
+        *_element_messages(_NEW_ELEMENT, CREATE, add),
     ]
 
 
@@ -165,6 +201,20 @@ def _selections(address: IPv4Address) -> list[tuple[bytes, str]]:
     ]
 
 
+def _is_translated(flow: Packet) -> bool:
+    status = dict(attributes(flow.body, 4)).get(_FLOW_STATUS, b"")
+    return len(status) == 4 and bool(int.from_bytes(status, "big") & _DESTINATION_TRANSLATED)
+
+
+def _destination(flow: Packet) -> tuple[str, int]:
+    """Protocol and port that the flow was sent to; ("", 0) for protocols without ports."""
+    original = dict(attributes(flow.body, 4)).get(_TUPLE_ORIGINAL, b"")
+    told = dict(attributes(dict(attributes(original)).get(_TUPLE_PROTO, b"")))
+    number, port = told.get(_PROTO_NUMBER, b""), told.get(_PROTO_DESTINATION, b"")
+    names = [name for name, known in _PROTOCOLS.items() if number == bytes([known])]
+    return (names[0], int.from_bytes(port, "big")) if names else ("", 0)
+
+
 def _delete_message(flow: Packet) -> Message:
     """Includes the flow's id, so that a later flow between the same endpoints is not deleted."""
     told = dict(attributes(flow.body, 4))
@@ -173,19 +223,44 @@ def _delete_message(flow: Packet) -> Message:
     return Message(_DELETE_FLOWS, 0, body, "forget a connection", (errno.ENOENT,))
 
 
-def _element_message(kind: int, flags: int, element: Element) -> Message:
-    key = nested(_ELEMENT_KEY, attr(_DATA_VALUE, encode_key(element)))
-    body = struct.pack("=BBH", _FAMILY[element.family], 0, 0)
-    body += text(_ELEMENTS_TABLE, TABLE) + text(_ELEMENTS_SET, element.set)
-    body += nested(_ELEMENTS_LIST, nested(_LIST_ELEMENT, key))
-    return Message(kind, flags, body, f"change element {element}")
+def _element_messages(kind: int, flags: int, elements: tuple[Element, ...]) -> Iterator[Message]:
+    """One message for each set, or a few for a set with many elements: each is acknowledged, and what the socket
+    receives is bounded."""
+    by_set: dict[tuple[str, str], list[Element]] = {}
+    for element in elements:
+        by_set.setdefault((element.family, element.set), []).append(element)
+    for (family, name), members in by_set.items():
+        header = struct.pack("=BBH", _FAMILY[family], 0, 0) + text(_ELEMENTS_TABLE, TABLE) + text(_ELEMENTS_SET, name)
+        for start in range(0, len(members), _ELEMENTS_PER_MESSAGE):
+            part = members[start : start + _ELEMENTS_PER_MESSAGE]
+            body = header + nested(_ELEMENTS_LIST, *map(_element, part))
+            yield Message(kind, flags, body, f"change element {part[0]}")
+
+
+def _element(element: Element) -> bytes:
+    parts = [nested(_ELEMENT_KEY, attr(_DATA_VALUE, encode_key(element)))]
+    if element.value:
+        value = b"".join(map(_encode, MAP_TYPES[element.set], element.value))
+        parts.append(nested(_ELEMENT_DATA, attr(_DATA_VALUE, value)))
+    return nested(_LIST_ELEMENT, *parts)
 
 
 def encode_key(element: Element) -> bytes:
-    """The key in the kernel's format: each part padded to four bytes, interface names to 16."""
-    name, *identity = element.key
-    key = name.encode().ljust(16, b"\0")
-    if identity:
-        mac, address = identity
-        key += bytes.fromhex(mac.replace(":", "")).ljust(8, b"\0") + IPv4Address(address).packed
-    return key
+    """The key in the kernel's format."""
+    return b"".join(map(_encode, SET_TYPES[element.set], element.key))
+
+
+def _encode(kind: str, value: str) -> bytes:
+    """One component: padded to four bytes, interface names to 16."""
+    match kind:
+        case "ifname":
+            return value.encode().ljust(16, b"\0")
+        case "ether_addr":
+            return bytes.fromhex(value.replace(":", "")).ljust(8, b"\0")
+        case "ipv4_addr":
+            return IPv4Address(value).packed
+        case "inet_proto":
+            return bytes([_PROTOCOLS[value], 0, 0, 0])
+        case "inet_service":
+            return struct.pack(">H2x", int(value))
+    raise ValueError(f"no encoding for {kind}")

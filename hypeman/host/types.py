@@ -29,12 +29,34 @@ class TokenBucket(msgspec.Struct, frozen=True):
     """Bytes that may be queued; more is dropped, which slows a sender down."""
 
 
+_ONE_TAP = ("ifname",)
+_IDENTITY = ("ifname", "ether_addr", "ipv4_addr")
+_SOCKET = ("ipv4_addr", "inet_service")
+
+SET_TYPES = {
+    "guests": _IDENTITY,
+    "mediated": _ONE_TAP,
+    "mode_all": _ONE_TAP,
+    "neighbours": _ONE_TAP,
+    "ports": ("inet_proto", "inet_service"),
+    "ports_at": ("ipv4_addr", "inet_proto", "inet_service"),
+    "published": ("ipv4_addr", "inet_proto", "inet_service"),
+    "hairpin": ("ipv4_addr", "ipv4_addr"),
+}
+"""nft's types of the keys of our sets and maps that change with every instance."""
+
+MAP_TYPES = {"ports": _SOCKET, "ports_at": _SOCKET}
+"""nft's types of the values, for those that are maps."""
+
+
 class Element(msgspec.Struct, frozen=True, order=True):
-    """One element of one set of our nft tables. ``key`` has one text per component of the set's type."""
+    """One element of one set or map of our nft tables. ``key`` and ``value`` have one text for each of ``SET_TYPES``
+    and ``MAP_TYPES``."""
 
     family: str
     set: str
     key: tuple[str, ...]
+    value: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.family} {self.set} {' . '.join(self.key)}"

@@ -16,14 +16,16 @@ is in use, and is an error otherwise: running guests cannot be renumbered.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from itertools import count
 
 import msgspec
 
-from hypeman.errors import InsufficientResources, InvalidState
+from hypeman.errors import InsufficientResources, InvalidState, NotFound, PortInUse
 from hypeman.network import addressing
 from hypeman.network.addressing import Subnet
-from hypeman.network.types import Lease, NetworkPlan
+from hypeman.network.ports import HostSocket, all_sockets
+from hypeman.network.types import Lease, NetworkPlan, PortMapping
 from hypeman.store import Table, Txn
 
 _ADDRESSES = "ipv4"
@@ -47,17 +49,28 @@ class TapOwner(msgspec.Struct, frozen=True):
     instance_id: str
 
 
+class PortOwner(msgspec.Struct, frozen=True):
+    instance_id: str
+
+
 LEASES: Table[Lease] = Table("leases", Lease)
 POOLS: Table[Pool] = Table("lease_pools", Pool)
 FREED: Table[Freed] = Table("lease_freed", Freed)
 TAPS: Table[TapOwner] = Table("lease_taps", TapOwner)
+PORTS: Table[PortOwner] = Table("lease_ports", PortOwner)
+"""``protocol/port/address`` of each socket of the host that is published → its instance."""
+
+NameOf = Callable[[str], str]
+"""Instance → how an error calls it."""
 
 
-def take_lease(txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet) -> Lease:
+def take_lease(
+    txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet, name_of: NameOf = "instance {}".format
+) -> Lease:
     """Lease address, MAC, TAP name and CID for a new instance and store the lease.
 
     An existing lease is returned unchanged, so a repeated step allocates nothing twice.
-    Raises InsufficientResources if the subnet is full.
+    Raises InsufficientResources if the subnet is full, PortInUse if another instance publishes one of the ports.
     """
     found = txn.get(LEASES, instance_id)
     if found is not None:
@@ -77,9 +90,33 @@ def take_lease(txn: Txn, instance_id: str, plan: NetworkPlan, subnet: Subnet) ->
             upload_bps=plan.upload_bps,
             egress_mode=plan.egress_mode,
             isolated=plan.isolated,
+            ports=plan.ports,
         )
+        _take_ports(txn, lease, name_of)
     txn.put(LEASES, instance_id, lease)
     return lease
+
+
+def set_ports(txn: Txn, instance_id: str, ports: tuple[PortMapping, ...], name_of: NameOf) -> Lease:
+    """Publish ``ports`` instead of those before. Raises PortInUse, or NotFound if there is no lease with a network."""
+    before = txn.get(LEASES, instance_id)
+    if before is None or not before.enabled:
+        raise NotFound(f"instance {instance_id} has no network")
+    _drop_ports(txn, before)
+    lease = msgspec.structs.replace(before, ports=ports)
+    _take_ports(txn, lease, name_of)
+    txn.put(LEASES, instance_id, lease)
+    return lease
+
+
+def check_ports_free(txn: Txn, ports: Iterable[PortMapping], name_of: NameOf, *, instance_id: str = "") -> None:
+    """Raise PortInUse if an instance other than ``instance_id`` publishes one of the ports."""
+    for wanted in all_sockets(ports):
+        prefix = f"{wanted.protocol}/{wanted.port:05}/"
+        for key, owner in txn.scan(PORTS, prefix):
+            other = wanted._replace(address=key.removeprefix(prefix))
+            if owner.instance_id != instance_id and wanted.conflicts(other):
+                raise PortInUse(f"host port {wanted} is published by {name_of(owner.instance_id)}")
 
 
 def drop_lease(txn: Txn, instance_id: str, subnet: Subnet) -> None:
@@ -91,6 +128,7 @@ def drop_lease(txn: Txn, instance_id: str, subnet: Subnet) -> None:
     _give_back(txn, _CIDS, addressing.cid_rank(lease.cid))
     if lease.enabled:
         txn.delete(TAPS, lease.tap)
+        _drop_ports(txn, lease)
         check_subnet(txn, subnet)
         _give_back(txn, _ADDRESSES, subnet.rank(lease.ipv4))
 
@@ -121,6 +159,21 @@ def check_subnet(txn: Txn, subnet: Subnet) -> None:
     for key in list(txn.keys(FREED, f"{_ADDRESSES}/")):
         txn.delete(FREED, key)
     txn.put(POOLS, _ADDRESSES, Pool(scope=scope))
+
+
+def _take_ports(txn: Txn, lease: Lease, name_of: NameOf) -> None:
+    check_ports_free(txn, lease.ports, name_of, instance_id=lease.instance_id)
+    for each in all_sockets(lease.ports):
+        txn.put(PORTS, _port_key(each), PortOwner(lease.instance_id))
+
+
+def _drop_ports(txn: Txn, lease: Lease) -> None:
+    for each in all_sockets(lease.ports):
+        txn.delete(PORTS, _port_key(each))
+
+
+def _port_key(socket: HostSocket) -> str:
+    return f"{socket.protocol}/{socket.port:05}/{socket.address}"
 
 
 def _take(txn: Txn, name: str, size: int, what: str) -> int:

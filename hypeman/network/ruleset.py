@@ -14,12 +14,21 @@ The chains are fixed and drop by default for the prefix of our TAPs. A guest is 
     mediated     tap                    ports 80 and 443 are redirected to the proxy; may reach the proxy's port
     mode_all     tap                    of the rest only UDP and ICMP pass: no other TCP, no other protocol
     neighbours   tap                    may communicate with other neighbours
+    ports        protocol . port        → address . port of a guest: published on all addresses of the host
+    ports_at     address . protocol . port → the same, published on one address
+    published    address . protocol . port  of a guest: reached through a published port
+    hairpin      address . address      of a guest that has published ports, twice: it reaches itself through them
 
 so a TAP is closed before its lease is applied and after it is removed, and adding or removing an
 instance is one small transaction. Path of a packet from a guest:
 
     identity (-450, before defragmentation: each fragment must prove its sender)
-      → mediate (dstnat) → to_host (input) or to_world (forward) → masquerade (srcnat)
+      → arrivals (dstnat) → to_host (input) or to_world (forward) → departures (srcnat)
+
+A published port is translated where the packet arrives (``arrivals``; ``from_host`` for what the host itself sends)
+and passes ``to_world`` only as the translation of an address of this host, so that a guest's own address stays
+unreachable from outside. Sources are kept, but for a guest that calls itself and for 127.0.0.0/8, which no guest
+could answer: those come from the gateway. Loopback addresses are translated for the host's own packets alone.
 
 ``accept`` ends only our own chain: other firewalls' chains still apply. Identity accepts verified packets
 and drops the rest, including IPv6: nft adds implicit conditions to a rule (Ethernet type, ARP format), so a
@@ -28,12 +37,13 @@ rule that drops *unverified* packets would let those pass that do not meet them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from hypeman.host.types import TABLE, TAP_PREFIX, Element
+from hypeman.host.types import MAP_TYPES, SET_TYPES, TABLE, TAP_PREFIX, Element
 from hypeman.network.addressing import Subnet
+from hypeman.network.ports import forwards_of
 from hypeman.network.types import EgressMode, HostPort, Lease
 
 FAMILIES = ("inet", "arp")
@@ -53,6 +63,7 @@ PRIVATE_NETWORKS = (
 """Never forwarded for a guest where ``network.allow_private`` is off: private networks."""
 
 _WEB = "{ 80, 443 }"
+_PUBLISHED = "ip daddr . meta l4proto . th dport @published"
 
 
 class RuleFacts(msgspec.Struct, frozen=True):
@@ -84,13 +95,27 @@ def lease_elements(lease: Lease) -> tuple[Element, ...]:
         elements.append(Element("inet", "mode_all", (lease.tap,)))
     if not lease.isolated:
         elements.append(Element("inet", "neighbours", (lease.tap,)))
-    return tuple(elements)
+    return (*elements, *_port_elements(lease))
 
 
 def possible_elements(lease: Lease) -> tuple[Element, ...]:
     """Every element that ``lease`` may have had in any mode; a removal deletes all of them."""
     strictest = msgspec.structs.replace(lease, egress_mode=EgressMode.ALL, isolated=False)
     return lease_elements(strictest)
+
+
+def _port_elements(lease: Lease) -> Iterator[Element]:
+    forwards = [each for mapping in lease.ports for each in forwards_of(mapping)]
+    for each in forwards:
+        target = (lease.ipv4, str(each.guest_port))
+        if each.address:
+            yield Element("inet", "ports_at", (each.address, each.protocol, str(each.host_port)), target)
+        else:
+            yield Element("inet", "ports", (each.protocol, str(each.host_port)), target)
+    for protocol, port in sorted({(each.protocol, each.guest_port) for each in forwards}):
+        yield Element("inet", "published", (lease.ipv4, protocol, str(port)))
+    if forwards:
+        yield Element("inet", "hairpin", (lease.ipv4, lease.ipv4))
 
 
 def render_ruleset(facts: RuleFacts, leases: Iterable[Lease]) -> str:
@@ -116,19 +141,7 @@ def _inet_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) ->
     uplinks = "".join(f"        elements = {{ {', '.join(map(_quoted, facts.uplinks))} }}\n" if facts.uplinks else "")
     return f"""\
 table inet {TABLE} {{
-    set guests {{
-        type ifname . ether_addr . ipv4_addr
-{_elements(elements, "inet", "guests")}    }}
-    set mediated {{
-        type ifname
-{_elements(elements, "inet", "mediated")}    }}
-    set mode_all {{
-        type ifname
-{_elements(elements, "inet", "mode_all")}    }}
-    set neighbours {{
-        type ifname
-{_elements(elements, "inet", "neighbours")}    }}
-    set uplinks {{
+{_sets(elements)}    set uplinks {{
         type ifname
 {uplinks}    }}
     set refused {{
@@ -146,13 +159,26 @@ table inet {TABLE} {{
         iifname {any_tap} jump identity_guest
     }}
     chain identity_guest {{
-{_policer(facts)}        iifname . ether saddr . ip saddr @guests accept
+{_policer(facts)}        ip daddr 127.0.0.0/8 counter drop
+        iifname . ether saddr . ip saddr @guests accept
         counter drop
     }}
 
-    chain mediate {{
+    chain arrivals {{
         type nat hook prerouting priority dstnat; policy accept;
-{_mediation(facts)}    }}
+{_mediation(facts)}        iifname @mediated tcp dport {_WEB} return
+        ip daddr 127.0.0.0/8 return
+{_kept_by_gateway(facts)}        meta l4proto {{ tcp, udp }} jump publish
+    }}
+    chain from_host {{
+        type nat hook output priority -100; policy accept;
+{_kept_by_gateway(facts)}        meta l4proto {{ tcp, udp }} jump publish
+    }}
+    chain publish {{
+        fib daddr type != local return
+        dnat ip to ip daddr . meta l4proto . th dport map @ports_at
+        dnat ip to meta l4proto . th dport map @ports
+    }}
 
     chain to_host {{
         type filter hook input priority filter; policy accept;
@@ -170,10 +196,13 @@ table inet {TABLE} {{
         type filter hook forward priority filter; policy accept;
         iifname {any_tap} goto to_world_guest
         oifname {any_tap} ct state established,related accept
+        oifname {any_tap} ct status dnat {_PUBLISHED} accept
         oifname {any_tap} counter drop
     }}
     chain to_world_guest {{
+        ct direction reply ct status dnat ct state established,related accept
         iifname @mode_all meta l4proto != {{ udp, icmp }} counter goto refuse
+        oifname {any_tap} ct status dnat {_PUBLISHED} accept
         iifname @mediated tcp dport {_WEB} counter goto refuse
         iifname @mediated udp dport 443 counter reject with icmpx port-unreachable
         oifname {any_tap} iifname @neighbours oifname @neighbours accept
@@ -189,8 +218,10 @@ table inet {TABLE} {{
         reject with icmpx admin-prohibited
     }}
 
-    chain masquerade_guests {{
+    chain departures {{
         type nat hook postrouting priority srcnat; policy accept;
+        ip saddr . ip daddr @hairpin snat ip to {gateway}
+        oifname {any_tap} ip saddr 127.0.0.0/8 snat ip to {gateway}
         ip saddr {network} oifname @uplinks masquerade
     }}
 }}
@@ -214,6 +245,28 @@ table arp {TABLE} {{
     }}
 }}
 """
+
+
+def _sets(elements: dict[tuple[str, str], list[str]]) -> str:
+    """The sets and maps that leases fill."""
+    text = ""
+    for name, types in SET_TYPES.items():
+        values = MAP_TYPES.get(name)
+        kind = " . ".join(types) + (f" : {' . '.join(values)}" if values else "")
+        text += f"""\
+    {"map" if values else "set"} {name} {{
+        type {kind}
+{_elements(elements, "inet", name)}    }}
+"""
+    return text
+
+
+def _kept_by_gateway(facts: RuleFacts) -> str:
+    """Ports of the gateway's address that are served here, and so are never a guest's."""
+    kept = sorted({*facts.offered, *([HostPort("tcp", facts.egress_port)] if facts.egress_port else [])})
+    return "".join(
+        f"        ip daddr {facts.subnet.gateway} {port.protocol} dport {port.port} return\n" for port in kept
+    )
 
 
 def _mediation(facts: RuleFacts) -> str:
@@ -258,8 +311,9 @@ def _elements(elements: dict[tuple[str, str], list[str]], family: str, name: str
 
 
 def _element_text(element: Element) -> str:
-    tap, *rest = element.key
-    return " . ".join([_quoted(tap), *rest])
+    types = SET_TYPES[element.set]
+    key = " . ".join(_quoted(part) if kind == "ifname" else part for kind, part in zip(types, element.key, strict=True))
+    return f"{key} : {' . '.join(element.value)}" if element.value else key
 
 
 def _quoted(name: str) -> str:

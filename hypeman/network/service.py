@@ -28,6 +28,8 @@ from hypeman.host.rules import Rules
 from hypeman.host.types import TAP_PREFIX, Element, shaper_name
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
+from hypeman.network.ports import HostSocket, all_sockets, reached_from_loopback
+from hypeman.network.publishing import PublishedPorts
 from hypeman.network.shaping import token_bucket
 from hypeman.network.types import GuestNetwork, HostPort, Lease
 
@@ -81,13 +83,15 @@ class Network:
         self._claim: NamespaceClaim | None = None
         self._can_shape = True
         self._on_tap_operation = on_tap_operation
+        self.published = PublishedPorts()
 
     def on_tap_lost(self, react: TapLost) -> None:
         """Await ``react`` with the id of each instance whose TAP was deleted by others, once it has been recreated."""
         self._on_tap_lost = react
 
-    async def start(self, living: Iterable[Lease]) -> None:
-        """Make the host match ``living``: restore their links, remove all our others.
+    async def start(self, living: Iterable[Lease], others: Iterable[Lease] = ()) -> None:
+        """Make the host match ``living``: restore their links, remove all our others. ``others`` are the leases of
+        instances without VM, whose published ports are held.
 
         Rules are loaded first, so no guest is open meanwhile. Raises HostError.
         """
@@ -109,17 +113,22 @@ class Network:
             log.info("removed %d TAPs without an owner: %s", len(owned), ", ".join(sorted(owned)))
         for lease in self._leases.values():
             await self._add_tap(lease)
+        await self.published.restore([*self._leases.values(), *others])
+        for lease in self._leases.values():
+            self.published.open(lease)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Watch links, routes and rules, and repair them, until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_links)
             await nursery.start(self._watch_rules)
+            await nursery.start(self.published.relays.run)
             task_status.started()
 
     def aclose(self) -> None:
         """Close sockets; the guests' network is unchanged."""
         self._stats.close()
+        self.published.aclose()
         if self._claim is not None:
             self._claim.close()
 
@@ -132,18 +141,22 @@ class Network:
             return
         await self._add_tap(lease, uid)
         await self._forget_flows_of_others(lease)
+        await self._forget_untranslated(all_sockets(lease.ports))
         async with self._changing:
+            before = self._leases.get(lease.instance_id)
             self._leases[lease.instance_id] = lease
-            await self._change_rules(lease, add=ruleset.lease_elements(lease))
+            await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
+        self.published.open(lease)
         self._on_tap_operation("create")
 
     async def detach(self, lease: Lease) -> None:
         """Close the guest and remove its TAP; a no-op if there is none."""
         if not lease.enabled:
             return
+        self.published.close(lease.instance_id)
         async with self._changing:
-            self._leases.pop(lease.instance_id, None)
-            await self._change_rules(lease)
+            before = self._leases.pop(lease.instance_id, None)
+            await self._change_rules(lease, before=before)
         await self._links.remove_taps([lease.tap])
         self._owners = {index: owner for index, owner in self._owners.items() if owner != lease.instance_id}
         self._on_tap_operation("delete")
@@ -180,6 +193,24 @@ class Network:
             self._leases[lease.instance_id] = lease
             await self._change_rules(lease, add=ruleset.lease_elements(lease))
 
+    async def set_ports(self, lease: Lease) -> None:
+        """Publish the ports of ``lease`` instead of those before, in one transaction, if its guest runs.
+
+        Connections through ports that are no longer published are cut. Raises HostError.
+        """
+        async with self._changing:
+            before = self._leases.get(lease.instance_id)
+            if before is None:
+                return
+            self._leases[lease.instance_id] = lease
+            self.published.open(lease)
+            if reached_from_loopback(lease.ports) != reached_from_loopback(before.ports):
+                await self._add_tap(lease)
+            await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
+        old, new = all_sockets(before.ports), all_sockets(lease.ports)
+        await self._forget_translated(lease.ipv4, dict(old.items() - new.items()))
+        await self._forget_untranslated(dict(new.items() - old.items()))
+
     def guest_network(self, lease: Lease) -> GuestNetwork | None:
         """The guest's network settings for ``lease``; None if it has no interface."""
         if not lease.enabled:
@@ -215,6 +246,7 @@ class Network:
             uid=uid,
             alias=f"hypeman {lease.instance_id}",
             proxy_arp=not lease.isolated,
+            route_loopback=reached_from_loopback(lease.ports),
             download=token_bucket(lease.download_bps),
             upload=token_bucket(lease.upload_bps) if self._can_shape else None,
         )
@@ -241,6 +273,27 @@ class Network:
             log.warning("connections of the former holder of %s may live on: %s", lease.ipv4, error)
         self._last_holders[lease.ipv4] = lease.instance_id
 
+    async def _forget_translated(self, address: str, sockets: dict[HostSocket, int]) -> None:
+        """Cut connections to a guest through ports that are no longer its own."""
+        ports = {(socket.protocol, socket.port) for socket in sockets if not socket.is_ipv6}
+        if not ports:
+            return
+        try:
+            await self._rules.forget_translated_flows(address, ports)
+        except NetlinkError as error:
+            log.warning("connections through former ports of %s may live on: %s", address, error)
+
+    async def _forget_untranslated(self, sockets: dict[HostSocket, int]) -> None:
+        """A UDP client that sent to a port before it was published is one flow to the kernel, which it would
+        deliver to the host as long as the client tries."""
+        ports = {("udp", socket.port) for socket in sockets if socket.protocol == "udp" and not socket.is_ipv6}
+        if not ports:
+            return
+        try:
+            await self._rules.forget_untranslated_flows(ports)
+        except NetlinkError as error:
+            log.warning("some clients of newly published ports may have to pause: %s", error)
+
     async def _load_rules(self) -> None:
         async with self._changing:
             await self._load_rules_locked()
@@ -259,13 +312,16 @@ class Network:
         )
         await self._rules.load(ruleset.render_ruleset(facts, leases))
 
-    async def _change_rules(self, lease: Lease, add: tuple[Element, ...] = ()) -> None:
-        """Replace the elements of ``lease`` by ``add`` in one transaction: no packet meets a mixture."""
+    async def _change_rules(self, lease: Lease, add: tuple[Element, ...] = (), before: Lease | None = None) -> None:
+        """Replace the elements of ``lease``, and of ``before`` if given, by ``add`` in one transaction: no packet meets
+        a mixture."""
         if self._is_policed(lease):
             await self._load_rules_locked()
             return
         try:
-            await self._rules.change(remove=set(ruleset.possible_elements(lease)) - set(add), add=add)
+            had = set(ruleset.lease_elements(before)) if before is not None else set()
+            remove = (set(ruleset.possible_elements(lease)) | had) - set(add)
+            await self._rules.change(remove=remove, add=set(add) - had)
         except NetlinkError as error:
             log.warning("%s; somebody took our nftables tables away, loading them anew", error)
             await self._load_rules_locked()

@@ -12,6 +12,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from hypeman.fields import Port
+
 Rate = Annotated[int, Meta(ge=0)]
 
 
@@ -26,6 +28,23 @@ class EgressMode(enum.StrEnum):
     """Ports 80 and 443 end in the proxy, all else passes."""
 
 
+class Protocol(enum.StrEnum):
+    TCP = "tcp"
+    UDP = "udp"
+
+
+class PortMapping(msgspec.Struct, frozen=True, kw_only=True):
+    """A port of the host that leads to one of the guest. ``host_address`` and ``count`` are extensions."""
+
+    host_port: Annotated[int, Meta(ge=0, le=65535, description="0: a free one, which the instance then shows")]
+    guest_port: Port
+    protocol: Protocol = Protocol.TCP
+    host_address: Annotated[
+        str, Meta(description="Extension: only on this address of the host; default: on all, IPv4 and IPv6")
+    ] = ""
+    count: Annotated[int, Meta(ge=1, le=1024, description="Extension: so many consecutive ports, from these on")] = 1
+
+
 class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Network settings of a create request."""
 
@@ -36,6 +55,8 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     egress_mode: EgressMode = EgressMode.NONE
     isolated: bool = True
     """False: may talk with other guests that may as well."""
+    ports: tuple[PortMapping, ...] = ()
+    """Published ports, each with a host port."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +75,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """Guest → outside."""
     egress_mode: EgressMode = EgressMode.NONE
     isolated: bool = True
+    ports: tuple[PortMapping, ...] = ()
+    """Published ports."""
 
     @property
     def enabled(self) -> bool:

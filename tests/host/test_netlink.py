@@ -96,12 +96,12 @@ async def test_the_kernels_own_words_are_told() -> None:
 @in_namespace
 async def test_a_transaction_of_rules_is_all_or_nothing() -> None:
     rules = Rules()
-    await rules.load("table inet hypeman { set mediated { type ifname; }\n set tcp_closed { type ifname; }\n}")
-    good, bad = Element("inet", "mediated", ("hm-a",)), Element("inet", "no_such_set", ("hm-a",))
-    with pytest.raises(NetlinkError, match="inet no_such_set hm-a: No such file"):
+    await rules.load("table inet hypeman { set mediated { type ifname; }\n set mode_all { type ifname; }\n}")
+    good, bad = Element("inet", "mediated", ("hm-a",)), Element("inet", "neighbours", ("hm-a",))
+    with pytest.raises(NetlinkError, match="inet neighbours hm-a: No such file"):
         await rules.change(add=[good, bad])
     assert "hm-a" not in sh("nft list ruleset")
-    await rules.change(remove=[good], add=[good, Element("inet", "tcp_closed", ("hm-a",))])
+    await rules.change(remove=[good], add=[good, Element("inet", "mode_all", ("hm-a",))])
     assert sh("nft list ruleset").count("hm-a") == 2
     for _ in range(2):
         await rules.change(remove=[good])

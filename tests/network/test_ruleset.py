@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from hypeman.network.addressing import Subnet
 from hypeman.network.ruleset import RuleFacts, lease_elements, possible_elements, render_ruleset
-from hypeman.network.types import EgressMode, HostPort, Lease
+from hypeman.network.types import EgressMode, HostPort, Lease, PortMapping, Protocol
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "network" / "ruleset.nft"
 CLOSED = GOLDEN.with_name("ruleset-without-private.nft")
@@ -19,6 +19,12 @@ FACTS = RuleFacts(
     egress_port=18080,
     offered=(HostPort("udp", 53), HostPort("tcp", 53)),
     policed=(("hm-b", 1_250_000),),
+)
+PORTS = (
+    PortMapping(host_port=8080, guest_port=80),
+    PortMapping(host_port=8081, guest_port=80, host_address="192.0.2.1"),
+    PortMapping(host_port=9000, guest_port=9000, protocol=Protocol.UDP, count=2),
+    PortMapping(host_port=8443, guest_port=443, host_address="::1"),
 )
 
 
@@ -50,7 +56,7 @@ def render_closed() -> str:
 
 def render() -> str:
     guests = [
-        lease("a"),
+        lease("a", ports=PORTS),
         lease("b", egress_mode=EgressMode.ALL),
         lease("c", egress_mode=EgressMode.HTTP_HTTPS_ONLY, isolated=False),
         Lease(instance_id="d", cid=9),
@@ -65,6 +71,8 @@ def render() -> str:
         ({"egress_mode": EgressMode.ALL}, {"guests", "mediated", "mode_all"}),
         ({"egress_mode": EgressMode.HTTP_HTTPS_ONLY}, {"guests", "mediated"}),
         ({"isolated": False}, {"guests", "neighbours"}),
+        ({"ports": PORTS}, {"guests", "ports", "ports_at", "published", "hairpin"}),
+        ({"ports": PORTS[3:]}, {"guests"}),
     ],
 )
 def test_elements_of_a_lease(changes: dict[str, object], sets: set[str]) -> None:
