@@ -46,7 +46,7 @@ from hypeman.images import metrics as image_metrics
 from hypeman.images.service import Images
 from hypeman.instances import adapters, usage
 from hypeman.instances import metrics as instance_metrics
-from hypeman.instances.machine.world import World
+from hypeman.instances.machine.machine import Machine
 from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
 from hypeman.network import metrics as network_metrics
@@ -200,7 +200,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         gpu=devices.gpu_status,
     )
     secrets = adapters.EgressOfInstances(egress, store)
-    world = World(
+    machine = Machine(
         config=config,
         store=store,
         files=files,
@@ -217,7 +217,9 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         boot_id=processes.boot_id,
     )
     instances = Instances(
-        world=world,
+        config=config,
+        store=store,
+        machine=machine,
         images=images,
         leases=adapters.Leases(
             network,

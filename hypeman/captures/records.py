@@ -43,11 +43,17 @@ def of_snapshot(snapshot_id: str) -> str:
     return f"snapshot:{snapshot_id}"
 
 
-def share(txn: Txn, capture_id: str, holder: str) -> None:
-    """Add ``holder`` to the capture's holders."""
+def get(txn: Txn, capture_id: str) -> CaptureRow:
+    """The capture's row. Raises InternalError if there is none."""
     row = txn.get(CAPTURES, capture_id)
     if row is None:
         raise InternalError(f"capture {capture_id} is gone")
+    return row
+
+
+def share(txn: Txn, capture_id: str, holder: str) -> None:
+    """Add ``holder`` to the capture's holders."""
+    row = get(txn, capture_id)
     if holder not in row.holders:
         txn.put(CAPTURES, capture_id, msgspec.structs.replace(row, holders=(*row.holders, holder)))
 

@@ -20,6 +20,7 @@ import trio
 from hypeman.captures import records as captures
 from hypeman.captures.records import CaptureRow
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
+from hypeman.config import Config
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound, NotSupported
 from hypeman.guest.client import CopyIn, GuestClient
 from hypeman.guest.types import PathInfo
@@ -37,11 +38,12 @@ from hypeman.instances.life.operations.standby import restore, standby
 from hypeman.instances.life.operations.stop import delete, stop
 from hypeman.instances.life.operations.volumes import attach, detach
 from hypeman.instances.life.owned import Hooks, Owned, holding_of
-from hypeman.instances.machine.world import World
-from hypeman.instances.model.admission import NO_VMM, Command, check_legal
+from hypeman.instances.machine.machine import Machine
+from hypeman.instances.model.admission import Command, check_legal
 from hypeman.instances.model.phases import Phases, utc_now
 from hypeman.instances.model.plan import plan_adopt_disks, plan_create
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec, Intent, Operation
+from hypeman.instances.model.states import NO_VMM, SETTLED
 from hypeman.instances.model.steps import Step
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
@@ -74,7 +76,7 @@ from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse
-from hypeman.store import Txn
+from hypeman.store import Store, Txn
 from hypeman.units import parse_duration
 from hypeman.volumes import records as volumes
 
@@ -90,8 +92,6 @@ LOG_INTERVAL = 5.0
 R = TypeVar("R")
 
 log = logging.getLogger(__name__)
-
-_ENDED = frozenset({InstanceState.STOPPED, InstanceState.STANDBY, InstanceState.UNKNOWN})
 
 
 class LeaseNeeds(Protocol):
@@ -137,7 +137,9 @@ class Instances:
     def __init__(
         self,
         *,
-        world: World,
+        config: Config,
+        store: Store,
+        machine: Machine,
         images: Images,
         leases: LeaseNeeds,
         devices: DeviceClaims,
@@ -147,8 +149,9 @@ class Instances:
         catalog: Catalog,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
-        self.world = world
-        self.store = world.store
+        self.config = config
+        self.store = store
+        self.machine = machine
         self.images = images
         self.leases = leases
         self.devices = devices
@@ -159,10 +162,12 @@ class Instances:
         self.board = Board(self._render)
         self._now = now
         self._tasks: dict[str, Lifecycle] = {}
-        self._hooks = Hooks(limits=limits, changed=self.board.post, gone=self._forget, release=self._release)
+        self.hooks = Hooks(
+            store=store, limits=limits, changed=self.board.post, gone=self._forget, release=self._release
+        )
         self._nursery: trio.Nursery | None = None
         self._reaper = Reaper(self.board.records, self.delete, now=now)
-        self._reclaim = Reclaim(world.config.reclaim, records=self.board.records, live=world.live, now=now)
+        self._reclaim = Reclaim(config.reclaim, records=self.board.records, live=machine.context.live, now=now)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own all instances. Reports started when each is settled (adopted, finished or undone)."""
@@ -176,7 +181,7 @@ class Instances:
             async with trio.open_nursery() as settling:
                 for record in unsettled:
                     settling.start_soon(self._settle, record)
-            await self.world.collect_captures()
+            await self.machine.captures.collect()
             nursery.start_soon(self._reaper.run)
             nursery.start_soon(self._reclaim.run)
             nursery.start_soon(self._rotate_logs)
@@ -233,7 +238,7 @@ class Instances:
         return await self.see_through(lambda: self._reclaim.order(request))
 
     async def log_path(self, ref: str, source: LogSource) -> Path:
-        return self.world.paths.instance(self.board.find(ref).id).log(source.value)
+        return self.machine.paths.instance(self.board.find(ref).id).log(source.value)
 
     # Creating
 
@@ -246,7 +251,7 @@ class Instances:
         platform = self.images.platform(request.platform)
         spec = check_create(
             request,
-            limits=self.world.config.limits,
+            limits=self.config.limits,
             kind=kind,
             capabilities=driver.capabilities,
             platform=platform,
@@ -344,15 +349,15 @@ class Instances:
 
     def device_vanished(self, instance_id: str, text: str) -> None:
         """Journal that a device of a running instance has disappeared from the host."""
-        self.world.journal(instance_id, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ} {text}")
+        self.machine.journal(instance_id, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ} {text}")
 
     async def plug_in_again(self, instance_id: str) -> None:
         """Reconnect a running instance whose TAP was deleted externally and has been recreated."""
         try:
-            await self.world.plug_in_again(instance_id)
+            await self.machine.network.plug_in_again(instance_id)
         except Exception as error:  # on any error, the network must still handle other instances
             log.error("instance %s is without network until it is started or restored anew: %s", instance_id, error)
-            self.world.journal(instance_id, f"the network is lost until the next start or restore: {error}")
+            self.machine.journal(instance_id, f"the network is lost until the next start or restore: {error}")
 
     async def stop(self, ref: str) -> Instance:
         task = self.task(ref)
@@ -378,7 +383,7 @@ class Instances:
         async def save(owned: Owned) -> InstanceRecord:
             record = await standby(owned, compression)
             if record.capture is not None:  # scheduled before the next command, so that a queued restore can cancel it
-                self.world.compressor.schedule(record.capture, delay=seconds)
+                self.machine.captures.compressor.schedule(record.capture, delay=seconds)
             return record
 
         return self.view(await task.perform(Command.STANDBY, save))
@@ -388,7 +393,7 @@ class Instances:
         policy = record.spec.snapshot_policy
         if policy is not None and policy.compression is not None:
             return policy.compression
-        settings = self.world.config.snapshots
+        settings = self.config.snapshots
         if not settings.compression:
             return None
         algorithm = CompressionAlgorithm(settings.compression)
@@ -480,7 +485,7 @@ class Instances:
         if target is TargetState.STANDBY and source.state is InstanceState.STOPPED:
             raise InvalidRequest("a stopped instance has no memory; its fork can be Stopped or Running")
         check_forkable(source)
-        staged = self.world.paths.tmp / f"fork-{new_id()}"
+        staged = self.machine.paths.tmp / f"fork-{new_id()}"
         fork = self.forked_record(source, request.name)
         with_memory = source.state is not InstanceState.STOPPED and target is not TargetState.STOPPED
         made: list[InstanceRecord] = []
@@ -497,7 +502,7 @@ class Instances:
                 owned, str(staged), with_memory=with_memory, holder=captures.of_instance(fork.id), publish=publish
             )
         except Exception:
-            await self.world.remove_tree(str(staged))
+            await self.machine.context.files.remove(staged)
             raise
         return await self._adopt(made[0], lambda forked: adopt_disks(forked, str(staged), shared=False))
 
@@ -585,7 +590,7 @@ class Instances:
         check_legal(Command.USE, record.state, name=record.name)
         if record.spec.skip_guest_agent:
             raise InvalidState(f"instance {record.name!r} was made without guest agent (skip_guest_agent)")
-        live = self.world.live.get(record.id)
+        live = self.machine.live(record.id)
         if live is None:
             raise InvalidState(f"instance {record.name!r} is just ending")
         return await live.wait_guest(seconds)
@@ -612,7 +617,7 @@ class Instances:
 
     def _make_task(self, record: InstanceRecord, *, new: bool) -> Lifecycle:
         assert self._nursery is not None, "the service does not run"
-        task = self._tasks[record.id] = Lifecycle(self.world, self._hooks, record, new=new, now=self._now)
+        task = self._tasks[record.id] = Lifecycle(self.machine, self.hooks, record, new=new, now=self._now)
         if new:
             self._nursery.start_soon(task.run)
         return task
@@ -640,7 +645,7 @@ class Instances:
         return sum(self._silent_since(record) is not None for record in self.board.records())
 
     def _silent_since(self, record: InstanceRecord) -> datetime | None:
-        live = self.world.live.get(record.id)
+        live = self.machine.live(record.id)
         return live.silent_since if live is not None and record.state is InstanceState.RUNNING else None
 
     def _render(self, record: InstanceRecord, now: datetime) -> Instance:
@@ -650,12 +655,12 @@ class Instances:
 
     async def _rotate_logs(self) -> None:
         """Keep logs bounded, so that a guest that prints indefinitely cannot fill the disk."""
-        limit = self.world.config.limits.max_log_size
+        limit = self.config.limits.max_log_size
         while True:
             await trio.sleep(LOG_INTERVAL)
             for record in list(self.board.records()):
                 try:
-                    await self.world.rotate_logs(record.id, limit)
+                    await self.machine.logs.rotate(record.id, limit)
                 except (HypemanError, OSError) as error:
                     log.warning("logs of instance %s can not be rotated: %s", record.id, error)
 
@@ -678,4 +683,4 @@ def check_forkable(record: InstanceRecord) -> None:
 
 def _is_final(state: InstanceState, wanted: InstanceState) -> bool:
     """Whether ``wanted`` can no longer be reached from ``state`` without a command."""
-    return state in _ENDED and state is not wanted
+    return state in SETTLED and state is not wanted

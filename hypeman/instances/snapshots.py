@@ -39,6 +39,7 @@ from hypeman.instances.model.snapshot_types import (
     Snapshot,
     SnapshotKind,
 )
+from hypeman.instances.model.steps import FreeCapture
 from hypeman.instances.model.types import Instance, InstanceState, TargetState
 from hypeman.instances.model.validate import check_compression
 from hypeman.instances.service import Instances, check_forkable
@@ -70,7 +71,7 @@ class Snapshots:
     def __init__(self, *, store: Store, instances: Instances, now: Callable[[], datetime] = utc_now) -> None:
         self._store = store
         self._instances = instances
-        self._world = instances.world
+        self._machine = instances.machine
         self._now = now
         self._readers: dict[str, int] = {}
         """Snapshot → number of forks and restores reading its disks."""
@@ -78,10 +79,10 @@ class Snapshots:
     async def start(self) -> None:
         """Remove incomplete snapshots left by a crash."""
         known = self._store.read(lambda txn: set(txn.keys(SNAPSHOTS)))
-        if self._world.paths.snapshots.is_dir():
-            for directory in self._world.paths.snapshots.iterdir():
+        if self._machine.paths.snapshots.is_dir():
+            for directory in self._machine.paths.snapshots.iterdir():
                 if directory.name not in known:
-                    await self._world.files.remove(directory)
+                    await self._machine.context.files.remove(directory)
 
     async def list(
         self, *, source_instance_id: str | None, kind: SnapshotKind | None, name: str | None, tags: Mapping[str, str]
@@ -119,7 +120,7 @@ class Snapshots:
         _check_kind(request.kind, source)
         check_forkable(source)
         snapshot_id = new_id()
-        directory = self._world.paths.snapshot(snapshot_id)
+        directory = self._machine.paths.snapshot(snapshot_id)
         rows: list[SnapshotRow] = []
 
         def publish(txn: Txn, record: InstanceRecord, capture: CaptureRow | None) -> None:
@@ -152,11 +153,11 @@ class Snapshots:
                 publish=publish,
             )
         except Exception:
-            await self._world.files.remove(directory)
+            await self._machine.context.files.remove(directory)
             raise
         (row,) = rows
         if row.capture is not None:  # scheduled before the next command, so that a queued restore can cancel it
-            self._world.compressor.schedule(row.capture)
+            self._machine.captures.compressor.schedule(row.capture)
         return row
 
     async def delete(self, snapshot: str) -> None:
@@ -173,9 +174,9 @@ class Snapshots:
 
         row = await self._store.write(remove)
         with trio.CancelScope(shield=True):  # no other code knows what to remove
-            await self._world.files.remove(self._world.paths.snapshot(row.id))
+            await self._machine.context.files.remove(self._machine.paths.snapshot(row.id))
             if row.capture is not None:
-                await self._world.free_capture(row.capture)
+                await self._machine.do(FreeCapture(row.capture))
 
     async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
         """Restore an instance to one of its snapshots."""
@@ -227,7 +228,7 @@ class Snapshots:
             if capture is not None:
                 captures.share(txn, capture, captures.of_instance(record.id))
 
-        return await revert(owned, str(self._world.paths.snapshot(row.id)), record, also)
+        return await revert(owned, str(self._machine.paths.snapshot(row.id)), record, also)
 
     async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance:
         """A new instance from a snapshot."""
@@ -244,7 +245,7 @@ class Snapshots:
             with self._reading(row):
                 return await self._instances.fork_from(
                     record,
-                    str(self._world.paths.snapshot(row.id)),
+                    str(self._machine.paths.snapshot(row.id)),
                     capture=capture,
                     target=target,
                     check=lambda txn: _find(txn, row.id),
@@ -293,7 +294,11 @@ class Snapshots:
             return CompressionState.ERROR
         if capture.compressed_bytes:
             return CompressionState.COMPRESSED
-        return CompressionState.COMPRESSING if self._world.compressor.is_busy(capture.id) else CompressionState.NONE
+        return (
+            CompressionState.COMPRESSING
+            if self._machine.captures.compressor.is_busy(capture.id)
+            else CompressionState.NONE
+        )
 
 
 class _Reading:

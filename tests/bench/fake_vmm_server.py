@@ -11,7 +11,7 @@ from typing import Any
 from hypeman import app
 from hypeman.config import load_config
 from hypeman.hypervisor.catalog import Catalog
-from hypeman.instances.machine.world import World
+from hypeman.instances.machine.machine import Machine
 from hypeman.store import Store
 from tests.fakes.fake_vmm import FakeDriver, FakeVmm
 from tests.instances.fake_world import FakeGuest
@@ -39,7 +39,7 @@ def main() -> None:
         return Catalog((driver,), store=store, default="qemu", depends_on={})
 
     vars(app)["make_catalog"] = catalog
-    vars(app)["World"] = partial(World, connect=guests.connect)  # type: ignore[arg-type]
+    vars(app)["Machine"] = partial(Machine, connect=guests.connect)  # type: ignore[arg-type]
     app.main(load_config())
 
 

@@ -36,9 +36,10 @@ from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig, ReadyImage
-from hypeman.instances.machine.world import World
+from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
-from hypeman.instances.model.types import CreateInstanceRequest
+from hypeman.instances.model.states import is_possible
+from hypeman.instances.model.types import CreateInstanceRequest, InstanceState
 from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
 from hypeman.network import leases
@@ -335,6 +336,9 @@ class Lab:
         self.limits = Limits()
         self.images = FakeImages(paths.images / "disk")
         self.guests: dict[str, FakeGuest] = {}
+        self.states: dict[str, InstanceState | None] = {}
+        self.impossible: list[str] = []
+        """Changes of state that the table of transitions does not have."""
         self.boot_id = "boot"
         self.driver = FakeDriver(self.machine)
         paths.run_dir.mkdir(parents=True, exist_ok=True)
@@ -362,10 +366,11 @@ class Lab:
         with trio.CancelScope() as scope:
             try:
                 async with trio.open_nursery() as nursery:
-                    await nursery.start(instances.world.compressor.run)  # type: ignore[attr-defined]
+                    await nursery.start(instances.machine.captures.compressor.run)  # type: ignore[attr-defined]
                     await nursery.start(instances.run)
                     yield instances
                     nursery.cancel_scope.cancel()
+                    assert not self.impossible
             except* Crash:
                 scope.cancel()
 
@@ -385,7 +390,7 @@ class Lab:
         files = Files()
         effects = ("remove", "copy", "copy_all", "move_all", "publish", "write", "make_dir")
         _count_effects(files, effects, self.bomb, "files")
-        world = World(
+        machine = Machine(
             config=config,
             store=store,  # type: ignore[arg-type]
             files=files,
@@ -402,8 +407,10 @@ class Lab:
             boot_id=self.boot_id,
             connect=self._connect,  # type: ignore[arg-type]
         )
-        return Instances(
-            world=world,
+        instances = Instances(
+            config=config,
+            store=store,  # type: ignore[arg-type]
+            machine=machine,
             images=self.images,  # type: ignore[arg-type]
             leases=FakeLeases(),
             devices=self.devices,
@@ -412,6 +419,18 @@ class Lab:
             limits=lambda: self.limits,
             catalog=catalog,
         )
+        post, remove = instances.board.post, instances.board.remove
+        instances.board.post = lambda record: post(self._seen(record, record.state))  # type: ignore[method-assign]
+        instances.board.remove = lambda record: remove(self._seen(record, None))  # type: ignore[method-assign]
+        instances.hooks.changed = instances.board.post
+        return instances
+
+    def _seen(self, record: InstanceRecord, state: InstanceState | None) -> InstanceRecord:
+        before = self.states.get(record.id)
+        if not is_possible(before, state):
+            self.impossible.append(f"{before} to {state}")
+        self.states[record.id] = state
+        return record
 
     def _open_guest(self, vmm: FakeVmm, stream: Any) -> None:
         self._opening = vmm

@@ -310,7 +310,7 @@ async def clean_up(lab: Lab, instances: Instances) -> None:
         await snapshots.delete(one.id)
     await lab.store.write(lambda txn: txn.delete(VOLUMES, "vol"))
     for leftover in lab.paths.tmp.glob("*"):  # app.py empties it at start
-        await instances.world.remove_tree(str(leftover))
+        await instances.machine.context.files.remove(leftover)
     left = "\n".join(line for line in lab.world_as_text().splitlines() if not line.startswith("instances .new"))
     assert left == "", left
     assert lab.store.read(totals) == Totals()

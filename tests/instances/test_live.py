@@ -11,7 +11,8 @@ import trio.testing
 
 from hypeman.guest.types import GuestEvent, Ready
 from hypeman.hypervisor.interface import ExitReason, VmmExit, VmmGone
-from hypeman.instances.machine.live import Live, LiveEvent
+from hypeman.instances.machine.live import Live
+from hypeman.instances.model.events import VmEvent
 
 
 class _Vmm:
@@ -54,7 +55,7 @@ async def test_a_lost_channel_is_opened_again_more_and_more_slowly(
     autojump_clock: trio.testing.MockClock, error: Exception | None
 ) -> None:
     vmm = _Vmm(good=1)
-    told: list[LiveEvent] = []
+    told: list[VmEvent] = []
 
     def connect(stream: Any, nonce: bytes) -> Any:
         return _Guest(error)
@@ -68,7 +69,7 @@ async def test_a_lost_channel_is_opened_again_more_and_more_slowly(
 async def test_a_guest_that_hangs_up_at_once_again_and_again(autojump_clock: trio.testing.MockClock) -> None:
     """Each connection brings news for the instance's task; once a second is as often as a guest may do that."""
     vmm = _Vmm(good=1_000_000)
-    told: list[LiveEvent] = []
+    told: list[VmEvent] = []
     live = Live(vmm, nonce=b"", boot=1, connect=lambda stream, nonce: _Guest(None))  # type: ignore[arg-type, return-value]
     await live.run(lambda _, event: told.append(event))
     assert 60 < vmm.opened < 80 and len(told) < 81

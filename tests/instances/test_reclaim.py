@@ -186,7 +186,7 @@ async def test_no_saved_state_remembers_a_loan(lab: Lab) -> None:
 async def test_one_that_is_being_saved_is_left_alone(lab: Lab) -> None:
     async with lab.running() as instances:
         await one(lab, instances)
-        live = instances.world.live[instances.board.find("one").id]
+        live = instances.machine.context.live[instances.board.find("one").id]
         async with live.without_loan():
             answer = await instances.reclaim_memory(asked(GIB))
         assert [action.status for action in answer.actions] == ["error"]

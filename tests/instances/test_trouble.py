@@ -158,12 +158,12 @@ async def test_a_record_that_can_not_be_written_takes_the_work_back(lab: Lab, ve
         elif verb == "restore":
             await instances.standby("one", StandbyInstanceRequest())
         before_world, before_rows = lab.world_as_text(), rows(lab.store)
-        whole = instances.world.store
+        whole = instances.hooks.store
         for at in range(2):  # intent; result
-            instances.world.store = _Refuses(whole, at)  # type: ignore[assignment]
+            instances.hooks.store = _Refuses(whole, at)  # type: ignore[assignment]
             with pytest.raises(HostFailed):
                 await _do(instances, verb)
-            instances.world.store = whole
+            instances.hooks.store = whole
             assert lab.world_as_text() == before_world
             assert rows(lab.store) == before_rows
         await _do(instances, verb)
@@ -218,13 +218,13 @@ async def test_disks_are_copied_only_while_nothing_writes(lab: Lab) -> None:
         one = instances.board.find("one")
         process = lab.machine.of(one.id)
         seen: list[str] = []
-        copy_all = instances.world.files.copy_all
+        copy_all = instances.machine.context.files.copy_all
 
         async def watch(source: Path, target: Path, pattern: str, **owner: int) -> None:
             seen.append(process.state.value)
             await copy_all(source, target, pattern, **owner)
 
-        instances.world.files.copy_all = watch  # type: ignore[method-assign]
+        instances.machine.context.files.copy_all = watch  # type: ignore[method-assign]
         fork = await instances.fork(
             "one", ForkInstanceRequest(name="two", from_running=True, target_state=TargetState.STOPPED)
         )
@@ -536,13 +536,13 @@ async def test_a_restore_that_waits_meets_the_compression_and_ends_it(
     async with lab.running() as instances:
         await running(lab, instances)
         seen: list[bool] = []
-        restorable = instances.world.restorable
+        restorable = instances.machine.restorable
 
         def watch(capture: str) -> AbstractAsyncContextManager[None]:
-            seen.append(instances.world.compressor.is_busy(capture))
+            seen.append(instances.machine.captures.compressor.is_busy(capture))
             return restorable(capture)
 
-        monkeypatch.setattr(instances.world, "restorable", watch)
+        monkeypatch.setattr(instances.machine, "restorable", watch)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(instances.standby, "one", StandbyInstanceRequest(compression=zstd))
             await trio.testing.wait_all_tasks_blocked()
@@ -563,8 +563,8 @@ async def test_a_capture_that_could_not_be_taken_back_is_by_the_next_server(
         async def refuse(*paths: Path | str, **owner: int) -> None:
             raise HostFailed("the disk is broken")
 
-        monkeypatch.setattr(instances.world.files, "copy_all", refuse)
-        monkeypatch.setattr(instances.world, "remove_tree", refuse)
+        monkeypatch.setattr(instances.machine.context.files, "copy_all", refuse)
+        monkeypatch.setattr(instances.machine.context.files, "remove", refuse)
         with pytest.raises(HypemanError):
             await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
         assert instances.board.find("one").state is InstanceState.UNKNOWN

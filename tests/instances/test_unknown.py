@@ -127,12 +127,12 @@ async def test_a_capture_of_a_stopped_one_that_could_not_be_taken_back(
         await running(lab, instances)
         await instances.stop("one")
 
-        async def refuse(*paths: object) -> None:
+        async def refuse(*paths: object, **owner: object) -> None:
             raise HostFailed("the disk is broken")
 
         with monkeypatch.context() as broken:
-            broken.setattr(instances.world, "copy_disks_away", refuse)
-            broken.setattr(instances.world, "remove_tree", refuse)
+            broken.setattr(instances.machine.context.files, "copy_all", refuse)
+            broken.setattr(instances.machine.context.files, "remove", refuse)
             with pytest.raises(HypemanError):
                 await instances.fork("one", ForkInstanceRequest(name="two", target_state=TargetState.STOPPED))
             await is_unknown(instances, "broken")
@@ -190,14 +190,14 @@ async def test_a_capture_that_nobody_needs_and_nobody_can_remove(lab: Lab, monke
 
     def with_stuck_file() -> Instances:
         instances = build()
-        remove = instances.world.files.remove
+        remove = instances.machine.context.files.remove
 
         async def refuse(path: Any) -> None:
             if path.name == "a-stuck":
                 raise OSError("the disk is broken")
             await remove(path)
 
-        instances.world.files.remove = refuse  # type: ignore[method-assign]
+        instances.machine.context.files.remove = refuse  # type: ignore[method-assign]
         return instances
 
     with monkeypatch.context() as broken:
@@ -233,8 +233,8 @@ class _Full:
 
 @contextlib.contextmanager
 def full_disk(instances: Instances, *, after: int = 0) -> Iterator[None]:
-    store = _Full(instances.world.store)
-    instances.world.store = store  # type: ignore[assignment]
+    store = _Full(instances.hooks.store)
+    instances.hooks.store = store  # type: ignore[assignment]
     store.full, store.first = True, after
     try:
         yield
@@ -367,7 +367,7 @@ async def test_a_compression_for_which_the_disk_is_too_full(lab: Lab, monkeypatc
     monkeypatch.setattr(compression, "_pump", refuse)
     async with lab.running() as instances:
         await running(lab, instances)
-        compressor = instances.world.compressor
+        compressor = instances.machine.captures.compressor
         store = compressor._store = _Full(compressor._store)  # type: ignore[attr-defined]
         store.full = True
         await instances.standby("one", StandbyInstanceRequest(compression=ZSTD))

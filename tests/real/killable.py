@@ -9,7 +9,7 @@ to let pass; at the next one it happens, once, and FILE.where tells the moment's
 
 Each run counts from its own beginning.
 
-Moments are before and after: every commit of the store, every effect on the world, the first piece and the whole
+Moments are before and after: every commit of the store, every step done or undone, the first piece and the whole
 of a file that a compression writes, every order to a VMM with an HTTP API; for VMMs also every QMP command, as long as
 there is one to be killed. For writes they are the writes themselves. A server killed before something is found as one
 killed after what it did last, so of these two moments there is only the second.
@@ -39,7 +39,9 @@ from hypeman.host import files
 from hypeman.host.processes import MARK_VARIABLE, mark_argument
 from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.instances.machine.world import World
+from hypeman.instances.machine.captures import Captures
+from hypeman.instances.machine.machine import Machine
+from hypeman.instances.model.steps import TakeBack
 from hypeman.store import Store
 
 _NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -126,9 +128,10 @@ def around(name: str, fn: Callable[..., Any], *moments: Callable[[str], object])
 
 def arm(bomb: Bomb) -> None:
     server, vmm = functools.partial(bomb.strikes, "server"), functools.partial(bomb.strikes, "vmm")
-    for name, method in inspect.getmembers(World, inspect.iscoroutinefunction):
-        if not name.startswith("_") and name not in ("read_outcome", "rotate_logs", "describe_capture"):
-            setattr(World, name, around(name, method, server, vmm))
+    for name in ("do", "undo"):
+        setattr(Machine, name, _around_steps(name, getattr(Machine, name), server, vmm))
+    for owner, name in ((Machine, "reattach"), (Machine, "plug_memory"), (Captures, "collect")):
+        setattr(owner, name, around(name, getattr(owner, name), server, vmm))
     _arm_store(bomb, server, vmm)
     _arm_compression(bomb, server, vmm)
     _arm_files(bomb)
@@ -145,6 +148,14 @@ def arm(bomb: Bomb) -> None:
         return await around(f"{method} {target}", request, *moments)(self, method, target, *args, **kwargs)
 
     UnixHttp.request = ordered  # type: ignore[method-assign]
+
+
+def _around_steps(verb: str, fn: Callable[..., Any], *moments: Callable[[str], object]) -> Callable[..., Any]:
+    async def wrapped(self: Machine, step: Any) -> None:
+        what = f"undo {type(step.step).__name__}" if isinstance(step, TakeBack) else f"{verb} {type(step).__name__}"
+        await around(what, fn, *moments)(self, step)
+
+    return wrapped
 
 
 def _arm_store(bomb: Bomb, *moments: Callable[[str], object]) -> None:

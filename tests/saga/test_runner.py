@@ -19,73 +19,77 @@ class Note:
     def __init__(self, name: str, *, fail: str = "", hang: bool = False, times: int = 1) -> None:
         self.name, self.fail, self.hang, self.times = name, fail, hang, times
 
-    async def do(self, world: list[str]) -> None:
-        world.append(f"do {self.name}")
-        if self.hang:
-            await trio.sleep_forever()
-        if self.fail == "do" and self.times:
-            self.times -= 1
-            raise Boom(self.name)
 
-    async def undo(self, world: list[str]) -> None:
+class Notebook(list[str]):
+    async def do(self, step: Note) -> None:
+        self.append(f"do {step.name}")
+        if step.hang:
+            await trio.sleep_forever()
+        if step.fail == "do" and step.times:
+            step.times -= 1
+            raise Boom(step.name)
+
+    async def undo(self, step: Note) -> None:
         await trio.lowlevel.checkpoint()
-        world.append(f"undo {self.name}")
-        if self.fail == "undo":
-            raise Boom(self.name)
+        self.append(f"undo {step.name}")
+        if step.fail == "undo":
+            raise Boom(step.name)
 
 
 async def test_in_order() -> None:
-    world: list[str] = []
-    await carry_out([Note("a"), Note("b")], world)
-    assert world == ["do a", "do b"]
+    notebook = Notebook()
+    await carry_out([Note("a"), Note("b")], notebook)
+    assert notebook == ["do a", "do b"]
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
 async def test_a_failure_undoes_the_begun_ones_newest_first(where: int) -> None:
     """The failing step too: it may have half happened."""
-    world: list[str] = []
+    notebook = Notebook()
     steps = [Note(name, fail="do" if number == where else "") for number, name in enumerate("abc")]
     with pytest.raises(Boom):
-        await carry_out(steps, world)
+        await carry_out(steps, notebook)
     done = "abc"[: where + 1]
-    assert world == [f"do {name}" for name in done] + [f"undo {name}" for name in reversed(done)]
+    assert notebook == [f"do {name}" for name in done] + [f"undo {name}" for name in reversed(done)]
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
 async def test_a_cancellation_undoes_as_well(where: int, autojump_clock: trio.testing.MockClock) -> None:
-    world: list[str] = []
+    notebook = Notebook()
     steps = [Note(name, hang=number == where) for number, name in enumerate("abc")]
     with trio.move_on_after(1):
-        await carry_out(steps, world)
-    assert [entry for entry in world if entry.startswith("undo")] == [f"undo {n}" for n in reversed("abc"[: where + 1])]
+        await carry_out(steps, notebook)
+    assert [entry for entry in notebook if entry.startswith("undo")] == [
+        f"undo {n}" for n in reversed("abc"[: where + 1])
+    ]
 
 
 async def test_undoing_goes_on_past_a_failing_undo() -> None:
-    world: list[str] = []
+    notebook = Notebook()
     with pytest.raises(UndoFailed, match="Note") as caught:
-        await carry_out([Note("a"), Note("b", fail="undo"), Note("c", fail="do")], world)
-    assert world[-3:] == ["undo c", "undo b", "undo a"]
+        await carry_out([Note("a"), Note("b", fail="undo"), Note("c", fail="do")], notebook)
+    assert notebook[-3:] == ["undo c", "undo b", "undo a"]
     assert isinstance(caught.value.__cause__, Boom)
 
 
 async def test_take_back_twice_is_content() -> None:
-    world: list[str] = []
-    await take_back([Note("a"), Note("b")], world)
-    await take_back([Note("a"), Note("b")], world)
-    assert world == ["undo b", "undo a"] * 2
+    notebook = Notebook()
+    await take_back([Note("a"), Note("b")], notebook)
+    await take_back([Note("a"), Note("b")], notebook)
+    assert notebook == ["undo b", "undo a"] * 2
 
 
 async def test_forward_tries_again(autojump_clock: trio.testing.MockClock) -> None:
-    world: list[str] = []
-    await carry_forward([Note("a", fail="do", times=2), Note("b")], world)
-    assert world == ["do a", "do a", "do a", "do b"]
+    notebook = Notebook()
+    await carry_forward([Note("a", fail="do", times=2), Note("b")], notebook)
+    assert notebook == ["do a", "do a", "do a", "do b"]
 
 
 async def test_forward_gives_up_in_the_end(autojump_clock: trio.testing.MockClock) -> None:
-    world: list[str] = []
+    notebook = Notebook()
     begun = trio.current_time()
     with pytest.raises(Boom):
-        await carry_forward([Note("a", fail="do", times=9), Note("b")], world)
-    assert world == ["do a"] * 3, "three tries, and nothing after the step that failed"
+        await carry_forward([Note("a", fail="do", times=9), Note("b")], notebook)
+    assert notebook == ["do a"] * 3, "three tries, and nothing after the step that failed"
     assert trio.current_time() - begun == pytest.approx(0.2 + 0.4), "the pauses between them grow"
     assert issubclass(UndoFailed, InternalError)

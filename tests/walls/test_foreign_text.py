@@ -11,7 +11,8 @@ import pytest
 from hypeman.cli.client import ApiError
 from hypeman.cli.run import boot_line
 from hypeman.cli.session import Session, complain, warn
-from hypeman.instances.machine.world import World
+from hypeman.instances.machine.context import Context
+from hypeman.instances.machine.logs import Logs
 from hypeman.paths import Paths
 from hypeman.text import lines, lines_with_colours, one_line
 
@@ -68,9 +69,9 @@ def test_an_entry_point_cannot_forge_a_line_of_the_journal(tmp_path: Path) -> No
     paths = Paths(tmp_path, tmp_path)
     log = paths.instance("abc").log("hypeman")
     log.parent.mkdir(parents=True)
-    world = World.__new__(World)
-    world.paths = paths
-    world.journal("abc", "2026-01-01T00:00:00Z guest: " + EVIL.replace("\ud800", ""))
+    context = Context.__new__(Context)
+    context.paths = paths
+    Logs(context).journal("abc", "2026-01-01T00:00:00Z guest: " + EVIL.replace("\ud800", ""))
     [line] = log.read_text().splitlines()
     assert is_harmless(line)
     assert line.endswith("c")

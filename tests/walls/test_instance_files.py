@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hypeman.guest import boot
-from hypeman.instances.machine import world
+from hypeman.instances.machine import logs
 from hypeman.instances.model.types import StandbyInstanceRequest
 from hypeman.paths import Paths
 from hypeman.store import Store
@@ -31,10 +31,10 @@ async def test_the_journal_follows_no_link_and_waits_for_no_reader(lab: Lab, tmp
         for planted in ("link", "FIFO"):
             log.unlink()
             log.symlink_to(victim) if planted == "link" else os.mkfifo(log)
-            instances.world.journal(instance, "a line")  # blocked without end on a FIFO, wrote through a link
+            instances.machine.journal(instance, "a line")  # blocked without end on a FIFO, wrote through a link
             assert victim.read_text() == "root's", planted
             log.unlink()
-            instances.world.journal(instance, "a line")
+            instances.machine.journal(instance, "a line")
             assert log.read_text().endswith("a line\n")
 
 
@@ -42,12 +42,12 @@ async def test_of_an_enlarged_boot_disk_only_the_known_length_is_read(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = []
-    monkeypatch.setattr(world, "parse_outcome", lambda content, nonce: lengths.append(len(content)))
+    monkeypatch.setattr(logs, "parse_outcome", lambda content, nonce: lengths.append(len(content)))
     async with lab.running() as instances:
         await running(lab, instances)
         instance = instances.board.find("one").id
         os.truncate(lab.paths.instance(instance).boot_disk, 64 << 20)
-        await instances.world.read_outcome(instance)
+        await instances.machine.read_outcome(instance)
     assert lengths == [boot.MAX_BOOT_DISK]
 
 

@@ -20,12 +20,12 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from hypeman.errors import HypemanError, InternalError, InvalidState, NotFound
+from hypeman.instances.life.machine import LiveVm, Machine
 from hypeman.instances.life.news import take_news
 from hypeman.instances.life.owned import Hooks, Owned
 from hypeman.instances.life.settle import settle, settle_again
-from hypeman.instances.machine.live import Live, LiveEvent
-from hypeman.instances.machine.world import World
 from hypeman.instances.model.admission import Command, check_legal
+from hypeman.instances.model.events import VmEvent
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import InstanceState
 
@@ -95,7 +95,7 @@ class _Look:
 class _News:
     __slots__ = ("event", "live")
 
-    def __init__(self, live: Live, event: LiveEvent) -> None:
+    def __init__(self, live: LiveVm, event: VmEvent) -> None:
         self.live = live
         self.event = event
 
@@ -105,14 +105,14 @@ class Lifecycle:
 
     def __init__(
         self,
-        world: World,
+        machine: Machine,
         hooks: Hooks,
         record: InstanceRecord,
         *,
         new: bool,
         now: Callable[[], datetime],
     ) -> None:
-        self._owned = Owned(world, hooks, record, now=now, tell=self._tell)
+        self._owned = Owned(machine, hooks, record, now=now, tell=self._tell)
         self._new = new
         """Nothing to settle: either just created, with its first command doing the work, or not running."""
         self._queue: trio.MemorySendChannel[Job[Any] | _News | _Look]
@@ -177,7 +177,7 @@ class Lifecycle:
         finally:
             self._over = True
             self._refuse_the_rest()
-            self._owned.world.give_up_guest(self.record.id, False)
+            self._owned.machine.give_up_guest(self.record.id, False)
 
     # The queue
 
@@ -192,7 +192,7 @@ class Lifecycle:
     def _let_overtake(self) -> None:
         """Abandon waits for the guest while a queued command overtakes the running one."""
         given_up = any(overtakes(command, self._running) for command in self._queued)
-        self._owned.world.give_up_guest(self.record.id, given_up)
+        self._owned.machine.give_up_guest(self.record.id, given_up)
 
     def _check_turn(self, command: Command | None) -> None:
         if self.record.deleting and command is not Command.DELETE:
@@ -212,7 +212,7 @@ class Lifecycle:
     def _refusal(self) -> HypemanError:
         return NotFound(f"instance {self.record.name!r} is gone") if self._owned.removed else _shutting_down()
 
-    def _tell(self, live: Live, event: LiveEvent) -> None:
+    def _tell(self, live: LiveVm, event: VmEvent) -> None:
         self._queue.send_nowait(_News(live, event))
 
     def _look_again_if_unknown(self) -> None:

@@ -12,15 +12,16 @@ import msgspec
 
 from hypeman.guest.types import Exited, Fatal, Ready, Started
 from hypeman.hypervisor.interface import VmmBroken, VmmExit
+from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.operations.stop import exit_of, vmm_ended
 from hypeman.instances.life.owned import Owned
-from hypeman.instances.machine.live import Live, LiveEvent, Unwatched
+from hypeman.instances.model.events import Unwatched, VmEvent
 from hypeman.instances.model.types import InstanceState
 
 log = logging.getLogger(__name__)
 
 
-async def take_news(owned: Owned, live: Live, event: LiveEvent) -> None:
+async def take_news(owned: Owned, live: LiveVm, event: VmEvent) -> None:
     """Handle ``event``; if that fails, the instance becomes Unknown."""
     try:
         await hear(owned, live, event)
@@ -29,7 +30,7 @@ async def take_news(owned: Owned, live: Live, event: LiveEvent) -> None:
         await owned.lost(error)
 
 
-async def hear(owned: Owned, live: Live, event: LiveEvent) -> None:
+async def hear(owned: Owned, live: LiveVm, event: VmEvent) -> None:
     """Update the record according to ``event``."""
     if owned.live is not live:
         return
@@ -38,7 +39,7 @@ async def hear(owned: Owned, live: Live, event: LiveEvent) -> None:
             owned.ended = event
             await vmm_ended(owned, event)
         case Unwatched():
-            del owned.world.live[owned.record.id]
+            owned.machine.unwatch(owned.record.id)
             await owned.lost(VmmBroken("the VMM can not be watched any more; the server's log says why"))
         case Started() if owned.record.state is InstanceState.INITIALIZING:
             await owned.save(owned.entered(owned.record, InstanceState.RUNNING))
@@ -58,6 +59,6 @@ async def hear(owned: Owned, live: Live, event: LiveEvent) -> None:
 async def _plug_memory(owned: Owned) -> None:
     """Runs concurrently with commands: it takes a second, and the guest works without it."""
     try:
-        await owned.world.plug_memory(owned.record.id)
+        await owned.machine.plug_memory(owned.record.id)
     except Exception as error:
         owned.journal(f"hot-plugged memory is not there: {error}")

@@ -18,18 +18,18 @@ import msgspec
 import trio
 
 from hypeman.errors import HypemanError
-from hypeman.hypervisor.interface import VmmExit
-from hypeman.instances.machine.live import Live, LiveEvent
-from hypeman.instances.machine.world import World
-from hypeman.instances.model.admission import NO_VMM
+from hypeman.hypervisor.interface import VmmExit, VmmGone
+from hypeman.instances.life.machine import LiveVm, Machine
+from hypeman.instances.model.events import VmEvent
 from hypeman.instances.model.plan import plan_free
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation
+from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.steps import Reversible, Step
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.rows import INSTANCES, INTENTS
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
-from hypeman.store import Txn
+from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
 
 log = logging.getLogger(__name__)
@@ -42,16 +42,18 @@ Finish = Callable[[], Awaitable[InstanceRecord]]
 
 
 class Hooks:
-    """What all instances share besides the World: change notification and resource holding."""
+    """What all instances share besides the machine: the store, change notification and resource holding."""
 
     def __init__(
         self,
         *,
+        store: Store,
         limits: Callable[[], Limits],
         changed: Callable[[InstanceRecord], None],
         gone: Callable[[InstanceRecord], None],
         release: Callable[[Txn, InstanceRecord], None],
     ) -> None:
+        self.store = store
         self.limits = limits
         self.changed = changed
         self.gone = gone
@@ -64,14 +66,14 @@ class Owned:
 
     def __init__(
         self,
-        world: World,
+        machine: Machine,
         hooks: Hooks,
         record: InstanceRecord,
         *,
         now: Callable[[], datetime],
-        tell: Callable[[Live, LiveEvent], None],
+        tell: Callable[[LiveVm, VmEvent], None],
     ) -> None:
-        self.world = world
+        self.machine = machine
         self.record = record
         self.now = now
         self.removed = False
@@ -84,10 +86,22 @@ class Owned:
         self._tell = tell
 
     @property
-    def live(self) -> Live | None:
-        return self.world.live.get(self.record.id)
+    def store(self) -> Store:
+        return self._hooks.store
 
-    def watch(self, live: Live) -> None:
+    @property
+    def live(self) -> LiveVm | None:
+        return self.machine.live(self.record.id)
+
+    @property
+    def living(self) -> LiveVm:
+        """The running VM. Raises VmmGone if there is none."""
+        live = self.live
+        if live is None:
+            raise VmmGone(f"the VM of instance {self.record.id} is gone")
+        return live
+
+    def watch(self, live: LiveVm) -> None:
         """Route the VM's events into the queue."""
         self.ended = None
         self.beside(live.run, self._tell)
@@ -100,7 +114,7 @@ class Owned:
     def journal(self, text: str) -> None:
         """Append one line to the instance's own log, for its owner."""
         log.info("instance %s (%s): %s", self.record.id, self.record.name, text)
-        self.world.journal(self.record.id, f"{self.now():%Y-%m-%dT%H:%M:%S.%fZ} {text}")
+        self.machine.journal(self.record.id, f"{self.now():%Y-%m-%dT%H:%M:%S.%fZ} {text}")
 
     # The record
 
@@ -140,7 +154,7 @@ class Owned:
             if also is not None:
                 also(txn)
 
-        await self.world.store.write(write)
+        await self.store.write(write)
         return self._know(record)
 
     def _know(self, record: InstanceRecord) -> InstanceRecord:
@@ -153,7 +167,7 @@ class Owned:
     async def remove(self) -> None:
         """Remove the record and all that it holds, after the instance's last effect was undone."""
         record = self.record
-        await self.world.store.write(lambda txn: self._hooks.release(txn, record))
+        await self.store.write(lambda txn: self._hooks.release(txn, record))
         self.removed = True
         self._hooks.gone(record)
 
@@ -174,12 +188,12 @@ class Owned:
 
     async def carry_out(self, steps: tuple[Reversible, ...], finish: Finish) -> InstanceRecord:
         """Run all ``steps`` and the final transaction (``finish``), or none of them."""
-        await carry_out(steps, self.world)
+        await carry_out(steps, self.machine)
         try:
             with trio.CancelScope(shield=True):  # otherwise it would be unknown whether it was committed
                 record = await finish()
         except Exception:
-            await take_back(steps, self.world)
+            await take_back(steps, self.machine)
             raise
         return record
 
@@ -226,7 +240,7 @@ class Owned:
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.remove()
-                await carry_forward(plan_free(self.record.capture), self.world)
+                await carry_forward(plan_free(self.record.capture), self.machine)
             raise
 
 

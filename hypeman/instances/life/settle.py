@@ -18,16 +18,16 @@ import trio
 from hypeman.errors import InUse
 from hypeman.guest.types import Started
 from hypeman.hypervisor.interface import ExitReason, VmmBroken, VmmExit, VmmGone
+from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.news import hear
 from hypeman.instances.life.operations.standby import awaken, park
 from hypeman.instances.life.operations.stop import bring_down, vmm_ended
 from hypeman.instances.life.operations.volumes import end_without
 from hypeman.instances.life.owned import Owned
-from hypeman.instances.machine.live import Live
-from hypeman.instances.model.admission import NO_VMM
 from hypeman.instances.model.plan import plan_free, plan_park
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation
-from hypeman.instances.model.steps import PlugVolume, Reversible, Step, TakeBack
+from hypeman.instances.model.states import NO_VMM
+from hypeman.instances.model.steps import PlugVolume, Reversible, SetEgress, Step, TakeBack
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.rows import INTENTS
 from hypeman.saga import carry_forward, take_back
@@ -61,7 +61,7 @@ async def settle_again(owned: Owned) -> None:
 
 
 async def _find_and_settle(owned: Owned, seconds: float = float("inf")) -> None:
-    intent = owned.world.store.read(lambda txn: txn.get(INTENTS, owned.record.id))
+    intent = owned.store.read(lambda txn: txn.get(INTENTS, owned.record.id))
     alive = await _find_vm(owned, seconds)
     if intent is not None:
         log.warning("instance %s: %s was not finished", owned.record.id, intent.operation.value)
@@ -73,13 +73,13 @@ async def _find_and_settle(owned: Owned, seconds: float = float("inf")) -> None:
     elif owned.record.state is InstanceState.UNKNOWN:
         await owned.save(owned.entered(owned.record, owned.record.was or InstanceState.RUNNING))
         owned.journal(f"the VMM answers again: {owned.record.state.value}")
-        await _hear_again(owned, owned.world.live[owned.record.id])
+        await _hear_again(owned, owned.living)
 
 
 def _ended_unseen(owned: Owned) -> VmmExit:
     """Exit status for a VMM that exited while no server was watching."""
     handle = owned.record.handle
-    if handle is not None and handle.boot_id != owned.world.boot_id:
+    if handle is not None and handle.boot_id != owned.machine.boot_id:
         return VmmExit(ExitReason.KILLED, "the host rebooted while the VM ran")
     return VmmExit(ExitReason.FAILED, "the VMM ended while the server was away")
 
@@ -92,19 +92,19 @@ async def _find_vm(owned: Owned, seconds: float) -> bool:
             if live is not None:
                 await live.vmm.state()
                 return True
-            if not await owned.world.reattach_vmm(instance):
+            if not await owned.machine.reattach(instance):
                 return False
     except VmmGone:
         return False
     except trio.TooSlowError:
         raise VmmBroken(f"the VMM did not answer within {seconds:g} s") from None
-    owned.watch(owned.world.live[instance])
+    owned.watch(owned.living)
     if owned.record.spec.egress:
-        await owned.world.set_egress(instance)
+        await owned.machine.do(SetEgress(instance))
     return True
 
 
-async def _hear_again(owned: Owned, live: Live) -> None:
+async def _hear_again(owned: Owned, live: LiveVm) -> None:
     """Handle what the guest reported while its events could not be handled."""
     if live.started:
         await hear(owned, live, Started())
@@ -113,35 +113,35 @@ async def _hear_again(owned: Owned, live: Live) -> None:
 
 
 async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
-    record, world, steps = owned.record, owned.world, intent.steps
+    record, machine, steps = owned.record, owned.machine, intent.steps
     match intent.operation:
         case Operation.CREATE:
-            await take_back(_reversible(steps), world)
+            await take_back(_reversible(steps), machine)
             await owned.remove()
         case Operation.START | Operation.RESTORE:
-            await take_back(_reversible(steps), world)
+            await take_back(_reversible(steps), machine)
             state = InstanceState.STOPPED if intent.operation is Operation.START else InstanceState.STANDBY
             record = owned.entered(msgspec.structs.replace(record, handle=None), state)
             await owned.end(record, owned.holding(record))
         case Operation.CAPTURE:
-            await take_back(_reversible(steps), world)
+            await take_back(_reversible(steps), machine)
             await owned.end(_found_again(owned, alive=alive))
         case Operation.ATTACH:
             step = steps[0]
             assert isinstance(step, PlugVolume)
-            await step.undo(world)
+            await machine.undo(step)
             await end_without(owned, step.volume)
         case Operation.DETACH:
             step = steps[0]
             assert isinstance(step, TakeBack) and isinstance(step.step, PlugVolume)
             try:
-                await step.do(world)
+                await machine.do(step)
             except InUse:
                 await owned.end(record)
             else:
                 await end_without(owned, step.step.volume)
         case Operation.REVERT:
-            await carry_forward(steps, world)
+            await carry_forward(steps, machine)
             await owned.end(record)
         case Operation.RESUME if alive:
             try:
@@ -155,9 +155,9 @@ async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
         case Operation.PARK:
             await park(owned)
         case Operation.DELETE:
-            await carry_forward(steps, world)
+            await carry_forward(steps, machine)
             await owned.remove()
-            await carry_forward(plan_free(record.capture, record.mapped), world)
+            await carry_forward(plan_free(record.capture, record.mapped), machine)
 
 
 def _found_again(owned: Owned, *, alive: bool) -> InstanceRecord:

@@ -19,7 +19,8 @@ from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest import limits
 from hypeman.guest.client import GuestBroken, GuestClient, GuestLost
 from hypeman.guest.types import Exited, Fatal, GuestEvent, Ready, Started
-from hypeman.hypervisor.interface import Vmm, VmmExit, VmmGone
+from hypeman.hypervisor.interface import Vmm, VmmGone
+from hypeman.instances.model.events import Unwatched, VmEvent
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +29,6 @@ _RECONNECT_MOST = 1.0
 _SHORT_LIVED = 1.0
 """Reconnects are delayed after connections shorter than this, or a guest could keep the server busy."""
 
-
-class Unwatched:
-    """The VMM may be alive, but watching it failed: it must be reattached."""
-
-
-LiveEvent: TypeAlias = VmmExit | Unwatched | GuestEvent
 
 Connect: TypeAlias = Callable[[trio.abc.Stream, bytes], GuestClient]
 """Opens a client for the agent over a stream; the boot's nonce authenticates the agent."""
@@ -105,8 +100,8 @@ class Live:
         if self.guest is not None:
             self.guest.hold(held)
 
-    async def run(self, tell: Callable[[Live, LiveEvent], None]) -> None:
-        told: LiveEvent = Unwatched()
+    async def run(self, tell: Callable[[Live, VmEvent], None]) -> None:
+        told: VmEvent = Unwatched()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._talk, tell)
@@ -169,7 +164,7 @@ class Live:
             raise VmmGone("the VMM has ended")
         raise InvalidState("the guest agent does not answer")
 
-    async def _talk(self, tell: Callable[[Live, LiveEvent], None]) -> None:
+    async def _talk(self, tell: Callable[[Live, VmEvent], None]) -> None:
         pause = _RECONNECT_FIRST
         while True:
             ready, begun = False, trio.current_time()
@@ -183,7 +178,7 @@ class Live:
             pause = _RECONNECT_FIRST if ready and lasted > _SHORT_LIVED else min(pause * 2, _RECONNECT_MOST)
             await trio.sleep(pause)
 
-    async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, LiveEvent], None]) -> bool:
+    async def _talk_once(self, stream: trio.abc.Stream, tell: Callable[[Live, VmEvent], None]) -> bool:
         """Handle one connection until it closes; returns whether the guest became ready on it."""
         ready = False
         client = self._connect(stream, self._nonce)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import enum
 
 from hypeman.errors import InvalidState
+from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.types import InstanceState as S
 
 
@@ -39,7 +40,6 @@ class Command(enum.StrEnum):
     DELETE = "delete"
 
 
-NO_VMM = frozenset({S.STOPPED, S.STANDBY})
 _ALIVE = frozenset(S) - NO_VMM
 
 ALLOWED: dict[Command, frozenset[S]] = {

@@ -41,11 +41,11 @@ def plan_create(record: InstanceRecord) -> tuple[Reversible, ...]:
 
 
 def plan_start(record: InstanceRecord) -> tuple[Reversible, ...]:
-    return (*_surroundings(record), *_devices(record), LaunchVmm(record.id))
+    return (*_environment(record), *_devices(record), LaunchVmm(record.id))
 
 
 def plan_restore(record: InstanceRecord, capture: str, *, keep: bool) -> tuple[Reversible, ...]:
-    return (*_surroundings(record), RestoreVmm(record.id, capture, keep))
+    return (*_environment(record), RestoreVmm(record.id, capture, keep))
 
 
 def plan_awaken(record: InstanceRecord, capture: str, *, fresh: bool) -> tuple[Step, ...]:
@@ -59,7 +59,7 @@ def plan_stop(record: InstanceRecord, *, grace: float) -> tuple[Step, ...]:
 
 def plan_park(record: InstanceRecord) -> tuple[Step, ...]:
     """Tear down what surrounds a running VM; its disks, lease and devices stay."""
-    return _reversed((*_surroundings(record), LaunchVmm(record.id)))
+    return _reversed((*_environment(record), LaunchVmm(record.id)))
 
 
 def plan_delete(record: InstanceRecord) -> tuple[Step, ...]:
@@ -102,7 +102,7 @@ def plan_swap(record: InstanceRecord) -> tuple[Step, ...]:
     return (SwapDisks(record.id),)
 
 
-def _surroundings(record: InstanceRecord) -> tuple[Reversible, ...]:
+def _environment(record: InstanceRecord) -> tuple[Reversible, ...]:
     network: tuple[Reversible, ...] = (AttachNetwork(record.id),) if record.spec.network else ()
     egress: tuple[Reversible, ...] = (SetEgress(record.id),) if record.spec.egress else ()
     return (PrepareRun(record.id), *egress, *network)

@@ -1,17 +1,12 @@
-"""The steps that plans consist of: plain data with ``do`` next to ``undo``.
+"""The steps that plans consist of. Pure data: a step is stored before it runs, and read back after a crash.
 
-A step holds names, not objects: it is stored before it runs, read back after a crash, and acts on
-the World passed to it. The guarantees of every step are in ``saga/runner.py``.
+What a step does, and how it is undone, is in ../machine/effects.py. A Reversible step can be undone; an Irreversible
+one only goes forward.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import msgspec
-
-if TYPE_CHECKING:
-    from hypeman.instances.machine.world import World
 
 
 class _Step(msgspec.Struct, frozen=True, tag=True):
@@ -23,23 +18,11 @@ class _Step(msgspec.Struct, frozen=True, tag=True):
 class MakeDisks(_Step, frozen=True):
     """The instance's directory, its writable layer, and the write layers of its volumes."""
 
-    async def do(self, world: World) -> None:
-        await world.make_disks(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.remove_disks(self.instance)
-
 
 class CopyDisks(_Step, frozen=True):
     """Like MakeDisks, as a copy of another instance's or a snapshot's disks (``source`` is a directory)."""
 
     source: str
-
-    async def do(self, world: World) -> None:
-        await world.copy_disks(self.instance, self.source)
-
-    async def undo(self, world: World) -> None:
-        await world.remove_disks(self.instance)
 
 
 class TakeDisks(_Step, frozen=True):
@@ -47,62 +30,25 @@ class TakeDisks(_Step, frozen=True):
 
     source: str
 
-    async def do(self, world: World) -> None:
-        await world.take_disks(self.instance, self.source)
-
-    async def undo(self, world: World) -> None:
-        await world.remove_disks(self.instance)
-        await world.remove_tree(self.source)
-
 
 class PrepareRun(_Step, frozen=True):
     """The runtime directory and the disk that tells the guest how to boot."""
-
-    async def do(self, world: World) -> None:
-        await world.prepare_run(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.remove_run(self.instance)
 
 
 class AttachNetwork(_Step, frozen=True):
     """TAP, route, rules and limits for the instance's lease; blocked until all are in place."""
 
-    async def do(self, world: World) -> None:
-        await world.attach_network(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.detach_network(self.instance)
-
 
 class SetEgress(_Step, frozen=True):
     """The policy of the egress proxy for the instance's address."""
-
-    async def do(self, world: World) -> None:
-        await world.set_egress(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.remove_egress(self.instance)
 
 
 class BindDevices(_Step, frozen=True):
     """VFIO drivers on the instance's devices, and its mediated device."""
 
-    async def do(self, world: World) -> None:
-        await world.bind_devices(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.unbind_devices(self.instance)
-
 
 class LaunchVmm(_Step, frozen=True):
     """A VMM that boots the guest."""
-
-    async def do(self, world: World) -> None:
-        await world.launch_vmm(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.kill_vmm(self.instance)
 
 
 class RestoreVmm(_Step, frozen=True):
@@ -111,27 +57,15 @@ class RestoreVmm(_Step, frozen=True):
     capture: str
     keep: bool
 
-    async def do(self, world: World) -> None:
-        await world.restore_vmm(self.instance, self.capture, keep=self.keep)
-
-    async def undo(self, world: World) -> None:
-        await world.kill_vmm(self.instance)
-
 
 class AwakenGuest(_Step, frozen=True):
     """The restored guest gets its clock, entropy and identity, and only then its network and program.
 
-    No undo: from here on the guest has run, and its capture, if consumed, no longer matches it.
+    Irreversible: from here on the guest has run, and its capture, if consumed, no longer matches it.
     """
 
     fresh: bool
     """A fork also gets a new machine-id, and the source's connections are closed."""
-
-    async def do(self, world: World) -> None:
-        await world.awaken_guest(self.instance, fresh=self.fresh)
-
-    async def undo(self, world: World) -> None:
-        raise AssertionError("awakening is never taken back")
 
 
 class SaveCapture(_Step, frozen=True):
@@ -139,23 +73,11 @@ class SaveCapture(_Step, frozen=True):
 
     capture: str
 
-    async def do(self, world: World) -> None:
-        await world.save_capture(self.instance, self.capture)
-
-    async def undo(self, world: World) -> None:
-        await world.discard_capture(self.instance, self.capture)
-
 
 class CopyDisksAway(_Step, frozen=True):
     """Copy the instance's writable layers into directory ``target``, while nothing writes."""
 
     target: str
-
-    async def do(self, world: World) -> None:
-        await world.copy_disks_away(self.instance, self.target)
-
-    async def undo(self, world: World) -> None:
-        await world.remove_tree(self.target)
 
 
 class PlugVolume(_Step, frozen=True):
@@ -166,43 +88,19 @@ class PlugVolume(_Step, frozen=True):
     readonly: bool
     port: int
 
-    async def do(self, world: World) -> None:
-        await world.plug_volume(self.instance, self.volume, self.path, readonly=self.readonly, port=self.port)
-
-    async def undo(self, world: World) -> None:
-        await world.unplug_volume(self.instance, self.volume, self.path)
-
 
 class StageDisks(_Step, frozen=True):
     """Copy the disks of a snapshot next to the instance's own, to replace them by rename."""
 
     source: str
 
-    async def do(self, world: World) -> None:
-        await world.stage_disks(self.instance, self.source)
-
-    async def undo(self, world: World) -> None:
-        await world.unstage_disks(self.instance)
-
 
 class PauseVm(_Step, frozen=True):
     """Freeze the workload and pause the VM: nothing writes until it is resumed. Undo: resume it."""
 
-    async def do(self, world: World) -> None:
-        await world.pause(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.go_on(self.instance)
-
 
 class GoOn(_Step, frozen=True):
     """Resume the VM after its capture, as if nothing had happened."""
-
-    async def do(self, world: World) -> None:
-        await world.go_on(self.instance)
-
-    async def undo(self, world: World) -> None:
-        await world.go_on(self.instance)
 
 
 class ShutdownGuest(_Step, frozen=True):
@@ -210,33 +108,15 @@ class ShutdownGuest(_Step, frozen=True):
 
     grace: float
 
-    async def do(self, world: World) -> None:
-        await world.shutdown_guest(self.instance, self.grace)
-
-    async def undo(self, world: World) -> None:
-        raise AssertionError("a shutdown is never taken back")
-
 
 class SwapDisks(_Step, frozen=True):
     """Replace the instance's disks with the staged ones."""
-
-    async def do(self, world: World) -> None:
-        await world.swap_disks(self.instance)
-
-    async def undo(self, world: World) -> None:
-        raise AssertionError("what was replaced is gone")
 
 
 class FreeCapture(msgspec.Struct, frozen=True, tag=True):
     """Remove a capture if it has no holders."""
 
     capture: str
-
-    async def do(self, world: World) -> None:
-        await world.free_capture(self.capture)
-
-    async def undo(self, world: World) -> None:
-        raise AssertionError("a freed capture does not come back")
 
 
 Reversible = (
@@ -263,11 +143,7 @@ class TakeBack(msgspec.Struct, frozen=True, tag=True):
 
     step: Reversible
 
-    async def do(self, world: World) -> None:
-        await self.step.undo(world)
 
-    async def undo(self, world: World) -> None:
-        raise AssertionError("taking down goes forward only")
+Irreversible = AwakenGuest | ShutdownGuest | SwapDisks | FreeCapture | TakeBack
 
-
-Step = Reversible | AwakenGuest | ShutdownGuest | SwapDisks | FreeCapture | TakeBack
+Step = Reversible | Irreversible

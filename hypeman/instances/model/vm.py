@@ -23,7 +23,7 @@ from hypeman.network.types import Lease
 from hypeman.paths import Paths
 
 
-class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
+class Environment(msgspec.Struct, frozen=True, kw_only=True):
     """What a VM needs from other capabilities, looked up immediately before use."""
 
     root_disk: Path
@@ -97,7 +97,7 @@ def vm_disks(record: InstanceRecord, root_disk: Path, paths: Paths, *, hotplug: 
     return tuple(disks)
 
 
-def vm_config(record: InstanceRecord, around: Surroundings, paths: Paths) -> VmConfig:
+def vm_config(record: InstanceRecord, around: Environment, paths: Paths) -> VmConfig:
     spec = record.spec
     mine = paths.instance(record.id)
     nics: tuple[Nic, ...] = ()

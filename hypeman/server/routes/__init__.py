@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from hypeman.server.api import Operation
-from hypeman.server.routes import devices, docs, egress, host, images, instances, later, snapshots, volumes
+from hypeman.server.routes import devices, egress, host, images, instances, later, snapshots, volumes
+from hypeman.server.routes.docs import docs_routes
 
-OPERATIONS: tuple[Operation, ...] = tuple(
+_DESCRIBED: tuple[Operation, ...] = tuple(
     operation
-    for module in (host, images, instances, egress, snapshots, volumes, devices, later, docs)
+    for module in (host, images, instances, egress, snapshots, volumes, devices, later)
     for operation in module.routes.operations
 )
+
+OPERATIONS: tuple[Operation, ...] = (*_DESCRIBED, *docs_routes(_DESCRIBED).operations)

@@ -53,7 +53,7 @@ async def start(
 
 
 async def _launched(owned: Owned) -> InstanceRecord:
-    live = owned.world.live[owned.record.id]
+    live = owned.living
     record = msgspec.structs.replace(owned.record, handle=live.vmm.handle, started_at=owned.now(), stopped_at=None)
     record = await owned.end(owned.entered(record, InstanceState.INITIALIZING))
     owned.watch(live)

@@ -33,15 +33,16 @@ async def copy_out(
     before = owned.record
     running = before.state is InstanceState.RUNNING
     if running and with_memory:
-        check_capturable(before.spec, owned.world.driver(before).capabilities, "captured")
+        check_capturable(before.spec, owned.machine.capabilities(before), "captured")
     made = new_id() if running and with_memory else ""
 
     async def end() -> InstanceRecord:
         row: CaptureRow | None = None
         if made:
-            row = await owned.world.describe_capture(before.id, made, holder=holder)
+            row = await owned.machine.describe_capture(before.id, made, holder=holder)
         elif with_memory and before.capture is not None:
-            row = owned.world.capture_row(before.capture)
+            held = before.capture
+            row = owned.store.read(lambda txn: captures.get(txn, held))
 
         def record_it(txn: Txn) -> None:
             if row is not None and made:
@@ -82,10 +83,10 @@ async def revert(owned: Owned, source: str, record: InstanceRecord, also: Also) 
         finish=lambda: owned.begin(Operation.REVERT, steps, record, exchange),
     )
     try:
-        await carry_forward(steps, owned.world)
+        await carry_forward(steps, owned.machine)
     except Exception as error:
         await owned.lost(error)
         raise
     await owned.end(owned.record)
-    await carry_forward(plan_free(freed), owned.world)
+    await carry_forward(plan_free(freed), owned.machine)
     return owned.record

@@ -36,14 +36,14 @@ from hypeman.store import Txn
 async def standby(owned: Owned, compression: SnapshotCompressionConfig | None) -> InstanceRecord:
     """Save memory and device state to disk, then end the VMM."""
     before = owned.record
-    check_capturable(before.spec, owned.world.driver(before).capabilities, "put in standby")
+    check_capturable(before.spec, owned.machine.capabilities(before), "put in standby")
     owned.journal("standby")
     capture = new_id()
     holder = captures.of_instance(before.id)
     freed = before.mapped
 
     async def publish() -> InstanceRecord:
-        row = await owned.world.describe_capture(before.id, capture, holder=holder, compression=compression)
+        row = await owned.machine.describe_capture(before.id, capture, holder=holder, compression=compression)
         record = msgspec.structs.replace(before, capture=capture, mapped=None)
 
         def exchange(txn: Txn) -> None:
@@ -59,14 +59,14 @@ async def standby(owned: Owned, compression: SnapshotCompressionConfig | None) -
 async def park(owned: Owned, freed: str | None = None) -> InstanceRecord:
     """The rest of a standby once its capture is published; ``freed``: the capture it had mapped."""
     try:
-        await carry_forward(plan_park(owned.record), owned.world)
+        await carry_forward(plan_park(owned.record), owned.machine)
         asleep = msgspec.structs.replace(owned.record, handle=None, stopped_at=owned.now())
         asleep = owned.entered(asleep, InstanceState.STANDBY)
         await owned.end(asleep, owned.holding(asleep))
     except Exception as error:
         await owned.lost(error)
         raise
-    await carry_forward(plan_free(freed), owned.world)
+    await carry_forward(plan_free(freed), owned.machine)
     return owned.record
 
 
@@ -76,13 +76,13 @@ async def restore(owned: Owned) -> InstanceRecord:
     if capture is None:
         raise InternalError(f"instance {owned.record.id} is in standby without a capture")
     owned.journal("restore")
-    async with owned.world.restorable(capture):
+    async with owned.machine.restorable(capture):
         return await _restore_from(owned, capture)
 
 
 async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
     before = owned.record
-    keep = owned.world.capture_is_shared(before.id, capture)
+    keep = owned.store.read(lambda txn: captures.is_shared(txn, capture, captures.of_instance(before.id)))
     record = msgspec.structs.replace(before, boots=before.boots + 1)
     steps = plan_awaken(record, capture, fresh=before.fresh)
 
@@ -91,7 +91,7 @@ async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
             captures.let_go(txn, capture, captures.of_instance(before.id))
 
     async def note() -> InstanceRecord:
-        handle = owned.world.live[before.id].vmm.handle
+        handle = owned.living.vmm.handle
         mapped = capture if keep else None
         restored = msgspec.structs.replace(owned.record, handle=handle, capture=None, mapped=mapped, stopped_at=None)
         return await owned.begin(Operation.RESUME, steps, owned.entered(restored, InstanceState.RUNNING), consume)
@@ -104,7 +104,7 @@ async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
         finish=note,
         resources=True,
     )
-    owned.watch(owned.world.live[before.id])
+    owned.watch(owned.living)
     return await awaken(owned, steps)
 
 
@@ -114,7 +114,7 @@ async def awaken(owned: Owned, steps: tuple[Step, ...]) -> InstanceRecord:
     The VM has run since: if it cannot be woken, it is stopped and the error is raised.
     """
     try:
-        await carry_forward(steps, owned.world)
+        await carry_forward(steps, owned.machine)
     except Exception as error:
         told = f"the restored guest could not be awakened: {error}"
         owned.journal(told)

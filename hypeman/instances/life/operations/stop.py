@@ -12,12 +12,12 @@ import msgspec
 from hypeman.captures import records as captures
 from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.owned import Owned
-from hypeman.instances.machine.live import Live
-from hypeman.instances.model.admission import NO_VMM
 from hypeman.instances.model.guest_boot import STOP_GRACE
 from hypeman.instances.model.plan import plan_delete, plan_free, plan_park, plan_stop
 from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.steps import Step
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.model.view import describe_exit
@@ -59,16 +59,18 @@ async def bring_down(owned: Owned, steps: tuple[Step, ...], ended: VmmExit | Non
         await owned.lost(error)
         raise
     owned.journal(f"stopped: {record.exit_message}")
-    await carry_forward(plan_free(*freed), owned.world)
+    await carry_forward(plan_free(*freed), owned.machine)
     return owned.record
 
 
-async def _take_down(owned: Owned, steps: tuple[Step, ...], live: Live | None, ended: VmmExit | None) -> InstanceRecord:
+async def _take_down(
+    owned: Owned, steps: tuple[Step, ...], live: LiveVm | None, ended: VmmExit | None
+) -> InstanceRecord:
     """The record after ``steps``."""
-    written = await owned.world.read_outcome(owned.record.id)
-    await carry_forward(steps, owned.world)
+    written = await owned.machine.read_outcome(owned.record.id)
+    await carry_forward(steps, owned.machine)
     if live is None or live.exited is None:
-        written = await owned.world.read_outcome(owned.record.id) or written
+        written = await owned.machine.read_outcome(owned.record.id) or written
     before = owned.record
     code, message = exit_of(live, ended, written)
     if before.exit_code is not None and code is None:
@@ -95,16 +97,16 @@ async def delete(owned: Owned, *, graceful: bool = True) -> None:
         steps = (plan_stop(record, grace=DELETE_GRACE)[0], *steps)
     await owned.begin(Operation.DELETE, steps, msgspec.structs.replace(record, deleting=True))
     try:
-        await carry_forward(steps, owned.world)
+        await carry_forward(steps, owned.machine)
         await owned.remove()
     except Exception as error:
         await owned.lost(error)
         raise
-    await carry_forward(plan_free(*freed), owned.world)
+    await carry_forward(plan_free(*freed), owned.machine)
 
 
 def exit_of(
-    live: Live | None, ended: VmmExit | None, written: Exited | Fatal | None = None
+    live: LiveVm | None, ended: VmmExit | None, written: Exited | Fatal | None = None
 ) -> tuple[int | None, str | None]:
     """Exit code and reason, from the best source: the agent, its outcome on the boot disk, the VMM."""
     fatal = live.fatal if live is not None else None

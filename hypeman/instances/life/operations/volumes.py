@@ -29,7 +29,7 @@ async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> 
         raise Conflict(f"volume {volume_id!r} is attached to instance {before.name!r} already")
     port = free_port(before.ports)
     running = before.state is InstanceState.RUNNING
-    if running and not owned.world.driver(before).capabilities.hotplug_disk:
+    if running and not owned.machine.capabilities(before).hotplug_disk:
         raise NotSupported(f"hypervisor {before.spec.hypervisor.value} takes no disks at run time; stop it first")
     if running and not port:
         raise NotSupported(f"instance {before.name!r} has no free port for another volume")
@@ -48,7 +48,7 @@ async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> 
     if not running:
         return await owned.save(record, also=take)
     step = plan_attach(before, volume_id, path, readonly=readonly, port=port)
-    disk = volume_disk(owned.world.paths, volume_id, readonly=readonly, port=port)
+    disk = volume_disk(owned.machine.paths, volume_id, readonly=readonly, port=port)
     await owned.begin(Operation.ATTACH, (step,), _expecting(record, disk), take)
     try:
         record = await owned.carry_out((step,), lambda: owned.end(_with_current_handle(owned, owned.record)))
@@ -73,7 +73,7 @@ async def detach(owned: Owned, volume_id: str) -> InstanceRecord:
     step = plan_attach(before, volume_id, mount.mount_path, readonly=mount.readonly, port=port)
     await owned.begin(Operation.DETACH, (TakeBack(step),), before)
     try:
-        await step.undo(owned.world)
+        await owned.machine.undo(step)
     except Exception:  # not when cancelled: then the next start finishes it
         await owned.end(before)
         raise

@@ -1,0 +1,138 @@
+"""Effects inside a running guest, with the VM around it: freeze and pause, awaken, shut down, hotplug."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+
+import trio
+
+from hypeman.errors import HypemanError
+from hypeman.guest.boot import GuestVolume
+from hypeman.guest.client import GuestLost
+from hypeman.guest.limits import LIMITS
+from hypeman.guest.protocol import Op
+from hypeman.hypervisor.interface import VmmBroken, VmmGone
+from hypeman.instances.machine.context import Context
+from hypeman.instances.machine.live import Live
+from hypeman.instances.machine.network import Network
+from hypeman.instances.model.guest_boot import boot_network, machine_id
+from hypeman.instances.model.steps import AwakenGuest, GoOn, PauseVm, PlugVolume, ShutdownGuest
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.vm import volume_disk, volume_disk_id
+
+log = logging.getLogger(__name__)
+
+SECONDS_TO_AWAKEN = 60.0
+"""A restored guest answers in 0.1 s; the limit allows for a host that swaps."""
+SECONDS_TO_ANSWER = 5.0
+"""For a running guest whose channel is being opened, for example after a server restart."""
+SECONDS_TO_KILL = 5.0
+"""After the guest was asked to power off and its grace period is over."""
+
+
+async def freeze(live: Live) -> None:
+    """Freeze the workload, if the agent is connected."""
+    with live.asking():
+        if live.guest is not None:
+            await live.guest.freeze()
+
+
+class Guests:
+    def __init__(self, context: Context, network: Network) -> None:
+        self._context = context
+        self._network = network
+
+    async def pause(self, step: PauseVm) -> None:
+        live = self._context.living(step.instance)
+        await freeze(live)
+        live.hold(True)
+        await live.vmm.pause()
+
+    async def go_on(self, step: PauseVm | GoOn) -> None:
+        await self.resume(step.instance)
+
+    async def resume(self, instance_id: str) -> None:
+        """Resume the VM and thaw its workload; a no-op if the VM is gone or runs."""
+        live = self._context.live.get(instance_id)
+        if live is None:
+            return
+        guest = live.guest
+        await live.vmm.resume()
+        live.hold(False)
+        if guest is None:
+            return
+        try:
+            with live.asking():
+                try:
+                    await guest.thaw()
+                except GuestLost:  # the capture closed the channel: the agent reconnects
+                    await (await live.wait_guest(LIMITS[Op.THAW], instead_of=guest)).thaw()
+        except (VmmGone, VmmBroken):
+            raise
+        except HypemanError as error:  # the agent thaws its programs after 10 s of guest time
+            log.warning("the guest of instance %s did not confirm that it runs on: %s", instance_id, error.message)
+
+    async def awaken(self, step: AwakenGuest) -> None:
+        live = self._context.living(step.instance)
+        record = self._context.record(step.instance)
+        await live.vmm.resume()
+        lease = self._context.lease(step.instance)
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_AWAKEN)
+            await guest.set_identity(
+                hostname=record.name,
+                machine_id=machine_id(record.id) if step.fresh else "",
+                network=boot_network(self._network.of_guest(step.instance)),
+                entropy=secrets.token_bytes(64),
+                clock_ns=time.time_ns(),
+            )
+        if lease is not None and lease.enabled:
+            await live.vmm.set_link("net0", up=True)
+        with live.asking():
+            await guest.thaw()
+
+    async def shutdown(self, step: ShutdownGuest) -> None:
+        """Request an orderly shutdown and wait for it; an unresponsive guest is not waited for."""
+        live = self._context.live.get(step.instance)
+        if live is None:
+            return
+        try:
+            state = self._context.record(step.instance).state
+            booting = state in (InstanceState.CREATED, InstanceState.INITIALIZING)
+            with live.asking():
+                guest = await live.wait_guest(0 if booting else SECONDS_TO_ANSWER)
+                with trio.move_on_after(step.grace + SECONDS_TO_KILL):
+                    await guest.shutdown(grace_seconds=step.grace)
+                    await live.vmm.wait_exit()
+        except (HypemanError, OSError):
+            return  # unresponsive or gone; the VMM is killed next in any case
+
+    async def plug_volume(self, step: PlugVolume) -> None:
+        live = self._context.living(step.instance)
+        paths, disk_id = self._context.paths, volume_disk_id(step.volume)
+        await live.vmm.add_disk(volume_disk(paths, step.volume, readonly=step.readonly, port=step.port))
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            await guest.mount_volume(GuestVolume(disk_id=disk_id, path=step.path, readonly=step.readonly))
+
+    async def unplug_volume(self, step: PlugVolume) -> None:
+        """A no-op if the VM has ended or never had the volume. Raises InUse while a process holds it."""
+        live = self._context.live.get(step.instance)
+        disk = volume_disk_id(step.volume)
+        if live is None or not any(other.id == disk for other in live.vmm.handle.config.disks):
+            return
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            await guest.unmount_volume(step.path)
+        await live.vmm.remove_disk(disk)
+
+    async def plug_memory(self, instance_id: str) -> None:
+        """Plug all of the guest's assigned memory; the host allocates a page only when it is touched."""
+        spec = self._context.record(instance_id).spec
+        live = self._context.living(instance_id)
+        await live.vmm.resize_memory(spec.memory_bytes + spec.hotplug_bytes)
+        with live.asking():
+            guest = await live.wait_guest(SECONDS_TO_ANSWER)
+            await guest.online_memory()

@@ -1,0 +1,70 @@
+"""Files that an instance's guest and VMM write and others read: logs, and the outcome on the boot disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import trio
+
+from hypeman.guest.boot import MAX_BOOT_DISK, parse_outcome
+from hypeman.guest.types import Exited, Fatal
+from hypeman.host.safe_open import open_log, read_start
+from hypeman.instances.machine.context import Context
+from hypeman.text import one_line
+
+
+class Logs:
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def read_outcome(self, instance_id: str) -> Exited | Fatal | None:
+        """How the workload ended, as the guest wrote it to its boot disk, in case the channel was down."""
+        record = self._context.record(instance_id)
+        disk = self._context.paths.instance(instance_id).boot_disk
+        try:
+            content = await trio.to_thread.run_sync(read_start, disk, MAX_BOOT_DISK)  # the VMM may have enlarged it
+        except OSError:
+            return None  # it never booted
+        return parse_outcome(content, record.nonce)
+
+    def journal(self, instance_id: str, line: str) -> None:
+        """Append one line to the instance's ``hypeman`` log; losing one is better than failing for it."""
+        text = one_line(line) + "\n"  # parts of it come from guests and images
+        path = self._context.paths.instance(instance_id).log("hypeman")
+        with contextlib.suppress(OSError), open(open_log(path), "ab") as file:
+            file.write(text.encode())
+
+    async def rotate(self, instance_id: str, limit: int) -> None:
+        """Rotate logs larger than ``limit`` bytes; one old log is kept of each.
+
+        The VMM reopens the console log. It holds its own log open for appending, so that one is copied and
+        truncated: a line in flight may be lost, which is harmless for that log.
+        """
+        mine = self._context.paths.instance(instance_id)
+        live = self._context.live.get(instance_id)
+        app = mine.log("app")
+        if live is not None and _size(app) > limit:
+            await trio.to_thread.run_sync(os.replace, app, app.with_suffix(".log.1"))
+            await live.vmm.rotate_console()
+        for log in (mine.log("vmm"), mine.log("hypeman")):
+            if _size(log) > limit:
+                await self._context.files.copy(log, log.with_suffix(".log.1"))
+                await trio.to_thread.run_sync(_empty, log)
+
+
+def _empty(path: Path) -> None:
+    """Truncate one of the server's logs. Raises OSError; EINVAL if it is not a regular file."""
+    descriptor = open_log(path, os.O_WRONLY)
+    try:
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
