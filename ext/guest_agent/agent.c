@@ -104,7 +104,7 @@ void agent_run(const struct boot_config *config, int fd) {
 
         int thaw_in = freezer_step();
         bool frozen = thaw_in >= 0;
-        int timeout = sooner(sooner(machine_step(&channel), sessions_timeout(&channel)),
+        int timeout = sooner(sooner(sooner(workload_step(), machine_step(&channel)), sessions_timeout(&channel)),
                              sooner(channel_timeout(&channel), thaw_in));
         if (frozen)
             timeout = sooner(timeout, FROZEN_CHECK_MS);

@@ -61,6 +61,14 @@ static bool parse_ca(struct ca_certificate *ca, const uint8_t *data, size_t leng
     return !reader.malformed && ca->pem && (!ca->hash || !strchr(ca->hash, '/'));
 }
 
+static bool parse_ulimit(struct ulimit *limit, const struct field *field) {
+    uint8_t bytes[20];
+    if (!field_bytes(field, bytes, sizeof bytes))
+        return false;
+    *limit = (struct ulimit){get_u32(bytes), get_u64(bytes + 4), get_u64(bytes + 12)};
+    return true;
+}
+
 /* Arguments first, then variables; the writer keeps that order. */
 static bool take_string(struct boot_config *config, const struct field *field, size_t *count, size_t *env_begin) {
     const char *text;
@@ -113,6 +121,20 @@ const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, s
         case TAG_POWER_OFF_BY_RESET: good = field_bool(&field, &config->power_off_by_reset); break;
         case TAG_CLOCK_NS: good = field_u64(&field, &config->clock_ns); break;
         case TAG_CONSOLE: good = field_text(&field, &config->console); break;
+        case TAG_VOLUME_DIR:
+            good = config->volume_dir_count < MAX_VOLUME_DIRS &&
+                   field_text(&field, &config->volume_dirs[config->volume_dir_count++]);
+            break;
+        case TAG_PID1: good = field_u8(&field, &config->pid1) && config->pid1 <= PID1_WORKLOAD; break;
+        case TAG_SHM_BYTES: good = field_u64(&field, &config->shm_bytes); break;
+        case TAG_SYSCTL:
+            good = config->sysctl_count < MAX_SYSCTLS &&
+                   field_text(&field, &config->sysctls[config->sysctl_count++]);
+            break;
+        case TAG_ULIMIT:
+            good = config->ulimit_count < MAX_ULIMITS &&
+                   parse_ulimit(&config->ulimits[config->ulimit_count++], &field);
+            break;
         default: good = take_network_field(&config->network, &field);
         }
         if (!good)

@@ -13,6 +13,9 @@
 #define MAX_DNS 4
 #define MAX_CAS 8
 #define MAX_DISKS 64
+#define MAX_VOLUME_DIRS 256
+#define MAX_SYSCTLS 64
+#define MAX_ULIMITS 16
 /* Arguments and variables together; their bytes are bounded by BOOT_MAX_FIELDS. */
 #define MAX_STRINGS 8192
 
@@ -36,6 +39,11 @@ struct ca_certificate {
     const char *pem, *hash; /* hash: OpenSSL's subject hash in hexadecimal, or NULL */
 };
 
+struct ulimit {
+    uint32_t resource; /* RLIMIT_NOFILE … */
+    uint64_t soft, hard;
+};
+
 struct boot_config {
     const char *instance_id, *hostname, *machine_id;
     uint8_t nonce[NONCE_BYTES];
@@ -57,6 +65,14 @@ struct boot_config {
     bool power_off_by_reset;
     uint64_t clock_ns; /* since 1970; 0 leaves the clock alone */
     const char *console;
+    const char *volume_dirs[MAX_VOLUME_DIRS]; /* directories that the image declares as volumes */
+    size_t volume_dir_count;
+    uint8_t pid1;        /* enum pid1 */
+    uint64_t shm_bytes;  /* size of /dev/shm; 0: half of the memory */
+    const char *sysctls[MAX_SYSCTLS]; /* "name=value" */
+    size_t sysctl_count;
+    struct ulimit ulimits[MAX_ULIMITS];
+    size_t ulimit_count;
 };
 
 /* Reads the fields of a boot disk; texts point into `data`. NULL if all is well, else what is wrong. */

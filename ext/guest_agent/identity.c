@@ -5,7 +5,6 @@
 #include <linux/random.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "boot_config.h"
@@ -16,11 +15,6 @@
 #include "worker.h"
 
 #define MAX_ENTROPY 512
-
-int set_clock(uint64_t ns) {
-    struct timespec now = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
-    return ns ? clock_settime(CLOCK_REALTIME, &now) : 0;
-}
 
 /* Two clones of one memory would draw the same "random" bytes until they are fed different ones. */
 static int add_entropy(const uint8_t *data, size_t length) {
@@ -40,14 +34,6 @@ static int add_entropy(const uint8_t *data, size_t length) {
     if (fd >= 0)
         close(fd);
     return result;
-}
-
-int clock_worker(struct field_reader *request) {
-    struct field field;
-    uint64_t ns = 0;
-    if (!next_field(request, &field) || field.tag != TAG_CLOCK_NS || !field_u64(&field, &ns))
-        return worker_failed(EINVAL, "clock");
-    return set_clock(ns) < 0 ? worker_failed(errno, "clock") : 0;
 }
 
 int identity_worker(struct field_reader *request) {

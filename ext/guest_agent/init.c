@@ -16,6 +16,7 @@
 #include "clock.h"
 #include "disk.h"
 #include "events.h"
+#include "rlimits.h"
 #include "machine.h"
 #include "modules.h"
 #include "netlink.h"
@@ -49,17 +50,11 @@ static void protect_ourselves(void) {
 static const char *configure_system(void) {
     static char text[128];
     const char *step = NULL;
-    set_clock(config.clock_ns);
+    clock_at_least(config.clock_ns);
     /* IPv6 is closed until it is filtered as well as IPv4 is. */
     write_file("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1");
     write_file("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
     write_file("/sys/devices/system/memory/auto_online_blocks", "online_movable");
-    /* As in a container: any user may listen on low ports and ping; the rest is what databases and watchers need. */
-    write_file("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
-    write_file("/proc/sys/net/ipv4/ping_group_range", "0 2147483647");
-    write_file("/proc/sys/vm/max_map_count", "262144");
-    write_file("/proc/sys/fs/inotify/max_user_instances", "8192");
-    write_file("/proc/sys/fs/inotify/max_user_watches", "1048576");
     if (bring_up_loopback() < 0)
         step = "loopback";
     else if (config.network.present && configure_network(&config.network) < 0)
@@ -75,9 +70,17 @@ static const char *configure_system(void) {
     else if (install_cas(config.cas, config.ca_count) < 0)
         step = "certificates";
     if (!step)
-        return NULL;
+        return set_kernel_limits(&config);
     snprintf(text, sizeof text, "can not set up the %s: %s", step, strerror(errno));
     return text;
+}
+
+/* As Docker creates them: root's, 0755; what the image has there stays. A name that something else has taken is the
+ * image's own contradiction, which need not keep it from running. */
+static void make_volume_dirs(void) {
+    for (size_t i = 0; i < config.volume_dir_count; i++)
+        if (make_dirs(config.volume_dirs[i]) < 0)
+            log_line("cannot create the volume %s of the image: %s", config.volume_dirs[i], strerror(errno));
 }
 
 static const char *prepare(void) {
@@ -85,10 +88,11 @@ static const char *prepare(void) {
     if (!wrong)
         wrong = switch_root();
     if (!wrong)
-        wrong = mount_late();
+        wrong = mount_late(config.shm_bytes);
     if (wrong)
         return wrong;
     phase_done("root");
+    make_volume_dirs();
     for (size_t i = 0; !wrong && i < config.volume_count; i++)
         wrong = mount_volume(&config, &config.volumes[i], BOOT_DISK_WAIT_MS);
     if (!wrong && config.volume_count)
@@ -112,11 +116,10 @@ static _Noreturn void give_up(const char *wrong) {
 _Noreturn void init_run(void) {
     static char boot_device[DEVICE_PATH_BYTES];
     uint32_t outcome_offset = 0;
-    uint8_t buffer[512];
-    struct field_writer ready = {buffer, sizeof buffer, 0, false};
     const char *wrong = mount_early();
     open_standard_files();
     protect_ourselves();
+    clock_begin();
     phase_done("kernel");
     if (!wrong) {
         load_modules();
@@ -132,10 +135,7 @@ _Noreturn void init_run(void) {
     if (wrong)
         workload_fatal(wrong);
     else
-        workload_start(&config);
-    phase_done("ready");
-    put_phases(&ready);
-    event_happened(EVENT_READY, &ready);
+        workload_hold(&config);
     agent_run(&config, -1);
     give_up("the agent's loop ended");
 }

@@ -13,15 +13,6 @@
 static pid_t init_pid; /* 0 without an init */
 static int init_pids = -1, our_pids = -1;
 
-bool is_init_program(const char *argv0) {
-    static const char *const names[] = {"init", "systemd", "runit-init", "openrc-init", "s6-svscan"};
-    const char *slash = argv0 ? strrchr(argv0, '/') : NULL;
-    for (size_t i = 0; slash && i < LENGTH(names); i++)
-        if (strcmp(slash + 1, names[i]) == 0)
-            return true;
-    return false;
-}
-
 const char *make_init_namespaces(void) {
     if (unshare(CLONE_NEWNS | CLONE_NEWCGROUP) < 0)
         return "namespaces";

@@ -1,4 +1,4 @@
-/* An image whose program is an init (systemd, s6 …) must see itself as process 1.
+/* An image whose program is an init (systemd, s6 …, see pid1.h) must see itself as process 1.
  *
  * It becomes process 1 of a PID namespace, with mounts and a control group tree of its own; network, host name
  * and devices are the machine's. So we stay the real process 1: no init can kill or outlive the agent, its exit
@@ -10,9 +10,6 @@
 
 #include <stdbool.h>
 #include <sys/types.h>
-
-/* Whether a program wants to be process 1. */
-bool is_init_program(const char *argv0);
 
 /* In the child that will be the init: mounts and control groups of its own. NULL or what failed (errno). */
 const char *make_init_namespaces(void);

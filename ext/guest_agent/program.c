@@ -12,12 +12,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <termios.h>
 #include <unistd.h>
 
+#include "rlimits.h"
 #include "namespaces.h"
 #include "user.h"
 #include "util.h"
@@ -32,8 +32,7 @@ void reset_process(void) {
         sigaction(i, &action, NULL);
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
-    struct rlimit files = {1024, 524288};
-    setrlimit(RLIMIT_NOFILE, &files);
+    limit_process();
     umask(022);
     write_file("/proc/self/oom_score_adj", "0");
 }
@@ -62,7 +61,7 @@ static bool same_name(const char *a, const char *b) {
 /* Base variables, ours over them, and HOME and PATH where neither gives them. */
 static char **merge_env(const struct program *program, const struct user *user) {
     static char *merged[MAX_ENV + 5];
-    static char home[sizeof user->home + 8];
+    char *home;
     size_t count = 0;
     for (char *const *e = program->base_env; e && *e && count < MAX_ENV; e++) {
         bool replaced = false;
@@ -74,8 +73,7 @@ static char **merge_env(const struct program *program, const struct user *user) 
     for (char *const *e = program->env; e && *e && count < MAX_ENV; e++)
         merged[count++] = *e;
     merged[count] = NULL;
-    snprintf(home, sizeof home, "HOME=%s", user->home);
-    bool wants_home = !value_of(merged, "HOME"), wants_path = !value_of(merged, "PATH");
+    bool wants_home = !value_of(merged, "HOME") && asprintf(&home, "HOME=%s", user->home) >= 0, wants_path = !value_of(merged, "PATH");
     bool wants_term = program->tty && !value_of(merged, "TERM");
     bool wants_container = program->is_init && !value_of(merged, "container");
     if (wants_home)
@@ -261,6 +259,10 @@ int start_program(const struct program *program, struct child *child) {
         close_ends(&ends);
         errno = error;
         return -1;
+    }
+    if (program->is_main) {
+        dup2(ends.out[1], 1);
+        dup2(ends.err[1], 2);
     }
     *child = (struct child){pid, ends.in[1], ends.out[0], ends.err[0], ends.failure[0]};
     ends.in[1] = ends.out[0] = ends.err[0] = ends.failure[0] = -1;

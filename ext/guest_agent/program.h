@@ -17,6 +17,7 @@ struct program {
     uint16_t rows, cols; /* 0: 24 by 80 */
     bool merge_output;   /* one pipe for both outputs; no standard input */
     const char *cgroup;  /* directory, or NULL */
+    bool is_main;        /* its output is also ours: what is written to /proc/1/fd/1 is in the log */
     bool is_init;        /* becomes process 1 of namespaces of its own, see namespaces.h */
 };
 

@@ -62,7 +62,7 @@ enum op {
     OP_COPY_TO = 3,
     OP_COPY_FROM = 4,
     OP_SHUTDOWN = 5,
-    OP_CLOCK = 6,
+    OP_CLOCK = 6, /* answered at once with the guest's time; CLOCK_NS sets it, CLOCK_DELTA_NS moves it */
     OP_IDENTITY = 7,
     OP_MOUNT = 8,
     OP_UNMOUNT = 9,
@@ -104,6 +104,7 @@ enum tag {
     TAG_MACHINE_ID = 23,
     TAG_ENTROPY = 24,
     TAG_CLOCK_NS = 25,
+    TAG_CLOCK_DELTA_NS = 26, /* i64 */
     TAG_MAC = 30,
     TAG_ADDRESS = 31,
     TAG_PREFIX = 32,
@@ -115,6 +116,7 @@ enum tag {
     TAG_READONLY = 42,
     TAG_FS_TYPE = 43,
     TAG_OVERLAY_DISK_ID = 44,
+    TAG_VOLUME_DIR = 45,
     TAG_CA = 50,
     TAG_CA_PEM = 51,
     TAG_CA_HASH = 52,
@@ -126,6 +128,8 @@ enum tag {
     TAG_DISK_ORDER = 65,
     TAG_ROOT_FS = 66,
     TAG_OVERLAY = 67,
+    TAG_PID1 = 68, /* u8 enum pid1 */
+    TAG_SHM_BYTES = 69,
     TAG_PHASE = 70,
     TAG_PHASE_NAME = 71,
     TAG_PHASE_MS = 72,
@@ -141,8 +145,12 @@ enum tag {
     TAG_LOAD_15 = 84,
     TAG_UPTIME_MS = 85,
     TAG_PROCESSES = 86,
-    TAG_HOLDER = 87
+    TAG_HOLDER = 87,
+    TAG_SYSCTL = 88, /* text "name=value" */
+    TAG_ULIMIT = 89  /* u32 resource, u64 soft, u64 hard */
 };
+
+enum pid1 { PID1_DETECT = 0, PID1_AGENT = 1, PID1_WORKLOAD = 2 };
 
 /* The boot disk: header, fields, zero padding; its last OUTCOME_BYTES are where the guest writes how it ended. */
 #define BOOT_MAGIC "HYPEBOOT"

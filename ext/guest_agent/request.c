@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "bytes.h"
+#include "clock.h"
 #include "events.h"
 #include "fields.h"
 #include "freezer.h"
@@ -24,7 +25,7 @@ static const struct {
     bool needs_agent; /* works on the guest's files */
 } WORKERS[] = {
     [OP_STAT] = {stat_worker, true},         [OP_COPY_TO] = {copy_to_worker, true},
-    [OP_COPY_FROM] = {copy_from_worker, true}, [OP_CLOCK] = {clock_worker, false},
+    [OP_COPY_FROM] = {copy_from_worker, true},
     [OP_IDENTITY] = {identity_worker, false}, [OP_MOUNT] = {mount_worker, false},
     [OP_UNMOUNT] = {unmount_worker, false},  [OP_MEMORY] = {memory_worker, false},
     [OP_METRICS] = {metrics_worker, false},
@@ -111,6 +112,8 @@ static void start_request(const struct boot_config *config, struct channel *chan
     } else if (op == OP_FREEZE || op == OP_THAW) {
         int error = op == OP_FREEZE ? freeze_guest() : thaw_guest();
         session_refuse(session, error, error ? strerror(error) : "");
+    } else if (op == OP_CLOCK) {
+        answer_clock(channel, session, &reader);
     } else if (op == OP_PING) {
         session_refuse(session, 0, "");
     } else if (!is_worker) {

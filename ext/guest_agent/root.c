@@ -12,6 +12,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include "disk.h"
@@ -19,6 +20,7 @@
 #include "util.h"
 
 #define NEW_ROOT "/newroot"
+#define DOCKER_SHM_BYTES (64 << 20)
 
 /* The overlay's own mount is hidden behind the root; this descriptor lets us bring it to rest at the end. */
 static int overlay_fd = -1;
@@ -59,15 +61,24 @@ const char *mount_early(void) {
     return mount_kernel_fs(list, LENGTH(list));
 }
 
+/* Half of the memory, but what Docker gives at least; it is a limit, and takes nothing that is not used. */
+static unsigned long long shm_size(uint64_t wanted) {
+    struct sysinfo system;
+    unsigned long long half = sysinfo(&system) == 0 ? (unsigned long long)system.totalram * system.mem_unit / 2 : 0;
+    return wanted ? wanted : half > DOCKER_SHM_BYTES ? half : DOCKER_SHM_BYTES;
+}
+
 /* In the new root, so that links of the image (/dev -> /x/dev) lead to where they do for its programs. /run is the
  * image's own: programs expect the directories that it has there, as they find them in a container. */
-const char *mount_late(void) {
-    static const struct kernel_fs list[] = {
+const char *mount_late(uint64_t shm_bytes) {
+    char shm[64];
+    snprintf(shm, sizeof shm, "mode=1777,size=%llu", shm_size(shm_bytes));
+    const struct kernel_fs list[] = {
         {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
         {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
         {"devtmpfs", "/dev", "mode=0755", MS_NOSUID},
         {"devpts", "/dev/pts", "newinstance,ptmxmode=0666,mode=0620,gid=5", MS_NOSUID | MS_NOEXEC},
-        {"tmpfs", "/dev/shm", "mode=1777", MS_NOSUID | MS_NODEV},
+        {"tmpfs", "/dev/shm", shm, MS_NOSUID | MS_NODEV},
         {"mqueue", "/dev/mqueue", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
         {"cgroup2", "/sys/fs/cgroup", "nsdelegate", MS_NOSUID | MS_NODEV | MS_NOEXEC},
     };

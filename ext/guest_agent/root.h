@@ -13,7 +13,7 @@ const char *mount_root(const struct boot_config *config);
 /* Makes that the root of this process and all its children, and empties the initramfs. */
 const char *switch_root(void);
 /* The kernel's file systems in the new root. NULL or what went wrong. */
-const char *mount_late(void);
+const char *mount_late(uint64_t shm_bytes);
 
 /* Mounts one volume; symlinks on the way are the new root's own. NULL or what went wrong. */
 const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms);

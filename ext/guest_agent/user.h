@@ -5,18 +5,19 @@
 #include <stddef.h>
 #include <sys/types.h>
 
-#define MAX_GROUPS 64
+#define MAX_GROUPS 1024
 
 struct user {
     uid_t uid;
     gid_t gid;
     gid_t groups[MAX_GROUPS]; /* gid among them */
     size_t group_count;
-    char home[256];
-    char name[64]; /* empty if the number has no name */
+    const char *home;
+    const char *name; /* empty if the number has no name */
 };
 
-/* "", "name", "uid", "name:group", "uid:gid" in any mixture; "" is root. NULL or what is wrong, as Docker says it. */
+/* "", "name", "uid", "name:group", "uid:gid", ":group" in any mixture; "" is root. NULL or what is wrong, as Docker says
+ * it. Allocates, and frees nothing: it runs in the child that becomes the program. */
 const char *find_user(const char *text, struct user *user);
 
 /* For a child: takes on groups, gid and uid. 0 or -1 with errno. */

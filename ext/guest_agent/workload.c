@@ -12,8 +12,9 @@
 #include <termios.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "events.h"
-#include "namespaces.h"
+#include "pid1.h"
 #include "port.h"
 #include "program.h"
 #include "util.h"
@@ -23,6 +24,10 @@
 
 static struct child child = {0, -1, -1, -1, -1};
 static bool running, ended, is_init;
+/* How long a host that does not tell the time can delay the program. */
+#define CLOCK_WAIT_MS 3000
+static const struct boot_config *held; /* what is to be started */
+static int64_t hold_until;
 static int console = -1;
 /* What the program printed and the console has not taken yet. A slow console slows the program, no more. */
 static uint8_t pump[PUMP_BYTES];
@@ -46,7 +51,8 @@ static void open_console(const char *path) {
 void workload_prepare(const struct boot_config *config) {
     open_console(config->console);
     write_file(CONTROLLERS, "+memory"); /* tells an end by lack of memory apart */
-    if (is_init_program(config->argv[0])) {
+    is_init = wants_pid1(config);
+    if (is_init) {
         /* An init divides what it is given; one by one, as the kernel may lack a controller. */
         write_file(CONTROLLERS, "+cpu");
         write_file(CONTROLLERS, "+pids");
@@ -56,7 +62,15 @@ void workload_prepare(const struct boot_config *config) {
     mkdir(EXEC_CGROUP, 0755);
 }
 
-void workload_fatal(const char *message) {
+static void tell_ready(void) {
+    uint8_t buffer[512];
+    struct field_writer ready = {buffer, sizeof buffer, 0, false};
+    phase_done("ready");
+    put_phases(&ready);
+    event_happened(EVENT_READY, &ready);
+}
+
+static void end_unstarted(const char *message) {
     uint8_t buffer[512];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
     put_text_field(&writer, TAG_MESSAGE, message);
@@ -65,7 +79,12 @@ void workload_fatal(const char *message) {
     console_say(message);
 }
 
-void workload_start(const struct boot_config *config) {
+void workload_fatal(const char *message) {
+    tell_ready();
+    end_unstarted(message);
+}
+
+static void start(const struct boot_config *config) {
     struct program program = {.argv = config->argv,
                               .env = config->env,
                               .cwd = config->cwd,
@@ -73,15 +92,38 @@ void workload_start(const struct boot_config *config) {
                               .user = config->user,
                               .merge_output = true,
                               .cgroup = WORKLOAD_CGROUP,
-                              .is_init = is_init_program(config->argv[0])};
-    is_init = program.is_init;
+                              .is_main = true,
+                              .is_init = is_init};
     char message[128];
     if (start_program(&program, &child) == 0) {
         running = true;
         return;
     }
     snprintf(message, sizeof message, "can not start a process: %s", strerror(errno));
-    workload_fatal(message);
+    end_unstarted(message);
+}
+
+void workload_hold(const struct boot_config *config) {
+    held = config;
+    hold_until = now_ms() + CLOCK_WAIT_MS;
+}
+
+static void release(void) {
+    const struct boot_config *config = held;
+    held = NULL;
+    phase_done("clock");
+    start(config);
+    tell_ready();
+}
+
+int workload_step(void) {
+    if (!held)
+        return -1;
+    int64_t left = hold_until - now_ms();
+    if (!clock_is_told() && left > 0)
+        return (int)left;
+    release();
+    return -1;
 }
 
 bool workload_running(void) { return running; }
@@ -92,14 +134,18 @@ void workload_signal(int signal) {
         kill(child.pid, signal);
 }
 
-/* systemd takes SIGTERM for "re-execute yourself"; this is its power-off. Others keep what their image says. */
-#define SYSTEMD_POWER_OFF 38 /* SIGRTMIN+4, as glibc counts */
+/* systemd takes SIGTERM for "re-execute yourself"; SIGRTMIN+3 (as glibc counts) ends it, as container managers know.
+ * Others, and images that name a signal of their own, get that. */
+#define SYSTEMD_HALT 37
 
 void workload_stop(int signal) {
     char name[32] = "", path[40];
+    if (held)
+        release();
     snprintf(path, sizeof path, "/proc/%d/comm", child.pid);
-    if (running && is_init && read_file(path, name, sizeof name) > 0 && strcmp(name, "systemd") == 0)
-        signal = SYSTEMD_POWER_OFF;
+    if (running && is_init && signal == SIGTERM && read_file(path, name, sizeof name) > 0 &&
+        strcmp(name, "systemd") == 0)
+        signal = SYSTEMD_HALT;
     workload_signal(signal);
 }
 
@@ -125,7 +171,7 @@ bool workload_reap(pid_t pid, int status) {
     bool never_ran = child.failure >= 0 && read(child.failure, &failure, sizeof failure) == sizeof failure;
     close_fd(&child.failure);
     if (never_ran) {
-        workload_fatal(failure.message);
+        end_unstarted(failure.message);
         put_u32_field(&writer, TAG_EXIT_CODE, (uint32_t)failure.exit_code);
     } else {
         int signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;

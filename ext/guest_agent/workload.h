@@ -15,8 +15,11 @@
 
 /* Makes the control groups and opens the console. */
 void workload_prepare(const struct boot_config *config);
-/* Starts the image's program; what goes wrong becomes EVENT_FATAL. */
-void workload_start(const struct boot_config *config);
+/* Starts the image's program as soon as the host has told the time, or is not there to tell it. */
+void workload_hold(const struct boot_config *config);
+/* Starts what is held back, if it is time; what goes wrong becomes EVENT_FATAL. Milliseconds until it is looked at
+ * again, -1 for never. */
+int workload_step(void);
 /* There will be no main process: EVENT_FATAL, and a line on the console. */
 void workload_fatal(const char *message);
 bool workload_running(void);

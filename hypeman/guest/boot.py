@@ -14,6 +14,7 @@ OVERLAY_DISK_ID.
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 import struct
 import zlib
@@ -82,6 +83,30 @@ class CaCertificate(msgspec.Struct, frozen=True):
     """OpenSSL's hash of the subject (8 hexadecimal digits), for /etc/ssl/certs/<hash>.0; empty skips that file."""
 
 
+class Pid1(enum.IntEnum):
+    """Who is process 1, as the image's program sees it."""
+
+    DETECT = 0
+    """The program if it is an init system (``ext/guest_agent/pid1.h``), else the agent."""
+    AGENT = 1
+    WORKLOAD = 2
+
+
+class Ulimit(msgspec.Struct, frozen=True):
+    """A resource limit of every program; ``UNLIMITED`` for none."""
+
+    resource: int
+    """``resource.RLIMIT_NOFILE`` …"""
+    soft: int
+    hard: int
+
+
+UNLIMITED = 2**64 - 1
+MAX_VOLUME_DIRS = 256
+MAX_SYSCTLS = 64
+MAX_ULIMITS = 16
+
+
 class BootConfig(msgspec.Struct, frozen=True):
     """One boot of one guest."""
 
@@ -109,13 +134,23 @@ class BootConfig(msgspec.Struct, frozen=True):
     machine_id: str = ""
     """32 hexadecimal digits for an image that has an /etc/machine-id."""
     clock_ns: int = 0
-    """Time to set, in nanoseconds since 1970; 0 leaves the clock alone."""
+    """When this was written, in nanoseconds since 1970: the guest's clock is not earlier. The exact time follows over
+    the channel before the program starts."""
     disk_order: tuple[str, ...] = ()
     """Ids in device order, only for VMMs that cannot set disk serial numbers."""
     console: str = ""
     """Device for the program's output; empty: the kernel's console."""
     power_off_by_reset: bool = False
     """The VMM exits on reset, not on power-off (Firecracker, microvm without ACPI)."""
+    volume_dirs: tuple[str, ...] = ()
+    """Directories that the image declares as volumes: created if missing."""
+    pid1: Pid1 = Pid1.DETECT
+    shm_bytes: int = 0
+    """Size of /dev/shm; 0: half of the memory, 64 MiB at least."""
+    sysctls: tuple[str, ...] = ()
+    """"name=value" each, over the agent's own; one that the kernel refuses ends the boot."""
+    ulimits: tuple[Ulimit, ...] = ()
+    """Over the agent's own."""
 
 
 def render_boot_disk(config: BootConfig) -> bytes:
@@ -126,6 +161,13 @@ def render_boot_disk(config: BootConfig) -> bytes:
         raise InvalidRequest(f"the guest can not be told its configuration: {error}") from error
     if len(fields) > _MAX_FIELDS or len(config.argv) + len(config.env) > _MAX_STRINGS:
         raise InvalidRequest("command and environment are larger than 1 MB or 8192 entries")
+    for entries, most, what in (
+        (config.volume_dirs, MAX_VOLUME_DIRS, "volumes of the image"),
+        (config.sysctls, MAX_SYSCTLS, "sysctls"),
+        (config.ulimits, MAX_ULIMITS, "ulimits"),
+    ):
+        if len(entries) > most:
+            raise InvalidRequest(f"{len(entries)} {what}: at most {most} are possible")
     outcome_offset = -(-(_HEADER.size + len(fields)) // _BLOCK) * _BLOCK
     header = _HEADER.pack(_MAGIC, _VERSION, len(fields), zlib.crc32(fields), outcome_offset)
     return (header + fields).ljust(outcome_offset + _OUTCOME_BYTES, b"\0")
@@ -221,4 +263,13 @@ def _render_fields(config: BootConfig) -> FieldWriter:
         writer.text(Tag.MACHINE_ID, config.machine_id)
     for disk_id in config.disk_order:
         writer.text(Tag.DISK_ORDER, check_disk_id(disk_id))
+    for path in config.volume_dirs:
+        writer.text(Tag.VOLUME_DIR, path)
+    writer.u8(Tag.PID1, config.pid1)
+    if config.shm_bytes:
+        writer.u64(Tag.SHM_BYTES, config.shm_bytes)
+    for sysctl in config.sysctls:
+        writer.text(Tag.SYSCTL, sysctl)
+    for limit in config.ulimits:
+        writer.add(Tag.ULIMIT, struct.pack("<IQQ", limit.resource, limit.soft, limit.hard))
     return writer

@@ -14,7 +14,9 @@ Rules:
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -26,8 +28,9 @@ import msgspec
 import trio
 
 from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidRequest, NotFound, NotSupported
-from hypeman.guest import limits
+from hypeman.guest import clock, limits
 from hypeman.guest.boot import GuestNetwork, GuestVolume, render_network, render_volume
+from hypeman.guest.clock import Sample
 from hypeman.guest.fields import Fields, FieldWriter, MalformedFields, Tag
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import (
@@ -57,11 +60,15 @@ from hypeman.guest.types import (
     parse_path_info,
 )
 
+log = logging.getLogger(__name__)
+
 _READ_BYTES = 262144
 _GRANT_BYTES = WINDOW // 4
 _OUTBOX_BYTES = 4 * WINDOW
 """Senders wait while more bytes than this are queued for the stream."""
 _MAX_REPLY = 1024 * 1024
+_CLOCK_BEFORE_THAW = 0.8
+"""Seconds that a guest stays frozen at most for its clock."""
 
 _T = TypeVar("_T")
 
@@ -298,6 +305,10 @@ class GuestClient:
         self._held = False
         self._stirred = trio.Event()
         """Set when bytes arrive or what is expected of the guest changes."""
+        self._clock = trio.Lock()
+        """Held during a correction of the guest's clock."""
+        self._clock_wanted = trio.Event()
+        """Set when the guest's clock must be corrected now."""
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve the connection until it ends; reports started once the greeting is being sent.
@@ -308,6 +319,7 @@ class GuestClient:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._write)
                 nursery.start_soon(self._watch)
+                nursery.start_soon(self._keep_clock)
                 task_status.started()
                 await self._read()
                 nursery.cancel_scope.cancel()
@@ -401,9 +413,28 @@ class GuestClient:
             writer.u64(Tag.GRACE_MS, math.ceil(grace_seconds * 1000))
         await self._request(Op.SHUTDOWN, writer)
 
-    async def set_clock(self, ns: int) -> None:
-        """Set the time, in nanoseconds since 1970."""
-        await self._request(Op.CLOCK, FieldWriter().u64(Tag.CLOCK_NS, ns))
+    async def read_clock(self) -> Sample:
+        """The guest's clock, compared to the host's."""
+        asked = time.time_ns()
+        reply = await self._request(Op.CLOCK, None)
+        answered = time.time_ns()
+        if not (guest := _parsed(Fields, reply).u64(Tag.CLOCK_NS)):
+            raise GuestError("the guest did not tell its time")
+        return Sample(asked, answered, guest)
+
+    async def correct_clock(self) -> Sample:
+        """Bring the guest's clock to the host's, and return by how much it was wrong.
+
+        ``run`` does this by itself: at once, regularly, after a pause (``hold``), and when the host's clock was set or
+        the host was suspended. The guest starts its program only after the first time.
+        """
+        async with self._clock:
+            samples = [await self.read_clock()]
+            while len(samples) < clock.SAMPLES and samples[-1].uncertainty > clock.GOOD:
+                samples.append(await self.read_clock())
+            best = clock.most_certain(samples)
+            await self._request(Op.CLOCK, FieldWriter().i64(Tag.CLOCK_DELTA_NS, best.correction))
+            return best
 
     async def set_identity(
         self,
@@ -453,12 +484,19 @@ class GuestClient:
         await self._request(Op.FREEZE, None)
 
     async def thaw(self) -> None:
+        """Let the processes run again, with the clock corrected."""
+        with trio.move_on_after(_CLOCK_BEFORE_THAW):
+            try:
+                await self.correct_clock()
+            except (GuestError, GuestTimeout, InvalidRequest) as error:  # an agent of an earlier version, or no time
+                log.debug("a guest runs on without having its clock corrected: %s", error.message)
         await self._request(Op.THAW, None)
 
     def hold(self, held: bool) -> None:
         """Record that the VM is paused, so no answer is expected, or running again."""
         self._held = held
         self._heard = trio.current_time()
+        self._clock_wanted.set()
         self._stir()
 
     # For sessions
@@ -586,6 +624,29 @@ class GuestClient:
                 self._set_silent(None)
             self._connection.close(ping)
 
+    async def _keep_clock(self) -> None:
+        """Correct the guest's clock as ``correct_clock`` says."""
+        await self._greeted.wait()
+        while self._lost is None:
+            while self._held:
+                await self._stirred.wait()
+            self._clock_wanted = trio.Event()
+            step = clock.host_step()
+            last: Sample | None = None
+            try:
+                last = await self.correct_clock()
+            except GuestTimeout:
+                pass  # it may be able to answer later
+            except HypemanError as error:
+                if self._lost is None:  # an agent of an earlier version
+                    log.debug("the clock of a guest is not kept: %s", error.message)
+                return
+            due = trio.current_time() + clock.next_after(last)
+            while trio.current_time() < due and abs(clock.host_step() - step) < clock.STEP:
+                with trio.move_on_at(min(due, trio.current_time() + clock.STEP_CHECK)):
+                    await self._clock_wanted.wait()
+                    break
+
     async def _is_heard_after(self, before: int) -> bool:
         """Whether another read succeeds within ANSWER seconds in which the VM is not paused."""
         while self._reads == before:
@@ -605,6 +666,8 @@ class GuestClient:
                 session.notify()
             self._outbox_drained.set()  # senders find their session failed
             self._outbox_drained = trio.Event()
+        else:
+            self._clock_wanted.set()
         self.silence_changed()
 
     def _check_responds(self) -> None:

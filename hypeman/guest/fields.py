@@ -45,6 +45,7 @@ class Tag(enum.IntEnum):
     MACHINE_ID = 23
     ENTROPY = 24
     CLOCK_NS = 25
+    CLOCK_DELTA_NS = 26
     MAC = 30
     ADDRESS = 31
     PREFIX = 32
@@ -56,6 +57,7 @@ class Tag(enum.IntEnum):
     READONLY = 42
     FS_TYPE = 43
     OVERLAY_DISK_ID = 44
+    VOLUME_DIR = 45
     CA = 50
     CA_PEM = 51
     CA_HASH = 52
@@ -67,6 +69,8 @@ class Tag(enum.IntEnum):
     DISK_ORDER = 65
     ROOT_FS = 66
     OVERLAY = 67
+    PID1 = 68
+    SHM_BYTES = 69
     PHASE = 70
     PHASE_NAME = 71
     PHASE_MS = 72
@@ -83,6 +87,8 @@ class Tag(enum.IntEnum):
     UPTIME_MS = 85
     PROCESSES = 86
     HOLDER = 87
+    SYSCTL = 88
+    ULIMIT = 89
 
 
 def _word(tag: Tag) -> str:

@@ -320,4 +320,5 @@ def _image_config(config: Config) -> ImageConfig:
         labels=run.labels or {},
         stop_signal=run.stop_signal or "",
         exposed_ports=tuple(sorted(run.exposed_ports or {})),
+        volumes=tuple(sorted(path for path in run.volumes or {} if path.startswith("/") and "\0" not in path)),
     )

@@ -21,6 +21,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_CONFIG_BYTES = 8 << 20
 MAX_LAYERS = 512
 MAX_INDEX_ENTRIES = 1024
+MAX_VOLUMES = 256
 
 INDEX_TYPES = (
     "application/vnd.oci.image.index.v1+json",
@@ -81,7 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, rename="camel"):
 
     schema_version: int
     config: Descriptor
-    layers: Annotated[tuple[Descriptor, ...], Meta(max_length=MAX_LAYERS)]
+    layers: Annotated[tuple[Descriptor, ...], Meta(max_length=MAX_LAYERS)] = ()
     media_type: str = ""
 
 
@@ -89,18 +90,18 @@ class Index(msgspec.Struct, frozen=True, rename="camel"):
     """The images of one name for several platforms."""
 
     schema_version: int
-    manifests: Annotated[tuple[Descriptor, ...], Meta(max_length=MAX_INDEX_ENTRIES)]
+    manifests: Annotated[tuple[Descriptor, ...], Meta(max_length=MAX_INDEX_ENTRIES)] = ()
     media_type: str = ""
 
 
 class RootFs(msgspec.Struct, frozen=True):
-    diff_ids: Annotated[tuple[Digest, ...], Meta(max_length=MAX_LAYERS)]
+    diff_ids: Annotated[tuple[Digest, ...], Meta(max_length=MAX_LAYERS)] = ()
     """Digests of the layers as plain tar archives, lowest first."""
     type: str = "layers"
 
 
 class Run(msgspec.Struct, frozen=True):
-    """The image's run configuration. Docker writes null for unset values."""
+    """The image's run configuration."""
 
     user: _Text = msgspec.field(name="User", default="")
     env: tuple[_Text, ...] | None = msgspec.field(name="Env", default=None)
@@ -110,6 +111,9 @@ class Run(msgspec.Struct, frozen=True):
     labels: dict[str, _Text] | None = msgspec.field(name="Labels", default=None)
     stop_signal: _Text | None = msgspec.field(name="StopSignal", default=None)
     exposed_ports: dict[str, Any] | None = msgspec.field(name="ExposedPorts", default=None)
+    volumes: Annotated[dict[_Text, Any], Meta(max_length=MAX_VOLUMES)] | None = msgspec.field(
+        name="Volumes", default=None
+    )
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -232,8 +236,26 @@ def platform_of(config: Config) -> Platform:
     return Platform(config.os or "linux", config.architecture or "amd64", config.variant)
 
 
+_MAPS = frozenset(["Labels", "ExposedPorts", "Volumes", "annotations"])
+"""Fields whose keys are data: a null beneath them is an empty value, not an absent field."""
+
+
+def _without_nulls(value: Any, *, is_map: bool = False) -> Any:
+    """``value`` as Go's decoder takes it, which most tools that write these documents are made with: null is what an
+    absent field is, and an empty text in a list."""
+    if isinstance(value, dict):
+        return {
+            key: "" if item is None else _without_nulls(item, is_map=key in _MAPS)
+            for key, item in value.items()
+            if item is not None or is_map
+        }
+    if isinstance(value, list):
+        return ["" if item is None else _without_nulls(item) for item in value]
+    return value
+
+
 def _decode(data: bytes, kind: type[T], what: str) -> T:
     try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return msgspec.convert(_without_nulls(msgspec.json.decode(data)), type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"the image's {what} can not be read: {error}") from None

@@ -85,6 +85,8 @@ class ImageConfig(msgspec.Struct, frozen=True):
     stop_signal: str = ""
     exposed_ports: tuple[str, ...] = ()
     """As in the image: ``80/tcp``."""
+    volumes: tuple[str, ...] = ()
+    """Directories that the image declares as volumes."""
 
 
 class ReadyImage(msgspec.Struct, frozen=True):

@@ -34,5 +34,13 @@ int main(void) {
         printf("network=%d.%d.%d.%d/%d %d.%d.%d.%d %u" END, a[0], a[1], a[2], a[3], c.network.prefix, g[0], g[1], g[2], g[3],
                c.network.mtu);
     }
+    printf("guest=%d %llu" END, c.pid1, (unsigned long long)c.shm_bytes);
+    for (size_t i = 0; i < c.volume_dir_count; i++)
+        printf("volume_dir=%s" END, c.volume_dirs[i]);
+    for (size_t i = 0; i < c.sysctl_count; i++)
+        printf("sysctl=%s" END, c.sysctls[i]);
+    for (size_t i = 0; i < c.ulimit_count; i++)
+        printf("ulimit=%u %llu %llu" END, c.ulimits[i].resource, (unsigned long long)c.ulimits[i].soft,
+               (unsigned long long)c.ulimits[i].hard);
     return 0;
 }

@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from hypeman.errors import InvalidRequest
 from hypeman.guest.boot import (
+    UNLIMITED,
     BootConfig,
     CaCertificate,
     GuestNetwork,
     GuestVolume,
+    Pid1,
+    Ulimit,
     check_disk_id,
     parse_outcome,
     render_boot_disk,
@@ -60,6 +63,13 @@ configs = st.builds(
     skip_agent=st.booleans(),
     clock_ns=st.integers(0, 2**63),
     console=text,
+    volume_dirs=st.lists(text, max_size=3).map(tuple),
+    pid1=st.sampled_from(Pid1),
+    shm_bytes=st.integers(0, 2**50),
+    sysctls=st.lists(text, max_size=3).map(tuple),
+    ulimits=st.lists(
+        st.builds(Ulimit, st.integers(0, 15), st.integers(0, UNLIMITED), st.integers(0, UNLIMITED)), max_size=3
+    ).map(tuple),
 )
 
 
@@ -91,6 +101,10 @@ def expected(config: BootConfig) -> list[str]:
         *(f"ca={ca.pem}" for ca in config.ca_certificates),
         *([] if network is None else [
             f"network={network.address}/{network.prefix} {network.gateway or '0.0.0.0'} {network.mtu}"]),
+        f"guest={config.pid1:d} {config.shm_bytes}",
+        *(f"volume_dir={path}" for path in config.volume_dirs),
+        *(f"sysctl={sysctl}" for sysctl in config.sysctls),
+        *(f"ulimit={limit.resource} {limit.soft} {limit.hard}" for limit in config.ulimits),
     ]  # fmt: skip
 
 
@@ -126,6 +140,9 @@ def test_torn_and_foreign_disks_are_refused(dump_boot: Path) -> None:
         {"network": GuestNetwork("no mac", "10.0.0.1", 24)},
         {"network": GuestNetwork("02:00:00:00:00:01", "10.0.0.300", 24)},
         {"clock_ns": -1},
+        {"volume_dirs": ("/v",) * 257},
+        {"sysctls": ("a.b=1",) * 65},
+        {"ulimits": (Ulimit(7, 1, 1),) * 17},
     ],
 )
 def test_what_no_guest_could_take_is_refused(fields: dict[str, object]) -> None:

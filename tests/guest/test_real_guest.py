@@ -154,7 +154,6 @@ async def test_a_whole_life(kernel: Path, busybox_root: Path, tmp_path: Path) ->
         user="bob",
         machine_id="0123456789abcdef0123456789abcdef",
         network=NETWORK,
-        clock_ns=1_700_000_000_000_000_000,
         ca_certificates=(CaCertificate(pem=PEM, subject_hash="0a1b2c3d"),),
         volumes=(
             GuestVolume("v-rw", "/data/deep"),
@@ -197,7 +196,6 @@ async def test_a_whole_life(kernel: Path, busybox_root: Path, tmp_path: Path) ->
             assert "mtu 1400" in address
             assert "default via 10.0.2.2" in address
             assert address.endswith("1\n"), "IPv6 is closed"
-            assert int(await shell(client, "date +%s")) < 1_700_000_000 + 600
 
             bundle = await shell(client, "cat /etc/ssl/certs/ca-certificates.crt")
             assert bundle == "roots of the image\n" + PEM
@@ -225,6 +223,12 @@ async def test_a_whole_life(kernel: Path, busybox_root: Path, tmp_path: Path) ->
     for name in ("v-rw", "v-layer", "overlay.raw"):
         check = subprocess.run(["e2fsck", "-fn", tmp_path / name], capture_output=True, text=True)
         assert check.returncode == 0, check.stdout
+
+
+async def check_clock(client: GuestClient) -> None:
+    """The guest's clock is within 50 ms of ours, as far as the time that the question took lets us know."""
+    sample = await client.read_clock()
+    assert abs(sample.behind) - sample.uncertainty < 50_000_000, sample
 
 
 async def check_terminal(client: GuestClient) -> None:
@@ -423,7 +427,7 @@ async def test_systemd_is_at_home(kernel: Path, systemd_root: Path, tmp_path: Pa
                     break
             await guest.wait_exit()
         assert event == Exited(0)
-    assert b"Reached target poweroff.target" in guest.console, "in order, not by force"
+    assert b"Reached target halt.target" in guest.console, "in order, not by force"
 
 
 async def test_hosts_come_and_go(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
@@ -529,19 +533,17 @@ async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_ro
                 machine_id="f" * 32,
                 network=GuestNetwork(mac="02:00:00:65:43:21", address="10.0.2.77", prefix=16, gateway="10.0.2.2"),
                 entropy=secrets.token_bytes(64),
-                clock_ns=1_800_000_000_000_000_000,
+                clock_ns=1_800_000_000_000_000_000,  # as if it came late; the clock is corrected before the thaw
                 nonce=new_nonce,
             )
             await client.thaw()
-            told = await shell(
-                client, "hostname; cat /etc/machine-id; ip addr show eth0; ip route; date +%s; cat /etc/hosts"
-            )
+            told = await shell(client, "hostname; cat /etc/machine-id; ip addr show eth0; ip route; cat /etc/hosts")
             assert told.startswith("fork\n" + "f" * 32)
             assert "02:00:00:65:43:21" in told
             assert "10.0.2.77/16" in told
             assert "10.0.2.15" not in told
             assert "default via 10.0.2.2" in told
-            assert int(next(line for line in told.splitlines() if line.startswith("18"))) >= 1_800_000_000
+            await check_clock(client)
             with trio.fail_after(20):
                 while frozen == [(await shell(client, "cat /tmp/count")).encode()]:
                     await trio.sleep(0.05)

@@ -42,6 +42,34 @@ def test_good() -> None:
     assert isinstance(docker, Manifest)
 
 
+def test_null_is_an_absent_field() -> None:
+    """As Go's readers take it: Docker, containerd, Podman."""
+    nothing = {"annotations": None, "urls": None, "data": None, "platform": None}
+    document: dict[str, Any] = {**GOOD, "mediaType": None, "annotations": None, "layers": [{**LAYER, **nothing}]}
+    document |= {"manifests": None, "fsLayers": None, "subject": None, "config": {**CONFIG, **nothing}}
+    manifest = parse_manifest(json.dumps(document).encode())
+    assert isinstance(manifest, Manifest) and len(manifest.layers) == 1
+    run: dict[str, Any] = {
+        **dict.fromkeys(["User", "Env", "Entrypoint", "WorkingDir", "StopSignal", "OnBuild", "Healthcheck"]),
+        "Cmd": ["sh", None],
+        "Labels": {"a": None, "b": "c"},
+        "ExposedPorts": {"80/tcp": None},
+        "Volumes": {"/data": None, "/more": {}},
+    }
+    rootfs = {"type": None, "diff_ids": [DIGEST]}
+    body = {"config": run, "rootfs": rootfs, "history": None, "variant": None, "os": None, "architecture": None}
+    config = parse_config(json.dumps(body).encode(), manifest).config
+    assert config is not None and (config.user, config.working_dir, config.env) == ("", "", None)
+    assert config.cmd == ("sh", "")
+    assert config.labels == {"a": "", "b": "c"}
+    assert list(config.exposed_ports or ()) == ["80/tcp"]
+    assert list(config.volumes or ()) == ["/data", "/more"]
+    empty = parse_manifest(json.dumps({**GOOD, "layers": None}).encode())
+    assert isinstance(empty, Manifest)
+    body = {"config": None, "rootfs": {"type": "layers", "diff_ids": None}}
+    assert parse_config(json.dumps(body).encode(), empty).config is None
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -116,7 +116,7 @@ REQUESTS: dict[Op, Callable[[GuestClient], Awaitable[Any]]] = {
     Op.COPY_TO: _copy_in,
     Op.COPY_FROM: _copy_out,
     Op.SHUTDOWN: lambda client: client.shutdown(),
-    Op.CLOCK: lambda client: client.set_clock(1),
+    Op.CLOCK: lambda client: client.read_clock(),
     Op.IDENTITY: lambda client: client.set_identity(hostname="a"),
     Op.MOUNT: lambda client: client.mount_volume(GuestVolume(disk_id="a", path="/a", readonly=False)),
     Op.UNMOUNT: lambda client: client.unmount_volume("/a"),
@@ -172,7 +172,7 @@ async def test_a_silent_guest_is_refused_at_once_until_it_answers_again(
             await client.stat("/")
         assert trio.current_time() == before
         await trio.sleep(86400)
-        assert agent.seen == [Op.PING], "one ping waits for it, not one for each heartbeat"
+        assert agent.seen == [Op.CLOCK, Op.PING], "one ping waits for it, not one for each heartbeat"
         await agent.come_back()
         await trio.testing.wait_all_tasks_blocked()
         assert not is_silent(client) and changes == [True, False]

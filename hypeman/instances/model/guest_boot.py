@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestVolume
 from hypeman.guest.boot import GuestNetwork as BootNetwork
+from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities, Disk
 from hypeman.images.types import ImageConfig
 from hypeman.instances.model.record import InstanceRecord
@@ -35,6 +36,7 @@ def boot_config(
     """``disks`` are in the order in which the guest sees them; ``able`` is its VMM's capabilities."""
     spec = record.spec
     env = {**dict(image.env), **guest_env(spec), **egress_env}
+    settings = parse_settings(spec.tags, image.labels)
     return BootConfig(
         instance_id=record.id,
         hostname=record.name,
@@ -62,6 +64,11 @@ def boot_config(
         clock_ns=clock_ns,
         disk_order=() if able.disk_serials else tuple(disk.id for disk in disks),
         power_off_by_reset=not able.power_off,
+        volume_dirs=image.volumes,
+        pid1=settings.pid1,
+        shm_bytes=settings.shm_bytes,
+        sysctls=settings.sysctls,
+        ulimits=settings.ulimits,
     )
 
 

@@ -14,6 +14,7 @@ from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConf
 from hypeman.config import LimitsConfig
 from hypeman.egress.policy import guest_environment
 from hypeman.errors import InvalidRequest, NotSupported
+from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name, check_tags
@@ -56,6 +57,7 @@ def check_create(
     """The validated spec of a request. Raises InvalidRequest with the field's code, or NotSupported."""
     check_name(request.name)
     tags = check_tags(request.tags)
+    parse_settings(tags)
     if not request.image:
         raise InvalidRequest("image is empty")
     memory = _memory(request.size, "size", "invalid_size", DEFAULT_MEMORY)
