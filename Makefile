@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile ext/launcher/Makefile)
 
-.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal kernel reference lock clean ready
+.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal kernel reference lock clean ready ready-own
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -25,7 +25,7 @@ help:  ## list the targets; the default, so that plain `make` starts no VM
 demo: ready  ## run an OCI image as a VM; ends with `demo: ok`
 	@$(PYTHON) -m tests.demo
 
-test: ready  ## run the whole test suite
+test: ready-own  ## run the whole test suite, on our guest kernel
 	@echo "== tests"
 	@$(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
@@ -33,7 +33,7 @@ test-fast: $(STAMPS)/native  ## tests without guests, namespaces or registries: 
 	@echo "== fast tests"
 	@$(PYTHON) -m pytest -q -m "not real and not slow and not metal" $(PYTEST_ARGS) $$($(PYTHON) -m tests.tiers fast)
 
-test-conformance: ready  ## public conformance suites against the egress proxy (needs Go)
+test-conformance: ready-own  ## public conformance suites against the egress proxy (needs Go)
 	@$(PYTHON) -m pytest -v tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py
 
 lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import direction, documents
@@ -45,7 +45,7 @@ lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import directi
 	@echo "== direction of imports, documents, test tiers"
 	@$(PYTHON) -m pytest -q tests/test_imports.py tests/test_documents.py tests/test_tiers.py
 
-bench: ready  ## benchmarks, as a table and in build/bench.json; AREAS="egress http" selects some
+bench: ready-own  ## benchmarks, as a table and in build/bench.json; AREAS="egress http" selects some
 	@$(PYTHON) -m tests.bench $(AREAS)
 
 appliance: $(STAMPS)/native  ## build the self-contained bundle: dist/*.tar.gz, dist/*.deb, checksums, list of contents
@@ -60,7 +60,7 @@ test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect
 test-metal: appliance  ## devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" tests/metal tests/packaging/metal.py
 
-kernel: $(STAMPS)/debian  ## build our guest kernel (about 12 CPU minutes, once); otherwise Debian's is used
+kernel: $(STAMPS)/debian  ## build our guest kernel (about 12 CPU minutes, once); only `make demo` does without it
 	@echo "== guest kernel of our own"
 	@packaging/kernel/build
 
@@ -80,6 +80,8 @@ clean:  ## remove build products (keeps the kernel cache in ~/.cache/hypeman-bui
 
 ready: $(STAMPS)/native build/guest/vmlinux
 
+ready-own: $(STAMPS)/native build/guest/own
+
 $(STAMPS)/debian: packaging/debian-packages.txt
 	@echo "== Debian packages"
 	@packaging/install-packages $<
@@ -95,6 +97,11 @@ $(STAMPS)/native: $(native_sources) $(STAMPS)/venv
 	@echo "== extensions and guest agent"
 	@$(PYTHON) setup.py --quiet build_ext --inplace >build/native.log 2>&1 || { cat build/native.log; exit 1; }
 	@touch $@
+
+build/guest/own: packaging/kernel/config $(wildcard packaging/kernel/patches/*.patch) packaging/kernel/build $(STAMPS)/native
+	@echo "== guest kernel of our own and initrd"
+	@packaging/kernel/choose --own build/guest
+	@touch build/guest/vmlinux $@
 
 build/guest/vmlinux: packaging/kernel/config $(wildcard packaging/kernel/patches/*.patch) $(STAMPS)/native
 	@echo "== guest kernel and initrd"
