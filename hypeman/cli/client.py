@@ -6,6 +6,7 @@ client takes longer than most requests.
 
 from __future__ import annotations
 
+import base64
 import http.client
 import select
 import socket
@@ -100,6 +101,22 @@ class Client:
             for line in response:
                 if line.startswith(b"data: "):
                     yield msgspec.json.decode(line[6:])
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f"the stream broke: {error}") from None
+        finally:
+            self.close()
+
+    def lines(self, path: str, **query: Any) -> Iterator[tuple[bytes, bool]]:
+        """Lines of a log as they arrive: their bytes, and whether that is the end of the line."""
+        response = self._request("GET", _with_query(path, query), None, {"Accept": "text/event-stream"}, None)
+        exact, ends = None, True
+        try:
+            for line in response:
+                if line.startswith((b": bytes=", b": piece=")):
+                    exact, ends = base64.b64decode(line[8:]), line.startswith(b": bytes=")
+                elif line.startswith(b"data: "):
+                    yield msgspec.json.decode(line[6:], type=str).encode() if exact is None else exact, ends
+                    exact, ends = None, True
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"the stream broke: {error}") from None
         finally:

@@ -103,10 +103,12 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 @reports
 def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
     """Show what an instance printed."""
-    for line in session.client.events(f"{path_of(instance)}/logs", follow=follow, tail=tail, source=source):
+    out = sys.stdout.buffer
+    for line, ends in session.client.lines(f"{path_of(instance)}/logs", follow=follow, tail=tail, source=source):
         # Workload output is data, as with exec. The other logs are hypeman's and quote untrusted text.
-        sys.stdout.write((line if source == "app" else one_line(line)) + "\n")
-        sys.stdout.flush()
+        out.write(line if source == "app" else one_line(line.decode(errors="replace")).encode())
+        out.write(b"\n" if ends else b"")
+        out.flush()
 
 
 @click.command()

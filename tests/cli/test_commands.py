@@ -230,6 +230,8 @@ def test_logs(cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     (server.world.log_directory / "web-app.log").write_text('one\n"two"\nthree\n')
     assert cli("logs", "web", "--tail", "2").stdout == '"two"\nthree\n'
+    (server.world.log_directory / "web-app.log").write_bytes(b"\xff\xfe\x00\r\n" + b"y" * 150_000 + b"\n\xe9t\xe9")
+    assert cli("logs", "web").stdout_bytes == b"\xff\xfe\x00\n" + b"y" * 150_000 + b"\n\xe9t\xe9\n"
     missing = cli("logs", "web", "-s", "vmm")
     assert (missing.exit_code, "there is no vmm log yet" in missing.stderr) == (1, True)
 

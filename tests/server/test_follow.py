@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import errno
 import json
@@ -20,9 +21,9 @@ from hypeman.server.follow import LineCutter, LogStream, encode_events, find_tai
 
 
 def lines_of(chunk: bytes) -> list[str]:
-    """The lines in a chunk of events; fails unless it consists of whole events."""
+    """The lines in a chunk of events, as a client of such events sees them; fails unless the events are whole."""
     assert chunk.endswith(b"\n\n")
-    events = chunk[:-2].split(b"\n\n")
+    events = [re.sub(rb"^:[^\n]*\n", b"", event) for event in chunk[:-2].split(b"\n\n")]
     assert all(event.startswith(b"data: ") and b"\n" not in event for event in events)
     return [json.loads(event[6:]) for event in events]
 
@@ -110,11 +111,39 @@ def test_cutting_does_not_depend_on_the_blocks(blocks: list[bytes]) -> None:
     assert cut == whole + (b"\n" if whole and not whole.endswith(b"\n") else b"")
 
 
-def test_a_line_without_end_is_cut() -> None:
+@pytest.mark.parametrize("unit", [b"x", "ü".encode(), "€".encode(), "🦦".encode(), b"\xff", b"\x80"])
+def test_a_line_without_end_comes_in_pieces(unit: bytes) -> None:
+    """Bounded, complete, and cut between characters."""
     cutter = LineCutter()
-    pieces = [cutter.feed(b"x" * 1000) for _ in range(200)]
-    assert max(map(len, pieces)) <= follow.MAX_LINE + 1001
-    assert sum(piece.count(b"x") for piece in pieces) + len(cutter.flush()) - 1 == 200_000
+    line, pieces = b"." + unit * 50_000, []
+    for begin in range(0, len(line), 1000):
+        assert cutter.feed(line[begin : begin + 1000]) == b""
+        if piece := cutter.take_piece():
+            pieces.append(piece)
+    assert max(map(len, pieces), default=0) <= follow.MAX_LINE + 1000
+    assert b"".join(pieces) + cutter.flush() == line + b"\n"
+    if b"\xff" not in unit and unit != b"\x80":
+        assert all(piece.decode() for piece in pieces)
+
+
+async def test_a_piece_says_that_its_line_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "app.log"
+    path.write_bytes(b"before\n" + b"x" * 200_000 + b" end\nafter\n")
+    lines = await read_all(path)
+    assert lines[0] == "before" and lines[-1] == "after"
+    *pieces, last = lines[1:-1]
+    assert pieces and all(piece.endswith(follow.CONTINUES) for piece in pieces)
+    assert "".join(piece.removesuffix(follow.CONTINUES) for piece in pieces) + last == "x" * 200_000 + " end"
+
+
+@given(st.binary(max_size=60))
+def test_bytes_that_are_no_text_are_beside_it(noise: bytes) -> None:
+    events = encode_events(noise + b"\n")
+    shown = lines_of(events)
+    assert shown == [line.removesuffix("\r") for line in noise.decode("utf-8", "replace").split("\n")]
+    kept = [base64.b64decode(line[len(follow.BYTES) :]) for line in events.split(b"\n") if line.startswith(b":")]
+    odd = [line for line in noise.split(b"\n") if line.decode("utf-8", "replace").encode() != line]
+    assert kept == [line.removesuffix(b"\r") for line in odd]
 
 
 async def test_last_lines_and_an_unfinished_one(tmp_path: Path) -> None:
