@@ -265,7 +265,8 @@ def _render_fields(config: BootConfig) -> FieldWriter:
         writer.text(Tag.DISK_ORDER, check_disk_id(disk_id))
     for path in config.volume_dirs:
         writer.text(Tag.VOLUME_DIR, path)
-    writer.u8(Tag.PID1, config.pid1)
+    if config.pid1 is not Pid1.DETECT:
+        writer.u8(Tag.PID1, config.pid1)
     if config.shm_bytes:
         writer.u64(Tag.SHM_BYTES, config.shm_bytes)
     for sysctl in config.sysctls:
