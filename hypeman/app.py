@@ -224,6 +224,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         leases=adapters.Leases(
             network,
             resources,
+            store,
             default_limits=config.network.default_limits,
             isolated=not config.network.guest_to_guest,
         ),
@@ -298,7 +299,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await files.make_dir(parts.config.paths.tmp)
     nursery.start_soon(parts.catalog.probe)
     await nursery.start(parts.devices.run)
-    await parts.network.start(usage.living_leases(parts.store))
+    await parts.network.start(*usage.leases_by_life(parts.store))
     await nursery.start(parts.network.run)
     parts.egress.on_audit(parts.egress_audit.offer)
     parts.egress.on_audit(parts.egress_view.keep)

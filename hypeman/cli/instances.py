@@ -290,7 +290,7 @@ def update_auto_standby(
     policy = present(
         enabled=enabled, idle_timeout=idle_timeout, ignore_destination_ports=ports, ignore_source_cidrs=cidrs
     )
-    _patch(session, instance, {"auto_standby": policy})
+    patch(session, instance, {"auto_standby": policy})
 
 
 @update.command("egress-credentials")
@@ -316,7 +316,7 @@ def update_egress_credentials(session: Session, instance: str, env: tuple[str, .
         values[key] = value
     if not values:
         raise click.UsageError("say what to change with --env KEY or --env-file FILE")
-    _patch(session, instance, {"env": values})
+    patch(session, instance, {"env": values})
 
 
 def secrets_in_file(file: TextIO) -> dict[str, str]:
@@ -339,7 +339,7 @@ def secrets_in_file(file: TextIO) -> dict[str, str]:
 @reports
 def update_health_check(session: Session, instance: str, **flags: Any) -> None:
     """How to tell whether the workload is well."""
-    _patch(session, instance, {"health_check": health_body(flags) or {}})
+    patch(session, instance, {"health_check": health_body(flags) or {}})
 
 
 @update.command("restart-policy")
@@ -348,8 +348,8 @@ def update_health_check(session: Session, instance: str, **flags: Any) -> None:
 @reports
 def update_restart_policy(session: Session, instance: str, **flags: Any) -> None:
     """What to do when the workload has ended."""
-    _patch(session, instance, {"restart_policy": restart_body(flags) or {}})
+    patch(session, instance, {"restart_policy": restart_body(flags) or {}})
 
 
-def _patch(session: Session, instance: str, body: dict[str, Any]) -> None:
+def patch(session: Session, instance: str, body: dict[str, Any]) -> None:
     show_instance(session, session.client.call("PATCH", path_of(instance), body))

@@ -14,7 +14,21 @@ from typing import Any
 import click
 
 from hypeman import __version__
-from hypeman.cli import backup, copy, devices, egress, execute, host, images, instances, run, shell, snapshots, volumes
+from hypeman.cli import (
+    backup,
+    copy,
+    devices,
+    egress,
+    execute,
+    host,
+    images,
+    instances,
+    ports,
+    run,
+    shell,
+    snapshots,
+    volumes,
+)
 from hypeman.cli.output import FORMATS
 from hypeman.cli.session import Session, complain
 
@@ -119,7 +133,7 @@ def hypeman(context: click.Context, /, **options: Any) -> None:
 for _command in (
     run.run, instances.ps, instances.inspect, instances.logs, execute.execute, copy.copy, instances.stats,
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
-    instances.rm, instances.update, images.pull, images.images, volumes.volumes, snapshots.snapshots,
+    instances.rm, instances.update, ports.port, images.pull, images.images, volumes.volumes, snapshots.snapshots,
     devices.devices, egress.egress, host.resources, host.health, host.capabilities,
     shell.completion, shell.man,
 ):  # fmt: skip

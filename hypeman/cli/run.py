@@ -22,6 +22,7 @@ from hypeman.cli.policies import (
     restart_body,
     restart_options,
 )
+from hypeman.cli.ports import parse_port, ports_option
 from hypeman.cli.session import Session, fail, pairs, present, reports
 
 _BOOTING = ("Created", "Initializing")
@@ -60,6 +61,7 @@ _NAME_CHARACTERS = string.ascii_lowercase + string.digits
 @click.option("--cmd", multiple=True, help="Instead of the image's; one word each.")
 @click.option("-l", "--tag", "--metadata", "tags", multiple=True, metavar="KEY=VALUE")
 @click.option("-v", "--volume", "volumes", multiple=True, metavar="ID:/PATH[:ro[:overlay=SIZE]]")
+@ports_option
 @click.option("--ttl", help="Delete it after this time, as in 2h.")
 @health_options("health-")
 @restart_options("restart-")
@@ -109,6 +111,7 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         devices=flags["devices"],
         gpu=present(profile=flags["gpu_profile"]),
         volumes=[parse_mount(text) for text in flags["volumes"]],
+        ports=[parse_port(text) for text in flags["ports"]],
         hypervisor=HYPERVISORS.get(flags["hypervisor"], flags["hypervisor"]),
         snapshot_policy=policy,
         auto_standby=auto_standby,

@@ -7,6 +7,7 @@ policy or a claim, and sealed values and counters are mapped back to the instanc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 
@@ -20,8 +21,9 @@ from hypeman.instances.board import Board
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
 from hypeman.instances.rows import INSTANCES
 from hypeman.network import leases
+from hypeman.network.publishing import Claim
 from hypeman.network.service import Network
-from hypeman.network.types import EgressMode, Lease, NetworkPlan
+from hypeman.network.types import EgressMode, Lease, NetworkPlan, PortMapping
 from hypeman.resources.service import ResourceService
 from hypeman.store import Store, Table, Txn
 
@@ -29,13 +31,16 @@ from hypeman.store import Store, Table, Txn
 class Leases:
     """Addresses for instances, and a share of the uplink for those that request no rates."""
 
-    def __init__(self, network: Network, resources: ResourceService, *, default_limits: bool, isolated: bool) -> None:
+    def __init__(
+        self, network: Network, resources: ResourceService, store: Store, *, default_limits: bool, isolated: bool
+    ) -> None:
+        self._store = store
         self._network = network
         self._resources = resources
         self._default_limits = default_limits
         self._isolated = isolated
 
-    def take(self, txn: Txn, record: InstanceRecord) -> Lease:
+    def take(self, txn: Txn, record: InstanceRecord, ports: tuple[PortMapping, ...]) -> Lease:
         spec = record.spec
         plan = NetworkPlan(
             enabled=spec.network,
@@ -43,8 +48,29 @@ class Leases:
             upload_bps=spec.upload_bps,
             egress_mode=EgressMode(spec.egress.value) if spec.egress else EgressMode.NONE,
             isolated=self._isolated,
+            ports=ports,
         )
-        return leases.take_lease(txn, record.id, plan, self._network.subnet)
+        return leases.take_lease(txn, record.id, plan, self._network.subnet, partial(_name_of, txn))
+
+    async def claim_ports(self, ports: tuple[PortMapping, ...], *, instance_id: str = "") -> Claim:
+        """Raises PortInUse with the name of the instance or program that has a port."""
+        wanted = [mapping for mapping in ports if mapping.host_port]
+        self._store.read(
+            lambda txn: leases.check_ports_free(txn, wanted, partial(_name_of, txn), instance_id=instance_id)
+        )
+        return await self._network.published.claim(ports, instance_id=instance_id)
+
+    def set_ports(self, txn: Txn, instance_id: str, ports: tuple[PortMapping, ...]) -> None:
+        leases.set_ports(txn, instance_id, ports, partial(_name_of, txn))
+
+    async def publish(self, instance_id: str) -> None:
+        """Let the ports in the store take effect. Raises HostError."""
+        lease = self._store.read(lambda txn: leases.get_lease(txn, instance_id))
+        if lease is not None:
+            await self._network.set_ports(lease)
+
+    def release_ports(self, instance_id: str) -> None:
+        self._network.published.forget(instance_id)
 
     def drop(self, txn: Txn, instance_id: str) -> None:
         leases.drop_lease(txn, instance_id, self._network.subnet)
@@ -61,6 +87,11 @@ class Leases:
             share = self._resources.share(spec.vcpus, self._resources.limits.disk_io)
             spec = msgspec.structs.replace(spec, disk_io_bps=share)
         return spec
+
+
+def _name_of(txn: Txn, instance_id: str) -> str:
+    record = txn.get(INSTANCES, instance_id)
+    return f"instance {record.name!r}" if record is not None else f"instance {instance_id}"
 
 
 class Counters:

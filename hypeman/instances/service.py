@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from hypeman.instances.life.operations.copies import adopt_disks, copy_out
 from hypeman.instances.life.operations.standby import restore, standby
 from hypeman.instances.life.operations.stop import delete, stop
 from hypeman.instances.life.operations.volumes import attach, detach
-from hypeman.instances.life.owned import Hooks, Owned, holding_of
+from hypeman.instances.life.owned import Also, Hooks, Owned, holding_of
 from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.admission import Command, check_legal
 from hypeman.instances.model.phases import Phases, utc_now
@@ -73,7 +74,8 @@ from hypeman.instances.rows import INSTANCES, INTENTS
 from hypeman.instances.session_types import CpRequest, ExecRequest
 from hypeman.instances.sessions import CopyOut, ExecSession, open_copy_to, open_exec
 from hypeman.network.leases import get_lease
-from hypeman.network.types import Lease
+from hypeman.network.ports import check_ports
+from hypeman.network.types import Lease, PortMapping
 from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse
 from hypeman.store import Store, Txn
@@ -95,12 +97,35 @@ log = logging.getLogger(__name__)
 
 
 class LeaseNeeds(Protocol):
-    """Allocates addresses, in the caller's transaction."""
+    """Allocates addresses, in the caller's transaction, and ports of the host."""
 
-    def take(self, txn: Txn, record: InstanceRecord) -> Lease: ...
+    def take(self, txn: Txn, record: InstanceRecord, ports: tuple[PortMapping, ...]) -> Lease: ...
+    async def claim_ports(
+        self, ports: tuple[PortMapping, ...], *, instance_id: str = ""
+    ) -> AbstractContextManager[PortClaim]:
+        """Hold ports of the host within the block, and beyond if they are kept. Raises PortInUse."""
+        ...
+
+    def set_ports(self, txn: Txn, instance_id: str, ports: tuple[PortMapping, ...]) -> None: ...
+    async def publish(self, instance_id: str) -> None:
+        """Let the ports in the store take effect."""
+        ...
+
+    def release_ports(self, instance_id: str) -> None: ...
     def drop(self, txn: Txn, instance_id: str) -> None: ...
     def default_rates(self, spec: InstanceSpec) -> InstanceSpec:
         """``spec`` with unset rates replaced by a share of the uplink."""
+        ...
+
+
+class PortClaim(Protocol):
+    @property
+    def ports(self) -> tuple[PortMapping, ...]:
+        """The ports, with those that were found where a free one was requested."""
+        ...
+
+    def keep(self, instance_id: str) -> None:
+        """The ports are recorded for this instance, instead of those that it had."""
         ...
 
 
@@ -244,6 +269,7 @@ class Instances:
 
     async def create(self, request: CreateInstanceRequest) -> Instance:
         check_name(request.name)
+        ports = check_ports(request.ports)
         await self.catalog.wait_ready()
         kind = request.hypervisor or self.catalog.default()
         driver = self.catalog.driver(kind)
@@ -261,6 +287,8 @@ class Instances:
         self.secrets.check(spec, real)
         expires_at = expiry(request.ttl, request.expires_at, now=now)
         self._check_free(request.name)
+        with await self.leases.claim_ports(ports):
+            pass  # an early check, to avoid a useless pull
         spec = self.leases.default_rates(spec)
         image = await self.images.wait_ready(request.image, request.platform)
         if spec.devices or spec.gpu_profile:
@@ -282,14 +310,17 @@ class Instances:
             nonce=new_nonce(),
         )
 
-        def write(txn: Txn) -> InstanceRecord:
-            written = self._insert(txn, record, plan_create(record))
+        def write(txn: Txn, ports: tuple[PortMapping, ...]) -> InstanceRecord:
+            written = self._insert(txn, record, plan_create(record), ports)
             hold(txn, record.id, holding_of(record), self.limits())
             self.secrets.seal(txn, record.id, real)
             return written
 
         async def make() -> Lifecycle:
-            return await self._adopt(await self.store.write(write), create)
+            with await self.leases.claim_ports(ports) as claim:
+                written = await self.store.write(partial(write, ports=claim.ports))
+                claim.keep(record.id)
+            return await self._adopt(written, create)
 
         return self.view((await self.see_through(make)).record)
 
@@ -297,8 +328,11 @@ class Instances:
         """Early check, to avoid a useless pull; the transaction checks again."""
         self.store.read(lambda txn: rows.check_name_free(txn, name))
 
-    def _insert(self, txn: Txn, record: InstanceRecord, steps: tuple[Step, ...]) -> InstanceRecord:
-        """Record a new instance and everything it reserves, with the plan that creates it."""
+    def _insert(
+        self, txn: Txn, record: InstanceRecord, steps: tuple[Step, ...], ports: tuple[PortMapping, ...] = ()
+    ) -> InstanceRecord:
+        """Record a new instance and everything it reserves, with the plan that creates it. A fork publishes no ports:
+        those of its source are taken."""
         claimed = self.devices.claim(txn, record.id, record.spec.devices, record.spec.gpu_profile)
         mounts = tuple(
             msgspec.structs.replace(mount, volume_id=volumes.find_volume(txn, mount.volume_id).id)
@@ -312,7 +346,7 @@ class Instances:
             ports=record.ports or assign_ports(spec.volumes),  # a fork's disks are on the same ports as its source's
         )
         rows.insert(txn, record)
-        self.leases.take(txn, record)
+        self.leases.take(txn, record, ports)
         self.images.pin(txn, record.digest, record.id)
         for mount in mounts:
             volumes.attach(
@@ -406,10 +440,13 @@ class Instances:
 
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
         check_supported_policies(request)
+        ports = check_ports(request.ports) if request.ports is not None else None
         task = self.task(ref)
-        return self.view(await task.perform(None, lambda owned: self._update(owned, request)))
+        return self.view(await task.perform(None, lambda owned: self._update(owned, request, ports)))
 
-    async def _update(self, owned: Owned, request: UpdateInstanceRequest) -> InstanceRecord:
+    async def _update(
+        self, owned: Owned, request: UpdateInstanceRequest, ports: tuple[PortMapping, ...] | None
+    ) -> InstanceRecord:
         now = self._now()
         record = owned.record
         changes: dict[str, object] = {}
@@ -438,10 +475,42 @@ class Instances:
             if values:
                 self.secrets.seal(txn, record.id, values)
 
-        changed = await owned.save(msgspec.structs.replace(record, **changes), also=seal)
+        record = msgspec.structs.replace(record, **changes)
+        changed = await (owned.save(record, also=seal) if ports is None else self._publish(owned, record, ports, seal))
         if values:
             await self.secrets.refresh(record.id)
         self._reaper.look()
+        return changed
+
+    async def _publish(
+        self, owned: Owned, record: InstanceRecord, ports: tuple[PortMapping, ...], also: Also
+    ) -> InstanceRecord:
+        """Save ``record`` with its new ``ports``, and let them take effect; if the host refuses, with the old ones."""
+        if not record.spec.network:
+            raise InvalidRequest(f"instance {record.name!r} has no network", code="invalid_ports")
+        lease = self.store.read(lambda txn: get_lease(txn, record.id))
+        before = lease.ports if lease is not None else ()
+        changed = await self._save_ports(owned, record, ports, also)
+        try:
+            await self.leases.publish(record.id)
+        except HypemanError:
+            await self._save_ports(owned, record, before, lambda txn: None)
+            with suppress(HypemanError):  # the rules are as they were; relays may have to be served again
+                await self.leases.publish(record.id)
+            raise
+        return changed
+
+    async def _save_ports(
+        self, owned: Owned, record: InstanceRecord, ports: tuple[PortMapping, ...], also: Also
+    ) -> InstanceRecord:
+        with await self.leases.claim_ports(ports, instance_id=record.id) as claim:
+
+            def write(txn: Txn) -> None:
+                also(txn)
+                self.leases.set_ports(txn, record.id, claim.ports)
+
+            changed = await owned.save(record, also=write)
+            claim.keep(record.id)
         return changed
 
     async def attach_volume(self, ref: str, volume: str, request: AttachVolumeRequest) -> Instance:
@@ -628,6 +697,7 @@ class Instances:
 
     def _forget(self, record: InstanceRecord) -> None:
         self._tasks.pop(record.id, None)
+        self.leases.release_ports(record.id)
         self.board.remove(record)
 
     def task(self, ref: str) -> Lifecycle:

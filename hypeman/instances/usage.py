@@ -35,11 +35,15 @@ def disk_use(store: Store, images: Images) -> DiskBreakdown:
     )
 
 
-def living_leases(store: Store) -> Sequence[Lease]:
-    """Leases of instances whose record names a VMM. If the VMM has exited since, they are settled later."""
+def leases_by_life(store: Store) -> tuple[Sequence[Lease], Sequence[Lease]]:
+    """Leases of instances whose record names a VMM, and those of all others. If a VMM has exited since, they are
+    settled later."""
 
-    def read(txn: Txn) -> list[Lease]:
-        living = [record.id for _, record in txn.scan(INSTANCES) if record.handle is not None]
-        return [lease for instance_id in living if (lease := get_lease(txn, instance_id)) is not None]
+    def read(txn: Txn) -> tuple[list[Lease], list[Lease]]:
+        living, others = list[Lease](), list[Lease]()
+        for _, record in txn.scan(INSTANCES):
+            if (lease := get_lease(txn, record.id)) is not None:
+                (living if record.handle is not None else others).append(lease)
+        return living, others
 
     return store.read(read)

@@ -86,7 +86,10 @@ class PublishedPorts:
         held = self._held.get(instance_id, {}) | claim.held
         for socket in held.keys() - wanted.keys():
             self._release(held.pop(socket))
-        self._held[instance_id] = held
+        if held:
+            self._held[instance_id] = held
+        else:
+            self._held.pop(instance_id, None)
 
     def abandon(self, instance_id: str, claim: Claim) -> None:
         for hold in claim.held.values():

@@ -204,9 +204,13 @@ class Network:
                 return
             self._leases[lease.instance_id] = lease
             self.published.open(lease)
-            if reached_from_loopback(lease.ports) != reached_from_loopback(before.ports):
-                await self._add_tap(lease)
-            await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
+            try:
+                if reached_from_loopback(lease.ports) != reached_from_loopback(before.ports):
+                    await self._add_tap(lease)
+                await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
+            except BaseException:
+                self._leases[lease.instance_id] = before
+                raise
         old, new = all_sockets(before.ports), all_sockets(lease.ports)
         await self._forget_translated(lease.ipv4, dict(old.items() - new.items()))
         await self._forget_untranslated(dict(new.items() - old.items()))

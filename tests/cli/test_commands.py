@@ -21,6 +21,7 @@ from hypeman.cli import output
 from hypeman.cli.client import Client
 from hypeman.cli.images import progress_line
 from hypeman.cli.main import Commands, hypeman, plain_flags
+from hypeman.cli.ports import parse_port
 from hypeman.cli.run import boot_line, create_body, parse_mount, random_name
 from hypeman.cli.session import Session
 from hypeman.cli.settings import Settings, SettingsError, load_settings
@@ -29,7 +30,8 @@ from hypeman.devices.types import AvailableDevice
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name
 from hypeman.images.types import Image, ImageStatus
-from hypeman.instances.model.types import CreateInstanceRequest, InstanceState
+from hypeman.instances.model.types import CreateInstanceRequest, InstanceState, UpdateInstanceRequest
+from hypeman.network.types import PortMapping, Protocol
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import ServeError
 
@@ -533,3 +535,47 @@ def test_colours_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_session_asks_no_settings_before_it_needs_them() -> None:
     assert "client" not in vars(Session(base_url="nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("text", "mapping"),
+    [
+        ("8080:80", {"host_port": 8080, "guest_port": 80, "protocol": "tcp"}),
+        ("80", {"host_port": 0, "guest_port": 80, "protocol": "tcp"}),
+        ("53:5353/udp", {"host_port": 53, "guest_port": 5353, "protocol": "udp"}),
+        ("127.0.0.1:8080:80", {"host_port": 8080, "guest_port": 80, "protocol": "tcp", "host_address": "127.0.0.1"}),
+        ("127.0.0.1::80", {"host_port": 0, "guest_port": 80, "protocol": "tcp", "host_address": "127.0.0.1"}),
+        ("[::1]:8080:80", {"host_port": 8080, "guest_port": 80, "protocol": "tcp", "host_address": "::1"}),
+        ("9000-9002:90-92", {"host_port": 9000, "guest_port": 90, "protocol": "tcp", "count": 3}),
+        ("90-92", {"host_port": 0, "guest_port": 90, "protocol": "tcp", "count": 3}),
+    ],
+)
+def test_port_mappings_are_written_as_for_docker(text: str, mapping: dict[str, Any]) -> None:
+    assert parse_port(text) == mapping
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "8080:", "1:2:3:4", "8080:80/sctp", "1-2:3", "2-1:2-1", "70000:80", "0:80", "::1:80:80", "1.2.3.4:80"],
+)
+def test_bad_port_mappings(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        parse_port(text)
+
+
+def test_ports_are_requested_shown_and_changed(cli: Any, server: Any) -> None:
+    mapping = PortMapping(host_port=8080, guest_port=80)
+    assert parsed_flags("-p", "8080:80").ports == (mapping,)
+    server.world.instances.add("web", ports=(mapping, PortMapping(host_port=53, guest_port=53, protocol=Protocol.UDP)))
+    server.world.instances.add("closed")
+    assert cli("port", "closed").stdout == ""
+    assert cli("port", "web").stdout.splitlines() == [
+        "80/tcp -> 0.0.0.0:8080", "80/tcp -> [::]:8080", "53/udp -> 0.0.0.0:53", "53/udp -> [::]:53",
+    ]  # fmt: skip
+    assert cli("port", "web", "80").stdout.splitlines() == ["0.0.0.0:8080", "[::]:8080"]
+    missing = cli("port", "web", "81")
+    assert (missing.exit_code, "port 81/tcp of web is not published" in missing.stderr) == (1, True)
+    for arguments, ports in ((["-p", "8080:80"], (mapping,)), (["--none"], ())):
+        assert cli("update", "ports", "web", *arguments).exit_code == 0
+        assert server.world.instances.asked[-1] == ("update", UpdateInstanceRequest(ports=ports))
+    assert cli("update", "ports", "web").exit_code == 2

@@ -44,7 +44,7 @@ from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
 from hypeman.network import leases
 from hypeman.network.addressing import Subnet
-from hypeman.network.types import GuestNetwork, Lease, NetworkPlan
+from hypeman.network.types import GuestNetwork, Lease, NetworkPlan, PortMapping
 from hypeman.paths import Paths
 from hypeman.resources.accounting import Limits
 from hypeman.store import Store, Txn
@@ -112,8 +112,18 @@ class FakeNetwork:
     def __init__(self, bomb: Bomb) -> None:
         self.taps = Effects("tap", bomb)
 
+    async def start(self, living: list[Lease]) -> None:
+        """What the kernel forwards is made to match the store when a server starts."""
+        for lease in living:
+            if lease.instance_id in self.taps.there:
+                self.taps.there[lease.instance_id] = tap_text(lease)
+
     async def attach(self, lease: Lease, *, uid: int = 0) -> None:
-        await self.taps.add(lease.instance_id, lease.ipv4)
+        await self.taps.add(lease.instance_id, tap_text(lease))
+
+    async def set_ports(self, lease: Lease) -> None:
+        if lease.instance_id in self.taps.there:
+            await self.taps.add(lease.instance_id, tap_text(lease))
 
     async def detach(self, lease: Lease) -> None:
         await self.taps.remove(lease.instance_id)
@@ -127,15 +137,63 @@ class FakeNetwork:
         return GuestNetwork(lease.ipv4, 32, "10.0.0.1", lease.mac, "1.1.1.1", 1500)
 
 
+def tap_text(lease: Lease) -> str:
+    """A TAP as the lab shows it: the address behind it, and the ports that lead there."""
+    return " ".join([lease.ipv4, *(f"{each.host_port}:{each.guest_port}" for each in lease.ports)])
+
+
 class FakeLeases:
-    def take(self, txn: Txn, record: InstanceRecord) -> Lease:
-        return leases.take_lease(txn, record.id, NetworkPlan(enabled=record.spec.network), FakeNetwork.subnet)
+    """Leases in the store; the ports that a server holds, which end with it."""
+
+    def __init__(self, store: Any, network: FakeNetwork, bomb: Bomb) -> None:
+        self._store = store
+        self._network = network
+        self._bomb = bomb
+        self.held: dict[str, tuple[PortMapping, ...]] = {}
+        """Instance → ports."""
+
+    def take(self, txn: Txn, record: InstanceRecord, ports: tuple[PortMapping, ...]) -> Lease:
+        plan = NetworkPlan(enabled=record.spec.network, ports=ports)
+        return leases.take_lease(txn, record.id, plan, FakeNetwork.subnet)
+
+    async def claim_ports(self, ports: tuple[PortMapping, ...], *, instance_id: str = "") -> FakeClaim:
+        await trio.lowlevel.checkpoint()
+        if ports:
+            self._bomb.tick("port claim")
+        self._store.read(lambda txn: leases.check_ports_free(txn, ports, str, instance_id=instance_id))
+        return FakeClaim(self, ports)
+
+    def set_ports(self, txn: Txn, instance_id: str, ports: tuple[PortMapping, ...]) -> None:
+        leases.set_ports(txn, instance_id, ports, str)
+
+    async def publish(self, instance_id: str) -> None:
+        await self._network.set_ports(self._store.read(lambda txn: leases.get_lease(txn, instance_id)))
+
+    def release_ports(self, instance_id: str) -> None:
+        self.held.pop(instance_id, None)
 
     def drop(self, txn: Txn, instance_id: str) -> None:
         leases.drop_lease(txn, instance_id, FakeNetwork.subnet)
 
     def default_rates(self, spec: InstanceSpec) -> InstanceSpec:
         return spec
+
+
+class FakeClaim:
+    def __init__(self, owner: FakeLeases, ports: tuple[PortMapping, ...]) -> None:
+        self.ports = ports
+        self._owner = owner
+
+    def __enter__(self) -> FakeClaim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def keep(self, instance_id: str) -> None:
+        self._owner.release_ports(instance_id)
+        if self.ports:
+            self._owner.held[instance_id] = self.ports
 
 
 class FakeDevices:
@@ -363,6 +421,9 @@ class Lab:
         """A server. It ends with the block; after a crash, silently."""
         self.disarm()
         instances = self._build()
+        recorded = self.store.read(leases.all_leases)
+        self.leases.held = {lease.instance_id: lease.ports for lease in recorded if lease.ports}
+        await self.network.start(recorded)
         with trio.CancelScope() as scope:
             try:
                 async with trio.open_nursery() as nursery:
@@ -385,6 +446,7 @@ class Lab:
         self.driver = driver
         _count_effects(driver, ("launch", "restore", "kill_stray"), self.bomb, "driver")
         store = _Mortal(self.store, self.bomb)
+        self.leases = FakeLeases(store, self.network, self.bomb)
         catalog = Catalog((driver,), store=store, default="qemu", depends_on={})  # type: ignore[arg-type]
         catalog._probed.set()
         files = Files()
@@ -412,7 +474,7 @@ class Lab:
             store=store,  # type: ignore[arg-type]
             machine=machine,
             images=self.images,  # type: ignore[arg-type]
-            leases=FakeLeases(),
+            leases=self.leases,
             devices=self.devices,
             secrets=self.egress,
             counters=_NoCounters(),

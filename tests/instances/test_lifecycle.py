@@ -29,15 +29,17 @@ from hypeman.instances.model.types import (
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
+    UpdateInstanceRequest,
 )
 from hypeman.instances.rows import INSTANCES, INTENTS, NAMES
 from hypeman.instances.service import Instances
-from hypeman.network.leases import LEASES
+from hypeman.network.leases import LEASES, PORTS, all_leases
+from hypeman.network.types import PortMapping
 from hypeman.paths import Paths
 from hypeman.resources.accounting import HOLDINGS, Limits, Totals, totals
 from hypeman.store import Store, Table, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
-from tests.instances.fake_world import Crash, HostFailed, Lab, request
+from tests.instances.fake_world import Crash, HostFailed, Lab, request, tap_text
 
 RUNNING = InstanceState.RUNNING
 
@@ -70,7 +72,7 @@ def rows(store: Store) -> str:
             for key, row in txn.scan(INSTANCES)
         ]
         lines += [f"intent {key}" for key in txn.keys(INTENTS)]
-        tables: tuple[Table[Any], ...] = (NAMES, LEASES, ATTACHMENTS)
+        tables: tuple[Table[Any], ...] = (NAMES, LEASES, ATTACHMENTS, PORTS)
         for table in tables:
             lines += [f"{table.name} {key}" for key in txn.keys(table)]
         lines += [f"holding {key} {row}" for key, row in txn.scan(HOLDINGS)]
@@ -127,6 +129,30 @@ async def with_snapshot(lab: Lab, instances: Instances) -> None:
     await instances.stop("one")
 
 
+async def with_ports(lab: Lab, instances: Instances) -> None:
+    await instances.create(request("one", ports=OLD_PORTS))
+    assert await settled(instances, "one") == "Running"
+
+
+async def stopped_with_ports(lab: Lab, instances: Instances) -> None:
+    await with_ports(lab, instances)
+    await instances.stop("one")
+
+
+async def publish(lab: Lab, instances: Instances) -> None:
+    await instances.update("one", UpdateInstanceRequest(ports=NEW_PORTS))
+
+
+async def publish_and_start(lab: Lab, instances: Instances) -> None:
+    await publish(lab, instances)
+    await start(lab, instances)
+
+
+async def create_with_ports(lab: Lab, instances: Instances) -> None:
+    await instances.create(request("one", ports=NEW_PORTS))
+    await settled(instances, "one")
+
+
 async def create(lab: Lab, instances: Instances) -> None:
     await instances.create(request("one"))
     await settled(instances, "one")
@@ -180,6 +206,9 @@ async def detach(lab: Lab, instances: Instances) -> None:
     await instances.detach_volume("one", "vol")
 
 
+OLD_PORTS = (PortMapping(host_port=8080, guest_port=80), PortMapping(host_port=8081, guest_port=81))
+NEW_PORTS = (PortMapping(host_port=8080, guest_port=8), PortMapping(host_port=9090, guest_port=90))
+
 Act = Callable[[Lab, Instances], Awaitable[None]]
 
 CASES: dict[str, tuple[Act, Act, set[str]]] = {
@@ -197,10 +226,22 @@ CASES: dict[str, tuple[Act, Act, set[str]]] = {
     "revert": (with_snapshot, revert, {"Stopped", "Standby"}),
     "attach": (with_volume, attach, {"Running"}),
     "detach": (with_attached, detach, {"Running"}),
+    "create with ports": (nothing, create_with_ports, {"gone", "Running"}),
+    "publish": (with_ports, publish, {"Running"}),
+    "publish and start": (stopped_with_ports, publish_and_start, {"Stopped", "Running"}),
+    "fork of one with ports": (with_ports, fork, {"Running"}),
 }
 """Stopped after a crash in a restore: the guest ran on and then lost its VM, as in a power cut."""
 
-TAKEN_BACK = {"create", "start", "standby", "fork standby", "attach"}
+TAKEN_BACK = {
+    "create",
+    "create with ports",
+    "publish",
+    "start",
+    "standby",
+    "fork standby",
+    "attach",
+}
 """Operations after whose failure everything is as before; the others go on (stop, delete) or have a point of no
 return (a restored guest has run)."""
 
@@ -283,6 +324,9 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
     text = lab.world_as_text()
     assert {p.config.instance_id for p in lab.machine.alive()} == alive, f"{text}\n{where}"
     assert set(lab.network.taps.there) == alive, f"{text}\n{where}"
+    recorded = {lease.instance_id: lease for lease in lab.store.read(all_leases)}
+    assert lab.network.taps.there == {i: tap_text(recorded[i]) for i in alive}, f"{text}\n{where}"
+    assert lab.leases.held == {i: lease.ports for i, lease in recorded.items() if lease.ports}, where
     assert set(lab.egress.policies.there) <= alive, f"{text}\n{where}"
     for path in (lab.paths.instances).glob("*"):
         assert path.name in records, f"{text}\n{where}"
@@ -314,7 +358,8 @@ async def clean_up(lab: Lab, instances: Instances) -> None:
     left = "\n".join(line for line in lab.world_as_text().splitlines() if not line.startswith("instances .new"))
     assert left == "", left
     assert lab.store.read(totals) == Totals()
-    assert not lab.store.read(lambda txn: [*txn.keys(LEASES), *txn.keys(NAMES), *txn.keys(ATTACHMENTS)])
+    for table in (LEASES, PORTS, NAMES, ATTACHMENTS):
+        assert not lab.store.read(lambda txn, table=table: list(txn.keys(table)))  # type: ignore[misc]
 
 
 # ── What happens by itself ───────────────────────────────────────────────────────────────────────

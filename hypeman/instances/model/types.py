@@ -15,6 +15,7 @@ from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.egress.types import CredentialPolicy, EgressEnforcementMode
 from hypeman.fields import Count, DiskRate, Duration, Name, Platform, Port, Rate, Size, TagMap, Timestamp
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.network.types import PortMapping
 
 Positive = Annotated[int, Meta(ge=1)]
 
@@ -186,6 +187,7 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
     devices: Annotated[tuple[str, ...], Meta(description="Ids or names of registered devices")] = ()
     gpu: GpuRequest | None = None
     volumes: tuple[VolumeMount, ...] = ()
+    ports: Annotated[tuple[PortMapping, ...], Meta(description="Extension: published ports; 409 port_in_use")] = ()
     hypervisor: Annotated[HypervisorKind | None, Meta(description="Default: the server's")] = None
     snapshot_policy: SnapshotPolicy | None = None
     auto_standby: AutoStandbyPolicy | None = None
@@ -207,6 +209,13 @@ class UpdateInstanceRequest(Struct, frozen=True, kw_only=True):
     auto_standby: AutoStandbyPolicy | None = None
     health_check: HealthCheck | None = None
     restart_policy: RestartPolicy | None = None
+    ports: Annotated[
+        tuple[PortMapping, ...] | None,
+        Meta(
+            description="Extension: published ports instead of those before; takes effect without a reboot. "
+            "Connections through ports that are no longer published are cut"
+        ),
+    ] = None
     ttl: Annotated[Duration | None, Meta(description="From now; 0s clears")] = None
     expires_at: Timestamp | None = None
 
@@ -297,6 +306,7 @@ class Instance(Struct, frozen=True, kw_only=True):
     tags: TagMap | UnsetType = UNSET
     network: InstanceNetwork | UnsetType = UNSET
     volumes: tuple[VolumeMount, ...] | UnsetType = UNSET
+    ports: Annotated[tuple[PortMapping, ...] | UnsetType, Meta(description="Extension: published ports")] = UNSET
     gpu: InstanceGpu | UnsetType = UNSET
     started_at: Timestamp | None = None
     stopped_at: Timestamp | None = None

@@ -254,6 +254,8 @@ def _check_env(request: CreateInstanceRequest) -> None:
 def _check_network(request: CreateInstanceRequest) -> None:
     if request.network.egress.enabled and not request.network.enabled:
         raise InvalidRequest("network.egress needs network.enabled")
+    if request.ports and not request.network.enabled:
+        raise InvalidRequest("ports need network.enabled", code="invalid_ports")
 
 
 def check_supported_policies(request: CreateInstanceRequest | UpdateInstanceRequest) -> None:

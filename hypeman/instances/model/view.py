@@ -35,6 +35,7 @@ def render_instance(record: InstanceRecord, lease: Lease | None, *, mdev_uuid: s
         tags=spec.tags or UNSET,
         network=_network(record, lease),
         volumes=spec.volumes or UNSET,
+        ports=(lease.ports if lease is not None else ()) or UNSET,
         gpu=InstanceGpu(profile=spec.gpu_profile, mdev_uuid=mdev_uuid) if spec.gpu_profile else UNSET,
         started_at=record.started_at,
         stopped_at=record.stopped_at,
