@@ -2,7 +2,7 @@
 the command line imports this module.
 
     store → hypervisors (probed in the background) → devices → network → egress → images → instances
-          → snapshots, volumes → HTTP
+          → snapshots, volumes, policies → HTTP
 
 VMs are not part of it: they run in their own control groups and are reattached at the next start.
 """
@@ -52,6 +52,7 @@ from hypeman.instances.snapshots import Snapshots
 from hypeman.network import metrics as network_metrics
 from hypeman.network.addressing import Subnet
 from hypeman.network.service import Network
+from hypeman.policies.service import Policies
 from hypeman.resources.service import Capacity, ResourceService
 from hypeman.server.app import ServerSettings, build_app
 from hypeman.server.capabilities import CapabilityView
@@ -136,6 +137,7 @@ class _Parts:
     compressor: Compressor
     instances: Instances
     snapshots: Snapshots
+    policies: Policies
     volumes: Volumes
     services: Services
 
@@ -244,6 +246,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         max_total=config.limits.max_total_volume_storage,
     )
     snapshots = Snapshots(store=store, instances=instances)
+    policies = Policies(instances=instances, store=store, config=config)
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)
     image_metrics.register(images)
@@ -263,6 +266,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         compressor=compressor,
         instances=instances,
         snapshots=snapshots,
+        policies=policies,
         volumes=volumes,
         services=Services(
             images=images,
@@ -310,6 +314,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await parts.volumes.start()
     await parts.snapshots.start()
     await nursery.start(parts.instances.run)
+    await nursery.start(parts.policies.run)
     parts.egress.accept()  # the rules of all guests have been restored
 
 

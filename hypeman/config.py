@@ -232,6 +232,21 @@ class SnapshotsConfig(_Section, frozen=True):
     """Higher is smaller and slower; 1 to 19 for zstd, 0 to 9 for lz4."""
 
 
+class AutoStandbyConfig(_Section, frozen=True):
+    max_concurrent: Positive = 16
+    """Maximum number of instances that enter standby by themselves at a time."""
+
+
+class RestartConfig(_Section, frozen=True):
+    max_concurrent: Positive = 8
+    """Maximum number of instances that restart policies start at a time, for example after a reboot of the host."""
+
+
+class HealthChecksConfig(_Section, frozen=True):
+    max_concurrent: Positive = 64
+    """Maximum number of health checks in progress; the others wait for their turn."""
+
+
 class Config(_Section, frozen=True):
     listen_address: str = "127.0.0.1"
     """TCP address of the API. It uses plain HTTP: expose it to others only through a TLS proxy."""
@@ -256,6 +271,9 @@ class Config(_Section, frozen=True):
     egress: EgressConfig = EgressConfig()
     devices: DevicesConfig = DevicesConfig()
     snapshots: SnapshotsConfig = SnapshotsConfig()
+    auto_standby: AutoStandbyConfig = AutoStandbyConfig()
+    restart: RestartConfig = RestartConfig()
+    health_checks: HealthChecksConfig = HealthChecksConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
 

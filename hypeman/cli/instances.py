@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 import click
 
 from hypeman.cli.client import ApiError, Client, segment
-from hypeman.cli.output import age, render_table, size, use_colour
+from hypeman.cli.output import age, render_table, size, until, use_colour
 from hypeman.cli.policies import (
     compression_body,
     compression_options,
@@ -59,6 +60,26 @@ def show_instance(session: Session, instance: dict[str, Any]) -> None:
     session.show(instance, lambda: f"{instance['name']} is {instance['state']}")
 
 
+def _health(row: Mapping[str, Any]) -> str | None:
+    status = (row.get("health_status") or {}).get("status", "disabled")
+    return None if status == "disabled" else str(status)
+
+
+def _restarts(row: Mapping[str, Any]) -> str | None:
+    """How often the restart policy has started it, and what it will do next."""
+    status = row.get("restart_status")
+    if not status or (row.get("restart_policy") or {}).get("policy", "never") == "never":
+        return None
+    if status.get("next_attempt_at"):
+        return f"{status['attempts']}, next {until(status['next_attempt_at'])}"
+    reason = status.get("blocked_reason")
+    return f"{status['attempts']}, {reason}" if reason else str(status["attempts"])
+
+
+_POLICY_COLUMNS = [("HEALTH", _health), ("RESTARTS", _restarts)]
+"""Shown if there is something to show."""
+
+
 @click.command()
 @click.option("-a", "--all", "everything", is_flag=True, help="Not only the running ones.")
 @click.option("-q", "--quiet", is_flag=True, help="Only ids.")
@@ -75,6 +96,7 @@ def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags:
         ("NAME", lambda row: row["name"]),
         ("IMAGE", lambda row: row["image"]),
         ("STATE", lambda row: row["state"]),
+        *(column for column in _POLICY_COLUMNS if any(column[1](row) for row in rows)),
         ("IP", lambda row: (row.get("network") or {}).get("ip")),
         ("VCPUS", lambda row: row.get("vcpus")),
         ("MEMORY", lambda row: row.get("size")),

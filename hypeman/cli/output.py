@@ -103,3 +103,10 @@ def age(timestamp: str | None, now: datetime | None = None) -> str:
         if seconds >= length:
             return f"{int(seconds // length)}{unit}"
     return f"{max(0, int(seconds))}s"
+
+
+def until(timestamp: str, now: datetime | None = None) -> str:
+    """Time left before ``timestamp``, in one unit: in 5m; "now" if it has passed."""
+    now = now or datetime.now(UTC)
+    left = datetime.fromisoformat(timestamp) - now
+    return "now" if left.total_seconds() <= 0 else f"in {age(now.isoformat(), now + left)}"

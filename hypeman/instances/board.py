@@ -39,6 +39,11 @@ class _Entry:
     def __init__(self, record: InstanceRecord, view: Instance) -> None:
         self.record = record
         self.changed = trio.Event()
+        self.show(view)
+
+    def show(self, view: Instance) -> None:
+        """Encode ``view``, which shows the record and what belongs to it."""
+        record = self.record
         phases = record.phases
         self.zero_ms = int(phases.since.timestamp() * 1000) - phases.ended_ms.get(phases.current, 0)
         """When the current phase would have begun if all time in it had been continuous."""
@@ -76,6 +81,22 @@ class Board:
         self._all: _Listed | None = None
         """For the full list; None: must be rebuilt."""
         self._names: dict[str, str] = {}
+        self._stale: set[str] = set()
+        """Instances to encode again before the next list."""
+        self._listeners: list[Callable[[str], object]] = []
+
+    def listen(self, changed: Callable[[str], object]) -> None:
+        """Call ``changed`` with the id of each instance whose record is posted or removed. It must not block."""
+        self._listeners.append(changed)
+
+    def refresh(self, instance_id: str) -> None:
+        """Something that is shown with the instance, but is not in its record, has changed.
+
+        It is encoded again with the next list, so that frequent changes cost next to nothing.
+        """
+        if instance_id in self._entries:
+            self._stale.add(instance_id)
+            self._all = None
 
     def post(self, record: InstanceRecord) -> None:
         """Publish ``record`` and wake the tasks waiting for a change to it."""
@@ -83,8 +104,10 @@ class Board:
         self._entries[record.id] = _Entry(record, self._render(record, record.phases.since))
         self._names[record.name] = record.id
         self._all = None
+        self._stale.discard(record.id)
         if old is not None:
             old.changed.set()
+        self._notify(record.id)
 
     def remove(self, record: InstanceRecord) -> None:
         entry = self._entries.pop(record.id, None)
@@ -92,6 +115,18 @@ class Board:
         if entry is not None:
             self._names.pop(record.name, None)
             entry.changed.set()
+            self._notify(record.id)
+
+    def _notify(self, instance_id: str) -> None:
+        for changed in self._listeners:
+            changed(instance_id)
+
+    def _encode_stale(self) -> None:
+        for instance_id in self._stale:
+            entry = self._entries.get(instance_id)
+            if entry is not None:
+                entry.show(self._render(entry.record, entry.record.phases.since))
+        self._stale.clear()
 
     def find(self, reference: str) -> InstanceRecord:
         """Look up by id, then name, then unique id prefix (§1.5). Raises NotFound or Ambiguous."""
@@ -105,11 +140,17 @@ class Board:
             raise NotFound(f"no instance {reference!r}")
         return self._entries[fitting[0]].record
 
+    def get(self, instance_id: str) -> InstanceRecord | None:
+        """The record with exactly this id."""
+        entry = self._entries.get(instance_id)
+        return entry.record if entry is not None else None
+
     def records(self) -> Iterator[InstanceRecord]:
         return (entry.record for entry in self._entries.values())
 
     def encoded_list(self, state: InstanceState | None, tags: Mapping[str, str]) -> bytes:
         """A JSON array of the instances in ``state`` (None: all) that have all ``tags``."""
+        self._encode_stale()
         if state is None and not tags:
             if self._all is None:
                 self._all = _Listed(list(self._entries.values()))

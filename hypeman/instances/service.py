@@ -43,7 +43,8 @@ from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.admission import Command, check_legal
 from hypeman.instances.model.phases import Phases, utc_now
 from hypeman.instances.model.plan import plan_adopt_disks, plan_create
-from hypeman.instances.model.record import InstanceRecord, InstanceSpec, Intent, Operation
+from hypeman.instances.model.policies import check_policies, restart_rules
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec, Intent, Operation, StopCause
 from hypeman.instances.model.states import NO_VMM, SETTLED
 from hypeman.instances.model.steps import Step
 from hypeman.instances.model.types import (
@@ -64,7 +65,6 @@ from hypeman.instances.model.validate import (
     check_compression,
     check_create,
     check_mount_path,
-    check_supported_policies,
     expiry,
 )
 from hypeman.instances.model.view import render_instance
@@ -191,6 +191,8 @@ class Instances:
             store=store, limits=limits, changed=self.board.post, gone=self._forget, release=self._release
         )
         self._nursery: trio.Nursery | None = None
+        self.details: Callable[[InstanceRecord], Mapping[str, object]] = lambda record: {}
+        """Further fields of an Instance, which others keep: the status of its policies. Must be fast."""
         self._reaper = Reaper(self.board.records, self.delete, now=now)
         self._reclaim = Reclaim(config.reclaim, records=self.board.records, live=machine.context.live, now=now)
 
@@ -394,8 +396,37 @@ class Instances:
             self.machine.journal(instance_id, f"the network is lost until the next start or restore: {error}")
 
     async def stop(self, ref: str) -> Instance:
+        """Stop the instance. One that waits to be restarted by its policy stays stopped."""
         task = self.task(ref)
-        return self.view(await task.perform(Command.STOP, stop))
+        try:
+            return self.view(await task.perform(Command.STOP, stop))
+        except InvalidState:
+            if not _awaits_restart(task.record):
+                raise
+        return self.view(await task.perform(None, _stay_stopped))
+
+    async def stop_to_restart(self, instance_id: str, boots: int) -> None:
+        """Stop the boot number ``boots`` of an instance, whose policy will start it again. Raises InvalidState if
+        something else has happened to it meanwhile."""
+
+        async def stop_it(owned: Owned) -> None:
+            if owned.record.boots != boots:
+                raise InvalidState("it was started anew")
+            await stop(owned, cause=StopCause.POLICY)
+
+        await self.task(instance_id).perform(Command.STOP, stop_it)
+
+    async def start_again(self, instance_id: str, boots: int) -> None:
+        """Start an instance as its restart policy says, if it has not been started or stopped by anyone since
+        its boot number ``boots`` ended. Raises InvalidState otherwise."""
+        await self.catalog.wait_ready()
+
+        async def start_it(owned: Owned) -> None:
+            if owned.record.boots != boots or not _awaits_restart(owned.record):
+                raise InvalidState("it was started or stopped by someone else")
+            await start(owned)
+
+        await self.task(instance_id).perform(Command.START, start_it)
 
     async def delete(self, ref: str, *, graceful: bool = True) -> None:
         """Delete the instance. Without ``graceful`` its guest is not asked to shut down first."""
@@ -439,9 +470,16 @@ class Instances:
         return self.view(await task.perform(Command.RESTORE, restore))
 
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
-        check_supported_policies(request)
-        ports = check_ports(request.ports) if request.ports is not None else None
         task = self.task(ref)
+        spec = task.record.spec
+        check_policies(
+            request.auto_standby,
+            request.health_check,
+            request.restart_policy,
+            network=spec.network,
+            agent=not spec.skip_guest_agent,
+        )
+        ports = check_ports(request.ports) if request.ports is not None else None
         return self.view(await task.perform(None, lambda owned: self._update(owned, request, ports)))
 
     async def _update(
@@ -637,6 +675,7 @@ class Instances:
             mapped=None,
             fresh=True,
             deleting=False,
+            stop_cause=None,
         )
 
     # Inside the guest
@@ -721,7 +760,9 @@ class Instances:
     def _render(self, record: InstanceRecord, now: datetime) -> Instance:
         lease = self.store.read(lambda txn: get_lease(txn, record.id))
         uuid = self.devices.mdev_uuid(record.id) if record.spec.gpu_profile else ""
-        return render_instance(record, lease, mdev_uuid=uuid, now=now)
+        shown = render_instance(record, lease, mdev_uuid=uuid, now=now)
+        details = self.details(record)
+        return msgspec.structs.replace(shown, **details) if details else shown
 
     async def _rotate_logs(self) -> None:
         """Keep logs bounded, so that a guest that prints indefinitely cannot fill the disk."""
@@ -740,6 +781,23 @@ def _all_and_unsettled(txn: Txn) -> tuple[Sequence[InstanceRecord], Sequence[Ins
     known = [record for _, record in txn.scan(INSTANCES)]
     unfinished = set(txn.keys(INTENTS))
     return known, [r for r in known if r.id in unfinished or r.handle is not None or r.state not in NO_VMM]
+
+
+def _awaits_restart(record: InstanceRecord) -> bool:
+    """Whether the restart policy may still start a stopped instance."""
+    return (
+        record.state is InstanceState.STOPPED
+        and record.stop_cause not in (None, StopCause.REQUESTED)
+        and restart_rules(record.spec.restart_policy).active
+    )
+
+
+async def _stay_stopped(owned: Owned) -> InstanceRecord:
+    record = owned.record
+    if not _awaits_restart(record):
+        raise InvalidState(f"instance {record.name!r} is {record.state.value}")
+    owned.journal("stop: not started again by its restart policy")
+    return await owned.save(msgspec.structs.replace(record, stop_cause=StopCause.REQUESTED))
 
 
 def check_forkable(record: InstanceRecord) -> None:

@@ -30,7 +30,7 @@ from hypeman.instances.life.operations.standby import restore
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.admission import Command
 from hypeman.instances.model.phases import utc_now
-from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.record import InstanceRecord, StopCause
 from hypeman.instances.model.snapshot_types import (
     CompressionState,
     CreateSnapshotRequest,
@@ -220,6 +220,7 @@ class Snapshots:
             fresh=capture is not None and row.source.fresh,
             exit_code=None,
             exit_message=None,
+            stop_cause=None if capture is not None else StopCause.REQUESTED,
         )
 
         def also(txn: Txn) -> None:

@@ -64,6 +64,7 @@ exec_bytes_received = _counter("hypeman_exec_bytes_received", "Bytes of stdin re
 cp_sessions = _counter("hypeman_cp_sessions", "Copy sessions that ended", "direction", "status")
 cp_seconds = _histogram("hypeman_cp_duration_seconds", "Length of a copy session", "direction")
 cp_bytes = _counter("hypeman_cp_bytes", "Bytes copied", "direction")
+restarts = _counter("hypeman_restarts", "Starts and stops by restart policies", "status")
 log_lines_dropped = _counter("hypeman_log_lines_dropped", "Log lines dropped because nobody read the log")
 
 Info("hypeman", "What runs here", registry=REGISTRY).info({"version": __version__, "api_version": API_VERSION})

@@ -6,7 +6,7 @@ import io
 import json
 import shlex
 import tarfile
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,16 @@ from hypeman.devices.types import AvailableDevice
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name
 from hypeman.images.types import Image, ImageStatus
-from hypeman.instances.model.types import CreateInstanceRequest, InstanceState, UpdateInstanceRequest
+from hypeman.instances.model.types import (
+    CreateInstanceRequest,
+    HealthState,
+    InstanceHealthStatus,
+    InstanceState,
+    RestartMode,
+    RestartPolicy,
+    RestartStatus,
+    UpdateInstanceRequest,
+)
 from hypeman.network.types import PortMapping, Protocol
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import ServeError
@@ -170,6 +179,22 @@ def test_ps(cli: Any, server: Any) -> None:
     assert "old" in cli("ps", "--state", "Stopped").stdout
     assert cli("ps", "-aq", "--tag", "a=b").stdout.split() == [running.id]
     assert json.loads(cli("--format", "json", "ps").stdout)[0]["id"] == running.id
+
+
+def test_ps_shows_what_policies_do(cli: Any, server: Any) -> None:
+    """Columns for health and restarts, only where there is something to show."""
+    policy, now = RestartPolicy(policy=RestartMode.ALWAYS), datetime.now(UTC)
+    shown: dict[str, dict[str, Any]] = {
+        "well": {"health_status": InstanceHealthStatus(status=HealthState.HEALTHY)},
+        "loops": {"restart_status": RestartStatus(attempts=3, next_attempt_at=now + timedelta(hours=2, minutes=9))},
+        "ended": {"restart_status": RestartStatus(attempts=5, blocked_reason="max_attempts_exceeded")},
+    }
+    for name, fields in shown.items():
+        made = server.world.instances.add(name)
+        changed = msgspec.structs.replace(made, restart_policy=policy, **fields)
+        server.world.instances.instances[made.id] = changed
+    assert "HEALTH" in (text := cli("ps").stdout) and "RESTARTS" in text
+    assert "healthy" in text and "3, next in 2h" in text and "5, max_attempts_exceeded" in text
 
 
 def test_formats(cli: Any, server: Any) -> None:

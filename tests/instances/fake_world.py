@@ -37,6 +37,7 @@ from hypeman.hypervisor.interface import ExitReason
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig, ReadyImage
 from hypeman.instances.machine.machine import Machine
+from hypeman.instances.model.phases import utc_now
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
 from hypeman.instances.model.states import is_possible
 from hypeman.instances.model.types import CreateInstanceRequest, InstanceState
@@ -398,6 +399,7 @@ class Lab:
         self.impossible: list[str] = []
         """Changes of state that the table of transitions does not have."""
         self.boot_id = "boot"
+        self.now: Callable[[], datetime] = utc_now
         self.driver = FakeDriver(self.machine)
         paths.run_dir.mkdir(parents=True, exist_ok=True)
         paths.tmp.mkdir(parents=True, exist_ok=True)
@@ -480,6 +482,7 @@ class Lab:
             counters=_NoCounters(),
             limits=lambda: self.limits,
             catalog=catalog,
+            now=self.now,
         )
         post, remove = instances.board.post, instances.board.remove
         instances.board.post = lambda record: post(self._seen(record, record.state))  # type: ignore[method-assign]

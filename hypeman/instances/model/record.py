@@ -58,6 +58,19 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     restart_policy: RestartPolicy | None = None
 
 
+class StopCause(enum.StrEnum):
+    """Why an instance is stopped; the restart policy depends on it."""
+
+    REQUESTED = "requested"
+    """A stop command."""
+    POLICY = "policy"
+    """Stopped by the server, to be started again."""
+    HOST = "host"
+    """The host rebooted while the VM ran."""
+    ENDED = "ended"
+    """The workload, the guest or the VMM ended without a command."""
+
+
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The authoritative state of one instance."""
 
@@ -95,6 +108,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     fresh: bool = False
     """A fork that has not run yet: its guest still has the source's identity."""
     deleting: bool = False
+    stop_cause: StopCause | None = None
+    """Written before the first effect of a stop; None while it runs, and for one that has never run."""
 
 
 class Operation(enum.StrEnum):

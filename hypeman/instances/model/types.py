@@ -67,13 +67,31 @@ class SnapshotPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
     standby_compression_delay: Annotated[Duration | None, Meta(description="Default: at once")] = None
 
 
+class WakeOn(enum.StrEnum):
+    """What brings an instance back from standby by itself."""
+
+    NONE = "none"
+    TRAFFIC = "traffic"
+    """A packet to its address."""
+    ALL = "all"
+    """A packet, or an exec, cp, stat or logs with follow over the API."""
+
+
 class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Standby after a period without inbound TCP connections (IPv4)."""
 
     enabled: Annotated[bool | None, Meta(description="Default false")] = None
-    idle_timeout: Duration | None = None
-    ignore_source_cidrs: tuple[str, ...] | None = None
-    ignore_destination_ports: tuple[Port, ...] | None = None
+    idle_timeout: Annotated[Duration | None, Meta(description="Default 5m")] = None
+    ignore_source_cidrs: Annotated[
+        tuple[str, ...] | None, Meta(description="Connections from here neither count nor wake")
+    ] = None
+    ignore_destination_ports: Annotated[
+        tuple[Port, ...] | None, Meta(description="Connections to these ports neither count nor wake")
+    ] = None
+    wake: Annotated[
+        WakeOn | None,
+        Meta(description="Extension: what ends a standby. Default: traffic if enabled, else none"),
+    ] = None
 
 
 class HealthCheckType(enum.StrEnum):

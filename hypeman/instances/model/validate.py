@@ -18,13 +18,11 @@ from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name, check_tags
+from hypeman.instances.model.policies import check_policies
 from hypeman.instances.model.record import InstanceSpec
 from hypeman.instances.model.types import (
     CreateInstanceRequest,
-    HealthCheckType,
-    RestartMode,
     SnapshotPolicy,
-    UpdateInstanceRequest,
     VolumeMount,
 )
 from hypeman.units import format_size, parse_disk_rate, parse_duration, parse_rate, parse_size
@@ -80,7 +78,13 @@ def check_create(
         raise InvalidRequest(f"vcpus is {vcpus}, at most {limits.max_vcpus_per_instance} are allowed")
     _check_env(request)
     check_snapshot_policy(request.snapshot_policy)
-    check_supported_policies(request)
+    check_policies(
+        request.auto_standby,
+        request.health_check,
+        request.restart_policy,
+        network=request.network.enabled,
+        agent=not request.skip_guest_agent,
+    )
     _check_network(request)
     volumes = check_volumes(request.volumes)
     spec = InstanceSpec(
@@ -256,26 +260,6 @@ def _check_network(request: CreateInstanceRequest) -> None:
         raise InvalidRequest("network.egress needs network.enabled")
     if request.ports and not request.network.enabled:
         raise InvalidRequest("ports need network.enabled", code="invalid_ports")
-
-
-def check_supported_policies(request: CreateInstanceRequest | UpdateInstanceRequest) -> None:
-    """Raise NotSupported for a policy that requires something this server cannot do yet.
-
-    One that is off (``enabled: false``, ``none``, ``never``) is accepted, since clients send such defaults.
-    """
-    for field, wanted in (
-        ("auto_standby", request.auto_standby is not None and bool(request.auto_standby.enabled)),
-        (
-            "health_check",
-            request.health_check is not None and request.health_check.type not in (None, HealthCheckType.NONE),
-        ),
-        (
-            "restart_policy",
-            request.restart_policy is not None and request.restart_policy.policy not in (None, RestartMode.NEVER),
-        ),
-    ):
-        if wanted:
-            raise NotSupported(f"{field} is not supported by this server yet; omit it")
 
 
 def _check_capable(spec: InstanceSpec, kind: HypervisorKind, capabilities: Capabilities) -> None:

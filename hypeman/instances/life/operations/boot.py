@@ -54,7 +54,9 @@ async def start(
 
 async def _launched(owned: Owned) -> InstanceRecord:
     live = owned.living
-    record = msgspec.structs.replace(owned.record, handle=live.vmm.handle, started_at=owned.now(), stopped_at=None)
+    record = msgspec.structs.replace(
+        owned.record, handle=live.vmm.handle, started_at=owned.now(), stopped_at=None, stop_cause=None
+    )
     record = await owned.end(owned.entered(record, InstanceState.INITIALIZING))
     owned.watch(live)
     owned.journal("launched")

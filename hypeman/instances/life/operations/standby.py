@@ -93,7 +93,9 @@ async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
     async def note() -> InstanceRecord:
         handle = owned.living.vmm.handle
         mapped = capture if keep else None
-        restored = msgspec.structs.replace(owned.record, handle=handle, capture=None, mapped=mapped, stopped_at=None)
+        restored = msgspec.structs.replace(
+            owned.record, handle=handle, capture=None, mapped=mapped, stopped_at=None, stop_cause=None
+        )
         return await owned.begin(Operation.RESUME, steps, owned.entered(restored, InstanceState.RUNNING), consume)
 
     await owned.all_or_nothing(

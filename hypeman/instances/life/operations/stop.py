@@ -16,7 +16,7 @@ from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.guest_boot import STOP_GRACE
 from hypeman.instances.model.plan import plan_delete, plan_free, plan_park, plan_stop
-from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.record import InstanceRecord, Operation, StopCause
 from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.steps import Step
 from hypeman.instances.model.types import InstanceState
@@ -30,22 +30,33 @@ NOT_STARTED = 127
 """Exit code of a workload that never ran, as in a shell."""
 
 
-async def stop(owned: Owned, grace: float = STOP_GRACE) -> InstanceRecord:
+async def stop(owned: Owned, grace: float = STOP_GRACE, *, cause: StopCause = StopCause.REQUESTED) -> InstanceRecord:
     """Shut the guest down and tear down its environment; after ``grace`` seconds it is killed."""
     owned.journal("stop")
-    return await bring_down(owned, plan_stop(owned.record, grace=grace), None)
+    return await bring_down(owned, plan_stop(owned.record, grace=grace), None, cause)
 
 
 async def vmm_ended(owned: Owned, ended: VmmExit) -> InstanceRecord:
     """Clean up after a VMM that ended without a command."""
-    return await bring_down(owned, plan_park(owned.record), ended)
+    handle = owned.record.handle
+    rebooted = handle is not None and handle.boot_id != owned.machine.boot_id
+    return await bring_down(owned, plan_park(owned.record), ended, StopCause.HOST if rebooted else StopCause.ENDED)
 
 
-async def bring_down(owned: Owned, steps: tuple[Step, ...], ended: VmmExit | None) -> InstanceRecord:
-    """Carry out ``steps``, which end the VM, and record it as Stopped, with how it ``ended``."""
+async def bring_down(
+    owned: Owned, steps: tuple[Step, ...], ended: VmmExit | None, cause: StopCause = StopCause.ENDED
+) -> InstanceRecord:
+    """Carry out ``steps``, which end the VM, and record it as Stopped, with how it ``ended``.
+
+    A cause that an earlier, unfinished stop has recorded is kept, unless this stop is a command.
+    """
     live = owned.live  # the steps remove it from the World
     freed = (owned.record.mapped, owned.record.capture)  # the latter after an unfinished standby
-    await owned.begin(Operation.STOP, steps, owned.record)
+    known = owned.record.stop_cause
+    if known is None or cause is StopCause.REQUESTED:
+        known = cause
+    stopping = msgspec.structs.replace(owned.record, stop_cause=known)
+    await owned.begin(Operation.STOP, steps, stopping)
     try:
         record = await _take_down(owned, steps, live, ended)
 

@@ -1,0 +1,131 @@
+"""The loop that has all policies of all instances looked at: when something changed, and when a time has come.
+
+    records change ──┐
+    checks end ──────┼─→ look(instance): each controller decides, and names the time to look again
+    timers run out ──┘
+
+One task and one heap serve all instances; only work in progress (a start, a check, a snapshot) has a task of its
+own. Decisions are pure (restart.py); controllers carry them out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+import trio
+
+from hypeman.config import Config
+from hypeman.errors import HypemanError
+from hypeman.instances.model.phases import utc_now
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import HealthState, InstanceHealthStatus
+from hypeman.instances.service import Instances
+from hypeman.policies import rows
+from hypeman.policies.controller import Context
+from hypeman.policies.restarter import Restarter
+from hypeman.policies.timers import Timers
+from hypeman.store import Store, Txn
+
+log = logging.getLogger(__name__)
+
+LONGEST_SLEEP = 20.0
+"""Seconds between looks at an instance whose next time is known: the host's clock may be set meanwhile."""
+
+
+class Policies:
+    """``run`` in a nursery after the instances have started."""
+
+    def __init__(
+        self,
+        *,
+        instances: Instances,
+        store: Store,
+        config: Config,
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._instances = instances
+        self._store = store
+        self._now = now
+        self._timers: Timers[str] = Timers()
+        self._changed: set[str] = set()
+        self._wake = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        context = Context(instances, store, self._spawn, self.again, now)
+        self._restarter = Restarter(context, most=config.restart.max_concurrent, health=self.health)
+        instances.details = self._details
+        instances.board.listen(self.again)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Follow the policies until cancelled."""
+        await self._load()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for record in self._instances.board.records():
+                self.again(record.id)
+                self._instances.board.refresh(record.id)
+            task_status.started()
+            while True:
+                self._wake = trio.Event()
+                changed, self._changed = self._changed, set()
+                for instance_id in changed.union(self._timers.pop_due(trio.current_time())):
+                    self._look(instance_id)
+                following = self._timers.next()
+                with trio.move_on_at(following if following is not None else float("inf")):
+                    await self._wake.wait()
+
+    def again(self, instance_id: str) -> None:
+        """Look at an instance soon. Does not block; to be called in the server's thread."""
+        self._changed.add(instance_id)
+        self._wake.set()
+
+    def health(self, record: InstanceRecord) -> InstanceHealthStatus:
+        """The health of an instance as it is shown."""
+        return InstanceHealthStatus(status=HealthState.DISABLED)
+
+    # The loop
+
+    def _look(self, instance_id: str) -> None:
+        record = self._instances.board.get(instance_id)
+        if record is None:
+            self._forget(instance_id)
+            return
+        if record.deleting:
+            return
+        now = self._now()
+        times = [self._restarter.look(record, now)]
+        pauses = [max((time - now).total_seconds(), 0.0) for time in times if time is not None]
+        if pauses:
+            self._timers.set(instance_id, trio.current_time() + min(*pauses, LONGEST_SLEEP))
+        else:
+            self._timers.cancel(instance_id)
+
+    def _forget(self, instance_id: str) -> None:
+        self._timers.cancel(instance_id)
+        self._restarter.forget(instance_id)
+        self._spawn(self._forget_rows, instance_id)
+
+    async def _forget_rows(self, instance_id: str) -> None:
+        try:
+            await self._store.write(lambda txn: rows.forget(txn, instance_id))
+        except HypemanError as error:  # the next start removes them
+            log.warning("policies of deleted instance %s: %s", instance_id, error)
+
+    def _spawn(self, work: Callable[..., object], *arguments: object) -> None:
+        assert self._nursery is not None, "the service runs"
+        self._nursery.start_soon(work, *arguments)  # type: ignore[arg-type]  # an async function
+
+    async def _load(self) -> None:
+        """Read what is remembered, and remove what belongs to deleted instances."""
+        known = {record.id for record in self._instances.board.records()}
+
+        def read(txn: Txn) -> None:
+            for instance_id in rows.remembered(txn) - known:
+                rows.forget(txn, instance_id)
+            self._restarter.load(dict(txn.scan(rows.RESTARTS)))
+
+        await self._store.write(read)
+
+    def _details(self, record: InstanceRecord) -> Mapping[str, object]:
+        return {**self._restarter.details(record)}

@@ -1,0 +1,107 @@
+"""Instances on a host in memory, their policies, and a clock that jumps to the next deadline."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+import trio
+import trio.testing
+
+from hypeman.config import Config
+from hypeman.guest.types import Exited
+from hypeman.hypervisor.interface import ExitReason
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.service import Instances
+from hypeman.policies.service import Policies
+from tests.instances.fake_world import Lab
+
+BEGIN = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+class Threads:
+    """Counts the threads that work: the clock must not move meanwhile."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.one_ended = trio.Event()
+
+    async def run_sync(self, *arguments: Any, **options: Any) -> Any:
+        """In place of ``trio.to_thread.run_sync``."""
+        self.count += 1
+        try:
+            return await _run_sync(*arguments, **options)
+        finally:
+            self.count -= 1
+            self.one_ended.set()
+            self.one_ended = trio.Event()
+
+
+_run_sync = trio.to_thread.run_sync
+
+
+class ClockedLab(Lab):
+    clock: trio.testing.MockClock
+    threads: Threads
+
+
+class Kept:
+    """Running instances with their policies."""
+
+    def __init__(self, lab: ClockedLab, instances: Instances, policies: Policies) -> None:
+        self.lab = lab
+        self.instances = instances
+        self.policies = policies
+
+    def record(self, name: str = "one") -> InstanceRecord:
+        return self.instances.board.find(name)
+
+    async def quiet(self) -> None:
+        """Wait until nothing can happen before the clock moves: all tasks wait, and no thread works."""
+        while True:
+            await trio.testing.wait_all_tasks_blocked()
+            if not self.lab.threads.count:
+                return
+            await self.lab.threads.one_ended.wait()
+
+    async def sleep(self, seconds: float) -> None:
+        """Let time pass, step by step."""
+        clock = self.lab.clock
+        end = clock.current_time() + seconds
+        while (left := end - clock.current_time()) > 0:
+            await self.quiet()
+            clock.jump(min(left, 2.5))
+        await self.quiet()
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 10_000) -> None:
+        """Let time pass until ``condition``, at most ``seconds``."""
+        end = self.lab.clock.current_time() + seconds
+        await self.quiet()
+        while not condition():
+            assert self.lab.clock.current_time() < end, "it did not happen"
+            await self.sleep(0.5)
+
+    async def until_state(self, state: InstanceState, name: str = "one", *, boots: int | None = None) -> None:
+        await self.until(lambda: self.record(name).state is state and boots in (None, self.record(name).boots))
+
+    async def end(self, code: int, name: str = "one") -> None:
+        """The workload ends with ``code``, and the guest with it."""
+        guest = self.lab.guests[self.record(name).id]
+        guest.tell(Exited(code, 0))
+        await self.quiet()
+        guest._process.end(ExitReason.POWEROFF)
+        await self.until_state(InstanceState.STOPPED, name)
+
+
+@asynccontextmanager
+async def keeping(lab: ClockedLab) -> AsyncIterator[Kept]:
+    """A server, until the block ends."""
+    config = Config(data_dir=str(lab.paths.data_dir), run_dir=str(lab.paths.run_dir))
+    async with lab.running() as instances, trio.open_nursery() as nursery:
+        policies = Policies(instances=instances, store=lab.store, config=config, now=lab.now)
+        await nursery.start(policies.run)
+        yield Kept(lab, instances, policies)
+        nursery.cancel_scope.cancel()
