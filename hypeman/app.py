@@ -54,8 +54,9 @@ from hypeman.network.addressing import Subnet
 from hypeman.network.service import Network
 from hypeman.policies.service import Policies
 from hypeman.resources.service import Capacity, ResourceService
-from hypeman.server.app import ServerSettings, build_app
+from hypeman.server.app import build_app
 from hypeman.server.capabilities import CapabilityView
+from hypeman.server.exchange import ServerSettings
 from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
 from hypeman.store import Store
@@ -103,7 +104,7 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
             open_to_all = config.socket.trusted
             async with trio.open_nursery() as serving:
                 await serving.start(
-                    lambda task_status: Server(app).run(
+                    lambda task_status: Server(app, plain=app.plain).run(
                         sockets if open_to_all else [*sockets, *trusted],
                         shutdown,
                         trusted=trusted if open_to_all else [],

@@ -11,10 +11,8 @@ A client that disconnects cancels its handler; the services' work continues in t
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,26 +23,26 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import WebsocketMismatch
 
-from hypeman.errors import HypemanError
-from hypeman.ids import new_id
-from hypeman.server import errors
-from hypeman.server.api import EventStream, Operation, Page, UploadStream
+from hypeman.server import errors, exchange
+from hypeman.server.api import EventStream, Operation, UploadStream
+from hypeman.server.connection import Connection
 from hypeman.server.decode import decode_body, decode_query, decode_segment
-from hypeman.server.errors import (
-    BodyTooLarge,
-    BodyTooSlow,
-    Failure,
-    TooManyBodies,
-    failure_of,
-    status_failure,
-    told_error,
+from hypeman.server.errors import BodyTooLarge, BodyTooSlow, TooManyBodies, status_failure
+from hypeman.server.exchange import (
+    DISCONNECTED,
+    Reply,
+    ServerSettings,
+    failed,
+    failure_from,
+    log_request,
+    measured,
+    reply_to,
 )
+from hypeman.server.plain import PlainRoutes
 from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConnection
 from hypeman.server.routes import OPERATIONS
-from hypeman.server.serve import Connection
 from hypeman.server.services import Services
 from hypeman.server.streams import WEBSOCKETS
-from hypeman.telemetry import metrics
 from hypeman.tokens import LOCAL, Caller, Scope, Verifier, check_scope
 
 MAX_JSON_BODY = 2 * 2**20
@@ -54,17 +52,6 @@ MAX_JSON_BODIES = 32 * 2**20
 """Total bytes of all JSON bodies being received."""
 BODY_SECONDS = 10.0
 """Time limit for receiving a JSON body. Uploads have no such limit: they are not held in memory."""
-
-_log = logging.getLogger("hypeman.http")
-_encode = msgspec.json.Encoder().encode
-
-
-@dataclass(frozen=True)
-class ServerSettings:
-    """The parts of the configuration that the application needs."""
-
-    jwt_secret: str
-    request_timeout: float = 60.0
 
 
 def build_app(services: Services, settings: ServerSettings) -> ApiApp:
@@ -93,6 +80,7 @@ class ApiApp(QuartTrio):
         self.services = services
         self.settings = settings
         self._verifier = Verifier(settings.jwt_secret)
+        self.plain = PlainRoutes((), services, settings, self._verifier)
         self.held_bodies = _HeldBodies()
         self.config["MAX_CONTENT_LENGTH"] = None  # streams are unlimited; JSON bodies are checked where they are read
         self.config["BODY_TIMEOUT"] = None  # the time limit of the whole request covers it
@@ -100,7 +88,8 @@ class ApiApp(QuartTrio):
         self.url_map.merge_slashes = False
         self.register_error_handler(HTTPException, _answer_http_exception)
 
-    def add_operations(self, operations: Iterable[Operation]) -> None:
+    def add_operations(self, operations: Sequence[Operation]) -> None:
+        self.plain = PlainRoutes(operations, self.services, self.settings, self._verifier)
         for operation in operations:
             self.add_url_rule(
                 _rule(operation.path),
@@ -117,16 +106,16 @@ class ApiApp(QuartTrio):
                 check_scope(self._caller(websocket), scope)
                 await handler(self.services, websocket, *(decode_segment(value) for value in segments.values()))
             except Exception as error:
-                failure = _failure(error)
-            return None if failure is None else _failed(failure)
+                failure = failure_from(error)
+            return None if failure is None else _response(failed(failure))
 
         self.add_websocket(_rule(path), f"WS {path}", session)
 
     async def handle_request(self, request: Any) -> Any:
         """Handle one request, with its log line and metrics count."""
         started = time.perf_counter()
-        request_id = _request_id(request)
-        status = 499  # the client disconnected
+        request_id = exchange.request_id(request.headers.get("X-Request-Id", ""))
+        status = DISCONNECTED
         try:
             response = await super().handle_request(request)
             status = response.status_code
@@ -144,11 +133,12 @@ class ApiApp(QuartTrio):
                 status = response.status_code
             return response
         finally:
-            _tell(websocket, "WS", status, time.perf_counter() - started, _request_id(websocket))
+            request_id = exchange.request_id(websocket.headers.get("X-Request-Id", ""))
+            _tell(websocket, "WS", status, time.perf_counter() - started, request_id)
 
     async def handle_exception(self, error: Exception) -> Response:
         """Handle an exception that neither a route nor an HTTP exception handler caught: a bug."""
-        return _failed(_failure(error))
+        return _response(failed(failure_from(error)))
 
     def _caller(self, connection: Any) -> Caller:
         if (here := _connection(connection)) is not None and here.trusted:
@@ -188,28 +178,16 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
             try:
                 if operation.scope is not None:
                     check_scope(app._caller(request), operation.scope)
-                with _measured(operation):
+                with measured(operation):
                     answer = await operation.handler(app.services, **await arguments(segments))
-                return _answer(operation, answer)
+                if isinstance(answer, EventStream):
+                    return _event_stream(operation, answer)
+                return _response(reply_to(operation, answer))
             except Exception as error:
-                failure = _failure(error)
-        return _failed(failure)
+                failure = failure_from(error)
+        return _response(failed(failure))
 
     return view
-
-
-@contextmanager
-def _measured(operation: Operation) -> Iterator[None]:
-    """Observe the duration of an instance operation as seen by its caller."""
-    if operation.measure is None:
-        yield
-        return
-    started, status = time.perf_counter(), "error"
-    try:
-        yield
-        status = "success"
-    finally:
-        metrics.instance_seconds[operation.measure].labels(status).observe(time.perf_counter() - started)
 
 
 async def _read_json_body(held: _HeldBodies) -> bytes:
@@ -233,38 +211,20 @@ async def _read_json_body(held: _HeldBodies) -> bytes:
         held.bytes -= len(body)
 
 
-def _answer(operation: Operation, answer: Any) -> Response:
-    if isinstance(answer, EventStream):
-        response = Response(answer.chunks, operation.status, operation.headers, content_type="text/event-stream")
-        if (here := _connection(request)) is not None:
-            here.streaming = True
-        return response
-    if isinstance(answer, Page):
-        return Response(answer.content, operation.status, operation.headers, content_type=answer.media_type)
-    if operation.answer is None:
-        return Response(b"", operation.status, operation.headers)
-    content = answer if isinstance(answer, bytes) else _encode(answer)
-    return Response(content, operation.status, operation.headers, content_type="application/json")
+def _response(reply: Reply) -> Response:
+    return Response(reply.content, reply.status, reply.headers, content_type=reply.media_type or None)
+
+
+def _event_stream(operation: Operation, answer: EventStream) -> Response:
+    if (here := _connection(request)) is not None:
+        here.streaming = True
+    return Response(answer.chunks, operation.status, operation.headers, content_type="text/event-stream")
 
 
 def _connection(asked: Any) -> Connection | None:
     """The connection of the request or websocket; None in tests without sockets."""
     found = asked.scope.get("state", {}).get("connection")
     return found if isinstance(found, Connection) else None
-
-
-def _failure(error: Exception) -> Failure:
-    told = error if isinstance(error, HypemanError) else told_error(error)
-    if told is None:
-        _log.error("unexpected failure", exc_info=error)
-        return errors.UNEXPECTED
-    if told.status >= 500 and told.status != 501:
-        _log.error("%s: %s", told.code, told.message, exc_info=told)
-    return failure_of(told)
-
-
-def _failed(failure: Failure) -> Response:
-    return Response(failure.encode(), failure.status, failure.headers, content_type="application/json")
 
 
 async def _answer_http_exception(error: HTTPException) -> Response:
@@ -281,30 +241,11 @@ async def _answer_http_exception(error: HTTPException) -> Response:
         message = "this path speaks WebSocket, or does not"
     else:
         message = error.description or ""
-    return _failed(status_failure(status, message, headers))
-
-
-def _request_id(connection: Any) -> str:
-    """The client's request id if it is well-formed, else a new one."""
-    given = connection.headers.get("X-Request-Id", "")
-    return given if 0 < len(given) <= 64 and given.isascii() and given.isprintable() else new_id()[:16]
+    return _response(failed(status_failure(status, message, headers)))
 
 
 def _tell(connection: Any, method: str, status: int, seconds: float, request_id: str) -> None:
-    route = _template(connection)
-    metrics.count_request(method, route, status, seconds)
-    segments = connection.view_args or {}
-    _log.info(
-        "request",
-        extra={
-            "method": method,
-            "route": route,
-            "status": status,
-            "ms": round(seconds * 1000, 2),
-            "request_id": request_id,
-            **{f"path_{name}": value for name, value in segments.items()},
-        },
-    )
+    log_request(method, _template(connection), status, seconds, request_id, connection.view_args or {})
 
 
 def _template(connection: Any) -> str:

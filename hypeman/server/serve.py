@@ -1,7 +1,8 @@
 """Serves the application on sockets: Hypercorn's protocol code in our own nursery.
 
 Hypercorn's own ``serve`` does not report which socket a connection came from and cannot drop a
-client that never reads, so the accept loop is here and only its connection class is used.
+client that never reads, so the accept loop is here and only its connection class is used, with a short
+path for plain requests (plain.py).
 
 - TCP, and a unix socket whose file permissions are the authentication (``Connection.trusted``).
 - Shutdown: no new connections, event streams end at once, everything else gets a grace period; then
@@ -22,18 +23,19 @@ import socket
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from typing import Any
 
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
-from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 
 from hypeman.errors import HypemanError
+from hypeman.server.connection import Connection
+from hypeman.server.plain import PlainConnection, PlainRoutes
 from hypeman.telemetry import metrics
 
 _log = logging.getLogger(__name__)
@@ -51,29 +53,12 @@ class ServeError(HypemanError):
     """A socket cannot be bound; the message says which and why."""
 
 
-@dataclass(eq=False)
-class Connection:
-    """One client's connection; a request finds it in ``scope["state"]["connection"]``."""
-
-    stream: trio.SocketStream
-    trusted: bool
-    """Came over a socket whose permissions authenticate the client."""
-    streaming: bool = False
-    """Set by a response that does not end by itself."""
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-
-    def abort(self) -> None:
-        """Close it now, even in the middle of a send."""
-        self.scope.cancel()
-        with suppress(OSError):  # already closed
-            self.stream.socket.shutdown(socket.SHUT_RDWR)
-
-
 class Server:
-    """One application on some sockets."""
+    """One application on some sockets; ``plain`` requests do not reach it (plain.py)."""
 
-    def __init__(self, app: Application, *, grace: float = GRACE_SECONDS) -> None:
+    def __init__(self, app: Application, *, plain: PlainRoutes | None = None, grace: float = GRACE_SECONDS) -> None:
         self._app = ASGIWrapper(app)
+        self._plain = plain
         self._grace = grace
         self._config = _hypercorn_config()
         self._context = WorkerContext(None)
@@ -96,6 +81,7 @@ class Server:
                 try:
                     async with trio.open_nursery() as accepting:
                         accepting.start_soon(self._watch_hang_ups)
+                        accepting.start_soon(self._close_idle)
                         for group, trust in ((sockets, False), (trusted, True)):
                             listeners = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in group]
                             serve = partial(trio.serve_listeners, handler_nursery=connections)
@@ -118,6 +104,8 @@ class Server:
         for connection in list(self._open.values()):
             if connection.streaming:
                 connection.abort()
+            elif connection.idle_until != inf:
+                connection.close_idle()
         with trio.move_on_after(self._grace):
             while self._open:
                 self._one_less = trio.Event()
@@ -131,7 +119,7 @@ class Server:
         state = ConnectionState(LifespanState({"connection": connection}))
         try:
             with connection.scope:
-                await TCPServer(self._app, self._config, self._context, state, stream)  # type: ignore[arg-type]
+                await PlainConnection(self._app, self._config, self._context, connection, state, self._plain)
         except Exception:
             _log.exception("a connection failed")
         finally:
@@ -141,6 +129,21 @@ class Server:
                 del self._open[number]
             self._one_less.set()
             await trio.aclose_forcefully(stream)  # also removes the registration in epoll
+
+    async def _close_idle(self) -> None:
+        """Close connections without a request for the keep-alive time.
+
+        Deadlines only move on while this sleeps, and one that is set later ends later than the sleep.
+        """
+        while True:
+            now = trio.current_time()
+            wake = now + self._config.keep_alive_timeout
+            for connection in list(self._open.values()):
+                if connection.idle_until <= now:
+                    connection.close_idle()
+                else:
+                    wake = min(wake, connection.idle_until)
+            await trio.sleep_until(wake)
 
     async def _watch_hang_ups(self) -> None:
         while True:
@@ -157,6 +160,7 @@ def _hypercorn_config() -> HypercornConfig:
     config.errorlog = logging.getLogger("hypercorn.error")
     config.include_server_header = False
     config.keep_alive_timeout = 75  # longer than clients' connection pools, so that clients close first
+    config.keep_alive_max_requests = 100_000  # a poller keeps its connection
     config.h11_max_incomplete_size = 64 * 1024
     config.websocket_max_message_size = 2**20
     return config

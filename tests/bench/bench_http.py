@@ -1,95 +1,172 @@
 """The HTTP shell: what a request costs the server, and what lists and log followers cost.
 
-The server runs in a process of its own; measured is its CPU time for a number of requests over one
-kept connection, which a busy machine disturbs less than wall time does.
+The server runs in a process of its own; measured is its CPU time for a number of requests over kept
+connections, which a busy machine disturbs less than wall time does. Its peer is http_go.go, which does
+the same with net/http; both write their log to a file.
 """
 
 from __future__ import annotations
 
-import http.client
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from hypeman.tokens import mint
 from tests.bench.harness import Measure, Result, compare, median
 
-REQUESTS = 400
+REQUESTS = 1600
+CONNECTIONS = (1, 16)
 FOLLOWERS = 24
 LOG_BYTES = 20 * 2**20
+SECRET = "a secret that is long enough for HS256"
+HERE = Path(__file__).parent
 
 SERVER = """
 import sys, trio, msgspec
 from pathlib import Path
-from hypeman.server.app import ServerSettings, build_app
-from hypeman.server.serve import Server, bind_unix
+from hypeman.server.app import build_app
+from hypeman.server.exchange import ServerSettings
+from hypeman.server.serve import Server, bind_tcp, bind_unix
+from hypeman.telemetry.logs import setup_logs
 from tests.fakes.services import FakeWorld
-world = FakeWorld(Path(sys.argv[2]))
+path, directory, secret = sys.argv[1:]
+setup_logs()
+world = FakeWorld(Path(directory))
 made = [world.instances.add(f"vm-{number}", tags={"team": "x"}) for number in range(1000)]
 world.instances.encoded = msgspec.json.encode(made)
-app = build_app(world.services, ServerSettings(jwt_secret="x"))
+Path(directory, "instances.json").write_bytes(world.instances.encoded)
+app = build_app(world.services, ServerSettings(jwt_secret=secret))
 async def main():
     async with trio.open_nursery() as nursery:
-        await nursery.start(lambda task_status: Server(app).run(
-            [], trio.Event(), trusted=[bind_unix(sys.argv[1], mode=0o600)], task_status=task_status))
-        print("ready", flush=True)
+        tcp = bind_tcp("127.0.0.1", 0)
+        await nursery.start(lambda task_status: Server(app, plain=app.plain).run(
+            tcp, trio.Event(), trusted=[bind_unix(path, mode=0o600)], task_status=task_status))
+        print(tcp[0].getsockname()[1], flush=True)
 trio.run(main)
 """
 
 
-class Client(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost")
-        self.path = path
+@dataclass(frozen=True)
+class Peer:
+    """A server of its own process."""
 
-    def connect(self) -> None:
-        import socket
+    pid: int
+    port: int
 
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect(self.path)
+    def cost(self, request: bytes, connections: int) -> Measure:
+        """Microseconds of the server's CPU for one ``request``, sent over ``connections`` at a time."""
 
-    def fetch(self, path: str) -> bytes:
-        self.request("GET", path)
-        return self.getresponse().read()
+        def measure() -> float:
+            with ExitStack() as stack:
+                clients = [
+                    stack.enter_context(socket.create_connection(("127.0.0.1", self.port), 60))
+                    for _ in range(connections)
+                ]
+                exchange(clients, request)
+                before = cpu_of(self.pid)
+                for _ in range(REQUESTS // connections):
+                    exchange(clients, request)
+                return (cpu_of(self.pid) - before) / REQUESTS * 1e6
+
+        return measure
+
+
+def exchange(clients: list[socket.socket], request: bytes) -> None:
+    """``request`` over each connection, and each response."""
+    for client in clients:
+        client.sendall(request)
+    for client in clients:
+        data = b""
+        while not (end := data.find(b"\r\n\r\n") + 4) > 4:
+            data += receive(client)
+        head = data[:end].lower()
+        length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        received = len(data)
+        while received < end + length:
+            received += len(receive(client))
+
+
+def receive(client: socket.socket) -> bytes:
+    data = client.recv(1 << 20)
+    if not data:
+        raise ConnectionError("the server closed the connection")
+    return data
+
+
+def request_bytes(method: str, path: str, token: str, body: bytes = b"") -> bytes:
+    length = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n" if body else ""
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: bench\r\nAccept-Encoding: identity\r\n"
+        f"Authorization: Bearer {token}\r\n{length}\r\n"
+    )
+    return head.encode() + body
 
 
 @contextmanager
-def server() -> Iterator[tuple[int, str, Path]]:
-    """Process id, socket and log directory of a server with 1,000 instances."""
+def server() -> Iterator[tuple[Peer, str, Path]]:
+    """Our server with 1,000 instances, its socket and its log directory."""
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/s.sock"
-        command = [sys.executable, "-c", SERVER, path, directory]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        command = [sys.executable, "-c", SERVER, path, directory, SECRET]
+        with (
+            Path(directory, "log").open("wb") as log,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process,
+        ):
             assert process.stdout is not None
-            process.stdout.readline()
+            port = int(process.stdout.readline())
             try:
-                yield process.pid, path, Path(directory)
+                yield Peer(process.pid, port), path, Path(directory)
             finally:
                 process.kill()
 
 
+@contextmanager
+def go_peer(directory: Path) -> Iterator[Peer]:
+    """http_go.go with the same instances."""
+    program = str(directory / "http-go")
+    subprocess.run(["go", "build", "-o", program, HERE / "http_go.go"], check=True)
+    port = free_port()
+    with (
+        (directory / "instances.json").open("rb") as instances,
+        (directory / "go.log").open("wb") as log,
+        subprocess.Popen([program, f"127.0.0.1:{port}", SECRET], stdin=instances, stderr=log) as process,
+    ):
+        try:
+            wait_port(port)
+            yield Peer(process.pid, port)
+        finally:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def wait_port(port: int, seconds: float = 30) -> None:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
+
 def cpu_of(pid: int) -> float:
-    """CPU seconds of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def request_cost(pid: int, socket_path: str, path: str) -> Measure:
-    """Microseconds of the server's CPU for one request."""
-
-    def measure() -> float:
-        client = Client(socket_path)
-        before = cpu_of(pid)
-        for _ in range(REQUESTS):
-            client.fetch(path)
-        client.close()
-        return (cpu_of(pid) - before) / REQUESTS * 1e6
-
-    return measure
+    """CPU seconds of a process's threads so far, to the nanosecond."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def followers_cost(pid: int, socket_path: str, logs: Path) -> float:
@@ -139,20 +216,47 @@ def start_cost() -> float:
     return (after.children_user - before.children_user + after.children_system - before.children_system) * 1000
 
 
+def against_go(ours: Peer, directory: Path) -> list[Result]:
+    if shutil.which("go") is None:
+        print("http: no Go toolchain, so no peer")
+        return []
+    token = mint(SECRET, subject="bench")
+    refused = b'{"name":"a","image":"b","vcpus":0,"env":{"A":"1"},"tags":{"team":"x"},"network":{"enabled":true}}'
+    asked = {
+        "GET /health": request_bytes("GET", "/health", token),
+        "GET /instances/{id}": request_bytes("GET", "/instances/vm-7", token),
+        "POST /instances, refused": request_bytes("POST", "/instances", token, refused),
+    }
+    with go_peer(directory) as peer:
+        return [
+            compare(
+                f"http: {name}, {count} connection{'s' * (count > 1)}",
+                "µs CPU",
+                ours.cost(request, count),
+                "Go net/http",
+                peer.cost(request, count),
+                rounds=9,
+            )
+            for name, request in asked.items()
+            for count in CONNECTIONS
+        ]
+
+
 def run() -> list[Result]:
-    with server() as (pid, path, logs):
-        health = request_cost(pid, path, "/health")
-        every, one = request_cost(pid, path, "/instances"), request_cost(pid, path, "/instances/vm-7")
+    with server() as (ours, path, logs):
+        token = mint(SECRET, subject="bench")
+        health = ours.cost(request_bytes("GET", "/health", token), 1)
+        every = ours.cost(request_bytes("GET", "/instances", token), 1)
         results = [
+            *against_go(ours, logs),
             compare("http: GET /instances, 1,000 of them", "µs CPU", every, "GET /health", health),
-            compare("http: GET /instances/{id}", "µs CPU", one, "GET /health", health),
         ]
         begin = time.perf_counter()
-        spent = followers_cost(pid, path, logs)
+        spent = followers_cost(ours.pid, path, logs)
         total = FOLLOWERS * LOG_BYTES / 2**20
         results += [
             Result("http: logs to 24 followers", total / spent, "MB/s of CPU"),
             Result("http: logs to 24 followers", total / (time.perf_counter() - begin), "MB/s"),
-            Result("http: resident after that", resident(pid), "MB"),
+            Result("http: resident after that", resident(ours.pid), "MB"),
         ]
     return [*results, Result("cli: start of a client command", median(start_cost), "ms CPU")]

@@ -16,7 +16,8 @@ import trio
 from click.testing import CliRunner, Result
 
 from hypeman.cli.main import hypeman
-from hypeman.server.app import ServerSettings, build_app
+from hypeman.server.app import build_app
+from hypeman.server.exchange import ServerSettings
 from hypeman.server.serve import Server, bind_tcp, bind_unix
 from hypeman.tokens import mint
 from tests.fakes.services import FakeWorld
@@ -64,7 +65,7 @@ class Running:
         app = build_app(self.world.services, ServerSettings(jwt_secret=SECRET))
         async with trio.open_nursery() as nursery:
             trusted = [bind_unix(self.socket, mode=0o600)]
-            self._server = Server(app, grace=1.0)
+            self._server = Server(app, plain=app.plain, grace=1.0)
             await nursery.start(partial(self._server.run, [self._tcp], self._shutdown, trusted=trusted))
             self._ready.set()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -20,11 +21,11 @@ from hypeman.errors import (
     RateLimited,
 )
 from hypeman.instances.model.types import InstanceState
-from hypeman.server.app import ApiApp, ServerSettings, build_app
 from hypeman.server.routes import OPERATIONS
 from hypeman.tokens import mint
 from tests.fakes.services import FakeWorld
 
+Client = Callable[..., Awaitable[Any]]
 SECRET = "a secret that is long enough for HS256"
 
 
@@ -40,8 +41,8 @@ async def failure(response: Any, status: int, code: str) -> str:
 # ── Who may ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_health_is_public(app: ApiApp) -> None:
-    response = await app.test_client().get("/health")
+async def test_health_is_public(client: Client) -> None:
+    response = await client("GET", "/health")
     assert (response.status_code, await response.get_json()) == (200, {"status": "ok"})
 
 
@@ -49,19 +50,17 @@ PUBLIC = {"/health", "/spec.json", "/spec.yaml", "/swagger"}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: f"{one.method} {one.path}")
-async def test_every_other_route_wants_a_token_and_its_scope(app: ApiApp, operation: Any) -> None:
+async def test_every_other_route_wants_a_token_and_its_scope(client: Client, operation: Any) -> None:
     assert (operation.scope is None) == (operation.path in PUBLIC)
     if operation.scope is None:
         return
     path = operation.path.replace("{", "").replace("}", "")
-    response = await app.test_client().open(path, method=operation.method, json=None)
+    response = await client(operation.method, path, json=None)
     await failure(response, 401, "Unauthorized")
     assert response.headers["WWW-Authenticate"] == "Bearer"
     others = {one.scope for one in OPERATIONS if one.scope} - {operation.scope}
     token = mint(SECRET, subject="narrow", scopes=[str(scope) for scope in others])
-    response = await app.test_client().open(
-        path, method=operation.method, json=None, headers={"Authorization": f"Bearer {token}"}
-    )
+    response = await client(operation.method, path, json=None, headers={"Authorization": f"Bearer {token}"})
     assert operation.scope in await failure(response, 403, "Forbidden")
 
 
@@ -178,10 +177,11 @@ async def test_errors_name_no_path_of_the_host(
     assert message in caplog.text, "the log has it whole"
 
 
-async def test_time_limit(world: FakeWorld, headers: dict[str, str], autojump_clock: trio.testing.MockClock) -> None:
+async def test_time_limit(
+    autojump_clock: trio.testing.MockClock, client: Client, world: FakeWorld, headers: dict[str, str]
+) -> None:
     world.instances.hangs = True
-    app = build_app(world.services, ServerSettings(jwt_secret=SECRET, request_timeout=60))
-    response = await app.test_client().get("/instances/web", headers=headers)
+    response = await client("GET", "/instances/web", headers=headers)
     await failure(response, 504, "Gateway Timeout")
     assert response.headers["X-Should-Retry"] == "false"
     assert trio.current_time() >= 60

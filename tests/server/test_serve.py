@@ -15,7 +15,8 @@ import trio
 
 from hypeman.server import app as app_module
 from hypeman.server.app import ApiApp
-from hypeman.server.serve import Connection, ServeError, Server, bind_tcp, bind_unix, metrics_app
+from hypeman.server.connection import Connection
+from hypeman.server.serve import ServeError, Server, bind_tcp, bind_unix, metrics_app
 from tests.fakes.services import FakeWorld
 
 

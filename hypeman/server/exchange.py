@@ -1,0 +1,112 @@
+"""What a request to an Operation means, whoever carries it: Quart (app.py) or the connection itself (plain.py).
+
+Both carriers decode, authorize, answer, fail, log and count through this module, so that a client cannot tell them
+apart. Nothing here reads or writes a connection.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from hypeman.errors import HypemanError
+from hypeman.server import errors
+from hypeman.server.api import Operation, Page
+from hypeman.server.errors import Failure, failure_of, told_error
+from hypeman.telemetry import metrics
+from hypeman.telemetry.logs import blank_text, log_fields
+
+_log = logging.getLogger("hypeman.http")
+_encode = msgspec.json.Encoder().encode
+
+JSON = "application/json"
+DISCONNECTED = 499
+"""Status in log and metrics of a request whose client disconnected before the response."""
+_MAX_REQUEST_ID = 64
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """The parts of the configuration that the application needs."""
+
+    jwt_secret: str
+    request_timeout: float = 60.0
+
+
+class Reply(Struct, frozen=True):
+    """A response that is whole in memory."""
+
+    status: int
+    content: bytes
+    media_type: str = JSON
+    headers: dict[str, str] = {}
+
+
+def reply_to(operation: Operation, answer: Any) -> Reply:
+    """The response of an operation whose handler returned ``answer``; not for event streams."""
+    if isinstance(answer, Page):
+        return Reply(operation.status, answer.content, answer.media_type, operation.headers)
+    if operation.answer is None:
+        return Reply(operation.status, b"", "", operation.headers)
+    content = answer if isinstance(answer, bytes) else _encode(answer)
+    return Reply(operation.status, content, JSON, operation.headers)
+
+
+def failed(failure: Failure) -> Reply:
+    return Reply(failure.status, failure.encode(), JSON, failure.headers)
+
+
+def failure_from(error: Exception) -> Failure:
+    """The failure to report for ``error``. Logs what the client is not told."""
+    told = error if isinstance(error, HypemanError) else told_error(error)
+    if told is None:
+        _log.error("unexpected failure", exc_info=error)
+        return errors.UNEXPECTED
+    if told.status >= 500 and told.status != 501:
+        _log.error("%s: %s", told.code, told.message, exc_info=told)
+    return failure_of(told)
+
+
+@contextmanager
+def measured(operation: Operation) -> Iterator[None]:
+    """Observe the duration of an instance operation as seen by its caller."""
+    if operation.measure is None:
+        yield
+        return
+    started, status = time.perf_counter(), "error"
+    try:
+        yield
+        status = "success"
+    finally:
+        metrics.instance_seconds[operation.measure].labels(status).observe(time.perf_counter() - started)
+
+
+def request_id(given: str) -> str:
+    """``given`` by the client if it is well-formed, else a new one of 16 characters."""
+    if 0 < len(given) <= _MAX_REQUEST_ID and given.isascii() and given.isprintable():
+        return given
+    return os.urandom(8).hex()
+
+
+def log_request(
+    method: str, route: str, status: int, seconds: float, request_id: str, segments: Mapping[str, str]
+) -> None:
+    """The log line and the metrics of one request; ``route`` is the operation's path template, never the requested
+    path, to bound the number of series. ``segments`` are the path parameters as the client wrote them."""
+    metrics.count_request(method, route, status, seconds)
+    if not method.isalpha():
+        method = blank_text(method)  # a client's invention
+    log_fields(
+        _log,
+        "request",
+        {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)},
+        {"request_id": request_id, **{f"path_{name}": value for name, value in segments.items()}},
+    )

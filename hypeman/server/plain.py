@@ -1,0 +1,424 @@
+"""Plain requests: GETs of declared operations, answered in the connection's own task.
+
+    bytes → head (one look at its end, its request line, its header block) → operation and path parameters
+          → authenticate → authorize → decode → handler → one send
+
+Quart and Hypercorn spawn six tasks for a request and parse its head three times; for a look-up in memory that was
+nine tenths of its cost. What is plain is decided narrowly: HTTP/1.1, a GET of an operation that does not stream, its
+whole head in one read, no body, none of the headers with which a client asks for more than a response. Everything
+else, also what is malformed or unknown, goes to Hypercorn and Quart unread, on the same connection. Both share
+``exchange.py``, and one suite runs through both (tests/server/test_plain.py).
+
+- The handler's first step runs at once. Only if it blocks, a second task watches: it cancels the handler when the
+  client disconnects (log and metrics: 499) or the time limit ends (504).
+- A request behind a plain one in the same read is next; one behind a request of Hypercorn's is Hypercorn's.
+- A connection's keep-alive limit is a number that is moved, not a task: ``Server`` looks at the numbers (serve.py).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import time
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
+from math import inf
+from types import coroutine
+from typing import Any, NamedTuple, TypeVar
+
+import h11
+import trio
+from hypercorn.config import Config as HypercornConfig
+from hypercorn.events import Closed, RawData
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import AppWrapper, ConnectionState
+
+from hypeman.server import errors
+from hypeman.server.api import EventStream, Operation
+from hypeman.server.connection import Connection
+from hypeman.server.decode import decode_query, decode_segment
+from hypeman.server.exchange import (
+    DISCONNECTED,
+    Reply,
+    ServerSettings,
+    failed,
+    failure_from,
+    log_request,
+    measured,
+    reply_to,
+    request_id,
+)
+from hypeman.server.services import Services
+from hypeman.tokens import LOCAL, Verifier, check_scope
+
+_Result = TypeVar("_Result")
+
+_MAX_KNOWN = 1000
+_MAX_KNOWN_LENGTH = 256
+"""Bytes of a request target that is worth remembering."""
+_END = b"\r\n\r\n"
+_CLOSE = "connection: close\r\n"
+_METHOD = b"GET "
+_VERSION = b" HTTP/1.1"
+_TARGET = re.compile(rb"/[\w.~%:@!$&'()*+,;=/-]*(?:\?[\w.~%:@!$&'()*+,;=/?\[\]-]*)?")
+_HEADERS = re.compile(rb"(?:[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)+")
+_MORE_THAN_A_RESPONSE = frozenset(
+    (b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"http2-settings", b"te", b"trailer")
+)
+
+
+class Found(NamedTuple):
+    """What a request target means."""
+
+    operation: Operation
+    segments: Mapping[str, str]
+    """Path parameters as the client wrote them."""
+    query: bytes
+    limit: float
+    """Seconds."""
+
+
+class PlainRoutes:
+    """The GETs among ``operations`` that do not stream, found by request target; and what their answers need."""
+
+    def __init__(
+        self, operations: Iterable[Operation], services: Services, settings: ServerSettings, verifier: Verifier
+    ) -> None:
+        self.services = services
+        self.verifier = verifier
+        self._limit = settings.request_timeout
+        self._known: dict[bytes, Found | None] = {}
+        self._by_length: dict[int, list[tuple[tuple[str, ...], Operation]]] = {}
+        for operation in operations:
+            template = tuple(operation.path.split("/")[1:])
+            if operation.method == "GET" and operation.answer is not EventStream and all(template):
+                self._by_length.setdefault(len(template), []).append((template, operation))
+        for templates in self._by_length.values():  # a fixed segment goes before a parameter, from the left
+            templates.sort(key=lambda each: [part.startswith("{") for part in each[0]])
+
+    def find(self, target: bytes) -> Found | None:
+        """The operation that ``target`` names; None if Quart must decide."""
+        try:
+            return self._known[target]
+        except KeyError:
+            found = self._search(target)
+        if len(target) <= _MAX_KNOWN_LENGTH:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[target] = found
+        return found
+
+    def _search(self, target: bytes) -> Found | None:
+        if not _TARGET.fullmatch(target):
+            return None
+        path, _, query = target.partition(b"?")
+        parts = path.decode("ascii").split("/")[1:]
+        if not all(parts):
+            return None
+        for template, operation in self._by_length.get(len(parts), ()):
+            if all(name == part or name.startswith("{") for name, part in zip(template, parts, strict=True)):
+                segments = {name[1:-1]: part for name, part in zip(template, parts, strict=True) if name[0] == "{"}
+                return Found(operation, segments, query, inf if operation.unlimited else self._limit)
+        return None
+
+
+class Headers(NamedTuple):
+    """What a plain request's header block holds for us."""
+
+    authorization: str | None
+    request_id: str
+
+
+def plain_headers(block: bytes) -> Headers | None:
+    """The headers in ``block``, the lines of a head after its request line; None if they ask for more than a response
+    to a request without a body, or if Hypercorn might refuse them."""
+    if not _HEADERS.fullmatch(block):
+        return None
+    authorization, given_id, hosts = None, None, 0
+    for line in block.split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        name, value = name.lower(), value.strip(b" \t")
+        if name in _MORE_THAN_A_RESPONSE or (name == b"connection" and value.lower() != b"keep-alive"):
+            return None
+        if name == b"host":
+            hosts += 1
+        elif name == b"authorization" and authorization is None:
+            authorization = value.decode("ascii")
+        elif name == b"x-request-id" and given_id is None:
+            given_id = value.decode("ascii")
+    return Headers(authorization, given_id or "") if hosts == 1 else None
+
+
+class PlainConnection(TCPServer):
+    """Hypercorn's connection, which answers plain requests itself."""
+
+    def __init__(
+        self,
+        app: AppWrapper,
+        config: HypercornConfig,
+        context: WorkerContext,
+        connection: Connection,
+        state: ConnectionState,
+        routes: PlainRoutes | None,
+    ) -> None:
+        super().__init__(app, config, context, state, connection.stream)  # type: ignore[arg-type]
+        self.idle_task = _KeepAlive(connection, context, config.keep_alive_timeout)  # type: ignore[assignment]
+        self._connection = connection
+        self._routes = routes
+        self._keep_alive = config.keep_alive_timeout
+        self._unread = b""
+        """Received and neither answered nor given to Hypercorn."""
+        self._ours = True
+        """Hypercorn has been given nothing since it was last idle."""
+        self._block = b""
+        self._headers: Headers | None = None
+        """What is in ``_block``: a client sends the same headers with each request."""
+        self._work = trio.CancelScope()
+        """Around everything; cancelled to cancel a handler, then replaced."""
+        self._watching: trio.CancelScope | None = None
+        self._timed_out = False
+        self._request_id = ""
+
+    async def _read_data(self) -> None:
+        late: Reply | None = None
+        while True:
+            self._timed_out = False
+            with trio.CancelScope() as self._work:
+                try:
+                    if late is None or await self._send(late):
+                        await self._read_requests()
+                except (trio.ClosedResourceError, trio.BrokenResourceError):
+                    pass
+                break
+            if not self._timed_out:
+                break
+            late = failed(errors.TIMED_OUT)
+        await self.protocol.handle(Closed())
+
+    async def _read_requests(self) -> None:
+        """Until the connection ends. Raises ClosedResourceError, BrokenResourceError."""
+        while True:
+            if self._unread and self._is_ours() and not await self._answer():
+                return
+            data, self._unread = self._unread, b""
+            if data:
+                self._ours = False
+                await self.protocol.handle(RawData(data))
+            if not (data := await self._receive()):
+                await self.protocol.handle(RawData(data))
+                return
+            self._unread = data
+
+    async def _receive(self) -> bytes:
+        """Received bytes; none at the end of the stream. Raises ClosedResourceError, BrokenResourceError."""
+        while (number := self.stream.socket.fileno()) >= 0:
+            await trio.lowlevel.wait_readable(number)
+            try:
+                return os.read(number, MAX_RECV)
+            except BlockingIOError:
+                continue
+            except OSError:
+                raise trio.BrokenResourceError from None
+        raise trio.ClosedResourceError
+
+    def _is_ours(self) -> bool:
+        """Whether Hypercorn has nothing under way."""
+        if not self._ours and self._routes is not None:
+            protocol = self.protocol.protocol
+            self._ours = (
+                isinstance(protocol, H11Protocol)
+                and isinstance(connection := protocol.connection, h11.Connection)
+                and connection.our_state is h11.IDLE
+                and connection.their_state is h11.IDLE
+                and not connection.trailing_data[0]
+            )
+        return self._ours
+
+    async def _answer(self) -> bool:
+        """Answer the plain requests at the beginning of what was received. False: the connection must end."""
+        behind_another = False
+        while (request := self._next()) is not None:
+            if behind_another:
+                self._connection.idle_until = inf
+                await trio.lowlevel.checkpoint()  # others first: a read may hold a thousand requests
+            behind_another = True
+            if not await self._send(await self._exchange(*request)):
+                return False
+            if not self._unread:
+                break
+        return True
+
+    def _next(self) -> tuple[Found, Headers] | None:
+        """Take the next request off what was received; None if it is not plain or not complete."""
+        data, routes = self._unread, self._routes
+        if routes is None or not data.startswith(_METHOD):
+            return None
+        line, end = data.find(b"\r\n"), data.find(_END)
+        if end < 0 or not data.endswith(_VERSION, 0, line):
+            return None
+        block = data[line + 2 : end + 2]
+        if block != self._block:
+            self._block, self._headers = block, plain_headers(block)
+        if self._headers is None or (found := routes.find(data[len(_METHOD) : line - len(_VERSION)])) is None:
+            return None
+        self._unread = data[end + len(_END) :]
+        return found, self._headers
+
+    async def _exchange(self, found: Found, headers: Headers) -> Reply:
+        started = time.perf_counter()
+        self._request_id = request_id(headers.request_id)
+        status = DISCONNECTED
+        try:
+            reply = await self._reply(found, headers)
+            status = reply.status
+            return reply
+        except trio.Cancelled:
+            if self._timed_out:
+                status = errors.TIMED_OUT.status
+            raise
+        finally:
+            operation = found.operation
+            log_request(
+                operation.method,
+                operation.path,
+                status,
+                time.perf_counter() - started,
+                self._request_id,
+                found.segments,
+            )
+
+    async def _reply(self, found: Found, headers: Headers) -> Reply:
+        operation, routes = found.operation, self._routes
+        assert routes is not None
+        try:
+            if operation.scope is not None:
+                trusted = self._connection.trusted
+                check_scope(LOCAL if trusted else routes.verifier.caller(headers.authorization), operation.scope)
+            with measured(operation):
+                arguments: dict[str, Any] = {name: decode_segment(value) for name, value in found.segments.items()}
+                if operation.query is not None:
+                    arguments["query"] = decode_query(found.query, operation.query)
+                handler: Any = operation.handler(routes.services, **arguments)
+                answer = await _begin(handler, lambda: self._watch(found.limit))
+            return reply_to(operation, answer)
+        except Exception as error:
+            return failed(failure_from(error))
+        finally:
+            if self._watching is not None:
+                self._watching.cancel()
+                self._watching = None
+                if self._work.cancel_called:  # after the answer, but before anybody knew
+                    await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _watch(self, limit: float) -> None:
+        """Watch for the end of a handler that blocks."""
+        self._connection.idle_until = inf
+        self._watching = scope = trio.CancelScope()
+        self.protocol.task_group.spawn(self._cancel_if_it_must_end, scope, limit)
+
+    async def _cancel_if_it_must_end(self, watching: trio.CancelScope, limit: float) -> None:
+        with watching:
+            with trio.move_on_after(limit):
+                await self._wait_disconnect()
+                self._work.cancel()
+                return
+            self._timed_out = True
+            self._work.cancel()
+
+    async def _wait_disconnect(self) -> None:
+        """Return once the client has disconnected. Behind unread bytes that is not seen here, but by ``Server``."""
+        number = self.stream.socket.fileno()
+        await trio.lowlevel.wait_readable(number)
+        hang_up = select.poll()
+        hang_up.register(number, select.POLLRDHUP)
+        if not hang_up.poll(0):  # the client's next request
+            await trio.sleep_forever()
+
+    async def _send(self, reply: Reply) -> bool:
+        """Send ``reply``. False: the connection must end. Raises ClosedResourceError, BrokenResourceError."""
+        protocol = self.protocol.protocol
+        assert isinstance(protocol, H11Protocol)
+        protocol.keep_alive_requests += 1
+        last = protocol.keep_alive_requests >= self.config.keep_alive_max_requests
+        head = self._head(reply, last)
+        try:
+            sent = os.writev(self.stream.socket.fileno(), (head, reply.content))
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            raise trio.BrokenResourceError from None
+        if sent < len(head) + len(reply.content):
+            self._connection.idle_until = inf
+            rest = memoryview(head)[sent:] if sent < len(head) else b""
+            if rest:
+                await self.stream.send_all(rest)
+            await self.stream.send_all(memoryview(reply.content)[max(0, sent - len(head)) :])
+        if last or self.context.terminated.is_set():
+            return False
+        self._connection.idle_until = trio.current_time() + self._keep_alive
+        return True
+
+    def _head(self, reply: Reply, last: bool) -> bytes:
+        """As Quart, Hypercorn and h11 write it between them."""
+        more = "".join([f"{name.lower()}: {value}\r\n" for name, value in reply.headers.items()])
+        return (
+            f"HTTP/1.1 {reply.status} \r\n{more}content-type: {reply.media_type}\r\n"
+            f"content-length: {len(reply.content)}\r\nx-request-id: {self._request_id}\r\n"
+            f"{_common_headers(self.config)}{_CLOSE if last else ''}\r\n"
+        ).encode("latin1")
+
+
+_second = (0, "")
+"""The last second for which the common headers were made, and the headers."""
+
+
+def _common_headers(config: HypercornConfig) -> str:
+    """What Hypercorn adds to each response: the date."""
+    global _second
+    now = int(time.time())
+    second, text = _second
+    if now != second:
+        lines = [f"{name.decode()}: {value.decode()}\r\n" for name, value in config.response_headers("h11")]
+        text = "".join(lines)
+        _second = (now, text)
+    return text
+
+
+class _KeepAlive:
+    """In place of Hypercorn's task for each time that a connection is idle: moves the deadline."""
+
+    def __init__(self, connection: Connection, context: WorkerContext, seconds: float) -> None:
+        self._connection = connection
+        self._context = context
+        self._seconds = seconds
+
+    async def restart(self, task_group: Any, action: Any) -> None:
+        if self._context.terminated.is_set():
+            self._connection.close_idle()
+        else:
+            self._connection.idle_until = trio.current_time() + self._seconds
+
+    async def stop(self) -> None:
+        self._connection.idle_until = inf
+
+
+@coroutine
+def _begin(work: Coroutine[Any, Any, _Result], when_it_blocks: Callable[[], None]) -> Generator[Any, Any, _Result]:
+    """Await ``work``; call ``when_it_blocks`` if its first step is not its last."""
+    try:
+        trap = work.send(None)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+    when_it_blocks()
+    while True:
+        try:
+            try:
+                sent = yield trap
+            except BaseException as error:
+                trap = work.throw(error)
+            else:
+                trap = work.send(sent)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
