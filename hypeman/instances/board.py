@@ -130,15 +130,18 @@ class Board:
 
     def find(self, reference: str) -> InstanceRecord:
         """Look up by id, then name, then unique id prefix (§1.5). Raises NotFound or Ambiguous."""
+        return self._find(reference).record
+
+    def _find(self, reference: str) -> _Entry:
         entry = self._entries.get(reference) or self._entries.get(self._names.get(reference, ""))
         if entry is not None:
-            return entry.record
+            return entry
         fitting = [i for i in self._entries if i.startswith(reference)] if reference else []
         if len(fitting) > 1:
             raise Ambiguous(f"{reference!r} fits {len(fitting)} instances; give more of the id")
         if not fitting:
             raise NotFound(f"no instance {reference!r}")
-        return self._entries[fitting[0]].record
+        return self._entries[fitting[0]]
 
     def get(self, instance_id: str) -> InstanceRecord | None:
         """The record with exactly this id."""
@@ -147,6 +150,11 @@ class Board:
 
     def records(self) -> Iterator[InstanceRecord]:
         return (entry.record for entry in self._entries.values())
+
+    def encoded(self, reference: str) -> bytes:
+        """JSON of the instance that ``find`` would return. Raises NotFound or Ambiguous."""
+        entry = self._find(reference)
+        return b"%b%d%b" % (entry.before, max(0, _now_ms() - entry.zero_ms), entry.after)
 
     def encoded_list(self, state: InstanceState | None, tags: Mapping[str, str]) -> bytes:
         """A JSON array of the instances in ``state`` (None: all) that have all ``tags``."""

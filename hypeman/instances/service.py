@@ -223,6 +223,9 @@ class Instances:
     async def get(self, ref: str) -> Instance:
         return self.view(self.board.find(ref))
 
+    async def get_encoded(self, ref: str) -> bytes:
+        return self.board.encoded(ref)
+
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
         """Wait for ``state``, or for one from which it cannot be reached without a command. Raises NotFound
         if the instance is deleted meanwhile."""

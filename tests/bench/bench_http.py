@@ -30,8 +30,15 @@ SECRET = "a secret that is long enough for HS256"
 HERE = Path(__file__).parent
 
 SERVER = """
-import sys, trio, msgspec
+import sys, trio
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.instances.board import Board
+from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.record import InstanceRecord, InstanceSpec
+from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.view import render_instance
 from hypeman.server.app import build_app
 from hypeman.server.exchange import ServerSettings
 from hypeman.server.serve import Server, bind_tcp, bind_unix
@@ -40,9 +47,21 @@ from tests.fakes.services import FakeWorld
 path, directory, secret = sys.argv[1:]
 setup_logs()
 world = FakeWorld(Path(directory))
-made = [world.instances.add(f"vm-{number}", tags={"team": "x"}) for number in range(1000)]
-world.instances.encoded = msgspec.json.encode(made)
-Path(directory, "instances.json").write_bytes(world.instances.encoded)
+world.instances.add("vm-0")
+begin = datetime.now(UTC)
+board = Board(lambda record, now: render_instance(record, None, mdev_uuid="", now=now))
+for number in range(1000):
+    spec = InstanceSpec(image="docker.io/library/nginx:latest", platform="linux/amd64", hypervisor=HypervisorKind.QEMU,
+        vcpus=2, memory_bytes=1 << 30, hotplug_bytes=0, overlay_bytes=10 << 30, tags={"team": "x"}, env={"A": "1"})
+    phases = Phases("running", begin, {"created": 12, "initializing": 800})
+    board.post(InstanceRecord(id=f"id{number}", name=f"vm-{number}", number=number, spec=spec, digest="sha256:0",
+        created_at=begin, state=InstanceState.RUNNING, phases=phases))
+async def encoded(ref):
+    return board.encoded(ref)
+async def listed(state, tags):
+    return board.encoded_list(state, tags)
+world.instances.get_encoded, world.instances.list = encoded, listed
+Path(directory, "instances.json").write_bytes(board.encoded_list(None, {}))
 app = build_app(world.services, ServerSettings(jwt_secret=secret))
 async def main():
     async with trio.open_nursery() as nursery:

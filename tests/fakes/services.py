@@ -305,6 +305,9 @@ class FakeInstances:
             await trio.sleep_forever()
         return self.find(ref)
 
+    async def get_encoded(self, ref: str) -> Instance:
+        return await self.get(ref)
+
     async def create(self, request: CreateInstanceRequest) -> Instance:
         self.asked.append(("create", request))
         if self.fails is not None:

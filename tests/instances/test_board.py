@@ -68,3 +68,5 @@ def test_lists_are_what_the_records_say(changes: list[tuple[str, Any, str, int]]
                         if wanted in (None, record.state) and tags.items() <= record.spec.tags.items()
                     ]
                     assert json.loads(board.encoded_list(wanted, tags)) == expected
+            for record in records.values():
+                assert json.loads(board.encoded(record.name)) == msgspec.to_builtins(render(record, now))

@@ -125,7 +125,7 @@ async def read_answer(stream: trio.abc.ReceiveStream) -> Answer:
     head, body = None, b""
     while not isinstance(event := parser.next_event(), h11.EndOfMessage):
         if event is h11.NEED_DATA:
-            parser.receive_data(await stream.receive_some())
+            parser.receive_data(bytes(await stream.receive_some()))
         elif isinstance(event, h11.Response):
             head = event
         elif isinstance(event, h11.Data):

@@ -1,4 +1,4 @@
-"""What serve.py, app.py and quart_parts.py use of Hypercorn, Quart and Quart-Trio beyond their public interfaces.
+"""What the server uses of Hypercorn, Quart and Quart-Trio beyond their public interfaces.
 
 When one of these fails after an upgrade, its name says which internal changed; the module in its docstring uses it.
 The bounds in pyproject.toml keep an untested version from being installed.
@@ -14,12 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import h11
 import pytest
 import trio
+import trio.lowlevel
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.events import RawData
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
-from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 from quart.wrappers.response import DataBody
 from quart_trio import QuartTrio
@@ -33,7 +38,11 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        (TCPServer.__init__, ["app", "config", "context", "state", "stream"]),  # serve.py: Server._handle
+        (TCPServer.__init__, ["app", "config", "context", "state", "stream"]),  # plain.py: PlainConnection
+        (TCPServer._read_data, []),
+        (TrioSingleTask.restart, ["task_group", "action"]),  # plain.py: _KeepAlive stands in for it
+        (TrioSingleTask.stop, []),
+        (TaskGroup.spawn, ["func", "args"]),
         (ASGIWrapper.__init__, ["app"]),  # serve.py: Server
         (TrioBody.__init__, ["expected_content_length", "max_content_length"]),  # quart_parts.py: BoundedBody
         (TrioASGIHTTPConnection.__call__, ["receive", "send"]),  # quart_parts.py: HttpConnection
@@ -84,6 +93,31 @@ async def test_a_worker_ends_by_its_terminated_event() -> None:
     with trio.fail_after(5):
         await context.terminated.set()
         await context.terminated.wait()
+
+
+def test_a_connection_reads_and_times_through_what_is_replaced() -> None:
+    """plain.py: PlainConnection has its own ``_read_data`` and ``idle_task``; nobody else reads or starts timers."""
+    source = inspect.getsource(TCPServer)
+    assert source.count("self.stream.receive_some(") == 1
+    assert "self.stream.receive_some(" in inspect.getsource(TCPServer._read_data)
+    assert len(re.findall(r"self\.idle_task\.(?:restart|stop)\(", source)) == 3
+    assert "await self._read_data()" in inspect.getsource(TCPServer.run)
+
+
+async def test_what_says_that_hypercorn_has_nothing_under_way() -> None:
+    """plain.py: PlainConnection._is_ours looks at h11's states and at what h11 has not parsed."""
+
+    async def nothing(*_: Any) -> None: ...
+
+    context, tasks = WorkerContext(None), TaskGroup()
+    state = ConnectionState(LifespanState({}))
+    protocol = H11Protocol(ASGIWrapper(nothing), Config(), context, tasks, state, False, None, None, nothing)
+    assert isinstance(protocol.connection, h11.Connection)
+    assert (protocol.connection.our_state, protocol.connection.their_state) == (h11.IDLE, h11.IDLE)
+    assert protocol.keep_alive_requests == 0
+    with trio.fail_after(5):
+        await protocol.handle(RawData(b"GET / HTTP/1.1"))
+    assert protocol.connection.trailing_data[0] == b"GET / HTTP/1.1"
 
 
 async def test_the_connections_state_reaches_the_application() -> None:

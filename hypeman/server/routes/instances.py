@@ -80,7 +80,7 @@ async def create_instance(services: Services, body: CreateInstanceRequest) -> In
 @routes.get("/instances/{id}", Scope.INSTANCE_READ, fails=(404, 409))
 async def get_instance(services: Services, id: str) -> Instance:
     """One instance."""
-    return await services.instances.get(id)
+    return await services.instances.get_encoded(id)  # type: ignore[return-value]  # bytes, as above
 
 
 @routes.patch("/instances/{id}", Scope.INSTANCE_WRITE, fails=(400, 404, 409, 501))
