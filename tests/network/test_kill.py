@@ -1,8 +1,9 @@
-"""SIGKILL before and after every effect of taking a lease, attach, detach and dropping it.
+"""SIGKILL before and after every effect of taking a lease, attach, a change of ports, detach and dropping it.
 
 The victim is a forked process with a real store; it dies at its n-th effect, n counting up until it
 lives to the end. After each death a new process starts, reconciles, and everything must agree: the
-links and rules with the leases in the store, and no lease clashes. In the end nothing is left.
+links and rules with the leases in the store, published ports included, and no lease clashes. In the end nothing is
+left.
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
+from msgspec.structs import replace
 
 from hypeman.config import NetworkConfig
 from hypeman.host import links as links_module
 from hypeman.host import rules as rules_module
 from hypeman.host.links import Links
 from hypeman.host.netlink import Netlink
+from hypeman.host.port_holds import PortHold
 from hypeman.host.rules import Rules
 from hypeman.host.types import shaper_name
-from hypeman.network.leases import all_leases, drop_lease, get_lease, take_lease
+from hypeman.network import publishing as publishing_module
+from hypeman.network.leases import all_leases, drop_lease, get_lease, set_ports, take_lease
+from hypeman.network.ports import all_sockets, forwards_of
 from hypeman.network.service import Network
-from hypeman.network.types import EgressMode, NetworkPlan
+from hypeman.network.types import EgressMode, NetworkPlan, PortMapping, Protocol
 from hypeman.store import Store
 from tests.network.lab import in_namespace, set_up_uplink, sh
 
+PORTS = (PortMapping(host_port=8080, guest_port=80), PortMapping(host_port=53, guest_port=53, protocol=Protocol.UDP))
+NEW_PORTS = (PortMapping(host_port=8080, guest_port=8), PortMapping(host_port=9090, guest_port=90, count=2))
 PLAN = NetworkPlan(download_bps=10**6, upload_bps=10**6, egress_mode=EgressMode.ALL, isolated=False)
 VICTIM, BYSTANDER = "victim00000000000000000a", "bystander000000000000000"
 _SETS = ("inet hypeman guests", "arp hypeman guests", "inet hypeman mediated")
@@ -39,6 +46,8 @@ _EFFECTS = [
     (links_module, "_write_switch"),
     (rules_module, "_nft"),
     (Store, "_commit"),
+    (publishing_module, "hold_port"),
+    (PortHold, "release"),
 ]
 
 
@@ -98,9 +107,17 @@ async def _serve(work: Callable[[Store, Network], Awaitable[None]], path: Path) 
 
 
 async def _live_and_die(store: Store, network: Network) -> None:
-    lease = await store.write(lambda txn: take_lease(txn, VICTIM, PLAN, network.subnet))
+    with await network.published.claim(PORTS) as claim:
+        plan = replace(PLAN, ports=claim.ports)
+        lease = await store.write(lambda txn: take_lease(txn, VICTIM, plan, network.subnet))
+        claim.keep(VICTIM)
     await network.attach(lease)
+    with await network.published.claim(NEW_PORTS, instance_id=VICTIM) as claim:
+        lease = await store.write(lambda txn: set_ports(txn, VICTIM, claim.ports, str))
+        claim.keep(VICTIM)
+    await network.set_ports(lease)
     await network.detach(lease)
+    network.published.forget(VICTIM)
     await store.write(lambda txn: drop_lease(txn, VICTIM, network.subnet))
 
 
@@ -113,6 +130,16 @@ async def _check(store: Store, network: Network) -> None:
     for lease in leases:
         assert ruleset.count(f'"{lease.tap}"') == 3
     assert ruleset.count('"hm-') == 3 * len(leases)
+    shown = {name: sh(f"nft list {name}") for name in ("map inet hypeman ports", "set inet hypeman published")}
+    for lease in leases:
+        for forward in (each for mapping in lease.ports for each in forwards_of(mapping)):
+            target = f"{lease.ipv4} . {forward.guest_port}"
+            assert f"{forward.protocol} . {forward.host_port} : {target}" in shown["map inet hypeman ports"]
+    forwards = sum(mapping.count for lease in leases for mapping in lease.ports)
+    assert [text.count("tcp . ") + text.count("udp . ") for text in shown.values()] == [forwards, forwards]
+    assert {i: set(held) for i, held in network.published._held.items()} == {
+        lease.instance_id: set(all_sockets(lease.ports)) for lease in leases if lease.ports
+    }
     fresh = await store.write(lambda txn: take_lease(txn, "newcomer", PLAN, network.subnet))
     everybody = store.read(all_leases)
     assert len({lease.ipv4 for lease in everybody}) == len({lease.cid for lease in everybody}) == len(everybody)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -13,6 +13,7 @@ import trio
 from msgspec.structs import replace
 
 from hypeman.errors import PortInUse
+from hypeman.host.types import Element
 from hypeman.network.types import EgressMode, PortMapping, Protocol
 from tests.network.hosts import Host, guest_host, world_host
 from tests.network.lab import GATEWAY, HOST, ROUTER, Guest, Lab, in_namespace, sh, wait_until
@@ -344,3 +345,28 @@ async def test_relays_pass_ends_and_resets_on(lab: Lab) -> None:
         with pytest.raises(ConnectionResetError):
             await trio.to_thread.run_sync(client.recv, 100)
         await wait_until(lambda: relays.connections == 0)
+
+
+@in_namespace
+async def test_a_change_among_a_thousand_ports_is_as_small_as_the_first(lab: Lab) -> None:
+    async with reached(lab) as (guest, inside, world):
+        sizes: list[int] = []
+        change = lab.rules.change
+
+        async def counted(*, remove: Iterable[Element] = (), add: Iterable[Element] = ()) -> None:
+            remove, add = set(remove), set(add)
+            sizes.append(len(remove) + len(add))
+            await change(remove=remove, add=add)
+
+        lab.rules.change = counted  # type: ignore[method-assign]
+        await publish(lab, guest, WEB)
+        many = PortMapping(host_port=20000, guest_port=80, count=1000)
+        await publish(lab, guest, many)
+        one_more = replace(WEB, host_port=9999, guest_port=9999)
+        await publish(lab, guest, many, one_more)
+        assert sizes[2] <= sizes[0] < sizes[1]
+        assert await talk(world, HOST, 20004, inside.serve(84)) == ROUTER
+        assert await talk(world, HOST, 9999, inside.serve(9999)) == ROUTER
+        await publish(lab, guest)
+        assert refused(world, HOST, 20004)
+        assert "10.100" not in sh("nft list map inet hypeman ports")
