@@ -24,7 +24,7 @@ import msgspec
 from hypeman.errors import InsufficientResources, InvalidState, NotFound, PortInUse
 from hypeman.network import addressing
 from hypeman.network.addressing import Subnet
-from hypeman.network.ports import HostSocket, all_sockets
+from hypeman.network.ports import HostSocket, all_sockets, port_changes
 from hypeman.network.types import Lease, NetworkPlan, PortMapping
 from hypeman.store import Table, Txn
 
@@ -102,9 +102,10 @@ def set_ports(txn: Txn, instance_id: str, ports: tuple[PortMapping, ...], name_o
     before = txn.get(LEASES, instance_id)
     if before is None or not before.enabled:
         raise NotFound(f"instance {instance_id} has no network")
-    _drop_ports(txn, before)
     lease = msgspec.structs.replace(before, ports=ports)
-    _take_ports(txn, lease, name_of)
+    gone, fresh = port_changes(before, lease)
+    _drop_ports(txn, gone)
+    _take_ports(txn, fresh, name_of)
     txn.put(LEASES, instance_id, lease)
     return lease
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import msgspec
 
 from hypeman.errors import InvalidRequest
-from hypeman.network.types import PortMapping
+from hypeman.network.types import Lease, PortMapping
 
 MAX_PORTS = 1024
 """Ports that one instance may publish."""
@@ -54,12 +54,15 @@ class HostSocket(NamedTuple):
     def is_ipv6(self) -> bool:
         return ":" in self.address
 
+    @property
+    def place(self) -> tuple[str, int, bool]:
+        """Only sockets of the same place can conflict."""
+        return self.protocol, self.port, self.is_ipv6
+
     def conflicts(self, other: HostSocket) -> bool:
         """Whether both cannot be held at once."""
-        return (
-            (self.protocol, self.port, self.is_ipv6) == (other.protocol, other.port, other.is_ipv6)
-            and (self.address == other.address or bool({ANY_4, ANY_6} & {self.address, other.address}))
-        )  # fmt: skip
+        same = self.address == other.address or bool({ANY_4, ANY_6} & {self.address, other.address})
+        return same and self.place == other.place
 
 
 def check_ports(ports: Sequence[PortMapping]) -> tuple[PortMapping, ...]:
@@ -103,8 +106,28 @@ def all_sockets(ports: Iterable[PortMapping]) -> dict[HostSocket, int]:
 
 def reached_from_loopback(ports: Iterable[PortMapping]) -> bool:
     """Whether the kernel forwards any of them from 127.0.0.0/8."""
-    addresses = {each.address for mapping in ports for each in forwards_of(mapping)}
-    return any(not address or address.startswith("127.") for address in addresses)
+    return any(each.host_address in ("", ANY_4) or each.host_address.startswith("127.") for each in ports)
+
+
+def port_changes(before: Lease, after: Lease) -> tuple[Lease, Lease]:
+    """The two leases with only those ports that the other one does not have in the same way: what a change of ports
+    ends and begins, however many ports stay."""
+    old, new = set(before.ports), set(after.ports)
+    gone = tuple(mapping for mapping in before.ports if mapping not in new)
+    fresh = tuple(mapping for mapping in after.ports if mapping not in old)
+    return msgspec.structs.replace(before, ports=gone), msgspec.structs.replace(after, ports=fresh)
+
+
+def in_the_way(held: Iterable[HostSocket], wanted: Iterable[HostSocket]) -> list[HostSocket]:
+    """Those of ``held`` that are not wanted and conflict with one that is."""
+    places: dict[tuple[str, int, bool], list[HostSocket]] = {}
+    for socket in wanted:
+        places.setdefault(socket.place, []).append(socket)
+    return [
+        socket
+        for socket in held
+        if (there := places.get(socket.place)) and socket not in there and any(map(socket.conflicts, there))
+    ]
 
 
 def _check_distinct(ports: Sequence[PortMapping]) -> None:
@@ -113,7 +136,7 @@ def _check_distinct(ports: Sequence[PortMapping]) -> None:
         if not mapping.host_port:
             continue
         for socket, _ in sockets_of(mapping):
-            others = seen.setdefault((socket.protocol, socket.port, socket.is_ipv6), [])
+            others = seen.setdefault(socket.place, [])
             if any(socket.conflicts(other) for other in others):
                 raise InvalidRequest(f"host port {socket} is published twice", code=_CODE)
             others.append(socket)

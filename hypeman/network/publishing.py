@@ -17,7 +17,7 @@ import trio
 
 from hypeman.errors import HypemanError, InvalidRequest, PortInUse
 from hypeman.host.port_holds import PortHold, hold_port
-from hypeman.network.ports import ANY_4, HostSocket, all_sockets, sockets_of
+from hypeman.network.ports import ANY_4, HostSocket, all_sockets, in_the_way, sockets_of
 from hypeman.network.relay import Relays
 from hypeman.network.types import Lease, PortMapping
 
@@ -132,7 +132,7 @@ class PublishedPorts:
         mine = self._held.get(instance_id, {})
         try:
             wanted = all_sockets(mapping for mapping in ports if mapping.host_port)
-            for socket in [each for each in mine if each not in wanted and any(map(each.conflicts, wanted))]:
+            for socket in in_the_way(mine, wanted):
                 claim.given_up.append(socket)
                 self._release_later(mine.pop(socket))
             claim.ports = tuple(self._claim_one(claim, mapping, mine) for mapping in ports)

@@ -118,6 +118,28 @@ def _port_elements(lease: Lease) -> Iterator[Element]:
         yield Element("inet", "hairpin", (lease.ipv4, lease.ipv4))
 
 
+def port_elements_changed(gone: Lease, fresh: Lease, after: Lease) -> tuple[set[Element], set[Element]]:
+    """What to remove and what to add when an instance that publishes ``gone`` publishes ``fresh`` instead, and
+    ``after`` in all."""
+    add = set(_port_elements(fresh))
+    return {element for element in _port_elements(gone) if not _is_shared(element, after)} - add, add
+
+
+def _is_shared(element: Element, lease: Lease) -> bool:
+    """Whether the element, of a port that is no longer published, is also one of the ports of ``lease``."""
+    if element.set == "hairpin":
+        return any(":" not in mapping.host_address for mapping in lease.ports)
+    if element.set != "published":
+        return False
+    _, protocol, port = element.key
+    return any(
+        mapping.protocol == protocol
+        and ":" not in mapping.host_address
+        and mapping.guest_port <= int(port) < mapping.guest_port + mapping.count
+        for mapping in lease.ports
+    )
+
+
 def render_ruleset(facts: RuleFacts, leases: Iterable[Lease]) -> str:
     """Both tables with all elements, replacing existing ones in one transaction (``nft -f``)."""
     elements: dict[tuple[str, str], list[str]] = {}

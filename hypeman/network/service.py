@@ -28,7 +28,7 @@ from hypeman.host.rules import Rules
 from hypeman.host.types import TAP_PREFIX, Element, shaper_name
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
-from hypeman.network.ports import HostSocket, all_sockets, reached_from_loopback
+from hypeman.network.ports import HostSocket, all_sockets, port_changes, reached_from_loopback
 from hypeman.network.publishing import PublishedPorts
 from hypeman.network.shaping import token_bucket
 from hypeman.network.types import GuestNetwork, HostPort, Lease
@@ -202,16 +202,18 @@ class Network:
             before = self._leases.get(lease.instance_id)
             if before is None:
                 return
+            gone, fresh = port_changes(before, lease)
             self._leases[lease.instance_id] = lease
-            self.published.open(lease)
+            self.published.open(fresh if fresh.ports or gone.ports else lease)
             try:
                 if reached_from_loopback(lease.ports) != reached_from_loopback(before.ports):
                     await self._add_tap(lease)
-                await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
+                remove, add = ruleset.port_elements_changed(gone, fresh, lease)
+                await self._change_elements(remove, add)
             except BaseException:
                 self._leases[lease.instance_id] = before
                 raise
-        old, new = all_sockets(before.ports), all_sockets(lease.ports)
+        old, new = all_sockets(gone.ports), all_sockets(fresh.ports)
         await self._forget_translated(lease.ipv4, dict(old.items() - new.items()))
         await self._forget_untranslated(dict(new.items() - old.items()))
 
@@ -322,10 +324,12 @@ class Network:
         if self._is_policed(lease):
             await self._load_rules_locked()
             return
+        had = set(ruleset.lease_elements(before)) if before is not None else set()
+        await self._change_elements((set(ruleset.possible_elements(lease)) | had) - set(add), set(add))
+
+    async def _change_elements(self, remove: set[Element], add: set[Element]) -> None:
         try:
-            had = set(ruleset.lease_elements(before)) if before is not None else set()
-            remove = (set(ruleset.possible_elements(lease)) | had) - set(add)
-            await self._rules.change(remove=remove, add=set(add) - had)
+            await self._rules.change(remove=remove, add=add)
         except NetlinkError as error:
             log.warning("%s; somebody took our nftables tables away, loading them anew", error)
             await self._load_rules_locked()
