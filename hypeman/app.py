@@ -246,7 +246,16 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         fill=images.fill_volume,
         max_total=config.limits.max_total_volume_storage,
     )
-    snapshots = Snapshots(store=store, instances=instances)
+    snapshots = Snapshots(
+        store=store,
+        tasks=instances.tasks,
+        ledger=instances.ledger,
+        forks=instances.forks,
+        machine=machine,
+        catalog=catalog,
+        settings=config.snapshots,
+        render=instances.view,
+    )
     policies = Policies(instances=instances, store=store, config=config)
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)

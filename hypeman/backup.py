@@ -37,8 +37,7 @@ from hypeman.images.types import ImageStatus
 from hypeman.instances.model.plan import plan_delete
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation
 from hypeman.instances.model.types import InstanceState
-from hypeman.instances.rows import INSTANCES, INTENTS
-from hypeman.instances.snapshots import SNAPSHOTS
+from hypeman.instances.rows import INSTANCES, INTENTS, SNAPSHOTS
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES

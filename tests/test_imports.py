@@ -99,8 +99,9 @@ IMPURE_LIBRARIES = ("trio", "lmdb", "ssl", "subprocess", "pyroute2", "quart", "h
 INSTANCES_LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(row.split())
     for row in (
-        "service snapshots board expiry reclaim usage metrics adapters sessions",
+        "service snapshots forks tasks board expiry reclaim usage metrics adapters sessions",
         "life machine",
+        "ledger",
         "rows session_types",
         "model",
     )

@@ -336,7 +336,19 @@ class Images:
             raise NotFound(f"image {ref} was deleted meanwhile")
         if row.status is not ImageStatus.READY:
             raise InternalError(f"image {ref} can not be used: {row.error or row.status}")
-        return ReadyImage(digest, self._disks.disk(digest, row.fs), row.fs, row.config, row.size, row.platform)
+        return self._ready_image(row)
+
+    def find_ready(self, name: str, platform: str | None = None) -> ReadyImage | None:
+        """The image of that name and platform, if it need not be pulled. Raises InvalidRequest."""
+        ref, wanted = parse_reference(name), self.platform(platform)
+        row = self._known(ref)
+        if row is None or row.status is not ImageStatus.READY or (row.platform and row.platform != wanted):
+            return None
+        return self._ready_image(row)
+
+    def _ready_image(self, row: ImageRow) -> ReadyImage:
+        disk = self._disks.disk(row.digest, row.fs)
+        return ReadyImage(row.digest, disk, row.fs, row.config, row.size, row.platform)
 
     def disk(self, digest: str) -> Path:
         """Root disk of a ready image. Raises NotFound."""

@@ -4,20 +4,22 @@
     instance-names/<name>   the id; unique because the key is
     instance-numbers/<n>    the id; the smallest free number is assigned
     intents/<id>            the plan in progress, written before its first effect
+    snapshots/<id>          SnapshotRow, written when the snapshot is whole
 
 A record is replaced as a whole, in one transaction with all related changes.
 """
 
 from __future__ import annotations
 
-from hypeman.errors import NameConflict
-from hypeman.instances.model.record import InstanceRecord, Intent
+from hypeman.errors import Conflict, NameConflict, NotFound
+from hypeman.instances.model.record import InstanceRecord, Intent, SnapshotRow
 from hypeman.store import Table, Txn
 
 INSTANCES: Table[InstanceRecord] = Table("instances", InstanceRecord)
 NAMES: Table[str] = Table("instance-names", str)
 NUMBERS: Table[str] = Table("instance-numbers", str)
 INTENTS: Table[Intent] = Table("intents", Intent)
+SNAPSHOTS: Table[SnapshotRow] = Table("snapshots", SnapshotRow)
 
 
 def check_name_free(txn: Txn, name: str) -> None:
@@ -49,3 +51,17 @@ def free_number(txn: Txn) -> int:
             break
         expected += 1
     return expected
+
+
+def find_snapshot(txn: Txn, snapshot: str) -> SnapshotRow:
+    """The snapshot with this id. Raises NotFound."""
+    row = txn.get(SNAPSHOTS, snapshot) if 0 < len(snapshot) <= 64 and snapshot.isascii() else None
+    if row is None:
+        raise NotFound(f"no snapshot {snapshot[:80]!r}")
+    return row
+
+
+def check_snapshot_name_free(txn: Txn, source_id: str, name: str | None) -> None:
+    """Raise Conflict if a snapshot of that instance has this name."""
+    if name and any(row.source.id == source_id and row.name == name for _, row in txn.scan(SNAPSHOTS)):
+        raise Conflict(f"this instance has a snapshot named {name!r} already")

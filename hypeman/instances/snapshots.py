@@ -20,17 +20,19 @@ from msgspec import UNSET
 from hypeman.captures import records as captures
 from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.captures.types import SnapshotCompressionConfig
+from hypeman.config import SnapshotsConfig
 from hypeman.errors import Conflict, InvalidRequest, InvalidState, NotFound, NotSupported
-from hypeman.host.files import allocated_bytes
+from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import Tags, check_name, check_tags, new_id, tags_match
-from hypeman.instances.life.operations.boot import start
-from hypeman.instances.life.operations.copies import copy_out, revert
-from hypeman.instances.life.operations.standby import restore
+from hypeman.instances.forks import Forks, check_forkable, run_again
+from hypeman.instances.ledger import AddSnapshot, CompressCapture, Ledger, PinImage, RequireSnapshot, ShareCapture
+from hypeman.instances.life.operations.copies import copied_out, revert
 from hypeman.instances.life.owned import Owned
+from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.admission import Command
 from hypeman.instances.model.phases import utc_now
-from hypeman.instances.model.record import InstanceRecord, StopCause
+from hypeman.instances.model.record import InstanceRecord, SnapshotRow, StopCause
 from hypeman.instances.model.snapshot_types import (
     CompressionState,
     CreateSnapshotRequest,
@@ -41,24 +43,10 @@ from hypeman.instances.model.snapshot_types import (
 )
 from hypeman.instances.model.steps import FreeCapture
 from hypeman.instances.model.types import Instance, InstanceState, TargetState
-from hypeman.instances.model.validate import check_compression
-from hypeman.instances.service import Instances, check_forkable
-from hypeman.store import Store, Table, Txn
-
-
-class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
-    id: str
-    kind: SnapshotKind
-    name: str | None
-    tags: Tags
-    created_at: datetime
-    source: InstanceRecord
-    """The source's record at capture time, used for forks and restores."""
-    size_bytes: int
-    capture: str | None = None
-
-
-SNAPSHOTS: Table[SnapshotRow] = Table("snapshots", SnapshotRow)
+from hypeman.instances.model.validate import check_compression, usual_compression
+from hypeman.instances.rows import SNAPSHOTS, check_snapshot_name_free, find_snapshot
+from hypeman.instances.tasks import Tasks
+from hypeman.store import Store, Txn
 
 _DEFAULT_TARGET = {SnapshotKind.STANDBY: TargetState.RUNNING, SnapshotKind.STOPPED: TargetState.STOPPED}
 _ALLOWED_TARGETS = {
@@ -68,10 +56,27 @@ _ALLOWED_TARGETS = {
 
 
 class Snapshots:
-    def __init__(self, *, store: Store, instances: Instances, now: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        tasks: Tasks,
+        ledger: Ledger,
+        forks: Forks,
+        machine: Machine,
+        catalog: Catalog,
+        settings: SnapshotsConfig,
+        render: Callable[[InstanceRecord], Instance],
+        now: Callable[[], datetime] = utc_now,
+    ) -> None:
         self._store = store
-        self._instances = instances
-        self._machine = instances.machine
+        self._tasks = tasks
+        self._ledger = ledger
+        self._forks = forks
+        self._machine = machine
+        self._catalog = catalog
+        self._settings = settings
+        self._render = render
         self._now = now
         self._readers: dict[str, int] = {}
         """Snapshot → number of forks and restores reading its disks."""
@@ -98,18 +103,18 @@ class Snapshots:
         return self._store.read(lambda txn: [self._view(txn, row) for _, row in txn.scan(SNAPSHOTS) if fits(row)])
 
     async def get(self, snapshot: str) -> Snapshot:
-        return self._store.read(lambda txn: self._view(txn, _find(txn, snapshot)))
+        return self._store.read(lambda txn: self._view(txn, find_snapshot(txn, snapshot)))
 
     async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
         """Capture an instance; a running one is paused only for the capture."""
-        await self._instances.catalog.wait_ready()
+        await self._catalog.wait_ready()
         if request.name is not None and request.name:
             check_name(request.name)
         tags = check_tags(request.tags)
         compression = check_compression(request.compression)
         if request.kind is SnapshotKind.STOPPED and request.compression is not None:
             raise InvalidRequest("compression is for snapshots of kind Standby: a stopped one has no memory")
-        task = self._instances.task(ref)
+        task = self._tasks.of(ref)
         row = await task.perform(None, lambda owned: self._create(owned, request, tags, compression))
         return await self.get(row.id)
 
@@ -119,43 +124,30 @@ class Snapshots:
         source = owned.record
         _check_kind(request.kind, source)
         check_forkable(source)
+        self._store.read(lambda txn: check_snapshot_name_free(txn, source.id, request.name))
         snapshot_id = new_id()
         directory = self._machine.paths.snapshot(snapshot_id)
-        rows: list[SnapshotRow] = []
-
-        def publish(txn: Txn, record: InstanceRecord, capture: CaptureRow | None) -> None:
-            _check_name_free(txn, source.id, request.name)
-            row = SnapshotRow(
-                id=snapshot_id,
-                kind=request.kind,
-                name=request.name or None,
-                tags=tags,
-                created_at=self._now(),
-                source=msgspec.structs.replace(record, handle=None),
-                size_bytes=allocated_bytes(directory) + (capture.size_bytes if capture is not None else 0),
-                capture=capture.id if capture is not None else None,
-            )
-            self._instances.images.pin(txn, record.digest, f"snapshot:{snapshot_id}")
-            txn.put(SNAPSHOTS, snapshot_id, row)
-            held = txn.get(CAPTURES, capture.id) if capture is not None else None
-            if held is not None and held.compressed_bytes == 0:  # otherwise it names the algorithm in use
-                wanted = compression or held.compression or self._instances.usual_compression(record)
-                txn.put(CAPTURES, held.id, msgspec.structs.replace(held, compression=wanted))
-            rows[:] = [row]
-
-        self._store.read(lambda txn: _check_name_free(txn, source.id, request.name))
+        files, holder = self._machine.context.files, captures.of_snapshot(snapshot_id)
+        with_memory = request.kind is SnapshotKind.STANDBY
         try:
-            await copy_out(
-                owned,
-                str(directory),
-                with_memory=request.kind is SnapshotKind.STANDBY,
-                holder=captures.of_snapshot(snapshot_id),
-                publish=publish,
-            )
+            async with copied_out(owned, str(directory), with_memory=with_memory, holder=holder) as copy:
+                memory = copy.capture
+                row = SnapshotRow(
+                    id=snapshot_id,
+                    kind=request.kind,
+                    name=request.name or None,
+                    tags=tags,
+                    created_at=self._now(),
+                    source=msgspec.structs.replace(source, handle=None),
+                    size_bytes=await files.allocated(directory) + (memory.size_bytes if memory is not None else 0),
+                    capture=memory.id if memory is not None else None,
+                )
+                usual = usual_compression(source.spec, self._settings)
+                compress = () if memory is None else (CompressCapture(memory.id, compression, usual),)
+                copy.changes = (AddSnapshot(row), PinImage(source.digest, holder), *compress)
         except Exception:
-            await self._machine.context.files.remove(directory)
+            await files.remove(directory)
             raise
-        (row,) = rows
         if row.capture is not None:  # scheduled before the next command, so that a queued restore can cancel it
             self._machine.captures.compressor.schedule(row.capture)
         return row
@@ -163,16 +155,7 @@ class Snapshots:
     async def delete(self, snapshot: str) -> None:
         """Delete the snapshot. Its forks are not affected."""
 
-        def remove(txn: Txn) -> SnapshotRow:
-            row = _find(txn, snapshot)
-            if self._readers.get(row.id):
-                raise Conflict(f"snapshot {row.id} is just being read by a fork or restore")
-            txn.delete(SNAPSHOTS, row.id)
-            captures.let_go(txn, row.capture, captures.of_snapshot(row.id))
-            self._instances.images.unpin(txn, f"snapshot:{row.id}")
-            return row
-
-        row = await self._store.write(remove)
+        row = await self._ledger.remove_snapshot(snapshot, is_read=lambda snapshot_id: snapshot_id in self._readers)
         with trio.CancelScope(shield=True):  # no other code knows what to remove
             await self._machine.context.files.remove(self._machine.paths.snapshot(row.id))
             if row.capture is not None:
@@ -180,9 +163,9 @@ class Snapshots:
 
     async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
         """Restore an instance to one of its snapshots."""
-        await self._instances.catalog.wait_ready()
-        task = self._instances.task(ref)
-        row = self._store.read(lambda txn: _find(txn, snapshot))
+        await self._catalog.wait_ready()
+        task = self._tasks.of(ref)
+        row = self._store.read(lambda txn: find_snapshot(txn, snapshot))
         if row.source.id != task.record.id:
             raise NotFound(f"instance {task.record.name!r} has no snapshot {snapshot!r}")
         target = _check_target(row, request.target_state, request.target_hypervisor)
@@ -192,13 +175,10 @@ class Snapshots:
             with self._reading(row):
                 await task.perform(Command.RESTORE_SNAPSHOT, lambda owned: self._revert(owned, row, kind, target))
             if target is TargetState.RUNNING:
-                if task.record.state is InstanceState.STANDBY:
-                    await task.perform(Command.RESTORE, restore)
-                else:
-                    await task.perform(Command.START, start)
-            return self._instances.view(task.record)
+                await run_again(task)
+            return self._render(task.record)
 
-        return await self._instances.see_through(put_back)
+        return await self._tasks.see_through(put_back)
 
     async def _revert(
         self, owned: Owned, row: SnapshotRow, kind: HypervisorKind, target: TargetState
@@ -223,36 +203,30 @@ class Snapshots:
             stop_cause=None if capture is not None else StopCause.REQUESTED,
         )
 
-        def also(txn: Txn) -> None:
-            _find(txn, row.id)  # it may have been deleted while its disks were copied
-            self._instances.images.pin(txn, record.digest, record.id)
-            if capture is not None:
-                captures.share(txn, capture, captures.of_instance(record.id))
-
-        return await revert(owned, str(self._machine.paths.snapshot(row.id)), record, also)
+        holder = captures.of_instance(record.id)
+        shared = () if capture is None else (ShareCapture(capture, holder),)
+        return await revert(
+            owned,
+            str(self._machine.paths.snapshot(row.id)),
+            record,
+            RequireSnapshot(row.id),  # it may be deleted while its disks are copied
+            PinImage(record.digest, record.id),
+            *shared,
+        )
 
     async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance:
         """A new instance from a snapshot."""
-        await self._instances.catalog.wait_ready()
+        await self._catalog.wait_ready()
         check_name(request.name)
-        row = self._store.read(lambda txn: _find(txn, snapshot))
+        row = self._store.read(lambda txn: find_snapshot(txn, snapshot))
         target = _check_target(row, request.target_state, request.target_hypervisor)
         kind = self._kind(row, request.target_hypervisor)
-        record = self._instances.forked_record(row.source, request.name)
-        record = msgspec.structs.replace(record, spec=msgspec.structs.replace(record.spec, hypervisor=kind))
-        capture = row.capture if target is not TargetState.STOPPED else None
 
         async def make() -> Instance:
             with self._reading(row):
-                return await self._instances.fork_from(
-                    record,
-                    str(self._machine.paths.snapshot(row.id)),
-                    capture=capture,
-                    target=target,
-                    check=lambda txn: _find(txn, row.id),
-                )
+                return self._render(await self._forks.of_snapshot(row, request.name, target=target, hypervisor=kind))
 
-        return await self._instances.see_through(make)
+        return await self._tasks.see_through(make)
 
     def _kind(self, row: SnapshotRow, wanted: HypervisorKind | None) -> HypervisorKind:
         if wanted is None or wanted is row.source.spec.hypervisor:
@@ -261,7 +235,7 @@ class Snapshots:
             raise NotSupported(
                 f"saved memory of {row.source.spec.hypervisor.value} can not be restored by {wanted.value}"
             )
-        return self._instances.catalog.driver(wanted).kind
+        return self._catalog.driver(wanted).kind
 
     def _reading(self, row: SnapshotRow) -> _Reading:
         return _Reading(self._readers, row.id)
@@ -316,18 +290,6 @@ class _Reading:
         self._readers[self._id] -= 1
         if not self._readers[self._id]:
             del self._readers[self._id]
-
-
-def _find(txn: Txn, snapshot: str) -> SnapshotRow:
-    row = txn.get(SNAPSHOTS, snapshot) if 0 < len(snapshot) <= 64 and snapshot.isascii() else None
-    if row is None:
-        raise NotFound(f"no snapshot {snapshot[:80]!r}")
-    return row
-
-
-def _check_name_free(txn: Txn, source_id: str, name: str | None) -> None:
-    if name and any(row.source.id == source_id and row.name == name for _, row in txn.scan(SNAPSHOTS)):
-        raise Conflict(f"this instance has a snapshot named {name!r} already")
 
 
 def _check_kind(kind: SnapshotKind, source: InstanceRecord) -> None:

@@ -250,10 +250,16 @@ class FakeEgress:
 
 
 class FakeImages:
-    """One image that is always ready; pins are rows of nobody's table."""
+    """One image, ready unless ``missing``: then a pull is an effect. Pins are rows of nobody's table."""
 
-    def __init__(self, disk: Path) -> None:
+    def __init__(self, disk: Path, bomb: Bomb) -> None:
         self._disk = disk
+        self._bomb = bomb
+        self.missing = False
+        self.pulled = trio.Event()
+        """A pull waits for it."""
+        self.pulled.set()
+        self.pulls = 0
         disk.parent.mkdir(parents=True, exist_ok=True)
         disk.write_bytes(b"image")
         self.settings = ImageConfig(entrypoint=("/init",), env={"A": "1"}, working_dir="/")
@@ -263,6 +269,18 @@ class FakeImages:
 
     async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage:
         await trio.lowlevel.checkpoint()
+        if self.missing:
+            self.pulls += 1
+            self._bomb.tick("before pull")
+            await self.pulled.wait()
+            self.missing = False
+            self._bomb.tick("after pull")
+        return self._image()
+
+    def find_ready(self, name: str, platform: str | None = None) -> ReadyImage | None:
+        return None if self.missing else self._image()
+
+    def _image(self) -> ReadyImage:
         return ReadyImage(DIGEST, self._disk, "erofs", self.settings, 5, "linux/amd64")
 
     def disk(self, digest: str) -> Path:
@@ -393,7 +411,7 @@ class Lab:
         self.devices = FakeDevices(self.bomb)
         self.egress = FakeEgress(self.bomb)
         self.limits = Limits()
-        self.images = FakeImages(paths.images / "disk")
+        self.images = FakeImages(paths.images / "disk", self.bomb)
         self.guests: dict[str, FakeGuest] = {}
         self.states: dict[str, InstanceState | None] = {}
         self.impossible: list[str] = []
@@ -438,10 +456,19 @@ class Lab:
                 scope.cancel()
 
     def snapshots(self, instances: Instances) -> Snapshots:
-        return Snapshots(store=self.store, instances=instances)
+        return Snapshots(
+            store=self.store,
+            tasks=instances.tasks,
+            ledger=instances.ledger,
+            forks=instances.forks,
+            machine=instances.machine,
+            catalog=self.catalog,
+            settings=self.config.snapshots,
+            render=instances.view,
+        )
 
     def _build(self) -> Instances:
-        config = Config(data_dir=str(self.paths.data_dir), run_dir=str(self.paths.run_dir))
+        self.config = config = Config(data_dir=str(self.paths.data_dir), run_dir=str(self.paths.run_dir))
         driver = FakeDriver(self.machine)
         driver.guest = self._open_guest
         driver.faults = self.driver.faults
@@ -449,7 +476,7 @@ class Lab:
         _count_effects(driver, ("launch", "restore", "kill_stray"), self.bomb, "driver")
         store = _Mortal(self.store, self.bomb)
         self.leases = FakeLeases(store, self.network, self.bomb)
-        catalog = Catalog((driver,), store=store, default="qemu", depends_on={})  # type: ignore[arg-type]
+        self.catalog = catalog = Catalog((driver,), store=store, default="qemu", depends_on={})  # type: ignore[arg-type]
         catalog._probed.set()
         files = Files()
         effects = ("remove", "copy", "copy_all", "move_all", "publish", "write", "make_dir")
@@ -475,7 +502,7 @@ class Lab:
             config=config,
             store=store,  # type: ignore[arg-type]
             machine=machine,
-            images=self.images,  # type: ignore[arg-type]
+            images=self.images,
             leases=self.leases,
             devices=self.devices,
             secrets=self.egress,
@@ -487,7 +514,7 @@ class Lab:
         post, remove = instances.board.post, instances.board.remove
         instances.board.post = lambda record: post(self._seen(record, record.state))  # type: ignore[method-assign]
         instances.board.remove = lambda record: remove(self._seen(record, None))  # type: ignore[method-assign]
-        instances.hooks.changed = instances.board.post
+        instances.tasks.shared.changed = instances.board.post
         return instances
 
     def _seen(self, record: InstanceRecord, state: InstanceState | None) -> InstanceRecord:

@@ -158,6 +158,10 @@ async def create(lab: Lab, instances: Instances) -> None:
     await settled(instances, "one")
 
 
+async def without_image(lab: Lab, instances: Instances) -> None:
+    lab.images.missing = True
+
+
 async def start(lab: Lab, instances: Instances) -> None:
     await instances.start("one", StartInstanceRequest())
     await settled(instances, "one")
@@ -213,6 +217,7 @@ Act = Callable[[Lab, Instances], Awaitable[None]]
 
 CASES: dict[str, tuple[Act, Act, set[str]]] = {
     "create": (nothing, create, {"gone", "Running"}),
+    "create with a pull": (without_image, create, {"gone", "Running"}),
     "start": (stopped, start, {"Stopped", "Running"}),
     "stop": (running, stop, {"Running", "Stopped"}),
     "stop with egress": (with_egress, stop, {"Running", "Stopped"}),
@@ -235,6 +240,7 @@ CASES: dict[str, tuple[Act, Act, set[str]]] = {
 
 TAKEN_BACK = {
     "create",
+    "create with a pull",
     "create with ports",
     "publish",
     "start",

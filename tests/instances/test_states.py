@@ -15,8 +15,10 @@ BEGIN, END = "```mermaid\n", "\n```"
 
 
 def with_diagram(text: str) -> str:
-    before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + render_diagram() + END + rest.partition(END)[2]
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, "the README has a diagram"
+    return before + BEGIN + render_diagram() + END + after
 
 
 def test_the_diagram_in_the_readme_is_the_table() -> None:

@@ -33,9 +33,8 @@ from hypeman.instances.model.types import (
     TargetState,
     UpdateInstanceRequest,
 )
-from hypeman.instances.rows import INSTANCES, INTENTS, NAMES
+from hypeman.instances.rows import INSTANCES, INTENTS, NAMES, SNAPSHOTS
 from hypeman.instances.service import Instances
-from hypeman.instances.snapshots import SNAPSHOTS
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 from hypeman.volumes.records import VOLUMES, VolumeRecord
@@ -158,12 +157,12 @@ async def test_a_record_that_can_not_be_written_takes_the_work_back(lab: Lab, ve
         elif verb == "restore":
             await instances.standby("one", StandbyInstanceRequest())
         before_world, before_rows = lab.world_as_text(), rows(lab.store)
-        whole = instances.hooks.store
+        whole = instances.ledger.store
         for at in range(2):  # intent; result
-            instances.hooks.store = _Refuses(whole, at)  # type: ignore[assignment]
+            instances.ledger.store = _Refuses(whole, at)  # type: ignore[assignment]
             with pytest.raises(HostFailed):
                 await _do(instances, verb)
-            instances.hooks.store = whole
+            instances.ledger.store = whole
             assert lab.world_as_text() == before_world
             assert rows(lab.store) == before_rows
         await _do(instances, verb)
@@ -267,7 +266,7 @@ async def test_a_create_goes_on_when_its_caller_hangs_up(lab: Lab) -> None:
     """At the worst moment: written down, and nothing made."""
     async with lab.running() as instances:
         with trio.CancelScope() as caller:
-            instances.store = _Interposed(instances.store, after=caller.cancel)  # type: ignore[assignment]
+            instances.ledger.store = _Interposed(instances.ledger.store, after=caller.cancel)  # type: ignore[assignment]
             await instances.create(request("one"))
         assert caller.cancelled_caught
         await appeared(instances, "one")
@@ -412,13 +411,13 @@ async def test_a_fork_of_a_snapshot_that_is_just_deleted(lab: Lab) -> None:
         await instances.stop("one")
         snapshots = lab.snapshots(instances)
         made = await snapshots.create("one", CreateSnapshotRequest(kind=SnapshotKind.STOPPED))
-        whole = instances.store
+        whole = instances.ledger.store
 
         async def delete_row() -> None:
-            instances.store = whole
+            instances.ledger.store = whole
             await whole.write(lambda txn: txn.delete(SNAPSHOTS, made.id))
 
-        instances.store = _Interposed(whole, before=delete_row)  # type: ignore[assignment]
+        instances.ledger.store = _Interposed(whole, before=delete_row)  # type: ignore[assignment]
         with pytest.raises(NotFound):
             await snapshots.fork(made.id, ForkSnapshotRequest(name="two"))
         assert not lab.store.read(lambda txn: txn.exists(NAMES, "two"))

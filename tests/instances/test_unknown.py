@@ -233,8 +233,8 @@ class _Full:
 
 @contextlib.contextmanager
 def full_disk(instances: Instances, *, after: int = 0) -> Iterator[None]:
-    store = _Full(instances.hooks.store)
-    instances.hooks.store = store  # type: ignore[assignment]
+    store = _Full(instances.ledger.store)
+    instances.ledger.store = store  # type: ignore[assignment]
     store.full, store.first = True, after
     try:
         yield
@@ -314,7 +314,7 @@ async def test_a_start_of_the_workload_that_can_not_be_written_down(lab: Lab) ->
         await instances.stop("one")
         before = rows(lab.store)
         with full_disk(instances, after=2):
-            await instances.task("one").perform(None, start)
+            await instances.tasks.of("one").perform(None, start)
             with trio.fail_after(60):
                 while instances.board.find("one").state is not InstanceState.UNKNOWN:
                     await trio.sleep(0.01)

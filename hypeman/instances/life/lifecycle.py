@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 import trio
 
 from hypeman.errors import HypemanError, InternalError, InvalidState, NotFound
-from hypeman.instances.life.machine import LiveVm, Machine
+from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.news import take_news
-from hypeman.instances.life.owned import Hooks, Owned
+from hypeman.instances.life.owned import Owned, Shared
 from hypeman.instances.life.settle import settle, settle_again
 from hypeman.instances.model.admission import Command, check_legal
 from hypeman.instances.model.events import VmEvent
@@ -103,16 +102,8 @@ class _News:
 class Lifecycle:
     """The task that owns one instance. ``run`` in a nursery; it ends when the instance is deleted."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        hooks: Hooks,
-        record: InstanceRecord,
-        *,
-        new: bool,
-        now: Callable[[], datetime],
-    ) -> None:
-        self._owned = Owned(machine, hooks, record, now=now, tell=self._tell)
+    def __init__(self, shared: Shared, record: InstanceRecord, *, new: bool) -> None:
+        self._owned = Owned(shared, record, tell=self._tell)
         self._new = new
         """Nothing to settle: either just created, with its first command doing the work, or not running."""
         self._queue: trio.MemorySendChannel[Job[Any] | _News | _Look]
@@ -193,6 +184,8 @@ class Lifecycle:
         """Abandon waits for the guest while a queued command overtakes the running one."""
         given_up = any(overtakes(command, self._running) for command in self._queued)
         self._owned.machine.give_up_guest(self.record.id, given_up)
+        if Command.DELETE in self._queued:
+            self._owned.pulling.cancel()
 
     def _check_turn(self, command: Command | None) -> None:
         if self.record.deleting and command is not Command.DELETE:

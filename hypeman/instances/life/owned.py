@@ -1,24 +1,30 @@
-"""An instance as its task sees it: its record, how it is written, and all-or-nothing operations.
+"""An instance as its task sees it: its record, what it commits, and all-or-nothing operations.
 
     begin    one transaction: the intent (the plan), the reservation and related rows
     do       the steps, through the saga; on failure the started ones are undone
     end      one transaction: the new record replaces the intent
 
-If steps can be neither finished nor undone, the instance becomes Unknown (``lost``); its intent stays for a retry.
+An operation says what is to be written as a Commit; ``ledger.py`` writes it. If steps can be neither finished nor
+undone, the instance becomes Unknown (``lost``); its intent stays for a retry.
 Nothing here queues: a caller gets an Owned from ``Lifecycle.perform``, which has already serialized it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 import msgspec
 import trio
 
-from hypeman.errors import HypemanError
+from hypeman.errors import HypemanError, InternalError
 from hypeman.hypervisor.interface import VmmExit, VmmGone
+from hypeman.images.types import ReadyImage
+from hypeman.instances.ledger import Change, Commit, Hold, Ledger, holding_of
 from hypeman.instances.life.machine import LiveVm, Machine
 from hypeman.instances.model.events import VmEvent
 from hypeman.instances.model.plan import plan_free
@@ -26,68 +32,58 @@ from hypeman.instances.model.record import InstanceRecord, Intent, Operation
 from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.steps import Reversible, Step
 from hypeman.instances.model.types import InstanceState
-from hypeman.instances.rows import INSTANCES, INTENTS
-from hypeman.resources.accounting import Holding, Limits, hold
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
-from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
 
 log = logging.getLogger(__name__)
 
-Also = Callable[[Txn], object]
-"""Further changes in the transaction that writes a record."""
 
-Finish = Callable[[], Awaitable[InstanceRecord]]
-"""The transaction that commits completed steps."""
+class ImagePulls(Protocol):
+    async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage:
+        """The image of that name, pulled first if it is missing."""
+        ...
 
 
-class Hooks:
-    """What all instances share besides the machine: the store, change notification and resource holding."""
+@dataclass
+class Shared:
+    """What the tasks of all instances share."""
 
-    def __init__(
-        self,
-        *,
-        store: Store,
-        limits: Callable[[], Limits],
-        changed: Callable[[InstanceRecord], None],
-        gone: Callable[[InstanceRecord], None],
-        release: Callable[[Txn, InstanceRecord], None],
-    ) -> None:
-        self.store = store
-        self.limits = limits
-        self.changed = changed
-        self.gone = gone
-        self.release = release
-        """Release what the capabilities hold for an instance, in the transaction that removes it."""
+    machine: Machine
+    ledger: Ledger
+    images: ImagePulls
+    changed: Callable[[InstanceRecord], None]
+    """Called with each new record."""
+    gone: Callable[[InstanceRecord], None]
+    now: Callable[[], datetime]
+
+
+class Attempt:
+    """Steps that were carried out and are undone unless their result is committed."""
+
+    def __init__(self) -> None:
+        self.result: Commit | None = None
+        """To be set before the block ends."""
 
 
 class Owned:
     """An instance's record and the operations on it. One per instance, created by its task."""
 
-    def __init__(
-        self,
-        machine: Machine,
-        hooks: Hooks,
-        record: InstanceRecord,
-        *,
-        now: Callable[[], datetime],
-        tell: Callable[[LiveVm, VmEvent], None],
-    ) -> None:
-        self.machine = machine
+    def __init__(self, shared: Shared, record: InstanceRecord, *, tell: Callable[[LiveVm, VmEvent], None]) -> None:
+        self.machine = shared.machine
+        self.ledger = shared.ledger
+        self.images = shared.images
+        self.now = shared.now
         self.record = record
-        self.now = now
         self.removed = False
         """The instance was deleted."""
         self.ended: VmmExit | None = None
         """How the VMM ended, once that is known."""
         self.nursery: trio.Nursery | None = None
         """Nursery for work that runs concurrently with commands, while the task runs."""
-        self._hooks = hooks
+        self.pulling = trio.CancelScope()
+        """Around the wait for the image; cancelled by a delete."""
+        self._shared = shared
         self._tell = tell
-
-    @property
-    def store(self) -> Store:
-        return self._hooks.store
 
     @property
     def live(self) -> LiveVm | None:
@@ -100,6 +96,14 @@ class Owned:
         if live is None:
             raise VmmGone(f"the VM of instance {self.record.id} is gone")
         return live
+
+    @property
+    def intent(self) -> Intent:
+        """The plan in progress, as stored. Raises InternalError if there is none."""
+        intent = self.ledger.intent(self.record.id)
+        if intent is None:
+            raise InternalError(f"instance {self.record.id} has no work in progress")
+        return intent
 
     def watch(self, live: LiveVm) -> None:
         """Route the VM's events into the queue."""
@@ -123,53 +127,39 @@ class Owned:
         phases = record.phases.entered(state.value.lower(), self.now())
         return msgspec.structs.replace(record, state=state, phases=phases, state_error=None, was=None)
 
-    def holding(self, record: InstanceRecord, *, running: bool | None = None) -> Also:
-        """Set the host resources that the instance holds to what its state requires."""
-        holding = holding_of(record)
-        if not (record.state not in NO_VMM if running is None else running):
-            holding = holding.without_vmm()
-        limits = self._hooks.limits()
-        return lambda txn: hold(txn, record.id, holding, limits)
+    def hold(self, record: InstanceRecord, *, running: bool | None = None) -> Hold:
+        """The host resources that the instance holds in its state."""
+        has_vmm = record.state not in NO_VMM if running is None else running
+        return Hold(record.id, holding_of(record, running=has_vmm))
 
     async def begin(
-        self, operation: Operation, steps: tuple[Step, ...], record: InstanceRecord, also: Also | None = None
-    ) -> InstanceRecord:
-        return await self.save(record, intent=Intent(operation, steps), also=also)
+        self, operation: Operation, steps: tuple[Step, ...], record: InstanceRecord, *changes: Change
+    ) -> None:
+        await self.commit(Commit(record, Intent(operation, steps), changes))
 
-    async def end(self, record: InstanceRecord, also: Also | None = None) -> InstanceRecord:
-        def clear(txn: Txn) -> None:
-            txn.delete(INTENTS, record.id)
-            if also is not None:
-                also(txn)
+    async def end(self, record: InstanceRecord, *changes: Change) -> None:
+        await self.commit(Commit(record, None, changes))
 
-        return await self.save(record, also=clear)
+    async def save(self, record: InstanceRecord, *changes: Change) -> None:
+        """Change the record outside of an operation; an intent stays as it is."""
+        await self.commit(Commit(record, changes=changes))
 
-    async def save(
-        self, record: InstanceRecord, *, intent: Intent | None = None, also: Also | None = None
-    ) -> InstanceRecord:
-        def write(txn: Txn) -> None:
-            txn.put(INSTANCES, record.id, record)
-            if intent is not None:
-                txn.put(INTENTS, record.id, intent)
-            if also is not None:
-                also(txn)
+    async def commit(self, commit: Commit) -> None:
+        await self.ledger.commit(commit)
+        self._know(commit.record)
 
-        await self.store.write(write)
-        return self._know(record)
-
-    def _know(self, record: InstanceRecord) -> InstanceRecord:
+    def _know(self, record: InstanceRecord) -> None:
         if record.state is not self.record.state:
             metrics.state_transitions.labels(self.record.state.value, record.state.value).inc()
         self.record = record
-        self._hooks.changed(record)
-        return record
+        self._shared.changed(record)
 
     async def remove(self) -> None:
         """Remove the record and all that it holds, after the instance's last effect was undone."""
         record = self.record
-        await self.store.write(lambda txn: self._hooks.release(txn, record))
+        await self.ledger.remove(record)
         self.removed = True
-        self._hooks.gone(record)
+        self._shared.gone(record)
 
     async def lost(self, error: BaseException) -> None:
         """Steps could be neither done nor undone: mark as Unknown. The intent stays and is retried."""
@@ -186,54 +176,37 @@ class Owned:
 
     # All or nothing
 
-    async def carry_out(self, steps: tuple[Reversible, ...], finish: Finish) -> InstanceRecord:
-        """Run all ``steps`` and the final transaction (``finish``), or none of them."""
-        await carry_out(steps, self.machine)
-        try:
-            with trio.CancelScope(shield=True):  # otherwise it would be unknown whether it was committed
-                record = await finish()
-        except Exception:
-            await take_back(steps, self.machine)
-            raise
-        return record
-
-    async def all_or_nothing(
+    @asynccontextmanager
+    async def attempt(
         self,
         operation: Operation,
         steps: tuple[Reversible, ...],
         record: InstanceRecord,
-        before: InstanceRecord,
         *,
-        finish: Finish,
-        resources: bool = False,
-    ) -> InstanceRecord:
-        """``carry_out`` under an intent; if that fails, the record is restored to ``before``.
+        take: tuple[Change, ...] = (),
+        give_back: tuple[Change, ...] = (),
+    ) -> AsyncIterator[Attempt]:
+        """Carry out ``steps`` under an intent; the block then sets ``result``, which is committed at its end.
 
-        With ``resources`` (starts and restores) the instance holds those of a running VM from here on.
+        ``record`` and the changes ``take`` are written with the intent. If anything fails, the steps are undone, and
+        the record is as it was before, with the changes ``give_back``.
         """
-        await self.begin(operation, steps, record, self.holding(record, running=True) if resources else None)
+        before = self.record
+        await self.begin(operation, steps, record, *take)
         try:
-            return await self.carry_out(steps, finish)
+            async with self._carried_out(steps) as attempt:
+                yield attempt
         except BaseException as error:
-            await self.put_back(before, self.holding(before) if resources else None, error)
+            await self._put_back(before, give_back, error)
             self.journal(f"{operation.value} failed: {error}")
             raise
 
-    async def put_back(self, before: InstanceRecord, also: Also | None, error: BaseException) -> None:
-        """Restore the record after ``error``, once the steps were undone, if they could be."""
-        with trio.CancelScope(shield=True):
-            if isinstance(error, UndoFailed):
-                await self.lost(error)
-                return
-            try:
-                await self.end(before, also)
-            except HypemanError as refused:
-                await self.lost(refused)
-
-    async def appear(self, steps: tuple[Reversible, ...], finish: Finish) -> InstanceRecord:
-        """Create what was just recorded, with CREATE as its intent; if that fails, nothing remains."""
+    @asynccontextmanager
+    async def appear(self, steps: tuple[Reversible, ...]) -> AsyncIterator[Attempt]:
+        """The same for what was just recorded, with CREATE as its intent; if it fails, nothing remains."""
         try:
-            return await self.carry_out(steps, finish)
+            async with self._carried_out(steps) as attempt:
+                yield attempt
         except UndoFailed as error:
             await self.lost(error)
             raise
@@ -243,15 +216,26 @@ class Owned:
                 await carry_forward(plan_free(self.record.capture), self.machine)
             raise
 
+    @asynccontextmanager
+    async def _carried_out(self, steps: tuple[Reversible, ...]) -> AsyncIterator[Attempt]:
+        attempt = Attempt()
+        await carry_out(steps, self.machine)
+        try:
+            yield attempt
+            assert attempt.result is not None, "the block says what is to be committed"
+            with trio.CancelScope(shield=True):  # otherwise it would be unknown whether it was committed
+                await self.commit(attempt.result)
+        except (Exception, trio.Cancelled):
+            await take_back(steps, self.machine)
+            raise
 
-def holding_of(record: InstanceRecord) -> Holding:
-    """What a running instance holds."""
-    spec = record.spec
-    return Holding(
-        vcpus=spec.vcpus,
-        memory=spec.memory_bytes + spec.hotplug_bytes,
-        disk=spec.overlay_bytes,
-        download=spec.download_bps,
-        upload=spec.upload_bps,
-        disk_io=spec.disk_io_bps,
-    )
+    async def _put_back(self, before: InstanceRecord, changes: tuple[Change, ...], error: BaseException) -> None:
+        """Restore the record after ``error``, once the steps were undone, if they could be."""
+        with trio.CancelScope(shield=True):
+            if isinstance(error, UndoFailed):
+                await self.lost(error)
+                return
+            try:
+                await self.end(before, *changes)
+            except HypemanError as refused:
+                await self.lost(refused)

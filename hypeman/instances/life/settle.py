@@ -27,9 +27,8 @@ from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.plan import plan_free, plan_park
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation
 from hypeman.instances.model.states import NO_VMM
-from hypeman.instances.model.steps import PlugVolume, Reversible, SetEgress, Step, TakeBack
+from hypeman.instances.model.steps import PlugVolume, SetEgress, TakeBack, reversible
 from hypeman.instances.model.types import InstanceState
-from hypeman.instances.rows import INTENTS
 from hypeman.saga import carry_forward, take_back
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ async def settle_again(owned: Owned) -> None:
 
 
 async def _find_and_settle(owned: Owned, seconds: float = float("inf")) -> None:
-    intent = owned.store.read(lambda txn: txn.get(INTENTS, owned.record.id))
+    intent = owned.ledger.intent(owned.record.id)
     alive = await _find_vm(owned, seconds)
     if intent is not None:
         log.warning("instance %s: %s was not finished", owned.record.id, intent.operation.value)
@@ -115,16 +114,18 @@ async def _hear_again(owned: Owned, live: LiveVm) -> None:
 async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
     record, machine, steps = owned.record, owned.machine, intent.steps
     match intent.operation:
+        case Operation.PULL:  # it failed, and the record could not be removed; a pull in progress is not settled
+            await owned.remove()
         case Operation.CREATE:
-            await take_back(_reversible(steps), machine)
+            await take_back(reversible(steps), machine)
             await owned.remove()
         case Operation.START | Operation.RESTORE:
-            await take_back(_reversible(steps), machine)
+            await take_back(reversible(steps), machine)
             state = InstanceState.STOPPED if intent.operation is Operation.START else InstanceState.STANDBY
             record = owned.entered(msgspec.structs.replace(record, handle=None), state)
-            await owned.end(record, owned.holding(record))
+            await owned.end(record, owned.hold(record))
         case Operation.CAPTURE:
-            await take_back(_reversible(steps), machine)
+            await take_back(reversible(steps), machine)
             await owned.end(_found_again(owned, alive=alive))
         case Operation.ATTACH:
             step = steps[0]
@@ -145,7 +146,7 @@ async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
             await owned.end(record)
         case Operation.RESUME if alive:
             try:
-                await awaken(owned, steps)
+                await awaken(owned)
             except Exception:
                 if owned.record.state is not InstanceState.STOPPED:
                     raise
@@ -170,7 +171,3 @@ def _found_again(owned: Owned, *, alive: bool) -> InstanceRecord:
     if record.handle is not None:
         return record  # its VMM has exited; cleanup follows
     return owned.entered(record, InstanceState.STANDBY if record.capture else InstanceState.STOPPED)
-
-
-def _reversible(steps: tuple[Step, ...]) -> tuple[Reversible, ...]:
-    return tuple(step for step in steps if isinstance(step, Reversible))

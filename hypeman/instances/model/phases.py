@@ -10,6 +10,9 @@ from datetime import UTC, datetime
 
 import msgspec
 
+PULLING = "pulling"
+"""The phase of an instance in state Created whose image is pulled; the other phases are states in lower case."""
+
 
 def utc_now() -> datetime:
     return datetime.now(UTC)

@@ -14,6 +14,7 @@ from hypeman.hypervisor.interface import VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import Tags
 from hypeman.instances.model.phases import Phases
+from hypeman.instances.model.snapshot_types import SnapshotKind
 from hypeman.instances.model.steps import Step
 from hypeman.instances.model.types import (
     AutoStandbyPolicy,
@@ -80,7 +81,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Small and unique among existing instances; the VMM's user is ``uid_base + number``."""
     spec: InstanceSpec
     digest: str
-    """Digest of the image's manifest."""
+    """Digest of the image's manifest; empty while the image is pulled."""
     state: InstanceState
     created_at: datetime
     phases: Phases
@@ -115,6 +116,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Operation(enum.StrEnum):
     """What is being done; a restart uses it to decide what to do with an unfinished plan."""
 
+    PULL = "pull"
+    """Waiting for the image of a new instance; continued."""
     CREATE = "create"
     START = "start"
     RESTORE = "restore"
@@ -133,3 +136,76 @@ class Operation(enum.StrEnum):
 class Intent(msgspec.Struct, frozen=True):
     operation: Operation
     steps: tuple[Step, ...]
+
+
+class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What is stored of a snapshot."""
+
+    id: str
+    kind: SnapshotKind
+    name: str | None
+    tags: Tags
+    created_at: datetime
+    source: InstanceRecord
+    """The source's record at capture time, used for forks and restores."""
+    size_bytes: int
+    capture: str | None = None
+
+
+def forked(
+    source: InstanceRecord,
+    *,
+    instance_id: str,
+    name: str,
+    now: datetime,
+    capture: str | None = None,
+    hypervisor: HypervisorKind | None = None,
+) -> InstanceRecord:
+    """The record of a fork: in Standby on ``capture``, or Stopped without one.
+
+    Only what is named here is kept from the source. A fork has no credentials, expiry or history of its own yet; its
+    number is assigned when it is recorded.
+    """
+    spec = source.spec
+    state = InstanceState.STOPPED if capture is None else InstanceState.STANDBY
+    return InstanceRecord(
+        id=instance_id,
+        name=name,
+        number=0,
+        spec=InstanceSpec(
+            image=spec.image,
+            platform=spec.platform,
+            hypervisor=hypervisor or spec.hypervisor,
+            vcpus=spec.vcpus,
+            memory_bytes=spec.memory_bytes,
+            hotplug_bytes=spec.hotplug_bytes,
+            overlay_bytes=spec.overlay_bytes,
+            disk_io_bps=spec.disk_io_bps,
+            env=spec.env,
+            tags=spec.tags,
+            network=spec.network,
+            download_bps=spec.download_bps,
+            upload_bps=spec.upload_bps,
+            egress=spec.egress,
+            devices=spec.devices,
+            gpu_profile=spec.gpu_profile,
+            volumes=spec.volumes,
+            entrypoint=spec.entrypoint,
+            cmd=spec.cmd,
+            skip_guest_agent=spec.skip_guest_agent,
+            snapshot_policy=spec.snapshot_policy,
+            auto_standby=spec.auto_standby,
+            health_check=spec.health_check,
+            restart_policy=spec.restart_policy,
+        ),
+        digest=source.digest,
+        state=state,
+        created_at=now,
+        phases=Phases(state.value.lower(), now),
+        stopped_at=now,
+        boots=source.boots,
+        nonce=source.nonce,  # the captured agent has it
+        capture=capture,
+        ports=source.ports,  # the captured devices are on them
+        fresh=True,
+    )

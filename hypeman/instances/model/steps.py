@@ -147,3 +147,8 @@ class TakeBack(msgspec.Struct, frozen=True, tag=True):
 Irreversible = AwakenGuest | ShutdownGuest | SwapDisks | FreeCapture | TakeBack
 
 Step = Reversible | Irreversible
+
+
+def reversible(steps: tuple[Step, ...]) -> tuple[Reversible, ...]:
+    """Those of ``steps`` that can be undone."""
+    return tuple(step for step in steps if isinstance(step, Reversible))

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 import msgspec
 
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
-from hypeman.config import LimitsConfig
+from hypeman.config import LimitsConfig, SnapshotsConfig
 from hypeman.egress.policy import guest_environment
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.guest.settings import parse_settings
@@ -190,6 +190,17 @@ def check_compression(config: SnapshotCompressionConfig | None) -> SnapshotCompr
             code="invalid_snapshot_compression",
         )
     return config
+
+
+def usual_compression(spec: InstanceSpec, settings: SnapshotsConfig) -> SnapshotCompressionConfig | None:
+    """Compression when the request specifies none: the instance's policy, else the server's default."""
+    policy = spec.snapshot_policy
+    if policy is not None and policy.compression is not None:
+        return policy.compression
+    if not settings.compression:
+        return None
+    algorithm = CompressionAlgorithm(settings.compression)
+    return SnapshotCompressionConfig(enabled=True, algorithm=algorithm, level=settings.level)
 
 
 def check_snapshot_policy(policy: SnapshotPolicy | None) -> None:

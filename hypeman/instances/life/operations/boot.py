@@ -1,19 +1,26 @@
 """Create and start: a VM that boots.
 
 Both end in Initializing, once the VMM runs; Running follows from a guest event (../news.py). A failed
-create leaves nothing; a failed start leaves the instance Stopped, as before.
+create leaves nothing; a failed start leaves the instance Stopped, as before. A create whose image is missing pulls it
+first: the instance is recorded, in state Created and phase ``pulling``, and a server that is restarted continues.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 
 import msgspec
 
+from hypeman.errors import InvalidState
+from hypeman.instances.ledger import Commit, PinImage
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.plan import plan_create, plan_start
-from hypeman.instances.model.record import InstanceRecord, Operation
+from hypeman.instances.model.record import InstanceRecord, Intent, Operation
+from hypeman.instances.model.steps import reversible
 from hypeman.instances.model.types import InstanceState
+
+log = logging.getLogger(__name__)
 
 _NONCE_BYTES = 16
 
@@ -24,8 +31,37 @@ def new_nonce() -> bytes:
 
 
 async def create(owned: Owned) -> InstanceRecord:
-    """First boot of a newly recorded instance, with CREATE as its intent."""
-    return await owned.appear(plan_create(owned.record), lambda: _launched(owned))
+    """First boot of a newly recorded instance, with PULL or CREATE as its intent."""
+    if owned.intent.operation is Operation.PULL:
+        await _pull(owned)
+    steps = reversible(owned.intent.steps)
+    async with owned.appear(steps) as attempt:
+        attempt.result = _launched(owned)
+    _watch(owned)
+    return owned.record
+
+
+async def _pull(owned: Owned) -> None:
+    """Wait for the image, then replace the intent by CREATE. If that fails, the instance is removed."""
+    record = owned.record
+    image = None
+    try:
+        with owned.pulling:
+            image = await owned.images.wait_ready(record.spec.image, record.spec.platform)
+        if image is not None:
+            phases = record.phases.entered(record.state.value.lower(), owned.now())
+            pulled = msgspec.structs.replace(record, digest=image.digest, phases=phases)
+            intent = Intent(Operation.CREATE, plan_create(pulled))
+            await owned.commit(Commit(pulled, intent, (PinImage(image.digest, record.id),)))
+    except Exception as error:
+        log.warning("instance %s is not created: its image can not be had: %s", record.id, error)
+        try:
+            await owned.remove()
+        except Exception as refused:
+            await owned.lost(refused)
+        raise
+    if image is None:
+        raise InvalidState(f"instance {record.name!r} was deleted while its image was pulled")
 
 
 async def start(
@@ -47,17 +83,26 @@ async def start(
         exit_message=None,
         fresh=False,
     )
-    return await owned.all_or_nothing(
-        Operation.START, plan_start(record), record, before, finish=lambda: _launched(owned), resources=True
-    )
+    async with owned.attempt(
+        Operation.START,
+        plan_start(record),
+        record,
+        take=(owned.hold(record, running=True),),
+        give_back=(owned.hold(before),),
+    ) as attempt:
+        attempt.result = _launched(owned)
+    _watch(owned)
+    return owned.record
 
 
-async def _launched(owned: Owned) -> InstanceRecord:
-    live = owned.living
+def _launched(owned: Owned) -> Commit:
+    handle = owned.living.vmm.handle
     record = msgspec.structs.replace(
-        owned.record, handle=live.vmm.handle, started_at=owned.now(), stopped_at=None, stop_cause=None
+        owned.record, handle=handle, started_at=owned.now(), stopped_at=None, stop_cause=None
     )
-    record = await owned.end(owned.entered(record, InstanceState.INITIALIZING))
-    owned.watch(live)
+    return Commit(owned.entered(record, InstanceState.INITIALIZING), None)
+
+
+def _watch(owned: Owned) -> None:
+    owned.watch(owned.living)
     owned.journal("launched")
-    return record

@@ -17,20 +17,19 @@ from __future__ import annotations
 import msgspec
 
 from hypeman.captures import records as captures
-from hypeman.captures.records import CAPTURES
 from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.errors import InternalError
 from hypeman.hypervisor.interface import ExitReason, VmmExit
 from hypeman.ids import new_id
+from hypeman.instances.ledger import AddCapture, Commit, ReleaseCapture
 from hypeman.instances.life.operations.stop import bring_down
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.plan import plan_awaken, plan_free, plan_park, plan_restore, plan_standby
-from hypeman.instances.model.record import InstanceRecord, Operation
-from hypeman.instances.model.steps import FreeCapture, Step
+from hypeman.instances.model.record import InstanceRecord, Intent, Operation
+from hypeman.instances.model.steps import FreeCapture
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.model.validate import check_capturable
 from hypeman.saga import carry_forward
-from hypeman.store import Txn
 
 
 async def standby(owned: Owned, compression: SnapshotCompressionConfig | None) -> InstanceRecord:
@@ -40,29 +39,24 @@ async def standby(owned: Owned, compression: SnapshotCompressionConfig | None) -
     owned.journal("standby")
     capture = new_id()
     holder = captures.of_instance(before.id)
-    freed = before.mapped
-
-    async def publish() -> InstanceRecord:
+    async with owned.attempt(Operation.CAPTURE, plan_standby(before, capture), before) as attempt:
         row = await owned.machine.describe_capture(before.id, capture, holder=holder, compression=compression)
         record = msgspec.structs.replace(before, capture=capture, mapped=None)
-
-        def exchange(txn: Txn) -> None:
-            txn.put(CAPTURES, capture, row)
-            captures.let_go(txn, freed, holder)
-
-        return await owned.begin(Operation.PARK, plan_park(record), record, exchange)
-
-    await owned.all_or_nothing(Operation.CAPTURE, plan_standby(before, capture), before, before, finish=publish)
-    return await park(owned, freed)
+        attempt.result = Commit(
+            record,
+            Intent(Operation.PARK, plan_park(record)),
+            (AddCapture(row), ReleaseCapture(before.mapped, holder)),
+        )
+    return await park(owned, before.mapped)
 
 
 async def park(owned: Owned, freed: str | None = None) -> InstanceRecord:
     """The rest of a standby once its capture is published; ``freed``: the capture it had mapped."""
     try:
-        await carry_forward(plan_park(owned.record), owned.machine)
+        await carry_forward(owned.intent.steps, owned.machine)
         asleep = msgspec.structs.replace(owned.record, handle=None, stopped_at=owned.now())
         asleep = owned.entered(asleep, InstanceState.STANDBY)
-        await owned.end(asleep, owned.holding(asleep))
+        await owned.end(asleep, owned.hold(asleep))
     except Exception as error:
         await owned.lost(error)
         raise
@@ -82,39 +76,39 @@ async def restore(owned: Owned) -> InstanceRecord:
 
 async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
     before = owned.record
-    keep = owned.store.read(lambda txn: captures.is_shared(txn, capture, captures.of_instance(before.id)))
+    holder = captures.of_instance(before.id)
+    keep = owned.ledger.is_shared(capture, holder)
     record = msgspec.structs.replace(before, boots=before.boots + 1)
-    steps = plan_awaken(record, capture, fresh=before.fresh)
-
-    def consume(txn: Txn) -> None:
-        if not keep:
-            captures.let_go(txn, capture, captures.of_instance(before.id))
-
-    async def note() -> InstanceRecord:
-        handle = owned.living.vmm.handle
-        mapped = capture if keep else None
-        restored = msgspec.structs.replace(
-            owned.record, handle=handle, capture=None, mapped=mapped, stopped_at=None, stop_cause=None
-        )
-        return await owned.begin(Operation.RESUME, steps, owned.entered(restored, InstanceState.RUNNING), consume)
-
-    await owned.all_or_nothing(
+    async with owned.attempt(
         Operation.RESTORE,
         plan_restore(record, capture, keep=keep),
         record,
-        before,
-        finish=note,
-        resources=True,
-    )
+        take=(owned.hold(record, running=True),),
+        give_back=(owned.hold(before),),
+    ) as attempt:
+        restored = msgspec.structs.replace(
+            record,
+            handle=owned.living.vmm.handle,
+            capture=None,
+            mapped=capture if keep else None,
+            stopped_at=None,
+            stop_cause=None,
+        )
+        attempt.result = Commit(
+            owned.entered(restored, InstanceState.RUNNING),
+            Intent(Operation.RESUME, plan_awaken(record, capture, fresh=before.fresh)),
+            () if keep else (ReleaseCapture(capture, holder),),
+        )
     owned.watch(owned.living)
-    return await awaken(owned, steps)
+    return await awaken(owned)
 
 
-async def awaken(owned: Owned, steps: tuple[Step, ...]) -> InstanceRecord:
+async def awaken(owned: Owned) -> InstanceRecord:
     """The rest of a restore once the record says that the VM is running.
 
     The VM has run since: if it cannot be woken, it is stopped and the error is raised.
     """
+    steps = owned.intent.steps
     try:
         await carry_forward(steps, owned.machine)
     except Exception as error:
@@ -123,4 +117,5 @@ async def awaken(owned: Owned, steps: tuple[Step, ...]) -> InstanceRecord:
         free = tuple(step for step in steps if isinstance(step, FreeCapture))
         await bring_down(owned, (*plan_park(owned.record), *free), VmmExit(ExitReason.FAILED, told))
         raise
-    return await owned.end(msgspec.structs.replace(owned.record, fresh=False))
+    await owned.end(msgspec.structs.replace(owned.record, fresh=False))
+    return owned.record

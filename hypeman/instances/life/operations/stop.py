@@ -12,6 +12,7 @@ import msgspec
 from hypeman.captures import records as captures
 from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.instances.ledger import ReleaseCapture
 from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.guest_boot import STOP_GRACE
@@ -22,7 +23,6 @@ from hypeman.instances.model.steps import Step
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.model.view import describe_exit
 from hypeman.saga import carry_forward
-from hypeman.store import Txn
 
 DELETE_GRACE = 2.0
 
@@ -59,13 +59,8 @@ async def bring_down(
     await owned.begin(Operation.STOP, steps, stopping)
     try:
         record = await _take_down(owned, steps, live, ended)
-
-        def settle(txn: Txn) -> None:
-            for capture in freed:
-                captures.let_go(txn, capture, captures.of_instance(record.id))
-            owned.holding(record)(txn)
-
-        await owned.end(record, settle)
+        holder = captures.of_instance(record.id)
+        await owned.end(record, *(ReleaseCapture(capture, holder) for capture in freed), owned.hold(record))
     except Exception as error:
         await owned.lost(error)
         raise

@@ -11,6 +11,7 @@ import msgspec
 
 from hypeman.errors import Conflict, NotFound, NotSupported
 from hypeman.hypervisor.interface import Disk
+from hypeman.instances.ledger import AttachVolume, Commit, DetachVolume
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.plan import plan_attach
 from hypeman.instances.model.record import InstanceRecord, Operation
@@ -18,8 +19,7 @@ from hypeman.instances.model.steps import TakeBack
 from hypeman.instances.model.types import InstanceState, VolumeMount
 from hypeman.instances.model.validate import check_volumes
 from hypeman.instances.model.vm import free_port, volume_disk
-from hypeman.store import Txn
-from hypeman.volumes import records as volumes
+from hypeman.volumes.records import Attachment
 
 
 async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> InstanceRecord:
@@ -39,24 +39,21 @@ async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> 
     ports = {**before.ports, volume_id: port} if port else before.ports  # without a port it is fixed in the VM
     record = msgspec.structs.replace(before, spec=spec, ports=ports)
 
-    def take(txn: Txn) -> None:
-        volumes.attach(
-            txn,
-            volumes.Attachment(volume_id=volume_id, instance_id=record.id, mount_path=path, readonly=readonly),
-        )
-
+    attachment = Attachment(volume_id=volume_id, instance_id=record.id, mount_path=path, readonly=readonly)
     if not running:
-        return await owned.save(record, also=take)
-    step = plan_attach(before, volume_id, path, readonly=readonly, port=port)
+        await owned.save(record, AttachVolume(attachment))
+        return record
     disk = volume_disk(owned.machine.paths, volume_id, readonly=readonly, port=port)
-    await owned.begin(Operation.ATTACH, (step,), _expecting(record, disk), take)
-    try:
-        record = await owned.carry_out((step,), lambda: owned.end(_with_current_handle(owned, owned.record)))
-    except BaseException as error:
-        await owned.put_back(before, lambda txn: volumes.detach(txn, volume_id, before.id), error)
-        raise
+    async with owned.attempt(
+        Operation.ATTACH,
+        (plan_attach(before, volume_id, path, readonly=readonly, port=port),),
+        _expecting(record, disk),
+        take=(AttachVolume(attachment),),
+        give_back=(DetachVolume(volume_id, before.id),),
+    ) as attempt:
+        attempt.result = Commit(_with_current_handle(owned, owned.record), None)
     owned.journal(f"attached volume {volume_id} at {path}")
-    return record
+    return owned.record
 
 
 async def detach(owned: Owned, volume_id: str) -> InstanceRecord:
@@ -92,7 +89,8 @@ async def end_without(owned: Owned, volume_id: str) -> InstanceRecord:
     )
     ports = {other: port for other, port in before.ports.items() if other != volume_id}
     record = _with_current_handle(owned, msgspec.structs.replace(before, spec=spec, ports=ports))
-    return await owned.end(record, lambda txn: volumes.detach(txn, volume_id, before.id))
+    await owned.end(record, DetachVolume(volume_id, before.id))
+    return owned.record
 
 
 def _expecting(record: InstanceRecord, disk: Disk) -> InstanceRecord:
