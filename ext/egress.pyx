@@ -1,5 +1,5 @@
 # cython: language_level=3, freethreading_compatible=False
-"""The egress data plane as a Python object: a thin skin over ext/egress/engine.h.
+"""The egress data plane as a Python object: a thin binding of ext/egress/engine.h, for the engine process.
 
 The loops run in threads of their own that never take the GIL. Everything here returns at once, except `join`, which
 releases it. Imports nothing, so that a frozen bundle needs no hints.
@@ -20,7 +20,7 @@ cdef extern from "engine.h" nogil:
         const int *listeners
         const char *ca_certificate
         const char *ca_key
-        const char *trust_file
+        const char *trusted
         const char *trust_extra
         unsigned leaf_cache
         unsigned max_connections
@@ -44,6 +44,7 @@ cdef extern from "engine.h" nogil:
     bint engine_start(engine *e)
     void engine_accept(engine *e)
     void engine_drain(engine *e, unsigned grace_ms)
+    unsigned engine_running(engine *e)
     void engine_join(engine *e)
     void engine_free(engine *e)
     int engine_set_policy(engine *e, const char *address, const char *instance, const uint8_t *data, size_t n)
@@ -57,6 +58,10 @@ cdef extern from "engine.h" nogil:
     uint64_t engine_denied(engine *e, unsigned reason)
     uint64_t engine_latency(engine *e, unsigned bucket)
     const char *engine_reason(unsigned reason)
+
+
+cdef extern from "confine.h" nogil:
+    bint c_confine "confine"(unsigned uid, int *locked, char *error, size_t n)
 
 
 cdef extern from "probe.h" nogil:
@@ -92,12 +97,16 @@ def _reasons():
 REASONS = _reasons()
 
 
-cdef uint64_t _number(const uint8_t *p, unsigned n) noexcept:
-    cdef uint64_t v = 0
-    cdef unsigned i
-    for i in range(n):
-        v |= <uint64_t>p[i] << (8 * i)
-    return v
+def confine(unsigned uid):
+    """Give up for ever what an engine process does not need, see confine.h. True if its memory is locked.
+
+    Raises OSError; the process must end then.
+    """
+    cdef char error[256]
+    cdef int locked = 0
+    if not c_confine(uid, &locked, error, sizeof(error)):
+        raise OSError((<bytes>error).decode(errors="replace"))
+    return bool(locked)
 
 
 def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_t port):
@@ -127,14 +136,18 @@ cdef class Engine:
     cdef engine *_e
     cdef bint _started
 
-    def __cinit__(self, list listeners, bytes ca_certificate, bytes ca_key, bytes trust_file, bytes trust_extra,
-                  unsigned leaf_cache, unsigned max_connections, unsigned max_requests, unsigned max_mints,
-                  uint16_t listen_port, uint16_t assumed_tls_port, timers_ms, list allow, list deny):
+    def __cinit__(self, list listeners, ca_certificate, ca_key, trusted, trust_extra, unsigned leaf_cache,
+                  unsigned max_connections, unsigned max_requests, unsigned max_mints, uint16_t listen_port, uint16_t assumed_tls_port, timers_ms, list allow, list deny):
+        """The PEM texts are buffers that end with a zero byte; keys are read from where they are, not copied."""
         cdef engine_settings s
         cdef char error[256]
         cdef Py_ssize_t i
+        cdef const uint8_t[:] certificate = ca_certificate, key = ca_key, roots = trusted, more = trust_extra
         if not listeners or len(timers_ms) != T_CLASSES:
             raise ValueError("at least one listener and all timers")
+        for text in (ca_certificate, ca_key, trusted, trust_extra):
+            if len(text) == 0 or text[-1] != 0:
+                raise ValueError("a text without its end")
         memset(&s, 0, sizeof(s))
         cdef int *fds = <int *>calloc(len(listeners), sizeof(int))
         cdef const char **nets = <const char **>calloc(len(allow) + len(deny) + 1, sizeof(char *))
@@ -153,12 +166,10 @@ cdef class Engine:
                 s.timers_ms[i] = timers_ms[i]
             s.loops = <unsigned>len(listeners)
             s.listeners = fds
-            s.ca_certificate = ca_certificate
-            s.ca_key = ca_key
-            if trust_file is not None:
-                s.trust_file = trust_file
-            if trust_extra is not None:
-                s.trust_extra = trust_extra
+            s.ca_certificate = <const char *>&certificate[0]
+            s.ca_key = <const char *>&key[0]
+            s.trusted = <const char *>&roots[0]
+            s.trust_extra = <const char *>&more[0]
             s.leaf_cache = leaf_cache
             s.max_connections = max_connections
             s.max_requests = max_requests
@@ -187,7 +198,7 @@ cdef class Engine:
     def start(self):
         self._started = True
         if not engine_start(self._e):
-            raise OSError("the threads of the data plane can not be started")
+            raise OSError("the threads of the data plane cannot be started")
 
     def accept(self):
         """Takes connections; those that came since the sockets listen have waited."""
@@ -196,6 +207,10 @@ cdef class Engine:
     def drain(self, unsigned grace_ms):
         engine_drain(self._e, grace_ms)
 
+    def running(self):
+        """Loops that have not ended; the end of one makes `audit_fd` readable."""
+        return engine_running(self._e)
+
     def join(self):
         with nogil:
             engine_join(self._e)
@@ -203,7 +218,7 @@ cdef class Engine:
     def set_policy(self, bytes address, bytes instance, snapshot):
         """Swaps the rules of a source address; from the return on every request is decided by the new ones."""
         cdef const uint8_t[:] view = snapshot
-        cdef const uint8_t *data = &view[0]
+        cdef const uint8_t *data = &view[0] if view.shape[0] else NULL
         if engine_set_policy(self._e, address, instance, data, <size_t>view.shape[0]) != 0:
             raise ValueError("not a snapshot, or not an address")
 
@@ -234,31 +249,11 @@ cdef class Engine:
     def audit_fd(self):
         return engine_audit_fd(self._e)
 
-    def audit(self, bint keep=True):
-        """Records since the last call (none if they are not to be kept), each (kind, rules, status, reason, http, port, µs taken, µs since 1970, bytes
-        up, bytes down, instance, host, method, credentials)."""
+    def audit(self):
+        """Whole records since the last call, as bytes (layout: audit.c), at most 64 KB; empty when there are no more."""
         cdef bytes room = bytes(65536)
         cdef char *out = room
-        cdef const uint8_t *p
-        cdef size_t n, at, end, k
-        cdef list found = []
-        cdef list texts
-        while True:
-            n = engine_audit_read(self._e, out, 65536)
-            if n == 0:
-                return found
-            at = 0 if keep else n
-            while at < n:
-                p = <const uint8_t *>out + at
-                end = at + _number(p, 2)
-                texts = []
-                k = 38
-                while at + k < end:
-                    texts.append((<bytes>(<const char *>p + k + 1)[:p[k]]).decode("ascii", "replace"))
-                    k += 1 + p[k]
-                found.append((p[2], p[3], _number(p + 4, 2), p[6], p[7], _number(p + 8, 2), _number(p + 10, 4),
-                              _number(p + 14, 8), _number(p + 22, 8), _number(p + 30, 8), *texts))
-                at = end
+        return room[:engine_audit_read(self._e, out, 65536)]
 
     def metrics(self):
         cdef unsigned i

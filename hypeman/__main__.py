@@ -10,6 +10,10 @@ def main() -> None:
         from hypeman.images.worker import main as work
 
         sys.exit(work(int(sys.argv[2])))
+    if sys.argv[1:2] == ["@engine"]:  # the data plane, see egress/engine.py
+        from hypeman.egress.engine import main as carry
+
+        sys.exit(carry(int(sys.argv[2])))
     from hypeman.cli.main import main as command
 
     command()

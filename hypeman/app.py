@@ -67,6 +67,8 @@ from hypeman.volumes.service import Volumes
 
 log = logging.getLogger(__name__)
 
+_NOBODY = 65534
+
 
 def main(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises HypemanError if the server cannot start."""
@@ -164,6 +166,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         paths.egress,
         listeners=take_kept_sockets().get("egress", ()),
         keep=partial(keep_sockets, "egress"),
+        engines=paths.engines,
     )
     audit = AuditLog()
     stack.callback(audit.flush)
@@ -325,7 +328,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await parts.snapshots.start()
     await nursery.start(parts.instances.run)
     await nursery.start(parts.policies.run)
-    parts.egress.accept()  # the rules of all guests have been restored
+    await parts.egress.accept()  # the rules of all guests have been restored
 
 
 def _guest_kernel(config: Config) -> tuple[str, str | None]:
@@ -348,6 +351,8 @@ def _egress_settings(config: Config) -> EgressSettings:
         deny=(config.network.subnet_cidr,),
         extra_ca_file=config.egress.upstream_ca_file,
         unmatched=Unmatched.INSPECT if config.egress.intercept_all else Unmatched.PASS,
+        uid=config.hypervisor.uid_base or _NOBODY,
+        drain_timeout=config.egress.drain_timeout,
     )
 
 

@@ -187,6 +187,8 @@ class EgressConfig(_Section, frozen=True):
     """Additional CA certificates, besides the system's, for verifying upstreams."""
     intercept_all: bool = False
     """Also decrypt connections to hosts without a rule; by default they are passed through encrypted."""
+    drain_timeout: Annotated[float, Meta(gt=0, le=30 * 86400)] = 4 * 3600
+    """Maximum seconds that connections go on in the previous engine process after an upgrade replaced it."""
 
 
 class DevicesConfig(_Section, frozen=True):

@@ -13,6 +13,7 @@ data_dir/                       survives reboots; 0711
   tmp/                          incomplete files; emptied at start
 run_dir/                        cleared by a reboot (tmpfs); 0755 so that VMM users can search it
   hypeman.sock                  the API
+  engine/                       sockets of egress engines, for the next server; 0700
   vm/<id>/                      sockets and pid files of one VMM, owned by its user
 """
 
@@ -76,6 +77,10 @@ class Paths(msgspec.Struct, frozen=True):
     @property
     def vms(self) -> Path:
         return self.run_dir / "vm"
+
+    @property
+    def engines(self) -> Path:
+        return self.run_dir / "engine"
 
     def instance(self, instance_id: str) -> InstancePaths:
         return InstancePaths(self.instances / instance_id, self.vms / instance_id)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from hypeman.config import Config
 from hypeman.devices.registry import BINDINGS, VGPUS
 from hypeman.devices.service import Devices
+from hypeman.egress.link import end_engines
 from hypeman.errors import HypemanError
 from hypeman.host.links import Links, NamespaceClaim
 from hypeman.host.rules import Rules
@@ -22,7 +23,7 @@ from hypeman.store import Store, Txn
 
 async def clean_host(config: Config) -> None:
     """Tries to remove everything, then raises HypemanError for what could not be removed."""
-    parts: tuple[Callable[[Config], Awaitable[None]], ...] = (_give_back_devices, _remove_network)
+    parts: tuple[Callable[[Config], Awaitable[None]], ...] = (_give_back_devices, _end_engines, _remove_network)
     failures: list[HypemanError] = []
     claim = NamespaceClaim()  # no server is running, and none can start meanwhile
     try:
@@ -48,6 +49,10 @@ async def _give_back_devices(config: Config) -> None:
                 await devices.unbind(instance_id)
     finally:
         store.close()
+
+
+async def _end_engines(config: Config) -> None:
+    await end_engines(config.paths.engines)
 
 
 def _borrowers(txn: Txn) -> tuple[str, ...]:

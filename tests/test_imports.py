@@ -53,6 +53,8 @@ PURE_MODULES = tuple(
         "devices.vgpu",
         "egress.guest_env",
         "egress.policy",
+        "egress.protocol",
+        "egress.records",
         "egress.types",
         "errors",
         "fields",

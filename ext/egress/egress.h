@@ -275,7 +275,7 @@ bool conn_secret(struct conn *c, const char *p, size_t n); /* conn_write of a he
 
 /* tls.c */
 SSL_CTX *tls_server_context(void);
-SSL_CTX *tls_client_context(const char *ca_file, const char *extra_pem, char *error, size_t n);
+SSL_CTX *tls_client_context(const char *trusted_pem, const char *extra_pem, char *error, size_t n);
 bool tls_begin(struct conn *c, SSL *ssl, bool server); /* takes over ssl */
 int tls_handshake(struct conn *c); /* 1 done, 0 more, -1 failed */
 void tls_close_notify(struct conn *c);

@@ -3,7 +3,6 @@
 #include "engine.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/crypto.h>
@@ -66,7 +65,7 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
     (void)setsockopt(l->listener, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof one);
     l->epoll = epoll_create1(EPOLL_CLOEXEC);
     l->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    l->reserve = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    l->reserve = eventfd(0, EFD_CLOEXEC);
     l->mint = mint_new(s->ca_certificate, s->ca_key, s->leaf_cache, tls_server_context);
     l->audit = audit_new();
     l->scratch = malloc(SCRATCH);
@@ -102,7 +101,7 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t n
         || !read_networks(s->n_deny, s->deny, e->reach.deny, &e->reach.denied))
         (void)snprintf(error, n, "a network is not address/prefix, or there are more than %d", MAX_NETWORKS);
     if (!error[0])
-        e->client = tls_client_context(s->trust_file, s->trust_extra, error, n);
+        e->client = tls_client_context(s->trusted, s->trust_extra, error, n);
     for (unsigned i = 0; i < e->n && !error[0]; i++)
         if (!make_loop(e, &loops[i], i, s))
             (void)snprintf(error, n, "loop %u can not be made (CA certificate and key, or descriptors)", i);
@@ -114,10 +113,19 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t n
 
 bool engine_start(struct engine *e)
 {
-    for (; e->started < e->n; e->started++)
-        if (pthread_create(&e->loops[e->started].thread, NULL, loop_main, &e->loops[e->started]) != 0)
+    for (; e->started < e->n; e->started++) {
+        atomic_fetch_add(&e->running, 1);
+        if (pthread_create(&e->loops[e->started].thread, NULL, loop_main, &e->loops[e->started]) != 0) {
+            atomic_fetch_sub(&e->running, 1);
             return false;
+        }
+    }
     return true;
+}
+
+unsigned engine_running(struct engine *e)
+{
+    return atomic_load(&e->running);
 }
 
 static void post_all(struct engine *e, enum message_kind kind, unsigned n)

@@ -52,8 +52,7 @@ struct engine_settings {
     unsigned loops;
     const int *listeners; /* one listening socket per loop; taken over */
     const char *ca_certificate, *ca_key; /* PEM */
-    const char *trust_file; /* PEM bundle that upstream certificates must chain to; NULL: OpenSSL's default */
-    const char *trust_extra; /* further PEM; NULL: none */
+    const char *trusted, *trust_extra; /* PEM: what upstream certificates must chain to; empty: none */
     unsigned leaf_cache;
     unsigned max_connections, max_requests, max_mints; /* per instance; see struct limits */
     uint16_t listen_port;
@@ -70,6 +69,7 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t e
 bool engine_start(struct engine *e);  /* connections queue up until engine_accept */
 void engine_accept(struct engine *e);
 void engine_drain(struct engine *e, unsigned grace_ms); /* no new connections; old ones get grace_ms */
+unsigned engine_running(struct engine *e); /* loops that have not ended; engine_audit_fd says when one has */
 void engine_join(struct engine *e);
 void engine_free(struct engine *e);
 

@@ -195,10 +195,13 @@ static void begin_accept(struct loop *l)
         (void)epoll_ctl(l->epoll, EPOLL_CTL_MOD, l->listener, &e);
 }
 
+/* Others hold the socket too, so that closing it alone would not take it out of epoll. */
 static void close_listener(struct loop *l)
 {
-    if (l->listener >= 0)
+    if (l->listener >= 0) {
+        (void)epoll_ctl(l->epoll, EPOLL_CTL_DEL, l->listener, NULL);
         (void)close(l->listener);
+    }
     l->listener = -1;
 }
 
@@ -294,6 +297,7 @@ void *loop_main(void *arg)
             break;
     }
     end_all(l);
+    atomic_fetch_sub(&l->engine->running, 1);
     audit_tick(l);
     return NULL;
 }

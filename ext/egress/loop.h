@@ -31,6 +31,7 @@ struct engine {
     unsigned n;
     struct loop *loops;
     unsigned started;
+    atomic_uint running;
     int question_fd, audit_fd;
     pthread_mutex_t question_lock;
     struct question *first_question, *last_question;

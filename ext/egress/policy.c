@@ -77,6 +77,8 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
     struct pattern *pool = (struct pattern *)(s->rules + rules);
     uint8_t *copy = (uint8_t *)(pool + patterns);
     memcpy(copy, data, n);
+    s->encoded = copy;
+    s->encoded_n = n;
     r.p = copy + (r.p - data);
     r.end = copy + n;
     for (unsigned i = 0; i < rules && !r.bad; i++) {
@@ -228,8 +230,12 @@ int table_set(struct table *table, struct addr source, const char *instance, str
     }
     (void)pthread_mutex_lock(&t->lock);
     struct snapshot *old = t->snapshot;
-    t->snapshot = s;
-    atomic_fetch_add(&t->generation, 1);
+    if (old && old->encoded_n == s->encoded_n && memcmp(old->encoded, s->encoded, s->encoded_n) == 0) {
+        old = s;
+    } else {
+        t->snapshot = s;
+        atomic_fetch_add(&t->generation, 1);
+    }
     (void)pthread_mutex_unlock(&t->lock);
     (void)pthread_mutex_unlock(&table->lock);
     snapshot_release(old);

@@ -40,6 +40,8 @@ struct rule {
 struct snapshot {
     atomic_uint refs;
     size_t size; /* of the whole mapping */
+    const uint8_t *encoded; /* what it was read from */
+    size_t encoded_n;
     enum unmatched unmatched;
     bool web_only;    /* HTTPS to tls_port and HTTP to 80 only, except where a rule names the port; TLS with a name only */
     uint16_t tls_port;
@@ -89,7 +91,8 @@ struct table {
 
 void table_init(struct table *t, struct limits limits);
 void table_destroy(struct table *t);
-/* Takes over the snapshot. An address given to another instance makes that one's tenant a removed one. */
+/* Takes over the snapshot. An address given to another instance makes that one's tenant a removed one. The same rules as
+ * before change nothing, so that upstream connections stay usable. */
 int table_set(struct table *t, struct addr source, const char *instance, struct snapshot *s);
 bool table_remove(struct table *t, struct addr source);
 /* NULL: nobody we know, or too many connections. Counts a connection until tenant_leave. */

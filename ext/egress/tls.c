@@ -151,16 +151,15 @@ static bool add_pem(SSL_CTX *ctx, const char *pem)
     return n > 0;
 }
 
-SSL_CTX *tls_client_context(const char *file, const char *extra, char *error, size_t n)
+SSL_CTX *tls_client_context(const char *trusted, const char *extra, char *error, size_t n)
 {
     SSL_CTX *ctx = context(TLS_client_method());
     if (!ctx) {
         (void)snprintf(error, n, "no TLS client context");
         return NULL;
     }
-    int loaded = file ? SSL_CTX_load_verify_file(ctx, file) : SSL_CTX_set_default_verify_paths(ctx);
-    if (loaded != 1 || (extra && !add_pem(ctx, extra))) {
-        (void)snprintf(error, n, "trusted certificates can not be read%s%s", file ? ": " : "", file ? file : "");
+    if ((*trusted && !add_pem(ctx, trusted)) || (*extra && !add_pem(ctx, extra))) {
+        (void)snprintf(error, n, "the trusted certificates hold none that can be read");
         SSL_CTX_free(ctx);
         return NULL;
     }

@@ -16,7 +16,7 @@ from collections import deque
 
 import trio
 
-from hypeman.egress.service import AuditRecord
+from hypeman.egress.records import AuditRecord
 
 MAX_QUEUED = 10_000
 """Records, about 6 MB."""

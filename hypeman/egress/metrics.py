@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 
 from msgspec import Struct
@@ -63,6 +64,7 @@ LEFT_OUT = frozenset(["denied"])
 
 
 def register(egress: Egress) -> None:
+    metrics.refresh_before_scrape("egress", partial(_refresh, egress))
     for name, family in FAMILIES.items():
         add = metrics.register_counter if name.endswith("_total") else metrics.register_gauge
         add(name, family.text, _labels(family.label), partial(_of_family, egress, family))
@@ -74,6 +76,11 @@ def register(egress: Egress) -> None:
     )
 
 
+async def _refresh(egress: Egress) -> None:
+    with suppress(InternalError):
+        await egress.statistics()
+
+
 def _labels(label: str) -> tuple[str, ...]:
     return (label,) if label else ()
 
@@ -82,7 +89,7 @@ def _of_family(egress: Egress, family: Family) -> Mapping[tuple[str, ...], float
     statistics = _statistics(egress)
     if statistics is None:
         return {}
-    return {_labels(value): statistics.counters[name] for name, value in family.counters.items()}
+    return {_labels(value): statistics.counters.get(name, 0) for name, value in family.counters.items()}
 
 
 def _denied(egress: Egress) -> Mapping[tuple[str, ...], float]:
@@ -93,6 +100,6 @@ def _denied(egress: Egress) -> Mapping[tuple[str, ...], float]:
 def _statistics(egress: Egress) -> Statistics | None:
     """None while the data plane is not running; the other metrics are still exported."""
     try:
-        return egress.statistics()
+        return egress.counted()
     except InternalError:
         return None

@@ -39,18 +39,23 @@ class Sealer:
         return AESGCM(self._key)
 
     def seal(self, instance_id: str, secrets: Mapping[str, str]) -> bytes:
+        return self.seal_bytes(instance_id, msgspec.json.encode(secrets))
+
+    def seal_bytes(self, instance_id: str, plain: bytes | bytearray) -> bytes:
         nonce = os.urandom(_NONCE)
-        return nonce + self._cipher.encrypt(nonce, msgspec.json.encode(secrets), instance_id.encode())
+        return nonce + self._cipher.encrypt(nonce, plain, instance_id.encode())
 
     def open(self, instance_id: str, sealed: bytes) -> dict[str, str]:
         """The secrets sealed for this instance; raises InternalError for anything else."""
+        return msgspec.json.decode(self.open_bytes(instance_id, sealed), type=dict[str, str])
+
+    def open_bytes(self, instance_id: str, sealed: bytes) -> bytes:
         from cryptography.exceptions import InvalidTag
 
         try:
-            plain = self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], instance_id.encode())
+            return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], instance_id.encode())
         except (InvalidTag, ValueError):
             raise InternalError(f"the sealed credentials of instance {instance_id} can not be opened") from None
-        return msgspec.json.decode(plain, type=dict[str, str])
 
 
 def load_sealer(directory: Path) -> Sealer:

@@ -1,37 +1,69 @@
-"""Runs the data plane and sets each instance's policy.
+"""Keeps an engine process running and sets each instance's policy in it.
 
-The loops are native threads (`ext/egress/`); Trio handles infrequent work: policies, name resolution, the audit
-stream, shutdown. Names are resolved here because that needs the system's resolver; whether an address may be dialled is
-decided in the data plane, on the addresses it then dials.
+The engine (``engine.py``) carries the traffic; this module decides: policies, name resolution, which program carries.
+Whether an address may be dialled is decided in the engine, on the addresses it then dials, by the networks given here.
 
 A policy is in force when ``set_policy`` returns: each request uses the rules in force when it is forwarded, so the
 new rules also apply to later requests on open connections.
+
+- **Supervision.** What is in force is kept here, sealed. If the engine ends, another one gets all of it before it
+  accepts connections; those that come meanwhile wait in the listening sockets, which are held here too.
+- **Adoption.** With a directory, an engine outlives the server: the next one finds it there, sets all policies again
+  while it carries on, and removes those that are no longer wanted with ``accept``. If the program or the settings
+  have changed, a new engine takes over the listening sockets and the old one ends with its last connection, after
+  ``drain_timeout`` at the latest; until then it gets every change of a policy, too.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import importlib.util
+import logging
 import os
+import secrets as random
 import socket
+import ssl
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from functools import partial
+from contextlib import asynccontextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 
 import msgspec
 import trio
 
-from hypeman._native.egress import REASONS, TIMERS, Engine
+from hypeman import __version__
+from hypeman.egress import protocol
 from hypeman.egress.authority import load_authority
+from hypeman.egress.link import (
+    Command,
+    EngineFailed,
+    EngineLink,
+    EngineLost,
+    Handlers,
+    engine_command,
+    find_engines,
+    start_engine,
+)
 from hypeman.egress.policy import Unmatched, compile_policy, wipe
+from hypeman.egress.records import AuditRecord, read_records
 from hypeman.egress.resolver import Resolve, Resolver, resolve_by_system
 from hypeman.egress.sealing import load_sealer
 from hypeman.egress.types import CredentialPolicy
 from hypeman.errors import InternalError
 
+log = logging.getLogger(__name__)
+
 Keep = Callable[[Sequence[socket.socket]], None]
 
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger")
+"""Fields of Timeouts, in the order in which an engine takes them."""
 _PR_SET_DUMPABLE = 4
+_LEAF_CACHE = 512
+_MAX_PAUSE = 0.5
+"""Seconds between starts of an engine that keeps ending at once."""
+_STEADY = 10.0
+"""Seconds after which an engine counts as running."""
 _SYSTEM_ROOTS = (
     "/etc/ssl/certs/ca-certificates.crt",  # Debian, Alpine, Arch
     "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",  # Fedora, RHEL
@@ -68,7 +100,7 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the data plane is started with."""
+    """What an engine is started with."""
 
     address: str
     """Listening address for redirected and proxied connections: the guests' gateway."""
@@ -87,52 +119,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     timeouts: Timeouts = Timeouts()
     assumed_tls_port: int = 443
     """Destination port assumed for TLS that arrives on the proxy's own address."""
-
-
-class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, allowed or denied; without path, query or credential values."""
-
-    time: float
-    """Seconds since 1970, when it ended."""
-    instance: str
-    kind: str
-    """``request``; ``passed_through``: not decrypted; ``refused``: a connection without a valid request."""
-    host: str
-    port: int
-    method: str
-    status: int
-    reason: str
-    """``ok``, or the error code returned to a denied client."""
-    injected: bool
-    credentials: tuple[str, ...]
-    """Names of the credentials that were applied."""
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-    http: int
-
-
-_KINDS = ("request", "passed_through", "refused")
-
-
-def _read_record(row: tuple[int | str, ...]) -> AuditRecord:
-    kind, rules, status, reason, http, port, took, at, up, down, instance, host, method, keys = row
-    return AuditRecord(
-        time=int(at) / 1e6,
-        instance=str(instance),
-        kind=_KINDS[int(kind)],
-        host=str(host),
-        port=int(port),
-        method=str(method),
-        status=int(status),
-        reason=REASONS[int(reason)],
-        injected=int(rules) > 0,
-        credentials=tuple(str(keys).split(",")) if keys else (),
-        bytes_up=int(up),
-        bytes_down=int(down),
-        seconds=int(took) / 1e6,
-        http=int(http),
-    )
+    uid: int = 65534
+    """User of the engine process, for a server that is root."""
+    drain_timeout: float = 4 * 3600
+    """Seconds that an engine may go on with its connections after another one has taken over."""
 
 
 class Statistics(msgspec.Struct, frozen=True):
@@ -146,12 +136,38 @@ class Statistics(msgspec.Struct, frozen=True):
 
 
 def forbid_dumps() -> None:
-    """Disable core dumps and ptrace of this process: its memory holds credentials."""
+    """Disable core dumps and ptrace of this process: credentials pass through its memory."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-def _system_roots() -> str | None:
-    return next((path for path in _SYSTEM_ROOTS if Path(path).exists()), None)
+def _trusted_roots(settings: Settings) -> bytes:
+    """PEM of the roots that hosts must chain to."""
+    path = settings.trust_file or next((path for path in _SYSTEM_ROOTS if Path(path).exists()), None)
+    path = path or ssl.get_default_verify_paths().cafile
+    if not path:
+        log.warning("this host has no bundle of CA certificates: every TLS connection through the proxy will fail")
+        return b""
+    return Path(path).read_bytes()
+
+
+@cache
+def _program() -> str:
+    """Differs between two versions of the engine."""
+    spec = importlib.util.find_spec("hypeman._native._egress_c")
+    if spec is None or spec.origin is None:
+        raise InternalError("the egress data plane is missing; run make")
+    with open(spec.origin, "rb") as file:
+        return f"{__version__} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+class _Policy(msgspec.Struct, frozen=True):
+    """What is to be in force for a source address."""
+
+    instance: str
+    plain: bytes | None
+    """The compiled policy, if it holds no credential."""
+    sealed: bytes
+    """Otherwise: only engines hold values in clear text."""
 
 
 def _inherit_listeners(given: Sequence[socket.socket], address: str, port: int) -> list[socket.socket]:
@@ -185,9 +201,9 @@ def _open_listener(address: str, port: int, shared: bool) -> socket.socket:
 class Egress:
     """The egress path of all instances.
 
-    ``run`` serves until it is cancelled and then drains; the other methods may be called once ``run`` has reported
-    started. Connections wait until ``accept`` is called after the policies of all guests are set: earlier they would
-    be reset as unregistered.
+    ``run`` serves until it is cancelled; the other methods may be called once ``run`` has reported started. Connections
+    wait until ``accept`` is called after the policies of all guests are set: earlier they would be reset as
+    unregistered.
     """
 
     def __init__(
@@ -198,11 +214,16 @@ class Egress:
         resolve: Resolve = resolve_by_system,
         listeners: Sequence[socket.socket] = (),
         keep: Keep | None = None,
+        engines: Path | None = None,
+        command: Command = engine_command,
     ) -> None:
         """``directory`` contains the authority and the sealing key.
 
+        ``engines`` is a directory that only the server can enter, in which the next server finds the engine, which then
+        outlives this one. Without it the engine ends with ``run``.
         ``keep`` receives the listening sockets to hold for the next process, which takes them as ``listeners``, so that
-        guests connecting during a restart wait instead of being refused. There are as many loops as ``listeners``.
+        guests connecting during a restart wait instead of being refused, even if the engine ends as well. There are as
+        many loops as ``listeners``.
         """
         self.settings = settings
         self.authority = load_authority(directory)
@@ -211,79 +232,280 @@ class Egress:
         self._resolver = Resolver(resolve)
         self._inherited = listeners
         self._keep = keep
-        self._engine: Engine | None = None
-        self._sources: dict[str, set[str]] = {}
+        self._directory = engines
+        self._command = command
+        self._listeners: list[socket.socket] = []
+        self._engine: EngineLink | None = None
+        """The one that accepts connections."""
+        self._engines: list[EngineLink] = []
+        """All that are connected: that one, and those that drain."""
+        self._replaced = trio.Event()
+        """Set when there is another ``_engine``, and then replaced."""
+        self._running = False
+        self._accepting = False
+        self._policies: dict[str, _Policy] = {}
+        """By source address."""
+        self._ended: list[protocol.Counters] = []
+        """What engines had counted before they ended; at most two, sums and a new one."""
         self._on_audit: list[Callable[[AuditRecord], None]] = []
+        self._nursery: trio.Nursery | None = None
 
     @property
     def ca_pem(self) -> bytes:
         """The CA certificate that guests must trust."""
         return self.authority.certificate
 
-    def _make_engine(self) -> Engine:
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the engine that accepts connections; 0 if there is none."""
+        return self._engine.pid if self._engine else 0
+
+    # ── Engines ──────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self, *, grace: float = 5, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. An engine that does not outlive us then gets ``grace`` seconds for open exchanges."""
+        forbid_dumps()
+        try:
+            await self._begin()
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for engine in self._engines:
+                    nursery.start_soon(self._watch_one, engine)
+                self._running = True
+                task_status.started()
+                await self._supervise()
+        finally:
+            self._running = False
+            self._nursery = None
+            with trio.CancelScope(shield=True):
+                await self._leave(grace)
+
+    async def _begin(self) -> None:
+        """Take over the engine that runs, or start one."""
+        if self._directory is not None:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._engines = await find_engines(self._directory)
+        self._listeners = self._make_listeners()
+        self.port = self._listeners[0].getsockname()[1]
+        if self._keep is not None:
+            self._keep(self._listeners)
+        texts = await self._read_texts()
+        identity = self._identity(texts)
+        mine = next((e for e in self._engines if e.hello and e.hello.identity == identity and not e.draining), None)
+        if mine is None:
+            mine = await self._start()
+        else:
+            log.info("the egress engine goes on", extra={"pid": mine.pid})
+        self._engine = mine
+
+    def _make_listeners(self) -> list[socket.socket]:
+        """Sockets that listen where they should: those of a running engine, those kept for us, or new ones."""
         settings = self.settings
         loops = settings.loops or min(4, os.cpu_count() or 1)
-        extra = Path(settings.extra_ca_file).read_bytes() if settings.extra_ca_file else None
-        trust = settings.trust_file or _system_roots()
+        theirs = {os.fstat(each.fileno()).st_ino: each for engine in self._engines for each in engine.listeners}
+        running = _inherit_listeners([each.dup() for each in theirs.values()], settings.address, self.port)
         sockets = _inherit_listeners(self._inherited, settings.address, self.port)
+        if running:  # the same sockets as those kept for us
+            for each in sockets:
+                each.close()
+            return running
         try:
             for _ in range(0 if sockets else loops):
                 sockets.append(_open_listener(settings.address, self.port, shared=loops > 1))
                 self.port = sockets[-1].getsockname()[1]
-            self.port = sockets[0].getsockname()[1]
-            if self._keep is not None:
-                self._keep(sockets)
-            return Engine(
-                [each.detach() for each in sockets],
-                self.authority.certificate,
-                self.authority.key,
-                trust.encode() if trust else None,
-                extra,
-                512,
-                settings.limits.connections,
-                settings.limits.requests_per_second,
-                settings.limits.mints_per_second,
-                self.port,
-                settings.assumed_tls_port,
-                [max(1, round(getattr(settings.timeouts, name) * 1000)) for name in TIMERS],
-                [network.encode() for network in settings.allow],
-                [network.encode() for network in settings.deny],
-            )
-        except (OSError, ValueError) as error:
-            raise InternalError(
-                f"the egress proxy can not be started on {settings.address} port {settings.port}: {error}"
-            ) from error
-        finally:
+        except OSError as error:
             for each in sockets:
                 each.close()
+            raise InternalError(
+                f"the egress proxy cannot listen on {settings.address} port {settings.port}: {error}"
+            ) from error
+        return sockets
 
-    async def run(self, *, grace: float = 5, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until cancelled; open exchanges then get ``grace`` seconds to finish."""
-        forbid_dumps()
-        engine = self._engine = self._make_engine()
-        engine.start()
+    def _engine_settings(self) -> protocol.EngineSettings:
+        settings = self.settings
+        return protocol.EngineSettings(
+            uid=settings.uid,
+            leaf_cache=_LEAF_CACHE,
+            connections=settings.limits.connections,
+            requests_per_second=settings.limits.requests_per_second,
+            mints_per_second=settings.limits.mints_per_second,
+            listen_port=self.port,
+            assumed_tls_port=settings.assumed_tls_port,
+            timers_ms=tuple(max(1, round(getattr(settings.timeouts, name) * 1000)) for name in TIMERS),
+            allow=settings.allow,
+            deny=settings.deny,
+        )
+
+    async def _read_texts(self) -> list[bytes]:
+        """What ``Start`` brings, without the key. Raises EngineFailed."""
+
+        def read() -> list[bytes]:
+            extra = Path(self.settings.extra_ca_file).read_bytes() if self.settings.extra_ca_file else b""
+            return [self.authority.certificate, _trusted_roots(self.settings), extra]
+
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._answer_questions, engine, nursery)
-                nursery.start_soon(self._read_audit, engine)
-                task_status.started()
-        finally:
-            engine.drain(round(grace * 1000))
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(engine.join)
-            self._publish(engine)
+            return await trio.to_thread.run_sync(read)
+        except OSError as error:
+            raise EngineFailed(f"the egress proxy cannot read its trusted certificates: {error}") from error
+
+    def _identity(self, texts: Sequence[bytes]) -> str:
+        sockets = sorted(os.fstat(each.fileno()).st_ino for each in self._listeners)
+        digest = hashlib.sha256(msgspec.json.encode((_program(), self._engine_settings(), sockets)))
+        for text in texts:
+            digest.update(hashlib.sha256(text).digest())
+        return digest.hexdigest()
+
+    async def _start(self) -> EngineLink:
+        """A new engine, which has no policies yet. Raises EngineFailed."""
+        certificate, roots, extra = texts = await self._read_texts()
+        parts = [text + b"\0" for text in (certificate, self.authority.key, roots, extra)]
+        first, second, third, fourth = (len(part) for part in parts)
+        message = protocol.Start(
+            settings=self._engine_settings(),
+            identity=self._identity(texts),
+            sizes=(first, second, third, fourth),
+            adoptable=self._directory is not None,
+        )
+        engine = await start_engine(
+            message,
+            bytearray().join(parts),
+            self._listeners,
+            self._directory / f"{random.token_hex(8)}.sock" if self._directory is not None else None,
+            log=self._directory / "engine.log" if self._directory is not None else None,
+            command=self._command,
+        )
+        assert engine.hello is not None
+        if not engine.hello.locked:
+            log.warning("the memory of the egress engine is not locked: it may be written to swap")
+        self._engines.append(engine)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._watch_one, engine)
+        return engine
+
+    async def _watch_one(self, engine: EngineLink) -> None:
+        wrong = await engine.run(Handlers(self._question, self._records))
+        self._engines.remove(engine)
+        if engine.counted is not None:
+            self._ended.append(engine.counted)
+        if wrong:
+            log.error("an egress engine was ended: %s", wrong, extra={"pid": engine.pid})
+
+    async def _supervise(self) -> None:
+        """Start another engine whenever the present one ends."""
+        pause = 0.0
+        while True:
+            old, since = self._engine, trio.current_time()
+            assert old is not None
+            await old.lost.wait()
             self._engine = None
+            pause = 0.0 if trio.current_time() - since > _STEADY else min(_MAX_PAUSE, pause + 0.1)
+            while (new := await self._another()) is None:
+                pause = min(_MAX_PAUSE, pause + 0.1)
+                await trio.sleep(pause)
+            self._engine = new
+            self._replaced.set()
+            self._replaced = trio.Event()
+            log.error(
+                "the egress engine ended unexpectedly, with its connections; another one runs",
+                extra={"ended": old.pid, "code": old.code, "pid": new.pid},
+            )
+            await trio.sleep(pause)
 
-    def accept(self) -> None:
-        """Start accepting connections, including those queued since the sockets were opened."""
-        self._running().accept()
+    async def _another(self) -> EngineLink | None:
+        """A new engine with all policies, accepting if we do."""
+        try:
+            new = await self._start()
+            await self._set_all(new)
+            return new
+        except EngineFailed as error:
+            log.error("%s", error)
+        except EngineLost:
+            log.error("the egress engine ended at once")
+        return None
 
-    def _running(self) -> Engine:
-        if self._engine is None:
+    async def _set_all(self, engine: EngineLink) -> None:
+        """Bring a new engine up to date. Raises EngineLost."""
+        for source in list(self._policies):
+            try:
+                await self._set_one(engine, source)
+            except InternalError as error:  # its source stays unregistered, without any egress
+                log.error("the egress policy for %s: %s", source, error)
+        if self._accepting:
+            await engine.accept()
+
+    async def _set_one(self, engine: EngineLink, source: str) -> None:
+        policy = self._policies.get(source)
+        if policy is None:
+            await engine.remove_policy(source)
+        else:
+            await engine.set_policy(source, policy.instance, partial(self._open, source, policy.instance))
+
+    def _open(self, source: str, instance: str) -> bytearray | None:
+        """The policy that is to be in force now; None if the address is no longer that instance's."""
+        policy = self._policies.get(source)
+        if policy is None or policy.instance != instance:
+            return None
+        if policy.plain is not None:
+            return bytearray(policy.plain)
+        return bytearray(self.sealer.open_bytes(instance, policy.sealed))
+
+    async def _everywhere(self, source: str) -> None:
+        """Bring all engines up to date for ``source``; waits for the next one if there is none."""
+        while True:
+            replaced, present, done = self._replaced, self._engine, False
+            for engine in tuple(self._engines):
+                with suppress(EngineLost):
+                    await self._set_one(engine, source)
+                    done = done or engine is present
+            if done:
+                return
+            self._check_running()
+            await replaced.wait()
+
+    async def _leave(self, grace: float) -> None:
+        """End the engines, or let them go on by themselves."""
+        if self._directory is None:
+            async with trio.open_nursery() as nursery:
+                for engine in tuple(self._engines):
+                    nursery.start_soon(self._watch_one, engine)
+                    nursery.start_soon(self._end, engine, grace)
+        for engine in tuple(self._engines):
+            engine.close()
+        self._engines.clear()
+        self._engine = None
+        for each in self._listeners:
+            each.close()
+        self._listeners = []
+
+    async def _end(self, engine: EngineLink, grace: float) -> None:
+        with suppress(EngineLost), trio.move_on_after(grace + 5):
+            await engine.drain(grace)
+            await engine.lost.wait()
+        if not engine.lost.is_set():
+            await engine.kill()
+
+    # ── Policies ─────────────────────────────────────────────────────────────────────────────────
+
+    async def accept(self) -> None:
+        """Start accepting connections, including those queued since the sockets were opened.
+
+        An adopted engine accepts already: what it knows and was not set again is removed. Engines of another version
+        or with other settings begin to drain.
+        """
+        self._check_running()
+        self._accepting = True
+        for engine in tuple(self._engines):
+            with suppress(EngineLost):
+                await engine.accept()
+                if engine is not self._engine and not engine.draining:
+                    log.info("another egress engine takes over", extra={"pid": self.engine_pid, "drains": engine.pid})
+                    await engine.drain(self.settings.drain_timeout)
+
+    def _check_running(self) -> None:
+        if not self._running:
             raise InternalError("the egress proxy is not running")
-        return self._engine
 
-    def set_policy(
+    async def set_policy(
         self,
         instance_id: str,
         source_ip: str,
@@ -296,9 +518,9 @@ class Egress:
         """Once this returns, these rules apply to requests from ``source_ip``, also on open connections.
 
         ``web_only``: see compile_policy. Raises InvalidRequest if the rules are invalid; the previous ones
-        then stay in force.
+        then stay in force. If the engine ends meanwhile, this waits for the next one.
         """
-        engine = self._running()
+        self._check_running()
         snapshot = compile_policy(
             credentials,
             secrets,
@@ -307,25 +529,51 @@ class Egress:
             usual_port=self.settings.assumed_tls_port,
         )
         try:
-            engine.set_policy(source_ip.encode(), instance_id.encode(), snapshot)
-        except ValueError as error:
-            raise InternalError(f"the egress policy of instance {instance_id} for {source_ip!r}: {error}") from None
+            if credentials:
+                policy = _Policy(instance_id, None, self.sealer.seal_bytes(instance_id, snapshot))
+            else:
+                policy = _Policy(instance_id, bytes(snapshot), b"")
         finally:
             wipe(snapshot)
-        for instance, addresses in self._sources.items():
-            if instance != instance_id:
-                addresses.discard(source_ip)
-        self._sources.setdefault(instance_id, set()).add(source_ip)
+        before = self._policies.get(source_ip)
+        self._policies[source_ip] = policy
+        try:
+            await self._everywhere(source_ip)
+        except InternalError:
+            if self._policies.get(source_ip) is policy:
+                del self._policies[source_ip]
+                if before is not None:
+                    self._policies[source_ip] = before
+            raise
 
-    def remove(self, instance_id: str) -> None:
+    async def remove(self, instance_id: str) -> None:
         """Remove the instance: wipe its values, close its connections, refuse new ones. No-op if unknown."""
-        for source_ip in self._sources.pop(instance_id, ()):
-            if self._engine is not None:
-                self._engine.remove(source_ip.encode())
+        mine = [source for source, policy in self._policies.items() if policy.instance == instance_id]
+        for source in mine:
+            del self._policies[source]
+        if self._running:
+            for source in mine:
+                await self._everywhere(source)
 
-    def statistics(self) -> Statistics:
-        engine = self._running()
-        return Statistics(engine.metrics(), engine.denied(), engine.latency())
+    # ── Counters and records ─────────────────────────────────────────────────────────────────────
+
+    async def statistics(self) -> Statistics:
+        """Up to date. Raises InternalError if nothing runs."""
+        self._check_running()
+        for engine in tuple(self._engines):
+            with suppress(EngineLost):
+                await engine.count()
+        return self.counted()
+
+    def counted(self) -> Statistics:
+        """The same as of the last call of ``statistics``."""
+        self._check_running()
+        gone = [msgspec.structs.replace(each, counters={**each.counters, "connections": 0}) for each in self._ended]
+        known = [engine.counted for engine in self._engines if engine.counted is not None]
+        total = _sum(gone)
+        self._ended = [total]
+        everything = _sum([total, *known])
+        return Statistics(everything.counters, everything.denied, list(everything.latency))
 
     def on_audit(self, tell: Callable[[AuditRecord], None]) -> None:
         """Call ``tell`` with every record, in Trio's thread."""
@@ -345,26 +593,37 @@ class Egress:
             self._on_audit.remove(wanted)
             send.close()
 
-    def _publish(self, engine: Engine) -> None:
-        for row in engine.audit(bool(self._on_audit)):  # creating record objects costs more than the requests
-            record = _read_record(row)
+    def _records(self, engine: EngineLink, data: bytearray) -> None:
+        assert engine.hello is not None
+        if not self._on_audit:
+            return  # creating record objects costs more than the requests
+        for record in read_records(data, engine.hello.reasons):
             for tell in tuple(self._on_audit):
                 tell(record)
 
-    async def _read_audit(self, engine: Engine) -> None:
-        while True:
-            await _wait_event(engine.audit_fd())
-            self._publish(engine)
+    # ── Names ────────────────────────────────────────────────────────────────────────────────────
 
-    async def _answer_questions(self, engine: Engine, nursery: trio.Nursery) -> None:
-        while True:
-            await _wait_event(engine.question_fd())
-            for loop, token, instance, name in engine.questions():
-                nursery.start_soon(self._answer, engine, loop, token, instance, name)
+    def _question(self, engine: EngineLink, question: protocol.Question) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._answer, engine, question)
 
-    async def _answer(self, engine: Engine, loop: int, token: int, instance: str, name: str) -> None:
-        addresses = await self._resolver.addresses(instance, name)
-        engine.answer(loop, token, [address.encode() for address in addresses])
+    async def _answer(self, engine: EngineLink, question: protocol.Question) -> None:
+        addresses = await self._resolver.addresses(question.instance, question.name)
+        await engine.answer(question, addresses)
+
+
+def _sum(counted: Sequence[protocol.Counters]) -> protocol.Counters:
+    counters: dict[str, int] = {}
+    denied: dict[str, int] = {}
+    latency: list[int] = []
+    for each in counted:
+        for total, more in ((counters, each.counters), (denied, each.denied)):
+            for name, value in more.items():
+                total[name] = total.get(name, 0) + value
+        latency += [0] * (len(each.latency) - len(latency))
+        for bucket, value in enumerate(each.latency):
+            latency[bucket] += value
+    return protocol.Counters(id=0, counters=counters, denied=denied, latency=tuple(latency))
 
 
 def _offer(send: trio.MemorySendChannel[AuditRecord], instance_id: str | None, record: AuditRecord) -> None:
@@ -373,8 +632,3 @@ def _offer(send: trio.MemorySendChannel[AuditRecord], instance_id: str | None, r
             send.send_nowait(record)
         except (trio.WouldBlock, trio.BrokenResourceError):
             return
-
-
-async def _wait_event(descriptor: int) -> None:
-    await trio.lowlevel.wait_readable(descriptor)
-    os.read(descriptor, 8)

@@ -13,7 +13,8 @@ from typing import Protocol, cast
 
 import trio
 
-from hypeman.egress.service import AuditRecord, Egress
+from hypeman.egress.records import AuditRecord
+from hypeman.egress.service import Egress
 from hypeman.egress.types import EgressPolicy, EgressRecord, RecordKind
 
 MAX_RECORDS = 100

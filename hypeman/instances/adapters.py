@@ -146,12 +146,12 @@ class EgressOfInstances:
 
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None:
         values = self._store.read(lambda txn: self._open(txn, record.id))
-        self._egress.set_policy(
+        await self._egress.set_policy(
             record.id, lease.ipv4, record.spec.credentials, values, web_only=lease.egress_mode is EgressMode.ALL
         )
 
     async def release(self, instance_id: str) -> None:
-        self._egress.remove(instance_id)
+        await self._egress.remove(instance_id)
 
     def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
         proxy = proxy_environment(self._egress.settings.address, self._egress.port)

@@ -241,6 +241,8 @@ async def metrics_app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     if scope["type"] != "http":
         return
     found = scope["path"] == "/metrics"
+    if found:
+        await metrics.refresh()
     body = metrics.render_metrics() if found else b"see /metrics\n"
     media_type = metrics.CONTENT_TYPE if found else "text/plain"
     headers = [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode())]

@@ -8,7 +8,7 @@ scrape time through a callback: ``register_gauge``, or ``register_counter`` for 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -132,6 +132,20 @@ def register_gauge(name: str, text: str, labels: Sequence[str], ask: Ask) -> Non
 def register_counter(name: str, text: str, labels: Sequence[str], ask: Ask) -> None:
     """The same for a monotonic counter; ``name`` ends in ``_total``."""
     _asked.questions[name] = (CounterMetricFamily, text, labels, ask)
+
+
+_refreshers: dict[str, Callable[[], Awaitable[object]]] = {}
+
+
+def refresh_before_scrape(name: str, refresh: Callable[[], Awaitable[object]]) -> None:
+    """Await ``refresh``, which is bounded and does not raise, before each scrape: for what another process counts."""
+    _refreshers[name] = refresh
+
+
+async def refresh() -> None:
+    """Bring all values up to date; before ``render_metrics``."""
+    for each in tuple(_refreshers.values()):
+        await each()
 
 
 _started = time.monotonic()

@@ -6,7 +6,6 @@ Nothing here uses an HTTP library: what matters is which bytes go where. Guests 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import ssl
 import sys
@@ -21,12 +20,7 @@ import pytest
 import trio
 import trustme
 
-if _other := os.environ.get("HYPEMAN_EGRESS_SO"):  # another build of the data plane, see test_sanitized.py
-    _spec = importlib.util.spec_from_file_location("hypeman._native._egress_c", _other)
-    assert _spec is not None and _spec.loader is not None
-    sys.modules["hypeman._native._egress_c"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["hypeman._native._egress_c"])
-
+from hypeman.egress.link import engine_command
 from hypeman.egress.service import Egress, Limits, Settings, Timeouts
 from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
 
@@ -35,6 +29,19 @@ SECRET = "sk-live-7f3a91"
 GUEST = "127.0.1.1"
 PORTS: list[int] = []
 """Where the origins of this world listen: what rules are for, in place of 443."""
+
+
+def engine_process(fd: int) -> list[str]:
+    """The engine, or the one built with sanitizers, see test_sanitized.py."""
+    if other := os.environ.get("HYPEMAN_EGRESS_SANITIZED"):
+        return ["env", *other.split(" "), sys.executable, str(Path(__file__).with_name("sanitized_engine.py")), str(fd)]
+    return engine_command(fd)
+
+
+def resident(egress: Egress) -> int:
+    """Bytes in memory of the engine process."""
+    pages = Path(f"/proc/{egress.engine_pid}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGESIZE")
 
 
 def credential(
@@ -180,9 +187,11 @@ class World(msgspec.Struct):
     nursery: Any
     streams: list[trio.abc.Stream]
 
-    def allow(self, instance: str = "inst-a", source: str = GUEST, secret: str = SECRET, **credentials: Any) -> None:
+    async def allow(
+        self, instance: str = "inst-a", source: str = GUEST, secret: str = SECRET, **credentials: Any
+    ) -> None:
         found = credentials or {"API_KEY": credential(HOST)}
-        self.egress.set_policy(instance, source, found, {"REAL_KEY": secret, "OTHER_KEY": "other-" + secret})
+        await self.egress.set_policy(instance, source, found, {"REAL_KEY": secret, "OTHER_KEY": "other-" + secret})
 
     async def tcp(self, source: str = GUEST) -> Wire:
         stream = await trio.open_tcp_stream("127.0.0.1", self.egress.port, local_address=source)
@@ -274,9 +283,9 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
                 trust_file=str(roots), assumed_tls_port=origin.port, timeouts=changes.pop("timeouts", Timeouts()),
                 limits=changes.pop("limits", Limits()), **changes,
             )  # fmt: skip
-            egress = Egress(settings, tmp_path / "egress", resolve=resolve)
+            egress = Egress(settings, tmp_path / "egress", resolve=resolve, command=engine_process)
             await nursery.start(partial(egress.run, grace=0))
-            egress.accept()
+            await egress.accept()
             trust = ssl.create_default_context(cadata=egress.ca_pem.decode())
             world = World(egress, origin, plain, names, asked, trust, nursery, [])
             try:
@@ -296,5 +305,5 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
 @pytest.fixture
 async def world(make_world: Any) -> AsyncGenerator[World]:
     async with make_world() as made:
-        made.allow()
+        await made.allow()
         yield made

@@ -33,7 +33,7 @@ def build() -> Path:
 async def run(make_world: Any, report: Path) -> tuple[int, set[str]]:
     """How many cases there are, and which fail."""
     async with make_world() as world:
-        world.allow(source="127.0.0.1", API_KEY=credential("localhost"))
+        await world.allow(source="127.0.0.1", API_KEY=credential("localhost"))
         command = [
             str(build()),
             "-h",

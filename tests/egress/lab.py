@@ -124,8 +124,8 @@ class Lab:
         proxy = self.start(self.host, sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told),
                            stdin=subprocess.PIPE)  # fmt: skip
         assert proxy.stdout is not None
-        self.proxy = proxy.pid
         ready = msgspec.json.decode(proxy.stdout.readline())
+        self.proxy = ready["pid"]
         (self.dir / "ca.pem").write_text(ready["ca"])
         (self.dir / "bundle.pem").write_text(ready["ca"] + (self.dir / "origin-ca.pem").read_text())
 

@@ -28,11 +28,13 @@ async def main() -> None:
     egress = Egress(settings, Path(told["directory"]), resolve=resolve)
     async with trio.open_nursery() as nursery:
         await nursery.start(partial(egress.run, grace=0.5))
-        for instance, source, credentials, secrets in told["policies"]:
-            egress.set_policy(instance, source, msgspec.convert(credentials, dict[str, CredentialPolicy]), secrets)
-        egress.accept()
+        for instance, source, given, secrets in told["policies"]:
+            credentials = msgspec.convert(given, dict[str, CredentialPolicy])
+            await egress.set_policy(instance, source, credentials, secrets)
+        await egress.accept()
         egress.on_audit(lambda record: told.get("audit") and print(json.dumps(msgspec.to_builtins(record)), flush=True))
-        print(json.dumps({"port": egress.port, "ca": egress.ca_pem.decode()}), flush=True)
+        ready = {"port": egress.port, "ca": egress.ca_pem.decode(), "pid": egress.engine_pid}
+        print(json.dumps(ready), flush=True)
         await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
         nursery.cancel_scope.cancel()
 

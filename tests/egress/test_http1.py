@@ -62,8 +62,8 @@ async def test_bodies_up(world: World, size: int) -> None:
 async def test_chunked_up_with_every_cut(world: World) -> None:
     """Chunks are decoded and made anew: extensions are gone, trailers that say nothing forbidden arrive (where no
     credential is added)."""
-    world.allow(API_KEY=credential("elsewhere.test"))
-    world.egress.set_policy("inst-a", "127.0.1.1", {}, {}, unmatched=1)  # type: ignore[arg-type]
+    await world.allow(API_KEY=credential("elsewhere.test"))
+    await world.egress.set_policy("inst-a", "127.0.1.1", {}, {}, unmatched=1)  # type: ignore[arg-type]
     body = b"5;a=b\r\nhello\r\n6\r\n world\r\n0\r\nX-Sum: 1\r\n\r\n"
     wire = await world.tls()
     for cut in range(len(body)):
@@ -148,8 +148,8 @@ async def test_continue(world: World) -> None:
 
 async def test_refused_before_the_upload(world: World) -> None:
     """403 on the head alone: the client never has to send its body, and the host hears nothing."""
-    world.allow(API_KEY=credential("elsewhere.test"))
-    world.egress.set_policy("inst-a", "127.0.1.1", {}, {}, unmatched=2)  # type: ignore[arg-type]
+    await world.allow(API_KEY=credential("elsewhere.test"))
+    await world.egress.set_policy("inst-a", "127.0.1.1", {}, {}, unmatched=2)  # type: ignore[arg-type]
     wire = await world.tls()
     head = f"POST /e HTTP/1.1\r\n{H}Expect: 100-continue\r\nContent-Length: 4000000000\r\n\r\n"
     status, fields, body = await world.ask(wire, head.encode())
@@ -363,6 +363,6 @@ async def test_large_both_ways(world: World) -> None:
         got += len(wire.data)
         wire.data = b""
     assert got == size
-    counters = world.egress.statistics().counters
+    counters = (await world.egress.statistics()).counters
     assert (await world.get("/after"))[0] == 200
     assert counters["audit_lost"] == 0

@@ -175,7 +175,7 @@ async def grpc(world: World, origin_ca: trustme.CA) -> AsyncGenerator[GrpcLike]:
     )
     origin.port = listeners[0].transport_listener.socket.getsockname()[1]
     PORTS.append(origin.port)
-    world.allow()
+    await world.allow()
     yield origin
 
 
@@ -330,7 +330,7 @@ async def test_grpc(world: World, grpc: GrpcLike) -> None:
 async def test_request_trailers(world: World, grpc: GrpcLike) -> None:
     """Carried where no credential is added; where one is, they could repeat its name and are dropped."""
     for credentials, wanted in (({"K": credential("elsewhere.test")}, [{"x-sum": "1"}]), ({"K": credential(HOST)}, [])):
-        world.egress.set_policy("inst-a", GUEST, credentials, {"REAL_KEY": SECRET}, 1)  # type: ignore[arg-type]
+        await world.egress.set_policy("inst-a", GUEST, credentials, {"REAL_KEY": SECRET}, 1)  # type: ignore[arg-type]
         grpc.trailers.clear()
         peer = await through(world, grpc)
         stream = await peer.ask(method="POST", body=b"x", end=False)
@@ -350,7 +350,7 @@ async def test_large_upload_to_http2(world: World, grpc: GrpcLike) -> None:
 async def test_long_upload_to_http1(make_world: Any) -> None:
     """The time without a byte begins anew with every byte, those of a request, too."""
     async with make_world(timeouts=Timeouts(stream=3)) as world:
-        world.allow()
+        await world.allow()
         peer = await client(world)
         stream = await peer.ask(method="POST", path="/up", end=False)
         began = trio.current_time()
@@ -441,7 +441,7 @@ async def test_rotation_on_a_living_connection(world: World, grpc: GrpcLike) -> 
     """The next stream carries the new value, on a new upstream connection."""
     peer = await through(world, grpc)
     await peer.answer(await peer.ask())
-    world.allow(secret="sk-new")
+    await world.allow(secret="sk-new")
     await peer.answer(await peer.ask())
     assert [head["authorization"] for head in grpc.heads] == [f"Bearer {SECRET}", "Bearer sk-new"]
     assert grpc.connections == 2
@@ -454,9 +454,9 @@ async def test_rotation_under_load(world: World, grpc: GrpcLike, to_http2: bool)
     current = answered = 0
     done = False
 
-    def put(number: int) -> None:
+    async def put(number: int) -> None:
         value = f"sk-{number:06}"
-        world.egress.set_policy("inst-a", GUEST, both, {"REAL_KEY": value, "OTHER_KEY": value})
+        await world.egress.set_policy("inst-a", GUEST, both, {"REAL_KEY": value, "OTHER_KEY": value})
 
     async def load() -> None:
         nonlocal answered
@@ -468,12 +468,12 @@ async def test_rotation_under_load(world: World, grpc: GrpcLike, to_http2: bool)
                 answered += 1
             peer.events.clear()
 
-    put(0)
+    await put(0)
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(load)
         for number in range(1, 25):
-            put(number)
+            await put(number)
             current = number
             enough = answered + 10
             while answered < enough:

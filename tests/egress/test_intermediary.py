@@ -82,14 +82,14 @@ async def test_connections_of_read_bodies_are_kept(world: World) -> None:
 # Mode all: the proxy is the only way out by TCP.
 
 
-def closed(world: World, *, ports: tuple[int, ...] = ()) -> None:
+async def closed(world: World, *, ports: tuple[int, ...] = ()) -> None:
     PORTS[:] = [world.origin.port, *ports]
-    world.egress.set_policy("inst-a", GUEST, {"K": credential(HOST)}, {"REAL_KEY": SECRET}, web_only=True)
+    await world.egress.set_policy("inst-a", GUEST, {"K": credential(HOST)}, {"REAL_KEY": SECRET}, web_only=True)
 
 
 async def test_ports_in_mode_all(world: World) -> None:
     """CONNECT to the port of HTTPS and absolute form to 80; a rule opens its own ports to its own hosts."""
-    closed(world)
+    await closed(world)
     _, status, fields = await connect(world, "other.test:25")
     assert (status, fields["x-hypeman-egress"]) == (403, "port_denied")
     _, status, fields = await connect(world, f"{HOST}:{world.plain.port}")
@@ -102,7 +102,7 @@ async def test_ports_in_mode_all(world: World) -> None:
         )
         assert (status, fields["x-hypeman-egress"]) == (403, "port_denied")
     assert world.plain.connections == 0
-    closed(world, ports=(world.plain.port,))
+    await closed(world, ports=(world.plain.port,))
     status, _, _ = await world.ask(
         await world.tcp(), f"GET http://{target}/ HTTP/1.1\r\nHost: {target}\r\n\r\n".encode()
     )
@@ -124,7 +124,7 @@ async def test_ports_without_mode_all(world: World) -> None:
 async def test_credential_is_for_its_ports_only(world: World) -> None:
     """The same host at another port is another service: passed through, nothing added."""
     PORTS[:] = [world.origin.port + 1]
-    world.allow()
+    await world.allow()
     world.guest_trust.check_hostname = False
     world.guest_trust.verify_mode = ssl.CERT_NONE
     assert (await world.get())[0] == 200
@@ -133,14 +133,14 @@ async def test_credential_is_for_its_ports_only(world: World) -> None:
 
 async def test_hello_without_a_name_is_no_tunnel(world: World) -> None:
     """Neither behind CONNECT nor to an address."""
-    closed(world)
+    await closed(world)
     wire, status, _ = await connect(world, f"other.test:{world.origin.port}")
     assert status == 200
     world.guest_trust.check_hostname = False
     world.guest_trust.verify_mode = ssl.CERT_NONE
     with pytest.raises((*RESET, ssl.SSLError)):
         await world.tls(None, over=wire)
-    assert world.egress.statistics().denied["no_server_name"] == 1
+    assert (await world.egress.statistics()).denied["no_server_name"] == 1
     _, status, fields = await connect(world, f"127.0.0.1:{world.origin.port}")
     assert (status, fields["x-hypeman-egress"]) == (403, "address_literal")
     assert world.origin.requests == []
@@ -181,7 +181,7 @@ async def test_host_must_answer_in_tls(world: World) -> None:
         raise EOFError
     assert heard.startswith(HELLO) or heard == b""
     assert b"EHLO" not in heard
-    assert world.egress.statistics().counters["passed_through"] == 0
+    assert (await world.egress.statistics()).counters["passed_through"] == 0
 
 
 # What a host may say, and what it must not.
@@ -214,7 +214,7 @@ async def test_hosts_do_not_give_our_reasons(world: World) -> None:
 @pytest.mark.parametrize("version", [1, 2])
 async def test_names_that_are_one_variable(world: World, version: int) -> None:
     """X_Api-Key and X-Api-Key are both HTTP_X_API_KEY to many hosts: the guest's goes with the other spelling."""
-    world.allow(K=credential(HOST, header="X-Api-Key", template="${value}"))
+    await world.allow(K=credential(HOST, header="X-Api-Key", template="${value}"))
     if version == 1:
         await world.get(fields="X_Api_Key: mine\r\nx-api_key: mine\r\nX_Api: other\r\n")
     else:
@@ -229,7 +229,7 @@ async def test_names_that_are_one_variable(world: World, version: int) -> None:
 
 
 async def test_cookie_crumbs_are_joined(world: World) -> None:
-    world.egress.set_policy("inst-a", GUEST, {}, {}, 1)  # type: ignore[arg-type]
+    await world.egress.set_policy("inst-a", GUEST, {}, {}, 1)  # type: ignore[arg-type]
     peer = await client(world)
     fields = (("cookie", "a=1"), ("x-mine", "1"), ("cookie", "b=2"), ("cookie", "c=3"))
     assert (await peer.answer(await peer.ask(*fields)))[0] == 200
@@ -356,7 +356,7 @@ async def test_alert_of_a_refused_certificate(world: World) -> None:
     )
     port = listeners[0].transport_listener.socket.getsockname()[1]
     PORTS.append(port)
-    world.allow()
+    await world.allow()
     wire, _, _ = await connect(world, f"{HOST}:{port}")
     status, fields, _ = await world.ask(await world.tls(over=wire), f"GET / HTTP/1.1\r\n{H}\r\n".encode())
     assert (status, fields["x-hypeman-egress"]) == (502, "upstream_certificate")

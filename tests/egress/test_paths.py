@@ -256,7 +256,7 @@ async def test_path(make_world: Any, tmp_path: Path, name: str) -> None:
         )
         port = listeners[0].transport_listener.socket.getsockname()[1]
         PORTS.append(port)
-        world.allow()
+        await world.allow()
         wire, _, _ = await connect(world, f"{HOST}:{port}")
         inside = await world.tls(over=wire)
         status, fields, body = await world.ask(inside, f"GET / HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())

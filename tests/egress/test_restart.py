@@ -35,9 +35,9 @@ async def process(directory: Path, origin: World, port: int = 0, **given: Any) -
         nursery.cancel_scope.cancel()
 
 
-def open_to_guest(egress: Egress) -> None:
-    egress.set_policy("inst-a", GUEST, {"API_KEY": credential(HOST)}, {"REAL_KEY": SECRET})
-    egress.accept()
+async def open_to_guest(egress: Egress) -> None:
+    await egress.set_policy("inst-a", GUEST, {"API_KEY": credential(HOST)}, {"REAL_KEY": SECRET})
+    await egress.accept()
 
 
 async def test_guests_wait_for_the_next_process(world: World, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ async def test_guests_wait_for_the_next_process(world: World, tmp_path: Path) ->
         kept[:] = [each.dup() for each in sockets]
 
     async with process(tmp_path / "e", world, keep=keep) as first:
-        open_to_guest(first)
+        await open_to_guest(first)
         port, ca = first.port, first.ca_pem
     trust = ssl.create_default_context(cadata=ca.decode())
     waiting = [Wire(await trio.open_tcp_stream("127.0.0.1", port, local_address=GUEST)) for _ in range(8)]
@@ -66,8 +66,8 @@ async def test_guests_wait_for_the_next_process(world: World, tmp_path: Path) ->
         for wire in waiting:
             asking.start_soon(ask, wire)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        assert (shaken, second.statistics().counters["accepted"]) == (0, 0)
-        open_to_guest(second)
+        assert (shaken, (await second.statistics()).counters["accepted"]) == (0, 0)
+        await open_to_guest(second)
     assert shaken == len(waiting)
     assert [each.all("authorization") for each in world.origin.requests] == [[f"Bearer {SECRET}"]] * len(waiting)
     for each in kept:
@@ -79,5 +79,5 @@ async def test_listeners_of_elsewhere_are_not_taken(world: World, tmp_path: Path
     with socket.create_server(("127.0.0.3", 0)) as old:
         async with process(tmp_path / "e", world, listeners=[old]) as egress:
             assert old.fileno() == -1
-            open_to_guest(egress)
+            await open_to_guest(egress)
             await (await trio.open_tcp_stream("127.0.0.1", egress.port, local_address=GUEST)).aclose()

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 from typing import Any
 
 import trio
 
 from hypeman.egress.policy import Unmatched
-from hypeman.egress.service import AuditRecord
-from tests.egress.conftest import GUEST, HOST, SECRET, Request, Wire, World, credential
+from hypeman.egress.records import AuditRecord
+from tests.egress.conftest import GUEST, HOST, SECRET, Request, Wire, World, credential, resident
 
 H = f"Host: {HOST}\r\n"
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 async def test_rotation_under_load(world: World) -> None:
@@ -34,9 +29,9 @@ async def test_rotation_under_load(world: World) -> None:
 
     world.origin.answers["/r"] = answer
 
-    def put(number: int) -> None:
+    async def put(number: int) -> None:
         value = f"sk-{number:06}"
-        world.egress.set_policy("inst-a", GUEST, both, {"REAL_KEY": value, "OTHER_KEY": value})
+        await world.egress.set_policy("inst-a", GUEST, both, {"REAL_KEY": value, "OTHER_KEY": value})
 
     async def load() -> None:
         nonlocal count
@@ -49,12 +44,12 @@ async def test_rotation_under_load(world: World) -> None:
             if one != other or int(one[3:]) < newest:
                 wrong.append((newest, body.decode()))
 
-    put(0)
+    await put(0)
     async with trio.open_nursery() as nursery:
         for _ in range(8):
             nursery.start_soon(load)
         for number in range(1, 60):
-            put(number)
+            await put(number)
             current = number
             enough = count + 5
             while count < enough:
@@ -74,9 +69,9 @@ async def test_rotation_while_the_host_is_dialled(world: World) -> None:
     world.egress._resolver._resolve = late
     wire = await world.tls()
     await wire.send(f"GET / HTTP/1.1\r\n{H}\r\n".encode())
-    while not world.egress.statistics().counters["upstream_opened"]:
+    while not (await world.egress.statistics()).counters["upstream_opened"]:
         await trio.sleep(0.01)
-    world.allow(secret="sk-new")
+    await world.allow(secret="sk-new")
     release.set()
     await wire.until(b"\r\n\r\n")
     assert world.origin.requests[0].all("authorization") == ["Bearer sk-new"]
@@ -85,9 +80,9 @@ async def test_rotation_while_the_host_is_dialled(world: World) -> None:
 async def test_rule_taken_away_on_a_living_connection(world: World) -> None:
     wire = await world.tls()
     await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode())
-    world.egress.set_policy("inst-a", GUEST, {}, {}, Unmatched.DENY)
+    await world.egress.set_policy("inst-a", GUEST, {}, {}, Unmatched.DENY)
     assert (await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode()))[0] == 403
-    world.egress.set_policy("inst-a", GUEST, {}, {}, Unmatched.PASS)
+    await world.egress.set_policy("inst-a", GUEST, {}, {}, Unmatched.PASS)
     await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode())
     assert [len(request.all("authorization")) for request in world.origin.requests] == [1, 0]
 
@@ -104,7 +99,7 @@ async def test_slow_reader(world: World) -> None:
             sent += 65536
 
     world.origin.answers["/flood"] = answer
-    before = resident()
+    before = resident(world.egress)
     wire = await world.tls()
     await wire.send(f"GET /flood HTTP/1.1\r\n{H}\r\n".encode())
     last = -1
@@ -113,7 +108,7 @@ async def test_slow_reader(world: World) -> None:
         await trio.sleep(0.3)
         assert (await world.get())[0] == 200
     assert sent < 30 << 20  # what the kernel's socket buffers take
-    assert resident() - before < 20 << 20
+    assert resident(world.egress) - before < 20 << 20
 
 
 async def test_slow_host(world: World) -> None:
@@ -123,7 +118,7 @@ async def test_slow_host(world: World) -> None:
         await trio.sleep_forever()
 
     world.origin.answers["/stuck"] = answer
-    before = resident()
+    before = resident(world.egress)
     wire = await world.tls()
     sent = 0
     with trio.move_on_after(2):
@@ -133,7 +128,7 @@ async def test_slow_host(world: World) -> None:
             sent += 65536
     assert sent < 30 << 20
     assert (await world.get())[0] == 200
-    assert resident() - before < 20 << 20
+    assert resident(world.egress) - before < 20 << 20
 
 
 async def test_streaming_with_flat_memory(world: World) -> None:
@@ -150,12 +145,12 @@ async def test_streaming_with_flat_memory(world: World) -> None:
     wire = await world.tls()
     await wire.send(f"GET /big HTTP/1.1\r\n{H}\r\n".encode())
     await wire.until(b"\r\n\r\n")
-    got, before, most = len(wire.data), resident(), 0
+    got, before, most = len(wire.data), resident(world.egress), 0
     while got < size:
         data = await wire.stream.receive_some(1 << 20)
         assert data
         got += len(data)
-        most = max(most, resident() - before)
+        most = max(most, resident(world.egress) - before)
     assert most < 16 << 20
 
 
@@ -166,7 +161,7 @@ async def test_the_value_appears_nowhere(world: World, capfd: object) -> None:
     await world.get("/path?query=1", fields="X: y\r\n")
     while len(records) < 1:
         await trio.sleep(0.01)
-    said = "".join(map(repr, (records, world.egress, world.egress.settings, world.egress.statistics(),
+    said = "".join(map(repr, (records, world.egress, world.egress.settings, (await world.egress.statistics()),
                               world.egress.authority, world.egress.sealer)))  # fmt: skip
     out, err = capfd.readouterr()  # type: ignore[attr-defined]
     assert SECRET not in said + out + err
@@ -176,7 +171,7 @@ async def test_the_value_appears_nowhere(world: World, capfd: object) -> None:
 
 
 async def test_audit_of_one_instance(world: World) -> None:
-    world.allow("inst-b", "127.0.1.2")
+    await world.allow("inst-b", "127.0.1.2")
     async with world.egress.audit("inst-b") as records:
         await world.get()
         await world.get(source="127.0.1.2")
@@ -188,20 +183,21 @@ async def test_audit_of_one_instance(world: World) -> None:
 
 
 async def test_not_dumpable(world: World) -> None:
-    """Memory that holds credentials is not for core files."""
+    """Memory that holds credentials is not for core files, here, where they pass through, or in the engine."""
     get_dumpable = 3
     assert ctypes.CDLL(None).prctl(get_dumpable, 0, 0, 0, 0) == 0
+    assert os.stat(f"/proc/{world.egress.engine_pid}/maps").st_uid == 0, "of a dumpable process they are its user's"
 
 
 async def test_several_loops(make_world: Any) -> None:
     """Connections spread over the threads; each sees the same rules at the same time."""
     async with make_world(loops=3) as world:
-        world.allow()
+        await world.allow()
         wires = [await world.tls() for _ in range(24)]
         for wire in wires:
             assert (await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode()))[0] == 200
         assert 1 < world.origin.connections <= 24
-        world.allow(secret="sk-new")
+        await world.allow(secret="sk-new")
         before = len(world.origin.requests)
         for wire in wires:
             await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode())

@@ -38,9 +38,12 @@ def test_suite_under_sanitizers(tmp_path: Path) -> None:
         "-I", sysconfig.get_path("include"), "-I", SOURCES, source, *sorted(SOURCES.glob("*.c")),
         "-lssl", "-lcrypto", "-lnghttp2", "-lpthread", "-o", built)  # fmt: skip
     libraries = [run("gcc", f"-print-file-name={name}") for name in ("libasan.so", "libubsan.so")]
-    run(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:faulthandler",
-        *(Path(__file__).with_name(name) for name in SUITE), HYPEMAN_EGRESS_SO=str(built),
-        LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")  # fmt: skip
+    reports = f"log_path={tmp_path}/report"
+    environment = (f"HYPEMAN_EGRESS_SO={built}", f"LD_PRELOAD={':'.join(libraries)}",
+                   f"ASAN_OPTIONS=detect_leaks=0:{reports}", f"UBSAN_OPTIONS={reports}")  # fmt: skip
+    run(sys.executable, "-m", "pytest", "-q", "-x", *(Path(__file__).with_name(name) for name in SUITE),
+        HYPEMAN_EGRESS_SANITIZED=" ".join(environment))  # fmt: skip
+    assert not [report.read_text()[:4000] for report in tmp_path.glob("report.*")]
 
 
 def test_fuzz_a_little(tmp_path: Path) -> None:

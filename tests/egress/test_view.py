@@ -24,7 +24,8 @@ from hypeman.egress import metrics as egress_metrics
 from hypeman.egress import view as view_module
 from hypeman.egress.audit import AuditLog
 from hypeman.egress.metrics import FAMILIES, LEFT_OUT
-from hypeman.egress.service import AuditRecord, Egress, Settings
+from hypeman.egress.records import AuditRecord
+from hypeman.egress.service import Egress, Settings
 from hypeman.egress.types import CredentialPolicy, CredentialSource, EgressEnforcementMode, InjectAs, InjectRule
 from hypeman.egress.view import EgressRecords, EgressView
 from hypeman.errors import NotFound
@@ -81,8 +82,8 @@ async def egress(tmp_path: Path) -> AsyncIterator[Egress]:
     egress = Egress(Settings(address="127.0.0.1", port=0, loops=1), tmp_path)
     async with trio.open_nursery() as nursery:
         await nursery.start(egress.run)
-        egress.set_policy("one", GUEST, {"API_KEY": CREDENTIAL}, {"REAL_KEY": "sk-live-7f3a91"})
-        egress.accept()
+        await egress.set_policy("one", GUEST, {"API_KEY": CREDENTIAL}, {"REAL_KEY": "sk-live-7f3a91"})
+        await egress.accept()
         yield egress
         nursery.cancel_scope.cancel()
 
@@ -161,9 +162,9 @@ async def test_a_real_denial_is_logged_without_its_path(lines: Any, egress: Egre
     nursery.start_soon(audit.run)
     await ask_denied(egress)
     with trio.fail_after(10):
-        while not lines():
+        while not (found := [line for line in lines() if line["logger"] == "hypeman.egress.audit"]):
             await trio.sleep(0.01)
-    [line] = lines()
+    [line] = found
     told = {key: line[key] for key in ("instance", "host", "method", "status", "injected", "rules")}
     assert told == {
         "instance": "one", "host": "10.0.0.1", "method": "GET", "status": 403, "injected": False, "rules": [],
@@ -184,6 +185,7 @@ def test_every_counter_has_its_metric() -> None:
 async def test_metrics_of_a_real_denial(egress: Egress) -> None:
     egress_metrics.register(egress)
     await ask_denied(egress)
+    await metrics.refresh()
     told = metrics.render_metrics().decode()
     for line in (
         "hypeman_egress_requests_total 1.0",

@@ -4,6 +4,7 @@ through its unix socket. What it leaves behind when it is killed is what the tes
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,8 @@ import re
 import secrets
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tarfile
@@ -224,10 +227,19 @@ class Appliance:
 
     def close(self) -> None:
         self.kill()
-        for pid in self.vmms():
+        for pid in (*self.vmms(), *self.engines()):
             os.kill(pid, signal.SIGKILL)
         self.namespace.remove()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def engines(self) -> list[int]:
+        """Egress engines that outlived the server. Asked while it runs, they would leave it for us."""
+        found = []
+        for path in (self.directory / "run" / "engine").glob("*.sock"):
+            with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(ConnectionRefusedError):
+                connection.connect(str(path))
+                found.append(struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+        return found
 
     # Asking
 

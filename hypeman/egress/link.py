@@ -1,0 +1,445 @@
+"""The server's side of one engine process: start it or find it again, talk to it, notice its end.
+
+A call raises ``EngineLost`` when the process has ended, does not answer within ``PATIENCE`` or does not follow the
+protocol; in the last two cases it is killed. Nothing that an engine sends is trusted: it is bounded and decoded
+strictly.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+
+import hypeman
+from hypeman.egress import protocol
+from hypeman.egress.protocol import Frame, ProtocolError
+from hypeman.errors import InternalError
+from hypeman.host.processes import tool_environment
+from hypeman.host.safe_open import open_log
+
+PATIENCE = 10.0
+"""Seconds for an answer. An engine answers in microseconds; it may be starved on a busy host."""
+_START_PATIENCE = 60.0
+
+Command = Callable[[int], list[str]]
+
+
+def engine_command(fd: int) -> list[str]:
+    """The command line that starts an engine on descriptor ``fd``, from source or from the bundle."""
+    if getattr(sys, "frozen", False):
+        return [sys.executable, "@engine", str(fd)]
+    return [sys.executable, "-m", "hypeman.egress.engine", str(fd)]
+
+
+class EngineLost(Exception):
+    """There is no engine behind this connection any more."""
+
+
+class EngineFailed(InternalError):
+    """An engine cannot be started."""
+
+
+class Handlers(msgspec.Struct, frozen=True):
+    """What is done with messages that an engine sends on its own."""
+
+    question: Callable[[EngineLink, protocol.Question], None]
+    records: Callable[[EngineLink, bytearray], None]
+    """Raises ValueError if they are none."""
+
+
+class EngineLink:
+    """One engine. ``run`` must run for calls to be answered."""
+
+    def __init__(self, sock: socket.socket, path: Path | None, pidfd: int) -> None:
+        """``path``: where servers find it."""
+        sock.setblocking(False)
+        self._socket = trio.socket.from_stdlib_socket(sock)
+        self._path = path
+        self._pidfd = pidfd
+        self._frame = Frame()
+        self._descriptors: list[int] = []
+        self._sending = trio.Lock()
+        self._replies: dict[int, trio.MemorySendChannel[protocol.Report]] = {}
+        self._last_id = 0
+        self.hello: protocol.Hello | None = None
+        self.listeners: list[socket.socket] = []
+        """Copies of the sockets on which it listens."""
+        self.draining = False
+        self.lost = trio.Event()
+        """It has ended."""
+        self.code: int | None = None
+        """Its exit code once it is lost, if it was our child."""
+        self.counted: protocol.Counters | None = None
+        """What it counted last."""
+
+    @property
+    def pid(self) -> int:
+        """0 before it said hello."""
+        return self.hello.pid if self.hello else 0
+
+    # ── Begin and end ────────────────────────────────────────────────────────────────────────────
+
+    async def greet(self, patience: float = _START_PATIENCE) -> protocol.Hello:
+        """Wait for its first message. Raises EngineLost, or EngineFailed with what it says; it is killed then."""
+        try:
+            with trio.fail_after(patience):
+                report, _, descriptors = await self._receive()
+        except (EOFError, OSError, ProtocolError, trio.TooSlowError) as error:
+            await self.kill()
+            raise EngineLost(str(error)) from None
+        self.listeners = [socket.socket(fileno=each) for each in descriptors]
+        for each in self.listeners:
+            each.setblocking(False)  # it is the engine's as well; dup() would make it blocking again
+        if not isinstance(report, protocol.Hello):
+            await self.kill()
+            message = report.message if isinstance(report, protocol.Failed) else "it says something else than hello"
+            raise EngineFailed(f"the egress engine cannot be started: {message}")
+        self.hello, self.draining = report, report.draining
+        return report
+
+    async def run(self, handlers: Handlers) -> str:
+        """Pass on what it sends; returns when it has ended, with what it did wrong, if anything.
+
+        May be called again after it was cancelled.
+        """
+        wrong = ""
+        try:
+            while True:
+                report, payload, descriptors = await self._receive()
+                _close(descriptors)
+                match report:
+                    case protocol.Question():
+                        handlers.question(self, report)
+                    case protocol.Audit():
+                        handlers.records(self, payload)
+                    case protocol.Counters(id=0):
+                        self.counted = report
+                    case protocol.Done() | protocol.Refused() | protocol.Counters():
+                        waiting = self._replies.pop(report.id, None)
+                        if waiting is None:
+                            raise ProtocolError("an answer to nothing")
+                        waiting.send_nowait(report)
+                    case _:
+                        raise ProtocolError("a message at the wrong time")
+        except (EOFError, OSError, trio.ClosedResourceError):
+            pass
+        except (ProtocolError, ValueError) as error:
+            wrong = f"it does not follow the protocol ({error})"
+        await self.kill()  # what is not connected is not to go on
+        return wrong
+
+    async def kill(self) -> int | None:
+        """End it, if it has not ended, and wait until it has; ``lost`` is set then.
+
+        Returns its exit code (minus the signal), None for one that is not our child.
+        """
+        code = None
+        with trio.CancelScope(shield=True):
+            self._signal()
+            if self._pidfd >= 0:
+                await trio.lowlevel.wait_readable(self._pidfd)
+                code = self._reap()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+        self.code = code
+        self.lost.set()
+        for waiting in self._replies.values():
+            waiting.close()
+        self._replies.clear()
+        self.close()
+        return code
+
+    def close(self) -> None:
+        """Let it go on by itself, if it can."""
+        self._socket.close()
+        _close(self._descriptors)
+        self._descriptors = []
+        for each in self.listeners:
+            each.close()
+        self.listeners = []
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _reap(self) -> int | None:
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+            if ended is not None:
+                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return None
+
+    def _signal(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    # ── Calls ────────────────────────────────────────────────────────────────────────────────────
+
+    async def set_policy(self, source: str, instance: str, snapshot: Callable[[], bytearray | None]) -> None:
+        """In force when this returns. ``snapshot`` is asked when it is this call's turn and returns a policy, which is
+        wiped, or None if there is no longer one to be set. Raises EngineLost; InternalError if it is refused."""
+
+        async def send(number: int) -> bool:
+            data = snapshot()
+            if data is None:
+                return False
+            try:
+                await self._write(protocol.SetPolicy(id=number, source=source, instance=instance), data)
+            finally:
+                data[:] = bytes(len(data))
+            return True
+
+        await self._call(send)
+
+    async def remove_policy(self, source: str) -> None:
+        await self._ask(lambda number: protocol.RemovePolicy(id=number, source=source))
+
+    async def accept(self) -> None:
+        await self._ask(lambda number: protocol.Accept(id=number))
+
+    async def drain(self, grace: float) -> None:
+        """``grace`` in seconds."""
+        self.draining = True
+        milliseconds = min(2**32 - 1, round(grace * 1000))
+        await self._ask(lambda number: protocol.Drain(id=number, grace_ms=milliseconds))
+
+    async def count(self) -> protocol.Counters:
+        counted = await self._ask(lambda number: protocol.Count(id=number))
+        if not isinstance(counted, protocol.Counters):
+            await self.kill()
+            raise EngineLost
+        self.counted = counted
+        return counted
+
+    async def answer(self, question: protocol.Question, addresses: Sequence[str]) -> None:
+        """No-op if it is lost."""
+        answer = protocol.Answer(token=question.token, loop=question.loop, addresses=tuple(addresses[:16]))
+        with contextlib.suppress(EngineLost):
+            async with self._sending:
+                await self._write(answer)
+
+    async def start(self, message: protocol.Start, payload: bytearray, descriptors: Sequence[int]) -> None:
+        async with self._sending:
+            await self._write(message, payload, descriptors)
+
+    async def _ask(self, make: Callable[[int], protocol.Request]) -> protocol.Report | None:
+        async def send(number: int) -> bool:
+            await self._write(make(number))
+            return True
+
+        return await self._call(send)
+
+    async def _call(self, send: Callable[[int], Awaitable[bool]]) -> protocol.Report | None:
+        answered, reply = trio.open_memory_channel[protocol.Report](1)
+        try:
+            async with self._sending:
+                if self.lost.is_set():
+                    raise EngineLost
+                self._last_id += 1
+                number = self._last_id
+                self._replies[number] = answered
+                if not await send(number):
+                    del self._replies[number]
+                    return None
+            with trio.fail_after(PATIENCE):
+                report = await reply.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            raise EngineLost from None
+        except trio.TooSlowError:
+            self._signal()
+            raise EngineLost from None
+        if isinstance(report, protocol.Refused):
+            raise InternalError(f"the egress engine refused it: {report.message}")
+        return report
+
+    async def _write(
+        self, message: protocol.Request, payload: bytearray | None = None, descriptors: Sequence[int] = ()
+    ) -> None:
+        """Shielded, so that no frame is cut. Raises EngineLost."""
+        size = len(payload or b"")
+        parts = [memoryview(protocol.encode(message, payload=size, descriptors=len(descriptors)))]
+        if payload:
+            parts.append(memoryview(payload))
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE) as patience:
+            while parts:
+                try:
+                    sent = await self._socket.sendmsg(parts, rights, socket.MSG_NOSIGNAL)
+                except (OSError, trio.ClosedResourceError):
+                    raise EngineLost from None
+                rights = []
+                while parts and sent >= len(parts[0]):
+                    sent -= len(parts[0])
+                    parts.pop(0)
+                if parts:
+                    parts[0] = parts[0][sent:]
+        if patience.cancelled_caught:
+            self._signal()  # half a frame is the end of the connection
+            raise EngineLost
+
+    async def _receive(self) -> tuple[protocol.Report, bytearray, list[int]]:
+        """Loses nothing when cancelled."""
+        while not self._frame.complete:
+            got, ancillary, flags, _ = await self._socket.recvmsg_into(
+                [self._frame.room()], socket.CMSG_SPACE(4 * protocol.MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+            )
+            for level, kind, data in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    self._descriptors += array.array("i", data[: len(data) // 4 * 4])
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError("descriptors were lost")
+            if not got:
+                raise EOFError
+            self._frame.add(got)
+        frame, self._frame = self._frame, Frame()
+        descriptors, self._descriptors = self._descriptors, []
+        header = frame.header
+        assert header is not None
+        try:
+            # Hello keeps its form, so that an engine of another version is recognized.
+            report = protocol.decode_report(frame.message)
+            if header.version != protocol.VERSION and not isinstance(report, protocol.Hello):
+                raise ProtocolError(f"version {header.version}")
+            if header.descriptors != len(descriptors):
+                raise ProtocolError("another number of descriptors than announced")
+        except ProtocolError:
+            _close(descriptors)
+            raise
+        return report, frame.payload, descriptors
+
+
+async def start_engine(
+    message: protocol.Start,
+    payload: bytearray,
+    listeners: Sequence[socket.socket],
+    path: Path | None,
+    *,
+    log: Path | None,
+    command: Command = engine_command,
+) -> EngineLink:
+    """Start an engine and wait until it is ready. ``payload`` is wiped. Raises EngineFailed.
+
+    Servers find it at ``path``; without one it ends with the connection. ``log`` receives its standard error, which is
+    empty unless it crashes.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        finder = open_finder(path) if path is not None else None
+    except OSError as error:
+        ours.close()
+        theirs.close()
+        raise EngineFailed(f"the egress engine cannot listen at {path}: {error}") from None
+    try:
+        with theirs, contextlib.ExitStack() as opened:
+            errors: int = subprocess.DEVNULL
+            if log is not None:
+                errors = open_log(str(log))
+                opened.callback(os.close, errors)
+            environment = {**tool_environment(), "PYTHONPATH": str(Path(hypeman.__file__).parent.parent)}
+            begin = partial(
+                subprocess.Popen, command(theirs.fileno()), pass_fds=(theirs.fileno(),), env=environment, cwd="/",
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+            )  # fmt: skip
+            with trio.CancelScope(shield=True):  # a few ms
+                process = await trio.to_thread.run_sync(begin)
+            process.returncode = 0  # from here on it is watched and reaped through the pidfd, not by Popen
+            pidfd = os.pidfd_open(process.pid)
+    except OSError as error:
+        ours.close()
+        payload[:] = bytes(len(payload))
+        if finder is not None:
+            finder.close()
+        raise EngineFailed(f"the egress engine cannot be started: {error.strerror or error}") from None
+    link = EngineLink(ours, path, pidfd)
+    try:
+        passed = [*([finder.fileno()] if finder else []), *(each.fileno() for each in listeners)]
+        await link.start(message, payload, passed)
+        await link.greet()
+    except EngineLost:
+        raise EngineFailed(f"the egress engine cannot be started: it ended with code {link.code}") from None
+    except BaseException:
+        await link.kill()
+        raise
+    finally:
+        payload[:] = bytes(len(payload))
+        if finder is not None:
+            finder.close()
+    return link
+
+
+# ── Engines that run already ─────────────────────────────────────────────────────────────────────
+
+
+def open_finder(path: Path) -> socket.socket:
+    """The socket at ``path`` on which an engine will listen for servers."""
+    finder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        finder.bind(str(path))
+        os.chmod(path, 0o600)
+    except BaseException:
+        finder.close()
+        raise
+    return finder
+
+
+async def find_engines(directory: Path) -> list[EngineLink]:
+    """The engines whose sockets are in ``directory``, greeted; the sockets of those that have ended are removed.
+
+    One that does not answer, or speaks another version of the protocol and so cannot be told about policies, is ended.
+    """
+    found = []
+    for path in _sockets_in(directory):
+        link = await _find_engine(path)
+        if link is None:
+            path.unlink(missing_ok=True)
+        else:
+            found.append(link)
+    return found
+
+
+def _sockets_in(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("*.sock") if stat.S_ISSOCK(path.lstat().st_mode))
+
+
+async def end_engines(directory: Path) -> None:
+    """End all engines that outlived their server."""
+    for link in await find_engines(directory):
+        await link.kill()
+
+
+async def _find_engine(path: Path) -> EngineLink | None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(PATIENCE)
+        sock.connect(str(path))
+        pid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        link = EngineLink(sock, path, os.pidfd_open(pid))
+    except OSError:
+        sock.close()
+        return None
+    try:
+        hello = await link.greet(PATIENCE)
+    except (EngineLost, EngineFailed):
+        return None
+    if hello.version != protocol.VERSION:
+        await link.kill()
+        return None
+    return link
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for each in descriptors:
+        os.close(each)

@@ -1,0 +1,81 @@
+"""Pure: one record for each request, as an engine encodes them (``ext/egress/audit.c``) and the server reads them.
+
+Layout, little-endian: u16 size of all; u8 kind; u8 rules applied; u16 status; u8 reason; u8 HTTP major version;
+u16 port; u32 µs taken; i64 µs since 1970; u64 bytes up; u64 bytes down; then instance, host, method and names of
+credentials, each as u8 length and text.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+_FIXED = struct.Struct("<HBBHBBHIqQQ")
+_KINDS = ("request", "passed_through", "refused")
+_YEAR_10000 = 253_402_300_800_000_000
+"""µs since 1970; no clock shows it, and no date can be made of it."""
+
+
+class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, allowed or denied; without path, query or credential values."""
+
+    time: float
+    """Seconds since 1970, when it ended."""
+    instance: str
+    kind: str
+    """``request``; ``passed_through``: not decrypted; ``refused``: a connection without a valid request."""
+    host: str
+    port: int
+    method: str
+    status: int
+    reason: str
+    """``ok``, or the error code returned to a denied client."""
+    injected: bool
+    credentials: tuple[str, ...]
+    """Names of the credentials that were applied."""
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    http: int
+
+
+def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[AuditRecord]:
+    """Raises ValueError for anything but whole records."""
+    at = 0
+    while at < len(data):
+        if at + _FIXED.size > len(data):
+            raise ValueError("an audit record is cut short")
+        size, kind, rules, status, reason, http, port, took, when, up, down = _FIXED.unpack_from(data, at)
+        texts, place, end = [], at + _FIXED.size, at + size
+        for _ in range(4):
+            length = data[place] if place < len(data) else 0
+            texts.append(bytes(data[place + 1 : place + 1 + length]).decode("ascii", "replace"))
+            place += 1 + length
+        if (
+            place != end
+            or end > len(data)
+            or kind >= len(_KINDS)
+            or reason >= len(reasons)
+            or not 0 <= when < _YEAR_10000
+        ):
+            raise ValueError("not an audit record")
+        at = end
+        instance, host, method, keys = texts
+        yield AuditRecord(
+            time=when / 1e6,
+            instance=instance,
+            kind=_KINDS[kind],
+            host=host,
+            port=port,
+            method=method,
+            status=status,
+            reason=reasons[reason],
+            injected=rules > 0,
+            credentials=tuple(keys.split(",")) if keys else (),
+            bytes_up=up,
+            bytes_down=down,
+            seconds=took / 1e6,
+            http=http,
+        )
