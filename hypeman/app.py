@@ -52,6 +52,7 @@ from hypeman.instances.snapshots import Snapshots
 from hypeman.network import metrics as network_metrics
 from hypeman.network.addressing import Subnet
 from hypeman.network.service import Network
+from hypeman.policies import metrics as policy_metrics
 from hypeman.policies.service import Policies
 from hypeman.resources.service import Capacity, ResourceService
 from hypeman.server.app import build_app
@@ -265,6 +266,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     image_metrics.register(images)
     instance_metrics.register(instances)
     network_metrics.register(network)
+    policy_metrics.register(policies)
     volume_metrics.register(store)
     return _Parts(
         config=config,

@@ -499,6 +499,11 @@ class GuestClient:
         self._clock_wanted.set()
         self._stir()
 
+    @property
+    def held(self) -> bool:
+        """Whether the VM is paused by the server."""
+        return self._held
+
     # For sessions
 
     def check_alive(self) -> None:

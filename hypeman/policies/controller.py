@@ -18,6 +18,8 @@ class Context:
     """Run an async function with arguments in the service's nursery."""
     again: Callable[[str], None]
     """Have all controllers look at an instance soon."""
+    wake: Callable[[], None]
+    """A timer of a controller was set: the loop may have to wait less long."""
     now: Callable[[], datetime]
 
     def refresh(self, instance_id: str) -> None:

@@ -5,7 +5,7 @@
     timers run out ──┘
 
 One task and one heap serve all instances; only work in progress (a start, a check, a snapshot) has a task of its
-own. Decisions are pure (restart.py); controllers carry them out.
+own. Decisions are pure (restart.py, health.py); controllers carry them out.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from hypeman.config import Config
 from hypeman.errors import HypemanError
 from hypeman.instances.model.phases import utc_now
 from hypeman.instances.model.record import InstanceRecord
-from hypeman.instances.model.types import HealthState, InstanceHealthStatus
 from hypeman.instances.service import Instances
 from hypeman.policies import rows
+from hypeman.policies.checker import Checker
 from hypeman.policies.controller import Context
+from hypeman.policies.probes import Probes
 from hypeman.policies.restarter import Restarter
 from hypeman.policies.timers import Timers
 from hypeman.store import Store, Txn
@@ -52,8 +53,9 @@ class Policies:
         self._changed: set[str] = set()
         self._wake = trio.Event()
         self._nursery: trio.Nursery | None = None
-        context = Context(instances, store, self._spawn, self.again, now)
-        self._restarter = Restarter(context, most=config.restart.max_concurrent, health=self.health)
+        context = Context(instances, store, self._spawn, self.again, self._stir, now)
+        self.checker = Checker(context, most=config.health_checks.max_concurrent, probes=Probes())
+        self._restarter = Restarter(context, most=config.restart.max_concurrent, health=self.checker.status)
         instances.details = self._details
         instances.board.listen(self.again)
 
@@ -71,8 +73,9 @@ class Policies:
                 changed, self._changed = self._changed, set()
                 for instance_id in changed.union(self._timers.pop_due(trio.current_time())):
                     self._look(instance_id)
-                following = self._timers.next()
-                with trio.move_on_at(following if following is not None else float("inf")):
+                self.checker.run_due()
+                following = (self._timers.next(), self.checker.next())
+                with trio.move_on_at(min((time for time in following if time is not None), default=float("inf"))):
                     await self._wake.wait()
 
     def again(self, instance_id: str) -> None:
@@ -80,9 +83,8 @@ class Policies:
         self._changed.add(instance_id)
         self._wake.set()
 
-    def health(self, record: InstanceRecord) -> InstanceHealthStatus:
-        """The health of an instance as it is shown."""
-        return InstanceHealthStatus(status=HealthState.DISABLED)
+    def _stir(self) -> None:
+        self._wake.set()
 
     # The loop
 
@@ -91,9 +93,10 @@ class Policies:
         if record is None:
             self._forget(instance_id)
             return
+        now = self._now()
+        self.checker.look(record)
         if record.deleting:
             return
-        now = self._now()
         times = [self._restarter.look(record, now)]
         pauses = [max((time - now).total_seconds(), 0.0) for time in times if time is not None]
         if pauses:
@@ -103,6 +106,7 @@ class Policies:
 
     def _forget(self, instance_id: str) -> None:
         self._timers.cancel(instance_id)
+        self.checker.forget(instance_id)
         self._restarter.forget(instance_id)
         self._spawn(self._forget_rows, instance_id)
 
@@ -128,4 +132,4 @@ class Policies:
         await self._store.write(read)
 
     def _details(self, record: InstanceRecord) -> Mapping[str, object]:
-        return {**self._restarter.details(record)}
+        return {**self.checker.details(record), **self._restarter.details(record)}

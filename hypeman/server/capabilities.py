@@ -21,7 +21,7 @@ from hypeman.server.types import (
     ServerVersion,
 )
 
-FEATURES = ("instances", "images", "volumes", "exec", "logs", "devices", "ports", "restart-policy")
+FEATURES = ("instances", "images", "volumes", "exec", "logs", "devices", "ports", "restart-policy", "health-check")
 
 
 class CapabilityView:

@@ -64,6 +64,10 @@ exec_bytes_received = _counter("hypeman_exec_bytes_received", "Bytes of stdin re
 cp_sessions = _counter("hypeman_cp_sessions", "Copy sessions that ended", "direction", "status")
 cp_seconds = _histogram("hypeman_cp_duration_seconds", "Length of a copy session", "direction")
 cp_bytes = _counter("hypeman_cp_bytes", "Bytes copied", "direction")
+health_checks = _counter("hypeman_health_checks", "Health checks that ended", "type", "status")
+health_check_seconds = _histogram(
+    "hypeman_health_check_duration_seconds", "Length of a health check", "type", buckets=_FAST
+)
 restarts = _counter("hypeman_restarts", "Starts and stops by restart policies", "status")
 log_lines_dropped = _counter("hypeman_log_lines_dropped", "Log lines dropped because nobody read the log")
 

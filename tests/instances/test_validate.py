@@ -121,7 +121,6 @@ def test_refusals(body: dict[str, Any], code: str) -> None:
     ("field", "policy"),
     [
         ("auto_standby", {"enabled": True, "idle_timeout": "5m"}),
-        ("health_check", {"type": "tcp", "tcp": {"port": 80}}),
     ],
 )
 def test_a_policy_that_asks_for_what_comes_later_is_refused(field: str, policy: dict[str, Any]) -> None:

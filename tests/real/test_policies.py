@@ -54,3 +54,43 @@ async def test_restarts(appliance: Appliance) -> None:
     for name in ("loops", "ends"):
         await appliance.delete(f"/instances/{name}")
     assert not appliance.vmms() and not appliance.files() and not appliance.namespace.links()
+
+
+async def test_health(appliance: Appliance) -> None:
+    """Checks by HTTP, TCP and exec; one that fails has the instance started again; in standby it is not woken."""
+    http = {"type": "http", "http": {"port": 80, "path": "/ready"}, "interval": "500ms"}
+    web = ["sh", "-c", "mkdir -p /www; touch /www/ready; exec httpd -f -p 80 -h /www"]
+    await appliance.create(
+        "web", cmd=web, health_check=http, restart_policy={"policy": "always", "backoff": "1s"}
+    )  # fmt: skip
+
+    async def becomes(status: str) -> Any:
+        with trio.fail_after(PATIENCE):
+            while (found := await appliance.get("/instances/web"))["health_status"]["status"] != status:
+                await trio.sleep(0.1)
+        return found
+
+    async def check(**policy: Any) -> None:
+        answer = await appliance.ask("PATCH", "/instances/web", json={"health_check": policy})
+        assert answer.is_success, answer.text
+
+    assert (await becomes("healthy"))["health_status"]["last_error"] is None
+    await check(type="tcp", tcp={"port": 80}, interval="500ms")
+    await becomes("healthy")
+    command = {"command": ["sh", "-c", "echo gone; test -e ready"], "working_dir": "/www"}
+    await check(type="exec", exec=command, interval="500ms", timeout="10s", start_period="0s")
+    await becomes("healthy")
+
+    await appliance.post("/instances/web/standby")
+    assert (await becomes("unknown"))["state"] == "Standby"
+    await trio.sleep(2)
+    assert (await appliance.get("/instances/web"))["state"] == "Standby"
+    await appliance.post("/instances/web/restore")
+    await becomes("healthy")
+
+    assert (await appliance.exec("web", "rm", "/www/ready"))[0] == 0
+    found = await becomes("unhealthy")
+    assert found["health_status"]["last_error"] == "exit code 1: gone"
+    restarted_once = await restarted(appliance, "web", attempts=1)
+    assert restarted_once["restart_status"]["last_reason"] == "health_check_failed"
+    await becomes("healthy")

@@ -183,8 +183,6 @@ def check_policies(
     health = health_rules(health_check)
     if standby.enabled:
         raise NotSupported("auto_standby is not supported by this server yet; omit it")
-    if health.active:
-        raise NotSupported("health_check is not supported by this server yet; omit it")
     if health.type in (HealthCheckType.HTTP, HealthCheckType.TCP) and not network:
         raise _bad_check(f"type {health.type.value} requires the instance to have a network")
     if health.type is HealthCheckType.EXEC and not agent:

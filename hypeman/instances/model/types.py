@@ -118,7 +118,7 @@ class ExecHealthCheck(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class HealthCheck(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Never changes the instance's state; the restart policy may act on it."""
+    """Never changes the instance's state; the restart policy may act on it. Only running instances are checked."""
 
     type: Annotated[HealthCheckType | None, Meta(description="Default none")] = None
     interval: Annotated[Duration | None, Meta(description="Default 10s")] = None
