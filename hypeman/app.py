@@ -69,6 +69,9 @@ from hypeman.volumes.service import Volumes
 log = logging.getLogger(__name__)
 
 _NOBODY = 65534
+_ENGINE_GROUP = "egress-engine"
+"""Control group next to those of the VMs, which has their life: it does not end with the server."""
+_ENGINE_MEMORY = 2 << 30
 
 
 def main(config: Config) -> None:
@@ -162,12 +165,14 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     stack.callback(links.close)
     stack.callback(rules.close)
     uplink = await find_uplink(config.network.uplink)
+    cgroups = CGroups.detect()
     egress = Egress(
         _egress_settings(config),
         paths.egress,
         listeners=take_kept_sockets().get("egress", ()),
         keep=partial(keep_sockets, "egress"),
         engines=paths.engines,
+        group=partial(cgroups.make, _ENGINE_GROUP, vcpus=facts.cpus(), memory=_ENGINE_MEMORY),
     )
     audit = AuditLog()
     stack.callback(audit.flush)
@@ -212,7 +217,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         store=store,
         files=files,
         drivers=catalog.drivers,
-        cgroups=CGroups.detect(),
+        cgroups=cgroups,
         kernel=kernel,
         initrd=initrd,
         images=images,

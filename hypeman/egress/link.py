@@ -72,6 +72,7 @@ class EngineLink:
         self._frame = Frame()
         self._descriptors: list[int] = []
         self._sending = trio.Lock()
+        self._ending = trio.Lock()
         self._replies: dict[int, trio.MemorySendChannel[protocol.Report]] = {}
         self._last_id = 0
         self.hello: protocol.Hello | None = None
@@ -81,7 +82,7 @@ class EngineLink:
         self.lost = trio.Event()
         """It has ended."""
         self.code: int | None = None
-        """Its exit code once it is lost, if it was our child."""
+        """Its exit code (minus the signal) once it is lost, if it was our child."""
         self.counted: protocol.Counters | None = None
         """What it counted last."""
 
@@ -141,26 +142,24 @@ class EngineLink:
         await self.kill()  # what is not connected is not to go on
         return wrong
 
-    async def kill(self) -> int | None:
-        """End it, if it has not ended, and wait until it has; ``lost`` is set then.
-
-        Returns its exit code (minus the signal), None for one that is not our child.
-        """
-        code = None
+    async def kill(self) -> None:
+        """End it, if it has not ended, and wait until it has; ``lost`` is set then. Idempotent."""
         with trio.CancelScope(shield=True):
-            self._signal()
-            if self._pidfd >= 0:
-                await trio.lowlevel.wait_readable(self._pidfd)
-                code = self._reap()
+            async with self._ending:
+                self._signal()
+                if self._pidfd >= 0:
+                    await trio.lowlevel.wait_readable(self._pidfd)
+                    self._reap()
+                self._end()
+
+    def _end(self) -> None:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-        self.code = code
         self.lost.set()
         for waiting in self._replies.values():
             waiting.close()
         self._replies.clear()
         self.close()
-        return code
 
     def close(self) -> None:
         """Let it go on by itself, if it can."""
@@ -174,12 +173,11 @@ class EngineLink:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def _reap(self) -> int | None:
+    def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
             ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
             if ended is not None:
-                return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-        return None
+                self.code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
     def _signal(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -199,7 +197,7 @@ class EngineLink:
             try:
                 await self._write(protocol.SetPolicy(id=number, source=source, instance=instance), data)
             finally:
-                data[:] = bytes(len(data))
+                _wipe(data)
             return True
 
         await self._call(send)
@@ -328,26 +326,24 @@ async def start_engine(
     path: Path | None,
     *,
     log: Path | None,
+    group: str = "",
     command: Command = engine_command,
 ) -> EngineLink:
     """Start an engine and wait until it is ready. ``payload`` is wiped. Raises EngineFailed.
 
     Servers find it at ``path``; without one it ends with the connection. ``log`` receives its standard error, which is
-    empty unless it crashes.
+    empty unless it crashes. ``group`` is the directory of a control group to put it into.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        finder = open_finder(path) if path is not None else None
-    except OSError as error:
-        ours.close()
-        theirs.close()
-        raise EngineFailed(f"the egress engine cannot listen at {path}: {error}") from None
-    try:
-        with theirs, contextlib.ExitStack() as opened:
-            errors: int = subprocess.DEVNULL
-            if log is not None:
-                errors = open_log(str(log))
-                opened.callback(os.close, errors)
+    with contextlib.ExitStack() as opened:
+        opened.callback(_wipe, payload)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        opened.enter_context(theirs)
+        try:
+            finder = opened.enter_context(open_finder(path)) if path is not None else None
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
+            errors = open_log(log, flags) if log is not None else os.memfd_create("engine-errors")
+            opened.callback(os.close, errors)
+            before = os.fstat(errors).st_size
             environment = {**tool_environment(), "PYTHONPATH": str(Path(hypeman.__file__).parent.parent)}
             begin = partial(
                 subprocess.Popen, command(theirs.fileno()), pass_fds=(theirs.fileno(),), env=environment, cwd="/",
@@ -356,27 +352,27 @@ async def start_engine(
             with trio.CancelScope(shield=True):  # a few ms
                 process = await trio.to_thread.run_sync(begin)
             process.returncode = 0  # from here on it is watched and reaped through the pidfd, not by Popen
-            pidfd = os.pidfd_open(process.pid)
-    except OSError as error:
-        ours.close()
-        payload[:] = bytes(len(payload))
-        if finder is not None:
-            finder.close()
-        raise EngineFailed(f"the egress engine cannot be started: {error.strerror or error}") from None
-    link = EngineLink(ours, path, pidfd)
-    try:
-        passed = [*([finder.fileno()] if finder else []), *(each.fileno() for each in listeners)]
-        await link.start(message, payload, passed)
-        await link.greet()
-    except EngineLost:
-        raise EngineFailed(f"the egress engine cannot be started: it ended with code {link.code}") from None
-    except BaseException:
-        await link.kill()
-        raise
-    finally:
-        payload[:] = bytes(len(payload))
-        if finder is not None:
-            finder.close()
+            link = EngineLink(ours, path, os.pidfd_open(process.pid))
+        except OSError as error:
+            ours.close()
+            raise EngineFailed(f"the egress engine cannot be started: {error.strerror or error}") from None
+        theirs.close()
+        try:
+            if group:
+                await trio.to_thread.run_sync(Path(group, "cgroup.procs").write_text, str(process.pid))
+            passed = [*([finder.fileno()] if finder else []), *(each.fileno() for each in listeners)]
+            await link.start(message, payload, passed)
+            await link.greet()
+        except EngineLost:
+            await link.kill()
+            last = os.pread(errors, 4000, max(before, os.fstat(errors).st_size - 4000)).decode(errors="replace").strip()
+            why = last.splitlines()[-1] if last else "it said nothing"
+            raise EngineFailed(f"the egress engine cannot be started: it ended with code {link.code}: {why}") from None
+        except BaseException as error:
+            await link.kill()
+            if isinstance(error, OSError):
+                raise EngineFailed(f"the egress engine cannot be put into {group}: {error.strerror}") from None
+            raise
     return link
 
 
@@ -438,6 +434,10 @@ async def _find_engine(path: Path) -> EngineLink | None:
         await link.kill()
         return None
     return link
+
+
+def _wipe(data: bytearray) -> None:
+    data[:] = bytes(len(data))
 
 
 def _close(descriptors: Sequence[int]) -> None:

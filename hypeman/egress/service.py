@@ -215,12 +215,14 @@ class Egress:
         listeners: Sequence[socket.socket] = (),
         keep: Keep | None = None,
         engines: Path | None = None,
+        group: Callable[[], str] = str,
         command: Command = engine_command,
     ) -> None:
         """``directory`` contains the authority and the sealing key.
 
         ``engines`` is a directory that only the server can enter, in which the next server finds the engine, which then
         outlives this one. Without it the engine ends with ``run``.
+        ``group`` makes the control group for an engine and returns its directory, "" for none.
         ``keep`` receives the listening sockets to hold for the next process, which takes them as ``listeners``, so that
         guests connecting during a restart wait instead of being refused, even if the engine ends as well. There are as
         many loops as ``listeners``.
@@ -233,6 +235,7 @@ class Egress:
         self._inherited = listeners
         self._keep = keep
         self._directory = engines
+        self._group = group
         self._command = command
         self._listeners: list[socket.socket] = []
         self._engine: EngineLink | None = None
@@ -372,6 +375,7 @@ class Egress:
             self._listeners,
             self._directory / f"{random.token_hex(8)}.sock" if self._directory is not None else None,
             log=self._directory / "engine.log" if self._directory is not None else None,
+            group=self._group(),
             command=self._command,
         )
         assert engine.hello is not None

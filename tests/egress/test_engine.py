@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import ssl
+import sys
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +24,7 @@ from hypeman.egress import protocol
 from hypeman.egress.link import EngineLink, Handlers, end_engines
 from hypeman.egress.records import read_records
 from hypeman.egress.service import TIMERS, Egress, Settings, Timeouts
+from hypeman.errors import InternalError
 from tests.egress.conftest import GUEST, HOST, SECRET, Request, Wire, World, credential, read_response
 
 REQUEST = f"GET / HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
@@ -211,6 +213,14 @@ async def test_questions_wait_for_the_next_server(world: World, tmp_path: Path, 
         await allow(second)
         await second.accept()
         assert (await read_response(wire))[0] == 200
+
+
+async def test_why_an_engine_does_not_start(tmp_path: Path) -> None:
+    """The last line that it said; not only a number."""
+    broken = [sys.executable, "-c", "raise SystemExit('the reason')"]
+    egress = Egress(Settings(address="127.0.0.1", port=0), tmp_path, command=lambda fd: broken)
+    with pytest.raises(InternalError, match="ended with code 1: the reason"):
+        await egress.run()
 
 
 # ── The protocol ─────────────────────────────────────────────────────────────────────────────────
