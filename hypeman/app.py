@@ -15,6 +15,7 @@ import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from hypeman.egress.policy import Unmatched
 from hypeman.egress.service import Egress
 from hypeman.egress.service import Settings as EgressSettings
 from hypeman.egress.view import EgressView
+from hypeman.events.service import Events
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
 from hypeman.host.disks import Disks
@@ -140,6 +142,7 @@ class _Parts:
     egress: Egress
     egress_audit: AuditLog
     egress_view: EgressView
+    events: Events
     images: Images
     compressor: Compressor
     instances: Instances
@@ -266,6 +269,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         render=instances.view,
     )
     policies = Policies(instances=instances, store=store, config=config)
+    events = Events(store, max_count=config.events.max_count, max_age=timedelta(days=config.events.max_days))
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)
     image_metrics.register(images)
@@ -282,6 +286,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         egress=egress,
         egress_audit=audit,
         egress_view=egress_view,
+        events=events,
         images=images,
         compressor=compressor,
         instances=instances,
@@ -295,6 +300,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             volumes=volumes,
             devices=devices,
             egress=egress_view,
+            events=events,
             resources=resources,
             capabilities=CapabilityView(config, catalog, network, images),
         ),
@@ -321,6 +327,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     files = Files()
     await files.remove(parts.config.paths.tmp)
     await files.make_dir(parts.config.paths.tmp)
+    await nursery.start(parts.events.run)
     nursery.start_soon(parts.catalog.probe)
     await nursery.start(parts.devices.run)
     await parts.network.start(*usage.leases_by_life(parts.store))

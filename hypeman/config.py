@@ -249,6 +249,15 @@ class HealthChecksConfig(_Section, frozen=True):
     """Maximum number of health checks in progress; the others wait for their turn."""
 
 
+class EventsConfig(_Section, frozen=True):
+    """The log of life-cycle changes."""
+
+    max_count: Annotated[int, Meta(ge=100, le=1_000_000)] = 50_000
+    """Maximum number of retained events; the oldest are dropped."""
+    max_days: Annotated[float, Meta(gt=0, le=3650)] = 30.0
+    """Events are dropped after this many days."""
+
+
 class Config(_Section, frozen=True):
     listen_address: str = "127.0.0.1"
     """TCP address of the API. It uses plain HTTP: expose it to others only through a TLS proxy."""
@@ -278,6 +287,7 @@ class Config(_Section, frozen=True):
     health_checks: HealthChecksConfig = HealthChecksConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
+    events: EventsConfig = EventsConfig()
 
     @property
     def paths(self) -> Paths:

@@ -71,6 +71,9 @@ class Caller(Struct, frozen=True):
 LOCAL = Caller("local")
 """A caller admitted by the permissions of the unix socket."""
 
+NOBODY = Caller("", frozenset())
+"""The caller of an operation without authentication."""
+
 
 def mint(secret: str, *, subject: str, scopes: Iterable[str] | None = None, lifetime: int = TOKEN_LIFETIME) -> str:
     """A token for ``subject``, valid for ``lifetime`` seconds; ``scopes`` None allows everything.
@@ -144,7 +147,11 @@ class Verifier:
         return known
 
 
-def check_scope(caller: Caller, scope: Scope) -> None:
-    """Raise Forbidden unless ``caller`` has ``scope``."""
-    if caller.permissions is not None and scope not in caller.permissions:
-        raise Forbidden(f"the token lacks the scope {scope}")
+def has_scope(caller: Caller, scope: Scope) -> bool:
+    return caller.permissions is None or scope in caller.permissions
+
+
+def check_scope(caller: Caller, *scopes: Scope) -> None:
+    """Raise Forbidden unless ``caller`` has one of ``scopes``."""
+    if not any(has_scope(caller, scope) for scope in scopes):
+        raise Forbidden(f"the token lacks the scope {' or '.join(scopes)}")

@@ -33,18 +33,20 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "captures",
         "images volumes network devices egress guest hypervisor",
         "resources",
+        "events",
         "saga store host telemetry",
     )
 )
 
 GROUND = frozenset(
-    ["errors", "ids", "units", "fields", "paths", "config", "assets", "version", "tokens", "text", "_native"]
+    ["actor", "errors", "ids", "units", "fields", "paths", "config", "assets", "version", "tokens", "text", "_native"]
 )
 """Words, numbers, settings and the hot paths: anybody may use them, they use each other at most."""
 
 PURE_MODULES = tuple(
     f"hypeman.{name}"
     for name in (
+        "actor",
         "assets",
         "captures.types",
         "config",
@@ -104,7 +106,7 @@ INSTANCES_LAYERS: tuple[frozenset[str], ...] = tuple(
         "service snapshots forks tasks board expiry reclaim usage metrics adapters sessions",
         "life machine",
         "ledger",
-        "rows session_types",
+        "changes rows session_types",
         "model",
     )
 )

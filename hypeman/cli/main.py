@@ -19,6 +19,7 @@ from hypeman.cli import (
     copy,
     devices,
     egress,
+    events,
     execute,
     host,
     images,
@@ -134,7 +135,7 @@ for _command in (
     run.run, instances.ps, instances.inspect, instances.logs, execute.execute, copy.copy, instances.stats,
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, ports.port, images.pull, images.images, volumes.volumes, snapshots.snapshots,
-    devices.devices, egress.egress, host.resources, host.health, host.capabilities,
+    devices.devices, egress.egress, events.events, host.resources, host.health, host.capabilities,
     shell.completion, shell.man,
 ):  # fmt: skip
     hypeman.add_command(_command)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from hypeman import events
 from hypeman.devices.types import Binding, DeviceRecord, PciFunction, VgpuRecord
 from hypeman.errors import Conflict, InUse, InvalidRequest, NotFound
 from hypeman.store import Table, Txn
@@ -36,6 +37,7 @@ def insert(txn: Txn, record: DeviceRecord) -> None:
         if other.name == record.name:
             raise Conflict(f"a device named {record.name} is registered already")
     txn.put(DEVICES, record.id, record)
+    _note(txn, record, "registered")
 
 
 def remove(txn: Txn, ref: str, failures: Mapping[str, str] = {}) -> None:
@@ -52,6 +54,7 @@ def remove(txn: Txn, ref: str, failures: Mapping[str, str] = {}) -> None:
             + (f": {reason}" if reason else "")
         )
     txn.delete(DEVICES, record.id)
+    _note(txn, record, "deleted")
 
 
 def attached(txn: Txn, instance_id: str) -> tuple[DeviceRecord, ...]:
@@ -90,6 +93,8 @@ def attach(txn: Txn, instance_id: str, refs: tuple[str, ...], functions: Mapping
             if near and binding.instance_id != instance_id:
                 raise InUse(f"device {record.name} is still being given back by instance {binding.instance_id}")
         txn.put(DEVICES, record.id, msgspec.structs.replace(record, attached_to=instance_id, position=position))
+        if record.attached_to is None:
+            _note(txn, record, "attached", instance_id)
         ids.append(record.id)
     return tuple(ids)
 
@@ -97,6 +102,7 @@ def attach(txn: Txn, instance_id: str, refs: tuple[str, ...], functions: Mapping
 def detach(txn: Txn, instance_id: str) -> None:
     for record in attached(txn, instance_id):
         txn.put(DEVICES, record.id, msgspec.structs.replace(record, attached_to=None, position=0))
+        _note(txn, record, "detached", instance_id)
 
 
 def binding_rows(txn: Txn) -> tuple[Binding, ...]:
@@ -106,6 +112,19 @@ def binding_rows(txn: Txn) -> tuple[Binding, ...]:
 
 def bindings_of(txn: Txn, instance_id: str) -> tuple[Binding, ...]:
     return tuple(binding for _, binding in txn.scan(BINDINGS) if binding.instance_id == instance_id)
+
+
+def _note(txn: Txn, record: DeviceRecord, action: str, instance_id: str = "") -> None:
+    events.record(
+        txn,
+        events.Kind.DEVICE,
+        action,
+        record.id,
+        name=record.name,
+        instance_id=instance_id,
+        tags=record.tags,
+        data={"pci_address": record.pci_address},
+    )
 
 
 def _group(record: DeviceRecord, functions: Mapping[str, PciFunction]) -> int:

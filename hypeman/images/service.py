@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from hypeman import events
 from hypeman.config import ImagesConfig
 from hypeman.errors import Conflict, HypemanError, InternalError, InUse, InvalidRequest, InvalidState, NotFound
 from hypeman.ids import check_tags, tags_match
@@ -280,6 +281,7 @@ class Images:
             tags = before.tags if before is not None else source.tags
             naming = NameRow(row.digest, now, tags, wanted=source.wanted)
             txn.put(NAMES, str(wanted), naming)
+            _note(txn, str(wanted), naming, row, "tagged")
             return naming, row
 
         naming, row = await self._store.write(write)
@@ -291,13 +293,14 @@ class Images:
         ref = parse_reference(name)
 
         def remove(txn: Txn) -> str:
-            key, _, row = _find(txn, ref)
+            key, naming, row = _find(txn, ref)
             others = [
                 other for other, found in txn.scan(NAMES) if other != key and row.digest in (found.digest, found.wanted)
             ]
             if not others and is_pinned(txn, row.digest):
                 raise InUse(f"image {key} is in use by an instance or a snapshot")
             txn.delete(NAMES, key)
+            _note(txn, key, naming, row, "deleted")
             if others:
                 return ""
             txn.delete(IMAGES, row.digest)
@@ -470,7 +473,7 @@ class Images:
                 assert row is not None
                 txn.put(IMAGES, new.digest, row)
             assert row is not None
-            naming = txn.get(NAMES, name)
+            naming = known = txn.get(NAMES, name)
             if naming is None:
                 naming = NameRow(row.digest, now, tags or {})
             else:
@@ -484,6 +487,10 @@ class Images:
                 if tags is not None:
                     naming = msgspec.structs.replace(naming, tags=tags)
             txn.put(NAMES, name, naming)
+            if known is None:
+                _note(txn, name, naming, row, "created")
+            elif begin or known.digest != naming.digest:
+                _note(txn, name, naming, row, "updated")
             return naming, row, begin and row.status is ImageStatus.PENDING
 
         naming, row, begin = await self._store.write(write)
@@ -606,20 +613,37 @@ def _make_ready(txn: Txn, row: ImageRow, stored: Stored) -> None:
         config=stored.config,
     )  # fmt: skip
     txn.put(IMAGES, row.digest, ready)
-    _repoint(txn, row.digest, ready=True)
+    _repoint(txn, ready, "ready")
 
 
 def _fail(txn: Txn, row: ImageRow, error: str) -> None:
-    txn.put(IMAGES, row.digest, msgspec.structs.replace(row, status=ImageStatus.FAILED, error=error[:2000]))
-    _repoint(txn, row.digest, ready=False)
+    failed = msgspec.structs.replace(row, status=ImageStatus.FAILED, error=error[:2000])
+    txn.put(IMAGES, row.digest, failed)
+    _repoint(txn, failed, "failed")
 
 
-def _repoint(txn: Txn, digest: str, *, ready: bool) -> None:
-    """Names waiting for ``digest`` now refer to it, or keep their previous image."""
+def _repoint(txn: Txn, row: ImageRow, outcome: str) -> None:
+    """Names waiting for the image ``row`` now refer to it if it is ready, or keep their previous image."""
     for name, naming in list(txn.scan(NAMES)):
-        if naming.wanted == digest:
-            target = digest if ready else naming.digest
-            txn.put(NAMES, name, msgspec.structs.replace(naming, digest=target, wanted=""))
+        if row.digest not in (naming.digest, naming.wanted):
+            continue
+        if naming.wanted == row.digest:
+            target = row.digest if row.status is ImageStatus.READY else naming.digest
+            naming = msgspec.structs.replace(naming, digest=target, wanted="")
+            txn.put(NAMES, name, naming)
+        _note(txn, name, naming, row, outcome)
+
+
+def _note(txn: Txn, name: str, naming: NameRow, row: ImageRow, action: str) -> None:
+    events.record(
+        txn,
+        events.Kind.IMAGE,
+        action,
+        name,
+        name=name,
+        tags=naming.tags,
+        data={"digest": row.digest, "status": row.status.value, "error": row.error or None},
+    )
 
 
 def _names_for(found: Sequence[Imported], wanted: Reference | None, default: str) -> list[tuple[Reference, Imported]]:

@@ -66,7 +66,7 @@ class Forks:
                 capture = copy.capture.id if copy.capture is not None else None
                 fork = forked(source, instance_id=fork_id, name=request.name, now=self._now(), capture=capture)
                 intent = Intent(Operation.CREATE, plan_adopt_disks(fork, str(staged), shared=False))
-                copy.changes = (AddInstance(fork, intent, running=False),)
+                copy.changes = (AddInstance(fork, intent, running=False, origin={"forked_from": source.id}),)
         except Exception:
             await self._machine.context.files.remove(staged)
             raise
@@ -86,7 +86,8 @@ class Forks:
         disks = str(self._machine.paths.snapshot(snapshot.id))
         intent = Intent(Operation.CREATE, plan_adopt_disks(fork, disks, shared=True))
         shared = () if capture is None else (ShareCapture(capture, captures.of_instance(fork.id)),)
-        new = AddInstance(fork, intent, running=False)
+        origin = {"forked_from": snapshot.source.id, "snapshot": snapshot.id}
+        new = AddInstance(fork, intent, running=False, origin=origin)
         written = await self._ledger.add(new, RequireSnapshot(snapshot.id), *shared)
         return await finish(await self._tasks.add(written, adopt_disks), target)
 

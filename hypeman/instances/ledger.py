@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import msgspec
@@ -18,6 +19,7 @@ from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.errors import Conflict, InternalError
 from hypeman.instances import rows
+from hypeman.instances.changes import note_changed, note_created, note_deleted, note_snapshot, note_updated
 from hypeman.instances.model.record import InstanceRecord, Intent, SnapshotRow
 from hypeman.instances.model.vm import assign_ports
 from hypeman.instances.rows import INSTANCES, INTENTS, SNAPSHOTS
@@ -88,6 +90,8 @@ class AddInstance(Struct, frozen=True):
     running: bool
     ports: tuple[PortMapping, ...] = ()
     """A fork publishes none: those of its source are taken."""
+    origin: Mapping[str, str] = MappingProxyType({})
+    """For the event: what it was made from, besides its image."""
 
 
 class SetPorts(Struct, frozen=True):
@@ -109,6 +113,19 @@ class RequireSnapshot(Struct, frozen=True):
     snapshot: str
 
 
+class NoteUpdated(Struct, frozen=True):
+    """An event: these fields of the instance were changed by its user."""
+
+    record: InstanceRecord
+    fields: tuple[str, ...]
+
+
+class NoteRestored(Struct, frozen=True):
+    """An event: an instance is as the snapshot has it."""
+
+    row: SnapshotRow
+
+
 Change = (
     Hold
     | AddCapture
@@ -123,6 +140,8 @@ Change = (
     | SetPorts
     | AddSnapshot
     | RequireSnapshot
+    | NoteUpdated
+    | NoteRestored
 )
 
 
@@ -221,7 +240,10 @@ class Ledger:
 
     def _commit(self, commit: Commit, txn: Txn) -> None:
         record, intent = commit.record, commit.intent
+        before = txn.get(INSTANCES, record.id)
         txn.put(INSTANCES, record.id, record)
+        if before is not None:
+            note_changed(txn, before, record)
         if intent is None:
             txn.delete(INTENTS, record.id)
         elif intent is not UNSET:
@@ -261,8 +283,13 @@ class Ledger:
             case AddSnapshot(snapshot):
                 rows.check_snapshot_name_free(txn, snapshot.source.id, snapshot.name)
                 txn.put(SNAPSHOTS, snapshot.id, snapshot)
+                note_snapshot(txn, snapshot, "created")
             case RequireSnapshot(snapshot_id):
                 rows.find_snapshot(txn, snapshot_id)
+            case NoteUpdated(record, fields):
+                note_updated(txn, record, fields)
+            case NoteRestored(snapshot):
+                note_snapshot(txn, snapshot, "restored")
 
     def _add(self, txn: Txn, new: AddInstance) -> InstanceRecord:
         record = new.record
@@ -279,6 +306,7 @@ class Ledger:
             ports=record.ports or assign_ports(spec.volumes),  # a fork's disks are on the same ports as its source's
         )
         rows.insert(txn, record)
+        note_created(txn, record, new.origin)
         self._leases.take(txn, record, new.ports)
         if record.digest:
             self._images.pin(txn, record.digest, record.id)
@@ -296,6 +324,7 @@ class Ledger:
 
     def _remove(self, record: InstanceRecord, txn: Txn) -> None:
         rows.remove(txn, record)
+        note_deleted(txn, record)
         self._leases.drop(txn, record.id)
         self._images.unpin(txn, record.id)
         self._devices.release(txn, record.id)
@@ -311,6 +340,7 @@ class Ledger:
         if is_read(row.id):
             raise Conflict(f"snapshot {row.id} is being read by a fork or restore")
         txn.delete(SNAPSHOTS, row.id)
+        note_snapshot(txn, row, "deleted")
         holder = captures.of_snapshot(row.id)
         captures.let_go(txn, row.capture, holder)
         self._images.unpin(txn, holder)

@@ -35,6 +35,7 @@ from hypeman.instances.ledger import (
     ImagePins,
     LeaseRows,
     Ledger,
+    NoteUpdated,
     SealSecrets,
     SecretRows,
     SetPorts,
@@ -447,12 +448,16 @@ class Instances:
         if values:
             self._secrets.check(record.spec, values)
 
-        sealed = (SealSecrets(record.id, values),) if values else ()
         changed = msgspec.structs.replace(record, **changes)
+        fields = [name for name in ("expires_at", *policies) if name in changes or name in policies]
+        fields += [name for name, given in (("env", values), ("ports", ports is not None)) if given]
+        also: list[Change] = [SealSecrets(record.id, values)] if values else []
+        if fields:
+            also.append(NoteUpdated(changed, tuple(fields)))
         if ports is None:
-            await owned.save(changed, *sealed)
+            await owned.save(changed, *also)
         else:
-            await self._publish(owned, changed, ports, *sealed)
+            await self._publish(owned, changed, ports, *also)
         if values:
             await self._secrets.refresh(record.id)
         self._reaper.look()

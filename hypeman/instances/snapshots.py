@@ -26,7 +26,15 @@ from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import Tags, check_name, check_tags, new_id, tags_match
 from hypeman.instances.forks import Forks, check_forkable, run_again
-from hypeman.instances.ledger import AddSnapshot, CompressCapture, Ledger, PinImage, RequireSnapshot, ShareCapture
+from hypeman.instances.ledger import (
+    AddSnapshot,
+    CompressCapture,
+    Ledger,
+    NoteRestored,
+    PinImage,
+    RequireSnapshot,
+    ShareCapture,
+)
 from hypeman.instances.life.operations.copies import copied_out, revert
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.machine.machine import Machine
@@ -211,6 +219,7 @@ class Snapshots:
             record,
             RequireSnapshot(row.id),  # it may be deleted while its disks are copied
             PinImage(record.digest, record.id),
+            NoteRestored(row),
             *shared,
         )
 

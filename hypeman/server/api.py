@@ -8,7 +8,8 @@
         return await services.devices.get(id)
 
 The signature is the declaration: ``body`` is decoded from JSON into its annotation (or is the
-UploadStream), ``query`` likewise from the query string; every other parameter is a path parameter.
+UploadStream), ``query`` likewise from the query string, ``context`` is the Context; every other
+parameter is a path parameter.
 A ``body`` with the default None is optional. The return annotation is the response type, the
 docstring the documentation. The server (``app.py``) and the document (``openapi.py``) both use the
 Operation created here, so that they cannot disagree. Pure: independent of the web framework.
@@ -26,7 +27,7 @@ from typing import Any, Protocol, TypedDict, Unpack
 from msgspec import Struct
 
 from hypeman.telemetry.metrics import InstanceVerb
-from hypeman.tokens import Scope
+from hypeman.tokens import Caller, Scope
 
 _PATH_PARAMETER = re.compile(r"{(\w+)}")
 
@@ -62,6 +63,14 @@ SSE_HEADERS = {"Cache-Control": "no-cache", "Connection": "keep-alive", "X-Accel
 """Headers of an event stream: proxies must not cache or buffer it."""
 
 
+class Context(Struct, frozen=True):
+    """The request as a handler sees it, if it has a parameter ``context``."""
+
+    caller: Caller
+    header: Callable[[str], str | None]
+    """The value of a request header; None if it is absent."""
+
+
 class Operation(Struct, frozen=True, kw_only=True):
     """One method on one path."""
 
@@ -70,8 +79,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     """Path template with ``{name}`` for parameters."""
     name: str
     tag: str
-    scope: Scope | None
-    """None: no authentication."""
+    scopes: tuple[Scope, ...]
+    """The caller must have one of them. Empty: no authentication."""
     handler: Callable[..., Awaitable[Any]]
     summary: str
     description: str
@@ -90,6 +99,11 @@ class Operation(Struct, frozen=True, kw_only=True):
     unlimited: bool
     """No time limit: a stream, or a wait requested by the client."""
     headers: dict[str, str]
+    request_headers: dict[str, str] = {}
+    """Request headers that the handler reads, with their descriptions."""
+    takes_context: bool = False
+    or_list: Any = None
+    """What the handler may return instead of an EventStream, as JSON."""
 
 
 class Options(TypedDict, total=False):
@@ -101,6 +115,11 @@ class Options(TypedDict, total=False):
     unlimited: bool
     headers: dict[str, str] | None
     measure: InstanceVerb | None
+    request_headers: dict[str, str]
+
+
+_Scopes = Scope | tuple[Scope, ...] | None
+"""One scope, several of which one is enough, or None for no authentication."""
 
 
 class Routes:
@@ -110,26 +129,26 @@ class Routes:
         self.tag = tag
         self.operations: list[Operation] = []
 
-    def get(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
+    def get(self, path: str, scope: _Scopes, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("GET", path, scope, **options)
 
-    def post(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
+    def post(self, path: str, scope: _Scopes, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("POST", path, scope, **options)
 
-    def put(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
+    def put(self, path: str, scope: _Scopes, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("PUT", path, scope, **options)
 
-    def patch(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
+    def patch(self, path: str, scope: _Scopes, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("PATCH", path, scope, **options)
 
-    def delete(self, path: str, scope: Scope | None, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
+    def delete(self, path: str, scope: _Scopes, **options: Unpack[Options]) -> Callable[[_Handler], _Handler]:
         return self.declare("DELETE", path, scope, **options)
 
     def declare(
         self,
         method: str,
         path: str,
-        scope: Scope | None,
+        scope: _Scopes,
         *,
         status: int | None = None,
         fails: tuple[int, ...] = (),
@@ -137,10 +156,11 @@ class Routes:
         unlimited: bool = False,
         headers: dict[str, str] | None = None,
         measure: InstanceVerb | None = None,
+        request_headers: dict[str, str] | None = None,
     ) -> Callable[[_Handler], _Handler]:
         def declare(handler: _Handler) -> _Handler:
             hints = typing.get_type_hints(handler, include_extras=True)
-            answer = hints["return"] if hints["return"] is not types.NoneType else None
+            answer, or_list = _answer_of(hints["return"])
             body, body_required = _body_of(handler, hints)
             doc = inspect.getdoc(handler) or ""
             summary, _, description = doc.partition("\n\n")
@@ -150,7 +170,7 @@ class Routes:
                     path=path,
                     name=handler.__name__,
                     tag=self.tag,
-                    scope=scope,
+                    scopes=(scope,) if isinstance(scope, Scope) else scope or (),
                     handler=handler,
                     summary=" ".join(summary.split()),
                     description=" ".join(description.split()),
@@ -165,6 +185,9 @@ class Routes:
                     unlimited=unlimited,
                     headers=headers or {},
                     measure=measure,
+                    request_headers=request_headers or {},
+                    takes_context="context" in hints,
+                    or_list=or_list,
                 )
             )
             return handler
@@ -173,6 +196,16 @@ class Routes:
 
 
 _Handler = typing.TypeVar("_Handler", bound=Callable[..., Awaitable[Any]])
+
+
+def _answer_of(hint: Any) -> tuple[Any, Any]:
+    """The type of the response, None for no content, and the alternative to an event stream."""
+    if hint is types.NoneType:
+        return None, None
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+    if EventStream in members:
+        return EventStream, next(kind for kind in members if kind is not EventStream)
+    return hint, None
 
 
 def _body_of(handler: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, bool]:

@@ -18,13 +18,15 @@ from typing import Any
 
 import msgspec
 import trio
+from msgspec import UNSET
 from quart import Response, has_request_context, request, websocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import WebsocketMismatch
 
+from hypeman.actor import Actor, set_actor
 from hypeman.server import errors, exchange
-from hypeman.server.api import EventStream, Operation, UploadStream
+from hypeman.server.api import Context, EventStream, Operation, UploadStream
 from hypeman.server.connection import Connection
 from hypeman.server.decode import decode_body, decode_query, decode_segment
 from hypeman.server.errors import BodyTooLarge, BodyTooSlow, TooManyBodies, status_failure
@@ -32,6 +34,7 @@ from hypeman.server.exchange import (
     DISCONNECTED,
     Reply,
     ServerSettings,
+    caller_fields,
     failed,
     failure_from,
     log_request,
@@ -43,7 +46,7 @@ from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConn
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.services import Services
 from hypeman.server.streams import WEBSOCKETS
-from hypeman.tokens import LOCAL, Caller, Scope, Verifier, check_scope
+from hypeman.tokens import LOCAL, NOBODY, Caller, Scope, Verifier, check_scope
 
 MAX_JSON_BODY = 2 * 2**20
 """Bytes. The largest realistic request, a create with a long environment, has about 100 KB."""
@@ -103,7 +106,7 @@ class ApiApp(QuartTrio):
         async def session(**segments: str) -> Response | None:
             failure = None
             try:
-                check_scope(self._caller(websocket), scope)
+                self._admit(websocket, scope)
                 await handler(self.services, websocket, *(decode_segment(value) for value in segments.values()))
             except Exception as error:
                 failure = failure_from(error)
@@ -114,15 +117,14 @@ class ApiApp(QuartTrio):
     async def handle_request(self, request: Any) -> Any:
         """Handle one request, with its log line and metrics count."""
         started = time.perf_counter()
-        request_id = exchange.request_id(request.headers.get("X-Request-Id", ""))
         status = DISCONNECTED
         try:
             response = await super().handle_request(request)
             status = response.status_code
-            response.headers["X-Request-Id"] = request_id
+            response.headers["X-Request-Id"] = _request_id(request)
             return response
         finally:
-            _tell(request, request.method, status, time.perf_counter() - started, request_id)
+            _tell(request, request.method, status, time.perf_counter() - started)
 
     async def handle_websocket(self, websocket: Any) -> Any:
         started = time.perf_counter()
@@ -133,17 +135,27 @@ class ApiApp(QuartTrio):
                 status = response.status_code
             return response
         finally:
-            request_id = exchange.request_id(websocket.headers.get("X-Request-Id", ""))
-            _tell(websocket, "WS", status, time.perf_counter() - started, request_id)
+            _tell(websocket, "WS", status, time.perf_counter() - started)
 
     async def handle_exception(self, error: Exception) -> Response:
         """Handle an exception that neither a route nor an HTTP exception handler caught: a bug."""
         return _response(failed(failure_from(error)))
 
-    def _caller(self, connection: Any) -> Caller:
-        if (here := _connection(connection)) is not None and here.trusted:
-            return LOCAL
-        return self._verifier.caller(connection.headers.get("Authorization"))
+    def _admit(self, asked: Any, *scopes: Scope) -> Caller:
+        """The caller, if it has one of ``scopes``: from here on it is the actor of what the request changes.
+
+        Raises Unauthorized, Forbidden.
+        """
+        here = _connection(asked)
+        if here is not None and here.trusted:
+            caller = LOCAL
+        else:
+            caller = self._verifier.caller(asked.headers.get("Authorization"))
+        address, uid = here.peer if here is not None else (UNSET, UNSET)
+        actor = asked.scope["hypeman.actor"] = Actor(caller.subject, address, uid, _request_id(asked))
+        set_actor(actor)
+        check_scope(caller, *scopes)
+        return caller
 
 
 def _rule(path: str) -> str:
@@ -160,7 +172,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
         decoder = msgspec.json.Decoder(operation.body)
     limit = float("inf") if operation.unlimited else app.settings.request_timeout
 
-    async def arguments(segments: dict[str, str]) -> dict[str, Any]:
+    async def arguments(segments: dict[str, str], caller: Caller) -> dict[str, Any]:
         found: dict[str, Any] = {name: decode_segment(value) for name, value in segments.items()}
         if operation.query is not None:
             found["query"] = decode_query(request.query_string, operation.query)
@@ -170,16 +182,17 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
             data = await _read_json_body(app.held_bodies)
             if data or operation.body_required:
                 found["body"] = decode_body(data, decoder)
+        if operation.takes_context:
+            found["context"] = Context(caller, request.headers.get)
         return found
 
     async def view(**segments: str) -> Response:
         failure = errors.TIMED_OUT
         with trio.move_on_after(limit):
             try:
-                if operation.scope is not None:
-                    check_scope(app._caller(request), operation.scope)
+                caller = app._admit(request, *operation.scopes) if operation.scopes else NOBODY
                 with measured(operation):
-                    answer = await operation.handler(app.services, **await arguments(segments))
+                    answer = await operation.handler(app.services, **await arguments(segments, caller))
                 if isinstance(answer, EventStream):
                     return _event_stream(operation, answer)
                 return _response(reply_to(operation, answer))
@@ -244,8 +257,18 @@ async def _answer_http_exception(error: HTTPException) -> Response:
     return _response(failed(status_failure(status, message, headers)))
 
 
-def _tell(connection: Any, method: str, status: int, seconds: float, request_id: str) -> None:
-    log_request(method, _template(connection), status, seconds, request_id, connection.view_args or {})
+def _request_id(asked: Any) -> str:
+    """The same for the whole request."""
+    found = asked.scope.get("hypeman.request_id")
+    if found is None:
+        found = asked.scope["hypeman.request_id"] = exchange.request_id(asked.headers.get("X-Request-Id", ""))
+    return str(found)
+
+
+def _tell(asked: Any, method: str, status: int, seconds: float) -> None:
+    actor, here = asked.scope.get("hypeman.actor"), _connection(asked)
+    who = caller_fields(actor.subject if actor is not None else None, here)
+    log_request(method, _template(asked), status, seconds, _request_id(asked), asked.view_args or {}, who)
 
 
 def _template(connection: Any) -> str:

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct
 
 from hypeman.errors import HypemanError
 from hypeman.server import errors
 from hypeman.server.api import Operation, Page
+from hypeman.server.connection import Connection
 from hypeman.server.errors import Failure, failure_of, told_error
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import blank_text, log_fields
@@ -52,6 +53,8 @@ class Reply(Struct, frozen=True):
 
 def reply_to(operation: Operation, answer: Any) -> Reply:
     """The response of an operation whose handler returned ``answer``; not for event streams."""
+    if operation.or_list is not None:
+        return Reply(operation.status, _encode(answer))
     if isinstance(answer, Page):
         return Reply(operation.status, answer.content, answer.media_type, operation.headers)
     if operation.answer is None:
@@ -96,8 +99,27 @@ def request_id(given: str) -> str:
     return os.urandom(8).hex()
 
 
+def caller_fields(subject: str | None, connection: Connection | None) -> dict[str, Any]:
+    """Who called, for the log: the subject if authenticated, and the address, or user id on the unix socket."""
+    address, uid = connection.peer if connection is not None else (UNSET, UNSET)
+    fields: dict[str, Any] = {}
+    if subject is not None:
+        fields["subject"] = subject
+    if address is not UNSET:
+        fields["address"] = address
+    if uid is not UNSET:
+        fields["uid"] = uid
+    return fields
+
+
 def log_request(
-    method: str, route: str, status: int, seconds: float, request_id: str, segments: Mapping[str, str]
+    method: str,
+    route: str,
+    status: int,
+    seconds: float,
+    request_id: str,
+    segments: Mapping[str, str],
+    caller: Mapping[str, Any],
 ) -> None:
     """The log line and the metrics of one request; ``route`` is the operation's path template, never the requested
     path, to bound the number of series. ``segments`` are the path parameters as the client wrote them."""
@@ -108,5 +130,5 @@ def log_request(
         _log,
         "request",
         {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)},
-        {"request_id": request_id, **{f"path_{name}": value for name, value in segments.items()}},
+        {"request_id": request_id, **caller, **{f"path_{name}": value for name, value in segments.items()}},
     )

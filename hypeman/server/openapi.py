@@ -49,7 +49,11 @@ class _Schemas:
     """The schemas of all types that the operations use."""
 
     def __init__(self, operations: tuple[Operation, ...]) -> None:
-        mentioned = [kind for operation in operations for kind in (operation.body, operation.answer, operation.query)]
+        mentioned = [
+            kind
+            for operation in operations
+            for kind in (operation.body, operation.answer, operation.or_list, operation.query)
+        ]
         wanted = [kind for kind in dict.fromkeys([ErrorBody, *mentioned]) if kind not in _NOT_SCHEMAS]
         found, components = msgspec.json.schema_components(wanted, ref_template="#/components/schemas/{name}")
         self._found: dict[Any, dict[str, Any]] = dict(zip(wanted, found, strict=True))
@@ -72,17 +76,18 @@ def _operation(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
         "operationId": operation.name,
         "tags": [operation.tag],
         "summary": operation.summary,
-        "parameters": [*_path_parameters(operation), *_query_parameters(operation, schemas)],
+        "parameters": [
+            *_path_parameters(operation),
+            *_query_parameters(operation, schemas),
+            *_header_parameters(operation),
+        ],
         "responses": _responses(operation, schemas),
     }
     if operation.description:
         described["description"] = operation.description
     if operation.body is not None:
         described["requestBody"] = _request_body(operation, schemas)
-    if operation.scope is not None:
-        described["security"] = [{"bearerAuth": [str(operation.scope)]}]
-    else:
-        described["security"] = []
+    described["security"] = [{"bearerAuth": [str(scope)]} for scope in operation.scopes]
     return described
 
 
@@ -106,6 +111,13 @@ def _query_parameters(operation: Operation, schemas: _Schemas) -> list[dict[str,
     return parameters
 
 
+def _header_parameters(operation: Operation) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
+        for name, text in operation.request_headers.items()
+    ]
+
+
 def _request_body(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     if operation.body is UploadStream:
         return {"required": True, "content": {"application/octet-stream": {}}}
@@ -117,16 +129,18 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
     if operation.answer in (EventStream, Page):
         success["content"] = {operation.media_type: {}}
+        if operation.or_list is not None:
+            success["content"]["application/json"] = {"schema": schemas.of(operation.or_list)}
     elif operation.answer is not None:
         success["content"] = {operation.media_type: {"schema": schemas.of(operation.answer)}}
     failures = set(operation.fails)
     if operation.path_parameters or operation.query is not None:
         failures.add(400)
-    if operation.scope is not None:
+    if operation.scopes:
         failures |= {401, 403, 500}
     if operation.body not in (None, UploadStream):
         failures |= {400, 408, 413, 503}
-    if not operation.unlimited and operation.scope is not None:
+    if not operation.unlimited and operation.scopes:
         failures.add(504)
     error = {"application/json": {"schema": schemas.of(ErrorBody)}}
     return {str(operation.status): success} | {

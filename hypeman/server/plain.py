@@ -43,6 +43,7 @@ from hypeman.server.exchange import (
     DISCONNECTED,
     Reply,
     ServerSettings,
+    caller_fields,
     failed,
     failure_from,
     log_request,
@@ -93,7 +94,8 @@ class PlainRoutes:
         self._by_length: dict[int, list[tuple[tuple[str, ...], Operation]]] = {}
         for operation in operations:
             template = tuple(operation.path.split("/")[1:])
-            if operation.method == "GET" and operation.answer is not EventStream and all(template):
+            simple = operation.answer is not EventStream and not operation.takes_context
+            if operation.method == "GET" and simple and all(template):
                 self._by_length.setdefault(len(template), []).append((template, operation))
         for templates in self._by_length.values():  # a fixed segment goes before a parameter, from the left
             templates.sort(key=lambda each: [part.startswith("{") for part in each[0]])
@@ -180,6 +182,8 @@ class PlainConnection(TCPServer):
         self._watching: trio.CancelScope | None = None
         self._timed_out = False
         self._request_id = ""
+        self._subject: str | None = None
+        """Of the caller, once authenticated."""
 
     async def _read_data(self) -> None:
         late: Reply | None = None
@@ -268,7 +272,7 @@ class PlainConnection(TCPServer):
 
     async def _exchange(self, found: Found, headers: Headers) -> Reply:
         started = time.perf_counter()
-        self._request_id = request_id(headers.request_id)
+        self._request_id, self._subject = request_id(headers.request_id), None
         status = DISCONNECTED
         try:
             reply = await self._reply(found, headers)
@@ -287,15 +291,18 @@ class PlainConnection(TCPServer):
                 time.perf_counter() - started,
                 self._request_id,
                 found.segments,
+                caller_fields(self._subject, self._connection),
             )
 
     async def _reply(self, found: Found, headers: Headers) -> Reply:
         operation, routes = found.operation, self._routes
         assert routes is not None
         try:
-            if operation.scope is not None:
+            if operation.scopes:
                 trusted = self._connection.trusted
-                check_scope(LOCAL if trusted else routes.verifier.caller(headers.authorization), operation.scope)
+                caller = LOCAL if trusted else routes.verifier.caller(headers.authorization)
+                self._subject = caller.subject
+                check_scope(caller, *operation.scopes)
             with measured(operation):
                 arguments: dict[str, Any] = {name: decode_segment(value) for name, value in found.segments.items()}
                 if operation.query is not None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
 from hypeman.egress.types import EgressPolicy, EgressRecord
+from hypeman.events.types import Event, EventFilter
 from hypeman.guest.types import PathInfo
 from hypeman.images.types import CreateImageRequest, Image, Progress
 from hypeman.instances.model.snapshot_types import (
@@ -208,6 +210,29 @@ class EgressService(Protocol):
         ...
 
 
+class EventFollower(Protocol):
+    """Batches of events as they are logged; an empty one now and then. ``cursor`` is how far the log was read."""
+
+    @property
+    def cursor(self) -> int: ...
+    def __aiter__(self) -> AsyncIterator[Sequence[Event]]: ...
+    async def __anext__(self) -> Sequence[Event]: ...
+    async def aclose(self) -> None: ...
+
+
+class EventService(Protocol):
+    """The log of life-cycle changes. Raises CursorGone for a cursor that it does not reach back to."""
+
+    @property
+    def last(self) -> int:
+        """Cursor of the newest event."""
+        ...
+
+    def cursor_before(self, time: datetime) -> int: ...
+    def follow(self, cursor: int, wanted: EventFilter) -> EventFollower: ...
+    async def list(self, cursor: int, wanted: EventFilter, limit: int) -> Sequence[Event]: ...
+
+
 class CapabilityService(Protocol):
     async def get(self) -> Capabilities: ...
 
@@ -222,5 +247,6 @@ class Services:
     volumes: VolumeService
     devices: DeviceService
     egress: EgressService
+    events: EventService
     resources: ResourceService
     capabilities: CapabilityService

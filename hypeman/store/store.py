@@ -31,6 +31,7 @@ import outcome
 import trio
 
 from hypeman import __version__
+from hypeman.actor import current_actor
 from hypeman.errors import HypemanError, StoreError
 from hypeman.store.schema import MIGRATIONS, SCHEMA, SCHEMA_VERSION, Migration, SchemaRow
 from hypeman.store.tables import Txn
@@ -46,10 +47,11 @@ _MAX_BATCH = 256
 class _Write(Generic[R]):
     """A queued write function and its result."""
 
-    __slots__ = ("done", "fn", "result")
+    __slots__ = ("actor", "done", "fn", "result")
 
     def __init__(self, fn: Callable[[Txn], R]) -> None:
         self.fn = fn
+        self.actor = current_actor()
         self.done = trio.Event()
         self.result: outcome.Outcome[R] | None = None
 
@@ -66,6 +68,8 @@ class Store:
         """Held while the map is replaced by a larger one, when no reader may be active."""
         self._closed = False
         self.commits = 0
+        self.committed = trio.Event()
+        """Set by the next commit, and then replaced. Take it before reading, to miss no change."""
 
     @classmethod
     def open(
@@ -202,6 +206,8 @@ class Store:
                 await trio.to_thread.run_sync(self._commit, batch)
             for write in batch:
                 write.done.set()
+            self.committed.set()
+            self.committed = trio.Event()
         if not self._closed:
             self._work = trio.Event()
 
@@ -211,7 +217,7 @@ class Store:
             try:
                 with self._env.begin(write=True) as txn:
                     for write in batch:
-                        write.result = self._run_one(txn, write.fn)
+                        write.result = self._run_one(txn, write)
                 self.commits += 1
                 return
             except lmdb.MapFullError:
@@ -222,10 +228,10 @@ class Store:
                     write.result = outcome.Error(failure)
                 return
 
-    def _run_one(self, parent: lmdb.Transaction, fn: Callable[[Txn], R]) -> outcome.Outcome[R]:
+    def _run_one(self, parent: lmdb.Transaction, write: _Write[R]) -> outcome.Outcome[R]:
         child = self._env.begin(write=True, parent=parent)
         try:
-            value = fn(Txn(child))
+            value = write.fn(Txn(child, write.actor))
             child.commit()
         except lmdb.MapFullError:
             child.abort()

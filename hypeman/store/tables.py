@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 import lmdb
 import msgspec
 
+from hypeman.actor import Actor
 from hypeman.errors import StoreError
 
 T = TypeVar("T")
@@ -46,8 +47,10 @@ class Table(Generic[T]):
 class Txn:
     """One transaction. Valid only inside the function that was given it; never keep it."""
 
-    def __init__(self, txn: lmdb.Transaction) -> None:
+    def __init__(self, txn: lmdb.Transaction, actor: Actor | None = None) -> None:
         self._txn = txn
+        self.actor = actor
+        """Who requested this write; None if the server acts on its own."""
 
     def get(self, table: Table[T], key: str) -> T | None:
         value = self._txn.get(table.key(key))

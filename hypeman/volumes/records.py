@@ -9,11 +9,14 @@ in the transaction that changes the instance.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 
 import msgspec
 
+from hypeman import events
 from hypeman.errors import Ambiguous, Conflict, NotFound
+from hypeman.events.types import Datum
 from hypeman.ids import Tags
 from hypeman.store import Table, Txn
 
@@ -68,8 +71,30 @@ def attach(txn: Txn, attachment: Attachment) -> None:
             mode = "read-only" if other.readonly else "read-write"
             raise Conflict(f"volume {volume.id!r} is attached {mode} to instance {other.instance_id}")
     txn.put(ATTACHMENTS, f"{attachment.volume_id}/{attachment.instance_id}", attachment)
+    data: dict[str, Datum] = {"mount_path": attachment.mount_path, "readonly": attachment.readonly}
+    note(txn, volume, "attached", data, attachment.instance_id)
 
 
 def detach(txn: Txn, volume_id: str, instance_id: str) -> bool:
     """Remove an attachment; returns whether there was one."""
-    return txn.delete(ATTACHMENTS, f"{volume_id}/{instance_id}")
+    removed = txn.delete(ATTACHMENTS, f"{volume_id}/{instance_id}")
+    volume = txn.get(VOLUMES, volume_id)
+    if removed and volume is not None:
+        note(txn, volume, "detached", {}, instance_id)
+    return removed
+
+
+def note(
+    txn: Txn, volume: VolumeRecord, action: str, data: Mapping[str, Datum] | None = None, instance_id: str = ""
+) -> None:
+    """Record an event about ``volume``."""
+    events.record(
+        txn,
+        events.Kind.VOLUME,
+        action,
+        volume.id,
+        name=volume.name,
+        instance_id=instance_id,
+        tags=volume.tags,
+        data=data,
+    )

@@ -25,7 +25,7 @@ from hypeman.store import Store, Txn
 from hypeman.telemetry import metrics
 from hypeman.units import format_size
 from hypeman.volumes.archive import spooled
-from hypeman.volumes.records import VOLUMES, Attachment, VolumeRecord, attachments_of, find_volume
+from hypeman.volumes.records import VOLUMES, Attachment, VolumeRecord, attachments_of, find_volume, note
 from hypeman.volumes.types import CreateVolumeRequest, Volume, VolumeAttachment
 
 _ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}")
@@ -109,6 +109,7 @@ class Volumes:
             if attached:
                 raise Conflict(f"volume {record.id!r} is attached to instance {attached[0].instance_id}")
             txn.delete(VOLUMES, record.id)
+            note(txn, record, "deleted")
             return record
 
         record = await self._store.write(remove)
@@ -158,6 +159,7 @@ class Volumes:
     def _insert(self, txn: Txn, record: VolumeRecord) -> None:
         self._check_room(txn, record)
         txn.put(VOLUMES, record.id, record)
+        note(txn, record, "created", {"size_gb": record.size_gb})
 
 
 def _taken(identifier: str) -> AlreadyExists:

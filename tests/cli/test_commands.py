@@ -476,7 +476,7 @@ def test_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "permissions" not in jwt.decode(run().stdout.strip(), SECRET, ["HS256"])
     assert "unknown scope" in run("--scopes", "fly").stderr
     listed = run("--list-scopes").stdout.split()
-    assert {operation.scope for operation in OPERATIONS if operation.scope} <= set(listed)
+    assert {scope for operation in OPERATIONS for scope in operation.scopes} <= set(listed)
 
 
 def test_an_upload_that_is_refused_says_why(server: Any, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from hypeman.errors import (
     NameConflict,
     NotFound,
 )
+from hypeman.events.types import Event, EventFilter, EventObject, Kind
 from hypeman.guest.types import PathInfo
 from hypeman.ids import new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
@@ -624,6 +625,60 @@ class FakeEgress:
         return stream
 
 
+@dataclass
+class FakeEvents:
+    """What is in ``logged``; followers get it in one batch, then one heartbeat, or ``failure``."""
+
+    logged: list[Event] = field(default_factory=list)
+    failure: HypemanError | None = None
+
+    def add(self, kind: Kind, action: str, name: str, **more: Any) -> Event:
+        event = Event(
+            cursor=self.last + 1, time=datetime.now(UTC), type=f"{kind}.{action}", object=EventObject(kind, name, name),
+            **more,
+        )  # fmt: skip
+        self.logged.append(event)
+        return event
+
+    @property
+    def last(self) -> int:
+        return self.logged[-1].cursor if self.logged else 0
+
+    def cursor_before(self, time: datetime) -> int:
+        return sum(event.time < time for event in self.logged)
+
+    async def list(self, cursor: int, wanted: EventFilter, limit: int) -> list[Event]:
+        return [event for event in self.logged if event.cursor > cursor and wanted.fits(event)][:limit]
+
+    def follow(self, cursor: int, wanted: EventFilter) -> FakeFollower:
+        return FakeFollower(self, cursor, wanted)
+
+
+@dataclass
+class FakeFollower:
+    events: FakeEvents
+    cursor: int
+    wanted: EventFilter
+    quiet: bool = False
+
+    def __aiter__(self) -> FakeFollower:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        await trio.lowlevel.checkpoint()
+        if self.events.failure is not None:
+            raise self.events.failure
+        cursor, self.cursor = self.cursor, self.events.last
+        batch = await self.events.list(cursor, self.wanted, 1000)
+        if not batch and self.quiet:
+            await trio.sleep_forever()
+        self.quiet = not batch
+        return batch
+
+    async def aclose(self) -> None:
+        pass
+
+
 class FakeResources:
     async def get(self) -> Resources:
         def status(kind: str, capacity: int) -> ResourceStatus:
@@ -672,6 +727,7 @@ class FakeWorld:
         self.volumes = FakeVolumes()
         self.devices = FakeDevices()
         self.egress = FakeEgress(self.instances)
+        self.events = FakeEvents()
 
     @property
     def services(self) -> Services:
@@ -682,6 +738,7 @@ class FakeWorld:
             volumes=self.volumes,
             devices=self.devices,
             egress=self.egress,
+            events=self.events,
             resources=FakeResources(),
             capabilities=FakeCapabilities(),
         )

@@ -18,6 +18,7 @@ import trio
 import trio.lowlevel
 
 from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
+from hypeman.events.log import read_after
 from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmState
@@ -348,6 +349,24 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
     holding = lab.store.read(lambda txn: dict(txn.scan(HOLDINGS)))
     assert set(holding) == set(records), where
     assert {i for i, h in holding.items() if h.vcpus} == alive, where
+    assert told_states(lab) == {i: row.state.value for i, row in records.items()}, where
+
+
+def told_states(lab: Lab) -> dict[str, object]:
+    """The state of every instance, from nothing but the events."""
+    states: dict[str, object] = {}
+    for event in lab.store.read(lambda txn: read_after(txn, 0, 100_000)):
+        about, data = event.object.id, event.data or {}
+        match event.type:
+            case "instance.created":
+                assert about not in states
+                states[about] = data["state"]
+            case "instance.state_changed":
+                assert states[about] == data["from"]
+                states[about] = data["to"]
+            case "instance.deleted":
+                del states[about]
+    return states
 
 
 async def clean_up(lab: Lab, instances: Instances) -> None:

@@ -98,7 +98,8 @@ def requests(rng: random.Random, count: int) -> list[bytes]:
         "x.y.z",
     ]
     values = ["web", "vm-1", "nobody", "a%2Fb", "a%00", "%ff", "..", "%zz", "a+b", "x" * 100, "docker.io%2Fa%3Ab", "ü"]
-    paths = [operation.path for operation in OPERATIONS] + ["/nowhere", "/", "//health", "/health/", "/instances//stat"]
+    paths = [operation.path for operation in OPERATIONS if operation.path != "/events"]  # it has no end either
+    paths += ["/nowhere", "/", "//health", "/health/", "/instances//stat"]
     queries = ["", "", "", "?", "?state=Running", "?state=Flying", "?tags[team]=x", "?tags%5Bteam%5D=x&tags=y",
                "?all=true", "?path=/etc", "?path=%2Fetc&follow_links=maybe", "?x=%ff", "?state=Running&timeout=1s",
                "?timeout=soon&state=Running", "?a=" + "&a=" * 300]  # fmt: skip

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
+from hypeman.actor import acting, current_actor
 from hypeman.errors import HypemanError, InternalError, InvalidState, NotFound
 from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.news import take_news
@@ -52,11 +53,12 @@ def overtakes(command: Command | None, other: Command | None) -> bool:
 class Job(Generic[R]):
     """A queued command."""
 
-    __slots__ = ("action", "command", "done", "error", "value")
+    __slots__ = ("action", "actor", "command", "done", "error", "value")
 
     def __init__(self, command: Command | None, action: Callable[[], Awaitable[R]]) -> None:
         self.command = command
         self.action = action
+        self.actor = current_actor()
         self.done = trio.Event()
         self.value: R | None = None
         self.error: BaseException | None = None
@@ -64,7 +66,8 @@ class Job(Generic[R]):
     async def run(self) -> None:
         """Run the action and hand its result or error to the waiter."""
         try:
-            self.value = await self.action()
+            with acting(self.actor):
+                self.value = await self.action()
         except Exception as error:
             self.error = error
             if not isinstance(error, HypemanError):
@@ -144,6 +147,10 @@ class Lifecycle:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the instance until it is deleted. Reports started once the leftovers of a crash are settled."""
+        with acting(None):  # the request that started this task does not cause what follows later
+            await self._run(task_status)
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 self._owned.nursery = nursery
