@@ -71,6 +71,8 @@ _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _GROUP_LINK, _GROUP_ROUTE, _GROUP_NETCONF = 1, 7, 24
 _NEW_NETCONF, _NETCONF_FORWARDING = 80, 2
 
+_RUN = Path("/run/hypeman")
+
 TUN_DEVICE = "/dev/net/tun"
 TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 TAP_FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
@@ -187,6 +189,11 @@ class Links:
     async def forward(self, names: Iterable[str]) -> None:
         """Enable forwarding of packets that arrive on ``names``."""
         await self._in_thread(_forward, list(names))
+
+    async def stop_forwarding(self) -> None:
+        """Disable it again on the interfaces, TAPs apart, where ``forward`` of this or an earlier process enabled it;
+        not if the host has become a router by other means since."""
+        await self._in_thread(_stop_forwarding)
 
     async def ours(self) -> dict[str, Link]:
         """All links with our prefixes, by name."""
@@ -322,10 +329,37 @@ def _read(path: str) -> str:
 
 def _forward(names: list[str]) -> None:
     for name in names:
-        switch = Path(f"/proc/sys/net/ipv4/conf/{name}/forwarding")
+        switch = _forwarding_switch(name)
         with contextlib.suppress(FileNotFoundError):  # the configured uplink does not exist
             if switch.read_text().strip() != "1":
+                if not name.startswith(TAP_PREFIX):
+                    _note_switched(name)
                 switch.write_text("1")
+
+
+def _stop_forwarding() -> None:
+    note = _namespace_file(_RUN, "forwarding")
+    if _read("/proc/sys/net/ipv4/conf/all/forwarding") != "1":
+        for name in set(_read(str(note)).split()):
+            with contextlib.suppress(FileNotFoundError):
+                _forwarding_switch(name).write_text("0")
+    note.unlink(missing_ok=True)
+
+
+def _note_switched(name: str) -> None:
+    """Before the switch is turned, so that it is turned back after a crash. Neither survives a reboot."""
+    _RUN.mkdir(mode=0o755, exist_ok=True)
+    descriptor = open_regular(_namespace_file(_RUN, "forwarding"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with open(descriptor, "a") as file:
+        file.write(f"{name}\n")
+
+
+def _forwarding_switch(name: str) -> Path:
+    return Path(f"/proc/sys/net/ipv4/conf/{name}/forwarding")
+
+
+def _namespace_file(directory: Path, kind: str) -> Path:
+    return directory / f"network-{os.stat('/proc/self/ns/net').st_ino}.{kind}"
 
 
 def _index(name: str) -> int:
@@ -476,8 +510,8 @@ class NamespaceClaim:
     named after the namespace's inode, in a root-owned directory, so that no other user can hold it. Raises HostError.
     """
 
-    def __init__(self, directory: Path = Path("/run/hypeman")) -> None:
-        self._path = directory / f"network-{os.stat('/proc/self/ns/net').st_ino}.lock"
+    def __init__(self, directory: Path = _RUN) -> None:
+        self._path = _namespace_file(directory, "lock")
         try:
             directory.mkdir(mode=0o755, exist_ok=True)
             self._descriptor = open_regular(self._path, os.O_RDWR | os.O_CREAT)

@@ -28,9 +28,9 @@ mv /usr/lib/hypeman.new /usr/lib/hypeman
 rm -rf /usr/lib/hypeman.old
 ln -sfn /usr/lib/hypeman/hypeman /usr/bin/hypeman
 cp "$here"/units/* /etc/systemd/system/
-mkdir -p /etc/modules-load.d /etc/sysctl.d
+mkdir -p /etc/modules-load.d
 cp "$here/modules-load.conf" /etc/modules-load.d/hypeman.conf
-cp "$here/sysctl.conf" /etc/sysctl.d/50-hypeman.conf
+rm -f /etc/sysctl.d/50-hypeman.conf # of older versions, which made the host a router
 cp "$here/config.yaml" "$here/make-config" "$here/uninstall.sh" /usr/share/hypeman/
 cp "$here/README.md" "$here/CONFIGURATION.md" "$here/CHANGELOG.md" "$here/LICENSE" "$here/openapi.json" \
     /usr/share/doc/hypeman/
@@ -43,11 +43,12 @@ cp "$here/completions/bash" /usr/share/bash-completion/completions/hypeman
 cp "$here/completions/zsh" /usr/local/share/zsh/site-functions/_hypeman
 cp "$here/completions/fish" /usr/share/fish/vendor_completions.d/hypeman.fish
 
+[ -e /etc/hypeman ] || first=yes
 /usr/share/hypeman/make-config /usr/share/hypeman/config.yaml
+[ -z "${first:-}" ] || cut -d' ' -f1 /proc/modules > /etc/hypeman/modules-before # these stay loaded at removal
 while read -r module; do
     case $module in ''|'#'*) ;; *) modprobe -q "$module" 2>/dev/null || true ;; esac
 done < "$here/modules-load.conf"
-sysctl -q -p /etc/sysctl.d/50-hypeman.conf || echo 1 > /proc/sys/net/ipv4/ip_forward
 systemctl daemon-reload
 systemctl enable --quiet hypeman.service
 systemctl start hypeman.service

@@ -92,6 +92,7 @@ LEFT = {
     "tables": "nft list tables | grep hypeman || true",
     "links": "ip -o link show | grep -E ' hmu?-' || true",
     "gateway": "ip -o address show dev lo | grep -v -e 127.0.0.1 -e ::1 || true",
+    "forwarding": "grep -lx 1 /proc/sys/net/ipv4/conf/*/forwarding /proc/sys/net/ipv4/ip_forward || true",
     "control groups": "find /sys/fs/cgroup -type d -name '*hypeman*'",
     "mounts": "grep hypeman /proc/self/mounts || true",
 }

@@ -129,6 +129,8 @@ class Namespace:
 
     def remove(self) -> None:
         subprocess.run(["ip", "netns", "del", self.name], check=True)
+        for note in Path("/run/hypeman").glob(f"network-{self.inode}.*"):
+            note.unlink()
 
 
 class Appliance:
