@@ -451,7 +451,7 @@ class Lab:
                     await nursery.start(instances.run)
                     yield instances
                     nursery.cancel_scope.cancel()
-                    assert not self.impossible
+                    assert not self.impossible, ", ".join(self.impossible)
             except* Crash:
                 scope.cancel()
 
@@ -520,7 +520,7 @@ class Lab:
     def _seen(self, record: InstanceRecord, state: InstanceState | None) -> InstanceRecord:
         before = self.states.get(record.id)
         if not is_possible(before, state):
-            self.impossible.append(f"{before} to {state}")
+            self.impossible.append(f"{before or 'new'} to {state or 'gone'}")
         self.states[record.id] = state
         return record
 

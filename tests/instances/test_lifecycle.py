@@ -22,6 +22,8 @@ from hypeman.events.log import read_after
 from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmState
+from hypeman.instances.life.owned import Owned
+from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
@@ -367,6 +369,51 @@ def told_states(lab: Lab) -> dict[str, object]:
             case "instance.deleted":
                 del states[about]
     return states
+
+
+Spoil = Callable[[Lab, InstanceRecord], Awaitable[object]]
+
+
+async def record_says_paused(lab: Lab, record: InstanceRecord) -> None:
+    """As a failed resume would leave it that forgot its record: the VM runs."""
+    paused = msgspec.structs.replace(record, state=InstanceState.PAUSED)
+    await lab.store.write(lambda txn: txn.put(INSTANCES, record.id, paused))
+
+
+async def vm_is_paused(lab: Lab, record: InstanceRecord) -> None:
+    lab.machine.of(record.id).state = VmmState.PAUSED
+
+
+async def workload_is_frozen(lab: Lab, record: InstanceRecord) -> None:
+    lab.machine.of(record.id).memory.frozen = True
+
+
+async def link_is_down(lab: Lab, record: InstanceRecord) -> None:
+    lab.machine.of(record.id).links["net0"] = False
+
+
+@pytest.mark.parametrize("spoil", [record_says_paused, vm_is_paused, workload_is_frozen, link_is_down])
+async def test_a_vm_that_is_not_as_recorded_is_noticed(lab: Lab, spoil: Spoil) -> None:
+    """Otherwise an operation that undoes half of its work would pass the matrix."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        check_owned(lab, "before")
+        await spoil(lab, instances.board.find("one"))
+        with pytest.raises(AssertionError, match="the record says"):
+            check_owned(lab, "spoiled")
+
+
+async def test_a_state_that_is_not_in_the_table_is_noticed(lab: Lab) -> None:
+    """A resume that fails must not leave Paused in the record, for example."""
+    with pytest.raises(ExceptionGroup) as caught:
+        async with lab.running() as instances:
+            await running(lab, instances)
+
+            async def pause(owned: Owned) -> None:
+                await owned.save(owned.entered(owned.record, InstanceState.PAUSED))
+
+            await instances.tasks.of("one").perform(None, pause)
+    assert caught.group_contains(AssertionError, match="Running to Paused")
 
 
 async def clean_up(lab: Lab, instances: Instances) -> None:
