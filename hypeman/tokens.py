@@ -1,4 +1,6 @@
-"""Authentication and authorization: JSON Web Tokens (§1.2) and scopes (§1.3). Pure, except for the clock in ``verify``.
+"""Authentication and authorization: JSON Web Tokens (§1.2) and scopes (§1.3).
+
+The only effect is that ``verify`` reads the clock. The module is not pure: PyJWT loads ssl.
 
 Rules:
 - Only HMAC signatures are accepted; the list of algorithms is fixed here, never taken from the token.

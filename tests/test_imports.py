@@ -67,6 +67,7 @@ PURE_MODULES = tuple(
         "guest.limits",
         "guest.protocol",
         "guest.settings",
+        "guest.session_types",
         "guest.types",
         "host.types",
         "hypervisor.interface",
@@ -80,7 +81,6 @@ PURE_MODULES = tuple(
         "images.reference",
         "images.tar",
         "images.types",
-        "instances.session_types",
         "network.addressing",
         "network.ruleset",
         "network.shaping",
@@ -103,10 +103,10 @@ IMPURE_LIBRARIES = ("trio", "lmdb", "ssl", "subprocess", "pyroute2", "quart", "h
 INSTANCES_LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(row.split())
     for row in (
-        "service snapshots forks tasks board expiry reclaim usage metrics adapters sessions",
+        "service snapshots forks tasks board expiry reclaim usage metrics adapters",
         "life machine",
         "ledger",
-        "changes rows session_types",
+        "changes rows",
         "model",
     )
 )

@@ -18,8 +18,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import TypeVar
@@ -212,7 +211,8 @@ class ExecSession:
         await trio.lowlevel.checkpoint()
 
     async def resize(self, rows: int, cols: int) -> None:
-        self._client.resize(self._session.id, rows, cols)
+        """At most 65535 each."""
+        self._client.resize(self._session.id, min(rows, 65535), min(cols, 65535))
         await trio.lowlevel.checkpoint()
 
     async def signal(self, number: int) -> None:
@@ -273,6 +273,46 @@ class CopyIn:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._client.close(self._session)
+
+
+class CopyOut:
+    """A file or tree being copied out of the guest: each entry, followed for files by the data in chunks, ``size``
+    bytes in total.
+
+    Errors of the guest are raised by the iteration: NotFound if the path does not exist, else GuestError.
+    """
+
+    def __init__(self, client: GuestClient, request: FieldWriter) -> None:
+        self._client = client
+        self._request = request
+        self._session: _Session | None = None
+        self._items: AsyncGenerator[CopyEntry | bytes, None] | None = None
+
+    async def open(self) -> None:
+        self._session = await self._client._open(Op.COPY_FROM, self._request)
+        self._items = _read_tree(self._session)
+
+    def __aiter__(self) -> CopyOut:
+        return self
+
+    async def __anext__(self) -> CopyEntry | bytes:
+        assert self._items is not None, "it is open"
+        return await self._items.__anext__()
+
+    async def aclose(self) -> None:
+        if self._session is not None:
+            self._client.close(self._session)
+        if self._items is not None:
+            await self._items.aclose()
+
+    async def __aenter__(self) -> CopyOut:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
 
 
 class GuestClient:
@@ -389,21 +429,9 @@ class GuestClient:
             writer.text(Tag.LINK_TARGET, request.link_target)
         return CopyIn(self, await self._open(Op.COPY_TO, writer))
 
-    @asynccontextmanager
-    async def copy_from(
-        self, path: str, *, follow_links: bool = False
-    ) -> AsyncIterator[AsyncIterator[CopyEntry | bytes]]:
-        """A file or tree: each entry, followed for files by the data in chunks, ``size`` bytes in total.
-
-        Errors of the guest are raised by the iteration: NotFound if ``path`` does not exist, else GuestError.
-        """
-        writer = FieldWriter().text(Tag.PATH, path).flag(Tag.FOLLOW_LINKS, follow_links)
-        session = await self._open(Op.COPY_FROM, writer)
-        try:
-            async with aclosing(_read_tree(session)) as entries:
-                yield entries
-        finally:
-            self.close(session)
+    def copy_from(self, path: str, *, follow_links: bool = False) -> CopyOut:
+        """A file or tree. Use as an async context manager, or ``open`` it."""
+        return CopyOut(self, FieldWriter().text(Tag.PATH, path).flag(Tag.FOLLOW_LINKS, follow_links))
 
     async def shutdown(self, *, grace_seconds: float | None = None, signal: int = 0) -> None:
         """Ask the guest to shut down: ``signal`` (0: the image's own) to its program, a forced kill after the grace

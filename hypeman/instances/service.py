@@ -19,7 +19,9 @@ import trio
 
 from hypeman.config import Config
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound
-from hypeman.guest.client import CopyIn, GuestClient
+from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
+from hypeman.guest.session_types import CpRequest, ExecRequest
+from hypeman.guest.sessions import open_copy_from, open_copy_to, open_exec
 from hypeman.guest.types import PathInfo
 from hypeman.host.usage import read_usage
 from hypeman.hypervisor.catalog import Catalog
@@ -75,8 +77,6 @@ from hypeman.instances.model.validate import (
 from hypeman.instances.model.view import render_instance
 from hypeman.instances.reclaim import Reclaim
 from hypeman.instances.rows import INSTANCES, INTENTS
-from hypeman.instances.session_types import CpRequest, ExecRequest
-from hypeman.instances.sessions import CopyOut, ExecSession, open_copy_to, open_exec
 from hypeman.instances.tasks import Tasks
 from hypeman.network.leases import get_lease
 from hypeman.network.ports import check_ports
@@ -518,7 +518,7 @@ class Instances:
         return await open_copy_to(await self._guest(ref), request)
 
     async def copy_from(self, ref: str, request: CpRequest) -> CopyOut:
-        return CopyOut(await self._guest(ref), request)
+        return await open_copy_from(await self._guest(ref), request)
 
     async def _guest(self, ref: str, seconds: float = SECONDS_FOR_AGENT) -> GuestClient:
         record = self.board.find(ref)

@@ -16,6 +16,8 @@ from typing import Protocol
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
 from hypeman.egress.types import EgressPolicy, EgressRecord
 from hypeman.events.types import Event, EventFilter
+from hypeman.guest.client import CopyIn, CopyOut, ExecSession
+from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import PathInfo
 from hypeman.images.types import CreateImageRequest, Image, Progress
 from hypeman.instances.model.snapshot_types import (
@@ -38,7 +40,6 @@ from hypeman.instances.model.types import (
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
-from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
 from hypeman.server.types import Capabilities
 from hypeman.volumes.types import CreateVolumeRequest, Volume
@@ -67,47 +68,6 @@ class ImageService(Protocol):
     async def import_path(self, path: str, *, name: str, tags: Tags, default_name: str) -> Image:
         """The same from a path on this host, which the configuration must allow."""
         ...
-
-
-class ExecSession(Protocol):
-    """A program in a guest. ``receive`` and the rest may be used by different tasks."""
-
-    async def send_stdin(self, data: bytes) -> None:
-        """Send input; blocks while the program does not read."""
-        ...
-
-    async def close_stdin(self) -> None: ...
-    async def resize(self, rows: int, cols: int) -> None: ...
-
-    async def receive(self) -> bytes | int:
-        """Output as it arrives, the exit code last."""
-        ...
-
-    async def aclose(self) -> None:
-        """Kill the program if it is still running, with all its children."""
-        ...
-
-
-class CopyIn(Protocol):
-    """One file or directory being copied into a guest; not visible before ``finish``."""
-
-    async def send(self, data: bytes) -> None: ...
-
-    async def finish(self) -> int:
-        """Move it into place; returns the bytes written."""
-        ...
-
-    async def aclose(self) -> None:
-        """Discard the copy if it is unfinished."""
-        ...
-
-
-class CopyOut(Protocol):
-    """A file or tree being copied out: for each entry its header, its bytes, its end."""
-
-    def __aiter__(self) -> AsyncIterator[CopyEntry | bytes | EntryEnd]: ...
-    async def __anext__(self) -> CopyEntry | bytes | EntryEnd: ...
-    async def aclose(self) -> None: ...
 
 
 class InstanceService(Protocol):

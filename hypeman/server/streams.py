@@ -21,10 +21,12 @@ import trio
 from msgspec import UNSET, Struct, UnsetType
 
 from hypeman.errors import HypemanError, InvalidState
+from hypeman.guest.client import ExecSession, Output
+from hypeman.guest.session_types import CpRequest, ExecRequest
+from hypeman.guest.types import CopyEntry, FileKind
 from hypeman.instances.model.types import InstanceState
-from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.server.errors import UNEXPECTED, told_error
-from hypeman.server.services import ExecSession, Services
+from hypeman.server.services import Services
 from hypeman.telemetry import metrics
 from hypeman.tokens import Scope
 
@@ -68,8 +70,18 @@ class CopyResult(Struct, frozen=True, tag="result", tag_field="type"):
     bytes_written: int | UnsetType = UNSET
 
 
-class CopyHeader(CopyEntry, frozen=True, tag="header", tag_field="type"):
-    pass
+class CopyHeader(Struct, frozen=True, tag="header", tag_field="type"):
+    """Of an entry; its bytes follow, then a CopyEnd."""
+
+    path: str
+    mode: int
+    is_dir: bool
+    is_symlink: bool
+    link_target: str
+    size: int
+    mtime: int
+    uid: int
+    gid: int
 
 
 class CopyEnd(Struct, frozen=True, tag="end", tag_field="type"):
@@ -106,12 +118,13 @@ async def exec_session(services: Services, socket: Socket, ref: str) -> None:
 async def _run(socket: Socket, session: ExecSession, *, tty: bool) -> int:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_feed, socket, session, tty)
-        while not isinstance(output := await session.receive(), int):
-            for begin in range(0, len(output), CHUNK):
-                await socket.send(output[begin : begin + CHUNK])
-            metrics.exec_bytes_sent.inc(len(output))
+        while isinstance(received := await session.receive(), Output):
+            await _send_chunks(socket, received.data)
+            metrics.exec_bytes_sent.inc(len(received.data))
         nursery.cancel_scope.cancel()
-    return output
+    if received.message:  # it could not be started
+        await socket.send(f"Error: {received.message}\r\n".encode())
+    return received.exit_code
 
 
 async def _feed(socket: Socket, session: ExecSession, tty: bool) -> None:
@@ -189,17 +202,38 @@ def _check_end(message: str) -> None:
 
 async def _copy_out(services: Services, socket: Socket, reference: str, request: CpRequest) -> bool:
     async with _closing(await services.instances.copy_from(reference, request)) as copy:
+        begun = False
         async for item in copy:
-            match item:
-                case CopyEntry():
-                    await _send_json(socket, CopyHeader(**msgspec.structs.asdict(item)))
-                case EntryEnd():
-                    await _send_json(socket, CopyEnd(item.final))
-                case _:
-                    for begin in range(0, len(item), CHUNK):
-                        await socket.send(item[begin : begin + CHUNK])
-                    metrics.cp_bytes.labels("from").inc(len(item))
+            if isinstance(item, bytes):
+                await _send_chunks(socket, item)
+                metrics.cp_bytes.labels("from").inc(len(item))
+                continue
+            if begun:  # only now is it known that the entry before was not the last
+                await _send_json(socket, CopyEnd(final=False))
+            begun = True
+            await _send_json(socket, _header(item))
+        if begun:
+            await _send_json(socket, CopyEnd(final=True))
     return True
+
+
+def _header(entry: CopyEntry) -> CopyHeader:
+    return CopyHeader(
+        path=entry.path,
+        mode=entry.mode,
+        is_dir=entry.kind is FileKind.DIR,
+        is_symlink=entry.kind is FileKind.SYMLINK,
+        link_target=entry.link_target or "",
+        size=entry.size if entry.kind is FileKind.FILE else 0,
+        mtime=entry.mtime,
+        uid=entry.uid,
+        gid=entry.gid,
+    )
+
+
+async def _send_chunks(socket: Socket, data: bytes) -> None:
+    for begin in range(0, len(data), CHUNK):
+        await socket.send(data[begin : begin + CHUNK])
 
 
 async def _running(services: Services, reference: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from hypeman.cli.copy import CopyFailed, TreeWriter, checked_path, leads_out, split_remote
-from hypeman.instances.session_types import CopyEntry, EntryEnd
+from hypeman.errors import HypemanError
+from hypeman.guest.types import CopyEntry, FileKind
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def web(server: Any) -> None:
 
 
 def entry(path: str, **fields: Any) -> CopyEntry:
-    defaults: dict[str, Any] = {"mode": 0o644, "is_dir": False, "is_symlink": False, "link_target": "", "size": 0}
+    defaults: dict[str, Any] = {"kind": FileKind.FILE, "mode": 0o644, "size": 0}
     return CopyEntry(path=path, mtime=1000, uid=os.getuid(), gid=os.getgid(), **{**defaults, **fields})
 
 
@@ -168,18 +169,13 @@ def test_hard_links_in_a_tree(cli: Any, server: Any, tmp_path: Path) -> None:
 
 
 TREE = [
-    entry("d", is_dir=True, mode=0o500),
-    EntryEnd(False),
+    entry("d", kind=FileKind.DIR, mode=0o500),
     entry("d/f", size=10, mode=0o4755),
     b"01234",
     b"56789",
-    EntryEnd(False),
-    entry("d/l", is_symlink=True, link_target="f"),
-    EntryEnd(False),
-    entry("d/out", is_symlink=True, link_target="/etc/shadow"),
-    EntryEnd(False),
+    entry("d/l", kind=FileKind.SYMLINK, link_target="f"),
+    entry("d/out", kind=FileKind.SYMLINK, link_target="/etc/shadow"),
     entry("d/empty"),
-    EntryEnd(True),
 ]
 
 
@@ -202,7 +198,7 @@ def test_a_tree_out(cli: Any, server: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_out(cli: Any, server: Any, tmp_path: Path) -> None:
-    server.world.instances.tree = [entry("f", size=3), b"abc", EntryEnd(True)]
+    server.world.instances.tree = [entry("f", size=3), b"abc"]
     assert cli("cp", "web:/f", str(tmp_path / "new")).exit_code == 0
     assert (tmp_path / "new").read_text() == "abc"
     assert cli("cp", "web:/f", str(tmp_path)).exit_code == 0
@@ -214,8 +210,8 @@ def test_a_file_out(cli: Any, server: Any, tmp_path: Path) -> None:
 def test_holes_stay_holes(cli: Any, server: Any, tmp_path: Path) -> None:
     size = 8 << 20
     zeros = [bytes(20_000)] * (size // 20_000) + [bytes(size % 20_000)]  # cut as the guest happened to send
-    server.world.instances.tree = [entry("f", size=size + 1), *zeros, b"x", EntryEnd(False)]
-    server.world.instances.tree += [entry("g", size=size), *zeros, EntryEnd(True)]
+    server.world.instances.tree = [entry("f", size=size + 1), *zeros, b"x"]
+    server.world.instances.tree += [entry("g", size=size), *zeros]
     for name, end in (("f", b"x"), ("g", b"")):
         assert cli("cp", "web:/f", str(tmp_path)).exit_code == 0
         assert (tmp_path / name).read_bytes() == bytes(size) + end
@@ -236,15 +232,15 @@ def test_a_tar_out(shell: Any, server: Any) -> None:
 @pytest.mark.parametrize(
     "evil",
     [
-        [entry("../x", size=1), b"x", EntryEnd(True)],
-        [entry("/etc/x", size=1), b"x", EntryEnd(True)],
-        [entry("a/../../x", size=1), b"x", EntryEnd(True)],
-        [entry("."), EntryEnd(True)],
-        [entry("f", size=5), b"too short"[:3], EntryEnd(True)],
-        [entry("f", size=5), b"much too long", EntryEnd(True)],
-        [b"bytes of nothing", EntryEnd(True)],
-        [entry("d", is_dir=True), b"bytes in a directory", EntryEnd(True)],
-        [entry("f", size=5), b"he"],
+        [entry("../x", size=1), b"x"],
+        [entry("/etc/x", size=1), b"x"],
+        [entry("a/../../x", size=1), b"x"],
+        [entry(".")],
+        [entry("f", size=5), b"too short"[:3]],
+        [entry("f", size=5), b"much too long"],
+        [b"bytes of nothing"],
+        [entry("d", kind=FileKind.DIR), b"bytes in a directory"],
+        [entry("f", size=5), b"he", HypemanError("the guest has gone")],
     ],
 )
 def test_an_evil_guest(cli: Any, server: Any, tmp_path: Path, evil: list[Any]) -> None:
@@ -263,8 +259,8 @@ def test_a_symlink_is_no_way_out(cli: Any, server: Any, tmp_path: Path) -> None:
     place = tmp_path / "place"
     (place / "d").mkdir(parents=True)
     (place / "d" / "sub").symlink_to(outside)
-    into_it = [entry("d/sub/f", size=1), b"x", EntryEnd(True)]
-    server.world.instances.tree = [entry("d", is_dir=True), EntryEnd(False), *into_it]
+    into_it = [entry("d/sub/f", size=1), b"x"]
+    server.world.instances.tree = [entry("d", kind=FileKind.DIR), *into_it]
     done = cli("cp", "web:/x", str(place))
     assert (done.exit_code, "is a symlink" in done.stderr) == (1, True)
     assert os.listdir(outside) == []
@@ -275,12 +271,9 @@ def test_a_symlink_through_a_symlink_is_no_way_out(cli: Any, server: Any, tmp_pa
     place = tmp_path / "place"
     place.mkdir()
     links = [("d/e/up", ".."), ("d/out", "e/up/../.."), ("d/e/f/way", "../up/..")]
-    server.world.instances.tree = [
-        item for path in ("d", "d/e", "d/e/f") for item in (entry(path, is_dir=True, mode=0o755), EntryEnd(False))
-    ]
-    for number, (path, target) in enumerate(links, 1):
-        link = entry(path, is_symlink=True, link_target=target)
-        server.world.instances.tree += [link, EntryEnd(number == len(links))]
+    server.world.instances.tree = [entry(path, kind=FileKind.DIR, mode=0o755) for path in ("d", "d/e", "d/e/f")]
+    for path, target in links:
+        server.world.instances.tree.append(entry(path, kind=FileKind.SYMLINK, link_target=target))
     done = cli("cp", "web:/x", str(place))
     assert done.exit_code == 0, done.output
     made = [found for found in place.rglob("*") if found.is_symlink()]

@@ -38,7 +38,9 @@ from hypeman.errors import (
     NotFound,
 )
 from hypeman.events.types import Event, EventFilter, EventObject, Kind
-from hypeman.guest.types import PathInfo
+from hypeman.guest.client import CopyIn, CopyOut, ExecResult, ExecSession, Output
+from hypeman.guest.session_types import CpRequest, ExecRequest
+from hypeman.guest.types import CopyEntry, PathInfo
 from hypeman.ids import new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
 from hypeman.instances.model.snapshot_types import (
@@ -63,7 +65,6 @@ from hypeman.instances.model.types import (
     VolumeMount,
     WaitForStateResponse,
 )
-from hypeman.instances.session_types import CopyEntry, CpRequest, EntryEnd, ExecRequest
 from hypeman.resources.types import (
     MemoryReclaimAction,
     MemoryReclaimRequest,
@@ -150,7 +151,7 @@ class FakeImages:
         return image
 
 
-class FakeExec:
+class FakeExec(ExecSession):
     """A program that says back what it reads in capitals and ends with its stdin, or at ``exit N``."""
 
     def __init__(self, request: ExecRequest) -> None:
@@ -184,17 +185,18 @@ class FakeExec:
         self.sizes.append((rows, cols))
         await self._send.send(f"{rows}x{cols}\r\n".encode())
 
-    async def receive(self) -> bytes | int:
+    async def receive(self) -> Output | ExecResult:
         try:
-            return await self._receive.receive()
+            received = await self._receive.receive()
         except trio.EndOfChannel:
             raise HypemanError("the guest has gone") from None
+        return Output(received) if isinstance(received, bytes) else ExecResult(received)
 
     async def aclose(self) -> None:
         self.closed = True
 
 
-class FakeCopyIn:
+class FakeCopyIn(CopyIn):
     def __init__(self, files: dict[str, tuple[CpRequest, bytes | None]], request: CpRequest) -> None:
         self._files = files
         self._request = request
@@ -215,16 +217,17 @@ class FakeCopyIn:
         self.closed = True
 
 
-class FakeCopyOut:
-    def __init__(self, items: list[CopyEntry | bytes | EntryEnd]) -> None:
-        self._items = iter(items)
+class FakeCopyOut(CopyOut):
+    """Yields what it is given, and raises what is an error."""
 
-    def __aiter__(self) -> AsyncIterator[CopyEntry | bytes | EntryEnd]:
-        return self
+    def __init__(self, items: list[CopyEntry | bytes | HypemanError]) -> None:
+        self._left = iter(items)
 
-    async def __anext__(self) -> CopyEntry | bytes | EntryEnd:
+    async def __anext__(self) -> CopyEntry | bytes:
         await trio.lowlevel.checkpoint()
-        for item in self._items:
+        for item in self._left:
+            if isinstance(item, HypemanError):
+                raise item
             return item
         raise StopAsyncIteration
 
@@ -249,7 +252,7 @@ class FakeInstances:
     sessions: list[FakeExec] = field(default_factory=list)
     copies: list[FakeCopyIn] = field(default_factory=list)
     files: dict[str, tuple[CpRequest, bytes | None]] = field(default_factory=dict)
-    tree: list[CopyEntry | bytes | EntryEnd] = field(default_factory=list)
+    tree: list[CopyEntry | bytes | HypemanError] = field(default_factory=list)
 
     def add(self, name: str, state: InstanceState = InstanceState.RUNNING, **changes: Any) -> Instance:
         """An instance that is simply there."""

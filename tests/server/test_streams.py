@@ -22,8 +22,8 @@ from wsproto.events import (
     TextMessage,
 )
 
+from hypeman.guest.types import CopyEntry, FileKind
 from hypeman.instances.model.types import InstanceState
-from hypeman.instances.session_types import CopyEntry, EntryEnd
 from hypeman.server import streams
 from tests.fakes.services import FakeWorld
 
@@ -243,20 +243,17 @@ async def test_an_unfinished_copy_leaves_nothing(dial: Any, world: FakeWorld) ->
 
 
 def entry(path: str, **fields: Any) -> CopyEntry:
-    defaults = {"mode": 0o644, "is_dir": False, "is_symlink": False, "link_target": "", "size": 0}
+    defaults: dict[str, Any] = {"kind": FileKind.FILE, "mode": 0o644, "size": 0}
     return CopyEntry(path=path, mtime=5, uid=0, gid=0, **{**defaults, **fields})
 
 
 async def test_copy_out(dial: Any, world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "CHUNK", 4)
     world.instances.tree = [
-        entry("d", is_dir=True, mode=0o755),
-        EntryEnd(False),
+        entry("d", kind=FileKind.DIR, mode=0o755),
         entry("d/f", size=10),
         b"0123456789",
-        EntryEnd(False),
-        entry("d/l", is_symlink=True, link_target="f"),
-        EntryEnd(True),
+        entry("d/l", kind=FileKind.SYMLINK, link_target="f"),
     ]
     async with dial("/instances/web/cp") as client:
         await client.send(request(direction="from", guest_path="/d"))

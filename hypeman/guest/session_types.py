@@ -1,6 +1,5 @@
-"""The first messages of the exec and cp streams (contract §3.1, §3.2) and what a copy out yields.
-
-Requests to the guest agent itself are in ``guest/types.py``; ``sessions.py`` converts between the two.
+"""The first messages of the exec and cp streams of the API (contract §3.1, §3.2); ``sessions.py`` converts them to
+requests to the agent, which are in ``types.py``.
 """
 
 from __future__ import annotations
@@ -46,22 +45,3 @@ class CpRequest(Struct, frozen=True, kw_only=True):
     src_basename: str | None = None
     link_target: Annotated[str, Meta(description="Where a link is to lead; any path of the guest")] = ""
     mtime: Annotated[int | None, Meta(description="Seconds since 1970; null: now")] = None
-
-
-class CopyEntry(Struct, frozen=True, kw_only=True):
-    """Header of an entry; its bytes follow, then an EntryEnd."""
-
-    path: str
-    mode: int
-    is_dir: bool
-    is_symlink: bool
-    link_target: str
-    size: int
-    mtime: int
-    uid: int
-    gid: int
-
-
-class EntryEnd(Struct, frozen=True):
-    final: bool
-    """The last entry of the copy."""
