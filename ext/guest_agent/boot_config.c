@@ -117,6 +117,7 @@ const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, s
             break;
         case TAG_STOP_SIGNAL: good = field_u32(&field, &config->stop_signal) && config->stop_signal <= 64; break;
         case TAG_GRACE_MS: good = field_u64(&field, &config->grace_ms); break;
+        case TAG_IDLE: good = field_bool(&field, &config->idle); break;
         case TAG_SKIP_AGENT: good = field_bool(&field, &config->skip_agent); break;
         case TAG_POWER_OFF_BY_RESET: good = field_bool(&field, &config->power_off_by_reset); break;
         case TAG_CLOCK_NS: good = field_u64(&field, &config->clock_ns); break;

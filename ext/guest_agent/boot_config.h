@@ -62,6 +62,7 @@ struct boot_config {
     uint32_t stop_signal;
     uint64_t grace_ms;
     bool skip_agent;
+    bool idle; /* no program is started; the guest runs until it is stopped */
     bool power_off_by_reset;
     uint64_t clock_ns; /* since 1970; 0 leaves the clock alone */
     const char *console;

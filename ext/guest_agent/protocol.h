@@ -147,7 +147,8 @@ enum tag {
     TAG_PROCESSES = 86,
     TAG_HOLDER = 87,
     TAG_SYSCTL = 88, /* text "name=value" */
-    TAG_ULIMIT = 89  /* u32 resource, u64 soft, u64 hard */
+    TAG_ULIMIT = 89, /* u32 resource, u64 soft, u64 hard */
+    TAG_IDLE = 90
 };
 
 enum pid1 { PID1_DETECT = 0, PID1_AGENT = 1, PID1_WORKLOAD = 2 };

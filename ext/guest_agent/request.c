@@ -68,6 +68,8 @@ static void start_exec(const struct boot_config *config, struct session *session
     argv[arg_count] = env[env_count] = NULL;
     program.argv = argv;
     program.env = env;
+    if (config->idle && !*program.user)
+        program.user = config->user;
     /* Without a wish it is where the image's own program works, which is made if it is missing. */
     program.cwd = cwd ? cwd : config->cwd;
     program.make_cwd = !cwd;

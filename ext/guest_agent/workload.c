@@ -51,7 +51,7 @@ static void open_console(const char *path) {
 void workload_prepare(const struct boot_config *config) {
     open_console(config->console);
     write_file(CONTROLLERS, "+memory"); /* tells an end by lack of memory apart */
-    is_init = wants_pid1(config);
+    is_init = !config->idle && wants_pid1(config);
     if (is_init) {
         /* An init divides what it is given; one by one, as the kernel may lack a controller. */
         write_file(CONTROLLERS, "+cpu");
@@ -84,6 +84,22 @@ void workload_fatal(const char *message) {
     end_unstarted(message);
 }
 
+/* Takes the place of the program where none is wanted: it only waits, and ends by the stop signal. */
+static bool start_idler(void) {
+    pid_t pid = fork();
+    if (pid == 0) {
+        sigset_t none;
+        sigemptyset(&none);
+        for (int number = 1; number < SIGRTMIN; number++)
+            signal(number, SIG_DFL);
+        sigprocmask(SIG_SETMASK, &none, NULL);
+        for (;;)
+            pause();
+    }
+    child = (struct child){pid, -1, -1, -1, -1};
+    return pid > 0;
+}
+
 static void start(const struct boot_config *config) {
     struct program program = {.argv = config->argv,
                               .env = config->env,
@@ -95,8 +111,10 @@ static void start(const struct boot_config *config) {
                               .is_main = true,
                               .is_init = is_init};
     char message[128];
-    if (start_program(&program, &child) == 0) {
+    if (config->idle ? start_idler() : start_program(&program, &child) == 0) {
         running = true;
+        if (config->idle)
+            event_happened(EVENT_STARTED, NULL);
         return;
     }
     snprintf(message, sizeof message, "can not start a process: %s", strerror(errno));

@@ -21,7 +21,9 @@ import click
 import msgspec
 
 from hypeman.cli.client import Client
+from hypeman.cli.complete import complete_guest_path
 from hypeman.cli.instances import path_of
+from hypeman.cli.progress import ByteCounter
 from hypeman.cli.session import Session, fail, reports, warn
 
 if TYPE_CHECKING:
@@ -38,8 +40,8 @@ class CopyFailed(Exception):
 
 
 @click.command("cp")
-@click.argument("source")
-@click.argument("destination")
+@click.argument("source", shell_complete=complete_guest_path)
+@click.argument("destination", shell_complete=complete_guest_path)
 @click.option("-a", "--archive", is_flag=True, help="Keep owners and hard links too.")
 @click.option("-L", "--follow-links", is_flag=True, help="Copy what symlinks lead to.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not say how much was copied.")
@@ -241,6 +243,7 @@ def _raise(error: OSError) -> None:
 def receive(client: Client, instance: str, path: str, *, follow_links: bool) -> Iterator[dict[str, Any] | bytes]:
     """Headers, each followed by its bytes; every path and size is checked."""
     socket = _open(client, instance)
+    counter = ByteCounter(path)
     try:
         request = {"direction": "from", "guest_path": path, "follow_links": follow_links}
         socket.send(msgspec.json.encode(request).decode())
@@ -250,6 +253,7 @@ def receive(client: Client, instance: str, path: str, *, follow_links: bool) -> 
             if isinstance(message, bytes):
                 expected -= len(message)
                 yield message
+                counter.add(len(message))
                 continue
             frame = _json(message)
             match frame.get("type"):
@@ -265,6 +269,7 @@ def receive(client: Client, instance: str, path: str, *, follow_links: bool) -> 
                 case _:
                     raise CopyFailed(frame.get("message") or "the stream ended early")
     finally:
+        counter.end()
         socket.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from hypeman.cli.client import segment
+from hypeman.cli.complete import complete_device
 from hypeman.cli.session import Session, pairs, present, reports
 
 
@@ -70,7 +71,7 @@ def _which(device: str | None, wanted_id: str | None) -> str:
 
 
 @devices.command("get")
-@click.argument("device", required=False)
+@click.argument("device", required=False, shell_complete=complete_device)
 @click.option("--id", "wanted_id", help="The same as DEVICE.")
 @reports
 def get_device(session: Session, device: str | None, wanted_id: str | None) -> None:
@@ -79,7 +80,7 @@ def get_device(session: Session, device: str | None, wanted_id: str | None) -> N
 
 
 @devices.command("delete")
-@click.argument("device", required=False)
+@click.argument("device", required=False, shell_complete=complete_device)
 @click.option("--id", "wanted_id", help="The same as DEVICE.")
 @reports
 def delete_device(session: Session, device: str | None, wanted_id: str | None) -> None:

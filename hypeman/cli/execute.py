@@ -23,7 +23,7 @@ import msgspec
 
 from hypeman.cli.client import Unreachable
 from hypeman.cli.instances import instance_argument, path_of
-from hypeman.cli.session import Session, complain, pairs, present, reports
+from hypeman.cli.session import Session, complain, environment, present, reports
 
 if TYPE_CHECKING:
     from hypeman.cli.websocket import WebSocket
@@ -31,15 +31,17 @@ if TYPE_CHECKING:
 _READ = 32 * 1024
 _INTERRUPTED = 130
 _BROKEN = 255
+_CAPTURE_SECONDS = 10
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("-i", "--interactive", is_flag=True, help="Keep standard input open also without a terminal behind it.")
+@click.option("-i", "--interactive", is_flag=True, help="Forward standard input; without it, it is not read.")
 @click.option("-t", "--tty", "wants_tty", is_flag=True, help="With a terminal, also where none is found here.")
 @click.option("--it", "both", is_flag=True, help="-i -t")
 @click.option("-T", "--no-tty", is_flag=True, help="Without a terminal.")
-@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE")
-@click.option("--cwd", help="Working directory in the guest.")
+@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: the one of this shell.")
+@click.option("-w", "--workdir", "--cwd", "cwd", help="Working directory in the guest.")
+@click.option("-u", "--user", help="A name or number, and a group after a colon; default: root.")
 @click.option("--timeout", type=click.IntRange(0), help="Seconds; then it is killed and the exit code is 124.")
 @click.option("--wait-for-agent", type=click.IntRange(0), help="Seconds to wait for a guest that is still booting.")
 @instance_argument
@@ -55,6 +57,7 @@ def execute(
     no_tty: bool,
     env: tuple[str, ...],
     cwd: str | None,
+    user: str | None,
     timeout: int | None,
     wait_for_agent: int | None,
 ) -> None:
@@ -62,32 +65,66 @@ def execute(
 
     Has a terminal when both ends are one, unless -T says otherwise.
     """
-    from hypeman.cli.websocket import WebSocket  # importing wsproto takes longer than most commands
-
     if command[:1] == ("--",):
         command = command[1:]
     on_terminal = has_terminals() and sys.stdin.isatty() and sys.stdout.isatty()
     tty = not no_tty and (wants_tty or both or on_terminal)
     if tty and not has_terminals():
         raise click.UsageError("exec with a terminal is not supported on this system; use -T")
-    request = present(command=command, env=pairs(env), cwd=cwd, timeout=timeout, wait_for_agent=wait_for_agent)
+    request = present(
+        command=command, env=environment(env), cwd=cwd, user=user, timeout=timeout, wait_for_agent=wait_for_agent
+    )
+    wants_stdin = interactive or both or tty
+    raise SystemExit(_run(session, instance, request, tty=tty, wants_stdin=wants_stdin))
+
+
+def capture(session: Session, instance: str, command: tuple[str, ...]) -> tuple[int | None, str]:
+    """Exit code and output of ``command`` in an instance; no code if the stream broke, as when the VM has ended."""
+    from hypeman.cli.websocket import WebSocket
+
+    output = b""
+    stream = WebSocket(session.client, f"{path_of(instance)}/exec")
+    try:
+        stream.send(msgspec.json.encode({"command": command, "timeout": _CAPTURE_SECONDS}).decode())
+        while (message := stream.receive()) is not None:
+            if isinstance(message, str):
+                return _exit_code_in(message), output.decode(errors="replace")
+            output += message
+    except Unreachable:
+        pass
+    finally:
+        stream.close()
+    return None, output.decode(errors="replace")
+
+
+def run_program(
+    session: Session, instance: str, command: tuple[str, ...], *, tty: bool, stdin: bool = True, wait_for_agent: int = 0
+) -> int:
+    """Run ``command`` in an instance as if it were local; returns its exit code."""
+    if tty and not has_terminals():
+        raise click.UsageError("a terminal is not supported on this system; use -i")
+    request: dict[str, Any] = present(command=command, wait_for_agent=wait_for_agent or None)
+    return _run(session, instance, request, tty=tty, wants_stdin=stdin)
+
+
+def _run(session: Session, instance: str, request: dict[str, Any], *, tty: bool, wants_stdin: bool) -> int:
+    from hypeman.cli.websocket import WebSocket  # importing wsproto takes longer than most commands
+
     if tty:
         size = window_size()
         request |= {"tty": True, **({"rows": size[0], "cols": size[1]} if size else {})}
-    wants_stdin = interactive or both or tty or not sys.stdin.isatty()
     stream = WebSocket(session.client, f"{path_of(instance)}/exec")
     try:
         stream.send(msgspec.json.encode(request).decode())
         with raw_terminal(tty and sys.stdin.isatty()):
-            code = Exec(stream, tty=tty, wants_stdin=wants_stdin).run()
+            return Exec(stream, tty=tty, wants_stdin=wants_stdin).run()
     except KeyboardInterrupt:
-        code = _INTERRUPTED
+        return _INTERRUPTED
     except Unreachable as error:
         complain(str(error))
-        code = _BROKEN
+        return _BROKEN
     finally:
         stream.close()
-    raise SystemExit(code)
 
 
 class Exec:

@@ -11,8 +11,10 @@ from typing import Any
 import click
 
 from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.complete import complete_image
 from hypeman.cli.output import age, size
-from hypeman.cli.session import Session, complain, fail, pairs, present, reports
+from hypeman.cli.progress import counted
+from hypeman.cli.session import Session, complain, fail, interrupted, pairs, present, reports
 from hypeman.text import one_line
 
 _POLL_SECONDS = 0.3
@@ -108,7 +110,9 @@ def pull(session: Session, image: str, platform: str | None, tags: tuple[str, ..
 
 def _finish(session: Session, image: dict[str, Any], detach: bool) -> None:
     if not detach and image["status"] != "ready":
-        image = wait_ready(session.client, image["name"], PullDisplay.for_terminal(image["name"]))
+        name = image["name"]
+        with interrupted(f"the server continues; to see how far it is: hypeman image get {name}"):
+            image = wait_ready(session.client, name, PullDisplay.for_terminal(name))
     session.show(image, lambda: f"{image['name']} {image['digest']} {image['status']}")
 
 
@@ -137,7 +141,7 @@ def list_images(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
 
 
 @images.command("get")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_image)
 @reports
 def get_image(session: Session, name: str) -> None:
     """Show everything about an image."""
@@ -145,7 +149,7 @@ def get_image(session: Session, name: str) -> None:
 
 
 @images.command("tag")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_image)
 @click.argument("target")
 @reports
 def tag_image(session: Session, name: str, target: str) -> None:
@@ -154,7 +158,7 @@ def tag_image(session: Session, name: str, target: str) -> None:
 
 
 @images.command("delete")
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=complete_image)
 @reports
 def delete_image(session: Session, names: tuple[str, ...]) -> None:
     """Delete images that no instance uses."""
@@ -207,8 +211,11 @@ def _name_from(archive: str) -> str:
 def upload_chunks(archive: str) -> Iterator[bytes]:
     """The bytes of a file or of standard input; a directory as a tar of its contents."""
     if os.path.isdir(archive):
-        return _tarred(archive)
-    return _read(sys.stdin.fileno() if archive == "-" else os.open(archive, os.O_RDONLY | os.O_CLOEXEC))
+        return counted(_tarred(archive), archive)
+    if archive == "-":
+        return counted(_read(sys.stdin.fileno()), "standard input")
+    fd = os.open(archive, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    return counted(_read(fd), archive, os.fstat(fd).st_size)
 
 
 def _read(fd: int) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import click
 
 from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.complete import complete_instance
 from hypeman.cli.output import age, render_table, size, until, use_colour
 from hypeman.cli.policies import (
     compression_body,
@@ -33,19 +34,6 @@ HYPERVISORS = {
 }
 """Short names."""
 _HIDDEN = "***"
-
-
-def complete_instance(context: click.Context, _parameter: Any, typed: str) -> list[str]:
-    """Instance names for shell completion; empty without a server."""
-    from hypeman.cli.settings import load_settings
-
-    try:
-        client = Client(load_settings(context.find_root().params.get("base_url")))
-        rows = client.call("GET", "/instances", timeout=1.0)
-        client.close()
-    except Exception:  # a completion must never print or fail
-        return []
-    return [row["name"] for row in rows if row["name"].startswith(typed)]
 
 
 instance_argument = click.argument("instance", shell_complete=complete_instance)
@@ -88,9 +76,10 @@ _POLICY_COLUMNS = [("HEALTH", _health), ("RESTARTS", _restarts)]
 @reports
 def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags: tuple[str, ...]) -> None:
     """List instances."""
-    rows = session.client.get("/instances", state=state, tags=pairs(tags))
+    found = session.client.get("/instances", state=state, tags=pairs(tags))
+    rows = found
     if not everything and state is None:
-        rows = [row for row in rows if row["state"] in ("Running", "Initializing")]
+        rows = [row for row in found if row["state"] in ("Running", "Initializing")]
     columns = [
         ("ID", lambda row: row["id"][:12]),
         ("NAME", lambda row: row["name"]),
@@ -103,6 +92,9 @@ def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags:
         ("AGE", lambda row: age(row["created_at"])),
     ]
     session.show_list(rows, columns, quiet="id" if quiet else None)
+    hidden = len(found) - len(rows)
+    if hidden and session.form == "auto" and not quiet:
+        click.echo(f"{hidden} more that {'is' if hidden == 1 else 'are'} not running: hypeman ps --all", err=True)
 
 
 @click.command()

@@ -18,6 +18,7 @@ from hypeman.cli import (
     backup,
     copy,
     devices,
+    docker,
     egress,
     events,
     execute,
@@ -48,6 +49,17 @@ _BELOW = {"rm": "delete", "ls": "list", "inspect": "get", "unregister": "delete"
 _VALUES = {"true": True, "1": True, "false": False, "0": False}
 
 
+SECTIONS = {
+    "Run": ("run", "ps", "logs", "exec", "cp", "attach", "top", "stats", "wait", "port"),
+    "Life cycle": ("start", "stop", "restart", "kill", "standby", "restore", "fork", "rm", "update", "auto-standby"),
+    "Images": ("pull", "image", "tag", "push", "login", "build", "builder", "rmi"),
+    "Data": ("volume", "snapshot", "commit", "backup"),
+    "Network and devices": ("ingress", "egress", "device"),
+    "Host": ("info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "token"),
+}
+"""The commands of the help by subject; any other is listed at its end."""
+
+
 class Commands(click.Group):
     """A group that also accepts command aliases, global options after the command, and ``--flag=false``,
     for compatibility with the original."""
@@ -61,21 +73,37 @@ class Commands(click.Group):
         front: list[str] = []
         rest: list[str] = []
         command: click.Command = self
-        words = iter(args)
-        for word in words:
-            if word == "--" or takes_anything(command):
-                return [*front, *rest, word, *words]
+        at, end = 0, len(args)
+        while at < end:
+            word = args[at]
+            if word == "--" or (takes_anything(command) and not isinstance(command, run.RunCommand)):
+                break
+            at += 1
             flag, equals, _ = word.partition("=")
             own = any(flag in found.opts for found in command.params)
-            if flag.startswith("--") and flag in options and (command is self or not own):
+            if flag.startswith("-") and flag in options and (command is self or not own):
                 front.append(word)
                 if not equals and not options[flag].is_flag:
-                    front += [value for value in [next(words, None)] if value is not None]
+                    front += args[at : at + 1]
+                    at += 1
             else:
                 rest.append(word)
                 if isinstance(command, click.Group) and not word.startswith("-"):
                     command = command.get_command(context, word) or command
-        return front + rest
+                    if isinstance(command, run.RunCommand):
+                        end = at + command.program_at(args[at:], options)
+        return [*front, *rest, *args[at:]]
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        visible = {name: found for name, found in self.commands.items() if not found.hidden}
+        listed = {name for names in SECTIONS.values() for name in names}
+        sections = {**SECTIONS, "Other": tuple(name for name in sorted(visible) if name not in listed)}
+        limit = formatter.width - 6 - max(map(len, visible))
+        for title, names in sections.items():
+            rows = [(name, visible[name].get_short_help_str(limit)) for name in names if name in visible]
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         return super().get_command(context, name) or super().get_command(context, ALIASES.get(name, name))
@@ -98,14 +126,19 @@ def takes_anything(command: click.Command) -> bool:
 
 def plain_flags(command: click.Command, args: list[str]) -> list[str]:
     """Translates ``--flag=true`` and ``--flag=false`` to the flags of ``command``. Pure."""
-    if takes_anything(command):
+    if isinstance(command, run.RunCommand):
+        end = command.program_at(args)
+        args, program = args[:end], args[end:]
+    elif takes_anything(command):
         return args
+    else:
+        program = []
     options = [found for found in command.params if isinstance(found, click.Option) and found.is_flag]
     flags = {text: option for option in options for text in option.opts}
     plain: list[str] = []
     for at, word in enumerate(args):
         if word == "--":
-            return plain + args[at:]
+            return [*plain, *args[at:], *program]
         flag, _, value = word.partition("=")
         if flag not in flags or value not in _VALUES:
             plain.append(word)
@@ -113,14 +146,17 @@ def plain_flags(command: click.Command, args: list[str]) -> list[str]:
             plain.append(flag)
         else:
             plain += flags[flag].secondary_opts[:1]  # no such option: off by default
-    return plain
+    return [*plain, *program]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--base-url", help="http://…, https://… or unix:///path of the server.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="auto", help="How answers are printed.")
-@click.option("--format-error", "form_error", type=click.Choice(FORMATS), default="auto", help="How errors are.")
-@click.option("--transform", default="", help="Only this part of the answer, as in network.ip or #.name.")
+@click.option("-o", "--output", "--format", "form", type=click.Choice(FORMATS), default="auto", help="Output format.")
+@click.option("--format-error", "form_error", type=click.Choice(FORMATS), default="auto", help="Format of errors.")
+@click.option(
+    "--filter", "filters", multiple=True, metavar="FIELD=VALUE", help="Only rows of a list that match; * and ?."
+)
+@click.option("--transform", default="", help="Only this part of the output, as in network.ip or #.name.")
 @click.option("--transform-error", default="", help="Only this part of an error.")
 @click.option("--debug", is_flag=True, help="Show every request.")
 @click.version_option(__version__, "-v", "--version", prog_name="hypeman")
@@ -136,7 +172,7 @@ for _command in (
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, ports.port, images.pull, images.images, volumes.volumes, snapshots.snapshots,
     devices.devices, egress.egress, events.events, host.resources, host.health, host.capabilities,
-    shell.completion, shell.man,
+    shell.completion, shell.man, *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import click
 import msgspec
 
-FORMATS = ("auto", "explore", "json", "jsonl", "pretty", "raw", "yaml")
+FORMATS = ("auto", "table", "explore", "json", "jsonl", "pretty", "raw", "yaml")
+_GAP = "  "
+_NARROWEST = 8
 Columns = Sequence[tuple[str, Callable[[Any], Any]]]
 _STATE_COLOURS = {"Running": "green", "ready": "green", "ok": "green", "Standby": "cyan", "Initializing": "yellow",
                   "pulling": "yellow", "converting": "yellow", "warn": "yellow", "Unknown": "red", "failed": "red",
@@ -40,18 +44,56 @@ def render(value: Any, form: str) -> str:
     return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
 
 
-def render_table(rows: Sequence[Any], columns: Columns, *, colour: bool = False) -> str:
-    """One line per row; columns are as wide as their content."""
+def render_table(rows: Sequence[Any], columns: Columns, *, colour: bool = False, width: int | None = None) -> str:
+    """One line per row; columns are as wide as their content, or narrower so that a line has at most ``width``."""
     cells = [[header for header, _ in columns]]
     cells += [[plain(get(row)) for _, get in columns] for row in rows]
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    if width is not None:
+        widths = narrowed(widths, width - len(_GAP) * (len(columns) - 1))
     lines = []
     for number, line in enumerate(cells):
-        padded = [text.ljust(width) for text, width in zip(line, widths, strict=True)]
+        padded = [_cut(text, most).ljust(most) for text, most in zip(line, widths, strict=True)]
         if colour:
             padded = [_coloured(text, number == 0) for text in padded]
-        lines.append("  ".join(padded).rstrip())
+        lines.append(_GAP.join(padded).rstrip())
     return "\n".join(lines)
+
+
+def narrowed(widths: Sequence[int], total: int) -> list[int]:
+    """``widths`` with the widest columns made narrower until they fit in ``total``, none below _NARROWEST. Pure."""
+    result = list(widths)
+    while sum(result) > total and max(result, default=0) > _NARROWEST:
+        result[result.index(max(result))] -= 1
+    return result
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal on standard output; None for a file or pipe, where tables are not cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def matching(rows: Iterable[Any], filters: Sequence[str]) -> list[Any]:
+    """The rows that satisfy every filter ``PATH=PATTERN``: PATH as in ``pick``, PATTERN with ``*`` and ``?``.
+    Raises click.BadParameter. Pure."""
+    wanted = []
+    for text in filters:
+        path, equals, pattern = text.partition("=")
+        if not equals or not path:
+            raise click.BadParameter(f"{text!r} must be FIELD=VALUE, as in state=Running", param_hint="--filter")
+        wanted.append((path, pattern))
+    return [row for row in rows if all(_matches(pick(row, path), pattern) for path, pattern in wanted)]
+
+
+def _matches(value: Any, pattern: str) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_matches(element, pattern) for element in value)
+    text = "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return fnmatch.fnmatchcase(text, pattern)
 
 
 def plain(value: Any) -> str:

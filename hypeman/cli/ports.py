@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from hypeman.cli.instances import complete_instance, patch, path_of, update
+from hypeman.cli.complete import complete_instance
+from hypeman.cli.instances import patch, path_of, update
 from hypeman.cli.session import Session, fail, reports
 
 _MAPPING = re.compile(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 import sys
+import threading
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 import click
 import msgspec
 
-from hypeman.cli.client import ApiError, Client
+from hypeman.cli.client import ApiError, Client, Unreachable
+from hypeman.cli.complete import complete_image
 from hypeman.cli.images import PullDisplay, image_path, wait_ready
 from hypeman.cli.instances import HYPERVISORS, path_of
 from hypeman.cli.output import plain
@@ -23,24 +27,95 @@ from hypeman.cli.policies import (
     restart_options,
 )
 from hypeman.cli.ports import parse_port, ports_option
-from hypeman.cli.session import Session, fail, pairs, present, reports
+from hypeman.cli.session import SIZE, Session, environment, fail, interrupted, pairs, present, reports
 
 _BOOTING = ("Created", "Initializing")
+_ENDED = ("Stopped", "Standby", "Unknown")
 _POLL_SECONDS = 0.3
 _WATCH_SECONDS = 120.0
+_ALL_LINES = 100_000
+_PRINTING = threading.Lock()
 _NAME_CHARACTERS = string.ascii_lowercase + string.digits
 
 
-@click.command()
-@click.argument("image")
+def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
+    """Hidden options of Docker that are refused by design; the refusal names the alternative."""
+
+    def refuse(_context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value:
+            raise click.UsageError(f"{parameter.opts[0]} is not supported: {instead}")
+
+    def decorate(command: Any) -> Any:
+        for flag in flags:
+            is_flag = flag == "--privileged"
+            option = click.option(
+                flag, is_flag=is_flag, hidden=True, expose_value=False, callback=refuse, multiple=not is_flag
+            )
+            command = option(command)
+        return command
+
+    return decorate
+
+
+class RunCommand(click.Command):
+    """A command whose options may also follow IMAGE, but not the program that is run: `run IMAGE --name web ls -l`."""
+
+    def program_at(self, args: list[str], others: Mapping[str, click.Option] = {}) -> int:
+        """Index in ``args`` of the first word of COMMAND, or their number. ``others``: global options. Pure."""
+        own = {text: found for found in self.params if isinstance(found, click.Option) for text in found.opts}
+        options = {**others, **own}
+        positional = at = 0
+        while at < len(args):
+            word = args[at]
+            if word == "--":
+                return at
+            if word.startswith("-") and word != "-":
+                at += 1 if _has_its_value(word, options) else 2
+                continue
+            positional += 1
+            if positional == 2:
+                return at
+            at += 1
+        return len(args)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        at = self.program_at(args)
+        if args[at : at + 1] == ["--"] or at == len(args):
+            return super().parse_args(context, args)
+        return super().parse_args(context, [*args[:at], "--", *args[at:]])
+
+
+def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
+    """Whether the option ``word`` needs no value in the next word."""
+    if word.startswith("--"):
+        flag, equals, _ = word.partition("=")
+        return bool(equals) or flag not in options or options[flag].is_flag or options[flag].count
+    for at, letter in enumerate(word[1:], 1):
+        found = options.get(f"-{letter}")
+        if found is not None and not found.is_flag:
+            return at + 1 < len(word)
+    return True
+
+
+@click.command(cls=RunCommand)
+@click.argument("image", shell_complete=complete_image)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
 @click.option("--name", help="Default: the image's name and four random characters.")
-@click.option("-e", "--env", multiple=True, metavar="KEY=VALUE")
+@click.option("-d", "--detach", is_flag=True, help="Print the id and do not wait for the boot.")
+@click.option("-i", "--interactive", is_flag=True, help="Run the program here with standard input; then stop the VM.")
+@click.option("-t", "--tty", is_flag=True, help="As -i, with a terminal.")
+@click.option("--rm", "remove", is_flag=True, help="Show its output, and delete the VM when the program has ended.")
+@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: the one of this shell.")
+@click.option("--env-file", type=click.File(), metavar="FILE", help="Lines of KEY=VALUE.")
+@click.option("-u", "--user", help="Instead of the image's: a name or number, and a group after a colon.")
+@click.option("-w", "--workdir", help="Instead of the image's.")
+@click.option("--hostname", help="Default: the instance's name.")
 @click.option("--credentials-json", help="Credentials as the API takes them; @FILE reads a file.")
 @click.option("--platform", help="As in linux/arm64.")
-@click.option("--memory", default="1GB", show_default=True)
+@click.option("-m", "--memory", type=SIZE, default="1GB", show_default=True)
 @click.option("--cpus", type=click.IntRange(1), default=2, show_default=True)
-@click.option("--overlay-size", default="10GB", show_default=True, help="Writable layer over the image.")
-@click.option("--hotplug-size", help="Memory that may be plugged later.")
+@click.option("--overlay-size", type=SIZE, default="10GB", show_default=True, help="Writable layer over the image.")
+@click.option("--hotplug-size", type=SIZE, help="Memory that may be plugged later.")
 @click.option("--network/--no-network", default=True, show_default=True)
 @click.option("--network-egress-enabled", is_flag=True, help="Mediate outbound connections.")
 @click.option("--network-egress-mode", type=click.Choice(["all", "http_https_only"]))
@@ -59,21 +134,128 @@ _NAME_CHARACTERS = string.ascii_lowercase + string.digits
 @compression_options("snapshot-")
 @click.option("--entrypoint", multiple=True, help="Instead of the image's; one word each.")
 @click.option("--cmd", multiple=True, help="Instead of the image's; one word each.")
-@click.option("-l", "--tag", "--metadata", "tags", multiple=True, metavar="KEY=VALUE")
+@click.option("-l", "--tag", "--label", "--metadata", "tags", multiple=True, metavar="KEY=VALUE")
 @click.option("-v", "--volume", "volumes", multiple=True, metavar="ID:/PATH[:ro[:overlay=SIZE]]")
 @ports_option
 @click.option("--ttl", help="Delete it after this time, as in 2h.")
 @health_options("health-")
 @restart_options("restart-")
+@click.option("--restart", metavar="no|always|unless-stopped|on-failure[:N]", help="As --restart-policy.")
+@refused(
+    "--privileged",
+    "--cap-add",
+    "--cap-drop",
+    "--security-opt",
+    instead="a VM has a kernel of its own: root in it has every capability there and none on the host",
+)
+@refused(
+    "--net",
+    "--network-alias",
+    "--link",
+    "--add-host",
+    instead="each instance has its own network; see --network, "
+    "and network.guest_to_guest in the server's configuration",
+)
+@refused("--mount", "--tmpfs", "--volumes-from", instead="use -v VOLUME:/PATH with a volume of `hypeman volume create`")
+@refused("--gpus", instead="use --device or --gpu-profile; `hypeman device available` lists devices")
+@refused("--pid", "--ipc", "--uts", "--cgroupns", instead="a VM shares no namespace with the host")
 @reports
-def run(session: Session, image: str, **flags: Any) -> None:
-    """Make an instance from IMAGE and boot it; prints its id."""
+def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) -> None:
+    """Make an instance from IMAGE and boot it; prints its id.
+
+    COMMAND replaces the arguments of the image's program. With -it the program runs in this terminal; with --rm its
+    output is shown and its exit code returned.
+    """
+    if command:
+        if flags["cmd"]:
+            raise click.UsageError("give either --cmd or COMMAND")
+        flags["cmd"] = command[1:] if command[0] == "--" else command
+    attached = flags["interactive"] or flags["tty"]
+    if flags["detach"] and attached:
+        raise click.UsageError("-d excludes -i and -t")
     body = create_body(image, flags)
     ensure_image(session.client, image, flags["platform"])
+    if attached:
+        raise SystemExit(run_attached(session, body, tty=flags["tty"], remove=flags["remove"]))
     made = session.client.post("/instances", body)
+    if flags["remove"] and not flags["detach"]:
+        raise SystemExit(run_to_end(session, made))
     session.show(made, lambda: str(made["id"]))
-    if sys.stdout.isatty() and sys.stderr.isatty():  # interactive; a script that only needs the id does not wait
-        watch_boot(session.client, made)
+    # interactive; a script that only needs the id does not wait
+    if sys.stdout.isatty() and sys.stderr.isatty() and not flags["detach"]:
+        with interrupted(f"{made['name']} continues to boot: hypeman logs -f {made['name']}"):
+            watch_boot(session.client, made)
+
+
+def run_attached(session: Session, body: dict[str, Any], *, tty: bool, remove: bool) -> int:
+    """Boot without starting the image's program, then run it here; returns its exit code. The VM ends with it."""
+    from hypeman.cli.execute import run_program
+
+    client = session.client
+    image = client.get(image_path(body["image"]))
+    made = client.post("/instances", {**body, "idle": True})
+    name = made["name"]
+    program = [
+        *(body.get("entrypoint") or image.get("entrypoint") or ()),
+        *(body.get("cmd") or (() if body.get("entrypoint") else image.get("cmd")) or ()),
+    ]
+    try:
+        query = {"state": "Running", "timeout": f"{_WATCH_SECONDS:.0f}s"}
+        booted = client.call("GET", f"{path_of(made['id'])}/wait", query=query, timeout=_WATCH_SECONDS + 10)
+        if booted["state"] != "Running":
+            fail(booted.get("state_error") or f"{name} is {booted['state']}", f"hypeman logs --source vmm {name}")
+        return run_program(session, name, tuple(program), tty=tty, wait_for_agent=int(_WATCH_SECONDS))
+    finally:
+        client.call("DELETE", path_of(made["id"])) if remove else client.post(f"{path_of(made['id'])}/stop")
+
+
+def run_to_end(session: Session, made: dict[str, Any]) -> int:
+    """Show the output of an instance until it ends, delete it, and return its exit code."""
+    client, path = session.client, path_of(made["id"])
+    with interrupted(f"{made['name']} is kept: hypeman logs -f {made['name']}, hypeman rm --force {made['name']}"):
+        output = _Output(Client(client.settings), f"{path}/logs")
+        output.start()
+        ended = client.get(path)
+        while ended["state"] not in _ENDED:
+            time.sleep(_POLL_SECONDS)
+            ended = client.get(path)
+        output.finish(client)
+    client.call("DELETE", path)
+    if ended.get("exit_code") is None:
+        fail(ended.get("exit_message") or ended.get("state_error") or f"{made['name']} ended without an exit code")
+    return int(ended["exit_code"]) & 0xFF
+
+
+class _Output(threading.Thread):
+    """Prints an instance's output as it comes. A followed log has no end, so the caller says when it is over."""
+
+    def __init__(self, client: Client, path: str) -> None:
+        super().__init__(name="output", daemon=True)
+        self._client = client
+        self._path = path
+        self._printed = 0
+        self._over = False
+
+    def run(self) -> None:
+        with contextlib.suppress(Unreachable, ApiError):
+            for line in self._client.events(self._path, follow=True, tail=_ALL_LINES, source="app"):
+                with _PRINTING:
+                    if self._over:
+                        return
+                    self._print(line)
+
+    def finish(self, client: Client) -> None:
+        """Print what the stream had not delivered yet; nothing is printed afterwards."""
+        lines = list(client.events(self._path, follow=False, tail=_ALL_LINES, source="app"))
+        with _PRINTING:
+            self._over = True
+            for line in lines[self._printed :]:
+                self._print(line)
+
+    def _print(self, line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+        self._printed += 1
 
 
 def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
@@ -103,7 +285,10 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         overlay_size=flags["overlay_size"],
         hotplug_size=flags["hotplug_size"],
         disk_io_bps=flags["disk_io"],
-        env=pairs(flags["env"]),
+        env={**(variables_in(flags["env_file"]) if flags["env_file"] else {}), **environment(flags["env"])},
+        user=flags["user"],
+        working_dir=flags["workdir"],
+        hostname=flags["hostname"],
         credentials=_credentials(flags["credentials_json"]),
         tags=pairs(flags["tags"]),
         ttl=flags["ttl"],
@@ -116,12 +301,29 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         snapshot_policy=policy,
         auto_standby=auto_standby,
         health_check=health_body(flags),
-        restart_policy=restart_body(flags),
+        restart_policy=docker_restart(flags["restart"]) or restart_body(flags),
         skip_guest_agent=flags["skip_guest_agent"] or None,
         skip_kernel_headers=flags["skip_kernel_headers"] or None,
         entrypoint=flags["entrypoint"],
         cmd=flags["cmd"],
     )
+
+
+def docker_restart(text: str | None) -> dict[str, Any] | None:
+    """Docker's ``--restart`` as a RestartPolicy. Raises click.BadParameter. Pure."""
+    if text is None:
+        return None
+    policy, colon, attempts = text.partition(":")
+    names = {"no": "never", "always": "always", "unless-stopped": "always", "on-failure": "on_failure"}
+    if policy not in names or (colon and (policy != "on-failure" or not attempts.isdigit())):
+        raise click.BadParameter("must be no, always, unless-stopped or on-failure[:N]", param_hint="--restart")
+    return {"policy": names[policy], **({"max_attempts": int(attempts)} if colon else {})}
+
+
+def variables_in(file: TextIO) -> dict[str, str]:
+    """Docker's env files: KEY=VALUE, or KEY for the caller's value; empty lines and comments (#) are skipped."""
+    lines = (line.strip("\r\n") for line in file)
+    return environment([line for line in lines if line.strip() and not line.lstrip().startswith("#")])
 
 
 def random_name(image: str) -> str:
@@ -136,6 +338,12 @@ def random_name(image: str) -> str:
 def parse_mount(text: str) -> dict[str, Any]:
     """``id:/path[:ro[:overlay=SIZE]]`` as a VolumeMount."""
     volume, _, rest = text.partition(":")
+    if volume.startswith(("/", ".", "~")):
+        raise click.BadParameter(
+            f"{text!r}: directories of the host are not shared with a VM; make a volume (hypeman volume create "
+            "--name NAME --size 1GB, --from-archive fills it), or copy with hypeman cp",
+            param_hint="-v",
+        )
     path, *options = rest.split(":")
     mount: dict[str, Any] = {"volume_id": volume, "mount_path": path}
     for option in options:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import msgspec
 
 from hypeman.cli.client import ApiError, Client, Unreachable
-from hypeman.cli.output import Columns, pick, render, render_table, use_colour
+from hypeman.cli.output import Columns, matching, pick, render, render_table, terminal_width, use_colour
 from hypeman.cli.settings import SettingsError, load_settings
+from hypeman.errors import InvalidRequest
 from hypeman.text import lines, lines_with_colours, one_line
+from hypeman.units import format_size, parse_size
 
 _HINTS = {
     401: "set HYPEMAN_API_KEY or api_key in ~/.config/hypeman/cli.yaml; `hypeman token` on the server mints a key",
@@ -34,8 +38,10 @@ class Session:
         transform: str = "",
         transform_error: str = "",
         debug: bool = False,
+        filters: Sequence[str] = (),
     ) -> None:
-        self.form = form
+        self.form = "auto" if form == "table" else form
+        self._filters = filters
         self._base_url = base_url
         self._form_error = form_error
         self._transform = transform
@@ -64,12 +70,13 @@ class Session:
             echo(render(value, self.form))
 
     def show_list(self, rows: Sequence[Mapping[str, Any]], columns: Columns, *, quiet: str | None = None) -> None:
-        """Print a table, or only the field ``quiet`` of each row."""
+        """Print a table of the rows that match ``--filter``, or only the field ``quiet`` of each."""
+        rows = matching(rows, self._filters)
         if quiet is not None:
             for row in rows:
                 click.echo(one_line(str(row[quiet])))
         else:
-            self.show(rows, lambda: render_table(rows, columns, colour=use_colour()))
+            self.show(rows, lambda: render_table(rows, columns, colour=use_colour(), width=terminal_width()))
 
     def report(self, error: Exception) -> None:
         """Print on stderr what went wrong and what to do."""
@@ -131,16 +138,85 @@ def reports(command: Callable[..., Any]) -> Any:
     return click.pass_obj(run)
 
 
-def pairs(values: Sequence[str]) -> dict[str, str]:
-    """KEY=VALUE flags as a dict; anything else is skipped with a warning, as in older clients."""
+def pairs(values: Sequence[str], flag: str = "--tag") -> dict[str, str]:
+    """KEY=VALUE flags as a dict. Raises UsageError for anything else: a filter that is skipped selects everything."""
     found = {}
     for value in values:
         key, equals, text = value.partition("=")
-        if key and equals:
-            found[key] = text
-        else:
-            warn(f"{value!r} is not KEY=VALUE and is skipped")
+        if not key or not equals:
+            raise click.UsageError(f"{flag} {value}: must be KEY=VALUE")
+        found[key] = text
     return found
+
+
+def environment(values: Sequence[str], environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """``-e KEY=VALUE``, and ``-e KEY`` for the caller's value; a variable that the caller does not have is skipped with
+    a warning. Raises UsageError if a name is missing."""
+    found = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not key:
+            raise click.UsageError(f"--env {value}: the name is missing")
+        if equals:
+            found[key] = text
+        elif key in environ:
+            found[key] = environ[key]
+        else:
+            warn(f"--env {key}: there is no such variable in the environment; it is skipped")
+    return found
+
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # not generic in older versions
+
+
+class Size(ParamType):
+    """A size as text of the API: ``512MB``, and for people ``1.5GB``, which is sent as ``1536MB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        return format_size(self.size_of(str(value), parameter, context))
+
+    def size_of(self, text: str, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        """In bytes."""
+        whole, dot, rest = text.strip().partition(".")
+        digits = len(rest) - len(rest.lstrip("0123456789"))
+        try:
+            value, remainder = divmod(parse_size(whole + rest), 10**digits)
+        except InvalidRequest:
+            remainder = 1
+        if remainder or (dot and not (whole.isdigit() and digits)):
+            self.fail(f"{text!r} is not a size; write a number and a unit, as in 512MB or 1.5GB", parameter, context)
+        return int(value)
+
+
+class Gigabytes(Size):
+    """A whole number of GB: ``10`` or ``10GB``."""
+
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        text = str(value).strip()
+        found, rest = divmod(self.size_of(f"{text}GB" if text.isdigit() else text, parameter, context), 1 << 30)
+        if rest or not found:
+            self.fail(f"{text!r} must be a whole number of GB and at least 1GB", parameter, context)
+        return found
+
+
+SIZE, GIGABYTES = Size(), Gigabytes()
+
+
+@contextmanager
+def interrupted(what: str) -> Iterator[None]:
+    """Ctrl-C within the block ends the command with ``what`` continues on the server, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nInterrupted: {one_line(what)}", err=True)
+        raise SystemExit(130) from None
 
 
 def present(**fields: Any) -> dict[str, Any]:

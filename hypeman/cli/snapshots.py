@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hypeman.cli.client import segment
+from hypeman.cli.complete import complete_snapshot
 from hypeman.cli.instances import HYPERVISORS, TARGETS, instance_argument, path_of, show_instance
 from hypeman.cli.output import age, size
 from hypeman.cli.policies import compression_body, compression_options
@@ -39,7 +40,7 @@ def create_snapshot(
 
 @snapshots.command("restore")
 @instance_argument
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete_snapshot)
 @_target_state
 @_target_hypervisor
 @reports
@@ -52,7 +53,7 @@ def restore_snapshot(
 
 
 @snapshots.command("fork")
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete_snapshot)
 @click.argument("name")
 @_target_state
 @_target_hypervisor
@@ -92,7 +93,7 @@ def list_snapshots(session: Session, quiet: bool, tags: tuple[str, ...], **query
 
 
 @snapshots.command("get")
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete_snapshot)
 @reports
 def get_snapshot(session: Session, snapshot: str) -> None:
     """Show everything about a snapshot."""
@@ -100,7 +101,7 @@ def get_snapshot(session: Session, snapshot: str) -> None:
 
 
 @snapshots.command("delete")
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=complete_snapshot)
 @reports
 def delete_snapshot(session: Session, snapshot: str) -> None:
     """Delete a snapshot; its forks are not affected."""

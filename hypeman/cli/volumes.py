@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from hypeman.cli.client import segment
+from hypeman.cli.complete import complete_instance, complete_volume
 from hypeman.cli.images import upload_chunks
-from hypeman.cli.instances import complete_instance, path_of, show_instance
+from hypeman.cli.instances import path_of, show_instance
 from hypeman.cli.output import age
-from hypeman.cli.session import Session, fail, pairs, present, reports
+from hypeman.cli.session import GIGABYTES, Session, fail, pairs, present, reports
 
 
 @click.group("volume")
@@ -20,7 +21,7 @@ def volumes() -> None:
 
 @volumes.command("create")
 @click.option("--name", required=True)
-@click.option("--size", "size_gb", type=click.IntRange(1), required=True, help="GB.")
+@click.option("--size", "size_gb", type=GIGABYTES, required=True, help="As in 10GB; a number alone counts GB.")
 @click.option("--id", "wanted_id", help="Default: a new one.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
 @click.option("--from-archive", metavar="FILE", help="A tar.gz to fill it from; - is standard input.")
@@ -62,7 +63,7 @@ def _users(row: Any) -> str:
 
 
 @volumes.command("get")
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete_volume)
 @reports
 def get_volume(session: Session, volume: str) -> None:
     """Show everything about a volume."""
@@ -70,7 +71,7 @@ def get_volume(session: Session, volume: str) -> None:
 
 
 @volumes.command("delete")
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete_volume)
 @reports
 def delete_volume(session: Session, volume: str) -> None:
     """Delete a volume that is not in use."""
@@ -79,7 +80,7 @@ def delete_volume(session: Session, volume: str) -> None:
 
 
 @volumes.command("attach")
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete_volume)
 @click.option("-i", "--instance", required=True, shell_complete=complete_instance)
 @click.option("--mount-path", required=True, help="Absolute path in the guest.")
 @click.option("--readonly", is_flag=True)
@@ -91,7 +92,7 @@ def attach_volume(session: Session, volume: str, instance: str, mount_path: str,
 
 
 @volumes.command("detach")
-@click.argument("volume")
+@click.argument("volume", shell_complete=complete_volume)
 @click.option("-i", "--instance", required=True, shell_complete=complete_instance)
 @reports
 def detach_volume(session: Session, volume: str, instance: str) -> None:

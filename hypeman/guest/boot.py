@@ -129,6 +129,8 @@ class BootConfig(msgspec.Struct, frozen=True):
     ca_certificates: tuple[CaCertificate, ...] = ()
     stop_signal: int = 15
     grace_seconds: float = 10.0
+    idle: bool = False
+    """Starts no program: the guest runs until it is stopped."""
     skip_agent: bool = False
     """Disables exec, copy and stat; events and shutdown still work."""
     machine_id: str = ""
@@ -255,6 +257,7 @@ def _render_fields(config: BootConfig) -> FieldWriter:
         writer.nested(Tag.CA, nested)
     writer.u32(Tag.STOP_SIGNAL, config.stop_signal)
     writer.u64(Tag.GRACE_MS, round(config.grace_seconds * 1000))
+    writer.flag(Tag.IDLE, config.idle)
     writer.flag(Tag.SKIP_AGENT, config.skip_agent)
     writer.flag(Tag.POWER_OFF_BY_RESET, config.power_off_by_reset)
     writer.u64(Tag.CLOCK_NS, config.clock_ns)

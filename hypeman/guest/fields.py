@@ -89,6 +89,7 @@ class Tag(enum.IntEnum):
     HOLDER = 87
     SYSCTL = 88
     ULIMIT = 89
+    IDLE = 90
 
 
 def _word(tag: Tag) -> str:

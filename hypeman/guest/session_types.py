@@ -20,6 +20,9 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
     tty: bool = False
     env: dict[str, str] = {}
     cwd: str | None = None
+    user: Annotated[
+        str, Meta(description="Extension. As in `user` of an instance; default: root, and in an idle instance its user")
+    ] = ""
     timeout: Annotated[Count, Meta(description="Seconds; 0: none. Exit code 124 when it is over")] = 0
     wait_for_agent: Annotated[Count, Meta(description="Seconds to wait for the guest agent")] = 0
     rows: Count = 0

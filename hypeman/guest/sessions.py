@@ -21,6 +21,7 @@ async def open_exec(client: GuestClient, request: ExecRequest) -> ExecSession:
             argv=request.command or _DEFAULT_COMMAND,
             env=tuple(f"{key}={value}" for key, value in request.env.items()),
             cwd=request.cwd or None,
+            user=request.user,
             tty=request.tty,
             rows=request.rows,
             cols=request.cols,

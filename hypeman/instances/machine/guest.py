@@ -17,7 +17,7 @@ from hypeman.hypervisor.interface import VmmBroken, VmmGone
 from hypeman.instances.machine.context import Context
 from hypeman.instances.machine.live import Live
 from hypeman.instances.machine.network import Network
-from hypeman.instances.model.guest_boot import boot_network, machine_id
+from hypeman.instances.model.guest_boot import boot_network, hostname, machine_id
 from hypeman.instances.model.steps import AwakenGuest, GoOn, PauseVm, PlugVolume, ShutdownGuest
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.model.vm import volume_disk, volume_disk_id
@@ -82,7 +82,7 @@ class Guests:
         with live.asking():
             guest = await live.wait_guest(SECONDS_TO_AWAKEN)
             await guest.set_identity(
-                hostname=record.name,
+                hostname=hostname(record),
                 machine_id=machine_id(record.id) if step.fresh else "",
                 network=boot_network(self._network.of_guest(step.instance)),
                 entropy=secrets.token_bytes(64),

@@ -39,13 +39,14 @@ def boot_config(
     settings = parse_settings(spec.tags, image.labels)
     return BootConfig(
         instance_id=record.id,
-        hostname=record.name,
+        hostname=hostname(record),
         machine_id=machine_id(record.id),
         nonce=record.nonce,
         argv=command_line(image, spec.entrypoint, spec.cmd),
         env=tuple(f"{key}={value}" for key, value in env.items()),
-        cwd=image.working_dir,
-        user=image.user,
+        cwd=spec.working_dir or image.working_dir,
+        user=spec.user or image.user,
+        idle=spec.idle,
         root_fs=root_fs,
         volumes=tuple(
             GuestVolume(
@@ -70,6 +71,11 @@ def boot_config(
         sysctls=settings.sysctls,
         ulimits=settings.ulimits,
     )
+
+
+def hostname(record: InstanceRecord) -> str:
+    """As requested, else the instance's name; a fork has its own name unless its source requested one."""
+    return record.spec.hostname or record.name
 
 
 def command_line(

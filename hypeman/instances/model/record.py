@@ -52,6 +52,12 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     volumes: tuple[VolumeMount, ...] = ()
     entrypoint: tuple[str, ...] | None = None
     cmd: tuple[str, ...] | None = None
+    user: str = ""
+    """Empty: the image's; so for ``working_dir``."""
+    working_dir: str = ""
+    hostname: str = ""
+    """Empty: the instance's name."""
+    idle: bool = False
     skip_guest_agent: bool = False
     snapshot_policy: SnapshotPolicy | None = None
     auto_standby: AutoStandbyPolicy | None = None

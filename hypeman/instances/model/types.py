@@ -213,6 +213,22 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
     restart_policy: RestartPolicy | None = None
     skip_kernel_headers: bool = False
     skip_guest_agent: Annotated[bool, Meta(description="No agent: no exec, cp or stat")] = False
+    user: Annotated[
+        Annotated[str, Meta(max_length=256)] | None,
+        Meta(description="Extension. Instead of the image's: a name or number, and a group after a colon"),
+    ] = None
+    working_dir: Annotated[
+        Annotated[str, Meta(pattern="^/", max_length=4095)] | None,
+        Meta(description="Extension. Instead of the image's"),
+    ] = None
+    hostname: Annotated[
+        Annotated[str, Meta(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$", max_length=64)] | None,
+        Meta(description="Extension. Default: the name"),
+    ] = None
+    idle: Annotated[
+        bool,
+        Meta(description="Extension. Start no program: the instance runs until it is stopped, and exec runs programs"),
+    ] = False
     entrypoint: Annotated[tuple[str, ...] | None, Meta(description="Instead of the image's")] = None
     cmd: Annotated[tuple[str, ...] | None, Meta(description="Instead of the image's")] = None
 

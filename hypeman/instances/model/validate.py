@@ -76,6 +76,8 @@ def check_create(
     vcpus = request.vcpus or DEFAULT_VCPUS
     if vcpus > limits.max_vcpus_per_instance:
         raise InvalidRequest(f"vcpus is {vcpus}, at most {limits.max_vcpus_per_instance} are allowed")
+    if request.idle and request.skip_guest_agent:
+        raise InvalidRequest("idle needs the guest agent: nothing else could run a program")
     _check_env(request)
     check_snapshot_policy(request.snapshot_policy)
     check_policies(
@@ -108,6 +110,10 @@ def check_create(
         volumes=volumes,
         entrypoint=request.entrypoint,
         cmd=request.cmd,
+        user=request.user or "",
+        working_dir=request.working_dir or "",
+        hostname=request.hostname or "",
+        idle=request.idle,
         skip_guest_agent=request.skip_guest_agent,
         snapshot_policy=request.snapshot_policy,
         auto_standby=request.auto_standby,

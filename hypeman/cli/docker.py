@@ -1,0 +1,225 @@
+"""Commands that people know from Docker: short forms of what other commands do, and refusals that say what to use.
+
+Each asks the same API as the rest of the command line; nothing here is a second way of doing something on the server.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.complete import complete_instance
+from hypeman.cli.images import delete_image, tag_image
+from hypeman.cli.instances import instance_argument, path_of, show_instance
+from hypeman.cli.output import render_table, size, use_colour
+from hypeman.cli.session import Session, complain, fail, interrupted, present, reports
+
+_BY_SIGNAL = 128
+_LIVE = ("Running", "Initializing", "Paused", "Shutdown")
+
+
+@click.command()
+@click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
+@click.option("-t", "--time", "seconds", type=int, hidden=True, help="Accepted; the server's limit applies.")
+@reports
+def restart(session: Session, instances: tuple[str, ...], seconds: int | None) -> None:
+    """Shut instances down and boot them again."""
+    for name in instances:
+        if session.client.get(path_of(name))["state"] in _LIVE:
+            session.client.post(f"{path_of(name)}/stop")
+        show_instance(session, session.client.post(f"{path_of(name)}/start"))
+
+
+@click.command()
+@click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
+@click.option("-s", "--signal", default="KILL", show_default=True, help="As in HUP, SIGTERM or 15.")
+@reports
+def kill(session: Session, instances: tuple[str, ...], signal: str) -> None:
+    """Send a signal to all processes of instances, through the shell of their images."""
+    from hypeman.cli.execute import capture
+
+    name = signal.upper().removeprefix("SIG")
+    if not name.isalnum():
+        raise click.BadParameter(f"{signal!r} is not a signal", param_hint="--signal")
+    for instance in instances:
+        code, output = capture(session, instance, ("sh", "-c", f"kill -{name} -1"))
+        if code and code < _BY_SIGNAL:  # the shell itself may be killed as the VM ends
+            fail(f"{instance}: {output.strip() or f'kill ended with {code}'}", f"hypeman stop {instance} shuts it down")
+        click.echo(instance)
+
+
+@click.command()
+@instance_argument
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@reports
+def top(session: Session, instance: str, arguments: tuple[str, ...]) -> None:
+    """Show the processes of an instance, as its own `ps` lists them."""
+    from hypeman.cli.execute import run_program
+
+    code = run_program(session, instance, ("ps", *(arguments or ("-ef",))), tty=False, stdin=False)
+    if code == 127:
+        complain(f"the image of {instance} has no ps", f"hypeman stats {instance} shows what the VM uses")
+    raise SystemExit(code)
+
+
+@click.command()
+@instance_argument
+@click.option("--no-stdin", is_flag=True, hidden=True)
+@click.option("--sig-proxy", hidden=True)
+@reports
+def attach(session: Session, instance: str, no_stdin: bool, sig_proxy: str | None) -> None:
+    """Follow the output of an instance's program. For a terminal in it use `exec -it`."""
+    with interrupted(f"{instance} continues"):
+        for line in session.client.events(f"{path_of(instance)}/logs", follow=True, tail=0, source="app"):
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+
+
+@click.command()
+@instance_argument
+@click.argument("name", required=False)
+@click.option("-a", "--author", hidden=True)
+@click.option("-m", "--message", hidden=True)
+@click.option("-p", "--pause", hidden=True, is_flag=True)
+@reports
+def commit(
+    session: Session, instance: str, name: str | None, author: str | None, message: str | None, pause: bool
+) -> None:
+    """Take a snapshot of an instance, with its memory if it runs; fork or restore it with `hypeman snapshot`."""
+    state = session.client.get(path_of(instance))["state"]
+    body = present(kind="Stopped" if state == "Stopped" else "Standby", name=name)
+    made = session.client.post(f"{path_of(instance)}/snapshots", body)
+    session.show(made, lambda: str(made["id"]))
+
+
+@click.command()
+@reports
+def info(session: Session) -> None:
+    """Show the server, its host and how many of everything it has."""
+    client = session.client
+    found: dict[str, Any] = {
+        "capabilities": client.get("/capabilities"),
+        "resources": client.get("/resources"),
+        "counts": {kind: len(client.get(f"/{kind}")) for kind in ("instances", "images", "volumes", "snapshots")},
+        "server": client.settings.base_url,
+    }
+    session.show(found, lambda: _info_text(found))
+
+
+def _info_text(found: dict[str, Any]) -> str:
+    resources = found["resources"]
+    rows = [
+        ("server", found["server"]),
+        *((kind, str(count)) for kind, count in found["counts"].items()),
+        ("CPUs", str(resources["cpu"]["capacity"])),
+        ("memory", f"{size(resources['memory']['allocated'])} of {size(resources['memory']['capacity'])} allocated"),
+        ("disk", f"{size(resources['disk']['allocated'])} of {size(resources['disk']['capacity'])} allocated"),
+    ]
+    return render_table(rows, [("", lambda row: row[0]), ("", lambda row: row[1])]).lstrip("\n- ")
+
+
+@click.group()
+def system() -> None:
+    """Disk usage, and removal of what is not in use."""
+
+
+@system.command()
+@reports
+def df(session: Session) -> None:
+    """Show what takes disk space."""
+    found = session.client.get("/resources").get("disk_breakdown") or {}
+    names = {
+        "images": "images_bytes",
+        "cache": "oci_cache_bytes",
+        "volumes": "volumes_bytes",
+        "disks": "overlays_bytes",
+    }
+    rows = [(name, found[key]) for name, key in names.items() if key in found]
+    columns = [("TYPE", lambda row: row[0]), ("SIZE", lambda row: size(row[1]))]
+    session.show(found, lambda: render_table(rows, columns, colour=use_colour()))
+
+
+@system.command()
+@click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@click.option("-a", "--all", "everything", is_flag=True, help="Also images that no instance uses.")
+@click.option("--volumes", is_flag=True, help="Also volumes that are not attached.")
+@reports
+def prune(session: Session, force: bool, everything: bool, volumes: bool) -> None:
+    """Delete stopped instances, and on request unused images and volumes. Instances in standby are kept."""
+    client = session.client
+    instances = client.get("/instances")
+    stopped = [row for row in instances if row["state"] == "Stopped"]
+    kept = {row["image"] for row in instances if row not in stopped}
+    targets = [("instance", row["name"], path_of(row["id"])) for row in stopped]
+    if everything:
+        targets += [
+            ("image", row["name"], f"/images/{segment(row['name'])}")
+            for row in client.get("/images")
+            if row["name"] not in kept
+        ]
+    if volumes:
+        targets += [
+            ("volume", row["name"], f"/volumes/{segment(row['id'])}")
+            for row in client.get("/volumes")
+            if not row.get("attachments")
+        ]
+    if not targets:
+        click.echo("nothing to delete", err=True)
+        return
+    for kind, name, _ in targets:
+        click.echo(f"{kind} {name}", err=True)
+    if not force:
+        click.confirm("Delete these?", abort=True, err=True)
+    raise SystemExit(_delete(session, client, targets))
+
+
+def _delete(session: Session, client: Client, targets: list[tuple[str, str, str]]) -> int:
+    failed = 0
+    for _, name, path in targets:
+        try:
+            client.call("DELETE", path)
+        except ApiError as error:
+            if error.status != 404:
+                session.report(error)
+                failed = 1
+        else:
+            click.echo(name)
+    return failed
+
+
+def _refusing(name: str, instead: str) -> click.Command:
+    """A hidden command of Docker that is refused by design."""
+
+    @click.command(name, hidden=True, context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def refuse(arguments: tuple[str, ...]) -> None:
+        raise click.UsageError(f"{name} is not supported: {instead}")
+
+    return refuse
+
+
+REFUSED = {
+    "pause": "`hypeman standby` saves an instance's memory to disk and frees the host's; `hypeman restore` resumes it",
+    "unpause": "`hypeman restore` resumes an instance that is in standby",
+    "rename": "an instance keeps its name; `hypeman fork OLD NEW` makes a copy with another one",
+    "save": "`hypeman backup create` saves images; a registry shares them",
+    "export": "`hypeman cp INSTANCE:/ -` writes a guest's files as a tar",
+    "diff": "`hypeman exec INSTANCE -- find / -xdev -newer /etc/hostname` lists what changed since the boot",
+    "network": "each instance has its own network; see --network and --bandwidth-… of `hypeman run`",
+    "swarm": "Hypeman runs on one host",
+}
+
+rmi = click.Command(
+    "rmi", params=delete_image.params, callback=delete_image.callback, help="Delete images that no instance uses."
+)
+tag = click.Command(
+    "tag", params=tag_image.params, callback=tag_image.callback, help="Make TARGET another name of the image NAME."
+)
+
+COMMANDS: tuple[click.Command, ...] = (
+    restart, kill, top, attach, commit, info, system, rmi, tag,
+    *(_refusing(name, instead) for name, instead in REFUSED.items()),
+)  # fmt: skip

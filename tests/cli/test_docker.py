@@ -1,0 +1,159 @@
+"""What people know from Docker: accepted as they type it, or refused with what to use instead."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import click
+import pytest
+
+from hypeman.cli import output
+from hypeman.cli.main import SECTIONS, hypeman
+from hypeman.cli.run import RunCommand, create_body, docker_restart, parse_mount, variables_in
+from hypeman.cli.session import GIGABYTES, SIZE, environment
+
+
+def body_of(*arguments: str) -> dict[str, Any]:
+    flags = dict(hypeman.commands["run"].make_context("run", list(arguments)).params)
+    if flags["command"]:
+        flags["cmd"] = flags["command"]
+    return create_body(flags.pop("image"), flags)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program"),
+    [
+        (["alpine", "ls", "-l", "--all"], ["ls", "-l", "--all"]),
+        (["--name", "web", "alpine", "sh", "-c", "echo --name x"], ["sh", "-c", "echo --name x"]),
+        (["alpine", "--name", "web", "ls", "--name", "other"], ["ls", "--name", "other"]),
+        (["-it", "-eA=b", "-w", "/srv", "alpine", "sh"], ["sh"]),
+        (["--name=web", "alpine", "--", "-x"], ["-x"]),
+        (["alpine"], []),
+    ],
+)
+def test_the_program_of_run(arguments: list[str], program: list[str]) -> None:
+    body = body_of(*arguments)
+    assert list(body.get("cmd", ())) == program
+    assert body["image"] == "alpine"
+    assert body["name"] == "web" or "web" not in " ".join(arguments)
+
+
+def test_global_options_before_the_program_only() -> None:
+    root = click.Context(hypeman)
+    front = hypeman.in_front(root, ["run", "alpine", "-o", "json", "tool", "-o", "yaml"])
+    assert front == ["-o", "json", "run", "alpine", "tool", "-o", "yaml"]
+
+
+def test_flags_as_docker_spells_them() -> None:
+    body = body_of("-m", "1.5GB", "-u", "1000:50", "-w", "/srv", "--hostname", "db.example", "--label", "a=b", "alpine")
+    assert (body["size"], body["user"], body["working_dir"]) == ("1536MB", "1000:50", "/srv")
+    assert (body["hostname"], body["tags"]) == ("db.example", {"a": "b"})
+    assert docker_restart("on-failure:3") == {"policy": "on_failure", "max_attempts": 3}
+    assert docker_restart("unless-stopped") == {"policy": "always"}
+    assert docker_restart("no") == {"policy": "never"}
+    for wrong in ("sometimes", "always:3", "on-failure:x"):
+        with pytest.raises(click.BadParameter):
+            docker_restart(wrong)
+
+
+def test_variables_of_the_caller() -> None:
+    assert environment(["A=b=c", "HOME", "GONE"], {"HOME": "/root"}) == {"A": "b=c", "HOME": "/root"}
+    with pytest.raises(click.UsageError):
+        environment(["=x"], {})
+
+
+def test_env_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERE", "1")
+    assert variables_in(io.StringIO("# a comment\n\nA=b #c\r\nHERE\n")) == {"A": "b #c", "HERE": "1"}
+
+
+def test_sizes_in_one_grammar() -> None:
+    for text, sent in {"1.5GB": "1536MB", "512MB": "512MB", "0.5MB": "512KB", "1024": "1KB"}.items():
+        assert SIZE.convert(text, None, None) == sent
+        assert SIZE.convert(output.size(SIZE.size_of(text, None, None)), None, None) == sent
+    for text, gigabytes in {"10": 10, "10GB": 10, "1TB": 1024}.items():
+        assert GIGABYTES.convert(text, None, None) == gigabytes
+    for wrong in ("1.5", "1.5GB", "0", "x"):
+        with pytest.raises(click.BadParameter):
+            GIGABYTES.convert(wrong, None, None)
+    for wrong in ("1..5GB", ".5GB", "-1GB", "1.3B"):
+        with pytest.raises(click.BadParameter):
+            SIZE.convert(wrong, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "alternative"),
+    [
+        (["run", "-v", "/host:/guest", "alpine"], "volume create"),
+        (["run", "--privileged", "alpine"], "kernel of its own"),
+        (["run", "--net", "host", "alpine"], "its own network"),
+        (["run", "--gpus", "all", "alpine"], "--gpu-profile"),
+        (["pause", "web"], "hypeman standby"),
+        (["rename", "a", "b"], "hypeman fork"),
+        (["network", "create", "x"], "its own network"),
+    ],
+)
+def test_refusals_name_the_alternative(cli: Any, server: Any, arguments: list[str], alternative: str) -> None:
+    done = cli(*arguments)
+    assert (done.exit_code, alternative in done.stderr) == (2, True), done.stderr
+    assert server.world.instances.asked == []
+
+
+def test_a_tag_without_value_is_an_error_and_not_everything(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    for arguments in (["ps", "--tag", "team"], ["image", "list", "--tag", "team"], ["run", "x", "--tag", "team"]):
+        assert cli(*arguments).exit_code == 2
+
+
+def test_lists_are_filtered_and_cut(cli: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("web-1", "web-2", "db"):
+        server.world.instances.add(name)
+    names = [row["name"] for row in json.loads(cli("ps", "-a", "-o", "json", "--filter", "name=web-*").stdout)]
+    assert names == ["web-1", "web-2"]
+    assert cli("ps", "-a", "-q", "--filter", "name=db", "--filter", "state=Stopped").stdout == ""
+    assert cli("ps", "--filter", "name").exit_code == 2
+    rows = [{"name": "x" * 50, "tags": ["a", "b"]}]
+    table = output.render_table(rows, [("ID", lambda _: "abc"), ("NAME", lambda row: row["name"])], width=30)
+    assert table.splitlines()[1] == "abc  " + "x" * 24 + "…"
+    assert output.matching(rows, ["tags=b"]) == rows
+    assert output.narrowed([3, 50, 9], 20) == [3, 8, 9]
+
+
+def test_ps_says_what_it_hides(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    assert cli("ps").stderr == ""
+    cli("stop", "web")
+    assert "1 more that is not running: hypeman ps --all" in cli("ps").stderr
+    assert cli("ps", "-o", "json").stderr == ""
+
+
+def test_every_command_of_the_help_has_a_subject() -> None:
+    listed = {name for names in SECTIONS.values() for name in names}
+    other = {name for name, found in hypeman.commands.items() if not found.hidden} - listed
+    assert other <= {"completion", "man", "inspect"}
+
+
+def test_exec_leaves_standard_input_alone(shell: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    assert shell("exec", "web", "cat", input=b"for the next command").stdout == b""
+
+
+def test_restart_commit_prune(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    assert cli("restart", "web").stdout.strip() == "web is Running"
+    assert cli("system", "prune", "--force").stdout == ""
+    cli("stop", "web")
+    assert cli("system", "prune", input="n\n").exit_code != 0
+    assert server.world.instances.instances
+    assert cli("system", "prune", "-f").stdout == "web\n"
+    assert not server.world.instances.instances
+
+
+def test_mounts() -> None:
+    assert parse_mount("data:/data:ro") == {"volume_id": "data", "mount_path": "/data", "readonly": True}
+
+
+def test_run_is_a_run_command() -> None:
+    assert isinstance(hypeman.commands["run"], RunCommand)
