@@ -82,7 +82,7 @@ class Board:
         """For the full list; None: must be rebuilt."""
         self._names: dict[str, str] = {}
         self._stale: set[str] = set()
-        """Instances to encode again before the next list."""
+        """Instances to encode again before they are next shown."""
         self._listeners: list[Callable[[str], object]] = []
 
     def listen(self, changed: Callable[[str], object]) -> None:
@@ -92,7 +92,7 @@ class Board:
     def refresh(self, instance_id: str) -> None:
         """Something that is shown with the instance, but is not in its record, has changed.
 
-        It is encoded again with the next list, so that frequent changes cost next to nothing.
+        It is encoded again when it is next shown, so that frequent changes cost next to nothing.
         """
         if instance_id in self._entries:
             self._stale.add(instance_id)
@@ -125,8 +125,11 @@ class Board:
         for instance_id in self._stale:
             entry = self._entries.get(instance_id)
             if entry is not None:
-                entry.show(self._render(entry.record, entry.record.phases.since))
+                self._encode(entry)
         self._stale.clear()
+
+    def _encode(self, entry: _Entry) -> None:
+        entry.show(self._render(entry.record, entry.record.phases.since))
 
     def find(self, reference: str) -> InstanceRecord:
         """Look up by id, then name, then unique id prefix (§1.5). Raises NotFound or Ambiguous."""
@@ -154,6 +157,9 @@ class Board:
     def encoded(self, reference: str) -> bytes:
         """JSON of the instance that ``find`` would return. Raises NotFound or Ambiguous."""
         entry = self._find(reference)
+        if entry.record.id in self._stale:
+            self._stale.discard(entry.record.id)
+            self._encode(entry)
         return b"%b%d%b" % (entry.before, max(0, _now_ms() - entry.zero_ms), entry.after)
 
     def encoded_list(self, state: InstanceState | None, tags: Mapping[str, str]) -> bytes:

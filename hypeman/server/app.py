@@ -18,13 +18,12 @@ from typing import Any
 
 import msgspec
 import trio
-from msgspec import UNSET
 from quart import Response, has_request_context, request, websocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import WebsocketMismatch
 
-from hypeman.actor import Actor, set_actor
+from hypeman.actor import set_actor
 from hypeman.server import errors, exchange
 from hypeman.server.api import Context, EventStream, Operation, UploadStream
 from hypeman.server.connection import Connection
@@ -34,7 +33,7 @@ from hypeman.server.exchange import (
     DISCONNECTED,
     Reply,
     ServerSettings,
-    caller_fields,
+    actor_of,
     failed,
     failure_from,
     log_request,
@@ -151,8 +150,7 @@ class ApiApp(QuartTrio):
             caller = LOCAL
         else:
             caller = self._verifier.caller(asked.headers.get("Authorization"))
-        address, uid = here.peer if here is not None else (UNSET, UNSET)
-        actor = asked.scope["hypeman.actor"] = Actor(caller.subject, address, uid, _request_id(asked))
+        actor = asked.scope["hypeman.actor"] = actor_of(caller, here, _request_id(asked))
         set_actor(actor)
         check_scope(caller, *scopes)
         return caller
@@ -225,7 +223,10 @@ async def _read_json_body(held: _HeldBodies) -> bytes:
 
 
 def _response(reply: Reply) -> Response:
-    return Response(reply.content, reply.status, reply.headers, content_type=reply.media_type or None)
+    response = Response(reply.content, reply.status, reply.headers, content_type=reply.media_type)
+    if not reply.media_type:
+        del response.headers["Content-Type"], response.headers["Content-Length"]
+    return response
 
 
 def _event_stream(operation: Operation, answer: EventStream) -> Response:
@@ -266,9 +267,9 @@ def _request_id(asked: Any) -> str:
 
 
 def _tell(asked: Any, method: str, status: int, seconds: float) -> None:
-    actor, here = asked.scope.get("hypeman.actor"), _connection(asked)
-    who = caller_fields(actor.subject if actor is not None else None, here)
-    log_request(method, _template(asked), status, seconds, _request_id(asked), asked.view_args or {}, who)
+    actor, segments = asked.scope.get("hypeman.actor"), asked.view_args or {}
+    subject = actor.subject if actor is not None else None
+    log_request(method, _template(asked), status, seconds, _request_id(asked), segments, subject, _connection(asked))
 
 
 def _template(connection: Any) -> str:

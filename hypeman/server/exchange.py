@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct
 
+from hypeman.actor import Actor
 from hypeman.errors import HypemanError
 from hypeman.server import errors
 from hypeman.server.api import Operation, Page
@@ -24,6 +25,7 @@ from hypeman.server.connection import Connection
 from hypeman.server.errors import Failure, failure_of, told_error
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import blank_text, log_fields
+from hypeman.tokens import Caller
 
 _log = logging.getLogger("hypeman.http")
 _encode = msgspec.json.Encoder().encode
@@ -48,6 +50,7 @@ class Reply(Struct, frozen=True):
     status: int
     content: bytes
     media_type: str = JSON
+    """Empty: no content, and no header that describes any."""
     headers: dict[str, str] = {}
 
 
@@ -99,17 +102,10 @@ def request_id(given: str) -> str:
     return os.urandom(8).hex()
 
 
-def caller_fields(subject: str | None, connection: Connection | None) -> dict[str, Any]:
-    """Who called, for the log: the subject if authenticated, and the address, or user id on the unix socket."""
+def actor_of(caller: Caller, connection: Connection | None, request_id: str) -> Actor:
+    """Who causes what the request changes."""
     address, uid = connection.peer if connection is not None else (UNSET, UNSET)
-    fields: dict[str, Any] = {}
-    if subject is not None:
-        fields["subject"] = subject
-    if address is not UNSET:
-        fields["address"] = address
-    if uid is not UNSET:
-        fields["uid"] = uid
-    return fields
+    return Actor(caller.subject, address, uid, request_id)
 
 
 def log_request(
@@ -119,16 +115,25 @@ def log_request(
     seconds: float,
     request_id: str,
     segments: Mapping[str, str],
-    caller: Mapping[str, Any],
+    subject: str | None,
+    connection: Connection | None,
 ) -> None:
     """The log line and the metrics of one request; ``route`` is the operation's path template, never the requested
-    path, to bound the number of series. ``segments`` are the path parameters as the client wrote them."""
+    path, to bound the number of series. ``segments`` are the path parameters as the client wrote them; ``subject``
+    is None without authentication, ``connection`` in tests without sockets."""
     metrics.count_request(method, route, status, seconds)
     if not method.isalpha():
         method = blank_text(method)  # a client's invention
-    log_fields(
-        _log,
-        "request",
-        {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)},
-        {"request_id": request_id, **caller, **{f"path_{name}": value for name, value in segments.items()}},
-    )
+    ours: dict[str, Any] = {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)}
+    theirs = {"request_id": request_id}
+    if subject is not None:
+        theirs["subject"] = subject
+    if connection is not None:
+        address, uid = connection.peer
+        if address is not UNSET:
+            ours["address"] = address
+        if uid is not UNSET:
+            ours["uid"] = uid
+    for name, value in segments.items():
+        theirs[f"path_{name}"] = value
+    log_fields(_log, "request", ours, theirs)

@@ -1,13 +1,13 @@
-"""Plain requests: GETs of declared operations, answered in the connection's own task.
+"""Plain requests: those of declared operations that neither stream nor upload, answered in the connection's own task.
 
     bytes → head (one look at its end, its request line, its header block) → operation and path parameters
           → authenticate → authorize → decode → handler → one send
 
 Quart and Hypercorn spawn six tasks for a request and parse its head three times; for a look-up in memory that was
-nine tenths of its cost. What is plain is decided narrowly: HTTP/1.1, a GET of an operation that does not stream, its
-whole head in one read, no body, none of the headers with which a client asks for more than a response. Everything
-else, also what is malformed or unknown, goes to Hypercorn and Quart unread, on the same connection. Both share
-``exchange.py``, and one suite runs through both (tests/server/test_plain.py).
+nine tenths of its cost. What is plain is decided narrowly: HTTP/1.1, head and body whole in one read, the body's length
+given, none of the headers with which a client asks for more than a response. Everything else, also what is malformed
+or unknown, goes to Hypercorn and Quart unread, on the same connection. Both share ``exchange.py``, and one suite runs
+through both (tests/server).
 
 - The handler's first step runs at once. Only if it blocks, a second task watches: it cancels the handler when the
   client disconnects (log and metrics: 499) or the time limit ends (504).
@@ -27,6 +27,7 @@ from types import coroutine
 from typing import Any, NamedTuple, TypeVar
 
 import h11
+import msgspec
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, RawData
@@ -35,15 +36,16 @@ from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 
+from hypeman.actor import set_actor
 from hypeman.server import errors
-from hypeman.server.api import EventStream, Operation
+from hypeman.server.api import EventStream, Operation, UploadStream
 from hypeman.server.connection import Connection
-from hypeman.server.decode import decode_query, decode_segment
+from hypeman.server.decode import decode_body, decode_query, decode_segment
 from hypeman.server.exchange import (
     DISCONNECTED,
     Reply,
     ServerSettings,
-    caller_fields,
+    actor_of,
     failed,
     failure_from,
     log_request,
@@ -61,19 +63,19 @@ _MAX_KNOWN_LENGTH = 256
 """Bytes of a request target that is worth remembering."""
 _END = b"\r\n\r\n"
 _CLOSE = "connection: close\r\n"
-_METHOD = b"GET "
 _VERSION = b" HTTP/1.1"
-_TARGET = re.compile(rb"/[\w.~%:@!$&'()*+,;=/-]*(?:\?[\w.~%:@!$&'()*+,;=/?\[\]-]*)?")
+_REQUEST = re.compile(rb"([A-Z]+) (/[\w.~%:@!$&'()*+,;=/-]*(?:\?[\w.~%:@!$&'()*+,;=/?\[\]-]*)?)")
+_LENGTH = re.compile(rb"[0-9]{1,6}")
 _HEADERS = re.compile(rb"(?:[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)+")
-_MORE_THAN_A_RESPONSE = frozenset(
-    (b"content-length", b"transfer-encoding", b"upgrade", b"expect", b"http2-settings", b"te", b"trailer")
-)
+_MORE_THAN_A_RESPONSE = frozenset((b"transfer-encoding", b"upgrade", b"expect", b"http2-settings", b"te", b"trailer"))
 
 
 class Found(NamedTuple):
-    """What a request target means."""
+    """What a method and a request target mean."""
 
     operation: Operation
+    decoder: msgspec.json.Decoder[Any] | None
+    """For the body."""
     segments: Mapping[str, str]
     """Path parameters as the client wrote them."""
     query: bytes
@@ -82,7 +84,7 @@ class Found(NamedTuple):
 
 
 class PlainRoutes:
-    """The GETs among ``operations`` that do not stream, found by request target; and what their answers need."""
+    """Those of ``operations`` that neither stream nor upload, found by request line; and what their answers need."""
 
     def __init__(
         self, operations: Iterable[Operation], services: Services, settings: ServerSettings, verifier: Verifier
@@ -91,39 +93,50 @@ class PlainRoutes:
         self.verifier = verifier
         self._limit = settings.request_timeout
         self._known: dict[bytes, Found | None] = {}
-        self._by_length: dict[int, list[tuple[tuple[str, ...], Operation]]] = {}
+        self._templates: dict[tuple[str, int], list[_Template]] = {}
         for operation in operations:
-            template = tuple(operation.path.split("/")[1:])
-            simple = operation.answer is not EventStream and not operation.takes_context
-            if operation.method == "GET" and simple and all(template):
-                self._by_length.setdefault(len(template), []).append((template, operation))
-        for templates in self._by_length.values():  # a fixed segment goes before a parameter, from the left
-            templates.sort(key=lambda each: [part.startswith("{") for part in each[0]])
+            parts = tuple(operation.path.split("/")[1:])
+            streams = operation.answer is EventStream or operation.body is UploadStream
+            if not streams and not operation.takes_context and all(parts):
+                decoder = None if operation.body is None else msgspec.json.Decoder(operation.body)
+                of_this_length = self._templates.setdefault((operation.method, len(parts)), [])
+                of_this_length.append(_Template(parts, operation, decoder))
+        for templates in self._templates.values():  # a fixed segment goes before a parameter, from the left
+            templates.sort(key=lambda each: [part.startswith("{") for part in each.parts])
 
-    def find(self, target: bytes) -> Found | None:
-        """The operation that ``target`` names; None if Quart must decide."""
+    def find(self, line: bytes) -> Found | None:
+        """The operation that ``line`` names, a request line without its version; None if Quart must decide."""
         try:
-            return self._known[target]
+            return self._known[line]
         except KeyError:
-            found = self._search(target)
-        if len(target) <= _MAX_KNOWN_LENGTH:
+            found = self._search(line)
+        if len(line) <= _MAX_KNOWN_LENGTH:
             if len(self._known) >= _MAX_KNOWN:
                 self._known.clear()
-            self._known[target] = found
+            self._known[line] = found
         return found
 
-    def _search(self, target: bytes) -> Found | None:
-        if not _TARGET.fullmatch(target):
+    def _search(self, line: bytes) -> Found | None:
+        match = _REQUEST.fullmatch(line)
+        if match is None:
             return None
-        path, _, query = target.partition(b"?")
+        path, _, query = match[2].partition(b"?")
         parts = path.decode("ascii").split("/")[1:]
         if not all(parts):
             return None
-        for template, operation in self._by_length.get(len(parts), ()):
-            if all(name == part or name.startswith("{") for name, part in zip(template, parts, strict=True)):
-                segments = {name[1:-1]: part for name, part in zip(template, parts, strict=True) if name[0] == "{"}
-                return Found(operation, segments, query, inf if operation.unlimited else self._limit)
+        for template in self._templates.get((match[1].decode("ascii"), len(parts)), ()):
+            pairs = list(zip(template.parts, parts, strict=True))
+            if all(name == part or name.startswith("{") for name, part in pairs):
+                segments = {name[1:-1]: part for name, part in pairs if name.startswith("{")}
+                limit = inf if template.operation.unlimited else self._limit
+                return Found(template.operation, template.decoder, segments, query, limit)
         return None
+
+
+class _Template(NamedTuple):
+    parts: tuple[str, ...]
+    operation: Operation
+    decoder: msgspec.json.Decoder[Any] | None
 
 
 class Headers(NamedTuple):
@@ -131,14 +144,16 @@ class Headers(NamedTuple):
 
     authorization: str | None
     request_id: str
+    length: int
+    """Of the body, in bytes."""
 
 
 def plain_headers(block: bytes) -> Headers | None:
-    """The headers in ``block``, the lines of a head after its request line; None if they ask for more than a response
-    to a request without a body, or if Hypercorn might refuse them."""
+    """The headers in ``block``, the lines of a head after its request line; None if they ask for more than a response,
+    or if Hypercorn might refuse them."""
     if not _HEADERS.fullmatch(block):
         return None
-    authorization, given_id, hosts = None, None, 0
+    authorization, given_id, length, hosts = None, None, None, 0
     for line in block.split(b"\r\n")[:-1]:
         name, _, value = line.partition(b":")
         name, value = name.lower(), value.strip(b" \t")
@@ -150,7 +165,11 @@ def plain_headers(block: bytes) -> Headers | None:
             authorization = value.decode("ascii")
         elif name == b"x-request-id" and given_id is None:
             given_id = value.decode("ascii")
-    return Headers(authorization, given_id or "") if hosts == 1 else None
+        elif name == b"content-length":
+            if length is not None or not _LENGTH.fullmatch(value):
+                return None
+            length = int(value)
+    return Headers(authorization, given_id or "", length or 0) if hosts == 1 else None
 
 
 class PlainConnection(TCPServer):
@@ -254,28 +273,30 @@ class PlainConnection(TCPServer):
                 break
         return True
 
-    def _next(self) -> tuple[Found, Headers] | None:
-        """Take the next request off what was received; None if it is not plain or not complete."""
+    def _next(self) -> tuple[Found, Headers, bytes] | None:
+        """Take the next request and its body off what was received; None if it is not plain or not complete."""
         data, routes = self._unread, self._routes
-        if routes is None or not data.startswith(_METHOD):
-            return None
         line, end = data.find(b"\r\n"), data.find(_END)
-        if end < 0 or not data.endswith(_VERSION, 0, line):
+        if routes is None or end < 0 or not data.endswith(_VERSION, 0, line):
             return None
         block = data[line + 2 : end + 2]
         if block != self._block:
             self._block, self._headers = block, plain_headers(block)
-        if self._headers is None or (found := routes.find(data[len(_METHOD) : line - len(_VERSION)])) is None:
+        headers = self._headers
+        if headers is None or (found := routes.find(data[: line - len(_VERSION)])) is None:
             return None
-        self._unread = data[end + len(_END) :]
-        return found, self._headers
+        body = end + len(_END)
+        if len(data) < body + headers.length:
+            return None
+        self._unread = data[body + headers.length :]
+        return found, headers, data[body : body + headers.length]
 
-    async def _exchange(self, found: Found, headers: Headers) -> Reply:
+    async def _exchange(self, found: Found, headers: Headers, body: bytes) -> Reply:
         started = time.perf_counter()
         self._request_id, self._subject = request_id(headers.request_id), None
         status = DISCONNECTED
         try:
-            reply = await self._reply(found, headers)
+            reply = await self._reply(found, headers, body)
             status = reply.status
             return reply
         except trio.Cancelled:
@@ -291,10 +312,11 @@ class PlainConnection(TCPServer):
                 time.perf_counter() - started,
                 self._request_id,
                 found.segments,
-                caller_fields(self._subject, self._connection),
+                self._subject,
+                self._connection,
             )
 
-    async def _reply(self, found: Found, headers: Headers) -> Reply:
+    async def _reply(self, found: Found, headers: Headers, body: bytes) -> Reply:
         operation, routes = found.operation, self._routes
         assert routes is not None
         try:
@@ -302,11 +324,14 @@ class PlainConnection(TCPServer):
                 trusted = self._connection.trusted
                 caller = LOCAL if trusted else routes.verifier.caller(headers.authorization)
                 self._subject = caller.subject
+                set_actor(actor_of(caller, self._connection, self._request_id))
                 check_scope(caller, *operation.scopes)
             with measured(operation):
                 arguments: dict[str, Any] = {name: decode_segment(value) for name, value in found.segments.items()}
                 if operation.query is not None:
                     arguments["query"] = decode_query(found.query, operation.query)
+                if found.decoder is not None and (body or operation.body_required):
+                    arguments["body"] = decode_body(body, found.decoder)
                 handler: Any = operation.handler(routes.services, **arguments)
                 answer = await _begin(handler, lambda: self._watch(found.limit))
             return reply_to(operation, answer)
@@ -370,9 +395,10 @@ class PlainConnection(TCPServer):
     def _head(self, reply: Reply, last: bool) -> bytes:
         """As Quart, Hypercorn and h11 write it between them."""
         more = "".join([f"{name.lower()}: {value}\r\n" for name, value in reply.headers.items()])
+        if reply.media_type:
+            more += f"content-type: {reply.media_type}\r\ncontent-length: {len(reply.content)}\r\n"
         return (
-            f"HTTP/1.1 {reply.status} \r\n{more}content-type: {reply.media_type}\r\n"
-            f"content-length: {len(reply.content)}\r\nx-request-id: {self._request_id}\r\n"
+            f"HTTP/1.1 {reply.status} \r\n{more}x-request-id: {self._request_id}\r\n"
             f"{_common_headers(self.config)}{_CLOSE if last else ''}\r\n"
         ).encode("latin1")
 

@@ -70,3 +70,21 @@ def test_lists_are_what_the_records_say(changes: list[tuple[str, Any, str, int]]
                     assert json.loads(board.encoded_list(wanted, tags)) == expected
             for record in records.values():
                 assert json.loads(board.encoded(record.name)) == msgspec.to_builtins(render(record, now))
+
+
+def test_what_is_shown_beside_the_record_is_encoded_again() -> None:
+    """``refresh``: before the next list, and before the next look at that instance alone."""
+    size = "1GB"
+
+    def shown(record: InstanceRecord, now: datetime) -> Instance:
+        return msgspec.structs.replace(render(record, now), size=size)
+
+    board = Board(shown)
+    for name in "ab":
+        board.post(a_record(name, InstanceState.RUNNING, "x", 0))
+    size = "2GB"
+    assert b'"size":"1GB"' in board.encoded("a")
+    board.refresh("id-a")
+    board.refresh("id-b")
+    assert b'"size":"2GB"' in board.encoded("a")
+    assert board.encoded_list(None, {}).count(b'"size":"2GB"') == 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
+import os
 import random
 import re
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +25,7 @@ from hypeman.server.plain import PlainRoutes, plain_headers
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import Server, bind_tcp
 from hypeman.telemetry import metrics
+from hypeman.telemetry.logs import setup_logs
 from hypeman.tokens import Scope, mint
 from tests.fakes.services import FakeWorld
 
@@ -155,7 +159,7 @@ class Asker:
         responses: list[bytes] = []
         while not responses or responses[-1].startswith(b"HTTP/1.1 100"):
             head = await self._reader.head()
-            if not head.startswith(b"HTTP/1.1 100") and not request.startswith(b"HEAD "):
+            if head.split()[1] not in (b"100", b"204") and not request.startswith(b"HEAD "):
                 head += await self._reader.body(head)
             responses.append(unvaried(head))
         if b"connection: close" in responses[-1]:
@@ -204,6 +208,35 @@ async def test_ten_thousand_requests_both_ways(
     assert ended > 10
 
 
+async def test_responses_to_what_succeeds_both_ways(app: ApiApp, world: FakeWorld) -> None:
+    """With a body, with headers of the operation, and without content."""
+    token = f"Authorization: Bearer {mint(SECRET, subject='x')}\r\n"
+
+    def request(method: str, path: str, body: bytes = b"") -> bytes:
+        length = f"Content-Length: {len(body)}\r\n" if body else ""
+        return f"{method} {path} HTTP/1.1\r\nHost: x\r\n{token}{length}\r\n".encode() + body
+
+    asked = [
+        request("POST", "/volumes", b'{"name":"data","size_gb":1,"id":"data"}'),
+        request("GET", "/volumes/data"),
+        request("DELETE", "/volumes/data"),
+        request("GET", "/swagger"),
+        request("GET", "/spec.yaml"),
+        request("GET", "/spec.json"),
+        request("POST", "/builds", b"{}"),
+    ]
+    async with serving(app, app.plain) as (_, connect, _), serving(app, None) as (_, connect_quart, _):
+        ours, theirs = Asker(connect), Asker(connect_quart)
+        for each in asked:
+            assert app.plain.find(each.partition(b" HTTP/1.1")[0]) is not None
+            before = dict(world.volumes.volumes)
+            response = await ours.ask(each)
+            world.volumes.volumes = before
+            assert response == await theirs.ask(each)
+        await ours.aclose()
+        await theirs.aclose()
+
+
 def told(caplog: pytest.LogCaptureFixture) -> list[Any]:
     varying = ("request_id", "ms")
     standard = vars(logging.makeLogRecord({}))
@@ -218,12 +251,12 @@ def told(caplog: pytest.LogCaptureFixture) -> list[Any]:
 
 
 def is_plain(app: ApiApp, request: bytes) -> bool:
-    line, _, block = request.partition(b"\r\n")
-    method, target, _ = line.split(b" ", 2)
-    return method == b"GET" and app.plain.find(target) is not None and plain_headers(block[:-2]) is not None
+    line, _, block = request.partition(b"\r\n\r\n")[0].partition(b"\r\n")
+    return app.plain.find(line.removesuffix(b" HTTP/1.1")) is not None and plain_headers(block + b"\r\n") is not None
 
 
-@pytest.mark.parametrize("header", ["Content-Length: 3", "Transfer-Encoding: chunked", "Upgrade: h2c",
+@pytest.mark.parametrize("header", ["Content-Length: -3", "Content-Length: 1\r\nContent-Length: 1",
+     "Transfer-Encoding: chunked", "Upgrade: h2c",
     "Expect: 100-continue", "Connection: close", "Connection: upgrade", "Host: twice", "A: \x01", "A : b", "A: \xe4",
     " folded", "no colon"])  # fmt: skip
 def test_headers_that_are_not_plain(header: str) -> None:
@@ -260,7 +293,7 @@ def test_a_fixed_segment_goes_before_a_parameter(app: ApiApp) -> None:
         ("/devices/available", "/devices/available"), ("/devices/x", "/devices/{id}"),
         ("/images/a/progress", "/images/{name}/progress"), ("/instances/x/stat", "/instances/{id}/stat"),
     ]:  # fmt: skip
-        found = app.plain.find(path.encode())
+        found = app.plain.find(b"GET " + path.encode())
         assert found is not None and found.operation.path == wanted
     for path in (
         "/images/a/b",
@@ -271,13 +304,13 @@ def test_a_fixed_segment_goes_before_a_parameter(app: ApiApp) -> None:
         "http://x/health",
         "*",
     ):
-        assert app.plain.find(path.encode()) is None, path
+        assert app.plain.find(b"GET " + path.encode()) is None, path
 
 
 def test_what_is_remembered_is_bounded(app: ApiApp) -> None:
     for number in range(5000):
-        app.plain.find(b"/instances/%d" % number)
-    app.plain.find(b"/instances/" + b"x" * 10_000)
+        app.plain.find(b"GET /instances/%d" % number)
+    app.plain.find(b"GET /instances/" + b"x" * 10_000)
     assert len(app.plain._known) <= 1000
     assert max(map(len, app.plain._known)) < 1000
 
@@ -294,7 +327,7 @@ async def test_quart_is_not_asked(app: ApiApp, world: FakeWorld, head: bytes) ->
     world.instances.add("web")
     async with serving(not_quart, app.plain) as (_, connect, _), await connect() as stream:
         reader = Reader(stream)
-        for request, wanted in ((head, 200), (head.replace(b"GET", b"PUT"), 418), (head, 200)):
+        for request, wanted in ((head, 200), (head.replace(b"GET", b"HEAD"), 418), (head, 200)):
             await stream.send_all(request)
             assert await status(reader) == wanted
             await trio.testing.wait_all_tasks_blocked()  # Hypercorn ends a request after its response was sent
@@ -501,3 +534,40 @@ async def test_a_bug_is_answered_and_the_connection_goes_on(
         await stream.send_all(head)
         assert await status(reader) == 200
     assert any(record.exc_info for record in caplog.records)
+
+
+async def test_the_log_line_as_it_is_written(served: Any, world: FakeWorld) -> None:
+    """Whichever way, over either socket: one JSON object with who, what and how it ended."""
+    world.instances.add("web")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    written = io.StringIO()
+    setup_logs(stream=written)
+    try:
+        given = "X-Request-Id: Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJ4In0.c2ln\r\n"
+        for stream in (
+            await trio.open_unix_socket(served.socket_path),
+            await trio.open_tcp_stream("127.0.0.1", served.port),
+        ):
+            async with stream:
+                await stream.send_all(HEAD.format(token=mint(SECRET, subject="x\x9b")).encode())
+                assert await status(Reader(stream)) == 200
+        async with await trio.open_unix_socket(served.socket_path) as stream:
+            await stream.send_all(f"GET /instances/no%20one HTTP/1.1\r\nHost: x\r\n{given}\r\n".encode())
+            assert await status(Reader(stream)) == 404
+        root.handlers[0].flush()
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    lines = [json.loads(line) for line in written.getvalue().splitlines()]
+    for line in lines:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+        assert line.pop("ms") >= 0
+    local, remote, missing = lines
+    assert len(local.pop("request_id")) == len(remote.pop("request_id")) == 16
+    common = {"level": "info", "logger": "hypeman.http", "message": "request", "method": "GET"}
+    common["route"] = "/instances/{id}"
+    found = common | {"status": 200, "path_id": "web"}
+    assert local == found | {"subject": "local", "uid": os.getuid()}
+    assert remote == found | {"subject": "x\x9b", "address": "127.0.0.1"}
+    assert missing["request_id"] == "***" and missing["status"] == 404
