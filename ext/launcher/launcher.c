@@ -7,8 +7,9 @@
  *     --cgroup FD      join the control group whose cgroup.procs this is
  *     --net            network, and always mount, IPC and UTS namespaces of its own
  *     --file PATH      the root directory becomes an empty one, with these files and directories, read-only, under
- *     --device PATH    the same names, these devices, and a /proc of the PID namespace
- *     --hide PATH      without --file: an empty directory in the place of this one, and a /proc of its own
+ *     --own PATH       the same names, what it may write to, these devices, and a /proc of the PID namespace
+ *     --device PATH
+ *     --chdir PATH     its working directory, in its root
  *     --fsize N        bytes that a file may grow to by what it writes
  *     --memlock N      bytes that it may lock in memory
  *     --uid N --gid N  who it is from here on; --group N: further groups
@@ -34,6 +35,7 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -48,6 +50,9 @@
 #define __NR_mount_setattr 442
 #endif
 
+#define LANDLOCK_CREATE_RULESET 444 /* the same number on all processors */
+#define LANDLOCK_RESTRICT_SELF 446
+
 static int status_fd = 2;
 
 static _Noreturn void fail(const char *what, const char *which)
@@ -59,7 +64,7 @@ static _Noreturn void fail(const char *what, const char *which)
 	_exit(126);
 }
 
-/* Of what every VMM could do without, whatever its own filter allows. */
+/* What every VMM can do without, whatever its own filter allows. */
 static const int denied[] = {
 	__NR_io_uring_setup, __NR_io_uring_enter, __NR_io_uring_register,
 	__NR_perf_event_open, __NR_bpf, __NR_keyctl, __NR_add_key, __NR_request_key, __NR_userfaultfd,
@@ -80,27 +85,47 @@ static const int denied_without_jailer[] = {
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
+#define LOAD(field) (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define IF(comparison, value, then, otherwise) \
+	(struct sock_filter)BPF_JUMP(BPF_JMP | comparison | BPF_K, (__u32)(value), (__u8)(then), (__u8)(otherwise))
+#define RETURN(what) (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, what)
+
 static void filter_calls(int jailer)
 {
-	struct sock_filter code[6 + COUNT(denied) + COUNT(denied_without_jailer) + 2];
+	enum { HEAD = 5, SOCKETS = 5 };
+	struct sock_filter code[HEAD + COUNT(denied) + COUNT(denied_without_jailer) + SOCKETS + 2];
 	size_t calls = COUNT(denied) + (jailer ? 0 : COUNT(denied_without_jailer)), at = 0;
-	code[at++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, arch));
-	code[at++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, AUDIT_ARCH_X86_64, 1, 0);
-	code[at++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
-	code[at++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+	size_t refusal = HEAD + calls + SOCKETS + 1; /* a jump counts from the instruction behind it */
+	code[at++] = LOAD(arch);
+	code[at++] = IF(BPF_JEQ, AUDIT_ARCH_X86_64, 1, 0);
+	code[at++] = RETURN(SECCOMP_RET_KILL_PROCESS);
+	code[at++] = LOAD(nr);
 	/* numbers of the x32 interface reach the same calls */
-	code[at++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, 0x40000000, (__u8)(calls + 1), 0);
+	code[at] = IF(BPF_JGE, 0x40000000, refusal - at - 1, 0), at++;
 	for (size_t i = 0; i < calls; i++) {
 		int call = i < COUNT(denied) ? denied[i] : denied_without_jailer[i - COUNT(denied)];
-		code[at++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (__u32)call, (__u8)(calls - i), 0);
+		code[at] = IF(BPF_JEQ, call, refusal - at - 1, 0), at++;
 	}
-	code[at++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
-	code[at++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM);
+	/* Sockets: local ones, and those through which a TAP is configured, which Firecracker does without, and which would
+	 * reach the host's services from its namespace. Not vsock, which knows no network namespaces. */
+	code[at++] = IF(BPF_JEQ, __NR_socket, 0, 4);
+	code[at++] = LOAD(args[0]);
+	code[at++] = IF(BPF_JEQ, AF_UNIX, 2, 0);
+	code[at++] = IF(BPF_JEQ, jailer ? AF_UNIX : AF_INET, 1, 0);
+	code[at++] = RETURN(SECCOMP_RET_ERRNO | EAFNOSUPPORT);
+	code[at++] = RETURN(SECCOMP_RET_ALLOW);
+	code[at++] = RETURN(SECCOMP_RET_ERRNO | EPERM);
 	struct sock_fprog program = { .len = (unsigned short)at, .filter = code };
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
 		fail("giving up new privileges", "");
 	if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0) != 0)
 		fail("the filter of system calls", "");
+}
+
+static void make_root(void)
+{
+	if (mount("none", ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755,size=1m,nr_inodes=4096") != 0)
+		fail("mount", ROOT);
 }
 
 /* Makes the directories above ROOT/path, and what is bound there: a directory or an empty file. */
@@ -123,18 +148,22 @@ static void make_target(const char *target, int is_directory)
 		if (mkdir(target, 0755) != 0 && errno != EEXIST)
 			fail("directory", target);
 	} else {
-		int fd = open(target, O_WRONLY | O_CREAT | O_CLOEXEC, 0444);
+		int fd = open(target, O_RDONLY | O_NONBLOCK | O_CREAT | O_CLOEXEC, 0444);
 		if (fd < 0)
 			fail("file", target);
 		close(fd);
 	}
 }
 
-static void bind_path(const char *path, int is_device)
+#define READ_ONLY (MS_RDONLY | MS_NODEV)
+#define ITS_OWN (MS_NODEV | MS_NOEXEC)
+#define DEVICE MS_NOEXEC
+
+static void bind_path(const char *path, unsigned long restrictions)
 {
 	char target[4096];
 	struct stat found;
-	unsigned long flags = MS_REMOUNT | MS_BIND | MS_NOSUID | (is_device ? MS_NOEXEC : MS_RDONLY | MS_NODEV);
+	unsigned long flags = MS_REMOUNT | MS_BIND | MS_NOSUID | restrictions;
 	if (stat(path, &found) != 0)
 		fail("file", path);
 	if ((size_t)snprintf(target, sizeof target, ROOT "%s", path) >= sizeof target) {
@@ -146,31 +175,34 @@ static void bind_path(const char *path, int is_device)
 		fail("bind", path);
 }
 
-static void mount_proc(const char *where)
-{
-	unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
-	/* Linux 5.8: processes alone, and nothing of the host's */
-	if (mount("proc", where, "proc", flags, "subset=pid") != 0 && mount("proc", where, "proc", flags, NULL) != 0)
-		fail("mount", where);
-}
-
-static void empty_directory(const char *where, unsigned long flags, const char *options)
-{
-	if (mount("none", where, "tmpfs", MS_NOSUID | MS_NODEV | flags, options) != 0)
-		fail("mount", where);
-}
-
 static void enter_root(void)
 {
+	unsigned long flags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
 	if (mkdir(ROOT "/proc", 0555) != 0 && errno != EEXIST)
 		fail("directory", ROOT "/proc");
-	mount_proc(ROOT "/proc");
+	/* Linux 5.8: processes alone, and nothing of the host's */
+	if (mount("proc", ROOT "/proc", "proc", flags, "subset=pid") != 0 &&
+	    mount("proc", ROOT "/proc", "proc", flags, NULL) != 0)
+		fail("mount", ROOT "/proc");
 	if (chdir(ROOT) != 0 || syscall(__NR_pivot_root, ".", ".") != 0)
 		fail("changing the root", "");
 	if (umount2(".", MNT_DETACH) != 0 || chdir("/") != 0)
 		fail("leaving the host's root", "");
 	if (mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL) != 0)
 		fail("closing the root", "");
+}
+
+/* Abstract sockets belong to a network namespace: no connection to those of the host, for one that is in the host's.
+ * Without effect before Linux 6.12. */
+static void leave_abstract_sockets(void)
+{
+	struct { unsigned long long files, ports, scopes; } rules = { 0, 0, 1 /* LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET */ };
+	if (syscall(LANDLOCK_CREATE_RULESET, NULL, 0, 1 /* its version */) < 6)
+		return;
+	int ruleset = (int)syscall(LANDLOCK_CREATE_RULESET, &rules, sizeof rules, 0);
+	if (ruleset < 0 || syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0)
+		fail("landlock", "");
+	close(ruleset);
 }
 
 static unsigned long long number(const char *text)
@@ -198,7 +230,8 @@ int main(int argc, char **argv)
 	uid_t uid = 0;
 	gid_t gid = 0, groups[MAX_GROUPS];
 	size_t group_count = 0;
-	int cgroup = -1, net = 0, jailer = 0, root = 0, proc = 0, at = 1;
+	int cgroup = -1, net = 0, jailer = 0, root = 0, at = 1;
+	const char *directory = "";
 
 	for (; at < argc && strcmp(argv[at], "--") != 0; at++) {
 		const char *option = argv[at];
@@ -223,10 +256,10 @@ int main(int argc, char **argv)
 			gid = (gid_t)number(argv[++at]);
 		else if (strcmp(option, "--group") == 0 && group_count < MAX_GROUPS)
 			groups[group_count++] = (gid_t)number(argv[++at]);
-		else if (strcmp(option, "--file") == 0 || strcmp(option, "--device") == 0)
+		else if (strcmp(option, "--file") == 0 || strcmp(option, "--own") == 0 || strcmp(option, "--device") == 0)
 			root = 1, at++;
-		else if (strcmp(option, "--hide") == 0)
-			proc = 1, at++;
+		else if (strcmp(option, "--chdir") == 0)
+			directory = argv[++at];
 		else {
 			errno = EINVAL;
 			fail("option", option);
@@ -245,30 +278,32 @@ int main(int argc, char **argv)
 	}
 	if (unshare(CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWUTS | net) != 0)
 		fail("namespaces", "");
+	if (!net)
+		leave_abstract_sockets();
 	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0)
 		fail("mounts of its own", "");
 	if (sethostname("vmm", 3) != 0)
 		fail("host name", "");
 	umask(022);
 	if (root)
-		empty_directory(ROOT, 0, "mode=0755,size=1m,nr_inodes=4096");
+		make_root();
 	for (int i = 1; i < at; i++) {
 		if (strcmp(argv[i], "--file") == 0)
-			bind_path(argv[++i], 0);
+			bind_path(argv[++i], READ_ONLY);
+		else if (strcmp(argv[i], "--own") == 0)
+			bind_path(argv[++i], ITS_OWN);
 		else if (strcmp(argv[i], "--device") == 0)
-			bind_path(argv[++i], 1);
-		else if (strcmp(argv[i], "--hide") == 0)
-			empty_directory(argv[++i], MS_RDONLY | MS_NOEXEC, "mode=0555,size=4k");
+			bind_path(argv[++i], DEVICE);
 	}
 	if (root)
 		enter_root();
-	else if (proc)
-		mount_proc("/proc");
 	umask(077);
 	limit(RLIMIT_FSIZE, fsize, "file sizes");
 	limit(RLIMIT_MEMLOCK, memlock, "locked memory");
 	if (uid != 0 && (setgroups(group_count, groups) != 0 || setresgid(gid, gid, gid) != 0 || setresuid(uid, uid, uid) != 0))
 		fail("changing the user", "");
+	if (*directory && chdir(directory) != 0)
+		fail("working directory", directory);
 	filter_calls(jailer);
 	execv(argv[at + 1], argv + at + 1);
 	fail("program", argv[at + 1]);

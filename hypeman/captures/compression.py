@@ -30,6 +30,7 @@ import zstandard
 from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import StoreError
+from hypeman.host.safe_open import open_regular
 from hypeman.hypervisor.interface import CaptureInvalid
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
@@ -229,7 +230,7 @@ def _packed(plain: Path, config: SnapshotCompressionConfig | None) -> Iterator[b
         level = config.level if config is not None and config.level else 1
         packer = zstandard.ZstdCompressor(level=level, write_checksum=True).compressobj()
         begin = bytes
-    with open(plain, "rb", buffering=0) as file:
+    with open(open_regular(plain, os.O_RDONLY), "rb", buffering=0) as file:  # its VMM may hold a lease on it
         yield begin()
         while data := file.read(_CHUNK):
             yield packer.compress(data)

@@ -90,12 +90,12 @@ class Program(msgspec.Struct, frozen=True, kw_only=True):
     isolated: bool = True
     """Run in an empty network namespace. A program that opens TAPs by name needs the host's."""
     root_files: tuple[str, ...] = ()
-    """The only files and directories that it sees (read-only, same paths), besides ``devices``, ``other_devices``
-    and a /proc of its own. Empty: it sees the host's, except ``hidden``."""
+    """The only files and directories that it sees (read-only, same paths), besides ``own_files``, ``devices``,
+    ``other_devices`` and a /proc of its own. Empty: it sees the host's, as a jailer must, which makes a root itself."""
+    own_files: tuple[str, ...] = ()
+    """Files and directories that it may also write to, as far as its user may; only with ``root_files``."""
     other_devices: tuple[str, ...] = ()
     """World-accessible devices that it opens; only with ``root_files``."""
-    hidden: tuple[str, ...] = ()
-    """Host directories that appear empty to it; only without ``root_files``."""
     jailer: bool = False
     """It creates its own namespaces and root directory, and drops root itself."""
     max_file_size: int = 0
@@ -358,7 +358,7 @@ def _launch(program: Program, output: int, log: int) -> int:
                 handed.callback(os.close, cgroup)
                 options += ["--cgroup", str(cgroup)]
                 fds.append(cgroup)
-            if not program.jailer and _libc.unshare(_CLONE_NEWPID) != 0:
+            if _libc.unshare(_CLONE_NEWPID) != 0:
                 raise OSError(ctypes.get_errno(), "making a PID namespace (CAP_SYS_ADMIN is missing)")
             child = _popen([str(LAUNCHER), *options, *_launcher_options(program), "--", *program.argv],
                            program, output, log, tuple(fds))  # fmt: skip
@@ -383,13 +383,13 @@ def _launcher_options(program: Program) -> list[str]:
     if program.jailer:
         options.append("--jailer")
     if program.root_files:
+        for path in program.own_files:  # first: a directory would cover what was there before it
+            options += ["--own", path]
         for path in program.root_files:
             options += ["--file", path]
         for path in (*program.devices, *program.other_devices):
             options += ["--device", path]
-    else:
-        for path in program.hidden:
-            options += ["--hide", path]
+        options += ["--chdir", program.cwd]
     return options
 
 

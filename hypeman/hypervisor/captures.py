@@ -20,6 +20,7 @@ import msgspec
 
 from hypeman.errors import InternalError
 from hypeman.host.files import flush_directory, write_file
+from hypeman.host.safe_open import open_regular
 from hypeman.hypervisor.interface import Capture, CaptureInvalid, Disk, VmConfig
 from hypeman.hypervisor.kinds import HypervisorKind
 
@@ -42,7 +43,7 @@ def publish(
     sizes, sums = {}, {}
     try:
         for path in sorted(directory.iterdir()):
-            with path.open("rb") as file:
+            with open(open_regular(path, os.O_RDONLY), "rb") as file:  # its VMM may hold a lease on it
                 os.fsync(file.fileno())
                 sizes[path.name] = os.fstat(file.fileno()).st_size
                 if path.name in summed:
@@ -66,7 +67,7 @@ def read(directory: Path) -> Capture:
         if "/" in name:
             raise CaptureInvalid(f"the capture in {directory} names a file outside of it: {name!r}")
         try:
-            with (directory / name).open("rb") as file:
+            with open(open_regular(directory / name, os.O_RDONLY), "rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
                     raise CaptureInvalid(f"{name} of the capture in {directory} has {found} bytes instead of {size}")

@@ -137,10 +137,21 @@ def furnished(room: Path, config: VmConfig, place: Place, *, kernel: bool) -> It
 def placed(room: Path, config: VmConfig, disk: Disk, place: Place) -> Iterator[None]:
     """Place one disk, accessible to the VMM during the block; the link to it remains."""
     name = room / disk_link(disk.id)
-    name.unlink(missing_ok=True)
-    place(Path(disk.path), name)
+    try:
+        clear(name)
+        place(Path(disk.path), name)
+    except OSError as error:
+        raise InternalError(f"disk {disk.id!r} cannot be placed: {error.strerror}") from error
     with lent(Path(disk.path), config.uid, write=not disk.readonly):
         yield
+
+
+def clear(name: Path) -> None:
+    """Remove whatever the VMM has put there. Raises OSError."""
+    try:
+        name.unlink(missing_ok=True)
+    except IsADirectoryError:
+        shutil.rmtree(name)  # follows no links
 
 
 def emptied(directory: Path) -> None:

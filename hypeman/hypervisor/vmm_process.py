@@ -16,12 +16,15 @@ from hypeman.host.ownership import take_back
 from hypeman.host.processes import Process, Processes, ProcessId
 from hypeman.hypervisor.interface import VmConfig, VmmBroken, VmmGone, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.text import one_line
 
 _POLL = 0.02
 _PT_INTERP = 3
 """ELF program header type for the path of the dynamic loader."""
 _KILL_LIMIT = 30.0
 """Seconds from SIGKILL to exit, which takes 5 to 50 ms unless the kernel itself waits for a device."""
+_MAX_WORDS = 1000
+"""Bytes of a VMM's log that an error quotes."""
 _STATE = 1 << 30
 """Maximum bytes of device state in a saved VM, and of logs between rotations."""
 
@@ -29,10 +32,6 @@ _STATE = 1 << 30
 def new_handle(kind: HypervisorKind, process: Process, config: VmConfig, *, memory_inode: int = 0) -> VmmHandle:
     name = process.identity
     return VmmHandle(kind, name.pid, name.start_time, name.boot_id, config.run_dir, config, memory_inode)
-
-
-_SHARED = ("/run/systemd", "/run/dbus", "/dev/shm", "/tmp", "/var/tmp", "/home", "/root")  # noqa: S108
-"""Host directories that contain other programs' sockets and files."""
 
 
 def take_back_directories(config: VmConfig) -> None:
@@ -53,14 +52,6 @@ def take_back_capture(directory: Path) -> None:
         raise VmmBroken(f"{directory} cannot be used for a capture: {error.strerror}") from error
     if found:
         raise VmmBroken(f"{directory} is not empty: {sorted(found)[0][:80]!r} was put into it")
-
-
-def hidden_from(config: VmConfig) -> tuple[str, ...]:
-    """Directories to hide from a VMM that sees the host's files, unless they contain its own."""
-    needed = [config.run_dir, config.jail, config.kernel, *(disk.path for disk in config.disks)]
-    return tuple(
-        place for place in _SHARED if os.path.isdir(place) and not any(path.startswith(f"{place}/") for path in needed)
-    )
 
 
 def max_file_size(config: VmConfig) -> int:
@@ -174,8 +165,8 @@ class LastWords:
         self._start = os.stat(log).st_size if os.access(log, os.F_OK) else 0
 
     def __str__(self) -> str:
-        """The output in one line; empty if there was none."""
+        """The output in one line without control characters; empty if there was none."""
         with contextlib.suppress(OSError), open(self._log, "rb") as file:
             file.seek(self._start)
-            return " / ".join(file.read(2000).decode(errors="replace").split("\n")).strip(" /")
+            return one_line(" / ".join(file.read(_MAX_WORDS).decode(errors="replace").split("\n")).strip(" /"))
         return ""

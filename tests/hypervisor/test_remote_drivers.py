@@ -24,6 +24,7 @@ import yaml
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.host.processes import Process, Processes
 from hypeman.hypervisor.cloud_hypervisor import config as cloud
+from hypeman.hypervisor.cloud_hypervisor import files
 from hypeman.hypervisor.cloud_hypervisor.driver import CloudHypervisorDriver
 from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events, room_of
 from hypeman.hypervisor.firecracker import config as fire
@@ -44,7 +45,7 @@ Make = Callable[[str], Driver]
 
 
 @pytest.fixture
-async def make_driver(folder: Path, processes: Processes) -> Make:
+async def make_driver(folder: Path, processes: Processes, monkeypatch: pytest.MonkeyPatch) -> Make:
     """A probed driver by kind, with the program that answers like its VMM."""
     if not os.access(_PYTHON, os.X_OK):
         pytest.skip(f"no {_PYTHON} that every user can run")
@@ -52,6 +53,7 @@ async def make_driver(folder: Path, processes: Processes) -> Make:
     async def open_tap(name: str) -> int:
         return os.open("/dev/null", os.O_RDWR)
 
+    monkeypatch.setattr(files, "files_of", lambda binary: (binary, "/usr", "/lib", "/lib64"))  # what Python needs
     binaries = {}
     programs = folder / "programs"
     programs.mkdir()
@@ -71,7 +73,8 @@ async def make_driver(folder: Path, processes: Processes) -> Make:
         binary = binaries[kind]
         driver: CloudHypervisorDriver | FirecrackerDriver
         if kind == "cloud-hypervisor":
-            driver = CloudHypervisorDriver(processes, open_tap, kvm=kvm, binary=str(binary))
+            folders = (str(folder),)
+            driver = CloudHypervisorDriver(processes, open_tap, kvm=kvm, binary=str(binary), folders=folders)
         else:
             driver = FirecrackerDriver(processes, kvm=kvm, binary=str(binary))
         assert (await driver.probe()).available

@@ -1,8 +1,8 @@
 """Cloud Hypervisor driver. KVM only.
 
-It starts as its own user in an empty network namespace, with its seccomp filters and landlock on; its API
-socket listens already, TAPs come as descriptors. A snapshot is loaded lazily: pages come from the file
-as the guest touches them.
+It starts as its own user in empty namespaces and a root directory with little in it (``files.py``), with its seccomp
+filters and landlock on; its API socket listens already, TAPs come as descriptors. A snapshot is loaded lazily: pages
+come from the file as the guest touches them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hypeman.host.loans import lent
 from hypeman.host.processes import Process, Processes, Program, open_for_child
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.cloud_hypervisor import config as native
+from hypeman.hypervisor.cloud_hypervisor.files import root_of
 from hypeman.hypervisor.cloud_hypervisor.vmm import SNAPSHOT_MEMORY, SNAPSHOT_SUMMED, CloudHypervisorVmm, room_of
 from hypeman.hypervisor.interface import Capabilities, LaunchFailed, Nic, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -32,7 +33,6 @@ from hypeman.hypervisor.vmm_process import (
     VFIO_DEVICE,
     find,
     give_vfio_groups,
-    hidden_from,
     max_file_size,
     new_handle,
     take_back_directories,
@@ -136,7 +136,7 @@ class CloudHypervisorDriver(Seeker):
             if lazily:  # a page that the kernel itself touches, for a vCPU, is no business of everybody's
                 opened.enter_context(lent(Path(_USERFAULTS), config.uid))
             taps = [opened.enter_context(await self._tap(nic)) for nic in config.nics]
-            async with self._started(config) as vmm:
+            async with self._started(config, capture, *((_USERFAULTS,) if lazily else ())) as vmm:
                 body = native.restore_config(_as_it_wrote_them(room, capture), config.nics, lazily=lazily)
                 await vmm.api.request("PUT", "/api/v1/vm.restore", body, fds=taps, timeout=600)
                 if not keep_capture:
@@ -155,8 +155,15 @@ class CloudHypervisorDriver(Seeker):
             raise
 
     @contextlib.asynccontextmanager
-    async def _started(self, config: VmConfig) -> AsyncIterator[CloudHypervisorVmm]:
-        """Start a VMM that answers and has no VM yet; it is killed if the block fails."""
+    async def _started(
+        self, config: VmConfig, capture: Path | None = None, *devices: str
+    ) -> AsyncIterator[CloudHypervisorVmm]:
+        """Start a VMM that answers and has no VM yet, and sees ``capture`` and ``devices`` besides what every VMM does;
+        it is killed if the block fails."""
+        room, binary = room_of(config.run_dir), self._capabilities.binary
+        root = await trio.to_thread.run_sync(
+            lambda: root_of(config, room, binary=binary, folders=self._folders, capture=capture)
+        )
         with contextlib.ExitStack() as opened:
             api = listening(Path(config.run_dir, API_SOCKET)).detach()
             opened.callback(os.close, api)
@@ -165,18 +172,20 @@ class CloudHypervisorDriver(Seeker):
             opened.callback(os.close, events)
             program = Program(
                 argv=(
-                    self._capabilities.binary,
+                    binary,
                     *("--api-socket", f"fd={api}", "--event-monitor", f"fd={events}", "--seccomp", "true"),
                 ),
                 log=config.vmm_log,
                 output=config.console_log,
-                cwd=str(room_of(config.run_dir)),
+                cwd=str(room),
                 mark=config.run_dir,
                 fds=(api, events),
                 uid=config.uid,
                 gid=config.gid,
                 devices=(KVM_DEVICE,),
-                hidden=hidden_from(config),
+                root_files=root.files,
+                own_files=root.own,
+                other_devices=(*root.devices, *devices),
                 cgroup=config.cgroup,
                 max_file_size=max_file_size(config),
                 locked_memory=config.memory_bytes + config.hotplug_bytes if config.pci_devices else 0,

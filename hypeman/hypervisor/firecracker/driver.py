@@ -193,5 +193,5 @@ def _let_in(config: VmConfig, capture: Path) -> Iterator[None]:
                 jail.let_in(capture / name, room / name)
             except OSError as error:
                 raise LaunchFailed(f"{error.filename}: {error.strerror}") from error
-            opened.callback((room / name).unlink, missing_ok=True)
+            opened.callback(jail.take_out, room / name)
         yield

@@ -23,7 +23,7 @@ from pathlib import Path
 from hypeman.host.loans import lent
 from hypeman.host.processes import mark_argument
 from hypeman.hypervisor.interface import LaunchFailed, VmConfig
-from hypeman.hypervisor.remote import emptied, furnished
+from hypeman.hypervisor.remote import clear, emptied, furnished
 from hypeman.hypervisor.run_dir import INITRD, KERNEL, LOG
 from hypeman.hypervisor.vmm_process import take_back_directories
 
@@ -80,6 +80,12 @@ def let_in(source: Path, name: Path) -> None:
             raise
         shutil.copyfile(source, name)
         name.chmod(0o444)
+
+
+def take_out(name: Path) -> None:
+    """Remove what ``let_in`` placed; what the VMM made of it goes with the jail."""
+    with contextlib.suppress(OSError):
+        clear(name)
 
 
 _COPIED = (KERNEL, INITRD)

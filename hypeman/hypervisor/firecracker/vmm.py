@@ -13,11 +13,12 @@ import trio
 from hypeman.errors import InternalError, NotSupported
 from hypeman.host.loans import lent
 from hypeman.host.processes import Process
+from hypeman.host.safe_open import open_regular
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker import jail
 from hypeman.hypervisor.interface import Capture, Disk, ExitReason, VmmBroken, VmmExit, VmmHandle, VmmState
-from hypeman.hypervisor.remote import RemoteVmm
+from hypeman.hypervisor.remote import RemoteVmm, clear
 from hypeman.hypervisor.unix_http import ApiRefused, UnixHttp
 from hypeman.hypervisor.vmm_process import allow_file_size, became, take_back_capture
 
@@ -117,11 +118,11 @@ class FirecrackerVmm(RemoteVmm):
                     fd = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                     os.fchown(fd, self.config.uid, self.config.gid)
                     os.close(fd)
-                    (room / name).unlink(missing_ok=True)  # of a server that ended in between
+                    clear(room / name)  # of a server that ended in between
                     jail.let_in(directory / name, room / name)
                 except OSError as error:
                     raise InternalError(f"{error.filename}: {error.strerror}") from error
-                opened.callback((room / name).unlink, missing_ok=True)
+                opened.callback(jail.take_out, room / name)
             yield
 
     async def kill(self) -> None:
@@ -142,7 +143,7 @@ class FirecrackerVmm(RemoteVmm):
         disk = self._disk(disk_id)
         allow_file_size(self._handle.pid, size)
         try:
-            await trio.to_thread.run_sync(os.truncate, disk.path, size)
+            await trio.to_thread.run_sync(_resize, disk.path, size)
         except OSError as error:
             raise InternalError(f"{disk.path}: {error.strerror}") from error
         with lent(Path(disk.path), self.config.uid, write=not disk.readonly):  # it is reopened
@@ -165,3 +166,9 @@ class FirecrackerVmm(RemoteVmm):
 
     def _ended_by_itself(self) -> VmmExit:
         return VmmExit(ExitReason.POWEROFF, "ended or reset by the guest; Firecracker does not tell which")
+
+
+def _resize(path: str, size: int) -> None:
+    """Raises OSError, also for a file on which the VMM holds a lease: it is not waited for."""
+    with open(open_regular(path, os.O_WRONLY), "wb") as file:
+        file.truncate(size)
