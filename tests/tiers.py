@@ -27,7 +27,8 @@ _WHOLE = """
     images/test_worker.py
     instances/test_lifecycle.py instances/test_trouble.py instances/test_unknown.py
     server/test_serve.py test_backup.py
-    walls/test_hostile_archives.py walls/test_hostile_guest.py walls/test_silent_guest.py
+    walls/test_hostile_archives.py walls/test_hostile_guest.py walls/test_hostile_remote_vmm.py
+    walls/test_silent_guest.py walls/test_what_a_vmm_sees.py
 """
 WHOLE = frozenset(_WHOLE.split())
 

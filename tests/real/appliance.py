@@ -143,6 +143,8 @@ class Appliance:
         self.data = directory / "data"
         self.socket = directory / "run" / "hypeman.sock"
         self.log = directory / "server.log"
+        self.module: tuple[str, ...] = ()
+        """The server with something in it, in the place of the server."""
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -150,7 +152,7 @@ class Appliance:
 
     async def start(self, *, killable: str = "", **environ: str) -> None:
         """Start the server and wait for its first answer. ``killable`` is a file that arms tests/real/killable.py."""
-        module = ["-m", "tests.real.killable", killable] if killable else ["-m", "hypeman", "serve"]
+        module = ["-m", "tests.real.killable", killable] if killable else ["-m", *(self.module or ("hypeman", "serve"))]
         settings = {
             "DATA_DIR": str(self.data),
             "RUN_DIR": str(self.socket.parent),
