@@ -160,6 +160,7 @@ static void attack_socket(int fd, int round)
 	socklen_t length = sizeof name;
 	(void)!getpeername(fd, (struct sockaddr *)&name, &length);
 	if (recv(fd, some, sizeof some, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EINVAL && spoil && round > 400) {
+		(void)!fcntl(fd, F_SETFL, O_NONBLOCK);
 		int connection = accept4(fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK); /* it listens */
 		if (connection >= 0) {
 			(void)!send(connection, text, sizeof text, MSG_DONTWAIT | MSG_NOSIGNAL);

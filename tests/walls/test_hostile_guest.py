@@ -17,6 +17,8 @@ from hypeman.errors import HypemanError, InvalidState, NotFound
 from hypeman.guest.client import GuestBroken, GuestError, GuestLost, GuestTimeout
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
+from hypeman.hypervisor.interface import VmmGone
+from hypeman.instances.life import lifecycle
 from hypeman.instances.life.lifecycle import overtakes
 from hypeman.instances.model.admission import Command
 from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
@@ -29,6 +31,7 @@ from hypeman.instances.model.types import (
 from hypeman.instances.service import Instances
 from hypeman.paths import Paths
 from hypeman.store import Store
+from tests.fakes.fake_vmm import FakeDriver
 from tests.instances.fake_world import FakeGuest, Lab, request
 from tests.instances.test_lifecycle import check_owned, clean_up, running, settled, with_attached, with_volume
 
@@ -216,6 +219,50 @@ async def test_a_guest_that_answers_a_thaw_badly_does_not_spoil_the_undo(
         assert instances.board.find("one").state is InstanceState.RUNNING
         await settled(instances, "two")
         check_owned(lab, type(error).__name__)
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize("where", ["capture", "restore"])
+async def test_a_vmm_that_never_answers_does_not_keep_its_instance(
+    lab: Lab, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has been told to save or load its VM and does neither: the delete waits for a while, and kills it."""
+    monkeypatch.setattr(lifecycle, "SECONDS_FOR_VMM", 0.1)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        killed = lab.machine.alive()[0].ended
+        if where == "restore":
+            await standby(lab, instances)
+            killed = trio.Event()
+        asked = trio.Event()
+
+        async def never(*arguments: object, **more: object) -> None:
+            asked.set()
+            await killed.wait()
+            raise VmmGone("QEMU closed its QMP socket")
+
+        async def kill_marked(driver: FakeDriver, run_dir: str) -> bool:
+            killed.set()
+            return True
+
+        if where == "capture":
+            live = instances.machine.live(instances.board.find("one").id)
+            assert live is not None
+            monkeypatch.setattr(live.vmm, "capture", never)
+        else:
+            monkeypatch.setattr(lab.driver, "restore", never)
+            monkeypatch.setattr(lab.driver, "kill_stray", kill_marked.__get__(lab.driver))
+
+        async def operation() -> None:
+            with pytest.raises(HypemanError):
+                await (standby(lab, instances) if where == "capture" else instances.restore("one"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(operation)
+            with trio.fail_after(20):
+                await asked.wait()
+                await instances.delete("one")
+        check_owned(lab, where)
         await clean_up(lab, instances)
 
 

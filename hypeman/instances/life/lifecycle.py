@@ -4,7 +4,8 @@ A command is checked when it is dequeued, against the current state (model/admis
 operations/, and how it is recorded in owned.py. Events of the VM come through the same queue (news.py).
 
 A stop or delete does not queue behind an unresponsive guest: waits for the guest by the running command and by
-those queued before it are abandoned (``overtakes``), which fails those commands with InvalidState.
+those queued before it are abandoned (``overtakes``), which fails those commands with InvalidState. Nor does it queue
+behind an unresponsive VMM for long: one for which the running command still waits after ``SECONDS_FOR_VMM`` is killed.
 
 At server start, the leftovers of a crash are settled first (settle.py). Settling an Unknown instance is retried
 with exponential backoff until it succeeds or the instance is stopped or deleted.
@@ -35,6 +36,9 @@ R = TypeVar("R")
 
 MOST_WAITING = 64
 """Queued commands per instance; more are refused, so that the queue is bounded."""
+
+SECONDS_FOR_VMM = 60.0
+"""From when a stop or delete is queued; saving a VM takes its time, and a user may want what is saved."""
 
 LOOK_FIRST, LOOK_MOST = 1.0, 60.0
 """Seconds between retries for an Unknown instance; each pause is twice the previous one."""
@@ -115,6 +119,10 @@ class Lifecycle:
         self._queued: list[Command | None] = []
         """The commands of the queued jobs, in order."""
         self._running: Command | None = None
+        self._turn = 0
+        """Number of queue entries that were begun."""
+        self._overtaken = trio.Event()
+        """Set while a queued command overtakes the running one."""
         self._over = False
         """No longer accepts commands."""
         self._looking = False
@@ -154,6 +162,7 @@ class Lifecycle:
         try:
             async with trio.open_nursery() as nursery:
                 self._owned.nursery = nursery
+                nursery.start_soon(self._limit_vmms)
                 if not self._new:
                     await settle(self._owned)
                 task_status.started()
@@ -163,6 +172,7 @@ class Lifecycle:
                     self._running = item.command if isinstance(item, Job) else None
                     if isinstance(item, Job):
                         self._queued.pop(0)
+                    self._turn += 1
                     self._let_overtake()
                     match item:
                         case _News() as news:
@@ -193,6 +203,24 @@ class Lifecycle:
         self._owned.machine.give_up_guest(self.record.id, given_up)
         if Command.DELETE in self._queued:
             self._owned.pulling.cancel()
+        if given_up:
+            self._overtaken.set()
+        elif self._overtaken.is_set():
+            self._overtaken = trio.Event()
+
+    async def _limit_vmms(self) -> None:
+        """Kill a VMM for which an overtaken command waits too long: the wait then fails by itself."""
+        while True:
+            await self._overtaken.wait()
+            turn = self._turn
+            await trio.sleep(SECONDS_FOR_VMM)
+            if turn != self._turn or not self._overtaken.is_set():
+                continue
+            log.warning("the VMM of instance %s is killed: a stop or delete has waited for it too long", self.record.id)
+            try:
+                await self._owned.machine.end_vmm(self.record.id)
+            except HypemanError as error:
+                log.warning("the VMM of instance %s could not be killed: %s", self.record.id, error.message)
 
     def _check_turn(self, command: Command | None) -> None:
         if self.record.deleting and command is not Command.DELETE:

@@ -66,6 +66,10 @@ class Machine(Protocol):
         """Abort all waits for the guest of an instance, including its next VM's, until called with False."""
         ...
 
+    async def end_vmm(self, instance_id: str) -> None:
+        """Kill the VMM while somebody waits for it; the wait fails. A no-op if there is none."""
+        ...
+
     def capabilities(self, record: InstanceRecord) -> Capabilities: ...
     async def plug_memory(self, instance_id: str) -> None:
         """Plug all of the guest's assigned memory."""

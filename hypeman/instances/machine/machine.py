@@ -107,6 +107,9 @@ class Machine:
     def give_up_guest(self, instance_id: str, given_up: bool) -> None:
         self.context.give_up_guest(instance_id, given_up)
 
+    async def end_vmm(self, instance_id: str) -> None:
+        await self._vmms.end(instance_id)
+
     def capabilities(self, record: InstanceRecord) -> Capabilities:
         return self.context.driver(record).capabilities
 

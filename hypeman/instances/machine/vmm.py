@@ -103,6 +103,15 @@ class Vmms:
         await driver.kill_stray(str(self._context.paths.instance(step.instance).run))
         self._cgroups.remove(step.instance)
 
+    async def end(self, instance_id: str) -> None:
+        """Kill the VMM, which may be just being restored, but leave the rest to the command that waits for it."""
+        live = self._context.live.get(instance_id)
+        if live is not None:
+            await live.vmm.kill()
+        else:
+            driver = self._context.driver(self._context.record(instance_id))
+            await driver.kill_stray(str(self._context.paths.instance(instance_id).run))
+
     def _watch(self, record: InstanceRecord, vmm: Vmm) -> None:
         self._context.watch(record.id, Live(vmm, nonce=record.nonce, boot=record.boots, connect=self._connect))
 
