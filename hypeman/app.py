@@ -268,7 +268,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         settings=config.snapshots,
         render=instances.view,
     )
-    policies = Policies(instances=instances, store=store, config=config)
+    policies = Policies(instances=instances, store=store, config=config, snapshots=snapshots)
     events = Events(store, max_count=config.events.max_count, max_age=timedelta(days=config.events.max_days))
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)
@@ -297,6 +297,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             images=images,
             instances=instances,
             snapshots=snapshots,
+            policies=policies,
             volumes=volumes,
             devices=devices,
             egress=egress_view,

@@ -192,7 +192,7 @@ def _name_also(group: click.Group) -> None:
             group.add_command(alias)
 
 
-for _group in (images.images, volumes.volumes, snapshots.snapshots, devices.devices):
+for _group in (images.images, volumes.volumes, snapshots.snapshots, snapshots.schedules, devices.devices):
     _name_also(_group)
 
 

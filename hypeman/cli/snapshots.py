@@ -9,7 +9,7 @@ import click
 from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_snapshot
 from hypeman.cli.instances import HYPERVISORS, TARGETS, instance_argument, path_of, show_instance
-from hypeman.cli.output import age, size
+from hypeman.cli.output import age, size, until
 from hypeman.cli.policies import compression_body, compression_options
 from hypeman.cli.session import Session, pairs, present, reports
 
@@ -107,3 +107,56 @@ def delete_snapshot(session: Session, snapshot: str) -> None:
     """Delete a snapshot; its forks are not affected."""
     session.client.call("DELETE", f"/snapshots/{segment(snapshot)}")
     click.echo(snapshot)
+
+
+@snapshots.group("schedule")
+def schedules() -> None:
+    """Snapshots that the server makes regularly."""
+
+
+@schedules.command("set")
+@instance_argument
+@click.option("--interval", required=True, help="As in 24h; at least 1m.")
+@click.option("--max-age", help="Delete its snapshots older than this, as in 168h.")
+@click.option("--max-count", type=click.IntRange(0), help="Keep this many of its snapshots; 0: no limit.")
+@click.option("--name-prefix", help="Names are PREFIX-YYYYMMDD-HHMMSS.")
+@click.option("--metadata", "--tag", "metadata", multiple=True, metavar="KEY=VALUE", help="Tags of its snapshots.")
+@reports
+def set_schedule(
+    session: Session,
+    instance: str,
+    interval: str,
+    max_age: str | None,
+    max_count: int | None,
+    name_prefix: str | None,
+    metadata: tuple[str, ...],
+) -> None:
+    """Have snapshots of an instance made regularly; they are deleted by age or count, but never the newest one."""
+    body = present(
+        interval=interval,
+        retention=present(max_age=max_age, max_count=max_count),
+        name_prefix=name_prefix,
+        metadata=pairs(metadata),
+    )
+    _show_schedule(session, session.client.call("PUT", f"{path_of(instance)}/snapshot-schedule", body))
+
+
+@schedules.command("get")
+@instance_argument
+@reports
+def get_schedule(session: Session, instance: str) -> None:
+    """Show the schedule of an instance."""
+    session.show(session.client.get(f"{path_of(instance)}/snapshot-schedule"))
+
+
+@schedules.command("delete")
+@instance_argument
+@reports
+def delete_schedule(session: Session, instance: str) -> None:
+    """Delete the schedule of an instance; the snapshots that it made stay."""
+    session.client.call("DELETE", f"{path_of(instance)}/snapshot-schedule")
+    click.echo(instance)
+
+
+def _show_schedule(session: Session, schedule: dict[str, Any]) -> None:
+    session.show(schedule, lambda: f"every {schedule['interval']}, next {until(schedule['next_run_at'])}")

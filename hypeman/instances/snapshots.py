@@ -113,8 +113,9 @@ class Snapshots:
     async def get(self, snapshot: str) -> Snapshot:
         return self._store.read(lambda txn: self._view(txn, find_snapshot(txn, snapshot)))
 
-    async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
-        """Capture an instance; a running one is paused only for the capture."""
+    async def create(self, ref: str, request: CreateSnapshotRequest, *, schedule: str = "") -> Snapshot:
+        """Capture an instance; a running one is paused only for the capture. ``schedule`` is the id of the schedule
+        that asks for it."""
         await self._catalog.wait_ready()
         if request.name is not None and request.name:
             check_name(request.name)
@@ -123,11 +124,16 @@ class Snapshots:
         if request.kind is SnapshotKind.STOPPED and request.compression is not None:
             raise InvalidRequest("compression is for snapshots of kind Standby: a stopped one has no memory")
         task = self._tasks.of(ref)
-        row = await task.perform(None, lambda owned: self._create(owned, request, tags, compression))
+        row = await task.perform(None, lambda owned: self._create(owned, request, tags, compression, schedule))
         return await self.get(row.id)
 
     async def _create(
-        self, owned: Owned, request: CreateSnapshotRequest, tags: Tags, compression: SnapshotCompressionConfig | None
+        self,
+        owned: Owned,
+        request: CreateSnapshotRequest,
+        tags: Tags,
+        compression: SnapshotCompressionConfig | None,
+        schedule: str,
     ) -> SnapshotRow:
         source = owned.record
         _check_kind(request.kind, source)
@@ -149,6 +155,7 @@ class Snapshots:
                     source=msgspec.structs.replace(source, handle=None),
                     size_bytes=await files.allocated(directory) + (memory.size_bytes if memory is not None else 0),
                     capture=memory.id if memory is not None else None,
+                    schedule=schedule,
                 )
                 usual = usual_compression(source.spec, self._settings)
                 compress = () if memory is None else (CompressCapture(memory.id, compression, usual),)

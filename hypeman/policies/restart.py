@@ -128,7 +128,7 @@ def _while_up(rules: RestartRules, memory: Memory, facts: Facts, now: datetime) 
 
 
 def _while_stopped(rules: RestartRules, memory: Memory, facts: Facts, now: datetime) -> Decision:
-    if facts.stop_cause is not StopCause.POLICY and memory.next_attempt_at is None:
+    if facts.stop_cause is not StopCause.POLICY:
         memory = msgspec.structs.replace(memory, health_failed=False)
     if _was_stable(rules, memory, facts):
         memory = msgspec.structs.replace(memory, attempts=0)

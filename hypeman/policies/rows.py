@@ -1,6 +1,7 @@
 """What the policies remember in the store, by instance. Rows of deleted instances are removed.
 
-restart-memories    Memory of restarts (restart.py)
+restart-memories      Memory of restarts (restart.py)
+snapshot-schedules    Schedule (schedule.py)
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from typing import Any, TypeVar
 
 from hypeman.instances.rows import INSTANCES
 from hypeman.policies.restart import Memory
+from hypeman.policies.schedule import Schedule
 from hypeman.store import Table, Txn
 
 T = TypeVar("T")
 
 RESTARTS: Table[Memory] = Table("restart-memories", Memory)
+SCHEDULES: Table[Schedule] = Table("snapshot-schedules", Schedule)
 
-ALL: tuple[Table[Any], ...] = (RESTARTS,)
+ALL: tuple[Table[Any], ...] = (RESTARTS, SCHEDULES)
 
 
 def put(txn: Txn, table: Table[T], instance_id: str, row: T) -> None:

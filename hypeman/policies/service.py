@@ -5,7 +5,7 @@
     timers run out ──┘
 
 One task and one heap serve all instances; only work in progress (a start, a check, a snapshot) has a task of its
-own. Decisions are pure (restart.py, health.py); controllers carry them out.
+own. Decisions are pure (restart.py, health.py, schedule.py); controllers carry them out.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from hypeman.config import Config
 from hypeman.errors import HypemanError
 from hypeman.instances.model.phases import utc_now
 from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.snapshot_types import SetSnapshotScheduleRequest, SnapshotSchedule
 from hypeman.instances.service import Instances
+from hypeman.instances.snapshots import Snapshots
 from hypeman.policies import rows
 from hypeman.policies.checker import Checker
 from hypeman.policies.controller import Context
 from hypeman.policies.probes import Probes
 from hypeman.policies.restarter import Restarter
+from hypeman.policies.scheduler import Scheduler
 from hypeman.policies.timers import Timers
 from hypeman.store import Store, Txn
 
@@ -44,6 +47,7 @@ class Policies:
         instances: Instances,
         store: Store,
         config: Config,
+        snapshots: Snapshots,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._instances = instances
@@ -56,6 +60,7 @@ class Policies:
         context = Context(instances, store, self._spawn, self.again, self._stir, now)
         self.checker = Checker(context, most=config.health_checks.max_concurrent, probes=Probes())
         self._restarter = Restarter(context, most=config.restart.max_concurrent, health=self.checker.status)
+        self._scheduler = Scheduler(context, snapshots)
         instances.details = self._details
         instances.board.listen(self.again)
 
@@ -86,6 +91,20 @@ class Policies:
     def _stir(self) -> None:
         self._wake.set()
 
+    # The API
+
+    async def get_schedule(self, ref: str) -> SnapshotSchedule:
+        """Raises NotFound if there is no such instance, or it has no schedule."""
+        return self._scheduler.get(self._instances.board.find(ref))
+
+    async def set_schedule(self, ref: str, request: SetSnapshotScheduleRequest) -> SnapshotSchedule:
+        """Make the snapshot schedule of an instance, or change it; another interval restarts its cadence."""
+        return await self._scheduler.set(self._instances.board.find(ref), request)
+
+    async def delete_schedule(self, ref: str) -> None:
+        """Delete the snapshot schedule of an instance; the snapshots that it made stay."""
+        await self._scheduler.delete(self._instances.board.find(ref))
+
     # The loop
 
     def _look(self, instance_id: str) -> None:
@@ -97,7 +116,7 @@ class Policies:
         self.checker.look(record)
         if record.deleting:
             return
-        times = [self._restarter.look(record, now)]
+        times = [self._restarter.look(record, now), self._scheduler.look(record, now)]
         pauses = [max((time - now).total_seconds(), 0.0) for time in times if time is not None]
         if pauses:
             self._timers.set(instance_id, trio.current_time() + min(*pauses, LONGEST_SLEEP))
@@ -108,6 +127,7 @@ class Policies:
         self._timers.cancel(instance_id)
         self.checker.forget(instance_id)
         self._restarter.forget(instance_id)
+        self._scheduler.forget(instance_id)
         self._spawn(self._forget_rows, instance_id)
 
     async def _forget_rows(self, instance_id: str) -> None:
@@ -128,6 +148,7 @@ class Policies:
             for instance_id in rows.remembered(txn) - known:
                 rows.forget(txn, instance_id)
             self._restarter.load(dict(txn.scan(rows.RESTARTS)))
+            self._scheduler.load(dict(txn.scan(rows.SCHEDULES)))
 
         await self._store.write(read)
 

@@ -21,7 +21,18 @@ from hypeman.server.types import (
     ServerVersion,
 )
 
-FEATURES = ("instances", "images", "volumes", "exec", "logs", "devices", "ports", "restart-policy", "health-check")
+FEATURES = (
+    "instances",
+    "images",
+    "volumes",
+    "exec",
+    "logs",
+    "devices",
+    "ports",
+    "restart-policy",
+    "health-check",
+    "snapshot-schedule",
+)
 
 
 class CapabilityView:

@@ -24,8 +24,10 @@ from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     ForkSnapshotRequest,
     RestoreSnapshotRequest,
+    SetSnapshotScheduleRequest,
     Snapshot,
     SnapshotKind,
+    SnapshotSchedule,
 )
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
@@ -121,6 +123,12 @@ class SnapshotService(Protocol):
         ...
 
 
+class PolicyService(Protocol):
+    async def get_schedule(self, ref: str) -> SnapshotSchedule: ...
+    async def set_schedule(self, ref: str, request: SetSnapshotScheduleRequest) -> SnapshotSchedule: ...
+    async def delete_schedule(self, ref: str) -> None: ...
+
+
 class VolumeService(Protocol):
     async def list(self, *, tags: Tags) -> Sequence[Volume]: ...
     async def get(self, ref: str) -> Volume: ...
@@ -204,6 +212,7 @@ class Services:
     images: ImageService
     instances: InstanceService
     snapshots: SnapshotService
+    policies: PolicyService
     volumes: VolumeService
     devices: DeviceService
     egress: EgressService

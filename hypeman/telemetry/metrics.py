@@ -68,6 +68,7 @@ health_checks = _counter("hypeman_health_checks", "Health checks that ended", "t
 health_check_seconds = _histogram(
     "hypeman_health_check_duration_seconds", "Length of a health check", "type", buckets=_FAST
 )
+scheduled_snapshots = _counter("hypeman_scheduled_snapshots", "Snapshots by schedules", "status")
 restarts = _counter("hypeman_restarts", "Starts and stops by restart policies", "status")
 log_lines_dropped = _counter("hypeman_log_lines_dropped", "Log lines dropped because nobody read the log")
 

@@ -361,6 +361,21 @@ def test_volumes(cli: Any, server: Any, tmp_path: Path) -> None:
     assert cli("volume", "rm", "v1").stdout == "v1\n"
 
 
+def test_snapshot_schedules(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    assert cli("snapshot", "schedule", "get", "web").exit_code == 1
+    done = cli(
+        "snapshot", "schedule", "set", "web", "--interval", "24h", "--max-count", "7", "--max-age", "168h",
+        "--name-prefix", "nightly", "--metadata", "a=b",
+    )  # fmt: skip
+    assert done.exit_code == 0 and done.stdout.startswith("every 24h, next ")
+    shown = json.loads(cli("--format", "json", "snapshot", "schedule", "get", "web").stdout)
+    assert shown["retention"] == {"max_count": 7, "max_age": "168h"}
+    assert (shown["name_prefix"], shown["metadata"]) == ("nightly", {"a": "b"})
+    assert cli("snapshot", "schedule", "rm", "web").exit_code == 0
+    assert cli("snapshot", "schedule", "delete", "web").exit_code == 1
+
+
 def test_snapshots(cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     done = cli("--format", "json", "snapshot", "create", "web", "--name", "s", "--compression-enabled")

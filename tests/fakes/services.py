@@ -47,8 +47,10 @@ from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     ForkSnapshotRequest,
     RestoreSnapshotRequest,
+    SetSnapshotScheduleRequest,
     Snapshot,
     SnapshotKind,
+    SnapshotSchedule,
 )
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
@@ -718,6 +720,37 @@ class FakeCapabilities:
 
 
 @dataclass
+class FakePolicies:
+    instances: FakeInstances
+    schedules: dict[str, SnapshotSchedule] = field(default_factory=dict)
+
+    async def get_schedule(self, ref: str) -> SnapshotSchedule:
+        instance = await self.instances.get(ref)
+        if instance.id not in self.schedules:
+            raise NotFound(f"instance {ref!r} has no snapshot schedule")
+        return self.schedules[instance.id]
+
+    async def set_schedule(self, ref: str, request: SetSnapshotScheduleRequest) -> SnapshotSchedule:
+        instance = await self.instances.get(ref)
+        made = SnapshotSchedule(
+            instance_id=instance.id,
+            interval=request.interval,
+            retention=request.retention,
+            next_run_at=NOW,
+            created_at=NOW,
+            updated_at=NOW,
+            name_prefix=request.name_prefix,
+            metadata=request.metadata or UNSET,
+        )
+        self.schedules[instance.id] = made
+        return made
+
+    async def delete_schedule(self, ref: str) -> None:
+        schedule = await self.get_schedule(ref)
+        del self.schedules[schedule.instance_id]
+
+
+@dataclass
 class FakeWorld:
     """All fakes, with their own types; ``services`` is what the server gets."""
 
@@ -727,6 +760,7 @@ class FakeWorld:
         self.images = FakeImages()
         self.instances = FakeInstances(self.log_directory)
         self.snapshots = FakeSnapshots(self.instances)
+        self.policies = FakePolicies(self.instances)
         self.volumes = FakeVolumes()
         self.devices = FakeDevices()
         self.egress = FakeEgress(self.instances)
@@ -738,6 +772,7 @@ class FakeWorld:
             images=self.images,
             instances=self.instances,
             snapshots=self.snapshots,
+            policies=self.policies,
             volumes=self.volumes,
             devices=self.devices,
             egress=self.egress,

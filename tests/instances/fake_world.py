@@ -465,6 +465,7 @@ class Lab:
             catalog=self.catalog,
             settings=self.config.snapshots,
             render=instances.view,
+            now=self.now,
         )
 
     def _build(self) -> Instances:

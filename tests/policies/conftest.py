@@ -24,7 +24,7 @@ def lab(
     monkeypatch.setattr(service, "LOG_INTERVAL", 1e6)
     made = ClockedLab(store, paths)
     made.clock, made.threads = clock, threads
-    made.now = lambda: BEGIN + timedelta(seconds=clock.current_time())
+    made.now = lambda: BEGIN + timedelta(seconds=clock.current_time() + made.offset)
     return made
 
 

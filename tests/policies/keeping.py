@@ -16,6 +16,7 @@ from hypeman.hypervisor.interface import ExitReason
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.service import Instances
+from hypeman.instances.snapshots import Snapshots
 from hypeman.policies.service import Policies
 from tests.instances.fake_world import Lab
 
@@ -46,15 +47,18 @@ _run_sync = trio.to_thread.run_sync
 class ClockedLab(Lab):
     clock: trio.testing.MockClock
     threads: Threads
+    offset = 0.0
+    """Seconds by which the host's clock was set."""
 
 
 class Kept:
     """Running instances with their policies."""
 
-    def __init__(self, lab: ClockedLab, instances: Instances, policies: Policies) -> None:
+    def __init__(self, lab: ClockedLab, instances: Instances, policies: Policies, snapshots: Snapshots) -> None:
         self.lab = lab
         self.instances = instances
         self.policies = policies
+        self.snapshots = snapshots
 
     def record(self, name: str = "one") -> InstanceRecord:
         return self.instances.board.find(name)
@@ -101,7 +105,14 @@ async def keeping(lab: ClockedLab) -> AsyncIterator[Kept]:
     """A server, until the block ends."""
     config = Config(data_dir=str(lab.paths.data_dir), run_dir=str(lab.paths.run_dir))
     async with lab.running() as instances, trio.open_nursery() as nursery:
-        policies = Policies(instances=instances, store=lab.store, config=config, now=lab.now)
+        snapshots = lab.snapshots(instances)
+        policies = Policies(
+            instances=instances,
+            store=lab.store,
+            config=config,
+            snapshots=snapshots,
+            now=lab.now,
+        )
         await nursery.start(policies.run)
-        yield Kept(lab, instances, policies)
+        yield Kept(lab, instances, policies, snapshots)
         nursery.cancel_scope.cancel()

@@ -94,3 +94,25 @@ async def test_health(appliance: Appliance) -> None:
     restarted_once = await restarted(appliance, "web", attempts=1)
     assert restarted_once["restart_status"]["last_reason"] == "health_check_failed"
     await becomes("healthy")
+
+
+async def test_schedule(appliance: Appliance) -> None:
+    """The server that comes back makes up for the run that was missed; what it made can be restored."""
+    await appliance.create("one")
+    assert (await appliance.exec("one", "sh", "-c", "echo kept > /note"))[0] == 0
+    wanted = {"interval": "1m", "retention": {"max_count": 1}, "name_prefix": "often"}
+    answer = await appliance.ask("PUT", "/instances/one/snapshot-schedule", json=wanted)
+    assert answer.is_success, answer.text
+    appliance.kill()
+    await trio.sleep(61)
+    await appliance.start()
+    with trio.fail_after(PATIENCE):
+        while (made := (await appliance.get("/instances/one/snapshot-schedule"))["last_snapshot_id"]) is None:
+            await trio.sleep(0.2)
+    snapshot = await appliance.get(f"/snapshots/{made}")
+    assert snapshot["kind"] == "Standby" and snapshot["name"].startswith("often-")
+    assert (await appliance.get("/instances/one"))["state"] == "Running"
+    await appliance.delete("/instances/one/snapshot-schedule")
+    fork = await appliance.post(f"/snapshots/{made}/fork", {"name": "two"})
+    assert fork["state"] == "Running"
+    assert await appliance.exec("two", "cat", "/note") == (0, "kept\n")

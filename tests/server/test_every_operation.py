@@ -16,7 +16,12 @@ import pytest
 import trio
 from jsonschema import Draft202012Validator
 
-from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
+from hypeman.instances.model.snapshot_types import (
+    CreateSnapshotRequest,
+    SetSnapshotScheduleRequest,
+    SnapshotKind,
+    SnapshotRetention,
+)
 from hypeman.instances.model.types import InstanceState
 from hypeman.server.api import Operation, Page, UploadStream
 from hypeman.server.openapi import render_document
@@ -74,6 +79,8 @@ async def fill(world: FakeWorld, operation: Operation) -> dict[str, str]:
     for source in ("app", "vmm", "hypeman"):
         (world.log_directory / f"web-{source}.log").write_text("one line\n")
     await world.images.create_named("alpine")
+    schedule = SetSnapshotScheduleRequest(interval="1h", retention=SnapshotRetention(max_count=3))
+    await world.policies.set_schedule("web", schedule)
     snapshot = await world.snapshots.create("web", CreateSnapshotRequest(kind=SnapshotKind.STOPPED))
     await world.volumes.create(CreateVolumeRequest(name="data", size_gb=1, id="data"))
     device = world.devices.add("gpu")

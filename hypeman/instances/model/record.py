@@ -156,6 +156,8 @@ class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
     """The source's record at capture time, used for forks and restores."""
     size_bytes: int
     capture: str | None = None
+    schedule: str = ""
+    """The schedule that made it, and may delete it; empty: made by a command."""
 
 
 def forked(

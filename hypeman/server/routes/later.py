@@ -34,9 +34,6 @@ _LATER: tuple[tuple[str, str, Scope, str], ...] = (
     ("PUT", "/v2/{rest}", Scope.IMAGE_WRITE, "registry uploads"),
     ("GET", "/instances/{id}/auto-standby/status", Scope.INSTANCE_READ, "auto-standby"),
     ("POST", "/instances/{id}/auto-standby/hold", Scope.INSTANCE_WRITE, "auto-standby"),
-    ("GET", "/instances/{id}/snapshot-schedule", Scope.SNAPSHOT_READ, "snapshot schedules"),
-    ("PUT", "/instances/{id}/snapshot-schedule", Scope.SNAPSHOT_WRITE, "snapshot schedules"),
-    ("DELETE", "/instances/{id}/snapshot-schedule", Scope.SNAPSHOT_DELETE, "snapshot schedules"),
 )
 """Method, path, scope, and what is missing."""
 
