@@ -32,7 +32,7 @@ _WHOLE = """
 """
 WHOLE = frozenset(_WHOLE.split())
 
-REAL_FOLDERS = frozenset(["real"])
+REAL_FOLDERS = frozenset(["habits", "real"])
 METAL_FOLDERS = frozenset(["metal"])
 
 

@@ -40,12 +40,14 @@ static int slew(int64_t delta) {
 }
 
 static int step(int64_t delta) {
-    struct timex change = {.modes = ADJ_SETOFFSET | ADJ_NANO};
-    change.time.tv_sec = (time_t)(delta / SECOND);
-    change.time.tv_usec = (long)(delta % SECOND);
+    /* In microseconds: the kernel would remember nanoseconds as the unit of adjtimex(2), for everyone. */
+    struct timex change = {.modes = ADJ_SETOFFSET};
+    int64_t us = delta / 1000;
+    change.time.tv_sec = (time_t)(us / 1000000);
+    change.time.tv_usec = (suseconds_t)(us % 1000000);
     if (change.time.tv_usec < 0) {
         change.time.tv_sec--;
-        change.time.tv_usec += SECOND;
+        change.time.tv_usec += 1000000;
     }
     slew(0); /* what is left of an earlier correction is part of this one */
     return clock_adjtime(CLOCK_REALTIME, &change) < 0 ? -1 : 0;

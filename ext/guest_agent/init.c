@@ -75,14 +75,6 @@ static const char *configure_system(void) {
     return text;
 }
 
-/* As Docker creates them: root's, 0755; what the image has there stays. A name that something else has taken is the
- * image's own contradiction, which need not keep it from running. */
-static void make_volume_dirs(void) {
-    for (size_t i = 0; i < config.volume_dir_count; i++)
-        if (make_dirs(config.volume_dirs[i]) < 0)
-            log_line("cannot create the volume %s of the image: %s", config.volume_dirs[i], strerror(errno));
-}
-
 static const char *prepare(void) {
     const char *wrong = mount_root(&config);
     if (!wrong)
@@ -92,7 +84,7 @@ static const char *prepare(void) {
     if (wrong)
         return wrong;
     phase_done("root");
-    make_volume_dirs();
+    make_volume_dirs(&config);
     for (size_t i = 0; !wrong && i < config.volume_count; i++)
         wrong = mount_volume(&config, &config.volumes[i], BOOT_DISK_WAIT_MS);
     if (!wrong && config.volume_count)

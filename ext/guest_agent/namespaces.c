@@ -16,7 +16,8 @@ static int init_pids = -1, our_pids = -1;
 const char *make_init_namespaces(void) {
     if (unshare(CLONE_NEWNS | CLONE_NEWCGROUP) < 0)
         return "namespaces";
-    if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0)
+    /* What we mount later appears inside; what is mounted inside may be shared further, as engines for containers ask. */
+    if (mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL) < 0 || mount(NULL, "/", NULL, MS_REC | MS_SHARED, NULL) < 0)
         return "mount propagation";
     umount2("/proc", MNT_DETACH);
     if (mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0)
@@ -43,11 +44,28 @@ bool join_init_pids(void) { return init_pids >= 0 && setns(init_pids, CLONE_NEWP
 
 void leave_init_pids(void) { setns(our_pids, CLONE_NEWPID); }
 
+static bool join_namespace(const char *kind, int type) {
+    int fd = open_namespace(init_pid, kind);
+    bool joined = fd >= 0 && setns(fd, type) == 0;
+    close_fd(&fd);
+    return joined;
+}
+
 const char *join_init_files(void) {
     if (!init_pid)
         return NULL;
-    int mounts = open_namespace(init_pid, "mnt");
-    bool joined = mounts >= 0 && setns(mounts, CLONE_NEWNS) == 0;
-    close_fd(&mounts);
-    return joined ? NULL : "the init's mounts";
+    if (!join_namespace("cgroup", CLONE_NEWCGROUP))
+        return "the init's control groups";
+    return join_namespace("mnt", CLONE_NEWNS) ? NULL : "the init's mounts";
+}
+
+const char *init_cgroup(void) {
+    static char path[512];
+    char file[64], text[400];
+    snprintf(file, sizeof file, "/proc/%d/cgroup", init_pid);
+    if (!init_pid || read_file(file, text, sizeof text) <= 0 || strncmp(text, "0::/", 4) != 0)
+        return NULL;
+    text[strcspn(text, "\n")] = 0;
+    snprintf(path, sizeof path, "/sys/fs/cgroup%s", text + 3);
+    return path;
 }

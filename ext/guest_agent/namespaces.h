@@ -19,7 +19,9 @@ void remember_init(pid_t pid);
 /* Children forked between these two are the init's: it sees them, they die with it. False without an init. */
 bool join_init_pids(void);
 void leave_init_pids(void);
-/* In a child: sees the init's mounts from now on. NULL or what failed; content without an init. */
+/* In a child: sees the init's mounts and control groups from now on. NULL or what failed; content without an init. */
 const char *join_init_files(void);
+/* Where the init is at present, below which it can move processes of ours; NULL without an init. */
+const char *init_cgroup(void);
 
 #endif

@@ -84,6 +84,18 @@ static int copy_attributes(int from, int to, const struct stat *st) {
     return futimens(to, times);
 }
 
+int copy_directory_attributes(int from, int to) {
+    struct stat st;
+    return fstat(from, &st) < 0 ? -1 : copy_attributes(from, to, &st);
+}
+
+int is_directory_empty(int directory) {
+    bool has_content = false;
+    if (each_entry(directory, found_one, &has_content) < 0)
+        return -1;
+    return !has_content;
+}
+
 static int copy_data(int from, int to) {
     ssize_t n;
     while ((n = sendfile(to, from, NULL, CHUNK)) > 0 || (n < 0 && errno == EINTR))

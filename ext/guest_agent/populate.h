@@ -7,4 +7,9 @@
  * of `covered`, as a named volume of Docker does. Interrupted, it begins anew at the next mount. 0, or -1 with errno. */
 int populate_volume(int volume, int covered);
 
+/* Owner, mode, extended attributes and times of one directory for another. 0, or -1 with errno. */
+int copy_directory_attributes(int from, int to);
+/* 1 or 0, or -1 with errno. */
+int is_directory_empty(int directory);
+
 #endif

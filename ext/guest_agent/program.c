@@ -228,8 +228,8 @@ static _Noreturn void run_child(const struct program *program, struct ends *ends
 
 /* Like fork, but the child begins its life in the control group: moving a living process into one makes
  * the kernel wait for all CPUs, which costs some 10 ms. */
-static pid_t fork_into(const struct program *program) {
-    int cgroup = program->cgroup ? open(program->cgroup, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
+static pid_t fork_into(const struct program *program, const char *path) {
+    int cgroup = path ? open(path, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
     struct clone_args args = {.exit_signal = SIGCHLD, .flags = program->is_init ? CLONE_NEWPID : 0};
     if (cgroup >= 0) {
         args.flags |= CLONE_INTO_CGROUP;
@@ -246,8 +246,13 @@ int start_program(const struct program *program, struct child *child) {
     int error = 0;
     pid_t pid = -1;
     bool joined = !program->is_init && join_init_pids();
-    if (open_ends(program, &ends))
-        pid = fork_into(program);
+    if (open_ends(program, &ends)) {
+        /* Beside the init, as in a container: systemd cannot move processes from outside of its control groups. */
+        const char *beside = joined ? init_cgroup() : NULL;
+        pid = beside ? fork_into(program, beside) : -1;
+        if (pid < 0)
+            pid = fork_into(program, program->cgroup);
+    }
     error = errno;
     if (pid == 0)
         run_child(program, &ends);

@@ -88,6 +88,9 @@ const char *mount_late(uint64_t shm_bytes) {
                                            {"/proc/self/fd/2", "/dev/stderr"},
                                            {"pts/ptmx", "/dev/ptmx"}};
     const char *wrong = mount_kernel_fs(list, LENGTH(list));
+    /* For everyone, as udev's rules have it. */
+    chmod("/dev/fuse", 0666);
+    chmod("/dev/net/tun", 0666);
     for (size_t i = 0; !wrong && i < LENGTH(links); i++) {
         unlink(links[i][1]);
         if (symlink(links[i][0], links[i][1]) < 0)
@@ -183,6 +186,67 @@ const char *mount_volume(const struct boot_config *config, const struct volume *
     return wrong;
 }
 
+#define OWN_DISK "/dev/shm/.hypeman-disk"
+
+static bool is_mounted_volume(const struct boot_config *config, const char *path) {
+    for (size_t i = 0; i < config->volume_count; i++)
+        if (strcmp(config->volumes[i].path, path) == 0)
+            return true;
+    return false;
+}
+
+/* A directory on the mounted disk for the one at `path`, with its attributes; made under another name first, so that it is
+ * complete if it is there. */
+static int make_own_dir(const char *path, int covered, char *own, size_t capacity) {
+    char unfinished[PATH_MAX];
+    if (snprintf(own, capacity, OWN_DISK "/volumes%s/.data", path) >= (int)capacity ||
+        snprintf(unfinished, sizeof unfinished, OWN_DISK "/volumes%s/.new", path) >= (int)sizeof unfinished) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    if (access(own, F_OK) == 0)
+        return 0;
+    int fd = make_dirs(unfinished) < 0 ? -1 : open(unfinished, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int result = fd < 0 || copy_directory_attributes(covered, fd) < 0 ? -1 : rename(unfinished, own);
+    close_fd(&fd);
+    return result;
+}
+
+/* An empty directory is put onto the instance's disk itself, as Docker puts it onto the host's: databases gain, and
+ * container engines can have their overlays on it, which the kernel refuses on top of our own. One with content stays
+ * where it is, rather than being copied. */
+static int move_to_own_disk(const char *path) {
+    char own[PATH_MAX];
+    int covered = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int empty = covered < 0 ? -1 : is_directory_empty(covered);
+    int result = empty == 1 ? make_own_dir(path, covered, own, sizeof own) : empty;
+    if (result == 0 && empty == 1)
+        result = mount(own, path, NULL, MS_BIND, NULL);
+    int error = errno;
+    close_fd(&covered);
+    errno = error;
+    return result;
+}
+
+void make_volume_dirs(const struct boot_config *config) {
+    const char *wrong = NULL;
+    bool have_disk = config->overlay && config->volume_dir_count > 0;
+    if (have_disk)
+        wrong = mount_disk(config, "overlay", OWN_DISK, "ext4", false, BOOT_DISK_WAIT_MS);
+    for (size_t i = 0; i < config->volume_dir_count; i++) {
+        const char *path = config->volume_dirs[i];
+        if (path[0] != '/' || strstr(path, "/../") || is_mounted_volume(config, path))
+            continue;
+        if (make_dirs(path) < 0 || (have_disk && !wrong && move_to_own_disk(path) < 0))
+            log_line("the volume %s of the image: %s", path, strerror(errno));
+    }
+    if (have_disk && !wrong)
+        umount2(OWN_DISK, MNT_DETACH);
+    rmdir(OWN_DISK);
+    if (wrong)
+        log_line("%s", wrong);
+}
+
 const char *mount_root(const struct boot_config *config) {
     const char *wrong = mount_disk(config, "root", "/lower", config->root_fs, true, BOOT_DISK_WAIT_MS);
     if (!wrong && config->overlay)
@@ -210,9 +274,9 @@ const char *switch_root(void) {
 void settle_disks(void) {
     sync();
     FILE *mounts = setmntent("/proc/self/mounts", "re");
-    char paths[MAX_VOLUMES][256];
+    static char paths[MAX_VOLUMES + MAX_VOLUME_DIRS][256];
     size_t count = 0;
-    for (struct mntent *entry; mounts && count < MAX_VOLUMES && (entry = getmntent(mounts));)
+    for (struct mntent *entry; mounts && count < LENGTH(paths) && (entry = getmntent(mounts));)
         if ((strncmp(entry->mnt_fsname, "/dev/", 5) == 0 || strcmp(entry->mnt_type, "overlay") == 0) &&
             strcmp(entry->mnt_dir, "/") != 0 && strlen(entry->mnt_dir) < sizeof paths[0])
             strcpy(paths[count++], entry->mnt_dir);

@@ -12,6 +12,9 @@ const char *mount_early(void);
 const char *mount_root(const struct boot_config *config);
 /* Makes that the root of this process and all its children, and empties the initramfs. */
 const char *switch_root(void);
+/* The directories that the image declares as volumes exist afterwards, empty ones on the instance's own disk. In the new
+ * root. What cannot be done is logged: it need not keep the image from running. */
+void make_volume_dirs(const struct boot_config *config);
 /* The kernel's file systems in the new root. NULL or what went wrong. */
 const char *mount_late(uint64_t shm_bytes);
 

@@ -1,6 +1,7 @@
 """What an image's labels and an instance's tags say about the guest. Pure.
 
     hypeman.pid1          true: the program is process 1; false: it is not; neither: if it is an init system
+    hypeman.volumes       directories as an image's VOLUME, separated by spaces, as in "/var/lib/docker /srv"
     hypeman.shm-size      size of /dev/shm, as in 1GB
     hypeman.ulimit.NAME   soft:hard, or one number for both; -1 or unlimited; as in hypeman.ulimit.nofile=1024:65536
     hypeman.sysctl.NAME   a value, as in hypeman.sysctl.net.core.somaxconn=65535
@@ -21,6 +22,7 @@ from hypeman.units import parse_size
 
 _PID1 = "hypeman.pid1"
 _SHM = "hypeman.shm-size"
+_VOLUMES = "hypeman.volumes"
 _ULIMIT = "hypeman.ulimit."
 _SYSCTL = "hypeman.sysctl."
 _SYSCTL_NAME = re.compile(r"[a-zA-Z0-9_-]+([./][a-zA-Z0-9_:-]+)+")
@@ -49,6 +51,8 @@ class GuestSettings(msgspec.Struct, frozen=True):
     pid1: Pid1 = Pid1.DETECT
     shm_bytes: int = 0
     """0: the agent's choice."""
+    volume_dirs: tuple[str, ...] = ()
+    """Beside those that the image declares."""
     sysctls: tuple[str, ...] = ()
     """"name=value" each."""
     ulimits: tuple[Ulimit, ...] = ()
@@ -63,6 +67,7 @@ def parse_settings(tags: Mapping[str, str], labels: Mapping[str, str] | None = N
     return GuestSettings(
         pid1=_pid1(words[_PID1]) if _PID1 in words else Pid1.DETECT,
         shm_bytes=_shm(words[_SHM]) if _SHM in words else 0,
+        volume_dirs=tuple(_directory(path) for path in words.get(_VOLUMES, "").split()),
         sysctls=sysctls,
         ulimits=tuple(_ulimit(key, value) for key, value in sorted(words.items()) if key.startswith(_ULIMIT)),
     )
@@ -86,6 +91,12 @@ def _shm(value: str) -> int:
     if size < MIN_SHM:
         raise InvalidRequest(f"tag {_SHM}: {value} is less than 1MB")
     return size
+
+
+def _directory(path: str) -> str:
+    if not path.startswith("/") or ".." in path.split("/") or path.split("/")[1] in ("", "dev", "proc", "sys"):
+        raise InvalidRequest(f"tag {_VOLUMES}: {path!r} is not an absolute path of a directory that can be a volume")
+    return path
 
 
 def _sysctl(key: str, value: str) -> str:

@@ -100,14 +100,14 @@ def boot_config(*argv: str, **fields: Any) -> BootConfig:
 
 @pytest.fixture(scope="session")
 def systemd_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Debian with systemd as its init; made once (some two minutes) and kept with the other test images."""
-    kept = TOP / "build" / "test-images" / "debian-systemd.erofs"
+    """A Debian with systemd as its init, and Podman; made once (two minutes) and kept with the other test images."""
+    kept = TOP / "build" / "test-images" / "debian-systemd-podman.erofs"
     if kept.exists():
         return kept
     if shutil.which("mmdebstrap") is None:
         pytest.skip("no mmdebstrap here")
     work = tmp_path_factory.mktemp("systemd")
-    packages = "--include=systemd,systemd-sysv,dbus"
+    packages = "--include=systemd,systemd-sysv,dbus,podman,crun,netavark,iptables,busybox-static"
     command = ["mmdebstrap", "--quiet", "--variant=minbase", packages, "bookworm", str(work / "root")]
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode != 0:
@@ -405,8 +405,10 @@ async def test_an_init_is_process_1_of_its_own(kernel: Path, busybox_root: Path,
 
 
 async def test_systemd_is_at_home(kernel: Path, systemd_root: Path, tmp_path: Path) -> None:
-    config = boot_config("/sbin/init")
+    """And runs containers, on an overlay on the volume that an image for Podman declares."""
+    config = boot_config("/sbin/init", volume_dirs=("/var/lib/containers",))
     config = msgspec.structs.replace(config, env=("PATH=/usr/bin:/bin:/usr/sbin:/sbin",))
+    make_overlay(tmp_path / "overlay.raw", "512M")
     async with booted(config, systemd_root, kernel, tmp_path, memory_mb=512) as guest, guest.connect() as client:
         state = ""
         with trio.fail_after(200):
@@ -418,6 +420,7 @@ async def test_systemd_is_at_home(kernel: Path, systemd_root: Path, tmp_path: Pa
         assert "systemd" in await shell(client, "cat /proc/1/comm")
         await shell(client, "systemctl is-active dbus; echo x > /tmp/in-its-own-tmp")
         assert (await client.stat("/tmp/in-its-own-tmp")).exists
+        await check_podman(client)
         await client.freeze()
         await client.thaw()
         await client.shutdown(grace_seconds=100)
@@ -428,6 +431,22 @@ async def test_systemd_is_at_home(kernel: Path, systemd_root: Path, tmp_path: Pa
             await guest.wait_exit()
         assert event == Exited(0)
     assert b"Halting system." in guest.console, "in order, not by force"
+
+
+async def check_podman(client: GuestClient) -> None:
+    """A container with a network and limits of its own, made without a registry."""
+    script = """
+        mkdir -p /root/tree/bin && cp /bin/busybox /root/tree/bin/ && ln -s busybox /root/tree/bin/sh
+        tar -C /root/tree -c . | podman import - tree
+        podman info --format '{{.Store.GraphDriverName}} {{.Host.CgroupsVersion}}'
+        podman run --rm --memory 32m tree sh -c 'busybox hostname -i; busybox cat /sys/fs/cgroup/memory.max'
+    """
+    async with await client.exec(ExecRequest(argv=("sh", "-ec", script), timeout_seconds=200)) as session:
+        output = b""
+        while not isinstance(got := await session.receive(), ExecResult):
+            output += got.data
+    assert got.exit_code == 0, output
+    assert b"overlay v2\n" in output and output.endswith(b"\n33554432\n"), output
 
 
 async def test_hosts_come_and_go(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def test_all() -> None:
         {
             "hypeman.pid1": "true",
             "hypeman.shm-size": "1GB",
+            "hypeman.volumes": "/var/lib/docker /srv",
             "hypeman.ulimit.nofile": "1024:65536",
             "hypeman.ulimit.core": "-1",
             "hypeman.ulimit.memlock": "0:unlimited",
@@ -29,6 +30,7 @@ def test_all() -> None:
         }
     )
     assert settings.pid1 is Pid1.WORKLOAD and settings.shm_bytes == 1 << 30
+    assert settings.volume_dirs == ("/var/lib/docker", "/srv")
     assert set(settings.ulimits) == {
         Ulimit(resource.RLIMIT_NOFILE, 1024, 65536),
         Ulimit(resource.RLIMIT_CORE, UNLIMITED, UNLIMITED),
@@ -52,6 +54,10 @@ def test_a_tag_wins_over_a_label() -> None:
     ("tag", "value"),
     [
         ("hypeman.pid1", "maybe"),
+        ("hypeman.volumes", "data"),
+        ("hypeman.volumes", "/a /"),
+        ("hypeman.volumes", "/a/../../b"),
+        ("hypeman.volumes", "/proc/x"),
         ("hypeman.shm-size", "big"),
         ("hypeman.shm-size", "1KB"),
         ("hypeman.ulimit.files", "1"),

@@ -65,7 +65,7 @@ def boot_config(
         clock_ns=clock_ns,
         disk_order=() if able.disk_serials else tuple(disk.id for disk in disks),
         power_off_by_reset=not able.power_off,
-        volume_dirs=image.volumes,
+        volume_dirs=tuple(dict.fromkeys((*image.volumes, *settings.volume_dirs))),
         pid1=settings.pid1,
         shm_bytes=settings.shm_bytes,
         sysctls=settings.sysctls,

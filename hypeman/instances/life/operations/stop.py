@@ -122,7 +122,9 @@ def exit_of(
     elif written is not None:
         exited = exited or written
     if fatal is not None:
-        return exited.exit_code if exited is not None else NOT_STARTED, fatal.message
+        if exited is None:
+            return NOT_STARTED, fatal.message
+        return exited.exit_code, f"{describe_exit(exited.exit_code, 0, out_of_memory=False)}: {fatal.message}"
     if exited is not None:
         return exited.exit_code, describe_exit(exited.exit_code, exited.signal, out_of_memory=exited.oom)
     if ended is None:
