@@ -210,7 +210,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         ),
         configured=config.capacity,
         oversubscription=config.oversubscription,
-        name_of=partial(usage.instance_name, store),
+        names=usage.instance_names,
         disk_use=partial(usage.disk_use, store, images),
         gpu=devices.gpu_status,
     )

@@ -156,7 +156,7 @@ class Devices:
 
     async def available(self, *, everything: bool = False) -> tuple[AvailableDevice, ...]:
         """Functions that can be passed through; with ``everything`` also those that cannot, and why."""
-        view = await self._watcher.look()
+        view = await self._watcher.glance()
         return tuple(
             self._available(function, view.obstacles.get(address))
             for address, function in view.functions.items()
@@ -165,7 +165,7 @@ class Devices:
 
     async def gpu_status(self) -> GPUResourceStatus | None:
         """Slots and profiles if there are vGPUs, else the cards; None without either."""
-        view = await self._watcher.look()
+        view = await self._watcher.glance()
         if view.parents:
             claims = self._store.read(slots.claims)
             total, used = vgpu.slots(view.parents, claims)

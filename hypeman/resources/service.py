@@ -1,7 +1,7 @@
 """Host capacity and allocations: ``GET /resources`` and admission limits.
 
-All numbers are stored with the records (accounting.py) or by the package that owns the bytes;
-requests do not iterate over instances.
+All numbers are stored with the records (accounting.py) or by the package that owns the bytes. Admission
+does not iterate over instances; what ``GET /resources`` lists is read again only after a commit.
 """
 
 from __future__ import annotations
@@ -30,6 +30,15 @@ class Capacity(msgspec.Struct, frozen=True):
     disk_io: int
 
 
+class _Allocated(msgspec.Struct, frozen=True):
+    """What the store held after ``commits`` commits of this server."""
+
+    commits: int
+    sums: Totals
+    rows: tuple[ResourceAllocation, ...]
+    disk: DiskBreakdown
+
+
 class ResourceService:
     """``detected`` is read from the host; configuration overrides it."""
 
@@ -40,14 +49,15 @@ class ResourceService:
         detected: Capacity,
         configured: CapacityConfig,
         oversubscription: OversubscriptionConfig,
-        name_of: Callable[[str], str | None],
+        names: Callable[[Txn], Mapping[str, str]],
         disk_use: Callable[[], DiskBreakdown],
         gpu: Callable[[], Awaitable[GPUResourceStatus | None]],
     ) -> None:
         self._store = store
-        self._name_of = name_of
+        self._names = names
         self._disk_use = disk_use
         self._gpu = gpu
+        self._allocated: _Allocated | None = None
         overruled = {
             "vcpus": configured.cpu,
             "memory": configured.memory,
@@ -74,32 +84,42 @@ class ResourceService:
         return capacity * vcpus // max(1, self.capacity.vcpus) if capacity else 0
 
     async def get(self) -> Resources:
-        def read(txn: Txn) -> tuple[Totals, list[tuple[str, Holding]]]:
-            return totals(txn), list(txn.scan(HOLDINGS))
-
-        sums, holdings = self._store.read(read)
+        allocated = self._allocated
+        if allocated is None or allocated.commits != self._store.commits:
+            allocated = self._allocated = self._read()
+        sums = allocated.sums
         return Resources(
             cpu=self._status("cpu", "vcpus", sums.vcpus),
             memory=self._status("memory", "memory", sums.memory),
             disk=self._status("disk", "disk", sums.disk),
             network=self._status("network", "network", sums.network),
             disk_io=self._status("disk_io", "disk_io", sums.disk_io),
-            disk_breakdown=self._disk_use(),
+            disk_breakdown=allocated.disk,
             gpu=await self._gpu(),
-            allocations=tuple(
-                ResourceAllocation(
-                    instance_id=holder,
-                    instance_name=self._name_of(holder) or UNSET,
-                    cpu=holding.vcpus,
-                    memory_bytes=holding.memory,
-                    disk_bytes=holding.disk,
-                    network_download_bps=holding.download,
-                    network_upload_bps=holding.upload,
-                    disk_io_bps=holding.disk_io,
-                )
-                for holder, holding in holdings
-            ),
+            allocations=allocated.rows,
         )
+
+    def _read(self) -> _Allocated:
+        commits = self._store.commits  # before the reading: a commit in between only makes us read again
+
+        def read(txn: Txn) -> tuple[Totals, list[tuple[str, Holding]], Mapping[str, str]]:
+            return totals(txn), list(txn.scan(HOLDINGS)), self._names(txn)
+
+        sums, holdings, names = self._store.read(read)
+        rows = tuple(
+            ResourceAllocation(
+                instance_id=holder,
+                instance_name=names.get(holder, UNSET),
+                cpu=holding.vcpus,
+                memory_bytes=holding.memory,
+                disk_bytes=holding.disk,
+                network_download_bps=holding.download,
+                network_upload_bps=holding.upload,
+                disk_io_bps=holding.disk_io,
+            )
+            for holder, holding in holdings
+        )
+        return _Allocated(commits, sums, rows, self._disk_use())
 
     def _status(self, kind: str, name: str, allocated: int) -> ResourceStatus:
         limit = getattr(self.limits, name)

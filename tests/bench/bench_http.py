@@ -30,18 +30,26 @@ SECRET = "a secret that is long enough for HS256"
 HERE = Path(__file__).parent
 
 SERVER = """
-import sys, trio
+import dataclasses, sys, trio
+import msgspec
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from hypeman.config import CapacityConfig, DevicesConfig, OversubscriptionConfig
+from hypeman.devices.service import Devices
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.instances import rows, usage
 from hypeman.instances.board import Board
 from hypeman.instances.model.phases import Phases
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.model.view import render_instance
+from hypeman.resources.accounting import Holding, Limits, hold
+from hypeman.resources.service import Capacity, ResourceService
+from hypeman.resources.types import DiskBreakdown
 from hypeman.server.app import build_app
 from hypeman.server.exchange import ServerSettings
 from hypeman.server.serve import Server, bind_tcp, bind_unix
+from hypeman.store import Store
 from hypeman.telemetry.logs import setup_logs
 from tests.fakes.services import FakeWorld
 path, directory, secret = sys.argv[1:]
@@ -49,22 +57,37 @@ setup_logs()
 world = FakeWorld(Path(directory))
 world.instances.add("vm-0")
 begin = datetime.now(UTC)
+records = []
 board = Board(lambda record, now: render_instance(record, None, mdev_uuid="", now=now))
 for number in range(1000):
     spec = InstanceSpec(image="docker.io/library/nginx:latest", platform="linux/amd64", hypervisor=HypervisorKind.QEMU,
         vcpus=2, memory_bytes=1 << 30, hotplug_bytes=0, overlay_bytes=10 << 30, tags={"team": "x"}, env={"A": "1"})
     phases = Phases("running", begin, {"created": 12, "initializing": 800})
-    board.post(InstanceRecord(id=f"id{number}", name=f"vm-{number}", number=number, spec=spec, digest="sha256:0",
+    records.append(InstanceRecord(id=f"id{number}", name=f"vm-{number}", number=number, spec=spec, digest="sha256:0",
         created_at=begin, state=InstanceState.RUNNING, phases=phases))
+    board.post(records[-1])
+store = Store.open(Path(directory, "store"))
+devices = Devices(store, DevicesConfig())
+resources = ResourceService(store=store, detected=Capacity(64, 1 << 40, 1 << 44, 10 ** 9, 0),
+    configured=CapacityConfig(), oversubscription=OversubscriptionConfig(), names=usage.instance_names,
+    disk_use=DiskBreakdown, gpu=devices.gpu_status)
+services = dataclasses.replace(world.services, devices=devices, resources=resources)
+def fill(txn):
+    for record in records:
+        rows.insert(txn, record)
+        hold(txn, record.id, Holding(2, 1 << 30, 10 << 30, 10 ** 6, 10 ** 6, 0), Limits())
 async def encoded(ref):
     return board.encoded(ref)
 async def listed(state, tags):
     return board.encoded_list(state, tags)
 world.instances.get_encoded, world.instances.list = encoded, listed
 Path(directory, "instances.json").write_bytes(board.encoded_list(None, {}))
-app = build_app(world.services, ServerSettings(jwt_secret=secret))
+app = build_app(services, ServerSettings(jwt_secret=secret))
 async def main():
-    async with trio.open_nursery() as nursery:
+    async with store.serving(), trio.open_nursery() as nursery:
+        await store.write(fill)
+        Path(directory, "resources.json").write_bytes(msgspec.json.encode(await resources.get()))
+        Path(directory, "available.json").write_bytes(msgspec.json.encode(await devices.available()))
         tcp = bind_tcp("127.0.0.1", 0)
         await nursery.start(lambda task_status: Server(app, plain=app.plain).run(
             tcp, trio.Event(), trusted=[bind_unix(path, mode=0o600)], task_status=task_status))
@@ -156,7 +179,11 @@ def go_peer(directory: Path) -> Iterator[Peer]:
     with (
         (directory / "instances.json").open("rb") as instances,
         (directory / "go.log").open("wb") as log,
-        subprocess.Popen([program, f"127.0.0.1:{port}", SECRET], stdin=instances, stderr=log) as process,
+        subprocess.Popen(
+            [program, f"127.0.0.1:{port}", SECRET, directory / "resources.json", directory / "available.json"],
+            stdin=instances,
+            stderr=log,
+        ) as process,
     ):
         try:
             wait_port(port)
@@ -245,6 +272,8 @@ def against_go(ours: Peer, directory: Path) -> list[Result]:
         "GET /health": request_bytes("GET", "/health", token),
         "GET /instances/{id}": request_bytes("GET", "/instances/vm-7", token),
         "POST /instances, refused": request_bytes("POST", "/instances", token, refused),
+        "GET /devices/available": request_bytes("GET", "/devices/available", token),
+        "GET /resources, 1,000 instances": request_bytes("GET", "/resources", token),
     }
     with go_peer(directory) as peer:
         return [

@@ -1,6 +1,6 @@
 // The peer of bench_http.py: net/http doing for a request what our server does.
 //
-//	http_go ADDRESS SECRET < instances.json
+//	http_go ADDRESS SECRET RESOURCES.JSON AVAILABLE.JSON < instances.json
 //
 // Token check (HMAC, expiry, scopes), the body decoded into a struct, one JSON log line on stderr, a counter and a
 // histogram by method, route and status, a request id. Standard library only: as lean as such a server can be.
@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -117,6 +118,7 @@ func route(method, path, scope string, handle answer) {
 			content, _ = json.Marshal(body)
 		}
 		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Content-Length", strconv.Itoa(len(content)))
 		w.Header().Set("X-Request-Id", id)
 		w.WriteHeader(status)
 		w.Write(content)
@@ -186,6 +188,57 @@ type instance struct {
 	Volumes []string `json:"volumes"`
 }
 
+type status struct {
+	Type      string  `json:"type"`
+	Capacity  int64   `json:"capacity"`
+	Limit     int64   `json:"effective_limit"`
+	Allocated int64   `json:"allocated"`
+	Available int64   `json:"available"`
+	Ratio     float64 `json:"oversub_ratio"`
+	Source    string  `json:"source"`
+}
+
+type allocation struct {
+	ID       string `json:"instance_id"`
+	Name     string `json:"instance_name"`
+	CPU      int    `json:"cpu"`
+	Memory   int64  `json:"memory_bytes"`
+	Disk     int64  `json:"disk_bytes"`
+	Download int64  `json:"network_download_bps"`
+	Upload   int64  `json:"network_upload_bps"`
+	DiskIO   int64  `json:"disk_io_bps"`
+}
+
+type resources struct {
+	CPU         status       `json:"cpu"`
+	Memory      status       `json:"memory"`
+	Disk        status       `json:"disk"`
+	Network     status       `json:"network"`
+	Allocations []allocation `json:"allocations"`
+	DiskIO      status       `json:"disk_io"`
+	GPU         *struct{}    `json:"gpu"`
+}
+
+type device struct {
+	Address string  `json:"pci_address"`
+	Vendor  string  `json:"vendor_id"`
+	Device  string  `json:"device_id"`
+	Names   string  `json:"vendor_name,omitempty"`
+	Name    string  `json:"device_name,omitempty"`
+	Group   int     `json:"iommu_group"`
+	Driver  *string `json:"current_driver"`
+}
+
+func load(path string, into any) {
+	content, err := os.ReadFile(path)
+	if err == nil {
+		err = json.Unmarshal(content, into)
+	}
+	if err != nil {
+		log.Fatal(err)
+	}
+}
+
 func main() {
 	address := os.Args[1]
 	secret = []byte(os.Args[2])
@@ -213,6 +266,12 @@ func main() {
 		}
 		return 404, failure{"not_found", "there is no such instance"}
 	})
+	var held resources
+	var available []device
+	load(os.Args[3], &held)
+	load(os.Args[4], &available)
+	route("GET", "/resources", "resource:read", func(r *http.Request) (int, any) { return 200, held })
+	route("GET", "/devices/available", "device:read", func(r *http.Request) (int, any) { return 200, available })
 	route("POST", "/instances", "instance:write", func(r *http.Request) (int, any) {
 		var body create
 		if err := json.NewDecoder(io.LimitReader(r.Body, 2<<20)).Decode(&body); err != nil {
