@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -174,6 +174,12 @@ class Images:
         Raises InvalidRequest (``invalid_name``, ``invalid_platform``), NotFound (``not_found``,
         ``platform_not_available``), Conflict (``credential_conflict``), RateLimited.
         """
+        image = await self._create(request, asked_for=True)
+        if (job := self._jobs.get(image.digest)) is not None:
+            job.asked_for = True
+        return image
+
+    async def _create(self, request: CreateImageRequest, *, asked_for: bool) -> Image:
         ref = parse_reference(request.name)
         platform = parse_platform(request.platform) if request.platform else reference.host_platform()
         tags = None if request.tags is None else check_tags(request.tags)
@@ -183,6 +189,7 @@ class Images:
             job, row = self._jobs.get(known.digest), known  # a digest never changes its meaning
         else:
             job, row = await self._resolve(ref, platform, login)
+            job.asked_for = asked_for
         return await self._record(str(ref), row, job, tags)
 
     def platform(self, text: str | None) -> str:
@@ -329,17 +336,31 @@ class Images:
         wanted = self.platform(platform)
         row = self._known(ref)
         if row is None or row.status is ImageStatus.FAILED or (row.platform and row.platform != wanted):
-            image = await self.create(CreateImageRequest(str(ref), platform=wanted))
+            image = await self._create(CreateImageRequest(str(ref), platform=wanted), asked_for=False)
             digest = image.digest
         else:
             digest = row.digest
-        await self._wait_for(digest)
+        job = self._jobs.get(digest)
+        with job.waiting() if job is not None else nullcontext():
+            await self._wait_for(digest)
         row = self._store.read(lambda txn: txn.get(IMAGES, digest))
         if row is None:
             raise NotFound(f"image {ref} was deleted meanwhile")
         if row.status is not ImageStatus.READY:
             raise InternalError(f"image {ref} can not be used: {row.error or row.status}")
         return self._ready_image(row)
+
+    async def abandon(self, name: str) -> None:
+        """Stop the pull that ``wait_ready`` began of this name, and forget the name, unless others want it, too."""
+        ref = parse_reference(name)
+        try:
+            _, naming, row = self._look_up(ref)
+        except NotFound:
+            return
+        job = self._jobs.get(row.digest)
+        if job is not None and not naming.wanted and not job.asked_for and not job.waiters:
+            with suppress(NotFound, InUse):
+                await self.delete(str(ref))
 
     def find_ready(self, name: str, platform: str | None = None) -> ReadyImage | None:
         """The image of that name and platform, if it need not be pulled. Raises InvalidRequest."""

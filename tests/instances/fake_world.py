@@ -24,7 +24,7 @@ import trio
 
 from hypeman.captures.compression import Compressor
 from hypeman.config import Config
-from hypeman.errors import InternalError, InUse
+from hypeman.errors import InternalError, InUse, InvalidState, NotFound
 from hypeman.guest.boot import CaCertificate
 from hypeman.guest.client import GuestTimeout
 from hypeman.guest.limits import LIMITS
@@ -35,6 +35,8 @@ from hypeman.host.files import Files
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.images.records import HOLDERS, HolderRow
+from hypeman.images.reference import host_platform, parse_platform, parse_reference
 from hypeman.images.types import ImageConfig, ReadyImage
 from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.phases import utc_now
@@ -250,7 +252,7 @@ class FakeEgress:
 
 
 class FakeImages:
-    """One image, ready unless ``missing``: then a pull is an effect. Pins are rows of nobody's table."""
+    """The image busybox, ready unless ``missing``: then a pull is an effect."""
 
     def __init__(self, disk: Path, bomb: Bomb) -> None:
         self._disk = disk
@@ -260,28 +262,43 @@ class FakeImages:
         """A pull waits for it."""
         self.pulled.set()
         self.pulls = 0
+        self.waiting = 0
         disk.parent.mkdir(parents=True, exist_ok=True)
         disk.write_bytes(b"image")
         self.settings = ImageConfig(entrypoint=("/init",), env={"A": "1"}, working_dir="/")
 
     def platform(self, text: str | None) -> str:
-        return text or "linux/amd64"
+        return str(parse_platform(text)) if text else str(host_platform())
 
     async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage:
+        known = self._is_known(name)
         await trio.lowlevel.checkpoint()
+        if not known:
+            raise NotFound(f"there is no image {name}")
         if self.missing:
             self.pulls += 1
-            self._bomb.tick("before pull")
-            await self.pulled.wait()
+            self.waiting += 1
+            try:
+                self._bomb.tick("before pull")
+                await self.pulled.wait()
+            finally:
+                self.waiting -= 1
             self.missing = False
             self._bomb.tick("after pull")
         return self._image()
 
     def find_ready(self, name: str, platform: str | None = None) -> ReadyImage | None:
-        return None if self.missing else self._image()
+        return self._image() if self._is_known(name) and not self.missing else None
+
+    async def abandon(self, name: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    @staticmethod
+    def _is_known(name: str) -> bool:
+        return parse_reference(name).repository == "library/busybox"
 
     def _image(self) -> ReadyImage:
-        return ReadyImage(DIGEST, self._disk, "erofs", self.settings, 5, "linux/amd64")
+        return ReadyImage(DIGEST, self._disk, "erofs", self.settings, 5, self.platform(None))
 
     def disk(self, digest: str) -> Path:
         return self._disk
@@ -293,10 +310,12 @@ class FakeImages:
         return self.settings
 
     def pin(self, txn: Txn, digest: str, holder: str) -> None:
-        pass
+        if digest != DIGEST or self.missing:
+            raise InvalidState(f"image {digest} is no longer there; ask again")
+        txn.put(HOLDERS, holder, HolderRow(digest))
 
     def unpin(self, txn: Txn, holder: str) -> None:
-        pass
+        txn.delete(HOLDERS, holder)
 
 
 class FakeTemplates:

@@ -17,11 +17,14 @@ import pytest
 import trio
 import trio.lowlevel
 
+from hypeman.captures import records as captures
+from hypeman.captures.records import CAPTURES
 from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
 from hypeman.events.log import read_after
 from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmState
+from hypeman.images.records import HOLDERS
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
@@ -34,7 +37,7 @@ from hypeman.instances.model.types import (
     TargetState,
     UpdateInstanceRequest,
 )
-from hypeman.instances.rows import INSTANCES, INTENTS, NAMES
+from hypeman.instances.rows import INSTANCES, INTENTS, NAMES, SNAPSHOTS
 from hypeman.instances.service import Instances
 from hypeman.network.leases import LEASES, PORTS, all_leases
 from hypeman.network.types import PortMapping
@@ -353,6 +356,9 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
             assert vm == wanted, f"the record says {record.state}, the VM {vm}\n{where}"
             if record.spec.egress:
                 assert record.id in lab.egress.policies.there, f"{text}\n{where}"
+    snapshots = lab.store.read(lambda txn: set(txn.keys(SNAPSHOTS)))
+    pinned = {row.id for row in records.values() if row.digest} | {captures.of_snapshot(key) for key in snapshots}
+    assert lab.store.read(lambda txn: set(txn.keys(HOLDERS))) == pinned, where
     holding = lab.store.read(lambda txn: dict(txn.scan(HOLDINGS)))
     assert set(holding) == set(records), where
     assert {i for i, h in holding.items() if h.vcpus} == alive, where
@@ -435,8 +441,8 @@ async def clean_up(lab: Lab, instances: Instances) -> None:
     left = "\n".join(line for line in lab.world_as_text().splitlines() if not line.startswith("instances .new"))
     assert left == "", left
     assert lab.store.read(totals) == Totals()
-    for table in (LEASES, PORTS, NAMES, ATTACHMENTS):
-        assert not lab.store.read(lambda txn, table=table: list(txn.keys(table)))  # type: ignore[misc]
+    tables: tuple[Table[Any], ...] = (LEASES, PORTS, NAMES, ATTACHMENTS, HOLDERS, CAPTURES)
+    assert not lab.store.read(lambda txn: [f"{table.name} {key}" for table in tables for key in txn.keys(table)])
 
 
 # ── What happens by itself ───────────────────────────────────────────────────────────────────────

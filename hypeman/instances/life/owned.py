@@ -43,6 +43,10 @@ class ImagePulls(Protocol):
         """The image of that name, pulled first if it is missing."""
         ...
 
+    async def abandon(self, name: str) -> None:
+        """Stop the pull that ``wait_ready`` began, unless others want the image, too."""
+        ...
+
 
 @dataclass
 class Shared:

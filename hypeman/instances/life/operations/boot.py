@@ -12,7 +12,7 @@ import secrets
 
 import msgspec
 
-from hypeman.errors import InvalidState
+from hypeman.errors import HypemanError, InvalidState
 from hypeman.instances.ledger import Commit, PinImage
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.plan import plan_create, plan_start
@@ -61,6 +61,10 @@ async def _pull(owned: Owned) -> None:
             await owned.lost(refused)
         raise
     if image is None:
+        try:
+            await owned.images.abandon(record.spec.image)
+        except HypemanError as error:  # it goes on, and the image stays until it is deleted
+            log.warning("the pull for instance %s can not be stopped: %s", record.id, error)
         raise InvalidState(f"instance {record.name!r} was deleted while its image was pulled")
 
 
