@@ -58,9 +58,9 @@ static bool same_name(const char *a, const char *b) {
     return strncmp(a, b, n) == 0 && b[n] == '=';
 }
 
-/* Base variables, ours over them, and HOME and PATH where neither gives them. */
+/* Base variables, ours over them, and HOME, HOSTNAME and PATH where neither gives them. */
 static char **merge_env(const struct program *program, const struct user *user) {
-    static char *merged[MAX_ENV + 5];
+    static char *merged[MAX_ENV + 6];
     char *home;
     size_t count = 0;
     for (char *const *e = program->base_env; e && *e && count < MAX_ENV; e++) {
@@ -73,9 +73,14 @@ static char **merge_env(const struct program *program, const struct user *user) 
     for (char *const *e = program->env; e && *e && count < MAX_ENV; e++)
         merged[count++] = *e;
     merged[count] = NULL;
+    char host[65] = "", *hostname;
+    gethostname(host, sizeof host - 1);
+    bool wants_hostname = !value_of(merged, "HOSTNAME") && asprintf(&hostname, "HOSTNAME=%s", host) >= 0;
     bool wants_home = !value_of(merged, "HOME") && asprintf(&home, "HOME=%s", user->home) >= 0, wants_path = !value_of(merged, "PATH");
     bool wants_term = program->tty && !value_of(merged, "TERM");
     bool wants_container = program->is_init && !value_of(merged, "container");
+    if (wants_hostname)
+        merged[count++] = hostname;
     if (wants_home)
         merged[count++] = home;
     if (wants_path)

@@ -345,6 +345,8 @@ class GuestClient:
         self._held = False
         self._stirred = trio.Event()
         """Set when bytes arrive or what is expected of the guest changes."""
+        self.last_correction: Sample | None = None
+        """How wrong the guest's clock was found to be."""
         self._clock = trio.Lock()
         """Held during a correction of the guest's clock."""
         self._clock_wanted = trio.Event()
@@ -461,7 +463,9 @@ class GuestClient:
             while len(samples) < clock.SAMPLES and samples[-1].uncertainty > clock.GOOD:
                 samples.append(await self.read_clock())
             best = clock.most_certain(samples)
-            await self._request(Op.CLOCK, FieldWriter().i64(Tag.CLOCK_DELTA_NS, best.correction))
+            if best.correction or self.last_correction is None:  # the guest waits for the first one
+                await self._request(Op.CLOCK, FieldWriter().i64(Tag.CLOCK_DELTA_NS, best.correction))
+            self.last_correction = best
             return best
 
     async def set_identity(

@@ -24,7 +24,7 @@ INTERVAL = 30.0
 INTERVAL_LEAST = 1.0
 STEP = 5 * MILLISECOND
 """A host's clock that moved so far against its monotonic one was set, or the host was suspended."""
-STEP_CHECK = 2.0
+STEP_CHECK = 5.0
 """Seconds between looks at that."""
 
 

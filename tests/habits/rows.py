@@ -79,6 +79,7 @@ FIRST_BOOT = (
         "cat /etc/inittab | head -n 1",
         "… sysinit",
     ),
+    Row("HOSTNAME, PATH, umask", "set", "echo $HOSTNAME $PATH; umask", "box /bin\n0022"),
     Row("the image's /run", "visible", "stat -c '%u %a' /run/app", "1000 755"),
     Row("/etc/mtab", "the mount table", "readlink /etc/mtab", "/proc/mounts"),
     Row("`ulimit -n`", "1048576 (up to version 24)", "ulimit -n; ulimit -Hn", "1048576\n1048576"),
