@@ -415,7 +415,7 @@ async def test_a_fork_of_a_snapshot_that_is_just_deleted(lab: Lab) -> None:
 
         async def delete_row() -> None:
             instances.ledger.store = whole
-            await whole.write(lambda txn: txn.delete(SNAPSHOTS, made.id))
+            await instances.ledger.remove_snapshot(made.id, is_read=lambda _: False)
 
         instances.ledger.store = _Interposed(whole, before=delete_row)  # type: ignore[assignment]
         with pytest.raises(NotFound):
