@@ -30,7 +30,7 @@ import h11
 import msgspec
 import trio
 from hypercorn.config import Config as HypercornConfig
-from hypercorn.events import Closed, RawData
+from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import WorkerContext
@@ -203,6 +203,13 @@ class PlainConnection(TCPServer):
         self._request_id = ""
         self._subject: str | None = None
         """Of the caller, once authenticated."""
+
+    async def protocol_send(self, event: Event) -> None:
+        """Hypercorn's, but for a send that begins while the other task closes the connection, since the client did."""
+        try:
+            await super().protocol_send(event)
+        except trio.BusyResourceError:
+            await self.protocol.handle(Closed())
 
     async def _read_data(self) -> None:
         late: Reply | None = None
