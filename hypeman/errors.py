@@ -34,14 +34,16 @@ class HypemanError(Exception):
 
     status: ClassVar[int] = 500
     default_code: ClassVar[str] = "internal_error"
-    retryable: ClassVar[bool] = True
+    retryable: bool = True
     """False if the same request fails again until something is changed: SDKs automatically retry 409 and every
     5xx unless they get ``X-Should-Retry: false``."""
 
-    def __init__(self, message: str, *, code: str | None = None) -> None:
+    def __init__(self, message: str, *, code: str | None = None, retryable: bool | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or self.default_code
+        if retryable is not None:
+            self.retryable = retryable
 
 
 class InvalidRequest(HypemanError):
@@ -67,29 +69,28 @@ class NotFound(HypemanError):
 
 
 class Conflict(HypemanError):
+    """Final unless raised with ``retryable=True``: what passes by itself within seconds."""
+
     status = 409
+    retryable = False
     default_code = "conflict"
 
 
 class Ambiguous(Conflict):
-    retryable = False
     default_code = "ambiguous"
 
 
 class AlreadyExists(Conflict):
-    retryable = False
     default_code = "already_exists"
 
 
 class NameConflict(Conflict):
-    retryable = False
     default_code = "name_conflict"
 
 
 class InvalidState(Conflict):
     """The command is legal, but not in the object's current state; the message names both."""
 
-    retryable = False
     default_code = "invalid_state"
 
 
@@ -105,6 +106,9 @@ class PortInUse(InUse):
 
 
 class InsufficientResources(Conflict):
+    """Capacity is taken; it becomes free when others end."""
+
+    retryable = True
     default_code = "insufficient_resources"
 
 

@@ -51,7 +51,8 @@ def remove(txn: Txn, ref: str, failures: Mapping[str, str] = {}) -> None:
         reason = failures.get(record.pci_address)
         raise InUse(
             f"device {record.name} ({record.pci_address}) is still being given back by instance {binding.instance_id}"
-            + (f": {reason}" if reason else "")
+            + (f": {reason}" if reason else ""),
+            retryable=True,
         )
     txn.delete(DEVICES, record.id)
     _note(txn, record, "deleted")
@@ -91,7 +92,9 @@ def attach(txn: Txn, instance_id: str, refs: tuple[str, ...], functions: Mapping
             function = functions.get(binding.address)
             near = binding.address == record.pci_address or (function is not None and function.iommu_group == group)
             if near and binding.instance_id != instance_id:
-                raise InUse(f"device {record.name} is still being given back by instance {binding.instance_id}")
+                raise InUse(
+                    f"device {record.name} is still being given back by instance {binding.instance_id}", retryable=True
+                )
         txn.put(DEVICES, record.id, msgspec.structs.replace(record, attached_to=instance_id, position=position))
         if record.attached_to is None:
             _note(txn, record, "attached", instance_id)

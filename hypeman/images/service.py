@@ -393,7 +393,7 @@ class Images:
         """
         row = txn.get(IMAGES, digest)
         if row is None or row.status is not ImageStatus.READY:
-            raise InvalidState(f"image {digest} is no longer there; ask again")
+            raise InvalidState(f"image {digest} is no longer there; ask again", retryable=True)
         held = txn.get(HOLDERS, holder)
         if held is not None and held.digest != digest:
             txn.delete(PINS, f"{held.digest}/{holder}")

@@ -338,7 +338,7 @@ class Ledger:
     def _remove_snapshot(self, snapshot: str, is_read: Callable[[str], bool], txn: Txn) -> SnapshotRow:
         row = rows.find_snapshot(txn, snapshot)
         if is_read(row.id):
-            raise Conflict(f"snapshot {row.id} is being read by a fork or restore")
+            raise Conflict(f"snapshot {row.id} is being read by a fork or restore", retryable=True)
         txn.delete(SNAPSHOTS, row.id)
         note_snapshot(txn, row, "deleted")
         holder = captures.of_snapshot(row.id)

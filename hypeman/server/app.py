@@ -12,7 +12,7 @@ A client that disconnects cancels its handler; the services' work continues in t
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import msgspec
 import trio
 from quart import Response, has_request_context, request, websocket
 from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import WebsocketMismatch
 
 from hypeman.actor import set_actor
@@ -54,6 +54,9 @@ MAX_JSON_BODIES = 32 * 2**20
 """Total bytes of all JSON bodies being received."""
 BODY_SECONDS = 10.0
 """Time limit for receiving a JSON body. Uploads have no such limit: they are not held in memory."""
+
+
+_METHODS = frozenset(["GET", "POST", "PUT", "PATCH", "DELETE"])
 
 
 def build_app(services: Services, settings: ServerSettings) -> ApiApp:
@@ -92,6 +95,8 @@ class ApiApp(QuartTrio):
 
     def add_operations(self, operations: Sequence[Operation]) -> None:
         self.plain = PlainRoutes(operations, self.services, self.settings, self._verifier)
+        for path, allowed, others in shadowed(operations):
+            self.add_url_rule(path, f"405 {path}", _refusal(allowed), methods=others, provide_automatic_options=False)
         for operation in operations:
             self.add_url_rule(
                 _rule(operation.path),
@@ -154,6 +159,29 @@ class ApiApp(QuartTrio):
         set_actor(actor)
         check_scope(caller, *scopes)
         return caller
+
+
+def shadowed(operations: Sequence[Operation]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Paths without parameters that another operation's parameter would match, with the methods that they take, and
+    those that are refused: ``DELETE /devices/available`` deletes no device of that name."""
+    methods: dict[str, set[str]] = {}
+    for operation in operations:
+        methods.setdefault(operation.path, set()).add(operation.method)
+    for path, own in methods.items():
+        parts = path.split("/")
+        others = [other.split("/") for other in methods if other != path]
+        if "{" not in path and any(
+            len(other) == len(parts) and all(a == b or b.startswith("{") for a, b in zip(parts, other, strict=True))
+            for other in others
+        ):
+            yield path, sorted(own | {"HEAD"} if "GET" in own else own), sorted(_METHODS - own)
+
+
+def _refusal(allowed: list[str]) -> Callable[[], Awaitable[Response]]:
+    async def refuse() -> Response:
+        raise MethodNotAllowed(valid_methods=allowed)
+
+    return refuse
 
 
 def _rule(path: str) -> str:

@@ -94,8 +94,12 @@ class PlainRoutes:
         self._limit = settings.request_timeout
         self._known: dict[bytes, Found | None] = {}
         self._templates: dict[tuple[str, int], list[_Template]] = {}
+        self._fixed: dict[str, set[str]] = {}
+        """Methods of paths without parameters; the others are not those of an operation whose parameter matches."""
         for operation in operations:
             parts = tuple(operation.path.split("/")[1:])
+            if "{" not in operation.path:
+                self._fixed.setdefault(operation.path, set()).add(operation.method)
             streams = operation.answer is EventStream or operation.body is UploadStream
             if not streams and not operation.takes_context and all(parts):
                 decoder = None if operation.body is None else msgspec.json.Decoder(operation.body)
@@ -122,9 +126,10 @@ class PlainRoutes:
             return None
         path, _, query = match[2].partition(b"?")
         parts = path.decode("ascii").split("/")[1:]
-        if not all(parts):
+        method = match[1].decode("ascii")
+        if not all(parts) or method not in self._fixed.get(path.decode("ascii"), {method}):
             return None
-        for template in self._templates.get((match[1].decode("ascii"), len(parts)), ()):
+        for template in self._templates.get((method, len(parts)), ()):
             pairs = list(zip(template.parts, parts, strict=True))
             if all(name == part or name.startswith("{") for name, part in pairs):
                 segments = {name[1:-1]: part for name, part in pairs if name.startswith("{")}

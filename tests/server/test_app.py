@@ -78,6 +78,23 @@ async def test_unknown_routes_and_methods(ask: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/instances/x", "DELETE, GET, HEAD, PATCH"),
+        ("PUT", "/devices/available", "GET, HEAD"),
+        ("DELETE", "/devices/available", "GET, HEAD"),
+        ("GET", "/volumes/from-archive", "POST"),
+        ("DELETE", "/images/import", "POST"),
+        ("PUT", "/devices/x", "DELETE, GET, HEAD"),
+        ("PATCH", "/events", "GET, HEAD"),
+    ],
+)
+async def test_allow_lists_the_methods_of_that_very_path(client: Client, method: str, path: str, allowed: str) -> None:
+    response = await client(method, path)
+    assert (response.status_code, response.headers["Allow"]) == (405, allowed)
+
+
+@pytest.mark.parametrize(
     ("body", "place"),
     [
         (b"", "JSON"),
@@ -400,3 +417,26 @@ async def test_one_line_a_request_and_no_secret(
     told = repr([vars(record) for record in caplog.records])
     assert "hunter2" not in told
     assert headers["Authorization"][7:] not in told
+
+
+@pytest.mark.parametrize(
+    ("error", "final"),
+    [
+        (Conflict("a name is taken"), True),
+        (Conflict("it is being read", retryable=True), False),
+        (InsufficientResources("full"), False),
+        (NotSupported("never"), True),
+        (RateLimited("later"), False),
+        (InternalError("a disk"), False),
+    ],
+)
+async def test_clients_are_told_what_not_to_retry(
+    ask: Any, world: FakeWorld, monkeypatch: pytest.MonkeyPatch, error: HypemanError, final: bool
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(world.instances, "stop", refuse)
+    world.instances.add("web")
+    response = await ask("POST", "/instances/web/stop")
+    assert (response.status_code, response.headers.get("X-Should-Retry")) == (error.status, "false" if final else None)

@@ -146,7 +146,9 @@ class Lifecycle:
         if self._over or self._owned.removed:
             raise self._refusal()
         if len(self._queued) >= MOST_WAITING:
-            raise InvalidState(f"instance {self.record.name!r} has {MOST_WAITING} commands waiting already")
+            raise InvalidState(
+                f"instance {self.record.name!r} has {MOST_WAITING} commands waiting already", retryable=True
+            )
         job: Job[R] = Job(command, lambda: action(self._owned))
         self._queued.append(command)
         self._queue.send_nowait(job)
