@@ -40,6 +40,7 @@ from hypeman.images.manifest import (
     Manifest,
     ManifestError,
     choose_platform,
+    decode,
     digest_of,
     parse_config,
     parse_manifest,
@@ -83,7 +84,7 @@ class _Saved(msgspec.Struct, frozen=True):
     """One image in the ``manifest.json`` of ``docker save``."""
 
     config: str = msgspec.field(name="Config")
-    layers: Annotated[tuple[str, ...], Meta(max_length=MAX_LAYERS)] = msgspec.field(name="Layers")
+    layers: Annotated[tuple[str, ...], Meta(max_length=MAX_LAYERS)] = msgspec.field(name="Layers", default=())
     repo_tags: tuple[str, ...] | None = msgspec.field(name="RepoTags", default=None)
 
 
@@ -255,11 +256,7 @@ class _Importer:
     # docker save
 
     def _from_docker(self) -> list[Imported]:
-        text = self._read("manifest.json", MAX_MANIFEST_BYTES)
-        try:
-            saved = msgspec.json.decode(text, type=tuple[_Saved, ...])
-        except msgspec.DecodeError as error:
-            raise ManifestError(f"its manifest.json can not be read: {error}") from None
+        saved = decode(self._read("manifest.json", MAX_MANIFEST_BYTES), tuple[_Saved, ...], "manifest.json")
         if not 0 < len(saved) <= _MAX_IMAGES:
             raise ManifestError(f"it has {len(saved)} images; 1 to {_MAX_IMAGES} are possible")
         return [self._from_saved(image) for image in saved]

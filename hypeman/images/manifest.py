@@ -147,7 +147,7 @@ def parse_manifest(data: bytes, media_type: str = "") -> Manifest | Index:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise ManifestError(f"the manifest is {len(data)} bytes long; at most {MAX_MANIFEST_BYTES} are allowed")
-    probe = _decode(data, _Probe, "manifest")
+    probe = decode(data, _Probe, "manifest")
     if probe.fs_layers is not None or probe.schema_version == 1:
         raise ManifestError("the image has a Docker schema 1 manifest, which was withdrawn; push it again")
     if probe.manifests is not None and probe.layers is not None:
@@ -158,7 +158,7 @@ def parse_manifest(data: bytes, media_type: str = "") -> Manifest | Index:
         raise ManifestError(f"the manifest is called {stated}, but its content is not that")
     if probe.media_type and probe.media_type not in INDEX_TYPES + MANIFEST_TYPES:
         raise ManifestError(f"the manifest has the unknown media type {probe.media_type[:100]!r}")
-    document: Manifest | Index = _decode(data, Index, "index") if is_index else _decode(data, Manifest, "manifest")
+    document: Manifest | Index = decode(data, Index, "index") if is_index else decode(data, Manifest, "manifest")
     if document.schema_version != 2:
         raise ManifestError(f"the manifest has schema version {document.schema_version}; only 2 is known")
     if isinstance(document, Manifest):
@@ -221,7 +221,7 @@ def _shown(platform: dict[str, Any] | None) -> str:
 
 def parse_config(data: bytes, manifest: Manifest) -> Config:
     """The config blob, which must name as many layers as the manifest. Raises ManifestError."""
-    config = _decode(data, Config, "config")
+    config = decode(data, Config, "config")
     if config.rootfs.type != "layers":
         raise ManifestError(f"the image's root is made of {config.rootfs.type[:60]!r}, not of layers")
     if len(config.rootfs.diff_ids) != len(manifest.layers):
@@ -254,7 +254,8 @@ def _without_nulls(value: Any, *, is_map: bool = False) -> Any:
     return value
 
 
-def _decode(data: bytes, kind: type[T], what: str) -> T:
+def decode(data: bytes, kind: type[T], what: str) -> T:
+    """A document that describes an image, as Go's readers take it. Raises ManifestError, naming ``what`` it is."""
     try:
         return msgspec.convert(_without_nulls(msgspec.json.decode(data)), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

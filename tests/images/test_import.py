@@ -60,6 +60,18 @@ async def test_a_name_of_ones_own(make_images: Start, tmp_path: Path) -> None:
         await images.import_archive(in_pieces(FILES.docker_archive("x")), name=f"mine@{FILES.digest}")
 
 
+async def test_null_in_an_archive(make_images: Start) -> None:
+    """An image of nothing but its configuration, as Go writes empty lists."""
+    config = {"config": {"Cmd": ["/x"], "Env": None, "User": None}, "rootfs": {"type": "layers", "diff_ids": None}}
+    saved = [{"Config": "c.json", "RepoTags": None, "Layers": None}]
+    data = tar(
+        entry("c.json", data=json.dumps(config).encode()), entry("manifest.json", data=json.dumps(saved).encode())
+    )
+    images = await make_images()
+    await images.import_archive(in_pieces(data), name="nothing")
+    assert (await images.wait_ready("nothing")).config.cmd == ("/x",)
+
+
 async def test_layers_that_are_links(make_images: Start) -> None:
     """Older docker wrote a layer that appears twice as a link to the first."""
     layer = FILES.layers[0]
