@@ -110,6 +110,10 @@ def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
 @click.option("-u", "--user", help="Instead of the image's: a name or number, and a group after a colon.")
 @click.option("-w", "--workdir", help="Instead of the image's.")
 @click.option("--hostname", help="Default: the instance's name.")
+@click.option("--ulimit", "ulimits", multiple=True, metavar="NAME=SOFT[:HARD]", help="Limit of programs; repeatable.")
+@click.option("--sysctl", "sysctls", multiple=True, metavar="NAME=VALUE", help="Setting of the kernel; repeatable.")
+@click.option("--shm-size", type=SIZE, help="Size of /dev/shm. Default: half of the memory.")
+@click.option("--pid1/--no-pid1", default=None, help="The program is process 1. Default: if it is an init system.")
 @click.option("--credentials-json", help="Credentials as the API takes them; @FILE reads a file.")
 @click.option("--platform", help="As in linux/arm64.")
 @click.option("-m", "--memory", type=SIZE, default="1GB", show_default=True)
@@ -238,7 +242,7 @@ class _Output(threading.Thread):
 
     def run(self) -> None:
         with contextlib.suppress(Unreachable, ApiError):
-            for line in self._client.events(self._path, follow=True, tail=_ALL_LINES, source="app"):
+            for line in self._client.lines(self._path, follow=True, tail=_ALL_LINES, source="app"):
                 with _PRINTING:
                     if self._over:
                         return
@@ -246,14 +250,14 @@ class _Output(threading.Thread):
 
     def finish(self, client: Client) -> None:
         """Print what the stream had not delivered yet; nothing is printed afterwards."""
-        lines = list(client.events(self._path, follow=False, tail=_ALL_LINES, source="app"))
+        lines = list(client.lines(self._path, follow=False, tail=_ALL_LINES, source="app"))
         with _PRINTING:
             self._over = True
             for line in lines[self._printed :]:
                 self._print(line)
 
-    def _print(self, line: str) -> None:
-        sys.stdout.write(line + "\n")
+    def _print(self, line: tuple[bytes, bool]) -> None:
+        sys.stdout.buffer.write(line[0] + (b"\n" if line[1] else b""))
         sys.stdout.flush()
         self._printed += 1
 
@@ -290,7 +294,7 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         working_dir=flags["workdir"],
         hostname=flags["hostname"],
         credentials=_credentials(flags["credentials_json"]),
-        tags=pairs(flags["tags"]),
+        tags={**guest_tags(flags), **pairs(flags["tags"])},
         ttl=flags["ttl"],
         network=network,
         devices=flags["devices"],
@@ -307,6 +311,18 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         entrypoint=flags["entrypoint"],
         cmd=flags["cmd"],
     )
+
+
+def guest_tags(flags: dict[str, Any]) -> dict[str, str]:
+    """The tags that say how the guest is set up. Raises UsageError. Pure."""
+    one = present(**{"hypeman.shm-size": flags["shm_size"]})
+    if flags["pid1"] is not None:
+        one["hypeman.pid1"] = "true" if flags["pid1"] else "false"
+    return {
+        **one,
+        **{f"hypeman.ulimit.{name}": value for name, value in pairs(flags["ulimits"], "--ulimit").items()},
+        **{f"hypeman.sysctl.{name}": value for name, value in pairs(flags["sysctls"], "--sysctl").items()},
+    }
 
 
 def docker_restart(text: str | None) -> dict[str, Any] | None:

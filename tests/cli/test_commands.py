@@ -27,6 +27,8 @@ from hypeman.cli.session import Session
 from hypeman.cli.settings import Settings, SettingsError, load_settings
 from hypeman.config import ConfigError
 from hypeman.devices.types import AvailableDevice
+from hypeman.guest.boot import UNLIMITED, Pid1, Ulimit
+from hypeman.guest.settings import GuestSettings, parse_settings
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name
 from hypeman.images.types import Image, ImageStatus
@@ -148,6 +150,19 @@ def test_all_flags_of_run() -> None:
     assert restart is not None and restart.max_attempts == 0
     assert request.credentials["KEY"].inject[0].as_.header == "A"
     assert request.platform == "linux/arm64"
+
+
+def test_flags_that_become_tags() -> None:
+    flags = "--ulimit nofile=1024:65536 --ulimit core=-1 --sysctl net.core.somaxconn=99 --shm-size 1g --pid1 -l a=b"
+    request = parsed_flags(*shlex.split(flags))
+    assert parse_settings(request.tags) == GuestSettings(
+        pid1=Pid1.WORKLOAD,
+        shm_bytes=1 << 30,
+        sysctls=("net.core.somaxconn=99",),
+        ulimits=(Ulimit(4, UNLIMITED, UNLIMITED), Ulimit(7, 1024, 65536)),
+    )
+    assert request.tags["a"] == "b"
+    assert parsed_flags("--no-pid1").tags == {"hypeman.pid1": "false"}
 
 
 def test_absent_flags_are_absent() -> None:
