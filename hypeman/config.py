@@ -160,7 +160,13 @@ class NetworkConfig(_Section, frozen=True):
     gateway: str = ""
     """Gateway address on every TAP; empty: the first address of the subnet."""
     dns_server: str = "1.1.1.1"
-    """DNS server configured in guests."""
+    """DNS server for all names but those of ``domain``; guests ask the gateway, which asks this one."""
+    domain: str = "hypeman.local"
+    """Domain of names in the guests' network: ``<instance>.<domain>`` for those that reach it, ``gateway.<domain>`` for
+    the gateway. Empty: no such names; guests ask ``dns_server`` directly."""
+    hosts_file: str = ""
+    """Opt-in: ``/etc/hosts``, for the host to know ``<instance>.<domain>`` of running instances. The server keeps a
+    marked block in it, which removing the appliance takes out. Empty: no file is written."""
     uplink: str = ""
     """Uplink interface; empty: that of the default route."""
     bridge_name: str = ""

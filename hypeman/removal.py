@@ -8,6 +8,7 @@ hypeman's, and nothing below the data directory except the record of what was le
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import trio
@@ -17,6 +18,7 @@ from hypeman.devices.registry import BINDINGS, VGPUS
 from hypeman.devices.service import Devices
 from hypeman.egress.link import end_engines
 from hypeman.errors import HypemanError
+from hypeman.host.hosts_file import write_block
 from hypeman.host.links import Links, NamespaceClaim
 from hypeman.host.modules import unload_ours
 from hypeman.host.rules import Rules
@@ -34,6 +36,7 @@ async def clean_host(config: Config) -> None:
         _give_back_devices,
         _end_engines,
         _remove_network,
+        _remove_names,
         _unload_modules,
     )
     failures: list[HypemanError] = []
@@ -70,6 +73,13 @@ async def _end_engines(config: Config) -> None:
 def _borrowers(txn: Txn) -> tuple[str, ...]:
     found = [binding.instance_id for _, binding in txn.scan(BINDINGS)]
     return tuple(dict.fromkeys([*found, *txn.keys(VGPUS)]))
+
+
+async def _remove_names(config: Config) -> None:
+    """From the hosts file that the settings name, and from the host's, in case they named it before."""
+    for path in {config.network.hosts_file or "/etc/hosts", "/etc/hosts"}:
+        with suppress(FileNotFoundError):
+            await trio.to_thread.run_sync(write_block, Path(path), ())
 
 
 async def _unload_modules(config: Config) -> None:

@@ -72,10 +72,13 @@ class PortHold:
         self.socket.close()
 
 
-def hold_port(protocol: str, address: str, port: int, *, relayed: bool = False, absent: bool = False) -> PortHold:
+def hold_port(
+    protocol: str, address: str, port: int, *, relayed: bool = False, absent: bool = False, shared: bool = False
+) -> PortHold:
     """Bind ``port`` (0: a free one) of ``address``. Blocking if the port is in use.
 
-    ``absent``: also if the host does not have the address at present. Raises PortInUse, which names the holder,
+    ``absent``: also if the host does not have the address at present. ``shared``: also if a socket of ours that is
+    shared, too, has the port on one of the addresses. Raises PortInUse, which names the holder,
     InvalidRequest if this is not an address of the host, or HostError.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -87,6 +90,8 @@ def hold_port(protocol: str, address: str, port: int, *, relayed: bool = False, 
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if absent:
             bound.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if kind == socket.SOCK_STREAM:  # not hindered by connections of a former server that linger in TIME_WAIT
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((address, port))

@@ -151,6 +151,14 @@ class Board:
         entry = self._entries.get(instance_id)
         return entry.record if entry is not None else None
 
+    def id_of(self, name: str) -> str | None:
+        """The id of the instance with exactly this name."""
+        return self._names.get(name)
+
+    def name_of(self, instance_id: str) -> str | None:
+        entry = self._entries.get(instance_id)
+        return entry.record.name if entry is not None else None
+
     def records(self) -> Iterator[InstanceRecord]:
         return (entry.record for entry in self._entries.values())
 

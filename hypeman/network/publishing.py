@@ -19,6 +19,7 @@ from hypeman.errors import HypemanError, InvalidRequest, PortInUse
 from hypeman.host.port_holds import PortHold, hold_port
 from hypeman.network.ports import ANY_4, HostSocket, all_sockets, in_the_way, sockets_of
 from hypeman.network.relay import Relays
+from hypeman.network.resolver import PORT as NAMES_PORT
 from hypeman.network.types import Lease, PortMapping
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ class PublishedPorts:
                 if socket in mine or socket in claim.held:
                     continue
                 try:
-                    made[socket] = hold_port(socket.protocol, socket.address, socket.port, relayed=socket.is_ipv6)
+                    made[socket] = _hold(socket)
                 except InvalidRequest:
                     if mapping.host_address:
                         raise  # otherwise it is only that the host has no IPv6
@@ -184,8 +185,20 @@ class PublishedPorts:
 
     def _hold_again(self, held: dict[HostSocket, PortHold], socket: HostSocket, instance_id: str) -> None:
         try:
-            held[socket] = hold_port(socket.protocol, socket.address, socket.port, relayed=socket.is_ipv6, absent=True)
+            held[socket] = _hold(socket, absent=True)
         except InvalidRequest:
             pass  # no IPv6
         except HypemanError as error:
             log.error("a port that instance %s publishes cannot be held: %s", instance_id, error.message)
+
+
+def _hold(socket: HostSocket, *, absent: bool = False) -> PortHold:
+    """The port of the guests' name server is ours on the gateway's address, which leaves the others to a guest."""
+    return hold_port(
+        socket.protocol,
+        socket.address,
+        socket.port,
+        relayed=socket.is_ipv6,
+        absent=absent,
+        shared=socket.port == NAMES_PORT and socket.address == ANY_4,
+    )

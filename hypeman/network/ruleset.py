@@ -79,6 +79,10 @@ class RuleFacts(msgspec.Struct, frozen=True):
     """(tap, bytes per second) whose upload is policed here, if the kernel has no ifb to shape it."""
     allow_private: bool = True
     """Whether guests' direct traffic may go to PRIVATE_NETWORKS."""
+    resolver: bool = False
+    """Whether guests ask the gateway for names."""
+    bypass: bool = True
+    """Whether the kernel can tell if a name server runs there; if none does, queries go to ``dns_server``."""
     dns_server: str = ""
     """The guests' name servers; their port 53 stays reachable in PRIVATE_NETWORKS."""
 
@@ -175,7 +179,7 @@ table inet {TABLE} {{
         type ipv4_addr
         flags interval
 {private}    }}
-{_limits(facts)}
+{_pace_set(facts)}{_limits(facts)}
     chain identity {{
         type filter hook prerouting priority -450; policy accept;
         iifname {any_tap} jump identity_guest
@@ -188,7 +192,7 @@ table inet {TABLE} {{
 
     chain arrivals {{
         type nat hook prerouting priority dstnat; policy accept;
-{_mediation(facts)}        iifname @mediated tcp dport {_WEB} return
+{_mediation(facts)}{_bypass(facts)}        iifname @mediated tcp dport {_WEB} return
         ip daddr 127.0.0.0/8 return
 {_kept_by_gateway(facts)}        meta l4proto {{ tcp, udp }} jump publish
     }}
@@ -208,7 +212,7 @@ table inet {TABLE} {{
         iifname != "lo" ip daddr {gateway} counter drop
     }}
     chain to_host_guest {{
-        ct state established,related accept
+{_pace(facts)}        ct state established,related accept
         ip daddr != {gateway} counter goto refuse
         icmp type echo-request accept
 {_offered(facts)}        counter goto refuse
@@ -285,7 +289,9 @@ def _sets(elements: dict[tuple[str, str], list[str]]) -> str:
 
 def _kept_by_gateway(facts: RuleFacts) -> str:
     """Ports of the gateway's address that are served here, and so are never a guest's."""
-    kept = sorted({*facts.offered, *([HostPort("tcp", facts.egress_port)] if facts.egress_port else [])})
+    kept = sorted(
+        {*facts.offered, *_name_ports(facts), *([HostPort("tcp", facts.egress_port)] if facts.egress_port else [])}
+    )
     return "".join(
         f"        ip daddr {facts.subnet.gateway} {port.protocol} dport {port.port} return\n" for port in kept
     )
@@ -300,10 +306,36 @@ def _mediation(facts: RuleFacts) -> str:
 
 
 def _offered(facts: RuleFacts) -> str:
-    rules = [f"{port.protocol} dport {port.port} accept" for port in sorted(facts.offered)]
+    rules = [f"{port.protocol} dport {port.port} accept" for port in sorted({*facts.offered, *_name_ports(facts)})]
     if facts.egress_port:
         rules.append(f"iifname @mediated tcp dport {facts.egress_port} accept")
     return "".join(f"        {rule}\n" for rule in rules)
+
+
+def _name_ports(facts: RuleFacts) -> tuple[HostPort, ...]:
+    return (HostPort("tcp", 53), HostPort("udp", 53)) if facts.resolver else ()
+
+
+def _bypass(facts: RuleFacts) -> str:
+    if not (facts.resolver and facts.bypass and facts.dns_server):
+        return ""
+    asked = f'iifname "{TAP_PREFIX}*" ip daddr {facts.subnet.gateway} meta l4proto {{ tcp, udp }} th dport 53'
+    return f"        {asked} socket wildcard 0 return\n        {asked} dnat ip to {facts.dns_server}\n"
+
+
+def _pace_set(facts: RuleFacts) -> str:
+    if not facts.resolver:
+        return ""
+    lines = ("type ifname", "size 65536", "flags dynamic,timeout", "timeout 1m")
+    return "    set pace {\n" + "".join(f"        {line}\n" for line in lines) + "    }\n"
+
+
+def _pace(facts: RuleFacts) -> str:
+    """What one guest may ask: more than programs do, less than what would keep the name server busy."""
+    if not facts.resolver:
+        return ""
+    pace = "update @pace { iifname limit rate over 300/second burst 300 packets }"
+    return f"        meta l4proto {{ tcp, udp }} th dport 53 {pace} counter drop\n"
 
 
 def _name_server(facts: RuleFacts) -> str:

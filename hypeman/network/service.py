@@ -21,6 +21,7 @@ import trio
 from hypeman._native.tapstats import TapStats
 from hypeman.config import NetworkConfig
 from hypeman.errors import InternalError
+from hypeman.host.files import HostError
 from hypeman.host.links import Change, Links, NamespaceClaim, Tap, Uplink, find_uplink
 from hypeman.host.netlink import NetlinkError
 from hypeman.host.revival import revive
@@ -28,6 +29,7 @@ from hypeman.host.rules import Rules
 from hypeman.host.types import TAP_PREFIX, Element, shaper_name
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
+from hypeman.network.guest_names import GuestNames
 from hypeman.network.ports import HostSocket, all_sockets, port_changes, reached_from_loopback
 from hypeman.network.publishing import PublishedPorts
 from hypeman.network.shaping import token_bucket
@@ -84,6 +86,8 @@ class Network:
         self._can_shape = True
         self._on_tap_operation = on_tap_operation
         self.published = PublishedPorts()
+        self.names = GuestNames(config, self.subnet, self._leases)
+        self._bypass = True
 
     def on_tap_lost(self, react: TapLost) -> None:
         """Await ``react`` with the id of each instance whose TAP was deleted by others, once it has been recreated."""
@@ -96,7 +100,8 @@ class Network:
         Rules are loaded first, so no guest is open meanwhile. Raises HostError.
         """
         self._claim = self._claim or NamespaceClaim()
-        self._leases = {lease.instance_id: lease for lease in living if lease.enabled}
+        self._leases.clear()
+        self._leases.update((lease.instance_id, lease) for lease in living if lease.enabled)
         self._last_holders = {lease.ipv4: lease.instance_id for lease in self._leases.values()}
         self.uplink = await find_uplink(self._config.uplink)
         if not self.uplink.names:
@@ -104,9 +109,10 @@ class Network:
         self._can_shape = await self._links.can_shape()
         if not self._can_shape:
             log.warning("this kernel has no ifb: upload limits are cut roughly instead of shaped")
-        await self._load_rules()
-        await self._links.forward(self.uplink.names)
         await self._links.set_gateway(str(self.subnet.gateway))
+        self.names.bind()
+        await self._load_first_rules()
+        await self._links.forward(self.uplink.names)
         leftovers = (await self._links.ours()).keys() - self._wanted_links()
         await self._links.remove_links(leftovers)
         if owned := [name for name in leftovers if name.startswith(TAP_PREFIX)]:
@@ -123,12 +129,14 @@ class Network:
             await nursery.start(self._watch_links)
             await nursery.start(self._watch_rules)
             await nursery.start(self.published.relays.run)
+            await nursery.start(self.names.run)
             task_status.started()
 
     def aclose(self) -> None:
         """Close sockets; the guests' network is unchanged."""
         self._stats.close()
         self.published.aclose()
+        self.names.close()
         if self._claim is not None:
             self._claim.close()
 
@@ -147,6 +155,7 @@ class Network:
             self._leases[lease.instance_id] = lease
             await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
         self.published.open(lease)
+        self.names.changed()
         self._on_tap_operation("create")
 
     async def detach(self, lease: Lease) -> None:
@@ -157,6 +166,7 @@ class Network:
         async with self._changing:
             before = self._leases.pop(lease.instance_id, None)
             await self._change_rules(lease, before=before)
+        self.names.changed()
         await self._links.remove_taps([lease.tap])
         self._owners = {index: owner for index, owner in self._owners.items() if owner != lease.instance_id}
         self._on_tap_operation("delete")
@@ -226,7 +236,7 @@ class Network:
             prefix_length=32,
             gateway=str(self.subnet.gateway),
             mac=lease.mac,
-            dns_server=self._config.dns_server,
+            dns_server=str(self.subnet.gateway) if self.names.bound else self._config.dns_server,
             mtu=self.uplink.mtu,
         )
 
@@ -300,6 +310,16 @@ class Network:
         except NetlinkError as error:
             log.warning("some clients of newly published ports may have to pause: %s", error)
 
+    async def _load_first_rules(self) -> None:
+        try:
+            await self._load_rules()
+        except HostError:
+            if not self.names.bound:
+                raise
+            self._bypass = False  # the one expression that kernels may lack
+            await self._load_rules()
+            log.warning("this kernel has no nft_socket: guests have no name server while hypeman does not run")
+
     async def _load_rules(self) -> None:
         async with self._changing:
             await self._load_rules_locked()
@@ -315,6 +335,8 @@ class Network:
             policed=policed,
             allow_private=self._config.allow_private,
             dns_server=self._config.dns_server,
+            resolver=self.names.bound,
+            bypass=self._bypass,
         )
         await self._rules.load(ruleset.render_ruleset(facts, leases))
 

@@ -50,7 +50,7 @@ def test_the_ruleset_without_private_networks() -> None:
 
 
 def render_closed() -> str:
-    facts = replace(FACTS, allow_private=False, dns_server="10.0.0.53", policed=())
+    facts = replace(FACTS, allow_private=False, dns_server="10.0.0.53", policed=(), resolver=True, offered=())
     return render_ruleset(facts, [lease("a"), lease("b", egress_mode=EgressMode.ALL)])
 
 

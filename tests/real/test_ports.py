@@ -1,5 +1,5 @@
-"""Published ports of a real guest: from the host, from the world, from a neighbour; through changes, standby, a killed
-server and a delete."""
+"""Published ports and names of a real guest: from the host, the world and a neighbour; through changes, standby, a
+killed server and a delete."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def directory() -> Iterator[Path]:
 
 
 def curl(where: Namespace, address: str, port: int) -> str:
-    """The page, or "" if the connection is refused."""
+    """The page, or "" if the name is unknown or the connection is refused."""
     command = ["curl", "-sS", "--noproxy", "*", "--max-time", f"{PATIENCE:.0f}", f"http://{address}:{port}/"]
     done = subprocess.run(where.command(*command), capture_output=True, text=True)
-    assert done.returncode in (0, 7), done.stderr
+    assert done.returncode in (0, 6, 7), done.stderr
     return done.stdout
 
 
@@ -49,7 +49,8 @@ async def patch(appliance: Appliance, name: str, ports: list[dict[str, Any]]) ->
 
 
 async def test_ports_of_a_real_guest(directory: Path) -> None:
-    async with appliance_in_world(directory, NETWORK__DEFAULT_LIMITS="false") as (appliance, world):
+    settings = {"NETWORK__DEFAULT_LIMITS": "false", "NETWORK__HOSTS_FILE": "/etc/hosts"}  # of the namespace
+    async with appliance_in_world(directory, **settings) as (appliance, world):
         host = appliance.namespace
         web = {"host_port": 8080, "guest_port": 80}
         made = await appliance.create("web", cmd=SERVE, ports=[web, {"host_port": 0, "guest_port": 80}])
@@ -70,6 +71,19 @@ async def test_ports_of_a_real_guest(directory: Path) -> None:
             "neighbour", "wget", "-q", "-T", "5", "-O", "-", f"http://{made['network']['ip']}/"
         )
         assert code != 0, "a guest's own address is not published"
+
+        # Names
+        for guest, name, there in (
+            ("neighbour", "gateway.hypeman.local", True), ("web", "web.hypeman.local", True), ("web", "web", True),
+            ("neighbour", "web.hypeman.local", False),
+        ):  # fmt: skip
+            code, text = await appliance.exec(guest, "nslookup", "-type=a", name)
+            assert (code == 0) == there, f"{guest} {name}: {text}"
+            if there:
+                assert (GATEWAY if "gateway" in name else made["network"]["ip"]) in text.partition(name)[2]
+        code, text = await appliance.exec("neighbour", "wget", "-q", "-O", "-", "http://gateway.hypeman.local:8080/")
+        assert (code, text) == (0, "from the guest\n")
+        await serving(host, "web.hypeman.local", 80)
 
         # Whose a port is
         refusal = await appliance.ask("PATCH", "/instances/neighbour", json={"ports": [web]})
@@ -107,6 +121,9 @@ async def test_ports_of_a_real_guest(directory: Path) -> None:
         assert "8080/tcp is published by instance 'neighbour'" in refusal.json()["message"]
         await appliance.delete("/instances/web")
         assert curl(world, HOST, 9090) == ""
+        with trio.fail_after(PATIENCE):
+            while "web.hypeman.local" in host.run("cat", "/etc/hosts"):
+                await trio.sleep(0.1)
         with host.serving(HOLD):
             pass
         code, text = await appliance.cli("port", "neighbour", "80")
