@@ -14,6 +14,10 @@ cdef extern from "engine.h" nogil:
     enum: T_CLASSES
     enum: M_COUNT
     enum: LATENCY_BUCKETS
+    enum: B_WINDOWS
+
+    enum bound:
+        pass
 
     struct engine_settings:
         unsigned loops
@@ -23,9 +27,10 @@ cdef extern from "engine.h" nogil:
         const char *trusted
         const char *trust_extra
         unsigned leaf_cache
-        unsigned max_connections
         unsigned max_requests
         unsigned max_mints
+        uint64_t *bounds_each
+        uint64_t *bounds_total
         uint16_t listen_port
         uint16_t assumed_tls_port
         unsigned *timers_ms
@@ -55,6 +60,8 @@ cdef extern from "engine.h" nogil:
     int engine_audit_fd(engine *e)
     size_t engine_audit_read(engine *e, char *out, size_t cap)
     uint64_t engine_metric(engine *e, metric m)
+    uint64_t engine_in_use(engine *e, bound what)
+    uint64_t engine_limited(engine *e, bound what)
     uint64_t engine_denied(engine *e, unsigned reason)
     uint64_t engine_latency(engine *e, unsigned bucket)
     const char *engine_reason(unsigned reason)
@@ -83,6 +90,10 @@ assert len(METRICS) == M_COUNT
 
 TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger")
 assert len(TIMERS) == T_CLASSES
+
+
+BOUNDS = ("connections", "upstreams", "streams", "handshakes", "descriptors", "bytes")
+assert len(BOUNDS) == B_WINDOWS
 
 
 def _reasons():
@@ -137,14 +148,15 @@ cdef class Engine:
     cdef bint _started
 
     def __cinit__(self, list listeners, ca_certificate, ca_key, trusted, trust_extra, unsigned leaf_cache,
-                  unsigned max_connections, unsigned max_requests, unsigned max_mints, uint16_t listen_port, uint16_t assumed_tls_port, timers_ms, list allow, list deny):
+                  each, total, unsigned max_requests, unsigned max_mints, uint16_t listen_port,
+                  uint16_t assumed_tls_port, timers_ms, list allow, list deny):
         """The PEM texts are buffers that end with a zero byte; keys are read from where they are, not copied."""
         cdef engine_settings s
         cdef char error[256]
         cdef Py_ssize_t i
         cdef const uint8_t[:] certificate = ca_certificate, key = ca_key, roots = trusted, more = trust_extra
-        if not listeners or len(timers_ms) != T_CLASSES:
-            raise ValueError("at least one listener and all timers")
+        if not listeners or len(timers_ms) != T_CLASSES or len(each) != B_WINDOWS or len(total) != B_WINDOWS:
+            raise ValueError("at least one listener, all timers and all bounds")
         for text in (ca_certificate, ca_key, trusted, trust_extra):
             if len(text) == 0 or text[-1] != 0:
                 raise ValueError("a text without its end")
@@ -171,7 +183,9 @@ cdef class Engine:
             s.trusted = <const char *>&roots[0]
             s.trust_extra = <const char *>&more[0]
             s.leaf_cache = leaf_cache
-            s.max_connections = max_connections
+            for i in range(B_WINDOWS):
+                s.bounds_each[i] = each[i]
+                s.bounds_total[i] = total[i]
             s.max_requests = max_requests
             s.max_mints = max_mints
             s.listen_port = listen_port
@@ -258,6 +272,16 @@ cdef class Engine:
     def metrics(self):
         cdef unsigned i
         return {name: engine_metric(self._e, <metric>i) for i, name in enumerate(METRICS)}
+
+    def in_use(self):
+        """What is held at once, by bound."""
+        cdef unsigned i
+        return {name: engine_in_use(self._e, <bound>i) for i, name in enumerate(BOUNDS)}
+
+    def limited(self):
+        """How often something was refused because of a bound."""
+        cdef unsigned i
+        return {name: engine_limited(self._e, <bound>i) for i, name in enumerate(BOUNDS)}
 
     def denied(self):
         return {name: engine_denied(self._e, <unsigned>i) for i, name in enumerate(REASONS) if i}

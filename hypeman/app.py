@@ -23,12 +23,12 @@ import trio
 
 from hypeman import __version__, assets
 from hypeman.captures.compression import Compressor
-from hypeman.config import Config, ConfigError
+from hypeman.config import Config, ConfigError, EgressBounds, EgressTotals
 from hypeman.devices.service import Devices
 from hypeman.egress import metrics as egress_metrics
 from hypeman.egress.audit import AuditLog
 from hypeman.egress.policy import Unmatched
-from hypeman.egress.service import Egress
+from hypeman.egress.service import Bounds, Egress, Limits
 from hypeman.egress.service import Settings as EgressSettings
 from hypeman.egress.view import EgressView
 from hypeman.events.service import Events
@@ -369,6 +369,18 @@ def _egress_settings(config: Config) -> EgressSettings:
         unmatched=Unmatched.INSPECT if config.egress.intercept_all else Unmatched.PASS,
         uid=config.hypervisor.uid_base or _NOBODY,
         drain_timeout=config.egress.drain_timeout,
+        limits=Limits(each=_bounds(config.egress.per_instance), total=_bounds(config.egress.total)),
+    )
+
+
+def _bounds(given: EgressBounds | EgressTotals) -> Bounds:
+    return Bounds(
+        connections=given.connections,
+        upstreams=given.upstreams,
+        streams=given.streams,
+        handshakes=given.handshakes,
+        descriptors=given.descriptors,
+        bytes=given.buffers,
     )
 
 

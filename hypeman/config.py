@@ -182,6 +182,36 @@ class NetworkConfig(_Section, frozen=True):
     """Give instances without explicit limits a share of the uplink's capacity, if it is known."""
 
 
+class EgressBounds(_Section, frozen=True):
+    connections: Annotated[int, Meta(ge=2)] = 4096
+    """Connections from guests."""
+    upstreams: Annotated[int, Meta(ge=2)] = 2048
+    """Connections to hosts, idle ones included."""
+    streams: Annotated[int, Meta(ge=2)] = 4096
+    """Requests that are not complete."""
+    handshakes: Annotated[int, Meta(ge=2)] = 256
+    """TLS handshakes with guests that are not complete."""
+    descriptors: Annotated[int, Meta(ge=8)] = 8192
+    """File descriptors."""
+    buffers: PositiveSize = 64 << 20
+    """Bytes in buffers; beyond that, connections are read only as their bytes are taken on."""
+
+
+class EgressTotals(_Section, frozen=True):
+    connections: Annotated[int, Meta(ge=2)] = 65536
+    """Connections from guests."""
+    upstreams: Annotated[int, Meta(ge=2)] = 65536
+    """Connections to hosts, idle ones included."""
+    streams: Annotated[int, Meta(ge=2)] = 131072
+    """Requests that are not complete."""
+    handshakes: Annotated[int, Meta(ge=2)] = 4096
+    """TLS handshakes with guests that are not complete."""
+    descriptors: Annotated[int, Meta(ge=8)] = 262144
+    """File descriptors; no more than the process may have."""
+    buffers: PositiveSize = 1 << 30
+    """Bytes in buffers; beyond that, connections are read only as their bytes are taken on."""
+
+
 class EgressConfig(_Section, frozen=True):
     port: Port = 18080
     """Port on the gateway where mediated connections end; never reachable from elsewhere."""
@@ -193,6 +223,10 @@ class EgressConfig(_Section, frozen=True):
     """Additional CA certificates, besides the system's, for verifying upstreams."""
     intercept_all: bool = False
     """Also decrypt connections to hosts without a rule; by default they are passed through encrypted."""
+    per_instance: EgressBounds = EgressBounds()
+    """What one instance may hold at once, at most half of ``total``."""
+    total: EgressTotals = EgressTotals()
+    """What all instances may hold together."""
     drain_timeout: Annotated[float, Meta(gt=0, le=30 * 86400)] = 4 * 3600
     """Maximum seconds that connections go on in the previous engine process after an upgrade replaced it."""
 

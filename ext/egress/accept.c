@@ -22,10 +22,16 @@
 
 enum { ORIGINAL_DST = 80 }; /* SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST */
 
-static void refuse_socket(int fd)
+/* Closing it sends RST: the guest sees at once that nobody serves it. */
+static void set_reset(int fd)
 {
     struct linger now = {1, 0};
-    (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now); /* RST: the guest sees at once that nobody serves it */
+    (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+}
+
+static void refuse_socket(int fd)
+{
+    set_reset(fd);
     (void)close(fd);
 }
 
@@ -75,17 +81,22 @@ void accept_all(struct loop *l)
             return;
         }
         uint16_t port;
-        bool too_many;
         struct addr source = addr_from_sockaddr(&from, &port);
-        struct tenant *t = table_enter(&l->engine->table, source, &too_many);
+        struct tenant *t = table_enter(&l->engine->table, source);
         if (!t) {
-            l->counters[too_many ? M_TOO_MANY : M_UNREGISTERED]++;
+            l->counters[M_UNREGISTERED]++;
             refuse_socket(fd);
             continue;
         }
         struct conn *c = conn_new(l, DOWN, fd);
         c->side = &DOWN1; /* until TLS says HTTP/2 */
         c->tenant = t;
+        if (!conn_count(c)) {
+            l->counters[M_TOO_MANY]++;
+            set_reset(fd);
+            conn_kill(c);
+            continue;
+        }
         c->source = source;
         c->phase = P_DETECT;
         l->counters[M_ACCEPTED]++;
@@ -95,7 +106,7 @@ void accept_all(struct loop *l)
             continue;
         }
         conn_timer(c, T_HEAD);
-        down_run(c); /* its first bytes are there, see TCP_DEFER_ACCEPT in engine.c */
+        conn_run(c); /* its first bytes are there, see TCP_DEFER_ACCEPT in engine.c */
     }
 }
 
@@ -105,6 +116,12 @@ static void terminate(struct conn *c)
     int64_t now_s = time(NULL);
     if (!mint_has(l->mint, &c->to.host, now_s) && !tenant_may_mint(c->tenant, &l->engine->table.limits, l->now_us)) {
         audit_refusal(c, R_RATE);
+        conn_kill(c);
+        return;
+    }
+    c->shaking = conn_take(c, B_HANDSHAKES, 1);
+    if (!c->shaking) {
+        audit_refusal(c, R_BUSY);
         conn_kill(c);
         return;
     }
@@ -238,6 +255,8 @@ static void shake_hands(struct conn *c)
         return;
     }
     l->counters[M_HANDSHAKES]++;
+    c->shaking = false;
+    conn_give(c, B_HANDSHAKES, 1);
     /* Our reading of the hello and OpenSSL's must be one. */
     const char *seen = SSL_get_servername(c->ssl, TLSEXT_NAMETYPE_host_name);
     struct host name;
@@ -375,6 +394,8 @@ void down_run(struct conn *c)
         case P_WAIT_PASS:
             if (c->hung_up)
                 conn_lost(c);
+            else if (c->pass_refused)
+                down_pass_failed(c, R_BUSY, NULL);
             return;
         case P_HANDSHAKE:
             shake_hands(c);

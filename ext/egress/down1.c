@@ -132,7 +132,7 @@ static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool
                           "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n"
                           "X-Hypeman-Egress: %s\r\n%s%s\r\n",
                           REASONS[why].status, REASONS[why].code, n, REASONS[why].code,
-                          why == R_RATE ? "Retry-After: 1\r\n" : "",
+                          why == R_RATE || why == R_BUSY ? "Retry-After: 1\r\n" : "",
                           x->closing ? "Connection: close\r\n" : x->old_client ? "Connection: keep-alive\r\n" : "");
     conn_write(c, head, (size_t)head_n);
     if (!x->is_head)
@@ -177,6 +177,8 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         conn_timer(c, -1);
         if (!tenant_may_request(c->tenant, limits, l->now_us))
             return refuse(c, R_RATE, used);
+        if (!xchg_count(x))
+            return refuse(c, R_BUSY, used);
     }
     struct origin from = {c->ssl ? &c->to : NULL, c->explicit_proxy, c->dialled_port};
     struct str path;
@@ -209,8 +211,11 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
             x->up->generation = generation; /* opened under the old rules, but nothing was sent on it */
         }
     }
-    if (!x->up && up_take(x, generation, false, x->retried) == TAKE_WAIT) {
+    enum take taken = x->up ? TAKE_READY : up_take(x, generation, false, x->retried);
+    if (taken != TAKE_READY) {
         snapshot_release(s);
+        if (taken == TAKE_FULL)
+            return refuse(c, R_BUSY, used);
         x->kept_head = used;
         return STEP_STOP;
     }

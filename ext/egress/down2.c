@@ -33,7 +33,7 @@ static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n,
     if (x->up && x->up->h2) {
         (void)nghttp2_session_consume(x->up->h2, x->up_stream, (size_t)given);
         conn_again(x->up);
-    } else if (x->up && buf_size(&x->to_down) < WATERMARK) {
+    } else if (x->up && buf_size(&x->to_down) < conn_watermark(c)) {
         conn_again(x->up);
     }
     if (!buf_size(&x->to_down) && x->to_down_end && !(x->down_trailers.head && x->down_trailers.head->n))
@@ -105,7 +105,7 @@ static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool
         pairs_number(&p, "content-length", n);
         const char *code = REASONS[why].code;
         pairs_add(&p, (struct str){"x-hypeman-egress", 16}, (struct str){code, (uint32_t)strlen(code)}, false);
-        if (why == R_RATE)
+        if (why == R_RATE || why == R_BUSY)
             pairs_add(&p, (struct str){"retry-after", 11}, (struct str){"1", 1}, false);
         if (!x->is_head)
             buf_add(c->loop, &x->to_down, body, n);
@@ -175,8 +175,11 @@ static void decide(struct xchg *x)
         x->up = NULL;
         old->side->abandon(old, x);
     }
-    if (!x->up && up_take(x, generation, true, x->retried) == TAKE_WAIT) {
+    enum take taken = x->up ? TAKE_READY : up_take(x, generation, true, x->retried);
+    if (taken != TAKE_READY) {
         snapshot_release(s);
+        if (taken == TAKE_FULL)
+            down_fail(x, R_BUSY, NULL);
         return;
     }
     xchg_note_rules(x, &m);
@@ -242,6 +245,11 @@ static int on_begin_headers(nghttp2_session *s, const nghttp2_frame *f, void *us
         abort();
     x->down = c;
     x->down_stream = f->hd.stream_id;
+    if (!xchg_count(x)) { /* nothing was begun, so the client may try again */
+        free(x);
+        (void)nghttp2_submit_rst_stream(s, NGHTTP2_FLAG_NONE, f->hd.stream_id, NGHTTP2_REFUSED_STREAM);
+        return 0;
+    }
     fields_start(c->loop, &x->request);
     x->next = c->streams;
     if (c->streams)
@@ -342,6 +350,7 @@ static void drop(struct conn *c, struct xchg *x)
     if (x->next)
         x->next->prev = x->prev;
     c->stream_count--;
+    xchg_uncount(x);
     fields_free(c->loop, &x->request);
     fields_free(c->loop, &x->up_trailers);
     fields_free(c->loop, &x->down_trailers);
@@ -382,7 +391,7 @@ static void make_callbacks(void)
 
 static bool full(struct xchg *x)
 {
-    return buf_size(&x->to_down) >= WATERMARK;
+    return buf_size(&x->to_down) >= conn_watermark(x->down);
 }
 
 static void again(struct xchg *x)

@@ -27,10 +27,14 @@
 
 enum {
     RECORD = 16384,        /* largest TLS record */
+    WINDOW = 1024 * 1024,            /* what a peer of HTTP/2 may send of all streams before it is taken on */
+    WINDOW_BEYOND = WINDOW - 65535,  /* the protocol's default */
     WATERMARK = 64 * 1024, /* stop reading the peer above; 64 KB beat 256 KB by 6-25 % (L2) */
     SCRATCH = 160 * 1024,
     POOL_SLOTS = 256,
-    POOL_PER_KEY = 128,
+    POOL_PER_KEY = 128, /* idle connections to one host */
+    POOL_IDLE = 1024,   /* idle connections of a loop */
+    ASKED_SLOTS = 1024,
     MAX_ADDRESSES = 16,
     MAX_INTERIM = 64, /* 1xx responses before the one that counts */
 };
@@ -94,6 +98,7 @@ struct xchg {
     bool resp_started, resp_done;
     unsigned interim;  /* 1xx responses so far */
     bool reused, retried, retriable;
+    bool counted;      /* among its instance's streams */
     bool taken;        /* HTTP/2: of the body, which is then not here any more */
     bool closing;      /* HTTP/1 down: no further request on this connection */
     bool down_chunked; /* HTTP/1 down: how the response body is framed */
@@ -157,6 +162,9 @@ struct conn {
     bool clean_eof;    /* and TLS said so too */
     bool blocked;      /* the last send was short */
     bool dead, broken, dirty, again;
+    bool counted;      /* among its instance's connections, see conn_count */
+    bool shaking;      /* among its handshakes */
+    bool windowed;     /* among its windows */
     bool waited;       /* somebody stopped reading because there was no room here */
     bool roomy;        /* and there is again */
     bool close_after;  /* close once everything is sent */
@@ -187,6 +195,7 @@ struct conn {
     bool explicit_proxy;   /* not redirected: the client spoke to the proxy's own address */
     struct conn *passing;  /* the connection that is being opened to pass it through */
     bool connected;        /* a CONNECT was answered; `to` is bound */
+    bool pass_refused;     /* no connection could be opened to pass it through */
     bool names_only;       /* TLS without a server name is not passed through */
     uint32_t hello_size;   /* of the ClientHello at the front of `in` */
     uint16_t dialled_port; /* redirected: original destination */
@@ -208,13 +217,16 @@ struct conn {
     bool spent;            /* a body on it may not have been read to its end: nothing else may follow */
     bool h1_only;          /* HTTP/2 was offered and the host chose HTTP/1 */
     uint64_t token;        /* of the resolver's question */
+    struct conn *ask_prev, *ask_next;
+    bool asking;
+    unsigned pool_depth;   /* idle connections to this host below this one, or fewer */
     unsigned addresses, address;
     struct addr candidates[MAX_ADDRESSES];
     enum { R1_HEAD, R1_LENGTH, R1_CHUNKED, R1_TRAILERS, R1_CLOSE } r1;
     uint64_t resp_left;
     struct h1_chunked resp_chunks;
     struct conn *pool_prev, *pool_next;
-    bool pooled;
+    bool pooled, idle;
     char detail[128];
 };
 
@@ -239,7 +251,13 @@ struct loop {
     uint64_t latency[LATENCY_BUCKETS];
     uint64_t denied[R_COUNT];
     pthread_mutex_t inbox_lock;
-    struct message *inbox;
+    struct answer *inbox;
+    atomic_uint orders;
+    struct conn *asked[ASKED_SLOTS]; /* waiting for addresses, by token */
+    unsigned idle;         /* connections to hosts that are kept for reuse */
+    struct tenant *payer;  /* whose buffers are being filled, see io.c */
+    int64_t bytes;         /* in buffers */
+    uint64_t limited[B_COUNT]; /* refused because of a bound */
     struct buf *spare; /* free list by size class, see io.c */
     unsigned spare_n[4];
     void *spares[4];
@@ -271,6 +289,10 @@ size_t conn_room(const struct conn *c);
 bool conn_wants_room(struct conn *c); /* full even after a flush: the caller stops and is woken later */
 void conn_again(struct conn *c);   /* run once more in this round */
 void conn_timer(struct conn *c, int class);
+bool conn_count(struct conn *c); /* False: its instance, or all, have too many of its kind */
+bool conn_take(struct conn *c, enum bound what, int64_t n);
+void conn_give(struct conn *c, enum bound what, int64_t n);
+size_t conn_watermark(const struct conn *c); /* bytes waiting above which no more is read for it */
 bool conn_secret(struct conn *c, const char *p, size_t n); /* conn_write of a head that holds a secret: leaves no copy */
 
 /* tls.c */
@@ -312,6 +334,8 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
 
 /* xchg.c: the joint. Down side of x: */
 void xchg_begin(struct xchg *x, struct conn *down, const struct head *h);
+bool xchg_count(struct xchg *x); /* False: its instance, or all, have too many streams */
+void xchg_uncount(struct xchg *x);
 void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t length); /* also 1xx */
 void down_data(struct xchg *x, const char *p, size_t n);
 void down_end(struct xchg *x, const struct head *trailers);
@@ -324,7 +348,7 @@ void xchg_try_finish(struct xchg *x);
 void xchg_note_rules(struct xchg *x, const struct matched *m);
 
 /* pool.c */
-enum take { TAKE_READY, TAKE_WAIT };
+enum take { TAKE_READY, TAKE_WAIT, TAKE_FULL };
 enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh);
 void up_pass(struct conn *down);
 void up_ready(struct conn *c);
@@ -334,6 +358,7 @@ void up_release(struct conn *c);
 void up_run(struct conn *c);
 void up_connected(struct conn *c);
 void up_next_address(struct conn *c);
+void up_forget_question(struct conn *c);
 void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses);
 void up_sweep(struct loop *l);
 void pool_remove(struct conn *c);

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -73,6 +74,15 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
         && watch(l->epoll, l->wake, &l->wake, EPOLLIN) && watch(l->epoll, l->listener, &l->listener, 0);
 }
 
+/* Not more than the process can have, less some for itself. */
+static void limit_descriptors(uint64_t *total)
+{
+    enum { OURS = 256 };
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_max != RLIM_INFINITY && files.rlim_max < *total + OURS)
+        *total = files.rlim_max > 2 * OURS ? files.rlim_max - OURS : files.rlim_max / 2;
+}
+
 struct engine *engine_new(const struct engine_settings *s, char *error, size_t n)
 {
     struct engine *e = calloc(1, sizeof *e);
@@ -92,7 +102,11 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t n
     e->audit_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     memcpy(e->timers_ms, s->timers_ms, sizeof e->timers_ms);
     (void)pthread_mutex_init(&e->question_lock, NULL);
-    table_init(&e->table, (struct limits){s->max_connections, s->max_requests, s->max_mints});
+    table_init(&e->table, (struct limits){s->max_requests, s->max_mints});
+    uint64_t total[B_COUNT];
+    memcpy(total, s->bounds_total, sizeof s->bounds_total);
+    limit_descriptors(&total[B_DESCRIPTORS]);
+    bounds_init(&e->table.bounds, s->bounds_each, total);
     for (unsigned i = 0; i < e->n; i++) {
         loops[i].epoll = loops[i].wake = loops[i].reserve = -1;
         loops[i].listener = s->listeners[i];
@@ -128,26 +142,21 @@ unsigned engine_running(struct engine *e)
     return atomic_load(&e->running);
 }
 
-static void post_all(struct engine *e, enum message_kind kind, unsigned n)
+static void order_all(struct engine *e, unsigned orders)
 {
-    for (unsigned i = 0; i < e->started; i++) {
-        struct message *m = calloc(1, sizeof *m);
-        if (!m)
-            abort();
-        m->kind = kind;
-        m->n = n;
-        loop_post(&e->loops[i], m);
-    }
+    for (unsigned i = 0; i < e->started; i++)
+        loop_order(&e->loops[i], orders);
 }
 
 void engine_accept(struct engine *e)
 {
-    post_all(e, MSG_ACCEPT, 0);
+    order_all(e, ORDER_ACCEPT);
 }
 
 void engine_drain(struct engine *e, unsigned grace_ms)
 {
-    post_all(e, MSG_DRAIN, grace_ms);
+    atomic_store(&e->grace_ms, grace_ms);
+    order_all(e, ORDER_DRAIN);
 }
 
 void engine_join(struct engine *e)
@@ -159,7 +168,7 @@ void engine_join(struct engine *e)
 static void free_loop(struct loop *l)
 {
     while (l->inbox) {
-        struct message *next = l->inbox->next;
+        struct answer *next = l->inbox->next;
         free(l->inbox);
         l->inbox = next;
     }
@@ -208,7 +217,7 @@ int engine_set_policy(struct engine *e, const char *address, const char *instanc
         errno = EINVAL;
         return -1;
     }
-    post_all(e, MSG_SWEEP, 0);
+    order_all(e, ORDER_SWEEP);
     return 0;
 }
 
@@ -217,7 +226,7 @@ bool engine_remove(struct engine *e, const char *address)
     struct addr a;
     if (!addr_parse(address, &a) || !table_remove(&e->table, a))
         return false;
-    post_all(e, MSG_SWEEP, 0);
+    order_all(e, ORDER_SWEEP);
     return true;
 }
 
@@ -225,7 +234,7 @@ uint64_t engine_ask(struct engine *e, unsigned loop, const char *instance, const
 {
     struct question *q = calloc(1, sizeof *q);
     if (!q)
-        abort();
+        return 0;
     q->loop = loop;
     strcpy(q->instance, instance);
     strcpy(q->name, name);
@@ -266,18 +275,14 @@ bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char ins
 
 void engine_answer(struct engine *e, unsigned loop, uint64_t token, unsigned n, const char *const *addresses)
 {
-    struct message *m = calloc(1, sizeof *m);
-    if (!m)
-        abort();
-    m->kind = MSG_ANSWER;
-    m->token = token;
-    for (unsigned i = 0; i < n && m->n < MAX_ADDRESSES; i++)
-        if (addr_parse(addresses[i], &m->addresses[m->n]))
-            m->n++;
-    if (loop < e->n)
-        loop_post(&e->loops[loop], m);
-    else
-        free(m);
+    struct answer *a = loop < e->n ? calloc(1, sizeof *a) : NULL;
+    if (!a)
+        return; /* the time for it runs out */
+    a->token = token;
+    for (unsigned i = 0; i < n && a->n < MAX_ADDRESSES; i++)
+        if (addr_parse(addresses[i], &a->addresses[a->n]))
+            a->n++;
+    loop_answer(&e->loops[loop], a);
 }
 
 int engine_audit_fd(struct engine *e)
@@ -298,6 +303,25 @@ uint64_t engine_metric(struct engine *e, enum metric m)
     uint64_t sum = 0;
     for (unsigned i = 0; i < e->n; i++)
         sum += __atomic_load_n(&e->loops[i].counters[m], __ATOMIC_RELAXED);
+    return sum;
+}
+
+uint64_t engine_in_use(struct engine *e, enum bound what)
+{
+    if (what == B_BYTES) {
+        int64_t sum = 0;
+        for (unsigned i = 0; i < e->n; i++)
+            sum += __atomic_load_n(&e->loops[i].bytes, __ATOMIC_RELAXED);
+        return (uint64_t)sum;
+    }
+    return (uint64_t)atomic_load(&e->table.bounds.usage.used[what]);
+}
+
+uint64_t engine_limited(struct engine *e, enum bound what)
+{
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < e->n; i++)
+        sum += __atomic_load_n(&e->loops[i].limited[what], __ATOMIC_RELAXED);
     return sum;
 }
 

@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "bound.h"
+
 enum timer_class {
     T_HEAD,      /* a request head must be complete */
     T_HANDSHAKE,
@@ -54,7 +56,8 @@ struct engine_settings {
     const char *ca_certificate, *ca_key; /* PEM */
     const char *trusted, *trust_extra; /* PEM: what upstream certificates must chain to; empty: none */
     unsigned leaf_cache;
-    unsigned max_connections, max_requests, max_mints; /* per instance; see struct limits */
+    unsigned max_requests, max_mints; /* per instance; see struct limits */
+    uint64_t bounds_each[B_WINDOWS], bounds_total[B_WINDOWS]; /* see bound.h */
     uint16_t listen_port;
     uint16_t assumed_tls_port;  /* port meant by TLS that arrives without redirection */
     unsigned timers_ms[T_CLASSES];
@@ -87,6 +90,8 @@ int engine_audit_fd(struct engine *e);
 size_t engine_audit_read(struct engine *e, char *out, size_t cap);
 
 uint64_t engine_metric(struct engine *e, enum metric m);
+uint64_t engine_in_use(struct engine *e, enum bound what);
+uint64_t engine_limited(struct engine *e, enum bound what); /* how often something was refused because of it */
 uint64_t engine_denied(struct engine *e, unsigned reason);
 uint64_t engine_latency(struct engine *e, unsigned bucket);
 const char *engine_reason(unsigned reason); /* NULL beyond the last */

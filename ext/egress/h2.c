@@ -226,8 +226,9 @@ nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbac
         {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, H1_MAX_HEAD},
         {NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
     };
+    c->windowed = conn_take(c, B_WINDOWS, WINDOW_BEYOND);
     if (nghttp2_submit_settings(s, NGHTTP2_FLAG_NONE, settings, server ? 3 : 4) != 0
-        || nghttp2_session_set_local_window_size(s, NGHTTP2_FLAG_NONE, 0, H2_CONNECTION_WINDOW) != 0) {
+        || (c->windowed && nghttp2_session_set_local_window_size(s, NGHTTP2_FLAG_NONE, 0, WINDOW) != 0)) {
         nghttp2_session_del(s);
         return NULL;
     }

@@ -9,7 +9,6 @@ enum {
      * and libcurl 7.88 may send parts of an upload twice when its socket is full, which less than that hardly fills. */
     H2_DOWN_WINDOW = 65535,
     H2_UP_WINDOW = 256 * 1024,
-    H2_CONNECTION_WINDOW = 1024 * 1024,
     H2_MAX_STREAMS = 100,
 };
 

@@ -15,11 +15,37 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "egress.h"
+#include "loop.h"
 
-/* Buffers come in four sizes and go back to short free lists; idle connections hold none. */
+/* Buffers come in four sizes and go back to short free lists; idle connections hold none.
+ *
+ * Each is charged to the instance whose connection is being handled (loop->payer), which is noted in front of it. All
+ * connections that exchange bytes belong to one instance and hold it, so it is there until the last buffer is given back. */
+struct label {
+    _Alignas(16) struct tenant *payer;
+    int64_t size;
+};
+
 static const size_t SIZES[4] = {4096, RECORD + 1024, 2 * RECORD + 4096, 6 * RECORD};
 enum { SPARE_EACH = 64 };
+
+static void *charge(struct loop *l, struct label *at, size_t size)
+{
+    if (!at)
+        abort(); /* nothing sensible is left to do without memory */
+    *at = (struct label){l->payer, (int64_t)size};
+    l->bytes += at->size;
+    if (at->payer)
+        atomic_fetch_add_explicit(&at->payer->usage.used[B_BYTES], at->size, memory_order_relaxed);
+    return at + 1;
+}
+
+static void discharge(struct loop *l, struct label *at)
+{
+    l->bytes -= at->size;
+    if (at->payer)
+        atomic_fetch_sub_explicit(&at->payer->usage.used[B_BYTES], at->size, memory_order_relaxed);
+}
 
 static void *take_block(struct loop *l, size_t n, size_t *cap)
 {
@@ -31,30 +57,28 @@ static void *take_block(struct loop *l, size_t n, size_t *cap)
         if (p) {
             memcpy(&l->spares[i], p, sizeof p);
             l->spare_n[i]--;
-            return p;
+            return charge(l, (struct label *)p - 1, *cap);
         }
-        p = malloc(*cap);
-        if (!p)
-            abort(); /* nothing sensible is left to do without memory */
-        return p;
+        return charge(l, malloc(sizeof(struct label) + *cap), *cap);
     }
     *cap = n + n / 2;
-    void *p = malloc(*cap);
-    if (!p)
-        abort();
-    return p;
+    return charge(l, malloc(sizeof(struct label) + *cap), *cap);
 }
 
 static void give_block(struct loop *l, void *p, size_t cap)
 {
-    for (unsigned i = 0; p && i < 4; i++)
+    if (!p)
+        return;
+    struct label *at = (struct label *)p - 1;
+    discharge(l, at);
+    for (unsigned i = 0; i < 4; i++)
         if (SIZES[i] == cap && l->spare_n[i] < SPARE_EACH) {
             memcpy(p, &l->spares[i], sizeof p);
             l->spares[i] = p;
             l->spare_n[i]++;
             return;
         }
-    free(p);
+    free(at);
 }
 
 void buf_need(struct loop *l, struct buf *b, size_t room)
@@ -124,6 +148,60 @@ bool conn_watch(struct conn *c)
     return epoll_ctl(c->loop->epoll, EPOLL_CTL_ADD, c->fd, &e) == 0;
 }
 
+bool conn_take(struct conn *c, enum bound what, int64_t n)
+{
+    bool ok = bound_take(&c->loop->engine->table.bounds, &c->tenant->usage, what, n);
+    c->loop->limited[what] += !ok;
+    return ok;
+}
+
+void conn_give(struct conn *c, enum bound what, int64_t n)
+{
+    bound_give(&c->loop->engine->table.bounds, &c->tenant->usage, what, n);
+}
+
+static enum bound kind_of(const struct conn *c)
+{
+    return c->kind == DOWN ? B_CONNECTIONS : B_UPSTREAMS;
+}
+
+bool conn_count(struct conn *c)
+{
+    if (!conn_take(c, kind_of(c), 1))
+        return false;
+    if (!conn_take(c, B_DESCRIPTORS, 1)) {
+        conn_give(c, kind_of(c), 1);
+        return false;
+    }
+    c->counted = true;
+    return true;
+}
+
+static void uncount(struct conn *c)
+{
+    if (c->counted) {
+        conn_give(c, kind_of(c), 1);
+        conn_give(c, B_DESCRIPTORS, 1);
+    }
+    if (c->shaking)
+        conn_give(c, B_HANDSHAKES, 1);
+    if (c->windowed)
+        conn_give(c, B_WINDOWS, WINDOW_BEYOND);
+    if (c->kind == DOWN)
+        xchg_uncount(&c->x);
+    c->counted = c->shaking = c->windowed = false;
+}
+
+/* An instance that holds too much is still served: each of its connections gets on when what it holds has gone. */
+size_t conn_watermark(const struct conn *c)
+{
+    const struct loop *l = c->loop;
+    const struct bounds *b = &l->engine->table.bounds;
+    bool over = atomic_load_explicit(&c->tenant->usage.used[B_BYTES], memory_order_relaxed) > b->each[B_BYTES]
+        || l->bytes * l->engine->n > b->total[B_BYTES];
+    return over ? 1 : WATERMARK;
+}
+
 void conn_kill(struct conn *c)
 {
     struct loop *l = c->loop;
@@ -131,14 +209,19 @@ void conn_kill(struct conn *c)
         return;
     c->dead = true;
     conn_timer(c, -1);
+    uncount(c);
+    if (c->asking)
+        up_forget_question(c);
     if (c->pooled)
         pool_remove(c);
     if (c->fd >= 0)
         (void)close(c->fd); /* leaves epoll by itself */
     c->fd = -1;
-    for (unsigned i = 0; i < 2; i++)
-        if (c->pipe[i] >= 0)
-            (void)close(c->pipe[i]);
+    if (c->pipe[0] >= 0) {
+        (void)close(c->pipe[0]);
+        (void)close(c->pipe[1]);
+        conn_give(c, B_DESCRIPTORS, 2);
+    }
     if (c->peer) {
         struct conn *peer = c->peer;
         c->peer = peer->peer = NULL;
@@ -166,8 +249,8 @@ bool conn_wants_room(struct conn *c)
 
 size_t conn_room(const struct conn *c)
 {
-    size_t held = buf_size(&c->out) + buf_size(&c->stage);
-    return held >= WATERMARK ? 0 : WATERMARK - held;
+    size_t held = buf_size(&c->out) + buf_size(&c->stage), watermark = conn_watermark(c);
+    return held >= watermark ? 0 : WATERMARK - held;
 }
 
 void conn_mark(struct conn *c)
@@ -283,7 +366,7 @@ void conn_alert(struct conn *c)
         send_out(c);
 }
 
-void conn_flush(struct conn *c)
+static void flush(struct conn *c)
 {
     if (c->dead || c->fd < 0 || c->phase == P_CONNECT || c->phase == P_RESOLVE)
         return;
@@ -307,6 +390,14 @@ void conn_flush(struct conn *c)
             (void)shutdown(c->fd, SHUT_WR);
         }
     }
+}
+
+void conn_flush(struct conn *c)
+{
+    struct tenant *before = c->loop->payer;
+    c->loop->payer = c->tenant;
+    flush(c);
+    c->loop->payer = before;
 }
 
 void conn_finish(struct conn *c, bool linger)

@@ -21,10 +21,8 @@ static void look_at_clock(struct loop *l)
     l->now_ms = l->now_us / 1000;
 }
 
-void conn_run(struct conn *c)
+static void run(struct conn *c)
 {
-    if (c->dead)
-        return;
     if (c->broken || (c->hung_up && c->phase == P_LINGER)) {
         conn_lost(c);
         return;
@@ -39,6 +37,16 @@ void conn_run(struct conn *c)
         down_run(c);
     else
         up_run(c);
+}
+
+void conn_run(struct conn *c)
+{
+    if (c->dead)
+        return;
+    struct tenant *before = c->loop->payer;
+    c->loop->payer = c->tenant;
+    run(c);
+    c->loop->payer = before;
 }
 
 static void on_event(struct conn *c, uint32_t events)
@@ -66,6 +74,13 @@ static void on_event(struct conn *c, uint32_t events)
     }
     if (events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR))
         conn_run(c);
+}
+
+static void handle(struct conn *c, uint32_t events)
+{
+    c->loop->payer = c->tenant;
+    on_event(c, events);
+    c->loop->payer = NULL;
 }
 
 /* Flushing and running wake each other; both lists end because data ends or a watermark is reached. */
@@ -111,7 +126,7 @@ static void bury(struct loop *l)
         buf_free(l, &c->stage);
         buf_free(l, &c->prefix);
         if (c->tenant)
-            (c->kind == DOWN ? tenant_leave : tenant_release)(c->tenant);
+            tenant_release(c->tenant);
         free(c);
     }
 }
@@ -163,7 +178,9 @@ static int run_timers(struct loop *l)
     for (int k = 0; k < T_CLASSES; k++) {
         struct conn *c;
         while ((c = l->timers[k].first) && c->timer.due_ms <= l->now_ms) {
+            l->payer = c->tenant;
             on_timer(c, k);
+            l->payer = NULL;
             settle(l);
         }
         if (c && c->timer.due_ms < next)
@@ -176,16 +193,25 @@ static int run_timers(struct loop *l)
     return next <= l->now_ms ? 0 : (int)(next - l->now_ms);
 }
 
-void loop_post(struct loop *l, struct message *m)
+static void wake(struct loop *l)
 {
-    (void)pthread_mutex_lock(&l->inbox_lock);
-    struct message **at = &l->inbox;
-    while (*at)
-        at = &(*at)->next;
-    *at = m;
-    (void)pthread_mutex_unlock(&l->inbox_lock);
     uint64_t one = 1;
     (void)!write(l->wake, &one, sizeof one);
+}
+
+void loop_answer(struct loop *l, struct answer *a)
+{
+    (void)pthread_mutex_lock(&l->inbox_lock);
+    a->next = l->inbox;
+    l->inbox = a;
+    (void)pthread_mutex_unlock(&l->inbox_lock);
+    wake(l);
+}
+
+void loop_order(struct loop *l, unsigned orders)
+{
+    atomic_fetch_or(&l->orders, orders);
+    wake(l);
 }
 
 static void begin_accept(struct loop *l)
@@ -232,30 +258,25 @@ static void read_inbox(struct loop *l)
 {
     uint64_t count;
     (void)!read(l->wake, &count, sizeof count);
+    unsigned orders = atomic_exchange(&l->orders, 0);
     (void)pthread_mutex_lock(&l->inbox_lock);
-    struct message *m = l->inbox;
+    struct answer *a = l->inbox;
     l->inbox = NULL;
     (void)pthread_mutex_unlock(&l->inbox_lock);
-    while (m) {
-        struct message *next = m->next;
-        switch (m->kind) {
-        case MSG_ACCEPT:
-            begin_accept(l);
-            break;
-        case MSG_ANSWER:
-            up_answer(l, m->token, m->n, m->addresses);
-            break;
-        case MSG_SWEEP:
-            up_sweep(l);
-            break;
-        case MSG_DRAIN:
-            begin_drain(l, m->n);
-            break;
-        }
+    if (orders & ORDER_SWEEP)
+        up_sweep(l);
+    if (orders & ORDER_ACCEPT)
+        begin_accept(l);
+    if (orders & ORDER_DRAIN)
+        begin_drain(l, atomic_load(&l->engine->grace_ms));
+    while (a) {
+        struct answer *next = a->next;
+        up_answer(l, a->token, a->n, a->addresses);
         settle(l);
-        free(m);
-        m = next;
+        free(a);
+        a = next;
     }
+    settle(l);
 }
 
 static void end_all(struct loop *l)
@@ -284,7 +305,7 @@ void *loop_main(void *arg)
             else if (who == &l->wake)
                 read_inbox(l);
             else
-                on_event(who, events[i].events);
+                handle(who, events[i].events);
             if (!may_gather(l))
                 settle(l);
         }

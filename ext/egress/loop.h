@@ -4,11 +4,10 @@
 
 #include "egress.h"
 
-enum message_kind { MSG_ACCEPT, MSG_ANSWER, MSG_SWEEP, MSG_DRAIN };
+enum { ORDER_ACCEPT = 1, ORDER_SWEEP = 2, ORDER_DRAIN = 4 };
 
-struct message {
-    struct message *next;
-    enum message_kind kind;
+struct answer {
+    struct answer *next;
     uint64_t token;
     unsigned n;
     struct addr addresses[MAX_ADDRESSES];
@@ -31,6 +30,7 @@ struct engine {
     unsigned n;
     struct loop *loops;
     unsigned started;
+    atomic_uint grace_ms;
     atomic_uint running;
     int question_fd, audit_fd;
     pthread_mutex_t question_lock;
@@ -38,8 +38,9 @@ struct engine {
     uint64_t last_token;
 };
 
-void loop_post(struct loop *l, struct message *m); /* takes over m */
-/* Asks the resolver; the answer comes as MSG_ANSWER with the returned token. */
+void loop_answer(struct loop *l, struct answer *a); /* takes over a */
+void loop_order(struct loop *l, unsigned orders);
+/* Asks the resolver; the answer comes to up_answer with the returned token. 0: there is no memory. */
 uint64_t engine_ask(struct engine *e, unsigned loop, const char *instance, const char *name);
 
 #endif

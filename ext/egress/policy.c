@@ -261,25 +261,14 @@ void table_destroy(struct table *t)
     (void)pthread_mutex_destroy(&t->lock);
 }
 
-struct tenant *table_enter(struct table *table, struct addr source, bool *too_many)
+struct tenant *table_enter(struct table *table, struct addr source)
 {
     (void)pthread_mutex_lock(&table->lock);
     struct tenant *t = *find(table, source);
-    *too_many = t && atomic_load(&t->connections) >= table->limits.connections;
-    if (*too_many)
-        t = NULL;
-    if (t) {
-        atomic_fetch_add(&t->refs, 1);
-        atomic_fetch_add(&t->connections, 1);
-    }
+    if (t)
+        tenant_hold(t);
     (void)pthread_mutex_unlock(&table->lock);
     return t;
-}
-
-void tenant_leave(struct tenant *t)
-{
-    atomic_fetch_sub(&t->connections, 1);
-    tenant_release(t);
 }
 
 struct snapshot *tenant_borrow(struct tenant *t, uint64_t *generation)

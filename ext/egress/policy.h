@@ -12,6 +12,7 @@
 #include <stdatomic.h>
 
 #include "addr.h"
+#include "bound.h"
 #include "h1.h"
 #include "host.h"
 
@@ -68,7 +69,7 @@ struct tenant {
     char instance[INSTANCE_MAX];
     struct addr source;
     atomic_bool removed;
-    atomic_uint connections;
+    struct usage usage;
     pthread_mutex_t lock; /* of the fields below */
     struct snapshot *snapshot;
     atomic_uint_fast64_t generation;
@@ -77,7 +78,6 @@ struct tenant {
 };
 
 struct limits {
-    unsigned connections;   /* at once, per instance */
     unsigned requests;      /* per second and instance; 0: no limit */
     unsigned mints;         /* per second and instance */
 };
@@ -87,6 +87,7 @@ struct table {
     struct tenant *slots[256];
     uint64_t last_id;
     struct limits limits;
+    struct bounds bounds;
 };
 
 void table_init(struct table *t, struct limits limits);
@@ -95,10 +96,9 @@ void table_destroy(struct table *t);
  * before change nothing, so that upstream connections stay usable. */
 int table_set(struct table *t, struct addr source, const char *instance, struct snapshot *s);
 bool table_remove(struct table *t, struct addr source);
-/* NULL: nobody we know, or too many connections. Counts a connection until tenant_leave. */
-struct tenant *table_enter(struct table *t, struct addr source, bool *too_many);
-void tenant_leave(struct tenant *t);
-void tenant_hold(struct tenant *t);    /* without counting a connection */
+/* NULL: nobody we know. To be released. */
+struct tenant *table_enter(struct table *t, struct addr source);
+void tenant_hold(struct tenant *t);
 void tenant_release(struct tenant *t);
 
 /* The snapshot of this moment and its generation; to be released. NULL once the tenant is removed. */

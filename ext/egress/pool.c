@@ -18,7 +18,7 @@
 #include "down.h"
 #include "loop.h"
 
-enum { MAX_IDLE = 1024, MAX_STREAMS = 100 };
+enum { MAX_STREAMS = 100 };
 
 static struct conn **slot_of(struct loop *l, const struct tenant *t, const struct destination *to)
 {
@@ -39,7 +39,8 @@ void pool_remove(struct conn *c)
     *(c->pool_prev ? &c->pool_prev->pool_next : slot_of(c->loop, c->tenant, &c->to)) = c->pool_next;
     if (c->pool_next)
         c->pool_next->pool_prev = c->pool_prev;
-    c->pooled = false;
+    c->loop->idle -= c->idle;
+    c->pooled = c->idle = false;
     c->pool_prev = c->pool_next = NULL;
 }
 
@@ -59,6 +60,44 @@ static bool is_stale(const struct conn *c)
     return atomic_load(&c->tenant->removed) || atomic_load(&c->tenant->generation) != c->generation;
 }
 
+/* Closes the connection that has been idle for longest, of one instance or of any. */
+static bool drop_idle(struct loop *l, const struct tenant *t)
+{
+    struct conn *c = l->timers[T_IDLE_UP].first;
+    while (c && !(c->idle && (!t || c->tenant == t)))
+        c = c->timer.next;
+    if (c)
+        conn_kill(c);
+    return c != NULL;
+}
+
+static unsigned count_idle(const struct conn *c)
+{
+    unsigned n = 0;
+    for (const struct conn *other = *slot_of(c->loop, c->tenant, &c->to); other; other = other->pool_next)
+        n += other->idle && same_place(other, c->tenant, c->generation, &c->to);
+    return n;
+}
+
+/* For reuse, unless there are many already. */
+static void keep_idle(struct conn *c)
+{
+    struct loop *l = c->loop;
+    const struct conn *top = *slot_of(l, c->tenant, &c->to);
+    c->pool_depth = top && top->idle && same_place(top, c->tenant, c->generation, &c->to) ? top->pool_depth + 1 : 0;
+    if (c->pool_depth >= POOL_PER_KEY) /* those below may have gone since */
+        c->pool_depth = count_idle(c);
+    if (c->pool_depth >= POOL_PER_KEY) {
+        conn_finish(c, false);
+        return;
+    }
+    pool_add(c);
+    c->idle = true;
+    conn_timer(c, T_IDLE_UP);
+    if (++l->idle > POOL_IDLE)
+        drop_idle(l, NULL);
+}
+
 void up_release(struct conn *c)
 {
     struct loop *l = c->loop;
@@ -70,16 +109,20 @@ void up_release(struct conn *c)
             conn_kill(c);
         return;
     }
-    pool_add(c);
-    conn_timer(c, T_IDLE_UP);
+    keep_idle(c);
 }
 
+/* NULL: the instance, or all of them, have too many connections to hosts. Idle ones make room. */
 static struct conn *dial(struct loop *l, struct tenant *t, const struct destination *to, uint64_t generation)
 {
     struct conn *c = conn_new(l, UP, -1);
     c->side = &UP1; /* until TLS says HTTP/2 */
     tenant_hold(t);
     c->tenant = t;
+    if (!conn_count(c) && !(drop_idle(l, t) && conn_count(c))) {
+        conn_kill(c);
+        return NULL;
+    }
     c->to = *to;
     c->generation = generation;
     c->phase = P_RESOLVE;
@@ -88,11 +131,32 @@ static struct conn *dial(struct loop *l, struct tenant *t, const struct destinat
     return c;
 }
 
+static struct conn **asked(struct loop *l, uint64_t token)
+{
+    return &l->asked[token % ASKED_SLOTS];
+}
+
+void up_forget_question(struct conn *c)
+{
+    *(c->ask_prev ? &c->ask_prev->ask_next : asked(c->loop, c->token)) = c->ask_next;
+    if (c->ask_next)
+        c->ask_next->ask_prev = c->ask_prev;
+    c->ask_prev = c->ask_next = NULL;
+    c->asking = false;
+}
+
 static void find_addresses(struct conn *c)
 {
     if (c->to.host.kind == HOST_NAME) {
         c->token = engine_ask(c->loop->engine, c->loop->index, c->tenant->instance, c->to.host.text);
-        return;
+        struct conn **slot = asked(c->loop, c->token);
+        c->ask_prev = NULL;
+        c->ask_next = *slot;
+        if (*slot)
+            (*slot)->ask_prev = c;
+        *slot = c;
+        c->asking = true;
+        return; /* token 0, without memory: its time runs out */
     }
     c->addresses = addr_parse(c->to.host.text, &c->candidates[0]) ? 1 : 0;
     conn_again(c); /* checked and dialled in the next round: callers hold half-made things */
@@ -136,6 +200,8 @@ enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh)
         return TAKE_READY;
     }
     c = dial(l, down->tenant, &x->to, generation);
+    if (!c)
+        return TAKE_FULL;
     x->waiting = true;
     x->reused = false;
     x->awaits = c;
@@ -175,6 +241,11 @@ void up_pass(struct conn *down)
 {
     uint64_t generation = atomic_load(&down->tenant->generation);
     struct conn *c = dial(down->loop, down->tenant, &down->to, generation);
+    if (!c) {
+        down->pass_refused = true;
+        conn_again(down);
+        return;
+    }
     c->pass_for = down;
     down->passing = c;
     find_addresses(c);
@@ -235,14 +306,17 @@ static void begin_dialling(struct conn *c)
 
 void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses)
 {
-    struct conn *c = l->timers[T_RESOLVE].first;
+    struct conn *c = *asked(l, token);
     while (c && c->token != token)
-        c = c->timer.next;
+        c = c->ask_next;
     if (!c)
         return; /* no longer wanted */
+    up_forget_question(c);
+    l->payer = c->tenant;
     c->addresses = n < MAX_ADDRESSES ? n : MAX_ADDRESSES;
     memcpy(c->candidates, addresses, c->addresses * sizeof *addresses);
     begin_dialling(c);
+    l->payer = NULL;
 }
 
 void up_next_address(struct conn *c)
@@ -375,6 +449,11 @@ void up_ready(struct conn *c)
     while (rest) {
         struct xchg *next = rest->up_next;
         struct conn *more = dial(c->loop, c->tenant, &c->to, c->generation);
+        if (!more) {
+            up_failed_one(c, rest, R_BUSY, NULL);
+            rest = next;
+            continue;
+        }
         more->one = rest;
         more->h1_only = true;
         rest->awaits = more;
@@ -404,8 +483,9 @@ void up_failed_one(struct conn *c, struct xchg *x, enum reason why, const char *
         x->req_done = false;
         x->reset_code = 0;
         x->down->side->again(x);
-        (void)up_take(x, c->generation, c->h2 != NULL, true);
-        return;
+        if (up_take(x, c->generation, c->h2 != NULL, true) != TAKE_FULL)
+            return;
+        why = R_BUSY;
     }
     down_fail(x, why, detail);
 }

@@ -28,9 +28,19 @@ static void end_both(struct conn *c, enum reason why)
     conn_kill(c);
 }
 
+static bool open_pipe(struct conn *c)
+{
+    if (!conn_take(c, B_DESCRIPTORS, 2))
+        return false;
+    if (pipe2(c->pipe, O_NONBLOCK | O_CLOEXEC) == 0)
+        return true;
+    conn_give(c, B_DESCRIPTORS, 2);
+    return false;
+}
+
 void splice_begin(struct conn *down, struct conn *up)
 {
-    if (pipe2(down->pipe, O_NONBLOCK | O_CLOEXEC) != 0 || pipe2(up->pipe, O_NONBLOCK | O_CLOEXEC) != 0) {
+    if (!open_pipe(down) || !open_pipe(up)) {
         conn_kill(down);
         return;
     }

@@ -34,6 +34,7 @@ const struct reason_text REASONS[R_COUNT] = {
     [R_CLIENT_CLOSED] = {499, "client_closed", "the client went away"},
     [R_CLIENT_TLS] = {400, "client_tls", "the TLS handshake with the client failed"},
     [R_NOT_TLS] = {400, "not_tls", "only TLS is carried through CONNECT"},
+    [R_BUSY] = {503, "too_many_at_once", "this instance, or the host, has too many connections or requests open"},
     [R_DRAINING] = {503, "draining", "the proxy is about to stop"},
 };
 

@@ -39,6 +39,7 @@ enum reason {
     R_CLIENT_TLS,
     R_NOT_TLS,
     R_DRAINING,
+    R_BUSY,
     R_COUNT,
 };
 

@@ -9,8 +9,10 @@
 
 void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
 {
-    if (x == &down->x) /* a stream of HTTP/2 is new and holds its header block already */
+    if (x == &down->x) { /* a stream of HTTP/2 is new and holds its header block already */
+        xchg_uncount(x);
         memset(x, 0, sizeof *x);
+    }
     x->down = down;
     x->active = true;
     x->started_us = down->loop->now_us;
@@ -19,6 +21,19 @@ void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
         memcpy(x->method, h->method.p, n);
         x->is_head = h1_is(h->method, "head");
     }
+}
+
+bool xchg_count(struct xchg *x)
+{
+    x->counted = conn_take(x->down, B_STREAMS, 1);
+    return x->counted;
+}
+
+void xchg_uncount(struct xchg *x)
+{
+    if (x->counted)
+        conn_give(x->down, B_STREAMS, 1);
+    x->counted = false;
 }
 
 void xchg_note_rules(struct xchg *x, const struct matched *m)
@@ -127,6 +142,8 @@ void xchg_try_finish(struct xchg *x)
     if (up)
         up->side->release(up, x);
     x->active = false;
+    if (x == &x->down->x) /* a stream of HTTP/2 counts until the client has taken the response */
+        xchg_uncount(x);
     audit_record(x->down->loop, x->down->tenant, x);
     x->down->side->finished(x);
 }

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["METRICS", "REASONS", "TIMERS", "Engine", "confine", "rewrite_head"]
+__all__ = ["BOUNDS", "METRICS", "REASONS", "TIMERS", "Engine", "confine", "rewrite_head"]
 
 if TYPE_CHECKING:
 
     class Engine:
         def __init__(
             self, listeners: list[int], ca_certificate: memoryview, ca_key: memoryview, trusted: memoryview,
-            trust_extra: memoryview, leaf_cache: int, max_connections: int, max_requests: int, max_mints: int,
+            trust_extra: memoryview, leaf_cache: int, each: tuple[int, ...], total: tuple[int, ...], max_requests: int,
+            max_mints: int,
             listen_port: int, assumed_tls_port: int, timers_ms: list[int], allow: list[bytes], deny: list[bytes],
         ) -> None: ...  # fmt: skip
         def start(self) -> None: ...
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         def audit_fd(self) -> int: ...
         def audit(self) -> bytes: ...
         def metrics(self) -> dict[str, int]: ...
+        def in_use(self) -> dict[str, int]: ...
+        def limited(self) -> dict[str, int]: ...
         def denied(self) -> dict[str, int]: ...
         def latency(self) -> list[int]: ...
 
@@ -38,8 +41,9 @@ if TYPE_CHECKING:
         data: bytes, rules: bytearray, tls_name: bytes | None, explicit_proxy: bool, port: int
     ) -> bytes | str | None: ...
 
+    BOUNDS: tuple[str, ...]
     METRICS: tuple[str, ...]
     REASONS: tuple[str, ...]
     TIMERS: tuple[str, ...]
 else:
-    from hypeman._native._egress_c import METRICS, REASONS, TIMERS, Engine, confine, rewrite_head
+    from hypeman._native._egress_c import BOUNDS, METRICS, REASONS, TIMERS, Engine, confine, rewrite_head

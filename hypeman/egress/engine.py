@@ -281,8 +281,16 @@ class Worker:
         link.flush()
 
     def _send_counters(self, link: Link, number: int) -> None:
-        counters, denied, latency = self._engine.metrics(), self._engine.denied(), tuple(self._engine.latency())
-        link.send(protocol.Counters(id=number, counters=counters, denied=denied, latency=latency))
+        engine = self._engine
+        counted = protocol.Counters(
+            id=number,
+            counters=engine.metrics(),
+            denied=engine.denied(),
+            latency=tuple(engine.latency()),
+            in_use={name: max(0, count) for name, count in engine.in_use().items()},
+            limited=engine.limited(),
+        )
+        link.send(counted)
 
     def _send_records(self, link: Link) -> None:
         while link.queued < _MAX_QUEUED and (records := self._engine.audit()):
@@ -348,7 +356,8 @@ def _make(
         trusted,
         extra,
         settings.leaf_cache,
-        settings.connections,
+        settings.each,
+        settings.total,
         settings.requests_per_second,
         settings.mints_per_second,
         settings.listen_port,

@@ -74,11 +74,31 @@ def register(egress: Egress) -> None:
         ("reason",),
         partial(_denied, egress),
     )
+    metrics.register_gauge(
+        "hypeman_egress_in_use",
+        "What all instances hold: connections, upstreams, streams, handshakes, descriptors, bytes in buffers",
+        ("bound",),
+        partial(_of_bounds, egress, False),
+    )
+    metrics.register_counter(
+        "hypeman_egress_limited_total",
+        "What was refused because an instance, or all together, held too much",
+        ("bound",),
+        partial(_of_bounds, egress, True),
+    )
 
 
 async def _refresh(egress: Egress) -> None:
     with suppress(InternalError):
         await egress.statistics()
+
+
+def _of_bounds(egress: Egress, limited: bool) -> Mapping[tuple[str, ...], float]:
+    statistics = _statistics(egress)
+    if statistics is None:
+        return {}
+    counts = statistics.limited if limited else statistics.in_use
+    return {(bound,): count for bound, count in counts.items()}
 
 
 def _labels(label: str) -> tuple[str, ...]:

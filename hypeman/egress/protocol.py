@@ -43,6 +43,10 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Text = Annotated[str, Meta(max_length=4000)]
 
 
+BOUNDS = ("connections", "upstreams", "streams", "handshakes", "descriptors", "bytes")
+Bounds = Annotated[tuple[Annotated[int, Meta(ge=1, le=2**62)], ...], Meta(max_length=32)]
+
+
 class ProtocolError(Exception):
     """The peer sent something that is not a frame, or not one of its messages."""
 
@@ -57,7 +61,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     uid: Count32
     """The user it becomes; used if it is started by root."""
     leaf_cache: Count32
-    connections: Count32
+    each: Bounds
+    """What one instance may hold at once, in the order of BOUNDS."""
+    total: Bounds
     requests_per_second: Count32
     mints_per_second: Count32
     listen_port: Port
@@ -174,6 +180,10 @@ class Counters(_Message, frozen=True, kw_only=True):
     counters: dict[Name, Count64]
     denied: dict[Name, Count64]
     latency: Annotated[tuple[Count64, ...], Meta(max_length=64)]
+    in_use: dict[Name, Count64] = {}
+    """What is held now, by bound."""
+    limited: dict[Name, Count64] = {}
+    """How often something was refused because of a bound."""
 
 
 Request = Start | SetPolicy | RemovePolicy | Accept | Drain | Count | Answer

@@ -72,10 +72,31 @@ _SYSTEM_ROOTS = (
 )
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of one instance."""
+class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be held at once."""
 
     connections: int = 4096
+    """From guests."""
+    upstreams: int = 2048
+    """Connections to hosts, idle ones too."""
+    streams: int = 4096
+    """Requests that are not complete."""
+    handshakes: int = 256
+    """TLS handshakes with guests that are not complete."""
+    descriptors: int = 8192
+    bytes: int = 64 << 20
+    """In buffers. Above it, a connection is read only when what was read of it before has gone."""
+
+
+TOTAL = Bounds(connections=65536, upstreams=65536, streams=131072, handshakes=4096, descriptors=262144, bytes=1 << 30)
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of one instance, which gets no more than half of what all may hold."""
+
+    each: Bounds = Bounds()
+    total: Bounds = TOTAL
+    """Of all instances together; of descriptors, no more than the process may have."""
     requests_per_second: int = 0
     """0: unlimited."""
     mints_per_second: int = 50
@@ -133,6 +154,10 @@ class Statistics(msgspec.Struct, frozen=True):
     """By reason."""
     latency: list[int]
     """Requests by duration: item i counts those below 16 µs · 2^i."""
+    in_use: dict[str, int]
+    """What all instances hold now, by bound."""
+    limited: dict[str, int]
+    """How often something was refused because of a bound."""
 
 
 def forbid_dumps() -> None:
@@ -329,7 +354,8 @@ class Egress:
         return protocol.EngineSettings(
             uid=settings.uid,
             leaf_cache=_LEAF_CACHE,
-            connections=settings.limits.connections,
+            each=tuple(getattr(settings.limits.each, name) for name in protocol.BOUNDS),
+            total=tuple(getattr(settings.limits.total, name) for name in protocol.BOUNDS),
             requests_per_second=settings.limits.requests_per_second,
             mints_per_second=settings.limits.mints_per_second,
             listen_port=self.port,
@@ -572,12 +598,21 @@ class Egress:
     def counted(self) -> Statistics:
         """The same as of the last call of ``statistics``."""
         self._check_running()
-        gone = [msgspec.structs.replace(each, counters={**each.counters, "connections": 0}) for each in self._ended]
+        gone = [
+            msgspec.structs.replace(each, counters={**each.counters, "connections": 0}, in_use={})
+            for each in self._ended
+        ]
         known = [engine.counted for engine in self._engines if engine.counted is not None]
         total = _sum(gone)
         self._ended = [total]
         everything = _sum([total, *known])
-        return Statistics(everything.counters, everything.denied, list(everything.latency))
+        return Statistics(
+            everything.counters,
+            everything.denied,
+            list(everything.latency),
+            everything.in_use,
+            everything.limited,
+        )
 
     def on_audit(self, tell: Callable[[AuditRecord], None]) -> None:
         """Call ``tell`` with every record, in Trio's thread."""
@@ -619,15 +654,20 @@ class Egress:
 def _sum(counted: Sequence[protocol.Counters]) -> protocol.Counters:
     counters: dict[str, int] = {}
     denied: dict[str, int] = {}
+    in_use: dict[str, int] = {}
+    limited: dict[str, int] = {}
     latency: list[int] = []
     for each in counted:
-        for total, more in ((counters, each.counters), (denied, each.denied)):
+        pairs = ((counters, each.counters), (denied, each.denied), (in_use, each.in_use), (limited, each.limited))
+        for total, more in pairs:
             for name, value in more.items():
                 total[name] = total.get(name, 0) + value
         latency += [0] * (len(each.latency) - len(latency))
         for bucket, value in enumerate(each.latency):
             latency[bucket] += value
-    return protocol.Counters(id=0, counters=counters, denied=denied, latency=tuple(latency))
+    return protocol.Counters(
+        id=0, counters=counters, denied=denied, latency=tuple(latency), in_use=in_use, limited=limited
+    )
 
 
 def _offer(send: trio.MemorySendChannel[AuditRecord], instance_id: str | None, record: AuditRecord) -> None:

@@ -19,7 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from hypeman.egress.policy import Unmatched
 from hypeman.egress.records import AuditRecord
-from hypeman.egress.service import Limits, Timeouts
+from hypeman.egress.service import Bounds, Limits, Timeouts
 from hypeman.errors import InternalError
 from tests.egress.conftest import GUEST, HOST, PORTS, SECRET, Origin, Wire, World, credential, read_response
 
@@ -278,7 +278,9 @@ async def test_tenants_share_no_connection(world: World) -> None:
 
 async def test_limits(make_world: object) -> None:
     """Connections, requests and new names per instance; 429 says when to come again."""
-    async with make_world(limits=Limits(connections=3, requests_per_second=2, mints_per_second=1)) as world:  # type: ignore[operator]
+    async with make_world(
+        limits=Limits(each=Bounds(connections=3), requests_per_second=2, mints_per_second=1)
+    ) as world:  # type: ignore[operator]
         await world.allow(API_KEY=credential("*.example.com"))
         wire = await world.tls()
         answers = [await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode()) for _ in range(8)]

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 import trio
 
+from hypeman._native.egress import BOUNDS as NATIVE_BOUNDS
 from hypeman._native.egress import TIMERS as NATIVE_TIMERS
 from hypeman.egress import protocol
 from hypeman.egress.link import EngineLink, Handlers, end_engines
@@ -74,7 +75,7 @@ def last_values(world: World, count: int) -> list[str]:
 
 
 def test_timers_are_in_the_engines_order() -> None:
-    assert TIMERS == NATIVE_TIMERS
+    assert (TIMERS, protocol.BOUNDS) == (NATIVE_TIMERS, NATIVE_BOUNDS)
     assert set(TIMERS) == set(Timeouts.__struct_fields__)
 
 
@@ -229,7 +230,7 @@ async def test_why_an_engine_does_not_start(tmp_path: Path) -> None:
 def frames() -> list[bytes]:
     """One of each message of a server, as sent."""
     settings = protocol.EngineSettings(
-        uid=1, leaf_cache=1, connections=1, requests_per_second=0, mints_per_second=1, listen_port=1,
+        uid=1, leaf_cache=1, each=(1,) * 6, total=(1,) * 6, requests_per_second=0, mints_per_second=1, listen_port=1,
         assumed_tls_port=443, timers_ms=(1,) * len(TIMERS), allow=("10.0.0.0/8",), deny=(),
     )  # fmt: skip
     start = protocol.Start(settings=settings, identity="x", sizes=(1, 1, 1, 1), adoptable=False)
