@@ -356,7 +356,12 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
             assert vm == wanted, f"the record says {record.state}, the VM {vm}\n{where}"
             if record.spec.egress:
                 assert record.id in lab.egress.policies.there, f"{text}\n{where}"
-    snapshots = lab.store.read(lambda txn: set(txn.keys(SNAPSHOTS)))
+    snapshots = lab.store.read(lambda txn: dict(txn.scan(SNAPSHOTS)))
+    holders = {(captures.of_snapshot(key), row.capture) for key, row in snapshots.items() if row.capture}
+    for row in records.values():
+        holders |= {(captures.of_instance(row.id), capture) for capture in (row.capture, row.mapped) if capture}
+    held = lab.store.read(lambda txn: {(holder, key) for key, row in txn.scan(CAPTURES) for holder in row.holders})
+    assert held == holders, where
     pinned = {row.id for row in records.values() if row.digest} | {captures.of_snapshot(key) for key in snapshots}
     assert lab.store.read(lambda txn: set(txn.keys(HOLDERS))) == pinned, where
     holding = lab.store.read(lambda txn: dict(txn.scan(HOLDINGS)))

@@ -30,7 +30,8 @@ SPEC = InstanceSpec(
     credentials={"KEY": CredentialPolicy(source=CredentialSource(env="REAL"), inject=(RULE,))}, tags={"a": "b"},
     network=False, download_bps=2, upload_bps=3, egress=EgressEnforcementMode.ALL, devices=("gpu",),
     gpu_profile="p", volumes=(VolumeMount(volume_id="v", mount_path="/v", readonly=True),), entrypoint=("/init",),
-    cmd=("x",), skip_guest_agent=True, snapshot_policy=SnapshotPolicy(), auto_standby=AutoStandbyPolicy(),
+    cmd=("x",), user="1000", working_dir="/srv", hostname="web.example",
+    idle=True, skip_guest_agent=True, snapshot_policy=SnapshotPolicy(), auto_standby=AutoStandbyPolicy(),
     health_check=HealthCheck(), restart_policy=RestartPolicy(),
 )  # fmt: skip
 CONFIG = VmConfig(
@@ -46,7 +47,7 @@ SOURCE = InstanceRecord(
 )  # fmt: skip
 
 KEPT = {"digest", "boots", "nonce", "ports"}
-SPEC_NOT_KEPT = {"credentials"}
+SPEC_NOT_KEPT = {"credentials", "hostname"}
 
 
 def changed(before: msgspec.Struct, after: msgspec.Struct) -> set[str]:

@@ -425,6 +425,34 @@ async def test_a_fork_of_a_snapshot_that_is_just_deleted(lab: Lab) -> None:
         await clean_up(lab, instances)
 
 
+async def test_a_snapshot_that_is_read_is_not_deleted(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.stop("one")
+        snapshots = lab.snapshots(instances)
+        made = await snapshots.create("one", CreateSnapshotRequest(kind=SnapshotKind.STOPPED))
+        copying, go_on = trio.Event(), trio.Event()
+        copy_all = instances.machine.context.files.copy_all
+
+        async def slowly(*args: Any, **options: Any) -> None:
+            copying.set()
+            await go_on.wait()
+            await copy_all(*args, **options)
+
+        instances.machine.context.files.copy_all = slowly  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(snapshots.fork, made.id, ForkSnapshotRequest(name="two"))
+            with trio.fail_after(5):
+                await copying.wait()
+            with pytest.raises(Conflict, match="read"):
+                await snapshots.delete(made.id)
+            go_on.set()
+        await snapshots.delete(made.id)
+        assert instances.board.find("two").state is InstanceState.STOPPED
+        check_owned(lab, "fork")
+        await clean_up(lab, instances)
+
+
 async def test_forks_of_one_compressed_snapshot_unpack_it_once(lab: Lab) -> None:
     zstd = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
     async with lab.running() as instances:

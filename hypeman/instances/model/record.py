@@ -171,8 +171,8 @@ def forked(
 ) -> InstanceRecord:
     """The record of a fork: in Standby on ``capture``, or Stopped without one.
 
-    Only what is named here is kept from the source. A fork has no credentials, expiry or history of its own yet; its
-    number is assigned when it is recorded.
+    Only what is named here is kept from the source. A fork has no credentials, expiry or history yet, and
+    its host name is its own name; its number is assigned when it is recorded.
     """
     spec = source.spec
     state = InstanceState.STOPPED if capture is None else InstanceState.STANDBY
@@ -200,6 +200,9 @@ def forked(
             volumes=spec.volumes,
             entrypoint=spec.entrypoint,
             cmd=spec.cmd,
+            user=spec.user,
+            working_dir=spec.working_dir,
+            idle=spec.idle,
             skip_guest_agent=spec.skip_guest_agent,
             snapshot_policy=spec.snapshot_policy,
             auto_standby=spec.auto_standby,
