@@ -32,6 +32,7 @@ from hypeman.egress.service import Bounds, Egress, Limits
 from hypeman.egress.service import Settings as EgressSettings
 from hypeman.egress.view import EgressView
 from hypeman.events.service import Events
+from hypeman.events.webhooks import Webhooks
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
 from hypeman.host.disks import Disks
@@ -143,6 +144,7 @@ class _Parts:
     egress_audit: AuditLog
     egress_view: EgressView
     events: Events
+    webhooks: Webhooks
     images: Images
     compressor: Compressor
     instances: Instances
@@ -288,6 +290,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         egress_audit=audit,
         egress_view=egress_view,
         events=events,
+        webhooks=Webhooks(store, events, config.events.webhooks),
         images=images,
         compressor=compressor,
         instances=instances,
@@ -330,6 +333,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await files.remove(parts.config.paths.tmp)
     await files.make_dir(parts.config.paths.tmp)
     await nursery.start(parts.events.run)
+    nursery.start_soon(parts.webhooks.run)
     nursery.start_soon(parts.catalog.probe)
     await nursery.start(parts.devices.run)
     await parts.network.start(*usage.leases_by_life(parts.store))

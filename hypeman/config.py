@@ -289,6 +289,27 @@ class HealthChecksConfig(_Section, frozen=True):
     """Maximum number of health checks in progress; the others wait for their turn."""
 
 
+class WebhookConfig(_Section, frozen=True):
+    """One receiver of events."""
+
+    url: Annotated[str, Meta(pattern="^https?://[^/?#@\\s]+(/[^\\s]*)?$")]
+    """``https://…``; plain HTTP only with ``allow_private``."""
+    secret: Annotated[str, Meta(min_length=16)]
+    """Signs each delivery (HMAC-SHA256); base64 after ``whsec_``, else the bytes of the text."""
+    types: tuple[str, ...] = ()
+    """Event types, or kinds for all types of a kind; empty: all."""
+    tags: dict[str, str] = {}
+    """Only events of objects that have all of these tags."""
+    allow_private: bool = False
+    """Whether the receiver may have a private or loopback address."""
+    ca_file: str = ""
+    """CA certificates to trust in addition to the system's."""
+    timeout: Annotated[float, Meta(gt=0, le=120)] = 10.0
+    """Seconds for one delivery."""
+    retry_hours: Annotated[float, Meta(ge=0, le=720)] = 24.0
+    """An event that the receiver does not accept for so long is skipped."""
+
+
 class EventsConfig(_Section, frozen=True):
     """The log of life-cycle changes."""
 
@@ -296,6 +317,9 @@ class EventsConfig(_Section, frozen=True):
     """Maximum number of retained events; the oldest are dropped."""
     max_days: Annotated[float, Meta(gt=0, le=3650)] = 30.0
     """Events are dropped after this many days."""
+    webhooks: dict[Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,62}$")], WebhookConfig] = {}
+    """Name → receiver of events, with ``url``, ``secret`` and optionally ``types``, ``tags``, ``allow_private``,
+    ``ca_file``, ``timeout``, ``retry_hours``: [hypeman/events/README.md](../hypeman/events/README.md#webhooks)."""
 
 
 class Config(_Section, frozen=True):
@@ -464,6 +488,9 @@ def _check(config: Config) -> None:
         raise ConfigError(f"configuration: network or egress: {error}") from None
     if gateway is not None and gateway not in subnet:
         raise ConfigError(f"configuration: network.gateway {gateway} is not in network.subnet_cidr {subnet}")
+    for name, hook in config.events.webhooks.items():
+        if not hook.url.startswith("https:") and not hook.allow_private:
+            raise ConfigError(f"configuration: events.webhooks.{name}.url must be https, or allow_private be set")
     for name, text in (("data_dir", config.data_dir), ("run_dir", config.run_dir)):
         if not text.startswith("/"):
             raise ConfigError(f"configuration: {name} must be an absolute path, not {text!r}")

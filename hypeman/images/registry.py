@@ -36,6 +36,7 @@ import trio
 from hypeman import __version__
 from hypeman.config import ImagesConfig
 from hypeman.errors import HypemanError, InternalError, NotFound, RateLimited
+from hypeman.host.tls import client_context
 from hypeman.images.auth import NOBODY, Challenge, Keychain, Login, parse_challenges
 from hypeman.images.manifest import (
     INDEX_TYPES,
@@ -60,13 +61,6 @@ _MAX_RETRY_AFTER = 60.0
 _SLOWEST = 32 << 10
 """Bytes per second below which a download is aborted, after an initial allowance."""
 _WRITE_SIZE = 1 << 20
-_CA_FILES = (
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-)
-"""Distributions' CA bundle paths; a bundled OpenSSL has only its build machine's path."""
 
 
 class RegistryError(InternalError):
@@ -525,14 +519,10 @@ def _origin(url: httpx.URL) -> tuple[str, str, int]:
 
 def _trust(ca_file: str) -> ssl.SSLContext:
     """The host's CA roots plus those in ``ca_file``. Raises RegistryError if that cannot be read."""
-    context = ssl.create_default_context(cafile=next((path for path in _CA_FILES if os.path.exists(path)), None))
-    context.load_default_certs()
-    if ca_file:
-        try:
-            context.load_verify_locations(ca_file)
-        except (OSError, ssl.SSLError) as error:
-            raise RegistryError(f"images.ca_file {ca_file} can not be used: {error}") from None
-    return context
+    try:
+        return client_context(ca_file)
+    except OSError as error:
+        raise RegistryError(f"images.ca_file {ca_file} can not be used: {error}") from None
 
 
 def _is_certificate_error(error: BaseException) -> bool:

@@ -70,6 +70,12 @@ health_check_seconds = _histogram(
 )
 scheduled_snapshots = _counter("hypeman_scheduled_snapshots", "Snapshots by schedules", "status")
 restarts = _counter("hypeman_restarts", "Starts and stops by restart policies", "status")
+webhook_deliveries = _counter(
+    "hypeman_webhook_deliveries",
+    "Attempts to deliver an event: delivered, failed, skipped (given up), gone (refused for good); or lost in the log",
+    "hook",
+    "outcome",
+)
 log_lines_dropped = _counter("hypeman_log_lines_dropped", "Log lines dropped because nobody read the log")
 
 Info("hypeman", "What runs here", registry=REGISTRY).info({"version": __version__, "api_version": API_VERSION})

@@ -1,0 +1,23 @@
+"""Whom the server trusts as a TLS client: the certificates of the host's distribution."""
+
+from __future__ import annotations
+
+import os
+import ssl
+
+_CA_FILES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+"""Distributions' CA bundle paths; a bundled OpenSSL has only its build machine's path."""
+
+
+def client_context(ca_file: str = "") -> ssl.SSLContext:
+    """Verifies servers by the host's CA roots plus those in ``ca_file``. Raises OSError if that cannot be read."""
+    context = ssl.create_default_context(cafile=next((path for path in _CA_FILES if os.path.exists(path)), None))
+    context.load_default_certs()
+    if ca_file:
+        context.load_verify_locations(ca_file)
+    return context
