@@ -35,6 +35,7 @@ from hypeman.events.service import Events
 from hypeman.events.webhooks import Webhooks
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
+from hypeman.host.conntrack import Connections
 from hypeman.host.disks import Disks
 from hypeman.host.files import Files
 from hypeman.host.links import Links, find_uplink
@@ -271,7 +272,9 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         settings=config.snapshots,
         render=instances.view,
     )
-    policies = Policies(instances=instances, store=store, config=config, snapshots=snapshots)
+    connections = Connections()
+    stack.callback(connections.close)
+    policies = Policies(instances=instances, store=store, config=config, snapshots=snapshots, connections=connections)
     events = Events(store, max_count=config.events.max_count, max_age=timedelta(days=config.events.max_days))
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)

@@ -26,6 +26,7 @@ from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
 
 STATES = ("Created", "Initializing", "Running", "Paused", "Shutdown", "Stopped", "Standby", "Unknown")
+WAKES = ("none", "traffic", "all")
 TARGETS = ("Stopped", "Standby", "Running")
 HYPERVISORS = {
     "ch": HypervisorKind.CLOUD_HYPERVISOR.value,
@@ -280,6 +281,28 @@ _STATS_COLUMNS = [
 _LIVE_COLUMNS = [_STATS_COLUMNS[0], ("CPU", lambda row: row["cpu_percent"]), *_STATS_COLUMNS[1:]]
 
 
+@click.group("auto-standby")
+def auto_standby() -> None:
+    """Instances that enter standby by themselves."""
+
+
+@auto_standby.command("status")
+@instance_argument
+@reports
+def auto_standby_status(session: Session, instance: str) -> None:
+    """Show whether an instance is about to enter standby, and why or why not."""
+    session.show(session.client.get(f"{path_of(instance)}/auto-standby/status"))
+
+
+@auto_standby.command("hold")
+@instance_argument
+@reports
+def auto_standby_hold(session: Session, instance: str) -> None:
+    """Keep an instance running for one idle timeout from now."""
+    shown = session.client.post(f"{path_of(instance)}/auto-standby/hold")
+    session.show(shown, lambda: f"held, {until(shown['hold_until'])}" if shown.get("hold_until") else shown["reason"])
+
+
 @click.group()
 def update() -> None:
     """Change what may change without a reboot."""
@@ -291,6 +314,7 @@ def update() -> None:
 @click.option("--idle-timeout", help="As in 5m.")
 @click.option("--ignore-destination-port", "ports", type=int, multiple=True)
 @click.option("--ignore-source-cidr", "cidrs", multiple=True)
+@click.option("--wake", type=click.Choice(WAKES), help="What ends its standby: packets, or API requests as well.")
 @reports
 def update_auto_standby(
     session: Session,
@@ -299,10 +323,11 @@ def update_auto_standby(
     idle_timeout: str | None,
     ports: tuple[int, ...],
     cidrs: tuple[str, ...],
+    wake: str | None,
 ) -> None:
-    """When to go to standby by itself."""
+    """When to go to standby by itself, and what ends it."""
     policy = present(
-        enabled=enabled, idle_timeout=idle_timeout, ignore_destination_ports=ports, ignore_source_cidrs=cidrs
+        enabled=enabled, idle_timeout=idle_timeout, ignore_destination_ports=ports, ignore_source_cidrs=cidrs, wake=wake
     )
     patch(session, instance, {"auto_standby": policy})
 

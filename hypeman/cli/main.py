@@ -170,7 +170,8 @@ def hypeman(context: click.Context, /, **options: Any) -> None:
 for _command in (
     run.run, instances.ps, instances.inspect, instances.logs, execute.execute, copy.copy, instances.stats,
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
-    instances.rm, instances.update, ports.port, images.pull, images.images, volumes.volumes, snapshots.snapshots,
+    instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
+    snapshots.snapshots,
     devices.devices, egress.egress, events.events, host.resources, host.health, host.capabilities,
     shell.completion, shell.man, *docker.COMMANDS,
 ):  # fmt: skip

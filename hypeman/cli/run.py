@@ -16,7 +16,7 @@ import msgspec
 from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.complete import complete_image
 from hypeman.cli.images import PullDisplay, image_path, wait_ready
-from hypeman.cli.instances import HYPERVISORS, path_of
+from hypeman.cli.instances import HYPERVISORS, WAKES, path_of
 from hypeman.cli.output import plain
 from hypeman.cli.policies import (
     compression_body,
@@ -133,6 +133,7 @@ def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
 @click.option("--auto-standby-idle-timeout")
 @click.option("--auto-standby-ignore-destination-port", type=int, multiple=True)
 @click.option("--auto-standby-ignore-source-cidr", multiple=True)
+@click.option("--auto-standby-wake", type=click.Choice(WAKES))
 @click.option("--skip-guest-agent", is_flag=True, help="No exec, cp or stat.")
 @click.option("--skip-kernel-headers", is_flag=True)
 @compression_options("snapshot-")
@@ -279,6 +280,7 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         idle_timeout=flags["auto_standby_idle_timeout"],
         ignore_destination_ports=flags["auto_standby_ignore_destination_port"],
         ignore_source_cidrs=flags["auto_standby_ignore_source_cidr"],
+        wake=flags["auto_standby_wake"],
     )
     return present(
         name=flags["name"] or random_name(image),

@@ -2,6 +2,7 @@
 
 restart-memories      Memory of restarts (restart.py)
 snapshot-schedules    Schedule (schedule.py)
+    idle-memories         Memory of activity (idle.py)
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from hypeman.instances.rows import INSTANCES
+from hypeman.policies import idle
 from hypeman.policies.restart import Memory
 from hypeman.policies.schedule import Schedule
 from hypeman.store import Table, Txn
@@ -16,9 +18,10 @@ from hypeman.store import Table, Txn
 T = TypeVar("T")
 
 RESTARTS: Table[Memory] = Table("restart-memories", Memory)
+IDLE: Table[idle.Memory] = Table("idle-memories", idle.Memory)
 SCHEDULES: Table[Schedule] = Table("snapshot-schedules", Schedule)
 
-ALL: tuple[Table[Any], ...] = (RESTARTS, SCHEDULES)
+ALL: tuple[Table[Any], ...] = (RESTARTS, SCHEDULES, IDLE)
 
 
 def put(txn: Txn, table: Table[T], instance_id: str, row: T) -> None:

@@ -5,30 +5,35 @@
     timers run out ──┘
 
 One task and one heap serve all instances; only work in progress (a start, a check, a snapshot) has a task of its
-own. Decisions are pure (restart.py, health.py, schedule.py); controllers carry them out.
+own. Decisions are pure (restart.py, health.py, schedule.py, idle.py); controllers carry them out.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from datetime import datetime
 
 import trio
 
 from hypeman.config import Config
 from hypeman.errors import HypemanError
+from hypeman.host.conntrack import Connections
 from hypeman.instances.model.phases import utc_now
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.snapshot_types import SetSnapshotScheduleRequest, SnapshotSchedule
+from hypeman.instances.model.types import AutoStandbyStatus
 from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
 from hypeman.policies import rows
+from hypeman.policies.activity import Activity
 from hypeman.policies.checker import Checker
 from hypeman.policies.controller import Context
 from hypeman.policies.probes import Probes
 from hypeman.policies.restarter import Restarter
 from hypeman.policies.scheduler import Scheduler
+from hypeman.policies.sleeper import Sleeper
 from hypeman.policies.timers import Timers
 from hypeman.store import Store, Txn
 
@@ -48,6 +53,7 @@ class Policies:
         store: Store,
         config: Config,
         snapshots: Snapshots,
+        connections: Connections,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._instances = instances
@@ -58,7 +64,12 @@ class Policies:
         self._wake = trio.Event()
         self._nursery: trio.Nursery | None = None
         context = Context(instances, store, self._spawn, self.again, self._stir, now)
-        self.checker = Checker(context, most=config.health_checks.max_concurrent, probes=Probes())
+        self._connections = connections
+        self._activity = Activity(connections, changed=self.again, now=now)
+        self._sleeper = Sleeper(context, self._activity, most=config.auto_standby.max_concurrent)
+        self.checker = Checker(
+            context, most=config.health_checks.max_concurrent, probes=Probes(), opening=self._activity.own
+        )
         self._restarter = Restarter(context, most=config.restart.max_concurrent, health=self.checker.status)
         self._scheduler = Scheduler(context, snapshots)
         instances.details = self._details
@@ -72,6 +83,7 @@ class Policies:
             for record in self._instances.board.records():
                 self.again(record.id)
                 self._instances.board.refresh(record.id)
+            nursery.start_soon(self._activity.run)
             task_status.started()
             while True:
                 self._wake = trio.Event()
@@ -92,6 +104,20 @@ class Policies:
         self._wake.set()
 
     # The API
+
+    async def standby_status(self, ref: str) -> AutoStandbyStatus:
+        return self._sleeper.status(self._instances.board.find(ref), None)
+
+    async def hold(self, ref: str) -> AutoStandbyStatus:
+        """Keep an instance from entering standby by itself for one idle timeout."""
+        self._sleeper.hold(self._instances.board.find(ref))
+        return await self.standby_status(ref)
+
+    @asynccontextmanager
+    async def using(self, ref: str, what: str) -> AsyncIterator[None]:
+        """Within the block, a client uses the instance over the API: it does not enter standby by itself."""
+        async with self._activity.session(self._instances.board.find(ref).id):
+            yield
 
     async def get_schedule(self, ref: str) -> SnapshotSchedule:
         """Raises NotFound if there is no such instance, or it has no schedule."""
@@ -116,7 +142,7 @@ class Policies:
         self.checker.look(record)
         if record.deleting:
             return
-        times = [self._restarter.look(record, now), self._scheduler.look(record, now)]
+        times = [controller.look(record, now) for controller in (self._restarter, self._scheduler, self._sleeper)]
         pauses = [max((time - now).total_seconds(), 0.0) for time in times if time is not None]
         if pauses:
             self._timers.set(instance_id, trio.current_time() + min(*pauses, LONGEST_SLEEP))
@@ -126,6 +152,7 @@ class Policies:
     def _forget(self, instance_id: str) -> None:
         self._timers.cancel(instance_id)
         self.checker.forget(instance_id)
+        self._sleeper.forget(instance_id)
         self._restarter.forget(instance_id)
         self._scheduler.forget(instance_id)
         self._spawn(self._forget_rows, instance_id)
@@ -147,6 +174,7 @@ class Policies:
         def read(txn: Txn) -> None:
             for instance_id in rows.remembered(txn) - known:
                 rows.forget(txn, instance_id)
+            self._sleeper.load(dict(txn.scan(rows.IDLE)))
             self._restarter.load(dict(txn.scan(rows.RESTARTS)))
             self._scheduler.load(dict(txn.scan(rows.SCHEDULES)))
 

@@ -32,6 +32,7 @@ FEATURES = (
     "restart-policy",
     "health-check",
     "snapshot-schedule",
+    "auto-standby",
 )
 
 

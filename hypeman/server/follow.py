@@ -21,6 +21,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import msgspec
 import trio
@@ -239,3 +240,21 @@ class LogStream:
 
     def __del__(self) -> None:
         self.close()
+
+
+class UsedStream:
+    """A stream during which something else is held: ``stack`` is closed with it."""
+
+    def __init__(self, stream: LogStream, stack: AsyncExitStack) -> None:
+        self._stream = stream
+        self._stack = stack
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await self._stream.__anext__()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+        await self._stack.aclose()

@@ -8,6 +8,7 @@ continues when the caller is cancelled, because clients disconnect.
 from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from hypeman.instances.model.snapshot_types import (
 )
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
+    AutoStandbyStatus,
     CreateInstanceRequest,
     ForkInstanceRequest,
     Instance,
@@ -124,6 +126,12 @@ class SnapshotService(Protocol):
 
 
 class PolicyService(Protocol):
+    async def standby_status(self, ref: str) -> AutoStandbyStatus: ...
+    async def hold(self, ref: str) -> AutoStandbyStatus: ...
+    def using(self, ref: str, what: str) -> AbstractAsyncContextManager[None]:
+        """Within the block, a client uses the instance over the API: ``what`` is exec, cp, logs or stat."""
+        ...
+
     async def get_schedule(self, ref: str) -> SnapshotSchedule: ...
     async def set_schedule(self, ref: str, request: SetSnapshotScheduleRequest) -> SnapshotSchedule: ...
     async def delete_schedule(self, ref: str) -> None: ...

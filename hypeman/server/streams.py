@@ -96,6 +96,11 @@ _Open = TypeVar("_Open", bound=_Closable)
 
 async def exec_session(services: Services, socket: Socket, ref: str) -> None:
     """One program in the guest, its output, and its exit code."""
+    async with services.policies.using(ref, "exec"):
+        await _exec(services, socket, ref)
+
+
+async def _exec(services: Services, socket: Socket, ref: str) -> None:
     reference = await _running(services, ref)
     request = await _first_message(socket, ExecRequest, lambda message: msgspec.json.encode({"error": message}))
     if request is None:
@@ -155,6 +160,11 @@ def _resize_in(message: str) -> Resize | None:
 
 async def copy_session(services: Services, socket: Socket, ref: str) -> None:
     """One file, directory or link into the guest, or one tree out of it."""
+    async with services.policies.using(ref, "cp"):
+        await _copy(services, socket, ref)
+
+
+async def _copy(services: Services, socket: Socket, ref: str) -> None:
     reference = await _running(services, ref)
     request = await _first_message(socket, CpRequest, lambda message: _json.encode(StreamError(message)))
     if request is None:

@@ -69,6 +69,7 @@ health_check_seconds = _histogram(
     "hypeman_health_check_duration_seconds", "Length of a health check", "type", buckets=_FAST
 )
 scheduled_snapshots = _counter("hypeman_scheduled_snapshots", "Snapshots by schedules", "status")
+auto_standbys = _counter("hypeman_auto_standbys", "Instances that were put in standby when idle", "status")
 restarts = _counter("hypeman_restarts", "Starts and stops by restart policies", "status")
 webhook_deliveries = _counter(
     "hypeman_webhook_deliveries",

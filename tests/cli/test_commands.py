@@ -376,6 +376,15 @@ def test_volumes(cli: Any, server: Any, tmp_path: Path) -> None:
     assert cli("volume", "rm", "v1").stdout == "v1\n"
 
 
+def test_auto_standby(cli: Any, server: Any) -> None:
+    web = server.world.instances.add("web")
+    assert json.loads(cli("--format", "json", "auto-standby", "status", "web").stdout)["status"] == "disabled"
+    done = cli("auto-standby", "hold", "web")
+    assert done.exit_code == 0 and done.stdout.startswith("held, ")
+    assert server.world.policies.held == {web.id}
+    assert cli("auto-standby", "hold", "nothing").exit_code == 1
+
+
 def test_snapshot_schedules(cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     assert cli("snapshot", "schedule", "get", "web").exit_code == 1

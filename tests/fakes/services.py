@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,9 @@ from hypeman.instances.model.snapshot_types import (
 )
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
+    AutoStandbyReason,
+    AutoStandbyState,
+    AutoStandbyStatus,
     CreateInstanceRequest,
     ForkInstanceRequest,
     Instance,
@@ -723,6 +727,33 @@ class FakeCapabilities:
 class FakePolicies:
     instances: FakeInstances
     schedules: dict[str, SnapshotSchedule] = field(default_factory=dict)
+    held: set[str] = field(default_factory=set)
+    in_use: list[str] = field(default_factory=list)
+
+    async def standby_status(self, ref: str) -> AutoStandbyStatus:
+        instance = await self.instances.get(ref)
+        return AutoStandbyStatus(
+            supported=True,
+            configured=bool(instance.auto_standby),
+            enabled=False,
+            eligible=False,
+            active_inbound_connections=0,
+            status=AutoStandbyState.DISABLED,
+            reason=AutoStandbyReason.POLICY_MISSING,
+            hold_until=NOW if instance.id in self.held else None,
+        )
+
+    async def hold(self, ref: str) -> AutoStandbyStatus:
+        self.held.add((await self.instances.get(ref)).id)
+        return await self.standby_status(ref)
+
+    @asynccontextmanager
+    async def using(self, ref: str, what: str) -> AsyncIterator[None]:
+        self.in_use.append(ref)
+        try:
+            yield
+        finally:
+            self.in_use.remove(ref)
 
     async def get_schedule(self, ref: str) -> SnapshotSchedule:
         instance = await self.instances.get(ref)

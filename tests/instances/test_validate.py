@@ -120,7 +120,7 @@ def test_refusals(body: dict[str, Any], code: str) -> None:
 @pytest.mark.parametrize(
     ("field", "policy"),
     [
-        ("auto_standby", {"enabled": True, "idle_timeout": "5m"}),
+        ("auto_standby", {"enabled": True, "wake": "traffic"}),
     ],
 )
 def test_a_policy_that_asks_for_what_comes_later_is_refused(field: str, policy: dict[str, Any]) -> None:

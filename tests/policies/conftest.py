@@ -9,7 +9,7 @@ import trio.testing
 from hypeman.instances import service
 from hypeman.paths import Paths
 from hypeman.store import Store
-from tests.policies.keeping import BEGIN, ClockedLab, Threads
+from tests.policies.keeping import BEGIN, ClockedLab, FakeConnections, Threads
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def lab(
 ) -> ClockedLab:
     monkeypatch.setattr(service, "LOG_INTERVAL", 1e6)
     made = ClockedLab(store, paths)
-    made.clock, made.threads = clock, threads
+    made.clock, made.threads, made.connections = clock, threads, FakeConnections()
     made.now = lambda: BEGIN + timedelta(seconds=clock.current_time() + made.offset)
     return made
 

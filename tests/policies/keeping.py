@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -12,6 +12,7 @@ import trio.testing
 
 from hypeman.config import Config
 from hypeman.guest.types import Exited
+from hypeman.host.conntrack import Connection
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import InstanceState
@@ -44,9 +45,54 @@ class Threads:
 _run_sync = trio.to_thread.run_sync
 
 
+class FakeConnections:
+    """The kernel's list of connections, and its events."""
+
+    def __init__(self) -> None:
+        self.known: set[Connection] = set()
+        self._events: list[Connection] = []
+        self._more = trio.Event()
+        self.fails: OSError | None = None
+        self.dropped = False
+
+    def listen(self) -> None:
+        if self.fails is not None:
+            raise self.fails
+
+    def open(self, server: str, port: int = 80, *, source: str = "192.0.2.1", source_port: int = 40000) -> Connection:
+        made = Connection(source, source_port, server, port, True)
+        self.known.add(made)
+        self._tell(made)
+        return made
+
+    def close(self, connection: Connection) -> None:
+        self.known.discard(connection)
+        self._tell(connection._replace(open=False))
+
+    def drop_events(self) -> None:
+        self.dropped = True
+        self._more.set()
+
+    def _tell(self, connection: Connection) -> None:
+        self._events.append(connection)
+        self._more.set()
+
+    async def list(self, server: str = "") -> Sequence[Connection]:
+        await trio.lowlevel.checkpoint()
+        return [each for each in self.known if server in ("", each.server)]
+
+    async def wait_events(self) -> Sequence[Connection] | None:
+        await self._more.wait()
+        self._more = trio.Event()
+        events, self._events = self._events, []
+        dropped, self.dropped = self.dropped, False
+        return None if dropped else events
+
+
 class ClockedLab(Lab):
     clock: trio.testing.MockClock
     threads: Threads
+    connections: FakeConnections
     offset = 0.0
     """Seconds by which the host's clock was set."""
 
@@ -111,6 +157,7 @@ async def keeping(lab: ClockedLab) -> AsyncIterator[Kept]:
             store=lab.store,
             config=config,
             snapshots=snapshots,
+            connections=lab.connections,  # type: ignore[arg-type]  # the part of it that is used
             now=lab.now,
         )
         await nursery.start(policies.run)

@@ -116,3 +116,48 @@ async def test_schedule(appliance: Appliance) -> None:
     fork = await appliance.post(f"/snapshots/{made}/fork", {"name": "two"})
     assert fork["state"] == "Running"
     assert await appliance.exec("two", "cat", "/note") == (0, "kept\n")
+
+
+KEPT_OPEN = """
+import socket, sys
+connection = socket.create_connection((sys.argv[1], 80))
+print("open", flush=True)
+connection.recv(1)
+"""
+
+
+async def test_auto_standby(appliance: Appliance) -> None:
+    """A connection, a session and a hold keep an instance running; without any it enters standby by itself."""
+    policy = {"enabled": True, "idle_timeout": "4s"}
+    check = {"type": "tcp", "tcp": {"port": 80}, "interval": "1s"}
+    web = ["sh", "-c", "mkdir -p /www; exec httpd -f -p 80 -h /www"]
+    made = await appliance.create("web", cmd=web, auto_standby=policy, health_check=check)
+
+    async def becomes(status: str) -> Any:
+        with trio.fail_after(PATIENCE):
+            while (found := await appliance.get("/instances/web/auto-standby/status"))["status"] != status:
+                await trio.sleep(0.1)
+        return found
+
+    with trio.fail_after(PATIENCE):
+        while (await appliance.get("/instances/web"))["health_status"]["status"] != "healthy":
+            await trio.sleep(0.1)
+    with appliance.namespace.serving(KEPT_OPEN, made["network"]["ip"]):
+        assert (await becomes("active"))["active_inbound_connections"] == 1
+        appliance.kill()
+        await appliance.start()
+        assert (await becomes("active"))["active_inbound_connections"] == 1, "opened before this server listened"
+        await trio.sleep(5)
+        assert (await appliance.get("/instances/web"))["state"] == "Running"
+    found = await becomes("idle_countdown")
+    assert found["last_inbound_activity_at"] and found["next_standby_at"] and found["supported"]
+    await appliance.post("/instances/web/auto-standby/hold")
+    await becomes("ineligible")
+    assert (await appliance.wait("web", "Standby"))["health_status"]["status"] == "unknown"
+    refused = await appliance.ask("POST", "/instances/web/auto-standby/hold")
+    assert refused.status_code == 409 and refused.json()["code"] == "instance_in_standby"
+    await appliance.post("/instances/web/restore")
+    code, text = await appliance.exec("web", "sleep", "6")
+    assert code == 0, text
+    assert (await appliance.get("/instances/web"))["state"] == "Running"
+    await appliance.wait("web", "Standby")

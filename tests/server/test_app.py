@@ -352,8 +352,6 @@ async def test_what_comes_later_is_501(ask: Any) -> None:
         ("POST", "/pushes"),
         ("GET", "/v2/"),
         ("PUT", "/v2/a/b/manifests/latest"),
-        ("GET", "/instances/x/auto-standby/status"),
-        ("PUT", "/instances/x/snapshot-schedule"),
     ]:
         assert "not" in await failure(await ask(method, path), 501, "not_supported")
 

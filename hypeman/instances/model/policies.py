@@ -164,7 +164,7 @@ def standby_rules(policy: AutoStandbyPolicy | None) -> StandbyRules:
         idle_timeout=idle,
         ignored_sources=_networks(sources, code),
         ignored_ports=frozenset(ports),
-        wake=policy.wake or (WakeOn.TRAFFIC if enabled else WakeOn.NONE),
+        wake=policy.wake or WakeOn.NONE,
     )
 
 
@@ -178,11 +178,10 @@ def check_policies(
 ) -> None:
     """Raise InvalidRequest with the code of the policy that an instance with or without network and guest agent
     cannot have."""
-    standby = standby_rules(auto_standby)
+    if standby_rules(auto_standby).wake is not WakeOn.NONE:
+        raise NotSupported("auto_standby.wake is not supported by this server yet; omit it")
     restart_rules(restart_policy)
     health = health_rules(health_check)
-    if standby.enabled:
-        raise NotSupported("auto_standby is not supported by this server yet; omit it")
     if health.type in (HealthCheckType.HTTP, HealthCheckType.TCP) and not network:
         raise _bad_check(f"type {health.type.value} requires the instance to have a network")
     if health.type is HealthCheckType.EXEC and not agent:

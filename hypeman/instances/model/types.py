@@ -90,7 +90,7 @@ class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
     wake: Annotated[
         WakeOn | None,
-        Meta(description="Extension: what ends a standby. Default: traffic if enabled, else none"),
+        Meta(description="Extension: what ends a standby. Default: none"),
     ] = None
 
 
@@ -410,10 +410,21 @@ class AutoStandbyReason(enum.StrEnum):
     NETWORK_DISABLED = "network_disabled"
     MISSING_IP = "missing_ip"
     HAS_VGPU = "has_vgpu"
+    HAS_DEVICES = "has_devices"
+    """Extension: other devices are passed through."""
     ACTIVE_INBOUND_CONNECTIONS = "active_inbound_connections"
     IDLE_TIMEOUT_NOT_ELAPSED = "idle_timeout_not_elapsed"
     OBSERVER_ERROR = "observer_error"
     READY_FOR_STANDBY = "ready_for_standby"
+
+
+class LastWake(Struct, frozen=True, kw_only=True):
+    """The last time that the instance was brought back from standby by itself."""
+
+    at: Timestamp
+    by: Annotated[str, Meta(description="Such as `tcp 10.0.0.7 to port 22`, or `exec`")]
+    milliseconds: Annotated[Count, Meta(description="From the first packet or request until the guest ran")]
+    error: Annotated[str | UnsetType, Meta(description="Why it failed")] = UNSET
 
 
 class AutoStandbyStatus(Struct, frozen=True, kw_only=True):
@@ -431,3 +442,8 @@ class AutoStandbyStatus(Struct, frozen=True, kw_only=True):
     next_standby_at: Timestamp | None = None
     hold_until: Timestamp | None = None
     countdown_remaining: Duration | None = None
+    active_sessions: Annotated[
+        Count, Meta(description="Extension: exec and copy sessions and followed logs, which also keep it running")
+    ] = 0
+    wake: Annotated[WakeOn, Meta(description="Extension: what ends its standby")] = WakeOn.NONE
+    last_wake: Annotated[LastWake | None, Meta(description="Extension")] = None

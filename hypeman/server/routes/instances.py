@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -24,7 +25,7 @@ from hypeman.instances.model.types import (
     WaitForStateResponse,
 )
 from hypeman.server.api import SSE_HEADERS, EventStream, Routes
-from hypeman.server.follow import LogStream
+from hypeman.server.follow import LogStream, UsedStream
 from hypeman.server.services import Services
 from hypeman.tokens import Scope
 from hypeman.units import parse_duration
@@ -150,17 +151,21 @@ async def get_logs(services: Services, id: str, query: LogQuery) -> EventStream:
     Each event is one line, as a JSON string.
     """
     path = await services.instances.log_path(id, query.source)
-    try:
-        stream = await LogStream.open(str(path), tail=query.tail, follow=query.follow)
-    except FileNotFoundError:
-        raise NotFound(f"there is no {query.source} log yet", code="log_not_found") from None
-    return EventStream(stream)
+    async with AsyncExitStack() as stack:
+        if query.follow and query.source is LogSource.APP:
+            await stack.enter_async_context(services.policies.using(id, "logs"))
+        try:
+            stream = await LogStream.open(str(path), tail=query.tail, follow=query.follow)
+        except FileNotFoundError:
+            raise NotFound(f"there is no {query.source} log yet", code="log_not_found") from None
+        return EventStream(UsedStream(stream, stack.pop_all()))
 
 
 @routes.get("/instances/{id}/stat", Scope.INSTANCE_READ, fails=(400, 404, 409))
 async def stat_path(services: Services, id: str, query: StatQuery) -> PathInfo:
     """Information on a path in the guest."""
-    return await services.instances.stat(id, query.path, query.follow_links)
+    async with services.policies.using(id, "stat"):
+        return await services.instances.stat(id, query.path, query.follow_links)
 
 
 @routes.get("/instances/{id}/stats", Scope.INSTANCE_READ, fails=(404, 409))

@@ -32,8 +32,6 @@ _LATER: tuple[tuple[str, str, Scope, str], ...] = (
     ("POST", "/v2/{rest}", Scope.IMAGE_WRITE, "registry uploads"),
     ("PATCH", "/v2/{rest}", Scope.IMAGE_WRITE, "registry uploads"),
     ("PUT", "/v2/{rest}", Scope.IMAGE_WRITE, "registry uploads"),
-    ("GET", "/instances/{id}/auto-standby/status", Scope.INSTANCE_READ, "auto-standby"),
-    ("POST", "/instances/{id}/auto-standby/hold", Scope.INSTANCE_WRITE, "auto-standby"),
 )
 """Method, path, scope, and what is missing."""
 

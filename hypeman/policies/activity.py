@@ -1,0 +1,185 @@
+"""Who uses an instance: open inbound TCP connections, and sessions over the API.
+
+Connections come from the kernel's events (``host/conntrack.py``) for the addresses of instances that may enter standby;
+without such an instance nothing is listened to. Connections of health checks are not activity: their local ports are
+known before they are opened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from ipaddress import IPv4Address
+
+import trio
+
+from hypeman.errors import HypemanError
+from hypeman.host.conntrack import Connection, Connections
+from hypeman.instances.model.policies import StandbyRules
+
+log = logging.getLogger(__name__)
+
+KEEP_OWN = 30.0
+"""Seconds for which the local port of a health check's connection is remembered; its events come within one."""
+MAX_OWN = 65536
+RELIST = 5.0
+"""Least seconds between two lists of all connections, when events are dropped."""
+
+_Key = tuple[str, int, int]
+"""Source, its port, and the instance's port."""
+
+
+class _Watched:
+    def __init__(self, instance_id: str, rules: StandbyRules) -> None:
+        self.instance_id = instance_id
+        self.rules = rules
+        self.open: set[_Key] = set()
+
+
+class Activity:
+    """What keeps instances awake. ``run`` in a nursery."""
+
+    def __init__(
+        self, connections: Connections, *, changed: Callable[[str], object], now: Callable[[], datetime]
+    ) -> None:
+        self._connections = connections
+        self._changed = changed
+        self._now = now
+        self._by_address: dict[str, _Watched] = {}
+        self._addresses: dict[str, str] = {}
+        self._sessions: Counter[str] = Counter()
+        self._last: dict[str, datetime] = {}
+        self._own: dict[tuple[str, int], float] = {}
+        self._wanted = trio.Event()
+        self.observed = False
+        """Whether connections are being observed."""
+
+    # Which instances
+
+    def watch(self, instance_id: str, address: str, rules: StandbyRules) -> None:
+        """Follow the connections of an instance that may enter standby."""
+        known = self._by_address.get(address)
+        if known is not None and known.instance_id == instance_id and known.rules == rules:
+            return
+        self.unwatch(instance_id)
+        self._by_address[address] = _Watched(instance_id, rules)
+        self._addresses[instance_id] = address
+        self._wanted.set()
+
+    def unwatch(self, instance_id: str) -> None:
+        address = self._addresses.pop(instance_id, None)
+        if address is not None:
+            del self._by_address[address]
+
+    def forget(self, instance_id: str) -> None:
+        self.unwatch(instance_id)
+        self._last.pop(instance_id, None)
+
+    # What they do
+
+    def open_connections(self, instance_id: str) -> int:
+        watched = self._by_address.get(self._addresses.get(instance_id, ""))
+        return len(watched.open) if watched is not None else 0
+
+    def sessions(self, instance_id: str) -> int:
+        return self._sessions[instance_id]
+
+    def last(self, instance_id: str) -> datetime | None:
+        """When a connection or session was last opened or closed."""
+        return self._last.get(instance_id)
+
+    def touch(self, instance_id: str) -> None:
+        """Something has used the instance just now."""
+        self._last[instance_id] = self._now()
+        self._changed(instance_id)
+
+    @asynccontextmanager
+    async def session(self, instance_id: str) -> AsyncIterator[None]:
+        """Within the block the instance is in use."""
+        self._sessions[instance_id] += 1
+        self.touch(instance_id)
+        try:
+            yield
+        finally:
+            self._sessions[instance_id] -= 1
+            if not self._sessions[instance_id]:
+                del self._sessions[instance_id]
+            self.touch(instance_id)
+
+    def own(self, address: str, port: int) -> None:
+        """A health check is about to connect to ``address`` from local ``port``."""
+        now = trio.current_time()
+        if len(self._own) >= MAX_OWN:
+            self._own = {key: until for key, until in self._own.items() if until > now}
+        self._own[address, port] = now + KEEP_OWN
+
+    async def relist(self, instance_id: str) -> None:
+        """Bring the connections of one instance up to date with the kernel's list. Raises HypemanError."""
+        address = self._addresses.get(instance_id)
+        if address is not None:
+            found = await self._connections.list(address)
+            if (watched := self._by_address.get(address)) is not None:
+                watched.open = {key for each in found if (key := self._key(watched, each)) is not None and each.open}
+
+    async def run(self) -> None:
+        """Follow events, until cancelled."""
+        while True:
+            await self._wanted.wait()
+            try:
+                self._connections.listen()
+                await self._relist_all()
+                while (events := await self._connections.wait_events()) is not None:
+                    self._take(events)
+                log.info("the kernel dropped events of connections: listing them anew")
+            except (HypemanError, OSError) as error:
+                self._set_observed(False)
+                log.error("connections cannot be observed, so no instance enters standby by itself: %s", error)
+            await trio.sleep(RELIST)
+
+    # Inside
+
+    async def _relist_all(self) -> None:
+        opened: dict[str, set[_Key]] = {address: set() for address in self._by_address}
+        for each in await self._connections.list():
+            watched = self._by_address.get(each.server)
+            if watched is not None and each.open and (key := self._key(watched, each)) is not None:
+                opened.setdefault(each.server, set()).add(key)
+        for address, watched in self._by_address.items():
+            before, watched.open = watched.open, opened.get(address, set())
+            if before != watched.open:
+                self.touch(watched.instance_id)
+        self._set_observed(True)
+
+    def _set_observed(self, observed: bool) -> None:
+        if self.observed is not observed:
+            self.observed = observed
+            for instance_id in self._addresses:
+                self._changed(instance_id)
+
+    def _take(self, events: Sequence[Connection]) -> None:
+        touched: set[str] = set()
+        for each in events:
+            watched = self._by_address.get(each.server)
+            if watched is None or (key := self._key(watched, each)) is None:
+                continue
+            if each.open:
+                watched.open.add(key)
+            elif key in watched.open:
+                watched.open.discard(key)
+            else:
+                continue  # an attempt that was not answered, or the rest of a closed connection
+            touched.add(watched.instance_id)
+        for instance_id in touched:
+            self.touch(instance_id)
+
+    def _key(self, watched: _Watched, connection: Connection) -> _Key | None:
+        """None if the connection does not count."""
+        own = self._own.get((connection.server, connection.source_port))
+        if own is not None and own > trio.current_time():
+            return None
+        if watched.rules.ignores(IPv4Address(connection.source), connection.port):
+            return None
+        return connection.source, connection.source_port, connection.port

@@ -1,0 +1,52 @@
+"""The kernel's connections and their events, with real ones in a namespace of their own."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Callable
+
+import trio
+
+from hypeman.host.conntrack import Connection, Connections
+from tests.network.lab import in_namespace
+
+RULES = "table ip t { chain c { type filter hook input priority 0; ct state new accept; }; }"
+
+
+async def until(connections: Connections, condition: Callable[[list[Connection]], bool]) -> list[Connection]:
+    seen: list[Connection] = []
+    with trio.fail_after(30):
+        while not condition(seen):
+            seen += await connections.wait_events() or ()
+    return seen
+
+
+@in_namespace
+async def test_a_connection_is_seen_to_open_and_to_close() -> None:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["nft", RULES], check=True)
+    connections = Connections()
+    try:
+        connections.listen()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            client = socket.create_connection(("127.0.0.1", port))
+            source_port = client.getsockname()[1]
+            opened = Connection("127.0.0.1", source_port, "127.0.0.1", port, True)
+            await until(connections, lambda seen: opened in seen)
+            assert opened in await connections.list()
+            assert list(await connections.list("127.0.0.1")) == [opened]
+            assert list(await connections.list("192.0.2.1")) == []
+            served, _ = listener.accept()
+            client.close()
+            served.close()
+            await until(connections, lambda seen: opened._replace(open=False) in seen)
+            assert opened not in await connections.list()
+            refused = socket.socket()
+            refused.connect_ex(("127.0.0.1", port + 1 if port < 65535 else port - 1))
+            seen = await until(connections, lambda seen: bool(seen))
+            assert not any(each.open for each in seen if each.port != port), "a refused attempt is not open"
+            refused.close()
+    finally:
+        connections.close()

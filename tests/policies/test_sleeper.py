@@ -1,0 +1,187 @@
+"""Auto-standby carried out on instances in memory, with a kernel's list of connections that tests fill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from trio.abc import Clock
+
+from hypeman.errors import Conflict
+from hypeman.hypervisor.interface import VmmBroken
+from hypeman.instances.model.types import (
+    AutoStandbyPolicy,
+    AutoStandbyStatus,
+    InstanceState,
+    UpdateInstanceRequest,
+)
+from tests.instances.fake_world import request
+from tests.policies.keeping import ClockedLab, Kept, keeping
+
+RUNNING, STANDBY = InstanceState.RUNNING, InstanceState.STANDBY
+POLICY = AutoStandbyPolicy(
+    enabled=True, idle_timeout="1m", ignore_destination_ports=(9100,), ignore_source_cidrs=("10.9.0.0/16",)
+)
+
+
+async def make(kept: Kept, policy: AutoStandbyPolicy | None = POLICY, **changes: Any) -> str:
+    """The instance's address, once it runs."""
+    made = await kept.instances.create(request("one", auto_standby=policy, **changes))
+    await kept.until_state(RUNNING)
+    network = made.network
+    return str(network.ip) if network else ""
+
+
+async def status(kept: Kept) -> AutoStandbyStatus:
+    return await kept.policies.standby_status("one")
+
+
+async def test_an_idle_instance_enters_standby(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        await make(kept)
+        await kept.sleep(20)
+        shown = await status(kept)
+        assert (shown.status.value, shown.reason.value) == ("idle_countdown", "idle_timeout_not_elapsed")
+        assert (shown.countdown_remaining, shown.idle_timeout) == ("40s", "1m0s")
+        await kept.sleep(41)
+        assert kept.record().state is STANDBY
+        shown = await status(kept)
+        assert (shown.status.value, shown.reason.value) == ("ineligible", "instance_not_running")
+        await kept.instances.restore("one")
+        await kept.sleep(50)
+        assert kept.record().state is RUNNING, "the countdown begins anew"
+        await kept.sleep(15)
+        assert kept.record().state is STANDBY
+
+
+async def test_connections_keep_it_awake(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        opened = lab.connections.open(address)
+        await kept.sleep(300)
+        shown = await status(kept)
+        assert shown.active_inbound_connections == 1 and shown.status.value == "active"
+        assert shown.idle_since is None and kept.record().state is RUNNING
+        lab.connections.close(opened)
+        await kept.sleep(50)
+        assert (await status(kept)).last_inbound_activity_at is not None
+        assert kept.record().state is RUNNING
+        await kept.sleep(15)
+        assert kept.record().state is STANDBY
+
+
+@pytest.mark.parametrize(
+    ("port", "source"), [(9100, "192.0.2.1"), (80, "10.9.8.7")], ids=["ignored port", "ignored source"]
+)
+async def test_what_is_ignored_does_not(lab: ClockedLab, clock: Clock, port: int, source: str) -> None:
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        lab.connections.open(address, port, source=source)
+        await kept.sleep(65)
+        assert kept.record().state is STANDBY
+
+
+async def test_connections_of_health_checks_do_not(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        kept.policies._activity.own(address, 40000)
+        lab.connections.close(lab.connections.open(address, source_port=40000))
+        await kept.sleep(65)
+        assert kept.record().state is STANDBY
+
+
+async def test_a_connection_without_an_event_is_found_before_it_sleeps(lab: ClockedLab, clock: Clock) -> None:
+    """As when it was opened before anyone listened."""
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        lab.connections.open(address)
+        lab.connections._events.clear()
+        await kept.sleep(90)
+        assert kept.record().state is RUNNING
+        lab.connections.known.clear()
+        lab.connections.drop_events()
+        await kept.sleep(80)
+        assert kept.record().state is STANDBY
+
+
+async def test_sessions_keep_it_awake(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        await make(kept)
+        async with kept.policies.using("one", "exec"):
+            await kept.sleep(100)
+            assert (await status(kept)).active_sessions == 1 and kept.record().state is RUNNING
+        await kept.sleep(50)
+        assert kept.record().state is RUNNING
+        await kept.sleep(15)
+        assert kept.record().state is STANDBY
+
+
+async def test_the_countdown_survives_the_server(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        await make(kept)
+        await kept.sleep(40)
+        due = (await status(kept)).next_standby_at
+    async with keeping(lab) as kept:
+        await kept.quiet()
+        assert (await status(kept)).next_standby_at == due
+        await kept.sleep(21)
+        assert kept.record().state is STANDBY
+
+
+async def test_a_hold_lasts_one_idle_timeout(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        await make(kept)
+        await kept.sleep(50)
+        held = await kept.policies.hold("one")
+        assert held.hold_until is not None and held.next_standby_at == held.hold_until
+        await kept.sleep(40)
+    async with keeping(lab) as kept:  # another server
+        await kept.sleep(10)
+        assert kept.record().state is RUNNING
+        await kept.sleep(15)
+        assert kept.record().state is STANDBY
+        with pytest.raises(Conflict) as refused:
+            await kept.policies.hold("one")
+        assert refused.value.code == "instance_in_standby"
+
+
+async def test_without_a_policy(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        await make(kept, None)
+        assert (await kept.policies.hold("one")).status.value == "disabled"
+        await kept.sleep(1000)
+        assert kept.record().state is RUNNING
+        await kept.instances.update("one", UpdateInstanceRequest(auto_standby=POLICY))
+        await kept.sleep(5)
+        assert kept.record().state is STANDBY, "it has been idle for long"
+
+
+async def test_not_eligible(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        await make(kept, devices=("gpu",))
+        await kept.sleep(100)
+        shown = await status(kept)
+        assert (shown.eligible, shown.reason.value) == (False, "has_devices")
+        assert kept.record().state is RUNNING
+
+
+async def test_connections_that_cannot_be_observed(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        lab.connections.fails = OSError("not permitted")
+        await make(kept)
+        await kept.sleep(100)
+        assert (await status(kept)).reason.value == "observer_error" and kept.record().state is RUNNING
+        lab.connections.fails = None
+        await kept.sleep(100)
+        assert kept.record().state is STANDBY
+
+
+async def test_a_standby_that_fails_is_tried_again(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        await make(kept)
+        lab.driver.fail("capture", VmmBroken("no room"))
+        await kept.sleep(65)
+        assert kept.record().state is RUNNING
+        assert (await status(kept)).status.value == "idle_countdown"
+        await kept.sleep(65)
+        assert kept.record().state is STANDBY
