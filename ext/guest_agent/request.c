@@ -175,6 +175,8 @@ bool handle_frame(const struct boot_config *config, struct channel *channel, con
     struct session *session = session_find(frame->session);
     switch (frame->type) {
     case FRAME_DATA:
+        if (frame->length == 0 && !(frame->flags & FLAG_END))
+            return false; /* uses up nothing of what was granted: could be repeated without end */
         return !session || session_input(session, frame->payload, frame->length, frame->flags & FLAG_END);
     case FRAME_CREDIT:
         if (frame->length != 4 || (session && session->credit > UINT32_MAX - get_u32(frame->payload)))

@@ -120,8 +120,28 @@ class ExecResult(msgspec.Struct, frozen=True):
     """Reason if it could not be started."""
 
 
+_SMALL = 4096
+"""Bytes of a chunk that is joined with others while it waits."""
+_MOST_APART = 64
+"""With so many chunks waiting, small ones are joined also across one of the other stream."""
+
+
+class _Joined:
+    """Small chunks of one stream that arrived while nobody read."""
+
+    __slots__ = ("data", "stderr")
+
+    def __init__(self, data: bytes, stderr: bool) -> None:
+        self.data = bytearray(data)
+        self.stderr = stderr
+
+
 class _Session:
-    """Data received for a session and not yet consumed; at most one window."""
+    """Data received for a session and not yet consumed; at most one window.
+
+    A window counts bytes, so a guest may fill it with as many frames of one byte. Their memory is bounded all the same,
+    whatever version of the agent the guest claims to have: small chunks that wait are joined.
+    """
 
     def __init__(self, client: GuestClient, session_id: int, stall_limit: float = math.inf) -> None:
         self._client = client
@@ -130,7 +150,7 @@ class _Session:
         self.id = session_id
         self.failure: GuestTimeout | None = None
         """Why it ended, if not ended by the guest."""
-        self.chunks: deque[Data] = deque()
+        self.chunks: deque[Data | _Joined] = deque()
         self.ended: Ended | None = None
         self.wakeup = trio.Event()
         self._used = 0
@@ -138,6 +158,21 @@ class _Session:
     def notify(self) -> None:
         self.wakeup.set()
         self.wakeup = trio.Event()
+
+    def put(self, chunk: Data) -> None:
+        """Add what has arrived."""
+        if len(chunk.data) >= _SMALL:
+            self.chunks.append(chunk)
+            return
+        for back in (1, 2) if len(self.chunks) > _MOST_APART else (1,):
+            waiting = self.chunks[-back] if len(self.chunks) >= back else None
+            if waiting is None or waiting.stderr != chunk.stderr:
+                continue
+            if not isinstance(waiting, _Joined) or len(waiting.data) >= MAX_PAYLOAD:
+                break  # not before what came before it
+            waiting.data += chunk.data
+            return
+        self.chunks.append(_Joined(chunk.data, chunk.stderr))
 
     async def receive(self) -> Data | None:
         """The next chunk, or None after the last; ``ended`` is then set. Raises GuestLost, GuestTimeout."""
@@ -152,7 +187,7 @@ class _Session:
         if self._used >= _GRANT_BYTES:
             self._client.grant(self.id, self._used)
             self._used = 0
-        return chunk
+        return Data(self.id, bytes(chunk.data), chunk.stderr) if isinstance(chunk, _Joined) else chunk
 
     async def send(self, data: bytes | bytearray | memoryview) -> None:
         """Send all of ``data`` as the window allows. Data for an ended session is discarded."""
@@ -736,7 +771,7 @@ class GuestClient:
                 if session is None:
                     return
                 if isinstance(event, Data):
-                    session.chunks.append(event)
+                    session.put(event)
                 elif isinstance(event, Ended):
                     session.ended = event
                 session.notify()

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 from hypeman.guest.fields import FieldWriter, Tag
-from hypeman.guest.protocol import MAX_PAYLOAD, MAX_SESSIONS, WINDOW, Connection, Ended, FrameType, Op, ProtocolEvent
+from hypeman.guest.protocol import (
+    MAX_PAYLOAD,
+    MAX_SESSIONS,
+    WINDOW,
+    Connection,
+    Data,
+    Ended,
+    FrameType,
+    Op,
+    ProtocolEvent,
+)
 
 from . import golden
 from .conftest import Agent
@@ -189,6 +199,16 @@ def test_more_data_than_granted_breaks_the_connection(agent: Agent, host: Host) 
         host.send_raw(host.frame(FrameType.DATA, session, bytes(MAX_PAYLOAD)))
     Host(agent).check()
     assert agent.memory < 4 * 1024 * 1024
+
+
+def test_frames_without_data_break_the_connection(agent: Agent, host: Host) -> None:
+    """They use up nothing of what was granted."""
+    session = host.connection.open(Op.EXEC, FieldWriter().text(Tag.ARG, "cat"))
+    host.flush()
+    host.send_raw(host.frame(FrameType.DATA, session, b""))
+    host.send_raw(host.frame(FrameType.DATA, session, b"lost", 2))
+    assert not any(isinstance(event, Data) for event in host.events(0.5)), "what came behind it is not taken"
+    Host(agent).check()
 
 
 def test_an_endless_request_breaks_the_connection(agent: Agent, host: Host) -> None:
