@@ -154,6 +154,10 @@ class ExitReason(enum.StrEnum):
     """The VMM failed; see its log."""
 
 
+HALTED = "the guest halted"
+"""Message of a VmmExit."""
+
+
 class VmmExit(msgspec.Struct, frozen=True):
     reason: ExitReason
     message: str = ""
@@ -273,6 +277,13 @@ class Vmm(Protocol):
 
     async def rotate_console(self) -> None:
         """Switch to a new, empty console log; the caller has renamed the old one to ``<console_log>.1``."""
+        ...
+
+    def vcpu_turns(self) -> int | None:
+        """How often the vCPUs went to sleep so far; None if that is unknown, or if one of them does not sleep now.
+
+        A Linux that is alive wakes up at least some times in a second. One that was halted never does.
+        """
         ...
 
     async def wait_exit(self) -> VmmExit:

@@ -8,7 +8,7 @@ import trio
 from hypeman.errors import InvalidRequest, NotFound, NotSupported
 from hypeman.host.processes import Process
 from hypeman.hypervisor.interface import Disk, VmConfig, VmmHandle
-from hypeman.hypervisor.vmm_process import kill_and_wait
+from hypeman.hypervisor.vmm_process import kill_and_wait, vcpu_turns
 from hypeman.units import MIB
 
 
@@ -31,6 +31,9 @@ class LiveVmm:
     def config(self) -> VmConfig:
         """Current configuration, including hot-plugged disks."""
         return self._handle.config
+
+    def vcpu_turns(self) -> int | None:
+        return vcpu_turns(self._handle.pid)
 
     async def kill(self) -> None:
         self._killed = self._killed or self._process.alive()

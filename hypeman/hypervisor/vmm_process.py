@@ -141,6 +141,27 @@ async def became(condition: Callable[[], Awaitable[bool]], seconds: float, *, ev
     return False
 
 
+_VCPU_THREADS = ("CPU ", "vcpu", "fc_vcpu")
+"""How the names of vCPU threads begin: QEMU's, Cloud Hypervisor's, Firecracker's."""
+
+
+def vcpu_turns(pid: int) -> int | None:
+    """``Vmm.vcpu_turns`` of process ``pid``. Takes 0.1 ms."""
+    turns, found = 0, False
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            lines = Path(f"/proc/{pid}/task/{task}/status").read_text(errors="replace").splitlines()
+            status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            if status["Name"].startswith(_VCPU_THREADS):
+                if not status["State"].startswith("S"):
+                    return None
+                turns += int(status["voluntary_ctxt_switches"])
+                found = True
+    except (OSError, KeyError, ValueError):
+        return None  # it has exited
+    return turns if found else None
+
+
 VFIO_DEVICE = "/dev/vfio/vfio"
 """Exists if VFIO is available; the groups are next to it."""
 

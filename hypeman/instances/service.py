@@ -229,8 +229,10 @@ class Instances:
     async def get(self, ref: str) -> Instance:
         return self.view(self.board.find(ref))
 
-    async def get_encoded(self, ref: str) -> bytes:
-        return self.board.encoded(ref)
+    async def get_encoded(self, ref: str) -> bytes | Instance:
+        """``get``, encoded if that is kept: it is of the record alone, and a silent guest changes no record."""
+        record = self.board.find(ref)
+        return self.board.encoded(ref) if self._silent_since(record) is None else self.view(record)
 
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
         """Wait for ``state``, or for one from which it cannot be reached without a command. Raises NotFound

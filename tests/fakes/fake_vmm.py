@@ -85,6 +85,8 @@ class FakeProcess:
         self.state = VmmState.PAUSED
         self.links = {nic.id: True for nic in config.nics}
         self.restored_from: Path | None = None
+        self.turns: int | None = None
+        """Of the vCPUs; None: nobody knows."""
         self.exit: VmmExit | None = None
         self.ended = trio.Event()
 
@@ -175,6 +177,9 @@ class FakeVmm:
                 self._channel, guests = trio.testing.memory_stream_pair()
                 self._driver.guest(self, guests)
             return self._channel
+
+    def vcpu_turns(self) -> int | None:
+        return self.process.turns
 
     async def pause(self) -> None:
         async with self._visit("pause"):

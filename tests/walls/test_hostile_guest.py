@@ -20,11 +20,13 @@ from hypeman.guest.protocol import Op
 from hypeman.hypervisor.interface import VmmGone
 from hypeman.instances.life import lifecycle
 from hypeman.instances.life.lifecycle import overtakes
+from hypeman.instances.machine import live
 from hypeman.instances.model.admission import Command
 from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
+    Instance,
     InstanceState,
     StandbyInstanceRequest,
 )
@@ -273,6 +275,29 @@ def test_what_overtakes_what() -> None:
     assert not any(overtakes(c, other) for c in everything for other in everything if c not in ("stop", "delete"))
 
 
+async def test_a_guest_that_halted_is_ended(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vCPUs sleep, and it is silent; one of the two is not enough, and a VM that is paused is left alone."""
+    monkeypatch.setattr(live, "_HALT_LOOK", 0.02)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        process, guest = lab.machine.alive()[0], lab.guests[instances.board.find("one").id]
+        process.turns = 7
+        await trio.sleep(0.3)
+        assert instances.board.find("one").state is InstanceState.RUNNING, "idle"
+        vm = instances.machine.live(instances.board.find("one").id)
+        assert vm is not None
+        await vm.vmm.pause()
+        guest.silent_since = (await instances.get("one")).created_at
+        await trio.sleep(0.3)
+        assert instances.board.find("one").state is InstanceState.RUNNING, "paused"
+        await vm.vmm.resume()
+        with trio.fail_after(20):
+            while instances.board.find("one").state is not InstanceState.STOPPED:
+                await trio.sleep(0.01)
+        assert (await instances.get("one")).exit_message == "the guest halted"
+        await clean_up(lab, instances)
+
+
 async def test_a_silent_guest_is_shown(lab: Lab) -> None:
     async with lab.running() as instances:
         await running(lab, instances)
@@ -281,6 +306,8 @@ async def test_a_silent_guest_is_shown(lab: Lab) -> None:
         guest = lab.guests[instances.board.find("one").id]
         guest.silent_since = shown.created_at
         assert (await instances.get("one")).guest_silent_since == shown.created_at
+        encoded = await instances.get_encoded("one")
+        assert isinstance(encoded, Instance) and encoded.guest_silent_since == shown.created_at, "what the API shows"
         assert instances.silent_guests() == 1
         await instances.stop("one")
         assert (await instances.get("one")).guest_silent_since is msgspec.UNSET

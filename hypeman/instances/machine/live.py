@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest import limits
 from hypeman.guest.client import GuestBroken, GuestClient, GuestLost
 from hypeman.guest.types import Exited, Fatal, GuestEvent, Ready, Started
-from hypeman.hypervisor.interface import Vmm, VmmGone
+from hypeman.hypervisor.interface import HALTED, ExitReason, Vmm, VmmExit, VmmGone, VmmState
 from hypeman.instances.model.events import Unwatched, VmEvent
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,13 @@ _RECONNECT_FIRST = 0.01
 _RECONNECT_MOST = 1.0
 _SHORT_LIVED = 1.0
 """Reconnects are delayed after connections shorter than this, or a guest could keep the server busy."""
+
+
+_HALT_LOOK = 10.0
+_HALT_LOOKS = 2
+_HALT_TURNS = 4
+"""Seconds between looks at the vCPUs of a silent guest; how many must find them asleep; how often they may have woken
+up in between, for our pings and for packets. An idle Linux wakes up 50 times a second, a halted one never."""
 
 
 Connect: TypeAlias = Callable[[trio.abc.Stream, bytes], GuestClient]
@@ -62,6 +69,10 @@ class Live:
         self._changed = trio.Event()
         self._absent_since = datetime.now(UTC)
         """When the connection to the agent was last lost; ignored while connected."""
+        self._held = False
+        """Paused by the server."""
+        self._halted = False
+        """Ended by us, since the guest had halted."""
         self._asking: set[trio.CancelScope] = set()
         self._given_up = False
 
@@ -97,6 +108,7 @@ class Live:
 
     def hold(self, held: bool) -> None:
         """Mark the VM as paused by the server, so that its guest is not expected to answer, or as resumed."""
+        self._held = held
         if self.guest is not None:
             self.guest.hold(held)
 
@@ -105,7 +117,9 @@ class Live:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._talk, tell)
-                told = await self.vmm.wait_exit()
+                nursery.start_soon(self._end_if_halted)
+                ended = await self.vmm.wait_exit()
+                told = VmmExit(ExitReason.POWEROFF, HALTED) if self._halted else ended
                 nursery.cancel_scope.cancel()
         except Exception:  # any error of a driver affects this instance only, not the server
             log.exception("the VMM of %s can not be watched any more", self.vmm.handle.config.instance_id)
@@ -116,6 +130,28 @@ class Live:
         except Exception:
             log.exception("the VMM of %s was not let go of in order", self.vmm.handle.config.instance_id)
         tell(self, told)
+
+    async def _end_if_halted(self) -> None:
+        """`halt` stops the vCPUs for ever, and many kernels do not power off then: such a VM is ended by us."""
+        asleep, before = 0, None
+        while True:
+            await trio.sleep(_HALT_LOOK)
+            now = self.vmm.vcpu_turns() if self.silent_since is not None and not self._held else None
+            rested = now is not None and before is not None and now - before <= _HALT_TURNS
+            asleep, before = asleep + 1 if rested else 0, now
+            if asleep >= _HALT_LOOKS and await self._runs():
+                log.info("the guest of %s has halted; its VMM is ended", self.vmm.handle.config.instance_id)
+                self._halted = True
+                with suppress(HypemanError):
+                    await self.vmm.kill()
+                    return
+                self._halted = False
+
+    async def _runs(self) -> bool:
+        try:
+            return not self._held and await self.vmm.state() is VmmState.RUNNING
+        except HypemanError:
+            return False
 
     async def lend(self, size: int) -> None:
         """Calls ``Vmm.set_balloon``. Raises InvalidState while the VM is being saved, which may take long."""

@@ -11,7 +11,7 @@ import msgspec
 
 from hypeman.captures import records as captures
 from hypeman.guest.types import Exited, Fatal
-from hypeman.hypervisor.interface import ExitReason, VmmExit
+from hypeman.hypervisor.interface import HALTED, ExitReason, VmmExit
 from hypeman.instances.ledger import ReleaseCapture
 from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.owned import Owned
@@ -131,7 +131,7 @@ def exit_of(
         return None, "stopped"
     match ended.reason:
         case ExitReason.POWEROFF:
-            return None, "the guest powered off"
+            return None, HALTED if ended.message == HALTED else "the guest powered off"
         case ExitReason.RESET:
             return None, "the guest rebooted or its kernel panicked"
         case ExitReason.KILLED:
