@@ -26,8 +26,8 @@ SLOWNESS = 10
 
 _OURS = (
     "hypeman", "build/guest", "tests/__init__.py", "tests/conftest.py", "tests/conformance", "tests/fakes",
-    "tests/hypervisor", "tests/real", "tests/bench/__main__.py", "tests/bench/harness.py",
-    "tests/bench/bench_hypervisor.py", "tests/bench/bench_kinds.py",
+    "tests/hypervisor", "tests/real", "tests/metal/limits_inside.py", "tests/bench/__main__.py",
+    "tests/bench/harness.py", "tests/bench/bench_hypervisor.py", "tests/bench/bench_kinds.py",
 )  # fmt: skip
 _TOOLS = ("pytest", "pytest-trio", "hypothesis")
 _SETTINGS = b"""[pytest]
@@ -77,7 +77,10 @@ def boot(image: Image, folder: Path) -> MetalHost:
     os.truncate(medium, 16 << 20)
     host = MetalHost.boot(image, devices=(nvme("nvme", 0, medium),), files=files, memory_mb=4096)
     try:
-        host.check(f"for module in {_MODULES}; do modprobe $module; done; chmod 755 /opt/vmms/* /opt/guest")
+        host.check(
+            f"for module in {_MODULES}; do modprobe $module; done; "
+            "mkdir -p /opt/vmms; chmod -R 755 /opt/vmms /opt/guest"
+        )
         host.put({"/opt/keep_vms.py": _KEEP_VMS})
         host.check("setsid python3 /opt/keep_vms.py < /dev/null > /dev/null 2>&1 &")
     except BaseException:

@@ -1,0 +1,131 @@
+"""Run inside the virtual host by test_limits.py: the control group of a VMM holds, and spares its neighbours.
+
+The latency of a neighbour is a ratio of medians, measured side by side in one host; its absolute value means nothing.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypeman.cli.execute import capture
+from hypeman.cli.session import Session
+from hypeman.host.cgroups import UNDER_SYSTEMD, CGroups
+from hypeman.host.processes import Processes, Program
+from tests.real.appliance import Appliance, check_host, running_appliance, short_directory
+
+PYTHON = "/usr/bin/python3"
+SYSTEM = ("/usr", "/lib", "/lib64")
+BOMB = """
+import os, time
+made = 0
+try:
+    while made < 5000:
+        if os.fork() == 0:
+            time.sleep(1000)
+        made += 1
+except OSError as error:
+    print(made, error.errno, flush=True)
+"""
+HOG = "pieces = []\nwhile True: pieces.append(bytes(1 << 20) + b'x')"
+SPIN = "import threading, time\nfor _ in range(4): threading.Thread(target=lambda: [x for x in iter(int, 1)]).start()"
+MEASUREMENTS = 15
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    groups = CGroups.detect()
+    assert groups.root == UNDER_SYSTEMD, "the unit runs"
+    yield Path(groups.make("test", vcpus=1, memory=0))
+    while not groups.remove("test"):  # its processes are ending
+        time.sleep(0.1)
+
+
+def field(file: Path, name: str) -> int:
+    return int(dict(line.split() for line in file.read_text().splitlines())[name])
+
+
+async def run(tmp_path: Path, group: Path, script: str, seconds: float) -> tuple[int | None, str]:
+    """Exit code (None: it went on and was killed) and output of a program in the place of a VMM."""
+    log = tmp_path / "log"
+    process = await Processes().spawn(
+        Program(argv=(PYTHON, "-c", script), log=str(log), mark=str(tmp_path), uid=510017, gid=510017,
+                root_files=SYSTEM, cgroup=str(group))
+    )  # fmt: skip
+    code: int | None = None
+    with trio.move_on_after(seconds):
+        code = await process.wait()
+    process.kill()
+    await process.wait()
+    process.close()
+    return code, log.read_text()
+
+
+async def test_processes(tmp_path: Path, group: Path) -> None:
+    code, said = await run(tmp_path, group, BOMB, 300)
+    made, number = map(int, said.split())
+    assert code == 0 and made < 1024 and number == 11, "EAGAIN"
+    assert field(group / "pids.events", "max") > 0
+
+
+async def test_memory(tmp_path: Path, group: Path) -> None:
+    code, _ = await run(tmp_path, group, HOG, 300)
+    assert code == -9, "killed as a whole, when it had more than it may"
+    assert field(group / "memory.events", "oom_group_kill") == 1
+    assert int((group / "memory.peak").read_text()) <= 256 << 20
+
+
+async def test_processors(tmp_path: Path, group: Path) -> None:
+    await run(tmp_path, group, SPIN, 20)
+    assert field(group / "cpu.stat", "nr_throttled") > 0
+
+
+ATTACKS = {
+    "fork bomb": "bomb() { bomb | bomb & }; bomb",
+    "memory hog": "while :; do tail /dev/zero; done",
+    "packet flood": "while :; do yes | nc -u -w 1 $(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p') 9; done",
+}
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    check_host()
+    yield from short_directory("limits")
+
+
+async def latency(appliance: Appliance) -> float:
+    """Seconds that a program in the quiet guest takes, in the median."""
+    session = Session(base_url=f"unix://{appliance.socket}")
+
+    def once() -> float:
+        begun = time.monotonic()
+        code, _ = capture(session, "quiet", ("true",))
+        assert code == 0
+        return time.monotonic() - begun
+
+    times = [await trio.to_thread.run_sync(once) for _ in range(MEASUREMENTS)]
+    session.close()
+    return statistics.median(times)
+
+
+async def test_a_guest_that_takes_all_it_can_leaves_its_neighbour_in_peace(directory: Path) -> None:
+    async with running_appliance(directory) as appliance:
+        await appliance.create("quiet")
+        await appliance.create("noisy")
+        before = await latency(appliance)
+        for name, script in ATTACKS.items():
+            await appliance.exec("noisy", "sh", "-c", f"({script}) > /dev/null 2>&1 &")
+            await trio.sleep(10)
+            during = await latency(appliance)
+            print(
+                f"{name}: {before * 1000:.0f} ms became {during * 1000:.0f} ms, {during / before:.2f} times", flush=True
+            )
+            assert during <= 2 * before, name
+            await appliance.delete("/instances/noisy")
+            await appliance.create("noisy")
+            before = max(before, await latency(appliance))
