@@ -55,6 +55,7 @@ client: $(STAMPS)/venv  ## the command line alone as a wheel: dist/hypeman_clien
 	@$(PYTHON) packaging/client/build
 
 test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect it
+	@packaging/install-packages <(echo lintian)
 	@$(PYTHON) -m pytest -v tests/packaging/appliance.py
 
 test-metal: appliance  ## devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd

@@ -70,3 +70,12 @@ def test_the_single_file_runs(builds: tuple[Path, Path], tmp_path: Path) -> None
     said = subprocess.run([program, "--version"], env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert "hypeman" in said.stdout.lower()
+
+
+def test_lintian_finds_nothing_that_is_not_explained(builds: tuple[Path, Path]) -> None:
+    """Every override in debian/lintian-overrides says why."""
+    (package,) = builds[0].glob("*.deb")
+    done = subprocess.run(
+        ["lintian", "--allow-root", "--fail-on", "error,warning", package], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
