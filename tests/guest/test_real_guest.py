@@ -21,6 +21,7 @@ from hypeman.errors import HypemanError
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestNetwork, GuestVolume, parse_outcome
 from hypeman.guest.client import ExecResult, GuestClient, GuestLost, GuestTimeout, VolumeBusy
 from hypeman.guest.types import CopyEntry, CopyToRequest, ExecRequest, Exited, Fatal, GuestEvent, Ready, Started
+from tests.conformance.check_guest import Bench, run_all
 
 from .conftest import TOP
 from .qemu import Guest, make_overlay, run_guest
@@ -593,3 +594,35 @@ async def _read(client: GuestClient, path: str) -> AsyncIterator[bytes]:
         async for item in tree:
             if isinstance(item, bytes):
                 yield item
+
+
+async def test_a_real_guest_is_what_the_fake_one_pretends(kernel: Path, busybox_root: Path, tmp_path: Path) -> None:
+    """The suite of tests/conformance/check_guest.py, which the fake guest of the crash matrix passes as well."""
+    disk = make_overlay(tmp_path / "extra.raw", "32M")
+    script = "(while :; do date >> /tmp/tick; done) & exec sleep 100000"
+    config = boot_config("sh", "-c", script, stop_signal=15)
+    async with (
+        booted(config, busybox_root, kernel, tmp_path, disks=[("v-one", disk, False)]) as guest,
+        guest.connect() as client,
+    ):
+
+        async def is_frozen() -> bool:
+            before = await client.stat("/tmp/tick")
+            await trio.sleep(0.5)
+            return before.size == (await client.stat("/tmp/tick")).size
+
+        async def hostname() -> str:
+            return (await shell(client, "hostname")).strip()
+
+        @asynccontextmanager
+        async def busy(path: str) -> AsyncIterator[None]:
+            request = ExecRequest(argv=("sh", "-c", f"cd {path}; echo here; sleep 1000"))
+            async with await client.exec(request) as user:
+                await user.receive()
+                yield
+
+        bench = Bench(client, disk="v-one", is_frozen=is_frozen, hostname=hostname, busy=busy, wait_off=guest.wait_exit)
+        with trio.fail_after(60):
+            while not (await client.stat("/tmp/tick")).exists:
+                await trio.sleep(0.05)
+        await run_all(bench)

@@ -26,7 +26,7 @@ from hypeman.captures.compression import Compressor
 from hypeman.config import Config
 from hypeman.errors import InternalError, InUse, InvalidState, NotFound
 from hypeman.guest.boot import CaCertificate
-from hypeman.guest.client import GuestTimeout
+from hypeman.guest.client import GuestLost, GuestTimeout
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
 from hypeman.guest.types import Exited, GuestEvent, Ready, Started
@@ -357,8 +357,10 @@ class FakeGuest:
         self.held = held
 
     async def _obey(self, op: Op) -> None:
-        """Raises GuestTimeout at its limit, if the guest is stuck here."""
+        """Raises GuestTimeout at its limit, if the guest is stuck here, and GuestLost once it is off."""
         await trio.lowlevel.checkpoint()
+        if self._process.ended.is_set():
+            raise GuestLost("the connection to the guest has ended")
         if op.name.lower() in self.stuck:
             self.asked.set()
             await trio.sleep(self.limits[op])
