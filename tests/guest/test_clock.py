@@ -47,7 +47,7 @@ class Corrections:
         self.times: list[float] = []
         monkeypatch.setattr(client, "correct_clock", self._correct)
 
-    async def _correct(self) -> Sample:
+    async def _correct(self, *, good: int) -> Sample:
         self.times.append(trio.current_time())
         await trio.lowlevel.checkpoint()
         return Sample(0, 0, 0)
