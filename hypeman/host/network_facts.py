@@ -16,7 +16,8 @@ from hypeman.host.types import TAP_PREFIX
 
 _CAP_NET_ADMIN = 12
 _MAIN_TABLE = 254
-_MODULES = ("tun", "ifb", "sch_tbf", "sch_ingress", "cls_u32", "act_mirred", "nf_tables", "nft_masq")
+_MODULES = ("tun", "ifb", "sch_tbf", "sch_ingress", "cls_u32", "act_mirred", "nf_tables", "nft_masq",
+            "nft_fib_inet", "nft_socket")  # fmt: skip
 
 
 class NetworkFacts(msgspec.Struct, frozen=True):

@@ -54,10 +54,10 @@ class Leases:
 
     async def claim_ports(self, ports: tuple[PortMapping, ...], *, instance_id: str = "") -> Claim:
         """Raises PortInUse with the name of the instance or program that has a port."""
-        wanted = [mapping for mapping in ports if mapping.host_port]
-        self._store.read(
-            lambda txn: leases.check_ports_free(txn, wanted, partial(_name_of, txn), instance_id=instance_id)
-        )
+        if wanted := [mapping for mapping in ports if mapping.host_port]:
+            self._store.read(
+                lambda txn: leases.check_ports_free(txn, wanted, partial(_name_of, txn), instance_id=instance_id)
+            )
         return await self._network.published.claim(ports, instance_id=instance_id)
 
     def set_ports(self, txn: Txn, instance_id: str, ports: tuple[PortMapping, ...]) -> None:

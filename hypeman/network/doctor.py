@@ -61,7 +61,7 @@ def _tools(facts: NetworkFacts) -> Iterable[Finding]:
     if facts.missing_modules:
         names = " ".join(facts.missing_modules)
         yield _warns(
-            f"this kernel was installed without {names}: bandwidth limits are missing or rough",
+            f"this kernel was installed without {names}: bandwidth limits, published ports or names may be missing",
             "apt-get install linux-modules-extra-$(uname -r), or dnf install kernel-modules-extra",
         )
 

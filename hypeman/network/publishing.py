@@ -71,6 +71,8 @@ class PublishedPorts:
         Raises PortInUse, or InvalidRequest for an address that the host does not have.
         """
         claim = Claim(self, instance_id)
+        if not ports and instance_id not in self._held:
+            return claim
         with trio.CancelScope(shield=True):  # milliseconds, and nothing held gets lost
             await trio.to_thread.run_sync(self._claim, claim, ports, instance_id, limiter=self._one_at_a_time)
         return claim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -370,3 +371,35 @@ async def test_a_change_among_a_thousand_ports_is_as_small_as_the_first(lab: Lab
         await publish(lab, guest)
         assert refused(world, HOST, 20004)
         assert "10.100" not in sh("nft list map inet hypeman ports")
+
+
+@in_namespace
+async def test_an_instance_that_is_deleted_in_the_middle_leaves_nothing(lab: Lab) -> None:
+    """Transfers over IPv4 and IPv6 end, and no socket, task or flow of them is left."""
+    async with reached(lab) as (guest, inside, world):
+        files = len(os.listdir("/proc/self/fd"))
+        await publish(lab, guest, WEB, ECHO)
+        server = inside.serve(80)
+        clients = [socket.create_connection(("::1", 8080), 10) for _ in range(5)]
+        clients.append(await trio.to_thread.run_sync(world.connect, HOST, 8080))
+        accepted = [(await trio.to_thread.run_sync(server.accept))[0] for _ in clients]
+        for each in accepted:
+            each.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    each.send(bytes(1 << 16))  # more than anybody reads
+        asking = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        asking.sendto(b"one", ("::1", 7007))
+        await wait_until(lambda: lab.network.published.relays.connections == 6)
+        await lab.network.detach(guest.lease)
+        lab.network.published.forget(guest.lease.instance_id)
+        await wait_until(lambda: lab.network.published.relays.connections == 0)
+        for client in clients[:5]:
+            with pytest.raises(ConnectionResetError):
+                while await trio.to_thread.run_sync(client.recv, 1 << 20):
+                    pass
+        for each in (*clients, *accepted, server, asking):
+            each.close()
+        await wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
+        assert "10.100.0" not in sh("nft list map inet hypeman ports")
+        lab.listen("0.0.0.0", 8080).close()
