@@ -65,6 +65,17 @@ def _restarts(row: Mapping[str, Any]) -> str | None:
     return f"{status['attempts']}, {reason}" if reason else str(status["attempts"])
 
 
+def _ports(row: dict[str, Any]) -> str:
+    """``8080->80/tcp, 127.0.0.1:53->53/udp, 9000-9009->9000/tcp``."""
+    shown = []
+    for each in row.get("ports") or ():
+        address, last = each.get("host_address") or "", each["host_port"] + each.get("count", 1) - 1
+        where = f"[{address}]:" if ":" in address else f"{address}:" if address else ""
+        ports = f"{each['host_port']}-{last}" if last > each["host_port"] else str(last)
+        shown.append(f"{where}{ports}->{each['guest_port']}/{each['protocol']}")
+    return ", ".join(shown)
+
+
 _POLICY_COLUMNS = [("HEALTH", _health), ("RESTARTS", _restarts)]
 """Shown if there is something to show."""
 
@@ -91,6 +102,7 @@ def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags:
         ("VCPUS", lambda row: row.get("vcpus")),
         ("MEMORY", lambda row: row.get("size")),
         ("AGE", lambda row: age(row["created_at"])),
+        *([("PORTS", _ports)] if any(row.get("ports") for row in rows) else []),
     ]
     session.show_list(rows, columns, quiet="id" if quiet else None)
     hidden = len(found) - len(rows)

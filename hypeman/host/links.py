@@ -110,7 +110,7 @@ class Change(enum.Enum):
     UPLINK = "uplink"
     """A default route or another link changed: find the uplink again."""
     FORWARDING = "forwarding"
-    """Forwarding was disabled on some interface."""
+    """Forwarding was enabled or disabled on some interface."""
     LOST = "lost"
     """The kernel dropped notifications: recheck everything."""
 
@@ -194,6 +194,10 @@ class Links:
         """Disable it again on the interfaces, TAPs apart, where ``forward`` of this or an earlier process enabled it;
         not if the host has become a router by other means since."""
         await self._in_thread(_stop_forwarding)
+
+    async def forwarding(self) -> dict[str, int]:
+        """Interfaces, TAPs and lo apart, that forward what comes in: name → index."""
+        return await self._in_thread(_forwarding)
 
     async def ours(self) -> dict[str, Link]:
         """All links with our prefixes, by name."""
@@ -335,6 +339,16 @@ def _forward(names: list[str]) -> None:
                 if not name.startswith(TAP_PREFIX):
                     _note_switched(name)
                 switch.write_text("1")
+
+
+def _forwarding() -> dict[str, int]:
+    names = (path.name for path in Path("/proc/sys/net/ipv4/conf").iterdir())
+    return {
+        name: index
+        for name in names
+        if name not in ("all", "default", "lo") and not name.startswith((TAP_PREFIX, SHAPER_PREFIX))
+        and _read(str(_forwarding_switch(name))) == "1" and (index := _index(name))
+    }  # fmt: skip
 
 
 def _stop_forwarding() -> None:
@@ -498,8 +512,7 @@ def _change(packet: Packet) -> Change | None:
     if packet.type == _NEW_NETCONF:
         # Only this switch matters, and only when it is reported alone: a new link reports all at once.
         switches = dict(attributes(packet.body, 4))
-        off = len(switches) == 2 and switches.get(_NETCONF_FORWARDING) == struct.pack("=i", 0)
-        return Change.FORWARDING if off else None
+        return Change.FORWARDING if len(switches) == 2 and _NETCONF_FORWARDING in switches else None
     return None
 
 

@@ -1,13 +1,13 @@
 """Holds ports of the host for guests: a bound socket for each, so that no other program can take the port.
 
-The kernel translates a packet to a published port before it looks for sockets, so these receive nothing while the
-rules are in place. What they do receive is meant for a guest that is not there, or came while the rules were flushed:
+The kernel translates packets to a published port before it looks for sockets, where it can: IPv4, and coming in by an
+interface that forwards. Sockets that can receive something else (``relayed``) are served by a relay.
 
-    open      listening, with a filter that drops everything: connections survive a flush, new ones try again
+    open      listening, with a filter that drops what the kernel should have translated: it came while the rules were
+              flushed; connections survive that, new ones try again
     closed    bound only: a TCP connection to an instance without VM is refused
 
-An open socket that a relay serves (``relayed``, IPv6) has no filter. The holder of a port that cannot be bound is
-looked for in /proc.
+The holder of a port that cannot be bound is looked for in /proc.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from hypeman.errors import InvalidRequest, PortInUse
 from hypeman.host.files import HostError
 
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_SO_ATTACH_FILTER = 26
 _IP_FREEBIND = 15
-_RETURN_NOTHING = struct.pack("=HBBI", 0x06, 0, 0, 0)  # BPF_RET | BPF_K, 0 bytes
+_LOAD_INTERFACE = struct.pack("=HBBI", 0x20, 0, 0, 0xFFFFF000 + 8)  # BPF_LD | BPF_W | BPF_ABS of SKF_AD_IFINDEX
+_KEEP = struct.pack("=HBBI", 0x06, 0, 0, 0xFFFFFFFF)  # BPF_RET | BPF_K, all bytes
+_DROP = struct.pack("=HBBI", 0x06, 0, 0, 0)
+_MAX_INTERFACES = 250
+"""A jump of the filter has 8 bits. Of more interfaces the rest is not filtered."""
 _NO_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 _BACKLOG = 128
 _LISTEN = "0A"
@@ -39,29 +44,32 @@ class PortHold:
         self.relayed = relayed
         self._is_tcp = bound.type == socket.SOCK_STREAM
         self._is_open = False
-        _attach_filter(bound)
+        self._is_ipv6 = bound.family == socket.AF_INET6
+        _attach_filter(bound, _DROP)
+
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
 
     @property
     def port(self) -> int:
         return int(self.socket.getsockname()[1])
 
-    def open(self) -> None:
-        """Idempotent."""
+    def open(self, forwarding: Sequence[int] = ()) -> None:
+        """Idempotent. ``forwarding``: indices of interfaces whose packets the kernel translates."""
+        self._filter(forwarding)
         if self._is_open:
             return
         if self._is_tcp:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.socket.listen(_BACKLOG if self.relayed else 0)
-        if self.relayed:
-            self.socket.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
         self._is_open = True
 
     def close(self) -> None:
         """Idempotent; the port stays bound."""
         if not self._is_open:
             return
-        if self.relayed:
-            _attach_filter(self.socket)
+        _attach_filter(self.socket, _DROP)
         if self._is_tcp:
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_RD)
@@ -70,6 +78,11 @@ class PortHold:
 
     def release(self) -> None:
         self.socket.close()
+
+    def _filter(self, forwarding: Sequence[int]) -> None:
+        if not self.relayed:
+            return
+        _attach_filter(self.socket, _KEEP if self._is_ipv6 else render_filter(forwarding))
 
 
 def hold_port(
@@ -140,8 +153,17 @@ def _link(path: str) -> str:
         return ""
 
 
-def _attach_filter(receiver: socket.socket) -> None:
-    """Let ``receiver`` drop everything that it gets."""
-    program = ctypes.create_string_buffer(_RETURN_NOTHING, len(_RETURN_NOTHING))
-    fprog = struct.pack("HP", 1, ctypes.addressof(program))
+def render_filter(interfaces: Sequence[int]) -> bytes:
+    """A classic BPF program that drops packets that came in by one of ``interfaces``."""
+    known = sorted(set(interfaces))[:_MAX_INTERFACES]
+    tests = b"".join(
+        struct.pack("=HBBI", 0x15, len(known) - number, 0, index)  # BPF_JMP | BPF_JEQ | BPF_K, to the end
+        for number, index in enumerate(known)
+    )
+    return _LOAD_INTERFACE + tests + _KEEP + _DROP
+
+
+def _attach_filter(receiver: socket.socket, instructions: bytes) -> None:
+    program = ctypes.create_string_buffer(instructions, len(instructions))
+    fprog = struct.pack("HP", len(instructions) // 8, ctypes.addressof(program))
     receiver.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)

@@ -24,6 +24,8 @@ from hypeman.network.types import Lease, PortMapping
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = 1
+"""Index of the interface lo, whose packets are translated when they are sent."""
 _ATTEMPTS = 32
 """For a free port that is free on each address that it is wanted on."""
 
@@ -63,7 +65,19 @@ class PublishedPorts:
         self.relays = Relays()
         self._held: dict[str, dict[HostSocket, PortHold]] = {}
         """Instance → its sockets."""
+        self._forwarding: tuple[int, ...] = ()
         self._one_at_a_time = trio.CapacityLimiter(1)
+
+    def set_forwarding(self, interfaces: Iterable[int]) -> None:
+        """Indices of the interfaces that forward: what comes in by others is relayed."""
+        forwarding = (LOOPBACK, *sorted(interfaces))
+        if forwarding == self._forwarding:
+            return
+        self._forwarding = forwarding
+        for held in self._held.values():
+            for hold in held.values():
+                if hold.is_open:
+                    hold.open(forwarding)
 
     async def claim(self, ports: Sequence[PortMapping], *, instance_id: str = "") -> Claim:
         """Hold the sockets of ``ports`` that ``instance_id`` does not have yet; use the result in a ``with``.
@@ -106,7 +120,7 @@ class PublishedPorts:
         held = self._held.get(lease.instance_id, {})
         for socket, guest_port in all_sockets(lease.ports).items():
             if hold := held.get(socket):
-                hold.open()
+                hold.open(self._forwarding)
                 if hold.relayed:
                     self.relays.open(hold, lease.instance_id, (lease.ipv4, guest_port))
 
@@ -200,7 +214,7 @@ def _hold(socket: HostSocket, *, absent: bool = False) -> PortHold:
         socket.protocol,
         socket.address,
         socket.port,
-        relayed=socket.is_ipv6,
+        relayed=not socket.address.startswith("127."),
         absent=absent,
         shared=socket.port == NAMES_PORT and socket.address == ANY_4,
     )

@@ -1,9 +1,10 @@
-"""Relays from IPv6 sockets of the host to IPv4 guests, for published ports: the kernel does not translate between them.
+"""Relays from sockets of the host to guests, for what the kernel does not translate to published ports: IPv6, and IPv4
+that comes in by an interface that does not forward.
 
 A connection is two sockets and two copying tasks. Ends and resets are passed on in both directions; each instance has
 at most ``MAX_CONNECTIONS``, and a UDP client is forgotten after ``UDP_IDLE`` seconds without a datagram. A relay ends
-with the server: unlike IPv4 ones, these connections do not survive its restart. The guest sees the gateway's address as
-their source.
+with the server: unlike translated ones, these connections do not survive its restart. The guest sees the gateway's
+address as their source.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _CHUNK = 64 << 10
 _RETRY = 0.1
 """Seconds after an accept that failed, for example for want of descriptors."""
 _NO_LINGER = struct.pack("ii", 1, 0)
+_IP_PKTINFO = 8
 _ANCILLARY = socket.CMSG_SPACE(20)
 
 Target = tuple[str, int]
@@ -151,7 +153,10 @@ class _Datagrams:
         self._instance_id = instance_id
         self._target = target
         self._clients: dict[Any, socket.socket] = {}
-        ours.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        if ours.family == socket.AF_INET6:
+            ours.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            ours.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
 
     async def run(self, nursery: trio.Nursery) -> None:
         while True:

@@ -72,6 +72,8 @@ class RuleFacts(msgspec.Struct, frozen=True):
     subnet: Subnet
     uplinks: tuple[str, ...]
     """Uplink interfaces; none: guests reach only the host and each other."""
+    forwarding: tuple[str, ...] = ()
+    """Interfaces that forward, TAPs apart: published ports are translated for what comes in by them."""
     egress_port: int = 0
     """The proxy's port on the gateway; 0: no proxy."""
     offered: tuple[HostPort, ...] = ()
@@ -164,12 +166,18 @@ def _inet_table(facts: RuleFacts, elements: dict[tuple[str, str], list[str]]) ->
     any_tap = f'"{TAP_PREFIX}*"'
     refused = ", ".join(REFUSED_NETWORKS)
     private = "" if facts.allow_private else f"        elements = {{ {', '.join(PRIVATE_NETWORKS)} }}\n"
+    forwarding = "".join(
+        f"        elements = {{ {', '.join(map(_quoted, facts.forwarding))} }}\n" if facts.forwarding else ""
+    )
     uplinks = "".join(f"        elements = {{ {', '.join(map(_quoted, facts.uplinks))} }}\n" if facts.uplinks else "")
     return f"""\
 table inet {TABLE} {{
 {_sets(elements)}    set uplinks {{
         type ifname
 {uplinks}    }}
+    set forwarding {{
+        type ifname
+{forwarding}    }}
     set refused {{
         type ipv4_addr
         flags interval
@@ -194,6 +202,7 @@ table inet {TABLE} {{
         type nat hook prerouting priority dstnat; policy accept;
 {_mediation(facts)}{_bypass(facts)}        iifname @mediated tcp dport {_WEB} return
         ip daddr 127.0.0.0/8 return
+        iifname != {any_tap} iifname != @forwarding return
 {_kept_by_gateway(facts)}        meta l4proto {{ tcp, udp }} jump publish
     }}
     chain from_host {{

@@ -88,6 +88,7 @@ class Network:
         self.published = PublishedPorts()
         self.names = GuestNames(config, self.subnet, self._leases)
         self._bypass = True
+        self._forwarding: dict[str, int] = {}
 
     def on_tap_lost(self, react: TapLost) -> None:
         """Await ``react`` with the id of each instance whose TAP was deleted by others, once it has been recreated."""
@@ -111,8 +112,8 @@ class Network:
             log.warning("this kernel has no ifb: upload limits are cut roughly instead of shaped")
         await self._links.set_gateway(str(self.subnet.gateway))
         self.names.bind()
-        await self._load_first_rules()
         await self._links.forward(self.uplink.names)
+        await self._load_first_rules()
         leftovers = (await self._links.ours()).keys() - self._wanted_links()
         await self._links.remove_links(leftovers)
         if owned := [name for name in leftovers if name.startswith(TAP_PREFIX)]:
@@ -326,10 +327,13 @@ class Network:
 
     async def _load_rules_locked(self) -> None:
         leases = self._leases.values()
+        self._forwarding = await self._links.forwarding()
+        self.published.set_forwarding(self._forwarding.values())
         policed = tuple((lease.tap, lease.upload_bps) for lease in leases if self._is_policed(lease))
         facts = ruleset.RuleFacts(
             subnet=self.subnet,
             uplinks=self.uplink.names,
+            forwarding=tuple(sorted(self._forwarding)),
             egress_port=self._egress_port,
             offered=self._offered,
             policed=policed,
@@ -382,6 +386,8 @@ class Network:
                         await self._follow_uplink()
                     if change & {Change.FORWARDING, Change.LOST}:
                         await self._links.forward([*self.uplink.names, *(each.tap for each in self._leases.values())])
+                    if change & {Change.UPLINK, Change.FORWARDING, Change.LOST}:
+                        await self._follow_forwarding()
                     if change & {Change.OURS, Change.LOST}:
                         await self._put_back()
                 except InternalError as error:
@@ -398,6 +404,10 @@ class Network:
             await self._load_rules()
         if self.uplink.mtu != before.mtu:
             await self._links.set_mtu([lease.tap for lease in self._leases.values()], self.uplink.mtu)
+
+    async def _follow_forwarding(self) -> None:
+        if await self._links.forwarding() != self._forwarding:
+            await self._load_rules()
 
     async def _put_back(self) -> None:
         """Restore TAPs, shapers and routes removed by others. Those that ``detach`` removes have no lease."""

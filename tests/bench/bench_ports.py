@@ -131,7 +131,10 @@ def _load(kind: str) -> None:
         _sh("nft -f -", text=_PLAIN)
         return
     lease = Lease(instance_id="bench", cid=3, ipv4=_GUEST, mac=_GUEST_MAC, tap="hm-guest", ports=(_WEB,))
-    _sh("nft -f -", text=ruleset.render_ruleset(ruleset.RuleFacts(subnet=_SUBNET, uplinks=("up0",)), [lease]))
+    _sh(
+        "nft -f -",
+        text=ruleset.render_ruleset(ruleset.RuleFacts(subnet=_SUBNET, uplinks=("up0",), forwarding=("up0",)), [lease]),
+    )
 
 
 def _transfer(listener: socket.socket, client: _Elsewhere) -> tuple[float, float]:

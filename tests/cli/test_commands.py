@@ -633,6 +633,7 @@ def test_ports_are_requested_shown_and_changed(cli: Any, server: Any) -> None:
     server.world.instances.add("web", ports=(mapping, PortMapping(host_port=53, guest_port=53, protocol=Protocol.UDP)))
     server.world.instances.add("closed")
     assert cli("port", "closed").stdout == ""
+    assert "8080->80/tcp, 53->53/udp" in cli("ps").stdout
     assert cli("port", "web").stdout.splitlines() == [
         "80/tcp -> 0.0.0.0:8080", "80/tcp -> [::]:8080", "53/udp -> 0.0.0.0:53", "53/udp -> [::]:53",
     ]  # fmt: skip

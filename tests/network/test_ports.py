@@ -17,7 +17,7 @@ from hypeman.errors import PortInUse
 from hypeman.host.types import Element
 from hypeman.network.types import EgressMode, PortMapping, Protocol
 from tests.network.hosts import Host, guest_host, world_host
-from tests.network.lab import GATEWAY, HOST, ROUTER, Guest, Lab, in_namespace, sh, wait_until
+from tests.network.lab import GATEWAY, HOST, ROUTER, Guest, Lab, in_namespace, plug_in, sh, wait_until
 
 WEB = PortMapping(host_port=8080, guest_port=80)
 ECHO = PortMapping(host_port=7007, guest_port=7, protocol=Protocol.UDP)
@@ -403,3 +403,31 @@ async def test_an_instance_that_is_deleted_in_the_middle_leaves_nothing(lab: Lab
         await wait_until(lambda: len(os.listdir("/proc/self/fd")) <= files)
         assert "10.100.0" not in sh("nft list map inet hypeman ports")
         lab.listen("0.0.0.0", 8080).close()
+
+
+@in_namespace
+async def test_an_interface_that_does_not_forward_is_served_by_a_relay(lab: Lab) -> None:
+    """As on a host with several networks, which is no router. When it becomes one, the kernel translates."""
+    lan = lab.add_wire(plug_in("lan0"))
+    sh("ip addr add 198.51.100.1/24 dev lan0 && ip link set lan0 up")
+    async with reached(lab) as (guest, inside, world):
+        there = Host(lan, mac="02:fe:00:00:00:02", commands=("ip addr add 198.51.100.2/24 dev eth0",))
+        try:
+            await publish(lab, guest, WEB, ECHO, replace(WEB, host_port=8081, host_address="198.51.100.1"))
+            server, echo = inside.serve(80), inside.serve(7, kind=socket.SOCK_DGRAM)
+            for port in (8080, 8081):
+                assert await talk(there, "198.51.100.1", port, server) == GATEWAY
+            assert await talk(world, HOST, 8080, server) == ROUTER
+            with there.make_socket(socket.SOCK_DGRAM) as asking:
+                asking.connect(("198.51.100.1", 7007))  # takes answers from this address only
+                asking.send(b"one")
+                data, peer = await trio.to_thread.run_sync(echo.recvfrom, 100)
+                echo.sendto(data[::-1], peer)
+                assert await trio.to_thread.run_sync(asking.recv, 100) == b"eno"
+            assert sh("sysctl -n net.ipv4.conf.lan0.forwarding") == "0\n"
+            sh("sysctl -qw net.ipv4.ip_forward=1")
+            await wait_until(lambda: "lan0" in sh("nft list set inet hypeman forwarding"))
+            for port in (8080, 8081):
+                assert await talk(there, "198.51.100.1", port, server) == "198.51.100.2"
+        finally:
+            there.close()

@@ -16,6 +16,7 @@ CLOSED = GOLDEN.with_name("ruleset-without-private.nft")
 FACTS = RuleFacts(
     subnet=Subnet.parse("10.100.0.0/16"),
     uplinks=("eth0",),
+    forwarding=("eth0",),
     egress_port=18080,
     offered=(HostPort("udp", 53), HostPort("tcp", 53)),
     policed=(("hm-b", 1_250_000),),
