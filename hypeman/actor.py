@@ -28,6 +28,8 @@ class Actor(Struct, frozen=True):
     """User id of a caller over the unix socket."""
     request_id: str | UnsetType = UNSET
     """As in the access log and the header ``X-Request-Id``."""
+    call: str | UnsetType = UNSET
+    """The same for all events of one call with an ``Idempotency-Key``."""
 
 
 _current: ContextVar[Actor | None] = ContextVar("actor", default=None)

@@ -62,6 +62,7 @@ from hypeman.resources.service import Capacity, ResourceService
 from hypeman.server.app import build_app
 from hypeman.server.capabilities import CapabilityView
 from hypeman.server.exchange import ServerSettings
+from hypeman.server.idempotency import Calls
 from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
 from hypeman.store import Store
@@ -110,7 +111,9 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
                 log.info("shutting down before everything was started; VMs go on")
                 background.cancel_scope.cancel()
                 return
-            app = build_app(parts.services, ServerSettings(config.jwt_secret, config.request_timeout))
+            calls = Calls(parts.store, parts.services)
+            await background.start(calls.run)
+            app = build_app(parts.services, ServerSettings(config.jwt_secret, config.request_timeout), calls)
             open_to_all = config.socket.trusted
             async with trio.open_nursery() as serving:
                 await serving.start(

@@ -40,6 +40,7 @@ from hypeman.server.exchange import (
     measured,
     reply_to,
 )
+from hypeman.server.idempotency import HEADER, Calls
 from hypeman.server.plain import PlainRoutes
 from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConnection
 from hypeman.server.routes import OPERATIONS
@@ -59,9 +60,9 @@ BODY_SECONDS = 10.0
 _METHODS = frozenset(["GET", "POST", "PUT", "PATCH", "DELETE"])
 
 
-def build_app(services: Services, settings: ServerSettings) -> ApiApp:
-    """Build the application; ``serve.py`` serves it on sockets."""
-    app = ApiApp(services, settings)
+def build_app(services: Services, settings: ServerSettings, calls: Calls | None = None) -> ApiApp:
+    """Build the application; ``serve.py`` serves it on sockets. Without ``calls``, ``Idempotency-Key`` is ignored."""
+    app = ApiApp(services, settings, calls)
     app.add_operations(OPERATIONS)
     for path, scope, handler in WEBSOCKETS:
         app.add_websocket_route(path, scope, handler)
@@ -80,10 +81,11 @@ class ApiApp(QuartTrio):
     asgi_http_class = HttpConnection
     asgi_websocket_class = WebsocketConnection
 
-    def __init__(self, services: Services, settings: ServerSettings) -> None:
+    def __init__(self, services: Services, settings: ServerSettings, calls: Calls | None = None) -> None:
         super().__init__("hypeman", static_folder=None)
         self.services = services
         self.settings = settings
+        self.calls = calls
         self._verifier = Verifier(settings.jwt_secret)
         self.plain = PlainRoutes((), services, settings, self._verifier)
         self.held_bodies = _HeldBodies()
@@ -198,7 +200,9 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
         decoder = msgspec.json.Decoder(operation.body)
     limit = float("inf") if operation.unlimited else app.settings.request_timeout
 
-    async def arguments(segments: dict[str, str], caller: Caller) -> dict[str, Any]:
+    async def arguments(segments: dict[str, str], caller: Caller) -> tuple[dict[str, Any], bytes]:
+        """The handler's arguments, and the body if it is JSON."""
+        data = b""
         found: dict[str, Any] = {name: decode_segment(value) for name, value in segments.items()}
         if operation.query is not None:
             found["query"] = decode_query(request.query_string, operation.query)
@@ -210,15 +214,34 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
                 found["body"] = decode_body(data, decoder)
         if operation.takes_context:
             found["context"] = Context(caller, request.headers.get)
-        return found
+        return found, data
+
+    async def keyed(caller: Caller, key: str, segments: dict[str, str], calls: Calls) -> Reply:
+        """The response to a call with an ``Idempotency-Key``."""
+        given, data = await arguments(segments, caller)
+
+        async def work() -> Reply:
+            try:
+                with measured(operation):
+                    return reply_to(operation, await operation.handler(app.services, **given))
+            except Exception as error:
+                return failed(failure_from(error))
+
+        asked = b"\0".join([request.method.encode(), request.path.encode(), request.query_string, data])
+        detached = operation.body is not UploadStream
+        return await calls.once(caller.subject, key, asked, operation.status, work, detached=detached)
 
     async def view(**segments: str) -> Response:
         failure = errors.TIMED_OUT
         with trio.move_on_after(limit):
             try:
                 caller = app._admit(request, *operation.scopes) if operation.scopes else NOBODY
+                key = request.headers.get(HEADER) if operation.method == "POST" else None
+                if key is not None and app.calls is not None:
+                    return _response(await keyed(caller, key, segments, app.calls))
                 with measured(operation):
-                    answer = await operation.handler(app.services, **await arguments(segments, caller))
+                    given, _ = await arguments(segments, caller)
+                    answer = await operation.handler(app.services, **given)
                 if isinstance(answer, EventStream):
                     return _event_stream(operation, answer)
                 return _response(reply_to(operation, answer))

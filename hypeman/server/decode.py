@@ -20,13 +20,58 @@ _MAX_QUERY_FIELDS = 200
 def decode_body(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
     """Decode the Struct in ``data``. Raises SchemaViolation."""
     try:
-        return decoder.decode(data)
+        return _decode(data, decoder)
     except msgspec.ValidationError as error:
         raise SchemaViolation(f"body: {error}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise SchemaViolation(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise SchemaViolation("the body is not JSON: nested too deeply") from None
+
+
+def _decode(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
+    """A null for a field with a default is as good as none. Raises msgspec's exceptions."""
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError:
+        if b"null" not in data:
+            raise
+        tree = without_nulls(msgspec.json.decode(data), msgspec.inspect.type_info(decoder.type))
+        return decoder.decode(msgspec.json.encode(tree))
+
+
+def without_nulls(value: Any, kind: msgspec.inspect.Type) -> Any:
+    """``value`` without null where ``kind`` has a Struct's field that may be absent."""
+    match kind:
+        case msgspec.inspect.Metadata():
+            return without_nulls(value, kind.type)
+        case msgspec.inspect.StructType() if isinstance(value, dict):
+            fields = {field.encode_name: field for field in kind.fields}
+            return {
+                key: without_nulls(item, fields[key].type) if key in fields else item
+                for key, item in value.items()
+                if item is not None or key not in fields or fields[key].required
+            }
+        case msgspec.inspect.UnionType():
+            structs = [_inner(each) for each in kind.types if isinstance(_inner(each), _CONTAINERS)]
+            return without_nulls(value, structs[0]) if len(structs) == 1 else value
+        case msgspec.inspect.DictType() if isinstance(value, dict):
+            return {key: without_nulls(item, kind.value_type) for key, item in value.items()}
+        case msgspec.inspect.VarTupleType() | msgspec.inspect.ListType() if isinstance(value, list):
+            return [without_nulls(item, kind.item_type) for item in value]
+    return value
+
+
+_CONTAINERS = (
+    msgspec.inspect.StructType,
+    msgspec.inspect.DictType,
+    msgspec.inspect.VarTupleType,
+    msgspec.inspect.ListType,
+)
+
+
+def _inner(kind: msgspec.inspect.Type) -> msgspec.inspect.Type:
+    return _inner(kind.type) if isinstance(kind, msgspec.inspect.Metadata) else kind
 
 
 def decode_query(query: bytes, wanted: type[Any]) -> Any:

@@ -25,6 +25,13 @@ _INFO = {
     "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
 }
 _TOKEN = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+_IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "A repeated call with the same key and request returns the first one's response (for a day)",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+}
 _NOT_SCHEMAS = (None, EventStream, Page, UploadStream)
 
 
@@ -58,6 +65,8 @@ class _Schemas:
         found, components = msgspec.json.schema_components(wanted, ref_template="#/components/schemas/{name}")
         self._found: dict[Any, dict[str, Any]] = dict(zip(wanted, found, strict=True))
         self._components = components
+        for name in _reachable([self._found[one.body] for one in operations if one.body in self._found], components):
+            _allow_null(components[name])
         self._queries = {operation.query.__name__ for operation in operations if operation.query is not None}
 
     def of(self, kind: Any) -> dict[str, Any]:
@@ -69,6 +78,32 @@ class _Schemas:
 
     def components(self) -> dict[str, Any]:
         return {name: schema for name, schema in sorted(self._components.items()) if name not in self._queries}
+
+
+def _reachable(schemas: Iterable[Any], components: dict[str, Any]) -> set[str]:
+    """Names of the components that ``schemas`` refer to, directly or not."""
+    names: set[str] = set()
+    waiting = list(schemas)
+    while waiting:
+        match waiting.pop():
+            case {"$ref": str(reference)} if (name := reference.rpartition("/")[2]) not in names:
+                names.add(name)
+                waiting.append(components[name])
+            case dict() as schema:
+                waiting.extend(schema.values())
+            case list() as schemas:
+                waiting.extend(schemas)
+    return names
+
+
+def _allow_null(component: dict[str, Any]) -> None:
+    """In a request, null for a field that may be absent is as good as none (decode.py)."""
+    for name, schema in component.get("properties", {}).items():
+        if name not in component.get("required", ()) and {"type": "null"} not in schema.get("anyOf", ()):
+            outer = {key: schema[key] for key in ("description", "default", "examples") if key in schema}
+            inner = {key: value for key, value in schema.items() if key not in outer}
+            choices = inner["anyOf"] if inner.keys() == {"anyOf"} else [inner]
+            component["properties"][name] = {"anyOf": [*choices, {"type": "null"}], **outer}
 
 
 def _operation(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
@@ -115,7 +150,11 @@ def _header_parameters(operation: Operation) -> list[dict[str, Any]]:
     return [
         {"name": name, "in": "header", "required": False, "description": text, "schema": {"type": "string"}}
         for name, text in operation.request_headers.items()
-    ]
+    ] + ([_IDEMPOTENCY_KEY] if _takes_key(operation) else [])
+
+
+def _takes_key(operation: Operation) -> bool:
+    return operation.method == "POST" and bool(operation.scopes)
 
 
 def _request_body(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
@@ -136,6 +175,8 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     failures = set(operation.fails)
     if operation.path_parameters or operation.query is not None:
         failures.add(400)
+    if _takes_key(operation):
+        failures |= {400, 422}
     if operation.scopes:
         failures |= {401, 403, 500}
     if operation.body not in (None, UploadStream):

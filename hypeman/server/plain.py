@@ -67,7 +67,9 @@ _VERSION = b" HTTP/1.1"
 _REQUEST = re.compile(rb"([A-Z]+) (/[\w.~%:@!$&'()*+,;=/-]*(?:\?[\w.~%:@!$&'()*+,;=/?\[\]-]*)?)")
 _LENGTH = re.compile(rb"[0-9]{1,6}")
 _HEADERS = re.compile(rb"(?:[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)+")
-_MORE_THAN_A_RESPONSE = frozenset((b"transfer-encoding", b"upgrade", b"expect", b"http2-settings", b"te", b"trailer"))
+_MORE_THAN_A_RESPONSE = frozenset(
+    (b"transfer-encoding", b"upgrade", b"expect", b"http2-settings", b"te", b"trailer", b"idempotency-key")
+)
 
 
 class Found(NamedTuple):

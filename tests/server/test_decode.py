@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -85,3 +86,39 @@ def test_the_place_is_named() -> None:
         decode_body(b'{"name":"a","image":"b","network":{"egress":{"enforcement":{"mode":"x"}}}}', DECODER)
     with pytest.raises(SchemaViolation, match=r"query: .*\$\.tail"):
         decode_query(b"tail=many", LogQuery)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"name":"a","image":"b","vcpus":null,"size":null,"env":null,"network":null,"tags":null,"volumes":null}',
+        b'{"name":"a","image":"b","network":{"enabled":null,"bandwidth_upload":null,"egress":{"enabled":null}}}',
+        b'{"name":"a","image":"b","volumes":[{"volume_id":"v","mount_path":"/m","readonly":null}]}',
+        b'{"name":"a","image":"b","credentials":{"K":{"source":{"env":"E"},"inject":[{"hosts":null,"as":'
+        b'{"header":"h","format":"${value}"}}]}}}',
+    ],
+)
+def test_null_is_as_good_as_absent_where_a_field_is_optional(body: bytes) -> None:
+    decoder = msgspec.json.Decoder(CreateInstanceRequest)
+    tree = msgspec.json.decode(body)
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if item is not None}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    assert decode_body(body, decoder) == decode_body(msgspec.json.encode(strip(tree)), decoder)
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b'{"name":null,"image":"b"}', "$.name"),
+        (b'{"name":"a","image":"b","env":{"A":null}}', "$.env"),
+        (b'{"name":"a","image":"b","vcpus":null,"size":1}', "$.size"),
+        (b'{"name":"a","image":"b","volumes":[null]}', "$.volumes"),
+    ],
+)
+def test_null_is_an_error_everywhere_else(body: bytes, place: str) -> None:
+    with pytest.raises(SchemaViolation, match=re.escape(place)):
+        decode_body(body, msgspec.json.Decoder(CreateInstanceRequest))
