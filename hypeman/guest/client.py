@@ -483,7 +483,8 @@ class GuestClient:
         asked = time.time_ns()
         reply = await self._request(Op.CLOCK, None)
         answered = time.time_ns()
-        if not (guest := _parsed(Fields, reply).u64(Tag.CLOCK_NS)):
+        guest = _parsed(Fields, reply).u64(Tag.CLOCK_NS)
+        if not 0 < guest < 2**63:
             raise GuestError("the guest did not tell its time")
         return Sample(asked, answered, guest)
 

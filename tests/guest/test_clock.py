@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman.guest import clock
-from hypeman.guest.client import GuestClient
+from hypeman.guest.client import GuestClient, GuestError
 from hypeman.guest.clock import MILLISECOND, Sample
+from hypeman.guest.fields import FieldWriter, Tag
+from hypeman.guest.protocol import Op
 from tests.guest.conftest import Agent
 
 
@@ -86,6 +88,22 @@ async def test_when_a_clock_is_corrected(
         await trio.sleep(0.1)
         assert len(corrections.times) == count + 1
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("told", [b"", FieldWriter().u64(Tag.CLOCK_NS, 2**64 - 1).render()])
+async def test_a_guest_that_tells_no_time(monkeypatch: pytest.MonkeyPatch, told: bytes) -> None:
+    ours, _ = trio.testing.memory_stream_pair()
+    client = GuestClient(ours, nonce=bytes(16))
+
+    async def request(op: Op, fields: FieldWriter | None) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return told
+
+    monkeypatch.setattr(client, "_request", request)
+    with pytest.raises(GuestError, match="did not tell its time"):
+        await client.correct_clock()
+    client._greeted.set()
+    await client._keep_clock()  # gives up, quietly
 
 
 async def test_the_agent_tells_its_time_and_leaves_the_machine_alone(client: GuestClient, agent: Agent) -> None:
