@@ -275,6 +275,7 @@ void buf_need(struct loop *l, struct buf *b, size_t room);
 void buf_add(struct loop *l, struct buf *b, const char *p, size_t n);
 void buf_take(struct loop *l, struct buf *b, size_t n); /* consumes; gives memory back when empty */
 void buf_free(struct loop *l, struct buf *b);
+void buf_free_spares(struct loop *l); /* at the loop's end */
 struct conn *conn_new(struct loop *l, enum kind kind, int fd);
 bool conn_watch(struct conn *c);
 void conn_kill(struct conn *c);

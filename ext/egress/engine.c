@@ -172,12 +172,7 @@ static void free_loop(struct loop *l)
         free(l->inbox);
         l->inbox = next;
     }
-    for (unsigned i = 0; i < 4; i++)
-        while (l->spares[i]) {
-            void *p = l->spares[i];
-            memcpy(&l->spares[i], p, sizeof p);
-            free(p);
-        }
+    buf_free_spares(l);
     mint_free(l->mint);
     audit_free(l->audit);
     free(l->scratch);

@@ -81,6 +81,16 @@ static void give_block(struct loop *l, void *p, size_t cap)
     free(at);
 }
 
+void buf_free_spares(struct loop *l)
+{
+    for (unsigned i = 0; i < 4; i++)
+        while (l->spares[i]) {
+            void *p = l->spares[i];
+            memcpy(&l->spares[i], p, sizeof p);
+            free((struct label *)p - 1);
+        }
+}
+
 void buf_need(struct loop *l, struct buf *b, size_t room)
 {
     if (b->cap - b->len >= room)
