@@ -67,6 +67,11 @@ static bool shed_one(struct loop *l)
     return fd >= 0;
 }
 
+static void down_killed(struct conn *c)
+{
+    xchg_uncount(&c->x);
+}
+
 void accept_all(struct loop *l)
 {
     for (;;) {
@@ -89,6 +94,7 @@ void accept_all(struct loop *l)
             continue;
         }
         struct conn *c = conn_new(l, DOWN, fd);
+        c->killed = down_killed;
         c->side = &DOWN1; /* until TLS says HTTP/2 */
         c->tenant = t;
         if (!conn_count(c)) {

@@ -17,11 +17,6 @@
 
 #include "loop.h"
 
-unsigned engine_timer_ms(const struct engine *e, int class)
-{
-    return e->timers_ms[class];
-}
-
 static bool parse_network(const char *text, struct network *out)
 {
     char address[64];
@@ -57,6 +52,9 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
 {
     int one = 1;
     l->engine = e;
+    l->bounds = &e->table.bounds;
+    l->bytes_share = e->table.bounds.total[B_BYTES] / e->n;
+    l->timers_ms = e->timers_ms;
     l->index = index;
     l->listener = s->listeners[index];
     (void)pthread_mutex_init(&l->inbox_lock, NULL);

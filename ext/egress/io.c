@@ -15,7 +15,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "loop.h"
+#include "io.h"
 
 /* Buffers come in four sizes and go back to short free lists; idle connections hold none.
  *
@@ -160,14 +160,14 @@ bool conn_watch(struct conn *c)
 
 bool conn_take(struct conn *c, enum bound what, int64_t n)
 {
-    bool ok = bound_take(&c->loop->engine->table.bounds, &c->tenant->usage, what, n);
+    bool ok = bound_take(c->loop->bounds, &c->tenant->usage, what, n);
     c->loop->limited[what] += !ok;
     return ok;
 }
 
 void conn_give(struct conn *c, enum bound what, int64_t n)
 {
-    bound_give(&c->loop->engine->table.bounds, &c->tenant->usage, what, n);
+    bound_give(c->loop->bounds, &c->tenant->usage, what, n);
 }
 
 static enum bound kind_of(const struct conn *c)
@@ -197,8 +197,6 @@ static void uncount(struct conn *c)
         conn_give(c, B_HANDSHAKES, 1);
     if (c->windowed)
         conn_give(c, B_WINDOWS, WINDOW_BEYOND);
-    if (c->kind == DOWN)
-        xchg_uncount(&c->x);
     c->counted = c->shaking = c->windowed = false;
 }
 
@@ -206,9 +204,8 @@ static void uncount(struct conn *c)
 size_t conn_watermark(const struct conn *c)
 {
     const struct loop *l = c->loop;
-    const struct bounds *b = &l->engine->table.bounds;
-    bool over = atomic_load_explicit(&c->tenant->usage.used[B_BYTES], memory_order_relaxed) > b->each[B_BYTES]
-        || l->bytes * l->engine->n > b->total[B_BYTES];
+    bool over = l->bytes > l->bytes_share
+        || atomic_load_explicit(&c->tenant->usage.used[B_BYTES], memory_order_relaxed) > l->bounds->each[B_BYTES];
     return over ? 1 : WATERMARK;
 }
 
@@ -220,10 +217,8 @@ void conn_kill(struct conn *c)
     c->dead = true;
     conn_timer(c, -1);
     uncount(c);
-    if (c->asking)
-        up_forget_question(c);
-    if (c->pooled)
-        pool_remove(c);
+    if (c->killed)
+        c->killed(c);
     if (c->fd >= 0)
         (void)close(c->fd); /* leaves epoll by itself */
     c->fd = -1;
@@ -410,13 +405,22 @@ void conn_flush(struct conn *c)
     c->loop->payer = before;
 }
 
+void conn_close_notify(struct conn *c)
+{
+    if (!c->broken) {
+        ERR_clear_error();
+        (void)SSL_shutdown(c->ssl);
+        ERR_clear_error();
+    }
+}
+
 void conn_finish(struct conn *c, bool linger)
 {
     if (c->dead)
         return;
     if (c->ssl && c->phase != P_HANDSHAKE) {
         seal_stage(c);
-        tls_close_notify(c);
+        conn_close_notify(c);
     }
     conn_mark(c);
     if (linger && !c->sock_eof && !c->broken) {
@@ -501,7 +505,7 @@ void conn_timer(struct conn *c, int class)
     t->class = (int8_t)class;
     if (class < 0)
         return;
-    t->due_ms = l->now_ms + engine_timer_ms(l->engine, class);
+    t->due_ms = l->now_ms + l->timers_ms[class];
     t->prev = l->timers[class].last;
     t->next = NULL;
     *(t->prev ? &t->prev->timer.next : &l->timers[class].first) = c;

@@ -112,11 +112,34 @@ void up_release(struct conn *c)
     keep_idle(c);
 }
 
+static struct conn **asked(struct loop *l, uint64_t token)
+{
+    return &l->asked[token % ASKED_SLOTS];
+}
+
+static void forget_question(struct conn *c)
+{
+    *(c->ask_prev ? &c->ask_prev->ask_next : asked(c->loop, c->token)) = c->ask_next;
+    if (c->ask_next)
+        c->ask_next->ask_prev = c->ask_prev;
+    c->ask_prev = c->ask_next = NULL;
+    c->asking = false;
+}
+
+static void up_killed(struct conn *c)
+{
+    if (c->asking)
+        forget_question(c);
+    if (c->pooled)
+        pool_remove(c);
+}
+
 /* NULL: the instance, or all of them, have too many connections to hosts. Idle ones make room. */
 static struct conn *dial(struct loop *l, struct tenant *t, const struct destination *to, uint64_t generation)
 {
     struct conn *c = conn_new(l, UP, -1);
     c->side = &UP1; /* until TLS says HTTP/2 */
+    c->killed = up_killed;
     tenant_hold(t);
     c->tenant = t;
     if (!conn_count(c) && !(drop_idle(l, t) && conn_count(c))) {
@@ -129,20 +152,6 @@ static struct conn *dial(struct loop *l, struct tenant *t, const struct destinat
     conn_timer(c, T_RESOLVE);
     l->counters[M_UPSTREAM_OPENED]++;
     return c;
-}
-
-static struct conn **asked(struct loop *l, uint64_t token)
-{
-    return &l->asked[token % ASKED_SLOTS];
-}
-
-void up_forget_question(struct conn *c)
-{
-    *(c->ask_prev ? &c->ask_prev->ask_next : asked(c->loop, c->token)) = c->ask_next;
-    if (c->ask_next)
-        c->ask_next->ask_prev = c->ask_prev;
-    c->ask_prev = c->ask_next = NULL;
-    c->asking = false;
 }
 
 static void find_addresses(struct conn *c)
@@ -311,7 +320,7 @@ void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *ad
         c = c->ask_next;
     if (!c)
         return; /* no longer wanted */
-    up_forget_question(c);
+    forget_question(c);
     l->payer = c->tenant;
     c->addresses = n < MAX_ADDRESSES ? n : MAX_ADDRESSES;
     memcpy(c->candidates, addresses, c->addresses * sizeof *addresses);

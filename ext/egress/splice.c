@@ -180,7 +180,7 @@ static bool carry(struct conn *from, struct conn *to, uint64_t *count)
             return false;
         if (got == -1) {
             if (to->ssl)
-                tls_close_notify(to);
+                conn_close_notify(to);
             to->shut_after = true;
             conn_mark(to);
             return true;

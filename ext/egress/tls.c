@@ -18,7 +18,7 @@
 #include <sys/socket.h>
 
 #include "chain.h"
-#include "egress.h"
+#include "tls.h"
 
 static int bio_read(BIO *b, char *p, int n)
 {
@@ -211,13 +211,4 @@ int tls_handshake(struct conn *c)
         return 0;
     conn_alert(c);
     return -1;
-}
-
-void tls_close_notify(struct conn *c)
-{
-    if (!c->broken) {
-        ERR_clear_error();
-        (void)SSL_shutdown(c->ssl);
-        ERR_clear_error();
-    }
 }

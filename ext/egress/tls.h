@@ -1,0 +1,12 @@
+/* TLS over the buffers of a connection; see tls.c. */
+#ifndef HYPEMAN_EGRESS_TLS_H
+#define HYPEMAN_EGRESS_TLS_H
+
+#include "io.h"
+
+SSL_CTX *tls_server_context(void);
+SSL_CTX *tls_client_context(const char *trusted_pem, const char *extra_pem, char *error, size_t n);
+bool tls_begin(struct conn *c, SSL *ssl, bool server); /* takes over ssl */
+int tls_handshake(struct conn *c); /* 1 done, 0 more, -1 failed */
+
+#endif
