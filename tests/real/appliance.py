@@ -288,7 +288,8 @@ class Appliance:
 
     async def exec(self, name: str, *command: str, stdin: bytes = b"") -> tuple[int, str]:
         """Exit code and output of a program in the guest."""
-        return await self.cli("exec", "-T", name, "--", *command, stdin=stdin)
+        forward = ("-i",) if stdin else ()
+        return await self.cli("exec", "-T", *forward, name, "--", *command, stdin=stdin)
 
     async def cli(self, *arguments: str, stdin: bytes = b"") -> tuple[int, str]:
         """Exit code and output of the command line client."""
