@@ -110,7 +110,9 @@ class Change(enum.Enum):
     UPLINK = "uplink"
     """A default route or another link changed: find the uplink again."""
     FORWARDING = "forwarding"
-    """Forwarding was enabled or disabled on some interface."""
+    """Forwarding was disabled on some interface."""
+    ROUTER = "router"
+    """Forwarding was enabled on some interface, by us or others."""
     LOST = "lost"
     """The kernel dropped notifications: recheck everything."""
 
@@ -512,7 +514,9 @@ def _change(packet: Packet) -> Change | None:
     if packet.type == _NEW_NETCONF:
         # Only this switch matters, and only when it is reported alone: a new link reports all at once.
         switches = dict(attributes(packet.body, 4))
-        return Change.FORWARDING if len(switches) == 2 and _NETCONF_FORWARDING in switches else None
+        if len(switches) != 2 or _NETCONF_FORWARDING not in switches:
+            return None
+        return Change.ROUTER if any(switches[_NETCONF_FORWARDING]) else Change.FORWARDING
     return None
 
 

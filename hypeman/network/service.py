@@ -386,7 +386,7 @@ class Network:
                         await self._follow_uplink()
                     if change & {Change.FORWARDING, Change.LOST}:
                         await self._links.forward([*self.uplink.names, *(each.tap for each in self._leases.values())])
-                    if change & {Change.UPLINK, Change.FORWARDING, Change.LOST}:
+                    if change & {Change.UPLINK, Change.FORWARDING, Change.ROUTER, Change.LOST}:
                         await self._follow_forwarding()
                     if change & {Change.OURS, Change.LOST}:
                         await self._put_back()
