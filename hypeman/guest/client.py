@@ -646,6 +646,10 @@ class GuestClient:
         self._wake_writer()
         return session
 
+    async def ping(self) -> None:
+        """Return if the agent answers. Raises GuestTimeout if not, GuestLost."""
+        await self._request(Op.PING, None)
+
     async def _call(self, op: Op, fields: FieldWriter | None) -> tuple[bytes, bytes, Ended]:
         session = await self._open(op, fields)
         try:

@@ -397,6 +397,9 @@ class FakeGuest:
         await trio.lowlevel.checkpoint()
         self._process.end(ExitReason.POWEROFF)
 
+    async def ping(self) -> None:
+        await self._obey(Op.PING)
+
     async def freeze(self) -> None:
         await self._obey(Op.FREEZE)
         self._process.memory.frozen = True

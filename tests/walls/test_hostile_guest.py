@@ -77,6 +77,7 @@ CASES: dict[str, tuple[Act, Act, tuple[str, ...]]] = {
     "snapshot": (running, snapshot, ("freeze", "thaw", "shutdown")),
     "thaw after fork": (running, fork, ("thaw", "shutdown")),
     "attach": (with_volume, attach, ("mount", "unmount", "shutdown")),
+    "attach, silent": (with_volume, attach, ("ping", "mount", "unmount", "shutdown")),
     "detach": (with_attached, detach, ("unmount", "shutdown")),
 }
 """What leads there, what runs, and which requests the guest does not answer."""
@@ -295,6 +296,20 @@ async def test_a_guest_that_halted_is_ended(lab: Lab, monkeypatch: pytest.Monkey
             while instances.board.find("one").state is not InstanceState.STOPPED:
                 await trio.sleep(0.01)
         assert (await instances.get("one")).exit_message == "the guest halted"
+        await clean_up(lab, instances)
+
+
+async def test_a_silent_guest_refuses_an_attach_and_keeps_no_disk(lab: Lab) -> None:
+    """The disk cannot be taken back from it, so it must not be plugged in: its instance would be Unknown."""
+    async with lab.running() as instances:
+        await with_volume(lab, instances)
+        guest = lab.guests[instances.board.find("one").id]
+        guest.stuck, guest.limits = {"ping", "mount", "unmount"}, dict.fromkeys(LIMITS, 0.01)
+        with trio.fail_after(20), pytest.raises(GuestTimeout):
+            await attach(lab, instances)
+        assert instances.board.find("one").state is InstanceState.RUNNING
+        guest.stuck = set()
+        await attach(lab, instances)
         await clean_up(lab, instances)
 
 
