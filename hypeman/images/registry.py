@@ -9,7 +9,8 @@ Rules:
 - A login is sent only to its registry and to the token service that this registry names; never to a
   mirror or the target of a redirect, and never put into a log or an error.
 - Plain HTTP only for registries named in the configuration; an HTTPS registry cannot redirect to it.
-- No redirect leads from a registry elsewhere to a loopback or link-local address, such as a metadata service.
+- No redirect, and no token service, leads from a registry elsewhere to a loopback or link-local address, such as a
+  metadata service. A name is looked up once, and the address that was checked is the one that is dialled.
 - Broken transfers are resumed (Range), also after a server restart; invalid answers are retried with backoff,
   a limited number of times. Throttling (429) is reported to the caller as RateLimited.
 """
@@ -124,6 +125,7 @@ class RegistryClient:
         default = Path(config.docker_config or "~/.docker/config.json").expanduser()
         self._keychain = keychain or Keychain(default)
         self._tokens: dict[tuple[str, str, Login], tuple[str, float]] = {}
+        self._inward: dict[str, bool] = {}
         self._client: httpx.AsyncClient | None = None
 
     async def aclose(self) -> None:
@@ -263,11 +265,12 @@ class RegistryClient:
         self, endpoint: _Endpoint, url: str, headers: dict[str, str], authorization: str
     ) -> AsyncIterator[httpx.Response]:
         target = httpx.URL(url)
-        home, home_host = _origin(target), target.host
+        home, address = _origin(target), ""
+        inward = await self._is_inward(target.host)
         for _ in range(_MAX_REDIRECTS + 1):
             # Blob stores sign their own URLs and must not receive the registry's login.
             own = {"Authorization": authorization} if authorization and _origin(target) == home else {}
-            async with self._stream("GET", target, {**headers, **own}) as response:
+            async with self._stream("GET", target, {**headers, **own}, address=address) as response:
                 if not response.has_redirect_location:
                     yield response
                     return
@@ -277,21 +280,38 @@ class RegistryClient:
                     raise RegistryError(f"{endpoint.host} redirects to something that is no URL") from None
             if target.scheme not in ("http", "https") or (target.scheme == "http" and home[0] == "https"):
                 raise RegistryError(f"{endpoint.host} redirects to {target.scheme}://{target.host}, which is not safe")
-            # Otherwise anyone who can answer for a registry, especially a plain-HTTP one, could make this host send
-            # requests to its own services or a cloud's metadata service.
-            if target.host != home_host and await _is_inward(target.host) and not await _is_inward(home_host):
-                raise RegistryError(f"{endpoint.host} redirects to {target.host}, an address of this host or its link")
+            address = await _checked_address(target.host, inward, f"{endpoint.host} redirects to")
         raise RegistryError(f"{endpoint.host} redirects more than {_MAX_REDIRECTS} times")
+
+    async def _is_inward(self, registry: str) -> bool:
+        """Whether a registry is on this host or its link, as it was found when it was asked for the first time: who
+        answers for its name must not be able to change that."""
+        if registry not in self._inward:
+            if len(self._inward) > 1000:
+                self._inward.clear()
+            self._inward[registry] = any(map(_leads_inward, await _addresses_of(registry)))
+        return self._inward[registry]
 
     @asynccontextmanager
     async def _stream(
-        self, method: str, url: httpx.URL, headers: dict[str, str], content: bytes | None = None
+        self, method: str, url: httpx.URL, headers: dict[str, str], content: bytes | None = None, *, address: str = ""
     ) -> AsyncIterator[httpx.Response]:
-        """One exchange, without authentication or redirects; network errors and 5xx become _Again."""
+        """One exchange, without authentication or redirects; network errors and 5xx become _Again.
+
+        ``address``: dialled in the place of the URL's host, which is still who has to answer.
+        """
+        dialled, extensions = url, {}
+        if address:
+            dialled = url.copy_with(host=address)
+            extensions = {"sni_hostname": url.host}
+            # not kept open: it would be taken for one to whichever name has this address next
+            headers = {**headers, "Host": url.netloc.decode("ascii"), "Connection": "close"}
         if self._client is None:
             self._client = await trio.to_thread.run_sync(self._make_client)
         try:
-            async with self._client.stream(method, url, headers=headers, content=content) as response:
+            async with self._client.stream(
+                method, dialled, headers=headers, content=content, extensions=extensions
+            ) as response:
                 if response.status_code == 429:
                     after = retry_after(response.headers.get("retry-after"))
                     raise RateLimited(f"registry {url.host} throttles us", retry_after=after)
@@ -350,6 +370,8 @@ class RegistryClient:
         plain = realm.scheme == "http" and endpoint.url.startswith("http:")
         if not realm.host or not (realm.scheme == "https" or plain):
             raise RegistryError(f"{endpoint.host} names no safe token service")
+        inward = await self._is_inward(httpx.URL(endpoint.url).host)
+        address = await _checked_address(realm.host, inward, f"{endpoint.host} names as its token service")
         query = {"service": challenge.parameters.get("service", ""), "scope": f"repository:{repository}:pull"}
         headers, content, method = {}, None, "GET"
         if login.identity_token:
@@ -361,7 +383,7 @@ class RegistryClient:
             realm = realm.copy_merge_params({name: value for name, value in query.items() if value})
             if login.username:
                 headers["Authorization"] = login.basic
-        async with self._stream(method, realm, headers, content) as response:
+        async with self._stream(method, realm, headers, content, address=address) as response:
             if response.status_code in (401, 403):
                 raise NotFound(f"{endpoint.host} does not accept the login for {repository}")
             if response.status_code != 200:
@@ -542,12 +564,30 @@ def _describe(error: httpx.TransportError) -> str:
     return f"the connection broke: {str(error) or type(error).__name__}"
 
 
-async def _is_inward(host: str) -> bool:
-    """Whether ``host`` is, or resolves to, a loopback, link-local or unspecified address."""
+async def _checked_address(host: str, inward: bool, what: str) -> str:
+    """The address to dial for ``host``, where a registry sends us; empty if ``host`` is one, or cannot be looked up
+    here (perhaps a proxy can). Raises RegistryError if it leads to this host or its link, unless the registry itself is
+    there (``inward``): otherwise anyone who can answer for a registry, especially a plain-HTTP one, could have this
+    host send requests to its own services or a cloud's metadata service.
+    """
+    addresses = await _addresses_of(host)
+    if not inward and any(map(_leads_inward, addresses)):
+        raise RegistryError(f"{what} {host}, an address of this host or its link")
+    return str(addresses[0]) if addresses and str(addresses[0]) != host.strip("[]") else ""
+
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+async def _addresses_of(host: str) -> list[_Address]:
     try:
         found = await trio.socket.getaddrinfo(host, None)
     except OSError:
-        return False  # left to the connection, perhaps through a proxy that can resolve the name
-    addresses = [ipaddress.ip_address(str(row[4][0]).partition("%")[0]) for row in found]
-    plain = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
-    return any(address.is_loopback or address.is_link_local or address.is_unspecified for address in plain)
+        return []
+    return [ipaddress.ip_address(str(row[4][0]).partition("%")[0]) for row in found]
+
+
+def _leads_inward(address: _Address) -> bool:
+    """Whether it is a loopback, link-local or unspecified address."""
+    plain = getattr(address, "ipv4_mapped", None) or address
+    return bool(plain.is_loopback or plain.is_link_local or plain.is_unspecified)

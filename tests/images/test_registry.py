@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,60 @@ async def test_a_registry_sends_us_to_no_service_of_this_host(target: str, allow
         await client.manifest(parse_reference("registry.test/some/image"), wait=False)
     assert (len(asked) > 1) == allowed, asked
     await client.aclose()
+
+
+async def pull_through(answer: Callable[[httpx.Request], httpx.Response], error: type[Exception], words: str) -> None:
+    client = RegistryClient(ImagesConfig(insecure_registries=("registry.test",)))
+    client._client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    with pytest.raises(error, match=words):
+        await client.manifest(parse_reference("registry.test/some/image"), wait=False)
+    await client.aclose()
+
+
+async def test_the_address_that_was_checked_is_dialled() -> None:
+    """A name that is public when it is looked at, and leads here when it is dialled."""
+    names = Names()
+    trio.socket.set_custom_hostname_resolver(names)
+    asked: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        names.known = {**names.known, "blobs.test": "127.0.0.1"}
+        if request.headers["host"] != "registry.test":
+            return httpx.Response(404)
+        names.known = {**names.known, "blobs.test": "198.51.100.8"}
+        return httpx.Response(307, headers={"Location": "http://blobs.test:81/x"})
+
+    await pull_through(answer, NotFound, "has no")
+    last = asked[-1]
+    assert (last.url.host, last.url.port, last.headers["host"]) == ("198.51.100.8", 81, "blobs.test:81")
+    assert last.extensions["sni_hostname"] == "blobs.test", "whose certificate is wanted"
+
+
+async def test_a_registry_that_moves_here_gains_nothing() -> None:
+    """Its own name leads to this host after its first answer, which names another port."""
+    names = Names()
+    trio.socket.set_custom_hostname_resolver(names)
+    asked: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.host)
+        names.known = {**names.known, "registry.test": "127.0.0.1"}
+        return httpx.Response(307, headers={"Location": "http://registry.test:6443/secrets"})
+
+    await pull_through(answer, RegistryError, "an address of this host")
+    assert len(asked) == 1
+
+
+async def test_a_token_service_is_not_on_this_host() -> None:
+    trio.socket.set_custom_hostname_resolver(Names())
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.url.host == "registry.test", "nobody else is asked"
+        challenge = 'Bearer realm="http://169.254.169.254/latest/meta-data",service="x"'
+        return httpx.Response(401, headers={"WWW-Authenticate": challenge})
+
+    await pull_through(answer, RegistryError, "an address of this host")
 
 
 async def test_plain_http_only_by_configuration(registry: FaultyRegistry, make_images: Start) -> None:
