@@ -14,6 +14,7 @@ _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _ONE_LINE = re.compile(f"[{_CONTROL}]")
 _COLOUR = re.compile("(\x1b\\[[0-9;]*m)")
+_HOST_PATH = re.compile(r"(?<![\w./:-])/(?:[^\s/:;,'\"()]+/)+([^\s/:;,'\"()]*)")
 _LINES = re.compile(f"(?![\n\t])[{_CONTROL}]")
 
 
@@ -31,6 +32,12 @@ def lines_with_colours(text: str) -> str:
     """``lines``, but keeps colours: for text coloured by us, whose untrusted parts were escaped before that."""
     parts = _COLOUR.split(text)
     return "".join(part if at % 2 else lines(part) for at, part in enumerate(parts))
+
+
+def without_host_paths(text: str) -> str:
+    """``text`` with absolute paths reduced to their last component: where the host keeps its files is no client's
+    business."""
+    return _HOST_PATH.sub(r"\1", text)
 
 
 def _escape(found: re.Match[str]) -> str:

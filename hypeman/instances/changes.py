@@ -8,6 +8,7 @@ from hypeman import events
 from hypeman.events.types import Datum
 from hypeman.instances.model.record import InstanceRecord, SnapshotRow
 from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.view import shown_error
 from hypeman.store import Txn
 
 
@@ -26,7 +27,7 @@ def note_changed(txn: Txn, before: InstanceRecord, after: InstanceRecord) -> Non
     if after.state in (InstanceState.SHUTDOWN, InstanceState.STOPPED):
         data |= {"exit_code": after.exit_code, "exit_message": after.exit_message}
     if after.state is InstanceState.UNKNOWN:
-        data["error"] = after.state_error
+        data["error"] = shown_error(after)
     _note(txn, after, "state_changed", data)
 
 

@@ -74,7 +74,7 @@ from hypeman.instances.model.validate import (
     expiry,
     usual_compression,
 )
-from hypeman.instances.model.view import render_instance
+from hypeman.instances.model.view import render_instance, shown_error
 from hypeman.instances.reclaim import Reclaim
 from hypeman.instances.rows import INSTANCES, INTENTS
 from hypeman.instances.tasks import Tasks
@@ -251,7 +251,7 @@ class Instances:
         return WaitForStateResponse(
             state=record.state,
             timed_out=scope.cancelled_caught,
-            state_error=record.state_error if record.state is InstanceState.UNKNOWN else None,
+            state_error=shown_error(record),
         )
 
     async def stats(self, ref: str) -> InstanceStats:

@@ -8,7 +8,6 @@ traceback, and the response contains no internal details.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -16,8 +15,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from hypeman.errors import HypemanError, InvalidRequest, RateLimited
-
-_HOST_PATH = re.compile(r"(?<![\w./:-])/(?:[^\s/:;,'\"()]+/)+([^\s/:;,'\"()]*)")
+from hypeman.text import without_host_paths
 
 
 class ErrorDetail(Struct, frozen=True):
@@ -92,14 +90,12 @@ def failure_of(error: HypemanError) -> Failure:
         headers["X-Should-Retry"] = "false"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    message = error.message if error.status < 500 else without_host_paths(error.message)
-    return Failure(error.status, ErrorBody(error.code, message), headers)
+    return Failure(error.status, ErrorBody(error.code, shown_message(error)), headers)
 
 
-def without_host_paths(text: str) -> str:
-    """``text`` with absolute paths reduced to their last component: host paths are not disclosed to clients.
-    The log has the full message. Client errors (4xx) only name the client's own paths."""
-    return _HOST_PATH.sub(r"\1", text)
+def shown_message(error: HypemanError) -> str:
+    """What a client is told. The log has the full message. Client errors (4xx) only name the client's own paths."""
+    return error.message if error.status < 500 else without_host_paths(error.message)
 
 
 def status_failure(status: int, message: str, headers: dict[str, str] | None = None) -> Failure:

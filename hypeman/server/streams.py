@@ -25,7 +25,7 @@ from hypeman.guest.client import ExecSession, Output
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, FileKind
 from hypeman.instances.model.types import InstanceState
-from hypeman.server.errors import UNEXPECTED, told_error
+from hypeman.server.errors import UNEXPECTED, shown_message, told_error
 from hypeman.server.services import Services
 from hypeman.telemetry import metrics
 from hypeman.tokens import Scope
@@ -112,7 +112,7 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
             exit_code = await _run(socket, session, tty=request.tty)
             status = "success"
     except Exception as error:
-        await socket.send(f"Error: {_told(error).message}\r\n".encode())
+        await socket.send(f"Error: {shown_message(_told(error))}\r\n".encode())
     finally:
         metrics.exec_sessions.labels(status, str(exit_code)).inc()
         metrics.exec_seconds.observe(time.perf_counter() - started)
@@ -176,7 +176,7 @@ async def _copy(services: Services, socket: Socket, ref: str) -> None:
         copy = _copy_out if direction == "from" else _copy_in
         status = "success" if await copy(services, socket, reference, request) else "error"
     except Exception as error:
-        await _send_json(socket, StreamError(_told(error).message, request.guest_path))
+        await _send_json(socket, StreamError(shown_message(_told(error)), request.guest_path))
     finally:
         metrics.cp_sessions.labels(direction, status).inc()
         metrics.cp_seconds.labels(direction).observe(time.perf_counter() - started)
@@ -193,7 +193,7 @@ async def _copy_in(services: Services, socket: Socket, reference: str, request: 
             _check_end(message)
             written = await copy.finish()
     except Exception as error:
-        await _send_json(socket, CopyResult(False, _told(error).message))
+        await _send_json(socket, CopyResult(False, shown_message(_told(error))))
         # A client that is still sending would lose this response if we closed now.
         with trio.move_on_after(_CLOSE_SECONDS):
             while not isinstance(await socket.receive(), str):

@@ -32,6 +32,7 @@ from hypeman.errors import (
     Ambiguous,
     Conflict,
     HypemanError,
+    InternalError,
     InUse,
     InvalidRequest,
     InvalidState,
@@ -176,6 +177,8 @@ class FakeExec(ExecSession):
                 self._send.send_nowait(0)
             case ["dies"]:
                 self._send.close()
+            case ["path"]:
+                raise InternalError("/var/lib/hypeman/instances/abc/overlay.raw: No space left")
 
     async def send_stdin(self, data: bytes) -> None:
         if self.request.command[:1] == ("sleep",):

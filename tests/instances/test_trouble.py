@@ -61,7 +61,7 @@ def jam_taps(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """No TAP can be removed until ``monkeypatch`` is undone."""
 
     async def refuse(name: str) -> None:
-        raise HostFailed("the TAP is stuck")
+        raise HostFailed("/sys/class/net/hm1: the TAP is stuck")
 
     monkeypatch.setattr(lab.network.taps, "remove", refuse)
 
@@ -73,7 +73,10 @@ async def test_a_clean_up_that_fails_leaves_the_server_alive(lab: Lab, monkeypat
         jam_taps(lab, monkeypatch)
         lab.machine.of(instances.board.find("one").id).end(ExitReason.KILLED)
         await until(instances, "one", InstanceState.UNKNOWN)
-        assert "stuck" in str((await instances.get("one")).state_error)
+        shown = (await instances.get("one")).state_error
+        assert shown is not None and "stuck" in shown and "/sys/" not in shown, "no paths of the host"
+        waited = await instances.wait_state("one", InstanceState.RUNNING, 0.1)
+        assert waited.state_error == shown
         monkeypatch.undo()
         await instances.create(request("two"))
         await instances.stop("one")

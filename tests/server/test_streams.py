@@ -119,6 +119,7 @@ async def test_exec(dial: Any, world: FakeWorld) -> None:
     assert await run(dial, command=["big", "1000000"]) == (b"x" * 1_000_000, 0)
     assert await run(dial, command=["no-such-program"]) == (b"Error: exec: no-such-program: not found\r\n", 127)
     assert await run(dial, command=["dies"]) == (b"Error: the guest has gone\r\n", 127)
+    assert await run(dial, command=["path"]) == (b"Error: overlay.raw: No space left\r\n", 127), "no path of the host"
     output, code = await run(dial, command=["bug"])
     assert (b"secret" in output, code) == (False, 127)
     assert all(session.closed for session in world.instances.sessions)

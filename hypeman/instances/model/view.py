@@ -11,7 +11,14 @@ from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import Instance, InstanceGpu, InstanceNetwork, InstanceState
 from hypeman.instances.model.validate import guest_env
 from hypeman.network.types import Lease
+from hypeman.text import without_host_paths
 from hypeman.units import format_rate, format_size
+
+
+def shown_error(record: InstanceRecord) -> str | None:
+    """Why the state is not known, if so; the host's paths are only in the server's log."""
+    known = record.state is not InstanceState.UNKNOWN or record.state_error is None
+    return None if known else without_host_paths(record.state_error or "")
 
 
 def render_instance(record: InstanceRecord, lease: Lease | None, *, mdev_uuid: str, now: datetime) -> Instance:
@@ -25,7 +32,7 @@ def render_instance(record: InstanceRecord, lease: Lease | None, *, mdev_uuid: s
         created_at=record.created_at,
         expires_at=record.expires_at,
         platform=spec.platform,
-        state_error=record.state_error if record.state is InstanceState.UNKNOWN else None,
+        state_error=shown_error(record),
         size=format_size(spec.memory_bytes),
         hotplug_size=format_size(spec.hotplug_bytes) if spec.hotplug_bytes else UNSET,
         overlay_size=format_size(spec.overlay_bytes),
