@@ -38,7 +38,8 @@ from hypeman.instances.service import Instances
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
 from hypeman.volumes.records import VOLUMES, VolumeRecord
-from tests.instances.fake_world import HostFailed, Lab, request
+from tests.fakes.fake_vmm import FakeVmm
+from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
 from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, settled, with_volume
 
 
@@ -208,6 +209,31 @@ async def test_what_could_not_be_deleted_can_only_be_deleted(lab: Lab, monkeypat
         monkeypatch.undo()
         await instances.delete("one")
         assert lab.world_as_text() == ""
+
+
+@pytest.mark.parametrize("fails", ["set_identity", "thaw", "resume"])
+async def test_a_restored_guest_that_can_not_be_awakened_is_stopped(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """It has run, so there is no way back to standby; the record must not say that it runs on."""
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise HostFailed("it does not wake up")
+
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.standby("one", StandbyInstanceRequest())
+        monkeypatch.setattr(FakeVmm if fails == "resume" else FakeGuest, fails, refuse)
+        with pytest.raises(HostFailed):
+            await instances.restore("one")
+        monkeypatch.undo()
+        ended = await instances.get("one")
+        assert ended.state is InstanceState.STOPPED and "could not be awakened" in str(ended.exit_message)
+        check_owned(lab, fails)
+        assert rows(lab.store).count("intent") == 0 and list(lab.paths.captures.iterdir()) == []
+        await instances.start("one", StartInstanceRequest())
+        assert await settled(instances, "one") == "Running"
+        await clean_up(lab, instances)
 
 
 # ── Forks ────────────────────────────────────────────────────────────────────────────────────────
