@@ -1,5 +1,6 @@
-/* Who the guest is and what time it is: set anew after a restore or a fork. */
 #define _GNU_SOURCE
+#include "identity.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/random.h>
@@ -7,7 +8,6 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-#include "boot_config.h"
 #include "clock.h"
 #include "netlink.h"
 #include "protocol.h"
@@ -36,41 +36,100 @@ static int add_entropy(const uint8_t *data, size_t length) {
     return result;
 }
 
-int identity_worker(struct field_reader *request) {
-    const char *hostname = "", *machine_id = "";
-    struct network network = {0};
-    struct field field, entropy = {0};
+struct identity {
+    const char *hostname, *machine_id;
+    struct network network;
+    struct field entropy;
     uint8_t nonce[NONCE_BYTES];
-    uint64_t clock_ns = 0;
+    bool has_nonce;
+    uint64_t clock_ns;
+};
+
+static bool parse_identity(struct identity *identity, struct field_reader *request) {
+    struct field field;
+    *identity = (struct identity){.hostname = "", .machine_id = ""};
     while (next_field(request, &field)) {
-        bool good;
+        bool good = true;
         switch (field.tag) {
-        case TAG_HOSTNAME: good = field_text(&field, &hostname); break;
-        case TAG_MACHINE_ID: good = field_text(&field, &machine_id); break;
-        case TAG_CLOCK_NS: good = field_u64(&field, &clock_ns); break;
-        case TAG_NONCE: good = field_bytes(&field, nonce, sizeof nonce); break; /* the agent has taken it */
-        case TAG_ENTROPY:
-            entropy = field;
-            good = true;
-            break;
-        default: good = take_network_field(&network, &field);
+        case TAG_HOSTNAME: good = field_text(&field, &identity->hostname); break;
+        case TAG_MACHINE_ID: good = field_text(&field, &identity->machine_id); break;
+        case TAG_CLOCK_NS: good = field_u64(&field, &identity->clock_ns); break;
+        case TAG_NONCE: good = identity->has_nonce = field_bytes(&field, identity->nonce, NONCE_BYTES); break;
+        case TAG_ENTROPY: identity->entropy = field; break;
+        default: good = take_network_field(&identity->network, &field);
         }
         if (!good)
-            return worker_failed(EINVAL, "identity");
+            return false;
     }
-    if (request->malformed)
+    return !request->malformed;
+}
+
+/* The identity that the guest has: that of its boot, until another one is asked for. */
+static struct {
+    bool known;
+    char hostname[256];
+    struct network network;
+} current;
+
+static void remember(const char *hostname, const struct network *network) {
+    current.known = strlen(hostname) < sizeof current.hostname;
+    if (current.known)
+        strcpy(current.hostname, hostname);
+    current.network = *network;
+}
+
+static bool same_network(const struct network *a, const struct network *b) {
+    return a->present == b->present &&
+           (!a->present ||
+            (memcmp(a->mac, b->mac, sizeof a->mac) == 0 && memcmp(a->address, b->address, sizeof a->address) == 0 &&
+             memcmp(a->gateway, b->gateway, sizeof a->gateway) == 0 && a->prefix == b->prefix && a->mtu == b->mtu &&
+             a->dns_count == b->dns_count && memcmp(a->dns, b->dns, a->dns_count * sizeof *a->dns) == 0));
+}
+
+static int renew(const struct identity *identity, const char **what) {
+    *what = "entropy";
+    if (identity->entropy.length && add_entropy(identity->entropy.value, identity->entropy.length) < 0)
+        return -1;
+    *what = "clock";
+    return set_clock(identity->clock_ns);
+}
+
+enum identity_change take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce,
+                                   const char **failed) {
+    struct identity asked;
+    if (!parse_identity(&asked, &request)) {
+        errno = EINVAL;
+        *failed = "identity";
+        return IDENTITY_FAILED;
+    }
+    if (asked.has_nonce)
+        memcpy(nonce, asked.nonce, NONCE_BYTES); /* the next connection is with a host that knows the new one */
+    if (!current.known)
+        remember(config->hostname ? config->hostname : "", &config->network);
+    bool same = current.known && strcmp(asked.hostname, current.hostname) == 0 && !*asked.machine_id &&
+                same_network(&asked.network, &current.network);
+    if (!same) {
+        remember(asked.hostname, &asked.network);
+        return IDENTITY_OTHER;
+    }
+    return renew(&asked, failed) < 0 ? IDENTITY_FAILED : IDENTITY_SAME;
+}
+
+int identity_worker(struct field_reader *request) {
+    struct identity asked;
+    const char *what;
+    if (!parse_identity(&asked, request))
         return worker_failed(EINVAL, "identity");
-    if (entropy.length && add_entropy(entropy.value, entropy.length) < 0)
-        return worker_failed(errno, "entropy");
-    if (set_clock(clock_ns) < 0)
-        return worker_failed(errno, "clock");
-    if (network.present && replace_network(&network) < 0)
+    if (renew(&asked, &what) < 0)
+        return worker_failed(errno, "%s", what);
+    const struct network *network = &asked.network;
+    if (network->present && replace_network(network) < 0)
         return worker_failed(errno, "network");
-    if (network.present && write_resolver(&network) < 0)
+    if (network->present && write_resolver(network) < 0)
         return worker_failed(errno, "resolver");
-    if (set_hostname(hostname, network.present ? network.address : NULL) < 0)
+    if (set_hostname(asked.hostname, network->present ? network->address : NULL) < 0)
         return worker_failed(errno, "host name");
-    if (write_machine_id(machine_id, false) < 0)
+    if (write_machine_id(asked.machine_id, false) < 0)
         return worker_failed(errno, "machine id");
     return 0;
 }

@@ -11,6 +11,7 @@
 #include "events.h"
 #include "fields.h"
 #include "freezer.h"
+#include "identity.h"
 #include "machine.h"
 #include "program.h"
 #include "session.h"
@@ -102,10 +103,18 @@ static void start_shutdown(struct session *session, struct field_reader *reader)
 static void start_request(const struct boot_config *config, struct channel *channel, struct session *session,
                           const uint8_t *request, size_t length) {
     struct child child;
+    const char *failed = "";
     uint8_t op = request[0];
     bool is_worker = op < sizeof WORKERS / sizeof *WORKERS && WORKERS[op].function;
     struct field_reader reader = read_fields(request + 1, length - 1);
-    if (config->skip_agent && (op == OP_EXEC || (is_worker && WORKERS[op].needs_agent))) {
+    enum identity_change change = IDENTITY_OTHER;
+    if (op == OP_IDENTITY)
+        change = take_identity(config, reader, channel->nonce, &failed);
+    if (change == IDENTITY_SAME) {
+        session_refuse(session, 0, "");
+    } else if (change == IDENTITY_FAILED) {
+        session_refuse(session, errno, failed);
+    } else if (config->skip_agent && (op == OP_EXEC || (is_worker && WORKERS[op].needs_agent))) {
         session_refuse(session, EOPNOTSUPP, "this instance was created without the guest agent");
     } else if (op == OP_EXEC) {
         start_exec(config, session, &reader);
@@ -124,11 +133,6 @@ static void start_request(const struct boot_config *config, struct channel *chan
         session_refuse(session, errno, strerror(errno));
     } else {
         session_started(session, &child, false, false, 0);
-        /* The next connection is with a host that knows the new nonce. */
-        struct field field;
-        while (op == OP_IDENTITY && next_field(&reader, &field))
-            if (field.tag == TAG_NONCE)
-                field_bytes(&field, channel->nonce, NONCE_BYTES);
     }
 }
 

@@ -548,6 +548,15 @@ async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_ro
             assert first.exists
             frozen = [data async for data in _read(client, "/tmp/count")]
             assert frozen == [data async for data in _read(client, "/tmp/count")]
+            await client.thaw()
+            await shell(client, "hostname mine")
+            await client.set_identity(hostname=config.hostname, network=NETWORK, entropy=secrets.token_bytes(64))
+            told = await shell(client, "hostname; ip addr show eth0")
+            assert told.startswith("mine\n"), "a guest that stays who it was is left alone"
+            assert "10.0.2.15/24" in told
+            await client.freeze()
+            frozen = [data async for data in _read(client, "/tmp/count")]
+
             new_nonce = secrets.token_bytes(16)
             await client.set_identity(
                 hostname="fork",
