@@ -171,7 +171,7 @@ def _copy_content(source: int, target: int) -> None:
             raise
         os.ftruncate(target, os.fstat(source).st_size)
         for start, end in data_ranges(source):
-            _copy_range(source, target, start, end)
+            copy_range(source, target, start, end)
 
 
 def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
@@ -189,7 +189,7 @@ def data_ranges(fd: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def _copy_range(source: int, target: int, start: int, end: int) -> None:
+def copy_range(source: int, target: int, start: int, end: int) -> None:
     """Copy inside the kernel; with ``sendfile`` if ``copy_file_range`` fails because it crosses file systems."""
     os.lseek(target, start, os.SEEK_SET)
     while start < end:

@@ -1,6 +1,7 @@
 """Captures on disk: one directory each, complete or absent.
 
-    state          QEMU's device state (and memory, if it is not mapped privately)
+    state          QEMU's device state (and memory, if it was not read apart)
+    devices        QEMU's device state alone, of a VM whose memory is a private mapping
     memory         guest memory as QEMU maps it, sparse
     …              or the files of another VMM
     capture.json   written last, by rename; without it the directory is not a capture
@@ -26,6 +27,7 @@ from hypeman.hypervisor.kinds import HypervisorKind
 
 RECORD = "capture.json"
 STATE = "state"
+DEVICES = "devices"
 MEMORY = "memory"
 NOTE = "restored-from"
 
@@ -84,9 +86,15 @@ def note(run_dir: Path, directory: Path) -> None:
     (run_dir / NOTE).write_text(str(directory))
 
 
-def use_up_noted(run_dir: Path) -> None:
-    """Remove the recorded capture, if there is one. Memory changes from here on: if we are killed in between, there
-    is a paused VM or a complete capture, never a capture that does not match its memory."""
+def invalidate_noted(run_dir: Path) -> None:
+    """Durably remove the record of the noted capture, if there is one. Memory changes from here on: if we are killed
+    in between, there is a paused VM or a complete capture, never a capture that does not match its memory."""
+    with contextlib.suppress(FileNotFoundError):
+        _invalidate(Path((run_dir / NOTE).read_text()))
+
+
+def remove_noted(run_dir: Path) -> None:
+    """Remove the files of the noted capture, once the guest runs; it need not wait for that."""
     with contextlib.suppress(FileNotFoundError):
         consume(Path((run_dir / NOTE).read_text()))
         (run_dir / NOTE).unlink()
@@ -118,10 +126,15 @@ def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, vers
 def consume(directory: Path) -> None:
     """Invalidate a capture durably and delete its files, since its VM resumes. A no-op if there is none."""
     with contextlib.suppress(FileNotFoundError):
-        (directory / RECORD).unlink()
-        flush_directory(directory)
+        _invalidate(directory)
         for path in directory.iterdir():
             path.unlink()
+
+
+def _invalidate(directory: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (directory / RECORD).unlink()
+        flush_directory(directory)
 
 
 def _shape(disk: Disk) -> tuple[object, ...]:

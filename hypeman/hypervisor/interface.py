@@ -174,7 +174,7 @@ class VmmHandle(msgspec.Struct, frozen=True):
     run_dir: str
     config: VmConfig
     memory_inode: int = 0
-    """Inode of the memfd that holds the guest's memory; 0 if there is none."""
+    """Inode of the memfd that holds the guest's memory, or of the file that is mapped privately; 0 if unknown."""
 
 
 class LaunchFailed(InternalError):
@@ -257,8 +257,8 @@ class Vmm(Protocol):
         ...
 
     async def can_lend(self) -> bool:
-        """Whether the guest can lend memory to the host (balloon): not if devices pin it, nor in a fork on QEMU,
-        whose memory is a mapping of its capture that ballooning would corrupt."""
+        """Whether the guest can lend memory to the host (balloon): not if devices pin it, nor on QEMU if its memory is
+        a mapping of a capture that others use, which ballooning would corrupt."""
         ...
 
     async def set_balloon(self, size: int) -> None:
@@ -339,13 +339,13 @@ class Driver(Protocol):
     async def restore(self, config: VmConfig, capture: Path, *, keep_capture: bool, paused: bool = False) -> Vmm:
         """Restore the VM saved in ``capture``, with the names, paths and TAPs of ``config``.
 
-        With ``keep_capture`` memory is mapped privately and the capture is unchanged (fork, restore
-        from a snapshot). ``paused`` leaves the vCPUs stopped and the links down. Raises CaptureInvalid before
-        anything is started if the capture does not match.
+        With ``keep_capture`` the capture is unchanged (fork, restore from a snapshot). ``paused`` leaves the vCPUs
+        stopped and the links down. Raises CaptureInvalid before anything is started if the capture does not match.
 
         Without ``keep_capture`` the capture stays intact until the guest resumes, that is until
-        ``resume`` (or until this returns, unless ``paused``); then it is removed. So: restore
-        paused, store ``handle``, resume; if we are killed anywhere in between, nothing is lost.
+        ``resume`` (or until this returns, unless ``paused``): its record is removed before the guest runs, its
+        files after. So: restore paused, store ``handle``, resume; if we are killed anywhere in between, nothing is
+        lost.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -118,3 +119,45 @@ def test_the_vmm_cannot_change_its_size(tmp_path: Path) -> None:
                 os.ftruncate(fd, size)
         with pytest.raises(PermissionError):
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_a_private_mapping_is_saved_with_what_was_written(tmp_path: Path) -> None:
+    """From the VMM what it has written, also pages that it wrote back as they were; the rest from a file without a
+    name; holes stay."""
+    page, pages = 4096, SIZE // 4096
+    saved = bytearray(SIZE)
+    for number in (1, 2, 3, 7, pages - 1):
+        saved[number * page : (number + 1) * page] = bytes([number % 256]) * page
+    path = tmp_path / "memory"
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+        for number in (1, 2, 3, 7, pages - 1):
+            file.seek(number * page)
+            file.write(bytes([number % 256]) * page)
+    program = (
+        "import mmap, os, sys\n"
+        f"fd = os.open({str(path)!r}, os.O_RDWR)\n"
+        f"memory = mmap.mmap(fd, {SIZE}, flags=mmap.MAP_PRIVATE)\n"
+        f"memory[2 * {page}] = 99; memory[5 * {page} + 1] = 98; memory[3 * {page}] = 3; memory[7 * {page}]\n"
+        f"os.unlink({str(path)!r})\n"
+        "print('ready', flush=True)\nsys.stdin.read()"
+    )
+    saved[2 * page], saved[5 * page + 1] = 99, 98
+    inode = path.stat().st_ino
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+        handle = VmmHandle(HypervisorKind.QEMU, process.pid, 0, "", str(tmp_path), config(tmp_path), inode)
+        target = tmp_path / "saved"
+        memory.save_private(handle, target)
+        assert target.read_bytes() == saved
+        assert target.stat().st_blocks * 512 <= 8 * page, "holes stay holes"
+        assert stat.S_IMODE(target.stat().st_mode) == 0o600
+        assert memory.is_unlinked(handle)
+        with pytest.raises(VmmBroken, match="File exists"):
+            memory.save_private(handle, target)
+        with pytest.raises(VmmBroken, match="does not hold"):
+            memory.save_private(msgspec.structs.replace(handle, memory_inode=inode + 1), tmp_path / "other")
+        process.stdin.close()

@@ -77,9 +77,11 @@ class CloudHypervisorVmm(RemoteVmm):
             await self._put("pause")
 
     async def resume(self) -> None:
-        await trio.to_thread.run_sync(captures.use_up_noted, Path(self.config.run_dir))
+        run_dir = Path(self.config.run_dir)
+        await trio.to_thread.run_sync(captures.invalidate_noted, run_dir)
         if await self.state() == VmmState.PAUSED:
             await self._put("resume")
+        await trio.to_thread.run_sync(captures.remove_noted, run_dir)
 
     async def capture(self, directory: Path) -> Capture:
         if self.config.pci_devices:

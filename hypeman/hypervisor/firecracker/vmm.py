@@ -62,7 +62,12 @@ class FirecrackerVmm(RemoteVmm):
             await self._signal(signal.SIGSTOP, stopped=True)
 
     async def resume(self) -> None:
-        await trio.to_thread.run_sync(captures.use_up_noted, Path(self.config.run_dir))
+        run_dir = Path(self.config.run_dir)
+        await trio.to_thread.run_sync(captures.invalidate_noted, run_dir)
+        await self._go_on()
+        await trio.to_thread.run_sync(captures.remove_noted, run_dir)
+
+    async def _go_on(self) -> None:
         if self._process.stopped():
             await self._signal(signal.SIGCONT, stopped=False)
         elif await self._told_state() == VmmState.PAUSED:

@@ -167,12 +167,13 @@ def command_line(
     extra_cmdline: str = "",
     incoming: bool = False,
     private_memory: bool = False,
+    devices_alone: bool = False,
 ) -> tuple[str, ...]:
     """All arguments of QEMU. It always starts with its vCPUs stopped.
 
     ``extra_cmdline``: what this host has to tell the guest kernel. ``incoming``: it waits for a saved
     state. ``private_memory``: what the guest writes stays out of the memory file, which several VMs may
-    then share.
+    then share. ``devices_alone``: the saved state is that of the devices (``captures.DEVICES``).
     """
     mib = config.memory_bytes >> 20
     memory = f"{mib}M"
@@ -211,6 +212,9 @@ def command_line(
             *("-object", f"memory-backend-ram,id=hotmem,size={config.hotplug_bytes >> 20}M"),
             *("-device", "virtio-mem-pci,id=hotplug-memory,memdev=hotmem,requested-size=0,bus=pcie.0,addr=05.0"),
         ]
+    if devices_alone:
+        # xen-save-devices-state, which writes nothing but devices, writes no section that describes the machine.
+        arguments += ["-global", "migration.send-configuration=off"]
     for index in range(config.disk_ports if board.pci else 0):
         port = _root_port(f"disk-port{index + 1}", 0x18, index, chassis=index + 1)
         arguments += ["-device", f"{port},io-reserve=0"]  # virtio uses no I/O space, and there is little of it

@@ -153,18 +153,26 @@ class QemuDriver(Seeker):
             machine=self._machine,
         )
         apart = captures.MEMORY in saved.files
-        private = apart and keep_capture
+        # Plugged memory is not mapped, and a VM with a private mapping could only be saved with it as a whole.
+        private = apart and (keep_capture or not config.hotplug_bytes)
+        state = captures.DEVICES if captures.DEVICES in saved.files else captures.STATE
         with contextlib.ExitStack() as opened:
             if private:
                 opened.enter_context(lent(capture / captures.MEMORY, config.uid))
             fd = _open_saved(capture / captures.MEMORY) if private else memory.new(config)
             opened.callback(os.close, fd)
-            vmm = await self._start(config, fd, incoming=True, private_memory=private)
+            vmm = await self._start(
+                config,
+                fd,
+                incoming=True,
+                private_memory=private,
+                devices_alone=state == captures.DEVICES,
+            )
 
         async def bring_back() -> None:
             if apart and not private:
                 await trio.to_thread.run_sync(memory.fill, vmm.handle, capture / captures.MEMORY)
-            await vmm.load_state(capture / captures.STATE, without_memory=apart)
+            await vmm.load_state(capture / state, without_memory=apart and state == captures.STATE)
             if not keep_capture:
                 captures.note(Path(config.run_dir), capture)
             for nic in config.nics if paused else ():
@@ -206,6 +214,7 @@ class QemuDriver(Seeker):
         kernel: bool = False,
         incoming: bool = False,
         private_memory: bool = False,
+        devices_alone: bool = False,
     ) -> QemuVmm:
         """QEMU with its vCPUs stopped, its limits set, and a QMP connection."""
         with contextlib.ExitStack() as opened:
@@ -246,6 +255,7 @@ class QemuDriver(Seeker):
                 extra_cmdline=await self._extra_cmdline() if kernel else "",
                 incoming=incoming,
                 private_memory=private_memory,
+                devices_alone=devices_alone,
             )
             root = await trio.to_thread.run_sync(_root_files, self._capabilities.binary)
             process = await self._processes.spawn(
@@ -269,8 +279,7 @@ class QemuDriver(Seeker):
         try:
             limit = _START_WITH_DEVICES if config.pci_devices else _START
             qmp = await QmpClient.connect(str(Path(config.run_dir, QMP_SOCKET)), timeout=limit)
-            inode = 0 if private_memory else memory.inode(guest_memory)
-            handle = new_handle(self.kind, process, config, memory_inode=inode)
+            handle = new_handle(self.kind, process, config, memory_inode=memory.inode(guest_memory))
             vmm = QemuVmm(handle, process, qmp, board=self._board, machine=self._machine)
             for disk in config.disks:
                 await vmm.limit_disk(disk)

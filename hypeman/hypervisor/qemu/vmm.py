@@ -46,6 +46,7 @@ _RESIZE_LIMIT = 15.0
 _SAVE_LIMIT = 600.0
 """Seconds; a guest releases a disk in 0.1 s, memory in 1 s; a large memory is written at disk speed."""
 _CANCEL_LIMIT = 10.0
+_SAVING = "saving"
 _MIGRATING = frozenset({"setup", "active", "pre-switchover", "device", "wait-unplug", "cancelling"})
 
 _STATES = {
@@ -96,8 +97,12 @@ class QemuVmm(LiveVmm):
         await self._qmp.execute("stop")
 
     async def resume(self) -> None:
-        await trio.to_thread.run_sync(captures.use_up_noted, self._run_dir)
+        noted = (self._run_dir / captures.NOTE).exists()
+        if noted:
+            await trio.to_thread.run_sync(captures.invalidate_noted, self._run_dir)
         await self._qmp.execute("cont")
+        if noted:
+            await trio.to_thread.run_sync(captures.remove_noted, self._run_dir)
 
     # Capture
 
@@ -106,9 +111,16 @@ class QemuVmm(LiveVmm):
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:
             shared = await self._memory_is_shared()
+            # A private mapping is read from the VMM. What a server of an earlier version started has no inode.
+            private = not shared and self._handle.memory_inode != 0 and not self.config.hotplug_bytes
+            state = captures.DEVICES if private else captures.STATE
             await trio.to_thread.run_sync(take_back_capture, directory)
             await self._qmp.execute("stop")
-            await self._save_state(directory / captures.STATE, without_memory=shared)
+            if private:
+                await self._save_devices(directory / state)
+                await trio.to_thread.run_sync(memory.save_private, self._handle, directory / captures.MEMORY)
+            else:
+                await self._save_state(directory / state, without_memory=shared)
             if shared:
                 with _closing(await trio.to_thread.run_sync(memory.of_process, self._handle)) as own:
                     await self._files.copy_open(own, directory / captures.MEMORY)
@@ -119,7 +131,7 @@ class QemuVmm(LiveVmm):
                     version=self._qmp.version,
                     machine=self._machine,
                     config=self.config,
-                    summed=(captures.STATE,),
+                    summed=(state,),
                 )
             )
 
@@ -128,6 +140,18 @@ class QemuVmm(LiveVmm):
         with _opened(str(file), os.O_RDONLY) as fd:
             await self._qmp.execute("getfd", {"fdname": "state"}, fds=[fd])
         await self._migrate("migrate-incoming", "state", ignore_shared=without_memory)
+
+    async def _save_devices(self, file: Path) -> None:
+        """The state of the devices without any memory; the VM is paused."""
+        with _opened(str(file), os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
+            added = await self._qmp.execute("add-fd", {"opaque": _SAVING}, fds=[fd])
+        number = added["fdset-id"]
+        try:
+            # Not live: the guest may go on with these disks.
+            await self._qmp.execute("xen-save-devices-state", {"filename": f"/dev/fdset/{number}", "live": False})
+        finally:
+            with trio.CancelScope(shield=True), contextlib.suppress(VmmGone, VmmBroken, QmpRefused):
+                await self._qmp.execute("remove-fd", {"fdset-id": number})
 
     async def _save_state(self, file: Path, *, without_memory: bool) -> None:
         with _opened(str(file), os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
@@ -227,7 +251,10 @@ class QemuVmm(LiveVmm):
             raise VmmBroken(f"the guest went to {low + now} bytes of memory and not to {size}") from None
 
     async def can_lend(self) -> bool:
-        return await super().can_lend() and await self._memory_is_shared()  # else QEMU punches holes in the capture
+        """With a private mapping QEMU punches holes into the file: it must be ours alone, a consumed capture."""
+        if not await super().can_lend():
+            return False
+        return await self._memory_is_shared() or await trio.to_thread.run_sync(memory.is_unlinked, self._handle)
 
     async def set_balloon(self, size: int) -> None:
         await self._check_balloon(size)
