@@ -166,7 +166,8 @@ class NetworkConfig(_Section, frozen=True):
     the gateway. Empty: no such names; guests ask ``dns_server`` directly."""
     hosts_file: str = ""
     """Opt-in: ``/etc/hosts``, for the host to know ``<instance>.<domain>`` of running instances. The server keeps a
-    marked block in it, which removing the appliance takes out. Empty: no file is written."""
+    marked block in it, which removing the appliance takes out. Restart the server after replacing the file by another
+    one, as some editors do. Empty: no file is written."""
     uplink: str = ""
     """Uplink interface; empty: that of the default route."""
     bridge_name: str = ""
