@@ -58,6 +58,8 @@ from hypeman.network.addressing import Subnet
 from hypeman.network.service import Network
 from hypeman.policies import metrics as policy_metrics
 from hypeman.policies.service import Policies
+from hypeman.registry.records import digests_in_use, forget_image
+from hypeman.registry.service import Registry
 from hypeman.resources.service import Capacity, ResourceService
 from hypeman.server.app import build_app
 from hypeman.server.capabilities import CapabilityView
@@ -150,6 +152,7 @@ class _Parts:
     events: Events
     webhooks: Webhooks
     images: Images
+    registry: Registry
     compressor: Compressor
     instances: Instances
     snapshots: Snapshots
@@ -199,7 +202,15 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         uplink=uplink.names[0] if uplink.names else "",
         on_vanished=lambda instance_id, text: instances.device_vanished(instance_id, text),  # defined below
     )
-    images = Images(store=store, paths=paths, config=config.images, conversions=config.limits.max_concurrent_builds)
+    images = Images(
+        store=store,
+        paths=paths,
+        config=config.images,
+        conversions=config.limits.max_concurrent_builds,
+        kept=digests_in_use,
+        on_delete=forget_image,
+    )
+    registry = Registry(store=store, blobs=images.blobs, images=images, max_blob_bytes=config.images.max_image_size)
     disks = Disks(files, processes, paths.templates)
     catalog = make_catalog(
         config.hypervisor, store, processes, links.open_tap, kernel=kernel, folders=(config.data_dir,)
@@ -298,6 +309,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         events=events,
         webhooks=Webhooks(store, events, config.events.webhooks),
         images=images,
+        registry=registry,
         compressor=compressor,
         instances=instances,
         snapshots=snapshots,
@@ -314,6 +326,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             events=events,
             resources=resources,
             capabilities=CapabilityView(config, catalog, network, images),
+            registry=registry,
         ),
     )
 
@@ -349,6 +362,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     nursery.start_soon(parts.egress_audit.run)
     await nursery.start(parts.egress.run)
     await nursery.start(parts.images.run)
+    await nursery.start(parts.registry.run)
     await nursery.start(parts.compressor.run)
     await parts.volumes.start()
     await parts.snapshots.start()

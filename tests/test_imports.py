@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "policies",
         "builds ingress",
         "instances",
-        "captures",
+        "captures registry",
         "images volumes network devices egress guest hypervisor",
         "resources",
         "events",

@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from hypeman.config import ImagesConfig
-from hypeman.errors import HypemanError
+from hypeman.errors import HypemanError, NotFound
 from hypeman.host.processes import Processes
 from hypeman.images import disks, worker
 from hypeman.images.auth import NOBODY, Login
@@ -219,6 +219,12 @@ class Maker:
         return job.manifest, parse_config(data, job.manifest)
 
     async def _cached(self, digest: str, limit: int) -> bytes:
+        data = await self._read(digest, limit)
+        if data is None:
+            raise MakeFailed("what was imported is no longer there; import it again")
+        return data
+
+    async def _read(self, digest: str, limit: int) -> bytes | None:
         def read() -> bytes | None:
             fd = self._blobs.open(digest)
             if fd is None:
@@ -226,10 +232,42 @@ class Maker:
             with open(fd, "rb") as file:
                 return file.read(limit + 1)
 
-        data = await trio.to_thread.run_sync(read)
+        return await trio.to_thread.run_sync(read)
+
+    async def package(self, digest: str, source: Reference | None) -> bytes:
+        """The manifest of an image that exists; its config and layers are in the cache afterwards.
+
+        Raises NotFound if they are not and there is no ``source``, and as ``RegistryClient.blob`` does.
+        """
+        data = await self._read(digest, MAX_MANIFEST_BYTES)
         if data is None:
-            raise MakeFailed("what was imported is no longer there; import it again")
+            if source is None:
+                raise NotFound("the layers of the image are no longer here; import it again")
+            data = (await self._registry.manifest(source)).data
+            await trio.to_thread.run_sync(self._blobs.add, data, digest)
+        manifest = parse_manifest(data)
+        if not isinstance(manifest, Manifest):
+            raise ManifestError("the digest is that of an index, not of an image")
+        for part in (manifest.config, *manifest.layers):
+            await self._refetch(part, source)
         return data
+
+    async def _refetch(self, part: Descriptor, source: Reference | None) -> None:
+        async with self._alone_with(part.digest):
+            found = await trio.to_thread.run_sync(self._blobs.open, part.digest, part.size)
+            if found is not None:
+                os.close(found)
+                return
+            if source is None:
+                raise NotFound("the layers of the image are no longer here; import it again")
+            async with self._downloads:
+                fd, partial = await trio.to_thread.run_sync(self._blobs.begin, part.digest)
+                try:
+                    await self._registry.blob(source, part, fd, NOBODY, lambda done: None)
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(self._blobs.publish, fd, partial, part.digest)
+                finally:
+                    os.close(fd)
 
     async def collect_downloads(self) -> None:
         """Remove partial downloads that no job will resume."""

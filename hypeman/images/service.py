@@ -80,14 +80,19 @@ class Images:
         config: ImagesConfig,
         conversions: int = 1,
         registry: RegistryClient | None = None,
+        kept: Callable[[Txn], set[str]] = lambda txn: set(),
+        on_delete: Callable[[Txn, str], None] = lambda txn, name: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """``conversions`` is ``limits.max_concurrent_builds``."""
+        """``conversions`` is ``limits.max_concurrent_builds``. ``kept``: digests of blobs that others need;
+        ``on_delete`` is called with the name of a deleted image, in the same transaction."""
         self._store = store
         self._config = config
         self._now = now
+        self._kept = kept
+        self._on_delete = on_delete
         self._registry = registry or RegistryClient(config)
-        self._blobs = Blobs(paths.blobs)
+        self._blobs = self.blobs = Blobs(paths.blobs)
         self._disks = Disks(paths)
         self._maker = Maker(
             config=config, registry=self._registry, blobs=self._blobs, disks=self._disks, conversions=conversions
@@ -150,7 +155,7 @@ class Images:
             gone = await trio.to_thread.run_sync(self._disks.collect, keep)
         for digest in gone:
             log.info("removed the disk of image %s, which nothing uses", digest)
-        in_use = set[str]().union(*(self._maker.in_use(job) for job in self._jobs.values()))
+        in_use = self._store.read(self._kept).union(*(self._maker.in_use(job) for job in self._jobs.values()))
         await trio.to_thread.run_sync(self._blobs.trim, self._cache_size, in_use)
         if not self._jobs:  # a job's layers are known only once it runs
             await self._maker.collect_downloads()
@@ -307,6 +312,7 @@ class Images:
             if not others and is_pinned(txn, row.digest):
                 raise InUse(f"image {key} is in use by an instance or a snapshot")
             txn.delete(NAMES, key)
+            self._on_delete(txn, key)
             _note(txn, key, naming, row, "deleted")
             if others:
                 return ""
@@ -326,6 +332,22 @@ class Images:
                 await trio.to_thread.run_sync(self._disks.remove, digest)
 
     # Used by other packages
+
+    async def adopt(self, name: str, manifest: Manifest, digest: str) -> str:
+        """Make an image of blobs that are in the cache, among them the manifest; returns its normalised name."""
+        image = await self._record_import(parse_reference(name), Imported(manifest, digest, ()), None)
+        return image.name
+
+    async def packaged(self, name: str) -> bytes:
+        """The manifest of a ready image; its config and layers are in the cache afterwards, fetched again if needed.
+
+        Raises NotFound, InvalidRequest, RegistryError.
+        """
+        _, _, row = self._look_up(parse_reference(name))
+        if row.status is not ImageStatus.READY:
+            raise NotFound(f"image {name} is not ready")
+        source = parse_reference(f"{row.source}@{row.digest}") if row.source else None
+        return await self._maker.package(row.digest, source)
 
     async def wait_ready(self, name: str, platform: str | None = None) -> ReadyImage:
         """The converted image of that name and platform, pulled first if it is missing or has failed.
@@ -472,11 +494,11 @@ class Images:
         recorded = [await self._record_import(name, image, tags) for name, image in named]
         return recorded[0]
 
-    async def _record_import(self, name: Reference, image: Imported, tags: Mapping[str, str]) -> Image:
+    async def _record_import(self, name: Reference, image: Imported, tags: Mapping[str, str] | None) -> Image:
         job = Job(image.digest, None)
         job.manifest = image.manifest
         row = ImageRow(digest=image.digest, status=ImageStatus.PENDING, created_at=self._now(), source="")
-        return await self._record(str(name), row, job, dict(tags))
+        return await self._record(str(name), row, job, None if tags is None else dict(tags))
 
     async def _record(self, name: str, new: ImageRow, job: Job | None, tags: dict[str, str] | None) -> Image:
         """Record that ``name`` is to refer to ``new``, and queue ``job`` unless it is running or done."""

@@ -43,6 +43,7 @@ from hypeman.server.exchange import (
 from hypeman.server.idempotency import HEADER, Calls
 from hypeman.server.plain import PlainRoutes
 from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConnection
+from hypeman.server.registry import RegistryRoutes
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.services import Services
 from hypeman.server.streams import WEBSOCKETS
@@ -66,6 +67,7 @@ def build_app(services: Services, settings: ServerSettings, calls: Calls | None 
     app.add_operations(OPERATIONS)
     for path, scope, handler in WEBSOCKETS:
         app.add_websocket_route(path, scope, handler)
+    app.add_registry()
     return app
 
 
@@ -120,6 +122,18 @@ class ApiApp(QuartTrio):
 
         self.add_websocket(_rule(path), f"WS {path}", session)
 
+    def add_registry(self) -> None:
+        def admit(asked: Any, scope: Scope, authorization: str | None) -> Caller:
+            return self._admit(asked, scope, authorization=authorization)
+
+        routes = RegistryRoutes(self.services.registry, admit, self.settings.jwt_secret)
+        for path, view, methods in (
+            ("/v2/", routes.probe, ["GET", "HEAD"]),
+            ("/v2/token", routes.token, ["GET"]),
+            ("/v2/<path:rest>", routes.any, ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE"]),
+        ):
+            self.add_url_rule(path, f"registry {path}", view, methods=methods, provide_automatic_options=False)
+
     async def handle_request(self, request: Any) -> Any:
         """Handle one request, with its log line and metrics count."""
         started = time.perf_counter()
@@ -147,8 +161,9 @@ class ApiApp(QuartTrio):
         """Handle an exception that neither a route nor an HTTP exception handler caught: a bug."""
         return _response(failed(failure_from(error)))
 
-    def _admit(self, asked: Any, *scopes: Scope) -> Caller:
+    def _admit(self, asked: Any, *scopes: Scope, authorization: str | None = None) -> Caller:
         """The caller, if it has one of ``scopes``: from here on it is the actor of what the request changes.
+        ``authorization``: instead of the header.
 
         Raises Unauthorized, Forbidden.
         """
@@ -156,7 +171,7 @@ class ApiApp(QuartTrio):
         if here is not None and here.trusted:
             caller = LOCAL
         else:
-            caller = self._verifier.caller(asked.headers.get("Authorization"))
+            caller = self._verifier.caller(authorization or asked.headers.get("Authorization"))
         actor = asked.scope["hypeman.actor"] = actor_of(caller, here, _request_id(asked))
         set_actor(actor)
         check_scope(caller, *scopes)

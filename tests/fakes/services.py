@@ -72,6 +72,7 @@ from hypeman.instances.model.types import (
     VolumeMount,
     WaitForStateResponse,
 )
+from hypeman.registry.names import Code, RegistryFailure
 from hypeman.resources.types import (
     MemoryReclaimAction,
     MemoryReclaimRequest,
@@ -80,7 +81,7 @@ from hypeman.resources.types import (
     Resources,
     ResourceStatus,
 )
-from hypeman.server.services import Services
+from hypeman.server.services import RegistryService, Services
 from hypeman.server.types import (
     Capabilities,
     DefaultRuntime,
@@ -784,6 +785,13 @@ class FakePolicies:
         del self.schedules[schedule.instance_id]
 
 
+class EmptyRegistry:
+    """A registry without content, to which nothing can be pushed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RegistryFailure(Code.UNAVAILABLE, f"{name}: this server is a fake")
+
+
 @dataclass
 class FakeWorld:
     """All fakes, with their own types; ``services`` is what the server gets."""
@@ -799,6 +807,7 @@ class FakeWorld:
         self.devices = FakeDevices()
         self.egress = FakeEgress(self.instances)
         self.events = FakeEvents()
+        self.registry: RegistryService = EmptyRegistry()
 
     @property
     def services(self) -> Services:
@@ -813,4 +822,5 @@ class FakeWorld:
             events=self.events,
             resources=FakeResources(),
             capabilities=FakeCapabilities(),
+            registry=self.registry,
         )

@@ -27,11 +27,6 @@ _LATER: tuple[tuple[str, str, Scope, str], ...] = (
     ("POST", "/builders/{id}/prune", Scope.BUILD_WRITE, "builders"),
     ("POST", "/pushes", Scope.IMAGE_WRITE, "pushes"),
     ("GET", "/pushes/{id}", Scope.IMAGE_READ, "pushes"),
-    ("GET", "/v2/", Scope.IMAGE_READ, "registry uploads"),
-    ("GET", "/v2/{rest}", Scope.IMAGE_READ, "registry uploads"),
-    ("POST", "/v2/{rest}", Scope.IMAGE_WRITE, "registry uploads"),
-    ("PATCH", "/v2/{rest}", Scope.IMAGE_WRITE, "registry uploads"),
-    ("PUT", "/v2/{rest}", Scope.IMAGE_WRITE, "registry uploads"),
 )
 """Method, path, scope, and what is missing."""
 

@@ -1,0 +1,310 @@
+"""The distribution API below ``/v2/`` (OCI distribution specification 1.1): for docker, skopeo, podman, crane, oras.
+
+Its errors, headers and login differ from those of the other operations, so its routes are not declared as Operations
+and are not in /spec.json. A request's log line and metrics are the same.
+
+Login: the API's own tokens, as Bearer, or as the password (or user name) of Basic. ``/v2/token`` returns the token that
+it was given, since clients insist on exchanging a password for one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qs, urlencode
+
+import msgspec
+import trio
+from quart import Response, request
+
+from hypeman.errors import Forbidden, HypemanError, Unauthorized
+from hypeman.images.manifest import INDEX_TYPES, MAX_MANIFEST_BYTES
+from hypeman.registry.names import (
+    Code,
+    RegistryFailure,
+    Target,
+    is_digest,
+    parse_byte_range,
+    parse_content_range,
+    parse_path,
+)
+from hypeman.registry.service import Opened
+from hypeman.server.services import RegistryService
+from hypeman.tokens import Caller, Scope, mint
+
+_GUEST_SECONDS = 60
+_CHUNK = 256 * 1024
+_VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
+_SCOPES = {
+    "GET": Scope.IMAGE_READ,
+    "HEAD": Scope.IMAGE_READ,
+    "POST": Scope.IMAGE_WRITE,
+    "PATCH": Scope.IMAGE_WRITE,
+    "PUT": Scope.IMAGE_WRITE,
+    "DELETE": Scope.IMAGE_DELETE,
+}
+_METHODS = {
+    "uploads": ("POST",),
+    "upload": ("GET", "PATCH", "PUT", "DELETE"),
+    "blob": ("GET", "HEAD", "DELETE"),
+    "manifest": ("GET", "HEAD", "PUT", "DELETE"),
+    "tags": ("GET",),
+    "referrers": ("GET",),
+}
+
+
+class RegistryRoutes:
+    """Views for Quart. ``admit`` authenticates a request and checks its scope."""
+
+    def __init__(
+        self, registry: RegistryService, admit: Callable[[Any, Scope, str | None], Caller], jwt_secret: str
+    ) -> None:
+        self._registry = registry
+        self._admit = admit
+        self._secret = jwt_secret
+
+    async def probe(self) -> Response:
+        """``GET /v2/``: says that this is a registry, and whether the login is valid."""
+        return await self._answered(Scope.IMAGE_READ, self._probe())
+
+    async def _probe(self) -> Response:
+        return Response(b"{}", 200, _VERSION, content_type="application/json")
+
+    async def any(self, rest: str) -> Response:
+        scope = _SCOPES[request.method]
+        return await self._answered(scope, self._dispatch(rest))
+
+    async def _answered(self, scope: Scope, answer: Awaitable[Response]) -> Response:
+        try:
+            try:
+                self._admit(request, scope, bearer(request.headers.get("Authorization")))
+            except Unauthorized as error:
+                raise RegistryFailure(Code.UNAUTHORIZED, error.message, headers=self._challenge()) from None
+            except Forbidden as error:
+                raise RegistryFailure(Code.DENIED, error.message) from None
+            response = await answer
+        except RegistryFailure as failure:
+            response = _refusal(failure)
+        except HypemanError as error:
+            response = _refusal(RegistryFailure(Code.UNKNOWN, error.message), error.status)
+        except OSError as error:
+            response = _refusal(RegistryFailure(Code.UNKNOWN, f"the blob cannot be stored: {error.strerror}"))
+        finally:
+            if hasattr(answer, "close"):
+                answer.close()  # not awaited if the caller was not admitted
+        response.headers.update(_VERSION)
+        return response
+
+    def _challenge(self) -> dict[str, str]:
+        realm = f"{request.scheme}://{request.host}/v2/token"
+        return {"WWW-Authenticate": f'Bearer realm="{realm}",service="hypeman"'}
+
+    async def token(self) -> Response:
+        """``GET /v2/token``: Docker's token flow, which ends with the token that it began with."""
+        given = bearer(request.headers.get("Authorization"))
+        lifetime = 300
+        try:
+            if given is not None:
+                self._admit(request, Scope.IMAGE_READ, given)
+            elif request.args.get("scope"):
+                given = f"Bearer {mint(self._secret, subject='guest', scopes=[], lifetime=_GUEST_SECONDS)}"
+                lifetime = _GUEST_SECONDS
+            else:
+                raise Unauthorized("log in with a token of the API as password")
+        except Forbidden:
+            pass  # it is a token; what it may do is checked where it is used
+        except HypemanError as error:
+            failure = RegistryFailure(
+                Code.UNAUTHORIZED, error.message, headers={"WWW-Authenticate": 'Basic realm="hypeman"'}
+            )
+            return _refusal(failure)
+        assert given is not None
+        text = given.removeprefix("Bearer ")
+        issued = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        body = {"token": text, "access_token": text, "expires_in": lifetime, "issued_at": issued}
+        return Response(msgspec.json.encode(body), 200, content_type="application/json")
+
+    async def _dispatch(self, rest: str) -> Response:
+        target = parse_path(rest)
+        allowed = _METHODS[target.kind]
+        if request.method not in allowed:
+            headers = {"Allow": ", ".join(allowed)}
+            raise RegistryFailure(Code.UNSUPPORTED, f"this path takes {headers['Allow']}", headers=headers)
+        handler: Callable[[Target], Awaitable[Response]] = getattr(self, f"_{request.method.lower()}_{target.kind}")
+        return await handler(target)
+
+    # Blobs
+
+    async def _get_blob(self, target: Target) -> Response:
+        return _content(await self._registry.blob(target.repository, target.reference))
+
+    _head_blob = _get_blob
+
+    async def _delete_blob(self, target: Target) -> Response:
+        await self._registry.delete_blob(target.repository, target.reference)
+        return Response(b"", 202)
+
+    async def _post_uploads(self, target: Target) -> Response:
+        repository, query = target.repository, _query()
+        mount = query.get("mount", "")
+        if mount and await self._registry.mount(repository, mount, query.get("from", "")):
+            return _created(f"/v2/{repository}/blobs/{mount}", mount)
+        name = await self._registry.begin(repository)
+        if digest := query.get("digest"):
+            await self._registry.receive(repository, name, request.body)
+            await self._registry.finish(repository, name, digest)
+            return _created(f"/v2/{repository}/blobs/{digest}", digest)
+        return self._upload(202, repository, name, 0)
+
+    def _upload(self, status: int, repository: str, name: str, size: int) -> Response:
+        headers = {
+            "Location": f"/v2/{repository}/blobs/uploads/{name}",
+            "Range": f"0-{max(0, size - 1)}",
+            "Docker-Upload-UUID": name,
+            "Content-Length": "0",
+        }
+        return Response(b"", status, headers)
+
+    async def _get_upload(self, target: Target) -> Response:
+        upload = self._registry.upload(target.repository, target.reference)
+        return self._upload(204, target.repository, target.reference, upload.size)
+
+    async def _patch_upload(self, target: Target) -> Response:
+        size = await self._registry.receive(target.repository, target.reference, request.body, _span())
+        return self._upload(202, target.repository, target.reference, size)
+
+    async def _put_upload(self, target: Target) -> Response:
+        digest = _query().get("digest")
+        if digest is None:
+            raise RegistryFailure(Code.DIGEST_INVALID, "the digest is missing")
+        await self._registry.receive(target.repository, target.reference, request.body, _span())
+        await self._registry.finish(target.repository, target.reference, digest)
+        return _created(f"/v2/{target.repository}/blobs/{digest}", digest)
+
+    async def _delete_upload(self, target: Target) -> Response:
+        await self._registry.cancel(target.repository, target.reference)
+        return Response(b"", 204)
+
+    # Manifests
+
+    async def _get_manifest(self, target: Target) -> Response:
+        return _content(await self._registry.manifest(target.repository, target.reference))
+
+    _head_manifest = _get_manifest
+
+    async def _put_manifest(self, target: Target) -> Response:
+        is_digest(target.reference)
+        data = bytearray()
+        async for chunk in request.body:
+            data += chunk
+            if len(data) > MAX_MANIFEST_BYTES:
+                raise RegistryFailure(Code.SIZE_INVALID, f"a manifest may have {MAX_MANIFEST_BYTES} bytes at most")
+        media_type = (request.headers.get("Content-Type") or "").partition(";")[0].strip()
+        digest, subject = await self._registry.put_manifest(
+            target.repository, target.reference, bytes(data), media_type
+        )
+        response = _created(f"/v2/{target.repository}/manifests/{target.reference}", digest)
+        if subject:
+            response.headers["OCI-Subject"] = subject
+        return response
+
+    async def _delete_manifest(self, target: Target) -> Response:
+        await self._registry.delete_manifest(target.repository, target.reference)
+        return Response(b"", 202)
+
+    async def _get_tags(self, target: Target) -> Response:
+        query = _query()
+        limit = query.get("n")
+        if limit is not None and not (limit.isdigit() and len(limit) < 9):
+            raise RegistryFailure(Code.UNSUPPORTED, "n must be a number")
+        found, more = await self._registry.tags(
+            target.repository, last=query.get("last", ""), limit=None if limit is None else int(limit)
+        )
+        response = _json({"name": target.repository, "tags": found})
+        if more and found:
+            following = urlencode({"n": limit or len(found), "last": found[-1]})
+            response.headers["Link"] = f'</v2/{target.repository}/tags/list?{following}>; rel="next"'
+        return response
+
+    async def _get_referrers(self, target: Target) -> Response:
+        wanted = _query().get("artifactType", "")
+        data = await self._registry.referrers(target.repository, target.reference, wanted)
+        response = Response(data, 200, content_type=INDEX_TYPES[0])
+        if wanted:
+            response.headers["OCI-Filters-Applied"] = "artifactType"
+        return response
+
+
+def bearer(authorization: str | None) -> str | None:
+    """An Authorization header as a Bearer one: of Basic, the part that looks like a token. Pure."""
+    scheme, _, value = (authorization or "").partition(" ")
+    if scheme.lower() != "basic":
+        return authorization
+    try:
+        user, _, password = base64.b64decode(value, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return authorization
+    return f"Bearer {password if password.count('.') == 2 or user.count('.') != 2 else user}"
+
+
+def _query() -> dict[str, str]:
+    found = parse_qs(request.query_string.decode(errors="replace"), keep_blank_values=True)
+    return {key: values[-1] for key, values in found.items()}
+
+
+def _span() -> tuple[int, int] | None:
+    text = request.headers.get("Content-Range")
+    return None if text is None else parse_content_range(text)
+
+
+def _json(body: Any) -> Response:
+    return Response(msgspec.json.encode(body), 200, content_type="application/json")
+
+
+def _created(location: str, digest: str) -> Response:
+    return Response(b"", 201, {"Location": location, "Docker-Content-Digest": digest, "Content-Length": "0"})
+
+
+def _refusal(failure: RegistryFailure, status: int | None = None) -> Response:
+    body = msgspec.json.encode(failure.body)
+    return Response(body, status or failure.status, failure.headers, content_type="application/json")
+
+
+def _content(found: Opened) -> Response:
+    headers = {"Docker-Content-Digest": found.digest, "ETag": f'"{found.digest}"', "Accept-Ranges": "bytes"}
+    try:
+        span = parse_byte_range(request.headers["Range"], found.size) if "Range" in request.headers else None
+        first, end = span or (0, found.size)
+        if span is not None:
+            headers["Content-Range"] = f"bytes {first}-{end - 1}/{found.size}"
+        if request.method == "HEAD":
+            os.close(found.fd)
+            response = Response(b"", 200, headers, content_type=found.media_type)
+            response.headers["Content-Length"] = str(found.size)
+            return response
+    except RegistryFailure:
+        os.close(found.fd)
+        raise
+    response = Response(
+        _bytes_of(found.fd, first, end), 200 if span is None else 206, headers, content_type=found.media_type
+    )
+    response.headers["Content-Length"] = str(end - first)
+    response.timeout = None
+    return response
+
+
+async def _bytes_of(fd: int, first: int, end: int) -> AsyncIterator[bytes]:
+    """Closes ``fd``."""
+    try:
+        while first < end:
+            chunk = await trio.to_thread.run_sync(os.pread, fd, min(_CHUNK, end - first), first)
+            if not chunk:
+                return
+            first += len(chunk)
+            yield chunk
+    finally:
+        os.close(fd)

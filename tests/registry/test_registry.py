@@ -1,0 +1,263 @@
+"""The registry with other people's clients, and what the specification asks of it step by step."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from hypeman.images.types import CreateImageRequest, ImageStatus
+from hypeman.registry import records
+from hypeman.registry.names import Code, RegistryFailure, is_digest, parse_byte_range, parse_content_range, parse_path
+from hypeman.tokens import mint
+from tests.images.conftest import need_root, push
+from tests.images.layout import OCI_INDEX, OCI_MANIFEST, ImageFiles, directory, entry, in_pieces, tar
+from tests.registry.conftest import SECRET, Served
+
+IMAGE = ImageFiles([tar(directory("etc"), entry("etc/name", data=b"pushed"))], config={"Cmd": ["/bin/true"]})
+
+
+def digest(data: bytes) -> str:
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+async def upload(client: httpx.AsyncClient, repository: str, data: bytes) -> None:
+    started = await client.post(f"/v2/{repository}/blobs/uploads/")
+    assert started.status_code == 202
+    done = await client.put(started.headers["location"], params={"digest": digest(data)}, content=data)
+    assert done.status_code == 201, done.text
+
+
+async def push_image(client: httpx.AsyncClient, repository: str, tag: str, image: ImageFiles = IMAGE) -> None:
+    for data in image.blobs.values():
+        await upload(client, repository, data)
+    path = f"/v2/{repository}/manifests/{tag}"
+    done = await client.put(path, content=image.manifest, headers={"Content-Type": OCI_MANIFEST})
+    assert (done.status_code, done.headers["docker-content-digest"]) == (201, image.digest), done.text
+
+
+@pytest.mark.slow
+@pytest.mark.real
+async def test_skopeo_pushes_an_image_and_pulls_it_again(served: Served, tmp_path: Path) -> None:
+    need_root()  # images are converted by a worker that gives up its user
+    layout = IMAGE.write_layout(tmp_path / "layout")
+    remote = f"docker://{served.host}/team/app:v1"
+    login = ("--dest-tls-verify=false", f"--dest-creds=any:{served.token}")
+    await served.skopeo("copy", "-q", *login, f"oci:{layout}:latest", remote)
+    image = await served.images.wait_final("team/app:v1")
+    assert (image.name, image.status) == ("docker.io/team/app:v1", ImageStatus.READY)
+    assert image.digest == IMAGE.digest
+    back = tmp_path / "back"
+    await served.skopeo(
+        "copy", "-q", "--src-tls-verify=false", f"--src-registry-token={served.token}", remote, f"dir:{back}"
+    )
+    assert (back / "manifest.json").read_bytes() == IMAGE.manifest
+    listed = await served.skopeo(
+        "list-tags", "--tls-verify=false", f"--registry-token={served.token}", f"docker://{served.host}/team/app"
+    )
+    assert json.loads(listed)["Tags"] == ["v1"]
+    await served.images.delete("team/app:v1")
+    async with served.client() as client:
+        assert (await client.get("/v2/team/app/manifests/v1")).status_code == 404
+
+
+@pytest.mark.slow
+@pytest.mark.real
+async def test_what_was_pulled_can_be_pulled_from_here(served: Served, registry_host: str, tmp_path: Path) -> None:
+    """Also when its layers have left the cache."""
+    need_root()
+    push(IMAGE.write_layout(tmp_path / "layout"), f"{registry_host}/borrowed:1")
+    await served.images.create(CreateImageRequest(f"{registry_host}/borrowed:1"))
+    ready = await served.images.wait_final(f"{registry_host}/borrowed:1")
+    assert ready.status is ImageStatus.READY
+    served.images.blobs.trim(0, set())
+    async with served.client() as client:
+        found = await client.get(f"/v2/{registry_host}/borrowed/manifests/1")
+        assert found.content == IMAGE.manifest
+        for name, data in IMAGE.blobs.items():
+            assert (await client.get(f"/v2/{registry_host}/borrowed/blobs/{name}")).content == data
+
+
+async def test_uploads_in_pieces(served: Served) -> None:
+    data = os.urandom(1000)
+    async with served.client() as client:
+        started = await client.post("/v2/a/b/blobs/uploads/")
+        at = started.headers["location"]
+        assert started.headers["range"] == "0-0"
+        first = await client.patch(at, content=data[:400], headers={"Content-Range": "0-399"})
+        assert (first.status_code, first.headers["range"]) == (202, "0-399")
+        again = await client.patch(at, content=data[:400], headers={"Content-Range": "0-399"})
+        assert (again.status_code, again.headers["range"]) == (416, "0-399")
+        state = await client.get(at)
+        assert (state.status_code, state.headers["range"]) == (204, "0-399")
+        done = await client.put(
+            at, params={"digest": digest(data)}, content=data[400:], headers={"Content-Range": "400-999"}
+        )
+        assert done.status_code == 201
+        assert (await client.get(at)).status_code == 404, "the upload is over"
+        path = f"/v2/a/b/blobs/{digest(data)}"
+        assert (await client.get(path)).content == data
+        head = await client.head(path)
+        assert (head.headers["content-length"], head.headers["docker-content-digest"]) == ("1000", digest(data))
+        part = await client.get(path, headers={"Range": "bytes=10-19"})
+        assert (part.status_code, part.content, part.headers["content-range"]) == (206, data[10:20], "bytes 10-19/1000")
+        assert (await client.get(path, headers={"Range": "bytes=1000-"})).status_code == 416
+        assert (await client.get(f"/v2/other/blobs/{digest(data)}")).status_code == 404, "not in that repository"
+
+
+async def test_wrong_uploads_leave_nothing(served: Served) -> None:
+    async with served.client() as client:
+        monolithic = await client.post(f"/v2/a/blobs/uploads/?digest={digest(b'x')}", content=b"y")
+        assert (monolithic.status_code, monolithic.json()["errors"][0]["code"]) == (400, "DIGEST_INVALID")
+        with pytest.raises(RegistryFailure) as big:
+            await served.registry.receive("a", await served.registry.begin("a"), in_pieces(bytes(2 << 20), 1 << 19))
+        assert big.value.code is Code.SIZE_INVALID
+        started = (await client.post("/v2/a/blobs/uploads/")).headers["location"]
+        assert (await client.put(started)).status_code == 400
+        assert (await client.delete(started)).status_code == 204
+        assert (await client.delete(started)).status_code == 404
+    assert not served.registry._uploads
+    assert not served.images.blobs.downloads()
+
+
+async def test_mounts(served: Served) -> None:
+    async with served.client() as client:
+        await upload(client, "from/here", b"shared")
+        mounted = await client.post(f"/v2/to/there/blobs/uploads/?mount={digest(b'shared')}&from=from/here")
+        assert (mounted.status_code, mounted.headers["location"]) == (201, f"/v2/to/there/blobs/{digest(b'shared')}")
+        assert (await client.get(mounted.headers["location"])).content == b"shared"
+        unknown = await client.post(f"/v2/to/there/blobs/uploads/?mount={digest(b'none')}&from=from/here")
+        assert unknown.status_code == 202, "an ordinary upload begins"
+
+
+async def test_manifests_are_checked(served: Served) -> None:
+    headers = {"Content-Type": OCI_MANIFEST}
+    async with served.client() as client:
+        missing = await client.put("/v2/a/manifests/v1", content=IMAGE.manifest, headers=headers)
+        assert (missing.status_code, missing.json()["errors"][0]["code"]) == (400, "MANIFEST_BLOB_UNKNOWN")
+        for bad in (b"no json", b"{}", b"[]", b'{"config": 1}'):
+            assert (await client.put("/v2/a/manifests/v1", content=bad, headers=headers)).status_code == 400
+        wrong = await client.put(f"/v2/a/manifests/{digest(b'x')}", content=IMAGE.manifest, headers=headers)
+        assert wrong.json()["errors"][0]["code"] == "DIGEST_INVALID"
+        other = await client.put("/v2/a/manifests/v1", content=IMAGE.manifest, headers={"Content-Type": OCI_INDEX})
+        assert other.json()["errors"][0]["code"] == "MANIFEST_INVALID"
+        assert (await client.get("/v2/a/manifests/v1")).status_code == 404
+
+
+async def test_tags_are_listed_in_pages(served: Served) -> None:
+    async with served.client() as client:
+        assert (await client.get("/v2/none/tags/list")).status_code == 404
+        for tag in ("v3", "v1", "v2"):
+            await push_image(client, "a", tag)
+        assert (await client.get("/v2/a/tags/list")).json() == {"name": "a", "tags": ["v1", "v2", "v3"]}
+        page = await client.get("/v2/a/tags/list?n=2")
+        assert page.json()["tags"] == ["v1", "v2"]
+        assert page.headers["link"] == '</v2/a/tags/list?n=2&last=v2>; rel="next"'
+        assert (await client.get("/v2/a/tags/list?n=2&last=v2")).json()["tags"] == ["v3"]
+        assert (await client.delete("/v2/a/manifests/v1")).status_code == 202
+        assert (await client.delete(f"/v2/a/manifests/{IMAGE.digest}")).status_code == 202
+        assert (await client.get("/v2/a/tags/list")).json()["tags"] == []
+
+
+async def test_referrers(served: Served) -> None:
+    async with served.client() as client:
+        await push_image(client, "a", "v1")
+        await upload(client, "a", b"{}")
+        document: dict[str, Any] = {
+            "schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": "application/x.sbom",
+            "config": {"mediaType": "application/vnd.oci.empty.v1+json", "digest": digest(b"{}"), "size": 2},
+            "layers": [], "subject": {"mediaType": OCI_MANIFEST, "digest": IMAGE.digest, "size": len(IMAGE.manifest)},
+            "annotations": {"about": "v1"},
+        }  # fmt: skip
+        data = json.dumps(document).encode()
+        put = await client.put(f"/v2/a/manifests/{digest(data)}", content=data, headers={"Content-Type": OCI_MANIFEST})
+        assert (put.status_code, put.headers["oci-subject"]) == (201, IMAGE.digest)
+        found = (await client.get(f"/v2/a/referrers/{IMAGE.digest}")).json()["manifests"]
+        assert [(one["digest"], one["artifactType"], one["annotations"]) for one in found] == [
+            (digest(data), "application/x.sbom", {"about": "v1"})
+        ]
+        filtered = await client.get(f"/v2/a/referrers/{IMAGE.digest}?artifactType=other")
+        assert (filtered.json()["manifests"], filtered.headers["oci-filters-applied"]) == ([], "artifactType")
+        assert (await client.get(f"/v2/a/referrers/{digest(b'none')}")).json()["manifests"] == []
+
+
+async def test_what_nothing_refers_to_is_collected_later(served: Served) -> None:
+    async with served.client() as client:
+        await push_image(client, "a", "v1")
+        await upload(client, "a", b"alone")
+        untagged = ImageFiles([tar(entry("other", data=b"x"))])
+        await push_image(client, "a", untagged.digest, untagged)
+        later = served.registry._now() + timedelta(days=2)
+        await served.store.write(lambda txn: records.collect(txn, later))
+        assert (await client.get(f"/v2/a/manifests/{IMAGE.digest}")).status_code == 200
+        assert (await client.get(f"/v2/a/blobs/{digest(IMAGE.config)}")).status_code == 200
+        assert (await client.get(f"/v2/a/manifests/{untagged.digest}")).status_code == 404
+        assert (await client.get(f"/v2/a/blobs/{digest(b'alone')}")).status_code == 404
+
+
+async def test_logging_in(served: Served) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{served.host}") as client:
+        refused = await client.get("/v2/")
+        assert (refused.status_code, refused.json()["errors"][0]["code"]) == (401, "UNAUTHORIZED")
+        realm = f'Bearer realm="http://{served.host}/v2/token",service="hypeman"'
+        assert refused.headers["www-authenticate"] == realm
+        assert (await client.get("/v2/token")).status_code == 401
+        for login in (f"user:{served.token}", f"{served.token}:"):
+            basic = {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+            given = await client.get("/v2/token?scope=repository:a:pull,push&service=hypeman", headers=basic)
+            assert given.json()["token"] == served.token
+            assert (await client.get("/v2/", headers=basic)).status_code == 200
+        guest = (await client.get("/v2/token?scope=repository:a:pull")).json()
+        assert guest["expires_in"] == 60
+        denied = await client.get("/v2/", headers={"Authorization": f"Bearer {guest['token']}"})
+        assert (denied.status_code, denied.json()["errors"][0]["code"]) == (403, "DENIED")
+    reader = mint(SECRET, subject="reader", scopes=["image:read"])
+    async with served.client(reader) as client:
+        assert (await client.get("/v2/")).status_code == 200
+        assert (await client.post("/v2/a/blobs/uploads/")).status_code == 403
+
+
+async def test_unknown_paths_and_methods(served: Served) -> None:
+    async with served.client() as client:
+        assert (await client.get("/v2/a/what")).status_code == 404
+        assert (await client.get("/v2/UPPER/Case/tags/list")).status_code == 400
+        wrong = await client.delete("/v2/a/tags/list")
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize(
+    ("rest", "kind", "repository", "reference"),
+    [
+        ("a/blobs/uploads/", "uploads", "a", ""),
+        ("a/b/blobs/uploads/1", "upload", "a/b", "1"),
+        ("quay.io:5000/a/manifests/v1", "manifest", "quay.io:5000/a", "v1"),
+        ("a/blobs/manifests/v1", "manifest", "a/blobs", "v1"),
+    ],
+)
+def test_paths(rest: str, kind: str, repository: str, reference: str) -> None:
+    found = parse_path(rest)
+    assert (found.kind, found.repository, found.reference) == (kind, repository, reference)
+
+
+def test_ranges_and_references() -> None:
+    assert parse_byte_range("bytes=0-", 10) == (0, 10)
+    assert parse_byte_range("bytes=-3", 10) == (7, 10)
+    assert parse_byte_range("bytes=5-100", 10) == (5, 10)
+    assert parse_byte_range("items=0-1", 10) is None
+    with pytest.raises(RegistryFailure):
+        parse_byte_range("bytes=10-", 10)
+    assert parse_content_range("0-99") == (0, 99)
+    with pytest.raises(RegistryFailure) as wrong:
+        parse_content_range("9-0")
+    assert (wrong.value.code, wrong.value.status) == (Code.RANGE_INVALID, 416)
+    assert is_digest(f"sha256:{'0' * 64}") and not is_digest("v1.0")
+    for bad in ("sha256:short", "sha512:abc", ".hidden", "a b"):
+        with pytest.raises(RegistryFailure):
+            is_digest(bad)
