@@ -58,12 +58,27 @@ class GuestSettings(msgspec.Struct, frozen=True):
     ulimits: tuple[Ulimit, ...] = ()
 
 
+class _Wrong(Exception):
+    """A word with this key says nothing that can be done."""
+
+    def __init__(self, key: str, problem: str) -> None:
+        self.key = key
+        self.problem = problem
+
+
 def parse_settings(tags: Mapping[str, str], labels: Mapping[str, str] | None = None) -> GuestSettings:
-    """The settings in an instance's ``tags`` and its image's ``labels``. Raises InvalidRequest, naming the tag."""
-    words = {**(labels or {}), **tags}
+    """The settings in an instance's ``tags`` and its image's ``labels``. Raises InvalidRequest, naming the culprit."""
+    try:
+        return _parse({**(labels or {}), **tags})
+    except _Wrong as error:
+        kind = "tag" if error.key in tags else "the image's label"
+        raise InvalidRequest(f"{kind} {error.key}: {error.problem}") from None
+
+
+def _parse(words: Mapping[str, str]) -> GuestSettings:
     sysctls = tuple(_sysctl(key, value) for key, value in sorted(words.items()) if key.startswith(_SYSCTL))
     if len(sysctls) > MAX_SYSCTLS:
-        raise InvalidRequest(f"{len(sysctls)} tags {_SYSCTL}…: at most {MAX_SYSCTLS} are possible")
+        raise InvalidRequest(f"{len(sysctls)} settings {_SYSCTL}…: at most {MAX_SYSCTLS} are possible")
     return GuestSettings(
         pid1=_pid1(words[_PID1]) if _PID1 in words else Pid1.DETECT,
         shm_bytes=_shm(words[_SHM]) if _SHM in words else 0,
@@ -80,40 +95,40 @@ def _pid1(value: str) -> Pid1:
         case "false" | "0" | "no":
             return Pid1.AGENT
         case _:
-            raise InvalidRequest(f"tag {_PID1}: {value!r} is neither true nor false")
+            raise _Wrong(_PID1, f"{value!r} is neither true nor false")
 
 
 def _shm(value: str) -> int:
     try:
         size = parse_size(value)
     except InvalidRequest as error:
-        raise InvalidRequest(f"tag {_SHM}: {error.message}") from None
+        raise _Wrong(_SHM, error.message) from None
     if size < MIN_SHM:
-        raise InvalidRequest(f"tag {_SHM}: {value} is less than 1MB")
+        raise _Wrong(_SHM, f"{value} is less than 1MB")
     return size
 
 
 def _directory(path: str) -> str:
     if not path.startswith("/") or ".." in path.split("/") or path.split("/")[1] in ("", "dev", "proc", "sys"):
-        raise InvalidRequest(f"tag {_VOLUMES}: {path!r} is not an absolute path of a directory that can be a volume")
+        raise _Wrong(_VOLUMES, f"{path!r} is not an absolute path of a directory that can be a volume")
     return path
 
 
 def _sysctl(key: str, value: str) -> str:
     name = key.removeprefix(_SYSCTL)
     if not _SYSCTL_NAME.fullmatch(name):
-        raise InvalidRequest(f"tag {key}: {name!r} is not the name of a sysctl, as in net.core.somaxconn")
+        raise _Wrong(key, f"{name!r} is not the name of a sysctl, as in net.core.somaxconn")
     return f"{name}={value}"
 
 
 def _ulimit(key: str, value: str) -> Ulimit:
     name = key.removeprefix(_ULIMIT)
     if name not in _LIMITS:
-        raise InvalidRequest(f"tag {key}: {name!r} is not one of {', '.join(_LIMITS)}")
+        raise _Wrong(key, f"{name!r} is not one of {', '.join(_LIMITS)}")
     soft, colon, hard = value.partition(":")
     limits = [_limit(key, text) for text in ((soft, hard) if colon else (soft, soft))]
     if limits[0] > limits[1]:
-        raise InvalidRequest(f"tag {key}: the soft limit {soft} is above the hard limit {hard}")
+        raise _Wrong(key, f"the soft limit {soft} is above the hard limit {hard}")
     return Ulimit(_LIMITS[name], *limits)
 
 
@@ -121,5 +136,5 @@ def _limit(key: str, text: str) -> int:
     if text in ("-1", "unlimited"):
         return UNLIMITED
     if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise InvalidRequest(f"tag {key}: {text!r} is neither a number nor unlimited; write soft:hard")
+        raise _Wrong(key, f"{text!r} is neither a number nor unlimited; write soft:hard")
     return int(text)

@@ -74,7 +74,9 @@ def test_a_tag_wins_over_a_label() -> None:
     ],
 )
 def test_refused_by_name(tag: str, value: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"tag {re.escape(tag)}"):
+    with pytest.raises(InvalidRequest, match=f"^tag {re.escape(tag)}: "):
         parse_settings({tag: value})
+    with pytest.raises(InvalidRequest, match=f"^the image's label {re.escape(tag)}: "):
+        parse_settings({}, {tag: value})
     with pytest.raises(InvalidRequest, match="at most 64"):
         parse_settings({f"hypeman.sysctl.vm.a{number}": "1" for number in range(65)})

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.real.appliance import PATIENCE, ROOT, Appliance
+from tests.real.appliance import IMAGE, PATIENCE, ROOT, Appliance
 from tests.real.conftest import appliance, directory
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -77,11 +77,11 @@ PRINTED = (
 async def test_image_tags_logs_and_time(appliance: Appliance) -> None:
     """One instance of an image with VOLUME, USER and nulls, whose tags say the rest, and what becomes of its clock."""
     labels = {"hypeman.sysctl.vm.max_map_count": "88888"}
-    before = (await appliance.get("/images/localhost%2Fbusybox%3Atest"))["digest"]
-    await appliance.import_busybox(User=":55", Volumes={"/data": None}, Labels=labels, WorkingDir=None)
-    with trio.fail_after(PATIENCE):
-        while (await appliance.get("/images/localhost%2Fbusybox%3Atest"))["digest"] == before:
-            await trio.sleep(0.05)
+    await replace_image(appliance, Labels={"hypeman.pid1": "perhaps"})
+    refused = await appliance.ask("POST", "/instances", json={"name": "x", "image": IMAGE, "size": "128MB", "vcpus": 1})
+    assert refused.status_code == 400 and "the image's label hypeman.pid1: " in refused.json()["message"]
+    assert await appliance.get("/instances") == []
+    await replace_image(appliance, User=":55", Volumes={"/data": None}, Labels=labels, WorkingDir=None)
     await appliance.create("one", cmd=["sh", "-c", REPORT], tags=TAGS)
     with trio.fail_after(PATIENCE):
         while not (log := await raw_log(appliance, "one")).endswith(b"console\n"):
@@ -107,6 +107,16 @@ async def test_image_tags_logs_and_time(appliance: Appliance) -> None:
 
     stopped: Any = await appliance.post("/instances/one/stop")
     assert (stopped["exit_code"], stopped["exit_message"]) == (7, "exited with code 7"), "the program's own trap"
+
+
+async def replace_image(appliance: Appliance, **config: Any) -> None:
+    """Import the image again, with another configuration, and wait until its name leads to that."""
+    path = "/images/localhost%2Fbusybox%3Atest"
+    before = (await appliance.get(path))["digest"]
+    await appliance.import_busybox(**config)
+    with trio.fail_after(PATIENCE):
+        while (await appliance.get(path))["digest"] == before:
+            await trio.sleep(0.05)
 
 
 async def raw_log(appliance: Appliance, name: str) -> bytes:
