@@ -23,8 +23,8 @@ _WHOLE = """
     guest/test_agent_copy.py guest/test_agent_exec.py guest/test_agent_protocol.py
     host/test_cgroups.py host/test_processes.py
     hypervisor/test_conformance.py hypervisor/test_qemu_probe.py hypervisor/test_remote_drivers.py
-    images/test_crash.py images/test_hostile.py images/test_import.py images/test_registry.py images/test_service.py
-    images/test_worker.py
+    images/test_conformance.py images/test_crash.py images/test_created_from.py images/test_hostile.py
+    images/test_import.py images/test_registry.py images/test_service.py images/test_worker.py
     instances/test_lifecycle.py instances/test_trouble.py instances/test_unknown.py
     server/test_serve.py test_backup.py
     walls/test_hostile_archives.py walls/test_hostile_guest.py walls/test_hostile_remote_vmm.py
