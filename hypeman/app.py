@@ -230,6 +230,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         names=usage.instance_names,
         disk_use=partial(usage.disk_use, store, images),
         gpu=devices.gpu_status,
+        disk_free=partial(facts.free_bytes, paths.data_dir),
     )
     secrets = adapters.EgressOfInstances(egress, store)
     machine = Machine(
@@ -275,6 +276,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         disks=disks,
         fill=images.fill_volume,
         max_total=config.limits.max_total_volume_storage,
+        room=lambda: int(facts.free_bytes(paths.data_dir) * config.oversubscription.disk),
     )
     snapshots = Snapshots(
         store=store,

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,6 +64,10 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     left_out: tuple[str, ...]
     """Names of the instances left out because they had a VM."""
     volumes_left_out: tuple[str, ...] = ()
+    images: int = 0
+    """How many are in it; of volumes and snapshots likewise. 0 in backups of earlier versions."""
+    volumes: int = 0
+    snapshots: int = 0
 
 
 class Contents(msgspec.Struct, frozen=True):
@@ -83,6 +88,7 @@ def create(paths: Paths, target: Path) -> About:
         (work / "store").mkdir(mode=0o700)
         Store.copy(paths.store, work / "store")
         contents = trio.run(_settle_copy, work / "store")
+        counts = Counter(directory.partition("/")[0] for directory in contents.directories)
         about = About(
             format=FORMAT,
             version=__version__,
@@ -90,6 +96,9 @@ def create(paths: Paths, target: Path) -> About:
             instances=tuple(record.name for record in contents.instances),
             left_out=tuple(record.name for record in contents.left_out),
             volumes_left_out=contents.volumes_left_out,
+            images=counts["images"],
+            volumes=counts["volumes"],
+            snapshots=counts["snapshots"],
         )
         (work / _ABOUT).write_bytes(msgspec.json.encode(about))
         before = _look(paths.data_dir, contents.directories)

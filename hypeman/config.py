@@ -93,8 +93,8 @@ class LimitsConfig(_Section, frozen=True):
 
 
 class OversubscriptionConfig(_Section, frozen=True):
-    cpu: Ratio = 4.0
-    """Overcommit factor of the processors for running instances."""
+    cpu: Ratio = 16.0
+    """Overcommit factor of the processors for running instances, which share them by weight: idle ones cost nothing."""
     memory: Ratio = 1.0
     """Overcommit factor of memory."""
     disk: Ratio = 1.0

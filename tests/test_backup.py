@@ -131,6 +131,8 @@ async def test_what_rests_is_there_again_and_what_ran_is_not(lab: Lab, file: Pat
     about = json.loads(done.stdout)
     assert set(about["instances"]) == {"stopped", "waiting"}
     assert about["left_out"] == ["running"] and about["volumes_left_out"] == ["busy"]
+    found = {kind: len(list((elsewhere.data_dir / kind).iterdir())) for kind in ("images", "snapshots")}
+    assert {kind: about[kind] for kind in found} == found and min(found.values()) > 0
 
     assert (elsewhere.images / DIGEST.partition(":")[2] / "root.erofs").read_bytes() == b"root"
     volume = elsewhere.volume_disk("kept")

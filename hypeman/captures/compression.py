@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +31,7 @@ import zstandard
 from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import StoreError
+from hypeman.host.files import allocated_bytes
 from hypeman.host.safe_open import open_regular
 from hypeman.hypervisor.interface import CaptureInvalid
 from hypeman.paths import Paths
@@ -75,7 +77,12 @@ class Compressor:
             self._nursery.start_soon(self._compress, capture_id, delay, job)
 
     def is_busy(self, capture_id: str) -> bool:
+        """Whether the capture is being compressed or waits for it."""
         return capture_id in self._jobs
+
+    def is_compressing(self, capture_id: str) -> bool:
+        job = self._jobs.get(capture_id)
+        return job is not None and job.active
 
     @asynccontextmanager
     async def plain(self, capture_id: str) -> AsyncIterator[None]:
@@ -88,9 +95,22 @@ class Compressor:
             self._wanted_plain[capture_id] -= 1
             if not self._wanted_plain[capture_id]:
                 del self._wanted_plain[capture_id]
+                with trio.CancelScope(shield=True):
+                    await self._end_plain(capture_id)
+
+    async def _end_plain(self, capture_id: str) -> None:
+        """Remove the plain copy of a compressed memory; a VM that maps it keeps it. Or compress one that is to be."""
+        lock = self._unpacking.setdefault(capture_id, trio.Lock())
+        async with lock:
+            if capture_id not in self._wanted_plain:  # otherwise another restore has come
                 row = self._store.read(lambda txn: txn.get(CAPTURES, capture_id))
-                if row is not None and row.holders and _is_wanted(row):
+                if row is not None and row.compressed_bytes:
+                    plain = self._paths.capture(capture_id) / MEMORY
+                    await trio.to_thread.run_sync(partial(plain.unlink, missing_ok=True))
+                elif row is not None and row.holders and _is_wanted(row):
                     self.schedule(capture_id)
+        if not lock.statistics().locked:
+            self._unpacking.pop(capture_id, None)
 
     async def _unpack_once(self, capture_id: str) -> None:
         lock = self._unpacking.setdefault(capture_id, trio.Lock())
@@ -107,17 +127,15 @@ class Compressor:
             job.scope.cancel()
             await job.ended.wait()
         row = self._store.read(lambda txn: txn.get(CAPTURES, capture_id))
-        if row is None or row.compressed_bytes == 0:
-            return
         directory = self._paths.capture(capture_id)
+        if row is None or row.compressed_bytes == 0 or (directory / MEMORY).exists():
+            return
         packed = directory / (MEMORY + _suffix(row))
         try:
             await _pump(_unpacked(packed, row), directory / (MEMORY + _UNPACKED), size=row.memory_bytes)
             await trio.to_thread.run_sync(os.rename, directory / (MEMORY + _UNPACKED), directory / MEMORY)
         except (OSError, zstandard.ZstdError, RuntimeError, EOFError) as error:
             raise CaptureInvalid(f"the compressed memory of capture {capture_id} can not be read: {error}") from error
-        await self._store.write(lambda txn: _change(txn, capture_id, compressed_bytes=0, compression=None))
-        await trio.to_thread.run_sync(packed.unlink)
 
     async def _compress(self, capture_id: str, delay: float, job: _Job) -> None:
         try:
@@ -146,6 +164,7 @@ class Compressor:
             await self._store.write(lambda txn: _change(txn, capture_id, compression=None))
             return
         side = directory / (MEMORY + _PACKING)
+        self._jobs[capture_id].active = True
         try:
             size = await _pump(_packed(plain, row.compression), side)
         except BaseException:
@@ -157,12 +176,16 @@ class Compressor:
             packed = {"compressed_bytes": size, "compression": row.compression}  # the requested one may have changed
             await self._store.write(lambda txn: _change(txn, capture_id, **packed))
             await trio.to_thread.run_sync(plain.unlink)
+            on_disk = await trio.to_thread.run_sync(allocated_bytes, directory)
+            await self._store.write(lambda txn: _change(txn, capture_id, size_bytes=on_disk))
 
 
 class _Job:
     def __init__(self) -> None:
         self.scope = trio.CancelScope()
         self.ended = trio.Event()
+        self.active = False
+        """It compresses; before, it waits."""
 
 
 class _Packer(Protocol):

@@ -22,7 +22,7 @@ class CaptureRow(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     holders: tuple[str, ...]
     size_bytes: int
-    """Bytes on disk at creation."""
+    """Bytes on disk, apart from a plain copy of compressed memory during a restore."""
     memory_bytes: int
     """Size of the uncompressed memory."""
     compression: SnapshotCompressionConfig | None = None

@@ -46,8 +46,11 @@ def restore_backup(session: Session, file: Path, config_file: Path | None) -> No
 
 
 def _counted(about: dict[str, Any]) -> str:
-    count = len(about["instances"])
-    return f"{count} instance{'' if count == 1 else 's'}, images, volumes and snapshots"
+    counts = {"instance": len(about["instances"])} | {
+        kind: about[f"{kind}s"] for kind in ("image", "volume", "snapshot")
+    }
+    *first, last = [f"{count} {kind}{'' if count == 1 else 's'}" for kind, count in counts.items()]
+    return f"{', '.join(first)} and {last}"
 
 
 def _run(config_file: Path | None, action: Callable[[Any, Any], Any]) -> dict[str, Any]:

@@ -87,7 +87,9 @@ def _reclaim_text(found: dict[str, Any]) -> str:
 
 
 def _resources_text(found: dict[str, Any]) -> str:
-    kinds = [name for name in ("cpu", "memory", "disk", "network", "disk_io") if found.get(name)]
+    kinds = [  # a rate that is not known limits nothing
+        name for name in ("cpu", "memory", "disk", "network", "disk_io") if found.get(name) and found[name]["capacity"]
+    ]
 
     def amount(kind: str, value: int) -> str:
         return str(value) if kind == "cpu" else size(value) + ("/s" if kind in ("network", "disk_io") else "")

@@ -36,6 +36,14 @@ def disk_bytes(path: Path) -> int:
     return status.f_blocks * status.f_frsize
 
 
+def free_bytes(path: Path) -> int:
+    """What is free for users on the file system that ``path`` lies on, or its nearest parent that exists."""
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
 def link_speed(name: str) -> int:
     """Bytes per second of a network link; 0 if it is not reported (virtual links)."""
     try:

@@ -118,6 +118,10 @@ class Blobs:
                 removed += status.st_size
         return removed
 
+    def size(self) -> int:
+        """Bytes of all complete blobs; 0 before ``prepare``."""
+        return sum(status.st_size for _, status in self._all()) if self._whole.is_dir() else 0
+
     def _all(self) -> list[tuple[str, os.stat_result]]:
         found = []
         with os.scandir(self._whole) as entries:

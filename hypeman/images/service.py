@@ -437,6 +437,7 @@ class Images:
         return {
             "images": len(ready),
             "disk_bytes": sum(ready),
+            "cache_bytes": self._blobs.size(),
             "queued": len(self._queue),
             "active": len(self._jobs) - len(self._queue),
             "made": self._made,

@@ -16,13 +16,14 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 import trio
+from msgspec import UNSET
 
 from hypeman.config import Config
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound
 from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.sessions import open_copy_from, open_copy_to, open_exec
-from hypeman.guest.types import PathInfo
+from hypeman.guest.types import Metrics, PathInfo
 from hypeman.host.usage import read_usage
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.ids import check_name, new_id
@@ -92,6 +93,9 @@ MOST_WAIT = 300.0
 
 SECONDS_FOR_AGENT = 5.0
 """A running instance's agent answers at once; this covers a channel that is being reopened."""
+
+SECONDS_FOR_METRICS = 1.0
+"""An agent answers within milliseconds; without it the statistics have less to tell."""
 
 LOG_INTERVAL = 5.0
 """Seconds between checks of log sizes. A guest prints at most about 10 MB/s through its serial console."""
@@ -258,7 +262,8 @@ class Instances:
         record = self.board.find(ref)
         usage = read_usage(record.handle.pid) if record.handle is not None else read_usage(0)
         received, sent = self._counters.of_instance(record.id)
-        memory = record.spec.memory_bytes
+        memory = record.spec.memory_bytes + record.spec.hotplug_bytes
+        inside = await self._guest_metrics(record.id)
         return InstanceStats(
             instance_id=record.id,
             instance_name=record.name,
@@ -270,7 +275,18 @@ class Instances:
             allocated_vcpus=record.spec.vcpus,
             allocated_memory_bytes=memory,
             memory_utilization_ratio=usage.rss_bytes / memory if memory else None,
+            guest_memory_used_bytes=inside.memory_total - inside.memory_available if inside is not None else UNSET,
+            guest_memory_total_bytes=inside.memory_total if inside is not None else UNSET,
         )
+
+    async def _guest_metrics(self, instance_id: str) -> Metrics | None:
+        """None if the guest has no agent, or one that does not answer at once."""
+        live = self.machine.live(instance_id)
+        if live is None or live.guest is None:
+            return None
+        with trio.move_on_after(SECONDS_FOR_METRICS), suppress(HypemanError):
+            return await live.guest.metrics()
+        return None
 
     async def reclaim_memory(self, request: MemoryReclaimRequest) -> MemoryReclaimResponse:
         return await self.tasks.see_through(lambda: self._reclaim.order(request))

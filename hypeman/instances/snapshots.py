@@ -153,7 +153,8 @@ class Snapshots:
                     tags=tags,
                     created_at=self._now(),
                     source=msgspec.structs.replace(source, handle=None),
-                    size_bytes=await files.allocated(directory) + (memory.size_bytes if memory is not None else 0),
+                    size_bytes=(disks := await files.allocated(directory)) + (memory.size_bytes if memory else 0),
+                    disks_bytes=disks,
                     capture=memory.id if memory is not None else None,
                     schedule=schedule,
                 )
@@ -273,6 +274,7 @@ class Snapshots:
             return view
         return msgspec.structs.replace(
             view,
+            size_bytes=row.size_bytes if row.disks_bytes is None else row.disks_bytes + capture.size_bytes,
             compression=capture.compression or UNSET,
             compression_state=self._compression_state(capture),
             compression_error=capture.compression_error,
@@ -287,7 +289,7 @@ class Snapshots:
             return CompressionState.COMPRESSED
         return (
             CompressionState.COMPRESSING
-            if self._machine.captures.compressor.is_busy(capture.id)
+            if self._machine.captures.compressor.is_compressing(capture.id)
             else CompressionState.NONE
         )
 

@@ -70,6 +70,8 @@ HOLDINGS: Table[Holding] = Table("holdings", Holding)
 TOTALS: Table[Totals] = Table("holding-totals", Totals)
 
 _TOTALS_KEY = "all"
+_CONFIGURED = {"vcpus": "cpu"}
+"""Names in the configuration, where they differ."""
 _UNITS = {"vcpus": "vCPUs", "memory": "memory", "disk": "disk", "network": "network bandwidth", "disk_io": "disk I/O"}
 
 
@@ -91,7 +93,8 @@ def hold(txn: Txn, holder: str, wanted: Holding, limits: Limits) -> None:
         if limit and then > now and then > limit:
             raise InsufficientResources(
                 f"not enough {label}: {_amount(name, then - now)} more wanted, "
-                f"{_amount(name, max(0, limit - now))} of {_amount(name, limit)} free"
+                f"{_amount(name, max(0, limit - now))} of {_amount(name, limit)} free; "
+                f"the limit is what the host has, times oversubscription.{_CONFIGURED.get(name, name)}"
             )
     txn.put(TOTALS, _TOTALS_KEY, after)
     if wanted == Holding():

@@ -6,6 +6,7 @@ does not iterate over instances; what ``GET /resources`` lists is read again onl
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Literal
 
@@ -52,11 +53,14 @@ class ResourceService:
         names: Callable[[Txn], Mapping[str, str]],
         disk_use: Callable[[], DiskBreakdown],
         gpu: Callable[[], Awaitable[GPUResourceStatus | None]],
+        disk_free: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
+        """``disk_free``: bytes that are really free, whoever takes the others."""
         self._store = store
         self._names = names
         self._disk_use = disk_use
         self._gpu = gpu
+        self._disk_free = disk_free
         self._allocated: _Allocated | None = None
         overruled = {
             "vcpus": configured.cpu,
@@ -88,12 +92,14 @@ class ResourceService:
         if allocated is None or allocated.commits != self._store.commits:
             allocated = self._allocated = self._read()
         sums = allocated.sums
+        disk = self._status("disk", "disk", sums.disk + _shared(allocated.disk))
+        disk_io = self._status("disk_io", "disk_io", sums.disk_io)
         return Resources(
             cpu=self._status("cpu", "vcpus", sums.vcpus),
             memory=self._status("memory", "memory", sums.memory),
-            disk=self._status("disk", "disk", sums.disk),
+            disk=msgspec.structs.replace(disk, available=min(disk.available, self._disk_free())),
             network=self._status("network", "network", sums.network),
-            disk_io=self._status("disk_io", "disk_io", sums.disk_io),
+            disk_io=disk_io if disk_io.capacity else UNSET,
             disk_breakdown=allocated.disk,
             gpu=await self._gpu(),
             allocations=allocated.rows,
@@ -113,9 +119,9 @@ class ResourceService:
                 cpu=holding.vcpus,
                 memory_bytes=holding.memory,
                 disk_bytes=holding.disk,
-                network_download_bps=holding.download,
-                network_upload_bps=holding.upload,
-                disk_io_bps=holding.disk_io,
+                network_download_bps=holding.download or UNSET,
+                network_upload_bps=holding.upload or UNSET,
+                disk_io_bps=holding.disk_io or UNSET,
             )
             for holder, holding in holdings
         )
@@ -132,3 +138,8 @@ class ResourceService:
             oversub_ratio=self._ratios[name],
             source=self._sources[name],
         )
+
+
+def _shared(disk: DiskBreakdown) -> int:
+    """Bytes that no instance holds: images, their cache, volumes."""
+    return (disk.images_bytes or 0) + (disk.oci_cache_bytes or 0) + (disk.volumes_bytes or 0)

@@ -14,7 +14,9 @@ class ResourceStatus(Struct, frozen=True, kw_only=True):
     capacity: int
     effective_limit: Annotated[int, Meta(description="capacity × oversub_ratio")]
     allocated: int
-    available: Annotated[int, Meta(description="effective_limit − allocated")]
+    available: Annotated[
+        int, Meta(description="effective_limit − allocated; of the disk not more than its file system has free")
+    ]
     oversub_ratio: float
     source: Literal["detected", "configured"] | UnsetType = UNSET
 
@@ -64,7 +66,7 @@ class Resources(Struct, frozen=True, kw_only=True):
     disk: ResourceStatus
     network: ResourceStatus
     allocations: tuple[ResourceAllocation, ...]
-    disk_io: ResourceStatus | UnsetType = UNSET
+    disk_io: Annotated[ResourceStatus | UnsetType, Meta(description="Absent if the disk's rate is not known")] = UNSET
     disk_breakdown: DiskBreakdown | UnsetType = UNSET
     gpu: GPUResourceStatus | None = None
 

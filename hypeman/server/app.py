@@ -58,7 +58,7 @@ BODY_SECONDS = 10.0
 """Time limit for receiving a JSON body. Uploads have no such limit: they are not held in memory."""
 
 
-_METHODS = frozenset(["GET", "POST", "PUT", "PATCH", "DELETE"])
+_METHODS = frozenset(["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 
 
 def build_app(services: Services, settings: ServerSettings, calls: Calls | None = None) -> ApiApp:
@@ -194,6 +194,21 @@ def shadowed(operations: Sequence[Operation]) -> Iterator[tuple[str, list[str], 
             yield path, sorted(own | {"HEAD"} if "GET" in own else own), sorted(_METHODS - own)
 
 
+def methods_of(path: str, operations: Sequence[Operation]) -> list[str]:
+    """The methods of the operations whose path, segment by segment, matches ``path`` best: the fixed one goes before a
+    parameter. Empty if none does."""
+    parts = path.split("/")
+    best: dict[tuple[bool, ...], set[str]] = {}
+    for operation in operations:
+        template = operation.path.split("/")
+        if len(template) == len(parts) and all(
+            a == b or a.startswith("{") for a, b in zip(template, parts, strict=True)
+        ):
+            best.setdefault(tuple(part.startswith("{") for part in template), set()).add(operation.method)
+    methods = best[min(best)] if best else set()
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
+
+
 def _refusal(allowed: list[str]) -> Callable[[], Awaitable[Response]]:
     async def refuse() -> Response:
         raise MethodNotAllowed(valid_methods=allowed)
@@ -314,7 +329,7 @@ async def _answer_http_exception(error: HTTPException) -> Response:
     if status == 404:
         message = f"there is no {request.method} {request.path}" if has_request_context() else "there is no such stream"
     elif status == 405:
-        allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+        allowed = ", ".join(methods_of(request.path, OPERATIONS) or sorted(getattr(error, "valid_methods", None) or ()))
         headers["Allow"] = allowed
         message = f"{request.path} takes {allowed}"
     elif isinstance(error, WebsocketMismatch):

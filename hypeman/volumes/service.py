@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,13 +47,23 @@ class Fill(Protocol):
 
 class Volumes:
     def __init__(
-        self, *, store: Store, paths: Paths, files: Files, disks: Disks, fill: Fill, max_total: int = 0
+        self,
+        *,
+        store: Store,
+        paths: Paths,
+        files: Files,
+        disks: Disks,
+        fill: Fill,
+        max_total: int = 0,
+        room: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
+        """``room``: bytes that a new volume may have, from what the file system has free."""
         self._store = store
         self._paths = paths
         self._files = files
         self._disks = disks
         self._fill = fill
+        self._room = room
         self._max_total = max_total
         """Total bytes of all volumes; 0 is unlimited."""
 
@@ -123,6 +134,8 @@ class Volumes:
 
     async def _make(self, record: VolumeRecord, make: Callable[[Path, int], Awaitable[None]]) -> Volume:
         size = record.size_gb << 30
+        if size > (room := self._room()):
+            raise InvalidRequest(f"a volume of {record.size_gb} GB does not fit: {room >> 30} GB are free on the disk")
         self._store.read(lambda txn: self._check_room(txn, record))
         side = self._paths.tmp / f"volume-{new_id()}"
         final = self._paths.volumes / record.id

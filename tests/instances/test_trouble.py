@@ -19,10 +19,16 @@ import trio.testing
 from hypeman.captures.records import CAPTURES
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import Conflict, HypemanError, InvalidState, NameConflict, NotFound
+from hypeman.host.files import allocated_bytes
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.images.types import ReadyImage
 from hypeman.instances import expiry
-from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, ForkSnapshotRequest, SnapshotKind
+from hypeman.instances.model.snapshot_types import (
+    CompressionState,
+    CreateSnapshotRequest,
+    ForkSnapshotRequest,
+    SnapshotKind,
+)
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
@@ -495,6 +501,22 @@ async def test_forks_of_one_compressed_snapshot_unpack_it_once(lab: Lab) -> None
             for number in range(3):
                 nursery.start_soon(snapshots.fork, made.id, ForkSnapshotRequest(name=f"fork{number}"))
         assert {record.state for record in instances.board.records()} == {InstanceState.RUNNING}
+        shown = await snapshots.get(made.id)
+        assert (shown.compression_state, shown.compression) == (CompressionState.COMPRESSED, zstd)
+        places = lab.paths.snapshot(made.id), lab.paths.capture(str(row.capture))
+        assert shown.size_bytes == sum(allocated_bytes(place) for place in places)
+        assert not (lab.paths.capture(str(row.capture)) / "memory").exists(), "the plain copy was for the restores"
+        await clean_up(lab, instances)
+
+
+async def test_what_waits_for_its_compression_is_not_compressing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    zstd = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.ZSTD)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.standby("one", StandbyInstanceRequest(compression=zstd, compression_delay="1h"))
+        snapshots = lab.snapshots(instances)
+        made = await snapshots.create("one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
+        assert (await snapshots.get(made.id)).compression_state is CompressionState.NONE
         await clean_up(lab, instances)
 
 

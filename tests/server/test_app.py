@@ -87,6 +87,9 @@ async def test_unknown_routes_and_methods(ask: Any) -> None:
         ("DELETE", "/images/import", "POST"),
         ("PUT", "/devices/x", "DELETE, GET, HEAD"),
         ("PATCH", "/events", "GET, HEAD"),
+        ("OPTIONS", "/volumes/from-archive", "POST"),
+        ("PUT", "/images/a/tag", "POST"),
+        ("PUT", "/images/a/progress", "GET, HEAD"),
     ],
 )
 async def test_allow_lists_the_methods_of_that_very_path(client: Client, method: str, path: str, allowed: str) -> None:

@@ -34,6 +34,18 @@ def volumes(store: Store, paths: Paths) -> Volumes:
     return Volumes(store=store, paths=paths, files=files, disks=disks, fill=fill, max_total=8 << 30)
 
 
+async def test_a_volume_larger_than_the_free_space_is_refused(store: Store, paths: Paths) -> None:
+    files = Files()
+    small = Volumes(
+        store=store, paths=paths, files=files, disks=Disks(files, Processes(), paths.templates),
+        fill=partial(fill_volume, trio.CapacityLimiter(1)), room=lambda: 2 << 30,
+    )  # fmt: skip
+    with pytest.raises(InvalidRequest, match="3 GB does not fit: 2 GB are free") as refusal:
+        await small.create(CreateVolumeRequest(name="big", size_gb=3))
+    assert str(paths.data_dir) not in refusal.value.message
+    await small.create(CreateVolumeRequest(name="fits", size_gb=1))
+
+
 def tar_gz(*entries: tuple[str, bytes | None], links: dict[str, str] | None = None) -> bytes:
     """An archive of files (None: a directory) and symbolic links."""
     buffer = io.BytesIO()

@@ -155,6 +155,9 @@ class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
     source: InstanceRecord
     """The source's record at capture time, used for forks and restores."""
     size_bytes: int
+    """Bytes on disk at creation."""
+    disks_bytes: int | None = None
+    """Of these, the disks; None: not known, in rows of earlier versions."""
     capture: str | None = None
     schedule: str = ""
     """The schedule that made it, and may delete it; empty: made by a command."""

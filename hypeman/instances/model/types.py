@@ -387,8 +387,15 @@ class InstanceStats(Struct, frozen=True, kw_only=True):
     network_rx_bytes: int
     network_tx_bytes: int
     allocated_vcpus: int
-    allocated_memory_bytes: int
-    memory_utilization_ratio: float | None = None
+    allocated_memory_bytes: Annotated[int, Meta(description="Including hotplugged memory")]
+    memory_utilization_ratio: Annotated[
+        float | None, Meta(description="Resident memory of the VMM, of the allocated memory")
+    ] = None
+    guest_memory_used_bytes: Annotated[
+        int | UnsetType,
+        Meta(description="Extension: used inside (MemTotal − MemAvailable); absent if the agent does not answer"),
+    ] = UNSET
+    guest_memory_total_bytes: Annotated[int | UnsetType, Meta(description="Extension: MemTotal of the guest")] = UNSET
 
 
 class AutoStandbyState(enum.StrEnum):
