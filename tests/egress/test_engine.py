@@ -182,6 +182,72 @@ async def test_other_settings_take_another_engine(world: World, tmp_path: Path, 
     assert len(list(engines.glob("*.sock"))) == 1
 
 
+async def test_an_upgrade_under_load_loses_nothing(world: World, tmp_path: Path, engines: Path) -> None:
+    """Requests, uploads and WebSockets in flight while a new engine takes over: all of them end as they should, and new
+    ones are served all the time."""
+    go, began = trio.Event(), 0
+
+    async def late(request: Request, wire: Wire) -> None:
+        nonlocal began
+        began += 1
+        await go.wait()
+        await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nlate")
+
+    async def upload(request: Request, wire: Wire) -> None:
+        nonlocal began
+        began += 1
+        request.body = await wire.exactly(200_000)
+        await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nup")
+
+    async def echo(request: Request, wire: Wire) -> None:
+        await wire.send(b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
+        while True:
+            await wire.send(await wire.exactly(4))
+
+    world.origin.answers.update({"/late": late, "/up": upload, "/ws": echo})
+    upgrade = f"GET /ws HTTP/1.1\r\nHost: {HOST}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n".encode()
+    async with server(tmp_path, engines, world) as first:
+        await allow(first)
+        await first.accept()
+        waiting = [await connect(first, world) for _ in range(40)]
+        for wire in waiting:
+            await wire.send(f"GET /late HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode())
+        uploads = [await connect(first, world) for _ in range(10)]
+        for wire in uploads:
+            await wire.send(
+                f"POST /up HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 200000\r\n\r\n".encode() + bytes(100_000)
+            )
+        sockets = [await connect(first, world) for _ in range(20)]
+        for wire in sockets:
+            await wire.send(upgrade)
+            assert b" 101 " in await wire.until(b"\r\n\r\n")
+        while began < len(waiting) + len(uploads):
+            await trio.sleep(0.01)
+    async with server(tmp_path, engines, world, timeouts=Timeouts(idle_up=5)) as second:
+        await allow(second, "sk-new")
+        for turn in range(3):
+            if turn == 1:
+                await second.accept()
+            assert (await world.ask(await connect(second, world), REQUEST))[0] == 200
+            for wire in sockets:
+                await wire.send(b"%04d" % turn)
+                assert await wire.exactly(4) == b"%04d" % turn
+        for wire in uploads:
+            await wire.send(bytes(100_000))
+            status, _, body = await read_response(wire)
+            assert (status, body) == (200, b"up")
+        go.set()
+        for wire in waiting:
+            status, _, body = await read_response(wire)
+            assert (status, body) == (200, b"late")
+        assert len(second._engines) == 2, "the WebSockets are still there"
+        for wire in sockets:
+            await trio.aclose_forcefully(wire.stream)
+        with trio.fail_after(30):
+            while len(second._engines) > 1:
+                await trio.sleep(0.01)
+
+
 async def test_an_engine_without_guests_ends_with_the_server(world: World, tmp_path: Path, engines: Path) -> None:
     async with server(tmp_path, engines, world) as only:
         pid = os.pidfd_open(only.engine_pid)
