@@ -193,6 +193,8 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         links=links,
         rules=rules,
         egress_port=config.egress.port,
+        engine_uid=config.hypervisor.uid_base,
+        engine_allowed=config.egress.allow_private,
         on_tap_operation=lambda operation: metrics.tap_operations.labels(operation).inc(),
     )
     stack.callback(network.aclose)

@@ -25,6 +25,8 @@ instance is one small transaction. Path of a packet from a guest:
     identity (-450, before defragmentation: each fragment must prove its sender)
       → arrivals (dstnat) → to_host (input) or to_world (forward) → departures (srcnat)
 
+What the egress engine opens passes ``from_engine``: to the world only, not to this host or a guest.
+
 A published port is translated where the packet arrives (``arrivals``; ``from_host`` for what the host itself sends)
 and passes ``to_world`` only as the translation of an address of this host, so that a guest's own address stays
 unreachable from outside. Sources are kept, but for a guest that calls itself and for 127.0.0.0/8, which no guest
@@ -76,6 +78,10 @@ class RuleFacts(msgspec.Struct, frozen=True):
     """Interfaces that forward, TAPs apart: published ports are translated for what comes in by them."""
     egress_port: int = 0
     """The proxy's port on the gateway; 0: no proxy."""
+    engine_uid: int = 0
+    """The user of the egress engine alone, which opens connections to hosts in the world only; 0: it has none."""
+    engine_allowed: tuple[str, ...] = ()
+    """Networks that it may reach besides, as address/prefix."""
     offered: tuple[HostPort, ...] = ()
     policed: tuple[tuple[str, int], ...] = ()
     """(tap, bytes per second) whose upload is policed here, if the kernel has no ifb to shape it."""
@@ -248,7 +254,7 @@ table inet {TABLE} {{
         oifname @uplinks accept
         counter goto refuse
     }}
-    chain refuse {{
+{_engine(facts)}    chain refuse {{
         meta l4proto tcp reject with tcp reset
         reject with icmpx admin-prohibited
     }}
@@ -304,6 +310,32 @@ def _kept_by_gateway(facts: RuleFacts) -> str:
     return "".join(
         f"        ip daddr {facts.subnet.gateway} {port.protocol} dport {port.port} return\n" for port in kept
     )
+
+
+def _engine(facts: RuleFacts) -> str:
+    """The engine checks addresses itself; this holds even if it is compromised. Its answers to guests are replies."""
+    if not facts.engine_uid:
+        return ""
+    allowed = "".join(
+        f"        {family} daddr {{ {', '.join(networks)} }} accept\n"
+        for family, networks in (
+            ("ip", [each for each in facts.engine_allowed if ":" not in each]),
+            ("ip6", [each for each in facts.engine_allowed if ":" in each]),
+        )
+        if networks
+    )
+    return f"""\
+    chain from_host_filter {{
+        type filter hook output priority filter; policy accept;
+        meta skuid {facts.engine_uid} goto from_engine
+    }}
+    chain from_engine {{
+        ct state established,related accept
+        ip daddr {facts.subnet.network} counter goto refuse
+{allowed}        fib daddr type local counter goto refuse
+        ip daddr @refused counter goto refuse
+    }}
+"""
 
 
 def _mediation(facts: RuleFacts) -> str:

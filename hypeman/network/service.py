@@ -62,6 +62,8 @@ class Network:
         links: Links,
         rules: Rules,
         egress_port: int = 0,
+        engine_uid: int = 0,
+        engine_allowed: Iterable[str] = (),
         offered: Iterable[HostPort] = (),
         on_tap_operation: TapOperation = lambda operation: None,
     ) -> None:
@@ -71,6 +73,8 @@ class Network:
         self._links = links
         self._rules = rules
         self._egress_port = egress_port
+        self._engine_uid = engine_uid
+        self._engine_allowed = tuple(engine_allowed)
         self._offered = tuple(offered)
         self._on_tap_lost: TapLost = _ignore
         self._leases: dict[str, Lease] = {}
@@ -335,6 +339,8 @@ class Network:
             uplinks=self.uplink.names,
             forwarding=tuple(sorted(self._forwarding)),
             egress_port=self._egress_port,
+            engine_uid=self._engine_uid,
+            engine_allowed=self._engine_allowed,
             offered=self._offered,
             policed=policed,
             allow_private=self._config.allow_private,

@@ -123,8 +123,10 @@ def wait_port(port: int) -> None:
 
 
 def tree(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(grand for child in children for grand in tree(int(child)))]
+    """The process and its children, whichever of its threads started them."""
+    children = [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+                for child in (task / "children").read_text().split()]  # fmt: skip
+    return [pid, *(grand for child in children for grand in tree(child))]
 
 
 def cpu_ns(pid: int) -> int:

@@ -46,6 +46,8 @@ ROUTER_MAC = "02:ff:00:00:00:02"
 SERVER = "203.0.113.9"
 """Somebody in the world."""
 EGRESS_PORT = 18080
+ENGINE_UID = 510000
+ENGINE_ALLOWED = ("127.0.0.7/32",)
 OFFERED = HostPort("tcp", 5300)
 _DEADLINE = 10
 _VNET_HEADER = 10
@@ -254,7 +256,15 @@ async def lab(*, uplink: bool = True, **config: Any) -> AsyncIterator[Lab]:
     sh("ip link set lo up")
     world = set_up_uplink() if uplink else plug_in("nowhere")
     links, rules = Links(), Rules()
-    network = Network(NetworkConfig(**config), links=links, rules=rules, egress_port=EGRESS_PORT, offered=[OFFERED])
+    network = Network(
+        NetworkConfig(**config),
+        links=links,
+        rules=rules,
+        egress_port=EGRESS_PORT,
+        engine_uid=ENGINE_UID,
+        engine_allowed=ENGINE_ALLOWED,
+        offered=[OFFERED],
+    )
     await network.start([])
     built = Lab(network, links, rules, world)
     try:

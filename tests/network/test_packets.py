@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from tests.network import frames
 from tests.network.frames import ARP, ICMP, IPV4, IPV6, TCP, UDP, Seen
 from tests.network.lab import (
     EGRESS_PORT,
+    ENGINE_ALLOWED,
+    ENGINE_UID,
     GATEWAY,
     GATEWAY_MAC,
     HOST,
@@ -668,3 +672,27 @@ async def test_closed_private_networks_stay_closed_for_open_connections_and_afte
         built.from_world(frames.ipv4("10.0.0.5", HOST, UDP, answer))
         guest.send_udp("10.0.0.5", 9, b"second")
         assert _datagrams(await built.world_sees(guest)) == [b"marker"]
+
+
+@in_namespace
+async def test_the_egress_engine_opens_connections_to_the_world_only() -> None:
+    """Not to services of this host or to guests, whatever its code does; what the settings allow is allowed."""
+    async with lab() as built:
+        guest = await built.guest()
+        own = built.network.subnet.gateway
+        for address in ("127.0.0.1", "127.0.0.7", HOST):
+            with socket.create_server((address, 9876)):
+                for uid, reached in ((0, True), (ENGINE_UID, address in "".join(ENGINE_ALLOWED))):
+                    assert _connects(uid, address, 9876) == reached, (uid, address)
+        assert not _connects(ENGINE_UID, guest.lease.ipv4, 80)
+        assert not _connects(ENGINE_UID, str(own), 22)
+
+
+def _connects(uid: int, address: str, port: int) -> bool:
+    """Whether a process of that user does; only one that is not refused at once waits."""
+    program = (
+        f"import os, socket; os.setresuid({uid}, {uid}, {uid}); socket.create_connection(('{address}', {port}), 5)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 or "refused" in done.stderr, done.stderr
+    return done.returncode == 0

@@ -18,6 +18,8 @@ FACTS = RuleFacts(
     uplinks=("eth0",),
     forwarding=("eth0",),
     egress_port=18080,
+    engine_uid=510000,
+    engine_allowed=("10.7.0.0/16", "fd00:7::/64"),
     offered=(HostPort("udp", 53), HostPort("tcp", 53)),
     policed=(("hm-b", 1_250_000),),
 )

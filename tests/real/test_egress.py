@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -235,9 +236,24 @@ async def test_what_is_not_mediated_is_refused_at_once(mediated: Appliance) -> N
     assert code == 7, text
 
 
+def engine_of(appliance: Appliance) -> int:
+    """The process id of its engine."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            inside = (process / "ns" / "net").stat().st_ino == appliance.namespace.inode
+            if inside and b"hypeman.egress.engine" in (process / "cmdline").read_bytes():
+                return int(process.name)
+    raise AssertionError("there is no engine")
+
+
 async def test_the_policy_is_there_again_after_a_restart(mediated: Appliance, seen: Path) -> None:
+    """The engine outlives the server, whose next process finds it; then another engine takes its place."""
+    engine = engine_of(mediated)
     mediated.kill()
     await mediated.start()
+    assert engine_of(mediated) == engine
+    assert (await fetch(mediated, seen, f"https://{HOST}/"))["authorization"] == [f"Bearer {SECRET}"]
+    os.kill(engine, signal.SIGKILL)
     assert (await fetch(mediated, seen, f"https://{HOST}/"))["authorization"] == [f"Bearer {SECRET}"]
     await mediated.post("/instances/one/standby")
     await mediated.post("/instances/one/restore")
