@@ -292,7 +292,9 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     )
     connections = Connections()
     stack.callback(connections.close)
-    policies = Policies(instances=instances, store=store, config=config, snapshots=snapshots, connections=connections)
+    policies = Policies(
+        instances=instances, store=store, config=config, snapshots=snapshots, connections=connections, network=network
+    )
     events = Events(store, max_count=config.events.max_count, max_age=timedelta(days=config.events.max_days))
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)

@@ -82,6 +82,7 @@ PURE_MODULES = tuple(
         "images.tar",
         "images.types",
         "network.addressing",
+        "network.asleep",
         "network.ruleset",
         "network.shaping",
         "network.types",

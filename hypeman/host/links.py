@@ -49,7 +49,7 @@ from hypeman.host.netlink import (
     u32,
 )
 from hypeman.host.safe_open import open_regular
-from hypeman.host.types import SHAPER_PREFIX, TAP_PREFIX, TokenBucket, shaper_name
+from hypeman.host.types import SHAPER_PREFIX, TAP_PREFIX, WAKE_LINK, TokenBucket, shaper_name
 
 R = TypeVar("R")
 
@@ -65,7 +65,7 @@ _SKIP_STATS = 1 << 3
 _IFF_UP = 1
 _LOOPBACK = 1
 _RTA_DST, _RTA_OIF, _RTA_PREFSRC = 1, 4, 7
-_TABLE_MAIN, _PROTO_STATIC, _SCOPE_LINK, _SCOPE_HOST, _UNICAST = 254, 4, 253, 254, 1
+_TABLE_MAIN, _PROTO_STATIC, _SCOPE_LINK, _SCOPE_HOST, _SCOPE_NOWHERE, _UNICAST = 254, 4, 253, 254, 255, 1
 _NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _GROUP_LINK, _GROUP_ROUTE, _GROUP_NETCONF = 1, 7, 24
@@ -77,6 +77,8 @@ TUN_DEVICE = "/dev/net/tun"
 TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 TAP_FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 _GONE = (errno.ENODEV,)
+_STRICT, _LOOSE = "1", "2"
+"""Of ``rp_filter``: loose while a guest's address is routed elsewhere. The rules check its packets in any case."""
 
 
 class Tap(msgspec.Struct, frozen=True):
@@ -96,6 +98,8 @@ class Tap(msgspec.Struct, frozen=True):
     """Shown by ``ip link``."""
     proxy_arp: bool = False
     """Proxy ARP for other guests, for guests that treat the subnet as on-link."""
+    routed: bool = True
+    """False: the guest's address is still routed to WAKE_LINK; ``route_to_tap`` follows."""
     route_loopback: bool = False
     """Whether packets of the host from 127.0.0.0/8 may be routed to the guest, for ports published there."""
     download: TokenBucket | None = None
@@ -169,6 +173,26 @@ class Links:
         """A descriptor for the VMM, owned by the caller. Raises HostError."""
         return await self._in_thread(_open_tap, name)
 
+    async def set_up_wake_link(self, mtu: int) -> None:
+        """Set up WAKE_LINK, which exists."""
+        await self._in_thread(self._set_up_wake_link, mtu)
+
+    async def route_to_wake_link(self, addresses: Iterable[str], gateway: str) -> None:
+        """Route guests' addresses to WAKE_LINK, also if they are routed to their TAPs."""
+        await self._in_thread(self._route_to_wake_link, list(addresses), gateway)
+
+    async def unroute_from_wake_link(self, addresses: Iterable[str]) -> None:
+        """Remove the routes of ``addresses`` to WAKE_LINK, and no others; missing ones are no error."""
+        await self._in_thread(self._unroute, list(addresses))
+
+    async def route_to_tap(self, tap: Tap) -> None:
+        """Route a guest's address to its TAP, which exists."""
+        await self._in_thread(self._route_to_tap, tap)
+
+    async def loosen(self, name: str) -> None:
+        """Accept a guest's packets from its TAP while its address is routed elsewhere; a no-op without the TAP."""
+        await self._in_thread(_loosen, name)
+
     async def set_mtu(self, names: Iterable[str], mtu: int) -> None:
         messages = [
             _link_message(index, f"set MTU of {name} to {mtu}", u32(_IFLA_MTU, mtu), tolerated=_GONE)
@@ -235,6 +259,48 @@ class Links:
             self._set_limits(tap)
         self._netlink.run([_link_message(index, f"bring {tap.name} up", up=True), *_way_messages(tap, index)])
         return index
+
+    def _set_up_wake_link(self, mtu: int) -> None:
+        for key, value in {
+            f"ipv6/conf/{WAKE_LINK}/disable_ipv6": "1",
+            f"ipv4/conf/{WAKE_LINK}/rp_filter": _LOOSE,
+            f"ipv4/conf/{WAKE_LINK}/forwarding": "1",
+            f"ipv4/conf/{WAKE_LINK}/send_redirects": "0",
+            f"ipv4/conf/{WAKE_LINK}/accept_redirects": "0",
+            f"ipv4/conf/{WAKE_LINK}/route_localnet": "1",
+        }.items():
+            _write_switch(key, value)
+        index = _index(WAKE_LINK)
+        self._netlink.run([_link_message(index, f"bring {WAKE_LINK} up", u32(_IFLA_MTU, mtu), up=True)])
+
+    def _route_to_wake_link(self, addresses: list[str], gateway: str) -> None:
+        index = _index(WAKE_LINK)
+        self._netlink.run([_route_message(address, gateway, index, WAKE_LINK) for address in addresses])
+
+    def _unroute(self, addresses: list[str]) -> None:
+        index = _index(WAKE_LINK)
+        if not index:
+            return
+        header = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, _TABLE_MAIN, 0, _SCOPE_NOWHERE, 0, 0)
+        self._netlink.run(
+            [
+                Message(
+                    _DEL_ROUTE,
+                    0,
+                    header + attr(_RTA_DST, ipaddress.IPv4Address(address).packed) + u32(_RTA_OIF, index),
+                    f"remove the route of {address} to {WAKE_LINK}",
+                    (errno.ESRCH,),
+                )
+                for address in addresses
+            ]
+        )
+
+    def _route_to_tap(self, tap: Tap) -> None:
+        index = _index(tap.name)
+        if not index:
+            raise HostError(f"TAP {tap.name} is not there")
+        self._netlink.run([_route_message(tap.address, tap.gateway, index, tap.name)])
+        _write_switch(f"ipv4/conf/{tap.name}/rp_filter", _STRICT)
 
     def _set_limits(self, tap: Tap) -> None:
         index = _index(tap.name)
@@ -420,7 +486,7 @@ def _set_switches(tap: Tap) -> None:
     """Set sysctls before the link comes up, so that not even a router solicitation is sent."""
     settings = {
         f"ipv6/conf/{tap.name}/disable_ipv6": "1",
-        f"ipv4/conf/{tap.name}/rp_filter": "1",
+        f"ipv4/conf/{tap.name}/rp_filter": _STRICT if tap.routed else _LOOSE,
         f"ipv4/conf/{tap.name}/forwarding": "1",
         f"ipv4/conf/{tap.name}/accept_redirects": "0",
         f"ipv4/conf/{tap.name}/send_redirects": "0",
@@ -478,15 +544,23 @@ def _tap_messages(tap: Tap, index: int) -> list[Message]:
 
 def _way_messages(tap: Tap, index: int) -> list[Message]:
     """Route and neighbour, for a link that is up."""
-    guest, gateway = (ipaddress.IPv4Address(each).packed for each in (tap.address, tap.gateway))
-    route = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, _TABLE_MAIN, _PROTO_STATIC, _SCOPE_LINK, _UNICAST, 0)
-    route += attr(_RTA_DST, guest) + u32(_RTA_OIF, index) + attr(_RTA_PREFSRC, gateway)
+    guest = ipaddress.IPv4Address(tap.address).packed
     neighbour = struct.pack("=BxxxiHBB", socket.AF_INET, index, _NUD_PERMANENT, 0, 0)
     neighbour += attr(_NDA_DST, guest) + attr(_NDA_LLADDR, _mac(tap.mac))
-    return [
-        Message(_NEW_ROUTE, CREATE | REPLACE, route, f"route {tap.address} to {tap.name}"),
-        Message(_NEW_NEIGH, CREATE | REPLACE, neighbour, f"enter {tap.mac} as neighbour on {tap.name}"),
-    ]
+    way = [Message(_NEW_NEIGH, CREATE | REPLACE, neighbour, f"enter {tap.mac} as neighbour on {tap.name}")]
+    return [_route_message(tap.address, tap.gateway, index, tap.name), *way] if tap.routed else way
+
+
+def _route_message(address: str, gateway: str, index: int, name: str) -> Message:
+    route = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, _TABLE_MAIN, _PROTO_STATIC, _SCOPE_LINK, _UNICAST, 0)
+    route += attr(_RTA_DST, ipaddress.IPv4Address(address).packed) + u32(_RTA_OIF, index)
+    route += attr(_RTA_PREFSRC, ipaddress.IPv4Address(gateway).packed)
+    return Message(_NEW_ROUTE, CREATE | REPLACE, route, f"route {address} to {name}")
+
+
+def _loosen(name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        Path("/proc/sys/net", f"ipv4/conf/{name}/rp_filter").write_text(_LOOSE)
 
 
 def _mac(value: str) -> bytes:

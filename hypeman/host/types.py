@@ -11,6 +11,9 @@ TAP_PREFIX = "hm-"
 """Prefix of all our TAPs and of nothing else on a host: the rules drop everything for this prefix,
 so a TAP without a lease reaches nothing."""
 
+WAKE_LINK = TAP_PREFIX + "wake"
+"""The TUN that addresses of instances in standby are routed to. No TAP has so short a name."""
+
 SHAPER_PREFIX = "hmu-"
 """The ifb through which a TAP's upload is shaped. Not matched by the TAPs' prefix."""
 
@@ -42,6 +45,7 @@ SET_TYPES = {
     "ports_at": ("ipv4_addr", "inet_proto", "inet_service"),
     "published": ("ipv4_addr", "inet_proto", "inet_service"),
     "hairpin": ("ipv4_addr", "ipv4_addr"),
+    "asleep": ("ipv4_addr",),
 }
 """nft's types of the keys of our sets and maps that change with every instance."""
 

@@ -52,9 +52,10 @@ from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.admission import Command, check_legal
 from hypeman.instances.model.phases import PULLING, Phases, utc_now
 from hypeman.instances.model.plan import plan_create
-from hypeman.instances.model.policies import check_policies, restart_rules
+from hypeman.instances.model.policies import check_policies, restart_rules, standby_rules
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec, Intent, Operation, StopCause
 from hypeman.instances.model.states import NO_VMM, SETTLED
+from hypeman.instances.model.steps import HoldTraffic
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     CreateInstanceRequest,
@@ -67,6 +68,7 @@ from hypeman.instances.model.types import (
     StartInstanceRequest,
     UpdateInstanceRequest,
     WaitForStateResponse,
+    WakeOn,
 )
 from hypeman.instances.model.validate import (
     check_compression,
@@ -383,6 +385,22 @@ class Instances:
             await stop(owned, cause=StopCause.POLICY)
 
         await self.tasks.of(instance_id).perform(Command.STOP, stop_it)
+
+    async def settle_traffic(self, instance_id: str) -> None:
+        """Have packets to an instance in standby, or stopped, held or not, as its policy says. Between commands, so
+        that none of them changes the state meanwhile."""
+
+        async def settle_it(owned: Owned) -> None:
+            step = HoldTraffic(instance_id)
+            if owned.record.state not in (InstanceState.STANDBY, InstanceState.STOPPED):
+                return
+            wake = standby_rules(owned.record.spec.auto_standby).wake
+            if owned.record.state is InstanceState.STANDBY and wake is not WakeOn.NONE:
+                await self.machine.do(step)
+            else:
+                await self.machine.undo(step)
+
+        await self.tasks.of(instance_id).perform(None, settle_it)
 
     async def start_again(self, instance_id: str, boots: int) -> None:
         """Start an instance as its restart policy says, if it has not been started or stopped by anyone since

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from hypeman.images.service import Images
+from hypeman.instances.model.policies import standby_rules
+from hypeman.instances.model.types import InstanceState, WakeOn
 from hypeman.instances.rows import INSTANCES, NAMES
 from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
@@ -50,15 +52,18 @@ def disk_use(store: Store, images: Images) -> DiskBreakdown:
     )
 
 
-def leases_by_life(store: Store) -> tuple[Sequence[Lease], Sequence[Lease]]:
-    """Leases of instances whose record names a VMM, and those of all others. If a VMM has exited since, they are
-    settled later."""
+def leases_by_life(store: Store) -> tuple[Sequence[Lease], Sequence[Lease], Sequence[Lease]]:
+    """Leases of instances whose record names a VMM, those of all others, and those of instances in standby that packets
+    wake, which are among the others. If a VMM has exited since, they are settled later."""
 
-    def read(txn: Txn) -> tuple[list[Lease], list[Lease]]:
-        living, others = list[Lease](), list[Lease]()
+    def read(txn: Txn) -> tuple[list[Lease], list[Lease], list[Lease]]:
+        living, others, held = list[Lease](), list[Lease](), list[Lease]()
         for _, record in txn.scan(INSTANCES):
             if (lease := get_lease(txn, record.id)) is not None:
                 (living if record.handle is not None else others).append(lease)
-        return living, others
+                wake = standby_rules(record.spec.auto_standby).wake
+                if record.state is InstanceState.STANDBY and wake is not WakeOn.NONE:
+                    held.append(lease)
+        return living, others, held
 
     return store.read(read)

@@ -18,6 +18,7 @@ The chains are fixed and drop by default for the prefix of our TAPs. A guest is 
     ports_at     address . protocol . port → the same, published on one address
     published    address . protocol . port  of a guest: reached through a published port
     hairpin      address . address      of a guest that has published ports, twice: it reaches itself through them
+    asleep       address                of a guest in standby that packets of neighbours wake (``waking.py``)
 
 so a TAP is closed before its lease is applied and after it is removed, and adding or removing an
 instance is one small transaction. Path of a packet from a guest:
@@ -43,7 +44,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from hypeman.host.types import MAP_TYPES, SET_TYPES, TABLE, TAP_PREFIX, Element
+from hypeman.host.types import MAP_TYPES, SET_TYPES, TABLE, TAP_PREFIX, WAKE_LINK, Element
 from hypeman.network.addressing import Subnet
 from hypeman.network.ports import forwards_of
 from hypeman.network.types import EgressMode, HostPort, Lease
@@ -110,6 +111,14 @@ def lease_elements(lease: Lease) -> tuple[Element, ...]:
     return (*elements, *_port_elements(lease))
 
 
+def held_elements(lease: Lease) -> tuple[Element, ...]:
+    """What stays open for an instance in standby that packets wake: its published ports, and its neighbours."""
+    if not lease.enabled:
+        return ()
+    asleep = () if lease.isolated else (Element("inet", "asleep", (lease.ipv4,)),)
+    return (*asleep, *_port_elements(lease))
+
+
 def possible_elements(lease: Lease) -> tuple[Element, ...]:
     """Every element that ``lease`` may have had in any mode; a removal deletes all of them."""
     strictest = msgspec.structs.replace(lease, egress_mode=EgressMode.ALL, isolated=False)
@@ -152,12 +161,14 @@ def _is_shared(element: Element, lease: Lease) -> bool:
     )
 
 
-def render_ruleset(facts: RuleFacts, leases: Iterable[Lease]) -> str:
-    """Both tables with all elements, replacing existing ones in one transaction (``nft -f``)."""
+def render_ruleset(facts: RuleFacts, leases: Iterable[Lease], held: Iterable[Lease] = ()) -> str:
+    """Both tables with all elements, replacing existing ones in one transaction (``nft -f``). ``held``: the leases of
+    instances in standby that packets wake."""
     elements: dict[tuple[str, str], list[str]] = {}
-    for lease in leases:
-        for element in lease_elements(lease):
-            elements.setdefault((element.family, element.set), []).append(_element_text(element))
+    wanted = dict.fromkeys(element for lease in leases for element in lease_elements(lease))
+    wanted |= dict.fromkeys(element for lease in held for element in held_elements(lease))
+    for element in wanted:
+        elements.setdefault((element.family, element.set), []).append(_element_text(element))
     forget = "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in FAMILIES)
     return forget + _inet_table(facts, elements) + _arp_table(facts, elements)
 
@@ -196,6 +207,7 @@ table inet {TABLE} {{
 {_pace_set(facts)}{_limits(facts)}
     chain identity {{
         type filter hook prerouting priority -450; policy accept;
+        iifname "{WAKE_LINK}" accept
         iifname {any_tap} jump identity_guest
     }}
     chain identity_guest {{
@@ -241,12 +253,14 @@ table inet {TABLE} {{
         oifname {any_tap} counter drop
     }}
     chain to_world_guest {{
+        iifname "{WAKE_LINK}" ct state established,related accept
         ct direction reply ct status dnat ct state established,related accept
         iifname @mode_all meta l4proto != {{ udp, icmp }} counter goto refuse
         oifname {any_tap} ct status dnat {_PUBLISHED} accept
         iifname @mediated tcp dport {_WEB} counter goto refuse
         iifname @mediated udp dport 443 counter reject with icmpx port-unreachable
         oifname {any_tap} iifname @neighbours oifname @neighbours accept
+        oifname "{WAKE_LINK}" iifname @neighbours ip daddr @asleep accept
         ip daddr @refused counter goto refuse
         ip daddr {network} counter goto refuse
         udp sport {{ 67, 68 }} counter drop
@@ -264,6 +278,18 @@ table inet {TABLE} {{
         ip saddr . ip daddr @hairpin snat ip to {gateway}
         oifname {any_tap} ip saddr 127.0.0.0/8 snat ip to {gateway}
         ip saddr {network} oifname @uplinks masquerade
+    }}
+
+    set arrivals_asleep {{
+        type ipv4_addr
+        size 65535
+        flags dynamic,timeout
+        timeout 1m
+    }}
+    chain to_asleep {{
+        type filter hook postrouting priority filter; policy accept;
+        oifname != "{WAKE_LINK}" accept
+        update @arrivals_asleep {{ ip daddr limit rate over 256/second burst 512 packets }} counter drop
     }}
 }}
 """

@@ -26,7 +26,7 @@ from hypeman.host.links import Change, Links, NamespaceClaim, Tap, Uplink, find_
 from hypeman.host.netlink import NetlinkError
 from hypeman.host.revival import revive
 from hypeman.host.rules import Rules
-from hypeman.host.types import TAP_PREFIX, Element, shaper_name
+from hypeman.host.types import TAP_PREFIX, WAKE_LINK, Element, shaper_name
 from hypeman.network import ruleset
 from hypeman.network.addressing import Subnet
 from hypeman.network.guest_names import GuestNames
@@ -34,6 +34,7 @@ from hypeman.network.ports import HostSocket, all_sockets, port_changes, reached
 from hypeman.network.publishing import PublishedPorts
 from hypeman.network.shaping import token_bucket
 from hypeman.network.types import GuestNetwork, HostPort, Lease
+from hypeman.network.waking import Waking
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class Network:
         self._can_shape = True
         self._on_tap_operation = on_tap_operation
         self.published = PublishedPorts()
+        self.waking = Waking(links, gateway=str(self.subnet.gateway))
         self.names = GuestNames(config, self.subnet, self._leases)
         self._bypass = True
         self._forwarding: dict[str, int] = {}
@@ -98,13 +100,14 @@ class Network:
         """Await ``react`` with the id of each instance whose TAP was deleted by others, once it has been recreated."""
         self._on_tap_lost = react
 
-    async def start(self, living: Iterable[Lease], others: Iterable[Lease] = ()) -> None:
+    async def start(self, living: Iterable[Lease], others: Iterable[Lease] = (), held: Iterable[Lease] = ()) -> None:
         """Make the host match ``living``: restore their links, remove all our others. ``others`` are the leases of
-        instances without VM, whose published ports are held.
+        instances without VM, whose published ports are held; ``held`` those of them that packets wake.
 
         Rules are loaded first, so no guest is open meanwhile. Raises HostError.
         """
         self._claim = self._claim or NamespaceClaim()
+        held = [lease for lease in held if lease.enabled]
         self._leases.clear()
         self._leases.update((lease.instance_id, lease) for lease in living if lease.enabled)
         self._last_holders = {lease.ipv4: lease.instance_id for lease in self._leases.values()}
@@ -116,6 +119,8 @@ class Network:
             log.warning("this kernel has no ifb: upload limits are cut roughly instead of shaped")
         await self._links.set_gateway(str(self.subnet.gateway))
         self.names.bind()
+        for lease in held:
+            await self.waking.hold(lease, mtu=self.uplink.mtu)
         await self._links.forward(self.uplink.names)
         await self._load_first_rules()
         leftovers = (await self._links.ours()).keys() - self._wanted_links()
@@ -125,7 +130,7 @@ class Network:
         for lease in self._leases.values():
             await self._add_tap(lease)
         await self.published.restore([*self._leases.values(), *others])
-        for lease in self._leases.values():
+        for lease in (*self._leases.values(), *held):
             self.published.open(lease)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -135,6 +140,7 @@ class Network:
             await nursery.start(self._watch_rules)
             await nursery.start(self.published.relays.run)
             await nursery.start(self.names.run)
+            nursery.start_soon(self.waking.run)
             task_status.started()
 
     def aclose(self) -> None:
@@ -142,6 +148,7 @@ class Network:
         self._stats.close()
         self.published.aclose()
         self.names.close()
+        self.waking.close()
         if self._claim is not None:
             self._claim.close()
 
@@ -167,14 +174,41 @@ class Network:
         """Close the guest and remove its TAP; a no-op if there is none."""
         if not lease.enabled:
             return
-        self.published.close(lease.instance_id)
+        self.waking.forget_passed(lease)
+        held = self.waking.is_held(lease.instance_id)
+        if not held:
+            self.published.close(lease.instance_id)
         async with self._changing:
             before = self._leases.pop(lease.instance_id, None)
-            await self._change_rules(lease, before=before)
+            await self._change_rules(lease, add=ruleset.held_elements(lease) if held else (), before=before)
         self.names.changed()
         await self._links.remove_taps([lease.tap])
         self._owners = {index: owner for index, owner in self._owners.items() if owner != lease.instance_id}
         self._on_tap_operation("delete")
+
+    async def hold(self, lease: Lease) -> None:
+        """Hold the packets to an instance that enters or is in standby, and report them to ``waking.on_arrival``.
+        Idempotent. Raises HostError."""
+        if not lease.enabled:
+            return
+        async with self._changing:
+            await self._links.loosen(lease.tap)
+            await self.waking.hold(lease, mtu=self.uplink.mtu)
+            await self._change_elements(set(), set(ruleset.held_elements(lease)))
+        self.published.open(lease)
+
+    async def release(self, lease: Lease) -> None:
+        """Hold the packets of an instance no longer: those held go to its TAP, or, if it has none, are answered with
+        an error. A no-op if they are not held. Raises HostError."""
+        if not self.waking.is_held(lease.instance_id):
+            return
+        async with self._changing:
+            if lease.instance_id in self._leases:
+                await self.waking.release_to(lease, self._tap(lease))
+                return
+            await self.waking.release(lease)
+            await self._change_elements(set(ruleset.held_elements(lease)), set())
+        self.published.close(lease.instance_id)
 
     async def open_tap(self, lease: Lease) -> int:
         """A descriptor for the VMM, owned by the caller."""
@@ -216,6 +250,7 @@ class Network:
         async with self._changing:
             before = self._leases.get(lease.instance_id)
             if before is None:
+                await self._set_ports_asleep(lease)
                 return
             gone, fresh = port_changes(before, lease)
             self._leases[lease.instance_id] = lease
@@ -231,6 +266,15 @@ class Network:
         old, new = all_sockets(gone.ports), all_sockets(fresh.ports)
         await self._forget_translated(lease.ipv4, dict(old.items() - new.items()))
         await self._forget_untranslated(dict(new.items() - old.items()))
+
+    async def _set_ports_asleep(self, lease: Lease) -> None:
+        before = self.waking.lease(lease.instance_id)
+        if before is None:
+            return
+        await self.waking.hold(lease, mtu=self.uplink.mtu)
+        self.published.open(lease)
+        add = set(ruleset.held_elements(lease))
+        await self._change_elements(set(ruleset.held_elements(before)) - add, add)
 
     def guest_network(self, lease: Lease) -> GuestNetwork | None:
         """The guest's network settings for ``lease``; None if it has no interface."""
@@ -267,6 +311,7 @@ class Network:
             uid=uid,
             alias=f"hypeman {lease.instance_id}",
             proxy_arp=not lease.isolated,
+            routed=not self.waking.is_held(lease.instance_id),
             route_loopback=reached_from_loopback(lease.ports),
             download=token_bucket(lease.download_bps),
             upload=token_bucket(lease.upload_bps) if self._can_shape else None,
@@ -277,6 +322,7 @@ class Network:
 
     def _wanted_links(self) -> set[str]:
         taps = {lease.tap for lease in self._leases.values()}
+        taps |= {WAKE_LINK} if self.waking.link_is_wanted else set()
         return taps | {shaper_name(lease.tap) for lease in self._leases.values() if self._tap(lease).upload}
 
     async def _add_tap(self, lease: Lease, uid: int = 0) -> None:
@@ -348,7 +394,7 @@ class Network:
             resolver=self.names.bound,
             bypass=self._bypass,
         )
-        await self._rules.load(ruleset.render_ruleset(facts, leases))
+        await self._rules.load(ruleset.render_ruleset(facts, leases, self.waking.leases()))
 
     async def _change_rules(self, lease: Lease, add: tuple[Element, ...] = (), before: Lease | None = None) -> None:
         """Replace the elements of ``lease``, and of ``before`` if given, by ``add`` in one transaction: no packet meets
@@ -409,7 +455,8 @@ class Network:
         if self.uplink.names != before.names:
             await self._load_rules()
         if self.uplink.mtu != before.mtu:
-            await self._links.set_mtu([lease.tap for lease in self._leases.values()], self.uplink.mtu)
+            taps = [lease.tap for lease in self._leases.values()]
+            await self._links.set_mtu([*taps, WAKE_LINK], self.uplink.mtu)
 
     async def _follow_forwarding(self) -> None:
         if await self._links.forwarding() != self._forwarding:
@@ -432,3 +479,5 @@ class Network:
                 await self._add_tap(lease)
             if link is None:
                 await self._on_tap_lost(lease.instance_id)
+        async with self._changing:
+            await self.waking.repair(self.uplink.mtu)

@@ -3,12 +3,14 @@
 restart-memories      Memory of restarts (restart.py)
 snapshot-schedules    Schedule (schedule.py)
     idle-memories         Memory of activity (idle.py)
+    last-wakes            LastWake
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from hypeman.instances.model.types import LastWake
 from hypeman.instances.rows import INSTANCES
 from hypeman.policies import idle
 from hypeman.policies.restart import Memory
@@ -19,9 +21,10 @@ T = TypeVar("T")
 
 RESTARTS: Table[Memory] = Table("restart-memories", Memory)
 IDLE: Table[idle.Memory] = Table("idle-memories", idle.Memory)
+WAKES: Table[LastWake] = Table("last-wakes", LastWake)
 SCHEDULES: Table[Schedule] = Table("snapshot-schedules", Schedule)
 
-ALL: tuple[Table[Any], ...] = (RESTARTS, SCHEDULES, IDLE)
+ALL: tuple[Table[Any], ...] = (RESTARTS, SCHEDULES, IDLE, WAKES)
 
 
 def put(txn: Txn, table: Table[T], instance_id: str, row: T) -> None:

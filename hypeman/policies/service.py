@@ -26,6 +26,7 @@ from hypeman.instances.model.snapshot_types import SetSnapshotScheduleRequest, S
 from hypeman.instances.model.types import AutoStandbyStatus
 from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
+from hypeman.network.service import Network
 from hypeman.policies import rows
 from hypeman.policies.activity import Activity
 from hypeman.policies.checker import Checker
@@ -35,6 +36,7 @@ from hypeman.policies.restarter import Restarter
 from hypeman.policies.scheduler import Scheduler
 from hypeman.policies.sleeper import Sleeper
 from hypeman.policies.timers import Timers
+from hypeman.policies.waker import Waker
 from hypeman.store import Store, Txn
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Policies:
         config: Config,
         snapshots: Snapshots,
         connections: Connections,
+        network: Network,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         self._instances = instances
@@ -67,6 +70,9 @@ class Policies:
         self._connections = connections
         self._activity = Activity(connections, changed=self.again, now=now)
         self._sleeper = Sleeper(context, self._activity, most=config.auto_standby.max_concurrent)
+        self._network = network
+        self._waker = Waker(context, network, self._activity)
+        network.waking.on_arrival = self._waker.arrived
         self.checker = Checker(
             context, most=config.health_checks.max_concurrent, probes=Probes(), opening=self._activity.own
         )
@@ -106,7 +112,8 @@ class Policies:
     # The API
 
     async def standby_status(self, ref: str) -> AutoStandbyStatus:
-        return self._sleeper.status(self._instances.board.find(ref), None)
+        record = self._instances.board.find(ref)
+        return self._sleeper.status(record, self._waker.last(record.id))
 
     async def hold(self, ref: str) -> AutoStandbyStatus:
         """Keep an instance from entering standby by itself for one idle timeout."""
@@ -115,8 +122,11 @@ class Policies:
 
     @asynccontextmanager
     async def using(self, ref: str, what: str) -> AsyncIterator[None]:
-        """Within the block, a client uses the instance over the API: it does not enter standby by itself."""
-        async with self._activity.session(self._instances.board.find(ref).id):
+        """Within the block, a client uses the instance over the API: it does not enter standby by itself. One in
+        standby is woken first, if its policy says so."""
+        record = self._instances.board.find(ref)
+        async with self._activity.session(record.id):
+            await self._waker.wake(record, what)
             yield
 
     async def get_schedule(self, ref: str) -> SnapshotSchedule:
@@ -142,6 +152,7 @@ class Policies:
         self.checker.look(record)
         if record.deleting:
             return
+        self._waker.look(record)
         times = [controller.look(record, now) for controller in (self._restarter, self._scheduler, self._sleeper)]
         pauses = [max((time - now).total_seconds(), 0.0) for time in times if time is not None]
         if pauses:
@@ -153,6 +164,7 @@ class Policies:
         self._timers.cancel(instance_id)
         self.checker.forget(instance_id)
         self._sleeper.forget(instance_id)
+        self._waker.forget(instance_id)
         self._restarter.forget(instance_id)
         self._scheduler.forget(instance_id)
         self._spawn(self._forget_rows, instance_id)
@@ -174,6 +186,7 @@ class Policies:
         def read(txn: Txn) -> None:
             for instance_id in rows.remembered(txn) - known:
                 rows.forget(txn, instance_id)
+            self._waker.load(dict(txn.scan(rows.WAKES)))
             self._sleeper.load(dict(txn.scan(rows.IDLE)))
             self._restarter.load(dict(txn.scan(rows.RESTARTS)))
             self._scheduler.load(dict(txn.scan(rows.SCHEDULES)))

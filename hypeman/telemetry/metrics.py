@@ -70,6 +70,13 @@ health_check_seconds = _histogram(
 )
 scheduled_snapshots = _counter("hypeman_scheduled_snapshots", "Snapshots by schedules", "status")
 auto_standbys = _counter("hypeman_auto_standbys", "Instances that were put in standby when idle", "status")
+wakes = _counter("hypeman_wakes", "Instances that were brought back from standby by themselves", "by", "status")
+wake_seconds = _histogram(
+    "hypeman_wake_duration_seconds",
+    "Time from the first packet or request until the guest ran",
+    "status",
+    buckets=_FAST,
+)
 restarts = _counter("hypeman_restarts", "Starts and stops by restart policies", "status")
 webhook_deliveries = _counter(
     "hypeman_webhook_deliveries",

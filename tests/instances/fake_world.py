@@ -47,6 +47,7 @@ from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
 from hypeman.network import leases
 from hypeman.network.addressing import Subnet
+from hypeman.network.asleep import Arrival
 from hypeman.network.types import GuestNetwork, Lease, NetworkPlan, PortMapping
 from hypeman.paths import Paths
 from hypeman.resources.accounting import Limits
@@ -109,11 +110,32 @@ class Effects:
         self._bomb.tick(f"after {self.kind} -{name[:4]}")
 
 
+class FakeWaking:
+    """Which instances packets are held for, and what became of packets."""
+
+    def __init__(self, held: Effects) -> None:
+        self._held = held
+        self.on_arrival: Callable[[str, Arrival], bool] = lambda instance_id, arrival: False
+        self.rejected: list[str] = []
+        self.refused: list[Arrival] = []
+
+    def is_held(self, instance_id: str) -> bool:
+        return instance_id in self._held.there
+
+    def reject(self, instance_id: str) -> None:
+        self.rejected.append(instance_id)
+
+    def refuse(self, arrival: Arrival) -> None:
+        self.refused.append(arrival)
+
+
 class FakeNetwork:
     subnet = Subnet.parse("10.0.0.0/29")
 
     def __init__(self, bomb: Bomb) -> None:
         self.taps = Effects("tap", bomb)
+        self.held = Effects("hold", bomb)
+        self.waking = FakeWaking(self.held)
 
     async def start(self, living: list[Lease]) -> None:
         """What the kernel forwards is made to match the store when a server starts."""
@@ -130,6 +152,13 @@ class FakeNetwork:
 
     async def detach(self, lease: Lease) -> None:
         await self.taps.remove(lease.instance_id)
+
+    async def hold(self, lease: Lease) -> None:
+        await self.held.add(lease.instance_id, lease.ipv4)
+
+    async def release(self, lease: Lease) -> None:
+        if lease.instance_id in self.held.there:
+            await self.held.remove(lease.instance_id)
 
     async def plug_in_again(self, lease: Lease, pid: int) -> bool:
         return True
@@ -563,7 +592,7 @@ class Lab:
     def world_as_text(self) -> str:
         """What exists outside of the store, one thing a line."""
         lines = [f"vmm {p.config.instance_id} {p.state.value}" for p in self.machine.alive()]
-        for part in (self.network.taps, self.devices.bound, self.egress.policies):
+        for part in (self.network.taps, self.network.held, self.devices.bound, self.egress.policies):
             lines += [f"{part.kind} {name} {value}" for name, value in part.there.items()]
         for folder in ("instances", "snapshots", "captures", "tmp"):
             root = self.paths.data_dir / folder

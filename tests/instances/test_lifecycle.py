@@ -30,12 +30,14 @@ from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
+    AutoStandbyPolicy,
     ForkInstanceRequest,
     InstanceState,
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
+    WakeOn,
 )
 from hypeman.instances.rows import INSTANCES, INTENTS, NAMES, SNAPSHOTS
 from hypeman.instances.service import Instances
@@ -113,6 +115,16 @@ async def stopped(lab: Lab, instances: Instances) -> None:
 
 async def in_standby(lab: Lab, instances: Instances) -> None:
     await running(lab, instances)
+    await instances.standby("one", StandbyInstanceRequest())
+
+
+async def with_wake(lab: Lab, instances: Instances) -> None:
+    await instances.create(request("one", auto_standby=AutoStandbyPolicy(wake=WakeOn.TRAFFIC)))
+    assert await settled(instances, "one") == "Running"
+
+
+async def in_standby_with_wake(lab: Lab, instances: Instances) -> None:
+    await with_wake(lab, instances)
     await instances.standby("one", StandbyInstanceRequest())
 
 
@@ -230,6 +242,9 @@ CASES: dict[str, tuple[Act, Act, set[str]]] = {
     "delete": (running, delete, {"Running", "gone"}),
     "standby": (running, standby, {"Running", "Standby"}),
     "restore": (in_standby, restore, {"Standby", "Running", "Stopped"}),
+    "standby of one that packets wake": (with_wake, standby, {"Running", "Standby"}),
+    "restore of one that packets wake": (in_standby_with_wake, restore, {"Standby", "Running", "Stopped"}),
+    "delete of one that packets wake": (in_standby_with_wake, delete, {"Standby", "gone"}),
     "fork running": (running, fork, {"Running"}),
     "fork running to stopped": (running, fork_to_stopped, {"Running"}),
     "fork standby": (in_standby, fork, {"Standby"}),
@@ -251,6 +266,7 @@ TAKEN_BACK = {
     "publish",
     "start",
     "standby",
+    "standby of one that packets wake",
     "fork standby",
     "attach",
 }
@@ -344,6 +360,8 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
     recorded = {lease.instance_id: lease for lease in lab.store.read(all_leases)}
     assert lab.network.taps.there == {i: tap_text(recorded[i]) for i in alive}, f"{text}\n{where}"
     assert lab.leases.held == {i: lease.ports for i, lease in recorded.items() if lease.ports}, where
+    asleep = {i for i, row in records.items() if row.state is InstanceState.STANDBY and row.spec.auto_standby}
+    assert set(lab.network.held.there) == asleep, f"{text}\n{where}"
     assert set(lab.egress.policies.there) <= alive, f"{text}\n{where}"
     for path in (lab.paths.instances).glob("*"):
         assert path.name in records, f"{text}\n{where}"

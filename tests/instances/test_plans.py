@@ -40,6 +40,7 @@ def plans(one: InstanceRecord) -> dict[str, tuple[Step, ...]]:
         "awaken": plan.plan_awaken(one, "c", fresh=True),
         "stop": plan.plan_stop(one, grace=5),
         "park": plan.plan_park(one),
+        "take down": plan.plan_take_down(one),
         "delete": plan.plan_delete(one),
         "free": plan.plan_free("c", None, "d"),
         "standby": plan.plan_standby(one, "c"),

@@ -120,17 +120,6 @@ def test_refusals(body: dict[str, Any], code: str) -> None:
 @pytest.mark.parametrize(
     ("field", "policy"),
     [
-        ("auto_standby", {"enabled": True, "wake": "traffic"}),
-    ],
-)
-def test_a_policy_that_asks_for_what_comes_later_is_refused(field: str, policy: dict[str, Any]) -> None:
-    with pytest.raises(NotSupported, match=field):
-        check(ALL, **{field: policy})
-
-
-@pytest.mark.parametrize(
-    ("field", "policy"),
-    [
         ("auto_standby", {}),
         ("auto_standby", {"enabled": False, "idle_timeout": "5m"}),
         ("health_check", {"type": "none"}),

@@ -157,6 +157,7 @@ async def keeping(lab: ClockedLab) -> AsyncIterator[Kept]:
             store=lab.store,
             config=config,
             snapshots=snapshots,
+            network=lab.network,  # type: ignore[arg-type]  # the part of it that is used
             connections=lab.connections,  # type: ignore[arg-type]  # the part of it that is used
             now=lab.now,
         )

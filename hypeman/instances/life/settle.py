@@ -24,7 +24,7 @@ from hypeman.instances.life.operations.standby import awaken, park
 from hypeman.instances.life.operations.stop import bring_down, vmm_ended
 from hypeman.instances.life.operations.volumes import end_without
 from hypeman.instances.life.owned import Owned
-from hypeman.instances.model.plan import plan_free, plan_park
+from hypeman.instances.model.plan import plan_free, plan_take_down
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation
 from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.steps import PlugVolume, SetEgress, TakeBack, reversible
@@ -152,7 +152,7 @@ async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
                     raise
                 # The reason is in the journal, and the instance is in a stable state
         case Operation.RESUME | Operation.STOP:
-            await bring_down(owned, (*plan_park(record), *plan_free(record.mapped)), None)
+            await bring_down(owned, (*plan_take_down(record), *plan_free(record.mapped)), None)
         case Operation.PARK:
             await park(owned)
         case Operation.DELETE:

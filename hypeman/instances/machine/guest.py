@@ -90,6 +90,7 @@ class Guests:
             )
         if lease is not None and lease.enabled:
             await live.vmm.set_link("net0", up=True)
+            await self._network.release(step)  # before its program runs: the packets that woke it come first
         with live.asking():
             await guest.thaw()
 

@@ -8,8 +8,10 @@ from typing import Protocol
 
 from hypeman.guest.boot import CaCertificate
 from hypeman.instances.machine.context import Context
+from hypeman.instances.model.policies import standby_rules
 from hypeman.instances.model.record import InstanceRecord
-from hypeman.instances.model.steps import AttachNetwork, SetEgress
+from hypeman.instances.model.steps import AttachNetwork, AwakenGuest, HoldTraffic, SetEgress
+from hypeman.instances.model.types import WakeOn
 from hypeman.network.types import GuestNetwork, Lease
 
 log = logging.getLogger(__name__)
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 class NetworkNeeds(Protocol):
     async def attach(self, lease: Lease, *, uid: int = 0) -> None: ...
     async def detach(self, lease: Lease) -> None: ...
+    async def hold(self, lease: Lease) -> None: ...
+    async def release(self, lease: Lease) -> None: ...
     async def plug_in_again(self, lease: Lease, pid: int) -> bool: ...
     def guest_network(self, lease: Lease) -> GuestNetwork | None: ...
 
@@ -45,6 +49,17 @@ class Network:
         lease = self._context.lease(step.instance)
         if lease is not None:
             await self._network.detach(lease)
+
+    async def hold(self, step: HoldTraffic) -> None:
+        lease = self._context.lease(step.instance)
+        policy = self._context.record(step.instance).spec.auto_standby
+        if lease is not None and standby_rules(policy).wake is not WakeOn.NONE:
+            await self._network.hold(lease)
+
+    async def release(self, step: HoldTraffic | AwakenGuest) -> None:
+        lease = self._context.lease(step.instance)
+        if lease is not None:
+            await self._network.release(lease)
 
     async def plug_in_again(self, instance_id: str) -> None:
         """Reconnect the guest's NIC to its TAP, which was deleted externally and has been recreated."""

@@ -18,6 +18,7 @@ from hypeman.instances.model.steps import (
     CopyDisksAway,
     FreeCapture,
     GoOn,
+    HoldTraffic,
     LaunchVmm,
     MakeDisks,
     PauseVm,
@@ -34,6 +35,7 @@ from hypeman.instances.model.steps import (
     TakeBack,
     TakeDisks,
 )
+from hypeman.instances.model.types import InstanceState
 
 
 def plan_create(record: InstanceRecord) -> tuple[Reversible, ...]:
@@ -54,17 +56,22 @@ def plan_awaken(record: InstanceRecord, capture: str, *, fresh: bool) -> tuple[S
 
 
 def plan_stop(record: InstanceRecord, *, grace: float) -> tuple[Step, ...]:
-    return (ShutdownGuest(record.id, grace), *plan_park(record))
+    return (ShutdownGuest(record.id, grace), *plan_take_down(record))
 
 
 def plan_park(record: InstanceRecord) -> tuple[Step, ...]:
-    """Tear down what surrounds a running VM; its disks, lease and devices stay."""
+    """Tear down what surrounds a VM that enters standby; its disks, lease and devices stay, its packets are held."""
     return _reversed((*_environment(record), LaunchVmm(record.id)))
+
+
+def plan_take_down(record: InstanceRecord) -> tuple[Step, ...]:
+    """Tear down what surrounds a VM that stops."""
+    return (*plan_park(record), *_reversed(_held(record)))
 
 
 def plan_delete(record: InstanceRecord) -> tuple[Step, ...]:
     """Requires a record that no longer holds captures; the code that releases them frees them."""
-    return _reversed(plan_create(record))
+    return (*_reversed(_held(record)), *_reversed(plan_create(record)))
 
 
 def plan_free(*captures: str | None) -> tuple[Step, ...]:
@@ -72,7 +79,7 @@ def plan_free(*captures: str | None) -> tuple[Step, ...]:
 
 
 def plan_standby(record: InstanceRecord, capture: str) -> tuple[Reversible, ...]:
-    return (SaveCapture(record.id, capture),)
+    return (*_held(record), SaveCapture(record.id, capture))
 
 
 def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None, running: bool) -> tuple[Reversible, ...]:
@@ -99,13 +106,19 @@ def plan_stage(record: InstanceRecord, source: str) -> tuple[Reversible, ...]:
 
 
 def plan_swap(record: InstanceRecord) -> tuple[Step, ...]:
-    return (SwapDisks(record.id),)
+    """``record``: as it will be."""
+    awake = _reversed(_held(record)) if record.state is not InstanceState.STANDBY else ()
+    return (SwapDisks(record.id), *awake)
 
 
 def _environment(record: InstanceRecord) -> tuple[Reversible, ...]:
     network: tuple[Reversible, ...] = (AttachNetwork(record.id),) if record.spec.network else ()
     egress: tuple[Reversible, ...] = (SetEgress(record.id),) if record.spec.egress else ()
     return (PrepareRun(record.id), *egress, *network)
+
+
+def _held(record: InstanceRecord) -> tuple[Reversible, ...]:
+    return (HoldTraffic(record.id),) if record.spec.network else ()
 
 
 def _devices(record: InstanceRecord) -> tuple[Reversible, ...]:

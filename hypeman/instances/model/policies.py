@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from hypeman.errors import InvalidRequest, NotSupported
+from hypeman.errors import InvalidRequest
 from hypeman.instances.model.types import (
     AutoStandbyPolicy,
     HealthCheck,
@@ -164,7 +164,7 @@ def standby_rules(policy: AutoStandbyPolicy | None) -> StandbyRules:
         idle_timeout=idle,
         ignored_sources=_networks(sources, code),
         ignored_ports=frozenset(ports),
-        wake=policy.wake or WakeOn.NONE,
+        wake=policy.wake or (WakeOn.TRAFFIC if enabled else WakeOn.NONE),
     )
 
 
@@ -178,8 +178,7 @@ def check_policies(
 ) -> None:
     """Raise InvalidRequest with the code of the policy that an instance with or without network and guest agent
     cannot have."""
-    if standby_rules(auto_standby).wake is not WakeOn.NONE:
-        raise NotSupported("auto_standby.wake is not supported by this server yet; omit it")
+    standby_rules(auto_standby)
     restart_rules(restart_policy)
     health = health_rules(health_check)
     if health.type in (HealthCheckType.HTTP, HealthCheckType.TCP) and not network:

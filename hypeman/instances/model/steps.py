@@ -68,6 +68,11 @@ class AwakenGuest(_Step, frozen=True):
     """A fork also gets a new machine-id, and the source's connections are closed."""
 
 
+class HoldTraffic(_Step, frozen=True):
+    """Hold packets to an instance that enters standby, if its policy has them wake it. Undo: they go to its TAP or,
+    if it has none, are answered with an error."""
+
+
 class SaveCapture(_Step, frozen=True):
     """Freeze the workload, pause the VM and publish its capture. Undo: resume the VM."""
 
@@ -129,6 +134,7 @@ Reversible = (
     | BindDevices
     | LaunchVmm
     | RestoreVmm
+    | HoldTraffic
     | SaveCapture
     | CopyDisksAway
     | PauseVm

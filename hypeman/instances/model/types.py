@@ -90,7 +90,7 @@ class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
     wake: Annotated[
         WakeOn | None,
-        Meta(description="Extension: what ends a standby. Default: none"),
+        Meta(description="Extension: what ends a standby. Default: traffic if enabled, else none"),
     ] = None
 
 

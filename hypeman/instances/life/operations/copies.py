@@ -72,7 +72,7 @@ async def revert(owned: Owned, source: str, record: InstanceRecord, *changes: Ch
     async with owned.attempt(Operation.CAPTURE, plan_stage(before, source), before) as attempt:
         attempt.result = Commit(
             record,
-            Intent(Operation.REVERT, plan_swap(before)),
+            Intent(Operation.REVERT, plan_swap(record)),
             (ReleaseCapture(freed, captures.of_instance(before.id)), *changes),
         )
     try:

@@ -1,6 +1,6 @@
 """Standby and restore: save memory and device state to disk and end the VMM, and the reverse.
 
-    standby   CAPTURE   save the memory                       a failure is undone: the VM is resumed
+    standby   CAPTURE   hold packets, save the memory         a failure is undone: the VM is resumed
               PARK      the capture is published:             forward only: it is in standby from
                         end the VMM                           here on
 
@@ -24,7 +24,7 @@ from hypeman.ids import new_id
 from hypeman.instances.ledger import AddCapture, Commit, ReleaseCapture
 from hypeman.instances.life.operations.stop import bring_down
 from hypeman.instances.life.owned import Owned
-from hypeman.instances.model.plan import plan_awaken, plan_free, plan_park, plan_restore, plan_standby
+from hypeman.instances.model.plan import plan_awaken, plan_free, plan_park, plan_restore, plan_standby, plan_take_down
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation
 from hypeman.instances.model.steps import FreeCapture
 from hypeman.instances.model.types import InstanceState
@@ -115,7 +115,7 @@ async def awaken(owned: Owned) -> InstanceRecord:
         told = f"the restored guest could not be awakened: {error}"
         owned.journal(told)
         free = tuple(step for step in steps if isinstance(step, FreeCapture))
-        await bring_down(owned, (*plan_park(owned.record), *free), VmmExit(ExitReason.FAILED, told))
+        await bring_down(owned, (*plan_take_down(owned.record), *free), VmmExit(ExitReason.FAILED, told))
         raise
     await owned.end(msgspec.structs.replace(owned.record, fresh=False))
     return owned.record

@@ -16,7 +16,7 @@ from hypeman.instances.ledger import ReleaseCapture
 from hypeman.instances.life.machine import LiveVm
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.guest_boot import STOP_GRACE
-from hypeman.instances.model.plan import plan_delete, plan_free, plan_park, plan_stop
+from hypeman.instances.model.plan import plan_delete, plan_free, plan_stop, plan_take_down
 from hypeman.instances.model.record import InstanceRecord, Operation, StopCause
 from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.steps import Step
@@ -40,7 +40,7 @@ async def vmm_ended(owned: Owned, ended: VmmExit) -> InstanceRecord:
     """Clean up after a VMM that ended without a command."""
     handle = owned.record.handle
     rebooted = handle is not None and handle.boot_id != owned.machine.boot_id
-    return await bring_down(owned, plan_park(owned.record), ended, StopCause.HOST if rebooted else StopCause.ENDED)
+    return await bring_down(owned, plan_take_down(owned.record), ended, StopCause.HOST if rebooted else StopCause.ENDED)
 
 
 async def bring_down(
