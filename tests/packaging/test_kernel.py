@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import lzma
+import os
+import re
 import struct
 import subprocess
 from collections.abc import Callable
@@ -60,3 +62,23 @@ def image_with(payload: bytes, size: int) -> bytes:
     decompressor = bytes(100)
     struct.pack_into("<II", setup, 0x248, len(decompressor), len(payload) + 4)
     return bytes(setup) + decompressor + payload + struct.pack("<I", size) + bytes(64)
+
+
+@pytest.mark.parametrize(("how", "asks"), [(["--own"], "kernel/build:"), ([], "kernel/fetch-debian:")])
+def test_only_the_demo_falls_back_to_debians_kernel(tmp_path: Path, how: list[str], asks: str) -> None:
+    """Where nothing was built yet and apt knows nothing: who is asked for a kernel."""
+    (tmp_path / "apt-cache").write_text("#!/bin/sh\n")
+    (tmp_path / "apt-cache").chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = [str(KERNEL / "choose"), *how, str(tmp_path / "out")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.startswith(asks), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_whatever_is_tested_or_delivered_has_our_kernel() -> None:
+    makefile = (KERNEL.parents[1] / "Makefile").read_text()
+    for target in ("test", "test-conformance", "bench"):
+        assert re.search(rf"^{target}: .*\bready-own\b", makefile, re.MULTILINE), target
+    assert "choose --own build/guest" in makefile
+    assert "kernel=$(packaging/kernel/build)" in (KERNEL.parent / "appliance" / "build").read_text()
