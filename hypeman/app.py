@@ -58,6 +58,7 @@ from hypeman.network.addressing import Subnet
 from hypeman.network.service import Network
 from hypeman.policies import metrics as policy_metrics
 from hypeman.policies.service import Policies
+from hypeman.registry.pushes import Pushes
 from hypeman.registry.records import digests_in_use, forget_image
 from hypeman.registry.service import Registry
 from hypeman.resources.service import Capacity, ResourceService
@@ -153,6 +154,7 @@ class _Parts:
     webhooks: Webhooks
     images: Images
     registry: Registry
+    pushes: Pushes
     compressor: Compressor
     instances: Instances
     snapshots: Snapshots
@@ -213,6 +215,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         on_delete=forget_image,
     )
     registry = Registry(store=store, blobs=images.blobs, images=images, max_blob_bytes=config.images.max_image_size)
+    pushes = Pushes(store=store, images=images, blobs=images.blobs, client=images.client)
     disks = Disks(files, processes, paths.templates)
     catalog = make_catalog(
         config.hypervisor, store, processes, links.open_tap, kernel=kernel, folders=(config.data_dir,)
@@ -316,6 +319,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         webhooks=Webhooks(store, events, config.events.webhooks),
         images=images,
         registry=registry,
+        pushes=pushes,
         compressor=compressor,
         instances=instances,
         snapshots=snapshots,
@@ -333,6 +337,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             resources=resources,
             capabilities=CapabilityView(config, catalog, network, images),
             registry=registry,
+            pushes=pushes,
         ),
     )
 
@@ -369,6 +374,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await nursery.start(parts.egress.run)
     await nursery.start(parts.images.run)
     await nursery.start(parts.registry.run)
+    await nursery.start(parts.pushes.run)
     await nursery.start(parts.compressor.run)
     await parts.volumes.start()
     await parts.snapshots.start()

@@ -26,6 +26,7 @@ from hypeman.cli import (
     images,
     instances,
     ports,
+    pushes,
     run,
     shell,
     snapshots,
@@ -40,6 +41,7 @@ ALIASES = {
     "snapshots": "snapshot",
     "devices": "device",
     "resource": "resources",
+    "pushes": "push",
     "@completion": "completion",
     "@manpages": "man",
 }
@@ -173,7 +175,7 @@ for _command in (
     instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
     snapshots.snapshots,
     devices.devices, egress.egress, events.events, host.resources, host.health, host.capabilities,
-    shell.completion, shell.man, *docker.COMMANDS,
+    shell.completion, shell.man, pushes.push, *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)
 

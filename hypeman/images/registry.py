@@ -23,7 +23,7 @@ import os
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -53,6 +53,7 @@ R = TypeVar("R")
 
 ACCEPT = ", ".join(MANIFEST_TYPES + INDEX_TYPES)
 _DOCKER_HUB = "registry-1.docker.io"
+_PULL, _PUSH = "pull", "pull,push"
 _MAX_REDIRECTS = 5
 _QUICK_ATTEMPTS = 3
 """Attempts for a manifest while a client waits: enough to ride out a restart of one of several servers."""
@@ -124,7 +125,7 @@ class RegistryClient:
         self._patience = patience or Patience()
         default = Path(config.docker_config or "~/.docker/config.json").expanduser()
         self._keychain = keychain or Keychain(default)
-        self._tokens: dict[tuple[str, str, Login], tuple[str, float]] = {}
+        self._tokens: dict[tuple[str, str, Login, str], tuple[str, float]] = {}
         self._inward: dict[str, bool] = {}
         self._client: httpx.AsyncClient | None = None
 
@@ -241,6 +242,57 @@ class RegistryClient:
         scheme = "http" if host in self._config.insecure_registries else "https"
         return _Endpoint(host, f"{scheme}://{host}", login)
 
+    # Pushing
+
+    @asynccontextmanager
+    async def send(
+        self,
+        ref: Reference,
+        method: str,
+        url: str,
+        login: Login,
+        *,
+        headers: Mapping[str, str] | None = None,
+        content: Callable[[], AsyncIterator[bytes]] | bytes | None = None,
+        insecure: bool = False,
+    ) -> AsyncIterator[httpx.Response]:
+        """A request of a push to the registry of ``ref``, with a login that may write; redirects are not followed.
+
+        ``url``: a path, or what the registry named as the place of an upload, which gets the login only at the
+        registry itself. ``insecure``: plain HTTP. Raises RegistryError, RateLimited; _Again becomes RegistryError.
+        """
+        host = _DOCKER_HUB if ref.registry == DEFAULT_REGISTRY else ref.registry
+        endpoint = self._endpoint(host, login or self._keychain.login(ref.registry))
+        if insecure:
+            endpoint = msgspec.structs.replace(endpoint, url=f"http://{host}")
+        home = httpx.URL(endpoint.url)
+        try:
+            target = home.join(url)
+        except httpx.InvalidURL:
+            raise RegistryError(f"{host} names a place for uploads that is no URL") from None
+        address = ""
+        if _origin(target) != _origin(home):
+            if target.scheme != "https" and home.scheme == "https":
+                raise RegistryError(f"{host} wants uploads sent to {target.scheme}://{target.host}, which is not safe")
+            inward = await self._is_inward(home.host)
+            address = await _checked_address(target.host, inward, f"{host} wants uploads sent to")
+        authorization = self._known_authorization(endpoint, ref.repository, _PUSH)
+        refused = False
+        while True:
+            own = {"Authorization": authorization} if authorization and _origin(target) == _origin(home) else {}
+            body = content() if callable(content) else content
+            try:
+                async with self._stream(method, target, {**(headers or {}), **own}, body, address=address) as response:
+                    if response.status_code != 401 or refused:
+                        yield response
+                        return
+                    refused = True
+                    challenges = parse_challenges(response.headers.get_list("www-authenticate"))
+            except _Again as error:
+                raise RegistryError(f"{host}: {error}") from None
+            self._tokens.pop((endpoint.host, ref.repository, endpoint.login, _PUSH), None)
+            authorization = await self._log_in(endpoint, ref.repository, challenges, _PUSH)
+
     # One request
 
     @asynccontextmanager
@@ -257,7 +309,7 @@ class RegistryClient:
                     return
                 refused = True
                 challenges = parse_challenges(response.headers.get_list("www-authenticate"))
-            self._tokens.pop((endpoint.host, repository, endpoint.login), None)
+            self._tokens.pop((endpoint.host, repository, endpoint.login, _PULL), None)
             authorization = await self._log_in(endpoint, repository, challenges)
 
     @asynccontextmanager
@@ -294,7 +346,13 @@ class RegistryClient:
 
     @asynccontextmanager
     async def _stream(
-        self, method: str, url: httpx.URL, headers: dict[str, str], content: bytes | None = None, *, address: str = ""
+        self,
+        method: str,
+        url: httpx.URL,
+        headers: dict[str, str],
+        content: bytes | AsyncIterator[bytes] | None = None,
+        *,
+        address: str = "",
     ) -> AsyncIterator[httpx.Response]:
         """One exchange, without authentication or redirects; network errors and 5xx become _Again.
 
@@ -338,18 +396,20 @@ class RegistryClient:
 
     # Logging in
 
-    def _known_authorization(self, endpoint: _Endpoint, repository: str) -> str:
-        known = self._tokens.get((endpoint.host, repository, endpoint.login))
+    def _known_authorization(self, endpoint: _Endpoint, repository: str, actions: str = _PULL) -> str:
+        known = self._tokens.get((endpoint.host, repository, endpoint.login, actions))
         return known[0] if known is not None and known[1] > time.monotonic() else ""
 
-    async def _log_in(self, endpoint: _Endpoint, repository: str, challenges: list[Challenge]) -> str:
+    async def _log_in(
+        self, endpoint: _Endpoint, repository: str, challenges: list[Challenge], actions: str = _PULL
+    ) -> str:
         """An Authorization header that should satisfy one of ``challenges``; empty if there is none."""
         login, lifetime = endpoint.login, 3600.0
         by_scheme = {challenge.scheme: challenge for challenge in challenges}
         if login.registry_token:
             authorization = f"Bearer {login.registry_token}"
         elif "bearer" in by_scheme:
-            token, lifetime = await self._token(endpoint, repository, by_scheme["bearer"])
+            token, lifetime = await self._token(endpoint, repository, by_scheme["bearer"], actions)
             authorization = f"Bearer {token}"
         elif "basic" in by_scheme and login.username:
             authorization = login.basic
@@ -357,10 +417,12 @@ class RegistryClient:
             return ""
         if len(self._tokens) > 1000:
             self._tokens.clear()
-        self._tokens[endpoint.host, repository, login] = (authorization, time.monotonic() + lifetime)
+        self._tokens[endpoint.host, repository, login, actions] = (authorization, time.monotonic() + lifetime)
         return authorization
 
-    async def _token(self, endpoint: _Endpoint, repository: str, challenge: Challenge) -> tuple[str, float]:
+    async def _token(
+        self, endpoint: _Endpoint, repository: str, challenge: Challenge, actions: str
+    ) -> tuple[str, float]:
         """A token from the service named by the registry, and the seconds for which to use it."""
         login = endpoint.login
         try:
@@ -372,7 +434,7 @@ class RegistryClient:
             raise RegistryError(f"{endpoint.host} names no safe token service")
         inward = await self._is_inward(httpx.URL(endpoint.url).host)
         address = await _checked_address(realm.host, inward, f"{endpoint.host} names as its token service")
-        query = {"service": challenge.parameters.get("service", ""), "scope": f"repository:{repository}:pull"}
+        query = {"service": challenge.parameters.get("service", ""), "scope": f"repository:{repository}:{actions}"}
         headers, content, method = {}, None, "GET"
         if login.identity_token:
             method = "POST"

@@ -91,7 +91,7 @@ class Images:
         self._now = now
         self._kept = kept
         self._on_delete = on_delete
-        self._registry = registry or RegistryClient(config)
+        self._registry = self.client = registry or RegistryClient(config)
         self._blobs = self.blobs = Blobs(paths.blobs)
         self._disks = Disks(paths)
         self._maker = Maker(

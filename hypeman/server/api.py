@@ -99,6 +99,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     unlimited: bool
     """No time limit: a stream, or a wait requested by the client."""
     headers: dict[str, str]
+    location: str = ""
+    """Template of the Location header, from the fields of the answer."""
     request_headers: dict[str, str] = {}
     """Request headers that the handler reads, with their descriptions."""
     takes_context: bool = False
@@ -114,6 +116,7 @@ class Options(TypedDict, total=False):
     media_type: str
     unlimited: bool
     headers: dict[str, str] | None
+    location: str
     measure: InstanceVerb | None
     request_headers: dict[str, str]
 
@@ -155,6 +158,7 @@ class Routes:
         media_type: str = "application/json",
         unlimited: bool = False,
         headers: dict[str, str] | None = None,
+        location: str = "",
         measure: InstanceVerb | None = None,
         request_headers: dict[str, str] | None = None,
     ) -> Callable[[_Handler], _Handler]:
@@ -184,6 +188,7 @@ class Routes:
                     media_type=media_type,
                     unlimited=unlimited,
                     headers=headers or {},
+                    location=location,
                     measure=measure,
                     request_headers=request_headers or {},
                     takes_context="context" in hints,

@@ -63,7 +63,10 @@ def reply_to(operation: Operation, answer: Any) -> Reply:
     if operation.answer is None:
         return Reply(operation.status, b"", "", operation.headers)
     content = answer if isinstance(answer, bytes) else _encode(answer)
-    return Reply(operation.status, content, JSON, operation.headers)
+    headers = operation.headers
+    if operation.location:
+        headers = {**headers, "Location": operation.location.format_map(msgspec.structs.asdict(answer))}
+    return Reply(operation.status, content, JSON, headers)
 
 
 def failed(failure: Failure) -> Reply:

@@ -44,6 +44,7 @@ from hypeman.instances.model.types import (
     UpdateInstanceRequest,
     WaitForStateResponse,
 )
+from hypeman.registry.push_types import CreatePushRequest, Push
 from hypeman.registry.service import Opened, Upload
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
 from hypeman.server.types import Capabilities
@@ -214,6 +215,12 @@ class CapabilityService(Protocol):
     async def get(self) -> Capabilities: ...
 
 
+class PushService(Protocol):
+    async def create(self, request: CreatePushRequest) -> Push: ...
+    async def list(self) -> Sequence[Push]: ...
+    async def get(self, push_id: str) -> Push: ...
+
+
 class RegistryService(Protocol):
     async def blob(self, repository: str, digest: str) -> Opened: ...
     async def delete_blob(self, repository: str, digest: str) -> None: ...
@@ -247,3 +254,4 @@ class Services:
     resources: ResourceService
     capabilities: CapabilityService
     registry: RegistryService
+    pushes: PushService

@@ -73,6 +73,7 @@ from hypeman.instances.model.types import (
     WaitForStateResponse,
 )
 from hypeman.registry.names import Code, RegistryFailure
+from hypeman.registry.push_types import CreatePushRequest, Push, PushStatus
 from hypeman.resources.types import (
     MemoryReclaimAction,
     MemoryReclaimRequest,
@@ -785,6 +786,37 @@ class FakePolicies:
         del self.schedules[schedule.instance_id]
 
 
+class FakePushes:
+    """Pushes that are over at once; ``asked`` has the requests."""
+
+    def __init__(self) -> None:
+        self.asked: list[CreatePushRequest] = []
+        self.pushes: dict[str, Push] = {}
+
+    async def create(self, request: CreatePushRequest) -> Push:
+        self.asked.append(request)
+        made = Push(
+            id=new_id(),
+            image=request.image,
+            digest="sha256:" + "0" * 64,
+            target=request.target,
+            status=PushStatus.PUSHED,
+            created_at=datetime.now(UTC),
+            layers=1,
+            bytes=1,
+        )
+        self.pushes[made.id] = made
+        return made
+
+    async def list(self) -> list[Push]:
+        return list(reversed(self.pushes.values()))
+
+    async def get(self, push_id: str) -> Push:
+        if push_id not in self.pushes:
+            raise NotFound(f"there is no push {push_id}")
+        return self.pushes[push_id]
+
+
 class EmptyRegistry:
     """A registry without content, to which nothing can be pushed."""
 
@@ -808,6 +840,7 @@ class FakeWorld:
         self.egress = FakeEgress(self.instances)
         self.events = FakeEvents()
         self.registry: RegistryService = EmptyRegistry()
+        self.pushes = FakePushes()
 
     @property
     def services(self) -> Services:
@@ -823,4 +856,5 @@ class FakeWorld:
             resources=FakeResources(),
             capabilities=FakeCapabilities(),
             registry=self.registry,
+            pushes=self.pushes,
         )

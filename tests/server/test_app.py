@@ -352,13 +352,12 @@ async def test_what_comes_later_is_501(ask: Any) -> None:
         ("POST", "/builds"),
         ("GET", "/builds/x/events"),
         ("POST", "/builders/x/prune"),
-        ("POST", "/pushes"),
     ]:
         assert "not" in await failure(await ask(method, path), 501, "not_supported")
 
 
 async def test_lists_of_what_comes_later_are_empty(ask: Any) -> None:
-    for path in ("/ingresses", "/builds", "/builders", "/pushes"):
+    for path in ("/ingresses", "/builds", "/builders"):
         response = await ask("GET", path)
         assert (response.status_code, await response.get_json()) == (200, []), path
 

@@ -23,6 +23,7 @@ from hypeman.instances.model.snapshot_types import (
     SnapshotRetention,
 )
 from hypeman.instances.model.types import InstanceState
+from hypeman.registry.push_types import CreatePushRequest
 from hypeman.server.api import Operation, Page, UploadStream
 from hypeman.server.openapi import render_document
 from hypeman.server.routes import OPERATIONS, later
@@ -84,8 +85,9 @@ async def fill(world: FakeWorld, operation: Operation) -> dict[str, str]:
     snapshot = await world.snapshots.create("web", CreateSnapshotRequest(kind=SnapshotKind.STOPPED))
     await world.volumes.create(CreateVolumeRequest(name="data", size_gb=1, id="data"))
     device = world.devices.add("gpu")
+    push = await world.pushes.create(CreatePushRequest(image="alpine", target="quay.io/a:v1"))
     owner = operation.path.split("/")[1]
-    ids = {"instances": "web", "volumes": "data", "devices": device.id}
+    ids = {"instances": "web", "volumes": "data", "devices": device.id, "pushes": push.id}
     return {
         "id": ids.get(owner, "x"), "name": "alpine", "snapshotId": snapshot.id, "volumeId": "data", "rest": "a/b",
     }  # fmt: skip

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from hypeman.server.api import Operation
-from hypeman.server.routes import devices, egress, events, host, images, instances, later, policies, snapshots, volumes
+from hypeman.server.routes import (
+    devices,
+    egress,
+    events,
+    host,
+    images,
+    instances,
+    later,
+    policies,
+    pushes,
+    snapshots,
+    volumes,
+)
 from hypeman.server.routes.docs import docs_routes
 
 _DESCRIBED: tuple[Operation, ...] = tuple(
     operation
-    for module in (host, images, instances, egress, snapshots, policies, volumes, devices, events, later)
+    for module in (host, images, instances, egress, snapshots, policies, volumes, devices, events, pushes, later)
     for operation in module.routes.operations
 )
 

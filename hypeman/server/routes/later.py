@@ -25,8 +25,6 @@ _LATER: tuple[tuple[str, str, Scope, str], ...] = (
     ("GET", "/builders/{id}", Scope.BUILD_READ, "builders"),
     ("DELETE", "/builders/{id}", Scope.BUILD_DELETE, "builders"),
     ("POST", "/builders/{id}/prune", Scope.BUILD_WRITE, "builders"),
-    ("POST", "/pushes", Scope.IMAGE_WRITE, "pushes"),
-    ("GET", "/pushes/{id}", Scope.IMAGE_READ, "pushes"),
 )
 """Method, path, scope, and what is missing."""
 
@@ -44,7 +42,6 @@ _LISTS: tuple[tuple[str, Scope], ...] = (
     ("/ingresses", Scope.INGRESS_READ),
     ("/builds", Scope.BUILD_READ),
     ("/builders", Scope.BUILD_READ),
-    ("/pushes", Scope.IMAGE_READ),
 )
 
 

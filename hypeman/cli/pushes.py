@@ -1,0 +1,121 @@
+"""``push``: images of the server to other registries."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import click
+
+from hypeman.cli.client import segment
+from hypeman.cli.complete import complete_image
+from hypeman.cli.output import age, size
+from hypeman.cli.session import Session, fail, interrupted, present, reports
+from hypeman.text import one_line
+
+_POLL_SECONDS = 1.0
+
+
+class PushGroup(click.Group):
+    """``push IMAGE [TARGET]`` besides ``push list`` and ``push get``: a first word that is no command is an image."""
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and self.get_command(context, args[0]) is None:
+            return "create", self.get_command(context, "create"), args
+        return super().resolve_command(context, args)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+            args = ["create", *args]
+        return super().parse_args(context, args)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        aliases = {"ls": "list", "inspect": "get", "remote": "create"}
+        return super().get_command(context, aliases.get(name, name))
+
+
+@click.group("push", cls=PushGroup)
+def push() -> None:
+    """Push an image of the server to another registry: push IMAGE [TARGET]."""
+
+
+@push.command("create")
+@click.argument("image", shell_complete=complete_image)
+@click.argument("target", required=False)
+@click.option("--insecure", is_flag=True, help="Plain HTTP.")
+@click.option("--username")
+@click.option("--password", help="Every user of this host can read it; --password-stdin keeps it to yourself.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
+@click.option("--registry-token", help="Sent as bearer token.")
+@click.option("-d", "--detach", is_flag=True, help="Do not wait until it is pushed.")
+@reports
+def create(
+    session: Session,
+    image: str,
+    target: str | None,
+    insecure: bool,
+    username: str | None,
+    password: str | None,
+    password_stdin: bool,
+    registry_token: str | None,
+    detach: bool,
+) -> None:
+    """Push IMAGE to TARGET; without TARGET, to the registry in its own name."""
+    if password_stdin:
+        if password:
+            raise click.UsageError("give either --password or --password-stdin")
+        password = sys.stdin.readline().rstrip("\n")
+    body = present(
+        image=image,
+        target=target or image,
+        insecure=insecure,
+        credentials=present(username=username, password=password, registry_token=registry_token),
+    )
+    made = session.client.post("/pushes", body)
+    if not detach:
+        with interrupted(f"the server continues; to see how far it is: hypeman push get {made['id']}"):
+            made = _wait(session, made)
+    session.show(made, lambda: f"{made['id']} {made['status']} {made['target']}")
+
+
+def _wait(session: Session, made: dict[str, Any]) -> dict[str, Any]:
+    visible = sys.stderr.isatty()
+    while made["status"] not in ("pushed", "failed"):
+        if visible:
+            total = f" {size(made['bytes'])}" if made.get("bytes") else ""
+            sys.stderr.write("\r\x1b[K" + one_line(f"{made['image']}: {made['status']}{total}"))
+            sys.stderr.flush()
+        time.sleep(_POLL_SECONDS)
+        made = session.client.get(f"/pushes/{segment(made['id'])}")
+    if visible:
+        sys.stderr.write("\r\x1b[K")
+    if made["status"] == "failed":
+        fail(f"{made['image']} was not pushed: {made.get('error') or 'no reason given'}")
+    return made
+
+
+@push.command("list")
+@click.option("-q", "--quiet", is_flag=True, help="Only ids.")
+@reports
+def list_pushes(session: Session, quiet: bool) -> None:
+    """List pushes, newest first."""
+    columns = [
+        ("ID", lambda row: row["id"]),
+        ("IMAGE", lambda row: row["image"]),
+        ("TARGET", lambda row: row["target"]),
+        ("STATUS", lambda row: row["status"]),
+        ("SIZE", lambda row: size(row.get("bytes"))),
+        ("AGE", lambda row: age(row["created_at"])),
+    ]
+    session.show_list(session.client.get("/pushes"), columns, quiet="id" if quiet else None)
+
+
+@push.command("get")
+@click.argument("push_id", metavar="ID")
+@reports
+def get_push(session: Session, push_id: str) -> None:
+    """Show everything about a push."""
+    session.show(session.client.get(f"/pushes/{segment(push_id)}"))
