@@ -19,6 +19,8 @@ from hypeman.host.cgroups import UNDER_SYSTEMD, CGroups
 from hypeman.host.processes import Processes, Program
 from tests.real.appliance import Appliance, check_host, running_appliance, short_directory
 
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
 PYTHON = "/usr/bin/python3"
 SYSTEM = ("/usr", "/lib", "/lib64")
 BOMB = """

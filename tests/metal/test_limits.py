@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +14,17 @@ from tests.metal.rig import MetalHost
 
 pytestmark = [pytest.mark.metal, pytest.mark.real, pytest.mark.slow]
 
-UNIT = "hypeman-vms.service"
+UNITS = ("hypeman-vms.service", "hypeman.service", "hypeman.slice")
 PATIENCE = 3600
+SERVER = b"""[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -m hypeman serve
+WorkingDirectory=/opt/hypeman
+Environment=HYPERVISOR__KVM_PATIENCE=100 REQUEST_TIMEOUT=900 PORT=0
+WatchdogSec=0
+TimeoutStartSec=15min
+"""
+"""What is another in the virtual host: our code is not installed, and all takes longer."""
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +36,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
     except NoGuest as reason:
         pytest.skip(str(reason))
     with booted:
-        booted.put({f"/etc/systemd/system/{UNIT}": vmm_host.ROOT / "systemd" / UNIT})
-        booted.check(f"systemctl daemon-reload && systemctl start {UNIT}")
+        units: dict[str, bytes | Path] = {
+            f"/etc/systemd/system/{unit}": vmm_host.ROOT / "systemd" / unit for unit in UNITS
+        }
+        booted.put({**units, "/etc/systemd/system/hypeman.service.d/test.conf": SERVER})
+        booted.check("systemctl daemon-reload && systemctl start hypeman-vms")
         yield booted
 
 
@@ -35,6 +48,19 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
 def test_a_vmm_is_held(what: str, host: MetalHost) -> None:
     said = vmm_host.run_tests(host, f"tests/metal/limits_inside.py -k test_{what}", seconds=PATIENCE)
     assert "1 passed" in said, said
+
+
+def test_a_guest_runs_under_the_units(host: MetalHost) -> None:
+    """The walls that they build around the server and the VMMs are in nobody's way."""
+    try:
+        host.check("systemctl start hypeman", timeout=PATIENCE)
+        said = host.check("cd /opt/hypeman && python3 -m tests.metal.under_units", timeout=PATIENCE)
+        assert "under the units: ok" in said, said
+    except AssertionError as error:
+        error.add_note(host.run("journalctl --no-pager -o cat -u hypeman -u hypeman-vms | tail -60").output)
+        raise
+    finally:
+        host.run("systemctl stop hypeman", timeout=PATIENCE)
 
 
 def test_its_neighbour_is_spared(host: MetalHost) -> None:

@@ -26,7 +26,8 @@ SLOWNESS = 10
 
 _OURS = (
     "hypeman", "build/guest", "tests/__init__.py", "tests/conftest.py", "tests/conformance", "tests/fakes",
-    "tests/hypervisor", "tests/real", "tests/metal/limits_inside.py", "tests/bench/__main__.py",
+    "tests/hypervisor", "tests/real", "tests/metal/limits_inside.py",
+    "tests/metal/under_units.py", "tests/bench/__main__.py",
     "tests/bench/harness.py", "tests/bench/bench_hypervisor.py", "tests/bench/bench_kinds.py",
 )  # fmt: skip
 _TOOLS = ("pytest", "pytest-trio", "hypothesis")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from configparser import ConfigParser
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+DOCUMENT = Path(__file__).parents[2] / "SECURITY.md"
 UNITS = Path(__file__).parents[2] / "systemd"
 
 
@@ -28,6 +31,35 @@ def test_systemd_understands_them(tmp_path: Path) -> None:
         )
         complaints = [line for line in verdict.stderr.splitlines() if "hypeman" in line]
         assert not complaints
+
+
+@pytest.mark.parametrize("unit", ["hypeman", "hypeman-vms"])
+def test_exposure_is_what_the_document_says(unit: str) -> None:
+    """The score, as systemd 252 finds it, and every setting that it misses."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    security = ["systemd-analyze", "security", "--offline=true", str(UNITS / f"{unit}.service")]
+    said = subprocess.run(security, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"})
+    score = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said.stdout)
+    assert score is not None, said
+    document = DOCUMENT.read_text()
+    promised = re.search(rf"`{unit}\.service` ([0-9.]+)", document)
+    assert promised is not None
+    assert float(score[1]) <= float(promised[1]) + 0.1, "settings that were there are missing"
+    found = subprocess.run([*security, "--json=short"], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    missing = [each["name"] for each in json.loads(found.stdout) if each["set"] is False and each["exposure"]]
+    table = document.partition("## The units")[2]
+    assert missing and [name for name in missing if not any(word in table for word in words(name))] == []
+
+
+def words(name: str) -> list[str]:
+    """How the document may name a setting: each capability of a group, the setting, or its value."""
+    setting, _, value = name.partition("=")
+    value = value.removeprefix("~")
+    if setting == "CapabilityBoundingSet":
+        prefix, _, rest = value.partition("(")
+        return [f"`{prefix}{each}".rstrip("*") for each in rest.rstrip(")").split("|")] if rest else [f"`{value}`"]
+    return [f"`{setting}"] if not value or value.startswith(("AF_", "…")) or "=" in value else [f"`{value}`"]
 
 
 def test_the_servers_end_is_not_the_vms_end() -> None:
