@@ -29,6 +29,7 @@ EGRESS_C = sorted((HERE / "ext" / "egress").glob("*.c"))
 EXTENSIONS = [
     ("hypeman._native._pciscan_c", "ext/pciscan.pyx", [], []),
     ("hypeman._native._tapstats_c", "ext/tapstats.pyx", [], []),
+    ("hypeman._native._wsmask_c", "ext/wsmask.pyx", [], []),
     ("hypeman._native._egress_c", "ext/egress.pyx", EGRESS_C, ["ssl", "crypto", "nghttp2"]),
 ]
 

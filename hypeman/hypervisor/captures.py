@@ -40,21 +40,54 @@ def publish(
     machine: str,
     config: VmConfig,
     summed: tuple[str, ...],
+    flush: bool = True,
 ) -> Capture:
-    """Make the files in ``directory`` a capture: flush them, checksum those in ``summed``, write the record."""
+    """Make the files in ``directory`` a capture: flush them, checksum those in ``summed``, write the record.
+
+    Without ``flush`` it is valid until the host's next boot: a crash of the host might leave a part of it.
+    """
     sizes, sums = {}, {}
     try:
         for path in sorted(directory.iterdir()):
             with open(open_regular(path, os.O_RDONLY), "rb") as file:  # its VMM may hold a lease on it
-                os.fsync(file.fileno())
+                if flush:
+                    os.fsync(file.fileno())
                 sizes[path.name] = os.fstat(file.fileno()).st_size
                 if path.name in summed:
                     sums[path.name] = _sum(file.fileno())
-        capture = Capture(kind, version, machine, config, sizes, sums)
-        write_file(directory / RECORD, msgspec.json.format(msgspec.json.encode(capture)))
+        capture = Capture(kind, version, machine, config, sizes, sums, "" if flush else _boot_id())
+        if flush:
+            _write(directory, capture)
+        else:
+            (directory / RECORD).write_bytes(_rendered(capture))
     except OSError as error:
         raise InternalError(f"the capture in {directory} can not be written: {error.strerror}") from error
     return capture
+
+
+def make_lasting(directory: Path) -> None:
+    """Flush the capture in ``directory`` if that was not done. Blocks; raises OSError."""
+    try:
+        capture = read(directory)
+    except CaptureInvalid:
+        return
+    if capture.boot_id:
+        for name in capture.files:
+            with open(open_regular(directory / name, os.O_RDONLY), "rb") as file:
+                os.fsync(file.fileno())
+        _write(directory, msgspec.structs.replace(capture, boot_id=""))
+
+
+def _write(directory: Path, capture: Capture) -> None:
+    write_file(directory / RECORD, _rendered(capture))
+
+
+def _rendered(capture: Capture) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(capture))
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def read(directory: Path) -> Capture:
@@ -65,6 +98,8 @@ def read(directory: Path) -> Capture:
         raise CaptureInvalid(f"{directory} holds no complete capture") from None
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
         raise CaptureInvalid(f"the record of the capture in {directory} can not be read: {error}") from None
+    if capture.boot_id and capture.boot_id != _boot_id():
+        raise CaptureInvalid(f"the capture in {directory} was not yet on disk when the host went down")
     for name, size in capture.files.items():
         if "/" in name:
             raise CaptureInvalid(f"the capture in {directory} names a file outside of it: {name!r}")

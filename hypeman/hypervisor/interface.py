@@ -207,6 +207,8 @@ class Capture(msgspec.Struct, frozen=True):
     """Name below the directory → size in bytes."""
     checksums: dict[str, str]
     """Name → ``crc32c:…`` or ``sha256:…`` of the device state (not of memory, which is checked by size)."""
+    boot_id: str = ""
+    """The boot of the host in which it was written without being flushed; empty: flushed."""
 
 
 @runtime_checkable
@@ -227,10 +229,11 @@ class Vmm(Protocol):
     async def pause(self) -> None: ...
     async def resume(self) -> None: ...
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         """Pause the VM and save it into ``directory`` (which exists and is empty); it stays paused.
 
-        The directory is complete and flushed to disk, ``capture.json`` last, before this returns. The VM may be
+        The directory is complete, ``capture.json`` last, before this returns, and flushed to disk unless ``flush`` is
+        false: then it is valid until the host's next boot. The VM may be
         resumed or killed afterwards, and resumed after a failure too; later writes do not affect the capture.
         The channel may be closed when the VM resumes (Firecracker resets it).
         """

@@ -61,8 +61,11 @@ class Forks:
         staged = self._machine.paths.tmp / f"fork-{new_id()}"
         with_memory = source.state is not InstanceState.STOPPED and target is not TargetState.STOPPED
         holder = captures.of_instance(fork_id)
+        transient = target is TargetState.RUNNING
         try:
-            async with copied_out(owned, str(staged), with_memory=with_memory, holder=holder) as copy:
+            async with copied_out(
+                owned, str(staged), with_memory=with_memory, holder=holder, transient=transient
+            ) as copy:
                 capture = copy.capture.id if copy.capture is not None else None
                 fork = forked(source, instance_id=fork_id, name=request.name, now=self._now(), capture=capture)
                 intent = Intent(Operation.CREATE, plan_adopt_disks(fork, str(staged), shared=False))

@@ -86,6 +86,16 @@ class HttpConnection(TrioASGIHTTPConnection):
 
 
 class WebsocketConnection(TrioASGIWebsocketConnection):
+    async def handle_messages(self, nursery: trio.Nursery, receive: ASGIReceiveCallable) -> None:  # type: ignore[override]
+        """Without Quart's signal, which nobody receives, for each message."""
+        while True:
+            event = await receive()
+            if event["type"] == "websocket.receive":
+                await self.send_channel.send(event.get("bytes") or event["text"])  # type: ignore[arg-type]
+            elif event["type"] == "websocket.disconnect":
+                break
+        nursery.cancel_scope.cancel()
+
     async def __call__(self, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
         _keep_raw_path(self.scope)
         await super().__call__(receive, send)

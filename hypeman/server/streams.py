@@ -20,6 +20,7 @@ import msgspec
 import trio
 from msgspec import UNSET, Struct, UnsetType
 
+from hypeman._native import wsmask
 from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest.client import ExecSession, Output
 from hypeman.guest.session_types import CpRequest, ExecRequest
@@ -88,6 +89,7 @@ class CopyEnd(Struct, frozen=True, tag="end", tag_field="type"):
     final: bool = False
 
 
+wsmask.install()
 _json = msgspec.json.Encoder()
 _log = logging.getLogger(__name__)
 _Request = TypeVar("_Request")

@@ -192,7 +192,7 @@ class FakeVmm:
                 self.process.restored_from = None
             self.process.state = VmmState.RUNNING
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         self._want(self._driver.capabilities.standby, "standby")
         if self.config.pci_devices:
             raise NotSupported("the state of a passed-through device can not be saved")
@@ -208,6 +208,7 @@ class FakeVmm:
                 machine=MACHINE,
                 config=self.config,
                 summed=(captures.STATE,),
+                flush=flush,
             )
 
     async def add_disk(self, disk: Disk) -> Disk:

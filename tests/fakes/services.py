@@ -211,7 +211,7 @@ class FakeCopyIn(CopyIn):
     def __init__(self, files: dict[str, tuple[CpRequest, bytes | None]], request: CpRequest) -> None:
         self._files = files
         self._request = request
-        self._data = b""
+        self._data = bytearray()
         self.closed = False
 
     async def send(self, data: bytes) -> None:
@@ -221,7 +221,7 @@ class FakeCopyIn(CopyIn):
 
     async def finish(self) -> int:
         self._files.pop(self._request.guest_path, None)  # so that their order is that of the last writing
-        self._files[self._request.guest_path] = (self._request, None if self._request.is_dir else self._data)
+        self._files[self._request.guest_path] = (self._request, None if self._request.is_dir else bytes(self._data))
         return len(self._data)
 
     async def aclose(self) -> None:

@@ -48,6 +48,7 @@ ROOT = Path(__file__).parents[2]
         (TrioASGIHTTPConnection.__call__, ["receive", "send"]),  # quart_parts.py: HttpConnection
         (TrioASGIHTTPConnection.handle_messages, ["nursery", "request", "receive"]),
         (TrioASGIHTTPConnection._send_response, ["send", "response"]),
+        (TrioASGIWebsocketConnection.handle_messages, ["nursery", "receive"]),
         (TrioASGIWebsocketConnection.__call__, ["receive", "send"]),  # quart_parts.py: WebsocketConnection
         (QuartTrio.handle_request, ["request"]),  # app.py: ApiApp
         (QuartTrio.handle_websocket, ["websocket"]),

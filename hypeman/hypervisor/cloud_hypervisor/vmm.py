@@ -83,7 +83,7 @@ class CloudHypervisorVmm(RemoteVmm):
             await self._put("resume")
         await trio.to_thread.run_sync(captures.remove_noted, run_dir)
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         if self.config.pci_devices:
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:

@@ -91,7 +91,7 @@ class FirecrackerVmm(RemoteVmm):
         if not await became(done, _SIGNAL_LIMIT):
             raise VmmBroken(f"Firecracker does not obey {number.name}")
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         """Shielded from cancellation between pause and save, since a save cannot be aborted."""
         async with self._changing:
             await trio.to_thread.run_sync(take_back_capture, directory)

@@ -106,7 +106,7 @@ class QemuVmm(LiveVmm):
 
     # Capture
 
-    async def capture(self, directory: Path) -> Capture:
+    async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         if self.config.pci_devices:
             raise NotSupported("the state of a passed-through device can not be saved")
         async with self._changing:
@@ -132,6 +132,7 @@ class QemuVmm(LiveVmm):
                     machine=self._machine,
                     config=self.config,
                     summed=(state,),
+                    flush=flush,
                 )
             )
 

@@ -12,7 +12,7 @@ import trio
 
 from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.captures.types import SnapshotCompressionConfig
-from hypeman.hypervisor.captures import MEMORY
+from hypeman.hypervisor.captures import MEMORY, make_lasting
 from hypeman.instances.machine.context import Context
 from hypeman.instances.machine.guest import Guests, freeze
 from hypeman.instances.model.steps import FreeCapture, SaveCapture
@@ -45,7 +45,7 @@ class Captures:
             await freeze(live)
             live.hold(True)
             with metrics.timed_vmm_call("capture"):
-                await live.vmm.capture(side)
+                await live.vmm.capture(side, flush=not step.transient)
         await self._context.files.publish(side, directory)
 
     async def discard(self, step: SaveCapture) -> None:
@@ -90,7 +90,8 @@ class Captures:
         )
 
     async def collect(self) -> None:
-        """At server start, remove what a crash left: captures without holders and directories without a row."""
+        """At server start, remove what a crash left: captures without holders and directories without a row. Flush
+        those that were to be restored at once."""
 
         def read(txn: Txn) -> tuple[set[str], list[str]]:
             rows = dict(txn.scan(CAPTURES))
@@ -102,6 +103,8 @@ class Captures:
             for directory in await trio.to_thread.run_sync(lambda: list(captures.iterdir())):
                 if directory.name not in known:
                     await _or_log(self._context.files.remove(directory), directory.name)
+        for capture_id in known - set(unheld):
+            await _or_log(trio.to_thread.run_sync(make_lasting, self._context.paths.capture(capture_id)), capture_id)
         for capture_id in unheld:
             await _or_log(self.free(FreeCapture(capture_id)), capture_id)
 

@@ -97,10 +97,11 @@ class Vmms:
         """Kill the VMM, including one launched by a server that crashed before recording it."""
         live = self._context.live.pop(step.instance, None)
         if live is not None:
-            await live.vmm.kill()
+            await live.vmm.kill()  # has ended when this returns; there is no other one of this run directory
             await live.vmm.aclose()
-        driver = self._context.driver(self._context.record(step.instance))
-        await driver.kill_stray(str(self._context.paths.instance(step.instance).run))
+        else:
+            driver = self._context.driver(self._context.record(step.instance))
+            await driver.kill_stray(str(self._context.paths.instance(step.instance).run))
         self._cgroups.remove(step.instance)
 
     async def end(self, instance_id: str) -> None:

@@ -82,12 +82,14 @@ def plan_standby(record: InstanceRecord, capture: str) -> tuple[Reversible, ...]
     return (*_held(record), SaveCapture(record.id, capture))
 
 
-def plan_copy_out(record: InstanceRecord, target: str, *, capture: str | None, running: bool) -> tuple[Reversible, ...]:
+def plan_copy_out(
+    record: InstanceRecord, target: str, *, capture: str | None, running: bool, transient: bool = False
+) -> tuple[Reversible, ...]:
     """Copy the disks to ``target``; a running VM is paused for that, and for its ``capture`` if requested."""
     copy = CopyDisksAway(record.id, target)
     if not running:
         return (copy,)
-    pause = SaveCapture(record.id, capture) if capture else PauseVm(record.id)
+    pause = SaveCapture(record.id, capture, transient) if capture else PauseVm(record.id)
     return (pause, copy, GoOn(record.id))
 
 

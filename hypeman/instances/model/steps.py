@@ -77,6 +77,8 @@ class SaveCapture(_Step, frozen=True):
     """Freeze the workload, pause the VM and publish its capture. Undo: resume the VM."""
 
     capture: str
+    transient: bool = False
+    """Restored at once: it need not outlive a crash of the host, so it is not flushed to disk."""
 
 
 class CopyDisksAway(_Step, frozen=True):

@@ -34,15 +34,17 @@ class Copy:
 
 
 @asynccontextmanager
-async def copied_out(owned: Owned, target: str, *, with_memory: bool, holder: str) -> AsyncIterator[Copy]:
+async def copied_out(
+    owned: Owned, target: str, *, with_memory: bool, holder: str, transient: bool = False
+) -> AsyncIterator[Copy]:
     """Copy the disks to ``target`` and, ``with_memory``, have the memory held by ``holder``; the block then says what
-    to record. If that fails, nothing remains."""
+    to record. If that fails, nothing remains. ``transient``: the memory is restored at once."""
     before = owned.record
     running = before.state is InstanceState.RUNNING
     if running and with_memory:
         check_capturable(before.spec, owned.machine.capabilities(before), "captured")
     made = new_id() if running and with_memory else None
-    steps = plan_copy_out(before, target, capture=made, running=running)
+    steps = plan_copy_out(before, target, capture=made, running=running, transient=transient)
     async with owned.attempt(Operation.CAPTURE, steps, before) as attempt:
         row: CaptureRow | None = None
         held: tuple[Change, ...] = ()
