@@ -19,7 +19,14 @@ from typing import Annotated
 from msgspec import Meta
 
 Timestamp = Annotated[datetime, Meta(tz=True, description="RFC 3339 date-time")]
-Duration = Annotated[str, Meta(description="Go duration", examples=["90s", "1h30m"])]
+Duration = Annotated[
+    str,
+    Meta(
+        description="Go duration",
+        examples=["90s", "1h30m"],
+        extra_json_schema={"pattern": r"^(0|([0-9]+(\.[0-9]*)?|\.[0-9]+)(ns|us|µs|μs|ms|s|m|h))+$"},
+    ),
+]
 Size = Annotated[str, Meta(description="Integer and optional binary unit", examples=["512MB", "2GB"])]
 Rate = Annotated[
     str, Meta(description="Decimal bits per second, or a binary size per second", examples=["100mbps", "12MB/s"])
@@ -34,7 +41,10 @@ Name = Annotated[
 ]
 TagMap = Annotated[
     dict[str, str],
-    Meta(description="Up to 50 pairs; keys of 1 to 128, values of up to 256 of letters, digits and ' _.:/=+@-'"),
+    Meta(
+        description="Up to 50 pairs; keys of 1 to 128, values of up to 256 of letters, digits and ' _.:/=+@-'",
+        extra_json_schema={"propertyNames": {"pattern": "^[A-Za-z0-9 _.:/=+@-]{1,128}$"}, "maxProperties": 50},
+    ),
 ]
 Platform = Annotated[str, Meta(description="os/arch[/variant]", examples=["linux/amd64"])]
 Port = Annotated[int, Meta(ge=1, le=65535)]

@@ -30,21 +30,23 @@ def decode_body(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 
 def _decode(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
-    """A null for a field with a default is as good as none. Raises msgspec's exceptions."""
+    """A null for a field with a default is as good as none, and 2.0 is an integer, as in JSON Schema. Raises msgspec's
+    exceptions."""
     try:
         return decoder.decode(data)
     except msgspec.ValidationError:
-        if b"null" not in data:
-            raise
         tree = without_nulls(msgspec.json.decode(data), msgspec.inspect.type_info(decoder.type))
         return decoder.decode(msgspec.json.encode(tree))
 
 
 def without_nulls(value: Any, kind: msgspec.inspect.Type) -> Any:
-    """``value`` without null where ``kind`` has a Struct's field that may be absent."""
+    """``value`` without null where ``kind`` has a Struct's field that may be absent, and with whole numbers as ints
+    where ``kind`` has integers."""
     match kind:
         case msgspec.inspect.Metadata():
             return without_nulls(value, kind.type)
+        case msgspec.inspect.IntType() if isinstance(value, float) and value.is_integer():
+            return int(value)
         case msgspec.inspect.StructType() if isinstance(value, dict):
             fields = {field.encode_name: field for field in kind.fields}
             return {
@@ -64,6 +66,7 @@ def without_nulls(value: Any, kind: msgspec.inspect.Type) -> Any:
 
 _CONTAINERS = (
     msgspec.inspect.StructType,
+    msgspec.inspect.IntType,
     msgspec.inspect.DictType,
     msgspec.inspect.VarTupleType,
     msgspec.inspect.ListType,
@@ -85,6 +88,8 @@ def decode_query(query: bytes, wanted: type[Any]) -> Any:
     for key, value in pairs:
         name, bracket, inner = key.partition("[")
         if bracket and inner.endswith("]"):
+            if inner == "]" or "[" in inner or "]" in inner[:-1]:
+                raise SchemaViolation(f"query: write {name}[key]=value")
             group = fields.setdefault(name, {})
             if isinstance(group, dict):
                 group[inner[:-1]] = value

@@ -22,6 +22,7 @@ from tests.fakes.services import FakeWorld
 
 ROOT = Path(__file__).parents[2]
 PYTHON_SDK = "hypeman==0.28.0"
+TYPESCRIPT_SDK = "@onkernel/hypeman@0.28.0"
 
 
 @pytest.fixture
@@ -53,6 +54,24 @@ def python() -> Path:
         subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
     subprocess.run([interpreter, "-m", "pip", "install", "-q", PYTHON_SDK], check=True, timeout=300)
     return interpreter
+
+
+@pytest.fixture(scope="session")
+def node() -> Path:
+    """A directory with the TypeScript SDK."""
+    home = ROOT / "build/conformance/node"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "package.json").write_text('{"private": true}')
+    subprocess.run(["npm", "install", "--silent", TYPESCRIPT_SDK], check=True, timeout=300, cwd=home)
+    return home
+
+
+def test_every_method_of_the_typescript_sdk(server: Running, node: Path) -> None:
+    script = Path(__file__).with_name("typescript_client.mjs")
+    command: list[str | Path] = ["node", script, node, server.tcp_url, server.token]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"failed": {}, "unused": []}
 
 
 def test_every_method_of_the_python_sdk(server: Running, python: Path) -> None:

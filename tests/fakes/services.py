@@ -43,7 +43,7 @@ from hypeman.events.types import Event, EventFilter, EventObject, Kind
 from hypeman.guest.client import CopyIn, CopyOut, ExecResult, ExecSession, Output
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, PathInfo
-from hypeman.ids import new_id, tags_match
+from hypeman.ids import check_name, check_tags, new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
 from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
@@ -92,6 +92,7 @@ from hypeman.server.types import (
     Runtime,
     ServerVersion,
 )
+from hypeman.units import parse_duration
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 
 Tags = Mapping[str, str]
@@ -137,7 +138,7 @@ class FakeImages:
         return image
 
     async def progress(self, ref: str) -> Progress:
-        image = self.images[normalized(ref)]
+        image = await self.get(ref)
         return Progress(image.status, (LayerProgress(DIGEST, 1000, 400),))
 
     async def tag(self, ref: str, target: str) -> Image:
@@ -154,6 +155,8 @@ class FakeImages:
 
     async def import_archive(self, chunks: AsyncIterable[bytes], *, name: str, tags: Tags, default_name: str) -> Image:
         self.imported = b"".join([chunk async for chunk in chunks])
+        if not self.imported:
+            raise InvalidRequest("the archive is empty", code="invalid_archive")
         name = normalized(name or default_name)
         image = Image(name, DIGEST, ImageStatus.PENDING, NOW, tags=dict(tags) or UNSET)
         self.images[image.name] = image
@@ -329,6 +332,9 @@ class FakeInstances:
             raise self.fails
         if any(one.name == request.name for one in self.instances.values()):
             raise NameConflict(f"there is an instance {request.name} already")
+        check_name(request.name)
+        if not request.image:
+            raise InvalidRequest("image is empty", code="invalid_name")
         return self.add(
             request.name,
             image=request.image,
@@ -362,6 +368,7 @@ class FakeInstances:
 
     async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
         self.asked.append(("fork", request))
+        check_name(request.name)
         return self.add(request.name, self.find(ref).state)
 
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
@@ -449,6 +456,8 @@ class FakeSnapshots:
 
     async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
         instance = await self.instances.get(ref)
+        if request.name:
+            check_name(request.name)
         made = Snapshot(
             id=new_id(),
             kind=request.kind,
@@ -490,6 +499,7 @@ class FakeSnapshots:
 
     async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance:
         await self.get(snapshot)
+        check_name(request.name)
         return self.instances.add(request.name)
 
 
@@ -768,6 +778,10 @@ class FakePolicies:
 
     async def set_schedule(self, ref: str, request: SetSnapshotScheduleRequest) -> SnapshotSchedule:
         instance = await self.instances.get(ref)
+        if request.name_prefix:
+            check_name(request.name_prefix, what="name_prefix", max_length=47)
+        for duration in filter(None, (request.interval, request.retention.max_age)):
+            parse_duration(duration)
         made = SnapshotSchedule(
             instance_id=instance.id,
             interval=request.interval,
@@ -776,7 +790,7 @@ class FakePolicies:
             created_at=NOW,
             updated_at=NOW,
             name_prefix=request.name_prefix,
-            metadata=request.metadata or UNSET,
+            metadata=check_tags(request.metadata) or UNSET,
         )
         self.schedules[instance.id] = made
         return made

@@ -122,3 +122,16 @@ def test_null_is_as_good_as_absent_where_a_field_is_optional(body: bytes) -> Non
 def test_null_is_an_error_everywhere_else(body: bytes, place: str) -> None:
     with pytest.raises(SchemaViolation, match=re.escape(place)):
         decode_body(body, msgspec.json.Decoder(CreateInstanceRequest))
+
+
+@pytest.mark.parametrize("query", [b"tags[]=x", b"tags[a][b]=x", b"tags[a]]=x"])
+def test_tags_have_a_key(query: bytes) -> None:
+    with pytest.raises(SchemaViolation, match="key"):
+        decode_query(query, InstanceQuery)
+
+
+def test_a_whole_number_is_an_integer() -> None:
+    """As in JSON Schema; a fraction is none."""
+    assert decode_body(b'{"name":"a","image":"b","vcpus":2.0}', DECODER).vcpus == 2
+    with pytest.raises(SchemaViolation, match="vcpus"):
+        decode_body(b'{"name":"a","image":"b","vcpus":2.5}', DECODER)

@@ -42,7 +42,8 @@ QUERIES = {"get_events": {"follow": "false"}}
 """Query fields besides the required ones, where the answer has no end without them."""
 
 FIELDS: dict[str, Any] = {
-    "image": "alpine", "mount_path": "/data", "pci_address": "0000:03:00.0", "path": "/etc", "reclaim_bytes": 1 << 30,
+    "image": "alpine", "interval": "1h", "mount_path": "/data", "pci_address": "0000:03:00.0", "path": "/etc",
+    "reclaim_bytes": 1 << 30,
 }  # fmt: skip
 """Required fields for which no value can be made from the type alone."""
 

@@ -187,7 +187,7 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
     """A new instance, created and booted; a missing image is pulled."""
 
     name: Name
-    image: Annotated[str, Meta(description="OCI reference")]
+    image: Annotated[str, Meta(description="OCI reference", extra_json_schema={"minLength": 1})]
     platform: Platform | None = None
     size: Annotated[Size | None, Meta(description="Memory; default 1GB")] = None
     hotplug_size: Annotated[Size | None, Meta(description="Memory that may be plugged later; default none")] = None

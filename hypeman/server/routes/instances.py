@@ -58,7 +58,7 @@ class DeleteQuery(Struct, frozen=True, kw_only=True):
 
 
 class WaitQuery(Struct, frozen=True, kw_only=True):
-    state: InstanceState
+    state: Annotated[InstanceState, Meta(extra_json_schema={"not": {"const": InstanceState.UNKNOWN.value}})]
     timeout: Annotated[Duration, Meta(description="At most 5m")] = "60s"
 
 
