@@ -32,6 +32,7 @@ from hypeman.cli import (
     snapshots,
     volumes,
 )
+from hypeman.cli.compose.commands import compose
 from hypeman.cli.output import FORMATS
 from hypeman.cli.session import Session, complain
 
@@ -55,7 +56,7 @@ SECTIONS = {
     "Run": ("run", "ps", "logs", "exec", "cp", "attach", "top", "stats", "wait", "port"),
     "Life cycle": ("start", "stop", "restart", "kill", "standby", "restore", "fork", "rm", "update", "auto-standby"),
     "Images": ("pull", "image", "tag", "push", "login", "build", "builder", "rmi"),
-    "Data": ("volume", "snapshot", "commit", "backup"),
+    "Data": ("volume", "snapshot", "commit", "backup", "compose"),
     "Network and devices": ("ingress", "egress", "device"),
     "Host": ("info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "token"),
 }
@@ -175,7 +176,7 @@ for _command in (
     instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
     snapshots.snapshots,
     devices.devices, egress.egress, events.events, host.resources, host.health, host.capabilities,
-    shell.completion, shell.man, pushes.push, *docker.COMMANDS,
+    shell.completion, shell.man, pushes.push, compose, *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)
 

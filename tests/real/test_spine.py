@@ -134,7 +134,8 @@ async def test_errors_leave_nothing(appliance: Appliance) -> None:
     assert too_large.status_code == 409 and too_large.json()["code"] == "insufficient_resources"
     await appliance.delete("/instances/one")
     resources = await appliance.get("/resources")
-    assert resources["memory"]["allocated"] == resources["disk"]["allocated"] == 0
+    assert resources["memory"]["allocated"] == 0
+    assert not resources["disk_breakdown"].get("overlays_bytes")
     assert not appliance.vmms() and not appliance.files() and not appliance.namespace.links()
 
 

@@ -1,0 +1,1 @@
+"""Stacks: several instances, their volumes and ingresses, described in one file."""

@@ -1,0 +1,304 @@
+"""``hypeman compose``: plan, up, down, ps, logs and config of a stack."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from hypeman.cli.client import ApiError, Client, Unreachable, segment
+from hypeman.cli.compose import native, spec
+from hypeman.cli.compose.model import (
+    NAME_TAG,
+    SERVICE_TAG,
+    ComposeError,
+    Service,
+    Stack,
+    tags,
+)
+from hypeman.cli.compose.plan import Act, Action, Found, plan_down, plan_up
+from hypeman.cli.images import PullDisplay, image_path, wait_ready
+from hypeman.cli.instances import path_of
+from hypeman.cli.output import age
+from hypeman.cli.session import Session, fail, interrupted, reports
+from hypeman.text import one_line
+from hypeman.units import parse_duration
+
+FILES = ("hypeman.compose.yaml", "hypeman.compose.yml", "compose.yaml", "compose.yml", "docker-compose.yml")
+_POLL_SECONDS = 0.5
+_MAX_FILE = 1 << 20
+
+
+class Options(msgspec.Struct, frozen=True):
+    """Which stack is meant."""
+
+    file: Path | None
+    name: str | None
+    profiles: frozenset[str]
+
+    def load(self) -> Stack:
+        """Read the file; ends the command if it cannot be used."""
+        import yaml
+
+        path = self.file or next((Path(name) for name in FILES if Path(name).is_file()), None)
+        if path is None:
+            fail(f"there is no {', '.join(FILES)} here; -f names another file")
+        try:
+            if path.stat().st_size > _MAX_FILE:
+                raise ComposeError("the file is larger than 1 MB")
+            tree = yaml.safe_load(path.read_text())
+            if isinstance(tree, dict) and tree.get("version") == 1:
+                stack = native.parse(tree, path.parent)
+            else:
+                stack = spec.parse(tree, path.parent, profiles=self.profiles)
+            stack.ordered()
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            fail(f"{path} cannot be read: {error}")
+        except ComposeError as error:
+            fail(f"{path}: {error}")
+        return msgspec.structs.replace(stack, name=self.name) if self.name else stack
+
+    def stack_name(self) -> str:
+        return self.name or self.load().name
+
+
+@click.group()
+@click.option(
+    "-f", "--file", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: {FILES[0]}, {FILES[2]}, …"
+)
+@click.option("-p", "--project-name", "name", help="Name of the stack; default: as the file says, or its directory.")
+@click.option("--profile", "profiles", multiple=True, help="Include services of this profile.")
+@click.pass_context
+def compose(context: click.Context, file: Path | None, name: str | None, profiles: tuple[str, ...]) -> None:
+    """Stacks: several instances, their volumes and ingresses from one file."""
+    context.meta["compose"] = Options(file, name, frozenset(profiles))
+
+
+def _options() -> Options:
+    found = click.get_current_context().meta["compose"]
+    assert isinstance(found, Options)
+    return found
+
+
+@compose.command()
+@reports
+def config(session: Session) -> None:
+    """Check the file, and show what would be requested of the server."""
+    stack = _options().load()
+    session.show(msgspec.to_builtins(stack))
+
+
+@compose.command()
+@click.option("--replace", is_flag=True, help="Replace instances whose service has changed.")
+@click.option("--remove-orphans", is_flag=True, help="Delete instances of the stack that are not in the file.")
+@reports
+def plan(session: Session, replace: bool, remove_orphans: bool) -> None:
+    """Show what `up` would do."""
+    stack = _options().load()
+    actions = _plan(stack, find(session.client, stack.name), replace, remove_orphans)
+    session.show(msgspec.to_builtins(actions), lambda: "\n".join(map(str, actions)))
+
+
+@compose.command()
+@click.option("--replace", is_flag=True, help="Replace instances whose service has changed.")
+@click.option("--remove-orphans", is_flag=True, help="Delete instances of the stack that are not in the file.")
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Until all run, and are healthy if checked.")
+@click.option("--wait-timeout", default="2m", show_default=True)
+@click.option("-d", "--detach", is_flag=True, hidden=True)
+@reports
+def up(session: Session, replace: bool, remove_orphans: bool, wait: bool, wait_timeout: str, detach: bool) -> None:
+    """Create what is missing, start what is stopped, and replace what has changed if --replace says so."""
+    stack = _options().load()
+    client = session.client
+    actions = _plan(stack, find(client, stack.name), replace, remove_orphans)
+    services = {service.key: service for service in stack.services}
+    runner = Up(client, stack, parse_duration(wait_timeout))
+    with interrupted(f"what was begun continues; hypeman compose -p {stack.name} ps shows it"):
+        for action in actions:
+            if action.act is not Act.KEEP:
+                click.echo(str(action), err=True)
+            runner.carry_out(action, services)
+        if wait:
+            for service in stack.ordered():
+                runner.wait_for(service, "healthy" if service.body.get("health_check") else "started")
+    rows = find(client, stack.name).instances
+    _show(session, rows)
+
+
+@compose.command()
+@click.option("-v", "--volumes", is_flag=True, help="Also the volumes and what is in them.")
+@reports
+def down(session: Session, volumes: bool) -> None:
+    """Delete the stack's ingresses and instances."""
+    name = _options().stack_name()
+    found = find(session.client, name)
+    ids = {("instance", row["name"]): row["id"] for row in found.instances}
+    ids |= {("volume", row["name"]): row["id"] for row in found.volumes}
+    ids |= {("ingress", row["name"]): row["id"] for row in found.ingresses}
+    for action in plan_down(found, volumes=volumes):
+        click.echo(str(action), err=True)
+        _delete(session.client, action.kind, ids[action.kind, action.name])
+
+
+@compose.command()
+@click.option("-q", "--quiet", is_flag=True, help="Only ids.")
+@reports
+def ps(session: Session, quiet: bool) -> None:
+    """List the stack's instances."""
+    _show(session, find(session.client, _options().stack_name()).instances, quiet=quiet)
+
+
+@compose.command()
+@click.argument("services", nargs=-1)
+@click.option("-f", "--follow", is_flag=True, help="Go on with new lines.")
+@click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Lines from before, of each.")
+@reports
+def logs(session: Session, services: tuple[str, ...], follow: bool, tail: int) -> None:
+    """Show what the stack's instances print, each line with its service."""
+    rows = find(session.client, _options().stack_name()).instances
+    wanted = {_service_of(row): row for row in rows if not services or _service_of(row) in services}
+    if missing := set(services) - wanted.keys():
+        fail(f"there is no service {', '.join(sorted(missing))} in the stack")
+    width = max(map(len, wanted), default=0)
+    lock = threading.Lock()
+
+    def show(key: str, row: dict[str, Any]) -> None:
+        client = Client(session.client.settings)
+        try:
+            for line in client.events(f"{path_of(row['id'])}/logs", follow=follow, tail=tail, source="app"):
+                with lock:
+                    sys.stdout.write(f"{key:<{width}} | {line}\n")
+                    sys.stdout.flush()
+        except (ApiError, Unreachable) as error:
+            with lock:
+                click.echo(one_line(f"{key}: {error}"), err=True)
+        finally:
+            client.close()
+
+    threads = [threading.Thread(target=show, args=item, daemon=True) for item in wanted.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():  # a join without a limit would not notice Ctrl-C
+            thread.join(0.2)
+
+
+def find(client: Client, name: str) -> Found:
+    """What the server has of a stack."""
+    query = {"tags": {NAME_TAG: name}}
+    return Found(
+        sorted(client.get("/instances", **query), key=lambda row: str(row["created_at"])),
+        client.get("/volumes", **query),
+        client.get("/ingresses", **query),
+    )
+
+
+def _plan(stack: Stack, found: Found, replace: bool, remove_orphans: bool) -> list[Action]:
+    try:
+        return plan_up(stack, found, replace=replace, remove_orphans=remove_orphans)
+    except ComposeError as error:
+        fail(str(error))
+
+
+def _service_of(row: dict[str, Any]) -> str:
+    return str((row.get("tags") or {}).get(SERVICE_TAG) or row["name"])
+
+
+def _show(session: Session, rows: Sequence[dict[str, Any]], *, quiet: bool = False) -> None:
+    columns: list[tuple[str, Callable[[Any], Any]]] = [
+        ("SERVICE", _service_of),
+        ("INSTANCE", lambda row: row["name"]),
+        ("STATE", lambda row: row["state"]),
+        ("HEALTH", lambda row: (row.get("health_status") or {}).get("status")),
+        ("IP", lambda row: (row.get("network") or {}).get("ip")),
+        ("AGE", lambda row: age(row["created_at"])),
+    ]
+    session.show_list(rows, columns, quiet="id" if quiet else None)
+
+
+def _delete(client: Client, kind: str, resource_id: str) -> None:
+    paths = {"instance": "/instances", "volume": "/volumes", "ingress": "/ingresses"}
+    try:
+        client.call("DELETE", f"{paths[kind]}/{segment(resource_id)}")
+    except ApiError as error:
+        if error.status != 404:
+            raise
+
+
+class Up:
+    """Carries out the actions of ``up``."""
+
+    def __init__(self, client: Client, stack: Stack, seconds: float) -> None:
+        self._client = client
+        self._stack = stack
+        self._seconds = seconds
+
+    def carry_out(self, action: Action, services: dict[str, Service]) -> None:
+        match action.act, action.kind:
+            case Act.KEEP, _:
+                return
+            case Act.DELETE, kind:
+                _delete(self._client, kind, action.name)
+            case _, "volume":
+                volume = next(one for one in self._stack.volumes if one.key == action.key)
+                body = {"name": volume.name, "size_gb": volume.size_gb, "tags": tags(self._stack, "volume")}
+                self._client.post("/volumes", body)
+            case act, "instance":
+                self._instance(act, services[action.key])
+            case act, _:
+                if act is Act.REPLACE:
+                    _delete(self._client, "ingress", action.name)
+                ingress = next(one for one in services[action.key].ingresses if one.name == action.name)
+                labels = tags(self._stack, "ingress", action.key, ingress.body)
+                self._client.post("/ingresses", {**ingress.body, "tags": labels})
+
+    def _instance(self, act: Act, service: Service) -> None:
+        for key, condition in service.depends_on.items():
+            self.wait_for(next(one for one in self._stack.services if one.key == key), condition)
+        if act is Act.START:
+            state = self._client.get(path_of(service.name))["state"]
+            self._client.post(f"{path_of(service.name)}/{'restore' if state == 'Standby' else 'start'}")
+            return
+        if act is Act.REPLACE:
+            _delete(self._client, "instance", service.name)
+        self._pull(str(service.body["image"]))
+        volumes = {row["name"]: row["id"] for row in self._client.get("/volumes", tags={NAME_TAG: self._stack.name})}
+        mounts = [{**mount, "volume_id": volumes[mount["volume_id"]]} for mount in service.mounts]
+        labels = tags(self._stack, "instance", service.key, [service.body, service.mounts])
+        self._client.post("/instances", {**service.body, **({"volumes": mounts} if mounts else {}), "tags": labels})
+
+    def _pull(self, image: str) -> None:
+        try:
+            found = self._client.get(image_path(image))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            found = self._client.post("/images", {"name": image})
+        if found["status"] != "ready":
+            wait_ready(self._client, found["name"], PullDisplay.for_terminal(found["name"]))
+
+    def wait_for(self, service: Service, condition: str) -> None:
+        """Until a service has started, is healthy, or has completed with exit code 0. Ends the command otherwise."""
+        deadline = time.monotonic() + self._seconds
+        while True:
+            row = self._client.get(path_of(service.name))
+            state, ended = row["state"], row["state"] in ("Stopped", "Unknown")
+            if condition == "completed" and state == "Stopped":
+                if row.get("exit_code") == 0:
+                    return
+                fail(f"{service.key} ended with exit code {row.get('exit_code')}: {row.get('exit_message') or ''}")
+            if condition == "started" and (state in ("Running", "Standby") or (ended and row.get("exit_code") == 0)):
+                return
+            if condition == "healthy" and (row.get("health_status") or {}).get("status") == "healthy":
+                return
+            if ended and condition != "completed":
+                fail(f"{service.key} is {state}: {row.get('exit_message') or row.get('state_error') or 'it ended'}")
+            if time.monotonic() > deadline:
+                fail(f"{service.key} is not {condition} after {self._seconds:.0f} s: hypeman logs {service.name}")
+            time.sleep(_POLL_SECONDS)

@@ -1,0 +1,87 @@
+"""A stack as the rest of ``compose`` sees it, whichever format its file has. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+NAME_TAG = "hypeman.compose.name"
+SERVICE_TAG = "hypeman.compose.service"
+RESOURCE_TAG = "hypeman.compose.resource"
+HASH_TAG = "hypeman.compose.hash"
+
+
+class ComposeError(Exception):
+    """The file cannot be used; the message names the place."""
+
+
+class Volume(Struct, frozen=True):
+    key: str
+    name: str
+    size_gb: int
+
+
+class Ingress(Struct, frozen=True):
+    name: str
+    body: dict[str, Any]
+    """CreateIngressRequest without tags."""
+
+
+class Service(Struct, frozen=True):
+    key: str
+    name: str
+    """Of its instance."""
+    body: dict[str, Any]
+    """CreateInstanceRequest without tags and volumes."""
+    mounts: tuple[dict[str, Any], ...] = ()
+    """VolumeMounts whose ``volume_id`` is the name of a volume."""
+    ingresses: tuple[Ingress, ...] = ()
+    depends_on: dict[str, str] = {}
+    """Service → ``started``, ``healthy`` or ``completed``."""
+
+
+class Stack(Struct, frozen=True):
+    name: str
+    services: tuple[Service, ...]
+    volumes: tuple[Volume, ...] = ()
+
+    def ordered(self) -> list[Service]:
+        """Services after those that they depend on. Raises ComposeError for a cycle or an unknown service."""
+        found: list[Service] = []
+        by_key = {service.key: service for service in self.services}
+        visiting: list[str] = []
+
+        def visit(key: str, needed_by: str) -> None:
+            if key not in by_key:
+                raise ComposeError(f"services.{needed_by}.depends_on: there is no service {key!r}")
+            if key in visiting:
+                raise ComposeError(f"services.{key}.depends_on: {' → '.join([*visiting, key])} is a cycle")
+            if by_key[key] in found:
+                return
+            visiting.append(key)
+            for other in by_key[key].depends_on:
+                visit(other, key)
+            visiting.pop()
+            found.append(by_key[key])
+
+        for service in self.services:
+            visit(service.key, service.key)
+        return found
+
+
+def fingerprint(value: Any) -> str:
+    """Equal for equal content: by it a changed service is noticed."""
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()[:16]
+
+
+def tags(stack: Stack, resource: str, service: str = "", content: Any = None) -> dict[str, str]:
+    """By which a resource is found again."""
+    found = {NAME_TAG: stack.name, RESOURCE_TAG: resource}
+    if service:
+        found[SERVICE_TAG] = service
+    if content is not None:
+        found[HASH_TAG] = fingerprint(content)
+    return found

@@ -1,0 +1,102 @@
+"""What has to be done so that the server has what the file says. Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import Any
+
+from msgspec import Struct
+
+from hypeman.cli.compose.model import HASH_TAG, SERVICE_TAG, ComposeError, Stack, fingerprint
+
+
+class Act(enum.StrEnum):
+    CREATE = "create"
+    REPLACE = "replace"
+    START = "start"
+    KEEP = "keep"
+    DELETE = "delete"
+
+
+class Action(Struct, frozen=True):
+    act: Act
+    kind: str
+    """``volume``, ``instance`` or ``ingress``."""
+    name: str
+    key: str = ""
+    """Of the service or volume in the file."""
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.act:<8} {self.kind:<9} {self.name}" + (f"  ({self.why})" if self.why else "")
+
+
+class Found(Struct, frozen=True):
+    """What the server has of the stack, by its tags."""
+
+    instances: Sequence[dict[str, Any]] = ()
+    volumes: Sequence[dict[str, Any]] = ()
+    ingresses: Sequence[dict[str, Any]] = ()
+
+
+def plan_up(stack: Stack, found: Found, *, replace: bool = False, remove_orphans: bool = False) -> list[Action]:
+    """In the order in which they are carried out. Raises ComposeError where something would have to be replaced that
+    may not be."""
+    actions = [_volume(volume.key, volume.name, volume.size_gb, found) for volume in stack.volumes]
+    instances = {row["name"]: row for row in found.instances}
+    ingresses = {row["name"]: row for row in found.ingresses}
+    gone = [
+        row for row in found.ingresses if row["name"] not in {one.name for s in stack.services for one in s.ingresses}
+    ]
+    orphans = [row for row in found.instances if row["name"] not in {service.name for service in stack.services}]
+    if remove_orphans or replace:
+        actions += [Action(Act.DELETE, "ingress", row["name"], why="not in the file") for row in gone]
+        actions += [Action(Act.DELETE, "instance", row["name"], why="not in the file") for row in orphans]
+    else:
+        actions += [
+            Action(Act.KEEP, "instance", row["name"], why="not in the file: --remove-orphans") for row in orphans
+        ]
+    for service in stack.ordered():
+        wanted = fingerprint([service.body, service.mounts])
+        actions.append(_instance(service.key, service.name, wanted, instances.get(service.name), replace))
+    for service in stack.services:
+        for ingress in service.ingresses:
+            row = ingresses.get(ingress.name)
+            same = row is not None and (row.get("tags") or {}).get(HASH_TAG) == fingerprint(ingress.body)
+            act = Act.CREATE if row is None else Act.KEEP if same else Act.REPLACE
+            actions.append(Action(act, "ingress", ingress.name, service.key))
+    return actions
+
+
+def _volume(key: str, name: str, size_gb: int, found: Found) -> Action:
+    row = next((row for row in found.volumes if row["name"] == name), None)
+    if row is None:
+        return Action(Act.CREATE, "volume", name, key, f"{size_gb}GB")
+    if row["size_gb"] != size_gb:
+        raise ComposeError(f"volumes.{key}: {name} has {row['size_gb']}GB; the size of a volume does not change")
+    return Action(Act.KEEP, "volume", name, key)
+
+
+def _instance(key: str, name: str, wanted: str, row: dict[str, Any] | None, replace: bool) -> Action:
+    if row is None:
+        return Action(Act.CREATE, "instance", name, key)
+    if (row.get("tags") or {}).get(HASH_TAG) != wanted:
+        if not replace:
+            raise ComposeError(f"services.{key} has changed; --replace deletes {name} and creates it anew")
+        return Action(Act.REPLACE, "instance", name, key, "changed")
+    if row["state"] in ("Stopped", "Standby"):
+        return Action(Act.START, "instance", name, key, f"is {row['state']}")
+    return Action(Act.KEEP, "instance", name, key)
+
+
+def plan_down(found: Found, *, volumes: bool = False) -> list[Action]:
+    """Everything of the stack; volumes only on request."""
+    actions = [Action(Act.DELETE, "ingress", row["name"]) for row in found.ingresses]
+    actions += [
+        Action(Act.DELETE, "instance", row["name"], (row.get("tags") or {}).get(SERVICE_TAG, ""))
+        for row in reversed(found.instances)
+    ]
+    if volumes:
+        actions += [Action(Act.DELETE, "volume", row["name"]) for row in found.volumes]
+    return actions
