@@ -240,6 +240,12 @@ class Instances:
         record = self.board.find(ref)
         return self.board.encoded(ref) if self._silent_since(record) is None else self.view(record)
 
+    async def check_running(self, ref: str) -> str:
+        record = self.board.find(ref)
+        if record.state is not InstanceState.RUNNING:
+            raise InvalidState(f"instance {record.name} is {record.state}; it must be Running for this")
+        return record.id
+
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
         """Wait for ``state``, or for one from which it cannot be reached without a command. Raises NotFound
         if the instance is deleted meanwhile."""

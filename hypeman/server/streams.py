@@ -21,11 +21,10 @@ import trio
 from msgspec import UNSET, Struct, UnsetType
 
 from hypeman._native import wsmask
-from hypeman.errors import HypemanError, InvalidState
+from hypeman.errors import HypemanError
 from hypeman.guest.client import ExecSession, Output
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, FileKind
-from hypeman.instances.model.types import InstanceState
 from hypeman.server.errors import UNEXPECTED, shown_message, told_error
 from hypeman.server.services import Services
 from hypeman.telemetry import metrics
@@ -250,10 +249,7 @@ async def _send_chunks(socket: Socket, data: bytes) -> None:
 
 async def _running(services: Services, reference: str) -> str:
     """The id of the instance if it runs; before the upgrade, so that a refusal has a status."""
-    instance = await services.instances.get(reference)
-    if instance.state is not InstanceState.RUNNING:
-        raise InvalidState(f"instance {instance.name} is {instance.state}; it must be Running for this")
-    return instance.id
+    return await services.instances.check_running(reference)
 
 
 async def _first_message(socket: Socket, wanted: type[_Request], say: Callable[[str], bytes]) -> _Request | None:

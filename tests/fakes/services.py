@@ -323,6 +323,12 @@ class FakeInstances:
             await trio.sleep_forever()
         return self.find(ref)
 
+    async def check_running(self, ref: str) -> str:
+        instance = await self.get(ref)
+        if instance.state is not InstanceState.RUNNING:
+            raise InvalidState(f"instance {instance.name} is {instance.state}; it must be Running for this")
+        return instance.id
+
     async def get_encoded(self, ref: str) -> Instance:
         return await self.get(ref)
 
