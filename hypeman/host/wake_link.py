@@ -46,7 +46,8 @@ class WakeLink:
             raise HostError(f"{WAKE_LINK} can not be opened: {error.strerror}") from error
 
     def close(self) -> None:
-        """The link stays."""
+        """The link stays. A reader that waits gets ClosedResourceError."""
+        trio.lowlevel.notify_closing(self._tun)
         os.close(self._tun)
         self._out.close()
 

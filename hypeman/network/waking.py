@@ -30,6 +30,8 @@ BATCH = 64
 """Packets read at a time."""
 PAUSE = 0.02
 """Seconds after a full batch; with BATCH, at most 3,200 packets a second are read."""
+LOOK = 1.0
+"""Seconds without a packet after which ``run`` looks whether any address is still held."""
 TIDY = 5.0
 """Seconds without a held address after which the link is removed."""
 
@@ -147,8 +149,10 @@ class Waking:
                 else:
                     self._changed = trio.Event()
                 continue
+            arrived: list[bytes] = []
             try:
-                arrived = await self._link.wait_packets(BATCH)
+                with trio.move_on_after(LOOK):
+                    arrived = await self._link.wait_packets(BATCH)
             except (trio.ClosedResourceError, OSError):
                 await trio.sleep(PAUSE)
                 continue

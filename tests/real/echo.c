@@ -1,8 +1,12 @@
-/* Echoes TCP on ports 7 and 9 and UDP on port 7, for tests of packets that wake a guest. One process, select. */
+/*
+ * Echoes TCP on ports 7 and 9 and UDP on port 7, for tests of packets that wake a guest. One process, select.
+ * With an address and a port it sends its input there over UDP instead, and prints the answer.
+ */
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <signal.h>
+#include <stdlib.h>
 #include <sys/select.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -17,8 +21,26 @@ static int listening(int type, int port)
     return fd;
 }
 
-int main(void)
+static int ask(const char *address, const char *port)
 {
+    struct sockaddr_in peer = {.sin_family = AF_INET, .sin_port = htons(atoi(port))};
+    char data[2048];
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    ssize_t got = read(0, data, sizeof data);
+
+    alarm(60);
+    inet_pton(AF_INET, address, &peer.sin_addr);
+    if (got < 0 || connect(fd, (struct sockaddr *)&peer, sizeof peer) || write(fd, data, got) != got)
+        return 1;
+    got = read(fd, data, sizeof data);
+    return got < 0 || write(1, data, got) != got;
+}
+
+int main(int count, char **arguments)
+{
+    if (count == 3)
+        return ask(arguments[1], arguments[2]);
+
     int tcp = listening(SOCK_STREAM, 7), other = listening(SOCK_STREAM, 9), udp = listening(SOCK_DGRAM, 7);
     int top = udp;
     char data[2048];
