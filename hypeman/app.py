@@ -79,7 +79,9 @@ log = logging.getLogger(__name__)
 _NOBODY = 65534
 _ENGINE_GROUP = "egress-engine"
 """Control group next to those of the VMs, which has their life: it does not end with the server."""
-_ENGINE_MEMORY = 2 << 30
+_ENGINE_BASE = 1 << 30
+_ENGINE_CONNECTION = 20 << 10
+"""Bytes: the engine without connections, and for each of them beside its buffers (16 to 19 KB were measured)."""
 
 
 def main(config: Config) -> None:
@@ -186,7 +188,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         listeners=take_kept_sockets().get("egress", ()),
         keep=partial(keep_sockets, "egress"),
         engines=paths.engines,
-        group=partial(cgroups.make, _ENGINE_GROUP, vcpus=facts.cpus(), memory=_ENGINE_MEMORY),
+        group=partial(cgroups.make, _ENGINE_GROUP, vcpus=facts.cpus(), memory=_engine_memory(config)),
     )
     audit = AuditLog()
     stack.callback(audit.flush)
@@ -407,6 +409,12 @@ def _egress_settings(config: Config) -> EgressSettings:
         drain_timeout=config.egress.drain_timeout,
         limits=Limits(each=_bounds(config.egress.per_instance), total=_bounds(config.egress.total)),
     )
+
+
+def _engine_memory(config: Config) -> int:
+    """Bytes that an egress engine at its bounds may hold."""
+    total = config.egress.total
+    return _ENGINE_BASE + 2 * total.buffers + _ENGINE_CONNECTION * (total.connections + total.upstreams)
 
 
 def _bounds(given: EgressBounds | EgressTotals) -> Bounds:

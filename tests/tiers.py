@@ -17,9 +17,10 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 _WHOLE = """
-    egress/test_connect.py egress/test_hostile.py egress/test_http1.py egress/test_http2.py
+    egress/test_bounds.py egress/test_confinement.py egress/test_connect.py egress/test_engine.py
+    egress/test_engine_kill.py egress/test_hostile.py egress/test_http1.py egress/test_http2.py
     egress/test_intermediary.py egress/test_restart.py
-    egress/test_rotation.py egress/test_tls.py
+    egress/test_rotation.py egress/test_structure.py egress/test_tls.py
     guest/test_agent_copy.py guest/test_agent_exec.py guest/test_agent_protocol.py
     host/test_cgroups.py host/test_processes.py
     hypervisor/test_conformance.py hypervisor/test_qemu_probe.py hypervisor/test_remote_drivers.py
