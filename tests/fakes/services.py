@@ -786,8 +786,9 @@ class FakePolicies:
         instance = await self.instances.get(ref)
         if request.name_prefix:
             check_name(request.name_prefix, what="name_prefix", max_length=47)
-        for duration in filter(None, (request.interval, request.retention.max_age)):
-            parse_duration(duration)
+        for duration in (request.interval, request.retention.max_age):
+            if duration is not None:
+                parse_duration(duration)
         made = SnapshotSchedule(
             instance_id=instance.id,
             interval=request.interval,
