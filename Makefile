@@ -27,7 +27,7 @@ demo: ready  ## run an OCI image as a VM; ends with `demo: ok`
 
 test: ready-own  ## run the whole test suite, on our guest kernel
 	@echo "== tests"
-	@$(PYTHON) -m pytest -q $(PYTEST_ARGS)
+	@$(PYTHON) -m tests.halves $(PYTEST_ARGS)
 
 test-fast: $(STAMPS)/native  ## tests without guests, namespaces or registries: under a minute on two idle CPUs
 	@echo "== fast tests"
