@@ -57,7 +57,7 @@ async def test_tcp_wants_a_token_and_the_socket_does_not(served: Any, world: Fak
         ("/images/docker.io%2flibrary%2falpine%3Alatest", 200, "docker.io/library/alpine:latest"),
         ("/images/docker.io/library/alpine:latest", 200, "docker.io/library/alpine:latest"),
         ("/images/alpine", 200, "docker.io/library/alpine:latest"),
-        ("/images/ghcr.io%2Fa%2Fb%40sha256:00/progress", 500, "internal_error"),
+        ("/images/ghcr.io%2Fa%2Fb%40sha256:00/progress", 404, "ghcr.io/a/b@sha256:00"),
         ("/instances/a%252Fb", 404, "a%2Fb"),
         ("/instances/%ff", 400, "UTF-8"),
         ("/instances/", 404, "/instances/"),
