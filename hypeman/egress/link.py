@@ -32,7 +32,9 @@ from hypeman.host.safe_open import open_log
 
 PATIENCE = 10.0
 """Seconds for an answer. An engine answers in microseconds; it may be starved on a busy host."""
-_START_PATIENCE = 60.0
+START_PATIENCE = 120.0
+"""Seconds for a new engine to take its first message and to say hello, as Python has to start first: 0.2 s on metal, a
+hundred times that on an emulated or starved host."""
 
 Command = Callable[[int], list[str]]
 
@@ -93,14 +95,15 @@ class EngineLink:
 
     # ── Begin and end ────────────────────────────────────────────────────────────────────────────
 
-    async def greet(self, patience: float = _START_PATIENCE) -> protocol.Hello:
+    async def greet(self, patience: float) -> protocol.Hello:
         """Wait for its first message. Raises EngineLost, or EngineFailed with what it says; it is killed then."""
         try:
             with trio.fail_after(patience):
                 report, _, descriptors = await self._receive()
         except (EOFError, OSError, ProtocolError, trio.TooSlowError) as error:
             await self.kill()
-            raise EngineLost(str(error)) from None
+            late = f"it did not say hello within {patience:.0f} s"
+            raise EngineLost(late if isinstance(error, trio.TooSlowError) else str(error)) from None
         self.listeners = [socket.socket(fileno=each) for each in descriptors]
         for each in self.listeners:
             each.setblocking(False)  # it is the engine's as well; dup() would make it blocking again
@@ -230,8 +233,14 @@ class EngineLink:
                 await self._write(answer)
 
     async def start(self, message: protocol.Start, payload: bytearray, descriptors: Sequence[int]) -> None:
+        """Its first message, more than a socket holds: the rest goes when the process has begun to read. If this fails
+        or is cancelled, half of it may be sent, and the engine must be killed. Raises EngineLost."""
         async with self._sending:
-            await self._write(message, payload, descriptors)
+            try:
+                with trio.fail_after(START_PATIENCE):
+                    await self._send(message, payload, descriptors)
+            except trio.TooSlowError:
+                raise EngineLost(f"it did not begin within {START_PATIENCE:.0f} s") from None
 
     async def _ask(self, make: Callable[[int], protocol.Request]) -> protocol.Report | None:
         async def send(number: int) -> bool:
@@ -267,26 +276,29 @@ class EngineLink:
         self, message: protocol.Request, payload: bytearray | None = None, descriptors: Sequence[int] = ()
     ) -> None:
         """Shielded, so that no frame is cut. Raises EngineLost."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE) as patience:
+            await self._send(message, payload, descriptors)
+        if patience.cancelled_caught:
+            self._signal()  # half a frame is the end of the connection
+            raise EngineLost
+
+    async def _send(self, message: protocol.Request, payload: bytearray | None, descriptors: Sequence[int]) -> None:
         size = len(payload or b"")
         parts = [memoryview(protocol.encode(message, payload=size, descriptors=len(descriptors)))]
         if payload:
             parts.append(memoryview(payload))
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE) as patience:
-            while parts:
-                try:
-                    sent = await self._socket.sendmsg(parts, rights, socket.MSG_NOSIGNAL)
-                except (OSError, trio.ClosedResourceError):
-                    raise EngineLost from None
-                rights = []
-                while parts and sent >= len(parts[0]):
-                    sent -= len(parts[0])
-                    parts.pop(0)
-                if parts:
-                    parts[0] = parts[0][sent:]
-        if patience.cancelled_caught:
-            self._signal()  # half a frame is the end of the connection
-            raise EngineLost
+        while parts:
+            try:
+                sent = await self._socket.sendmsg(parts, rights, socket.MSG_NOSIGNAL)
+            except (OSError, trio.ClosedResourceError):
+                raise EngineLost from None
+            rights = []
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts[0])
+                parts.pop(0)
+            if parts:
+                parts[0] = parts[0][sent:]
 
     async def _receive(self) -> tuple[protocol.Report, bytearray, list[int]]:
         """Loses nothing when cancelled."""
@@ -362,11 +374,11 @@ async def start_engine(
                 await trio.to_thread.run_sync(Path(group, "cgroup.procs").write_text, str(process.pid))
             passed = [*([finder.fileno()] if finder else []), *(each.fileno() for each in listeners)]
             await link.start(message, payload, passed)
-            await link.greet()
-        except EngineLost:
+            await link.greet(START_PATIENCE)
+        except EngineLost as error:
             await link.kill()
             last = os.pread(errors, 4000, max(before, os.fstat(errors).st_size - 4000)).decode(errors="replace").strip()
-            why = last.splitlines()[-1] if last else "it said nothing"
+            why = last.splitlines()[-1] if last else str(error) or "it said nothing"
             raise EngineFailed(f"the egress engine cannot be started: it ended with code {link.code}: {why}") from None
         except BaseException as error:
             await link.kill()

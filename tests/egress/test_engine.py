@@ -22,7 +22,7 @@ import trio
 from hypeman._native.egress import BOUNDS as NATIVE_BOUNDS
 from hypeman._native.egress import TIMERS as NATIVE_TIMERS
 from hypeman.egress import protocol
-from hypeman.egress.link import EngineLink, Handlers, end_engines
+from hypeman.egress.link import Command, EngineLink, Handlers, end_engines, engine_command
 from hypeman.egress.records import read_records
 from hypeman.egress.service import TIMERS, Egress, Settings, Timeouts
 from hypeman.errors import InternalError
@@ -41,7 +41,9 @@ async def engines() -> AsyncGenerator[Path]:
 
 
 @asynccontextmanager
-async def server(directory: Path, engines: Path, world: World, **changes: Any) -> AsyncGenerator[Egress]:
+async def server(
+    directory: Path, engines: Path, world: World, command: Command = engine_command, **changes: Any
+) -> AsyncGenerator[Egress]:
     """One process of the server, as far as the egress path goes; nothing is accepted yet."""
     settings = Settings(address="127.0.0.1", port=0, loops=2, allow=("127.0.0.0/8",),
                         trust_file=world.egress.settings.trust_file, assumed_tls_port=world.origin.port)  # fmt: skip
@@ -50,7 +52,7 @@ async def server(directory: Path, engines: Path, world: World, **changes: Any) -
         return ["127.0.0.1"]
 
     settings = msgspec.structs.replace(settings, **changes)
-    egress = Egress(settings, directory / "e", resolve=resolve, engines=engines)
+    egress = Egress(settings, directory / "e", resolve=resolve, engines=engines, command=command)
     async with trio.open_nursery() as nursery:
         await nursery.start(egress.run)
         yield egress
@@ -94,6 +96,23 @@ async def test_another_engine_after_a_crash(world: World, caplog: pytest.LogCapt
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
         "the egress engine ended unexpectedly, with its connections; another one runs"
     ]
+
+
+async def test_a_slow_start_is_waited_for(
+    world: World, tmp_path: Path, engines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first message is more than a socket holds and is not read before Python has started, which takes longer on a
+    slow host than any answer may."""
+    monkeypatch.setattr("hypeman.egress.link.PATIENCE", 0.2)
+    trusted = Path(world.egress.settings.trust_file).read_bytes()
+    many = tmp_path / "many.pem"
+    many.write_bytes(trusted * (1 + (1 << 20) // len(trusted)))
+
+    def slow(fd: int) -> list[str]:
+        return ["/bin/sh", "-c", 'sleep 1; exec "$@"', "sh", *engine_command(fd)]
+
+    async with server(tmp_path, engines, world, slow, trust_file=str(many)) as egress:
+        assert egress.engine_pid
 
 
 async def test_connections_wait_for_the_next_engine(world: World) -> None:
