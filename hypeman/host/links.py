@@ -77,8 +77,9 @@ TUN_DEVICE = "/dev/net/tun"
 TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 TAP_FLAGS = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
 _GONE = (errno.ENODEV,)
-_STRICT, _LOOSE = "1", "2"
-"""Of ``rp_filter``: loose while a guest's address is routed elsewhere. The rules check its packets in any case."""
+_STRICT, _OFF = "1", "0"
+"""Of ``rp_filter``: off while a guest's address is routed elsewhere, since the loose mode drops all that arrives on an
+interface without an address of its own. The rules check a guest's packets in any case."""
 
 
 class Tap(msgspec.Struct, frozen=True):
@@ -263,7 +264,7 @@ class Links:
     def _set_up_wake_link(self, mtu: int) -> None:
         for key, value in {
             f"ipv6/conf/{WAKE_LINK}/disable_ipv6": "1",
-            f"ipv4/conf/{WAKE_LINK}/rp_filter": _LOOSE,
+            f"ipv4/conf/{WAKE_LINK}/rp_filter": _OFF,
             f"ipv4/conf/{WAKE_LINK}/forwarding": "1",
             f"ipv4/conf/{WAKE_LINK}/send_redirects": "0",
             f"ipv4/conf/{WAKE_LINK}/accept_redirects": "0",
@@ -486,7 +487,7 @@ def _set_switches(tap: Tap) -> None:
     """Set sysctls before the link comes up, so that not even a router solicitation is sent."""
     settings = {
         f"ipv6/conf/{tap.name}/disable_ipv6": "1",
-        f"ipv4/conf/{tap.name}/rp_filter": _STRICT if tap.routed else _LOOSE,
+        f"ipv4/conf/{tap.name}/rp_filter": _STRICT if tap.routed else _OFF,
         f"ipv4/conf/{tap.name}/forwarding": "1",
         f"ipv4/conf/{tap.name}/accept_redirects": "0",
         f"ipv4/conf/{tap.name}/send_redirects": "0",
@@ -560,7 +561,7 @@ def _route_message(address: str, gateway: str, index: int, name: str) -> Message
 
 def _loosen(name: str) -> None:
     with contextlib.suppress(FileNotFoundError):
-        Path("/proc/sys/net", f"ipv4/conf/{name}/rp_filter").write_text(_LOOSE)
+        Path("/proc/sys/net", f"ipv4/conf/{name}/rp_filter").write_text(_OFF)
 
 
 def _mac(value: str) -> bytes:

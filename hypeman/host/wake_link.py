@@ -15,6 +15,7 @@ import fcntl
 import os
 import socket
 import struct
+from ipaddress import IPv4Address
 
 import trio
 
@@ -24,7 +25,10 @@ from hypeman.host.types import WAKE_LINK
 TUN_DEVICE = "/dev/net/tun"
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
-_ETHERTYPE_IPV4 = 0x0800
+_ETHERTYPE_IPV4, _ETHERTYPE_ARP = 0x0800, 0x0806
+_ARP_REQUEST, _ARP_REPLY = 1, 2
+FIRST_WAIT, LONGEST_WAIT = 0.003, 0.05
+"""Seconds between questions whether a guest sends; each wait is twice the one before."""
 MAX_PACKET = 65536
 
 
@@ -67,9 +71,42 @@ class WakeLink:
     def inject(self, packet: bytes, *, tap: str, mac: str) -> None:
         """Send a packet on ``tap`` to ``mac``. If the queue is full it is lost, as any packet there."""
         with contextlib.suppress(OSError):
-            self._out.sendto(packet, (tap, _ETHERTYPE_IPV4, 0, 0, bytes.fromhex(mac.replace(":", ""))))
+            self._out.sendto(packet, (tap, _ETHERTYPE_IPV4, 0, 0, _mac(mac)))
 
     def answer(self, packet: bytes) -> None:
         """Have a packet come in as if the instance that is its source had sent it."""
         with contextlib.suppress(OSError):
             os.write(self._tun, packet)
+
+
+async def wait_sending(tap: str, *, address: str, mac: str, gateway: str, gateway_mac: str, seconds: float) -> bool:
+    """Wait until the guest on ``tap`` answers an ARP request, at most ``seconds``; returns whether it did.
+
+    A guest whose link has just come up receives packets a little before its kernel sends any, and what it answers
+    until then is lost.
+    """
+    ours, theirs = _mac(gateway_mac), _mac(mac)
+    asked, about = IPv4Address(address).packed, IPv4Address(gateway).packed
+    kinds = struct.pack("!HHBBH", 1, _ETHERTYPE_IPV4, 6, 4, _ARP_REQUEST)
+    request = theirs + ours + struct.pack("!H", _ETHERTYPE_ARP) + kinds + ours + about + bytes(6) + asked
+    wanted = struct.pack("!H", _ARP_REPLY) + theirs + asked
+    wait = FIRST_WAIT
+    with (
+        trio.socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETHERTYPE_ARP)) as channel,
+        trio.move_on_after(seconds),
+    ):
+        await channel.bind((tap, _ETHERTYPE_ARP))
+        while True:
+            with contextlib.suppress(OSError):
+                await channel.send(request)
+            with trio.move_on_after(wait):
+                while True:
+                    frame = await channel.recv(128)
+                    if frame[20:32] == wanted:
+                        return True
+            wait = min(wait * 2, LONGEST_WAIT)
+    return False
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))

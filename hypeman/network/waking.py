@@ -1,7 +1,7 @@
 """Holds packets to instances in standby until they are back.
 
     hold      the address is routed to ``hm-wake``; its packets are read here, and reported
-    release   the held packets are put on the TAP, then the address is routed there; what was read in between follows.
+    release   the address is routed to the TAP, and the held packets are put on it; what was read in between follows.
               If there is no TAP, peers are told that the instance cannot be reached
 
 While an instance is held, its published ports stay open, and neighbours that may reach it may still do so. The CPU that
@@ -19,7 +19,7 @@ import trio
 from hypeman.errors import HypemanError
 from hypeman.host.links import Links, Tap
 from hypeman.host.types import WAKE_LINK
-from hypeman.host.wake_link import WakeLink
+from hypeman.host.wake_link import WakeLink, wait_sending
 from hypeman.network import asleep
 from hypeman.network.asleep import Arrival, Held
 from hypeman.network.types import Lease
@@ -30,6 +30,8 @@ BATCH = 64
 """Packets read at a time."""
 PAUSE = 0.02
 """Seconds after a full batch; with BATCH, at most 3,200 packets a second are read."""
+LINK_UP = 1.0
+"""Seconds to wait for a guest's link; it takes milliseconds."""
 LOOK = 1.0
 """Seconds without a packet after which ``run`` looks whether any address is still held."""
 TIDY = 5.0
@@ -87,14 +89,31 @@ class Waking:
         await self._links.route_to_wake_link([lease.ipv4], self._gateway)
 
     async def release_to(self, lease: Lease, tap: Tap) -> None:
-        """Let the packets of an instance pass to its TAP, the held ones first. Raises HostError."""
+        """Let the packets of an instance pass to its TAP, those held included. Raises HostError."""
+        await self._wait_sending(lease, tap)
         self._held.pop(lease.instance_id, None)
         self._by_address.pop(lease.ipv4, None)
         self._passed[lease.ipv4] = lease
+        await self._links.route_to_tap(tap)  # first: the answers of the guest are valid only then
         self._pass(lease, self.packets.take(lease.instance_id))
-        await self._links.route_to_tap(tap)
         self._read_rest()
         self._changed.set()
+
+    async def _wait_sending(self, lease: Lease, tap: Tap) -> None:
+        try:
+            sends = await wait_sending(
+                tap.name,
+                address=lease.ipv4,
+                mac=lease.mac,
+                gateway=tap.gateway,
+                gateway_mac=tap.gateway_mac,
+                seconds=LINK_UP,
+            )
+        except OSError as error:
+            log.warning("%s cannot be asked whether its guest sends: %s", tap.name, error)
+            return
+        if not sends:
+            log.info("the guest on %s has not answered ARP within %g s", tap.name, LINK_UP)
 
     async def release(self, lease: Lease) -> None:
         """Hold the address no longer; the senders of held packets are told."""
