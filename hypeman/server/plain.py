@@ -365,6 +365,8 @@ class PlainConnection(TCPServer):
         self.protocol.task_group.spawn(self._cancel_if_it_must_end, scope, limit)
 
     async def _cancel_if_it_must_end(self, watching: trio.CancelScope, limit: float) -> None:
+        if watching.cancel_called:  # the answer was quicker, and the socket is read for the next request already
+            return
         with watching:
             with trio.move_on_after(limit):
                 await self._wait_disconnect()
