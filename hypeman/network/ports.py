@@ -26,6 +26,7 @@ MAX_PORTS = 1024
 ANY_4, ANY_6 = "0.0.0.0", "::"  # noqa: S104 - that is what these ports are for
 _LAST = 65535
 _CODE = "invalid_ports"
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 
 class Forward(NamedTuple):
@@ -158,8 +159,12 @@ def _address(text: str) -> str:
             raise InvalidRequest(f"host_address {text[:60]!r} must not have a scope", code=_CODE)
         if address.ipv4_mapped:
             address = address.ipv4_mapped
+        elif address.is_link_local:  # of no interface without a scope
+            raise InvalidRequest(f"host_address {text[:60]!r} is a link-local IPv6 address", code=_CODE)
     if address.is_multicast:
         raise InvalidRequest(f"host_address {text[:60]!r} is a multicast address", code=_CODE)
+    if address == _BROADCAST:  # which can be bound, and is no destination of a connection
+        raise InvalidRequest(f"host_address {text[:60]!r} is a broadcast address", code=_CODE)
     return str(address)
 
 

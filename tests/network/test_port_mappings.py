@@ -32,7 +32,9 @@ def port(host: int, guest: int = 80, **more: object) -> PortMapping:
         ([port(1000, 1000, count=1000), port(3000, 3000, count=25)], "at most 1024"),
         ([port(80, host_address="localhost")], "not an IP address"),
         ([port(80, host_address="fe80::1%eth0")], "scope"),
+        ([port(80, host_address="fe80::1")], "link-local"),
         ([port(80, host_address="224.0.0.1")], "multicast"),
+        ([port(80, host_address="255.255.255.255")], "broadcast"),
     ],
 )
 def test_what_is_refused(ports: list[PortMapping], reason: str) -> None:
