@@ -27,10 +27,13 @@ _LIVE = ("Running", "Initializing", "Paused", "Shutdown")
 @reports
 def restart(session: Session, instances: tuple[str, ...], seconds: int | None) -> None:
     """Shut instances down and boot them again."""
-    for name in instances:
+
+    def one(name: str) -> None:
         if session.client.get(path_of(name))["state"] in _LIVE:
             session.client.post(f"{path_of(name)}/stop")
         show_instance(session, session.client.post(f"{path_of(name)}/start"))
+
+    session.each(instances, one)
 
 
 @click.command()
@@ -44,14 +47,17 @@ def kill(session: Session, instances: tuple[str, ...], signal: str) -> None:
     name = signal.upper().removeprefix("SIG")
     if not name.isalnum():
         raise click.BadParameter(f"{signal!r} is not a signal", param_hint="--signal")
-    for instance in instances:
+
+    def one(instance: str) -> None:
         code, output = capture(session, instance, ("sh", "-c", f"kill -{name} -1"))
         if code and code < _BY_SIGNAL:  # the shell itself may be killed as the VM ends
             fail(f"{instance}: {output.strip() or f'kill ended with {code}'}", f"hypeman stop {instance} shuts it down")
         click.echo(instance)
 
+    session.each(instances, one)
 
-@click.command()
+
+@click.command(context_settings={"ignore_unknown_options": True})
 @instance_argument
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @reports

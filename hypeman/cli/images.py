@@ -162,17 +162,12 @@ def tag_image(session: Session, name: str, target: str) -> None:
 @reports
 def delete_image(session: Session, names: tuple[str, ...]) -> None:
     """Delete images that no instance uses."""
-    failed = False
-    for name in names:
-        try:
-            session.client.call("DELETE", image_path(name))
-        except ApiError as error:
-            session.report(error)
-            failed = True
-        else:
-            click.echo(name)
-    if failed:
-        raise SystemExit(1)
+
+    def one(name: str) -> None:
+        session.client.call("DELETE", image_path(name))
+        click.echo(name)
+
+    session.each(names, one)
 
 
 @images.command("import")

@@ -213,24 +213,22 @@ def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bo
     if everything == bool(instances):
         raise click.UsageError("name instances, or say --all")
     client = session.client
-    rows = client.get("/instances") if everything else [client.get(path_of(name)) for name in instances]
-    failed = False
-    for row in rows:
+
+    def one(row: dict[str, Any]) -> None:
         if row["state"] in ("Running", "Initializing", "Paused") and not force:
-            complain(f"{row['name']} is {row['state']}", "stop it first, or say --force")
-            failed = True
-            continue
+            fail(f"{row['name']} is {row['state']}", "stop it first, or say --force")
         try:
             client.call("DELETE", path_of(row["id"]))
         except ApiError as error:
-            if error.status == 404:
-                continue  # already deleted
-            session.report(error)
-            failed = True
+            if error.status != 404:  # already deleted
+                raise
         else:
             click.echo(row["name"])
-    if failed:
-        raise SystemExit(1)
+
+    if everything:
+        session.each(client.get("/instances"), one)
+    else:
+        session.each(instances, lambda name: one(client.get(path_of(name))))
 
 
 @click.command()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 import msgspec
@@ -18,6 +18,8 @@ from hypeman.cli.settings import SettingsError, load_settings
 from hypeman.errors import InvalidRequest
 from hypeman.text import lines, lines_with_colours, one_line
 from hypeman.units import format_size, parse_size
+
+_T = TypeVar("_T")
 
 _HINTS = {
     401: "set HYPEMAN_API_KEY or api_key in ~/.config/hypeman/cli.yaml; `hypeman token` on the server mints a key",
@@ -86,6 +88,20 @@ class Session:
             complain(str(error), "does `hypeman serve` run there? --base-url or HYPEMAN_BASE_URL says where it is")
         else:
             complain(str(error))
+
+    def each(self, names: Iterable[_T], act: Callable[[_T], object]) -> None:
+        """``act`` on all of ``names``, also after one that fails; then end the command with exit code 1 if one did."""
+        failed = False
+        for name in names:
+            try:
+                act(name)
+            except ApiError as error:
+                self.report(error)
+                failed = True
+            except SystemExit as end:  # reported already
+                failed = failed or bool(end.code)
+        if failed:
+            raise SystemExit(1)
 
     def _report_refusal(self, error: ApiError) -> None:
         if self._form_error == "auto" and not self._transform_error:

@@ -132,6 +132,8 @@ def set_schedule(
     metadata: tuple[str, ...],
 ) -> None:
     """Have snapshots of an instance made regularly; they are deleted by age or count, but never the newest one."""
+    if max_age is None and max_count is None:
+        raise click.UsageError("say how long its snapshots are kept: --max-count or --max-age")
     body = present(
         interval=interval,
         retention=present(max_age=max_age, max_count=max_count),

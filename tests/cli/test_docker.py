@@ -157,3 +157,19 @@ def test_mounts() -> None:
 
 def test_run_is_a_run_command() -> None:
     assert isinstance(hypeman.commands["run"], RunCommand)
+
+
+@pytest.mark.parametrize("command", [("rm", "-f"), ("restart",)])
+def test_one_that_is_missing_leaves_no_other_out(cli: Any, server: Any, command: tuple[str, ...]) -> None:
+    server.world.instances.add("web")
+    done = cli(*command, "missing", "web")
+    assert done.exit_code == 1
+    assert "missing" in done.stderr
+    assert done.stdout.startswith("web")
+
+
+def test_a_schedule_without_retention_names_the_flags(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    refused = cli("snapshot", "schedule", "set", "web", "--interval", "1h")
+    assert refused.exit_code == 2
+    assert "--max-count" in refused.stderr
