@@ -21,7 +21,7 @@ from hypeman.cli.policies import (
     restart_body,
     restart_options,
 )
-from hypeman.cli.session import Session, complain, fail, pairs, present, reports, warn
+from hypeman.cli.session import Session, fail, pairs, present, reports, warn
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
 
