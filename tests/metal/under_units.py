@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
 import httpx
 
+from hypeman.cli.execute import capture
+from hypeman.cli.session import Session
 from hypeman.host.cgroups import UNDER_SYSTEMD
 from tests.real.appliance import IMAGE, busybox_archive
 
 SOCKET = "/run/hypeman/hypeman.sock"
+SERVE = ["sh", "-c", "echo from the guest > /tmp/index.html; exec httpd -f -p 80 -h /tmp"]
+
+
+def program_in(group: Path) -> int:
+    """The one program in a control group; KVM's worker for a VM, a thread of the kernel, is in there as well."""
+    pids = (group / "cgroup.procs").read_text().split()
+    programs = [pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(programs) == 1, pids
+    return int(programs[0])
+
+
+def has_no_privileges(pid: int) -> bool:
+    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    found = (fields["Seccomp"], fields["NoNewPrivs"], int(fields["CapEff"], 16))
+    return found == ("2", "1", 0) and "0" not in fields["Uid"].split()
+
+
+def output(command: tuple[str, ...]) -> str:
+    session = Session(base_url=f"unix://{SOCKET}")
+    try:
+        code, said = capture(session, "one", command)
+    finally:
+        session.close()
+    assert code == 0, (command, code, said)
+    return said
+
+
+def reached() -> None:
+    """Through its agent, its published port, and the gateway's DNS."""
+    assert output(("echo", "there")) == "there\n"
+    assert "10.100.0.1" in output(("nslookup", "-type=a", "gateway.hypeman.local"))
+    address = subprocess.run(["curl", "-sS", "--max-time", "120", "http://127.0.0.1:8080/"], capture_output=True)
+    assert address.stdout == b"from the guest\n", address
 
 
 def main() -> None:
+    engine = program_in(UNDER_SYSTEMD / "egress-engine")
+    assert has_no_privileges(engine)
     with httpx.Client(transport=httpx.HTTPTransport(uds=SOCKET), base_url="http://hypeman", timeout=900) as client:
         client.post("/images/import", params={"name": IMAGE}, content=busybox_archive()).raise_for_status()
         image = f"/images/{IMAGE.replace('/', '%2F').replace(':', '%3A')}"
         while (found := client.get(image).json())["status"] != "ready":
             assert found["status"] != "failed", found
             time.sleep(0.5)
-        wanted = {"name": "one", "image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "64MB"}
+        wanted = {
+            "name": "one", "image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "64MB", "cmd": SERVE,
+            "ports": [{"host_port": 8080, "guest_port": 80}],
+        }  # fmt: skip
         client.post("/instances", json=wanted).raise_for_status()
         for _ in range(3):  # 5 minutes each, the most that a request may wait
             answer = client.get("/instances/one/wait", params={"state": "Running", "timeout": "300s"}).json()
             if not answer["timed_out"]:
                 break
         assert answer["state"] == "Running", answer
-        one = client.get("/instances/one").json()["id"]
-        group = UNDER_SYSTEMD / one
-        pids = (group / "cgroup.procs").read_text().split()
-        assert len(pids) == 1, pids
-        status = Path(f"/proc/{pids[0]}/status").read_text()
-        assert "Seccomp:\t2" in status and "NoNewPrivs:\t1" in status, status
+        group = UNDER_SYSTEMD / client.get("/instances/one").json()["id"]
+        assert has_no_privileges(program_in(group))
         assert (group / "memory.max").read_text().strip() != "max"
+        reached()
         client.post("/instances/one/standby").raise_for_status()
         client.post("/instances/one/restore").raise_for_status()
+        reached()
         client.delete("/instances/one").raise_for_status()
         assert not group.exists()
+    assert program_in(UNDER_SYSTEMD / "egress-engine") == engine, "it is the same all the time"
     print("under the units: ok")
 
 
