@@ -2,7 +2,7 @@
 the command line imports this module.
 
     store → hypervisors (probed in the background) → devices → network → egress → images → instances
-          → snapshots, volumes, policies → HTTP
+          → snapshots, volumes, policies, ingresses → HTTP
 
 VMs are not part of it: they run in their own control groups and are reattached at the next start.
 """
@@ -48,6 +48,9 @@ from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.drivers import make_catalog
 from hypeman.images import metrics as image_metrics
 from hypeman.images.service import Images
+from hypeman.ingress import metrics as ingress_metrics
+from hypeman.ingress.service import Ingresses
+from hypeman.ingress.targets import Targets
 from hypeman.instances import adapters, usage
 from hypeman.instances import metrics as instance_metrics
 from hypeman.instances.machine.machine import Machine
@@ -77,6 +80,8 @@ from hypeman.volumes.service import Volumes
 log = logging.getLogger(__name__)
 
 _NOBODY = 65534
+_INGRESS_USER = facts.VMM_UIDS - 1
+"""Of the user ids from ``uid_base`` on, the last one: more than a VMM can have."""
 _ENGINE_GROUP = "egress-engine"
 """Control group next to those of the VMs, which has their life: it does not end with the server."""
 _ENGINE_BASE = 1 << 30
@@ -162,6 +167,7 @@ class _Parts:
     snapshots: Snapshots
     policies: Policies
     volumes: Volumes
+    ingresses: Ingresses
     services: Services
 
 
@@ -295,6 +301,14 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         settings=config.snapshots,
         render=instances.view,
     )
+    targets = Targets(instances.board, store)
+    ingresses = Ingresses(
+        store,
+        find=targets.find,
+        place_of=targets.place_of,
+        name_of=targets.name_of,
+        uid=config.hypervisor.uid_base + _INGRESS_USER if config.hypervisor.uid_base else _NOBODY,
+    )
     connections = Connections()
     stack.callback(connections.close)
     policies = Policies(
@@ -304,6 +318,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)
     image_metrics.register(images)
+    ingress_metrics.register(ingresses)
     instance_metrics.register(instances)
     network_metrics.register(network)
     policy_metrics.register(policies)
@@ -327,6 +342,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         snapshots=snapshots,
         policies=policies,
         volumes=volumes,
+        ingresses=ingresses,
         services=Services(
             images=images,
             instances=instances,
@@ -334,6 +350,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             policies=policies,
             volumes=volumes,
             devices=devices,
+            ingresses=ingresses,
             egress=egress_view,
             events=events,
             resources=resources,
@@ -382,6 +399,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await parts.snapshots.start()
     await nursery.start(parts.instances.run)
     await nursery.start(parts.policies.run)
+    await nursery.start(parts.ingresses.run)
     await parts.egress.accept()  # the rules of all guests have been restored
 
 

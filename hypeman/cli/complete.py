@@ -32,6 +32,7 @@ complete_instance = completes("/instances", "name")
 complete_image = completes("/images", "name")
 complete_volume = completes("/volumes", "name", "id")
 complete_snapshot = completes("/snapshots", "name", "id")
+complete_ingress = completes("/ingresses", "name", "id")
 complete_device = completes("/devices", "name", "id")
 
 

@@ -24,6 +24,7 @@ from hypeman.cli import (
     execute,
     host,
     images,
+    ingress,
     instances,
     ports,
     pushes,
@@ -41,6 +42,7 @@ ALIASES = {
     "volumes": "volume",
     "snapshots": "snapshot",
     "devices": "device",
+    "ingresses": "ingress",
     "resource": "resources",
     "pushes": "push",
     "@completion": "completion",
@@ -175,7 +177,7 @@ for _command in (
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
     snapshots.snapshots,
-    devices.devices, egress.egress, events.events, host.resources, host.health, host.capabilities,
+    devices.devices, ingress.ingresses, egress.egress, events.events, host.resources, host.health, host.capabilities,
     shell.completion, shell.man, pushes.push, compose, *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)
@@ -196,7 +198,14 @@ def _name_also(group: click.Group) -> None:
             group.add_command(alias)
 
 
-for _group in (images.images, volumes.volumes, snapshots.snapshots, snapshots.schedules, devices.devices):
+for _group in (
+    images.images,
+    volumes.volumes,
+    snapshots.snapshots,
+    snapshots.schedules,
+    devices.devices,
+    ingress.ingresses,
+):
     _name_also(_group)
 
 

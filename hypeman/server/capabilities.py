@@ -29,6 +29,7 @@ FEATURES = (
     "logs",
     "devices",
     "ports",
+    "ingress",
     "restart-policy",
     "health-check",
     "snapshot-schedule",

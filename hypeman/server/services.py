@@ -21,6 +21,7 @@ from hypeman.guest.client import CopyIn, CopyOut, ExecSession
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import PathInfo
 from hypeman.images.types import CreateImageRequest, Image, Progress
+from hypeman.ingress.types import CreateIngressRequest, Ingress
 from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     ForkSnapshotRequest,
@@ -166,6 +167,16 @@ class DeviceService(Protocol):
     async def delete(self, ref: str) -> None: ...
 
 
+class IngressService(Protocol):
+    async def list(self, *, tags: Tags) -> Sequence[Ingress]: ...
+    async def get(self, ref: str) -> Ingress: ...
+    async def create(self, request: CreateIngressRequest) -> Ingress:
+        """Requests are routed when this returns."""
+        ...
+
+    async def delete(self, ref: str) -> None: ...
+
+
 class ResourceService(Protocol):
     async def get(self) -> Resources: ...
 
@@ -253,6 +264,7 @@ class Services:
     policies: PolicyService
     volumes: VolumeService
     devices: DeviceService
+    ingresses: IngressService
     egress: EgressService
     events: EventService
     resources: ResourceService

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from hypeman.cli import output
 from hypeman.cli.client import Client
 from hypeman.cli.images import progress_line
+from hypeman.cli.ingress import parse_rule
 from hypeman.cli.main import Commands, hypeman, plain_flags
 from hypeman.cli.ports import parse_port
 from hypeman.cli.run import boot_line, create_body, parse_mount, random_name
@@ -644,3 +645,35 @@ def test_ports_are_requested_shown_and_changed(cli: Any, server: Any) -> None:
         assert cli("update", "ports", "web", *arguments).exit_code == 0
         assert server.world.instances.asked[-1] == ("update", UpdateInstanceRequest(ports=ports))
     assert cli("update", "ports", "web").exit_code == 2
+
+
+def test_ingresses(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    secret = "0123456789abcdef0123456789abcdef"
+    auth = ("--request-header-auth-header", "X-Key", "--request-header-auth-value", secret)
+    made = cli("ingress", "create", "web", "-H", "Web.example.com", "-p", "8080", *auth, "--tag", "a=b")
+    (ingress,) = server.world.ingresses.ingresses.values()
+    assert (ingress.name, ingress.id) == ("web-example-com", made.stdout.strip())
+    assert ingress.rules[0].request_header_auth.value == secret
+    for command in (("get", "web-example-com"), ("list",)):
+        shown = cli("--format", "json", "ingress", *command).stdout
+        assert "web.example.com" in shown
+        assert secret not in shown
+    cli("ingresses", "create", "--name", "two", "--rule", "a.b:81=web:1", "--rule", "{i}.b={i}:2")
+    first, second = server.world.ingresses.ingresses[cli("ingress", "list", "-q").stdout.split()[1]].rules
+    assert (first.match.port, first.target.port, second.match.port) == (81, 1, 80)
+    assert (second.match.hostname, second.target.instance) == ("{i}.b", "{i}")
+    cli("ingress", "rm", "two")
+    assert len(server.world.ingresses.ingresses) == 1
+
+
+@pytest.mark.parametrize("rule", ["", "a", "a=", "a=web", "a=web:x", "a:x=web:1", "a=web:1,what", "=web:1"])
+def test_rules_that_are_not_understood(rule: str) -> None:
+    with pytest.raises(click.UsageError):
+        parse_rule(rule)
+
+
+def test_a_rule_with_options() -> None:
+    rule = parse_rule("a.b:8443=web:1,tls,redirect-http,request-header-auth=X-Key:some:value")
+    assert rule["request_header_auth"] == {"header": "X-Key", "value": "some:value"}
+    assert (rule["tls"], rule["redirect_http"], rule["match"]["port"]) == (True, True, 8443)

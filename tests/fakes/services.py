@@ -45,6 +45,8 @@ from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, PathInfo
 from hypeman.ids import check_name, check_tags, new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
+from hypeman.ingress.types import CreateIngressRequest, Ingress
+from hypeman.ingress.validate import check_request
 from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     ForkSnapshotRequest,
@@ -592,6 +594,32 @@ class FakeDevices:
         del self.devices[device.id]
 
 
+@dataclass
+class FakeIngresses:
+    instances: FakeInstances
+    ingresses: dict[str, Ingress] = field(default_factory=dict)
+
+    async def list(self, *, tags: Tags) -> Sequence[Ingress]:
+        return [one for one in self.ingresses.values() if tags_match(one.tags or {}, tags)]
+
+    async def get(self, ref: str) -> Ingress:
+        for one in self.ingresses.values():
+            if ref in (one.id, one.name):
+                return one
+        raise NotFound(f"ingress {ref} is not here")
+
+    async def create(self, request: CreateIngressRequest) -> Ingress:
+        record = check_request(request, lambda ref: self.instances.find(ref).name, NOW)
+        if any(one.name == record.name for one in self.ingresses.values()):
+            raise Conflict(f"there is an ingress {record.name} already", code="already_exists")
+        made = Ingress(id=record.id, name=record.name, rules=record.rules, created_at=NOW, tags=record.tags or UNSET)
+        self.ingresses[made.id] = made
+        return made
+
+    async def delete(self, ref: str) -> None:
+        del self.ingresses[(await self.get(ref)).id]
+
+
 class FakeEgressRecords:
     def __init__(self, records: Iterable[EgressRecord], new: trio.MemoryReceiveChannel[EgressRecord] | None) -> None:
         self._records = iter(records)
@@ -858,6 +886,7 @@ class FakeWorld:
         self.policies = FakePolicies(self.instances)
         self.volumes = FakeVolumes()
         self.devices = FakeDevices()
+        self.ingresses = FakeIngresses(self.instances)
         self.egress = FakeEgress(self.instances)
         self.events = FakeEvents()
         self.registry: RegistryService = EmptyRegistry()
@@ -872,6 +901,7 @@ class FakeWorld:
             policies=self.policies,
             volumes=self.volumes,
             devices=self.devices,
+            ingresses=self.ingresses,
             egress=self.egress,
             events=self.events,
             resources=FakeResources(),

@@ -348,7 +348,6 @@ async def test_volumes_devices_snapshots(ask: Any, world: FakeWorld) -> None:
 
 async def test_what_comes_later_is_501(ask: Any) -> None:
     for method, path in [
-        ("POST", "/ingresses"),
         ("POST", "/builds"),
         ("GET", "/builds/x/events"),
         ("POST", "/builders/x/prune"),
@@ -357,7 +356,7 @@ async def test_what_comes_later_is_501(ask: Any) -> None:
 
 
 async def test_lists_of_what_comes_later_are_empty(ask: Any) -> None:
-    for path in ("/ingresses", "/builds", "/builders"):
+    for path in ("/builds", "/builders"):
         response = await ask("GET", path)
         assert (response.status_code, await response.get_json()) == (200, []), path
 

@@ -16,6 +16,7 @@ import pytest
 import trio
 from jsonschema import Draft202012Validator
 
+from hypeman.ingress.types import CreateIngressRequest, IngressMatch, IngressRule, IngressTarget
 from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     SetSnapshotScheduleRequest,
@@ -42,6 +43,7 @@ QUERIES = {"get_events": {"follow": "false"}}
 """Query fields besides the required ones, where the answer has no end without them."""
 
 FIELDS: dict[str, Any] = {
+    "instance": "web",
     "image": "alpine", "interval": "1h", "mount_path": "/data", "pci_address": "0000:03:00.0", "path": "/etc",
     "reclaim_bytes": 1 << 30,
 }  # fmt: skip
@@ -59,6 +61,8 @@ def example(kind: Any) -> Any:
             }
         case msgspec.inspect.EnumType():
             return next(iter(kind.cls)).value
+        case msgspec.inspect.VarTupleType():
+            return [example(kind.item_type)]
         case msgspec.inspect.LiteralType():
             return kind.values[0]
         case msgspec.inspect.Metadata():
@@ -86,9 +90,11 @@ async def fill(world: FakeWorld, operation: Operation) -> dict[str, str]:
     snapshot = await world.snapshots.create("web", CreateSnapshotRequest(kind=SnapshotKind.STOPPED))
     await world.volumes.create(CreateVolumeRequest(name="data", size_gb=1, id="data"))
     device = world.devices.add("gpu")
+    route = IngressRule(match=IngressMatch(hostname="web.example.com"), target=IngressTarget(instance="web", port=80))
+    await world.ingresses.create(CreateIngressRequest(name="site", rules=(route,)))
     push = await world.pushes.create(CreatePushRequest(image="alpine", target="quay.io/a:v1"))
     owner = operation.path.split("/")[1]
-    ids = {"instances": "web", "volumes": "data", "devices": device.id, "pushes": push.id}
+    ids = {"instances": "web", "volumes": "data", "devices": device.id, "pushes": push.id, "ingresses": "site"}
     return {
         "id": ids.get(owner, "x"), "name": "alpine", "snapshotId": snapshot.id, "volumeId": "data", "rest": "a/b",
     }  # fmt: skip

@@ -68,6 +68,7 @@ def test_all_62_operations_of_the_contract_are_there() -> None:
     assert wanted <= {f"{operation.method} {operation.path}" for operation in OPERATIONS}
 
 
+RULE = {"match": {"hostname": "a.b"}, "target": {"instance": "web", "port": 80}}
 ANSWERS = [
     ("GET", "/health", None),
     ("GET", "/capabilities", None),
@@ -99,6 +100,12 @@ ANSWERS = [
     ("GET", "/volumes", None),
     ("POST", "/volumes", {"name": "data", "size_gb": 1, "tags": {"a": "b"}}),
     ("GET", "/devices", None),
+    ("GET", "/ingresses", None),
+    (
+        "POST",
+        "/ingresses",
+        {"name": "site", "rules": [{"match": {"hostname": "a.b"}, "target": {"instance": "web", "port": 80}}]},
+    ),
     ("GET", "/builds", None),
 ]
 

@@ -9,6 +9,7 @@ from hypeman.server.routes import (
     events,
     host,
     images,
+    ingresses,
     instances,
     later,
     policies,
@@ -20,7 +21,20 @@ from hypeman.server.routes.docs import docs_routes
 
 _DESCRIBED: tuple[Operation, ...] = tuple(
     operation
-    for module in (host, images, instances, egress, snapshots, policies, volumes, devices, events, pushes, later)
+    for module in (
+        host,
+        images,
+        instances,
+        egress,
+        snapshots,
+        policies,
+        volumes,
+        devices,
+        ingresses,
+        events,
+        pushes,
+        later,
+    )
     for operation in module.routes.operations
 )
 

@@ -14,9 +14,6 @@ from hypeman.tokens import Scope
 routes = Routes("not yet")
 
 _LATER: tuple[tuple[str, str, Scope, str], ...] = (
-    ("POST", "/ingresses", Scope.INGRESS_WRITE, "ingresses"),
-    ("GET", "/ingresses/{id}", Scope.INGRESS_READ, "ingresses"),
-    ("DELETE", "/ingresses/{id}", Scope.INGRESS_DELETE, "ingresses"),
     ("POST", "/builds", Scope.BUILD_WRITE, "builds"),
     ("GET", "/builds/{id}", Scope.BUILD_READ, "builds"),
     ("DELETE", "/builds/{id}", Scope.BUILD_DELETE, "builds"),
@@ -39,7 +36,6 @@ def _declare(method: str, path: str, scope: Scope, missing: str) -> None:
 
 
 _LISTS: tuple[tuple[str, Scope], ...] = (
-    ("/ingresses", Scope.INGRESS_READ),
     ("/builds", Scope.BUILD_READ),
     ("/builders", Scope.BUILD_READ),
 )

@@ -1,0 +1,80 @@
+"""Ingresses: API types (the contract's §2.9) and stored records."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from hypeman.fields import Name, Port, TagMap, Timestamp
+
+
+class IngressMatch(Struct, frozen=True, kw_only=True):
+    """Which requests a rule is for."""
+
+    hostname: Annotated[
+        str,
+        Meta(
+            description="A host name, or a pattern in which {name} stands for one whole label",
+            examples=["web.example.com", "{instance}.example.com"],
+        ),
+    ]
+    port: Annotated[Port, Meta(description="Port of the host on which to listen")] = 80
+
+
+class IngressTarget(Struct, frozen=True, kw_only=True):
+    """Where requests go."""
+
+    instance: Annotated[
+        str,
+        Meta(description="Name or id; with a pattern, a text with captures ({instance}), looked up for each request"),
+    ]
+    port: Annotated[Port, Meta(description="Port of the guest")]
+
+
+class RequestHeaderAuth(Struct, frozen=True, kw_only=True):
+    """A header that requests must have. It is not passed on to the guest."""
+
+    header: Annotated[str, Meta(description="A header that has no meaning of its own in HTTP")]
+    value: Annotated[str, Meta(description="32 to 256 visible ASCII characters")]
+
+
+class IngressRule(Struct, frozen=True, kw_only=True):
+    match: IngressMatch
+    target: IngressTarget
+    tls: Annotated[bool, Meta(description="Terminate TLS")] = False
+    redirect_http: Annotated[bool, Meta(description="Redirect HTTP to HTTPS; only with tls")] = False
+    request_header_auth: RequestHeaderAuth | UnsetType | None = UNSET
+
+
+class CreateIngressRequest(Struct, frozen=True, kw_only=True):
+    """Route requests for host names to instances."""
+
+    name: Name
+    rules: Annotated[tuple[IngressRule, ...], Meta(description="1 to 100 rules")]
+    tags: TagMap = {}
+
+
+class Ingress(Struct, frozen=True, kw_only=True):
+    """Rules that route requests for host names to instances."""
+
+    id: str
+    name: str
+    rules: tuple[IngressRule, ...]
+    created_at: Timestamp
+    tags: TagMap | UnsetType = UNSET
+
+
+class IngressRecord(Struct, frozen=True, kw_only=True):
+    """As stored. Rules are checked, host names are in lower case, and targets that are no patterns are names."""
+
+    id: str
+    name: str
+    rules: tuple[IngressRule, ...]
+    created_at: Timestamp
+    tags: dict[str, str] = {}
+
+    @property
+    def ports(self) -> frozenset[int]:
+        """Of the host, on which it needs a listener."""
+        return frozenset(rule.match.port for rule in self.rules)

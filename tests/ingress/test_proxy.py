@@ -1,0 +1,467 @@
+"""The data plane on loopback: real sockets to clients and to programs that play the guest."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+
+import h11
+import pytest
+import trio
+from websockets.sync.client import connect as connect_websocket
+from websockets.sync.server import Server, ServerConnection
+from websockets.sync.server import serve as serve_websocket
+
+from hypeman.ingress.protocol import Served
+from hypeman.ingress.proxy import Place, Proxy
+from hypeman.ingress.routing import Route
+from hypeman.ingress.streams import Limits
+
+SECRET = "0123456789abcdef0123456789abcdef"
+Guest = Callable[[trio.SocketStream], Awaitable[None]]
+QUICK = Limits(head=1, idle=5, body=5, lookup=1, connect=5, answer=1, quiet=5)
+
+
+class World:
+    """A proxy with the sites a (a guest), down, gone, locked (a with a header) and any (a pattern)."""
+
+    def __init__(self, port: int, guest_port: int, proxy: Proxy, log: list[Served]) -> None:
+        self.port = port
+        self.guest_port = guest_port
+        self.proxy = proxy
+        self.log = log
+
+    async def logged(self) -> Served:
+        """The last request, once one is done."""
+        with trio.fail_after(60):
+            while not self.log:
+                await trio.sleep(0.01)
+        return self.log[-1]
+
+    async def connect(self) -> trio.SocketStream:
+        return await trio.open_tcp_stream("127.0.0.1", self.port)
+
+    async def ask(self, data: bytes, method: bytes = b"GET") -> tuple[h11.Response, bytes]:
+        async with await self.connect() as stream:
+            await stream.send_all(data)
+            return await response_of(stream, method)
+
+    async def get(self, host: str, *headers: str, path: str = "/") -> tuple[h11.Response, bytes]:
+        lines = "".join(f"{line}\r\n" for line in (f"Host: {host}", *headers))
+        return await self.ask(f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode())
+
+
+async def response_of(stream: trio.SocketStream, method: bytes = b"GET") -> tuple[h11.Response, bytes]:
+    http = h11.Connection(h11.CLIENT)
+    http.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
+    http.send(h11.EndOfMessage())
+    response, body = None, b""
+    with trio.fail_after(60):
+        while True:
+            event = http.next_event()
+            match event:
+                case h11.NEED_DATA:
+                    http.receive_data(await stream.receive_some(65536))
+                case h11.Response():
+                    response = event
+                case h11.Data():
+                    body += event.data
+                case h11.EndOfMessage():
+                    assert response is not None
+                    return response, body
+
+
+@asynccontextmanager
+async def world(guest: Guest, limits: Limits = QUICK) -> AsyncIterator[World]:
+    log: list[Served] = []
+    listener, guests = trio.socket.socket(), trio.socket.socket()
+    for each in (listener, guests):
+        await each.bind(("127.0.0.1", 0))
+        each.listen()
+    port, guest_port = listener.getsockname()[1], guests.getsockname()[1]
+    places = {"a": Place("127.0.0.1", exists=True), "down": Place("", exists=True)}
+
+    async def ask(instance: str) -> Place:
+        if instance == "slow":
+            await trio.sleep_forever()
+        return places.get(instance, Place("", exists=False))
+
+    def route(hostname: str, instance: str, target: int = guest_port, **auth: str) -> Route:
+        return Route(ingress=hostname, hostname=hostname, port=80, instance=instance, target_port=target, **auth)
+
+    closed = socket.socket()
+    closed.bind(("127.0.0.1", 0))
+    routes = [
+        route("a.test", "a"), route("down.test", "down"), route("gone.test", "gone"), route("slow.test", "slow"),
+        route("refuses.test", "a", closed.getsockname()[1]), route("{any}.any.test", "{any}"),
+        route("locked.test", "a", auth_header="X-Key", auth_value=SECRET),
+    ]  # fmt: skip
+    proxy = Proxy(ask, log.append, limits)
+    for each_route in routes:
+        proxy.put(each_route.ingress, (each_route,))
+    with closed, trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(proxy.serve, listener, 80)
+            nursery.start_soon(trio.serve_listeners, guest, [trio.SocketListener(guests)])
+            yield World(port, guest_port, proxy, log)
+            nursery.cancel_scope.cancel()
+
+
+def http_guest(answer: Callable[[h11.Request, bytes], tuple[list[tuple[str, str]], bytes]]) -> Guest:
+    """A program that answers every request; connections are kept."""
+
+    async def serve(stream: trio.SocketStream) -> None:
+        http = h11.Connection(h11.SERVER)
+        request, body = None, b""
+        while True:
+            event = http.next_event()
+            match event:
+                case h11.NEED_DATA:
+                    http.receive_data(await stream.receive_some(65536))
+                case h11.Request():
+                    request, body = event, b""
+                case h11.Data():
+                    body += event.data
+                case h11.EndOfMessage():
+                    assert request is not None
+                    headers, answered = answer(request, body)
+                    answered = b"" if request.method == b"HEAD" else answered
+                    sent = http.send(h11.Response(status_code=200, headers=headers)) or b""
+                    sent += http.send(h11.Data(data=answered)) or b""
+                    await stream.send_all(sent + (http.send(h11.EndOfMessage()) or b""))
+                    if http.our_state is not h11.DONE:
+                        return
+                    http.start_next_cycle()
+                case _:
+                    return
+
+    return serve
+
+
+def shows_head(request: h11.Request, body: bytes) -> tuple[list[tuple[str, str]], bytes]:
+    lines = [b"%b %b" % (request.method, request.target), *(b"%b: %b" % header for header in request.headers)]
+    return [("X-Guest", "yes"), ("Connection", "keep-alive, X-Hop"), ("X-Hop", "1")], b"\n".join(lines)
+
+
+async def test_a_request_and_its_response() -> None:
+    async with world(http_guest(shows_head)) as here:
+        response, body = await here.get("A.test:80", "X-Forwarded-For: 10.9.9.9", "X-Mine: 1", path="/x?secret=1")
+    assert (response.status_code, body.splitlines()) == (
+        200,
+        [
+            b"GET /x?secret=1",
+            b"host: A.test:80",
+            b"x-mine: 1",
+            b"x-forwarded-for: 127.0.0.1",
+            b"x-forwarded-proto: http",
+            b"x-forwarded-host: A.test:80",
+            b'forwarded: for=127.0.0.1;host="A.test:80";proto=http',
+        ],
+    )
+    names = {name for name, _ in response.headers}
+    assert b"x-guest" in names
+    assert b"x-hop" not in names
+    served = await here.logged()
+    assert (served.ingress, served.host, served.method, served.path) == ("a.test", "a.test", "GET", "/x")
+    assert (served.instance, served.status, served.sent) == ("a", 200, len(body))
+
+
+@pytest.mark.parametrize(
+    ("host", "headers", "status"),
+    [
+        ("nobody.test", (), 404),
+        ("down.test", (), 503),
+        ("gone.test", (), 503),
+        ("slow.test", (), 503),
+        ("gone.any.test", (), 404),
+        ("down.any.test", (), 503),
+        ("refuses.test", (), 502),
+        ("locked.test", (), 401),
+        ("locked.test", ("X-Key: " + SECRET[::-1],), 401),
+        ("locked.test", ("X-Key: " + SECRET, "X-Key: " + SECRET), 401),
+        ("a.any.test", (), 200),
+    ],
+)
+async def test_which_status_says_what_is_wrong(host: str, headers: tuple[str, ...], status: int) -> None:
+    async with world(http_guest(shows_head)) as here:
+        response, body = await here.get(host, *headers, "Accept: text/html")
+        assert response.status_code == status
+        if status != 200:
+            assert dict(response.headers)[b"content-type"].startswith(b"text/html")
+            for told in (b"127.0.0.1", b"instance", SECRET.encode(), host.partition(".")[0].encode() + b"."):
+                assert told not in body
+        assert (await here.logged()).status == status
+
+
+async def test_the_secret_is_for_us_alone() -> None:
+    async with world(http_guest(shows_head)) as here:
+        response, body = await here.get("locked.test", "X-Key: " + SECRET)
+        assert response.status_code == 200
+        assert SECRET.encode() not in body
+
+
+async def test_connections_are_kept_on_both_sides() -> None:
+    seen: list[int] = []
+
+    async def guest(stream: trio.SocketStream) -> None:
+        seen.append(1)
+        await http_guest(shows_head)(stream)
+
+    async with world(guest) as here, await here.connect() as client:
+        for _ in range(3):
+            await client.send_all(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            assert (await response_of(client))[0].status_code == 200
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: nobody.test\r\n\r\n")
+        assert (await response_of(client))[0].status_code == 404
+        await client.send_all(b"HEAD / HTTP/1.1\r\nHost: a.test\r\n\r\n" * 2)  # pipelined
+        for _ in range(2):
+            assert (await response_of(client, b"HEAD"))[0].status_code == 200
+    assert len(seen) == 1
+
+
+async def test_a_kept_connection_that_the_guest_closed() -> None:
+    async def once(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        await stream.aclose()
+
+    async with world(once) as here, await here.connect() as client:
+        for _ in range(4):
+            await client.send_all(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            assert (await response_of(client))[1] == b"ok"
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_bodies_pass_whole(framing: str) -> None:
+    data = bytes(range(256)) * 20_000
+
+    def digest(request: h11.Request, body: bytes) -> tuple[list[tuple[str, str]], bytes]:
+        return [("X-Digest", hashlib.sha256(body).hexdigest())], body
+
+    async with world(http_guest(digest), Limits()) as here, await here.connect() as client:
+        if framing == "length":
+            head, body = f"Content-Length: {len(data)}", data
+        else:
+            head = "Transfer-Encoding: chunked"
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.send_all, f"POST / HTTP/1.1\r\nHost: a.test\r\n{head}\r\n\r\n".encode() + body)
+            response, answered = await response_of(client, b"POST")
+        assert dict(response.headers)[b"x-digest"] == hashlib.sha256(data).hexdigest().encode()
+        assert answered == data
+        served = await here.logged()
+        assert (served.received, served.sent) == (len(data), len(data))
+
+
+async def test_nothing_is_held_back() -> None:
+    """Each piece is passed on before the next one exists: server-sent events, and uploads."""
+    to_guest, at_guest = trio.open_memory_channel[bytes](0)
+    go_on, told = trio.open_memory_channel[bytes](0)
+
+    async def guest(stream: trio.SocketStream) -> None:
+        received = b""
+        while not received.endswith(b"one\r\n"):
+            received += await stream.receive_some(65536)
+        await to_guest.send(b"one")
+        await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        async for piece in told:
+            await stream.send_all(piece)
+        await stream.aclose()
+
+    async with world(guest) as here, await here.connect() as client:
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n")
+        with trio.fail_after(60):
+            assert await at_guest.receive() == b"one"
+            received = b""
+            for piece in (b"data: 1\n\n", b"data: 2\n\n"):
+                await go_on.send(piece)
+                while piece not in received:
+                    received += await client.receive_some(65536)
+
+
+async def test_websockets() -> None:
+    def repeat(session: ServerConnection) -> None:
+        for message in session:
+            session.send(message)
+
+    def echo() -> None:
+        with serve_websocket(repeat, "127.0.0.1", 0, compression=None) as server:
+            ports.append(server.socket.getsockname()[1])
+            trio.from_thread.run_sync(ready.set, trio_token=token)
+            servers.append(server)
+            server.serve_forever()
+
+    ports: list[int] = []
+    servers: list[Server] = []
+    ready, token = trio.Event(), trio.lowlevel.current_trio_token()
+
+    def talk(port: int) -> list[str | bytes]:
+        with (
+            socket.create_connection(("127.0.0.1", port)) as plain,
+            connect_websocket("ws://a.test/", sock=plain, compression=None) as ws,
+        ):
+            ws.send("hello")
+            first = ws.recv(30)
+            ws.send(b"x" * 1_000_000)
+            return [first, ws.recv(30)]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, echo)
+        await ready.wait()
+        async with world(http_guest(shows_head)) as here:
+            here.proxy.put("a.test", (Route("a.test", "a.test", 80, "a", ports[0]),))
+            assert await trio.to_thread.run_sync(talk, here.port) == ["hello", b"x" * 1_000_000]
+            served = await here.logged()
+            assert served.status == 101
+            assert served.sent > 1_000_000
+        await trio.to_thread.run_sync(servers[0].shutdown)
+
+
+RESPONSES = [
+    (b"", 502),
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nok", 502),
+    (b"HTTP/1.1 200 OK\r\nbad header\r\n\r\n", 502),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000, 502),
+    (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n", 502),
+    (b"nonsense\r\n\r\n", 502),
+    (b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n", 204),
+]
+
+
+@pytest.mark.parametrize(("sent", "status"), RESPONSES, ids=[str(number) for number in range(len(RESPONSES))])
+async def test_guests_that_speak_no_http(sent: bytes, status: int) -> None:
+    async def guest(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        await stream.send_all(sent)
+        await stream.aclose()
+
+    async with world(guest) as here:
+        response, _ = await here.get("a.test")
+        assert response.status_code == status
+
+
+async def test_a_silent_guest_is_a_504() -> None:
+    async def guest(stream: trio.SocketStream) -> None:
+        await trio.sleep_forever()
+
+    async with world(guest) as here:
+        assert (await here.get("a.test"))[0].status_code == 504
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 9", b"Transfer-Encoding: chunked"])
+async def test_half_a_response_is_not_taken_for_a_whole_one(framing: bytes) -> None:
+    async def guest(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\n" + framing + b"\r\n\r\n3\r\nabc\r\n")
+        await stream.aclose()
+
+    async with world(guest) as here, await here.connect() as client:
+        await client.send_all(b"GET / HTTP/1.0\r\nHost: a.test\r\n\r\n")
+        with pytest.raises(trio.BrokenResourceError):
+            while await client.receive_some(65536):
+                pass
+
+
+REQUESTS = [
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a.test\r\nHost: b\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: +3\r\n\r\nabc",
+    b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabc",
+    b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost : a.test\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a.test\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 600 + b"\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("sent", REQUESTS, ids=[str(number) for number in range(len(REQUESTS))])
+async def test_requests_that_no_guest_sees(sent: bytes) -> None:
+    async def guest(stream: trio.SocketStream) -> None:
+        raise AssertionError("it was passed on")
+
+    async with world(guest) as here:
+        response, _ = await here.ask(sent)
+        assert 400 <= response.status_code < 500 or response.status_code == 501
+
+
+async def test_slow_clients_lose_their_connection() -> None:
+    async with world(http_guest(shows_head)) as here, await here.connect() as client:
+        await client.send_all(b"GET / HTTP/1.1\r\n")
+        with trio.fail_after(60):
+            assert await client.receive_some(100) == b""
+
+
+async def test_too_many_connections_are_refused() -> None:
+    limits = Limits(connections=2, each=2)
+    async with world(http_guest(shows_head), limits) as here:
+        held = [await here.connect() for _ in range(2)]
+        for each in held:
+            await each.send_all(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+            assert (await response_of(each))[0].status_code == 200
+        async with await here.connect() as third:
+            with trio.fail_after(60):
+                with suppress(trio.BrokenResourceError):
+                    assert await third.receive_some(1) == b""
+        assert here.proxy.refused == 1
+        for each in held:
+            await each.aclose()
+        while here.proxy.connections:
+            await trio.sleep(0.01)
+        assert (await here.get("a.test"))[0].status_code == 200
+
+
+async def test_a_client_that_leaves_ends_the_exchange() -> None:
+    left = trio.Event()
+    asked = trio.Event()
+
+    async def guest(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        asked.set()
+        with suppress(trio.BrokenResourceError):
+            assert await stream.receive_some(1) == b""
+        left.set()
+
+    async with world(guest, Limits()) as here:
+        client = await here.connect()
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        with trio.fail_after(60):
+            await asked.wait()
+            await client.aclose()
+            await left.wait()
+            while here.proxy.connections:
+                await trio.sleep(0.01)
+        assert (await here.logged()).status == 499
+
+
+async def test_a_dropped_ingress_ends_its_exchanges() -> None:
+    asked = trio.Event()
+
+    async def guest(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        asked.set()
+        await trio.sleep_forever()
+
+    async with world(guest, Limits()) as here, await here.connect() as client:
+        await client.send_all(b"GET / HTTP/1.1\r\nHost: a.test\r\n\r\n")
+        with trio.fail_after(60):
+            await asked.wait()
+            here.proxy.drop("a.test")
+            with pytest.raises(trio.BrokenResourceError):
+                await client.receive_some(1)
+        assert (await here.get("a.test"))[0].status_code == 404
+
+
+async def test_a_guest_that_answers_before_the_upload_is_complete() -> None:
+    async def guest(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        await stream.send_all(b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\nConnection: close\r\n\r\nbig")
+        await stream.aclose()
+
+    async with world(guest) as here, await here.connect() as client:
+        await client.send_all(b"POST / HTTP/1.1\r\nHost: a.test\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1000)
+        response, body = await response_of(client, b"POST")
+        assert (response.status_code, body) == (413, b"big")

@@ -1,0 +1,152 @@
+"""Ingresses as the server runs them: store, ports of the host, a confined worker, and a guest behind a cable."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.errors import AlreadyExists, Conflict, NotFound, PortInUse
+from hypeman.events.log import EVENTS
+from hypeman.ingress.proxy import Place
+from hypeman.ingress.service import Ingresses
+from hypeman.ingress.types import CreateIngressRequest, Ingress
+from hypeman.store import Store
+from tests.network.hosts import guest_host, world_host
+from tests.network.lab import HOST, Lab, in_namespace, sh
+
+UID = 575535
+
+
+def request(name: str, hostname: str, instance: str = "web", port: int = 80) -> CreateIngressRequest:
+    rule = {"match": {"hostname": hostname, "port": port}, "target": {"instance": instance, "port": 8000}}
+    return msgspec.convert({"name": name, "rules": [rule]}, CreateIngressRequest)
+
+
+def find(ref: str) -> str:
+    if ref != "web":
+        raise NotFound(f"no instance {ref!r}")
+    return ref
+
+
+@asynccontextmanager
+async def ingresses(folder: Path, address: str) -> AsyncIterator[Ingresses]:
+    """A server's part, on the store in ``folder``."""
+    store = Store.open(folder / "store")
+
+    def place_of(name: str) -> Place:
+        return Place(address if name == "web" else "", exists=name in ("web", "down"))
+
+    async with store.serving(), trio.open_nursery() as nursery:
+        service = Ingresses(store, find=find, place_of=place_of, uid=UID)
+        await nursery.start(service.run)
+        try:
+            yield service
+        finally:
+            nursery.cancel_scope.cancel()
+    store.close()
+
+
+def serve_http(server: socket.socket) -> None:
+    """Answers each connection once, with who asked."""
+    while True:
+        try:
+            accepted, _ = server.accept()
+        except OSError:
+            return
+        with accepted:
+            head = accepted.recv(65536)
+            who = next(line for line in head.split(b"\r\n") if line.startswith(b"x-forwarded-for:"))
+            accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(who), who))
+
+
+def curl(host: str, address: str = "127.0.0.1", port: int = 80) -> str:
+    return sh(f"curl -sS -m 60 -w ' %{{http_code}}' -H 'Host: {host}' http://{address}:{port}/").strip()
+
+
+async def ask(host: str, **more: object) -> str:
+    return await trio.to_thread.run_sync(lambda: curl(host, **more))  # type: ignore[arg-type]
+
+
+@in_namespace
+async def test_from_the_world_to_a_guest_and_through_restarts(lab: Lab) -> None:
+    guest = await lab.guest()
+    folder = Path(tempfile.mkdtemp())
+    with guest_host(guest) as inside, world_host(lab) as world, inside.serve(8000) as server:
+        server.settimeout(None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, serve_http, server)
+            async with ingresses(folder, guest.lease.ipv4) as service:
+                made = await service.create(request("site", "Web.Example.com"))
+                assert (await service.get("site"), await service.get(made.id[:9])) == (made, made)
+                assert await ask("web.example.com") == "x-forwarded-for: 127.0.0.1 200"
+                seen = await trio.to_thread.run_sync(
+                    world.sh, f"curl -sS -m 60 -H 'Host: web.example.com' http://{HOST}/"
+                )
+                assert seen.strip() == "x-forwarded-for: 192.0.2.2"
+                assert (await ask("other.example.com")).endswith(" 404")
+                await service.create(request("all", "{name}.all.test", "{name}"))
+                assert (await ask("web.all.test")).endswith(" 200")
+                assert (await ask("down.all.test")).endswith(" 503")
+
+                for refused, code in [
+                    (request("site", "new.example.com"), "already_exists"),
+                    (request("twice", "WEB.example.com"), "hostname_in_use"),
+                    (request("twice", "{other}.all.test", "{other}"), "hostname_in_use"),
+                ]:
+                    try:
+                        await service.create(refused)
+                    except (AlreadyExists, Conflict) as error:
+                        assert error.code == code
+                    else:
+                        raise AssertionError(f"{refused.name} was taken")
+
+                assert service._link is not None
+                before = service._link.pid
+                status = Path(f"/proc/{before}/status").read_text()
+                assert f"Uid:\t{UID}" in status
+                assert "Seccomp:\t2" in status
+                assert "CapEff:\t0000000000000000" in status
+                os.kill(before, signal.SIGKILL)
+                assert (await ask("web.example.com")).endswith(" 200"), "connections wait for the next worker"
+                assert service._link is not None
+                assert service._link.pid != before
+                while service.requests["site", "2xx"] < 2:
+                    await trio.sleep(0.05)
+
+            async with ingresses(folder, guest.lease.ipv4) as service:
+                assert (await ask("web.example.com")).endswith(" 200"), "the next server has the rules"
+                await service.delete("site")
+                assert (await ask("web.example.com")).endswith(" 404")
+                await service.delete("all")
+                with socket.socket() as free:
+                    free.bind(("0.0.0.0", 80))
+                types = service._store.read(lambda txn: [event.type for _, event in txn.scan(EVENTS)])
+                assert types == ["ingress.created"] * 2 + ["ingress.deleted"] * 2
+            server.shutdown(socket.SHUT_RDWR)
+
+
+@in_namespace
+async def test_a_port_of_another_program(lab: Lab) -> None:
+    folder = Path(tempfile.mkdtemp())
+    async with ingresses(folder, "127.0.0.1") as service:
+        with socket.socket() as other:
+            other.bind(("127.0.0.1", 81))
+            other.listen()
+            try:
+                await service.create(request("site", "a.b", port=81))
+            except PortInUse as error:
+                assert error.code == "port_in_use"
+                assert f"(process {os.getpid()})" in error.message
+            else:
+                raise AssertionError("the port was taken")
+            assert await service.list(tags={}) == []
+        made: Ingress = await service.create(request("site", "a.b", port=81))
+        assert await service.list(tags={}) == [made]
