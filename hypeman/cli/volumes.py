@@ -24,7 +24,9 @@ def volumes() -> None:
 @click.option("--size", "size_gb", type=GIGABYTES, required=True, help="As in 10GB; a number alone counts GB.")
 @click.option("--id", "wanted_id", help="Default: a new one.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
-@click.option("--from-archive", metavar="FILE", help="A tar.gz to fill it from; - is standard input.")
+@click.option(
+    "--from-archive", metavar="FILE", help="A tar, also with gzip or Zstandard, to fill it from; - is standard input."
+)
 @reports
 def create_volume(
     session: Session, name: str, size_gb: int, wanted_id: str | None, tags: tuple[str, ...], from_archive: str | None

@@ -232,6 +232,12 @@ async def test_unknown_paths_and_methods(served: Served) -> None:
         assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
 
 
+@pytest.mark.parametrize("repository", ["..", "../a", "./a", "-/a", ".:80/a", "a/../b", "A"])
+def test_what_is_no_repository(repository: str) -> None:
+    with pytest.raises(RegistryFailure, match="not a repository name"):
+        parse_path(f"{repository}/tags/list")
+
+
 @pytest.mark.parametrize(
     ("rest", "kind", "repository", "reference"),
     [
