@@ -45,8 +45,12 @@ def reached() -> None:
     """Through its agent, its published port, and the gateway's DNS."""
     assert output(("echo", "there")) == "there\n"
     assert "10.100.0.1" in output(("nslookup", "-type=a", "gateway.hypeman.local"))
-    address = subprocess.run(["curl", "-sS", "--max-time", "120", "http://127.0.0.1:8080/"], capture_output=True)
-    assert address.stdout == b"from the guest\n", address
+    assert page("127.0.0.1:8080") == "from the guest\n"
+
+
+def page(address: str) -> str:
+    command = ["curl", "-sS", "--max-time", "300", f"http://{address}/"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
@@ -61,6 +65,7 @@ def main() -> None:
         wanted = {
             "name": "one", "image": IMAGE, "size": "128MB", "vcpus": 1, "overlay_size": "64MB", "cmd": SERVE,
             "ports": [{"host_port": 8080, "guest_port": 80}],
+            "auto_standby": {"enabled": True, "idle_timeout": "1h", "wake": "all"},
         }  # fmt: skip
         client.post("/instances", json=wanted).raise_for_status()
         for _ in range(3):  # 5 minutes each, the most that a request may wait
@@ -68,13 +73,17 @@ def main() -> None:
             if not answer["timed_out"]:
                 break
         assert answer["state"] == "Running", answer
-        group = UNDER_SYSTEMD / client.get("/instances/one").json()["id"]
+        one = client.get("/instances/one").json()
+        group = UNDER_SYSTEMD / one["id"]
         assert has_no_privileges(program_in(group))
         assert (group / "memory.max").read_text().strip() != "max"
         reached()
         client.post("/instances/one/standby").raise_for_status()
         client.post("/instances/one/restore").raise_for_status()
         reached()
+        client.post("/instances/one/standby").raise_for_status()
+        assert page(one["network"]["ip"]) == "from the guest\n", "the packet was held, and woke it"
+        assert client.get("/instances/one/auto-standby/status").json()["last_wake"]
         client.delete("/instances/one").raise_for_status()
         assert not group.exists()
     assert program_in(UNDER_SYSTEMD / "egress-engine") == engine, "it is the same all the time"

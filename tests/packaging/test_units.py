@@ -96,6 +96,14 @@ NEEDED = {
 """What server, VMMs and the jailer call and a filter might well deny."""
 
 
+def test_the_server_may_open_the_sockets_that_it_opens() -> None:
+    allowed = set(read("hypeman.service")["Service"]["RestrictAddressFamilies"].split())
+    text = "".join(file.read_text() for file in (UNITS.parent / "hypeman").rglob("*.py"))
+    named = set(re.findall(r"socket\.(AF_[A-Z0-9]+)", text)) - {"AF_UNSPEC"}  # which no socket has
+    assert "AF_UNIX" in named, "else this test looks at nothing"
+    assert not named - allowed, named - allowed
+
+
 def _calls(words: list[str]) -> set[str]:
     found: set[str] = set()
     for word in words:
