@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import socket
 import tempfile
@@ -34,6 +36,13 @@ def find(ref: str) -> str:
     if ref != "web":
         raise NotFound(f"no instance {ref!r}")
     return ref
+
+
+def make_folder() -> Path:
+    """Removed when the test's process ends."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @asynccontextmanager
@@ -78,7 +87,7 @@ async def ask(host: str, **more: object) -> str:
 @in_namespace
 async def test_from_the_world_to_a_guest_and_through_restarts(lab: Lab) -> None:
     guest = await lab.guest()
-    folder = Path(tempfile.mkdtemp())
+    folder = make_folder()
     with guest_host(guest) as inside, world_host(lab) as world, inside.serve(8000) as server:
         server.settimeout(None)
         async with trio.open_nursery() as nursery:
@@ -135,7 +144,7 @@ async def test_from_the_world_to_a_guest_and_through_restarts(lab: Lab) -> None:
 
 @in_namespace
 async def test_a_port_of_another_program(lab: Lab) -> None:
-    folder = Path(tempfile.mkdtemp())
+    folder = make_folder()
     async with ingresses(folder, "127.0.0.1") as service:
         with socket.socket() as other:
             other.bind(("127.0.0.1", 81))
