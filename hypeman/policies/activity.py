@@ -124,6 +124,11 @@ class Activity:
             if (watched := self._by_address.get(address)) is not None:
                 watched.open = {key for each in found if (key := self._key(watched, each)) is not None and each.open}
 
+    async def has_open(self, address: str, rules: StandbyRules) -> bool:
+        """Whether the kernel's list has an open connection to ``address`` that counts. Raises HypemanError."""
+        watched = _Watched("", rules)
+        return any(each.open and self._key(watched, each) is not None for each in await self._connections.list(address))
+
     async def run(self) -> None:
         """Follow events, until cancelled."""
         while True:

@@ -69,9 +69,11 @@ class Policies:
         context = Context(instances, store, self._spawn, self.again, self._stir, now)
         self._connections = connections
         self._activity = Activity(connections, changed=self.again, now=now)
-        self._sleeper = Sleeper(context, self._activity, most=config.auto_standby.max_concurrent)
         self._network = network
         self._waker = Waker(context, network, self._activity)
+        self._sleeper = Sleeper(
+            context, self._activity, most=config.auto_standby.max_concurrent, missed=self._waker.wake_connected
+        )
         network.waking.on_arrival = self._waker.arrived
         self.checker = Checker(
             context, most=config.health_checks.max_concurrent, probes=Probes(), opening=self._activity.own

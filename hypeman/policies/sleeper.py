@@ -1,12 +1,13 @@
 """Carries out idle.py: puts idle instances in standby, a bounded number at a time, and answers the API.
 
-Before an instance is put in standby, its connections are read from the kernel's list once more.
+Before an instance is put in standby, its connections are read from the kernel's list once more, and again afterwards:
+one that was opened in between wakes it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from functools import partial
@@ -17,7 +18,7 @@ import trio
 from hypeman.errors import Conflict, HypemanError, InvalidState, NotFound
 from hypeman.instances.model.policies import StandbyRules, standby_rules
 from hypeman.instances.model.record import InstanceRecord
-from hypeman.instances.model.types import AutoStandbyStatus, InstanceState, LastWake, StandbyInstanceRequest
+from hypeman.instances.model.types import AutoStandbyStatus, InstanceState, LastWake, StandbyInstanceRequest, WakeOn
 from hypeman.network.leases import get_lease
 from hypeman.policies import rows
 from hypeman.policies.activity import Activity
@@ -32,9 +33,13 @@ log = logging.getLogger(__name__)
 class Sleeper:
     """The auto-standby policies of all instances."""
 
-    def __init__(self, context: Context, activity: Activity, *, most: int) -> None:
+    def __init__(
+        self, context: Context, activity: Activity, *, most: int, missed: Callable[[InstanceRecord], object]
+    ) -> None:
+        """``most`` at a time; ``missed`` wakes an instance that was put in standby under an open connection."""
         self._context = context
         self.activity = activity
+        self._missed = missed
         self._limiter = trio.CapacityLimiter(most)
         self._memories: dict[str, Memory] = {}
         self._requested: set[str] = set()
@@ -75,6 +80,7 @@ class Sleeper:
                     return
                 self._context.journal(record.id, "auto-standby: idle")
                 await self._context.instances.standby(record.id, StandbyInstanceRequest())
+                await self._wake_if_connected(record)
             metrics.auto_standbys.labels("success").inc()
         except (InvalidState, NotFound):
             metrics.auto_standbys.labels("superseded").inc()
@@ -86,6 +92,12 @@ class Sleeper:
         finally:
             self._requested.discard(record.id)
             self._context.again(record.id)
+
+    async def _wake_if_connected(self, record: InstanceRecord) -> None:
+        """One that was connected to between the last look and its pause owes an answer, and no packet would wake it."""
+        rules, address = standby_rules(record.spec.auto_standby), self._address(record)
+        if rules.wake is not WakeOn.NONE and address and await self.activity.has_open(address, rules):
+            self._missed(record)
 
     def _is_still_idle(self, record: InstanceRecord) -> bool:
         rules = standby_rules(record.spec.auto_standby)

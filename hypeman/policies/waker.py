@@ -124,6 +124,11 @@ class Waker:
 
     # Both
 
+    def wake_connected(self, record: InstanceRecord) -> None:
+        """An instance was put in standby while a connection to it was being opened."""
+        if record.id not in self._wakes:
+            self._begin(record, "tcp", "an open connection")
+
     def _begin(self, record: InstanceRecord, kind: str, by: str) -> _Wake:
         wake = self._wakes[record.id] = _Wake(kind, by)
         self._activity.touch(record.id)

@@ -185,3 +185,26 @@ async def test_a_standby_that_fails_is_tried_again(lab: ClockedLab, clock: Clock
         assert (await status(kept)).status.value == "idle_countdown"
         await kept.sleep(65)
         assert kept.record().state is STANDBY
+
+
+async def test_a_connection_opened_while_it_is_saved_wakes_it(
+    lab: ClockedLab, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest owes it an answer, and its client may send nothing more."""
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        standby = kept.instances.standby
+
+        async def saved_under_a_connection(*arguments: Any) -> Any:
+            answer = await standby(*arguments)
+            if not lab.connections.known:
+                lab.connections.open(address)
+            return answer
+
+        monkeypatch.setattr(kept.instances, "standby", saved_under_a_connection)
+        await kept.sleep(65)
+        await kept.until_state(RUNNING)
+        shown = await status(kept)
+        assert shown.last_wake is not None and shown.last_wake.by == "an open connection"
+        await kept.sleep(120)
+        assert kept.record().state is RUNNING, "the connection is activity"
