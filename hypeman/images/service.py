@@ -338,6 +338,18 @@ class Images:
         image = await self._record_import(parse_reference(name), Imported(manifest, digest, ()), None)
         return image.name
 
+    def tags(self, repository: str) -> Sequence[str]:
+        """Tags of the ready images of a repository. Raises InvalidRequest ``invalid_name``."""
+        ref = parse_reference(repository)
+        prefix = f"{ref.registry}/{ref.repository}:"
+
+        def read(txn: Txn) -> list[str]:
+            named = [(key.removeprefix(prefix), row) for key, row in txn.scan(NAMES, prefix)]
+            rows = {row.digest: txn.get(IMAGES, row.digest) for _, row in named}
+            return [tag for tag, row in named if (found := rows[row.digest]) and found.status is ImageStatus.READY]
+
+        return self._store.read(read)
+
     async def packaged(self, name: str) -> bytes:
         """The manifest of a ready image; its config and layers are in the cache afterwards, fetched again if needed.
 

@@ -13,7 +13,8 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterable, Callable
+from collections.abc import AsyncIterable, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
-from hypeman.errors import HypemanError, NotFound
+from hypeman.errors import HypemanError, InUse, NotFound
 from hypeman.images.blobs import Blobs, write_all
 from hypeman.images.manifest import (
     CONFIG_TYPES,
@@ -47,6 +48,10 @@ log = logging.getLogger(__name__)
 
 MAX_UPLOADS = 256
 """Uploads at once."""
+MAX_UPLOADS_EACH = 64
+"""Of one caller."""
+IDLE_EMPTY = timedelta(minutes=1)
+"""After which an upload that has received nothing makes room for another one."""
 IDLE = timedelta(hours=1)
 """After which an upload that receives nothing is dropped."""
 KEPT = timedelta(hours=24)
@@ -62,6 +67,12 @@ class ImageStore(Protocol):
     async def packaged(self, name: str) -> bytes:
         """The manifest of an image, all of whose blobs are in the cache. Raises NotFound."""
 
+    def tags(self, repository: str) -> Sequence[str]:
+        """Tags of the ready images of a repository."""
+
+    async def delete(self, name: str) -> None:
+        """Raises NotFound, InUse."""
+
 
 class Opened(msgspec.Struct, frozen=True):
     """Content to send; the receiver closes ``fd``."""
@@ -75,8 +86,9 @@ class Opened(msgspec.Struct, frozen=True):
 class Upload:
     """A blob being received."""
 
-    def __init__(self, repository: str, fd: int, path: Path, now: datetime) -> None:
+    def __init__(self, repository: str, owner: str, fd: int, path: Path, now: datetime) -> None:
         self.repository = repository
+        self.owner = owner
         self.fd = fd
         self.path = path
         self.size = 0
@@ -168,14 +180,24 @@ class Registry:
 
     # Uploads
 
-    async def begin(self, repository: str) -> str:
-        """The id of a new upload. Raises RegistryFailure TOOMANYREQUESTS."""
+    async def begin(self, repository: str, owner: str = "") -> str:
+        """The id of a new upload. ``owner``: the caller. Raises RegistryFailure TOOMANYREQUESTS."""
+        if len(self._uploads) >= MAX_UPLOADS or self._uploads_of(owner) >= MAX_UPLOADS_EACH:
+            now = self._now()
+            for old, upload in list(self._uploads.items()):
+                if not upload.size and not upload.lock.locked() and now - upload.touched > IDLE_EMPTY:
+                    await self._drop(old)
+        if self._uploads_of(owner) >= MAX_UPLOADS_EACH:
+            raise RegistryFailure(Code.TOOMANYREQUESTS, f"{MAX_UPLOADS_EACH} of your uploads are under way")
         if len(self._uploads) >= MAX_UPLOADS:
             raise RegistryFailure(Code.TOOMANYREQUESTS, f"{MAX_UPLOADS} uploads are under way")
         fd, path = await trio.to_thread.run_sync(self._blobs.begin)
         name = secrets.token_hex(16)
-        self._uploads[name] = Upload(repository, fd, path, self._now())
+        self._uploads[name] = Upload(repository, owner, fd, path, self._now())
         return name
+
+    def _uploads_of(self, owner: str) -> int:
+        return sum(upload.owner == owner for upload in self._uploads.values())
 
     def upload(self, repository: str, name: str) -> Upload:
         """Raises RegistryFailure BLOB_UPLOAD_UNKNOWN."""
@@ -336,28 +358,41 @@ class Registry:
             log.info("%s:%s was pushed, and is no image here: %s", repository, tag, error)
 
     async def delete_manifest(self, repository: str, reference: str) -> None:
-        """A tag, or a manifest with its tags. Raises RegistryFailure MANIFEST_UNKNOWN."""
+        """A tag, or a manifest with its tags, and the images that were made of them, unless they are in use.
+
+        Raises RegistryFailure MANIFEST_UNKNOWN.
+        """
         by_digest = is_digest(reference)
 
-        def delete(txn: Txn) -> bool:
-            if not by_digest:
-                return txn.delete(TAGS, f"{repository}:{reference}")
-            for key, tag in list(txn.scan(TAGS, f"{repository}:")):
-                if tag.digest == reference:
-                    txn.delete(TAGS, key)
-            return txn.delete(MANIFESTS, f"{repository}@{reference}")
+        def delete(txn: Txn) -> tuple[bool, list[str]]:
+            keys = [
+                (key, tag)
+                for key, tag in txn.scan(TAGS, f"{repository}:")
+                if (tag.digest == reference if by_digest else key == f"{repository}:{reference}")
+            ]
+            for key, _ in keys:
+                txn.delete(TAGS, key)
+            found = txn.delete(MANIFESTS, f"{repository}@{reference}") if by_digest else bool(keys)
+            return found, [tag.image for _, tag in keys if tag.image]
 
-        if not await self._store.write(delete):
+        found, images = await self._store.write(delete)
+        if not found:
             raise RegistryFailure(Code.MANIFEST_UNKNOWN, f"{repository} has no manifest {reference}")
+        for name in images:
+            with suppress(NotFound, InUse):
+                await self._images.delete(name)
 
     async def tags(self, repository: str, *, last: str, limit: int | None) -> tuple[list[str], bool]:
-        """Tags after ``last`` in order, at most ``limit``, and whether there are more. Raises NAME_UNKNOWN."""
+        """Tags after ``last`` in order, at most ``limit``, and whether there are more; also those of images that were
+        not pushed here. Raises NAME_UNKNOWN."""
+        images = self._images.tags(repository)
 
-        def read(txn: Txn) -> tuple[list[str], bool]:
-            known = [key.rpartition(":")[2] for key in txn.keys(TAGS, f"{repository}:")]
+        def read(txn: Txn) -> tuple[set[str], bool]:
+            known = {key.rpartition(":")[2] for key in txn.keys(TAGS, f"{repository}:")}.union(images)
             return known, bool(known) or any(True for _ in txn.keys(BLOBS, f"{repository}@"))
 
-        found, exists = self._store.read(read)
+        tags, exists = self._store.read(read)
+        found = list(tags)
         if not exists:
             raise RegistryFailure(Code.NAME_UNKNOWN, f"there is no repository {repository}")
         found = [tag for tag in sorted(found) if tag > last]

@@ -16,6 +16,7 @@ import pytest
 from hypeman.images.types import CreateImageRequest, ImageStatus
 from hypeman.registry import records
 from hypeman.registry.names import Code, RegistryFailure, is_digest, parse_byte_range, parse_content_range, parse_path
+from hypeman.registry.service import MAX_UPLOADS_EACH
 from hypeman.tokens import mint
 from tests.images.conftest import need_root, push
 from tests.images.layout import OCI_INDEX, OCI_MANIFEST, ImageFiles, directory, entry, in_pieces, tar
@@ -59,6 +60,7 @@ async def test_skopeo_pushes_an_image_and_pulls_it_again(served: Served, tmp_pat
         "copy", "-q", "--src-tls-verify=false", f"--src-registry-token={served.token}", remote, f"dir:{back}"
     )
     assert (back / "manifest.json").read_bytes() == IMAGE.manifest
+    assert served.images.tags("team/app") == ["v1"]
     listed = await served.skopeo(
         "list-tags", "--tls-verify=false", f"--registry-token={served.token}", f"docker://{served.host}/team/app"
     )
@@ -66,6 +68,10 @@ async def test_skopeo_pushes_an_image_and_pulls_it_again(served: Served, tmp_pat
     await served.images.delete("team/app:v1")
     async with served.client() as client:
         assert (await client.get("/v2/team/app/manifests/v1")).status_code == 404
+        await push_image(client, "team/app", "v2")
+        await served.images.wait_final("team/app:v2")
+        assert (await client.delete("/v2/team/app/manifests/v2")).status_code == 202
+        assert await served.images.list() == []
 
 
 @pytest.mark.slow
@@ -79,6 +85,7 @@ async def test_what_was_pulled_can_be_pulled_from_here(served: Served, registry_
     assert ready.status is ImageStatus.READY
     served.images.blobs.trim(0, set())
     async with served.client() as client:
+        assert (await client.get(f"/v2/{registry_host}/borrowed/tags/list")).json()["tags"] == ["1"]
         found = await client.get(f"/v2/{registry_host}/borrowed/manifests/1")
         assert found.content == IMAGE.manifest
         for name, data in IMAGE.blobs.items():
@@ -125,6 +132,20 @@ async def test_wrong_uploads_leave_nothing(served: Served) -> None:
         assert (await client.delete(started)).status_code == 404
     assert not served.registry._uploads
     assert not served.images.blobs.downloads()
+
+
+async def test_no_caller_takes_all_uploads(served: Served) -> None:
+    registry = served.registry
+    for _ in range(MAX_UPLOADS_EACH):
+        await registry.begin("a", "greedy")
+    with pytest.raises(RegistryFailure) as refused:
+        await registry.begin("a", "greedy")
+    assert refused.value.code is Code.TOOMANYREQUESTS
+    await registry.begin("a", "other")
+    for upload in registry._uploads.values():
+        upload.touched -= timedelta(minutes=2)
+    await registry.begin("a", "greedy")
+    assert len(registry._uploads) == 1, "empty ones have made room"
 
 
 async def test_mounts(served: Served) -> None:
