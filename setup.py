@@ -1,4 +1,4 @@
-"""Builds what pyproject.toml can not say: the compiled hot paths and the guest agent.
+"""Builds what pyproject.toml cannot say: the compiled hot paths and the guest agent.
 
 ``python setup.py build_ext --inplace`` puts each extension beside its Python twin in
 ``hypeman/_native`` and the static programs, the guest agent and

@@ -247,7 +247,7 @@ cdef inline bint same_bus(const Function *f, const Function *other) noexcept nog
 
 
 cdef int read_function(int top, Function *f, const Function *neighbour, Vendors *physical) noexcept nogil:
-    """Fill ``f`` by its address: 0, or the errno that says why it can not be known.
+    """Fill ``f`` by its address: 0, or the errno that says why it cannot be known.
 
     ``neighbour`` is the endpoint that was read before it, or NULL; ``physical`` the vendors of which
     there are physical functions so far, NULL if that is not known.
@@ -339,7 +339,7 @@ cdef class Scanner:
     def scan(self):
         """Read everything anew: one row per function, in order of address.
 
-        Raises OSError if the directory itself can not be read.
+        Raises OSError if the directory itself cannot be read.
         """
         cdef const char *path = self._path
         cdef int error
@@ -457,7 +457,7 @@ cdef class Scanner:
         return error
 
     cdef int _read_from(self, int top, size_t first, Vendors *physical) noexcept nogil:
-        """Put the functions from place ``first`` in order, read them, and drop those that can not be."""
+        """Put the functions from place ``first`` in order, read them, and drop those that cannot be."""
         cdef size_t i
         cdef size_t kept = first
         cdef int error

@@ -148,7 +148,7 @@ def _unpack(source: Path, directory: Path) -> None:
     except (TarError, zstandard.ZstdError) as error:
         raise HostError(f"{source} is damaged: it {error}") from None
     except OSError as error:
-        raise HostError(f"{source} can not be unpacked: {error}") from error
+        raise HostError(f"{source} cannot be unpacked: {error}") from error
 
 
 def _plain(file: BinaryIO) -> Iterator[bytes]:

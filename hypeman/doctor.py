@@ -109,7 +109,7 @@ def _data_directory(config: Config) -> Iterator[Finding]:
         yield Finding(
             name="data directory",
             verdict=Verdict.FAIL,
-            message=f"{config.data_dir} can not be written",
+            message=f"{config.data_dir} cannot be written",
             remedy="run as root, or set data_dir to a directory that can",
         )
     elif free < _LITTLE_DISK:
@@ -200,7 +200,7 @@ def _other(kind: HypervisorKind, found: Capabilities) -> Finding:
     if not found.binary:
         return Finding(name=name, verdict=Verdict.OK, message="not installed, and not needed")
     if not found.available:
-        return Finding(name=name, verdict=Verdict.WARN, message=f"{found.binary} can not be used: {found.reason}")
+        return Finding(name=name, verdict=Verdict.WARN, message=f"{found.binary} cannot be used: {found.reason}")
     walls = ""
     if kind is HypervisorKind.CLOUD_HYPERVISOR:
         walls = ", behind landlock" if landlocked() else "; not behind landlock, for which it wants Linux 6.2"
@@ -233,5 +233,5 @@ def _devices(config: Config) -> Iterator[Finding]:
         yield Finding(
             name="iommu",
             verdict=Verdict.OK,
-            message="no groups; devices can not be passed through (intel_iommu=on or amd_iommu=on may make some)",
+            message="no groups; devices cannot be passed through (intel_iommu=on or amd_iommu=on may make some)",
         )

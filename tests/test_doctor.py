@@ -1,4 +1,4 @@
-"""What the doctor says about hypervisors: which are here, which version, and why one can not be used."""
+"""What the doctor says about hypervisors: which are here, which version, and why one cannot be used."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def verdict(importer: str, imported: str) -> str | None:
     if mine == theirs or theirs == "" or theirs in GROUND:
         return None
     if mine in GROUND:
-        return f"{mine} lies on the ground and can not look up to {theirs}"
+        return f"{mine} lies on the ground and cannot look up to {theirs}"
     my_row, their_row = row_of(mine), row_of(theirs)
     if my_row is None or their_row is None:
         return f"{mine if my_row is None else theirs} has no place in LAYERS yet: give it one"

@@ -116,7 +116,7 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t n
         e->client = tls_client_context(s->trusted, s->trust_extra, error, n);
     for (unsigned i = 0; i < e->n && !error[0]; i++)
         if (!make_loop(e, &loops[i], i, s))
-            (void)snprintf(error, n, "loop %u can not be made (CA certificate and key, or descriptors)", i);
+            (void)snprintf(error, n, "loop %u cannot be made (CA certificate and key, or descriptors)", i);
     if (!error[0])
         return e;
     engine_free(e);

@@ -73,7 +73,7 @@ static const char *read_config(int fd, struct boot_config *config, uint32_t *out
     uint8_t header[512]; /* a whole sector, in case the device wants it so */
     uint32_t length, crc;
     if (pread(fd, header, sizeof header, 0) != (ssize_t)sizeof header)
-        return "boot disk can not be read";
+        return "boot disk cannot be read";
     const char *problem = parse_boot_header(header, &length, &crc, outcome_offset);
     if (problem)
         return problem;
@@ -91,7 +91,7 @@ static const char *read_config(int fd, struct boot_config *config, uint32_t *out
 static const char *try_boot_disk(const char *path, struct boot_config *config, uint32_t *outcome_offset) {
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
-        return "boot disk can not be opened";
+        return "boot disk cannot be opened";
     const char *problem = read_config(fd, config, outcome_offset);
     close(fd);
     return problem;

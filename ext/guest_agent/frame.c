@@ -21,7 +21,7 @@ void frame_reset(struct frame_reader *reader) {
     reader->synced = false;
 }
 
-/* Looks for a greeting; drops what can not be the beginning of one. */
+/* Looks for a greeting; drops what cannot be the beginning of one. */
 static enum frame_result find_greeting(struct frame_reader *reader) {
     while (reader->begin < reader->end) {
         uint8_t *at = reader->buffer + reader->begin;

@@ -71,7 +71,7 @@ static const char *configure_system(void) {
         step = "certificates";
     if (!step)
         return set_kernel_limits(&config);
-    snprintf(text, sizeof text, "can not set up the %s: %s", step, strerror(errno));
+    snprintf(text, sizeof text, "cannot set up the %s: %s", step, strerror(errno));
     return text;
 }
 

@@ -101,11 +101,11 @@ static bool enter_cwd(const struct program *program, struct start_failure *failu
         return false;
     }
     if (program->make_cwd && make_dirs(path) < 0) {
-        fail(failure, 126, "can not make working directory %s: %s", path, strerror(errno));
+        fail(failure, 126, "cannot make working directory %s: %s", path, strerror(errno));
         return false;
     }
     if (chdir(path) < 0) {
-        fail(failure, 126, "can not enter working directory %s: %s", path, strerror(errno));
+        fail(failure, 126, "cannot enter working directory %s: %s", path, strerror(errno));
         return false;
     }
     return true;
@@ -155,7 +155,7 @@ void become_program(const struct program *program, struct start_failure *failure
             if (fchown(fd, user.uid, (gid_t)-1) < 0)
                 continue; /* /dev/null of a read-only file system, and the like: no harm */
         if (become_user(&user) < 0)
-            fail(failure, 126, "can not become user %s: %s", program->user, strerror(errno));
+            fail(failure, 126, "cannot become user %s: %s", program->user, strerror(errno));
         else
             execute(program->argv, env, failure);
     }

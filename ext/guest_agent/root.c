@@ -103,7 +103,7 @@ static const char *mount_disk(const struct boot_config *config, const char *id, 
                               bool readonly, int wait_ms) {
     char device[DEVICE_PATH_BYTES];
     if (make_dirs(path) < 0)
-        return problem("can not make %s", path);
+        return problem("cannot make %s", path);
     if (find_disk(config, id, device, wait_ms) < 0) {
         errno = ENODEV;
         return problem("disk \"%s\" did not appear", id);
@@ -111,7 +111,7 @@ static const char *mount_disk(const struct boot_config *config, const char *id, 
     /* A read-only disk may be shared or dirty: its journal must not be replayed. */
     const char *options = readonly && strcmp(type, "ext4") == 0 ? "noload" : NULL;
     if (mount(device, path, type, (readonly ? MS_RDONLY : 0) | MS_NODEV, options) < 0)
-        return problem("can not mount disk \"%s\" (%s, %s)", id, device, type);
+        return problem("cannot mount disk \"%s\" (%s, %s)", id, device, type);
     return NULL;
 }
 
@@ -121,20 +121,20 @@ static const char *join(const char *lower, const char *upper, const char *path) 
     char options[3 * PATH_MAX], dir[PATH_MAX];
     snprintf(dir, sizeof dir, "%s/upper", upper);
     if (make_dirs(dir) < 0)
-        return problem("can not make %s", dir);
+        return problem("cannot make %s", dir);
     snprintf(dir, sizeof dir, "%s/work", upper);
     if (make_dirs(dir) < 0)
-        return problem("can not make %s", dir);
+        return problem("cannot make %s", dir);
     /* The root of a volume or image keeps its mode and owner; a fresh upper directory would hide them. */
     struct stat st;
     snprintf(dir, sizeof dir, "%s/upper", upper);
     if (stat(lower, &st) == 0 && (chown(dir, st.st_uid, st.st_gid) < 0 || chmod(dir, st.st_mode & 07777) < 0))
-        return problem("can not set the mode of %s", dir);
+        return problem("cannot set the mode of %s", dir);
     snprintf(options, sizeof options, "lowerdir=%s,upperdir=%s/upper,workdir=%s/work", lower, upper, upper);
     if (make_dirs(path) < 0)
-        return problem("can not make %s", path);
+        return problem("cannot make %s", path);
     if (mount("overlay", path, "overlay", 0, options) < 0)
-        return problem("can not mount the overlay at %s", path);
+        return problem("cannot mount the overlay at %s", path);
     umount2(lower, MNT_DETACH);
     umount2(upper, MNT_DETACH);
     return NULL;
@@ -252,7 +252,7 @@ const char *mount_root(const struct boot_config *config) {
     if (!wrong && config->overlay)
         wrong = mount_disk(config, "overlay", "/upper", "ext4", false, BOOT_DISK_WAIT_MS);
     else if (!wrong && (make_dirs("/upper") < 0 || mount("tmpfs", "/upper", "tmpfs", 0, "mode=0755") < 0))
-        wrong = problem("can not mount a writable layer in memory");
+        wrong = problem("cannot mount a writable layer in memory");
     if (wrong)
         return wrong;
     if (config->overlay)
@@ -267,7 +267,7 @@ const char *switch_root(void) {
     umount2("/proc", MNT_DETACH);
     if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0 ||
         mount(NULL, "/", NULL, MS_REC | MS_SHARED, NULL) < 0)
-        return problem("can not switch to the new root");
+        return problem("cannot switch to the new root");
     return NULL;
 }
 

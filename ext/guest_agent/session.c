@@ -20,7 +20,7 @@
 #define TERMINAL_EOF "\x04"
 
 static struct session sessions[MAX_SESSIONS];
-/* Which session is served first; moves on, so that a busy one can not starve those behind it. */
+/* Which session is served first; moves on, so that a busy one cannot starve those behind it. */
 static size_t turn;
 
 /* Who polled which descriptor in this round. */

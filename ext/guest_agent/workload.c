@@ -127,7 +127,7 @@ static void start(const struct boot_config *config) {
             event_happened(EVENT_STARTED, NULL);
         return;
     }
-    snprintf(message, sizeof message, "can not start a process: %s", strerror(errno));
+    snprintf(message, sizeof message, "cannot start a process: %s", strerror(errno));
     end_unstarted(message);
 }
 

@@ -135,7 +135,7 @@ class Compressor:
             await _pump(_unpacked(packed, row), directory / (MEMORY + _UNPACKED), size=row.memory_bytes)
             await trio.to_thread.run_sync(os.rename, directory / (MEMORY + _UNPACKED), directory / MEMORY)
         except (OSError, zstandard.ZstdError, RuntimeError, EOFError) as error:
-            raise CaptureInvalid(f"the compressed memory of capture {capture_id} can not be read: {error}") from error
+            raise CaptureInvalid(f"the compressed memory of capture {capture_id} cannot be read: {error}") from error
 
     async def _compress(self, capture_id: str, delay: float, job: _Job) -> None:
         try:
@@ -144,12 +144,12 @@ class Compressor:
                 async with self._slots:
                     await self._compress_now(capture_id)
         except Exception as error:  # the capture is valid uncompressed; a failure here must not stop the server
-            log.warning("capture %s can not be compressed: %s", capture_id, error)
+            log.warning("capture %s cannot be compressed: %s", capture_id, error)
             text = str(error)
             try:
                 await self._store.write(lambda txn: _change(txn, capture_id, compression_error=text))
             except StoreError as refused:  # on a full disk; the next start compresses it
-                log.warning("and that can not be written down: %s", refused)
+                log.warning("and that cannot be written down: %s", refused)
         finally:
             del self._jobs[capture_id]
             job.ended.set()

@@ -197,7 +197,7 @@ class Client:
         except (OSError, ValueError) as error:
             connection.close()
             reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise Unreachable(f"{self.settings.base_url} can not be reached: {reason}") from None
+            raise Unreachable(f"{self.settings.base_url} cannot be reached: {reason}") from None
         return connection
 
 

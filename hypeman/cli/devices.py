@@ -15,7 +15,7 @@ def devices() -> None:
 
 
 @devices.command("available")
-@click.option("-a", "--all", "everything", is_flag=True, help="Also what can not be passed through, and why.")
+@click.option("-a", "--all", "everything", is_flag=True, help="Also what cannot be passed through, and why.")
 @reports
 def available_devices(session: Session, everything: bool) -> None:
     """List the devices that this host can pass through."""

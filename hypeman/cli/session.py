@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 _HINTS = {
     401: "set HYPEMAN_API_KEY or api_key in ~/.config/hypeman/cli.yaml; `hypeman token` on the server mints a key",
     403: "this key may not do that; `hypeman token --scopes` mints one that may",
-    501: "this server, host or hypervisor can not do it; see `hypeman capabilities`",
+    501: "this server, host or hypervisor cannot do it; see `hypeman capabilities`",
 }
 
 

@@ -123,7 +123,7 @@ class Devices:
         if function is None:
             raise NotFound(f"this host has no PCI function {address}", code="device_not_found")
         if address in view.obstacles:
-            raise Conflict(f"PCI function {address} can not be passed through: {view.obstacles[address]}")
+            raise Conflict(f"PCI function {address} cannot be passed through: {view.obstacles[address]}")
         record = DeviceRecord(
             id=new_id(),
             name=name,

@@ -58,7 +58,7 @@ class AvailableDevice(Struct, frozen=True, kw_only=True):
     device_name: str | UnsetType = UNSET
     current_driver: str | None = None
     reason: Annotated[
-        str | UnsetType, Meta(description="Why it can not be passed through; only where all were asked for")
+        str | UnsetType, Meta(description="Why it cannot be passed through; only where all were asked for")
     ] = UNSET
 
 

@@ -71,7 +71,7 @@ class Watcher:
     def _tell(self, view: View) -> None:
         for address, reason in view.obstacles.items():
             if self.view.obstacles.get(address) != reason:
-                log.info("PCI function %s can not be passed through: %s", address, reason)
+                log.info("PCI function %s cannot be passed through: %s", address, reason)
         for address in self.view.obstacles.keys() - view.obstacles.keys():
             if address in view.functions:
                 log.info("PCI function %s can be passed through now", address)

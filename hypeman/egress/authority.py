@@ -47,4 +47,4 @@ def load_authority(directory: Path) -> Authority:
             write_file(certificate, made_certificate, 0o644)
         return Authority(certificate.read_bytes(), key.read_bytes())
     except OSError as error:
-        raise InternalError(f"the egress certificate authority in {directory} can not be used: {error}") from error
+        raise InternalError(f"the egress certificate authority in {directory} cannot be used: {error}") from error

@@ -156,7 +156,7 @@ def parse_header(name: str) -> str:
     if not _TOKEN.fullmatch(name):
         raise InvalidRequest(f"header {name!r} is not a header name")
     if lowered in FIXED_HEADERS:
-        raise InvalidRequest(f"header {name!r} frames or carries the message and can not be set")
+        raise InvalidRequest(f"header {name!r} frames or carries the message and cannot be set")
     return lowered
 
 

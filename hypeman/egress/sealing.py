@@ -55,7 +55,7 @@ class Sealer:
         try:
             return self._cipher.decrypt(sealed[:_NONCE], sealed[_NONCE:], instance_id.encode())
         except (InvalidTag, ValueError):
-            raise InternalError(f"the sealed credentials of instance {instance_id} can not be opened") from None
+            raise InternalError(f"the sealed credentials of instance {instance_id} cannot be opened") from None
 
 
 def load_sealer(directory: Path) -> Sealer:
@@ -67,7 +67,7 @@ def load_sealer(directory: Path) -> Sealer:
             write_file(path, os.urandom(32))
         key = path.read_bytes()
     except OSError as error:
-        raise InternalError(f"the key that seals credentials, {path}, can not be used: {error}") from error
+        raise InternalError(f"the key that seals credentials, {path}, cannot be used: {error}") from error
     if len(key) != 32:
         raise InternalError(f"{path} is not a key of 32 bytes")
     return Sealer(key)

@@ -92,7 +92,7 @@ class _Hook:
         try:
             self._key, self._tls = key_of(config.secret), client_context(config.ca_file)
         except (OSError, ValueError) as error:
-            raise WebhookError(f"events.webhooks.{name} can not be used: {error}") from None
+            raise WebhookError(f"events.webhooks.{name} cannot be used: {error}") from None
 
     async def run(self) -> None:
         row = self._store.read(lambda txn: txn.get(WEBHOOKS, self.name))

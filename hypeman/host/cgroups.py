@@ -83,7 +83,7 @@ class CGroups:
                 if file.partition(".")[0] in self._controllers:
                     _write(group / file, text)
         except OSError as error:
-            raise InternalError(f"the control group of {name} can not be set up: {error}") from error
+            raise InternalError(f"the control group of {name} cannot be set up: {error}") from error
         return str(group)
 
     def remove(self, name: str) -> bool:
@@ -97,7 +97,7 @@ class CGroups:
         except OSError as error:
             if error.errno == errno.EBUSY:
                 return False
-            raise InternalError(f"the control group of {name} can not be removed: {error}") from error
+            raise InternalError(f"the control group of {name} cannot be removed: {error}") from error
         return True
 
     def remove_strays(self, keep: Collection[str]) -> list[str]:

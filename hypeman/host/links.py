@@ -306,7 +306,7 @@ class Links:
     def _set_limits(self, tap: Tap) -> None:
         index = _index(tap.name)
         if not index:
-            raise HostError(f"TAP {tap.name} is not there; its limits can not be set")
+            raise HostError(f"TAP {tap.name} is not there; its limits cannot be set")
         messages = qdiscs.download_messages(tap.name, index, tap.download)
         shaper = shaper_name(tap.name)
         if tap.upload:
@@ -354,7 +354,7 @@ class Links:
         try:
             return await trio.to_thread.run_sync(function, *arguments, limiter=self._one_at_a_time)
         except OSError as error:
-            raise HostError(f"the network can not be changed: {error}") from error
+            raise HostError(f"the network cannot be changed: {error}") from error
 
 
 async def find_uplink(configured: str = "") -> Uplink:
@@ -473,13 +473,13 @@ def _attach_tap(name: str) -> int:
     try:
         descriptor = os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        why = f"{TUN_DEVICE} can not be opened ({error.strerror}); load the tun module: modprobe tun"
+        why = f"{TUN_DEVICE} cannot be opened ({error.strerror}); load the tun module: modprobe tun"
         raise HostError(why) from error
     try:
         fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", name.encode(), TAP_FLAGS))
     except OSError as error:
         os.close(descriptor)
-        raise HostError(f"TAP {name} can not be opened: {error.strerror}") from error
+        raise HostError(f"TAP {name} cannot be opened: {error.strerror}") from error
     return descriptor
 
 

@@ -70,7 +70,7 @@ def _apply(path: Path, loan: _Loan) -> None:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise InternalError(f"{path} can not be lent to a VMM's user: {error.strerror}") from error
+        raise InternalError(f"{path} cannot be lent to a VMM's user: {error.strerror}") from error
 
 
 def encode_acl(mode: int, permissions: Mapping[int, int]) -> bytes:

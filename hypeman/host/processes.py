@@ -247,7 +247,7 @@ class Processes:
                 start_new_session=True, env={**tool_environment(), **(env or {})}, cwd=cwd,
             )  # fmt: skip
         except OSError as error:
-            raise ToolFailed(f"{argv[0]} can not be started: {error.strerror or error}") from None
+            raise ToolFailed(f"{argv[0]} cannot be started: {error.strerror or error}") from None
         output, errors = bytearray(), bytearray()
         overflow = False
         patience = trio.CancelScope(deadline=trio.current_time() + quiet_limit)
@@ -307,7 +307,7 @@ class Processes:
                 start = _launch if os.geteuid() == 0 else _start
                 pid = _in_own_thread(lambda: start(program, output, log))
             except OSError as error:
-                raise SpawnFailed(f"{program.argv[0]} can not be started: {error.strerror or error}") from error
+                raise SpawnFailed(f"{program.argv[0]} cannot be started: {error.strerror or error}") from error
         # If it has exited it is still a zombie: it has not been reaped.
         return Process(ProcessId(pid, _start_time(pid), self.boot_id), os.pidfd_open(pid))
 

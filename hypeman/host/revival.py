@@ -45,7 +45,7 @@ def revive(pid: int, name: str) -> int:
             finally:
                 os.close(copy)
     except OSError as error:
-        raise HostError(f"process {pid} can not be put on TAP {name} again: {error.strerror}") from error
+        raise HostError(f"process {pid} cannot be put on TAP {name} again: {error.strerror}") from error
     return len(lost)
 
 

@@ -45,7 +45,7 @@ def pack(target: Path, parts: Sequence[tuple[Path, Iterable[str]]]) -> None:
         except FileExistsError as error:
             raise HostError(f"{error.filename2 or error.filename} exists already") from None
         except OSError as error:
-            raise HostError(f"{target} can not be written: {error}") from error
+            raise HostError(f"{target} cannot be written: {error}") from error
 
 
 @contextlib.contextmanager

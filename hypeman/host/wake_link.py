@@ -40,14 +40,14 @@ class WakeLink:
         try:
             self._tun = os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise HostError(f"{TUN_DEVICE} can not be opened ({error.strerror}); load the tun module") from error
+            raise HostError(f"{TUN_DEVICE} cannot be opened ({error.strerror}); load the tun module") from error
         try:
             fcntl.ioctl(self._tun, _TUNSETIFF, struct.pack("16sH22x", WAKE_LINK.encode(), _IFF_TUN | _IFF_NO_PI))
             fcntl.ioctl(self._tun, _TUNSETPERSIST, 1)
             self._out = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         except OSError as error:
             os.close(self._tun)
-            raise HostError(f"{WAKE_LINK} can not be opened: {error.strerror}") from error
+            raise HostError(f"{WAKE_LINK} cannot be opened: {error.strerror}") from error
 
     def close(self) -> None:
         """The link stays. A reader that waits gets ClosedResourceError."""

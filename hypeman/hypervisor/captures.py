@@ -61,7 +61,7 @@ def publish(
         else:
             (directory / RECORD).write_bytes(_rendered(capture))
     except OSError as error:
-        raise InternalError(f"the capture in {directory} can not be written: {error.strerror}") from error
+        raise InternalError(f"the capture in {directory} cannot be written: {error.strerror}") from error
     return capture
 
 
@@ -97,7 +97,7 @@ def read(directory: Path) -> Capture:
     except FileNotFoundError:
         raise CaptureInvalid(f"{directory} holds no complete capture") from None
     except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise CaptureInvalid(f"the record of the capture in {directory} can not be read: {error}") from None
+        raise CaptureInvalid(f"the record of the capture in {directory} cannot be read: {error}") from None
     if capture.boot_id and capture.boot_id != _boot_id():
         raise CaptureInvalid(f"the capture in {directory} was not yet on disk when the host went down")
     for name, size in capture.files.items():
@@ -139,7 +139,7 @@ def check_fits(capture: Capture, config: VmConfig, *, kind: HypervisorKind, vers
     """Raise CaptureInvalid unless a VM of ``config`` can be restored from ``capture``."""
     old, differences = capture.config, []
     if capture.kind != kind:
-        raise CaptureInvalid(f"the capture was made by {capture.kind} and can not be loaded by {kind}")
+        raise CaptureInvalid(f"the capture was made by {capture.kind} and cannot be loaded by {kind}")
     if _numbers(capture.version) > _numbers(version):
         differences.append(f"it was made by version {capture.version}, here is {version}")
     if capture.machine != machine:

@@ -71,7 +71,7 @@ class KvmProof:
 
     async def _try(self) -> str:
         if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
-            return f"{KVM_DEVICE} is not there or can not be opened"
+            return f"{KVM_DEVICE} is not there or cannot be opened"
         if not os.access(self._kernel, os.R_OK):
             return f"there is no kernel {self._kernel} to try it with"
         qemu = self._qemu or shutil.which("qemu-system-x86_64")

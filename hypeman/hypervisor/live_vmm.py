@@ -54,7 +54,7 @@ class LiveVmm:
     def _pullable(self, disk_id: str) -> Disk:
         disk = self._disk(disk_id)
         if disk.port == 0:
-            raise NotSupported(f"disk {disk_id!r} is fixed and can not be taken from a running VM")
+            raise NotSupported(f"disk {disk_id!r} is fixed and cannot be taken from a running VM")
         return disk
 
     def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
@@ -77,4 +77,4 @@ class LiveVmm:
         if not 0 <= size < self.config.memory_bytes or size % MIB:
             raise InvalidRequest(f"a guest can lend whole MiB of its {self.config.memory_bytes} bytes, not {size}")
         if size and not await self.can_lend():
-            raise NotSupported("this VM's memory is held by a device, or is a view of a capture: it can not be lent")
+            raise NotSupported("this VM's memory is held by a device, or is a view of a capture: it cannot be lent")

@@ -110,7 +110,7 @@ class Seeker(abc.ABC):
     def _want_available(self) -> None:
         """Raise NotSupported, with the reason, if this VMM cannot launch VMs."""
         if not self._capabilities.available:
-            raise NotSupported(f"{self.kind} can not be used here: {self._capabilities.reason}")
+            raise NotSupported(f"{self.kind} cannot be used here: {self._capabilities.reason}")
 
     async def kill_stray(self, run_dir: str) -> bool:
         return await end_stray(self._processes, run_dir)

@@ -123,7 +123,7 @@ async def import_file(path: Path, blobs: Blobs, bounds: Bounds, turns: trio.Capa
         finally:
             os.close(fd)
     except OSError as error:
-        raise InvalidRequest(f"{path} can not be read: {error.strerror}") from None
+        raise InvalidRequest(f"{path} cannot be read: {error.strerror}") from None
 
 
 async def _import_archive(fd: int, blobs: Blobs, bounds: Bounds, turns: trio.CapacityLimiter) -> list[Imported]:
@@ -139,7 +139,7 @@ async def _import_archive(fd: int, blobs: Blobs, bounds: Bounds, turns: trio.Cap
     except ConversionFailed as error:
         if not error.blame_image:
             raise
-        raise InvalidRequest(f"the archive can not be imported: it {error.message}") from None
+        raise InvalidRequest(f"the archive cannot be imported: it {error.message}") from None
     finally:
         os.close(plain)
 
@@ -209,7 +209,7 @@ class _Importer:
             for digest in self._added:
                 self._blobs.remove(digest)
             if isinstance(error, TarError | ManifestError):
-                raise InvalidRequest(f"the archive can not be imported: {error}") from None
+                raise InvalidRequest(f"the archive cannot be imported: {error}") from None
             raise
 
     # OCI layouts

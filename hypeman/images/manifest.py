@@ -259,4 +259,4 @@ def decode(data: bytes, kind: type[T], what: str) -> T:
     try:
         return msgspec.convert(_without_nulls(msgspec.json.decode(data)), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ManifestError(f"the image's {what} can not be read: {error}") from None
+        raise ManifestError(f"the image's {what} cannot be read: {error}") from None

@@ -380,7 +380,7 @@ class RegistryClient:
                     raise _Again(f"answers with status {response.status_code}", after=after)
                 yield response
         except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
-            raise RegistryError(f"registry {url.host} can not be asked: {error}") from None
+            raise RegistryError(f"registry {url.host} cannot be asked: {error}") from None
         except httpx.TransportError as error:
             if _is_certificate_error(error):
                 raise RegistryError(f"registry {url.host} is not who it claims to be: {error}") from None
@@ -606,7 +606,7 @@ def _trust(ca_file: str) -> ssl.SSLContext:
     try:
         return client_context(ca_file)
     except OSError as error:
-        raise RegistryError(f"images.ca_file {ca_file} can not be used: {error}") from None
+        raise RegistryError(f"images.ca_file {ca_file} cannot be used: {error}") from None
 
 
 def _is_certificate_error(error: BaseException) -> bool:

@@ -381,7 +381,7 @@ class Images:
         if row is None:
             raise NotFound(f"image {ref} was deleted meanwhile")
         if row.status is not ImageStatus.READY:
-            raise InternalError(f"image {ref} can not be used: {row.error or row.status}")
+            raise InternalError(f"image {ref} cannot be used: {row.error or row.status}")
         return self._ready_image(row)
 
     async def abandon(self, name: str) -> None:

@@ -174,7 +174,7 @@ def main(fd: int) -> int:
             return _fail(link, "the image has more files than fit into memory", blame_image=True)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            text = "the disk is full" if full else f"the disk can not be written: {error.strerror}"
+            text = "the disk is full" if full else f"the disk cannot be written: {error.strerror}"
             return _fail(link, text, blame_image=False)
     return 0
 

@@ -62,7 +62,7 @@ class Reaper:
             await self._delete(instance_id)
         except Exception as error:  # on any error the reaper retries later
             if not isinstance(error, NotFound):
-                log.warning("expired instance %s can not be deleted: %s", instance_id, error)
+                log.warning("expired instance %s cannot be deleted: %s", instance_id, error)
                 await trio.sleep(PAUSE)
         self._deleting.discard(instance_id)
         self.look()

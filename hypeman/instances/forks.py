@@ -117,7 +117,7 @@ async def run_again(task: Lifecycle) -> None:
 def check_forkable(record: InstanceRecord) -> None:
     """Raise NotSupported or Conflict if the instance has something that cannot be duplicated."""
     if record.spec.devices or record.spec.gpu_profile:
-        raise NotSupported("an instance with passed-through devices can not be forked or captured")
+        raise NotSupported("an instance with passed-through devices cannot be forked or captured")
     for mount in record.spec.volumes:
         if not mount.readonly:
             raise Conflict(f"volume {mount.volume_id!r} is attached read-write; detach it first")

@@ -603,7 +603,7 @@ class Instances:
                 try:
                     await self.machine.logs.rotate(record.id, limit)
                 except (HypemanError, OSError) as error:
-                    log.warning("logs of instance %s can not be rotated: %s", record.id, error)
+                    log.warning("logs of instance %s cannot be rotated: %s", record.id, error)
 
 
 class _Found(NamedTuple):

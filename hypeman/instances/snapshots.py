@@ -250,7 +250,7 @@ class Snapshots:
             return row.source.spec.hypervisor
         if row.kind is SnapshotKind.STANDBY:
             raise NotSupported(
-                f"saved memory of {row.source.spec.hypervisor.value} can not be restored by {wanted.value}"
+                f"saved memory of {row.source.spec.hypervisor.value} cannot be restored by {wanted.value}"
             )
         return self._catalog.driver(wanted).kind
 
@@ -327,5 +327,5 @@ def _check_target(row: SnapshotRow, target: TargetState | None, hypervisor: Hype
         raise InvalidRequest("target_hypervisor is for snapshots of kind Stopped")
     chosen = target or _DEFAULT_TARGET[row.kind]
     if chosen not in _ALLOWED_TARGETS[row.kind]:
-        raise InvalidRequest(f"a snapshot of kind {row.kind.value} can not end {chosen.value}")
+        raise InvalidRequest(f"a snapshot of kind {row.kind.value} cannot end {chosen.value}")
     return chosen

@@ -57,7 +57,7 @@ def _tools(facts: NetworkFacts) -> Iterable[Finding]:
     if not facts.privileged:
         yield _fails("no right to change the network (CAP_NET_ADMIN)", "run hypeman serve as root")
     if facts.nft and facts.privileged and facts.ruleset is None:
-        yield _fails("nft can not list the rules: the kernel lacks nf_tables", "modprobe nf_tables")
+        yield _fails("nft cannot list the rules: the kernel lacks nf_tables", "modprobe nf_tables")
     if facts.missing_modules:
         names = " ".join(facts.missing_modules)
         yield _warns(

@@ -81,7 +81,7 @@ async def take_back(steps: Sequence[S], effects: Undoes[S]) -> None:
             try:
                 await effects.undo(step)
             except Exception as error:
-                log.exception("can not undo %s", type(step).__name__)
+                log.exception("cannot undo %s", type(step).__name__)
                 failed.append(f"{type(step).__name__}: {error}")
     if failed:
         raise UndoFailed("could not take back " + "; ".join(failed))

@@ -189,7 +189,7 @@ def bind_tcp(host: str, port: int) -> list[socket.socket]:
         for sock in sockets:
             sock.close()
         hint = "; something else listens there" if error.errno == errno.EADDRINUSE else ""
-        raise ServeError(f"can not listen on {host}:{port}: {error.strerror or error}{hint}") from None
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}{hint}") from None
     return sockets
 
 
@@ -217,14 +217,14 @@ def bind_unix(path: str, *, mode: int, group: str = "") -> socket.socket:
         raise ServeError(f"the group {group!r} of the socket {path} does not exist") from None
     except OSError as error:
         sock.close()
-        raise ServeError(f"can not listen on {path}: {error.strerror or error}") from None
+        raise ServeError(f"cannot listen on {path}: {error.strerror or error}") from None
     return sock
 
 
 def _remove_leftover(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise ServeError(f"can not listen on {path}: there is a file of that name")
+            raise ServeError(f"cannot listen on {path}: there is a file of that name")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -233,7 +233,7 @@ def _remove_leftover(path: str) -> None:
         except OSError:
             os.unlink(path)
         else:
-            raise ServeError(f"can not listen on {path}: another server answers there")
+            raise ServeError(f"cannot listen on {path}: another server answers there")
 
 
 async def metrics_app(scope: dict[str, Any], receive: Any, send: Any) -> None:

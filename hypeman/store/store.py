@@ -287,7 +287,7 @@ def _translated(path: Path | None) -> Any:
         raise
     except (OSError, lmdb.Error) as error:
         where = f" {path}" if path is not None else ""
-        raise StoreError(f"store{where} can not be used: {error}") from error
+        raise StoreError(f"store{where} cannot be used: {error}") from error
 
 
 def _file_size(path: Path) -> int:

@@ -468,7 +468,7 @@ def test_refusals_say_what_to_do(server: Any) -> None:
     assert server.token not in done.stderr
     for url in ("http://127.0.0.1:1", "unix:///nowhere.sock", "http://no-such-host.invalid"):
         done = run(hypeman, ["--base-url", url, "ps"])
-        assert (done.exit_code, "can not be reached" in done.stderr, "hypeman serve" in done.stderr) == (1, True, True)
+        assert (done.exit_code, "cannot be reached" in done.stderr, "hypeman serve" in done.stderr) == (1, True, True)
     assert run(hypeman, ["--base-url", "ftp://x", "ps"]).exit_code == 1
 
 

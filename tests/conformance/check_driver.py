@@ -368,7 +368,7 @@ async def a_torn_capture_is_refused(bench: Bench) -> None:
         path.write_bytes(good)
     record = (directory / "capture.json").read_bytes()
     (directory / "capture.json").write_bytes(record[: len(record) // 2])
-    await refused("can not be read")
+    await refused("cannot be read")
     (directory / "capture.json").unlink()
     await refused("no complete capture")
     (directory / "capture.json").write_bytes(record)

@@ -1,4 +1,4 @@
-"""Why functions can or can not be passed through."""
+"""Why functions can or cannot be passed through."""
 
 from __future__ import annotations
 

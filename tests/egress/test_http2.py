@@ -401,7 +401,7 @@ async def test_resets_both_ways(world: World, grpc: GrpcLike) -> None:
 
 @pytest.mark.parametrize("polite", [True, False])
 async def test_host_that_closes_as_we_ask(world: World, grpc: GrpcLike, polite: bool) -> None:
-    """What it can not have seen is asked again on a new connection; what we kept no copy of, the client may repeat."""
+    """What it cannot have seen is asked again on a new connection; what we kept no copy of, the client may repeat."""
     grpc.served, grpc.polite = 1, polite
     peer = await through(world, grpc)
     for _ in range(3):

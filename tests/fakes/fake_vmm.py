@@ -195,7 +195,7 @@ class FakeVmm:
     async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         self._want(self._driver.capabilities.standby, "standby")
         if self.config.pci_devices:
-            raise NotSupported("the state of a passed-through device can not be saved")
+            raise NotSupported("the state of a passed-through device cannot be saved")
         async with self._visit("capture"):
             self.process.state = VmmState.PAUSED
             _write(directory / captures.STATE, msgspec.json.encode(self.process.memory))

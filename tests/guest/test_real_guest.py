@@ -313,8 +313,8 @@ async def test_a_broken_disk_is_told_and_ends_the_guest(kernel: Path, busybox_ro
                     events.append(event)
                 await guest.wait_exit()
     [fatal] = [event for event in events if isinstance(event, Fatal)]
-    assert fatal.message.startswith('can not mount disk "overlay"')
-    assert b'can not mount disk "overlay"' in guest.console
+    assert fatal.message.startswith('cannot mount disk "overlay"')
+    assert b'cannot mount disk "overlay"' in guest.console
 
 
 async def _ignore_end(client: GuestClient) -> None:

@@ -165,10 +165,10 @@ async def test_only_a_tap_that_exists_is_opened() -> None:
     await links.add_tap(TAP)
     descriptor = await links.open_tap("hm-one")
     assert not os.get_inheritable(descriptor)
-    with pytest.raises(HostError, match="hm-one can not be opened: Device or resource busy"):
+    with pytest.raises(HostError, match="hm-one cannot be opened: Device or resource busy"):
         await links.open_tap("hm-one")
     os.close(descriptor)
-    with pytest.raises(HostError, match="limits can not be set"):
+    with pytest.raises(HostError, match="limits cannot be set"):
         await links.set_limits(Tap("hm-two", "10.100.0.3", TAP.mac, TAP.gateway, TAP.gateway_mac))
     links.close()
 

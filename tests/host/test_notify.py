@@ -27,7 +27,7 @@ def test_ready(systemd: socket.socket, tmp_path: Path) -> None:
     notify()
     assert systemd.recv(100) == b"READY=1"
     (tmp_path / "notify").unlink()
-    notify()  # a message that can not be sent is no reason to stop
+    notify()  # a message that cannot be sent is no reason to stop
 
 
 def test_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:

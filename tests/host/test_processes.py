@@ -252,7 +252,7 @@ async def test_a_tools_failure_carries_its_own_words(processes: Processes) -> No
     assert caught.value.returncode == 4 and caught.value.output == b"half\n"
     with pytest.raises(ToolFailed, match="SIGKILL"):
         await processes.run(["/bin/sh", "-c", "kill -9 $$"])
-    with pytest.raises(ToolFailed, match="can not be started"):
+    with pytest.raises(ToolFailed, match="cannot be started"):
         await processes.run(["/no/such/tool"])
 
 
@@ -296,7 +296,7 @@ async def test_tools_get_no_secrets_and_the_hosts_own_libraries(
 
 @as_root
 async def test_a_lent_file_can_be_opened_by_its_borrowers_alone(processes: Processes, tmp_path: Path) -> None:
-    open_to_all = tempfile.mkdtemp(prefix="hv-")  # other users can not pass pytest's own
+    open_to_all = tempfile.mkdtemp(prefix="hv-")  # other users cannot pass pytest's own
     os.chmod(open_to_all, 0o711)
     file = Path(open_to_all, "memory")
     file.write_text("x")

@@ -111,7 +111,7 @@ def capabilities(kind: HypervisorKind, found: Found) -> Capabilities:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A directory that other users can pass, as they can the data directory; pytest's own they can not."""
+    """A directory that other users can pass, as they can the data directory; pytest's own they cannot."""
     with tempfile.TemporaryDirectory(prefix="hv-") as name:
         Path(name).chmod(0o711)
         yield Path(name)

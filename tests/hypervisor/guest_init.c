@@ -57,7 +57,7 @@ static int load_if_wanted(const char *path, const struct stat *st, int kind, str
         return 0;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (syscall(SYS_finit_module, fd, "", 0) != 0)
-        printf("test guest: %s can not be loaded: %m\n", path);
+        printf("test guest: %s cannot be loaded: %m\n", path);
     close(fd);
     return 1;
 }

@@ -41,7 +41,7 @@ class Taps:
 
     def _new_namespace(self) -> int:
         if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "a network namespace can not be made")
+            raise OSError(ctypes.get_errno(), "a network namespace cannot be made")
         return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
 
     def _open(self, name: str) -> int:

@@ -111,7 +111,7 @@ async def test_tcg_may_be_asked_for(processes: Processes, tmp_path: Path) -> Non
 async def test_what_is_no_usable_qemu_says_why(processes: Processes, tmp_path: Path, script: str, reason: str) -> None:
     driver = await probe(processes, tmp_path, script)
     assert not driver.capabilities.available and reason in driver.capabilities.reason
-    with pytest.raises(NotSupported, match="can not be used here"):
+    with pytest.raises(NotSupported, match="cannot be used here"):
         driver.validate(config_maker(tmp_path, Path("/kernel"), None)("refused"))
 
 

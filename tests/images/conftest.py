@@ -85,7 +85,7 @@ def debian_layer() -> bytes:
         )
         if made.returncode != 0:
             side.unlink(missing_ok=True)
-            pytest.skip(f"mmdebstrap can not reach a mirror: {made.stderr[-200:].decode(errors='replace')}")
+            pytest.skip(f"mmdebstrap cannot reach a mirror: {made.stderr[-200:].decode(errors='replace')}")
         side.rename(kept)
     return kept.read_bytes()
 

@@ -181,7 +181,7 @@ async def test_index_that_leads_in_circles(registry: FaultyRegistry, make_images
 async def test_a_manifest_that_is_none(registry: FaultyRegistry, make_images: Start, paths: Paths) -> None:
     registry.serve_manifest("evil", b"<html>", "text/html")
     image = await fail_name(registry, make_images, paths)
-    assert "manifest can not be read" in (image.error or "")
+    assert "manifest cannot be read" in (image.error or "")
 
 
 async def test_too_many_entries_in_all(registry: FaultyRegistry, make_images: Start, paths: Paths) -> None:

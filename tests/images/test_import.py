@@ -151,7 +151,7 @@ def broken(name: str, tmp_path: Path) -> bytes:
 async def test_broken_archives(name: str, make_images: Start, paths: Paths, tmp_path: Path) -> None:
     """Refused with the reason, and nothing is kept."""
     images = await make_images()
-    with pytest.raises(InvalidRequest, match="the archive can not be imported: "):
+    with pytest.raises(InvalidRequest, match="the archive cannot be imported: "):
         await images.import_archive(in_pieces(broken(name, tmp_path)), name="x")
     assert blobs_of(paths) == set() and await images.list() == []
 

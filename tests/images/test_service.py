@@ -253,7 +253,7 @@ async def test_a_failed_image_is_tried_again(registry: FaultyRegistry, make_imag
     registry.rules.append(lambda request: Response(404) if "/blobs/" in request.path else None)
     images = await make_images(insecure_registries=(registry.host,))
     name = f"{registry.host}/one"
-    with pytest.raises(InternalError, match="can not be used"):
+    with pytest.raises(InternalError, match="cannot be used"):
         await images.wait_ready(name)
     assert (await images.get(name)).status is ImageStatus.FAILED
     registry.rules.clear()

@@ -1,4 +1,4 @@
-"""What goes wrong around the instances' tasks: news that can not be followed, starts of the server that
+"""What goes wrong around the instances' tasks: news that cannot be followed, starts of the server that
 find broken VMs, transactions that are refused at the end, clients that hang up, expiry."""
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def jam_taps(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_clean_up_that_fails_leaves_the_server_alive(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The VM ended by itself and its TAP can not be removed: Unknown, with the reason; stop tries again."""
+    """The VM ended by itself and its TAP cannot be removed: Unknown, with the reason; stop tries again."""
     async with lab.running() as instances:
         await running(lab, instances)
         jam_taps(lab, monkeypatch)

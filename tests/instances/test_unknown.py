@@ -208,7 +208,7 @@ async def test_a_capture_that_nobody_needs_and_nobody_can_remove(lab: Lab, monke
         await clean_up(lab, instances)
 
 
-# ── A store that can not be written ──────────────────────────────────────────────────────────────
+# ── A store that cannot be written ──────────────────────────────────────────────────────────────
 
 
 class _Full:

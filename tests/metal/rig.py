@@ -146,7 +146,7 @@ class MetalHost:
             raise RigError(f"the host could not unpack: {output.decode()}")
 
     def get(self, path: str, *, timeout: float = 60) -> bytes:
-        """The content of a file in the host; FileNotFoundError if it can not be read."""
+        """The content of a file in the host; FileNotFoundError if it cannot be read."""
         code, output = self._ask("GET", path.encode(), timeout)
         if code:
             raise FileNotFoundError(path)

@@ -4,7 +4,7 @@
 
 Both ends are descriptors of TAPs in the test's hands, so a test sends any frame and sees every frame.
 ``@in_namespace`` runs a test in a fresh process inside fresh network and mount namespaces: the
-namespace of a process with worker threads can not be changed from inside.
+namespace of a process with worker threads cannot be changed from inside.
 
 A packet that must *not* arrive is followed by a legal one on the same way (``marker``); when that is
 there, the other one would have been too. No test waits for time to pass.

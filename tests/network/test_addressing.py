@@ -1,4 +1,4 @@
-"""What follows from an offset, and what can not be a subnet."""
+"""What follows from an offset, and what cannot be a subnet."""
 
 from __future__ import annotations
 

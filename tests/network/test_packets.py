@@ -89,7 +89,7 @@ async def test_identity_of_another_guest_is_of_no_use_even_complete(lab: Lab) ->
 
 @in_namespace
 async def test_each_fragment_must_prove_its_sender(lab: Lab) -> None:
-    """A guest can not slip a fragment into the datagram of another one: they are looked at before defragmentation."""
+    """A guest cannot slip a fragment into the datagram of another one: they are looked at before defragmentation."""
     guest, other = await lab.guest(), await lab.guest()
     datagram = frames.udp(guest.lease.ipv4, SERVER, 4000, 9, b"A" * 16 + b"B" * 16)
     first, second = datagram[:24], datagram[24:]

@@ -158,7 +158,7 @@ async def check_whole(appliance: Appliance, where: str) -> None:
         verb = {"Standby": "restore", "Stopped": "start"}.get(state)
         if verb is not None:
             answer = await appliance.ask("POST", f"/instances/{name}/{verb}", json={})
-            assert answer.is_success, f"{name} can not {verb}: {answer.text}: {where}"
+            assert answer.is_success, f"{name} cannot {verb}: {answer.text}: {where}"
         await appliance.wait(name, "Running")
         await wait_for_note(appliance, name, where)
         await check_volumes(appliance, instance, where)

@@ -36,7 +36,7 @@ async def test_an_nvme_goes_to_a_guest_and_comes_back(address: str, appliance: A
     if KIND == "firecracker":
         body = {"name": "one", "image": IMAGE, "devices": ["disk"]}
         refused = await appliance.ask("POST", "/instances", json=body)
-        assert refused.status_code == 501 and "can not do devices" in refused.json()["message"], refused.text
+        assert refused.status_code == 501 and "cannot do devices" in refused.json()["message"], refused.text
         assert driver.resolve().name == "nvme" and await appliance.get("/instances") == []
         return
     await appliance.create("one", devices=["disk"])

@@ -64,7 +64,7 @@ def debian_with_curl() -> Path:
             capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode != 0:
-            pytest.skip(f"a Debian image can not be made here: {done.stderr.strip().splitlines()[-1:]}")
+            pytest.skip(f"a Debian image cannot be made here: {done.stderr.strip().splitlines()[-1:]}")
         _save(layer, DEBIAN)
         layer.unlink()
     return DEBIAN

@@ -178,7 +178,7 @@ def test_a_failing_migration_leaves_the_old_version(tmp_path: Path) -> None:
 
 def test_an_unusable_directory_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
-    with pytest.raises(StoreError, match="can not be used"):
+    with pytest.raises(StoreError, match="cannot be used"):
         Store.open(tmp_path / "file")
 
 

@@ -118,4 +118,4 @@ def check(config: VmConfig) -> None:
         (len(config.run_dir.encode()) > 90, "run_dir is longer than 90 bytes"),
     ):
         if wrong:
-            raise InvalidRequest(f"Cloud Hypervisor can not run this VM: {message}")
+            raise InvalidRequest(f"Cloud Hypervisor cannot run this VM: {message}")

@@ -85,7 +85,7 @@ class CloudHypervisorVmm(RemoteVmm):
 
     async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         if self.config.pci_devices:
-            raise NotSupported("the state of a passed-through device can not be saved")
+            raise NotSupported("the state of a passed-through device cannot be saved")
         async with self._changing:
             await self.pause()
             await trio.to_thread.run_sync(take_back_capture, directory)

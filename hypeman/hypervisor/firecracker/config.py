@@ -129,7 +129,7 @@ def balloon_call(size: int) -> Call:
 def check(config: VmConfig) -> None:
     """Raise NotSupported for what Firecracker does not support, InvalidRequest for what no VMM could run."""
     if config.pci_devices:
-        raise NotSupported("Firecracker can not pass devices through")
+        raise NotSupported("Firecracker cannot pass devices through")
     if any(disk.port for disk in config.disks):
         raise NotSupported("Firecracker has no hot-plug of disks")
     names = [drive_id(disk.id) for disk in config.disks]
@@ -145,4 +145,4 @@ def check(config: VmConfig) -> None:
         (len(config.run_dir.encode()) > MAX_RUN_DIR, f"run_dir is longer than {MAX_RUN_DIR} bytes"),
     ):
         if wrong:
-            raise InvalidRequest(f"Firecracker can not run this VM: {message}")
+            raise InvalidRequest(f"Firecracker cannot run this VM: {message}")

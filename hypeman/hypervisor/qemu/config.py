@@ -133,7 +133,7 @@ def check(config: VmConfig, board: Board) -> None:
         (len(config.run_dir.encode()) > MAX_RUN_DIR, f"run_dir is longer than {MAX_RUN_DIR} bytes"),
     ):
         if wrong:
-            raise InvalidRequest(f"QEMU can not run this VM: {message}")
+            raise InvalidRequest(f"QEMU cannot run this VM: {message}")
 
 
 def machine_name(board: Board, accelerator: Accelerator, version: str) -> str:

@@ -119,10 +119,10 @@ def fill(handle: VmmHandle, saved: Path) -> None:
                 while start < end:
                     chunk = file.read(min(end - start, _CHUNK))
                     if not chunk or memory.write(chunk) != len(chunk):
-                        raise VmmBroken(f"{saved} can not be loaded: it ends too early")
+                        raise VmmBroken(f"{saved} cannot be loaded: it ends too early")
                     start += len(chunk)
     except OSError as error:
-        raise VmmBroken(f"{saved} can not be loaded into process {pid}: {error.strerror}") from error
+        raise VmmBroken(f"{saved} cannot be loaded into process {pid}: {error.strerror}") from error
 
 
 def save_private(handle: VmmHandle, target: Path) -> None:

@@ -108,7 +108,7 @@ class QemuVmm(LiveVmm):
 
     async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         if self.config.pci_devices:
-            raise NotSupported("the state of a passed-through device can not be saved")
+            raise NotSupported("the state of a passed-through device cannot be saved")
         async with self._changing:
             shared = await self._memory_is_shared()
             # A private mapping is read from the VMM. What a server of an earlier version started has no inode.

@@ -26,7 +26,7 @@ async def take_news(owned: Owned, live: LiveVm, event: VmEvent) -> None:
     try:
         await hear(owned, live, event)
     except Exception as error:
-        log.exception("instance %s: what its VM told can not be followed", owned.record.id)
+        log.exception("instance %s: what its VM told cannot be followed", owned.record.id)
         await owned.lost(error)
 
 
@@ -40,7 +40,7 @@ async def hear(owned: Owned, live: LiveVm, event: VmEvent) -> None:
             await vmm_ended(owned, event)
         case Unwatched():
             owned.machine.unwatch(owned.record.id)
-            await owned.lost(VmmBroken("the VMM can not be watched any more; the server's log says why"))
+            await owned.lost(VmmBroken("the VMM cannot be watched any more; the server's log says why"))
         case Started() if owned.record.state is InstanceState.INITIALIZING:
             await owned.save(owned.entered(owned.record, InstanceState.RUNNING))
             owned.journal("running")

@@ -43,7 +43,7 @@ async def settle(owned: Owned) -> None:
     try:
         await _find_and_settle(owned)
     except Exception as error:  # on any error: one broken instance must not keep the others from being served
-        log.exception("instance %s can not be settled", owned.record.id)
+        log.exception("instance %s cannot be settled", owned.record.id)
         await owned.lost(error)
 
 

@@ -122,7 +122,7 @@ class Live:
                 told = VmmExit(ExitReason.POWEROFF, HALTED) if self._halted else ended
                 nursery.cancel_scope.cancel()
         except Exception:  # any error of a driver affects this instance only, not the server
-            log.exception("the VMM of %s can not be watched any more", self.vmm.handle.config.instance_id)
+            log.exception("the VMM of %s cannot be watched any more", self.vmm.handle.config.instance_id)
         self._over = True
         self._wake()
         try:

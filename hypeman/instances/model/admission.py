@@ -73,5 +73,5 @@ def check_legal(command: Command, state: S, *, name: str) -> None:
     if state not in ALLOWED[command]:
         wanted = " or ".join(sorted(s.value for s in ALLOWED[command]))
         raise InvalidState(
-            f"can not {command.value} instance {name!r} in state {state.value}; it must be {wanted}: {_REMEDY[state]}"
+            f"cannot {command.value} instance {name!r} in state {state.value}; it must be {wanted}: {_REMEDY[state]}"
         )

@@ -176,7 +176,7 @@ def check_mount_path(path: str) -> str:
     normal = "/" + posixpath.normpath(path).lstrip("/")
     top = normal.split("/")[1]
     if not top:
-        raise InvalidRequest("a volume can not be mounted over the root")
+        raise InvalidRequest("a volume cannot be mounted over the root")
     if top in _KERNEL_DIRS:
         raise InvalidRequest(f"a volume cannot be mounted at or below /{top}")
     if normal.removeprefix("/") in _SYSTEM_DIRS:
@@ -223,11 +223,11 @@ def check_snapshot_policy(policy: SnapshotPolicy | None) -> None:
 def check_capturable(spec: InstanceSpec, capabilities: Capabilities, what: str) -> None:
     """Raise NotSupported, naming the operation ``what``, if memory of such an instance cannot be saved."""
     if not capabilities.standby:
-        raise NotSupported(f"hypervisor {spec.hypervisor.value} can not save a VM; it can not be {what}")
+        raise NotSupported(f"hypervisor {spec.hypervisor.value} cannot save a VM; it cannot be {what}")
     if spec.devices or spec.gpu_profile:
-        raise NotSupported(f"an instance with passed-through devices can not be {what}")
+        raise NotSupported(f"an instance with passed-through devices cannot be {what}")
     if spec.skip_guest_agent:
-        raise NotSupported(f"an instance without guest agent can not be {what}")
+        raise NotSupported(f"an instance without guest agent cannot be {what}")
 
 
 def guest_env(spec: InstanceSpec) -> Mapping[str, str]:
@@ -286,7 +286,7 @@ def _check_capable(spec: InstanceSpec, kind: HypervisorKind, capabilities: Capab
         (spec.disk_io_bps, capabilities.disk_io_limit, "disk_io_bps"),
     ):
         if wanted and not able:
-            raise NotSupported(f"hypervisor {kind.value} can not do {what}")
+            raise NotSupported(f"hypervisor {kind.value} cannot do {what}")
     disks = 3 + sum(2 if volume.overlay else 1 for volume in spec.volumes)
     if disks > capabilities.max_disks:
         raise NotSupported(f"hypervisor {kind.value} takes {capabilities.max_disks} disks, this instance needs {disks}")

@@ -16,7 +16,7 @@ routes = Routes("devices")
 
 
 class AvailableQuery(Struct, frozen=True, kw_only=True):
-    all: Annotated[bool, Meta(description="Also those that can not be passed through, with the reason")] = False
+    all: Annotated[bool, Meta(description="Also those that cannot be passed through, with the reason")] = False
 
 
 @routes.get("/devices", Scope.DEVICE_READ)

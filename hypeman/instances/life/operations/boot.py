@@ -54,7 +54,7 @@ async def _pull(owned: Owned) -> None:
             intent = Intent(Operation.CREATE, plan_create(pulled))
             await owned.commit(Commit(pulled, intent, (PinImage(image.digest, record.id),)))
     except Exception as error:
-        log.warning("instance %s is not created: its image can not be had: %s", record.id, error)
+        log.warning("instance %s is not created: its image cannot be had: %s", record.id, error)
         try:
             await owned.remove()
         except Exception as refused:
@@ -64,7 +64,7 @@ async def _pull(owned: Owned) -> None:
         try:
             await owned.images.abandon(record.spec.image)
         except HypemanError as error:  # it goes on, and the image stays until it is deleted
-            log.warning("the pull for instance %s can not be stopped: %s", record.id, error)
+            log.warning("the pull for instance %s cannot be stopped: %s", record.id, error)
         raise InvalidState(f"instance {record.name!r} was deleted while its image was pulled")
 
 
