@@ -45,17 +45,17 @@ def run_engine(number: int, fd: int) -> int:
 async def run_server(number: int, told: Any) -> None:
     """Sets the policies, accepts, then sets the others: the steps of a change; prints a line after each."""
     count = itertools.count(1)
-    write = link.EngineLink._write
+    send = link.EngineLink._send
 
-    async def write_half(self: link.EngineLink, message: Any, payload: Any = None, descriptors: Any = ()) -> None:
+    async def send_half(self: link.EngineLink, message: Any, payload: Any, descriptors: Any) -> None:
         if next(count) != number:
-            await write(self, message, payload, descriptors)
+            await send(self, message, payload, descriptors)
             return
         data = protocol.encode(message, payload=len(payload or b""), descriptors=len(descriptors)) + (payload or b"")
         await self._socket.send(data[: len(data) // 2])
         os._exit(9)
 
-    link.EngineLink._write = write_half  # type: ignore[method-assign]
+    link.EngineLink._send = send_half  # type: ignore[method-assign]
 
     async def resolve(name: str) -> list[str]:
         return ["127.0.0.1"]

@@ -77,7 +77,9 @@ def disk(directory: Path) -> Iterator[SmallDisk]:
 
 @pytest.fixture
 async def appliance(directory: Path, disk: SmallDisk) -> AsyncIterator[Appliance]:
-    async with running_appliance(directory, REQUEST_TIMEOUT="600") as started:  # a busy machine is no answer
+    # A busy machine is no answer, and volumes larger than the disk must get as far as the disk.
+    settings = {"REQUEST_TIMEOUT": "600", "OVERSUBSCRIPTION__DISK": "1000"}
+    async with running_appliance(directory, **settings) as started:
         yield started
 
 
