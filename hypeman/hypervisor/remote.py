@@ -141,7 +141,7 @@ def placed(room: Path, config: VmConfig, disk: Disk, place: Place) -> Iterator[N
         clear(name)
         place(Path(disk.path), name)
     except OSError as error:
-        raise InternalError(f"disk {disk.id!r} cannot be placed: {error.strerror}") from error
+        raise LaunchFailed(f"disk {disk.id!r} ({Path(disk.path).name}) cannot be placed: {error.strerror}") from error
     with lent(Path(disk.path), config.uid, write=not disk.readonly):
         yield
 
