@@ -21,6 +21,7 @@ from tests.metal.rig import MetalHost, nvme
 from tests.packaging.on_metal import (
     MAKE_WORLD,
     ORIGIN,
+    PUBLISHED_PORT,
     SECRET,
     SLOW,
     OnMetal,
@@ -100,7 +101,9 @@ def test_an_image_is_pulled(appliance: OnMetal) -> None:
 
 
 def test_an_instance_boots_with_kvm(appliance: OnMetal) -> None:
-    appliance.run("counter", "--bandwidth-down", "40mbps", "--bandwidth-up", "20mbps")
+    wakes = ("--auto-standby-enabled", "--auto-standby-idle-timeout", "1h", "--auto-standby-wake", "all")
+    ports = ("--publish", f"{PUBLISHED_PORT}:80")
+    appliance.run("counter", "--bandwidth-down", "40mbps", "--bandwidth-up", "20mbps", *ports, *wakes)
     assert "kvm" in appliance.host.check(f"tr '\\0' ' ' < /proc/{appliance.vmm()}/cmdline")
 
 
@@ -111,6 +114,23 @@ def test_exec_answers(appliance: OnMetal) -> None:
 def test_the_guest_reaches_the_world(appliance: OnMetal) -> None:
     """Through the masquerade, over a session that it opened itself and that stays open from here on."""
     appliance.say("first")
+
+
+def test_the_world_reaches_its_published_port(appliance: OnMetal) -> None:
+    assert appliance.page() == "published\n"
+
+
+def test_the_gateway_knows_names(appliance: OnMetal) -> None:
+    said = appliance.hypeman("exec", "counter", "--", "nslookup", "-type=a", "counter.hypeman.local")
+    assert appliance.instance("counter")["network"]["ip"] in said.partition("counter.hypeman.local")[2]
+
+
+def test_the_host_forwards_for_the_uplink_and_guests_only(appliance: OnMetal) -> None:
+    """It was no router before, and is none now."""
+    switched = appliance.host.check("cd /proc/sys/net/ipv4; cat ip_forward; grep -lx 1 conf/*/forwarding").split()
+    assert switched[0] == "0"
+    names = {Path(file).parent.name for file in switched[1:]}
+    assert "uplink" in names and all(name.startswith("hm-") for name in names - {"uplink"}), names
 
 
 def test_its_network_has_the_limits(appliance: OnMetal) -> None:
@@ -182,6 +202,13 @@ def test_standby_and_restore(appliance: OnMetal) -> None:
     appliance.wait_for_count_above(mark)
 
 
+def test_a_packet_from_the_world_wakes_it(appliance: OnMetal) -> None:
+    appliance.hypeman("standby", "counter")
+    assert appliance.vmms() == set()
+    assert appliance.page() == "published\n"
+    assert appliance.instance("counter")["state"] == "Running"
+
+
 def test_a_fork_of_the_running_guest_counts_by_itself(appliance: OnMetal) -> None:
     mark = appliance.count()
     appliance.hypeman("fork", "--from-running", "counter", "twin")
@@ -201,7 +228,7 @@ def test_deleting_leaves_nothing_of_the_vm(appliance: OnMetal) -> None:
     groups = appliance.host.check("ls -d /sys/fs/cgroup/hypeman.slice/hypeman-vms.service/*/").split()
     assert {Path(group).name for group in groups} == {"keeper", "egress-engine"}
     assert appliance.host.check("ls /var/lib/hypeman/instances") == ""
-    assert " hm" not in appliance.host.check("ip -o link show")
+    appliance.wait_for("no link is left", "! ip -o link show | grep ' hm'")
 
 
 def test_a_device_goes_to_a_guest_and_comes_back(appliance: OnMetal, nvme_disk: Path) -> None:

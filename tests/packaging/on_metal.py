@@ -27,11 +27,14 @@ ORIGIN = "api.example.test"
 SECRET = "s3cret-5d1f7a90"
 SESSION_PORT = 9000
 
+PUBLISHED_PORT = 8000
+
 COUNTING = (
     f"(until nc {WORLD} {SESSION_PORT} -e cat; do sleep 1; done) & "
+    "echo published > /tmp/index.html; httpd -f -p 80 -h /tmp & "
     'i=0; while true; do i=$((i+1)); echo "count $i"; sleep 1; done'
 )
-"""The guest's program: gives back every line of one TCP session with the world, and counts."""
+"""The guest's program: gives back every line of one TCP session with the world, serves a page, and counts."""
 
 SETTINGS = f"""
 hypervisor:
@@ -153,6 +156,11 @@ class OnMetal:
         """Send ``word`` over the open TCP session and wait until the guest has given it back."""
         self.host.check(f"echo {word} > /root/say")
         self.wait_for(f"the guest gives {word!r} back", f"grep -qx {word} /root/heard")
+
+    def page(self) -> str:
+        """What the world gets from the guest's published port."""
+        ask = f"ip netns exec world curl -sS --max-time {SLOW} http://{UPLINK}:{PUBLISHED_PORT}/"
+        return self.host.check(ask, timeout=SLOW + 60)
 
     def fetch(self) -> str:
         """What the origin saw of an HTTPS request of the guest ``agent``."""
