@@ -144,6 +144,8 @@ async def test_from_the_world_to_a_guest_and_through_restarts(lab: Lab) -> None:
                 assert (await ask("web.example.com")).endswith(" 404")
                 await service.delete("all")
                 with socket.socket() as free:
+                    # past connections in TIME_WAIT do not count, a listening socket would
+                    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                     free.bind(("0.0.0.0", 80))
                 types = service._store.read(lambda txn: [event.type for _, event in txn.scan(EVENTS)])
                 assert types == ["ingress.created"] * 2 + ["ingress.deleted"] * 2
