@@ -51,6 +51,17 @@ def pid_of(service: Ingresses) -> int:
     return service._link.pid if service._link is not None else 0
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody listens there; past connections in TIME_WAIT do not count."""
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            free.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
+
+
 @asynccontextmanager
 async def ingresses(folder: Path, address: str) -> AsyncIterator[Ingresses]:
     """A server's part, on the store in ``folder``."""
@@ -143,10 +154,9 @@ async def test_from_the_world_to_a_guest_and_through_restarts(lab: Lab) -> None:
                 await service.delete("site")
                 assert (await ask("web.example.com")).endswith(" 404")
                 await service.delete("all")
-                with socket.socket() as free:
-                    # past connections in TIME_WAIT do not count, a listening socket would
-                    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    free.bind(("0.0.0.0", 80))
+                with trio.fail_after(30):  # the worker closes its copy of the listening socket a moment later
+                    while not is_free(80):
+                        await trio.sleep(0.02)
                 types = service._store.read(lambda txn: [event.type for _, event in txn.scan(EVENTS)])
                 assert types == ["ingress.created"] * 2 + ["ingress.deleted"] * 2
             server.shutdown(socket.SHUT_RDWR)
