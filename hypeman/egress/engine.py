@@ -13,7 +13,6 @@ cannot be dumped.
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import select
@@ -25,8 +24,9 @@ from collections import deque
 from collections.abc import Callable
 
 from hypeman._native.egress import REASONS, Engine, confine
-from hypeman.egress import protocol
-from hypeman.egress.protocol import Frame, ProtocolError
+from hypeman.egress import protocol, wire
+from hypeman.egress.protocol import ProtocolError
+from hypeman.host.descriptors import passing
 
 _MAX_QUEUED = 1 << 20
 """Bytes waiting to be read by the server above which no audit records are sent: they wait in their ring."""
@@ -44,8 +44,7 @@ class Link:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
-        self._frame = Frame()
-        self._descriptors: list[int] = []
+        self._receiver = wire.Receiver()
         self._out: deque[tuple[memoryview, list[int]]] = deque()
         self.queued = 0
         """Bytes not yet taken by the peer."""
@@ -61,9 +60,8 @@ class Link:
     def flush(self) -> None:
         while self._out:
             data, descriptors = self._out[0]
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
             try:
-                sent = self.sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+                sent = self.sock.sendmsg([data], passing(descriptors), socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
             self.queued -= sent
@@ -74,29 +72,18 @@ class Link:
 
     def receive(self) -> tuple[protocol.Request, bytearray, list[int]] | None:
         """The next message, its payload (to be wiped) and descriptors (to be closed); None if it is not here yet."""
-        while not self._frame.complete:
+        while not self._receiver.complete:
             try:
-                got, ancillary, flags, _ = self.sock.recvmsg_into(
-                    [self._frame.room()], socket.CMSG_SPACE(4 * protocol.MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
-                )
+                got, ancillary, flags, _ = self.sock.recvmsg_into([self._receiver.room()], wire.ANCILLARY, wire.FLAGS)
             except BlockingIOError:
                 return None
-            for level, kind, data in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    self._descriptors += array.array("i", data[: len(data) // 4 * 4])
-            if flags & socket.MSG_CTRUNC:
-                raise ProtocolError("descriptors were lost")
-            if not got:
-                raise EOFError
-            self._frame.add(got)
-        frame, self._frame = self._frame, Frame()
-        descriptors, self._descriptors = self._descriptors, []
+            self._receiver.take(got, ancillary, flags)
+        frame, descriptors = self._receiver.finish()
         assert frame.header is not None
         try:
             if frame.header.version != protocol.VERSION:
                 raise ProtocolError(f"version {frame.header.version}, not {protocol.VERSION}")
-            if frame.header.descriptors != len(descriptors):
-                raise ProtocolError("another number of descriptors than announced")
+            wire.check_descriptors(frame, descriptors)
             return protocol.decode_request(frame.message), frame.payload, descriptors
         except ProtocolError:
             frame.wipe()
@@ -104,8 +91,7 @@ class Link:
             raise
 
     def close(self) -> None:
-        self._frame.wipe()
-        _close(self._descriptors)
+        self._receiver.close()
         self.sock.close()
 
 

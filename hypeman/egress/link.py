@@ -7,7 +7,6 @@ strictly.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import signal
@@ -15,7 +14,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,11 +21,12 @@ from pathlib import Path
 import msgspec
 import trio
 
-import hypeman
-from hypeman.egress import protocol
-from hypeman.egress.protocol import Frame, ProtocolError
+from hypeman.egress import protocol, wire
+from hypeman.egress.protocol import ProtocolError
 from hypeman.errors import InternalError
-from hypeman.host.processes import tool_environment
+from hypeman.host.descriptors import passing
+from hypeman.host.own_program import own_command
+from hypeman.host.processes import own_environment
 from hypeman.host.safe_open import open_log
 
 PATIENCE = 10.0
@@ -37,13 +36,8 @@ START_PATIENCE = 120.0
 hundred times that on an emulated or starved host."""
 
 Command = Callable[[int], list[str]]
-
-
-def engine_command(fd: int) -> list[str]:
-    """The command line that starts an engine on descriptor ``fd``, from source or from the bundle."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable, "@engine", str(fd)]
-    return [sys.executable, "-m", "hypeman.egress.engine", str(fd)]
+engine_command: Command = partial(own_command, "engine", "hypeman.egress.engine")
+"""The command line that starts an engine on a descriptor."""
 
 
 class EngineLost(Exception):
@@ -71,8 +65,7 @@ class EngineLink:
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._path = path
         self._pidfd = pidfd
-        self._frame = Frame()
-        self._descriptors: list[int] = []
+        self._receiver = wire.Receiver()
         self._sending = trio.Lock()
         self._ending = trio.Lock()
         self._replies: dict[int, trio.MemorySendChannel[protocol.Report]] = {}
@@ -123,7 +116,7 @@ class EngineLink:
         try:
             while True:
                 report, payload, descriptors = await self._receive()
-                _close(descriptors)
+                wire.close_all(descriptors)
                 match report:
                     case protocol.Question():
                         handlers.question(self, report)
@@ -167,8 +160,7 @@ class EngineLink:
     def close(self) -> None:
         """Let it go on by itself, if it can."""
         self._socket.close()
-        _close(self._descriptors)
-        self._descriptors = []
+        self._receiver.close()
         for each in self.listeners:
             each.close()
         self.listeners = []
@@ -287,7 +279,7 @@ class EngineLink:
         parts = [memoryview(protocol.encode(message, payload=size, descriptors=len(descriptors)))]
         if payload:
             parts.append(memoryview(payload))
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        rights = passing(descriptors)
         while parts:
             try:
                 sent = await self._socket.sendmsg(parts, rights, socket.MSG_NOSIGNAL)
@@ -302,20 +294,12 @@ class EngineLink:
 
     async def _receive(self) -> tuple[protocol.Report, bytearray, list[int]]:
         """Loses nothing when cancelled."""
-        while not self._frame.complete:
+        while not self._receiver.complete:
             got, ancillary, flags, _ = await self._socket.recvmsg_into(
-                [self._frame.room()], socket.CMSG_SPACE(4 * protocol.MAX_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+                [self._receiver.room()], wire.ANCILLARY, wire.FLAGS
             )
-            for level, kind, data in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    self._descriptors += array.array("i", data[: len(data) // 4 * 4])
-            if flags & socket.MSG_CTRUNC:
-                raise ProtocolError("descriptors were lost")
-            if not got:
-                raise EOFError
-            self._frame.add(got)
-        frame, self._frame = self._frame, Frame()
-        descriptors, self._descriptors = self._descriptors, []
+            self._receiver.take(got, ancillary, flags)
+        frame, descriptors = self._receiver.finish()
         header = frame.header
         assert header is not None
         try:
@@ -323,10 +307,9 @@ class EngineLink:
             report = protocol.decode_report(frame.message)
             if header.version != protocol.VERSION and not isinstance(report, protocol.Hello):
                 raise ProtocolError(f"version {header.version}")
-            if header.descriptors != len(descriptors):
-                raise ProtocolError("another number of descriptors than announced")
+            wire.check_descriptors(frame, descriptors)
         except ProtocolError:
-            _close(descriptors)
+            wire.close_all(descriptors)
             raise
         return report, frame.payload, descriptors
 
@@ -356,9 +339,8 @@ async def start_engine(
             errors = open_log(log, flags) if log is not None else os.memfd_create("engine-errors")
             opened.callback(os.close, errors)
             before = os.fstat(errors).st_size
-            environment = {**tool_environment(), "PYTHONPATH": str(Path(hypeman.__file__).parent.parent)}
             begin = partial(
-                subprocess.Popen, command(theirs.fileno()), pass_fds=(theirs.fileno(),), env=environment, cwd="/",
+                subprocess.Popen, command(theirs.fileno()), pass_fds=(theirs.fileno(),), env=own_environment(), cwd="/",
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
             )  # fmt: skip
             with trio.CancelScope(shield=True):  # a few ms
@@ -450,8 +432,3 @@ async def _find_engine(path: Path) -> EngineLink | None:
 
 def _wipe(data: bytearray) -> None:
     data[:] = bytes(len(data))
-
-
-def _close(descriptors: Sequence[int]) -> None:
-    for each in descriptors:
-        os.close(each)

@@ -38,6 +38,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
+import hypeman
 from hypeman.errors import InternalError
 from hypeman.host.safe_open import open_log, open_regular
 
@@ -443,6 +444,11 @@ def tool_environment() -> dict[str, str]:
     if library_path := os.environ.get("LD_LIBRARY_PATH_ORIG"):
         kept["LD_LIBRARY_PATH"] = library_path
     return {"PATH": os.environ.get("PATH", _PATH), "LANG": "C.UTF-8", **kept}
+
+
+def own_environment() -> dict[str, str]:
+    """The environment of this program as a helper (``own_program.py``): that of tools, and where the package is."""
+    return {**tool_environment(), "PYTHONPATH": str(Path(hypeman.__file__).parent.parent)}
 
 
 def _start_time(pid: int) -> int:

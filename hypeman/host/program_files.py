@@ -6,6 +6,7 @@ import functools
 import os
 import struct
 import subprocess
+from collections.abc import Callable
 
 _PT_INTERP = 3
 
@@ -14,18 +15,29 @@ class NotRunnable(Exception):
     """The files of a program cannot be found; the message has the reason."""
 
 
+def once_per_version(find: Callable[[str], tuple[str, ...]]) -> Callable[[str], tuple[str, ...]]:
+    """Decorator: ``find`` is called once for each version of the file that is its argument, which its inode, time and
+    size tell apart. Raises NotRunnable if there is no such file."""
+
+    @functools.lru_cache(maxsize=64)
+    def found(binary: str, *version: int) -> tuple[str, ...]:
+        return find(binary)
+
+    @functools.wraps(find)
+    def look(binary: str) -> tuple[str, ...]:
+        try:
+            status = os.stat(binary)
+        except OSError as error:
+            raise NotRunnable(f"{binary}: {error.strerror}") from None
+        return found(binary, status.st_ino, status.st_mtime_ns, status.st_size)
+
+    return look
+
+
+@once_per_version
 def files_of(binary: str) -> tuple[str, ...]:
     """``binary`` and everything that the dynamic loader loads with it, sorted. Raises NotRunnable. Blocks for some
     10 ms, once for each version of the file."""
-    try:
-        found = os.stat(binary)
-    except OSError as error:
-        raise NotRunnable(f"{binary}: {error.strerror}") from None
-    return _files_of(binary, found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(maxsize=64)
-def _files_of(binary: str, *version: int) -> tuple[str, ...]:
     loader = _loader_of(binary)
     if not loader:
         return (binary,)

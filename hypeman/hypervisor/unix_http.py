@@ -7,7 +7,6 @@ guest may have compromised.
 
 from __future__ import annotations
 
-import array
 import socket
 import struct
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import h11
 import msgspec
 import trio
 
+from hypeman.host.descriptors import passing
 from hypeman.hypervisor.interface import VmmBroken, VmmGone
 
 _TIME_LIMIT = 30.0
@@ -85,8 +85,7 @@ class UnixHttp:
             await sock.connect(self.path)
             if self._pid and _listener(sock) != self._pid:
                 raise VmmBroken(f"somebody else than the VMM listens at {self.path}")
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-            sent = await sock.sendmsg([message], ancillary)
+            sent = await sock.sendmsg([message], passing(fds))
             await trio.SocketStream(sock).send_all(message[sent:])
             return await _answer(sock, connection)
 

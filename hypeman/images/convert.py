@@ -9,22 +9,20 @@ and reaped before the block ends.
 
 from __future__ import annotations
 
-import array
 import logging
 import os
 import socket
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 import trio
 
-import hypeman
 from hypeman.errors import InternalError, InvalidRequest
-from hypeman.host.processes import tool_environment
+from hypeman.host.descriptors import passing
+from hypeman.host.processes import own_environment
 from hypeman.images import worker
 from hypeman.images.worker import (
     Applied,
@@ -93,9 +91,8 @@ class Conversion:
         return await self._run(sort, [archive, plain], Sorted)
 
     async def send(self, message: Request, files: list[int]) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
         try:
-            await self._link.sendmsg([msgspec.json.encode(message)], rights)
+            await self._link.sendmsg([msgspec.json.encode(message)], passing(files))
         except OSError:
             await self._next_report(Done)  # it has exited: its last message has the reason
 
@@ -145,9 +142,8 @@ async def running_worker(turns: trio.CapacityLimiter) -> AsyncIterator[Conversio
     process = None
     try:
         with theirs:
-            environment = {**tool_environment(), "PYTHONPATH": str(Path(hypeman.__file__).parent.parent)}
             process = await trio.lowlevel.open_process(
-                worker.argv(theirs.fileno()), pass_fds=(theirs.fileno(),), env=environment,
+                worker.argv(theirs.fileno()), pass_fds=(theirs.fileno(),), env=own_environment(),
                 stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, start_new_session=True,
             )  # fmt: skip
         yield Conversion(trio.socket.from_stdlib_socket(ours), errors, turns)

@@ -17,7 +17,6 @@ One JSON message per packet (``SOCK_SEQPACKET``). Layers are passed in order, as
 
 from __future__ import annotations
 
-import array
 import contextlib
 import ctypes
 import errno
@@ -38,6 +37,8 @@ from types import FrameType
 
 import msgspec
 
+from hypeman.host.descriptors import passed, room_for
+from hypeman.host.own_program import own_command
 from hypeman.images.erofs import Writer
 from hypeman.images.ext4 import Filler
 from hypeman.images.layers import Sink, Tree
@@ -426,21 +427,15 @@ def _in_thread(chunks: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
 
 def _receive(link: socket.socket) -> tuple[Request, list[int]]:
     """The next message and the files that came with it."""
-    data, ancillary, _, _ = link.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(2 * 4))
-    files = array.array("i")
-    for level, kind, payload in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            files.frombytes(payload[: len(payload) - len(payload) % 4])
+    data, ancillary, _, _ = link.recvmsg(MAX_MESSAGE, room_for(2))
     if not data:
         raise SystemExit(1)  # the server exited or no longer wants the disk
-    return _decode_request(data), list(files)
+    return _decode_request(data), passed(ancillary)
 
 
 def argv(fd: int) -> list[str]:
-    """The command line that starts a worker on descriptor ``fd``, from source or from the bundle."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable, "@image-worker", str(fd)]
-    return [sys.executable, "-m", "hypeman.images.worker", str(fd)]
+    """The command line that starts a worker on descriptor ``fd``."""
+    return own_command("image-worker", "hypeman.images.worker", fd)
 
 
 if __name__ == "__main__":

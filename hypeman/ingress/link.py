@@ -6,21 +6,19 @@ protocol; in the last two cases it is killed.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import trio
 
-import hypeman
-from hypeman.host.processes import tool_environment
+from hypeman.host.descriptors import passing
+from hypeman.host.own_program import own_command
+from hypeman.host.processes import own_environment
 from hypeman.ingress import protocol
 from hypeman.ingress.protocol import ProtocolError
 
@@ -28,13 +26,8 @@ PATIENCE = 10.0
 _START_PATIENCE = 60.0
 
 Command = Callable[[int], list[str]]
-
-
-def worker_command(fd: int) -> list[str]:
-    """The command line that starts a worker on descriptor ``fd``, from source or from the bundle."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable, "@ingress", str(fd)]
-    return [sys.executable, "-m", "hypeman.ingress.worker", str(fd)]
+worker_command: Command = partial(own_command, "ingress", "hypeman.ingress.worker")
+"""The command line that starts a worker on a descriptor."""
 
 
 class WorkerLost(Exception):
@@ -126,8 +119,7 @@ class WorkerLink:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def _send(self, message: protocol.Request, sockets: Sequence[socket.socket] = ()) -> None:
-        passed = array.array("i", [each.fileno() for each in sockets])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, passed)] if passed else []
+        rights = passing([each.fileno() for each in sockets])
         async with self._sending:
             await self._socket.sendmsg([protocol.encode(message)], rights, socket.MSG_NOSIGNAL)
 
@@ -141,9 +133,8 @@ class WorkerLink:
 async def start_worker(uid: int, command: Command = worker_command) -> WorkerLink:
     """Start a worker and wait until it is confined and ready. Raises WorkerLost or OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {**tool_environment(), "PYTHONPATH": str(Path(hypeman.__file__).parent.parent)}
     begin = partial(
-        subprocess.Popen, command(theirs.fileno()), pass_fds=(theirs.fileno(),), env=environment, cwd="/",
+        subprocess.Popen, command(theirs.fileno()), pass_fds=(theirs.fileno(),), env=own_environment(), cwd="/",
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     with theirs:

@@ -7,7 +7,6 @@ opens no files, runs no programs, and becomes a user without any rights. It ends
 
 from __future__ import annotations
 
-import array
 import encodings.idna  # noqa: F401 - nothing can be imported once the process is confined
 import socket
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Callable
 import trio
 
 from hypeman._native.egress import confine
+from hypeman.host.descriptors import passed, room_for
 from hypeman.ingress import protocol
 from hypeman.ingress.protocol import ProtocolError, Served
 from hypeman.ingress.proxy import Place, Proxy
@@ -60,17 +60,13 @@ class Worker:
 
     async def _receive(self) -> tuple[protocol.Request, list[socket.socket]] | None:
         data, ancillary, flags, _ = await self._control.recvmsg(
-            protocol.MAX_MESSAGE + 1, socket.CMSG_SPACE(4 * protocol.MAX_LISTENERS), socket.MSG_CMSG_CLOEXEC
+            protocol.MAX_MESSAGE + 1, room_for(protocol.MAX_LISTENERS), socket.MSG_CMSG_CLOEXEC
         )
-        passed = array.array("i")
-        for level, kind, content in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                passed.frombytes(content[: len(content) // 4 * 4])
         if not data:
             return None
         if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
             raise ProtocolError("a message was cut")
-        return protocol.decode_request(data), [socket.socket(fileno=each) for each in passed]
+        return protocol.decode_request(data), [socket.socket(fileno=each) for each in passed(ancillary)]
 
     async def _send(self, message: protocol.Report) -> None:
         async with self._sending:

@@ -7,7 +7,6 @@ Some task should always wait (``wait_exit`` does), or events accumulate in the s
 
 from __future__ import annotations
 
-import array
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from hypeman.host.descriptors import passing
 from hypeman.hypervisor.interface import VmmBroken, VmmGone
 from hypeman.hypervisor.qmp import Greeting, Happened, Message, QmpCodec, QmpError, Refused, Returned, command
 
@@ -121,13 +121,12 @@ class QmpClient:
         self._wake()
 
     async def _send(self, data: bytes, fds: Sequence[int]) -> None:
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         sent = 0
         async with self._sending:
             if self._ended:
                 raise VmmGone(f"QEMU: {self._ended}")
             try:
-                sent = await self._stream.socket.sendmsg([data], ancillary)
+                sent = await self._stream.socket.sendmsg([data], passing(fds))
                 while sent < len(data):  # never observed: a command is far smaller than the socket buffer
                     sent += await self._stream.socket.send(data[sent:])
             except (OSError, trio.ClosedResourceError):

@@ -6,12 +6,11 @@ VMs, sockets, /run, /tmp or /dev/shm.
 
 from __future__ import annotations
 
-import functools
 import glob
 import os
 import subprocess
 
-from hypeman.host.program_files import NotRunnable, files_of
+from hypeman.host.program_files import NotRunnable, files_of, once_per_version
 
 FIRMWARE = (
     *("bios-256k.bin", "bios-microvm.bin", "qboot.rom", "vgabios.bin", "kvmvapic.bin"),
@@ -22,17 +21,9 @@ _MODULES = ("accel-tcg-x86_64.so", "accel-qtest-x86_64.so")
 DEVICES = ("/dev/null", "/dev/urandom")
 
 
+@once_per_version
 def root_files(binary: str) -> tuple[str, ...]:
     """Files for ``Program.root_files``. Raises NotRunnable. Blocks for some 20 ms, once for each version of QEMU."""
-    try:
-        found = os.stat(binary)
-    except OSError as error:
-        raise NotRunnable(f"{binary}: {error.strerror}") from None
-    return _root_files(binary, found.st_ino, found.st_mtime_ns, found.st_size)
-
-
-@functools.lru_cache(maxsize=8)
-def _root_files(binary: str, *version: int) -> tuple[str, ...]:
     try:
         said = subprocess.run([binary, "-L", "help"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
