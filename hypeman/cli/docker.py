@@ -5,7 +5,6 @@ Each asks the same API as the rest of the command line; nothing here is a second
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
@@ -15,7 +14,7 @@ from hypeman.cli.complete import complete_instance
 from hypeman.cli.images import delete_image, tag_image
 from hypeman.cli.instances import instance_argument, path_of, show_instance
 from hypeman.cli.output import render_table, size, use_colour
-from hypeman.cli.session import Session, complain, fail, interrupted, present, reports
+from hypeman.cli.session import Session, another_name, complain, fail, interrupted, present, reports, write_log
 
 _BY_SIGNAL = 128
 _LIVE = ("Running", "Initializing", "Paused", "Shutdown")
@@ -79,9 +78,8 @@ def top(session: Session, instance: str, arguments: tuple[str, ...]) -> None:
 def attach(session: Session, instance: str, no_stdin: bool, sig_proxy: str | None) -> None:
     """Follow the output of an instance's program. For a terminal in it use `exec -it`."""
     with interrupted(f"{instance} continues"):
-        for line in session.client.events(f"{path_of(instance)}/logs", follow=True, tail=0, source="app"):
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+        for line, ends in session.client.lines(f"{path_of(instance)}/logs", follow=True, tail=0, source="app"):
+            write_log(line, ends)
 
 
 @click.command()
@@ -218,14 +216,7 @@ REFUSED = {
     "swarm": "Hypeman runs on one host",
 }
 
-rmi = click.Command(
-    "rmi", params=delete_image.params, callback=delete_image.callback, help="Delete images that no instance uses."
-)
-tag = click.Command(
-    "tag", params=tag_image.params, callback=tag_image.callback, help="Make TARGET another name of the image NAME."
-)
-
 COMMANDS: tuple[click.Command, ...] = (
-    restart, kill, top, attach, commit, info, system, rmi, tag,
+    restart, kill, top, attach, commit, info, system, another_name(delete_image, "rmi"), another_name(tag_image, "tag"),
     *(_refusing(name, instead) for name, instead in REFUSED.items()),
 )  # fmt: skip

@@ -21,7 +21,7 @@ from hypeman.cli.policies import (
     restart_body,
     restart_options,
 )
-from hypeman.cli.session import Session, fail, pairs, present, reports, warn
+from hypeman.cli.session import Session, fail, pairs, present, reports, warn, write_log
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
 
@@ -130,12 +130,9 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 @reports
 def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
     """Show what an instance printed."""
-    out = sys.stdout.buffer
     for line, ends in session.client.lines(f"{path_of(instance)}/logs", follow=follow, tail=tail, source=source):
         # Workload output is data, as with exec. The other logs are hypeman's and quote untrusted text.
-        out.write(line if source == "app" else one_line(line.decode(errors="replace")).encode())
-        out.write(b"\n" if ends else b"")
-        out.flush()
+        write_log(line if source == "app" else one_line(line.decode(errors="replace")).encode(), ends)
 
 
 @click.command()

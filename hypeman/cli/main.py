@@ -35,7 +35,7 @@ from hypeman.cli import (
 )
 from hypeman.cli.compose.commands import compose
 from hypeman.cli.output import FORMATS
-from hypeman.cli.session import Session, complain
+from hypeman.cli.session import Session, another_name, complain
 
 ALIASES = {
     "images": "image",
@@ -192,10 +192,7 @@ def _name_also(group: click.Group) -> None:
     for other, name in _BELOW.items():
         command = group.commands.get(name)
         if command is not None and other not in group.commands:
-            alias = click.Command(
-                other, params=command.params, callback=command.callback, help=command.help, hidden=True
-            )
-            group.add_command(alias)
+            group.add_command(another_name(command, other, hidden=True))
 
 
 for _group in (

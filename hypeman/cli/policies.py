@@ -96,6 +96,17 @@ def restart_options(prefix: str) -> Decorator:
     )
 
 
+def docker_restart(text: str | None) -> dict[str, Any] | None:
+    """Docker's restart policy as a RestartPolicy. Raises click.BadParameter. Pure."""
+    if text is None:
+        return None
+    policy, colon, attempts = text.partition(":")
+    names = {"no": "never", "always": "always", "unless-stopped": "always", "on-failure": "on_failure"}
+    if policy not in names or (colon and (policy != "on-failure" or not attempts.isdigit())):
+        raise click.BadParameter("must be no, always, unless-stopped or on-failure[:N]", param_hint="--restart")
+    return {"policy": names[policy], **({"max_attempts": int(attempts)} if colon else {})}
+
+
 def restart_body(flags: Mapping[str, Any]) -> dict[str, Any] | None:
     body = present(
         policy=flags["restart_policy"],

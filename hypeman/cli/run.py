@@ -21,13 +21,14 @@ from hypeman.cli.output import plain
 from hypeman.cli.policies import (
     compression_body,
     compression_options,
+    docker_restart,
     health_body,
     health_options,
     restart_body,
     restart_options,
 )
 from hypeman.cli.ports import parse_port, ports_option
-from hypeman.cli.session import SIZE, Session, environment, fail, interrupted, pairs, present, reports
+from hypeman.cli.session import SIZE, Session, environment, fail, interrupted, pairs, present, reports, write_log
 
 _BOOTING = ("Created", "Initializing")
 _ENDED = ("Stopped", "Standby", "Unknown")
@@ -258,8 +259,7 @@ class _Output(threading.Thread):
                 self._print(line)
 
     def _print(self, line: tuple[bytes, bool]) -> None:
-        sys.stdout.buffer.write(line[0] + (b"\n" if line[1] else b""))
-        sys.stdout.flush()
+        write_log(*line)
         self._printed += 1
 
 
@@ -325,17 +325,6 @@ def guest_tags(flags: dict[str, Any]) -> dict[str, str]:
         **{f"hypeman.ulimit.{name}": value for name, value in pairs(flags["ulimits"], "--ulimit").items()},
         **{f"hypeman.sysctl.{name}": value for name, value in pairs(flags["sysctls"], "--sysctl").items()},
     }
-
-
-def docker_restart(text: str | None) -> dict[str, Any] | None:
-    """Docker's ``--restart`` as a RestartPolicy. Raises click.BadParameter. Pure."""
-    if text is None:
-        return None
-    policy, colon, attempts = text.partition(":")
-    names = {"no": "never", "always": "always", "unless-stopped": "always", "on-failure": "on_failure"}
-    if policy not in names or (colon and (policy != "on-failure" or not attempts.isdigit())):
-        raise click.BadParameter("must be no, always, unless-stopped or on-failure[:N]", param_hint="--restart")
-    return {"policy": names[policy], **({"max_attempts": int(attempts)} if colon else {})}
 
 
 def variables_in(file: TextIO) -> dict[str, str]:

@@ -121,6 +121,12 @@ def echo(text: str) -> None:
     click.echo(lines(text) if sys.stdout.isatty() else text)
 
 
+def write_log(line: bytes, ends: bool) -> None:
+    """Print a line of a log, or a piece of one that does not end it: the bytes that were printed in the guest."""
+    sys.stdout.buffer.write(line + b"\n" if ends else line)
+    sys.stdout.buffer.flush()
+
+
 def complain(message: str, hint: str = "") -> None:
     """Print one line on stderr about the error and, if there is a hint, one on what to do."""
     prefix = click.style("Error:", fg="red", bold=True) if use_colour(sys.stderr) else "Error:"
@@ -152,6 +158,11 @@ def reports(command: Callable[..., Any]) -> Any:
             raise SystemExit(1) from None
 
     return click.pass_obj(run)
+
+
+def another_name(command: click.Command, name: str, *, hidden: bool = False) -> click.Command:
+    """The same command under another name."""
+    return click.Command(name, params=command.params, callback=command.callback, help=command.help, hidden=hidden)
 
 
 def pairs(values: Sequence[str], flag: str = "--tag") -> dict[str, str]:

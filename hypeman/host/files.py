@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ R = TypeVar("R")
 _FICLONE = 0x40049409
 _NO_REFLINK = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS)
 _COPY_CHUNK = 16 << 20
+_PIECE = 256 << 10
 
 
 class HostError(InternalError):
@@ -76,6 +77,19 @@ class Files:
     async def allocated(self, path: Path) -> int:
         """Bytes that a file or tree occupies on disk; 0 if it is missing."""
         return await _in_thread(allocated_bytes, path)
+
+
+async def read_pieces(fd: int, first: int, end: int) -> AsyncGenerator[bytes]:
+    """The bytes of an open file from ``first`` to before ``end``, or its end; ``fd`` is closed afterwards."""
+    try:
+        while first < end:
+            piece = await trio.to_thread.run_sync(os.pread, fd, min(_PIECE, end - first), first)
+            if not piece:
+                return
+            first += len(piece)
+            yield piece
+    finally:
+        os.close(fd)
 
 
 async def _in_thread(fn: Callable[..., R], *args: object) -> R:

@@ -53,6 +53,15 @@ class Blobs:
         os.utime(fd)
         return fd
 
+    def read(self, digest: str, limit: int) -> bytes | None:
+        """The content of a small blob, None if it is not cached. One longer than ``limit`` is cut behind it: the
+        caller's own check of length or digest fails then."""
+        fd = self.open(digest)
+        if fd is None:
+            return None
+        with open(fd, "rb") as file:
+            return file.read(limit + 1)
+
     def begin(self, digest: str = "") -> tuple[int, Path]:
         """A partial file, open for reading and writing: that of the blob ``digest`` with the data of an
         earlier download, or a new one for a blob whose digest is not yet known."""

@@ -219,27 +219,17 @@ class Maker:
         return job.manifest, parse_config(data, job.manifest)
 
     async def _cached(self, digest: str, limit: int) -> bytes:
-        data = await self._read(digest, limit)
+        data = await trio.to_thread.run_sync(self._blobs.read, digest, limit)
         if data is None:
             raise MakeFailed("what was imported is no longer there; import it again")
         return data
-
-    async def _read(self, digest: str, limit: int) -> bytes | None:
-        def read() -> bytes | None:
-            fd = self._blobs.open(digest)
-            if fd is None:
-                return None
-            with open(fd, "rb") as file:
-                return file.read(limit + 1)
-
-        return await trio.to_thread.run_sync(read)
 
     async def package(self, digest: str, source: Reference | None) -> bytes:
         """The manifest of an image that exists; its config and layers are in the cache afterwards.
 
         Raises NotFound if they are not and there is no ``source``, and as ``RegistryClient.blob`` does.
         """
-        data = await self._read(digest, MAX_MANIFEST_BYTES)
+        data = await trio.to_thread.run_sync(self._blobs.read, digest, MAX_MANIFEST_BYTES)
         if data is None:
             if source is None:
                 raise NotFound("the layers of the image are no longer here; import it again")

@@ -10,10 +10,9 @@ is begun again, unless it used a login supplied with the request, which was kept
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from datetime import UTC, datetime
 from functools import partial
 from typing import Protocol
@@ -24,6 +23,7 @@ import trio
 
 from hypeman import events
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, NotFound
+from hypeman.host.files import read_pieces
 from hypeman.ids import new_id
 from hypeman.images.auth import NOBODY, Login, login_of
 from hypeman.images.blobs import Blobs
@@ -43,7 +43,6 @@ _KEPT = 200
 _MAX_QUEUED = 1000
 _ATTEMPTS = 4
 _DELAY = 1.0
-_CHUNK = 1 << 20
 
 
 class PushRow(msgspec.Struct, frozen=True):
@@ -272,11 +271,9 @@ class _Upload:
         fd = await trio.to_thread.run_sync(self._blobs.open, part.digest, part.size)
         if fd is None:
             raise RegistryError(f"blob {part.digest} has left the cache; it is fetched again with the next attempt")
-        try:
-            while chunk := await trio.to_thread.run_sync(os.read, fd, _CHUNK):
-                yield chunk
-        finally:
-            os.close(fd)
+        async with aclosing(read_pieces(fd, 0, part.size)) as pieces:
+            async for piece in pieces:
+                yield piece
 
 
 def _check(status: int, target: Reference, good: tuple[int, ...], what: str) -> None:

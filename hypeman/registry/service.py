@@ -350,7 +350,10 @@ class Registry:
             document = parse_manifest(data, media_type)
             if isinstance(document, Index):
                 digest = choose_platform(document, host_platform()).digest
-                document = parse_manifest(await trio.to_thread.run_sync(self._read_blob, digest))
+                found = await trio.to_thread.run_sync(self._blobs.read, digest, MAX_MANIFEST_BYTES)
+                if found is None:
+                    raise ManifestError(f"{digest} is not here")
+                document = parse_manifest(found)
             if isinstance(document, Manifest) and document.config.media_type in CONFIG_TYPES:
                 name = await self._images.adopt(f"{repository}:{tag}", document, digest)
                 await self._store.write(lambda txn: _name_image(txn, f"{repository}:{tag}", name))
@@ -416,13 +419,6 @@ class Registry:
             if not artifact_type or row.artifact_type == artifact_type
         ]
         return msgspec.json.encode({"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": described})
-
-    def _read_blob(self, digest: str) -> bytes:
-        fd = self._blobs.open(digest)
-        if fd is None:
-            raise ManifestError(f"{digest} is not here")
-        with open(fd, "rb") as file:
-            return file.read(MAX_MANIFEST_BYTES + 1)
 
 
 def _name_image(txn: Txn, key: str, name: str) -> None:

@@ -12,17 +12,17 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs, urlencode
 
 import msgspec
-import trio
 from quart import Response, request
 
 from hypeman.errors import Forbidden, HypemanError, Unauthorized
+from hypeman.host.files import read_pieces
 from hypeman.images.manifest import INDEX_TYPES, MAX_MANIFEST_BYTES
 from hypeman.registry.names import (
     Code,
@@ -38,7 +38,6 @@ from hypeman.server.services import RegistryService
 from hypeman.tokens import Caller, Scope, mint
 
 _GUEST_SECONDS = 60
-_CHUNK = 256 * 1024
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
 _SCOPES = {
     "GET": Scope.IMAGE_READ,
@@ -292,21 +291,8 @@ def _content(found: Opened) -> Response:
         os.close(found.fd)
         raise
     response = Response(
-        _bytes_of(found.fd, first, end), 200 if span is None else 206, headers, content_type=found.media_type
+        read_pieces(found.fd, first, end), 200 if span is None else 206, headers, content_type=found.media_type
     )
     response.headers["Content-Length"] = str(end - first)
     response.timeout = None
     return response
-
-
-async def _bytes_of(fd: int, first: int, end: int) -> AsyncIterator[bytes]:
-    """Closes ``fd``."""
-    try:
-        while first < end:
-            chunk = await trio.to_thread.run_sync(os.pread, fd, min(_CHUNK, end - first), first)
-            if not chunk:
-                return
-            first += len(chunk)
-            yield chunk
-    finally:
-        os.close(fd)

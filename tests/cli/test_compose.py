@@ -141,6 +141,24 @@ def test_files_of_the_compose_specification(tmp_path: Path) -> None:
     assert by_key["db"].mounts[1] == {"volume_id": "trial-data", "mount_path": "/copy", "readonly": True}
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("${A:-x}", "x"), ("${A-x}", ""), ("${A-http://x}", ""), ("${B-http://x}", "http://x"), ("${C:-x}", "c"),
+        ("${A:+x}", ""), ("${A+x:y}", "x:y"), ("${B+x}", ""), ("$C-$$C", "c-$C"), ("${B}", ""),
+    ],
+)  # fmt: skip
+def test_variables_of_the_compose_specification(text: str, value: str) -> None:
+    """A colon in the default is not the colon by which an empty value counts as none."""
+    assert spec.interpolated(text, {"A": "", "C": "c"}) == value
+
+
+@pytest.mark.parametrize("restart", ["always:3", "on-failure:x", "sometimes"])
+def test_restarts_that_mean_nothing(tmp_path: Path, restart: str) -> None:
+    with pytest.raises(ComposeError, match="restart"):
+        load(yaml.safe_dump({"services": {"w": {"image": "x", "restart": restart}}}), tmp_path)
+
+
 def test_plans() -> None:
     stack = load(NATIVE, Path(), MODE="x")
     first = plan_up(stack, Found())
@@ -192,3 +210,10 @@ def test_a_file_that_cannot_be_read(cli: Any, tmp_path: Path, monkeypatch: pytes
     assert "there is no hypeman.compose.yaml" in cli("compose", "config").stderr
     (tmp_path / "compose.yaml").write_text("services: [")
     assert (cli("compose", "config").exit_code, "cannot be read" in cli("compose", "config").stderr) == (1, True)
+
+
+def test_logs_keep_bytes_that_are_not_text(cli: Any, server: Any) -> None:
+    tags = ("-l", "hypeman.compose.name=s", "-l", "hypeman.compose.service=web")
+    assert cli("run", "nginx", "--name", "web", *tags).exit_code == 0
+    (server.world.log_directory / "web-app.log").write_bytes(b"\xff\xfe\nplain\n")
+    assert cli("compose", "-p", "s", "logs").stdout_bytes == b"web | \xff\xfe\nweb | plain\n"

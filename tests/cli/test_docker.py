@@ -11,7 +11,8 @@ import pytest
 
 from hypeman.cli import output
 from hypeman.cli.main import SECTIONS, hypeman
-from hypeman.cli.run import RunCommand, create_body, docker_restart, parse_mount, variables_in
+from hypeman.cli.policies import docker_restart
+from hypeman.cli.run import RunCommand, create_body, parse_mount, variables_in
 from hypeman.cli.session import GIGABYTES, SIZE, environment
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +22,10 @@ from hypeman.cli.compose.model import (
     tags,
 )
 from hypeman.cli.compose.plan import Act, Action, Found, plan_down, plan_up
-from hypeman.cli.images import PullDisplay, image_path, wait_ready
 from hypeman.cli.instances import path_of
 from hypeman.cli.output import age
-from hypeman.cli.session import Session, fail, interrupted, reports
+from hypeman.cli.run import ensure_image
+from hypeman.cli.session import Session, fail, interrupted, reports, write_log
 from hypeman.text import one_line
 from hypeman.units import parse_duration
 
@@ -171,10 +170,9 @@ def logs(session: Session, services: tuple[str, ...], follow: bool, tail: int) -
     def show(key: str, row: dict[str, Any]) -> None:
         client = Client(session.client.settings)
         try:
-            for line in client.events(f"{path_of(row['id'])}/logs", follow=follow, tail=tail, source="app"):
+            for line, _ in client.lines(f"{path_of(row['id'])}/logs", follow=follow, tail=tail, source="app"):
                 with lock:
-                    sys.stdout.write(f"{key:<{width}} | {line}\n")
-                    sys.stdout.flush()
+                    write_log(f"{key:<{width}} | ".encode() + line, ends=True)
         except (ApiError, Unreachable) as error:
             with lock:
                 click.echo(one_line(f"{key}: {error}"), err=True)
@@ -267,21 +265,11 @@ class Up:
             return
         if act is Act.REPLACE:
             _delete(self._client, "instance", service.name)
-        self._pull(str(service.body["image"]))
+        ensure_image(self._client, str(service.body["image"]), service.body.get("platform"))
         volumes = {row["name"]: row["id"] for row in self._client.get("/volumes", tags={NAME_TAG: self._stack.name})}
         mounts = [{**mount, "volume_id": volumes[mount["volume_id"]]} for mount in service.mounts]
         labels = tags(self._stack, "instance", service.key, [service.body, service.mounts])
         self._client.post("/instances", {**service.body, **({"volumes": mounts} if mounts else {}), "tags": labels})
-
-    def _pull(self, image: str) -> None:
-        try:
-            found = self._client.get(image_path(image))
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            found = self._client.post("/images", {"name": image})
-        if found["status"] != "ready":
-            wait_ready(self._client, found["name"], PullDisplay.for_terminal(found["name"]))
 
     def wait_for(self, service: Service, condition: str) -> None:
         """Until a service has started, is healthy, or has completed with exit code 0. Ends the command otherwise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -70,6 +71,15 @@ class Stack(Struct, frozen=True):
         for service in self.services:
             visit(service.key, service.key)
         return found
+
+
+def in_strings(tree: Any, change: Callable[[str], str]) -> Any:
+    """``tree``, of dicts and lists, with every string value changed."""
+    if isinstance(tree, dict):
+        return {key: in_strings(value, change) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [in_strings(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
 
 
 def fingerprint(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from hypeman.cli.compose.model import ComposeError, Ingress, Service, Stack, Volume
+from hypeman.cli.compose.model import ComposeError, Ingress, Service, Stack, Volume, in_strings
 
 _VARIABLE = re.compile(r"\$\{(env|file):([^${}]*)\}")
 _MAX_DEPTH = 16
@@ -88,7 +88,7 @@ def parse(tree: Any, directory: Path, environ: Mapping[str, str] = os.environ) -
         except (OSError, UnicodeError) as error:
             raise ComposeError(f"${{file:{path}}} cannot be read: {error}") from None
 
-    filled = interpolated(tree, environ, read)
+    filled = in_strings(tree, lambda text: interpolated(text, environ, read))
     try:
         file = msgspec.convert(filled, _File)
     except msgspec.ValidationError as error:
@@ -100,16 +100,12 @@ def parse(tree: Any, directory: Path, environ: Mapping[str, str] = os.environ) -
     return Stack(file.name, services, tuple(volumes.values()))
 
 
-def interpolated(value: Any, environ: Mapping[str, str], read: Callable[[str], str], depth: int = 0) -> Any:
-    """``value`` with ``${env:NAME}`` and ``${file:PATH}`` replaced in all strings, also in what they lead to."""
-    if isinstance(value, dict):
-        return {key: interpolated(one, environ, read) for key, one in value.items()}
-    if isinstance(value, list):
-        return [interpolated(one, environ, read) for one in value]
-    if not isinstance(value, str) or not _VARIABLE.search(value):
-        return value
+def interpolated(text: str, environ: Mapping[str, str], read: Callable[[str], str], depth: int = 0) -> str:
+    """``text`` with ``${env:NAME}`` and ``${file:PATH}`` replaced, also in what they lead to. Raises ComposeError."""
+    if not _VARIABLE.search(text):
+        return text
     if depth >= _MAX_DEPTH:
-        raise ComposeError(f"{value[:60]!r} is nested more than {_MAX_DEPTH} levels deep")
+        raise ComposeError(f"{text[:60]!r} is nested more than {_MAX_DEPTH} levels deep")
 
     def replace(found: re.Match[str]) -> str:
         if found[1] == "file":
@@ -118,7 +114,7 @@ def interpolated(value: Any, environ: Mapping[str, str], read: Callable[[str], s
             raise ComposeError(f"${{env:{found[2]}}}: there is no such variable in the environment")
         return environ[found[2]]
 
-    return interpolated(_VARIABLE.sub(replace, value), environ, read, depth + 1)
+    return interpolated(_VARIABLE.sub(replace, text), environ, read, depth + 1)
 
 
 def _service(stack: str, key: str, service: _Service, volumes: dict[str, Volume]) -> Service:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hypeman.cli.compose.model import ComposeError, Service, Stack, Volume
+import click
+
+from hypeman.cli.compose.model import ComposeError, Service, Stack, Volume, in_strings
+from hypeman.cli.policies import docker_restart
 from hypeman.units import format_size, parse_size
 
 DEFAULT_VOLUME_GB = 10
@@ -34,9 +37,8 @@ _INSTEAD = {
     "extends": "write the service out",
 }
 _VARIABLE = re.compile(
-    r"\$(?:\$|(?P<plain>[A-Za-z_]\w*)|\{(?P<name>[A-Za-z_]\w*)(?::?(?P<kind>[-?+])(?P<rest>[^{}]*))?\})"
+    r"\$(?:\$|(?P<plain>[A-Za-z_]\w*)|\{(?P<name>[A-Za-z_]\w*)(?:(?P<colon>:)?(?P<kind>[-?+])(?P<rest>[^{}]*))?\})"
 )
-_RESTARTS = {"no": "never", "always": "always", "unless-stopped": "always", "on-failure": "on_failure"}
 _CONDITIONS = {
     "service_started": "started",
     "service_healthy": "healthy",
@@ -51,7 +53,7 @@ def parse(
     if not isinstance(tree, dict) or not isinstance(tree.get("services"), dict):
         raise ComposeError("the file has no services")
     environ = {**_dotenv(directory / ".env"), **environ}
-    tree = interpolated(tree, environ)
+    tree = in_strings(tree, lambda text: interpolated(text, environ))
     name = str(tree.get("name") or environ.get("COMPOSE_PROJECT_NAME") or directory.resolve().name)
     name = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-") or "stack"
     for key in tree.keys() - {"name", "version", "services", "volumes", "networks"}:
@@ -68,32 +70,26 @@ def parse(
     return Stack(name, tuple(services), tuple(volumes.values()))
 
 
-def interpolated(value: Any, environ: Mapping[str, str]) -> Any:
-    """``value`` with ``$NAME``, ``${NAME}``, ``${NAME:-default}``, ``${NAME:?message}``, ``${NAME:+other}``, ``$$``."""
-    if isinstance(value, dict):
-        return {key: interpolated(one, environ) for key, one in value.items()}
-    if isinstance(value, list):
-        return [interpolated(one, environ) for one in value]
-    if not isinstance(value, str):
-        return value
+def interpolated(text: str, environ: Mapping[str, str]) -> str:
+    """``text`` with ``$NAME``, ``${NAME}``, ``${NAME:-default}``, ``${NAME:?message}``, ``${NAME:+other}``, ``$$``
+    replaced. With the colon an empty value counts as none. Raises ComposeError."""
 
     def replace(found: re.Match[str]) -> str:
         name = found["plain"] or found["name"]
         if name is None:
             return "$"
-        text = environ.get(name)
-        # With the colon an empty value counts as none.
-        given = text is not None and (text != "" or ":" not in found[0])
+        value = environ.get(name, "")
+        given = bool(value) if found["colon"] else name in environ
         match found["kind"]:
-            case "-":
-                return text if text is not None and given else found["rest"]
+            case "-" if not given:
+                return found["rest"]
             case "+":
                 return found["rest"] if given else ""
             case "?" if not given:
                 raise ComposeError(f"{name} is required: {found['rest'] or 'it is not set'}")
-        return text or ""
+        return value
 
-    return _VARIABLE.sub(replace, value)
+    return _VARIABLE.sub(replace, text)
 
 
 def _dotenv(path: Path) -> dict[str, str]:
@@ -251,12 +247,10 @@ class _Reader:
 
     def _restart(self) -> dict[str, Any] | None:
         text = self._value.get("restart")
-        if text is None:
-            return None
-        policy, _, attempts = str("no" if text is False else text).partition(":")
-        if policy not in _RESTARTS or (attempts and not attempts.isdigit()):
-            raise self._error("restart", f"{text!r} must be no, always, unless-stopped or on-failure[:N]")
-        return {"policy": _RESTARTS[policy], **({"max_attempts": int(attempts)} if attempts else {})}
+        try:
+            return docker_restart("no" if text is False else self._text("restart"))  # YAML reads no as false
+        except click.BadParameter as error:
+            raise self._error("restart", f"{text!r} {error.message}") from None
 
     def _health(self) -> dict[str, Any] | None:
         check = self._value.get("healthcheck")
@@ -303,6 +297,3 @@ class _Reader:
 def _pair(text: str) -> tuple[str, str | None]:
     key, equals, value = str(text).partition("=")
     return key, value if equals else None
-
-
-Parser = Callable[..., Stack]
