@@ -109,7 +109,7 @@ REASONS = _reasons()
 
 
 def confine(unsigned uid):
-    """Give up for ever what an engine process does not need, see confine.h. True if its memory is locked.
+    """Permanently give up what an engine process does not need, see confine.h. True if its memory is locked.
 
     Raises OSError; the process must end then.
     """

@@ -4,7 +4,7 @@
  * Nothing that the guest said about addresses is trusted. A redirected connection tells its port; the host comes from
  * the TLS server name or Host and is resolved by us. Only without a server name is the dialled address used, and then
  * nothing is ever decrypted or injected.
- * A refusal of TLS is told inside TLS: a leaf is minted and every request answered with the reason, since a program in
+ * A refusal of TLS is reported inside TLS: a leaf is minted and every request answered with the reason, since a program in
  * the guest can read that, and cannot read a reset.
  */
 #define _GNU_SOURCE

@@ -5,7 +5,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* Gives up for ever what a running engine does not need: files (an empty root directory), capabilities, the user root
+/* Permanently gives up what a running engine does not need: files (an empty root directory), capabilities, the user root
  * (it becomes `uid`), new programs and processes, most system calls, core dumps, swap. Descriptors that are open stay.
  * To be called before there are threads. What only root can give up is left out if the caller is not root.
  * False: something failed, `error` says what, and the process must end. *locked: all its memory is locked,

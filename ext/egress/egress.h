@@ -22,7 +22,7 @@
  *
  * Rules: a loop's data is touched by its thread only. Nothing blocks. A conn is freed only at the end of a round, so a
  * callee may kill any conn; callers look at `dead` afterwards. Writing only buffers; sockets are written by conn_flush.
- * Back-pressure: whoever reads asks for room on the other side first, and is woken by conn_again when room appears.
+ * Back-pressure: the reader asks for room on the other side first, and is woken by conn_again when room appears.
  */
 #ifndef HYPEMAN_EGRESS_EGRESS_H
 #define HYPEMAN_EGRESS_EGRESS_H

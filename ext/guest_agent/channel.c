@@ -123,7 +123,7 @@ bool channel_read(struct channel *channel) {
     if (n == 0 && !stays_closed(channel))
         return false;
     channel->closed_at = 0;
-    /* A vsock that is still connecting is not connected; one that failed to is so for ever. */
+    /* A vsock that is still connecting is not connected; one that failed stays so. */
     if (n == 0 || (errno != EAGAIN && (errno != ENOTCONN || channel->broken)))
         disconnected(channel);
     return false;

@@ -273,7 +273,7 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) 
 }
 
 /* Reads straight into a frame. Of a child that has ended, what is left is read until there is no more: others
- * may hold its pipes open for ever. */
+ * may hold its pipes open indefinitely. */
 static void pull_output(struct channel *channel, struct session *session, int *fd, uint8_t type) {
     size_t want = session->credit < MAX_PAYLOAD ? session->credit : MAX_PAYLOAD;
     uint8_t *at = channel_room(channel, want);

@@ -2,8 +2,8 @@
 
 A scan reads what has changed (host/pci.py), all vGPU parents and the host's own mounts and routes:
 2 ms on a server, 16 ms more with 500 guests and their routes; it runs in threads. Between scans the
-last view is used, an immutable value that a transaction in another thread may also read. Whoever only shows the host's
-devices gets a view of the last second; all who ask meanwhile share one scan.
+last view is used, an immutable value that a transaction in another thread may also read. Code that only shows the
+host's devices gets a view of the last second; all who ask meanwhile share one scan.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It decides nothing. The server passes it listening sockets, keys and policies over the protocol of ``protocol.py``;
 the native loops carry the traffic in threads of their own, and this thread only passes messages. Once it has what
-``Start`` brings, it confines itself for ever (``ext/egress/confine.c``): it opens no files, runs no programs, and
+``Start`` brings, it confines itself permanently (``ext/egress/confine.c``): it opens no files, runs no programs, and
 cannot be dumped.
 
 - It ends when told to drain and the last connection has ended, or, unless it is ``adoptable``, with its server.

@@ -12,7 +12,7 @@ of their frame (SCM_RIGHTS).
     engine → server  Hello once a connection is made, or Failed if the engine cannot start; Question; Audit
 
 A message type is added by appending it to ``Request`` or ``Report`` and raising ``VERSION``: an engine of another
-version is not talked to but drained, and ``Hello``, ``Drain`` and the header keep their form for ever.
+version is not talked to but drained, and ``Hello``, ``Drain`` and the header never change their form.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The difference between a guest's clock and the host's, as NTP computes it. Pure, except for ``host_step``.
 
 The host asks for the guest's time and notes when it asked and when the answer came. The guest read its clock somewhere
-in between, so the difference is known to half of that time, and the guest is told by how much to move: that stays
+in between, so the difference is known to half of that time, and the guest receives the difference to apply: that stays
 right however late it arrives. Compared with ptp_kvm and a daemon in the guest: this works with and without KVM and for
 each kind of VMM, adds nothing to the guest, and the host decides when (after a restore before programs run again).
 """

@@ -2,7 +2,7 @@
 
 Our own netlink code, like the rest of ``host/``: an event costs 10 µs here. A server may get many of them, so they are
 read in batches with a pause in between; what exceeds a batch waits in the socket, and if the kernel has to drop some,
-the reader is told to list anew. Kernels create events only for connections that began while someone listened, so
+the reader lists them anew. Kernels create events only for connections that began while someone listened, so
 the list is the truth and events say when to look.
 
 Formats: include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h.

@@ -1,7 +1,7 @@
 """The ingress worker: a process that carries requests and decides nothing.
 
 The server passes it listening sockets and routes over the protocol of ``protocol.py`` and answers where instances are.
-Once it has the first message it confines itself for ever, as the egress engine does (``ext/egress/confine.c``): it
+Once it has the first message it confines itself permanently, as the egress engine does (``ext/egress/confine.c``): it
 opens no files, runs no programs, and becomes a user without any rights. It ends with its server.
 """
 

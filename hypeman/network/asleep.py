@@ -1,4 +1,4 @@
-"""Packets to instances in standby: what they are, how many are held, and how a peer is told that it failed. Pure.
+"""Packets to instances in standby: what they are, how many are held, and how failure is reported to a peer. Pure.
 
     wakes    TCP (but for RST), UDP, ping and every other protocol, the next packet of an open connection included
     quiet    RST and ICMP errors: nobody waits for an answer; held only while the instance wakes for another reason

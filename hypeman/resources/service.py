@@ -55,7 +55,7 @@ class ResourceService:
         gpu: Callable[[], Awaitable[GPUResourceStatus | None]],
         disk_free: Callable[[], int] = lambda: sys.maxsize,
     ) -> None:
-        """``disk_free``: bytes that are really free, whoever takes the others."""
+        """``disk_free``: bytes that are really free, no matter what uses the others."""
         self._store = store
         self._names = names
         self._disk_use = disk_use

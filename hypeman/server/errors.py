@@ -94,7 +94,7 @@ def failure_of(error: HypemanError) -> Failure:
 
 
 def shown_message(error: HypemanError) -> str:
-    """What a client is told. The log has the full message. Client errors (4xx) only name the client's own paths."""
+    """What a client sees. The log has the full message. Client errors (4xx) only name the client's own paths."""
     return error.message if error.status < 500 else without_host_paths(error.message)
 
 

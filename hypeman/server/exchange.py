@@ -1,4 +1,4 @@
-"""What a request to an Operation means, whoever carries it: Quart (app.py) or the connection itself (plain.py).
+"""What a request to an Operation means, carried by Quart (app.py) or by the connection itself (plain.py).
 
 Both carriers decode, authorize, answer, fail, log and count through this module, so that a client cannot tell them
 apart. Nothing here reads or writes a connection.

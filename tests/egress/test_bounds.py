@@ -146,7 +146,7 @@ async def test_streams_are_bounded(make_world: Any) -> None:
 
 
 async def test_connections_passed_through_are_bounded(make_world: Any) -> None:
-    """They hold six descriptors each; one too many is told in TLS."""
+    """They hold six descriptors each; one too many is refused in TLS."""
     async with bounded(make_world, each=Bounds(upstreams=1)) as world:
         await world.egress.set_policy("inst-a", GUEST, {}, {}, Unmatched.PASS)
         world.guest_trust.load_verify_locations(world.egress.settings.trust_file)

@@ -157,7 +157,7 @@ async def test_connections_go_on_while_the_server_is_replaced(world: World, tmp_
     assert (await world.ask(idle, REQUEST))[0] == 200, "with no server at all"
     async with server(tmp_path, engines, world) as second:
         assert (second.engine_pid, second.port) == (pid, port)
-        assert (await world.ask(idle, REQUEST))[0] == 200, "before it is told anything"
+        assert (await world.ask(idle, REQUEST))[0] == 200, "before it receives anything"
         await allow(second, "sk-new")
         await second.accept()
         await upload.send(b"cd")
@@ -369,7 +369,7 @@ def test_sizes_are_bounded_before_memory_is_taken(place: int, value: int) -> Non
 
 
 async def test_an_engine_survives_what_is_no_message(world: World, tmp_path: Path, engines: Path) -> None:
-    """Whoever reaches its socket is root; a confused program costs the connection to the server, not the traffic."""
+    """Only root can reach its socket; a confused program costs the connection to the server, not the traffic."""
     dice = random.Random(17)
     async with server(tmp_path, engines, world) as first:
         await allow(first)

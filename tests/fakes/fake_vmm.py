@@ -86,7 +86,7 @@ class FakeProcess:
         self.links = {nic.id: True for nic in config.nics}
         self.restored_from: Path | None = None
         self.turns: int | None = None
-        """Of the vCPUs; None: nobody knows."""
+        """Of the vCPUs; None: unknown."""
         self.exit: VmmExit | None = None
         self.ended = trio.Event()
 

@@ -106,10 +106,10 @@ FIRST_BOOT = (
     Row("::1", "only if it works", "ip addr | grep -c inet6", "0"),
     Row("/dev/fuse, /dev/net/tun", "0666 (udev's)", "stat -c %a /dev/fuse /dev/net/tun", "666\n666"),
     Row("loop devices", "there if asked for", "truncate -s 1M /tmp/l && losetup -f /tmp/l && losetup -a", "… /tmp/l"),
-    Row("/dev/stdout", "writable, whoever the program runs as", "echo out > /dev/stdout", "out", user="bob"),
+    Row("/dev/stdout", "writable for any user", "echo out > /dev/stdout", "out", user="bob"),
     Row(
         "a process that lost its parent",
-        "reaped by whoever is process 1",
+        "reaped by process 1",
         "sh -c 'sleep 0.1 &'; sleep 1; ps -o stat | grep -c Z",
         "0",
     ),

@@ -111,7 +111,7 @@ def guest_host(guest: Guest) -> Iterator[Host]:
 
 @contextmanager
 def world_host(lab: Lab) -> Iterator[Host]:
-    """The router that the uplink leads to, which is also whoever else is in the world."""
+    """The router that the uplink leads to, which also plays everyone else in the world."""
     with ExitStack() as stack:
         host = Host(lab.world, mac=ROUTER_MAC, commands=(f"ip addr add {ROUTER}/24 dev eth0",))
         stack.callback(host.close)

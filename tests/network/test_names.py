@@ -1,4 +1,4 @@
-"""Which names a guest is told, as messages, and what the host's hosts file says."""
+"""Which names a guest can look up, as messages, and what the host's hosts file says."""
 
 from __future__ import annotations
 

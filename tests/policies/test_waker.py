@@ -1,4 +1,4 @@
-"""Wakes of instances in memory: who wakes them, who does not, and what is told."""
+"""Wakes of instances in memory: who wakes them, who does not, and what is reported."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ async def test_a_delete_overtakes_a_standby_that_waits_for_the_guest(appliance: 
 
 
 async def test_halt_in_a_guest_ends_its_vm(appliance: Appliance) -> None:
-    """Ours powers off; a distribution's stops its processors for ever, and the server ends its VM."""
+    """Ours powers off; a distribution's stops its processors permanently, and the server ends its VM."""
     await appliance.create("one")
     assert (await appliance.exec("one", "sh", "-c", "(sleep 0.5; halt -f) >/dev/null 2>&1 &"))[0] == 0
     ended = await appliance.wait("one", "Stopped")

@@ -485,7 +485,7 @@ async def test_shutdown_waits_for_a_handler_and_closes_what_is_idle(app: ApiApp,
 async def test_an_idle_connection_is_closed(
     autojump_clock: trio.testing.MockClock, app: ApiApp, world: FakeWorld, head: bytes, quart: bool
 ) -> None:
-    """After the keep-alive time since the last response, whoever answered."""
+    """After the keep-alive time since the last response, no matter which part answered."""
     world.instances.add("web")
     plain = None if quart else app.plain
     async with serving(not_quart, plain) as (_, connect, _), await connect() as stream, await connect() as silent:

@@ -132,7 +132,7 @@ class Live:
         tell(self, told)
 
     async def _end_if_halted(self) -> None:
-        """`halt` stops the vCPUs for ever, and many kernels do not power off then: such a VM is ended by us."""
+        """`halt` stops the vCPUs permanently, and many kernels do not power off then: such a VM is ended by us."""
         asleep, before = 0, None
         while True:
             await trio.sleep(_HALT_LOOK)

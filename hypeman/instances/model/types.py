@@ -199,7 +199,7 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
         dict[str, CredentialPolicy], Meta(description="By the name under which the guest sees a stand-in")
     ] = {}
     tags: TagMap = {}
-    ttl: Annotated[Duration | None, Meta(description="Life time from creation; 0s is for ever")] = None
+    ttl: Annotated[Duration | None, Meta(description="Life time from creation; 0s: no limit")] = None
     expires_at: Annotated[Timestamp | None, Meta(description="Instead of ttl; in the future")] = None
     network: NetworkRequest = NetworkRequest()
     devices: Annotated[tuple[str, ...], Meta(description="Ids or names of registered devices")] = ()
