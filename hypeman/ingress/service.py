@@ -64,6 +64,8 @@ class Ingresses:
         self._records: dict[str, IngressRecord] = {}
         self._listeners: dict[int, Sequence[socket.socket]] = {}
         self._changing = trio.Lock()
+        self._wanted = trio.Event()
+        """There is, or was, an ingress: without any there is no worker, and the server starts sooner."""
         self._link: WorkerLink | None = None
         self.connections = 0
         self.refused = 0
@@ -93,6 +95,7 @@ class Ingresses:
                     await self._release(fresh)
                     raise
                 self._records[record.id] = record
+                self._wanted.set()
                 await self._tell(partial(_put, record))
                 for port in fresh:
                     await self._open(port)
@@ -167,7 +170,11 @@ class Ingresses:
                     except HypemanError as error:
                         log.warning("ingresses on port %d: %s", port, error.message)
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._keep_worker)
+                if self._records:
+                    self._wanted.set()
+                    await nursery.start(self._keep_worker)
+                else:
+                    nursery.start_soon(self._keep_worker)
                 nursery.start_soon(self._hold_again)
                 task_status.started()
         finally:
@@ -176,7 +183,8 @@ class Ingresses:
                     each.close()
             self._listeners.clear()
 
-    async def _keep_worker(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _keep_worker(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        await self._wanted.wait()
         pause = _FIRST_PAUSE
         is_first = True
         while True:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import trio
+import trio.testing
 
 from hypeman.errors import AlreadyExists, Conflict, NotFound, PortInUse
 from hypeman.events.log import EVENTS
@@ -179,3 +180,15 @@ async def test_a_port_of_another_program(lab: Lab) -> None:
             assert await service.list(tags={}) == []
         made: Ingress = await service.create(request("site", "a.b", port=81))
         assert await service.list(tags={}) == [made]
+
+
+@in_namespace
+async def test_without_ingresses_there_is_no_worker(lab: Lab) -> None:
+    async with ingresses(make_folder(), "127.0.0.1") as service:
+        await trio.testing.wait_all_tasks_blocked()
+        assert pid_of(service) == 0
+        await service.create(request("site", "a.b", port=82))
+        with trio.fail_after(60):
+            while not pid_of(service):
+                await trio.sleep(0.05)
+        assert (await ask("c.d", port=82)).endswith(" 404"), "it serves"
