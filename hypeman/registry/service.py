@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
+from hypeman.actor import current_actor
 from hypeman.errors import HypemanError, InUse, NotFound
 from hypeman.images.blobs import Blobs, write_all
 from hypeman.images.manifest import (
@@ -180,8 +181,10 @@ class Registry:
 
     # Uploads
 
-    async def begin(self, repository: str, owner: str = "") -> str:
-        """The id of a new upload. ``owner``: the caller. Raises RegistryFailure TOOMANYREQUESTS."""
+    async def begin(self, repository: str) -> str:
+        """The id of a new upload. Raises RegistryFailure TOOMANYREQUESTS."""
+        actor = current_actor()
+        owner = actor.subject if actor is not None else ""
         if len(self._uploads) >= MAX_UPLOADS or self._uploads_of(owner) >= MAX_UPLOADS_EACH:
             now = self._now()
             for old, upload in list(self._uploads.items()):

@@ -13,7 +13,6 @@ import base64
 import binascii
 import os
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs, urlencode
@@ -66,7 +65,6 @@ class RegistryRoutes:
         self._registry = registry
         self._admit = admit
         self._secret = jwt_secret
-        self._caller: ContextVar[Caller] = ContextVar("registry_caller")
 
     async def probe(self) -> Response:
         """``GET /v2/``: says that this is a registry, and whether the login is valid."""
@@ -82,7 +80,7 @@ class RegistryRoutes:
     async def _answered(self, scope: Scope, answer: Awaitable[Response]) -> Response:
         try:
             try:
-                self._caller.set(self._admit(request, scope, bearer(request.headers.get("Authorization"))))
+                self._admit(request, scope, bearer(request.headers.get("Authorization")))
             except Unauthorized as error:
                 raise RegistryFailure(Code.UNAUTHORIZED, error.message, headers=self._challenge()) from None
             except Forbidden as error:
@@ -154,7 +152,7 @@ class RegistryRoutes:
         mount = query.get("mount", "")
         if mount and await self._registry.mount(repository, mount, query.get("from", "")):
             return _created(f"/v2/{repository}/blobs/{mount}", mount)
-        name = await self._registry.begin(repository, self._caller.get().subject)
+        name = await self._registry.begin(repository)
         if digest := query.get("digest"):
             await self._registry.receive(repository, name, request.body)
             await self._registry.finish(repository, name, digest)

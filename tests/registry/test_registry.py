@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from hypeman.actor import Actor, acting, set_actor
 from hypeman.images.types import CreateImageRequest, ImageStatus
 from hypeman.registry import records
 from hypeman.registry.names import Code, RegistryFailure, is_digest, parse_byte_range, parse_content_range, parse_path
@@ -136,16 +137,24 @@ async def test_wrong_uploads_leave_nothing(served: Served) -> None:
 
 async def test_no_caller_takes_all_uploads(served: Served) -> None:
     registry = served.registry
+    set_actor(Actor("greedy"))
     for _ in range(MAX_UPLOADS_EACH):
-        await registry.begin("a", "greedy")
+        await registry.begin("a")
     with pytest.raises(RegistryFailure) as refused:
-        await registry.begin("a", "greedy")
+        await registry.begin("a")
     assert refused.value.code is Code.TOOMANYREQUESTS
-    await registry.begin("a", "other")
+    with acting(Actor("other")):
+        await registry.begin("a")
     for upload in registry._uploads.values():
         upload.touched -= timedelta(minutes=2)
-    await registry.begin("a", "greedy")
+    await registry.begin("a")
     assert len(registry._uploads) == 1, "empty ones have made room"
+
+
+async def test_uploads_count_for_the_token_that_begins_them(served: Served) -> None:
+    async with served.client() as client:
+        assert (await client.post("/v2/a/blobs/uploads/")).status_code == 202
+    assert [upload.owner for upload in served.registry._uploads.values()] == ["tester"]
 
 
 async def test_mounts(served: Served) -> None:

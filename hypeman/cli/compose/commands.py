@@ -12,7 +12,6 @@ import click
 import msgspec
 
 from hypeman.cli.client import ApiError, Client, Unreachable, segment
-from hypeman.cli.compose import native, spec
 from hypeman.cli.compose.model import (
     NAME_TAG,
     SERVICE_TAG,
@@ -44,6 +43,8 @@ class Options(msgspec.Struct, frozen=True):
     def load(self) -> Stack:
         """Read the file; ends the command if it cannot be used."""
         import yaml
+
+        from hypeman.cli.compose import native, spec  # other commands need neither
 
         path = self.file or next((Path(name) for name in FILES if Path(name).is_file()), None)
         if path is None:
