@@ -10,7 +10,7 @@ import click
 import pytest
 
 from hypeman.cli import output
-from hypeman.cli.main import SECTIONS, hypeman
+from hypeman.cli.main import SECTIONS, Commands, hypeman
 from hypeman.cli.policies import docker_restart
 from hypeman.cli.run import RunCommand, create_body, parse_mount, variables_in
 from hypeman.cli.session import GIGABYTES, SIZE, environment
@@ -174,3 +174,13 @@ def test_a_schedule_without_retention_names_the_flags(cli: Any, server: Any) -> 
     refused = cli("snapshot", "schedule", "set", "web", "--interval", "1h")
     assert refused.exit_code == 2
     assert "--max-count" in refused.stderr
+
+
+def test_arguments_of_top_are_those_of_ps() -> None:
+    """Also ``-o``, which is the output format elsewhere."""
+    root = click.Context(hypeman)
+    words = ["top", "web", "-o", "pid"]
+    assert isinstance(hypeman, Commands)
+    assert hypeman.in_front(root, words) == words
+    context = hypeman.commands["top"].make_context("top", words[1:])
+    assert (context.params["instance"], context.params["arguments"]) == ("web", ("-o", "pid"))
