@@ -81,22 +81,11 @@ class Job:
         self.scope = trio.CancelScope()
         self.given_up = False
         """No longer wanted."""
-        self.waiters = 0
-        """Instances whose create waits for it."""
         self.asked_for = True
         """Requested for itself, not only by creates of instances."""
         self.broken = False
         """It will fail: its downloads are not kept."""
         self.done = trio.Event()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Within the block, the create of an instance waits for the image."""
-        self.waiters += 1
-        try:
-            yield
-        finally:
-            self.waiters -= 1
 
     @property
     def progress(self) -> Progress:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -69,6 +69,14 @@ _MAX_NESTING = 3
 _COLLECT_INTERVAL = 600.0
 
 
+class _Wait:
+    """An instance that waits for an image. Counts from before its pull begins, when no digest is known yet."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.digest: str | None = None
+
+
 class Images:
     """One per server. ``run``, started in a nursery, does the work."""
 
@@ -100,6 +108,7 @@ class Images:
         self._cache_size = config.blob_cache_size
         self._max_bytes = config.max_image_size
         self._jobs: dict[str, Job] = {}
+        self._waits: set[_Wait] = set()
         self._queue: deque[Job] = deque()
         self._queued = trio.Semaphore(0)
         self._changing_disks = trio.Lock()
@@ -368,15 +377,18 @@ class Images:
         """
         ref = parse_reference(name)
         wanted = self.platform(platform)
-        row = self._known(ref)
-        if row is None or row.status is ImageStatus.FAILED or (row.platform and row.platform != wanted):
-            image = await self._create(CreateImageRequest(str(ref), platform=wanted), asked_for=False)
-            digest = image.digest
-        else:
-            digest = row.digest
-        job = self._jobs.get(digest)
-        with job.waiting() if job is not None else nullcontext():
+        wait = _Wait(str(ref))
+        self._waits.add(wait)
+        try:
+            row = self._known(ref)
+            if row is None or row.status is ImageStatus.FAILED or (row.platform and row.platform != wanted):
+                image = await self._create(CreateImageRequest(str(ref), platform=wanted), asked_for=False)
+                digest = wait.digest = image.digest
+            else:
+                digest = wait.digest = row.digest
             await self._wait_for(digest)
+        finally:
+            self._waits.remove(wait)
         row = self._store.read(lambda txn: txn.get(IMAGES, digest))
         if row is None:
             raise NotFound(f"image {ref} was deleted meanwhile")
@@ -392,7 +404,8 @@ class Images:
         except NotFound:
             return
         job = self._jobs.get(row.digest)
-        if job is not None and not naming.wanted and not job.asked_for and not job.waiters:
+        waited_for = any(str(ref) == wait.name or row.digest == wait.digest for wait in self._waits)
+        if job is not None and not naming.wanted and not job.asked_for and not waited_for:
             with suppress(NotFound, InUse):
                 await self.delete(str(ref))
 
