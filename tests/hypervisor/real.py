@@ -36,7 +36,7 @@ def real_driver(
     open_tap: Callable[[str], Awaitable[int]] = no_tap,
 ) -> Callable[[], Driver]:
     """Makes drivers of ``kind``, not probed. Below ``folder`` lie all disks and captures. HYPEMAN_TEST_VMMS names a
-    folder with programs to take instead of those in PATH."""
+    folder with programs to take instead of those in PATH; a QEMU is called after its kind there."""
     kvm = KvmProof(processes, kernel=kernel, patience=10.0 * SLOWNESS)
     programs = os.environ.get("HYPEMAN_TEST_VMMS", "")
     binary = os.path.join(programs, kind.value) if programs else ""
@@ -46,7 +46,7 @@ def real_driver(
             return CloudHypervisorDriver(processes, open_tap, kvm=kvm, binary=binary, folders=(folder,))
         if kind is HypervisorKind.FIRECRACKER:
             return FirecrackerDriver(processes, kvm=kvm, binary=binary)
-        return QemuDriver(processes, open_tap, kvm=kvm, kind=kind)
+        return QemuDriver(processes, open_tap, kvm=kvm, kind=kind, binary=binary if os.path.exists(binary) else "")
 
     return make
 

@@ -44,6 +44,7 @@ class Case(msgspec.Struct, forbid_unknown_fields=True):
     board: str = "q35"
     incoming: bool = False
     private_memory: bool = False
+    readonly_file: bool = False
 
 
 def arguments(case: Case) -> tuple[str, ...]:
@@ -67,6 +68,7 @@ def arguments(case: Case) -> tuple[str, ...]:
         accelerator=native.KVM if case.accelerator == "kvm" else native.TCG,
         incoming=case.incoming,
         private_memory=case.private_memory,
+        readonly_file=case.readonly_file,
     )
 
 

@@ -45,6 +45,8 @@ MICROVM = Board("microvm", "", pci=False, pinned=False, max_disks=16, max_nics=4
 """24 places for virtio; the port, the balloon and the random numbers take three."""
 
 MINIMUM_VERSION = (7, 2)
+READONLY_FILE = (8, 2)
+"""Since this version QEMU can map a file privately that it cannot write to; before, it opened it for writing."""
 AGENT_PORT_NAME = "hypeman.agent"
 LOG_PORT_NAME = "hypeman.log"
 """Names of virtio-serial ports; the agent looks for them in /sys/class/virtio-ports."""
@@ -167,19 +169,23 @@ def command_line(
     extra_cmdline: str = "",
     incoming: bool = False,
     private_memory: bool = False,
+    readonly_file: bool = False,
     devices_alone: bool = False,
 ) -> tuple[str, ...]:
     """All arguments of QEMU. It always starts with its vCPUs stopped.
 
     ``extra_cmdline``: what this host has to tell the guest kernel. ``incoming``: it waits for a saved
     state. ``private_memory``: what the guest writes stays out of the memory file, which several VMs may
-    then share. ``devices_alone``: the saved state is that of the devices (``captures.DEVICES``).
+    then share. ``readonly_file``: the descriptor of a private mapping cannot be written to (``READONLY_FILE``).
+    ``devices_alone``: the saved state is that of the devices (``captures.DEVICES``).
     """
     mib = config.memory_bytes >> 20
     memory = f"{mib}M"
     if config.hotplug_bytes:
         memory += f",slots=1,maxmem={mib + (config.hotplug_bytes >> 20)}M"
     share = "off" if private_memory else "on"
+    if readonly_file:
+        share += ",readonly=on,rom=off"
     options = f",{board.options}" if board.options else ""
     arguments = [
         binary,

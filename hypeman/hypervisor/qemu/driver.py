@@ -121,6 +121,10 @@ class QemuDriver(Seeker):
     def _machine(self) -> str:
         return native.machine_name(self._board, self._accelerator, self._capabilities.version)
 
+    @property
+    def _maps_readonly_files(self) -> bool:
+        return tuple(map(int, self._capabilities.version.split(".")[:2])) >= native.READONLY_FILE
+
     def validate(self, config: VmConfig) -> None:
         self._want_available()
         can = self._capabilities
@@ -156,16 +160,18 @@ class QemuDriver(Seeker):
         # Plugged memory is not mapped, and a VM with a private mapping could only be saved with it as a whole.
         private = apart and (keep_capture or not config.hotplug_bytes)
         state = captures.DEVICES if captures.DEVICES in saved.files else captures.STATE
+        readonly = private and self._maps_readonly_files
         with contextlib.ExitStack() as opened:
             if private:
-                opened.enter_context(lent(capture / captures.MEMORY, config.uid))
-            fd = _open_saved(capture / captures.MEMORY) if private else memory.new(config)
+                opened.enter_context(lent(capture / captures.MEMORY, config.uid, write=not readonly))
+            fd = _open_saved(capture / captures.MEMORY, write=not readonly) if private else memory.new(config)
             opened.callback(os.close, fd)
             vmm = await self._start(
                 config,
                 fd,
                 incoming=True,
                 private_memory=private,
+                readonly_file=readonly,
                 devices_alone=state == captures.DEVICES,
             )
 
@@ -214,6 +220,7 @@ class QemuDriver(Seeker):
         kernel: bool = False,
         incoming: bool = False,
         private_memory: bool = False,
+        readonly_file: bool = False,
         devices_alone: bool = False,
     ) -> QemuVmm:
         """QEMU with its vCPUs stopped, its limits set, and a QMP connection."""
@@ -255,6 +262,7 @@ class QemuDriver(Seeker):
                 extra_cmdline=await self._extra_cmdline() if kernel else "",
                 incoming=incoming,
                 private_memory=private_memory,
+                readonly_file=readonly_file,
                 devices_alone=devices_alone,
             )
             root = await trio.to_thread.run_sync(_root_files, self._capabilities.binary)
@@ -341,9 +349,8 @@ def _listen(path: Path) -> int:
         return sock.detach()
 
 
-def _open_saved(path: Path) -> int:
-    """Open read-write, as QEMU does, although it maps the file privately."""
+def _open_saved(path: Path, *, write: bool) -> int:
     try:
-        return open_for_child(str(path), os.O_RDWR, regular=True)
+        return open_for_child(str(path), os.O_RDWR if write else os.O_RDONLY, regular=True)
     except OSError as error:
         raise LaunchFailed(f"{path}: {error.strerror}") from error
