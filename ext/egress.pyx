@@ -78,7 +78,7 @@ cdef extern from "probe.h" nogil:
         uint16_t port
 
     int probe_head(const char *data, size_t n, const uint8_t *rules, size_t rules_n, const probe_origin *origin,
-                   char *out, size_t *out_n, const char **reason)
+                   int64_t now_s, char *out, size_t *out_n, const char **reason)
 
 
 METRICS = (
@@ -88,7 +88,7 @@ METRICS = (
 )
 assert len(METRICS) == M_COUNT
 
-TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger")
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "held")
 assert len(TIMERS) == T_CLASSES
 
 
@@ -120,7 +120,7 @@ def confine(unsigned uid):
     return bool(locked)
 
 
-def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_t port):
+def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_t port, int64_t now_s=0):
     """One request head as the host would get it (bytes), None if it is incomplete, or why it is refused (str)."""
     cdef const uint8_t[:] view = rules
     cdef probe_origin origin
@@ -133,7 +133,8 @@ def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_
         origin.tls_name = tls_name
     origin.explicit_proxy = explicit_proxy
     origin.port = port
-    cdef int used = probe_head(data, <size_t>len(data), &view[0], <size_t>view.shape[0], &origin, out, &n, &reason)
+    cdef int used = probe_head(data, <size_t>len(data), &view[0], <size_t>view.shape[0], &origin, now_s, out, &n,
+                               &reason)
     if used == 0:
         return None
     if used < 0:

@@ -27,10 +27,13 @@ from hypeman.config import Config, ConfigError, EgressBounds, EgressTotals
 from hypeman.devices.service import Devices
 from hypeman.egress import metrics as egress_metrics
 from hypeman.egress.audit import AuditLog
+from hypeman.egress.broker import Broker
 from hypeman.egress.policy import Unmatched
 from hypeman.egress.service import Bounds, Egress, Limits
 from hypeman.egress.service import Settings as EgressSettings
+from hypeman.egress.sources import Sources
 from hypeman.egress.view import EgressView
+from hypeman.errors import InvalidRequest
 from hypeman.events.service import Events
 from hypeman.events.webhooks import Webhooks
 from hypeman.host import facts
@@ -155,6 +158,7 @@ class _Parts:
     devices: Devices
     network: Network
     egress: Egress
+    broker: Broker
     egress_audit: AuditLog
     egress_view: EgressView
     events: Events
@@ -245,7 +249,8 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         gpu=devices.gpu_status,
         disk_free=partial(facts.free_bytes, paths.data_dir),
     )
-    secrets = adapters.EgressOfInstances(egress, store)
+    broker = Broker(egress, _credential_sources(config, processes))
+    secrets = adapters.EgressOfInstances(egress, broker, store)
     machine = Machine(
         config=config,
         store=store,
@@ -330,6 +335,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         devices=devices,
         network=network,
         egress=egress,
+        broker=broker,
         egress_audit=audit,
         egress_view=egress_view,
         events=events,
@@ -391,6 +397,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     parts.egress.on_audit(parts.egress_view.keep)
     nursery.start_soon(parts.egress_audit.run)
     await nursery.start(parts.egress.run)
+    await nursery.start(parts.broker.run)
     await nursery.start(parts.images.run)
     await nursery.start(parts.registry.run)
     await nursery.start(parts.pushes.run)
@@ -427,6 +434,13 @@ def _egress_settings(config: Config) -> EgressSettings:
         drain_timeout=config.egress.drain_timeout,
         limits=Limits(each=_bounds(config.egress.per_instance), total=_bounds(config.egress.total)),
     )
+
+
+def _credential_sources(config: Config, processes: Processes) -> Sources:
+    try:
+        return Sources(config.egress.sources, processes)
+    except InvalidRequest as error:
+        raise ConfigError(f"configuration: egress.sources: {error.message}") from None
 
 
 def _engine_memory(config: Config) -> int:

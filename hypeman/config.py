@@ -213,6 +213,23 @@ class EgressTotals(_Section, frozen=True):
     """Bytes in buffers; beyond that, connections are read only as their bytes are taken on."""
 
 
+class CredentialSourceConfig(_Section, frozen=True):
+    """One value for guests' requests; exactly one of ``file``, ``systemd`` and ``exec``."""
+
+    hosts: Annotated[tuple[str, ...], Meta(min_length=1)]
+    """The only hosts that may be sent the value: names, or ``*.x.y`` for one label."""
+    file: Annotated[str, Meta(pattern="^(/.*)?$")] = ""
+    """Absolute path of a file with the value; read again when it changes."""
+    systemd: Annotated[str, Meta(pattern="^[^/]*$")] = ""
+    """Name of a systemd credential of the server's unit (``LoadCredential=``)."""
+    exec: tuple[str, ...] = ()
+    """A program and its arguments, which writes JSON."""
+    timeout: Annotated[float, Meta(gt=0, le=300)] = 10.0
+    """Seconds that the program may take."""
+    lifetime: Annotated[float, Meta(ge=1, le=30 * 86400)] = 3600.0
+    """Seconds after which the program is run again, if its output does not say when it expires."""
+
+
 class EgressConfig(_Section, frozen=True):
     port: Port = 18080
     """Port on the gateway where mediated connections end; never reachable from elsewhere."""
@@ -230,6 +247,9 @@ class EgressConfig(_Section, frozen=True):
     """What all instances may hold together."""
     drain_timeout: Annotated[float, Meta(gt=0, le=30 * 86400)] = 4 * 3600
     """Maximum seconds that connections go on in the previous engine process after an upgrade replaced it."""
+    sources: dict[Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,62}$")], CredentialSourceConfig] = {}
+    """Name → value that credentials of instances may use by ``source.named``, with ``hosts`` and one of ``file``,
+    ``systemd`` and ``exec``: [hypeman/egress/README.md](../hypeman/egress/README.md#sources)."""
 
 
 class DevicesConfig(_Section, frozen=True):
@@ -492,6 +512,11 @@ def _check(config: Config) -> None:
     for name, hook in config.events.webhooks.items():
         if not hook.url.startswith("https:") and not hook.allow_private:
             raise ConfigError(f"configuration: events.webhooks.{name}.url must be https, or allow_private be set")
+    for name, source in config.egress.sources.items():
+        if sum(1 for kind in (source.file, source.systemd, source.exec) if kind) != 1:
+            raise ConfigError(f"configuration: egress.sources.{name} must have one of file, systemd and exec")
+        if source.exec and not source.exec[0].startswith("/"):
+            raise ConfigError(f"configuration: egress.sources.{name}.exec must begin with an absolute path")
     for name, text in (("data_dir", config.data_dir), ("run_dir", config.run_dir)):
         if not text.startswith("/"):
             raise ConfigError(f"configuration: {name} must be an absolute path, not {text!r}")

@@ -57,6 +57,7 @@ PURE_MODULES = tuple(
         "egress.policy",
         "egress.protocol",
         "egress.records",
+        "egress.transforms",
         "egress.types",
         "errors",
         "fields",

@@ -71,7 +71,10 @@ struct xchg {
     int32_t down_stream, up_stream; /* HTTP/2 */
     struct destination to;
     bool active;
-    bool waiting;      /* for an upstream connection */
+    bool waiting;      /* for an upstream connection, or held */
+    bool held;         /* until its credential has a value, or `held_until_ms` */
+    bool gathering;    /* its body must be complete before the head is written */
+    bool gathered;     /* and is, in to_up; what the client may send for it is granted already */
     bool is_head, upgrade, tunnel;
     bool req_done;     /* all of the request was read from the client */
     bool req_complete; /* nothing of it is left unread */
@@ -92,6 +95,7 @@ struct xchg {
     struct h1_chunked req_chunks;
     size_t kept_head;  /* HTTP/1 down: bytes of the head kept at the front of `in` for a retry */
     /* audit */
+    int64_t held_until_ms;
     int64_t started_us;
     uint64_t up_bytes, down_bytes;
     int status;
@@ -251,6 +255,9 @@ struct loop {
     unsigned spare_n[4];
     void *spares[4];
     char *scratch;
+    char *room;            /* for what a request is given by its rules, see transform.h */
+    unsigned held;         /* exchanges that are held, or more */
+    int64_t held_due_ms;   /* when the first of them is not held any longer */
     struct head head; /* of the message being handled right now */
 };
 

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "loop.h"
+#include "transform.h"
 
 static void add_trailers(struct out *o, const struct head *trailers, const struct matched *m)
 {
@@ -132,7 +133,7 @@ static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool
                           "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n"
                           "X-Hypeman-Egress: %s\r\n%s%s\r\n",
                           REASONS[why].status, REASONS[why].code, n, REASONS[why].code,
-                          why == R_RATE || why == R_BUSY ? "Retry-After: 1\r\n" : "",
+                          why == R_RATE || why == R_BUSY || why == R_CREDENTIAL ? "Retry-After: 1\r\n" : "",
                           x->closing ? "Connection: close\r\n" : x->old_client ? "Connection: keep-alive\r\n" : "");
     conn_write(c, head, (size_t)head_n);
     if (!x->is_head)
@@ -196,7 +197,13 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
     struct snapshot *s = tenant_borrow(c->tenant, &generation);
     if (!s)
         return refuse(c, R_UNREGISTERED, used);
-    why = apply_policy(s, h, &x->to, &m);
+    why = apply_policy(s, h, &x->to, l->now_s, &m);
+    if (why == R_NONE && m.unready) {
+        snapshot_release(s);
+        x->kept_head = used;
+        xchg_hold(x);
+        return STEP_STOP;
+    }
     if (why != R_NONE) {
         snapshot_release(s);
         return refuse(c, why, used);
@@ -219,10 +226,18 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         x->kept_head = used;
         return STEP_STOP;
     }
+    struct out room = {l->room, 0, TRANSFORM_ROOM, false};
+    why = m.transforms ? transform(&room, &m, h, &x->to, path, l->now_s) : R_NONE;
+    if (why != R_NONE) {
+        OPENSSL_cleanse(room.p, room.n);
+        snapshot_release(s);
+        return refuse(c, why, used);
+    }
     xchg_note_rules(x, &m);
     l->counters[M_INJECTED] += m.n > 0;
     struct request_line line = {path, x->req_body, x->req_left, x->upgrade};
     up1_send(x, h, &line, &m);
+    OPENSSL_cleanse(room.p, room.n);
     snapshot_release(s);
     x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && !x->upgrade && is_idempotent(h);
     x->kept_head = 0;

@@ -11,6 +11,7 @@
 #include "down.h"
 #include "h2.h"
 #include "loop.h"
+#include "transform.h"
 
 /* Streams opened and reset again: more of them in so short a time is an attack. */
 enum { MAX_RESETS = 1000, RESETS_MS = 60 * 1000 };
@@ -105,7 +106,7 @@ static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool
         pairs_number(&p, "content-length", n);
         const char *code = REASONS[why].code;
         pairs_add(&p, (struct str){"x-hypeman-egress", 16}, (struct str){code, (uint32_t)strlen(code)}, false);
-        if (why == R_RATE || why == R_BUSY)
+        if (why == R_RATE || why == R_BUSY || why == R_CREDENTIAL)
             pairs_add(&p, (struct str){"retry-after", 11}, (struct str){"1", 1}, false);
         if (!x->is_head)
             buf_add(c->loop, &x->to_down, body, n);
@@ -164,7 +165,12 @@ static void decide(struct xchg *x)
     if (why == R_NONE && !s)
         why = R_UNREGISTERED;
     if (why == R_NONE)
-        why = apply_policy(s, h, &x->to, &m);
+        why = apply_policy(s, h, &x->to, l->now_s, &m);
+    if (why == R_NONE && m.unready) {
+        snapshot_release(s);
+        xchg_hold(x);
+        return;
+    }
     if (why != R_NONE) {
         snapshot_release(s);
         down_fail(x, why, NULL);
@@ -182,6 +188,14 @@ static void decide(struct xchg *x)
             down_fail(x, R_BUSY, NULL);
         return;
     }
+    struct out room = {l->room, 0, TRANSFORM_ROOM, false};
+    why = m.transforms ? transform(&room, &m, h, &x->to, h->target, l->now_s) : R_NONE;
+    if (why != R_NONE) {
+        OPENSSL_cleanse(room.p, room.n);
+        snapshot_release(s);
+        down_fail(x, why, NULL);
+        return;
+    }
     xchg_note_rules(x, &m);
     l->counters[M_INJECTED] += m.n > 0;
     bool sent = true;
@@ -192,6 +206,7 @@ static void decide(struct xchg *x)
         struct request_line line = {h->target, x->req_body, x->req_left, false};
         up1_send(x, h, &line, &m);
     }
+    OPENSSL_cleanse(room.p, room.n);
     snapshot_release(s);
     if (!sent) {
         x->up = NULL;

@@ -9,8 +9,8 @@
  *               what the HTTP/2 sides share; records of requests              h2.c audit.c
  *   tls         OpenSSL over a connection's buffers; certificate chains       tls.c chain.c
  *   io          buffers, sockets, timers                                      io.c
- *   below       pure or nearly so, usable alone: policy, bounds, verdicts     policy.c bound.c verdict.c mint.c
- *               on requests, leaves, heads, names, addresses                  h1.c hello.c host.c addr.c
+ *   below       pure or nearly so, usable alone: policy, bounds, verdicts     policy.c bound.c verdict.c transform.c
+ *               on requests, leaves, heads, names, addresses                  mint.c h1.c hello.c host.c addr.c
  *
  * Two calls point up: accept.c has the loop run a new connection, and pool.c asks the engine for addresses.
  * `tests/egress/test_structure.py` holds this, and that includes have no cycle.
@@ -70,6 +70,9 @@ void up_end(struct xchg *x, const struct head *trailers);
 void up_abandon(struct xchg *x);
 void xchg_try_finish(struct xchg *x);
 void xchg_note_rules(struct xchg *x, const struct matched *m);
+/* Holds a request until new rules come, at most as long as the settings say; its head is decided again then. */
+void xchg_hold(struct xchg *x);
+void held_again(struct loop *l, bool rules_changed); /* decide again, or refuse what was held too long */
 
 /* pool.c */
 enum take { TAKE_READY, TAKE_WAIT, TAKE_FULL };

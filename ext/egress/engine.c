@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "loop.h"
+#include "transform.h"
 
 static bool parse_network(const char *text, struct network *out)
 {
@@ -68,7 +69,8 @@ static bool make_loop(struct engine *e, struct loop *l, unsigned index, const st
     l->mint = mint_new(s->ca_certificate, s->ca_key, s->leaf_cache, tls_server_context);
     l->audit = audit_new();
     l->scratch = malloc(SCRATCH);
-    return l->epoll >= 0 && l->wake >= 0 && l->mint && l->audit && l->scratch
+    l->room = malloc(TRANSFORM_ROOM);
+    return l->epoll >= 0 && l->wake >= 0 && l->mint && l->audit && l->scratch && l->room
         && watch(l->epoll, l->wake, &l->wake, EPOLLIN) && watch(l->epoll, l->listener, &l->listener, 0);
 }
 
@@ -174,6 +176,7 @@ static void free_loop(struct loop *l)
     mint_free(l->mint);
     audit_free(l->audit);
     free(l->scratch);
+    free(l->room);
     if (l->listener >= 0)
         (void)close(l->listener);
     if (l->epoll >= 0)

@@ -18,6 +18,7 @@ enum timer_class {
     T_STREAM,    /* no byte in either direction */
     T_HALF,      /* the same once one side has ended */
     T_LINGER,
+    T_HELD,      /* a request whose credential has no value at the moment; not a connection's timer */
     T_CLASSES,
 };
 

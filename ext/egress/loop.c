@@ -19,6 +19,8 @@ static void look_at_clock(struct loop *l)
     (void)clock_gettime(CLOCK_MONOTONIC, &t);
     l->now_us = (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
     l->now_ms = l->now_us / 1000;
+    (void)clock_gettime(CLOCK_REALTIME_COARSE, &t);
+    l->now_s = t.tv_sec;
 }
 
 static void run(struct conn *c)
@@ -186,6 +188,13 @@ static int run_timers(struct loop *l)
         if (c && c->timer.due_ms < next)
             next = c->timer.due_ms;
     }
+    if (l->held) {
+        if (l->held_due_ms <= l->now_ms)
+            held_again(l, false);
+        settle(l);
+        if (l->held && l->held_due_ms < next)
+            next = l->held_due_ms;
+    }
     if (l->audit_due_ms && l->audit_due_ms < next)
         next = l->audit_due_ms;
     if (l->draining && l->drain_by_ms < next)
@@ -263,8 +272,10 @@ static void read_inbox(struct loop *l)
     struct answer *a = l->inbox;
     l->inbox = NULL;
     (void)pthread_mutex_unlock(&l->inbox_lock);
-    if (orders & ORDER_SWEEP)
+    if (orders & ORDER_SWEEP) {
         up_sweep(l);
+        held_again(l, true);
+    }
     if (orders & ORDER_ACCEPT)
         begin_accept(l);
     if (orders & ORDER_DRAIN)

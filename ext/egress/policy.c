@@ -8,28 +8,28 @@
 #include <string.h>
 #include <sys/mman.h>
 
-static const char MAGIC[4] = {'H', 'E', 'G', '2'};
+static const char MAGIC[4] = {'H', 'E', 'G', '3'};
 
 struct reader {
     const uint8_t *p, *end;
     bool bad;
 };
 
-static unsigned number(struct reader *r, unsigned bytes)
+static uint64_t number(struct reader *r, unsigned bytes)
 {
-    unsigned v = 0;
+    uint64_t v = 0;
     if ((size_t)(r->end - r->p) < bytes) {
         r->bad = true;
         return 0;
     }
     for (unsigned i = 0; i < bytes; i++)
-        v |= (unsigned)*r->p++ << (8 * i);
+        v |= (uint64_t)*r->p++ << (8 * i);
     return v;
 }
 
 static struct str text(struct reader *r)
 {
-    unsigned n = number(r, 2);
+    unsigned n = (unsigned)number(r, 2);
     if (r->bad || (size_t)(r->end - r->p) < n) {
         r->bad = true;
         return (struct str){"", 0};
@@ -37,6 +37,33 @@ static struct str text(struct reader *r)
     struct str s = {(const char *)r->p, n};
     r->p += n;
     return s;
+}
+
+static void read_transform(struct reader *r, struct rule *rule)
+{
+    unsigned kind = (unsigned)number(r, 1), extra;
+    rule->kind = (enum rule_kind)kind;
+    rule->ready = number(r, 1) != 0;
+    rule->expires_s = (int64_t)number(r, 8);
+    rule->name = text(r);
+    rule->value = text(r);
+    extra = (unsigned)number(r, 1);
+    if (kind >= RULE_KINDS || extra > MAX_EXTRA || rule->expires_s < 0) {
+        r->bad = true;
+        return;
+    }
+    for (unsigned i = 0; i < extra; i++)
+        rule->extra[i] = text(r);
+    bool named = rule->kind == RULE_HEADER ? h1_is_token(rule->name.p, rule->name.n)
+                                           : h1_is_target(rule->name.p, rule->name.n);
+    r->bad |= !named || !h1_is_field_value(rule->value.p, rule->value.n);
+    for (unsigned i = 0; i < extra; i++)
+        r->bad |= !h1_is_field_value(rule->extra[i].p, rule->extra[i].n);
+}
+
+bool rule_is_ready(const struct rule *r, int64_t now_s)
+{
+    return r->ready && (r->expires_s == 0 || now_s < r->expires_s);
 }
 
 /* The mapping holds: struct snapshot, rules, patterns, then a copy of the encoding that all strings point into. */
@@ -53,8 +80,8 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         return NULL;
     }
     r.p += sizeof MAGIC;
-    unsigned unmatched = number(&r, 1), web_only = number(&r, 1), tls_port = number(&r, 2);
-    unsigned rules = number(&r, 2), patterns = number(&r, 2);
+    unsigned unmatched = (unsigned)number(&r, 1), web_only = (unsigned)number(&r, 1), tls_port = (unsigned)number(&r, 2);
+    unsigned rules = (unsigned)number(&r, 2), patterns = (unsigned)number(&r, 2);
     if (r.bad || unmatched > UNMATCHED_DENY || web_only > 1 || rules > MAX_RULES) {
         errno = EINVAL;
         return NULL;
@@ -85,14 +112,13 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         struct rule *rule = &s->rules[i];
         rule->key = text(&r);
         rule->placeholder = text(&r);
-        rule->header = text(&r);
-        rule->value = text(&r);
+        read_transform(&r, rule);
         rule->every_host = number(&r, 1) != 0;
-        rule->port_count = number(&r, 1);
+        rule->port_count = (unsigned)number(&r, 1);
         rule->ports = r.p;
         for (unsigned k = 0; k < rule->port_count; k++)
             (void)number(&r, 2);
-        rule->n = number(&r, 2);
+        rule->n = (unsigned)number(&r, 2);
         rule->patterns = pool;
         if (rule->n > patterns)
             r.bad = true;
@@ -102,8 +128,6 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
             pool++;
             patterns--;
         }
-        if (!h1_is_token(rule->header.p, rule->header.n) || !h1_is_field_value(rule->value.p, rule->value.n))
-            r.bad = true;
     }
     if (r.bad || r.p != r.end || patterns) {
         snapshot_release(s);

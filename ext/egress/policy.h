@@ -26,11 +26,24 @@ struct pattern {
     bool wildcard;
 };
 
+/* What a rule does with the credential; transform.c has all but the first. Numbers as in hypeman/egress/policy.py. */
+enum rule_kind {
+    RULE_HEADER, /* sets the field `name` to `value` */
+    RULE_QUERY,  /* sets the parameter `name` of the query to `value`, both percent-encoded already */
+    RULE_KINDS,
+};
+
+enum { MAX_EXTRA = 6 };
+
 struct rule {
     struct str key;         /* name of the credential, as the guest and the audit know it */
     struct str placeholder; /* what the guest holds instead of the value */
-    struct str header;      /* lower case */
-    struct str value;       /* the finished field value: secret */
+    enum rule_kind kind;
+    bool ready;             /* there is a value; else requests wait for one */
+    int64_t expires_s;      /* Unix time from which on there is none; 0: never */
+    struct str name;        /* of the field, in lower case, or of the parameter */
+    struct str value;       /* secret */
+    struct str extra[MAX_EXTRA];
     bool every_host;
     unsigned n;
     const struct pattern *patterns;
@@ -56,6 +69,7 @@ void snapshot_release(struct snapshot *s);
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port);
 bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls);
 bool rule_covers(const struct rule *r, const struct host *h, uint16_t port);
+bool rule_is_ready(const struct rule *r, int64_t now_s); /* it has a value that has not expired */
 
 /* Tokens refilled with time; guarded by the owner's lock. A rate of 0 never refuses. */
 struct bucket {

@@ -2,14 +2,17 @@
  * order. For tests, which compare it with the readable twin hypeman/_native/egress_head_py.py. */
 #include "probe.h"
 
+#include <openssl/crypto.h>
 #include <string.h>
 
-#include "verdict.h"
+#include "transform.h"
 
-int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from, char *out,
-               size_t *out_n, const char **reason)
+int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from,
+               int64_t now_s, char *out, size_t *out_n, const char **reason)
 {
     static __thread struct head h;
+    static __thread char text[TRANSFORM_ROOM];
+    struct out room = {text, 0, sizeof text, false};
     struct destination bound = {.port = from->port, .tls = true}, to;
     struct str path;
     struct matched m = {0};
@@ -34,7 +37,11 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     if (why == R_NONE)
         why = check_hops(&h);
     if (why == R_NONE)
-        why = apply_policy(s, &h, &to, &m);
+        why = apply_policy(s, &h, &to, now_s, &m);
+    if (why == R_NONE && m.unready)
+        why = R_CREDENTIAL;
+    if (why == R_NONE && m.transforms)
+        why = transform(&room, &m, &h, &to, path, now_s);
     if (why == R_NONE) {
         enum body body = h.chunked ? BODY_CHUNKED : h.content_length >= 0 ? BODY_LENGTH : BODY_NONE;
         struct request_line line = {path, body, h.content_length > 0 ? (uint64_t)h.content_length : 0, may_upgrade(&h)};
@@ -44,6 +51,7 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
         if (o.over)
             why = R_HEAD_TOO_LARGE;
     }
+    OPENSSL_cleanse(text, room.n);
     snapshot_release(s);
     *reason = REASONS[why].code;
     return why == R_NONE ? used : -1;

@@ -13,7 +13,7 @@ struct probe_origin {
 };
 
 /* > 0 bytes consumed and the head for the host in out[0..*out_n); 0 incomplete; -1 refused with *reason. */
-int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from, char *out,
-               size_t *out_n, const char **reason);
+int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from,
+               int64_t now_s, char *out, size_t *out_n, const char **reason);
 
 #endif

@@ -41,7 +41,7 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
     pairs_add(&p, (struct str){":method", 7}, h->method, false);
     pairs_add(&p, (struct str){":scheme", 7}, (struct str){"https", 5}, false);
     pairs_add(&p, (struct str){":authority", 10}, h->authority, false);
-    pairs_add(&p, (struct str){":path", 5}, path, false);
+    pairs_add(&p, (struct str){":path", 5}, m->path.n ? m->path : path, m->path.n > 0);
     for (unsigned i = 0; i < h->n; i++)
         if (request_field_passes(h, &h->f[i], m))
             pairs_add(&p, h->f[i].name, h->f[i].value, false);
@@ -49,10 +49,13 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
     pairs_via(&p, h);
     if (h->te_trailers)
         pairs_add(&p, (struct str){"te", 2}, (struct str){"trailers", 8}, false);
-    if (h->content_length >= 0)
+    if (x->gathered)
+        pairs_number(&p, "content-length", buf_size(&x->to_up));
+    else if (h->content_length >= 0)
         pairs_number(&p, "content-length", (uint64_t)h->content_length);
-    for (unsigned i = 0; i < m->n; i++)
-        pairs_add(&p, m->rules[i]->header, m->rules[i]->value, true);
+    for (unsigned i = 0; i < m->fields; i++)
+        if (m->set[i].value.p)
+            pairs_add(&p, m->set[i].name, m->set[i].value, true);
     body = body && (!x->req_complete || buf_size(&x->to_up) || x->up_trailers.head);
     nghttp2_data_provider source = {.source.ptr = x, .read_callback = give_body};
     int32_t id = nghttp2_submit_request(c->h2, NULL, p.nv, p.n, body ? &source : NULL, x);

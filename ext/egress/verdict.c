@@ -35,6 +35,9 @@ const struct reason_text REASONS[R_COUNT] = {
     [R_CLIENT_TLS] = {400, "client_tls", "the TLS handshake with the client failed"},
     [R_NOT_TLS] = {400, "not_tls", "only TLS is carried through CONNECT"},
     [R_BUSY] = {503, "too_many_at_once", "this instance, or the host, has too many connections or requests open"},
+    [R_CREDENTIAL] = {503, "credential_unavailable", "the credential for this host has no valid value at the moment"},
+    [R_SIGNATURE] = {403, "signature_refused", "the request's signature cannot be replaced"},
+    [R_TOO_LARGE] = {413, "body_too_large", "the body must be complete before it is sent to this host, and is too large for that"},
     [R_DRAINING] = {503, "draining", "the proxy is about to stop"},
 };
 
@@ -128,10 +131,18 @@ static bool has_placeholder(const struct head *h, struct str placeholder)
     return false;
 }
 
-enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to,
+void set_field(struct matched *m, struct str name, struct str value)
+{
+    if (m->fields < MAX_SET)
+        m->set[m->fields++] = (struct set_field){name, value};
+}
+
+enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to, int64_t now_s,
                          struct matched *out)
 {
-    out->n = 0;
+    out->n = out->fields = 0;
+    out->path = (struct str){NULL, 0};
+    out->transforms = out->unready = false;
     if (s->unmatched != UNMATCHED_PASS && to->host.kind != HOST_NAME)
         return R_ADDRESS_LITERAL;
     if (!snapshot_allows_port(s, &to->host, to->port, to->tls))
@@ -156,6 +167,14 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
         return R_HOST_DENIED;
     if (out->n && h1_is(h->method, "trace"))
         return R_METHOD; /* it would hand the credential back in its answer */
+    for (unsigned i = 0; i < out->n; i++) {
+        const struct rule *r = out->rules[i];
+        out->unready |= !rule_is_ready(r, now_s);
+        if (r->kind == RULE_HEADER)
+            set_field(out, r->name, r->value);
+        else
+            out->transforms = true;
+    }
     return R_NONE;
 }
 
@@ -210,8 +229,8 @@ bool is_nominated(const struct head *h, struct str name)
 
 static bool is_injected(const struct matched *m, struct str name)
 {
-    for (unsigned i = 0; i < m->n; i++)
-        if (h1_same_variable(m->rules[i]->header, name))
+    for (unsigned i = 0; i < m->fields; i++)
+        if (h1_same_variable(m->set[i].name, name))
             return true;
     return false;
 }
@@ -316,7 +335,7 @@ void out_field(struct out *o, struct str name, struct str value)
     out_add(o, "\r\n", 2);
 }
 
-static void out_authority(struct out *o, const struct destination *to)
+void out_authority(struct out *o, const struct destination *to)
 {
     bool v6 = to->host.kind == HOST_IP && memchr(to->host.text, ':', to->host.len);
     if (v6)
@@ -356,9 +375,10 @@ void render_request(struct out *o, const struct head *h, const struct request_li
 {
     out_add(o, h->method.p, h->method.n);
     out_add(o, " ", 1);
-    if (line->path.p[0] == '?')
+    struct str path = m->path.n ? m->path : line->path;
+    if (path.p[0] == '?')
         out_add(o, "/", 1); /* absolute form with an empty path */
-    out_add(o, line->path.p, line->path.n);
+    out_add(o, path.p, path.n);
     out_text(o, " HTTP/1.1\r\nHost: ");
     out_authority(o, to);
     out_add(o, "\r\n", 2);
@@ -385,7 +405,8 @@ void render_request(struct out *o, const struct head *h, const struct request_li
         out_number(o, line->length);
         out_add(o, "\r\n", 2);
     }
-    for (unsigned i = 0; i < m->n; i++)
-        out_field(o, m->rules[i]->header, m->rules[i]->value);
+    for (unsigned i = 0; i < m->fields; i++)
+        if (m->set[i].value.p)
+            out_field(o, m->set[i].name, m->set[i].value);
     out_add(o, "\r\n", 2);
 }

@@ -40,6 +40,9 @@ enum reason {
     R_NOT_TLS,
     R_DRAINING,
     R_BUSY,
+    R_CREDENTIAL,
+    R_SIGNATURE,
+    R_TOO_LARGE,
     R_COUNT,
 };
 
@@ -64,11 +67,21 @@ struct origin {
     uint16_t port;                   /* plain and transparent: the port that was dialled */
 };
 
-enum { MAX_MATCHED = 16 };
+enum { MAX_MATCHED = 16, MAX_SET = 24 };
+
+/* A field that is written after the guest's own, which lose all of that name. No value: only that. */
+struct set_field {
+    struct str name, value;
+};
 
 struct matched {
     unsigned n;
     const struct rule *rules[MAX_MATCHED];
+    unsigned fields;
+    struct set_field set[MAX_SET];
+    struct str path; /* instead of the guest's, if there is one */
+    bool transforms; /* a rule needs more than fields whose values are known: see transform.h */
+    bool unready;    /* a rule has no valid value now */
 };
 
 /* Where an HTTP/1 request wants to go and with which path; R_NONE or why not. */
@@ -77,8 +90,9 @@ enum reason target_of_h1(const struct head *h, const struct origin *from, struct
 enum reason target_of_h2(const struct head *h, const struct destination *bound);
 
 /* Applies the snapshot: which rules add a field to this request, or why it is refused. */
-enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to,
+enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to, int64_t now_s,
                          struct matched *out);
+void set_field(struct matched *m, struct str name, struct str value);
 
 /* Whether a field of the client's request goes on to the destination (rules' own fields are added afterwards). */
 bool request_field_passes(const struct head *h, const struct field *f, const struct matched *m);
@@ -118,6 +132,7 @@ struct request_line {
 bool body_is_undefined(const struct head *h, const struct request_line *line);
 
 void out_via(struct out *o, int minor);
+void out_authority(struct out *o, const struct destination *to);
 
 void render_request(struct out *o, const struct head *h, const struct request_line *line,
                     const struct destination *to, const struct matched *m);

@@ -36,6 +36,62 @@ void xchg_uncount(struct xchg *x)
     x->counted = false;
 }
 
+void xchg_hold(struct xchg *x)
+{
+    struct loop *l = x->down->loop;
+    if (!x->held) {
+        x->held = true;
+        if (!x->held_until_ms)
+            x->held_until_ms = l->now_ms + l->timers_ms[T_HELD];
+        if (!l->held++ || x->held_until_ms < l->held_due_ms)
+            l->held_due_ms = x->held_until_ms;
+    }
+    x->waiting = true;
+    x->awaits = NULL;
+}
+
+static void decide_again(struct xchg *x, bool rules_changed)
+{
+    struct loop *l = x->down->loop;
+    bool late = x->held_until_ms <= l->now_ms;
+    if (!x->held || (!late && !rules_changed)) {
+        if (x->held && (!l->held++ || x->held_until_ms < l->held_due_ms))
+            l->held_due_ms = x->held_until_ms;
+        return;
+    }
+    x->held = x->waiting = false;
+    if (!x->active)
+        return;
+    l->payer = x->down->tenant;
+    if (late)
+        down_fail(x, R_CREDENTIAL, NULL);
+    else
+        x->down->side->resume(x);
+    l->payer = NULL;
+}
+
+void held_again(struct loop *l, bool rules_changed)
+{
+    struct conn *next;
+    if (!l->held)
+        return;
+    l->held = 0;
+    for (struct conn *c = l->all; c; c = next) {
+        next = c->all_next;
+        if (c->dead || c->kind != DOWN)
+            continue;
+        if (c->h2) {
+            struct xchg *after;
+            for (struct xchg *x = c->streams; x; x = after) {
+                after = x->next;
+                decide_again(x, rules_changed);
+            }
+        } else {
+            decide_again(&c->x, rules_changed);
+        }
+    }
+}
+
 void xchg_note_rules(struct xchg *x, const struct matched *m)
 {
     struct out o = {x->keys, 0, sizeof x->keys - 1, false};

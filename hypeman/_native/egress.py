@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     def confine(uid: int) -> bool: ...
     def rewrite_head(
-        data: bytes, rules: bytearray, tls_name: bytes | None, explicit_proxy: bool, port: int
+        data: bytes, rules: bytearray, tls_name: bytes | None, explicit_proxy: bool, port: int, now_s: int = 0
     ) -> bytes | str | None: ...
 
     BOUNDS: tuple[str, ...]

@@ -30,18 +30,26 @@ def policy(session: Session, instance: str) -> None:
 def _policy_text(found: dict[str, Any]) -> str:
     lines = [f"{found['instance_name']}: enforcement {found['mode']}"]
     rows = [
-        (name, credential["source"]["env"], rule)
+        (name, credential["source"], rule)
         for name, credential in found["credentials"].items()
         for rule in credential["inject"]
     ]
     columns = [
         ("CREDENTIAL", lambda row: row[0]),
-        ("VALUE OF", lambda row: row[1]),
+        ("VALUE OF", lambda row: row[1].get("env") or f"source {row[1].get('named')}"),
         ("HOSTS", lambda row: "every" if row[2].get("hosts") is None else ", ".join(row[2]["hosts"])),
-        ("HEADER", lambda row: row[2]["as"]["header"]),
-        ("FORMAT", lambda row: row[2]["as"]["format"]),
+        ("HEADER", lambda row: row[2]["as"].get("header", "-")),
+        ("FORMAT", lambda row: row[2]["as"].get("format") or _other_form(row[2]["as"])),
     ]
     return "\n".join(lines + ([render_table(rows, columns, colour=use_colour())] if rows else []))
+
+
+def _other_form(shape: dict[str, Any]) -> str:
+    """A form other than header and format: its name and settings, none of which is secret."""
+    name, settings = next(iter(shape.items()))
+    if not isinstance(settings, dict):
+        return f"{name} {settings}"
+    return " ".join([name, *(f"{key}={value}" for key, value in settings.items() if value)])
 
 
 @egress.command()

@@ -1,10 +1,10 @@
 """Compiles credentials and secrets into the rules that the data plane applies. Pure.
 
-A credential is a name that the guest sees, the key of the real value, and rules for which header of which
-hosts it is inserted into. Compiling rejects everything that would otherwise fail on a request:
+A credential is a name that the guest sees, the source of the real value, and rules for which hosts get it in which
+form (transforms.py). Compiling rejects everything that would otherwise fail on a request:
 
 - hosts are plain names in one spelling, exact or ``*.x.y`` for exactly one label (not ``x.y``, not ``a.b.x.y``);
-- no two rules may set the same header of the same host: which credential is sent would be undefined;
+- no two rules may set the same header or parameter of the same host: which credential is sent would be undefined;
 - message framing and hop-by-hop headers cannot be set;
 - a value cannot contain bytes that end a header.
 
@@ -14,36 +14,23 @@ wipes the snapshot after handing it over.
 
 from __future__ import annotations
 
-import base64
 import enum
 import re
 import struct
 from collections.abc import Iterator, Mapping
 
+from hypeman.egress.transforms import Value, encode_text, form_of
 from hypeman.egress.types import CredentialPolicy, InjectRule
 from hypeman.errors import InvalidRequest
 
 MAX_RULES = 256
 MAX_RULES_PER_HOST = 16
-MAX_VALUE = 8 * 1024
 MAX_PORTS = 16
 HTTPS = 443
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
-_VISIBLE = re.compile(r"[\x20-\x7e]*")
-_EXPRESSION = re.compile(r"\$\{([^}]*)\}")
-_BASE64 = re.compile(r"base64\(([^():]*):([^():]*)\)")
-
-FIXED_HEADERS = frozenset(
-    (
-        "connection", "content-encoding", "content-length", "content-type", "expect", "host", "http2-settings",
-        "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-        "transfer-encoding", "upgrade", "via",
-    )
-)  # fmt: skip
-"""Message framing and hop-by-hop headers; a rule cannot set them."""
 
 
 class Unmatched(enum.IntEnum):
@@ -118,65 +105,17 @@ def parse_ports(rule: InjectRule, usual_port: int = HTTPS) -> tuple[int, ...]:
     return rule.ports
 
 
-def render_value(template: str, secret: str) -> str:
-    """The header's value: ``${value}`` is the secret, ``${base64(user:value)}`` a Basic credential with it.
-
-    Raises InvalidRequest, never containing the secret, if the template or the resulting header value is invalid.
-    """
-    used = False
-
-    def pair(text: str) -> str:
-        nonlocal used
-        used = used or text == "value"
-        return secret if text == "value" else text
-
-    def replace(match: re.Match[str]) -> str:
-        nonlocal used
-        if match[1] == "value":
-            used = True
-            return secret
-        basic = _BASE64.fullmatch(match[1])
-        if basic is None:
-            raise InvalidRequest(f"format {template!r} may contain ${{value}} and ${{base64(user:value)}} only")
-        return base64.b64encode(f"{pair(basic[1])}:{pair(basic[2])}".encode()).decode()
-
-    value = _EXPRESSION.sub(replace, template)
-    if not used:
-        raise InvalidRequest(f"format {template!r} must contain ${{value}}")
-    if not secret or not _VISIBLE.fullmatch(secret):
-        raise InvalidRequest("the real value of a credential must be visible ASCII characters, at least one")
-    if not _VISIBLE.fullmatch(value) or value != value.strip() or len(value) > MAX_VALUE:
-        raise InvalidRequest(f"format {template!r} does not make a header value of visible ASCII, at most 8 KB")
-    return value
-
-
-def parse_header(name: str) -> str:
-    """The header's name in lower case, if a rule may set it."""
-    lowered = name.lower()
-    if not _TOKEN.fullmatch(name):
-        raise InvalidRequest(f"header {name!r} is not a header name")
-    if lowered in FIXED_HEADERS:
-        raise InvalidRequest(f"header {name!r} frames or carries the message and cannot be set")
-    return lowered
-
-
 class _Rule:
-    """One header of one set of hosts, checked."""
+    """One use of a credential for one set of hosts, checked."""
 
     def __init__(self, key: str, rule: InjectRule, usual_port: int) -> None:
         self.key = key
-        self.header = parse_header(rule.as_.header)
-        self.template = rule.as_.format
+        self.form = form_of(rule.as_)
         self.hosts = parse_hosts(rule)
         self.ports = parse_ports(rule, usual_port)
 
-    @property
-    def variable(self) -> str:
-        """The header's CGI-style name, where ``-`` and ``_`` are equivalent."""
-        return self.header.replace("_", "-")
-
     def clashes(self, other: _Rule) -> bool:
-        if self.variable != other.variable or not set(self.ports) & set(other.ports):
+        if self.form.target != other.form.target or not set(self.ports) & set(other.ports):
             return False
         if self.hosts is None or other.hosts is None:
             return True
@@ -187,6 +126,8 @@ def _rules(credentials: Mapping[str, CredentialPolicy], usual_port: int) -> Iter
     for key, policy in credentials.items():
         if not _TOKEN.fullmatch(key):
             raise InvalidRequest(f"credential {key!r} must be named like an environment variable")
+        if (policy.source.env is None) == (policy.source.named is None):
+            raise InvalidRequest(f"credential {key!r} must have exactly one source")
         if not policy.inject:
             raise InvalidRequest(f"credential {key!r} has no inject rule")
         for rule in policy.inject:
@@ -198,11 +139,18 @@ def check_credentials(credentials: Mapping[str, CredentialPolicy], env: Mapping[
     compile_policy(credentials, secrets_of(credentials, env))
 
 
+def sources_of(credentials: Mapping[str, CredentialPolicy]) -> set[str]:
+    """The keys of a request's ``env`` that hold real values."""
+    return {policy.source.env for policy in credentials.values() if policy.source.env is not None}
+
+
 def secrets_of(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> dict[str, str]:
     """The entries of a request's ``env`` that are real credential values."""
     secrets = {}
     for key, policy in credentials.items():
         name = policy.source.env
+        if name is None:
+            continue
         if name not in env:
             raise InvalidRequest(f"credential {key!r} takes its value from env {name!r}, which is not given")
         secrets[name] = env[name]
@@ -211,7 +159,7 @@ def secrets_of(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, st
 
 def guest_environment(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> dict[str, str]:
     """What the guest sees: ``env`` without real values, and a placeholder for each credential."""
-    hidden = {policy.source.env for policy in credentials.values()}
+    hidden = sources_of(credentials)
     visible = {name: value for name, value in env.items() if name not in hidden}
     return visible | {key: placeholder(key) for key in credentials}
 
@@ -220,7 +168,7 @@ def rotate(
     credentials: Mapping[str, CredentialPolicy], secrets: Mapping[str, str], changes: Mapping[str, str]
 ) -> dict[str, str]:
     """``secrets`` with ``changes`` merged in (PATCH env); only source keys of credentials may change."""
-    sources = {policy.source.env for policy in credentials.values()}
+    sources = sources_of(credentials)
     for name in changes:
         if name not in sources:
             raise InvalidRequest(f"env {name!r} is not the source of a credential of this instance")
@@ -229,9 +177,16 @@ def rotate(
     return merged
 
 
-def _text(value: str) -> bytes:
-    data = value.encode("ascii")
-    return struct.pack("<H", len(data)) + data
+def _value_of(
+    key: str, policy: CredentialPolicy, secrets: Mapping[str, str], obtained: Mapping[str, Value]
+) -> Value | None:
+    """None: the server has not obtained it yet."""
+    if policy.source.env is None:
+        return obtained.get(key)
+    secret = secrets.get(policy.source.env)
+    if secret is None:
+        raise InvalidRequest(f"the real value of credential {key!r} is not known")
+    return Value(secret)
 
 
 def compile_policy(
@@ -239,11 +194,14 @@ def compile_policy(
     secrets: Mapping[str, str],
     unmatched: Unmatched = Unmatched.PASS,
     *,
+    obtained: Mapping[str, Value] | None = None,
     web_only: bool = False,
     usual_port: int = HTTPS,
 ) -> bytearray:
     """The snapshot for the data plane. It contains the real values: wipe it after handing it over.
 
+    ``obtained``: values of the credentials whose values the server obtains, by credential; requests that need one that
+    is missing are held by the data plane.
     ``web_only``: the proxy is the guest's only TCP egress, so it forwards HTTPS to ``usual_port``, HTTP to 80, other
     ports only if a rule names them, and TLS only with a server name.
     """
@@ -254,22 +212,19 @@ def compile_policy(
         for other in rules[:number]:
             if rule.clashes(other):
                 raise InvalidRequest(
-                    f"credentials {other.key!r} and {rule.key!r} both set {rule.header!r} of the same host"
+                    f"credentials {other.key!r} and {rule.key!r} both set {rule.form.shown} of the same host"
                 )
-    if len({rule.header for rule in rules}) > MAX_RULES_PER_HOST:
-        raise InvalidRequest(f"the rules set over {MAX_RULES_PER_HOST} different headers")
+    if len({rule.form.target for rule in rules}) > MAX_RULES_PER_HOST:
+        raise InvalidRequest(f"the rules set over {MAX_RULES_PER_HOST} different headers or parameters")
     patterns = sum(len(rule.hosts or ()) for rule in rules)
-    out = bytearray(b"HEG2" + struct.pack("<BBHHH", unmatched, web_only, usual_port, len(rules), patterns))
+    out = bytearray(b"HEG3" + struct.pack("<BBHHH", unmatched, web_only, usual_port, len(rules), patterns))
     for rule in rules:
-        secret = secrets.get(credentials[rule.key].source.env)
-        if secret is None:
-            raise InvalidRequest(f"the real value of credential {rule.key!r} is not known")
-        out += _text(rule.key) + _text(placeholder(rule.key)) + _text(rule.header)
-        out += _text(render_value(rule.template, secret))
+        value = _value_of(rule.key, credentials[rule.key], secrets, obtained or {})
+        out += encode_text(rule.key) + encode_text(placeholder(rule.key)) + rule.form.compile(value)
         out += struct.pack(f"<BB{len(rule.ports)}H", rule.hosts is None, len(rule.ports), *rule.ports)
         out += struct.pack("<H", len(rule.hosts or ()))
         for host in rule.hosts or ():
-            out += struct.pack("<B", host.wildcard) + _text(host.name)
+            out += struct.pack("<B", host.wildcard) + encode_text(host.name)
     return out
 
 

@@ -11,8 +11,9 @@ of their frame (SCM_RIGHTS).
                      Counters with the same ``id``, in order; Answer, which has no reply
     engine → server  Hello once a connection is made, or Failed if the engine cannot start; Question; Audit
 
-A message type is added by appending it to ``Request`` or ``Report`` and raising ``VERSION``: an engine of another
-version is not talked to but drained, and ``Hello``, ``Drain`` and the header never change their form.
+A message type is added by appending it to ``Request`` or ``Report`` and raising ``VERSION``, as is needed for another
+form of compiled policies (policy.py): an engine of another version is not talked to but drained, and ``Hello``, ``Drain``
+and the header never change their form.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-VERSION = 1
+VERSION = 2
 
 MAX_MESSAGE = 64 << 10
 MAX_PAYLOAD = 4 << 20

@@ -49,6 +49,7 @@ from hypeman.egress.policy import Unmatched, compile_policy, wipe
 from hypeman.egress.records import AuditRecord, read_records
 from hypeman.egress.resolver import Resolve, Resolver, resolve_by_system
 from hypeman.egress.sealing import load_sealer
+from hypeman.egress.transforms import Value
 from hypeman.egress.types import CredentialPolicy
 from hypeman.errors import InternalError
 
@@ -56,7 +57,7 @@ log = logging.getLogger(__name__)
 
 Keep = Callable[[Sequence[socket.socket]], None]
 
-TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger")
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "held")
 """Fields of Timeouts, in the order in which an engine takes them."""
 _PR_SET_DUMPABLE = 4
 _LEAF_CACHE = 512
@@ -118,6 +119,8 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     half: float = 60
     """The same once one side has closed."""
     linger: float = 5
+    held: float = 15
+    """A request whose credential has no valid value at the moment."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -543,18 +546,20 @@ class Egress:
         secrets: Mapping[str, str],
         unmatched: Unmatched | None = None,
         *,
+        obtained: Mapping[str, Value] | None = None,
         web_only: bool = False,
     ) -> None:
         """Once this returns, these rules apply to requests from ``source_ip``, also on open connections.
 
-        ``web_only``: see compile_policy. Raises InvalidRequest if the rules are invalid; the previous ones
-        then stay in force. If the engine ends meanwhile, this waits for the next one.
+        ``obtained``, ``web_only``: see compile_policy. Raises InvalidRequest if the rules are invalid; the previous
+        ones then stay in force. If the engine ends meanwhile, this waits for the next one.
         """
         self._check_running()
         snapshot = compile_policy(
             credentials,
             secrets,
             self.settings.unmatched if unmatched is None else unmatched,
+            obtained=obtained,
             web_only=web_only,
             usual_port=self.settings.assumed_tls_port,
         )

@@ -24,13 +24,46 @@ class EgressEnforcementMode(enum.StrEnum):
     HTTP_HTTPS_ONLY = "http_https_only"
 
 
-class CredentialSource(Struct, frozen=True, kw_only=True):
-    env: Annotated[str, Meta(description="Key in the request's env that holds the real value")]
+class CredentialSource(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the real value comes from: exactly one of these."""
+
+    env: Annotated[str, Meta(description="Key in the request's env that holds the real value")] | None = None
+    named: (
+        Annotated[
+            str,
+            Meta(
+                description="A source in the server's configuration (egress.sources): a file, a systemd credential or "
+                "the output of a program. Its hosts must cover those of all inject rules"
+            ),
+        ]
+        | None
+    ) = None
 
 
-class InjectAs(Struct, frozen=True, kw_only=True):
-    header: Annotated[str, Meta(description="Header that is set on outbound requests")]
-    format: Annotated[str, Meta(description="Must contain ${value}", examples=["Bearer ${value}"])]
+class BasicForm(Struct, frozen=True, kw_only=True):
+    username: Annotated[
+        str, Meta(max_length=256, description="User name; the value is the password", examples=["x-access-token"])
+    ]
+
+
+class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the credential becomes in a request: header and format together, or exactly one of the others."""
+
+    header: Annotated[str, Meta(description="Header that is set on outbound requests")] | None = None
+    format: Annotated[str, Meta(description="Must contain ${value}", examples=["Bearer ${value}"])] | None = None
+    basic: Annotated[BasicForm, Meta(description="Sets Authorization to a Basic credential")] | None = None
+    query: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=256,
+                description="Parameter of the query that is set to the value; all of that name that the guest sent "
+                "are removed",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class InjectRule(Struct, frozen=True, kw_only=True):

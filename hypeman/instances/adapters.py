@@ -12,6 +12,7 @@ from functools import partial
 import msgspec
 
 from hypeman.egress import policy
+from hypeman.egress.broker import Broker
 from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.service import Egress
 from hypeman.egress.types import EgressPolicy
@@ -114,16 +115,17 @@ SECRETS: Table[SealedSecrets] = Table("egress-secrets", SealedSecrets)
 class EgressOfInstances:
     """Credential values sealed in the store, and egress policies in force while a VM runs."""
 
-    def __init__(self, egress: Egress, store: Store) -> None:
+    def __init__(self, egress: Egress, broker: Broker, store: Store) -> None:
         self._egress = egress
+        self._broker = broker
         self._store = store
 
     def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None:
         """Raise InvalidRequest unless these values can be inserted where the rules say."""
-        sources = {credential.source.env: credential for credential in spec.credentials.values()}
+        sources = policy.sources_of(spec.credentials)
         concerned = {key: c for key, c in spec.credentials.items() if c.source.env in values}
-        assert set(values) <= set(sources)
-        policy.check_credentials(concerned if len(values) < len(sources) else spec.credentials, values)
+        assert set(values) <= sources
+        self._broker.check(concerned if len(values) < len(sources) else spec.credentials, values)
 
     def seal(self, txn: Txn, instance_id: str, values: Mapping[str, str]) -> None:
         """Store ``values``, merged over the stored ones."""
@@ -146,12 +148,12 @@ class EgressOfInstances:
 
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None:
         values = self._store.read(lambda txn: self._open(txn, record.id))
-        await self._egress.set_policy(
+        await self._broker.set_policy(
             record.id, lease.ipv4, record.spec.credentials, values, web_only=lease.egress_mode is EgressMode.ALL
         )
 
     async def release(self, instance_id: str) -> None:
-        await self._egress.remove(instance_id)
+        await self._broker.remove(instance_id)
 
     def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
         proxy = proxy_environment(self._egress.settings.address, self._egress.port)

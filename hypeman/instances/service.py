@@ -19,6 +19,7 @@ import trio
 from msgspec import UNSET
 
 from hypeman.config import Config
+from hypeman.egress.policy import sources_of
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound
 from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
 from hypeman.guest.session_types import CpRequest, ExecRequest
@@ -319,7 +320,7 @@ class Instances:
             capabilities=driver.capabilities,
             platform=platform,
         )
-        real = {policy.source.env: request.env[policy.source.env] for policy in request.credentials.values()}
+        real = {name: request.env[name] for name in sources_of(request.credentials)}
         spec = msgspec.structs.replace(spec, env={k: v for k, v in spec.env.items() if k not in real})
         self._secrets.check(spec, real)
         expires_at = expiry(request.ttl, request.expires_at, now=now)
@@ -481,7 +482,7 @@ class Instances:
         if policies:
             changes["spec"] = msgspec.structs.replace(record.spec, **policies)
         values = dict(request.env or {})
-        sources = {policy.source.env for policy in record.spec.credentials.values()}
+        sources = sources_of(record.spec.credentials)
         for key in values:
             if key not in sources:
                 raise InvalidRequest(f"env {key!r} is not the source of a credential of this instance")

@@ -14,17 +14,16 @@ from hypothesis import strategies as st
 from hypeman.egress.authority import Authority, load_authority
 from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.policy import (
-    FIXED_HEADERS,
     HostPattern,
     check_credentials,
     compile_policy,
     guest_environment,
     parse_host,
-    render_value,
     rotate,
     wipe,
 )
 from hypeman.egress.sealing import load_sealer
+from hypeman.egress.transforms import FIXED_HEADERS, render_value
 from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
 from hypeman.errors import InternalError, InvalidRequest
 from tests.egress.conftest import credential

@@ -175,7 +175,8 @@ static void host(const char *p, size_t n)
 }
 
 /* One credential for api.example.com and *.b.c in Authorization, as hypeman/egress/policy.py writes it. */
-static const uint8_t RULES[] = "HEG2\0\0\273\1\1\0\2\0" "\3\0KEY" "\10\0mock-KEY" "\15\0authorization" "\11\0Bearer sk" "\0\1\273\1\2\0"
+static const uint8_t RULES[] = "HEG3\0\0\273\1\1\0\2\0" "\3\0KEY" "\10\0mock-KEY" "\0\1\0\0\0\0\0\0\0\0"
+                               "\15\0authorization" "\11\0Bearer sk" "\0" "\0\1\273\1\2\0"
                                "\0\17\0api.example.com" "\1\3\0b.c";
 
 static unsigned count(const struct head *h, enum h1_field_id id)
@@ -197,7 +198,7 @@ static void request(const char *p, size_t n)
     const char *name = NAMES[p[0] & 3], *why;
     struct probe_origin from = {name, (p[0] & 4) != 0, p[0] & 8 ? 8443 : 443};
     size_t out_n = sizeof out;
-    int used = probe_head(p + 1, n - 1, RULES, sizeof RULES - 1, &from, out, &out_n, &why);
+    int used = probe_head(p + 1, n - 1, RULES, sizeof RULES - 1, &from, 0, out, &out_n, &why);
     if (used <= 0)
         return;
     MUST(h1_parse_request(out, out_n, &h) == (int)out_n && h.hosts == 1);

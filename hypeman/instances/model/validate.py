@@ -268,7 +268,7 @@ def _check_env(request: CreateInstanceRequest) -> None:
     for key, policy in request.credentials.items():
         if not key or "=" in key or "\0" in key:
             raise InvalidRequest(f"credential {key!r} must be the name of an environment variable")
-        if policy.source.env not in request.env:
+        if policy.source.env is not None and policy.source.env not in request.env:
             raise InvalidRequest(f"credential {key!r}: env has no {policy.source.env!r}")
 
 

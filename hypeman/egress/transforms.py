@@ -1,0 +1,214 @@
+"""What a credential becomes in a request (``inject[].as``), checked and compiled for the data plane. Pure.
+
+A form is compiled to numbers and texts that `ext/egress/transform.c` applies. What does not depend on the request
+(fields with a fixed value, the escaped value of a parameter) is computed here, the rest there.
+
+No error, repr or log line contains a value.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import re
+import struct
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+from urllib.parse import quote
+
+import msgspec
+
+from hypeman.egress.types import BasicForm, InjectAs
+from hypeman.errors import InvalidRequest
+
+MAX_VALUE = 8 * 1024
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
+_VISIBLE = re.compile(r"[\x20-\x7e]*")
+_EXPRESSION = re.compile(r"\$\{([^}]*)\}")
+_BASE64 = re.compile(r"base64\(([^():]*):([^():]*)\)")
+
+FIXED_HEADERS = frozenset(
+    (
+        "connection", "content-encoding", "content-length", "content-type", "expect", "host", "http2-settings",
+        "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "transfer-encoding", "upgrade", "via",
+    )
+)  # fmt: skip
+"""Message framing and hop-by-hop headers; a rule cannot set them."""
+
+
+class Value(msgspec.Struct, frozen=True):
+    """A real value that the server obtained."""
+
+    text: str
+    expires_at: float = 0.0
+    """Unix time; 0: it does not expire."""
+
+    def __repr__(self) -> str:
+        return f"Value(expires_at={self.expires_at})"
+
+
+class Kind(enum.IntEnum):
+    """As in ext/egress/policy.h."""
+
+    HEADER = 0
+    QUERY = 1
+
+
+class Compiled(NamedTuple):
+    """A rule as the data plane takes it, without the hosts."""
+
+    kind: Kind
+    name: str
+    value: str
+    extra: tuple[str, ...] = ()
+
+    def encode(self, *, ready: bool, expires_at: float) -> bytes:
+        head = struct.pack("<BBQ", self.kind, ready, int(expires_at))
+        texts = (encode_text(text) for text in self.extra)
+        return head + encode_text(self.name) + encode_text(self.value) + bytes([len(self.extra)]) + b"".join(texts)
+
+
+def encode_text(value: str) -> bytes:
+    data = value.encode("ascii")
+    return struct.pack("<H", len(data)) + data
+
+
+class Form(NamedTuple):
+    """One way to use a credential."""
+
+    kind: Kind
+    name: str
+    """Of the header, in lower case, or the parameter."""
+    target: str
+    """What it sets: two rules with one host and one target clash."""
+    shown: str
+    """The target, in an error."""
+    render: Callable[[str], Compiled]
+    """From the real value. Raises InvalidRequest, never containing it."""
+
+    def compile(self, value: Value | None) -> bytes:
+        """With the value, or as a rule that has none yet."""
+        if value is None:
+            return Compiled(self.kind, self.name, "").encode(ready=False, expires_at=0)
+        return self.render(value.text).encode(ready=True, expires_at=value.expires_at)
+
+
+def form_of(shape: InjectAs) -> Form:
+    """Raises InvalidRequest unless exactly one form is given."""
+    given = [name for name in _FORMS if getattr(shape, name) is not None]
+    if shape.format is not None and shape.header is None:
+        raise InvalidRequest("inject.as.format needs inject.as.header")
+    if len(given) != 1:
+        raise InvalidRequest(f"inject.as must have header with format, or exactly one of {', '.join(_OTHERS)}")
+    return _FORMS[given[0]](shape)
+
+
+# ── Fields ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_header(name: str) -> str:
+    """The header's name in lower case, if a rule may set it."""
+    lowered = name.lower()
+    if not _TOKEN.fullmatch(name):
+        raise InvalidRequest(f"header {name!r} is not a header name")
+    if lowered in FIXED_HEADERS:
+        raise InvalidRequest(f"header {name!r} frames or carries the message and cannot be set")
+    return lowered
+
+
+def check_value(secret: str) -> str:
+    """``secret``, if it can be part of a head. Raises InvalidRequest."""
+    if not secret or not _VISIBLE.fullmatch(secret):
+        raise InvalidRequest("the real value of a credential must be visible ASCII characters, at least one")
+    return secret
+
+
+def render_value(template: str, secret: str) -> str:
+    """The header's value: ``${value}`` is the secret, ``${base64(user:value)}`` a Basic credential with it.
+
+    Raises InvalidRequest, never containing the secret, if the template or the resulting header value is invalid.
+    """
+    used = False
+
+    def pair(text: str) -> str:
+        nonlocal used
+        used = used or text == "value"
+        return secret if text == "value" else text
+
+    def replace(match: re.Match[str]) -> str:
+        nonlocal used
+        if match[1] == "value":
+            used = True
+            return secret
+        basic = _BASE64.fullmatch(match[1])
+        if basic is None:
+            raise InvalidRequest(f"format {template!r} may contain ${{value}} and ${{base64(user:value)}} only")
+        return base64.b64encode(f"{pair(basic[1])}:{pair(basic[2])}".encode()).decode()
+
+    value = _EXPRESSION.sub(replace, template)
+    if not used:
+        raise InvalidRequest(f"format {template!r} must contain ${{value}}")
+    check_value(secret)
+    if not _VISIBLE.fullmatch(value) or value != value.strip() or len(value) > MAX_VALUE:
+        raise InvalidRequest(f"format {template!r} does not make a header value of visible ASCII, at most 8 KB")
+    return value
+
+
+def _field(header: str, render: Callable[[str], str]) -> Form:
+    name = parse_header(header)
+    variable = name.replace("_", "-")  # one variable to CGI and its like
+    return Form(
+        Kind.HEADER,
+        name,
+        f"header {variable}",
+        f"header {name!r}",
+        lambda value: Compiled(Kind.HEADER, name, render(value)),
+    )
+
+
+def _header(shape: InjectAs) -> Form:
+    template = shape.format
+    if template is None:
+        raise InvalidRequest("inject.as.header needs inject.as.format")
+    assert shape.header is not None
+    render_value(template, "x")  # so that a template is refused even before there is a value
+    return _field(shape.header, lambda value: render_value(template, value))
+
+
+def _basic(shape: InjectAs) -> Form:
+    assert shape.basic is not None
+    return _field("Authorization", lambda value: _basic_value(shape.basic, value))
+
+
+def _basic_value(form: BasicForm | None, value: str) -> str:
+    assert form is not None
+    if ":" in form.username or not _VISIBLE.fullmatch(form.username):
+        raise InvalidRequest("basic.username must be visible ASCII without a colon")
+    pair = f"{form.username}:{check_value(value)}"
+    if len(pair) > MAX_VALUE // 2:
+        raise InvalidRequest("a Basic credential has at most 4 KB")
+    return "Basic " + base64.b64encode(pair.encode()).decode()
+
+
+# ── The query ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _query(shape: InjectAs) -> Form:
+    assert shape.query is not None
+    if not _VISIBLE.fullmatch(shape.query):
+        raise InvalidRequest("query must name a parameter in visible ASCII")
+    name = quote(shape.query, safe="")
+
+    def render(value: str) -> Compiled:
+        escaped = quote(check_value(value), safe="")
+        if len(escaped) > MAX_VALUE:
+            raise InvalidRequest("the value of a query parameter has at most 8 KB")
+        return Compiled(Kind.QUERY, name, escaped)
+
+    return Form(Kind.QUERY, name, f"query {name}", f"query parameter {shape.query!r}", render)
+
+
+_FORMS: Mapping[str, Callable[[InjectAs], Form]] = {"header": _header, "basic": _basic, "query": _query}
+_OTHERS = tuple(name for name in _FORMS if name != "header")

@@ -1,0 +1,132 @@
+"""Forms of credentials other than a header: as the host gets them, through the engine, in both versions of HTTP."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import pytest
+import trio
+
+from hypeman.egress.transforms import Value
+from hypeman.egress.types import BasicForm, CredentialPolicy, CredentialSource, InjectAs, InjectRule
+from hypeman.errors import InvalidRequest
+from tests.egress import conftest
+from tests.egress.conftest import GUEST, HOST, SECRET, World
+
+H = f"Host: {HOST}\r\n"
+
+
+def used_as(shape: InjectAs, *hosts: str, named: str | None = None, scrub: bool = False) -> CredentialPolicy:
+    rule = InjectRule(hosts=hosts or (HOST,), ports=tuple(conftest.PORTS) or None, as_=shape)
+    source = CredentialSource(named=named) if named else CredentialSource(env="REAL_KEY")
+    return CredentialPolicy(source=source, inject=(rule,))
+
+
+async def test_basic(world: World) -> None:
+    await world.allow(GIT=used_as(InjectAs(basic=BasicForm(username="x-access-token"))))
+    assert (await world.get(fields="Authorization: Basic bW9jay1HSVQ6\r\n"))[0] == 200
+    wanted = "Basic " + base64.b64encode(f"x-access-token:{SECRET}".encode()).decode()
+    assert world.origin.requests[0].all("authorization") == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("sent", "got"),
+    [
+        ("/p", "/p?api_key=a%26b%20c%2Fd"),
+        ("/p?", "/p?api_key=a%26b%20c%2Fd"),
+        ("/p?api_key=mock-KEY&x=1", "/p?x=1&api_key=a%26b%20c%2Fd"),
+        ("/p?x=1&%61pi%5Fkey=mine&api_key&y", "/p?x=1&y&api_key=a%26b%20c%2Fd"),
+        ("/p?api_keys=1&API_KEY=2", "/p?api_keys=1&API_KEY=2&api_key=a%26b%20c%2Fd"),
+        (f"https://{HOST}?x=1", "/?x=1&api_key=a%26b%20c%2Fd"),
+    ],
+)
+async def test_query(world: World, sent: str, got: str) -> None:
+    """Whatever the guest sent for the parameter, however it was spelled, is gone."""
+    await world.allow(secret="a&b c/d", KEY=used_as(InjectAs(query="api_key")))
+    assert (await world.get(sent))[0] == 200
+    assert world.origin.requests[0].target == got
+
+
+async def test_query_beside_a_header(world: World) -> None:
+    header = InjectAs(header="X-Key", format="${value}")
+    await world.allow(KEY=used_as(InjectAs(query="k")), OTHER=used_as(header))
+    assert (await world.get("/?a=b"))[0] == 200
+    request = world.origin.requests[0]
+    assert (request.target, request.all("x-key")) == (f"/?a=b&k={SECRET}", [SECRET])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        InjectAs(),
+        InjectAs(header="X"),
+        InjectAs(format="${value}"),
+        InjectAs(header="X", format="${value}", query="k"),
+        InjectAs(query="k", format="${value}"),
+        InjectAs(query="k", basic=BasicForm(username="u")),
+        InjectAs(query="é"),
+        InjectAs(basic=BasicForm(username="a:b")),
+        InjectAs(basic=BasicForm(username="a\r\nb")),
+    ],
+)
+async def test_forms_refused(world: World, shape: InjectAs) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await world.allow(KEY=used_as(shape))
+    assert SECRET not in str(caught.value)
+
+
+async def test_two_parameters_of_one_name_clash(world: World) -> None:
+    with pytest.raises(InvalidRequest, match="query parameter"):
+        await world.allow(A=used_as(InjectAs(query="k")), B=used_as(InjectAs(query="k")))
+
+
+async def obtain(world: World, **values: Value) -> None:
+    rules = {"KEY": used_as(InjectAs(header="Authorization", format="Bearer ${value}"), named="x")}
+    await world.egress.set_policy("inst-a", GUEST, rules, {}, obtained=values)
+
+
+async def test_request_waits_for_the_value(world: World) -> None:
+    """It is held until there is one, and then has it; those of others go on meanwhile."""
+    await obtain(world)
+    answers: list[int] = []
+
+    async def ask() -> None:
+        answers.append((await world.get(fields="X: mock-KEY\r\n"))[0])
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(ask)
+        while (await world.egress.statistics()).counters["requests"] < 3:
+            await trio.sleep(0.01)
+        await world.allow("inst-b", "127.0.1.2")
+        assert (await world.get(source="127.0.1.2"))[0] == 200
+        assert (len(world.origin.requests), answers) == (1, [])
+        await obtain(world, KEY=Value("late"))
+    assert answers == [200] * 3
+    assert [request.all("authorization") for request in world.origin.requests[1:]] == [["Bearer late"]] * 3
+
+
+@pytest.mark.parametrize("values", [{}, {"KEY": Value("old", 1000.0)}])
+async def test_request_without_a_value_is_refused(make_world: Any, values: dict[str, Value]) -> None:
+    """Also if the value that there was has expired."""
+    async with make_world(timeouts=conftest.Timeouts(held=0.2)) as world:
+        await obtain(world, **values)
+        status, fields, body = await world.get()
+        assert (status, fields["x-hypeman-egress"]) == (503, "credential_unavailable")
+        assert b'"credential_unavailable"' in body and int(fields["retry-after"]) > 0
+        assert world.origin.requests == []
+
+
+async def test_client_leaves_while_it_is_held(world: World) -> None:
+    await obtain(world)
+    wire = await world.tls()
+    await wire.send(f"GET / HTTP/1.1\r\n{H}\r\n".encode())
+    while not (await world.egress.statistics()).counters["requests"]:
+        await trio.sleep(0.01)
+    await trio.aclose_forcefully(wire.stream)
+    while (await world.egress.statistics()).counters["connections"]:
+        await trio.sleep(0.01)
+    await obtain(world, KEY=Value("late"))
+    assert (await world.get())[0] == 200
+    assert len(world.origin.requests) == 1
