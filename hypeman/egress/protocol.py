@@ -12,8 +12,8 @@ of their frame (SCM_RIGHTS).
     engine → server  Hello once a connection is made, or Failed if the engine cannot start; Question; Audit
 
 A message type is added by appending it to ``Request`` or ``Report`` and raising ``VERSION``, as is needed for another
-form of compiled policies (policy.py): an engine of another version is not talked to but drained, and ``Hello``, ``Drain``
-and the header never change their form.
+form of compiled policies (policy.py): an engine of another version is not talked to but drained, and ``Hello``,
+``Drain`` and the header never change their form.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class Source:
     async def wait_changed(self, value: Value) -> None:
         """Until ``value`` should be obtained again."""
         if not self._config.exec:
-            while await trio.to_thread.run_sync(self._identity) == self._seen:
+            # other programs write the file
+            while await trio.to_thread.run_sync(self._identity) == self._seen:  # noqa: ASYNC110
                 await trio.sleep(_LOOK_AGAIN)
         else:
             await sleep_until_renewal(value, self._config.lifetime)

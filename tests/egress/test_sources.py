@@ -142,7 +142,8 @@ def test_output(said: bytes, wanted: Value | None) -> None:
 @pytest.mark.parametrize(
     "said",
     [b"", b"secret", b"[]", b'"secret"', b"{}", b'{"value": 1}', b'{"value": ""}', b"\xff",
-     b'{"AccessKeyId": "secret"}', b'{"value": "secret", "expires_at": 5}', b'{"value": "secret", "expires_at": "soon"}',
+     b'{"AccessKeyId": "secret"}', b'{"value": "secret", "expires_at": 5}',
+     b'{"value": "secret", "expires_at": "soon"}',
      b'{"value": "secret", "expires_at": "2030-01-01T00:00:00"}', b'{"value": "secret", "expires_in": -1}',
      b'{"value": "secret", "expires_in": true}'],
 )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trio
 
+from hypeman.egress.service import Timeouts
 from hypeman.egress.transforms import Value
 from hypeman.egress.types import BasicForm, CredentialPolicy, CredentialSource, InjectAs, InjectRule
 from hypeman.errors import InvalidRequest
@@ -110,7 +111,7 @@ async def test_request_waits_for_the_value(world: World) -> None:
 @pytest.mark.parametrize("values", [{}, {"KEY": Value("old", 1000.0)}])
 async def test_request_without_a_value_is_refused(make_world: Any, values: dict[str, Value]) -> None:
     """Also if the value that there was has expired."""
-    async with make_world(timeouts=conftest.Timeouts(held=0.2)) as world:
+    async with make_world(timeouts=Timeouts(held=0.2)) as world:
         await obtain(world, **values)
         status, fields, body = await world.get()
         assert (status, fields["x-hypeman-egress"]) == (503, "credential_unavailable")
