@@ -16,10 +16,10 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile ext/launcher/Makefile)
 
-.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal kernel reference lock clean ready ready-own
+.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal test-arm64 kernel reference lock clean ready ready-own
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
-	@sed -nE 's/^([a-z-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
+	@sed -nE 's/^([a-z0-9-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
 	    printf '  make %-15s %s\n' "$$name" "$$what"; done
 
 demo: ready  ## run an OCI image as a VM; ends with `demo: ok`
@@ -61,6 +61,10 @@ test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect
 test-metal: appliance  ## devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" tests/metal tests/packaging/metal.py
 
+test-arm64: $(STAMPS)/native build/guest-arm64/own  ## our kernel and agent for arm64, cross-built, and QEMU's virt machine (emulated)
+	@HYPEMAN_TEST_ARCH=arm64 $(PYTHON) -m pytest -v tests/guest/test_real_guest.py tests/guest/launcher_in_guest.py \
+	    tests/hypervisor/test_conformance.py -k "not systemd and not microvm and not cloud and not firecracker and not test_fake" $(PYTEST_ARGS)
+
 kernel: $(STAMPS)/debian  ## build our guest kernel (about 12 CPU minutes, once); only `make demo` does without it
 	@echo "== guest kernel of our own"
 	@packaging/kernel/build
@@ -79,7 +83,10 @@ clean:  ## remove build products (keeps the kernel cache in ~/.cache/hypeman-bui
 
 # --- prerequisites ---
 
-ready: $(STAMPS)/native build/guest/vmlinux
+# the guest kernel's name, as in hypeman/architecture.py
+KERNEL_FILE := $(if $(filter aarch64,$(shell uname -m)),Image,vmlinux)
+
+ready: $(STAMPS)/native build/guest/$(KERNEL_FILE)
 
 ready-own: $(STAMPS)/native build/guest/own
 
@@ -99,11 +106,17 @@ $(STAMPS)/native: $(native_sources) $(STAMPS)/venv
 	@$(PYTHON) setup.py --quiet build_ext --inplace >build/native.log 2>&1 || { cat build/native.log; exit 1; }
 	@touch $@
 
+build/guest-arm64/own: packaging/kernel/config packaging/kernel/config.arm64 $(wildcard packaging/kernel/patches/*.patch ext/guest_agent/*.[ch])
+	@echo "== guest kernel of our own and initrd, for arm64"
+	@packaging/install-packages packaging/arm64-packages.txt
+	@ARCH=arm64 packaging/kernel/choose --own $(@D)
+	@touch $@
+
 build/guest/own: packaging/kernel/config $(wildcard packaging/kernel/patches/*.patch) packaging/kernel/build $(STAMPS)/native
 	@echo "== guest kernel of our own and initrd"
 	@packaging/kernel/choose --own build/guest
-	@touch build/guest/vmlinux $@
+	@touch build/guest/$(KERNEL_FILE) $@
 
-build/guest/vmlinux: packaging/kernel/config $(wildcard packaging/kernel/patches/*.patch) $(STAMPS)/native
+build/guest/$(KERNEL_FILE): packaging/kernel/config $(wildcard packaging/kernel/patches/*.patch) $(STAMPS)/native
 	@echo "== guest kernel and initrd"
 	@packaging/kernel/choose build/guest

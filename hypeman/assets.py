@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hypeman import architecture
+
 _PACKAGE = Path(__file__).parent
 FOLDERS = (_PACKAGE / "assets", _PACKAGE.parent / "build" / "guest")
 
-KERNEL = "vmlinux"
+KERNEL = architecture.HOST.kernel_file
 INITRD = "initrd.cpio"
 
 

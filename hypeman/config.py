@@ -62,11 +62,11 @@ class HypervisorConfig(_Section, frozen=True):
     kvm_patience: Annotated[float, Meta(gt=0)] = 10.0
     """Seconds to wait for output from the probe kernel before treating KVM as unusable; more where KVM is nested."""
     kernel: str = ""
-    """Guest kernel (uncompressed PVH vmlinux); empty: the one shipped with hypeman."""
+    """Guest kernel (x86-64: an uncompressed PVH ``vmlinux``; arm64: ``Image``); empty: the one shipped with hypeman."""
     initrd: str = ""
     """Initrd of guests, with the agent; empty: the one shipped with hypeman."""
     qemu_binary: str = ""
-    """Path of the binary; empty: ``qemu-system-x86_64`` in PATH."""
+    """Path of the binary; empty: ``qemu-system-x86_64`` or ``qemu-system-aarch64`` in PATH."""
     cloud_hypervisor_binary: str = ""
     """Path of the binary; empty: ``cloud-hypervisor`` in PATH."""
     firecracker_binary: str = ""

@@ -15,6 +15,7 @@ from pathlib import Path
 import trio
 
 from hypeman import assets
+from hypeman.architecture import HOST
 from hypeman.config import Config
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
@@ -179,7 +180,8 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
 def _qemu(found: Capabilities) -> Finding:
     if found.available:
         return Finding(name="qemu", verdict=Verdict.OK, message=f"{found.binary}, version {found.version}")
-    return Finding(name="qemu", verdict=Verdict.FAIL, message=found.reason, remedy="apt-get install qemu-system-x86")
+    remedy = f"apt-get install {HOST.qemu_package}"
+    return Finding(name="qemu", verdict=Verdict.FAIL, message=found.reason, remedy=remedy)
 
 
 def _kvm(found: Capabilities) -> Finding:

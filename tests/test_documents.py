@@ -83,7 +83,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def code_of(text: str) -> str:
@@ -96,7 +96,7 @@ def code_of(text: str) -> str:
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=relative)
 def test_make_targets_exist(path: Path) -> None:
-    named = re.findall(r"(?:^|&& |\s{2,})make ([a-z][a-z-]+)\b(?!/)", code_of(path.read_text()), re.MULTILINE)
+    named = re.findall(r"(?:^|&& |\s{2,})make ([a-z][a-z0-9-]+)\b(?!/)", code_of(path.read_text()), re.MULTILINE)
     assert not set(named) - make_targets()
 
 

@@ -39,7 +39,10 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 )
 
 GROUND = frozenset(
-    ["actor", "errors", "ids", "units", "fields", "paths", "config", "assets", "version", "tokens", "text", "_native"]
+    [
+        *("actor", "architecture", "errors", "ids", "units", "fields", "paths", "config", "assets", "version"),
+        *("tokens", "text", "_native"),
+    ]
 )
 """Words, numbers, settings and the hot paths: anybody may use them, they use each other at most."""
 
@@ -47,6 +50,7 @@ PURE_MODULES = tuple(
     f"hypeman.{name}"
     for name in (
         "actor",
+        "architecture",
         "assets",
         "captures.types",
         "config",

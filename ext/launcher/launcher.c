@@ -50,6 +50,17 @@
 #define __NR_mount_setattr 442
 #endif
 
+/* The filter refuses calls of other architectures, whose numbers mean something else. */
+#if defined __x86_64__
+#define ARCHITECTURE AUDIT_ARCH_X86_64
+#define FOREIGN_CALLS 0x40000000 /* numbers of the x32 interface reach the same calls */
+#elif defined __aarch64__
+#define ARCHITECTURE AUDIT_ARCH_AARCH64
+#define FOREIGN_CALLS 0x80000000 /* none */
+#else
+#error "the filter of system calls is not written for this architecture"
+#endif
+
 #define LANDLOCK_CREATE_RULESET 444 /* the same number on all processors */
 #define LANDLOCK_RESTRICT_SELF 446
 
@@ -72,15 +83,21 @@ static const int denied[] = {
 	__NR_kexec_load, __NR_kexec_file_load, __NR_init_module, __NR_finit_module, __NR_delete_module,
 	__NR_reboot, __NR_swapon, __NR_swapoff, __NR_acct, __NR_quotactl, __NR_quotactl_fd, __NR_syslog,
 	__NR_open_by_handle_at, __NR_name_to_handle_at, __NR_fanotify_init,
-	__NR_iopl, __NR_ioperm, __NR_modify_ldt, __NR_migrate_pages, __NR_move_pages,
+	__NR_migrate_pages, __NR_move_pages,
 	__NR_settimeofday, __NR_clock_settime, __NR_clock_adjtime, __NR_adjtimex,
 	__NR_sethostname, __NR_setdomainname, __NR_vhangup,
+#ifdef __x86_64__
+	__NR_iopl, __NR_ioperm, __NR_modify_ldt,
+#endif
 };
 
 /* What a jailer needs and a VMM does not. */
 static const int denied_without_jailer[] = {
-	__NR_mount, __NR_umount2, __NR_pivot_root, __NR_chroot, __NR_setns, __NR_unshare, __NR_mknod, __NR_mknodat,
+	__NR_mount, __NR_umount2, __NR_pivot_root, __NR_chroot, __NR_setns, __NR_unshare, __NR_mknodat,
 	__NR_move_mount, __NR_open_tree, __NR_fsopen, __NR_fsconfig, __NR_fsmount, __NR_fspick, __NR_mount_setattr,
+#ifdef __NR_mknod /* older architectures only; the others have mknodat alone */
+	__NR_mknod,
+#endif
 };
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
@@ -97,11 +114,10 @@ static void filter_calls(int jailer)
 	size_t calls = COUNT(denied) + (jailer ? 0 : COUNT(denied_without_jailer)), at = 0;
 	size_t refusal = HEAD + calls + SOCKETS + 1; /* a jump counts from the instruction behind it */
 	code[at++] = LOAD(arch);
-	code[at++] = IF(BPF_JEQ, AUDIT_ARCH_X86_64, 1, 0);
+	code[at++] = IF(BPF_JEQ, ARCHITECTURE, 1, 0);
 	code[at++] = RETURN(SECCOMP_RET_KILL_PROCESS);
 	code[at++] = LOAD(nr);
-	/* numbers of the x32 interface reach the same calls */
-	code[at] = IF(BPF_JGE, 0x40000000, refusal - at - 1, 0), at++;
+	code[at] = IF(BPF_JGE, FOREIGN_CALLS, refusal - at - 1, 0), at++;
 	for (size_t i = 0; i < calls; i++) {
 		int call = i < COUNT(denied) ? denied[i] : denied_without_jailer[i - COUNT(denied)];
 		code[at] = IF(BPF_JEQ, call, refusal - at - 1, 0), at++;

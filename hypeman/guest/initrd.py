@@ -3,7 +3,7 @@
 ``build_initrd`` and ``plan_modules`` are pure: the same output for the same input. A kernel with built-in drivers
 needs no modules. Uncompressed on purpose: unpacking costs more than reading 2 MB.
 
-    python -m hypeman.guest.initrd [--modules /lib/modules/RELEASE] OUT
+    python -m hypeman.guest.initrd [--modules /lib/modules/RELEASE] [--init INIT] OUT
 """
 
 from __future__ import annotations
@@ -118,14 +118,15 @@ def _read_module(path: Path) -> tuple[str, bytes]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write an initrd with this package's init."""
+    """Write an initrd with this package's init, or another architecture's."""
     parser = argparse.ArgumentParser(prog="python -m hypeman.guest.initrd", description=main.__doc__)
     parser.add_argument("--modules", type=Path, help="directory with modules.dep")
+    parser.add_argument("--init", type=Path, default=INIT, help="the agent, if not this machine's")
     parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)
     modules = read_modules(options.modules) if options.modules else []
     new = options.out.with_name(options.out.name + ".new")
-    new.write_bytes(build_initrd(INIT.read_bytes(), modules))
+    new.write_bytes(build_initrd(options.init.read_bytes(), modules))
     new.replace(options.out)  # VMs may have the old one mapped
     return 0
 

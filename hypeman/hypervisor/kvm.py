@@ -12,6 +12,7 @@ import shutil
 
 import trio
 
+from hypeman.architecture import AMD64, ARM64, HOST, Architecture
 from hypeman.config import HypervisorConfig
 from hypeman.host.processes import Processes, ToolFailed, open_to_users
 
@@ -19,6 +20,15 @@ KVM_DEVICE = "/dev/kvm"
 _PROOF_LIMIT = 9
 """Total time limit as a multiple of ``patience``. The probe takes 0.5 s on bare metal and 10 s in a virtual machine
 that emulates virtualisation as well."""
+
+
+_BOARDS = {AMD64: "q35", ARM64: "virt,gic-version=host"}
+
+
+def _probe_words(machine: Architecture) -> tuple[str, ...]:
+    """Arguments of the probe kernel: it says what it is at once, and ends."""
+    console = (f"console={machine.qemu_console}", machine.early_console)
+    return (*console, "panic=-1", *machine.reset_words, "cryptomgr.notests")
 
 
 class KvmProof:
@@ -74,14 +84,14 @@ class KvmProof:
             return f"{KVM_DEVICE} is not there or cannot be opened"
         if not os.access(self._kernel, os.R_OK):
             return f"there is no kernel {self._kernel} to try it with"
-        qemu = self._qemu or shutil.which("qemu-system-x86_64")
+        qemu = self._qemu or shutil.which(HOST.qemu)
         if qemu is None:
             return ""  # no QEMU to probe with; other VMMs fail immediately with an error if KVM does not work
         argv = [
-            qemu, "-machine", "q35", "-accel", "kvm", "-cpu", "host", "-m", "128M",
+            qemu, "-machine", _BOARDS[HOST], "-accel", "kvm", "-cpu", "host", "-m", "128M",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio",
             "-kernel", self._kernel,
-            "-append", "console=ttyS0 earlyprintk=serial,ttyS0 panic=-1 reboot=t cryptomgr.notests",
+            "-append", " ".join(_probe_words(HOST)),
         ]  # fmt: skip
         try:
             said = await self._processes.run(argv, timeout=_PROOF_LIMIT * self._patience, quiet_limit=self._patience)

@@ -21,11 +21,10 @@ from pathlib import Path
 import msgspec
 import trio
 
-from hypeman.errors import InternalError, InUse
+from hypeman.errors import InUse
 from hypeman.host.loans import lent
 from hypeman.host.ownership import take_back
 from hypeman.host.processes import Process, Processes, Program
-from hypeman.host.safe_open import open_log
 from hypeman.hypervisor.interface import (
     AGENT_VSOCK_PORT,
     Disk,
@@ -40,7 +39,7 @@ from hypeman.hypervisor.interface import (
 from hypeman.hypervisor.live_vmm import LiveVmm
 from hypeman.hypervisor.run_dir import INITRD, KERNEL, VSOCK, disk_link
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import LastWords, end
+from hypeman.hypervisor.vmm_process import LastWords, end, rotate_log
 
 _START_LIMIT = 20.0
 """Seconds to wait until the API answers; it takes 5-50 ms."""
@@ -70,7 +69,7 @@ class RemoteVmm(LiveVmm):
         await trio.lowlevel.checkpoint()
 
     async def rotate_console(self) -> None:
-        await trio.to_thread.run_sync(_rotate, Path(self.config.console_log))
+        await trio.to_thread.run_sync(rotate_log, Path(self.config.console_log))
 
     async def wait_exit(self) -> VmmExit:
         code = await self._process.wait()
@@ -220,24 +219,3 @@ async def wait_api(api: UnixHttp, process: Process, target: str) -> object:
             await trio.sleep(0.002)
         raise VmmGone("the VMM ended at its start")
     raise VmmBroken(f"the VMM's API did not answer within {_START_LIMIT:g} s")
-
-
-def _rotate(log: Path) -> None:
-    """Rotate ``log`` for a process that cannot reopen its standard output.
-
-    The caller has renamed its file to ``log``.1; it gets its name back, empty, and a copy of it becomes ``log``.1.
-    Output in between is lost: a few microseconds of console. The VMM is not asked which file it writes to: a
-    compromised VMM could name any file.
-    """
-    renamed = log.with_suffix(log.suffix + ".1")
-    try:
-        with open(open_log(renamed, os.O_RDWR), "rb+", buffering=0) as old:
-            copy = renamed.with_name(renamed.name + ".new")
-            copy.unlink(missing_ok=True)
-            with open(open_log(copy), "ab") as new:
-                shutil.copyfileobj(old, new)
-            renamed.rename(log)
-            copy.rename(renamed)
-            os.truncate(old.fileno(), 0)
-    except OSError as error:
-        raise InternalError(f"the console log {log} cannot be rotated: {error.strerror}") from error

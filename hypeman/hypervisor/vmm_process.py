@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import trio
 from hypeman.errors import InternalError
 from hypeman.host.ownership import take_back
 from hypeman.host.processes import Process, Processes, ProcessId
+from hypeman.host.safe_open import open_log
 from hypeman.hypervisor.interface import VmConfig, VmmBroken, VmmGone, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
@@ -191,3 +193,24 @@ class LastWords:
             file.seek(self._start)
             return one_line(" / ".join(file.read(_MAX_WORDS).decode(errors="replace").split("\n")).strip(" /"))
         return ""
+
+
+def rotate_log(log: Path) -> None:
+    """Rotate ``log`` for a process that cannot reopen what it writes to.
+
+    The caller has renamed its file to ``log``.1; it gets its name back, empty, and a copy of it becomes ``log``.1.
+    Output in between is lost: a few microseconds of console. The VMM is not asked which file it writes to: a
+    compromised VMM could name any file.
+    """
+    renamed = log.with_suffix(log.suffix + ".1")
+    try:
+        with open(open_log(renamed, os.O_RDWR), "rb+", buffering=0) as old:
+            copy = renamed.with_name(renamed.name + ".new")
+            copy.unlink(missing_ok=True)
+            with open(open_log(copy), "ab") as new:
+                shutil.copyfileobj(old, new)
+            renamed.rename(log)
+            copy.rename(renamed)
+            os.truncate(old.fileno(), 0)
+    except OSError as error:
+        raise InternalError(f"the console log {log} cannot be rotated: {error.strerror}") from error

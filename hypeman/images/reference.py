@@ -7,11 +7,11 @@ localhost:5000/x@sha256:…       localhost:5000/x@sha256:…   (a tag with a di
 
 from __future__ import annotations
 
-import platform as machine
 import re
 
 import msgspec
 
+from hypeman import architecture
 from hypeman.errors import InvalidRequest
 
 DEFAULT_REGISTRY = "docker.io"
@@ -26,8 +26,8 @@ _REFERENCE = re.compile(
     r"(?::(?P<tag>[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}))?(?:@(?P<digest>[a-z0-9]+:[a-f0-9]+))?"
 )
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}")
+_ARCHITECTURES = frozenset(each.name for each in architecture.ALL)
 _PLATFORM = re.compile(r"[a-z0-9]+/[a-z0-9]+(/[a-z0-9.]+)?")
-_MACHINES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -89,13 +89,13 @@ def _is_registry(part: str) -> bool:
 
 
 def host_platform() -> Platform:
-    return Platform("linux", _MACHINES.get(machine.machine().lower(), "amd64"))
+    return Platform("linux", architecture.HOST.name)
 
 
 def parse_platform(text: str) -> Platform:
     """The platform in ``text``. Raises InvalidRequest ``invalid_platform``."""
     parts = text.split("/")
-    if not _PLATFORM.fullmatch(text) or parts[0] != "linux" or parts[1] not in ("amd64", "arm64"):
+    if not _PLATFORM.fullmatch(text) or parts[0] != "linux" or parts[1] not in _ARCHITECTURES:
         raise InvalidRequest(
             f"platform {text[:60]!r} must be linux/amd64 or linux/arm64, with an optional /variant",
             code="invalid_platform",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-
 from msgspec import UNSET
 
-from hypeman import API_VERSION, __version__
+from hypeman import API_VERSION, __version__, architecture
 from hypeman.config import Config
 from hypeman.hypervisor.catalog import Catalog, features
 from hypeman.images.service import Images
@@ -52,7 +50,7 @@ class CapabilityView:
         image_platform = self._images.platform(None)
         return Capabilities(
             server=ServerVersion(version=__version__, api_version=API_VERSION),
-            host=HostPlatform(os="linux", arch={"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), "")),
+            host=HostPlatform(os="linux", arch=architecture.HOST.name),
             default_runtime=DefaultRuntime(
                 name=default.value,
                 available=default in drivers and drivers[default].capabilities.available,

@@ -16,11 +16,14 @@ import trio
 from hypeman.guest.boot import BootConfig, render_boot_disk
 from hypeman.guest.client import GuestClient
 from hypeman.guest.protocol import AGENT_PORT_NAME, LOG_PORT_NAME
+from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.hypervisor.qemu import config as native
+from tests.machine import MACHINE
 
 BOOT_SECONDS = 120
-CPU = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf_lm,+rdrand,+aes"
+CPU = native.EMULATORS[MACHINE].cpu
 """As the driver chooses for TCG; ``max`` would make the kernel copy byte by byte (ERMS), which TCG is slow at."""
-_CMDLINE = "console=ttyS0 quiet loglevel=1 panic=-1 reboot=t no_timer_check cryptomgr.notests random.trust_cpu=on"
+_BOARD = native.BOARDS[MACHINE][HypervisorKind.QEMU]
 
 
 class Guest(msgspec.Struct):
@@ -101,9 +104,10 @@ async def run_guest(
             make_overlay(overlay)
         all_disks.append(("overlay", overlay, False))
     command = [
-        "qemu-system-x86_64", "-M", "q35,sata=off,smbus=off,vmport=off", "-accel", "tcg,thread=multi,tb-size=64",
+        MACHINE.qemu, "-M", f"{_BOARD.type},{_BOARD.options}", "-accel", "tcg,thread=multi,tb-size=64",
         "-cpu", CPU, "-m", f"{memory_mb}M", "-smp", "1", "-nodefaults", "-no-user-config", "-display", "none",
-        "-no-reboot", "-kernel", str(Path(initrd).parent / "vmlinux"), "-initrd", str(initrd), "-append", _CMDLINE,
+        "-no-reboot", "-kernel", str(Path(initrd).parent / MACHINE.kernel_file), "-initrd", str(initrd),
+        "-append", native.kernel_cmdline(machine=MACHINE),
         "-chardev", f"file,id=ser,path={directory}/console.log,append=on", "-serial", "chardev:ser",
         "-device", "virtio-serial-pci", "-chardev", f"socket,id=ag,path={directory}/agent.sock,server=on,wait=off",
         "-device", f"virtserialport,chardev=ag,name={AGENT_PORT_NAME}",

@@ -22,6 +22,7 @@ from hypeman.guest.boot import BootConfig, CaCertificate, GuestNetwork, GuestVol
 from hypeman.guest.client import ExecResult, GuestClient, GuestLost, GuestTimeout, VolumeBusy
 from hypeman.guest.types import CopyEntry, CopyToRequest, ExecRequest, Exited, Fatal, GuestEvent, Ready, Started
 from tests.conformance.check_guest import Bench, run_all
+from tests.machine import COMPILER, MACHINE, busybox
 
 from .conftest import TOP
 from .qemu import Guest, make_overlay, run_guest
@@ -38,11 +39,14 @@ PEM = "-----BEGIN CERTIFICATE-----\nbm90IHJlYWxseQ==\n-----END CERTIFICATE-----\
 
 @pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory with vmlinux and an initrd that holds the agent of this tree."""
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("no qemu-system-x86_64 here")
+    """Directory with a kernel and an initrd that holds the agent of this tree."""
+    if shutil.which(MACHINE.qemu) is None:
+        pytest.skip(f"no {MACHINE.qemu} here")
     directory = tmp_path_factory.mktemp("kernel")
-    made = subprocess.run([TOP / "packaging/kernel/choose", directory], cwd=TOP, capture_output=True, text=True)
+    environ = {**os.environ, "ARCH": MACHINE.name}
+    made = subprocess.run(
+        [TOP / "packaging/kernel/choose", directory], cwd=TOP, env=environ, capture_output=True, text=True
+    )
     if made.returncode != 0:
         pytest.skip(f"no guest kernel: {made.stderr.strip()[-200:]}")
     return directory
@@ -62,7 +66,7 @@ def busybox_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data-link-target",
     ):
         (tree / directory).mkdir(parents=True)
-    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    shutil.copy(busybox(), tree / "bin/busybox")
     for applet in subprocess.check_output(["/bin/busybox", "--list"], text=True).split():
         (tree / "bin" / applet).symlink_to("busybox") if applet != "busybox" else None
     (tree / "sbin").mkdir()
@@ -83,7 +87,7 @@ def scratch_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("scratch")
     source = tree.parent / "hello.c"
     source.write_text('#include <stdio.h>\nint main(int c, char **v) { printf("hello %s\\n", v[1]); return c; }\n')
-    subprocess.run(["gcc", "-static", "-O1", "-o", tree / "hello", source], check=True)
+    subprocess.run([COMPILER, "-static", "-O1", "-o", tree / "hello", source], check=True)
     return make_erofs(tree, tmp_path_factory.mktemp("images") / "scratch.erofs")
 
 

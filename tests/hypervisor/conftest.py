@@ -17,8 +17,8 @@ from hypeman.hypervisor.interface import Capabilities, Disk, VmConfig
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.qemu.config import kernel_cmdline
 from tests.hypervisor.real import real_driver
+from tests.machine import COMPILER, GUEST, MACHINE
 
-_BUILD = Path(__file__).parents[2] / "build" / "guest"
 _SOURCE = Path(__file__).with_name("guest_init.c")
 
 MakeConfig = Callable[[str], VmConfig]
@@ -48,10 +48,10 @@ def guest_from(folder: Path) -> tuple[Path, Path]:
 def build_guest(folder: Path) -> tuple[Path, Path]:
     """Kernel and initrd. The kernel unpacks archives that stand one behind the other into one root, so
     the test's init comes to the modules of the real initrd."""
-    kernel, initrd = _BUILD / "vmlinux", _BUILD / "initrd.cpio"
+    kernel, initrd = GUEST / MACHINE.kernel_file, GUEST / "initrd.cpio"
     if not kernel.exists() or not initrd.exists():
-        raise NoGuest("no guest kernel in build/guest; make it with 'make ready'")
-    compiler = shutil.which("gcc") or shutil.which("cc")
+        raise NoGuest(f"no guest kernel in {GUEST}; make it with 'make ready'")
+    compiler = shutil.which(COMPILER) or shutil.which("cc")
     if compiler is None:
         raise NoGuest("no C compiler for the test guest")
     init, both = folder / "test-init", folder / "initrd.cpio"

@@ -12,6 +12,7 @@ from hypeman.hypervisor.interface import Driver
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
+from tests.machine import MACHINE
 
 SLOWNESS = float(os.environ.get("HYPEMAN_TEST_SLOWNESS", "1"))
 
@@ -46,7 +47,8 @@ def real_driver(
             return CloudHypervisorDriver(processes, open_tap, kvm=kvm, binary=binary, folders=(folder,))
         if kind is HypervisorKind.FIRECRACKER:
             return FirecrackerDriver(processes, kvm=kvm, binary=binary)
-        return QemuDriver(processes, open_tap, kvm=kvm, kind=kind, binary=binary if os.path.exists(binary) else "")
+        program = binary if os.path.exists(binary) else ""
+        return QemuDriver(processes, open_tap, kvm=kvm, kind=kind, binary=program, machine=MACHINE)
 
     return make
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypeman.architecture import AMD64, ARM64
 from hypeman.errors import InvalidRequest
 from hypeman.hypervisor.interface import Disk, Nic, PciDevice, VmConfig
 from hypeman.hypervisor.qemu import config as native
@@ -36,6 +37,9 @@ PLAIN = VmConfig(
 )
 
 
+BOARDS = {"q35": native.Q35, "microvm": native.MICROVM, "virt": native.VIRT}
+
+
 class Case(msgspec.Struct, forbid_unknown_fields=True):
     """What a golden file holds above the dashes."""
 
@@ -50,6 +54,7 @@ class Case(msgspec.Struct, forbid_unknown_fields=True):
 def arguments(case: Case) -> tuple[str, ...]:
     numbers = iter(range(20, 100))
     config = case.config
+    machine = ARM64 if case.board == "virt" else AMD64
     fds = native.Descriptors(
         qmp=10,
         agent=11,
@@ -63,9 +68,9 @@ def arguments(case: Case) -> tuple[str, ...]:
     return native.command_line(
         config,
         fds,
-        binary="qemu-system-x86_64",
-        board=native.MICROVM if case.board == "microvm" else native.Q35,
-        accelerator=native.KVM if case.accelerator == "kvm" else native.TCG,
+        binary=machine.qemu,
+        board=BOARDS[case.board],
+        accelerator=native.KVM if case.accelerator == "kvm" else native.EMULATORS[machine],
         incoming=case.incoming,
         private_memory=case.private_memory,
         readonly_file=case.readonly_file,
@@ -133,6 +138,12 @@ def test_what_no_qemu_could_run_is_refused(changes: dict[str, object], message: 
 
 
 def test_the_kernel_command_line() -> None:
-    assert native.kernel_cmdline("hypeman=1").startswith("console=ttyS0 quiet panic=-1 reboot=t ")
-    assert native.kernel_cmdline("hypeman=1").endswith(" hypeman=1")
-    assert "swiotlb=noforce" in native.kernel_cmdline(hotplug_memory=True)
+    assert native.kernel_cmdline("hypeman=1", machine=AMD64).startswith("console=ttyS0 quiet panic=-1 reboot=t ")
+    assert native.kernel_cmdline("hypeman=1", machine=AMD64).endswith(" hypeman=1")
+    assert "swiotlb=noforce" in native.kernel_cmdline(hotplug_memory=True, machine=AMD64)
+
+
+def test_the_kernel_command_line_of_arm64() -> None:
+    """The PL011 console, and nothing that only a PC has."""
+    words = native.kernel_cmdline(machine=ARM64)
+    assert words == "console=ttyAMA0 quiet panic=-1 loglevel=1 cryptomgr.notests random.trust_cpu=on"

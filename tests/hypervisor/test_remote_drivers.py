@@ -21,6 +21,7 @@ import pytest
 import trio
 import yaml
 
+from hypeman.architecture import AMD64, ARM64
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.host.processes import Process, Processes
 from hypeman.hypervisor.cloud_hypervisor import config as cloud
@@ -346,3 +347,13 @@ async def test_every_request_is_in_the_published_document(
     if kind == "cloud-hypervisor":
         device = msgspec.structs.replace(config, pci_devices=(PciDevice("gpu", "/sys/bus/pci/devices/0000:01:00.0"),))
         published.check("PUT", "/vm.create", cloud.vm_config(device, landlock=("/var/lib/hypeman",)))
+
+
+def test_kernel_command_lines_by_architecture() -> None:
+    """Cloud Hypervisor has a PL011 on arm64, Firecracker an 8250 on both; a reset needs words on x86 alone."""
+    ch = "quiet loglevel=1 panic=-1 {}cryptomgr.notests random.trust_cpu=on x=1"
+    assert cloud.kernel_cmdline("x=1", machine=AMD64) == "console=ttyS0 " + ch.format("reboot=t ")
+    assert cloud.kernel_cmdline("x=1", machine=ARM64) == "console=ttyAMA0 " + ch.format("")
+    fc = "console=ttyS0 quiet loglevel=1 panic=-1 {}pci=off cryptomgr.notests x=1"
+    assert fire.kernel_cmdline("x=1", machine=AMD64) == fc.format("reboot=k ")
+    assert fire.kernel_cmdline("x=1", machine=ARM64) == fc.format("")

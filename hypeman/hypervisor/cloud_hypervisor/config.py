@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from hypeman.architecture import HOST, Architecture
 from hypeman.errors import InvalidRequest
 from hypeman.hypervisor.interface import Disk, Nic, VmConfig
 from hypeman.hypervisor.run_dir import GUEST_CID, INITRD, KERNEL, VSOCK, disk_link
@@ -28,9 +29,10 @@ _ID = re.compile(r"[a-z][a-z0-9-]{0,19}")
 _OWN_IDS = frozenset({"vsock"})
 
 
-def kernel_cmdline(*extra: str) -> str:
+def kernel_cmdline(*extra: str, machine: Architecture = HOST) -> str:
     """The guest kernel's command line: like QEMU's, but a panic ends in a reset that the VMM reports."""
-    words = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=t", "cryptomgr.notests", "random.trust_cpu=on")
+    words = [f"console={machine.qemu_console}", "quiet", "loglevel=1", "panic=-1"]
+    words += [*machine.reset_words, "cryptomgr.notests", "random.trust_cpu=on"]
     return " ".join((*words, *extra))
 
 

@@ -10,6 +10,7 @@ import re
 
 import msgspec
 
+from hypeman.architecture import HOST, Architecture
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Disk, VmConfig
 from hypeman.hypervisor.run_dir import GUEST_CID, INITRD, KERNEL, VSOCK, disk_link
@@ -36,9 +37,10 @@ class Call(msgspec.Struct, frozen=True):
     body: dict[str, object]
 
 
-def kernel_cmdline(*extra: str) -> str:
+def kernel_cmdline(*extra: str, machine: Architecture = HOST) -> str:
     """The guest kernel's command line. Firecracker has no power-off: its guests end with a reset."""
-    words = ("console=ttyS0", "quiet", "loglevel=1", "panic=-1", "reboot=k", "pci=off", "cryptomgr.notests")
+    words = [f"console={machine.firecracker_console}", "quiet", "loglevel=1", "panic=-1"]
+    words += [*machine.firecracker_reset_words, "pci=off", "cryptomgr.notests"]
     return " ".join((*words, *extra))
 
 

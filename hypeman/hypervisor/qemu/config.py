@@ -1,9 +1,10 @@
 """VmConfig to QEMU's command line. Pure: the same config gives the same arguments, in the same order.
 
-Two boards. ``Q35`` is the default, since only it has hot-plug of disks and memory, and an accurate clock
-without KVM. ``MICROVM`` (the kind ``qemu-microvm``) has no PCI: it boots faster with fewer features. Versioned
+Two boards on x86-64. ``Q35`` is the default, since only it has hot-plug of disks and memory, and an accurate clock
+without KVM. ``MICROVM`` (the kind ``qemu-microvm``) has no PCI: it boots faster with fewer features. ``VIRT`` is
+arm64's; its PCI Express bus is laid out as that of q35. Versioned
 machine types are pinned, since a capture can only be loaded by the type that wrote it.
-On q35 each device has its fixed place on the bus, so that a disk that was plugged or pulled moves no other:
+With PCI each device has its fixed place on the bus, so that a disk that was plugged or pulled moves no other:
 
     slot   01 agent port   02 balloon   03 random numbers   05 hot-pluggable memory
            08…0f network   10…12 fixed disks (8 functions each)
@@ -23,8 +24,10 @@ import re
 
 import msgspec
 
+from hypeman.architecture import AMD64, ARM64, HOST, Architecture
 from hypeman.errors import InvalidRequest
 from hypeman.hypervisor.interface import Disk, VmConfig
+from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.units import MIB
 
 
@@ -38,11 +41,22 @@ class Board(msgspec.Struct, frozen=True):
     """The type is versioned, so newer QEMUs load captures of older ones."""
     max_disks: int
     max_nics: int
+    console_reopens: bool = True
+    """Its serial device takes another log file while it runs."""
 
 
 Q35 = Board("pc-q35-7.2", "sata=off,smbus=off,vmport=off", pci=True, pinned=True, max_disks=48, max_nics=8)
 MICROVM = Board("microvm", "", pci=False, pinned=False, max_disks=16, max_nics=4)
 """24 places for virtio; the port, the balloon and the random numbers take three."""
+VIRT = Board("virt-7.2", "gic-version=max", pci=True, pinned=True, max_disks=48, max_nics=8, console_reopens=False)
+"""The newest interrupt controller that the accelerator has: GICv3 with MSI under TCG, the host's under KVM."""
+NO_BOARD = Board("none", "", pci=False, pinned=False, max_disks=0, max_nics=0)
+"""A kind that this architecture's QEMU does not have."""
+
+BOARDS: dict[Architecture, dict[HypervisorKind, Board]] = {
+    AMD64: {HypervisorKind.QEMU: Q35, HypervisorKind.QEMU_MICROVM: MICROVM},
+    ARM64: {HypervisorKind.QEMU: VIRT},
+}
 
 MINIMUM_VERSION = (7, 2)
 READONLY_FILE = (8, 2)
@@ -86,6 +100,11 @@ class Accelerator(msgspec.Struct, frozen=True):
 # run AVX2 programs too, but costs every boot 0.35 s of 2.3 s CPU.
 TCG = Accelerator("tcg", "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+lahf_lm,+rdrand,+aes")
 KVM = Accelerator("kvm", "host")
+TCG_ARM64 = Accelerator("tcg", "neoverse-n1")
+"""ARMv8.2 with atomics and crypto instructions, which today's programs look for. ``max`` would have pointer
+authentication, which is slow to emulate, and changes with QEMU's version."""
+
+EMULATORS = {AMD64: TCG, ARM64: TCG_ARM64}
 
 
 class Descriptors(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,7 +162,7 @@ def machine_name(board: Board, accelerator: Accelerator, version: str) -> str:
     return f"{board.type if board.pinned else f'{board.type}-{version}'}/{accelerator.name}/{accelerator.cpu}"
 
 
-def kernel_cmdline(*extra: str, hotplug_memory: bool = False) -> str:
+def kernel_cmdline(*extra: str, hotplug_memory: bool = False, machine: Architecture = HOST) -> str:
     """The guest kernel's command line for this machine.
 
     ``no_timer_check`` keeps a busy host from making the kernel panic over late ticks in its first 30 ms (seen
@@ -152,8 +171,8 @@ def kernel_cmdline(*extra: str, hotplug_memory: bool = False) -> str:
     ``-no-reboot`` turns a panic into an exit at once; with hot-pluggable memory the kernel would set
     64 MB aside for bounce buffers that virtio never uses.
     """
-    words = ["console=ttyS0", "quiet", "panic=-1", "reboot=t", "loglevel=1", "no_timer_check"]
-    words += ["cryptomgr.notests", "random.trust_cpu=on"]
+    words = [f"console={machine.qemu_console}", "quiet", "panic=-1", *machine.reset_words, "loglevel=1"]
+    words += [*machine.timer_words, "cryptomgr.notests", "random.trust_cpu=on"]
     if hotplug_memory:
         words.append("swiotlb=noforce")
     return " ".join((*words, *extra))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import trio
 
+from hypeman.architecture import HOST, Architecture
 from hypeman.errors import NotSupported
 from hypeman.host.loans import lent
 from hypeman.host.processes import Processes, Program, open_for_child
@@ -58,13 +59,9 @@ _START_WITH_DEVICES = 300.0
 """Seconds until QEMU's first answer, typically 20 ms. With devices the kernel first clears and pins all guest
 memory, which depends on its size, and the devices are reset."""
 
-_BOARDS = {HypervisorKind.QEMU: native.Q35, HypervisorKind.QEMU_MICROVM: native.MICROVM}
-
 
 class QemuDriver(Seeker):
     """The kinds ``qemu`` and ``qemu-microvm``, with KVM if it works, else TCG."""
-
-    sought = Sought("qemu-system-x86_64", "QEMU", r"QEMU emulator version (\d+)\.(\d+)\.(\d+)", native.MINIMUM_VERSION)
 
     def __init__(
         self,
@@ -76,12 +73,17 @@ class QemuDriver(Seeker):
         binary: str = "",
         accelerator: str = "auto",
         vfio: str = VFIO_DEVICE,
+        machine: Architecture = HOST,
     ) -> None:
         """``open_tap`` returns a descriptor of a TAP, ``kvm`` checks whether KVM works here; ``accelerator`` is
-        ``auto``, ``kvm`` or ``tcg``."""
+        ``auto``, ``kvm`` or ``tcg``. ``machine`` is the guests' architecture; another one than the host's is
+        emulated (``tcg``)."""
         super().__init__(processes, binary=binary)
+        version = r"QEMU emulator version (\d+)\.(\d+)\.(\d+)"
+        self.sought = Sought(machine.qemu, "QEMU", version, native.MINIMUM_VERSION)
         self.kind = kind
-        self._board = _BOARDS[kind]
+        self._architecture = machine
+        self._board = native.BOARDS[machine].get(kind, native.NO_BOARD)
         self._open_tap = open_tap
         self._kvm = kvm
         self._wanted_accelerator = accelerator
@@ -90,7 +92,10 @@ class QemuDriver(Seeker):
     # What it can do
 
     async def _able(self, binary: str, version: str) -> Capabilities:
-        why_not_kvm = "tcg is configured" if self._wanted_accelerator == "tcg" else await self._kvm.why_not()
+        if self._board is native.NO_BOARD:
+            reason = f"QEMU has no machine for {self.kind.value} on {self._architecture.name}"
+            raise Missing(reason, binary=binary, version=version)
+        why_not_kvm = await self._why_not_kvm()
         if why_not_kvm and self._wanted_accelerator == "kvm":
             raise Missing(f"kvm is configured, but {why_not_kvm}", binary=binary, version=version)
         return Capabilities(
@@ -110,12 +115,17 @@ class QemuDriver(Seeker):
             max_disks=self._board.max_disks,
         )
 
+    async def _why_not_kvm(self) -> str:
+        if self._architecture is not HOST:
+            return f"guests are {self._architecture.name}, this host is {HOST.name}"
+        return "tcg is configured" if self._wanted_accelerator == "tcg" else await self._kvm.why_not()
+
     @property
     def _accelerator(self) -> native.Accelerator:
-        return native.KVM if self._capabilities.accelerator == "kvm" else native.TCG
+        return native.KVM if self._capabilities.accelerator == "kvm" else native.EMULATORS[self._architecture]
 
     def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
-        return native.kernel_cmdline(hotplug_memory=hotplug_memory)
+        return native.kernel_cmdline(hotplug_memory=hotplug_memory, machine=self._architecture)
 
     @property
     def _machine(self) -> str:

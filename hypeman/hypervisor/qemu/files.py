@@ -10,14 +10,15 @@ import glob
 import os
 import subprocess
 
+from hypeman.architecture import HOST
 from hypeman.host.program_files import NotRunnable, files_of, once_per_version
 
 FIRMWARE = (
     *("bios-256k.bin", "bios-microvm.bin", "qboot.rom", "vgabios.bin", "kvmvapic.bin"),
     *("linuxboot.bin", "linuxboot_dma.bin", "multiboot.bin", "multiboot_dma.bin", "pvh.bin"),
 )
-"""What q35 and microvm load, as far as an installation has it."""
-_MODULES = ("accel-tcg-x86_64.so", "accel-qtest-x86_64.so")
+"""What q35 and microvm load, as far as an installation has it; arm64's virt loads none for a kernel."""
+_MODULES = tuple(f"accel-{name}-{HOST.machine}.so" for name in ("tcg", "qtest"))
 DEVICES = ("/dev/null", "/dev/urandom")
 
 

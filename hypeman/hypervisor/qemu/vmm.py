@@ -36,7 +36,7 @@ from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu import memory
 from hypeman.hypervisor.qemu.client import QmpClient, QmpRefused, connect_unix
 from hypeman.hypervisor.qmp import Happened
-from hypeman.hypervisor.vmm_process import allow_file_size, became, take_back_capture
+from hypeman.hypervisor.vmm_process import allow_file_size, became, rotate_log, take_back_capture
 
 QMP_SOCKET = "qmp.sock"
 AGENT_SOCKET = "agent.sock"
@@ -265,6 +265,9 @@ class QemuVmm(LiveVmm):
         await self._qmp.execute("set_link", {"name": nic_id, "up": up})
 
     async def rotate_console(self) -> None:
+        if not self._board.console_reopens:
+            await trio.to_thread.run_sync(rotate_log, Path(self.config.console_log))
+            return
         old = await self._descriptor_set(native.CONSOLE_SET)
         with _opened(self.config.console_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, log=True) as fd:
             added = await self._qmp.execute("add-fd", {"opaque": native.CONSOLE_SET}, fds=[fd])
