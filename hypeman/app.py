@@ -52,6 +52,9 @@ from hypeman.hypervisor.drivers import make_catalog
 from hypeman.images import metrics as image_metrics
 from hypeman.images.service import Images
 from hypeman.ingress import metrics as ingress_metrics
+from hypeman.ingress.certificates.names import DomainList
+from hypeman.ingress.certificates.service import Certificates
+from hypeman.ingress.certificates.service import Settings as CertificateSettings
 from hypeman.ingress.service import Ingresses
 from hypeman.ingress.targets import Targets
 from hypeman.instances import adapters, usage
@@ -311,6 +314,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         store,
         find=targets.find,
         place_of=targets.place_of,
+        certificates=Certificates(_certificate_settings(config), paths.ingress),
         name_of=targets.name_of,
         uid=config.hypervisor.uid_base + _INGRESS_USER if config.hypervisor.uid_base else _NOBODY,
     )
@@ -441,6 +445,19 @@ def _credential_sources(config: Config, processes: Processes) -> Sources:
         return Sources(config.egress.sources, processes)
     except InvalidRequest as error:
         raise ConfigError(f"configuration: egress.sources: {error.message}") from None
+
+
+def _certificate_settings(config: Config) -> CertificateSettings:
+    """Raises ConfigError."""
+    try:
+        internal = DomainList.parse(config.ingress.internal_domains)
+    except ValueError as error:
+        raise ConfigError(f"configuration: ingress.internal_domains: {error}") from None
+    return CertificateSettings(
+        files={name: (Path(pair.certificate), Path(pair.key)) for name, pair in config.ingress.certificates.items()},
+        internal=internal,
+        domain=config.network.domain,
+    )
 
 
 def _engine_memory(config: Config) -> int:

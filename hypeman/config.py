@@ -252,6 +252,25 @@ class EgressConfig(_Section, frozen=True):
     ``systemd`` and ``exec``: [hypeman/egress/README.md](../hypeman/egress/README.md#sources)."""
 
 
+class CertificateFilesConfig(_Section, frozen=True):
+    """A certificate and its key, which somebody else keeps up to date."""
+
+    certificate: str
+    """PEM: the certificate, then its chain."""
+    key: str
+    """PEM without a password."""
+
+
+class IngressConfig(_Section, frozen=True):
+    certificates: dict[Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,62}$")], CertificateFilesConfig] = {}
+    """Name → ``certificate`` and ``key``: absolute paths of PEM files, for ingresses with ``tls`` whose host name is in
+    the certificate. Files that change are read again within seconds."""
+    internal_domains: str = ""
+    """Further names that get their certificates from the internal CA (``hypeman ingress ca``): exact names,
+    ``*.domain`` for one label, or ``*``, separated by commas. Names of one label, below ``network.domain``,
+    ``.internal``, ``.local``, ``.localhost``, ``.test`` and ``.home.arpa`` do so anyway."""
+
+
 class DevicesConfig(_Section, frozen=True):
     sysfs_root: str = "/sys"
     """For tests."""
@@ -365,6 +384,7 @@ class Config(_Section, frozen=True):
     images: ImagesConfig = ImagesConfig()
     network: NetworkConfig = NetworkConfig()
     egress: EgressConfig = EgressConfig()
+    ingress: IngressConfig = IngressConfig()
     devices: DevicesConfig = DevicesConfig()
     snapshots: SnapshotsConfig = SnapshotsConfig()
     auto_standby: AutoStandbyConfig = AutoStandbyConfig()
@@ -517,6 +537,12 @@ def _check(config: Config) -> None:
             raise ConfigError(f"configuration: egress.sources.{name} must have one of file, systemd and exec")
         if source.exec and not source.exec[0].startswith("/"):
             raise ConfigError(f"configuration: egress.sources.{name}.exec must begin with an absolute path")
+    for name, files in config.ingress.certificates.items():
+        for key, text in (("certificate", files.certificate), ("key", files.key)):
+            if not text.startswith("/"):
+                raise ConfigError(
+                    f"configuration: ingress.certificates.{name}.{key} must be an absolute path, not {text!r}"
+                )
     for name, text in (("data_dir", config.data_dir), ("run_dir", config.run_dir)):
         if not text.startswith("/"):
             raise ConfigError(f"configuration: {name} must be an absolute path, not {text!r}")

@@ -10,6 +10,7 @@ data_dir/                       survives reboots; 0711
   instances/<id>/               overlay, boot disk, logs of one instance
   snapshots/<id>/               disks of snapshots
   egress/                       certificate authority, sealed secrets
+  ingress/                      certificate authority for hosts without a public name
   tmp/                          incomplete files; emptied at start
 run_dir/                        cleared by a reboot (tmpfs); 0755 so that VMM users can search it
   hypeman.sock                  the API
@@ -69,6 +70,10 @@ class Paths(msgspec.Struct, frozen=True):
     @property
     def egress(self) -> Path:
         return self.data_dir / "egress"
+
+    @property
+    def ingress(self) -> Path:
+        return self.data_dir / "ingress"
 
     @property
     def api_socket(self) -> Path:

@@ -24,9 +24,9 @@ def ingresses() -> None:
 @click.argument("instance", required=False, shell_complete=complete_instance)
 @click.option("-H", "--hostname", help="Host name, or a pattern such as {instance}.example.com.")
 @click.option("-p", "--port", type=click.IntRange(1, 65535), help="Port of the guest.")
-@click.option("--host-port", type=click.IntRange(1, 65535), help="Port of the host. Default: 80.")
+@click.option("--host-port", type=click.IntRange(1, 65535), help="Port of the host. Default: 80; with --tls 443.")
 @click.option("--tls", is_flag=True, help="Terminate TLS.")
-@click.option("--redirect-http", is_flag=True, help="Redirect HTTP to HTTPS; with --tls.")
+@click.option("--redirect-http", is_flag=True, help="Redirect HTTP on port 80 to HTTPS; with --tls.")
 @click.option("--request-header-auth-header", metavar="NAME", help="A header that requests must have.")
 @click.option("--request-header-auth-value", metavar="VALUE", help="Its value, 32 to 256 characters.")
 @click.option("--rule", "rules", multiple=True, metavar=_RULE, help="Instead of INSTANCE and the options for one rule.")
@@ -58,7 +58,7 @@ def create_ingress(
             raise click.UsageError("INSTANCE, --hostname and --port are needed, or --rule")
         if bool(auth[0]) != bool(auth[1]):
             raise click.UsageError("--request-header-auth-header and --request-header-auth-value go together")
-        wanted = [_rule(hostname, host_port or 80, instance, port, tls, redirect_http, auth)]
+        wanted = [_rule(hostname, host_port or _default_port(tls), instance, port, tls, redirect_http, auth)]
     called = name or name_from(str(wanted[0]["match"]["hostname"]))
     made = session.client.post("/ingresses", present(name=called, rules=wanted, tags=pairs(tags)))
     session.show(_hidden(made), lambda: str(made["id"]))
@@ -85,7 +85,11 @@ def parse_rule(text: str) -> dict[str, Any]:
             raise click.UsageError(f"--rule: {key!r} is not understood; the form is {_RULE}")
     if not (equals and colon and hostname and instance and port.isdecimal() and (host_port or "80").isdecimal()):
         raise click.UsageError(f"--rule: {left!r} is not understood; the form is {_RULE}")
-    return _rule(hostname, int(host_port or "80"), instance, int(port), tls, redirect, auth)
+    return _rule(hostname, int(host_port or _default_port(tls)), instance, int(port), tls, redirect, auth)
+
+
+def _default_port(tls: bool) -> int:
+    return 443 if tls else 80
 
 
 def _rule(
@@ -131,6 +135,11 @@ def _rules(row: Any) -> str:
     )
 
 
+def _states(row: Any) -> str:
+    """Of the certificates, without repetitions."""
+    return ", ".join(sorted({each["state"] for each in row.get("certificates") or ()})) or "-"
+
+
 @ingresses.command("list")
 @click.option("-q", "--quiet", is_flag=True, help="Only ids.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
@@ -141,6 +150,7 @@ def list_ingresses(session: Session, quiet: bool, tags: tuple[str, ...]) -> None
         ("ID", lambda row: row["id"]),
         ("NAME", lambda row: row["name"]),
         ("RULES", _rules),
+        ("TLS", _states),
         ("AGE", lambda row: age(row["created_at"])),
     ]
     found = [_hidden(row) for row in session.client.get("/ingresses", tags=pairs(tags))]
@@ -162,3 +172,10 @@ def delete_ingress(session: Session, ingress: str) -> None:
     """Delete an ingress and end its connections."""
     session.client.call("DELETE", f"/ingresses/{segment(ingress)}")
     click.echo(ingress)
+
+
+@ingresses.command("ca")
+@reports
+def show_ca(session: Session) -> None:
+    """Print the certificate of the internal CA, for clients to trust."""
+    click.echo(session.client.text("/ingress/ca.pem"), nl=False)

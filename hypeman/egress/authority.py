@@ -1,4 +1,6 @@
-"""The host's certificate authority: created once, trusted only by its guests; the key never leaves this directory.
+"""The host's certificate authorities: created once; the keys never leave their directories.
+
+Guests trust that of mediated egress, and nobody else does; for that of ingresses see `hypeman/ingress/certificates`.
 
     egress/ca.pem       the certificate, given to guests             0644
     egress/ca.key       its private key                              0600
@@ -34,17 +36,17 @@ class Authority(msgspec.Struct, frozen=True):
         return hashlib.sha256(ssl.PEM_cert_to_DER_cert(self.certificate.decode())).hexdigest()
 
 
-def load_authority(directory: Path) -> Authority:
-    """The CA in ``directory``, created if it is missing or incomplete."""
+def load_authority(directory: Path, purpose: str = "egress") -> Authority:
+    """The CA in ``directory``, created if it is missing or incomplete. ``purpose`` is a part of its name."""
     certificate, key = directory / "ca.pem", directory / "ca.key"
     try:
         if not (certificate.exists() and key.exists()):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             from hypeman.egress.new_authority import make_authority  # 8 MB, needed once per host
 
-            made_certificate, made_key = make_authority(datetime.datetime.now(datetime.UTC))
+            made_certificate, made_key = make_authority(datetime.datetime.now(datetime.UTC), purpose)
             write_file(key, made_key)
             write_file(certificate, made_certificate, 0o644)
         return Authority(certificate.read_bytes(), key.read_bytes())
     except OSError as error:
-        raise InternalError(f"the egress certificate authority in {directory} cannot be used: {error}") from error
+        raise InternalError(f"the {purpose} certificate authority in {directory} cannot be used: {error}") from error

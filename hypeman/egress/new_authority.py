@@ -12,13 +12,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 YEARS = 10
 
 
-def make_authority(now: datetime.datetime) -> tuple[bytes, bytes]:
+def make_authority(now: datetime.datetime, purpose: str = "egress") -> tuple[bytes, bytes]:
     """Certificate and key (PEM) of a new CA: P-256, signs leaves only, valid for ten years."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name(
         [
             x509.NameAttribute(x509.NameOID.ORGANIZATION_NAME, "hypeman"),
-            x509.NameAttribute(x509.NameOID.COMMON_NAME, f"hypeman egress CA {secrets.token_hex(4)}"),
+            x509.NameAttribute(x509.NameOID.COMMON_NAME, f"hypeman {purpose} CA {secrets.token_hex(4)}"),
         ]
     )
     certificate = (

@@ -31,3 +31,9 @@ def register(ingresses: Ingresses) -> None:
         (),
         lambda: {(): ingresses.connections},
     )
+    metrics.register_gauge(
+        "hypeman_ingress_certificate_end_seconds",
+        "When the certificate of a name ends, in seconds since 1970",
+        ("name",),
+        ingresses.certificates.ends,
+    )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 _TITLES = {
+    308: "Permanent Redirect",
     400: "Bad Request",
     401: "Unauthorized",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
+    421: "Misdirected Request",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     502: "Bad Gateway",
@@ -35,3 +38,9 @@ def render_page(status: int, message: str, *, html: bool) -> tuple[list[tuple[by
     if status in (503, 504):
         headers.append((b"retry-after", b"5"))
     return headers, body
+
+
+def render_bare(text: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """Headers and body: the text and nothing else."""
+    body = text.encode()
+    return [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode())], body

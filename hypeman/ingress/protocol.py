@@ -57,6 +57,55 @@ class Drop(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     ingress: str
 
 
+class Certify(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The certificate of a name, instead of the one before. Connections that are open go on."""
+
+    id: int
+    name: str
+    """In lower case; ``*.example.com`` is for every name with one more label that has no certificate of its own."""
+    chain: str
+    """PEM, the certificate of the site first."""
+    key: str
+    """PEM."""
+
+    def __repr__(self) -> str:
+        """Without the key."""
+        return f"Certify({self.name})"
+
+
+class Uncertify(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The name has no certificate any more. Idempotent."""
+
+    id: int
+    name: str
+
+
+class Challenge(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """What shows a public CA that the name is ours, instead of what did so before."""
+
+    id: int
+    name: str
+    token: str
+    """HTTP-01: a plain request for the name and the path ``/.well-known/acme-challenge/<token>``, on any port, is
+    answered with 200, text/plain and ``answer``; empty: none is."""
+    answer: str
+    chain: str
+    """TLS-ALPN-01: presented, with ``key``, to a hello for the name whose only ALPN protocol is ``acme-tls/1``, on any
+    port; the connection is closed after the handshake. Empty: such a hello is refused."""
+    key: str
+
+    def __repr__(self) -> str:
+        """Without the key."""
+        return f"Challenge({self.name})"
+
+
+class Unchallenge(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """The CA has seen it. Idempotent."""
+
+    id: int
+    name: str
+
+
 class Target(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Answer to Ask."""
 
@@ -112,7 +161,7 @@ class Log(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Connections refused by a limit since the last one."""
 
 
-Request = Start | Listen | Unlisten | Put | Drop | Target
+Request = Start | Listen | Unlisten | Put | Drop | Certify | Uncertify | Challenge | Unchallenge | Target
 Report = Ready | Done | Ask | Log
 
 _encode = msgspec.msgpack.Encoder().encode

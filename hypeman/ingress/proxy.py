@@ -6,6 +6,10 @@ guest, and is never shared with other clients. Bodies pass through in pieces, bo
     no rule for the host         404      guest refuses the connection, or resets it     502
     wrong or no auth header      401      guest is silent                                504
     instance does not run        503      client leaves                                  (499 in the log)
+    plain, but the rule has tls  308, or 403 without ``redirect_http``
+    over TLS for another name    421
+
+A connection whose first byte is that of a TLS handshake is TLS, on every port (``tls.py``).
 
 A response that has begun and cannot be completed ends in a reset, so that nobody takes it for whole.
 """
@@ -27,16 +31,20 @@ import h11
 import trio
 
 from hypeman.ingress.heads import BadRequest, Head, is_authorized, read_head, request_headers, response_headers
-from hypeman.ingress.pages import render_page
+from hypeman.ingress.hello import HANDSHAKE
+from hypeman.ingress.pages import render_bare, render_page
 from hypeman.ingress.protocol import Served
 from hypeman.ingress.routing import Found, Route, RoutingTable
 from hypeman.ingress.streams import Failed, Limits, Malformed, Side, Stream, TimedOut, tunnel
+from hypeman.ingress.tls import ACME_TLS_1, Alert, Certificates, TlsStream, alert_record
 
 _MAX_LOGGED = 200
 CLIENT_LEFT = 499
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _LATER = "The service behind this address is not running at the moment."
 _UNKNOWN = "There is no site with this name here."
+_ACME_PATH = b"/.well-known/acme-challenge/"
+_FIRST = 1 << 14
 
 
 class Place(NamedTuple):
@@ -48,6 +56,16 @@ class Place(NamedTuple):
 
 
 AskPlace = Callable[[str], Awaitable[Place]]
+
+
+class _Ours(BadRequest):
+    """Not an error, but our own response all the same."""
+
+    def __init__(self, status: int, message: str, *, location: str = "", is_bare: bool = False) -> None:
+        super().__init__(status, message)
+        self.location = location
+        self.is_bare = is_bare
+        """The message is the whole body."""
 
 
 class NoAnswer(BadRequest):
@@ -83,6 +101,7 @@ class Proxy:
         self._served = served
         self._limits = limits or Limits()
         self._table = RoutingTable()
+        self.certificates = Certificates()
         self._routes: dict[str, tuple[Route, ...]] = {}
         self._open: dict[str, set[trio.CancelScope]] = {}
         """Exchanges by ingress."""
@@ -129,7 +148,7 @@ class Proxy:
         self.connections += 1
         self._clients[share] += 1
         try:
-            await _Client(self, trio.SocketStream(accepted), client, port).carry()
+            await self._greet(trio.SocketStream(accepted), client, port)
         except Exception:  # a fault of ours must not end the connections of others
             traceback.print_exc(limit=8, file=sys.stderr)
         finally:
@@ -138,6 +157,47 @@ class Proxy:
             self._clients[share] -= 1
             if not self._clients[share]:
                 del self._clients[share]
+
+    async def _greet(self, stream: trio.SocketStream, client: str, port: int) -> None:
+        """Plain or TLS?"""
+        try:
+            with trio.fail_after(self._limits.head):
+                first = bytes(await stream.receive_some(_FIRST))
+            if first[:1] == bytes((HANDSHAKE,)):
+                with trio.fail_after(self._limits.handshake):
+                    found = await self._shake_hands(stream, first, port)
+                if found is not None:
+                    await _Client(self, found[1], client, port, name=found[0]).carry()
+            elif first:
+                await _Client(self, stream, client, port, first=first).carry()
+        except (trio.TooSlowError, trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    async def _shake_hands(self, stream: trio.SocketStream, first: bytes, port: int) -> tuple[str, TlsStream] | None:
+        """The name and a stream for requests; None if there will be none."""
+
+        def is_routed(name: str) -> bool:
+            found = self._table.find(name, port)
+            return found is not None and found.route.tls
+
+        while (chosen := self.certificates.choose(first, is_routed)) is None:
+            more = await stream.receive_some(_FIRST)
+            if not more:
+                return None
+            first += more
+        if isinstance(chosen, Alert):
+            await stream.send_all(alert_record(chosen))
+            await stream.send_eof()
+            while await stream.receive_some(_FIRST):
+                pass
+            return None
+        name, context = chosen
+        tls = TlsStream(stream, context, first)
+        await tls.handshake()
+        if tls.protocol == ACME_TLS_1:
+            await tls.send_close()
+            return None
+        return name, tls
 
     def find(self, host: str, port: int) -> Found | None:
         return self._table.find(host, port)
@@ -189,12 +249,18 @@ def _network_of(address: str) -> str:
 class _Client:
     """One connection of a client, and its connection to a guest."""
 
-    def __init__(self, proxy: Proxy, stream: Stream, address: str, port: int) -> None:
+    def __init__(
+        self, proxy: Proxy, stream: Stream, address: str, port: int, *, first: bytes = b"", name: str = ""
+    ) -> None:
+        """``first``: what was received already; ``name``: of the certificate, empty without TLS."""
         self._proxy = proxy
         self._limits = proxy.limits
         self._side = Side(stream, h11.SERVER, proxy.limits)
+        if first:
+            self._side.http.receive_data(first)
         self._address = address
         self._port = port
+        self._name = name
         self._guest: Side | None = None
         self._guest_at = ("", 0)
         self._version = b"1.1"
@@ -240,11 +306,10 @@ class _Client:
             try:
                 head = read_head(request.method, request.target, request.http_version, request.headers)
                 note.host = head.host
-                found = self._proxy.find(head.host, self._port)
-                if found is None:
-                    raise BadRequest(404, _UNKNOWN)
+                found = self._find(head)
                 route = found.route
                 note.ingress = route.ingress
+                self._check_scheme(head, route)
                 if route.auth_header and not is_authorized(head.headers, route.auth_header, route.auth_value):
                     raise BadRequest(401, "This site wants a header that the request does not have.")
                 note.instance = found.instance
@@ -273,6 +338,10 @@ class _Client:
         """Our own response. Raises Failed."""
         note.status = error.status
         headers, body = render_page(error.status, error.message, html=html)
+        if isinstance(error, _Ours) and error.is_bare:
+            headers, body = render_bare(error.message)
+        if isinstance(error, _Ours) and error.location:
+            headers.append((b"location", error.location.encode()))
         side = self._side
         side.discard_received()
         if side.http.their_state is not h11.DONE:
@@ -282,13 +351,41 @@ class _Client:
         await side.send(h11.Data(data=body), seconds)
         await side.send(h11.EndOfMessage(), seconds)
 
+    def _find(self, head: Head) -> Found:
+        """The rule. Raises BadRequest, or _Ours for a public CA that wants to see an answer."""
+        if self._name and head.host != self._name:
+            raise BadRequest(421, "This connection is for another site.")
+        if not self._name and head.target.startswith(_ACME_PATH):
+            token = head.target[len(_ACME_PATH) :].decode("ascii", "replace")
+            answer = self._proxy.certificates.answer(head.host, token)
+            if answer is not None:
+                raise _Ours(200, answer, is_bare=True)
+        found = self._proxy.find(head.host, self._port)
+        if found is None:
+            raise BadRequest(404, _UNKNOWN)
+        return found
+
+    def _check_scheme(self, head: Head, route: Route) -> None:
+        """Raises BadRequest."""
+        if self._name:
+            if not route.tls:  # it was another one when the connection began
+                raise BadRequest(421, "This site has no TLS.")
+        elif route.redirect:
+            port = "" if route.redirect == 443 else f":{route.redirect}"
+            target = head.target.decode("latin-1") if head.target != b"*" else "/"
+            raise _Ours(308, "This site is at another address.", location=f"https://{head.host}{port}{target}")
+        elif route.tls:
+            raise BadRequest(403, "This site wants HTTPS.")
+
     # ── To the guest and back ────────────────────────────────────────────────────────────────────
 
     async def _pass(self, head: Head, found: Found, note: _Note) -> None:
         """Raises NoAnswer before the response has begun, Failed afterwards, or ClientLeft."""
         address = await self._proxy.place_of(found)
         at = (address, found.route.target_port)
-        headers = request_headers(head, client=self._address, scheme="http", secret=found.route.auth_header)
+        headers = request_headers(
+            head, client=self._address, scheme="https" if self._name else "http", secret=found.route.auth_header
+        )
         request = h11.Request(method=head.method, target=head.target, headers=headers)
         if self._guest is not None and (self._guest_at != at or not self._guest.is_quiet()):
             await self._leave_guest()

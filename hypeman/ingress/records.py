@@ -7,7 +7,7 @@ from msgspec import Struct
 from hypeman import events
 from hypeman.errors import AlreadyExists, Ambiguous, Conflict, NotFound
 from hypeman.ingress.hostnames import shape
-from hypeman.ingress.types import IngressRecord
+from hypeman.ingress.types import IngressRecord, ports_of
 from hypeman.store import Table, Txn
 
 
@@ -48,12 +48,12 @@ def check_free(txn: Txn, record: IngressRecord) -> None:
     """Raises AlreadyExists for the name, Conflict ``hostname_in_use`` for a host name and port."""
     if txn.exists(NAMES, record.name):
         raise AlreadyExists(f"an ingress named {record.name} exists already")
-    for rule in record.rules:
-        owner = txn.get(HOSTS, _key(rule.match.hostname, rule.match.port))
+    for hostname, port in _places(record):
+        owner = txn.get(HOSTS, _key(hostname, port))
         if owner is not None:
             other = txn.get(INGRESSES, owner.ingress_id)
             raise Conflict(
-                f"{rule.match.hostname} on port {rule.match.port} is routed by ingress "
+                f"{hostname} on port {port} is routed by ingress "
                 f"{other.name if other is not None else owner.ingress_id} already",
                 code="hostname_in_use",
             )
@@ -65,8 +65,8 @@ def insert(txn: Txn, record: IngressRecord) -> None:
     owner = Owner(record.id)
     txn.put(INGRESSES, record.id, record)
     txn.put(NAMES, record.name, owner)
-    for rule in record.rules:
-        txn.put(HOSTS, _key(rule.match.hostname, rule.match.port), owner)
+    for hostname, port in _places(record):
+        txn.put(HOSTS, _key(hostname, port), owner)
     _note(txn, record, "created")
 
 
@@ -75,10 +75,15 @@ def remove(txn: Txn, ref: str) -> IngressRecord:
     record = find(txn, ref)
     txn.delete(INGRESSES, record.id)
     txn.delete(NAMES, record.name)
-    for rule in record.rules:
-        txn.delete(HOSTS, _key(rule.match.hostname, rule.match.port))
+    for hostname, port in _places(record):
+        txn.delete(HOSTS, _key(hostname, port))
     _note(txn, record, "deleted")
     return record
+
+
+def _places(record: IngressRecord) -> list[tuple[str, int]]:
+    """Host names and ports that are the ingress's alone."""
+    return [(rule.match.hostname, port) for rule in record.rules for port in ports_of(rule)]
 
 
 def _key(hostname: str, port: int) -> str:

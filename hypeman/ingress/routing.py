@@ -26,6 +26,10 @@ class Route(Struct, frozen=True):
     target_port: int
     auth_header: str = ""
     auth_value: str = ""
+    tls: bool = False
+    """Requests over TLS are for this rule, plain ones are not; otherwise the other way round."""
+    redirect: int = 0
+    """A plain request is answered with 308 and the same host and target at ``https`` on this port; 0: it is not."""
 
     def __repr__(self) -> str:
         """Without the secret."""

@@ -15,16 +15,18 @@ from datetime import UTC, datetime
 from functools import partial
 
 import trio
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
 from hypeman.errors import HypemanError
 from hypeman.ids import tags_match
 from hypeman.ingress import protocol, records
+from hypeman.ingress.certificates.service import Certificates
+from hypeman.ingress.certificates.types import Pair
 from hypeman.ingress.link import Command, WorkerLink, WorkerLost, start_worker, worker_command
 from hypeman.ingress.listeners import listen_on
 from hypeman.ingress.proxy import Place
 from hypeman.ingress.routing import Route
-from hypeman.ingress.types import CreateIngressRequest, Ingress, IngressRecord, RequestHeaderAuth
+from hypeman.ingress.types import CreateIngressRequest, Ingress, IngressRecord, RequestHeaderAuth, ports_of
 from hypeman.ingress.validate import FindInstance, check_request
 from hypeman.network.leases import check_ports_free
 from hypeman.network.types import PortMapping
@@ -47,17 +49,21 @@ class Ingresses:
         *,
         find: FindInstance,
         place_of: Callable[[str], Place],
+        certificates: Certificates,
         name_of: Callable[[str], str] = "instance {}".format,
         uid: int = 0,
         command: Command = worker_command,
         listen: Callable[[int], Sequence[socket.socket]] = listen_on,
     ) -> None:
         """``find``: a reference → the instance's name; ``place_of``: a name or id → where it is;
+        ``certificates``: not running yet;
         ``name_of``: an instance's id → how an error calls it; ``uid``: of the worker."""
         self._store = store
         self._find = find
         self._place_of = place_of
         self._name_of = name_of
+        self.certificates = certificates
+        certificates.carry(self._certify)
         self._uid = uid
         self._command = command
         self._bind = listen
@@ -78,13 +84,13 @@ class Ingresses:
 
     async def list(self, *, tags: Mapping[str, str]) -> Sequence[Ingress]:
         found = self._store.read(records.all_records)
-        return [_shown(record) for record in found if tags_match(record.tags, tags)]
+        return [self._shown(record) for record in found if tags_match(record.tags, tags)]
 
     async def get(self, ref: str) -> Ingress:
-        return _shown(self._store.read(lambda txn: records.find(txn, ref)))
+        return self._shown(self._store.read(lambda txn: records.find(txn, ref)))
 
     async def create(self, request: CreateIngressRequest) -> Ingress:
-        record = check_request(request, self._find, datetime.now(UTC))
+        record = check_request(request, self._find, self.certificates.check, datetime.now(UTC))
         async with self._changing:
             with trio.CancelScope(shield=True):  # bounded; a client that leaves changes nothing
                 self._store.read(lambda txn: records.check_free(txn, record))
@@ -96,10 +102,11 @@ class Ingresses:
                     raise
                 self._records[record.id] = record
                 self._wanted.set()
+                await self._use_certificates()
                 await self._tell(partial(_put, record))
                 for port in fresh:
                     await self._open(port)
-        return _shown(record)
+        return self._shown(record)
 
     async def delete(self, ref: str) -> None:
         async with self._changing:
@@ -109,9 +116,28 @@ class Ingresses:
                 await self._tell(lambda number: protocol.Drop(number, record.id))
                 used = {port for other in self._records.values() for port in other.ports}
                 await self._release(record.ports - used)
+                await self._use_certificates()
                 for counter in (self.requests, self.bytes):
                     for key in [key for key in counter if key[0] == record.name]:
                         del counter[key]
+
+    async def internal_root(self) -> str:
+        """The internal CA's certificate, PEM. Raises InternalError."""
+        return await self.certificates.root()
+
+    def _shown(self, record: IngressRecord) -> Ingress:
+        states = tuple(self.certificates.state_of(host) for host in sorted(record.tls_hosts))
+        return Ingress(
+            id=record.id,
+            name=record.name,
+            rules=record.rules,
+            created_at=record.created_at,
+            tags=record.tags or UNSET,
+            certificates=states or UNSET,
+        )
+
+    async def _use_certificates(self) -> None:
+        await self.certificates.use({host for record in self._records.values() for host in record.tls_hosts})
 
     # ── Ports ────────────────────────────────────────────────────────────────────────────────────
 
@@ -162,6 +188,7 @@ class Ingresses:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Carry requests until cancelled; started once the stored ingresses are served."""
         try:
+            await self.certificates.load()
             async with self._changing:
                 self._records = {record.id: record for record in self._store.read(records.all_records)}
                 for port in sorted({port for record in self._records.values() for port in record.ports}):
@@ -169,7 +196,9 @@ class Ingresses:
                         await self._hold([port])
                     except HypemanError as error:
                         log.warning("ingresses on port %d: %s", port, error.message)
+                await self._use_certificates()
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.certificates.run)
                 if self._records:
                     self._wanted.set()
                     await nursery.start(self._keep_worker)
@@ -217,10 +246,18 @@ class Ingresses:
             pause = min(_RETRY, 2 * pause)
 
     async def _tell_everything(self) -> None:
+        for name, pair in self.certificates.pairs():
+            await self._certify(name, pair)
         for record in self._records.values():
             await self._tell(partial(_put, record))
         for port in self._listeners:
             await self._open(port)
+
+    async def _certify(self, name: str, pair: Pair | None) -> None:
+        if pair is None:
+            await self._tell(lambda number: protocol.Uncertify(number, name))
+        else:
+            await self._tell(lambda number: protocol.Certify(number, name, pair.chain, pair.key))
 
     async def _tell(self, make: Callable[[int], protocol.Request], sockets: Sequence[socket.socket] = ()) -> None:
         """If it is lost, the next worker gets everything anyway."""
@@ -280,16 +317,14 @@ def _routes(record: IngressRecord) -> tuple[Route, ...]:
         Route(
             ingress=record.id,
             hostname=rule.match.hostname,
-            port=rule.match.port,
+            port=port,
             instance=rule.target.instance,
             target_port=rule.target.port,
             auth_header=auth.header if isinstance(auth := rule.request_header_auth, RequestHeaderAuth) else "",
             auth_value=auth.value if isinstance(auth, RequestHeaderAuth) else "",
+            tls=rule.tls and port == rule.match.port,
+            redirect=rule.match.port if rule.redirect_http else 0,
         )
         for rule in record.rules
+        for port in ports_of(rule)
     )
-
-
-def _shown(record: IngressRecord) -> Ingress:
-    tags: dict[str, str] | UnsetType = record.tags or UNSET
-    return Ingress(id=record.id, name=record.name, rules=record.rules, created_at=record.created_at, tags=tags)

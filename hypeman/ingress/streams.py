@@ -10,6 +10,8 @@ import h11
 import trio
 from msgspec import Struct
 
+from hypeman.ingress.tls import TlsStream
+
 _CHUNK = 1 << 16
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 1 << 20
@@ -24,6 +26,8 @@ class Limits(Struct, frozen=True):
     head_bytes: int = 64 << 10
     head: float = 30.0
     """For a client to send a head."""
+    handshake: float = 15.0
+    """For a client to complete a TLS handshake."""
     idle: float = 75.0
     """Between requests on one connection."""
     body: float = 60.0
@@ -53,7 +57,7 @@ class Malformed(Failed):
         self.status = status
 
 
-Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
+Stream = trio.SocketStream | TlsStream
 
 
 class Side:
@@ -146,13 +150,15 @@ class Side:
 
     async def close(self) -> None:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _LINGER_SECONDS):
-            await trio.aclose_forcefully(self.stream)
+            await self.stream.aclose()
 
     async def close_after_reading(self) -> None:
         """So that what was sent reaches a peer that is still sending."""
         with trio.move_on_after(_LINGER_SECONDS), contextlib.suppress(Failed, trio.BrokenResourceError):
             if isinstance(self.stream, trio.SocketStream):
                 await self.stream.send_eof()
+            else:
+                await self.stream.send_close()
             left = _LINGER_BYTES
             while left > 0 and (data := await self.receive_raw(_LINGER_SECONDS)):
                 left -= len(data)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import enum
+from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -42,9 +43,30 @@ class RequestHeaderAuth(Struct, frozen=True, kw_only=True):
 class IngressRule(Struct, frozen=True, kw_only=True):
     match: IngressMatch
     target: IngressTarget
-    tls: Annotated[bool, Meta(description="Terminate TLS")] = False
-    redirect_http: Annotated[bool, Meta(description="Redirect HTTP to HTTPS; only with tls")] = False
+    tls: Annotated[bool, Meta(description="Terminate TLS; the host name needs a source of certificates")] = False
+    redirect_http: Annotated[bool, Meta(description="Redirect HTTP on port 80 to HTTPS; only with tls")] = False
     request_header_auth: RequestHeaderAuth | UnsetType | None = UNSET
+
+
+class CertificateState(enum.StrEnum):
+    """``pending``: being obtained. ``failed``: there is none. An ``expired`` one is still presented."""
+
+    VALID = "valid"
+    PENDING = "pending"
+    EXPIRED = "expired"
+    FAILED = "failed"
+
+
+class IngressCertificate(Struct, frozen=True, kw_only=True):
+    """The certificate of a host name."""
+
+    hostname: Annotated[str, Meta(description="As in the rule")]
+    state: CertificateState
+    source: Annotated[Literal["file", "internal", "acme"] | UnsetType, Meta(description="Absent if there is none")] = (
+        UNSET
+    )
+    not_after: Timestamp | UnsetType = UNSET
+    error: Annotated[str | UnsetType, Meta(description="What is wrong, or why the last renewal failed")] = UNSET
 
 
 class CreateIngressRequest(Struct, frozen=True, kw_only=True):
@@ -63,6 +85,9 @@ class Ingress(Struct, frozen=True, kw_only=True):
     rules: tuple[IngressRule, ...]
     created_at: Timestamp
     tags: TagMap | UnsetType = UNSET
+    certificates: Annotated[
+        tuple[IngressCertificate, ...] | UnsetType, Meta(description="Of the rules with tls; absent without such rules")
+    ] = UNSET
 
 
 class IngressRecord(Struct, frozen=True, kw_only=True):
@@ -77,4 +102,20 @@ class IngressRecord(Struct, frozen=True, kw_only=True):
     @property
     def ports(self) -> frozenset[int]:
         """Of the host, on which it needs a listener."""
-        return frozenset(rule.match.port for rule in self.rules)
+        return frozenset(port for rule in self.rules for port in ports_of(rule))
+
+    @property
+    def tls_hosts(self) -> frozenset[str]:
+        """Host names that need certificates."""
+        return frozenset(rule.match.hostname for rule in self.rules if rule.tls)
+
+
+HTTP_PORT = 80
+"""Where requests are redirected to HTTPS, and where public CAs look for answers to HTTP-01."""
+
+
+def ports_of(rule: IngressRule) -> tuple[int, ...]:
+    """Of the host, on which the rule takes requests for its host name."""
+    if rule.redirect_http and rule.match.port != HTTP_PORT:
+        return (rule.match.port, HTTP_PORT)
+    return (rule.match.port,)

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from hypeman.errors import Conflict, InvalidRequest, NotFound
 from hypeman.ids import check_name, check_tags, new_id
 from hypeman.ingress.hostnames import captures, parse_hostname, references, shape
-from hypeman.ingress.types import CreateIngressRequest, IngressRecord, IngressRule, RequestHeaderAuth
+from hypeman.ingress.types import CreateIngressRequest, IngressRecord, IngressRule, RequestHeaderAuth, ports_of
 
 BAD_REQUEST = "bad_request"
 MAX_RULES = 100
@@ -77,9 +77,13 @@ _MEANS_SOMETHING_BEFORE = ("proxy-", "x-forwarded-", "sec-", "access-control-")
 
 FindInstance = Callable[[str], str]
 """A reference → the instance's name. Raises NotFound or Conflict."""
+CheckTls = Callable[[str], None]
+"""Whether there is a source of certificates for a host name, in lower case. Raises InvalidRequest."""
 
 
-def check_request(request: CreateIngressRequest, find: FindInstance, now: datetime) -> IngressRecord:
+def check_request(
+    request: CreateIngressRequest, find: FindInstance, check_tls: CheckTls, now: datetime
+) -> IngressRecord:
     """The record to be stored. Raises InvalidRequest, or Conflict for an ambiguous instance."""
     try:
         check_name(request.name)
@@ -88,17 +92,17 @@ def check_request(request: CreateIngressRequest, find: FindInstance, now: dateti
     if not 1 <= len(request.rules) <= MAX_RULES:
         raise InvalidRequest(f"{len(request.rules)} rules given; an ingress has 1 to {MAX_RULES}", code=BAD_REQUEST)
     tags = check_tags(request.tags)
-    rules = tuple(_check_rule(rule, find) for rule in request.rules)
+    rules = tuple(_check_rule(rule, find, check_tls) for rule in request.rules)
     seen: set[tuple[str, int]] = set()
-    for rule in rules:
-        key = (shape(rule.match.hostname), rule.match.port)
+    for hostname, port in ((rule.match.hostname, port) for rule in rules for port in ports_of(rule)):
+        key = (shape(hostname), port)
         if key in seen:
-            raise Conflict(f"two rules are for {rule.match.hostname} on port {rule.match.port}", code="hostname_in_use")
+            raise Conflict(f"two rules are for {hostname} on port {port}", code="hostname_in_use")
         seen.add(key)
     return IngressRecord(id=new_id(), name=request.name, rules=rules, created_at=now, tags=tags)
 
 
-def _check_rule(rule: IngressRule, find: FindInstance) -> IngressRule:
+def _check_rule(rule: IngressRule, find: FindInstance, check_tls: CheckTls) -> IngressRule:
     hostname = rule.match.hostname
     try:
         labels = parse_hostname(hostname)
@@ -107,9 +111,7 @@ def _check_rule(rule: IngressRule, find: FindInstance) -> IngressRule:
     if rule.redirect_http and not rule.tls:
         raise InvalidRequest("redirect_http is possible only with tls", code=BAD_REQUEST)
     if rule.tls:
-        raise InvalidRequest(
-            f"tls for {hostname}: this server has no source of certificates", code="config_validation_failed"
-        )
+        check_tls(".".join(labels))
     return replace(
         rule,
         match=replace(rule.match, hostname=".".join(labels)),

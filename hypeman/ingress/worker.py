@@ -12,6 +12,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -84,6 +85,14 @@ class Worker:
                 self._proxy.put(request.ingress, request.routes)
             case protocol.Drop():
                 self._proxy.drop(request.ingress)
+            case protocol.Certify():
+                self._try(partial(self._proxy.certificates.certify, request.name, request.chain, request.key))
+            case protocol.Uncertify():
+                self._proxy.certificates.uncertify(request.name)
+            case protocol.Challenge(_, name, token, answer, chain, key):
+                self._try(partial(self._proxy.certificates.challenge, name, token, answer, chain, key))
+            case protocol.Unchallenge():
+                self._proxy.certificates.unchallenge(request.name)
             case protocol.Target():
                 waiting = self._asked.pop(request.token, None)
                 if waiting is not None:
@@ -92,6 +101,13 @@ class Worker:
             case protocol.Start():
                 raise ProtocolError("started twice")
         await self._send(protocol.Done(request.id))
+
+    def _try(self, put: Callable[[], None]) -> None:
+        """The server has checked what it sends; what else OpenSSL finds must not end the connections of others."""
+        try:
+            put()
+        except Exception as error:
+            print(f"ingress worker: a certificate cannot be used: {error!r}", file=sys.stderr, flush=True)
 
     async def _listen(self, scope: trio.CancelScope, sockets: list[socket.socket], port: int) -> None:
         with scope:

@@ -175,6 +175,9 @@ class IngressService(Protocol):
         ...
 
     async def delete(self, ref: str) -> None: ...
+    async def internal_root(self) -> str:
+        """The internal CA's certificate, PEM."""
+        ...
 
 
 class ResourceService(Protocol):

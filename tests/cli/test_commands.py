@@ -665,6 +665,17 @@ def test_ingresses(cli: Any, server: Any) -> None:
     assert (second.match.hostname, second.target.instance) == ("{i}.b", "{i}")
     cli("ingress", "rm", "two")
     assert len(server.world.ingresses.ingresses) == 1
+    cli("ingress", "create", "web", "-H", "web.internal", "-p", "80", "--tls", "--redirect-http")
+    cli("ingress", "create", "--name", "both", "--rule", "a.internal=web:1,tls", "--rule", "b.internal:8443=web:1,tls")
+    (one,), two = (
+        server.world.ingresses.ingresses[ref].rules for ref in cli("ingress", "list", "-q").stdout.split()[1:]
+    )
+    assert (one.tls, one.redirect_http, one.match.port) == (True, True, 443)
+    assert [rule.match.port for rule in two] == [443, 8443]
+    assert "valid" in cli("ingress", "list").stdout
+    assert cli("ingress", "ca").stdout == "-----BEGIN CERTIFICATE-----\n"
+    refused = cli("ingress", "create", "web", "-H", "web.example.com", "-p", "80", "--tls")
+    assert (refused.exit_code, "no source of certificates" in refused.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("rule", ["", "a", "a=", "a=web", "a=web:x", "a:x=web:1", "a=web:1,what", "=web:1"])

@@ -45,7 +45,7 @@ from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, PathInfo
 from hypeman.ids import check_name, check_tags, new_id, tags_match
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
-from hypeman.ingress.types import CreateIngressRequest, Ingress
+from hypeman.ingress.types import CertificateState, CreateIngressRequest, Ingress, IngressCertificate
 from hypeman.ingress.validate import check_request
 from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
@@ -609,15 +609,34 @@ class FakeIngresses:
         raise NotFound(f"ingress {ref} is not here")
 
     async def create(self, request: CreateIngressRequest) -> Ingress:
-        record = check_request(request, lambda ref: self.instances.find(ref).name, NOW)
+        record = check_request(request, lambda ref: self.instances.find(ref).name, refuse_tls, NOW)
         if any(one.name == record.name for one in self.ingresses.values()):
             raise Conflict(f"there is an ingress {record.name} already", code="already_exists")
-        made = Ingress(id=record.id, name=record.name, rules=record.rules, created_at=NOW, tags=record.tags or UNSET)
+        certificates = tuple(
+            IngressCertificate(hostname=host, state=CertificateState.VALID, source="internal", not_after=NOW)
+            for host in sorted(record.tls_hosts)
+        )
+        made = Ingress(
+            id=record.id,
+            name=record.name,
+            rules=record.rules,
+            created_at=NOW,
+            tags=record.tags or UNSET,
+            certificates=certificates or UNSET,
+        )
         self.ingresses[made.id] = made
         return made
 
     async def delete(self, ref: str) -> None:
         del self.ingresses[(await self.get(ref)).id]
+
+    async def internal_root(self) -> str:
+        return "-----BEGIN CERTIFICATE-----\n"
+
+
+def refuse_tls(hostname: str) -> None:
+    if not hostname.endswith(".internal"):
+        raise InvalidRequest(f"tls for {hostname}: no source of certificates", code="config_validation_failed")
 
 
 class FakeEgressRecords:

@@ -10,6 +10,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -17,20 +18,25 @@ import msgspec
 import trio
 import trio.testing
 
-from hypeman.errors import AlreadyExists, Conflict, NotFound, PortInUse
+from hypeman.errors import AlreadyExists, Conflict, InvalidRequest, NotFound, PortInUse
 from hypeman.events.log import EVENTS
+from hypeman.ingress.certificates.service import Certificates, Settings
 from hypeman.ingress.proxy import Place
 from hypeman.ingress.service import Ingresses
-from hypeman.ingress.types import CreateIngressRequest, Ingress
+from hypeman.ingress.types import CertificateState, CreateIngressRequest, Ingress
 from hypeman.store import Store
+from tests.ingress.certs import write_pair
 from tests.network.hosts import guest_host, world_host
 from tests.network.lab import HOST, Lab, in_namespace, sh
 
 UID = 575535
 
 
-def request(name: str, hostname: str, instance: str = "web", port: int = 80) -> CreateIngressRequest:
-    rule = {"match": {"hostname": hostname, "port": port}, "target": {"instance": instance, "port": 8000}}
+def request(
+    name: str, hostname: str, instance: str = "web", port: int = 80, target_port: int = 8000, **more: bool
+) -> CreateIngressRequest:
+    target = {"instance": instance, "port": target_port}
+    rule = {"match": {"hostname": hostname, "port": port}, "target": target, **more}
     return msgspec.convert({"name": name, "rules": [rule]}, CreateIngressRequest)
 
 
@@ -64,7 +70,7 @@ def is_free(port: int) -> bool:
 
 
 @asynccontextmanager
-async def ingresses(folder: Path, address: str) -> AsyncIterator[Ingresses]:
+async def ingresses(folder: Path, address: str, settings: Settings | None = None) -> AsyncIterator[Ingresses]:
     """A server's part, on the store in ``folder``."""
     store = Store.open(folder / "store")
 
@@ -72,7 +78,8 @@ async def ingresses(folder: Path, address: str) -> AsyncIterator[Ingresses]:
         return Place(address if name == "web" else "", exists=name in ("web", "down"))
 
     async with store.serving(), trio.open_nursery() as nursery:
-        service = Ingresses(store, find=find, place_of=place_of, uid=UID)
+        certificates = Certificates(settings or Settings(), folder / "ingress", interval=0.05)
+        service = Ingresses(store, find=find, place_of=place_of, certificates=certificates, uid=UID)
         await nursery.start(service.run)
         try:
             yield service
@@ -192,3 +199,93 @@ async def test_without_ingresses_there_is_no_worker(lab: Lab) -> None:
             while not pid_of(service):
                 await trio.sleep(0.05)
         assert (await ask("c.d", port=82)).endswith(" 404"), "it serves"
+
+
+def secure_curl(url: str, root: str, *more: str) -> str:
+    """Page, status and redirect."""
+    name, _, port = url.partition("//")[2].partition("/")[0].partition(":")
+    command = f"curl -sS -m 60 -w ' %{{http_code}} %{{redirect_url}}' --cacert {root} {' '.join(more)}"
+    return sh(f"{command} --connect-to {name}:{port}:127.0.0.1:{port} {url}").strip()
+
+
+@in_namespace
+async def test_tls_with_curl_and_the_confined_worker(lab: Lab) -> None:
+    folder = make_folder()
+    root = folder / "root.pem"
+    paths = write_pair(folder, "web.example.com")
+    settings = Settings(files={"site": paths})
+
+    async def ask_secure(url: str, *more: str, trust: Path = root) -> str:
+        return await trio.to_thread.run_sync(lambda: secure_curl(url, str(trust), *more))
+
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            head = await stream.receive_some(65536)
+            who = next(line for line in head.split(b"\r\n") if line.startswith(b"x-forwarded-proto:"))
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(who), who))
+
+    (guests,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = guests.socket.getsockname()[1]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, answer, [guests])
+        async with ingresses(folder, "127.0.0.1", settings) as service:
+            root.write_text(await service.internal_root())
+            for name, hostname in [("one", "web.internal"), ("two", "{x}.vm.internal"), ("three", "web.example.com")]:
+                instance = "{x}" if "{" in hostname else "web"
+                wanted = request(name, hostname, instance, port=443, target_port=port, tls=True, redirect_http=True)
+                made = await service.create(wanted)
+                assert made.certificates
+                assert made.certificates[0].state is CertificateState.VALID
+            assert service._records[made.id].ports == {80, 443}
+            expected = "x-forwarded-proto: https 200"
+            for more in ("--tlsv1.3", "--tls-max 1.2", "--http1.1"):
+                assert await ask_secure("https://web.internal:443/", more) == expected
+            assert await ask_secure("https://web.vm.internal:443/") == expected
+            assert await ask_secure("https://web.example.com:443/", trust=paths[0]) == expected
+            moved = await ask_secure("http://web.internal:80/x?y=1")
+            assert moved.endswith("308 https://web.internal/x?y=1")
+
+            try:
+                await service.create(request("four", "web.internal", port=80))
+            except Conflict as error:
+                assert error.code == "hostname_in_use", "the redirect has the port"
+            else:
+                raise AssertionError("two answers for one address")
+            try:
+                await service.create(request("four", "x.example.com", port=443, tls=True))
+            except InvalidRequest as error:
+                assert error.code == "config_validation_failed"
+            else:
+                raise AssertionError("there is no certificate for it")
+
+            before = pid_of(service)
+            os.kill(before, signal.SIGKILL)
+            assert await ask_secure("https://web.internal:443/") == expected, "the next worker has the certificates"
+            asked: list[str] = []
+            is_over = False
+
+            async def ask_often() -> None:
+                while not is_over:
+                    asked.append(await ask_secure("https://web.example.com:443/", "-k"))
+
+            async with trio.open_nursery() as clients:
+                clients.start_soon(ask_often)
+                clients.start_soon(ask_often)
+                for days in range(40, 45):
+                    write_pair(folder, "web.example.com", days=days)
+                    wanted_end = datetime.now(UTC) + timedelta(days=days - 1)
+                    with trio.fail_after(60):
+                        while dict(service.certificates.pairs())["web.example.com"].not_after < wanted_end:
+                            await trio.sleep(0.02)
+                        count = len(asked)
+                        while len(asked) < count + 4:
+                            await trio.sleep(0.02)
+                is_over = True
+            assert set(asked) == {expected}
+            await service.delete("three")
+            refused = await trio.to_thread.run_sync(
+                partial(sh, "curl -sS -k --connect-to ::127.0.0.1: https://web.example.com/ 2>&1", check=False)
+            )
+            assert "unrecognized name" in refused, refused
+            assert (await ask_secure("http://web.example.com:80/")).endswith("404")
+        nursery.cancel_scope.cancel()

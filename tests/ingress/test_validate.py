@@ -11,6 +11,7 @@ import pytest
 from hypeman.errors import HypemanError, NotFound
 from hypeman.ingress.types import CreateIngressRequest, IngressRecord
 from hypeman.ingress.validate import check_request
+from tests.fakes.services import refuse_tls
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -28,7 +29,7 @@ def rule(hostname: str = "a.example.com", instance: str = "web", **more: Any) ->
 
 def check(*rules: dict[str, Any], name: str = "site", **more: Any) -> IngressRecord:
     request = msgspec.convert({"name": name, "rules": rules, **more}, CreateIngressRequest)
-    return check_request(request, find, NOW)
+    return check_request(request, find, refuse_tls, NOW)
 
 
 def test_what_is_stored() -> None:

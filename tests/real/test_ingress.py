@@ -43,6 +43,17 @@ async def test_a_host_name_leads_to_a_real_guest(directory: Path) -> None:
                 await trio.sleep(0.2)
         assert status(appliance.namespace, "web.example.com", "127.0.0.1") == ("200", "from the guest\n")
         assert status(world, "nobody.example.com", HOST)[0] == "404"
+        secure = rule | {"match": {"hostname": "{name}.vm.internal", "port": 443}, "tls": True, "redirect_http": True}
+        made = await appliance.ask("POST", "/ingresses", json={"name": "secure", "rules": [secure]})
+        assert made.json()["certificates"][0]["state"] == "valid", made.text
+        root = directory / "root.pem"
+        root.write_text((await appliance.ask("GET", "/ingress/ca.pem")).text)
+        command = ["curl", "-sSL", "--noproxy", "*", "--max-time", f"{PATIENCE:.0f}", "--cacert", str(root)]
+        command += ["--resolve", f"web.vm.internal:80:{HOST}", "--resolve", f"web.vm.internal:443:{HOST}"]
+        text = subprocess.run(
+            world.command(*command, "http://web.vm.internal/"), capture_output=True, check=True
+        ).stdout
+        assert text == b"from the guest\n", "redirected, and the internal CA is trusted"
         stopped = await appliance.ask("POST", "/instances/web/stop")
         assert stopped.status_code == 200, stopped.text
         assert status(world, "web.example.com", HOST)[0] == "503"

@@ -173,7 +173,8 @@ def _mount(where: str, mount: str | _Mount, volumes: dict[str, Volume]) -> dict[
 
 def _ingress(instance: str, ingress: _Ingress) -> Ingress:
     name = ingress.name or ingress.hostname.replace(".", "-").replace("{", "").replace("}", "").lower()
-    match = {"hostname": ingress.hostname, **({"port": ingress.host_port} if ingress.host_port else {})}
+    port = ingress.host_port or (443 if ingress.tls else None)
+    match = {"hostname": ingress.hostname, **({"port": port} if port else {})}
     rule: dict[str, Any] = {"match": match, "target": {"instance": instance, "port": ingress.target_port}}
     for field in ("tls", "redirect_http"):
         if (value := getattr(ingress, field)) is not None:

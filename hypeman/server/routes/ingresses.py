@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from hypeman.ingress.types import CreateIngressRequest, Ingress
-from hypeman.server.api import Routes
+from hypeman.server.api import Page, Routes
 from hypeman.server.routes.queries import TagQuery
 from hypeman.server.services import Services
 from hypeman.tokens import Scope
 
 routes = Routes("ingresses")
+
+_PEM = "application/x-pem-file"
 
 
 @routes.get("/ingresses", Scope.INGRESS_READ)
@@ -39,3 +41,9 @@ async def delete_ingress(services: Services, id: str) -> None:
     Its open connections end.
     """
     await services.ingresses.delete(id)
+
+
+@routes.get("/ingress/ca.pem", Scope.INGRESS_READ, media_type=_PEM)
+async def get_ingress_ca(services: Services) -> Page:
+    """The certificate of the internal CA, which certifies hosts without a public name."""
+    return Page((await services.ingresses.internal_root()).encode(), _PEM)

@@ -1,0 +1,212 @@
+"""Which certificate each host name has, and that it is a current one.
+
+    name of a rule with tls ──► a file that has the name
+                            ──► the internal CA, for private names and ``ingress.internal_domains``
+                            ──► otherwise refused, with the reason
+
+Does not know who carries the traffic: every change is reported through ``carry``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import trio
+from msgspec import UNSET, Struct
+
+from hypeman.errors import InternalError, InvalidRequest
+from hypeman.ingress.certificates.files import CertificateFile
+from hypeman.ingress.certificates.internal import RENEW_BEFORE, InternalCA
+from hypeman.ingress.certificates.names import DomainList, best_match, certificate_name, is_private
+from hypeman.ingress.certificates.pem import is_expired
+from hypeman.ingress.certificates.types import Pair, Source
+from hypeman.ingress.types import CertificateState, IngressCertificate
+
+log = logging.getLogger(__name__)
+
+_INTERVAL = 5.0
+"""Seconds between looks at files and dates."""
+_NO_SOURCE = "config_validation_failed"
+_NOT_ALLOWED = "domain_not_allowed"
+
+Certify = Callable[[str, Pair | None], Awaitable[None]]
+"""The carrier has this certificate for the name from now on, or none."""
+
+
+async def _carry_nothing(name: str, pair: Pair | None) -> None:
+    pass
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Settings(Struct, frozen=True):
+    """What the configuration says about certificates."""
+
+    files: Mapping[str, tuple[Path, Path]] = {}
+    """Name in the configuration → certificate and key."""
+    internal: DomainList = DomainList(())
+    domain: str = ""
+    """``network.domain``."""
+
+
+@dataclass
+class _Held:
+    """A name in use."""
+
+    source: Source | None = None
+    pair: Pair | None = None
+    error: str = ""
+
+
+class Certificates:
+    """``run`` in a nursery; names can be used before."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        directory: Path,
+        *,
+        now: Callable[[], datetime] = _utc_now,
+        interval: float = _INTERVAL,
+    ) -> None:
+        """``directory``: of the internal CA."""
+        self._settings = settings
+        self._files = {name: CertificateFile(*paths) for name, paths in settings.files.items()}
+        self._ca = InternalCA(directory)
+        self._now = now
+        self._interval = interval
+        self._held: dict[str, _Held] = {}
+        self._carry: Certify = _carry_nothing
+        self._changing = trio.Lock()
+
+    def carry(self, certify: Certify) -> None:
+        """Report changes there."""
+        self._carry = certify
+
+    async def load(self) -> None:
+        """Read the files: before the first ``check``."""
+        await self._reload()
+
+    async def run(self) -> None:
+        """Keep certificates current until cancelled."""
+        while True:
+            await trio.sleep(self._interval)
+            await self._reload()
+            async with self._changing:
+                for name in list(self._held):
+                    await self._refresh(name)
+
+    async def root(self) -> str:
+        """The internal CA's certificate, PEM. Raises InternalError."""
+        return await trio.to_thread.run_sync(self._ca.root)
+
+    # ── Names ────────────────────────────────────────────────────────────────────────────────────
+
+    def check(self, hostname: str) -> None:
+        """Whether a rule with this host name can have TLS. Raises InvalidRequest."""
+        name = certificate_name(hostname)
+        if name is None:
+            raise InvalidRequest(
+                f"tls for {hostname}: no certificate is for a pattern with a capture that is not the first label",
+                code=_NO_SOURCE,
+            )
+        source, pair, problem = self._find(name)
+        if source is None:
+            raise InvalidRequest(f"tls for {hostname}: {problem}", code=self._code())
+        if pair is not None and is_expired(pair, self._now()):
+            raise InvalidRequest(
+                f"tls for {hostname}: the certificate expired at {pair.not_after:%Y-%m-%d %H:%M} UTC", code=_NO_SOURCE
+            )
+
+    async def use(self, hostnames: Collection[str]) -> None:
+        """From now on exactly these host names of rules have certificates. Raises InternalError."""
+        names = {name for hostname in hostnames if (name := certificate_name(hostname)) is not None}
+        async with self._changing:
+            for name in self._held.keys() - names:
+                del self._held[name]
+                await self._carry(name, None)
+            for name in sorted(names - self._held.keys()):
+                self._held[name] = _Held()
+                await self._refresh(name)
+
+    def pairs(self) -> Sequence[tuple[str, Pair]]:
+        """All names in use that have a certificate."""
+        return [(name, held.pair) for name, held in self._held.items() if held.pair is not None]
+
+    def state_of(self, hostname: str) -> IngressCertificate:
+        """As the API shows it."""
+        name = certificate_name(hostname)
+        held = self._held.get(name) if name is not None else None
+        if held is None:
+            return IngressCertificate(hostname=hostname, state=CertificateState.PENDING)
+        state = CertificateState.VALID
+        if held.pair is None:
+            state = CertificateState.FAILED if held.error else CertificateState.PENDING
+        elif is_expired(held.pair, self._now()):
+            state = CertificateState.EXPIRED
+        return IngressCertificate(
+            hostname=hostname,
+            state=state,
+            source=held.source.value if held.source is not None else UNSET,
+            not_after=held.pair.not_after if held.pair is not None else UNSET,
+            error=held.error or UNSET,
+        )
+
+    def ends(self) -> dict[tuple[str, ...], float]:
+        """For metrics: when the certificate of each name ends, in seconds since 1970."""
+        return {(name,): pair.not_after.timestamp() for name, pair in self.pairs()}
+
+    # ── Sources ──────────────────────────────────────────────────────────────────────────────────
+
+    def _find(self, name: str) -> tuple[Source | None, Pair | None, str]:
+        """Source, the pair if it is a file's, and a problem to show."""
+        found: list[tuple[bool, bool, datetime, CertificateFile]] = []
+        for file in self._files.values():
+            if file.pair is not None and (match := best_match(file.pair.names, name)) is not None:
+                found.append((not is_expired(file.pair, self._now()), match == name, file.pair.not_after, file))
+        if found:
+            file = max(found, key=lambda row: row[:3])[3]
+            return Source.FILE, file.pair, file.error
+        if is_private(name, self._settings.domain) or self._settings.internal.has(name):
+            return Source.INTERNAL, None, ""
+        broken = [file.error for file in self._files.values() if file.error]
+        if broken:
+            return None, None, f"no certificate file is for it, but {broken[0]}"
+        if self._files:
+            return None, None, "no certificate file and no list of domains in the configuration is for it"
+        return None, None, "this server has no source of certificates for public names"
+
+    def _code(self) -> str:
+        return _NOT_ALLOWED if self._settings.internal.entries else _NO_SOURCE
+
+    async def _reload(self) -> None:
+        for label, file in self._files.items():
+            if await trio.to_thread.run_sync(file.reload):
+                if file.error:
+                    log.error("ingress.certificates.%s: %s", label, file.error)
+                else:
+                    log.info("ingress.certificates.%s: read, %r", label, file.pair)
+
+    async def _refresh(self, name: str) -> None:
+        """Give the name the certificate that it should have now."""
+        held = self._held[name]
+        before = held.pair
+        source, pair, problem = self._find(name)
+        if source is Source.INTERNAL:
+            pair = held.pair if held.source is Source.INTERNAL else None
+            if pair is None or pair.not_after - self._now() < RENEW_BEFORE:
+                try:
+                    pair = await trio.to_thread.run_sync(partial(self._ca.issue, name, self._now()))
+                except InternalError as error:
+                    problem = error.message
+                    log.error("no certificate for %s: %s", name, error.message)
+        held.source, held.pair, held.error = source, pair, problem
+        if pair != before:
+            await self._carry(name, pair)
