@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile ext/launcher/Makefile)
 
-.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal test-arm64 kernel reference lock clean ready ready-own
+.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z0-9-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -50,6 +50,10 @@ bench: ready-own  ## benchmarks, as a table and in build/bench.json; AREAS="egre
 
 appliance: $(STAMPS)/native  ## build the self-contained bundle: dist/*.tar.gz, dist/*.deb, checksums, list of contents
 	@packaging/appliance/build
+
+builder-image: $(STAMPS)/debian  ## make the image of the VMs that build images (needs Go; about 5 CPU minutes, once)
+	@echo "== builder image"
+	@packaging/builder/build
 
 client: $(STAMPS)/venv  ## the command line alone as a wheel: dist/hypeman_client-*.whl
 	@$(PYTHON) packaging/client/build

@@ -2,7 +2,7 @@
 the command line imports this module.
 
     store → hypervisors (probed in the background) → devices → network → egress → images → instances
-          → snapshots, volumes, policies, ingresses → HTTP
+          → snapshots, volumes, policies, ingresses, builds → HTTP
 
 VMs are not part of it: they run in their own control groups and are reattached at the next start.
 """
@@ -22,6 +22,10 @@ from pathlib import Path
 import trio
 
 from hypeman import __version__, assets
+from hypeman.builds import metrics as build_metrics
+from hypeman.builds.service import Builds
+from hypeman.builds.service import Settings as BuildSettings
+from hypeman.builds.vm import VmSettings, VmWorker
 from hypeman.captures.compression import Compressor
 from hypeman.config import Config, ConfigError, EgressBounds, EgressTotals
 from hypeman.devices.service import Devices
@@ -175,6 +179,7 @@ class _Parts:
     policies: Policies
     volumes: Volumes
     ingresses: Ingresses
+    builds: Builds
     services: Services
 
 
@@ -318,6 +323,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         name_of=targets.name_of,
         uid=config.hypervisor.uid_base + _INGRESS_USER if config.hypervisor.uid_base else _NOBODY,
     )
+    builds = _builds(config, store, instances, volumes, images, registry)
     connections = Connections()
     stack.callback(connections.close)
     policies = Policies(
@@ -326,6 +332,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     events = Events(store, max_count=config.events.max_count, max_age=timedelta(days=config.events.max_days))
     egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
     egress_metrics.register(egress)
+    build_metrics.register(builds)
     image_metrics.register(images)
     ingress_metrics.register(ingresses)
     instance_metrics.register(instances)
@@ -353,6 +360,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         policies=policies,
         volumes=volumes,
         ingresses=ingresses,
+        builds=builds,
         services=Services(
             images=images,
             instances=instances,
@@ -367,6 +375,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             capabilities=CapabilityView(config, catalog, network, images),
             registry=registry,
             pushes=pushes,
+            builds=builds,
         ),
     )
 
@@ -411,7 +420,44 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await nursery.start(parts.instances.run)
     await nursery.start(parts.policies.run)
     await nursery.start(parts.ingresses.run)
+    await nursery.start(parts.builds.run)
     await parts.egress.accept()  # the rules of all guests have been restored
+
+
+def _builds(
+    config: Config, store: Store, instances: Instances, volumes: Volumes, images: Images, registry: Registry
+) -> Builds:
+    settings = config.build
+    disk_size_gb = settings.disk_size >> 30
+    worker = VmWorker(
+        guests=instances,
+        volumes=volumes,
+        images=images,
+        registry=registry,
+        settings=VmSettings(
+            image=settings.image,
+            disk_size_gb=disk_size_gb,
+            insecure_registries=config.images.insecure_registries,
+            mirrors=config.images.mirrors,
+            ca_file=config.images.ca_file,
+        ),
+    )
+    return Builds(
+        store=store,
+        paths=config.paths,
+        files=Files(),
+        worker=worker,
+        settings=BuildSettings(
+            at_once=settings.max_concurrent_source_builds,
+            timeout=settings.timeout,
+            disk_size_gb=disk_size_gb,
+            max_source=settings.max_source_size,
+            secrets_dir=settings.secrets_dir,
+            builder_idle=settings.builder_idle_days * 86400,
+            max_cpus=config.limits.max_vcpus_per_instance,
+            max_memory=config.limits.max_memory_per_instance,
+        ),
+    )
 
 
 def _guest_kernel(config: Config) -> tuple[str, str | None]:

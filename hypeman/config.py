@@ -154,6 +154,26 @@ class ImagesConfig(_Section, frozen=True):
     """Directories from which the server may import archives by path."""
 
 
+class BuildConfig(_Section, frozen=True):
+    """Builds of images from source (``POST /builds``)."""
+
+    image: str = "docker.io/moby/buildkit:v0.34.2"
+    """Image of the VMs in which builds run: BuildKit (buildkitd, buildctl), runc and a shell. ``make builder-image``
+    makes one for hosts without access to a registry."""
+    max_concurrent_source_builds: Positive = 2
+    """Maximum number of builds that run at a time; the others wait."""
+    timeout: Positive = 600
+    """Seconds for a build that requests no other limit."""
+    disk_size: Annotated[int, Meta(ge=1 << 30, extra={"text": "size"})] = 10 << 30
+    """Size of a builder's cache, and of the disk of a build without a builder; a sparse file."""
+    max_source_size: PositiveSize = 4 << 30
+    """Maximum size of a compressed context."""
+    secrets_dir: str = ""
+    """Directory with secrets for builds that name them without a value, one file each; empty: none."""
+    builder_idle_days: Annotated[float, Meta(ge=0)] = 0.0
+    """Builders that no build has used for so long are deleted with their cache; 0: never."""
+
+
 class NetworkConfig(_Section, frozen=True):
     subnet_cidr: str = "10.100.0.0/16"
     """Subnet of the guests' addresses."""
@@ -382,6 +402,7 @@ class Config(_Section, frozen=True):
     capacity: CapacityConfig = CapacityConfig()
     reclaim: ReclaimConfig = ReclaimConfig()
     images: ImagesConfig = ImagesConfig()
+    build: BuildConfig = BuildConfig()
     network: NetworkConfig = NetworkConfig()
     egress: EgressConfig = EgressConfig()
     ingress: IngressConfig = IngressConfig()

@@ -9,6 +9,7 @@ data_dir/                       survives reboots; 0711
   volumes/<id>/disk.raw         disks that outlive instances
   instances/<id>/               overlay, boot disk, logs of one instance
   snapshots/<id>/               disks of snapshots
+  builds/<id>/                  context and journal of one build
   egress/                       certificate authority, sealed secrets
   ingress/                      certificate authority for hosts without a public name
   tmp/                          incomplete files; emptied at start
@@ -68,6 +69,10 @@ class Paths(msgspec.Struct, frozen=True):
         return self.data_dir / "snapshots"
 
     @property
+    def builds(self) -> Path:
+        return self.data_dir / "builds"
+
+    @property
     def egress(self) -> Path:
         return self.data_dir / "egress"
 
@@ -95,6 +100,9 @@ class Paths(msgspec.Struct, frozen=True):
 
     def capture(self, capture_id: str) -> Path:
         return self.captures / capture_id
+
+    def build(self, build_id: str) -> Path:
+        return self.builds / build_id
 
     def snapshot(self, snapshot_id: str) -> Path:
         return self.snapshots / snapshot_id

@@ -106,6 +106,8 @@ class Operation(Struct, frozen=True, kw_only=True):
     takes_context: bool = False
     or_list: Any = None
     """What the handler may return instead of an EventStream, as JSON."""
+    form: type[Struct] | None = None
+    """Fields of a form (multipart/form-data) that the handler reads from its UploadStream."""
 
 
 class Options(TypedDict, total=False):
@@ -119,6 +121,7 @@ class Options(TypedDict, total=False):
     location: str
     measure: InstanceVerb | None
     request_headers: dict[str, str]
+    form: type[Struct] | None
 
 
 _Scopes = Scope | tuple[Scope, ...] | None
@@ -161,6 +164,7 @@ class Routes:
         location: str = "",
         measure: InstanceVerb | None = None,
         request_headers: dict[str, str] | None = None,
+        form: type[Struct] | None = None,
     ) -> Callable[[_Handler], _Handler]:
         def declare(handler: _Handler) -> _Handler:
             hints = typing.get_type_hints(handler, include_extras=True)
@@ -193,6 +197,7 @@ class Routes:
                     request_headers=request_headers or {},
                     takes_context="context" in hints,
                     or_list=or_list,
+                    form=form,
                 )
             )
             return handler

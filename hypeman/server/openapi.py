@@ -59,7 +59,7 @@ class _Schemas:
         mentioned = [
             kind
             for operation in operations
-            for kind in (operation.body, operation.answer, operation.or_list, operation.query)
+            for kind in (operation.body, operation.answer, operation.or_list, operation.query, operation.form)
         ]
         wanted = [kind for kind in dict.fromkeys([ErrorBody, *mentioned]) if kind not in _NOT_SCHEMAS]
         found, components = msgspec.json.schema_components(wanted, ref_template="#/components/schemas/{name}")
@@ -158,6 +158,8 @@ def _takes_key(operation: Operation) -> bool:
 
 
 def _request_body(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
+    if operation.form is not None:
+        return {"required": True, "content": {"multipart/form-data": {"schema": schemas.of(operation.form)}}}
     if operation.body is UploadStream:
         return {"required": True, "content": {"application/octet-stream": {}}}
     content = {"application/json": {"schema": schemas.of(operation.body)}}

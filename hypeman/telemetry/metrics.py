@@ -54,6 +54,10 @@ volume_create_seconds = _histogram("hypeman_volumes_create_duration_seconds", "T
 state_transitions = _counter("hypeman_instances_state_transitions", "Changes of state", "from", "to")
 image_pulls = _counter("hypeman_images_pulls", "Pulls that ended", "status")
 image_build_seconds = _histogram("hypeman_images_build_duration_seconds", "Time from a pull's begin to its disk")
+builds = _counter("hypeman_builds", "Builds from source that ended", "status")
+build_seconds = _histogram(
+    "hypeman_build_duration_seconds", "Time from a build's begin to its end", "status", buckets=(*_SLOW, 900.0, 3600.0)
+)
 tap_operations = _counter("hypeman_network_tap_operations", "TAP devices made and removed", "operation")
 vmm_seconds = _histogram("hypeman_vmm_api_duration_seconds", "Calls to a VMM", "operation", "status", buckets=_FAST)
 vmm_errors = _counter("hypeman_vmm_api_errors", "Calls to a VMM that failed", "operation")

@@ -346,24 +346,8 @@ async def test_volumes_devices_snapshots(ask: Any, world: FakeWorld) -> None:
     await failure(await ask("GET", "/snapshots/abc"), 404, "not_found")
 
 
-async def test_what_comes_later_is_501(ask: Any) -> None:
-    for method, path in [
-        ("POST", "/builds"),
-        ("GET", "/builds/x/events"),
-        ("POST", "/builders/x/prune"),
-    ]:
-        assert "not" in await failure(await ask(method, path), 501, "not_supported")
-
-
-async def test_lists_of_what_comes_later_are_empty(ask: Any) -> None:
-    for path in ("/builds", "/builders"):
-        response = await ask("GET", path)
-        assert (response.status_code, await response.get_json()) == (200, []), path
-
-
 async def test_a_refusal_that_is_final_says_so(ask: Any) -> None:
-    """SDKs retry 409 and 501 by themselves."""
-    assert (await ask("POST", "/builds")).headers["X-Should-Retry"] == "false"
+    """SDKs retry 409 by themselves."""
     body = {"name": "web", "image": "a"}
     assert (await ask("POST", "/instances", json=body)).status_code == 201
     taken = await ask("POST", "/instances", json=body)

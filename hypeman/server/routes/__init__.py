@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypeman.server.api import Operation
 from hypeman.server.routes import (
+    builds,
     devices,
     egress,
     events,
@@ -11,7 +12,6 @@ from hypeman.server.routes import (
     images,
     ingresses,
     instances,
-    later,
     policies,
     pushes,
     snapshots,
@@ -33,7 +33,7 @@ _DESCRIBED: tuple[Operation, ...] = tuple(
         ingresses,
         events,
         pushes,
-        later,
+        builds,
     )
     for operation in module.routes.operations
 )

@@ -1,0 +1,240 @@
+"""OCI layouts between a guest and the registry: results and caches of builds.
+
+A layout lies in a directory of the guest, and is read and written through the guest's agent. Blobs that the registry
+has already are not read; every other one is verified by its digest. Nothing has a name until all of it is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Protocol
+
+import msgspec
+import trio
+
+from hypeman.builds.work import BuildFailed
+from hypeman.errors import NotFound
+from hypeman.guest.client import CopyIn, CopyOut
+from hypeman.guest.session_types import CpRequest
+from hypeman.host.files import read_pieces
+from hypeman.images.manifest import INDEX_TYPES, MAX_LAYERS, MAX_MANIFEST_BYTES, digest_of
+from hypeman.registry.names import RegistryFailure, check_digest
+from hypeman.registry.service import Opened
+
+_MAX_DEPTH = 3
+_MAX_CHILDREN = 64
+_LATEST = "latest"
+
+
+class GuestFiles(Protocol):
+    async def copy_to(self, ref: str, request: CpRequest) -> CopyIn: ...
+    async def copy_from(self, ref: str, request: CpRequest) -> CopyOut: ...
+
+
+class RegistryNeeds(Protocol):
+    async def mount(self, repository: str, digest: str, source: str) -> bool: ...
+    async def begin(self, repository: str) -> str: ...
+    async def receive(
+        self, repository: str, name: str, chunks: AsyncIterator[bytes], span: tuple[int, int] | None = None
+    ) -> int: ...
+    async def finish(self, repository: str, name: str, digest: str) -> None: ...
+    async def cancel(self, repository: str, name: str) -> None: ...
+    async def put_manifest(self, repository: str, reference: str, data: bytes, media_type: str) -> tuple[str, str]: ...
+    async def manifest(self, repository: str, reference: str) -> Opened: ...
+    async def blob(self, repository: str, digest: str) -> Opened: ...
+
+
+class _Part(msgspec.Struct, frozen=True, rename="camel"):
+    digest: str
+    size: int = 0
+    media_type: str = ""
+
+
+class _Document(msgspec.Struct, frozen=True, rename="camel"):
+    """A manifest of any kind, or an index."""
+
+    config: _Part | None = None
+    layers: tuple[_Part, ...] = ()
+    manifests: tuple[_Part, ...] = ()
+    media_type: str = ""
+
+
+class Root(msgspec.Struct, frozen=True):
+    """The manifest or index that a layout is about."""
+
+    data: bytes
+    media_type: str
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.data)
+
+
+class Layout:
+    """A layout in ``directory`` of the guest ``ref``."""
+
+    def __init__(self, guests: GuestFiles, registry: RegistryNeeds, ref: str, directory: str) -> None:
+        self._guests = guests
+        self._registry = registry
+        self._ref = ref
+        self._directory = directory
+        self._documents: dict[str, bytes] = {}
+
+    async def store(self, repository: str) -> Root:
+        """Store all of it in ``repository``, without a tag. Raises BuildFailed if it is no layout of one image."""
+        index = _decoded(await self._read("index.json"))
+        if len(index.manifests) != 1:
+            raise BuildFailed(f"the result has {len(index.manifests)} images, not one")
+        try:
+            return await self._store(repository, index.manifests[0], _MAX_DEPTH)
+        except RegistryFailure as failure:
+            raise BuildFailed(f"the result cannot be stored: {failure.message}") from None
+
+    async def tag(self, repository: str, tag: str, root: Root) -> None:
+        """Give it a name. Raises BuildFailed."""
+        try:
+            await self._registry.put_manifest(repository, tag, root.data, root.media_type)
+        except RegistryFailure as failure:
+            raise BuildFailed(f"the result cannot be stored: {failure.message}") from None
+
+    async def load(self, repository: str, tag: str = _LATEST) -> bool:
+        """Write what ``repository`` has under ``tag`` into the directory; False if there is nothing."""
+        try:
+            found = await self._registry.manifest(repository, tag)
+            data = b"".join([piece async for piece in read_pieces(found.fd, 0, found.size)])
+            document = _decoded(data)
+            for part in ((document.config,) if document.config else ()) + document.layers:
+                blob = await self._registry.blob(repository, part.digest)
+                await self._write(_path(part.digest), read_pieces(blob.fd, 0, blob.size))
+        except RegistryFailure:
+            return False
+        await self._write(_path(found.digest), _once(data))
+        entry = {
+            "mediaType": found.media_type,
+            "digest": found.digest,
+            "size": found.size,
+            "annotations": {"org.opencontainers.image.ref.name": tag},
+        }
+        index = {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": [entry]}
+        await self._write("index.json", _once(msgspec.json.encode(index)))
+        await self._write("oci-layout", _once(b'{"imageLayoutVersion":"1.0.0"}'))
+        return True
+
+    async def _store(self, repository: str, part: _Part, depth: int) -> Root:
+        data = await self._document(part.digest)
+        document = _decoded(data)
+        if depth == 0 or len(document.manifests) > _MAX_CHILDREN or len(document.layers) > MAX_LAYERS:
+            raise BuildFailed("the result has too many parts")
+        for child in document.manifests:
+            await self._store(repository, child, depth - 1)
+        for blob in ((document.config,) if document.config else ()) + document.layers:
+            await self._blob(repository, blob.digest)
+        media_type = document.media_type or part.media_type
+        await self._registry.put_manifest(repository, part.digest, data, media_type)
+        return Root(data, media_type)
+
+    async def _document(self, digest: str) -> bytes:
+        if digest not in self._documents:
+            data = await self._read(_path(digest))
+            if digest_of(data) != digest:
+                raise BuildFailed(f"the result has not the digest {digest}")
+            self._documents[digest] = data
+        return self._documents[digest]
+
+    async def _blob(self, repository: str, digest: str) -> None:
+        path = _path(digest)
+        if await self._registry.mount(repository, digest, ""):
+            return
+        upload = await self._registry.begin(repository)
+        try:
+            async with await self._open(path) as copy:
+                await self._registry.receive(repository, upload, _content(copy))
+            await self._registry.finish(repository, upload, digest)
+        except BaseException:
+            with trio.CancelScope(shield=True), suppress(RegistryFailure):  # or it is over already
+                await self._registry.cancel(repository, upload)
+            raise
+
+    async def _open(self, path: str) -> _Opened:
+        return _Opened(await self._guests.copy_from(self._ref, _request("from", f"{self._directory}/{path}")))
+
+    async def _read(self, path: str) -> bytes:
+        """A small file. Raises BuildFailed."""
+        data = bytearray()
+        try:
+            async with await self._open(path) as copy:
+                async for piece in _content(copy):
+                    data += piece
+                    if len(data) > MAX_MANIFEST_BYTES:
+                        raise BuildFailed(f"the result has a manifest of more than {MAX_MANIFEST_BYTES} bytes")
+        except NotFound:
+            raise BuildFailed(f"the result is not complete: {path} is missing") from None
+        return bytes(data)
+
+    async def _write(self, path: str, pieces: AsyncIterator[bytes]) -> None:
+        await write_guest_file(self._guests, self._ref, f"{self._directory}/{path}", pieces)
+
+
+class _Opened:
+    """A copy that is open; closed with the block."""
+
+    def __init__(self, copy: CopyOut) -> None:
+        self._copy = copy
+
+    async def __aenter__(self) -> CopyOut:
+        return self._copy
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._copy.aclose()
+
+
+async def write_guest_file(
+    guests: GuestFiles, ref: str, path: str, pieces: AsyncIterator[bytes], mode: int = 0o600
+) -> None:
+    """Write a file of the guest. Raises HypemanError."""
+    async with await guests.copy_to(ref, _request("to", path, mode)) as copy:
+        async for piece in pieces:
+            await copy.send(piece)
+        await copy.finish()
+
+
+async def write_guest_bytes(guests: GuestFiles, ref: str, path: str, data: bytes) -> None:
+    """The same for a small file."""
+    await write_guest_file(guests, ref, path, _once(data))
+
+
+def _request(direction: str, path: str, mode: int = 0) -> CpRequest:
+    return msgspec.convert({"direction": direction, "guest_path": path, "mode": mode}, CpRequest)
+
+
+async def _content(copy: CopyOut) -> AsyncIterator[bytes]:
+    """The bytes of the one file that is copied. What a guest sends besides is not read as content."""
+    entries = 0
+    async for item in copy:
+        if isinstance(item, bytes):
+            yield item
+            continue
+        entries += 1
+        if entries > 1:
+            raise BuildFailed("the result has a directory where a file must be")
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    yield data
+
+
+def _path(digest: str) -> str:
+    """Raises BuildFailed for what is no digest: it becomes a path."""
+    try:
+        check_digest(digest)
+    except RegistryFailure as failure:
+        raise BuildFailed(f"the result cannot be read: {failure.message}") from None
+    return f"blobs/{digest.replace(':', '/')}"
+
+
+def _decoded(data: bytes) -> _Document:
+    try:
+        return msgspec.json.decode(data, type=_Document)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise BuildFailed(f"the result has a manifest that cannot be read: {error}") from None

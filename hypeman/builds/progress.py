@@ -1,0 +1,204 @@
+"""BuildKit's progress, as ``buildctl --progress=rawjson`` prints it, and its rendering as lines. Pure.
+
+A status update names vertexes (the steps: when they began and ended), their statuses (transfers), output and warnings.
+Server and command line render with the same class; what a guest prints is escaped by whoever shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+
+import msgspec
+
+MAX_LINE = 1 << 20
+"""Bytes of one update; a longer one is dropped."""
+_MAX_VERTEXES = 10_000
+"""Steps that are known at once; a build has some dozens."""
+_MAX_PENDING = 64 << 10
+"""Bytes of a line of output that has not ended."""
+
+
+class Vertex(msgspec.Struct, frozen=True):
+    digest: str = ""
+    name: str = ""
+    started: datetime | None = None
+    completed: datetime | None = None
+    cached: bool = False
+    error: str = ""
+
+
+class VertexStatus(msgspec.Struct, frozen=True):
+    id: str = ""
+    vertex: str = ""
+    name: str = ""
+    total: int = 0
+    current: int = 0
+    timestamp: datetime | None = None
+    started: datetime | None = None
+    completed: datetime | None = None
+
+
+class VertexLog(msgspec.Struct, frozen=True):
+    vertex: str = ""
+    stream: int = 0
+    data: bytes = b""
+    timestamp: datetime | None = None
+
+
+class VertexWarning(msgspec.Struct, frozen=True):
+    vertex: str = ""
+    level: int = 0
+    short: bytes = b""
+    url: str = ""
+
+
+class SolveStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One update."""
+
+    vertexes: tuple[Vertex, ...] = ()
+    statuses: tuple[VertexStatus, ...] = ()
+    logs: tuple[VertexLog, ...] = ()
+    warnings: tuple[VertexWarning, ...] = ()
+
+
+_decoder = msgspec.json.Decoder(SolveStatus)
+
+
+def parse_status(line: bytes) -> SolveStatus | None:
+    """The update in a line; None if it is none, such as a line of another program."""
+    if not line.startswith(b"{") or len(line) > MAX_LINE:
+        return None
+    try:
+        found = _decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeError):
+        return None
+    return found if found.vertexes or found.statuses or found.logs or found.warnings else None
+
+
+class LineSplitter:
+    """Lines of a stream, without their ends; a line longer than ``limit`` bytes is dropped."""
+
+    def __init__(self, limit: int = MAX_LINE) -> None:
+        self._limit = limit
+        self._rest = bytearray()
+        self._dropping = False
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        *whole, rest = data.split(b"\n")
+        for part in whole:
+            if not self._dropping and len(self._rest) + len(part) <= self._limit:
+                yield bytes(self._rest) + part
+            self._rest.clear()
+            self._dropping = False
+        if len(self._rest) + len(rest) > self._limit:
+            self._rest.clear()
+            self._dropping = True
+        elif not self._dropping:
+            self._rest += rest
+
+    def flush(self) -> bytes:
+        """What came after the last end of a line."""
+        rest = bytes(self._rest)
+        self._rest.clear()
+        return rest
+
+
+class Step:
+    """One vertex, as far as it is known."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self.number = number
+        self.name = name
+        self.started: datetime | None = None
+        self.completed: datetime | None = None
+        self.cached = False
+        self.error = ""
+        self.pending = bytearray()
+        self.transfers: dict[str, VertexStatus] = {}
+
+    @property
+    def seconds(self) -> float:
+        """From its begin to its end; 0 if it has not ended."""
+        if self.started is None or self.completed is None:
+            return 0.0
+        return max(0.0, (self.completed - self.started).total_seconds())
+
+
+class PlainText:
+    """Updates as the lines of ``docker build --progress=plain``. ``steps`` are all that have begun, in order."""
+
+    def __init__(self, hide: Callable[[str], bool] = lambda name: False) -> None:
+        """``hide``: steps without lines, by name."""
+        self.steps: dict[str, Step] = {}
+        self._hide = hide
+
+    def feed(self, status: SolveStatus) -> list[str]:
+        """The lines that ``status`` adds."""
+        lines: list[str] = []
+        for vertex in status.vertexes:
+            self._vertex(vertex, lines)
+        for transfer in status.statuses:
+            step = self.steps.get(transfer.vertex)
+            if step is not None and len(step.transfers) < _MAX_VERTEXES:
+                known = step.transfers.get(transfer.id)
+                step.transfers[transfer.id] = transfer
+                if transfer.completed is not None and (known is None or known.completed is None) and transfer.total:
+                    lines.append(f"#{step.number} {transfer.name or transfer.id} {transfer.total} B done")
+        for output in status.logs:
+            step = self.steps.get(output.vertex)
+            if step is not None:
+                self._output(step, output, lines)
+        for warning in status.warnings:
+            lines.append(f"WARNING: {warning.short.decode(errors='replace')}")
+        return lines
+
+    def flush(self) -> list[str]:
+        """Lines of output that have not ended, at the end of the build."""
+        lines: list[str] = []
+        for step in self.steps.values():
+            self._flush(step, lines)
+        return lines
+
+    def _vertex(self, vertex: Vertex, lines: list[str]) -> None:
+        step = self.steps.get(vertex.digest)
+        if step is None:
+            if vertex.started is None or len(self.steps) >= _MAX_VERTEXES or self._hide(vertex.name):
+                return
+            step = self.steps[vertex.digest] = Step(len(self.steps) + 1, vertex.name)
+            lines.append(f"#{step.number} {vertex.name}")
+        step.started = vertex.started or step.started
+        ended = vertex.completed is not None and step.completed is None
+        step.completed = vertex.completed
+        step.cached = vertex.cached
+        step.error = vertex.error
+        if ended:
+            self._flush(step, lines)
+            if vertex.error:
+                lines.append(f"#{step.number} ERROR: {vertex.error}")
+            elif vertex.cached:
+                lines.append(f"#{step.number} CACHED")
+            else:
+                lines.append(f"#{step.number} DONE {step.seconds:.1f}s")
+
+    def _output(self, step: Step, output: VertexLog, lines: list[str]) -> None:
+        step.pending += output.data
+        *whole, rest = bytes(step.pending).split(b"\n")
+        step.pending = bytearray(rest)
+        for line in whole:
+            lines.append(_line(step, line, output.timestamp))
+        if len(step.pending) > _MAX_PENDING:
+            self._flush(step, lines)
+
+    def _flush(self, step: Step, lines: list[str]) -> None:
+        if step.pending:
+            lines.append(_line(step, bytes(step.pending), None))
+            step.pending.clear()
+
+
+def _line(step: Step, data: bytes, at: datetime | None) -> str:
+    since = ""
+    if at is not None and step.started is not None:
+        since = f"{max(0.0, (at - step.started).total_seconds()):.3f} "
+    text = data.decode(errors="replace").rstrip("\r")
+    return f"#{step.number} {since}{text}"
