@@ -16,7 +16,9 @@ PYTEST_ARGS ?=
 
 native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Makefile ext/launcher/Makefile)
 
-.PHONY: help demo test test-fast test-conformance lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
+ui_sources := packaging/ui tests/server/golden/openapi.json $(shell find hypeman/ui -type f)
+
+.PHONY: help demo ui test test-fast test-conformance lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z0-9-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -25,7 +27,9 @@ help:  ## list the targets; the default, so that plain `make` starts no VM
 demo: ready  ## run an OCI image as a VM; ends with `demo: ok`
 	@$(PYTHON) -m tests.demo
 
-test: ready-own  ## run the whole test suite, on our guest kernel
+ui: $(STAMPS)/ui  ## build the web UI from hypeman/ui into build/ui/dist
+
+test: ready-own $(STAMPS)/ui  ## run the whole test suite, on our guest kernel
 	@echo "== tests"
 	@$(PYTHON) -m tests.halves $(PYTEST_ARGS)
 
@@ -42,6 +46,8 @@ lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import directi
 	@.venv/bin/ruff format --quiet --check hypeman tests setup.py packaging
 	@echo "== mypy --strict"
 	@.venv/bin/mypy
+	@echo "== types of the web UI"
+	@packaging/ui check
 	@echo "== direction of imports, documents, test tiers"
 	@$(PYTHON) -m pytest -q tests/test_imports.py tests/test_documents.py tests/test_tiers.py
 
@@ -114,6 +120,11 @@ build/guest-arm64/own: packaging/kernel/config packaging/kernel/config.arm64 $(w
 	@echo "== guest kernel of our own and initrd, for arm64"
 	@packaging/install-packages packaging/arm64-packages.txt
 	@ARCH=arm64 packaging/kernel/choose --own $(@D)
+	@touch $@
+
+$(STAMPS)/ui: $(ui_sources) $(STAMPS)/debian
+	@echo "== web UI"
+	@packaging/ui
 	@touch $@
 
 build/guest/own: packaging/kernel/config $(wildcard packaging/kernel/patches/*.patch) packaging/kernel/build $(STAMPS)/native

@@ -81,6 +81,7 @@ from hypeman.server.exchange import ServerSettings
 from hypeman.server.idempotency import Calls
 from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
+from hypeman.server.sessions import Sessions
 from hypeman.store import Store
 from hypeman.telemetry import metrics
 from hypeman.telemetry.logs import setup_logs
@@ -133,7 +134,9 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
                 return
             calls = Calls(parts.store, parts.services)
             await background.start(calls.run)
-            app = build_app(parts.services, ServerSettings(config.jwt_secret, config.request_timeout), calls)
+            settings = ServerSettings(config.jwt_secret, config.request_timeout, _local_url(config))
+            sessions = Sessions(parts.store, config.jwt_secret)
+            app = build_app(parts.services, settings, calls, sessions, assets.find_ui())
             open_to_all = config.socket.trusted
             async with trio.open_nursery() as serving:
                 await serving.start(
@@ -529,6 +532,16 @@ def _bind_socket(config: Config) -> list[socket.socket]:
         return []
     path = settings.path or str(config.paths.api_socket)
     return [bind_unix(path, mode=int(settings.mode, 8), group=settings.group)]
+
+
+def _local_url(config: Config) -> str:
+    """Of the API over TCP, for a browser on this host."""
+    if not config.port:
+        return ""
+    host = config.listen_address
+    if host in ("", "0.0.0.0", "::", "127.0.0.1", "::1"):  # noqa: S104
+        host = "localhost"
+    return f"http://[{host}]:{config.port}" if ":" in host else f"http://{host}:{config.port}"
 
 
 async def _watch_signals(shutdown: trio.Event) -> None:

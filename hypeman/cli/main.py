@@ -31,6 +31,7 @@ from hypeman.cli import (
     run,
     shell,
     snapshots,
+    ui,
     volumes,
 )
 from hypeman.cli.compose.commands import compose
@@ -60,7 +61,7 @@ SECTIONS = {
     "Images": ("pull", "image", "tag", "push", "login", "build", "builder", "rmi"),
     "Data": ("volume", "snapshot", "commit", "backup", "compose"),
     "Network and devices": ("ingress", "egress", "device"),
-    "Host": ("info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "token"),
+    "Host": ("ui", "info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "token"),
 }
 """The commands of the help by subject; any other is listed at its end."""
 
@@ -178,7 +179,7 @@ for _command in (
     instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
     snapshots.snapshots,
     devices.devices, ingress.ingresses, egress.egress, events.events, host.resources, host.health, host.capabilities,
-    shell.completion, shell.man, pushes.push, compose, *docker.COMMANDS,
+    shell.completion, shell.man, pushes.push, ui.ui, compose, *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)
 

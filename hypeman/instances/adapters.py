@@ -101,6 +101,9 @@ class Counters:
     def __init__(self, network: Network) -> None:
         self._network = network
 
+    def of_all(self) -> Mapping[str, tuple[int, int]]:
+        return self._network.counters()
+
     def of_instance(self, instance_id: str) -> tuple[int, int]:
         return self._network.counters().get(instance_id, (0, 0))
 

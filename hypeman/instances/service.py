@@ -68,6 +68,7 @@ from hypeman.instances.model.types import (
     StandbyInstanceRequest,
     StartInstanceRequest,
     UpdateInstanceRequest,
+    UsageOfAll,
     WaitForStateResponse,
     WakeOn,
 )
@@ -81,6 +82,7 @@ from hypeman.instances.model.validate import (
 from hypeman.instances.model.view import render_instance, shown_error
 from hypeman.instances.reclaim import Reclaim
 from hypeman.instances.rows import INSTANCES, INTENTS
+from hypeman.instances.sampler import Sampler
 from hypeman.instances.tasks import Tasks
 from hypeman.network.leases import get_lease
 from hypeman.network.ports import check_ports
@@ -157,6 +159,10 @@ class ImageNeeds(ImagePins, ImagePulls, Protocol):
 
 
 class Counters(Protocol):
+    def of_all(self) -> Mapping[str, tuple[int, int]]:
+        """Bytes that each guest received and sent."""
+        ...
+
     def of_instance(self, instance_id: str) -> tuple[int, int]:
         """Bytes that the guest received and sent."""
         ...
@@ -203,6 +209,7 @@ class Instances:
         self._devices = devices
         self._secrets = secrets
         self._counters = counters
+        self._sampler = Sampler(self.board.records, counters.of_all, now)
         self._catalog = catalog
         self._now = now
         self._reclaim = Reclaim(config.reclaim, records=self.board.records, live=machine.context.live, now=now)
@@ -287,6 +294,9 @@ class Instances:
             guest_memory_used_bytes=inside.memory_total - inside.memory_available if inside is not None else UNSET,
             guest_memory_total_bytes=inside.memory_total if inside is not None else UNSET,
         )
+
+    async def usage(self) -> UsageOfAll:
+        return await self._sampler.get()
 
     async def _guest_metrics(self, instance_id: str) -> Metrics | None:
         """None if the guest has no agent, or one that does not answer at once."""

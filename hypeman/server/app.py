@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -46,7 +47,9 @@ from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConn
 from hypeman.server.registry import RegistryRoutes
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.services import Services
+from hypeman.server.sessions import SAFE_METHODS, Sessions, check_local_browser, check_origin, cookie_name
 from hypeman.server.streams import WEBSOCKETS
+from hypeman.server.ui import UiRoutes
 from hypeman.tokens import LOCAL, NOBODY, Caller, Scope, Verifier, check_scope
 
 MAX_JSON_BODY = 2 * 2**20
@@ -61,13 +64,24 @@ BODY_SECONDS = 10.0
 _METHODS = frozenset(["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"])
 
 
-def build_app(services: Services, settings: ServerSettings, calls: Calls | None = None) -> ApiApp:
-    """Build the application; ``serve.py`` serves it on sockets. Without ``calls``, ``Idempotency-Key`` is ignored."""
-    app = ApiApp(services, settings, calls)
+def build_app(
+    services: Services,
+    settings: ServerSettings,
+    calls: Calls | None = None,
+    sessions: Sessions | None = None,
+    ui: Path | None = None,
+) -> ApiApp:
+    """Build the application; ``serve.py`` serves it on sockets. Without ``calls``, ``Idempotency-Key`` is ignored.
+
+    Without ``sessions`` there is no web UI. ``ui`` is the folder of its files, None if it was not built.
+    """
+    app = ApiApp(services, settings, calls, sessions)
     app.add_operations(OPERATIONS)
     for path, scope, handler in WEBSOCKETS:
         app.add_websocket_route(path, scope, handler)
     app.add_registry()
+    if sessions is not None:
+        app.add_ui(sessions, ui)
     return app
 
 
@@ -83,11 +97,18 @@ class ApiApp(QuartTrio):
     asgi_http_class = HttpConnection
     asgi_websocket_class = WebsocketConnection
 
-    def __init__(self, services: Services, settings: ServerSettings, calls: Calls | None = None) -> None:
+    def __init__(
+        self,
+        services: Services,
+        settings: ServerSettings,
+        calls: Calls | None = None,
+        sessions: Sessions | None = None,
+    ) -> None:
         super().__init__("hypeman", static_folder=None)
         self.services = services
         self.settings = settings
         self.calls = calls
+        self._sessions = sessions
         self._verifier = Verifier(settings.jwt_secret)
         self.plain = PlainRoutes((), services, settings, self._verifier)
         self.held_bodies = _HeldBodies()
@@ -114,7 +135,7 @@ class ApiApp(QuartTrio):
         async def session(**segments: str) -> Response | None:
             failure = None
             try:
-                self._admit(websocket, scope)
+                self._admit(websocket, scope, cookie=True)
                 await handler(self.services, websocket, *(decode_segment(value) for value in segments.values()))
             except Exception as error:
                 failure = failure_from(error)
@@ -133,6 +154,27 @@ class ApiApp(QuartTrio):
             ("/v2/<path:rest>", routes.any, ["GET", "HEAD", "POST", "PATCH", "PUT", "DELETE"]),
         ):
             self.add_url_rule(path, f"registry {path}", view, methods=methods, provide_automatic_options=False)
+
+    def add_ui(self, sessions: Sessions, folder: Path | None) -> None:
+        async def read_body() -> bytes:
+            return await _read_json_body(self.held_bodies)
+
+        routes = UiRoutes(
+            folder, sessions, self._verifier, url=self.settings.url, admit=self._admit, read_body=read_body
+        )
+        for path, view, method in (
+            ("/", routes.root, "GET"),
+            ("/ui/", routes.page, "GET"),
+            ("/ui/<path:rest>", routes.file, "GET"),
+            ("/ui/session", routes.show, "GET"),
+            ("/ui/session", routes.login, "POST"),
+            ("/ui/session", routes.logout, "DELETE"),
+            ("/ui/links", routes.link, "POST"),
+        ):
+            methods = ["GET", "HEAD"] if method == "GET" else [method]
+            self.add_url_rule(
+                path, f"ui {method} {path}", _caught(view), methods=methods, provide_automatic_options=False
+            )
 
     async def handle_request(self, request: Any) -> Any:
         """Handle one request, with its log line and metrics count."""
@@ -161,17 +203,23 @@ class ApiApp(QuartTrio):
         """Handle an exception that neither a route nor an HTTP exception handler caught: a bug."""
         return _response(failed(failure_from(error)))
 
-    def _admit(self, asked: Any, *scopes: Scope, authorization: str | None = None) -> Caller:
+    def _admit(self, asked: Any, *scopes: Scope, authorization: str | None = None, cookie: bool = False) -> Caller:
         """The caller, if it has one of ``scopes``: from here on it is the actor of what the request changes.
-        ``authorization``: instead of the header.
+        ``authorization``: instead of the header. ``cookie``: a session of the web UI will do as well.
 
-        Raises Unauthorized, Forbidden.
+        Raises Unauthorized, Forbidden, WrongOrigin.
         """
         here = _connection(asked)
+        safe = asked.scope["type"] == "http" and asked.method in SAFE_METHODS  # a WebSocket's GET is not
+        given = authorization or asked.headers.get("Authorization")
         if here is not None and here.trusted:
+            check_local_browser(asked.headers.get, safe=safe)
             caller = LOCAL
+        elif given is None and cookie and self._sessions is not None and (value := _session_cookie(asked)):
+            check_origin(asked.headers.get, safe=safe)
+            caller = self._sessions.caller(value, asked.headers.get("Host", ""))
         else:
-            caller = self._verifier.caller(authorization or asked.headers.get("Authorization"))
+            caller = self._verifier.caller(given)
         actor = asked.scope["hypeman.actor"] = actor_of(caller, here, _request_id(asked))
         set_actor(actor)
         check_scope(caller, *scopes)
@@ -265,7 +313,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
         failure = errors.TIMED_OUT
         with trio.move_on_after(limit):
             try:
-                caller = app._admit(request, *operation.scopes) if operation.scopes else NOBODY
+                caller = app._admit(request, *operation.scopes, cookie=True) if operation.scopes else NOBODY
                 key = request.headers.get(HEADER) if operation.method == "POST" else None
                 if key is not None and app.calls is not None:
                     return _response(await keyed(caller, key, segments, app.calls))
@@ -280,6 +328,22 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
         return _response(failed(failure))
 
     return view
+
+
+def _caught(view: Callable[..., Awaitable[Response]]) -> Callable[..., Awaitable[Response]]:
+    """``view`` with its failures as responses."""
+
+    async def answer(**segments: str) -> Response:
+        try:
+            return await view(**segments)
+        except Exception as error:
+            return _response(failed(failure_from(error)))
+
+    return answer
+
+
+def _session_cookie(asked: Any) -> str:
+    return str(asked.cookies.get(cookie_name(asked.headers.get("Host", "")), ""))
 
 
 async def _read_json_body(held: _HeldBodies) -> bytes:

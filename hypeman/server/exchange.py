@@ -42,6 +42,8 @@ class ServerSettings:
 
     jwt_secret: str
     request_timeout: float = 60.0
+    url: str = ""
+    """Of the server over TCP, as seen on this host; empty if it does not listen there."""
 
 
 class Reply(Struct, frozen=True):

@@ -70,6 +70,8 @@ _HEADERS = re.compile(rb"(?:[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)+")
 _MORE_THAN_A_RESPONSE = frozenset(
     (b"transfer-encoding", b"upgrade", b"expect", b"http2-settings", b"te", b"trailer", b"idempotency-key")
 )
+_OF_BROWSERS = frozenset((b"cookie", b"origin", b"sec-fetch-site"))
+"""With these, where the request comes from decides whether it is answered: app.py looks at that."""
 
 
 class Found(NamedTuple):
@@ -164,7 +166,11 @@ def plain_headers(block: bytes) -> Headers | None:
     for line in block.split(b"\r\n")[:-1]:
         name, _, value = line.partition(b":")
         name, value = name.lower(), value.strip(b" \t")
-        if name in _MORE_THAN_A_RESPONSE or (name == b"connection" and value.lower() != b"keep-alive"):
+        if name in _MORE_THAN_A_RESPONSE or name in _OF_BROWSERS:
+            return None
+        if (name == b"user-agent" and value.startswith(b"Mozilla/")) or (
+            name == b"connection" and value.lower() != b"keep-alive"
+        ):
             return None
         if name == b"host":
             hosts += 1

@@ -38,6 +38,8 @@ from hypeman.tokens import Caller, Scope, mint
 
 _GUEST_SECONDS = 60
 _VERSION = {"Docker-Distribution-API-Version": "registry/2.0"}
+_INERT = {"Content-Security-Policy": "default-src 'none'; sandbox", "X-Content-Type-Options": "nosniff"}
+"""A manifest has the media type that its uploader chose: in a browser it must not run as a page of this origin."""
 _SCOPES = {
     "GET": Scope.IMAGE_READ,
     "HEAD": Scope.IMAGE_READ,
@@ -95,7 +97,7 @@ class RegistryRoutes:
         finally:
             if hasattr(answer, "close"):
                 answer.close()  # not awaited if the caller was not admitted
-        response.headers.update(_VERSION)
+        response.headers.update(_VERSION | _INERT)
         return response
 
     def _challenge(self) -> dict[str, str]:

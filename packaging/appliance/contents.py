@@ -95,6 +95,17 @@ def debian_package(package: str) -> Component:
     )
 
 
+def ui_components(folder: Path) -> list[Component]:
+    """The npm packages in the web UI, as its build listed them."""
+    found = []
+    for one in json.loads((folder / "dist" / "packages.json").read_text()):
+        name, version = one["name"], one["version"]
+        texts = tuple(sorted((folder / "node_modules" / name).glob("LICEN[CS]E*")))
+        purl = f"pkg:npm/{name.replace('@', '%40')}@{version}"
+        found.append(Component(name.replace("/", "-").lstrip("@"), version, purl, one["license"], texts))
+    return found
+
+
 def find_components(tables: Path, kernel: Path) -> list[Component]:
     owners = python_owners()
     found: dict[str, Component] = {}
@@ -112,6 +123,8 @@ def find_components(tables: Path, kernel: Path) -> list[Component]:
     # PyInstaller's bootloader is in the executable, the C library is in the static guest agent.
     for extra in (python_component(metadata.distribution("pyinstaller")), debian_package("libc6")):
         found[extra.purl] = extra
+    for component in ui_components(ROOT / "build" / "ui"):
+        found[component.purl] = component
     version = kernel.name.split("-", 1)[1].rsplit("-", 1)[0]  # kernel-<source version>-<hash>
     source = Component(
         "linux",

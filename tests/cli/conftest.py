@@ -19,6 +19,8 @@ from hypeman.cli.main import hypeman
 from hypeman.server.app import build_app
 from hypeman.server.exchange import ServerSettings
 from hypeman.server.serve import Server, bind_tcp, bind_unix
+from hypeman.server.sessions import Sessions
+from hypeman.store import Store
 from hypeman.tokens import mint
 from tests.fakes.services import FakeWorld
 
@@ -62,12 +64,15 @@ class Running:
     async def _run(self) -> None:
         self._shutdown = trio.Event()
         self._trio = trio.lowlevel.current_trio_token()
-        app = build_app(self.world.services, ServerSettings(jwt_secret=SECRET))
-        async with trio.open_nursery() as nursery:
+        store = Store.open(Path(self.socket).with_name("store"))
+        settings = ServerSettings(SECRET, url="http://localhost:8080")
+        app = build_app(self.world.services, settings, sessions=Sessions(store, SECRET))
+        async with store.serving(), trio.open_nursery() as nursery:
             trusted = [bind_unix(self.socket, mode=0o600)]
             self._server = Server(app, plain=app.plain, grace=1.0)
             await nursery.start(partial(self._server.run, [self._tcp], self._shutdown, trusted=trusted))
             self._ready.set()
+        store.close()
 
 
 @pytest.fixture

@@ -76,10 +76,12 @@ from hypeman.instances.model.types import (
     InstanceNetwork,
     InstanceState,
     InstanceStats,
+    InstanceUsage,
     LogSource,
     StandbyInstanceRequest,
     StartInstanceRequest,
     UpdateInstanceRequest,
+    UsageOfAll,
     VolumeMount,
     WaitForStateResponse,
 )
@@ -406,6 +408,22 @@ class FakeInstances:
             allocated_vcpus=2,
             allocated_memory_bytes=2**30,
             memory_utilization_ratio=0.1,
+        )
+
+    async def usage(self) -> UsageOfAll:
+        running = [one for one in self.instances.values() if one.state is InstanceState.RUNNING]
+        return UsageOfAll(
+            time=NOW,
+            instances=tuple(
+                InstanceUsage(
+                    instance_id=one.id,
+                    cpu_seconds=1.5,
+                    memory_rss_bytes=100 * 2**20,
+                    network_rx_bytes=1000,
+                    network_tx_bytes=2000,
+                )
+                for one in running
+            ),
         )
 
     async def stat(self, ref: str, path: str, follow_links: bool) -> PathInfo:

@@ -606,6 +606,9 @@ class Lab:
 
 
 class _NoCounters:
+    def of_all(self) -> dict[str, tuple[int, int]]:
+        return {}
+
     def of_instance(self, instance_id: str) -> tuple[int, int]:
         return 0, 0
 

@@ -398,6 +398,23 @@ class InstanceStats(Struct, frozen=True, kw_only=True):
     guest_memory_total_bytes: Annotated[int | UnsetType, Meta(description="Extension: MemTotal of the guest")] = UNSET
 
 
+class InstanceUsage(Struct, frozen=True, kw_only=True):
+    """What one instance with a VMM has used so far."""
+
+    instance_id: str
+    cpu_seconds: float
+    memory_rss_bytes: int
+    network_rx_bytes: int
+    network_tx_bytes: int
+
+
+class UsageOfAll(Struct, frozen=True, kw_only=True):
+    """The usage of all instances that have a VMM, at one moment."""
+
+    time: Timestamp
+    instances: tuple[InstanceUsage, ...]
+
+
 class AutoStandbyState(enum.StrEnum):
     UNSUPPORTED = "unsupported"
     DISABLED = "disabled"

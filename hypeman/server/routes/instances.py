@@ -22,6 +22,7 @@ from hypeman.instances.model.types import (
     StandbyInstanceRequest,
     StartInstanceRequest,
     UpdateInstanceRequest,
+    UsageOfAll,
     WaitForStateResponse,
 )
 from hypeman.server.api import SSE_HEADERS, EventStream, Routes
@@ -172,6 +173,15 @@ async def stat_path(services: Services, id: str, query: StatQuery) -> PathInfo:
 async def get_stats(services: Services, id: str) -> InstanceStats:
     """Current resource usage of an instance."""
     return await services.instances.stats(id)
+
+
+@routes.get("/stats", Scope.INSTANCE_READ)
+async def get_usage(services: Services) -> UsageOfAll:
+    """Current resource usage of all instances.
+
+    Extension. Up to a second old; counters are totals, so that two answers give a rate. It does not ask guests.
+    """
+    return await services.instances.usage()
 
 
 @routes.post("/instances/{id}/volumes/{volumeId}", Scope.VOLUME_WRITE, fails=(400, 404, 409, 501))

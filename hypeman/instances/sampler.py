@@ -1,0 +1,62 @@
+"""What all instances have used, sampled at most once a second for all readers together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+
+import trio
+
+from hypeman.host.usage import Usage, read_usage
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.types import InstanceUsage, UsageOfAll
+
+PERIOD = 1.0
+"""Seconds."""
+
+
+class Sampler:
+    """``traffic`` returns bytes received and sent by instance."""
+
+    def __init__(
+        self,
+        records: Callable[[], Iterable[InstanceRecord]],
+        traffic: Callable[[], Mapping[str, tuple[int, int]]],
+        now: Callable[[], datetime],
+    ) -> None:
+        self._records = records
+        self._traffic = traffic
+        self._now = now
+        self._lock = trio.Lock()
+        self._newest = UsageOfAll(time=now(), instances=())
+        self._read_at = -PERIOD
+
+    async def get(self) -> UsageOfAll:
+        """A sample that is at most PERIOD old."""
+        async with self._lock:
+            if trio.current_time() - self._read_at >= PERIOD:
+                self._newest = await self._sample()
+                self._read_at = trio.current_time()
+            return self._newest
+
+    async def _sample(self) -> UsageOfAll:
+        pids = {record.id: record.handle.pid for record in self._records() if record.handle is not None}
+        found = await trio.to_thread.run_sync(_read_all, pids)  # 20 µs for each
+        traffic = self._traffic()
+        return UsageOfAll(
+            time=self._now(),
+            instances=tuple(
+                InstanceUsage(
+                    instance_id=instance_id,
+                    cpu_seconds=usage.cpu_seconds,
+                    memory_rss_bytes=usage.rss_bytes,
+                    network_rx_bytes=traffic.get(instance_id, (0, 0))[0],
+                    network_tx_bytes=traffic.get(instance_id, (0, 0))[1],
+                )
+                for instance_id, usage in found.items()
+            ),
+        )
+
+
+def _read_all(pids: Mapping[str, int]) -> dict[str, Usage]:
+    return {instance_id: read_usage(pid) for instance_id, pid in pids.items()}

@@ -1,0 +1,86 @@
+// Calls of the API with the page's session. Every failure is an ApiError with the server's message.
+import { signal } from "@preact/signals";
+
+export type Session = { subject: string; scopes: string[]; expires_at: string | null; version: string };
+
+/** undefined: not known yet; null: nobody is logged in. */
+export const session = signal<Session | null | undefined>(undefined);
+
+export class ApiError extends Error {
+  constructor(readonly status: number, readonly code: string, message: string) {
+    super(message);
+  }
+}
+
+const TIMEOUT = 90_000;
+
+export async function call<T>(method: string, path: string, body?: unknown, signal?: AbortSignal): Promise<T> {
+  const limit = AbortSignal.timeout(TIMEOUT);
+  let response: Response;
+  try {
+    response = await fetch(path, {
+      method,
+      credentials: "same-origin",
+      headers: body === undefined ? {} : { "Content-Type": "application/json" },
+      body: body === undefined ? undefined : JSON.stringify(body),
+      signal: signal ? AbortSignal.any([signal, limit]) : limit,
+    });
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    throw new ApiError(0, "unreachable", "The server does not answer. Check the connection.");
+  }
+  const text = await response.text();
+  if (response.ok) return (text ? JSON.parse(text) : undefined) as T;
+  let code = "", message = `${response.status} ${response.statusText}`;
+  try {
+    ({ code, message } = JSON.parse(text));
+  } catch { /* not our error body: a proxy's */ }
+  if (response.status === 401 && path !== "/ui/session") session.value = null;
+  throw new ApiError(response.status, code, message);
+}
+
+export const get = <T>(path: string, signal?: AbortSignal) => call<T>("GET", path, undefined, signal);
+export const post = <T>(path: string, body?: unknown) => call<T>("POST", path, body);
+export const remove = (path: string) => call<void>("DELETE", path);
+
+export const segment = encodeURIComponent;
+export const messageOf = (error: unknown) => (error instanceof Error ? error.message : String(error));
+
+export function can(scope: string): boolean {
+  return session.value?.scopes.includes(scope) ?? false;
+}
+
+/** Why the button for `scope` does nothing; undefined if it works. */
+export function lacking(scope: string): string | undefined {
+  return can(scope) ? undefined : `Your token lacks the scope ${scope}`;
+}
+
+export function socketUrl(path: string): string {
+  return `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}${path}`;
+}
+
+/** Logs in with the page's one-time link if it has one, else with the cookie from before. */
+export async function begin(): Promise<string | undefined> {
+  const link = /^#link=([\w-]+)$/.exec(location.hash)?.[1];
+  if (link) {
+    history.replaceState(null, "", location.pathname);
+    try {
+      session.value = await post<Session>("/ui/session", { link });
+      return;
+    } catch (error) {
+      session.value = null;
+      return messageOf(error);
+    }
+  }
+  try {
+    session.value = await get<Session>("/ui/session");
+  } catch (error) {
+    session.value = null;
+    if (!(error instanceof ApiError && error.status === 401)) return messageOf(error);
+  }
+}
+
+export async function logout(): Promise<void> {
+  await remove("/ui/session").catch(() => {});
+  session.value = null;
+}

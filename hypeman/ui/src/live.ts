@@ -1,0 +1,201 @@
+// What is live: instances, kept true by the event log; usage, from one request for all of them; recent events.
+//
+// A hidden page holds no connection: browsers allow six for one server, over all pages. A shown one continues after the
+// last event that it saw, and lists everything again if the log no longer reaches back that far.
+import { batch, effect, signal } from "@preact/signals";
+import type { Event as Change, Instance, UsageOfAll } from "api-types";
+import { ApiError, can, get, segment, session } from "./api";
+
+export const instances = signal<ReadonlyMap<string, Instance>>(new Map());
+export const loaded = signal(false);
+export const connected = signal(false);
+export const failure = signal("");
+/** Newest first. */
+export const changes = signal<readonly Change[]>([]);
+/** Grows when an object of that kind changes. */
+export const versions: Record<string, ReturnType<typeof signal<number>>> = {};
+export function version(kind: string) {
+  return (versions[kind] ??= signal(0));
+}
+
+const MAX_CHANGES = 2000;
+const BATCH_MS = 120;
+const MAX_SINGLE = 12;
+const RELOAD_MS = 1500;
+
+let source: EventSource | undefined;
+let cursor = "";
+let pending: Change[] = [];
+let timer = 0;
+let lastList = 0;
+
+async function list(): Promise<void> {
+  if (!can("instance:read")) {
+    loaded.value = true;
+    return;
+  }
+  lastList = Date.now();
+  try {
+    const found = await get<Instance[]>("/instances");
+    instances.value = new Map(found.map((one) => [one.id, one]));
+    failure.value = "";
+    loaded.value = true;
+  } catch (error) {
+    failure.value = (error as Error).message;
+  }
+}
+
+function open(): void {
+  source?.close();
+  source = new EventSource(cursor ? `/events?since=${cursor}` : "/events");
+  source.onopen = () => { connected.value = true; };
+  source.onmessage = (message) => {
+    cursor = message.lastEventId;
+    pending.push(JSON.parse(message.data) as Change);
+    timer ||= setTimeout(apply, BATCH_MS);
+  };
+  source.addEventListener("error", (event) => {
+    connected.value = false;
+    const broken = event as MessageEvent;
+    // A message: the log no longer reaches back. Closed: refused, and the browser does not try again.
+    if (broken.data || source?.readyState === EventSource.CLOSED) {
+      source?.close();
+      cursor = "";
+      setTimeout(() => { if (session.value && !document.hidden) start(); }, 2000);
+    }
+  });
+}
+
+/** Applies a batch of events: states at once, everything else by looking at the few that changed. */
+function apply(): void {
+  timer = 0;
+  const events = pending;
+  pending = [];
+  const next = new Map(instances.value);
+  const look = new Set<string>();
+  batch(() => {
+    const kinds = new Set<string>();
+    for (const event of events) {
+      const { kind, id } = event.object;
+      kinds.add(kind);
+      const about = kind === "instance" ? id : event.instance_id;
+      if (event.type === "instance.deleted") {
+        next.delete(id);
+        look.delete(id);
+        continue;
+      }
+      if (!about) continue;
+      const known = next.get(about);
+      if (event.type === "instance.state_changed" && known) {
+        next.set(about, { ...known, state: event.data?.to as Instance["state"] });
+      }
+      look.add(about);
+    }
+    for (const kind of kinds) version(kind).value = (version(kind).value ?? 0) + 1;
+    instances.value = next;
+    changes.value = [...events.reverse(), ...changes.value].slice(0, MAX_CHANGES);
+  });
+  if (look.size > MAX_SINGLE) {
+    setTimeout(list, Math.max(0, lastList + RELOAD_MS - Date.now()));
+    lastList = Date.now() + RELOAD_MS;
+  } else {
+    for (const id of look) void refresh(id);
+  }
+}
+
+export async function refresh(id: string): Promise<void> {
+  try {
+    put(await get<Instance>(`/instances/${segment(id)}`));
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 404 && instances.value.has(id)) drop(id);
+  }
+}
+
+export function put(one: Instance): void {
+  instances.value = new Map(instances.value).set(one.id, one);
+}
+
+export function drop(id: string): void {
+  const next = new Map(instances.value);
+  next.delete(id);
+  instances.value = next;
+}
+
+// ── Usage ──────────────────────────────────────────────────────────────────────────────────────
+
+export const SAMPLES = 90;
+export const PERIOD_MS = 2000;
+const GAP_MS = 15_000;
+
+/** Rates of one instance, oldest first. CPU in processors, memory in bytes, traffic in bytes per second. */
+export type History = { at: number[]; cpu: number[]; memory: number[]; received: number[]; sent: number[] };
+
+export const histories = new Map<string, History>();
+/** Grows with each sample. */
+export const tick = signal(0);
+let before: { at: number; by: Map<string, UsageOfAll["instances"][number]> } | undefined;
+
+async function sample(): Promise<void> {
+  const usage = await get<UsageOfAll>("/stats");
+  const at = Date.parse(usage.time);
+  if (before && at === before.at) return;
+  const by = new Map(usage.instances.map((one) => [one.instance_id, one]));
+  if (before && at - before.at < GAP_MS && at > before.at) {
+    const seconds = (at - before.at) / 1000;
+    for (const [id, now] of by) {
+      const then = before.by.get(id);
+      if (!then || now.cpu_seconds < then.cpu_seconds) continue;
+      let history = histories.get(id);
+      if (!history) histories.set(id, history = { at: [], cpu: [], memory: [], received: [], sent: [] });
+      history.at.push(at);
+      history.cpu.push((now.cpu_seconds - then.cpu_seconds) / seconds);
+      history.memory.push(now.memory_rss_bytes);
+      history.received.push(Math.max(0, now.network_rx_bytes - then.network_rx_bytes) / seconds);
+      history.sent.push(Math.max(0, now.network_tx_bytes - then.network_tx_bytes) / seconds);
+      if (history.at.length > SAMPLES) for (const row of Object.values(history)) row.shift();
+    }
+  }
+  for (const id of histories.keys()) if (!by.has(id)) histories.delete(id);
+  before = { at, by };
+  tick.value++;
+}
+
+async function sampling(): Promise<void> {
+  for (;;) {
+    if (!document.hidden && session.value && can("instance:read")) await sample().catch(() => {});
+    await new Promise((resolve) => setTimeout(resolve, PERIOD_MS));
+  }
+}
+
+// ── Life of the page ───────────────────────────────────────────────────────────────────────────
+
+function start(): void {
+  open();
+  void list();
+}
+
+function stop(): void {
+  source?.close();
+  source = undefined;
+  connected.value = false;
+}
+
+export function live(): void {
+  effect(() => {
+    if (session.value) start();
+    else {
+      stop();
+      cursor = "";
+      batch(() => {
+        instances.value = new Map();
+        changes.value = [];
+        loaded.value = false;
+      });
+    }
+  });
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) stop();
+    else if (session.value) start();
+  });
+  void sampling();
+}

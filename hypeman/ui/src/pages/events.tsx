@@ -1,0 +1,66 @@
+// What happened on the host, newest first: what is retained, and what happens now.
+import { useComputed, useSignal } from "@preact/signals";
+import type { Event as Change } from "api-types";
+import { clock, dateTime, plural } from "../format";
+import { changes } from "../live";
+import { Empty, Icon, Link, Page, Panel, Problem, Select, useResource } from "../ui";
+import type { IconName } from "../ui";
+
+const ICONS: Record<string, IconName> = { instance: "instances", image: "images", volume: "volumes", snapshot: "camera", device: "devices", ingress: "ingress", egress: "shield", host: "host", push: "upload" };
+const KINDS = [["", "All kinds"], ["instance", "Instances"], ["image", "Images"], ["volume", "Volumes"], ["snapshot", "Snapshots"], ["device", "Devices"], ["ingress", "Ingresses"]] as const;
+const SINCE = [["1h", "Last hour"], ["24h", "Last day"], ["168h", "Last week"], ["0", "Everything"]] as const;
+
+function words(event: Change): string {
+  const data = event.data ?? {};
+  if (event.type === "instance.state_changed") {
+    const end = data.exit_code !== undefined && data.exit_code !== null ? `, exit code ${data.exit_code}` : "";
+    return `${data.from} → ${data.to}${end}${data.error ? `: ${data.error}` : ""}`;
+  }
+  const facts = Object.entries(data).filter(([, value]) => value !== null && value !== "").map(([key, value]) => `${key.replaceAll("_", " ")} ${value}`);
+  return [event.type.split(".")[1]!.replaceAll("_", " "), ...facts].join(", ");
+}
+
+export function EventList({ events }: { events: readonly Change[] }) {
+  return (
+    <ol class="events">
+      {events.map((event) => (
+        <li key={event.cursor}>
+          <Icon name={ICONS[event.object.kind] ?? "events"} />
+          <span class="event-what">{event.object.kind === "instance" ? <Link to={`/instances/${event.object.id}`} class="event-name">{event.object.name ?? event.object.id}</Link> : <b>{event.object.name ?? event.object.id}</b>} <span>{words(event)}</span></span>
+          <span class="event-who muted">{event.actor?.subject ?? ""}</span>
+          <time dateTime={event.time} title={dateTime(event.time)} class="muted mono">{clock(event.time)}</time>
+        </li>
+      ))}
+    </ol>
+  );
+}
+
+export function Events() {
+  const kind = useSignal("");
+  const since = useSignal("24h");
+  const text = useSignal("");
+  const past = useResource<Change[]>(`/events?follow=false&limit=10000&since=${since.value}${kind.value ? `&type=${kind.value}` : ""}`);
+  const shown = useComputed(() => {
+    const by = new Map<number, Change>();
+    for (const event of [...(past.data ?? []), ...changes.value]) if (!kind.value || event.object.kind === kind.value) by.set(event.cursor, event);
+    const wanted = text.value.toLowerCase();
+    return [...by.values()].sort((a, b) => b.cursor - a.cursor)
+      .filter((event) => !wanted || `${event.type} ${event.object.name} ${event.object.id} ${words(event)} ${event.actor?.subject}`.toLowerCase().includes(wanted));
+  });
+  // past is no signal: read it here, so that a new answer is shown
+  void past.data;
+  return (
+    <Page title="Events" subtitle="Every life-cycle change on this host, and who asked for it.">
+      <div class="toolbar">
+        <input class="input filter" data-filter type="search" placeholder="Filter by name, type, person" aria-label="Filter events" value={text.value} onInput={(event) => { text.value = event.currentTarget.value; }} />
+        <Select label="Kind" value={kind.value} options={KINDS} onValue={(value) => { kind.value = value; }} />
+        <Select label="Since" value={since.value} options={SINCE} onValue={(value) => { since.value = value; }} />
+      </div>
+      {past.error && <Problem message={past.error} onRetry={past.reload} />}
+      <Panel flush>
+        {shown.value.length ? <EventList events={shown.value.slice(0, 500)} /> : past.data && <Empty icon="events" title="Nothing happened">Creating, starting, stopping, pulling: each change appears here the moment it is made.</Empty>}
+      </Panel>
+      <footer class="list-foot">{shown.value.length > 500 ? `The newest 500 of ${shown.value.length.toLocaleString()} events` : plural(shown.value.length, "event")}</footer>
+    </Page>
+  );
+}
