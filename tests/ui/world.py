@@ -213,13 +213,8 @@ class LiveInstances(FakeInstances):
             current_phase_since=now,
             **changes,
         )
-        self._events.about(
-            Kind.INSTANCE,
-            "state_changed",
-            instance.id,
-            instance.name,
-            **{"from": instance.state.value, "to": state.value},
-        )
+        facts: dict[str, Any] = {"from": instance.state.value, "to": state.value}
+        self._events.about(Kind.INSTANCE, "state_changed", instance.id, instance.name, **facts)
         return changed
 
     def _move(self, what: str, ref: str, wanted: InstanceState, after: InstanceState, request: Any = None) -> Instance:
@@ -296,7 +291,7 @@ class LiveInstances(FakeInstances):
         name = request.guest_path.rpartition("/")[2]
         found = self.files.get(request.guest_path)
         data = found[1] if found is not None and found[1] is not None else b"worker_processes auto;\n"
-        entry = CopyEntry(path=name, kind=FileKind.FILE, mode=0o644, size=len(data), mtime=1_760_000_000)
+        entry = CopyEntry(path=name, kind=FileKind.FILE, mode=0o644, size=len(data), mtime=1_760_000_000, uid=0, gid=0)
         return FakeCopyOut([entry, data])
 
     async def log_path(self, ref: str, source: LogSource) -> Path:
