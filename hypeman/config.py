@@ -1,6 +1,8 @@
 """The server's settings: one frozen tree, read once at start.
 
-Order of precedence: environment > file > default. The file is YAML; an environment variable is the
+Order of precedence: environment > drop-ins > file > default. The file is YAML. Drop-ins are ``config.d/*.yaml`` beside
+it, in the order of their names: sections are merged key by key, any other value (lists included) replaces the earlier
+one. So an image, a bundle or a tool sets one key without rewriting the file. An environment variable is the
 path of the key in upper case with ``__`` between the levels (``NETWORK__SUBNET_CIDR``); a top-level
 key has no prefix (``JWT_SECRET``). An unknown key, or a value out of bounds or of the wrong type, is
 refused at start with its full name: a typo must never silently become a default.
@@ -429,19 +431,42 @@ def load_config(path: Path | None = None, environ: Mapping[str, str] = os.enviro
     Raises ConfigError naming the key or the file.
     """
     file = path or next((found for name in CONFIG_FILES if (found := Path(name).expanduser()).is_file()), None)
-    tree = _read_yaml(file) if file else {}
+    tree: dict[str, Any] = {}
+    for each in [file, *drop_ins(file)] if file else []:
+        part = _read_yaml(each)
+        _convert(part, str(each))  # names the file that is wrong
+        _merge(tree, part)
     for name, text in environ.items():
         keys = _key_of_variable(name)
         if keys is not None:
             _set_in(tree, keys, _value_of_variable(keys, text))
-    _parse_texts(tree, Config, "")
-    try:
-        config = msgspec.convert(tree, Config)
-    except msgspec.ValidationError as error:
-        where = f" (in {file} or the environment)" if file else " (in the environment)"
-        raise ConfigError(f"configuration: {_named(str(error))}{where}") from None
+    config = _convert(tree, "the environment")
     _check(config)
     return config
+
+
+def drop_ins(file: Path) -> list[Path]:
+    """The drop-ins of the settings ``file``, in the order in which they apply; no hidden files."""
+    return sorted(found for found in file.with_name("config.d").glob("[!.]*.yaml") if found.is_file())
+
+
+def _merge(tree: dict[str, Any], later: dict[str, Any]) -> None:
+    """Merge ``later`` into ``tree``: mappings key by key, any other value replaces."""
+    for key, value in later.items():
+        below = tree.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            _merge(below, value)
+        else:
+            tree[key] = value
+
+
+def _convert(tree: dict[str, Any], where: str) -> Config:
+    """``tree``, whose texts are parsed in place, as Config. Raises ConfigError with ``where``."""
+    _parse_texts(tree, Config, "", where)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"configuration: {_named(str(error))} (in {where})") from None
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -482,18 +507,18 @@ def _value_of_variable(keys: tuple[str, ...], text: str) -> object:
     return yaml.safe_load(text)
 
 
-def _parse_texts(tree: dict[str, Any], section: Any, prefix: str) -> None:
+def _parse_texts(tree: dict[str, Any], section: Any, prefix: str, where: str) -> None:
     """Replace the text of sizes and rates in ``tree``, which may have any shape, with numbers."""
     for name, kind in _field_types(section).items():
         value = tree.get(name)
         if _is_section(kind):
             if isinstance(value, dict):
-                _parse_texts(value, kind, f"{prefix}{name}.")
+                _parse_texts(value, kind, f"{prefix}{name}.", where)
         elif (parse := _parser(kind)) is not None and isinstance(value, str):
             try:
                 tree[name] = parse(value or "0")
             except InvalidRequest as error:
-                raise ConfigError(f"configuration: {prefix}{name}: {error.message}") from None
+                raise ConfigError(f"configuration: {prefix}{name}: {error.message} (in {where})") from None
 
 
 def _parser(kind: Any) -> Callable[[str], int] | None:

@@ -131,3 +131,34 @@ def test_a_wrong_size_or_choice_is_refused_by_name(tmp_path: Path, text: str, ke
 def test_a_refused_choice_names_the_possible_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'debug', 'info', 'warning', 'error'"):
         load(tmp_path, LOG__LEVEL="off")
+
+
+def drop_in(tmp_path: Path, **texts: str) -> None:
+    (tmp_path / "config.d").mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (tmp_path / "config.d" / name.replace("_", ".")).write_text(text)
+
+
+def test_drop_ins_apply_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """Sections are merged, lists and values are replaced; the environment wins."""
+    drop_in(
+        tmp_path,
+        b_yaml="port: 3\nimages: {insecure_registries: [b]}\nlimits: {max_log_size: 2MB}\n",
+        a_yaml="port: 2\nnetwork: {dns_server: 9.9.9.9}\nlimits: {max_log_size: 1MB}\n",
+        c_yml="port: 4",
+        _hidden_yaml="port: 5",
+        empty_yaml="",
+    )
+    text = "port: 1\nnetwork: {guest_to_guest: true}\nimages: {insecure_registries: [a, c]}\n"
+    config = load(tmp_path, text)
+    assert (config.port, config.network.dns_server, config.network.guest_to_guest) == (3, "9.9.9.9", True)
+    assert config.images.insecure_registries == ("b",)
+    assert config.limits.max_log_size == 2 << 20
+    assert load(tmp_path, text, PORT="6").port == 6
+
+
+@pytest.mark.parametrize("text", ["prot: 1", "port: many", "network: 5", "limits: {max_log_size: lots}", "[1]", "a: ["])
+def test_a_wrong_drop_in_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
+    drop_in(tmp_path, good_yaml="port: 1", wrong_yaml=text)
+    with pytest.raises(ConfigError, match=r"config\.d/wrong\.yaml"):
+        load(tmp_path)
