@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for row in (
         "__main__",
         "cli",
-        "app backup doctor removal",
+        "app backup bundle doctor removal",
         "server",
         "policies",
         "builds ingress",

@@ -16,6 +16,7 @@ import click
 from hypeman import __version__
 from hypeman.cli import (
     backup,
+    bundle,
     copy,
     devices,
     docker,
@@ -59,7 +60,7 @@ SECTIONS = {
     "Run": ("run", "ps", "logs", "exec", "cp", "attach", "top", "stats", "wait", "port"),
     "Life cycle": ("start", "stop", "restart", "kill", "standby", "restore", "fork", "rm", "update", "auto-standby"),
     "Images": ("pull", "image", "tag", "push", "login", "build", "builder", "rmi"),
-    "Data": ("volume", "snapshot", "commit", "backup", "compose"),
+    "Data": ("volume", "snapshot", "commit", "backup", "bundle", "compose"),
     "Network and devices": ("ingress", "egress", "device"),
     "Host": ("ui", "info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "token"),
 }
@@ -184,7 +185,7 @@ for _command in (
     hypeman.add_command(_command)
 
 if find_spec("hypeman.app") is not None:  # not in the client, which is distributed without the server
-    for _command in (host.token, host.doctor, host.serve, host.clean_host, backup.backup):
+    for _command in (host.token, host.doctor, host.serve, host.clean_host, backup.backup, bundle.bundle):
         hypeman.add_command(_command)
 
 
