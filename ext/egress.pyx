@@ -79,6 +79,8 @@ cdef extern from "probe.h" nogil:
 
     int probe_head(const char *data, size_t n, const uint8_t *rules, size_t rules_n, const probe_origin *origin,
                    int64_t now_s, char *out, size_t *out_n, const char **reason)
+    const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host, uint16_t port, const char *method,
+                             const char *target, bint override, int64_t now_s, char *rule)
 
 
 METRICS = (
@@ -140,6 +142,21 @@ def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_
     if used < 0:
         return (<bytes>reason).decode()
     return out[:n]
+
+
+def decide_access(rules, bytes host, uint16_t port, bytes method, bytes target, bint override, int64_t now_s):
+    """What compiled rules say of a request: the reason and the name of the rule. Raises ValueError."""
+    cdef const uint8_t[:] view = rules
+    cdef char rule[64]
+    cdef const char *name = host
+    cdef const char *verb = method
+    cdef const char *path = target
+    cdef size_t n = <size_t>view.shape[0]
+    cdef const uint8_t *data = &view[0]
+    cdef const char *reason = probe_access(data, n, name, port, verb, path, override, now_s, rule)
+    if reason == NULL:
+        raise ValueError("not rules, or not a host")
+    return (<bytes>reason).decode(), (<bytes>rule).decode()
 
 
 cdef class Engine:

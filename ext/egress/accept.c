@@ -158,17 +158,18 @@ static enum reason judge(struct conn *c, bool named, bool *pass)
     struct snapshot *s = tenant_borrow(c->tenant, &generation);
     if (!s)
         return R_UNREGISTERED;
-    bool name = c->to.host.kind == HOST_NAME;
+    bool name = c->to.host.kind == HOST_NAME, unread;
     enum reason why = R_NONE;
     *pass = false;
+    look_at_access(s, &c->to, c->loop->now_s, &unread, &c->looked);
     c->names_only = s->web_only;
     if (s->web_only && !name) {
         why = named ? R_ADDRESS_LITERAL : R_NO_NAME;
-    } else if (!snapshot_allows_port(s, &c->to.host, c->to.port, true)) {
+    } else if (!snapshot_allows_port(s, &c->to.host, c->to.port, true, c->loop->now_s)) {
         why = R_PORT;
     } else if (!snapshot_covers(s, &c->to.host, c->to.port)) {
         if (s->unmatched == UNMATCHED_PASS)
-            *pass = true;
+            *pass = unread; /* what is refused is refused by request, inside TLS */
         else if (!name)
             why = R_ADDRESS_LITERAL;
         else if (s->unmatched == UNMATCHED_DENY)

@@ -25,6 +25,14 @@ static const struct network SPECIAL_V6[] = {
     {{{0x3f, 0xff}}, 20},
 };
 
+/* What an instance may be allowed to reach besides: no metadata services, no addresses of a host itself. */
+static const struct network PRIVATE[] = {
+    {{{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10}}, 104},
+    {{{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 172, 16}}, 108},
+    {{{0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 192, 168}}, 112},
+    {{{0xfc}}, 7},
+};
+
 static bool same_bits(const uint8_t *a, const uint8_t *b, unsigned bits)
 {
     if (memcmp(a, b, bits / 8) != 0)
@@ -67,12 +75,23 @@ bool addr_explicitly_allowed(const struct reach *r, struct addr a)
     return false;
 }
 
-bool addr_reachable(const struct reach *r, struct addr a)
+static bool is_private(struct addr a)
+{
+    static const struct network METADATA = {{{0xfd, 0x00, 0x0e, 0xc2}}, 32}; /* fd00:ec2::254, of Amazon */
+    for (size_t i = 0; i < sizeof PRIVATE / sizeof *PRIVATE; i++)
+        if (addr_in(a, &PRIVATE[i]))
+            return !addr_in(a, &METADATA);
+    return false;
+}
+
+bool addr_reachable(const struct reach *r, struct addr a, enum private private)
 {
     for (unsigned i = 0; i < r->denied; i++)
         if (addr_in(a, &r->deny[i]))
             return false;
-    return addr_explicitly_allowed(r, a) || addr_is_public(a);
+    if (private == PRIVATE_CLOSED)
+        return addr_is_public(a);
+    return addr_explicitly_allowed(r, a) || addr_is_public(a) || (private == PRIVATE_OPEN && is_private(a));
 }
 
 bool addr_parse(const char *text, struct addr *out)

@@ -24,6 +24,9 @@ struct network {
 
 enum { MAX_NETWORKS = 64 };
 
+/* Private networks in the host's surroundings: as configured, or opened or closed for one instance. */
+enum private { PRIVATE_AS_CONFIGURED, PRIVATE_OPEN, PRIVATE_CLOSED };
+
 struct reach {
     unsigned allowed, denied;
     struct network allow[MAX_NETWORKS];
@@ -33,7 +36,7 @@ struct reach {
 bool addr_is_v4(struct addr a);
 bool addr_in(struct addr a, const struct network *n);
 bool addr_is_public(struct addr a);
-bool addr_reachable(const struct reach *r, struct addr a);
+bool addr_reachable(const struct reach *r, struct addr a, enum private private);
 /* Allowed by name in configuration, so that even an address of the host itself may be dialled. */
 bool addr_explicitly_allowed(const struct reach *r, struct addr a);
 

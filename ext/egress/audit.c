@@ -2,11 +2,11 @@
  *
  * Each loop writes to a ring of its own and one thread of the program reads it: no lock. The reader is woken at most four
  * times a second or when the ring is half full, since a wake-up costs more than a request. A full ring loses records and
- * counts them; it never holds up traffic. Paths, queries and values are not recorded.
+ * counts them; it never holds up traffic. Values are not recorded, paths and queries only where a rule says so.
  *
  * Layout, little-endian: u16 size of all; u8 kind (0 request, 1 passed through, 2 connection refused); u8 rules applied;
- * u16 status; u8 reason; u8 HTTP major version; u16 port; u32 µs taken; i64 µs since 1970; u64 bytes up; u64 bytes down;
- * then instance, host, method, credentials, each as u8 length and text.
+ * u16 status; u8 reason; u8 HTTP major version; u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64 bytes up; u64 bytes down;
+ * then instance, host, method, credentials, rule, target, each as u8 length and text.
  */
 #define _GNU_SOURCE
 #include <stdlib.h>
@@ -16,7 +16,7 @@
 
 #include "loop.h"
 
-enum { RING = 1 << 20, EVERY_MS = 250, RECORD_MAX = 700 };
+enum { RING = 1 << 20, EVERY_MS = 250, RECORD_MAX = 1100 };
 
 struct audit {
     _Alignas(64) atomic_size_t head; /* written by the loop */
@@ -98,6 +98,7 @@ static void write_record(struct loop *l, unsigned kind, const struct tenant *t, 
     put(&w, (uint64_t)status, 2);
     put(&w, why, 1);
     put(&w, x && x->down && x->down->h2 ? 2 : 1, 1);
+    put(&w, x ? x->ruled.decision : 0, 1);
     put(&w, to->port, 2);
     put(&w, took_us > UINT32_MAX ? UINT32_MAX : (uint64_t)took_us, 4);
     put(&w, (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000, 8);
@@ -107,6 +108,8 @@ static void write_record(struct loop *l, unsigned kind, const struct tenant *t, 
     put_text(&w, to->host.text, to->host.kind == HOST_INVALID ? 0 : to->host.len);
     put_text(&w, x ? x->method : "", x ? strlen(x->method) : 0);
     put_text(&w, x ? x->keys : "", x ? strlen(x->keys) : 0);
+    put_text(&w, x ? x->ruled.rule : "", x ? strlen(x->ruled.rule) : 0);
+    put_text(&w, x ? x->ruled.target : "", x ? strlen(x->ruled.target) : 0);
     append(l, &w);
 }
 

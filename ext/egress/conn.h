@@ -83,6 +83,7 @@ struct xchg {
     bool in_trailers;  /* HTTP/1 down: behind the last chunk */
     bool half;         /* the client has ended its side */
     bool passed;       /* audit: carried without looking */
+    bool approved;     /* by somebody, as its rule asks */
     bool resp_started, resp_done;
     unsigned interim;  /* 1xx responses so far */
     bool reused, retried, retriable;
@@ -103,6 +104,7 @@ struct xchg {
     uint8_t injected;
     char method[17];
     char keys[96];
+    struct ruled ruled;
     /* HTTP/2 */
     struct fields request, response, up_trailers, down_trailers;
     struct buf to_up, to_down; /* body bytes waiting for the other side to take them */
@@ -186,6 +188,7 @@ struct conn {
     struct conn *passing;  /* the connection that is being opened to pass it through */
     bool connected;        /* a CONNECT was answered; `to` is bound */
     bool pass_refused;     /* no connection could be opened to pass it through */
+    struct ruled looked;   /* what the rules say of the connection, if it is passed through */
     bool names_only;       /* TLS without a server name is not passed through */
     uint32_t hello_size;   /* of the ClientHello at the front of `in` */
     uint16_t dialled_port; /* redirected: original destination */

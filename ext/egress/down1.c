@@ -114,7 +114,7 @@ static void down1_finished(struct xchg *x)
 static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool told)
 {
     struct conn *c = x->down;
-    char body[512], head[512];
+    char body[PROBLEM_MAX], head[512];
     bool complete = x->req_body == BODY_NONE || x->req_done;
     if (!told) { /* the rest of the response is missing: no proper end, so that the client notices */
         x->active = false;
@@ -128,9 +128,9 @@ static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool
     }
     if (!complete || c->loop->draining || why == R_BAD_REQUEST || why == R_HEAD_TOO_LARGE || why == R_BAD_HOST)
         x->closing = true; /* where the next request begins is not certain, or far away */
-    size_t n = error_body(body, sizeof body, why, detail);
+    size_t n = problem_body(body, sizeof body, x, why, detail);
     int head_n = snprintf(head, sizeof head,
-                          "HTTP/1.1 %d %s\r\nContent-Type: application/json\r\nContent-Length: %zu\r\n"
+                          "HTTP/1.1 %d %s\r\nContent-Type: application/problem+json\r\nContent-Length: %zu\r\n"
                           "X-Hypeman-Egress: %s\r\n%s%s\r\n",
                           REASONS[why].status, REASONS[why].code, n, REASONS[why].code,
                           why == R_RATE || why == R_BUSY || why == R_CREDENTIAL ? "Retry-After: 1\r\n" : "",
@@ -197,7 +197,7 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
     struct snapshot *s = tenant_borrow(c->tenant, &generation);
     if (!s)
         return refuse(c, R_UNREGISTERED, used);
-    why = apply_policy(s, h, &x->to, l->now_s, &m);
+    why = decide_request(s, h, &x->to, path, l->now_s, x->approved, &x->ruled, &m);
     if (why == R_NONE && m.unready) {
         snapshot_release(s);
         x->kept_head = used;

@@ -97,12 +97,12 @@ static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool
     struct conn *c = x->down;
     /* What the host refused unread, the client may repeat without harm, and many do by themselves. */
     if (told && x->reset_code != NGHTTP2_REFUSED_STREAM) {
-        char body[512];
-        size_t n = error_body(body, sizeof body, why, detail);
+        char body[PROBLEM_MAX];
+        size_t n = problem_body(body, sizeof body, x, why, detail);
         struct pairs p;
         pairs_start(c->loop, &p);
         pairs_number(&p, ":status", (uint64_t)REASONS[why].status);
-        pairs_add(&p, (struct str){"content-type", 12}, (struct str){"application/json", 16}, false);
+        pairs_add(&p, (struct str){"content-type", 12}, (struct str){"application/problem+json", 24}, false);
         pairs_number(&p, "content-length", n);
         const char *code = REASONS[why].code;
         pairs_add(&p, (struct str){"x-hypeman-egress", 16}, (struct str){code, (uint32_t)strlen(code)}, false);
@@ -165,7 +165,7 @@ static void decide(struct xchg *x)
     if (why == R_NONE && !s)
         why = R_UNREGISTERED;
     if (why == R_NONE)
-        why = apply_policy(s, h, &x->to, l->now_s, &m);
+        why = decide_request(s, h, &x->to, h->target, l->now_s, x->approved, &x->ruled, &m);
     if (why == R_NONE && m.unready) {
         snapshot_release(s);
         xchg_hold(x);

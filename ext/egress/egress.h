@@ -9,8 +9,8 @@
  *               what the HTTP/2 sides share; records of requests              h2.c audit.c
  *   tls         OpenSSL over a connection's buffers; certificate chains       tls.c chain.c
  *   io          buffers, sockets, timers                                      io.c
- *   below       pure or nearly so, usable alone: policy, bounds, verdicts     policy.c bound.c verdict.c transform.c
- *               on requests, leaves, heads, names, addresses                  mint.c h1.c hello.c host.c addr.c
+ *   below       pure or nearly so, usable alone: policy, bounds, rules,       policy.c bound.c access.c verdict.c
+ *               verdicts on requests, leaves, heads, names, addresses         transform.c mint.c h1.c hello.c host.c addr.c
  *
  * Two calls point up: accept.c has the loop run a new connection, and pool.c asks the engine for addresses.
  * `tests/egress/test_structure.py` holds this, and that includes have no cycle.

@@ -72,6 +72,22 @@ static size_t round_up(size_t n)
     return (n + 4095) & ~(size_t)4095;
 }
 
+/* What follows the credentials, if anything does: u8 private networks, u8 whether rules follow, and these. */
+static void read_access(struct snapshot *s, struct reader *r)
+{
+    unsigned private = number(r, 1), present = number(r, 1);
+    if (private > PRIVATE_CLOSED || present > 1 || r->bad) {
+        r->bad = true;
+        return;
+    }
+    s->private = (enum private)private;
+    if (!present)
+        return;
+    s->access = access_decode(r->p, (size_t)(r->end - r->p));
+    r->bad = !s->access;
+    r->p = r->end;
+}
+
 struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
 {
     struct reader r = {data, data + n, false};
@@ -129,6 +145,8 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
             patterns--;
         }
     }
+    if (!r.bad && r.p != r.end)
+        read_access(s, &r);
     if (r.bad || r.p != r.end || patterns) {
         snapshot_release(s);
         errno = EINVAL;
@@ -141,6 +159,7 @@ void snapshot_release(struct snapshot *s)
 {
     if (s && atomic_fetch_sub(&s->refs, 1) == 1) {
         size_t size = s->size;
+        access_free(s->access);
         OPENSSL_cleanse(s, size);
         (void)munmap(s, size);
     }
@@ -163,9 +182,10 @@ bool rule_covers(const struct rule *r, const struct host *h, uint16_t port)
     return false;
 }
 
-bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls)
+bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls, int64_t now_s)
 {
-    return !s->web_only || port == (tls ? s->tls_port : 80) || snapshot_covers(s, h, port);
+    return !s->web_only || port == (tls ? s->tls_port : 80) || snapshot_covers(s, h, port)
+        || (s->access && access_names_port(s->access, h, port, now_s));
 }
 
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port)

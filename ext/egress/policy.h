@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "access.h"
 #include "addr.h"
 #include "bound.h"
 #include "h1.h"
@@ -61,13 +62,15 @@ struct snapshot {
     uint16_t tls_port;
     unsigned n;
     struct rule *rules;
+    enum private private;
+    struct access *access; /* where the instance may go; NULL: anywhere */
 };
 
 /* Reads the encoding written by hypeman/egress/policy.py; NULL with errno set if it is not one. */
 struct snapshot *snapshot_decode(const uint8_t *data, size_t n);
 void snapshot_release(struct snapshot *s);
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port);
-bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls);
+bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls, int64_t now_s);
 bool rule_covers(const struct rule *r, const struct host *h, uint16_t port);
 bool rule_is_ready(const struct rule *r, int64_t now_s); /* it has a value that has not expired */
 

@@ -291,10 +291,16 @@ static bool is_own(struct addr a)
 static enum reason check_addresses(struct conn *c)
 {
     const struct reach *r = &c->loop->engine->reach;
+    uint64_t generation;
     if (!c->addresses)
         return R_RESOLVE;
+    struct snapshot *s = tenant_borrow(c->tenant, &generation);
+    if (!s)
+        return R_UNREGISTERED;
+    enum private private = s->private;
+    snapshot_release(s);
     for (unsigned i = 0; i < c->addresses; i++) {
-        if (!addr_reachable(r, c->candidates[i]))
+        if (!addr_reachable(r, c->candidates[i], private))
             return R_ADDRESS_DENIED;
         if (!addr_explicitly_allowed(r, c->candidates[i]) && is_own(c->candidates[i]))
             return R_ADDRESS_DENIED;
@@ -544,6 +550,28 @@ void up_ended_early(struct xchg *x)
     xchg_try_finish(x);
 }
 
+/* Whether a connection whose requests cannot be seen (any more) may go on under its instance's present rules. */
+static bool may_go_on(struct conn *down)
+{
+    uint64_t generation;
+    bool unread;
+    struct conn *up = down->passing ? down->passing : down->peer;
+    if (!up || up->generation == atomic_load(&down->tenant->generation))
+        return true;
+    struct snapshot *s = tenant_borrow(down->tenant, &generation);
+    if (!s)
+        return false;
+    struct ruled now;
+    look_at_access(s, &up->to, down->loop->now_s, &unread, &now);
+    bool good = down->phase == P_TUNNEL ? unread || now.decision == D_ALLOWED
+                                        : unread && !snapshot_covers(s, &up->to.host, up->to.port);
+    good = good && snapshot_allows_port(s, &up->to.host, up->to.port, up->to.tls, down->loop->now_s)
+        && !(s->web_only && up->to.host.kind != HOST_NAME && down->phase != P_TUNNEL);
+    snapshot_release(s);
+    up->generation = generation;
+    return good;
+}
+
 void up_sweep(struct loop *l)
 {
     struct conn *next;
@@ -553,7 +581,7 @@ void up_sweep(struct loop *l)
             continue;
         if (c->kind == UP && c->tenant && is_stale(c) && (c->phase == P_HTTP1 ? c->pooled : c->h2 && !c->streams))
             conn_kill(c);
-        else if (c->kind == DOWN && atomic_load(&c->tenant->removed)) {
+        else if (c->kind == DOWN && (atomic_load(&c->tenant->removed) || !may_go_on(c))) {
             conn_lost(c);
             next = l->all; /* it may have taken others with it */
         }

@@ -4,6 +4,7 @@
 
 #include <openssl/crypto.h>
 #include <string.h>
+#include <time.h>
 
 #include "transform.h"
 
@@ -16,6 +17,7 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     struct destination bound = {.port = from->port, .tls = true}, to;
     struct str path;
     struct matched m = {0};
+    struct ruled ruled;
     enum reason why = R_NONE;
     *reason = REASONS[R_BAD_REQUEST].code;
     if (from->tls_name && host_canonical(from->tls_name, strlen(from->tls_name), false, &bound.host) == HOST_INVALID)
@@ -37,7 +39,7 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     if (why == R_NONE)
         why = check_hops(&h);
     if (why == R_NONE)
-        why = apply_policy(s, &h, &to, now_s, &m);
+        why = decide_request(s, &h, &to, path, now_s, false, &ruled, &m);
     if (why == R_NONE && m.unready)
         why = R_CREDENTIAL;
     if (why == R_NONE && m.transforms)
@@ -55,4 +57,27 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     snapshot_release(s);
     *reason = REASONS[why].code;
     return why == R_NONE ? used : -1;
+}
+
+const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host, uint16_t port, const char *method,
+                         const char *target, bool override, int64_t now_s, char rule[64])
+{
+    static __thread struct head h;
+    static const char NAME[] = "X-HTTP-Method-Override";
+    struct destination to = {.port = port, .tls = true};
+    struct snapshot s = {0};
+    struct ruled ruled;
+    enum reason why;
+    if (host_canonical(host, strlen(host), strchr(host, ':') != NULL, &to.host) == HOST_INVALID)
+        return NULL;
+    s.access = access_decode(rules, rules_n);
+    if (!s.access)
+        return NULL;
+    h.method = (struct str){method, (uint32_t)strlen(method)};
+    h.n = override;
+    h.f[0] = (struct field){{NAME, sizeof NAME - 1}, {"DELETE", 6}, F_OTHER};
+    why = apply_access(&s, &h, &to, (struct str){target, (uint32_t)strlen(target)}, now_s, false, &ruled);
+    access_free(s.access);
+    strcpy(rule, ruled.rule);
+    return REASONS[why].code;
 }

@@ -16,4 +16,9 @@ struct probe_origin {
 int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from,
                int64_t now_s, char *out, size_t *out_n, const char **reason);
 
+/* What the rules of an instance (see access.c) say of a request: its reason, and the rule's name in `rule`. NULL: that is
+ * no encoding, or no host. */
+const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host, uint16_t port, const char *method,
+                         const char *target, bool override, int64_t now_s, char rule[64]);
+
 #endif

@@ -46,6 +46,7 @@ void splice_begin(struct conn *down, struct conn *up)
     }
     xchg_begin(&down->x, down, NULL);
     down->x.to = down->to;
+    down->x.ruled = down->looked;
     down->x.passed = true;
     down->phase = up->phase = P_SPLICE;
     conn_write(up, down->in.p + down->in.off, down->hello_size); /* and not a byte more until the host answers in TLS */

@@ -5,40 +5,50 @@
 #include <string.h>
 
 const struct reason_text REASONS[R_COUNT] = {
-    [R_NONE] = {200, "ok", ""},
-    [R_BAD_REQUEST] = {400, "bad_request", "the request is malformed or could be read in two ways"},
-    [R_HEAD_TOO_LARGE] = {431, "head_too_large", "the request head is larger than 32 KB or has over 128 fields"},
-    [R_BAD_HOST] = {400, "bad_host", "the host is not a plain name or address"},
-    [R_HOST_MISMATCH] = {421, "host_mismatch", "Host differs from the name this connection was opened for"},
-    [R_METHOD] = {405, "method_not_allowed", "this method is not carried to this host"},
-    [R_EXPECTATION] = {417, "expectation_failed", "only the expectation 100-continue is known"},
+    [R_NONE] = {200, "ok", "", NEXT_NEVER},
+    [R_BAD_REQUEST] = {400, "bad_request", "the request is malformed or could be read in two ways", NEXT_CHANGE},
+    [R_HEAD_TOO_LARGE] = {431, "head_too_large", "the request head is larger than 32 KB or has over 128 fields", NEXT_CHANGE},
+    [R_BAD_HOST] = {400, "bad_host", "the host is not a plain name or address", NEXT_CHANGE},
+    [R_HOST_MISMATCH] = {421, "host_mismatch", "Host differs from the name this connection was opened for", NEXT_CHANGE},
+    [R_METHOD] = {405, "method_not_allowed", "this method is not carried to this host", NEXT_NEVER},
+    [R_EXPECTATION] = {417, "expectation_failed", "only the expectation 100-continue is known", NEXT_CHANGE},
     [R_PLACEHOLDER] = {403, "placeholder_outside_hosts",
-                       "the request carries a credential's placeholder to a host the credential is not for"},
-    [R_HOST_DENIED] = {403, "host_denied", "no rule of this instance covers the host"},
-    [R_ADDRESS_LITERAL] = {403, "address_literal", "this instance may open hosts by name only"},
-    [R_ADDRESS_DENIED] = {403, "address_denied", "the host lies at a private, local or otherwise refused address"},
-    [R_PORT] = {403, "port_denied", "ports other than 443 for HTTPS and 80 for HTTP need a rule that names them"},
-    [R_NO_NAME] = {403, "no_server_name", "this instance may open TLS with a server name only"},
-    [R_MAX_FORWARDS] = {200, "max_forwards", ""},
-    [R_RATE] = {429, "rate_limited", "this instance makes too many requests"},
-    [R_UNREGISTERED] = {403, "unregistered", "this instance is no longer registered"},
-    [R_RESOLVE] = {502, "name_not_resolved", "the host's name could not be resolved"},
-    [R_CONNECT] = {502, "connect_failed", "the host refused the connection or cannot be reached"},
-    [R_CONNECT_TIMEOUT] = {504, "connect_timeout", "the host did not answer in time"},
-    [R_CERTIFICATE] = {502, "upstream_certificate", "the host's certificate is not valid for its name"},
-    [R_UPSTREAM_TLS] = {502, "upstream_tls", "the TLS handshake with the host failed"},
-    [R_UPSTREAM_CLOSED] = {502, "upstream_closed", "the host closed the connection before it answered"},
-    [R_UPSTREAM_RESPONSE] = {502, "upstream_response", "the host's response is malformed"},
-    [R_UPSTREAM_TIMEOUT] = {504, "upstream_timeout", "the host did not answer in time"},
-    [R_CLIENT_TIMEOUT] = {408, "request_timeout", "the request did not arrive in time"},
-    [R_CLIENT_CLOSED] = {499, "client_closed", "the client went away"},
-    [R_CLIENT_TLS] = {400, "client_tls", "the TLS handshake with the client failed"},
-    [R_NOT_TLS] = {400, "not_tls", "only TLS is carried through CONNECT"},
-    [R_BUSY] = {503, "too_many_at_once", "this instance, or the host, has too many connections or requests open"},
-    [R_CREDENTIAL] = {503, "credential_unavailable", "the credential for this host has no valid value at the moment"},
-    [R_SIGNATURE] = {403, "signature_refused", "the request's signature cannot be replaced"},
-    [R_TOO_LARGE] = {413, "body_too_large", "the body must be complete before it is sent to this host, and is too large for that"},
-    [R_DRAINING] = {503, "draining", "the proxy is about to stop"},
+                       "the request carries a credential's placeholder to a host the credential is not for", NEXT_CHANGE},
+    [R_HOST_DENIED] = {403, "host_denied", "no rule of this instance covers the host", NEXT_OTHER_HOST},
+    [R_ADDRESS_LITERAL] = {403, "address_literal", "this instance may open hosts by name only", NEXT_OTHER_HOST},
+    [R_ADDRESS_DENIED] = {403, "address_denied", "the host lies at a private, local or otherwise refused address", NEXT_OTHER_HOST},
+    [R_PORT] = {403, "port_denied", "ports other than 443 for HTTPS and 80 for HTTP need a rule that names them", NEXT_OTHER_HOST},
+    [R_NO_NAME] = {403, "no_server_name", "this instance may open TLS with a server name only", NEXT_CHANGE},
+    [R_MAX_FORWARDS] = {200, "max_forwards", "", NEXT_NEVER},
+    [R_RATE] = {429, "rate_limited", "this instance makes too many requests", NEXT_LATER},
+    [R_UNREGISTERED] = {403, "unregistered", "this instance is no longer registered", NEXT_NEVER},
+    [R_RESOLVE] = {502, "name_not_resolved", "the host's name could not be resolved", NEXT_OTHER_HOST},
+    [R_CONNECT] = {502, "connect_failed", "the host refused the connection or cannot be reached", NEXT_LATER},
+    [R_CONNECT_TIMEOUT] = {504, "connect_timeout", "the host did not answer in time", NEXT_LATER},
+    [R_CERTIFICATE] = {502, "upstream_certificate", "the host's certificate is not valid for its name", NEXT_NEVER},
+    [R_UPSTREAM_TLS] = {502, "upstream_tls", "the TLS handshake with the host failed", NEXT_LATER},
+    [R_UPSTREAM_CLOSED] = {502, "upstream_closed", "the host closed the connection before it answered", NEXT_LATER},
+    [R_UPSTREAM_RESPONSE] = {502, "upstream_response", "the host's response is malformed", NEXT_NEVER},
+    [R_UPSTREAM_TIMEOUT] = {504, "upstream_timeout", "the host did not answer in time", NEXT_LATER},
+    [R_CLIENT_TIMEOUT] = {408, "request_timeout", "the request did not arrive in time", NEXT_LATER},
+    [R_CLIENT_CLOSED] = {499, "client_closed", "the client went away", NEXT_LATER},
+    [R_CLIENT_TLS] = {400, "client_tls", "the TLS handshake with the client failed", NEXT_CHANGE},
+    [R_NOT_TLS] = {400, "not_tls", "only TLS is carried through CONNECT", NEXT_CHANGE},
+    [R_BUSY] = {503, "too_many_at_once", "this instance, or the host, has too many connections or requests open", NEXT_LATER},
+    [R_CREDENTIAL] = {503, "credential_unavailable", "the credential for this host has no valid value at the moment", NEXT_LATER},
+    [R_SIGNATURE] = {403, "signature_refused", "the request's signature cannot be replaced", NEXT_CHANGE},
+    [R_TOO_LARGE] = {413, "body_too_large", "the body must be complete before it is sent to this host, and is too large for that", NEXT_CHANGE},
+    [R_DRAINING] = {503, "draining", "the proxy is about to stop", NEXT_LATER},
+    [R_NO_RULE] = {403, "no_rule", "no rule of this instance allows this request", NEXT_OTHER_HOST},
+    [R_HOST_RULE] = {403, "host_denied_by_rule", "a rule of this instance denies this host", NEXT_OTHER_HOST},
+    [R_REQUEST_RULE] = {403, "request_denied", "a rule of this instance denies this method or path", NEXT_NEVER},
+    [R_PATH] = {400, "ambiguous_path", "servers could read the path in different ways, and a rule decides by the path",
+                NEXT_CHANGE},
+    [R_OVERRIDE] = {403, "method_override", "a header replaces the method, and a rule decides by the method",
+                    NEXT_CHANGE},
+    [R_NOT_APPROVED] = {403, "not_approved", "the request was held for approval and denied", NEXT_NEVER},
+    [R_APPROVAL_PENDING] = {403, "approval_pending", "the request needs an approval, which has not come in time",
+                            NEXT_APPROVAL},
 };
 
 static bool same_host(const struct host *a, const struct host *b)
@@ -137,6 +147,78 @@ void set_field(struct matched *m, struct str name, struct str value)
         m->set[m->fields++] = (struct set_field){name, value};
 }
 
+static bool overrides_method(const struct head *h)
+{
+    for (unsigned i = 0; i < h->n; i++)
+        if (h1_is(h->f[i].name, "x-http-method-override") || h1_is(h->f[i].name, "x-http-method")
+            || h1_is(h->f[i].name, "x-method-override"))
+            return true;
+    return false;
+}
+
+static void note_rule(struct ruled *out, const struct access_rule *rule, enum decision decision)
+{
+    struct str name = rule ? rule->name : (struct str){"default", 7};
+    out->decision = (uint8_t)decision;
+    memcpy(out->rule, name.p, name.n);
+    out->rule[name.n] = 0;
+}
+
+static void note_target(struct ruled *out, const struct access_rule *rule, struct str target)
+{
+    const char *query = memchr(target.p, '?', target.n);
+    uint32_t n = 0;
+    if (rule && rule->record != RECORD_HOST)
+        n = rule->record == RECORD_PATH && query ? (uint32_t)(query - target.p) : target.n;
+    n = n < TARGET_MAX - 1 ? n : TARGET_MAX - 1;
+    memcpy(out->target, target.p, n);
+    out->target[n] = 0;
+}
+
+enum reason apply_access(const struct snapshot *s, const struct head *h, const struct destination *to, struct str path,
+                         int64_t now_s, bool approved, struct ruled *out)
+{
+    if (!s->access) {
+        out->decision = D_NONE;
+        out->rule[0] = out->target[0] = 0;
+        return R_NONE;
+    }
+    struct access_request r = {&to->host, to->port, h->method, path, now_s};
+    struct access_answer a = access_decide(s->access, &r);
+    enum reason why = R_NONE;
+    if (a.ambiguous)
+        why = R_PATH;
+    else if (a.action == ACCESS_DENY)
+        why = !a.rule ? R_NO_RULE : a.rule->methods || a.rule->paths ? R_REQUEST_RULE : R_HOST_RULE;
+    else if (a.has_method && overrides_method(h))
+        why = R_OVERRIDE;
+    else if (a.action == ACCESS_ASK && !approved)
+        why = R_APPROVAL_PENDING;
+    enum decision decision = why == R_APPROVAL_PENDING ? D_HELD
+        : why != R_NONE                                ? D_DENIED
+        : a.action == ACCESS_ASK                       ? D_APPROVED
+                                                       : D_ALLOWED;
+    if (why != R_NONE && access_observes(s->access)) {
+        decision = D_OBSERVED;
+        why = R_NONE;
+    }
+    note_rule(out, a.rule, decision);
+    note_target(out, a.rule, path);
+    return why;
+}
+
+void look_at_access(const struct snapshot *s, const struct destination *to, int64_t now_s, bool *pass, struct ruled *out)
+{
+    struct access_answer first;
+    out->decision = D_NONE;
+    out->rule[0] = out->target[0] = 0;
+    *pass = true;
+    if (!s->access)
+        return;
+    *pass = access_look(s->access, &to->host, to->port, now_s, &first) == LOOK_PASS;
+    note_rule(out, first.rule, first.action == ACCESS_ALLOW ? D_ALLOWED : D_OBSERVED);
+}
+
 enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to, int64_t now_s,
                          struct matched *out)
 {
@@ -145,7 +227,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
     out->transforms = out->unready = false;
     if (s->unmatched != UNMATCHED_PASS && to->host.kind != HOST_NAME)
         return R_ADDRESS_LITERAL;
-    if (!snapshot_allows_port(s, &to->host, to->port, to->tls))
+    if (!snapshot_allows_port(s, &to->host, to->port, to->tls, now_s))
         return R_PORT;
     bool covered = false;
     for (unsigned i = 0; i < s->n; i++) {
@@ -176,6 +258,16 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
             out->transforms = true;
     }
     return R_NONE;
+}
+
+enum reason decide_request(const struct snapshot *s, const struct head *h, const struct destination *to,
+                           struct str path, int64_t now_s, bool approved, struct ruled *ruled, struct matched *out)
+{
+    enum reason why = apply_access(s, h, to, path, now_s, approved, ruled);
+    if (why != R_NONE && why != R_APPROVAL_PENDING)
+        return why;
+    enum reason refused = apply_policy(s, h, to, now_s, out);
+    return refused != R_NONE ? refused : why;
 }
 
 /* Whether the client may be spoken to about this Upgrade: h2c would open a way around all that is decided here. */

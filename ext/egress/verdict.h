@@ -43,13 +43,24 @@ enum reason {
     R_CREDENTIAL,
     R_SIGNATURE,
     R_TOO_LARGE,
+    R_NO_RULE,
+    R_HOST_RULE,
+    R_REQUEST_RULE,
+    R_PATH,
+    R_OVERRIDE,
+    R_NOT_APPROVED,
+    R_APPROVAL_PENDING,
     R_COUNT,
 };
+
+/* What a program that was refused should do. */
+enum next { NEXT_NEVER, NEXT_APPROVAL, NEXT_OTHER_HOST, NEXT_LATER, NEXT_CHANGE };
 
 struct reason_text {
     int status;
     const char *code;    /* machine-readable: header X-Hypeman-Egress and JSON "code" */
     const char *message;
+    enum next next;
 };
 
 extern const struct reason_text REASONS[R_COUNT];
@@ -67,11 +78,20 @@ struct origin {
     uint16_t port;                   /* plain and transparent: the port that was dialled */
 };
 
-enum { MAX_MATCHED = 16, MAX_SET = 24 };
+enum { MAX_MATCHED = 16, MAX_SET = 24, TARGET_MAX = 240 };
 
 /* A field that is written after the guest's own, which lose all of that name. No value: only that. */
 struct set_field {
     struct str name, value;
+};
+
+/* What was decided about a request by the instance's rules, for its record. */
+enum decision { D_NONE, D_ALLOWED, D_DENIED, D_OBSERVED /* would be denied */, D_APPROVED, D_HELD };
+
+struct ruled {
+    uint8_t decision; /* enum decision */
+    char rule[ACCESS_NAME_MAX + 1];
+    char target[TARGET_MAX]; /* path and query, as far as the rule has them recorded; may be cut */
 };
 
 struct matched {
@@ -84,6 +104,11 @@ struct matched {
     bool unready;    /* a rule has no valid value now */
 };
 
+/* Whether the instance's rules allow the request; R_APPROVAL_PENDING: somebody has to be asked, unless `approved`. */
+enum reason apply_access(const struct snapshot *s, const struct head *h, const struct destination *to, struct str path,
+                         int64_t now_s, bool approved, struct ruled *out);
+/* The same for a connection before there is a request; R_NONE. *pass: it need not be read. */
+void look_at_access(const struct snapshot *s, const struct destination *to, int64_t now_s, bool *pass, struct ruled *out);
 /* Where an HTTP/1 request wants to go and with which path; R_NONE or why not. */
 enum reason target_of_h1(const struct head *h, const struct origin *from, struct destination *to, struct str *path);
 /* The same for a stream of HTTP/2, whose pseudo-fields are in the head. */
@@ -92,6 +117,9 @@ enum reason target_of_h2(const struct head *h, const struct destination *bound);
 /* Applies the snapshot: which rules add a field to this request, or why it is refused. */
 enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to, int64_t now_s,
                          struct matched *out);
+/* Both: access and policy. */
+enum reason decide_request(const struct snapshot *s, const struct head *h, const struct destination *to,
+                           struct str path, int64_t now_s, bool approved, struct ruled *ruled, struct matched *out);
 void set_field(struct matched *m, struct str name, struct str value);
 
 /* Whether a field of the client's request goes on to the destination (rules' own fields are added afterwards). */

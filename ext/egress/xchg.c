@@ -129,16 +129,59 @@ void down_end(struct xchg *x, const struct head *trailers)
         x->down->side->end(x, trailers);
 }
 
-size_t error_body(char *out, size_t cap, enum reason why, const char *detail)
+static void out_json(struct out *o, const char *text)
 {
+    for (; *text; text++) {
+        char c = *text == '"' || *text == '\\' || (unsigned char)*text < 0x20 || (unsigned char)*text > 0x7e ? ' ' : *text;
+        out_add(o, &c, 1);
+    }
+}
+
+size_t problem_body(char *out, size_t cap, const struct xchg *x, enum reason why, const char *detail)
+{
+    static const char *const NEXT[] = {
+        [NEXT_NEVER] = "never_retry",       [NEXT_APPROVAL] = "retry_after_approval",
+        [NEXT_OTHER_HOST] = "use_another_host", [NEXT_LATER] = "retry_later",
+        [NEXT_CHANGE] = "change_the_request",
+    };
     const struct reason_text *r = &REASONS[why];
-    char clean[120] = "";
+    struct out o = {out, 0, cap, false};
     if (r->status < 400)
         return 0; /* an answer, not an error */
-    for (size_t i = 0; detail && detail[i] && i < sizeof clean - 1; i++)
-        clean[i] = detail[i] == '"' || detail[i] == '\\' || (unsigned char)detail[i] < 0x20 ? ' ' : detail[i];
-    return (size_t)snprintf(out, cap, "{\"error\":{\"code\":\"%s\",\"message\":\"%s%s%s\"}}\n", r->code, r->message,
-                            *clean ? ": " : "", clean);
+    out_text(&o, "{\"type\":\"urn:hypeman:egress:");
+    out_text(&o, r->code);
+    out_text(&o, "\",\"title\":\"");
+    out_text(&o, r->message);
+    out_text(&o, "\",\"status\":");
+    out_number(&o, (uint64_t)r->status);
+    if (detail && *detail) {
+        out_text(&o, ",\"detail\":\"");
+        out_json(&o, detail);
+        out_text(&o, "\"");
+    }
+    out_text(&o, ",\"code\":\"");
+    out_text(&o, r->code);
+    out_text(&o, "\",\"next\":\"");
+    out_text(&o, NEXT[r->next]);
+    out_text(&o, "\"");
+    if (x->to.host.kind != HOST_INVALID) {
+        out_text(&o, ",\"requested\":{\"scheme\":\"");
+        out_text(&o, x->to.tls ? "https" : "http");
+        out_text(&o, "\",\"host\":\"");
+        out_json(&o, x->to.host.text);
+        out_text(&o, "\",\"port\":");
+        out_number(&o, x->to.port);
+        out_text(&o, ",\"method\":\"");
+        out_json(&o, x->method);
+        out_text(&o, "\"}");
+    }
+    if (x->ruled.decision == D_DENIED || x->ruled.decision == D_HELD) {
+        out_text(&o, ",\"rule\":\"");
+        out_json(&o, x->ruled.rule);
+        out_text(&o, "\"");
+    }
+    out_text(&o, "}\n");
+    return o.over ? 0 : o.n;
 }
 
 void down_fail(struct xchg *x, enum reason why, const char *detail)

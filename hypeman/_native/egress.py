@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-__all__ = ["BOUNDS", "METRICS", "REASONS", "TIMERS", "Engine", "confine", "rewrite_head"]
+__all__ = ["BOUNDS", "METRICS", "REASONS", "TIMERS", "Engine", "confine", "decide_access", "rewrite_head"]
 
 if TYPE_CHECKING:
 
@@ -41,9 +41,13 @@ if TYPE_CHECKING:
         data: bytes, rules: bytearray, tls_name: bytes | None, explicit_proxy: bool, port: int, now_s: int = 0
     ) -> bytes | str | None: ...
 
+    def decide_access(
+        rules: bytes, host: bytes, port: int, method: bytes, target: bytes, override: bool, now_s: int
+    ) -> tuple[str, str]: ...
+
     BOUNDS: tuple[str, ...]
     METRICS: tuple[str, ...]
     REASONS: tuple[str, ...]
     TIMERS: tuple[str, ...]
 else:
-    from hypeman._native._egress_c import BOUNDS, METRICS, REASONS, TIMERS, Engine, confine, rewrite_head
+    from hypeman._native._egress_c import BOUNDS, METRICS, REASONS, TIMERS, Engine, confine, decide_access, rewrite_head

@@ -1,8 +1,8 @@
 """The audit log: one structured line per mediated request, from the logger ``hypeman.egress.audit``.
 
 Rules:
-- Paths, queries and credential values are not logged. Names of credentials are logged as ``rules``, because
-  the log redacts every field whose own name mentions credentials.
+- Credential values are not logged, paths and queries only where a rule of the instance says so. Names of
+  credentials are logged as ``rules``, because the log redacts every field whose own name mentions credentials.
 - Guests control the number of lines, so writing must not delay the API: lines are written in batches
   of ``BATCH`` with a checkpoint in between, and at most ``MAX_QUEUED`` are queued. Records beyond that are
   dropped, and a separate line reports how many. A line costs 50 µs of CPU.
@@ -81,4 +81,6 @@ def _fields(record: AuditRecord) -> dict[str, object]:
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "ms": round(record.seconds * 1000, 2),
+        **({"decision": record.decision, "decided_by": record.rule} if record.decision else {}),
+        **({"target": record.target} if record.target else {}),
     }

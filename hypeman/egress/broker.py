@@ -20,7 +20,7 @@ from hypeman.egress.policy import check_credentials
 from hypeman.egress.service import Egress
 from hypeman.egress.sources import Sources, Unavailable
 from hypeman.egress.transforms import Value
-from hypeman.egress.types import CredentialPolicy
+from hypeman.egress.types import CredentialPolicy, EgressAccess
 from hypeman.errors import InternalError, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -54,12 +54,14 @@ class _Guest:
         credentials: Mapping[str, CredentialPolicy],
         secrets: Mapping[str, str],
         web_only: bool,
+        access: EgressAccess | None,
     ) -> None:
         self.instance_id = instance_id
         self.source_ip = source_ip
         self.credentials = credentials
         self.secrets = secrets
         self.web_only = web_only
+        self.access = access
         self.lock = trio.Lock()
         self.needs: dict[str, _Supply] = {}
         """By credential."""
@@ -94,9 +96,10 @@ class Broker:
         secrets: Mapping[str, str],
         *,
         web_only: bool = False,
+        access: EgressAccess | None = None,
     ) -> None:
         """As ``Egress.set_policy``, also for values that are to be obtained; does not wait for them."""
-        guest = _Guest(instance_id, source_ip, credentials, secrets, web_only)
+        guest = _Guest(instance_id, source_ip, credentials, secrets, web_only, access)
         before = self._guests.get(instance_id)
         if before is not None:
             guest.lock = before.lock
@@ -140,6 +143,7 @@ class Broker:
                 guest.secrets,
                 obtained=obtained,
                 web_only=guest.web_only,
+                access=guest.access,
             )
 
     # ── Values ───────────────────────────────────────────────────────────────────────────────────

@@ -197,13 +197,14 @@ def compile_policy(
     obtained: Mapping[str, Value] | None = None,
     web_only: bool = False,
     usual_port: int = HTTPS,
+    access: bytes = b"",
 ) -> bytearray:
     """The snapshot for the data plane. It contains the real values: wipe it after handing it over.
 
     ``obtained``: values of the credentials whose values the server obtains, by credential; requests that need one that
     is missing are held by the data plane.
     ``web_only``: the proxy is the guest's only TCP egress, so it forwards HTTPS to ``usual_port``, HTTP to 80, other
-    ports only if a rule names them, and TLS only with a server name.
+    ports only if a rule names them, and TLS only with a server name. ``access``: see rules.compile_access.
     """
     rules = list(_rules(credentials, usual_port))
     if len(rules) > MAX_RULES:
@@ -225,7 +226,7 @@ def compile_policy(
         out += struct.pack("<H", len(rule.hosts or ()))
         for host in rule.hosts or ():
             out += struct.pack("<B", host.wildcard) + encode_text(host.name)
-    return out
+    return out + access
 
 
 def wipe(data: bytearray) -> None:

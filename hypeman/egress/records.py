@@ -1,8 +1,8 @@
 """Pure: one record for each request, as an engine encodes them (``ext/egress/audit.c``) and the server reads them.
 
 Layout, little-endian: u16 size of all; u8 kind; u8 rules applied; u16 status; u8 reason; u8 HTTP major version;
-u16 port; u32 µs taken; i64 µs since 1970; u64 bytes up; u64 bytes down; then instance, host, method and names of
-credentials, each as u8 length and text.
+u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64 bytes up; u64 bytes down; then instance, host, method, names
+of credentials, rule and target, each as u8 length and text.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-_FIXED = struct.Struct("<HBBHBBHIqQQ")
+_FIXED = struct.Struct("<HBBHBBBHIqQQ")
 _KINDS = ("request", "passed_through", "refused")
+_DECISIONS = ("", "allowed", "denied", "observed", "approved", "held")
 _YEAR_10000 = 253_402_300_800_000_000
 """µs since 1970; no clock shows it, and no date can be made of it."""
 
 
 class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, allowed or denied; without path, query or credential values."""
+    """One request, allowed or denied; without credential values."""
 
     time: float
     """Seconds since 1970, when it ended."""
@@ -39,6 +40,13 @@ class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
     bytes_down: int
     seconds: float
     http: int
+    decision: str = ""
+    """What the instance's rules said: ``allowed``, ``denied``, ``observed`` (would be denied), ``approved`` or ``held``
+    (not approved); empty if it has none."""
+    rule: str = ""
+    """Name of the rule that decided, or ``default``."""
+    target: str = ""
+    """Path, and query, if the rule has them recorded; at most 239 characters."""
 
 
 def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[AuditRecord]:
@@ -47,9 +55,9 @@ def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[Au
     while at < len(data):
         if at + _FIXED.size > len(data):
             raise ValueError("an audit record is cut short")
-        size, kind, rules, status, reason, http, port, took, when, up, down = _FIXED.unpack_from(data, at)
+        size, kind, rules, status, reason, http, decided, port, took, when, up, down = _FIXED.unpack_from(data, at)
         texts, place, end = [], at + _FIXED.size, at + size
-        for _ in range(4):
+        for _ in range(6):
             length = data[place] if place < len(data) else 0
             texts.append(bytes(data[place + 1 : place + 1 + length]).decode("ascii", "replace"))
             place += 1 + length
@@ -58,11 +66,12 @@ def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[Au
             or end > len(data)
             or kind >= len(_KINDS)
             or reason >= len(reasons)
+            or decided >= len(_DECISIONS)
             or not 0 <= when < _YEAR_10000
         ):
             raise ValueError("not an audit record")
         at = end
-        instance, host, method, keys = texts
+        instance, host, method, keys, rule, target = texts
         yield AuditRecord(
             time=when / 1e6,
             instance=instance,
@@ -78,4 +87,7 @@ def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[Au
             bytes_down=down,
             seconds=took / 1e6,
             http=http,
+            decision=_DECISIONS[decided],
+            rule=rule,
+            target=target,
         )

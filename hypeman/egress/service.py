@@ -48,9 +48,10 @@ from hypeman.egress.link import (
 from hypeman.egress.policy import Unmatched, compile_policy, wipe
 from hypeman.egress.records import AuditRecord, read_records
 from hypeman.egress.resolver import Resolve, Resolver, resolve_by_system
+from hypeman.egress.rules import compile_access
 from hypeman.egress.sealing import load_sealer
 from hypeman.egress.transforms import Value
-from hypeman.egress.types import CredentialPolicy
+from hypeman.egress.types import CredentialPolicy, EgressAccess
 from hypeman.errors import InternalError
 
 log = logging.getLogger(__name__)
@@ -548,11 +549,12 @@ class Egress:
         *,
         obtained: Mapping[str, Value] | None = None,
         web_only: bool = False,
+        access: EgressAccess | None = None,
     ) -> None:
         """Once this returns, these rules apply to requests from ``source_ip``, also on open connections.
 
-        ``obtained``, ``web_only``: see compile_policy. Raises InvalidRequest if the rules are invalid; the previous
-        ones then stay in force. If the engine ends meanwhile, this waits for the next one.
+        ``obtained``, ``web_only``: see compile_policy. ``access`` must be checked. Raises InvalidRequest if the rules
+        are invalid; the previous ones then stay in force. If the engine ends meanwhile, this waits for the next one.
         """
         self._check_running()
         snapshot = compile_policy(
@@ -562,6 +564,7 @@ class Egress:
             obtained=obtained,
             web_only=web_only,
             usual_port=self.settings.assumed_tls_port,
+            access=compile_access(access),
         )
         try:
             if credentials:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct, field
+from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from hypeman.fields import Timestamp
 
 RecordKind = Literal["request", "passed_through", "refused"]
+Ruling = Literal["allowed", "denied", "observed", "approved", "held"]
 
 
 class EgressEnforcementMode(enum.StrEnum):
@@ -22,6 +23,90 @@ class EgressEnforcementMode(enum.StrEnum):
 
     ALL = "all"
     HTTP_HTTPS_ONLY = "http_https_only"
+
+
+class AccessAction(enum.StrEnum):
+    ALLOW = "allow"
+    DENY = "deny"
+    ASK = "ask"
+    """Hold the request until someone approves or denies it."""
+
+
+class AccessDefault(enum.StrEnum):
+    """What happens to a request that no rule matches."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+    """And everything but HTTP, TLS and names of allowed hosts is closed."""
+
+
+class AccessRecord(enum.StrEnum):
+    """How much of a request's target its record contains."""
+
+    HOST = "host"
+    PATH = "path"
+    QUERY = "query"
+
+
+class PrivateNetworks(enum.StrEnum):
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class AccessRule(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A request that has all that is given. Or, with ``networks``, traffic that is neither HTTP nor TLS."""
+
+    action: AccessAction
+    name: Annotated[
+        Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=48)] | None,
+        Meta(description="As errors and records call the rule; default: # and its position, from 1"),
+    ] = None
+    hosts: Annotated[
+        Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=1024)] | None,
+        Meta(
+            description="Exact names or addresses, *.x.y for one label more, **.x.y for one or more; absent: every host"
+        ),
+    ] = None
+    ports: Annotated[
+        Annotated[tuple[Annotated[int, Meta(ge=1, le=65535)], ...], Meta(max_length=64)] | None,
+        Meta(description="Absent: every port"),
+    ] = None
+    methods: Annotated[
+        Annotated[tuple[Annotated[str, Meta(max_length=32)], ...], Meta(max_length=32)] | None,
+        Meta(description="Absent: every method"),
+    ] = None
+    paths: Annotated[
+        Annotated[tuple[Annotated[str, Meta(max_length=1024)], ...], Meta(max_length=128)] | None,
+        Meta(
+            description="Without query. * is one segment, or at the end anything; absent: every path",
+            examples=[["/v1/*", "/repos/*/issues"]],
+        ),
+    ] = None
+    until: Annotated[Timestamp | None, Meta(description="The rule is not applied from then on")] = None
+    record: Annotated[AccessRecord, Meta(description="What of the target records of its requests contain")] = (
+        AccessRecord.HOST
+    )
+    networks: Annotated[
+        Annotated[tuple[Annotated[str, Meta(max_length=18)], ...], Meta(max_length=64)] | None,
+        Meta(description="IPv4 CIDRs for traffic that is neither HTTP nor TLS, with ports; only to allow"),
+    ] = None
+    protocol: Annotated[Literal["tcp", "udp"] | None, Meta(description="With networks; default tcp")] = None
+
+
+class EgressAccess(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Where an instance may go: the first rule that matches decides, else the default."""
+
+    rules: tuple[AccessRule, ...] = ()
+    default: AccessDefault = AccessDefault.ALLOW
+    observe: bool = False
+    """Record what would be refused, and refuse nothing."""
+    private_networks: PrivateNetworks | None = None
+    """None: as the server is configured."""
+
+    @property
+    def closes(self) -> bool:
+        """Whether everything is closed that is not allowed."""
+        return self.default is AccessDefault.DENY and not self.observe
 
 
 class CredentialSource(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -96,6 +181,7 @@ class EgressPolicy(Struct, frozen=True, kw_only=True):
     credentials: Annotated[
         dict[str, CredentialPolicy], Meta(description="By the name under which the guest sees a placeholder")
     ]
+    access: Annotated[EgressAccess | UnsetType, Meta(description="Where the instance may go; absent: anywhere")] = UNSET
 
 
 class EgressRecord(Struct, frozen=True, kw_only=True):
@@ -117,3 +203,11 @@ class EgressRecord(Struct, frozen=True, kw_only=True):
     bytes_down: int
     ms: float
     http: Annotated[int, Meta(description="Major version of HTTP that the guest used")]
+    decision: Annotated[
+        Ruling | UnsetType,
+        Meta(description="Of the instance's rules, if it has any; observed: would be denied; held: not approved"),
+    ] = UNSET
+    rule: Annotated[str | UnsetType, Meta(description="Which rule decided; default: none")] = UNSET
+    target: Annotated[
+        str | UnsetType, Meta(description="Path, and query, where the rule has them recorded; may be cut")
+    ] = UNSET

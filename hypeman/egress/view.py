@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from typing import Protocol, cast
 
 import trio
+from msgspec import UNSET
 
 from hypeman.egress.records import AuditRecord
 from hypeman.egress.service import Egress
-from hypeman.egress.types import EgressPolicy, EgressRecord, RecordKind
+from hypeman.egress.types import EgressPolicy, EgressRecord, RecordKind, Ruling
 
 MAX_RECORDS = 100
 """Records kept per instance."""
@@ -136,4 +137,7 @@ def _shown(record: AuditRecord) -> EgressRecord:
         bytes_down=record.bytes_down,
         ms=round(record.seconds * 1000, 2),
         http=record.http,
+        decision=cast(Ruling, record.decision) if record.decision else UNSET,
+        rule=record.rule or UNSET,
+        target=record.target or UNSET,
     )

@@ -15,7 +15,7 @@ import struct
 import subprocess
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, IPv4Network
 
 import trio
 
@@ -34,14 +34,14 @@ from hypeman.host.netlink import (
     text,
     u32,
 )
-from hypeman.host.types import MAP_TYPES, SET_TYPES, TABLE, Element
+from hypeman.host.types import INTERVAL_SETS, MAP_TYPES, SET_TYPES, TABLE, Element
 
 _SUBSYSTEM = 10
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _NEW_ELEMENT, _DEL_ELEMENT = _SUBSYSTEM << 8 | 12, _SUBSYSTEM << 8 | 14
 _NEW_GENERATION = _SUBSYSTEM << 8 | 15
 _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
-_LIST_ELEMENT, _ELEMENT_KEY, _ELEMENT_DATA, _DATA_VALUE = 1, 1, 2, 1
+_LIST_ELEMENT, _ELEMENT_KEY, _ELEMENT_DATA, _ELEMENT_KEY_END, _DATA_VALUE = 1, 1, 2, 10, 1
 _ELEMENTS_PER_MESSAGE = 400
 """The list of elements is one attribute, whose length has 16 bits."""
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
@@ -239,15 +239,30 @@ def _element_messages(kind: int, flags: int, elements: tuple[Element, ...]) -> I
 
 def _element(element: Element) -> bytes:
     parts = [nested(_ELEMENT_KEY, attr(_DATA_VALUE, encode_key(element)))]
+    if element.set in INTERVAL_SETS:
+        parts.append(nested(_ELEMENT_KEY_END, attr(_DATA_VALUE, encode_key(element, end=True))))
     if element.value:
         value = b"".join(map(_encode, MAP_TYPES[element.set], element.value))
         parts.append(nested(_ELEMENT_DATA, attr(_DATA_VALUE, value)))
     return nested(_LIST_ELEMENT, *parts)
 
 
-def encode_key(element: Element) -> bytes:
-    """The key in the kernel's format."""
-    return b"".join(map(_encode, SET_TYPES[element.set], element.key))
+def encode_key(element: Element, *, end: bool = False) -> bytes:
+    """The key in the kernel's format; of a range its first, or with ``end`` its last."""
+    texts = element.key
+    if element.set in INTERVAL_SETS:
+        texts = tuple(_bounds(kind, text)[end] for kind, text in zip(SET_TYPES[element.set], texts, strict=True))
+    return b"".join(map(_encode, SET_TYPES[element.set], texts))
+
+
+def _bounds(kind: str, value: str) -> tuple[str, str]:
+    if kind == "ipv4_addr":
+        network = IPv4Network(value)
+        return str(network.network_address), str(network.broadcast_address)
+    if kind == "inet_service":
+        first, _, last = value.partition("-")
+        return first, last or first
+    return value, value
 
 
 def _encode(kind: str, value: str) -> bytes:

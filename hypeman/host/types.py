@@ -46,8 +46,15 @@ SET_TYPES = {
     "published": ("ipv4_addr", "inet_proto", "inet_service"),
     "hairpin": ("ipv4_addr", "ipv4_addr"),
     "asleep": ("ipv4_addr",),
+    "closed": _ONE_TAP,
+    "openings": ("ifname", "inet_proto", "ipv4_addr", "inet_service"),
+    "private_open": _ONE_TAP,
+    "private_closed": _ONE_TAP,
 }
 """nft's types of the keys of our sets and maps that change with every instance."""
+
+INTERVAL_SETS = frozenset(("openings",))
+"""Sets whose keys may be ranges: an address is ``address/prefix``, a port ``first-last``."""
 
 MAP_TYPES = {"ports": _SOCKET, "ports_at": _SOCKET}
 """nft's types of the values, for those that are maps."""

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from functools import partial
 
 import msgspec
+from msgspec import UNSET
 
 from hypeman.egress import policy
 from hypeman.egress.broker import Broker
 from hypeman.egress.guest_env import proxy_environment, trust_environment
+from hypeman.egress.rules import openings
 from hypeman.egress.service import Egress
 from hypeman.egress.types import EgressPolicy
 from hypeman.errors import NotFound
@@ -24,7 +26,7 @@ from hypeman.instances.rows import INSTANCES
 from hypeman.network import leases
 from hypeman.network.publishing import Claim
 from hypeman.network.service import Network
-from hypeman.network.types import EgressMode, Lease, NetworkPlan, PortMapping
+from hypeman.network.types import EgressMode, Lease, NetworkPlan, Opening, PortMapping, PrivateReach, Reach
 from hypeman.resources.service import ResourceService
 from hypeman.store import Store, Table, Txn
 
@@ -47,9 +49,10 @@ class Leases:
             enabled=spec.network,
             download_bps=spec.download_bps,
             upload_bps=spec.upload_bps,
-            egress_mode=EgressMode(spec.egress.value) if spec.egress else EgressMode.NONE,
+            egress_mode=_mode_of(spec),
             isolated=self._isolated,
             ports=ports,
+            reach=_reach_of(spec),
         )
         return leases.take_lease(txn, record.id, plan, self._network.subnet, partial(_name_of, txn))
 
@@ -70,6 +73,15 @@ class Leases:
         if lease is not None:
             await self._network.set_ports(lease)
 
+    def set_reach(self, txn: Txn, record: InstanceRecord) -> None:
+        leases.set_reach(txn, record.id, _mode_of(record.spec), _reach_of(record.spec))
+
+    async def enforce_reach(self, instance_id: str) -> None:
+        """Raises HostError."""
+        lease = self._store.read(lambda txn: leases.get_lease(txn, instance_id))
+        if lease is not None:
+            await self._network.set_egress(lease)
+
     def release_ports(self, instance_id: str) -> None:
         self._network.published.forget(instance_id)
 
@@ -88,6 +100,25 @@ class Leases:
             share = self._resources.share(spec.vcpus, self._resources.limits.disk_io)
             spec = msgspec.structs.replace(spec, disk_io_bps=share)
         return spec
+
+
+def _mode_of(spec: InstanceSpec) -> EgressMode:
+    if spec.egress is None:
+        return EgressMode.NONE
+    closes = spec.access is not None and spec.access.closes
+    return EgressMode.ALL if closes else EgressMode(spec.egress.value)
+
+
+def _reach_of(spec: InstanceSpec) -> Reach:
+    access = spec.access
+    if access is None:
+        return Reach()
+    opened = (Opening(each.protocol, each.network, each.first, each.last) for each in openings(access))
+    return Reach(
+        closed=access.closes,
+        openings=tuple(opened) if access.closes else (),
+        private=PrivateReach(access.private_networks.value if access.private_networks else ""),
+    )
 
 
 def _name_of(txn: Txn, instance_id: str) -> str:
@@ -152,7 +183,12 @@ class EgressOfInstances:
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None:
         values = self._store.read(lambda txn: self._open(txn, record.id))
         await self._broker.set_policy(
-            record.id, lease.ipv4, record.spec.credentials, values, web_only=lease.egress_mode is EgressMode.ALL
+            record.id,
+            lease.ipv4,
+            record.spec.credentials,
+            values,
+            web_only=lease.egress_mode is EgressMode.ALL,
+            access=record.spec.access,
         )
 
     async def release(self, instance_id: str) -> None:
@@ -183,6 +219,7 @@ class EgressGuests:
             instance_name=record.name,
             mode=record.spec.egress,
             credentials=record.spec.credentials,
+            access=record.spec.access or UNSET,
         )
 
     async def wait_deleted(self, instance_id: str) -> None:

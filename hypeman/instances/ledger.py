@@ -101,6 +101,12 @@ class SetPorts(Struct, frozen=True):
     ports: tuple[PortMapping, ...]
 
 
+class SetReach(Struct, frozen=True):
+    """What the instance may reach, besides what the egress proxy decides, as its spec has it."""
+
+    record: InstanceRecord
+
+
 class AddSnapshot(Struct, frozen=True):
     """Fails if another snapshot of the source has its name."""
 
@@ -138,6 +144,7 @@ Change = (
     | SealSecrets
     | AddInstance
     | SetPorts
+    | SetReach
     | AddSnapshot
     | RequireSnapshot
     | NoteUpdated
@@ -159,6 +166,7 @@ class LeaseRows(Protocol):
 
     def take(self, txn: Txn, record: InstanceRecord, ports: tuple[PortMapping, ...]) -> Lease: ...
     def set_ports(self, txn: Txn, instance_id: str, ports: tuple[PortMapping, ...]) -> None: ...
+    def set_reach(self, txn: Txn, record: InstanceRecord) -> None: ...
     def drop(self, txn: Txn, instance_id: str) -> None: ...
 
 
@@ -280,6 +288,8 @@ class Ledger:
                 self._add(txn, change)
             case SetPorts(instance, ports):
                 self._leases.set_ports(txn, instance, ports)
+            case SetReach(record):
+                self._leases.set_reach(txn, record)
             case AddSnapshot(snapshot):
                 rows.check_snapshot_name_free(txn, snapshot.source.id, snapshot.name)
                 txn.put(SNAPSHOTS, snapshot.id, snapshot)

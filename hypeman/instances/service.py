@@ -43,6 +43,7 @@ from hypeman.instances.ledger import (
     SealSecrets,
     SecretRows,
     SetPorts,
+    SetReach,
 )
 from hypeman.instances.life.operations.boot import create, new_nonce, start
 from hypeman.instances.life.operations.standby import restore, standby
@@ -73,6 +74,7 @@ from hypeman.instances.model.types import (
     WakeOn,
 )
 from hypeman.instances.model.validate import (
+    changed_access,
     check_compression,
     check_create,
     check_mount_path,
@@ -117,6 +119,10 @@ class LeaseNeeds(LeaseRows, Protocol):
 
     async def publish(self, instance_id: str) -> None:
         """Let the ports in the store take effect."""
+        ...
+
+    async def enforce_reach(self, instance_id: str) -> None:
+        """Let what the store says that the instance may reach take effect."""
         ...
 
     def release_ports(self, instance_id: str) -> None: ...
@@ -491,6 +497,9 @@ class Instances:
         }
         if policies:
             changes["spec"] = msgspec.structs.replace(record.spec, **policies)
+        if request.network is not None:
+            access = changed_access(record.spec, request.network.egress)
+            changes["spec"] = msgspec.structs.replace(record.spec, **policies, access=access)
         values = dict(request.env or {})
         sources = sources_of(record.spec.credentials)
         for key in values:
@@ -503,18 +512,37 @@ class Instances:
 
         changed = msgspec.structs.replace(record, **changes)
         fields = [name for name in ("expires_at", *policies) if name in changes or name in policies]
-        fields += [name for name, given in (("env", values), ("ports", ports is not None)) if given]
+        given = {"env": bool(values), "ports": ports is not None, "network": request.network is not None}
+        fields += [name for name, is_given in given.items() if is_given]
         also: list[Change] = [SealSecrets(record.id, values)] if values else []
+        if request.network is not None:
+            also.append(SetReach(changed))
         if fields:
             also.append(NoteUpdated(changed, tuple(fields)))
         if ports is None:
             await owned.save(changed, *also)
         else:
             await self._publish(owned, changed, ports, *also)
-        if values:
+        if request.network is not None:
+            await self._enforce_access(owned, changed, record)
+        elif values:
             await self._secrets.refresh(record.id)
         self._reaper.look()
         return changed
+
+    async def _enforce_access(self, owned: Owned, record: InstanceRecord, before: InstanceRecord) -> None:
+        """Let the saved access of ``record`` take effect; if the host refuses, save and enforce the one before."""
+        try:
+            await self._leases.enforce_reach(record.id)
+            await self._secrets.refresh(record.id)
+        except HypemanError:
+            spec = msgspec.structs.replace(record.spec, access=before.spec.access)
+            restored = msgspec.structs.replace(record, spec=spec)
+            await owned.save(restored, SetReach(restored))
+            with suppress(HypemanError):
+                await self._leases.enforce_reach(record.id)
+                await self._secrets.refresh(record.id)
+            raise
 
     async def _publish(
         self, owned: Owned, record: InstanceRecord, ports: tuple[PortMapping, ...], *changes: Change

@@ -206,7 +206,9 @@ class Snapshots:
         state = InstanceState.STANDBY if capture is not None else InstanceState.STOPPED
         record = msgspec.structs.replace(
             before,
-            spec=msgspec.structs.replace(row.source.spec, tags=before.spec.tags, hypervisor=kind),
+            spec=msgspec.structs.replace(
+                row.source.spec, tags=before.spec.tags, hypervisor=kind, access=before.spec.access
+            ),
             digest=row.source.digest,
             ports=row.source.ports,
             nonce=row.source.nonce,

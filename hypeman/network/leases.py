@@ -25,7 +25,7 @@ from hypeman.errors import InsufficientResources, InvalidState, NotFound, PortIn
 from hypeman.network import addressing
 from hypeman.network.addressing import Subnet
 from hypeman.network.ports import HostSocket, all_sockets, port_changes
-from hypeman.network.types import Lease, NetworkPlan, PortMapping
+from hypeman.network.types import EgressMode, Lease, NetworkPlan, PortMapping, Reach
 from hypeman.store import Table, Txn
 
 _ADDRESSES = "ipv4"
@@ -91,6 +91,7 @@ def take_lease(
             egress_mode=plan.egress_mode,
             isolated=plan.isolated,
             ports=plan.ports,
+            reach=plan.reach,
         )
         _take_ports(txn, lease, name_of)
     txn.put(LEASES, instance_id, lease)
@@ -108,6 +109,13 @@ def set_ports(txn: Txn, instance_id: str, ports: tuple[PortMapping, ...], name_o
     _take_ports(txn, fresh, name_of)
     txn.put(LEASES, instance_id, lease)
     return lease
+
+
+def set_reach(txn: Txn, instance_id: str, mode: EgressMode, reach: Reach) -> None:
+    """A no-op if there is no lease with a network."""
+    before = txn.get(LEASES, instance_id)
+    if before is not None and before.enabled:
+        txn.put(LEASES, instance_id, msgspec.structs.replace(before, egress_mode=mode, reach=reach))
 
 
 def check_ports_free(txn: Txn, ports: Iterable[PortMapping], name_of: NameOf, *, instance_id: str = "") -> None:

@@ -19,6 +19,9 @@ The chains are fixed and drop by default for the prefix of our TAPs. A guest is 
     published    address . protocol . port  of a guest: reached through a published port
     hairpin      address . address      of a guest that has published ports, twice: it reaches itself through them
     asleep       address                of a guest in standby that packets of neighbours wake (``waking.py``)
+    closed       tap                    reaches nothing but the proxy, names, and its openings
+    openings     tap . protocol . network . ports   which a closed guest reaches directly
+    private_open, private_closed   tap  private networks, whatever is configured for all guests
 
 so a TAP is closed before its lease is applied and after it is removed, and adding or removing an
 instance is one small transaction. Path of a packet from a guest:
@@ -44,10 +47,10 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from hypeman.host.types import MAP_TYPES, SET_TYPES, TABLE, TAP_PREFIX, WAKE_LINK, Element
+from hypeman.host.types import INTERVAL_SETS, MAP_TYPES, SET_TYPES, TABLE, TAP_PREFIX, WAKE_LINK, Element
 from hypeman.network.addressing import Subnet
 from hypeman.network.ports import forwards_of
-from hypeman.network.types import EgressMode, HostPort, Lease
+from hypeman.network.types import EgressMode, HostPort, Lease, PrivateReach
 
 FAMILIES = ("inet", "arp")
 
@@ -65,7 +68,12 @@ PRIVATE_NETWORKS = (
 )
 """Never forwarded for a guest where ``network.allow_private`` is off: private networks."""
 
+OPENABLE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")
+"""What private networks can be opened for one guest: those without metadata services."""
+
 _WEB = "{ 80, 443 }"
+_OPENED_REPLY = "meta l4proto . ip saddr . th sport != @openings"
+_OPENED = "meta l4proto . ip daddr . th dport @openings"
 _PUBLISHED = "ip daddr . meta l4proto . th dport @published"
 
 
@@ -108,7 +116,18 @@ def lease_elements(lease: Lease) -> tuple[Element, ...]:
         elements.append(Element("inet", "mode_all", (lease.tap,)))
     if not lease.isolated:
         elements.append(Element("inet", "neighbours", (lease.tap,)))
-    return (*elements, *_port_elements(lease))
+    return (*elements, *_reach_elements(lease), *_port_elements(lease))
+
+
+def _reach_elements(lease: Lease) -> Iterator[Element]:
+    reach = lease.reach
+    if reach.closed:
+        yield Element("inet", "closed", (lease.tap,))
+        for each in reach.openings:
+            ports = str(each.first) if each.first == each.last else f"{each.first}-{each.last}"
+            yield Element("inet", "openings", (lease.tap, each.protocol, each.network, ports))
+    if reach.private is not PrivateReach.CONFIGURED:
+        yield Element("inet", f"private_{reach.private.value}", (lease.tap,))
 
 
 def held_elements(lease: Lease) -> tuple[Element, ...]:
@@ -120,9 +139,13 @@ def held_elements(lease: Lease) -> tuple[Element, ...]:
 
 
 def possible_elements(lease: Lease) -> tuple[Element, ...]:
-    """Every element that ``lease`` may have had in any mode; a removal deletes all of them."""
+    """Every element that ``lease`` may have had in any mode; a removal deletes all of them. Openings and ports are its
+    own."""
+    if not lease.enabled:
+        return ()
     strictest = msgspec.structs.replace(lease, egress_mode=EgressMode.ALL, isolated=False)
-    return lease_elements(strictest)
+    reach = tuple(Element("inet", name, (lease.tap,)) for name in ("closed", "private_open", "private_closed"))
+    return tuple(dict.fromkeys((*lease_elements(strictest), *reach)))
 
 
 def _port_elements(lease: Lease) -> Iterator[Element]:
@@ -248,6 +271,7 @@ table inet {TABLE} {{
     chain to_world {{
         type filter hook forward priority filter; policy accept;
         iifname {any_tap} goto to_world_guest
+        oifname @closed ct state established ct direction reply oifname . {_OPENED_REPLY} counter drop
         oifname {any_tap} ct state established,related accept
         oifname {any_tap} ct status dnat {_PUBLISHED} accept
         oifname {any_tap} counter drop
@@ -255,6 +279,7 @@ table inet {TABLE} {{
     chain to_world_guest {{
         iifname "{WAKE_LINK}" ct state established,related accept
         ct direction reply ct status dnat ct state established,related accept
+        iifname @closed counter goto to_world_closed
         iifname @mode_all meta l4proto != {{ udp, icmp }} counter goto refuse
         oifname {any_tap} ct status dnat {_PUBLISHED} accept
         iifname @mediated tcp dport {_WEB} counter goto refuse
@@ -264,8 +289,14 @@ table inet {TABLE} {{
         ip daddr @refused counter goto refuse
         ip daddr {network} counter goto refuse
         udp sport {{ 67, 68 }} counter drop
-{_name_server(facts)}        ip daddr @private counter goto refuse
-        oifname @uplinks accept
+{_name_server(facts)}{_private()}        oifname @uplinks accept
+        counter goto refuse
+    }}
+    chain to_world_closed {{
+        udp dport 443 counter reject with icmpx port-unreachable
+        ip daddr @refused counter goto refuse
+        ip daddr {network} counter goto refuse
+{_private()}        iifname . {_OPENED} oifname @uplinks accept
         counter goto refuse
     }}
 {_engine(facts)}    chain refuse {{
@@ -320,10 +351,11 @@ def _sets(elements: dict[tuple[str, str], list[str]]) -> str:
     for name, types in SET_TYPES.items():
         values = MAP_TYPES.get(name)
         kind = " . ".join(types) + (f" : {' . '.join(values)}" if values else "")
+        flags = "        flags interval\n" if name in INTERVAL_SETS else ""
         text += f"""\
     {"map" if values else "set"} {name} {{
         type {kind}
-{_elements(elements, "inet", name)}    }}
+{flags}{_elements(elements, "inet", name)}    }}
 """
     return text
 
@@ -406,9 +438,18 @@ def _pace(facts: RuleFacts) -> str:
 
 
 def _name_server(facts: RuleFacts) -> str:
-    if facts.allow_private or not facts.dns_server:
+    if not facts.dns_server:
         return ""
     return f"        ip daddr {facts.dns_server} meta l4proto {{ tcp, udp }} th dport 53 oifname @uplinks accept\n"
+
+
+def _private() -> str:
+    everywhere, opened = ", ".join(PRIVATE_NETWORKS), ", ".join(OPENABLE_NETWORKS)
+    return f"""\
+        iifname @private_closed ip daddr {{ {everywhere} }} counter goto refuse
+        iifname @private_open ip daddr != {{ {opened} }} ip daddr @private counter goto refuse
+        iifname != @private_open ip daddr @private counter goto refuse
+"""
 
 
 def _limits(facts: RuleFacts) -> str:

@@ -232,15 +232,15 @@ class Network:
                 await self._load_rules_locked()
 
     async def set_egress(self, lease: Lease) -> None:
-        """Set the egress mode of a running guest to that of ``lease``, in one transaction.
+        """Set the egress mode and reach of a running guest to those of ``lease``, in one transaction.
 
-        A stricter mode also cuts open connections.
+        What is stricter also cuts open connections. Raises HostError.
         """
         async with self._changing:
             if lease.instance_id not in self._leases:
                 return
-            self._leases[lease.instance_id] = lease
-            await self._change_rules(lease, add=ruleset.lease_elements(lease))
+            before, self._leases[lease.instance_id] = self._leases[lease.instance_id], lease
+            await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
 
     async def set_ports(self, lease: Lease) -> None:
         """Publish the ports of ``lease`` instead of those before, in one transaction, if its guest runs.

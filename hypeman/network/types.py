@@ -45,6 +45,36 @@ class PortMapping(msgspec.Struct, frozen=True, kw_only=True):
     count: Annotated[int, Meta(ge=1, le=1024, description="Extension: so many consecutive ports, from these on")] = 1
 
 
+class Opening(msgspec.Struct, frozen=True):
+    """Traffic that is let through although its guest is closed."""
+
+    protocol: str
+    """``tcp`` or ``udp``."""
+    network: str
+    """IPv4 address/prefix"""
+    first: int
+    last: int
+    """Ports."""
+
+
+class PrivateReach(enum.StrEnum):
+    """Private networks in the host's surroundings."""
+
+    CONFIGURED = ""
+    """As for all guests."""
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+class Reach(msgspec.Struct, frozen=True, kw_only=True):
+    """What a guest may reach besides the proxy."""
+
+    closed: bool = False
+    """Nothing but ``openings``, and names through the gateway; with mediation only."""
+    openings: tuple[Opening, ...] = ()
+    private: PrivateReach = PrivateReach.CONFIGURED
+
+
 class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Network settings of a create request."""
 
@@ -57,6 +87,7 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     """False: may talk with other guests that may as well."""
     ports: tuple[PortMapping, ...] = ()
     """Published ports, each with a host port."""
+    reach: Reach = Reach()
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +108,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     isolated: bool = True
     ports: tuple[PortMapping, ...] = ()
     """Published ports."""
+    reach: Reach = Reach()
 
     @property
     def enabled(self) -> bool:

@@ -22,7 +22,7 @@ import trustme
 
 from hypeman.egress.link import engine_command
 from hypeman.egress.service import Egress, Limits, Settings, Timeouts
-from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
+from hypeman.egress.types import CredentialPolicy, CredentialSource, EgressAccess, InjectAs, InjectRule
 
 HOST = "api.example.com"
 SECRET = "sk-live-7f3a91"
@@ -188,10 +188,17 @@ class World(msgspec.Struct):
     streams: list[trio.abc.Stream]
 
     async def allow(
-        self, instance: str = "inst-a", source: str = GUEST, secret: str = SECRET, **credentials: Any
+        self,
+        instance: str = "inst-a",
+        source: str = GUEST,
+        secret: str = SECRET,
+        *,
+        access: EgressAccess | None = None,
+        **credentials: Any,
     ) -> None:
         found = credentials or {"API_KEY": credential(HOST)}
-        await self.egress.set_policy(instance, source, found, {"REAL_KEY": secret, "OTHER_KEY": "other-" + secret})
+        secrets = {"REAL_KEY": secret, "OTHER_KEY": "other-" + secret}
+        await self.egress.set_policy(instance, source, found, secrets, access=access)
 
     async def tcp(self, source: str = GUEST) -> Wire:
         stream = await trio.open_tcp_stream("127.0.0.1", self.egress.port, local_address=source)

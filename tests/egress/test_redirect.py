@@ -96,7 +96,7 @@ def test_address_without_a_name(lab: Lab) -> None:
 def test_own_address_of_the_host(lab: Lab) -> None:
     """A public address, but the host's: refused without being configured."""
     said = curl(lab, "https://own.test/")
-    assert json.loads(said)["error"]["code"] == "address_denied"
+    assert json.loads(said)["code"] == "address_denied"
 
 
 @proxied

@@ -41,7 +41,7 @@ class FakeEgress:
         self.changed = trio.Event()
 
     async def set_policy(
-        self, instance: str, source: str, credentials: Any, secrets: Any, *, obtained: Any, web_only: bool
+        self, instance: str, source: str, credentials: Any, secrets: Any, *, obtained: Any, web_only: bool, access: Any
     ) -> None:
         await trio.lowlevel.checkpoint()
         if any(value.text == "unusable" for value in obtained.values()):

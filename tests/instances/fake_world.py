@@ -48,7 +48,7 @@ from hypeman.instances.snapshots import Snapshots
 from hypeman.network import leases
 from hypeman.network.addressing import Subnet
 from hypeman.network.asleep import Arrival
-from hypeman.network.types import GuestNetwork, Lease, NetworkPlan, PortMapping
+from hypeman.network.types import EgressMode, GuestNetwork, Lease, NetworkPlan, PortMapping, Reach
 from hypeman.paths import Paths
 from hypeman.resources.accounting import Limits
 from hypeman.store import Store, Txn
@@ -170,8 +170,9 @@ class FakeNetwork:
 
 
 def tap_text(lease: Lease) -> str:
-    """A TAP as the lab shows it: the address behind it, and the ports that lead there."""
-    return " ".join([lease.ipv4, *(f"{each.host_port}:{each.guest_port}" for each in lease.ports)])
+    """A TAP as the lab shows it: the address behind it, whether it is closed, and the ports that lead there."""
+    closed = ["closed"] if lease.reach.closed else []
+    return " ".join([lease.ipv4, *closed, *(f"{each.host_port}:{each.guest_port}" for each in lease.ports)])
 
 
 class FakeLeases:
@@ -199,6 +200,13 @@ class FakeLeases:
         leases.set_ports(txn, instance_id, ports, str)
 
     async def publish(self, instance_id: str) -> None:
+        await self._network.set_ports(self._store.read(lambda txn: leases.get_lease(txn, instance_id)))
+
+    def set_reach(self, txn: Txn, record: InstanceRecord) -> None:
+        closed = record.spec.access is not None and record.spec.access.closes
+        leases.set_reach(txn, record.id, EgressMode.ALL, Reach(closed=closed))
+
+    async def enforce_reach(self, instance_id: str) -> None:
         await self._network.set_ports(self._store.read(lambda txn: leases.get_lease(txn, instance_id)))
 
     def release_ports(self, instance_id: str) -> None:

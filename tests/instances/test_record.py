@@ -6,7 +6,15 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
-from hypeman.egress.types import CredentialPolicy, CredentialSource, EgressEnforcementMode, InjectAs, InjectRule
+from hypeman.egress.types import (
+    AccessDefault,
+    CredentialPolicy,
+    CredentialSource,
+    EgressAccess,
+    EgressEnforcementMode,
+    InjectAs,
+    InjectRule,
+)
 from hypeman.hypervisor.interface import VmConfig, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.instances.model.phases import Phases
@@ -28,7 +36,8 @@ SPEC = InstanceSpec(
     image="web", platform="linux/amd64", hypervisor=HypervisorKind.QEMU, vcpus=3, memory_bytes=1 << 30,
     hotplug_bytes=1 << 29, overlay_bytes=1 << 31, disk_io_bps=1, env={"A": "b"},
     credentials={"KEY": CredentialPolicy(source=CredentialSource(env="REAL"), inject=(RULE,))}, tags={"a": "b"},
-    network=False, download_bps=2, upload_bps=3, egress=EgressEnforcementMode.ALL, devices=("gpu",),
+    network=False, download_bps=2, upload_bps=3, egress=EgressEnforcementMode.ALL,
+    access=EgressAccess(default=AccessDefault.DENY), devices=("gpu",),
     gpu_profile="p", volumes=(VolumeMount(volume_id="v", mount_path="/v", readonly=True),), entrypoint=("/init",),
     cmd=("x",), user="1000", working_dir="/srv", hostname="web.example",
     idle=True, skip_guest_agent=True, snapshot_policy=SnapshotPolicy(), auto_standby=AutoStandbyPolicy(),

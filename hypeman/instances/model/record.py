@@ -9,7 +9,7 @@ from datetime import datetime
 
 import msgspec
 
-from hypeman.egress.types import CredentialPolicy, EgressEnforcementMode
+from hypeman.egress.types import CredentialPolicy, EgressAccess, EgressEnforcementMode
 from hypeman.hypervisor.interface import VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import Tags
@@ -46,6 +46,8 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     download_bps: int = 0
     upload_bps: int = 0
     egress: EgressEnforcementMode | None = None
+    access: EgressAccess | None = None
+    """Where mediated egress may go; None: anywhere."""
     devices: tuple[str, ...] = ()
     """Device ids."""
     gpu_profile: str = ""
@@ -198,6 +200,7 @@ def forked(
             download_bps=spec.download_bps,
             upload_bps=spec.upload_bps,
             egress=spec.egress,
+            access=spec.access,
             devices=spec.devices,
             gpu_profile=spec.gpu_profile,
             volumes=spec.volumes,

@@ -12,7 +12,14 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hypeman.captures.types import SnapshotCompressionConfig
-from hypeman.egress.types import CredentialPolicy, EgressEnforcementMode
+from hypeman.egress.types import (
+    AccessDefault,
+    AccessRule,
+    CredentialPolicy,
+    EgressAccess,
+    EgressEnforcementMode,
+    PrivateNetworks,
+)
 from hypeman.fields import Count, DiskRate, Duration, Name, Platform, Port, Rate, Size, TagMap, Timestamp
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.network.types import PortMapping
@@ -167,6 +174,41 @@ class EgressRequest(Struct, frozen=True, kw_only=True):
 
     enabled: bool = False
     enforcement: EgressEnforcementRequest = EgressEnforcementRequest()
+    rules: Annotated[
+        tuple[AccessRule, ...],
+        Meta(max_length=1000, description="Extension: where the instance may go; the first that matches decides"),
+    ] = ()
+    default: Annotated[
+        AccessDefault,
+        Meta(
+            description="Extension: what happens to requests that no rule matches. deny also closes everything that "
+            "is neither HTTP nor TLS, apart from rules with networks"
+        ),
+    ] = AccessDefault.ALLOW
+    observe: Annotated[bool, Meta(description="Extension: record what the rules would refuse, and refuse nothing")] = (
+        False
+    )
+    private_networks: Annotated[
+        PrivateNetworks | None, Meta(description="Extension: default: as the server is configured")
+    ] = None
+
+
+class EgressUpdate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Absent fields stay as they are."""
+
+    rules: Annotated[
+        Annotated[tuple[AccessRule, ...], Meta(max_length=1000)] | None,
+        Meta(description="Instead of those before"),
+    ] = None
+    default: AccessDefault | None = None
+    observe: bool | None = None
+    private_networks: Annotated[
+        PrivateNetworks | UnsetType | None, Meta(description="null: as the server is configured")
+    ] = UNSET
+
+
+class NetworkUpdate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    egress: EgressUpdate
 
 
 class NetworkRequest(Struct, frozen=True, kw_only=True):
@@ -250,6 +292,9 @@ class UpdateInstanceRequest(Struct, frozen=True, kw_only=True):
             "Connections through ports that are no longer published are cut"
         ),
     ] = None
+    network: Annotated[
+        NetworkUpdate | None, Meta(description="Extension: egress rules; in force from the next request")
+    ] = None
     ttl: Annotated[Duration | None, Meta(description="From now; 0s clears")] = None
     expires_at: Timestamp | None = None
 
@@ -287,6 +332,9 @@ class InstanceNetwork(Struct, frozen=True, kw_only=True):
     mac: str | None = None
     bandwidth_download: Rate | UnsetType = UNSET
     bandwidth_upload: Rate | UnsetType = UNSET
+    egress: Annotated[
+        EgressAccess | UnsetType, Meta(description="Extension: where the instance may go; absent: anywhere")
+    ] = UNSET
 
 
 class InstanceGpu(Struct, frozen=True, kw_only=True):

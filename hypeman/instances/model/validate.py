@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
+from msgspec import UNSET
 
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.config import LimitsConfig, SnapshotsConfig
 from hypeman.egress.policy import guest_environment
+from hypeman.egress.rules import check_access
+from hypeman.egress.types import EgressAccess
 from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities
@@ -22,6 +25,8 @@ from hypeman.instances.model.policies import check_policies
 from hypeman.instances.model.record import InstanceSpec
 from hypeman.instances.model.types import (
     CreateInstanceRequest,
+    EgressRequest,
+    EgressUpdate,
     SnapshotPolicy,
     VolumeMount,
 )
@@ -105,6 +110,7 @@ def check_create(
         download_bps=_rate(request.network.bandwidth_download, "invalid_bandwidth_download"),
         upload_bps=_rate(request.network.bandwidth_upload, "invalid_bandwidth_upload"),
         egress=request.network.egress.enforcement.mode if request.network.egress.enabled else None,
+        access=_access(request.network.egress),
         devices=request.devices,
         gpu_profile=(request.gpu.profile or "") if request.gpu else "",
         volumes=volumes,
@@ -270,6 +276,34 @@ def _check_env(request: CreateInstanceRequest) -> None:
             raise InvalidRequest(f"credential {key!r} must be the name of an environment variable")
         if policy.source.env is not None and policy.source.env not in request.env:
             raise InvalidRequest(f"credential {key!r}: env has no {policy.source.env!r}")
+
+
+def _access(request: EgressRequest) -> EgressAccess | None:
+    access = EgressAccess(
+        rules=request.rules,
+        default=request.default,
+        observe=request.observe,
+        private_networks=request.private_networks,
+    )
+    if access == EgressAccess():
+        return None
+    if not request.enabled:
+        raise InvalidRequest("network.egress: rules, default, observe and private_networks need enabled")
+    return check_access(access)
+
+
+def changed_access(spec: InstanceSpec, update: EgressUpdate) -> EgressAccess | None:
+    """Where the instance may go after ``update``. Raises InvalidRequest."""
+    if spec.egress is None:
+        raise InvalidRequest("network.egress: the egress of this instance is not mediated; create it with enabled")
+    before = spec.access or EgressAccess()
+    access = EgressAccess(
+        rules=before.rules if update.rules is None else update.rules,
+        default=before.default if update.default is None else update.default,
+        observe=before.observe if update.observe is None else update.observe,
+        private_networks=before.private_networks if update.private_networks is UNSET else update.private_networks,
+    )
+    return check_access(access) if access != EgressAccess() else None
 
 
 def _check_network(request: CreateInstanceRequest) -> None:
