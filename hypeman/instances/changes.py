@@ -54,5 +54,5 @@ def note_snapshot(txn: Txn, row: SnapshotRow, action: str) -> None:
         name=row.name,
         instance_id=row.source.id,
         tags=row.tags,
-        data={"kind": row.kind.value, "size_bytes": row.size_bytes},
+        data={"kind": row.kind.value, "size_bytes": row.size_bytes, "scheduled": bool(row.schedule) or None},
     )

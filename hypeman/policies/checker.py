@@ -148,7 +148,7 @@ class Checker:
             return  # it has been stopped, started or changed meanwhile
         held = guest is not None and (guest.held or guest is not self._guest(record.id))
         if error is None or not held:
-            self._count(checked, error, trio.current_time() - begin)
+            await self._count(checked, error, trio.current_time() - begin)
         self._again(checked)
 
     async def _ask(self, checked: _Checked, guest: GuestClient | None) -> str | None:
@@ -168,7 +168,7 @@ class Checker:
             return "the check itself failed; see the server's log"
         return None
 
-    def _count(self, checked: _Checked, error: str | None, seconds: float) -> None:
+    async def _count(self, checked: _Checked, error: str | None, seconds: float) -> None:
         kind = checked.rules.type.value
         metrics.health_checks.labels(kind, "success" if error is None else "failure").inc()
         metrics.health_check_seconds.labels(kind).observe(seconds)
@@ -179,6 +179,8 @@ class Checker:
             said = f"health: {checked.status.status.value}" + (f" ({error})" if error is not None else "")
             self._context.journal(checked.record.id, said)
             self._context.again(checked.record.id)
+            data = {"from": before.status.value, "to": checked.status.status.value, "error": error}
+            await self._context.record(checked.record, "health_changed", data)
 
     def _again(self, checked: _Checked) -> None:
         self._timers.set(checked.record.id, trio.current_time() + checked.rules.interval)

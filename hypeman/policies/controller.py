@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from hypeman import events
+from hypeman.errors import HypemanError
+from hypeman.events.types import Datum
+from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.rows import INSTANCES
 from hypeman.instances.service import Instances
-from hypeman.store import Store
+from hypeman.store import Store, Txn
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,3 +37,16 @@ class Context:
     def journal(self, instance_id: str, text: str) -> None:
         """Append a line to the instance's own log."""
         self.instances.machine.journal(instance_id, f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ} {text}")
+
+    async def record(self, record: InstanceRecord, action: str, data: Mapping[str, Datum]) -> None:
+        """Log the event ``instance.<action>``, of a change that is not stored. A full disk must not end the policy."""
+        try:
+            await self.store.write(lambda txn: note(txn, record, action, data))
+        except HypemanError as error:
+            log.warning("instance.%s of instance %s is not recorded: %s", action, record.id, error)
+
+
+def note(txn: Txn, record: InstanceRecord, action: str, data: Mapping[str, Datum]) -> None:
+    """Log the event ``instance.<action>`` in the transaction of its change, unless the instance was deleted."""
+    if txn.exists(INSTANCES, record.id):
+        events.record(txn, events.Kind.INSTANCE, action, record.id, name=record.name, tags=record.spec.tags, data=data)

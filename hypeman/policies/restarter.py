@@ -9,12 +9,14 @@ from datetime import datetime
 import trio
 
 from hypeman.errors import HypemanError, InvalidState, NotFound
+from hypeman.events.types import Datum
 from hypeman.instances.model.policies import restart_rules
-from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.record import InstanceRecord, StopCause
 from hypeman.instances.model.types import HealthState, InstanceHealthStatus
 from hypeman.policies import rows
-from hypeman.policies.controller import Context
+from hypeman.policies.controller import Context, note
 from hypeman.policies.restart import UP, Action, Decision, Facts, Memory, decide, restart_status
+from hypeman.store import Txn
 from hypeman.telemetry import metrics
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,13 @@ class Restarter:
     async def _carry_out(self, record: InstanceRecord, decision: Decision) -> None:
         try:
             self._memories[record.id] = decision.memory
-            await self._context.store.write(lambda txn: rows.put(txn, rows.RESTARTS, record.id, decision.memory))
+
+            def write(txn: Txn) -> None:
+                rows.put(txn, rows.RESTARTS, record.id, decision.memory)
+                if decision.action is not Action.NONE:
+                    note(txn, record, "restarting", _data(record, decision))
+
+            await self._context.store.write(write)
             self._context.refresh(record.id)
             if decision.action is not Action.NONE:
                 async with self._limiter:
@@ -106,5 +114,15 @@ class Restarter:
             status = "error"
             log.warning("restart policy: %s of instance %s failed: %s", action.value, record.id, error)
             self._context.journal(record.id, f"restart policy: {action.value} failed: {error}")
+            await self._context.record(record, "restart_failed", {"error": error.message})
         if action is Action.START or status != "success":
             metrics.restarts.labels(status).inc()
+
+
+def _data(record: InstanceRecord, decision: Decision) -> dict[str, Datum]:
+    """Of the event that the policy begins a restart. Stopping an unhealthy instance is one, and its start another."""
+    if decision.memory.health_failed:
+        reason = "health_check_failed"
+    else:
+        reason = "reboot" if record.stop_cause is StopCause.HOST else "ended"
+    return {"action": decision.action.value, "reason": reason, "attempts": decision.memory.attempts}

@@ -25,7 +25,7 @@ from hypeman.instances.model.snapshot_types import (
 from hypeman.instances.rows import SNAPSHOTS
 from hypeman.instances.snapshots import Snapshots
 from hypeman.policies import rows
-from hypeman.policies.controller import Context
+from hypeman.policies.controller import Context, note
 from hypeman.policies.schedule import (
     Due,
     Made,
@@ -74,14 +74,23 @@ class Scheduler:
 
     async def set(self, record: InstanceRecord, request: SetSnapshotScheduleRequest) -> SnapshotSchedule:
         """Raises InvalidRequest."""
-        await self._save(record.id, lambda before: set_schedule(before, request, new_id=new_id(), now=self._now()))
+        await self._save(
+            record,
+            lambda before: set_schedule(before, request, new_id=new_id(), now=self._now()),
+            action="schedule_set",
+        )
         self._context.again(record.id)
         return self.get(record)
 
     async def delete(self, record: InstanceRecord) -> None:
         """The snapshots that it made stay. Raises NotFound."""
         self.get(record)
-        await self._context.store.write(lambda txn: txn.delete(rows.SCHEDULES, record.id))
+
+        def remove(txn: Txn) -> None:
+            txn.delete(rows.SCHEDULES, record.id)
+            note(txn, record, "schedule_deleted", {})
+
+        await self._context.store.write(remove)
         self.forget(record.id)
 
     # The loop
@@ -101,7 +110,7 @@ class Scheduler:
         try:
             schedule = due.schedule
             kept = await self._save(
-                record.id,
+                record,
                 lambda now: (
                     msgspec.structs.replace(now, next_run_at=schedule.next_run_at, last_run_at=schedule.last_run_at)
                     if now is not None and now.id == schedule.id
@@ -136,7 +145,8 @@ class Scheduler:
             last = made.id if made is not None else now.last_snapshot_id
             return msgspec.structs.replace(now, last_snapshot_id=last, last_error=error)
 
-        kept = await self._save(record.id, result)
+        action = "" if error is None else "scheduled_snapshot_failed"
+        kept = await self._save(record, result, action=action, error=error)
         if made is not None and kept is not None:
             await self._prune(record, kept)
 
@@ -170,12 +180,20 @@ class Scheduler:
             except HypemanError as error:  # it is being read by a fork; the next run tries again
                 log.warning("scheduled snapshot %s is kept for now: %s", snapshot, error)
 
-    async def _save(self, instance_id: str, change: _Change) -> Schedule | None:
-        """Replace the schedule by ``change`` of it, unless that is None; returns it."""
-        schedule = change(self._schedules.get(instance_id))
+    async def _save(
+        self, record: InstanceRecord, change: _Change, *, action: str = "", error: str | None = None
+    ) -> Schedule | None:
+        """Replace the schedule by ``change`` of it, unless that is None; returns it. ``action``: its event, if any."""
+        schedule = change(self._schedules.get(record.id))
         if schedule is not None:
-            self._schedules[instance_id] = schedule
-            await self._context.store.write(lambda txn: rows.put(txn, rows.SCHEDULES, instance_id, schedule))
+            kept = self._schedules[record.id] = schedule
+
+            def write(txn: Txn) -> None:
+                rows.put(txn, rows.SCHEDULES, record.id, kept)
+                if action:
+                    note(txn, record, action, {"interval": kept.interval, "error": error})
+
+            await self._context.store.write(write)
         return schedule
 
     def _now(self) -> datetime:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import msgspec
 import trio
 
-from hypeman import events
 from hypeman.errors import HypemanError, InvalidState, NotFound
+from hypeman.events.types import Datum
 from hypeman.instances.model.policies import standby_rules
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import InstanceState, LastWake, WakeOn
@@ -21,7 +21,7 @@ from hypeman.network.asleep import Arrival
 from hypeman.network.service import Network
 from hypeman.policies import rows
 from hypeman.policies.activity import Activity
-from hypeman.policies.controller import Context
+from hypeman.policies.controller import Context, note
 from hypeman.store import Txn
 from hypeman.telemetry import metrics
 
@@ -173,15 +173,9 @@ class Waker:
 
         def write(txn: Txn) -> None:
             rows.put(txn, rows.WAKES, record.id, last)
-            events.record(
-                txn,
-                events.Kind.INSTANCE,
-                "woken" if wake.error is None else "wake_failed",
-                record.id,
-                name=record.name,
-                tags=record.spec.tags,
-                data={"by": wake.by, "milliseconds": last.milliseconds, "error": last.error or None},
-            )
+            action = "woken" if wake.error is None else "wake_failed"
+            data: dict[str, Datum] = {"by": wake.by, "milliseconds": last.milliseconds, "error": last.error or None}
+            note(txn, record, action, data)
 
         try:
             await self._context.store.write(write)

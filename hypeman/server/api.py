@@ -22,7 +22,7 @@ import re
 import types
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 from msgspec import Struct
 
@@ -108,6 +108,31 @@ class Operation(Struct, frozen=True, kw_only=True):
     """What the handler may return instead of an EventStream, as JSON."""
     form: type[Struct] | None = None
     """Fields of a form (multipart/form-data) that the handler reads from its UploadStream."""
+
+
+class Message(Struct, frozen=True):
+    """One kind of message of a WebSocket."""
+
+    kind: Literal["text", "binary"]
+    description: str
+    form: Any = None
+    """Type of the JSON in it, if it is JSON."""
+    example: Any = None
+
+
+class WebSocketRoute(Struct, frozen=True, kw_only=True):
+    """One path that is a WebSocket."""
+
+    path: str
+    name: str
+    tag: str
+    scope: Scope
+    handler: Callable[..., Awaitable[None]]
+    summary: str
+    description: str
+    receives: tuple[Message, ...]
+    """What the server receives; the first message must be the first of them."""
+    sends: tuple[Message, ...]
 
 
 class Options(TypedDict, total=False):

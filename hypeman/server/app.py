@@ -26,7 +26,7 @@ from werkzeug.routing import WebsocketMismatch
 
 from hypeman.actor import set_actor
 from hypeman.server import errors, exchange
-from hypeman.server.api import Context, EventStream, Operation, UploadStream
+from hypeman.server.api import Context, EventStream, Operation, UploadStream, WebSocketRoute
 from hypeman.server.connection import Connection
 from hypeman.server.decode import decode_body, decode_query, decode_segment
 from hypeman.server.errors import BodyTooLarge, BodyTooSlow, TooManyBodies, status_failure
@@ -39,6 +39,7 @@ from hypeman.server.exchange import (
     failure_from,
     log_request,
     measured,
+    named_in,
     reply_to,
 )
 from hypeman.server.idempotency import HEADER, Calls
@@ -77,8 +78,8 @@ def build_app(
     """
     app = ApiApp(services, settings, calls, sessions)
     app.add_operations(OPERATIONS)
-    for path, scope, handler in WEBSOCKETS:
-        app.add_websocket_route(path, scope, handler)
+    for socket in WEBSOCKETS:
+        app.add_websocket_route(socket)
     app.add_registry()
     if sessions is not None:
         app.add_ui(sessions, ui)
@@ -131,17 +132,17 @@ class ApiApp(QuartTrio):
                 provide_automatic_options=False,
             )
 
-    def add_websocket_route(self, path: str, scope: Scope, handler: Callable[..., Awaitable[None]]) -> None:
+    def add_websocket_route(self, route: WebSocketRoute) -> None:
         async def session(**segments: str) -> Response | None:
             failure = None
             try:
-                self._admit(websocket, scope, cookie=True)
-                await handler(self.services, websocket, *(decode_segment(value) for value in segments.values()))
+                self._admit(websocket, route.scope, cookie=True)
+                await route.handler(self.services, websocket, *(decode_segment(value) for value in segments.values()))
             except Exception as error:
                 failure = failure_from(error)
             return None if failure is None else _response(failed(failure))
 
-        self.add_websocket(_rule(path), f"WS {path}", session)
+        self.add_websocket(_rule(route.path), f"WS {route.path}", session)
 
     def add_registry(self) -> None:
         def admit(asked: Any, scope: Scope, authorization: str | None) -> Caller:
@@ -292,6 +293,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
                 found["body"] = decode_body(data, decoder)
         if operation.takes_context:
             found["context"] = Context(caller, request.headers.get)
+        request.scope["hypeman.names"] = named_in(found)
         return found, data
 
     async def keyed(caller: Caller, key: str, segments: dict[str, str], calls: Calls) -> Reply:
@@ -396,8 +398,11 @@ async def _answer_http_exception(error: HTTPException) -> Response:
         allowed = ", ".join(methods_of(request.path, OPERATIONS) or sorted(getattr(error, "valid_methods", None) or ()))
         headers["Allow"] = allowed
         message = f"{request.path} takes {allowed}"
+    elif isinstance(error, WebsocketMismatch) and has_request_context():
+        status, message = 426, f"{request.path} is a WebSocket"
+        headers["Upgrade"] = "websocket"
     elif isinstance(error, WebsocketMismatch):
-        message = "this path speaks WebSocket, or does not"
+        message = "this path is no WebSocket"
     else:
         message = error.description or ""
     return _response(failed(status_failure(status, message, headers)))
@@ -414,7 +419,17 @@ def _request_id(asked: Any) -> str:
 def _tell(asked: Any, method: str, status: int, seconds: float) -> None:
     actor, segments = asked.scope.get("hypeman.actor"), asked.view_args or {}
     subject = actor.subject if actor is not None else None
-    log_request(method, _template(asked), status, seconds, _request_id(asked), segments, subject, _connection(asked))
+    log_request(
+        method,
+        _template(asked),
+        status,
+        seconds,
+        _request_id(asked),
+        segments,
+        subject,
+        _connection(asked),
+        asked.scope.get("hypeman.names", ""),
+    )
 
 
 def _template(connection: Any) -> str:

@@ -34,6 +34,9 @@ JSON = "application/json"
 DISCONNECTED = 499
 """Status in log and metrics of a request whose client disconnected before the response."""
 _MAX_REQUEST_ID = 64
+_NAMING = ("name", "pci_address", "target")
+_MAX_NAME = 256
+"""Characters of a name in the log."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,15 @@ def request_id(given: str) -> str:
     return os.urandom(8).hex()
 
 
+def named_in(arguments: Mapping[str, Any]) -> str:
+    """For the log: the object that a request names in its body or query, such as the instance to be made."""
+    for part in ("body", "query"):
+        for field in _NAMING:
+            if isinstance(name := getattr(arguments.get(part), field, None), str) and name:
+                return name[:_MAX_NAME]
+    return ""
+
+
 def actor_of(caller: Caller, connection: Connection | None, request_id: str) -> Actor:
     """Who causes what the request changes."""
     address, uid = connection.peer if connection is not None else (UNSET, UNSET)
@@ -122,10 +134,11 @@ def log_request(
     segments: Mapping[str, str],
     subject: str | None,
     connection: Connection | None,
+    names: str = "",
 ) -> None:
     """The log line and the metrics of one request; ``route`` is the operation's path template, never the requested
-    path, to bound the number of series. ``segments`` are the path parameters as the client wrote them; ``subject``
-    is None without authentication, ``connection`` in tests without sockets."""
+    path, to bound the number of series. ``segments`` are the path parameters as the client wrote them, ``names`` is
+    from ``named_in``; ``subject`` is None without authentication, ``connection`` in tests without sockets."""
     metrics.count_request(method, route, status, seconds)
     if not method.isalpha():
         method = blank_text(method)  # a client's invention
@@ -141,4 +154,6 @@ def log_request(
             ours["uid"] = uid
     for name, value in segments.items():
         theirs[f"path_{name}"] = value
+    if names:
+        theirs["names"] = names
     log_fields(_log, "request", ours, theirs)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import msgspec
 
 from hypeman import API_VERSION
-from hypeman.server.api import EventStream, Operation, Page, UploadStream
+from hypeman.server import examples
+from hypeman.server.api import EventStream, Message, Operation, Page, UploadStream, WebSocketRoute
 from hypeman.server.errors import ErrorBody
 
 _INFO = {
@@ -35,13 +36,19 @@ _IDEMPOTENCY_KEY = {
 _NOT_SCHEMAS = (None, EventStream, Page, UploadStream)
 
 
-def render_document(operations: Iterable[Operation]) -> dict[str, Any]:
-    """The whole document; equal operations give byte-identical documents."""
-    operations = tuple(operations)
-    schemas = _Schemas(operations)
+def render_document(operations: Iterable[Operation], sockets: Iterable[WebSocketRoute] = ()) -> dict[str, Any]:
+    """The whole document; equal operations give byte-identical documents.
+
+    OpenAPI has no WebSockets: ``sockets`` are GET operations whose success is 101, with the messages in the extension
+    ``x-websocket``.
+    """
+    operations, sockets = tuple(operations), tuple(sockets)
+    schemas = _Schemas(operations, sockets)
     paths: dict[str, Any] = {}
     for operation in operations:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation, schemas)
+    for socket in sockets:
+        paths.setdefault(socket.path, {})["get"] = _websocket(socket, schemas)
     return {
         "openapi": "3.1.0",
         "info": _INFO,
@@ -55,13 +62,14 @@ def render_document(operations: Iterable[Operation]) -> dict[str, Any]:
 class _Schemas:
     """The schemas of all types that the operations use."""
 
-    def __init__(self, operations: tuple[Operation, ...]) -> None:
+    def __init__(self, operations: tuple[Operation, ...], sockets: tuple[WebSocketRoute, ...]) -> None:
+        messages = [message.form for socket in sockets for message in (*socket.receives, *socket.sends)]
         mentioned = [
             kind
             for operation in operations
             for kind in (operation.body, operation.answer, operation.or_list, operation.query, operation.form)
         ]
-        wanted = [kind for kind in dict.fromkeys([ErrorBody, *mentioned]) if kind not in _NOT_SCHEMAS]
+        wanted = [kind for kind in dict.fromkeys([ErrorBody, *mentioned, *messages]) if kind not in _NOT_SCHEMAS]
         found, components = msgspec.json.schema_components(wanted, ref_template="#/components/schemas/{name}")
         self._found: dict[Any, dict[str, Any]] = dict(zip(wanted, found, strict=True))
         self._components = components
@@ -126,11 +134,74 @@ def _operation(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     return described
 
 
+def _websocket(socket: WebSocketRoute, schemas: _Schemas) -> dict[str, Any]:
+    error = _error(schemas)
+    fails = [400, 401, 403, 404, 409, 426, 500, 504]
+    return {
+        "operationId": socket.name,
+        "tags": [socket.tag],
+        "summary": socket.summary,
+        "description": socket.description,
+        "parameters": [_path_parameter(socket.path, "id")],
+        "responses": {"101": {"description": HTTPStatus(101).phrase}}
+        | {str(status): {"description": HTTPStatus(status).phrase, "content": error} for status in fails},
+        "security": [{"bearerAuth": [str(socket.scope)]}],
+        "x-websocket": {
+            "receives": [_message(message, schemas) for message in socket.receives],
+            "sends": [_message(message, schemas) for message in socket.sends],
+        },
+    }
+
+
+def _message(message: Message, schemas: _Schemas) -> dict[str, Any]:
+    described: dict[str, Any] = {"kind": message.kind, "description": message.description}
+    if message.form is not None:
+        described |= {"schema": schemas.of(message.form), "example": _without_defaults(message.example)}
+    return described
+
+
 def _path_parameters(operation: Operation) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in operation.path_parameters
-    ]
+    return [_path_parameter(operation.path, name) for name in operation.path_parameters]
+
+
+def _path_parameter(path: str, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "minLength": 1},
+        "example": examples.path_value(path, name),
+    }
+
+
+def _without_defaults(value: Any) -> Any:
+    """``value`` as a client would write it: without the fields that have their default."""
+    if isinstance(value, msgspec.Struct):
+        config = value.__struct_config__
+        found = {config.tag_field: config.tag} if config.tag_field else {}
+        for field in msgspec.structs.fields(value):
+            own = getattr(value, field.name)
+            default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+            if own != default:
+                found[field.encode_name] = _without_defaults(own)
+        return found
+    if isinstance(value, tuple):
+        return [_without_defaults(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _without_defaults(each) for key, each in value.items()}
+    return msgspec.to_builtins(value)
+
+
+def _example_of(kind: Any) -> Any:
+    """An example of a response of type ``kind``."""
+    if get_origin(kind) is list:
+        [item] = get_args(kind)
+        return [] if item is Any else [_example_of(item)]
+    return msgspec.to_builtins(examples.ANSWERS[kind])
+
+
+def _error(schemas: _Schemas) -> dict[str, Any]:
+    return {"application/json": {"schema": schemas.of(ErrorBody)}}
 
 
 def _query_parameters(operation: Operation, schemas: _Schemas) -> list[dict[str, Any]]:
@@ -142,6 +213,8 @@ def _query_parameters(operation: Operation, schemas: _Schemas) -> list[dict[str,
         parameter: dict[str, Any] = {"name": name, "in": "query", "required": name in required, "schema": schema}
         if schema.get("type") == "object":
             parameter |= {"style": "deepObject", "explode": True}
+        if (example := examples.QUERIES.get(operation.name, {}).get(name)) is not None:
+            parameter["example"] = example
         parameters.append(parameter)
     return parameters
 
@@ -159,21 +232,27 @@ def _takes_key(operation: Operation) -> bool:
 
 def _request_body(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     if operation.form is not None:
-        return {"required": True, "content": {"multipart/form-data": {"schema": schemas.of(operation.form)}}}
+        example = _without_defaults(examples.BODIES[operation.form])
+        form = {"schema": schemas.of(operation.form), "example": example}
+        return {"required": True, "content": {"multipart/form-data": form}}
     if operation.body is UploadStream:
         return {"required": True, "content": {"application/octet-stream": {}}}
-    content = {"application/json": {"schema": schemas.of(operation.body)}}
+    example = _without_defaults(examples.BODIES[operation.body])
+    content = {"application/json": {"schema": schemas.of(operation.body), "example": example}}
     return {"required": operation.body_required, "content": content}
 
 
 def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
     success: dict[str, Any] = {"description": HTTPStatus(operation.status).phrase}
     if operation.answer in (EventStream, Page):
-        success["content"] = {operation.media_type: {}}
+        success["content"] = {operation.media_type: _text_example(operation)}
         if operation.or_list is not None:
-            success["content"]["application/json"] = {"schema": schemas.of(operation.or_list)}
+            as_list = {"schema": schemas.of(operation.or_list), "example": _example_of(operation.or_list)}
+            success["content"]["application/json"] = as_list
     elif operation.answer is not None:
         success["content"] = {operation.media_type: {"schema": schemas.of(operation.answer)}}
+        if operation.answer is not Any:
+            success["content"][operation.media_type]["example"] = _example_of(operation.answer)
     failures = set(operation.fails)
     if operation.path_parameters or operation.query is not None:
         failures.add(400)
@@ -185,7 +264,12 @@ def _responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
         failures |= {400, 408, 413, 503}
     if not operation.unlimited and operation.scopes:
         failures.add(504)
-    error = {"application/json": {"schema": schemas.of(ErrorBody)}}
+    error = _error(schemas)
     return {str(operation.status): success} | {
         str(status): {"description": HTTPStatus(status).phrase, "content": error} for status in sorted(failures)
     }
+
+
+def _text_example(operation: Operation) -> dict[str, Any]:
+    """Of a response that is no JSON of a type; the document itself is its own example."""
+    return {"example": examples.TEXTS[operation.name]} if operation.name in examples.TEXTS else {}

@@ -50,6 +50,7 @@ from hypeman.server.exchange import (
     failure_from,
     log_request,
     measured,
+    named_in,
     reply_to,
     request_id,
 )
@@ -216,6 +217,8 @@ class PlainConnection(TCPServer):
         self._request_id = ""
         self._subject: str | None = None
         """Of the caller, once authenticated."""
+        self._names = ""
+        """The object that the request names in its body or query."""
 
     async def protocol_send(self, event: Event) -> None:
         """Hypercorn's, but for a send that begins while the other task closes the connection, since the client did."""
@@ -313,7 +316,7 @@ class PlainConnection(TCPServer):
 
     async def _exchange(self, found: Found, headers: Headers, body: bytes) -> Reply:
         started = time.perf_counter()
-        self._request_id, self._subject = request_id(headers.request_id), None
+        self._request_id, self._subject, self._names = request_id(headers.request_id), None, ""
         status = DISCONNECTED
         try:
             reply = await self._reply(found, headers, body)
@@ -334,6 +337,7 @@ class PlainConnection(TCPServer):
                 found.segments,
                 self._subject,
                 self._connection,
+                self._names,
             )
 
     async def _reply(self, found: Found, headers: Headers, body: bytes) -> Reply:
@@ -352,6 +356,7 @@ class PlainConnection(TCPServer):
                     arguments["query"] = decode_query(found.query, operation.query)
                 if found.decoder is not None and (body or operation.body_required):
                     arguments["body"] = decode_body(body, found.decoder)
+                self._names = named_in(arguments)
                 handler: Any = operation.handler(routes.services, **arguments)
                 answer = await _begin(handler, lambda: self._watch(found.limit))
             return reply_to(operation, answer)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -25,6 +25,8 @@ from hypeman.errors import HypemanError
 from hypeman.guest.client import ExecSession, Output
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, FileKind
+from hypeman.server import examples
+from hypeman.server.api import Message, WebSocketRoute
 from hypeman.server.errors import UNEXPECTED, shown_message, told_error
 from hypeman.server.services import Services
 from hypeman.telemetry import metrics
@@ -88,6 +90,16 @@ class CopyEnd(Struct, frozen=True, tag="end", tag_field="type"):
     final: bool = False
 
 
+class ExecEnd(Struct, frozen=True, rename="camel"):
+    exit_code: int
+
+
+class ExecError(Struct, frozen=True):
+    """A first message that is no request."""
+
+    error: str
+
+
 wsmask.install()
 _json = msgspec.json.Encoder()
 _log = logging.getLogger(__name__)
@@ -103,7 +115,7 @@ async def exec_session(services: Services, socket: Socket, ref: str) -> None:
 
 async def _exec(services: Services, socket: Socket, ref: str) -> None:
     reference = await _running(services, ref)
-    request = await _first_message(socket, ExecRequest, lambda message: msgspec.json.encode({"error": message}))
+    request = await _first_message(socket, ExecRequest, lambda message: _json.encode(ExecError(message)))
     if request is None:
         return
     started = time.perf_counter()
@@ -117,7 +129,7 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
     finally:
         metrics.exec_sessions.labels(status, str(exit_code)).inc()
         metrics.exec_seconds.observe(time.perf_counter() - started)
-    await socket.send(msgspec.json.encode({"exitCode": exit_code}).decode())
+    await _send_json(socket, ExecEnd(exit_code))
     await socket.close(1000)
 
 
@@ -288,7 +300,52 @@ async def _send_json(socket: Socket, message: Any) -> None:
     await socket.send(_json.encode(message).decode())
 
 
-WEBSOCKETS: tuple[tuple[str, Scope, Callable[..., Awaitable[None]]], ...] = (
-    ("/instances/{id}/exec", Scope.INSTANCE_WRITE, exec_session),
-    ("/instances/{id}/cp", Scope.INSTANCE_WRITE, copy_session),
-)
+WEBSOCKETS = (
+    WebSocketRoute(
+        path="/instances/{id}/exec",
+        name="exec_in_instance",
+        tag="instances",
+        scope=Scope.INSTANCE_WRITE,
+        handler=exec_session,
+        summary="Run a program in a running instance.",
+        description="A WebSocket: the first message is the request, then the program's input and output follow. After "
+        "the exit code the server closes the connection. A client that disconnects ends the program.",
+        receives=(
+            Message("text", "The request", ExecRequest, examples.EXEC),
+            Message("binary", "Input of the program; an empty message ends it (extension)"),
+            Message("text", "Input of the program as well, unless it is a change of the terminal's size"),
+            Message("text", "With tty: the new size of the terminal", TtyMessage, TtyMessage(Resize(24, 80))),
+        ),
+        sends=(
+            Message("binary", "Output of the program, stdout and stderr in one; or `Error: …` if it cannot be started"),
+            Message("text", "The end: 128 + signal of a killed program, 124 after the timeout", ExecEnd, ExecEnd(0)),
+            Message("text", "The first message is malformed", ExecError, ExecError("bad request: …")),
+        ),
+    ),
+    WebSocketRoute(
+        path="/instances/{id}/cp",
+        name="copy_in_instance",
+        tag="instances",
+        scope=Scope.INSTANCE_WRITE,
+        handler=copy_session,
+        summary="Copy into or out of a running instance.",
+        description="A WebSocket: the first message is the request. `to` copies one file, directory or link into the "
+        "guest: the client sends its bytes and then an end, the server answers with a result. `from` copies a tree out "
+        "of it: for each entry a header, its bytes and an end.",
+        receives=(
+            Message("text", "The request", CpRequest, examples.COPY),
+            Message("binary", "Bytes of the file"),
+            Message("text", "End of the bytes", CopyEnd, CopyEnd()),
+        ),
+        sends=(
+            Message("text", "Result of a copy into the guest", CopyResult, CopyResult(True, bytes_written=6)),
+            Message("text", "Header of an entry that is copied out", CopyHeader, CopyHeader(
+                path="etc/motd", mode=0o644, is_dir=False, is_symlink=False, link_target="", size=6, mtime=1767323045,
+                uid=0, gid=0,
+            )),
+            Message("binary", "Bytes of an entry, at most 32 KiB each"),
+            Message("text", "End of an entry; final after the last one", CopyEnd, CopyEnd(final=True)),
+            Message("text", "A failure", StreamError, StreamError("no such file or directory", "/etc/motd")),
+        ),
+    ),
+)  # fmt: skip

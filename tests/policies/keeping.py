@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from hypeman.config import Config
+from hypeman.events.log import read_after
 from hypeman.guest.types import Exited
 from hypeman.host.conntrack import Connection
 from hypeman.hypervisor.interface import ExitReason
@@ -108,6 +109,12 @@ class Kept:
 
     def record(self, name: str = "one") -> InstanceRecord:
         return self.instances.board.find(name)
+
+    def events(self, *actions: str) -> list[tuple[str, dict[str, Any]]]:
+        """Logged events of instances with one of these actions: the action and its data."""
+        logged = self.lab.store.read(lambda txn: read_after(txn, 0, 10_000))
+        found = [(event.type.removeprefix("instance."), event.data or {}) for event in logged]
+        return [(action, data) for action, data in found if action in actions]
 
     async def quiet(self) -> None:
         """Wait until nothing can happen before the clock moves: all tasks wait, and no thread works."""

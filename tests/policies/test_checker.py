@@ -79,6 +79,10 @@ async def test_it_is_asked_every_interval(lab: ClockedLab, clock: Clock) -> None
         assert b'"unhealthy"' in await kept.instances.list(None, {})
         assert kept.policies.checker.counts()[("unhealthy",)] == 1
         assert kept.record().state is RUNNING, "without a restart policy nothing happens"
+        assert kept.events("health_changed", "restarting") == [
+            ("health_changed", {"from": "starting", "to": "healthy"}),
+            ("health_changed", {"from": "healthy", "to": "unhealthy", "error": "refused"}),
+        ]
 
 
 async def test_no_answer_is_a_failure(lab: ClockedLab, clock: Clock) -> None:

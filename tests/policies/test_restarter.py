@@ -48,6 +48,7 @@ async def test_it_is_started_again_after_its_end(lab: ClockedLab, clock: Clock) 
         assert ended is not None and (waiting.next_attempt_at - ended).total_seconds() == 5
         await kept.until_state(RUNNING, boots=2)
         assert (await status(kept)).attempts == 1
+        assert kept.events("restarting") == [("restarting", {"action": "start", "reason": "ended", "attempts": 1})]
         await kept.until(lambda: lab.now().timestamp() > ended.timestamp() + 700)
         assert (await status(kept)).attempts == 0, "it is stable"
         assert b'"restart_status"' in await kept.instances.list(None, {})
@@ -116,6 +117,10 @@ async def test_a_start_that_fails_is_tried_again(lab: ClockedLab, clock: Clock) 
         await kept.end(1)
         await kept.until_state(RUNNING, boots=2)
         assert (await status(kept)).attempts == 2
+        assert [action for action, _ in kept.events("restarting", "restart_failed")] == [
+            "restarting", "restart_failed", "restarting",
+        ]  # fmt: skip
+        assert kept.events("restart_failed") == [("restart_failed", {"error": "not now"})]
 
 
 async def test_the_backoff_survives_the_server(lab: ClockedLab, clock: Clock) -> None:

@@ -173,6 +173,12 @@ async def test_a_failure_is_told_and_deletes_nothing(lab: ClockedLab, clock: Clo
         shown = await kept.policies.get_schedule("one")
         assert shown.last_error is None
         assert [one.id for one in await snapshots(kept)] == [shown.last_snapshot_id]
+        await kept.policies.delete_schedule("one")
+        assert kept.events("schedule_set", "scheduled_snapshot_failed", "schedule_deleted") == [
+            ("schedule_set", {"interval": "1m"}),
+            ("scheduled_snapshot_failed", {"interval": "1m", "error": "no room"}),
+            ("schedule_deleted", {}),
+        ]
 
 
 async def test_runs_missed_by_the_server_are_made_up_by_one(lab: ClockedLab, clock: Any) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+import logging
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import unquote, urlencode
 
 import msgspec
 import pytest
@@ -30,11 +31,12 @@ from hypeman.registry.push_types import CreatePushRequest
 from hypeman.server.api import Operation, Page, UploadStream
 from hypeman.server.openapi import render_document
 from hypeman.server.routes import OPERATIONS
+from hypeman.server.streams import WEBSOCKETS
 from hypeman.telemetry import metrics
 from hypeman.volumes.types import CreateVolumeRequest
 from tests.fakes.services import FakeWorld
 
-DOCUMENT: dict[str, Any] = render_document(OPERATIONS)
+DOCUMENT: dict[str, Any] = render_document(OPERATIONS, WEBSOCKETS)
 STATES = {"start_instance": InstanceState.STOPPED, "restore_instance": InstanceState.STANDBY}
 """In which state the instance must be; Running for all others."""
 
@@ -109,7 +111,10 @@ async def fill(world: FakeWorld, operation: Operation) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: f"{one.method} {one.path}")
-async def test_it_answers_as_documented(ask: Any, world: FakeWorld, operation: Operation) -> None:
+async def test_it_answers_as_documented(
+    ask: Any, world: FakeWorld, operation: Operation, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hypeman.http")
     values = await fill(world, operation)
     path = operation.path.format_map(values)
     if operation.query is not None:
@@ -143,8 +148,49 @@ async def test_it_answers_as_documented(ask: Any, world: FakeWorld, operation: O
             Draft202012Validator({**form["schema"], "components": DOCUMENT["components"]}).validate(json.loads(data))
             if operation.answer is not None:
                 msgspec.json.decode(data, type=operation.or_list or operation.answer)
+    line = await logged(caplog)
+    told = {key: getattr(line, key, None) for key in ("method", "route", "status", "subject")}
+    subject = "tester" if operation.scopes else None
+    assert told == {"method": operation.method, "route": operation.path, "status": wanted, "subject": subject}
+    assert getattr(line, "address", "127.0.0.1") == "127.0.0.1", "of a test without sockets there is none"
+    objects = {name: unquote(getattr(line, f"path_{name}")) for name in operation.path_parameters}
+    assert objects == {name: values[name] for name in operation.path_parameters}
+    body = options.get("json", {})
+    wanted_name = body.get("name") or body.get("pci_address") or body.get("target")
+    assert wanted_name is None or getattr(line, "names", None) == wanted_name
     after = observations(operation)
     assert {name: after[name] - before[name] for name in after} == dict.fromkeys(after, 1), "a metric is missing"
+
+
+async def logged(caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
+    """The one line of the request; it may be written after the response."""
+    with trio.fail_after(10):
+        while not (lines := [record for record in caplog.records if record.message == "request"]):
+            await trio.sleep(0.01)
+    [line] = lines
+    return line
+
+
+@pytest.mark.parametrize("path", [route.path for route in WEBSOCKETS] + ["/v2/team/app/manifests/v1"])
+@pytest.mark.parametrize("token", [True, False])
+async def test_what_is_no_operation_is_logged_too(
+    served: Any, headers: dict[str, str], caplog: pytest.LogCaptureFixture, path: str, token: bool
+) -> None:
+    """WebSockets and the registry: who called, from where, about what, and what came of it."""
+    caplog.set_level(logging.INFO, "hypeman.http")
+    given = f"Authorization: {headers['Authorization']}\r\n" if token else ""
+    if not path.startswith("/v2"):
+        given += "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        given += "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    async with await trio.open_tcp_stream("127.0.0.1", served.port) as stream:
+        await stream.send_all(f"GET {path.format(id='nobody')} HTTP/1.1\r\nHost: x\r\n{given}\r\n".encode())
+        with trio.fail_after(10):
+            status = int((await stream.receive_some()).split()[1])
+    line = await logged(caplog)
+    assert status == (401 if not token else 502 if path.startswith("/v2") else 404)
+    told = {key: getattr(line, key, None) for key in ("status", "subject", "address")}
+    assert told == {"status": status, "subject": "tester" if token else None, "address": "127.0.0.1"}
+    assert "nobody" in vars(line).get("path_id", "") or vars(line).get("path_rest") == "team/app/manifests/v1"
 
 
 def observations(operation: Operation) -> dict[str, float]:

@@ -15,9 +15,10 @@ from hypeman.instances.model.types import InstanceState
 from hypeman.server.app import ApiApp
 from hypeman.server.openapi import render_document
 from hypeman.server.routes import OPERATIONS
+from hypeman.server.streams import WEBSOCKETS
 from tests.fakes.services import FakeWorld
 
-DOCUMENT: dict[str, Any] = render_document(OPERATIONS)
+DOCUMENT: dict[str, Any] = render_document(OPERATIONS, WEBSOCKETS)
 GOLDEN = Path(__file__).parent / "golden" / "openapi.json"
 
 
@@ -27,7 +28,7 @@ def test_golden_copy() -> None:
 
 
 def render() -> str:
-    return json.dumps(render_document(OPERATIONS), indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(render_document(OPERATIONS, WEBSOCKETS), indent=1, ensure_ascii=False) + "\n"
 
 
 def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
@@ -39,6 +40,52 @@ def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
     assert references <= set(schemas)
     names = [operation["operationId"] for path in document["paths"].values() for operation in path.values()]
     assert len(names) == len(set(names))
+
+
+def examples_of(operation: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Schema and JSON of each example of an operation's body, successes, and WebSocket messages."""
+    success = [answer for status, answer in operation["responses"].items() if status < "300"]
+    described = [
+        form
+        for part in (operation.get("requestBody", {}), *success)
+        for media_type, form in part.get("content", {}).items()
+        if media_type in ("application/json", "multipart/form-data") and form.get("schema")
+    ]
+    socket = operation.get("x-websocket", {"receives": [], "sends": []})
+    described += [message for message in (*socket["receives"], *socket["sends"]) if "schema" in message]
+    described += [
+        {"schema": one["schema"], "example": one["example"]} for one in operation["parameters"] if "example" in one
+    ]
+    return [(form["schema"], json.dumps(form["example"])) for form in described]
+
+
+@pytest.mark.parametrize("path", DOCUMENT["paths"])
+def test_every_example_fits_its_schema(path: str) -> None:
+    """A missing example is a KeyError here."""
+    for operation in DOCUMENT["paths"][path].values():
+        for schema, example in examples_of(operation):
+            if schema:  # of lists that are always empty, nothing is known
+                Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(json.loads(example))
+        for parameter in operation["parameters"]:
+            assert not parameter["required"] or "example" in parameter, parameter["name"]
+
+
+def test_websockets_are_described_with_the_types_that_the_server_decodes() -> None:
+    described = {
+        path: methods["get"]["x-websocket"]
+        for path, methods in DOCUMENT["paths"].items()
+        if "get" in methods and "x-websocket" in methods["get"]
+    }
+    assert {path: message["receives"][0]["schema"] for path, message in described.items()} == {
+        "/instances/{id}/exec": {"$ref": "#/components/schemas/ExecRequest"},
+        "/instances/{id}/cp": {"$ref": "#/components/schemas/CpRequest"},
+    }
+
+
+@pytest.mark.parametrize("path", ["/instances/web/exec", "/instances/web/cp"])
+async def test_a_plain_request_to_a_websocket_is_told_to_upgrade(ask: Any, path: str) -> None:
+    response = await ask("GET", path)
+    assert (response.status_code, response.headers["Upgrade"]) == (426, "websocket")
 
 
 CONTRACT = """

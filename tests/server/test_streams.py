@@ -194,7 +194,7 @@ async def test_plain_requests_to_a_stream_are_told_so(served: Any) -> None:
     async with await trio.open_unix_socket(served.socket_path) as stream:
         await stream.send_all(b"GET /instances/web/exec HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         answer = b"".join([chunk async for chunk in stream])
-        assert answer.startswith(b"HTTP/1.1 400"), answer
+        assert answer.startswith(b"HTTP/1.1 426"), answer
         assert b"WebSocket" in answer
 
 

@@ -12,6 +12,7 @@ import yaml
 from hypeman.server.api import Operation, Page, Routes
 from hypeman.server.openapi import render_document
 from hypeman.server.services import Services
+from hypeman.server.streams import WEBSOCKETS
 
 
 def docs_routes(others: Sequence[Operation]) -> Routes:
@@ -21,7 +22,7 @@ def docs_routes(others: Sequence[Operation]) -> Routes:
     @functools.cache
     def document() -> bytes:
         operations = (*others, *routes.operations)
-        return msgspec.json.format(msgspec.json.encode(render_document(operations)), indent=2)
+        return msgspec.json.format(msgspec.json.encode(render_document(operations, WEBSOCKETS)), indent=2)
 
     @functools.cache
     def yaml_document() -> bytes:
