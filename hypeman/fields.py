@@ -49,3 +49,22 @@ TagMap = Annotated[
 Platform = Annotated[str, Meta(description="os/arch[/variant]", examples=["linux/amd64"])]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=0)]
+
+_COMPONENT = "[a-z0-9]+((\\.|_|__|-+)[a-z0-9]+)*"
+_DOMAIN = "[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?"
+ImageName = Annotated[
+    str,
+    Meta(
+        description="OCI reference, normalised by Docker's rules",
+        examples=["nginx:alpine", "ghcr.io/acme/tool:1.2"],
+        extra_json_schema={
+            # As in images/reference.py. A first part with upper case can only be a host.
+            "pattern": "^"
+            f"(({_DOMAIN}(\\.{_DOMAIN})*|\\[[a-fA-F0-9:]+\\])(:[0-9]{{1,5}})?/)?{_COMPONENT}(/{_COMPONENT})*"
+            "(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[a-f0-9]{64})?$",
+            "maxLength": 255,
+        },
+    ),
+]
+Argument = Annotated[str, Meta(extra_json_schema={"pattern": "^[^\\u0000]*$"})]
+"""A word of a command line."""

@@ -9,7 +9,14 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hypeman.fields import TagMap, Timestamp
 
-PciAddress = Annotated[str, Meta(description="hhhh:hh:hh.h, hexadecimal", examples=["0000:a2:00.0"])]
+PciAddress = Annotated[
+    str,
+    Meta(
+        description="hhhh:hh:hh.h, hexadecimal",
+        examples=["0000:a2:00.0"],
+        extra_json_schema={"pattern": "^[0-9a-fA-F]{4}:[0-9a-fA-F]{2}:[0-9a-fA-F]{2}\\.[0-7]$"},
+    ),
+]
 
 
 # ── The wire ────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from hypeman.fields import Platform, TagMap, Timestamp
+from hypeman.fields import ImageName, Platform, TagMap, Timestamp
 
 
 class ImageStatus(enum.StrEnum):
@@ -43,7 +43,7 @@ class PushCredentials(msgspec.Struct, frozen=True, omit_defaults=True):
 class CreateImageRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Pull an image and build a root disk from it."""
 
-    name: Annotated[str, Meta(description="OCI reference, normalised by Docker's rules")]
+    name: ImageName
     platform: Platform | None = None
     credentials: PushCredentials | None = None
     tags: TagMap | None = None
@@ -52,7 +52,7 @@ class CreateImageRequest(msgspec.Struct, frozen=True, omit_defaults=True):
 class TagImageRequest(msgspec.Struct, frozen=True):
     """Give an image another name."""
 
-    target: Annotated[str, Meta(description="OCI reference with a tag; without one, latest")]
+    target: Annotated[ImageName, Meta(description="OCI reference with a tag; without one, latest")]
 
 
 class Image(msgspec.Struct, frozen=True):

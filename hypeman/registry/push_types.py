@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from hypeman.fields import Timestamp
+from hypeman.fields import ImageName, Timestamp
 from hypeman.images.types import PushCredentials
 
 
@@ -26,8 +26,8 @@ class PushStatus(enum.StrEnum):
 class CreatePushRequest(msgspec.Struct, frozen=True, kw_only=True):
     """An image of this host, to be pushed to another registry."""
 
-    image: Annotated[str, Meta(description="Name or digest of a ready image")]
-    target: Annotated[str, Meta(description="Full reference at the registry, with a tag")]
+    image: Annotated[ImageName, Meta(description="Name or digest of a ready image")]
+    target: Annotated[ImageName, Meta(description="Full reference at the registry, with a tag")]
     insecure: Annotated[bool, Meta(description="Plain HTTP")] = False
     credentials: PushCredentials | None = None
 

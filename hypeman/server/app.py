@@ -25,11 +25,12 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import WebsocketMismatch
 
 from hypeman.actor import set_actor
+from hypeman.errors import HypemanError
 from hypeman.server import errors, exchange
 from hypeman.server.api import Context, EventStream, Operation, UploadStream, WebSocketRoute
 from hypeman.server.connection import Connection
 from hypeman.server.decode import decode_body, decode_query, decode_segment
-from hypeman.server.errors import BodyTooLarge, BodyTooSlow, TooManyBodies, status_failure
+from hypeman.server.errors import BodyTooLarge, BodyTooSlow, TooManyBodies, UpgradeRequired, status_failure
 from hypeman.server.exchange import (
     DISCONNECTED,
     Reply,
@@ -142,7 +143,17 @@ class ApiApp(QuartTrio):
                 failure = failure_from(error)
             return None if failure is None else _response(failed(failure))
 
+        async def plain(**_: str) -> Response:
+            try:
+                self._admit(request, route.scope)
+                raise UpgradeRequired(f"{request.path} is a WebSocket")
+            except HypemanError as error:
+                return _response(failed(failure_from(error)))
+
         self.add_websocket(_rule(route.path), f"WS {route.path}", session)
+        self.add_url_rule(
+            _rule(route.path), f"GET {route.path}", plain, methods=["GET"], provide_automatic_options=False
+        )
 
     def add_registry(self) -> None:
         def admit(asked: Any, scope: Scope, authorization: str | None) -> Caller:
@@ -293,7 +304,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
                 found["body"] = decode_body(data, decoder)
         if operation.takes_context:
             found["context"] = Context(caller, request.headers.get)
-        request.scope["hypeman.names"] = named_in(found)
+        request.scope["hypeman.names"] = named_in(found)  # type: ignore[typeddict-unknown-key]  # ours
         return found, data
 
     async def keyed(caller: Caller, key: str, segments: dict[str, str], calls: Calls) -> Reply:
@@ -398,9 +409,6 @@ async def _answer_http_exception(error: HTTPException) -> Response:
         allowed = ", ".join(methods_of(request.path, OPERATIONS) or sorted(getattr(error, "valid_methods", None) or ()))
         headers["Allow"] = allowed
         message = f"{request.path} takes {allowed}"
-    elif isinstance(error, WebsocketMismatch) and has_request_context():
-        status, message = 426, f"{request.path} is a WebSocket"
-        headers["Upgrade"] = "websocket"
     elif isinstance(error, WebsocketMismatch):
         message = "this path is no WebSocket"
     else:

@@ -70,6 +70,14 @@ class TooManyBodies(HypemanError):
     default_code = "Service Unavailable"
 
 
+class UpgradeRequired(HypemanError):
+    """A plain request to a path that is a WebSocket."""
+
+    status = 426
+    retryable = False
+    default_code = "Upgrade Required"
+
+
 UNEXPECTED = Failure(500, ErrorBody("internal_error", "something went wrong in the server; its log tells what"))
 
 TIMED_OUT = Failure(
@@ -88,6 +96,8 @@ def failure_of(error: HypemanError) -> Failure:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     if not error.retryable:
         headers["X-Should-Retry"] = "false"
+    if error.status == 426:
+        headers["Upgrade"] = "websocket"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Failure(error.status, ErrorBody(error.code, shown_message(error)), headers)

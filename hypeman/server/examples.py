@@ -63,12 +63,14 @@ from hypeman.instances.model.types import (
     InstanceNetwork,
     InstanceState,
     InstanceStats,
+    InstanceUsage,
     RestartMode,
     RestartPolicy,
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
+    UsageOfAll,
     VolumeMount,
     WaitForStateResponse,
     WakeOn,
@@ -258,6 +260,18 @@ ANSWERS: Mapping[Any, Any] = {
         memory_utilization_ratio=0.34,
         guest_memory_used_bytes=90_000_000,
         guest_memory_total_bytes=500_000_000,
+    ),
+    UsageOfAll: UsageOfAll(
+        time=_TIME,
+        instances=(
+            InstanceUsage(
+                instance_id=_INSTANCE,
+                cpu_seconds=12.5,
+                memory_rss_bytes=180_000_000,
+                network_rx_bytes=120_000,
+                network_tx_bytes=480_000,
+            ),
+        ),
     ),
     Snapshot: Snapshot(
         id=_SNAPSHOT,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import typing
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman.errors import InvalidRequest
+from hypeman.fields import ImageName
 from hypeman.images.reference import Platform, parse_platform, parse_reference
 
 DIGEST = "sha256:" + "ab" * 32
@@ -79,3 +83,36 @@ def test_platform_refused(text: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         parse_platform(text)
     assert caught.value.code == "invalid_platform"
+
+
+SCHEMA = typing.get_args(ImageName)[1].extra_json_schema
+DOCUMENTED = re.compile(SCHEMA["pattern"])
+
+
+PARTS = (
+    "a",
+    "B",
+    "0",
+    ".",
+    "-",
+    "_",
+    "__",
+    "/",
+    ":",
+    "[::1]",
+    "localhost",
+    "@sha256:" + "a" * 64,
+    "@sha256:0",
+    " ",
+    "ä",
+)
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=8).map("".join))
+def test_the_documented_pattern_is_what_is_accepted(text: str) -> None:
+    try:
+        parse_reference(text)
+    except InvalidRequest as error:
+        assert not DOCUMENTED.fullmatch(text) or "longer than" in error.message
+    else:
+        assert DOCUMENTED.fullmatch(text)

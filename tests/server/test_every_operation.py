@@ -8,8 +8,8 @@ and the failure says so.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import unquote, urlencode
 

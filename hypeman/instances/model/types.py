@@ -20,7 +20,20 @@ from hypeman.egress.types import (
     EgressEnforcementMode,
     PrivateNetworks,
 )
-from hypeman.fields import Count, DiskRate, Duration, Name, Platform, Port, Rate, Size, TagMap, Timestamp
+from hypeman.fields import (
+    Argument,
+    Count,
+    DiskRate,
+    Duration,
+    ImageName,
+    Name,
+    Platform,
+    Port,
+    Rate,
+    Size,
+    TagMap,
+    Timestamp,
+)
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.network.types import PortMapping
 
@@ -229,7 +242,7 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
     """A new instance, created and booted; a missing image is pulled."""
 
     name: Name
-    image: Annotated[str, Meta(description="OCI reference", extra_json_schema={"minLength": 1})]
+    image: ImageName
     platform: Platform | None = None
     size: Annotated[Size | None, Meta(description="Memory; default 1GB")] = None
     hotplug_size: Annotated[Size | None, Meta(description="Memory that may be plugged later; default none")] = None
@@ -271,8 +284,8 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
         bool,
         Meta(description="Extension. Start no program: the instance runs until it is stopped, and exec runs programs"),
     ] = False
-    entrypoint: Annotated[tuple[str, ...] | None, Meta(description="Instead of the image's")] = None
-    cmd: Annotated[tuple[str, ...] | None, Meta(description="Instead of the image's")] = None
+    entrypoint: Annotated[tuple[Argument, ...] | None, Meta(description="Instead of the image's")] = None
+    cmd: Annotated[tuple[Argument, ...] | None, Meta(description="Instead of the image's")] = None
 
 
 class UpdateInstanceRequest(Struct, frozen=True, kw_only=True):
@@ -302,8 +315,8 @@ class UpdateInstanceRequest(Struct, frozen=True, kw_only=True):
 class StartInstanceRequest(Struct, frozen=True, kw_only=True):
     """Absent fields keep what the instance was last started with."""
 
-    entrypoint: tuple[str, ...] | None = None
-    cmd: tuple[str, ...] | None = None
+    entrypoint: tuple[Argument, ...] | None = None
+    cmd: tuple[Argument, ...] | None = None
 
 
 class StandbyInstanceRequest(Struct, frozen=True, kw_only=True):

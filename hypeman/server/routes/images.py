@@ -31,7 +31,7 @@ async def list_images(services: Services, query: TagQuery) -> list[Image]:
     return list(await services.images.list(tags=query.tags))
 
 
-@routes.post("/images", Scope.IMAGE_WRITE, status=202, fails=(400, 404, 409, 429))
+@routes.post("/images", Scope.IMAGE_WRITE, status=202, fails=(400, 404, 409, 429, 502))
 async def create_image(services: Services, body: CreateImageRequest) -> Image:
     """Pull an image and make a root disk of it.
 

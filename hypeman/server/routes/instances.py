@@ -70,7 +70,7 @@ async def list_instances(services: Services, query: InstanceQuery) -> list[Insta
     return await services.instances.list(query.state, query.tags)  # type: ignore[return-value]
 
 
-@routes.post("/instances", Scope.INSTANCE_WRITE, status=201, fails=(400, 404, 409, 429, 501), measure="create")
+@routes.post("/instances", Scope.INSTANCE_WRITE, status=201, fails=(400, 404, 409, 429, 501, 502), measure="create")
 async def create_instance(services: Services, body: CreateInstanceRequest) -> Instance:
     """Make an instance and boot it.
 
