@@ -37,8 +37,9 @@ test-fast: $(STAMPS)/native  ## tests without guests, namespaces or registries: 
 	@echo "== fast tests"
 	@$(PYTHON) -m pytest -q -m "not real and not slow and not metal" $(PYTEST_ARGS) $$($(PYTHON) -m tests.tiers fast)
 
-test-conformance: ready-own  ## public conformance suites, egress proxy and registry (needs Go), published SDKs
-	@$(PYTHON) -m pytest -v tests/registry/oci_conformance.py tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py tests/conformance/sdks.py tests/conformance/schema.py
+test-conformance: ready-own  ## public conformance suites, egress proxy, registry and ACME (needs Go), published SDKs
+	@$(PYTHON) -m tests.ingress.pebble
+	@$(PYTHON) -m pytest -v tests/ingress/test_pebble.py tests/registry/oci_conformance.py tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py tests/conformance/sdks.py tests/conformance/schema.py
 
 lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import direction, documents
 	@echo "== ruff"

@@ -56,6 +56,7 @@ from hypeman.hypervisor.drivers import make_catalog
 from hypeman.images import metrics as image_metrics
 from hypeman.images.service import Images
 from hypeman.ingress import metrics as ingress_metrics
+from hypeman.ingress.certificates.acme_types import LETS_ENCRYPT, LETS_ENCRYPT_STAGING, CASettings
 from hypeman.ingress.certificates.names import DomainList
 from hypeman.ingress.certificates.service import Certificates
 from hypeman.ingress.certificates.service import Settings as CertificateSettings
@@ -322,7 +323,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         store,
         find=targets.find,
         place_of=targets.place_of,
-        certificates=Certificates(_certificate_settings(config), paths.ingress),
+        certificates=Certificates(_certificate_settings(config), paths.ingress, store),
         name_of=targets.name_of,
         uid=config.hypervisor.uid_base + _INGRESS_USER if config.hypervisor.uid_base else _NOBODY,
     )
@@ -498,15 +499,27 @@ def _credential_sources(config: Config, processes: Processes) -> Sources:
 
 def _certificate_settings(config: Config) -> CertificateSettings:
     """Raises ConfigError."""
-    try:
-        internal = DomainList.parse(config.ingress.internal_domains)
-    except ValueError as error:
-        raise ConfigError(f"configuration: ingress.internal_domains: {error}") from None
+    acme = config.acme
+    directory = acme.ca or (LETS_ENCRYPT_STAGING if acme.staging else LETS_ENCRYPT)
+    allowed = _domain_list("acme.allowed_domains", acme.allowed_domains)
     return CertificateSettings(
         files={name: (Path(pair.certificate), Path(pair.key)) for name, pair in config.ingress.certificates.items()},
-        internal=internal,
+        internal=_domain_list("ingress.internal_domains", config.ingress.internal_domains),
         domain=config.network.domain,
-    )
+        ca=CASettings(
+            directory=directory, email=acme.email, ca_file=acme.ca_file, eab_key_id=acme.eab_key_id,
+            eab_hmac_key=acme.eab_hmac_key, profile=acme.profile,
+        ) if allowed.entries else None,
+        allowed=allowed,
+    )  # fmt: skip
+
+
+def _domain_list(key: str, text: str) -> DomainList:
+    """Raises ConfigError."""
+    try:
+        return DomainList.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"configuration: {key}: {error}") from None
 
 
 def _engine_memory(config: Config) -> int:

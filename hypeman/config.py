@@ -293,6 +293,29 @@ class IngressConfig(_Section, frozen=True):
     ``.internal``, ``.local``, ``.localhost``, ``.test`` and ``.home.arpa`` do so anyway."""
 
 
+class AcmeConfig(_Section, frozen=True):
+    """A public CA that certifies host names of ingresses."""
+
+    allowed_domains: str = ""
+    """Names that may get certificates from the CA: exact names, ``*.domain`` for one label, or ``*``, separated by
+    commas. Setting it accepts the CA's terms of service. Empty: ACME is not used."""
+    email: str = ""
+    """Contact that the CA gets with the account; may be empty."""
+    ca: Annotated[str, Meta(pattern="^(https://[^\\s]+)?$")] = ""
+    """URL of the CA's directory; empty: Let's Encrypt."""
+    staging: bool = False
+    """Whether to use Let's Encrypt's staging environment, whose certificates no client trusts and whose limits are
+    wide; only with ``ca`` empty."""
+    ca_file: str = ""
+    """CA certificates for verifying the connection to the CA; empty: the system's."""
+    eab_key_id: str = ""
+    """External account binding: key identifier, for CAs that want one."""
+    eab_hmac_key: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]*$")] = ""
+    """External account binding: key, in base64url as the CA gives it."""
+    profile: str = ""
+    """Certificate profile of the CA, for example ``shortlived``; empty: its default."""
+
+
 class DevicesConfig(_Section, frozen=True):
     sysfs_root: str = "/sys"
     """For tests."""
@@ -408,6 +431,7 @@ class Config(_Section, frozen=True):
     network: NetworkConfig = NetworkConfig()
     egress: EgressConfig = EgressConfig()
     ingress: IngressConfig = IngressConfig()
+    acme: AcmeConfig = AcmeConfig()
     devices: DevicesConfig = DevicesConfig()
     snapshots: SnapshotsConfig = SnapshotsConfig()
     auto_standby: AutoStandbyConfig = AutoStandbyConfig()
@@ -583,6 +607,10 @@ def _check(config: Config) -> None:
             raise ConfigError(f"configuration: egress.sources.{name} must have one of file, systemd and exec")
         if source.exec and not source.exec[0].startswith("/"):
             raise ConfigError(f"configuration: egress.sources.{name}.exec must begin with an absolute path")
+    if config.acme.staging and config.acme.ca:
+        raise ConfigError("configuration: acme.staging is for Let's Encrypt; acme.ca names another CA")
+    if bool(config.acme.eab_key_id) != bool(config.acme.eab_hmac_key):
+        raise ConfigError("configuration: acme.eab_key_id and acme.eab_hmac_key go together")
     for name, files in config.ingress.certificates.items():
         for key, text in (("certificate", files.certificate), ("key", files.key)):
             if not text.startswith("/"):

@@ -89,6 +89,7 @@ PURE_MODULES = tuple(
         "images.reference",
         "images.tar",
         "images.types",
+        "ingress.certificates.acme_types",
         "ingress.certificates.names",
         "ingress.certificates.types",
         "ingress.heads",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import ssl
 
-_CA_FILES = (
+CA_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/ca-bundle.pem",
@@ -16,7 +16,7 @@ _CA_FILES = (
 
 def client_context(ca_file: str = "") -> ssl.SSLContext:
     """Verifies servers by the host's CA roots plus those in ``ca_file``. Raises OSError if that cannot be read."""
-    context = ssl.create_default_context(cafile=next((path for path in _CA_FILES if os.path.exists(path)), None))
+    context = ssl.create_default_context(cafile=next((path for path in CA_FILES if os.path.exists(path)), None))
     context.load_default_certs()
     if ca_file:
         context.load_verify_locations(ca_file)

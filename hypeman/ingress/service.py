@@ -21,7 +21,7 @@ from hypeman.errors import HypemanError
 from hypeman.ids import tags_match
 from hypeman.ingress import protocol, records
 from hypeman.ingress.certificates.service import Certificates
-from hypeman.ingress.certificates.types import Pair
+from hypeman.ingress.certificates.types import Answer, Pair
 from hypeman.ingress.link import Command, WorkerLink, WorkerLost, start_worker, worker_command
 from hypeman.ingress.listeners import listen_on
 from hypeman.ingress.proxy import Place
@@ -62,13 +62,13 @@ class Ingresses:
         self._find = find
         self._place_of = place_of
         self._name_of = name_of
+        self._listeners: dict[int, Sequence[socket.socket]] = {}
         self.certificates = certificates
-        certificates.carry(self._certify)
+        certificates.carry(self._certify, self._challenge, self._listeners.keys)
         self._uid = uid
         self._command = command
         self._bind = listen
         self._records: dict[str, IngressRecord] = {}
-        self._listeners: dict[int, Sequence[socket.socket]] = {}
         self._changing = trio.Lock()
         self._wanted = trio.Event()
         """There is, or was, an ingress: without any there is no worker, and the server starts sooner."""
@@ -94,7 +94,7 @@ class Ingresses:
         async with self._changing:
             with trio.CancelScope(shield=True):  # bounded; a client that leaves changes nothing
                 self._store.read(lambda txn: records.check_free(txn, record))
-                fresh = await self._hold(record.ports)
+                fresh = await self._hold(self._ports_of(record))
                 try:
                     await self._store.write(lambda txn: records.insert(txn, record))
                 except BaseException:
@@ -114,8 +114,7 @@ class Ingresses:
                 record = await self._store.write(lambda txn: records.remove(txn, ref))
                 self._records.pop(record.id, None)
                 await self._tell(lambda number: protocol.Drop(number, record.id))
-                used = {port for other in self._records.values() for port in other.ports}
-                await self._release(record.ports - used)
+                await self._release(self._ports_of(record) - self._used_ports())
                 await self._use_certificates()
                 for counter in (self.requests, self.bytes):
                     for key in [key for key in counter if key[0] == record.name]:
@@ -140,6 +139,12 @@ class Ingresses:
         await self.certificates.use({host for record in self._records.values() for host in record.tls_hosts})
 
     # ── Ports ────────────────────────────────────────────────────────────────────────────────────
+
+    def _ports_of(self, record: IngressRecord) -> frozenset[int]:
+        return record.ports.union(*(self.certificates.ports_for(rule) for rule in record.rules))
+
+    def _used_ports(self) -> frozenset[int]:
+        return frozenset(port for record in self._records.values() for port in self._ports_of(record))
 
     async def _hold(self, ports: Iterable[int]) -> Sequence[int]:
         """Bind those that are not bound; which these were. Raises PortInUse or HostError, and has bound none then."""
@@ -170,8 +175,7 @@ class Ingresses:
         complained: set[int] = set()
         while True:
             async with self._changing:
-                missing = {port for record in self._records.values() for port in record.ports}
-                for port in sorted(missing - self._listeners.keys()):
+                for port in sorted(self._used_ports() - self._listeners.keys()):
                     try:
                         await self._hold([port])
                     except HypemanError as error:
@@ -191,7 +195,7 @@ class Ingresses:
             await self.certificates.load()
             async with self._changing:
                 self._records = {record.id: record for record in self._store.read(records.all_records)}
-                for port in sorted({port for record in self._records.values() for port in record.ports}):
+                for port in sorted(self._used_ports()):
                     try:
                         await self._hold([port])
                     except HypemanError as error:
@@ -248,6 +252,8 @@ class Ingresses:
     async def _tell_everything(self) -> None:
         for name, pair in self.certificates.pairs():
             await self._certify(name, pair)
+        for name, answer in self.certificates.answers():
+            await self._challenge(name, answer)
         for record in self._records.values():
             await self._tell(partial(_put, record))
         for port in self._listeners:
@@ -258,6 +264,16 @@ class Ingresses:
             await self._tell(lambda number: protocol.Uncertify(number, name))
         else:
             await self._tell(lambda number: protocol.Certify(number, name, pair.chain, pair.key))
+
+    async def _challenge(self, name: str, answer: Answer | None) -> None:
+        if answer is None:
+            await self._tell(lambda number: protocol.Unchallenge(number, name))
+        else:
+            await self._tell(
+                lambda number: protocol.Challenge(
+                    number, name, answer.token, answer.authorization, answer.chain, answer.key
+                )
+            )
 
     async def _tell(self, make: Callable[[int], protocol.Request], sockets: Sequence[socket.socket] = ()) -> None:
         """If it is lost, the next worker gets everything anyway."""

@@ -16,13 +16,15 @@ from cryptography.x509 import verification
 from msgspec import UNSET
 
 from hypeman.errors import InvalidRequest
+from hypeman.ingress.certificates.acme_types import CASettings
 from hypeman.ingress.certificates.files import CertificateFile
 from hypeman.ingress.certificates.internal import LIFETIME, InternalCA
 from hypeman.ingress.certificates.names import DomainList, best_match, certificate_name, is_private
 from hypeman.ingress.certificates.pem import BadCertificate, read_pair
 from hypeman.ingress.certificates.service import Certificates, Settings
-from hypeman.ingress.certificates.types import Pair
-from hypeman.ingress.types import CertificateState
+from hypeman.ingress.certificates.types import Answer, Pair
+from hypeman.ingress.types import CertificateState, IngressMatch, IngressRule, IngressTarget
+from hypeman.store import Store
 from tests.ingress.certs import make_chain, make_key, pem_of, write_pair
 
 NOW = datetime.now(UTC)
@@ -42,6 +44,9 @@ class Carrier:
         else:
             self.has[name] = pair
 
+    async def show(self, name: str, answer: Answer | None) -> None:
+        pass
+
 
 class Clock:
     def __init__(self) -> None:
@@ -54,14 +59,16 @@ class Clock:
 @asynccontextmanager
 async def running(settings: Settings, folder: Path) -> AsyncIterator[tuple[Certificates, Carrier, Clock]]:
     carrier, clock = Carrier(), Clock()
-    service = Certificates(settings, folder / "ca", now=clock, interval=0.01)
-    service.carry(carrier.certify)
+    store = Store.open(folder / "store")
+    service = Certificates(settings, folder / "ca", store, now=clock, interval=0.01)
+    service.carry(carrier.certify, carrier.show, lambda: (80, 443))
     await service.load()
-    async with trio.open_nursery() as nursery:
+    async with store.serving(), trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
         with trio.fail_after(60):
             yield service, carrier, clock
         nursery.cancel_scope.cancel()
+    store.close()
 
 
 def refusal(service: Certificates, hostname: str) -> tuple[str, str]:
@@ -233,3 +240,23 @@ async def test_unusable_files_are_named_in_the_refusal(tmp_path: Path) -> None:
         assert refusal(service, "a.com")[0] == "domain_not_allowed"
     async with running(Settings(), tmp_path) as (service, _, _):
         assert refusal(service, "a.com")[0] == "config_validation_failed"
+
+
+async def test_what_may_be_asked_of_a_public_ca(tmp_path: Path) -> None:
+    settings = Settings(ca=CASettings("https://ca.example.com/"), allowed=DomainList.parse("*.a.com, b.com"))
+    async with running(settings, tmp_path) as (service, _, _):
+        for hostname, code, said in [
+            ("x.a.com", "", ""),
+            ("b.com", "", ""),
+            ("x.y.a.com", "domain_not_allowed", "acme.allowed_domains"),
+            ("c.com", "domain_not_allowed", "acme.allowed_domains"),
+            ("{x}.a.com", "config_validation_failed", "is a pattern"),
+            ("my_site.a.com", "config_validation_failed", "underscore"),
+            ("web.internal", "", ""),
+        ]:
+            found, message = refusal(service, hostname)
+            assert (found, said in message) == (code, True), hostname
+        for hostname, port, more in [("b.com", 443, set()), ("b.com", 8443, {80}), ("web.internal", 8443, set())]:
+            match = IngressMatch(hostname=hostname, port=port)
+            rule = IngressRule(match=match, target=IngressTarget(instance="web", port=1), tls=True)
+            assert service.ports_for(rule) == more

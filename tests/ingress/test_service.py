@@ -20,6 +20,7 @@ import trio.testing
 
 from hypeman.errors import AlreadyExists, Conflict, InvalidRequest, NotFound, PortInUse
 from hypeman.events.log import EVENTS
+from hypeman.ingress.certificates.acme import Pace
 from hypeman.ingress.certificates.service import Certificates, Settings
 from hypeman.ingress.proxy import Place
 from hypeman.ingress.service import Ingresses
@@ -70,7 +71,9 @@ def is_free(port: int) -> bool:
 
 
 @asynccontextmanager
-async def ingresses(folder: Path, address: str, settings: Settings | None = None) -> AsyncIterator[Ingresses]:
+async def ingresses(
+    folder: Path, address: str, settings: Settings | None = None, pace: Pace | None = None
+) -> AsyncIterator[Ingresses]:
     """A server's part, on the store in ``folder``."""
     store = Store.open(folder / "store")
 
@@ -78,7 +81,7 @@ async def ingresses(folder: Path, address: str, settings: Settings | None = None
         return Place(address if name == "web" else "", exists=name in ("web", "down"))
 
     async with store.serving(), trio.open_nursery() as nursery:
-        certificates = Certificates(settings or Settings(), folder / "ingress", interval=0.05)
+        certificates = Certificates(settings or Settings(), folder / "ingress", store, interval=0.05, pace=pace)
         service = Ingresses(store, find=find, place_of=place_of, certificates=certificates, uid=UID)
         await nursery.start(service.run)
         try:

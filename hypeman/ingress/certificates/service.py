@@ -2,6 +2,7 @@
 
     name of a rule with tls ──► a file that has the name
                             ──► the internal CA, for private names and ``ingress.internal_domains``
+                            ──► a public CA by ACME, for ``acme.allowed_domains``
                             ──► otherwise refused, with the reason
 
 Does not know who carries the traffic: every change is reported through ``carry``.
@@ -20,12 +21,21 @@ import trio
 from msgspec import UNSET, Struct
 
 from hypeman.errors import InternalError, InvalidRequest
+from hypeman.ingress.certificates.acme import HTTPS_PORT, Acme, Pace
+from hypeman.ingress.certificates.acme_types import CASettings
 from hypeman.ingress.certificates.files import CertificateFile
 from hypeman.ingress.certificates.internal import RENEW_BEFORE, InternalCA
-from hypeman.ingress.certificates.names import DomainList, best_match, certificate_name, is_private
+from hypeman.ingress.certificates.names import (
+    DomainList,
+    best_match,
+    certificate_name,
+    is_private,
+    public_problem,
+)
 from hypeman.ingress.certificates.pem import is_expired
-from hypeman.ingress.certificates.types import Pair, Source
-from hypeman.ingress.types import CertificateState, IngressCertificate
+from hypeman.ingress.certificates.types import Answer, Pair, Source
+from hypeman.ingress.types import HTTP_PORT, CertificateState, IngressCertificate, IngressRule
+from hypeman.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +46,11 @@ _NOT_ALLOWED = "domain_not_allowed"
 
 Certify = Callable[[str, Pair | None], Awaitable[None]]
 """The carrier has this certificate for the name from now on, or none."""
+Challenge = Callable[[str, Answer | None], Awaitable[None]]
+"""The carrier shows this for the name to a public CA from now on, or nothing."""
 
 
-async def _carry_nothing(name: str, pair: Pair | None) -> None:
+async def _carry_nothing(name: str, what: object) -> None:
     pass
 
 
@@ -54,6 +66,10 @@ class Settings(Struct, frozen=True):
     internal: DomainList = DomainList(())
     domain: str = ""
     """``network.domain``."""
+    ca: CASettings | None = None
+    """A public CA."""
+    allowed: DomainList = DomainList(())
+    """What may be asked of it."""
 
 
 @dataclass
@@ -72,9 +88,11 @@ class Certificates:
         self,
         settings: Settings,
         directory: Path,
+        store: Store,
         *,
         now: Callable[[], datetime] = _utc_now,
         interval: float = _INTERVAL,
+        pace: Pace | None = None,
     ) -> None:
         """``directory``: of the internal CA."""
         self._settings = settings
@@ -84,11 +102,20 @@ class Certificates:
         self._interval = interval
         self._held: dict[str, _Held] = {}
         self._carry: Certify = _carry_nothing
+        self._show: Challenge = _carry_nothing
+        self._answers: dict[str, Answer] = {}
+        self._ports: Callable[[], Collection[int]] = tuple
+        self._acme: Acme | None = None
+        if settings.ca is not None:
+            self._acme = Acme(
+                settings.ca, store, answer=self._answer, changed=self._changed, ports=lambda: self._ports(), now=now,
+                pace=pace,
+            )  # fmt: skip
         self._changing = trio.Lock()
 
-    def carry(self, certify: Certify) -> None:
-        """Report changes there."""
-        self._carry = certify
+    def carry(self, certify: Certify, show: Challenge, ports: Callable[[], Collection[int]]) -> None:
+        """Report changes there. ``ports``: on which the carrier listens."""
+        self._carry, self._show, self._ports = certify, show, ports
 
     async def load(self) -> None:
         """Read the files: before the first ``check``."""
@@ -96,12 +123,16 @@ class Certificates:
 
     async def run(self) -> None:
         """Keep certificates current until cancelled."""
-        while True:
-            await trio.sleep(self._interval)
-            await self._reload()
-            async with self._changing:
-                for name in list(self._held):
-                    await self._refresh(name)
+        async with trio.open_nursery() as nursery:
+            if self._acme is not None:
+                nursery.start_soon(self._acme.run)
+            while True:
+                await trio.sleep(self._interval)
+                await self._reload()
+                async with self._changing:
+                    await self._tell_acme()
+                    for name in list(self._held):
+                        await self._refresh(name)
 
     async def root(self) -> str:
         """The internal CA's certificate, PEM. Raises InternalError."""
@@ -119,7 +150,7 @@ class Certificates:
             )
         source, pair, problem = self._find(name)
         if source is None:
-            raise InvalidRequest(f"tls for {hostname}: {problem}", code=self._code())
+            raise InvalidRequest(f"tls for {hostname}: {problem}", code=self._code(name))
         if pair is not None and is_expired(pair, self._now()):
             raise InvalidRequest(
                 f"tls for {hostname}: the certificate expired at {pair.not_after:%Y-%m-%d %H:%M} UTC", code=_NO_SOURCE
@@ -132,13 +163,26 @@ class Certificates:
             for name in self._held.keys() - names:
                 del self._held[name]
                 await self._carry(name, None)
-            for name in sorted(names - self._held.keys()):
-                self._held[name] = _Held()
+            fresh = sorted(names - self._held.keys())
+            self._held.update({name: _Held() for name in fresh})
+            await self._tell_acme()
+            for name in fresh:
                 await self._refresh(name)
 
     def pairs(self) -> Sequence[tuple[str, Pair]]:
         """All names in use that have a certificate."""
         return [(name, held.pair) for name, held in self._held.items() if held.pair is not None]
+
+    def answers(self) -> Sequence[tuple[str, Answer]]:
+        """What is to be shown to a public CA now."""
+        return list(self._answers.items())
+
+    def ports_for(self, rule: IngressRule) -> frozenset[int]:
+        """Of the host, that obtaining the rule's certificate takes."""
+        name = certificate_name(rule.match.hostname) if rule.tls else None
+        if name is None or self._find(name)[0] is not Source.ACME or rule.match.port == HTTPS_PORT:
+            return frozenset()
+        return frozenset([HTTP_PORT])
 
     def state_of(self, hostname: str) -> IngressCertificate:
         """As the API shows it."""
@@ -176,15 +220,41 @@ class Certificates:
             return Source.FILE, file.pair, file.error
         if is_private(name, self._settings.domain) or self._settings.internal.has(name):
             return Source.INTERNAL, None, ""
+        if self._acme is not None and self._settings.allowed.has(name):
+            if problem := public_problem(name):
+                return None, None, f"{name} {problem}"
+            return Source.ACME, self._acme.pair(name), self._acme.error(name)
         broken = [file.error for file in self._files.values() if file.error]
         if broken:
             return None, None, f"no certificate file is for it, but {broken[0]}"
-        if self._files:
+        if self._acme is not None:
+            return None, None, "it is not in acme.allowed_domains, and no certificate file is for it"
+        if self._files or self._settings.internal.entries:
             return None, None, "no certificate file and no list of domains in the configuration is for it"
         return None, None, "this server has no source of certificates for public names"
 
-    def _code(self) -> str:
-        return _NOT_ALLOWED if self._settings.internal.entries else _NO_SOURCE
+    def _code(self, name: str) -> str:
+        lists = (self._settings.internal, self._settings.allowed)
+        if any(each.entries for each in lists) and not any(each.has(name) for each in lists):
+            return _NOT_ALLOWED
+        return _NO_SOURCE
+
+    async def _tell_acme(self) -> None:
+        if self._acme is not None:
+            await self._acme.use([name for name in self._held if self._find(name)[0] is Source.ACME])
+
+    async def _answer(self, name: str, answer: Answer | None) -> None:
+        if answer is None:
+            if self._answers.pop(name, None) is not None:
+                await self._show(name, None)
+        else:
+            self._answers[name] = answer
+            await self._show(name, answer)
+
+    async def _changed(self, name: str) -> None:
+        async with self._changing:
+            if name in self._held:
+                await self._refresh(name)
 
     async def _reload(self) -> None:
         for label, file in self._files.items():

@@ -25,6 +25,19 @@ class Pair(Struct, frozen=True):
         return f"Pair({', '.join(self.names)}, until {self.not_after:%Y-%m-%d %H:%M})"
 
 
+class Answer(Struct, frozen=True):
+    """What shows a public CA that a name is ours: for HTTP-01 or for TLS-ALPN-01, the other part is empty."""
+
+    token: str = ""
+    authorization: str = ""
+    chain: str = ""
+    key: str = ""
+
+    def __repr__(self) -> str:
+        """Without the key."""
+        return f"Answer({self.token or 'TLS-ALPN-01'})"
+
+
 class Source(enum.StrEnum):
     """Where a certificate comes from."""
 
