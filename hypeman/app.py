@@ -298,7 +298,11 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         catalog=catalog,
     )
     network.on_tap_lost(instances.plug_in_again)
-    network.names.use(id_of=instances.board.id_of, name_of=instances.board.name_of)
+    network.names.use(
+        id_of=instances.board.id_of,
+        name_of=instances.board.name_of,
+        rules=adapters.NamesOfInstances(egress, instances.board),
+    )
     volumes = Volumes(
         store=store,
         paths=paths,

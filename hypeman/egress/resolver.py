@@ -4,6 +4,7 @@
 - An instance uses at most ``SHARE`` of them. Up to ``MAX_WAITING`` more of its queries are queued; any beyond
   that are answered immediately with no address.
 - Concurrent queries for the same name share one look-up.
+- What a guest's own look-up was answered (``pin``) is used for its connections as long as the answer is valid.
 - Answers are cached: addresses for ``KEPT`` seconds, empty answers for ``KEPT_EMPTY`` seconds, at most ``MAX_KEPT``
   names, oldest evicted first.
 
@@ -13,7 +14,7 @@ A look-up by the C library cannot be interrupted: it counts against the share un
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import trio
@@ -24,6 +25,7 @@ THREADS = 64
 SHARE = 8
 MAX_WAITING = 256
 KEPT, KEPT_EMPTY = 10.0, 2.0
+MAX_PINNED = 16_384
 MAX_KEPT = 4096
 
 _threads = trio.CapacityLimiter(THREADS)
@@ -65,9 +67,14 @@ class Resolver:
         self._running: dict[str, _LookUp] = {}
         self._kept: dict[str, tuple[float, list[str]]] = {}
         """Name → expiry time and addresses, in the order of resolution."""
+        self._pinned: dict[tuple[str, str], tuple[float, list[str]]] = {}
+        """The same by instance and name."""
 
     async def addresses(self, instance: str, name: str) -> list[str]:
         """Addresses of ``name`` for ``instance``; empty if there are none or the instance exceeds its limit."""
+        until, pinned = self._pinned.get((instance, name), (0.0, []))
+        if until > trio.current_time():
+            return pinned
         if (known := self._known(name)) is not None:
             return known
         if (running := self._running.get(name)) is not None:
@@ -85,9 +92,17 @@ class Resolver:
             if share.asked == 0:
                 del self._shares[instance]
 
+    def pin(self, instance: str, name: str, addresses: Sequence[str], seconds: float) -> None:
+        """``instance`` was told these addresses of ``name``, valid for ``seconds``: its connections go there."""
+        self._pinned.pop((instance, name), None)
+        if len(self._pinned) >= MAX_PINNED:
+            del self._pinned[next(iter(self._pinned))]
+        self._pinned[instance, name] = (trio.current_time() + max(seconds, KEPT), list(addresses))
+
     def forget(self) -> None:
         """Clear the cache."""
         self._kept.clear()
+        self._pinned.clear()
 
     async def _look_up(self, name: str) -> list[str]:
         """Checks again after waiting for a slot: another task may have started the same look-up meanwhile."""

@@ -648,7 +648,16 @@ class Egress:
             for tell in tuple(self._on_audit):
                 tell(record)
 
+    def record(self, record: AuditRecord) -> None:
+        """Pass on a record of something that was decided here."""
+        for tell in tuple(self._on_audit):
+            tell(record)
+
     # ── Names ────────────────────────────────────────────────────────────────────────────────────
+
+    def pin(self, instance_id: str, name: str, addresses: Sequence[str], seconds: float) -> None:
+        """The guest was told these addresses: its connections to ``name`` go there as long as that is valid."""
+        self._resolver.pin(instance_id, name, addresses, seconds)
 
     def _question(self, engine: EngineLink, question: protocol.Question) -> None:
         if self._nursery is not None:

@@ -6,7 +6,8 @@ policy or a claim, and sealed values and counters are mapped back to the instanc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 
 import msgspec
@@ -15,7 +16,8 @@ from msgspec import UNSET
 from hypeman.egress import policy
 from hypeman.egress.broker import Broker
 from hypeman.egress.guest_env import proxy_environment, trust_environment
-from hypeman.egress.rules import openings
+from hypeman.egress.records import AuditRecord
+from hypeman.egress.rules import DEFAULT, may_resolve, openings
 from hypeman.egress.service import Egress
 from hypeman.egress.types import EgressPolicy
 from hypeman.errors import NotFound
@@ -202,6 +204,47 @@ class EgressOfInstances:
     def _open(self, txn: Txn, instance_id: str) -> dict[str, str]:
         row = txn.get(SECRETS, instance_id)
         return self._egress.sealer.open(instance_id, row.sealed) if row is not None else {}
+
+
+class NamesOfInstances:
+    """Which names guests may look up, by the egress rules of their instances."""
+
+    def __init__(self, egress: Egress, board: Board) -> None:
+        self._egress = egress
+        self._board = board
+
+    def may_look_up(self, instance_id: str, name: str) -> bool:
+        try:
+            access = self._board.find(instance_id).spec.access
+        except NotFound:
+            return False
+        now = datetime.now(UTC)
+        if access is None or (name and may_resolve(access, name, now)):
+            return True
+        self._egress.record(
+            AuditRecord(
+                time=now.timestamp(),
+                instance=instance_id,
+                kind="refused",
+                host=name,
+                port=53,
+                method="",
+                status=0,
+                reason="no_rule",
+                injected=False,
+                credentials=(),
+                bytes_up=0,
+                bytes_down=0,
+                seconds=0,
+                http=0,
+                decision="denied",
+                rule=DEFAULT,
+            )
+        )
+        return False
+
+    def looked_up(self, instance_id: str, name: str, addresses: Sequence[str], seconds: float) -> None:
+        self._egress.pin(instance_id, name, addresses, seconds)
 
 
 class EgressGuests:

@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from hypeman.config import NetworkConfig
 from hypeman.host.hosts_file import write_block
 from hypeman.network.addressing import Subnet
-from hypeman.network.names import Zone, answer, hosts_lines
-from hypeman.network.resolver import Resolver
+from hypeman.network.closed_names import (
+    nothing,
+    read_addresses,
+    read_question,
+    refusal,
+    reply_with,
+    upstream_query,
+)
+from hypeman.network.names import Zone, answer, failure, hosts_lines
+from hypeman.network.resolver import Instead, Resolver
 from hypeman.network.types import Lease
 
 log = logging.getLogger(__name__)
 
 _SETTLE = 0.1
 """Seconds; changes within them are written to the hosts file together."""
+
+
+class NameRules(Protocol):
+    """Which names an instance may look up."""
+
+    def may_look_up(self, instance_id: str, name: str) -> bool:
+        """``name`` is in lower case; one that is no host's name is empty. What is refused is recorded."""
+        ...
+
+    def looked_up(self, instance_id: str, name: str, addresses: Sequence[str], seconds: float) -> None:
+        """The guest was told these addresses, valid for so long."""
+        ...
 
 
 class GuestNames:
@@ -33,16 +54,29 @@ class GuestNames:
         self._id_of: Callable[[str], str | None] = lambda name: None
         self._name_of: Callable[[str], str | None] = lambda instance_id: None
         self._change = trio.Event()
+        self._rules: NameRules | None = None
+        self._ids: dict[str, str] = {}
+        """Address → instance, of those that asked."""
         self._resolver: Resolver | None = None
         if self._domain:
             zone = Zone.parse(self._domain, subnet, socket.gethostname())
             self._resolver = Resolver(
-                str(subnet.gateway), config.dns_server, lambda query, asker: answer(query, asker, zone, self)
+                str(subnet.gateway),
+                config.dns_server,
+                lambda query, asker: answer(query, asker, zone, self),
+                screen=self._screen,
             )
 
-    def use(self, *, id_of: Callable[[str], str | None], name_of: Callable[[str], str | None]) -> None:
-        """``id_of`` an instance's name, ``name_of`` its id; None if there is none."""
-        self._id_of, self._name_of = id_of, name_of
+    def use(
+        self,
+        *,
+        id_of: Callable[[str], str | None],
+        name_of: Callable[[str], str | None],
+        rules: NameRules | None = None,
+    ) -> None:
+        """``id_of`` an instance's name, ``name_of`` its id; None if there is none. ``rules`` are asked about closed
+        guests; without them these look up nothing."""
+        self._id_of, self._name_of, self._rules = id_of, name_of, rules
 
     @property
     def bound(self) -> bool:
@@ -74,6 +108,38 @@ class GuestNames:
             if self._hosts_file and self._domain:
                 nursery.start_soon(self._keep_hosts_file)
             task_status.started()
+
+    # Closed guests
+
+    def _screen(self, query: bytes, asker: str) -> bytes | Instead | None:
+        """For the resolver: what becomes of a query for the upstream server."""
+        lease = self._lease_of(asker)
+        if lease is None or not lease.reach.closed:
+            return None
+        question = read_question(query)
+        if question is None:
+            return failure(query)
+        rules, name, instance_id = self._rules, question.name, lease.instance_id
+        if rules is None or not rules.may_look_up(instance_id, name):
+            return refusal(query, "no egress rule of this instance allows this host")
+        if not question.addresses:
+            return nothing(query)
+
+        def finish(reply: bytes) -> bytes:
+            found = read_addresses(reply)
+            if found.addresses:
+                rules.looked_up(instance_id, name, found.addresses, found.seconds)
+            return reply_with(query, name, found)
+
+        return Instead(upstream_query(name), finish)
+
+    def _lease_of(self, address: str) -> Lease | None:
+        lease = self._living.get(self._ids.get(address, ""))
+        if lease is None or lease.ipv4 != address:
+            lease = next((each for each in self._living.values() if each.ipv4 == address), None)
+            if lease is not None:
+                self._ids[address] = lease.instance_id
+        return lease
 
     # The directory
 

@@ -155,7 +155,9 @@ def _may_reach(asker: str, lease: Lease, zone: Zone, directory: Directory) -> bo
     if asker in (lease.ipv4, str(zone.subnet.gateway)):
         return True
     known = directory.by_address(asker)
-    return known is not None and not known[1].isolated and not lease.isolated
+    if known is None or known[1].reach.closed:
+        return False
+    return not known[1].isolated and not lease.isolated
 
 
 def _address_answer(

@@ -14,8 +14,10 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import msgspec
 import trio
 
+from hypeman.network.closed_names import is_cut
 from hypeman.network.names import failure, same_question
 
 log = logging.getLogger(__name__)
@@ -40,13 +42,31 @@ Answer = Callable[[bytes, str], bytes | None]
 """Query and the asker's address → answer; empty: none; None: ask the upstream server."""
 
 
+class Instead(msgspec.Struct, frozen=True):
+    """What is asked upstream instead of a guest's query, and what the guest gets for the answer."""
+
+    query: bytes
+    finish: Callable[[bytes], bytes]
+
+
+Screen = Callable[[bytes, str], bytes | Instead | None]
+"""The same of a query for the upstream server; None: as it is."""
+
+
+def no_screen(query: bytes, asker: str) -> None:
+    return None
+
+
 class Resolver:
     """``bind`` once the gateway's address exists, then ``run`` in a nursery."""
 
-    def __init__(self, address: str, upstream: str, answer: Answer, *, port: int = PORT) -> None:
+    def __init__(
+        self, address: str, upstream: str, answer: Answer, *, screen: Screen = no_screen, port: int = PORT
+    ) -> None:
         self._address = address
         self._upstream = (upstream, PORT)
         self._answer = answer
+        self._screen = screen
         self._port = port
         self._datagrams: socket.socket | None = None
         self._listener: socket.socket | None = None
@@ -123,16 +143,30 @@ class Resolver:
                     break
                 except OSError:  # an ICMP error for an earlier answer
                     continue
-                reply = self._answer(query, client[0])
-                if reply is None:
-                    nursery.start_soon(self._forward, ours, query, client)
-                elif reply:
-                    _send(ours, reply, client)
+                reply = self._answered(query, client[0])
+                if isinstance(reply, bytes):
+                    if reply:
+                        _send(ours, reply, client)
+                else:
+                    nursery.start_soon(self._forward, ours, query, reply, client)
 
-    async def _forward(self, ours: socket.socket, query: bytes, client: tuple[str, int]) -> None:
+    def _answered(self, query: bytes, guest: str) -> bytes | Instead | None:
+        reply = self._answer(query, guest)
+        return self._screen(query, guest) if reply is None else reply
+
+    async def _forward(
+        self, ours: socket.socket, query: bytes, instead: Instead | None, client: tuple[str, int]
+    ) -> None:
         with self._share(client[0], MAX_QUERIES) as allowed:
             if allowed:
-                _send(ours, await self._ask_by_udp(query), client)
+                reply = await (self._ask_by_udp(query) if instead is None else self._ask_instead(instead))
+                _send(ours, reply, client)
+
+    async def _ask_instead(self, instead: Instead) -> bytes:
+        reply = await self._ask_by_udp(instead.query)
+        if is_cut(reply):
+            reply = await self._ask_by_tcp(instead.query)
+        return instead.finish(reply)
 
     async def _ask_by_udp(self, query: bytes) -> bytes:
         """From a port and with an identifier that nobody can guess."""
@@ -174,9 +208,11 @@ class Resolver:
                     while True:
                         with trio.fail_after(_IDLE_SECONDS):
                             query = await _read_message(stream)
-                            reply = self._answer(query, guest)
+                            reply = self._answered(query, guest)
                             if reply is None:
                                 reply = await self._ask_by_tcp(query)
+                            elif isinstance(reply, Instead):
+                                reply = await self._ask_instead(reply)
                             if not reply:
                                 return
                             await stream.send_all(len(reply).to_bytes(2, "big") + reply)

@@ -104,3 +104,17 @@ async def test_the_systems_resolver() -> None:
     assert "127.0.0.1" in await resolver.resolve_by_system("localhost")
     assert await resolver.resolve_by_system("no-such-name.invalid") == []
     assert await resolver.resolve_by_system("x" * 300) == []
+
+
+async def test_connections_go_where_the_guest_was_told(autojump_clock: trio.testing.MockClock) -> None:
+    """For its own look-up, as long as it is valid; another instance's connections go elsewhere."""
+    names = Names()
+    shared = Resolver(names.resolve)
+    shared.pin("a", "api.example.com", ["192.0.2.9"], 60)
+    assert await shared.addresses("a", "api.example.com") == ["192.0.2.9"]
+    assert await shared.addresses("b", "api.example.com") == ["192.0.2.1"]
+    await trio.sleep(61)
+    assert await shared.addresses("a", "api.example.com") == ["192.0.2.1"]
+    for number in range(resolver.MAX_PINNED + 10):
+        shared.pin("a", f"n{number}", ["192.0.2.9"], 60)
+    assert len(shared._pinned) == resolver.MAX_PINNED

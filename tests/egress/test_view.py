@@ -25,12 +25,23 @@ from hypeman.egress import view as view_module
 from hypeman.egress.audit import AuditLog
 from hypeman.egress.metrics import FAMILIES, LEFT_OUT
 from hypeman.egress.records import AuditRecord
+from hypeman.egress.rules import check_access
 from hypeman.egress.service import Egress, Settings
-from hypeman.egress.types import CredentialPolicy, CredentialSource, EgressEnforcementMode, InjectAs, InjectRule
+from hypeman.egress.types import (
+    AccessAction,
+    AccessDefault,
+    AccessRule,
+    CredentialPolicy,
+    CredentialSource,
+    EgressAccess,
+    EgressEnforcementMode,
+    InjectAs,
+    InjectRule,
+)
 from hypeman.egress.view import EgressRecords, EgressView
 from hypeman.errors import NotFound
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.instances.adapters import EgressGuests
+from hypeman.instances.adapters import EgressGuests, NamesOfInstances
 from hypeman.instances.board import Board
 from hypeman.instances.model.phases import Phases
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
@@ -67,6 +78,26 @@ def instance(name: str, mode: EgressEnforcementMode | None = EgressEnforcementMo
 
 def render(record: InstanceRecord, now: datetime) -> Instance:
     return Instance(id=record.id, name=record.name, image="alpine", state=record.state, created_at=NOW)
+
+
+def test_names_follow_the_rules_of_their_instance(tmp_path: Path) -> None:
+    """A refused look-up is recorded; an instance without rules looks up what it likes."""
+    board = Board(render)
+    rules = check_access(
+        EgressAccess(rules=(AccessRule(action=AccessAction.ALLOW, hosts=("*.x.org",)),), default=AccessDefault.DENY)
+    )
+    for record in (instance("one"), instance("two")):
+        access = rules if record.id == "one" else None
+        board.post(msgspec.structs.replace(record, spec=msgspec.structs.replace(record.spec, access=access)))
+    egress = Egress(Settings(address="127.0.0.1", port=0), tmp_path)
+    records: list[AuditRecord] = []
+    egress.on_audit(records.append)
+    names = NamesOfInstances(egress, board)
+    asked = [("one", "a.x.org"), ("one", "a.y.org"), ("one", ""), ("two", "a.y.org"), ("three", "a.x.org")]
+    assert [names.may_look_up(*each) for each in asked] == [True, False, False, True, False]
+    assert [(each.instance, each.host, each.decision, each.rule) for each in records] == [
+        ("one", "a.y.org", "denied", "default"), ("one", "", "denied", "default"),
+    ]  # fmt: skip
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,11 +13,12 @@ from typing import Any
 import dns.message
 import dns.rcode
 import dns.rrset
+import pytest
 import trio
 from msgspec.structs import replace
 
 from hypeman.network.resolver import MAX_QUERIES
-from hypeman.network.types import PortMapping, Protocol
+from hypeman.network.types import EgressMode, PortMapping, Protocol, Reach
 from tests.network.hosts import Host, guest_host, world_host
 from tests.network.lab import GATEWAY, HOST, ROUTER, Lab, in_namespace, lab, wait_until
 
@@ -214,3 +215,47 @@ async def test_a_port_that_is_taken_leaves_guests_with_the_upstream_server() -> 
     async with lab(dns_server=ROUTER) as built:
         assert built.network.guest_network(built.lease()).dns_server == ROUTER  # type: ignore[union-attr]
     taken.close()
+
+
+class Rules:
+    """Only example.com may be looked up."""
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+        self.told: list[tuple[str, str, tuple[str, ...], float]] = []
+
+    def may_look_up(self, instance_id: str, name: str) -> bool:
+        if name == "example.com":
+            return True
+        self.refused.append(name)
+        return False
+
+    def looked_up(self, instance_id: str, name: str, addresses: Sequence[str], seconds: float) -> None:
+        self.told.append((instance_id, name, tuple(addresses), seconds))
+
+
+@in_namespace
+async def test_a_closed_guest_looks_up_allowed_names_only() -> None:
+    """Nothing it writes reaches the upstream server: no other name or type, no option; and no way without a server."""
+    async with named() as (lab, web, _, _, upstream):
+        rules = Rules()
+        names = lab.network.names
+        names.use(id_of=names._id_of, name_of=names._name_of, rules=rules)
+        (lease,) = [each for each in lab.network._leases.values() if each.ipv4 == "10.100.0.2"]
+        await lab.network.set_egress(replace(lease, egress_mode=EgressMode.ALL, reach=Reach(closed=True)))
+        for tcp in (False, True):
+            assert await ask(web, "Example.COM", tcp=tcp) == [ELSEWHERE]
+            assert await ask(web, "secret.example.com", tcp=tcp) == ["NXDOMAIN"]
+            assert await ask(web, "example.com", "TXT", tcp=tcp) == ["NOERROR"]
+            assert await ask(web, "example.com", "AAAA", tcp=tcp) == ["NOERROR"]
+            assert await ask(web, "4.3.2.1.in-addr.arpa", "PTR", tcp=tcp) == ["NXDOMAIN"]
+            assert await ask(web, "db.hypeman.local", tcp=tcp) == ["NXDOMAIN"]
+            assert await ask(web, "gateway.hypeman.local", tcp=tcp) == [GATEWAY]
+        assert {name for name, _ in upstream.asked} == {"example.com."}
+        assert set(rules.told) == {(lease.instance_id, "example.com", (ELSEWHERE,), 60)}
+        assert set(rules.refused) == {"secret.example.com", "4.3.2.1.in-addr.arpa"}
+        before = len(upstream.asked)
+        names.close()
+        with pytest.raises(OSError):
+            await ask(web, "example.com")
+        assert len(upstream.asked) == before
