@@ -157,7 +157,7 @@ class ImagesConfig(_Section, frozen=True):
 
 
 class BuildConfig(_Section, frozen=True):
-    """Builds of images from source (``POST /builds``)."""
+    """Builds of images from source (``POST /builds``, ``hypeman build``)."""
 
     image: str = "docker.io/moby/buildkit:v0.34.2"
     """Image of the VMs in which builds run: BuildKit (buildkitd, buildctl), runc and a shell. ``make builder-image``

@@ -109,7 +109,8 @@ def test_commands_exist(path: Path) -> None:
             continue
         command: click.Command = hypeman
         for word in words[1:]:
-            if not isinstance(command, click.Group) or "/" in word:  # `push IMAGE` is a group with a default
+            if not isinstance(command, click.Group) or "/" in word or word.startswith("-"):
+                # `push IMAGE` and `build -t NAME` are groups with a default
                 break
             found = command.get_command(click.Context(command), word)
             assert found is not None, f"{line!r}: there is no {word!r}"

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
+from msgspec import Struct
+
 from hypeman.builds.request import BuildSpec
 
 STATE = "/var/lib/buildkit"
@@ -19,6 +21,7 @@ WORK = "/hypeman"
 CONTEXT = f"{WORK}/context"
 DOCKERFILE = f"{WORK}/dockerfile"
 OUT = f"{WORK}/out"
+IMAGES = f"{WORK}/images"
 CACHE_IN = f"{WORK}/cache-in"
 CACHE_OUT = f"{WORK}/cache-out"
 PRIVATE = "/run/hypeman-build"
@@ -40,6 +43,15 @@ LOCKFILES = ("package-lock.json", "yarn.lock", "pnpm-lock.yaml", "bun.lock", "go
              "uv.lock", "Pipfile.lock", "requirements.txt", "Gemfile.lock", "composer.lock")  # fmt: skip
 HASH_LOCKFILES = f"cd {CONTEXT} && for f in {' '.join(LOCKFILES)}; do [ -f $f ] && sha256sum $f; done; true"
 """A shell script."""
+
+
+class LocalImage(Struct, frozen=True):
+    """An image of this host, as an OCI layout in the VM."""
+
+    name: str
+    """As BuildKit looks for it."""
+    directory: str
+    digest: str
 
 
 def render_config(insecure: Iterable[str], mirrors: Mapping[str, Iterable[str]], keep_bytes: int) -> str:
@@ -72,9 +84,16 @@ def daemon_command() -> tuple[str, ...]:
     return ("buildkitd", "--config", CONFIG, "--root", STATE, "--addr", SOCKET, "--oci-worker-net", "host")
 
 
-def build_command(spec: BuildSpec, *, cache_in: Sequence[str] = (), cache_out: Sequence[str] = ()) -> tuple[str, ...]:
+def build_command(
+    spec: BuildSpec,
+    *,
+    cache_in: Sequence[str] = (),
+    cache_out: Sequence[str] = (),
+    images: Sequence[LocalImage] = (),
+) -> tuple[str, ...]:
     """``buildctl build`` for ``spec``; its progress is on standard error. ``cache_in``, ``cache_out``: directories of
-    OCI layouts to read caches from, and to write the cache to."""
+    OCI layouts to read caches from, and to write the cache to. ``images``: what is taken from them instead of from
+    registries."""
     argv = ["buildctl", "--timeout", str(_CONNECT_SECONDS), "--addr", SOCKET, "--wait", "build"]
     path = PurePosixPath("Dockerfile" if spec.dockerfile else spec.dockerfile_path)
     directory = DOCKERFILE if spec.dockerfile else str(PurePosixPath(CONTEXT) / path.parent)
@@ -108,6 +127,9 @@ def build_command(spec: BuildSpec, *, cache_in: Sequence[str] = (), cache_out: S
         argv += ["--import-cache", cache]
     for cache in spec.cache_to:
         argv += ["--export-cache", cache]
+    for place, image in enumerate(images):
+        argv += ["--oci-layout", f"image{place}={image.directory}"]
+        argv += _opt(f"context:{image.name}", f"oci-layout://image{place}@{image.digest}")
     for directory in cache_in:
         argv += ["--import-cache", f"type=local,src={directory}"]
     for directory in cache_out:

@@ -18,13 +18,23 @@ from hypeman.errors import NotFound
 from hypeman.guest.client import CopyIn, CopyOut
 from hypeman.guest.session_types import CpRequest
 from hypeman.host.files import read_pieces
-from hypeman.images.manifest import INDEX_TYPES, MAX_LAYERS, MAX_MANIFEST_BYTES, digest_of
+from hypeman.images.manifest import (
+    INDEX_TYPES,
+    MAX_LAYERS,
+    MAX_MANIFEST_BYTES,
+    Index,
+    ManifestError,
+    PlatformMissing,
+    choose_platform,
+    digest_of,
+    parse_manifest,
+)
+from hypeman.images.reference import host_platform
 from hypeman.registry.names import RegistryFailure, check_digest
 from hypeman.registry.service import Opened
 
 _MAX_DEPTH = 3
 _MAX_CHILDREN = 64
-_LATEST = "latest"
 
 
 class GuestFiles(Protocol):
@@ -98,17 +108,23 @@ class Layout:
         except RegistryFailure as failure:
             raise BuildFailed(f"the result cannot be stored: {failure.message}") from None
 
-    async def load(self, repository: str, tag: str = _LATEST) -> bool:
-        """Write what ``repository`` has under ``tag`` into the directory; False if there is nothing."""
+    async def load(self, repository: str, tag: str) -> str | None:
+        """Write what ``repository`` has under ``tag`` into the directory: its digest, or None if there is nothing.
+        Of an index, the image for this host's platform."""
         try:
             found = await self._registry.manifest(repository, tag)
             data = b"".join([piece async for piece in read_pieces(found.fd, 0, found.size)])
+            if found.media_type in INDEX_TYPES:
+                index = parse_manifest(data, found.media_type)
+                assert isinstance(index, Index)
+                found = await self._registry.manifest(repository, choose_platform(index, host_platform()).digest)
+                data = b"".join([piece async for piece in read_pieces(found.fd, 0, found.size)])
             document = _decoded(data)
             for part in ((document.config,) if document.config else ()) + document.layers:
                 blob = await self._registry.blob(repository, part.digest)
                 await self._write(_path(part.digest), read_pieces(blob.fd, 0, blob.size))
-        except RegistryFailure:
-            return False
+        except (RegistryFailure, ManifestError, PlatformMissing):
+            return None
         await self._write(_path(found.digest), _once(data))
         entry = {
             "mediaType": found.media_type,
@@ -116,10 +132,10 @@ class Layout:
             "size": found.size,
             "annotations": {"org.opencontainers.image.ref.name": tag},
         }
-        index = {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": [entry]}
-        await self._write("index.json", _once(msgspec.json.encode(index)))
+        listed = {"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": [entry]}
+        await self._write("index.json", _once(msgspec.json.encode(listed)))
         await self._write("oci-layout", _once(b'{"imageLayoutVersion":"1.0.0"}'))
-        return True
+        return found.digest
 
     async def _store(self, repository: str, part: _Part, depth: int) -> Root:
         data = await self._document(part.digest)

@@ -25,7 +25,7 @@ from typing import Protocol, TypeVar
 import msgspec
 import trio
 
-from hypeman.builds import command
+from hypeman.builds import command, dockerfile
 from hypeman.builds.layouts import GuestFiles, Layout, RegistryNeeds, write_guest_bytes
 from hypeman.builds.progress import LineSplitter, SolveStatus, VertexLog, parse_status
 from hypeman.builds.types import Builder, BuildProvenance
@@ -34,8 +34,8 @@ from hypeman.errors import AlreadyExists, HypemanError, InsufficientResources, N
 from hypeman.guest.client import ExecResult, ExecSession, Output
 from hypeman.guest.session_types import ExecRequest
 from hypeman.host.files import read_pieces
-from hypeman.images.reference import DEFAULT_REGISTRY, Reference, parse_reference
-from hypeman.images.types import Image, ImageStatus
+from hypeman.images.reference import DEFAULT_REGISTRY, Reference, host_platform, parse_reference
+from hypeman.images.types import Image, ImageStatus, ReadyImage
 from hypeman.instances.model.types import (
     CreateInstanceRequest,
     Instance,
@@ -58,7 +58,7 @@ _RESOURCES_RETRY = 5.0
 _STOP_SECONDS = 20.0
 _MAX_TAIL = 8 << 10
 _MAX_BASES = 100
-_READ = 256 << 10
+_MAX_OUTPUT = 1 << 20
 _HIDDEN = b"***"
 _BASE = re.compile(r"FROM \S+@(sha256:[0-9a-f]{64})")
 _HASH = re.compile(r"([0-9a-f]{64})  (\S+)")
@@ -80,6 +80,7 @@ class VolumeNeeds(Protocol):
 
 
 class ImageNeeds(Protocol):
+    def find_ready(self, name: str, platform: str | None = None) -> ReadyImage | None: ...
     async def wait_final(self, name: str) -> Image: ...
 
 
@@ -230,7 +231,9 @@ class _Attempt:
         version = (await self._run(("buildkitd", "--version"))).decode(errors="replace").split()
         caches = await self._load_caches()
         exports = [f"{command.CACHE_OUT}/{place}" for place in range(len(self._export_to()))]
-        await self._with_daemon(partial(self._steps, command.build_command(spec, cache_in=caches, cache_out=exports)))
+        images = await self._load_images()
+        argv = command.build_command(spec, cache_in=caches, cache_out=exports, images=images)
+        await self._with_daemon(partial(self._steps, argv))
         if spec.base_image_digest and spec.base_image_digest not in self._bases:
             raise BuildFailed(f"no base image has the digest {spec.base_image_digest} (base_image_digest)")
         provenance = BuildProvenance(
@@ -291,13 +294,34 @@ class _Attempt:
         if received.exit_code:
             raise BuildFailed(f"the context cannot be unpacked: {_text(output) or received.message}")
 
+    async def _load_images(self) -> list[command.LocalImage]:
+        """Base images that this host has: used as they are, as docker build does, unless newer ones are wanted."""
+        spec = self._job.spec
+        if spec.pull or (spec.platform and spec.platform != str(host_platform())):
+            return []
+        if spec.dockerfile:
+            data = await trio.to_thread.run_sync(self._job.dockerfile.read_bytes)
+        else:
+            shown = f'head -c {dockerfile.MAX_BYTES} "$0" 2>/dev/null || true'
+            data = await self._run(("sh", "-c", shown, f"{command.CONTEXT}/{spec.dockerfile_path}"))
+        loaded = list[command.LocalImage]()
+        for image in dockerfile.find_images(data.decode(errors="replace"), spec.build_args):
+            if self._images.find_ready(str(image)) is None:
+                continue
+            directory = f"{command.IMAGES}/{len(loaded)}"
+            layout = Layout(self._guests, self._registry, self._ref, directory)
+            if (digest := await layout.load(repository_of(image), image.tag)) is not None:
+                self._report.log(f"using {image} of this host")
+                loaded.append(command.LocalImage(dockerfile.familiar_name(image), directory, digest))
+        return loaded
+
     async def _load_caches(self) -> list[str]:
         """Directories with the caches of the registry that the build may use."""
         loaded = []
         for place, repository in enumerate(self._import_from()):
             directory = f"{command.CACHE_IN}/{place}"
             layout = Layout(self._guests, self._registry, self._ref, directory)
-            if await layout.load(repository):
+            if await layout.load(repository, "latest") is not None:
                 loaded.append(directory)
         return loaded
 
@@ -427,7 +451,7 @@ class _Attempt:
         async with await self._exec(argv, _SHORT_SECONDS) as session:
             while isinstance(received := await session.receive(), Output):
                 kept = errors if received.stderr else output
-                kept += received.data[: max(0, _READ - len(kept))]
+                kept += received.data[: max(0, _MAX_OUTPUT - len(kept))]
         assert isinstance(received, ExecResult)
         if received.exit_code:
             said = _text(errors) or received.message or f"exit code {received.exit_code}"

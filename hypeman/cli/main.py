@@ -16,6 +16,7 @@ import click
 from hypeman import __version__
 from hypeman.cli import (
     backup,
+    builds,
     bundle,
     copy,
     devices,
@@ -47,6 +48,8 @@ ALIASES = {
     "ingresses": "ingress",
     "resource": "resources",
     "pushes": "push",
+    "builds": "build",
+    "builders": "builder",
     "@completion": "completion",
     "@manpages": "man",
 }
@@ -180,7 +183,7 @@ for _command in (
     instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
     snapshots.snapshots,
     devices.devices, ingress.ingresses, egress.egress, events.events, host.resources, host.health, host.capabilities,
-    shell.completion, shell.man, pushes.push, ui.ui, compose, *docker.COMMANDS,
+    shell.completion, shell.man, pushes.push, ui.ui, builds.build, builds.builder, compose, *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)
 
@@ -204,6 +207,7 @@ for _group in (
     snapshots.schedules,
     devices.devices,
     ingress.ingresses,
+    builds.builder,
 ):
     _name_also(_group)
 

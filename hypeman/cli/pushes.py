@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import click
 
 from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_image
+from hypeman.cli.groups import DefaultGroup
 from hypeman.cli.output import age, size
 from hypeman.cli.session import Session, fail, interrupted, present, reports
 from hypeman.text import one_line
@@ -17,24 +19,8 @@ from hypeman.text import one_line
 _POLL_SECONDS = 1.0
 
 
-class PushGroup(click.Group):
-    """``push IMAGE [TARGET]`` besides ``push list`` and ``push get``: a first word that is no command is an image."""
-
-    def resolve_command(
-        self, context: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and self.get_command(context, args[0]) is None:
-            return "create", self.get_command(context, "create"), args
-        return super().resolve_command(context, args)
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
-            args = ["create", *args]
-        return super().parse_args(context, args)
-
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        aliases = {"ls": "list", "inspect": "get", "remote": "create"}
-        return super().get_command(context, aliases.get(name, name))
+class PushGroup(DefaultGroup):
+    aliases: ClassVar[Mapping[str, str]] = {**DefaultGroup.aliases, "remote": "create"}
 
 
 @click.group("push", cls=PushGroup)

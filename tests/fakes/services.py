@@ -913,12 +913,13 @@ class FakePushes:
 
 
 class FakeBuilds:
-    """Builds that wait for ever; ``fields`` has what was sent last."""
+    """Builds that wait for ever, or are ready with ``outcome`` at once; ``fields`` has what was sent last."""
 
     def __init__(self) -> None:
         self.builders: dict[str, Builder] = {}
         self.builds: dict[str, Build] = {}
         self.fields: dict[str, bytes] = {}
+        self.outcome: dict[str, str] = {}
 
     async def list_builders(self, *, tags: Tags) -> Sequence[Builder]:
         return list(self.builders.values())
@@ -958,6 +959,8 @@ class FakeBuilds:
         async for name, piece in parts:
             self.fields[name] = self.fields.get(name, b"") + piece
         made = Build(id=new_id(), status=BuildStatus.QUEUED, created_at=NOW, queue_position=1)
+        if self.outcome:
+            made = msgspec.structs.replace(made, status=BuildStatus.READY, queue_position=None, **self.outcome)
         self.builds[made.id] = made
         return made
 

@@ -120,7 +120,9 @@ def interpolated(text: str, environ: Mapping[str, str], read: Callable[[str], st
 def _service(stack: str, key: str, service: _Service, volumes: dict[str, Volume]) -> Service:
     where = f"services.{key}"
     if service.dockerfile is not None:
-        raise ComposeError(f"{where}.dockerfile: this server does not build images; push one and name it as image")
+        raise ComposeError(
+            f"{where}.dockerfile: compose does not build; run hypeman build -t NAME, and name it as image"
+        )
     if service.image is None:
         raise ComposeError(f"{where}.image is missing")
     name = service.name or f"{stack}-{key}"

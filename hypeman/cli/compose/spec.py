@@ -27,7 +27,7 @@ _KEYS = frozenset(
     hostname user working_dir labels profiles platform""".split()  # noqa: SIM905
 )
 _INSTEAD = {
-    "build": "this server does not build images; push one and name it as image",
+    "build": "compose does not build; run hypeman build -t NAME, and name it as image",
     "privileged": "a VM has a kernel of its own: root in it has every capability there",
     "network_mode": "each instance has its own network",
     "networks": "each instance has its own network; see network.guest_to_guest in the server's configuration",

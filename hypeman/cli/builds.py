@@ -1,0 +1,541 @@
+"""``build`` and ``builder``: images from a Dockerfile, built on the server."""
+
+from __future__ import annotations
+
+import base64
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import click
+import msgspec
+
+from hypeman.builds.progress import PlainText, Step, parse_status
+from hypeman.cli.client import ApiError, segment
+from hypeman.cli.groups import DefaultGroup
+from hypeman.cli.output import age
+from hypeman.cli.session import (
+    GIGABYTES,
+    Session,
+    environment,
+    fail,
+    pairs,
+    present,
+    reports,
+)
+from hypeman.errors import InvalidRequest
+from hypeman.text import one_line
+from hypeman.units import parse_size
+
+_CHUNK = 256 << 10
+_GZIP = b"\x1f\x8b"
+_REDRAW_SECONDS = 0.1
+_FINAL = ("ready", "failed", "cancelled")
+
+
+@click.group("build", cls=DefaultGroup)
+def build() -> None:
+    """Build an image from a Dockerfile: build PATH."""
+
+
+@build.command("create")
+@click.argument("path", default=".")
+@click.option("-f", "--file", "file", help="Dockerfile; default PATH/Dockerfile; - is standard input.")
+@click.option("-t", "--tag", "tags", multiple=True, help="Name of the image; KEY=VALUE is a tag of the build.")
+@click.option("--image-name", help="As --tag.")
+@click.option("--build-arg", "build_args", multiple=True, metavar="KEY[=VALUE]")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE")
+@click.option("--target", help="Stage to build.")
+@click.option("--platform", help="As in linux/amd64.")
+@click.option(
+    "--secret", "secret", multiple=True, metavar="id=ID[,src=FILE|,env=NAME]", help="For RUN --mount=type=secret."
+)
+@click.option("--secrets", "secret_ids", help="Ids of secrets that the server has, separated by commas, or JSON.")
+@click.option("--ssh", "ssh", multiple=True, metavar="ID=KEYFILE", help="Private key for RUN --mount=type=ssh.")
+@click.option("--no-cache", is_flag=True, help="Run every step.")
+@click.option("--pull", is_flag=True, help="Look for newer base images at their registries.")
+@click.option("--cache-from", multiple=True, metavar="REF", help="REF, or type=registry,ref=REF.")
+@click.option("--cache-to", multiple=True, metavar="REF", help="REF, type=registry,ref=REF,mode=max, or type=inline.")
+@click.option("--provenance", help="true, mode=min or mode=max.")
+@click.option("--sbom", help="true or generator=IMAGE.")
+@click.option("--network", type=click.Choice(["egress", "isolated", "default", "none"]), help="Of the VM that builds.")
+@click.option("--builder", "--builder-id", "builder_id", help="Builder whose cache is used.")
+@click.option("--cache-scope", help="Cache of this name in the server's registry.")
+@click.option("--global-cache-key", help="Shared cache of this name.")
+@click.option("--is-admin-build", is_flag=True, help="May write to the shared cache.")
+@click.option("--base-image-digest", help="A base image must have this digest.")
+@click.option("--timeout", type=int, help="Seconds.")
+@click.option("--cpus", type=int, help="Of the VM that builds.")
+@click.option("-m", "--memory", help="Of the VM that builds; a number is MB.")
+@click.option("--registry-auth", type=click.Path(exists=True, dir_okay=False), help="A docker config.json with logins.")
+@click.option(
+    "--progress", type=click.Choice(["auto", "plain", "tty", "quiet", "rawjson"]), default="auto", show_default=True
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print only the image's digest.")
+@click.option("-d", "--detach", is_flag=True, help="Do not wait; print the build's id.")
+@reports
+def create(
+    session: Session, path: str, file: str | None, detach: bool, quiet: bool, progress: str, **options: Any
+) -> None:
+    """Build the directory PATH; - is a Dockerfile, or a tar.gz, on standard input."""
+    fields = _fields(**options)
+    with tempfile.TemporaryFile() as source:
+        fields |= _write_source(path, file, source)
+        source.seek(0)
+        boundary = f"hypeman-{secrets.token_hex(16)}"
+        body = _form(fields, source, boundary)
+        made = session.client.upload("/builds", body, f"multipart/form-data; boundary={boundary}", {})
+    if detach:
+        session.show(made, lambda: str(made["id"]))
+        return
+    _finish(session, made["id"], "quiet" if quiet else progress, quiet)
+
+
+def _finish(session: Session, build_id: str, progress: str, quiet: bool) -> None:
+    """Show the build until its end. Ctrl-C cancels it."""
+    path = f"/builds/{segment(build_id)}"
+    try:
+        _follow(session, path, progress)
+        done = session.client.get(path)
+    except KeyboardInterrupt:
+        session.client.close()  # its connection is that of the stream
+        try:
+            session.client.call("DELETE", path)
+            click.echo(f"\nInterrupted: build {build_id} is cancelled", err=True)
+        except ApiError as error:
+            click.echo(f"\nInterrupted: {one_line(error.message)}", err=True)
+        raise SystemExit(130) from None
+    if done["status"] != "ready":
+        fail(f"build {build_id} {done['status']}: {done.get('error') or 'no image was made'}")
+    session.show(done, lambda: str(done["image_digest"] if quiet else done["image_ref"]))
+
+
+def _follow(session: Session, path: str, progress: str) -> None:
+    if progress == "auto":
+        progress = "tty" if sys.stderr.isatty() else "plain"
+    display = _DISPLAYS[progress]()
+    ended = False
+    try:
+        for event in session.client.events(f"{path}/events", follow=True, progress=True):
+            if event["type"] == "log":
+                display.line(event.get("content", ""))
+            elif event["type"] == "progress":
+                display.progress(event["progress"])
+            elif event["type"] == "status":
+                ended = event["status"] in _FINAL
+                display.status(event["status"])
+    finally:
+        display.close()
+    if not ended:
+        fail("the server ended the stream before the build", "hypeman build get ID shows its state")
+
+
+# ── What is sent ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _fields(
+    *,
+    tags: tuple[str, ...],
+    image_name: str | None,
+    build_args: tuple[str, ...],
+    labels: tuple[str, ...],
+    secret: tuple[str, ...],
+    secret_ids: str | None,
+    ssh: tuple[str, ...],
+    no_cache: bool,
+    pull: bool,
+    is_admin_build: bool,
+    cache_from: tuple[str, ...],
+    cache_to: tuple[str, ...],
+    network: str | None,
+    memory: str | None,
+    registry_auth: str | None,
+    **same: Any,
+) -> dict[str, Any]:
+    """The fields of the form besides the context."""
+    names = [name for name in ((image_name,) if image_name else ()) + tags if "=" not in name]
+    given = [_secret(text) for text in secret] + _server_secrets(secret_ids)
+    return present(
+        image_name=names[0] if names else None,
+        image_names=names[1:],
+        tags=pairs([text for text in tags if "=" in text]),
+        build_args=environment(build_args),
+        labels=pairs(labels, "--label"),
+        secrets=given,
+        ssh=[_ssh_key(text) for text in ssh],
+        no_cache="true" if no_cache else None,
+        pull="true" if pull else None,
+        is_admin_build="true" if is_admin_build else None,
+        cache_from=[_cache(text) for text in cache_from],
+        cache_to=[_cache(text) for text in cache_to],
+        network={"default": "egress", "none": "isolated"}.get(network or "", network),
+        memory_mb=_megabytes(memory),
+        registry_auth=Path(registry_auth).read_text() if registry_auth else None,
+        **{{"timeout": "timeout_seconds"}.get(key, key): value for key, value in same.items()},
+    )
+
+
+def _secret(text: str) -> dict[str, str]:
+    """``id=ID`` with ``src=FILE`` or ``env=NAME``; without either, the variable or else the file of that name."""
+    parts = dict(part.partition("=")[::2] for part in text.split(","))
+    name = parts.get("id", "")
+    unknown = parts.keys() - {"id", "src", "source", "env", "type"}
+    if not name or unknown:
+        raise click.BadParameter(f"{text!r}: write id=ID,src=FILE or id=ID,env=NAME", param_hint="--secret")
+    file = parts.get("src") or parts.get("source")
+    variable = parts.get("env") or (name if not file and name in os.environ else None)
+    if variable is not None:
+        if variable not in os.environ:
+            raise click.BadParameter(f"there is no variable {variable!r}", param_hint="--secret")
+        data = os.environb[variable.encode()] if hasattr(os, "environb") else os.environ[variable].encode()
+    else:
+        data = _read(file or name, "--secret")
+    return {"id": name, "value_base64": base64.b64encode(data).decode()}
+
+
+def _server_secrets(text: str | None) -> list[Any]:
+    if not text:
+        return []
+    if text.lstrip().startswith("["):
+        try:
+            return msgspec.json.decode(text, type=list[Any])
+        except msgspec.MsgspecError as error:
+            raise click.BadParameter(str(error), param_hint="--secrets") from None
+    return [{"id": name.strip()} for name in text.split(",")]
+
+
+def _ssh_key(text: str) -> dict[str, str]:
+    name, _, file = text.partition("=")
+    if not file:
+        raise click.BadParameter(
+            f"{text!r}: name a key file, as in default=~/.ssh/id_ed25519; an agent cannot be forwarded to the server",
+            param_hint="--ssh",
+        )
+    return {"id": name, "value": _read(str(Path(file).expanduser()), "--ssh").decode()}
+
+
+def _read(file: str, option: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise click.BadParameter(f"{file!r} cannot be read: {error.strerror}", param_hint=option) from None
+
+
+def _cache(text: str) -> str:
+    return text if "type=" in text else f"type=registry,ref={text}"
+
+
+def _megabytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdigit() else parse_size(text) >> 20
+    except InvalidRequest as error:
+        raise click.BadParameter(error.message, param_hint="--memory") from None
+
+
+def _write_source(path: str, file: str | None, source: IO[bytes]) -> dict[str, str]:
+    """Write the context to ``source``; returns the fields that say where the Dockerfile is."""
+    from hypeman.cli.context import place_in, write_context
+
+    if path == "-":
+        if file == "-":
+            raise click.UsageError("standard input is either the context or the Dockerfile")
+        data = sys.stdin.buffer
+        begin = data.read(2)
+        if begin == _GZIP:
+            source.write(begin)
+            shutil.copyfileobj(data, source, _CHUNK)
+            return {"dockerfile_path": file} if file else {}
+        with tempfile.TemporaryDirectory() as empty:
+            write_context(Path(empty), source, dockerfile=None)
+        return {"dockerfile": (begin + data.read()).decode()}
+    directory = Path(path)
+    if not directory.is_dir():
+        raise click.BadParameter(f"{path!r} is not a directory", param_hint="PATH")
+    if file == "-":
+        write_context(directory, source, dockerfile=None)
+        return {"dockerfile": sys.stdin.read()}
+    dockerfile = Path(file) if file else directory / "Dockerfile"
+    if not dockerfile.is_file():
+        raise click.UsageError(f"there is no Dockerfile {str(dockerfile)!r}")
+    place = place_in(directory, dockerfile)
+    write_context(directory, source, dockerfile=place)
+    return {"dockerfile": dockerfile.read_text()} if place is None else {"dockerfile_path": place}
+
+
+def _form(fields: Mapping[str, Any], source: IO[bytes], boundary: str) -> Iterator[bytes]:
+    """The body of the request, in pieces; what is no text is JSON."""
+    for name, value in fields.items():
+        data = value.encode() if isinstance(value, str) else msgspec.json.encode(value)
+        yield f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + data + b"\r\n"
+    disposition = 'form-data; name="source"; filename="context.tar.gz"'
+    yield (f"--{boundary}\r\nContent-Disposition: {disposition}\r\nContent-Type: application/gzip\r\n\r\n".encode())
+    while piece := source.read(_CHUNK):
+        yield piece
+    yield f"\r\n--{boundary}--\r\n".encode()
+
+
+# ── What is shown, on standard error ─────────────────────────────────────────────────────────────
+
+
+class _Quiet:
+    def line(self, text: str) -> None:
+        pass
+
+    def progress(self, update: Any) -> None:
+        pass
+
+    def status(self, status: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _RawJson(_Quiet):
+    """BuildKit's updates as they come, on standard output."""
+
+    def progress(self, update: Any) -> None:
+        sys.stdout.write(msgspec.json.encode(update).decode() + "\n")
+        sys.stdout.flush()
+
+
+class _Plain(_Quiet):
+    def __init__(self) -> None:
+        self._text = PlainText()
+
+    def line(self, text: str) -> None:
+        self._write([text])
+
+    def progress(self, update: Any) -> None:
+        status = parse_status(msgspec.json.encode(update))
+        if status is not None:
+            self._write(self._text.feed(status))
+
+    def close(self) -> None:
+        self._write(self._text.flush())
+
+    def _write(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            sys.stderr.write(one_line(line) + "\n")
+        sys.stderr.flush()
+
+
+class _Terminal(_Plain):
+    """Steps that are done scroll away; below them those that run, and what they print."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began = time.monotonic()
+        self._drawn = 0.0
+        self._height = 0
+        self._done: set[str] = set()
+        self._last: dict[str, str] = {}
+        self._failed: list[str] = []
+        self._state = "queued"
+
+    def line(self, text: str) -> None:
+        self._clear()
+        self._write([text])
+        self._draw()
+
+    def progress(self, update: Any) -> None:
+        status = parse_status(msgspec.json.encode(update))
+        if status is None:
+            return
+        lines = self._text.feed(status)
+        for output in status.logs:
+            if text := output.data.decode(errors="replace").strip():
+                self._last[output.vertex] = text.splitlines()[-1]
+        ended = [
+            (digest, step)
+            for digest, step in self._text.steps.items()
+            if step.completed is not None and digest not in self._done
+        ]
+        self._failed += [line for line in lines if " ERROR: " in line]
+        if ended or time.monotonic() - self._drawn > _REDRAW_SECONDS:
+            self._clear()
+            for digest, step in ended:
+                self._done.add(digest)
+                sys.stderr.write(self._row(step) + "\n")
+            self._draw()
+
+    def status(self, status: str) -> None:
+        self._state = status
+        self._clear()
+        if status not in _FINAL:
+            self._draw()
+
+    def close(self) -> None:
+        self._clear()
+        sys.stderr.write("".join(one_line(line) + "\n" for line in self._failed))
+        total = len(self._text.steps)
+        sys.stderr.write(f"[+] {self._state} after {time.monotonic() - self._began:.1f}s, {total} steps\n")
+        sys.stderr.flush()
+
+    def _draw(self) -> None:
+        running = [(digest, step) for digest, step in self._text.steps.items() if step.completed is None]
+        rows = [f"[+] {self._state} {time.monotonic() - self._began:.1f}s ({len(self._done)}/{len(self._text.steps)})"]
+        for digest, step in running[-8:]:
+            rows.append(self._row(step))
+            if digest in self._last:
+                rows.append(_cut(f"    {self._last[digest]}"))
+        sys.stderr.write("\n".join(rows) + "\n")
+        sys.stderr.flush()
+        self._height = len(rows)
+        self._drawn = time.monotonic()
+
+    def _clear(self) -> None:
+        if self._height:
+            sys.stderr.write(f"\x1b[{self._height}A\x1b[J")
+            self._height = 0
+
+    def _row(self, step: Step) -> str:
+        if step.error:
+            mark = "ERROR "
+        elif step.cached:
+            mark = "CACHED "
+        else:
+            mark = ""
+        seconds = f" {step.seconds:.1f}s" if step.completed is not None else ""
+        return _cut(f" => {mark}{step.name}", len(seconds)) + seconds
+
+
+def _cut(text: str, less: int = 0) -> str:
+    width = max(20, shutil.get_terminal_size().columns - less - 1)
+    text = one_line(text)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+_DISPLAYS: Mapping[str, type[_Quiet]] = {"quiet": _Quiet, "rawjson": _RawJson, "plain": _Plain, "tty": _Terminal}
+
+
+# ── Looking at builds ────────────────────────────────────────────────────────────────────────────
+
+
+@build.command("list")
+@click.option("-q", "--quiet", is_flag=True, help="Only ids.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Only those with this tag.")
+@reports
+def list_builds(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
+    """List builds, newest first."""
+    columns = [
+        ("ID", lambda row: row["id"]),
+        ("STATUS", lambda row: row["status"]),
+        ("IMAGE", lambda row: row.get("image_ref") or ""),
+        ("BUILDER", lambda row: row.get("builder_id") or ""),
+        ("TIME", lambda row: f"{row['duration_ms'] / 1000:.1f}s" if row.get("duration_ms") is not None else ""),
+        ("AGE", lambda row: age(row["created_at"])),
+        ("ERROR", lambda row: row.get("error") or ""),
+    ]
+    session.show_list(session.client.get("/builds", tags=pairs(tags)), columns, quiet="id" if quiet else None)
+
+
+@build.command("get")
+@click.argument("build_id", metavar="ID")
+@reports
+def get_build(session: Session, build_id: str) -> None:
+    """Show everything about a build."""
+    session.show(session.client.get(f"/builds/{segment(build_id)}"))
+
+
+@build.command("logs")
+@click.argument("build_id", metavar="ID")
+@click.option("-f", "--follow", is_flag=True, help="Until it is over.")
+@reports
+def logs(session: Session, build_id: str, follow: bool) -> None:
+    """Print what a build has printed, from its begin."""
+    for event in session.client.events(f"/builds/{segment(build_id)}/events", follow=follow):
+        if event["type"] == "log":
+            click.echo(one_line(event.get("content", "")))
+
+
+@build.command("cancel")
+@click.argument("build_ids", metavar="ID", nargs=-1, required=True)
+@reports
+def cancel(session: Session, build_ids: Sequence[str]) -> None:
+    """Cancel builds that are not over."""
+
+    def one(build_id: str) -> None:
+        session.client.call("DELETE", f"/builds/{segment(build_id)}")
+        click.echo(one_line(build_id))
+
+    session.each(build_ids, one)
+
+
+# ── Builders ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@click.group("builder")
+def builder() -> None:
+    """Caches of builds, and their queues."""
+
+
+@builder.command("create")
+@click.option("--id", "builder_id", help="Default: a new one.")
+@click.option("--name")
+@click.option("--disk-size", type=GIGABYTES, help="Of the cache.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
+@reports
+def create_builder(
+    session: Session, builder_id: str | None, name: str | None, disk_size: int | None, tags: tuple[str, ...]
+) -> None:
+    """Make a builder: hypeman build --builder ID uses its cache."""
+    body = present(id=builder_id, name=name, disk_size_gb=disk_size, tags=pairs(tags))
+    made = session.client.post("/builders", body)
+    session.show(made, lambda: str(made["id"]))
+
+
+@builder.command("list")
+@click.option("-q", "--quiet", is_flag=True, help="Only ids.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Only those with this tag.")
+@reports
+def list_builders(session: Session, quiet: bool, tags: tuple[str, ...]) -> None:
+    """List builders."""
+    columns = [
+        ("ID", lambda row: row["id"]),
+        ("NAME", lambda row: row.get("name") or ""),
+        ("STATUS", lambda row: row["status"]),
+        ("CACHE", lambda row: f"{row['disk_size_gb']}GB"),
+        ("BUILD", lambda row: row.get("active_build_id") or ""),
+        ("QUEUED", lambda row: str(len(row["queued_builds"]))),
+        ("USED", lambda row: age(row["last_used_at"]) if row.get("last_used_at") else ""),
+    ]
+    session.show_list(session.client.get("/builders", tags=pairs(tags)), columns, quiet="id" if quiet else None)
+
+
+@builder.command("get")
+@click.argument("builder_id", metavar="ID")
+@reports
+def get_builder(session: Session, builder_id: str) -> None:
+    """Show everything about a builder."""
+    session.show(session.client.get(f"/builders/{segment(builder_id)}"))
+
+
+@builder.command("delete")
+@click.argument("builder_ids", metavar="ID", nargs=-1, required=True)
+@reports
+def delete_builder(session: Session, builder_ids: Sequence[str]) -> None:
+    """Delete builders that have no builds, with their caches."""
+
+    def one(builder_id: str) -> None:
+        session.client.call("DELETE", f"/builders/{segment(builder_id)}")
+        click.echo(one_line(builder_id))
+
+    session.each(builder_ids, one)
+
+
+@builder.command("prune")
+@click.argument("builder_id", metavar="ID")
+@reports
+def prune(session: Session, builder_id: str) -> None:
+    """Empty a builder's cache."""
+    made = session.client.post(f"/builders/{segment(builder_id)}/prune")
+    session.show(made, lambda: str(made["id"]))
