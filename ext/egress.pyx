@@ -78,7 +78,7 @@ cdef extern from "probe.h" nogil:
         uint16_t port
 
     int probe_head(const char *data, size_t n, const uint8_t *rules, size_t rules_n, const probe_origin *origin,
-                   int64_t now_s, char *out, size_t *out_n, const char **reason)
+                   char *body, size_t body_n, int64_t now_s, char *out, size_t *out_n, const char **reason)
     const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host, uint16_t port, const char *method,
                              const char *target, bint override, int64_t now_s, char *rule)
 
@@ -122,20 +122,28 @@ def confine(unsigned uid):
     return bool(locked)
 
 
-def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_t port, int64_t now_s=0):
-    """One request head as the host would get it (bytes), None if it is incomplete, or why it is refused (str)."""
+def rewrite_head(bytes data, rules, bytes tls_name, bint explicit_proxy, uint16_t port, int64_t now_s=0,
+                 bytearray body=None):
+    """One request head as the host would get it (bytes), None if it is incomplete, or why it is refused (str).
+
+    ``body`` is signed in place."""
     cdef const uint8_t[:] view = rules
     cdef probe_origin origin
     cdef const char *reason
     cdef bytes room = bytes(131072)
     cdef char *out = room
     cdef size_t n = 131072
+    cdef char *sent = NULL
+    cdef size_t sent_n = 0
+    if body is not None:
+        sent = body
+        sent_n = <size_t>len(body)
     origin.tls_name = NULL
     if tls_name is not None:
         origin.tls_name = tls_name
     origin.explicit_proxy = explicit_proxy
     origin.port = port
-    cdef int used = probe_head(data, <size_t>len(data), &view[0], <size_t>view.shape[0], &origin, now_s, out, &n,
+    cdef int used = probe_head(data, <size_t>len(data), &view[0], <size_t>view.shape[0], &origin, sent, sent_n, now_s, out, &n,
                                &reason)
     if used == 0:
         return None

@@ -74,7 +74,8 @@ struct xchg {
     bool waiting;      /* for an upstream connection, or held */
     bool held;         /* until its credential has a value, or `held_until_ms` */
     bool gathering;    /* its body must be complete before the head is written */
-    bool gathered;     /* and is, in to_up; what the client may send for it is granted already */
+    bool gathered;     /* and is, in to_up */
+    bool granted;      /* HTTP/2: for what is in to_up the client has been granted window already */
     bool is_head, upgrade, tunnel;
     bool req_done;     /* all of the request was read from the client */
     bool req_complete; /* nothing of it is left unread */
@@ -94,6 +95,7 @@ struct xchg {
     enum body req_body;
     uint64_t req_left;
     struct h1_chunked req_chunks;
+    struct buf head;   /* HTTP/1 down: kept while the body behind it is gathered */
     size_t kept_head;  /* HTTP/1 down: bytes of the head kept at the front of `in` for a retry */
     /* audit */
     int64_t held_until_ms;

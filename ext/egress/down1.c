@@ -126,6 +126,9 @@ static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool
         buf_take(c->loop, &c->in, x->kept_head);
         x->kept_head = 0;
     }
+    complete |= x->gathered;
+    x->gathering = false;
+    xchg_forget_body(x);
     if (!complete || c->loop->draining || why == R_BAD_REQUEST || why == R_HEAD_TOO_LARGE || why == R_BAD_HOST)
         x->closing = true; /* where the next request begins is not certain, or far away */
     size_t n = problem_body(body, sizeof body, x, why, detail);
@@ -158,11 +161,43 @@ static void note_request(struct conn *c, const struct head *h)
     c->loop->counters[M_REQUESTS]++;
 }
 
-static enum step refuse(struct conn *c, enum reason why, size_t used)
+static enum step refuse(struct conn *c, enum reason why, size_t used, const char *detail)
 {
     c->x.kept_head = used;
-    down_fail(&c->x, why, NULL);
+    down_fail(&c->x, why, detail);
     return c->dead ? STEP_STOP : STEP_AGAIN;
+}
+
+/* The body must be complete before the head is decided again: the head is put aside meanwhile. */
+static enum step gather(struct conn *c, const struct head *h, size_t used)
+{
+    struct xchg *x = &c->x;
+    bool asks = h->expect_continue;
+    if (h->content_length > TRANSFORM_BODY)
+        return refuse(c, R_TOO_LARGE, used, NULL);
+    buf_add(c->loop, &x->head, c->in.p + c->in.off, used);
+    buf_take(c->loop, &c->in, used);
+    x->kept_head = 0;
+    x->gathering = true;
+    c->h1 = H1_BODY;
+    conn_timer(c, T_HALF);
+    if (asks)
+        conn_write(c, "HTTP/1.1 100 Continue\r\n\r\n", 25);
+    return STEP_AGAIN;
+}
+
+static enum step gathered(struct conn *c)
+{
+    c->x.gathering = false;
+    c->x.gathered = true;
+    c->h1 = H1_HEAD;
+    conn_timer(c, -1);
+    return STEP_AGAIN;
+}
+
+static struct body_text gathered_body(const struct xchg *x)
+{
+    return (struct body_text){x->gathered ? x->to_up.p ? x->to_up.p + x->to_up.off : "" : NULL, buf_size(&x->to_up)};
 }
 
 static enum step on_head(struct conn *c, const struct head *h, size_t used)
@@ -177,9 +212,9 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         note_request(c, h);
         conn_timer(c, -1);
         if (!tenant_may_request(c->tenant, limits, l->now_us))
-            return refuse(c, R_RATE, used);
+            return refuse(c, R_RATE, used, NULL);
         if (!xchg_count(x))
-            return refuse(c, R_BUSY, used);
+            return refuse(c, R_BUSY, used, NULL);
     }
     struct origin from = {c->ssl ? &c->to : NULL, c->explicit_proxy, c->dialled_port};
     struct str path;
@@ -192,11 +227,11 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
     if (why == R_NONE)
         why = check_hops(h);
     if (why != R_NONE)
-        return refuse(c, why, used);
+        return refuse(c, why, used, NULL);
     uint64_t generation;
     struct snapshot *s = tenant_borrow(c->tenant, &generation);
     if (!s)
-        return refuse(c, R_UNREGISTERED, used);
+        return refuse(c, R_UNREGISTERED, used, NULL);
     why = decide_request(s, h, &x->to, path, l->now_s, x->approved, &x->ruled, &m);
     if (why == R_NONE && m.unready) {
         snapshot_release(s);
@@ -206,7 +241,11 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
     }
     if (why != R_NONE) {
         snapshot_release(s);
-        return refuse(c, why, used);
+        return refuse(c, why, used, m.detail);
+    }
+    if (m.transforms && !x->gathered && transform_needs_body(&m, h, path)) {
+        snapshot_release(s);
+        return gather(c, h, used);
     }
     if (x->up && x->up->generation != generation) {
         if (x->up->served) {
@@ -222,16 +261,20 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
     if (taken != TAKE_READY) {
         snapshot_release(s);
         if (taken == TAKE_FULL)
-            return refuse(c, R_BUSY, used);
+            return refuse(c, R_BUSY, used, NULL);
         x->kept_head = used;
         return STEP_STOP;
     }
-    struct out room = {l->room, 0, TRANSFORM_ROOM, false};
-    why = m.transforms ? transform(&room, &m, h, &x->to, path, l->now_s) : R_NONE;
+    struct out room = {l->room, 0, TRANSFORM_ROOM, false}, work = {l->scratch, 0, SCRATCH, false};
+    why = m.transforms ? transform(&room, &work, &m, h, &x->to, path, gathered_body(x), l->now_s) : R_NONE;
     if (why != R_NONE) {
         OPENSSL_cleanse(room.p, room.n);
         snapshot_release(s);
-        return refuse(c, why, used);
+        return refuse(c, why, used, m.detail);
+    }
+    if (x->gathered) {
+        x->req_body = BODY_LENGTH;
+        x->req_left = buf_size(&x->to_up);
     }
     xchg_note_rules(x, &m);
     l->counters[M_INJECTED] += m.n > 0;
@@ -239,6 +282,13 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
     up1_send(x, h, &line, &m);
     OPENSSL_cleanse(room.p, room.n);
     snapshot_release(s);
+    if (x->gathered) {
+        if (x->req_left)
+            x->up->side->data(x, x->to_up.p + x->to_up.off, (size_t)x->req_left);
+        x->req_left = 0;
+        x->req_done = true;
+        xchg_forget_body(x);
+    }
     x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && !x->upgrade && is_idempotent(h);
     x->kept_head = 0;
     if (x->retriable)
@@ -257,14 +307,15 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
 static enum step read_head(struct conn *c)
 {
     struct head *h = &c->loop->head;
-    size_t n = buf_size(&c->in);
+    const struct buf *from = buf_size(&c->x.head) ? &c->x.head : &c->in;
+    size_t n = buf_size(from);
     if (c->x.active && c->x.waiting)
         return STEP_STOP;
     if (!c->x.active && conn_wants_room(c))
         return STEP_STOP; /* requests sent ahead, by a client that does not read the answers */
     if (n == 0)
         return STEP_MORE;
-    int used = h1_parse_request(c->in.p + c->in.off, n, h);
+    int used = h1_parse_request(from->p + from->off, n, h);
     if (used == 0) {
         if (!c->head_timer) {
             c->head_timer = true;
@@ -279,7 +330,7 @@ static enum step read_head(struct conn *c)
         down_fail(&c->x, used == H1_TOO_LARGE ? R_HEAD_TOO_LARGE : R_BAD_REQUEST, NULL);
         return STEP_STOP;
     }
-    return on_head(c, h, (size_t)used);
+    return on_head(c, h, from == &c->in ? (size_t)used : 0);
 }
 
 static void request_done(struct conn *c)
@@ -288,6 +339,14 @@ static void request_done(struct conn *c)
     c->h1 = H1_WAIT;
     x->req_done = x->req_complete = true;
     xchg_try_finish(x);
+}
+
+static bool take_body(struct xchg *x, const char *p, size_t n)
+{
+    if (x->gathering)
+        return xchg_gather(x, p, n);
+    up_data(x, p, n);
+    return true;
 }
 
 static enum step read_body(struct conn *c)
@@ -307,8 +366,11 @@ static enum step read_body(struct conn *c)
             down_fail(x, R_BAD_REQUEST, NULL);
             return STEP_STOP;
         }
-        up_end(x, t); /* before the bytes that it points into are consumed */
+        if (!x->gathering)
+            up_end(x, t); /* before the bytes that it points into are consumed */
         buf_take(l, &c->in, (size_t)used);
+        if (x->gathering)
+            return gathered(c);
         request_done(c);
         return STEP_AGAIN;
     }
@@ -317,8 +379,11 @@ static enum step read_body(struct conn *c)
     if (x->req_body == BODY_LENGTH) {
         size_t part = n < x->req_left ? n : (size_t)x->req_left;
         x->req_left -= part;
-        up_data(x, c->in.p + c->in.off, part);
+        if (!take_body(x, c->in.p + c->in.off, part))
+            return STEP_STOP;
         buf_take(l, &c->in, part);
+        if (!x->req_left && x->gathering)
+            return gathered(c);
         if (!x->req_left) {
             up_end(x, NULL);
             request_done(c);
@@ -328,8 +393,8 @@ static enum step read_body(struct conn *c)
     size_t used = 0;
     struct str data;
     enum h1_chunk_event e = h1_chunked_next(&x->req_chunks, c->in.p + c->in.off, n, &used, &data);
-    if (e == H1_CHUNK_DATA)
-        up_data(x, data.p, data.n);
+    if (e == H1_CHUNK_DATA && !take_body(x, data.p, data.n))
+        return STEP_STOP;
     if (e == H1_CHUNK_BAD) {
         x->closing = true;
         down_fail(x, R_BAD_REQUEST, NULL);
@@ -425,6 +490,8 @@ void down1_run(struct conn *c)
         }
         if (c->h1 == H1_BODY && c->x.up)
             conn_timer(c->x.up, T_STREAM);
+        else if (c->x.gathering)
+            conn_timer(c, T_HALF);
     }
     conn_again(c);
 }

@@ -124,6 +124,8 @@ static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool
 
 void down2_grant(struct xchg *x, size_t n)
 {
+    if (x->granted)
+        return;
     (void)nghttp2_session_consume(x->down->h2, x->down_stream, n);
     conn_again(x->down);
 }
@@ -143,6 +145,39 @@ static void push_up(struct xchg *x)
         return;
     x->up->side->resume(x);
     xchg_try_finish(x);
+}
+
+static void decide(struct xchg *x);
+
+/* The body must be complete before the head is written: its bytes are granted back as they come, up to a bound. */
+static void gather(struct xchg *x, const struct head *h)
+{
+    struct conn *c = x->down;
+    if (h->content_length > TRANSFORM_BODY) {
+        down_fail(x, R_TOO_LARGE, NULL);
+        return;
+    }
+    if (!x->granted && buf_size(&x->to_up))
+        down2_grant(x, buf_size(&x->to_up));
+    x->granted = true;
+    if (x->req_complete) {
+        x->gathered = true;
+        decide(x);
+        return;
+    }
+    x->gathering = true;
+    if (h->expect_continue) {
+        struct pairs p;
+        pairs_start(c->loop, &p);
+        pairs_number(&p, ":status", 100);
+        (void)nghttp2_submit_headers(c->h2, NGHTTP2_FLAG_NONE, x->down_stream, NULL, p.nv, p.n, NULL);
+        conn_again(c);
+    }
+}
+
+static struct body_text gathered_body(const struct xchg *x)
+{
+    return (struct body_text){x->gathered ? x->to_up.p ? x->to_up.p + x->to_up.off : "" : NULL, buf_size(&x->to_up)};
 }
 
 /* Decides the stream and sends it on; called again when its upstream connection is ready. */
@@ -176,6 +211,11 @@ static void decide(struct xchg *x)
         down_fail(x, why, NULL);
         return;
     }
+    if (m.transforms && !x->gathered && transform_needs_body(&m, h, h->target)) {
+        snapshot_release(s);
+        gather(x, h);
+        return;
+    }
     if (x->up && x->up->generation != generation) {
         struct conn *old = x->up;
         x->up = NULL;
@@ -188,14 +228,16 @@ static void decide(struct xchg *x)
             down_fail(x, R_BUSY, NULL);
         return;
     }
-    struct out room = {l->room, 0, TRANSFORM_ROOM, false};
-    why = m.transforms ? transform(&room, &m, h, &x->to, h->target, l->now_s) : R_NONE;
+    struct out room = {l->room, 0, TRANSFORM_ROOM, false}, work = {l->scratch, 0, SCRATCH, false};
+    why = m.transforms ? transform(&room, &work, &m, h, &x->to, h->target, gathered_body(x), l->now_s) : R_NONE;
     if (why != R_NONE) {
         OPENSSL_cleanse(room.p, room.n);
         snapshot_release(s);
-        down_fail(x, why, NULL);
+        down_fail(x, why, m.detail);
         return;
     }
+    if (x->gathered)
+        x->req_body = BODY_LENGTH;
     xchg_note_rules(x, &m);
     l->counters[M_INJECTED] += m.n > 0;
     bool sent = true;
@@ -203,7 +245,7 @@ static void decide(struct xchg *x)
     if (x->up->h2) {
         sent = up2_send(x, h, h->target, x->req_body != BODY_NONE, &m);
     } else {
-        struct request_line line = {h->target, x->req_body, x->req_left, false};
+        struct request_line line = {h->target, x->req_body, x->gathered ? buf_size(&x->to_up) : x->req_left, false};
         up1_send(x, h, &line, &m);
     }
     OPENSSL_cleanse(room.p, room.n);
@@ -240,8 +282,13 @@ static void on_request(struct xchg *x, bool ended)
 static void request_ended(struct xchg *x)
 {
     x->req_complete = true;
-    if (x->active)
+    if (x->active && x->gathering) {
+        x->gathering = false;
+        x->gathered = true;
+        decide(x);
+    } else if (x->active) {
         push_up(x);
+    }
 }
 
 static int on_begin_headers(nghttp2_session *s, const nghttp2_frame *f, void *user)
@@ -323,8 +370,13 @@ static int on_data(nghttp2_session *s, uint8_t flags, int32_t id, const uint8_t 
     struct conn *c = user;
     struct xchg *x = nghttp2_session_get_stream_user_data(s, id);
     (void)flags;
-    if (!x || !x->active || (!x->up && !x->waiting)) {
+    if (!x || !x->active || (!x->up && !x->waiting && !x->gathering)) {
         (void)nghttp2_session_consume(s, id, n); /* nobody wants it any more */
+        return 0;
+    }
+    if (x->gathering) {
+        (void)nghttp2_session_consume(s, id, n);
+        (void)xchg_gather(x, (const char *)p, n);
         return 0;
     }
     x->up_bytes += n;
@@ -359,7 +411,7 @@ static void drop(struct conn *c, struct xchg *x)
         x->reason = R_CLIENT_CLOSED;
         audit_record(c->loop, c->tenant, x);
     }
-    if (c->h2 && buf_size(&x->to_up))
+    if (c->h2 && buf_size(&x->to_up) && !x->granted)
         (void)nghttp2_session_consume_connection(c->h2, buf_size(&x->to_up));
     *(x->prev ? &x->prev->next : &c->streams) = x->next;
     if (x->next)

@@ -10,7 +10,8 @@
  *   tls         OpenSSL over a connection's buffers; certificate chains       tls.c chain.c
  *   io          buffers, sockets, timers                                      io.c
  *   below       pure or nearly so, usable alone: policy, bounds, rules,       policy.c bound.c access.c verdict.c
- *               verdicts on requests, leaves, heads, names, addresses         transform.c mint.c h1.c hello.c host.c addr.c
+ *               verdicts on requests, signatures, leaves, heads, queries,     transform.c sigv4.c mint.c h1.c query.c
+ *               names, addresses                                              hello.c host.c addr.c
  *
  * Two calls point up: accept.c has the loop run a new connection, and pool.c asks the engine for addresses.
  * `tests/egress/test_structure.py` holds this, and that includes have no cycle.
@@ -72,6 +73,8 @@ void xchg_try_finish(struct xchg *x);
 void xchg_note_rules(struct xchg *x, const struct matched *m);
 /* Holds a request until new rules come, at most as long as the settings say; its head is decided again then. */
 void xchg_hold(struct xchg *x);
+bool xchg_gather(struct xchg *x, const char *p, size_t n); /* a part of the body; false: too much, and refused */
+void xchg_forget_body(struct xchg *x); /* what was gathered, and the head before it */
 void held_again(struct loop *l, bool rules_changed); /* decide again, or refuse what was held too long */
 
 /* pool.c */

@@ -175,6 +175,14 @@ void pairs_add(struct pairs *p, struct str name, struct str value, bool secret)
                                  secret ? NGHTTP2_NV_FLAG_NO_INDEX : NGHTTP2_NV_FLAG_NONE};
 }
 
+void pairs_authority(struct pairs *p, const struct destination *to)
+{
+    size_t at = p->names.n;
+    out_authority(&p->names, to);
+    struct str text = {p->names.p + at, (uint32_t)(p->names.n - at)};
+    pairs_add(p, (struct str){":authority", 10}, text, false);
+}
+
 void pairs_number(struct pairs *p, const char *name, uint64_t value)
 {
     size_t at = p->names.n;

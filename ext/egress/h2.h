@@ -31,6 +31,7 @@ void pairs_start(struct loop *l, struct pairs *p);
 void pairs_add(struct pairs *p, struct str name, struct str value, bool secret);
 void pairs_via(struct pairs *p, const struct head *received);
 void pairs_max_forwards(struct pairs *p, const struct head *h);
+void pairs_authority(struct pairs *p, const struct destination *to);
 void pairs_number(struct pairs *p, const char *name, uint64_t value);
 
 /* The last byte of a body was given: flags for nghttp2, which then sends the trailers, if there are any. */

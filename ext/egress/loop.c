@@ -127,6 +127,8 @@ static void bury(struct loop *l)
         buf_free(l, &c->out);
         buf_free(l, &c->stage);
         buf_free(l, &c->prefix);
+        buf_free(l, &c->x.to_up);
+        buf_free(l, &c->x.head);
         if (c->tenant)
             tenant_release(c->tenant);
         free(c);

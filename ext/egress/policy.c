@@ -52,8 +52,8 @@ static void read_transform(struct reader *r, struct rule *rule)
         r->bad = true;
         return;
     }
-    for (unsigned i = 0; i < extra; i++)
-        rule->extra[i] = text(r);
+    for (unsigned i = 0; i < MAX_EXTRA; i++)
+        rule->extra[i] = i < extra ? text(r) : (struct str){"", 0};
     bool named = rule->kind == RULE_HEADER ? h1_is_token(rule->name.p, rule->name.n)
                                            : h1_is_target(rule->name.p, rule->name.n);
     r->bad |= !named || !h1_is_field_value(rule->value.p, rule->value.n);

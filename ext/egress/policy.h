@@ -31,6 +31,7 @@ struct pattern {
 enum rule_kind {
     RULE_HEADER, /* sets the field `name` to `value` */
     RULE_QUERY,  /* sets the parameter `name` of the query to `value`, both percent-encoded already */
+    RULE_SIGV4,  /* signs with `value`, see sigv4.h; `name` is unused */
     RULE_KINDS,
 };
 

@@ -9,11 +9,11 @@
 #include "transform.h"
 
 int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from,
-               int64_t now_s, char *out, size_t *out_n, const char **reason)
+               char *body, size_t body_n, int64_t now_s, char *out, size_t *out_n, const char **reason)
 {
     static __thread struct head h;
     static __thread char text[TRANSFORM_ROOM];
-    struct out room = {text, 0, sizeof text, false};
+    struct out room = {text, 0, sizeof text, false}, work = {out, 0, *out_n, false};
     struct destination bound = {.port = from->port, .tls = true}, to;
     struct str path;
     struct matched m = {0};
@@ -43,7 +43,7 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     if (why == R_NONE && m.unready)
         why = R_CREDENTIAL;
     if (why == R_NONE && m.transforms)
-        why = transform(&room, &m, &h, &to, path, now_s);
+        why = transform(&room, &work, &m, &h, &to, path, (struct body_text){body_n ? body : NULL, body_n}, now_s);
     if (why == R_NONE) {
         enum body body = h.chunked ? BODY_CHUNKED : h.content_length >= 0 ? BODY_LENGTH : BODY_NONE;
         struct request_line line = {path, body, h.content_length > 0 ? (uint64_t)h.content_length : 0, may_upgrade(&h)};
@@ -55,7 +55,7 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     }
     OPENSSL_cleanse(text, room.n);
     snapshot_release(s);
-    *reason = REASONS[why].code;
+    *reason = why == R_SIGNATURE && m.detail ? m.detail : REASONS[why].code;
     return why == R_NONE ? used : -1;
 }
 

@@ -2,52 +2,8 @@
 #define _GNU_SOURCE
 #include "transform.h"
 
-#include <string.h>
-
-static int hex_digit(char c)
-{
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
-}
-
-/* The next byte that the text stands for, percent-decoded; -1 at its end. */
-static int next_decoded(struct str *s)
-{
-    if (!s->n)
-        return -1;
-    int high = s->n > 2 && s->p[0] == '%' ? hex_digit(s->p[1]) : -1, low = high < 0 ? -1 : hex_digit(s->p[2]);
-    unsigned used = low < 0 ? 1 : 3;
-    int c = low < 0 ? (unsigned char)s->p[0] : high << 4 | low;
-    s->p += used;
-    s->n -= used;
-    return c;
-}
-
-static bool same_decoded(struct str a, struct str b)
-{
-    int x, y;
-    do {
-        x = next_decoded(&a);
-        y = next_decoded(&b);
-    } while (x == y && x >= 0);
-    return x == y;
-}
-
-/* Cuts the next parameter off a query. */
-static struct str next_parameter(struct str *query)
-{
-    const char *end = memchr(query->p, '&', query->n);
-    struct str found = {query->p, end ? (uint32_t)(end - query->p) : query->n};
-    uint32_t used = found.n + (end != NULL);
-    query->p += used;
-    query->n -= used;
-    return found;
-}
-
-static struct str name_of(struct str parameter)
-{
-    const char *equals = memchr(parameter.p, '=', parameter.n);
-    return (struct str){parameter.p, equals ? (uint32_t)(equals - parameter.p) : parameter.n};
-}
+#include "query.h"
+#include "sigv4.h"
 
 static bool sets_parameter(const struct matched *m, struct str name)
 {
@@ -61,16 +17,14 @@ static bool sets_parameter(const struct matched *m, struct str name)
 static void set_parameters(struct out *room, struct matched *m, struct str path)
 {
     size_t start = room->n;
-    const char *mark = memchr(path.p, '?', path.n);
-    struct str before = {path.p, mark ? (uint32_t)(mark - path.p) : path.n};
-    struct str query = {before.p + before.n + (mark != NULL), mark ? path.n - before.n - 1 : 0};
+    struct str before, query = query_of(path, &before);
     const char *separator = "?";
     if (!before.n)
         out_add(room, "/", 1);
     out_add(room, before.p, before.n);
     while (query.n) {
         struct str parameter = next_parameter(&query);
-        if (sets_parameter(m, name_of(parameter)))
+        if (sets_parameter(m, parameter_name(parameter)))
             continue;
         out_add(room, separator, 1);
         out_add(room, parameter.p, parameter.n);
@@ -97,13 +51,22 @@ static bool has_kind(const struct matched *m, enum rule_kind kind)
     return false;
 }
 
-enum reason transform(struct out *room, struct matched *m, const struct head *h, const struct destination *to,
-                      struct str path, int64_t now_s)
+bool transform_needs_body(const struct matched *m, const struct head *h, struct str path)
 {
-    (void)h;
-    (void)to;
-    (void)now_s;
+    return has_kind(m, RULE_SIGV4) && sigv4_needs_body(h, path);
+}
+
+enum reason transform(struct out *room, struct out *work, struct matched *m, const struct head *h,
+                      const struct destination *to, struct str path, struct body_text body, int64_t now_s)
+{
+    enum reason why = R_NONE;
+    if (body.p && h->expect_continue)
+        set_field(m, (struct str){"expect", 6}, (struct str){NULL, 0}); /* it was answered already */
     if (has_kind(m, RULE_QUERY))
         set_parameters(room, m, path);
-    return room->over ? R_HEAD_TOO_LARGE : R_NONE;
+    if (m->path.n)
+        path = m->path;
+    if (has_kind(m, RULE_SIGV4))
+        why = sigv4_sign(room, work, m, h, to, path, body.p, body.n, now_s);
+    return why == R_NONE && room->over ? R_HEAD_TOO_LARGE : why;
 }

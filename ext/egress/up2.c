@@ -40,7 +40,7 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
     pairs_start(c->loop, &p);
     pairs_add(&p, (struct str){":method", 7}, h->method, false);
     pairs_add(&p, (struct str){":scheme", 7}, (struct str){"https", 5}, false);
-    pairs_add(&p, (struct str){":authority", 10}, h->authority, false);
+    pairs_authority(&p, &x->to);
     pairs_add(&p, (struct str){":path", 5}, m->path.n ? m->path : path, m->path.n > 0);
     for (unsigned i = 0; i < h->n; i++)
         if (request_field_passes(h, &h->f[i], m))

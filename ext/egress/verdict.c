@@ -225,6 +225,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
     out->n = out->fields = 0;
     out->path = (struct str){NULL, 0};
     out->transforms = out->unready = false;
+    out->detail = NULL;
     if (s->unmatched != UNMATCHED_PASS && to->host.kind != HOST_NAME)
         return R_ADDRESS_LITERAL;
     if (!snapshot_allows_port(s, &to->host, to->port, to->tls, now_s))
@@ -264,6 +265,7 @@ enum reason decide_request(const struct snapshot *s, const struct head *h, const
                            struct str path, int64_t now_s, bool approved, struct ruled *ruled, struct matched *out)
 {
     enum reason why = apply_access(s, h, to, path, now_s, approved, ruled);
+    out->detail = NULL;
     if (why != R_NONE && why != R_APPROVAL_PENDING)
         return why;
     enum reason refused = apply_policy(s, h, to, now_s, out);
@@ -354,7 +356,9 @@ bool request_field_passes(const struct head *h, const struct field *f, const str
             return false; /* written anew, one less */
         break;
     case F_EXPECT:
-        return h->minor == 1; /* HTTP/1.0 has no 100 */
+        if (h->minor != 1)
+            return false; /* HTTP/1.0 has no 100 */
+        break;
     case F_AUTHORIZATION:
     case F_COOKIE:
         if (m->n)

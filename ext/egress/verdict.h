@@ -102,6 +102,7 @@ struct matched {
     struct str path; /* instead of the guest's, if there is one */
     bool transforms; /* a rule needs more than fields whose values are known: see transform.h */
     bool unready;    /* a rule has no valid value now */
+    const char *detail; /* why it is refused, if that needs saying */
 };
 
 /* Whether the instance's rules allow the request; R_APPROVAL_PENDING: somebody has to be asked, unless `approved`. */

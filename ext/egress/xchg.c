@@ -1,16 +1,20 @@
 /* What joins a guest's request to a host's response, whichever version of HTTP either speaks. */
 #define _GNU_SOURCE
+#include <openssl/crypto.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "down.h"
 #include "loop.h"
+#include "transform.h"
 
 void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
 {
     if (x == &down->x) { /* a stream of HTTP/2 is new and holds its header block already */
         xchg_uncount(x);
+        x->down = down;
+        xchg_forget_body(x);
         memset(x, 0, sizeof *x);
     }
     x->down = down;
@@ -34,6 +38,26 @@ void xchg_uncount(struct xchg *x)
     if (x->counted)
         conn_give(x->down, B_STREAMS, 1);
     x->counted = false;
+}
+
+bool xchg_gather(struct xchg *x, const char *p, size_t n)
+{
+    x->up_bytes += n;
+    if (buf_size(&x->to_up) + n > TRANSFORM_BODY || conn_watermark(x->down) < WATERMARK) {
+        /* Nothing takes these bytes on, so an instance that holds its share could not go on. */
+        down_fail(x, buf_size(&x->to_up) + n > TRANSFORM_BODY ? R_TOO_LARGE : R_BUSY, NULL);
+        return false;
+    }
+    buf_add(x->down->loop, &x->to_up, p, n);
+    return true;
+}
+
+void xchg_forget_body(struct xchg *x)
+{
+    if (x->to_up.p)
+        OPENSSL_cleanse(x->to_up.p, x->to_up.cap);
+    buf_free(x->down->loop, &x->to_up);
+    buf_free(x->down->loop, &x->head);
 }
 
 void xchg_hold(struct xchg *x)

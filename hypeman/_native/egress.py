@@ -38,7 +38,13 @@ if TYPE_CHECKING:
 
     def confine(uid: int) -> bool: ...
     def rewrite_head(
-        data: bytes, rules: bytearray, tls_name: bytes | None, explicit_proxy: bool, port: int, now_s: int = 0
+        data: bytes,
+        rules: bytearray,
+        tls_name: bytes | None,
+        explicit_proxy: bool,
+        port: int,
+        now_s: int = 0,
+        body: bytearray | None = None,
     ) -> bytes | str | None: ...
 
     def decide_access(

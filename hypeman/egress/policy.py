@@ -117,6 +117,8 @@ class _Rule:
     def clashes(self, other: _Rule) -> bool:
         if self.form.target != other.form.target or not set(self.ports) & set(other.ports):
             return False
+        if self.form.scope and other.form.scope and (self.form.scope != other.form.scope or self.key != other.key):
+            return False  # the guest says which of them it means
         if self.hosts is None or other.hosts is None:
             return True
         return any(mine.overlaps(its) for mine in self.hosts for its in other.hosts)
@@ -161,7 +163,12 @@ def guest_environment(credentials: Mapping[str, CredentialPolicy], env: Mapping[
     """What the guest sees: ``env`` without real values, and a placeholder for each credential."""
     hidden = sources_of(credentials)
     visible = {name: value for name, value in env.items() if name not in hidden}
-    return visible | {key: placeholder(key) for key in credentials}
+    seen = visible | {key: placeholder(key) for key in credentials}
+    signing = [key for key, policy in credentials.items() if any(rule.as_.sigv4 for rule in policy.inject)]
+    if signing:  # what the AWS SDKs look for
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            seen.setdefault(name, placeholder(signing[0]))
+    return seen
 
 
 def rotate(

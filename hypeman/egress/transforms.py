@@ -26,6 +26,8 @@ MAX_VALUE = 8 * 1024
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _VISIBLE = re.compile(r"[\x20-\x7e]*")
 _EXPRESSION = re.compile(r"\$\{([^}]*)\}")
+_KEY_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+_SECRET = re.compile(r"[\x21-\x7e]{1,256}")
 _BASE64 = re.compile(r"base64\(([^():]*):([^():]*)\)")
 
 FIXED_HEADERS = frozenset(
@@ -54,6 +56,7 @@ class Kind(enum.IntEnum):
 
     HEADER = 0
     QUERY = 1
+    SIGV4 = 2
 
 
 class Compiled(NamedTuple):
@@ -87,11 +90,15 @@ class Form(NamedTuple):
     """The target, in an error."""
     render: Callable[[str], Compiled]
     """From the real value. Raises InvalidRequest, never containing it."""
+    extra: tuple[str, ...] = ()
+    """Of the rule while it has no value."""
+    scope: str = ""
+    """Which requests of a host: two rules for different ones do not clash."""
 
     def compile(self, value: Value | None) -> bytes:
         """With the value, or as a rule that has none yet."""
         if value is None:
-            return Compiled(self.kind, self.name, "").encode(ready=False, expires_at=0)
+            return Compiled(self.kind, self.name, "", self.extra).encode(ready=False, expires_at=0)
         return self.render(value.text).encode(ready=True, expires_at=value.expires_at)
 
 
@@ -210,5 +217,59 @@ def _query(shape: InjectAs) -> Form:
     return Form(Kind.QUERY, name, f"query {name}", f"query parameter {shape.query!r}", render)
 
 
-_FORMS: Mapping[str, Callable[[InjectAs], Form]] = {"header": _header, "basic": _basic, "query": _query}
+# ── Signatures ───────────────────────────────────────────────────────────────────────────────────
+
+
+class _AwsKeys(msgspec.Struct, frozen=True):
+    """Output of a ``credential_process`` of the AWS CLI."""
+
+    key_id: str = msgspec.field(name="AccessKeyId")
+    secret: str = msgspec.field(name="SecretAccessKey")
+    token: str | None = msgspec.field(default=None, name="SessionToken")
+
+
+def _sigv4(shape: InjectAs) -> Form:
+    form = shape.sigv4
+    assert form is not None
+    scope = (form.region, form.service)
+
+    def render(value: str) -> Compiled:
+        keys = _aws_keys(value)
+        return Compiled(Kind.SIGV4, "authorization", keys.secret, (keys.key_id, keys.token or "", *scope))
+
+    return Form(
+        Kind.SIGV4,
+        "authorization",
+        "header authorization",
+        f"signatures for {form.service} in {form.region}",
+        render,
+        extra=("", "", *scope),
+        scope="/".join(scope),
+    )
+
+
+def _aws_keys(value: str) -> _AwsKeys:
+    """Raises InvalidRequest, never containing the value."""
+    try:
+        if value.lstrip().startswith("{"):
+            keys = msgspec.json.decode(value, type=_AwsKeys)
+        else:
+            keys = _AwsKeys(*value.split(":"))
+    except (msgspec.MsgspecError, TypeError):
+        raise InvalidRequest(
+            "the value for sigv4 must be ACCESS_KEY_ID:SECRET_ACCESS_KEY[:SESSION_TOKEN] or JSON as of a "
+            "credential_process"
+        ) from None
+    good = _KEY_ID.fullmatch(keys.key_id) and _SECRET.fullmatch(keys.secret)
+    if not good or not re.fullmatch(r"[\x21-\x7e]{0,4096}", keys.token or ""):
+        raise InvalidRequest("the access key, secret key or session token for sigv4 has characters that none has")
+    return keys
+
+
+_FORMS: Mapping[str, Callable[[InjectAs], Form]] = {
+    "header": _header,
+    "basic": _basic,
+    "query": _query,
+    "sigv4": _sigv4,
+}
 _OTHERS = tuple(name for name in _FORMS if name != "header")

@@ -131,6 +131,11 @@ class BasicForm(Struct, frozen=True, kw_only=True):
     ]
 
 
+class SigV4Form(Struct, frozen=True, kw_only=True):
+    region: Annotated[str, Meta(pattern="^[a-z0-9-]{1,64}$", examples=["eu-west-1"])]
+    service: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$", examples=["s3"])]
+
+
 class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the credential becomes in a request: header and format together, or exactly one of the others."""
 
@@ -145,6 +150,17 @@ class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
                 max_length=256,
                 description="Parameter of the query that is set to the value; all of that name that the guest sent "
                 "are removed",
+            ),
+        ]
+        | None
+    ) = None
+    sigv4: (
+        Annotated[
+            SigV4Form,
+            Meta(
+                description="AWS Signature Version 4: a request that the guest signed with the placeholder as its "
+                "access key is signed again with the real one, for this region and service only. The value is "
+                "ACCESS_KEY_ID:SECRET_ACCESS_KEY[:SESSION_TOKEN], or JSON as of an AWS credential_process"
             ),
         ]
         | None

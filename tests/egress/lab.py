@@ -22,6 +22,7 @@ import pytest
 import trustme
 
 from tests.egress.conftest import HOST, SECRET
+from tests.egress.lab_moto import VALUE
 
 ROOT = Path(__file__).parents[2]
 PORT = 18080
@@ -35,9 +36,14 @@ GRPC_HOST = "grpc.example.com"
 SOCKET_HOST = "ws.example.com"
 STREAM_HOST = "sse.example.com"
 GO_HOST = "go.example.com"
+GIT_HOST = "git.example.com"
+S3_HOST, TABLE_HOST = "s3.eu-west-1.amazonaws.com", "dynamodb.eu-west-1.amazonaws.com"
 ORIGINS = {GRPC_HOST: "93.184.216.35", SOCKET_HOST: "93.184.216.36", STREAM_HOST: "93.184.216.37",
-           GO_HOST: "93.184.216.38"}  # fmt: skip
+           GO_HOST: "93.184.216.38", GIT_HOST: "93.184.216.39", S3_HOST: "93.184.216.40",
+           TABLE_HOST: "93.184.216.40"}  # fmt: skip
 """Hosts with a rule, as HOST and own.test are, and where their servers listen."""
+
+BEARER_HOSTS = (GRPC_HOST, SOCKET_HOST, STREAM_HOST, GO_HOST)
 
 NFT = f"""
 table ip t {{
@@ -92,7 +98,7 @@ class Lab:
             run("ip", "-n", name, "link", "set", "lo", "up")
         for one, of_one, other, of_other, a, b in (
             ("hg0", self.host, "eth0", self.guest, ["10.77.0.1"], ["10.77.0.2"]),
-            ("hw0", self.host, "eth0", self.world, [OWN], [NGINX, *ORIGINS.values()]),
+            ("hw0", self.host, "eth0", self.world, [OWN], [NGINX, *dict.fromkeys(ORIGINS.values())]),
         ):
             run("ip", "link", "add", one, "netns", of_one, "type", "veth", "peer", "name", other, "netns", of_other)
             for name, link, addresses in ((of_one, one, a), (of_other, other, b)):
@@ -117,9 +123,16 @@ class Lab:
                       **{name: [address] for name, address in ORIGINS.items()}},
             "policies": [["inst-a", "10.77.0.2", {"API_KEY": {
                 "source": {"env": "K"},
-                "inject": [{"hosts": [HOST, "own.test", *ORIGINS],
+                "inject": [{"hosts": [HOST, "own.test", *BEARER_HOSTS],
                             "as": {"header": "Authorization", "format": "Bearer ${value}"}}],
-            }}, {"K": SECRET}]],
+            }, "GIT": {
+                "source": {"env": "K"},
+                "inject": [{"hosts": [GIT_HOST], "as": {"basic": {"username": "x-access-token"}}}],
+            }, "AWS": {
+                "source": {"env": "AWS_KEYS"},
+                "inject": [{"hosts": [host], "as": {"sigv4": {"region": "eu-west-1", "service": service}}}
+                           for host, service in ((S3_HOST, "s3"), (TABLE_HOST, "dynamodb"))],
+            }}, {"K": SECRET, "AWS_KEYS": VALUE}]],
         }  # fmt: skip
         proxy = self.start(self.host, sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told),
                            stdin=subprocess.PIPE)  # fmt: skip

@@ -6,6 +6,7 @@ Each says whether it was sent the real credential, by a word and never by the va
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
@@ -24,13 +25,14 @@ from websockets.sync.server import ServerConnection
 from websockets.sync.server import serve as serve_sockets
 
 from tests.egress.conftest import SECRET
-from tests.egress.lab import GRPC_HOST, ORIGINS, SOCKET_HOST, STREAM_HOST
+from tests.egress.lab import GIT_HOST, GRPC_HOST, ORIGINS, SOCKET_HOST, STREAM_HOST
 
 EVENTS = 5
+BASIC = "Basic " + base64.b64encode(f"x-access-token:{SECRET}".encode()).decode()
 
 
 def credential_of(values: list[str]) -> str:
-    return "real" if values == [f"Bearer {SECRET}"] else f"{len(values)} others"
+    return "real" if values in ([f"Bearer {SECRET}"], [BASIC]) else f"{len(values)} others"
 
 
 def _rpc_credential(context: grpc.ServicerContext) -> str:
@@ -172,9 +174,10 @@ class Http(http.server.BaseHTTPRequestHandler):
 
 
 def serve_http(context: ssl.SSLContext) -> None:
-    server = http.server.ThreadingHTTPServer((ORIGINS[STREAM_HOST], 443), Http)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for host in (STREAM_HOST, GIT_HOST):
+        server = http.server.ThreadingHTTPServer((ORIGINS[host], 443), Http)
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
 
 
 def main(leaf: str, directory: str) -> None:

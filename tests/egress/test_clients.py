@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.egress.conftest import SECRET
-from tests.egress.lab import GO_HOST, GRPC_HOST, ORIGINS, SOCKET_HOST, STREAM_HOST, Lab, a_lab, run
+from tests.egress.lab import GIT_HOST, GO_HOST, GRPC_HOST, ORIGINS, SOCKET_HOST, STREAM_HOST, Lab, a_lab, run
 from tests.egress.lab_origins import EVENTS
 
 pytestmark = pytest.mark.real
@@ -194,13 +194,13 @@ def test_go(lab: Lab) -> None:
 
 @proxied
 def test_git(lab: Lab, proxied: bool) -> None:
-    """Clone and push by git's smart protocol; the pack is larger than git sends without chunks."""
+    """Clone and push by git's smart protocol, Bearer and Basic; the pack is larger than git sends without chunks."""
     if not shutil.which("git"):
         pytest.skip("git is not installed")
     bare, clone = f"bare-{proxied}.git", f"work-{proxied}"
     run("git", "init", "-q", "--bare", str(lab.dir / bare))
     run("git", "-C", str(lab.dir / bare), "config", "http.receivepack", "true")
-    url = f"https://{STREAM_HOST}/git/{bare}"
+    url = f"https://{GIT_HOST if proxied else STREAM_HOST}/git/{bare}"
     lab.in_guest("git", "clone", "-q", url, clone, proxied=proxied)
     work = lab.dir / clone
     subprocess.run(["dd", "if=/dev/urandom", f"of={work}/file", "bs=1M", "count=3", "status=none"], check=True)

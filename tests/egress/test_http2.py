@@ -323,7 +323,7 @@ async def test_grpc(world: World, grpc: GrpcLike) -> None:
         assert peer.of(stream, h2.events.TrailersReceived)[0].headers == [("grpc-status", "0")]
     assert grpc.connections == 1
     assert {(head["authorization"], head["te"], head[":authority"]) for head in grpc.heads} == {
-        (f"Bearer {SECRET}", "trailers", HOST)
+        (f"Bearer {SECRET}", "trailers", f"{HOST}:{grpc.port}")
     }
 
 

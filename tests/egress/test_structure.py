@@ -15,7 +15,7 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "ext" / "egress"
 
 ROWS = (
-    "h1 hello host addr bound access policy verdict transform probe mint chain confine",
+    "h1 query hello host addr bound access policy verdict sigv4 transform probe mint chain confine",
     "io",
     "tls",
     "accept down1 down2 up1 up2 h2 pool xchg splice audit",

@@ -198,7 +198,7 @@ static void request(const char *p, size_t n)
     const char *name = NAMES[p[0] & 3], *why;
     struct probe_origin from = {name, (p[0] & 4) != 0, p[0] & 8 ? 8443 : 443};
     size_t out_n = sizeof out;
-    int used = probe_head(p + 1, n - 1, RULES, sizeof RULES - 1, &from, 0, out, &out_n, &why);
+    int used = probe_head(p + 1, n - 1, RULES, sizeof RULES - 1, &from, NULL, 0, 0, out, &out_n, &why);
     if (used <= 0)
         return;
     MUST(h1_parse_request(out, out_n, &h) == (int)out_n && h.hosts == 1);
@@ -211,6 +211,34 @@ static void request(const char *p, size_t n)
         real |= h.f[i].id == F_AUTHORIZATION && h1_same(h.f[i].value, (struct str){"Bearer sk", 9});
     bool ruled = name && from.port == 443 && (name[0] == 'a' || name[0] == 'x');
     MUST(real <= ruled && (!ruled || (real && count(&h, F_AUTHORIZATION) == 1 && !count(&h, F_COOKIE))));
+}
+
+/* The same rule for sigv4, with the key "AKID" and "verysecret". */
+static const uint8_t SIGNING[] = "HEG3\0\0\273\1\1\0\1\0" "\3\0KEY" "\10\0mock-KEY" "\2\1\0\0\0\0\0\0\0\0" "\15\0authorization"
+                                 "\12\0verysecret" "\4" "\4\0AKID" "\0\0" "\11\0us-east-1" "\2\0s3"
+                                 "\0\1\273\1\1\0" "\0\17\0api.example.com";
+
+/* A head and the body behind it: what is signed reads as one request, and the key is not in it. */
+static void signing(const char *p, size_t n)
+{
+    static char out[131072];
+    static struct head h;
+    const char *end = memmem(p, n, "\r\n\r\n", 4), *why;
+    if (!end)
+        return;
+    size_t used = (size_t)(end - p) + 4, body_n = n - used, out_n = sizeof out;
+    char *body = malloc(body_n + 1);
+    if (!body)
+        abort();
+    memcpy(body, p + used, body_n);
+    struct probe_origin from = {"api.example.com", false, 443};
+    if (probe_head(p, used, SIGNING, sizeof SIGNING - 1, &from, body, body_n, 1440938160, out, &out_n, &why) > 0) {
+        MUST(h1_parse_request(out, out_n, &h) == (int)out_n && count(&h, F_AUTHORIZATION) <= 1);
+        MUST(!memmem(out, out_n, "verysecret", 10) || memmem(p, used, "verysecret", 10));
+        for (unsigned i = 0; i < h.n; i++)
+            MUST(h.f[i].id != F_AUTHORIZATION || memmem(h.f[i].value.p, h.f[i].value.n, "Credential=AKID/20150830/", 25));
+    }
+    free(body);
 }
 
 static void snapshot(const uint8_t *p, size_t n)
@@ -272,7 +300,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 9) {
+    switch (data[0] % 10) {
     case 0: head(h1_parse_request, p, n); break;
     case 1: head(h1_parse_response, p, n); break;
     case 2: head(h1_parse_trailers, p, n); break;
@@ -281,6 +309,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     case 5: host(p, n); break;
     case 6: request(p, n); break;
     case 7: snapshot((const uint8_t *)p, n); break;
+    case 9: signing(p, n); break;
     default: block((const uint8_t *)p, n); break;
     }
     return 0;
