@@ -239,7 +239,7 @@ def find_contents(txn: Txn) -> Contents:
         "snapshots": list(txn.keys(SNAPSHOTS)),
     }
     directories = tuple(f"{folder}/{name}" for folder, names in below.items() for name in names)
-    return Contents(("egress", *directories), resting, running, tuple(sorted(written)))
+    return Contents(("egress", "ingress", *directories), resting, running, tuple(sorted(written)))
 
 
 def _is_resting(txn: Txn, record: InstanceRecord) -> bool:

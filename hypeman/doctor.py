@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import trio
@@ -24,6 +25,8 @@ from hypeman.hypervisor.cloud_hypervisor.driver import landlocked
 from hypeman.hypervisor.drivers import make_drivers
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.ingress.certificates.files import CertificateFile
+from hypeman.ingress.certificates.pem import is_expired
 from hypeman.network import doctor as network
 from hypeman.telemetry.findings import Finding, Verdict
 from hypeman.units import format_size
@@ -50,6 +53,7 @@ async def _findings(config: Config) -> AsyncGenerator[Finding]:
         *_data_directory(config),
         *_secret(config),
         *_users(config),
+        *_certificates(config),
     ):
         yield finding
     async for finding in _hypervisor(config):
@@ -158,6 +162,33 @@ def _users(config: Config) -> Iterator[Finding]:
         )
     else:
         yield Finding(name="users of VMMs", verdict=Verdict.OK, message=f"{base} to {base + facts.VMM_UIDS - 1}")
+
+
+def _certificates(config: Config) -> Iterator[Finding]:
+    for label, paths in config.ingress.certificates.items():
+        name = f"ingress.certificates.{label}"
+        file = CertificateFile(Path(paths.certificate), Path(paths.key))
+        file.reload()
+        if file.pair is None:
+            yield Finding(
+                name=name,
+                verdict=Verdict.WARN,
+                message=file.error,
+                remedy="without them, ingresses with tls cannot be made for their names",
+            )
+        elif is_expired(file.pair, datetime.now(UTC)):
+            yield Finding(
+                name=name,
+                verdict=Verdict.WARN,
+                message=f"{', '.join(file.pair.names)[:200]}: expired at {file.pair.not_after:%Y-%m-%d %H:%M} UTC",
+                remedy=f"renew {paths.certificate}; the server reads it again by itself",
+            )
+        else:
+            yield Finding(
+                name=name,
+                verdict=Verdict.OK,
+                message=f"{', '.join(file.pair.names)[:200]}: until {file.pair.not_after:%Y-%m-%d %H:%M} UTC",
+            )
 
 
 async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:

@@ -87,6 +87,8 @@ async def fill(lab: Lab) -> None:
             data.truncate(64 * MEGABYTE)
     lab.paths.egress.mkdir(mode=0o700)
     (lab.paths.egress / "seal.key").write_bytes(b"key")
+    lab.paths.ingress.mkdir(mode=0o700)
+    (lab.paths.ingress / "ca.key").write_bytes(b"ca")
 
 
 async def run(instances: Instances, name: str) -> str:
@@ -139,6 +141,7 @@ async def test_what_rests_is_there_again_and_what_ran_is_not(lab: Lab, file: Pat
     assert volume.read_bytes()[:5] == b"begin" and volume.stat().st_blocks * 512 < MEGABYTE
     assert not elsewhere.volume_disk("busy").exists()
     assert (elsewhere.egress / "seal.key").read_bytes() == b"key"
+    assert (elsewhere.ingress / "ca.key").read_bytes() == b"ca"
     assert elsewhere.egress.stat().st_mode & 0o777 == 0o700
     assert elsewhere.instance(stopped).overlay.read_bytes() == b"written by the guest"
     assert not elsewhere.instance(running).root.exists()

@@ -8,10 +8,11 @@ import msgspec
 import pytest
 
 from hypeman import doctor
-from hypeman.config import Config
+from hypeman.config import CertificateFilesConfig, Config, IngressConfig
 from hypeman.hypervisor.cloud_hypervisor import driver
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.telemetry.findings import Finding, Verdict
+from tests.ingress.certs import write_pair
 
 
 def program(path: Path, says: str) -> str:
@@ -67,3 +68,18 @@ async def test_walls_that_the_kernel_has_not_are_told(
     settings = msgspec.structs.replace(config.hypervisor, cloud_hypervisor_binary=binary)
     told = await findings(msgspec.structs.replace(config, hypervisor=settings))
     assert told["cloud-hypervisor"].verdict == Verdict.OK and words in told["cloud-hypervisor"].message
+
+
+def test_certificate_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    certificates = {}
+    for name, days in (("good", 30), ("old", -1)):
+        (tmp_path / name).mkdir()
+        paths = write_pair(tmp_path / name, f"{name}.example.com", days=days)
+        certificates[name] = CertificateFilesConfig(certificate=str(paths[0]), key=str(paths[1]))
+    certificates["none"] = CertificateFilesConfig(certificate=str(tmp_path / "none"), key=str(tmp_path / "none"))
+    config = msgspec.structs.replace(Config(), ingress=IngressConfig(certificates=certificates))
+    told = {finding.name.rpartition(".")[2]: finding for finding in doctor._certificates(config)}
+    assert [told[name].verdict for name in certificates] == [Verdict.OK, Verdict.WARN, Verdict.WARN]
+    assert "good.example.com: until" in told["good"].message
+    assert "expired" in told["old"].message
+    assert "cannot be read" in told["none"].message
