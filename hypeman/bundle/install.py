@@ -199,6 +199,10 @@ class Site:
             if self._unfinished():
                 say("an earlier installation was interrupted; rolling it back first")
                 self._roll_back("it was interrupted")
+            journal = self.journal()
+            if journal is not None and (journal.phase, journal.digest) == ("installed", verified.digest):
+                say("this bundle is installed already")
+                return verified
             staged = self._unpack(file, verified)
             try:
                 self._packages(staged, manifest.of(Kind.PACKAGE), say)

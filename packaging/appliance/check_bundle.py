@@ -19,8 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-GLIBC = (2, 36)
-"""Debian 12. README says so."""
+GLIBC = tuple(map(int, os.environ.get("HYPEMAN_GLIBC", "2.36").split(".")))
+"""Debian 12, unless built for older systems (``old-glibc``). README says so."""
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE = 60

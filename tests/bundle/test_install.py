@@ -170,6 +170,9 @@ def test_a_first_installation_and_an_upgrade(bench: Bench, tmp_path: Path) -> No
     assert not list(bench.site.state.glob("staged.*"))
     with pytest.raises(Conflict, match="no version before"):
         bench.site.roll_back()
+    before = tree_of(bench.root)
+    bench.install(tmp_path / "1.0.hypeman")
+    assert tree_of(bench.root) == before and "installed already" in bench.said[-1]
 
     bench.install(bundle(tmp_path, "2.0"))
     assert (bench.installed(), bench.service.running) == ("2.0", "2.0")
