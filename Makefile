@@ -18,7 +18,7 @@ native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Mak
 
 ui_sources := packaging/ui tests/server/golden/openapi.json $(shell find hypeman/ui -type f)
 
-.PHONY: help demo ui test test-fast test-conformance lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
+.PHONY: help demo ui test test-fast test-conformance test-ui lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z0-9-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -36,6 +36,10 @@ test: ready-own $(STAMPS)/ui  ## run the whole test suite, on our guest kernel
 test-fast: $(STAMPS)/native  ## tests without guests, namespaces or registries: under a minute on two idle CPUs
 	@echo "== fast tests"
 	@$(PYTHON) -m pytest -q -m "not real and not slow and not metal" $(PYTEST_ARGS) $$($(PYTHON) -m tests.tiers fast)
+
+test-ui: ready-own $(STAMPS)/ui  ## the web UI in a browser: on a server of fakes, then with a real guest
+	@packaging/install-packages <(echo chromium)
+	@$(PYTHON) -m pytest -v tests/ui/browser.py
 
 test-conformance: ready-own  ## public conformance suites, egress proxy, registry and ACME (needs Go), published SDKs
 	@$(PYTHON) -m tests.ingress.pebble

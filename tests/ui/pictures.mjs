@@ -23,7 +23,7 @@ const PAGES = {
   egress: ["/instances/agent/egress", (page) => page.waitForTimeout(700)],
   settings: ["/instances/web/settings", async () => {}],
   create: ["/create?image=docker.io/library/nginx:alpine", async (page) => {
-    await page.getByLabel("Name").fill("shop");
+    await page.getByLabel("Name", { exact: true }).fill("shop");
     await page.getByLabel("Ports").fill("8080:80");
     await page.getByLabel("Environment").fill("MODE=production");
   }],

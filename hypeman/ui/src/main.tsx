@@ -10,6 +10,7 @@ import type { Session } from "./api";
 import { connected, instances, live } from "./live";
 import { PAGES } from "./navigation";
 import { Help, openPalette, Palette, useShortcuts } from "./palette";
+import { BuildPage, Builds } from "./pages/builds";
 import { Create } from "./pages/create";
 import { Devices } from "./pages/devices";
 import { Events } from "./pages/events";
@@ -30,6 +31,7 @@ function View() {
       return second ? <InstancePage key={second} reference={second} tab={third ?? "overview"} /> : <Instances />;
     case "create": return <Create />;
     case "images": return <Images />;
+    case "builds": return second ? <BuildPage key={second} id={second} /> : <Builds />;
     case "volumes": return <Volumes />;
     case "ingresses": return <Ingresses />;
     case "devices": return <Devices />;
@@ -69,7 +71,7 @@ function Frame() {
         <div class="brand"><img src="/ui/icon.svg" alt="" width="22" height="22" /><b>Hypeman</b>
           <span class={`live ${connected.value ? "on" : ""}`} title={connected.value ? "Live" : "Not connected; trying again"}><i /><span class="hidden">{connected.value ? "Live" : "Not connected"}</span></span>
         </div>
-        <button class="search-button" type="button" onClick={openPalette}><Icon name="search" /><span>Search or run…</span><kbd>Ctrl K</kbd></button>
+        <button class="search-button" type="button" onClick={openPalette}><Icon name="search" /><span>Search…</span><kbd>Ctrl K</kbd></button>
         <Navigation onGo={() => { open.value = false; }} />
         <div class="side-foot">
           <div class="who" title={who.scopes.join("\n")}><Icon name="user" /><span>{who.subject || "token"}</span><small>{scopesText(who)}</small></div>

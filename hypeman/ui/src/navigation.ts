@@ -4,6 +4,7 @@ import type { IconName } from "./ui";
 export const PAGES: readonly { path: string; title: string; icon: IconName; key: string }[] = [
   { path: "/instances", title: "Instances", icon: "instances", key: "i" },
   { path: "/images", title: "Images", icon: "images", key: "m" },
+  { path: "/builds", title: "Builds", icon: "build", key: "b" },
   { path: "/volumes", title: "Volumes", icon: "volumes", key: "v" },
   { path: "/ingresses", title: "Ingresses", icon: "ingress", key: "n" },
   { path: "/devices", title: "Devices", icon: "devices", key: "d" },

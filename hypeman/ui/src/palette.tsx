@@ -59,7 +59,7 @@ function Open() {
     const wanted = text.value.toLowerCase().replaceAll(" ", "");
     const all = entries();
     if (!wanted) return all.slice(0, 40);
-    return all.map((entry) => [score(`${entry.title}${entry.detail ? " " + entry.detail : ""}`.replaceAll(" ", ""), wanted), entry] as const)
+    return all.map((entry) => [Math.max(score(entry.title.replaceAll(" ", ""), wanted), score((entry.detail ?? "").replaceAll(" ", ""), wanted) / 2), entry] as const)
       .filter(([points]) => points > 0).sort((a, b) => b[0] - a[0]).slice(0, 40).map(([, entry]) => entry);
   });
   const close = () => { shown.value = false; };
@@ -102,7 +102,7 @@ const SHORTCUTS: readonly (readonly [string, string])[] = [
   ["Ctrl K", "Search pages, instances and commands"],
   ["/", "Filter the list"],
   ["c", "Create an instance"],
-  ["g then i, m, v, n, d, h, e", "Go to instances, images, volumes, ingresses, devices, host, events"],
+  ["g then i, m, b, v, n, d, h, e", "Go to instances, images, builds, volumes, ingresses, devices, host, events"],
   ["↑ ↓ or k j", "Move in the list of instances"],
   ["Enter", "Open the selected instance"],
   ["?", "This list"],

@@ -1,7 +1,8 @@
 // Parts that all pages use.
 import { signal, useSignal } from "@preact/signals";
-import type { ComponentChildren } from "preact";
-import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
+import { cloneElement } from "preact";
+import type { ComponentChildren, VNode } from "preact";
+import { useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";
 import { get, lacking, messageOf } from "./api";
 import { ago, dateTime } from "./format";
 import { version } from "./live";
@@ -17,6 +18,7 @@ const ICONS = {
   ingress: "M2 8h9M8 4.5 11.5 8 8 11.5M14 3v10",
   host: "M2 2.5h12v8H2zM5.5 13.5h5M8 10.5v3",
   events: "M1.5 8.5h3l2-5.5 3 10 2-4.5h3",
+  build: "M2.5 13.5l5-5M6 4.5l5.5 5.5M5 5.5 8 2.5l5.5 5.5-3 3zM3.4 14.4l-1.8-1.8",
   search: "M7 2.5a4.5 4.5 0 1 0 0 9 4.5 4.5 0 0 0 0-9zM10.4 10.4 14 14",
   plus: "M8 3v10M3 8h10",
   play: "M5 3l8 5-8 5z",
@@ -86,17 +88,21 @@ export function Button({ children, icon, label, kind, scope, unavailable, busy, 
   );
 }
 
-export function Field({ label, hint, error, children }: { label: string; hint?: ComponentChildren; error?: string; children: ComponentChildren }) {
+/** A control with its label, and a hint or what is wrong with it. */
+export function Field({ label, hint, error, children }: { label: string; hint?: ComponentChildren; error?: string; children: VNode<Described> }) {
+  const id = useId();
   return (
-    <label class="field">
-      <span class="field-label">{label}</span>
-      {children}
-      {error ? <span class="field-error" role="alert">{error}</span> : hint && <span class="field-hint">{hint}</span>}
-    </label>
+    <div class="field">
+      <label class="field-label" for={id}>{label}</label>
+      {cloneElement(children, { id, "aria-describedby": error || hint ? `${id}-hint` : undefined })}
+      {error ? <span id={`${id}-hint`} class="field-error" role="alert">{error}</span> : hint && <span id={`${id}-hint`} class="field-hint">{hint}</span>}
+    </div>
   );
 }
 
-type TextProps = {
+type Described = { id?: string; "aria-describedby"?: string };
+
+type TextProps = Described & {
   value: string; onValue: (value: string) => void; type?: "text" | "number"; placeholder?: string; list?: string; pattern?: string;
   required?: boolean; autofocus?: boolean; min?: number; max?: number; maxLength?: number; "aria-label"?: string;
 };
@@ -105,9 +111,9 @@ export function Text({ value, onValue, type = "text", ...rest }: TextProps) {
   return <input class="input" spellcheck={false} autocomplete="off" {...rest} type={type as "text"} value={value} onInput={(event) => onValue(event.currentTarget.value)} />;
 }
 
-export function Select({ value, onValue, options, label }: { value: string; onValue: (value: string) => void; options: readonly (readonly [string, string])[]; label?: string }) {
+export function Select({ value, onValue, options, label, ...rest }: Described & { value: string; onValue: (value: string) => void; options: readonly (readonly [string, string])[]; label?: string }) {
   return (
-    <select class="input select" aria-label={label} value={value} onChange={(event) => onValue(event.currentTarget.value)}>
+    <select class="input select" {...rest} aria-label={label} value={value} onChange={(event) => onValue(event.currentTarget.value)}>
       {options.map(([key, text]) => <option key={key} value={key} selected={key === value}>{text}</option>)}
     </select>
   );
@@ -380,6 +386,7 @@ export function Spark({ values, max, count, label, tone }: { values: readonly nu
   const points = values.map((value, at) => `${(from + at * step).toFixed(1)},${(height - 1.5 - (height - 3) * Math.min(1, max > 0 ? value / max : 0)).toFixed(1)}`);
   return (
     <svg class={`spark tone-line-${tone}`} viewBox={`0 0 ${width} ${height}`} role="img" aria-label={label} preserveAspectRatio="none">
+      <line x1="0" x2={width} y1={height - 0.5} y2={height - 0.5} />
       {points.length > 1 && <polygon points={`${from.toFixed(1)},${height} ${points.join(" ")} ${width},${height}`} />}
       {points.length > 1 && <polyline points={points.join(" ")} />}
     </svg>
@@ -388,7 +395,7 @@ export function Spark({ values, max, count, label, tone }: { values: readonly nu
 
 const STATE_TONES: Record<string, string> = {
   Running: "good", Created: "wait", Initializing: "wait", Paused: "rest", Standby: "rest", Stopped: "off", Shutdown: "off", Unknown: "bad",
-  ready: "good", pending: "wait", pulling: "wait", converting: "wait", failed: "bad",
+  ready: "good", queued: "wait", building: "wait", pushing: "wait", cancelled: "off", pending: "wait", pulling: "wait", converting: "wait", failed: "bad",
 };
 
 export function State({ state, title }: { state: string; title?: string }) {

@@ -5,11 +5,14 @@ import uPlot from "uplot";
 import { dark } from "../theme";
 
 type Series = { label: string; tone: string; values: readonly number[] };
-type Props = { title: string; now: string; detail: string; times: readonly number[]; series: readonly Series[]; max?: number; format: (value: number) => string };
+type Props = { title: string; now: string; detail: string; times: readonly number[]; series: readonly Series[]; max?: number; binary?: boolean; format: (value: number) => string };
 
 const HEIGHT = 116;
+/** Seconds that are shown at least. */
+const WINDOW = 60;
+const POWERS = Array.from({ length: 50 }, (_, power) => 2 ** power);
 
-export function Chart({ title, now, detail, times, series, max, format }: Props) {
+export function Chart({ title, now, detail, times, series, max, binary, format }: Props) {
   const place = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | undefined>(undefined);
   const data = (): uPlot.AlignedData => [times.map((time) => time / 1000), ...series.map((one) => [...one.values])];
@@ -22,9 +25,9 @@ export function Chart({ title, now, detail, times, series, max, format }: Props)
       const axis = { stroke: read("--muted"), font: "10.5px system-ui, sans-serif", grid: { stroke: read("--line"), width: 1 }, ticks: { show: false } };
       plot.current = new uPlot({
         width: Math.max(160, element.clientWidth), height: HEIGHT, padding: [6, 6, 0, 0], cursor: { y: false, points: { size: 5 } }, legend: { show: false },
-        scales: { y: { range: (_, _low, high) => [0, max ?? Math.max(1024, high * 1.15)] } },
+        scales: { x: { range: (_, low, high) => [Math.min(low, high - WINDOW), high] }, y: { range: (_, _low, high) => [0, max ?? Math.max(1024, high * 1.15)] } },
         axes: [{ ...axis, size: 22, values: (_, splits) => splits.map((at) => new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit", hour12: false })), space: 90 },
-          { ...axis, size: 52, values: (_, splits) => splits.map(format), space: 34 }],
+          { ...axis, size: 52, values: (_, splits) => splits.map(format), space: 34, ...(binary ? { incrs: POWERS } : {}) }],
         series: [{}, ...series.map((one) => ({ label: one.label, stroke: read(`--${one.tone}`), width: 1.5, fill: read(`--${one.tone}-fill`), points: { show: false } }))],
       }, data(), element);
     };

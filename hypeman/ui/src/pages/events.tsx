@@ -6,8 +6,8 @@ import { changes } from "../live";
 import { Empty, Icon, Link, Page, Panel, Problem, Select, useResource } from "../ui";
 import type { IconName } from "../ui";
 
-const ICONS: Record<string, IconName> = { instance: "instances", image: "images", volume: "volumes", snapshot: "camera", device: "devices", ingress: "ingress", egress: "shield", host: "host", push: "upload" };
-const KINDS = [["", "All kinds"], ["instance", "Instances"], ["image", "Images"], ["volume", "Volumes"], ["snapshot", "Snapshots"], ["device", "Devices"], ["ingress", "Ingresses"]] as const;
+const ICONS: Record<string, IconName> = { instance: "instances", image: "images", volume: "volumes", snapshot: "camera", device: "devices", ingress: "ingress", egress: "shield", host: "host", build: "build", builder: "build", push: "upload" };
+const KINDS = [["", "All kinds"], ["instance", "Instances"], ["image", "Images"], ["volume", "Volumes"], ["snapshot", "Snapshots"], ["build", "Builds"], ["device", "Devices"], ["ingress", "Ingresses"]] as const;
 const SINCE = [["1h", "Last hour"], ["24h", "Last day"], ["168h", "Last week"], ["0", "Everything"]] as const;
 
 function words(event: Change): string {

@@ -1,6 +1,7 @@
 // Images: pull with the progress of each layer, and what is here.
 import { useSignal } from "@preact/signals";
 import type { Image, Progress } from "api-types";
+import { useEffect } from "preact/hooks";
 import { lacking, post, remove, segment } from "../api";
 import { bytes, imageName, short } from "../format";
 import { go } from "../router";
@@ -47,7 +48,8 @@ function Pull({ image, onDone }: { image: Image; onDone: () => void }) {
   const progress = useResource<Progress>(`/images/${segment(image.name)}/progress`, ["image"], 700);
   const layers = progress.data?.layers ?? [];
   const size = layers.reduce((sum, one) => sum + one.size, 0), done = layers.reduce((sum, one) => sum + one.done, 0);
-  if (progress.data && !ON_ITS_WAY.has(progress.data.status)) setTimeout(onDone);
+  const over = progress.data !== undefined && !ON_ITS_WAY.has(progress.data.status);
+  useEffect(() => { if (over) onDone(); }, [over]);
   const converted = progress.data?.converted_bytes ?? 0;
   return (
     <Panel title={<>{imageName(image.name)} <State state={progress.data?.status ?? image.status} /></>} label={`Pull of ${image.name}`}

@@ -180,9 +180,9 @@ function Graphs({ instance }: { instance: Instance }) {
     <div class="graphs">
       <Chart title="CPU" now={`${Math.round(100 * history.cpu.at(-1)!)} %`} detail={`of ${100 * (instance.vcpus ?? 1)} %`} times={times} max={100 * (instance.vcpus ?? 1)}
         series={[{ label: "CPU", tone: "cpu", values: history.cpu.map((value) => 100 * value) }]} format={(value) => `${Math.round(value)}%`} />
-      <Chart title="Memory" now={bytes(history.memory.at(-1)!)} detail={memory ? `of ${bytes(memory)}` : ""} times={times} max={memory || undefined}
+      <Chart title="Memory" now={bytes(history.memory.at(-1)!)} detail={memory ? `of ${bytes(memory)}` : ""} times={times} max={memory || undefined} binary
         series={[{ label: "Resident", tone: "memory", values: history.memory }]} format={(value) => bytes(value, 0)} />
-      <Chart title="Network" now={rate(history.received.at(-1)! + history.sent.at(-1)!)} detail="" times={times}
+      <Chart title="Network" now={rate(history.received.at(-1)! + history.sent.at(-1)!)} detail="" times={times} binary
         series={[{ label: "Received", tone: "network", values: history.received }, { label: "Sent", tone: "sent", values: history.sent }]} format={(value) => bytes(value, 0)} />
     </div>
   );

@@ -1,6 +1,7 @@
 // The log of an instance as it grows. Only the visible lines are in the page.
 import { useComputed, useSignal } from "@preact/signals";
 import type { Instance } from "api-types";
+import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 import { segment } from "../api";
 import { plural } from "../format";
@@ -13,9 +14,30 @@ const SOURCES = [["app", "Program and console"], ["vmm", "Hypervisor"], ["hypema
 const ESCAPES = /\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[@-_]|[\x00-\x08\x0b-\x1f\x7f]/g;
 
 export function Logs({ instance }: { instance: Instance }) {
+  const source = useSignal("app");
+  return (
+    <LogView label={`Log of ${instance.name}`} file={`${instance.name}-${source.value}.log`} again={instance.state === "Running"}
+      url={`/instances/${segment(instance.id)}/logs?follow=true&tail=2000&source=${source.value}`} read={(data) => JSON.parse(data) as string}
+      tools={<Select label="Log" value={source.value} options={SOURCES} onValue={(value) => { source.value = value; }} />} />
+  );
+}
+
+type LogProps = {
+  label: string;
+  /** Name of the file to save. */
+  file: string;
+  /** Of server-sent events. */
+  url: string;
+  /** The line in an event; undefined if it has none, null if the stream ends with it. */
+  read: (data: string) => string | undefined | null;
+  /** The stream is opened again when it changes. */
+  again?: unknown;
+  tools?: ComponentChildren;
+};
+
+export function LogView({ label, file, url, read, again, tools }: LogProps) {
   const lines = useSignal<string[]>([]);
   const version = useSignal(0);
-  const source = useSignal("app");
   const search = useSignal("");
   const only = useSignal(false);
   const follow = useSignal(true);
@@ -37,15 +59,18 @@ export function Logs({ instance }: { instance: Instance }) {
       lines.value = all.length > MAX_LINES ? all.slice(-MAX_LINES) : all;
       version.value++;
     };
-    const stream = new EventSource(`/instances/${segment(instance.id)}/logs?follow=true&tail=2000&source=${source.value}`);
-    stream.onopen = () => { fresh = true; waiting = []; problem.value = ""; }; // after a break the tail comes again
+    const stream = new EventSource(url);
+    stream.onopen = () => { fresh = true; waiting = []; problem.value = ""; }; // after a break the lines come again
     stream.onmessage = ({ data }) => {
-      waiting.push((JSON.parse(data) as string).replace(ESCAPES, ""));
+      const line = read(data as string);
+      if (line === null) stream.close();
+      if (typeof line !== "string") return;
+      waiting.push(line.replace(ESCAPES, ""));
       frame ||= requestAnimationFrame(flush);
     };
     stream.onerror = () => { problem.value = stream.readyState === EventSource.CLOSED ? "There is no such log yet." : "The connection broke; trying again."; };
     return () => { stream.close(); cancelAnimationFrame(frame); };
-  }, [instance.id, source.value, instance.state === "Running"]);
+  }, [url, again]);
 
   const hits = useComputed(() => {
     version.value;
@@ -86,11 +111,11 @@ export function Logs({ instance }: { instance: Instance }) {
           <Button kind="plain" pressed={only.value} onClick={() => { only.value = !only.value; }}>Only matches</Button>
         </>}
         <span class="grow" />
-        <Select label="Log" value={source.value} options={SOURCES} onValue={(value) => { source.value = value; }} />
+        {tools}
         <Button pressed={follow.value} icon="down" onClick={() => { follow.value = !follow.value; }}>Follow</Button>
-        <Button icon="download" label="Save what is shown" onClick={() => save(`${instance.name}-${source.value}.log`, new Blob([lines.value.join("\n"), "\n"]))} />
+        <Button icon="download" label="Save what is shown" onClick={() => save(file, new Blob([lines.value.join("\n"), "\n"]))} />
       </div>
-      <div class="log" ref={scroller} tabIndex={0} role="log" aria-label={`Log of ${instance.name}`} aria-live="off" onScroll={(event) => {
+      <div class="log" ref={scroller} tabIndex={0} role="log" aria-label={label} aria-live="off" onScroll={(event) => {
         const element = event.currentTarget;
         view.value = { top: element.scrollTop, height: element.clientHeight };
         if (element.scrollTop + element.clientHeight < element.scrollHeight - 3 * LINE) follow.value = false;

@@ -1,0 +1,97 @@
+"""The web UI in Chromium: on a server of fakes, then with a real guest. `make test-ui` runs it.
+
+Server and browser are in a network namespace of their own. Not part of `make test`: it wants a browser.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hypeman.tokens import Scope, mint
+from tests.real.appliance import Namespace, check_host, running_appliance, short_directory
+from tests.real.kind import PATIENCE
+from tests.ui.world import SECRET
+
+ROOT = Path(__file__).parents[2]
+BUILT = ROOT / "build" / "ui"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture(autouse=True)
+def built() -> None:
+    assert (BUILT / "dist" / "index.html").exists(), "the UI was not built: `make ui`"
+    assert Path(CHROMIUM).exists(), "there is no Chromium: `apt-get install chromium`"
+
+
+def run_browser(namespace: Namespace, script: str, base: str, *, patience: float = 60) -> str:
+    """Runs a script of this folder; its output, which the failure has as well."""
+    reading = [scope for scope in Scope if scope.endswith(":read")]
+    tokens = {"all": mint(SECRET, subject="ann@example.com"), "read": mint(SECRET, subject="viewer", scopes=reading)}
+    environment = {
+        **os.environ,
+        "BASE": base,
+        "TOKENS": json.dumps(tokens),
+        "CHROMIUM": CHROMIUM,
+        "PATIENCE": str(round(patience)),
+    }
+    command = namespace.command("node", "--test", "--test-reporter", "spec", str(ROOT / "tests" / "ui" / script))
+    done = subprocess.run(command, cwd=BUILT, env=environment, capture_output=True, text=True, timeout=1800)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    return done.stdout
+
+
+@contextmanager
+def fakes(namespace: Namespace, *arguments: str) -> Iterator[str]:
+    """The server of fakes; its address."""
+    command = namespace.command(sys.executable, "-m", "tests.ui.world", *arguments)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        yield f"http://localhost:{json.loads(process.stdout.readline())['port']}"
+        assert process.poll() is None, "the server of fakes has ended"
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
+
+
+@pytest.fixture
+def namespace() -> Iterator[Namespace]:
+    made = Namespace()
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+def test_what_people_do_and_what_axe_finds(namespace: Namespace) -> None:
+    with fakes(namespace, "--instances", "40") as base:
+        run_browser(namespace, "flows.mjs", base)
+
+
+def test_a_thousand_instances(namespace: Namespace) -> None:
+    with fakes(namespace, "--instances", "1000", "--events", "50") as base:
+        run_browser(namespace, "many.mjs", base)
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    check_host()
+    yield from short_directory("ui")
+
+
+async def test_a_real_guest(directory: Path) -> None:
+    async with running_appliance(directory, PORT="8080", JWT_SECRET=SECRET) as appliance:
+        run_browser(appliance.namespace, "guest.mjs", "http://localhost:8080", patience=PATIENCE)

@@ -1,0 +1,192 @@
+// What people do in the web UI, in Chromium, on the fakes of world.py. Started by browser.py, which gives BASE and TOKENS.
+import assert from "node:assert/strict";
+import * as fs from "node:fs";
+import { after, before, test } from "node:test";
+import { api, findings, launch, must, open, tokens, waitState, BASE } from "./page.mjs";
+
+let browser;
+before(async () => { browser = await launch(); });
+after(async () => { await browser?.close(); });
+
+test("a wrong token is refused, the right one opens the UI, a logout closes it", async () => {
+  const page = await open(browser, "/", null);
+  await page.getByLabel("API token").fill("nonsense");
+  await page.getByRole("button", { name: "Log in" }).click();
+  await page.getByRole("alert").filter({ hasText: "not valid" }).waitFor();
+  page.expected.push(/401/);
+  await page.getByLabel("API token").fill(tokens.all);
+  await page.keyboard.press("Enter");
+  await page.getByRole("heading", { name: "Instances" }).waitFor();
+  assert.equal(await page.evaluate(() => document.cookie), "", "a script can read the session's cookie");
+  await page.getByRole("button", { name: "Log out" }).click();
+  await page.getByRole("heading", { name: "Log in to Hypeman" }).waitFor();
+  await page.reload();
+  await page.getByRole("heading", { name: "Log in to Hypeman" }).waitFor();
+  await page.done();
+});
+
+test("a link logs in once and does not stay in the address", async () => {
+  const made = await api("POST", "/ui/links");
+  const page = await open(browser, made.path.slice(3), null);
+  await page.getByRole("heading", { name: "Instances" }).waitFor();
+  assert.ok(!page.url().includes("link"), page.url());
+  await page.done();
+  const second = await open(browser, made.path.slice(3), null);
+  second.expected.push(/401/);
+  await second.getByText("was used already").waitFor();
+  await second.done();
+});
+
+test("the list filters, is walked by keys, and follows what others do", async () => {
+  const page = await open(browser, "/instances");
+  await page.getByRole("link", { name: "agent", exact: true }).waitFor();
+  await page.keyboard.press("/");
+  await page.keyboard.type("env=production postgres");
+  const rows = page.getByRole("row");
+  await page.getByText(/of 4\d instances/).waitFor();
+  assert.ok((await rows.count()) < 10);
+  await page.getByLabel("Filter instances").fill("redis");
+  await page.keyboard.press("ArrowDown");
+  await page.keyboard.press("Enter");
+  await page.getByRole("heading", { name: /^redis/ }).waitFor();
+  await page.getByRole("link", { name: "Instances" }).first().click();
+  await page.getByLabel("Filter instances").fill("worker");
+  const row = page.getByRole("row").filter({ has: page.getByRole("link", { name: "worker", exact: true }) });
+  await row.getByText("Running").waitFor();
+  await api("POST", "/instances/worker/standby");
+  await row.getByText("Standby").waitFor();
+  await page.done();
+});
+
+test("create, watch it boot, use its terminal, logs and files, snapshot, fork, delete", async () => {
+  const page = await open(browser, "/create");
+  await page.getByLabel("Image", { exact: true }).fill("docker.io/library/nginx:alpine");
+  await page.getByLabel("Name", { exact: true }).fill("shop");
+  await page.getByLabel("Environment").fill("GREETING=hello world");
+  await page.getByLabel("Ports").fill("8088:80");
+  const line = page.locator(".code pre");
+  assert.match(await line.innerText(), /hypeman run --name shop -e 'GREETING=hello world' -p 8088:80 docker.io\/library\/nginx:alpine/);
+  await page.getByRole("button", { name: "curl" }).click();
+  assert.match(await line.innerText(), /"host_port": 8088/);
+  await page.getByRole("button", { name: "Create and boot" }).click();
+  await page.getByText("Booting").waitFor();
+  await waitState(page, "Running");
+
+  await page.getByRole("tab", { name: "Terminal" }).click();
+  await page.getByText("web:/#").first().waitFor();
+  await page.keyboard.type("echo it-works\n");
+  await page.locator(".xterm-rows").getByText(/^it-works/).waitFor();
+  const columns = (await page.locator(".xterm-rows").boundingBox()).width;
+  await page.setViewportSize({ width: 900, height: 700 });
+  await page.waitForFunction((before) => document.querySelector(".xterm-rows").getBoundingClientRect().width < before, columns);
+
+  await page.getByRole("tab", { name: "Logs" }).click();
+  await page.getByText("ready for start up").waitFor();
+  await page.getByLabel("Search the log").fill("linux version");
+  await page.getByText("1 of 2").waitFor();
+
+  await page.getByRole("tab", { name: "Files" }).click();
+  await page.getByRole("button", { name: "tmp" }).first().click();
+  const content = Buffer.from("a file\n".repeat(20_000));
+  await page.getByLabel("Upload files").setInputFiles({ name: "notes.txt", mimeType: "text/plain", buffer: content });
+  await page.getByText("were written to /tmp").waitFor();
+  const [download] = await Promise.all([page.waitForEvent("download"), page.getByRole("button", { name: "Download notes.txt" }).click()]);
+  assert.deepEqual(fs.readFileSync(await download.path()), content);
+
+  await page.getByRole("tab", { name: "Snapshots" }).click();
+  await page.getByRole("button", { name: "Take snapshot" }).first().click();
+  await page.getByLabel("Name").fill("shop-warm");
+  await page.getByRole("dialog").getByRole("button", { name: "Take snapshot" }).click();
+  const node = page.locator(".node").filter({ hasText: "shop-warm" });
+  await node.getByRole("button", { name: "Fork" }).click();
+  await page.getByLabel("Name of the fork").fill("shop-trial");
+  await page.getByRole("dialog").getByRole("button", { name: "Fork" }).click();
+  await page.getByRole("heading", { name: /^shop-trial/ }).waitFor();
+  await page.goBack();
+  await page.locator(".tree li li li").getByText("shop-trial").waitFor();
+  await node.getByRole("button", { name: "Restore" }).click();
+  await page.getByRole("dialog").getByRole("button", { name: "Restore" }).click();
+  await page.getByText("is as it was at shop-warm").waitFor();
+
+  await page.getByRole("button", { name: "Delete", exact: true }).click();
+  await page.getByRole("dialog").getByRole("button", { name: "Delete" }).click();
+  await page.getByRole("heading", { name: "Instances" }).waitFor();
+  assert.equal((await api("GET", "/instances")).some((one) => one.name === "shop"), false);
+  await page.done();
+});
+
+test("images are pulled with the progress of each layer", async () => {
+  const page = await open(browser, "/images");
+  await page.getByRole("button", { name: "Pull" }).click();
+  await page.getByLabel("Reference").fill("quay.io/acme/new:1");
+  await page.getByRole("dialog").getByRole("button", { name: "Pull" }).click();
+  await page.locator(".layers li").first().waitFor();
+  await page.getByRole("row").filter({ hasText: "quay.io/acme/new:1" }).getByText("ready").waitFor();
+  await page.done();
+});
+
+test("what the token may not do is shown with the reason, and does nothing", async () => {
+  const page = await open(browser, "/instances/web", tokens.read);
+  const stop = page.getByRole("button", { name: "Stop" });
+  assert.equal(await stop.getAttribute("aria-disabled"), "true");
+  assert.match(await stop.getAttribute("title"), /lacks the scope instance:write/);
+  await stop.click({ force: true });
+  await page.getByRole("tab", { name: "Terminal" }).click();
+  await page.getByText("lacks the scope instance:write").waitFor();
+  assert.equal((await api("GET", "/instances/web")).state, "Running");
+  await page.done();
+});
+
+test("the palette finds, and letters go to pages", async () => {
+  const page = await open(browser, "/instances");
+  await page.keyboard.press("Control+k");
+  await page.keyboard.type("postgr");
+  await page.keyboard.press("Enter");
+  await page.getByRole("heading", { name: /^postgres/ }).waitFor();
+  await page.keyboard.press("g");
+  await page.keyboard.press("v");
+  await page.getByRole("heading", { name: "Volumes" }).waitFor();
+  await page.keyboard.press("?");
+  await page.getByRole("dialog", { name: "Keyboard shortcuts" }).waitFor();
+  await page.keyboard.press("Escape");
+  await page.done();
+});
+
+const PATHS = ["/instances", "/instances/web", "/instances/web/logs", "/instances/web/terminal", "/instances/web/files", "/instances/web/network",
+  "/instances/web/volumes", "/instances/web/snapshots", "/instances/agent/egress", "/instances/web/settings", "/create", "/images", "/builds", "/volumes",
+  "/ingresses", "/devices", "/host", "/events", "/nowhere"];
+
+for (const colorScheme of ["light", "dark"]) {
+  test(`axe has no serious finding on any page, ${colorScheme}`, async () => {
+    const login = await open(browser, "/", null, { colorScheme });
+    login.expected.push(/401/);
+    assert.deepEqual(await findings(login, "login"), []);
+    await login.done();
+    const page = await open(browser, "/instances", tokens.all, { colorScheme });
+    const bad = [];
+    for (const path of PATHS) {
+      await page.goto(`${BASE}/ui${path}`);
+      await page.locator("h1, h2").first().waitFor();
+      await page.waitForLoadState("networkidle", { timeout: 1500 }).catch(() => {});
+      bad.push(...await findings(page, path));
+    }
+    await page.keyboard.press("Control+k");
+    bad.push(...await findings(page, "palette"));
+    assert.deepEqual(bad, []);
+    await page.done();
+  });
+}
+
+test("a page on a phone has nothing that is wider than it", async () => {
+  const page = await open(browser, "/instances", tokens.all, { viewport: { width: 390, height: 844 } });
+  for (const path of PATHS) {
+    await page.goto(`${BASE}/ui${path}`);
+    await page.locator("h1, h2").first().waitFor();
+    await page.waitForTimeout(300);
+    assert.ok(await page.evaluate(() => document.querySelector("main").scrollWidth <= document.querySelector("main").clientWidth), path);
+  }
+  await must(page.getByRole("button", { name: "Menu" })).click();
+  await page.getByRole("link", { name: "Images" }).click();
+  await page.getByRole("heading", { name: "Images" }).waitFor();
+  await page.done();
+});
