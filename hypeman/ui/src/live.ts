@@ -20,14 +20,18 @@ export function version(kind: string) {
 
 const MAX_CHANGES = 2000;
 const BATCH_MS = 120;
-const MAX_SINGLE = 12;
-const RELOAD_MS = 1500;
+/** What changed besides the state is looked at so often, one by one if it is few, else with a new list. */
+const LOOK_MS = 700;
+const MAX_SINGLE = 6;
+const LIST_MS = 5000;
 
 let source: EventSource | undefined;
 let cursor = "";
 let pending: Change[] = [];
 let timer = 0;
 let lastList = 0;
+let look = new Set<string>();
+let looking = 0;
 
 async function list(): Promise<void> {
   if (!can("instance:read")) {
@@ -72,7 +76,6 @@ function apply(): void {
   const events = pending;
   pending = [];
   const next = new Map(instances.value);
-  const look = new Set<string>();
   batch(() => {
     const kinds = new Set<string>();
     for (const event of events) {
@@ -87,7 +90,8 @@ function apply(): void {
       if (!about) continue;
       const known = next.get(about);
       if (event.type === "instance.state_changed" && known) {
-        next.set(about, { ...known, state: event.data?.to as Instance["state"] });
+        const state = event.data?.to as Instance["state"];
+        next.set(about, { ...known, state, current_phase: state.toLowerCase() });
       }
       look.add(about);
     }
@@ -95,12 +99,18 @@ function apply(): void {
     instances.value = next;
     changes.value = [...events.reverse(), ...changes.value].slice(0, MAX_CHANGES);
   });
-  if (look.size > MAX_SINGLE) {
-    setTimeout(list, Math.max(0, lastList + RELOAD_MS - Date.now()));
-    lastList = Date.now() + RELOAD_MS;
-  } else {
+  if (look.size) looking ||= setTimeout(lookAgain, LOOK_MS);
+}
+
+function lookAgain(): void {
+  looking = 0;
+  if (look.size <= MAX_SINGLE) {
     for (const id of look) void refresh(id);
-  }
+    look = new Set();
+  } else if (Date.now() - lastList >= LIST_MS) {
+    look = new Set();
+    void list();
+  } else looking = setTimeout(lookAgain, lastList + LIST_MS - Date.now());
 }
 
 export async function refresh(id: string): Promise<void> {
