@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -143,6 +145,24 @@ def test_what_is_wrong_with_a_certificate_is_said_without_its_key() -> None:
     assert pair.key not in repr(pair)
 
 
+def test_any_damage_is_a_certificate_that_is_refused() -> None:
+    key = make_key()
+    chain, secret = make_chain(key, "a.com", "*.b.com"), pem_of(key)
+    damage = random.Random(20261129)
+    refused = 0
+    for _ in range(1500):
+        for number, good in enumerate((chain, secret)):
+            label = good.split(b"-----")[1].removeprefix(b"BEGIN ")
+            data = bytearray(base64.b64decode(b"".join(good.splitlines()[1:-1])))
+            data[damage.randrange(len(data))] = damage.randrange(256)
+            bad = b"-----BEGIN %b-----\n%b-----END %b-----\n" % (label, base64.encodebytes(data), label)
+            try:
+                read_pair(*((bad, secret) if number == 0 else (chain, bad)))
+            except BadCertificate:
+                refused += 1
+    assert refused > 1000
+
+
 def test_files_that_change(tmp_path: Path) -> None:
     paths = write_pair(tmp_path, "a.com")
     file = CertificateFile(*paths)
@@ -182,6 +202,22 @@ def test_clients_that_trust_the_root_accept_a_leaf(tmp_path: Path) -> None:
         assert read_pair(pair.chain.encode(), pair.key.encode()) == pair
     assert (tmp_path / "ingress/ca.key").stat().st_mode & 0o777 == 0o600
     assert InternalCA(tmp_path / "ingress").root() == ca.root(), "there is one root"
+
+
+async def test_a_damaged_authority_is_an_error_of_its_names_alone(tmp_path: Path) -> None:
+    paths = write_pair(tmp_path, "a.example.com")
+    InternalCA(tmp_path / "ca").root()
+    (tmp_path / "ca/ca.key").write_bytes(pem_of(make_key()))
+    async with running(Settings(files={"site": paths}), tmp_path) as (service, carrier, _):
+        await service.use(["web.internal", "a.example.com"])
+        state = service.state_of("web.internal")
+        assert state.state is CertificateState.FAILED
+        assert "does not belong" in str(state.error)
+        assert str(tmp_path) not in str(state.error)
+        assert set(carrier.has) == {"a.example.com"}
+        (tmp_path / "ca/ca.key").write_text("nothing")
+        await trio.sleep(0.1)
+        assert service.state_of("a.example.com").state is CertificateState.VALID, "it goes on"
 
 
 # ── The service ──────────────────────────────────────────────────────────────────────────────────

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 from hypeman.egress.authority import Authority, load_authority
+from hypeman.errors import InternalError
 from hypeman.ingress.certificates.types import Pair
 
 LIFETIME = datetime.timedelta(days=7)
@@ -39,6 +40,12 @@ class InternalCA:
 
     def issue(self, name: str, now: datetime.datetime) -> Pair:
         """A certificate with a new key. Raises InternalError."""
+        try:
+            return self._issue(name, now)
+        except (ValueError, TypeError) as error:  # somebody has changed the files, or ten years are over
+            raise InternalError(f"the certificate authority in {self._directory} cannot be used: {error}") from None
+
+    def _issue(self, name: str, now: datetime.datetime) -> Pair:
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes, serialization
         from cryptography.hazmat.primitives.asymmetric import ec
@@ -47,7 +54,8 @@ class InternalCA:
         authority = self._load()
         root = x509.load_pem_x509_certificate(authority.certificate)
         signer = serialization.load_pem_private_key(authority.key, password=None)
-        assert isinstance(signer, ec.EllipticCurvePrivateKey)
+        if not isinstance(signer, ec.EllipticCurvePrivateKey) or signer.public_key() != root.public_key():
+            raise ValueError("the key does not belong to the certificate")
         key = ec.generate_private_key(ec.SECP256R1())
         begin = (now - _BACKDATED).replace(microsecond=0)
         end = min((now + LIFETIME).replace(microsecond=0), root.not_valid_after_utc)

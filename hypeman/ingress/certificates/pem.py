@@ -30,6 +30,13 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
         leaf = certificates[0]
         alternative = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         names = tuple(dict.fromkeys(name.lower() for name in alternative.get_values_for_type(x509.DNSName)))
+        public = leaf.public_key()
+        not_before, not_after = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+        weak = [
+            used.name
+            for each in certificates
+            if each.issuer != each.subject and (used := each.signature_hash_algorithm) and used.name in _WEAK
+        ]
     except x509.ExtensionNotFound:
         raise BadCertificate("the certificate has no subject alternative names") from None
     except Exception as error:  # malformed extensions raise many kinds
@@ -51,11 +58,10 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
             pass
         case _:
             raise BadCertificate("the key is neither RSA, ECDSA nor Ed25519")
-    if leaf.public_key() != private.public_key():
+    if public != private.public_key():
         raise BadCertificate("the key does not belong to the certificate")
-    for each in certificates:
-        if each.issuer != each.subject and (used := each.signature_hash_algorithm) and used.name in _WEAK:
-            raise BadCertificate(f"it is signed with {used.name}, which TLS clients refuse")
+    if weak:
+        raise BadCertificate(f"it is signed with {weak[0]}, which TLS clients refuse")
     if not names:
         raise BadCertificate("the certificate is for no DNS name")
     return Pair(
@@ -64,8 +70,8 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         ).decode(),
         names=names,
-        not_before=leaf.not_valid_before_utc,
-        not_after=leaf.not_valid_after_utc,
+        not_before=not_before,
+        not_after=not_after,
     )
 
 

@@ -36,11 +36,14 @@ from hypeman.ingress.certificates.pem import is_expired
 from hypeman.ingress.certificates.types import Answer, Pair, Source
 from hypeman.ingress.types import HTTP_PORT, CertificateState, IngressCertificate, IngressRule
 from hypeman.store import Store
+from hypeman.text import without_host_paths
 
 log = logging.getLogger(__name__)
 
 _INTERVAL = 5.0
 """Seconds between looks at files and dates."""
+_READING = 10.0
+"""Seconds for a pair of files."""
 _NO_SOURCE = "config_validation_failed"
 _NOT_ALLOWED = "domain_not_allowed"
 
@@ -97,6 +100,7 @@ class Certificates:
         """``directory``: of the internal CA."""
         self._settings = settings
         self._files = {name: CertificateFile(*paths) for name, paths in settings.files.items()}
+        self._readers = {name: trio.CapacityLimiter(1) for name in self._files}
         self._ca = InternalCA(directory)
         self._now = now
         self._interval = interval
@@ -200,7 +204,7 @@ class Certificates:
             state=state,
             source=held.source.value if held.source is not None else UNSET,
             not_after=held.pair.not_after if held.pair is not None else UNSET,
-            error=held.error or UNSET,
+            error=without_host_paths(held.error) or UNSET,
         )
 
     def ends(self) -> dict[tuple[str, ...], float]:
@@ -258,7 +262,15 @@ class Certificates:
 
     async def _reload(self) -> None:
         for label, file in self._files.items():
-            if await trio.to_thread.run_sync(file.reload):
+            changed = False
+            with trio.move_on_after(_READING) as scope:
+                # A thread that hangs, as with a network file system that is gone, keeps its place in the limiter.
+                changed = await trio.to_thread.run_sync(
+                    file.reload, abandon_on_cancel=True, limiter=self._readers[label]
+                )
+            if scope.cancelled_caught:
+                log.error("ingress.certificates.%s: the files cannot be read within %.0f s", label, _READING)
+            if changed:
                 if file.error:
                     log.error("ingress.certificates.%s: %s", label, file.error)
                 else:
@@ -276,7 +288,8 @@ class Certificates:
                     pair = await trio.to_thread.run_sync(partial(self._ca.issue, name, self._now()))
                 except InternalError as error:
                     problem = error.message
-                    log.error("no certificate for %s: %s", name, error.message)
+                    if problem != held.error:
+                        log.error("no certificate for %s: %s", name, problem)
         held.source, held.pair, held.error = source, pair, problem
         if pair != before:
             await self._carry(name, pair)
