@@ -57,6 +57,20 @@ cdef extern from "engine.h" nogil:
     int engine_question_fd(engine *e)
     bint engine_question(engine *e, unsigned *loop, uint64_t *token, char *instance, char *name)
     void engine_answer(engine *e, unsigned loop, uint64_t token, unsigned n, const char **addresses)
+
+    struct approval:
+        unsigned loop
+        uint64_t token
+        uint16_t port
+        bint tls
+        char instance[64]
+        char host[256]
+        char method[32]
+        char rule[64]
+        char path[256]
+
+    bint engine_approval(engine *e, approval *out)
+    void engine_decide(engine *e, unsigned loop, uint64_t token, bint allow)
     int engine_audit_fd(engine *e)
     size_t engine_audit_read(engine *e, char *out, size_t cap)
     uint64_t engine_metric(engine *e, metric m)
@@ -90,7 +104,7 @@ METRICS = (
 )
 assert len(METRICS) == M_COUNT
 
-TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "held")
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "ask", "held")
 assert len(TIMERS) == T_CLASSES
 
 
@@ -285,6 +299,19 @@ cdef class Engine:
         for i in range(n):
             texts[i] = <bytes?>addresses[i]
         engine_answer(self._e, loop, token, n, texts)
+
+    def approvals(self):
+        """Requests to approve, each as (loop, token, instance, tls, host, port, method, path, rule)."""
+        cdef approval a
+        found = []
+        while engine_approval(self._e, &a):
+            texts = [(<bytes>text).decode("latin-1") for text in (a.instance, a.host, a.method, a.path, a.rule)]
+            instance, host, method, path, rule = texts
+            found.append((a.loop, a.token, instance, bool(a.tls), host, a.port, method, path, rule))
+        return found
+
+    def decide(self, unsigned loop, uint64_t token, bint allow):
+        engine_decide(self._e, loop, token, allow)
 
     def audit_fd(self):
         return engine_audit_fd(self._e)

@@ -30,10 +30,11 @@ from hypeman.captures.compression import Compressor
 from hypeman.config import Config, ConfigError, EgressBounds, EgressTotals
 from hypeman.devices.service import Devices
 from hypeman.egress import metrics as egress_metrics
+from hypeman.egress.approvals import Approvals
 from hypeman.egress.audit import AuditLog
 from hypeman.egress.broker import Broker
 from hypeman.egress.policy import Unmatched
-from hypeman.egress.service import Bounds, Egress, Limits
+from hypeman.egress.service import Bounds, Egress, Limits, Timeouts
 from hypeman.egress.service import Settings as EgressSettings
 from hypeman.egress.sources import Sources
 from hypeman.egress.view import EgressView
@@ -262,7 +263,9 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         disk_free=partial(facts.free_bytes, paths.data_dir),
     )
     broker = Broker(egress, _credential_sources(config, processes))
-    secrets = adapters.EgressOfInstances(egress, broker, store)
+    approvals = Approvals(partial(adapters.note_approval, store), timeout=config.egress.approval_timeout)
+    egress.on_approval_needed(approvals.ask)
+    secrets = adapters.EgressOfInstances(egress, broker, approvals, store)
     machine = Machine(
         config=config,
         store=store,
@@ -338,7 +341,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         instances=instances, store=store, config=config, snapshots=snapshots, connections=connections, network=network
     )
     events = Events(store, max_count=config.events.max_count, max_age=timedelta(days=config.events.max_days))
-    egress_view = EgressView(egress, adapters.EgressGuests(instances.board))
+    egress_view = EgressView(egress, adapters.EgressGuests(instances.board), approvals)
     egress_metrics.register(egress)
     build_metrics.register(builds)
     image_metrics.register(images)
@@ -486,6 +489,7 @@ def _egress_settings(config: Config) -> EgressSettings:
         loops=config.egress.loops,
         allow=config.egress.allow_private,
         deny=(config.network.subnet_cidr,),
+        timeouts=Timeouts(ask=config.egress.approval_timeout),
         extra_ca_file=config.egress.upstream_ca_file,
         unmatched=Unmatched.INSPECT if config.egress.intercept_all else Unmatched.PASS,
         uid=config.hypervisor.uid_base or _NOBODY,

@@ -267,6 +267,8 @@ class EgressConfig(_Section, frozen=True):
     """What one instance may hold at once, at most half of ``total``."""
     total: EgressTotals = EgressTotals()
     """What all instances may hold together."""
+    approval_timeout: Annotated[float, Meta(gt=0, le=600)] = 60
+    """Seconds that a request is held for an approval, where a rule asks for one."""
     drain_timeout: Annotated[float, Meta(gt=0, le=30 * 86400)] = 4 * 3600
     """Maximum seconds that connections go on in the previous engine process after an upgrade replaced it."""
     sources: dict[Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,62}$")], CredentialSourceConfig] = {}

@@ -69,6 +69,8 @@ static bool shed_one(struct loop *l)
 
 static void down_killed(struct conn *c)
 {
+    if (c->x.down)
+        xchg_unask(&c->x);
     xchg_uncount(&c->x);
 }
 

@@ -84,7 +84,8 @@ struct xchg {
     bool in_trailers;  /* HTTP/1 down: behind the last chunk */
     bool half;         /* the client has ended its side */
     bool passed;       /* audit: carried without looking */
-    bool approved;     /* by somebody, as its rule asks */
+    bool asked;        /* for an approval: `approval` is the question's token */
+    bool approved;     /* by somebody, for the rule `asked_rule` */
     bool resp_started, resp_done;
     unsigned interim;  /* 1xx responses so far */
     bool reused, retried, retriable;
@@ -107,6 +108,9 @@ struct xchg {
     char method[17];
     char keys[96];
     struct ruled ruled;
+    uint64_t approval;
+    enum reason held_for;
+    char asked_rule[ACCESS_NAME_MAX + 1];
     /* HTTP/2 */
     struct fields request, response, up_trailers, down_trailers;
     struct buf to_up, to_down; /* body bytes waiting for the other side to take them */

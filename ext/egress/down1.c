@@ -232,11 +232,19 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
     struct snapshot *s = tenant_borrow(c->tenant, &generation);
     if (!s)
         return refuse(c, R_UNREGISTERED, used, NULL);
-    why = decide_request(s, h, &x->to, path, l->now_s, x->approved, &x->ruled, &m);
+    why = decide_request(s, h, &x->to, path, l->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, &m);
+    if (why == R_APPROVAL_PENDING) {
+        snapshot_release(s);
+        if (!xchg_ask(x, path))
+            return refuse(c, R_BUSY, used, NULL);
+        x->kept_head = used;
+        return STEP_STOP;
+    }
+    xchg_unask(x);
     if (why == R_NONE && m.unready) {
         snapshot_release(s);
         x->kept_head = used;
-        xchg_hold(x);
+        xchg_hold(x, R_CREDENTIAL);
         return STEP_STOP;
     }
     if (why != R_NONE) {

@@ -200,10 +200,17 @@ static void decide(struct xchg *x)
     if (why == R_NONE && !s)
         why = R_UNREGISTERED;
     if (why == R_NONE)
-        why = decide_request(s, h, &x->to, h->target, l->now_s, x->approved, &x->ruled, &m);
+        why = decide_request(s, h, &x->to, h->target, l->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, &m);
+    if (why == R_APPROVAL_PENDING) {
+        snapshot_release(s);
+        if (!xchg_ask(x, h->target))
+            down_fail(x, R_BUSY, NULL);
+        return;
+    }
+    xchg_unask(x);
     if (why == R_NONE && m.unready) {
         snapshot_release(s);
-        xchg_hold(x);
+        xchg_hold(x, R_CREDENTIAL);
         return;
     }
     if (why != R_NONE) {

@@ -13,7 +13,8 @@
  *               verdicts on requests, signatures, leaves, heads, queries,     transform.c sigv4.c mint.c h1.c query.c
  *               names, addresses                                              hello.c host.c addr.c
  *
- * Two calls point up: accept.c has the loop run a new connection, and pool.c asks the engine for addresses.
+ * Three calls point up: accept.c has the loop run a new connection, pool.c asks the engine for addresses, and xchg.c for
+ * approvals.
  * `tests/egress/test_structure.py` holds this, and that includes have no cycle.
  *
  *   engine ── table of tenants (policy.h), reach, bounds, trust          shared, behind locks or atomic
@@ -72,9 +73,12 @@ void up_abandon(struct xchg *x);
 void xchg_try_finish(struct xchg *x);
 void xchg_note_rules(struct xchg *x, const struct matched *m);
 /* Holds a request until new rules come, at most as long as the settings say; its head is decided again then. */
-void xchg_hold(struct xchg *x);
 bool xchg_gather(struct xchg *x, const char *p, size_t n); /* a part of the body; false: too much, and refused */
 void xchg_forget_body(struct xchg *x); /* what was gathered, and the head before it */
+void xchg_hold(struct xchg *x, enum reason why);
+bool xchg_ask(struct xchg *x, struct str path); /* holds it for an approval; false: too many are held */
+void xchg_unask(struct xchg *x);
+void held_decided(struct loop *l, uint64_t token, bool allow);
 void held_again(struct loop *l, bool rules_changed); /* decide again, or refuse what was held too long */
 
 /* pool.c */

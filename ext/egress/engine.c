@@ -197,6 +197,11 @@ void engine_free(struct engine *e)
         free(e->first_question);
         e->first_question = next;
     }
+    while (e->first_asked) {
+        struct asked *next = e->first_asked->next;
+        free(e->first_asked);
+        e->first_asked = next;
+    }
     table_destroy(&e->table);
     SSL_CTX_free(e->client);
     (void)close(e->question_fd);
@@ -242,6 +247,55 @@ uint64_t engine_ask(struct engine *e, unsigned loop, const char *instance, const
     uint64_t one = 1;
     (void)!write(e->question_fd, &one, sizeof one);
     return token;
+}
+
+static void wake_asker(struct engine *e)
+{
+    uint64_t one = 1;
+    (void)!write(e->question_fd, &one, sizeof one);
+}
+
+uint64_t engine_ask_approval(struct engine *e, const struct approval *a)
+{
+    struct asked *q = calloc(1, sizeof *q);
+    if (!q)
+        return 0; /* its time runs out */
+    q->a = *a;
+    (void)pthread_mutex_lock(&e->question_lock);
+    uint64_t token = q->a.token = ++e->last_token;
+    *(e->last_asked ? &e->last_asked->next : &e->first_asked) = q;
+    e->last_asked = q;
+    (void)pthread_mutex_unlock(&e->question_lock);
+    wake_asker(e);
+    return token;
+}
+
+bool engine_approval(struct engine *e, struct approval *out)
+{
+    (void)pthread_mutex_lock(&e->question_lock);
+    struct asked *q = e->first_asked;
+    if (q) {
+        e->first_asked = q->next;
+        if (!q->next)
+            e->last_asked = NULL;
+    }
+    (void)pthread_mutex_unlock(&e->question_lock);
+    if (!q)
+        return false;
+    *out = q->a;
+    free(q);
+    return true;
+}
+
+void engine_decide(struct engine *e, unsigned loop, uint64_t token, bool allow)
+{
+    struct answer *a = loop < e->n ? calloc(1, sizeof *a) : NULL;
+    if (!a)
+        return; /* its time runs out */
+    a->token = token;
+    a->decision = true;
+    a->allow = allow;
+    loop_answer(&e->loops[loop], a);
 }
 
 int engine_question_fd(struct engine *e)

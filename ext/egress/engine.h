@@ -18,6 +18,7 @@ enum timer_class {
     T_STREAM,    /* no byte in either direction */
     T_HALF,      /* the same once one side has ended */
     T_LINGER,
+    T_ASK,       /* a request that is held for an approval; not a connection's timer */
     T_HELD,      /* a request whose credential has no value at the moment; not a connection's timer */
     T_CLASSES,
 };
@@ -85,6 +86,17 @@ int engine_question_fd(struct engine *e);
 bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char instance[64], char name[256]);
 /* `addresses` as text; none: the name could not be resolved. */
 void engine_answer(struct engine *e, unsigned loop, uint64_t token, unsigned n, const char *const *addresses);
+
+/* The same for requests that are held for an approval. */
+struct approval {
+    unsigned loop;
+    uint64_t token;
+    uint16_t port;
+    bool tls;
+    char instance[64], host[256], method[32], rule[64], path[256];
+};
+bool engine_approval(struct engine *e, struct approval *out);
+void engine_decide(struct engine *e, unsigned loop, uint64_t token, bool allow);
 
 int engine_audit_fd(struct engine *e);
 /* Whole records of one loop, see audit.c for their layout; 0 when there are no more. */

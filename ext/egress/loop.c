@@ -284,7 +284,10 @@ static void read_inbox(struct loop *l)
         begin_drain(l, atomic_load(&l->engine->grace_ms));
     while (a) {
         struct answer *next = a->next;
-        up_answer(l, a->token, a->n, a->addresses);
+        if (a->decision)
+            held_decided(l, a->token, a->allow);
+        else
+            up_answer(l, a->token, a->n, a->addresses);
         settle(l);
         free(a);
         a = next;

@@ -88,6 +88,7 @@ struct tenant {
     struct addr source;
     atomic_bool removed;
     struct usage usage;
+    atomic_uint asking; /* requests that are held for an approval */
     pthread_mutex_t lock; /* of the fields below */
     struct snapshot *snapshot;
     atomic_uint_fast64_t generation;

@@ -39,7 +39,7 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     if (why == R_NONE)
         why = check_hops(&h);
     if (why == R_NONE)
-        why = decide_request(s, &h, &to, path, now_s, false, &ruled, &m);
+        why = decide_request(s, &h, &to, path, now_s, NULL, &ruled, &m);
     if (why == R_NONE && m.unready)
         why = R_CREDENTIAL;
     if (why == R_NONE && m.transforms)
@@ -76,7 +76,7 @@ const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host,
     h.method = (struct str){method, (uint32_t)strlen(method)};
     h.n = override;
     h.f[0] = (struct field){{NAME, sizeof NAME - 1}, {"DELETE", 6}, F_OTHER};
-    why = apply_access(&s, &h, &to, (struct str){target, (uint32_t)strlen(target)}, now_s, false, &ruled);
+    why = apply_access(&s, &h, &to, (struct str){target, (uint32_t)strlen(target)}, now_s, NULL, &ruled);
     access_free(s.access);
     strcpy(rule, ruled.rule);
     return REASONS[why].code;

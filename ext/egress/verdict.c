@@ -176,7 +176,7 @@ static void note_target(struct ruled *out, const struct access_rule *rule, struc
 }
 
 enum reason apply_access(const struct snapshot *s, const struct head *h, const struct destination *to, struct str path,
-                         int64_t now_s, bool approved, struct ruled *out)
+                         int64_t now_s, const char *approved, struct ruled *out)
 {
     if (!s->access) {
         out->decision = D_NONE;
@@ -192,7 +192,8 @@ enum reason apply_access(const struct snapshot *s, const struct head *h, const s
         why = !a.rule ? R_NO_RULE : a.rule->methods || a.rule->paths ? R_REQUEST_RULE : R_HOST_RULE;
     else if (a.has_method && overrides_method(h))
         why = R_OVERRIDE;
-    else if (a.action == ACCESS_ASK && !approved)
+    else if (a.action == ACCESS_ASK && !(approved && a.rule && strlen(approved) == a.rule->name.n
+                                         && memcmp(approved, a.rule->name.p, a.rule->name.n) == 0))
         why = R_APPROVAL_PENDING;
     enum decision decision = why == R_APPROVAL_PENDING ? D_HELD
         : why != R_NONE                                ? D_DENIED
@@ -262,7 +263,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
 }
 
 enum reason decide_request(const struct snapshot *s, const struct head *h, const struct destination *to,
-                           struct str path, int64_t now_s, bool approved, struct ruled *ruled, struct matched *out)
+                           struct str path, int64_t now_s, const char *approved, struct ruled *ruled, struct matched *out)
 {
     enum reason why = apply_access(s, h, to, path, now_s, approved, ruled);
     out->detail = NULL;

@@ -105,9 +105,10 @@ struct matched {
     const char *detail; /* why it is refused, if that needs saying */
 };
 
-/* Whether the instance's rules allow the request; R_APPROVAL_PENDING: somebody has to be asked, unless `approved`. */
+/* Whether the instance's rules allow the request; R_APPROVAL_PENDING: somebody has to be asked, unless it
+ * was `approved` for the rule of that name. */
 enum reason apply_access(const struct snapshot *s, const struct head *h, const struct destination *to, struct str path,
-                         int64_t now_s, bool approved, struct ruled *out);
+                         int64_t now_s, const char *approved, struct ruled *out);
 /* The same for a connection before there is a request; R_NONE. *pass: it need not be read. */
 void look_at_access(const struct snapshot *s, const struct destination *to, int64_t now_s, bool *pass, struct ruled *out);
 /* Where an HTTP/1 request wants to go and with which path; R_NONE or why not. */
@@ -120,7 +121,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
                          struct matched *out);
 /* Both: access and policy. */
 enum reason decide_request(const struct snapshot *s, const struct head *h, const struct destination *to,
-                           struct str path, int64_t now_s, bool approved, struct ruled *ruled, struct matched *out);
+                           struct str path, int64_t now_s, const char *approved, struct ruled *ruled, struct matched *out);
 void set_field(struct matched *m, struct str name, struct str value);
 
 /* Whether a field of the client's request goes on to the destination (rules' own fields are added afterwards). */

@@ -9,6 +9,8 @@
 #include "loop.h"
 #include "transform.h"
 
+enum { MAX_ASKING = 32 }; /* requests of an instance that wait for an approval */
+
 void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
 {
     if (x == &down->x) { /* a stream of HTTP/2 is new and holds its header block already */
@@ -60,18 +62,91 @@ void xchg_forget_body(struct xchg *x)
     buf_free(x->down->loop, &x->head);
 }
 
-void xchg_hold(struct xchg *x)
+void xchg_hold(struct xchg *x, enum reason why)
 {
     struct loop *l = x->down->loop;
     if (!x->held) {
         x->held = true;
-        if (!x->held_until_ms)
-            x->held_until_ms = l->now_ms + l->timers_ms[T_HELD];
+        if (!x->held_until_ms || x->held_for != why)
+            x->held_until_ms = l->now_ms + l->timers_ms[why == R_APPROVAL_PENDING ? T_ASK : T_HELD];
+        x->held_for = why;
         if (!l->held++ || x->held_until_ms < l->held_due_ms)
             l->held_due_ms = x->held_until_ms;
     }
     x->waiting = true;
     x->awaits = NULL;
+}
+
+static void copy_text(char *out, size_t cap, const char *p, size_t n)
+{
+    n = n < cap - 1 ? n : cap - 1;
+    memcpy(out, p, n);
+    out[n] = 0;
+}
+
+bool xchg_ask(struct xchg *x, struct str path)
+{
+    struct tenant *t = x->down->tenant;
+    if (x->asked && strcmp(x->asked_rule, x->ruled.rule) != 0)
+        xchg_unask(x); /* other rules came, and another one asks */
+    if (!x->asked) {
+        if (atomic_fetch_add(&t->asking, 1) >= MAX_ASKING) {
+            atomic_fetch_sub(&t->asking, 1);
+            return false;
+        }
+        struct approval a = {.loop = x->down->loop->index, .port = x->to.port, .tls = x->to.tls};
+        const char *query = memchr(path.p, '?', path.n);
+        copy_text(a.instance, sizeof a.instance, t->instance, strlen(t->instance));
+        copy_text(a.host, sizeof a.host, x->to.host.text, x->to.host.len);
+        copy_text(a.method, sizeof a.method, x->method, strlen(x->method));
+        copy_text(a.rule, sizeof a.rule, x->ruled.rule, strlen(x->ruled.rule));
+        copy_text(a.path, sizeof a.path, path.p, query ? (size_t)(query - path.p) : path.n);
+        x->approved = false;
+        x->asked = true;
+        strcpy(x->asked_rule, x->ruled.rule);
+        x->approval = engine_ask_approval(x->down->loop->engine, &a);
+    }
+    xchg_hold(x, R_APPROVAL_PENDING);
+    return true;
+}
+
+void xchg_unask(struct xchg *x)
+{
+    if (x->asked)
+        atomic_fetch_sub(&x->down->tenant->asking, 1);
+    x->asked = false;
+}
+
+static bool decide_held(struct xchg *x, uint64_t token, bool allow)
+{
+    struct loop *l = x->down->loop;
+    if (!x->held || !x->asked || x->approval != token)
+        return false;
+    xchg_unask(x);
+    x->held = x->waiting = false;
+    if (!x->active)
+        return true;
+    l->payer = x->down->tenant;
+    x->approved = allow;
+    if (allow)
+        x->down->side->resume(x);
+    else
+        down_fail(x, R_NOT_APPROVED, NULL);
+    l->payer = NULL;
+    return true;
+}
+
+void held_decided(struct loop *l, uint64_t token, bool allow)
+{
+    for (struct conn *c = l->all; c; c = c->all_next) {
+        if (c->dead || c->kind != DOWN)
+            continue;
+        if (!c->h2 && decide_held(&c->x, token, allow))
+            return;
+        for (struct xchg *x = c->h2 ? c->streams : NULL; x; x = x->next)
+            if (decide_held(x, token, allow))
+                return;
+    }
 }
 
 static void decide_again(struct xchg *x, bool rules_changed)
@@ -88,7 +163,7 @@ static void decide_again(struct xchg *x, bool rules_changed)
         return;
     l->payer = x->down->tenant;
     if (late)
-        down_fail(x, R_CREDENTIAL, NULL);
+        down_fail(x, x->held_for, NULL);
     else
         x->down->side->resume(x);
     l->payer = NULL;
@@ -249,6 +324,7 @@ void up_end(struct xchg *x, const struct head *trailers)
 void up_abandon(struct xchg *x)
 {
     struct conn *up = x->up;
+    xchg_unask(x);
     if (x->waiting)
         up_unwait(x);
     x->up = NULL;

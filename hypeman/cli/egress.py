@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from datetime import datetime
 from typing import Any
 
 import click
 
+from hypeman.cli.client import segment
 from hypeman.cli.instances import instance_argument, path_of
 from hypeman.cli.output import plain, render, render_table, size, use_colour
 from hypeman.cli.session import Session, reports
@@ -50,6 +52,93 @@ def _other_form(shape: dict[str, Any]) -> str:
     if not isinstance(settings, dict):
         return f"{name} {settings}"
     return " ".join([name, *(f"{key}={value}" for key, value in settings.items() if value)])
+
+
+@egress.command()
+@instance_argument
+@click.argument("url")
+@click.option("-X", "--method", default="GET", show_default=True, help="Method of the request.")
+@reports
+def check(session: Session, instance: str, url: str, method: str) -> None:
+    """Show what the rules of an instance say of a request, without sending it; exit code 1 if it is refused."""
+    found = session.client.get(f"{path_of(instance)}/egress/check", url=url, method=method)
+    session.show(found, lambda: _check_text(found))
+    if found["decision"] == "deny" and not found["observed"]:
+        raise SystemExit(1)
+
+
+def _check_text(found: dict[str, Any]) -> str:
+    what = f"{found['decision']}: {found['method']} {found['scheme']}://{found['host']}:{found['port']}"
+    why = "" if found["reason"] in ("ok", "approval_needed") else f", {found['reason']}"
+    lines = [f"{what} (rule {found['rule']}{why})"]
+    if found["observed"]:
+        lines.append("The rules only observe: it would be carried, and recorded.")
+    if not found["resolves"]:
+        lines.append("The guest may not look up this name.")
+    return "\n".join(lines)
+
+
+@egress.command()
+@instance_argument
+@reports
+def learn(session: Session, instance: str) -> None:
+    """Propose the narrowest rules that cover what an instance reached since the server started.
+
+    With observe, nothing is refused meanwhile. Use the output as a file for update egress-rules.
+    """
+    found = session.client.get(f"{path_of(instance)}/egress/proposal")
+    if not found["complete"]:
+        click.echo("There were too many hosts to remember all: the rules cover only some.", err=True)
+    rules = {"default": found["default"], "rules": found["rules"]}
+    session.show(found, lambda: json.dumps(rules, indent=2))
+
+
+@egress.command()
+@instance_argument
+@reports
+def pending(session: Session, instance: str) -> None:
+    """List requests that wait for an approval."""
+    columns = [
+        ("APPROVAL", lambda each: each["id"]),
+        ("RULE", lambda each: each["rule"]),
+        ("REQUEST", lambda each: f"{each['method']} {each['scheme']}://{each['host']}:{each['port']}{each['path']}"),
+        ("WAITING", lambda each: each["waiting"]),
+        ("UNTIL", lambda each: each["expires_at"]),
+    ]
+    found = session.client.get(f"{path_of(instance)}/egress/approvals")
+    session.show(found, lambda: render_table(found, columns, colour=use_colour()))
+
+
+_for_option = click.option(
+    "--for", "time", metavar="DURATION", help="Also decide about such requests to come, for so long, e.g. 10m."
+)
+
+
+@egress.command()
+@instance_argument
+@click.argument("approval")
+@_for_option
+@reports
+def approve(session: Session, instance: str, approval: str, time: str | None) -> None:
+    """Let the requests of an approval go on."""
+    _decide(session, instance, approval, "approve", time)
+
+
+@egress.command()
+@instance_argument
+@click.argument("approval")
+@_for_option
+@reports
+def deny(session: Session, instance: str, approval: str, time: str | None) -> None:
+    """Refuse the requests of an approval."""
+    _decide(session, instance, approval, "deny", time)
+
+
+def _decide(session: Session, instance: str, approval: str, verb: str, time: str | None) -> None:
+    body = {"for": time} if time else {}
+    found = session.client.post(f"{path_of(instance)}/egress/approvals/{segment(approval)}/{verb}", body)
+    done = "approved" if verb == "approve" else "denied"
+    session.show(found, lambda: f"{done}: {found['waiting']} × {found['method']} {found['host']}{found['path']}")
 
 
 @egress.command()

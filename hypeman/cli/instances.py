@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -363,6 +364,30 @@ def update_egress_credentials(session: Session, instance: str, env: tuple[str, .
     if not values:
         raise click.UsageError("say what to change with --env KEY or --env-file FILE")
     patch(session, instance, {"env": values})
+
+
+@update.command("egress-rules")
+@instance_argument
+@click.argument("file", type=click.File())
+@reports
+def update_egress_rules(session: Session, instance: str, file: TextIO) -> None:
+    """Set where an instance may go, from a JSON file; takes effect with the next request.
+
+    FILE (- is stdin) has any of rules, default, observe and private_networks, as network.egress in the API; what is
+    left out stays. See egress learn and egress check.
+    """
+    patch(session, instance, {"network": {"egress": read_egress_rules(file)}})
+
+
+def read_egress_rules(file: TextIO) -> dict[str, Any]:
+    """Raises UsageError unless the file is a JSON object."""
+    try:
+        found = json.load(file)
+    except ValueError as error:
+        raise click.UsageError(f"{file.name} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise click.UsageError(f"{file.name} must have an object with rules, default, observe or private_networks")
+    return found
 
 
 def secrets_in_file(file: TextIO) -> dict[str, str]:

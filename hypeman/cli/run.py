@@ -16,7 +16,7 @@ import msgspec
 from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.complete import complete_image
 from hypeman.cli.images import PullDisplay, image_path, wait_ready
-from hypeman.cli.instances import HYPERVISORS, WAKES, path_of
+from hypeman.cli.instances import HYPERVISORS, WAKES, path_of, read_egress_rules
 from hypeman.cli.output import plain
 from hypeman.cli.policies import (
     compression_body,
@@ -124,6 +124,7 @@ def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
 @click.option("--network/--no-network", default=True, show_default=True)
 @click.option("--network-egress-enabled", is_flag=True, help="Mediate outbound connections.")
 @click.option("--network-egress-mode", type=click.Choice(["all", "http_https_only"]))
+@click.option("--network-egress-rules", type=click.File(), help="JSON file: where the instance may go.")
 @click.option("--bandwidth-down", help="As in 100mbps.")
 @click.option("--bandwidth-up", help="As in 100mbps.")
 @click.option("--disk-io", help="As in 100MB/s.")
@@ -274,6 +275,11 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         network["egress"] = {"enabled": True}
         if flags["network_egress_mode"]:
             network["egress"]["enforcement"] = {"mode": flags["network_egress_mode"]}
+    if flags["network_egress_rules"]:
+        network["egress"] = {
+            **network.get("egress", {"enabled": True}),
+            **read_egress_rules(flags["network_egress_rules"]),
+        }
     policy = present(compression=compression_body(flags), standby_compression_delay=flags["compression_delay"])
     auto_standby = present(
         enabled=flags["auto_standby_enabled"],

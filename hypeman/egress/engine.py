@@ -32,6 +32,8 @@ _MAX_QUEUED = 1 << 20
 """Bytes waiting to be read by the server above which no audit records are sent: they wait in their ring."""
 _QUESTION_LIFE = 60.0
 """Seconds after which an unanswered question is not asked again; the data plane gives up sooner."""
+_APPROVAL_LIFE = 660.0
+"""The same for requests that are held for an approval."""
 _MAX_SETTINGS_AGE = 60.0
 """Seconds that the first message may take."""
 _LAST_WORDS = 5.0
@@ -114,6 +116,8 @@ class Worker:
         """Those set on this connection."""
         self._open: dict[int, tuple[float, protocol.Question]] = {}
         """Questions without an answer, by token."""
+        self._held: dict[int, tuple[float, protocol.ApprovalNeeded]] = {}
+        """Requests without a verdict, by token."""
 
     def run(self, link: Link, *, locked: bool) -> None:
         """Serve until drained, or until the only server is gone."""
@@ -194,6 +198,8 @@ class Worker:
         self._forget_questions()
         for _, question in self._open.values():
             link.send(question)
+        for _, held in self._held.values():
+            link.send(held)
         self._with_link(poller, self._send_records)
         self._with_link(poller, Link.flush)
 
@@ -238,6 +244,10 @@ class Worker:
                     addresses = [address.encode() for address in request.addresses]
                     engine.answer(request.loop, request.token, addresses)
                 return
+            case protocol.Verdict():
+                if self._held.pop(request.token, None) is not None:
+                    engine.decide(request.loop, request.token, request.allow)
+                return
             case protocol.Start():
                 raise ProtocolError("started twice")
         link.send(protocol.Done(id=request.id))
@@ -254,11 +264,21 @@ class Worker:
             self._open[token] = (time.monotonic() + _QUESTION_LIFE, question)
             if self._link is not None:
                 self._link.send(question)
+        for loop, token, instance, tls, host, port, method, path, rule in self._engine.approvals():
+            held = protocol.ApprovalNeeded(
+                token=token, loop=loop, instance=instance, tls=tls, host=host, port=port, method=method, path=path,
+                rule=rule,
+            )  # fmt: skip
+            self._held[token] = (time.monotonic() + _APPROVAL_LIFE, held)
+            if self._link is not None:
+                self._link.send(held)
 
     def _forget_questions(self) -> None:
         now = time.monotonic()
         while self._open and next(iter(self._open.values()))[0] < now:
             del self._open[next(iter(self._open))]
+        while self._held and next(iter(self._held.values()))[0] < now:
+            del self._held[next(iter(self._held))]
 
     def _send_last(self, link: Link) -> None:
         self._send_records(link)

@@ -54,6 +54,7 @@ class Handlers(msgspec.Struct, frozen=True):
     question: Callable[[EngineLink, protocol.Question], None]
     records: Callable[[EngineLink, bytearray], None]
     """Raises ValueError if they are none."""
+    approval: Callable[[EngineLink, protocol.ApprovalNeeded], None]
 
 
 class EngineLink:
@@ -120,6 +121,8 @@ class EngineLink:
                 match report:
                     case protocol.Question():
                         handlers.question(self, report)
+                    case protocol.ApprovalNeeded():
+                        handlers.approval(self, report)
                     case protocol.Audit():
                         handlers.records(self, payload)
                     case protocol.Counters(id=0):
@@ -223,6 +226,13 @@ class EngineLink:
         with contextlib.suppress(EngineLost):
             async with self._sending:
                 await self._write(answer)
+
+    async def decide(self, held: protocol.ApprovalNeeded, *, allow: bool) -> None:
+        """No-op if it is lost."""
+        verdict = protocol.Verdict(token=held.token, loop=held.loop, allow=allow)
+        with contextlib.suppress(EngineLost):
+            async with self._sending:
+                await self._write(verdict)
 
     async def start(self, message: protocol.Start, payload: bytearray, descriptors: Sequence[int]) -> None:
         """Its first message, more than a socket holds: the rest goes when the process has begun to read. If this fails

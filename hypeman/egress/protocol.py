@@ -8,8 +8,9 @@ part of the message so that a receiver can wipe it: nothing here copies a payloa
 of their frame (SCM_RIGHTS).
 
     server → engine  Start, then SetPolicy, RemovePolicy, Accept, Drain, Count, each answered by Done, Refused or
-                     Counters with the same ``id``, in order; Answer, which has no reply
-    engine → server  Hello once a connection is made, or Failed if the engine cannot start; Question; Audit
+                     Counters with the same ``id``, in order; Answer and Verdict, which have no reply
+    engine → server  Hello once a connection is made, or Failed if the engine cannot start; Question;
+                     ApprovalNeeded; Audit
 
 A message type is added by appending it to ``Request`` or ``Report`` and raising ``VERSION``, as is needed for another
 form of compiled policies (policy.py): an engine of another version is not talked to but drained, and ``Hello``,
@@ -24,7 +25,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-VERSION = 2
+VERSION = 3
 
 MAX_MESSAGE = 64 << 10
 MAX_PAYLOAD = 4 << 20
@@ -132,6 +133,14 @@ class Answer(_Message, frozen=True, kw_only=True):
     addresses: Annotated[tuple[Address, ...], Meta(max_length=16)]
 
 
+class Verdict(_Message, frozen=True, kw_only=True):
+    """On an ``ApprovalNeeded``."""
+
+    token: Count64
+    loop: Count32
+    allow: bool
+
+
 # ── From an engine ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -170,6 +179,21 @@ class Question(_Message, frozen=True, kw_only=True):
     name: Name
 
 
+class ApprovalNeeded(_Message, frozen=True, kw_only=True):
+    """A request is held until a ``Verdict`` comes, or its time has run out."""
+
+    token: Count64
+    loop: Count32
+    instance: Instance
+    tls: bool
+    host: Name
+    port: Port
+    method: Name
+    path: Name
+    """Without query; may be cut."""
+    rule: Name
+
+
 class Audit(_Message, frozen=True, kw_only=True):
     """Payload: records, see records.py."""
 
@@ -187,8 +211,8 @@ class Counters(_Message, frozen=True, kw_only=True):
     """How often something was refused because of a bound."""
 
 
-Request = Start | SetPolicy | RemovePolicy | Accept | Drain | Count | Answer
-Report = Hello | Failed | Done | Refused | Question | Audit | Counters
+Request = Start | SetPolicy | RemovePolicy | Accept | Drain | Count | Answer | Verdict
+Report = Hello | Failed | Done | Refused | Question | Audit | Counters | ApprovalNeeded
 
 _encode = msgspec.msgpack.Encoder().encode
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -15,11 +15,21 @@ import re
 import struct
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
 from hypeman.egress.policy import HostPattern, parse_host
-from hypeman.egress.types import AccessAction, AccessDefault, AccessRecord, AccessRule, EgressAccess, PrivateNetworks
+from hypeman.egress.types import (
+    AccessAction,
+    AccessDefault,
+    AccessRecord,
+    AccessRule,
+    EgressAccess,
+    EgressCheck,
+    PrivateNetworks,
+)
 from hypeman.errors import InvalidRequest
 
 MAX_RULES = 1000
@@ -39,6 +49,7 @@ _PATH = re.compile(r"/[\x21-\x22\x24-\x3e\x40-\x5b\x5d-\x7e]*")
 _UNRESERVED = re.compile(r"[A-Za-z0-9_~-]")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})?")
 _SUFFIX = "**."
+_OBSERVED = ("no_rule", "host_denied_by_rule", "request_denied", "ambiguous_path", "method_override", "approval_needed")
 _ACTIONS = {AccessAction.ALLOW: 0, AccessAction.DENY: 1, AccessAction.ASK: 2}
 _PRIVATE = {None: 0, PrivateNetworks.OPEN: 1, PrivateNetworks.CLOSED: 2}
 _RECORDS = {AccessRecord.HOST: 0, AccessRecord.PATH: 1, AccessRecord.QUERY: 2}
@@ -268,6 +279,46 @@ def decide(access: EgressAccess, request: AccessRequest, now: datetime) -> Decis
     if has_method and request.override:
         return Decision(AccessAction.DENY, name, "method_override")
     return Decision(action, name, "ok" if action is AccessAction.ALLOW else "approval_needed")
+
+
+def check_url(access: EgressAccess | None, url: str, method: str, now: datetime, *, web_only: bool) -> EgressCheck:
+    """What would happen to a request, without sending it. Raises InvalidRequest if ``url`` is none of http or https.
+
+    ``web_only``: see compile_policy.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host = parse_access_host(parts.hostname or "")
+    except (ValueError, InvalidRequest):
+        raise InvalidRequest(f"url {url!r} must be such as https://api.example.com/v1/models") from None
+    scheme: Literal["https", "http"] = "https" if parts.scheme == "https" else "http"
+    if parts.scheme not in ("http", "https") or "*" in host or parts.username is not None:
+        raise InvalidRequest(f"url {url!r} must be http or https, for one host, without a user name")
+    given = access or EgressAccess()
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    found = decide(given, AccessRequest(host=host, port=port, method=_parse_method(method), target=target), now)
+    usual = port == (443 if scheme == "https" else 80)
+    if found.action is not AccessAction.DENY and web_only and not usual and not _names_port(given, host, port, now):
+        found = Decision(AccessAction.DENY, DEFAULT, "port_denied")
+    if found.action is not AccessAction.DENY and web_only and scheme == "https" and is_address(host):
+        found = Decision(AccessAction.DENY, DEFAULT, "address_literal")
+    return EgressCheck(
+        method=_parse_method(method),
+        scheme=scheme,
+        host=host,
+        port=port,
+        decision=found.action,
+        rule=found.rule,
+        reason=found.reason,
+        observed=given.observe and found.reason in _OBSERVED,
+        resolves=not given.closes or may_resolve(given, host, now),
+    )
+
+
+def _names_port(access: EgressAccess, host: str, port: int, now: datetime) -> bool:
+    first = next(_covering(access, host, port, now), None)
+    return first is not None and first[1].ports is not None and first[1].action is not AccessAction.DENY
 
 
 def may_resolve(access: EgressAccess, name: str, now: datetime) -> bool:

@@ -24,7 +24,7 @@ import os
 import secrets as random
 import socket
 import ssl
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -57,8 +57,11 @@ from hypeman.errors import InternalError
 log = logging.getLogger(__name__)
 
 Keep = Callable[[Sequence[socket.socket]], None]
+Decide = Callable[[bool], Awaitable[None]]
+Ask = Callable[[protocol.ApprovalNeeded, Decide], Awaitable[None]]
+"""Called with a request that needs an approval, and with what is to be called with the decision."""
 
-TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "held")
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "ask", "held")
 """Fields of Timeouts, in the order in which an engine takes them."""
 _PR_SET_DUMPABLE = 4
 _LEAF_CACHE = 512
@@ -120,6 +123,8 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     half: float = 60
     """The same once one side has closed."""
     linger: float = 5
+    ask: float = 60
+    """That a request is held for an approval."""
     held: float = 15
     """A request whose credential has no valid value at the moment."""
 
@@ -281,6 +286,7 @@ class Egress:
         """What engines had counted before they ended; at most two, sums and a new one."""
         self._on_audit: list[Callable[[AuditRecord], None]] = []
         self._nursery: trio.Nursery | None = None
+        self._ask: Ask | None = None
 
     @property
     def ca_pem(self) -> bytes:
@@ -417,7 +423,7 @@ class Egress:
         return engine
 
     async def _watch_one(self, engine: EngineLink) -> None:
-        wrong = await engine.run(Handlers(self._question, self._records))
+        wrong = await engine.run(Handlers(self._question, self._records, self._approval))
         self._engines.remove(engine)
         if engine.counted is not None:
             self._ended.append(engine.counted)
@@ -647,6 +653,17 @@ class Egress:
         for record in read_records(data, engine.hello.reasons):
             for tell in tuple(self._on_audit):
                 tell(record)
+
+    def on_approval_needed(self, ask: Ask) -> None:
+        """Await ``ask`` with each request that is held for an approval; without it such requests time out."""
+        self._ask = ask
+
+    def _approval(self, engine: EngineLink, held: protocol.ApprovalNeeded) -> None:
+        async def decide(allow: bool) -> None:
+            await engine.decide(held, allow=allow)
+
+        if self._nursery is not None and self._ask is not None:
+            self._nursery.start_soon(self._ask, held, decide)
 
     def record(self, record: AuditRecord) -> None:
         """Pass on a record of something that was decided here."""

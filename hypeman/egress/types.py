@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from hypeman.fields import Timestamp
+from hypeman.fields import Duration, Timestamp
 
 RecordKind = Literal["request", "passed_through", "refused"]
 Ruling = Literal["allowed", "denied", "observed", "approved", "held"]
@@ -198,6 +198,57 @@ class EgressPolicy(Struct, frozen=True, kw_only=True):
         dict[str, CredentialPolicy], Meta(description="By the name under which the guest sees a placeholder")
     ]
     access: Annotated[EgressAccess | UnsetType, Meta(description="Where the instance may go; absent: anywhere")] = UNSET
+
+
+class EgressCheck(Struct, frozen=True, kw_only=True):
+    """What the rules of an instance say of a request, without sending it."""
+
+    method: str
+    scheme: Literal["https", "http"]
+    host: str
+    port: int
+    decision: AccessAction
+    rule: Annotated[str, Meta(description="Which decided; default: none")]
+    reason: Annotated[str, Meta(description="ok, approval_needed, or the code that the guest would get")]
+    observed: Annotated[bool, Meta(description="It would be carried all the same: the rules only observe")]
+    resolves: Annotated[bool, Meta(description="The guest may look up the host's addresses")]
+
+
+class EgressProposal(Struct, frozen=True, kw_only=True):
+    """The narrowest rules that cover what an instance reached since the server started."""
+
+    requests: Annotated[int, Meta(description="That they cover")]
+    complete: Annotated[bool, Meta(description="false: there were too many hosts to remember all")]
+    default: AccessDefault
+    rules: tuple[AccessRule, ...]
+
+
+class EgressApproval(Struct, frozen=True, kw_only=True):
+    """Requests that wait until someone approves or denies them."""
+
+    id: str
+    instance_id: str
+    rule: Annotated[str, Meta(description="Which asks")]
+    scheme: Literal["https", "http"]
+    host: str
+    port: int
+    method: str
+    path: Annotated[str, Meta(description="Without query; may be cut")]
+    waiting: Annotated[int, Meta(description="Requests")]
+    since: Timestamp
+    expires_at: Annotated[Timestamp, Meta(description="Then they are refused, unless more come")]
+
+
+class EgressDecision(Struct, frozen=True, kw_only=True):
+    """A decision about an approval."""
+
+    for_: Annotated[
+        Duration | None,
+        Meta(
+            description="Also about requests to come that this rule asks about, to this host and port, for so long; "
+            "absent: only about those that wait"
+        ),
+    ] = field(name="for", default=None)
 
 
 class EgressRecord(Struct, frozen=True, kw_only=True):

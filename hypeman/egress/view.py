@@ -14,9 +14,21 @@ from typing import Protocol, cast
 import trio
 from msgspec import UNSET
 
+from hypeman.egress.approvals import Approvals
+from hypeman.egress.learning import Seen
 from hypeman.egress.records import AuditRecord
+from hypeman.egress.rules import check_url
 from hypeman.egress.service import Egress
-from hypeman.egress.types import EgressPolicy, EgressRecord, RecordKind, Ruling
+from hypeman.egress.types import (
+    AccessDefault,
+    EgressApproval,
+    EgressCheck,
+    EgressPolicy,
+    EgressProposal,
+    EgressRecord,
+    RecordKind,
+    Ruling,
+)
 
 MAX_RECORDS = 100
 """Records kept per instance."""
@@ -32,12 +44,17 @@ class Guests(Protocol):
         ...
 
     async def wait_deleted(self, instance_id: str) -> None: ...
+    def web_only(self, instance_id: str) -> bool:
+        """Whether the proxy is the guest's only TCP egress."""
+        ...
 
 
 class EgressView:
-    def __init__(self, egress: Egress, guests: Guests) -> None:
+    def __init__(self, egress: Egress, guests: Guests, approvals: Approvals) -> None:
         self._egress = egress
         self._guests = guests
+        self._approvals = approvals
+        self._seen: OrderedDict[str, Seen] = OrderedDict()
         self._kept: OrderedDict[str, deque[AuditRecord]] = OrderedDict()
 
     def ca_pem(self) -> bytes:
@@ -45,6 +62,26 @@ class EgressView:
 
     def policy(self, ref: str) -> EgressPolicy:
         return self._guests.policy(ref)
+
+    def check(self, ref: str, url: str, method: str) -> EgressCheck:
+        """What the rules say of a request. Raises InvalidRequest."""
+        found = self._guests.policy(ref)
+        access = found.access if found.access is not UNSET else None
+        web_only = self._guests.web_only(found.instance_id)
+        return check_url(access, url, method, datetime.now(UTC), web_only=web_only)
+
+    def proposal(self, ref: str) -> EgressProposal:
+        seen = self._seen.get(self._guests.policy(ref).instance_id, Seen())
+        return EgressProposal(
+            requests=seen.requests, complete=seen.complete, default=AccessDefault.DENY, rules=seen.rules()
+        )
+
+    def approvals(self, ref: str) -> list[EgressApproval]:
+        return self._approvals.pending(self._guests.policy(ref).instance_id)
+
+    async def decide(self, ref: str, approval: str, *, allow: bool, seconds: float) -> EgressApproval:
+        instance_id = self._guests.policy(ref).instance_id
+        return await self._approvals.decide(instance_id, approval, allow=allow, seconds=seconds)
 
     async def requests(self, ref: str, *, tail: int, follow: bool) -> EgressRecords:
         """The last ``tail`` requests; with ``follow``, then every new one until the instance is deleted."""
@@ -59,6 +96,14 @@ class EgressView:
 
     def keep(self, record: AuditRecord) -> None:
         """For ``Egress.on_audit``."""
+        seen = self._seen.get(record.instance)
+        if seen is None:
+            seen = self._seen[record.instance] = Seen()
+            if len(self._seen) > MAX_INSTANCES:
+                self._seen.popitem(last=False)
+        else:
+            self._seen.move_to_end(record.instance)
+        seen.add(record)
         kept = self._kept.get(record.instance)
         if kept is None:
             kept = self._kept[record.instance] = deque(maxlen=MAX_RECORDS)

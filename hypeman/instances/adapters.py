@@ -13,14 +13,17 @@ from functools import partial
 import msgspec
 from msgspec import UNSET
 
+from hypeman import events
 from hypeman.egress import policy
+from hypeman.egress.approvals import Approvals
 from hypeman.egress.broker import Broker
 from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.records import AuditRecord
 from hypeman.egress.rules import DEFAULT, may_resolve, openings
 from hypeman.egress.service import Egress
-from hypeman.egress.types import EgressPolicy
+from hypeman.egress.types import EgressApproval, EgressPolicy
 from hypeman.errors import NotFound
+from hypeman.events.types import Datum
 from hypeman.guest.boot import CA_BUNDLE_PATH, CA_CERT_PATH, CaCertificate
 from hypeman.instances.board import Board
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
@@ -151,9 +154,10 @@ SECRETS: Table[SealedSecrets] = Table("egress-secrets", SealedSecrets)
 class EgressOfInstances:
     """Credential values sealed in the store, and egress policies in force while a VM runs."""
 
-    def __init__(self, egress: Egress, broker: Broker, store: Store) -> None:
+    def __init__(self, egress: Egress, broker: Broker, approvals: Approvals, store: Store) -> None:
         self._egress = egress
         self._broker = broker
+        self._approvals = approvals
         self._store = store
 
     def check(self, spec: InstanceSpec, values: Mapping[str, str]) -> None:
@@ -173,7 +177,8 @@ class EgressOfInstances:
         txn.delete(SECRETS, instance_id)
 
     async def refresh(self, instance_id: str) -> None:
-        """Make new values take effect on the next request, if the instance is running."""
+        """Make new values and rules take effect on the next request, if the instance is running."""
+        self._approvals.forget(instance_id)
 
         def read(txn: Txn) -> tuple[InstanceRecord | None, Lease | None]:
             return txn.get(INSTANCES, instance_id), leases.get_lease(txn, instance_id)
@@ -204,6 +209,21 @@ class EgressOfInstances:
     def _open(self, txn: Txn, instance_id: str) -> dict[str, str]:
         row = txn.get(SECRETS, instance_id)
         return self._egress.sealer.open(instance_id, row.sealed) if row is not None else {}
+
+
+async def note_approval(store: Store, action: str, shown: EgressApproval) -> None:
+    """Log an event about a request that needs an approval."""
+    data: dict[str, Datum] = {
+        "rule": shown.rule,
+        "scheme": shown.scheme,
+        "host": shown.host,
+        "port": shown.port,
+        "method": shown.method,
+        "path": shown.path,
+    }
+    await store.write(
+        lambda txn: events.record(txn, events.Kind.EGRESS, action, shown.id, instance_id=shown.instance_id, data=data)
+    )
 
 
 class NamesOfInstances:
@@ -264,6 +284,9 @@ class EgressGuests:
             credentials=record.spec.credentials,
             access=record.spec.access or UNSET,
         )
+
+    def web_only(self, instance_id: str) -> bool:
+        return _mode_of(self._board.find(instance_id).spec) is EgressMode.ALL
 
     async def wait_deleted(self, instance_id: str) -> None:
         await self._board.wait_deleted(instance_id)

@@ -15,10 +15,17 @@ from hypeman.builds.types import Build, Builder, BuilderStatus, BuildForm, Build
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device, DeviceType
 from hypeman.egress.types import (
+    AccessAction,
+    AccessDefault,
+    AccessRule,
     CredentialPolicy,
     CredentialSource,
+    EgressApproval,
+    EgressCheck,
+    EgressDecision,
     EgressEnforcementMode,
     EgressPolicy,
+    EgressProposal,
     InjectAs,
     InjectRule,
 )
@@ -149,6 +156,7 @@ BODIES: Mapping[Any, Any] = {
     CreateIngressRequest: CreateIngressRequest(name="site", rules=(_RULE,)),
     CreateBuilderRequest: CreateBuilderRequest(id="fast", disk_size_gb=20),
     BuildForm: BuildForm(source="(the bytes of context.tar.gz)", builder_id="fast", image_name="team/app:v1"),
+    EgressDecision: EgressDecision(for_="10m"),
     CreatePushRequest: CreatePushRequest(image=_IMAGE, target="registry.example.com/team/nginx:v1"),
 }
 """By the type of the body."""
@@ -160,6 +168,7 @@ QUERIES: Mapping[str, Mapping[str, Any]] = {
     "get_logs": {"tail": 10},
     "import_image": {"name": "localhost/app:v1"},
     "create_volume_from_archive": {"name": "filled", "size_gb": 1},
+    "check_egress": {"url": "https://api.example.com/v1/models"},
     "list_snapshots": {"kind": "Standby"},
     "get_events": {"follow": False, "since": "10m", "type": "instance"},
 }
@@ -283,6 +292,36 @@ ANSWERS: Mapping[Any, Any] = {
         size_bytes=150_000_000,
         name="base",
         compression_state=CompressionState.NONE,
+    ),
+    EgressCheck: EgressCheck(
+        method="GET",
+        scheme="https",
+        host="api.example.com",
+        port=443,
+        decision=AccessAction.ALLOW,
+        rule="#1",
+        reason="ok",
+        observed=False,
+        resolves=True,
+    ),
+    EgressProposal: EgressProposal(
+        requests=12,
+        complete=True,
+        default=AccessDefault.DENY,
+        rules=(AccessRule(action=AccessAction.ALLOW, hosts=("api.example.com",), ports=(443,), methods=("GET",)),),
+    ),
+    EgressApproval: EgressApproval(
+        id="hn2ao2lzyqrvbnkv7b3xm2zu",
+        instance_id=_INSTANCE,
+        rule="writes",
+        scheme="https",
+        host="api.example.com",
+        port=443,
+        method="POST",
+        path="/v1/issues",
+        waiting=1,
+        since=_TIME,
+        expires_at=_TIME,
     ),
     EgressPolicy: EgressPolicy(
         instance_id=_INSTANCE,
@@ -410,6 +449,8 @@ def path_value(path: str, parameter: str) -> str:
             return "data"
         case "snapshotId", _:
             return _SNAPSHOT
+        case "approval", _:
+            return "hn2ao2lzyqrvbnkv7b3xm2zu"
         case "name", "images":
             return _IMAGE
     raise LookupError(f"{path}: no example for {parameter}")

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from hypeman.builds.types import Build, Builder, BuildEvent, CreateBuilderRequest
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
-from hypeman.egress.types import EgressPolicy, EgressRecord
+from hypeman.egress.types import EgressApproval, EgressCheck, EgressPolicy, EgressProposal, EgressRecord
 from hypeman.events.types import Event, EventFilter
 from hypeman.guest.client import CopyIn, CopyOut, ExecSession
 from hypeman.guest.session_types import CpRequest, ExecRequest
@@ -206,6 +206,15 @@ class EgressService(Protocol):
         ...
 
     def policy(self, ref: str) -> EgressPolicy: ...
+    def check(self, ref: str, url: str, method: str) -> EgressCheck:
+        """What the rules say of a request. Raises InvalidRequest."""
+        ...
+
+    def proposal(self, ref: str) -> EgressProposal: ...
+    def approvals(self, ref: str) -> Sequence[EgressApproval]: ...
+    async def decide(self, ref: str, approval: str, *, allow: bool, seconds: float) -> EgressApproval:
+        """Also about requests to come within ``seconds``. Raises NotFound."""
+        ...
 
     async def requests(self, ref: str, *, tail: int, follow: bool) -> EgressRecords:
         """The last ``tail`` requests; with ``follow`` then each new one until the instance is deleted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -74,3 +75,44 @@ def test_what_a_guest_chose_can_not_steer_the_terminal(cli: Any, server: Any) ->
 
 def test_ca(cli: Any) -> None:
     assert cli("egress", "ca").stdout == "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+
+
+@pytest.mark.usefixtures("web")
+def test_check_and_learn(cli: Any) -> None:
+    found = cli("egress", "check", "web", "https://api.example.com/v1", "-X", "POST")
+    assert (found.exit_code, found.stdout) == (0, "allow: POST https://api.example.com:443 (rule default)\n")
+    found = cli("egress", "check", "web", "https://api.example.com:8443/")
+    assert (found.exit_code, "port_denied" in found.stdout) == (1, True)
+    learnt = json.loads(cli("egress", "learn", "web").stdout)
+    assert (learnt["default"], learnt["rules"][0]["hosts"]) == ("deny", ["api.example.com"])
+
+
+@pytest.mark.usefixtures("web")
+def test_approvals(cli: Any, server: Any) -> None:
+    egress = server.world.egress
+    instance = server.world.instances.find("web")
+    egress.hold(instance)
+    _, line = cli("egress", "pending", "web").stdout.splitlines()
+    assert line.split()[:4] == ["a1", "writes", "POST", "https://api.example.com:443/v1/x"]
+    assert cli("egress", "approve", "web", "a1", "--for", "10m").stdout.startswith("approved: 1 ")
+    egress.hold(instance)
+    assert cli("egress", "deny", "web", "a1").stdout.startswith("denied: 1 ")
+    assert egress.decided == [("a1", True, 600), ("a1", False, 0)]
+    missing = cli("egress", "deny", "web", "a1")
+    assert (missing.exit_code, "404 no_approval" in missing.stderr) == (1, True)
+
+
+@pytest.mark.usefixtures("web")
+def test_rules_from_a_file(cli: Any, server: Any, tmp_path: Path) -> None:
+    """The output of learn is a file for update and run."""
+    file = tmp_path / "rules.json"
+    file.write_text(cli("egress", "learn", "web").stdout)
+    assert cli("update", "egress-rules", "web", str(file)).exit_code == 0
+    [(_, request)] = server.world.instances.asked
+    assert request.network.egress.default == "deny" and request.network.egress.rules[0].methods == ("GET",)
+    for wrong in ("", "[]", "{"):
+        file.write_text(wrong)
+        assert cli("update", "egress-rules", "web", str(file)).exit_code == 2
+    file.write_text('{"rules": [{"action": "allow", "host": "a.org"}]}')
+    refused = cli("update", "egress-rules", "web", str(file))
+    assert (refused.exit_code, "host" in refused.stderr) == (1, True)

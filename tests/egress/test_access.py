@@ -11,8 +11,10 @@ import pytest
 import trio
 import trustme
 
+from hypeman.egress.protocol import ApprovalNeeded
 from hypeman.egress.records import AuditRecord
 from hypeman.egress.rules import check_access
+from hypeman.egress.service import Decide, Timeouts
 from hypeman.egress.types import (
     AccessAction,
     AccessDefault,
@@ -21,7 +23,7 @@ from hypeman.egress.types import (
     EgressAccess,
     PrivateNetworks,
 )
-from tests.egress.conftest import HOST, SECRET, World, credential
+from tests.egress.conftest import HOST, SECRET, World, credential, read_response
 from tests.egress.test_http2 import client
 
 ALLOW, DENY = AccessAction.ALLOW, AccessAction.DENY
@@ -192,3 +194,109 @@ async def test_private_networks_closed(world: World) -> None:
     world.egress._resolver.forget()
     await world.allow(API_KEY=credential(HOST), access=EgressAccess(private_networks=PrivateNetworks.OPEN), secret="2")
     assert (await world.get())[1]["x-hypeman-egress"] == "address_denied"
+
+
+# Approvals
+
+
+def asking(world: World, **fields: Any) -> EgressAccess:
+    return closed(AccessRule(action=AccessAction.ASK, name="writes", hosts=(HOST,), methods=("POST",)),
+                  AccessRule(action=ALLOW, hosts=(HOST,)), **fields)  # fmt: skip
+
+
+class Asked:
+    """What an approver is asked."""
+
+    def __init__(self, world: World) -> None:
+        self.send, self.receive = trio.open_memory_channel[tuple[ApprovalNeeded, Decide]](100)
+        world.egress.on_approval_needed(self.ask)
+
+    async def ask(self, held: ApprovalNeeded, decide: Decide) -> None:
+        self.send.send_nowait((held, decide))
+
+
+POST = f"POST /a?key=1 HTTP/1.1\r\nHost: {HOST}\r\nContent-Length: 2\r\n\r\nok".encode()
+GET = f"GET /a HTTP/1.1\r\nHost: {HOST}\r\n\r\n".encode()
+
+
+@pytest.mark.parametrize("allow", [True, False])
+@pytest.mark.parametrize("http2", [False, True])
+async def test_a_request_is_held_until_it_is_decided(world: World, allow: bool, http2: bool) -> None:
+    """Only that request; its body waits with it."""
+    await world.allow(access=asking(world))
+    asked = Asked(world)
+    found: list[AuditRecord] = []
+    world.egress.on_audit(found.append)
+    answers: list[tuple[int, dict[str, str], bytes]] = []
+    peer = await client(world) if http2 else None
+    wire = None if http2 else await world.tls()
+
+    async def ask() -> None:
+        if peer is not None:
+            answers.append(await peer.answer(await peer.ask(method="POST", path="/a?key=1", body=b"ok")))
+        else:
+            assert wire is not None
+            answers.append(await world.ask(wire, POST))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        held, decide = await asked.receive.receive()
+        assert (held.instance, held.host, held.port, held.tls) == ("inst-a", HOST, world.origin.port, True)
+        assert (held.method, held.path, held.rule) == ("POST", "/a", "writes")
+        assert (await world.get("/b"))[0] == 200
+        assert answers == [] and [request.method for request in world.origin.requests] == ["GET"]
+        await decide(allow)
+    status, fields, body = answers[0]
+    if allow:
+        assert (status, world.origin.requests[-1].body) == (200, b"ok")
+        assert world.origin.requests[-1].all("authorization") == [f"Bearer {SECRET}"]
+    else:
+        assert (status, fields["x-hypeman-egress"], json.loads(body)["next"]) == (403, "not_approved", "never_retry")
+    while len(found) < 2:
+        await trio.sleep(0.01)
+    assert ("POST", "approved" if allow else "held", "writes") in [
+        (each.method, each.decision, each.rule) for each in found
+    ]
+
+
+async def test_nobody_decides(make_world: Any) -> None:
+    async with make_world(timeouts=Timeouts(ask=0.3)) as world:
+        await world.allow(access=asking(world))
+        wire = await world.tls()
+        status, fields, body = await world.ask(wire, POST)
+        assert (status, fields["x-hypeman-egress"]) == (403, "approval_pending")
+        assert (json.loads(body)["next"], json.loads(body)["rule"]) == ("retry_after_approval", "writes")
+        assert (await world.ask(await world.tls(), GET))[0] == 200
+
+
+async def test_held_requests_are_bounded_and_follow_the_rules(world: World) -> None:
+    """At most 32 of an instance; other rules decide about them again, and clients that go away leave nothing behind."""
+    await world.allow(access=asking(world))
+    asked = Asked(world)
+    wires = [await world.tls() for _ in range(33)]
+    for wire in wires[:32]:
+        await wire.send(POST)
+    first = [await asked.receive.receive() for _ in range(32)]
+    status, fields, _ = await world.ask(wires[32], POST)
+    assert (status, fields["x-hypeman-egress"]) == (503, "too_many_at_once")
+    await trio.aclose_forcefully(wires[0].stream)
+    await first[0][1](True)
+    other = await world.tls()
+    for _ in range(100):
+        await other.send(POST)
+        with trio.move_on_after(0.2):
+            await asked.receive.receive()
+            break
+        assert (await read_response(other))[0] == 503
+    await world.allow(access=closed(AccessRule(action=ALLOW, hosts=(HOST,))))
+    for wire in (*wires[1:32], other):
+        assert (await read_response(wire))[0] == 200
+    await world.allow(access=asking(world))
+    for _ in range(2):  # nothing is left of those before
+        again = [await world.tls() for _ in range(32)]
+        for wire in again:
+            await wire.send(POST)
+        for _, decide in [await asked.receive.receive() for _ in range(32)]:
+            await decide(True)
+        for wire in again:
+            assert (await read_response(wire))[0] == 200

@@ -327,6 +327,7 @@ def frames() -> list[bytes]:
         protocol.encode(protocol.Drain(id=4, grace_ms=5)),
         protocol.encode(protocol.Count(id=5)),
         protocol.encode(protocol.Answer(token=6, loop=0, addresses=("10.0.0.1",))),
+        protocol.encode(protocol.Verdict(token=7, loop=0, allow=True)),
     ]
 
 
@@ -412,7 +413,9 @@ async def test_what_an_engine_sends_is_not_trusted() -> None:
         link = EngineLink(ours, None, -1)
         with theirs, trio.fail_after(20):
             theirs.sendall(data)
-            assert "protocol" in await link.run(Handlers(lambda engine, question: None, read))
+            assert "protocol" in await link.run(
+                Handlers(lambda engine, question: None, read, lambda engine, held: None)
+            )
         assert link.lost.is_set()
 
 

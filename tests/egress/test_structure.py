@@ -24,7 +24,7 @@ ROWS = (
 )
 """From below."""
 
-UPWARD = {("accept", "conn_run"), ("pool", "engine_ask")}
+UPWARD = {("accept", "conn_run"), ("pool", "engine_ask"), ("xchg", "engine_ask_approval")}
 """What a side calls of the loop that runs it and of the engine: it is run once more, and asks for addresses."""
 
 

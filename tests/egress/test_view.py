@@ -22,6 +22,7 @@ from hypeman._native.egress import METRICS
 from hypeman.egress import audit as audit_module
 from hypeman.egress import metrics as egress_metrics
 from hypeman.egress import view as view_module
+from hypeman.egress.approvals import Approvals
 from hypeman.egress.audit import AuditLog
 from hypeman.egress.metrics import FAMILIES, LEFT_OUT
 from hypeman.egress.records import AuditRecord
@@ -34,6 +35,7 @@ from hypeman.egress.types import (
     CredentialPolicy,
     CredentialSource,
     EgressAccess,
+    EgressApproval,
     EgressEnforcementMode,
     InjectAs,
     InjectRule,
@@ -98,6 +100,10 @@ def test_names_follow_the_rules_of_their_instance(tmp_path: Path) -> None:
     assert [(each.instance, each.host, each.decision, each.rule) for each in records] == [
         ("one", "a.y.org", "denied", "default"), ("one", "", "denied", "default"),
     ]  # fmt: skip
+
+
+async def ignore(action: str, shown: EgressApproval) -> None:
+    pass
 
 
 @pytest.fixture
@@ -241,7 +247,7 @@ def test_metrics_without_a_running_data_plane(tmp_path: Path) -> None:
 
 
 async def test_policy_as_stored(egress: Egress, board: Board) -> None:
-    view = EgressView(egress, EgressGuests(board))
+    view = EgressView(egress, EgressGuests(board), Approvals(ignore, timeout=60))
     assert view.ca_pem().startswith(b"-----BEGIN CERTIFICATE-----")
     policy = view.policy("name-of-one")
     assert (policy.instance_id, policy.mode) == ("one", EgressEnforcementMode.ALL)
@@ -258,7 +264,7 @@ async def statuses(view: EgressView, ref: str, tail: int) -> list[int]:
 async def test_the_last_requests_are_kept(egress: Egress, board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(view_module, "MAX_RECORDS", 3)
     monkeypatch.setattr(view_module, "MAX_INSTANCES", 2)
-    view = EgressView(egress, EgressGuests(board))
+    view = EgressView(egress, EgressGuests(board), Approvals(ignore, timeout=60))
     for number in range(5):
         view.keep(audited(number))
     assert await statuses(view, "one", 100) == [2, 3, 4]
@@ -279,7 +285,7 @@ async def read_to_end(stream: EgressRecords) -> None:
 
 
 async def test_followers_see_real_requests_until_the_instance_goes(egress: Egress, board: Board) -> None:
-    view = EgressView(egress, EgressGuests(board))
+    view = EgressView(egress, EgressGuests(board), Approvals(ignore, timeout=60))
     egress.on_audit(view.keep)
     view.keep(audited(7))
     stream = await view.requests("one", tail=1, follow=True)
@@ -301,7 +307,7 @@ async def test_followers_see_real_requests_until_the_instance_goes(egress: Egres
 
 
 async def test_a_follower_that_leaves_is_forgotten(egress: Egress, board: Board) -> None:
-    view = EgressView(egress, EgressGuests(board))
+    view = EgressView(egress, EgressGuests(board), Approvals(ignore, timeout=60))
     before = len(egress._on_audit)
     stream = await view.requests("one", tail=0, follow=True)
     assert len(egress._on_audit) == before + 1

@@ -28,11 +28,18 @@ from hypeman.builds.types import (
     CreateBuilderRequest,
 )
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device, DeviceType
+from hypeman.egress.rules import check_url
 from hypeman.egress.types import (
+    AccessAction,
+    AccessDefault,
+    AccessRule,
     CredentialPolicy,
     CredentialSource,
+    EgressApproval,
+    EgressCheck,
     EgressEnforcementMode,
     EgressPolicy,
+    EgressProposal,
     EgressRecord,
     InjectAs,
     InjectRule,
@@ -698,6 +705,8 @@ class FakeEgress:
     policies: dict[str, EgressPolicy] = field(default_factory=dict)
     records: dict[str, list[EgressRecord]] = field(default_factory=dict)
     streams: list[FakeEgressRecords] = field(default_factory=list)
+    held: dict[str, EgressApproval] = field(default_factory=dict)
+    decided: list[tuple[str, bool, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.new, self._receive = trio.open_memory_channel[EgressRecord](100)
@@ -711,6 +720,36 @@ class FakeEgress:
             mode=EgressEnforcementMode.ALL,
             credentials={"API_KEY": credential},
         )
+
+    def check(self, ref: str, url: str, method: str) -> EgressCheck:
+        found = self.policy(ref).access
+        access = found if found is not UNSET else None
+        return check_url(access, url, method, NOW, web_only=True)
+
+    def proposal(self, ref: str) -> EgressProposal:
+        self.policy(ref)
+        rule = AccessRule(action=AccessAction.ALLOW, hosts=("api.example.com",), ports=(443,), methods=("GET",))
+        return EgressProposal(requests=2, complete=True, default=AccessDefault.DENY, rules=(rule,))
+
+    def approvals(self, ref: str) -> list[EgressApproval]:
+        instance = self.policy(ref).instance_id
+        return [each for each in self.held.values() if each.instance_id == instance]
+
+    async def decide(self, ref: str, approval: str, *, allow: bool, seconds: float) -> EgressApproval:
+        self.policy(ref)
+        if approval not in self.held:
+            raise NotFound(f"no request waits for approval {approval!r}", code="no_approval")
+        self.decided.append((approval, allow, seconds))
+        return self.held.pop(approval)
+
+    def hold(self, instance: Instance) -> EgressApproval:
+        """A request that waits for an approval."""
+        held = EgressApproval(
+            id="a1", instance_id=instance.id, rule="writes", scheme="https", host="api.example.com", port=443,
+            method="POST", path="/v1/x", waiting=1, since=NOW, expires_at=NOW,
+        )  # fmt: skip
+        self.held[held.id] = held
+        return held
 
     def ca_pem(self) -> bytes:
         return b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"

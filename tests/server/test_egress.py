@@ -97,3 +97,37 @@ async def test_a_follower_on_a_socket(served: Any, mediated: FakeWorld) -> None:
                 await until(b'"status":%d' % status)
         while not mediated.egress.streams[0].closed:
             await trio.sleep(0.01)
+
+
+async def test_checking_and_learning(ask: Any, mediated: FakeWorld) -> None:
+    found = await (
+        await ask("GET", "/instances/web/egress/check?url=https://api.example.com:8443/v1&method=post")
+    ).get_json()
+    assert found == {
+        "method": "POST", "scheme": "https", "host": "api.example.com", "port": 8443, "decision": "deny",
+        "rule": "default", "reason": "port_denied", "observed": False, "resolves": True,
+    }  # fmt: skip
+    assert (await ask("GET", "/instances/web/egress/check?url=nonsense")).status_code == 400
+    proposal = await (await ask("GET", "/instances/web/egress/proposal")).get_json()
+    assert proposal["rules"] == [
+        {"action": "allow", "hosts": ["api.example.com"], "ports": [443], "methods": ["GET"]}
+    ]  # fmt: skip
+    for path in ("check?url=https://a.b", "proposal", "approvals"):
+        assert (await ask("GET", f"/instances/plain/egress/{path}")).status_code == 404
+
+
+async def test_approvals(ask: Any, mediated: FakeWorld) -> None:
+    instance = mediated.instances.find("web")
+    paths = "/instances/web/egress/approvals"
+    for verb, body, seconds in (("approve", None, 0), ("deny", {}, 0), ("approve", {"for": "10m"}, 600)):
+        mediated.egress.hold(instance)
+        [held] = await (await ask("GET", paths)).get_json()
+        assert (held["id"], held["rule"], held["path"]) == ("a1", "writes", "/v1/x")
+        response = await ask("POST", f"{paths}/a1/{verb}", **({} if body is None else {"json": body}))
+        assert response.status_code == 200
+        assert mediated.egress.decided.pop() == ("a1", verb == "approve", seconds)
+        assert (await ask("POST", f"{paths}/a1/{verb}")).status_code == 404
+    for wrong in ({"for": "soon"}, {"for": "9999h"}):
+        mediated.egress.hold(instance)
+        assert (await ask("POST", f"{paths}/a1/deny", json=wrong)).status_code == 400
+    assert mediated.egress.decided == []

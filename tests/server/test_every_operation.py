@@ -46,7 +46,7 @@ QUERIES = {"get_events": {"follow": "false"}}
 FIELDS: dict[str, Any] = {
     "instance": "web",
     "image": "alpine", "interval": "1h", "mount_path": "/data", "pci_address": "0000:03:00.0", "path": "/etc",
-    "reclaim_bytes": 1 << 30,
+    "reclaim_bytes": 1 << 30, "url": "https://api.example.com/",
 }  # fmt: skip
 """Required fields for which no value can be made from the type alone."""
 
@@ -87,6 +87,7 @@ async def fill(world: FakeWorld, operation: Operation) -> dict[str, str]:
     """One object of each kind; what to put into the path for each parameter."""
     instance = world.instances.add("web", STATES.get(operation.name, InstanceState.RUNNING))
     world.egress.allow(instance)
+    approval = world.egress.hold(instance)
     for source in ("app", "vmm", "hypeman"):
         (world.log_directory / f"web-{source}.log").write_text("one line\n")
     await world.images.create_named("alpine")
@@ -107,6 +108,7 @@ async def fill(world: FakeWorld, operation: Operation) -> dict[str, str]:
     }  # fmt: skip
     return {
         "id": ids.get(owner, "x"), "name": "alpine", "snapshotId": snapshot.id, "volumeId": "data", "rest": "a/b",
+        "approval": approval.id,
     }  # fmt: skip
 
 
