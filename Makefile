@@ -43,7 +43,7 @@ test-ui: ready-own $(STAMPS)/ui  ## the web UI in a browser: on a server of fake
 
 test-conformance: ready-own  ## public conformance suites, egress proxy, registry and ACME (needs Go), published SDKs
 	@$(PYTHON) -m tests.ingress.pebble
-	@$(PYTHON) -m pytest -v tests/ingress/test_pebble.py tests/registry/oci_conformance.py tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py tests/conformance/sdks.py tests/conformance/schema.py
+	@$(PYTHON) -m pytest -v tests/ingress/test_pebble.py tests/registry/oci_conformance.py tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py tests/conformance/test_python_sdk.py tests/conformance/sdks.py tests/conformance/schema.py
 
 lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import direction, documents
 	@echo "== ruff"

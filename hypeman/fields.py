@@ -60,7 +60,7 @@ ImageName = Annotated[
         extra_json_schema={
             # As in images/reference.py. A first part with upper case can only be a host.
             "pattern": "^"
-            f"(({_DOMAIN}(\\.{_DOMAIN})*|\\[[a-fA-F0-9:]+\\])(:[0-9]{{1,5}})?/)?{_COMPONENT}(/{_COMPONENT})*"
+            f"(({_DOMAIN}(\\.{_DOMAIN})*|\\[[a-fA-F0-9]*:[a-fA-F0-9:]*\\])(:[0-9]{{1,5}})?/)?{_COMPONENT}(/{_COMPONENT})*"
             "(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[a-f0-9]{64})?$",
             "maxLength": 255,
         },

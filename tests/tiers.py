@@ -18,6 +18,7 @@ TESTS = Path(__file__).parent
 
 _WHOLE = """
     bundle/test_format.py bundle/test_install.py
+    conformance/test_python_sdk.py
     egress/test_bounds.py egress/test_confinement.py egress/test_connect.py egress/test_engine.py
     egress/test_engine_kill.py egress/test_hostile.py egress/test_http1.py egress/test_http2.py
     egress/test_intermediary.py egress/test_restart.py

@@ -239,8 +239,13 @@ class RegistryClient:
             delay = min(delay * 2, self._patience.longest_delay)
 
     def _endpoint(self, host: str, login: Login) -> _Endpoint:
-        scheme = "http" if host in self._config.insecure_registries else "https"
-        return _Endpoint(host, f"{scheme}://{host}", login)
+        """Raises RegistryError if no URL can have this host: `[:]/y` is a legal reference."""
+        url = f"{'http' if host in self._config.insecure_registries else 'https'}://{host}"
+        try:
+            httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise RegistryError(f"registry {host} cannot be asked: {error}") from None
+        return _Endpoint(host, url, login)
 
     # Pushing
 

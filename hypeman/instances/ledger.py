@@ -255,7 +255,7 @@ class Ledger:
         if intent is None:
             txn.delete(INTENTS, record.id)
         elif intent is not UNSET:
-            txn.put(INTENTS, record.id, intent)
+            _put_intent(txn, record.id, intent)
         for change in commit.changes:
             self._apply(txn, change)
 
@@ -328,7 +328,7 @@ class Ledger:
                 readonly=mount.readonly,
             )
             volumes.attach(txn, attachment)
-        txn.put(INTENTS, record.id, new.intent)
+        _put_intent(txn, record.id, new.intent)
         hold(txn, record.id, holding_of(record, running=new.running), self._limits())
         return record
 
@@ -355,6 +355,10 @@ class Ledger:
         captures.let_go(txn, row.capture, holder)
         self._images.unpin(txn, holder)
         return row
+
+
+def _put_intent(txn: Txn, instance_id: str, intent: Intent) -> None:
+    txn.put(INTENTS, instance_id, msgspec.structs.replace(intent, actor=txn.actor))
 
 
 def holding_of(record: InstanceRecord, *, running: bool) -> Holding:

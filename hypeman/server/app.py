@@ -320,7 +320,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
 
         asked = b"\0".join([request.method.encode(), request.path.encode(), request.query_string, data])
         detached = operation.body is not UploadStream
-        return await calls.once(caller.subject, key, asked, operation.status, work, detached=detached)
+        return await calls.once(caller.subject, key, asked, operation, work, detached=detached)
 
     async def view(**segments: str) -> Response:
         failure = errors.TIMED_OUT

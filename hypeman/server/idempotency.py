@@ -7,9 +7,9 @@
 
 - Only success is stored. After a failure the same key may be tried again.
 - The work outlives its client and the time limit (504); an upload does not, since its body comes from the client.
-- If the server was killed before the response was stored, the event log says whether the work has made an object, since
-  events are written in the transaction that makes it, and name the call. Then that object is the response, else the
-  call is carried out now.
+- If the server was killed before the response was stored, the event log says whether the work was done, since events
+  are written in the transaction of the change, and name the call; also what the next server finishes or undoes of it
+  is logged so. Then the object, as it is now, is the response, else the call is carried out now.
 - At most MAX_ROWS are kept, the newest, for MAX_AGE.
 """
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -29,6 +29,8 @@ from hypeman.errors import HypemanError, InvalidRequest
 from hypeman.events import log
 from hypeman.events.types import Event, Kind
 from hypeman.ids import new_id
+from hypeman.instances.model.types import InstanceState
+from hypeman.server.api import Operation
 from hypeman.server.exchange import Reply, failed, failure_from
 from hypeman.server.services import Services
 from hypeman.store import Store, Table, Txn
@@ -38,6 +40,21 @@ MAX_ROWS = 10_000
 MAX_AGE = timedelta(days=1)
 MAX_STORED = 256 * 1024
 """Bytes of a response that is stored; a larger one is not, and the call then not repeatable."""
+_MADE = (".created", ".registered", ".tagged")
+_UP = frozenset({InstanceState.CREATED, InstanceState.INITIALIZING, InstanceState.RUNNING})
+_STATES: Mapping[str, frozenset[InstanceState]] = {
+    "start_instance": _UP,
+    "restore_instance": _UP,
+    "stop_instance": frozenset({InstanceState.STOPPED}),
+    "standby_instance": frozenset({InstanceState.STANDBY}),
+}
+"""Operations that change an instance's state, and the states that it is in afterwards."""
+_CHANGES: Mapping[str, tuple[str, str]] = {
+    "attach_volume": ("volume.attached", "volume.detached"),
+    "restore_snapshot": ("snapshot.restored", ""),
+}
+"""Operations that change an instance otherwise: the event of the change, and that of its being taken back. A hold, a
+reclaim and a prune are the same when repeated."""
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 _log = logging.getLogger(__name__)
@@ -101,10 +118,12 @@ class Calls:
             task_status.started()
             await trio.sleep_forever()
 
-    async def once(self, subject: str, key: str, request: bytes, status: int, work: Work, *, detached: bool) -> Reply:
-        """The response of ``work``, which is carried out unless it was before.
+    async def once(
+        self, subject: str, key: str, request: bytes, operation: Operation, work: Work, *, detached: bool
+    ) -> Reply:
+        """The response of ``work``, which carries out ``operation`` unless it was before.
 
-        ``request`` identifies what is asked; ``status`` is that of success. Raises InvalidRequest
+        ``request`` identifies what is asked. Raises InvalidRequest
         ``invalid_idempotency_key``, KeyReused.
         """
         if not _KEY.fullmatch(key):
@@ -118,9 +137,9 @@ class Calls:
             running = self._running[name] = _Running(wanted)
             if detached:
                 assert self._nursery is not None, "the service does not run"
-                self._nursery.start_soon(self._carry_out, name, running, status, work)
+                self._nursery.start_soon(self._carry_out, name, running, operation, work)
             else:
-                await self._carry_out(name, running, status, work)
+                await self._carry_out(name, running, operation, work)
         elif running.request != wanted:
             raise _reused(key)
         await running.done.wait()
@@ -128,23 +147,23 @@ class Calls:
             raise _reused(key)
         return running.reply
 
-    async def _carry_out(self, name: str, running: _Running, status: int, work: Work) -> None:
+    async def _carry_out(self, name: str, running: _Running, operation: Operation, work: Work) -> None:
         try:
-            running.reply = await self._reply(name, running.request, status, work)
+            running.reply = await self._reply(name, running.request, operation, work)
         except Exception as error:  # of the store
             running.reply = failed(failure_from(error))
         finally:
             del self._running[name]
             running.done.set()
 
-    async def _reply(self, name: str, request: str, status: int, work: Work) -> Reply | None:
+    async def _reply(self, name: str, request: str, operation: Operation, work: Work) -> Reply | None:
         """None if the key was used for another request."""
         row = await self._store.write(lambda txn: _begin(txn, name, request))
         if row.request != request:
             return None
         if row.reply is not None:
             return _replayed(row.reply)
-        reply = await self._made_before(row, status)
+        reply = await self._done_before(row, operation)
         if reply is None:
             actor = current_actor()
             set_actor(msgspec.structs.replace(actor, call=row.call) if actor is not None else None)
@@ -156,19 +175,23 @@ class Calls:
             await self._store.write(lambda txn: _forget(txn, name, row))
         return reply
 
-    async def _made_before(self, row: CallRow, status: int) -> Reply | None:
-        """The response for an object that this call made before the server was killed; None if it made none."""
+    async def _done_before(self, row: CallRow, operation: Operation) -> Reply | None:
+        """The response to a call that was done before the server was killed; None if it was not."""
         events = self._store.read(lambda txn: _events_of(txn, row))
-        made = next((event for event in events if event.type.endswith((".created", ".registered", ".tagged"))), None)
+        made = next((event for event in events if event.type.endswith(_MADE)), None)
         if made is None:
+            about = changed_by(operation.name, events)
+        elif self._store.read(lambda txn: _is_rolled_back(txn, made)):
+            about = None
+        else:
+            about = (made.object.kind, made.object.id)
+        if about is None:
             return None
-        if not self._store.read(lambda txn: _is_rolled_back(txn, made)):
-            _log.info("a repeated call is answered with %s %s", made.object.kind, made.object.id)
-            try:
-                return Reply(status, _encode(await self._object(made.object.kind, made.object.id)))
-            except HypemanError as error:
-                return failed(failure_from(error))
-        return None
+        _log.info("a repeated call is answered with %s %s", *about)
+        try:
+            return Reply(operation.status, _encode(await self._object(*about)))
+        except HypemanError as error:
+            return failed(failure_from(error))
 
     async def _object(self, kind: Kind, identifier: str) -> object:
         services = self._services
@@ -183,7 +206,29 @@ class Calls:
                 return await services.images.get(identifier)
             case Kind.DEVICE:
                 return services.devices.get(identifier)
+            case Kind.INGRESS:
+                return await services.ingresses.get(identifier)
+            case Kind.PUSH:
+                return await services.pushes.get(identifier)
+            case Kind.BUILD:
+                return await services.builds.get(identifier)
+            case Kind.BUILDER:
+                return await services.builds.get_builder(identifier)
         raise InvalidRequest(f"the {kind} that this call made cannot be shown again; look at the list")
+
+
+def changed_by(operation: str, events: Sequence[Event]) -> tuple[Kind, str] | None:
+    """The object that ``operation`` has changed, by the events of one call of it; None if it has not, or if the change
+    was taken back. Pure."""
+    if (states := _STATES.get(operation)) is not None:
+        changes = [event for event in events if event.type == "instance.state_changed"]
+        if changes and (changes[-1].data or {}).get("to") in states:
+            return Kind.INSTANCE, changes[-1].object.id
+    elif (pair := _CHANGES.get(operation)) is not None:
+        changes = [event for event in events if event.type in pair]
+        if changes and changes[-1].type == pair[0] and changes[-1].instance_id:
+            return Kind.INSTANCE, changes[-1].instance_id
+    return None
 
 
 def _reused(key: str) -> KeyReused:

@@ -1,4 +1,5 @@
-"""The published SDKs against the server: every operation, strict validation on. ``make test-conformance`` runs it.
+"""The published SDKs against the server: every operation, strict validation on. ``make test-conformance`` runs it; the
+Python SDK is in ``test_python_sdk.py``, which every run has.
 
 Each SDK is installed into ``build/conformance``, apart from our environment: the Python one has our package's name.
 """
@@ -7,10 +8,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
@@ -21,7 +20,6 @@ from tests.cli.conftest import Running
 from tests.fakes.services import FakeWorld
 
 ROOT = Path(__file__).parents[2]
-PYTHON_SDK = "hypeman==0.28.0"
 TYPESCRIPT_SDK = "@onkernel/hypeman@0.28.0"
 
 
@@ -46,17 +44,6 @@ async def fill(world: FakeWorld) -> None:
 
 
 @pytest.fixture(scope="session")
-def python() -> Path:
-    """The interpreter of an environment with the Python SDK."""
-    home = ROOT / "build/conformance/python"
-    interpreter = home / "bin/python"
-    if not interpreter.exists():
-        subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
-    subprocess.run([interpreter, "-m", "pip", "install", "-q", PYTHON_SDK], check=True, timeout=300)
-    return interpreter
-
-
-@pytest.fixture(scope="session")
 def node() -> Path:
     """A directory with the TypeScript SDK."""
     home = ROOT / "build/conformance/node"
@@ -72,12 +59,3 @@ def test_every_method_of_the_typescript_sdk(server: Running, node: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"failed": {}, "unused": []}
-
-
-def test_every_method_of_the_python_sdk(server: Running, python: Path) -> None:
-    script = Path(__file__).with_name("python_client.py")
-    command: list[str | Path] = [python, script, server.tcp_url, server.token]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert found == {"failed": {}, "unused": []}

@@ -17,10 +17,12 @@ import pytest
 import trio
 import trio.lowlevel
 
+from hypeman.actor import Actor, acting
 from hypeman.captures import records as captures
 from hypeman.captures.records import CAPTURES
 from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
 from hypeman.events.log import read_after
+from hypeman.events.types import Kind
 from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmState
@@ -45,6 +47,7 @@ from hypeman.network.leases import LEASES, PORTS, all_leases
 from hypeman.network.types import PortMapping
 from hypeman.paths import Paths
 from hypeman.resources.accounting import HOLDINGS, Limits, Totals, totals
+from hypeman.server.idempotency import changed_by
 from hypeman.store import Store, Table, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
 from tests.instances.fake_world import Crash, HostFailed, Lab, request, tap_text
@@ -329,6 +332,50 @@ async def test_crashed_at_every_effect(lab: Lab, case: str) -> None:
         moment += 1
     assert moment > 3
     print(f"\n{case}: crashed at {moment} moments")
+
+
+REPEATED = {
+    "start": ("start_instance", {"Running"}),
+    "stop": ("stop_instance", {"Stopped"}),
+    "standby": ("standby_instance", {"Standby"}),
+    "restore": ("restore_instance", {"Running"}),
+    "attach": ("attach_volume", {"Running"}),
+    "revert": ("restore_snapshot", {"Standby"}),
+}
+"""Operations without an object of their own: their names in the API, and the states that they end in."""
+
+
+@pytest.mark.parametrize("case", REPEATED)
+async def test_a_call_with_a_key_acts_once_though_the_server_dies_at_any_effect(lab: Lab, case: str) -> None:
+    """After each crash, either the log says that the call was done, or it can be carried out now."""
+    prepare, act, _ = CASES[case]
+    operation, ends = REPEATED[case]
+    moment, found = 0, set()
+    while True:
+        call = f"{case} {moment}"
+        async with lab.running() as instances:
+            await prepare(lab, instances)
+            lab.crash_at(moment)
+            with contextlib.suppress(HypemanError), acting(Actor("tester", call=call)):
+                await act(lab, instances)
+        if not lab.bomb.dead:
+            break
+        where = f"moment {moment}, {lab.bomb.where}, of {case}"
+        async with lab.running() as instances:
+            state = await settled(instances, "one")
+            await nothing_in_progress(lab, where)
+            logged = lab.store.read(lambda txn: read_after(txn, 0, 1_000_000))
+            done = changed_by(operation, [one for one in logged if one.actor and one.actor.call == call])
+            found.add(done is not None)
+            if done is not None:
+                assert done == (Kind.INSTANCE, instances.board.find("one").id), where
+                assert state in ends, f"{state} after {where}"
+            elif (case, state) != ("restore", "Stopped"):  # the guest ran and was lost, as in a power cut
+                await act(lab, instances)
+                assert await settled(instances, "one") in ends, where
+            await clean_up(lab, instances)
+        moment += 1
+    assert found == {True, False}, "both happen, or it shows nothing"
 
 
 async def nothing_in_progress(lab: Lab, where: str) -> None:

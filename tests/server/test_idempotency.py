@@ -15,7 +15,7 @@ from hypeman import events
 from hypeman.actor import current_actor
 from hypeman.errors import InsufficientResources, InternalError
 from hypeman.events.types import Kind
-from hypeman.instances.model.types import CreateInstanceRequest, Instance
+from hypeman.instances.model.types import CreateInstanceRequest, Instance, StartInstanceRequest
 from hypeman.server import idempotency
 from hypeman.server.app import build_app
 from hypeman.server.exchange import ServerSettings
@@ -199,6 +199,45 @@ async def test_what_a_killed_server_did_not_make_is_made_now(
     async with serving(tmp_path, world) as (ask, _):
         status, body, _ = await ask("/instances", "k1", WEB)
         assert status == 201 and body["id"] != before
+
+
+@pytest.mark.parametrize("taken_back", [False, True])
+async def test_a_stop_that_a_killed_server_did_is_not_done_again(
+    tmp_path: Path, world: FakeWorld, monkeypatch: pytest.MonkeyPatch, taken_back: bool
+) -> None:
+    """Neither if the instance was started since; a stop that was taken back is done."""
+    web, real = world.instances.add("web"), world.instances.stop
+    store = Store.open(tmp_path / "store")
+    stops = []
+
+    async def note(before: str, after: str) -> None:
+        data = {"from": before, "to": after}
+        await store.write(
+            lambda txn: events.record(txn, kind=Kind.INSTANCE, action="state_changed", id=web.id, data=data)
+        )
+
+    async def stop(ref: str) -> Instance:
+        stops.append(ref)
+        await real(ref)
+        await note("Running", "Stopped")
+        if taken_back:
+            await note("Stopped", "Running")
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(BaseExceptionGroup):
+        patch.setattr(world.instances, "stop", stop)
+        async with store.serving(), trio.open_nursery() as nursery:
+            calls = Calls(store, world.services)
+            await nursery.start(calls.run)
+            app = build_app(world.services, ServerSettings(SECRET), calls)
+            headers = {"Authorization": f"Bearer {mint(SECRET, subject='tester')}", "Idempotency-Key": "k1"}
+            await app.test_client().post("/instances/web/stop", headers=headers)
+    store.close()
+    await world.instances.start("web", StartInstanceRequest())
+    async with serving(tmp_path, world) as (ask, _):
+        status, body, _ = await ask("/instances/web/stop", "k1")
+        assert (status, body["state"]) == (200, "Stopped" if taken_back else "Running")
+    assert len(stops) == 1
 
 
 async def test_the_rows_are_bounded(tmp_path: Path, world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import logging
 import msgspec
 import trio
 
+from hypeman.actor import acting
 from hypeman.errors import InUse
 from hypeman.guest.types import Started
 from hypeman.hypervisor.interface import ExitReason, VmmBroken, VmmExit, VmmGone
@@ -64,7 +65,8 @@ async def _find_and_settle(owned: Owned, seconds: float = float("inf")) -> None:
     alive = await _find_vm(owned, seconds)
     if intent is not None:
         log.warning("instance %s: %s was not finished", owned.record.id, intent.operation.value)
-        await _settle_intent(owned, intent, alive=alive)
+        with acting(intent.actor):
+            await _settle_intent(owned, intent, alive=alive)
     if owned.removed or owned.record.state in NO_VMM:
         return
     if not alive:

@@ -9,6 +9,7 @@ from datetime import datetime
 
 import msgspec
 
+from hypeman.actor import Actor
 from hypeman.egress.types import CredentialPolicy, EgressAccess, EgressEnforcementMode
 from hypeman.hypervisor.interface import VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -144,6 +145,8 @@ class Operation(enum.StrEnum):
 class Intent(msgspec.Struct, frozen=True):
     operation: Operation
     steps: tuple[Step, ...]
+    actor: Actor | None = None
+    """Who requested it; filled in where it is written. What finishes or undoes it is attributed to them."""
 
 
 class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
