@@ -1,61 +1,52 @@
-"""Schemathesis against the server: the document and the answers agree. ``make test-conformance`` runs it.
+"""Schemathesis against a whole server with live instances: the document and the answers agree. ``make
+test-conformance`` runs it.
 
-It is installed into ``build/conformance``, apart from our environment. The server serves the fakes, filled by
-``sdks.py``, with everything between them and the sockets real. Streams have no end and are left out. Which data are
-accepted is not compared: the fakes check less than the services do.
+It is installed into ``build/conformance``, apart from our environment, and runs in the server's network namespace.
+``schemathesis.toml`` has the reasons for what it leaves out.
 """
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from hypeman.server.app import build_app
-from hypeman.server.exchange import ServerSettings
-from hypeman.server.idempotency import Calls
-from hypeman.server.serve import Server, bind_unix
-from hypeman.store import Store
-from tests.cli.conftest import SECRET, Running
-from tests.conformance.sdks import ROOT, fill
+from hypeman.tokens import mint
+from tests.conformance.sdks import ROOT
+from tests.real.appliance import IMAGE, Appliance, running_appliance
+from tests.real.conftest import directory
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+__all__ = ["directory"]  # fixture
 
 SCHEMATHESIS = "schemathesis==4.32.5"
-STREAMS = "/logs$|^/events$|/egress/requests$|/builds/.*/events$|^/v2/"
-
-
-class WithCalls(Running):
-    """As the real server, with a store for ``Idempotency-Key``."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self._store = Store.open(directory / "store")
-
-    async def _run(self) -> None:
-        self._shutdown = trio.Event()
-        self._trio = trio.lowlevel.current_trio_token()
-        async with self._store.serving(), trio.open_nursery() as nursery:
-            calls = Calls(self._store, self.world.services)
-            await nursery.start(calls.run)
-            app = build_app(self.world.services, ServerSettings(jwt_secret=SECRET), calls)
-            self._server = Server(app, plain=app.plain, grace=1.0)
-            trusted = [bind_unix(self.socket, mode=0o600)]
-            await nursery.start(partial(self._server.run, [self._tcp], self._shutdown, trusted=trusted))
-            self._ready.set()
-            await self._shutdown.wait()
-            nursery.cancel_scope.cancel()
-        self._store.close()
+SECRET = secrets.token_hex(32)
+PORT = "8080"
+PHASES = "examples,coverage,fuzzing,stateful"
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Running]:
-    with WithCalls(tmp_path) as running:
-        trio.from_thread.run(fill, running.world, trio_token=running._trio)
-        yield running
+async def appliance(directory: Path) -> AsyncIterator[Appliance]:
+    """A server with the objects that ``schemathesis.toml`` names."""
+    async with running_appliance(directory, PORT=PORT, JWT_SECRET=SECRET, CAPACITY__MEMORY="768MB") as started:
+        await fill(started)
+        yield started
+
+
+async def fill(appliance: Appliance) -> None:
+    """One running instance that nothing ends, one in standby and one stopped that anything may happen to."""
+    await appliance.post("/volumes", {"name": "data", "id": "data", "size_gb": 1})
+    await appliance.create("live", volumes=[{"volume_id": "data", "mount_path": "/data"}])
+    await appliance.create("asleep")
+    await appliance.post("/instances/asleep/standby")
+    await appliance.create("ended", cmd=["true"], wait="Stopped")
+    await appliance.post("/instances/ended/snapshots", {"kind": "Stopped", "name": "base"})
 
 
 @pytest.fixture(scope="session")
@@ -67,13 +58,17 @@ def schemathesis() -> Path:
     return home / "bin/schemathesis"
 
 
-def test_schemathesis_finds_nothing(server: Running, schemathesis: Path, tmp_path: Path) -> None:
+async def test_schemathesis_finds_nothing(appliance: Appliance, schemathesis: Path, tmp_path: Path) -> None:
     settings = Path(__file__).with_name("schemathesis.toml")
-    command: list[str | Path] = [
-        schemathesis, "--config-file", settings, "run", f"{server.tcp_url}/spec.json",
-        "-H", f"Authorization: Bearer {server.token}", "--exclude-path-regex", STREAMS,
-        "--exclude-checks", "positive_data_acceptance,negative_data_rejection",
-        "--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1", "--request-timeout", "10",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-20_000:]
+    token = mint(SECRET, subject="schemathesis")
+    command = appliance.namespace.command(
+        str(schemathesis), "--config-file", str(settings), "run", f"http://127.0.0.1:{PORT}/spec.json",
+        "-H", f"Authorization: Bearer {token}", "--phases", PHASES,
+        "--max-examples", "5", "--seed", "1", "--request-timeout", "70",
+    )  # fmt: skip
+    report = tmp_path / "schemathesis.log"
+    with report.open("wb") as log:
+        done = await trio.run_process(command, stdout=log, check=False, cwd=tmp_path)
+    assert done.returncode == 0, report.read_text()[-20_000:]
+    live = await appliance.get("/instances/live")
+    assert (live["state"], live["image"]) == ("Running", IMAGE)
