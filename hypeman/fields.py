@@ -66,5 +66,5 @@ ImageName = Annotated[
         },
     ),
 ]
-Argument = Annotated[str, Meta(extra_json_schema={"pattern": "^[^\\u0000]*$"})]
+Argument = Annotated[str, Meta(pattern=r"^[^\x00]*$")]
 """A word of a command line."""

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hypeman.cli.complete import complete_instance
-from hypeman.cli.instances import patch, path_of, update
+from hypeman.cli.instances import path_of, update
 from hypeman.cli.session import Session, fail, reports
 
 _MAPPING = re.compile(
@@ -74,7 +74,11 @@ def port(session: Session, instance: str, guest_port: str | None) -> None:
             fail(f"port {wanted} of {instance} is not published")
         session.show(rows, lambda: "\n".join(row["host"] for row in rows))
         return
-    session.show(rows, lambda: "\n".join(f"{row['guest']} -> {row['host']}" for row in rows))
+    session.show(rows, lambda: _text(rows))
+
+
+def _text(rows: list[dict[str, str]]) -> str:
+    return "\n".join(f"{row['guest']} -> {row['host']}" for row in rows)
 
 
 def rows_of(mapping: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -98,4 +102,5 @@ def update_ports(session: Session, instance: str, ports: tuple[str, ...], nothin
     """Publish these ports instead of those before."""
     if bool(ports) == nothing:
         raise click.UsageError("give the ports with -p, all of them, or --none")
-    patch(session, instance, {"ports": [parse_port(text) for text in ports]})
+    changed = session.client.call("PATCH", path_of(instance), {"ports": [parse_port(text) for text in ports]})
+    session.show(changed, lambda: _text([row for mapping in changed.get("ports") or [] for row in rows_of(mapping)]))

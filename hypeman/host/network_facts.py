@@ -11,9 +11,12 @@ from typing import Any
 
 import msgspec
 
+from hypeman.host.files import HostError
 from hypeman.host.links import Uplink, find_uplink_now
 from hypeman.host.types import TAP_PREFIX
 
+SECONDS = 10.0
+"""For a program to tell about the host."""
 _CAP_NET_ADMIN = 12
 _MAIN_TABLE = 254
 _MODULES = ("tun", "ifb", "sch_tbf", "sch_ingress", "cls_u32", "act_mirred", "nf_tables", "nft_masq",
@@ -42,7 +45,7 @@ class NetworkFacts(msgspec.Struct, frozen=True):
 
 
 def gather(uplink: str = "") -> NetworkFacts:
-    """Blocking; some 50 ms."""
+    """Blocking; some 50 ms. Raises HostError."""
     found = find_uplink_now(uplink)
     return NetworkFacts(
         tun=Path("/dev/net/tun").exists(),
@@ -115,7 +118,10 @@ def _missing_modules() -> tuple[str, ...]:
 
 
 def _output(command: list[str]) -> str:
+    """Empty if the program is not there or fails. Raises HostError."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+    except subprocess.TimeoutExpired:
+        raise HostError(f"{' '.join(command)} did not end within {SECONDS:g} s") from None
+    except (OSError, subprocess.CalledProcessError):
         return ""

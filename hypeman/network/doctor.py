@@ -16,6 +16,7 @@ from typing import Any
 import trio
 
 from hypeman.config import NetworkConfig
+from hypeman.host.files import HostError
 from hypeman.host.network_facts import NetworkFacts, gather
 from hypeman.host.types import TABLE, TAP_PREFIX
 from hypeman.network.addressing import Subnet
@@ -27,7 +28,14 @@ _END = ({"drop"}, {"reject"})
 
 async def examine(config: NetworkConfig) -> list[Finding]:
     """Check the host. Needs no running server."""
-    facts = await trio.to_thread.run_sync(gather, config.uplink)
+    try:
+        facts = await trio.to_thread.run_sync(gather, config.uplink)
+    except HostError as error:
+        return [
+            _fails(
+                f"the network cannot be examined: {error.message}", "run that command by hand to see what it waits for"
+            )
+        ]
     return find_problems(facts, config)
 
 

@@ -647,6 +647,25 @@ def test_ports_are_requested_shown_and_changed(cli: Any, server: Any) -> None:
     assert cli("update", "ports", "web").exit_code == 2
 
 
+def test_changed_ports_are_shown_as_they_were_chosen(cli: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `-p 80` the server finds a free port: nobody else can say which."""
+    web = server.world.instances.add("web")
+    chosen = msgspec.structs.replace(web, ports=(PortMapping(host_port=32768, guest_port=80),))
+
+    async def update(ref: str, request: UpdateInstanceRequest) -> Any:
+        return chosen
+
+    monkeypatch.setattr(server.world.instances, "update", update)
+    shown = cli("update", "ports", "web", "-p", "80").stdout.splitlines()
+    assert shown == ["80/tcp -> 0.0.0.0:32768", "80/tcp -> [::]:32768"]
+
+
+@pytest.mark.parametrize("arguments", [["login"], ["login", "quay.io", "-u", "x"], ["logout", "quay.io"]])
+def test_login_says_where_logins_are(cli: Any, arguments: list[str]) -> None:
+    refused = cli(*arguments)
+    assert refused.exit_code == 2 and "config.json" in refused.stderr
+
+
 def test_ingresses(cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     secret = "0123456789abcdef0123456789abcdef"

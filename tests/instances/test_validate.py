@@ -101,6 +101,9 @@ TOO_HIGH = {"compression": {"enabled": True, "algorithm": "lz4", "level": 12}}
         ({"auto_standby": {"idle_timeout": "0s"}}, "invalid_auto_standby"),
         ({"auto_standby": {"ignore_source_cidrs": ["10.0.0.0/99"]}}, "invalid_auto_standby"),
         ({"auto_standby": {"ignore_source_cidrs": ["::/0"]}}, "invalid_auto_standby"),
+        ({"restart_policy": {"max_attempts": 1_000_001}}, "invalid_restart_policy"),
+        ({"health_check": {"failure_threshold": 1001}}, "invalid_health_check"),
+        ({"health_check": {"success_threshold": 1001}}, "invalid_health_check"),
         ({"auto_standby": {"ignore_destination_ports": list(range(1, 99))}}, "invalid_auto_standby"),
         ({"snapshot_policy": {"standby_compression_delay": "soon"}}, "invalid_snapshot_policy"),
         (mounts({"overlay": True}), "invalid_request"),
@@ -115,6 +118,22 @@ def test_refusals(body: dict[str, Any], code: str) -> None:
         check(**body)
     assert caught.value.code == code
     assert caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("::/0", "is IPv6"), ("10.0.0.0/99", "is no IPv4 network"), ("", "no IPv4")]
+)
+def test_networks_that_are_none_are_named(text: str, words: str) -> None:
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        check(auto_standby={"ignore_source_cidrs": [text]})
+    assert repr(text) in caught.value.message
+
+
+@pytest.mark.parametrize("field", ["working_dir", "user", "hostname"])
+def test_a_nul_is_refused_by_the_name_of_its_field(field: str) -> None:
+    body: dict[str, Any] = {field: "/a\0b"}
+    with pytest.raises(msgspec.ValidationError, match=field):
+        check(**body)
 
 
 @pytest.mark.parametrize(

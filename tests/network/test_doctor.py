@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from hypeman.config import NetworkConfig
+from hypeman.host import network_facts
 from hypeman.host.links import Uplink, parse_default_routes, parse_routed
 from hypeman.host.network_facts import NetworkFacts, read_routes
-from hypeman.network.doctor import find_problems
+from hypeman.network.doctor import examine, find_problems
 from hypeman.telemetry.findings import Verdict
 from tests.network.lab import in_namespace, sh
 
@@ -161,3 +163,14 @@ def test_the_hosts_own_routes_are_read() -> None:
 def test_open_private_networks_are_reported() -> None:
     (finding,) = find_problems(HEALTHY, NetworkConfig())
     assert (finding.verdict, "network.allow_private" in finding.remedy) == (Verdict.WARN, True)
+
+
+async def test_a_program_that_does_not_end_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its silence is not taken for an empty answer: without rules there would be no other firewall."""
+    nft = tmp_path / "nft"
+    nft.write_text("#!/bin/sh\nexec sleep 60\n")
+    nft.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(network_facts, "SECONDS", 0.2)
+    [finding] = await examine(CONFIG)
+    assert finding.verdict is Verdict.FAIL and "nft --version did not end within 0.2 s" in finding.message

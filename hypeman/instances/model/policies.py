@@ -24,6 +24,9 @@ from hypeman.units import parse_duration
 
 MIN_INTERVAL = 0.1
 """Shortest interval of a health check, in seconds; it bounds the cost of one instance."""
+MAX_THRESHOLD = 1000
+"""Of checks in a row. Checked in requests only: what is stored stays as it is."""
+MAX_ATTEMPTS = 1_000_000
 MAX_TIMEOUT = 300.0
 """Longest timeout of a health check, in seconds."""
 DEFAULT_IDLE = 300.0
@@ -179,8 +182,16 @@ def check_policies(
     """Raise InvalidRequest with the code of the policy that an instance with or without network and guest agent
     cannot have."""
     standby_rules(auto_standby)
-    restart_rules(restart_policy)
+    restart = restart_rules(restart_policy)
     health = health_rules(health_check)
+    if restart.max_attempts > MAX_ATTEMPTS:
+        raise InvalidRequest(
+            f"restart_policy.max_attempts can be at most {MAX_ATTEMPTS}; 0 is without limit",
+            code="invalid_restart_policy",
+        )
+    for name in ("failure_threshold", "success_threshold"):
+        if getattr(health, name) > MAX_THRESHOLD:
+            raise _bad_check(f"{name} can be at most {MAX_THRESHOLD}")
     if health.type in (HealthCheckType.HTTP, HealthCheckType.TCP) and not network:
         raise _bad_check(f"type {health.type.value} requires the instance to have a network")
     if health.type is HealthCheckType.EXEC and not agent:
@@ -188,10 +199,19 @@ def check_policies(
 
 
 def _networks(texts: Sequence[str], code: str) -> tuple[ipaddress.IPv4Network, ...]:
+    return tuple(_network(text, code) for text in texts)
+
+
+def _network(text: str, code: str) -> ipaddress.IPv4Network:
     try:
-        return tuple(ipaddress.IPv4Network(text, strict=False) for text in texts)
-    except ValueError as error:
-        raise InvalidRequest(f"auto_standby.ignore_source_cidrs: {error}", code=code) from None
+        found = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        problem = "is no IPv4 network; write an address and a prefix length, as in 192.0.2.0/24"
+    else:
+        if isinstance(found, ipaddress.IPv4Network):
+            return found
+        problem = "is IPv6, which guests do not have: no connection comes from there"
+    raise InvalidRequest(f"auto_standby.ignore_source_cidrs: {text[:80]!r} {problem}", code=code)
 
 
 def _seconds(text: str | None, field: str, default: float) -> float:

@@ -144,8 +144,8 @@ class HealthCheck(Struct, frozen=True, kw_only=True, omit_defaults=True):
     interval: Annotated[Duration | None, Meta(description="Default 10s")] = None
     timeout: Annotated[Duration | None, Meta(description="Default 2s")] = None
     start_period: Annotated[Duration | None, Meta(description="Default 30s")] = None
-    failure_threshold: Annotated[Positive | None, Meta(description="Default 3")] = None
-    success_threshold: Annotated[Positive | None, Meta(description="Default 1")] = None
+    failure_threshold: Annotated[Positive | None, Meta(description="Default 3; at most 1000")] = None
+    success_threshold: Annotated[Positive | None, Meta(description="Default 1; at most 1000")] = None
     http: HttpHealthCheck | None = None
     tcp: TcpHealthCheck | None = None
     exec: ExecHealthCheck | None = None
@@ -161,7 +161,7 @@ class RestartMode(enum.StrEnum):
 class RestartPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
     policy: Annotated[RestartMode | None, Meta(description="Default never")] = None
     backoff: Annotated[Duration | None, Meta(description="Default 5s")] = None
-    max_attempts: Annotated[Count | None, Meta(description="Default 0: unlimited")] = None
+    max_attempts: Annotated[Count | None, Meta(description="Default 0: unlimited; at most 1000000")] = None
     stable_after: Annotated[Duration | None, Meta(description="Default 10m")] = None
 
 
@@ -269,11 +269,11 @@ class CreateInstanceRequest(Struct, frozen=True, kw_only=True):
     skip_kernel_headers: bool = False
     skip_guest_agent: Annotated[bool, Meta(description="No agent: no exec, cp or stat")] = False
     user: Annotated[
-        Annotated[str, Meta(max_length=256)] | None,
+        Annotated[Argument, Meta(max_length=256)] | None,
         Meta(description="Extension. Instead of the image's: a name or number, and a group after a colon"),
     ] = None
     working_dir: Annotated[
-        Annotated[str, Meta(pattern="^/", max_length=4095)] | None,
+        Annotated[str, Meta(pattern=r"^/[^\x00]*$", max_length=4095)] | None,
         Meta(description="Extension. Instead of the image's"),
     ] = None
     hostname: Annotated[
