@@ -54,17 +54,17 @@ static void take_frames(const struct boot_config *config) {
         switch (next_frame(&channel.in, &frame)) {
         case FRAME_NONE: return;
         case FRAME_GREETED:
-            sessions_drop_all();
+            sessions_lost();
             events_tell_again();
             channel_greet(&channel);
             break;
         case FRAME_LOST:
-            sessions_drop_all();
+            sessions_lost();
             channel.greeted = false;
             break;
         case FRAME_READY:
             if (!handle_frame(config, &channel, &frame)) {
-                sessions_drop_all();
+                sessions_lost();
                 channel.greeted = channel.in.synced = false;
             }
         }
@@ -79,7 +79,7 @@ static void take_input(const struct boot_config *config) {
         if (channel_read(&channel))
             take_frames(config);
         else if (was_greeted && !channel.greeted)
-            sessions_drop_all();
+            sessions_lost();
         if (!channel.readable)
             return;
     }
@@ -100,7 +100,7 @@ void agent_run(const struct boot_config *config, int fd) {
         events_step(&channel);
         channel_flush(&channel);
         if (was_greeted && !channel.greeted)
-            sessions_drop_all();
+            sessions_lost();
 
         int thaw_in = freezer_step();
         bool frozen = thaw_in >= 0;

@@ -132,7 +132,8 @@ bool channel_read(struct channel *channel) {
 void channel_greet(struct channel *channel) {
     channel->out_begin = 0;
     channel->out_end = ACK_BYTES;
-    render_ack(channel->out, channel->in.token, channel->nonce, channel->no_agent ? ACK_FLAG_NO_AGENT : 0);
+    render_ack(channel->out, channel->in.token, channel->nonce,
+               ACK_FLAG_KEEPS | (channel->no_agent ? ACK_FLAG_NO_AGENT : 0));
     channel->greeted = true;
     channel->writable = true;
 }

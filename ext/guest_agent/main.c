@@ -16,6 +16,7 @@
 #include "events.h"
 #include "init.h"
 #include "machine.h"
+#include "session.h"
 #include "worker.h"
 
 static bool parse_nonce(const char *text, uint8_t nonce[NONCE_BYTES]) {
@@ -44,6 +45,8 @@ static int run_test_agent(int argc, char **argv) {
             set_worker_root(argv[i + 1]);
         else if (strcmp(argv[i], "--no-agent") == 0)
             config.skip_agent = true;
+        else if (strcmp(argv[i], "--keep-ms") == 0)
+            keep_ms = atoi(argv[i + 1]);
         else if (strcmp(argv[i], "--nonce") != 0 || !parse_nonce(argv[i + 1], config.nonce))
             return 2;
     }

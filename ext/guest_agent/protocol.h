@@ -25,6 +25,7 @@
 #define SYNC_BYTES (MAGIC_BYTES + TOKEN_BYTES + 4)
 #define ACK_BYTES (MAGIC_BYTES + TOKEN_BYTES + NONCE_BYTES + 2 + 2 + 4)
 #define ACK_FLAG_NO_AGENT 1 /* exec, copy and stat are switched off */
+#define ACK_FLAG_KEEPS 2    /* knows TAG_SESSION_KEY, OP_RESUME, FRAME_DETACH and FRAME_RESUMED */
 
 #define HEADER_BYTES 12
 #define TRAILER_BYTES 4
@@ -34,6 +35,13 @@
 /* Each side may send this much in a session before the other grants more with CREDIT. */
 #define WINDOW 524288
 #define MAX_SESSIONS 128
+/* A program whose OPEN has a TAG_SESSION_KEY is kept for KEEP_MS when its connection is lost, or detached with
+ * FRAME_DETACH. A session of another connection goes on with it: OP_RESUME names the key and how many bytes of output
+ * the host's client has. So a CREDIT grants what the client has, not what the host has: until then the guest keeps
+ * it, at most KEPT_BYTES. Of a kept program FRAME_EXIT is not the last frame: the host answers with CLOSE. */
+#define KEY_BYTES 16
+#define KEPT_BYTES 131072
+#define KEEP_MS 60000
 /* A request may span several OPEN frames, up to this. */
 #define MAX_REQUEST 262144
 
@@ -50,7 +58,9 @@ enum frame_type {
     FRAME_CLOSE = 7,     /* h→g  end it, kill what runs in it; nothing is answered */
     FRAME_EXIT = 8,      /* g→h  fields; the last frame of a session */
     FRAME_EVENT = 9,     /* g→h  u8 event, fields; session 0; sent again on each connection */
-    FRAME_EVENT_ACK = 10 /* h→g  u8 event */
+    FRAME_EVENT_ACK = 10, /* h→g  u8 event */
+    FRAME_DETACH = 11,   /* h→g  the host leaves a kept session; nothing is answered */
+    FRAME_RESUMED = 12   /* g→h  fields; the first frame of a session that OP_RESUME opened */
 };
 
 #define FLAG_MORE 1
@@ -70,7 +80,8 @@ enum op {
     OP_METRICS = 11,
     OP_FREEZE = 12,
     OP_THAW = 13,
-    OP_PING = 14 /* answered at once with an empty reply: the agent lives */
+    OP_PING = 14, /* answered at once with an empty reply: the agent lives */
+    OP_RESUME = 15
 };
 
 enum event { EVENT_READY = 1, EVENT_STARTED = 2, EVENT_EXITED = 3, EVENT_FATAL = 4 };
@@ -88,6 +99,7 @@ enum tag {
     TAG_ROWS = 6,
     TAG_COLS = 7,
     TAG_TIMEOUT_MS = 8,
+    TAG_SESSION_KEY = 9,
     TAG_PATH = 10,
     TAG_FOLLOW_LINKS = 11,
     TAG_KIND = 12,
@@ -148,7 +160,10 @@ enum tag {
     TAG_HOLDER = 87,
     TAG_SYSCTL = 88, /* text "name=value" */
     TAG_ULIMIT = 89, /* u32 resource, u64 soft, u64 hard */
-    TAG_IDLE = 90
+    TAG_IDLE = 90,
+    TAG_RECEIVED = 91, /* u64 bytes of a kept program's output that the client has, or of input that the guest has */
+    TAG_WAITING = 92,  /* u32 bytes of input that the program has not read yet */
+    TAG_INPUT_ENDED = 93
 };
 
 enum pid1 { PID1_DETECT = 0, PID1_AGENT = 1, PID1_WORKLOAD = 2 };

@@ -45,6 +45,8 @@ static void start_exec(const struct boot_config *config, struct session *session
     size_t arg_count = 0, env_count = 0;
     uint64_t timeout_ms = 0;
     const char *cwd = NULL;
+    uint8_t key[KEY_BYTES];
+    bool keep = false;
     struct program program = {.user = "", .base_env = config->env, .cgroup = EXEC_CGROUP};
     struct child child;
     struct field field;
@@ -59,6 +61,7 @@ static void start_exec(const struct boot_config *config, struct session *session
         case TAG_ROWS: good = field_u16(&field, &program.rows); break;
         case TAG_COLS: good = field_u16(&field, &program.cols); break;
         case TAG_TIMEOUT_MS: good = field_u64(&field, &timeout_ms) && timeout_ms <= INT64_MAX / 2; break;
+        case TAG_SESSION_KEY: good = keep = field_bytes(&field, key, sizeof key); break;
         default: good = false;
         }
     }
@@ -74,10 +77,30 @@ static void start_exec(const struct boot_config *config, struct session *session
     /* Without a wish it is where the image's own program works, which is made if it is missing. */
     program.cwd = cwd ? cwd : config->cwd;
     program.make_cwd = !cwd;
-    if (start_program(&program, &child) < 0)
+    if (keep && !session_keep(session, key))
+        session_refuse(session, 126, strerror(ENOMEM));
+    else if (start_program(&program, &child) < 0)
         session_refuse(session, 126, strerror(errno));
     else
         session_started(session, &child, true, program.tty, (int64_t)timeout_ms);
+}
+
+static void resume(struct session *session, struct field_reader *reader) {
+    struct field field;
+    uint8_t key[KEY_BYTES];
+    uint64_t received = 0;
+    bool has_key = false, good = true;
+    while (good && next_field(reader, &field)) {
+        switch (field.tag) {
+        case TAG_SESSION_KEY: good = has_key = field_bytes(&field, key, sizeof key); break;
+        case TAG_RECEIVED: good = field_u64(&field, &received); break;
+        default: good = false;
+        }
+    }
+    if (!good || reader->malformed || !has_key)
+        session_refuse(session, EINVAL, "resume: malformed request");
+    else if (!session_resume(session, key, received))
+        session_refuse(session, ENOENT, "there is no such program any more");
 }
 
 static void start_shutdown(struct session *session, struct field_reader *reader) {
@@ -118,6 +141,8 @@ static void start_request(const struct boot_config *config, struct channel *chan
         session_refuse(session, EOPNOTSUPP, "this instance was created without the guest agent");
     } else if (op == OP_EXEC) {
         start_exec(config, session, &reader);
+    } else if (op == OP_RESUME) {
+        resume(session, &reader);
     } else if (op == OP_SHUTDOWN) {
         start_shutdown(session, &reader);
     } else if (op == OP_FREEZE || op == OP_THAW) {
@@ -162,9 +187,10 @@ static bool open_session(const struct boot_config *config, struct channel *chann
     }
     if (length == 0)
         return false;
+    uint8_t *whole = session->request;
+    session->request = NULL; /* OP_RESUME frees the slot */
     start_request(config, channel, session, request, length);
-    free(session->request);
-    session->request = NULL;
+    free(whole);
     return true;
 }
 
@@ -183,11 +209,7 @@ bool handle_frame(const struct boot_config *config, struct channel *channel, con
             return false; /* uses up nothing of what was granted: could be repeated without end */
         return !session || session_input(session, frame->payload, frame->length, frame->flags & FLAG_END);
     case FRAME_CREDIT:
-        if (frame->length != 4 || (session && session->credit > UINT32_MAX - get_u32(frame->payload)))
-            return false;
-        if (session)
-            session->credit += get_u32(frame->payload);
-        return true;
+        return frame->length == 4 && (!session || session_granted(session, get_u32(frame->payload)));
     case FRAME_SIGNAL:
         if (frame->length != 4 || get_u32(frame->payload) > 64)
             return false;
@@ -202,6 +224,12 @@ bool handle_frame(const struct boot_config *config, struct channel *channel, con
         return true;
     case FRAME_CLOSE:
         if (session)
+            session_drop(session);
+        return true;
+    case FRAME_DETACH:
+        if (session && session->kept)
+            session_detach(session);
+        else if (session)
             session_drop(session);
         return true;
     default: return false;

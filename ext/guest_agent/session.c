@@ -18,7 +18,11 @@
 /* Granting in small coin would cost a frame each; in one piece it would let the stream run dry. */
 #define GRANT_BYTES (WINDOW / 4)
 #define TERMINAL_EOF "\x04"
+#define RECORD_HEADER 5
+/* Records of few bytes take more than they hold; when there is no room for another one, output waits. */
+#define RECORDS_BYTES (KEPT_BYTES + KEPT_BYTES / 4)
 
+int64_t keep_ms = KEEP_MS;
 static struct session sessions[MAX_SESSIONS];
 /* Which session is served first; moves on, so that a busy one cannot starve those behind it. */
 static size_t turn;
@@ -29,9 +33,11 @@ static struct poller {
     enum role { ROLE_IN, ROLE_OUT, ROLE_ERR } role;
 } pollers[SESSION_POLL_FDS];
 
+static bool is_detached(const struct session *session) { return session->kept && session->kept->detached; }
+
 struct session *session_find(uint32_t id) {
     for (size_t i = 0; id && i < MAX_SESSIONS; i++)
-        if (sessions[i].id == id)
+        if (sessions[i].id == id && !is_detached(&sessions[i]))
             return &sessions[i];
     return NULL;
 }
@@ -39,7 +45,7 @@ struct session *session_find(uint32_t id) {
 size_t sessions_count(void) {
     size_t count = 0;
     for (size_t i = 0; i < MAX_SESSIONS; i++)
-        count += sessions[i].id != 0;
+        count += sessions[i].id && !is_detached(&sessions[i]) && !(sessions[i].kept && sessions[i].kept->told_end);
     return count;
 }
 
@@ -61,6 +67,9 @@ static void free_session(struct session *session) {
     close_fd(&session->child.failure);
     free(session->input);
     free(session->request);
+    if (session->kept)
+        free(session->kept->records);
+    free(session->kept);
     *session = (struct session){0};
 }
 
@@ -80,10 +89,112 @@ void session_drop(struct session *session) {
     free_session(session);
 }
 
-void sessions_drop_all(void) {
-    for (size_t i = 0; i < MAX_SESSIONS; i++)
-        if (sessions[i].id)
+void sessions_lost(void) {
+    for (size_t i = 0; i < MAX_SESSIONS; i++) {
+        if (!sessions[i].id)
+            continue;
+        if (sessions[i].kept)
+            session_detach(&sessions[i]);
+        else
             session_drop(&sessions[i]);
+    }
+}
+
+bool session_keep(struct session *session, const uint8_t *key) {
+    struct kept *kept = calloc(1, sizeof *kept);
+    if (!kept || !(kept->records = malloc(RECORDS_BYTES))) {
+        free(kept);
+        return false;
+    }
+    memcpy(kept->key, key, KEY_BYTES);
+    kept->told_resumed = true;
+    session->kept = kept;
+    session->credit = KEPT_BYTES;
+    return true;
+}
+
+void session_detach(struct session *session) {
+    if (session->kept && !session->kept->detached)
+        session->kept->detached = now_ms();
+}
+
+static void copy_record_header(uint8_t *at, uint8_t type, size_t length) {
+    at[0] = type;
+    put_u32(at + 1, (uint32_t)length);
+}
+
+/* Bytes that a new record can have. */
+static size_t room_to_keep(const struct kept *kept) {
+    size_t left = RECORDS_BYTES - kept->end;
+    return left > RECORD_HEADER ? left - RECORD_HEADER : 0;
+}
+
+static void keep_output(struct kept *kept, uint8_t type, const uint8_t *data, size_t length) {
+    copy_record_header(kept->records + kept->end, type, length);
+    memcpy(kept->records + kept->end + RECORD_HEADER, data, length);
+    kept->end += RECORD_HEADER + length;
+    kept->resend = kept->end;
+}
+
+/* Bytes of output in the records before `end`. */
+static size_t kept_bytes(const struct kept *kept, size_t end) {
+    size_t bytes = 0;
+    for (size_t at = 0; at < end; at += RECORD_HEADER + get_u32(kept->records + at + 1))
+        bytes += get_u32(kept->records + at + 1);
+    return bytes;
+}
+
+/* Forgets the first `count` bytes, which are there. */
+static void forget_output(struct kept *kept, size_t count) {
+    size_t at = 0;
+    kept->granted += count;
+    while (at < kept->end && count >= get_u32(kept->records + at + 1)) {
+        count -= get_u32(kept->records + at + 1);
+        at += RECORD_HEADER + get_u32(kept->records + at + 1);
+    }
+    if (count > 0) { /* what is left of the record gets a header in the place of what goes */
+        uint8_t type = kept->records[at];
+        size_t left = get_u32(kept->records + at + 1) - count;
+        at += count;
+        copy_record_header(kept->records + at, type, left);
+    }
+    memmove(kept->records, kept->records + at, kept->end - at);
+    kept->end -= at;
+    kept->resend = kept->resend > at ? kept->resend - at : 0;
+}
+
+bool session_granted(struct session *session, uint32_t count) {
+    struct kept *kept = session->kept;
+    if (kept ? count > kept_bytes(kept, kept->resend) : session->credit > UINT32_MAX - count)
+        return false;
+    if (kept)
+        forget_output(kept, count);
+    session->credit += count;
+    return true;
+}
+
+bool session_resume(struct session *opened, const uint8_t *key, uint64_t received) {
+    for (size_t i = 0; i < MAX_SESSIONS; i++) {
+        struct session *session = &sessions[i];
+        struct kept *kept = session->kept;
+        if (!kept || memcmp(kept->key, key, KEY_BYTES) != 0)
+            continue;
+        if (received < kept->granted || received - kept->granted > kept_bytes(kept, kept->end))
+            return false;
+        uint32_t id = opened->id;
+        free_session(opened);
+        forget_output(kept, received - kept->granted);
+        kept->resend = 0;
+        kept->told_end = false;
+        kept->detached = 0;
+        kept->told_resumed = false;
+        session->id = id;
+        session->credit = (uint32_t)(KEPT_BYTES - kept_bytes(kept, kept->end));
+        session->allowance = (uint32_t)(WINDOW - (session->input_end - session->input_begin));
+        session->consumed = 0;
+        return true;
+    }
+    return false;
 }
 
 void session_started(struct session *session, const struct child *child, bool is_program, bool tty,
@@ -132,6 +243,8 @@ bool session_input(struct session *session, const uint8_t *data, size_t length, 
     if (length > session->allowance)
         return false;
     session->allowance -= (uint32_t)length;
+    session->received += length;
+    session->input_got_end |= end;
     if (session->input_begin == session->input_end && session->child.in >= 0) {
         ssize_t n = write(session->child.in, data, length);
         if (n < 0 && errno != EAGAIN && errno != EINTR)
@@ -215,7 +328,54 @@ static void tell_end(struct channel *channel, struct session *session) {
     struct field_writer writer = {at + HEADER_BYTES, 512, 0, false};
     put_exit(&writer, session);
     channel_send(channel, FRAME_EXIT, 0, session->id, writer.length);
-    free_session(session);
+    if (session->kept)
+        session->kept->told_end = true; /* the client may not have it yet */
+    else
+        free_session(session);
+}
+
+static void tell_resumed(struct channel *channel, struct session *session) {
+    uint8_t *at = channel_room(channel, 64);
+    if (!at)
+        return;
+    struct field_writer writer = {at + HEADER_BYTES, 64, 0, false};
+    put_u64_field(&writer, TAG_RECEIVED, session->received);
+    put_u32_field(&writer, TAG_WAITING, WINDOW - session->allowance);
+    put_u8_field(&writer, TAG_INPUT_ENDED, session->input_got_end);
+    channel_send(channel, FRAME_RESUMED, 0, session->id, writer.length);
+    session->kept->told_resumed = true;
+}
+
+/* Sends a resumed session's output again, as far as there is room. */
+static void send_again(struct channel *channel, struct session *session) {
+    struct kept *kept = session->kept;
+    if (!kept->told_resumed)
+        tell_resumed(channel, session);
+    while (kept->told_resumed && kept->resend < kept->end) {
+        const uint8_t *record = kept->records + kept->resend;
+        size_t length = get_u32(record + 1);
+        uint8_t *at = channel_room(channel, length);
+        if (!at)
+            return;
+        memcpy(at + HEADER_BYTES, record + RECORD_HEADER, length);
+        channel_send(channel, record[0], 0, session->id, length);
+        kept->resend += RECORD_HEADER + length;
+    }
+}
+
+static bool waits_to_send_again(const struct session *session) {
+    const struct kept *kept = session->kept;
+    return kept && !kept->detached && (!kept->told_resumed || kept->resend < kept->end);
+}
+
+/* Bytes of output that may be read and sent now, but for the channel's room. */
+static size_t may_send(const struct session *session) {
+    size_t bytes = session->credit;
+    if (!session->kept)
+        return bytes;
+    if (is_detached(session) || waits_to_send_again(session))
+        return 0;
+    return bytes < room_to_keep(session->kept) ? bytes : room_to_keep(session->kept);
 }
 
 static void grant(struct channel *channel, struct session *session) {
@@ -240,9 +400,17 @@ void sessions_step(struct channel *channel) {
             session->deadline = 0;
             kill_session(session->child.pid);
         }
+        if (is_detached(session)) {
+            if (now - session->kept->detached >= keep_ms)
+                session_drop(session);
+            continue;
+        }
+        if (waits_to_send_again(session))
+            send_again(channel, session);
         if (session->consumed >= GRANT_BYTES)
             grant(channel, session);
-        if (session->reaped && session->child.out < 0 && session->child.err < 0)
+        if (session->reaped && session->child.out < 0 && session->child.err < 0 && !waits_to_send_again(session) &&
+            !(session->kept && session->kept->told_end))
             tell_end(channel, session);
     }
 }
@@ -260,13 +428,13 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) 
         struct session *session = &sessions[(turn + i) % MAX_SESSIONS];
         if (!session->id)
             continue;
-        bool may_send = room && session->credit > 0;
+        bool sends = room && may_send(session) > 0;
         bool has_input = session->input_begin < session->input_end || session->input_ends;
         if (session->child.in >= 0 && has_input)
             n = watch(fds + count, n, session, ROLE_IN, session->child.in);
-        if (session->child.out >= 0 && may_send)
+        if (session->child.out >= 0 && sends)
             n = watch(fds + count, n, session, ROLE_OUT, session->child.out);
-        if (session->child.err >= 0 && may_send)
+        if (session->child.err >= 0 && sends)
             n = watch(fds + count, n, session, ROLE_ERR, session->child.err);
     }
     return count + n;
@@ -275,13 +443,15 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) 
 /* Reads straight into a frame. Of a child that has ended, what is left is read until there is no more: others
  * may hold its pipes open indefinitely. */
 static void pull_output(struct channel *channel, struct session *session, int *fd, uint8_t type) {
-    size_t want = session->credit < MAX_PAYLOAD ? session->credit : MAX_PAYLOAD;
+    size_t allowed = may_send(session), want = allowed < MAX_PAYLOAD ? allowed : MAX_PAYLOAD;
     uint8_t *at = channel_room(channel, want);
     if (!at || want == 0)
         return;
     ssize_t n = read(*fd, at + HEADER_BYTES, want);
     if (n > 0) {
         session->credit -= (uint32_t)n;
+        if (session->kept)
+            keep_output(session->kept, type, at + HEADER_BYTES, (size_t)n);
         channel_send(channel, type, 0, session->id, (size_t)n);
     } else if (n == 0 || (errno != EAGAIN && errno != EINTR) || (errno == EAGAIN && session->reaped)) {
         close_fd(fd);
@@ -313,8 +483,14 @@ int sessions_timeout(struct channel *channel) {
         if (session->deadline)
             wait = session->deadline > now ? session->deadline - now : 0;
         /* An ended child whose output nobody closes is not announced by poll. */
-        if (session->reaped && room && session->credit > 0 && (session->child.out >= 0 || session->child.err >= 0))
+        if (session->reaped && room && may_send(session) > 0 && (session->child.out >= 0 || session->child.err >= 0))
             wait = 0;
+        if (waits_to_send_again(session) && room)
+            wait = 0;
+        if (is_detached(session)) {
+            int64_t left = session->kept->detached + keep_ms - now;
+            wait = wait < 0 || left < wait ? (left > 0 ? left : 0) : wait;
+        }
         if (wait >= 0 && (next < 0 || wait < next))
             next = wait;
     }

@@ -4,6 +4,9 @@
  * an exit status. What a session may send is limited by the host's credits, what it may receive by ours, so
  * a slow one never holds up another and no buffer grows. After the child has ended, what it had written is
  * still delivered, then FRAME_EXIT frees the slot.
+ *
+ * A kept program (protocol.h) outlives its connection: what it wrote and the client may not have is in `kept`, and
+ * without a connection it waits in its slot, detached, until it is resumed or its time is over.
  */
 #ifndef HM_SESSION_H
 #define HM_SESSION_H
@@ -17,8 +20,20 @@
 #include "channel.h"
 #include "program.h"
 
+/* Output as it was sent, until it is granted: records of u8 frame type, u32 length, bytes. */
+struct kept {
+    uint8_t key[KEY_BYTES];
+    uint8_t *records;
+    size_t end;
+    size_t resend;        /* where the next record begins that must be sent again; `end`: none */
+    uint64_t granted;     /* bytes of output that the client has */
+    bool told_end;        /* FRAME_EXIT was sent */
+    bool told_resumed;    /* FRAME_RESUMED was sent, or need not be */
+    int64_t detached;     /* since when there is no connection; 0: there is one */
+};
+
 struct session {
-    uint32_t id; /* 0: free slot */
+    uint32_t id; /* 0: free slot; of a detached one, of its last connection */
     bool is_program, tty;
     bool reaped, timed_out, refused;
     int status;           /* of the child, as waitpid gave it; or the code to tell if there was none */
@@ -28,19 +43,34 @@ struct session {
     uint32_t consumed;    /* bytes to grant again */
     uint8_t *input;       /* WINDOW bytes, made when the child is slower than the host */
     size_t input_begin, input_end;
-    bool input_ends;
+    bool input_ends, input_got_end;
     uint8_t *request;     /* an OPEN of several frames, while it comes in */
     size_t request_length;
+    uint64_t received;    /* bytes of input that the host has sent */
     int64_t deadline;     /* 0: none */
+    struct kept *kept;    /* NULL: ends with its connection */
     char message[256];
 };
+
+/* How long a detached program is kept. */
+extern int64_t keep_ms;
 
 struct session *session_find(uint32_t id);
 /* A free slot for a new id, or NULL. */
 struct session *session_new(uint32_t id);
 /* Ends whatever runs in it and frees the slot; nothing is told. */
 void session_drop(struct session *session);
-void sessions_drop_all(void);
+/* The connection has ended: drops all but the kept ones, which are detached. */
+void sessions_lost(void);
+
+/* Keeps what runs in a session beyond its connection. False without memory for it. */
+bool session_keep(struct session *session, const uint8_t *key);
+void session_detach(struct session *session);
+/* The kept session with that key goes on under the id of `opened`, whose slot is freed. `received`: the bytes of output
+ * that the client has. False if there is none, or none that can have sent so much. */
+bool session_resume(struct session *opened, const uint8_t *key, uint64_t received);
+/* The host's client has `count` more bytes. False if it was not sent so many. */
+bool session_granted(struct session *session, uint32_t count);
 
 void session_started(struct session *session, const struct child *child, bool is_program, bool tty,
                      int64_t timeout_ms);
@@ -61,6 +91,7 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count);
 void sessions_io(struct channel *channel, const struct pollfd *fds, size_t count);
 /* Milliseconds to the next timeout, -1 for none. */
 int sessions_timeout(struct channel *channel);
+/* Sessions that have something to tell yet, and somebody to tell it. */
 size_t sessions_count(void);
 
 #define SESSION_POLL_FDS (3 * MAX_SESSIONS)

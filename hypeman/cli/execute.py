@@ -4,6 +4,9 @@ One loop over standard input, the socket and window size changes; standard input
 earlier input is still unsent. With a terminal all keys are forwarded, including Ctrl-C, and the
 terminal is always restored. Exit codes: the program's own; 130 if interrupted locally; 255 if the
 connection broke; 1 if the server refused.
+
+The program outlives a connection that breaks, as when the server is upgraded: another one is made, and both sides go
+on where they were (``hypeman/server/kept_exec.py`` has the messages).
 """
 
 from __future__ import annotations
@@ -13,15 +16,16 @@ import selectors
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from socket import socket, socketpair
 from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from hypeman.cli.client import Unreachable
+from hypeman.cli.client import ApiError, Unreachable
 from hypeman.cli.instances import instance_argument, path_of
 from hypeman.cli.session import Session, complain, environment, present, reports
 
@@ -32,6 +36,13 @@ _READ = 32 * 1024
 _INTERRUPTED = 130
 _BROKEN = 255
 _CAPTURE_SECONDS = 10
+_COME_BACK_SECONDS = 60.0
+"""How long a guest keeps a program whose connection is lost."""
+_ACKNOWLEDGE = 32 * 1024
+"""Bytes of output after which the server learns that they have arrived; the guest keeps at most 128 KiB."""
+_UNREAD = 1024 * 1024
+"""Bytes of input that are kept here until the program has read them."""
+_RETRY_SECONDS = 0.2
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -113,43 +124,120 @@ def _run(session: Session, instance: str, request: dict[str, Any], *, tty: bool,
     if tty:
         size = window_size()
         request |= {"tty": True, **({"rows": size[0], "cols": size[1]} if size else {})}
-    stream = WebSocket(session.client, f"{path_of(instance)}/exec")
+
+    def connect(first: dict[str, Any]) -> WebSocket:
+        stream = WebSocket(session.client, f"{path_of(instance)}/exec")
+        stream.send(msgspec.json.encode(first).decode())
+        return stream
+
     try:
-        stream.send(msgspec.json.encode(request).decode())
-        with raw_terminal(tty and sys.stdin.isatty()):
-            return Exec(stream, tty=tty, wants_stdin=wants_stdin).run()
+        running = Exec(connect(request | {"keep": True}), connect, tty=tty, wants_stdin=wants_stdin)
+        with raw_terminal(tty and sys.stdin.isatty()), interrupted_by_signals():
+            return running.run()
     except KeyboardInterrupt:
         return _INTERRUPTED
     except Unreachable as error:
         complain(str(error))
         return _BROKEN
-    finally:
-        stream.close()
+
+
+class _Gone(Unreachable):
+    """The server refuses to go on with the program: another attempt would be in vain."""
 
 
 class Exec:
-    """The I/O loop. ``run`` returns the exit code."""
+    """The I/O loop. ``run`` returns the exit code and ends the program if it is interrupted."""
 
-    def __init__(self, stream: WebSocket, *, tty: bool, wants_stdin: bool) -> None:
+    def __init__(
+        self, stream: WebSocket, connect: Callable[[dict[str, Any]], WebSocket], *, tty: bool, wants_stdin: bool
+    ) -> None:
+        """``connect`` makes another stream, whose first message is its argument."""
         self._socket = stream
+        self._connect = connect
         self._tty = tty
+        self._session = ""
+        """Names the program if it can be resumed."""
+        self._may_be_kept = True
+        """The server has not shown yet that it does not keep programs."""
+        self._received = self._acknowledged = 0
+        """Bytes of output; how many of them the server knows of."""
+        self._unread = bytearray()
+        """Input that the program may not have read: from byte ``_read`` on."""
+        self._read = 0
         self._outgoing = bytearray()
         self._stdin: int | socket | None = selectable_stdin() if wants_stdin else None
+        self._stdin_ended = not wants_stdin
         if not wants_stdin:
             self._outgoing += stream.encode(b"")
 
     def run(self) -> int:
-        self._socket.socket.setblocking(False)
         # a socket pair, since Windows can select on sockets only, and macOS has no pipe2
         reading, writing = socketpair()
         with reading, writing, on_resize(lambda: writing.send(b"!")):
             reading.setblocking(False)
             writing.setblocking(False)
-            while (code := self._take_messages()) is None:
-                if self._socket.closed:
-                    raise Unreachable("the connection ended before the program did")
-                self._step(reading)
-            return code
+            try:
+                while True:
+                    try:
+                        return self._run_connected(reading)
+                    except _Gone:
+                        raise
+                    except Unreachable:
+                        if not self._session:
+                            raise
+                    self._socket.close()
+                    self._come_back()
+            finally:
+                self._say_done()
+                self._socket.close()
+
+    def _run_connected(self, resized: socket) -> int:
+        self._socket.socket.setblocking(False)
+        while (code := self._take_messages()) is None:
+            if self._socket.closed:
+                raise Unreachable("the connection ended before the program did")
+            self._step(resized)
+        return code
+
+    def _say_done(self) -> None:
+        """Best effort: without it the guest keeps the program for a minute."""
+        if self._session and not self._socket.closed:
+            with suppress(OSError, Unreachable):
+                self._socket.socket.setblocking(True)
+                self._socket.socket.settimeout(1.0)
+                self._socket.socket.sendall(self._outgoing + self._socket.encode('{"done":true}'))
+
+    def _come_back(self) -> None:
+        """Go on with the program over another connection. Raises Unreachable."""
+        until = time.monotonic() + _COME_BACK_SECONDS
+        while True:
+            try:
+                first: dict[str, Any] = {"resume": {"session": self._session, "received": self._received}}
+                self._socket = self._connect(first | {"keep": True})
+                self._resume()
+                return
+            except _Gone:
+                raise
+            except (ApiError, Unreachable) as error:
+                if isinstance(error, ApiError) and error.status < 500:
+                    raise _Gone(f"the program cannot be resumed: {error.message}") from None
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_RETRY_SECONDS)
+
+    def _resume(self) -> None:
+        message = self._socket.receive()
+        if not isinstance(message, str):
+            raise Unreachable("the connection ended before the program was resumed")
+        said: Any = msgspec.json.decode(message)
+        if "input" not in said:
+            raise _Gone(f"the program cannot be resumed: {said.get('error', message)}")
+        self._forget_input(said["input"])
+        self._acknowledged = self._received
+        self._outgoing = bytearray(self._socket.encode(bytes(self._unread)) if self._unread else b"")
+        if self._stdin_ended and not said["input_ended"]:
+            self._outgoing += self._socket.encode(b"")
+        self._resize()
 
     def _step(self, resized: socket) -> None:
         """Wait for an event and handle it."""
@@ -159,7 +247,7 @@ class Exec:
             selector.register(resized, selectors.EVENT_READ)
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
             selector.register(self._socket.socket, events)
-            if self._stdin is not None and not self._outgoing:
+            if self._stdin is not None and not self._outgoing and not (self._session and len(self._unread) >= _UNREAD):
                 selector.register(self._stdin, selectors.EVENT_READ)
             ready = {key.fileobj: mask for key, mask in selector.select()}
         if resized in ready:
@@ -181,8 +269,13 @@ class Exec:
         except OSError:
             data = b""  # the terminal has gone
         self._outgoing += self._socket.encode(data)  # an empty message means end of input
+        if self._may_be_kept:
+            self._unread += data
+            if not self._session and len(self._unread) > _UNREAD:
+                self._not_kept()  # what is sent first would have arrived long ago
         if not data:
             self._stdin = None
+            self._stdin_ended = True
         self._flush()
 
     def _flush(self) -> None:
@@ -193,7 +286,8 @@ class Exec:
         except OSError as error:
             # Messages sent before the server closed must still be read.
             self._outgoing.clear()
-            self._stdin = None
+            if not self._session:
+                self._stdin = None
             if isinstance(error, BrokenPipeError | ConnectionResetError):
                 return
             raise Unreachable(f"the stream broke: {error.strerror}") from None
@@ -210,9 +304,39 @@ class Exec:
         while self._socket.messages:
             message = self._socket.messages.popleft()
             if isinstance(message, str):
-                return _exit_code_in(message)
+                if (code := self._take_text(message)) is not None:
+                    return code
+                continue
+            if not self._session:
+                self._not_kept()
             _write_all(sys.stdout.fileno(), message)
+            self._received += len(message)
+            if self._session and self._received - self._acknowledged >= _ACKNOWLEDGE:
+                self._acknowledged = self._received
+                self._outgoing += self._socket.encode(msgspec.json.encode({"received": self._received}).decode())
         return None
+
+    def _take_text(self, message: str) -> int | None:
+        """The exit code, if that is what it says."""
+        try:
+            said = msgspec.json.decode(message, type=dict[str, Any])
+        except msgspec.DecodeError:
+            return _exit_code_in(message)
+        if "session" in said and self._may_be_kept:
+            self._session = str(said["session"])
+        elif "input" in said:
+            self._forget_input(int(said["input"]))
+        else:
+            return _exit_code_in(message)
+        return None
+
+    def _not_kept(self) -> None:
+        self._may_be_kept = False
+        self._unread.clear()
+
+    def _forget_input(self, read: int) -> None:
+        del self._unread[: max(0, read - self._read)]
+        self._read = max(read, self._read)
 
 
 def _exit_code_in(message: str) -> int:
@@ -221,6 +345,8 @@ def _exit_code_in(message: str) -> int:
     except msgspec.DecodeError:
         raise Unreachable(f"the server said what is no part of an exec: {message!r}") from None
     if isinstance(last, dict) and isinstance(last.get("exitCode"), int):
+        if last.get("error"):
+            complain(str(last["error"]))
         return int(last["exitCode"]) & 0xFF
     reason = last.get("error", message) if isinstance(last, dict) else message
     raise Unreachable(f"the server ended the exec: {reason}")
@@ -277,6 +403,22 @@ def on_resize(call: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGWINCH, before)
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Within the block a hangup or a request to terminate raises KeyboardInterrupt: the program is ended, too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    before = [(number, signal.signal(number, interrupt)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -33,6 +34,7 @@ from hypeman.guest.clock import Sample
 from hypeman.guest.fields import Fields, FieldWriter, MalformedFields, Tag
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import (
+    KEY_BYTES,
     MAX_PAYLOAD,
     MAX_SESSIONS,
     WINDOW,
@@ -43,6 +45,7 @@ from hypeman.guest.protocol import (
     Greeted,
     Op,
     ProtocolError,
+    Resumed,
     Told,
 )
 from hypeman.guest.types import (
@@ -143,8 +146,13 @@ class _Session:
     whatever version of the agent the guest claims to have: small chunks that wait are joined.
     """
 
-    def __init__(self, client: GuestClient, session_id: int, stall_limit: float = math.inf) -> None:
+    def __init__(
+        self, client: GuestClient, session_id: int, stall_limit: float = math.inf, *, kept: bool = False
+    ) -> None:
         self._client = client
+        self.kept = kept
+        """The guest keeps its output until the client of the API has it; ``ExecSession.acknowledge`` grants."""
+        self.resumed: Resumed | None = None
         self._stall_limit = stall_limit
         """Timeout in seconds of each wait in ``receive`` and ``send``."""
         self.id = session_id
@@ -180,11 +188,11 @@ class _Session:
             if self.ended is not None:
                 await trio.lowlevel.checkpoint()
                 return None
-            await self._wait()
+            await self.wait()
         await trio.lowlevel.checkpoint()
         chunk = self.chunks.popleft()
         self._used += len(chunk.data)
-        if self._used >= _GRANT_BYTES:
+        if self._used >= _GRANT_BYTES and not self.kept:
             self._client.grant(self.id, self._used)
             self._used = 0
         return Data(self.id, bytes(chunk.data), chunk.stderr) if isinstance(chunk, _Joined) else chunk
@@ -198,7 +206,7 @@ class _Session:
             self.check()
             room = min(self._client.window(self.id), MAX_PAYLOAD)
             if not room:
-                await self._wait()
+                await self.wait()
                 continue
             await self._client.send(self, bytes(view[:room]))
             view = view[room:]
@@ -209,7 +217,8 @@ class _Session:
         if self.failure is not None:
             raise self.failure
 
-    async def _wait(self) -> None:
+    async def wait(self) -> None:
+        """Wait for any news. Raises as ``receive`` does."""
         self.check()
         with trio.move_on_after(self._stall_limit) as scope:
             await self.wakeup.wait()
@@ -230,11 +239,41 @@ class _Session:
 
 
 class ExecSession:
-    """A program running in the guest. Use as an async context manager; leaving it kills what still runs."""
+    """A program running in the guest. Use as an async context manager; leaving it kills what still runs, or, if it
+    is kept, leaves it to be resumed within a minute."""
 
-    def __init__(self, client: GuestClient, session: _Session) -> None:
+    def __init__(self, client: GuestClient, session: _Session, key: bytes = b"", received: int = 0) -> None:
+        """``received``: bytes of a kept program's output that the client had when the program was resumed."""
         self._client = client
         self._session = session
+        self.key = key
+        """Of a kept program: what ``GuestClient.resume`` wants. Else empty."""
+        self._received = self._given = received
+        self._ends = False
+
+    @property
+    def resumed(self) -> Resumed | None:
+        """Of a resumed program: how much of its input the guest has."""
+        return self._session.resumed
+
+    def acknowledge(self, received: int) -> None:
+        """The client of a kept program has ``received`` bytes of its output since its start. Raises InvalidRequest if
+        it cannot have so many."""
+        if received > self._given:
+            raise InvalidRequest(f"received is {received}, but only {self._given} bytes were sent")
+        if received > self._received:
+            self._client.grant(self._session.id, received - self._received)
+            self._received = received
+
+    async def input_taken(self, above: int) -> int:
+        """Wait until a kept program has read more than ``above`` bytes of its input; returns how many it has."""
+        while (taken := self._client.taken(self._session.id)) <= above:
+            await self._session.wait()
+        return taken
+
+    def end(self) -> None:
+        """A kept program is not to be resumed: ``aclose`` kills it."""
+        self._ends = True
 
     async def send_stdin(self, data: bytes) -> None:
         """Waits while the program does not read. No-op if the program has ended."""
@@ -259,13 +298,14 @@ class ExecSession:
         """The next output; after the last, always the result. Raises GuestLost."""
         chunk = await self._session.receive()
         if chunk is not None:
+            self._given += len(chunk.data)
             return Output(chunk.data, chunk.stderr)
         ended = self._session.ended
         assert ended is not None
         return ExecResult(ended.exit_code, ended.signal, ended.timed_out, ended.message)
 
     async def aclose(self) -> None:
-        self._client.close(self._session)
+        self._client.close(self._session, detach=bool(self.key) and not self._ends)
         await trio.lowlevel.checkpoint()
 
     async def __aenter__(self) -> ExecSession:
@@ -274,7 +314,7 @@ class ExecSession:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._client.close(self._session)
+        self._client.close(self._session, detach=bool(self.key) and not self._ends)
 
 
 class CopyIn:
@@ -369,6 +409,8 @@ class GuestClient:
         """The guest's boot report, once received."""
         self.no_agent = False
         """The guest serves no exec, copy or stat."""
+        self.keeps = False
+        """The guest's agent keeps programs whose connection is lost."""
         self.silent_since: datetime | None = None
         """When an unresponsive guest last sent anything (UTC); None while it answers."""
         self.silence_changed: Callable[[], object] = lambda: None
@@ -440,7 +482,32 @@ class GuestClient:
         writer.u16(Tag.ROWS, min(request.rows, 65535))
         writer.u16(Tag.COLS, min(request.cols, 65535))
         writer.u64(Tag.TIMEOUT_MS, math.ceil(request.timeout_seconds * 1000))
-        return ExecSession(self, await self._open(Op.EXEC, writer))
+        key = b""
+        if request.keep and await self._can_keep():
+            key = secrets.token_bytes(KEY_BYTES)
+            writer.add(Tag.SESSION_KEY, key)
+        return ExecSession(self, await self._open(Op.EXEC, writer, kept=bool(key)), key)
+
+    async def resume(self, key: bytes, received: int) -> ExecSession:
+        """Go on with a kept program, whose client has ``received`` bytes of its output. Raises NotFound if it is not
+        there any more, or cannot go on from there."""
+        writer = FieldWriter().add(Tag.SESSION_KEY, key).u64(Tag.RECEIVED, received)
+        session = await self._open(Op.RESUME, writer, kept=True)
+        try:
+            with trio.move_on_after(limits.OPEN):
+                while session.resumed is None and session.ended is None:
+                    await session.wait()
+            if session.resumed is None:
+                raise NotFound(session.ended.message if session.ended else "the program did not answer")
+        except BaseException:
+            self.close(session, detach=True)
+            raise
+        return ExecSession(self, session, key, received)
+
+    async def _can_keep(self) -> bool:
+        with trio.move_on_after(limits.OPEN):
+            await self.wait_greeted()
+        return self.keeps
 
     async def stat(self, path: str, *, follow_links: bool = False) -> PathInfo:
         writer = FieldWriter().text(Tag.PATH, path).flag(Tag.FOLLOW_LINKS, follow_links)
@@ -583,6 +650,9 @@ class GuestClient:
     def window(self, session: int) -> int:
         return self._connection.window(session)
 
+    def taken(self, session: int) -> int:
+        return self._connection.taken(session)
+
     def grant(self, session: int, count: int) -> None:
         self._connection.grant(session, count)
         self._wake_writer()
@@ -612,18 +682,21 @@ class GuestClient:
             self._connection.resize(session, rows, cols)
             self._wake_writer()
 
-    def close(self, session: _Session) -> None:
-        """Release a session. Idempotent."""
+    def close(self, session: _Session, *, detach: bool = False) -> None:
+        """Release a session; with ``detach`` its program can be resumed. Idempotent."""
         if self._sessions.pop(session.id, None) is not None:
-            self._connection.close(session.id)
+            if detach:
+                self._connection.detach(session.id)
+            else:
+                self._connection.close(session.id)
             self._slots.release_on_behalf_of(session)
             session.notify()
             self._wake_writer()
 
     # Inside
 
-    async def _open(self, op: Op, fields: FieldWriter | None) -> _Session:
-        session = _Session(self, 0, LIMITS[op])
+    async def _open(self, op: Op, fields: FieldWriter | None, *, kept: bool = False) -> _Session:
+        session = _Session(self, 0, LIMITS[op], kept=kept)
         with trio.move_on_after(limits.OPEN) as scope:
             await self.wait_greeted()
             self._check_responds()
@@ -633,7 +706,7 @@ class GuestClient:
         try:
             self.check_alive()
             self._check_responds()
-            session.id = self._connection.open(op, fields)
+            session.id = self._connection.open(op, fields, kept=kept)
         except BaseException as error:
             self._slots.release_on_behalf_of(session)
             if isinstance(error, ValueError):
@@ -766,19 +839,22 @@ class GuestClient:
                 self._take(event)
             self._wake_writer()
 
-    def _take(self, event: Greeted | Data | Credit | Ended | Told) -> None:
+    def _take(self, event: Greeted | Data | Credit | Resumed | Ended | Told) -> None:
         match event:
             case Greeted():
                 self.no_agent = event.no_agent
+                self.keeps = event.keeps
                 self._greeted.set()
             case Told():
                 self._tell(event)
-            case Data() | Credit() | Ended():
+            case Data() | Credit() | Resumed() | Ended():
                 session = self._sessions.get(event.session)
                 if session is None:
                     return
                 if isinstance(event, Data):
                     session.put(event)
+                elif isinstance(event, Resumed):
+                    session.resumed = event
                 elif isinstance(event, Ended):
                     session.ended = event
                 session.notify()

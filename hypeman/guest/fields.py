@@ -29,6 +29,7 @@ class Tag(enum.IntEnum):
     ROWS = 6
     COLS = 7
     TIMEOUT_MS = 8
+    SESSION_KEY = 9
     PATH = 10
     FOLLOW_LINKS = 11
     KIND = 12
@@ -90,6 +91,9 @@ class Tag(enum.IntEnum):
     SYSCTL = 88
     ULIMIT = 89
     IDLE = 90
+    RECEIVED = 91
+    WAITING = 92
+    INPUT_ENDED = 93
 
 
 def _word(tag: Tag) -> str:

@@ -32,6 +32,7 @@ ABSENT = 60.0
 LIMITS: Mapping[Op, float] = {
     # Streams. A program may run without output for years, so only pings limit it; a copy must make progress.
     Op.EXEC: math.inf,
+    Op.RESUME: math.inf,
     Op.COPY_TO: 120.0,  # without progress: the guest's disk may be throttled
     Op.COPY_FROM: 120.0,
     # Requests: from the first byte to the last of the reply.

@@ -6,7 +6,7 @@
 Twin of ``ext/guest_agent/protocol.h``, which defines the layout. Rules:
 
 - A session begins with ``open`` and ends with the guest's Ended, or with ``close``; ids are never reused
-  on a connection.
+  on a connection. That of a kept program ends with ``close`` or ``detach`` only.
 - Each side may have WINDOW bytes in flight per session until the other grants more, so at most that is
   buffered per session, and a slow reader stalls only its own session.
 - A guest that violates a rule causes a ProtocolError, and the connection is unusable from then on. A guest
@@ -33,6 +33,9 @@ MAX_PAYLOAD = 32768
 WINDOW = 524288
 MAX_SESSIONS = 128
 MAX_REQUEST = 262144
+KEY_BYTES = 16
+KEPT_BYTES = 131072
+KEEP_SECONDS = 60
 MAX_STALE = 64 * 1024 * 1024
 """More leftover bytes than any queue between guest and host can hold."""
 
@@ -50,6 +53,7 @@ _ACK = struct.Struct("<8s16s16sHHI")
 _FLAG_MORE = 1
 _FLAG_END = 2
 _ACK_FLAG_NO_AGENT = 1
+_ACK_FLAG_KEEPS = 2
 
 
 class FrameType(enum.IntEnum):
@@ -63,6 +67,8 @@ class FrameType(enum.IntEnum):
     EXIT = 8
     EVENT = 9
     EVENT_ACK = 10
+    DETACH = 11
+    RESUMED = 12
 
 
 class Op(enum.IntEnum):
@@ -82,6 +88,7 @@ class Op(enum.IntEnum):
     FREEZE = 12
     THAW = 13
     PING = 14
+    RESUME = 15
 
 
 class ProtocolError(Exception):
@@ -92,6 +99,8 @@ class Greeted(msgspec.Struct, frozen=True):
     """The guest has answered and is authenticated; sessions may be opened."""
 
     no_agent: bool
+    keeps: bool
+    """The agent keeps programs whose connection is lost."""
 
 
 class Data(msgspec.Struct, frozen=True):
@@ -106,6 +115,15 @@ class Credit(msgspec.Struct, frozen=True):
     """More may be sent in a session."""
 
     session: int
+
+
+class Resumed(msgspec.Struct, frozen=True):
+    """A kept program goes on in this session; its input may be sent from now on."""
+
+    session: int
+    received: int
+    """Bytes of input that the guest has."""
+    input_ended: bool
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -125,14 +143,19 @@ class Told(msgspec.Struct, frozen=True):
     event: GuestEvent | None
 
 
-ProtocolEvent = Greeted | Data | Credit | Ended | Told
+ProtocolEvent = Greeted | Data | Credit | Resumed | Ended | Told
 
 
 class _Session:
-    __slots__ = ("allowance", "credit")
+    __slots__ = ("allowance", "awaits_resumption", "credit", "ended", "kept", "sent")
 
-    def __init__(self) -> None:
-        self.credit = WINDOW
+    def __init__(self, *, kept: bool, resumed: bool) -> None:
+        self.kept = kept
+        self.ended = False
+        self.sent = 0
+        """Bytes of input sent, ever."""
+        self.awaits_resumption = resumed
+        self.credit = 0 if resumed else WINDOW
         """Bytes that we may still send."""
         self.allowance = WINDOW
         """Bytes that the guest may still send."""
@@ -168,8 +191,11 @@ class Connection:
 
     # Calls of the host
 
-    def open(self, op: Op, fields: FieldWriter | None = None) -> int:
-        """Open a session and return its id. ValueError: request too large; RuntimeError: no free slot."""
+    def open(self, op: Op, fields: FieldWriter | None = None, *, kept: bool = False) -> int:
+        """Open a session and return its id. ValueError: request too large; RuntimeError: no free slot.
+
+        ``kept``: its program outlives the connection; ``grant`` what its client has.
+        """
         request = bytes((op,)) + (fields.render() if fields is not None else b"")
         if len(request) > MAX_REQUEST:
             raise ValueError(f"request of {len(request)} bytes; at most {MAX_REQUEST} are possible")
@@ -177,7 +203,7 @@ class Connection:
             raise RuntimeError("no session can be opened now")
         session = self._next_session
         self._next_session += 1
-        self._sessions[session] = _Session()
+        self._sessions[session] = _Session(kept=kept, resumed=op is Op.RESUME)
         for start in range(0, len(request), MAX_PAYLOAD):
             more = _FLAG_MORE if start + MAX_PAYLOAD < len(request) else 0
             self._send(FrameType.OPEN, more, session, request[start : start + MAX_PAYLOAD])
@@ -188,8 +214,14 @@ class Connection:
         state = self._sessions.get(session)
         return state.credit if state is not None else 0
 
+    def taken(self, session: int) -> int:
+        """Bytes of input that the program has read, ever."""
+        state = self._sessions.get(session)
+        return state.sent - (WINDOW - state.credit) if state is not None else 0
+
     def is_open(self, session: int) -> bool:
-        return session in self._sessions
+        state = self._sessions.get(session)
+        return state is not None and not state.ended
 
     def send(self, session: int, data: bytes) -> None:
         """Send standard input or file data: at most ``window`` bytes."""
@@ -197,6 +229,7 @@ class Connection:
         if len(data) > state.credit:
             raise RuntimeError("more data than the window allows")
         state.credit -= len(data)
+        state.sent += len(data)
         for start in range(0, len(data), MAX_PAYLOAD):
             self._send(FrameType.DATA, 0, session, data[start : start + MAX_PAYLOAD])
 
@@ -207,7 +240,7 @@ class Connection:
     def grant(self, session: int, count: int) -> None:
         """``count`` received bytes were consumed; the guest may send as many more."""
         state = self._sessions.get(session)
-        if state is not None:
+        if state is not None and not state.ended:
             state.allowance += count
             self._send(FrameType.CREDIT, 0, session, count.to_bytes(4, "little"))
 
@@ -221,6 +254,11 @@ class Connection:
         """End a session from our side: what runs in it is killed. No-op if it has ended."""
         if self._sessions.pop(session, None) is not None:
             self._send(FrameType.CLOSE, 0, session, b"")
+
+    def detach(self, session: int) -> None:
+        """Leave a kept session, which can be resumed for a while. No-op if it was closed."""
+        if self._sessions.pop(session, None) is not None:
+            self._send(FrameType.DETACH, 0, session, b"")
 
     def acknowledge(self, told: Told) -> None:
         self._send(FrameType.EVENT_ACK, 0, 0, bytes((told.kind,)))
@@ -265,7 +303,7 @@ class Connection:
             raise ProtocolError(f"the guest speaks version {version} of the protocol, we speak {PROTOCOL_VERSION}")
         del self._incoming[: _ACK.size]
         self._greeted = True
-        return Greeted(no_agent=bool(flags & _ACK_FLAG_NO_AGENT))
+        return Greeted(no_agent=bool(flags & _ACK_FLAG_NO_AGENT), keeps=bool(flags & _ACK_FLAG_KEEPS))
 
     def _discard(self, count: int) -> None:
         self._stale += count
@@ -298,6 +336,8 @@ class Connection:
         state = self._sessions.get(session)
         if state is None:
             return  # closed by us meanwhile
+        if state.ended:
+            raise ProtocolError("a frame after the end of a session")
         match kind:
             case FrameType.DATA | FrameType.STDERR:
                 if not payload:
@@ -313,9 +353,20 @@ class Connection:
                 if state.credit > WINDOW:
                     raise ProtocolError("the guest grants more than was used")
                 events.append(Credit(session))
+            case FrameType.RESUMED:
+                fields = Fields(payload)
+                waiting = fields.u32(Tag.WAITING)
+                if not state.awaits_resumption or waiting > WINDOW:
+                    raise ProtocolError("the guest resumes what was not to be resumed")
+                state.awaits_resumption = False
+                state.credit = WINDOW - waiting
+                state.sent = fields.u64(Tag.RECEIVED)
+                events.append(Resumed(session, state.sent, fields.flag(Tag.INPUT_ENDED)))
             case FrameType.EXIT:
                 fields = Fields(payload)
-                del self._sessions[session]
+                state.ended = True
+                if not state.kept:
+                    del self._sessions[session]
                 events.append(
                     Ended(
                         session,

@@ -13,6 +13,13 @@ from hypeman.fields import Count
 Uint32 = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
+class ExecResumption(Struct, frozen=True, kw_only=True):
+    """Which program a client goes on with after its connection was lost."""
+
+    session: Annotated[str, Meta(pattern="^[0-9a-f]{32}$", description="As the server's first message said")]
+    received: Annotated[int, Meta(ge=0, lt=2**62, description="Bytes of output that the client has")] = 0
+
+
 class ExecRequest(Struct, frozen=True, kw_only=True):
     """A program to run in the guest."""
 
@@ -27,6 +34,14 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
     wait_for_agent: Annotated[Count, Meta(description="Seconds to wait for the guest agent")] = 0
     rows: Count = 0
     cols: Count = 0
+    keep: Annotated[
+        bool,
+        Meta(
+            description="Extension. The program goes on for a minute if the connection is lost, and can be resumed "
+            "from there: the server's first message is `{\"session\": KEY}` if the guest's agent can do that"
+        ),
+    ] = False
+    resume: Annotated[ExecResumption | None, Meta(description="Extension. Instead of a command")] = None
 
 
 class CpRequest(Struct, frozen=True, kw_only=True):

@@ -16,6 +16,8 @@ _LINKS = {"link": FileKind.SYMLINK, "hardlink": FileKind.HARD_LINK}
 
 
 async def open_exec(client: GuestClient, request: ExecRequest) -> ExecSession:
+    if request.resume is not None:
+        return await client.resume(bytes.fromhex(request.resume.session), request.resume.received)
     return await client.exec(
         wire.ExecRequest(
             argv=request.command or _DEFAULT_COMMAND,
@@ -26,6 +28,7 @@ async def open_exec(client: GuestClient, request: ExecRequest) -> ExecSession:
             rows=request.rows,
             cols=request.cols,
             timeout_seconds=float(request.timeout),
+            keep=request.keep,
         )
     )
 

@@ -85,6 +85,8 @@ class ExecRequest(msgspec.Struct, frozen=True):
     cols: int = 0
     timeout_seconds: float = 0.0
     """0: none. On expiry everything in the session is killed and the exit code is 124."""
+    keep: bool = False
+    """Keep it for a minute if the connection is lost, if the agent can."""
 
 
 class CopyToRequest(msgspec.Struct, frozen=True):

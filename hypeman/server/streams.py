@@ -2,7 +2,7 @@
 
 Before the upgrade a failure is an ordinary response with a status; after it failures are reported in
 the stream. When the client disconnects, the handler is cancelled and what it opened is closed: an
-exec's program is killed, a partially copied file discarded.
+exec's program is killed, unless it is kept (``kept_exec.py``), a partially copied file discarded.
 
 One extension of the contract: an empty BINARY message is the end of stdin. The original cannot
 express this and treats such a message as zero bytes.
@@ -28,14 +28,15 @@ from hypeman.guest.types import CopyEntry, FileKind
 from hypeman.server import examples
 from hypeman.server.api import Message, WebSocketRoute
 from hypeman.server.errors import UNEXPECTED, shown_message, told_error
+from hypeman.server.kept_exec import CHUNK, KeptExec
 from hypeman.server.services import Services
 from hypeman.telemetry import metrics
 from hypeman.tokens import Scope
 
-CHUNK = 32 * 1024
-"""Bytes in a message; some clients have buffers of exactly this size."""
 _FAILED_TO_RUN = 127
 _CLOSE_SECONDS = 5.0
+_COME_BACK = 1012
+"""RFC 6455 §7.4, IANA: service restart."""
 
 
 class Socket(Protocol):
@@ -122,10 +123,20 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
     exit_code, status = _FAILED_TO_RUN, "error"
     try:
         async with _closing(await services.instances.exec(reference, request)) as session:
+            if session.key:
+                code = await KeptExec(socket, session).run()
+                exit_code, status = (code, "success") if code is not None else (exit_code, status)
+                await socket.close(1000 if code is not None else _COME_BACK)
+                return
             exit_code = await _run(socket, session, tty=request.tty)
             status = "success"
     except Exception as error:
-        await socket.send(f"Error: {shown_message(_told(error))}\r\n".encode())
+        message = shown_message(_told(error))
+        if request.resume is not None:
+            await socket.send(msgspec.json.encode({"error": message}).decode())
+            await socket.close(1000)
+            return
+        await socket.send(f"Error: {message}\r\n".encode())
     finally:
         metrics.exec_sessions.labels(status, str(exit_code)).inc()
         metrics.exec_seconds.observe(time.perf_counter() - started)

@@ -47,7 +47,7 @@ def frame(kind: int, session: int, payload: bytes = b"", flags: int = 0) -> byte
 def greeted() -> Connection:
     connection = Connection(NONCE, token=TOKEN)
     connection.data_to_send()
-    assert connection.receive(answer()) == [Greeted(no_agent=False)]
+    assert connection.receive(answer()) == [Greeted(no_agent=False, keeps=False)]
     return connection
 
 
@@ -98,7 +98,7 @@ def test_stale_bytes_are_thrown_away_but_not_for_ever() -> None:
     connection = Connection(NONCE, token=TOKEN)
     stale = answer(token=b"an older token..") + frame(FrameType.DATA, 3, b"old") * 1000
     assert connection.receive(stale) == []
-    assert connection.receive(stale[:7] + answer()) == [Greeted(no_agent=False)]
+    assert connection.receive(stale[:7] + answer()) == [Greeted(no_agent=False, keeps=False)]
     endless = Connection(NONCE, token=TOKEN)
     with pytest.raises(ProtocolError, match="without end"):
         for _ in range(MAX_STALE // 1_000_000 + 2):

@@ -1,0 +1,154 @@
+"""An exec whose program outlives its connection (``keep`` and ``resume`` of ExecRequest).
+
+Output and input are counted from the program's start. The guest keeps output until the client has said that it has it,
+and the client its input until the server has said that the program has read it; so whoever comes back loses nothing
+and gets nothing twice. Everything but output and input is in text messages:
+
+    server  {"session": KEY}                         first, of a new program
+            {"input": N, "input_ended": BOOL}        first, of a resumed one: input from N on is wanted
+            {"input": N}                             the program has read N bytes
+            {"exitCode": N}, or with "error"         all output was sent
+    client  {"received": N}                          of the output
+            {"resize": {"rows": N, "cols": N}}
+            {"done": true}                           it has the exit code, or gives up: the program is killed
+
+A connection that ends without ``done`` leaves the program in the guest for a minute.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Protocol
+
+import msgspec
+import trio
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from hypeman.errors import HypemanError, InvalidRequest
+from hypeman.guest.client import ExecSession, GuestLost, Output
+from hypeman.telemetry import metrics
+
+CHUNK = 32 * 1024
+"""Bytes in a message; some clients have buffers of exactly this size."""
+_DONE_SECONDS = 10.0
+"""For the client's last message."""
+
+_Place = Annotated[int, Meta(ge=0, lt=2**62)]
+_Size = Annotated[int, Meta(gt=0, lt=2**32)]
+
+
+class Kept(Struct, frozen=True):
+    session: str
+
+
+class Resumed(Struct, frozen=True):
+    input: int
+    input_ended: bool
+
+
+class InputRead(Struct, frozen=True):
+    input: int
+
+
+class Exit(Struct, frozen=True):
+    exit_code: int = msgspec.field(name="exitCode")
+    error: str | UnsetType = UNSET
+
+
+class WindowSize(Struct, frozen=True):
+    rows: _Size
+    cols: _Size
+
+
+class ClientMessage(Struct, frozen=True):
+    received: _Place | UnsetType = UNSET
+    resize: WindowSize | UnsetType = UNSET
+    done: Literal[True] | UnsetType = UNSET
+
+
+class Socket(Protocol):
+    async def receive(self) -> str | bytes | None: ...
+    async def send(self, data: str | bytes) -> None: ...
+
+
+class KeptExec:
+    """One connection of one client to a kept program."""
+
+    def __init__(self, socket: Socket, session: ExecSession) -> None:
+        self._socket = socket
+        self._session = session
+        self._sending = trio.Lock()
+        self._done = trio.Event()
+
+    async def run(self) -> int | None:
+        """The program's exit code; None if the guest's agent was lost, which may come back with the program."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._take_messages)
+            nursery.start_soon(self._report_input)
+            code = await self._give_output()
+            if code is not None:
+                with trio.move_on_after(_DONE_SECONDS):
+                    await self._done.wait()
+            nursery.cancel_scope.cancel()
+        return code
+
+    async def _give_output(self) -> int | None:
+        resumed = self._session.resumed
+        if resumed is None:
+            await self._tell(Kept(self._session.key.hex()))
+        else:
+            await self._tell(Resumed(resumed.received, resumed.input_ended))
+        try:
+            while isinstance(received := await self._session.receive(), Output):
+                for begin in range(0, len(received.data), CHUNK):
+                    await self._send(received.data[begin : begin + CHUNK])
+                metrics.exec_bytes_sent.inc(len(received.data))
+        except GuestLost:
+            return None
+        await self._tell(Exit(received.exit_code, received.message or UNSET))
+        return received.exit_code
+
+    async def _take_messages(self) -> None:
+        try:
+            while not self._done.is_set():
+                message = await self._socket.receive()
+                if isinstance(message, str):
+                    await self._take(message)
+                elif message:
+                    metrics.exec_bytes_received.inc(len(message))
+                    await self._session.send_stdin(message)
+                else:
+                    await self._session.close_stdin()
+        except InvalidRequest:
+            self._session.end()
+            raise
+        except HypemanError:
+            pass  # the program has ended or closed its stdin, or the guest is lost: the output tells
+
+    async def _take(self, text: str) -> None:
+        try:
+            message = msgspec.json.decode(text, type=ClientMessage)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise InvalidRequest(f"bad message: {error}") from None
+        if message.received is not UNSET:
+            self._session.acknowledge(message.received)
+        if message.resize is not UNSET:
+            await self._session.resize(message.resize.rows, message.resize.cols)
+        if message.done is not UNSET:
+            self._session.end()
+            self._done.set()
+
+    async def _report_input(self) -> None:
+        read = self._session.resumed.received if self._session.resumed is not None else 0
+        try:
+            while True:
+                read = await self._session.input_taken(read)
+                await self._tell(InputRead(read))
+        except HypemanError:
+            pass
+
+    async def _tell(self, message: Struct) -> None:
+        await self._send(msgspec.json.encode(message).decode())
+
+    async def _send(self, message: str | bytes) -> None:
+        async with self._sending:
+            await self._socket.send(message)

@@ -1,0 +1,137 @@
+"""``exec`` over the end of its server: the command line as a process, a real server, and the real agent behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypeman.guest.client import ExecSession, GuestClient
+from hypeman.guest.session_types import ExecRequest
+from hypeman.guest.sessions import open_exec
+from tests.cli.conftest import Running
+from tests.cli.test_exec import Terminal, wait_until
+from tests.guest.conftest import NONCE, Agent, serve
+
+
+class Upgraded(Running):
+    """A server whose instance ``web`` is the agent; another one can follow it at the same address."""
+
+    def __init__(self, directory: Path, agent: Agent) -> None:
+        super().__init__(directory)
+        self.agent = agent
+        self.world.instances.add("web")
+
+    async def _run(self) -> None:
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(self.agent.socket.dup()))
+        client = GuestClient(stream, nonce=NONCE)
+
+        async def execute(ref: str, request: ExecRequest) -> ExecSession:
+            return await open_exec(client, request)
+
+        self.world.instances.exec = execute  # type: ignore[method-assign, assignment]
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve, client)
+            await super()._run()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    (tmp_path / "root").mkdir()
+    started = Agent(tmp_path / "root")
+    yield started
+    started.close()
+
+
+def execute(server: Running, *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hypeman", "--base-url", server.url, "exec", *arguments]
+    return subprocess.Popen(
+        command, bufsize=0, stdin=-1, stdout=-1, stderr=-1
+    )  # all pipes; `communicate` knows of no buffers
+
+
+def upgrade(directory: Path, agent: Agent) -> Running:
+    for name in ("logs", "hypeman.sock"):
+        (directory / name).rename(directory / f"{name}.{os.urandom(4).hex()}") if (directory / name).exists() else None
+    return Upgraded(directory, agent)
+
+
+def test_output_is_whole_over_two_upgrades(tmp_path: Path, agent: Agent) -> None:
+    program = "i=0; while [ $i -lt 60 ]; do seq $((i * 500)) $((i * 500 + 499)); i=$((i+1)); sleep 0.1; done; exit 5"
+    with Upgraded(tmp_path, agent) as first:
+        running = execute(first, "web", "--", "sh", "-c", program)
+        assert running.stdout is not None
+        begin = running.stdout.read(1000)
+    with upgrade(tmp_path, agent) as second:
+        while len(begin) < 50_000:
+            begin += running.stdout.read(10_000)
+        second.do(second.cut)
+        begin += running.stdout.read(1)
+    with upgrade(tmp_path, agent):
+        output, errors = running.communicate(timeout=60)
+    assert begin + output == b"".join(b"%d\n" % i for i in range(30_000))
+    assert (running.returncode, errors) == (5, b"")
+
+
+def test_input_is_whole_over_an_upgrade(tmp_path: Path, agent: Agent) -> None:
+    """Some of it was read by the program, some waits in the guest, some in the server and some in the command."""
+    data = os.urandom(3_000_000)
+    target = tmp_path / "root" / "all"
+    with Upgraded(tmp_path, agent) as first:
+        running = execute(
+            first, "-i", "web", "--", "sh", "-c", f"dd bs=1 count=1000 of={target}; sleep 1; cat >> {target}"
+        )
+        assert running.stdin is not None
+        running.stdin.write(data[:900_000])
+        wait_until(lambda: target.exists() and target.stat().st_size == 1000)
+    with upgrade(tmp_path, agent):
+        running.communicate(data[900_000:], timeout=60)
+    assert running.returncode == 0
+    assert target.read_bytes() == data
+
+
+def test_a_terminal_goes_on_with_the_size_it_has_now(tmp_path: Path, agent: Agent) -> None:
+    with Upgraded(tmp_path, agent) as first:
+        opened = Terminal(sys.executable, "-m", "hypeman", "--base-url", first.url, "exec", "-it", "web", "sh")
+        opened.type(b"A=kept; echo re${A}y\n")
+        opened.wait_for(b"rekepty")
+    opened.resize(44, 101)
+    with upgrade(tmp_path, agent):
+        opened.type(b"stty size; echo still $A\n")
+        opened.wait_for(b"still kept")
+        opened.wait_for(b"44 101")
+        opened.type(b"exit 4\n")
+        assert opened.exit_code() == 4
+    os.close(opened.fd)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_ends_its_program(tmp_path: Path, agent: Agent, number: int) -> None:
+    children = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children")
+    with Upgraded(tmp_path, agent) as server:
+        running = execute(server, "web", "--", "sh", "-c", "echo here; exec sleep 1000")
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"here\n"
+        running.send_signal(number)
+        assert running.wait(15) == 130
+        wait_until(lambda: not children.read_text())
+    running.communicate()
+
+
+def test_a_program_that_is_gone_is_an_error_at_once(tmp_path: Path, agent: Agent) -> None:
+    with Upgraded(tmp_path, agent) as first:
+        running = execute(first, "web", "--", "sh", "-c", "echo here; exec sleep 1000")
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"here\n"
+    other = Agent(tmp_path / "root")
+    with upgrade(tmp_path, other):
+        _, errors = running.communicate(timeout=30)
+    other.close()
+    assert (running.returncode, b"cannot be resumed: there is no such program" in errors) == (255, True), errors

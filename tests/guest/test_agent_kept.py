@@ -1,0 +1,159 @@
+"""Programs that outlive their connection: the host's client against the real agent, one connection after another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from hypeman.errors import InvalidRequest, NotFound
+from hypeman.guest.client import ExecResult, ExecSession, GuestClient, Output
+from hypeman.guest.protocol import KEPT_BYTES
+from hypeman.guest.types import ExecRequest
+
+from .conftest import NONCE, Agent, serve
+
+COUNT = "i=0; while [ $i -lt 30000 ]; do echo line $i; i=$((i+1)); done; echo that is all >&2; exit 3"
+COUNTED = b"".join(b"line %d\n" % i for i in range(30000)) + b"that is all\n"
+
+
+@asynccontextmanager
+async def connected(agent: Agent) -> AsyncIterator[GuestClient]:
+    """A host that comes, and goes without a word."""
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(agent.socket.dup()))
+    client = GuestClient(stream, nonce=NONCE)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve, client)
+        with trio.fail_after(20):
+            await client.wait_ready()
+            yield client
+        nursery.cancel_scope.cancel()
+
+
+async def start(client: GuestClient, *argv: str) -> ExecSession:
+    session = await client.exec(ExecRequest(argv=argv, keep=True))
+    assert session.key
+    return session
+
+
+async def test_output_goes_on_where_the_client_was(agent: Agent) -> None:
+    """Whatever the client had acknowledged, and wherever it was cut off."""
+    rng = random.Random(3)
+    key, had, result, visits = b"", b"", None, 0
+    while result is None:
+        async with connected(agent) as client:
+            visits += 1
+            session = await (client.resume(key, len(had)) if key else start(client, "sh", "-c", COUNT))
+            key = session.key
+            until = len(had) + rng.randrange(60_000)
+            while len(had) < until and result is None:
+                got = await session.receive()
+                if isinstance(got, Output):
+                    had += got.data
+                    if rng.random() < 0.5:
+                        session.acknowledge(rng.randrange(len(had) + 1))
+                else:
+                    result = got
+            if rng.random() < 0.5:
+                await session.aclose()
+    assert (had, result.exit_code) == (COUNTED, 3)
+    assert visits > 5
+
+
+async def test_the_exit_code_waits_for_its_client(agent: Agent) -> None:
+    async with connected(agent) as client:
+        session = await start(client, "sh", "-c", "exit 9")
+        assert isinstance(await session.receive(), ExecResult)
+    async with connected(agent) as client:
+        session = await client.resume(session.key, 0)
+        result = await session.receive()
+        assert isinstance(result, ExecResult) and result.exit_code == 9
+        session.end()
+        await session.aclose()
+        with pytest.raises(NotFound, match="no such program"):
+            await client.resume(session.key, 0)
+
+
+async def test_input_goes_on_where_the_guest_was(agent: Agent, tmp_path: Path) -> None:
+    data = random.Random(5).randbytes(1_500_000)
+    target = tmp_path / "root" / "all"
+    key, sent = b"", 0
+    while True:
+        async with connected(agent) as client:
+            session = await (client.resume(key, 0) if key else start(client, "sh", "-c", f"cat > {target}"))
+            key = session.key
+            if session.resumed is not None:
+                assert session.resumed.received <= sent
+                sent = session.resumed.received
+            part = data[sent : sent + 400_000]
+            if not part:
+                await session.close_stdin()
+                assert isinstance(await session.receive(), ExecResult)
+                break
+            with trio.move_on_after(0.05):
+                await session.send_stdin(part)
+            sent += len(part)
+    assert target.read_bytes() == data
+
+
+async def test_without_a_client_it_waits_and_takes_no_memory(agent: Agent) -> None:
+    async with connected(agent) as client:
+        session = await start(client, "sh", "-c", "yes | head -c 10000000")
+        got = 0
+        with trio.move_on_after(0.5):
+            while isinstance(output := await session.receive(), Output):
+                got += len(output.data)
+        assert 0 < got <= KEPT_BYTES
+        with pytest.raises(InvalidRequest, match="were sent"):
+            session.acknowledge(got + 1)
+    assert agent.memory < 2_000_000
+    async with connected(agent) as client:
+        for wrong in (got + KEPT_BYTES, 2**62):
+            with pytest.raises(NotFound):
+                await client.resume(session.key, wrong)
+        session = await client.resume(session.key, 0)
+        again = 0
+        while again < got:
+            output = await session.receive()
+            assert isinstance(output, Output)
+            again += len(output.data)
+        session.end()
+        await session.aclose()
+
+
+async def test_many_small_pieces_of_both_streams_are_kept(agent: Agent) -> None:
+    """Records take more than what they hold."""
+    script = "i=0; while [ $i -lt 3000 ]; do echo -n o; echo -n e >&2; i=$((i+1)); done"
+    had: dict[bool, bytes] = {False: b"", True: b""}
+    async with connected(agent) as client:
+        session = await start(client, "sh", "-c", script)
+        await trio.sleep(0.2)
+    async with connected(agent) as client:
+        session = await client.resume(session.key, 0)
+        while isinstance(output := await session.receive(), Output):
+            had[output.stderr] += output.data
+            session.acknowledge(len(had[False]) + len(had[True]))
+    assert had == {False: b"o" * 3000, True: b"e" * 3000}
+
+
+async def test_its_time_ends(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    agent = Agent(root, "--keep-ms", "50")
+    try:
+        async with connected(agent) as client:
+            session = await start(client, "sleep", "1000")
+        await trio.sleep(0.2)
+        async with connected(agent) as client:
+            with pytest.raises(NotFound):
+                await client.resume(session.key, 0)
+        children = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children")
+        with trio.fail_after(10):
+            while children.read_text():
+                await trio.sleep(0.01)
+    finally:
+        agent.close()
