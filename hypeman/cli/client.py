@@ -11,6 +11,7 @@ import http.client
 import select
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
@@ -23,6 +24,10 @@ from hypeman.text import one_line
 
 TIMEOUT = 120.0
 """Seconds without a byte; the server ends a request after 60."""
+
+
+_COME_BACK_SECONDS = 60.0
+_RETRY_SECONDS = 0.2
 
 
 class ApiError(Exception):
@@ -60,6 +65,8 @@ class Client:
         self.settings = settings
         self.debug = debug
         self._connection: http.client.HTTPConnection | None = None
+        self._position = ""
+        """Of the last line of a log: where the next one is asked for."""
 
     # Calls
 
@@ -112,7 +119,9 @@ class Client:
         exact, ends = None, True
         try:
             for line in response:
-                if line.startswith((b": bytes=", b": piece=")):
+                if line.startswith(b"id: "):
+                    self._position = line[4:].decode().strip()
+                elif line.startswith((b": bytes=", b": piece=")):
                     exact, ends = base64.b64decode(line[8:]), line.startswith(b": bytes=")
                 elif line.startswith(b"data: "):
                     yield msgspec.json.decode(line[6:], type=str).encode() if exact is None else exact, ends
@@ -121,6 +130,33 @@ class Client:
             raise Unreachable(f"the stream broke: {error}") from None
         finally:
             self.close()
+
+    def followed_lines(self, path: str, **query: Any) -> Iterator[tuple[bytes, bool]]:
+        """As ``lines`` with ``follow``, and over the end of the server, as in an upgrade: no line is lost, none comes
+        twice. Ends with the log."""
+        self._position = ""
+        lost = None
+        while True:
+            after = {"after": self._position} if self._position else {}
+            try:
+                for line in self.lines(path, follow=True, positions=True, **after, **query):
+                    lost = None
+                    yield line
+            except Unreachable:
+                if not self._position:
+                    raise
+            except ApiError as error:
+                if lost is None or error.status < 500:  # 404: the instance is gone, and so is its log
+                    if after and error.status == 404:
+                        return
+                    raise
+            if not self._position:
+                return
+            if lost is None:
+                lost = time.monotonic()
+            elif time.monotonic() - lost > _COME_BACK_SECONDS:
+                raise Unreachable("the server did not come back")
+            time.sleep(_RETRY_SECONDS)
 
     def close(self) -> None:
         if self._connection is not None:

@@ -78,7 +78,7 @@ def top(session: Session, instance: str, arguments: tuple[str, ...]) -> None:
 def attach(session: Session, instance: str, no_stdin: bool, sig_proxy: str | None) -> None:
     """Follow the output of an instance's program. For a terminal in it use `exec -it`."""
     with interrupted(f"{instance} continues"):
-        for line, ends in session.client.lines(f"{path_of(instance)}/logs", follow=True, tail=0, source="app"):
+        for line, ends in session.client.followed_lines(f"{path_of(instance)}/logs", tail=0, source="app"):
             write_log(line, ends)
 
 

@@ -131,7 +131,9 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 @reports
 def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
     """Show what an instance printed."""
-    for line, ends in session.client.lines(f"{path_of(instance)}/logs", follow=follow, tail=tail, source=source):
+    client, path = session.client, f"{path_of(instance)}/logs"
+    lines = client.followed_lines if follow else client.lines
+    for line, ends in lines(path, tail=tail, source=source):
         # Workload output is data, as with exec. The other logs are hypeman's and quote untrusted text.
         write_log(line if source == "app" else one_line(line.decode(errors="replace")).encode(), ends)
 

@@ -12,6 +12,8 @@ Rules:
   the stream ends: its instance was deleted.
 - The requested lines may extend into the one old file that rotation keeps (``<path>.1``).
 - A line longer than MAX_LINE comes in pieces, each but the last marked with CONTINUES at its end.
+- With ``positions`` each event has an id: device and inode of the file, and the offset behind the line. Opened
+  ``after`` one, a stream goes on from there, in whatever file that is now; what was rotated away meanwhile is left out.
 - Bytes that are not UTF-8 become U+FFFD. What the data cannot hold is in a comment before it, which clients of
   server-sent events skip and our command line reads: ``: bytes=<base64 of the line>``, ``: piece=<the same>``.
 """
@@ -20,12 +22,14 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 
 import msgspec
 import trio
 
+from hypeman.errors import InvalidRequest
 from hypeman.host.safe_open import open_log
 from hypeman.server.inotify import ChangeWatch
 
@@ -47,6 +51,37 @@ def encode_events(lines: bytes) -> bytes:
     except UnicodeDecodeError:
         return b"".join(_encode_any(line) for line in lines[:-1].split(b"\n"))
     return b"".join([b"data: " + _encode(line.removesuffix("\r")) + b"\n\n" for line in text.split("\n")])
+
+
+def encode_placed(lines: bytes, fd: int, end: int) -> bytes:
+    """As ``encode_events``, with ids; ``end`` is the offset in ``fd`` behind the last line."""
+    file = os.fstat(fd)
+    at = end - len(lines)
+    events = []
+    for line in lines[:-1].split(b"\n"):
+        at += len(line) + 1
+        events.append(b"id: %d-%d-%d\n" % (file.st_dev, file.st_ino, at) + _encode_any(line))
+    return b"".join(events)
+
+
+class Position(msgspec.Struct, frozen=True):
+    """Where a line of a log ends."""
+
+    device: int
+    inode: int
+    offset: int
+
+    @classmethod
+    def parse(cls, text: str) -> Position:
+        """Raises InvalidRequest."""
+        match = re.fullmatch(r"(\d{1,19})-(\d{1,19})-(\d{1,18})", text)
+        if match is None:
+            raise InvalidRequest(f"after is {text!r}, but wants the id of an event")
+        return cls(*map(int, match.groups()))
+
+    def is_in(self, fd: int) -> bool:
+        file = os.fstat(fd)
+        return (file.st_dev, file.st_ino) == (self.device, self.inode) and self.offset <= file.st_size
 
 
 def encode_piece(piece: bytes) -> bytes:
@@ -92,6 +127,11 @@ class LineCutter:
     def __init__(self) -> None:
         self._rest = b""
 
+    @property
+    def waiting(self) -> int:
+        """Bytes of the partial line."""
+        return len(self._rest)
+
     def feed(self, block: bytes) -> bytes:
         """The complete lines, newlines included; may be empty."""
         end = block.rfind(b"\n") + 1
@@ -120,14 +160,35 @@ class LineCutter:
         return lines + b"\n" if lines else b""
 
 
+_Opened = tuple[int, int]
+"""A file and the offset to start at."""
+
+
+def _files_after(path: str, fd: int, after: Position) -> tuple[_Opened, _Opened | None]:
+    """The current file and the old one, as far as they have anything ``after`` that position."""
+    if after.is_in(fd):
+        return (fd, after.offset), None
+    try:
+        old = open_log(path + ".1", os.O_RDONLY)
+    except OSError:
+        return (fd, 0), None
+    return (fd, 0), (old, after.offset if after.is_in(old) else 0)
+
+
 class LogStream:
     """The events of one log file. Close it, or iterate to the end."""
 
     def __init__(
-        self, path: str, current: tuple[int, int], old: tuple[int, int] | None, watch: ChangeWatch | None
+        self,
+        path: str,
+        current: _Opened,
+        old: _Opened | None,
+        watch: ChangeWatch | None,
+        positions: bool = False,
     ) -> None:
         """``current`` and ``old`` are files with the offset to start at."""
         self._path = path
+        self._positions = positions
         self._fd, self._offset = old or current
         self._next = current if old else None
         """The file to continue with after this one."""
@@ -139,14 +200,20 @@ class LogStream:
         self._ended = False
 
     @classmethod
-    async def open(cls, path: str, *, tail: int, follow: bool) -> LogStream:
-        """Open a stream. Raises OSError (usually FileNotFoundError) before anything is sent."""
-        return await trio.to_thread.run_sync(cls._open, path, tail, follow)
+    async def open(cls, path: str, *, tail: int, follow: bool, positions: bool = False, after: str = "") -> LogStream:
+        """Open a stream; ``tail`` is of no effect ``after`` a position.
+
+        Raises OSError (usually FileNotFoundError) before anything is sent, and InvalidRequest.
+        """
+        place = Position.parse(after) if after else None
+        return await trio.to_thread.run_sync(cls._open, path, tail, follow, positions or bool(after), place)
 
     @classmethod
-    def _open(cls, path: str, tail: int, follow: bool) -> LogStream:
+    def _open(cls, path: str, tail: int, follow: bool, positions: bool, after: Position | None) -> LogStream:
         fd = open_log(path, os.O_RDONLY)
         watch = ChangeWatch(path) if follow else None  # before the first read, so that no change is missed
+        if after is not None:
+            return cls(path, *_files_after(path, fd, after), watch, positions)
         offset, missing = find_tail(fd, tail)
         old = None
         if missing:
@@ -156,7 +223,7 @@ class LogStream:
                 pass
             else:
                 old = (old_fd, find_tail(old_fd, missing)[0])
-        return cls(path, (fd, offset), old, watch)
+        return cls(path, (fd, offset), old, watch, positions)
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -165,14 +232,26 @@ class LogStream:
         while not self._ended:
             block = await self._read()
             lines = self._cutter.feed(block) if block else self._turn_page()
-            events = encode_events(lines) if lines else b""
+            events = self._encode(lines) if lines else b""
             if piece := self._cutter.take_piece():
-                events += encode_piece(piece)
+                events += self._id() + encode_piece(piece)
             if events:
                 return events
         self.close()
         await trio.lowlevel.checkpoint()
         raise StopAsyncIteration
+
+    def _encode(self, lines: bytes) -> bytes:
+        if not self._positions:
+            return encode_events(lines)
+        # A partial line that was flushed may be of the file before this one: then it ends where this one begins.
+        return encode_placed(lines, self._fd, self._offset - self._cutter.waiting)
+
+    def _id(self) -> bytes:
+        if not self._positions:
+            return b""
+        file = os.fstat(self._fd)
+        return b"id: %d-%d-%d\n" % (file.st_dev, file.st_ino, self._offset - self._cutter.waiting)
 
     async def _read(self) -> bytes:
         """The next block; empty if there is none even after waiting.

@@ -32,7 +32,7 @@ class Running:
 
     def __init__(self, directory: Path) -> None:
         logs = directory / "logs"
-        logs.mkdir()
+        logs.mkdir(exist_ok=True)
         self.world = FakeWorld(logs)
         self.socket = str(directory / "hypeman.sock")
         self.url = f"unix://{self.socket}"

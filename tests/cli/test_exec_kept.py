@@ -57,24 +57,18 @@ def execute(server: Running, *arguments: str) -> subprocess.Popen[bytes]:
     )  # all pipes; `communicate` knows of no buffers
 
 
-def upgrade(directory: Path, agent: Agent) -> Running:
-    for name in ("logs", "hypeman.sock"):
-        (directory / name).rename(directory / f"{name}.{os.urandom(4).hex()}") if (directory / name).exists() else None
-    return Upgraded(directory, agent)
-
-
 def test_output_is_whole_over_two_upgrades(tmp_path: Path, agent: Agent) -> None:
     program = "i=0; while [ $i -lt 60 ]; do seq $((i * 500)) $((i * 500 + 499)); i=$((i+1)); sleep 0.1; done; exit 5"
     with Upgraded(tmp_path, agent) as first:
         running = execute(first, "web", "--", "sh", "-c", program)
         assert running.stdout is not None
         begin = running.stdout.read(1000)
-    with upgrade(tmp_path, agent) as second:
+    with Upgraded(tmp_path, agent) as second:
         while len(begin) < 50_000:
             begin += running.stdout.read(10_000)
         second.do(second.cut)
         begin += running.stdout.read(1)
-    with upgrade(tmp_path, agent):
+    with Upgraded(tmp_path, agent):
         output, errors = running.communicate(timeout=60)
     assert begin + output == b"".join(b"%d\n" % i for i in range(30_000))
     assert (running.returncode, errors) == (5, b"")
@@ -91,7 +85,7 @@ def test_input_is_whole_over_an_upgrade(tmp_path: Path, agent: Agent) -> None:
         assert running.stdin is not None
         running.stdin.write(data[:900_000])
         wait_until(lambda: target.exists() and target.stat().st_size == 1000)
-    with upgrade(tmp_path, agent):
+    with Upgraded(tmp_path, agent):
         running.communicate(data[900_000:], timeout=60)
     assert running.returncode == 0
     assert target.read_bytes() == data
@@ -103,7 +97,7 @@ def test_a_terminal_goes_on_with_the_size_it_has_now(tmp_path: Path, agent: Agen
         opened.type(b"A=kept; echo re${A}y\n")
         opened.wait_for(b"rekepty")
     opened.resize(44, 101)
-    with upgrade(tmp_path, agent):
+    with Upgraded(tmp_path, agent):
         opened.type(b"stty size; echo still $A\n")
         opened.wait_for(b"still kept")
         opened.wait_for(b"44 101")
@@ -131,7 +125,7 @@ def test_a_program_that_is_gone_is_an_error_at_once(tmp_path: Path, agent: Agent
         assert running.stdout is not None
         assert running.stdout.readline() == b"here\n"
     other = Agent(tmp_path / "root")
-    with upgrade(tmp_path, other):
+    with Upgraded(tmp_path, other):
         _, errors = running.communicate(timeout=30)
     other.close()
     assert (running.returncode, b"cannot be resumed: there is no such program" in errors) == (255, True), errors

@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hypeman.errors import InvalidRequest
 from hypeman.server import follow, inotify
 from hypeman.server.follow import LineCutter, LogStream, encode_events, find_tail
 
@@ -286,3 +288,31 @@ async def test_many_followers_of_a_busy_log(tmp_path: Path, nursery: trio.Nurser
     for collector in collectors:
         assert collector.lines == [f"{turn}/{number}" for turn in range(3) for number in range(2000)]
     nursery.cancel_scope.cancel()
+
+
+async def test_it_goes_on_after_any_line(tmp_path: Path) -> None:
+    """Wherever it ended, in whatever file that line is now; a position that is nowhere gives all that is left."""
+    path = tmp_path / "app.log"
+    lines = ["one", "", "zwölf", "x" * 300, "\r", "last"]
+    path.write_bytes(("\n".join(lines)).encode() + b"\n")
+    every = await placed(path)
+    assert [line for _, line in every] == ["one", "", "zwölf", "x" * 300, "", "last"]
+    for count, (position, _) in enumerate(every, 1):
+        assert await placed(path, after=position) == every[count:]
+    path.rename(f"{path}.1")
+    path.write_text("new\n")
+    assert [line for _, line in await placed(path, after=every[3][0])] == ["", "last", "new"]
+    path.rename(f"{path}.1")
+    path.write_text("newer\n")
+    assert [line for _, line in await placed(path, after=every[3][0])] == ["new", "newer"]
+    for wrong in ("1-2", "1-2-x", "1-2--3", "9" * 30 + "-1-1"):
+        with pytest.raises(InvalidRequest):
+            await placed(path, after=wrong)
+
+
+async def placed(path: Path, after: str = "") -> list[tuple[str, str]]:
+    stream = await LogStream.open(str(path), tail=100, follow=False, positions=True, after=after)
+    events = b"".join([chunk async for chunk in stream]).decode().split("\n\n")[:-1]
+    return [
+        (event.split("\n")[0].removeprefix("id: "), msgspec.json.decode(event.split("data: ")[-1])) for event in events
+    ]

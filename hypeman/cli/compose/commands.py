@@ -171,7 +171,8 @@ def logs(session: Session, services: tuple[str, ...], follow: bool, tail: int) -
     def show(key: str, row: dict[str, Any]) -> None:
         client = Client(session.client.settings)
         try:
-            for line, _ in client.lines(f"{path_of(row['id'])}/logs", follow=follow, tail=tail, source="app"):
+            lines = client.followed_lines if follow else client.lines
+            for line, _ in lines(f"{path_of(row['id'])}/logs", tail=tail, source="app"):
                 with lock:
                     write_log(f"{key:<{width}} | ".encode() + line, ends=True)
         except (ApiError, Unreachable) as error:

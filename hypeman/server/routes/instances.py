@@ -45,6 +45,10 @@ class LogQuery(Struct, frozen=True, kw_only=True):
     tail: Annotated[Count, Meta(description="Lines from before")] = 100
     follow: bool = False
     source: LogSource = LogSource.APP
+    positions: Annotated[bool, Meta(description="Extension. Each event has an id: where its line ends")] = False
+    after: Annotated[
+        str, Meta(description="Extension. The id of an event: go on with the line after it, and with ids; no tail")
+    ] = ""
 
 
 class StatQuery(Struct, frozen=True, kw_only=True):
@@ -156,7 +160,9 @@ async def get_logs(services: Services, id: str, query: LogQuery) -> EventStream:
         if query.follow and query.source is LogSource.APP:
             await stack.enter_async_context(services.policies.using(id, "logs"))
         try:
-            stream = await LogStream.open(str(path), tail=query.tail, follow=query.follow)
+            stream = await LogStream.open(
+                str(path), tail=query.tail, follow=query.follow, positions=query.positions, after=query.after
+            )
         except FileNotFoundError:
             raise NotFound(f"there is no {query.source} log yet", code="log_not_found") from None
         return EventStream(UsedStream(stream, stack.pop_all()))

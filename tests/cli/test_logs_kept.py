@@ -1,0 +1,40 @@
+"""``logs -f`` over the end of its server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cli.conftest import Running
+
+
+def test_no_line_is_lost_or_doubled_over_an_upgrade(tmp_path: Path) -> None:
+    with Running(tmp_path) as first:
+        first.world.instances.add("web")
+        log = tmp_path / "logs" / "web-app.log"
+        log.write_text("one\ntwo\n")
+        command = [sys.executable, "-m", "hypeman", "--base-url", first.url, "logs", "-f", "web"]
+        running = subprocess.Popen(command, bufsize=0, stdout=-1, stderr=-1)
+        assert running.stdout is not None
+        seen = b""
+        while not seen.endswith(b"two\n"):
+            seen += running.stdout.read(100)
+        with log.open("a") as file:
+            file.write("three\nfo")
+    log.rename(f"{log}.1")
+    with open(f"{log}.1", "a") as file:
+        file.write("ur\nfive\n")
+    log.write_text("six\n")
+    with Running(tmp_path) as second:
+        second.world.instances.add("web")
+        while not seen.endswith(b"six\n"):
+            seen += running.stdout.read(100)
+        with log.open("a") as file:
+            file.write("seven\n")
+        while not seen.endswith(b"seven\n"):
+            seen += running.stdout.read(100)
+        running.terminate()
+        _, errors = running.communicate(timeout=30)
+    assert seen == b"one\ntwo\nthree\nfour\nfive\nsix\nseven\n"
+    assert errors == b""
