@@ -186,6 +186,9 @@ class FakeImages:
 class FakeExec(ExecSession):
     """A program that says back what it reads in capitals and ends with its stdin, or at ``exit N``."""
 
+    key = b""
+    """It keeps no programs; ``tests/cli/test_exec_kept.py`` has the real agent for that."""
+
     def __init__(self, request: ExecRequest) -> None:
         self.request = request
         self.sizes: list[tuple[int, int]] = []
