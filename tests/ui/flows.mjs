@@ -115,6 +115,16 @@ test("create, watch it boot, use its terminal, logs and files, snapshot, fork, d
   await page.done();
 });
 
+test("events from before and new ones are listed, and filtered", async () => {
+  const page = await open(browser, "/events");
+  await page.getByText("created, image docker.io/library/nginx:alpine").first().waitFor();
+  await api("POST", "/instances/redis/standby");
+  await page.getByText("Running → Standby").first().waitFor();
+  await page.getByLabel("Kind").selectOption("volume");
+  await page.getByText("0 events").waitFor();
+  await page.done();
+});
+
 test("images are pulled with the progress of each layer", async () => {
   const page = await open(browser, "/images");
   await page.getByRole("button", { name: "Pull" }).click();

@@ -7,11 +7,11 @@ import * as path from "node:path";
 const { chromium } = createRequire(path.join(process.cwd(), "/"))("playwright-core");
 const [folder, ...only] = process.argv.slice(2);
 const { BASE = "http://localhost:8080", TOKEN, CHROMIUM = "/usr/bin/chromium" } = process.env;
-const WIDTHS = { wide: [1440, 900], medium: [1024, 768], phone: [390, 844] };
+const WIDTHS = { wide: [1440, 900], readme: [1200, 720], medium: [1024, 768], phone: [390, 844] };
 const PAGES = {
   login: ["/login", async () => {}],
-  instances: ["/instances", (page) => page.waitForTimeout(9000)],
-  instance: ["/instances/web", (page) => page.waitForTimeout(9000)],
+  instances: ["/instances", (page) => page.waitForTimeout(Number(process.env.WAIT ?? 9000))],
+  instance: ["/instances/web", (page) => page.waitForTimeout(Number(process.env.WAIT ?? 9000))],
   logs: ["/instances/web/logs", async (page) => { await page.getByLabel("Search the log").fill("GET /assets"); await page.waitForTimeout(900); }],
   terminal: ["/instances/web/terminal", async (page) => {
     await page.locator(".xterm-screen").click();

@@ -1,6 +1,7 @@
 // What happened on the host, newest first: what is retained, and what happens now.
-import { useComputed, useSignal } from "@preact/signals";
+import { useSignal } from "@preact/signals";
 import type { Event as Change } from "api-types";
+import { useMemo } from "preact/hooks";
 import { clock, dateTime, plural } from "../format";
 import { changes } from "../live";
 import { Empty, Icon, Link, Page, Panel, Problem, Select, useResource } from "../ui";
@@ -40,15 +41,14 @@ export function Events() {
   const since = useSignal("24h");
   const text = useSignal("");
   const past = useResource<Change[]>(`/events?follow=false&limit=10000&since=${since.value}${kind.value ? `&type=${kind.value}` : ""}`);
-  const shown = useComputed(() => {
+  const now = changes.value;
+  const shown = useMemo(() => {
     const by = new Map<number, Change>();
-    for (const event of [...(past.data ?? []), ...changes.value]) if (!kind.value || event.object.kind === kind.value) by.set(event.cursor, event);
+    for (const event of [...(past.data ?? []), ...now]) if (!kind.value || event.object.kind === kind.value) by.set(event.cursor, event);
     const wanted = text.value.toLowerCase();
     return [...by.values()].sort((a, b) => b.cursor - a.cursor)
       .filter((event) => !wanted || `${event.type} ${event.object.name} ${event.object.id} ${words(event)} ${event.actor?.subject}`.toLowerCase().includes(wanted));
-  });
-  // past is no signal: read it here, so that a new answer is shown
-  void past.data;
+  }, [past.data, now, kind.value, text.value]);
   return (
     <Page title="Events" subtitle="Every life-cycle change on this host, and who asked for it.">
       <div class="toolbar">
@@ -58,9 +58,9 @@ export function Events() {
       </div>
       {past.error && <Problem message={past.error} onRetry={past.reload} />}
       <Panel flush>
-        {shown.value.length ? <EventList events={shown.value.slice(0, 500)} /> : past.data && <Empty icon="events" title="Nothing happened">Creating, starting, stopping, pulling: each change appears here the moment it is made.</Empty>}
+        {shown.length ? <EventList events={shown.slice(0, 500)} /> : past.data && <Empty icon="events" title="Nothing happened">Creating, starting, stopping, pulling: each change appears here the moment it is made.</Empty>}
       </Panel>
-      <footer class="list-foot">{shown.value.length > 500 ? `The newest 500 of ${shown.value.length.toLocaleString()} events` : plural(shown.value.length, "event")}</footer>
+      <footer class="list-foot">{shown.length > 500 ? `The newest 500 of ${shown.length.toLocaleString()} events` : plural(shown.length, "event")}</footer>
     </Page>
   );
 }

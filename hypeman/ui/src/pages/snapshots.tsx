@@ -87,10 +87,11 @@ function Node({ one, instance, forks }: { one: Snapshot; instance: Instance; for
       <div class="node">
         <Icon name="camera" /><b>{name}</b><span class="tag">{one.kind === "Standby" ? "memory and disks" : "disks"}</span>
         <small>{bytes(one.compressed_size_bytes ?? one.size_bytes)} · <Time at={one.created_at} /></small>
-        <span class="grow" />
+        <span class="node-actions">
         <Button kind="plain" icon="fork" scope="snapshot:write" onClick={fork}>Fork</Button>
         <Button kind="plain" icon="restore" scope="snapshot:write" onClick={restore}>Restore</Button>
         <Button kind="plain" icon="trash" scope="snapshot:delete" label={`Delete ${name}`} onClick={destroy} />
+        </span>
       </div>
       {forks.length > 0 && <ul>{forks.map((one) => <ForkNode key={one.id} fork={one} />)}</ul>}
     </li>

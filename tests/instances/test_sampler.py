@@ -1,0 +1,39 @@
+"""The usage of all instances, read once for all who ask."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import trio
+import trio.testing
+
+from hypeman.instances.sampler import PERIOD, Sampler
+
+
+async def test_many_readers_cost_one_reading_a_second(autojump_clock: trio.testing.MockClock) -> None:
+    read: list[str] = []
+
+    def records() -> list[Any]:
+        read.append("records")
+        return [
+            SimpleNamespace(id="runs", handle=SimpleNamespace(pid=os.getpid())),
+            SimpleNamespace(id="stopped", handle=None),
+            SimpleNamespace(id="gone", handle=SimpleNamespace(pid=2**22 + 1)),
+        ]
+
+    sampler = Sampler(records, lambda: {"runs": (7, 9)}, lambda: datetime.now(UTC))
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(sampler.get)
+    found = {one.instance_id: one for one in (await sampler.get()).instances}
+    assert len(read) == 1
+    assert set(found) == {"runs", "gone"}
+    assert found["runs"].memory_rss_bytes > 2**20
+    assert (found["runs"].network_rx_bytes, found["runs"].network_tx_bytes) == (7, 9)
+    assert (found["gone"].memory_rss_bytes, found["gone"].network_rx_bytes) == (0, 0)
+    await trio.sleep(PERIOD)
+    await sampler.get()
+    assert len(read) == 2
