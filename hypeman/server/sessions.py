@@ -33,6 +33,8 @@ SESSION = 12 * 3600
 LINK = 120
 """Seconds that a link works."""
 MAX_SESSIONS = 1000
+MAX_OF_ONE = 50
+"""Of one subject: nobody ends the sessions of others by logging in often."""
 MAX_LINKS = 100
 COOKIE = "hypeman_session"
 SAFE_METHODS = frozenset(["GET", "HEAD"])
@@ -69,17 +71,21 @@ class Sessions:
         self._link_ends: dict[str, float] = {}
 
     async def begin(self, caller: Caller, host: str) -> tuple[str, float]:
-        """A new session of ``caller``: the cookie's value, and when it ends. The oldest of too many is ended."""
+        """A new session of ``caller``: the cookie's value, and when it ends. The oldest of too many are ended."""
         value = secrets.token_urlsafe(32)
         ends = min(self._now() + SESSION, caller.expires_at or float("inf"))
         permissions = None if caller.permissions is None else tuple(sorted(caller.permissions))
         row = SessionRow(caller.subject, permissions, host, ends)
 
         def write(txn: Txn) -> None:
-            rows = sorted(((other.expires_at, key) for key, other in txn.scan(SESSIONS)), reverse=True)
-            for at, (expires_at, key) in enumerate(rows):
-                if expires_at <= self._now() or at >= MAX_SESSIONS - 1:
+            total, kept = 1, {caller.subject: 1}
+            for key, other in sorted(txn.scan(SESSIONS), key=lambda row: row[1].expires_at, reverse=True):
+                kept[other.subject] = kept.get(other.subject, 0) + 1
+                over = kept[other.subject] > MAX_OF_ONE or total >= MAX_SESSIONS
+                if other.expires_at <= self._now() or over:
                     txn.delete(SESSIONS, key)
+                else:
+                    total += 1
             txn.put(SESSIONS, self._key(value), row)
 
         await self._store.write(write)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -191,6 +193,10 @@ async def test_the_page_asks_no_other_host(app: ApiApp) -> None:
     assert response.content_type == "text/html; charset=utf-8"
     assert 'fetch("spec.json")' in page
     assert not re.search(r"https?://|//cdn|innerHTML", page)
+    policy = response.headers["Content-Security-Policy"]
+    assert "unsafe" not in policy
+    for part in re.findall(r"<(?:script|style)>(.*?)</(?:script|style)>", page, re.DOTALL):
+        assert base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() in policy
 
 
 if __name__ == "__main__":

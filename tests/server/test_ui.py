@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from websockets.sync.client import connect
@@ -20,6 +21,7 @@ from hypeman.server.exchange import ServerSettings
 from hypeman.server.serve import Server, bind_unix
 from hypeman.server.sessions import (
     LINK,
+    MAX_OF_ONE,
     MAX_SESSIONS,
     SESSION,
     SESSIONS,
@@ -244,13 +246,19 @@ async def test_the_store_holds_no_cookie_and_not_more_than_so_many(
     def fill(txn: Any) -> None:
         row = txn.get(SESSIONS, next(txn.keys(SESSIONS)))
         for number in range(MAX_SESSIONS + 5):
-            txn.put(SESSIONS, f"{number}", row)
+            txn.put(SESSIONS, f"{number}", msgspec.structs.replace(row, subject=f"{number % 30}"))
 
     await store.write(fill)
     clock.now += 1
     newest, _ = await sessions.begin(LOCAL, HOST)
     assert store.read(lambda txn: len(list(txn.keys(SESSIONS)))) == MAX_SESSIONS
     assert sessions.caller(newest, HOST).subject == "local"
+    for _ in range(MAX_OF_ONE + 5):
+        last, _ = await sessions.begin(Caller("bob", None), HOST)
+    assert sessions.caller(newest, HOST).subject == "local"
+    assert sessions.caller(last, HOST).subject == "bob"
+    of_bob = store.read(lambda txn: sum(row.subject == "bob" for _, row in txn.scan(SESSIONS)))
+    assert of_bob <= MAX_OF_ONE
 
 
 async def test_a_link_logs_in_once_and_not_for_long(ask: Ask, clock: Clock) -> None:

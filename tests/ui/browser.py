@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from hypeman.host.usage import read_usage
 from hypeman.tokens import Scope, mint
 from tests.real.appliance import Namespace, check_host, running_appliance, short_directory
 from tests.real.kind import PATIENCE
@@ -61,6 +62,7 @@ def fakes(namespace: Namespace, *arguments: str) -> Iterator[str]:
     try:
         yield f"http://localhost:{json.loads(process.stdout.readline())['port']}"
         assert process.poll() is None, "the server of fakes has ended"
+        print(f"the server of fakes used {read_usage(process.pid).cpu_seconds} s of CPU time")
     finally:
         process.terminate()
         process.wait(20)

@@ -125,6 +125,22 @@ test("events from before and new ones are listed, and filtered", async () => {
   await page.done();
 });
 
+test("an operation can be tried on the page of the API, with the session and with a token", async () => {
+  const page = await open(browser, "/instances");
+  await page.goto(`${BASE}/swagger`);
+  const operation = page.locator("details").filter({ has: page.locator("summary", { hasText: /^GET\/instances\/\{id\}One/ }) });
+  await operation.locator("summary").click();
+  await operation.getByRole("button", { name: "Try it" }).click();
+  await operation.getByLabel("id *").fill("web");
+  await operation.getByRole("button", { name: "Send" }).click();
+  await operation.getByText('"name": "web"').waitFor();
+  await page.getByLabel("Token", { exact: true }).fill("nonsense");
+  page.expected.push(/401/);
+  await operation.getByRole("button", { name: "Send" }).click();
+  await operation.getByText("→ 401").waitFor();
+  await page.done();
+});
+
 test("images are pulled with the progress of each layer", async () => {
   const page = await open(browser, "/images");
   await page.getByRole("button", { name: "Pull" }).click();
