@@ -18,6 +18,7 @@ import trio.lowlevel
 import trustme
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from hypeman.events.log import EVENTS
 from hypeman.ingress.certificates.acme import Acme, Pace, renewal_time
 from hypeman.ingress.certificates.acme_client import CA, make_key
 from hypeman.ingress.certificates.acme_types import (
@@ -248,6 +249,11 @@ async def test_a_rejected_validation_tries_the_other_challenge_next(tmp_path: Pa
         here.clock.now += timedelta(minutes=2)
         await here.has("a.com")
         assert here.ca.shown == [("a.com", "tls-alpn-01"), ("a.com", "http-01")]
+        failed, issued = here.store.read(lambda txn: [event for _, event in txn.scan(EVENTS)])
+        assert (failed.type, failed.object.id) == ("ingress.certificate_failed", "a.com")
+        assert failed.data
+        assert failed.data["error"] == "dns: no\\nname"
+        assert issued.type == "ingress.certificate_issued"
         here.ports = (8443,)
         await here.acme.use(["b.com"])
         await here.until(lambda: "none can be answered on our ports" in here.acme.error("b.com"))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, TypeVar
 import trio
 from msgspec import Struct
 
+from hypeman import events
 from hypeman.ingress.certificates import rows
 from hypeman.ingress.certificates.acme_types import (
     HTTP_01,
@@ -240,7 +241,9 @@ class Acme:
             if code == "rateLimited":
                 pause = max(pause, _RATE_LIMITED)
             dead = {"order": "", "order_key": ""} if is_dead or code == "accountDoesNotExist" else {}
-            rows.change(txn, name, error=str(error), next_attempt=self._now() + pause, **dead)
+            when = self._now() + pause
+            rows.change(txn, name, error=str(error), next_attempt=when, **dead)
+            _record(txn, name, "certificate_failed", error=str(error), next_attempt=when.isoformat())
             if code == "accountDoesNotExist":
                 account = txn.get(ACCOUNTS, self._settings.account)
                 if account is not None:
@@ -274,12 +277,15 @@ class Acme:
             order = await self._wait_for_order(ca, url, order, "valid")
             chain = await self._call(ca.download, order.certificate)
             pair = await trio.to_thread.run_sync(partial(_check_issued, name, chain, key, self._now()))
-            await self._store.write(
-                lambda txn: rows.change(
+
+            def finish(txn: Txn) -> None:
+                rows.change(
                     txn, name, chain=pair.chain, key=pair.key, account=self._settings.account, order="", order_key="",
                     not_after=pair.not_after, failures=0, next_attempt=None, error="",
-                )
-            )  # fmt: skip
+                )  # fmt: skip
+                _record(txn, name, "certificate_issued", not_after=pair.not_after.isoformat())
+
+            await self._store.write(finish)
             return pair
         finally:
             ca.close()
@@ -383,6 +389,10 @@ def _forget_old(wanted: Collection[str], now: datetime, txn: Txn) -> None:
         ends = [when for when in (row.not_after, row.next_attempt) if when is not None]
         if name not in wanted and all(when < now for when in ends):
             txn.delete(CERTIFICATES, name)
+
+
+def _record(txn: Txn, name: str, action: str, **data: str) -> None:
+    events.record(txn, events.Kind.INGRESS, action, name, name=name, data=data)
 
 
 def renewal_time(name: str, pair: Pair) -> datetime:
