@@ -348,8 +348,10 @@ class Site:
             run(["hypeman", "image", "import", "--name", file.reference, str(staged / file.name)])
         for file in verified.manifest.of(Kind.COMPOSE):
             say("creating instances")
-            which = ("--project-name", verified.manifest.name, "--file", str(staged / file.name))
-            run(["hypeman", "compose", *which, "up"])
+            stack = staged / "stack" / verified.manifest.name / "compose.yaml"  # a stack is called as its directory
+            stack.parent.mkdir(parents=True)
+            stack.hardlink_to(staged / file.name)
+            run(["hypeman", "compose", "--file", str(stack), "up"])
 
     def _roll_back(self, reason: str, staged: Path | None = None) -> Journal:
         """Idempotent: copies what was saved, and writes the journal last."""

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 GLIBC = tuple(map(int, os.environ.get("HYPEMAN_GLIBC", "2.36").split(".")))
-"""Debian 12, unless built for older systems (``old-glibc``). README says so."""
+"""Debian 12, unless the build is for another system. README says so."""
 
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE = 60

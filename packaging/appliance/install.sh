@@ -44,7 +44,7 @@ cp "$here/completions/bash" /usr/share/bash-completion/completions/hypeman
 cp "$here/completions/zsh" /usr/local/share/zsh/site-functions/_hypeman
 cp "$here/completions/fish" /usr/share/fish/vendor_completions.d/hypeman.fish
 
-[ -e /etc/hypeman ] || first=yes
+[ -e /etc/hypeman/config.yaml ] || first=yes # drop-ins may be there before
 /usr/share/hypeman/make-config /usr/share/hypeman/config.yaml
 [ -z "${first:-}" ] || cut -d' ' -f1 /proc/modules > /etc/hypeman/modules-before # these stay loaded at removal
 while read -r module; do
