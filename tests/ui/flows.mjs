@@ -165,6 +165,7 @@ test("what the token may not do is shown with the reason, and does nothing", asy
 
 test("the palette finds, and letters go to pages", async () => {
   const page = await open(browser, "/instances");
+  await page.getByRole("link", { name: "agent", exact: true }).waitFor();
   await page.keyboard.press("Control+k");
   await page.getByRole("option", { name: /^postgres/ }).first().waitFor();
   await page.keyboard.type("postgr");
