@@ -24,7 +24,8 @@ from hypeman._native.egress import TIMERS as NATIVE_TIMERS
 from hypeman.egress import protocol
 from hypeman.egress.link import Command, EngineLink, Handlers, end_engines, engine_command
 from hypeman.egress.records import read_records
-from hypeman.egress.service import TIMERS, Egress, Settings, Timeouts
+from hypeman.egress.service import TIMERS, Decide, Egress, Settings, Timeouts
+from hypeman.egress.types import AccessAction, AccessRule, EgressAccess
 from hypeman.errors import InternalError
 from tests.egress.conftest import GUEST, HOST, SECRET, Request, Wire, World, credential, read_response
 
@@ -298,6 +299,32 @@ async def test_questions_wait_for_the_next_server(world: World, tmp_path: Path, 
     async with server(tmp_path, engines, world) as second:
         await allow(second)
         await second.accept()
+        assert (await read_response(wire))[0] == 200
+
+
+async def test_held_requests_wait_for_the_next_server(world: World, tmp_path: Path, engines: Path) -> None:
+    """A request that was asked about, but not decided, when the server ended."""
+    rules = EgressAccess(rules=(AccessRule(action=AccessAction.ASK, name="asks"),))
+    credentials, secrets = {"API_KEY": credential(HOST)}, {"REAL_KEY": SECRET}
+    asked, heard = trio.open_memory_channel[tuple[protocol.ApprovalNeeded, Decide]](10)
+
+    async def ask(held: protocol.ApprovalNeeded, decide: Decide) -> None:
+        asked.send_nowait((held, decide))
+
+    async with server(tmp_path, engines, world) as first:
+        first.on_approval_needed(ask)
+        await first.set_policy("inst-a", GUEST, credentials, secrets, access=rules)
+        await first.accept()
+        wire = await connect(first, world)
+        await wire.send(REQUEST)
+        before, _ = await heard.receive()
+    async with server(tmp_path, engines, world) as second:
+        second.on_approval_needed(ask)
+        await second.set_policy("inst-a", GUEST, credentials, secrets, access=rules)
+        await second.accept()
+        again, decide = await heard.receive()
+        assert again == before
+        await decide(True)
         assert (await read_response(wire))[0] == 200
 
 

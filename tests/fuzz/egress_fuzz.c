@@ -252,6 +252,41 @@ static void snapshot(const uint8_t *p, size_t n)
     snapshot_release(s);
 }
 
+/* Rules, then a request that they decide about; a path has one spelling, in which it is its own. */
+static void access_rules(const uint8_t *p, size_t n)
+{
+    static char room[H1_MAX_HEAD], again[H1_MAX_HEAD];
+    size_t rules = n > 2 ? (size_t)p[0] | (size_t)p[1] << 8 : n;
+    if (n < 3 || rules > n - 2 || n - 2 - rules > sizeof room)
+        return;
+    struct str target = {(const char *)p + 2 + rules, (uint32_t)(n - 2 - rules)};
+    if (h1_is_target(target.p, target.n)) {
+        struct str path = access_path(target, room);
+        if (path.p && path.n && path.p[0] == '/') {
+            MUST(path.n <= (target.n ? target.n : 1) && !memchr(path.p, '\\', path.n));
+            MUST(!memmem(path.p, path.n, "/../", 4) && !memmem(path.p, path.n, "//", 2));
+            struct str same = access_path(path, again);
+            MUST(same.p && same.n == path.n && !memcmp(same.p, path.p, path.n));
+        }
+    }
+    struct access *a = access_decode(p + 2, rules);
+    if (!a)
+        return;
+    static const char *const HOSTS[] = {"a.org", "b.a.org", "c.b.a.org", "127.0.0.1"};
+    for (unsigned i = 0; i < 4; i++) {
+        struct host h;
+        struct access_answer first;
+        (void)host_canonical(HOSTS[i], strlen(HOSTS[i]), false, &h);
+        struct access_request r = {&h, 443, {"GET", 3}, target, 1};
+        struct access_answer answer = access_decide(a, &r);
+        enum access_look look = access_look(a, &h, 443, 1, &first);
+        /* What is passed through unread would have been allowed whatever the request is. */
+        MUST(look != LOOK_PASS || access_observes(a) || (answer.action == ACCESS_ALLOW && !answer.ambiguous));
+        (void)access_names_port(a, &h, 443, 1);
+    }
+    access_free(a);
+}
+
 /* A header block as nghttp2 hands it over, field by field: a byte of length before each name and each value. */
 static void block(const uint8_t *p, size_t n)
 {
@@ -300,7 +335,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 10) {
+    switch (data[0] % 11) {
     case 0: head(h1_parse_request, p, n); break;
     case 1: head(h1_parse_response, p, n); break;
     case 2: head(h1_parse_trailers, p, n); break;
@@ -310,6 +345,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     case 6: request(p, n); break;
     case 7: snapshot((const uint8_t *)p, n); break;
     case 9: signing(p, n); break;
+    case 10: access_rules((const uint8_t *)p, n); break;
     default: block((const uint8_t *)p, n); break;
     }
     return 0;

@@ -43,6 +43,7 @@ from hypeman.instances.model.phases import utc_now
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
 from hypeman.instances.model.states import is_possible
 from hypeman.instances.model.types import CreateInstanceRequest, InstanceState
+from hypeman.instances.rows import INSTANCES
 from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
 from hypeman.network import leases
@@ -263,11 +264,14 @@ class FakeDevices:
 
 
 class FakeEgress:
-    def __init__(self, bomb: Bomb) -> None:
+    """Which policy is in force for an instance: ``closed`` or nothing said."""
+
+    def __init__(self, store: Any, bomb: Bomb) -> None:
+        self._store = store
         self.policies = Effects("egress", bomb)
 
     async def enforce(self, record: InstanceRecord, lease: Lease) -> None:
-        await self.policies.add(record.id)
+        await self.policies.add(record.id, policy_text(record))
 
     async def release(self, instance_id: str) -> None:
         await self.policies.remove(instance_id)
@@ -285,7 +289,13 @@ class FakeEgress:
         pass
 
     async def refresh(self, instance_id: str) -> None:
-        pass
+        record = self._store.read(lambda txn: txn.get(INSTANCES, instance_id))
+        if record is not None and record.handle is not None:
+            await self.policies.add(record.id, policy_text(record))
+
+
+def policy_text(record: InstanceRecord) -> str:
+    return "closed" if record.spec.access is not None and record.spec.access.closes else ""
 
 
 class FakeImages:
@@ -470,7 +480,7 @@ class Lab:
         self.machine = FakeMachine()
         self.network = FakeNetwork(self.bomb)
         self.devices = FakeDevices(self.bomb)
-        self.egress = FakeEgress(self.bomb)
+        self.egress = FakeEgress(store, self.bomb)
         self.limits = Limits()
         self.images = FakeImages(paths.images / "disk", self.bomb)
         self.guests: dict[str, FakeGuest] = {}

@@ -20,6 +20,7 @@ import trio.lowlevel
 from hypeman.actor import Actor, acting
 from hypeman.captures import records as captures
 from hypeman.captures.records import CAPTURES
+from hypeman.egress.types import AccessDefault
 from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
 from hypeman.events.log import read_after
 from hypeman.events.types import Kind
@@ -33,8 +34,10 @@ from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, Restor
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     AutoStandbyPolicy,
+    EgressUpdate,
     ForkInstanceRequest,
     InstanceState,
+    NetworkUpdate,
     StandbyInstanceRequest,
     StartInstanceRequest,
     TargetState,
@@ -50,7 +53,7 @@ from hypeman.resources.accounting import HOLDINGS, Limits, Totals, totals
 from hypeman.server.idempotency import changed_by
 from hypeman.store import Store, Table, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
-from tests.instances.fake_world import Crash, HostFailed, Lab, request, tap_text
+from tests.instances.fake_world import Crash, HostFailed, Lab, policy_text, request, tap_text
 
 RUNNING = InstanceState.RUNNING
 
@@ -164,6 +167,21 @@ async def publish(lab: Lab, instances: Instances) -> None:
     await instances.update("one", UpdateInstanceRequest(ports=NEW_PORTS))
 
 
+async def close_egress(lab: Lab, instances: Instances) -> None:
+    await instances.update("one", UpdateInstanceRequest(network=NetworkUpdate(egress=EgressUpdate(default=CLOSED))))
+
+
+async def with_closed_egress(lab: Lab, instances: Instances) -> None:
+    await with_egress(lab, instances)
+    await close_egress(lab, instances)
+
+
+async def open_egress(lab: Lab, instances: Instances) -> None:
+    await instances.update(
+        "one", UpdateInstanceRequest(network=NetworkUpdate(egress=EgressUpdate(default=AccessDefault.ALLOW)))
+    )
+
+
 async def publish_and_start(lab: Lab, instances: Instances) -> None:
     await publish(lab, instances)
     await start(lab, instances)
@@ -231,6 +249,7 @@ async def detach(lab: Lab, instances: Instances) -> None:
     await instances.detach_volume("one", "vol")
 
 
+CLOSED = AccessDefault.DENY
 OLD_PORTS = (PortMapping(host_port=8080, guest_port=80), PortMapping(host_port=8081, guest_port=81))
 NEW_PORTS = (PortMapping(host_port=8080, guest_port=8), PortMapping(host_port=9090, guest_port=90))
 
@@ -242,6 +261,9 @@ CASES: dict[str, tuple[Act, Act, set[str]]] = {
     "start": (stopped, start, {"Stopped", "Running"}),
     "stop": (running, stop, {"Running", "Stopped"}),
     "stop with egress": (with_egress, stop, {"Running", "Stopped"}),
+    "close egress": (with_egress, close_egress, {"Running"}),
+    "open egress": (with_closed_egress, open_egress, {"Running"}),
+    "fork of one with closed egress": (with_closed_egress, fork, {"Running"}),
     "delete": (running, delete, {"Running", "gone"}),
     "standby": (running, standby, {"Running", "Standby"}),
     "restore": (in_standby, restore, {"Standby", "Running", "Stopped"}),
@@ -267,6 +289,8 @@ TAKEN_BACK = {
     "create with a pull",
     "create with ports",
     "publish",
+    "close egress",
+    "open egress",
     "start",
     "standby",
     "standby of one that packets wake",
@@ -420,7 +444,7 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
             vm = (process.state, frozen, all(process.links.values()))
             assert vm == wanted, f"the record says {record.state}, the VM {vm}\n{where}"
             if record.spec.egress:
-                assert record.id in lab.egress.policies.there, f"{text}\n{where}"
+                assert lab.egress.policies.there.get(record.id) == policy_text(record), f"{text}\n{where}"
     snapshots = lab.store.read(lambda txn: dict(txn.scan(SNAPSHOTS)))
     holders = {(captures.of_snapshot(key), row.capture) for key, row in snapshots.items() if row.capture}
     for row in records.values():
