@@ -33,6 +33,7 @@ from hypeman.egress import metrics as egress_metrics
 from hypeman.egress.approvals import Approvals
 from hypeman.egress.audit import AuditLog
 from hypeman.egress.broker import Broker
+from hypeman.egress.oauth2 import TokenClient
 from hypeman.egress.policy import Unmatched
 from hypeman.egress.service import Bounds, Egress, Limits, Timeouts
 from hypeman.egress.service import Settings as EgressSettings
@@ -43,6 +44,7 @@ from hypeman.events.service import Events
 from hypeman.events.webhooks import Webhooks
 from hypeman.host import facts
 from hypeman.host.cgroups import CGroups
+from hypeman.host.checked_backend import is_public_or_in
 from hypeman.host.conntrack import Connections
 from hypeman.host.disks import Disks
 from hypeman.host.files import Files
@@ -51,6 +53,7 @@ from hypeman.host.notify import keep_sockets, notify, take_kept_sockets
 from hypeman.host.ownership import repair
 from hypeman.host.processes import Processes
 from hypeman.host.rules import Rules
+from hypeman.host.tls import client_context
 from hypeman.host.watchdog import feed_watchdog, watchdog_interval
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.drivers import make_catalog
@@ -262,7 +265,12 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         gpu=devices.gpu_status,
         disk_free=partial(facts.free_bytes, paths.data_dir),
     )
-    broker = Broker(egress, _credential_sources(config, processes))
+    broker = Broker(
+        egress,
+        _credential_sources(config, processes),
+        _token_client(config),
+        keep=adapters.RotatedSecrets(egress, store).keep,
+    )
     approvals = Approvals(partial(adapters.note_approval, store), timeout=config.egress.approval_timeout)
     egress.on_approval_needed(approvals.ask)
     secrets = adapters.EgressOfInstances(egress, broker, approvals, store)
@@ -496,6 +504,14 @@ def _egress_settings(config: Config) -> EgressSettings:
         drain_timeout=config.egress.drain_timeout,
         limits=Limits(each=_bounds(config.egress.per_instance), total=_bounds(config.egress.total)),
     )
+
+
+def _token_client(config: Config) -> TokenClient:
+    try:
+        tls = client_context(config.egress.upstream_ca_file)
+    except OSError as error:
+        raise ConfigError(f"configuration: egress.upstream_ca_file cannot be used: {error}") from None
+    return TokenClient(tls, partial(is_public_or_in, config.egress.allow_private))
 
 
 def _credential_sources(config: Config, processes: Processes) -> Sources:

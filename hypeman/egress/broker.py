@@ -6,21 +6,27 @@
               and then refused. After a failure the attempts continue, with growing pauses
     kept      in memory, and with the policies sealed (service.py), as long as an instance needs it
 
-A value is not stored: after a restart of the server it is obtained again.
+A value is not stored: after a restart of the server it is obtained again. Another refresh token is stored before the
+access token that came with it is used, so that the chain does not break.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+from typing import Protocol
 
+import msgspec
 import trio
 
-from hypeman.egress.policy import check_credentials
+from hypeman.egress.oauth2 import Token, check_secret, token_url
+from hypeman.egress.policy import check_credentials, token_name
 from hypeman.egress.service import Egress
-from hypeman.egress.sources import Sources, Unavailable
-from hypeman.egress.transforms import Value
-from hypeman.egress.types import CredentialPolicy, EgressAccess
+from hypeman.egress.sources import Source, Sources, sleep_until_renewal
+from hypeman.egress.transforms import Unavailable, Value
+from hypeman.egress.types import CredentialPolicy, EgressAccess, OAuth2Form
 from hypeman.errors import InternalError, InvalidRequest
 
 log = logging.getLogger(__name__)
@@ -29,6 +35,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between attempts; each pause is twice the previous one."""
 
 SupplyKey = tuple[str, ...]
+
+_until_renewal = partial(sleep_until_renewal, lifetime=3600.0)
 
 
 class _Supply:
@@ -64,15 +72,50 @@ class _Guest:
         self.access = access
         self.lock = trio.Lock()
         self.needs: dict[str, _Supply] = {}
-        """By credential."""
+        """By credential, or by ``token_name``."""
+
+
+class TokenSource(Protocol):
+    async def obtain(self, form: OAuth2Form, secret: str) -> Token:
+        """Raises Unavailable or InvalidRequest."""
+        ...
+
+
+class KeepRotated(Protocol):
+    async def __call__(self, instance_id: str, env: str, used: str, new: str) -> None:
+        """Store ``new`` as the value of ``env`` if it is still ``used``."""
+        ...
+
+
+class _Grant:
+    """What the tokens of one rule are obtained with."""
+
+    def __init__(
+        self, form: OAuth2Form, secret: str, tokens: TokenSource, keep: Callable[[str, str], Awaitable[None]]
+    ) -> None:
+        self._form = form
+        self._secret = secret
+        self._tokens = tokens
+        self._keep = keep
+
+    async def obtain(self) -> Value:
+        """Raises Unavailable."""
+        token = await self._tokens.obtain(self._form, self._secret)
+        if token.secret is not None:
+            used, self._secret = self._secret, token.secret
+            with trio.CancelScope(shield=True):  # the old one is void
+                await self._keep(used, token.secret)
+        return token.value
 
 
 class Broker:
     """``run`` in a nursery; the other methods may be called once it has reported started."""
 
-    def __init__(self, egress: Egress, sources: Sources) -> None:
+    def __init__(self, egress: Egress, sources: Sources, tokens: TokenSource, keep: KeepRotated) -> None:
         self._egress = egress
         self._sources = sources
+        self._tokens = tokens
+        self._keep = keep
         self._guests: dict[str, _Guest] = {}
         self._supplies: dict[SupplyKey, _Supply] = {}
         self._nursery: trio.Nursery | None = None
@@ -85,8 +128,18 @@ class Broker:
 
     def check(self, credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> None:
         """Raise InvalidRequest unless the credentials are valid with the values in ``env``."""
-        self._sources.check(credentials)
         check_credentials(credentials, env)
+        self._sources.check(credentials)
+        for key, policy in credentials.items():
+            for rule in policy.inject:
+                form, env_key = rule.as_.oauth2, policy.source.env
+                if form is None:
+                    continue
+                token_url(form)
+                if env_key is not None:
+                    check_secret(form, env[env_key])
+                elif form.grant == "refresh_token":
+                    raise InvalidRequest(f"credential {key!r}: a refresh token changes, so it cannot be a named source")
 
     async def set_policy(
         self,
@@ -105,8 +158,11 @@ class Broker:
             guest.lock = before.lock
         self._guests[instance_id] = guest
         for key, policy in credentials.items():
-            if policy.source.named is not None:
+            if policy.source.named is not None and any(rule.as_.oauth2 is None for rule in policy.inject):
                 guest.needs[key] = self._named(policy.source.named)
+            for number, rule in enumerate(policy.inject):
+                if rule.as_.oauth2 is not None:
+                    guest.needs[token_name(key, number)] = self._token(guest, key, number, rule.as_.oauth2)
         for supply in guest.needs.values():
             supply.guests.add(guest)
         if before is not None:
@@ -151,6 +207,25 @@ class Broker:
     def _named(self, name: str) -> _Supply:
         source = self._sources.find(name)
         return self._supply(("named", name), source.obtain, source.wait_changed)
+
+    def _token(self, guest: _Guest, key: str, number: int, form: OAuth2Form) -> _Supply:
+        """Of this instance alone: tokens are not shared."""
+        source = guest.credentials[key].source
+        if source.env is None:
+            assert source.named is not None
+            return self._token_of_source(guest, key, number, form, self._sources.find(source.named))
+        secret = guest.secrets[source.env]
+        digest = hashlib.sha256(msgspec.json.encode((form, secret))).hexdigest()
+        grant = _Grant(form, secret, self._tokens, partial(self._keep, guest.instance_id, source.env))
+        return self._supply(("token", guest.instance_id, key, str(number), digest), grant.obtain, _until_renewal)
+
+    def _token_of_source(self, guest: _Guest, key: str, number: int, form: OAuth2Form, source: Source) -> _Supply:
+        async def obtain() -> Value:
+            return (await self._tokens.obtain(form, (await source.obtain()).text)).value
+
+        digest = hashlib.sha256(msgspec.json.encode(form)).hexdigest()
+        name = ("token", guest.instance_id, key, str(number), source.name, digest)
+        return self._supply(name, obtain, _until_renewal)
 
     def _supply(
         self,

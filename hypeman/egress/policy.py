@@ -108,8 +108,9 @@ def parse_ports(rule: InjectRule, usual_port: int = HTTPS) -> tuple[int, ...]:
 class _Rule:
     """One use of a credential for one set of hosts, checked."""
 
-    def __init__(self, key: str, rule: InjectRule, usual_port: int) -> None:
+    def __init__(self, key: str, number: int, rule: InjectRule, usual_port: int) -> None:
         self.key = key
+        self.token = token_name(key, number) if rule.as_.oauth2 is not None else None
         self.form = form_of(rule.as_)
         self.hosts = parse_hosts(rule)
         self.ports = parse_ports(rule, usual_port)
@@ -132,8 +133,8 @@ def _rules(credentials: Mapping[str, CredentialPolicy], usual_port: int) -> Iter
             raise InvalidRequest(f"credential {key!r} must have exactly one source")
         if not policy.inject:
             raise InvalidRequest(f"credential {key!r} has no inject rule")
-        for rule in policy.inject:
-            yield _Rule(key, rule, usual_port)
+        for number, rule in enumerate(policy.inject):
+            yield _Rule(key, number, rule, usual_port)
 
 
 def check_credentials(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> None:
@@ -184,10 +185,18 @@ def rotate(
     return merged
 
 
+def token_name(key: str, number: int) -> str:
+    """Name of the access token for inject rule ``number`` of credential ``key``, among obtained values."""
+    return f"{key}/{number}"
+
+
 def _value_of(
-    key: str, policy: CredentialPolicy, secrets: Mapping[str, str], obtained: Mapping[str, Value]
+    rule: _Rule, policy: CredentialPolicy, secrets: Mapping[str, str], obtained: Mapping[str, Value]
 ) -> Value | None:
     """None: the server has not obtained it yet."""
+    key = rule.key
+    if rule.token is not None:
+        return obtained.get(rule.token)
     if policy.source.env is None:
         return obtained.get(key)
     secret = secrets.get(policy.source.env)
@@ -208,8 +217,8 @@ def compile_policy(
 ) -> bytearray:
     """The snapshot for the data plane. It contains the real values: wipe it after handing it over.
 
-    ``obtained``: values of the credentials whose values the server obtains, by credential; requests that need one that
-    is missing are held by the data plane.
+    ``obtained``: values that the server obtains, by credential, or by ``token_name``; requests that need one that is
+    missing are held by the data plane.
     ``web_only``: the proxy is the guest's only TCP egress, so it forwards HTTPS to ``usual_port``, HTTP to 80, other
     ports only if a rule names them, and TLS only with a server name. ``access``: see rules.compile_access.
     """
@@ -227,7 +236,7 @@ def compile_policy(
     patterns = sum(len(rule.hosts or ()) for rule in rules)
     out = bytearray(b"HEG3" + struct.pack("<BBHHH", unmatched, web_only, usual_port, len(rules), patterns))
     for rule in rules:
-        value = _value_of(rule.key, credentials[rule.key], secrets, obtained or {})
+        value = _value_of(rule, credentials[rule.key], secrets, obtained or {})
         out += encode_text(rule.key) + encode_text(placeholder(rule.key)) + rule.form.compile(value)
         out += struct.pack(f"<BB{len(rule.ports)}H", rule.hosts is None, len(rule.ports), *rule.ports)
         out += struct.pack("<H", len(rule.hosts or ()))

@@ -19,15 +19,17 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 import trio
 
 from hypeman.config import CredentialSourceConfig
+from hypeman.egress.oauth2 import token_url
 from hypeman.egress.policy import HostPattern, parse_host, parse_hosts
-from hypeman.egress.transforms import Value
+from hypeman.egress.transforms import Unavailable, Value
 from hypeman.egress.types import CredentialPolicy
-from hypeman.errors import HypemanError, InvalidRequest
+from hypeman.errors import InvalidRequest
 from hypeman.host.processes import Processes, ToolFailed
 
 MAX_SIZE = 64 << 10
@@ -35,10 +37,6 @@ MAX_SIZE = 64 << 10
 _LOOK_AGAIN = 2.0
 """Seconds between looks at whether a file has changed."""
 _CREDENTIALS_DIRECTORY = "CREDENTIALS_DIRECTORY"
-
-
-class Unavailable(HypemanError):
-    """A value could not be obtained; the message contains none."""
 
 
 class Source:
@@ -155,6 +153,10 @@ async def sleep_until_renewal(value: Value, lifetime: float) -> None:
     await trio.sleep(max(1.0, left - min(300.0, left / 5)))
 
 
+def _host_of(url: str) -> HostPattern:
+    return parse_host(urlsplit(url).hostname or "")
+
+
 class Sources:
     """All that are configured."""
 
@@ -175,7 +177,10 @@ class Sources:
                 continue
             source = self.find(policy.source.named)
             for rule in policy.inject:
-                for host in parse_hosts(rule) or (None,):
+                hosts: tuple[HostPattern | None, ...] = parse_hosts(rule) or (None,)
+                if rule.as_.oauth2 is not None:
+                    hosts = (*hosts, _host_of(token_url(rule.as_.oauth2)))
+                for host in hosts:
                     if host is None or not source.covers(host):
                         shown = "every host" if host is None else host
                         raise InvalidRequest(

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import msgspec
 
 from hypeman.egress.types import BasicForm, InjectAs
-from hypeman.errors import InvalidRequest
+from hypeman.errors import HypemanError, InvalidRequest
 
 MAX_VALUE = 8 * 1024
 
@@ -49,6 +49,10 @@ class Value(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Value(expires_at={self.expires_at})"
+
+
+class Unavailable(HypemanError):
+    """A value could not be obtained; the message contains none."""
 
 
 class Kind(enum.IntEnum):
@@ -199,6 +203,15 @@ def _basic_value(form: BasicForm | None, value: str) -> str:
     return "Basic " + base64.b64encode(pair.encode()).decode()
 
 
+def _oauth2(shape: InjectAs) -> Form:
+    """The value is the access token; oauth2.py obtains it."""
+    form = shape.oauth2
+    assert form is not None
+    template = form.format
+    render_value(template, "x")
+    return _field(form.header, lambda value: render_value(template, value))
+
+
 # ── The query ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -271,5 +284,6 @@ _FORMS: Mapping[str, Callable[[InjectAs], Form]] = {
     "basic": _basic,
     "query": _query,
     "sigv4": _sigv4,
+    "oauth2": _oauth2,
 }
 _OTHERS = tuple(name for name in _FORMS if name != "header")

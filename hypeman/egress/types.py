@@ -14,6 +14,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from hypeman.fields import Duration, Timestamp
 
+OAuth2Grant = Literal["client_credentials", "refresh_token", "jwt_bearer", "github_app", "google"]
 RecordKind = Literal["request", "passed_through", "refused"]
 Ruling = Literal["allowed", "denied", "observed", "approved", "held"]
 
@@ -136,6 +137,46 @@ class SigV4Form(Struct, frozen=True, kw_only=True):
     service: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$", examples=["s3"])]
 
 
+class OAuth2Form(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An access token, which the server obtains with the value and renews ahead of time."""
+
+    grant: Annotated[
+        OAuth2Grant,
+        Meta(
+            description="What the value is: a client secret; a refresh token, or JSON with refresh_token and "
+            "client_secret; a private key in PEM (jwt_bearer, github_app); the key file of a Google service account"
+        ),
+    ]
+    token_url: (
+        Annotated[
+            str,
+            Meta(
+                pattern=r"^https://[^/?#@\\\s]+(/[^?#\s]*)?$",
+                description="Where tokens are requested; github_app: the base of GitHub's API; may be left out for the "
+                "last two grants",
+            ),
+        ]
+        | None
+    ) = None
+    client_id: Annotated[str, Meta(max_length=512)] = ""
+    client_auth: Annotated[
+        Literal["basic", "post"], Meta(description="Where the client's secret is sent: Authorization or the body")
+    ] = "basic"
+    scope: Annotated[str, Meta(max_length=2048)] = ""
+    audience: Annotated[str, Meta(max_length=512, description="client_credentials, jwt_bearer; default: token_url")] = (
+        ""
+    )
+    issuer: Annotated[str, Meta(max_length=512, description="jwt_bearer: who signs")] = ""
+    subject: Annotated[str, Meta(max_length=512, description="jwt_bearer: default issuer; google: user to act for")] = (
+        ""
+    )
+    key_id: Annotated[str, Meta(max_length=256, description="jwt_bearer: kid")] = ""
+    algorithm: Annotated[Literal["RS256", "ES256"], Meta(description="jwt_bearer")] = "RS256"
+    installation_id: Annotated[str, Meta(pattern="^[0-9]{0,20}$", description="github_app")] = ""
+    header: Annotated[str, Meta(description="Header that gets the token")] = "Authorization"
+    format: Annotated[str, Meta(description="As of inject.as; the value is the token")] = "Bearer ${value}"
+
+
 class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the credential becomes in a request: header and format together, or exactly one of the others."""
 
@@ -165,6 +206,7 @@ class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
         ]
         | None
     ) = None
+    oauth2: OAuth2Form | None = None
 
 
 class InjectRule(Struct, frozen=True, kw_only=True):

@@ -11,13 +11,11 @@ private and loopback ones with ``allow_private``; link-local ones (metadata serv
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import random
-import socket
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from functools import partial
 
 import httpcore
 import msgspec
@@ -30,6 +28,7 @@ from hypeman.events import log
 from hypeman.events.service import Events
 from hypeman.events.signing import key_of, signed_headers
 from hypeman.events.types import CursorGone, Event, EventFilter, Kind
+from hypeman.host.checked_backend import CheckedBackend, is_allowed
 from hypeman.host.tls import client_context
 from hypeman.store import Store, Table
 from hypeman.telemetry import metrics
@@ -98,7 +97,7 @@ class _Hook:
         row = self._store.read(lambda txn: txn.get(WEBHOOKS, self.name))
         cursor = row.cursor if row is not None else self._events.last  # a new hook gets what is new
         self._store.write_soon(lambda txn: txn.put(WEBHOOKS, self.name, WebhookRow(cursor)))
-        backend = _CheckedBackend(self._config.allow_private)
+        backend = CheckedBackend(partial(is_allowed, private=self._config.allow_private))
         async with httpcore.AsyncConnectionPool(self._tls, max_connections=1, network_backend=backend) as pool:
             while True:
                 try:
@@ -168,44 +167,3 @@ class _Hook:
             after = told.get(b"retry-after", b"")
             pause = min(float(after), LONGEST_PAUSE) if after.isdigit() else 0.0
             raise _Refused(f"status {status}", pause=pause, gone=status == _GONE)
-
-
-class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Connects to allowed addresses only."""
-
-    def __init__(self, allow_private: bool) -> None:
-        self._allow_private = allow_private
-        self._inner = httpcore.TrioBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [str(where[0]) for *_, where in found]
-        allowed = [address for address in addresses if is_allowed(address, private=self._allow_private)]
-        if not allowed:
-            raise httpcore.ConnectError(f"{host} has no address that is allowed, but {', '.join(addresses)}")
-        for address in allowed[:-1]:
-            try:
-                return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout):
-                continue
-        return await self._inner.connect_tcp(allowed[-1], port, timeout, local_address, socket_options)
-
-    async def sleep(self, seconds: float) -> None:
-        await self._inner.sleep(seconds)
-
-
-def is_allowed(address: str, *, private: bool) -> bool:
-    """Whether a receiver may have this address; ``private`` admits private and loopback ones."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
-        return False
-    return ip.is_global or private

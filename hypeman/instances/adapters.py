@@ -151,6 +151,28 @@ class SealedSecrets(msgspec.Struct, frozen=True):
 SECRETS: Table[SealedSecrets] = Table("egress-secrets", SealedSecrets)
 
 
+class RotatedSecrets:
+    """Values that change by being used: refresh tokens."""
+
+    def __init__(self, egress: Egress, store: Store) -> None:
+        self._sealer = egress.sealer
+        self._store = store
+
+    async def keep(self, instance_id: str, env: str, used: str, new: str) -> None:
+        """Store ``new`` as the value of ``env`` if it is still ``used``; a value set by a client meanwhile stays."""
+
+        def replace(txn: Txn) -> None:
+            row = txn.get(SECRETS, instance_id)
+            if row is None:
+                return
+            values = self._sealer.open(instance_id, row.sealed)
+            if values.get(env) == used:
+                sealed = self._sealer.seal(instance_id, {**values, env: new})
+                txn.put(SECRETS, instance_id, SealedSecrets(sealed))
+
+        await self._store.write(replace)
+
+
 class EgressOfInstances:
     """Credential values sealed in the store, and egress policies in force while a VM runs."""
 

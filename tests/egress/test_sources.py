@@ -13,8 +13,8 @@ from trio.testing import MockClock
 from hypeman.config import CredentialSourceConfig
 from hypeman.egress import sources
 from hypeman.egress.broker import Broker
-from hypeman.egress.sources import Sources, Unavailable, read_output
-from hypeman.egress.transforms import Value
+from hypeman.egress.sources import Sources, read_output
+from hypeman.egress.transforms import Unavailable, Value
 from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
 from hypeman.errors import InvalidRequest
 from hypeman.host.processes import Processes
@@ -180,7 +180,7 @@ def brokered(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(script: Script) -> tuple[Broker, FakeEgress]:
         found, egress = configured(file="/x"), FakeEgress()
         monkeypatch.setattr(found, "find", lambda name: script)
-        return Broker(egress, found), egress  # type: ignore[arg-type]
+        return Broker(egress, found, None, None), egress  # type: ignore[arg-type]
 
     return make
 

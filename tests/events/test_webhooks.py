@@ -26,7 +26,8 @@ from hypeman.events import log, webhooks
 from hypeman.events.service import Events
 from hypeman.events.signing import key_of, signed_headers
 from hypeman.events.types import Kind
-from hypeman.events.webhooks import WEBHOOKS, WebhookError, Webhooks, is_allowed
+from hypeman.events.webhooks import WEBHOOKS, WebhookError, Webhooks
+from hypeman.host.checked_backend import is_allowed
 from hypeman.store import Store
 
 SECRET = "whsec_" + base64.b64encode(b"a key of twenty-four byt").decode()
