@@ -16,6 +16,10 @@ struct body_text {
     size_t n;
 };
 
+enum content { CONTENT_OTHER, CONTENT_JSON, CONTENT_FORM, CONTENT_KINDS };
+
+/* What a placeholder could be in, by the request's Content-Type. */
+enum content content_of(const struct head *h);
 /* Whether the body must be complete before the head can be written. */
 bool transform_needs_body(const struct matched *m, const struct head *h, struct str path);
 /* Completes `m`, whose rules all are ready, for a request that asks for `path`. What it makes lies in `room`, which holds

@@ -54,11 +54,41 @@ bool xchg_gather(struct xchg *x, const char *p, size_t n)
     return true;
 }
 
+static void wipe(struct loop *l, struct buf *b)
+{
+    if (b->p)
+        OPENSSL_cleanse(b->p, b->cap);
+    buf_free(l, b);
+}
+
+void xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *h)
+{
+    struct loop *l = x->down->loop;
+    enum content content = content_of(h);
+    for (unsigned i = 0; i < m->n && content != CONTENT_OTHER && x->to_up.p; i++) {
+        const struct rule *r = m->rules[i];
+        struct str value = r->kind == RULE_BODY ? r->extra[content - CONTENT_JSON] : (struct str){NULL, 0};
+        struct buf filled = {0};
+        const char *p = x->to_up.p + x->to_up.off, *end = x->to_up.p + x->to_up.len, *at;
+        if (r->kind != RULE_BODY || !value.n)
+            continue;
+        while ((at = memmem(p, (size_t)(end - p), r->placeholder.p, r->placeholder.n))) {
+            buf_need(l, &filled, (size_t)(end - p) + value.n);
+            buf_add(l, &filled, p, (size_t)(at - p));
+            buf_add(l, &filled, value.p, value.n);
+            p = at + r->placeholder.n;
+        }
+        if (!filled.p)
+            continue;
+        buf_add(l, &filled, p, (size_t)(end - p));
+        wipe(l, &x->to_up);
+        x->to_up = filled;
+    }
+}
+
 void xchg_forget_body(struct xchg *x)
 {
-    if (x->to_up.p)
-        OPENSSL_cleanse(x->to_up.p, x->to_up.cap);
-    buf_free(x->down->loop, &x->to_up);
+    wipe(x->down->loop, &x->to_up);
     buf_free(x->down->loop, &x->head);
 }
 

@@ -207,7 +207,7 @@ def _base64url(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
 
-def _assertion(key: PrivateKeyTypes, algorithm: str, claims: Mapping[str, str], key_id: str, now: float) -> str:
+def _assertion(key: PrivateKeyTypes, algorithm: str, claims: Mapping[str, object], key_id: str, now: float) -> str:
     times = {"iat": int(now), "exp": int(now) + _ASSERTION_LIFE, "jti": token_hex(16)}
     return _jwt(key, algorithm, {**claims, **times}, key_id)
 

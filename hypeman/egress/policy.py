@@ -19,7 +19,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 
-from hypeman.egress.transforms import Value, encode_text, form_of
+from hypeman.egress.transforms import Kind, Value, encode_text, form_of
 from hypeman.egress.types import CredentialPolicy, InjectRule
 from hypeman.errors import InvalidRequest
 
@@ -116,6 +116,8 @@ class _Rule:
         self.ports = parse_ports(rule, usual_port)
 
     def clashes(self, other: _Rule) -> bool:
+        if self.form.kind is Kind.BODY and self.key != other.key:
+            return False  # each has its own placeholder
         if self.form.target != other.form.target or not set(self.ports) & set(other.ports):
             return False
         if self.form.scope and other.form.scope and (self.form.scope != other.form.scope or self.key != other.key):

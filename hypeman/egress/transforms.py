@@ -61,6 +61,8 @@ class Kind(enum.IntEnum):
     HEADER = 0
     QUERY = 1
     SIGV4 = 2
+    HMAC = 3
+    BODY = 4
 
 
 class Compiled(NamedTuple):
@@ -233,6 +235,32 @@ def _query(shape: InjectAs) -> Form:
 # ── Signatures ───────────────────────────────────────────────────────────────────────────────────
 
 
+_SIGNATURES = {"github": "x-hub-signature-256", "stripe": "stripe-signature", "slack": "x-slack-signature"}
+
+
+def _hmac(shape: InjectAs) -> Form:
+    assert shape.hmac is not None
+    scheme = shape.hmac.scheme
+    name = _SIGNATURES[scheme]
+
+    def render(value: str) -> Compiled:
+        if len(check_value(value)) > MAX_VALUE:
+            raise InvalidRequest("the key for hmac has at most 8 KB")
+        return Compiled(Kind.HMAC, name, value, (scheme,))
+
+    return Form(Kind.HMAC, name, f"header {name}", f"header {name!r}", render, extra=(scheme,))
+
+
+def _body(shape: InjectAs) -> Form:
+    def render(value: str) -> Compiled:
+        if len(check_value(value)) > MAX_VALUE:
+            raise InvalidRequest("the value for body has at most 8 KB")
+        as_json = msgspec.json.encode(value)[1:-1].decode()
+        return Compiled(Kind.BODY, "body", "", (as_json, quote(value, safe="")))
+
+    return Form(Kind.BODY, "body", "body", "the placeholder in bodies", render, extra=("", ""))
+
+
 class _AwsKeys(msgspec.Struct, frozen=True):
     """Output of a ``credential_process`` of the AWS CLI."""
 
@@ -285,5 +313,7 @@ _FORMS: Mapping[str, Callable[[InjectAs], Form]] = {
     "query": _query,
     "sigv4": _sigv4,
     "oauth2": _oauth2,
+    "hmac": _hmac,
+    "body": _body,
 }
 _OTHERS = tuple(name for name in _FORMS if name != "header")

@@ -137,6 +137,20 @@ class SigV4Form(Struct, frozen=True, kw_only=True):
     service: Annotated[str, Meta(pattern="^[A-Za-z0-9._-]{1,64}$", examples=["s3"])]
 
 
+class HmacForm(Struct, frozen=True, kw_only=True):
+    scheme: Annotated[
+        Literal["github", "stripe", "slack"],
+        Meta(
+            description="github: X-Hub-Signature-256; stripe: Stripe-Signature with t and v1; slack: X-Slack-Signature "
+            "and X-Slack-Request-Timestamp"
+        ),
+    ]
+
+
+class BodyForm(Struct, frozen=True, kw_only=True):
+    """The placeholder in bodies of JSON and of forms is replaced by the value."""
+
+
 class OAuth2Form(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An access token, which the server obtains with the value and renews ahead of time."""
 
@@ -207,6 +221,8 @@ class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
         | None
     ) = None
     oauth2: OAuth2Form | None = None
+    hmac: Annotated[HmacForm, Meta(description="Signs the body with the value as the key (HMAC-SHA256)")] | None = None
+    body: BodyForm | None = None
 
 
 class InjectRule(Struct, frozen=True, kw_only=True):

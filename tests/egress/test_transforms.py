@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import hmac
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +12,15 @@ import trio
 
 from hypeman.egress.service import Timeouts
 from hypeman.egress.transforms import Value
-from hypeman.egress.types import BasicForm, CredentialPolicy, CredentialSource, InjectAs, InjectRule
+from hypeman.egress.types import (
+    BasicForm,
+    BodyForm,
+    CredentialPolicy,
+    CredentialSource,
+    HmacForm,
+    InjectAs,
+    InjectRule,
+)
 from hypeman.errors import InvalidRequest
 from tests.egress import conftest
 from tests.egress.conftest import GUEST, HOST, SECRET, World
@@ -131,3 +141,67 @@ async def test_client_leaves_while_it_is_held(world: World) -> None:
     await obtain(world, KEY=Value("late"))
     assert (await world.get())[0] == 200
     assert len(world.origin.requests) == 1
+
+
+BODY = b'{"event": "push", "key": "mock-KEY"}'
+JSON = "application/json; charset=utf-8"
+
+
+async def post(world: World, body: bytes, content_type: str, more: str = "") -> Any:
+    """The request as the origin got it."""
+    wire = await world.tls()
+    head = f"POST / HTTP/1.1\r\n{H}Content-Type: {content_type}\r\n{more}Content-Length: {len(body)}\r\n\r\n"
+    assert (await world.ask(wire, head.encode() + body))[0] == 200
+    return world.origin.requests[-1]
+
+
+@pytest.mark.parametrize(
+    ("content_type", "sent", "got"),
+    [
+        (JSON, BODY, b'{"event": "push", "key": "a\\"b\\\\ &"}'),
+        ("application/vnd.api+json", b'["mock-KEY","mock-KEY!"]', b'["a\\"b\\\\ &","a\\"b\\\\ &!"]'),
+        ("application/x-www-form-urlencoded", b"a=1&key=mock-KEY&b=2", b"a=1&key=a%22b%5C%20%26&b=2"),
+        (JSON, b'{"key": "none"}', b'{"key": "none"}'),
+        (JSON, b"", b""),
+        ("text/plain", BODY, BODY),
+    ],
+)
+async def test_body(world: World, content_type: str, sent: bytes, got: bytes) -> None:
+    """Escaped as the format needs, with the length that it has then."""
+    await world.allow(secret='a"b\\ &', KEY=used_as(InjectAs(body=BodyForm())))
+    request = await post(world, sent, content_type)
+    assert (request.body, request.all("content-length")) == (got, [str(len(got))])
+
+
+async def test_compressed_body_is_not_read(world: World) -> None:
+    await world.allow(KEY=used_as(InjectAs(body=BodyForm())))
+    assert (await post(world, BODY, JSON, "Content-Encoding: gzip\r\n")).body == BODY
+
+
+@pytest.mark.parametrize("scheme", ["github", "stripe", "slack"])
+async def test_hmac(world: World, scheme: Any) -> None:
+    """Of the body as it leaves, also if another rule changes it."""
+    filled = used_as(InjectAs(body=BodyForm()))
+    await world.allow(KEY=filled, SIGNING=used_as(InjectAs(hmac=HmacForm(scheme=scheme))))
+    request = await post(world, BODY, JSON, "X-Hub-Signature-256: mine\r\nStripe-Signature: mine\r\n")
+    assert request.body == BODY.replace(b"mock-KEY", SECRET.encode())
+
+    def signed(before: str) -> str:
+        return hmac.digest(SECRET.encode(), before.encode() + request.body, "sha256").hex()
+
+    if scheme == "github":
+        assert request.all("x-hub-signature-256") == [f"sha256={signed('')}"]
+    elif scheme == "stripe":
+        (value,) = request.all("stripe-signature")
+        stamp = value.split(",")[0].removeprefix("t=")
+        assert value == f"t={stamp},v1={signed(stamp + '.')}" and abs(int(stamp) - time.time()) < 60
+    else:
+        (stamp,) = request.all("x-slack-request-timestamp")
+        assert request.all("x-slack-signature") == [f"v0={signed(f'v0:{stamp}:')}"]
+
+
+async def test_hmac_of_nothing(world: World) -> None:
+    await world.allow(KEY=used_as(InjectAs(hmac=HmacForm(scheme="github"))))
+    assert (await world.get())[0] == 200
+    wanted = hmac.digest(SECRET.encode(), b"", "sha256").hex()
+    assert world.origin.requests[0].all("x-hub-signature-256") == [f"sha256={wanted}"]
