@@ -120,7 +120,8 @@ async def test_client_credentials(server: TokenServer) -> None:
 async def test_refresh_token(server: TokenServer, given: str) -> None:
     """Another refresh token takes the place of the one used, in the form in which that was given."""
     form = OAuth2Form(grant="refresh_token", token_url=server.url, client_id="c")
-    for brought in ({}, {"refresh_token": "r1"}):
+    more: tuple[dict[str, Any], ...] = ({}, {"refresh_token": "r1"})
+    for brought in more:
         server.answer(access_token="t", **brought)
         assert (await token_client().obtain(form, given)).secret is None
     server.answer(access_token="t", refresh_token="r2")
