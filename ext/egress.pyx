@@ -31,6 +31,8 @@ cdef extern from "engine.h" nogil:
         unsigned max_mints
         uint64_t *bounds_each
         uint64_t *bounds_total
+        uint64_t *clients_each
+        uint64_t *clients_total
         uint16_t listen_port
         uint16_t assumed_tls_port
         unsigned *timers_ms
@@ -54,6 +56,14 @@ cdef extern from "engine.h" nogil:
     void engine_free(engine *e)
     int engine_set_policy(engine *e, const char *address, const char *instance, const uint8_t *data, size_t n)
     bint engine_remove(engine *e, const char *address)
+    bint engine_put_site(engine *e, const char *ingress, const uint8_t *data, size_t n)
+    bint engine_drop_site(engine *e, const char *ingress)
+    bint engine_listen(engine *e, int fd, uint16_t port)
+    void engine_unlisten(engine *e, uint16_t port)
+    void engine_forget(engine *e, const char *instance)
+    bint engine_certify(engine *e, const char *name, const char *chain, const char *key)
+    bint engine_challenge(engine *e, const char *name, const char *token, const char *proof, const char *chain,
+                          const char *key)
     int engine_question_fd(engine *e)
     bint engine_question(engine *e, unsigned *loop, uint64_t *token, char *instance, char *name)
     void engine_answer(engine *e, unsigned loop, uint64_t token, unsigned n, const char **addresses)
@@ -71,6 +81,7 @@ cdef extern from "engine.h" nogil:
 
     bint engine_approval(engine *e, approval *out)
     void engine_decide(engine *e, unsigned loop, uint64_t token, bint allow)
+    void engine_place(engine *e, unsigned loop, uint64_t token, const char *address, bint exists)
     int engine_audit_fd(engine *e)
     size_t engine_audit_read(engine *e, char *out, size_t cap)
     uint64_t engine_metric(engine *e, metric m)
@@ -91,6 +102,16 @@ cdef extern from "probe.h" nogil:
         bint explicit_proxy
         uint16_t port
 
+    struct sites:
+        pass
+
+    sites *probe_sites()
+    void probe_sites_free(sites *s)
+    bint sites_put(sites *s, const char *ingress, const uint8_t *data, size_t n)
+    bint sites_drop(sites *s, const char *ingress)
+    bint probe_find(sites *s, const char *host, uint16_t port, char *hostname, char *target)
+    int probe_forward(const char *data, size_t n, const char *client, bint tls, const char *secret, char *out,
+                      size_t *out_n, char *host, const char **reason)
     int probe_head(const char *data, size_t n, const uint8_t *rules, size_t rules_n, const probe_origin *origin,
                    char *body, size_t body_n, int64_t now_s, char *out, size_t *out_n, const char **reason)
     const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host, uint16_t port, const char *method,
@@ -101,10 +122,12 @@ METRICS = (
     "accepted", "unregistered", "too_many", "handshakes", "handshakes_failed", "minted", "requests", "injected",
     "denied", "passed_through", "tunnels", "upstream_opened", "upstream_reused", "upstream_failed", "verify_failed",
     "bytes_up", "bytes_down", "audit_lost", "connections", "status_2xx", "status_3xx", "status_4xx", "status_5xx",
+    "clients", "clients_refused",
 )
 assert len(METRICS) == M_COUNT
 
-TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "ask", "held")
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "ask", "held",
+          "place", "dial", "answer")
 assert len(TIMERS) == T_CLASSES
 
 
@@ -181,6 +204,60 @@ def decide_access(rules, bytes host, uint16_t port, bytes method, bytes target, 
     return (<bytes>reason).decode(), (<bytes>rule).decode()
 
 
+def forward_head(bytes data, bytes client, bint tls, bytes secret):
+    """One request head by an ingress: the host name and the head for the guest, None if it is incomplete, or why it is
+    refused (str). `secret`: name of the header that is not passed on."""
+    cdef const char *reason
+    cdef char host[256]
+    cdef bytes room = bytes(131072)
+    cdef char *out = room
+    cdef size_t n = 131072
+    cdef int used = probe_forward(data, <size_t>len(data), client, tls, secret, out, &n, host, &reason)
+    if used == 0:
+        return None
+    if used < 0:
+        return (<bytes>reason).decode()
+    return (<bytes>host).decode(), out[:n]
+
+
+cdef class Sites:
+    """The routing table of ingresses by itself, for tests."""
+
+    cdef sites *_s
+
+    def __cinit__(self):
+        self._s = probe_sites()
+        if self._s == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        if self._s != NULL:
+            probe_sites_free(self._s)
+
+    def put(self, bytes ingress, routes):
+        cdef const uint8_t[:] view = routes
+        if not sites_put(self._s, ingress, &view[0], <size_t>view.shape[0]):
+            raise ValueError("no routes")
+
+    def drop(self, bytes ingress):
+        return sites_drop(self._s, ingress)
+
+    def find(self, bytes host, uint16_t port):
+        """Host name of the rule and name of the instance; None if no rule fits."""
+        cdef char hostname[256]
+        cdef char target[64]
+        if not probe_find(self._s, host, port, hostname, target):
+            return None
+        return (<bytes>hostname).decode(), (<bytes>target).decode()
+
+
+def _text(data):
+    """`data`, which must end with a zero byte."""
+    if len(data) == 0 or data[-1] != 0:
+        raise ValueError("a text without its end")
+    return data
+
+
 cdef class Engine:
     """All loops of the data plane. `start`, `accept`, then `drain` and `join`; freed with the object."""
 
@@ -188,18 +265,19 @@ cdef class Engine:
     cdef bint _started
 
     def __cinit__(self, list listeners, ca_certificate, ca_key, trusted, trust_extra, unsigned leaf_cache,
-                  each, total, unsigned max_requests, unsigned max_mints, uint16_t listen_port,
+                  each, total, clients_each, clients_total, unsigned max_requests, unsigned max_mints,
+                  uint16_t listen_port,
                   uint16_t assumed_tls_port, timers_ms, list allow, list deny):
         """The PEM texts are buffers that end with a zero byte; keys are read from where they are, not copied."""
         cdef engine_settings s
         cdef char error[256]
         cdef Py_ssize_t i
         cdef const uint8_t[:] certificate = ca_certificate, key = ca_key, roots = trusted, more = trust_extra
-        if not listeners or len(timers_ms) != T_CLASSES or len(each) != B_WINDOWS or len(total) != B_WINDOWS:
+        bounds = (each, total, clients_each, clients_total)
+        if not listeners or len(timers_ms) != T_CLASSES or any(len(every) != B_WINDOWS for every in bounds):
             raise ValueError("at least one listener, all timers and all bounds")
         for text in (ca_certificate, ca_key, trusted, trust_extra):
-            if len(text) == 0 or text[-1] != 0:
-                raise ValueError("a text without its end")
+            _text(text)
         memset(&s, 0, sizeof(s))
         cdef int *fds = <int *>calloc(len(listeners), sizeof(int))
         cdef const char **nets = <const char **>calloc(len(allow) + len(deny) + 1, sizeof(char *))
@@ -226,6 +304,8 @@ cdef class Engine:
             for i in range(B_WINDOWS):
                 s.bounds_each[i] = each[i]
                 s.bounds_total[i] = total[i]
+                s.clients_each[i] = clients_each[i]
+                s.clients_total[i] = clients_total[i]
             s.max_requests = max_requests
             s.max_mints = max_mints
             s.listen_port = listen_port
@@ -279,11 +359,49 @@ cdef class Engine:
     def remove(self, bytes address):
         return engine_remove(self._e, address)
 
+    def put_site(self, bytes ingress, routes):
+        """Swaps the routes of an ingress."""
+        cdef const uint8_t[:] view = routes
+        cdef const uint8_t *data = &view[0] if view.shape[0] else NULL
+        if not engine_put_site(self._e, ingress, data, <size_t>view.shape[0]):
+            raise ValueError("no routes, or too many different patterns")
+
+    def drop_site(self, bytes ingress):
+        return engine_drop_site(self._e, ingress)
+
+    def listen(self, int fd, uint16_t port):
+        """Takes over a listening socket."""
+        if not engine_listen(self._e, fd, port):
+            raise MemoryError()
+
+    def unlisten(self, uint16_t port):
+        engine_unlisten(self._e, port)
+
+    def forget(self, bytes instance):
+        """What is known about where it is, or with None where any is, is no longer true."""
+        cdef const char *name = NULL
+        if instance is not None:
+            name = instance
+        engine_forget(self._e, name)
+
+    def certify(self, bytes name, chain, key):
+        """The certificate of a host name: PEM texts as in `__cinit__`, empty for none."""
+        cdef const uint8_t[:] first = _text(chain), second = _text(key)
+        cdef const char *pem = <const char *>&first[0] if first.shape[0] > 1 else NULL
+        if not engine_certify(self._e, name, pem, <const char *>&second[0]):
+            raise ValueError("no certificate with its key")
+
+    def challenge(self, bytes name, bytes token, bytes proof, chain, key):
+        """What shows a public CA that the name is ours."""
+        cdef const uint8_t[:] first = _text(chain), second = _text(key)
+        if not engine_challenge(self._e, name, token, proof, <const char *>&first[0], <const char *>&second[0]):
+            raise ValueError("no certificate with its key, or too long")
+
     def question_fd(self):
         return engine_question_fd(self._e)
 
     def questions(self):
-        """The names to resolve, each as (loop, token, instance, name)."""
+        """The names to resolve, each as (loop, token, instance, name); without a name: where the instance is."""
         cdef unsigned loop
         cdef uint64_t token
         cdef char instance[64]
@@ -312,6 +430,10 @@ cdef class Engine:
 
     def decide(self, unsigned loop, uint64_t token, bint allow):
         engine_decide(self._e, loop, token, allow)
+
+    def place(self, unsigned loop, uint64_t token, bytes address, bint exists):
+        """`address` is empty if the instance cannot take requests."""
+        engine_place(self._e, loop, token, address, exists)
 
     def audit_fd(self):
         return engine_audit_fd(self._e)

@@ -14,10 +14,6 @@ def main() -> None:
         from hypeman.egress.engine import main as carry
 
         sys.exit(carry(int(sys.argv[2])))
-    if sys.argv[1:2] == ["@ingress"]:  # carries requests to guests, see ingress/worker.py
-        from hypeman.ingress.worker import main as pass_on
-
-        sys.exit(pass_on(int(sys.argv[2])))
     from hypeman.cli.main import main as command
 
     command()

@@ -35,7 +35,7 @@ from hypeman.egress.audit import AuditLog
 from hypeman.egress.broker import Broker
 from hypeman.egress.oauth2 import TokenClient
 from hypeman.egress.policy import Unmatched
-from hypeman.egress.service import Bounds, Egress, Limits, Timeouts
+from hypeman.egress.service import CLIENTS, Bounds, Egress, Limits, Timeouts
 from hypeman.egress.service import Settings as EgressSettings
 from hypeman.egress.sources import Sources
 from hypeman.egress.view import EgressView
@@ -96,8 +96,6 @@ from hypeman.volumes.service import Volumes
 log = logging.getLogger(__name__)
 
 _NOBODY = 65534
-_INGRESS_USER = facts.VMM_UIDS - 1
-"""Of the user ids from ``uid_base`` on, the last one: more than a VMM can have."""
 _ENGINE_GROUP = "egress-engine"
 """Control group next to those of the VMs, which has their life: it does not end with the server."""
 _ENGINE_BASE = 1 << 30
@@ -333,14 +331,15 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         settings=config.snapshots,
         render=instances.view,
     )
-    targets = Targets(instances.board, store)
+    targets = Targets(instances.board, store, egress.front.forget)
     ingresses = Ingresses(
         store,
+        egress.front,
         find=targets.find,
         place_of=targets.place_of,
         certificates=Certificates(_certificate_settings(config), paths.ingress, store),
         name_of=targets.name_of,
-        uid=config.hypervisor.uid_base + _INGRESS_USER if config.hypervisor.uid_base else _NOBODY,
+        open_to_engine=network.open_to_engine,
     )
     builds = _builds(config, store, instances, volumes, images, registry)
     connections = Connections()
@@ -547,9 +546,11 @@ def _domain_list(key: str, text: str) -> DomainList:
 
 
 def _engine_memory(config: Config) -> int:
-    """Bytes that an egress engine at its bounds may hold."""
+    """Bytes that an engine at its bounds may hold."""
     total = config.egress.total
-    return _ENGINE_BASE + 2 * total.buffers + _ENGINE_CONNECTION * (total.connections + total.upstreams)
+    buffers = total.buffers + CLIENTS.bytes
+    connections = total.connections + total.upstreams + CLIENTS.connections + CLIENTS.upstreams
+    return _ENGINE_BASE + 2 * buffers + _ENGINE_CONNECTION * connections
 
 
 def _bounds(given: EgressBounds | EgressTotals) -> Bounds:

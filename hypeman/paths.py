@@ -15,7 +15,7 @@ data_dir/                       survives reboots; 0711
   tmp/                          incomplete files; emptied at start
 run_dir/                        cleared by a reboot (tmpfs); 0755 so that VMM users can search it
   hypeman.sock                  the API
-  engine/                       sockets of egress engines, for the next server; 0700
+  engine/                       sockets of engines, for the next server; 0700
   vm/<id>/                      sockets and pid files of one VMM, owned by its user
 """
 

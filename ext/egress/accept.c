@@ -23,15 +23,15 @@
 enum { ORIGINAL_DST = 80 }; /* SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST */
 
 /* Closing it sends RST: the guest sees at once that nobody serves it. */
-static void set_reset(int fd)
+void socket_reset(int fd)
 {
     struct linger now = {1, 0};
     (void)setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
 }
 
-static void refuse_socket(int fd)
+void socket_refuse(int fd)
 {
-    set_reset(fd);
+    socket_reset(fd);
     (void)close(fd);
 }
 
@@ -54,16 +54,15 @@ static void note_original_destination(struct conn *c, int family)
 
 /* Out of descriptors: take one connection off the queue with the one kept for this, and close it. Otherwise the listener
  * would stay readable and the loop would spin. */
-static bool shed_one(struct loop *l)
+bool socket_shed(struct loop *l, int listener)
 {
     if (l->reserve < 0)
         return false;
     (void)close(l->reserve);
-    int fd = accept4(l->listener, NULL, NULL, SOCK_CLOEXEC);
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     if (fd >= 0)
-        refuse_socket(fd);
+        socket_refuse(fd);
     l->reserve = eventfd(0, EFD_CLOEXEC);
-    l->counters[M_TOO_MANY]++;
     return fd >= 0;
 }
 
@@ -83,8 +82,10 @@ void accept_all(struct loop *l)
         if (fd < 0) {
             if (errno == EINTR || errno == ECONNABORTED)
                 continue;
-            if ((errno == EMFILE || errno == ENFILE) && shed_one(l))
+            if ((errno == EMFILE || errno == ENFILE) && socket_shed(l, l->listener)) {
+                l->counters[M_TOO_MANY]++;
                 continue;
+            }
             return;
         }
         uint16_t port;
@@ -92,7 +93,7 @@ void accept_all(struct loop *l)
         struct tenant *t = table_enter(&l->engine->table, source);
         if (!t) {
             l->counters[M_UNREGISTERED]++;
-            refuse_socket(fd);
+            socket_refuse(fd);
             continue;
         }
         struct conn *c = conn_new(l, DOWN, fd);
@@ -101,7 +102,7 @@ void accept_all(struct loop *l)
         c->tenant = t;
         if (!conn_count(c)) {
             l->counters[M_TOO_MANY]++;
-            set_reset(fd);
+            socket_reset(fd);
             conn_kill(c);
             continue;
         }
@@ -240,13 +241,20 @@ static enum step read_hello(struct conn *c)
     case HELLO_MORE:
         return STEP_MORE;
     case HELLO_BAD:
+        if (c->front) {
+            tls_refuse(c, SSL_AD_DECODE_ERROR);
+            return STEP_STOP;
+        }
         audit_refusal(c, c->connected ? R_NOT_TLS : R_CLIENT_TLS);
         conn_kill(c);
         return STEP_STOP;
     case HELLO_OK:
         break;
     }
-    on_hello(c, &h);
+    if (c->front)
+        front_hello(c, &h);
+    else
+        on_hello(c, &h);
     return STEP_STOP;
 }
 
@@ -257,13 +265,15 @@ static void shake_hands(struct conn *c)
     if (r == 0 && !c->sock_eof)
         return;
     if (r <= 0) {
-        l->counters[M_HANDSHAKES_FAILED]++;
-        audit_refusal(c, R_CLIENT_TLS);
+        if (!c->front) {
+            l->counters[M_HANDSHAKES_FAILED]++;
+            audit_refusal(c, R_CLIENT_TLS);
+        }
         c->close_after = true; /* the alert is in the buffer */
         conn_mark(c);
         return;
     }
-    l->counters[M_HANDSHAKES]++;
+    l->counters[M_HANDSHAKES] += !c->front;
     c->shaking = false;
     conn_give(c, B_HANDSHAKES, 1);
     /* Our reading of the hello and OpenSSL's must be one. */
@@ -271,13 +281,19 @@ static void shake_hands(struct conn *c)
     struct host name;
     if (seen && (host_canonical(seen, strlen(seen), false, &name) != HOST_NAME || name.len != c->to.host.len
                  || memcmp(name.text, c->to.host.text, name.len) != 0)) {
-        audit_refusal(c, R_HOST_MISMATCH);
+        if (!c->front)
+            audit_refusal(c, R_HOST_MISMATCH);
         conn_kill(c);
         return;
     }
     const unsigned char *alpn;
     unsigned n;
     SSL_get0_alpn_selected(c->ssl, &alpn, &n);
+    if (c->validated) { /* TLS-ALPN-01: the certificate was all */
+        c->phase = P_HTTP1;
+        conn_finish(c, true);
+        return;
+    }
     bool h2 = n == 2 && memcmp(alpn, "h2", 2) == 0;
     c->phase = h2 ? P_HTTP2 : P_HTTP1;
     conn_timer(c, T_HEAD);

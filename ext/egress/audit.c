@@ -4,9 +4,11 @@
  * times a second or when the ring is half full, since a wake-up costs more than a request. A full ring loses records and
  * counts them; it never holds up traffic. Values are not recorded, paths and queries only where a rule says so.
  *
- * Layout, little-endian: u16 size of all; u8 kind (0 request, 1 passed through, 2 connection refused); u8 rules applied;
- * u16 status; u8 reason; u8 HTTP major version; u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64 bytes up; u64 bytes down;
- * then instance, host, method, credentials, rule, target, each as u8 length and text.
+ * Layout, little-endian: u16 size of all; u8 kind (0 request, 1 passed through, 2 connection refused, 3 by an ingress); u8
+ * rules applied; u16 status; u8 reason; u8 HTTP major version; u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64
+ * bytes up; u64 bytes down; then instance, host, method, credentials, rule, target, each as u8 length and text. By an ingress:
+ * the host is the one that the client asked for, and instead of the last three come the id of the ingress, the client and the
+ * path without the query.
  */
 #define _GNU_SOURCE
 #include <stdlib.h>
@@ -86,24 +88,30 @@ static void append(struct loop *l, struct writer *w)
         l->audit_due_ms = l->now_ms + EVERY_MS;
 }
 
+static void begin_record(struct writer *w, unsigned kind, const struct xchg *x, uint16_t port, enum reason why, int status,
+                         int64_t took_us)
+{
+    struct timespec now;
+    (void)clock_gettime(CLOCK_REALTIME_COARSE, &now);
+    w->n = 2;
+    put(w, kind, 1);
+    put(w, x ? x->injected : 0, 1);
+    put(w, (uint64_t)status, 2);
+    put(w, why, 1);
+    put(w, x && x->down && x->down->h2 ? 2 : 1, 1);
+    put(w, x ? x->ruled.decision : 0, 1);
+    put(w, port, 2);
+    put(w, took_us > UINT32_MAX ? UINT32_MAX : (uint64_t)took_us, 4);
+    put(w, (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000, 8);
+    put(w, x ? x->up_bytes : 0, 8);
+    put(w, x ? x->down_bytes : 0, 8);
+}
+
 static void write_record(struct loop *l, unsigned kind, const struct tenant *t, const struct destination *to,
                          const struct xchg *x, enum reason why, int status, int64_t took_us)
 {
     struct writer w;
-    struct timespec now;
-    (void)clock_gettime(CLOCK_REALTIME_COARSE, &now);
-    w.n = 2;
-    put(&w, kind, 1);
-    put(&w, x ? x->injected : 0, 1);
-    put(&w, (uint64_t)status, 2);
-    put(&w, why, 1);
-    put(&w, x && x->down && x->down->h2 ? 2 : 1, 1);
-    put(&w, x ? x->ruled.decision : 0, 1);
-    put(&w, to->port, 2);
-    put(&w, took_us > UINT32_MAX ? UINT32_MAX : (uint64_t)took_us, 4);
-    put(&w, (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000, 8);
-    put(&w, x ? x->up_bytes : 0, 8);
-    put(&w, x ? x->down_bytes : 0, 8);
+    begin_record(&w, kind, x, to->port, why, status, took_us);
     put_text(&w, t->instance, strlen(t->instance));
     put_text(&w, to->host.text, to->host.kind == HOST_INVALID ? 0 : to->host.len);
     put_text(&w, x ? x->method : "", x ? strlen(x->method) : 0);
@@ -113,11 +121,35 @@ static void write_record(struct loop *l, unsigned kind, const struct tenant *t, 
     append(l, &w);
 }
 
+/* A request by an ingress, whichever it was and whether there is one. */
+static void write_visit(struct loop *l, const struct xchg *x, int64_t took_us)
+{
+    static const struct host NONE = {0};
+    const struct visit *v = x->visit;
+    const struct route *r = v ? v->route : NULL;
+    const struct host *host = v && v->host.kind != HOST_INVALID ? &v->host : &NONE;
+    char client[INET6_ADDRSTRLEN];
+    struct writer w;
+    addr_text(x->down->source, client);
+    begin_record(&w, 3, x, x->down->dialled_port, x->reason, x->status, took_us);
+    put_text(&w, x->to.host.text, r ? x->to.host.len : 0);
+    put_text(&w, host->text, host->len);
+    put_text(&w, x->method, strlen(x->method));
+    put_text(&w, r ? r->site->ingress : "", r ? strlen(r->site->ingress) : 0);
+    put_text(&w, client, strlen(client));
+    put_text(&w, v ? v->path : "", v ? v->path_n : 0);
+    append(l, &w);
+}
+
 void audit_record(struct loop *l, const struct tenant *t, const struct xchg *x)
 {
     struct timespec now;
     (void)clock_gettime(CLOCK_MONOTONIC, &now);
     int64_t took_us = (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000 - x->started_us;
+    if (x->down->front) {
+        write_visit(l, x, took_us);
+        return;
+    }
     unsigned bucket = 0;
     while (bucket < LATENCY_BUCKETS - 1 && took_us >= (int64_t)16 << bucket)
         bucket++;

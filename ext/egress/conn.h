@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "mint.h"
+#include "site.h"
 #include "verdict.h"
 
 enum {
@@ -22,6 +23,7 @@ enum {
     ASKED_SLOTS = 1024,
     MAX_ADDRESSES = 16,
     MAX_INTERIM = 64, /* 1xx responses before the one that counts */
+    PLACE_SLOTS = 1024, /* generations of what is known about instances, see front.c */
 };
 
 struct buf {
@@ -64,12 +66,31 @@ struct fields {
     bool done;
 };
 
+/* What only a request by an ingress has. */
+struct visit {
+    const struct route *route; /* holds its site */
+    struct host host;          /* that the client asked for */
+    bool html;                 /* it understands our pages in HTML */
+    char *location;            /* where it is redirected to */
+    char *proof;               /* what a public CA wants to read */
+    uint8_t path_n;
+    char path[200];            /* without the query */
+};
+
+/* Where an instance is, as the server said. */
+struct place {
+    char name[INSTANCE_NAME_MAX];
+    uint64_t generation;
+    struct addr address;
+};
+
 /* One request and its response. Embedded in a HTTP/1 down conn, allocated per stream in HTTP/2. */
 struct xchg {
     struct conn *down, *up;
     struct conn *awaits;   /* the connection that is being opened for it */
     int32_t down_stream, up_stream; /* HTTP/2 */
     struct destination to;
+    struct visit *visit;
     bool active;
     bool waiting;      /* for an upstream connection, or held */
     bool held;         /* until its credential has a value, or `held_until_ms` */
@@ -152,6 +173,7 @@ struct conn {
     SSL *ssl;
     int fd;
     enum kind kind;
+    bool front;        /* of an ingress: from a client, or to a guest */
     enum phase phase;
     bool readable_end; /* the kernel said RDHUP: read on to the end */
     bool hung_up;      /* HUP or ERR */
@@ -197,9 +219,10 @@ struct conn {
     struct ruled looked;   /* what the rules say of the connection, if it is passed through */
     bool names_only;       /* TLS without a server name is not passed through */
     uint32_t hello_size;   /* of the ClientHello at the front of `in` */
-    uint16_t dialled_port; /* redirected: original destination */
+    uint16_t dialled_port; /* redirected: original destination; of an ingress: where it listens */
     struct addr dialled;
     enum reason refused;   /* every request on this connection is answered with it */
+    bool validated;        /* a public CA looks at the certificate of a name, see certs.h */
     bool prefers_h1;       /* HTTP/2 only if the client offers nothing else */
     unsigned resets;       /* streams the client cancelled since `resets_since` */
     int64_t resets_since;
@@ -231,11 +254,11 @@ struct conn {
 
 struct loop {
     struct engine *engine;
-    struct bounds *bounds;      /* the engine's */
     const unsigned *timers_ms;  /* the engine's */
     int64_t bytes_share;        /* that the loop may have in buffers */
     unsigned index;
     int epoll, wake, listener;
+    struct opened *opened, *closed; /* listeners of ingresses */
     int reserve; /* a descriptor to give up when there are no more, see accept.c */
     pthread_t thread;
     bool draining;
@@ -253,7 +276,7 @@ struct loop {
     uint64_t latency[LATENCY_BUCKETS];
     uint64_t denied[R_COUNT];
     pthread_mutex_t inbox_lock;
-    struct answer *inbox;
+    struct letter *inbox, *inbox_last;
     atomic_uint orders;
     struct conn *asked[ASKED_SLOTS]; /* waiting for addresses, by token */
     unsigned idle;         /* connections to hosts that are kept for reuse */

@@ -8,8 +8,7 @@ void down2_consumed(struct xchg *x);          /* request bytes went on: grant wi
 void down2_grant(struct xchg *x, size_t n);   /* the same for n bytes */
 void up2_detach(struct conn *up, struct xchg *x);
 
-enum { PROBLEM_MAX = 1600 };
-size_t problem_body(char *out, size_t cap, const struct xchg *x, enum reason why, const char *detail); /* RFC 9457 */
+void failure_page(struct page *p, const struct xchg *x, enum reason why, const char *detail);
 bool down_wants_room(struct xchg *x);
 void up_unwait(struct xchg *x);   /* x waits for a connection no longer */
 void up_unpass(struct conn *down);

@@ -51,7 +51,8 @@ static void down1_head(struct xchg *x, const struct head *h, enum body body, uin
     for (unsigned i = 0; i < h->n; i++)
         if (response_field_passes(h, &h->f[i]))
             out_field(&o, h->f[i].name, h->f[i].value);
-    out_via(&o, h->http2 ? 2 : h->minor);
+    if (!c->front)
+        out_via(&o, h->http2 ? 2 : h->minor);
     if (h->status == 101) {
         for (unsigned i = 0; i < h->n; i++)
             if (h->f[i].id == F_UPGRADE)
@@ -114,11 +115,13 @@ static void down1_finished(struct xchg *x)
 static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool told)
 {
     struct conn *c = x->down;
-    char body[PROBLEM_MAX], head[512];
+    struct page p;
     bool complete = x->req_body == BODY_NONE || x->req_done;
     if (!told) { /* the rest of the response is missing: no proper end, so that the client notices */
         x->active = false;
         audit_record(c->loop, c->tenant, x);
+        if (!c->ssl)
+            socket_reset(c->fd);
         conn_kill(c);
         return;
     }
@@ -131,16 +134,24 @@ static void down1_fail(struct xchg *x, enum reason why, const char *detail, bool
     xchg_forget_body(x);
     if (!complete || c->loop->draining || why == R_BAD_REQUEST || why == R_HEAD_TOO_LARGE || why == R_BAD_HOST)
         x->closing = true; /* where the next request begins is not certain, or far away */
-    size_t n = problem_body(body, sizeof body, x, why, detail);
-    int head_n = snprintf(head, sizeof head,
-                          "HTTP/1.1 %d %s\r\nContent-Type: application/problem+json\r\nContent-Length: %zu\r\n"
-                          "X-Hypeman-Egress: %s\r\n%s%s\r\n",
-                          REASONS[why].status, REASONS[why].code, n, REASONS[why].code,
-                          why == R_RATE || why == R_BUSY || why == R_CREDENTIAL ? "Retry-After: 1\r\n" : "",
-                          x->closing ? "Connection: close\r\n" : x->old_client ? "Connection: keep-alive\r\n" : "");
-    conn_write(c, head, (size_t)head_n);
+    failure_page(&p, x, why, detail);
+    struct out o = {c->loop->scratch, 0, SCRATCH, false};
+    out_text(&o, "HTTP/1.1 ");
+    out_number(&o, (uint64_t)p.status);
+    out_add(&o, " ", 1);
+    out_text(&o, p.title);
+    out_text(&o, "\r\nContent-Type: ");
+    out_text(&o, p.type);
+    out_text(&o, "\r\nContent-Length: ");
+    out_number(&o, p.n);
+    out_add(&o, "\r\n", 2);
+    for (unsigned i = 0; i < p.n_fields; i++)
+        out_field(&o, str_of(p.fields[i].name), str_of(p.fields[i].value));
+    out_text(&o, x->closing ? "Connection: close\r\n" : x->old_client ? "Connection: keep-alive\r\n" : "");
+    out_add(&o, "\r\n", 2);
     if (!x->is_head)
-        conn_write(c, body, n);
+        out_add(&o, p.body, p.n);
+    conn_write(c, o.p, o.n);
     x->req_complete = complete;
     x->req_done = x->resp_done = true;
     xchg_try_finish(x);
@@ -158,7 +169,7 @@ static void note_request(struct conn *c, const struct head *h)
         x->req_done = true;
     x->upgrade = may_upgrade(h);
     x->half = false;
-    c->loop->counters[M_REQUESTS]++;
+    c->loop->counters[M_REQUESTS] += !c->front;
 }
 
 static enum step refuse(struct conn *c, enum reason why, size_t used, const char *detail)
@@ -200,6 +211,25 @@ static struct body_text gathered_body(const struct xchg *x)
     return (struct body_text){x->gathered ? x->to_up.p ? x->to_up.p + x->to_up.off : "" : NULL, buf_size(&x->to_up)};
 }
 
+/* A guest's request by the rules of its instance. R_NONE, with the rules that apply in *m, borrowed from *s. */
+static enum reason mediate(struct conn *c, const struct head *h, struct str *path, struct matched *m,
+                           struct snapshot **s, uint64_t *generation)
+{
+    struct xchg *x = &c->x;
+    struct origin from = {c->ssl ? &c->to : NULL, c->explicit_proxy, c->dialled_port};
+    enum reason why = target_of_h1(h, &from, &x->to, path);
+    if (why == R_NONE && c->refused)
+        why = c->refused;
+    if (why == R_NONE && h->expect_other)
+        why = R_EXPECTATION;
+    if (why == R_NONE)
+        why = check_hops(h);
+    if (why != R_NONE)
+        return why;
+    *s = tenant_borrow(c->tenant, generation);
+    return *s ? decide_request(*s, h, &x->to, *path, c->loop->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, m) : R_UNREGISTERED;
+}
+
 static enum step on_head(struct conn *c, const struct head *h, size_t used)
 {
     struct xchg *x = &c->x;
@@ -211,28 +241,16 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
             return down_connect(c, h, used) ? STEP_STOP : STEP_AGAIN;
         note_request(c, h);
         conn_timer(c, -1);
-        if (!tenant_may_request(c->tenant, limits, l->now_us))
+        if (!c->front && !tenant_may_request(c->tenant, limits, l->now_us))
             return refuse(c, R_RATE, used, NULL);
         if (!xchg_count(x))
             return refuse(c, R_BUSY, used, NULL);
     }
-    struct origin from = {c->ssl ? &c->to : NULL, c->explicit_proxy, c->dialled_port};
     struct str path;
-    struct matched m;
-    enum reason why = target_of_h1(h, &from, &x->to, &path);
-    if (why == R_NONE && c->refused)
-        why = c->refused;
-    if (why == R_NONE && h->expect_other)
-        why = R_EXPECTATION;
-    if (why == R_NONE)
-        why = check_hops(h);
-    if (why != R_NONE)
-        return refuse(c, why, used, NULL);
+    struct matched m = {0};
+    struct snapshot *s = NULL;
     uint64_t generation;
-    struct snapshot *s = tenant_borrow(c->tenant, &generation);
-    if (!s)
-        return refuse(c, R_UNREGISTERED, used, NULL);
-    why = decide_request(s, h, &x->to, path, l->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, &m);
+    enum reason why = c->front ? front_decide(x, h, &path, &generation) : mediate(c, h, &path, &m, &s, &generation);
     if (why == R_APPROVAL_PENDING) {
         snapshot_release(s);
         if (!xchg_ask(x, path))
@@ -255,7 +273,7 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         snapshot_release(s);
         return gather(c, h, used);
     }
-    if (x->up && x->up->generation != generation) {
+    if (x->up && x->up->generation != generation && !c->front) {
         if (x->up->served) {
             struct conn *old = x->up;
             x->up = NULL;
@@ -485,7 +503,9 @@ void down1_run(struct conn *c)
         if (s == STEP_STOP) {
             if (c->hung_up)
                 conn_lost(c);
-            else if (c->readable_end && c->x.active && c->h1 == H1_WAIT && !c->x.half) {
+            else if (c->readable_end && c->x.active && c->h1 == H1_WAIT && c->front) {
+                conn_lost(c); /* nobody waits for the response any more */
+            } else if (c->readable_end && c->x.active && c->h1 == H1_WAIT && !c->x.half) {
                 c->x.half = true; /* it may still read: give the response a limited time */
                 conn_timer(c, T_HALF);
             }
@@ -499,7 +519,7 @@ void down1_run(struct conn *c)
             return;
         }
         if (c->h1 == H1_BODY && c->x.up)
-            conn_timer(c->x.up, T_STREAM);
+            up_timer(c->x.up);
         else if (c->x.gathering)
             conn_timer(c, T_HALF);
     }

@@ -60,7 +60,8 @@ static void down2_head(struct xchg *x, const struct head *h, enum body body, uin
     for (unsigned i = 0; i < h->n; i++)
         if (response_field_passes(h, &h->f[i]))
             pairs_add(&p, h->f[i].name, h->f[i].value, false);
-    pairs_via(&p, h);
+    if (!c->front)
+        pairs_via(&p, h);
     if (body == BODY_LENGTH)
         pairs_number(&p, "content-length", length);
     if (h->status < 200) {
@@ -97,19 +98,17 @@ static void down2_fail(struct xchg *x, enum reason why, const char *detail, bool
     struct conn *c = x->down;
     /* What the host refused unread, the client may repeat without harm, and many do by themselves. */
     if (told && x->reset_code != NGHTTP2_REFUSED_STREAM) {
-        char body[PROBLEM_MAX];
-        size_t n = problem_body(body, sizeof body, x, why, detail);
+        struct page page;
+        failure_page(&page, x, why, detail);
         struct pairs p;
         pairs_start(c->loop, &p);
-        pairs_number(&p, ":status", (uint64_t)REASONS[why].status);
-        pairs_add(&p, (struct str){"content-type", 12}, (struct str){"application/problem+json", 24}, false);
-        pairs_number(&p, "content-length", n);
-        const char *code = REASONS[why].code;
-        pairs_add(&p, (struct str){"x-hypeman-egress", 16}, (struct str){code, (uint32_t)strlen(code)}, false);
-        if (why == R_RATE || why == R_BUSY || why == R_CREDENTIAL)
-            pairs_add(&p, (struct str){"retry-after", 11}, (struct str){"1", 1}, false);
+        pairs_number(&p, ":status", (uint64_t)page.status);
+        pairs_add(&p, str_of("content-type"), str_of(page.type), false);
+        pairs_number(&p, "content-length", page.n);
+        for (unsigned i = 0; i < page.n_fields; i++)
+            pairs_add(&p, str_of(page.fields[i].name), str_of(page.fields[i].value), false);
         if (!x->is_head)
-            buf_add(c->loop, &x->to_down, body, n);
+            buf_add(c->loop, &x->to_down, page.body, page.n);
         x->to_down_end = true;
         nghttp2_data_provider source = {.source.ptr = x, .read_callback = give_body};
         (void)nghttp2_submit_response(c->h2, x->down_stream, p.nv, p.n, x->is_head ? NULL : &source);
@@ -180,14 +179,11 @@ static struct body_text gathered_body(const struct xchg *x)
     return (struct body_text){x->gathered ? x->to_up.p ? x->to_up.p + x->to_up.off : "" : NULL, buf_size(&x->to_up)};
 }
 
-/* Decides the stream and sends it on; called again when its upstream connection is ready. */
-static void decide(struct xchg *x)
+/* A guest's request by the rules of its instance. R_NONE, with the rules that apply in *m, borrowed from *s. */
+static enum reason mediate(struct xchg *x, const struct head *h, struct matched *m, struct snapshot **s,
+                           uint64_t *generation)
 {
-    struct conn *c = x->down;
-    struct loop *l = c->loop;
-    struct head *h = x->request.head;
-    struct matched m;
-    uint64_t generation;
+    const struct conn *c = x->down;
     enum reason why = target_of_h2(h, &c->to);
     if (why == R_NONE && c->refused)
         why = c->refused;
@@ -196,14 +192,28 @@ static void decide(struct xchg *x)
     if (why == R_NONE)
         why = check_hops(h);
     x->to = c->to;
-    struct snapshot *s = why == R_NONE ? tenant_borrow(c->tenant, &generation) : NULL;
-    if (why == R_NONE && !s)
-        why = R_UNREGISTERED;
-    if (why == R_NONE)
-        why = decide_request(s, h, &x->to, h->target, l->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, &m);
+    if (why != R_NONE)
+        return why;
+    *s = tenant_borrow(c->tenant, generation);
+    if (!*s)
+        return R_UNREGISTERED;
+    return decide_request(*s, h, &x->to, h->target, c->loop->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, m);
+}
+
+/* Decides the stream and sends it on; called again when its upstream connection is ready. */
+static void decide(struct xchg *x)
+{
+    struct conn *c = x->down;
+    struct loop *l = c->loop;
+    struct head *h = x->request.head;
+    struct matched m = {0};
+    struct snapshot *s = NULL;
+    struct str path = h->target;
+    uint64_t generation;
+    enum reason why = c->front ? front_decide(x, h, &path, &generation) : mediate(x, h, &m, &s, &generation);
     if (why == R_APPROVAL_PENDING) {
         snapshot_release(s);
-        if (!xchg_ask(x, h->target))
+        if (!xchg_ask(x, path))
             down_fail(x, R_BUSY, NULL);
         return;
     }
@@ -223,12 +233,12 @@ static void decide(struct xchg *x)
         gather(x, h);
         return;
     }
-    if (x->up && x->up->generation != generation) {
+    if (x->up && x->up->generation != generation && !c->front) {
         struct conn *old = x->up;
         x->up = NULL;
         old->side->abandon(old, x);
     }
-    enum take taken = x->up ? TAKE_READY : up_take(x, generation, true, x->retried);
+    enum take taken = x->up ? TAKE_READY : up_take(x, generation, !c->front, x->retried);
     if (taken != TAKE_READY) {
         snapshot_release(s);
         if (taken == TAKE_FULL)
@@ -274,7 +284,7 @@ static void on_request(struct xchg *x, bool ended)
     struct conn *c = x->down;
     struct head *h = fields_done(c->loop, &x->request);
     xchg_begin(x, c, h);
-    c->loop->counters[M_REQUESTS]++;
+    c->loop->counters[M_REQUESTS] += !c->front;
     x->req_complete = ended;
     x->req_body = ended ? BODY_NONE : h->content_length >= 0 ? BODY_LENGTH : BODY_CHUNKED;
     x->req_left = h->content_length > 0 ? (uint64_t)h->content_length : 0;
@@ -282,7 +292,7 @@ static void on_request(struct xchg *x, bool ended)
         x->req_body = BODY_LENGTH; /* HTTP/1 hosts want to read that there is nothing */
     if (x->bad)
         down_fail(x, R_BAD_REQUEST, NULL);
-    else if (!tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
+    else if (!c->front && !tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
         down_fail(x, R_RATE, NULL);
     else
         decide(x);
@@ -427,6 +437,7 @@ static void drop(struct conn *c, struct xchg *x)
         x->next->prev = x->prev;
     c->stream_count--;
     xchg_uncount(x);
+    visit_end(x);
     fields_free(c->loop, &x->request);
     fields_free(c->loop, &x->up_trailers);
     fields_free(c->loop, &x->down_trailers);

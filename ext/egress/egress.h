@@ -4,6 +4,7 @@
  *   engine      policies, questions, records, counters, for the program       engine.c
  *   loop        one per thread: epoll, timers, inbox                          loop.c
  *   the sides   guest: a new connection, HTTP/1, HTTP/2                       accept.c down1.c down2.c
+ *               client of an ingress: a new connection, decisions             front.c
  *               host: dial, verify, keep; HTTP/1, HTTP/2                      pool.c up1.c up2.c
  *               what joins them, through struct side; carrying unread bytes   xchg.c splice.c
  *               what the HTTP/2 sides share; records of requests              h2.c audit.c
@@ -11,10 +12,11 @@
  *   io          buffers, sockets, timers                                      io.c
  *   below       pure or nearly so, usable alone: policy, bounds, rules,       policy.c bound.c access.c verdict.c
  *               verdicts on requests, signatures, leaves, heads, queries,     transform.c sigv4.c mint.c h1.c query.c
- *               names, addresses                                              hello.c host.c addr.c
+ *               names, addresses;                                             hello.c host.c addr.c
+ *               routes and certificates of ingresses, what is forwarded       site.c certs.c forward.c
  *
- * Three calls point up: accept.c has the loop run a new connection, pool.c asks the engine for addresses, and xchg.c for
- * approvals.
+ * Three kinds of calls point up: accept.c and front.c have the loop run a new connection, pool.c asks the engine for
+ * addresses, and xchg.c for approvals.
  * `tests/egress/test_structure.py` holds this, and that includes have no cycle.
  *
  *   engine ── table of tenants (policy.h), reach, bounds, trust          shared, behind locks or atomic
@@ -29,6 +31,7 @@
 #ifndef HYPEMAN_EGRESS_EGRESS_H
 #define HYPEMAN_EGRESS_EGRESS_H
 
+#include "forward.h"
 #include "tls.h"
 
 /* loop.c */
@@ -43,6 +46,22 @@ void down_run(struct conn *c);
 void down_pass_ready(struct conn *c, struct conn *up);
 void down_pass_failed(struct conn *c, enum reason why, const char *detail);
 bool down_connect(struct conn *c, const struct head *h, size_t used);
+
+void socket_reset(int fd);  /* closing it will send RST */
+void socket_refuse(int fd); /* closes it so */
+bool socket_shed(struct loop *l, int listener);
+
+/* front.c: ingresses */
+struct hello;
+void front_hello(struct conn *c, const struct hello *h);
+enum reason front_decide(struct xchg *x, const struct head *h, struct str *path, uint64_t *generation);
+struct forwarded front_forwarded(const struct xchg *x, const struct head *h);
+uint64_t front_generation(struct loop *l, const struct destination *to);
+bool front_place(const struct conn *c, struct addr *address); /* if it is known */
+void front_remember(const struct conn *c, const struct addr *address); /* NULL: nobody answers there */
+bool front_sweep(struct conn *c); /* ends exchanges of removed sites; whether there were any */
+void visit_end(struct xchg *x);
+void up_timer(struct conn *c); /* how long the host may be silent now */
 
 /* down1.c */
 void down1_run(struct conn *c);
@@ -94,6 +113,7 @@ void up_run(struct conn *c);
 void up_connected(struct conn *c);
 void up_next_address(struct conn *c);
 void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses);
+void up_place(struct loop *l, uint64_t token, unsigned n, struct addr address, bool exists);
 void up_sweep(struct loop *l);
 void pool_remove(struct conn *c);
 

@@ -49,20 +49,24 @@ static bool watch(int epoll, int fd, void *who, uint32_t events)
     return epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &e) == 0;
 }
 
-static bool make_loop(struct engine *e, struct loop *l, unsigned index, const struct engine_settings *s)
+static void set_up_listener(int fd)
 {
     int one = 1;
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* inherited by what it accepts */
+    /* Clients of HTTP and TLS speak first: hear of a connection when its first bytes are there (or after a second), which
+     * saves a wake-up for each. */
+    (void)setsockopt(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof one);
+}
+
+static bool make_loop(struct engine *e, struct loop *l, unsigned index, const struct engine_settings *s)
+{
     l->engine = e;
-    l->bounds = &e->table.bounds;
     l->bytes_share = e->table.bounds.total[B_BYTES] / e->n;
     l->timers_ms = e->timers_ms;
     l->index = index;
     l->listener = s->listeners[index];
     (void)pthread_mutex_init(&l->inbox_lock, NULL);
-    (void)setsockopt(l->listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* inherited by what it accepts */
-    /* Clients of HTTP and TLS speak first: hear of a connection when its first bytes are there (or after a second), which
-     * saves a wake-up for each. */
-    (void)setsockopt(l->listener, IPPROTO_TCP, TCP_DEFER_ACCEPT, &one, sizeof one);
+    set_up_listener(l->listener);
     l->epoll = epoll_create1(EPOLL_CLOEXEC);
     l->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     l->reserve = eventfd(0, EFD_CLOEXEC);
@@ -81,6 +85,14 @@ static void limit_descriptors(uint64_t *total)
     struct rlimit files;
     if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_max != RLIM_INFINITY && files.rlim_max < *total + OURS)
         *total = files.rlim_max > 2 * OURS ? files.rlim_max - OURS : files.rlim_max / 2;
+}
+
+static void set_bounds(struct bounds *b, const uint64_t *each, const uint64_t *all)
+{
+    uint64_t total[B_WINDOWS];
+    memcpy(total, all, sizeof total);
+    limit_descriptors(&total[B_DESCRIPTORS]);
+    bounds_init(b, each, total);
 }
 
 struct engine *engine_new(const struct engine_settings *s, char *error, size_t n)
@@ -103,10 +115,12 @@ struct engine *engine_new(const struct engine_settings *s, char *error, size_t n
     memcpy(e->timers_ms, s->timers_ms, sizeof e->timers_ms);
     (void)pthread_mutex_init(&e->question_lock, NULL);
     table_init(&e->table, (struct limits){s->max_requests, s->max_mints});
-    uint64_t total[B_COUNT];
-    memcpy(total, s->bounds_total, sizeof s->bounds_total);
-    limit_descriptors(&total[B_DESCRIPTORS]);
-    bounds_init(&e->table.bounds, s->bounds_each, total);
+    table_init(&e->clients, (struct limits){0, 0});
+    sites_init(&e->sites);
+    certs_init(&e->certs);
+    (void)pthread_mutex_init(&e->place_lock, NULL);
+    set_bounds(&e->table.bounds, s->bounds_each, s->bounds_total);
+    set_bounds(&e->clients.bounds, s->clients_each, s->clients_total);
     for (unsigned i = 0; i < e->n; i++) {
         loops[i].epoll = loops[i].wake = loops[i].reserve = -1;
         loops[i].listener = s->listeners[i];
@@ -168,7 +182,9 @@ void engine_join(struct engine *e)
 static void free_loop(struct loop *l)
 {
     while (l->inbox) {
-        struct answer *next = l->inbox->next;
+        struct letter *next = l->inbox->next;
+        if (l->inbox->gate)
+            gate_release(l->inbox->gate);
         free(l->inbox);
         l->inbox = next;
     }
@@ -202,7 +218,15 @@ void engine_free(struct engine *e)
         free(e->first_asked);
         e->first_asked = next;
     }
+    while (e->gates) {
+        struct gate *next = e->gates->next;
+        gate_release(e->gates);
+        e->gates = next;
+    }
     table_destroy(&e->table);
+    table_destroy(&e->clients);
+    sites_destroy(&e->sites);
+    certs_destroy(&e->certs);
     SSL_CTX_free(e->client);
     (void)close(e->question_fd);
     (void)close(e->audit_fd);
@@ -289,13 +313,13 @@ bool engine_approval(struct engine *e, struct approval *out)
 
 void engine_decide(struct engine *e, unsigned loop, uint64_t token, bool allow)
 {
-    struct answer *a = loop < e->n ? calloc(1, sizeof *a) : NULL;
+    struct letter *a = loop < e->n ? calloc(1, sizeof *a) : NULL;
     if (!a)
         return; /* its time runs out */
     a->token = token;
-    a->decision = true;
+    a->kind = LETTER_DECISION;
     a->allow = allow;
-    loop_answer(&e->loops[loop], a);
+    loop_send(&e->loops[loop], a);
 }
 
 int engine_question_fd(struct engine *e)
@@ -323,16 +347,109 @@ bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char ins
     return true;
 }
 
+void engine_place(struct engine *e, unsigned loop, uint64_t token, const char *address, bool exists)
+{
+    struct letter *a = loop < e->n ? calloc(1, sizeof *a) : NULL;
+    if (!a)
+        return; /* the time for it runs out */
+    a->kind = LETTER_PLACE;
+    a->token = token;
+    a->n = addr_parse(address, &a->addresses[0]) ? 1 : 0;
+    a->exists = exists;
+    loop_send(&e->loops[loop], a);
+}
+
 void engine_answer(struct engine *e, unsigned loop, uint64_t token, unsigned n, const char *const *addresses)
 {
-    struct answer *a = loop < e->n ? calloc(1, sizeof *a) : NULL;
+    struct letter *a = loop < e->n ? calloc(1, sizeof *a) : NULL;
     if (!a)
         return; /* the time for it runs out */
     a->token = token;
     for (unsigned i = 0; i < n && a->n < MAX_ADDRESSES; i++)
         if (addr_parse(addresses[i], &a->addresses[a->n]))
             a->n++;
-    loop_answer(&e->loops[loop], a);
+    loop_send(&e->loops[loop], a);
+}
+
+bool engine_put_site(struct engine *e, const char *ingress, const uint8_t *data, size_t n)
+{
+    if (!sites_put(&e->sites, ingress, data, n))
+        return false;
+    order_all(e, ORDER_SWEEP);
+    return true;
+}
+
+bool engine_drop_site(struct engine *e, const char *ingress)
+{
+    if (!sites_drop(&e->sites, ingress))
+        return false;
+    order_all(e, ORDER_SWEEP);
+    return true;
+}
+
+bool engine_certify(struct engine *e, const char *name, const char *chain, const char *key)
+{
+    SSL_CTX *ctx = chain ? tls_site_context(chain, key, false) : NULL;
+    return (ctx || !chain) && certs_put(&e->certs, name, ctx);
+}
+
+bool engine_challenge(struct engine *e, const char *name, const char *token, const char *proof, const char *chain,
+                      const char *key)
+{
+    SSL_CTX *ctx = *chain ? tls_site_context(chain, key, true) : NULL;
+    return (ctx || !*chain) && certs_challenge(&e->certs, name, token, proof, ctx);
+}
+
+static void tell_of(struct engine *e, struct gate *g, int kind)
+{
+    for (unsigned i = 0; i < e->n; i++) {
+        struct letter *a = calloc(1, sizeof *a);
+        if (!a)
+            abort();
+        a->kind = kind;
+        a->gate = g;
+        atomic_fetch_add(&g->refs, 1);
+        loop_send(&e->loops[i], a);
+    }
+}
+
+bool engine_listen(struct engine *e, int fd, uint16_t port)
+{
+    struct gate *g = calloc(1, sizeof *g);
+    if (!g) {
+        (void)close(fd);
+        return false;
+    }
+    set_up_listener(fd);
+    atomic_init(&g->refs, 1);
+    g->fd = fd;
+    g->port = port;
+    g->next = e->gates;
+    e->gates = g;
+    tell_of(e, g, LETTER_OPEN);
+    return true;
+}
+
+void engine_unlisten(struct engine *e, uint16_t port)
+{
+    for (struct gate **at = &e->gates; *at;) {
+        struct gate *g = *at;
+        if (g->port != port) {
+            at = &g->next;
+            continue;
+        }
+        *at = g->next;
+        tell_of(e, g, LETTER_CLOSE);
+        gate_release(g);
+    }
+}
+
+void engine_forget(struct engine *e, const char *instance)
+{
+    if (instance)
+        front_forget(e, instance);
+    else
+        front_forget_all(e);
 }
 
 int engine_audit_fd(struct engine *e)

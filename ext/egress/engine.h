@@ -20,6 +20,9 @@ enum timer_class {
     T_LINGER,
     T_ASK,       /* a request that is held for an approval; not a connection's timer */
     T_HELD,      /* a request whose credential has no value at the moment; not a connection's timer */
+    T_PLACE,     /* ingresses: the server says where an instance is */
+    T_DIAL,      /* a guest accepts a connection; it may have to be woken first */
+    T_ANSWER,    /* a guest begins its response, and the parts of a request and its response get on */
     T_CLASSES,
 };
 
@@ -47,6 +50,8 @@ enum metric {
     M_STATUS_3XX,
     M_STATUS_4XX,
     M_STATUS_5XX,
+    M_CLIENTS, /* gauge: connections from clients of ingresses */
+    M_CLIENTS_REFUSED,
     M_COUNT,
 };
 
@@ -60,6 +65,7 @@ struct engine_settings {
     unsigned leaf_cache;
     unsigned max_requests, max_mints; /* per instance; see struct limits */
     uint64_t bounds_each[B_WINDOWS], bounds_total[B_WINDOWS]; /* see bound.h */
+    uint64_t clients_each[B_WINDOWS], clients_total[B_WINDOWS]; /* of one address, and of all, at ingresses */
     uint16_t listen_port;
     uint16_t assumed_tls_port;  /* port meant by TLS that arrives without redirection */
     unsigned timers_ms[T_CLASSES];
@@ -81,11 +87,29 @@ void engine_free(struct engine *e);
 int engine_set_policy(struct engine *e, const char *address, const char *instance, const uint8_t *snapshot, size_t n);
 bool engine_remove(struct engine *e, const char *address);
 
-/* Questions to the resolver: engine_question_fd is readable while there are some. */
+/* Ingresses. The routes of one, instead of those before; false: they are malformed. */
+bool engine_put_site(struct engine *e, const char *ingress, const uint8_t *data, size_t n);
+bool engine_drop_site(struct engine *e, const char *ingress); /* ends its exchanges */
+/* Takes over a listening socket, on which requests are for this port; false without memory. */
+bool engine_listen(struct engine *e, int fd, uint16_t port);
+void engine_unlisten(struct engine *e, uint16_t port);
+/* What is known about where this instance is, or any (NULL), is no longer true. */
+void engine_forget(struct engine *e, const char *instance);
+
+/* The certificate of a host name with its key, both in PEM; NULL: it has none. False: they are no such pair. */
+bool engine_certify(struct engine *e, const char *name, const char *chain, const char *key);
+/* What shows a public CA that the name is ours; empty texts: nothing. False: as above, or too long. */
+bool engine_challenge(struct engine *e, const char *name, const char *token, const char *proof, const char *chain,
+                      const char *key);
+
+/* Questions: engine_question_fd is readable while there are some. With a name, it is to be resolved for the instance;
+ * without, the question is where the instance is. */
 int engine_question_fd(struct engine *e);
 bool engine_question(struct engine *e, unsigned *loop, uint64_t *token, char instance[64], char name[256]);
 /* `addresses` as text; none: the name could not be resolved. */
 void engine_answer(struct engine *e, unsigned loop, uint64_t token, unsigned n, const char *const *addresses);
+/* `address` is empty if the instance cannot take requests. */
+void engine_place(struct engine *e, unsigned loop, uint64_t token, const char *address, bool exists);
 
 /* The same for requests that are held for an approval. */
 struct approval {

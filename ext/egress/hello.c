@@ -4,7 +4,7 @@
 #include <string.h>
 
 enum { HANDSHAKE = 22, CLIENT_HELLO = 1 };
-enum { SERVER_NAME = 0, ENCRYPT_THEN_MAC = 22, RECORD_SIZE_LIMIT = 28 };
+enum { SERVER_NAME = 0, ALPN = 16, ENCRYPT_THEN_MAC = 22, RECORD_SIZE_LIMIT = 28 };
 
 /* A window on bytes; every read checks what is left. */
 struct window {
@@ -55,6 +55,12 @@ static bool read_server_name(struct window ext, struct hello *out)
     return true;
 }
 
+static bool is_acme(struct window ext)
+{
+    static const uint8_t ONLY[] = "\0\x0b\x0a" "acme-tls/1"; /* a list of one */
+    return ext.n == sizeof ONLY - 1 && memcmp(ext.p, ONLY, ext.n) == 0;
+}
+
 static bool read_message(struct window m, struct hello *out)
 {
     struct window skip, extensions, ext;
@@ -74,6 +80,7 @@ static bool read_message(struct window m, struct hello *out)
                 return false;
             name = true;
         }
+        out->acme |= kind == ALPN && is_acme(ext);
         mac |= kind == ENCRYPT_THEN_MAC;
         limit |= kind == RECORD_SIZE_LIMIT;
     }

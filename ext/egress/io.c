@@ -160,14 +160,14 @@ bool conn_watch(struct conn *c)
 
 bool conn_take(struct conn *c, enum bound what, int64_t n)
 {
-    bool ok = bound_take(c->loop->bounds, &c->tenant->usage, what, n);
-    c->loop->limited[what] += !ok;
+    bool ok = bound_take(c->tenant->bounds, &c->tenant->usage, what, n);
+    c->loop->limited[what] += !ok && !c->front; /* those of clients are counted as refused connections */
     return ok;
 }
 
 void conn_give(struct conn *c, enum bound what, int64_t n)
 {
-    bound_give(c->loop->bounds, &c->tenant->usage, what, n);
+    bound_give(c->tenant->bounds, &c->tenant->usage, what, n);
 }
 
 static enum bound kind_of(const struct conn *c)
@@ -205,7 +205,7 @@ size_t conn_watermark(const struct conn *c)
 {
     const struct loop *l = c->loop;
     bool over = l->bytes > l->bytes_share
-        || atomic_load_explicit(&c->tenant->usage.used[B_BYTES], memory_order_relaxed) > l->bounds->each[B_BYTES];
+        || atomic_load_explicit(&c->tenant->usage.used[B_BYTES], memory_order_relaxed) > c->tenant->bounds->each[B_BYTES];
     return over ? 1 : WATERMARK;
 }
 

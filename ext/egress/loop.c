@@ -78,6 +78,13 @@ static void on_event(struct conn *c, uint32_t events)
         conn_run(c);
 }
 
+static void handle_gate(struct loop *l, uint64_t marked)
+{
+    const struct opened *o = (const struct opened *)(uintptr_t)(marked & ~(uint64_t)GATE_MARK);
+    if (!o->closed)
+        front_accept(l, o->gate);
+}
+
 static void handle(struct conn *c, uint32_t events)
 {
     c->loop->payer = c->tenant;
@@ -117,6 +124,11 @@ static bool may_gather(const struct loop *l)
 
 static void bury(struct loop *l)
 {
+    while (l->closed) {
+        struct opened *next = l->closed->next;
+        free(l->closed);
+        l->closed = next;
+    }
     while (l->graveyard) {
         struct conn *c = l->graveyard;
         l->graveyard = c->next_dead;
@@ -140,11 +152,15 @@ static void on_timer(struct conn *c, int class)
     conn_timer(c, -1);
     switch (class) {
     case T_CONNECT:
+    case T_DIAL:
         c->timed_out = true;
         up_next_address(c);
         break;
     case T_RESOLVE:
         up_failed(c, R_RESOLVE, "no answer in time");
+        break;
+    case T_PLACE:
+        up_failed(c, R_NOT_RUNNING, NULL);
         break;
     case T_HANDSHAKE:
         if (c->kind == UP)
@@ -163,8 +179,11 @@ static void on_timer(struct conn *c, int class)
         break;
     case T_STREAM:
     case T_HALF:
+    case T_ANSWER:
         if (c->kind == UP && c->one) {
-            up_failed(c, R_UPSTREAM_TIMEOUT, NULL);
+            /* A guest that has room for more of the request waits for the client. */
+            bool client = c->front && !c->one->req_complete && conn_room(c);
+            up_failed(c, client ? R_CLIENT_TIMEOUT : R_UPSTREAM_TIMEOUT, NULL);
         } else {
             conn_lost(c);
         }
@@ -210,11 +229,12 @@ static void wake(struct loop *l)
     (void)!write(l->wake, &one, sizeof one);
 }
 
-void loop_answer(struct loop *l, struct answer *a)
+void loop_send(struct loop *l, struct letter *a)
 {
     (void)pthread_mutex_lock(&l->inbox_lock);
-    a->next = l->inbox;
-    l->inbox = a;
+    a->next = NULL;
+    *(l->inbox ? &l->inbox_last->next : &l->inbox) = a;
+    l->inbox_last = a;
     (void)pthread_mutex_unlock(&l->inbox_lock);
     wake(l);
 }
@@ -242,12 +262,57 @@ static void close_listener(struct loop *l)
     l->listener = -1;
 }
 
+void gate_release(struct gate *g)
+{
+    if (atomic_fetch_sub(&g->refs, 1) == 1) {
+        (void)close(g->fd);
+        free(g);
+    }
+}
+
+static void open_gate(struct loop *l, struct gate *g)
+{
+    struct opened *o = l->draining ? NULL : calloc(1, sizeof *o);
+    /* All loops wait on one socket: the kernel wakes one of them for each connection. */
+    struct epoll_event e = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.u64 = (uint64_t)(uintptr_t)o | GATE_MARK};
+    if (!o || epoll_ctl(l->epoll, EPOLL_CTL_ADD, g->fd, &e) != 0) {
+        free(o);
+        gate_release(g);
+        return;
+    }
+    o->gate = g;
+    o->next = l->opened;
+    l->opened = o;
+}
+
+static void close_gate(struct loop *l, struct opened **at)
+{
+    struct opened *o = *at;
+    (void)epoll_ctl(l->epoll, EPOLL_CTL_DEL, o->gate->fd, NULL);
+    gate_release(o->gate);
+    o->closed = true;
+    *at = o->next;
+    o->next = l->closed;
+    l->closed = o;
+}
+
+static void find_and_close(struct loop *l, const struct gate *g)
+{
+    for (struct opened **at = &l->opened; *at; at = &(*at)->next)
+        if ((*at)->gate == g) {
+            close_gate(l, at);
+            return;
+        }
+}
+
 /* Idle connections go at once; the others end with what they are doing. */
 static void begin_drain(struct loop *l, unsigned grace_ms)
 {
     l->draining = true;
     l->drain_by_ms = l->now_ms + grace_ms;
     close_listener(l);
+    while (l->opened)
+        close_gate(l, &l->opened);
     struct conn *next;
     for (struct conn *c = l->all; c; c = next) {
         next = c->all_next;
@@ -271,7 +336,7 @@ static void read_inbox(struct loop *l)
     (void)!read(l->wake, &count, sizeof count);
     unsigned orders = atomic_exchange(&l->orders, 0);
     (void)pthread_mutex_lock(&l->inbox_lock);
-    struct answer *a = l->inbox;
+    struct letter *a = l->inbox;
     l->inbox = NULL;
     (void)pthread_mutex_unlock(&l->inbox_lock);
     if (orders & ORDER_SWEEP) {
@@ -283,11 +348,25 @@ static void read_inbox(struct loop *l)
     if (orders & ORDER_DRAIN)
         begin_drain(l, atomic_load(&l->engine->grace_ms));
     while (a) {
-        struct answer *next = a->next;
-        if (a->decision)
-            held_decided(l, a->token, a->allow);
-        else
+        struct letter *next = a->next;
+        switch (a->kind) {
+        case LETTER_ANSWER:
             up_answer(l, a->token, a->n, a->addresses);
+            break;
+        case LETTER_PLACE:
+            up_place(l, a->token, a->n, a->addresses[0], a->exists);
+            break;
+        case LETTER_DECISION:
+            held_decided(l, a->token, a->allow);
+            break;
+        case LETTER_OPEN:
+            open_gate(l, a->gate);
+            break;
+        case LETTER_CLOSE:
+            find_and_close(l, a->gate);
+            gate_release(a->gate);
+            break;
+        }
         settle(l);
         free(a);
         a = next;
@@ -303,6 +382,8 @@ static void end_all(struct loop *l)
         conn_kill(c);
     }
     l->dirty = l->again = NULL;
+    while (l->opened)
+        close_gate(l, &l->opened);
     bury(l);
 }
 
@@ -320,6 +401,8 @@ void *loop_main(void *arg)
                 accept_all(l);
             else if (who == &l->wake)
                 read_inbox(l);
+            else if (events[i].data.u64 & GATE_MARK)
+                handle_gate(l, events[i].data.u64);
             else
                 handle(who, events[i].events);
             if (!may_gather(l))

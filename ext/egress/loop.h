@@ -2,16 +2,37 @@
 #ifndef HYPEMAN_EGRESS_LOOP_H
 #define HYPEMAN_EGRESS_LOOP_H
 
+#include "certs.h"
 #include "egress.h"
 
 enum { ORDER_ACCEPT = 1, ORDER_SWEEP = 2, ORDER_DRAIN = 4 };
 
-struct answer {
-    struct answer *next;
+/* A listening socket of an ingress. All loops wait on it. */
+struct gate {
+    atomic_uint refs;
+    int fd;
+    uint16_t port;
+    struct gate *next;
+};
+
+/* In one loop. In epoll its pointer is marked by GATE_MARK. */
+struct opened {
+    struct gate *gate;
+    bool closed; /* to be freed at the end of the round: there may be an event of it yet */
+    struct opened *next;
+};
+
+enum { GATE_MARK = 1 };
+
+struct letter {
+    enum { LETTER_ANSWER, LETTER_PLACE, LETTER_DECISION, LETTER_OPEN, LETTER_CLOSE } kind;
+    struct letter *next;
     uint64_t token;
-    bool decision, allow; /* about a request that is held, instead of addresses */
+    bool allow; /* a request that is held */
     unsigned n;
     struct addr addresses[MAX_ADDRESSES];
+    bool exists;
+    struct gate *gate; /* holds it */
 };
 
 struct question {
@@ -29,6 +50,13 @@ struct asked {
 
 struct engine {
     struct table table;
+    struct table clients;  /* of ingresses, by address */
+    struct sites sites;
+    struct certs certs;
+    atomic_uint_fast64_t generations[PLACE_SLOTS]; /* of what is known about instances, see front.c */
+    pthread_mutex_t place_lock;
+    struct place places[PLACE_SLOTS];
+    struct gate *gates;    /* touched by the program's thread only */
     struct reach reach;
     unsigned timers_ms[T_CLASSES];
     uint16_t listen_port, assumed_tls_port;
@@ -45,10 +73,16 @@ struct engine {
     uint64_t last_token;
 };
 
-void loop_answer(struct loop *l, struct answer *a); /* takes over a */
+void loop_send(struct loop *l, struct letter *a); /* takes over a */
 void loop_order(struct loop *l, unsigned orders);
-/* Asks the resolver; the answer comes to up_answer with the returned token. 0: there is no memory. */
 uint64_t engine_ask_approval(struct engine *e, const struct approval *a); /* the decision comes to held_decided */
+void gate_release(struct gate *g);
+/* front.c */
+void front_accept(struct loop *l, const struct gate *g);
+void front_forget(struct engine *e, const char *name);
+void front_forget_all(struct engine *e);
+/* Asks the resolver or, with an empty name, where the instance is; the answer
+ * comes to up_answer or up_place with the returned token. 0: there is no memory. */
 uint64_t engine_ask(struct engine *e, unsigned loop, const char *instance, const char *name);
 
 #endif

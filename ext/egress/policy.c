@@ -3,57 +3,28 @@
 #include "policy.h"
 
 #include <errno.h>
-#include <openssl/crypto.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
+
+#include "encoded.h"
 
 static const char MAGIC[4] = {'H', 'E', 'G', '3'};
 
-struct reader {
-    const uint8_t *p, *end;
-    bool bad;
-};
-
-static uint64_t number(struct reader *r, unsigned bytes)
-{
-    uint64_t v = 0;
-    if ((size_t)(r->end - r->p) < bytes) {
-        r->bad = true;
-        return 0;
-    }
-    for (unsigned i = 0; i < bytes; i++)
-        v |= (uint64_t)*r->p++ << (8 * i);
-    return v;
-}
-
-static struct str text(struct reader *r)
-{
-    unsigned n = (unsigned)number(r, 2);
-    if (r->bad || (size_t)(r->end - r->p) < n) {
-        r->bad = true;
-        return (struct str){"", 0};
-    }
-    struct str s = {(const char *)r->p, n};
-    r->p += n;
-    return s;
-}
-
 static void read_transform(struct reader *r, struct rule *rule)
 {
-    unsigned kind = (unsigned)number(r, 1), extra;
+    unsigned kind = (unsigned)read_number(r, 1), extra;
     rule->kind = (enum rule_kind)kind;
-    rule->ready = number(r, 1) != 0;
-    rule->expires_s = (int64_t)number(r, 8);
-    rule->name = text(r);
-    rule->value = text(r);
-    extra = (unsigned)number(r, 1);
+    rule->ready = read_number(r, 1) != 0;
+    rule->expires_s = (int64_t)read_number(r, 8);
+    rule->name = read_text(r);
+    rule->value = read_text(r);
+    extra = (unsigned)read_number(r, 1);
     if (kind >= RULE_KINDS || extra > MAX_EXTRA || rule->expires_s < 0) {
         r->bad = true;
         return;
     }
     for (unsigned i = 0; i < MAX_EXTRA; i++)
-        rule->extra[i] = i < extra ? text(r) : (struct str){"", 0};
+        rule->extra[i] = i < extra ? read_text(r) : (struct str){"", 0};
     bool named = rule->kind == RULE_HEADER ? h1_is_token(rule->name.p, rule->name.n)
                                            : h1_is_target(rule->name.p, rule->name.n);
     r->bad |= !named || !h1_is_field_value(rule->value.p, rule->value.n);
@@ -67,15 +38,10 @@ bool rule_is_ready(const struct rule *r, int64_t now_s)
 }
 
 /* The mapping holds: struct snapshot, rules, patterns, then a copy of the encoding that all strings point into. */
-static size_t round_up(size_t n)
-{
-    return (n + 4095) & ~(size_t)4095;
-}
-
 /* What follows the credentials, if anything does: u8 private networks, u8 whether rules follow, and these. */
 static void read_access(struct snapshot *s, struct reader *r)
 {
-    unsigned private = number(r, 1), present = number(r, 1);
+    unsigned private = (unsigned)read_number(r, 1), present = (unsigned)read_number(r, 1);
     if (private > PRIVATE_CLOSED || present > 1 || r->bad) {
         r->bad = true;
         return;
@@ -96,20 +62,17 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         return NULL;
     }
     r.p += sizeof MAGIC;
-    unsigned unmatched = (unsigned)number(&r, 1), web_only = (unsigned)number(&r, 1), tls_port = (unsigned)number(&r, 2);
-    unsigned rules = (unsigned)number(&r, 2), patterns = (unsigned)number(&r, 2);
+    unsigned unmatched = (unsigned)read_number(&r, 1), web_only = (unsigned)read_number(&r, 1), tls_port = (unsigned)read_number(&r, 2);
+    unsigned rules = (unsigned)read_number(&r, 2), patterns = (unsigned)read_number(&r, 2);
     if (r.bad || unmatched > UNMATCHED_DENY || web_only > 1 || rules > MAX_RULES) {
         errno = EINVAL;
         return NULL;
     }
     size_t fixed = sizeof(struct snapshot) + rules * sizeof(struct rule) + patterns * sizeof(struct pattern);
-    size_t size = round_up(fixed + n);
-    char *map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (map == MAP_FAILED)
+    size_t size = fixed + n;
+    struct snapshot *s = locked_new(&size);
+    if (!s)
         return NULL;
-    (void)mlock(map, size); /* best effort: RLIMIT_MEMLOCK may be small */
-    (void)madvise(map, size, MADV_DONTDUMP);
-    struct snapshot *s = (struct snapshot *)map;
     s->size = size;
     atomic_init(&s->refs, 1);
     s->unmatched = (enum unmatched)unmatched;
@@ -126,21 +89,21 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
     r.end = copy + n;
     for (unsigned i = 0; i < rules && !r.bad; i++) {
         struct rule *rule = &s->rules[i];
-        rule->key = text(&r);
-        rule->placeholder = text(&r);
+        rule->key = read_text(&r);
+        rule->placeholder = read_text(&r);
         read_transform(&r, rule);
-        rule->every_host = number(&r, 1) != 0;
-        rule->port_count = (unsigned)number(&r, 1);
+        rule->every_host = read_number(&r, 1) != 0;
+        rule->port_count = (unsigned)read_number(&r, 1);
         rule->ports = r.p;
         for (unsigned k = 0; k < rule->port_count; k++)
-            (void)number(&r, 2);
-        rule->n = (unsigned)number(&r, 2);
+            (void)read_number(&r, 2);
+        rule->n = (unsigned)read_number(&r, 2);
         rule->patterns = pool;
         if (rule->n > patterns)
             r.bad = true;
         for (unsigned k = 0; k < rule->n && !r.bad; k++) {
-            pool->wildcard = number(&r, 1) != 0;
-            pool->host = text(&r);
+            pool->wildcard = read_number(&r, 1) != 0;
+            pool->host = read_text(&r);
             pool++;
             patterns--;
         }
@@ -158,10 +121,8 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
 void snapshot_release(struct snapshot *s)
 {
     if (s && atomic_fetch_sub(&s->refs, 1) == 1) {
-        size_t size = s->size;
         access_free(s->access);
-        OPENSSL_cleanse(s, size);
-        (void)munmap(s, size);
+        locked_free(s, s->size);
     }
 }
 
@@ -216,13 +177,35 @@ void tenant_hold(struct tenant *t)
     atomic_fetch_add(&t->refs, 1);
 }
 
+static void tenant_free(struct tenant *t)
+{
+    snapshot_release(t->snapshot);
+    (void)pthread_mutex_destroy(&t->lock);
+    free(t);
+}
+
+/* The table of clients holds none of them: the last one to let go takes it out, so that nobody finds it meanwhile. */
+static void client_release(struct tenant *t)
+{
+    struct table *table = t->clients;
+    (void)pthread_mutex_lock(&table->lock);
+    bool last = atomic_fetch_sub(&t->refs, 1) == 1;
+    struct tenant **at = &table->slots[slot_of(t->source)];
+    while (last && *at != t)
+        at = &(*at)->next;
+    if (last)
+        *at = t->next;
+    (void)pthread_mutex_unlock(&table->lock);
+    if (last)
+        tenant_free(t);
+}
+
 void tenant_release(struct tenant *t)
 {
-    if (atomic_fetch_sub(&t->refs, 1) == 1) {
-        snapshot_release(t->snapshot);
-        (void)pthread_mutex_destroy(&t->lock);
-        free(t);
-    }
+    if (t->clients)
+        client_release(t);
+    else if (atomic_fetch_sub(&t->refs, 1) == 1)
+        tenant_free(t);
 }
 
 /* With the table's lock held: cuts the tenant out, wipes its rules; living connections keep only the shell. */
@@ -247,6 +230,23 @@ static struct tenant **find(struct table *t, struct addr source)
     return at;
 }
 
+/* With the lock held. */
+static struct tenant *tenant_new(struct table *table, struct addr source)
+{
+    struct tenant *t = calloc(1, sizeof *t);
+    if (!t)
+        return NULL;
+    t->source = source;
+    t->bounds = &table->bounds;
+    t->id = ++table->last_id;
+    atomic_init(&t->refs, 1);
+    (void)pthread_mutex_init(&t->lock, NULL);
+    struct tenant **at = &table->slots[slot_of(source)];
+    t->next = *at;
+    *at = t;
+    return t;
+}
+
 int table_set(struct table *table, struct addr source, const char *instance, struct snapshot *s)
 {
     (void)pthread_mutex_lock(&table->lock);
@@ -256,21 +256,13 @@ int table_set(struct table *table, struct addr source, const char *instance, str
         t = NULL;
     }
     if (!t) {
-        t = calloc(1, sizeof *t);
-        if (!t || strlen(instance) >= INSTANCE_MAX) {
-            free(t);
+        t = strlen(instance) < INSTANCE_MAX ? tenant_new(table, source) : NULL;
+        if (!t) {
             (void)pthread_mutex_unlock(&table->lock);
             snapshot_release(s);
             return -1;
         }
         strcpy(t->instance, instance);
-        t->source = source;
-        t->id = ++table->last_id;
-        atomic_init(&t->refs, 1);
-        (void)pthread_mutex_init(&t->lock, NULL);
-        at = &table->slots[slot_of(source)];
-        t->next = *at;
-        *at = t;
     }
     (void)pthread_mutex_lock(&t->lock);
     struct snapshot *old = t->snapshot;
@@ -311,6 +303,23 @@ struct tenant *table_enter(struct table *table, struct addr source)
     struct tenant *t = *find(table, source);
     if (t)
         tenant_hold(t);
+    (void)pthread_mutex_unlock(&table->lock);
+    return t;
+}
+
+struct tenant *table_client(struct table *table, struct addr source)
+{
+    if (!addr_is_v4(source))
+        memset(source.b + 8, 0, 8);
+    (void)pthread_mutex_lock(&table->lock);
+    struct tenant *t = *find(table, source);
+    if (t) {
+        tenant_hold(t);
+    } else {
+        t = tenant_new(table, source);
+        if (t)
+            t->clients = table;
+    }
     (void)pthread_mutex_unlock(&table->lock);
     return t;
 }

@@ -83,14 +83,17 @@ struct bucket {
     int64_t at_us;
 };
 
+/* Who connections, buffers and requests are charged to: an instance, or the clients of ingresses at one address. */
 struct tenant {
     atomic_uint refs;
     uint64_t id;
     char instance[INSTANCE_MAX];
     struct addr source;
     atomic_bool removed;
+    struct bounds *bounds;
     struct usage usage;
     atomic_uint asking; /* requests that are held for an approval */
+    struct table *clients; /* of a client: where it is as long as anything holds it; NULL: an instance */
     pthread_mutex_t lock; /* of the fields below */
     struct snapshot *snapshot;
     atomic_uint_fast64_t generation;
@@ -119,6 +122,8 @@ int table_set(struct table *t, struct addr source, const char *instance, struct 
 bool table_remove(struct table *t, struct addr source);
 /* NULL: nobody we know. To be released. */
 struct tenant *table_enter(struct table *t, struct addr source);
+/* The tenant for a client at this address (of IPv6: in its network of 64 bits). To be released. NULL: no memory. */
+struct tenant *table_client(struct table *t, struct addr source);
 void tenant_hold(struct tenant *t);
 void tenant_release(struct tenant *t);
 

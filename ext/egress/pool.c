@@ -57,6 +57,8 @@ static void pool_add(struct conn *c)
 
 static bool is_stale(const struct conn *c)
 {
+    if (c->front)
+        return front_generation(c->loop, &c->to) != c->generation;
     return atomic_load(&c->tenant->removed) || atomic_load(&c->tenant->generation) != c->generation;
 }
 
@@ -142,6 +144,7 @@ static struct conn *dial(struct loop *l, struct tenant *t, const struct destinat
     c->killed = up_killed;
     tenant_hold(t);
     c->tenant = t;
+    c->front = t->clients != NULL;
     if (!conn_count(c) && !(drop_idle(l, t) && conn_count(c))) {
         conn_kill(c);
         return NULL;
@@ -149,15 +152,18 @@ static struct conn *dial(struct loop *l, struct tenant *t, const struct destinat
     c->to = *to;
     c->generation = generation;
     c->phase = P_RESOLVE;
-    conn_timer(c, T_RESOLVE);
-    l->counters[M_UPSTREAM_OPENED]++;
+    conn_timer(c, c->front ? T_PLACE : T_RESOLVE);
+    l->counters[M_UPSTREAM_OPENED] += !c->front;
     return c;
 }
 
 static void find_addresses(struct conn *c)
 {
-    if (c->to.host.kind == HOST_NAME) {
-        c->token = engine_ask(c->loop->engine, c->loop->index, c->tenant->instance, c->to.host.text);
+    if (c->front && front_place(c, &c->candidates[0])) {
+        c->addresses = 1;
+    } else if (c->to.host.kind == HOST_NAME) {
+        c->token = c->front ? engine_ask(c->loop->engine, c->loop->index, c->to.host.text, "")
+                            : engine_ask(c->loop->engine, c->loop->index, c->tenant->instance, c->to.host.text);
         struct conn **slot = asked(c->loop, c->token);
         c->ask_prev = NULL;
         c->ask_next = *slot;
@@ -166,8 +172,9 @@ static void find_addresses(struct conn *c)
         *slot = c;
         c->asking = true;
         return; /* token 0, without memory: its time runs out */
+    } else {
+        c->addresses = addr_parse(c->to.host.text, &c->candidates[0]) ? 1 : 0;
     }
-    c->addresses = addr_parse(c->to.host.text, &c->candidates[0]) ? 1 : 0;
     conn_again(c); /* checked and dialled in the next round: callers hold half-made things */
 }
 
@@ -205,7 +212,7 @@ enum take up_take(struct xchg *x, uint64_t generation, bool want_h2, bool fresh)
         x->up = c;
         x->reused = true;
         x->waiting = false;
-        l->counters[M_UPSTREAM_REUSED]++;
+        l->counters[M_UPSTREAM_REUSED] += !c->front;
         return TAKE_READY;
     }
     c = dial(l, down->tenant, &x->to, generation);
@@ -310,7 +317,7 @@ static enum reason check_addresses(struct conn *c)
 
 static void begin_dialling(struct conn *c)
 {
-    enum reason why = check_addresses(c);
+    enum reason why = c->front ? R_NONE : check_addresses(c); /* the server knows where guests are */
     if (why != R_NONE) {
         up_failed(c, why, NULL);
         return;
@@ -319,14 +326,40 @@ static void begin_dialling(struct conn *c)
     up_next_address(c);
 }
 
-void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses)
+/* NULL: the answer is no longer wanted. */
+static struct conn *who_asked(struct loop *l, uint64_t token)
 {
     struct conn *c = *asked(l, token);
     while (c && c->token != token)
         c = c->ask_next;
-    if (!c)
-        return; /* no longer wanted */
-    forget_question(c);
+    if (c)
+        forget_question(c);
+    return c;
+}
+
+void up_place(struct loop *l, uint64_t token, unsigned n, struct addr address, bool exists)
+{
+    struct conn *c = who_asked(l, token);
+    if (!c || !c->front)
+        return;
+    l->payer = c->tenant;
+    if (n) {
+        c->addresses = 1;
+        c->candidates[0] = address;
+        front_remember(c, &address);
+        begin_dialling(c);
+    } else {
+        const struct visit *v = c->one ? c->one->visit : NULL;
+        up_failed(c, exists || !v || !v->route->captured ? R_NOT_RUNNING : R_NO_SITE, NULL);
+    }
+    l->payer = NULL;
+}
+
+void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses)
+{
+    struct conn *c = who_asked(l, token);
+    if (!c || c->front)
+        return;
     l->payer = c->tenant;
     c->addresses = n < MAX_ADDRESSES ? n : MAX_ADDRESSES;
     memcpy(c->candidates, addresses, c->addresses * sizeof *addresses);
@@ -349,10 +382,12 @@ void up_next_address(struct conn *c)
         (void)setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
         c->blocked = c->hung_up = c->readable_end = false;
         if ((connect(c->fd, (struct sockaddr *)&to, n) == 0 || errno == EINPROGRESS) && conn_watch(c)) {
-            conn_timer(c, T_CONNECT);
+            conn_timer(c, c->front ? T_DIAL : T_CONNECT);
             return;
         }
     }
+    if (c->front)
+        front_remember(c, NULL);
     up_failed(c, c->timed_out ? R_CONNECT_TIMEOUT : R_CONNECT, c->detail[0] ? c->detail : NULL);
 }
 
@@ -362,6 +397,7 @@ void up_connected(struct conn *c)
     socklen_t n = sizeof error;
     (void)getsockopt(c->fd, SOL_SOCKET, SO_ERROR, &error, &n);
     if (error) {
+        c->timed_out |= c->front && (error == ETIMEDOUT || error == EHOSTUNREACH);
         (void)snprintf(c->detail, sizeof c->detail, "%s", strerror(error));
         up_next_address(c);
         return;
@@ -427,7 +463,7 @@ static void hand_over(struct conn *c, struct xchg *x)
 
 void up_ready(struct conn *c)
 {
-    conn_timer(c, T_STREAM);
+    up_timer(c);
     if (c->pass_for) {
         struct conn *down = c->pass_for;
         c->pass_for = NULL;
@@ -512,7 +548,7 @@ void up_failed(struct conn *c, enum reason why, const char *detail)
     struct xchg *one = c->one, *waiting = c->waiting;
     struct conn *down = c->pass_for;
     bool busy = one || waiting || down || c->streams;
-    c->loop->counters[M_UPSTREAM_FAILED] += busy;
+    c->loop->counters[M_UPSTREAM_FAILED] += busy && !c->front;
     c->one = NULL;
     c->waiting = NULL;
     c->pass_for = NULL;
@@ -581,7 +617,10 @@ void up_sweep(struct loop *l)
             continue;
         if (c->kind == UP && c->tenant && is_stale(c) && (c->phase == P_HTTP1 ? c->pooled : c->h2 && !c->streams))
             conn_kill(c);
-        else if (c->kind == DOWN && (atomic_load(&c->tenant->removed) || !may_go_on(c))) {
+        else if (c->kind == DOWN && c->front) {
+            if (front_sweep(c))
+                next = l->all; /* it may have taken others with it */
+        } else if (c->kind == DOWN && (atomic_load(&c->tenant->removed) || !may_go_on(c))) {
             conn_lost(c);
             next = l->all; /* it may have taken others with it */
         }
@@ -592,7 +631,7 @@ void up_run(struct conn *c)
 {
     switch (c->phase) {
     case P_RESOLVE:
-        if (c->to.host.kind == HOST_IP)
+        if (!c->asking)
             begin_dialling(c);
         break;
     case P_HANDSHAKE:

@@ -3,9 +3,11 @@
 #include "probe.h"
 
 #include <openssl/crypto.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
+#include "forward.h"
 #include "transform.h"
 
 int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from,
@@ -80,4 +82,63 @@ const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host,
     access_free(s.access);
     strcpy(rule, ruled.rule);
     return REASONS[why].code;
+}
+
+int probe_forward(const char *in, size_t n, const char *client, bool tls, const char *secret, char *out, size_t *out_n,
+                  char *host, const char **reason)
+{
+    static __thread struct head h;
+    struct host asked;
+    struct str path;
+    struct forwarded from = {.tls = tls, .secret = str_of(secret)};
+    *reason = REASONS[R_BAD_REQUEST].code;
+    if (!addr_parse(client, &from.client))
+        return -1;
+    int used = h1_parse_request(in, n, &h);
+    if (used == 0)
+        return 0;
+    if (used < 0) {
+        *reason = REASONS[used == H1_TOO_LARGE ? R_HEAD_TOO_LARGE : R_BAD_REQUEST].code;
+        return -1;
+    }
+    enum reason why = site_of_h1(&h, &asked, &path);
+    if (why == R_NONE) {
+        enum body body = h.chunked ? BODY_CHUNKED : h.content_length >= 0 ? BODY_LENGTH : BODY_NONE;
+        struct request_line line = {path, body, h.content_length > 0 ? (uint64_t)h.content_length : 0, may_upgrade(&h)};
+        struct out o = {out, 0, *out_n, false};
+        from.authority = h.authority;
+        render_forward(&o, &h, &line, &from);
+        *out_n = o.n;
+        memcpy(host, asked.text, asked.len + 1u);
+    }
+    *reason = REASONS[why].code;
+    return why == R_NONE ? used : -1;
+}
+
+struct sites *probe_sites(void)
+{
+    struct sites *s = malloc(sizeof *s);
+    if (s)
+        sites_init(s);
+    return s;
+}
+
+void probe_sites_free(struct sites *s)
+{
+    sites_destroy(s);
+    free(s);
+}
+
+bool probe_find(struct sites *s, const char *text, uint16_t port, char *hostname, char *target)
+{
+    struct host host;
+    const struct route *r = NULL;
+    if (host_canonical(text, strlen(text), false, &host) != HOST_INVALID)
+        r = sites_find(s, &host, port, target);
+    if (!r)
+        return false;
+    memcpy(hostname, r->hostname.p, r->hostname.n);
+    hostname[r->hostname.n] = 0;
+    site_release(r->site);
+    return true;
 }

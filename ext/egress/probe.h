@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "site.h"
+
 struct probe_origin {
     const char *tls_name; /* TLS ended here for this name; NULL: plain HTTP */
     bool explicit_proxy;
@@ -20,5 +22,14 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
  * no encoding, or no host. */
 const char *probe_access(const uint8_t *rules, size_t rules_n, const char *host, uint16_t port, const char *method,
                          const char *target, bool override, int64_t now_s, char rule[64]);
+
+/* The head for the guest of a request by an ingress, and the host name that it asks for. */
+int probe_forward(const char *in, size_t n, const char *client, bool tls, const char *secret, char *out, size_t *out_n,
+                  char *host, const char **reason);
+
+/* A routing table by itself. */
+struct sites *probe_sites(void);
+void probe_sites_free(struct sites *s);
+bool probe_find(struct sites *s, const char *host, uint16_t port, char *hostname, char *target);
 
 #endif

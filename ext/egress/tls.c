@@ -136,6 +136,62 @@ SSL_CTX *tls_server_context(void)
     return ctx;
 }
 
+static int choose_acme(SSL *ssl, const unsigned char **out, unsigned char *n, const unsigned char *in, unsigned in_n,
+                       void *arg)
+{
+    static const unsigned char ACME[] = "acme-tls/1";
+    (void)ssl, (void)in, (void)in_n, (void)arg; /* chosen because it is the only one offered, see hello.c */
+    *out = ACME;
+    *n = sizeof ACME - 1;
+    return SSL_TLSEXT_ERR_OK;
+}
+
+static bool use_chain(SSL_CTX *ctx, const char *pem)
+{
+    BIO *b = BIO_new_mem_buf(pem, -1);
+    X509 *leaf = b ? PEM_read_bio_X509_AUX(b, NULL, NULL, NULL) : NULL, *next = NULL;
+    bool ok = leaf && SSL_CTX_use_certificate(ctx, leaf) == 1;
+    while (ok && (next = PEM_read_bio_X509(b, NULL, NULL, NULL))) {
+        ok = SSL_CTX_add0_chain_cert(ctx, next) == 1; /* takes it over */
+        if (!ok)
+            X509_free(next);
+    }
+    X509_free(leaf);
+    BIO_free(b);
+    return ok;
+}
+
+static bool use_key(SSL_CTX *ctx, const char *pem)
+{
+    BIO *b = BIO_new_mem_buf(pem, -1);
+    EVP_PKEY *key = b ? PEM_read_bio_PrivateKey(b, NULL, NULL, NULL) : NULL;
+    bool ok = key && SSL_CTX_use_PrivateKey(ctx, key) == 1 && SSL_CTX_check_private_key(ctx) == 1;
+    EVP_PKEY_free(key);
+    BIO_free(b);
+    return ok;
+}
+
+SSL_CTX *tls_site_context(const char *chain, const char *key, bool acme)
+{
+    SSL_CTX *ctx = tls_server_context();
+    bool ok = ctx && SSL_CTX_set_cipher_list(ctx, "ECDHE+AESGCM:ECDHE+CHACHA20") == 1 && use_chain(ctx, chain)
+        && use_key(ctx, key);
+    ERR_clear_error();
+    if (ok && acme)
+        SSL_CTX_set_alpn_select_cb(ctx, choose_acme, NULL);
+    if (ok)
+        return ctx;
+    SSL_CTX_free(ctx);
+    return NULL;
+}
+
+void tls_refuse(struct conn *c, unsigned alert)
+{
+    const char record[] = {0x15, 3, 3, 0, 2, 2, (char)alert}; /* fatal; nothing is encrypted yet */
+    conn_write(c, record, sizeof record);
+    conn_finish(c, true);
+}
+
 static bool add_pem(SSL_CTX *ctx, const char *pem)
 {
     BIO *b = BIO_new_mem_buf(pem, -1);

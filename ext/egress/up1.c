@@ -12,7 +12,12 @@ void up1_send(struct xchg *x, const struct head *h, const struct request_line *l
 {
     struct conn *c = x->up;
     struct out o = {c->loop->scratch, 0, SCRATCH, false};
-    render_request(&o, h, line, &x->to, m);
+    if (c->front) {
+        struct forwarded from = front_forwarded(x, h);
+        render_forward(&o, h, line, &from);
+    } else {
+        render_request(&o, h, line, &x->to, m);
+    }
     c->r1 = R1_HEAD;
     c->served = true;
     c->spent = body_is_undefined(h, line);
@@ -23,7 +28,7 @@ void up1_send(struct xchg *x, const struct head *h, const struct request_line *l
     } else {
         conn_write(c, o.p, o.n);
     }
-    conn_timer(c, T_STREAM);
+    up_timer(c);
 }
 
 static void up1_data(struct xchg *x, const char *p, size_t n)
@@ -42,7 +47,8 @@ static void up1_end(struct xchg *x, const struct head *trailers)
     struct out o = {x->up->loop->scratch, 0, SCRATCH, false};
     out_text(&o, "0\r\n");
     for (unsigned i = 0; trailers && !x->matched_trailers && i < trailers->n; i++)
-        if (trailer_passes(&trailers->f[i], NULL)) /* to hosts with a credential no trailers: one could repeat its name */
+        if (x->visit ? forward_trailer_passes(&trailers->f[i], x->visit->route)
+                     : trailer_passes(&trailers->f[i], NULL)) /* to hosts with a credential no trailers: one could repeat its name */
             out_field(&o, trailers->f[i].name, trailers->f[i].value);
     out_text(&o, "\r\n");
     conn_write(x->up, o.p, o.n);
@@ -57,7 +63,7 @@ static void resume(struct xchg *x)
         up1_data(x, x->to_up.p + x->to_up.off, n);
         buf_take(c->loop, &x->to_up, n);
         down2_grant(x, n);
-        conn_timer(c, T_STREAM);
+        up_timer(c);
     }
     if (!buf_size(&x->to_up) && x->req_complete && !x->req_done) {
         up1_end(x, x->up_trailers.head);
@@ -211,8 +217,11 @@ static enum step read_body(struct conn *c)
         buf_free(l, &hold);
         return s;
     }
-    if (down_wants_room(x))
+    if (down_wants_room(x)) {
+        if (c->front && c->timer.class != T_ANSWER)
+            conn_timer(c, T_ANSWER); /* for the client to take what it has been sent */
         return STEP_STOP;
+    }
     switch (c->r1) {
     case R1_LENGTH:
         used = n < c->resp_left ? n : (size_t)c->resp_left;
@@ -284,14 +293,17 @@ void up1_run(struct conn *c)
                 return; /* idle in the pool */
         }
         ssize_t n = conn_read(c);
-        if (n == 0)
+        if (n == 0) {
+            if (c->one && c->timer.class == T_ANSWER && c->one->resp_started)
+                up_timer(c);
             return;
+        }
         if (n < 0) {
             ended(c, n);
             return;
         }
         if (c->one)
-            conn_timer(c, T_STREAM);
+            up_timer(c);
     }
     conn_again(c);
 }

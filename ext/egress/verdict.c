@@ -49,6 +49,13 @@ const struct reason_text REASONS[R_COUNT] = {
     [R_NOT_APPROVED] = {403, "not_approved", "the request was held for approval and denied", NEXT_NEVER},
     [R_APPROVAL_PENDING] = {403, "approval_pending", "the request needs an approval, which has not come in time",
                             NEXT_APPROVAL},
+    [R_NO_SITE] = {404, "no_site", "no ingress has a rule for the host, or there is no such instance", NEXT_NEVER},
+    [R_NO_HEADER] = {401, "header_missing", "the header that the ingress requires is missing or wrong", NEXT_CHANGE},
+    [R_NOT_RUNNING] = {503, "not_running", "the instance does not run", NEXT_LATER},
+    [R_MOVED] = {308, "moved", "", NEXT_CHANGE},
+    [R_WANTS_TLS] = {403, "wants_tls", "the site is for HTTPS", NEXT_CHANGE},
+    [R_PROOF] = {200, "proof", "", NEXT_NEVER},
+    [R_DROPPED] = {503, "ingress_deleted", "the ingress was deleted meanwhile", NEXT_NEVER},
 };
 
 static bool same_host(const struct host *a, const struct host *b)
@@ -57,7 +64,7 @@ static bool same_host(const struct host *a, const struct host *b)
 }
 
 /* Cuts "scheme://authority" off an absolute-form target. */
-static bool split_absolute(struct str target, const char *scheme, struct str *authority, struct str *path)
+bool split_absolute(struct str target, const char *scheme, struct str *authority, struct str *path)
 {
     size_t n = strlen(scheme);
     if (target.n < n || !h1_same((struct str){target.p, (uint32_t)n}, (struct str){scheme, (uint32_t)n}))
@@ -457,7 +464,7 @@ void out_via(struct out *o, int minor)
     out_text(o, minor == 2 ? "Via: 2 hypeman\r\n" : minor == 1 ? "Via: 1.1 hypeman\r\n" : "Via: 1.0 hypeman\r\n");
 }
 
-static void out_max_forwards(struct out *o, const struct head *h)
+void out_max_forwards(struct out *o, const struct head *h)
 {
     int64_t left = max_forwards(h);
     if (left <= 0)
@@ -467,23 +474,18 @@ static void out_max_forwards(struct out *o, const struct head *h)
     out_add(o, "\r\n", 2);
 }
 
-void render_request(struct out *o, const struct head *h, const struct request_line *line,
-                    const struct destination *to, const struct matched *m)
+void out_request_line(struct out *o, const struct head *h, struct str path)
 {
     out_add(o, h->method.p, h->method.n);
     out_add(o, " ", 1);
-    struct str path = m->path.n ? m->path : line->path;
     if (path.p[0] == '?')
         out_add(o, "/", 1); /* absolute form with an empty path */
     out_add(o, path.p, path.n);
-    out_text(o, " HTTP/1.1\r\nHost: ");
-    out_authority(o, to);
-    out_add(o, "\r\n", 2);
-    for (unsigned i = 0; i < h->n; i++)
-        if (request_field_passes(h, &h->f[i], m))
-            out_field(o, h->f[i].name, h->f[i].value);
-    out_max_forwards(o, h);
-    out_via(o, h->http2 ? 2 : h->minor);
+    out_text(o, " HTTP/1.1\r\n");
+}
+
+void out_framing(struct out *o, const struct head *h, const struct request_line *line)
+{
     bool close = body_is_undefined(h, line);
     if (line->upgrade) {
         for (unsigned i = 0; i < h->n; i++)
@@ -502,6 +504,21 @@ void render_request(struct out *o, const struct head *h, const struct request_li
         out_number(o, line->length);
         out_add(o, "\r\n", 2);
     }
+}
+
+void render_request(struct out *o, const struct head *h, const struct request_line *line,
+                    const struct destination *to, const struct matched *m)
+{
+    out_request_line(o, h, m->path.n ? m->path : line->path);
+    out_text(o, "Host: ");
+    out_authority(o, to);
+    out_add(o, "\r\n", 2);
+    for (unsigned i = 0; i < h->n; i++)
+        if (request_field_passes(h, &h->f[i], m))
+            out_field(o, h->f[i].name, h->f[i].value);
+    out_max_forwards(o, h);
+    out_via(o, h->http2 ? 2 : h->minor);
+    out_framing(o, h, line);
     for (unsigned i = 0; i < m->fields; i++)
         if (m->set[i].value.p)
             out_field(o, m->set[i].name, m->set[i].value);

@@ -7,6 +7,8 @@
 #ifndef HYPEMAN_EGRESS_VERDICT_H
 #define HYPEMAN_EGRESS_VERDICT_H
 
+#include <string.h>
+
 #include "policy.h"
 
 enum reason {
@@ -50,6 +52,13 @@ enum reason {
     R_OVERRIDE,
     R_NOT_APPROVED,
     R_APPROVAL_PENDING,
+    R_NO_SITE, /* this and the following: of ingresses */
+    R_NO_HEADER,
+    R_NOT_RUNNING,
+    R_DROPPED,
+    R_MOVED,
+    R_WANTS_TLS,
+    R_PROOF,
     R_COUNT,
 };
 
@@ -143,6 +152,11 @@ struct out {
     bool over;
 };
 
+static inline struct str str_of(const char *text)
+{
+    return (struct str){text, (uint32_t)strlen(text)};
+}
+
 void out_add(struct out *o, const char *p, size_t n);
 void out_text(struct out *o, const char *text);
 void out_number(struct out *o, uint64_t v);
@@ -163,6 +177,12 @@ bool body_is_undefined(const struct head *h, const struct request_line *line);
 
 void out_via(struct out *o, int minor);
 void out_authority(struct out *o, const struct destination *to);
+void out_max_forwards(struct out *o, const struct head *h);
+void out_request_line(struct out *o, const struct head *h, struct str path);
+/* What the connection and the body need, last before the fields that are added. */
+void out_framing(struct out *o, const struct head *h, const struct request_line *line);
+/* Cuts "scheme://authority" off an absolute-form target; false if it is none. */
+bool split_absolute(struct str target, const char *scheme, struct str *authority, struct str *path);
 
 void render_request(struct out *o, const struct head *h, const struct request_line *line,
                     const struct destination *to, const struct matched *m);

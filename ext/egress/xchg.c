@@ -17,6 +17,7 @@ void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
         xchg_uncount(x);
         x->down = down;
         xchg_forget_body(x);
+        visit_end(x);
         memset(x, 0, sizeof *x);
     }
     x->down = down;
@@ -266,7 +267,8 @@ static void out_json(struct out *o, const char *text)
     }
 }
 
-size_t problem_body(char *out, size_t cap, const struct xchg *x, enum reason why, const char *detail)
+/* RFC 9457 */
+static size_t problem_body(char *out, size_t cap, const struct xchg *x, enum reason why, const char *detail)
 {
     static const char *const NEXT[] = {
         [NEXT_NEVER] = "never_retry",       [NEXT_APPROVAL] = "retry_after_approval",
@@ -313,6 +315,23 @@ size_t problem_body(char *out, size_t cap, const struct xchg *x, enum reason why
     return o.over ? 0 : o.n;
 }
 
+void failure_page(struct page *p, const struct xchg *x, enum reason why, const char *detail)
+{
+    const struct visit *v = x->visit;
+    if (x->down->front) {
+        page_of(p, why, v && v->html, v ? v->location : NULL, v ? v->proof : NULL);
+        return;
+    }
+    p->status = REASONS[why].status;
+    p->title = REASONS[why].code;
+    p->type = "application/problem+json";
+    p->n_fields = 0;
+    page_add(p, "X-Hypeman-Egress", REASONS[why].code);
+    if (why == R_RATE || why == R_BUSY || why == R_CREDENTIAL)
+        page_add(p, "Retry-After", "1");
+    p->n = problem_body(p->body, sizeof p->body, x, why, detail);
+}
+
 void down_fail(struct xchg *x, enum reason why, const char *detail)
 {
     struct conn *down = x->down;
@@ -325,9 +344,11 @@ void down_fail(struct xchg *x, enum reason why, const char *detail)
     if (told)
         x->status = REASONS[why].status;
     x->resp_done = true;
-    down->loop->denied[why]++;
-    if (REASONS[why].status < 500)
-        down->loop->counters[M_DENIED]++;
+    if (!down->front) {
+        down->loop->denied[why]++;
+        if (REASONS[why].status < 500)
+            down->loop->counters[M_DENIED]++;
+    }
     down->side->fail(x, why, detail, told);
 }
 

@@ -21,7 +21,7 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from hypeman._native.egress import REASONS, Engine, confine
 from hypeman.egress import protocol, wire
@@ -54,7 +54,8 @@ class Link:
     def send(self, message: protocol.Report, payload: bytes = b"", descriptors: list[int] | None = None) -> None:
         """Queue a message; ``flush`` sends it."""
         head = protocol.encode(message, payload=len(payload), descriptors=len(descriptors or []))
-        for data, passed in ((head, descriptors or []), (payload, [])):
+        copies = [os.dup(each) for each in descriptors or []]  # they may be closed before they are sent
+        for data, passed in ((head, copies), (payload, [])):
             if data:
                 self._out.append((memoryview(data), passed))
                 self.queued += len(data)
@@ -67,6 +68,7 @@ class Link:
             except BlockingIOError:
                 return
             self.queued -= sent
+            _close(descriptors)
             if sent < len(data):
                 self._out[0] = (data[sent:], [])
             else:
@@ -93,6 +95,9 @@ class Link:
             raise
 
     def close(self) -> None:
+        for _, descriptors in self._out:
+            _close(descriptors)
+        self._out.clear()
         self._receiver.close()
         self.sock.close()
 
@@ -114,7 +119,16 @@ class Worker:
         """Addresses that have a policy."""
         self._set: set[str] = set()
         """Those set on this connection."""
-        self._open: dict[int, tuple[float, protocol.Question]] = {}
+        self._sites: set[str] = set()
+        """Ingresses that have routes."""
+        self._set_sites: set[str] = set()
+        self._names: set[str] = set()
+        """Host names that have certificates."""
+        self._set_names: set[str] = set()
+        self._ports: dict[int, list[int]] = {}
+        """Sockets of ingresses by port, to be passed on."""
+        self._set_ports: set[int] = set()
+        self._open: dict[int, tuple[float, protocol.Question | protocol.Locate]] = {}
         """Questions without an answer, by token."""
         self._held: dict[int, tuple[float, protocol.ApprovalNeeded]] = {}
         """Requests without a verdict, by token."""
@@ -142,7 +156,7 @@ class Worker:
                 elif self._link is not None and fd == self._link.sock.fileno():
                     self._with_link(poller, self._serve)
             self._with_link(poller, Link.flush)
-            if self._link is None and (self._finder is None or not self._sources):
+            if self._link is None and (self._finder is None or not (self._sources or self._sites)):
                 return
             if self._link is not None:
                 waiting = select.POLLOUT if self._link.queued else 0
@@ -185,6 +199,10 @@ class Worker:
     def _take(self, poller: select.poll, link: Link) -> None:
         self._link = link
         self._set.clear()
+        self._set_sites.clear()
+        self._set_names.clear()
+        self._set_ports.clear()
+        self._engine.forget(None)  # nobody said what changed meanwhile
         poller.register(link.sock, select.POLLIN)
         hello = protocol.Hello(
             version=protocol.VERSION,
@@ -207,13 +225,13 @@ class Worker:
         while (got := link.receive()) is not None:
             request, payload, descriptors = got
             try:
-                self._do(link, request, payload)
+                self._do(link, request, payload, descriptors)
             finally:
                 payload[:] = bytes(len(payload))
                 _close(descriptors)
         self._send_records(link)
 
-    def _do(self, link: Link, request: protocol.Request, payload: bytearray) -> None:
+    def _do(self, link: Link, request: protocol.Request, payload: bytearray, descriptors: list[int]) -> None:
         engine = self._engine
         match request:
             case protocol.SetPolicy():
@@ -229,6 +247,12 @@ class Worker:
             case protocol.Accept():
                 for source in self._sources - self._set:
                     self._remove(source)
+                for ingress in self._sites - self._set_sites:
+                    self._drop(ingress)
+                for name in self._names - self._set_names:
+                    self._uncertify(name)
+                for port in self._ports.keys() - self._set_ports:
+                    self._unlisten(port)
                 if not self._draining:
                     engine.accept()
             case protocol.Drain():
@@ -236,6 +260,46 @@ class Worker:
                 engine.drain(request.grace_ms)
                 _close(self._listeners)
                 self._listeners = []
+                for port in list(self._ports):
+                    self._unlisten(port)
+            case protocol.PutSite():
+                try:
+                    engine.put_site(request.ingress.encode(), payload)
+                except ValueError as error:
+                    link.send(protocol.Refused(id=request.id, message=str(error)))
+                    return
+                self._sites.add(request.ingress)
+                self._set_sites.add(request.ingress)
+            case protocol.DropSite():
+                self._drop(request.ingress)
+            case protocol.Listen():
+                self._listen(request.port, descriptors)
+            case protocol.Unlisten():
+                self._unlisten(request.port)
+            case protocol.Sockets():
+                link.send(protocol.Held(id=request.id), descriptors=self._ports.get(request.port))
+                return
+            case protocol.Certify():
+                try:
+                    engine.certify(request.name.encode(), *_parts(payload, request.sizes))
+                except ValueError as error:
+                    link.send(protocol.Refused(id=request.id, message=str(error)))
+                    return
+                self._names.add(request.name)
+                self._set_names.add(request.name)
+            case protocol.Challenge(name=name, token=token, proof=proof):
+                parts = _parts(payload, request.sizes)
+                try:
+                    engine.challenge(name.encode(), token.encode(), proof.encode(), *parts)
+                except ValueError as error:
+                    link.send(protocol.Refused(id=request.id, message=str(error)))
+                    return
+                self._names.add(name)
+                self._set_names.add(name)
+            case protocol.Forget():
+                for instance in (None,) if request.instances is None else request.instances:
+                    engine.forget(instance.encode() if instance is not None else None)
+                return
             case protocol.Count():
                 self._send_counters(link, request.id)
                 return
@@ -248,9 +312,38 @@ class Worker:
                 if self._held.pop(request.token, None) is not None:
                     engine.decide(request.loop, request.token, request.allow)
                 return
+            case protocol.Place():
+                if self._open.pop(request.token, None) is not None:
+                    engine.place(request.loop, request.token, request.address.encode(), request.exists)
+                return
             case protocol.Start():
                 raise ProtocolError("started twice")
         link.send(protocol.Done(id=request.id))
+
+    def _drop(self, ingress: str) -> None:
+        self._engine.drop_site(ingress.encode())
+        self._sites.discard(ingress)
+        self._set_sites.discard(ingress)
+
+    def _uncertify(self, name: str) -> None:
+        nothing = memoryview(b"\0")
+        self._engine.certify(name.encode(), nothing, nothing)
+        self._engine.challenge(name.encode(), b"", b"", nothing, nothing)
+        self._names.discard(name)
+
+    def _listen(self, port: int, descriptors: list[int]) -> None:
+        """Keeps the descriptors if it has none for the port."""
+        self._set_ports.add(port)
+        if port not in self._ports and descriptors and not self._draining:
+            self._ports[port] = [*descriptors]
+            for each in descriptors:
+                self._engine.listen(os.dup(each), port)
+            descriptors.clear()
+
+    def _unlisten(self, port: int) -> None:
+        self._engine.unlisten(port)
+        self._set_ports.discard(port)
+        _close(self._ports.pop(port, []))
 
     def _remove(self, source: str) -> None:
         self._engine.remove(source.encode())
@@ -260,7 +353,11 @@ class Worker:
     def _ask(self) -> None:
         self._forget_questions()
         for loop, token, instance, name in self._engine.questions():
-            question = protocol.Question(token=token, loop=loop, instance=instance, name=name)
+            question: protocol.Question | protocol.Locate
+            if name:
+                question = protocol.Question(token=token, loop=loop, instance=instance, name=name)
+            else:
+                question = protocol.Locate(token=token, loop=loop, instance=instance)
             self._open[token] = (time.monotonic() + _QUESTION_LIFE, question)
             if self._link is not None:
                 self._link.send(question)
@@ -342,14 +439,9 @@ def _make(
     start: protocol.Start, payload: bytearray, descriptors: list[int]
 ) -> tuple[Engine, socket.socket | None, list[int]]:
     """The engine, the socket where servers find it, and its listeners to pass on. Raises ValueError, OSError."""
-    if sum(start.sizes) != len(payload) or len(descriptors) < 1 + start.adoptable:
+    if len(descriptors) < 1 + start.adoptable:
         raise ProtocolError("what the first message announces did not come with it")
-    view, at = memoryview(payload), 0
-    texts = []
-    for size in start.sizes:
-        texts.append(view[at : at + size])
-        at += size
-    certificate, key, trusted, extra = texts
+    certificate, key, trusted, extra = _parts(payload, start.sizes)
     finder = socket.socket(fileno=descriptors.pop(0)) if start.adoptable else None
     if finder is not None:
         finder.setblocking(False)
@@ -364,6 +456,8 @@ def _make(
         settings.leaf_cache,
         settings.each,
         settings.total,
+        settings.clients_each,
+        settings.clients_total,
         settings.requests_per_second,
         settings.mints_per_second,
         settings.listen_port,
@@ -373,6 +467,17 @@ def _make(
         [network.encode() for network in settings.deny],
     )
     return engine, finder, descriptors
+
+
+def _parts(payload: bytearray, sizes: Sequence[int]) -> list[memoryview]:
+    """Raises ProtocolError."""
+    if sum(sizes) != len(payload):
+        raise ProtocolError("what the message announces did not come with it")
+    view, at, parts = memoryview(payload), 0, []
+    for size in sizes:
+        parts.append(view[at : at + size])
+        at += size
+    return parts
 
 
 def _close(descriptors: list[int]) -> None:

@@ -52,6 +52,7 @@ class Handlers(msgspec.Struct, frozen=True):
     """What is done with messages that an engine sends on its own."""
 
     question: Callable[[EngineLink, protocol.Question], None]
+    locate: Callable[[EngineLink, protocol.Locate], None]
     records: Callable[[EngineLink, bytearray], None]
     """Raises ValueError if they are none."""
     approval: Callable[[EngineLink, protocol.ApprovalNeeded], None]
@@ -71,6 +72,10 @@ class EngineLink:
         self._ending = trio.Lock()
         self._replies: dict[int, trio.MemorySendChannel[protocol.Report]] = {}
         self._last_id = 0
+        self._sockets_held: dict[int, list[socket.socket]] = {}
+        """Sockets that came with an answer, by its number."""
+        self.version = protocol.VERSION
+        """Of the protocol, that it speaks."""
         self.hello: protocol.Hello | None = None
         self.listeners: list[socket.socket] = []
         """Copies of the sockets on which it listens."""
@@ -104,8 +109,9 @@ class EngineLink:
         if not isinstance(report, protocol.Hello):
             await self.kill()
             message = report.message if isinstance(report, protocol.Failed) else "it says something else than hello"
-            raise EngineFailed(f"the egress engine cannot be started: {message}")
+            raise EngineFailed(f"the engine cannot be started: {message}")
         self.hello, self.draining = report, report.draining
+        self.version = report.version
         return report
 
     async def run(self, handlers: Handlers) -> str:
@@ -117,17 +123,22 @@ class EngineLink:
         try:
             while True:
                 report, payload, descriptors = await self._receive()
-                wire.close_all(descriptors)
+                if isinstance(report, protocol.Held) and report.id in self._replies:
+                    self._sockets_held[report.id] = [socket.socket(fileno=each) for each in descriptors]
+                else:
+                    wire.close_all(descriptors)
                 match report:
                     case protocol.Question():
                         handlers.question(self, report)
                     case protocol.ApprovalNeeded():
                         handlers.approval(self, report)
+                    case protocol.Locate():
+                        handlers.locate(self, report)
                     case protocol.Audit():
                         handlers.records(self, payload)
                     case protocol.Counters(id=0):
                         self.counted = report
-                    case protocol.Done() | protocol.Refused() | protocol.Counters():
+                    case protocol.Done() | protocol.Refused() | protocol.Counters() | protocol.Held():
                         waiting = self._replies.pop(report.id, None)
                         if waiting is None:
                             raise ProtocolError("an answer to nothing")
@@ -164,9 +175,10 @@ class EngineLink:
         """Let it go on by itself, if it can."""
         self._socket.close()
         self._receiver.close()
-        for each in self.listeners:
+        for each in (*self.listeners, *(one for held in self._sockets_held.values() for one in held)):
             each.close()
         self.listeners = []
+        self._sockets_held.clear()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -211,6 +223,85 @@ class EngineLink:
         self.draining = True
         milliseconds = min(2**32 - 1, round(grace * 1000))
         await self._ask(lambda number: protocol.Drain(id=number, grace_ms=milliseconds))
+
+    @property
+    def has_sites(self) -> bool:
+        """It can carry ingresses; calls about them need that."""
+        return self.version >= protocol.SITES
+
+    async def put_site(self, ingress: str, routes: bytes) -> None:
+        """In force when this returns. Raises EngineLost; InternalError if it is refused."""
+
+        async def send(number: int) -> bool:
+            await self._write(protocol.PutSite(id=number, ingress=ingress), bytearray(routes))
+            return True
+
+        await self._call(send)
+
+    async def drop_site(self, ingress: str) -> None:
+        await self._ask(lambda number: protocol.DropSite(id=number, ingress=ingress))
+
+    async def listen(self, port: int, sockets: Sequence[socket.socket]) -> None:
+        async def send(number: int) -> bool:
+            await self._write(protocol.Listen(id=number, port=port), None, [each.fileno() for each in sockets])
+            return True
+
+        await self._call(send)
+
+    async def unlisten(self, port: int) -> None:
+        await self._ask(lambda number: protocol.Unlisten(id=number, port=port))
+
+    async def sockets(self, port: int) -> list[socket.socket]:
+        """Copies of those on which it takes clients for the port."""
+        report = await self._ask(lambda number: protocol.Sockets(id=number, port=port))
+        if not isinstance(report, protocol.Held):
+            await self.kill()
+            raise EngineLost
+        held = self._sockets_held.pop(report.id, [])
+        for each in held:
+            each.setblocking(False)  # as in greet
+        return held
+
+    async def certify(self, name: str, chain: str, key: str) -> None:
+        """Empty texts: it has none. Raises EngineLost; InternalError if they are no certificate with its key."""
+
+        async def send(number: int) -> bool:
+            payload, sizes = _pem(chain, key)
+            try:
+                await self._write(protocol.Certify(id=number, name=name, sizes=sizes), payload)
+            finally:
+                _wipe(payload)
+            return True
+
+        await self._call(send)
+
+    async def challenge(self, name: str, token: str, proof: str, chain: str, key: str) -> None:
+        """Empty texts: there is none of that kind. Raises as ``certify``."""
+
+        async def send(number: int) -> bool:
+            payload, sizes = _pem(chain, key)
+            try:
+                message = protocol.Challenge(id=number, name=name, token=token, proof=proof, sizes=sizes)
+                await self._write(message, payload)
+            finally:
+                _wipe(payload)
+            return True
+
+        await self._call(send)
+
+    async def place(self, asked: protocol.Locate, find: Callable[[str], tuple[str, bool]]) -> None:
+        """Answer with what ``find`` returns when it is this answer's turn, so that no later change is overtaken. No-op
+        if it is lost."""
+        with contextlib.suppress(EngineLost):
+            async with self._sending:
+                address, exists = find(asked.instance)
+                await self._write(protocol.Place(token=asked.token, loop=asked.loop, address=address, exists=exists))
+
+    async def forget(self, instances: Sequence[str]) -> None:
+        """No-op if it is lost."""
+        with contextlib.suppress(EngineLost):
+            async with self._sending:
+                await self._write(protocol.Forget(instances=tuple(instances)))
 
     async def count(self) -> protocol.Counters:
         counted = await self._ask(lambda number: protocol.Count(id=number))
@@ -271,7 +362,7 @@ class EngineLink:
             self._signal()
             raise EngineLost from None
         if isinstance(report, protocol.Refused):
-            raise InternalError(f"the egress engine refused it: {report.message}")
+            raise InternalError(f"the engine refused it: {report.message}")
         return report
 
     async def _write(
@@ -286,7 +377,7 @@ class EngineLink:
 
     async def _send(self, message: protocol.Request, payload: bytearray | None, descriptors: Sequence[int]) -> None:
         size = len(payload or b"")
-        parts = [memoryview(protocol.encode(message, payload=size, descriptors=len(descriptors)))]
+        parts = [memoryview(protocol.encode(message, payload=size, descriptors=len(descriptors), version=self.version))]
         if payload:
             parts.append(memoryview(payload))
         rights = passing(descriptors)
@@ -315,7 +406,7 @@ class EngineLink:
         try:
             # Hello keeps its form, so that an engine of another version is recognized.
             report = protocol.decode_report(frame.message)
-            if header.version != protocol.VERSION and not isinstance(report, protocol.Hello):
+            if header.version != self.version and not isinstance(report, protocol.Hello):
                 raise ProtocolError(f"version {header.version}")
             wire.check_descriptors(frame, descriptors)
         except ProtocolError:
@@ -359,7 +450,7 @@ async def start_engine(
             link = EngineLink(ours, path, os.pidfd_open(process.pid))
         except OSError as error:
             ours.close()
-            raise EngineFailed(f"the egress engine cannot be started: {error.strerror or error}") from None
+            raise EngineFailed(f"the engine cannot be started: {error.strerror or error}") from None
         theirs.close()
         try:
             if group:
@@ -371,11 +462,11 @@ async def start_engine(
             await link.kill()
             last = os.pread(errors, 4000, max(before, os.fstat(errors).st_size - 4000)).decode(errors="replace").strip()
             why = last.splitlines()[-1] if last else str(error) or "it said nothing"
-            raise EngineFailed(f"the egress engine cannot be started: it ended with code {link.code}: {why}") from None
+            raise EngineFailed(f"the engine cannot be started: it ended with code {link.code}: {why}") from None
         except BaseException as error:
             await link.kill()
             if isinstance(error, OSError):
-                raise EngineFailed(f"the egress engine cannot be put into {group}: {error.strerror}") from None
+                raise EngineFailed(f"the engine cannot be put into {group}: {error.strerror}") from None
             raise
     return link
 
@@ -434,10 +525,15 @@ async def _find_engine(path: Path) -> EngineLink | None:
         hello = await link.greet(PATIENCE)
     except (EngineLost, EngineFailed):
         return None
-    if hello.version != protocol.VERSION:
+    if hello.version not in protocol.SPOKEN:
         await link.kill()
         return None
     return link
+
+
+def _pem(chain: str, key: str) -> tuple[bytearray, tuple[int, int]]:
+    first, second = chain.encode() + b"\0", key.encode() + b"\0"
+    return bytearray(first + second), (len(first), len(second))
 
 
 def _wipe(data: bytearray) -> None:

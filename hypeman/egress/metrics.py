@@ -27,7 +27,7 @@ def _single(counter: str, text: str) -> Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "hypeman_egress_connections": _single("connections", "Open connections, from guests and to hosts"),
+    "hypeman_egress_connections": _single("connections", "Open connections of the engine, those of ingresses included"),
     "hypeman_egress_accepted_total": Family(
         "Connections from guests by outcome",
         "outcome",
@@ -59,8 +59,8 @@ FAMILIES: dict[str, Family] = {
         "audit_lost", "Audit records dropped because they were not read in time"
     ),
 }
-LEFT_OUT = frozenset(["denied"])
-"""Counters not exported, because another metric has the same count by reason."""
+LEFT_OUT = frozenset(["denied", "clients", "clients_refused"])
+"""Counters not exported: another metric has the same count by reason, and those of clients are of ingresses."""
 
 
 def register(egress: Egress) -> None:

@@ -7,14 +7,16 @@ side. The payload is what a message carries besides: a compiled policy, the auth
 part of the message so that a receiver can wipe it: nothing here copies a payload. Descriptors come with the first byte
 of their frame (SCM_RIGHTS).
 
-    server → engine  Start, then SetPolicy, RemovePolicy, Accept, Drain, Count, each answered by Done, Refused or
-                     Counters with the same ``id``, in order; Answer and Verdict, which have no reply
+    server → engine  Start, then SetPolicy, RemovePolicy, Accept, Drain, Count, PutSite, DropSite, Listen, Unlisten,
+                     Sockets, Certify, Challenge, each answered by Done, Refused, Counters or Held with the same
+                     ``id``, in order; Answer, Verdict, Place and Forget, which have no reply
     engine → server  Hello once a connection is made, or Failed if the engine cannot start; Question;
-                     ApprovalNeeded; Audit
+                     ApprovalNeeded; Locate; Audit
 
 A message type is added by appending it to ``Request`` or ``Report`` and raising ``VERSION``, as is needed for another
-form of compiled policies (policy.py): an engine of another version is not talked to but drained, and ``Hello``,
-``Drain`` and the header never change their form.
+form of compiled policies (policy.py). An engine of an earlier version in ``SPOKEN`` is told what it understands, in its
+version, until it has drained; one of any other version is ended. ``Hello``, ``Drain`` and the header never change
+their form.
 """
 
 from __future__ import annotations
@@ -26,6 +28,10 @@ import msgspec
 from msgspec import Meta
 
 VERSION = 3
+SPOKEN = (2, 3)
+"""Versions of engines that a server can talk to. 2 has no ingresses."""
+SITES = 3
+"""The first version that has ingresses."""
 
 MAX_MESSAGE = 64 << 10
 MAX_PAYLOAD = 4 << 20
@@ -67,6 +73,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What one instance may hold at once, in the order of BOUNDS."""
     total: Bounds
     requests_per_second: Count32
+    clients_each: Bounds
+    """The same for clients of ingresses at one address, and for all of them."""
+    clients_total: Bounds
     mints_per_second: Count32
     listen_port: Port
     assumed_tls_port: Port
@@ -141,6 +150,77 @@ class Verdict(_Message, frozen=True, kw_only=True):
     allow: bool
 
 
+class PutSite(_Message, frozen=True, kw_only=True):
+    """The routes of an ingress, instead of those before. Payload: the compiled routes (see ingress/routing.py)."""
+
+    id: Count64
+    ingress: Instance
+
+
+class DropSite(_Message, frozen=True, kw_only=True):
+    """Remove the routes of an ingress, end its exchanges. Not an error if there are none."""
+
+    id: Count64
+    ingress: Instance
+
+
+class Listen(_Message, frozen=True, kw_only=True):
+    """Accept clients of ingresses on the sockets that come with it; no-op if it has some for the port."""
+
+    id: Count64
+    port: Port
+
+
+class Unlisten(_Message, frozen=True, kw_only=True):
+    id: Count64
+    port: Port
+
+
+class Sockets(_Message, frozen=True, kw_only=True):
+    """Answered by ``Held``."""
+
+    id: Count64
+    port: Port
+
+
+class Certify(_Message, frozen=True, kw_only=True):
+    """The certificate of a host name, instead of the one before; connections that are open go on. Payload: chain and
+    key (PEM), each with a zero byte at its end, with these sizes; two zero bytes: it has none."""
+
+    id: Count64
+    name: Name
+    """In lower case; ``*.example.com`` is for every name with one more label that has no certificate of its own."""
+    sizes: tuple[Count32, Count32]
+
+
+class Challenge(_Message, frozen=True, kw_only=True):
+    """What shows a public CA that the name is ours, instead of what did so before. Payload: as in ``Certify``; for
+    TLS-ALPN-01."""
+
+    id: Count64
+    name: Name
+    token: Annotated[str, Meta(max_length=250)]
+    """HTTP-01: a plain request for the name and the path ``/.well-known/acme-challenge/<token>``, on any port, is
+    answered with 200, text/plain and ``proof``; empty: none is."""
+    proof: Annotated[str, Meta(max_length=500)]
+    sizes: tuple[Count32, Count32]
+
+
+class Place(_Message, frozen=True, kw_only=True):
+    """To a ``Locate``. No address: the instance cannot take requests now."""
+
+    token: Count64
+    loop: Count32
+    address: Annotated[str, Meta(max_length=45)]
+    exists: bool
+
+
+class Forget(_Message, frozen=True, kw_only=True):
+    """Something about these instances has changed: where they are must be asked again. None: about any."""
+
+    instances: Annotated[tuple[Instance, ...], Meta(max_length=500)] | None
+
+
 # ── From an engine ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -194,6 +274,20 @@ class ApprovalNeeded(_Message, frozen=True, kw_only=True):
     rule: Name
 
 
+class Locate(_Message, frozen=True, kw_only=True):
+    """Where is this instance, by name or id? Answered by ``Place``."""
+
+    token: Count64
+    loop: Count32
+    instance: Instance
+
+
+class Held(_Message, frozen=True, kw_only=True):
+    """Descriptors: its sockets for a port, none if there are none."""
+
+    id: Count64
+
+
 class Audit(_Message, frozen=True, kw_only=True):
     """Payload: records, see records.py."""
 
@@ -211,20 +305,23 @@ class Counters(_Message, frozen=True, kw_only=True):
     """How often something was refused because of a bound."""
 
 
-Request = Start | SetPolicy | RemovePolicy | Accept | Drain | Count | Answer | Verdict
-Report = Hello | Failed | Done | Refused | Question | Audit | Counters | ApprovalNeeded
+Request = (
+    Start | SetPolicy | RemovePolicy | Accept | Drain | Count | Answer | Verdict
+    | PutSite | DropSite | Listen | Unlisten | Sockets | Certify | Challenge | Place | Forget
+)  # fmt: skip
+Report = Hello | Failed | Done | Refused | Question | Audit | Counters | ApprovalNeeded | Locate | Held
 
 _encode = msgspec.msgpack.Encoder().encode
 _request: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _report: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
 
 
-def encode(message: Request | Report, *, payload: int = 0, descriptors: int = 0) -> bytes:
+def encode(message: Request | Report, *, payload: int = 0, descriptors: int = 0, version: int = VERSION) -> bytes:
     """Header and message; ``payload`` bytes must follow, and ``descriptors`` go with the first byte."""
     body = _encode(message)
     if len(body) > MAX_MESSAGE or payload > MAX_PAYLOAD or descriptors > MAX_DESCRIPTORS:
         raise ProtocolError("a message is too long")
-    return _HEADER.pack(len(body), payload, VERSION, descriptors, 0) + body
+    return _HEADER.pack(len(body), payload, version, descriptors, 0) + body
 
 
 class Header(msgspec.Struct, frozen=True):

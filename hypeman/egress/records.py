@@ -2,7 +2,8 @@
 
 Layout, little-endian: u16 size of all; u8 kind; u8 rules applied; u16 status; u8 reason; u8 HTTP major version;
 u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64 bytes up; u64 bytes down; then instance, host, method, names
-of credentials, rule and target, each as u8 length and text.
+of credentials, rule and target, each as u8 length and text. In a record of an ingress the last three are its id, client
+and path.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 _FIXED = struct.Struct("<HBBHBBBHIqQQ")
-_KINDS = ("request", "passed_through", "refused")
+_KINDS = ("request", "passed_through", "refused", "ingress")
+_CLIENT_LEFT = 499
 _DECISIONS = ("", "allowed", "denied", "observed", "approved", "held")
 _YEAR_10000 = 253_402_300_800_000_000
 """µs since 1970; no clock shows it, and no date can be made of it."""
@@ -49,7 +51,28 @@ class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Path, and query, if the rule has them recorded; at most 239 characters."""
 
 
-def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[AuditRecord]:
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """One request by an ingress that is done."""
+
+    ingress: str
+    """Id; empty if no rule fits."""
+    host: str
+    client: str
+    method: str
+    path: str
+    """Without the query, shortened."""
+    instance: str
+    status: int
+    """Of the response; 499 if the client left before one."""
+    received: int
+    """Bytes of the body."""
+    sent: int
+    seconds: float
+    http: int
+    """Major version that the client used."""
+
+
+def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[AuditRecord | Served]:
     """Raises ValueError for anything but whole records."""
     at = 0
     while at < len(data):
@@ -71,6 +94,22 @@ def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[Au
         ):
             raise ValueError("not an audit record")
         at = end
+        if _KINDS[kind] == "ingress":
+            instance, host, method, ingress, client, path = texts
+            yield Served(
+                ingress=ingress,
+                host=host,
+                client=client,
+                method=method,
+                path=path,
+                instance=instance,
+                status=status or (_CLIENT_LEFT if reasons[reason] == "client_closed" else 0),
+                received=up,
+                sent=down,
+                seconds=took / 1e6,
+                http=http,
+            )
+            continue
         instance, host, method, keys, rule, target = texts
         yield AuditRecord(
             time=when / 1e6,

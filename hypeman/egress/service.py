@@ -35,6 +35,7 @@ import trio
 from hypeman import __version__
 from hypeman.egress import protocol
 from hypeman.egress.authority import load_authority
+from hypeman.egress.front import Front
 from hypeman.egress.link import (
     Command,
     EngineFailed,
@@ -46,7 +47,7 @@ from hypeman.egress.link import (
     start_engine,
 )
 from hypeman.egress.policy import Unmatched, compile_policy, wipe
-from hypeman.egress.records import AuditRecord, read_records
+from hypeman.egress.records import AuditRecord, Served, read_records
 from hypeman.egress.resolver import Resolve, Resolver, resolve_by_system
 from hypeman.egress.rules import compile_access
 from hypeman.egress.sealing import load_sealer
@@ -61,7 +62,8 @@ Decide = Callable[[bool], Awaitable[None]]
 Ask = Callable[[protocol.ApprovalNeeded, Decide], Awaitable[None]]
 """Called with a request that needs an approval, and with what is to be called with the decision."""
 
-TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "ask", "held")
+TIMERS = ("head", "handshake", "resolve", "connect", "idle_down", "idle_up", "stream", "half", "linger", "ask", "held",
+          "place", "dial", "answer")  # fmt: skip
 """Fields of Timeouts, in the order in which an engine takes them."""
 _PR_SET_DUMPABLE = 4
 _LEAF_CACHE = 512
@@ -93,6 +95,8 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     """In buffers. Above it, a connection is read only when what was read of it before has gone."""
 
 
+CLIENTS = Bounds(connections=4096, upstreams=4096, streams=8192, handshakes=256, descriptors=8192, bytes=256 << 20)
+"""Of clients of ingresses; they get nothing of what instances may hold."""
 TOTAL = Bounds(connections=65536, upstreams=65536, streams=131072, handshakes=4096, descriptors=262144, bytes=1 << 30)
 
 
@@ -102,6 +106,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     each: Bounds = Bounds()
     total: Bounds = TOTAL
     """Of all instances together; of descriptors, no more than the process may have."""
+    client: Bounds = CLIENTS
+    """The same for clients of ingresses at one address (IPv6: in one network of 64 bits), and for all of them."""
+    clients: Bounds = CLIENTS
     requests_per_second: int = 0
     """0: unlimited."""
     mints_per_second: int = 50
@@ -127,6 +134,12 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
     """That a request is held for an approval."""
     held: float = 15
     """A request whose credential has no valid value at the moment."""
+    place: float = 5
+    """Ingresses: for us to say where an instance is."""
+    dial: float = 20
+    """For a guest to accept a connection; it may have to be woken from standby."""
+    answer: float = 120
+    """For a guest to begin its response, for a client to send more of its request or to take more of the response."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -287,6 +300,12 @@ class Egress:
         self._on_audit: list[Callable[[AuditRecord], None]] = []
         self._nursery: trio.Nursery | None = None
         self._ask: Ask | None = None
+        self.front = Front(lambda: self._engines, self._count_clients)
+        """What ingresses use."""
+
+    def _count_clients(self) -> tuple[int, int]:
+        counters = self.counted().counters if self._running else {}
+        return counters.get("clients", 0), counters.get("clients_refused", 0)
 
     @property
     def ca_pem(self) -> bytes:
@@ -309,6 +328,7 @@ class Egress:
                 self._nursery = nursery
                 for engine in self._engines:
                     nursery.start_soon(self._watch_one, engine)
+                nursery.start_soon(self.front.run)
                 self._running = True
                 task_status.started()
                 await self._supervise()
@@ -333,7 +353,7 @@ class Egress:
         if mine is None:
             mine = await self._start()
         else:
-            log.info("the egress engine goes on", extra={"pid": mine.pid})
+            log.info("the engine goes on", extra={"pid": mine.pid})
         self._engine = mine
 
     def _make_listeners(self) -> list[socket.socket]:
@@ -366,6 +386,8 @@ class Egress:
             leaf_cache=_LEAF_CACHE,
             each=tuple(getattr(settings.limits.each, name) for name in protocol.BOUNDS),
             total=tuple(getattr(settings.limits.total, name) for name in protocol.BOUNDS),
+            clients_each=tuple(getattr(settings.limits.client, name) for name in protocol.BOUNDS),
+            clients_total=tuple(getattr(settings.limits.clients, name) for name in protocol.BOUNDS),
             requests_per_second=settings.limits.requests_per_second,
             mints_per_second=settings.limits.mints_per_second,
             listen_port=self.port,
@@ -416,19 +438,19 @@ class Egress:
         )
         assert engine.hello is not None
         if not engine.hello.locked:
-            log.warning("the memory of the egress engine is not locked: it may be written to swap")
+            log.warning("the memory of the engine is not locked: it may be written to swap")
         self._engines.append(engine)
         if self._nursery is not None:
             self._nursery.start_soon(self._watch_one, engine)
         return engine
 
     async def _watch_one(self, engine: EngineLink) -> None:
-        wrong = await engine.run(Handlers(self._question, self._records, self._approval))
+        wrong = await engine.run(Handlers(self._question, self._locate, self._records, self._approval))
         self._engines.remove(engine)
         if engine.counted is not None:
             self._ended.append(engine.counted)
         if wrong:
-            log.error("an egress engine was ended: %s", wrong, extra={"pid": engine.pid})
+            log.error("an engine was ended: %s", wrong, extra={"pid": engine.pid})
 
     async def _supervise(self) -> None:
         """Start another engine whenever the present one ends."""
@@ -446,7 +468,7 @@ class Egress:
             self._replaced.set()
             self._replaced = trio.Event()
             log.error(
-                "the egress engine ended unexpectedly, with its connections; another one runs",
+                "the engine ended unexpectedly, with its connections; another one runs",
                 extra={"ended": old.pid, "code": old.code, "pid": new.pid},
             )
             await trio.sleep(pause)
@@ -460,7 +482,7 @@ class Egress:
         except EngineFailed as error:
             log.error("%s", error)
         except EngineLost:
-            log.error("the egress engine ended at once")
+            log.error("the engine ended at once")
         return None
 
     async def _set_all(self, engine: EngineLink) -> None:
@@ -470,6 +492,7 @@ class Egress:
                 await self._set_one(engine, source)
             except InternalError as error:  # its source stays unregistered, without any egress
                 log.error("the egress policy for %s: %s", source, error)
+        await self.front.set_all(engine)
         if self._accepting:
             await engine.accept()
 
@@ -538,7 +561,7 @@ class Egress:
             with suppress(EngineLost):
                 await engine.accept()
                 if engine is not self._engine and not engine.draining:
-                    log.info("another egress engine takes over", extra={"pid": self.engine_pid, "drains": engine.pid})
+                    log.info("another engine takes over", extra={"pid": self.engine_pid, "drains": engine.pid})
                     await engine.drain(self.settings.drain_timeout)
 
     def _check_running(self) -> None:
@@ -613,7 +636,7 @@ class Egress:
         """The same as of the last call of ``statistics``."""
         self._check_running()
         gone = [
-            msgspec.structs.replace(each, counters={**each.counters, "connections": 0}, in_use={})
+            msgspec.structs.replace(each, counters={**each.counters, "connections": 0, "clients": 0}, in_use={})
             for each in self._ended
         ]
         known = [engine.counted for engine in self._engines if engine.counted is not None]
@@ -648,11 +671,19 @@ class Egress:
 
     def _records(self, engine: EngineLink, data: bytearray) -> None:
         assert engine.hello is not None
-        if not self._on_audit:
+        if not self._on_audit and self.front.on_served is None:
             return  # creating record objects costs more than the requests
         for record in read_records(data, engine.hello.reasons):
-            for tell in tuple(self._on_audit):
-                tell(record)
+            if isinstance(record, Served):
+                if self.front.on_served is not None:
+                    self.front.on_served(record)
+            else:
+                for tell in tuple(self._on_audit):
+                    tell(record)
+
+    def _locate(self, engine: EngineLink, asked: protocol.Locate) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self.front.locate, engine, asked)
 
     def on_approval_needed(self, ask: Ask) -> None:
         """Await ``ask`` with each request that is held for an approval; without it such requests time out."""

@@ -1,4 +1,4 @@
-"""This program as a helper process: image worker, egress engine, ingress worker.
+"""This program as a helper process: image worker, engine.
 
 Imports nothing, since those processes are to stay small.
 """

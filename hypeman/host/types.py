@@ -50,8 +50,9 @@ SET_TYPES = {
     "openings": ("ifname", "inet_proto", "ipv4_addr", "inet_service"),
     "private_open": _ONE_TAP,
     "private_closed": _ONE_TAP,
+    "entered": ("inet_service",),
 }
-"""nft's types of the keys of our sets and maps that change with every instance."""
+"""nft's types of the keys of our sets and maps that change with instances and ingresses."""
 
 INTERVAL_SETS = frozenset(("openings",))
 """Sets whose keys may be ranges: an address is ``address/prefix``, a port ``first-last``."""

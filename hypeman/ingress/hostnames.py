@@ -7,7 +7,6 @@ since they match the same hosts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
 _CAPTURE = re.compile(r"\{([a-zA-Z_][a-zA-Z0-9_]*)\}")
@@ -60,21 +59,3 @@ def references(target: str) -> frozenset[str]:
     if "{" in _REFERENCE.sub("", target) or "}" in _REFERENCE.sub("", target):
         raise ValueError("has a brace without its partner")
     return frozenset(_REFERENCE.findall(target))
-
-
-def fill_in(target: str, values: Mapping[str, str]) -> str:
-    """``target`` with its captures replaced. Raises KeyError for one that is unknown."""
-    return _REFERENCE.sub(lambda found: values[found[1]], target)
-
-
-def parse_host(text: str) -> str | None:
-    """The host name in a Host header: lower case, without port and final dot. None if it is no host name."""
-    host, colon, port = text.rpartition(":")
-    if not colon:
-        host = text
-    elif not (port.isascii() and (port.isdigit() or not port)):
-        return None
-    host = host.removesuffix(".").lower()
-    if not host or len(host) > MAX_LENGTH or not all(_LABEL.fullmatch(label) for label in host.split(".")):
-        return None
-    return host

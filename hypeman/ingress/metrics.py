@@ -23,13 +23,13 @@ def register(ingresses: Ingresses) -> None:
         "hypeman_ingress_connections_refused_total",
         "Connections of clients refused by a limit",
         (),
-        lambda: {(): ingresses.refused},
+        lambda: {(): ingresses.front.clients[1]},
     )
     metrics.register_gauge(
         "hypeman_ingress_connections",
         "Connections of clients that are open",
         (),
-        lambda: {(): ingresses.connections},
+        lambda: {(): ingresses.front.clients[0]},
     )
     metrics.register_gauge(
         "hypeman_ingress_certificate_end_seconds",

@@ -1,8 +1,9 @@
-"""Ingresses: stores them, holds their ports, and keeps a worker running that carries their requests.
+"""Ingresses: stores them, holds their ports, and has the engine carry their requests.
 
 Changes are made one after another. A new ingress has its ports before it is stored, and when ``create`` returns, the
-worker knows it. A worker that ends is replaced: it gets the same sockets and all routes, and connections that come
-meanwhile wait in the sockets.
+engine knows it. An engine that ends is replaced (``egress/service.py``): the next one gets the same sockets and all
+routes, and connections that come meanwhile wait in the sockets. An engine that outlives the server holds the sockets
+for the next server.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from __future__ import annotations
 import logging
 import socket
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 
 import trio
 from msgspec import UNSET
 
+from hypeman.egress.front import Front, Place
+from hypeman.egress.records import Served
 from hypeman.errors import HypemanError
 from hypeman.ids import tags_match
-from hypeman.ingress import protocol, records
+from hypeman.ingress import records
 from hypeman.ingress.certificates.service import Certificates
 from hypeman.ingress.certificates.types import Answer, Pair
-from hypeman.ingress.link import Command, WorkerLink, WorkerLost, start_worker, worker_command
 from hypeman.ingress.listeners import listen_on
-from hypeman.ingress.proxy import Place
-from hypeman.ingress.routing import Route
+from hypeman.ingress.routing import Route, compile_routes
 from hypeman.ingress.types import CreateIngressRequest, Ingress, IngressRecord, RequestHeaderAuth, ports_of
 from hypeman.ingress.validate import FindInstance, check_request
 from hypeman.network.leases import check_ports_free
@@ -36,8 +37,11 @@ log = logging.getLogger(__name__)
 access_log = logging.getLogger("hypeman.ingress.access")
 
 _RETRY = 5.0
-"""Seconds between attempts to bind a port that another program has, and the longest pause before another worker."""
-_FIRST_PAUSE = 0.1
+"""Seconds between attempts to bind a port that another program has."""
+
+
+async def _allow_all(_: Iterable[int]) -> None:
+    """Where no firewall holds the engine back."""
 
 
 class Ingresses:
@@ -46,35 +50,30 @@ class Ingresses:
     def __init__(
         self,
         store: Store,
+        front: Front,
         *,
         find: FindInstance,
         place_of: Callable[[str], Place],
         certificates: Certificates,
         name_of: Callable[[str], str] = "instance {}".format,
-        uid: int = 0,
-        command: Command = worker_command,
+        open_to_engine: Callable[[Iterable[int]], Awaitable[None]] = _allow_all,
         listen: Callable[[int], Sequence[socket.socket]] = listen_on,
     ) -> None:
-        """``find``: a reference → the instance's name; ``place_of``: a name or id → where it is;
-        ``certificates``: not running yet;
-        ``name_of``: an instance's id → how an error calls it; ``uid``: of the worker."""
+        """``front``: the engine; ``find``: a reference → the instance's name; ``place_of``: a name or id → where it is;
+        ``certificates``: not running yet; ``name_of``: an instance's id → how an error calls it; ``open_to_engine``:
+        lets the engine connect to these ports of guests, and to no others."""
         self._store = store
+        self.front = front
         self._find = find
         self._place_of = place_of
         self._name_of = name_of
         self._listeners: dict[int, Sequence[socket.socket]] = {}
         self.certificates = certificates
         certificates.carry(self._certify, self._challenge, self._listeners.keys)
-        self._uid = uid
-        self._command = command
+        self._open_to_engine = open_to_engine
         self._bind = listen
         self._records: dict[str, IngressRecord] = {}
         self._changing = trio.Lock()
-        self._wanted = trio.Event()
-        """There is, or was, an ingress: without any there is no worker, and the server starts sooner."""
-        self._link: WorkerLink | None = None
-        self.connections = 0
-        self.refused = 0
         self.requests: Counter[tuple[str, ...]] = Counter()
         """By name of the ingress and class of the status, as in 2xx."""
         self.bytes: Counter[tuple[str, ...]] = Counter()
@@ -96,16 +95,16 @@ class Ingresses:
                 self._store.read(lambda txn: records.check_free(txn, record))
                 fresh = await self._hold(self._ports_of(record))
                 try:
+                    await self._open_to_engine(_guest_ports([*self._records.values(), record]))
                     await self._store.write(lambda txn: records.insert(txn, record))
                 except BaseException:
                     await self._release(fresh)
-                    raise
+                    raise  # a port of guests that nothing leads to is closed with the next change
                 self._records[record.id] = record
-                self._wanted.set()
                 await self._use_certificates()
-                await self._tell(partial(_put, record))
+                await self.front.put(record.id, _routes(record))
                 for port in fresh:
-                    await self._open(port)
+                    await self.front.listen(port, self._listeners[port])
         return self._shown(record)
 
     async def delete(self, ref: str) -> None:
@@ -113,7 +112,8 @@ class Ingresses:
             with trio.CancelScope(shield=True):
                 record = await self._store.write(lambda txn: records.remove(txn, ref))
                 self._records.pop(record.id, None)
-                await self._tell(lambda number: protocol.Drop(number, record.id))
+                await self.front.drop(record.id)
+                await self._open_to_engine(_guest_ports(self._records.values()))
                 await self._release(self._ports_of(record) - self._used_ports())
                 await self._use_certificates()
                 for counter in (self.requests, self.bytes):
@@ -152,21 +152,19 @@ class Ingresses:
         try:
             for port in sorted(set(ports) - self._listeners.keys()):
                 self._store.read(partial(_check_port_free, port, self._name_of))
-                self._listeners[port] = await trio.to_thread.run_sync(self._bind, port)
+                inherited = await self.front.inherited(port)
+                self._listeners[port] = inherited or await trio.to_thread.run_sync(self._bind, port)
                 fresh.append(port)
         except BaseException:
             await self._release(fresh)
             raise
         return fresh
 
-    async def _open(self, port: int) -> None:
-        await self._tell(lambda number: protocol.Listen(number, port), self._listeners[port])
-
     async def _release(self, ports: Iterable[int]) -> None:
         for port in ports:
             sockets = self._listeners.pop(port, None)
             if sockets is not None:
-                await self._tell(partial(_unlisten, port))
+                await self.front.unlisten(port)
                 for each in sockets:
                     each.close()
 
@@ -184,154 +182,88 @@ class Ingresses:
                             log.error("ingresses on port %d wait: %s", port, error.message)
                     else:
                         complained.discard(port)
-                        await self._open(port)
+                        await self.front.listen(port, self._listeners[port])
             await trio.sleep(_RETRY)
 
-    # ── The worker ───────────────────────────────────────────────────────────────────────────────
+    # ── The engine ───────────────────────────────────────────────────────────────────────────────
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Carry requests until cancelled; started once the stored ingresses are served."""
+        """Have requests carried until cancelled; started once the engine knows the stored ingresses."""
+        self.front.use(self._place_of, self._count)
         try:
             await self.certificates.load()
             async with self._changing:
                 self._records = {record.id: record for record in self._store.read(records.all_records)}
+                await self._open_to_engine(_guest_ports(self._records.values()))
+                await self._use_certificates()
+                for record in self._records.values():
+                    await self.front.put(record.id, _routes(record))
                 for port in sorted(self._used_ports()):
                     try:
                         await self._hold([port])
                     except HypemanError as error:
                         log.warning("ingresses on port %d: %s", port, error.message)
-                await self._use_certificates()
+                    else:
+                        await self.front.listen(port, self._listeners[port])
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.certificates.run)
-                if self._records:
-                    self._wanted.set()
-                    await nursery.start(self._keep_worker)
-                else:
-                    nursery.start_soon(self._keep_worker)
                 nursery.start_soon(self._hold_again)
                 task_status.started()
         finally:
+            self.front.let_go()
             for sockets in self._listeners.values():
                 for each in sockets:
                     each.close()
             self._listeners.clear()
 
-    async def _keep_worker(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        await self._wanted.wait()
-        pause = _FIRST_PAUSE
-        is_first = True
-        while True:
-            began = trio.current_time()
-            try:
-                link = await start_worker(self._uid, self._command)
-            except (WorkerLost, OSError) as error:
-                log.error("the ingress worker cannot be started: %s", error)
-            else:
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(link.run, self._answer, self._count)
-                    async with self._changing:
-                        self._link = link
-                        await self._tell_everything()
-                    if is_first:
-                        task_status.started()
-                        is_first = False
-                    try:
-                        await link.lost.wait()
-                    finally:
-                        self._link = None
-                        self.connections = 0
-                log.warning("the ingress worker has ended; another one is started")
-            if is_first:
-                task_status.started()  # the server starts without; attempts go on
-                is_first = False
-            if trio.current_time() - began > 60:
-                pause = _FIRST_PAUSE
-            await trio.sleep(pause)
-            pause = min(_RETRY, 2 * pause)
-
-    async def _tell_everything(self) -> None:
-        for name, pair in self.certificates.pairs():
-            await self._certify(name, pair)
-        for name, answer in self.certificates.answers():
-            await self._challenge(name, answer)
-        for record in self._records.values():
-            await self._tell(partial(_put, record))
-        for port in self._listeners:
-            await self._open(port)
-
     async def _certify(self, name: str, pair: Pair | None) -> None:
         if pair is None:
-            await self._tell(lambda number: protocol.Uncertify(number, name))
+            await self.front.uncertify(name)
         else:
-            await self._tell(lambda number: protocol.Certify(number, name, pair.chain, pair.key))
+            await self.front.certify(name, pair.chain, pair.key)
 
     async def _challenge(self, name: str, answer: Answer | None) -> None:
         if answer is None:
-            await self._tell(lambda number: protocol.Unchallenge(number, name))
+            await self.front.unchallenge(name)
         else:
-            await self._tell(
-                lambda number: protocol.Challenge(
-                    number, name, answer.token, answer.authorization, answer.chain, answer.key
-                )
-            )
+            await self.front.challenge(name, answer.token, answer.authorization, answer.chain, answer.key)
 
-    async def _tell(self, make: Callable[[int], protocol.Request], sockets: Sequence[socket.socket] = ()) -> None:
-        """If it is lost, the next worker gets everything anyway."""
-        if self._link is not None:
-            try:
-                await self._link.call(make, sockets)
-            except WorkerLost:
-                self._link = None
+    def _count(self, served: Served) -> None:
+        record = self._records.get(served.ingress)
+        name = record.name if record is not None else ""
+        if record is not None or not served.ingress:
+            self.requests[name, f"{served.status // 100}xx" if served.status else "none"] += 1
+            self.bytes[name, "received"] += served.received
+            self.bytes[name, "sent"] += served.sent
+        access_log.info(
+            "ingress request",
+            extra={
+                "ingress": name,
+                "host": served.host,
+                "client": served.client,
+                "method": served.method,
+                "path": served.path,
+                "instance": served.instance,
+                "status": served.status,
+                "received": served.received,
+                "sent": served.sent,
+                "seconds": round(served.seconds, 4),
+                "http": served.http,
+            },
+        )
 
-    def _answer(self, asked: protocol.Ask) -> protocol.Target:
-        place = self._place_of(asked.instance)
-        return protocol.Target(asked.token, place.address, place.exists)
 
-    def _count(self, batch: protocol.Log) -> None:
-        self.connections = batch.connections
-        self.refused += batch.refused
-        if batch.lost:
-            log.warning("%d ingress requests are not in the log", batch.lost)
-        for served in batch.served:
-            record = self._records.get(served.ingress)
-            name = record.name if record is not None else ""
-            if record is not None or not served.ingress:
-                self.requests[name, f"{served.status // 100}xx" if served.status else "none"] += 1
-                self.bytes[name, "received"] += served.received
-                self.bytes[name, "sent"] += served.sent
-            access_log.info(
-                "ingress request",
-                extra={
-                    "ingress": name,
-                    "host": served.host,
-                    "client": served.client,
-                    "method": served.method,
-                    "path": served.path,
-                    "instance": served.instance,
-                    "status": served.status,
-                    "received": served.received,
-                    "sent": served.sent,
-                    "seconds": round(served.seconds, 4),
-                },
-            )
+def _guest_ports(of: Iterable[IngressRecord]) -> set[int]:
+    return {rule.target.port for record in of for rule in record.rules}
 
 
 def _check_port_free(port: int, name_of: Callable[[str], str], txn: Txn) -> None:
     check_ports_free(txn, [PortMapping(host_port=port, guest_port=port)], name_of)
 
 
-def _put(record: IngressRecord, number: int) -> protocol.Request:
-    return protocol.Put(number, record.id, _routes(record))
-
-
-def _unlisten(port: int, number: int) -> protocol.Request:
-    return protocol.Unlisten(number, port)
-
-
-def _routes(record: IngressRecord) -> tuple[Route, ...]:
-    return tuple(
+def _routes(record: IngressRecord) -> bytes:
+    routes = [
         Route(
-            ingress=record.id,
             hostname=rule.match.hostname,
             port=port,
             instance=rule.target.instance,
@@ -343,4 +275,5 @@ def _routes(record: IngressRecord) -> tuple[Route, ...]:
         )
         for rule in record.rules
         for port in ports_of(rule)
-    )
+    ]
+    return compile_routes(routes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from hypeman.ingress.proxy import Place
+from collections.abc import Callable, Iterable
+
+from hypeman.egress.front import Place
 from hypeman.instances.board import Board
 from hypeman.instances.model.policies import standby_rules
 from hypeman.instances.model.types import InstanceState, WakeOn
@@ -13,9 +15,21 @@ from hypeman.store import Store
 class Targets:
     """A view of the instances as they are now."""
 
-    def __init__(self, board: Board, store: Store) -> None:
+    def __init__(self, board: Board, store: Store, changed: Callable[[Iterable[str]], object]) -> None:
+        """``changed`` gets the names and ids by which an instance was or is known when something about it changes."""
         self._board = board
         self._store = store
+        self._changed = changed
+        self._names: dict[str, str] = {}
+        """As told last, by id."""
+        board.listen(self._on_change)
+
+    def _on_change(self, instance_id: str) -> None:
+        before = self._names.pop(instance_id, "")
+        name = self._board.name_of(instance_id) or ""
+        if name:
+            self._names[instance_id] = name
+        self._changed({instance_id, before, name} - {""})
 
     def find(self, ref: str) -> str:
         """The name of the instance that a client names. Raises NotFound or Ambiguous."""

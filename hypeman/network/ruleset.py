@@ -29,7 +29,8 @@ instance is one small transaction. Path of a packet from a guest:
     identity (-450, before defragmentation: each fragment must prove its sender)
       → arrivals (dstnat) → to_host (input) or to_world (forward) → departures (srcnat)
 
-What the egress engine opens passes ``from_engine``: to the world only, not to this host or a guest.
+What the engine opens passes ``from_engine``: to the world, not to this host, and to guests only at the ports that
+ingresses lead to (``entered``).
 
 A published port is translated where the packet arrives (``arrivals``; ``from_host`` for what the host itself sends)
 and passes ``to_world`` only as the translation of an address of this host, so that a guest's own address stays
@@ -88,9 +89,11 @@ class RuleFacts(msgspec.Struct, frozen=True):
     egress_port: int = 0
     """The proxy's port on the gateway; 0: no proxy."""
     engine_uid: int = 0
-    """The user of the egress engine alone, which opens connections to hosts in the world only; 0: it has none."""
+    """The user of the engine alone, which may open connections to the world and to ``entered`` only; 0: it has none."""
     engine_allowed: tuple[str, ...] = ()
     """Networks that it may reach besides, as address/prefix."""
+    entered: tuple[int, ...] = ()
+    """Ports of guests that ingresses lead to."""
     offered: tuple[HostPort, ...] = ()
     policed: tuple[tuple[str, int], ...] = ()
     """(tap, bytes per second) whose upload is policed here, if the kernel has no ifb to shape it."""
@@ -148,6 +151,11 @@ def possible_elements(lease: Lease) -> tuple[Element, ...]:
     return tuple(dict.fromkeys((*lease_elements(strictest), *reach)))
 
 
+def entered_elements(ports: Iterable[int]) -> set[Element]:
+    """What lets the engine connect to these ports of guests."""
+    return {Element("inet", "entered", (str(port),)) for port in ports}
+
+
 def _port_elements(lease: Lease) -> Iterator[Element]:
     forwards = [each for mapping in lease.ports for each in forwards_of(mapping)]
     for each in forwards:
@@ -190,6 +198,7 @@ def render_ruleset(facts: RuleFacts, leases: Iterable[Lease], held: Iterable[Lea
     elements: dict[tuple[str, str], list[str]] = {}
     wanted = dict.fromkeys(element for lease in leases for element in lease_elements(lease))
     wanted |= dict.fromkeys(element for lease in held for element in held_elements(lease))
+    wanted |= dict.fromkeys(sorted(entered_elements(facts.entered)))
     for element in wanted:
         elements.setdefault((element.family, element.set), []).append(_element_text(element))
     forget = "".join(f"table {family} {TABLE}\ndelete table {family} {TABLE}\n" for family in FAMILIES)
@@ -389,6 +398,7 @@ def _engine(facts: RuleFacts) -> str:
     }}
     chain from_engine {{
         ct state established,related accept
+        ip daddr {facts.subnet.network} tcp dport @entered accept
         ip daddr {facts.subnet.network} counter goto refuse
 {allowed}        fib daddr type local counter goto refuse
         ip daddr @refused counter goto refuse

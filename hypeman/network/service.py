@@ -76,6 +76,8 @@ class Network:
         self._egress_port = egress_port
         self._engine_uid = engine_uid
         self._engine_allowed = tuple(engine_allowed)
+        self._entered = frozenset[int]()
+        """Ports of guests that ingresses lead to."""
         self._offered = tuple(offered)
         self._on_tap_lost: TapLost = _ignore
         self._leases: dict[str, Lease] = {}
@@ -242,6 +244,17 @@ class Network:
             before, self._leases[lease.instance_id] = self._leases[lease.instance_id], lease
             await self._change_rules(lease, add=ruleset.lease_elements(lease), before=before)
 
+    async def open_to_engine(self, ports: Iterable[int]) -> None:
+        """The ports of guests to which the engine may connect, instead of those before. Raises HostError."""
+        async with self._changing:
+            before, self._entered = self._entered, frozenset(ports)
+            fresh = ruleset.entered_elements(self._entered - before)
+            try:
+                await self._change_elements(ruleset.entered_elements(before - self._entered), fresh)
+            except BaseException:
+                self._entered = before
+                raise
+
     async def set_ports(self, lease: Lease) -> None:
         """Publish the ports of ``lease`` instead of those before, in one transaction, if its guest runs.
 
@@ -387,6 +400,7 @@ class Network:
             egress_port=self._egress_port,
             engine_uid=self._engine_uid,
             engine_allowed=self._engine_allowed,
+            entered=tuple(sorted(self._entered)),
             offered=self._offered,
             policed=policed,
             allow_private=self._config.allow_private,

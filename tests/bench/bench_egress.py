@@ -153,6 +153,8 @@ def running(argv: list[str], core: int, **kwargs: object) -> Iterator[subprocess
 class Bench:
     """An origin, the proxies, and how to measure one of them."""
 
+    origin_text, proxy_text = ORIGIN, PROXY
+
     def __init__(self, stack: ExitStack, round_ms: int) -> None:
         self.round_ms = round_ms
         self.dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -165,9 +167,9 @@ class Bench:
         (www / "1m").write_bytes(bytes(1 << 20))
         subprocess.run(["cc", "-O2", "-o", self.dir / "load", HERE / "egress_load.c", "-lssl", "-lcrypto"], check=True)
         self.origin = free_port()
-        self._nginx(stack, "origin", ORIGIN, self.origin, 0)
+        self._nginx(stack, "origin", self.origin_text, self.origin, 0)
         port = free_port()
-        self.pids["nginx"] = (self._nginx(stack, "nginx", PROXY, port, 1), port)
+        self.pids["nginx"] = (self._nginx(stack, "nginx", self.proxy_text, port, 1), port)
         self._ours(stack)
         if shutil.which("haproxy"):
             self._haproxy(stack)

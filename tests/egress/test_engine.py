@@ -95,7 +95,7 @@ async def test_another_engine_after_a_crash(world: World, caplog: pytest.LogCapt
     assert last_values(world, 2) == ["sk-new", "sk-of-b"]
     assert world.egress.engine_pid not in (0, first)
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
-        "the egress engine ended unexpectedly, with its connections; another one runs"
+        "the engine ended unexpectedly, with its connections; another one runs"
     ]
 
 
@@ -342,7 +342,8 @@ async def test_why_an_engine_does_not_start(tmp_path: Path) -> None:
 def frames() -> list[bytes]:
     """One of each message of a server, as sent."""
     settings = protocol.EngineSettings(
-        uid=1, leaf_cache=1, each=(1,) * 6, total=(1,) * 6, requests_per_second=0, mints_per_second=1, listen_port=1,
+        uid=1, leaf_cache=1, each=(1,) * 6, total=(1,) * 6,
+        clients_each=(1,) * 6, clients_total=(1,) * 6, requests_per_second=0, mints_per_second=1, listen_port=1,
         assumed_tls_port=443, timers_ms=(1,) * len(TIMERS), allow=("10.0.0.0/8",), deny=(),
     )  # fmt: skip
     start = protocol.Start(settings=settings, identity="x", sizes=(1, 1, 1, 1), adoptable=False)
@@ -355,6 +356,15 @@ def frames() -> list[bytes]:
         protocol.encode(protocol.Count(id=5)),
         protocol.encode(protocol.Answer(token=6, loop=0, addresses=("10.0.0.1",))),
         protocol.encode(protocol.Verdict(token=7, loop=0, allow=True)),
+        protocol.encode(protocol.PutSite(id=7, ingress="i"), payload=3) + b"abc",
+        protocol.encode(protocol.DropSite(id=8, ingress="i")),
+        protocol.encode(protocol.Listen(id=9, port=80)),
+        protocol.encode(protocol.Unlisten(id=10, port=80)),
+        protocol.encode(protocol.Sockets(id=11, port=80)),
+        protocol.encode(protocol.Certify(id=12, name="a.b", sizes=(1, 1)), payload=2) + b"\0\0",
+        protocol.encode(protocol.Challenge(id=13, name="a.b", token="t", proof="p", sizes=(1, 1)), payload=2) + b"\0\0",
+        protocol.encode(protocol.Place(token=12, loop=0, address="10.0.0.1", exists=True)),
+        protocol.encode(protocol.Forget(instances=("a",))),
     ]
 
 
@@ -429,6 +439,7 @@ async def test_what_an_engine_sends_is_not_trusted() -> None:
     hello = protocol.Hello(version=1, identity="x", pid=1, draining=False, locked=True, reasons=("ok",))
     for data in (
         protocol.encode(protocol.Done(id=999)),
+        protocol.encode(protocol.Held(id=999)),
         protocol.encode(protocol.Audit(), payload=3) + b"\x30\0\1",
         protocol.encode(protocol.Audit(), payload=60) + b"\x30\0" + bytes(58),
         protocol.encode(hello),
@@ -441,7 +452,7 @@ async def test_what_an_engine_sends_is_not_trusted() -> None:
         with theirs, trio.fail_after(20):
             theirs.sendall(data)
             assert "protocol" in await link.run(
-                Handlers(lambda engine, question: None, read, lambda engine, held: None)
+                Handlers(lambda engine, question: None, lambda engine, asked: None, read, lambda engine, held: None)
             )
         assert link.lost.is_set()
 

@@ -15,16 +15,18 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "ext" / "egress"
 
 ROWS = (
-    "h1 query hello host addr bound access policy verdict sigv4 transform probe mint chain confine",
+    "h1 query hello host addr bound site access policy verdict sigv4 transform forward probe mint certs chain confine",
     "io",
     "tls",
-    "accept down1 down2 up1 up2 h2 pool xchg splice audit",
+    "accept front down1 down2 up1 up2 h2 pool xchg splice audit",
     "loop",
     "engine",
 )
 """From below."""
 
-UPWARD = {("accept", "conn_run"), ("pool", "engine_ask"), ("xchg", "engine_ask_approval")}
+UPWARD = {
+    ("accept", "conn_run"), ("front", "conn_run"), ("pool", "engine_ask"), ("xchg", "engine_ask_approval"),
+}  # fmt: skip
 """What a side calls of the loop that runs it and of the engine: it is run once more, and asks for addresses."""
 
 

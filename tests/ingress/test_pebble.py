@@ -1,4 +1,4 @@
-"""Certificates from a real ACME server, Let's Encrypt's pebble, with its faults on, through the confined worker."""
+"""Certificates from a real ACME server, Let's Encrypt's pebble, with its faults on, through the confined engine."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 QUICK = Pace(interval=0.05, poll=0.05, retry=0.5, longest=5, ask=0.2)
 SLOW_TO_ASK = Pace(interval=0.05, poll=0.05, retry=0.5, longest=5, ask=3600)
-EXPECTED = "x-forwarded-proto: https 200"
+EXPECTED = "X-Forwarded-Proto: https 200"
 
 
 async def answer(stream: trio.SocketStream) -> None:
     """A guest that says how it was asked."""
     async with stream:
         head = await stream.receive_some(65536)
-        who = next(line for line in head.split(b"\r\n") if line.startswith(b"x-forwarded-proto:"))
+        who = next(line for line in head.split(b"\r\n") if line.startswith(b"X-Forwarded-Proto:"))
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(who), who))
 
 

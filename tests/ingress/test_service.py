@@ -1,4 +1,4 @@
-"""Ingresses as the server runs them: store, ports of the host, a confined worker, and a guest behind a cable."""
+"""Ingresses as the server runs them: store, ports of the host, the engine, and a guest behind a cable."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from pathlib import Path
 
 import msgspec
 import trio
-import trio.testing
 
+from hypeman.egress.front import Place
+from hypeman.egress.link import end_engines
+from hypeman.egress.service import Egress, Settings
 from hypeman.errors import AlreadyExists, Conflict, InvalidRequest, NotFound, PortInUse
 from hypeman.events.log import EVENTS
 from hypeman.ingress.certificates.acme import Pace
-from hypeman.ingress.certificates.service import Certificates, Settings
-from hypeman.ingress.proxy import Place
+from hypeman.ingress.certificates.service import Certificates
+from hypeman.ingress.certificates.service import Settings as CertificateSettings
 from hypeman.ingress.service import Ingresses
 from hypeman.ingress.types import CertificateState, CreateIngressRequest, Ingress
 from hypeman.store import Store
@@ -54,11 +56,6 @@ def make_folder() -> Path:
     return folder
 
 
-def pid_of(service: Ingresses) -> int:
-    """The worker's; 0 while there is none."""
-    return service._link.pid if service._link is not None else 0
-
-
 def is_free(port: int) -> bool:
     """Whether nobody listens there; past connections in TIME_WAIT do not count."""
     with socket.socket() as free:
@@ -70,25 +67,53 @@ def is_free(port: int) -> bool:
     return True
 
 
-@asynccontextmanager
-async def ingresses(
-    folder: Path, address: str, settings: Settings | None = None, pace: Pace | None = None
-) -> AsyncIterator[Ingresses]:
+class Server:
     """A server's part, on the store in ``folder``."""
+
+    def __init__(self, service: Ingresses, egress: Egress) -> None:
+        self.service = service
+        self.egress = egress
+
+
+@asynccontextmanager
+async def server(
+    folder: Path,
+    address: str,
+    files: CertificateSettings | None = None,
+    pace: Pace | None = None,
+    **changes: object,
+) -> AsyncIterator[Server]:
     store = Store.open(folder / "store")
 
     def place_of(name: str) -> Place:
         return Place(address if name == "web" else "", exists=name in ("web", "down"))
 
+    settings = Settings(address="127.0.0.1", port=18080, loops=2, uid=UID)
     async with store.serving(), trio.open_nursery() as nursery:
-        certificates = Certificates(settings or Settings(), folder / "ingress", store, interval=0.05, pace=pace)
-        service = Ingresses(store, find=find, place_of=place_of, certificates=certificates, uid=UID)
+        egress = Egress(msgspec.structs.replace(settings, **changes), folder / "egress", engines=folder / "engines")
+        certificates = Certificates(files or CertificateSettings(), folder / "ingress", store, interval=0.05, pace=pace)
+        service = Ingresses(store, egress.front, find=find, place_of=place_of, certificates=certificates)
+        await nursery.start(egress.run)
         await nursery.start(service.run)
+        await egress.accept()
         try:
-            yield service
+            yield Server(service, egress)
         finally:
             nursery.cancel_scope.cancel()
     store.close()
+
+
+@asynccontextmanager
+async def ingresses(
+    folder: Path, address: str, settings: CertificateSettings, pace: Pace | None = None
+) -> AsyncIterator[Ingresses]:
+    """The same, with an engine that ends with it."""
+    try:
+        async with server(folder, address, settings, pace) as here:
+            yield here.service
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(20):
+            await end_engines(folder / "engines")
 
 
 def serve_http(server: socket.socket) -> None:
@@ -100,7 +125,7 @@ def serve_http(server: socket.socket) -> None:
             return
         with accepted:
             head = accepted.recv(65536)
-            who = next(line for line in head.split(b"\r\n") if line.startswith(b"x-forwarded-for:"))
+            who = next(line for line in head.split(b"\r\n") if line.startswith(b"X-Forwarded-For:"))
             accepted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(who), who))
 
 
@@ -116,19 +141,20 @@ async def ask(host: str, **more: object) -> str:
 async def test_from_the_world_to_a_guest_and_through_restarts(lab: Lab) -> None:
     guest = await lab.guest()
     folder = make_folder()
-    with guest_host(guest) as inside, world_host(lab) as world, inside.serve(8000) as server:
-        server.settimeout(None)
+    with guest_host(guest) as inside, world_host(lab) as world, inside.serve(8000) as server_socket:
+        server_socket.settimeout(None)
         async with trio.open_nursery() as nursery:
             # A thread in accept() cannot be cancelled: it must not hide why the test fails.
-            nursery.start_soon(partial(trio.to_thread.run_sync, serve_http, server, abandon_on_cancel=True))
-            async with ingresses(folder, guest.lease.ipv4) as service:
+            nursery.start_soon(partial(trio.to_thread.run_sync, serve_http, server_socket, abandon_on_cancel=True))
+            async with server(folder, guest.lease.ipv4) as first:
+                service, egress = first.service, first.egress
                 made = await service.create(request("site", "Web.Example.com"))
                 assert (await service.get("site"), await service.get(made.id[:9])) == (made, made)
-                assert await ask("web.example.com") == "x-forwarded-for: 127.0.0.1 200"
+                assert await ask("web.example.com") == "X-Forwarded-For: 127.0.0.1 200"
                 seen = await trio.to_thread.run_sync(
                     world.sh, f"curl -sS -m 60 -H 'Host: web.example.com' http://{HOST}/"
                 )
-                assert seen.strip() == "x-forwarded-for: 192.0.2.2"
+                assert seen.strip() == "X-Forwarded-For: 192.0.2.2"
                 assert (await ask("other.example.com")).endswith(" 404")
                 await service.create(request("all", "{name}.all.test", "{name}"))
                 assert (await ask("web.all.test")).endswith(" 200")
@@ -146,37 +172,44 @@ async def test_from_the_world_to_a_guest_and_through_restarts(lab: Lab) -> None:
                     else:
                         raise AssertionError(f"{refused.name} was taken")
 
-                with trio.fail_after(30):  # what a worker that is killed has not reported is lost
+                with trio.fail_after(30):  # what an engine that is killed has not reported is lost
                     while service.requests["site", "2xx"] < 2:
                         await trio.sleep(0.05)
-                before = pid_of(service)
-                status = Path(f"/proc/{before}/status").read_text()
-                assert f"Uid:\t{UID}" in status
-                assert "Seccomp:\t2" in status
-                assert "CapEff:\t0000000000000000" in status
+                before = egress.engine_pid
                 os.kill(before, signal.SIGKILL)
-                assert (await ask("web.example.com")).endswith(" 200"), "connections wait for the next worker"
+                assert (await ask("web.example.com")).endswith(" 200"), "connections wait for the next engine"
                 with trio.fail_after(60):  # it may answer before the server has heard that it is ready
-                    while pid_of(service) in (0, before):
+                    while egress.engine_pid in (0, before):
                         await trio.sleep(0.05)
+                before = egress.engine_pid
 
-            async with ingresses(folder, guest.lease.ipv4) as service:
+            assert (await ask("web.example.com")).endswith(" 200"), "the engine goes on without a server"
+            async with server(folder, guest.lease.ipv4) as second:
+                assert second.egress.engine_pid == before
                 assert (await ask("web.example.com")).endswith(" 200"), "the next server has the rules"
-                await service.delete("site")
+                await second.service.delete("site")
                 assert (await ask("web.example.com")).endswith(" 404")
-                await service.delete("all")
-                with trio.fail_after(30):  # the worker closes its copy of the listening socket a moment later
+
+            async with server(folder, guest.lease.ipv4, drain_timeout=0, loops=1, port=18081) as third:
+                assert third.egress.engine_pid != before, "another engine takes over the sockets"
+                for _ in range(5):
+                    assert (await ask("web.all.test")).endswith(" 200")
+                await third.service.delete("all")
+                with trio.fail_after(30):  # the engine closes its copy of the listening socket a moment later
                     while not is_free(80):
                         await trio.sleep(0.02)
-                types = service._store.read(lambda txn: [event.type for _, event in txn.scan(EVENTS)])
+                store = third.service._store
+                types = store.read(lambda txn: [event.type for _, event in txn.scan(EVENTS)])
                 assert types == ["ingress.created"] * 2 + ["ingress.deleted"] * 2
-            server.shutdown(socket.SHUT_RDWR)
+            await end_engines(folder / "engines")
+            server_socket.shutdown(socket.SHUT_RDWR)
 
 
 @in_namespace
 async def test_a_port_of_another_program(lab: Lab) -> None:
     folder = make_folder()
-    async with ingresses(folder, "127.0.0.1") as service:
+    async with server(folder, "127.0.0.1") as here:
+        service = here.service
         with socket.socket() as other:
             other.bind(("127.0.0.1", 81))
             other.listen()
@@ -190,18 +223,9 @@ async def test_a_port_of_another_program(lab: Lab) -> None:
             assert await service.list(tags={}) == []
         made: Ingress = await service.create(request("site", "a.b", port=81))
         assert await service.list(tags={}) == [made]
-
-
-@in_namespace
-async def test_without_ingresses_there_is_no_worker(lab: Lab) -> None:
-    async with ingresses(make_folder(), "127.0.0.1") as service:
-        await trio.testing.wait_all_tasks_blocked()
-        assert pid_of(service) == 0
-        await service.create(request("site", "a.b", port=82))
-        with trio.fail_after(60):
-            while not pid_of(service):
-                await trio.sleep(0.05)
-        assert (await ask("c.d", port=82)).endswith(" 404"), "it serves"
+        assert (await ask("c.d", port=81)).endswith(" 404"), "it serves"
+        await service.delete("site")
+    await end_engines(folder / "engines")
 
 
 def secure_curl(url: str, root: str, *more: str) -> str:
@@ -212,11 +236,11 @@ def secure_curl(url: str, root: str, *more: str) -> str:
 
 
 @in_namespace
-async def test_tls_with_curl_and_the_confined_worker(lab: Lab) -> None:
+async def test_tls_with_curl_and_the_confined_engine(lab: Lab) -> None:
     folder = make_folder()
     root = folder / "root.pem"
     paths = write_pair(folder, "web.example.com")
-    settings = Settings(files={"site": paths})
+    settings = CertificateSettings(files={"site": paths})
 
     async def ask_secure(url: str, *more: str, trust: Path = root) -> str:
         return await trio.to_thread.run_sync(lambda: secure_curl(url, str(trust), *more))
@@ -224,14 +248,15 @@ async def test_tls_with_curl_and_the_confined_worker(lab: Lab) -> None:
     async def answer(stream: trio.SocketStream) -> None:
         async with stream:
             head = await stream.receive_some(65536)
-            who = next(line for line in head.split(b"\r\n") if line.startswith(b"x-forwarded-proto:"))
+            who = next(line for line in head.split(b"\r\n") if line.startswith(b"X-Forwarded-Proto:"))
             await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(who), who))
 
     (guests,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = guests.socket.getsockname()[1]
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.serve_listeners, answer, [guests])
-        async with ingresses(folder, "127.0.0.1", settings) as service:
+        async with server(folder, "127.0.0.1", settings) as here:
+            service = here.service
             root.write_text(await service.internal_root())
             for name, hostname in [("one", "web.internal"), ("two", "{x}.vm.internal"), ("three", "web.example.com")]:
                 instance = "{x}" if "{" in hostname else "web"
@@ -240,7 +265,7 @@ async def test_tls_with_curl_and_the_confined_worker(lab: Lab) -> None:
                 assert made.certificates
                 assert made.certificates[0].state is CertificateState.VALID
             assert service._records[made.id].ports == {80, 443}
-            expected = "x-forwarded-proto: https 200"
+            expected = "X-Forwarded-Proto: https 200"
             for more in ("--tlsv1.3", "--tls-max 1.2", "--http1.1"):
                 assert await ask_secure("https://web.internal:443/", more) == expected
             assert await ask_secure("https://web.vm.internal:443/") == expected
@@ -261,9 +286,9 @@ async def test_tls_with_curl_and_the_confined_worker(lab: Lab) -> None:
             else:
                 raise AssertionError("there is no certificate for it")
 
-            before = pid_of(service)
+            before = here.egress.engine_pid
             os.kill(before, signal.SIGKILL)
-            assert await ask_secure("https://web.internal:443/") == expected, "the next worker has the certificates"
+            assert await ask_secure("https://web.internal:443/") == expected, "the next engine has the certificates"
             asked: list[str] = []
             is_over = False
 
@@ -292,3 +317,4 @@ async def test_tls_with_curl_and_the_confined_worker(lab: Lab) -> None:
             assert "unrecognized name" in refused, refused
             assert (await ask_secure("http://web.example.com:80/")).endswith("404")
         nursery.cancel_scope.cancel()
+    await end_engines(folder / "engines")

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
-import os
 import ssl
-import subprocess
-import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import h2.events
 import h11
 import pytest
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hypeman.ingress.certificates.internal import InternalCA
 from hypeman.ingress.certificates.types import Pair
-from hypeman.ingress.hello import BadHello, Hello, read_hello
-from hypeman.ingress.routing import Route
-from hypeman.ingress.tls import Alert, alert_record
+from hypeman.ingress.routing import Route, compile_routes
+from tests.egress.conftest import Wire
+from tests.egress.test_http2 import Peer
 from tests.ingress.test_certificates import NOW
 from tests.ingress.test_proxy import Guest, World, http_guest, response_of, shows_head, world
 
 
+class Alert(enum.IntEnum):
+    """Numbers of RFC 8446."""
+
+    DECODE_ERROR = 50
+    INTERNAL_ERROR = 80
+    UNRECOGNIZED_NAME = 112
+    NO_APPLICATION_PROTOCOL = 120
+
+
+def alert_record(alert: Alert) -> bytes:
+    """Fatal, before anything is encrypted."""
+    return bytes((0x15, 3, 3, 0, 2, 2, alert))
+
+
 class Secure:
-    """A proxy with the sites s.test (with tls), {x}.w.test (a wildcard), bare.test (no certificate), and redirects."""
+    """An engine with the sites s.test (with tls), {x}.w.test (a wildcard), bare.test (no certificate), redirects."""
 
     def __init__(self, here: World, ca: InternalCA) -> None:
         self.here = here
+        self.front = here.egress.front
         self.ca = ca
-        self.certify("s.test")
-        self.certify("*.w.test")
-        self.certify("plain.test")
 
-    def certify(self, name: str) -> Pair:
+    async def certify(self, name: str) -> Pair:
         pair = self.ca.issue(name, NOW)
-        self.here.proxy.certificates.certify(name, pair.chain, pair.key)
+        await self.front.certify(name, pair.chain, pair.key)
         return pair
 
     def context(self, *protocols: str) -> ssl.SSLContext:
@@ -69,16 +78,17 @@ async def secure(folder: Path, guest: Guest | None = None) -> AsyncIterator[Secu
     async with world(guest or http_guest(shows_head)) as here:
 
         def route(hostname: str, instance: str = "a", **more: Any) -> Route:
-            return Route(
-                ingress=hostname, hostname=hostname, port=80, instance=instance, target_port=here.guest_port, **more
-            )
+            return Route(hostname=hostname, port=80, instance=instance, target_port=here.guest_port, **more)
 
         for each in [
             route("s.test", tls=True), route("{x}.w.test", "a", tls=True), route("bare.test", tls=True),
             route("moved.test", redirect=443), route("own.test", tls=True, redirect=80), route("plain.test"),
         ]:  # fmt: skip
-            here.proxy.put(each.ingress, (each,))
-        yield Secure(here, InternalCA(folder / "ca"))
+            await here.egress.front.put(each.hostname, compile_routes([each]))
+        made = Secure(here, InternalCA(folder / "ca"))
+        for name in ("s.test", "*.w.test", "plain.test"):
+            await made.certify(name)
+        yield made
 
 
 def hello_of(name: str | None, *protocols: str) -> bytes:
@@ -94,36 +104,10 @@ def hello_of(name: str | None, *protocols: str) -> bytes:
     return outgoing.read()
 
 
-def test_a_hello_in_any_pieces() -> None:
-    data = hello_of("a.example.com", "h2", "http/1.1")
-    expected = Hello("a.example.com", (b"h2", b"http/1.1"))
-    assert all(read_hello(data[:size]) is None for size in range(len(data)))
-    assert read_hello(data) == read_hello(data + b"more") == expected
-    body = data[5:]
-    for cut in range(1, len(body)):
-        records = b"".join(
-            b"\x16\x03\x01%b%b" % (len(part).to_bytes(2, "big"), part) for part in (body[:cut], body[cut:])
-        )
-        assert read_hello(records) == expected
-    assert read_hello(hello_of(None)) == Hello("", ())
-
-
-@given(st.data())
-def test_any_bytes_are_a_hello_or_none(data: st.DataObject) -> None:
-    text = bytearray(hello_of("a.b", "http/1.1"))
-    for _ in range(data.draw(st.integers(0, 4))):
-        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
-    cut = data.draw(st.integers(0, len(text)))
-    with suppress(BadHello):
-        read_hello(bytes(text[:cut]))
-    with pytest.raises(BadHello):
-        read_hello(b"\x16\x03\x01\x40\x00\x01\xff\xff\xff" + bytes(1 << 16))
-
-
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 async def test_requests_over_tls(tmp_path: Path, version: ssl.TLSVersion) -> None:
     async with secure(tmp_path) as here:
-        context = here.context("h2", "http/1.1")
+        context = here.context("http/1.1")
         context.minimum_version = context.maximum_version = version
         async with await here.connect(context=context) as stream:
             assert stream.selected_alpn_protocol() == "http/1.1"
@@ -141,24 +125,23 @@ async def test_requests_over_tls(tmp_path: Path, version: ssl.TLSVersion) -> Non
             assert stream.selected_alpn_protocol() is None, "a client without ALPN"
 
 
-@pytest.mark.parametrize(
-    ("name", "protocols", "alert"),
-    [
-        (None, (), Alert.UNRECOGNIZED_NAME),
-        ("other.test", (), Alert.UNRECOGNIZED_NAME),
-        ("plain.test", (), Alert.UNRECOGNIZED_NAME),  # it has a certificate, for another port
-        ("bare.test", (), Alert.INTERNAL_ERROR),
-        ("s.test", ("h2",), Alert.NO_APPLICATION_PROTOCOL),
-        ("s.test", ("acme-tls/1",), Alert.UNRECOGNIZED_NAME),
-    ],
-)
-async def test_which_alert_says_what_is_wrong(
-    tmp_path: Path, name: str | None, protocols: tuple[str, ...], alert: Alert
-) -> None:
+ALERTS: list[tuple[str | None, tuple[str, ...], Alert]] = [
+    (None, (), Alert.UNRECOGNIZED_NAME),
+    ("other.test", (), Alert.UNRECOGNIZED_NAME),
+    ("plain.test", (), Alert.UNRECOGNIZED_NAME),  # it has a certificate, for another port
+    ("bare.test", (), Alert.INTERNAL_ERROR),
+    ("s.test", ("spdy/3",), Alert.NO_APPLICATION_PROTOCOL),
+    ("s.test", ("acme-tls/1",), Alert.UNRECOGNIZED_NAME),
+    ("s.test", ("spdy/3", "acme-tls/1"), Alert.NO_APPLICATION_PROTOCOL),
+]
+
+
+async def test_which_alert_says_what_is_wrong(tmp_path: Path) -> None:
     async with secure(tmp_path) as here:
-        async with await here.here.connect() as stream:
-            await stream.send_all(hello_of(name, *protocols))
-            assert await stream.receive_some(100) == alert_record(alert)
+        for name, protocols, alert in ALERTS:
+            async with await here.here.connect() as stream:
+                await stream.send_all(hello_of(name, *protocols))
+                assert await stream.receive_some(100) == alert_record(alert), (name, protocols)
         assert (await here.get("s.test"))[0].status_code == 200
 
 
@@ -195,8 +178,7 @@ async def test_plain_requests_for_a_site_with_tls(tmp_path: Path) -> None:
 async def test_answers_to_a_public_ca(tmp_path: Path) -> None:
     async with secure(tmp_path) as here:
         pair = here.ca.issue("bare.test", NOW)
-        proxy = here.here.proxy
-        proxy.certificates.challenge("bare.test", "tok-1", "tok-1.thumb", pair.chain, pair.key)
+        await here.front.challenge("bare.test", "tok-1", "tok-1.thumb", pair.chain, pair.key)
         path = "/.well-known/acme-challenge/"
         response, body = await here.here.get("Bare.test", path=path + "tok-1")
         assert (response.status_code, body) == (200, b"tok-1.thumb")
@@ -207,7 +189,7 @@ async def test_answers_to_a_public_ca(tmp_path: Path) -> None:
             assert stream.selected_alpn_protocol() == "acme-tls/1"
             assert stream.getpeercert(binary_form=True) == ssl.PEM_cert_to_DER_cert(pair.chain)
             assert await stream.receive_some(100) == b""
-        proxy.certificates.unchallenge("bare.test")
+        await here.front.unchallenge("bare.test")
         assert (await here.here.get("bare.test", path=path + "tok-1"))[0].status_code == 403
         async with await here.here.connect() as plain:
             await plain.send_all(hello_of("bare.test", "acme-tls/1"))
@@ -277,28 +259,61 @@ async def test_no_request_is_lost_while_certificates_are_exchanged(tmp_path: Pat
                 nursery.start_soon(client)
             for _ in range(20):
                 before = done
-                here.certify("s.test")
+                await here.certify("s.test")
                 while done < before + 5:
                     await trio.sleep(0.001)
             is_over = True
         assert len(seen) > 5
 
 
-CONFINED = """
-import sys
-from hypeman._native.egress import confine
-from hypeman.ingress.tls import ACME_TLS_1, HTTP_1_1, make_context
-chain, key = sys.stdin.read().split("|")
-confine(575535)
-for _ in range(300):
-    contexts = [make_context(chain, key, protocol) for protocol in (HTTP_1_1, ACME_TLS_1)]
-print("ok")
-"""
+async def test_streams_of_http2(tmp_path: Path) -> None:
+    """Each is a request of its own; the guest gets HTTP/1.1."""
+
+    def echo(request: h11.Request, body: bytes) -> tuple[list[tuple[str, str]], bytes]:
+        lines = [b"%b %b" % (request.method, request.target), *(b"%b: %b" % header for header in request.headers)]
+        return [("X-Hop", "1"), ("Connection", "X-Hop, keep-alive")], b"\n".join((*lines, b"%d" % len(body)))
+
+    async with secure(tmp_path, http_guest(echo)) as here:
+        async with await here.connect(context=here.context("h2", "http/1.1")) as stream:
+            assert stream.selected_alpn_protocol() == "h2"
+            peer = Peer(Wire(stream), client=True)
+            first = await peer.ask(("x-mine", "1"), ("x-forwarded-for", "10.0.0.1"), authority="s.test", path="/x?y")
+            second = await peer.ask(authority="s.test", body=b"some", method="POST", end=False)
+            other = await peer.ask(authority="any.w.test")
+            await peer.upload(second, 300_000)
+            status, fields, body = await peer.answer(first)
+            assert (status, "x-hop" in fields, "via" in fields) == (200, False, False)
+            assert body.splitlines() == [
+                b"GET /x?y", b"host: s.test", b"x-mine: 1", b"x-forwarded-for: 127.0.0.1", b"x-forwarded-proto: https",
+                b"x-forwarded-host: s.test", b'forwarded: for=127.0.0.1;host="s.test";proto=https', b"0",
+            ]  # fmt: skip
+            status, _, body = await peer.answer(second)
+            assert (status, body.splitlines()[-1]) == (200, b"300004")
+            status, fields, body = await peer.answer(other)
+            assert (status, fields["content-type"]) == (421, "text/plain; charset=utf-8")
+            assert body == b"421 Misdirected Request: This connection is for another site.\n"
+            refused = await peer.ask(authority="s.test", scheme="http")
+            assert (await peer.answer(refused))[0] in (0, 400)
+            await here.front.put("s.test", compile_routes([]))
+            gone = await peer.ask(authority="s.test")
+            assert (await peer.answer(gone))[0] == 404
+        served = await here.here.logged(3)
+        assert served.http == 2
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can confine a process")
-def test_certificates_can_be_exchanged_in_a_confined_process_as_often_as_wanted(tmp_path: Path) -> None:
-    pair = InternalCA(tmp_path).issue("a.test", NOW)
-    command = ["unshare", "--net", sys.executable, "-c", CONFINED]
-    done = subprocess.run(command, input=f"{pair.chain}|{pair.key}", capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr, done.returncode) == ("ok\n", "", 0)
+async def test_a_dropped_ingress_resets_its_streams(tmp_path: Path) -> None:
+    asked = trio.Event()
+
+    async def guest(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65536)
+        asked.set()
+        await trio.sleep_forever()
+
+    async with secure(tmp_path, guest) as here, await here.connect(context=here.context("h2")) as stream:
+        peer = Peer(Wire(stream), client=True)
+        waiting = await peer.ask(authority="s.test")
+        await peer.flush()
+        await asked.wait()
+        await here.front.drop("s.test")
+        assert (await peer.answer(waiting))[0] == 0
+        assert peer.of(waiting, h2.events.StreamReset)

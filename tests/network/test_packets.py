@@ -17,6 +17,7 @@ from hypeman.network.service import Network
 from hypeman.network.types import EgressMode, Opening, PortMapping, PrivateReach, Reach
 from tests.network import frames
 from tests.network.frames import ARP, ICMP, IPV4, IPV6, TCP, UDP, Seen
+from tests.network.hosts import guest_host
 from tests.network.lab import (
     EGRESS_PORT,
     ENGINE_ALLOWED,
@@ -856,8 +857,8 @@ async def test_closed_private_networks_stay_closed_for_open_connections_and_afte
 
 
 @in_namespace
-async def test_the_egress_engine_opens_connections_to_the_world_only() -> None:
-    """Not to services of this host or to guests, whatever its code does; what the settings allow is allowed."""
+async def test_what_the_engine_opens_connections_to() -> None:
+    """Not to services of this host, nor to guests at ports that no ingress leads to, whatever its code does."""
     async with lab() as built:
         guest = await built.guest()
         own = built.network.subnet.gateway
@@ -865,8 +866,12 @@ async def test_the_egress_engine_opens_connections_to_the_world_only() -> None:
             with socket.create_server((address, 9876)):
                 for uid, reached in ((0, True), (ENGINE_UID, address in "".join(ENGINE_ALLOWED))):
                     assert _connects(uid, address, 9876) == reached, (uid, address)
-        assert not _connects(ENGINE_UID, guest.lease.ipv4, 80)
         assert not _connects(ENGINE_UID, str(own), 22)
+        with guest_host(guest) as inside, inside.serve(80), inside.serve(81):
+            for entered in ((), (80,), (81, 82), ()):
+                await built.network.open_to_engine(entered)
+                for port in (80, 81):
+                    assert _connects(ENGINE_UID, guest.lease.ipv4, port) == (port in entered), (entered, port)
 
 
 def _connects(uid: int, address: str, port: int) -> bool:

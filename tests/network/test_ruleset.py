@@ -19,6 +19,7 @@ FACTS = RuleFacts(
     forwarding=("eth0",),
     egress_port=18080,
     engine_uid=510000,
+    entered=(8080, 80),
     engine_allowed=("10.7.0.0/16", "fd00:7::/64"),
     offered=(HostPort("udp", 53), HostPort("tcp", 53)),
     policed=(("hm-b", 1_250_000),),

@@ -20,7 +20,7 @@ KEPT = TOP / "build" / "test-roots"
 PACKAGES = "nftables,iproute2,e2fsprogs,kmod,qemu-system-x86"
 
 _SYSTEMCTL = """#!/bin/sh
-# Starts and stops the server; VMs and the egress engine are left alone, as KillMode=process does.
+# Starts and stops the server; VMs and the engine are left alone, as KillMode=process does.
 pid=/run/hypeman-server.pid
 case "$*" in
 *"stop hypeman.service"*)

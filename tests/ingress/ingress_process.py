@@ -1,0 +1,62 @@
+"""Ingresses as a process of their own, for benchmarks: the service with its store and access log, and the engine.
+
+Takes one JSON document on the command line: `directory`, `host`, `port`, `target_port`, `certificate` (a file with its
+key), `log` (whether requests are logged). Prints the engine's process id, one JSON line; ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+
+from hypeman.egress.front import Place
+from hypeman.egress.service import Egress, Settings
+from hypeman.ingress.certificates.service import Certificates
+from hypeman.ingress.certificates.service import Settings as CertificateSettings
+from hypeman.ingress.service import Ingresses
+from hypeman.ingress.types import CreateIngressRequest
+from hypeman.store import Store
+from hypeman.telemetry.logs import setup_logs
+
+
+async def main() -> None:
+    told = json.loads(sys.argv[1])
+    folder, pem = Path(told["directory"]), Path(told["certificate"])
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the log is written, but not to the terminal
+    setup_logs("info", "json")
+    if not told["log"]:
+        logging.getLogger("hypeman.ingress.access").setLevel(logging.WARNING)
+    store = Store.open(folder / "store")
+    rule = {
+        "match": {"hostname": told["host"], "port": told["port"]},
+        "target": {"instance": "web", "port": told["target_port"]},
+        "tls": True,
+    }
+    async with store.serving(), trio.open_nursery() as nursery:
+        egress = Egress(Settings(address="127.0.0.1", port=0, loops=1), folder / "egress")
+        certificates = Certificates(CertificateSettings(files={"site": (pem, pem)}), folder / "ingress", store)
+        service = Ingresses(
+            store,
+            egress.front,
+            find=str,
+            place_of=lambda _: Place("127.0.0.1", exists=True),
+            certificates=certificates,
+        )
+        await nursery.start(partial(egress.run, grace=0.5))
+        await nursery.start(service.run)
+        await service.create(msgspec.convert({"name": "site", "rules": [rule]}, CreateIngressRequest))
+        await egress.accept()
+        print(json.dumps({"pid": egress.engine_pid}), flush=True)
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+        nursery.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    trio.run(main)
