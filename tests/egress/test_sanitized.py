@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "ext" / "egress"
-SUITE = ("test_hostile.py", "test_http1.py", "test_http2.py", "test_connect.py", "test_tls.py")
+SUITE = ("test_hostile.py", "test_http1.py", "test_http2.py", "test_connect.py", "test_tls.py",
+         "../ingress/test_proxy.py", "../ingress/test_tls.py")  # fmt: skip
 
 
 def run(*argv: object, timeout: float = 600, **env: str) -> str:
@@ -41,7 +42,7 @@ def test_suite_under_sanitizers(tmp_path: Path) -> None:
     reports = f"log_path={tmp_path}/report"
     environment = (f"HYPEMAN_EGRESS_SO={built}", f"LD_PRELOAD={':'.join(libraries)}",
                    f"ASAN_OPTIONS=detect_leaks=0:{reports}", f"UBSAN_OPTIONS={reports}")  # fmt: skip
-    run(sys.executable, "-m", "pytest", "-q", "-x", *(Path(__file__).with_name(name) for name in SUITE),
+    run(sys.executable, "-m", "pytest", "-q", "-x", *(Path(__file__).parent / name for name in SUITE),
         HYPEMAN_EGRESS_SANITIZED=" ".join(environment))  # fmt: skip
     assert not [report.read_text()[:4000] for report in tmp_path.glob("report.*")]
 

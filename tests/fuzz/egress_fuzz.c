@@ -1,6 +1,6 @@
 /* Fuzz target for everything of the egress path that reads bytes of guests or hosts: heads, trailers, chunks, the
  * ClientHello, hosts and authorities, what is made of a request's head, header blocks of HTTP/2; and the snapshots that
- * our own program writes. The first byte of the input picks the parser.
+ * our own program writes; the same for what clients send by ingresses. The first byte of the input picks the parser.
  *
  *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Iext/egress tests/fuzz/egress_fuzz.c ext/egress/[!.]*.c \
  *         -lssl -lcrypto -lnghttp2 -lpthread -o build/fuzz-egress
@@ -329,13 +329,59 @@ static void block(const uint8_t *p, size_t n)
     fields_free(&l, &f);
 }
 
+/* What goes on to a guest reads as one request, says once where it comes from, and has no secret. */
+static void forward(const char *p, size_t n)
+{
+    static char out[131072];
+    static struct head h;
+    char host[HOST_MAX];
+    const char *why;
+    size_t out_n = sizeof out;
+    if (n < 1 || probe_forward(p + 1, n - 1, "192.0.2.7", p[0] & 1, "X-Key", out, &out_n, host, &why) <= 0)
+        return;
+    MUST(h1_parse_request(out, out_n, &h) == (int)out_n && h.hosts == 1 && *host && strlen(host) < HOST_MAX);
+#ifdef WITH_LLHTTP
+    agree(false, &h, out, out_n);
+#endif
+    static const struct {
+        const char *name, *value; /* NULL: any */
+        unsigned times;
+    } WANTED[] = {{"x-forwarded-for", "192.0.2.7", 1}, {"x-forwarded-proto", NULL, 1}, {"x-forwarded-host", NULL, 1},
+                  {"forwarded", NULL, 1}, {"x-real-ip", NULL, 0}, {"x-key", NULL, 0}};
+    for (unsigned k = 0; k < sizeof WANTED / sizeof *WANTED; k++) {
+        unsigned times = 0;
+        for (unsigned i = 0; i < h.n; i++)
+            if (h1_same_variable(h.f[i].name, str_of(WANTED[k].name))) {
+                times++;
+                MUST(!WANTED[k].value || h1_same(h.f[i].value, str_of(WANTED[k].value)));
+            }
+        MUST(times == WANTED[k].times);
+    }
+}
+
+/* Routes as the program writes them, and what is found by them. */
+static void sites(const uint8_t *p, size_t n)
+{
+    static struct sites *table;
+    static const char *const HOSTS[] = {"a.b", "a.b.c", "x.example.com", "a"};
+    char hostname[HOST_MAX], target[TARGET_MAX];
+    if (!table && !(table = probe_sites()))
+        abort();
+    if (!sites_put(table, "i", p, n))
+        return;
+    for (unsigned i = 0; i < 4; i++)
+        if (probe_find(table, HOSTS[i], 80, hostname, target))
+            MUST(*hostname && *target && strlen(target) < TARGET_MAX);
+    MUST(sites_drop(table, "i") && !sites_drop(table, "i") && !table->n_shapes);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     if (n < 1)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 11) {
+    switch (data[0] % 13) {
     case 0: head(h1_parse_request, p, n); break;
     case 1: head(h1_parse_response, p, n); break;
     case 2: head(h1_parse_trailers, p, n); break;
@@ -346,6 +392,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     case 7: snapshot((const uint8_t *)p, n); break;
     case 9: signing(p, n); break;
     case 10: access_rules((const uint8_t *)p, n); break;
+    case 11: forward(p, n); break;
+    case 12: sites((const uint8_t *)p, n); break;
     default: block((const uint8_t *)p, n); break;
     }
     return 0;
