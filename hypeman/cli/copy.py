@@ -146,7 +146,10 @@ class Sender:
     def _root_for(self, name: str, contents_only: bool) -> str:
         """Target of the copy's root: inside the path if that is a directory, else the path itself."""
         query = {"path": self._path, "follow_links": True}
-        there = self._client.call("GET", f"{path_of(self._instance)}/stat", query=query)
+        from hypeman.cli.websocket import after_boot  # as in _open
+
+        path = path_of(self._instance)
+        there = after_boot(self._client, path, lambda: self._client.call("GET", f"{path}/stat", query=query))
         into = self._path.endswith("/") or (there["exists"] and there["is_dir"])
         return posixpath.join(self._path, name) if into and not contents_only else self._path.rstrip("/") or "/"
 
@@ -493,9 +496,9 @@ def _raw(tar: tarfile.TarFile, data: bytes) -> None:
 
 
 def _open(client: Client, instance: str) -> WebSocket:
-    from hypeman.cli.websocket import WebSocket  # its imports take longer than most commands
+    from hypeman.cli.websocket import open_stream  # its imports take longer than most commands
 
-    return WebSocket(client, f"{path_of(instance)}/cp")
+    return open_stream(client, path_of(instance), "cp")
 
 
 def _json(message: str | bytes | None) -> dict[str, Any]:

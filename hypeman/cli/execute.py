@@ -91,10 +91,10 @@ def execute(
 
 def capture(session: Session, instance: str, command: tuple[str, ...]) -> tuple[int | None, str]:
     """Exit code and output of ``command`` in an instance; no code if the stream broke, as when the VM has ended."""
-    from hypeman.cli.websocket import WebSocket
+    from hypeman.cli.websocket import open_stream
 
     output = b""
-    stream = WebSocket(session.client, f"{path_of(instance)}/exec")
+    stream = open_stream(session.client, path_of(instance), "exec")
     try:
         stream.send(msgspec.json.encode({"command": command, "timeout": _CAPTURE_SECONDS}).decode())
         while (message := stream.receive()) is not None:
@@ -119,14 +119,14 @@ def run_program(
 
 
 def _run(session: Session, instance: str, request: dict[str, Any], *, tty: bool, wants_stdin: bool) -> int:
-    from hypeman.cli.websocket import WebSocket  # importing wsproto takes longer than most commands
+    from hypeman.cli.websocket import open_stream  # importing wsproto takes longer than most commands
 
     if tty:
         size = window_size()
         request |= {"tty": True, **({"rows": size[0], "cols": size[1]} if size else {})}
 
     def connect(first: dict[str, Any]) -> WebSocket:
-        stream = WebSocket(session.client, f"{path_of(instance)}/exec")
+        stream = open_stream(session.client, path_of(instance), "exec")
         stream.send(msgspec.json.encode(first).decode())
         return stream
 

@@ -126,7 +126,7 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 @click.command()
 @instance_argument
 @click.option("-f", "--follow", is_flag=True, help="Go on with new lines.")
-@click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Lines from before.")
+@click.option("-n", "--tail", type=click.IntRange(0), default=100, show_default=True, help="Lines from before.")
 @click.option("-s", "--source", type=click.Choice(["app", "vmm", "hypeman"]), default="app", show_default=True)
 @reports
 def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
@@ -233,7 +233,7 @@ def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bo
 
 @click.command()
 @click.argument("instance", required=False, shell_complete=complete_instance)
-@click.option("--once", is_flag=True, help="Do not go on, also on a terminal.")
+@click.option("--once", "--no-stream", "once", is_flag=True, help="Do not go on, also on a terminal.")
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds.")
 @reports
 def stats(session: Session, instance: str | None, once: bool, interval: float) -> None:

@@ -53,6 +53,8 @@ ALIASES = {
     "@completion": "completion",
     "@manpages": "man",
 }
+LISTS = frozenset(["images", "volumes", "snapshots", "devices", "ingresses", "builds", "builders"])
+"""Without a command below it, the plural lists, as `docker images` does."""
 _BELOW = {"rm": "delete", "ls": "list", "inspect": "get", "unregister": "delete"}
 
 
@@ -122,6 +124,8 @@ class Commands(click.Group):
         self, context: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(context, args)
+        if args[0] in LISTS and all(word.startswith("-") for word in rest) and not {"--help", "-h"} & set(rest):
+            rest = ["list", *rest]
         below = command
         for word in rest:
             if isinstance(below, click.Group) and not word.startswith("-"):

@@ -20,7 +20,8 @@ def volumes() -> None:
 
 
 @volumes.command("create")
-@click.option("--name", required=True)
+@click.argument("positional", required=False, metavar="[NAME]")
+@click.option("--name", help="The same as NAME.")
 @click.option("--size", "size_gb", type=GIGABYTES, required=True, help="As in 10GB; a number alone counts GB.")
 @click.option("--id", "wanted_id", help="Default: a new one.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
@@ -29,9 +30,18 @@ def volumes() -> None:
 )
 @reports
 def create_volume(
-    session: Session, name: str, size_gb: int, wanted_id: str | None, tags: tuple[str, ...], from_archive: str | None
+    session: Session,
+    positional: str | None,
+    name: str | None,
+    size_gb: int,
+    wanted_id: str | None,
+    tags: tuple[str, ...],
+    from_archive: str | None,
 ) -> None:
     """Make a volume; prints its id."""
+    if bool(name) == bool(positional):
+        raise click.UsageError("give the volume one name: hypeman volume create NAME --size 10GB")
+    name = name or positional
     fields = present(name=name, size_gb=size_gb, id=wanted_id, tags=pairs(tags))
     if from_archive is None:
         made = session.client.post("/volumes", fields)

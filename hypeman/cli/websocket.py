@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
@@ -22,7 +23,13 @@ from wsproto.utilities import ProtocolError
 
 from hypeman.cli.client import ApiError, Client, Unreachable
 
+T = TypeVar("T")
+
 _READ = 64 * 1024
+_BOOT_SECONDS = 60
+"""For an instance that still boots."""
+_BOOTING = ("Created", "Initializing", "Running")
+"""States, after a refusal, of an instance that boots or has just booted."""
 
 
 class WebSocket:
@@ -114,3 +121,21 @@ class WebSocket:
                 self.socket.sendall(self._connection.send(event.response()))
             case CloseConnection():
                 self.closed = True
+
+
+def open_stream(client: Client, instance: str, what: str) -> WebSocket:
+    """The stream ``what`` of the instance at the path ``instance``, once that has booted. Raises ApiError."""
+    return after_boot(client, instance, lambda: WebSocket(client, f"{instance}/{what}"))
+
+
+def after_boot(client: Client, instance: str, ask: Callable[[], T]) -> T:
+    """The result of ``ask``. If it is refused since the instance at the path ``instance`` still boots, as after
+    `run -d`, wait for that and ask again."""
+    try:
+        return ask()
+    except ApiError as error:
+        if error.code != "invalid_state" or client.get(instance)["state"] not in _BOOTING:
+            raise
+    query = {"state": "Running", "timeout": f"{_BOOT_SECONDS}s"}
+    client.call("GET", f"{instance}/wait", query=query, timeout=_BOOT_SECONDS + 10)
+    return ask()

@@ -46,7 +46,7 @@ cp "$here/completions/fish" /usr/share/fish/vendor_completions.d/hypeman.fish
 
 [ -e /etc/hypeman/config.yaml ] || first=yes # drop-ins may be there before
 /usr/share/hypeman/make-config /usr/share/hypeman/config.yaml
-[ -z "${first:-}" ] || cut -d' ' -f1 /proc/modules > /etc/hypeman/modules-before # these stay loaded at removal
+[ -z "${first:-}" ] || [ ! -r /proc/modules ] || cut -d' ' -f1 /proc/modules > /etc/hypeman/modules-before # these stay loaded
 while read -r module; do
     case $module in ''|'#'*) ;; *) modprobe -q "$module" 2>/dev/null || true ;; esac
 done < "$here/modules-load.conf"

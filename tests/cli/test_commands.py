@@ -660,6 +660,38 @@ def test_changed_ports_are_shown_as_they_were_chosen(cli: Any, server: Any, monk
     assert shown == ["80/tcp -> 0.0.0.0:32768", "80/tcp -> [::]:32768"]
 
 
+@pytest.mark.parametrize("arguments", [["top", "web"], ["cp", "web:/tmp", "-"]])
+def test_an_instance_that_still_boots_is_waited_for(
+    cli: Any, server: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """As in Docker, what follows `run -d` need not wait."""
+    instances = server.world.instances
+    web = instances.add("web", InstanceState.INITIALIZING)
+    real = instances.wait_state
+
+    async def wait_state(ref: str, state: InstanceState, timeout: float) -> Any:
+        instances.instances[web.id] = msgspec.structs.replace(web, state=InstanceState.RUNNING)
+        return await real(ref, state, timeout)
+
+    monkeypatch.setattr(instances, "wait_state", wait_state)
+    assert "must be Running" not in cli(*arguments).stderr
+    assert ("wait", (InstanceState.RUNNING, 60.0)) in instances.asked
+    instances.instances[web.id] = msgspec.structs.replace(web, state=InstanceState.STOPPED)
+    refused = cli(*arguments)
+    assert refused.exit_code == 1 and "Stopped" in refused.stderr, "only one that boots"
+
+
+def test_habits_of_names_and_flags(cli: Any, server: Any) -> None:
+    assert cli("volume", "create", "mine", "--size", "1GB").exit_code == 0
+    assert cli("volume", "create", "--size", "1GB").exit_code == 2
+    assert "mine" in cli("volumes").stdout and cli("images").stdout.startswith("NAME")
+    assert "Commands:" in cli("images", "--help").stdout
+    server.world.instances.add("web")
+    assert cli("stats", "--no-stream").exit_code == 0
+    (server.world.log_directory / "web-app.log").write_text("one\ntwo\n")
+    assert cli("logs", "-n", "1", "web").stdout == "two\n"
+
+
 @pytest.mark.parametrize("arguments", [["login"], ["login", "quay.io", "-u", "x"], ["logout", "quay.io"]])
 def test_login_says_where_logins_are(cli: Any, arguments: list[str]) -> None:
     refused = cli(*arguments)
