@@ -71,7 +71,7 @@ client: $(STAMPS)/venv  ## the command line alone as a wheel: dist/hypeman_clien
 
 test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect it
 	@packaging/install-packages <(echo lintian)
-	@$(PYTHON) -m pytest -v tests/packaging/appliance.py tests/packaging/bundle_in_root.py
+	@$(PYTHON) -m pytest -v tests/packaging/appliance.py tests/packaging/deb_in_root.py tests/packaging/bundle_in_root.py
 
 test-metal: appliance  ## devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" tests/metal tests/packaging/metal.py

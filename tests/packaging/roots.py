@@ -44,15 +44,16 @@ exit 0
 """
 
 
-def make_root(suite: str, packages: str = PACKAGES) -> Path:
-    """The root of a Debian suite, which nobody writes to; skips where none can be made."""
-    kept = KEPT / suite
+def make_root(suite: str, packages: str = PACKAGES, *, name: str = "") -> Path:
+    """The root of a Debian suite, which nobody writes to; skips where none can be made. ``name``: of another set of
+    packages."""
+    kept = KEPT / (name or suite)
     if kept.exists():
         return kept
     if os.geteuid() != 0 or shutil.which("mmdebstrap") is None:
         pytest.skip("wants root and mmdebstrap")
     KEPT.mkdir(parents=True, exist_ok=True)
-    half = KEPT / f"{suite}.new"
+    half = kept.with_name(f"{kept.name}.new")
     subprocess.run(["rm", "-rf", half], check=True)
     command = [
         "unshare", "--mount", "mmdebstrap", "--quiet", "--variant=minbase", '--aptopt=APT::Install-Recommends "false"',
