@@ -18,7 +18,7 @@ native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Mak
 
 ui_sources := packaging/ui tests/server/golden/openapi.json $(shell find hypeman/ui -type f)
 
-.PHONY: help demo ui test test-fast test-conformance test-ui lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
+.PHONY: help demo ui test test-fast test-conformance test-builds test-ui lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z0-9-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -41,9 +41,12 @@ test-ui: ready-own $(STAMPS)/ui  ## the web UI in a browser: on a server of fake
 	@packaging/install-packages <(echo chromium)
 	@$(PYTHON) -m pytest -v tests/ui/browser.py
 
-test-conformance: ready-own  ## public conformance suites, egress proxy, registry and ACME (needs Go), published SDKs
+test-conformance: ready-own test-builds  ## public conformance suites, egress proxy, registry and ACME (needs Go), published SDKs
 	@$(PYTHON) -m tests.ingress.pebble
 	@$(PYTHON) -m pytest -v tests/ingress/test_pebble.py tests/registry/oci_conformance.py tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py tests/conformance/test_python_sdk.py tests/conformance/sdks.py tests/conformance/schema.py
+
+test-builds: ready-own builder-image  ## images of ten kinds of Dockerfile built in real guests, cancelled and killed (needs Go)
+	@$(PYTHON) -m pytest -v tests/real/test_builds.py tests/builds/dockerfiles.py
 
 lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import direction, documents
 	@echo "== ruff"

@@ -62,8 +62,8 @@ def render_config(insecure: Iterable[str], mirrors: Mapping[str, Iterable[str]],
         f"  maxUsedSpace = {keep_bytes}",
         "[worker.containerd]",
         "  enabled = false",
-        "[history]",
-        "  maxEntries = 10",
+        "[history]",  # would keep the output of steps in the cache, and with it what they print of secrets
+        "  maxEntries = 0",
     ]
     insecure = set(insecure)
     for registry in sorted(insecure | set(mirrors)):

@@ -6,8 +6,8 @@ has already are not read; every other one is verified by its digest. Nothing has
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Protocol
 
 import msgspec
@@ -164,8 +164,8 @@ class Layout:
             return
         upload = await self._registry.begin(repository)
         try:
-            async with await self._open(path) as copy:
-                await self._registry.receive(repository, upload, _content(copy))
+            async with await self._open(path) as copy, aclosing(_content(copy)) as pieces:
+                await self._registry.receive(repository, upload, pieces)
             await self._registry.finish(repository, upload, digest)
         except BaseException:
             with trio.CancelScope(shield=True), suppress(RegistryFailure):  # or it is over already
@@ -179,8 +179,8 @@ class Layout:
         """A small file. Raises BuildFailed."""
         data = bytearray()
         try:
-            async with await self._open(path) as copy:
-                async for piece in _content(copy):
+            async with await self._open(path) as copy, aclosing(_content(copy)) as pieces:
+                async for piece in pieces:
                     data += piece
                     if len(data) > MAX_MANIFEST_BYTES:
                         raise BuildFailed(f"the result has a manifest of more than {MAX_MANIFEST_BYTES} bytes")
@@ -188,7 +188,7 @@ class Layout:
             raise BuildFailed(f"the result is not complete: {path} is missing") from None
         return bytes(data)
 
-    async def _write(self, path: str, pieces: AsyncIterator[bytes]) -> None:
+    async def _write(self, path: str, pieces: AsyncGenerator[bytes]) -> None:
         await write_guest_file(self._guests, self._ref, f"{self._directory}/{path}", pieces)
 
 
@@ -206,10 +206,10 @@ class _Opened:
 
 
 async def write_guest_file(
-    guests: GuestFiles, ref: str, path: str, pieces: AsyncIterator[bytes], mode: int = 0o600
+    guests: GuestFiles, ref: str, path: str, pieces: AsyncGenerator[bytes], mode: int = 0o600
 ) -> None:
     """Write a file of the guest. Raises HypemanError."""
-    async with await guests.copy_to(ref, _request("to", path, mode)) as copy:
+    async with aclosing(pieces), await guests.copy_to(ref, _request("to", path, mode)) as copy:
         async for piece in pieces:
             await copy.send(piece)
         await copy.finish()
@@ -224,7 +224,7 @@ def _request(direction: str, path: str, mode: int = 0) -> CpRequest:
     return msgspec.convert({"direction": direction, "guest_path": path, "mode": mode}, CpRequest)
 
 
-async def _content(copy: CopyOut) -> AsyncIterator[bytes]:
+async def _content(copy: CopyOut) -> AsyncGenerator[bytes]:
     """The bytes of the one file that is copied. What a guest sends besides is not read as content."""
     entries = 0
     async for item in copy:
@@ -236,7 +236,7 @@ async def _content(copy: CopyOut) -> AsyncIterator[bytes]:
             raise BuildFailed("the result has a directory where a file must be")
 
 
-async def _once(data: bytes) -> AsyncIterator[bytes]:
+async def _once(data: bytes) -> AsyncGenerator[bytes]:
     yield data
 
 

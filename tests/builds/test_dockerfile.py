@@ -67,6 +67,7 @@ def test_the_command_has_everything_that_was_requested() -> None:
 
 def test_the_registries_are_those_of_the_server() -> None:
     config = render_config(("r:5000",), {"docker.io": ("m:5000",)}, 1 << 30)
+    assert "[history]\n  maxEntries = 0\n" in config, "the output of steps does not stay in the cache"
     assert '[registry."r:5000"]\n  http = true' in config
     assert '[registry."docker.io"]\n  mirrors = ["m:5000"]' in config
 

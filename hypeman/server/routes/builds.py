@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -77,7 +78,8 @@ async def create_build(services: Services, body: UploadStream, context: Context)
     Returns when the context has been received; the build waits in the queue of its builder. The image appears under its
     name when all of it is stored, and can be run without a pull.
     """
-    return await services.builds.create(read_form(body, context.header("Content-Type")))
+    async with aclosing(read_form(body, context.header("Content-Type"))) as parts:
+        return await services.builds.create(parts)
 
 
 @routes.get("/builds/{id}", Scope.BUILD_READ, fails=(404,))

@@ -1,0 +1,250 @@
+"""Dockerfiles of the kinds that people have, built in real guests and compared with what they mean: `make test-builds`.
+
+All start from `scratch` and this host's static busybox, so that no registry is asked. Two are built at a time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from tests.builds.guest import BASE, build, building, follow, output_of, request
+from tests.real.appliance import Appliance, check_host, short_directory
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+BUSYBOX = """
+FROM scratch AS busybox
+COPY bin/busybox /bin/busybox
+RUN ["/bin/busybox", "--install", "-s", "/bin"]
+ENV PATH=/bin
+"""
+Files = Mapping[str, bytes | str | Path]
+
+
+class Case:
+    """A Dockerfile, and what an instance of its image prints; or how it fails."""
+
+    def __init__(
+        self, text: str, prints: str = "", *, fails: str = "", files: Files | None = None, **fields: Any
+    ) -> None:
+        self.files: dict[str, bytes | str | Path] = {**BASE, "Dockerfile": BUSYBOX + text, **(files or {})}
+        self.prints = prints
+        self.fails = fails
+        self.fields = fields
+
+
+CASES = {
+    "multi-stage": Case(
+        """
+FROM busybox AS one
+RUN echo one > /one
+FROM busybox AS two
+RUN echo two > /two
+FROM busybox
+COPY --from=one /one /
+COPY --from=1 /bin/busybox /other
+COPY --from=two /two /
+CMD ["cat", "/one", "/two"]
+""",
+        "one\ntwo",
+    ),
+    "target": Case(
+        "FROM busybox AS wanted\nCMD echo the wanted stage\nFROM busybox\nRUN exit 1\n",
+        "the wanted stage",
+        target="wanted",
+    ),
+    "heredocs": Case(
+        """
+FROM busybox
+COPY <<EOF /etc/greeting
+hello ${UNSET:-default}
+EOF
+RUN <<SCRIPT
+#!/bin/sh
+set -e
+for n in 1 2 3; do echo $n; done > /numbers
+SCRIPT
+CMD ["cat", "/etc/greeting", "/numbers"]
+""",
+        "hello default\n1\n2\n3",
+    ),
+    "arguments": Case(
+        'FROM busybox\nARG A=default\nARG B\nENV SAID="$A $B"\nCMD echo $SAID\n',
+        "given too",
+        build_args={"A": "given", "B": "too"},
+    ),
+    "ignored files": Case(
+        "FROM busybox\nCOPY . /context\nCMD find /context -type f | sort\n",
+        "/context/keep/a.log\n/context/src/main",
+        files={
+            ".dockerignore": "*\n!src\n!keep/a.log\nbig\n",
+            "src/main": "main",
+            "keep/a.log": "kept",
+            "keep/b.log": "dropped",
+            "big/blob": bytes(8 << 20),
+        },
+    ),
+    "user": Case(
+        """
+FROM busybox
+RUN echo "app:x:1234:1234::/home/app:/bin/sh" > /etc/passwd && mkdir -p /home/app && chown 1234:1234 /home/app
+USER app
+WORKDIR /home/app
+RUN touch made
+CMD ["sh", "-c", "id -u; pwd; stat -c %u made"]
+""",
+        "1234\n/home/app\n1234",
+    ),
+    "health check": Case(
+        """
+FROM busybox
+EXPOSE 80
+LABEL kind=web
+HEALTHCHECK --interval=5s CMD ["true"]
+STOPSIGNAL SIGINT
+CMD echo ok
+""",
+        "ok",
+        labels={"team": "a"},
+    ),
+    "copy --link": Case(
+        """
+FROM busybox AS files
+RUN mkdir -p /d/e && echo deep > /d/e/f && ln -s e/f /d/link && echo x > /h1 && ln /h1 /h2
+FROM busybox
+COPY --link --from=files --chmod=0640 /d /copied
+COPY --link --chown=7:8 bin/busybox /owned
+CMD ["sh", "-c", "cat /copied/link; stat -c '%a' /copied/e/f; stat -c '%u:%g' /owned"]
+""",
+        "deep\n640\n7:8",
+    ),
+    "failing step": Case(
+        "FROM busybox\nRUN echo before && sh -c 'echo the reason >&2; exit 42'\nRUN echo never\n", fails="exit code: 42"
+    ),
+    "no such stage": Case("FROM busybox\nCOPY --from=busybox /absent /x\n", fails="/absent"),
+    "onbuild": Case(
+        "FROM team/onbuild:v1\nCMD cat /triggered\n", "from the child", files={"child": "from the child\n"}
+    ),
+}
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    check_host()
+    yield from short_directory("builds")
+
+
+async def test_dockerfiles(directory: Path) -> None:
+    results: dict[str, tuple[Any, list[str]]] = {}
+    async with building(directory) as appliance:
+        parent, log = await build(
+            appliance,
+            {**BASE, "Dockerfile": BUSYBOX + "ONBUILD COPY child /triggered\n"},
+            image_name="team/onbuild:v1",
+        )
+        assert parent["status"] == "ready", (parent, log)
+        limit = trio.CapacityLimiter(2)
+
+        async def one(name: str, case: Case) -> None:
+            async with limit:
+                fields = {"image_name": f"cases/{name.replace(' ', '-').replace('---', '-')}:v1", **case.fields}
+                results[name] = await build(appliance, case.files, **fields)
+
+        async with trio.open_nursery() as nursery:
+            for name, case in CASES.items():
+                nursery.start_soon(one, name, case)
+        wrong = {name: said for name in CASES if (said := await judge(appliance, name, *results[name]))}
+        assert not wrong, wrong
+        await check_config(appliance)
+        await check_provenance(appliance)
+
+
+async def judge(appliance: Appliance, name: str, done: Any, log: list[str]) -> str:
+    """What is wrong with the result of a case; empty: nothing."""
+    case = CASES[name]
+    if case.fails:
+        good = done["status"] == "failed" and case.fails in done["error"] and not done["image_ref"]
+        return "" if good else f"{done}\n{log[-20:]}"
+    if done["status"] != "ready":
+        return f"{done}\n{log[-20:]}"
+    printed = await output_of(appliance, done["image_ref"], f"case-{len(name)}-{abs(hash(name)) % 1000}")
+    return "" if case.prints in printed.replace("\r", "") else f"printed {printed!r}"
+
+
+async def check_config(appliance: Appliance) -> None:
+    """The image's config has what the Dockerfile says; its blobs are in the registry under its name."""
+    document = (await appliance.ask("GET", "/v2/cases/health-check/manifests/v1")).json()
+    config = (await appliance.ask("GET", f"/v2/cases/health-check/blobs/{document['config']['digest']}")).json()[
+        "config"
+    ]
+    assert config["Labels"] == {"kind": "web", "team": "a"}
+    assert config["ExposedPorts"] == {"80/tcp": {}} and config["StopSignal"] == "SIGINT"
+    assert config["Healthcheck"]["Test"] == ["CMD", "true"]
+
+
+async def check_provenance(appliance: Appliance) -> None:
+    """Attestations are kept in the registry beside the image, under each name; the VM has no network here."""
+    done, log = await build(
+        appliance,
+        {**BASE, "Dockerfile": BUSYBOX + "CMD echo attested\n", "package-lock.json": "{}"},
+        image_name="quay.io/team/attested:v1",
+        image_names=["team/attested:latest"],
+        provenance="mode=max",
+        network="isolated",
+    )
+    assert done["status"] == "ready", (done, log)
+    assert done["provenance"]["lockfile_hashes"].keys() == {"package-lock.json"}
+    for repository, tag in (("quay.io/team/attested", "v1"), ("team/attested", "latest")):
+        index = (await appliance.ask("GET", f"/v2/{repository}/manifests/{tag}")).json()
+        kinds = [one.get("annotations", {}).get("vnd.docker.reference.type") for one in index["manifests"]]
+        assert kinds == [None, "attestation-manifest"], index
+    assert "attested" in await output_of(appliance, "team/attested", "attested")
+
+
+async def test_cancelled_limited_and_killed(directory: Path) -> None:
+    """A running build ends at once, at its limit, and with a killed server; the next one succeeds, with the cache."""
+    forever: Files = {**BASE, "Dockerfile": BUSYBOX + "RUN echo begun && sleep 100000\n"}
+    async with building(directory) as appliance:
+        await appliance.post("/builders", {"id": "b", "disk_size_gb": 2})
+        first = await request(appliance, forever, builder_id="b")
+        await wait_line(appliance, first["id"], "begun")
+        assert (await appliance.ask("DELETE", f"/builds/{first['id']}")).status_code == 204
+        assert [e["status"] for e in await follow(appliance, first["id"]) if e["type"] == "status"][-1] == "cancelled"
+
+        second = await request(appliance, forever, builder_id="b")
+        await wait_line(appliance, second["id"], "begun")
+        appliance.kill()
+        await appliance.start()
+        await wait_line(appliance, second["id"], "begun", times=2)
+        log = [event["content"] for event in await lines_so_far(appliance, second["id"])]
+        assert any("begins again" in line for line in log) and any(line.endswith("CACHED") for line in log), log
+        await appliance.delete(f"/builds/{second['id']}")
+
+        done, log = await build(appliance, forever, builder_id="b", timeout_seconds="60")
+        assert done["status"] == "failed" and "60 s" in done["error"], (done, log)
+        done, log = await build(appliance, {**BASE, "Dockerfile": BUSYBOX}, builder_id="b", image_name="a/b")
+        assert done["status"] == "ready" and any(line.endswith("CACHED") for line in log), (done, log)
+
+
+async def lines_so_far(appliance: Appliance, build_id: str) -> list[Any]:
+    text = (await appliance.ask("GET", f"/builds/{build_id}/events")).text
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+
+
+async def wait_line(appliance: Appliance, build_id: str, word: str, *, times: int = 1) -> None:
+    with trio.fail_after(600):
+        while True:
+            found = [
+                one for one in await lines_so_far(appliance, build_id) if one.get("content", "").endswith(f" {word}")
+            ]
+            if len(found) >= times:
+                return
+            build = await appliance.get(f"/builds/{build_id}")
+            assert build["status"] in ("queued", "building"), build
+            await trio.sleep(1)
