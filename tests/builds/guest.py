@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator, Mapping
@@ -15,11 +16,13 @@ import msgspec
 import pytest
 import trio
 
+from hypeman.host.files import data_ranges
 from tests.real.appliance import ROOT, Appliance, running_appliance
 from tests.real.kind import PATIENCE
 
 BUILDER = "localhost/hypeman/buildkit:test"
 SETTINGS = {"BUILD__IMAGE": BUILDER, "BUILD__DISK_SIZE": "4GB", "BUILD__TIMEOUT": f"{3 * PATIENCE:.0f}"}
+_PIECE = 1 << 20
 BASE = {"bin/busybox": Path("/bin/busybox")}
 """The only file that images need here, for `FROM scratch`."""
 
@@ -102,6 +105,20 @@ async def follow(appliance: Appliance, build_id: str) -> list[Any]:
             if line.startswith("data: "):
                 found.append(msgspec.json.decode(line[6:]))
     return found
+
+
+def files_with(directory: Path, secret: bytes) -> list[Path]:
+    """Files below ``directory`` that contain ``secret``; of sparse ones, only what is on the disk is read."""
+    return [path for path in sorted(directory.rglob("*")) if path.is_file() and _contains(path, secret)]
+
+
+def _contains(path: Path, secret: bytes) -> bool:
+    with path.open("rb", buffering=0) as file:
+        for start, end in data_ranges(file.fileno()):
+            for at in range(start, end, _PIECE):
+                if secret in os.pread(file.fileno(), _PIECE + len(secret), at):
+                    return True
+    return False
 
 
 async def output_of(appliance: Appliance, image: str, name: str) -> str:
