@@ -80,10 +80,10 @@ CMD ["cat", "/etc/greeting", "/numbers"]
         build_args={"A": "given", "B": "too"},
     ),
     "ignored files": Case(
-        "FROM busybox\nCOPY . /context\nCMD find /context -type f | sort\n",
+        "FROM busybox\nCOPY . /context\nCMD find /context -type f | grep -v /bin/ | sort\n",
         "/context/keep/a.log\n/context/src/main",
         files={
-            ".dockerignore": "*\n!src\n!keep/a.log\nbig\n",
+            ".dockerignore": "*\n!bin\n!src\n!keep/a.log\nbig\n",
             "src/main": "main",
             "keep/a.log": "kept",
             "keep/b.log": "dropped",
