@@ -246,5 +246,5 @@ async def wait_line(appliance: Appliance, build_id: str, word: str, *, times: in
             if len(found) >= times:
                 return
             build = await appliance.get(f"/builds/{build_id}")
-            assert build["status"] in ("queued", "building"), build
+            assert build["status"] in ("queued", "building"), build["error"]
             await trio.sleep(1)
