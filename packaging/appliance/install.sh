@@ -35,6 +35,8 @@ rm -f /etc/sysctl.d/50-hypeman.conf # of older versions, which made the host a r
 cp "$here/config.yaml" "$here/make-config" "$here/uninstall.sh" /usr/share/hypeman/
 cp "$here/README.md" "$here/CONFIGURATION.md" "$here/CHANGELOG.md" "$here/LICENSE" "$here/openapi.json" \
     /usr/share/doc/hypeman/
+mkdir -p /usr/share/doc/hypeman/docs
+cp "$here"/docs/*.md /usr/share/doc/hypeman/docs/
 # Manual pages and completions, in the directories that every distribution reads. uninstall.sh removes them.
 mkdir -p /usr/local/share/man/man1 /usr/share/bash-completion/completions /usr/local/share/zsh/site-functions \
     /usr/share/fish/vendor_completions.d
