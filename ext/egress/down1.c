@@ -291,10 +291,10 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         x->kept_head = used;
         return STEP_STOP;
     }
-    if (x->gathered)
-        xchg_fill_body(x, &m, h);
+    why = x->gathered ? xchg_fill_body(x, &m, h) : R_NONE;
     struct out room = {l->room, 0, TRANSFORM_ROOM, false}, work = {l->scratch, 0, SCRATCH, false};
-    why = m.transforms ? transform(&room, &work, &m, h, &x->to, path, gathered_body(x), l->now_s) : R_NONE;
+    if (why == R_NONE && m.transforms)
+        why = transform(&room, &work, &m, h, &x->to, path, gathered_body(x), l->now_s);
     if (why != R_NONE) {
         OPENSSL_cleanse(room.p, room.n);
         snapshot_release(s);

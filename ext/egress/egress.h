@@ -93,7 +93,8 @@ void xchg_try_finish(struct xchg *x);
 void xchg_note_rules(struct xchg *x, const struct matched *m);
 /* Holds a request until new rules come, at most as long as the settings say; its head is decided again then. */
 bool xchg_gather(struct xchg *x, const char *p, size_t n); /* a part of the body; false: too much, and refused */
-void xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *h); /* values for placeholders */
+/* Values for placeholders; R_TOO_LARGE: the body would become larger than one that may come. */
+enum reason xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *h);
 void xchg_forget_body(struct xchg *x); /* what was gathered, and the head before it */
 void xchg_hold(struct xchg *x, enum reason why);
 bool xchg_ask(struct xchg *x, struct str path); /* holds it for an approval; false: too many are held */

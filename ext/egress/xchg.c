@@ -62,7 +62,17 @@ static void wipe(struct loop *l, struct buf *b)
     buf_free(l, b);
 }
 
-void xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *h)
+static unsigned count_in(const char *p, const char *end, struct str wanted)
+{
+    unsigned n = 0;
+    while ((p = memmem(p, (size_t)(end - p), wanted.p, wanted.n))) {
+        p += wanted.n;
+        n++;
+    }
+    return n;
+}
+
+enum reason xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *h)
 {
     struct loop *l = x->down->loop;
     enum content content = content_of(h);
@@ -73,18 +83,22 @@ void xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *
         const char *p = x->to_up.p + x->to_up.off, *end = x->to_up.p + x->to_up.len, *at;
         if (r->kind != RULE_BODY || !value.n)
             continue;
+        size_t n = count_in(p, end, r->placeholder), size = buf_size(&x->to_up) + n * value.n - n * r->placeholder.n;
+        if (!n)
+            continue;
+        if (size > TRANSFORM_BODY)
+            return R_TOO_LARGE; /* a short placeholder, repeated, would become a thousand times as much */
+        buf_need(l, &filled, size); /* all at once: no block with values is left behind unwiped */
         while ((at = memmem(p, (size_t)(end - p), r->placeholder.p, r->placeholder.n))) {
-            buf_need(l, &filled, (size_t)(end - p) + value.n);
             buf_add(l, &filled, p, (size_t)(at - p));
             buf_add(l, &filled, value.p, value.n);
             p = at + r->placeholder.n;
         }
-        if (!filled.p)
-            continue;
         buf_add(l, &filled, p, (size_t)(end - p));
         wipe(l, &x->to_up);
         x->to_up = filled;
     }
+    return R_NONE;
 }
 
 void xchg_forget_body(struct xchg *x)

@@ -173,6 +173,18 @@ async def test_body(world: World, content_type: str, sent: bytes, got: bytes) ->
     assert (request.body, request.all("content-length")) == (got, [str(len(got))])
 
 
+async def test_a_body_does_not_become_larger_than_one_may_be(world: World) -> None:
+    """Else a guest could have the engine, which serves all, make gigabytes out of a few megabytes."""
+    await world.allow(secret="x" * 8000, KEY=used_as(InjectAs(body=BodyForm())))
+    for count, wanted in ((500, 200), (600, 413)):
+        wire = await world.tls()
+        body = b"mock-KEY" * count
+        head = f"POST / HTTP/1.1\r\n{H}Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n\r\n"
+        status, _, said = await world.ask(wire, head.encode() + body)
+        assert (status, b"body_too_large" in said) == (wanted, wanted == 413)
+    assert [len(request.body) for request in world.origin.requests] == [500 * 8000]
+
+
 async def test_compressed_body_is_not_read(world: World) -> None:
     await world.allow(KEY=used_as(InjectAs(body=BodyForm())))
     assert (await post(world, BODY, JSON, "Content-Encoding: gzip\r\n")).body == BODY
