@@ -35,6 +35,9 @@ from hypeman.registry.service import Opened
 
 _MAX_DEPTH = 3
 _MAX_CHILDREN = 64
+_MAX_DOCUMENTS = 256
+_MAX_DOCUMENT_BYTES = 16 << 20
+"""Of all manifests of a layout together: they are kept in memory."""
 
 
 class GuestFiles(Protocol):
@@ -155,6 +158,9 @@ class Layout:
             data = await self._read(_path(digest))
             if digest_of(data) != digest:
                 raise BuildFailed(f"the result has not the digest {digest}")
+            size = len(data) + sum(map(len, self._documents.values()))
+            if len(self._documents) >= _MAX_DOCUMENTS or size > _MAX_DOCUMENT_BYTES:
+                raise BuildFailed("the result has too many parts")
             self._documents[digest] = data
         return self._documents[digest]
 

@@ -14,7 +14,9 @@ import msgspec
 MAX_LINE = 1 << 20
 """Bytes of one update; a longer one is dropped."""
 _MAX_VERTEXES = 10_000
-"""Steps that are known at once; a build has some dozens."""
+"""Steps that are known at once, and transfers; a build has some dozens."""
+_MAX_LINES = 20_000
+"""Of output in one update: a megabyte of empty lines would keep the server busy for seconds."""
 _MAX_PENDING = 64 << 10
 """Bytes of a line of output that has not ended."""
 
@@ -131,6 +133,8 @@ class PlainText:
     def __init__(self, hide: Callable[[str], bool] = lambda name: False) -> None:
         """``hide``: steps without lines, by name."""
         self.steps: dict[str, Step] = {}
+        self._transfers = 0
+        """Known, of all steps."""
         self._hide = hide
 
     def feed(self, status: SolveStatus) -> list[str]:
@@ -140,8 +144,12 @@ class PlainText:
             self._vertex(vertex, lines)
         for transfer in status.statuses:
             step = self.steps.get(transfer.vertex)
-            if step is not None and len(step.transfers) < _MAX_VERTEXES:
+            if step is not None:
                 known = step.transfers.get(transfer.id)
+                if known is None:
+                    if self._transfers >= _MAX_VERTEXES:
+                        continue
+                    self._transfers += 1
                 step.transfers[transfer.id] = transfer
                 if transfer.completed is not None and (known is None or known.completed is None) and transfer.total:
                     lines.append(f"#{step.number} {transfer.name or transfer.id} {transfer.total} B done")
@@ -185,8 +193,11 @@ class PlainText:
         step.pending += output.data
         *whole, rest = bytes(step.pending).split(b"\n")
         step.pending = bytearray(rest)
-        for line in whole:
+        shown = whole[: max(0, _MAX_LINES - len(lines))]
+        for line in shown:
             lines.append(_line(step, line, output.timestamp))
+        if len(shown) < len(whole):
+            lines.append(f"#{step.number} [{len(whole) - len(shown)} more lines at once: not shown]")
         if len(step.pending) > _MAX_PENDING:
             self._flush(step, lines)
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from datetime import UTC, datetime
+
 import pytest
 
 from hypeman.builds.command import LocalImage, build_command, render_config
 from hypeman.builds.dockerfile import familiar_name, find_images
-from hypeman.builds.progress import LineSplitter, PlainText, parse_status
+from hypeman.builds.progress import (
+    LineSplitter,
+    PlainText,
+    SolveStatus,
+    Vertex,
+    VertexLog,
+    VertexStatus,
+    parse_status,
+)
 from hypeman.builds.request import BuildSpec
 from hypeman.images.reference import parse_reference
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 DOCKERFILE = r"""
 # syntax=docker/dockerfile:1
@@ -96,3 +109,17 @@ def test_progress_as_lines() -> None:
     pieces = [b"one\ntw", b"o\n" + b"x" * 30, b"x\nthree\n", b"rest"]
     assert [line for piece in pieces for line in splitter.feed(piece)] == [b"one", b"two", b"three"]
     assert splitter.flush() == b"rest"
+
+
+def test_an_update_of_very_many_lines_or_transfers_is_cut() -> None:
+    """A guest could keep the server busy for seconds with one update, and each reader in memory with many."""
+    step = Vertex(digest="a", name="x", started=NOW)
+    text = PlainText()
+    lines = text.feed(SolveStatus(vertexes=(step,), logs=(VertexLog(vertex="a", data=b"\n" * 700_000),)))
+    assert len(lines) < 50_000 and re.fullmatch(r"#1 \[6\d{5} more lines at once: not shown\]", lines[-1])
+    assert text.feed(SolveStatus(logs=(VertexLog(vertex="a", data=b"more\n"),))) == ["#1 more"]
+    for number in range(30):
+        name = f"step {number}"
+        text.feed(SolveStatus(vertexes=(Vertex(digest=name, started=NOW),)))
+        text.feed(SolveStatus(statuses=tuple(VertexStatus(id=str(n), vertex=name) for n in range(1000))))
+    assert sum(len(step.transfers) for step in text.steps.values()) == 10_000

@@ -234,6 +234,32 @@ def _deep(guest: FakeGuest) -> None:
     guest.index(part)
 
 
+def _many(guest: FakeGuest, parents: int, children: int, size: int) -> None:
+    """An index of indexes of distinct manifests, each of them small enough."""
+
+    def index(*manifests: dict[str, Any], **more: str) -> dict[str, Any]:
+        data = msgspec.json.encode({"mediaType": INDEX_TYPES[0], "manifests": manifests, **more})
+        return {"mediaType": INDEX_TYPES[0], **guest.put(data)}
+
+    distinct = [[index(more=f"{n} {m} ".ljust(size)) for m in range(children)] for n in range(parents)]
+    guest.index(index(*(index(*each) for each in distinct)))
+
+
+@pytest.mark.parametrize(("parents", "children", "size"), [(20, 16, 1), (6, 4, 1 << 20)])
+async def test_manifests_do_not_fill_the_memory(
+    guest: FakeGuest, registry: FakeRegistry, parents: int, children: int, size: int
+) -> None:
+    """They are kept until the build is over: a quarter of a million of 4 MB each would be possible."""
+    _many(guest, 2, 10, 1)
+    await Layout(guest, registry, "vm", OUT).store("a/b")
+    assert len(registry.manifests) == 23
+    _many(guest, parents, children, size)
+    guest.read.clear()
+    with pytest.raises(BuildFailed, match="too many parts"):
+        await Layout(guest, registry, "vm", OUT).store("a/c")
+    assert len(guest.read) < 260
+
+
 @pytest.mark.parametrize(
     "spoil",
     [_mismatch, _wrong_layer, _path, _path_of_a_layer, _nothing, _endless, _nonsense, _deep, lambda guest: None],
