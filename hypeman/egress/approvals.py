@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 MAX_PENDING = 128
 """Of an instance; further requests time out."""
+MAX_WAITING = 128
+"""Requests that one decision answers, the newest; the engine holds fewer. Those that their clients gave up are not
+known here, and a guest can make and give up requests without end."""
 MAX_DECIDED = 1024
 """Decisions in force, of all instances; the oldest are forgotten."""
 
@@ -47,7 +50,7 @@ class _Pending:
         self.shown = shown
         self.scope = scope
         self.deadline = deadline
-        self.waiting: list[Decide] = []
+        self.waiting: deque[Decide] = deque(maxlen=MAX_WAITING)
 
 
 class Approvals:

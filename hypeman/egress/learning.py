@@ -10,6 +10,8 @@ from hypeman.egress.types import AccessAction, AccessRule
 
 MAX_PLACES = 500
 """Hosts with port that are remembered of an instance."""
+MAX_METHODS = 16
+"""Methods of a host that are listed; of more, all are proposed. A guest can invent them without end."""
 MAX_PATHS = 32
 """Paths of a host that are listed; of more, only that there were many is remembered."""
 
@@ -21,7 +23,8 @@ class _Place:
         self.requests = 0
         self.unread = False
         """It was passed through: methods are not known."""
-        self.methods: set[str] = set()
+        self.methods: set[str] | None = set()
+        """None: too many."""
         self.paths: set[str] | None = set()
         """None: not known of every request, or too many."""
 
@@ -50,7 +53,10 @@ class Seen:
         if record.kind == "passed_through":
             place.unread, place.paths = True, None
             return
-        place.methods.add(record.method.upper())
+        if place.methods is not None:
+            place.methods.add(record.method.upper())
+            if len(place.methods) > MAX_METHODS:
+                place.methods = None
         path = canonical_path(record.target) if record.target else None
         if path is None or "*" in path or place.paths is None or len(record.target) >= 239:
             place.paths = None
@@ -63,7 +69,7 @@ class Seen:
         """One rule for all hosts of which the same was seen."""
         alike: dict[tuple[int, tuple[str, ...] | None, tuple[str, ...] | None], list[str]] = {}
         for (host, port), place in self._places.items():
-            methods = None if place.unread else tuple(sorted(place.methods))
+            methods = None if place.unread or place.methods is None else tuple(sorted(place.methods))
             paths = tuple(sorted(place.paths)) if place.paths else None
             alike.setdefault((port, methods, paths), []).append(host)
         return tuple(self._made(alike))

@@ -10,7 +10,7 @@ import trio.testing
 
 from hypeman.egress import approvals as approvals_module
 from hypeman.egress.approvals import Approvals
-from hypeman.egress.learning import MAX_PATHS, MAX_PLACES, Seen
+from hypeman.egress.learning import MAX_METHODS, MAX_PATHS, MAX_PLACES, Seen
 from hypeman.egress.protocol import ApprovalNeeded
 from hypeman.egress.records import AuditRecord
 from hypeman.egress.rules import check_access, check_url
@@ -109,6 +109,18 @@ async def test_bounds_and_a_store_that_fails(
     assert {scope.host for scope in approver._decided} == {"b.org", "c.org"}
 
 
+async def test_requests_given_up_and_repeated_are_not_kept_without_end(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    approver = Approver()
+    for _ in range(approvals_module.MAX_WAITING + 500):
+        await approver.request(held())
+    (each,) = approver.pending("one")
+    assert each.waiting == approvals_module.MAX_WAITING
+    await approver.decide("one", each.id, allow=True, seconds=0)
+    assert len(approver.decided) == approvals_module.MAX_WAITING
+
+
 def record(host: str, method: str = "GET", target: str = "", **fields: object) -> AuditRecord:
     given = {
         "time": 1.0, "instance": "one", "kind": "request", "host": host, "port": 443, "method": method, "status": 200,
@@ -147,6 +159,18 @@ def test_what_is_remembered_is_bounded() -> None:
     for number in range(MAX_PLACES + 5):
         seen.add(record(f"h{number}.org"))
     assert (sum(len(rule.hosts or ()) for rule in seen.rules()), seen.complete) == (MAX_PLACES, False)
+
+
+def test_invented_methods_are_not_remembered_without_end() -> None:
+    seen = Seen()
+    for number in range(MAX_METHODS):
+        seen.add(record("a.org", f"M{number}"))
+    (rule,) = seen.rules()
+    assert rule.methods is not None and len(rule.methods) == MAX_METHODS
+    for number in range(MAX_METHODS, 500):
+        seen.add(record("a.org", f"M{number}"))
+    assert [rule.methods for rule in seen.rules()] == [None]
+    assert all(place.methods is None for place in seen._places.values())
 
 
 def test_checking_a_url() -> None:
