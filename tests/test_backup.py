@@ -183,7 +183,7 @@ def make_backup(paths: Paths, file: Path) -> None:
 
 def test_no_file_is_replaced(paths: Paths, file: Path) -> None:
     file.write_bytes(b"another backup")
-    with pytest.raises(HostError, match="exists already"):
+    with pytest.raises(HostError, match="already exists"):
         make_backup(paths, file)
     assert file.read_bytes() == b"another backup"
     assert [path.name for path in file.parent.glob("*.part")] == []

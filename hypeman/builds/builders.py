@@ -94,7 +94,7 @@ class Builders:
         builder_id = request.id or new_id()
         if not _ID.fullmatch(builder_id):
             raise InvalidRequest(
-                f"id {builder_id[:80]!r} must be 1 to 55 of letters, digits, '_', '.' and '-', and begin with a letter "
+                f"id {builder_id[:80]!r} must be 1 to 55 letters, digits, '_', '.' and '-', starting with a letter "
                 "or digit"
             )
         if request.name is not None and "\0" in request.name:
@@ -110,9 +110,9 @@ class Builders:
 
         def insert(txn: Txn) -> None:
             if txn.exists(BUILDERS, builder.id):
-                raise AlreadyExists(f"a builder with id {builder.id!r} exists already")
+                raise AlreadyExists(f"a builder with id {builder.id!r} already exists")
             if sum(1 for _ in txn.keys(BUILDERS)) >= MAX_BUILDERS:
-                raise Conflict(f"there are {MAX_BUILDERS} builders already", code="quota_exceeded")
+                raise Conflict(f"there are already {MAX_BUILDERS} builders", code="quota_exceeded")
             put_builder(txn, builder)
             note_builder(txn, builder, "created")
 
@@ -150,7 +150,7 @@ class Builders:
                     with acting(None):
                         await self.delete(builder.id)
                 except HypemanError as error:  # used or removed meanwhile
-                    log.info("idle builder %s stays: %s", builder.id, error.message)
+                    log.info("idle builder %s is kept: %s", builder.id, error.message)
                 else:
                     log.info("removed builder %s, unused since %s", builder.id, used.isoformat())
 

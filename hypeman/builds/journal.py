@@ -1,6 +1,6 @@
 """The journal of a build: its events in a file, one JSON object per line, from the first to the last.
 
-Followers read the file from its begin, each with a descriptor of its own, and are woken when it grows; so a late one
+Followers read the file from its start, each with a descriptor of its own, and are woken when it grows; so a late one
 sees the same as an early one, and a slow one costs no memory. After a crash the last line may be incomplete: it is cut
 off when the journal is opened again.
 """
@@ -95,7 +95,7 @@ class Journal:
 
 
 class BuildEvents:
-    """Events of a build from its begin; with ``follow``, until it is over. ``live`` finds its open journal."""
+    """Events of a build from its start; with ``follow``, until it is over. ``live`` finds its open journal."""
 
     def __init__(
         self,

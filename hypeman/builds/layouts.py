@@ -157,7 +157,7 @@ class Layout:
         if digest not in self._documents:
             data = await self._read(_path(digest))
             if digest_of(data) != digest:
-                raise BuildFailed(f"the result has not the digest {digest}")
+                raise BuildFailed(f"the result does not have the digest {digest}")
             size = len(data) + sum(map(len, self._documents.values()))
             if len(self._documents) >= _MAX_DOCUMENTS or size > _MAX_DOCUMENT_BYTES:
                 raise BuildFailed("the result has too many parts")
@@ -239,7 +239,7 @@ async def _content(copy: CopyOut) -> AsyncGenerator[bytes]:
             continue
         entries += 1
         if entries > 1:
-            raise BuildFailed("the result has a directory where a file must be")
+            raise BuildFailed("the result has a directory in place of a file")
 
 
 async def _once(data: bytes) -> AsyncGenerator[bytes]:

@@ -108,7 +108,7 @@ def parse_fields(fields: Mapping[str, bytes]) -> Parsed:
     _check_secrets("secrets", secrets)
     _check_secrets("ssh", ssh)
     if text.get("cache_scope", "").split("/")[0] == "global":
-        raise InvalidRequest("cache_scope must not begin with global; use global_cache_key")
+        raise InvalidRequest("cache_scope must not start with global; use global_cache_key")
     dockerfile = fields.get("dockerfile", b"")
     spec = BuildSpec(
         images=tuple(dict.fromkeys(_image(name) for name in names)),
@@ -141,7 +141,7 @@ def parse_fields(fields: Mapping[str, bytes]) -> Parsed:
     given = {secret.id: found for secret in secrets if (found := _value("secrets", secret)) is not None}
     keys = {key.id: found for key in ssh if (found := _value("ssh", key)) is not None}
     if len(keys) != len(ssh):
-        raise InvalidRequest("ssh: a key needs a value; this server has no keys and no agent of yours")
+        raise InvalidRequest("ssh: a key needs a value; the server has no keys and cannot reach your agent")
     return Parsed(
         spec=spec,
         borrowed=Borrowed(given, keys, auth.encode()),
@@ -177,7 +177,7 @@ def _json(name: str, text: Mapping[str, str], kind: type[_T], default: _T) -> _T
 def _image(name: str) -> str:
     found = parse_reference(name)
     if found.digest:
-        raise InvalidRequest(f"{name[:100]!r} is a digest; an image is given a tag", code="invalid_name")
+        raise InvalidRequest(f"{name[:100]!r} is a digest; name the image with a tag", code="invalid_name")
     return str(found)
 
 
@@ -186,9 +186,9 @@ def _check_secrets(field: str, secrets: list[_Secret]) -> None:
         if not _ID.fullmatch(secret.id):
             raise InvalidRequest(f"{field}: id {secret.id[:80]!r} must be letters, digits, '_', '.' and '-'")
         if secret.env_var and not _VARIABLE.fullmatch(secret.env_var):
-            raise InvalidRequest(f"{field}: env_var {secret.env_var[:80]!r} is no name of a variable")
+            raise InvalidRequest(f"{field}: env_var {secret.env_var[:80]!r} is not a valid variable name")
     if len({secret.id for secret in secrets}) != len(secrets):
-        raise InvalidRequest(f"{field}: an id is given twice")
+        raise InvalidRequest(f"{field} contains an id twice")
 
 
 def _value(field: str, secret: _Secret) -> bytes | None:
@@ -203,7 +203,7 @@ def _value(field: str, secret: _Secret) -> bytes | None:
 def _path(text: str) -> str:
     path = PurePosixPath(text)
     if path.is_absolute() or ".." in path.parts or str(path) == ".":
-        raise InvalidRequest(f"dockerfile_path {text[:100]!r} must be a relative path inside of the context")
+        raise InvalidRequest(f"dockerfile_path {text[:100]!r} must be a relative path inside the context")
     return str(path)
 
 
@@ -234,7 +234,7 @@ def _pairs(name: str, text: Mapping[str, str], pattern: re.Pattern[str] | None) 
     found = _json(name, text, dict[str, str], {})
     for key in found:
         if not key or "=" in key or "\0" in key or (pattern is not None and not pattern.fullmatch(key)):
-            raise InvalidRequest(f"{name}: {key[:80]!r} is no name")
+            raise InvalidRequest(f"{name}: {key[:80]!r} is not a valid name")
     return found
 
 

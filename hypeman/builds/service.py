@@ -173,7 +173,7 @@ class Builds:
         self._store.read(lambda txn: find_build(txn, build_id))
         path = self._paths.build(build_id) / JOURNAL
         if not await trio.to_thread.run_sync(path.exists):
-            raise NotFound(f"build {build_id} has no journal any more")
+            raise NotFound(f"build {build_id} no longer has a journal")
 
         def final() -> BuildStatus | None:
             row = self._store.read(lambda txn: txn.get(BUILDS, build_id))
@@ -229,7 +229,7 @@ class Builds:
         stopped = False
         if running is not None and not row.build.status.is_final:
             if running.publishing:
-                raise Conflict(f"build {build_id} is done, its image is just being made")
+                raise Conflict(f"build {build_id} is complete; its image is being stored")
             stopped = not running.scope.cancel_called
             running.scope.cancel()
 
@@ -275,7 +275,7 @@ class Builds:
                 field += piece
                 if len(field) > MAX_FIELD or len(fields) > MAX_FIELDS:
                     raise InvalidRequest(
-                        f"{name[:80]!r}: a field may have {MAX_FIELD} bytes, a form {MAX_FIELDS} fields"
+                        f"{name[:80]!r}: a field may have at most {MAX_FIELD} bytes, and a form {MAX_FIELDS} fields"
                     )
             await trio.to_thread.run_sync(os.fsync, fd)
         except OSError as error:
@@ -283,18 +283,18 @@ class Builds:
         finally:
             os.close(fd)
         if not size:
-            raise InvalidRequest("source is missing: the context, a tar compressed with gzip", code="invalid_source")
+            raise InvalidRequest("source is missing: it is the context as a gzip-compressed tar", code="invalid_source")
         if begin != _GZIP:
-            raise InvalidRequest("source is not compressed with gzip", code="invalid_source")
+            raise InvalidRequest("source is not gzip-compressed", code="invalid_source")
         return {name: bytes(value) for name, value in fields.items()}, f"sha256:{digest.hexdigest()}"
 
     def _check(self, parsed: Parsed) -> None:
         """What depends on this server. Raises InvalidRequest."""
         spec, settings = parsed.spec, self._settings
         if spec.cpus > settings.max_cpus:
-            raise InvalidRequest(f"cpus is {spec.cpus}, at most {settings.max_cpus} are allowed")
+            raise InvalidRequest(f"cpus is {spec.cpus}; at most {settings.max_cpus} are allowed")
         if not 256 <= spec.memory_mb <= settings.max_memory >> 20:
-            raise InvalidRequest(f"memory_mb is {spec.memory_mb}, allowed are 256 to {settings.max_memory >> 20}")
+            raise InvalidRequest(f"memory_mb is {spec.memory_mb}; it must be 256 to {settings.max_memory >> 20}")
         for name in parsed.from_server:
             if not settings.secrets_dir or not Path(settings.secrets_dir, name).is_file():
                 raise InvalidRequest(f"secret {name} has no value, and build.secrets_dir has no file of that name")
@@ -307,7 +307,7 @@ class Builds:
             if builder.status is BuilderStatus.DELETING:
                 raise Conflict(f"builder {builder.id!r} is being deleted")
         if sum(not other.build.status.is_final for other in all_builds(txn)) >= MAX_QUEUED:
-            raise Conflict(f"{MAX_QUEUED} builds are waiting already", retryable=True)
+            raise Conflict(f"{MAX_QUEUED} builds are already waiting", retryable=True)
         txn.put(BUILDS, build.id, row)
         note_build(txn, build, "created")
         return trim(txn)
@@ -331,7 +331,9 @@ class Builds:
                 if row.build.status.is_final:
                     continue
                 if row.borrowed:
-                    error = "interrupted by a restart of the server, and its secrets were not kept; build it again"
+                    error = (
+                        "interrupted by a restart of the server, and its secrets were not kept; start the build again"
+                    )
                     self._put_end(txn, row, status=BuildStatus.FAILED, error=error)
                 elif row.build.status is not BuildStatus.QUEUED:
                     if row.attempts >= _ATTEMPTS:
@@ -446,12 +448,12 @@ class Builds:
                 error = f"the context cannot be read: {failure.strerror}"
             except Exception:
                 log.exception("build %s failed", build_id)
-                error = "an internal error; the server's log has its cause"
+                error = "internal error; the cause is in the server's log"
             if result is None and not error:
                 if running.scope.cancelled_caught:
                     status = BuildStatus.CANCELLED
                 else:
-                    error = f"not done within {timeout} s (timeout_seconds)"
+                    error = f"not finished within {timeout} s (timeout_seconds)"
             with trio.CancelScope(shield=True):
                 await self._end(row, status, error, result)
                 metrics.builds.labels(status.value).inc()

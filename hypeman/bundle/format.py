@@ -42,7 +42,7 @@ _OCTAL = re.compile(rb"[0-7]{11}\0")
 
 
 class BadBundle(HypemanError):
-    """The file is damaged, was altered, or is no bundle."""
+    """The file is damaged, was altered, or is not a bundle."""
 
 
 class Kind(enum.StrEnum):
@@ -122,17 +122,20 @@ def describe(path: Path, kind: Kind, name: str = "", *, reference: str = "") -> 
 
 
 def check(manifest: Manifest) -> None:
-    """Raise BadBundle for a manifest that makes no sense."""
+    """Raise BadBundle for an inconsistent manifest."""
     names = [file.name for file in manifest.files]
     for wrong, message in (
         (manifest.format != FORMAT, f"has format {manifest.format}; this program reads {FORMAT}"),
-        (len(set(names)) < len(names), "has two files of one name"),
+        (len(set(names)) < len(names), "has two files with the same name"),
         (len(manifest.of(Kind.APPLIANCE)) != 1, "must have exactly one appliance"),
         (len(manifest.of(Kind.COMPOSE)) > 1, "has more than one compose file"),
-        (any(not file.name.startswith(f"{file.kind.value}/") for file in manifest.files), "names a file oddly"),
+        (
+            any(not file.name.startswith(f"{file.kind.value}/") for file in manifest.files),
+            "has a file whose name does not match its kind",
+        ),
         (
             any(bool(file.reference) != (file.kind is Kind.IMAGE) for file in manifest.files),
-            "has an image without name",
+            "has an image without a name",
         ),
     ):
         if wrong:
@@ -173,7 +176,7 @@ def read_manifest(source: BinaryIO, trusted: Iterable[PublicKey]) -> Verified:
     try:
         manifest = msgspec.json.decode(text, type=Manifest)
     except msgspec.DecodeError as error:
-        raise BadBundle(f"the bundle's list of contents is wrong: {error}") from None
+        raise BadBundle(f"the bundle's list of contents is invalid: {error}") from None
     check(manifest)
     return Verified(manifest, hashlib.sha256(text).hexdigest(), key, comment)
 
@@ -200,7 +203,7 @@ def read_files(source: BinaryIO, manifest: Manifest, sink: Callable[[File], Sink
         _expect(source, _padding(file.size), file.name)
     _expect(source, bytes(2 * _BLOCK), "its end")
     if source.read(1):
-        raise BadBundle("something follows the bundle's end")
+        raise BadBundle("there is data after the end of the bundle")
 
 
 def check_file(path: Path, trusted: Iterable[PublicKey]) -> Verified:
@@ -215,12 +218,12 @@ def _first(source: BinaryIO, name: str, limit: int) -> bytes:
     """One of the two files whose size is not known yet."""
     header = _exactly(source, _BLOCK)
     if not _OCTAL.fullmatch(header[124:136]):
-        raise BadBundle("this is no bundle of hypeman")
+        raise BadBundle("this is not a hypeman bundle")
     size = int(header[124:135], 8)
     if header != _header(name, size):
-        raise BadBundle("this is no bundle of hypeman")
+        raise BadBundle("this is not a hypeman bundle")
     if not 0 < size <= limit:
-        raise BadBundle(f"{name} in the bundle has {size} bytes; at most {limit} are possible")
+        raise BadBundle(f"{name} in the bundle has {size} bytes; at most {limit} are allowed")
     data = _exactly(source, size)
     _expect(source, _padding(size), name)
     return data

@@ -219,7 +219,7 @@ class Site:
             if journal is None or journal.phase == "rolled-back" or (only_unfinished and journal.phase == "installed"):
                 return None
             if not journal.had_previous and journal.phase == "installed":
-                raise Conflict("there was no version before; /usr/share/hypeman/uninstall.sh removes this one")
+                raise Conflict("there is no previous version; /usr/share/hypeman/uninstall.sh removes this one")
             return self._roll_back("by request" if journal.phase == "installed" else "it was interrupted")
 
     # Steps
@@ -236,7 +236,7 @@ class Site:
         wanted = sum(each.size for each in files) + 8 * appliance.size
         free = shutil.disk_usage(self.state).free
         if free < wanted:
-            have = f"{self.state} has {free >> 20} MB free, the bundle wants {wanted >> 20} MB"
+            have = f"{self.state} has {free >> 20} MB free, the bundle needs {wanted >> 20} MB"
             raise InstallFailed(f"{have}; nothing was changed")
         for old in self.state.glob("staged.*"):
             shutil.rmtree(old)
@@ -251,7 +251,7 @@ class Site:
 
             again = read_manifest(source, (verified.key,))
             if again.digest != verified.digest:
-                raise BadBundle("the bundle was replaced while it was installed")
+                raise BadBundle("the bundle was replaced while it was being installed")
             read_files(source, again.manifest, receive)
         (staged / "program").mkdir(mode=0o755)
         run(["tar", "-xzf", str(staged / appliance.name), "-C", str(staged / "program"), "--strip-components=1",
@@ -294,8 +294,8 @@ class Site:
             raise
         if why:
             after = self._roll_back(why, staged)
-            state = "the version before runs again" if after.had_previous else "hypeman is not installed"
-            raise InstallFailed(f"hypeman {manifest.version} did not come up: {why}; {state}")
+            state = "the previous version is running again" if after.had_previous else "hypeman is not installed"
+            raise InstallFailed(f"hypeman {manifest.version} did not start correctly: {why}; {state}")
         self._write(msgspec.structs.replace(journal, phase="installed"))
         self.service.unguard()
 

@@ -74,7 +74,7 @@ def parse_public_key(text: bytes) -> PublicKey:
     lines = [line for line in text[:MAX_TEXT].splitlines() if line and not line.startswith(_COMMENT)]
     raw = _decoded(lines[0]) if len(lines) == 1 else b""
     if len(raw) != 42 or raw[:2] != b"Ed":
-        raise InvalidRequest("this is no public key of minisign")
+        raise InvalidRequest("this is not a minisign public key")
     return PublicKey(raw[2:10], raw[10:])
 
 
@@ -83,13 +83,13 @@ def parse_secret_key(text: bytes) -> SecretKey:
     lines = text[:MAX_TEXT].splitlines()
     raw = _decoded(lines[1]) if len(lines) >= 2 and lines[0].startswith(_COMMENT) else b""
     if len(raw) != 158 or raw[:2] != b"Ed":
-        raise InvalidRequest("this is no secret key of minisign")
+        raise InvalidRequest("this is not a minisign secret key")
     if raw[2:4] == _KDF_SCRYPT:
         raise InvalidRequest(
-            "this secret key has a password; sign with one that has none: hypeman bundle keygen, or minisign -G -W"
+            "this secret key has a password; use one without: hypeman bundle keygen, or minisign -G -W"
         )
     if raw[2:4] != _KDF_NONE:
-        raise InvalidRequest("this secret key is protected in an unknown way")
+        raise InvalidRequest("this secret key uses an unknown protection")
     pair, check = raw[54:126], raw[126:]
     key = SecretKey(pair[:8], pair[8:40])
     if check not in (hashlib.blake2b(b"Ed" + pair, digest_size=32).digest(), bytes(32)) or key.public.key != pair[40:]:
@@ -104,7 +104,7 @@ def sign(message: bytes, key: SecretKey, *, comment: str) -> bytes:
     signer = Ed25519PrivateKey.from_private_bytes(key.seed)
     trusted = comment.encode()
     if b"\n" in trusted or b"\r" in trusted:
-        raise InvalidRequest("a signature's comment is one line")
+        raise InvalidRequest("a signature's comment must be one line")
     first = signer.sign(hashlib.blake2b(message).digest())
     whole = signer.sign(first + trusted)
     lines = (untrusted_comment(key.public), _base64(b"ED", key.key_id, first), _TRUSTED + trusted)
@@ -136,7 +136,7 @@ def verify(message: bytes, signature: bytes, trusted: Sequence[PublicKey]) -> tu
         public.verify(first, hashlib.blake2b(message).digest())
         public.verify(whole, first + comment)
     except InvalidSignature:
-        raise BadSignature(f"the signature with key {key} is wrong") from None
+        raise BadSignature(f"the signature with key {key} is invalid") from None
     return key, comment.decode(errors="replace")
 
 

@@ -46,9 +46,9 @@ def build() -> None:
 
 @build.command("create")
 @click.argument("path", default=".")
-@click.option("-f", "--file", "file", help="Dockerfile; default PATH/Dockerfile; - is standard input.")
+@click.option("-f", "--file", "file", help="Dockerfile; default: PATH/Dockerfile; - reads standard input.")
 @click.option("-t", "--tag", "tags", multiple=True, help="Name of the image; KEY=VALUE is a tag of the build.")
-@click.option("--image-name", help="As --tag.")
+@click.option("--image-name", help="Same as --tag.")
 @click.option("--build-arg", "build_args", multiple=True, metavar="KEY[=VALUE]")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE")
 @click.option("--target", help="Stage to build.")
@@ -56,23 +56,25 @@ def build() -> None:
 @click.option(
     "--secret", "secret", multiple=True, metavar="id=ID[,src=FILE|,env=NAME]", help="For RUN --mount=type=secret."
 )
-@click.option("--secrets", "secret_ids", help="Ids of secrets that the server has, separated by commas, or JSON.")
+@click.option("--secrets", "secret_ids", help="Comma-separated ids of secrets on the server, or JSON.")
 @click.option("--ssh", "ssh", multiple=True, metavar="ID=KEYFILE", help="Private key for RUN --mount=type=ssh.")
 @click.option("--no-cache", is_flag=True, help="Run every step.")
-@click.option("--pull", is_flag=True, help="Look for newer base images at their registries.")
+@click.option("--pull", is_flag=True, help="Check registries for newer base images.")
 @click.option("--cache-from", multiple=True, metavar="REF", help="REF, or type=registry,ref=REF.")
 @click.option("--cache-to", multiple=True, metavar="REF", help="REF, type=registry,ref=REF,mode=max, or type=inline.")
 @click.option("--provenance", help="true, mode=min or mode=max.")
 @click.option("--sbom", help="true or generator=IMAGE.")
-@click.option("--network", type=click.Choice(["egress", "isolated", "default", "none"]), help="Of the VM that builds.")
+@click.option(
+    "--network", type=click.Choice(["egress", "isolated", "default", "none"]), help="Network of the VM that builds."
+)
 @click.option("--builder", "--builder-id", "builder_id", help="Builder whose cache is used.")
-@click.option("--cache-scope", help="Cache of this name in the server's registry.")
-@click.option("--global-cache-key", help="Shared cache of this name.")
-@click.option("--is-admin-build", is_flag=True, help="May write to the shared cache.")
-@click.option("--base-image-digest", help="A base image must have this digest.")
-@click.option("--timeout", type=int, help="Seconds.")
-@click.option("--cpus", type=int, help="Of the VM that builds.")
-@click.option("-m", "--memory", help="Of the VM that builds; a number is MB.")
+@click.option("--cache-scope", help="Use the cache of this name in the server's registry.")
+@click.option("--global-cache-key", help="Use the shared cache of this name.")
+@click.option("--is-admin-build", is_flag=True, help="Allow writing to the shared cache.")
+@click.option("--base-image-digest", help="Require a base image with this digest.")
+@click.option("--timeout", type=int, help="Seconds until the build is stopped.")
+@click.option("--cpus", type=int, help="CPUs of the VM that builds.")
+@click.option("-m", "--memory", help="Memory of the VM that builds; a plain number is MB.")
 @click.option("--registry-auth", type=click.Path(exists=True, dir_okay=False), help="A docker config.json with logins.")
 @click.option(
     "--progress", type=click.Choice(["auto", "plain", "tty", "quiet", "rawjson"]), default="auto", show_default=True
@@ -83,7 +85,7 @@ def build() -> None:
 def create(
     session: Session, path: str, file: str | None, detach: bool, quiet: bool, progress: str, **options: Any
 ) -> None:
-    """Build the directory PATH; - is a Dockerfile, or a tar.gz, on standard input."""
+    """Build the directory PATH; - reads a Dockerfile or a tar.gz from standard input."""
     fields = _fields(**options)
     with tempfile.TemporaryFile() as source:
         fields |= _write_source(path, file, source)
@@ -98,7 +100,7 @@ def create(
 
 
 def _finish(session: Session, build_id: str, progress: str, quiet: bool) -> None:
-    """Show the build until its end. Ctrl-C cancels it."""
+    """Show the build until it ends. Ctrl-C cancels it."""
     path = f"/builds/{segment(build_id)}"
     try:
         _follow(session, path, progress)
@@ -112,7 +114,7 @@ def _finish(session: Session, build_id: str, progress: str, quiet: bool) -> None
             click.echo(f"\nInterrupted: {one_line(error.message)}", err=True)
         raise SystemExit(130) from None
     if done["status"] != "ready":
-        fail(f"build {build_id} {done['status']}: {done.get('error') or 'no image was made'}")
+        fail(f"build {build_id} {done['status']}: {done.get('error') or 'no image was produced'}")
     session.show(done, lambda: str(done["image_digest"] if quiet else done["image_ref"]))
 
 
@@ -187,12 +189,12 @@ def _secret(text: str) -> dict[str, str]:
     name = parts.get("id", "")
     unknown = parts.keys() - {"id", "src", "source", "env", "type"}
     if not name or unknown:
-        raise click.BadParameter(f"{text!r}: write id=ID,src=FILE or id=ID,env=NAME", param_hint="--secret")
+        raise click.BadParameter(f"{text!r} must be id=ID,src=FILE or id=ID,env=NAME", param_hint="--secret")
     file = parts.get("src") or parts.get("source")
     variable = parts.get("env") or (name if not file and name in os.environ else None)
     if variable is not None:
         if variable not in os.environ:
-            raise click.BadParameter(f"there is no variable {variable!r}", param_hint="--secret")
+            raise click.BadParameter(f"environment variable {variable!r} is not set", param_hint="--secret")
         data = os.environb[variable.encode()] if hasattr(os, "environb") else os.environ[variable].encode()
     else:
         data = _read(file or name, "--secret")
@@ -246,7 +248,7 @@ def _write_source(path: str, file: str | None, source: IO[bytes]) -> dict[str, s
 
     if path == "-":
         if file == "-":
-            raise click.UsageError("standard input is either the context or the Dockerfile")
+            raise click.UsageError("standard input cannot be both the context and the Dockerfile")
         data = sys.stdin.buffer
         begin = data.read(2)
         if begin == _GZIP:
@@ -448,10 +450,10 @@ def get_build(session: Session, build_id: str) -> None:
 
 @build.command("logs")
 @click.argument("build_id", metavar="ID")
-@click.option("-f", "--follow", is_flag=True, help="Until it is over.")
+@click.option("-f", "--follow", is_flag=True, help="Continue until the build ends.")
 @reports
 def logs(session: Session, build_id: str, follow: bool) -> None:
-    """Print what a build has printed, from its begin."""
+    """Print the output of a build, from its start."""
     for event in session.client.events(f"/builds/{segment(build_id)}/events", follow=follow):
         if event["type"] == "log":
             click.echo(one_line(event.get("content", "")))
@@ -461,7 +463,7 @@ def logs(session: Session, build_id: str, follow: bool) -> None:
 @click.argument("build_ids", metavar="ID", nargs=-1, required=True)
 @reports
 def cancel(session: Session, build_ids: Sequence[str]) -> None:
-    """Cancel builds that are not over."""
+    """Cancel queued or running builds."""
 
     def one(build_id: str) -> None:
         session.client.call("DELETE", f"/builds/{segment(build_id)}")
@@ -475,19 +477,19 @@ def cancel(session: Session, build_ids: Sequence[str]) -> None:
 
 @click.group("builder")
 def builder() -> None:
-    """Caches of builds, and their queues."""
+    """Builders: caches and queues of builds."""
 
 
 @builder.command("create")
-@click.option("--id", "builder_id", help="Default: a new one.")
+@click.option("--id", "builder_id", help="Id of the builder. Default: a new one.")
 @click.option("--name")
-@click.option("--disk-size", type=GIGABYTES, help="Of the cache.")
+@click.option("--disk-size", type=GIGABYTES, help="Size of the cache.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
 @reports
 def create_builder(
     session: Session, builder_id: str | None, name: str | None, disk_size: int | None, tags: tuple[str, ...]
 ) -> None:
-    """Make a builder: hypeman build --builder ID uses its cache."""
+    """Create a builder: hypeman build --builder ID uses its cache."""
     body = present(id=builder_id, name=name, disk_size_gb=disk_size, tags=pairs(tags))
     made = session.client.post("/builders", body)
     session.show(made, lambda: str(made["id"]))

@@ -35,7 +35,7 @@ def bundle() -> None:
 @bundle.command("keygen")
 @click.argument("name", type=click.Path(path_type=Path))
 def make_key(name: Path) -> None:
-    """Make a signing key: NAME.key (secret, without a password) and NAME.pub. minisign can use both."""
+    """Create a signing key: NAME.key (secret, without a password) and NAME.pub. minisign can use both."""
     from hypeman.bundle.minisign import new_key
 
     key = new_key()
@@ -50,11 +50,13 @@ def make_key(name: Path) -> None:
 
 @bundle.command("create")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--name", required=True, help="Name of the bundle; its instances' stack is called so.")
+@click.option("--name", required=True, help="Name of the bundle, and of the stack of its instances.")
 @click.option("--appliance", required=True, type=File, help="hypeman-VERSION-linux-ARCH.tar.gz of a release.")
-@click.option("--secret-key", required=True, type=File, help="As `hypeman bundle keygen` or `minisign -G -W` make it.")
+@click.option("--secret-key", required=True, type=File, help="From `hypeman bundle keygen` or `minisign -G -W`.")
 @click.option("--vmm", "vmms", multiple=True, type=File, help="Static program: cloud-hypervisor, firecracker, jailer.")
-@click.option("--package", "packages", multiple=True, type=File, help="Debian package that the host needs, as QEMU.")
+@click.option(
+    "--package", "packages", multiple=True, type=File, help="Debian package that the host needs, such as QEMU's."
+)
 @click.option(
     "--image", "images", multiple=True, metavar="NAME=ARCHIVE", help="Image from an OCI or Docker archive (a tar)."
 )
@@ -79,10 +81,10 @@ def create_bundle(
     """
     match = _APPLIANCE.fullmatch(appliance.name)
     if match is None:
-        fail(f"{appliance.name} is not called hypeman-VERSION-linux-ARCH.tar.gz")
+        fail(f"{appliance.name} must be named hypeman-VERSION-linux-ARCH.tar.gz")
     named = [image.partition("=") for image in images]
     if wrong := [image for image, equals, archive in named if not equals or not Path(archive).is_file()]:
-        fail(f"--image {wrong[0]}: give NAME=ARCHIVE, with an archive that exists")
+        fail(f"--image {wrong[0]} must be NAME=ARCHIVE, with an archive that exists")
 
     def act() -> Any:
         import msgspec
@@ -164,7 +166,7 @@ def install_bundle(file: Path, keys: tuple[Path, ...]) -> None:
 @bundle.command("rollback")
 @click.option("--if-unfinished", is_flag=True, help="Only if an installation was interrupted.")
 def roll_back(if_unfinished: bool) -> None:
-    """Go back to the version before the last `hypeman bundle install`: programs, settings and records."""
+    """Return to the version before the last `hypeman bundle install`: programs, settings and records."""
 
     def act() -> Any:
         from hypeman.bundle.install import Site, Systemd
@@ -205,7 +207,7 @@ def _trusted(keys: tuple[Path, ...]) -> Any:
         except InvalidRequest as error:
             raise InvalidRequest(f"{path}: {error.message}") from None
     if not found:
-        raise InvalidRequest(f"no key to trust: give --key FILE, or put one into {_KEYS}")
+        raise InvalidRequest(f"no trusted key: give --key FILE, or put one into {_KEYS}")
     return found
 
 

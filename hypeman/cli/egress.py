@@ -60,7 +60,7 @@ def _other_form(shape: dict[str, Any]) -> str:
 @click.option("-X", "--method", default="GET", show_default=True, help="Method of the request.")
 @reports
 def check(session: Session, instance: str, url: str, method: str) -> None:
-    """Show what the rules of an instance say of a request, without sending it; exit code 1 if it is refused."""
+    """Show what the rules of an instance decide about a request, without sending it; exit code 1 if refused."""
     found = session.client.get(f"{path_of(instance)}/egress/check", url=url, method=method)
     session.show(found, lambda: _check_text(found))
     if found["decision"] == "deny" and not found["observed"]:
@@ -88,7 +88,7 @@ def learn(session: Session, instance: str) -> None:
     """
     found = session.client.get(f"{path_of(instance)}/egress/proposal")
     if not found["complete"]:
-        click.echo("There were too many hosts to remember all: the rules cover only some.", err=True)
+        click.echo("The instance reached more hosts than are remembered: the rules cover only some.", err=True)
     rules = {"default": found["default"], "rules": found["rules"]}
     session.show(found, lambda: json.dumps(rules, indent=2))
 
@@ -97,7 +97,7 @@ def learn(session: Session, instance: str) -> None:
 @instance_argument
 @reports
 def pending(session: Session, instance: str) -> None:
-    """List requests that wait for an approval."""
+    """List requests that are waiting for approval."""
     columns = [
         ("APPROVAL", lambda each: each["id"]),
         ("RULE", lambda each: each["rule"]),
@@ -110,7 +110,7 @@ def pending(session: Session, instance: str) -> None:
 
 
 _for_option = click.option(
-    "--for", "time", metavar="DURATION", help="Also decide about such requests to come, for so long, e.g. 10m."
+    "--for", "time", metavar="DURATION", help="Also decide the same requests for this long, e.g. 10m."
 )
 
 
@@ -120,7 +120,7 @@ _for_option = click.option(
 @_for_option
 @reports
 def approve(session: Session, instance: str, approval: str, time: str | None) -> None:
-    """Let the requests of an approval go on."""
+    """Approve the requests that are waiting for an approval."""
     _decide(session, instance, approval, "approve", time)
 
 
@@ -130,7 +130,7 @@ def approve(session: Session, instance: str, approval: str, time: str | None) ->
 @_for_option
 @reports
 def deny(session: Session, instance: str, approval: str, time: str | None) -> None:
-    """Refuse the requests of an approval."""
+    """Deny the requests that are waiting for an approval."""
     _decide(session, instance, approval, "deny", time)
 
 
@@ -143,11 +143,11 @@ def _decide(session: Session, instance: str, approval: str, verb: str, time: str
 
 @egress.command()
 @instance_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on with new requests.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with new requests.")
 @click.option("--tail", type=click.IntRange(0), default=100, show_default=True, help="Requests from before.")
 @reports
 def requests(session: Session, instance: str, follow: bool, tail: int) -> None:
-    """Show the requests of an instance as they end; with --format one JSON object a line."""
+    """Show the requests of an instance as they complete; with --format, one JSON object per line."""
     for record in session.client.events(f"{path_of(instance)}/egress/requests", follow=follow, tail=tail):
         sys.stdout.write((_record_line(record) if session.form == "auto" else render(record, "jsonl")) + "\n")
         sys.stdout.flush()

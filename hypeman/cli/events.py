@@ -20,7 +20,7 @@ _FILTERS = ("type", "instance", "tag")
     "--filter", "filters", multiple=True, metavar="KEY=VALUE",
     help="type=instance or type=image.failed, instance=NAME, tag=KEY=VALUE; all must match.",
 )  # fmt: skip
-@click.option("--follow/--no-follow", default=True, help="Go on with new events; without, print the list and end.")
+@click.option("--follow/--no-follow", default=True, help="Continue with new events, or print the list and end.")
 @click.option("-o", "--output", "form", type=click.Choice(FORMATS), help="As --format: json, jsonl, yaml, …")
 @reports
 def events(session: Session, since: str | None, filters: tuple[str, ...], follow: bool, form: str | None) -> None:

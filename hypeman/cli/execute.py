@@ -47,10 +47,10 @@ _RETRY_SECONDS = 0.2
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("-i", "--interactive", is_flag=True, help="Forward standard input; without it, it is not read.")
-@click.option("-t", "--tty", "wants_tty", is_flag=True, help="With a terminal, also where none is found here.")
+@click.option("-t", "--tty", "wants_tty", is_flag=True, help="Allocate a terminal, even if there is none here.")
 @click.option("--it", "both", is_flag=True, help="-i -t")
 @click.option("-T", "--no-tty", is_flag=True, help="Without a terminal.")
-@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: the one of this shell.")
+@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: taken from this shell.")
 @click.option("-w", "--workdir", "--cwd", "cwd", help="Working directory in the guest.")
 @click.option("-u", "--user", help="A name or number, and a group after a colon; default: root.")
 @click.option("--timeout", type=click.IntRange(0), help="Seconds; then it is killed and the exit code is 124.")

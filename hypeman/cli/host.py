@@ -26,7 +26,7 @@ config_option = click.option(
 @click.command()
 @reports
 def health(session: Session) -> None:
-    """Ask whether the server answers."""
+    """Check whether the server answers."""
     found = session.client.get("/health")
     session.show(found, lambda: str(found["status"]))
 
@@ -41,7 +41,7 @@ def capabilities(session: Session) -> None:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def resources(context: click.Context) -> None:
-    """Show what the host has and who holds it."""
+    """Show the host's resources and what uses them."""
     if context.invoked_subcommand is None:
         context.invoke(_show_resources)
 
@@ -53,15 +53,17 @@ def _show_resources(session: Session) -> None:
 
 
 @resources.command("reclaim-memory")
-@click.option("--reclaim-bytes", required=True, metavar="SIZE", help="What all guests together shall lend; 0: nothing.")
-@click.option("--hold-for", help="Until they have it back, as in 10m; up to 1h.  [default: 5m]")
-@click.option("--dry-run", is_flag=True, help="Only tell what would be done.")
+@click.option(
+    "--reclaim-bytes", required=True, metavar="SIZE", help="Memory to reclaim from all guests together; 0: none."
+)
+@click.option("--hold-for", help="Time until it is returned, e.g. 10m; up to 1h.  [default: 5m]")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @click.option("--reason", help="For the server's log.")
 @reports
 def reclaim_memory(
     session: Session, reclaim_bytes: str, hold_for: str | None, dry_run: bool, reason: str | None
 ) -> None:
-    """Have running guests lend memory that they do not need to the host."""
+    """Reclaim memory that running guests do not need."""
     try:
         wanted = parse_size(reclaim_bytes)
     except InvalidRequest as error:
@@ -72,9 +74,9 @@ def reclaim_memory(
 
 
 def _reclaim_text(found: dict[str, Any]) -> str:
-    lent, planned = size(found["applied_reclaim_bytes"]), size(found["planned_reclaim_bytes"])
+    reclaimed, planned = size(found["applied_reclaim_bytes"]), size(found["planned_reclaim_bytes"])
     until = f" until {found['hold_until']}" if "hold_until" in found else ""
-    text = f"lent {lent} of {planned} planned{until}; the host has {size(found['host_available_bytes'])} left"
+    text = f"reclaimed {reclaimed} of {planned} planned{until}; the host has {size(found['host_available_bytes'])} left"
     columns = [
         ("INSTANCE", lambda row: row["instance_name"]),
         ("STATUS", lambda row: row["status"]),
@@ -123,7 +125,7 @@ def _resources_text(found: dict[str, Any]) -> str:
 @click.option("--list-scopes", "-list-scopes", is_flag=True, help="Show all scopes.")
 @config_option
 def token(user_id: str, scopes: str | None, lifetime: int, list_scopes: bool, config_file: Path | None) -> None:
-    """Mint an API key with the server's secret (JWT_SECRET, or jwt_secret in its settings)."""
+    """Issue an API token with the server's secret (JWT_SECRET, or jwt_secret in its settings)."""
     from hypeman import tokens
     from hypeman.config import load_config
     from hypeman.errors import HypemanError

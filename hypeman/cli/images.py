@@ -172,9 +172,9 @@ def delete_image(session: Session, names: tuple[str, ...]) -> None:
 
 @images.command("import")
 @click.argument("archive")
-@click.option("--name", help="Reference that the image gets; default: as the archive says, or else by the file's name.")
+@click.option("--name", help="Name of the image; default: the name in the archive, or else the file's name.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
-@click.option("--on-server", is_flag=True, help="ARCHIVE is a path on the server, which its configuration allows.")
+@click.option("--on-server", is_flag=True, help="ARCHIVE is a path on the server, allowed by its configuration.")
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until it is ready.")
 @reports
 def import_image(

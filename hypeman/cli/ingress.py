@@ -17,7 +17,7 @@ _HIDDEN = "(hidden)"
 
 @click.group("ingress")
 def ingresses() -> None:
-    """Ingresses: requests for host names go to instances."""
+    """Ingresses: route requests for host names to instances."""
 
 
 @ingresses.command("create")
@@ -30,7 +30,7 @@ def ingresses() -> None:
 @click.option("--request-header-auth-header", metavar="NAME", help="A header that requests must have.")
 @click.option("--request-header-auth-value", metavar="VALUE", help="Its value, 32 to 256 characters.")
 @click.option("--rule", "rules", multiple=True, metavar=_RULE, help="Instead of INSTANCE and the options for one rule.")
-@click.option("--name", help="Default: from the host name.")
+@click.option("--name", help="Name of the ingress. Default: from the host name.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE")
 @reports
 def create_ingress(
@@ -51,13 +51,15 @@ def create_ingress(
     auth = (request_header_auth_header, request_header_auth_value)
     if rules:
         if any((instance, hostname, port, host_port, tls, redirect_http, *auth)):
-            raise click.UsageError("--rule excludes INSTANCE and the options for one rule")
+            raise click.UsageError("--rule cannot be combined with INSTANCE and the options for one rule")
         wanted = [parse_rule(text) for text in rules]
     else:
         if not (instance and hostname and port):
-            raise click.UsageError("INSTANCE, --hostname and --port are needed, or --rule")
+            raise click.UsageError("INSTANCE, --hostname and --port are required, or --rule")
         if bool(auth[0]) != bool(auth[1]):
-            raise click.UsageError("--request-header-auth-header and --request-header-auth-value go together")
+            raise click.UsageError(
+                "--request-header-auth-header and --request-header-auth-value must be given together"
+            )
         wanted = [_rule(hostname, host_port or _default_port(tls), instance, port, tls, redirect_http, auth)]
     called = name or name_from(str(wanted[0]["match"]["hostname"]))
     made = session.client.post("/ingresses", present(name=called, rules=wanted, tags=pairs(tags)))
@@ -82,9 +84,9 @@ def parse_rule(text: str) -> dict[str, Any]:
         elif key == "request-header-auth" and header and secret:
             auth = (header, secret)
         else:
-            raise click.UsageError(f"--rule: {key!r} is not understood; the form is {_RULE}")
+            raise click.UsageError(f"--rule: {key!r} is not recognised; the form is {_RULE}")
     if not (equals and colon and hostname and instance and port.isdecimal() and (host_port or "80").isdecimal()):
-        raise click.UsageError(f"--rule: {left!r} is not understood; the form is {_RULE}")
+        raise click.UsageError(f"--rule: {left!r} is not recognised; the form is {_RULE}")
     return _rule(hostname, int(host_port or _default_port(tls)), instance, int(port), tls, redirect, auth)
 
 

@@ -82,7 +82,7 @@ _POLICY_COLUMNS = [("HEALTH", _health), ("RESTARTS", _restarts)]
 
 
 @click.command()
-@click.option("-a", "--all", "everything", is_flag=True, help="Not only the running ones.")
+@click.option("-a", "--all", "everything", is_flag=True, help="Include instances that are not running.")
 @click.option("-q", "--quiet", is_flag=True, help="Only ids.")
 @click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Only those with this tag; repeatable.")
@@ -125,7 +125,7 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 
 @click.command()
 @instance_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on with new lines.")
+@click.option("-f", "--follow", is_flag=True, help="Continue with new lines.")
 @click.option("-n", "--tail", type=click.IntRange(0), default=100, show_default=True, help="Lines from before.")
 @click.option("-s", "--source", type=click.Choice(["app", "vmm", "hypeman"]), default="app", show_default=True)
 @reports
@@ -182,7 +182,7 @@ def restore(session: Session, instance: str) -> None:
 @click.option("--target-state", type=click.Choice(TARGETS), help="Default: the state of the source.")
 @reports
 def fork(session: Session, source: str, name: str, from_running: bool, target_state: str | None) -> None:
-    """Make a new instance NAME from the state of SOURCE."""
+    """Create an instance NAME from the state of SOURCE."""
     body = present(name=name, from_running=from_running, target_state=target_state)
     made = session.client.post(f"{path_of(source)}/fork", body)
     session.show(made, lambda: str(made["id"]))
@@ -194,7 +194,7 @@ def fork(session: Session, source: str, name: str, from_running: bool, target_st
 @click.option("--timeout", default="60s", show_default=True, help="As in 90s or 2m; at most 5m.")
 @reports
 def wait(session: Session, instance: str, state: str, timeout: str) -> None:
-    """Wait until an instance is in a state; exit code 1 if it did not get there."""
+    """Wait until an instance is in a state; exit code 1 if it does not reach it."""
     query = {"state": state, "timeout": timeout}
     found = session.client.call("GET", f"{path_of(instance)}/wait", query=query, timeout=330)
     session.show(found, lambda: str(found["state"]))
@@ -205,7 +205,7 @@ def wait(session: Session, instance: str, state: str, timeout: str) -> None:
 
 @click.command()
 @click.argument("instances", nargs=-1, shell_complete=complete_instance)
-@click.option("-f", "--force", is_flag=True, help="Running ones too.")
+@click.option("-f", "--force", is_flag=True, help="Delete running instances too.")
 @click.option("--all", "everything", is_flag=True, help="All instances.")
 @reports
 def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bool) -> None:
@@ -233,7 +233,7 @@ def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bo
 
 @click.command()
 @click.argument("instance", required=False, shell_complete=complete_instance)
-@click.option("--once", "--no-stream", "once", is_flag=True, help="Do not go on, also on a terminal.")
+@click.option("--once", "--no-stream", "once", is_flag=True, help="Print once, even on a terminal.")
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds.")
 @reports
 def stats(session: Session, instance: str | None, once: bool, interval: float) -> None:
@@ -293,7 +293,7 @@ _LIVE_COLUMNS = [_STATS_COLUMNS[0], ("CPU", lambda row: row["cpu_percent"]), *_S
 
 @click.group("auto-standby")
 def auto_standby() -> None:
-    """Instances that enter standby by themselves."""
+    """Instances that enter standby when idle."""
 
 
 @auto_standby.command("status")
@@ -315,7 +315,7 @@ def auto_standby_hold(session: Session, instance: str) -> None:
 
 @click.group()
 def update() -> None:
-    """Change what may change without a reboot."""
+    """Change settings of an instance without a reboot."""
 
 
 @update.command("auto-standby")
@@ -335,7 +335,7 @@ def update_auto_standby(
     cidrs: tuple[str, ...],
     wake: str | None,
 ) -> None:
-    """When to go to standby by itself, and what ends it."""
+    """Set when an instance enters standby on its own, and what wakes it."""
     policy = present(
         enabled=enabled, idle_timeout=idle_timeout, ignore_destination_ports=ports, ignore_source_cidrs=cidrs, wake=wake
     )
@@ -373,7 +373,7 @@ def update_egress_credentials(session: Session, instance: str, env: tuple[str, .
 @click.argument("file", type=click.File())
 @reports
 def update_egress_rules(session: Session, instance: str, file: TextIO) -> None:
-    """Set where an instance may go, from a JSON file; takes effect with the next request.
+    """Set where an instance may go, from a JSON file; in force from the next request.
 
     FILE (- is stdin) has any of rules, default, observe and private_networks, as network.egress in the API; what is
     left out stays. See egress learn and egress check.
@@ -411,7 +411,7 @@ def secrets_in_file(file: TextIO) -> dict[str, str]:
 @health_options("")
 @reports
 def update_health_check(session: Session, instance: str, **flags: Any) -> None:
-    """How to tell whether the workload is well."""
+    """Set how to check whether the workload is healthy."""
     patch(session, instance, {"health_check": health_body(flags) or {}})
 
 
@@ -420,7 +420,7 @@ def update_health_check(session: Session, instance: str, **flags: Any) -> None:
 @restart_options("")
 @reports
 def update_restart_policy(session: Session, instance: str, **flags: Any) -> None:
-    """What to do when the workload has ended."""
+    """Set what to do when the workload has ended."""
     patch(session, instance, {"restart_policy": restart_body(flags) or {}})
 
 

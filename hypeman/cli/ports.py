@@ -26,7 +26,7 @@ ports_option = click.option(
     "ports",
     multiple=True,
     metavar="[IP:][HOST:]GUEST[/udp]",
-    help="Port of the host that leads to one of the guest, or ranges of them; without HOST a free one. Repeatable.",
+    help="Publish a port of the guest, or a range, on the host; without HOST, on a free port. Repeatable.",
 )
 
 
@@ -34,7 +34,7 @@ def parse_port(text: str) -> dict[str, Any]:
     """A PortMapping from ``[ip:][host:]guest[/protocol]``, where host and guest may be ranges. Raises BadParameter."""
     found = _MAPPING.fullmatch(text)
     if found is None or (found["address"] and found["host"] is None):
-        raise click.BadParameter(f"{text!r} must read [IP:][HOST:]GUEST[/tcp|/udp], as in 127.0.0.1:53:53/udp")
+        raise click.BadParameter(f"{text!r} must be [IP:][HOST:]GUEST[/tcp|/udp], as in 127.0.0.1:53:53/udp")
     first, count = _range(text, found["guest"])
     mapping: dict[str, Any] = {"host_port": 0, "guest_port": first, "protocol": found["protocol"] or "tcp"}
     if found["host"]:
@@ -42,7 +42,7 @@ def parse_port(text: str) -> dict[str, Any]:
         if host_count != count:
             raise click.BadParameter(f"{text!r} has ranges of different lengths")
         if mapping["host_port"] == 0:
-            raise click.BadParameter(f"{text!r}: leave the port of the host out for a free one")
+            raise click.BadParameter(f"{text!r}: omit the host port to get a free one")
     if count > 1:
         mapping["count"] = count
     if found["address"]:
@@ -55,7 +55,7 @@ def _range(text: str, part: str) -> tuple[int, int]:
     first, _, last = part.partition("-")
     low, high = int(first), int(last or first)
     if not low <= high <= 65535:
-        raise click.BadParameter(f"{text!r}: {part} is no range of ports")
+        raise click.BadParameter(f"{text!r}: {part} is not a port or range of ports")
     return low, high - low + 1
 
 
@@ -96,11 +96,11 @@ def rows_of(mapping: dict[str, Any]) -> Iterator[dict[str, str]]:
 @update.command("ports")
 @click.argument("instance", shell_complete=complete_instance)
 @ports_option
-@click.option("--none", "nothing", is_flag=True, help="Publish no port any more.")
+@click.option("--none", "nothing", is_flag=True, help="Publish no ports.")
 @reports
 def update_ports(session: Session, instance: str, ports: tuple[str, ...], nothing: bool) -> None:
-    """Publish these ports instead of those before."""
+    """Replace the published ports with these."""
     if bool(ports) == nothing:
-        raise click.UsageError("give the ports with -p, all of them, or --none")
+        raise click.UsageError("give all ports with -p, or --none")
     changed = session.client.call("PATCH", path_of(instance), {"ports": [parse_port(text) for text in ports]})
     session.show(changed, lambda: _text([row for mapping in changed.get("ports") or [] for row in rows_of(mapping)]))

@@ -33,7 +33,7 @@ def push() -> None:
 @click.argument("target", required=False)
 @click.option("--insecure", is_flag=True, help="Plain HTTP.")
 @click.option("--username")
-@click.option("--password", help="Every user of this host can read it; --password-stdin keeps it to yourself.")
+@click.option("--password", help="Visible to every user of this host; prefer --password-stdin.")
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
 @click.option("--registry-token", help="Sent as bearer token.")
 @click.option("-d", "--detach", is_flag=True, help="Do not wait until it is pushed.")
@@ -49,7 +49,7 @@ def create(
     registry_token: str | None,
     detach: bool,
 ) -> None:
-    """Push IMAGE to TARGET; without TARGET, to the registry in its own name."""
+    """Push IMAGE to TARGET; without TARGET, to the registry in its name."""
     if password_stdin:
         if password:
             raise click.UsageError("give either --password or --password-stdin")

@@ -104,9 +104,9 @@ def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
 @click.option("--name", help="Default: the image's name and four random characters.")
 @click.option("-d", "--detach", is_flag=True, help="Print the id and do not wait for the boot.")
 @click.option("-i", "--interactive", is_flag=True, help="Run the program here with standard input; then stop the VM.")
-@click.option("-t", "--tty", is_flag=True, help="As -i, with a terminal.")
+@click.option("-t", "--tty", is_flag=True, help="Like -i, with a terminal.")
 @click.option("--rm", "remove", is_flag=True, help="Show its output, and delete the VM when the program has ended.")
-@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: the one of this shell.")
+@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: taken from this shell.")
 @click.option("--env-file", type=click.File(), metavar="FILE", help="Lines of KEY=VALUE.")
 @click.option("-u", "--user", help="Instead of the image's: a name or number, and a group after a colon.")
 @click.option("-w", "--workdir", help="Instead of the image's.")
@@ -114,8 +114,8 @@ def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
 @click.option("--ulimit", "ulimits", multiple=True, metavar="NAME=SOFT[:HARD]", help="Limit of programs; repeatable.")
 @click.option("--sysctl", "sysctls", multiple=True, metavar="NAME=VALUE", help="Setting of the kernel; repeatable.")
 @click.option("--shm-size", type=SIZE, help="Size of /dev/shm. Default: half of the memory.")
-@click.option("--pid1/--no-pid1", default=None, help="The program is process 1. Default: if it is an init system.")
-@click.option("--credentials-json", help="Credentials as the API takes them; @FILE reads a file.")
+@click.option("--pid1/--no-pid1", default=None, help="Run the program as process 1. Default: only init systems.")
+@click.option("--credentials-json", help="Credentials in the API's format; @FILE reads a file.")
 @click.option("--platform", help="As in linux/arm64.")
 @click.option("-m", "--memory", type=SIZE, default="1GB", show_default=True)
 @click.option("--cpus", type=click.IntRange(1), default=2, show_default=True)
@@ -147,7 +147,7 @@ def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
 @click.option("--ttl", help="Delete it after this time, as in 2h.")
 @health_options("health-")
 @restart_options("restart-")
-@click.option("--restart", metavar="no|always|unless-stopped|on-failure[:N]", help="As --restart-policy.")
+@click.option("--restart", metavar="no|always|unless-stopped|on-failure[:N]", help="Docker's form of --restart-policy.")
 @refused(
     "--privileged",
     "--cap-add",
@@ -168,7 +168,7 @@ def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
 @refused("--pid", "--ipc", "--uts", "--cgroupns", instead="a VM shares no namespace with the host")
 @reports
 def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) -> None:
-    """Make an instance from IMAGE and boot it; prints its id.
+    """Create an instance from IMAGE and boot it; prints its id.
 
     COMMAND replaces the arguments of the image's program. With -it the program runs in this terminal; with --rm its
     output is shown and its exit code returned.

@@ -61,7 +61,7 @@ def restore_snapshot(
 def fork_snapshot(
     session: Session, snapshot: str, name: str, target_state: str | None, target_hypervisor: str | None
 ) -> None:
-    """Make a new instance NAME from a snapshot; prints its id."""
+    """Create an instance NAME from a snapshot; prints its id."""
     body = {"name": name, **_target(target_state, target_hypervisor)}
     made = session.client.post(f"/snapshots/{segment(snapshot)}/fork", body)
     session.show(made, lambda: str(made["id"]))
@@ -131,7 +131,7 @@ def set_schedule(
     name_prefix: str | None,
     metadata: tuple[str, ...],
 ) -> None:
-    """Have snapshots of an instance made regularly; they are deleted by age or count, but never the newest one."""
+    """Take snapshots of an instance regularly; they are deleted by age or count, but never the newest one."""
     if max_age is None and max_count is None:
         raise click.UsageError("say how long its snapshots are kept: --max-count or --max-age")
     body = present(

@@ -112,7 +112,9 @@ class Approvals:
         self._purge()
         mine = [key for key, each in self._pending.items() if each.shown.id == approval]
         if not mine or mine[0][0].instance != instance_id:
-            raise NotFound(f"no request waits for approval {approval!r}; it may have timed out", code="no_approval")
+            raise NotFound(
+                f"no request is waiting for approval {approval!r}; it may have timed out", code="no_approval"
+            )
         each = self._pending.pop(mine[0])
         waiting = deque(each.waiting)
         if seconds > 0:

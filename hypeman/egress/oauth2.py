@@ -266,7 +266,7 @@ class TokenClient:
                 if len(said) <= MAX_ANSWER:
                     said += part
             if len(said) > MAX_ANSWER:
-                raise httpcore.RemoteProtocolError(f"an answer of more than {MAX_ANSWER} bytes")
+                raise httpcore.RemoteProtocolError(f"a response of more than {MAX_ANSWER} bytes")
             return response.status, bytes(said)
 
 
@@ -283,10 +283,10 @@ def _read_answer(form: OAuth2Form, secret: str, said: bytes, where: str) -> Toke
         answer = msgspec.json.decode(said, type=_Answer)
         lasts = float(answer.expires_in) if answer.expires_in is not None else _USUAL_LIFE
     except (msgspec.MsgspecError, UnicodeError, ValueError):
-        raise Unavailable(f"no token from {where}: the answer cannot be used") from None
+        raise Unavailable(f"no token from {where}: the response cannot be parsed") from None
     text = answer.access_token or answer.token
     if not text:
-        raise Unavailable(f"no token from {where}: the answer has none")
+        raise Unavailable(f"no token from {where}: the response has no token")
     until = answer.expires_at.timestamp() if answer.expires_at is not None else time.time() + lasts
     value = Value(text, until)
     if form.grant != "refresh_token" or not answer.refresh_token:

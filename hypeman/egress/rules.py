@@ -104,7 +104,7 @@ def check_access(access: EgressAccess) -> EgressAccess:
     names: set[str] = set()
     for number, rule in enumerate(rules, 1):
         if rule.name is not None and rule.name in names:
-            raise InvalidRequest(f"network.egress.rules: rule {number}: another one is named {rule.name!r}")
+            raise InvalidRequest(f"network.egress.rules: rule {number}: another rule is named {rule.name!r}")
         names.add(rule.name or "")
     if sum(len(rule.hosts or ()) + len(rule.methods or ()) + len(rule.paths or ()) for rule in rules) > MAX_NAMES:
         raise InvalidRequest(f"network.egress.rules: over {MAX_NAMES} hosts, methods and paths in all")
@@ -119,7 +119,7 @@ def _checked(rule: AccessRule) -> AccessRule:
     if rule.networks is not None:
         return _checked_networks(rule)
     if rule.protocol is not None:
-        raise InvalidRequest("protocol is for rules with networks; those with hosts are about HTTP and TLS")
+        raise InvalidRequest("protocol is only for rules with networks; rules with hosts apply to HTTP and TLS")
     for field in ("hosts", "ports", "methods", "paths"):
         if getattr(rule, field) == ():
             raise InvalidRequest(f"{field} is an empty list; leave it out to mean all")
@@ -135,7 +135,7 @@ def _checked_networks(rule: AccessRule) -> AccessRule:
     if rule.hosts is not None or rule.methods is not None or rule.paths is not None:
         raise InvalidRequest("networks cannot be combined with hosts, methods and paths")
     if rule.action is not AccessAction.ALLOW or rule.until is not None:
-        raise InvalidRequest("rules with networks can only allow, without until: all else is closed by the default")
+        raise InvalidRequest("rules with networks can only allow, without until; the default closes everything else")
     if not rule.networks or not rule.ports:
         raise InvalidRequest("rules with networks need at least one network, and ports")
     protocol = rule.protocol or "tcp"
@@ -182,7 +182,7 @@ def parse_access_host(text: str) -> str:
 
 def _parse_method(text: str) -> str:
     if not _METHOD.fullmatch(text) or text.upper() == "CONNECT":
-        raise InvalidRequest(f"method {text!r} is not the name of a method")
+        raise InvalidRequest(f"method {text!r} is not a valid method name")
     return text.upper()
 
 
@@ -195,7 +195,7 @@ def _parse_path(text: str) -> str:
             raise InvalidRequest(f"path {text!r}: * stands for a whole segment, or at the end for anything")
     path = canonical_path(text)
     if path is None:
-        raise InvalidRequest(f"path {text!r} can be read in two ways: no //, . or .. segments, and no encoded / or .")
+        raise InvalidRequest(f"path {text!r} is ambiguous: no //, . or .. segments, and no encoded / or .")
     return path
 
 
@@ -291,7 +291,7 @@ def check_url(access: EgressAccess | None, url: str, method: str, now: datetime,
         port = parts.port or (443 if parts.scheme == "https" else 80)
         host = parse_access_host(parts.hostname or "")
     except (ValueError, InvalidRequest):
-        raise InvalidRequest(f"url {url!r} must be such as https://api.example.com/v1/models") from None
+        raise InvalidRequest(f"url {url!r} must be a URL such as https://api.example.com/v1/models") from None
     scheme: Literal["https", "http"] = "https" if parts.scheme == "https" else "http"
     if parts.scheme not in ("http", "https") or "*" in host or parts.username is not None:
         raise InvalidRequest(f"url {url!r} must be http or https, for one host, without a user name")

@@ -108,7 +108,9 @@ class Source:
         try:
             said = await self._processes.run(argv, timeout=self._config.timeout, max_output=MAX_SIZE)
         except ToolFailed as error:
-            how = f"ended with {error.returncode}" if error.returncode is not None else "did not end well and in time"
+            how = (
+                f"ended with {error.returncode}" if error.returncode is not None else "failed or did not finish in time"
+            )
             raise Unavailable(f"source {self.name}: {argv[0]} {how}") from None
         try:
             return read_output(said)
@@ -184,6 +186,6 @@ class Sources:
                     if host is None or not source.covers(host):
                         shown = "every host" if host is None else host
                         raise InvalidRequest(
-                            f"credential {key!r}: source {source.name!r} is not for {shown}, but for "
+                            f"credential {key!r}: source {source.name!r} is not allowed for {shown}, only for "
                             f"{', '.join(source.hosts)}"
                         )

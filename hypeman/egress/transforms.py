@@ -127,7 +127,7 @@ def parse_header(name: str) -> str:
     if not _TOKEN.fullmatch(name):
         raise InvalidRequest(f"header {name!r} is not a header name")
     if lowered in FIXED_HEADERS:
-        raise InvalidRequest(f"header {name!r} frames or carries the message and cannot be set")
+        raise InvalidRequest(f"header {name!r} controls how the message is transferred and cannot be set")
     return lowered
 
 
@@ -303,7 +303,7 @@ def _aws_keys(value: str) -> _AwsKeys:
         ) from None
     good = _KEY_ID.fullmatch(keys.key_id) and _SECRET.fullmatch(keys.secret)
     if not good or not re.fullmatch(r"[\x21-\x7e]{0,4096}", keys.token or ""):
-        raise InvalidRequest("the access key, secret key or session token for sigv4 has characters that none has")
+        raise InvalidRequest("the access key, secret key or session token for sigv4 has invalid characters")
     return keys
 
 

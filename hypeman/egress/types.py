@@ -60,7 +60,7 @@ class AccessRule(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_u
     action: AccessAction
     name: Annotated[
         Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=48)] | None,
-        Meta(description="As errors and records call the rule; default: # and its position, from 1"),
+        Meta(description="Name of the rule in errors and records; default: # and its position, from 1"),
     ] = None
     hosts: Annotated[
         Annotated[tuple[Annotated[str, Meta(max_length=256)], ...], Meta(max_length=1024)] | None,
@@ -79,12 +79,12 @@ class AccessRule(Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_u
     paths: Annotated[
         Annotated[tuple[Annotated[str, Meta(max_length=1024)], ...], Meta(max_length=128)] | None,
         Meta(
-            description="Without query. * is one segment, or at the end anything; absent: every path",
+            description="Without query. * matches one segment, or anything at the end; absent: every path",
             examples=[["/v1/*", "/repos/*/issues"]],
         ),
     ] = None
-    until: Annotated[Timestamp | None, Meta(description="The rule is not applied from then on")] = None
-    record: Annotated[AccessRecord, Meta(description="What of the target records of its requests contain")] = (
+    until: Annotated[Timestamp | None, Meta(description="The rule is skipped from this time on")] = None
+    record: Annotated[AccessRecord, Meta(description="How much of a request's target its record contains")] = (
         AccessRecord.HOST
     )
     networks: Annotated[

@@ -43,7 +43,7 @@ def pack(target: Path, parts: Sequence[tuple[Path, Iterable[str]]]) -> None:
             os.fsync(out.fileno())
             os.link(half, target)  # never replaces another file
         except FileExistsError as error:
-            raise HostError(f"{error.filename2 or error.filename} exists already") from None
+            raise HostError(f"{error.filename2 or error.filename} already exists") from None
         except OSError as error:
             raise HostError(f"{target} cannot be written: {error}") from error
 

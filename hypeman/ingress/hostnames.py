@@ -32,11 +32,11 @@ def parse_hostname(text: str) -> tuple[str, ...]:
         elif "{" in label or "}" in label:
             raise ValueError(f"has the label {label!r}: a capture {{name}} must be a whole label")
         elif not _LABEL.fullmatch(label.lower()):
-            raise ValueError(f"has the label {label!r}, which is none")
+            raise ValueError(f"has the invalid label {label!r}")
         else:
             labels.append(label.lower())
     if names and len(labels) < 2:
-        raise ValueError("would match every host: a pattern needs two labels or more")
+        raise ValueError("would match every host: a pattern needs at least two labels")
     return tuple(labels)
 
 
@@ -57,5 +57,5 @@ def shape(hostname: str) -> str:
 def references(target: str) -> frozenset[str]:
     """The captures that a target names. Raises ValueError for braces that do not name one."""
     if "{" in _REFERENCE.sub("", target) or "}" in _REFERENCE.sub("", target):
-        raise ValueError("has a brace without its partner")
+        raise ValueError("has an unmatched brace")
     return frozenset(_REFERENCE.findall(target))

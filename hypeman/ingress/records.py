@@ -32,7 +32,7 @@ def find(txn: Txn, ref: str) -> IngressRecord:
         if found is None:
             fitting = list(txn.keys(INGRESSES, ref))
             if len(fitting) > 1:
-                raise Ambiguous(f"{ref!r} fits {len(fitting)} ingresses; give more of the id")
+                raise Ambiguous(f"{ref!r} matches {len(fitting)} ingresses; give more of the id")
             found = txn.get(INGRESSES, fitting[0]) if fitting else None
     if found is None:
         raise NotFound(f"no ingress {ref[:_MAX_REF]!r}")
@@ -47,14 +47,14 @@ def all_records(txn: Txn) -> list[IngressRecord]:
 def check_free(txn: Txn, record: IngressRecord) -> None:
     """Raises AlreadyExists for the name, Conflict ``hostname_in_use`` for a host name and port."""
     if txn.exists(NAMES, record.name):
-        raise AlreadyExists(f"an ingress named {record.name} exists already")
+        raise AlreadyExists(f"an ingress named {record.name} already exists")
     for hostname, port in _places(record):
         owner = txn.get(HOSTS, _key(hostname, port))
         if owner is not None:
             other = txn.get(INGRESSES, owner.ingress_id)
             raise Conflict(
-                f"{hostname} on port {port} is routed by ingress "
-                f"{other.name if other is not None else owner.ingress_id} already",
+                f"{hostname} on port {port} is already routed by ingress "
+                f"{other.name if other is not None else owner.ingress_id}",
                 code="hostname_in_use",
             )
 

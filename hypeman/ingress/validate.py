@@ -109,7 +109,7 @@ def _check_rule(rule: IngressRule, find: FindInstance, check_tls: CheckTls) -> I
     except ValueError as error:
         raise InvalidRequest(f"hostname {hostname[:300]!r} {error}", code=BAD_REQUEST) from None
     if rule.redirect_http and not rule.tls:
-        raise InvalidRequest("redirect_http is possible only with tls", code=BAD_REQUEST)
+        raise InvalidRequest("redirect_http requires tls", code=BAD_REQUEST)
     if rule.tls:
         check_tls(".".join(labels))
     return replace(
@@ -151,10 +151,12 @@ def _check_auth(auth: RequestHeaderAuth | UnsetType | None) -> RequestHeaderAuth
     assert isinstance(auth, RequestHeaderAuth)
     name = auth.header.lower()
     if not _TOKEN.fullmatch(auth.header):
-        raise InvalidRequest(f"request_header_auth.header {auth.header[:130]!r} is no header name", code=BAD_REQUEST)
+        raise InvalidRequest(
+            f"request_header_auth.header {auth.header[:130]!r} is not a valid header name", code=BAD_REQUEST
+        )
     if name in _MEANS_SOMETHING or name.startswith(_MEANS_SOMETHING_BEFORE):
         raise InvalidRequest(
-            f"request_header_auth.header: {auth.header} has a meaning in HTTP; take a name of your own",
+            f"request_header_auth.header: {auth.header} is defined by HTTP; choose another name",
             code=BAD_REQUEST,
         )
     if not _VALUE.fullmatch(auth.value):

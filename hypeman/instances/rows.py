@@ -25,13 +25,13 @@ SNAPSHOTS: Table[SnapshotRow] = Table("snapshots", SnapshotRow)
 def check_name_free(txn: Txn, name: str) -> None:
     """Raise NameConflict if an instance has this name."""
     if txn.exists(NAMES, name):
-        raise NameConflict(f"an instance named {name!r} exists already")
+        raise NameConflict(f"an instance named {name!r} already exists")
 
 
 def insert(txn: Txn, record: InstanceRecord) -> None:
     """Add a new instance and take its name. Raises NameConflict."""
     if not txn.insert(NAMES, record.name, record.id):
-        raise NameConflict(f"an instance named {record.name!r} exists already")
+        raise NameConflict(f"an instance named {record.name!r} already exists")
     txn.put(NUMBERS, f"{record.number:010}", record.id)
     txn.put(INSTANCES, record.id, record)
 

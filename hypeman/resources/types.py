@@ -75,14 +75,14 @@ class MemoryReclaimRequest(Struct, frozen=True, kw_only=True):
     reclaim_bytes: Annotated[
         int,
         Meta(
-            description="What all guests together shall lend to the host, instead of what they lend now; 0: nothing",
+            description="Memory to reclaim from all guests together, in place of what is reclaimed now; 0: none",
             extra_json_schema={"minimum": 0},
         ),
     ]
     hold_for: Annotated[
         Duration | None, Meta(description="How long, up to 1h; default: 5m. Then the guests have it back")
     ] = None
-    dry_run: Annotated[bool, Meta(description="Only tell what would be done")] = False
+    dry_run: Annotated[bool, Meta(description="Only return what would be done")] = False
     reason: Annotated[str, Meta(max_length=256, description="For the log")] | None = None
 
 

@@ -176,7 +176,7 @@ class Volumes:
 
 
 def _taken(identifier: str) -> AlreadyExists:
-    return AlreadyExists(f"a volume with id {identifier!r} exists already")
+    return AlreadyExists(f"a volume with id {identifier!r} already exists")
 
 
 def _checked(request: CreateVolumeRequest) -> VolumeRecord:

@@ -168,7 +168,7 @@ def test_a_first_installation_and_an_upgrade(bench: Bench, tmp_path: Path) -> No
     assert "firecracker_binary: /usr/lib/hypeman-vmm/firecracker" in (drop_ins / "50-bundle-vmm.yaml").read_text()
     assert os.access(bench.root / "usr/lib/hypeman-vmm/firecracker", os.X_OK)
     assert not list(bench.site.state.glob("staged.*"))
-    with pytest.raises(Conflict, match="no version before"):
+    with pytest.raises(Conflict, match="no previous version"):
         bench.site.roll_back()
     before = tree_of(bench.root)
     bench.install(tmp_path / "1.0.hypeman")
@@ -197,7 +197,7 @@ def test_a_version_that_does_not_come_up_is_rolled_back(bench: Bench, tmp_path: 
         "install.sh half way": f"{spoil}; rm {bench.root}/usr/lib/hypeman/hypeman; exit 1",
     }[how]
     bench.service.broken = ["2.0"]
-    with pytest.raises(InstallFailed, match="the version before runs again"):
+    with pytest.raises(InstallFailed, match="the previous version is running again"):
         bench.install(bundle(tmp_path, "2.0", more=more))
     assert (bench.installed(), bench.service.running, bench.journal().phase) == ("1.0", "1.0", "rolled-back")
     assert config.read_text() == before and bench.record() == 1

@@ -106,7 +106,7 @@ def test_dockerfiles_from_elsewhere(server: Running, cli: Any, project: Path, tm
     ("arguments", "said"),
     [
         (["nowhere"], "not a directory"),
-        (["--secret", "src=x", "."], "write id=ID"),
+        (["--secret", "src=x", "."], "must be id=ID"),
         (["--secret", "id=absent-secret", "."], "cannot be read"),
         (["--ssh", "default", "."], "agent cannot be forwarded"),
         (["--file", "absent", "."], "no Dockerfile"),

@@ -447,7 +447,7 @@ def test_reclaim_memory(cli: Any, server: Any) -> None:
     [asked] = server.world.instances.reclaimed
     assert (asked.reclaim_bytes, asked.hold_for, asked.dry_run, asked.reason) == (1 << 30, "10m", False, "a build")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("lent 1GB of 1GB planned until 2026-")
+    assert lines[0].startswith("reclaimed 1GB of 1GB planned until 2026-")
     assert lines[-1].split() == ["web", "applied", "4GB", "3GB", "-"]
     assert cli("resources", "reclaim-memory", "--reclaim-bytes", "much").exit_code == 2
     assert cli("resources", "reclaim-memory").exit_code == 2

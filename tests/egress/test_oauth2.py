@@ -184,9 +184,9 @@ async def test_github_app(server: TokenServer) -> None:
         (400, b'{"error": "client-secret-1"}', "status 400"),
         (500, b"client-secret-1", "status 500"),
         (302, b"", "status 302"),
-        (200, b"client-secret-1", "cannot be used"),
-        (200, b"{}", "has none"),
-        (200, b'{"access_token": "t", "expires_in": "soon"}', "cannot be used"),
+        (200, b"client-secret-1", "cannot be parsed"),
+        (200, b"{}", "has no token"),
+        (200, b'{"access_token": "t", "expires_in": "soon"}', "cannot be parsed"),
         (200, b" " * 70_000, "more than"),
     ],
 )

@@ -77,7 +77,7 @@ def test_only_for_the_hosts_of_the_source(hosts: tuple[str, ...], good: bool) ->
     if good:
         found.check(uses("s", *hosts))
     else:
-        with pytest.raises(InvalidRequest, match="not for"):
+        with pytest.raises(InvalidRequest, match="not allowed for"):
             found.check(uses("s", *hosts))
     with pytest.raises(InvalidRequest, match="no credential source"):
         found.check(uses("other", "api.example.com"))

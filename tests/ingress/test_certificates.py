@@ -127,9 +127,9 @@ def test_what_is_wrong_with_a_certificate_is_said_without_its_key() -> None:
     chain = make_chain(key, "a.com")
     small, odd = rsa.generate_private_key(65537, 1024), ec.generate_private_key(ec.SECP256K1())
     for bad_chain, bad_key, said in [
-        (b"nothing", pem_of(key), "no PEM"),
-        (chain.replace(b"M", b"N"), pem_of(key), "no PEM"),
-        (chain, b"nothing", "key is no PEM"),
+        (b"nothing", pem_of(key), "cannot be read as PEM"),
+        (chain.replace(b"M", b"N"), pem_of(key), "cannot be read as PEM"),
+        (chain, b"nothing", "key cannot be read as PEM"),
         (chain, pem_of(key, b"secret"), "encrypted"),
         (chain, pem_of(make_key()), "does not belong"),
         (make_chain(key), pem_of(key), "no subject alternative names"),
@@ -184,7 +184,7 @@ def test_files_that_change(tmp_path: Path) -> None:
     assert "cannot be read" in file.error
     os.mkfifo(paths[1])
     assert file.reload(), "a pipe does not make the server wait"
-    assert "no file" in file.error
+    assert "not a file" in file.error
 
 
 # ── The internal CA ──────────────────────────────────────────────────────────────────────────────

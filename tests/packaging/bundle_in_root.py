@@ -106,4 +106,4 @@ def test_installs_without_a_network_and_goes_back_from_what_does_not_run(root: R
         "STEP altered file refused", "STEP installed", "STEP instance runs", "STEP rolled back",
     ]  # fmt: skip
     assert "exec works" in done.stdout and "still here" in done.stdout
-    assert "the version before runs again" in done.stderr and "rolled-back: edge" in done.stdout
+    assert "the previous version is running again" in done.stderr and "rolled-back: edge" in done.stdout

@@ -306,7 +306,7 @@ class Acme:
             possible = [kind for kind in possible if any(each.type == kind for each in authorization.challenges)]
             if not possible:
                 offered = ", ".join(each.type for each in authorization.challenges)
-                raise AcmeError(f"of the CA's challenges ({offered}) none can be answered on our ports", is_final=True)
+                raise AcmeError(f"none of the CA's challenges ({offered}) can be answered on our ports", is_final=True)
             kind = possible[(attempt - 1) % len(possible)]
             challenge = next(each for each in authorization.challenges if each.type == kind)
             text = await self._call(ca.key_authorization, challenge.token)
@@ -331,7 +331,7 @@ class Acme:
             if found.status not in ("pending", "processing"):
                 return found
             if trio.current_time() > deadline:
-                raise AcmeError("the CA does not say whether the answer is right")
+                raise AcmeError("the CA has not validated the answer in time")
             await trio.sleep(pause)
             pause = min(pause * 1.5, 5 * self._pace.poll)
 

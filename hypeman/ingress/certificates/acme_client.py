@@ -48,7 +48,7 @@ class _Session(requests.Session):
 
     def request(self, method: Any, url: Any, *args: Any, **kwargs: Any) -> requests.Response:
         if not str(url).startswith("https://"):
-            raise errors.ClientError(f"the CA gave an address that is not https: {str(url)[:100]}")
+            raise errors.ClientError(f"the CA returned a URL that is not https: {str(url)[:100]}")
         kwargs["allow_redirects"] = False
         return super().request(method, url, *args, **kwargs)
 
@@ -61,9 +61,9 @@ class _Session(requests.Session):
             while piece := response.raw.read1(1 << 16, decode_content=True):
                 body += piece
                 if len(body) > _MAX_BODY:
-                    raise errors.ClientError("an answer of the CA is too long")
+                    raise errors.ClientError("a response from the CA is too long")
                 if time.monotonic() > deadline:
-                    raise errors.ClientError("an answer of the CA takes too long")
+                    raise errors.ClientError("a response from the CA takes too long")
         finally:
             response.close()
         response._content = bytes(body)
@@ -117,7 +117,7 @@ class CA:
                     directory=client.directory,
                 )
             elif client.external_account_required():
-                raise AcmeError("the CA wants an external account: set acme.eab_key_id and acme.eab_hmac_key")
+                raise AcmeError("the CA requires an external account: set acme.eab_key_id and acme.eab_hmac_key")
             wanted = messages.NewRegistration.from_data(
                 email=self._settings.email or None, terms_of_service_agreed=True, external_account_binding=binding
             )
@@ -153,7 +153,7 @@ class CA:
     def key_authorization(self, token: str) -> str:
         """The answer to a challenge."""
         if not _TOKEN.fullmatch(token):
-            raise AcmeError("the CA sent a token that is none", is_final=True)
+            raise AcmeError("the CA sent an invalid token", is_final=True)
         return f"{token}.{b64.b64encode(self._key.thumbprint()).decode()}"
 
     def answer(self, url: str) -> None:
@@ -215,15 +215,15 @@ class CA:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             raise AcmeError(f"the CA cannot be reached: {error}") from None
         except Exception as error:  # the library raises many kinds for what a CA should not send
-            raise AcmeError(f"the CA's answer is not understood: {type(error).__name__}: {error}") from None
+            raise AcmeError(f"the CA's response cannot be parsed: {type(error).__name__}: {error}") from None
 
 
 def _client_error(error: errors.ClientError) -> str:
     first = error.args[0] if error.args else ""
     first = first[0] if isinstance(first, tuple) else first
     if isinstance(first, requests.Response):
-        return f"the CA answers {first.status_code} without a reason"
-    return f"the CA's answer is not understood: {first}"
+        return f"the CA responded with {first.status_code} without a reason"
+    return f"the CA's response cannot be parsed: {first}"
 
 
 def _decode(response: requests.Response, kind: type[T]) -> T:

@@ -43,7 +43,7 @@ class CertificateFile:
     def _look(path: Path) -> tuple[int, int, int]:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise BadCertificate(f"{path} is no file")
+            raise BadCertificate(f"{path} is not a file")
         return found.st_mtime_ns, found.st_size, found.st_ino
 
     @staticmethod

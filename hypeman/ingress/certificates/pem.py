@@ -40,13 +40,13 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
     except x509.ExtensionNotFound:
         raise BadCertificate("the certificate has no subject alternative names") from None
     except Exception as error:  # malformed extensions raise many kinds
-        raise BadCertificate(f"the certificate is no PEM that can be read: {_short(error)}") from None
+        raise BadCertificate(f"the certificate cannot be read as PEM: {_short(error)}") from None
     try:
         private = serialization.load_pem_private_key(key, password=None)
     except TypeError:
         raise BadCertificate("the key is encrypted; it must have no password") from None
     except Exception:  # the text of the error may quote the key
-        raise BadCertificate("the key is no PEM that can be read") from None
+        raise BadCertificate("the key cannot be read as PEM") from None
     match private:
         case rsa.RSAPrivateKey():
             if private.key_size < _MIN_RSA:
@@ -63,7 +63,7 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
     if weak:
         raise BadCertificate(f"it is signed with {weak[0]}, which TLS clients refuse")
     if not names:
-        raise BadCertificate("the certificate is for no DNS name")
+        raise BadCertificate("the certificate has no DNS names")
     return Pair(
         chain="".join(each.public_bytes(serialization.Encoding.PEM).decode() for each in certificates),
         key=private.private_bytes(

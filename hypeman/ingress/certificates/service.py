@@ -149,7 +149,7 @@ class Certificates:
         name = certificate_name(hostname)
         if name is None:
             raise InvalidRequest(
-                f"tls for {hostname}: no certificate is for a pattern with a capture that is not the first label",
+                f"tls for {hostname}: a pattern can have a certificate only if its capture is the first label",
                 code=_NO_SOURCE,
             )
         source, pair, problem = self._find(name)
@@ -230,11 +230,11 @@ class Certificates:
             return Source.ACME, self._acme.pair(name), self._acme.error(name)
         broken = [file.error for file in self._files.values() if file.error]
         if broken:
-            return None, None, f"no certificate file is for it, but {broken[0]}"
+            return None, None, f"no certificate file covers it, and {broken[0]}"
         if self._acme is not None:
-            return None, None, "it is not in acme.allowed_domains, and no certificate file is for it"
+            return None, None, "it is not in acme.allowed_domains, and no certificate file covers it"
         if self._files or self._settings.internal.entries:
-            return None, None, "no certificate file and no list of domains in the configuration is for it"
+            return None, None, "no certificate file and no list of domains in the configuration covers it"
         return None, None, "this server has no source of certificates for public names"
 
     def _code(self, name: str) -> str:

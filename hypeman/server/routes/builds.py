@@ -103,7 +103,7 @@ async def cancel_build(services: Services, id: str) -> None:
     headers=SSE_HEADERS,
 )
 async def get_build_events(services: Services, id: str, query: BuildEventsQuery) -> EventStream:
-    """What happens in a build, from its begin, as server-sent events.
+    """The progress of a build from its start, as server-sent events.
 
     Without follow, the lines so far. With it, also each status, a heartbeat every 30 s, and the end after the final
     status.
