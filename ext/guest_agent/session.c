@@ -50,14 +50,22 @@ size_t sessions_count(void) {
 }
 
 struct session *session_new(uint32_t id) {
+    struct session *found = NULL;
     for (size_t i = 0; i < MAX_SESSIONS; i++) {
-        if (sessions[i].id)
-            continue;
-        sessions[i] = (struct session){
-            .id = id, .child = {0, -1, -1, -1, -1}, .credit = WINDOW, .allowance = WINDOW};
-        return &sessions[i];
+        struct session *session = &sessions[i];
+        if (!session->id) {
+            found = session;
+            break;
+        }
+        if (is_detached(session) && (!found || session->kept->detached < found->kept->detached))
+            found = session;
     }
-    return NULL;
+    if (!found)
+        return NULL;
+    if (found->id) /* the host does not count those that nobody has come back to */
+        session_drop(found);
+    *found = (struct session){.id = id, .child = {0, -1, -1, -1, -1}, .credit = WINDOW, .allowance = WINDOW};
+    return found;
 }
 
 static void free_session(struct session *session) {

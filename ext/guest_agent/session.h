@@ -6,7 +6,7 @@
  * still delivered, then FRAME_EXIT frees the slot.
  *
  * A kept program (protocol.h) outlives its connection: what it wrote and the client may not have is in `kept`, and
- * without a connection it waits in its slot, detached, until it is resumed or its time is over.
+ * without a connection it waits in its slot, detached, until it is resumed, its time is over, or the slot is needed.
  */
 #ifndef HM_SESSION_H
 #define HM_SESSION_H
@@ -56,7 +56,7 @@ struct session {
 extern int64_t keep_ms;
 
 struct session *session_find(uint32_t id);
-/* A free slot for a new id, or NULL. */
+/* A slot for a new id, or NULL. If none is free, the longest detached session is dropped. */
 struct session *session_new(uint32_t id);
 /* Ends whatever runs in it and frees the slot; nothing is told. */
 void session_drop(struct session *session);

@@ -157,3 +157,26 @@ async def test_its_time_ends(tmp_path: Path) -> None:
                 await trio.sleep(0.01)
     finally:
         agent.close()
+
+
+async def test_programs_without_a_client_take_no_slot_of_others(agent: Agent) -> None:
+    """The longest abandoned one goes when there is no other slot; nothing of those with a client ends."""
+    async with connected(agent) as client:
+        first = await start(client, "sleep", "1000")
+        await first.aclose()
+        keys = []
+        for _ in range(100):
+            session = await start(client, "sleep", "1000")
+            keys.append(session.key)
+            await session.aclose()
+        plain = await client.exec(ExecRequest(argv=("cat",)))
+        for _ in range(60):
+            await (await start(client, "sleep", "1000")).aclose()
+        await plain.send_stdin(b"still here")
+        output = await plain.receive()
+        assert isinstance(output, Output) and output.data == b"still here"
+        with pytest.raises(NotFound):
+            await client.resume(first.key, 0)
+        session = await client.resume(keys[-1], 0)
+        session.end()
+        await session.aclose()
