@@ -42,19 +42,27 @@ class CheckedBackend(httpcore.AsyncNetworkBackend):
         await self._inner.sleep(seconds)
 
 
+_IPV6 = ipaddress.IPv6Network("2000::/3")
+"""All that is public. Outside lie addresses that carry an IPv4 address (NAT64, ``::a.b.c.d``), and site-local ones."""
+_UNIQUE_LOCAL = ipaddress.IPv6Network("fc00::/7")
+
+
 def is_allowed(address: str, *, private: bool) -> bool:
     """Whether the server may connect to this address; ``private`` admits private and loopback ones."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
+    ip = _parse(address)
     if ip.is_link_local or ip.is_multicast or ip.is_unspecified:
         return False
+    if isinstance(ip, ipaddress.IPv6Address) and ip not in _IPV6:
+        return private and (ip in _UNIQUE_LOCAL or ip.is_loopback)
     return ip.is_global or private
 
 
 def is_public_or_in(networks: Iterable[str], address: str) -> bool:
     """Whether the server may connect to this address: a public one, or one in ``networks``."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
+    ip = _parse(address)
     return is_allowed(address, private=False) or any(ip in ipaddress.ip_network(each) for each in networks)
+
+
+def _parse(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return ip.ipv4_mapped or ip if isinstance(ip, ipaddress.IPv6Address) else ip

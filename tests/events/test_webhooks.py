@@ -237,6 +237,8 @@ async def test_private_receivers_and_unknown_certificates_are_refused(lab: Lab) 
         ("100.64.0.1", False, True), ("::1", False, True), ("fd00::1", False, True), ("169.254.169.254", False, False),
         ("::ffff:169.254.169.254", False, False), ("fe80::1%eth0", False, False), ("0.0.0.0", False, False),
         ("224.0.0.1", False, False), ("::ffff:10.0.0.1", False, True),
+        ("64:ff9b::a9fe:a9fe", False, False), ("::127.0.0.1", False, False), ("::ffff:0:7f00:1", False, False),
+        ("fec0::1", False, False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_allowed(address: str, public: bool, private: bool) -> None:
