@@ -21,14 +21,14 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
 
 import httpcore
 import msgspec
 import trio
 
 from hypeman import __version__
-from hypeman.egress.transforms import Unavailable, Value
+from hypeman.egress.transforms import Unavailable, Value, valid_until
 from hypeman.egress.types import OAuth2Form
 from hypeman.errors import InvalidRequest
 from hypeman.host.checked_backend import CheckedBackend
@@ -43,6 +43,8 @@ _ASSERTION_LIFE = 300
 """Seconds for which an assertion is valid; GitHub takes at most 600."""
 _USUAL_LIFE = 3600.0
 """Seconds for which a token counts as valid if its answer does not say; RFC 6749 only recommends to."""
+_ODD_LIFE = 60.0
+"""Seconds for which a token counts as valid that, by its answer, expired before it came, or at no possible time."""
 _JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 _GOOGLE = "https://oauth2.googleapis.com/token"
 _GITHUB = "https://api.github.com"
@@ -82,7 +84,18 @@ class _Refresh(msgspec.Struct, frozen=True):
 
 
 def token_url(form: OAuth2Form) -> str:
-    """Where the request goes. Raises InvalidRequest if the form is incomplete."""
+    """Where the request goes. Raises InvalidRequest if the form is incomplete, or that is no address."""
+    url = _token_url(form)
+    try:
+        good = url.isascii() and url.isprintable() and bool(urlsplit(url).hostname) and urlsplit(url).port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise InvalidRequest("token_url of oauth2 must be in ASCII, with a port that there is")
+    return url
+
+
+def _token_url(form: OAuth2Form) -> str:
     if form.grant == "github_app":
         if not form.client_id or not form.installation_id:
             raise InvalidRequest("oauth2 with grant github_app needs client_id and installation_id")
@@ -278,6 +291,15 @@ def _error_code(said: bytes) -> str:
     return f" {code}" if _ERROR.fullmatch(code) else ""
 
 
+def _end_of(moment: datetime | None, lasts: float) -> float:
+    """When a token is to be replaced at the latest. The answer may have brought another refresh token, so that a time
+    that cannot be meant is no reason to refuse it."""
+    try:
+        return valid_until(moment.timestamp() if moment is not None else time.time() + lasts)
+    except (ValueError, OverflowError):
+        return time.time() + _ODD_LIFE
+
+
 def _read_answer(form: OAuth2Form, secret: str, said: bytes, where: str) -> Token:
     try:
         answer = msgspec.json.decode(said, type=_Answer)
@@ -287,8 +309,7 @@ def _read_answer(form: OAuth2Form, secret: str, said: bytes, where: str) -> Toke
     text = answer.access_token or answer.token
     if not text:
         raise Unavailable(f"no token from {where}: the response has no token")
-    until = answer.expires_at.timestamp() if answer.expires_at is not None else time.time() + lasts
-    value = Value(text, until)
+    value = Value(text, _end_of(answer.expires_at, lasts))
     if form.grant != "refresh_token" or not answer.refresh_token:
         return Token(value)
     before = _read_refresh(secret)

@@ -27,7 +27,7 @@ import trio
 from hypeman.config import CredentialSourceConfig
 from hypeman.egress.oauth2 import token_url
 from hypeman.egress.policy import HostPattern, parse_host, parse_hosts
-from hypeman.egress.transforms import Unavailable, Value
+from hypeman.egress.transforms import Unavailable, Value, valid_until
 from hypeman.egress.types import CredentialPolicy
 from hypeman.errors import InvalidRequest
 from hypeman.host.processes import Processes, ToolFailed
@@ -90,7 +90,8 @@ class Source:
         path = self._path
         self._seen = self._identity()
         try:
-            with path.open("rb") as file:
+            # O_NONBLOCK: a FIFO would hold the thread until somebody writes
+            with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise Unavailable(f"source {self.name}: {path} is not a file")
                 data = file.read(MAX_SIZE + 1)
@@ -122,7 +123,7 @@ def read_output(said: bytes) -> Value:
     """The value that a program wrote. Raises ValueError, never containing it."""
     try:
         found = msgspec.json.decode(said, type=dict[str, object])
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         raise ValueError("it is not a JSON object") from None
     text = found.get("value")
     if text is None and "AccessKeyId" in found and "SecretAccessKey" in found:
@@ -138,9 +139,12 @@ def read_output(said: bytes) -> Value:
             raise ValueError("the time at which it expires is not RFC 3339") from None
         if moment.tzinfo is None:
             raise ValueError("the time at which it expires has no time zone")
-        return Value(text, moment.timestamp())
+        return Value(text, valid_until(moment.timestamp()))
     if isinstance(after, int | float) and not isinstance(after, bool) and after > 0:
-        return Value(text, time.time() + after)
+        try:
+            return Value(text, valid_until(time.time() + after))
+        except OverflowError:
+            raise ValueError("the time at which it expires is too far away") from None
     if until is not None or after is not None:
         raise ValueError("the time at which it expires is neither text nor a number of seconds")
     return Value(text)

@@ -12,6 +12,7 @@ import base64
 import enum
 import re
 import struct
+import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 from urllib.parse import quote
@@ -22,6 +23,7 @@ from hypeman.egress.types import BasicForm, InjectAs
 from hypeman.errors import HypemanError, InvalidRequest
 
 MAX_VALUE = 8 * 1024
+_YEAR_10000 = 253402300800.0
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _VISIBLE = re.compile(r"[\x20-\x7e]*")
@@ -49,6 +51,13 @@ class Value(msgspec.Struct, frozen=True):
 
     def __repr__(self) -> str:
         return f"Value(expires_at={self.expires_at})"
+
+
+def valid_until(moment: float) -> float:
+    """The time at which a value expires, as others say. Raises ValueError if it is over, or no time."""
+    if not time.time() < moment < _YEAR_10000:
+        raise ValueError("the value has expired, or the time at which it expires is none")
+    return moment
 
 
 class Unavailable(HypemanError):

@@ -198,6 +198,19 @@ async def test_no_token(server: TokenServer, status: int, said: bytes, shown: st
     assert SECRET not in str(caught.value) and len(server.got) == 1
 
 
+@pytest.mark.parametrize(
+    "said",
+    [{"expires_in": "nan"}, {"expires_in": "inf"}, {"expires_in": 1e300}, {"expires_in": -5}, {"expires_in": 0},
+     {"expires_at": "0001-01-01T00:00:00"}, {"expires_at": "1950-01-01T00:00:00Z"}],
+)  # fmt: skip
+async def test_times_that_cannot_be_meant(server: TokenServer, said: dict[str, Any]) -> None:
+    """The engine could not take such a time; and one that is over would have the server ask every second."""
+    server.answer(access_token="t", refresh_token="r2", **said)
+    form = OAuth2Form(grant="refresh_token", token_url=server.url, client_id="c")
+    token = await token_client().obtain(form, "r1")
+    assert 50 < token.value.expires_at - time.time() <= 60 and token.secret == "r2"
+
+
 async def test_private_addresses_are_not_asked(server: TokenServer) -> None:
     """Else whoever may create instances could have the server send requests to its own network."""
     form = OAuth2Form(grant="client_credentials", token_url=server.url, client_id="c")
@@ -212,6 +225,11 @@ async def test_private_addresses_are_not_asked(server: TokenServer) -> None:
         (OAuth2Form(grant="client_credentials", client_id="c"), SECRET),
         (OAuth2Form(grant="client_credentials", token_url="https://a.b/"), SECRET),
         (OAuth2Form(grant="client_credentials", token_url="https://a.b/", client_id="c"), ""),
+        (OAuth2Form(grant="client_credentials", token_url="https://a.b:x/", client_id="c"), SECRET),
+        (OAuth2Form(grant="client_credentials", token_url="https://a.b:99999/", client_id="c"), SECRET),
+        (OAuth2Form(grant="client_credentials", token_url="https://[::1/", client_id="c"), SECRET),
+        (OAuth2Form(grant="client_credentials", token_url="https://ä.b/", client_id="c"), SECRET),
+        (OAuth2Form(grant="client_credentials", token_url="https://a.b/\n", client_id="c"), SECRET),
         (OAuth2Form(grant="jwt_bearer", token_url="https://a.b/", issuer="i"), SECRET),
         (OAuth2Form(grant="jwt_bearer", token_url="https://a.b/", issuer="i"), pem(EC_KEY)),
         (OAuth2Form(grant="jwt_bearer", token_url="https://a.b/", issuer="i", algorithm="ES256"), pem(RSA_KEY)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ async def test_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             await source.obtain()
 
 
+async def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path):
+        with trio.fail_after(10), pytest.raises(Unavailable, match=r"not a file|directory"):
+            await configured(file=str(path)).find("s").obtain()
+
+
 async def test_systemd_credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = configured(systemd="key").find("s")
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
@@ -145,7 +153,8 @@ def test_output(said: bytes, wanted: Value | None) -> None:
      b'{"AccessKeyId": "secret"}', b'{"value": "secret", "expires_at": 5}',
      b'{"value": "secret", "expires_at": "soon"}',
      b'{"value": "secret", "expires_at": "2030-01-01T00:00:00"}', b'{"value": "secret", "expires_in": -1}',
-     b'{"value": "secret", "expires_in": true}'],
+     b'{"value": "secret", "expires_in": true}', b'{"value": "secret", "expires_at": "2020-01-01T00:00:00Z"}',
+     b'{"value": "secret", "expires_in": ' + b"1" * 400 + b"}", b'{"value": "secret", "expires_in": 1e300}'],
 )  # fmt: skip
 def test_output_refused(said: bytes) -> None:
     with pytest.raises(ValueError) as caught:
