@@ -57,6 +57,12 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED = 100
 MAX_FIELDS = 64
+MAX_FORM = 8 << 20
+"""Bytes of all fields of a form besides the source: they are received into memory."""
+MAX_FORMS = 64 << 20
+"""Of all forms that are being received."""
+RECEIVING_SECONDS = 60.0
+"""For the next piece of a form."""
 _ATTEMPTS = 3
 _CLEAN_SECONDS = 120.0
 _CLEAN_RETRY = 2.0
@@ -107,6 +113,8 @@ class Builds:
         self._journals: dict[str, Journal] = {}
         self._running: dict[str, _Running] = {}
         self._changed = trio.Event()
+        self._received = 0
+        """Bytes of fields of forms that are being received."""
         self.builders = Builders(
             store=store,
             worker=worker,
@@ -261,8 +269,10 @@ class Builds:
 
         fd = os.open(side / SOURCE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         begin = b""
+        held = 0
         try:
-            async for name, piece in parts:
+            while (part := await _next_part(parts)) is not None:
+                name, piece = part
                 if name == "source":
                     begin = begin or piece[:2]
                     size += len(piece)
@@ -273,14 +283,20 @@ class Builds:
                     continue
                 field = fields.setdefault(name, bytearray())
                 field += piece
-                if len(field) > MAX_FIELD or len(fields) > MAX_FIELDS:
+                held += len(piece)
+                self._received += len(piece)
+                if len(field) > MAX_FIELD or len(fields) > MAX_FIELDS or held > MAX_FORM:
                     raise InvalidRequest(
-                        f"{name[:80]!r}: a field may have at most {MAX_FIELD} bytes, and a form {MAX_FIELDS} fields"
+                        f"{name[:80]!r}: a field may have at most {MAX_FIELD} bytes, and a form {MAX_FIELDS} fields "
+                        f"with at most {MAX_FORM} bytes"
                     )
+                if self._received > MAX_FORMS:
+                    raise Conflict("too many large forms are being received; try again", retryable=True)
             await trio.to_thread.run_sync(os.fsync, fd)
         except OSError as error:
             raise HostError(f"the context cannot be stored: {error.strerror}") from error
         finally:
+            self._received -= held
             os.close(fd)
         if not size:
             raise InvalidRequest("source is missing: it is the context as a gzip-compressed tar", code="invalid_source")
@@ -604,6 +620,15 @@ class _Report:
 
     def publishing(self) -> None:
         self._running.publishing = True
+
+
+async def _next_part(parts: AsyncIterator[tuple[str, bytes]]) -> tuple[str, bytes] | None:
+    """None at the end. Raises InvalidRequest if nothing comes."""
+    try:
+        with trio.fail_after(RECEIVING_SECONDS):
+            return await anext(parts, None)
+    except trio.TooSlowError:
+        raise InvalidRequest(f"nothing of the form came for {RECEIVING_SECONDS:.0f} s") from None
 
 
 def _positions(rows: Sequence[BuildRow]) -> dict[str, int]:

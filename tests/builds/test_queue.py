@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import msgspec
 import pytest
 import trio
 
+from hypeman.builds import service
 from hypeman.builds.records import BUILDS
 from hypeman.builds.service import Builds
 from hypeman.builds.types import BuilderStatus, BuildStatus, CreateBuilderRequest
@@ -310,3 +313,44 @@ async def test_idle_builders_are_removed(store: Any, paths: Any) -> None:
         builds.builders._now = lambda: datetime.now(UTC) + timedelta(hours=2)
         await builds.builders.reap()
         assert [one.id for one in await builds.list_builders(tags={})] == ["used"]
+
+
+async def test_forms_that_are_not_sent_on_take_little_memory_and_time(
+    bench: Bench, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a valid token and no more than 64 fields of 1 MB, none of which ends."""
+    monkeypatch.setattr(service, "MAX_FORMS", 20 << 20)
+    outcomes: list[str] = []
+    sent = 0
+
+    async def stalled() -> AsyncGenerator[tuple[str, bytes]]:
+        nonlocal sent
+        for number in range(6):
+            yield f"f{number}", bytes(1 << 20)
+            sent += 1
+        await trio.sleep_forever()
+
+    async def greedy() -> AsyncGenerator[tuple[str, bytes]]:
+        for number in range(60):
+            yield f"f{number}", bytes(1 << 20)
+
+    async with bench.serving() as builds:
+        with pytest.raises(InvalidRequest, match="a form"):
+            async with aclosing(greedy()) as parts:
+                await builds.create(parts)
+
+        async def ask() -> None:
+            try:
+                async with aclosing(stalled()) as parts:
+                    await builds.create(parts)
+            except (Conflict, InvalidRequest) as error:
+                outcomes.append(error.message)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(ask)
+        assert len(outcomes) == 10 and sent <= 10 * 6 - 20
+        assert sum("came for" in each for each in outcomes) >= 1
+        assert sum("try again" in each for each in outcomes) >= 5
+        assert (await builds.create(form())).status is BuildStatus.QUEUED
+        assert not list(bench.paths.tmp.glob("build-*"))
