@@ -123,22 +123,22 @@ static const struct {
     enum reason why;
     const char *title, *message;
 } PAGES[] = {
-    {R_BAD_REQUEST, "Bad Request", "The request is not understood."},
-    {R_HEAD_TOO_LARGE, "Request Header Fields Too Large", "The request is not understood."},
-    {R_METHOD, "Method Not Allowed", "This method is not available here."},
-    {R_EXPECTATION, "Expectation Failed", "The request expects what is not available here."},
+    {R_BAD_REQUEST, "Bad Request", "The request is malformed or ambiguous."},
+    {R_HEAD_TOO_LARGE, "Request Header Fields Too Large", "The header of the request is too large."},
+    {R_METHOD, "Method Not Allowed", "This method is not supported."},
+    {R_EXPECTATION, "Expectation Failed", "The request has an expectation that is not supported."},
     {R_CLIENT_TIMEOUT, "Request Timeout", "The request did not arrive in time."},
-    {R_MOVED, "Permanent Redirect", "This site is at another address."},
-    {R_WANTS_TLS, "Forbidden", "This site wants HTTPS."},
+    {R_MOVED, "Permanent Redirect", "This site has moved."},
+    {R_WANTS_TLS, "Forbidden", "This site requires HTTPS."},
     {R_HOST_MISMATCH, "Misdirected Request", "This connection is for another site."},
-    {R_NO_SITE, "Not Found", "There is no site with this name here."},
-    {R_NO_HEADER, "Unauthorized", "This site wants a header that the request does not have."},
+    {R_NO_SITE, "Not Found", "There is no site with this name on this server."},
+    {R_NO_HEADER, "Unauthorized", "This site requires a header that is missing or wrong."},
     {R_NOT_RUNNING, "Service Unavailable", "The service behind this address is not running at the moment."},
     {R_BUSY, "Service Unavailable", "There are too many connections or requests at the moment."},
     {R_CONNECT, "Bad Gateway", "The service behind this address does not accept connections."},
     {R_CONNECT_TIMEOUT, "Gateway Timeout", "The service behind this address does not answer."},
     {R_UPSTREAM_CLOSED, "Bad Gateway", "The service behind this address closed the connection."},
-    {R_UPSTREAM_RESPONSE, "Bad Gateway", "The service behind this address sent no valid response."},
+    {R_UPSTREAM_RESPONSE, "Bad Gateway", "The service behind this address sent an invalid response."},
     {R_UPSTREAM_TIMEOUT, "Gateway Timeout", "The service behind this address does not answer."},
 };
 
@@ -150,7 +150,7 @@ void page_add(struct page *p, const char *name, const char *value)
 
 void page_of(struct page *p, enum reason why, bool html, const char *location, const char *proof)
 {
-    const char *title = "Error", *message = "The request cannot be carried out.";
+    const char *title = "Error", *message = "The request cannot be processed.";
     p->status = REASONS[why].status;
     for (size_t i = 0; i < sizeof PAGES / sizeof *PAGES; i++)
         if (PAGES[i].why == why) {

@@ -22,8 +22,8 @@ from hypeman.units import format_size, parse_size
 _T = TypeVar("_T")
 
 _HINTS = {
-    401: "set HYPEMAN_API_KEY or api_key in ~/.config/hypeman/cli.yaml; `hypeman token` on the server mints a key",
-    403: "this key may not do that; `hypeman token --scopes` mints one that may",
+    401: "set HYPEMAN_API_KEY or api_key in ~/.config/hypeman/cli.yaml; `hypeman token` on the server issues a token",
+    403: "this token lacks the scope; `hypeman token --scopes` issues one that has it",
     501: "this server, host or hypervisor cannot do it; see `hypeman capabilities`",
 }
 

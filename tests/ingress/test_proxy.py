@@ -211,7 +211,7 @@ async def test_which_status_says_what_is_wrong() -> None:
                     assert told not in body
             assert (await here.logged(number)).status == status
         _, body = await here.get("nobody.test")
-        assert body == b"404 Not Found: There is no site with this name here.\n"
+        assert body == b"404 Not Found: There is no site with this name on this server.\n"
 
 
 async def test_a_server_that_does_not_say_where_an_instance_is() -> None:
