@@ -30,7 +30,7 @@ from hypeman.builds.layouts import GuestFiles, Layout, RegistryNeeds, write_gues
 from hypeman.builds.progress import LineSplitter, SolveStatus, VertexLog, parse_status
 from hypeman.builds.types import Builder, BuildProvenance
 from hypeman.builds.work import BuildFailed, Job, Report, Result
-from hypeman.errors import AlreadyExists, HypemanError, InsufficientResources, NotFound
+from hypeman.errors import AlreadyExists, Conflict, HypemanError, InsufficientResources, NotFound
 from hypeman.guest.client import ExecResult, ExecSession, Output
 from hypeman.guest.session_types import ExecRequest
 from hypeman.host.files import read_pieces
@@ -55,6 +55,9 @@ _AGENT_SECONDS = 120
 _SHORT_SECONDS = 120
 """For programs that only prepare something."""
 _RESOURCES_RETRY = 5.0
+_CACHE_RETRY = 0.5
+_CACHE_SECONDS = 60.0
+"""For the VM of the builder's last build to let go of the cache."""
 _STOP_SECONDS = 20.0
 _MAX_TAIL = 8 << 10
 _MAX_BASES = 100
@@ -185,14 +188,20 @@ class VmWorker:
 
     async def _retried(self, report: Report, attempt: Callable[[], Awaitable[_T]]) -> _T:
         told = False
+        began = trio.current_time()
         while True:
             try:
                 return await attempt()
             except InsufficientResources as error:
-                if not told:
-                    report.log(f"waiting until the host has room: {error.message}")
-                    told = True
-            await trio.sleep(_RESOURCES_RETRY)
+                retry, reason = _RESOURCES_RETRY, f"waiting until the host has room: {error.message}"
+            except Conflict as error:
+                if isinstance(error, AlreadyExists) or trio.current_time() - began > _CACHE_SECONDS:
+                    raise
+                retry, reason = _CACHE_RETRY, f"waiting for the builder's cache: {error.message}"
+            if not told:
+                report.log(reason)
+                told = True
+            await trio.sleep(retry)
 
 
 class _Attempt:
