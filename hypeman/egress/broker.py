@@ -158,6 +158,8 @@ class Broker:
             guest.lock = before.lock
         self._guests[instance_id] = guest
         for key, policy in credentials.items():
+            if not self._may_have(instance_id, key, policy):
+                continue
             if policy.source.named is not None and any(rule.as_.oauth2 is None for rule in policy.inject):
                 guest.needs[key] = self._named(policy.source.named)
             for number, rule in enumerate(policy.inject):
@@ -174,6 +176,16 @@ class Broker:
                 del self._guests[instance_id]
                 self._let_go(guest)
             raise
+
+    def _may_have(self, instance_id: str, key: str, policy: CredentialPolicy) -> bool:
+        """Whether the configuration, which may have changed since ``check``, still says so. If not, the rule is in
+        force without a value: its requests are refused."""
+        try:
+            self._sources.check({key: policy})
+        except InvalidRequest as error:
+            log.error("egress credentials of %s: %s", instance_id, error.message)
+            return False
+        return True
 
     async def remove(self, instance_id: str) -> None:
         """As ``Egress.remove``; values that no other instance needs are forgotten."""

@@ -165,6 +165,11 @@ def test_output_refused(said: bytes) -> None:
 class Script:
     """A supply under a test's control, in the place of a configured source."""
 
+    name, hosts = "s", ()
+
+    def covers(self, host: Any) -> bool:
+        return True
+
     def __init__(self, *outcomes: Value | Exception) -> None:
         self.outcomes = list(outcomes)
         self.calls = 0
@@ -228,4 +233,21 @@ async def test_failures_are_repeated(brokered: Any, autojump_clock: MockClock) -
         await broker.set_policy("i", "10.0.0.1", uses("s", "api.example.com"), {})
         await egress.until(("i", {"KEY": "good"}))
         assert (script.calls, egress.set) == (4, [("i", {}), ("i", {"KEY": "good"})])
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("name", ["s", "gone"])
+async def test_a_source_that_is_no_longer_for_the_host(name: str) -> None:
+    """The configuration of now counts, not that of when the instance was made."""
+    egress = FakeEgress()
+    broker = Broker(egress, configured(file="/etc/hostname", hosts=("other.example.com",)), None, None)  # type: ignore[arg-type]
+    async with trio.open_nursery() as nursery:
+        await nursery.start(broker.run)
+        await broker.set_policy("i", "10.0.0.1", uses(name, "api.example.com"), {})
+        await broker.set_policy("j", "10.0.0.2", uses("s", "other.example.com"), {})
+        await egress.until(("i", {}), ("j", {"KEY": Path("/etc/hostname").read_text().rstrip()}))
+        assert [had for instance, had in egress.set if instance == "i"] == [{}]
+        await broker.remove("i")
+        await broker.remove("j")
+        assert broker._supplies == {}
         nursery.cancel_scope.cancel()
