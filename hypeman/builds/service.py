@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 
 MAX_QUEUED = 100
 MAX_FIELDS = 64
+MAX_TIMEOUT = 24 * 3600
+"""Seconds that a build may request: it holds one of few places."""
 MAX_FORM = 8 << 20
 """Bytes of all fields of a form besides the source: they are received into memory."""
 MAX_FORMS = 64 << 20
@@ -311,6 +313,8 @@ class Builds:
             raise InvalidRequest(f"cpus is {spec.cpus}; at most {settings.max_cpus} are allowed")
         if not 256 <= spec.memory_mb <= settings.max_memory >> 20:
             raise InvalidRequest(f"memory_mb is {spec.memory_mb}; it must be 256 to {settings.max_memory >> 20}")
+        if spec.timeout > max(MAX_TIMEOUT, settings.timeout):
+            raise InvalidRequest(f"timeout_seconds is {spec.timeout}, at most {MAX_TIMEOUT} are allowed")
         for name in parsed.from_server:
             if not settings.secrets_dir or not Path(settings.secrets_dir, name).is_file():
                 raise InvalidRequest(f"secret {name} has no value, and build.secrets_dir has no file of that name")

@@ -241,6 +241,7 @@ async def test_refusals(bench: Bench, tmp_path: Path) -> None:
             ({"cache_scope": "global/x"}, "invalid_request"),
             ({"ssh": [{"id": "default"}]}, "invalid_request"),
             ({"cpus": "100"}, "invalid_request"),
+            ({"timeout_seconds": "999999999"}, "invalid_request"),
             ({"dockerfile": b"x" * (1 << 20) + b"x"}, "invalid_request"),
         ]
         for wrong, code in refused_fields:
