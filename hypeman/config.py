@@ -173,7 +173,7 @@ class BuildConfig(_Section, frozen=True):
     secrets_dir: str = ""
     """Directory with secrets for builds that name them without a value, one file each; empty: none."""
     builder_idle_days: Annotated[float, Meta(ge=0)] = 0.0
-    """Builders that no build has used for so long are deleted with their cache; 0: never."""
+    """Days after which unused builders are deleted with their cache; 0: never."""
 
 
 class NetworkConfig(_Section, frozen=True):
@@ -188,7 +188,7 @@ class NetworkConfig(_Section, frozen=True):
     the gateway. Empty: no such names; guests ask ``dns_server`` directly."""
     hosts_file: str = ""
     """Opt-in: ``/etc/hosts``, for the host to know ``<instance>.<domain>`` of running instances. The server keeps a
-    marked block in it, which removing the appliance takes out. Restart the server after replacing the file by another
+    marked block in it, which is removed with the appliance. Restart the server after the file was replaced by another
     one, as some editors do. Empty: no file is written."""
     uplink: str = ""
     """Uplink interface; empty: that of the default route."""
@@ -292,7 +292,7 @@ class IngressConfig(_Section, frozen=True):
     internal_domains: str = ""
     """Further names that get their certificates from the internal CA (``hypeman ingress ca``): exact names,
     ``*.domain`` for one label, or ``*``, separated by commas. Names of one label, below ``network.domain``,
-    ``.internal``, ``.local``, ``.localhost``, ``.test`` and ``.home.arpa`` do so anyway."""
+    ``.internal``, ``.local``, ``.localhost``, ``.test`` and ``.home.arpa`` always do."""
 
 
 class AcmeConfig(_Section, frozen=True):
@@ -302,18 +302,18 @@ class AcmeConfig(_Section, frozen=True):
     """Names that may get certificates from the CA: exact names, ``*.domain`` for one label, or ``*``, separated by
     commas. Setting it accepts the CA's terms of service. Empty: ACME is not used."""
     email: str = ""
-    """Contact that the CA gets with the account; may be empty."""
+    """Contact address of the account at the CA; may be empty."""
     ca: Annotated[str, Meta(pattern="^(https://[^\\s]+)?$")] = ""
     """URL of the CA's directory; empty: Let's Encrypt."""
     staging: bool = False
-    """Whether to use Let's Encrypt's staging environment, whose certificates no client trusts and whose limits are
-    wide; only with ``ca`` empty."""
+    """Whether to use Let's Encrypt's staging environment, whose certificates no client trusts and whose rate limits are
+    high; only with ``ca`` empty."""
     ca_file: str = ""
     """CA certificates for verifying the connection to the CA; empty: the system's."""
     eab_key_id: str = ""
-    """External account binding: key identifier, for CAs that want one."""
+    """External account binding: key identifier, for CAs that require one."""
     eab_hmac_key: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]*$")] = ""
-    """External account binding: key, in base64url as the CA gives it."""
+    """External account binding: key, in base64url as the CA provides it."""
     profile: str = ""
     """Certificate profile of the CA, for example ``shortlived``; empty: its default."""
 
