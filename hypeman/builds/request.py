@@ -95,6 +95,9 @@ class _Secret(msgspec.Struct, frozen=True):
     value: str | None = None
     value_base64: str | None = None
 
+    def __repr__(self) -> str:
+        return f"_Secret({self.id})"
+
 
 def parse_fields(fields: Mapping[str, bytes]) -> Parsed:
     """Raises InvalidRequest, naming the field."""

@@ -56,6 +56,9 @@ class Token(NamedTuple):
     secret: str | None = None
     """What the next one is obtained with, if the answer brought another refresh token."""
 
+    def __repr__(self) -> str:
+        return f"Token({self.value})"
+
 
 class _Answer(msgspec.Struct, frozen=True):
     access_token: str = ""
@@ -77,10 +80,16 @@ class _ServiceAccount(msgspec.Struct, frozen=True):
     private_key: str
     private_key_id: str = ""
 
+    def __repr__(self) -> str:
+        return f"_ServiceAccount({self.client_email})"
+
 
 class _Refresh(msgspec.Struct, frozen=True):
     refresh_token: str
     client_secret: str = ""
+
+    def __repr__(self) -> str:
+        return "_Refresh(…)"
 
 
 def token_url(form: OAuth2Form) -> str:
@@ -123,6 +132,9 @@ class Request(NamedTuple):
     url: str
     headers: Mapping[str, str]
     body: bytes
+
+    def __repr__(self) -> str:
+        return f"Request({self.url})"
 
 
 def request_of(form: OAuth2Form, secret: str, *, now: float) -> Request:

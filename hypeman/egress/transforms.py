@@ -82,6 +82,9 @@ class Compiled(NamedTuple):
     value: str
     extra: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Compiled({self.kind.name}, {self.name})"
+
     def encode(self, *, ready: bool, expires_at: float) -> bytes:
         head = struct.pack("<BBQ", self.kind, ready, int(expires_at))
         texts = (encode_text(text) for text in self.extra)
@@ -276,6 +279,9 @@ class _AwsKeys(msgspec.Struct, frozen=True):
     key_id: str = msgspec.field(name="AccessKeyId")
     secret: str = msgspec.field(name="SecretAccessKey")
     token: str | None = msgspec.field(default=None, name="SessionToken")
+
+    def __repr__(self) -> str:
+        return f"_AwsKeys({self.key_id})"
 
 
 def _sigv4(shape: InjectAs) -> Form:

@@ -194,3 +194,6 @@ class LoginRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     token: str = ""
     link: str = ""
+
+    def __repr__(self) -> str:
+        return "LoginRequest(…)"

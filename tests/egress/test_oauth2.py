@@ -19,11 +19,12 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from hypeman.egress import oauth2, transforms
 from hypeman.egress.broker import Broker
 from hypeman.egress.oauth2 import TokenClient, check_secret
 from hypeman.egress.sealing import load_sealer
 from hypeman.egress.sources import Sources
-from hypeman.egress.transforms import Unavailable
+from hypeman.egress.transforms import Unavailable, Value
 from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule, OAuth2Form
 from hypeman.errors import InvalidRequest
 from hypeman.host.checked_backend import is_public_or_in
@@ -338,3 +339,19 @@ async def test_rotated_value_is_stored(store: Store, tmp_path: Path) -> None:
     await keep("i", "R", "1", "3")
     assert stored() == {"R": "2", "S": "x"}
     await keep("gone", "R", "1", "3")
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        oauth2._Refresh(SECRET, SECRET),
+        oauth2._ServiceAccount("a", SECRET),
+        oauth2.Token(Value(SECRET), SECRET),
+        oauth2.Request("https://a.b/", {"authorization": SECRET}, SECRET.encode()),
+        transforms._AwsKeys("A", SECRET, SECRET),
+        transforms.Compiled(transforms.Kind.HEADER, "a", SECRET, (SECRET,)),
+    ],
+)
+def test_no_repr_has_a_secret(made: object) -> None:
+    """Tracebacks and logs show them."""
+    assert SECRET not in repr(made)
