@@ -25,6 +25,7 @@ from hypeman.server.sessions import (
     MAX_SESSIONS,
     SESSION,
     SESSIONS,
+    LoginRequest,
     Sessions,
     cookie_name,
     is_local_name,
@@ -434,3 +435,7 @@ async def test_the_actor_of_a_session_is_its_caller(ask: Ask, world: FakeWorld) 
     await ask("POST", "/instances/web/stop", headers={**PAGE, "Cookie": cookie})
     assert seen[0] is not None
     assert seen[0].subject == "ann"
+
+
+def test_a_login_shows_no_secret() -> None:
+    assert "s3cret" not in repr(LoginRequest(token="s3cret", link="s3cret"))
