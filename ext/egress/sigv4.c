@@ -223,14 +223,14 @@ static void add_object_path(struct out *o, struct str path)
     }
 }
 
-/* All others: the path as sent, without empty and dot segments, encoded again. */
+/* All others: the path as sent, without empty and dot segments, encoded again. As AWS's own clients do, "/a/." is "/a",
+ * which RFC 3986 would make "/a/". */
 static void add_normal_path(struct out *o, struct str path)
 {
     size_t start = o->n;
-    bool directory = false;
+    bool slash = path.n && path.p[path.n - 1] == '/';
     while (path.n) {
         struct str segment = cut(&path, '/');
-        directory = true;
         if (!segment.n || same(segment, TEXT(".")))
             continue;
         if (same(segment, TEXT(".."))) {
@@ -238,13 +238,11 @@ static void add_normal_path(struct out *o, struct str path)
                 ;
             continue;
         }
-        directory = false;
         out_add(o, "/", 1);
         for (uint32_t i = 0; i < segment.n; i++)
             add_encoded(o, (unsigned char)segment.p[i], false);
-        directory = path.p[-1] == '/' && !path.n;
     }
-    if (o->n == start || directory)
+    if (o->n == start || slash)
         out_add(o, "/", 1);
 }
 
