@@ -498,7 +498,9 @@ class GuestClient:
                 while session.resumed is None and session.ended is None:
                     await session.wait()
             if session.resumed is None:
-                raise NotFound(session.ended.message if session.ended else "the program did not answer")
+                if session.ended is None:
+                    raise GuestTimeout(f"the guest did not resume the program within {limits.OPEN:g} s")
+                raise NotFound(session.ended.message)
         except BaseException:
             self.close(session, detach=True)
             raise

@@ -21,7 +21,7 @@ from hypeman.guest import limits
 from hypeman.guest.boot import GuestVolume
 from hypeman.guest.client import ExecResult, GuestClient, GuestTimeout
 from hypeman.guest.limits import LIMITS
-from hypeman.guest.protocol import ACK_MAGIC, PROTOCOL_VERSION, SYNC_MAGIC, WINDOW, FrameType, Op
+from hypeman.guest.protocol import ACK_MAGIC, KEY_BYTES, PROTOCOL_VERSION, SYNC_MAGIC, WINDOW, FrameType, Op
 from hypeman.guest.types import CopyToRequest, ExecRequest, FileKind
 
 NONCE = bytes(range(16))
@@ -124,13 +124,14 @@ REQUESTS: dict[Op, Callable[[GuestClient], Awaitable[Any]]] = {
     Op.METRICS: lambda client: client.metrics(),
     Op.FREEZE: lambda client: client.freeze(),
     Op.THAW: lambda client: client.thaw(),
+    Op.RESUME: lambda client: client.resume(bytes(KEY_BYTES), 0),
 }
 
 
 def test_every_operation_has_a_limit_and_is_tried_here() -> None:
     assert set(LIMITS) == set(Op)
     assert set(REQUESTS) == set(Op) - {Op.PING}, "the ping is the client's own"
-    assert [op for op in Op if math.isinf(LIMITS[op])] == [Op.EXEC], "a program may run as long as it likes"
+    assert [op for op in Op if math.isinf(LIMITS[op])] == [Op.EXEC, Op.RESUME], "a program may run as long as it likes"
 
 
 @pytest.mark.parametrize("op", REQUESTS)
