@@ -170,7 +170,7 @@ class Layout:
             return
         upload = await self._registry.begin(repository)
         try:
-            async with await self._open(path) as copy, aclosing(_content(copy)) as pieces:
+            async with aclosing(await self._open(path)) as copy, aclosing(_content(copy)) as pieces:
                 await self._registry.receive(repository, upload, pieces)
             await self._registry.finish(repository, upload, digest)
         except BaseException:
@@ -178,14 +178,15 @@ class Layout:
                 await self._registry.cancel(repository, upload)
             raise
 
-    async def _open(self, path: str) -> _Opened:
-        return _Opened(await self._guests.copy_from(self._ref, _request("from", f"{self._directory}/{path}")))
+    async def _open(self, path: str) -> CopyOut:
+        """The caller closes it."""
+        return await self._guests.copy_from(self._ref, _request("from", f"{self._directory}/{path}"))
 
     async def _read(self, path: str) -> bytes:
         """A small file. Raises BuildFailed."""
         data = bytearray()
         try:
-            async with await self._open(path) as copy, aclosing(_content(copy)) as pieces:
+            async with aclosing(await self._open(path)) as copy, aclosing(_content(copy)) as pieces:
                 async for piece in pieces:
                     data += piece
                     if len(data) > MAX_MANIFEST_BYTES:
@@ -196,19 +197,6 @@ class Layout:
 
     async def _write(self, path: str, pieces: AsyncGenerator[bytes]) -> None:
         await write_guest_file(self._guests, self._ref, f"{self._directory}/{path}", pieces)
-
-
-class _Opened:
-    """A copy that is open; closed with the block."""
-
-    def __init__(self, copy: CopyOut) -> None:
-        self._copy = copy
-
-    async def __aenter__(self) -> CopyOut:
-        return self._copy
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._copy.aclose()
 
 
 async def write_guest_file(
