@@ -72,6 +72,10 @@ class _Document(msgspec.Struct, frozen=True, rename="camel"):
     manifests: tuple[_Part, ...] = ()
     media_type: str = ""
 
+    @property
+    def blobs(self) -> tuple[_Part, ...]:
+        return (self.config, *self.layers) if self.config is not None else self.layers
+
 
 class Root(msgspec.Struct, frozen=True):
     """The manifest or index that a layout is about."""
@@ -115,15 +119,13 @@ class Layout:
         """Write what ``repository`` has under ``tag`` into the directory: its digest, or None if there is nothing.
         Of an index, the image for this host's platform."""
         try:
-            found = await self._registry.manifest(repository, tag)
-            data = b"".join([piece async for piece in read_pieces(found.fd, 0, found.size)])
+            found, data = await self._manifest(repository, tag)
             if found.media_type in INDEX_TYPES:
                 index = parse_manifest(data, found.media_type)
                 assert isinstance(index, Index)
-                found = await self._registry.manifest(repository, choose_platform(index, host_platform()).digest)
-                data = b"".join([piece async for piece in read_pieces(found.fd, 0, found.size)])
+                found, data = await self._manifest(repository, choose_platform(index, host_platform()).digest)
             document = _decoded(data)
-            for part in ((document.config,) if document.config else ()) + document.layers:
+            for part in document.blobs:
                 blob = await self._registry.blob(repository, part.digest)
                 await self._write(_path(part.digest), read_pieces(blob.fd, 0, blob.size))
         except (RegistryFailure, ManifestError, PlatformMissing):
@@ -140,6 +142,12 @@ class Layout:
         await self._write("oci-layout", _once(b'{"imageLayoutVersion":"1.0.0"}'))
         return found.digest
 
+    async def _manifest(self, repository: str, reference: str) -> tuple[Opened, bytes]:
+        """What the registry has, and its content; the file is closed. Raises RegistryFailure."""
+        found = await self._registry.manifest(repository, reference)
+        async with aclosing(read_pieces(found.fd, 0, found.size)) as pieces:
+            return found, b"".join([piece async for piece in pieces])
+
     async def _store(self, repository: str, part: _Part, depth: int) -> Root:
         data = await self._document(part.digest)
         document = _decoded(data)
@@ -147,7 +155,7 @@ class Layout:
             raise BuildFailed("the result has too many parts")
         for child in document.manifests:
             await self._store(repository, child, depth - 1)
-        for blob in ((document.config,) if document.config else ()) + document.layers:
+        for blob in document.blobs:
             await self._blob(repository, blob.digest)
         media_type = document.media_type or part.media_type
         await self._registry.put_manifest(repository, part.digest, data, media_type)

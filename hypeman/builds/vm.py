@@ -303,6 +303,9 @@ class _Attempt:
         if received.exit_code:
             raise BuildFailed(f"the context cannot be unpacked: {_text(output) or received.message}")
 
+    def _layout(self, directory: str) -> Layout:
+        return Layout(self._guests, self._registry, self._ref, directory)
+
     async def _load_images(self) -> list[command.LocalImage]:
         """Base images that this host has: used as they are, as docker build does, unless newer ones are wanted."""
         spec = self._job.spec
@@ -318,8 +321,8 @@ class _Attempt:
             if self._images.find_ready(str(image)) is None:
                 continue
             directory = f"{command.IMAGES}/{len(loaded)}"
-            layout = Layout(self._guests, self._registry, self._ref, directory)
-            if (digest := await layout.load(repository_of(image), image.tag)) is not None:
+            digest = await self._layout(directory).load(repository_of(image), image.tag)
+            if digest is not None:
                 self._report.log(f"using {image} of this host")
                 loaded.append(command.LocalImage(dockerfile.familiar_name(image), directory, digest))
         return loaded
@@ -329,8 +332,7 @@ class _Attempt:
         loaded = []
         for place, repository in enumerate(self._import_from()):
             directory = f"{command.CACHE_IN}/{place}"
-            layout = Layout(self._guests, self._registry, self._ref, directory)
-            if await layout.load(repository, "latest") is not None:
+            if await self._layout(directory).load(repository, "latest") is not None:
                 loaded.append(directory)
         return loaded
 
@@ -420,9 +422,9 @@ class _Attempt:
     async def _store(self, provenance: BuildProvenance) -> Result:
         await self._report.pushing()
         for place, repository in enumerate(self._export_to()):
-            cache = Layout(self._guests, self._registry, self._ref, f"{command.CACHE_OUT}/{place}")
+            cache = self._layout(f"{command.CACHE_OUT}/{place}")
             await cache.tag(repository, "latest", await cache.store(repository))
-        layout = Layout(self._guests, self._registry, self._ref, command.OUT)
+        layout = self._layout(command.OUT)
         names = [parse_reference(name) for name in self._job.images]
         roots = [(name, await layout.store(repository_of(name))) for name in names]
         self._report.publishing()
