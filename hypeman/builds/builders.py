@@ -81,7 +81,7 @@ class Builders:
 
         def read(txn: Txn) -> list[Builder]:
             found = [row.builder for _, row in txn.scan(BUILDERS)]
-            return [self._view(txn, one) for one in found if tags_match(_tags(one), tags)]
+            return [self._view(txn, one) for one in found if tags_match(one.tags or {}, tags)]
 
         return sorted(self._store.read(read), key=lambda one: (one.created_at, one.id))
 
@@ -224,7 +224,3 @@ class Builders:
 def _delete(txn: Txn, builder: Builder) -> None:
     if txn.delete(BUILDERS, builder.id):
         note_builder(txn, builder, "deleted")
-
-
-def _tags(builder: Builder) -> Mapping[str, str]:
-    return builder.tags if isinstance(builder.tags, dict) else {}

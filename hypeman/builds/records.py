@@ -79,13 +79,11 @@ def note_build(txn: Txn, build: Build, action: str) -> None:
         "error": build.error,
         "builder": build.builder_id,
     }
-    tags = build.tags if isinstance(build.tags, dict) else None
-    events.record(txn, events.Kind.BUILD, action, build.id, tags=tags, data=data)
+    events.record(txn, events.Kind.BUILD, action, build.id, tags=build.tags or None, data=data)
 
 
 def note_builder(txn: Txn, builder: Builder, action: str) -> None:
-    name = builder.name if isinstance(builder.name, str) else None
-    tags = builder.tags if isinstance(builder.tags, dict) else None
+    name, tags = builder.name or None, builder.tags or None
     events.record(txn, events.Kind.BUILDER, action, builder.id, name=name, tags=tags)
 
 

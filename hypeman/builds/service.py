@@ -164,7 +164,7 @@ class Builds:
         def read(txn: Txn) -> list[Build]:
             rows = all_builds(txn)
             positions = _positions(rows)
-            found = [row.build for row in rows if tags_match(_tags(row.build), tags)]
+            found = [row.build for row in rows if tags_match(row.build.tags or {}, tags)]
             return [_view(build, positions) for build in reversed(found)]
 
         return self._store.read(read)
@@ -643,7 +643,3 @@ def _positions(rows: Sequence[BuildRow]) -> dict[str, int]:
 def _view(build: Build, positions: Mapping[str, int]) -> Build:
     position = positions.get(build.id)
     return build if position is None else msgspec.structs.replace(build, queue_position=position)
-
-
-def _tags(build: Build) -> Mapping[str, str]:
-    return build.tags if isinstance(build.tags, dict) else {}

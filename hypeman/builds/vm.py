@@ -132,13 +132,13 @@ class VmWorker:
         left = {each.tags[BUILD_TAG] for each in found if each.name == _name(each.tags.get(BUILD_TAG, ""))}
         volumes = await self._volumes.list(tags={})
         for volume in volumes:
-            tags = volume.tags if isinstance(volume.tags, dict) else {}
+            tags = volume.tags or {}
             if volume.id == _name(tags.get(BUILD_TAG, "")):
                 left.add(tags[BUILD_TAG])
         for build_id in sorted(left):
             await self.clean(build_id)
         for volume in volumes:
-            tags = volume.tags if isinstance(volume.tags, dict) else {}
+            tags = volume.tags or {}
             builder_id = tags.get(BUILDER_TAG, "")
             if volume.id == _cache(builder_id) and builder_id not in builders:
                 await self.remove_cache(builder_id)
