@@ -18,6 +18,7 @@ from msgspec import UNSET
 from hypeman.actor import acting
 from hypeman.builds.records import (
     BUILDERS,
+    BuildRow,
     all_builds,
     find_builder,
     note_builder,
@@ -80,14 +81,15 @@ class Builders:
         """Oldest first."""
 
         def read(txn: Txn) -> list[Builder]:
+            builds = all_builds(txn)
             found = [row.builder for _, row in txn.scan(BUILDERS)]
-            return [self._view(txn, one) for one in found if tags_match(one.tags or {}, tags)]
+            return [self._view(one, builds) for one in found if tags_match(one.tags or {}, tags)]
 
         return sorted(self._store.read(read), key=lambda one: (one.created_at, one.id))
 
     async def get(self, builder_id: str) -> Builder:
         """Raises NotFound."""
-        return self._store.read(lambda txn: self._view(txn, find_builder(txn, builder_id)))
+        return self._store.read(lambda txn: self._view(find_builder(txn, builder_id), all_builds(txn)))
 
     async def create(self, request: CreateBuilderRequest) -> Builder:
         """Raises InvalidRequest, AlreadyExists, Conflict ``quota_exceeded``."""
@@ -157,7 +159,7 @@ class Builders:
     # Working
 
     def _claim(self, txn: Txn, builder_id: str, status: BuilderStatus) -> Builder:
-        builder = self._view(txn, find_builder(txn, builder_id))
+        builder = self._view(find_builder(txn, builder_id), all_builds(txn))
         if builder.active_build_id or builder.queued_builds:
             raise Conflict(f"builder {builder.id!r} has builds", retryable=True)
         if builder.status in (BuilderStatus.PRUNING, BuilderStatus.DELETING):
@@ -212,10 +214,11 @@ class Builders:
         await self._store.write(ready)
         self._changed()
 
-    def _view(self, txn: Txn, builder: Builder) -> Builder:
+    def _view(self, builder: Builder, builds: Sequence[BuildRow]) -> Builder:
+        """``builds``: all, oldest first."""
         queued = tuple(
             row.build.id
-            for row in all_builds(txn)
+            for row in builds
             if row.build.builder_id == builder.id and row.build.status is BuildStatus.QUEUED
         )
         return msgspec.structs.replace(builder, queued_builds=queued, active_build_id=self._active(builder.id))
