@@ -162,9 +162,8 @@ void xchg_unask(struct xchg *x)
     x->asked = false;
 }
 
-static bool decide_held(struct xchg *x, uint64_t token, bool allow)
+static bool decide_held(struct loop *l, struct xchg *x, uint64_t token, bool allow)
 {
-    struct loop *l = x->down->loop;
     if (!x->held || !x->asked || x->approval != token)
         return false;
     xchg_unask(x);
@@ -181,25 +180,27 @@ static bool decide_held(struct xchg *x, uint64_t token, bool allow)
     return true;
 }
 
-void held_decided(struct loop *l, uint64_t token, bool allow)
+/* The first exchange of a guest's connection; of one without a request so far it is blank. */
+static struct xchg *first_of(struct conn *c)
 {
-    for (struct conn *c = l->all; c; c = c->all_next) {
-        if (c->dead || c->kind != DOWN)
-            continue;
-        if (!c->h2 && decide_held(&c->x, token, allow))
-            return;
-        for (struct xchg *x = c->h2 ? c->streams : NULL; x; x = x->next)
-            if (decide_held(x, token, allow))
-                return;
-    }
+    return c->dead || c->kind != DOWN ? NULL : c->h2 ? c->streams : &c->x;
 }
 
-static void decide_again(struct xchg *x, bool rules_changed)
+void held_decided(struct loop *l, uint64_t token, bool allow)
 {
-    struct loop *l = x->down->loop;
+    for (struct conn *c = l->all; c; c = c->all_next)
+        for (struct xchg *x = first_of(c); x; x = x->next)
+            if (decide_held(l, x, token, allow))
+                return;
+}
+
+static void decide_again(struct loop *l, struct xchg *x, bool rules_changed)
+{
     bool late = x->held_until_ms <= l->now_ms;
-    if (!x->held || (!late && !rules_changed)) {
-        if (x->held && (!l->held++ || x->held_until_ms < l->held_due_ms))
+    if (!x->held)
+        return;
+    if (!late && !rules_changed) {
+        if (!l->held++ || x->held_until_ms < l->held_due_ms)
             l->held_due_ms = x->held_until_ms;
         return;
     }
@@ -217,21 +218,15 @@ static void decide_again(struct xchg *x, bool rules_changed)
 void held_again(struct loop *l, bool rules_changed)
 {
     struct conn *next;
+    struct xchg *after;
     if (!l->held)
         return;
     l->held = 0;
     for (struct conn *c = l->all; c; c = next) {
         next = c->all_next;
-        if (c->dead || c->kind != DOWN)
-            continue;
-        if (c->h2) {
-            struct xchg *after;
-            for (struct xchg *x = c->streams; x; x = after) {
-                after = x->next;
-                decide_again(x, rules_changed);
-            }
-        } else {
-            decide_again(&c->x, rules_changed);
+        for (struct xchg *x = first_of(c); x; x = after) {
+            after = x->next;
+            decide_again(l, x, rules_changed);
         }
     }
 }

@@ -300,3 +300,22 @@ async def test_held_requests_are_bounded_and_follow_the_rules(world: World) -> N
             await decide(True)
         for wire in again:
             assert (await read_response(wire))[0] == 200
+
+
+async def test_connections_without_a_request_beside_a_held_one(world: World) -> None:
+    """The request is looked for among all connections, also those that have not sent anything yet."""
+    await world.allow(access=asking(world))
+    asked = Asked(world)
+    wire = await world.tls()
+    await wire.send(POST)
+    _, decide = await asked.receive.receive()
+    idle = [await world.tls()]
+    await decide(True)
+    assert (await read_response(wire))[0] == 200
+    await wire.send(POST)
+    await asked.receive.receive()
+    idle += [await world.tls(), await world.tcp()]
+    await world.allow(access=closed(AccessRule(action=ALLOW, hosts=(HOST,))))
+    assert (await read_response(wire))[0] == 200
+    for each in idle[:2]:
+        assert (await world.ask(each, GET))[0] == 200
