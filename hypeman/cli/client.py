@@ -146,11 +146,11 @@ class Client:
                 if not self._position:
                     raise
             except ApiError as error:
-                if lost is None or error.status < 500:  # 404: the instance is gone, and so is its log
-                    if after and error.status == 404:
-                        return
+                if lost is not None and error.status == 404:  # the instance is gone, and so is its log
+                    return
+                if lost is None or error.status < 500:
                     raise
-            if not self._position:
+            if not self._position:  # of a server that gives none
                 return
             if lost is None:
                 lost = time.monotonic()

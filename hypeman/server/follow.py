@@ -12,8 +12,9 @@ Rules:
   the stream ends: its instance was deleted.
 - The requested lines may extend into the one old file that rotation keeps (``<path>.1``).
 - A line longer than MAX_LINE comes in pieces, each but the last marked with CONTINUES at its end.
-- With ``positions`` each event has an id: device and inode of the file, and the offset behind the line. Opened
-  ``after`` one, a stream goes on from there, in whatever file that is now; what was rotated away meanwhile is left out.
+- With ``positions`` the stream begins with an id, and each event has one: device and inode of the file, and the
+  offset behind the line. Opened ``after`` one, a stream goes on from there, in whatever file that is now; what was
+  rotated away meanwhile is left out.
 - Bytes that are not UTF-8 become U+FFFD. What the data cannot hold is in a comment before it, which clients of
   server-sent events skip and our command line reads: ``: bytes=<base64 of the line>``, ``: piece=<the same>``.
 """
@@ -197,6 +198,7 @@ class LogStream:
         """End offset without a watch: later output is not read, or a busy guest could keep the stream open forever."""
         self._cutter = LineCutter()
         self._caught_up = False
+        self._begun = not positions
         self._ended = False
 
     @classmethod
@@ -229,6 +231,10 @@ class LogStream:
         return self
 
     async def __anext__(self) -> bytes:
+        if not self._begun:
+            self._begun = True
+            await trio.lowlevel.checkpoint()
+            return self._id() + b"\n"  # where to go on if nothing comes
         while not self._ended:
             block = await self._read()
             lines = self._cutter.feed(block) if block else self._turn_page()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+from hypeman.cli.client import Client
+from hypeman.cli.settings import Settings
 from tests.cli.conftest import Running
+from tests.cli.test_exec import wait_until
 
 
 def test_no_line_is_lost_or_doubled_over_an_upgrade(tmp_path: Path) -> None:
@@ -38,3 +42,22 @@ def test_no_line_is_lost_or_doubled_over_an_upgrade(tmp_path: Path) -> None:
         _, errors = running.communicate(timeout=30)
     assert seen == b"one\ntwo\nthree\nfour\nfive\nsix\nseven\n"
     assert errors == b""
+
+
+def test_a_program_that_has_printed_nothing_is_followed_over_an_upgrade(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+    with Running(tmp_path) as first:
+        first.world.instances.add("web")
+        log = tmp_path / "logs" / "web-app.log"
+        log.write_text("before\n")
+        client = Client(Settings(base_url=first.url))
+        lines = client.followed_lines("/instances/web/logs", tail=0)
+        follower = threading.Thread(target=lambda: seen.append(next(lines)[0]), daemon=True)
+        follower.start()
+        wait_until(lambda: client._position)
+    with log.open("a") as file:
+        file.write("at last\n")
+    with Running(tmp_path) as second:
+        second.world.instances.add("web")
+        follower.join(30)
+    assert seen == [b"at last"]

@@ -313,6 +313,8 @@ async def test_it_goes_on_after_any_line(tmp_path: Path) -> None:
 async def placed(path: Path, after: str = "") -> list[tuple[str, str]]:
     stream = await LogStream.open(str(path), tail=100, follow=False, positions=True, after=after)
     events = b"".join([chunk async for chunk in stream]).decode().split("\n\n")[:-1]
+    begin, *events = events
+    assert re.fullmatch(r"id: \d+-\d+-\d+", begin), "where to go on if nothing comes"
     return [
         (event.split("\n")[0].removeprefix("id: "), msgspec.json.decode(event.split("data: ")[-1])) for event in events
     ]

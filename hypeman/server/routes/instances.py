@@ -45,7 +45,9 @@ class LogQuery(Struct, frozen=True, kw_only=True):
     tail: Annotated[Count, Meta(description="Lines from before")] = 100
     follow: bool = False
     source: LogSource = LogSource.APP
-    positions: Annotated[bool, Meta(description="Extension. Each event has an id: where its line ends")] = False
+    positions: Annotated[
+        bool, Meta(description="Extension. Each event has an id: where its line ends; one comes first")
+    ] = False
     after: Annotated[
         str, Meta(description="Extension. The id of an event: go on with the line after it, and with ids; no tail")
     ] = ""
