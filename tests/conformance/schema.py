@@ -7,6 +7,7 @@ It is installed into ``build/conformance``, apart from our environment, and runs
 
 from __future__ import annotations
 
+import os
 import secrets
 import subprocess
 import sys
@@ -66,9 +67,15 @@ async def test_schemathesis_finds_nothing(appliance: Appliance, schemathesis: Pa
         "-H", f"Authorization: Bearer {token}", "--phases", PHASES,
         "--max-examples", "5", "--seed", "1", "--request-timeout", "70",
     )  # fmt: skip
+    live = await appliance.get("/instances/live")
+    hooks = {
+        "SCHEMATHESIS_HOOKS": "schemathesis_hooks",
+        "PYTHONPATH": str(settings.parent),
+        "LIVE_INSTANCE": live["id"],
+    }
     report = tmp_path / "schemathesis.log"
     with report.open("wb") as log:
-        done = await trio.run_process(command, stdout=log, check=False, cwd=tmp_path)
+        done = await trio.run_process(command, stdout=log, check=False, cwd=tmp_path, env=os.environ | hooks)
     assert done.returncode == 0, report.read_text()[-20_000:]
     live = await appliance.get("/instances/live")
     assert (live["state"], live["image"]) == ("Running", IMAGE)
