@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from hypeman.cli.client import segment
+from hypeman.cli.complete import complete_instance
 from hypeman.cli.instances import instance_argument, path_of
 from hypeman.cli.output import plain, render, render_table, size, use_colour
 from hypeman.cli.session import Session, reports
@@ -94,18 +95,20 @@ def learn(session: Session, instance: str) -> None:
 
 
 @egress.command()
-@instance_argument
+@click.argument("instance", required=False, shell_complete=complete_instance)
 @reports
-def pending(session: Session, instance: str) -> None:
-    """List requests that are waiting for approval."""
+def pending(session: Session, instance: str | None) -> None:
+    """List requests that are waiting for approval, of one instance or of all."""
+    names = {} if instance else {each["id"]: each["name"] for each in session.client.get("/instances")}
     columns = [
         ("APPROVAL", lambda each: each["id"]),
+        *([("INSTANCE", lambda each: names.get(each["instance_id"], each["instance_id"]))] if not instance else []),
         ("RULE", lambda each: each["rule"]),
         ("REQUEST", lambda each: f"{each['method']} {each['scheme']}://{each['host']}:{each['port']}{each['path']}"),
         ("WAITING", lambda each: each["waiting"]),
         ("UNTIL", lambda each: each["expires_at"]),
     ]
-    found = session.client.get(f"{path_of(instance)}/egress/approvals")
+    found = session.client.get(f"{path_of(instance) if instance else ''}/egress/approvals")
     session.show(found, lambda: render_table(found, columns, colour=use_colour()))
 
 

@@ -102,10 +102,11 @@ class Approvals:
         expires = datetime.now(UTC) + timedelta(seconds=self._timeout)
         pending.shown = msgspec.structs.replace(pending.shown, waiting=len(pending.waiting), expires_at=expires)
 
-    def pending(self, instance_id: str) -> list[EgressApproval]:
-        """What waits for a decision, oldest first."""
+    def pending(self, instance_id: str | None = None) -> list[EgressApproval]:
+        """What waits for a decision, of one instance or of all, oldest first."""
         self._purge()
-        return [each.shown for each in self._pending.values() if each.shown.instance_id == instance_id]
+        shown = [each.shown for each in self._pending.values()]
+        return [each for each in shown if instance_id in (None, each.instance_id)]
 
     async def decide(self, instance_id: str, approval: str, *, allow: bool, seconds: float) -> EgressApproval:
         """Decide about the requests that wait, and for ``seconds`` about those to come. Raises NotFound."""

@@ -76,8 +76,8 @@ class EgressView:
             requests=seen.requests, complete=seen.complete, default=AccessDefault.DENY, rules=seen.rules()
         )
 
-    def approvals(self, ref: str) -> list[EgressApproval]:
-        return self._approvals.pending(self._guests.policy(ref).instance_id)
+    def approvals(self, ref: str | None = None) -> list[EgressApproval]:
+        return self._approvals.pending(None if ref is None else self._guests.policy(ref).instance_id)
 
     async def decide(self, ref: str, approval: str, *, allow: bool, seconds: float) -> EgressApproval:
         instance_id = self._guests.policy(ref).instance_id

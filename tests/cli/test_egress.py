@@ -94,6 +94,8 @@ def test_approvals(cli: Any, server: Any) -> None:
     egress.hold(instance)
     _, line = cli("egress", "pending", "web").stdout.splitlines()
     assert line.split()[:4] == ["a1", "writes", "POST", "https://api.example.com:443/v1/x"]
+    _, line = cli("egress", "pending").stdout.splitlines()
+    assert line.split()[:3] == ["a1", "web", "writes"]
     assert cli("egress", "approve", "web", "a1", "--for", "10m").stdout.startswith("approved: 1 ")
     egress.hold(instance)
     assert cli("egress", "deny", "web", "a1").stdout.startswith("denied: 1 ")

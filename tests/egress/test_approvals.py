@@ -49,6 +49,15 @@ class Approver(Approvals):
         await self.ask(request, decide)
 
 
+async def test_those_of_all_instances(autojump_clock: trio.testing.MockClock) -> None:
+    approver = Approver()
+    for instance in ("one", "two"):
+        await approver.request(held(instance=instance))
+    assert [each.instance_id for each in approver.pending()] == ["one", "two"]
+    await trio.sleep(61)
+    assert approver.pending() == []
+
+
 async def test_one_approval_for_requests_that_are_alike(autojump_clock: trio.testing.MockClock) -> None:
     approver = Approver()
     for path in ("/a", "/a", "/b"):

@@ -734,9 +734,9 @@ class FakeEgress:
         rule = AccessRule(action=AccessAction.ALLOW, hosts=("api.example.com",), ports=(443,), methods=("GET",))
         return EgressProposal(requests=2, complete=True, default=AccessDefault.DENY, rules=(rule,))
 
-    def approvals(self, ref: str) -> list[EgressApproval]:
-        instance = self.policy(ref).instance_id
-        return [each for each in self.held.values() if each.instance_id == instance]
+    def approvals(self, ref: str | None = None) -> list[EgressApproval]:
+        instance = None if ref is None else self.policy(ref).instance_id
+        return [each for each in self.held.values() if instance in (None, each.instance_id)]
 
     async def decide(self, ref: str, approval: str, *, allow: bool, seconds: float) -> EgressApproval:
         self.policy(ref)

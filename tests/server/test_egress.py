@@ -123,6 +123,7 @@ async def test_approvals(ask: Any, mediated: FakeWorld) -> None:
         mediated.egress.hold(instance)
         [held] = await (await ask("GET", paths)).get_json()
         assert (held["id"], held["rule"], held["path"]) == ("a1", "writes", "/v1/x")
+        assert await (await ask("GET", "/egress/approvals")).get_json() == [held]
         response = await ask("POST", f"{paths}/a1/{verb}", **({} if body is None else {"json": body}))
         assert response.status_code == 200
         assert mediated.egress.decided.pop() == ("a1", verb == "approve", seconds)

@@ -125,6 +125,33 @@ test("events from before and new ones are listed, and filtered", async () => {
   await page.done();
 });
 
+test("requests that wait for approval are counted on every page, and decided once or for a time", async () => {
+  const page = await open(browser, "/instances");
+  const count = page.getByRole("navigation").getByLabel("2 waiting");
+  await count.click();
+  const held = page.getByRole("list", { name: "Waiting for approval" }).getByRole("listitem");
+  const created = held.filter({ hasText: "POST https://api.github.com/repos/acme/site/pulls" });
+  await created.getByRole("combobox").selectOption("10m");
+  await created.getByRole("button", { name: "Approve" }).click();
+  await page.getByText("Approved: POST api.github.com").waitFor();
+  await created.waitFor({ state: "detached" });
+  await page.getByRole("navigation").getByLabel("1 waiting").waitFor();
+
+  await held.getByRole("link", { name: "agent" }).click();
+  const records = page.getByRole("region", { name: "Requests" }).getByRole("row");
+  await records.filter({ hasText: "approved by writes" }).waitFor();
+  await page.getByRole("tab", { name: "Egress" }).getByLabel("1 waiting").waitFor();
+  await held.getByRole("button", { name: "Deny" }).click();
+  await records.filter({ hasText: "not approved" }).filter({ hasText: "DELETE" }).waitFor();
+  await held.waitFor({ state: "detached" });
+  await page.getByRole("tab", { name: "Overview" }).click();
+  await held.filter({ hasText: "DELETE" }).waitFor(); // the guest repeats it
+  await held.getByRole("button", { name: "Approve" }).click();
+  await page.getByRole("navigation").getByLabel("waiting").waitFor({ state: "detached" });
+  assert.deepEqual(await api("GET", "/egress/approvals"), []);
+  await page.done();
+});
+
 test("an operation can be tried on the page of the API, with the session and with a token", async () => {
   const page = await open(browser, "/instances");
   await page.goto(`${BASE}/swagger`);
@@ -182,7 +209,7 @@ test("the palette finds, and letters go to pages", async () => {
 
 const PATHS = ["/instances", "/instances/web", "/instances/web/logs", "/instances/web/terminal", "/instances/web/files", "/instances/web/network",
   "/instances/web/volumes", "/instances/web/snapshots", "/instances/agent/egress", "/instances/web/settings", "/create", "/images", "/builds", "/volumes",
-  "/ingresses", "/devices", "/host", "/events", "/nowhere"];
+  "/ingresses", "/approvals", "/devices", "/host", "/events", "/nowhere"];
 
 for (const colorScheme of ["light", "dark"]) {
   test(`axe has no serious finding on any page, ${colorScheme}`, async () => {

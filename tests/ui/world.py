@@ -15,7 +15,7 @@ import math
 import random
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,11 +26,12 @@ import trio
 
 from hypeman import assets
 from hypeman.devices.types import AvailableDevice
-from hypeman.egress.types import EgressRecord
+from hypeman.egress.types import AccessAction, AccessDefault, AccessRule, EgressAccess, EgressApproval, EgressRecord
 from hypeman.errors import NameConflict
 from hypeman.events.types import Event, EventFilter, Kind
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, FileKind
+from hypeman.ids import new_id
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, LayerProgress, Progress
 from hypeman.ingress.types import CreateIngressRequest, IngressMatch, IngressRule, IngressTarget
 from hypeman.instances.model.snapshot_types import (
@@ -73,6 +74,8 @@ from hypeman.volumes.types import CreateVolumeRequest, VolumeAttachment
 from tests.fakes.services import (
     DIGEST,
     FakeCopyOut,
+    FakeEgress,
+    FakeEgressRecords,
     FakeEvents,
     FakeExec,
     FakeFollower,
@@ -324,6 +327,86 @@ class LiveInstances(FakeInstances):
         return UsageOfAll(time=datetime.now(UTC), instances=tuple(found))
 
 
+class LiveEgress(FakeEgress):
+    """A guest repeats a request that was denied once, a moment later."""
+
+    def __init__(self, instances: LiveInstances, events: LiveEvents, nursery: trio.Nursery) -> None:
+        super().__init__(instances)
+        self._events = events
+        self._nursery = nursery
+        self._repeated: set[str] = set()
+        self._followers: list[trio.MemorySendChannel[EgressRecord]] = []
+
+    def ask(self, instance: Instance, method: str, path: str) -> None:
+        now = datetime.now(UTC)
+        held = EgressApproval(
+            id=new_id(),
+            instance_id=instance.id,
+            rule="writes",
+            scheme="https",
+            host="api.github.com",
+            port=443,
+            method=method,
+            path=path,
+            waiting=1,
+            since=now,
+            expires_at=now + timedelta(minutes=10),
+        )
+        self.held[held.id] = held
+        self._note("approval_requested", held)
+
+    async def decide(self, ref: str, approval: str, *, allow: bool, seconds: float) -> EgressApproval:
+        done = await super().decide(ref, approval, allow=allow, seconds=seconds)
+        self._note("approved" if allow else "denied", done)
+        self.record(
+            self.policy(ref).instance_name,
+            host=done.host,
+            method=done.method,
+            reason="ok" if allow else "not_approved",
+            decision="approved" if allow else "denied",
+            rule=done.rule,
+        )
+        if not allow and done.path not in self._repeated:
+            self._repeated.add(done.path)
+            self._nursery.start_soon(self._repeat, ref, done)
+        return done
+
+    async def _repeat(self, ref: str, before: EgressApproval) -> None:
+        await trio.sleep(2)
+        self.ask(self.instances.find(ref), before.method, before.path)
+
+    def record(self, name: str, *, age: float = 0, **about: Any) -> None:
+        """A request of the instance ``name`` that ended ``age`` seconds ago."""
+        passed = about["reason"] == "ok"
+        made = EgressRecord(
+            time=datetime.now(UTC) - timedelta(seconds=age),
+            kind="request",
+            port=443,
+            status=200 if passed else 403,
+            injected=passed,
+            credentials=("API_KEY",) if passed else (),
+            bytes_up=820 + round(40 * age),
+            bytes_down=12_400 if passed else 0,
+            ms=48.0 + age,
+            http=2,
+            **about,
+        )
+        self.records.setdefault(name, []).append(made)
+        for follower in self._followers:
+            with suppress(trio.BrokenResourceError, trio.WouldBlock):
+                follower.send_nowait(made)
+
+    async def requests(self, ref: str, *, tail: int, follow: bool) -> FakeEgressRecords:
+        send, receive = trio.open_memory_channel[EgressRecord](100)
+        self._followers.append(send)
+        kept = self.records.get(self.policy(ref).instance_name, [])
+        return FakeEgressRecords(kept[max(0, len(kept) - tail) :], receive if follow else None)
+
+    def _note(self, action: str, about: EgressApproval) -> None:
+        facts: dict[str, Any] = {"rule": about.rule, "host": about.host, "method": about.method, "path": about.path}
+        self._events.add(Kind.EGRESS, action, about.id, instance_id=about.instance_id, data=facts)
+
+
 class LiveSnapshots(FakeSnapshots):
     instances: LiveInstances
 
@@ -447,7 +530,8 @@ class LiveWorld(FakeWorld):
         self.instances: LiveInstances = LiveInstances(folder, self.events, nursery)
         self.snapshots = LiveSnapshots(self.instances)
         self.images = LiveImages(self.events)
-        for part in (self.policies, self.ingresses, self.egress):
+        self.egress: LiveEgress = LiveEgress(self.instances, self.events, nursery)
+        for part in (self.policies, self.ingresses):
             part.instances = self.instances
         self.resources = HostView(self.instances)
         self.capabilities = Abilities()
@@ -603,25 +687,25 @@ class LiveWorld(FakeWorld):
         ]
         agent = self.instances.find("agent")
         self.egress.allow(agent)
+        rules = (
+            AccessRule(name="model", action=AccessAction.ALLOW, hosts=("api.example.com",)),
+            AccessRule(
+                name="reads", action=AccessAction.ALLOW, hosts=("api.github.com",), methods=("GET",),
+                paths=("/repos/acme/*",),
+            ),
+            AccessRule(name="writes", action=AccessAction.ASK, hosts=("api.github.com",)),
+        )  # fmt: skip
+        self.egress.policies["agent"] = msgspec.structs.replace(
+            self.egress.policies["agent"], access=EgressAccess(rules=rules, default=AccessDefault.DENY)
+        )
         for number in range(9):
-            denied = number % 4 == 3
-            self.egress.records.setdefault("agent", []).append(
-                EgressRecord(
-                    time=now - timedelta(seconds=70 - 7 * number),
-                    kind="request",
-                    host="api.example.com" if not denied else "paste.example.net",
-                    port=443,
-                    method="POST" if number % 2 else "GET",
-                    status=403 if denied else 200,
-                    reason="host_not_allowed" if denied else "ok",
-                    injected=not denied,
-                    credentials=() if denied else ("API_KEY",),
-                    bytes_up=820 + number * 40,
-                    bytes_down=0 if denied else 12_400,
-                    ms=48.0 + number,
-                    http=2,
-                )
-            )
+            if number % 4 == 3:
+                about = {"host": "paste.example.net", "reason": "host_denied", "decision": "denied", "rule": "default"}
+            else:
+                about = {"host": "api.example.com", "reason": "ok", "decision": "allowed", "rule": "model"}
+            self.egress.record("agent", age=70 - 7 * number, method="POST" if number % 2 else "GET", **about)
+        self.egress.ask(agent, "POST", "/repos/acme/site/pulls")
+        self.egress.ask(agent, "DELETE", "/repos/acme/site/git/refs/heads/draft")
         assert web.name == "web"
 
     async def live(self) -> None:

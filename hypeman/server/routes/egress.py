@@ -68,6 +68,12 @@ async def list_egress_approvals(services: Services, id: str) -> list[EgressAppro
     return list(services.egress.approvals(id))
 
 
+@routes.get("/egress/approvals", Scope.INSTANCE_READ)
+async def list_all_egress_approvals(services: Services) -> list[EgressApproval]:
+    """Requests of all instances that rules with action ask hold, oldest first."""
+    return list(services.egress.approvals())
+
+
 @routes.post("/instances/{id}/egress/approvals/{approval}/approve", Scope.INSTANCE_WRITE, fails=(400, 404, 409))
 async def approve_egress(
     services: Services, id: str, approval: str, body: EgressDecision | None = None

@@ -7,9 +7,12 @@ import { render } from "preact";
 import { useEffect } from "preact/hooks";
 import { begin, logout, messageOf, post, session } from "./api";
 import type { Session } from "./api";
+import { approvals, watchApprovals } from "./approvals";
+import { plural } from "./format";
 import { connected, instances, live } from "./live";
 import { PAGES } from "./navigation";
 import { Help, openPalette, Palette, useShortcuts } from "./palette";
+import { Approvals } from "./pages/approvals";
 import { BuildPage, Builds } from "./pages/builds";
 import { Create } from "./pages/create";
 import { Devices } from "./pages/devices";
@@ -34,6 +37,7 @@ function View() {
     case "builds": return second ? <BuildPage key={second} id={second} /> : <Builds />;
     case "volumes": return <Volumes />;
     case "ingresses": return <Ingresses />;
+    case "approvals": return <Approvals />;
     case "devices": return <Devices />;
     case "host": return <Host />;
     case "events": return <Events />;
@@ -49,10 +53,17 @@ function Navigation({ onGo }: { onGo: () => void }) {
         <a key={page.path} href={href(page.path)} class="nav-link" aria-current={first === page.path || (first === "/create" && page.path === "/instances") ? "page" : undefined}>
           <Icon name={page.icon} /><span>{page.title}</span>
           {page.path === "/instances" && instances.value.size > 0 && <span class="count">{instances.value.size.toLocaleString()}</span>}
+          {page.path === "/approvals" && <Waiting />}
         </a>
       ))}
     </nav>
   );
+}
+
+/** How many requests wait for a decision. */
+function Waiting() {
+  const count = approvals.value.length;
+  return count ? <span class="badge" aria-label={`${count} waiting`}>{count}</span> : null;
 }
 
 function Frame() {
@@ -61,9 +72,10 @@ function Frame() {
   useShortcuts();
   useEffect(() => {
     const name = route.value.split("/").filter(Boolean).map((part) => part[0]!.toUpperCase() + part.slice(1)).slice(0, 2).reverse().join(" · ");
-    document.title = name ? `${name} – Hypeman` : "Hypeman";
-    document.querySelector("main")?.scrollTo(0, 0);
-  }, [route.value.split("/").slice(0, 3).join("/")]);
+    const count = approvals.value.length ? `(${approvals.value.length}) ` : "";
+    document.title = count + (name ? `${name} – Hypeman` : "Hypeman");
+  }, [route.value, approvals.value.length]);
+  useEffect(() => { document.querySelector("main")?.scrollTo(0, 0); }, [route.value.split("/").slice(0, 3).join("/")]);
   return (
     <div class="frame" onClick={followLinks as never}>
       <a class="skip" href="#main">Skip to the content</a>
@@ -86,7 +98,10 @@ function Frame() {
       <header class="top">
         <Button icon="menu" kind="plain" label="Menu" onClick={() => { open.value = !open.value; }} />
         <b>Hypeman</b>
-        <Button icon="search" kind="plain" label="Search" onClick={openPalette} />
+        <span class="actions">
+          {approvals.value.length > 0 && <Link to="/approvals" class="badge">{plural(approvals.value.length, "approval")}</Link>}
+          <Button icon="search" kind="plain" label="Search" onClick={openPalette} />
+        </span>
       </header>
       <main id="main" tabIndex={-1}><View /></main>
       <Palette /><Help />
@@ -141,4 +156,5 @@ function App({ problem }: { problem: string }) {
 
 const problem = await begin();
 live();
+watchApprovals();
 render(<App problem={problem ?? ""} />, document.getElementById("app")!);

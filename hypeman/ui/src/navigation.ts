@@ -7,6 +7,7 @@ export const PAGES: readonly { path: string; title: string; icon: IconName; key:
   { path: "/builds", title: "Builds", icon: "build", key: "b" },
   { path: "/volumes", title: "Volumes", icon: "volumes", key: "v" },
   { path: "/ingresses", title: "Ingresses", icon: "ingress", key: "n" },
+  { path: "/approvals", title: "Approvals", icon: "shield", key: "a" },
   { path: "/devices", title: "Devices", icon: "devices", key: "d" },
   { path: "/host", title: "Host", icon: "host", key: "h" },
   { path: "/events", title: "Events", icon: "events", key: "e" },

@@ -102,7 +102,7 @@ const SHORTCUTS: readonly (readonly [string, string])[] = [
   ["Ctrl K", "Search pages, instances and commands"],
   ["/", "Filter the list"],
   ["c", "Create an instance"],
-  ["g then i, m, b, v, n, d, h, e", "Go to instances, images, builds, volumes, ingresses, devices, host, events"],
+  [`g then ${PAGES.map((page) => page.key).join(", ")}`, `Go to ${PAGES.map((page) => page.title.toLowerCase()).join(", ")}`],
   ["↑ ↓ or k j", "Move in the list of instances"],
   ["Enter", "Open the selected instance"],
   ["?", "This list"],

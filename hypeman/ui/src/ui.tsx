@@ -111,7 +111,7 @@ export function Text({ value, onValue, type = "text", ...rest }: TextProps) {
   return <input class="input" spellcheck={false} autocomplete="off" {...rest} type={type as "text"} value={value} onInput={(event) => onValue(event.currentTarget.value)} />;
 }
 
-export function Select({ value, onValue, options, label, ...rest }: Described & { value: string; onValue: (value: string) => void; options: readonly (readonly [string, string])[]; label?: string }) {
+export function Select({ value, onValue, options, label, ...rest }: Described & { value: string; onValue: (value: string) => void; options: readonly (readonly [string, string])[]; label?: string; title?: string }) {
   return (
     <select class="input select" {...rest} aria-label={label} value={value} onChange={(event) => onValue(event.currentTarget.value)}>
       {options.map(([key, text]) => <option key={key} value={key} selected={key === value}>{text}</option>)}

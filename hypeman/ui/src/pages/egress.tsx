@@ -1,10 +1,11 @@
-// The requests of a guest whose egress is mediated, as they end.
+// What a guest may reach, and its requests: those that wait for approval, and those that ended, as they end.
 import { useSignal } from "@preact/signals";
-import type { EgressPolicy, Instance } from "api-types";
+import type { AccessRule, EgressPolicy, InjectAs, Instance } from "api-types";
 import { useEffect } from "preact/hooks";
 import { ApiError, get, segment } from "../api";
 import { bytes, clock } from "../format";
 import { Empty, Facts, Panel, Problem, Table } from "../ui";
+import { Held } from "./approvals";
 
 const MAX = 1000;
 
@@ -12,7 +13,31 @@ const MAX = 1000;
 type EgressRecord = {
   time: string; kind: string; host: string; port: number; method: string; status: number; reason: string;
   credentials: string[]; bytes_up: number; bytes_down: number; ms: number;
+  decision?: "allowed" | "denied" | "observed" | "approved" | "held"; rule?: string; target?: string;
 };
+
+const passed = (one: EgressRecord) => one.reason === "ok";
+
+/** The form in which a credential enters requests. */
+function formOf(form: InjectAs): string {
+  if (form.header) return `header ${form.header}`;
+  const [name] = Object.entries(form).find(([, value]) => value) ?? ["?"];
+  return { basic: "Basic authentication", query: `query parameter ${form.query}`, sigv4: "AWS signature", oauth2: "OAuth 2.0 token", hmac: "signature", body: "body" }[name] ?? name;
+}
+
+function RuleList({ rules, otherwise, observe }: { rules: readonly AccessRule[]; otherwise: string; observe: boolean }) {
+  const rows = [...rules.map((rule, at) => ({ ...rule, name: rule.name ?? `#${at + 1}` })), { name: "default", action: otherwise } as AccessRule];
+  return (
+    <Panel title="Rules" flush actions={<span class="muted">{observe ? "They only observe: nothing is refused" : "The first that matches decides"}</span>}>
+      <Table label="Rules" rows={rows} id={(rule) => rule.name!} columns={[
+        { title: "Rule", cell: (rule) => <span class="mono">{rule.name}</span> },
+        { title: "Action", cell: (rule) => <span class={`pill ${{ allow: "good", deny: "bad", ask: "wait" }[rule.action]}`}>{rule.action}</span> },
+        { title: "To", cell: (rule) => <span class="mono wrap">{(rule.networks ?? rule.hosts)?.join(", ") ?? <span class="muted">{rule.name === "default" ? "everything else" : "every host"}</span>}{rule.ports ? ` : ${rule.ports.join(", ")}` : ""}</span> },
+        { title: "Requests", narrow: true, cell: (rule) => <span class="mono wrap">{[rule.protocol, rule.methods?.join(", "), rule.paths?.join(", ")].filter(Boolean).join(" ")}</span> },
+      ]} />
+    </Panel>
+  );
+}
 
 export function Egress({ instance }: { instance: Instance }) {
   const policy = useSignal<EgressPolicy | null | undefined>(undefined);
@@ -52,27 +77,32 @@ export function Egress({ instance }: { instance: Instance }) {
     );
   }
   const credentials = Object.entries(policy.value.credentials);
-  const shown = denied.value ? records.value.filter((one) => one.reason !== "ok") : records.value;
+  const refused = records.value.filter((one) => !passed(one));
+  const shown = denied.value ? refused : records.value;
+  const { access } = policy.value;
   return (
     <>
-      <Panel title="Policy"><Facts rows={[
-        ["Direct TCP", policy.value.mode === "all" ? "refused" : "refused to ports 80 and 443 only"],
-        ...credentials.map(([name, one]) => [name, one.inject.map((rule) => `${rule.as.header} at ${rule.hosts?.join(", ") ?? "every host"}`).join("; ")] as const),
-      ]} /></Panel>
+      <Held instance={instance} />
+      {access && <RuleList rules={access.rules ?? []} otherwise={access.default ?? "allow"} observe={access.observe ?? false} />}
       <Panel title="Requests" flush actions={
         <div class="segments" role="group" aria-label="Outcome">
-          <button type="button" aria-pressed={!denied.value} onClick={() => { denied.value = false; }}>All</button>
-          <button type="button" aria-pressed={denied.value} onClick={() => { denied.value = true; }}>Denied<span>{records.value.filter((one) => one.reason !== "ok").length}</span></button>
+          <button type="button" aria-pressed={!denied.value} onClick={() => { denied.value = false; }}>All<span>{records.value.length}</span></button>
+          <button type="button" aria-pressed={denied.value} onClick={() => { denied.value = true; }}>Denied<span>{refused.length}</span></button>
         </div>}>
         {shown.length ? <Table label="Requests" rows={shown} id={(one) => String(one.number)} columns={[
           { title: "Time", cell: (one) => <span class="mono muted">{clock(one.time)}</span> },
-          { title: "Request", cell: (one) => <span class="mono">{one.method || one.kind.replace("_", " ")} {one.host}{one.port === 443 ? "" : `:${one.port}`}</span> },
-          { title: "Outcome", cell: (one) => <span class={`pill ${one.reason === "ok" ? "good" : "bad"}`}>{one.reason === "ok" ? one.status || "passed" : one.reason}</span> },
+          { title: "Request", cell: (one) => <span class="mono wrap">{one.method || one.kind.replace("_", " ")} {one.host}{one.port === 443 ? "" : `:${one.port}`}<span class="muted">{one.target}</span></span> },
+          { title: "Outcome", cell: (one) => <span class={`pill ${passed(one) ? "good" : "bad"}`}>{passed(one) ? one.status || "passed" : one.reason.replaceAll("_", " ")}</span> },
+          { title: "Rule", cell: (one) => one.decision && <span class="muted">{one.decision}{one.rule ? ` by ${one.rule}` : ""}</span>, narrow: true },
           { title: "Credentials", cell: (one) => one.credentials.join(", "), narrow: true },
           { title: "Traffic", cell: (one) => <span class="muted">↑ {bytes(one.bytes_up, 0)} ↓ {bytes(one.bytes_down, 0)}</span>, narrow: true },
           { title: "Took", cell: (one) => <span class="muted">{Math.round(one.ms)} ms</span>, narrow: true },
-        ]} /> : <Empty icon="shield" title="No requests yet">They appear here as they end.</Empty>}
+        ]} /> : <Empty icon="shield" title={denied.value && records.value.length ? "Nothing was denied" : "No requests yet"}>They appear here as they end.</Empty>}
       </Panel>
+      <Panel title="Policy"><Facts rows={[
+        ["Direct TCP", policy.value.mode === "all" ? "refused" : "refused to ports 80 and 443 only"],
+        ...credentials.map(([name, one]) => [name, one.inject.map((rule) => `${formOf(rule.as)} at ${rule.hosts?.join(", ") ?? "every host"}`).join("; ")] as const),
+      ]} /></Panel>
     </>
   );
 }

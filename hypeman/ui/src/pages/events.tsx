@@ -2,13 +2,14 @@
 import { useSignal } from "@preact/signals";
 import type { Event as Change } from "api-types";
 import { useMemo } from "preact/hooks";
+import { instanceName } from "../approvals";
 import { clock, dateTime, plural } from "../format";
 import { changes } from "../live";
 import { Empty, Icon, Link, Page, Panel, Problem, Select, useResource } from "../ui";
 import type { IconName } from "../ui";
 
 const ICONS: Record<string, IconName> = { instance: "instances", image: "images", volume: "volumes", snapshot: "camera", device: "devices", ingress: "ingress", egress: "shield", host: "host", build: "build", builder: "build", push: "upload" };
-const KINDS = [["", "All kinds"], ["instance", "Instances"], ["image", "Images"], ["volume", "Volumes"], ["snapshot", "Snapshots"], ["build", "Builds"], ["device", "Devices"], ["ingress", "Ingresses"]] as const;
+const KINDS = [["", "All kinds"], ["instance", "Instances"], ["image", "Images"], ["volume", "Volumes"], ["snapshot", "Snapshots"], ["build", "Builds"], ["device", "Devices"], ["ingress", "Ingresses"], ["egress", "Egress"], ["push", "Pushes"]] as const;
 const SINCE = [["1h", "Last hour"], ["24h", "Last day"], ["168h", "Last week"], ["0", "Everything"]] as const;
 
 function words(event: Change): string {
@@ -21,13 +22,21 @@ function words(event: Change): string {
   return [event.type.split(".")[1]!.replaceAll("_", " "), ...facts].join(", ");
 }
 
+/** The object by its name; of egress the instance, since an approval has no name. */
+function About({ event }: { event: Change }) {
+  const { kind, id, name } = event.object;
+  const instance = kind === "instance" ? id : kind === "egress" ? event.instance_id : undefined;
+  const shown = name ?? (instance ? instanceName(instance) : id);
+  return instance ? <Link to={`/instances/${instance}${kind === "egress" ? "/egress" : ""}`} class="event-name">{shown}</Link> : <b>{shown}</b>;
+}
+
 export function EventList({ events }: { events: readonly Change[] }) {
   return (
     <ol class="events">
       {events.map((event) => (
         <li key={event.cursor}>
           <Icon name={ICONS[event.object.kind] ?? "events"} />
-          <span class="event-what">{event.object.kind === "instance" ? <Link to={`/instances/${event.object.id}`} class="event-name">{event.object.name ?? event.object.id}</Link> : <b>{event.object.name ?? event.object.id}</b>} <span>{words(event)}</span></span>
+          <span class="event-what"><About event={event} /> <span>{words(event)}</span></span>
           <span class="event-who muted">{event.actor?.subject ?? ""}</span>
           <time dateTime={event.time} title={dateTime(event.time)} class="muted mono">{clock(event.time)}</time>
         </li>

@@ -4,11 +4,13 @@ import type { Event as Change, Instance } from "api-types";
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 import { actionsOf } from "../actions";
+import { waiting } from "../approvals";
 import { ApiError, get, lacking, messageOf, segment } from "../api";
 import { bytes, duration, parseSize, rate } from "../format";
 import { histories, instances, loaded, put, refresh, tick } from "../live";
 import { go } from "../router";
 import { Button, Empty, Facts, Icon, Link, Page, Panel, Problem, State, Tags, Time, useResource, useTick, useWork } from "../ui";
+import { Held } from "./approvals";
 import { Egress } from "./egress";
 import { EventList } from "./events";
 import { Files } from "./files";
@@ -42,6 +44,7 @@ export function InstancePage({ reference, tab }: { reference: string; tab: strin
     );
   }
   const base = `/instances/${instance.name}`;
+  const held = waiting.value.get(instance.id) ?? 0;
   return (
     <div class={`page ${["logs", "terminal"].includes(tab) ? "fill" : ""}`}>
       <header class="page-head">
@@ -60,7 +63,7 @@ export function InstancePage({ reference, tab }: { reference: string; tab: strin
         setTimeout(() => document.getElementById(`tab-${next}`)?.focus());
       }}>
         {TABS.map(([name, title]) => (
-          <button key={name} id={`tab-${name}`} type="button" role="tab" aria-selected={name === tab} aria-controls="view" tabIndex={name === tab ? 0 : -1} onClick={() => go(`${base}${name === "overview" ? "" : `/${name}`}`)}>{title}</button>
+          <button key={name} id={`tab-${name}`} type="button" role="tab" aria-selected={name === tab} aria-controls="view" tabIndex={name === tab ? 0 : -1} onClick={() => go(`${base}${name === "overview" ? "" : `/${name}`}`)}>{title}{name === "egress" && held > 0 && <span class="badge" aria-label={`${held} waiting for approval`}>{held}</span>}</button>
         ))}
       </div>
       <div id="view" class="view" role="tabpanel" aria-labelledby={`tab-${tab}`} key={tab}>
@@ -99,6 +102,7 @@ function Overview({ instance }: { instance: Instance }) {
     <>
       {instance.state_error && <Problem message={instance.state_error} />}
       {instance.guest_silent_since && <Problem message="The guest does not answer. Stop and delete work." />}
+      <Held instance={instance} />
       <Phases instance={instance} />
       <Graphs instance={instance} />
       <div class="columns">
