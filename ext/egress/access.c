@@ -32,35 +32,6 @@ struct access {
     uint16_t *every_host; /* rules for every host, in order */
 };
 
-struct reader {
-    const uint8_t *p, *end;
-    bool bad;
-};
-
-static uint64_t number(struct reader *r, unsigned bytes)
-{
-    uint64_t v = 0;
-    if ((size_t)(r->end - r->p) < bytes) {
-        r->bad = true;
-        return 0;
-    }
-    for (unsigned i = 0; i < bytes; i++)
-        v |= (uint64_t)*r->p++ << (8 * i);
-    return v;
-}
-
-static struct str text(struct reader *r)
-{
-    unsigned n = (unsigned)number(r, 2);
-    if (r->bad || (size_t)(r->end - r->p) < n) {
-        r->bad = true;
-        return (struct str){"", 0};
-    }
-    struct str s = {(const char *)r->p, n};
-    r->p += n;
-    return s;
-}
-
 static uint32_t hash_of(const char *p, size_t n, unsigned kind)
 {
     uint32_t h = 2166136261u ^ kind;
@@ -69,15 +40,15 @@ static uint32_t hash_of(const char *p, size_t n, unsigned kind)
     return h ^ h >> 15;
 }
 
-static const struct str *texts(struct reader *r, unsigned *n, struct str **at, const struct str *end)
+static const struct str *read_texts(struct reader *r, unsigned *n, struct str **at, const struct str *end)
 {
     const struct str *first = *at;
-    *n = (unsigned)number(r, 1);
+    *n = (unsigned)read_number(r, 1);
     for (unsigned i = 0; i < *n && !r->bad; i++) {
         if (*at == end)
             r->bad = true;
         else
-            *(*at)++ = text(r);
+            *(*at)++ = read_text(r);
     }
     return first;
 }
@@ -86,29 +57,26 @@ static void read_rule(struct reader *r, struct access *a, unsigned number_of, st
                       unsigned *entries, unsigned most)
 {
     struct access_rule *rule = &a->rules[number_of];
-    rule->name = text(r);
-    unsigned action = (unsigned)number(r, 1), record = (unsigned)number(r, 1);
-    rule->every_host = number(r, 1) != 0;
-    rule->until_s = (int64_t)number(r, 8);
-    rule->ports = (unsigned)number(r, 1);
-    rule->port = r->p;
-    for (unsigned i = 0; i < rule->ports; i++)
-        (void)number(r, 2);
-    rule->method = texts(r, &rule->methods, at, end);
-    rule->path = texts(r, &rule->paths, at, end);
+    rule->name = read_text(r);
+    unsigned action = (unsigned)read_number(r, 1), record = (unsigned)read_number(r, 1);
+    rule->every_host = read_number(r, 1) != 0;
+    rule->until_s = (int64_t)read_number(r, 8);
+    rule->ports = read_ports(r);
+    rule->method = read_texts(r, &rule->methods, at, end);
+    rule->path = read_texts(r, &rule->paths, at, end);
     if (action > ACCESS_ASK || record > RECORD_QUERY || rule->name.n > ACCESS_NAME_MAX)
         r->bad = true;
     rule->action = (enum access_action)action;
     rule->record = (enum access_record)record;
-    unsigned hosts = (unsigned)number(r, 2);
+    unsigned hosts = (unsigned)read_number(r, 2);
     for (unsigned i = 0; i < hosts && !r->bad; i++) {
         if (*entries == most) {
             r->bad = true;
             break;
         }
         struct entry *e = &a->entries[(*entries)++];
-        e->kind = (uint8_t)number(r, 1);
-        e->host = text(r);
+        e->kind = (uint8_t)read_number(r, 1);
+        e->host = read_text(r);
         e->rule = (uint16_t)number_of;
         if (e->kind > ANY_LABELS)
             r->bad = true;
@@ -132,8 +100,9 @@ static void link_entries(struct access *a, unsigned entries)
 struct access *access_decode(const uint8_t *copy, size_t n)
 {
     struct reader r = {copy, copy + n, false};
-    unsigned otherwise = (unsigned)number(&r, 1), observe = (unsigned)number(&r, 1), rules = (unsigned)number(&r, 2);
-    uint32_t names = (uint32_t)number(&r, 4);
+    unsigned otherwise = (unsigned)read_number(&r, 1), observe = (unsigned)read_number(&r, 1);
+    unsigned rules = (unsigned)read_number(&r, 2);
+    uint32_t names = (uint32_t)read_number(&r, 4);
     if (r.bad || otherwise > ACCESS_DENY || observe > 1 || rules > MAX_ACCESS_RULES || names > MAX_ACCESS_NAMES) {
         errno = EINVAL;
         return NULL;
@@ -301,19 +270,11 @@ static bool method_matches(const struct access_rule *rule, struct str method)
     return !rule->methods;
 }
 
-static bool port_matches(const struct access_rule *rule, uint16_t port)
-{
-    for (unsigned i = 0; i < rule->ports; i++)
-        if ((rule->port[2 * i] | rule->port[2 * i + 1] << 8) == port)
-            return true;
-    return !rule->ports;
-}
-
 /* Looks at a rule that covers the host. */
 static void consider(struct search *s, unsigned number_of)
 {
     const struct access_rule *rule = &s->a->rules[number_of];
-    if ((rule->until_s && s->r->now_s >= rule->until_s) || !port_matches(rule, s->r->port))
+    if ((rule->until_s && s->r->now_s >= rule->until_s) || (rule->ports.n && !has_port(rule->ports, s->r->port)))
         return;
     if (!s->request) {
         s->best = number_of;
@@ -415,5 +376,5 @@ enum access_look access_look(const struct access *a, const struct host *h, uint1
 bool access_names_port(const struct access *a, const struct host *h, uint16_t port, int64_t now_s)
 {
     const struct access_rule *rule = first_for(a, h, port, now_s);
-    return rule && rule->ports && rule->action != ACCESS_DENY;
+    return rule && rule->ports.n && rule->action != ACCESS_DENY;
 }

@@ -7,6 +7,7 @@
 #ifndef HYPEMAN_EGRESS_ACCESS_H
 #define HYPEMAN_EGRESS_ACCESS_H
 
+#include "encoded.h"
 #include "h1.h"
 #include "host.h"
 
@@ -23,8 +24,8 @@ struct access_rule {
     enum access_record record;
     bool every_host;
     int64_t until_s; /* not applied from then on; 0: always applied */
-    unsigned ports, methods, paths;
-    const uint8_t *port;      /* two bytes each, low one first; none: every port */
+    struct ports ports; /* none: every port */
+    unsigned methods, paths;
     const struct str *method; /* lower case; none: every method */
     const struct str *path;   /* canonical; '*' is one segment, or at the end anything; none: every path */
 };

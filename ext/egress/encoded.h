@@ -1,4 +1,4 @@
-/* What the program hands over as one encoded text: read with bounds, kept in locked memory that is wiped when freed. */
+/* What the program hands over as one encoded text: read with bounds; and locked memory that is wiped when freed. */
 #ifndef HYPEMAN_EGRESS_ENCODED_H
 #define HYPEMAN_EGRESS_ENCODED_H
 
@@ -34,6 +34,28 @@ static inline struct str read_text(struct reader *r)
     struct str s = {(const char *)r->p, n};
     r->p += n;
     return s;
+}
+
+/* As they are encoded: two bytes each, low one first. */
+struct ports {
+    unsigned n;
+    const uint8_t *p;
+};
+
+static inline struct ports read_ports(struct reader *r)
+{
+    struct ports found = {(unsigned)read_number(r, 1), r->p};
+    for (unsigned i = 0; i < found.n; i++)
+        (void)read_number(r, 2);
+    return found;
+}
+
+static inline bool has_port(struct ports ports, uint16_t port)
+{
+    for (unsigned i = 0; i < ports.n; i++)
+        if ((ports.p[2 * i] | ports.p[2 * i + 1] << 8) == port)
+            return true;
+    return false;
 }
 
 /* Zeroed; *size is rounded up. NULL without memory. */

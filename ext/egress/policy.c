@@ -37,7 +37,6 @@ bool rule_is_ready(const struct rule *r, int64_t now_s)
     return r->ready && (r->expires_s == 0 || now_s < r->expires_s);
 }
 
-/* The mapping holds: struct snapshot, rules, patterns, then a copy of the encoding that all strings point into. */
 /* What follows the credentials, if anything does: u8 private networks, u8 whether rules follow, and these. */
 static void read_access(struct snapshot *s, struct reader *r)
 {
@@ -54,6 +53,7 @@ static void read_access(struct snapshot *s, struct reader *r)
     r->p = r->end;
 }
 
+/* The mapping holds: struct snapshot, rules, patterns, then a copy of the encoding that all strings point into. */
 struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
 {
     struct reader r = {data, data + n, false};
@@ -93,10 +93,7 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         rule->placeholder = read_text(&r);
         read_transform(&r, rule);
         rule->every_host = read_number(&r, 1) != 0;
-        rule->port_count = (unsigned)read_number(&r, 1);
-        rule->ports = r.p;
-        for (unsigned k = 0; k < rule->port_count; k++)
-            (void)read_number(&r, 2);
+        rule->ports = read_ports(&r);
         rule->n = (unsigned)read_number(&r, 2);
         rule->patterns = pool;
         if (rule->n > patterns)
@@ -130,10 +127,7 @@ bool rule_covers(const struct rule *r, const struct host *h, uint16_t port)
 {
     if (h->kind != HOST_NAME)
         return false; /* credentials are bound to names */
-    bool here = false;
-    for (unsigned i = 0; i < r->port_count; i++)
-        here |= (r->ports[2 * i] | r->ports[2 * i + 1] << 8) == port;
-    if (!here)
+    if (!has_port(r->ports, port))
         return false;
     if (r->every_host)
         return true;

@@ -51,8 +51,7 @@ struct rule {
     bool every_host;
     unsigned n;
     const struct pattern *patterns;
-    unsigned port_count;
-    const uint8_t *ports;   /* two bytes each, low one first */
+    struct ports ports;
 };
 
 struct snapshot {
