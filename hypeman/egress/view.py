@@ -49,13 +49,20 @@ class Guests(Protocol):
         ...
 
 
+class _Kept:
+    """What is remembered of one instance."""
+
+    def __init__(self) -> None:
+        self.records: deque[AuditRecord] = deque(maxlen=MAX_RECORDS)
+        self.seen = Seen()
+
+
 class EgressView:
     def __init__(self, egress: Egress, guests: Guests, approvals: Approvals) -> None:
         self._egress = egress
         self._guests = guests
         self._approvals = approvals
-        self._seen: OrderedDict[str, Seen] = OrderedDict()
-        self._kept: OrderedDict[str, deque[AuditRecord]] = OrderedDict()
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
 
     def ca_pem(self) -> bytes:
         return self._egress.ca_pem
@@ -71,7 +78,8 @@ class EgressView:
         return check_url(access, url, method, datetime.now(UTC), web_only=web_only)
 
     def proposal(self, ref: str) -> EgressProposal:
-        seen = self._seen.get(self._guests.policy(ref).instance_id, Seen())
+        kept = self._kept.get(self._guests.policy(ref).instance_id)
+        seen = kept.seen if kept is not None else Seen()
         return EgressProposal(
             requests=seen.requests, complete=seen.complete, default=AccessDefault.DENY, rules=seen.rules()
         )
@@ -90,28 +98,22 @@ class EgressView:
         if follow:
             await stream.follow(self._egress)
         # No await after the subscription: no record is missed or duplicated.
-        kept = self._kept.get(instance_id, ())
-        stream.start_with(list(kept)[max(0, len(kept) - tail) :])
+        kept = self._kept.get(instance_id)
+        records = list(kept.records) if kept is not None else []
+        stream.start_with(records[max(0, len(records) - tail) :])
         return stream
 
     def keep(self, record: AuditRecord) -> None:
         """For ``Egress.on_audit``."""
-        seen = self._seen.get(record.instance)
-        if seen is None:
-            seen = self._seen[record.instance] = Seen()
-            if len(self._seen) > MAX_INSTANCES:
-                self._seen.popitem(last=False)
-        else:
-            self._seen.move_to_end(record.instance)
-        seen.add(record)
         kept = self._kept.get(record.instance)
         if kept is None:
-            kept = self._kept[record.instance] = deque(maxlen=MAX_RECORDS)
+            kept = self._kept[record.instance] = _Kept()
             if len(self._kept) > MAX_INSTANCES:
                 self._kept.popitem(last=False)
         else:
             self._kept.move_to_end(record.instance)
-        kept.append(record)
+        kept.seen.add(record)
+        kept.records.append(record)
 
 
 class EgressRecords:
