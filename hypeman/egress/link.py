@@ -231,22 +231,13 @@ class EngineLink:
 
     async def put_site(self, ingress: str, routes: bytes) -> None:
         """In force when this returns. Raises EngineLost; InternalError if it is refused."""
-
-        async def send(number: int) -> bool:
-            await self._write(protocol.PutSite(id=number, ingress=ingress), bytearray(routes))
-            return True
-
-        await self._call(send)
+        await self._ask(lambda number: protocol.PutSite(id=number, ingress=ingress), bytearray(routes))
 
     async def drop_site(self, ingress: str) -> None:
         await self._ask(lambda number: protocol.DropSite(id=number, ingress=ingress))
 
     async def listen(self, port: int, sockets: Sequence[socket.socket]) -> None:
-        async def send(number: int) -> bool:
-            await self._write(protocol.Listen(id=number, port=port), None, [each.fileno() for each in sockets])
-            return True
-
-        await self._call(send)
+        await self._ask(lambda number: protocol.Listen(id=number, port=port), sockets=sockets)
 
     async def unlisten(self, port: int) -> None:
         await self._ask(lambda number: protocol.Unlisten(id=number, port=port))
@@ -264,44 +255,29 @@ class EngineLink:
 
     async def certify(self, name: str, chain: str, key: str) -> None:
         """Empty texts: it has none. Raises EngineLost; InternalError if they are no certificate with its key."""
-
-        async def send(number: int) -> bool:
-            payload, sizes = _pem(chain, key)
-            try:
-                await self._write(protocol.Certify(id=number, name=name, sizes=sizes), payload)
-            finally:
-                _wipe(payload)
-            return True
-
-        await self._call(send)
+        await self._ask_with_pem(lambda number, sizes: protocol.Certify(id=number, name=name, sizes=sizes), chain, key)
 
     async def challenge(self, name: str, token: str, proof: str, chain: str, key: str) -> None:
         """Empty texts: there is none of that kind. Raises as ``certify``."""
-
-        async def send(number: int) -> bool:
-            payload, sizes = _pem(chain, key)
-            try:
-                message = protocol.Challenge(id=number, name=name, token=token, proof=proof, sizes=sizes)
-                await self._write(message, payload)
-            finally:
-                _wipe(payload)
-            return True
-
-        await self._call(send)
+        await self._ask_with_pem(
+            lambda number, sizes: protocol.Challenge(id=number, name=name, token=token, proof=proof, sizes=sizes),
+            chain,
+            key,
+        )
 
     async def place(self, asked: protocol.Locate, find: Callable[[str], tuple[str, bool]]) -> None:
         """Answer with what ``find`` returns when it is this answer's turn, so that no later change is overtaken. No-op
         if it is lost."""
-        with contextlib.suppress(EngineLost):
-            async with self._sending:
-                address, exists = find(asked.instance)
-                await self._write(protocol.Place(token=asked.token, loop=asked.loop, address=address, exists=exists))
+
+        def make() -> protocol.Place:
+            address, exists = find(asked.instance)
+            return protocol.Place(token=asked.token, loop=asked.loop, address=address, exists=exists)
+
+        await self._post(make)
 
     async def forget(self, instances: Sequence[str]) -> None:
         """No-op if it is lost."""
-        with contextlib.suppress(EngineLost):
-            async with self._sending:
-                await self._write(protocol.Forget(instances=tuple(instances)))
+        await self._post(lambda: protocol.Forget(instances=tuple(instances)))
 
     async def count(self) -> protocol.Counters:
         counted = await self._ask(lambda number: protocol.Count(id=number))
@@ -314,16 +290,12 @@ class EngineLink:
     async def answer(self, question: protocol.Question, addresses: Sequence[str]) -> None:
         """No-op if it is lost."""
         answer = protocol.Answer(token=question.token, loop=question.loop, addresses=tuple(addresses[:16]))
-        with contextlib.suppress(EngineLost):
-            async with self._sending:
-                await self._write(answer)
+        await self._post(lambda: answer)
 
     async def decide(self, held: protocol.ApprovalNeeded, *, allow: bool) -> None:
         """No-op if it is lost."""
         verdict = protocol.Verdict(token=held.token, loop=held.loop, allow=allow)
-        with contextlib.suppress(EngineLost):
-            async with self._sending:
-                await self._write(verdict)
+        await self._post(lambda: verdict)
 
     async def start(self, message: protocol.Start, payload: bytearray, descriptors: Sequence[int]) -> None:
         """Its first message, more than a socket holds: the rest goes when the process has begun to read. If this fails
@@ -335,12 +307,38 @@ class EngineLink:
             except trio.TooSlowError:
                 raise EngineLost(f"it did not begin within {START_PATIENCE:.0f} s") from None
 
-    async def _ask(self, make: Callable[[int], protocol.Request]) -> protocol.Report | None:
+    async def _post(self, make: Callable[[], protocol.Request]) -> None:
+        """Send a message that has no reply; ``make`` is called when it is its turn. No-op if the engine is lost."""
+        with contextlib.suppress(EngineLost):
+            async with self._sending:
+                await self._write(make())
+
+    async def _ask(
+        self,
+        make: Callable[[int], protocol.Request],
+        payload: bytearray | None = None,
+        sockets: Sequence[socket.socket] = (),
+    ) -> protocol.Report | None:
         async def send(number: int) -> bool:
-            await self._write(make(number))
+            await self._write(make(number), payload, [each.fileno() for each in sockets])
             return True
 
         return await self._call(send)
+
+    async def _ask_with_pem(
+        self, make: Callable[[int, tuple[int, int]], protocol.Request], chain: str, key: str
+    ) -> None:
+        """``make`` gets the sizes of the two texts, which are the payload."""
+
+        async def send(number: int) -> bool:
+            payload, sizes = _pem(chain, key)
+            try:
+                await self._write(make(number, sizes), payload)
+            finally:
+                _wipe(payload)
+            return True
+
+        await self._call(send)
 
     async def _call(self, send: Callable[[int], Awaitable[bool]]) -> protocol.Report | None:
         answered, reply = trio.open_memory_channel[protocol.Report](1)
