@@ -234,14 +234,12 @@ class Worker:
     def _do(self, link: Link, request: protocol.Request, payload: bytearray, descriptors: list[int]) -> None:
         engine = self._engine
         match request:
-            case protocol.SetPolicy():
+            case protocol.SetPolicy() | protocol.PutSite() | protocol.Certify() | protocol.Challenge():
                 try:
-                    engine.set_policy(request.source.encode(), request.instance.encode(), payload)
+                    self._put(request, payload)
                 except (ValueError, MemoryError) as error:
                     link.send(protocol.Refused(id=request.id, message=str(error)))
                     return
-                self._sources.add(request.source)
-                self._set.add(request.source)
             case protocol.RemovePolicy():
                 self._remove(request.source)
             case protocol.Accept():
@@ -262,14 +260,6 @@ class Worker:
                 self._listeners = []
                 for port in list(self._ports):
                     self._unlisten(port)
-            case protocol.PutSite():
-                try:
-                    engine.put_site(request.ingress.encode(), payload)
-                except ValueError as error:
-                    link.send(protocol.Refused(id=request.id, message=str(error)))
-                    return
-                self._sites.add(request.ingress)
-                self._set_sites.add(request.ingress)
             case protocol.DropSite():
                 self._drop(request.ingress)
             case protocol.Listen():
@@ -279,23 +269,6 @@ class Worker:
             case protocol.Sockets():
                 link.send(protocol.Held(id=request.id), descriptors=self._ports.get(request.port))
                 return
-            case protocol.Certify():
-                try:
-                    engine.certify(request.name.encode(), *_parts(payload, request.sizes))
-                except ValueError as error:
-                    link.send(protocol.Refused(id=request.id, message=str(error)))
-                    return
-                self._names.add(request.name)
-                self._set_names.add(request.name)
-            case protocol.Challenge(name=name, token=token, proof=proof):
-                parts = _parts(payload, request.sizes)
-                try:
-                    engine.challenge(name.encode(), token.encode(), proof.encode(), *parts)
-                except ValueError as error:
-                    link.send(protocol.Refused(id=request.id, message=str(error)))
-                    return
-                self._names.add(name)
-                self._set_names.add(name)
             case protocol.Forget():
                 for instance in (None,) if request.instances is None else request.instances:
                     engine.forget(instance.encode() if instance is not None else None)
@@ -319,6 +292,32 @@ class Worker:
             case protocol.Start():
                 raise ProtocolError("started twice")
         link.send(protocol.Done(id=request.id))
+
+    def _put(
+        self,
+        request: protocol.SetPolicy | protocol.PutSite | protocol.Certify | protocol.Challenge,
+        payload: bytearray,
+    ) -> None:
+        """Raises ValueError, MemoryError if it is refused; ProtocolError."""
+        engine = self._engine
+        match request:
+            case protocol.SetPolicy(source=source):
+                engine.set_policy(source.encode(), request.instance.encode(), payload)
+                self._sources.add(source)
+                self._set.add(source)
+            case protocol.PutSite(ingress=ingress):
+                engine.put_site(ingress.encode(), payload)
+                self._sites.add(ingress)
+                self._set_sites.add(ingress)
+            case protocol.Certify(name=name):
+                engine.certify(name.encode(), *_parts(payload, request.sizes))
+                self._names.add(name)
+                self._set_names.add(name)
+            case protocol.Challenge(name=name, token=token, proof=proof):
+                parts = _parts(payload, request.sizes)
+                engine.challenge(name.encode(), token.encode(), proof.encode(), *parts)
+                self._names.add(name)
+                self._set_names.add(name)
 
     def _drop(self, ingress: str) -> None:
         self._engine.drop_site(ingress.encode())
