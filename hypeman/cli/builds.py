@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import base64
 import os
-import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 import msgspec
 
-from hypeman.builds.progress import PlainText, Step, parse_status
 from hypeman.cli.client import ApiError, segment
 from hypeman.cli.groups import DefaultGroup
 from hypeman.cli.output import age
@@ -32,6 +29,9 @@ from hypeman.cli.session import (
 from hypeman.errors import InvalidRequest
 from hypeman.text import one_line
 from hypeman.units import parse_size
+
+if TYPE_CHECKING:
+    from hypeman.builds.progress import SolveStatus, Step
 
 _CHUNK = 256 << 10
 _GZIP = b"\x1f\x8b"
@@ -86,6 +86,9 @@ def create(
     session: Session, path: str, file: str | None, detach: bool, quiet: bool, progress: str, **options: Any
 ) -> None:
     """Build the directory PATH; - reads a Dockerfile or a tar.gz from standard input."""
+    import secrets
+    import tempfile
+
     fields = _fields(**options)
     with tempfile.TemporaryFile() as source:
         fields |= _write_source(path, file, source)
@@ -244,6 +247,8 @@ def _megabytes(text: str | None) -> int | None:
 
 def _write_source(path: str, file: str | None, source: IO[bytes]) -> dict[str, str]:
     """Write the context to ``source``; returns the fields that say where the Dockerfile is."""
+    import tempfile
+
     from hypeman.cli.context import place_in, write_context
 
     if path == "-":
@@ -301,6 +306,12 @@ class _Quiet:
         pass
 
 
+def _parsed(update: Any) -> SolveStatus | None:
+    from hypeman.builds.progress import parse_status
+
+    return parse_status(msgspec.json.encode(update))
+
+
 class _RawJson(_Quiet):
     """BuildKit's updates as they come, on standard output."""
 
@@ -311,13 +322,15 @@ class _RawJson(_Quiet):
 
 class _Plain(_Quiet):
     def __init__(self) -> None:
+        from hypeman.builds.progress import PlainText
+
         self._text = PlainText()
 
     def line(self, text: str) -> None:
         self._write([text])
 
     def progress(self, update: Any) -> None:
-        status = parse_status(msgspec.json.encode(update))
+        status = _parsed(update)
         if status is not None:
             self._write(self._text.feed(status))
 
@@ -349,7 +362,7 @@ class _Terminal(_Plain):
         self._draw()
 
     def progress(self, update: Any) -> None:
-        status = parse_status(msgspec.json.encode(update))
+        status = _parsed(update)
         if status is None:
             return
         lines = self._text.feed(status)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,6 +86,8 @@ def create_bundle(
         fail(f"--image {wrong[0]} must be NAME=ARCHIVE, with an archive that exists")
 
     def act() -> Any:
+        import tempfile
+
         import msgspec
 
         from hypeman.bundle.format import Kind, Manifest, describe, write

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from datetime import datetime
 from typing import Any
@@ -87,6 +86,8 @@ def learn(session: Session, instance: str) -> None:
 
     With observe, nothing is refused meanwhile. Use the output as a file for update egress-rules.
     """
+    import json
+
     found = session.client.get(f"{path_of(instance)}/egress/proposal")
     if not found["complete"]:
         click.echo("The instance reached more hosts than are remembered: the rules cover only some.", err=True)

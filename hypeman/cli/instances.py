@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -383,6 +382,8 @@ def update_egress_rules(session: Session, instance: str, file: TextIO) -> None:
 
 def read_egress_rules(file: TextIO) -> dict[str, Any]:
     """Raises UsageError unless the file is a JSON object."""
+    import json
+
     try:
         found = json.load(file)
     except ValueError as error:

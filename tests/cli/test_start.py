@@ -8,7 +8,10 @@ import sys
 
 import pytest
 
-SLOW = ("trio", "quart", "hypercorn", "httpx", "lmdb", "pyroute2", "prometheus_client", "jwt", "yaml", "asyncio")
+SLOW = (
+    *("trio", "quart", "hypercorn", "httpx", "lmdb", "pyroute2", "prometheus_client", "jwt", "yaml", "asyncio"),
+    *("json", "tempfile", "hypeman.builds"),
+)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["ps"], ["exec", "web", "ls"], ["cp", "web:/a", "/tmp/b"]])
