@@ -28,6 +28,7 @@ from josepy import b64, jwa, jwk
 from hypeman import __version__
 from hypeman.host.tls import CA_FILES
 from hypeman.ingress.certificates.acme_types import AcmeError, AuthorizationView, CASettings, OrderView
+from hypeman.ingress.certificates.pem import key_pem
 
 T = TypeVar("T")
 
@@ -232,10 +233,7 @@ def _decode(response: requests.Response, kind: type[T]) -> T:
 
 def make_key() -> str:
     """A new key, PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ).decode()
+    return key_pem(ec.generate_private_key(ec.SECP256R1()))
 
 
 def tls_alpn_certificate(name: str, authorization: str, now: datetime) -> tuple[str, str]:
@@ -255,9 +253,4 @@ def tls_alpn_certificate(name: str, authorization: str, now: datetime) -> tuple[
         .add_extension(x509.UnrecognizedExtension(_ACME_IDENTIFIER, b"\x04\x20" + digest), critical=True)
         .sign(key, hashes.SHA256())
     )
-    return (
-        certificate.public_bytes(serialization.Encoding.PEM).decode(),
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ).decode(),
-    )
+    return certificate.public_bytes(serialization.Encoding.PEM).decode(), key_pem(key)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hypeman.egress.authority import Authority, load_authority
 from hypeman.errors import InternalError
+from hypeman.ingress.certificates.pem import key_pem
 from hypeman.ingress.certificates.types import Pair
 
 LIFETIME = datetime.timedelta(days=7)
@@ -85,9 +86,7 @@ class InternalCA:
         )  # fmt: skip
         return Pair(
             chain=certificate.public_bytes(serialization.Encoding.PEM).decode(),
-            key=key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ).decode(),
+            key=key_pem(key),
             names=(name,),
             not_before=begin,
             not_after=end,

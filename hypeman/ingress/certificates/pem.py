@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from hypeman.ingress.certificates.types import Pair
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 
 MAX_PEM = 64 << 10
 """Bytes of a chain, and of a key: both go into one message to the carrier."""
@@ -66,13 +70,20 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
         raise BadCertificate("the certificate has no DNS names")
     return Pair(
         chain="".join(each.public_bytes(serialization.Encoding.PEM).decode() for each in certificates),
-        key=private.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ).decode(),
+        key=key_pem(private),
         names=names,
         not_before=not_before,
         not_after=not_after,
     )
+
+
+def key_pem(key: CertificateIssuerPrivateKeyTypes) -> str:
+    """Not encrypted."""
+    from cryptography.hazmat.primitives import serialization
+
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    ).decode()
 
 
 def is_expired(pair: Pair, now: datetime) -> bool:
