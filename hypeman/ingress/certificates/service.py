@@ -107,7 +107,8 @@ class Certificates:
         self._held: dict[str, _Held] = {}
         self._carry: Certify = _carry_nothing
         self._show: Challenge = _carry_nothing
-        self._answers: dict[str, Answer] = {}
+        self._answering: set[str] = set()
+        """Names for which the carrier shows an answer."""
         self._ports: Callable[[], Collection[int]] = tuple
         self._acme: Acme | None = None
         if settings.ca is not None:
@@ -177,10 +178,6 @@ class Certificates:
         """All names in use that have a certificate."""
         return [(name, held.pair) for name, held in self._held.items() if held.pair is not None]
 
-    def answers(self) -> Sequence[tuple[str, Answer]]:
-        """What is to be shown to a public CA now."""
-        return list(self._answers.items())
-
     def ports_for(self, rule: IngressRule) -> frozenset[int]:
         """Of the host, that obtaining the rule's certificate takes."""
         name = certificate_name(rule.match.hostname) if rule.tls else None
@@ -248,12 +245,13 @@ class Certificates:
             await self._acme.use([name for name in self._held if self._find(name)[0] is Source.ACME])
 
     async def _answer(self, name: str, answer: Answer | None) -> None:
-        if answer is None:
-            if self._answers.pop(name, None) is not None:
-                await self._show(name, None)
+        if answer is not None:
+            self._answering.add(name)
+        elif name in self._answering:
+            self._answering.remove(name)
         else:
-            self._answers[name] = answer
-            await self._show(name, answer)
+            return
+        await self._show(name, answer)
 
     async def _changed(self, name: str) -> None:
         async with self._changing:
