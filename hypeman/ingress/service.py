@@ -168,22 +168,24 @@ class Ingresses:
                 for each in sockets:
                     each.close()
 
-    async def _hold_again(self) -> None:
-        """Ports of stored ingresses that another program had."""
-        complained: set[int] = set()
+    async def _hold_stored(self, complained: set[int]) -> None:
+        """Ports of stored ingresses that are not bound yet. ``complained``: those that another program has."""
+        for port in sorted(self._used_ports() - self._listeners.keys()):
+            try:
+                await self._hold([port])
+            except HypemanError as error:
+                if port not in complained:
+                    complained.add(port)
+                    log.error("ingresses on port %d wait: %s", port, error.message)
+            else:
+                complained.discard(port)
+                await self.front.listen(port, self._listeners[port])
+
+    async def _hold_again(self, complained: set[int]) -> None:
         while True:
-            async with self._changing:
-                for port in sorted(self._used_ports() - self._listeners.keys()):
-                    try:
-                        await self._hold([port])
-                    except HypemanError as error:
-                        if port not in complained:
-                            complained.add(port)
-                            log.error("ingresses on port %d wait: %s", port, error.message)
-                    else:
-                        complained.discard(port)
-                        await self.front.listen(port, self._listeners[port])
             await trio.sleep(_RETRY)
+            async with self._changing:
+                await self._hold_stored(complained)
 
     # ── The engine ───────────────────────────────────────────────────────────────────────────────
 
@@ -198,16 +200,11 @@ class Ingresses:
                 await self._use_certificates()
                 for record in self._records.values():
                     await self.front.put(record.id, _routes(record))
-                for port in sorted(self._used_ports()):
-                    try:
-                        await self._hold([port])
-                    except HypemanError as error:
-                        log.warning("ingresses on port %d: %s", port, error.message)
-                    else:
-                        await self.front.listen(port, self._listeners[port])
+                complained = set[int]()
+                await self._hold_stored(complained)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.certificates.run)
-                nursery.start_soon(self._hold_again)
+                nursery.start_soon(self._hold_again, complained)
                 task_status.started()
         finally:
             self.front.let_go()
