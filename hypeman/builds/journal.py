@@ -7,6 +7,7 @@ off when the journal is opened again.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from msgspec import UNSET, Raw, UnsetType
 from hypeman.builds.progress import PlainText, SolveStatus, parse_status
 from hypeman.builds.types import BuildEvent, BuildEventType, BuildStatus
 from hypeman.images.blobs import write_all
+
+log = logging.getLogger(__name__)
 
 MAX_BYTES = 64 << 20
 """Of a journal; further output of the build is not kept, but its end is."""
@@ -40,15 +43,17 @@ _decode = msgspec.json.Decoder(Entry).decode
 
 
 class Journal:
-    """The journal of one build that is not over."""
+    """The journal of one build that is not over. A full disk costs lines, not the build."""
 
     def __init__(self, path: Path, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         """Opens or creates the file. Blocking."""
+        self._path = path
         self._now = now
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        self._size = _cut_torn_line(self._fd)
-        os.lseek(self._fd, self._size, os.SEEK_SET)
-        self._full = self._size > MAX_BYTES
+        self.size = _cut_torn_line(self._fd)
+        """Bytes, of whole lines."""
+        os.lseek(self._fd, self.size, os.SEEK_SET)
+        self._full = self.size > MAX_BYTES
         self.closed = False
         self._grown = trio.Event()
 
@@ -70,11 +75,17 @@ class Journal:
         if self._full and not always:
             return
         data = _encode(entry) + b"\n"
-        if not self._full and self._size + len(data) > MAX_BYTES:
+        if not self._full and self.size + len(data) > MAX_BYTES:
             self._full = True
             data = _encode(Entry(self._now(), log=f"[more than {MAX_BYTES >> 20} MB of output: not kept]")) + b"\n"
-        write_all(self._fd, data)
-        self._size += len(data)
+        try:
+            write_all(self._fd, data)
+        except OSError as error:
+            log.warning("%s misses lines: %s", self._path, error.strerror)
+            os.ftruncate(self._fd, self.size)  # part of the line may be there
+            os.lseek(self._fd, self.size, os.SEEK_SET)
+            return
+        self.size += len(data)
         self._wake()
 
     def _wake(self) -> None:
@@ -132,7 +143,8 @@ class BuildEvents:
             while True:
                 journal = self._live()
                 grown = journal.grown if journal is not None else None
-                data = await trio.to_thread.run_sync(os.pread, fd, _READ, offset)
+                most = _READ if journal is None else min(_READ, journal.size - offset)  # no part of a line
+                data = await trio.to_thread.run_sync(os.pread, fd, most, offset)
                 if data:
                     offset += len(data)
                     *lines, rest = (rest + data).split(b"\n")

@@ -566,7 +566,7 @@ class Builds:
         """After the record: the last event, and what is no longer needed."""
         journal = self._journals.pop(build_id, None)
         if journal is not None:
-            self._safely(build_id, lambda: journal.status(status))
+            journal.status(status)
             journal.close()
         self._borrowed.pop(build_id, None)
         directory = self._paths.build(build_id)
@@ -580,14 +580,7 @@ class Builds:
     def _tell(self, build_id: str, status: BuildStatus) -> None:
         journal = self._journals.get(build_id)
         if journal is not None:
-            self._safely(build_id, lambda: journal.status(status))
-
-    def _safely(self, build_id: str, write: Callable[[], None]) -> None:
-        """A full disk costs lines of a journal, not the build."""
-        try:
-            write()
-        except OSError as error:
-            log.warning("the journal of build %s misses lines: %s", build_id, error.strerror)
+            journal.status(status)
 
     def statistics(self) -> dict[str, int]:
         """Builds running and waiting."""
@@ -605,15 +598,12 @@ class _Report:
         self._running = running
 
     def log(self, text: str) -> None:
-        self._write(lambda journal: journal.log(text))
+        if (journal := self._builds._journals.get(self._build_id)) is not None:
+            journal.log(text)
 
     def progress(self, line: bytes) -> None:
-        self._write(lambda journal: journal.progress(line))
-
-    def _write(self, write: Callable[[Journal], None]) -> None:
-        journal = self._builds._journals.get(self._build_id)
-        if journal is not None:
-            self._builds._safely(self._build_id, lambda: write(journal))
+        if (journal := self._builds._journals.get(self._build_id)) is not None:
+            journal.progress(line)
 
     async def vm(self, instance_id: str) -> None:
         await self._builds._change(self._build_id, builder_instance_id=instance_id)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
@@ -12,7 +14,7 @@ import msgspec
 import pytest
 import trio
 
-from hypeman.builds import service
+from hypeman.builds import journal, service
 from hypeman.builds.records import BUILDS
 from hypeman.builds.service import Builds
 from hypeman.builds.types import BuilderStatus, BuildStatus, CreateBuilderRequest
@@ -145,6 +147,29 @@ async def test_a_failure_is_recorded_and_the_queue_goes_on(bench: Bench, failure
         assert wanted in (done.error or "") and done.image_ref is None
         assert any(wanted in line for line in lines(await read_all(builds, made)))
         await bench.worker.wait_begun(following.id)
+
+
+async def test_a_full_disk_costs_lines_but_not_the_build(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_half(fd: int, data: bytes) -> None:
+        os.write(fd, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with bench.serving() as builds:
+        made, following = await builds.create(form()), await builds.create(form())
+        await bench.worker.wait_begun(made.id)
+        bench.worker.reports[made.id].log("before")
+        with monkeypatch.context() as full:
+            full.setattr(journal, "write_all", write_half)
+            bench.worker.reports[made.id].log("not kept")
+        bench.worker.reports[made.id].log("after")
+        with monkeypatch.context() as full:
+            full.setattr(journal, "write_all", write_half)
+            bench.worker.finish(made.id, BuildFailed("step 3: exit code 1"))
+            await ended(builds, made)
+        assert lines(await read_all(builds, made)) == ["before", "after"]
+        bench.worker.finish(following.id)
+        assert (await ended(builds, following)).status is BuildStatus.READY
+        await until_clean(bench, builds, following.id)
 
 
 async def test_a_killed_server_is_continued_by_the_next(bench: Bench) -> None:
