@@ -477,12 +477,7 @@ def logs(session: Session, build_id: str, follow: bool) -> None:
 @reports
 def cancel(session: Session, build_ids: Sequence[str]) -> None:
     """Cancel queued or running builds."""
-
-    def one(build_id: str) -> None:
-        session.client.call("DELETE", f"/builds/{segment(build_id)}")
-        click.echo(one_line(build_id))
-
-    session.each(build_ids, one)
+    session.delete_each(build_ids, lambda build_id: f"/builds/{segment(build_id)}")
 
 
 # ── Builders ─────────────────────────────────────────────────────────────────────────────────────
@@ -539,12 +534,7 @@ def get_builder(session: Session, builder_id: str) -> None:
 @reports
 def delete_builder(session: Session, builder_ids: Sequence[str]) -> None:
     """Delete builders that have no builds, with their caches."""
-
-    def one(builder_id: str) -> None:
-        session.client.call("DELETE", f"/builders/{segment(builder_id)}")
-        click.echo(one_line(builder_id))
-
-    session.each(builder_ids, one)
+    session.delete_each(builder_ids, lambda builder_id: f"/builders/{segment(builder_id)}")
 
 
 @builder.command("prune")

@@ -162,12 +162,7 @@ def tag_image(session: Session, name: str, target: str) -> None:
 @reports
 def delete_image(session: Session, names: tuple[str, ...]) -> None:
     """Delete images that no instance uses."""
-
-    def one(name: str) -> None:
-        session.client.call("DELETE", image_path(name))
-        click.echo(name)
-
-    session.each(names, one)
+    session.delete_each(names, image_path)
 
 
 @images.command("import")

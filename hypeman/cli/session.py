@@ -103,6 +103,15 @@ class Session:
         if failed:
             raise SystemExit(1)
 
+    def delete_each(self, names: Iterable[str], path: Callable[[str], str]) -> None:
+        """As ``each``: delete what is at the ``path`` of each name, and print the names of those that are deleted."""
+
+        def one(name: str) -> None:
+            self.client.call("DELETE", path(name))
+            click.echo(one_line(name))
+
+        self.each(names, one)
+
     def _report_refusal(self, error: ApiError) -> None:
         if self._form_error == "auto" and not self._transform_error:
             complain(error.message, _HINTS.get(error.status, ""))
