@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-import click
+from hypeman.cli.session import warn
 
 
 class Ignore:
@@ -137,7 +137,7 @@ def _walk(directory: Path, below: str, ignore: Ignore, kept: set[str]) -> Iterat
         if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
             yield path
         else:
-            click.echo(f"Warning: {path!r} is neither file, directory nor link; it is skipped", err=True)
+            warn(f"{path!r} is neither file, directory nor link; it is skipped")
 
 
 def place_in(directory: Path, file: Path) -> str | None:
