@@ -25,9 +25,9 @@ from hypeman.text import one_line
 TIMEOUT = 120.0
 """Seconds without a byte; the server ends a request after 60."""
 
-
-_COME_BACK_SECONDS = 60.0
-_RETRY_SECONDS = 0.2
+COME_BACK_SECONDS = 60.0
+"""For a server whose connection was lost, as in an upgrade. A guest keeps a program as long."""
+RETRY_SECONDS = 0.2
 
 
 class ApiError(Exception):
@@ -154,9 +154,9 @@ class Client:
                 return
             if lost is None:
                 lost = time.monotonic()
-            elif time.monotonic() - lost > _COME_BACK_SECONDS:
+            elif time.monotonic() - lost > COME_BACK_SECONDS:
                 raise Unreachable("the server did not come back")
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(RETRY_SECONDS)
 
     def close(self) -> None:
         if self._connection is not None:

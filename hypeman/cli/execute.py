@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from hypeman.cli.client import ApiError, Unreachable
+from hypeman.cli.client import COME_BACK_SECONDS, RETRY_SECONDS, ApiError, Unreachable
 from hypeman.cli.instances import instance_argument, path_of
 from hypeman.cli.session import Session, complain, environment, present, reports
 
@@ -36,13 +36,10 @@ _READ = 32 * 1024
 _INTERRUPTED = 130
 _BROKEN = 255
 _CAPTURE_SECONDS = 10
-_COME_BACK_SECONDS = 60.0
-"""How long a guest keeps a program whose connection is lost."""
 _ACKNOWLEDGE = 32 * 1024
 """Bytes of output after which the server learns that they have arrived; the guest keeps at most 128 KiB."""
 _UNREAD = 1024 * 1024
 """Bytes of input that are kept here until the program has read them."""
-_RETRY_SECONDS = 0.2
 
 
 @click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -209,7 +206,7 @@ class Exec:
 
     def _come_back(self) -> None:
         """Go on with the program over another connection. Raises Unreachable."""
-        until = time.monotonic() + _COME_BACK_SECONDS
+        until = time.monotonic() + COME_BACK_SECONDS
         while True:
             try:
                 first: dict[str, Any] = {"resume": {"session": self._session, "received": self._received}}
@@ -223,7 +220,7 @@ class Exec:
                     raise _Gone(f"the program cannot be resumed: {error.message}") from None
                 if time.monotonic() > until:
                     raise
-                time.sleep(_RETRY_SECONDS)
+                time.sleep(RETRY_SECONDS)
 
     def _resume(self) -> None:
         message = self._socket.receive()

@@ -35,7 +35,6 @@ MAX_SESSIONS = 128
 MAX_REQUEST = 262144
 KEY_BYTES = 16
 KEPT_BYTES = 131072
-KEEP_SECONDS = 60
 MAX_STALE = 64 * 1024 * 1024
 """More leftover bytes than any queue between guest and host can hold."""
 
