@@ -17,7 +17,7 @@ A connection that ends without ``done`` leaves the program in the guest for a mi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import msgspec
 import trio
@@ -25,15 +25,13 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hypeman.errors import HypemanError, InvalidRequest
 from hypeman.guest.client import ExecSession, GuestLost, Output
+from hypeman.server.messages import Resize, Socket, chunks
 from hypeman.telemetry import metrics
 
-CHUNK = 32 * 1024
-"""Bytes in a message; some clients have buffers of exactly this size."""
 _DONE_SECONDS = 10.0
 """For the client's last message."""
 
 _Place = Annotated[int, Meta(ge=0, lt=2**62)]
-_Size = Annotated[int, Meta(gt=0, lt=2**32)]
 
 
 class Kept(Struct, frozen=True):
@@ -54,20 +52,10 @@ class Exit(Struct, frozen=True):
     error: str | UnsetType = UNSET
 
 
-class WindowSize(Struct, frozen=True):
-    rows: _Size
-    cols: _Size
-
-
 class ClientMessage(Struct, frozen=True):
     received: _Place | UnsetType = UNSET
-    resize: WindowSize | UnsetType = UNSET
+    resize: Resize | UnsetType = UNSET
     done: Literal[True] | UnsetType = UNSET
-
-
-class Socket(Protocol):
-    async def receive(self) -> str | bytes | None: ...
-    async def send(self, data: str | bytes) -> None: ...
 
 
 class KeptExec:
@@ -99,8 +87,8 @@ class KeptExec:
             await self._tell(Resumed(resumed.received, resumed.input_ended))
         try:
             while isinstance(received := await self._session.receive(), Output):
-                for begin in range(0, len(received.data), CHUNK):
-                    await self._send(received.data[begin : begin + CHUNK])
+                for chunk in chunks(received.data):
+                    await self._send(chunk)
                 metrics.exec_bytes_sent.inc(len(received.data))
         except GuestLost:
             return None

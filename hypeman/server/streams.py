@@ -28,7 +28,8 @@ from hypeman.guest.types import CopyEntry, FileKind
 from hypeman.server import examples
 from hypeman.server.api import Message, WebSocketRoute
 from hypeman.server.errors import UNEXPECTED, shown_message, told_error
-from hypeman.server.kept_exec import CHUNK, KeptExec
+from hypeman.server.kept_exec import KeptExec
+from hypeman.server.messages import Resize, Socket, chunks
 from hypeman.server.services import Services
 from hypeman.telemetry import metrics
 from hypeman.tokens import Scope
@@ -39,21 +40,8 @@ _COME_BACK = 1012
 """RFC 6455 §7.4, IANA: service restart."""
 
 
-class Socket(Protocol):
-    """The part of Quart's websocket that is used here. An empty binary message is received as None."""
-
-    async def receive(self) -> str | bytes | None: ...
-    async def send(self, data: str | bytes) -> None: ...
-    async def close(self, code: int) -> None: ...
-
-
 class _Closable(Protocol):
     async def aclose(self) -> None: ...
-
-
-class Resize(Struct, frozen=True):
-    rows: int
-    cols: int
 
 
 class TtyMessage(Struct, frozen=True):
@@ -148,7 +136,8 @@ async def _run(socket: Socket, session: ExecSession, *, tty: bool) -> int:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_feed, socket, session, tty)
         while isinstance(received := await session.receive(), Output):
-            await _send_chunks(socket, received.data)
+            for chunk in chunks(received.data):
+                await socket.send(chunk)
             metrics.exec_bytes_sent.inc(len(received.data))
         nursery.cancel_scope.cancel()
     if received.message:  # it could not be started
@@ -176,10 +165,9 @@ async def _feed(socket: Socket, session: ExecSession, tty: bool) -> None:
 
 def _resize_in(message: str) -> Resize | None:
     try:
-        size = msgspec.json.decode(message, type=TtyMessage).resize
+        return msgspec.json.decode(message, type=TtyMessage).resize
     except msgspec.DecodeError:
         return None
-    return size if 0 < size.rows < 2**32 and 0 < size.cols < 2**32 else None
 
 
 async def copy_session(services: Services, socket: Socket, ref: str) -> None:
@@ -239,7 +227,8 @@ async def _copy_out(services: Services, socket: Socket, reference: str, request:
         begun = False
         async for item in copy:
             if isinstance(item, bytes):
-                await _send_chunks(socket, item)
+                for chunk in chunks(item):
+                    await socket.send(chunk)
                 metrics.cp_bytes.labels("from").inc(len(item))
                 continue
             if begun:  # only now is it known that the entry before was not the last
@@ -263,11 +252,6 @@ def _header(entry: CopyEntry) -> CopyHeader:
         uid=entry.uid,
         gid=entry.gid,
     )
-
-
-async def _send_chunks(socket: Socket, data: bytes) -> None:
-    for begin in range(0, len(data), CHUNK):
-        await socket.send(data[begin : begin + CHUNK])
 
 
 async def _running(services: Services, reference: str) -> str:

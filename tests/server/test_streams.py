@@ -24,7 +24,6 @@ from wsproto.events import (
 
 from hypeman.guest.types import CopyEntry, FileKind
 from hypeman.instances.model.types import InstanceState
-from hypeman.server import streams
 from tests.fakes.services import FakeWorld
 
 
@@ -249,7 +248,7 @@ def entry(path: str, **fields: Any) -> CopyEntry:
 
 
 async def test_copy_out(dial: Any, world: FakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "CHUNK", 4)
+    monkeypatch.setattr("hypeman.server.messages.CHUNK", 4)
     world.instances.tree = [
         entry("d", kind=FileKind.DIR, mode=0o755),
         entry("d/f", size=10),

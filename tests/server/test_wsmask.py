@@ -8,7 +8,7 @@ import pytest
 from wsproto import frame_protocol
 
 from hypeman._native import wsmask, wsmask_py
-from hypeman.server import kept_exec
+from hypeman.server import streams
 
 
 def test_it_masks_as_its_twin_does() -> None:
@@ -31,5 +31,5 @@ def test_a_key_of_another_length_is_refused() -> None:
 
 
 def test_the_server_uses_it() -> None:
-    assert kept_exec.CHUNK
+    assert streams.WEBSOCKETS
     assert getattr(frame_protocol, "XorMaskerSimple") is wsmask.Masker  # noqa: B009
