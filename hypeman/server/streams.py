@@ -84,7 +84,7 @@ class ExecEnd(Struct, frozen=True, rename="camel"):
 
 
 class ExecError(Struct, frozen=True):
-    """A first message that is no request."""
+    """Why the first message was refused."""
 
     error: str
 
@@ -113,7 +113,8 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
         async with _closing(await services.instances.exec(reference, request)) as session:
             if session.key:
                 code = await KeptExec(socket, session).run()
-                exit_code, status = (code, "success") if code is not None else (exit_code, status)
+                if code is not None:
+                    exit_code, status = code, "success"
                 await socket.close(1000 if code is not None else _COME_BACK)
                 return
             exit_code = await _run(socket, session, tty=request.tty)
@@ -121,7 +122,7 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
     except Exception as error:
         message = shown_message(_told(error))
         if request.resume is not None:
-            await socket.send(msgspec.json.encode({"error": message}).decode())
+            await _send_json(socket, ExecError(message))
             await socket.close(1000)
             return
         await socket.send(f"Error: {message}\r\n".encode())
