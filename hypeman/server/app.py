@@ -25,7 +25,6 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import WebsocketMismatch
 
 from hypeman.actor import set_actor
-from hypeman.errors import HypemanError
 from hypeman.server import errors, exchange
 from hypeman.server.api import Context, EventStream, Operation, UploadStream, WebSocketRoute
 from hypeman.server.connection import Connection
@@ -144,15 +143,12 @@ class ApiApp(QuartTrio):
             return None if failure is None else _response(failed(failure))
 
         async def plain(**_: str) -> Response:
-            try:
-                self._admit(request, route.scope)
-                raise UpgradeRequired(f"{request.path} is a WebSocket")
-            except HypemanError as error:
-                return _response(failed(failure_from(error)))
+            self._admit(request, route.scope)
+            raise UpgradeRequired(f"{request.path} is a WebSocket")
 
         self.add_websocket(_rule(route.path), f"WS {route.path}", session)
         self.add_url_rule(
-            _rule(route.path), f"GET {route.path}", plain, methods=["GET"], provide_automatic_options=False
+            _rule(route.path), f"GET {route.path}", _caught(plain), methods=["GET"], provide_automatic_options=False
         )
 
     def add_registry(self) -> None:
