@@ -66,9 +66,8 @@ class Sessions:
         self._store = store
         self._secret = secret.encode()
         self._now = now
-        self._links: dict[str, Caller] = {}
-        """By the digest of the link's code; ``expires_at`` is that of the caller's session at most."""
-        self._link_ends: dict[str, float] = {}
+        self._links: dict[str, tuple[Caller, float]] = {}
+        """The caller of a link, and when it stops working, by the digest of its code; the oldest first."""
 
     async def begin(self, caller: Caller, host: str) -> tuple[str, float]:
         """A new session of ``caller``: the cookie's value, and when it ends. The oldest of too many are ended."""
@@ -106,29 +105,21 @@ class Sessions:
         await self._store.write(lambda txn: txn.delete(SESSIONS, key))
 
     def make_link(self, caller: Caller) -> tuple[str, float]:
-        """A code that logs in as ``caller`` once, and when it stops to work. It is kept in memory only."""
+        """A code that logs in as ``caller`` once, and when it stops working. It is kept in memory only."""
         now = self._now()
-        for key in [key for key, ends in self._link_ends.items() if ends <= now]:
-            self._forget(key)
+        self._links = {key: link for key, link in self._links.items() if link[1] > now}
         if len(self._links) >= MAX_LINKS:
-            self._forget(next(iter(self._links)))
+            del self._links[next(iter(self._links))]
         code = secrets.token_urlsafe(32)
-        self._links[self._key(code)] = caller
-        self._link_ends[self._key(code)] = now + LINK
+        self._links[self._key(code)] = caller, now + LINK
         return code, now + LINK
 
     def use_link(self, code: str) -> Caller:
         """The caller who made the link; from now on it is used. Raises Unauthorized."""
-        key = self._key(code)
-        caller, ends = self._links.get(key), self._link_ends.get(key, 0.0)
-        self._forget(key)
+        caller, ends = self._links.pop(self._key(code), (None, 0.0))
         if caller is None or ends <= self._now():
             raise Unauthorized("this link was used already or is too old; `hypeman ui` makes a new one")
         return caller
-
-    def _forget(self, key: str) -> None:
-        self._links.pop(key, None)
-        self._link_ends.pop(key, None)
 
     def _key(self, value: str) -> str:
         return hmac.new(self._secret, value.encode(errors="replace"), hashlib.sha256).hexdigest()
@@ -162,8 +153,8 @@ def same_host(origin: str, host: str) -> bool:
 
 
 def check_local_browser(header: Header, *, safe: bool) -> None:
-    """Raise WrongOrigin for a browser's request over a trusted socket (as through ``ssh -L``) that another site, or a
-    name that anybody's DNS could resolve to this server, made: the socket admits whoever reaches it."""
+    """Raise WrongOrigin for a browser's request over a trusted socket (as through ``ssh -L``) from a page of another
+    site, or under a name of the public DNS, which may resolve to this server: the socket itself asks for no token."""
     if not is_browser(header):
         return
     if header("Origin") is not None or header("Sec-Fetch-Site") is not None:
