@@ -61,8 +61,13 @@ def encode_placed(lines: bytes, fd: int, end: int) -> bytes:
     events = []
     for line in lines[:-1].split(b"\n"):
         at += len(line) + 1
-        events.append(b"id: %d-%d-%d\n" % (file.st_dev, file.st_ino, at) + _encode_any(line))
+        events.append(_id_line(file, at) + _encode_any(line))
     return b"".join(events)
+
+
+def _id_line(file: os.stat_result, offset: int) -> bytes:
+    """The id of an event whose line ends at ``offset``: what ``Position.parse`` reads."""
+    return b"id: %d-%d-%d\n" % (file.st_dev, file.st_ino, offset)
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -256,8 +261,7 @@ class LogStream:
     def _id(self) -> bytes:
         if not self._positions:
             return b""
-        file = os.fstat(self._fd)
-        return b"id: %d-%d-%d\n" % (file.st_dev, file.st_ino, self._offset - self._cutter.waiting)
+        return _id_line(os.fstat(self._fd), self._offset - self._cutter.waiting)
 
     async def _read(self) -> bytes:
         """The next block; empty if there is none even after waiting.
