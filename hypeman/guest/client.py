@@ -305,7 +305,7 @@ class ExecSession:
         return ExecResult(ended.exit_code, ended.signal, ended.timed_out, ended.message)
 
     async def aclose(self) -> None:
-        self._client.close(self._session, detach=bool(self.key) and not self._ends)
+        self._close()
         await trio.lowlevel.checkpoint()
 
     async def __aenter__(self) -> ExecSession:
@@ -314,6 +314,9 @@ class ExecSession:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._client.close(self._session, detach=bool(self.key) and not self._ends)
 
 
