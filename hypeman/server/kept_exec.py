@@ -1,8 +1,8 @@
 """An exec whose program outlives its connection (``keep`` and ``resume`` of ExecRequest).
 
 Output and input are counted from the program's start. The guest keeps output until the client has said that it has it,
-and the client its input until the server has said that the program has read it; so whoever comes back loses nothing
-and gets nothing twice. Everything but output and input is in text messages:
+and the client its input until the server has said that the program has read it; so a client that comes back loses
+nothing and gets nothing twice. Everything but output and input is in text messages:
 
     server  {"session": KEY}                         first, of a new program
             {"input": N, "input_ended": BOOL}        first, of a resumed one: input from N on is wanted
