@@ -409,6 +409,40 @@ class EventsConfig(_Section, frozen=True):
     ``ca_file``, ``timeout``, ``retry_hours``: [hypeman/events/README.md](../hypeman/events/README.md#webhooks)."""
 
 
+class NodeConfig(_Section, frozen=True):
+    """The host as a node of a Kubernetes cluster (``hypeman node``); the server itself does not use it."""
+
+    name: Annotated[str, Meta(pattern="^[a-z0-9.-]*$", max_length=253)] = ""
+    """Name of the node; empty: the host name in lower case."""
+    kubeconfig: str = "/etc/hypeman/kubeconfig"
+    """How to reach the cluster: the kubeconfig of the node, with a token or a client certificate."""
+    bootstrap_kubeconfig: str = ""
+    """A kubeconfig with a bootstrap token, with which the node requests its client certificate. Empty: ``kubeconfig``
+    is enough by itself."""
+    server: Annotated[str, Meta(pattern="^(https?://[^\\s]+)?$")] = ""
+    """URL of the cluster's API server; empty: that of the kubeconfig."""
+    state_dir: str = "/var/lib/hypeman-node"
+    """Directory for the node's keys and certificates."""
+    base_url: Annotated[str, Meta(pattern="^((https?|unix)://[^\\s]+)?$")] = ""
+    """The server of this host: ``http://…``, ``https://…`` or ``unix:///path``; empty: its socket."""
+    api_key: str = ""
+    """Token for ``base_url``; its socket needs none."""
+    address: str = ""
+    """Address at which the cluster reaches this host; empty: that of the default route."""
+    port: Port = 10250
+    """TCP port of the kubelet's API (logs, exec, stats)."""
+    labels: dict[str, str] = {}
+    """Further labels of the node."""
+    max_pods: Positive = 110
+    """Maximum number of pods."""
+    lease_duration: Annotated[int, Meta(ge=3, le=3600)] = 40
+    """Seconds that a heartbeat is valid; renewed four times as often."""
+    fence_after: Annotated[float, Meta(ge=1)] = 50.0
+    """Seconds without a heartbeat after which the cluster starts to move pods elsewhere: the controller manager's
+    ``--node-monitor-grace-period``, or less. A pod is fenced so long, plus its own toleration of an unreachable node,
+    after the last heartbeat."""
+
+
 class Config(_Section, frozen=True):
     listen_address: str = "127.0.0.1"
     """TCP address of the API. It uses plain HTTP: expose it to others only through a TLS proxy."""
@@ -442,6 +476,7 @@ class Config(_Section, frozen=True):
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
     events: EventsConfig = EventsConfig()
+    node: NodeConfig = NodeConfig()
 
     @property
     def paths(self) -> Paths:

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for row in (
         "__main__",
         "cli",
-        "app backup bundle doctor removal",
+        "app backup bundle doctor kube removal",
         "server",
         "policies",
         "builds ingress",
@@ -95,6 +95,7 @@ PURE_MODULES = tuple(
         "ingress.hostnames",
         "ingress.routing",
         "ingress.types",
+        "kube.types",
         "network.addressing",
         "network.asleep",
         "network.ruleset",

@@ -161,6 +161,25 @@ def serve(config_file: Path | None) -> None:
         fail("; ".join(messages))
 
 
+@click.command()
+@config_option
+def node(config_file: Path | None) -> None:
+    """Make this host a node of a Kubernetes cluster, next to its server."""
+    from hypeman.config import load_config
+    from hypeman.errors import HypemanError
+
+    messages: list[str] = []
+    try:
+        config = load_config(config_file)
+        from hypeman.kube.node import main
+
+        main(config)
+    except* HypemanError as failures:
+        messages = _messages(failures)
+    if messages:
+        fail("; ".join(messages))
+
+
 def _messages(failures: BaseExceptionGroup[Any]) -> list[str]:
     found: list[str] = []
     for error in failures.exceptions:

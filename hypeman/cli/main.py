@@ -67,7 +67,9 @@ SECTIONS = {
     "Images": ("pull", "image", "tag", "push", "login", "build", "builder", "rmi"),
     "Data": ("volume", "snapshot", "commit", "backup", "bundle", "compose"),
     "Network and devices": ("ingress", "egress", "device"),
-    "Host": ("ui", "info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "token"),
+    "Host": (
+        *("ui", "info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "node", "token"),
+    ),
 }
 """The commands of the help by subject; any other is listed at its end."""
 
@@ -192,7 +194,7 @@ for _command in (
     hypeman.add_command(_command)
 
 if find_spec("hypeman.app") is not None:  # not in the client, which is distributed without the server
-    for _command in (host.token, host.doctor, host.serve, host.clean_host, backup.backup, bundle.bundle):
+    for _command in (host.token, host.doctor, host.serve, host.node, host.clean_host, backup.backup, bundle.bundle):
         hypeman.add_command(_command)
 
 
