@@ -1,4 +1,4 @@
-"""Tokens and scopes: who gets in, and who is told why not."""
+"""Tokens and scopes: who gets in, and the reason that others get."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ static enum reason check_scheme(struct xchg *x, struct str path)
     return v->route->tls ? R_WANTS_TLS : R_NONE;
 }
 
-/* The hello names the site; what is wrong is told by an alert. */
+/* The hello names the site; what is wrong is reported by an alert. */
 void front_hello(struct conn *c, const struct hello *h)
 {
     struct engine *e = c->loop->engine;

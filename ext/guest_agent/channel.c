@@ -16,7 +16,7 @@
 #define RETRY_MS 100
 /* A port's edge tells of host and data; this guards against one that is lost, as after the VM was captured. */
 #define PORT_CHECK_MS 1000
-/* That a host has come is told on another queue than its bytes, and may be known later: until then the port
+/* A connecting host is reported on another queue than its bytes, and may be seen later: until then the port
  * reads as closed. So only what stays closed is. */
 #define PORT_CLOSED_MS 50
 

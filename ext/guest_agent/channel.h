@@ -4,7 +4,7 @@
  *   VSOCK  a connection to the host that we make, and make again when it ends
  *   TEST   a given socket whose end is the end of the program
  *
- * Output is one fixed ring of whole frames: whoever wants to send asks for room first and keeps its state
+ * Output is one fixed ring of whole frames: a sender asks for room first and keeps its state
  * until there is some, so nothing is ever dropped or allocated.
  */
 #ifndef HM_CHANNEL_H

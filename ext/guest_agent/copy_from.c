@@ -23,7 +23,7 @@
 
 #define MAX_DEPTH 200 /* each level holds a directory open */
 
-static char where[PATH_MAX]; /* the current entry's name, as the host is told it */
+static char where[PATH_MAX]; /* the current entry's name, as the host gets it */
 static bool follow_links;
 
 static int send_header(const struct stat *st, const char *link) {

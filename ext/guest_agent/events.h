@@ -1,4 +1,4 @@
-/* What the guest tells by itself: each event happens at most once a boot, is told on every connection, and is
+/* What the guest reports by itself: each event happens at most once a boot, is sent on every connection, and is
  * acknowledged by the host. */
 #ifndef HM_EVENTS_H
 #define HM_EVENTS_H
@@ -13,7 +13,7 @@
 /* Notes that it happened; fields are what the writer holds (may be NULL). */
 void event_happened(enum event event, const struct field_writer *fields);
 void event_acknowledged(uint8_t event);
-/* A new connection: everything is told again. */
+/* A new connection: every event is sent again. */
 void events_tell_again(void);
 void events_step(struct channel *channel);
 /* All that happened was acknowledged. */

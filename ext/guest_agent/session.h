@@ -58,7 +58,7 @@ extern int64_t keep_ms;
 struct session *session_find(uint32_t id);
 /* A slot for a new id, or NULL. If none is free, the longest detached session is dropped. */
 struct session *session_new(uint32_t id);
-/* Ends whatever runs in it and frees the slot; nothing is told. */
+/* Ends its program and frees the slot; nothing is reported. */
 void session_drop(struct session *session);
 /* The connection has ended: drops all but the kept ones, which are detached. */
 void sessions_lost(void);

@@ -1,7 +1,7 @@
 """BuildKit's progress, as ``buildctl --progress=rawjson`` prints it, and its rendering as lines. Pure.
 
 A status update names vertexes (the steps: when they began and ended), their statuses (transfers), output and warnings.
-Server and command line render with the same class; what a guest prints is escaped by whoever shows it.
+Server and command line render with the same class; what a guest prints is escaped where it is shown.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ of their frame (SCM_RIGHTS).
                      ApprovalNeeded; Locate; Audit
 
 A message type is added by appending it to ``Request`` or ``Report`` and raising ``VERSION``, as is needed for another
-form of compiled policies (policy.py). An engine of an earlier version in ``SPOKEN`` is told what it understands, in its
-version, until it has drained; one of any other version is ended. ``Hello``, ``Drain`` and the header never change
-their form.
+form of compiled policies (policy.py). An engine of an earlier version in ``SPOKEN`` gets only messages that it
+understands, in its version, until it has drained; one of any other version is ended. ``Hello``, ``Drain`` and the
+header never change their form.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ class Connection:
         if zlib.crc32(answer[:-4]) != crc:
             raise ProtocolError("the guest's answer is damaged")
         if not hmac.compare_digest(nonce, self._nonce):
-            raise ProtocolError("whoever answers does not know the nonce of this boot")
+            raise ProtocolError("the peer does not know the nonce of this boot")
         if version != PROTOCOL_VERSION:
             raise ProtocolError(f"the guest speaks version {version} of the protocol, we speak {PROTOCOL_VERSION}")
         del self._incoming[: _ACK.size]

@@ -131,7 +131,7 @@ class Pci:
             await self._run(["nvidia-smi", "-i", address, "-pm", "1" if on else "0"])
 
     async def persistence(self, address: str) -> bool:
-        """Whether the NVIDIA driver is told to stay awake for this GPU."""
+        """Whether nvidia-smi's persistence mode is on for this GPU."""
         if not shutil.which("nvidia-smi"):
             return False
         query = ["nvidia-smi", "-i", address, "--query-gpu=persistence_mode", "--format=csv,noheader"]

@@ -1,6 +1,6 @@
 """Names in the run directory of a VMM with an HTTP API; pure, for the command lines and bodies that use them.
 
-Everything that such a VMM is told is a name in its working directory, so that a saved state, which
+Every path that such a VMM gets is a name in its working directory, so that a saved state, which
 remembers them, fits every other run directory too.
 """
 

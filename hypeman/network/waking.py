@@ -2,7 +2,7 @@
 
     hold      the address is routed to ``hm-wake``; its packets are read here, and reported
     release   the address is routed to the TAP, and the held packets are put on it; what was read in between follows.
-              If there is no TAP, peers are told that the instance cannot be reached
+              If there is no TAP, their senders get a TCP reset or an ICMP error
 
 While an instance is held, its published ports stay open, and neighbours that may reach it may still do so. The CPU that
 packets can cost is bounded: the kernel passes a limited rate for each address (``ruleset.py``), and ``run`` reads a
@@ -116,7 +116,7 @@ class Waking:
             log.info("the guest on %s has not answered ARP within %g s", tap.name, LINK_UP)
 
     async def release(self, lease: Lease) -> None:
-        """Hold the address no longer; the senders of held packets are told."""
+        """Hold the address no longer; the senders of held packets get a reset or an ICMP error."""
         self._held.pop(lease.instance_id, None)
         self._by_address.pop(lease.ipv4, None)
         self._passed.pop(lease.ipv4, None)

@@ -112,7 +112,7 @@ def find_components(tables: Path, kernel: Path) -> list[Component]:
     unowned = []
     for file in {path.resolve() for path in bundled_files(tables)}:
         if file.is_relative_to(ROOT) and "site-packages" not in file.parts:
-            continue  # ours, or made here; the kernel is told below
+            continue  # ours, or made here; the kernel is listed below
         component = python_component(owners[file]) if file in owners else debian_component(file)
         if component is None:
             unowned.append(str(file))

@@ -1,7 +1,7 @@
 """``python -m tests.bench [area…]``: runs ``bench_<area>.py``, prints a table, writes ``build/bench.json``.
 
 Each area runs in a process of its own, so that none measures what another left in memory. An area
-that fails is told and the others go on; the exit status is 1 then. Named areas replace only their
+that fails is reported and the others go on; the exit status is 1 then. Named areas replace only their
 own figures in the file.
 """
 

@@ -2,7 +2,7 @@
 
 A made-up tree has no drivers behind its files, so real figures are larger for everybody; the ratios
 are what counts. CPU time, since all of them do nothing but system calls and computing; lspci is a process of
-its own, as whoever calls it pays for that too.
+its own, as its callers pay for that too.
 """
 
 from __future__ import annotations

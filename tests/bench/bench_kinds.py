@@ -44,7 +44,7 @@ def run() -> list[Result]:
 async def _measure(folder: Path, kernel: Path, initrd: Path) -> list[Result]:
     processes = Processes()
     drivers: dict[HypervisorKind, Driver] = {}
-    for kind in reversed(REAL_KINDS):  # those first that are told by a look whether they are there
+    for kind in reversed(REAL_KINDS):  # those first whose presence a look at the file system shows
         driver = real_driver(kind, processes, kernel=str(kernel), folder=str(folder))()
         if kind is HypervisorKind.QEMU_MICROVM and not drivers:
             return []  # neither of the others is here, or no KVM

@@ -74,7 +74,7 @@ def test_run_tells_why_a_pull_failed(cli: Any, server: Any) -> None:
 
 
 def test_boot_line() -> None:
-    """What is over is told with its time; what an instance ended with, without control characters."""
+    """What has ended is shown with its time; what an instance ended with, without control characters."""
     booting = {"name": "web", "state": "Initializing", "phase_durations_ms": {"created": 12, "initializing": 3}}
     assert boot_line({**booting, "current_phase": "initializing"}) == (
         "web is Initializing (created 12 ms, initializing 3 ms)"

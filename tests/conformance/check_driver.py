@@ -475,7 +475,7 @@ async def a_disk_comes_and_goes(bench: Bench) -> None:
 
 
 async def a_disk_that_was_never_plugged_in_is_removed(bench: Bench) -> None:
-    """The handle has it before the VM does, and whoever wrote the handle was killed in between."""
+    """The handle has it before the VM does, and the process that wrote the handle was killed in between."""
     async with bench.running("interrupted") as (driver, vmm):
         if not driver.capabilities.hotplug_disk:
             return

@@ -1,7 +1,7 @@
 """A data plane on loopback between hand-written clients and a hand-written origin.
 
-Nothing here uses an HTTP library: what matters is which bytes go where. Guests are told apart by their source address,
-127.0.1.x; every name resolves to 127.0.0.1 unless a test says otherwise.
+Nothing here uses an HTTP library: what matters is which bytes go where. Guests are distinguished by their source
+address, 127.0.1.x; every name resolves to 127.0.0.1 unless a test says otherwise.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ async def test_several_credentials(world: World) -> None:
 
 
 async def test_names_are_resolved_here(world: World) -> None:
-    """One forbidden address among several refuses the name; names without addresses are told."""
+    """One forbidden address among several refuses the name; names without addresses are reported."""
     for addresses in (["127.0.0.1", "10.1.2.3"], ["169.254.169.254"], ["::1", "127.0.0.1"], ["fd00::1"],
                       ["::ffff:10.0.0.1"], ["100.64.0.1"], ["0.0.0.0"], ["224.0.0.1"], ["192.168.1.1"]):  # fmt: skip
         world.egress._resolver.forget()

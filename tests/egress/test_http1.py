@@ -25,7 +25,7 @@ def says(data: bytes, *, close: bool = False, origin: Origin, path: str) -> None
 
 
 async def test_head_and_empty_responses(world: World) -> None:
-    """No body where there is none, though a length is told, and the connection goes on."""
+    """No body where there is none, though there is a Content-Length, and the connection goes on."""
     wire = await world.tls()
     status, fields, _ = await world.ask(wire, f"HEAD / HTTP/1.1\r\n{H}\r\n".encode(), head_only=True)
     assert (status, fields["content-length"]) == (200, "1234")

@@ -213,7 +213,7 @@ async def test_times_that_cannot_be_meant(server: TokenServer, said: dict[str, A
 
 
 async def test_private_addresses_are_not_asked(server: TokenServer) -> None:
-    """Else whoever may create instances could have the server send requests to its own network."""
+    """Otherwise anyone who may create instances could have the server send requests to its own network."""
     form = OAuth2Form(grant="client_credentials", token_url=server.url, client_id="c")
     with pytest.raises(Unavailable, match="no address that is allowed"):
         await token_client("10.0.0.0/8").obtain(form, SECRET)

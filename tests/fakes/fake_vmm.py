@@ -75,7 +75,7 @@ class Memory(msgspec.Struct):
 
 
 class FakeProcess:
-    """One VM, as long as it runs, whoever holds it."""
+    """One VM, as long as it runs, whichever process holds it."""
 
     def __init__(self, pid: int, config: VmConfig, memory: Memory, *, private: bool) -> None:
         self.pid = pid

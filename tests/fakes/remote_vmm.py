@@ -278,7 +278,7 @@ def serve(vm: CloudHypervisor | Firecracker, listener: socket.socket) -> None:
             header = f"HTTP/1.1 {status}\r\nContent-Length: {len(encoded)}\r\n\r\n"
             if answer is None:
                 header = "HTTP/1.1 204 \r\nServer: fake\r\nConnection: keep-alive\r\n\r\n"
-            with contextlib.suppress(OSError):  # whoever asked has hung up
+            with contextlib.suppress(OSError):  # the client has hung up
                 connection.sendall(header.encode() + encoded)
 
 

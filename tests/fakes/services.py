@@ -955,7 +955,7 @@ class FakePushes:
 
 
 class FakeBuilds:
-    """Builds that wait for ever, or are ready with ``outcome`` at once; ``fields`` has what was sent last."""
+    """Builds that stay queued, or are ready with ``outcome`` at once; ``fields`` has what was sent last."""
 
     def __init__(self) -> None:
         self.builders: dict[str, Builder] = {}

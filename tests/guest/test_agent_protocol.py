@@ -219,7 +219,7 @@ def test_an_endless_request_breaks_the_connection(agent: Agent, host: Host) -> N
 
 
 def test_a_host_that_does_not_read_stops_nothing_but_itself(agent: Agent, host: Host) -> None:
-    """Sixty programs that print for ever into a wire that nobody reads: no memory, no spinning."""
+    """Sixty programs that print without end into a wire that nobody reads: no memory, no spinning."""
     for _ in range(60):
         host.connection.open(Op.EXEC, FieldWriter().text(Tag.ARG, "yes"))
     host.flush()

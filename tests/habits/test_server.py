@@ -1,4 +1,4 @@
-"""Habits that only show with a server: how ends are told, labels and tags, logs, and the time after everything."""
+"""Habits that only show with a server: how ends are reported, labels and tags, logs, and the time after everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Netlink messages, made and read; what the kernel refuses is told in its own words."""
+"""Netlink messages, made and read; what the kernel refuses is reported in its own words."""
 
 from __future__ import annotations
 

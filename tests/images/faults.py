@@ -1,4 +1,4 @@
-"""A registry that does as it is told: serves images, and misbehaves at the point a test chooses."""
+"""A registry for tests: serves images, and misbehaves at the point a test chooses."""
 
 from __future__ import annotations
 

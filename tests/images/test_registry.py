@@ -201,7 +201,7 @@ async def test_throttled_at_once(registry: FaultyRegistry, make_images: Start) -
 
 
 async def test_throttled_in_the_background(registry: FaultyRegistry, make_images: Start) -> None:
-    """Later we wait as long as we are told."""
+    """Later we wait as long as Retry-After says."""
     registry.serve("some/image", FILES)
     registry.rules.append(faults(Response(429, {"Retry-After": "0"}), Response(429, {"Retry-After": "0"})))
     assert (await pull(registry, make_images)).status is ImageStatus.READY
@@ -452,7 +452,7 @@ async def test_token_service_that_is_not_safe(registry: FaultyRegistry, make_ima
 
 
 async def test_another_login_while_pulling(registry: FaultyRegistry, make_images: Start) -> None:
-    """One pull, one login: who comes with another one is told so, who comes with the same one joins."""
+    """One pull, one login: a request with another one is refused, a request with the same one joins."""
     registry.serve("some/image", FILES)
     registry.rules.append(lambda request: Response(200, {}, BYTES, cut=10, then="stall") if big_blob(request) else None)
     images = await make_images(insecure_registries=(registry.host,))

@@ -204,7 +204,7 @@ async def test_queue_position(registry: FaultyRegistry, make_images: Start) -> N
 
 
 async def test_delete_while_pulling(registry: FaultyRegistry, make_images: Start, paths: Paths) -> None:
-    """The pull is cancelled, who waits for it is told, nothing is left, and it can be asked for again."""
+    """The pull is cancelled, its waiters get an error, nothing is left, and it can be asked for again."""
     registry.serve("one", ONE)
     registry.rules.append(hold)
     images = await make_images(insecure_registries=(registry.host,), patience=PATIENT)

@@ -303,7 +303,7 @@ return (a restored guest has run)."""
 
 @pytest.mark.parametrize("case", CASES)
 async def test_failed_at_every_effect(lab: Lab, case: str) -> None:
-    """An effect that fails once is told to the caller, or tried again; never half a state."""
+    """An effect that fails once is reported to the caller, or tried again; never half a state."""
     prepare, act, allowed = CASES[case]
     async with lab.running() as instances:
         for moment in range(1000):

@@ -1,4 +1,4 @@
-"""What packets to an instance in standby are, and how their senders are told."""
+"""What packets to an instance in standby are, and which errors their senders get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of closed guests, as messages: what is sent upstream, and what the guest is told."""
+"""Names of closed guests, as messages: what is sent upstream, and what the guest gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The single file: it unpacks itself once, whoever comes first, and runs nothing that others may have put there."""
+"""The single file: it unpacks itself once, whichever process is first, and runs nothing that others put there."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ async def measure(appliance: Appliance, limits: dict[str, int]) -> None:
     """The rate of each queue, over windows of a few seconds: never above its limit, and never below it while the queue
     was half full or more at each look. When exactly a look was taken is not known on a busy machine, and what
     could be the fault of that is not counted. A window at the limit is soon there, unless guest and sender are
-    too slow to fill a queue: that is told, and no fault of the limit.
+    too slow to fill a queue: that is reported, and is no fault of the limit.
     """
     unproved = dict(limits)
     await trio.sleep(1)  # the buckets are full at first

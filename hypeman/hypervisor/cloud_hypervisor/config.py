@@ -89,7 +89,7 @@ def folder_link(number: int) -> str:
 
 def net_config(nic: Nic) -> dict[str, object]:
     """Body of ``vm.add-net``; the TAP's descriptor travels beside it. Without its MTU, which the VMM would set on
-    the TAP and may not; guests are told on the boot disk."""
+    the TAP and may not; guests read it from the boot disk."""
     return {"id": nic.id, "mac": nic.mac, "num_queues": 2}
 
 
