@@ -42,6 +42,17 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
         ),
     ] = False
     resume: Annotated[ExecResumption | None, Meta(description="Extension. Instead of a command")] = None
+    separate: Annotated[
+        bool,
+        Meta(
+            description="Extension. The first byte of each binary message to the client says what follows: 1 standard "
+            "output, 2 standard error. Not with `keep`"
+        ),
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.separate and self.keep:
+            raise ValueError("separate and keep exclude each other")
 
 
 class CpRequest(Struct, frozen=True, kw_only=True):

@@ -35,6 +35,7 @@ from hypeman.telemetry import metrics
 from hypeman.tokens import Scope
 
 _FAILED_TO_RUN = 127
+_STDOUT, _STDERR = b"\1", b"\2"
 _CLOSE_SECONDS = 5.0
 _COME_BACK = 1012
 """RFC 6455 §7.4, IANA: service restart."""
@@ -117,7 +118,7 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
                     exit_code, status = code, "success"
                 await socket.close(1000 if code is not None else _COME_BACK)
                 return
-            exit_code = await _run(socket, session, tty=request.tty)
+            exit_code = await _run(socket, session, tty=request.tty, separate=request.separate)
             status = "success"
     except Exception as error:
         message = shown_message(_told(error))
@@ -125,7 +126,7 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
             await _send_json(socket, ExecError(message))
             await socket.close(1000)
             return
-        await socket.send(f"Error: {message}\r\n".encode())
+        await _send_error(socket, message, request.separate)
     finally:
         metrics.exec_sessions.labels(status, str(exit_code)).inc()
         metrics.exec_seconds.observe(time.perf_counter() - started)
@@ -133,17 +134,22 @@ async def _exec(services: Services, socket: Socket, ref: str) -> None:
     await socket.close(1000)
 
 
-async def _run(socket: Socket, session: ExecSession, *, tty: bool) -> int:
+async def _run(socket: Socket, session: ExecSession, *, tty: bool, separate: bool) -> int:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_feed, socket, session, tty)
         while isinstance(received := await session.receive(), Output):
+            mark = (_STDERR if received.stderr else _STDOUT) if separate else b""
             for chunk in chunks(received.data):
-                await socket.send(chunk)
+                await socket.send(mark + chunk)
             metrics.exec_bytes_sent.inc(len(received.data))
         nursery.cancel_scope.cancel()
     if received.message:  # it could not be started
-        await socket.send(f"Error: {received.message}\r\n".encode())
+        await _send_error(socket, received.message, separate)
     return received.exit_code
+
+
+async def _send_error(socket: Socket, message: str, separate: bool) -> None:
+    await socket.send((_STDERR if separate else b"") + f"Error: {message}\r\n".encode())
 
 
 async def _feed(socket: Socket, session: ExecSession, tty: bool) -> None:

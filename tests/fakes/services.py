@@ -193,7 +193,7 @@ class FakeExec(ExecSession):
         self.request = request
         self.sizes: list[tuple[int, int]] = []
         self.closed = False
-        self._send, self._receive = trio.open_memory_channel[bytes | int](100)
+        self._send, self._receive = trio.open_memory_channel[bytes | Output | int](100)
         match list(request.command):
             case ["echo", *words]:
                 self._send.send_nowait(" ".join(words).encode() + b"\n")
@@ -202,6 +202,10 @@ class FakeExec(ExecSession):
                 self._send.send_nowait(1)
             case ["big", size]:
                 self._send.send_nowait(b"x" * int(size))
+                self._send.send_nowait(0)
+            case ["both", out, err]:
+                self._send.send_nowait(out.encode())
+                self._send.send_nowait(Output(err.encode(), stderr=True))
                 self._send.send_nowait(0)
             case ["dies"]:
                 self._send.close()
@@ -227,7 +231,9 @@ class FakeExec(ExecSession):
             received = await self._receive.receive()
         except trio.EndOfChannel:
             raise HypemanError("the guest has gone") from None
-        return Output(received) if isinstance(received, bytes) else ExecResult(received)
+        if isinstance(received, int):
+            return ExecResult(received)
+        return received if isinstance(received, Output) else Output(received)
 
     async def aclose(self) -> None:
         self.closed = True

@@ -125,6 +125,22 @@ async def test_exec(dial: Any, world: FakeWorld) -> None:
     assert world.instances.sessions[0].request.env == {"A": "b"}
 
 
+async def test_exec_keeps_streams_apart(dial: Any) -> None:
+    """With ``separate`` the first byte of a message says which of the two it is."""
+    for command, messages in (
+        (["both", "out", "err"], [b"\x01out", b"\x02err", '{"exitCode":0}']),
+        (["no-such-program"], [b"\x02Error: exec: no-such-program: not found\r\n", '{"exitCode":127}']),
+    ):
+        async with dial("/instances/web/exec") as client:
+            await client.send(request(command=command, separate=True))
+            assert await client.receive_all() == messages
+    assert await run(dial, command=["both", "out", "err"]) == (b"outerr", 0)
+    async with dial("/instances/web/exec") as client:
+        await client.send(request(command=["echo"], separate=True, keep=True))
+        [answer] = await client.receive_all()
+        assert "separate and keep" in json.loads(answer)["error"]
+
+
 async def test_exec_with_a_terminal(dial: Any) -> None:
     async with dial("/instances/web/exec") as client:
         await client.send(request(command=["sh"], tty=True))
