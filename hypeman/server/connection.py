@@ -24,6 +24,8 @@ class Connection:
     """Came over a socket whose permissions authenticate the client."""
     streaming: bool = False
     """Set by a response that does not end by itself."""
+    secure: trio.SSLStream[trio.SocketStream] | None = None
+    """With TLS: knows the client's certificate."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     idle_until: float = inf
     """When to close it, in Trio's time, if no request comes before; infinite during a request."""

@@ -20,6 +20,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from typing import Any
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config as HypercornConfig
+from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 
@@ -54,10 +56,22 @@ class ServeError(HypemanError):
 
 
 class Server:
-    """One application on some sockets; ``plain`` requests do not reach it (plain.py)."""
+    """One application on some sockets; ``plain`` requests do not reach it (plain.py).
 
-    def __init__(self, app: Application, *, plain: PlainRoutes | None = None, grace: float = GRACE_SECONDS) -> None:
+    With ``tls`` every connection begins with its handshake, and none is plain. A certificate that is loaded into the
+    context later is used from the next connection on.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        *,
+        plain: PlainRoutes | None = None,
+        grace: float = GRACE_SECONDS,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._app = ASGIWrapper(app)
+        self._tls = tls
         self._plain = plain
         self._grace = grace
         self._config = _hypercorn_config()
@@ -119,7 +133,12 @@ class Server:
         state = ConnectionState(LifespanState({"connection": connection}))
         try:
             with connection.scope:
-                await PlainConnection(self._app, self._config, self._context, connection, state, self._plain)
+                if self._tls is None:
+                    await PlainConnection(self._app, self._config, self._context, connection, state, self._plain)
+                else:
+                    secure = trio.SSLStream(stream, self._tls, server_side=True, https_compatible=True)
+                    connection.secure = secure
+                    await TCPServer(self._app, self._config, self._context, state, secure)
         except Exception:
             _log.exception("a connection failed")
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+import trustme
 
 from hypeman.server import app as app_module
 from hypeman.server.app import ApiApp
@@ -289,3 +291,41 @@ async def test_unfinished_bodies_are_bounded_together(
                 await trio.sleep(0.05)
     assert set(statuses) == {408, 503}
     assert 0 < highest <= app_module.MAX_JSON_BODIES + 2**20 and app.held_bodies.bytes == 0
+
+
+async def test_tls_presents_a_renewed_certificate_and_knows_the_client(nursery: trio.Nursery) -> None:
+    """A client without a certificate is heard as well: the application decides."""
+    authority = trustme.CA()
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.verify_mode = ssl.CERT_OPTIONAL
+    authority.configure_trust(ours)
+    first, second = authority.issue_cert("127.0.0.1"), authority.issue_cert("127.0.0.1")
+    first.configure_cert(ours)
+    seen = []
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        seen.append(scope["state"]["connection"].secure.getpeercert(True))
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    sockets = bind_tcp("127.0.0.1", 0)
+    port = sockets[0].getsockname()[1]
+    shutdown = trio.Event()
+    await nursery.start(lambda task_status: Server(app, tls=ours).run(sockets, shutdown, task_status=task_status))
+    mine = authority.issue_cert("client")
+    presented = []
+    for certificate, renewed in ((None, first), (mine, second)):
+        renewed.configure_cert(ours)
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        if certificate is not None:
+            certificate.configure_cert(context)
+        transport = await trio.open_tcp_stream("127.0.0.1", port)
+        async with trio.SSLStream(transport, context, server_hostname="127.0.0.1", https_compatible=True) as stream:
+            status, _, _ = await talk(stream, "GET / HTTP/1.1\nHost: x\n\n")
+            assert status == 204
+            presented.append(stream.getpeercert(True))
+    assert presented[0] != presented[1]
+    assert seen[0] is None
+    assert seen[1] == ssl.PEM_cert_to_DER_cert(mine.cert_chain_pems[0].bytes().decode())
+    shutdown.set()
