@@ -236,6 +236,7 @@ struct conn {
     uint64_t generation;
     bool timed_out;
     bool want_h2, served, keep;
+    bool certified;        /* the host was shown a certificate of the rules' generation */
     bool spent;            /* a body on it may not have been read to its end: nothing else may follow */
     bool h1_only;          /* HTTP/2 was offered and the host chose HTTP/1 */
     uint64_t token;        /* of the resolver's question */

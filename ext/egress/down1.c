@@ -274,7 +274,7 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         return gather(c, h, used);
     }
     if (x->up && x->up->generation != generation && !c->front) {
-        if (x->up->served) {
+        if (x->up->served || x->up->certified || m.certified) {
             struct conn *old = x->up;
             x->up = NULL;
             old->one = NULL;

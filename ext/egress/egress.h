@@ -12,6 +12,7 @@
  *   io          buffers, sockets, timers                                      io.c
  *   below       pure or nearly so, usable alone: policy, bounds, rules,       policy.c bound.c access.c verdict.c
  *               verdicts on requests, signatures, leaves, heads, queries,     transform.c sigv4.c mint.c h1.c query.c
+ *               client certificates,                                          identity.c
  *               names, addresses;                                             hello.c host.c addr.c
  *               routes and certificates of ingresses, what is forwarded       site.c certs.c forward.c
  *

@@ -27,13 +27,14 @@ struct pattern {
     bool wildcard;
 };
 
-/* What a rule does with the credential; transform.c has all but the first. Numbers as in hypeman/egress/policy.py. */
+/* What a rule does with the credential; transform.c has those that need the request. Numbers as in hypeman/egress/policy.py. */
 enum rule_kind {
     RULE_HEADER, /* sets the field `name` to `value` */
     RULE_QUERY,  /* sets the parameter `name` of the query to `value`, both percent-encoded already */
     RULE_SIGV4,  /* signs with `value`, see sigv4.h; `name` is unused */
     RULE_HMAC,   /* sets the field `name` to a signature of the body by the key `value`; extra: the scheme */
     RULE_BODY,   /* puts the value in the place of the placeholder in the body; extra: as JSON, as a form */
+    RULE_MTLS,   /* the key of the certificate that the host is shown; extra: the certificates, see identity.c */
     RULE_KINDS,
 };
 

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "down.h"
+#include "identity.h"
 #include "loop.h"
 
 enum { MAX_STREAMS = 100 };
@@ -391,6 +392,23 @@ void up_next_address(struct conn *c)
     up_failed(c, c->timed_out ? R_CONNECT_TIMEOUT : R_CONNECT, c->detail[0] ? c->detail : NULL);
 }
 
+/* Prepares the handshake for the certificate of a rule, if there is one for this host. */
+static enum reason show_certificate(struct conn *c)
+{
+    if (c->front)
+        return R_NONE;
+    struct snapshot *s = tenant_borrow(c->tenant, &c->generation);
+    if (!s)
+        return R_UNREGISTERED;
+    const struct rule *r = identity_for(s, &c->to.host, c->to.port);
+    enum reason why = R_NONE;
+    c->certified = r != NULL;
+    if (r && !(rule_is_ready(r, c->loop->now_s) && identity_use(c->ssl, r)))
+        why = R_CREDENTIAL;
+    snapshot_release(s);
+    return why;
+}
+
 void up_connected(struct conn *c)
 {
     int error = 0;
@@ -415,6 +433,11 @@ void up_connected(struct conn *c)
     conn_timer(c, T_HANDSHAKE);
     if (!tls_begin(c, SSL_new(c->loop->engine->client), false)) {
         up_failed(c, R_UPSTREAM_TLS, NULL);
+        return;
+    }
+    enum reason why = show_certificate(c);
+    if (why != R_NONE) {
+        up_failed(c, why, NULL);
         return;
     }
     up_run(c);
@@ -443,6 +466,7 @@ static void shake_hands(struct conn *c)
     unsigned n;
     SSL_get0_alpn_selected(c->ssl, &alpn, &n);
     bool h2 = n == 2 && memcmp(alpn, "h2", 2) == 0;
+    SSL_certs_clear(c->ssl); /* the key was for this handshake only */
     c->phase = h2 ? P_HTTP2 : P_HTTP1;
     conn_mark(c); /* the Finished message */
     if (h2 && !up2_begin(c)) {

@@ -268,3 +268,9 @@ int tls_handshake(struct conn *c)
     conn_alert(c);
     return -1;
 }
+
+const char *tls_alert_received(void)
+{
+    unsigned long e = ERR_peek_error();
+    return ERR_GET_LIB(e) == ERR_LIB_SSL && ERR_GET_REASON(e) > SSL_AD_REASON_OFFSET ? ERR_reason_error_string(e) : NULL;
+}

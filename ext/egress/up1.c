@@ -263,7 +263,7 @@ static void ended(struct conn *c, ssize_t how)
         (void)response_done(c, NULL);
         return;
     }
-    up_failed(c, R_UPSTREAM_CLOSED, NULL);
+    up_failed(c, R_UPSTREAM_CLOSED, tls_alert_received());
 }
 
 void up1_run(struct conn *c)

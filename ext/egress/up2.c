@@ -270,7 +270,7 @@ void up2_run(struct conn *c)
     if (c->dead)
         return;
     if (r < 0) {
-        up_failed(c, R_UPSTREAM_CLOSED, NULL);
+        up_failed(c, R_UPSTREAM_CLOSED, tls_alert_received());
         return;
     }
     if (c->streams)

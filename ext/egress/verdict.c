@@ -232,7 +232,7 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
 {
     out->n = out->fields = 0;
     out->path = (struct str){NULL, 0};
-    out->transforms = out->unready = false;
+    out->transforms = out->unready = out->certified = false;
     out->detail = NULL;
     if (s->unmatched != UNMATCHED_PASS && to->host.kind != HOST_NAME)
         return R_ADDRESS_LITERAL;
@@ -263,6 +263,8 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
         out->unready |= !rule_is_ready(r, now_s);
         if (r->kind == RULE_HEADER)
             set_field(out, r->name, r->value);
+        else if (r->kind == RULE_MTLS)
+            out->certified = true;
         else
             out->transforms = true;
     }

@@ -111,6 +111,7 @@ struct matched {
     struct str path; /* instead of the guest's, if there is one */
     bool transforms; /* a rule needs more than fields whose values are known: see transform.h */
     bool unready;    /* a rule has no valid value now */
+    bool certified;  /* the host is shown a certificate when it is connected to */
     const char *detail; /* why it is refused, if that needs saying */
 };
 

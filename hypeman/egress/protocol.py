@@ -27,9 +27,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-VERSION = 3
-SPOKEN = (2, 3)
-"""Versions of engines that a server can talk to. 2 has no ingresses."""
+VERSION = 4
+SPOKEN = (2, 3, 4)
+"""Versions of engines that a server can talk to. 2 has no ingresses; 2 and 3 refuse policies with client certificates
+or scrubbing."""
 SITES = 3
 """The first version that has ingresses."""
 

@@ -518,12 +518,21 @@ class Egress:
             replaced, present, done = self._replaced, self._engine, False
             for engine in tuple(self._engines):
                 with suppress(EngineLost):
-                    await self._set_one(engine, source)
+                    await self._bring_up_to_date(engine, source)
                     done = done or engine is present
             if done:
                 return
             self._check_running()
             await replaced.wait()
+
+    async def _bring_up_to_date(self, engine: EngineLink, source: str) -> None:
+        """A draining engine that is too old for a policy must not go on with the one before. Raises EngineLost."""
+        try:
+            await self._set_one(engine, source)
+        except InternalError:
+            if not engine.draining:
+                raise
+            await engine.remove_policy(source)
 
     async def _leave(self, grace: float) -> None:
         """End the engines, or let them go on by themselves."""

@@ -18,11 +18,16 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 import msgspec
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificate
 
 from hypeman.egress.types import BasicForm, InjectAs
 from hypeman.errors import HypemanError, InvalidRequest
 
 MAX_VALUE = 8 * 1024
+MAX_CHAIN = 6
+"""Certificates, the client's own included."""
 _YEAR_10000 = 253402300800.0
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
@@ -72,6 +77,7 @@ class Kind(enum.IntEnum):
     SIGV4 = 2
     HMAC = 3
     BODY = 4
+    MTLS = 5
 
 
 class Compiled(NamedTuple):
@@ -273,6 +279,46 @@ def _body(shape: InjectAs) -> Form:
     return Form(Kind.BODY, "body", "body", "the placeholder in bodies", render, extra=("", ""))
 
 
+# ── Client certificates ──────────────────────────────────────────────────────────────────────────
+
+
+_PEM_BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.DOTALL)
+
+
+def _mtls(shape: InjectAs) -> Form:
+    return Form(Kind.MTLS, "certificate", "client certificate", "the client certificate", _identity)
+
+
+def _identity(value: str) -> Compiled:
+    """Raises InvalidRequest, never containing the value."""
+    blocks = [(match[1], match[0].encode("ascii", "replace")) for match in _PEM_BLOCK.finditer(value)]
+    chain = [pem for kind, pem in blocks if kind == "CERTIFICATE"]
+    keys = [pem for kind, pem in blocks if kind.endswith("PRIVATE KEY")]
+    if not 0 < len(chain) <= MAX_CHAIN or len(keys) != 1:
+        raise InvalidRequest(
+            f"the value for mtls must be a certificate with at most {MAX_CHAIN - 1} intermediates behind it and its "
+            "unencrypted private key, in PEM"
+        )
+    try:
+        certificates = [load_pem_x509_certificate(pem) for pem in chain]
+        key = load_pem_private_key(keys[0], password=None)
+        matches = key.public_key() == certificates[0].public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise InvalidRequest("the certificate or private key for mtls cannot be read") from None
+    if not matches:
+        raise InvalidRequest("the private key for mtls does not belong to the first certificate")
+    texts = [
+        base64.b64encode(der).decode()
+        for der in (
+            key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
+            *(certificate.public_bytes(Encoding.DER) for certificate in certificates),
+        )
+    ]
+    if max(map(len, texts)) > 2 * MAX_VALUE:
+        raise InvalidRequest("a certificate or key for mtls has at most 16 KB")
+    return Compiled(Kind.MTLS, "certificate", texts[0], tuple(texts[1:]))
+
+
 class _AwsKeys(msgspec.Struct, frozen=True):
     """Output of a ``credential_process`` of the AWS CLI."""
 
@@ -330,5 +376,6 @@ _FORMS: Mapping[str, Callable[[InjectAs], Form]] = {
     "oauth2": _oauth2,
     "hmac": _hmac,
     "body": _body,
+    "mtls": _mtls,
 }
 _OTHERS = tuple(name for name in _FORMS if name != "header")

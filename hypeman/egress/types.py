@@ -151,6 +151,10 @@ class BodyForm(Struct, frozen=True, kw_only=True):
     """The placeholder in bodies of JSON and of forms is replaced by the value."""
 
 
+class MtlsForm(Struct, frozen=True, kw_only=True):
+    """The host is shown a client certificate. The value: the certificate, intermediates and the private key, in PEM."""
+
+
 class OAuth2Form(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An access token, which the server obtains with the value and renews ahead of time."""
 
@@ -223,6 +227,7 @@ class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
     oauth2: OAuth2Form | None = None
     hmac: Annotated[HmacForm, Meta(description="Signs the body with the value as the key (HMAC-SHA256)")] | None = None
     body: BodyForm | None = None
+    mtls: MtlsForm | None = None
 
 
 class InjectRule(Struct, frozen=True, kw_only=True):
