@@ -22,6 +22,7 @@ from hypeman.instances.model.admission import Command, check_legal
 from hypeman.instances.model.plan import plan_adopt_disks
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation, SnapshotRow, forked
 from hypeman.instances.model.types import ForkInstanceRequest, InstanceState, TargetState
+from hypeman.instances.model.validate import check_instance_tags
 from hypeman.instances.tasks import Tasks
 
 
@@ -35,6 +36,8 @@ class Forks:
     async def of_instance(self, ref: str, request: ForkInstanceRequest) -> InstanceRecord:
         """Fork an instance; returns the fork's record."""
         check_name(request.name)
+        if request.tags is not None:
+            check_instance_tags(request.tags)
         self._ledger.store.read(lambda txn: rows.check_name_free(txn, request.name))  # early, before anything is copied
         task = self._tasks.of(ref)
         source = task.record
@@ -67,7 +70,9 @@ class Forks:
                 owned, str(staged), with_memory=with_memory, holder=holder, transient=transient
             ) as copy:
                 capture = copy.capture.id if copy.capture is not None else None
-                fork = forked(source, instance_id=fork_id, name=request.name, now=self._now(), capture=capture)
+                fork = forked(
+                    source, instance_id=fork_id, name=request.name, now=self._now(), capture=capture, tags=request.tags
+                )
                 intent = Intent(Operation.CREATE, plan_adopt_disks(fork, str(staged), shared=False))
                 copy.changes = (AddInstance(fork, intent, running=False, origin={"forked_from": source.id}),)
         except Exception:

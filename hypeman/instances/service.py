@@ -52,6 +52,7 @@ from hypeman.instances.life.operations.volumes import attach, detach
 from hypeman.instances.life.owned import ImagePulls, Owned
 from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.admission import Command, check_legal
+from hypeman.instances.model.guest_boot import STOP_GRACE
 from hypeman.instances.model.phases import PULLING, Phases, utc_now
 from hypeman.instances.model.plan import plan_create
 from hypeman.instances.model.policies import check_policies, restart_rules, standby_rules
@@ -68,6 +69,7 @@ from hypeman.instances.model.types import (
     LogSource,
     StandbyInstanceRequest,
     StartInstanceRequest,
+    StopInstanceRequest,
     UpdateInstanceRequest,
     UsageOfAll,
     WaitForStateResponse,
@@ -77,6 +79,8 @@ from hypeman.instances.model.validate import (
     changed_access,
     check_compression,
     check_create,
+    check_grace,
+    check_instance_tags,
     check_mount_path,
     expiry,
     usual_compression,
@@ -388,11 +392,12 @@ class Instances:
             log.error("instance %s is without network until it is started or restored anew: %s", instance_id, error)
             self.machine.journal(instance_id, f"the network is lost until the next start or restore: {error}")
 
-    async def stop(self, ref: str) -> Instance:
+    async def stop(self, ref: str, request: StopInstanceRequest | None = None) -> Instance:
         """Stop the instance. One that waits to be restarted by its policy stays stopped."""
+        grace = check_grace(request.grace if request is not None else None, STOP_GRACE)
         task = self.tasks.of(ref)
         try:
-            return self.view(await task.perform(Command.STOP, stop))
+            return self.view(await task.perform(Command.STOP, partial(stop, grace=grace)))
         except InvalidState:
             if not _awaits_restart(task.record):
                 raise
@@ -485,6 +490,7 @@ class Instances:
     ) -> InstanceRecord:
         now = self._now()
         record = owned.record
+        tags = check_instance_tags(request.tags) if request.tags is not None else None
         changes: dict[str, object] = {}
         if request.ttl is not None or request.expires_at is not None:
             if record.expires_at is not None and record.expires_at <= now:
@@ -495,11 +501,13 @@ class Instances:
             for field in ("auto_standby", "health_check", "restart_policy")
             if (policy := getattr(request, field)) is not None
         }
-        if policies:
-            changes["spec"] = msgspec.structs.replace(record.spec, **policies)
+        spec = msgspec.structs.replace(record.spec, **policies)
+        if tags is not None:
+            spec = msgspec.structs.replace(spec, tags=tags)
         if request.network is not None:
-            access = changed_access(record.spec, request.network.egress)
-            changes["spec"] = msgspec.structs.replace(record.spec, **policies, access=access)
+            spec = msgspec.structs.replace(spec, access=changed_access(record.spec, request.network.egress))
+        if spec != record.spec:
+            changes["spec"] = spec
         values = dict(request.env or {})
         sources = sources_of(record.spec.credentials)
         for key in values:
@@ -512,7 +520,12 @@ class Instances:
 
         changed = msgspec.structs.replace(record, **changes)
         fields = [name for name in ("expires_at", *policies) if name in changes or name in policies]
-        given = {"env": bool(values), "ports": ports is not None, "network": request.network is not None}
+        given = {
+            "env": bool(values),
+            "ports": ports is not None,
+            "network": request.network is not None,
+            "tags": tags is not None,
+        }
         fields += [name for name, is_given in given.items() if is_given]
         also: list[Change] = [SealSecrets(record.id, values)] if values else []
         if request.network is not None:

@@ -87,6 +87,7 @@ from hypeman.instances.model.types import (
     LogSource,
     StandbyInstanceRequest,
     StartInstanceRequest,
+    StopInstanceRequest,
     UpdateInstanceRequest,
     UsageOfAll,
     VolumeMount,
@@ -392,8 +393,8 @@ class FakeInstances:
     async def start(self, ref: str, request: StartInstanceRequest) -> Instance:
         return self._move("start", ref, InstanceState.STOPPED, InstanceState.RUNNING, request)
 
-    async def stop(self, ref: str) -> Instance:
-        return self._move("stop", ref, InstanceState.RUNNING, InstanceState.STOPPED)
+    async def stop(self, ref: str, request: StopInstanceRequest) -> Instance:
+        return self._move("stop", ref, InstanceState.RUNNING, InstanceState.STOPPED, request)
 
     async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
         return self._move("standby", ref, InstanceState.RUNNING, InstanceState.STANDBY, request)

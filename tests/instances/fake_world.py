@@ -388,6 +388,8 @@ class FakeGuest:
         self.mounted: set[str] = set()
         self.busy: set[str] = set()
         self.shutdowns = 0
+        self.graces: list[float | None] = []
+        """Of the shutdowns."""
         self.hung_up = trio.Event()
         """Set: its channel has ended, and it dials again."""
         self.silent_since: datetime | None = None
@@ -439,6 +441,7 @@ class FakeGuest:
 
     async def shutdown(self, *, grace_seconds: float | None = None, signal: int = 0) -> None:
         self.shutdowns += 1
+        self.graces.append(grace_seconds)
         await self._obey(Op.SHUTDOWN)
         self.tell(Exited(143, 15))
         await trio.lowlevel.checkpoint()

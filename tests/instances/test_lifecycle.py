@@ -21,7 +21,16 @@ from hypeman.actor import Actor, acting
 from hypeman.captures import records as captures
 from hypeman.captures.records import CAPTURES
 from hypeman.egress.types import AccessDefault
-from hypeman.errors import Conflict, HypemanError, InsufficientResources, InUse, InvalidState, NameConflict, NotFound
+from hypeman.errors import (
+    Conflict,
+    HypemanError,
+    InsufficientResources,
+    InUse,
+    InvalidRequest,
+    InvalidState,
+    NameConflict,
+    NotFound,
+)
 from hypeman.events.log import read_after
 from hypeman.events.types import Kind
 from hypeman.guest.client import GuestLost
@@ -40,6 +49,7 @@ from hypeman.instances.model.types import (
     NetworkUpdate,
     StandbyInstanceRequest,
     StartInstanceRequest,
+    StopInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
     WakeOn,
@@ -602,6 +612,40 @@ async def test_how_a_vm_ended_while_the_server_was_away(lab: Lab, boot_id: str, 
     async with lab.running() as instances:
         ended = await instances.get("one")
         assert (ended.state, ended.exit_message) == (InstanceState.STOPPED, message)
+
+
+async def test_tags_are_replaced_and_a_fork_has_its_own(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        changed = await instances.update("one", UpdateInstanceRequest(tags={"role": "golden"}))
+        assert changed.tags == {"role": "golden"}
+        fork = await instances.fork("one", ForkInstanceRequest(name="two", from_running=True, tags={"role": "pod"}))
+        same = await instances.fork("one", ForkInstanceRequest(name="three", from_running=True))
+        assert (fork.tags, same.tags) == ({"role": "pod"}, {"role": "golden"})
+        for tags in ({"hypeman.shm-size": "much"}, {"§": ""}):
+            with pytest.raises(InvalidRequest):
+                await instances.update("one", UpdateInstanceRequest(tags=tags))
+            with pytest.raises(InvalidRequest):
+                await instances.fork("one", ForkInstanceRequest(name="four", from_running=True, tags=tags))
+    async with lab.running() as instances:
+        assert (await instances.get("one")).tags == {"role": "golden"}
+
+
+@pytest.mark.parametrize("grace", ["-1s", "61m", "soon"])
+async def test_the_grace_of_a_stop_has_bounds(lab: Lab, grace: str) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        with pytest.raises(InvalidRequest, match=r"grace|duration"):
+            await instances.stop("one", StopInstanceRequest(grace=grace))
+        assert (await instances.get("one")).state is RUNNING
+
+
+async def test_a_stop_gives_the_program_the_time_that_was_asked_for(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        guest = lab.guests[instances.board.find("one").id]
+        await instances.stop("one", StopInstanceRequest(grace="35s"))
+        assert guest.graces == [35.0]
 
 
 async def test_a_fork_is_somebody_of_its_own(lab: Lab) -> None:

@@ -15,7 +15,7 @@ from hypeman import events
 from hypeman.actor import current_actor
 from hypeman.errors import InsufficientResources, InternalError
 from hypeman.events.types import Kind
-from hypeman.instances.model.types import CreateInstanceRequest, Instance, StartInstanceRequest
+from hypeman.instances.model.types import CreateInstanceRequest, Instance, StartInstanceRequest, StopInstanceRequest
 from hypeman.server import idempotency
 from hypeman.server.app import build_app
 from hypeman.server.exchange import ServerSettings
@@ -216,9 +216,9 @@ async def test_a_stop_that_a_killed_server_did_is_not_done_again(
             lambda txn: events.record(txn, kind=Kind.INSTANCE, action="state_changed", id=web.id, data=data)
         )
 
-    async def stop(ref: str) -> Instance:
+    async def stop(ref: str, request: StopInstanceRequest) -> Instance:
         stops.append(ref)
-        await real(ref)
+        await real(ref, request)
         await note("Running", "Stopped")
         if taken_back:
             await note("Stopped", "Running")

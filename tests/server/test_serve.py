@@ -134,7 +134,7 @@ async def test_shutdown_ends_streams_at_once_and_lets_requests_finish(served: An
     (world.log_directory / "web-app.log").write_text("one\n")
     may_finish = trio.Event()
 
-    async def stop(ref: str) -> Any:
+    async def stop(ref: str, request: object) -> Any:
         await may_finish.wait()
         return instance
 

@@ -15,7 +15,7 @@ import trio
 from websockets.sync.client import connect
 
 from hypeman.actor import Actor, current_actor
-from hypeman.instances.model.types import InstanceState
+from hypeman.instances.model.types import InstanceState, StopInstanceRequest
 from hypeman.server.app import ApiApp, build_app
 from hypeman.server.exchange import ServerSettings
 from hypeman.server.serve import Server, bind_unix
@@ -426,9 +426,9 @@ async def test_the_actor_of_a_session_is_its_caller(ask: Ask, world: FakeWorld) 
     seen: list[Actor | None] = []
     stop = world.instances.stop
 
-    async def spied(ref: str) -> Any:
+    async def spied(ref: str, request: StopInstanceRequest) -> Any:
         seen.append(current_actor())
-        return await stop(ref)
+        return await stop(ref, request)
 
     world.instances.stop = spied  # type: ignore[method-assign]
     cookie = await log_in(ask)

@@ -176,8 +176,9 @@ def forked(
     now: datetime,
     capture: str | None = None,
     hypervisor: HypervisorKind | None = None,
+    tags: Tags | None = None,
 ) -> InstanceRecord:
-    """The record of a fork: in Standby on ``capture``, or Stopped without one.
+    """The record of a fork: in Standby on ``capture``, or Stopped without one; ``tags`` replace those of the source.
 
     Only what is named here is kept from the source. A fork has no credentials, expiry or history yet, and
     its host name is its own name; its number is assigned when it is recorded.
@@ -198,7 +199,7 @@ def forked(
             overlay_bytes=spec.overlay_bytes,
             disk_io_bps=spec.disk_io_bps,
             env=spec.env,
-            tags=spec.tags,
+            tags=spec.tags if tags is None else tags,
             network=spec.network,
             download_bps=spec.download_bps,
             upload_bps=spec.upload_bps,

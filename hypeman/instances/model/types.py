@@ -310,6 +310,10 @@ class UpdateInstanceRequest(Struct, frozen=True, kw_only=True):
     ] = None
     ttl: Annotated[Duration | None, Meta(description="From now; 0s clears")] = None
     expires_at: Timestamp | None = None
+    tags: Annotated[
+        TagMap | None,
+        Meta(description="Extension: tags instead of those before; settings among them apply from the next boot"),
+    ] = None
 
 
 class StartInstanceRequest(Struct, frozen=True, kw_only=True):
@@ -317,6 +321,13 @@ class StartInstanceRequest(Struct, frozen=True, kw_only=True):
 
     entrypoint: tuple[Argument, ...] | None = None
     cmd: tuple[Argument, ...] | None = None
+
+
+class StopInstanceRequest(Struct, frozen=True, kw_only=True):
+    grace: Annotated[
+        Duration | None,
+        Meta(description="Extension: how long the program may take to end before it is killed, up to 1h; default 10s"),
+    ] = None
 
 
 class StandbyInstanceRequest(Struct, frozen=True, kw_only=True):
@@ -328,6 +339,7 @@ class ForkInstanceRequest(Struct, frozen=True, kw_only=True):
     name: Name
     from_running: Annotated[bool, Meta(description="Allow a running source; it pauses for the capture")] = False
     target_state: Annotated[TargetState | None, Meta(description="Default: the state of the source")] = None
+    tags: Annotated[TagMap | None, Meta(description="Extension. Default: those of the source")] = None
 
 
 class AttachVolumeRequest(Struct, frozen=True, kw_only=True):

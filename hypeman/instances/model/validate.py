@@ -20,7 +20,7 @@ from hypeman.errors import InvalidRequest, NotSupported
 from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.ids import check_name, check_tags
+from hypeman.ids import Tags, check_name, check_tags
 from hypeman.instances.model.policies import check_policies
 from hypeman.instances.model.record import InstanceSpec
 from hypeman.instances.model.types import (
@@ -49,6 +49,9 @@ _SYSTEM_DIRS = frozenset(["bin", "etc", "lib", "lib64", "sbin", "usr"])
 """Directories that the guest boots from: nothing can be mounted on them, only below them."""
 
 
+MAX_GRACE = 3600.0
+
+
 def check_create(
     request: CreateInstanceRequest,
     *,
@@ -59,8 +62,7 @@ def check_create(
 ) -> InstanceSpec:
     """The validated spec of a request. Raises InvalidRequest with the field's code, or NotSupported."""
     check_name(request.name)
-    tags = check_tags(request.tags)
-    parse_settings(tags)
+    tags = check_instance_tags(request.tags)
     if not request.image:
         raise InvalidRequest("image is empty")
     memory = _memory(request.size, "size", "invalid_size", DEFAULT_MEMORY)
@@ -128,6 +130,23 @@ def check_create(
     )
     _check_capable(spec, kind, capabilities)
     return spec
+
+
+def check_instance_tags(tags: Mapping[str, str] | None) -> Tags:
+    """A copy of ``tags``, settings of the guest among them. Raises InvalidRequest."""
+    checked = check_tags(tags)
+    parse_settings(checked)
+    return checked
+
+
+def check_grace(text: str | None, default: float) -> float:
+    """Seconds that a program may take to end. Raises InvalidRequest ``invalid_grace``."""
+    if text is None:
+        return default
+    grace = parse_duration(text, code="invalid_grace")
+    if not 0 <= grace <= MAX_GRACE:
+        raise InvalidRequest(f"grace must be between 0s and 1h, not {text}", code="invalid_grace")
+    return grace
 
 
 def expiry(ttl: str | None, expires_at: datetime | None, *, now: datetime) -> datetime | None:

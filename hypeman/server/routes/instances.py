@@ -21,6 +21,7 @@ from hypeman.instances.model.types import (
     LogSource,
     StandbyInstanceRequest,
     StartInstanceRequest,
+    StopInstanceRequest,
     UpdateInstanceRequest,
     UsageOfAll,
     WaitForStateResponse,
@@ -109,10 +110,10 @@ async def start_instance(services: Services, id: str, body: StartInstanceRequest
     return await services.instances.start(id, body or StartInstanceRequest())
 
 
-@routes.post("/instances/{id}/stop", Scope.INSTANCE_WRITE, fails=(404, 409), measure="stop")
-async def stop_instance(services: Services, id: str) -> Instance:
+@routes.post("/instances/{id}/stop", Scope.INSTANCE_WRITE, fails=(400, 404, 409), measure="stop")
+async def stop_instance(services: Services, id: str, body: StopInstanceRequest | None = None) -> Instance:
     """Shut the guest down."""
-    return await services.instances.stop(id)
+    return await services.instances.stop(id, body or StopInstanceRequest())
 
 
 @routes.post("/instances/{id}/standby", Scope.INSTANCE_WRITE, fails=(400, 404, 409, 501), measure="standby")
