@@ -53,15 +53,17 @@ class Unreachable(ApiError):
 class Refused(ApiError):
     """The API server answered with an error: its status and its reason, such as ``AlreadyExists``."""
 
-    def __init__(self, message: str, *, code: int, reason: str) -> None:
+    def __init__(self, message: str, *, code: int, reason: str, about: str = "") -> None:
         super().__init__(message)
         self.http = code
         self.reason = reason
+        self.about = about
+        """Name of the object concerned, if the server named one."""
 
     @property
     def is_absent(self) -> bool:
-        """404 for the object, not for the kind of object."""
-        return self.http == 404 and self.reason == "NotFound"
+        """404 that names the object: it does not exist. A kind that is not served is a 404 without a name."""
+        return self.http == 404 and bool(self.about)
 
     @property
     def is_conflict(self) -> bool:
@@ -285,7 +287,9 @@ def _refusal(method: str, path: str, code: int, content: bytes) -> Refused:
         status = msgspec.json.decode(content, type=Status)
     except msgspec.DecodeError:
         status = Status(message=content[:200].decode(errors="replace").strip())
-    return Refused(f"{method} {path}: {code} {status.message or status.reason}", code=code, reason=status.reason)
+    about = status.details.name if status.details is not None else ""
+    text = f"{method} {path}: {code} {status.message or status.reason}"
+    return Refused(text, code=code, reason=status.reason, about=about)
 
 
 def segment(text: str) -> str:

@@ -65,8 +65,8 @@ class LocalServer:
         """Headers of every request, for a WebSocket that is opened elsewhere."""
         return self._headers
 
-    async def get(self, path: str, kind: type[T], *, timeout: float = REQUEST_SECONDS, **query: str) -> T:
-        return self._decoded(await self.call("GET", path, query=query, timeout=timeout), kind)
+    async def get(self, path: str, kind: type[T], query: Mapping[str, str] | None = None) -> T:
+        return self._decoded(await self.call("GET", path, query=query), kind)
 
     async def post(self, path: str, body: object, kind: type[T], *, timeout: float = REQUEST_SECONDS) -> T:
         return self._decoded(await self.call("POST", path, body, timeout=timeout), kind)

@@ -71,12 +71,18 @@ class ListMeta(Part, frozen=True):
     continue_: str = field(name="continue", default="")
 
 
+class StatusDetails(Part, frozen=True):
+    name: str = ""
+    """Of the object concerned."""
+
+
 class Status(Part, frozen=True):
     """The API server's answer to a refused request, and the object of a watch's ERROR."""
 
     code: int = 0
     reason: str = ""
     message: str = ""
+    details: StatusDetails | None = None
 
 
 # ── Pods ────────────────────────────────────────────────────────────────────────────────────────
@@ -147,6 +153,7 @@ class PodStatus(Part, frozen=True):
     host_ips: tuple[PodIP, ...] = field(name="hostIPs", default=())
     pod_ip: str = field(name="podIP", default="")
     pod_ips: tuple[PodIP, ...] = field(name="podIPs", default=())
+    ephemeral_container_statuses: tuple[ContainerStatus, ...] = ()
     start_time: Timestamp | None = None
     observed_generation: int | None = None
 
@@ -223,6 +230,47 @@ class Lease(Thing, frozen=True):
 
 
 # ── What pods refer to ──────────────────────────────────────────────────────────────────────────
+
+
+class ClaimSpec(Part, frozen=True):
+    storage_class_name: str = ""
+    volume_name: str = ""
+    access_modes: tuple[str, ...] = ()
+    resources: dict[str, Any] = {}
+    volume_mode: str = "Filesystem"
+
+
+class PhaseStatus(Part, frozen=True):
+    phase: str = ""
+
+
+class PersistentVolumeClaim(Thing, frozen=True):
+    spec: ClaimSpec = ClaimSpec()
+    status: PhaseStatus = PhaseStatus()
+
+
+class VolumeSpec(Part, frozen=True):
+    storage_class_name: str = ""
+    persistent_volume_reclaim_policy: str = ""
+
+
+class PersistentVolume(Thing, frozen=True):
+    spec: VolumeSpec = VolumeSpec()
+    status: PhaseStatus = PhaseStatus()
+
+
+class StorageClass(Thing, frozen=True):
+    provisioner: str = ""
+    parameters: dict[str, str] = {}
+    reclaim_policy: str = "Delete"
+
+
+class TokenStatus(Part, frozen=True):
+    token: str = ""
+
+
+class TokenRequest(Thing, frozen=True):
+    status: TokenStatus = TokenStatus()
 
 
 class ConfigMap(Thing, frozen=True):

@@ -1,0 +1,93 @@
+"""What the host has, as a node's capacity, allocatable and conditions. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime
+
+from hypeman.devices.types import Device
+from hypeman.instances.model.types import Instance
+from hypeman.kube import names
+from hypeman.kube.devices import device_class
+from hypeman.kube.types import Condition
+from hypeman.resources.types import Resources
+
+DISK_PRESSURE = 0.05
+"""Free part of the disk below which the node reports pressure: the cluster then sends no pods."""
+
+
+def capacity(
+    resources: Resources, devices: Iterable[Device], instances: Iterable[Instance], max_pods: int
+) -> dict[str, str]:
+    """All that pods and others may use together, in whole units."""
+    found = {
+        "cpu": str(resources.cpu.effective_limit),
+        "memory": _kibibytes(resources.memory.effective_limit),
+        "ephemeral-storage": _kibibytes(resources.disk.effective_limit),
+        "pods": str(max_pods),
+    }
+    classes = Counter(device_class(device) for device in devices if not device.missing)
+    found |= {f"{names.GPU}{kind}": str(number) for kind, number in classes.items() if kind}
+    used = Counter(instance.gpu.profile for instance in instances if instance.gpu)
+    gpu = resources.gpu
+    for profile in (gpu.profiles or ()) if gpu is not None else ():
+        found[f"{names.VGPU}{slug(profile.name)}"] = str(profile.available + used[profile.name])
+    return found
+
+
+def allocatable(total: dict[str, str], resources: Resources, pods: Iterable[str]) -> dict[str, str]:
+    """What pods may use: all but what instances hold that are none; ``pods`` are the ids of those that are."""
+    mine = frozenset(pods)
+    others = [each for each in resources.allocations if each.instance_id not in mine]
+    cpu = sum(each.cpu or 0 for each in others)
+    memory = sum(each.memory_bytes or 0 for each in others)
+    disk = sum(each.disk_bytes or 0 for each in others)
+    return {
+        **total,
+        "cpu": str(max(0, resources.cpu.effective_limit - cpu)),
+        "memory": _kibibytes(max(0, resources.memory.effective_limit - memory)),
+        "ephemeral-storage": _kibibytes(max(0, resources.disk.effective_limit - disk)),
+    }
+
+
+def profile_names(resources: Resources) -> dict[str, str]:
+    """Suffix of the extended resource → name of the vGPU profile."""
+    gpu = resources.gpu
+    return {slug(profile.name): profile.name for profile in ((gpu.profiles or ()) if gpu is not None else ())}
+
+
+def slug(name: str) -> str:
+    """``name`` as a part of a resource's name: ``NVIDIA L40S-1Q`` is ``nvidia-l40s-1q``."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:50]
+
+
+def conditions(resources: Resources, before: Iterable[Condition], now: datetime) -> tuple[Condition, ...]:
+    """Those that a kubelet reports. The node is Ready: the server has answered."""
+    disk = resources.disk
+    full = disk.effective_limit > 0 and disk.available < DISK_PRESSURE * disk.effective_limit
+    known = {each.type: each for each in before}
+    return tuple(
+        _condition(known.get(name), name, value, reason, message, now)
+        for name, value, reason, message in (
+            ("MemoryPressure", False, "HypemanHasSufficientMemory", "guests have memory of their own"),
+            ("DiskPressure", full, "HypemanHasDiskPressure" if full else "HypemanHasNoDiskPressure",
+             f"{disk.available} of {disk.effective_limit} bytes are available"),
+            ("PIDPressure", False, "HypemanHasSufficientPID", "guests have processes of their own"),
+            ("Ready", True, "HypemanReady", "the server of this host answers"),
+        )
+    )  # fmt: skip
+
+
+def _condition(before: Condition | None, name: str, value: bool, reason: str, message: str, now: datetime) -> Condition:
+    status = "True" if value else "False"
+    changed = before.last_transition_time if before is not None and before.status == status else now
+    return Condition(
+        type=name, status=status, reason=reason, message=message, last_transition_time=changed or now,
+        last_heartbeat_time=now,
+    )  # fmt: skip
+
+
+def _kibibytes(value: int) -> str:
+    return f"{value // 1024}Ki"
