@@ -382,6 +382,24 @@ void down_pass_failed(struct conn *c, enum reason why, const char *detail)
     down_fail(&c->x, why, detail);
 }
 
+/* How the first bytes of a client of an ingress begin: HTTP/2 without TLS (RFC 9113 3.3), or HTTP/1. */
+static enum step detect_http(struct conn *c)
+{
+    size_t n = buf_size(&c->in), all = NGHTTP2_CLIENT_MAGIC_LEN;
+    c->phase = P_HTTP1;
+    if (!c->front || memcmp(c->in.p + c->in.off, NGHTTP2_CLIENT_MAGIC, n < all ? n : all) != 0)
+        return STEP_AGAIN;
+    if (n < all) {
+        c->phase = P_DETECT;
+        return STEP_MORE;
+    }
+    c->phase = P_HTTP2;
+    if (down2_begin(c))
+        return STEP_AGAIN;
+    conn_kill(c);
+    return STEP_STOP;
+}
+
 static void read_to_the_end(struct conn *c)
 {
     for (unsigned i = 0; i < 64; i++) {
@@ -406,12 +424,13 @@ void down_run(struct conn *c)
         switch (c->phase) {
         case P_DETECT:
             s = STEP_MORE;
-            if (buf_size(&c->in)) {
-                bool tls = c->in.p[c->in.off] == 0x16;
-                c->phase = tls ? P_HELLO : P_HTTP1;
-                c->head_timer = true;
+            if (buf_size(&c->in) && c->in.p[c->in.off] == 0x16) {
+                c->phase = P_HELLO;
                 s = STEP_AGAIN;
+            } else if (buf_size(&c->in)) {
+                s = detect_http(c);
             }
+            c->head_timer = true;
             break;
         case P_HELLO:
             s = read_hello(c);

@@ -63,6 +63,7 @@ struct fields {
     struct head *head;
     struct buf text;
     struct str host;
+    bool plain; /* the request came without TLS */
     bool done;
 };
 

@@ -27,7 +27,7 @@ static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n,
             x->to_down_deferred = true;
             return NGHTTP2_ERR_DEFERRED;
         }
-        *flags |= h2_end_body(c, id, x->down_trailers.head);
+        *flags |= h2_end_body(c, id, x->down_trailers.head, NULL);
         return 0;
     }
     ssize_t given = h2_pull(c->loop, &x->to_down, out, n);
@@ -238,7 +238,7 @@ static void decide(struct xchg *x)
         x->up = NULL;
         old->side->abandon(old, x);
     }
-    enum take taken = x->up ? TAKE_READY : up_take(x, generation, !c->front, x->retried);
+    enum take taken = x->up ? TAKE_READY : up_take(x, generation, !c->front || is_grpc(h), x->retried);
     if (taken != TAKE_READY) {
         snapshot_release(s);
         if (taken == TAKE_FULL)
@@ -332,6 +332,7 @@ static int on_begin_headers(nghttp2_session *s, const nghttp2_frame *f, void *us
         return 0;
     }
     fields_start(c->loop, &x->request);
+    x->request.plain = !c->ssl;
     x->next = c->streams;
     if (c->streams)
         c->streams->prev = x;

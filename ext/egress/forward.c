@@ -93,6 +93,31 @@ bool forward_trailer_passes(const struct field *f, const struct route *r)
     return trailer_passes(f, NULL) && !is_claim(f->name, r->header);
 }
 
+void out_forwarded(struct out *o, const struct forwarded *from)
+{
+    char client[INET6_ADDRSTRLEN];
+    bool v4 = addr_is_v4(from->client);
+    addr_text(from->client, client);
+    out_text(o, v4 ? "for=" : "for=\"[");
+    out_text(o, client);
+    out_text(o, v4 ? ";host=\"" : "]\";host=\"");
+    out_add(o, from->authority.p, from->authority.n);
+    out_text(o, from->tls ? "\";proto=https" : "\";proto=http");
+}
+
+bool is_grpc(const struct head *h)
+{
+    static const struct str GRPC = {"application/grpc", 16};
+    for (unsigned i = 0; i < h->n; i++) {
+        struct str value = h->f[i].value;
+        if (h->f[i].name.n != 12 || value.n < GRPC.n || !h1_is(h->f[i].name, "content-type"))
+            continue;
+        char next = value.n > GRPC.n ? value.p[GRPC.n] : ';';
+        return h1_same((struct str){value.p, GRPC.n}, GRPC) && (next == ';' || next == '+' || next == ' ' || next == '\t');
+    }
+    return false;
+}
+
 void render_forward(struct out *o, const struct head *h, const struct request_line *line, const struct forwarded *from)
 {
     char client[INET6_ADDRSTRLEN];
@@ -106,13 +131,8 @@ void render_forward(struct out *o, const struct head *h, const struct request_li
     out_field(o, str_of("X-Forwarded-For"), node);
     out_field(o, str_of("X-Forwarded-Proto"), scheme);
     out_field(o, str_of("X-Forwarded-Host"), from->authority);
-    bool v4 = addr_is_v4(from->client);
-    out_text(o, v4 ? "Forwarded: for=" : "Forwarded: for=\"[");
-    out_add(o, node.p, node.n);
-    out_text(o, v4 ? ";host=\"" : "]\";host=\"");
-    out_add(o, from->authority.p, from->authority.n);
-    out_text(o, "\";proto=");
-    out_add(o, scheme.p, scheme.n);
+    out_text(o, "Forwarded: ");
+    out_forwarded(o, from);
     out_add(o, "\r\n", 2);
     out_max_forwards(o, h);
     out_framing(o, h, line);

@@ -27,6 +27,9 @@ bool forward_field_passes(const struct head *h, const struct field *f, const str
 bool forward_trailer_passes(const struct field *f, const struct route *r);
 void render_forward(struct out *o, const struct head *h, const struct request_line *line,
                     const struct forwarded *from);
+void out_forwarded(struct out *o, const struct forwarded *from); /* the value of Forwarded (RFC 7239) */
+/* Needs HTTP/2 on the whole way: its application/grpc, not gRPC-Web, which is made for HTTP/1. */
+bool is_grpc(const struct head *h);
 
 /* Our own response. */
 struct page {

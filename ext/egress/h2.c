@@ -45,7 +45,7 @@ bool fields_add(struct loop *l, struct fields *f, const uint8_t *name, size_t n,
         else if (is(name, n, ":authority"))
             h->authority = keep(l, f, value, m), h->hosts = 1;
         else if (is(name, n, ":scheme"))
-            return is(value, m, "https");
+            return is(value, m, f->plain ? "http" : "https");
         else if (is(name, n, ":status"))
             h->status = (int)h1_content_length((struct str){(const char *)value, (uint32_t)m});
         else
@@ -175,20 +175,40 @@ void pairs_add(struct pairs *p, struct str name, struct str value, bool secret)
                                  secret ? NGHTTP2_NV_FLAG_NO_INDEX : NGHTTP2_NV_FLAG_NONE};
 }
 
+/* `written`: the value, which was written behind the names. */
+static void add_written(struct pairs *p, const char *name, size_t written)
+{
+    struct str text = {p->names.p + written, (uint32_t)(p->names.n - written)};
+    pairs_add(p, (struct str){name, (uint32_t)strlen(name)}, text, false);
+}
+
+void pairs_forwarded(struct pairs *p, const struct forwarded *from)
+{
+    char client[INET6_ADDRSTRLEN];
+    struct str scheme = str_of(from->tls ? "https" : "http");
+    size_t at = p->names.n;
+    addr_text(from->client, client);
+    out_text(&p->names, client);
+    add_written(p, "x-forwarded-for", at);
+    pairs_add(p, str_of("x-forwarded-proto"), scheme, false);
+    pairs_add(p, str_of("x-forwarded-host"), from->authority, false);
+    at = p->names.n;
+    out_forwarded(&p->names, from);
+    add_written(p, "forwarded", at);
+}
+
 void pairs_authority(struct pairs *p, const struct destination *to)
 {
     size_t at = p->names.n;
     out_authority(&p->names, to);
-    struct str text = {p->names.p + at, (uint32_t)(p->names.n - at)};
-    pairs_add(p, (struct str){":authority", 10}, text, false);
+    add_written(p, ":authority", at);
 }
 
 void pairs_number(struct pairs *p, const char *name, uint64_t value)
 {
     size_t at = p->names.n;
     out_number(&p->names, value);
-    struct str text = {p->names.p + at, (uint32_t)(p->names.n - at)};
-    pairs_add(p, (struct str){name, (uint32_t)strlen(name)}, text, false);
+    add_written(p, name, at);
 }
 
 void pairs_via(struct pairs *p, const struct head *received)
@@ -205,12 +225,12 @@ void pairs_max_forwards(struct pairs *p, const struct head *h)
         pairs_number(p, "max-forwards", (uint64_t)left - 1);
 }
 
-uint32_t h2_end_body(struct conn *c, int32_t stream, const struct head *trailers)
+uint32_t h2_end_body(struct conn *c, int32_t stream, const struct head *trailers, const struct route *route)
 {
     struct pairs p;
     pairs_start(c->loop, &p);
     for (unsigned i = 0; trailers && i < trailers->n; i++)
-        if (trailer_passes(&trailers->f[i], NULL))
+        if (route ? forward_trailer_passes(&trailers->f[i], route) : trailer_passes(&trailers->f[i], NULL))
             pairs_add(&p, trailers->f[i].name, trailers->f[i].value, false);
     bool more = p.n && nghttp2_submit_trailer(c->h2, stream, p.nv, p.n) == 0;
     return NGHTTP2_DATA_FLAG_EOF | (more ? NGHTTP2_DATA_FLAG_NO_END_STREAM : 0);
@@ -228,13 +248,14 @@ nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbac
     nghttp2_option_del(o);
     if (r != 0)
         return NULL;
+    c->windowed = conn_take(c, B_WINDOWS, WINDOW_BEYOND);
+    uint32_t window = !server ? H2_UP_WINDOW : c->front && c->windowed ? WINDOW : H2_DOWN_WINDOW;
     nghttp2_settings_entry settings[] = {
-        {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, server ? H2_DOWN_WINDOW : H2_UP_WINDOW},
+        {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, window},
         {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, H2_MAX_STREAMS},
         {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, H1_MAX_HEAD},
         {NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
     };
-    c->windowed = conn_take(c, B_WINDOWS, WINDOW_BEYOND);
     if (nghttp2_submit_settings(s, NGHTTP2_FLAG_NONE, settings, server ? 3 : 4) != 0
         || (c->windowed && nghttp2_session_set_local_window_size(s, NGHTTP2_FLAG_NONE, 0, WINDOW) != 0)) {
         nghttp2_session_del(s);
@@ -263,7 +284,7 @@ void h2_pump(struct conn *c)
 int h2_read(struct conn *c)
 {
     for (unsigned turns = 0; turns < 64; turns++) {
-        ssize_t n = conn_read(c);
+        ssize_t n = buf_size(&c->in) ? 1 : conn_read(c); /* some was read to see what it is */
         if (n == 0)
             return 0;
         if (n < 0)

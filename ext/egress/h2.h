@@ -6,7 +6,8 @@
 
 enum {
     /* What a guest may send of one stream before it is taken on: the protocol's default. More would gain nothing so near,
-     * and libcurl 7.88 may send parts of an upload twice when its socket is full, which less than that hardly fills. */
+     * and libcurl 7.88 may send parts of an upload twice when its socket is full, which less than that hardly fills. Clients
+     * of ingresses may be far away: where there is room for it, one stream may use the whole connection's window. */
     H2_DOWN_WINDOW = 65535,
     H2_UP_WINDOW = 256 * 1024,
     H2_MAX_STREAMS = 100,
@@ -32,10 +33,12 @@ void pairs_add(struct pairs *p, struct str name, struct str value, bool secret);
 void pairs_via(struct pairs *p, const struct head *received);
 void pairs_max_forwards(struct pairs *p, const struct head *h);
 void pairs_authority(struct pairs *p, const struct destination *to);
+void pairs_forwarded(struct pairs *p, const struct forwarded *from);
 void pairs_number(struct pairs *p, const char *name, uint64_t value);
 
-/* The last byte of a body was given: flags for nghttp2, which then sends the trailers, if there are any. */
-uint32_t h2_end_body(struct conn *c, int32_t stream, const struct head *trailers);
+/* The last byte of a body was given: flags for nghttp2, which then sends the trailers, if there are any. `route`: they go
+ * to a guest, by an ingress; else NULL. */
+uint32_t h2_end_body(struct conn *c, int32_t stream, const struct head *trailers, const struct route *route);
 
 nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbacks *callbacks);
 /* Writes frames while there is room; the rest goes when there is room again. */

@@ -180,9 +180,9 @@ static void on_timer(struct conn *c, int class)
     case T_STREAM:
     case T_HALF:
     case T_ANSWER:
-        if (c->kind == UP && c->one) {
+        if (c->kind == UP && (c->one || c->streams)) {
             /* A guest that has room for more of the request waits for the client. */
-            bool client = c->front && !c->one->req_complete && conn_room(c);
+            bool client = c->front && c->one && !c->one->req_complete && conn_room(c);
             up_failed(c, client ? R_CLIENT_TIMEOUT : R_UPSTREAM_TIMEOUT, NULL);
         } else {
             conn_lost(c);

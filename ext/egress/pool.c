@@ -350,7 +350,8 @@ void up_place(struct loop *l, uint64_t token, unsigned n, struct addr address, b
         front_remember(c, &address);
         begin_dialling(c);
     } else {
-        const struct visit *v = c->one ? c->one->visit : NULL;
+        const struct xchg *first = c->one ? c->one : c->waiting;
+        const struct visit *v = first ? first->visit : NULL;
         up_failed(c, exists || !v || !v->route->captured ? R_NOT_RUNNING : R_NO_SITE, NULL);
     }
     l->payer = NULL;
@@ -409,6 +410,15 @@ static enum reason show_certificate(struct conn *c)
     return why;
 }
 
+static void begin_http2(struct conn *c)
+{
+    c->phase = P_HTTP2;
+    if (!up2_begin(c))
+        up_failed(c, R_UPSTREAM_TLS, NULL);
+    else
+        up_ready(c);
+}
+
 void up_connected(struct conn *c)
 {
     int error = 0;
@@ -425,6 +435,10 @@ void up_connected(struct conn *c)
     if (getpeername(c->fd, (struct sockaddr *)&peer, &n) != 0)
         return; /* an event of the socket before */
     c->hung_up = false;
+    if (c->front && c->want_h2) { /* with prior knowledge, RFC 9113 3.3 */
+        begin_http2(c);
+        return;
+    }
     if (c->pass_for || !c->to.tls) {
         c->phase = P_HTTP1;
         up_ready(c);
@@ -467,12 +481,12 @@ static void shake_hands(struct conn *c)
     SSL_get0_alpn_selected(c->ssl, &alpn, &n);
     bool h2 = n == 2 && memcmp(alpn, "h2", 2) == 0;
     SSL_certs_clear(c->ssl); /* the key was for this handshake only */
-    c->phase = h2 ? P_HTTP2 : P_HTTP1;
     conn_mark(c); /* the Finished message */
-    if (h2 && !up2_begin(c)) {
-        up_failed(c, R_UPSTREAM_TLS, NULL);
+    if (h2) {
+        begin_http2(c);
         return;
     }
+    c->phase = P_HTTP1;
     up_ready(c);
 }
 

@@ -1,4 +1,5 @@
-/* The host's side in HTTP/2: many requests of one instance on one connection. Only guests that speak HTTP/2 come here. */
+/* The host's side in HTTP/2: many requests of one instance on one connection. Only guests that speak HTTP/2 come here, and
+ * gRPC of clients of ingresses, which goes to the guest without TLS. */
 #define _GNU_SOURCE
 #include <openssl/crypto.h>
 #include <string.h>
@@ -29,8 +30,35 @@ static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n,
         x->to_up_deferred = true;
         return NGHTTP2_ERR_DEFERRED;
     }
-    *flags |= h2_end_body(c, id, x->matched_trailers ? NULL : x->up_trailers.head);
+    *flags |= h2_end_body(c, id, x->matched_trailers ? NULL : x->up_trailers.head, x->visit ? x->visit->route : NULL);
     return given;
+}
+
+static void add_mediated(struct pairs *p, const struct xchg *x, const struct head *h, struct str path,
+                         const struct matched *m)
+{
+    pairs_add(p, str_of(":scheme"), str_of("https"), false);
+    pairs_authority(p, &x->to);
+    pairs_add(p, str_of(":path"), m->path.n ? m->path : path, m->path.n > 0);
+    for (unsigned i = 0; i < h->n; i++)
+        if (request_field_passes(h, &h->f[i], m))
+            pairs_add(p, h->f[i].name, h->f[i].value, false);
+    pairs_max_forwards(p, h);
+    pairs_via(p, h);
+}
+
+/* By an ingress. */
+static void add_forwarded(struct pairs *p, const struct xchg *x, const struct head *h, struct str path)
+{
+    struct forwarded from = front_forwarded(x, h);
+    pairs_add(p, str_of(":scheme"), str_of("http"), false);
+    pairs_add(p, str_of(":authority"), from.authority, false);
+    pairs_add(p, str_of(":path"), path, false);
+    for (unsigned i = 0; i < h->n; i++)
+        if (forward_field_passes(h, &h->f[i], &from))
+            pairs_add(p, h->f[i].name, h->f[i].value, false);
+    pairs_forwarded(p, &from);
+    pairs_max_forwards(p, h);
 }
 
 bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, const struct matched *m)
@@ -38,15 +66,11 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
     struct conn *c = x->up;
     struct pairs p;
     pairs_start(c->loop, &p);
-    pairs_add(&p, (struct str){":method", 7}, h->method, false);
-    pairs_add(&p, (struct str){":scheme", 7}, (struct str){"https", 5}, false);
-    pairs_authority(&p, &x->to);
-    pairs_add(&p, (struct str){":path", 5}, m->path.n ? m->path : path, m->path.n > 0);
-    for (unsigned i = 0; i < h->n; i++)
-        if (request_field_passes(h, &h->f[i], m))
-            pairs_add(&p, h->f[i].name, h->f[i].value, false);
-    pairs_max_forwards(&p, h);
-    pairs_via(&p, h);
+    pairs_add(&p, str_of(":method"), h->method, false);
+    if (c->front)
+        add_forwarded(&p, x, h, path);
+    else
+        add_mediated(&p, x, h, path, m);
     if (h->te_trailers)
         pairs_add(&p, (struct str){"te", 2}, (struct str){"trailers", 8}, false);
     if (x->gathered)
@@ -260,7 +284,9 @@ static void pump(struct conn *c)
     if (c->dead || c->broken)
         return;
     bool over = !nghttp2_session_want_read(c->h2) && !nghttp2_session_want_write(c->h2);
-    if (over || (!c->streams && !c->waiting && (c->goaway || !c->pooled)))
+    if (over && c->streams) /* it was nghttp2 that ended the connection, because of what the host sent */
+        up_failed(c, R_UPSTREAM_RESPONSE, NULL);
+    else if (over || (!c->streams && !c->waiting && (c->goaway || !c->pooled)))
         up_failed(c, R_UPSTREAM_CLOSED, NULL);
 }
 

@@ -60,7 +60,8 @@ def both(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[b
     yield from requests
 
 
-def serve_grpc(leaf: bytes) -> None:
+def make_grpc_server() -> grpc.Server:
+    """One that answers the four kinds of calls; it has no port yet."""
     server = grpc.server(ThreadPoolExecutor(8))
     handlers = {
         "Unary": grpc.unary_unary_rpc_method_handler(unary),
@@ -69,6 +70,11 @@ def serve_grpc(leaf: bytes) -> None:
         "Both": grpc.stream_stream_rpc_method_handler(both),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("lab.Echo", handlers),))
+    return server
+
+
+def serve_grpc(leaf: bytes) -> None:
+    server = make_grpc_server()
     credentials = grpc.ssl_server_credentials([(leaf, leaf)])
     assert server.add_secure_port(f"{ORIGINS[GRPC_HOST]}:443", credentials)
     server.start()

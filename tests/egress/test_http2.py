@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -111,10 +112,14 @@ class GrpcLike:
         self.at_once = 100
 
     async def serve(self, stream: trio.SSLStream[Any]) -> None:
-        self.connections += 1
-        try:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             await stream.do_handshake()
             assert stream.selected_alpn_protocol() == "h2"
+            await self.talk(stream)
+
+    async def talk(self, stream: trio.abc.Stream) -> None:
+        self.connections += 1
+        try:
             peer = Peer(Wire(stream), client=False)
             peer.http.update_settings({h2.settings.SettingCodes.MAX_CONCURRENT_STREAMS: self.at_once})
             await peer.flush()

@@ -419,7 +419,7 @@ REQUESTS = [
     b"POST / HTTP/1.1\r\nHost: a.test\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost : a.test\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: a.test\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
-    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSX\r\n\r\n",
 ]
 
 
