@@ -76,8 +76,9 @@ test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect
 	@packaging/install-packages <(echo lintian)
 	@$(PYTHON) -m pytest -v tests/packaging/appliance.py tests/packaging/deb_in_root.py tests/packaging/bundle_in_root.py
 
-test-metal: appliance  ## devices and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
-	@$(PYTHON) -m pytest -v -m "metal or not metal" tests/metal tests/packaging/metal.py
+test-metal: ready-own appliance  ## devices, limits and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
+	@$(PYTHON) -m pytest -v -m "metal or not metal" -o log_cli=true -o log_cli_level=INFO --durations=0 --durations-min=30 \
+	    tests/metal tests/packaging/metal.py $(PYTEST_ARGS)
 
 test-arm64: $(STAMPS)/native build/guest-arm64/own  ## our kernel and agent for arm64, cross-built, and QEMU's virt machine (emulated)
 	@HYPEMAN_TEST_ARCH=arm64 $(PYTHON) -m pytest -v tests/guest/test_real_guest.py tests/guest/launcher_in_guest.py \

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import msgspec
+import outcome
 import pytest
 import trio
 import trio.testing
@@ -117,7 +118,25 @@ class Guest:
 
     @classmethod
     async def of(cls, vmm: Vmm) -> Guest:
-        """On a new channel. One that a capture has ended is taken for another, as the server does it."""
+        """On a new channel. Fails at once if the VM ends: such a guest never answers."""
+        found: outcome.Outcome[Guest] = outcome.Error(AssertionError("the VM ended before its guest answered"))
+        async with trio.open_nursery() as nursery:
+
+            async def give_up_at_the_end() -> None:
+                await vmm.wait_exit()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up_at_the_end)
+            try:
+                found = outcome.Value(await cls._of(vmm))
+            except Exception as error:
+                found = outcome.Error(error)
+            nursery.cancel_scope.cancel()
+        return found.unwrap()
+
+    @classmethod
+    async def _of(cls, vmm: Vmm) -> Guest:
+        """A channel that a capture has ended is taken for another, as the server does it."""
         while True:
             guest = cls(await vmm.open_channel())
             with contextlib.suppress(EOFError, trio.BrokenResourceError):

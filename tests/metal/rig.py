@@ -10,14 +10,17 @@ QEMU's TCG emulates AMD's SVM and an Intel IOMMU, so the Debian inside finds all
 
 A boot takes 12 to 30 s, everything inside is 20 to 50 times slower than on metal, a guest inside
 slower still: compare nothing with a clock here. Each MetalHost has an overlay of its own, thrown away
-in the end; ``run`` never waits longer than its timeout, and then says what the console showed.
+in the end; ``run`` never waits longer than its timeout, nor for a host that stands still, and then says
+what the console showed. What takes long is logged (``pytest -o log_cli=true -o log_cli_level=INFO``).
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -35,6 +38,15 @@ from tests.metal.image import Image
 BOOT_SECONDS = 180
 _CONNECT_SECONDS = 30
 _ARCHIVE = "rig-files"
+_KEEP_VMS = "/usr/local/lib/keep-vms"
+_STANDS_STILL = re.compile(rb"soft lockup - CPU#\d+ stuck for (\d+)s")
+_STUCK_SECONDS = 100
+"""A processor of the host that did nothing for so long by its own clock does nothing more."""
+_LOOK_SECONDS = 20
+_WORTH_A_LINE = 5.0
+"""Seconds that a request takes to be logged."""
+
+log = logging.getLogger(__name__)
 
 
 class RigError(Exception):
@@ -83,6 +95,8 @@ class MetalHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: socket.socket | None = None
         self._received = b""
+        self._seen = 0
+        """Bytes of the console before the request in progress."""
 
     @classmethod
     def boot(
@@ -174,12 +188,27 @@ class MetalHost:
         self._stop()
         self._start()
 
+    def reboot(self) -> None:
+        """Shut down in order and boot again."""
+        assert self._process is not None
+        self.run("systemctl --no-block reboot")
+        try:
+            self._process.wait(timeout=BOOT_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise self._late("the end of the host") from None
+        self._stop()
+        self._start()
+
+    def keep_vms(self) -> None:
+        """Have KVM always see some VMs, for the reason that keep_vms.c gives; ends with the boot."""
+        program = self._directory / "keep_vms"
+        subprocess.run(["cc", "-O1", "-static", "-o", program, Path(__file__).with_name("keep_vms.c")], check=True)
+        self.put({_KEEP_VMS: program})
+        self.check(f"modprobe kvm-amd && {_KEEP_VMS}")
+
     def console(self, last: int = 20000) -> str:
         """The end of what the serial console showed."""
-        try:
-            return (self._directory / "console").read_bytes()[-last:].decode("utf-8", "replace")
-        except FileNotFoundError:
-            return ""
+        return self._console()[-last:].decode("utf-8", "replace")
 
     def close(self) -> None:
         self._stop()
@@ -192,6 +221,7 @@ class MetalHost:
         with log:
             self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._received = b""
+        self._seen = 0
         self._agent = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + _CONNECT_SECONDS
         while True:  # QEMU makes the socket and waits for us before it starts the machine
@@ -202,8 +232,10 @@ class MetalHost:
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise RigError(f"QEMU did not start: {self._log()}") from None
                 time.sleep(0.02)
-        if self._line(time.monotonic() + BOOT_SECONDS) != "READY":
+        begun = time.monotonic()
+        if self._line(begun + BOOT_SECONDS) != "READY":
             raise RigError("the agent said something else than READY")
+        log.info("%4.0f s: boot", time.monotonic() - begun)
 
     def _stop(self) -> None:
         if self._agent is not None:
@@ -218,7 +250,9 @@ class MetalHost:
     def _ask(self, verb: str, body: bytes, timeout: float) -> tuple[int, bytes]:
         if self._agent is None:
             raise RigError("the host is off")
-        deadline = time.monotonic() + timeout
+        begun = time.monotonic()
+        deadline = begun + timeout
+        self._seen = len(self._console())
         self._agent.settimeout(timeout)
         try:
             self._agent.sendall(f"{verb} {len(body)}\n".encode() + body)
@@ -227,7 +261,11 @@ class MetalHost:
         words = self._line(deadline).split()
         if len(words) != 3 or words[0] != "DONE":
             raise RigError(f"the agent answered {words}")
-        return int(words[1]), self._bytes(int(words[2]), deadline)
+        output = self._bytes(int(words[2]), deadline)
+        if (seconds := time.monotonic() - begun) > _WORTH_A_LINE:
+            what = " ".join(body[:100].decode("utf-8", "replace").split()) if verb != "PUT" else f"{len(body)} bytes"
+            log.info("%4.0f s, exit code %s: %s %s", seconds, words[1], verb, what)
+        return int(words[1]), output
 
     def _line(self, deadline: float) -> str:
         while b"\n" not in self._received:
@@ -246,11 +284,13 @@ class MetalHost:
         left = deadline - time.monotonic()
         if left <= 0:
             raise self._late("an answer")
-        self._agent.settimeout(left)
+        self._agent.settimeout(min(left, _LOOK_SECONDS))
         try:
             data = self._agent.recv(1 << 16)
         except TimeoutError:
-            raise self._late("an answer") from None
+            if self._stands_still():
+                raise RigError(f"the host stands still; console:\n{self.console(3000)}") from None
+            return
         except ConnectionError:
             data = b""
         if not data:
@@ -259,6 +299,16 @@ class MetalHost:
 
     def _late(self, what: str) -> RigError:
         return RigError(f"{what} did not come in time; console:\n{self.console(3000)}")
+
+    def _console(self) -> bytes:
+        try:
+            return (self._directory / "console").read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def _stands_still(self) -> bool:
+        found = _STANDS_STILL.findall(self._console()[self._seen :])
+        return any(int(seconds) >= _STUCK_SECONDS for seconds in found)
 
     def _log(self) -> str:
         return (self._directory / "qemu.log").read_text(errors="replace")[-2000:]

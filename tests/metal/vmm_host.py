@@ -39,19 +39,6 @@ markers =
     slow: over ten seconds
 filterwarnings = error
 """
-_KEEP_VMS = b"""
-import fcntl, os, time
-kvm = os.open("/dev/kvm", os.O_RDWR)
-for irqchip in (True, False):
-    vm = fcntl.ioctl(kvm, 0xAE01, 0)  # KVM_CREATE_VM
-    if irqchip:
-        fcntl.ioctl(vm, 0xAE60)  # KVM_CREATE_IRQCHIP
-    fcntl.ioctl(vm, 0xAE41, 0)  # KVM_CREATE_VCPU
-time.sleep(1e9)
-"""
-"""The first VM, the last one, one whose interrupt controller is still off: KVM patches its own code and the scheduler's
-when there come to be such, or none any more, and emulated processors now and then stumble over code that changes. With
-these there always are some."""
 _MODULES = "kvm-amd tun vhost_net vhost_vsock vfio-pci"
 
 
@@ -82,8 +69,7 @@ def boot(image: Image, folder: Path) -> MetalHost:
             f"for module in {_MODULES}; do modprobe $module; done; "
             "mkdir -p /opt/vmms; chmod -R 755 /opt/vmms /opt/guest"
         )
-        host.put({"/opt/keep_vms.py": _KEEP_VMS})
-        host.check("setsid python3 /opt/keep_vms.py < /dev/null > /dev/null 2>&1 &")
+        host.keep_vms()
     except BaseException:
         host.close()
         raise

@@ -62,6 +62,7 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, nvme_disk: Path) -> Iter
         **make_certificates(),
     }
     with MetalHost.boot(build_image(python=False), devices=devices, files=files, memory_mb=4096) as host:
+        host.keep_vms()
         host.check(MAKE_WORLD)
         yield OnMetal(host)
 

@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,7 @@ class OnMetal:
         self.wait_for_state(name, "Running")
 
     def wait_for_state(self, name: str, state: str) -> None:
+        """Fails as soon as the instance has ended in another state."""
         self.hypeman("wait", name, "--state", state, "--timeout", f"{SLOW}s", timeout=SLOW + 60)
 
     def vmms(self) -> set[int]:
@@ -149,13 +150,14 @@ class OnMetal:
     def wait_for_count_above(self, mark: int, name: str = "counter") -> None:
         deadline = time.monotonic() + SLOW
         while self.count(name) <= mark:
+            assert self.vmms(), f"the VM of {name} has ended"
             assert time.monotonic() < deadline, f"the count of {name} does not go beyond {mark}"
             time.sleep(1)
 
     def say(self, word: str) -> None:
         """Send ``word`` over the open TCP session and wait until the guest has given it back."""
         self.host.check(f"echo {word} > /root/say")
-        self.wait_for(f"the guest gives {word!r} back", f"grep -qx {word} /root/heard")
+        self.wait_for(f"the guest gives {word!r} back", f"grep -qx {word} /root/heard", possible=self.vmms)
 
     def page(self) -> str:
         """What the world gets from the guest's published port."""
@@ -167,13 +169,16 @@ class OnMetal:
         assert self.host.check(FETCH, timeout=SLOW) == "hello"
         return self.host.check("cat /root/seen")
 
-    def wait_for(self, what: str, script: str, timeout: float = SLOW) -> Result:
-        """Run ``script`` until it succeeds."""
+    def wait_for(
+        self, what: str, script: str, timeout: float = SLOW, possible: Callable[[], object] = lambda: True
+    ) -> Result:
+        """Run ``script`` until it succeeds, while that is ``possible``."""
         deadline = time.monotonic() + timeout
         while True:
             result = self.host.run(script, timeout=timeout)
             if result.code == 0:
                 return result
+            assert possible(), f"it cannot happen any more: {what}"
             assert time.monotonic() < deadline, f"not within {timeout} s: {what}\n{result.output}"
             time.sleep(0.5)
 

@@ -78,7 +78,45 @@ def test_only_the_demo_falls_back_to_debians_kernel(tmp_path: Path, how: list[st
 
 def test_whatever_is_tested_or_delivered_has_our_kernel() -> None:
     makefile = (KERNEL.parents[1] / "Makefile").read_text()
-    for target in ("test", "test-conformance", "bench"):
+    for target in ("test", "test-conformance", "test-metal", "bench"):
         assert re.search(rf"^{target}: .*\bready-own\b", makefile, re.MULTILINE), target
     assert "choose --own build/guest" in makefile
     assert "kernel=$(packaging/kernel/build)" in (KERNEL.parent / "appliance" / "build").read_text()
+
+
+STUBS = {
+    "apt-cache": 'if [ "$1" = depends ]; then echo "  Depends: linux-image-6.1.0-1-cloud-amd64"; else echo "  Candidate: 6.1-1"; fi',
+    "apt-get": "sleep 0.5; touch linux_1.deb",
+    "dpkg-deb": """
+case $1 in
+-x) mkdir -p tree/boot tree/lib/modules/6.1.0-1-cloud-amd64; touch tree/boot/vmlinuz-6.1 ;;
+*) mkdir -p linux-source-6.1/scripts/kconfig
+   printf '#!/bin/sh\\ncp "$5" .config\\n' > linux-source-6.1/scripts/kconfig/merge_config.sh
+   chmod 755 linux-source-6.1/scripts/kconfig/merge_config.sh
+   tar -cJf linux-source-6.1.tar.xz linux-source-6.1; tar -c ./linux-source-6.1.tar.xz ;;
+esac""",
+    "patch": "cat > /dev/null",
+    "make": "for last; do :; done; case $last in vmlinux) echo built >> $BUILT; touch vmlinux ;; kernelrelease) echo 6.1 ;; esac",
+    "strip": "touch out/vmlinux",
+    "python3": "echo built >> $BUILT; touch $3",
+}  # fmt: skip
+"""What the scripts call, as programs that take no time."""
+
+
+@pytest.mark.parametrize("script", ["build", "fetch-debian"])
+def test_kernels_made_at_the_same_time_are_made_once(script: str, tmp_path: Path) -> None:
+    """Two checkouts with one cache: the second waits, and fails neither itself nor the first."""
+    for name, text in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    built = tmp_path / "built"
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(tmp_path / "cache"),
+               "BUILT": str(built), "ARCH": "amd64"}  # fmt: skip
+    both = [
+        subprocess.Popen([KERNEL / script], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    (where,) = {out.splitlines()[-1] for out, _ in said}
+    assert (Path(where) / "vmlinux").exists() and built.read_text() == "built\n"
