@@ -108,6 +108,14 @@ def detach(txn: Txn, instance_id: str) -> None:
         _note(txn, record, "detached", instance_id)
 
 
+def note_vanished(txn: Txn, binding: Binding) -> None:
+    """Record that a function disappeared from the host, if it is a registered device: those that only share its
+    group are not."""
+    for _, record in txn.scan(DEVICES):
+        if record.pci_address == binding.address:
+            _note(txn, record, "vanished", binding.instance_id)
+
+
 def binding_rows(txn: Txn) -> tuple[Binding, ...]:
     """All of them."""
     return tuple(binding for _, binding in txn.scan(BINDINGS))

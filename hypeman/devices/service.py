@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -28,6 +28,7 @@ from hypeman.devices.registry import DEVICES, VGPUS, binding_rows
 from hypeman.devices.slots import Slots
 from hypeman.devices.types import (
     AvailableDevice,
+    Binding,
     CreateDeviceRequest,
     Device,
     DeviceRecord,
@@ -103,12 +104,19 @@ class Devices:
             bound = {binding.address: binding for binding in self._store.read(binding_rows) if not binding.leaving}
             missing = {address for address in bound if not self._pci.exists(address)}
             for address in sorted(missing - reported):
-                text = f"PCI function {address} has vanished from the host while the instance has it"
-                log.error("instance %s: %s", bound[address].instance_id, text)
-                self._on_vanished(bound[address].instance_id, text)
+                await self._report_vanished(bound[address])
             for address in sorted(reported & bound.keys() - missing):
                 log.warning("PCI function %s is there again; its instance must be stopped and started", address)
             reported = missing
+
+    async def _report_vanished(self, binding: Binding) -> None:
+        text = f"PCI function {binding.address} has vanished from the host while the instance has it"
+        log.error("instance %s: %s", binding.instance_id, text)
+        self._on_vanished(binding.instance_id, text)
+        try:
+            await self._store.write(partial(registry.note_vanished, binding=binding))
+        except HypemanError as error:
+            log.error("there is no event of that: %s", error.message)
 
     # The registry
 

@@ -7,6 +7,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from hypeman.devices.registry import BINDINGS, DEVICES, VGPUS
 from hypeman.devices.service import Devices
 from hypeman.devices.types import CreateDeviceRequest, Device
 from hypeman.errors import Conflict, InsufficientResources, InUse, InvalidRequest, NotFound
+from hypeman.events.log import read_after
 from hypeman.host.files import HostError
 from hypeman.host.sysfs import HostStuck
 from hypeman.store import Store
@@ -367,6 +369,9 @@ async def test_a_device_that_vanishes_from_a_running_guest_is_reported_once(
         assert devices.list()[0].missing is True
         await several_looks()
         assert len(journal) == 1
+        (event,) = [event for event in store.read(partial(read_after, cursor=0, limit=99)) if "vanished" in event.type]
+        assert (event.type, event.object.name, event.instance_id) == ("device.vanished", "nic", "one")
+        assert event.data == {"pci_address": NIC}
         await devices.unbind("one")
         nursery.cancel_scope.cancel()
 

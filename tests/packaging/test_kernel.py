@@ -85,7 +85,11 @@ def test_whatever_is_tested_or_delivered_has_our_kernel() -> None:
 
 
 STUBS = {
-    "apt-cache": 'if [ "$1" = depends ]; then echo "  Depends: linux-image-6.1.0-1-cloud-amd64"; else echo "  Candidate: 6.1-1"; fi',
+    "apt-cache": """
+case $1 in
+depends) echo "  Depends: linux-image-6.1.0-1-cloud-amd64" ;;
+*) echo "  Candidate: 6.1-1" ;;
+esac""",
     "apt-get": "sleep 0.5; touch linux_1.deb",
     "dpkg-deb": """
 case $1 in
@@ -96,7 +100,12 @@ case $1 in
    tar -cJf linux-source-6.1.tar.xz linux-source-6.1; tar -c ./linux-source-6.1.tar.xz ;;
 esac""",
     "patch": "cat > /dev/null",
-    "make": "for last; do :; done; case $last in vmlinux) echo built >> $BUILT; touch vmlinux ;; kernelrelease) echo 6.1 ;; esac",
+    "make": """
+for last; do :; done
+case $last in
+vmlinux) echo built >> $BUILT; touch vmlinux ;;
+kernelrelease) echo 6.1 ;;
+esac""",
     "strip": "touch out/vmlinux",
     "python3": "echo built >> $BUILT; touch $3",
 }  # fmt: skip
