@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hypervisor.conftest import NoGuest
+from tests.metal import vmm_host
 from tests.metal.image import build_image, build_mdev_modules, missing
 from tests.metal.rig import MetalHost, dual_nic, gpu, nic, nvme
 
@@ -43,3 +45,16 @@ def metal(nvme_disk: Path) -> Iterator[MetalHost]:
     files |= {f"/opt/mdev/{module.name}": module for module in modules.glob("*.ko")}
     with MetalHost.boot(image, devices=devices, files=files) as host:
         yield host
+
+
+@pytest.fixture(scope="session")
+def server_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
+    """A host where our whole server runs, on Debian's kernel and with Debian's QEMU."""
+    if reason := missing():
+        pytest.skip(reason)
+    try:
+        booted = vmm_host.boot(build_image(), tmp_path_factory.mktemp("guest"))
+    except NoGuest as reason:
+        pytest.fail(f"{reason}: make ready-own")
+    with booted:
+        yield booted

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hypervisor.conftest import NoGuest
 from tests.metal import vmm_host
-from tests.metal.image import build_image, missing
 from tests.metal.rig import MetalHost
 
 pytestmark = [pytest.mark.metal, pytest.mark.real, pytest.mark.slow]
@@ -28,20 +25,12 @@ TimeoutStartSec=15min
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
-    if reason := missing():
-        pytest.skip(reason)
-    try:
-        booted = vmm_host.boot(build_image(), tmp_path_factory.mktemp("guest"))
-    except NoGuest as reason:
-        pytest.skip(str(reason))
-    with booted:
-        units: dict[str, bytes | Path] = {
-            f"/etc/systemd/system/{unit}": vmm_host.ROOT / "systemd" / unit for unit in UNITS
-        }
-        booted.put({**units, "/etc/systemd/system/hypeman.service.d/test.conf": SERVER})
-        booted.check("systemctl daemon-reload && systemctl start hypeman-vms")
-        yield booted
+def host(server_host: MetalHost) -> MetalHost:
+    """With the units that the package installs."""
+    units: dict[str, bytes | Path] = {f"/etc/systemd/system/{unit}": vmm_host.ROOT / "systemd" / unit for unit in UNITS}
+    server_host.put({**units, "/etc/systemd/system/hypeman.service.d/test.conf": SERVER})
+    server_host.check("systemctl daemon-reload && systemctl start hypeman-vms")
+    return server_host
 
 
 @pytest.mark.parametrize("what", ["processes", "memory", "processors"])

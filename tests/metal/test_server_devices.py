@@ -1,0 +1,35 @@
+"""Devices and vGPUs through the API of the whole server, with QEMU on the virtual host's KVM:
+``tests/real/test_devices.py`` runs in there."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.metal import vmm_host
+from tests.metal.image import build_mdev_modules
+from tests.metal.rig import MetalHost
+
+pytestmark = [pytest.mark.metal, pytest.mark.real, pytest.mark.slow]
+
+PATIENCE = 3600
+LOAD = """
+set -e
+modprobe -a vfio mdev
+for module in mtty mbochs; do [ -e /sys/class/mdev_bus/$module ] || insmod /opt/mdev/$module.ko; done
+"""
+
+
+@pytest.fixture(scope="module")
+def host(server_host: MetalHost) -> MetalHost:
+    """With parents of vGPUs."""
+    release = server_host.check("uname -r").strip()
+    server_host.put({f"/opt/mdev/{module.name}": module for module in build_mdev_modules(release).glob("*.ko")})
+    server_host.check(LOAD)
+    return server_host
+
+
+@pytest.mark.parametrize("what", ["nvme_goes", "another_process_holds", "taken_out", "mtty", "mbochs"])
+def test_of_the_whole_server(what: str, host: MetalHost) -> None:
+    selection = f"tests/real/test_devices.py -k {what}"
+    said = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR="qemu")
+    assert "1 passed" in said and "skipped" not in said, said
