@@ -28,7 +28,7 @@ def host(server_host: MetalHost) -> MetalHost:
     return server_host
 
 
-@pytest.mark.parametrize("what", ["nvme_goes", "another_process_holds", "taken_out", "mtty", "mbochs"])
+@pytest.mark.parametrize("what", ["nvme_goes", "trouble", "vgpus"])
 def test_of_the_whole_server(what: str, host: MetalHost) -> None:
     selection = f"tests/real/test_devices.py -k {what}"
     said = vmm_host.run_tests(host, selection, seconds=PATIENCE, HYPEMAN_TEST_HYPERVISOR="qemu")
