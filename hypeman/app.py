@@ -326,6 +326,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         tasks=instances.tasks,
         ledger=instances.ledger,
         forks=instances.forks,
+        pools=instances.pools,
         machine=machine,
         catalog=catalog,
         settings=config.snapshots,

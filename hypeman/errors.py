@@ -111,6 +111,12 @@ class InsufficientResources(Conflict):
     retryable = True
     default_code = "insufficient_resources"
 
+    def __init__(self, message: str, *, resource: str = "", amount: int = 0) -> None:
+        """``amount``: how much of ``resource`` is missing, if that is known."""
+        super().__init__(message)
+        self.resource = resource
+        self.amount = amount
+
 
 class RateLimited(HypemanError):
     """An upstream throttles; ``retry_after`` in seconds if it gave a delay."""

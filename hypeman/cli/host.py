@@ -115,6 +115,14 @@ def _resources_text(found: dict[str, Any]) -> str:
             ("DISK", lambda row: size(row.get("disk_bytes"))),
         ]
         text += "\n\n" + render_table(found["allocations"], holders, colour=use_colour())
+    if pools := found.get("pools"):
+        kept = [
+            ("POOL OF SNAPSHOT", lambda row: row["snapshot_id"]),
+            ("FORKS", lambda row: row["members"]),
+            ("MEMORY", lambda row: size(row["memory_bytes"])),
+            ("DISK", lambda row: size(row["disk_bytes"])),
+        ]
+        text += "\n\n" + render_table(pools, kept, colour=use_colour())
     return text
 
 

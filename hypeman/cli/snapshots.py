@@ -67,6 +67,22 @@ def fork_snapshot(
     session.show(made, lambda: str(made["id"]))
 
 
+@snapshots.command("pool")
+@click.argument("snapshot", shell_complete=complete_snapshot)
+@click.option("--size", "wanted", type=click.IntRange(0, 64), help="Forks to keep ready; 0: none.")
+@reports
+def pool(session: Session, snapshot: str, wanted: int | None) -> None:
+    """Keep forks of a snapshot ready, so that a fork takes milliseconds; without --size, show them."""
+    path = f"/snapshots/{segment(snapshot)}/pool"
+    shown = session.client.get(path) if wanted is None else session.client.call("PUT", path, {"size": wanted})
+    session.show(shown, lambda: _pool_line(shown))
+
+
+def _pool_line(shown: dict[str, Any]) -> str:
+    line = f"{shown['ready']} of {shown['size']} ready, {size(shown['memory_bytes'])}"
+    return f"{line}; {shown['error']}" if shown.get("error") else line
+
+
 def _target(state: str | None, hypervisor: str | None) -> dict[str, Any]:
     return present(target_state=state, target_hypervisor=HYPERVISORS.get(hypervisor or "", hypervisor))
 

@@ -30,3 +30,15 @@ def read_usage(pid: int) -> Usage:
         rss_bytes=int(fields[21]) * _PAGE,
         vms_bytes=int(fields[20]),
     )
+
+
+def read_pss(pid: int) -> int | None:
+    """Bytes that process ``pid`` has for itself, and its share of what it shares (PSS); None if there is none.
+
+    Takes 1 ms for a VMM: the kernel walks its page tables.
+    """
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith(b"Pss:")), None)
+    except OSError:
+        return None

@@ -44,6 +44,20 @@ def _note(txn: Txn, record: InstanceRecord, action: str, data: Mapping[str, Datu
     events.record(txn, events.Kind.INSTANCE, action, record.id, name=record.name, tags=record.spec.tags, data=data)
 
 
+def note_pool(txn: Txn, row: SnapshotRow, size: int) -> None:
+    """The size of a snapshot's pool was changed; 0: there is none any more."""
+    events.record(
+        txn,
+        events.Kind.SNAPSHOT,
+        "pool_set",
+        row.id,
+        name=row.name,
+        instance_id=row.source.id,
+        tags=row.tags,
+        data={"size": size},
+    )
+
+
 def note_snapshot(txn: Txn, row: SnapshotRow, action: str) -> None:
     """``action``: created, restored, deleted."""
     events.record(

@@ -6,10 +6,10 @@ devices, volumes, secrets, captures and its part of the host's capacity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -17,17 +17,19 @@ from msgspec import UNSET, Struct, UnsetType
 from hypeman.captures import records as captures
 from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.captures.types import SnapshotCompressionConfig
-from hypeman.errors import Conflict, InternalError
+from hypeman.errors import Conflict, InsufficientResources, InternalError, NotFound
 from hypeman.instances import rows
-from hypeman.instances.changes import note_changed, note_created, note_deleted, note_snapshot, note_updated
-from hypeman.instances.model.record import InstanceRecord, Intent, SnapshotRow
+from hypeman.instances.changes import note_changed, note_created, note_deleted, note_pool, note_snapshot, note_updated
+from hypeman.instances.model.record import InstanceRecord, Intent, MemberRow, PoolRow, SnapshotRow
 from hypeman.instances.model.vm import assign_ports
-from hypeman.instances.rows import INSTANCES, INTENTS, SNAPSHOTS
+from hypeman.instances.rows import INSTANCES, INTENTS, MEMBERS, POOLS, SNAPSHOTS
 from hypeman.network.types import Lease, PortMapping
-from hypeman.resources.accounting import Holding, Limits, hold
+from hypeman.resources.accounting import Holding, Limits, hold, pool_holder
 from hypeman.store import Store, Txn
 from hypeman.volumes import records as volumes
 from hypeman.volumes.records import Attachment
+
+R = TypeVar("R")
 
 
 class Hold(Struct, frozen=True):
@@ -208,6 +210,8 @@ class Ledger:
         self._devices = devices
         self._secrets = secrets
         self._limits = limits
+        self.make_room: Callable[[InsufficientResources], Awaitable[bool]] = _no_room
+        """Frees what only pools hold; returns whether a repetition may succeed."""
 
     # Reading
 
@@ -232,19 +236,59 @@ class Ledger:
     # Writing
 
     async def commit(self, commit: Commit) -> None:
-        await self.store.write(partial(self._commit, commit))
+        await self._write(partial(self._commit, commit))
 
     async def add(self, new: AddInstance, *changes: Change) -> InstanceRecord:
         """Record a new instance; returns the record as written."""
-        return await self.store.write(partial(self._add_with, new, changes))
+        return await self._write(partial(self._add_with, new, changes))
 
     async def remove(self, record: InstanceRecord) -> None:
         """Remove an instance and all that it holds, after its last effect was undone."""
         await self.store.write(partial(self._remove, record))
 
+    # Pools of snapshots
+
+    async def set_pool(self, snapshot: str, size: int) -> None:
+        """How many forks of the snapshot are kept. Raises NotFound."""
+        await self.store.write(partial(_set_pool, snapshot, size))
+
+    async def add_member(self, member: MemberRow, holding: Holding) -> MemberRow:
+        """Record a fork that is to be made for a pool, with what it reserves; returns the row as written.
+
+        Raises InsufficientResources, and NotFound if the snapshot or its pool were deleted meanwhile.
+        """
+        return await self.store.write(partial(self._add_member, member, holding))
+
+    async def hold_members(self, holdings: Mapping[str, Holding]) -> None:
+        """What members (by id) really use, in place of what was reserved for them. The others keep what they hold."""
+
+        def write(txn: Txn) -> None:
+            for member_id, holding in holdings.items():
+                if (member := txn.get(MEMBERS, member_id)) is not None:
+                    hold(txn, pool_holder(member.snapshot, member_id), holding, Limits())
+
+        await self.store.write(write)
+
+    async def claim(self, record: InstanceRecord, intent: Intent, origin: Mapping[str, str]) -> InstanceRecord:
+        """Make the member with the record's id an instance. Raises NameConflict, InsufficientResources."""
+        return await self._write(partial(self._claim, record, intent, origin))
+
+    async def remove_member(self, member: MemberRow) -> None:
+        """Remove a member and all that it holds, after its last effect was undone."""
+        await self.store.write(partial(self._remove_member, member))
+
     async def remove_snapshot(self, snapshot: str, *, is_read: Callable[[str], bool]) -> SnapshotRow:
         """Raises NotFound, or Conflict while ``is_read`` says so; returns the row."""
         return await self.store.write(partial(self._remove_snapshot, snapshot, is_read))
+
+    async def _write(self, change: Callable[[Txn], R]) -> R:
+        """In one transaction; if resources are missing, pools give way."""
+        while True:
+            try:
+                return await self.store.write(change)
+            except InsufficientResources as missing:
+                if not await self.make_room(missing):
+                    raise
 
     def _commit(self, commit: Commit, txn: Txn) -> None:
         record, intent = commit.record, commit.intent
@@ -345,16 +389,70 @@ class Ledger:
             captures.let_go(txn, capture, captures.of_instance(record.id))
         hold(txn, record.id, Holding(), self._limits())
 
+    def _add_member(self, member: MemberRow, holding: Holding, txn: Txn) -> MemberRow:
+        snapshot = rows.find_snapshot(txn, member.snapshot)
+        if snapshot.capture is None or not txn.exists(POOLS, snapshot.id):
+            raise NotFound(f"snapshot {snapshot.id} has no pool")
+        record = msgspec.structs.replace(member.record, number=rows.free_number(txn))
+        member = msgspec.structs.replace(member, record=record)
+        txn.put(MEMBERS, record.id, member)
+        rows.take_number(txn, record)
+        self._leases.take(txn, record, ())
+        self._images.pin(txn, record.digest, record.id)
+        captures.share(txn, snapshot.capture, captures.of_instance(record.id))
+        hold(txn, pool_holder(snapshot.id, record.id), holding, self._limits())
+        return member
+
+    def _claim(self, record: InstanceRecord, intent: Intent, origin: Mapping[str, str], txn: Txn) -> InstanceRecord:
+        member = txn.get(MEMBERS, record.id)
+        if member is None:
+            raise InternalError(f"the member {record.id} of a pool is gone")
+        txn.delete(MEMBERS, record.id)
+        rows.insert(txn, record)
+        note_created(txn, record, origin)
+        _put_intent(txn, record.id, intent)
+        hold(txn, pool_holder(member.snapshot, record.id), Holding(), self._limits())
+        hold(txn, record.id, holding_of(record, running=True), self._limits())
+        return record
+
+    def _remove_member(self, member: MemberRow, txn: Txn) -> None:
+        record = member.record
+        if not txn.exists(MEMBERS, record.id):
+            return
+        txn.delete(MEMBERS, record.id)
+        rows.return_number(txn, record)
+        self._leases.drop(txn, record.id)
+        self._images.unpin(txn, record.id)
+        captures.let_go(txn, record.capture, captures.of_instance(record.id))
+        hold(txn, pool_holder(member.snapshot, record.id), Holding(), self._limits())
+
     def _remove_snapshot(self, snapshot: str, is_read: Callable[[str], bool], txn: Txn) -> SnapshotRow:
         row = rows.find_snapshot(txn, snapshot)
         if is_read(row.id):
             raise Conflict(f"snapshot {row.id} is being read by a fork or restore", retryable=True)
         txn.delete(SNAPSHOTS, row.id)
+        txn.delete(POOLS, row.id)
         note_snapshot(txn, row, "deleted")
         holder = captures.of_snapshot(row.id)
         captures.let_go(txn, row.capture, holder)
         self._images.unpin(txn, holder)
         return row
+
+
+async def _no_room(missing: InsufficientResources) -> bool:
+    return False
+
+
+def _set_pool(snapshot: str, size: int, txn: Txn) -> None:
+    row = rows.find_snapshot(txn, snapshot)
+    before = txn.get(POOLS, row.id) or PoolRow(0)
+    if size == before.size:
+        return
+    if size:
+        txn.put(POOLS, row.id, PoolRow(size))
+    else:
+        txn.delete(POOLS, row.id)
+    note_pool(txn, row, size)
 
 
 def _put_intent(txn: Txn, instance_id: str, intent: Intent) -> None:

@@ -17,6 +17,7 @@ def register(instances: Instances) -> None:
     metrics.register_gauge(
         "hypeman_guests_silent", "Running guests that do not answer", (), lambda: {(): float(instances.silent_guests())}
     )
+    metrics.register_gauge("hypeman_pool_members", "Pooled forks by state", ("state",), instances.pools.counts)
 
 
 def _states(board: Board) -> dict[tuple[str, ...], float]:

@@ -5,6 +5,8 @@
     instance-numbers/<n>    the id; the smallest free number is assigned
     intents/<id>            the plan in progress, written before its first effect
     snapshots/<id>          SnapshotRow, written when the snapshot is whole
+    snapshot-pools/<id>     PoolRow: how many forks of the snapshot are kept
+    pool-members/<id>       MemberRow of such a fork, written before its first effect; <id> will be the instance's
 
 A record is replaced as a whole, in one transaction with all related changes.
 """
@@ -12,7 +14,7 @@ A record is replaced as a whole, in one transaction with all related changes.
 from __future__ import annotations
 
 from hypeman.errors import Conflict, NameConflict, NotFound
-from hypeman.instances.model.record import InstanceRecord, Intent, SnapshotRow
+from hypeman.instances.model.record import InstanceRecord, Intent, MemberRow, PoolRow, SnapshotRow
 from hypeman.store import Table, Txn
 
 INSTANCES: Table[InstanceRecord] = Table("instances", InstanceRecord)
@@ -20,6 +22,8 @@ NAMES: Table[str] = Table("instance-names", str)
 NUMBERS: Table[str] = Table("instance-numbers", str)
 INTENTS: Table[Intent] = Table("intents", Intent)
 SNAPSHOTS: Table[SnapshotRow] = Table("snapshots", SnapshotRow)
+POOLS: Table[PoolRow] = Table("snapshot-pools", PoolRow)
+MEMBERS: Table[MemberRow] = Table("pool-members", MemberRow)
 
 
 def check_name_free(txn: Txn, name: str) -> None:
@@ -32,13 +36,22 @@ def insert(txn: Txn, record: InstanceRecord) -> None:
     """Add a new instance and take its name. Raises NameConflict."""
     if not txn.insert(NAMES, record.name, record.id):
         raise NameConflict(f"an instance named {record.name!r} already exists")
-    txn.put(NUMBERS, f"{record.number:010}", record.id)
+    take_number(txn, record)
     txn.put(INSTANCES, record.id, record)
+
+
+def take_number(txn: Txn, record: InstanceRecord) -> None:
+    txn.put(NUMBERS, f"{record.number:010}", record.id)
+
+
+def return_number(txn: Txn, record: InstanceRecord) -> None:
+    """Give the record's number back."""
+    txn.delete(NUMBERS, f"{record.number:010}")
 
 
 def remove(txn: Txn, record: InstanceRecord) -> None:
     txn.delete(NAMES, record.name)
-    txn.delete(NUMBERS, f"{record.number:010}")
+    return_number(txn, record)
     txn.delete(INSTANCES, record.id)
     txn.delete(INTENTS, record.id)
 

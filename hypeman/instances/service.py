@@ -25,7 +25,7 @@ from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.sessions import open_copy_from, open_copy_to, open_exec
 from hypeman.guest.types import Metrics, PathInfo
-from hypeman.host.usage import read_usage
+from hypeman.host.usage import read_pss, read_usage
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.ids import check_name, new_id
 from hypeman.images.types import ReadyImage
@@ -86,8 +86,9 @@ from hypeman.instances.model.validate import (
     usual_compression,
 )
 from hypeman.instances.model.view import render_instance, shown_error
+from hypeman.instances.pools import Pools
 from hypeman.instances.reclaim import Reclaim
-from hypeman.instances.rows import INSTANCES, INTENTS
+from hypeman.instances.rows import INSTANCES, INTENTS, MEMBERS
 from hypeman.instances.sampler import Sampler
 from hypeman.instances.tasks import Tasks
 from hypeman.network.leases import get_lease
@@ -212,6 +213,7 @@ class Instances:
             now=now,
         )
         self.forks = Forks(tasks=self.tasks, ledger=self.ledger, machine=machine, now=now)
+        self.pools = Pools(store=store, tasks=self.tasks, ledger=self.ledger, machine=machine, now=now)
         self._config = config
         self._store = store
         self._images = images
@@ -231,14 +233,16 @@ class Instances:
             found = self._store.read(_sort_for_start)
             for record in found.known:
                 self.board.post(record)
-            if found.unsettled:
+            if found.unsettled or found.pooled:
                 await self._catalog.wait_ready()  # returns at once, unless the probe's inputs have changed
             async with trio.open_nursery() as settling:
                 for record in found.unsettled:
                     settling.start_soon(self.tasks.settle, record)
             for record in found.pulling:
                 self.tasks.continue_create(record)
+            await self.pools.start()
             await self.machine.captures.collect()
+            nursery.start_soon(self.pools.run)
             nursery.start_soon(self._reaper.run)
             nursery.start_soon(self._reclaim.run)
             nursery.start_soon(self._rotate_logs)
@@ -290,6 +294,7 @@ class Instances:
         received, sent = self._counters.of_instance(record.id)
         memory = record.spec.memory_bytes + record.spec.hotplug_bytes
         inside = await self._guest_metrics(record.id)
+        pss = await trio.to_thread.run_sync(read_pss, record.handle.pid) if record.handle is not None else None
         return InstanceStats(
             instance_id=record.id,
             instance_name=record.name,
@@ -301,6 +306,7 @@ class Instances:
             allocated_vcpus=record.spec.vcpus,
             allocated_memory_bytes=memory,
             memory_utilization_ratio=usage.rss_bytes / memory if memory else None,
+            memory_pss_bytes=UNSET if pss is None else pss,
             guest_memory_used_bytes=inside.memory_total - inside.memory_available if inside is not None else UNSET,
             guest_memory_total_bytes=inside.memory_total if inside is not None else UNSET,
         )
@@ -664,11 +670,13 @@ class _Found(NamedTuple):
     """Their image was being pulled; they have nothing to settle."""
     unsettled: list[InstanceRecord]
     """With a VM or unfinished work."""
+    pooled: bool
+    """An earlier server has left forks in pools."""
 
 
 def _sort_for_start(txn: Txn) -> _Found:
     """All instances, by what a starting server has to do with them."""
-    found = _Found([], [], [])
+    found = _Found([], [], [], next(txn.keys(MEMBERS), None) is not None)
     intents = dict(txn.scan(INTENTS))
     for key, record in txn.scan(INSTANCES):
         found.known.append(record)

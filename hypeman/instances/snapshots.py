@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 
 import msgspec
 import trio
@@ -40,21 +41,26 @@ from hypeman.instances.life.owned import Owned
 from hypeman.instances.machine.machine import Machine
 from hypeman.instances.model.admission import Command
 from hypeman.instances.model.phases import utc_now
+from hypeman.instances.model.plan import plan_free
 from hypeman.instances.model.record import InstanceRecord, SnapshotRow, StopCause
 from hypeman.instances.model.snapshot_types import (
     CompressionState,
     CreateSnapshotRequest,
     ForkSnapshotRequest,
     RestoreSnapshotRequest,
+    SetSnapshotPoolRequest,
     Snapshot,
     SnapshotKind,
+    SnapshotPool,
 )
-from hypeman.instances.model.steps import FreeCapture
 from hypeman.instances.model.types import Instance, InstanceState, TargetState
 from hypeman.instances.model.validate import check_compression, usual_compression
+from hypeman.instances.pools import Pools
 from hypeman.instances.rows import SNAPSHOTS, check_snapshot_name_free, find_snapshot
 from hypeman.instances.tasks import Tasks
+from hypeman.saga import carry_forward
 from hypeman.store import Store, Txn
+from hypeman.telemetry import metrics
 
 _DEFAULT_TARGET = {SnapshotKind.STANDBY: TargetState.RUNNING, SnapshotKind.STOPPED: TargetState.STOPPED}
 _ALLOWED_TARGETS = {
@@ -71,6 +77,7 @@ class Snapshots:
         tasks: Tasks,
         ledger: Ledger,
         forks: Forks,
+        pools: Pools,
         machine: Machine,
         catalog: Catalog,
         settings: SnapshotsConfig,
@@ -81,6 +88,7 @@ class Snapshots:
         self._tasks = tasks
         self._ledger = ledger
         self._forks = forks
+        self._pools = pools
         self._machine = machine
         self._catalog = catalog
         self._settings = settings
@@ -169,13 +177,13 @@ class Snapshots:
         return row
 
     async def delete(self, snapshot: str) -> None:
-        """Delete the snapshot. Its forks are not affected."""
-
-        row = await self._ledger.remove_snapshot(snapshot, is_read=lambda snapshot_id: snapshot_id in self._readers)
+        """Delete the snapshot, with its pool. Its forks are not affected."""
+        known = self._store.read(lambda txn: find_snapshot(txn, snapshot))
+        async with self._pools.closed(known.id):
+            row = await self._ledger.remove_snapshot(known.id, is_read=lambda each: each in self._readers)
         with trio.CancelScope(shield=True):  # no other code knows what to remove
+            await carry_forward(plan_free(row.capture), self._machine)
             await self._machine.context.files.remove(self._machine.paths.snapshot(row.id))
-            if row.capture is not None:
-                await self._machine.do(FreeCapture(row.capture))
 
     async def restore(self, ref: str, snapshot: str, request: RestoreSnapshotRequest) -> Instance:
         """Restore an instance to one of its snapshots."""
@@ -242,10 +250,26 @@ class Snapshots:
         kind = self._kind(row, request.target_hypervisor)
 
         async def make() -> Instance:
+            claimed = await self._pools.claim(row, request.name) if target is TargetState.RUNNING else None
+            metrics.snapshot_forks.labels("snapshot" if claimed is None else "pool").inc()
+            if claimed is not None:
+                return self._render(claimed)
             with self._reading(row):
                 return self._render(await self._forks.of_snapshot(row, request.name, target=target, hypervisor=kind))
 
         return await self._tasks.see_through(make)
+
+    async def get_pool(self, snapshot: str) -> SnapshotPool:
+        return self._pools.get(snapshot)
+
+    async def set_pool(self, snapshot: str, request: SetSnapshotPoolRequest) -> SnapshotPool:
+        """Keep forks of the snapshot ready."""
+        await self._catalog.wait_ready()
+        return await self._tasks.see_through(partial(self._pools.set_size, snapshot, request.size))
+
+    async def delete_pool(self, snapshot: str) -> None:
+        """End the snapshot's pool; nothing of it is left on return."""
+        await self.set_pool(snapshot, SetSnapshotPoolRequest(size=0))
 
     def _kind(self, row: SnapshotRow, wanted: HypervisorKind | None) -> HypervisorKind:
         if wanted is None or wanted is row.source.spec.hypervisor:

@@ -192,7 +192,11 @@ def _take(txn: Txn, name: str, size: int, what: str) -> int:
         return pool.next
     oldest = next(txn.scan(FREED, f"{name}/"), None)
     if oldest is None:
-        raise InsufficientResources(f"all {size} {what} are in use; delete instances or widen network.subnet_cidr")
+        raise InsufficientResources(
+            f"all {size} {what} are in use; delete instances or widen network.subnet_cidr",
+            resource="addresses",
+            amount=1,
+        )
     key, freed = oldest
     txn.delete(FREED, key)
     return freed.rank

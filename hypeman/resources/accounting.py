@@ -69,10 +69,21 @@ class Limits(msgspec.Struct, frozen=True):
 HOLDINGS: Table[Holding] = Table("holdings", Holding)
 TOTALS: Table[Totals] = Table("holding-totals", Totals)
 
+_POOL = "pool/"
 _TOTALS_KEY = "all"
 _CONFIGURED = {"vcpus": "cpu"}
 """Names in the configuration, where they differ."""
 _UNITS = {"vcpus": "vCPUs", "memory": "memory", "disk": "disk", "network": "network bandwidth", "disk_io": "disk I/O"}
+
+
+def pool_holder(snapshot: str, member: str) -> str:
+    """The holder of what a member of a snapshot's pool holds; other holders are instances."""
+    return f"{_POOL}{snapshot}/{member}"
+
+
+def pool_of(holder: str) -> str | None:
+    """The snapshot to whose pool ``holder`` belongs; None for an instance."""
+    return holder.split("/")[1] if holder.startswith(_POOL) else None
 
 
 def totals(txn: Txn) -> Totals:
@@ -94,7 +105,9 @@ def hold(txn: Txn, holder: str, wanted: Holding, limits: Limits) -> None:
             raise InsufficientResources(
                 f"not enough {label}: {_amount(name, then - now)} more wanted, "
                 f"{_amount(name, max(0, limit - now))} of {_amount(name, limit)} free; "
-                f"the limit is what the host has, times oversubscription.{_CONFIGURED.get(name, name)}"
+                f"the limit is what the host has, times oversubscription.{_CONFIGURED.get(name, name)}",
+                resource=name,
+                amount=then - limit,
             )
     txn.put(TOTALS, _TOTALS_KEY, after)
     if wanted == Holding():

@@ -7,15 +7,22 @@ does not iterate over instances; what ``GET /resources`` lists is read again onl
 from __future__ import annotations
 
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Literal
 
 import msgspec
 from msgspec import UNSET
 
 from hypeman.config import CapacityConfig, OversubscriptionConfig
-from hypeman.resources.accounting import HOLDINGS, Holding, Limits, Totals, totals
-from hypeman.resources.types import DiskBreakdown, GPUResourceStatus, ResourceAllocation, Resources, ResourceStatus
+from hypeman.resources.accounting import HOLDINGS, Holding, Limits, Totals, pool_of, totals
+from hypeman.resources.types import (
+    DiskBreakdown,
+    GPUResourceStatus,
+    PoolAllocation,
+    ResourceAllocation,
+    Resources,
+    ResourceStatus,
+)
 from hypeman.store import Store, Txn
 
 Source = Literal["detected", "configured"]
@@ -37,6 +44,7 @@ class _Allocated(msgspec.Struct, frozen=True):
     commits: int
     sums: Totals
     rows: tuple[ResourceAllocation, ...]
+    pools: tuple[PoolAllocation, ...]
     disk: DiskBreakdown
 
 
@@ -103,6 +111,7 @@ class ResourceService:
             disk_breakdown=allocated.disk,
             gpu=await self._gpu(),
             allocations=allocated.rows,
+            pools=allocated.pools or UNSET,
         )
 
     def _read(self) -> _Allocated:
@@ -124,8 +133,9 @@ class ResourceService:
                 disk_io_bps=holding.disk_io or UNSET,
             )
             for holder, holding in holdings
+            if pool_of(holder) is None
         )
-        return _Allocated(commits, sums, rows, self._disk_use())
+        return _Allocated(commits, sums, rows, _pools(holdings), self._disk_use())
 
     def _status(self, kind: str, name: str, allocated: int) -> ResourceStatus:
         limit = getattr(self.limits, name)
@@ -138,6 +148,22 @@ class ResourceService:
             oversub_ratio=self._ratios[name],
             source=self._sources[name],
         )
+
+
+def _pools(holdings: Iterable[tuple[str, Holding]]) -> tuple[PoolAllocation, ...]:
+    pools: dict[str, list[Holding]] = {}
+    for holder, holding in holdings:
+        if (snapshot := pool_of(holder)) is not None:
+            pools.setdefault(snapshot, []).append(holding)
+    return tuple(
+        PoolAllocation(
+            snapshot_id=snapshot,
+            members=len(members),
+            memory_bytes=sum(each.memory for each in members),
+            disk_bytes=sum(each.disk for each in members),
+        )
+        for snapshot, members in pools.items()
+    )
 
 
 def _shared(disk: DiskBreakdown) -> int:

@@ -41,6 +41,15 @@ class ResourceAllocation(Struct, frozen=True, kw_only=True):
     disk_io_bps: Annotated[int | UnsetType, Meta(description="Bytes per second")] = UNSET
 
 
+class PoolAllocation(Struct, frozen=True, kw_only=True):
+    """What the forks that are kept for a snapshot hold; they give way when an instance needs it."""
+
+    snapshot_id: str
+    members: int
+    memory_bytes: Annotated[int, Meta(description="That they use (PSS); while one is made, what it may use")]
+    disk_bytes: int
+
+
 class GpuProfile(Struct, frozen=True, kw_only=True):
     name: str
     framebuffer_mb: int
@@ -69,6 +78,10 @@ class Resources(Struct, frozen=True, kw_only=True):
     disk_io: Annotated[ResourceStatus | UnsetType, Meta(description="Absent if the disk's rate is not known")] = UNSET
     disk_breakdown: DiskBreakdown | UnsetType = UNSET
     gpu: GPUResourceStatus | None = None
+    pools: Annotated[
+        tuple[PoolAllocation, ...] | UnsetType,
+        Meta(description="Extension: pools of snapshots, included in `allocated`; absent if there are none"),
+    ] = UNSET
 
 
 class MemoryReclaimRequest(Struct, frozen=True, kw_only=True):

@@ -47,9 +47,11 @@ from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     ForkSnapshotRequest,
     RestoreSnapshotRequest,
+    SetSnapshotPoolRequest,
     SetSnapshotScheduleRequest,
     Snapshot,
     SnapshotKind,
+    SnapshotPool,
     SnapshotRetention,
     SnapshotSchedule,
 )
@@ -152,6 +154,7 @@ BODIES: Mapping[Any, Any] = {
     CreateSnapshotRequest: CreateSnapshotRequest(kind=SnapshotKind.STANDBY, name="base"),
     RestoreSnapshotRequest: RestoreSnapshotRequest(target_state=TargetState.RUNNING),
     ForkSnapshotRequest: ForkSnapshotRequest(name="web3", target_state=TargetState.RUNNING),
+    SetSnapshotPoolRequest: SetSnapshotPoolRequest(size=3),
     SetSnapshotScheduleRequest: SetSnapshotScheduleRequest(interval="24h", retention=_RETENTION, name_prefix="daily"),
     CreateVolumeRequest: CreateVolumeRequest(name="data", size_gb=1),
     CreateDeviceRequest: CreateDeviceRequest(pci_address="0000:03:00.0", name="gpu"),
@@ -353,6 +356,7 @@ ANSWERS: Mapping[Any, Any] = {
         countdown_remaining="7m12s",
         wake=WakeOn.TRAFFIC,
     ),
+    SnapshotPool: SnapshotPool(snapshot_id=_SNAPSHOT, size=3, ready=3, memory_bytes=96 << 20),
     SnapshotSchedule: SnapshotSchedule(
         instance_id=_INSTANCE,
         interval="24h0m0s",

@@ -27,9 +27,11 @@ from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     ForkSnapshotRequest,
     RestoreSnapshotRequest,
+    SetSnapshotPoolRequest,
     SetSnapshotScheduleRequest,
     Snapshot,
     SnapshotKind,
+    SnapshotPool,
     SnapshotSchedule,
 )
 from hypeman.instances.model.types import (
@@ -129,6 +131,9 @@ class SnapshotService(Protocol):
     async def get(self, snapshot: str) -> Snapshot: ...
     async def delete(self, snapshot: str) -> None: ...
     async def fork(self, snapshot: str, request: ForkSnapshotRequest) -> Instance: ...
+    async def get_pool(self, snapshot: str) -> SnapshotPool: ...
+    async def set_pool(self, snapshot: str, request: SetSnapshotPoolRequest) -> SnapshotPool: ...
+    async def delete_pool(self, snapshot: str) -> None: ...
 
     async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
         """Snapshot the instance ``ref``."""

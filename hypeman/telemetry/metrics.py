@@ -74,6 +74,8 @@ health_check_seconds = _histogram(
 )
 scheduled_snapshots = _counter("hypeman_scheduled_snapshots", "Snapshots by schedules", "status")
 auto_standbys = _counter("hypeman_auto_standbys", "Instances that were put in standby when idle", "status")
+pool_yields = _counter("hypeman_pool_yields", "Pooled forks given up because an instance was short of it", "resource")
+snapshot_forks = _counter("hypeman_snapshot_forks", "Forks of snapshots: from a pool or made anew", "source")
 wakes = _counter("hypeman_wakes", "Instances that were brought back from standby by themselves", "by", "status")
 wake_seconds = _histogram(
     "hypeman_wake_duration_seconds",

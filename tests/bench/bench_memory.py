@@ -8,18 +8,26 @@ bench_instances ("control plane"), with VMMs that take no time.
 from __future__ import annotations
 
 import shutil
+import socket
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
+from tests.bench.bench_http import frame, receive, upgrade
 from tests.bench.bench_instances import Client, import_image, server
-from tests.bench.harness import Result, process_memory
+from tests.bench.harness import Measure, Result, compare, process_memory
 from tests.real.appliance import IMAGE, Namespace, short_directory
 
 ROUNDS = 7
 FORKS = 10
+SETTLED = 0.3
+"""Seconds after a fill, so that what it leaves to the background is over."""
+_BARE = "bare QEMU, the same capture"
 _SPEC = {"image": IMAGE, "size": "256MB", "vcpus": 1, "overlay_size": "1GB"}
 
 
@@ -34,7 +42,9 @@ def run() -> list[Result]:
             with server(directory, namespace, "hypeman serve") as (client, _, _):
                 import_image(client)
                 _start(client)
-                results = [*_sleeps(client), *_volumes(client), *_fork(client), *_forks_at_once(client, directory)]
+                with _bare_qemu(client, directory, namespace) as bare:
+                    results = [*_sleeps(client, bare), *_fork(client, bare), *_snapshot(client, directory, bare)]
+                results += [*_volumes(client), *_pool(client, directory), *_forks_at_once(client, directory)]
                 for instance in client.ask("GET", "/instances"):
                     client.ask("DELETE", f"/instances/{instance['id']}")
         finally:
@@ -58,19 +68,47 @@ def _milliseconds(work: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1000
 
 
-def _sleeps(client: Client) -> list[Result]:
+@contextmanager
+def _bare_qemu(client: Client, directory: Path, namespace: Namespace) -> Iterator[Measure]:
+    """Restores the capture of a snapshot with nothing of ours (bare_qemu.py); returns the milliseconds."""
+    made = client.ask("POST", "/instances/vm/snapshots", {"kind": "Standby", "name": "bare"})
+    (capture,) = (directory / "data" / "captures").iterdir()
+    disks = directory / "bare"
+    shutil.copytree(directory / "data" / "snapshots" / made["id"], disks)
+    process = subprocess.Popen(
+        namespace.command(sys.executable, "-m", "tests.bench.bare_qemu", str(capture), str(disks)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
+
+    def measure() -> float:
+        print(file=process.stdin, flush=True)
+        return float(process.stdout.readline())  # type: ignore[union-attr]
+
+    try:
+        yield measure
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+        client.ask("DELETE", f"/snapshots/{made['id']}")
+
+
+def _sleeps(client: Client, bare: Measure) -> list[Result]:
+    standby: list[float] = []
+
     def restore() -> None:
         client.ask("POST", "/instances/vm/restore")
         _answer(client, "vm")
 
-    standby, back = [], []
-    for _ in range(ROUNDS):
+    def measure() -> float:
         standby.append(_milliseconds(lambda: client.ask("POST", "/instances/vm/standby", {})))
-        back.append(_milliseconds(restore))
-    return [
-        Result("standby, real guest of 256 MB", statistics.median(standby), "ms"),
-        Result("restore to agent answer", statistics.median(back), "ms"),
-    ]
+        return _milliseconds(restore)
+
+    back = compare("restore to agent answer", "ms", measure, _BARE, bare, ROUNDS)
+    return [Result("standby, real guest of 256 MB", statistics.median(standby), "ms"), back]
 
 
 def _volumes(client: Client) -> list[Result]:
@@ -87,16 +125,75 @@ def _volumes(client: Client) -> list[Result]:
     ]
 
 
-def _fork(client: Client) -> list[Result]:
-    def fork(number: int) -> None:
-        client.ask("POST", "/instances/vm/fork", {"name": f"fork{number}", "from_running": True})
-        _answer(client, f"fork{number}")
+def _fork(client: Client, bare: Measure) -> list[Result]:
+    def fork() -> None:
+        client.ask("POST", "/instances/vm/fork", {"name": "fork", "from_running": True})
+        _answer(client, "fork")
 
-    took = []
-    for number in range(ROUNDS):
-        took.append(_milliseconds(lambda number=number: fork(number)))  # type: ignore[misc]
-        client.ask("DELETE", f"/instances/fork{number}")
-    return [Result("fork of a running one to agent answer", statistics.median(took), "ms")]
+    def measure() -> float:
+        took = _milliseconds(fork)
+        client.ask("DELETE", "/instances/fork")
+        return took
+
+    return [compare("fork of a running one to agent answer", "ms", measure, _BARE, bare, ROUNDS)]
+
+
+def _snapshot(client: Client, directory: Path, bare: Measure) -> list[Result]:
+    made = client.ask("POST", "/instances/vm/snapshots", {"kind": "Standby", "name": "one"})
+
+    def fork() -> None:
+        client.ask("POST", f"/snapshots/{made['id']}/fork", {"name": "fork"})
+        _answer(client, "fork")
+
+    def measure() -> float:
+        took = _milliseconds(fork)
+        client.ask("DELETE", "/instances/fork")
+        return took
+
+    result = compare("fork of a snapshot to agent answer", "ms", measure, _BARE, bare, ROUNDS)
+    client.ask("DELETE", f"/snapshots/{made['id']}")
+    return [result]
+
+
+def _pool(client: Client, directory: Path) -> list[Result]:
+    """A claim until an exec has responded, against an exec in a guest that has run for long."""
+    made = client.ask("POST", "/instances/vm/snapshots", {"kind": "Standby", "name": "pooled"})
+    pool = f"/snapshots/{made['id']}/pool"
+    client.ask("PUT", pool, {"size": 1})
+
+    def claim() -> None:
+        client.ask("POST", f"/snapshots/{made['id']}/fork", {"name": "claimed"})
+        _exec(directory, "claimed")
+
+    def measure() -> float:
+        while client.ask("GET", pool)["ready"] == 0:
+            time.sleep(0.05)
+        time.sleep(SETTLED)
+        took = _milliseconds(claim)
+        client.ask("DELETE", "/instances/claimed")
+        return took
+
+    def execute() -> float:
+        while client.ask("GET", pool)["ready"] == 0:
+            time.sleep(0.05)
+        time.sleep(SETTLED)
+        return _milliseconds(lambda: _exec(directory, "vm"))
+
+    result = compare("claim from a pool to an exec's end", "ms", measure, "exec in a running guest", execute, ROUNDS)
+    client.ask("DELETE", f"/snapshots/{made['id']}")
+    return [result]
+
+
+def _exec(directory: Path, name: str) -> None:
+    """``true`` in the guest, over a connection of its own."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(directory / "run" / "hypeman.sock"))
+        client.sendall(upgrade(f"/instances/{name}/exec", ""))
+        receive(client)
+        client.sendall(frame(1, b'{"command":["true"]}') + frame(2, b""))
+        while b"exitCode" not in receive(client):
+            pass
 
 
 def _forks_at_once(client: Client, directory: Path) -> list[Result]:
@@ -109,8 +206,6 @@ def _forks_at_once(client: Client, directory: Path) -> list[Result]:
         own.close()
         return instance
 
-    alone = _milliseconds(lambda: fork(FORKS))
-    client.ask("DELETE", f"/instances/many{FORKS}")
     with ThreadPoolExecutor(FORKS) as pool:
         begin = time.perf_counter()
         forks = list(pool.map(fork, range(FORKS)))
@@ -118,7 +213,6 @@ def _forks_at_once(client: Client, directory: Path) -> list[Result]:
     pids = [_pid(directory, instance) for instance in forks]
     on_disk = [_allocated(directory / "data" / "instances" / instance) for instance in forks]
     return [
-        Result("fork of a snapshot to agent answer", alone, "ms"),
         Result(f"{FORKS} forks of a snapshot at once, all answered", together, "ms"),
         Result("memory (PSS) of a fork of 256 MB", statistics.median(map(process_memory, pids)) / 1e6, "MB"),
         Result("disk of a fork, 1 GB overlay", statistics.median(on_disk) / 1024, "KB"),

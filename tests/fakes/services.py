@@ -67,9 +67,11 @@ from hypeman.instances.model.snapshot_types import (
     CreateSnapshotRequest,
     ForkSnapshotRequest,
     RestoreSnapshotRequest,
+    SetSnapshotPoolRequest,
     SetSnapshotScheduleRequest,
     Snapshot,
     SnapshotKind,
+    SnapshotPool,
     SnapshotSchedule,
 )
 from hypeman.instances.model.types import (
@@ -505,6 +507,7 @@ class FakeInstances:
 class FakeSnapshots:
     instances: FakeInstances
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    pools: dict[str, int] = field(default_factory=dict)
 
     async def create(self, ref: str, request: CreateSnapshotRequest) -> Snapshot:
         instance = await self.instances.get(ref)
@@ -553,6 +556,19 @@ class FakeSnapshots:
         await self.get(snapshot)
         check_name(request.name)
         return self.instances.add(request.name)
+
+    async def get_pool(self, snapshot: str) -> SnapshotPool:
+        await self.get(snapshot)
+        size = self.pools.get(snapshot, 0)
+        return SnapshotPool(snapshot_id=snapshot, size=size, ready=size, memory_bytes=size << 25)
+
+    async def set_pool(self, snapshot: str, request: SetSnapshotPoolRequest) -> SnapshotPool:
+        await self.get(snapshot)
+        self.pools[snapshot] = request.size
+        return await self.get_pool(snapshot)
+
+    async def delete_pool(self, snapshot: str) -> None:
+        await self.set_pool(snapshot, SetSnapshotPoolRequest(size=0))
 
 
 @dataclass

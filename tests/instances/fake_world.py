@@ -535,6 +535,7 @@ class Lab:
             tasks=instances.tasks,
             ledger=instances.ledger,
             forks=instances.forks,
+            pools=instances.pools,
             machine=instances.machine,
             catalog=self.catalog,
             settings=self.config.snapshots,

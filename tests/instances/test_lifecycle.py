@@ -37,9 +37,16 @@ from hypeman.guest.client import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmState
 from hypeman.images.records import HOLDERS
+from hypeman.instances import pools
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.record import InstanceRecord
-from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, RestoreSnapshotRequest, SnapshotKind
+from hypeman.instances.model.snapshot_types import (
+    CreateSnapshotRequest,
+    ForkSnapshotRequest,
+    RestoreSnapshotRequest,
+    SetSnapshotPoolRequest,
+    SnapshotKind,
+)
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     AutoStandbyPolicy,
@@ -54,22 +61,26 @@ from hypeman.instances.model.types import (
     UpdateInstanceRequest,
     WakeOn,
 )
-from hypeman.instances.rows import INSTANCES, INTENTS, NAMES, SNAPSHOTS
+from hypeman.instances.rows import INSTANCES, INTENTS, MEMBERS, NAMES, NUMBERS, POOLS, SNAPSHOTS
 from hypeman.instances.service import Instances
 from hypeman.network.leases import LEASES, PORTS, all_leases
 from hypeman.network.types import PortMapping
 from hypeman.paths import Paths
-from hypeman.resources.accounting import HOLDINGS, Limits, Totals, totals
+from hypeman.resources.accounting import HOLDINGS, Limits, Totals, pool_holder, totals
 from hypeman.server.idempotency import changed_by
 from hypeman.store import Store, Table, Txn
 from hypeman.volumes.records import ATTACHMENTS, VOLUMES, VolumeRecord
 from tests.instances.fake_world import Crash, HostFailed, Lab, policy_text, request, tap_text
 
 RUNNING = InstanceState.RUNNING
+MEMBER = 30 << 20
+"""Bytes that a member of a pool uses."""
 
 
 @pytest.fixture
-def lab(store: Store, paths: Paths) -> Lab:
+def lab(store: Store, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.setattr(pools, "RETRY_FIRST", 0.001)
+    monkeypatch.setattr(pools, "read_pss", lambda pid: MEMBER)
     return Lab(store, paths)
 
 
@@ -251,6 +262,41 @@ async def revert(lab: Lab, instances: Instances) -> None:
     await snapshots.restore("one", made.id, RestoreSnapshotRequest(target_state=TargetState.STANDBY))
 
 
+async def pool_size(lab: Lab, instances: Instances, size: int) -> str:
+    """Set it for the one snapshot there is; returns when that many are ready."""
+    snapshots = lab.snapshots(instances)
+    (made,) = await snapshots.list(source_instance_id=None, kind=None, name=None, tags={})
+    await snapshots.set_pool(made.id, SetSnapshotPoolRequest(size=size))
+    await pools_ready(instances)
+    return made.id
+
+
+async def pools_ready(instances: Instances) -> None:
+    """In the lab a fill takes no time, and one that failed is soon repeated."""
+    with trio.fail_after(20):
+        while any(number for (state,), number in instances.pools.counts().items() if state != "ready"):
+            await trio.sleep(0.001)
+
+
+async def with_pool(lab: Lab, instances: Instances) -> None:
+    await with_snapshot(lab, instances)
+    await pool_size(lab, instances, 1)
+
+
+async def claim(lab: Lab, instances: Instances) -> None:
+    """With the fill that follows it."""
+    snapshots = lab.snapshots(instances)
+    (made,) = await snapshots.list(source_instance_id=None, kind=None, name=None, tags={})
+    await snapshots.fork(made.id, ForkSnapshotRequest(name="two"))
+    await pools_ready(instances)
+
+
+async def delete_snapshot(lab: Lab, instances: Instances) -> None:
+    snapshots = lab.snapshots(instances)
+    (made,) = await snapshots.list(source_instance_id=None, kind=None, name=None, tags={})
+    await snapshots.delete(made.id)
+
+
 async def attach(lab: Lab, instances: Instances) -> None:
     await instances.attach_volume("one", "vol", AttachVolumeRequest(mount_path="/data"))
 
@@ -285,6 +331,8 @@ CASES: dict[str, tuple[Act, Act, set[str]]] = {
     "fork standby": (in_standby, fork, {"Standby"}),
     "snapshot": (running, snapshot, {"Running"}),
     "revert": (with_snapshot, revert, {"Stopped", "Standby"}),
+    "fork from a pool": (with_pool, claim, {"Stopped"}),
+    "delete a snapshot with a pool": (with_pool, delete_snapshot, {"Stopped"}),
     "attach": (with_volume, attach, {"Running"}),
     "detach": (with_attached, detach, {"Running"}),
     "create with ports": (nothing, create_with_ports, {"gone", "Running"}),
@@ -333,6 +381,7 @@ async def test_failed_at_every_effect(lab: Lab, case: str) -> None:
             lab.disarm()
             state = await settled(instances, "one")
             assert state in allowed, f"{state} after {where}"
+            await pools_ready(instances)
             await nothing_in_progress(lab, where)  # otherwise the VM below would not be compared with the record
             if failed and case in TAKEN_BACK:
                 assert lab.world_as_text() == before_world, where
@@ -361,6 +410,7 @@ async def test_crashed_at_every_effect(lab: Lab, case: str) -> None:
             assert state in allowed, f"{state} after {where}"
             await nothing_in_progress(lab, where)
             await lab.snapshots(instances).start()
+            await pools_ready(instances)
             check_owned(lab, where, crashed=True)
             await clean_up(lab, instances)
         moment += 1
@@ -434,7 +484,10 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
     """Everything outside of the store belongs to an instance, capture or snapshot inside of it, and every VM and its
     guest are in the state that the record claims, unless an operation on it is under way."""
     records = {row.id: row for row in lab.store.read(lambda txn: [row for _, row in txn.scan(INSTANCES)])}
-    alive = {i for i, row in records.items() if row.state not in (InstanceState.STOPPED, InstanceState.STANDBY)}
+    members = lab.store.read(lambda txn: dict(txn.scan(MEMBERS)))
+    assert not members.keys() & records.keys(), where
+    awake = {i for i, row in records.items() if row.state not in (InstanceState.STOPPED, InstanceState.STANDBY)}
+    alive = awake | members.keys()
     text = lab.world_as_text()
     assert {p.config.instance_id for p in lab.machine.alive()} == alive, f"{text}\n{where}"
     assert set(lab.network.taps.there) == alive, f"{text}\n{where}"
@@ -445,9 +498,13 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
     assert set(lab.network.held.there) == asleep, f"{text}\n{where}"
     assert set(lab.egress.policies.there) <= alive, f"{text}\n{where}"
     for path in (lab.paths.instances).glob("*"):
-        assert path.name in records, f"{text}\n{where}"
+        assert path.name in records or path.name in members, f"{text}\n{where}"
     busy = set(store_intents(lab.store))
     for process in lab.machine.alive():
+        if process.config.instance_id in members:
+            kept = (process.state, process.memory.frozen, any(process.links.values()))
+            assert kept == (VmmState.PAUSED, True, False), f"a member is {kept}\n{where}"
+            continue
         record = records[process.config.instance_id]
         if record.id not in busy and (wanted := VM_STATES.get(record.state)) is not None:
             frozen = process.memory.frozen and not crashed  # the agent ends a freeze of a dead server by itself
@@ -459,13 +516,16 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
     holders = {(captures.of_snapshot(key), row.capture) for key, row in snapshots.items() if row.capture}
     for row in records.values():
         holders |= {(captures.of_instance(row.id), capture) for capture in (row.capture, row.mapped) if capture}
+    holders |= {(captures.of_instance(i), row.record.capture) for i, row in members.items() if row.record.capture}
     held = lab.store.read(lambda txn: {(holder, key) for key, row in txn.scan(CAPTURES) for holder in row.holders})
     assert held == holders, where
     pinned = {row.id for row in records.values() if row.digest} | {captures.of_snapshot(key) for key in snapshots}
-    assert lab.store.read(lambda txn: set(txn.keys(HOLDERS))) == pinned, where
+    assert lab.store.read(lambda txn: set(txn.keys(HOLDERS))) == pinned | members.keys(), where
     holding = lab.store.read(lambda txn: dict(txn.scan(HOLDINGS)))
-    assert set(holding) == set(records), where
-    assert {i for i, h in holding.items() if h.vcpus} == alive, where
+    assert set(holding) == records.keys() | {pool_holder(row.snapshot, i) for i, row in members.items()}, where
+    assert {i for i, h in holding.items() if h.vcpus} == awake, where
+    numbers = lab.store.read(lambda txn: {txn.get(NUMBERS, key) for key in txn.keys(NUMBERS)})
+    assert numbers == records.keys() | members.keys(), where
     assert told_states(lab) == {i: row.state.value for i, row in records.items()}, where
 
 
@@ -545,7 +605,7 @@ async def clean_up(lab: Lab, instances: Instances) -> None:
     left = "\n".join(line for line in lab.world_as_text().splitlines() if not line.startswith("instances .new"))
     assert left == "", left
     assert lab.store.read(totals) == Totals()
-    tables: tuple[Table[Any], ...] = (LEASES, PORTS, NAMES, ATTACHMENTS, HOLDERS, CAPTURES)
+    tables: tuple[Table[Any], ...] = (LEASES, PORTS, NAMES, NUMBERS, ATTACHMENTS, HOLDERS, CAPTURES, MEMBERS, POOLS)
     assert not lab.store.read(lambda txn: [f"{table.name} {key}" for table in tables for key in txn.keys(table)])
 
 

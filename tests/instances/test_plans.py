@@ -37,6 +37,7 @@ def plans(one: InstanceRecord) -> dict[str, tuple[Step, ...]]:
         "create": plan.plan_create(one),
         "start": plan.plan_start(one),
         "restore": plan.plan_restore(one, "c", keep=False),
+        "fill": plan.plan_fill(one, "/s", "c"),
         "awaken": plan.plan_awaken(one, "c", fresh=True),
         "stop": plan.plan_stop(one, grace=5),
         "park": plan.plan_park(one),
@@ -74,7 +75,7 @@ def test_every_plan_has_a_golden_text() -> None:
     assert {name for name in names if f"plan.{name}(" not in source} == set()
 
 
-@pytest.mark.parametrize("name", ["create", "start", "restore"])
+@pytest.mark.parametrize("name", ["create", "start", "restore", "fill"])
 def test_the_egress_policy_is_in_force_before_the_network_opens(name: str) -> None:
     """Otherwise a guest could send packets past its policy for a moment; a stop takes them down in reverse."""
     steps = [type(step).__name__ for step in plans(record(everything=True))[name]]

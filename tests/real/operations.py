@@ -88,6 +88,22 @@ async def snapshot(appliance: Appliance) -> httpx.Response:
     return answer
 
 
+async def with_pool(appliance: Appliance) -> None:
+    await running(appliance)
+    made = await appliance.post("/instances/one/snapshots", {"kind": "Standby", "name": "s"})
+    await appliance.ask("PUT", f"/snapshots/{made['id']}/pool", json={"size": 1})
+    await wait_pooled(appliance)
+
+
+async def claim(appliance: Appliance) -> httpx.Response:
+    """With the fill that follows it."""
+    (made,) = await appliance.get("/snapshots")
+    answer = await appliance.ask("POST", f"/snapshots/{made['id']}/fork", json={"name": "two"})
+    if answer.is_success:
+        await wait_pooled(appliance)
+    return answer
+
+
 OPERATIONS = {
     "create": Operation(
         nothing,
@@ -102,6 +118,7 @@ OPERATIONS = {
     "unpacking": Operation(compressed, ask("POST", "/instances/one/restore"), {"Standby", "Running"}),
     "fork": Operation(running, ask("POST", "/instances/one/fork", {"name": "two", "from_running": True}), {"Running"}),
     "snapshot": Operation(running, snapshot, {"Running"}),
+    "claim": Operation(with_pool, claim, {"Running"}),
 }
 if TAKES_DISKS:
     OPERATIONS["attach"] = Operation(
@@ -122,6 +139,20 @@ async def wait_packed(appliance: Appliance) -> None:
             if any(each.get("compression_state") == "error" for each in snapshots):
                 return
             await trio.sleep(0.1)
+
+
+async def wait_pooled(appliance: Appliance) -> None:
+    """Every pool is full."""
+    with trio.fail_after(PATIENCE):
+        for each in await appliance.get("/snapshots"):
+            while (pool := await appliance.get(f"/snapshots/{each['id']}/pool"))["ready"] < pool["size"]:
+                await trio.sleep(0.1)
+
+
+async def end_pools(appliance: Appliance) -> None:
+    """So that every VM that is left is an instance's."""
+    for each in await appliance.get("/snapshots"):
+        await appliance.delete(f"/snapshots/{each['id']}/pool")
 
 
 async def wait_for_note(appliance: Appliance, name: str, where: str = "") -> None:
@@ -151,6 +182,7 @@ async def wait_at_rest(appliance: Appliance, states: Set[str], where: str) -> di
 async def check_whole(appliance: Appliance, where: str) -> None:
     """Everything that lies about has an owner, and everybody is whole: what runs answers, what sleeps can be
     woken, what stopped can be started, and of each snapshot a fork can be made."""
+    await end_pools(appliance)
     await check_owned(appliance, where)
     snapshots = await appliance.get("/snapshots")
     for instance in await appliance.get("/instances"):

@@ -87,7 +87,8 @@ class Owned:
         self.pulling = trio.CancelScope()
         """Around the wait for the image; cancelled by a delete."""
         self._shared = shared
-        self._tell = tell
+        self.tell = tell
+        """Takes events of the VM."""
 
     @property
     def live(self) -> LiveVm | None:
@@ -112,7 +113,7 @@ class Owned:
     def watch(self, live: LiveVm) -> None:
         """Route the VM's events into the queue."""
         self.ended = None
-        self.beside(live.run, self._tell)
+        self.beside(live.run, self.tell)
 
     def beside(self, work: Callable[..., Awaitable[object]], *arguments: object) -> None:
         """Run ``work`` concurrently with commands, until the instance is deleted."""

@@ -13,11 +13,11 @@ from hypeman.hypervisor.interface import Driver, VmmGone
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.instances.machine.live import Live
 from hypeman.instances.model.record import InstanceRecord
-from hypeman.instances.rows import INSTANCES
+from hypeman.instances.rows import INSTANCES, MEMBERS
 from hypeman.network.leases import get_lease
 from hypeman.network.types import Lease
 from hypeman.paths import Paths
-from hypeman.store import Store
+from hypeman.store import Store, Txn
 
 
 class Context:
@@ -43,7 +43,13 @@ class Context:
         """Instances whose guests are not waited for, since a stop or delete is queued."""
 
     def record(self, instance_id: str) -> InstanceRecord:
-        record = self.store.read(lambda txn: txn.get(INSTANCES, instance_id))
+        """Of an instance, or of the member of a pool that will be one."""
+
+        def read(txn: Txn) -> InstanceRecord | None:
+            member = txn.get(MEMBERS, instance_id)
+            return member.record if member is not None else txn.get(INSTANCES, instance_id)
+
+        record = self.store.read(read)
         if record is None:
             raise InternalError(f"instance {instance_id} has no record")
         return record

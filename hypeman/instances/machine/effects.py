@@ -39,6 +39,7 @@ class Effects:
                 _pair(steps.BindDevices, devices.bind, devices.unbind),
                 _pair(steps.LaunchVmm, vmms.launch, vmms.kill),
                 _pair(steps.RestoreVmm, vmms.restore, vmms.kill),
+                _pair(steps.WarmGuest, guests.warm, guests.leave_warm),
                 _pair(steps.HoldTraffic, network.hold, network.release),
                 _pair(steps.SaveCapture, captures.save, captures.discard),
                 _pair(steps.CopyDisksAway, disks.copy_away, disks.remove_copy),

@@ -8,7 +8,7 @@ import time
 
 import trio
 
-from hypeman.errors import HypemanError
+from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest.boot import GuestVolume
 from hypeman.guest.client import GuestLost
 from hypeman.guest.limits import LIMITS
@@ -18,7 +18,7 @@ from hypeman.instances.machine.context import Context
 from hypeman.instances.machine.live import Live
 from hypeman.instances.machine.network import Network
 from hypeman.instances.model.guest_boot import boot_network, hostname, machine_id
-from hypeman.instances.model.steps import AwakenGuest, GoOn, PauseVm, PlugVolume, ShutdownGuest
+from hypeman.instances.model.steps import AwakenGuest, GoOn, PauseVm, PlugVolume, ShutdownGuest, WarmGuest
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.model.vm import volume_disk, volume_disk_id
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 SECONDS_TO_AWAKEN = 60.0
 """A restored guest answers in 0.1 s; the limit allows for a host that swaps."""
+SECONDS_TO_WARM = 8.0
+"""A guest thaws its program by itself 10 s after it was frozen."""
 SECONDS_TO_ANSWER = 5.0
 """For a running guest whose channel is being opened, for example after a server restart."""
 SECONDS_TO_KILL = 5.0
@@ -74,25 +76,47 @@ class Guests:
         except HypemanError as error:  # the agent thaws its programs after 10 s of guest time
             log.warning("the guest of instance %s did not confirm that it runs on: %s", instance_id, error.message)
 
-    async def awaken(self, step: AwakenGuest) -> None:
+    async def warm(self, step: WarmGuest) -> None:
+        """Raises InvalidState if the guest took so long that its program may have been thawed."""
         live = self._context.living(step.instance)
-        record = self._context.record(step.instance)
-        await live.vmm.resume()
-        lease = self._context.lease(step.instance)
+        try:
+            with trio.fail_after(SECONDS_TO_WARM):
+                await live.vmm.resume()
+                await self._identify(step.instance, live, fresh=True)
+                assert live.guest is not None, "it has just answered"
+                await live.guest.freeze()  # again, since the limit of the capture's runs on
+                live.hold(True)
+                await live.vmm.pause()
+        except trio.TooSlowError:
+            raise InvalidState(f"the guest was not ready within {SECONDS_TO_WARM:g} s") from None
+
+    async def leave_warm(self, step: WarmGuest) -> None:
+        """Nothing: the undo of its restore ends its VMM."""
+
+    async def _identify(self, instance_id: str, live: Live, *, fresh: bool) -> None:
+        """Tell the guest who it is; ``fresh``: also a new machine-id. Raises InvalidState, VmmGone, GuestLost …"""
+        record = self._context.record(instance_id)
         with live.asking():
             guest = await live.wait_guest(SECONDS_TO_AWAKEN)
             await guest.set_identity(
                 hostname=hostname(record),
-                machine_id=machine_id(record.id) if step.fresh else "",
-                network=boot_network(self._network.of_guest(step.instance)),
+                machine_id=machine_id(instance_id) if fresh else "",
+                network=boot_network(self._network.of_guest(instance_id)),
                 entropy=secrets.token_bytes(64),
                 clock_ns=time.time_ns(),
             )
+
+    async def awaken(self, step: AwakenGuest) -> None:
+        live = self._context.living(step.instance)
+        await live.vmm.resume()
+        live.hold(False)
+        lease = self._context.lease(step.instance)
+        await self._identify(step.instance, live, fresh=step.fresh)
         if lease is not None and lease.enabled:
             await live.vmm.set_link("net0", up=True)
             await self._network.release(step)  # before its program runs: the packets that woke it come first
         with live.asking():
-            await guest.thaw()
+            await (await live.wait_guest(LIMITS[Op.THAW])).thaw()
 
     async def shutdown(self, step: ShutdownGuest) -> None:
         """Request an orderly shutdown and wait for it; an unresponsive guest is not waited for."""

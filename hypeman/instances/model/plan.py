@@ -3,6 +3,7 @@
 create   make disks · prepare run · egress · network · devices · launch
 start                 prepare run · egress · network · devices · launch
 restore               prepare run · egress · network · restore        then: awaken, free capture
+fill     copy disks · prepare run · egress · network · restore · warm   when it is claimed: awaken
 stop     shut the guest down, then the reverse of a start (devices stay bound until delete)
 delete   the reverse of create
 """
@@ -34,6 +35,7 @@ from hypeman.instances.model.steps import (
     SwapDisks,
     TakeBack,
     TakeDisks,
+    WarmGuest,
 )
 from hypeman.instances.model.types import InstanceState
 
@@ -48,6 +50,15 @@ def plan_start(record: InstanceRecord) -> tuple[Reversible, ...]:
 
 def plan_restore(record: InstanceRecord, capture: str, *, keep: bool) -> tuple[Reversible, ...]:
     return (*_environment(record), RestoreVmm(record.id, capture, keep))
+
+
+def plan_fill(record: InstanceRecord, disks: str, capture: str) -> tuple[Reversible, ...]:
+    """A fork that is kept for a pool; ``disks``: the snapshot's directory."""
+    return (
+        *plan_adopt_disks(record, disks, shared=True),
+        *plan_restore(record, capture, keep=True),
+        WarmGuest(record.id),
+    )
 
 
 def plan_awaken(record: InstanceRecord, capture: str, *, fresh: bool) -> tuple[Step, ...]:

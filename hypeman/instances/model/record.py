@@ -168,6 +168,22 @@ class SnapshotRow(msgspec.Struct, frozen=True, kw_only=True):
     """The schedule that made it, and may delete it; empty: made by a command."""
 
 
+class PoolRow(msgspec.Struct, frozen=True):
+    """What is requested of a snapshot's pool."""
+
+    size: int
+
+
+class MemberRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A fork that is kept for a pool. It becomes an instance when it is claimed; a server that starts removes it."""
+
+    snapshot: str
+    record: InstanceRecord
+    """Of the instance that it would be; without name and handle."""
+    steps: tuple[Step, ...]
+    """What made it, to be undone."""
+
+
 def forked(
     source: InstanceRecord,
     *,

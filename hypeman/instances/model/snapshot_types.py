@@ -70,6 +70,20 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     uncompressed_size_bytes: int | None = None
 
 
+class SetSnapshotPoolRequest(Struct, frozen=True, kw_only=True):
+    size: Annotated[int, Meta(ge=0, le=64, description="Forks to keep ready; 0: none")]
+
+
+class SnapshotPool(Struct, frozen=True, kw_only=True):
+    """Forks of a snapshot that are kept restored and paused. A fork of the snapshot takes one that is ready."""
+
+    snapshot_id: str
+    size: Annotated[Count, Meta(description="Requested; 0: the snapshot has no pool")]
+    ready: Annotated[Count, Meta(description="They are made, and made anew, in the background")]
+    memory_bytes: Annotated[Count, Meta(description="Memory of the host that the ready ones use (PSS)")]
+    error: Annotated[str | None, Meta(description="Why there are fewer than requested, after a failure")] = None
+
+
 class SnapshotRetention(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """At least one of the two is required."""
 

@@ -29,6 +29,7 @@ TRANSITIONS: tuple[Transition, ...] = (
     Transition(None, S.CREATED, "create"),
     Transition(None, S.STOPPED, "fork"),
     Transition(None, S.STANDBY, "fork with memory"),
+    Transition(None, S.RUNNING, "fork from a pool"),
     Transition(S.CREATED, S.INITIALIZING, "VMM runs"),
     Transition(S.INITIALIZING, S.RUNNING, "workload started"),
     Transition(S.INITIALIZING, S.SHUTDOWN, "workload ended"),

@@ -58,6 +58,11 @@ class RestoreVmm(_Step, frozen=True):
     keep: bool
 
 
+class WarmGuest(_Step, frozen=True):
+    """The restored guest of a pool gets its machine-id and network before anybody asks for it, and is paused again:
+    what a claim does has then run once. Its program stays frozen, its link down. Undo: nothing, its VMM is ended."""
+
+
 class AwakenGuest(_Step, frozen=True):
     """The restored guest gets its clock, entropy and identity, and only then its network and program.
 
@@ -136,6 +141,7 @@ Reversible = (
     | BindDevices
     | LaunchVmm
     | RestoreVmm
+    | WarmGuest
     | HoldTraffic
     | SaveCapture
     | CopyDisksAway

@@ -464,6 +464,10 @@ class InstanceStats(Struct, frozen=True, kw_only=True):
     memory_utilization_ratio: Annotated[
         float | None, Meta(description="Resident memory of the VMM, of the allocated memory")
     ] = None
+    memory_pss_bytes: Annotated[
+        int | UnsetType,
+        Meta(description="Extension: resident memory, of which that shared with other VMs counts in part (PSS)"),
+    ] = UNSET
     guest_memory_used_bytes: Annotated[
         int | UnsetType,
         Meta(description="Extension: used inside (MemTotal − MemAvailable); absent if the agent does not answer"),
