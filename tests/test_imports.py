@@ -128,7 +128,7 @@ IMPURE_LIBRARIES = ("trio", "lmdb", "ssl", "subprocess", "pyroute2", "quart", "h
 INSTANCES_LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(row.split())
     for row in (
-        "service snapshots forks tasks board expiry reclaim sampler usage metrics adapters",
+        "service snapshots forks pools tasks board expiry reclaim sampler usage metrics adapters",
         "life machine",
         "ledger",
         "changes rows",

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import trio
 
+from hypeman.architecture import HOST
 from hypeman.guest.protocol import ACK_MAGIC, Connection
 from hypeman.host.links import TAP_FLAGS, TUN_DEVICE, TUNSETIFF
 from hypeman.hypervisor import captures
@@ -51,8 +52,8 @@ async def _restore(directory: Path, saved: Capture, disks: Path, folder: Path) -
             saved.config,
             fds,
             binary="qemu-system-x86_64",
-            board=native.BOARDS[native.HOST][HypervisorKind(saved.kind)],
-            accelerator=native.EMULATORS[native.HOST],
+            board=native.BOARDS[HOST][HypervisorKind(saved.kind)],
+            accelerator=native.EMULATORS[HOST],
             incoming=True,
             private_memory=True,
             devices_alone=devices_alone,
@@ -62,9 +63,6 @@ async def _restore(directory: Path, saved: Capture, disks: Path, folder: Path) -
             qmp = await QmpClient.connect(str(folder / "qmp"))
             names = {"x-ignore-shared": not devices_alone, "events": True}
             switches = [{"capability": name, "state": state} for name, state in names.items()]
-                {"capability": "x-ignore-shared", "state": not devices_alone},
-                {"capability": "events", "state": True},
-            ]
             await qmp.execute("migrate-set-capabilities", {"capabilities": switches})
             await qmp.execute("getfd", {"fdname": "state"}, fds=[state_fd])
             await qmp.execute("migrate-incoming", {"uri": "fd:state"})
