@@ -88,7 +88,7 @@ from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
 from hypeman.server.sessions import Sessions
 from hypeman.store import Store
-from hypeman.telemetry import metrics
+from hypeman.telemetry import metrics, traces
 from hypeman.telemetry.logs import setup_logs
 from hypeman.volumes import metrics as volume_metrics
 from hypeman.volumes.service import Volumes
@@ -395,6 +395,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             registry=registry,
             pushes=pushes,
             builds=builds,
+            traces=traces.RECORDER,
         ),
     )
 

@@ -33,6 +33,7 @@ from hypeman.cli import (
     run,
     shell,
     snapshots,
+    traces,
     ui,
     volumes,
 )
@@ -68,7 +69,8 @@ SECTIONS = {
     "Data": ("volume", "snapshot", "commit", "backup", "bundle", "compose"),
     "Network and devices": ("ingress", "egress", "device"),
     "Host": (
-        *("ui", "info", "health", "capabilities", "resources", "system", "events", "doctor", "serve", "node", "token"),
+        *("ui", "info", "health", "capabilities", "resources", "system"),
+        *("events", "trace", "doctor", "serve", "node", "token"),
     ),
 }
 """The commands of the help by subject; any other is listed at its end."""
@@ -188,8 +190,9 @@ for _command in (
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
     snapshots.snapshots,
-    devices.devices, ingress.ingresses, egress.egress, events.events, host.resources, host.health, host.capabilities,
-    shell.completion, shell.man, pushes.push, ui.ui, builds.build, builds.builder, compose, *docker.COMMANDS,
+    devices.devices, ingress.ingresses, egress.egress, events.events, traces.trace, host.resources, host.health,
+    host.capabilities, shell.completion, shell.man, pushes.push, ui.ui, builds.build, builds.builder, compose,
+    *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)
 

@@ -32,6 +32,7 @@ from hypeman.server.decode import decode_body, decode_query, decode_segment
 from hypeman.server.errors import BodyTooLarge, BodyTooSlow, TooManyBodies, UpgradeRequired, status_failure
 from hypeman.server.exchange import (
     DISCONNECTED,
+    TRACEPARENT,
     Reply,
     ServerSettings,
     actor_of,
@@ -307,9 +308,11 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
         """The response to a call with an ``Idempotency-Key``."""
         given, data = await arguments(segments, caller)
 
+        traceparent = request.headers.get(TRACEPARENT, "")
+
         async def work() -> Reply:
             try:
-                with measured(operation):
+                with measured(operation, traceparent):
                     return reply_to(operation, await operation.handler(app.services, **given))
             except Exception as error:
                 return failed(failure_from(error))
@@ -326,7 +329,7 @@ def _view(app: ApiApp, operation: Operation) -> Callable[..., Awaitable[Response
                 key = request.headers.get(HEADER) if operation.method == "POST" else None
                 if key is not None and app.calls is not None:
                     return _response(await keyed(caller, key, segments, app.calls))
-                with measured(operation):
+                with measured(operation, request.headers.get(TRACEPARENT, "")):
                     given, _ = await arguments(segments, caller)
                     answer = await operation.handler(app.services, **given)
                 if isinstance(answer, EventStream):

@@ -106,9 +106,11 @@ from hypeman.server.types import (
     Runtime,
     ServerVersion,
 )
+from hypeman.telemetry.trace_types import OperationTrace, TraceSpan
 from hypeman.volumes.types import CreateVolumeRequest, Volume, VolumeAttachment
 
 _TIME = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+_SPAN = "b7ad6b7169203331"
 _INSTANCE = "k3v9x0q2m4c7b1z8f5d6s2a1"
 _SNAPSHOT = "t7h2n5w8r1y4u6p9e3j0g2l5"
 _IMAGE = "docker.io/library/nginx:alpine"
@@ -422,6 +424,16 @@ ANSWERS: Mapping[Any, Any] = {
         object=EventObject(Kind.INSTANCE, _INSTANCE, "web"),
         actor=Actor("ops", address="10.0.0.5", request_id="5f0c9a7e1b2d3c4f"),
         data={"from": "Initializing", "to": "Running"},
+    ),
+    OperationTrace: OperationTrace(
+        id="0af7651916cd43dd8448eb211c80319c",
+        name="POST /instances",
+        started_at=_TIME,
+        duration_ms=812.4,
+        spans=(
+            TraceSpan(id=_SPAN, parent="", name="POST /instances", begin_ms=0.0, duration_ms=97.1),
+            TraceSpan(id="00f067aa0ba902b7", parent=_SPAN, name="LaunchVmm", begin_ms=9.2, duration_ms=84.0),
+        ),
     ),
     ErrorBody: ErrorBody("not_found", "instance 'web' does not exist"),
 }

@@ -23,7 +23,7 @@ from hypeman.server import errors
 from hypeman.server.api import Operation, Page
 from hypeman.server.connection import Connection
 from hypeman.server.errors import Failure, failure_of, told_error
-from hypeman.telemetry import metrics
+from hypeman.telemetry import metrics, traces
 from hypeman.telemetry.logs import blank_text, log_fields
 from hypeman.tokens import Caller
 
@@ -31,6 +31,8 @@ _log = logging.getLogger("hypeman.http")
 _encode = msgspec.json.Encoder().encode
 
 JSON = "application/json"
+TRACEPARENT = "traceparent"
+"""Header of W3C Trace Context: the caller's trace, which an operation continues."""
 DISCONNECTED = 499
 """Status in log and metrics of a request whose client disconnected before the response."""
 _MAX_REQUEST_ID = 64
@@ -90,17 +92,21 @@ def failure_from(error: Exception) -> Failure:
 
 
 @contextmanager
-def measured(operation: Operation) -> Iterator[None]:
-    """Observe the duration of an instance operation as seen by its caller."""
-    if operation.measure is None:
+def measured(operation: Operation, traceparent: str = "") -> Iterator[None]:
+    """Trace an operation that may change something, and observe the duration of an instance's verb, as seen by the
+    caller."""
+    if operation.method == "GET":
         yield
         return
     started, status = time.perf_counter(), "error"
+    about = {"http.request.method": operation.method, "http.route": operation.path}
     try:
-        yield
+        with traces.operation(f"{operation.method} {operation.path}", parent=traceparent, about=about):
+            yield
         status = "success"
     finally:
-        metrics.instance_seconds[operation.measure].labels(status).observe(time.perf_counter() - started)
+        if operation.measure is not None:
+            metrics.instance_seconds[operation.measure].labels(status).observe(time.perf_counter() - started)
 
 
 def request_id(given: str) -> str:

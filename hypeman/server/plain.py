@@ -156,6 +156,7 @@ class Headers(NamedTuple):
     request_id: str
     length: int
     """Of the body, in bytes."""
+    traceparent: str
 
 
 def plain_headers(block: bytes) -> Headers | None:
@@ -163,7 +164,7 @@ def plain_headers(block: bytes) -> Headers | None:
     or if Hypercorn might refuse them."""
     if not _HEADERS.fullmatch(block):
         return None
-    authorization, given_id, length, hosts = None, None, None, 0
+    authorization, given_id, length, hosts, traceparent = None, None, None, 0, ""
     for line in block.split(b"\r\n")[:-1]:
         name, _, value = line.partition(b":")
         name, value = name.lower(), value.strip(b" \t")
@@ -179,11 +180,13 @@ def plain_headers(block: bytes) -> Headers | None:
             authorization = value.decode("ascii")
         elif name == b"x-request-id" and given_id is None:
             given_id = value.decode("ascii")
+        elif name == b"traceparent":
+            traceparent = value.decode("ascii")
         elif name == b"content-length":
             if length is not None or not _LENGTH.fullmatch(value):
                 return None
             length = int(value)
-    return Headers(authorization, given_id or "", length or 0) if hosts == 1 else None
+    return Headers(authorization, given_id or "", length or 0, traceparent) if hosts == 1 else None
 
 
 class PlainConnection(TCPServer):
@@ -350,7 +353,7 @@ class PlainConnection(TCPServer):
                 self._subject = caller.subject
                 set_actor(actor_of(caller, self._connection, self._request_id))
                 check_scope(caller, *operation.scopes)
-            with measured(operation):
+            with measured(operation, headers.traceparent):
                 arguments: dict[str, Any] = {name: decode_segment(value) for name, value in found.segments.items()}
                 if operation.query is not None:
                     arguments["query"] = decode_query(found.query, operation.query)

@@ -54,6 +54,7 @@ from hypeman.registry.push_types import CreatePushRequest, Push
 from hypeman.registry.service import Opened, Upload
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
 from hypeman.server.types import Capabilities
+from hypeman.telemetry.trace_types import OperationTrace
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 
 Tags = Mapping[str, str]
@@ -285,6 +286,12 @@ class BuildService(Protocol):
     async def events(self, build_id: str, *, follow: bool, progress: bool) -> BuildEventStream: ...
 
 
+class TraceService(Protocol):
+    def list(self, *, instance: str, limit: int) -> Sequence[OperationTrace]:
+        """The newest first; of the instance with that id or name, if it is not empty."""
+        ...
+
+
 class RegistryService(Protocol):
     async def blob(self, repository: str, digest: str) -> Opened: ...
     async def delete_blob(self, repository: str, digest: str) -> None: ...
@@ -321,3 +328,4 @@ class Services:
     registry: RegistryService
     pushes: PushService
     builds: BuildService
+    traces: TraceService

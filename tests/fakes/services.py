@@ -115,6 +115,7 @@ from hypeman.server.types import (
     Runtime,
     ServerVersion,
 )
+from hypeman.telemetry import traces
 from hypeman.units import parse_duration
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 
@@ -1102,4 +1103,5 @@ class FakeWorld:
             registry=self.registry,
             pushes=self.pushes,
             builds=self.builds,
+            traces=traces.RECORDER,
         )

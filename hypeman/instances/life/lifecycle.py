@@ -14,6 +14,7 @@ with exponential backoff until it succeeds or the instance is stopped or deleted
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
@@ -29,6 +30,7 @@ from hypeman.instances.model.admission import Command, check_legal
 from hypeman.instances.model.events import VmEvent
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import InstanceState
+from hypeman.telemetry import traces
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +59,14 @@ def overtakes(command: Command | None, other: Command | None) -> bool:
 class Job(Generic[R]):
     """A queued command."""
 
-    __slots__ = ("action", "actor", "command", "done", "error", "value")
+    __slots__ = ("action", "actor", "command", "done", "error", "queued", "span", "value")
 
     def __init__(self, command: Command | None, action: Callable[[], Awaitable[R]]) -> None:
         self.command = command
         self.action = action
         self.actor = current_actor()
+        self.span = traces.current()
+        self.queued = time.time_ns()
         self.done = trio.Event()
         self.value: R | None = None
         self.error: BaseException | None = None
@@ -70,7 +74,7 @@ class Job(Generic[R]):
     async def run(self) -> None:
         """Run the action and hand its result or error to the waiter."""
         try:
-            with acting(self.actor):
+            with acting(self.actor), traces.within(self.span):
                 self.value = await self.action()
         except Exception as error:
             self.error = error
@@ -149,7 +153,7 @@ class Lifecycle:
             raise InvalidState(
                 f"instance {self.record.name!r} has {MOST_WAITING} commands waiting already", retryable=True
             )
-        job: Job[R] = Job(command, lambda: action(self._owned))
+        job: Job[R] = Job(command, lambda: self._traced(job, action))
         self._queued.append(command)
         self._queue.send_nowait(job)
         self._let_overtake()
@@ -157,7 +161,7 @@ class Lifecycle:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the instance until it is deleted. Reports started once the leftovers of a crash are settled."""
-        with acting(None):  # the request that started this task does not cause what follows later
+        with acting(None), traces.within(None):  # the request that started this task does not cause what follows later
             await self._run(task_status)
 
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
@@ -198,6 +202,18 @@ class Lifecycle:
             job.refuse(error)
         else:
             await job.run()
+
+    async def _traced(self, job: Job[R], action: Callable[[Owned], Awaitable[R]]) -> R:
+        """Run ``action`` as a phase of the operation that queued it; a command without one is an operation itself."""
+        owned = self._owned
+        if job.span is None and job.command is None:
+            return await action(owned)
+        name = job.command.value if job.command is not None else "work"
+        about = {traces.INSTANCE: owned.record.id, traces.INSTANCE_NAME: owned.record.name}
+        traces.add_span(job.span, "queued", job.queued)
+        with traces.span(name, about) if job.span is not None else traces.operation(name, about=about):
+            owned.span = traces.current()
+            return await action(owned)
 
     def _let_overtake(self) -> None:
         """Abandon waits for the guest while a queued command overtakes the running one."""

@@ -17,6 +17,7 @@ from hypeman.instances.life.operations.stop import exit_of, vmm_ended
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.events import Unwatched, VmEvent
 from hypeman.instances.model.types import InstanceState
+from hypeman.telemetry import traces
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ async def hear(owned: Owned, live: LiveVm, event: VmEvent) -> None:
             owned.machine.unwatch(owned.record.id)
             await owned.lost(VmmBroken("the VMM cannot be watched any more; the server's log says why"))
         case Started() if owned.record.state is InstanceState.INITIALIZING:
+            _trace_boot(owned)
             await owned.save(owned.entered(owned.record, InstanceState.RUNNING))
             owned.journal("running")
             if owned.record.spec.hotplug_bytes:
@@ -54,6 +56,12 @@ async def hear(owned: Owned, live: LiveVm, event: VmEvent) -> None:
             owned.journal(f"guest: {event.message}")
         case Ready() | Started() | Exited():
             pass
+
+
+def _trace_boot(owned: Owned) -> None:
+    """The guest's boot, as a phase of the operation that started it."""
+    if owned.span is not None and owned.record.started_at is not None:
+        traces.add_span(owned.span, "guest boot", round(owned.record.started_at.timestamp() * 1e9))
 
 
 async def _plug_memory(owned: Owned) -> None:

@@ -33,7 +33,7 @@ from hypeman.instances.model.states import NO_VMM
 from hypeman.instances.model.steps import Reversible, Step
 from hypeman.instances.model.types import InstanceState
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
-from hypeman.telemetry import metrics
+from hypeman.telemetry import metrics, traces
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +86,8 @@ class Owned:
         """Nursery for work that runs concurrently with commands, while the task runs."""
         self.pulling = trio.CancelScope()
         """Around the wait for the image; cancelled by a delete."""
+        self.span: traces.Span | None = None
+        """Of the last command: what the guest does after it belongs to it."""
         self._shared = shared
         self.tell = tell
         """Takes events of the VM."""
@@ -150,7 +152,8 @@ class Owned:
         await self.commit(Commit(record, changes=changes))
 
     async def commit(self, commit: Commit) -> None:
-        await self.ledger.commit(commit)
+        with traces.span("commit"):
+            await self.ledger.commit(commit)
         self._know(commit.record)
 
     def _know(self, record: InstanceRecord) -> None:

@@ -16,6 +16,7 @@ from hypeman.instances.machine.network import Network
 from hypeman.instances.machine.vmm import Vmms
 from hypeman.instances.model import steps
 from hypeman.instances.model.steps import Irreversible, Reversible, Step, TakeBack
+from hypeman.telemetry import traces
 
 Effect: TypeAlias = Callable[[Any], Awaitable[None]]
 R = TypeVar("R", bound=Reversible)
@@ -60,13 +61,15 @@ class Effects:
         )
 
     async def do(self, step: Step) -> None:
-        if isinstance(step, Reversible):
-            await self.reversible[type(step)][0](step)
-        else:
-            await self.irreversible[type(step)](step)
+        with traces.span(type(step).__name__):
+            if isinstance(step, Reversible):
+                await self.reversible[type(step)][0](step)
+            else:
+                await self.irreversible[type(step)](step)
 
     async def undo(self, step: Reversible) -> None:
-        await self.reversible[type(step)][1](step)
+        with traces.span(f"undo {type(step).__name__}"):
+            await self.reversible[type(step)][1](step)
 
     async def _take_back(self, step: TakeBack) -> None:
         await self.undo(step.step)

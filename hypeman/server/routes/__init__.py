@@ -15,6 +15,7 @@ from hypeman.server.routes import (
     policies,
     pushes,
     snapshots,
+    traces,
     volumes,
 )
 from hypeman.server.routes.docs import docs_routes
@@ -32,6 +33,7 @@ _DESCRIBED: tuple[Operation, ...] = tuple(
         devices,
         ingresses,
         events,
+        traces,
         pushes,
         builds,
     )

@@ -19,6 +19,7 @@ from hypeman.instances.model.plan import plan_create, plan_start
 from hypeman.instances.model.record import InstanceRecord, Intent, Operation
 from hypeman.instances.model.steps import reversible
 from hypeman.instances.model.types import InstanceState
+from hypeman.telemetry import traces
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ async def _pull(owned: Owned) -> None:
     record = owned.record
     image = None
     try:
-        with owned.pulling:
+        with owned.pulling, traces.span("pull"):
             image = await owned.images.wait_ready(record.spec.image, record.spec.platform)
         if image is not None:
             phases = record.phases.entered(record.state.value.lower(), owned.now())
