@@ -79,6 +79,7 @@ from hypeman.policies.service import Policies
 from hypeman.registry.pushes import Pushes
 from hypeman.registry.records import digests_in_use, forget_image
 from hypeman.registry.service import Registry
+from hypeman.resources import metrics as resource_metrics
 from hypeman.resources.service import Capacity, ResourceService
 from hypeman.server.app import build_app
 from hypeman.server.capabilities import CapabilityView
@@ -89,6 +90,7 @@ from hypeman.server.services import Services
 from hypeman.server.sessions import Sessions
 from hypeman.store import Store
 from hypeman.telemetry import metrics, traces
+from hypeman.telemetry.export import Exporter
 from hypeman.telemetry.logs import setup_logs
 from hypeman.volumes import metrics as volume_metrics
 from hypeman.volumes.service import Volumes
@@ -176,6 +178,7 @@ class _Parts:
     egress_view: EgressView
     events: Events
     webhooks: Webhooks
+    exporter: Exporter | None
     images: Images
     registry: Registry
     pushes: Pushes
@@ -354,10 +357,12 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     build_metrics.register(builds)
     image_metrics.register(images)
     ingress_metrics.register(ingresses)
-    instance_metrics.register(instances)
-    network_metrics.register(network)
+    instance_metrics.register(instances, config.metrics.per_instance)
+    network_metrics.register(store)
     policy_metrics.register(policies)
+    resource_metrics.register(resources)
     volume_metrics.register(store)
+    traces.RECORDER.keep(config.traces.keep)
     return _Parts(
         config=config,
         store=store,
@@ -370,6 +375,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         egress_view=egress_view,
         events=events,
         webhooks=Webhooks(store, events, config.events.webhooks),
+        exporter=_exporter(config),
         images=images,
         registry=registry,
         pushes=pushes,
@@ -422,6 +428,8 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await files.make_dir(parts.config.paths.tmp)
     await nursery.start(parts.events.run)
     nursery.start_soon(parts.webhooks.run)
+    if parts.exporter is not None:
+        nursery.start_soon(parts.exporter.run)
     nursery.start_soon(parts.catalog.probe)
     await nursery.start(parts.devices.run)
     await parts.network.start(*usage.leases_by_life(parts.store))
@@ -478,6 +486,16 @@ def _builds(
             max_memory=config.limits.max_memory_per_instance,
         ),
     )
+
+
+def _exporter(config: Config) -> Exporter | None:
+    """None without a collector. Raises ConfigError."""
+    if not config.otlp.endpoint:
+        return None
+    try:
+        return Exporter(config.otlp, client_context(config.otlp.ca_file))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"configuration: otlp.ca_file cannot be used: {error}") from None
 
 
 def _guest_kernel(config: Config) -> tuple[str, str | None]:

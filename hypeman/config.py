@@ -334,6 +334,37 @@ class MetricsConfig(_Section, frozen=True):
     """Port of the metrics."""
     enabled: bool = True
     """Whether metrics are served."""
+    per_instance: Annotated[int, Meta(ge=0, le=100_000)] = 200
+    """Maximum number of running instances with series of their own, the oldest first; 0: none."""
+
+
+class TracesConfig(_Section, frozen=True):
+    keep: Annotated[int, Meta(ge=0, le=10_000)] = 256
+    """Operations whose phases are kept in memory for ``hypeman trace``; each takes about 10 KB."""
+
+
+class OtlpConfig(_Section, frozen=True):
+    """Export of traces and metrics to an OpenTelemetry collector."""
+
+    endpoint: Annotated[str, Meta(pattern="^(https?://[^/?#@\\s]+(/[^?#\\s]*)?)?$")] = ""
+    """Base URL of OTLP over HTTP, as in ``http://127.0.0.1:4318``; JSON goes to ``/v1/traces`` and ``/v1/metrics``
+    below it. Empty: no export."""
+    headers: dict[str, str] = {}
+    """Sent with each request, for example ``authorization``."""
+    traces: bool = True
+    """Whether traces of operations are exported."""
+    metrics: bool = True
+    """Whether metrics are exported."""
+    metrics_interval: Annotated[float, Meta(ge=1, le=3600)] = 60.0
+    """Seconds between two exports of the metrics."""
+    timeout: Annotated[float, Meta(gt=0, le=120)] = 10.0
+    """Seconds for one request."""
+    queue: Annotated[int, Meta(ge=1, le=1_000_000)] = 4096
+    """Maximum number of phases that wait for the collector; beyond that the oldest are dropped."""
+    ca_file: str = ""
+    """CA certificates to trust in addition to the system's."""
+    attributes: dict[str, str] = {}
+    """Attributes of the resource besides ``service.name``, ``service.version``, ``host.name``, or in their place."""
 
 
 class LogConfig(_Section, frozen=True):
@@ -474,6 +505,8 @@ class Config(_Section, frozen=True):
     restart: RestartConfig = RestartConfig()
     health_checks: HealthChecksConfig = HealthChecksConfig()
     metrics: MetricsConfig = MetricsConfig()
+    traces: TracesConfig = TracesConfig()
+    otlp: OtlpConfig = OtlpConfig()
     log: LogConfig = LogConfig()
     events: EventsConfig = EventsConfig()
     node: NodeConfig = NodeConfig()

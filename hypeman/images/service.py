@@ -16,7 +16,7 @@ Invariants:
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterable, Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -454,6 +454,11 @@ class Images:
         if held is not None:
             txn.delete(PINS, f"{held.digest}/{holder}")
             txn.delete(HOLDERS, holder)
+
+    def by_status(self) -> dict[tuple[str, ...], float]:
+        """For metrics."""
+        statuses = self._store.read(lambda txn: [row.status.value for _, row in txn.scan(IMAGES)])
+        return {(status,): float(count) for status, count in Counter(statuses).items()}
 
     def statistics(self) -> dict[str, int]:
         """For metrics: bytes of disks, jobs running and queued, images built and failed since start."""

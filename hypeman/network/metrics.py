@@ -1,22 +1,17 @@
-"""Counters of the guests' traffic."""
+"""Gauges of the network. The traffic of each instance is with the other series of instances."""
 
 from __future__ import annotations
 
-from functools import partial
-
-from hypeman.network.service import Network
+from hypeman.network.leases import all_leases
+from hypeman.store import Store
 from hypeman.telemetry import metrics
 
 
-def register(network: Network) -> None:
-    for column, (direction, verb) in enumerate((("receive", "received"), ("transmit", "sent"))):
-        metrics.register_counter(
-            f"hypeman_network_{direction}_bytes_total",
-            f"Bytes {verb} by the guest",
-            ("instance",),
-            partial(_bytes, network, column),
-        )
-
-
-def _bytes(network: Network, column: int) -> dict[tuple[str, ...], float]:
-    return {(instance,): counts[column] for instance, counts in network.counters().items()}
+def register(store: Store) -> None:
+    metrics.register_gauge(
+        "hypeman_network_allocations",
+        "Addresses that instances hold",
+        (),
+        lambda: {(): float(sum(lease.enabled for lease in store.read(all_leases)))},
+        original="hypeman_network_allocations_total",
+    )

@@ -1,4 +1,5 @@
-"""Prometheus metrics, named as in the original so that its dashboards work (§3.7).
+"""Prometheus metrics, named as in the original so that its dashboards work (§3.7), and as Prometheus recommends. Where
+these two differ, a metric has both names; the original's is untyped.
 
 Events are counted where they happen. State (such as the number of instances in each state) is read at
 scrape time through a callback: ``register_gauge``, or ``register_counter`` for what others count
@@ -12,13 +13,21 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, UntypedMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from hypeman import API_VERSION, __version__
 
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
 REGISTRY = CollectorRegistry()
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -90,6 +99,10 @@ webhook_deliveries = _counter(
     "hook",
     "outcome",
 )
+otlp_exports = _counter(
+    "hypeman_otlp_exports", "Batches for the OpenTelemetry collector: success, rejected or error", "signal", "status"
+)
+otlp_spans_dropped = _counter("hypeman_otlp_spans_dropped", "Phases dropped because the collector was too slow")
 log_lines_dropped = _counter("hypeman_log_lines_dropped", "Log lines dropped because nobody read the log")
 
 Info("hypeman", "What runs here", registry=REGISTRY).info({"version": __version__, "api_version": API_VERSION})
@@ -131,11 +144,14 @@ Ask = Callable[[], Mapping[tuple[str, ...], float]]
 """Label values → number. Must be fast and not block."""
 
 
+_Family = CounterMetricFamily | GaugeMetricFamily | UntypedMetricFamily
+
+
 class _Asked(Collector):
     """Metrics whose values are read at each scrape."""
 
     def __init__(self) -> None:
-        self.questions: dict[str, tuple[type[CounterMetricFamily | GaugeMetricFamily], str, Sequence[str], Ask]] = {}
+        self.questions: dict[str, tuple[type[_Family], str, Sequence[str], Ask]] = {}
 
     def collect(self) -> Iterable[Metric]:
         for name, (kind, text, labels, ask) in self.questions.items():
@@ -149,9 +165,12 @@ _asked = _Asked()
 REGISTRY.register(_asked)
 
 
-def register_gauge(name: str, text: str, labels: Sequence[str], ask: Ask) -> None:
-    """Register a gauge whose values ``ask`` returns at each scrape."""
+def register_gauge(name: str, text: str, labels: Sequence[str], ask: Ask, *, original: str = "") -> None:
+    """Register a gauge whose values ``ask`` returns at each scrape; also under its ``original`` name if it has one that
+    is not a gauge's by convention."""
     _asked.questions[name] = (GaugeMetricFamily, text, labels, ask)
+    if original:
+        _asked.questions[original] = (UntypedMetricFamily, f"As {name}", labels, ask)
 
 
 def register_counter(name: str, text: str, labels: Sequence[str], ask: Ask) -> None:

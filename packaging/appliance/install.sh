@@ -37,6 +37,8 @@ cp "$here/README.md" "$here/CONFIGURATION.md" "$here/CHANGELOG.md" "$here/LICENS
     /usr/share/doc/hypeman/
 mkdir -p /usr/share/doc/hypeman/docs
 cp "$here"/docs/*.md /usr/share/doc/hypeman/docs/
+mkdir -p /usr/share/hypeman/monitoring
+cp "$here"/monitoring/* /usr/share/hypeman/monitoring/
 # Manual pages and completions, in the directories that every distribution reads. uninstall.sh removes them.
 mkdir -p /usr/local/share/man/man1 /usr/share/bash-completion/completions /usr/local/share/zsh/site-functions \
     /usr/share/fish/vendor_completions.d
