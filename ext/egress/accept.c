@@ -147,7 +147,7 @@ static void terminate(struct conn *c)
     conn_again(c);
 }
 
-static void pass_through(struct conn *c)
+void down_pass(struct conn *c)
 {
     c->phase = P_WAIT_PASS;
     conn_timer(c, -1);
@@ -226,7 +226,7 @@ static void on_hello(struct conn *c, const struct hello *h)
     }
     c->refused = judge(c, h->name_len > 0, &pass);
     if (pass)
-        pass_through(c);
+        down_pass(c);
     else
         terminate(c);
 }
@@ -348,7 +348,7 @@ bool down_connect(struct conn *c, const struct head *h, size_t used)
     buf_take(c->loop, &c->in, used);
     c->head_timer = false;
     if (pass)
-        pass_through(c);
+        down_pass(c);
     else
         reply_connected(c);
     return true;
@@ -370,6 +370,10 @@ void down_pass_failed(struct conn *c, enum reason why, const char *detail)
 {
     if (c->dead)
         return;
+    if (c->front) {
+        front_pass_failed(c, why);
+        return;
+    }
     if (buf_size(&c->in) && c->in.p[c->in.off] == 0x16) {
         c->refused = why;
         terminate(c);
@@ -436,7 +440,7 @@ void down_run(struct conn *c)
             s = read_hello(c);
             break;
         case P_WAIT_PASS:
-            if (c->hung_up)
+            if (c->hung_up || (c->readable_end && c->front))
                 conn_lost(c);
             else if (c->pass_refused)
                 down_pass_failed(c, R_BUSY, NULL);

@@ -4,7 +4,8 @@
  * times a second or when the ring is half full, since a wake-up costs more than a request. A full ring loses records and
  * counts them; it never holds up traffic. Values are not recorded, paths and queries only where a rule says so.
  *
- * Layout, little-endian: u16 size of all; u8 kind (0 request, 1 passed through, 2 connection refused, 3 by an ingress); u8
+ * Layout, little-endian: u16 size of all; u8 kind (0 request, 1 passed through, 2 connection refused, 3 by an ingress, 4
+ * passed through by an ingress); u8
  * rules applied; u16 status; u8 reason; u8 HTTP major version; u8 decision; u16 port; u32 µs taken; i64 µs since 1970; u64
  * bytes up; u64 bytes down; then instance, host, method, credentials, rule, target, each as u8 length and text. By an ingress:
  * the host is the one that the client asked for, and instead of the last three come the id of the ingress, the client and the
@@ -131,7 +132,7 @@ static void write_visit(struct loop *l, const struct xchg *x, int64_t took_us)
     char client[INET6_ADDRSTRLEN];
     struct writer w;
     addr_text(x->down->source, client);
-    begin_record(&w, 3, x, x->down->dialled_port, x->reason, x->status, took_us);
+    begin_record(&w, x->passed ? 4 : 3, x, x->down->dialled_port, x->reason, x->status, took_us);
     put_text(&w, x->to.host.text, r ? x->to.host.len : 0);
     put_text(&w, host->text, host->len);
     put_text(&w, x->method, strlen(x->method));

@@ -47,6 +47,7 @@ void down_run(struct conn *c);
 void down_pass_ready(struct conn *c, struct conn *up);
 void down_pass_failed(struct conn *c, enum reason why, const char *detail);
 bool down_connect(struct conn *c, const struct head *h, size_t used);
+void down_pass(struct conn *c); /* opens the connection that it is passed through to */
 
 void socket_reset(int fd);  /* closing it will send RST */
 void socket_refuse(int fd); /* closes it so */
@@ -55,6 +56,7 @@ bool socket_shed(struct loop *l, int listener);
 /* front.c: ingresses */
 struct hello;
 void front_hello(struct conn *c, const struct hello *h);
+void front_pass_failed(struct conn *c, enum reason why);
 enum reason front_decide(struct xchg *x, const struct head *h, struct str *path, uint64_t *generation);
 struct forwarded front_forwarded(const struct xchg *x, const struct head *h);
 uint64_t front_generation(struct loop *l, const struct destination *to);
@@ -122,6 +124,7 @@ void pool_remove(struct conn *c);
 /* splice.c */
 void splice_begin(struct conn *down, struct conn *up);
 void splice_run(struct conn *c);
+void splice_unanswered(struct conn *down); /* the host has not begun to speak in time */
 void tunnel_begin(struct conn *down, struct conn *up);
 void tunnel_run(struct conn *c);
 

@@ -185,7 +185,45 @@ static enum reason check_scheme(struct xchg *x, struct str path)
         v->location = strdup(o.p);
         return R_MOVED;
     }
-    return v->route->tls ? R_WANTS_TLS : R_NONE;
+    return v->route->tls || v->route->pass ? R_WANTS_TLS : R_NONE;
+}
+
+static void note_route(struct xchg *x, const struct route *r, const char *target)
+{
+    x->visit->route = r;
+    x->to.port = r->target_port;
+    x->to.host.kind = HOST_NAME;
+    x->to.host.len = (uint8_t)strlen(target);
+    memcpy(x->to.host.text, target, x->to.host.len + 1u);
+}
+
+static struct visit *visit_of(struct xchg *x)
+{
+    if (!x->visit && !(x->visit = calloc(1, sizeof *x->visit)))
+        abort();
+    return x->visit;
+}
+
+/* What follows the hello is for the instance alone: its bytes are carried unread. */
+static void pass(struct conn *c, const struct hello *h, const struct route *r, const char *target)
+{
+    struct xchg *x = &c->x;
+    xchg_begin(x, c, NULL);
+    visit_of(x)->host = c->to.host;
+    note_route(x, r, target);
+    x->passed = true;
+    c->to = x->to;
+    c->hello_size = h->size;
+    down_pass(c);
+}
+
+void front_pass_failed(struct conn *c, enum reason why)
+{
+    c->x.reason = why;
+    c->x.status = REASONS[why].status;
+    c->x.active = false;
+    audit_record(c->loop, c->tenant, &c->x);
+    tls_refuse(c, why == R_NO_SITE ? SSL_AD_UNRECOGNIZED_NAME : SSL_AD_INTERNAL_ERROR);
 }
 
 /* The hello names the site; what is wrong is reported by an alert. */
@@ -197,22 +235,23 @@ void front_hello(struct conn *c, const struct hello *h)
         tls_refuse(c, SSL_AD_UNRECOGNIZED_NAME);
         return;
     }
+    SSL *ssl = h->acme ? certs_session(&e->certs, &c->to.host, true) : NULL; /* a CA that looks for our answer */
     c->prefers_h1 = h->gnutls;
-    c->validated = h->acme;
-    if (!h->acme) {
+    c->validated = ssl != NULL;
+    if (!ssl) {
         const struct route *r = sites_find(&e->sites, &c->to.host, c->dialled_port, target);
-        bool tls = r && r->tls;
-        if (r)
-            site_release(r->site);
-        if (!tls) {
-            tls_refuse(c, SSL_AD_UNRECOGNIZED_NAME);
+        if (r && r->pass) {
+            pass(c, h, r, target);
             return;
         }
-    }
-    SSL *ssl = certs_session(&e->certs, &c->to.host, h->acme);
-    if (!ssl) {
-        tls_refuse(c, h->acme ? SSL_AD_UNRECOGNIZED_NAME : SSL_AD_INTERNAL_ERROR);
-        return;
+        bool tls = r && r->tls && !h->acme;
+        if (r)
+            site_release(r->site);
+        ssl = tls ? certs_session(&e->certs, &c->to.host, false) : NULL;
+        if (!ssl) {
+            tls_refuse(c, tls ? SSL_AD_INTERNAL_ERROR : SSL_AD_UNRECOGNIZED_NAME);
+            return;
+        }
     }
     c->shaking = conn_take(c, B_HANDSHAKES, 1);
     if (!c->shaking) {
@@ -234,13 +273,8 @@ void front_hello(struct conn *c, const struct hello *h)
 enum reason front_decide(struct xchg *x, const struct head *h, struct str *path, uint64_t *generation)
 {
     struct conn *c = x->down;
-    struct visit *v = x->visit;
+    struct visit *v = visit_of(x);
     char target[INSTANCE_NAME_MAX];
-    if (!v) {
-        v = x->visit = calloc(1, sizeof *v);
-        if (!v)
-            abort();
-    }
     enum reason why = h->http2 ? site_of_h2(h, &v->host, path) : site_of_h1(h, &v->host, path);
     note(v, h, *path);
     if (why == R_NONE && h->expect_other)
@@ -255,13 +289,10 @@ enum reason front_decide(struct xchg *x, const struct head *h, struct str *path,
     if (why != R_NONE)
         return why;
     if (!v->route) { /* it stays while a connection is opened */
-        v->route = sites_find(&c->loop->engine->sites, &v->host, c->dialled_port, target);
-        if (!v->route)
+        const struct route *r = sites_find(&c->loop->engine->sites, &v->host, c->dialled_port, target);
+        if (!r)
             return R_NO_SITE;
-        x->to.port = v->route->target_port;
-        x->to.host.kind = HOST_NAME;
-        x->to.host.len = (uint8_t)strlen(target);
-        memcpy(x->to.host.text, target, x->to.host.len + 1u);
+        note_route(x, r, target);
     }
     why = check_scheme(x, *path);
     if (why != R_NONE)
@@ -288,6 +319,7 @@ bool front_sweep(struct conn *c)
         next = x == &c->x ? NULL : x->next;
         if (!x->active || !x->visit || !x->visit->route || !atomic_load(&x->visit->route->site->removed))
             continue;
+        up_unpass(c);
         up_abandon(x);
         x->reason = R_DROPPED;
         x->waiting = false;

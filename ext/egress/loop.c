@@ -165,6 +165,8 @@ static void on_timer(struct conn *c, int class)
     case T_HANDSHAKE:
         if (c->kind == UP)
             up_failed(c, R_CONNECT_TIMEOUT, "no TLS handshake in time");
+        else if (c->phase == P_SPLICE)
+            splice_unanswered(c);
         else
             conn_lost(c);
         break;

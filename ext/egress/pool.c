@@ -256,7 +256,7 @@ void up_unwait(struct xchg *x)
 
 void up_pass(struct conn *down)
 {
-    uint64_t generation = atomic_load(&down->tenant->generation);
+    uint64_t generation = down->front ? front_generation(down->loop, &down->to) : atomic_load(&down->tenant->generation);
     struct conn *c = dial(down->loop, down->tenant, &down->to, generation);
     if (!c) {
         down->pass_refused = true;
@@ -350,7 +350,7 @@ void up_place(struct loop *l, uint64_t token, unsigned n, struct addr address, b
         front_remember(c, &address);
         begin_dialling(c);
     } else {
-        const struct xchg *first = c->one ? c->one : c->waiting;
+        const struct xchg *first = c->pass_for ? &c->pass_for->x : c->one ? c->one : c->waiting;
         const struct visit *v = first ? first->visit : NULL;
         up_failed(c, exists || !v || !v->route->captured ? R_NOT_RUNNING : R_NO_SITE, NULL);
     }

@@ -62,7 +62,10 @@ static struct site *decode(const char *ingress, const uint8_t *data, size_t n)
         at->site = s;
         at->port = (uint16_t)read_number(&r, 2);
         at->target_port = (uint16_t)read_number(&r, 2);
-        at->tls = read_number(&r, 1) != 0;
+        unsigned tls = (unsigned)read_number(&r, 1);
+        at->tls = tls == 1;
+        at->pass = tls == 2;
+        r.bad |= tls > 2;
         at->redirect = (uint16_t)read_number(&r, 2);
         at->hostname = read_text(&r);
         at->target = read_text(&r);

@@ -27,6 +27,7 @@ struct route {
     uint16_t port, target_port;
     uint16_t redirect;        /* plain requests are sent to https on this port; 0: they are not */
     bool tls;                 /* requests over TLS are for it, plain ones are not; else the other way round */
+    bool pass;                /* TLS for it is not opened but carried to the instance; plain requests are not for it */
     uint64_t mask;
     uint8_t labels;
     bool captured;            /* the target depends on the host name */

@@ -38,16 +38,33 @@ static bool open_pipe(struct conn *c)
     return false;
 }
 
+/* The client has seen nothing of the host: it can still be told why, in TLS. */
+static void give_up(struct conn *down, enum reason why, const char *detail)
+{
+    struct conn *up = down->peer;
+    down->peer = up->peer = NULL;
+    conn_kill(up);
+    down->x.active = false;
+    down_pass_failed(down, why, detail);
+}
+
+void splice_unanswered(struct conn *down)
+{
+    give_up(down, R_UPSTREAM_TIMEOUT, NULL);
+}
+
 void splice_begin(struct conn *down, struct conn *up)
 {
     if (!open_pipe(down) || !open_pipe(up)) {
-        conn_kill(down);
+        give_up(down, R_BUSY, NULL);
         return;
     }
-    xchg_begin(&down->x, down, NULL);
-    down->x.to = down->to;
-    down->x.ruled = down->looked;
-    down->x.passed = true;
+    if (!down->front) { /* one of an ingress began with its hello */
+        xchg_begin(&down->x, down, NULL);
+        down->x.to = down->to;
+        down->x.ruled = down->looked;
+        down->x.passed = true;
+    }
     down->phase = up->phase = P_SPLICE;
     conn_write(up, down->in.p + down->in.off, down->hello_size); /* and not a byte more until the host answers in TLS */
     conn_timer(down, T_HANDSHAKE);
@@ -115,16 +132,12 @@ static bool open_splice(struct conn *down, struct conn *up)
 {
     struct loop *l = down->loop;
     int answered = check_tls(up);
-    if (answered < 0) { /* the client has seen nothing of it: it can still be told why, in TLS */
-        down->peer = up->peer = NULL;
-        conn_kill(up);
-        down->x.active = false;
-        down_pass_failed(down, R_UPSTREAM_TLS, "it does not answer in TLS");
-    }
+    if (answered < 0)
+        give_up(down, R_UPSTREAM_TLS, "it does not answer in TLS");
     if (answered <= 0)
         return false;
     up->spoke_tls = true;
-    l->counters[M_PASSED_THROUGH]++;
+    l->counters[M_PASSED_THROUGH] += !down->front;
     down->x.up_bytes += buf_size(&down->in);
     conn_write(up, down->in.p + down->in.off + down->hello_size, buf_size(&down->in) - down->hello_size);
     buf_free(l, &down->in);
@@ -136,6 +149,10 @@ void splice_run(struct conn *c)
     struct conn *down = c->kind == DOWN ? c : c->peer, *up = c->kind == UP ? c : c->peer;
     if (!down || !up) {
         conn_kill(c);
+        return;
+    }
+    if (!up->spoke_tls && down->readable_end) { /* without having seen the answer it cannot have said all */
+        conn_lost(down);
         return;
     }
     if (!up->spoke_tls && !open_splice(down, up))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -11,7 +12,7 @@ from hypeman.cli.complete import complete_ingress, complete_instance
 from hypeman.cli.output import age
 from hypeman.cli.session import Session, pairs, present, reports
 
-_RULE = "HOST[:HOST_PORT]=INSTANCE:PORT[,tls][,redirect-http][,request-header-auth=HEADER:VALUE]"
+_RULE = "HOST[:HOST_PORT]=INSTANCE:PORT[,tls][,tls-passthrough][,redirect-http][,request-header-auth=HEADER:VALUE]"
 _HIDDEN = "(hidden)"
 
 
@@ -24,9 +25,10 @@ def ingresses() -> None:
 @click.argument("instance", required=False, shell_complete=complete_instance)
 @click.option("-H", "--hostname", help="Host name, or a pattern such as {instance}.example.com.")
 @click.option("-p", "--port", type=click.IntRange(1, 65535), help="Port of the guest.")
-@click.option("--host-port", type=click.IntRange(1, 65535), help="Port of the host. Default: 80; with --tls 443.")
+@click.option("--host-port", type=click.IntRange(1, 65535), help="Port of the host. Default: 80; with TLS 443.")
 @click.option("--tls", is_flag=True, help="Terminate TLS.")
-@click.option("--redirect-http", is_flag=True, help="Redirect HTTP on port 80 to HTTPS; with --tls.")
+@click.option("--tls-passthrough", is_flag=True, help="Carry TLS to the instance, which has the certificate.")
+@click.option("--redirect-http", is_flag=True, help="Redirect HTTP on port 80 to HTTPS; with TLS.")
 @click.option("--request-header-auth-header", metavar="NAME", help="A header that requests must have.")
 @click.option("--request-header-auth-value", metavar="VALUE", help="Its value, 32 to 256 characters.")
 @click.option("--rule", "rules", multiple=True, metavar=_RULE, help="Instead of INSTANCE and the options for one rule.")
@@ -40,6 +42,7 @@ def create_ingress(
     port: int | None,
     host_port: int | None,
     tls: bool,
+    tls_passthrough: bool,
     redirect_http: bool,
     request_header_auth_header: str | None,
     request_header_auth_value: str | None,
@@ -50,7 +53,7 @@ def create_ingress(
     """Route requests for a host name to INSTANCE; prints the ingress's id."""
     auth = (request_header_auth_header, request_header_auth_value)
     if rules:
-        if any((instance, hostname, port, host_port, tls, redirect_http, *auth)):
+        if any((instance, hostname, port, host_port, tls, tls_passthrough, redirect_http, *auth)):
             raise click.UsageError("--rule cannot be combined with INSTANCE and the options for one rule")
         wanted = [parse_rule(text) for text in rules]
     else:
@@ -60,7 +63,8 @@ def create_ingress(
             raise click.UsageError(
                 "--request-header-auth-header and --request-header-auth-value must be given together"
             )
-        wanted = [_rule(hostname, host_port or _default_port(tls), instance, port, tls, redirect_http, auth)]
+        flags = {"tls": tls, "tls_passthrough": tls_passthrough, "redirect_http": redirect_http}
+        wanted = [_rule(hostname, host_port, instance, port, flags, auth)]
     called = name or name_from(str(wanted[0]["match"]["hostname"]))
     made = session.client.post("/ingresses", present(name=called, rules=wanted, tags=pairs(tags)))
     session.show(_hidden(made), lambda: str(made["id"]))
@@ -72,42 +76,35 @@ def parse_rule(text: str) -> dict[str, Any]:
     target, *options = right.split(",")
     hostname, _, host_port = left.partition(":")
     instance, colon, port = target.rpartition(":")
-    tls = redirect = False
+    flags = dict.fromkeys(("tls", "tls_passthrough", "redirect_http"), False)
     auth: tuple[str | None, str | None] = (None, None)
     for option in options:
         key, _, value = option.partition("=")
         header, _, secret = value.partition(":")
-        if option == "tls":
-            tls = True
-        elif option == "redirect-http":
-            redirect = True
+        if (flag := option.replace("-", "_")) in flags:
+            flags[flag] = True
         elif key == "request-header-auth" and header and secret:
             auth = (header, secret)
         else:
             raise click.UsageError(f"--rule: {key!r} is not recognised; the form is {_RULE}")
     if not (equals and colon and hostname and instance and port.isdecimal() and (host_port or "80").isdecimal()):
         raise click.UsageError(f"--rule: {left!r} is not recognised; the form is {_RULE}")
-    return _rule(hostname, int(host_port or _default_port(tls)), instance, int(port), tls, redirect, auth)
-
-
-def _default_port(tls: bool) -> int:
-    return 443 if tls else 80
+    return _rule(hostname, int(host_port) if host_port else None, instance, int(port), flags, auth)
 
 
 def _rule(
     hostname: str,
-    host_port: int,
+    host_port: int | None,
     instance: str,
     port: int,
-    tls: bool,
-    redirect_http: bool,
+    flags: Mapping[str, bool],
     auth: tuple[str | None, str | None],
 ) -> dict[str, Any]:
+    default = 443 if flags["tls"] or flags["tls_passthrough"] else 80
     rule: dict[str, Any] = {
-        "match": {"hostname": hostname, "port": host_port},
+        "match": {"hostname": hostname, "port": default if host_port is None else host_port},
         "target": {"instance": instance, "port": port},
-        "tls": tls,
-        "redirect_http": redirect_http,
+        **{name: True for name, chosen in flags.items() if chosen},
     }
     if auth[0]:
         rule["request_header_auth"] = {"header": auth[0], "value": auth[1]}
@@ -129,9 +126,13 @@ def _hidden(ingress: Any) -> Any:
     return shown
 
 
+def _scheme(rule: Any) -> str:
+    return "tls" if rule.get("tls_passthrough") else "https" if rule["tls"] else "http"
+
+
 def _rules(row: Any) -> str:
     return ", ".join(
-        f"{'https' if rule['tls'] else 'http'}://{rule['match']['hostname']}:{rule['match']['port']}"
+        f"{_scheme(rule)}://{rule['match']['hostname']}:{rule['match']['port']}"
         f" → {rule['target']['instance']}:{rule['target']['port']}"
         for rule in row["rules"]
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 _FIXED = struct.Struct("<HBBHBBBHIqQQ")
-_KINDS = ("request", "passed_through", "refused", "ingress")
+_KINDS = ("request", "passed_through", "refused", "ingress", "ingress_passed_through")
 _CLIENT_LEFT = 499
 _DECISIONS = ("", "allowed", "denied", "observed", "approved", "held")
 _YEAR_10000 = 253_402_300_800_000_000
@@ -52,7 +52,7 @@ class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Served(msgspec.Struct, frozen=True, kw_only=True):
-    """One request by an ingress that is done."""
+    """One request by an ingress that is done, or one connection that was passed through."""
 
     ingress: str
     """Id; empty if no rule fits."""
@@ -63,13 +63,15 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     """Without the query, shortened."""
     instance: str
     status: int
-    """Of the response; 499 if the client left before one."""
+    """Of the response; 499 if the client left before one. Passed through: 0, or why it could not be."""
     received: int
     """Bytes of the body."""
     sent: int
     seconds: float
     http: int
     """Major version that the client used."""
+    passed: bool = False
+    """TLS was passed through: there is no request, and bytes are those of the connection."""
 
 
 def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[AuditRecord | Served]:
@@ -94,7 +96,8 @@ def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[Au
         ):
             raise ValueError("not an audit record")
         at = end
-        if _KINDS[kind] == "ingress":
+        passed = _KINDS[kind] == "ingress_passed_through"
+        if passed or _KINDS[kind] == "ingress":
             instance, host, method, ingress, client, path = texts
             yield Served(
                 ingress=ingress,
@@ -103,11 +106,12 @@ def read_records(data: bytes | bytearray, reasons: Sequence[str]) -> Iterator[Au
                 method=method,
                 path=path,
                 instance=instance,
-                status=status or (_CLIENT_LEFT if reasons[reason] == "client_closed" else 0),
+                status=status or (_CLIENT_LEFT if reasons[reason] == "client_closed" and not passed else 0),
                 received=up,
                 sent=down,
                 seconds=took / 1e6,
                 http=http,
+                passed=passed,
             )
             continue
         instance, host, method, keys, rule, target = texts

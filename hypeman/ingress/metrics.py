@@ -9,7 +9,7 @@ from hypeman.telemetry import metrics
 def register(ingresses: Ingresses) -> None:
     metrics.register_counter(
         "hypeman_ingress_requests_total",
-        "Requests by ingress (empty: no rule fits) and class of the response",
+        "Requests by ingress (empty: no rule fits) and class of the response; passed: connections with tls_passthrough",
         ("ingress", "status"),
         lambda: dict(ingresses.requests),
     )

@@ -1,7 +1,8 @@
 """Routes as the data plane needs them. Pure. Which one is for a host name is decided in ``ext/egress/site.c``.
 
-Layout, little-endian: ``HIG1``, u16 number of routes; each: u16 port, u16 port of the guest, u8 tls, u16 redirect; then
-host name, target, name and value of the required header, each as u16 length and text.
+Layout, little-endian: ``HIG1``, u16 number of routes; each: u16 port, u16 port of the guest, u8 TLS (1: ended here,
+2: passed through), u16 redirect; then host name, target, name and value of the required header, each as u16 length and
+text.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Route(Struct, frozen=True):
     auth_value: str = ""
     tls: bool = False
     """Requests over TLS are for this rule, plain ones are not; otherwise the other way round."""
+    tls_passthrough: bool = False
+    """TLS for the host name goes to the guest unopened; plain requests are not for this rule."""
     redirect: int = 0
     """A plain request is answered with 308 and the same host and target at ``https`` on this port; 0: it is not."""
 
@@ -36,7 +39,8 @@ class Route(Struct, frozen=True):
 def compile_routes(routes: Sequence[Route]) -> bytes:
     out = bytearray(b"HIG1" + struct.pack("<H", len(routes)))
     for route in routes:
-        out += struct.pack("<HHBH", route.port, route.target_port, route.tls, route.redirect)
+        tls = 2 if route.tls_passthrough else int(route.tls)
+        out += struct.pack("<HHBH", route.port, route.target_port, tls, route.redirect)
         for text in (route.hostname, route.instance, route.auth_header, route.auth_value):
             data = text.encode("ascii")
             out += struct.pack("<H", len(data)) + data

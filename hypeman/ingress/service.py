@@ -75,7 +75,7 @@ class Ingresses:
         self._records: dict[str, IngressRecord] = {}
         self._changing = trio.Lock()
         self.requests: Counter[tuple[str, ...]] = Counter()
-        """By name of the ingress and class of the status, as in 2xx."""
+        """By name of the ingress and class of the status, as in 2xx; TLS that was passed through: ``passed``."""
         self.bytes: Counter[tuple[str, ...]] = Counter()
         """By name of the ingress and direction."""
 
@@ -228,12 +228,13 @@ class Ingresses:
     def _count(self, served: Served) -> None:
         record = self._records.get(served.ingress)
         name = record.name if record is not None else ""
+        kind = f"{served.status // 100}xx" if served.status else "passed" if served.passed else "none"
         if record is not None or not served.ingress:
-            self.requests[name, f"{served.status // 100}xx" if served.status else "none"] += 1
+            self.requests[name, kind] += 1
             self.bytes[name, "received"] += served.received
             self.bytes[name, "sent"] += served.sent
         access_log.info(
-            "ingress request",
+            "ingress connection" if served.passed else "ingress request",
             extra={
                 "ingress": name,
                 "host": served.host,
@@ -268,6 +269,7 @@ def _routes(record: IngressRecord) -> bytes:
             auth_header=auth.header if isinstance(auth := rule.request_header_auth, RequestHeaderAuth) else "",
             auth_value=auth.value if isinstance(auth, RequestHeaderAuth) else "",
             tls=rule.tls and port == rule.match.port,
+            tls_passthrough=rule.tls_passthrough and port == rule.match.port,
             redirect=rule.match.port if rule.redirect_http else 0,
         )
         for rule in record.rules

@@ -44,7 +44,16 @@ class IngressRule(Struct, frozen=True, kw_only=True):
     match: IngressMatch
     target: IngressTarget
     tls: Annotated[bool, Meta(description="Terminate TLS; the host name needs a source of certificates")] = False
-    redirect_http: Annotated[bool, Meta(description="Redirect HTTP on port 80 to HTTPS; only with tls")] = False
+    redirect_http: Annotated[
+        bool, Meta(description="Redirect HTTP on port 80 to HTTPS; only with tls or tls_passthrough")
+    ] = False
+    tls_passthrough: Annotated[
+        bool,
+        Meta(
+            description="Carry TLS connections whose server name is the host name to the guest without opening them; "
+            "the guest has the certificate. Not with tls or request_header_auth"
+        ),
+    ] = False
     request_header_auth: RequestHeaderAuth | UnsetType | None = UNSET
 
 

@@ -108,8 +108,16 @@ def _check_rule(rule: IngressRule, find: FindInstance, check_tls: CheckTls) -> I
         labels = parse_hostname(hostname)
     except ValueError as error:
         raise InvalidRequest(f"hostname {hostname[:300]!r} {error}", code=BAD_REQUEST) from None
-    if rule.redirect_http and not rule.tls:
-        raise InvalidRequest("redirect_http requires tls", code=BAD_REQUEST)
+    if rule.redirect_http and not (rule.tls or rule.tls_passthrough):
+        raise InvalidRequest("redirect_http requires tls or tls_passthrough", code=BAD_REQUEST)
+    if rule.tls_passthrough and rule.tls:
+        raise InvalidRequest(
+            "tls and tls_passthrough exclude each other: TLS ends here or in the guest", code=BAD_REQUEST
+        )
+    if rule.tls_passthrough and rule.request_header_auth:
+        raise InvalidRequest(
+            "request_header_auth cannot be checked with tls_passthrough, which does not open requests", code=BAD_REQUEST
+        )
     if rule.tls:
         check_tls(".".join(labels))
     return replace(

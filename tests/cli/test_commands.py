@@ -723,6 +723,10 @@ def test_ingresses(cli: Any, server: Any) -> None:
     )
     assert (one.tls, one.redirect_http, one.match.port) == (True, True, 443)
     assert [rule.match.port for rule in two] == [443, 8443]
+    cli("ingress", "create", "web", "-H", "raw.example.com", "-p", "443", "--tls-passthrough")
+    (raw,) = server.world.ingresses.ingresses[cli("ingress", "list", "-q").stdout.split()[-1]].rules
+    assert (raw.tls_passthrough, raw.tls, raw.match.port) == (True, False, 443)
+    assert "tls://raw.example.com:443 → web:443" in cli("ingress", "list").stdout
     assert "valid" in cli("ingress", "list").stdout
     assert cli("ingress", "ca").stdout == "-----BEGIN CERTIFICATE-----\n"
     refused = cli("ingress", "create", "web", "-H", "web.example.com", "-p", "80", "--tls")
@@ -736,6 +740,7 @@ def test_rules_that_are_not_understood(rule: str) -> None:
 
 
 def test_a_rule_with_options() -> None:
+    assert parse_rule("a.b=web:1,tls-passthrough")["match"]["port"] == 443
     rule = parse_rule("a.b:8443=web:1,tls,redirect-http,request-header-auth=X-Key:some:value")
     assert rule["request_header_auth"] == {"header": "X-Key", "value": "some:value"}
     assert (rule["tls"], rule["redirect_http"], rule["match"]["port"]) == (True, True, 8443)

@@ -46,7 +46,8 @@ def test_what_is_stored() -> None:
 
 def test_what_is_shown_always_has_its_defaults() -> None:
     shown = msgspec.to_builtins(check(rule(request_header_auth=None)).rules[0])
-    assert shown == rule() | {"match": {"hostname": "a.example.com", "port": 80}, "tls": False, "redirect_http": False}
+    defaults = {"tls": False, "tls_passthrough": False, "redirect_http": False}
+    assert shown == rule() | {"match": {"hostname": "a.example.com", "port": 80}} | defaults
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,9 @@ def test_what_is_shown_always_has_its_defaults() -> None:
         ([rule("{name}.example.com", "{name")], "bad_request"),
         ([rule(redirect_http=True)], "bad_request"),
         ([rule(tls=True)], "config_validation_failed"),
+        ([rule(tls=True, tls_passthrough=True)], "bad_request"),
+        ([rule(tls_passthrough=True, request_header_auth={"header": "X-Key", "value": SECRET})], "bad_request"),
+        ([rule(tls_passthrough=True), rule()], "hostname_in_use"),
         ([rule(), rule("A.example.com")], "hostname_in_use"),
         ([rule("{a}.b", "{a}"), rule("{c}.b", "{c}")], "hostname_in_use"),
         ([rule(f"a{n}.b") for n in range(101)], "bad_request"),
@@ -82,6 +86,11 @@ def test_refusals(rules: list[dict[str, Any]], code: str) -> None:
     assert caught.value.code == code
     assert caught.value.status == (409 if code == "hostname_in_use" else 400)
     assert SECRET not in caught.value.message
+
+
+def test_tls_that_is_passed_through_needs_no_certificate() -> None:
+    record = check(rule(tls_passthrough=True, redirect_http=True) | {"match": {"hostname": "a.b", "port": 443}})
+    assert (sorted(record.ports), sorted(record.tls_hosts)) == ([80, 443], [])
 
 
 def test_a_wrong_name_is_a_bad_request() -> None:

@@ -49,6 +49,7 @@ class _Ingress(_Base, frozen=True):
     name: str | None = None
     host_port: int | None = None
     tls: bool | None = None
+    tls_passthrough: bool | None = None
     redirect_http: bool | None = None
 
 
@@ -175,10 +176,10 @@ def _mount(where: str, mount: str | _Mount, volumes: dict[str, Volume]) -> dict[
 
 def _ingress(instance: str, ingress: _Ingress) -> Ingress:
     name = ingress.name or ingress.hostname.replace(".", "-").replace("{", "").replace("}", "").lower()
-    port = ingress.host_port or (443 if ingress.tls else None)
+    port = ingress.host_port or (443 if ingress.tls or ingress.tls_passthrough else None)
     match = {"hostname": ingress.hostname, **({"port": port} if port else {})}
     rule: dict[str, Any] = {"match": match, "target": {"instance": instance, "port": ingress.target_port}}
-    for field in ("tls", "redirect_http"):
+    for field in ("tls", "tls_passthrough", "redirect_http"):
         if (value := getattr(ingress, field)) is not None:
             rule[field] = value
     return Ingress(name, {"name": name, "rules": [rule]})
