@@ -119,8 +119,10 @@ class _RawEvent(msgspec.Struct, frozen=True):
 class ApiClient:
     """One per program; connections are shared. Close with ``aclose``."""
 
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """``transport`` replaces the network, for tests."""
         self.access = access
+        self._transport = transport
         self._client: httpx.AsyncClient | None = None
         self._version: tuple[int, ...] = ()
         self._retired: list[httpx.AsyncClient] = []
@@ -238,7 +240,7 @@ class ApiClient:
         if self._client is not None and version == self._version:
             return self._client
         try:
-            context = self.access.context()
+            context = self.access.context() if self.access.server.startswith("https:") else False
         except OSError as error:
             if self._client is not None:  # halfway through being replaced
                 return self._client
@@ -246,7 +248,9 @@ class ApiClient:
         if self._client is not None:
             self._retired = [*self._retired[-1:], self._client]
         self._version = version
-        self._client = httpx.AsyncClient(verify=context, timeout=REQUEST_SECONDS, trust_env=False, limits=_LIMITS)
+        self._client = httpx.AsyncClient(
+            verify=context, timeout=REQUEST_SECONDS, trust_env=False, limits=_LIMITS, transport=self._transport
+        )
         return self._client
 
 
@@ -257,6 +261,7 @@ _CHANGES = frozenset(change.value for change in Change)
 
 
 async def _events(response: httpx.Response, kind: type[T]) -> AsyncIterator[WatchEvent[T]]:
+    failure: Refused | None = None
     try:
         async for line in response.aiter_lines():
             if not line:
@@ -264,11 +269,14 @@ async def _events(response: httpx.Response, kind: type[T]) -> AsyncIterator[Watc
             raw = _decoded(line.encode(), _RawEvent)
             if raw.type == "ERROR":
                 status = _decoded(bytes(raw.object), Status)
-                raise Refused(status.message or "the watch failed", code=status.code, reason=status.reason)
+                failure = Refused(status.message or "the watch failed", code=status.code, reason=status.reason)
+                continue  # the server ends the response now; its parts are closed when it is read to the end
             if raw.type in _CHANGES:
                 yield WatchEvent(Change(raw.type), _decoded(bytes(raw.object), kind))
     except (httpx.HTTPError, OSError) as error:
         raise _unreachable("GET", str(response.url.path), error) from None
+    if failure is not None:
+        raise failure
 
 
 def _decoded(content: bytes, kind: type[T]) -> T:

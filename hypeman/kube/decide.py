@@ -83,6 +83,8 @@ class Known(Struct, frozen=True, kw_only=True):
     restart_policy: str = "Always"
     tags: Mapping[str, str] = {}
     """What the instance's tags should be, as far as they may change."""
+    spec: str = ""
+    """Hash of what the guest is made of."""
     instance: Instance | None = None
     left: Instance | None = None
     """An instance that an earlier pod of the same owner left behind."""
@@ -129,11 +131,11 @@ def _past_deadline(known: Known) -> Action | None:
 
 
 def _without_instance(known: Known) -> Action:
-    if known.left is not None:
-        fits = known.left.state is InstanceState.STANDBY and tags_of(known.left).get(names.SPEC) == known.tags.get(
-            names.SPEC
-        )
-        return Action(Verb.ADOPT if fits else Verb.DISCARD)
+    if (left := known.left) is not None:
+        if left.state is InstanceState.UNKNOWN:
+            return WAIT
+        same = tags_of(left).get(names.SPEC) == known.spec
+        return Action(Verb.ADOPT if same and left.state in (InstanceState.STANDBY, *UP) else Verb.DISCARD)
     if known.restart_policy == "Never" and any(status.container_id for status in known.pod.status.container_statuses):
         return Action(Verb.FAIL, "InstanceLost", "the pod's instance was deleted on its host")
     return Action(Verb.CREATE)

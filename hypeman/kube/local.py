@@ -42,7 +42,8 @@ class LocalRefused(LocalError):
 class LocalServer:
     """One per program; connections are shared. Close with ``aclose``."""
 
-    def __init__(self, base_url: str, api_key: str = "") -> None:
+    def __init__(self, base_url: str, api_key: str = "", transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """``transport`` replaces the network, for tests."""
         socket = base_url.removeprefix("unix://") if base_url.startswith("unix://") else None
         self.socket = socket
         """Path of the socket; None for TCP."""
@@ -51,7 +52,7 @@ class LocalServer:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=socket, limits=_LIMITS),
+            transport=transport or httpx.AsyncHTTPTransport(uds=socket, limits=_LIMITS),
             headers=self._headers,
             timeout=REQUEST_SECONDS,
             trust_env=False,
@@ -111,7 +112,7 @@ class LocalServer:
         except (httpx.HTTPError, OSError) as error:
             raise LocalUnreachable(f"{method} {path}: {str(error) or type(error).__name__}") from None
         if response.status_code >= 400:
-            raise _refusal(method, path, response.status_code, response.content)
+            raise refusal(method, path, response.status_code, response.content)
         return response.content
 
     @asynccontextmanager
@@ -128,7 +129,7 @@ class LocalServer:
                 timeout=httpx.Timeout(REQUEST_SECONDS, read=silence),
             ) as response:
                 if response.status_code >= 400:
-                    raise _refusal("GET", path, response.status_code, await response.aread())
+                    raise refusal("GET", path, response.status_code, await response.aread())
                 yield response
         except (httpx.HTTPError, OSError) as error:
             raise LocalUnreachable(f"GET {path}: {str(error) or type(error).__name__}") from None
@@ -144,7 +145,7 @@ class LocalServer:
 _LIMITS = httpx.Limits(max_connections=256, max_keepalive_connections=16, keepalive_expiry=30)
 
 
-def _refusal(method: str, path: str, status: int, content: bytes) -> LocalRefused:
+def refusal(method: str, path: str, status: int, content: bytes) -> LocalRefused:
     code, message = "", content[:500].decode(errors="replace").strip()
     try:
         error: Any = msgspec.json.decode(content)

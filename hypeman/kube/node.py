@@ -12,50 +12,28 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Protocol
 
-import msgspec
 import trio
 
-from hypeman.config import Config
-from hypeman.instances.model.types import Instance
+from hypeman.config import Config, NodeConfig
 from hypeman.kube.api import ApiClient
 from hypeman.kube.credentials import load_kubeconfig
+from hypeman.kube.events import Events
+from hypeman.kube.fencing import Fencing
+from hypeman.kube.heartbeat import Heartbeat
+from hypeman.kube.lease import LeaseClock, boot_time
 from hypeman.kube.local import LocalServer
-from hypeman.kube.types import Pod
+from hypeman.kube.owners import Owners
+from hypeman.kube.pods import Pods, Shared
+from hypeman.kube.provisioner import Provisioner
+from hypeman.kube.site import Site, node_name
+from hypeman.kube.sweeper import Sweeper
 from hypeman.telemetry.logs import setup_logs
 
 log = logging.getLogger(__name__)
-
-
-class Served(msgspec.Struct, frozen=True):
-    """A pod of this node, and its instance if there is one."""
-
-    pod: Pod
-    instance: Instance | None
-
-
-class PodTable(Protocol):
-    """What the kubelet's API needs to know about pods. Both answer from memory."""
-
-    def find(self, namespace: str, name: str) -> Served | None: ...
-
-    def all(self) -> tuple[Served, ...]: ...
-
-
-class Site(msgspec.Struct, frozen=True):
-    """The node, and whom it talks to."""
-
-    name: str
-    address: str
-    """At which the cluster reaches this host; also ``hostIP`` of its pods."""
-    port: int
-    """Of the kubelet's API."""
-    state_dir: Path
-    api: ApiClient
-    local: LocalServer
 
 
 def main(config: Config) -> None:
@@ -81,17 +59,36 @@ async def run(config: Config) -> None:
         stack.push_async_callback(site.api.aclose)
         stack.push_async_callback(site.local.aclose)
         log.info("node", extra={"node": site.name, "address": site.address})
-        await trio.sleep_forever()
+        await serve(site, config.node)
+
+
+async def serve(site: Site, settings: NodeConfig, clock: Callable[[], float] = boot_time) -> None:
+    """All parts, until cancelled."""
+    lease = LeaseClock(settings.lease_duration, clock)
+    events = Events(site.api, site.name)
+    shared = Shared(site, lease, events, Owners(site.api))
+    pods = Pods(shared)
+    heartbeat = Heartbeat(
+        site,
+        shared.instances,
+        lease,
+        duration=settings.lease_duration,
+        labels=settings.labels,
+        max_pods=settings.max_pods,
+    )
+    fencing = Fencing(site.local, shared.instances, lease, site.name, settings.fence_after)
+    async with trio.open_nursery() as nursery:
+        for part in (heartbeat, pods, fencing, Sweeper(shared), Provisioner(site, events)):
+            nursery.start_soon(part.run)
 
 
 def build_site(config: Config) -> Site:
     """Raises KubeconfigError."""
     node = config.node
     access = load_kubeconfig(Path(node.kubeconfig), server=node.server)
-    name = node.name or socket.gethostname().lower()
     base_url = node.base_url or f"unix://{config.socket.path or config.paths.api_socket}"
     return Site(
-        name=name,
+        name=node_name(node),
         address=node.address or own_address(),
         port=node.port,
         state_dir=Path(node.state_dir),

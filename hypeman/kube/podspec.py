@@ -349,14 +349,19 @@ def parse_pod(spec: Fields) -> PodSpec:
     refused = tuple(_refused(spec))
     if refused:
         raise Refusal(refused)
-    try:
-        parsed = msgspec.convert(spec, PodSpec)
-    except msgspec.ValidationError as error:
-        raise Refusal((Remark("spec", str(error)),)) from None
+    parsed = read_pod(spec)
     refused = tuple(_contradictions(parsed))
     if refused:
         raise Refusal(refused)
     return parsed
+
+
+def read_pod(spec: Fields) -> PodSpec:
+    """``spec`` as far as it is read, of a pod that was accepted. Raises Refusal if it has another shape."""
+    try:
+        return msgspec.convert(spec, PodSpec)
+    except msgspec.ValidationError as error:
+        raise Refusal((Remark("spec", str(error)),)) from None
 
 
 def notes_of(spec: Fields) -> tuple[Remark, ...]:
@@ -421,11 +426,10 @@ def _check_volume(volume: Fields, path: str) -> Iterator[Verdict]:
 def _check(part: Fields | None, known: Fields, path: str) -> Iterator[Verdict]:
     for name, value in (part or {}).items():
         kind = known.get(name)
-        if kind in (READ, ELSEWHERE) or (name != "emptyDir" and value in (None, False, "", 0, [], {})):
-            continue
-        if kind == NOTED:
+        asks = value not in (None, False, "", 0, [], {}) or name == "emptyDir"
+        if kind == NOTED and (value is False if name == "allowPrivilegeEscalation" else asks):
             yield (f"{path}.{name}", NOTED, "is not applied inside the guest; the VM is the boundary")
-        elif kind is None or value not in kind:
+        elif asks and kind not in (READ, ELSEWHERE, NOTED) and (kind is None or value not in kind):
             yield (f"{path}.{name}", None, "is not supported by hypeman" if kind is None else f"{value!r} is not")
 
 

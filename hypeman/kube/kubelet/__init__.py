@@ -1,0 +1,1 @@
+"""The API that a cluster calls on its nodes: logs, exec, attach, port-forward, statistics."""

@@ -1,0 +1,471 @@
+"""The node program between a cluster and a host that are both fakes: what becomes of pods, and after which failure.
+
+The clock jumps over waits (``autojump_clock``).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import tarfile
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from tests.kube.world import NODE_PATH, REPLICA_SET, SANDBOX, SANDBOX_PATH, WARM_POOL_PATH, World, pod
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+def secret(**data: str) -> dict[str, Any]:
+    return {"data": {key.replace("__", "."): base64.b64encode(value.encode()).decode() for key, value in data.items()}}
+
+
+# ── The node ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_node_registers_and_renews_its_lease(world: World, autojump_clock: MockClock) -> None:
+    lease = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/here"
+    async with world.running():
+        await world.until(lambda: (world.cluster.get(NODE_PATH) or {}).get("status", {}).get("conditions"))
+        node = world.cluster.objects[NODE_PATH]
+        assert node["spec"]["taints"] == [{"key": "hypeman.dev/host", "value": "true", "effect": "NoSchedule"}]
+        assert node["metadata"]["labels"]["hypeman.dev/host"] == "true"
+        status = node["status"]
+        assert (status["capacity"]["cpu"], status["capacity"]["memory"]) == ("16", f"{64 << 20}Ki")
+        assert {each["type"]: each["status"] for each in status["conditions"]}["Ready"] == "True"
+        assert status["declaredFeatures"] == ["ExtendWebSocketsToKubelet"]
+        assert status["addresses"][0] == {"type": "InternalIP", "address": "192.0.2.7"}
+        before = world.cluster.objects[lease]["spec"]["renewTime"]
+        await world.until(lambda: world.cluster.objects[lease]["spec"]["renewTime"] != before)
+        world.host.faults.away = True
+        await trio.sleep(11)
+        before = world.cluster.objects[lease]["spec"]["renewTime"]
+        await trio.sleep(60)
+        assert world.cluster.objects[lease]["spec"]["renewTime"] == before, "a node without its server is no node"
+
+
+async def test_a_node_that_was_deleted_registers_again(world: World, autojump_clock: MockClock) -> None:
+    async with world.running():
+        await world.until(lambda: world.cluster.get(NODE_PATH))
+        world.cluster.remove(NODE_PATH)
+        world.host.devices.append(
+            {"id": "d", "type": "gpu", "pci_address": "0000:01:00.0", "vendor_id": "0x10de", "device_id": "0x2235",
+             "iommu_group": 1, "bound_to_vfio": False, "created_at": "2026-01-01T00:00:00Z", "name": "d"}
+        )  # fmt: skip
+        await world.until(lambda: world.cluster.get(NODE_PATH), seconds=400)
+        await world.until(
+            lambda: (
+                world.cluster.objects[NODE_PATH].get("status", {}).get("capacity", {}).get("hypeman.dev/gpu-10de-2235")
+            )
+        )
+
+
+# ── Pods ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_pod_becomes_an_instance_and_is_deleted(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(
+        container={
+            "command": ["serve"],
+            "args": ["--name=$(NAME)", "$$(NAME)"],
+            "env": [{"name": "NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}],
+            "resources": {"limits": {"memory": "256Mi", "cpu": "1500m"}},
+        }
+    )
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (instance,) = world.host.instances.values()
+        asked = world.host.requests[instance["id"]]
+        assert asked["env"] == {"NAME": "web"}
+        assert (asked["entrypoint"], asked["cmd"]) == (["serve"], ["--name=web", "$(NAME)"])
+        assert (asked["size"], asked["vcpus"]) == (str(256 << 20), 2)
+        uid = world.cluster.objects[path]["metadata"]["uid"]
+        assert instance["name"] == f"web-{uid.replace('-', '')[:8]}"
+        assert instance["tags"]["kubernetes.io/pod-uid"] == uid
+        status = world.status(path)
+        assert (status["podIP"], status["hostIP"]) == ("10.0.0.1", "192.0.2.7")
+        assert {each["type"]: each["status"] for each in status["conditions"]}["Ready"] == "True"
+        assert status["containerStatuses"][0]["containerID"] == f"hypeman://{instance['id']}"
+        assert {"Pulling", "Pulled", "Created", "Started"} <= set(world.reasons())
+        world.cluster.delete_pod(path, grace=7)
+        await world.until(lambda: world.phase(path) == "gone")
+        assert not world.host.instances
+        assert f"POST /instances/{instance['id']}/stop" in world.host.calls
+
+
+async def test_configuration_and_secrets_become_environment_and_files(world: World, autojump_clock: MockClock) -> None:
+    world.cluster.put("/api/v1/namespaces/default/configmaps/settings", {"data": {"MODE": "fast", "a.conf": "x=1"}})
+    path = world.add_pod(
+        container={
+            "envFrom": [{"configMapRef": {"name": "settings"}, "prefix": "P_"}],
+            "env": [{"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "key"}}}],
+            "volumeMounts": [{"name": "conf", "mountPath": "/srv/conf"}, {"name": "scratch", "mountPath": "/scratch"}],
+        },
+        volumes=[
+            {"name": "conf", "projected": {"defaultMode": 0o640, "sources": [
+                {"configMap": {"name": "settings", "items": [{"key": "a.conf", "path": "d/a.conf"}]}},
+                {"secret": {"name": "keys"}},
+                {"serviceAccountToken": {"path": "token", "expirationSeconds": 3607}},
+            ]}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": "3Gi"}},
+        ],
+    )  # fmt: skip
+    async with world.running():
+        await world.until(lambda: "Failed" in world.reasons())
+        waiting = world.status(path)["containerStatuses"][0]["state"]["waiting"]
+        assert (waiting["reason"], waiting["message"]) == ("CreateContainerConfigError", 'secret "keys" not found')
+        world.cluster.put("/api/v1/namespaces/default/secrets/keys", secret(key="hunter2"))
+        await world.until(lambda: world.phase(path) == "Running")
+        (asked,) = world.host.requests.values()
+        assert asked["env"]["P_MODE"] == "fast" and asked["env"]["KEY"] == "hunter2"
+        (archive,) = world.host.archives.values()
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            found = {each.name: each for each in tar.getmembers()}
+            assert tar.extractfile("d/a.conf").read() == b"x=1"  # type: ignore[union-attr]
+            assert tar.extractfile("token").read() == b"token-of-default"  # type: ignore[union-attr]
+        assert found["key"].mode == 0o640 and found["d"].isdir()
+        assert sorted(each["size_gb"] for each in world.host.volumes.values()) == [1, 3]
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+        assert not world.host.volumes, "they lived as long as the pod"
+
+
+POD_IP = {"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"hostNetwork": True}, "spec.hostNetwork"),
+        ({"initContainers": [{"name": "i", "image": "x"}]}, "spec.initContainers"),
+        ({"containers": [{"name": "a", "image": "x"}, {"name": "b", "image": "y"}]}, "spec.containers"),
+        ({"somethingNew": {"a": 1}}, "spec.somethingNew"),
+        ({"container": {"lifecycle": {"preStop": {}}}}, "spec.containers[0].lifecycle"),
+        ({"container": {"env": [POD_IP]}}, "status.podIP"),
+    ],
+)  # fmt: skip
+async def test_what_cannot_be_done_is_refused_by_name(
+    world: World, autojump_clock: MockClock, fields: dict[str, Any], named: str
+) -> None:
+    path = world.add_pod(**fields)
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Failed")
+        assert world.status(path)["reason"] == "Unsupported"
+        assert named in world.status(path)["message"]
+        await world.until(
+            lambda: any(reason == "Unsupported" and named in text for reason, text in world.cluster.events())
+        )
+        assert not world.host.instances
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+
+
+async def test_what_weakens_only_the_guest_is_noted(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(container={"securityContext": {"allowPrivilegeEscalation": False}})
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        await world.until(lambda: "NotApplied" in world.reasons())
+        assert "allowPrivilegeEscalation" in str(world.cluster.events())
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "phase", "reason"),
+    [
+        ("Never", 0, "Succeeded", "Completed"),
+        ("Never", 3, "Failed", "Error"),
+        ("OnFailure", 0, "Succeeded", "Completed"),
+    ],
+)
+async def test_a_program_that_ends(
+    world: World, autojump_clock: MockClock, policy: str, code: int, phase: str, reason: str
+) -> None:
+    path = world.add_pod(restartPolicy=policy)
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (identifier,) = world.host.instances
+        world.host.end(identifier, code)
+        await world.until(lambda: world.phase(path) == phase)
+        ended = world.status(path)["containerStatuses"][0]["state"]["terminated"]
+        assert (ended["exitCode"], ended["reason"]) == (code, reason)
+        assert identifier in world.host.instances, "its log can be read until the pod is deleted"
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+        assert not world.host.instances
+
+
+async def test_a_program_that_is_restarted(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod()
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (identifier,) = world.host.instances
+        world.host.end(identifier, 1)
+        await world.until(lambda: world.waits_for(path) == "CrashLoopBackOff")
+        assert world.container(path)["lastState"]["terminated"]["exitCode"] == 1 and not world.container(path)["ready"]
+        world.host.change(
+            identifier,
+            state="Running",
+            started_at="2099-01-01T00:00:00Z",
+            exit_code=None,
+            restart_status={"attempts": 1},
+        )
+        await world.until(lambda: "running" in world.container(path)["state"])
+        again = world.container(path)
+        assert (again["restartCount"], again["ready"], world.phase(path)) == (1, True, "Running")
+
+
+async def test_an_image_that_cannot_be_pulled_and_then_can(world: World, autojump_clock: MockClock) -> None:
+    world.host.broken_images["nginx:alpine"] = "no such image"
+    login = {"auths": {"https://index.docker.io/v1/": {"auth": base64.b64encode(b"me:pw").decode()}, "other.io": {}}}
+    data = base64.b64encode(str(login).replace("'", '"').encode()).decode()
+    world.cluster.put("/api/v1/namespaces/default/secrets/login", {"data": {".dockerconfigjson": data}})
+    path = world.add_pod(imagePullSecrets=[{"name": "login"}, {"name": "absent"}])
+    async with world.running():
+        await world.until(lambda: world.has_event("Failed", "no such image"))
+        await world.until(lambda: world.waits_for(path) == "ImagePullBackOff")
+        world.host.broken_images.clear()
+        await world.until(lambda: world.phase(path) == "Running")
+        assert {str(pull["credentials"]) for pull in world.host.pulls} == {str({"username": "me", "password": "pw"})}
+
+
+async def test_a_host_without_room_fails_the_pod_like_a_kubelet(world: World, autojump_clock: MockClock) -> None:
+    world.host.room = 0
+    path = world.add_pod()
+    world.cluster.objects[path]["status"]["startTime"] = "2020-01-01T00:00:00Z"
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Failed")
+        assert world.status(path)["reason"] == "OutOfmemory"
+
+
+async def test_two_pods_with_the_same_name_one_after_the_other(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod()
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (first,) = world.host.instances
+        world.cluster.remove(path)  # a force deletion
+        world.cluster.put(path, pod())
+        await world.until(lambda: first not in world.host.instances and world.phase(path) == "Running")
+        (second,) = world.host.instances.values()
+        assert second["tags"]["kubernetes.io/pod-uid"] == world.cluster.objects[path]["metadata"]["uid"]
+
+
+# ── Owners, standby, forks ──────────────────────────────────────────────────────────────────────
+
+
+async def test_a_suspended_sandbox_is_saved_and_continued(world: World, autojump_clock: MockClock) -> None:
+    world.cluster.put(SANDBOX_PATH, {"metadata": {"uid": "sandbox-1"}})
+    path = world.add_pod("box", owner=SANDBOX)
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (identifier,) = world.host.instances
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+        assert world.host.instances[identifier]["state"] == "Standby"
+        await trio.sleep(120)
+        assert identifier in world.host.instances, "its owner lives"
+        path = world.add_pod("box", owner=SANDBOX)
+        await world.until(lambda: world.phase(path) == "Running")
+        assert list(world.host.instances) == [identifier] and world.host.made == 1
+        assert world.host.instances[identifier]["state"] == "Running"
+        assert {"Adopted", "Restored", "Standby"} <= set(world.reasons())
+        world.cluster.remove(SANDBOX_PATH)
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+        assert not world.host.instances
+
+
+async def test_an_owner_that_cannot_be_looked_up_loses_nothing(world: World, autojump_clock: MockClock) -> None:
+    world.cluster.put(SANDBOX_PATH, {"metadata": {"uid": "sandbox-1"}})
+    path = world.add_pod("box", owner={**SANDBOX, "apiVersion": "agents.x-k8s.io/v9"})
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        world.cluster.objects.pop(SANDBOX_PATH)
+        answer, world.cluster._answer = world.cluster._answer, _no_such_kind(world)  # type: ignore[method-assign]
+        world.cluster.delete_pod(path)
+        await trio.sleep(100)
+        assert len(world.host.instances) == 1 and world.phase(path) != "gone"
+        world.cluster._answer = answer  # type: ignore[method-assign]
+        await world.until(lambda: world.phase(path) == "gone")
+
+
+def _no_such_kind(world: World) -> Any:
+    from tests.kube.fake_cluster import Refuse
+
+    answer = world.cluster._answer
+
+    def refuse(method: str, path: str, query: dict[str, str], body: Any) -> Any:
+        if "agents.x-k8s.io" in path:
+            raise Refuse(404, "NotFound", "the server could not find the requested resource")
+        return answer(method, path, query, body)
+
+    return refuse
+
+
+async def test_a_warm_pool_is_forked_from_one_boot(world: World, autojump_clock: MockClock) -> None:
+    owner = {**REPLICA_SET, "apiVersion": "extensions.agents.x-k8s.io/v1alpha1", "kind": "SandboxWarmPool"}
+    world.cluster.put(
+        "/apis/extensions.agents.x-k8s.io/v1alpha1/namespaces/default/sandboxwarmpools/rs",
+        {"metadata": {"uid": "rs-1"}},
+    )
+    golden = {"hypeman.dev/golden": "true"}
+    paths = [world.add_pod(f"warm-{number}", owner=owner, annotations=golden) for number in range(3)]
+    async with world.running():
+        await world.until(lambda: all(world.phase(path) == "Running" for path in paths))
+        states = sorted((each["name"].split("-")[0], each["state"]) for each in world.host.instances.values())
+        assert states == [("golden", "Standby"), *[("warm", "Running")] * 3]
+        assert world.host.calls.count("POST /instances") == 1
+        for path in paths:
+            world.cluster.delete_pod(path)
+        await world.until(lambda: all(world.phase(path) == "gone" for path in paths))
+        assert len(world.host.instances) == 1, "the pool may want it again"
+        world.cluster.remove(WARM_POOL_PATH)
+        await world.until(lambda: not world.host.instances)
+
+
+async def test_a_claimed_pod_belongs_to_its_sandbox(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(owner=REPLICA_SET)
+    world.cluster.put(SANDBOX_PATH, {"metadata": {"uid": "sandbox-1"}})
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        changed = world.cluster.objects[path]
+        changed["metadata"]["ownerReferences"] = [SANDBOX]
+        world.cluster.put(path, changed)
+        (instance,) = world.host.instances.values()
+        await world.until(lambda: instance["tags"].get("kubernetes.io/owner-uid") == "sandbox-1")
+
+
+# ── Outages ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_pods_that_went_while_the_node_was_away_are_removed(world: World, autojump_clock: MockClock) -> None:
+    paths = [world.add_pod(name, owner=REPLICA_SET) for name in ("one", "two")]
+    async with world.running():
+        await world.until(lambda: all(world.phase(path) == "Running" for path in paths))
+    world.cluster.remove(paths[0])
+    async with world.running():
+        await world.until(lambda: not world.host.named("one"))
+        await trio.sleep(60)
+        assert len(world.host.named("two")) == 1 and world.host.made == 2
+
+
+async def test_a_users_fork_of_a_pods_instance_is_left_alone(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod()
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (instance,) = world.host.instances.values()
+        fork = world.host._add("mine", dict(instance["tags"]), world.host.requests[instance["id"]])
+        world.host._note()
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+        await trio.sleep(60)
+        assert list(world.host.instances) == [fork["id"]]
+
+
+async def test_watches_that_end_or_expire_lose_nothing(world: World, autojump_clock: MockClock) -> None:
+    async with world.running():
+        await world.until(lambda: world.cluster.get(NODE_PATH))
+        for number, expire in enumerate((False, True, True)):
+            path = world.add_pod(f"web{number}")
+            world.cluster.drop_watches(expire=expire)
+            await world.until(lambda path=path: world.phase(path) == "Running")  # type: ignore[misc]
+
+
+async def test_an_api_server_that_is_away_for_a_minute_changes_nothing(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(tolerations=[{"key": "node.kubernetes.io/unreachable", "operator": "Exists",
+                                       "effect": "NoExecute", "tolerationSeconds": 300}])  # fmt: skip
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        world.cluster.faults.away = True
+        world.cluster.drop_watches()
+        await trio.sleep(60)
+        world.cluster.faults.away = False
+        late = world.add_pod("late")
+        await world.until(lambda: world.phase(late) == "Running")
+        assert {each["state"] for each in world.host.instances.values()} == {"Running"}
+        assert not [call for call in world.host.calls if call.endswith(("standby", "stop"))]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "owner", "state"),
+    [
+        (None, REPLICA_SET, "Standby"),
+        ("stop", REPLICA_SET, "Stopped"),
+        ("keep", REPLICA_SET, "Running"),
+        (None, SANDBOX, "Running"),
+        ("standby", SANDBOX, "Standby"),
+    ],
+)
+async def test_a_node_that_is_cut_off_fences_itself(
+    world: World, autojump_clock: MockClock, annotation: str | None, owner: dict[str, Any], state: str
+) -> None:
+    annotations = {"hypeman.dev/fencing": annotation} if annotation else {}
+    path = world.add_pod(owner=owner, annotations=annotations)
+    async with world.running() as scope:
+        await world.until(lambda: world.phase(path) == "Running")
+        (instance,) = world.host.instances.values()
+        world.cluster.faults.away = True
+        world.cluster.drop_watches()
+        await trio.sleep(30)
+        assert instance["state"] == "Running", "the cluster waits as long, too"
+        await trio.sleep(45)
+        assert instance["state"] == state
+        world.cluster.faults.away = False
+        await world.until(lambda: instance["state"] == "Running", what="restored or started again")
+        assert world.host.made == 1
+        scope.cancel()
+
+
+# ── Volumes ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def claim(kind: str = "local") -> dict[str, Any]:
+    return {
+        "metadata": {"annotations": {"volume.kubernetes.io/selected-node": "here",
+                                     "volume.kubernetes.io/storage-provisioner": "hypeman.dev/local"}},
+        "spec": {"storageClassName": kind, "accessModes": ["ReadWriteOnce"],
+                 "resources": {"requests": {"storage": "5Gi"}}, "volumeMode": "Filesystem"},
+        "status": {"phase": "Pending"},
+    }  # fmt: skip
+
+
+async def test_a_claim_becomes_a_volume_of_this_host(world: World, autojump_clock: MockClock) -> None:
+    world.cluster.put("/apis/storage.k8s.io/v1/storageclasses/local", {"provisioner": "hypeman.dev/local"})
+    place = "/api/v1/namespaces/default/persistentvolumeclaims/data"
+    uid = world.cluster.put(place, claim())["metadata"]["uid"]
+    path = world.add_pod(
+        container={"volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+        volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+    )
+    async with world.running():
+        await world.until(lambda: world.cluster.get(f"/api/v1/persistentvolumes/pvc-{uid}"))
+        made = world.cluster.objects[f"/api/v1/persistentvolumes/pvc-{uid}"]
+        assert made["spec"]["claimRef"]["uid"] == uid and made["spec"]["persistentVolumeReclaimPolicy"] == "Delete"
+        assert world.host.volumes[f"pvc-{uid}"]["size_gb"] == 5
+        bound = {**claim(), "status": {"phase": "Bound"}}
+        bound["spec"]["volumeName"] = f"pvc-{uid}"
+        world.cluster.put(place, bound)
+        await world.until(lambda: world.phase(path) == "Running")
+        (asked,) = world.host.requests.values()
+        assert asked["volumes"][0]["volume_id"] == f"pvc-{uid}" and not asked["volumes"][0]["readonly"]
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+        assert f"pvc-{uid}" in world.host.volumes, "it outlives the pod"
+        world.cluster.remove(place)
+        world.cluster.put(f"/api/v1/persistentvolumes/pvc-{uid}", {**made, "status": {"phase": "Released"}})
+        await world.until(lambda: world.cluster.get(f"/api/v1/persistentvolumes/pvc-{uid}") is None)
+        assert not world.host.volumes
+
+
+async def test_a_claim_that_cannot_be_done_is_refused_by_name(world: World, autojump_clock: MockClock) -> None:
+    world.cluster.put("/apis/storage.k8s.io/v1/storageclasses/local", {"provisioner": "hypeman.dev/local"})
+    wrong = claim()
+    wrong["spec"]["accessModes"] = ["ReadWriteMany"]
+    world.cluster.put("/api/v1/namespaces/default/persistentvolumeclaims/data", wrong)
+    async with world.running():
+        await world.until(lambda: any("ReadWriteMany" in text for _, text in world.cluster.events()))
+        assert not world.host.volumes
