@@ -236,7 +236,7 @@ def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bo
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds.")
 @reports
 def stats(session: Session, instance: str | None, once: bool, interval: float) -> None:
-    """Show what one instance, or every running one, uses; live on a terminal."""
+    """Show what one instance, or every one that has a VM, uses; live on a terminal."""
     live = session.form == "auto" and sys.stdout.isatty() and not once
     before: dict[str, tuple[float, float]] = {}
     try:
@@ -262,14 +262,8 @@ def stats(session: Session, instance: str | None, once: bool, interval: float) -
 def _usage(client: Client, instance: str | None) -> list[dict[str, Any]]:
     if instance is not None:
         return [client.get(f"{path_of(instance)}/stats")]
-    found = []
-    for row in client.get("/instances", state="Running"):
-        try:
-            found.append(client.get(f"{path_of(row['id'])}/stats"))
-        except ApiError as error:
-            if error.status != 404:  # deleted meanwhile
-                raise
-    return found
+    rows: list[dict[str, Any]] = client.get("/stats")["instances"]
+    return rows
 
 
 def _percent(then: tuple[float, float] | None, now: float, cpu_seconds: float) -> str:

@@ -66,6 +66,8 @@ log = logging.getLogger(__name__)
 
 _READ_BYTES = 262144
 _GRANT_BYTES = WINDOW // 4
+_BATCH_BYTES = 4 * MAX_PAYLOAD
+"""Queued for the stream before a sender lets it be written: fewer writes of more bytes."""
 _OUTBOX_BYTES = 4 * WINDOW
 """Senders wait while more bytes than this are queued for the stream."""
 _MAX_REPLY = 1024 * 1024
@@ -160,12 +162,11 @@ class _Session:
         """Why it ended, if not ended by the guest."""
         self.chunks: deque[Data | _Joined] = deque()
         self.ended: Ended | None = None
-        self.wakeup = trio.Event()
+        self._waiters = trio.lowlevel.ParkingLot()
         self._used = 0
 
     def notify(self) -> None:
-        self.wakeup.set()
-        self.wakeup = trio.Event()
+        self._waiters.unpark_all()
 
     def put(self, chunk: Data) -> None:
         """Add what has arrived."""
@@ -183,13 +184,15 @@ class _Session:
         self.chunks.append(_Joined(chunk.data, chunk.stderr))
 
     async def receive(self) -> Data | None:
-        """The next chunk, or None after the last; ``ended`` is then set. Raises GuestLost, GuestTimeout."""
+        """The next chunk, or None after the last; ``ended`` is then set. Raises GuestLost, GuestTimeout.
+
+        Other tasks run only while this waits: at most one window is consumed before it does.
+        """
         while not self.chunks:
             if self.ended is not None:
                 await trio.lowlevel.checkpoint()
                 return None
             await self.wait()
-        await trio.lowlevel.checkpoint()
         chunk = self.chunks.popleft()
         self._used += len(chunk.data)
         if self._used >= _GRANT_BYTES and not self.kept:
@@ -208,7 +211,8 @@ class _Session:
             if not room:
                 await self.wait()
                 continue
-            await self._client.send(self, bytes(view[:room]))
+            part = data if isinstance(data, bytes) and len(data) <= room else bytes(view[:room])
+            await self._client.send(self, part)
             view = view[room:]
 
     def check(self) -> None:
@@ -221,7 +225,7 @@ class _Session:
         """Wait for any news. Raises as ``receive`` does."""
         self.check()
         with trio.move_on_after(self._stall_limit) as scope:
-            await self.wakeup.wait()
+            await self._waiters.park()
         if scope.cancelled_caught:
             raise GuestTimeout(f"the guest made no progress for {self._stall_limit:g} s")
 
@@ -670,7 +674,8 @@ class GuestClient:
             self._connection.send(session.id, data[: self._connection.window(session.id)])
             self._outbox_bytes += len(data)
         self._wake_writer()
-        await trio.lowlevel.checkpoint()
+        if self._outbox_bytes >= _BATCH_BYTES:
+            await trio.lowlevel.checkpoint()
 
     def send_end(self, session: int) -> None:
         if self._connection.is_open(session):

@@ -379,7 +379,8 @@ class Connection:
                 raise ProtocolError(f"frame of unknown type {kind}")
 
     def _send(self, kind: FrameType, flags: int, session: int, payload: bytes) -> None:
-        self._outgoing.append(_HEADER.pack(self._mark, kind, flags, len(payload), session) + payload + self._trailer)
+        header = _HEADER.pack(self._mark, kind, flags, len(payload), session)
+        self._outgoing += (header, payload, self._trailer)
 
 
 def _render_greeting(token: bytes) -> bytes:

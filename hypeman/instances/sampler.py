@@ -40,22 +40,34 @@ class Sampler:
             return self._newest
 
     async def _sample(self) -> UsageOfAll:
-        pids = {record.id: record.handle.pid for record in self._records() if record.handle is not None}
+        records = {record.id: record for record in self._records() if record.handle is not None}
+        pids = {instance_id: record.handle.pid for instance_id, record in records.items() if record.handle is not None}
         found = await trio.to_thread.run_sync(_read_all, pids)  # 20 µs for each
         traffic = self._traffic()
         return UsageOfAll(
             time=self._now(),
             instances=tuple(
-                InstanceUsage(
-                    instance_id=instance_id,
-                    cpu_seconds=usage.cpu_seconds,
-                    memory_rss_bytes=usage.rss_bytes,
-                    network_rx_bytes=traffic.get(instance_id, (0, 0))[0],
-                    network_tx_bytes=traffic.get(instance_id, (0, 0))[1],
-                )
+                usage_of(records[instance_id], usage, traffic.get(instance_id, (0, 0)))
                 for instance_id, usage in found.items()
             ),
         )
+
+
+def usage_of(record: InstanceRecord, usage: Usage, traffic: tuple[int, int]) -> InstanceUsage:
+    """``traffic``: bytes received and sent."""
+    memory = record.spec.memory_bytes + record.spec.hotplug_bytes
+    return InstanceUsage(
+        instance_id=record.id,
+        instance_name=record.name,
+        cpu_seconds=usage.cpu_seconds,
+        memory_rss_bytes=usage.rss_bytes,
+        memory_vms_bytes=usage.vms_bytes,
+        network_rx_bytes=traffic[0],
+        network_tx_bytes=traffic[1],
+        allocated_vcpus=record.spec.vcpus,
+        allocated_memory_bytes=memory,
+        memory_utilization_ratio=usage.rss_bytes / memory if memory else None,
+    )
 
 
 def _read_all(pids: Mapping[str, int]) -> dict[str, Usage]:

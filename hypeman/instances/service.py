@@ -89,7 +89,7 @@ from hypeman.instances.model.view import render_instance, shown_error
 from hypeman.instances.pools import Pools
 from hypeman.instances.reclaim import Reclaim
 from hypeman.instances.rows import INSTANCES, INTENTS, MEMBERS
-from hypeman.instances.sampler import Sampler
+from hypeman.instances.sampler import Sampler, usage_of
 from hypeman.instances.tasks import Tasks
 from hypeman.network.leases import get_lease
 from hypeman.network.ports import check_ports
@@ -291,21 +291,11 @@ class Instances:
     async def stats(self, ref: str) -> InstanceStats:
         record = self.board.find(ref)
         usage = read_usage(record.handle.pid) if record.handle is not None else read_usage(0)
-        received, sent = self._counters.of_instance(record.id)
-        memory = record.spec.memory_bytes + record.spec.hotplug_bytes
+        outside = usage_of(record, usage, self._counters.of_instance(record.id))
         inside = await self._guest_metrics(record.id)
         pss = await trio.to_thread.run_sync(read_pss, record.handle.pid) if record.handle is not None else None
         return InstanceStats(
-            instance_id=record.id,
-            instance_name=record.name,
-            cpu_seconds=usage.cpu_seconds,
-            memory_rss_bytes=usage.rss_bytes,
-            memory_vms_bytes=usage.vms_bytes,
-            network_rx_bytes=received,
-            network_tx_bytes=sent,
-            allocated_vcpus=record.spec.vcpus,
-            allocated_memory_bytes=memory,
-            memory_utilization_ratio=usage.rss_bytes / memory if memory else None,
+            **msgspec.structs.asdict(outside),
             memory_pss_bytes=UNSET if pss is None else pss,
             guest_memory_used_bytes=inside.memory_total - inside.memory_available if inside is not None else UNSET,
             guest_memory_total_bytes=inside.memory_total if inside is not None else UNSET,

@@ -112,7 +112,7 @@ class ApiApp(QuartTrio):
         self.calls = calls
         self._sessions = sessions
         self._verifier = Verifier(settings.jwt_secret)
-        self.plain = PlainRoutes((), services, settings, self._verifier)
+        self.plain = PlainRoutes((), (), services, settings, self._verifier)
         self.held_bodies = _HeldBodies()
         self.config["MAX_CONTENT_LENGTH"] = None  # streams are unlimited; JSON bodies are checked where they are read
         self.config["BODY_TIMEOUT"] = None  # the time limit of the whole request covers it
@@ -121,7 +121,7 @@ class ApiApp(QuartTrio):
         self.register_error_handler(HTTPException, _answer_http_exception)
 
     def add_operations(self, operations: Sequence[Operation]) -> None:
-        self.plain = PlainRoutes(operations, self.services, self.settings, self._verifier)
+        self.plain = PlainRoutes(operations, WEBSOCKETS, self.services, self.settings, self._verifier)
         for path, allowed, others in shadowed(operations):
             self.add_url_rule(path, f"405 {path}", _refusal(allowed), methods=others, provide_automatic_options=False)
         for operation in operations:
@@ -204,6 +204,7 @@ class ApiApp(QuartTrio):
             response = await super().handle_websocket(websocket)
             if response is not None:
                 status = response.status_code
+                response.headers["X-Request-Id"] = _request_id(websocket)
             return response
         finally:
             _tell(websocket, "WS", status, time.perf_counter() - started)

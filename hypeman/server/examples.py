@@ -282,8 +282,12 @@ ANSWERS: Mapping[Any, Any] = {
         instances=(
             InstanceUsage(
                 instance_id=_INSTANCE,
+                instance_name="web",
                 cpu_seconds=12.5,
                 memory_rss_bytes=180_000_000,
+                memory_vms_bytes=900_000_000,
+                allocated_vcpus=2,
+                allocated_memory_bytes=536_870_912,
                 network_rx_bytes=120_000,
                 network_tx_bytes=480_000,
             ),

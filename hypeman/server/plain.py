@@ -1,13 +1,14 @@
-"""Plain requests: those of declared operations that neither stream nor upload, answered in the connection's own task.
+"""What the connection's own task answers: plain requests, those of declared operations that neither stream nor upload,
+and WebSockets.
 
     bytes → head (one look at its end, its request line, its header block) → operation and path parameters
           → authenticate → authorize → decode → handler → one send
 
 Quart and Hypercorn spawn six tasks for a request and parse its head three times; for a look-up in memory that was
 nine tenths of its cost. What is plain is decided narrowly: HTTP/1.1, head and body whole in one read, the body's length
-given, none of the headers with which a client asks for more than a response. Everything else, also what is malformed
-or unknown, goes to Hypercorn and Quart unread, on the same connection. Both share ``exchange.py``, and one suite runs
-through both (tests/server).
+given, none of the headers with which a client asks for more than a response. A WebSocket (websocket.py) must not ask
+for extensions of the protocol. Everything else, also what is malformed or unknown, goes to Hypercorn and Quart unread,
+on the same connection. Both share ``exchange.py``, and one suite runs through both (tests/server).
 
 - The handler's first step runs at once. Only if it blocks, a second task watches: it cancels the handler when the
   client disconnects (log and metrics: 499) or the time limit ends (504).
@@ -21,7 +22,7 @@ import os
 import re
 import select
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from math import inf
 from types import coroutine
 from typing import Any, NamedTuple, TypeVar
@@ -31,14 +32,17 @@ import msgspec
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
+from hypercorn.utils import parse_socket_addr
 
 from hypeman.actor import set_actor
 from hypeman.server import errors
-from hypeman.server.api import EventStream, Operation, UploadStream
+from hypeman.server.api import EventStream, Operation, UploadStream, WebSocketRoute
 from hypeman.server.connection import Connection
 from hypeman.server.decode import decode_body, decode_query, decode_segment
 from hypeman.server.exchange import (
@@ -54,25 +58,19 @@ from hypeman.server.exchange import (
     reply_to,
     request_id,
 )
+from hypeman.server.heads import END, Headers, Upgrade, plain_headers, upgrade_headers
 from hypeman.server.services import Services
-from hypeman.tokens import LOCAL, Verifier, check_scope
+from hypeman.server.websocket import WebSocket, accept_key
+from hypeman.tokens import LOCAL, Scope, Verifier, check_scope
 
 _Result = TypeVar("_Result")
 
 _MAX_KNOWN = 1000
 _MAX_KNOWN_LENGTH = 256
 """Bytes of a request target that is worth remembering."""
-_END = b"\r\n\r\n"
 _CLOSE = "connection: close\r\n"
 _VERSION = b" HTTP/1.1"
 _REQUEST = re.compile(rb"([A-Z]+) (/[\w.~%:@!$&'()*+,;=/-]*(?:\?[\w.~%:@!$&'()*+,;=/?\[\]-]*)?)")
-_LENGTH = re.compile(rb"[0-9]{1,6}")
-_HEADERS = re.compile(rb"(?:[-!#$%&'*+.^_`|~0-9A-Za-z]+:[\t\x20-\x7e]*\r\n)+")
-_MORE_THAN_A_RESPONSE = frozenset(
-    (b"transfer-encoding", b"upgrade", b"expect", b"http2-settings", b"te", b"trailer", b"idempotency-key")
-)
-_OF_BROWSERS = frozenset((b"cookie", b"origin", b"sec-fetch-site"))
-"""With these, where the request comes from decides whether it is answered: app.py looks at that."""
 
 
 class Found(NamedTuple):
@@ -88,17 +86,31 @@ class Found(NamedTuple):
     """Seconds."""
 
 
+class FoundSocket(NamedTuple):
+    """The WebSocket that a request target means."""
+
+    route: WebSocketRoute
+    segments: Mapping[str, str]
+
+
 class PlainRoutes:
-    """Those of ``operations`` that neither stream nor upload, found by request line; and what their answers need."""
+    """Those of ``operations`` that neither stream nor upload, found by request line, and ``sockets``; and what their
+    answers need."""
 
     def __init__(
-        self, operations: Iterable[Operation], services: Services, settings: ServerSettings, verifier: Verifier
+        self,
+        operations: Iterable[Operation],
+        sockets: Iterable[WebSocketRoute],
+        services: Services,
+        settings: ServerSettings,
+        verifier: Verifier,
     ) -> None:
         self.services = services
         self.verifier = verifier
         self._limit = settings.request_timeout
         self._known: dict[bytes, Found | None] = {}
         self._templates: dict[tuple[str, int], list[_Template]] = {}
+        self._sockets = [(tuple(route.path.split("/")[1:]), route) for route in sockets]
         self._fixed: dict[str, set[str]] = {}
         """Methods of paths without parameters; the others are not those of an operation whose parameter matches."""
         for operation in operations:
@@ -135,58 +147,36 @@ class PlainRoutes:
         if not all(parts) or method not in self._fixed.get(path.decode("ascii"), {method}):
             return None
         for template in self._templates.get((method, len(parts)), ()):
-            pairs = list(zip(template.parts, parts, strict=True))
-            if all(name == part or name.startswith("{") for name, part in pairs):
-                segments = {name[1:-1]: part for name, part in pairs if name.startswith("{")}
+            if (segments := _segments(template.parts, parts)) is not None:
                 limit = inf if template.operation.unlimited else self._limit
                 return Found(template.operation, template.decoder, segments, query, limit)
         return None
+
+    def find_socket(self, line: bytes) -> FoundSocket | None:
+        """The WebSocket that ``line`` names; None if Quart must decide."""
+        match = _REQUEST.fullmatch(line)
+        if match is None or match[1] != b"GET":
+            return None
+        parts = match[2].partition(b"?")[0].decode("ascii").split("/")[1:]
+        for template, route in self._sockets:
+            if all(parts) and (segments := _segments(template, parts)) is not None:
+                return FoundSocket(route, segments)
+        return None
+
+
+def _segments(template: Sequence[str], parts: Sequence[str]) -> dict[str, str] | None:
+    """The path parameters if ``parts`` of a path are those of ``template``."""
+    if len(template) != len(parts) or not all(
+        name == part or name.startswith("{") for name, part in zip(template, parts, strict=True)
+    ):
+        return None
+    return {name[1:-1]: part for name, part in zip(template, parts, strict=True) if name.startswith("{")}
 
 
 class _Template(NamedTuple):
     parts: tuple[str, ...]
     operation: Operation
     decoder: msgspec.json.Decoder[Any] | None
-
-
-class Headers(NamedTuple):
-    """What a plain request's header block holds for us."""
-
-    authorization: str | None
-    request_id: str
-    length: int
-    """Of the body, in bytes."""
-    traceparent: str
-
-
-def plain_headers(block: bytes) -> Headers | None:
-    """The headers in ``block``, the lines of a head after its request line; None if they ask for more than a response,
-    or if Hypercorn might refuse them."""
-    if not _HEADERS.fullmatch(block):
-        return None
-    authorization, given_id, length, hosts, traceparent = None, None, None, 0, ""
-    for line in block.split(b"\r\n")[:-1]:
-        name, _, value = line.partition(b":")
-        name, value = name.lower(), value.strip(b" \t")
-        if name in _MORE_THAN_A_RESPONSE or name in _OF_BROWSERS:
-            return None
-        if (name == b"user-agent" and value.startswith(b"Mozilla/")) or (
-            name == b"connection" and value.lower() != b"keep-alive"
-        ):
-            return None
-        if name == b"host":
-            hosts += 1
-        elif name == b"authorization" and authorization is None:
-            authorization = value.decode("ascii")
-        elif name == b"x-request-id" and given_id is None:
-            given_id = value.decode("ascii")
-        elif name == b"traceparent":
-            traceparent = value.decode("ascii")
-        elif name == b"content-length":
-            if length is not None or not _LENGTH.fullmatch(value):
-                return None
-            length = int(value)
-    return Headers(authorization, given_id or "", length or 0, traceparent) if hosts == 1 else None
 
 
 class PlainConnection(TCPServer):
@@ -206,6 +196,10 @@ class PlainConnection(TCPServer):
         self._connection = connection
         self._routes = routes
         self._keep_alive = config.keep_alive_timeout
+        self._hypercorn: ProtocolWrapper | None = None
+        """Its protocol, once it was given anything."""
+        self._answered = 0
+        """Requests before that."""
         self._unread = b""
         """Received and neither answered nor given to Hypercorn."""
         self._ours = True
@@ -222,6 +216,17 @@ class PlainConnection(TCPServer):
         """Of the caller, once authenticated."""
         self._names = ""
         """The object that the request names in its body or query."""
+
+    async def run(self) -> None:
+        """Hypercorn's, but for its protocol, which is made when it gets its first bytes."""
+        try:
+            async with TaskGroup() as self._task_group:
+                await self.idle_task.restart(self._task_group, self._idle_timeout)
+                await self._read_data()
+        except OSError:
+            pass
+        finally:
+            await self._close()
 
     async def protocol_send(self, event: Event) -> None:
         """Hypercorn's, but for a send that begins while the other task closes the connection, since the client did."""
@@ -244,19 +249,54 @@ class PlainConnection(TCPServer):
             if not self._timed_out:
                 break
             late = failed(errors.TIMED_OUT)
-        await self.protocol.handle(Closed())
+        if self._hypercorn is not None:
+            await self._hypercorn.handle(Closed())
+
+    async def _give(self, data: bytes) -> None:
+        """Let Hypercorn handle ``data``; none is the end of the stream."""
+        if self._hypercorn is None:
+            self.protocol = self._hypercorn = self._make_protocol()
+        self._ours = False
+        await self._hypercorn.handle(RawData(data))
+
+    def _make_protocol(self) -> ProtocolWrapper:
+        """What Hypercorn makes for each connection. Raises BrokenResourceError."""
+        here = self.stream.socket
+        try:
+            client = parse_socket_addr(here.family, here.getpeername())
+            server = parse_socket_addr(here.family, here.getsockname())
+        except OSError:  # the client has disconnected
+            raise trio.BrokenResourceError from None
+        wrapper = ProtocolWrapper(
+            self.app,
+            self.config,
+            self.context,
+            self._task_group,
+            ConnectionState(self.state),
+            False,
+            client,
+            server,
+            self.protocol_send,
+        )
+        assert isinstance(wrapper.protocol, H11Protocol)
+        wrapper.protocol.keep_alive_requests = self._answered
+        return wrapper
 
     async def _read_requests(self) -> None:
         """Until the connection ends. Raises ClosedResourceError, BrokenResourceError."""
         while True:
-            if self._unread and self._is_ours() and not await self._answer():
-                return
+            if self._unread and self._is_ours():
+                if not await self._answer():
+                    return
+                if (asked := self._next_socket()) is not None:
+                    await self._carry(*asked)
+                    return
             data, self._unread = self._unread, b""
             if data:
-                self._ours = False
-                await self.protocol.handle(RawData(data))
+                await self._give(data)
             if not (data := await self._receive()):
-                await self.protocol.handle(RawData(data))
+                if self._hypercorn is not None:
+                    await self._give(data)
                 return
             self._unread = data
 
@@ -274,8 +314,8 @@ class PlainConnection(TCPServer):
 
     def _is_ours(self) -> bool:
         """Whether Hypercorn has nothing under way."""
-        if not self._ours and self._routes is not None:
-            protocol = self.protocol.protocol
+        if not self._ours and self._routes is not None and self._hypercorn is not None:
+            protocol = self._hypercorn.protocol
             self._ours = (
                 isinstance(protocol, H11Protocol)
                 and isinstance(connection := protocol.connection, h11.Connection)
@@ -302,7 +342,7 @@ class PlainConnection(TCPServer):
     def _next(self) -> tuple[Found, Headers, bytes] | None:
         """Take the next request and its body off what was received; None if it is not plain or not complete."""
         data, routes = self._unread, self._routes
-        line, end = data.find(b"\r\n"), data.find(_END)
+        line, end = data.find(b"\r\n"), data.find(END)
         if routes is None or end < 0 or not data.endswith(_VERSION, 0, line):
             return None
         block = data[line + 2 : end + 2]
@@ -311,11 +351,22 @@ class PlainConnection(TCPServer):
         headers = self._headers
         if headers is None or (found := routes.find(data[: line - len(_VERSION)])) is None:
             return None
-        body = end + len(_END)
+        body = end + len(END)
         if len(data) < body + headers.length:
             return None
         self._unread = data[body + headers.length :]
         return found, headers, data[body : body + headers.length]
+
+    def _next_socket(self) -> tuple[FoundSocket, Upgrade, bytes] | None:
+        """The WebSocket that is asked for next, and what came behind its head; None if it is not one of ours."""
+        data, routes = self._unread, self._routes
+        line, end = data.find(b"\r\n"), data.find(END)
+        if routes is None or end < 0 or not data.endswith(_VERSION, 0, line):
+            return None
+        upgrade = upgrade_headers(data[line + 2 : end + 2])
+        if upgrade is None or (found := routes.find_socket(data[: line - len(_VERSION)])) is None:
+            return None
+        return found, upgrade, data[end + len(END) :]
 
     async def _exchange(self, found: Found, headers: Headers, body: bytes) -> Reply:
         started = time.perf_counter()
@@ -348,11 +399,7 @@ class PlainConnection(TCPServer):
         assert routes is not None
         try:
             if operation.scopes:
-                trusted = self._connection.trusted
-                caller = LOCAL if trusted else routes.verifier.caller(headers.authorization)
-                self._subject = caller.subject
-                set_actor(actor_of(caller, self._connection, self._request_id))
-                check_scope(caller, *operation.scopes)
+                self._admit(headers.authorization, *operation.scopes)
             with measured(operation, headers.traceparent):
                 arguments: dict[str, Any] = {name: decode_segment(value) for name, value in found.segments.items()}
                 if operation.query is not None:
@@ -366,17 +413,71 @@ class PlainConnection(TCPServer):
         except Exception as error:
             return failed(failure_from(error))
         finally:
-            if self._watching is not None:
-                self._watching.cancel()
-                self._watching = None
-                if self._work.cancel_called:  # after the answer, but before anybody knew
-                    await trio.lowlevel.checkpoint_if_cancelled()
+            self._stop_watching()
+            if self._work.cancel_called:  # after the answer, but before anybody knew
+                await trio.lowlevel.checkpoint_if_cancelled()
+
+    def _admit(self, authorization: str | None, *scopes: Scope) -> None:
+        """Authenticate and authorize the caller. Raises Unauthorized, Forbidden."""
+        assert self._routes is not None
+        caller = LOCAL if self._connection.trusted else self._routes.verifier.caller(authorization)
+        self._subject = caller.subject
+        set_actor(actor_of(caller, self._connection, self._request_id))
+        check_scope(caller, *scopes)
+
+    async def _carry(self, found: FoundSocket, upgrade: Upgrade, unread: bytes) -> None:
+        """A whole WebSocket."""
+        started, status = time.perf_counter(), 101
+        route, self._unread, self._connection.idle_until = found.route, b"", inf
+        self._request_id, self._subject = request_id(upgrade.request_id), None
+        response = (
+            f"HTTP/1.1 101 \r\nsec-websocket-accept: {accept_key(upgrade.key)}\r\nupgrade: WebSocket\r\n"
+            f"connection: Upgrade\r\n{_common_headers(self.config)}\r\n"
+        )
+        socket = WebSocket(self.stream.socket.fileno(), response.encode("latin1"), unread, self._stop_watching)
+        try:
+            with socket.scope:
+                failure = await self._reply_on(socket, found, upgrade)
+                if failure is not None and not socket.accepted:
+                    status = failure.status
+                    await self._send(failure)
+            await socket.aclose()
+        finally:
+            log_request(
+                "WS",
+                route.path,
+                status,
+                time.perf_counter() - started,
+                self._request_id,
+                found.segments,
+                self._subject,
+                self._connection,
+            )
+
+    async def _reply_on(self, socket: WebSocket, found: FoundSocket, upgrade: Upgrade) -> Reply | None:
+        """Let the handler use ``socket``; returns how it failed."""
+        assert self._routes is not None
+        try:
+            self._admit(upgrade.authorization, found.route.scope)
+            segments = [decode_segment(value) for value in found.segments.values()]
+            handler: Any = found.route.handler(self._routes.services, socket, *segments)
+            await _begin(handler, lambda: None if socket.accepted else self._watch(inf))
+        except Exception as error:
+            return failed(failure_from(error))
+        finally:
+            self._stop_watching()
+        return None
 
     def _watch(self, limit: float) -> None:
         """Watch for the end of a handler that blocks."""
         self._connection.idle_until = inf
         self._watching = scope = trio.CancelScope()
-        self.protocol.task_group.spawn(self._cancel_if_it_must_end, scope, limit)
+        self._task_group.spawn(self._cancel_if_it_must_end, scope, limit)
+
+    def _stop_watching(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
 
     async def _cancel_if_it_must_end(self, watching: trio.CancelScope, limit: float) -> None:
         if watching.cancel_called:  # the answer was quicker, and the socket is read for the next request already
@@ -398,12 +499,19 @@ class PlainConnection(TCPServer):
         if not hang_up.poll(0):  # the client's next request
             await trio.sleep_forever()
 
+    def _count_answer(self) -> bool:
+        """Count a plain answer; whether it is the last of this connection."""
+        if self._hypercorn is None:
+            self._answered = count = self._answered + 1
+        else:
+            protocol = self._hypercorn.protocol
+            assert isinstance(protocol, H11Protocol)
+            protocol.keep_alive_requests = count = protocol.keep_alive_requests + 1
+        return count >= self.config.keep_alive_max_requests
+
     async def _send(self, reply: Reply) -> bool:
         """Send ``reply``. False: the connection must end. Raises ClosedResourceError, BrokenResourceError."""
-        protocol = self.protocol.protocol
-        assert isinstance(protocol, H11Protocol)
-        protocol.keep_alive_requests += 1
-        last = protocol.keep_alive_requests >= self.config.keep_alive_max_requests
+        last = self._count_answer()
         head = self._head(reply, last)
         try:
             sent = os.writev(self.stream.socket.fileno(), (head, reply.content))

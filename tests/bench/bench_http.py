@@ -25,8 +25,6 @@ from tests.bench.harness import Measure, Result, compare, median
 REQUESTS = 1600
 CONNECTIONS = (1, 16)
 FOLLOWERS = 24
-COPIED_MIB = 24
-EXECS = 150
 LOG_BYTES = 20 * 2**20
 SECRET = "a secret that is long enough for HS256"
 HERE = Path(__file__).parent
@@ -155,16 +153,14 @@ def request_bytes(method: str, path: str, token: str, body: bytes = b"") -> byte
 
 
 @contextmanager
-def server(native: str = "yes") -> Iterator[tuple[Peer, str, Path]]:
-    """Our server with 1,000 instances, its socket and its log directory; with or without extensions."""
+def server() -> Iterator[tuple[Peer, str, Path]]:
+    """Our server with 1,000 instances, its socket and its log directory."""
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/s.sock"
         command = [sys.executable, "-c", SERVER, path, directory, SECRET]
         with (
             Path(directory, "log").open("wb") as log,
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, env={**os.environ, "HYPEMAN_NATIVE": native}
-            ) as process,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log) as process,
         ):
             assert process.stdout is not None
             port = int(process.stdout.readline())
@@ -294,58 +290,6 @@ def against_go(ours: Peer, directory: Path) -> list[Result]:
         ]
 
 
-def copy_cost(port: int, pid: int, token: str) -> Measure:
-    """Microseconds of the server's CPU for one MiB copied in, in messages of 32 KiB."""
-    handshake = upgrade("/instances/vm-0/cp", token)
-    data = frame(2, bytes(32 * 1024))
-
-    def measure() -> float:
-        with socket.create_connection(("127.0.0.1", port), 60) as client:
-            client.sendall(handshake)
-            receive(client)
-            client.sendall(frame(1, b'{"direction":"to","guest_path":"/x","mode":420}'))
-            before = cpu_of(pid)
-            for _ in range(COPIED_MIB * 32):
-                client.sendall(data)
-            client.sendall(frame(1, b'{"type":"end"}'))
-            while b"bytes_written" not in receive(client):
-                pass
-            return (cpu_of(pid) - before) / COPIED_MIB * 1e6
-
-    return measure
-
-
-def exec_cost(port: int, pid: int, token: str) -> Measure:
-    """Microseconds of the server's CPU for one exec that ends at once, each on a connection of its own."""
-    request = upgrade("/instances/vm-0/exec", token)
-
-    def measure() -> float:
-        before = cpu_of(pid)
-        for _ in range(EXECS):
-            with socket.create_connection(("127.0.0.1", port), 60) as client:
-                client.sendall(request)
-                receive(client)
-                client.sendall(frame(1, b'{"command":["true"]}') + frame(2, b""))
-                while b"exitCode" not in receive(client):
-                    pass
-        return (cpu_of(pid) - before) / EXECS * 1e6
-
-    return measure
-
-
-def upgrade(path: str, token: str) -> bytes:
-    return (
-        f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {'A' * 22}==\r\nAuthorization: Bearer {token}\r\n\r\n"
-    ).encode()
-
-
-def frame(kind: int, payload: bytes) -> bytes:
-    """A WebSocket frame of a client, masked with zeros."""
-    length = bytes([0x80 | len(payload)]) if len(payload) < 126 else bytes([0x80 | 126]) + len(payload).to_bytes(2)
-    return bytes([0x80 | kind]) + length + bytes(4) + payload
-
-
 def run() -> list[Result]:
     with server() as (ours, path, logs):
         token = mint(SECRET, subject="bench")
@@ -355,12 +299,6 @@ def run() -> list[Result]:
             *against_go(ours, logs),
             compare("http: GET /instances, 1,000 of them", "µs CPU", every, "GET /health", health),
         ]
-        with server(native="no") as (twins, _, _):
-            copy = copy_cost(ours.port, ours.pid, token)
-            slow = copy_cost(twins.port, twins.pid, token)
-            results.append(compare("http: cp into a guest, per MiB", "µs CPU", copy, "wsproto's masking", slow))
-        executed = exec_cost(ours.port, ours.pid, token)
-        results.append(compare("http: exec, without the guest", "µs CPU", executed, "GET /health", health))
         begin = time.perf_counter()
         spent = followers_cost(ours.pid, path, logs)
         total = FOLLOWERS * LOG_BYTES / 2**20

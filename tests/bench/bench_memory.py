@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.bench.bench_http import frame, receive, upgrade
+from tests.bench.bench_http import receive
 from tests.bench.bench_instances import Client, import_image, server
+from tests.bench.bench_streams import frame, upgrade
 from tests.bench.harness import Measure, Result, compare, process_memory
 from tests.real.appliance import IMAGE, Namespace, short_directory
 

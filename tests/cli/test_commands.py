@@ -282,8 +282,12 @@ def test_logs(cli: Any, server: Any) -> None:
 def test_stats(cli: Any, server: Any) -> None:
     server.world.instances.add("web")
     server.world.instances.add("off", InstanceState.STOPPED)
+    asked = server.world.instances.stats
     assert "100MB / 1GB" in cli("stats", "web").stdout
-    assert [line.split()[0] for line in cli("stats").stdout.splitlines()] == ["NAME", "web"]
+    server.world.instances.stats = None  # one request for all of them
+    every = cli("stats").stdout
+    assert [line.split()[0] for line in every.splitlines()] == ["NAME", "web"] and "100MB / 1GB" in every
+    server.world.instances.stats = asked
     assert json.loads(cli("--format", "json", "stats", "web").stdout)["cpu_seconds"] == 1.5
 
 

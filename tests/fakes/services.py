@@ -437,8 +437,12 @@ class FakeInstances:
             instances=tuple(
                 InstanceUsage(
                     instance_id=one.id,
+                    instance_name=one.name,
                     cpu_seconds=1.5,
                     memory_rss_bytes=100 * 2**20,
+                    memory_vms_bytes=200 * 2**20,
+                    allocated_vcpus=2,
+                    allocated_memory_bytes=2**30,
                     network_rx_bytes=1000,
                     network_tx_bytes=2000,
                 )

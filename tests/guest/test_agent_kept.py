@@ -94,8 +94,9 @@ async def test_input_goes_on_where_the_guest_was(agent: Agent, tmp_path: Path) -
                 await session.close_stdin()
                 assert isinstance(await session.receive(), ExecResult)
                 break
-            with trio.move_on_after(0.05):
+            with trio.move_on_after(0.05):  # then the connection is lost
                 await session.send_stdin(part)
+                await trio.sleep_forever()
             sent += len(part)
     assert target.read_bytes() == data
 

@@ -15,13 +15,14 @@ from hypeman.instances.sampler import PERIOD, Sampler
 
 async def test_many_readers_cost_one_reading_a_second(autojump_clock: trio.testing.MockClock) -> None:
     read: list[str] = []
+    spec = SimpleNamespace(memory_bytes=2**30, hotplug_bytes=2**30, vcpus=2)
 
     def records() -> list[Any]:
         read.append("records")
         return [
-            SimpleNamespace(id="runs", handle=SimpleNamespace(pid=os.getpid())),
-            SimpleNamespace(id="stopped", handle=None),
-            SimpleNamespace(id="gone", handle=SimpleNamespace(pid=2**22 + 1)),
+            SimpleNamespace(id="runs", name="a", spec=spec, handle=SimpleNamespace(pid=os.getpid())),
+            SimpleNamespace(id="stopped", name="a", spec=spec, handle=None),
+            SimpleNamespace(id="gone", name="a", spec=spec, handle=SimpleNamespace(pid=2**22 + 1)),
         ]
 
     sampler = Sampler(records, lambda: {"runs": (7, 9)}, lambda: datetime.now(UTC))
@@ -33,6 +34,7 @@ async def test_many_readers_cost_one_reading_a_second(autojump_clock: trio.testi
     assert set(found) == {"runs", "gone"}
     assert found["runs"].memory_rss_bytes > 2**20
     assert (found["runs"].network_rx_bytes, found["runs"].network_tx_bytes) == (7, 9)
+    assert (found["runs"].instance_name, found["runs"].allocated_memory_bytes) == ("a", 2**31)
     assert (found["gone"].memory_rss_bytes, found["gone"].network_rx_bytes) == (0, 0)
     await trio.sleep(PERIOD)
     await sampler.get()

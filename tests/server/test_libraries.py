@@ -21,6 +21,7 @@ import trio.lowlevel
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
 from hypercorn.events import RawData
+from hypercorn.protocol import ProtocolWrapper
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import TCPServer
@@ -40,6 +41,10 @@ ROOT = Path(__file__).parents[2]
     [
         (TCPServer.__init__, ["app", "config", "context", "state", "stream"]),  # plain.py: PlainConnection
         (TCPServer._read_data, []),
+        (
+            ProtocolWrapper.__init__,  # plain.py: PlainConnection._make_protocol
+            ["app", "config", "context", "task_group", "state", "ssl", "client", "server", "send", "alpn_protocol"],
+        ),
         (TrioSingleTask.restart, ["task_group", "action"]),  # plain.py: _KeepAlive stands in for it
         (TrioSingleTask.stop, []),
         (TaskGroup.spawn, ["func", "args"]),
@@ -97,12 +102,13 @@ async def test_a_worker_ends_by_its_terminated_event() -> None:
 
 
 def test_a_connection_reads_and_times_through_what_is_replaced() -> None:
-    """plain.py: PlainConnection has its own ``_read_data`` and ``idle_task``; nobody else reads or starts timers."""
+    """plain.py: PlainConnection has its own ``run``, ``_read_data`` and ``idle_task``; nobody else reads or times."""
     source = inspect.getsource(TCPServer)
     assert source.count("self.stream.receive_some(") == 1
     assert "self.stream.receive_some(" in inspect.getsource(TCPServer._read_data)
     assert len(re.findall(r"self\.idle_task\.(?:restart|stop)\(", source)) == 3
-    assert "await self._read_data()" in inspect.getsource(TCPServer.run)
+    run = inspect.getsource(TCPServer.run)
+    assert re.findall(r"self\.(\w+)\(", run) == ["_read_data", "_close"], "what PlainConnection.run does as well"
 
 
 async def test_what_says_that_hypercorn_has_nothing_under_way() -> None:

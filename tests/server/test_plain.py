@@ -21,7 +21,8 @@ import trio
 from hypeman.devices.types import AvailableDevice
 from hypeman.instances.model.types import InstanceState
 from hypeman.server.app import ApiApp
-from hypeman.server.plain import PlainRoutes, plain_headers
+from hypeman.server.heads import plain_headers
+from hypeman.server.plain import PlainRoutes
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import Server, bind_tcp
 from hypeman.telemetry import metrics

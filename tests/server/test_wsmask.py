@@ -33,3 +33,17 @@ def test_a_key_of_another_length_is_refused() -> None:
 def test_the_server_uses_it() -> None:
     assert streams.WEBSOCKETS
     assert getattr(frame_protocol, "XorMaskerSimple") is wsmask.Masker  # noqa: B009
+
+
+def test_a_part_is_unmasked_as_its_twin_does() -> None:
+    rng = random.Random(2)
+    for _ in range(500):
+        data, key = rng.randbytes(rng.choice([0, 1, 7, 8, 9, 64, 1000])), rng.randbytes(4)
+        begin, end = sorted((rng.randrange(len(data) + 1), rng.randrange(len(data) + 1)))
+        part = wsmask.unmasked(data, begin, end, key, before := rng.randrange(10))
+        assert part == wsmask_py.unmasked(data, begin, end, key, before)
+        assert part == bytes(byte ^ key[(at + before) % 4] for at, byte in enumerate(data[begin:end]))
+    for wrong in ((b"abc", 0, 4, key, 0), (b"abc", 2, 1, key, 0), (b"abc", 0, 1, b"abc", 0), (b"abc", 0, 1, key, -1)):
+        for either in (wsmask, wsmask_py):
+            with pytest.raises(ValueError, match="not in the data"):
+                either.unmasked(*wrong)

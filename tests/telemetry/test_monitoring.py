@@ -98,7 +98,15 @@ async def test_the_oldest_running_instances_have_series(known: dict[str, set[str
     records = [SimpleNamespace(id=f"i{number}", name=f"n{number}", created_at=9 - number) for number in range(5)]
     used = tuple(
         InstanceUsage(
-            instance_id=f"i{number}", cpu_seconds=1.5, memory_rss_bytes=20, network_rx_bytes=30, network_tx_bytes=40
+            instance_id=f"i{number}",
+            instance_name=f"n{number}",
+            cpu_seconds=1.5,
+            memory_rss_bytes=20,
+            memory_vms_bytes=25,
+            network_rx_bytes=30,
+            network_tx_bytes=40,
+            allocated_vcpus=1,
+            allocated_memory_bytes=50,
         )
         for number in range(4)
     )

@@ -318,8 +318,12 @@ class LiveInstances(FakeInstances):
             found.append(
                 InstanceUsage(
                     instance_id=one.id,
+                    instance_name=one.name,
                     cpu_seconds=round(now * busy + wave, 2),
                     memory_rss_bytes=round(memory),
+                    memory_vms_bytes=2**30,
+                    allocated_vcpus=2,
+                    allocated_memory_bytes=2**30,
                     network_rx_bytes=round(traffic),
                     network_tx_bytes=round(traffic / 3),
                 )

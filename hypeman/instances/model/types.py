@@ -449,7 +449,7 @@ class WaitForStateResponse(Struct, frozen=True, kw_only=True):
     state_error: str | None = None
 
 
-class InstanceStats(Struct, frozen=True, kw_only=True):
+class InstanceUsage(Struct, frozen=True, kw_only=True):
     """Resources used by the VMM process, and traffic through its TAP as the guest sees it."""
 
     instance_id: str
@@ -464,6 +464,11 @@ class InstanceStats(Struct, frozen=True, kw_only=True):
     memory_utilization_ratio: Annotated[
         float | None, Meta(description="Resident memory of the VMM, of the allocated memory")
     ] = None
+
+
+class InstanceStats(InstanceUsage, frozen=True, kw_only=True):
+    """Resources used by the VMM process, traffic through its TAP as the guest sees it, and the guest's own view."""
+
     memory_pss_bytes: Annotated[
         int | UnsetType,
         Meta(description="Extension: resident memory, of which that shared with other VMs counts in part (PSS)"),
@@ -473,16 +478,6 @@ class InstanceStats(Struct, frozen=True, kw_only=True):
         Meta(description="Extension: used inside (MemTotal − MemAvailable); absent if the agent does not answer"),
     ] = UNSET
     guest_memory_total_bytes: Annotated[int | UnsetType, Meta(description="Extension: MemTotal of the guest")] = UNSET
-
-
-class InstanceUsage(Struct, frozen=True, kw_only=True):
-    """What one instance with a VMM has used so far."""
-
-    instance_id: str
-    cpu_seconds: float
-    memory_rss_bytes: int
-    network_rx_bytes: int
-    network_tx_bytes: int
 
 
 class UsageOfAll(Struct, frozen=True, kw_only=True):
