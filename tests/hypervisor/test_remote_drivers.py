@@ -14,11 +14,12 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 import trio
+import trio.testing
 import yaml
 
 from hypeman.architecture import AMD64, ARM64
@@ -31,7 +32,7 @@ from hypeman.hypervisor.cloud_hypervisor.vmm import Event, parse_events, room_of
 from hypeman.hypervisor.firecracker import config as fire
 from hypeman.hypervisor.firecracker.driver import FirecrackerDriver
 from hypeman.hypervisor.firecracker.jail import room_of as jail_of
-from hypeman.hypervisor.interface import Disk, Driver, ExitReason, LaunchFailed, Nic, PciDevice, VmConfig, VmmExit
+from hypeman.hypervisor.interface import Disk, Driver, ExitReason, LaunchFailed, Nic, PciDevice, VmConfig, Vmm, VmmExit
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.run_dir import API_SOCKET
 from hypeman.hypervisor.unix_http import UnixHttp
@@ -203,6 +204,19 @@ async def test_a_firecracker_that_needs_libraries_counts_as_not_available(
     driver = FirecrackerDriver(processes, kvm=good._kvm, binary=str(binary), jailer=str(jailer))
     found = await driver.probe()
     assert (found.available, "static build" in found.reason) == (linked == "-static", linked != "-static"), found
+
+
+async def test_a_guest_whose_vm_has_ended_is_not_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    class Ended:
+        async def open_channel(self) -> trio.abc.Stream:
+            await trio.sleep_forever()
+            raise AssertionError("unreachable")
+
+        async def wait_exit(self) -> VmmExit:
+            return VmmExit(ExitReason.FAILED)
+
+    with trio.fail_after(1), pytest.raises(AssertionError, match="ended before its guest answered"):
+        await Guest.of(cast(Vmm, Ended()))
 
 
 def test_events_are_taken_apart_wherever_they_are_cut() -> None:
