@@ -1,9 +1,10 @@
 """Devices of the host, registrations and their owners. The public interface of this package.
 
 The store records the owners; the host is made to match (binding.py, slots.py). The order for an
-instance is: ``claim`` in the transaction that creates it, ``bind`` before its VMM starts, ``unbind``
-after its VMM has exited, ``release`` in the transaction that removes it. ``bind`` and ``unbind`` may be
-repeated at any time. A server restart never takes devices from a stored instance.
+instance is: ``claim`` in the transaction that creates it, ``bind`` before its VMM starts, ``unbind`` when
+it is deleted, after its VMM has exited, ``release`` in the transaction that removes it. So a stopped instance
+keeps its devices, bound as they are. ``bind`` and ``unbind`` may be repeated at any time. A server restart never
+takes devices from a stored instance.
 """
 
 from __future__ import annotations
