@@ -44,15 +44,14 @@ def remove(txn: Txn, ref: str, failures: Mapping[str, str] = {}) -> None:
     """Raises NotFound, or InUse: attached to an instance, or still being given back by one. ``failures`` has the
     reason by address, where that failed."""
     record = find(txn, ref)
+    reason = failures.get(record.pci_address)
+    why = f": {record.pci_address} could not be given back: {reason}" if reason else ""
     if record.attached_to is not None:
-        raise InUse(f"device {record.name} is attached to instance {record.attached_to}")
+        raise InUse(f"device {record.name} is attached to instance {record.attached_to}{why}")
     binding = txn.get(BINDINGS, record.pci_address)
     if binding is not None:
-        reason = failures.get(record.pci_address)
         raise InUse(
-            f"device {record.name} ({record.pci_address}) is still being given back by instance {binding.instance_id}"
-            + (f": {reason}" if reason else ""),
-            retryable=True,
+            f"device {record.name} is still being given back by instance {binding.instance_id}{why}", retryable=True
         )
     txn.delete(DEVICES, record.id)
     _note(txn, record, "deleted")
