@@ -71,11 +71,11 @@ def conditions(resources: Resources, before: Iterable[Condition], now: datetime)
     return tuple(
         _condition(known.get(name), name, value, reason, message, now)
         for name, value, reason, message in (
-            ("MemoryPressure", False, "HypemanHasSufficientMemory", "guests have memory of their own"),
-            ("DiskPressure", full, "HypemanHasDiskPressure" if full else "HypemanHasNoDiskPressure",
+            ("MemoryPressure", False, "KubeletHasSufficientMemory", "guests have memory of their own"),
+            ("DiskPressure", full, "KubeletHasDiskPressure" if full else "KubeletHasNoDiskPressure",
              f"{disk.available} of {disk.effective_limit} bytes are available"),
-            ("PIDPressure", False, "HypemanHasSufficientPID", "guests have processes of their own"),
-            ("Ready", True, "HypemanReady", "the server of this host answers"),
+            ("PIDPressure", False, "KubeletHasSufficientPID", "guests have processes of their own"),
+            ("Ready", True, "KubeletReady", "the server of this host answers"),
         )
     )  # fmt: skip
 
