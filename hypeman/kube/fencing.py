@@ -20,6 +20,8 @@ from hypeman.kube.local import LocalError, LocalRefused, LocalServer
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+FIRST_SECONDS = 5.0
+"""For a program that has just started, to send its first heartbeat."""
 
 
 class Fencing:
@@ -31,6 +33,7 @@ class Fencing:
         self._grace = grace
 
     async def run(self) -> None:
+        await trio.sleep(FIRST_SECONDS)
         while True:
             await trio.sleep(LOOK_SECONDS)
             due = fence(self._instances.all, self._node, lost_for=self._lease.lost_for, grace=self._grace)

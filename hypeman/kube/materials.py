@@ -27,7 +27,7 @@ from hypeman.kube.local import segment as local_segment
 from hypeman.kube.podspec import PodSpec, Refusal, Remark, TokenFile
 from hypeman.kube.quantity import whole
 from hypeman.kube.references import File, Missing, Needed, Sources, mounted
-from hypeman.kube.translate import GIB, Archive, Disk, Placement, Wanted
+from hypeman.kube.translate import GIB, Archive, Disk, Placement, Wanted, credentials_secret
 from hypeman.kube.types import ConfigMap, PersistentVolume, PersistentVolumeClaim, Pod, Secret, TokenRequest
 from hypeman.resources.types import Resources
 from hypeman.volumes.types import CreateVolumeRequest, Volume
@@ -115,7 +115,7 @@ async def _or_none(api: ApiClient, path: str, kind: type[T]) -> T | None:
 
 async def place(api: ApiClient, local: LocalServer, pod: Pod, spec: PodSpec) -> Placement:
     """Raises Missing, Refusal, ApiError, LocalError."""
-    secret = pod.metadata.annotations.get(names.CREDENTIALS)
+    secret = credentials_secret(pod, spec)
     limits = spec.container.resources.limits
     profiles = {}
     if any(name.startswith(names.VGPU) for name in limits):

@@ -64,7 +64,9 @@ async def run(config: Config) -> None:
 
 async def serve(site: Site, settings: NodeConfig, clock: Callable[[], float] = boot_time) -> None:
     """All parts, until cancelled."""
-    lease = LeaseClock(settings.lease_duration, clock)
+    lease = LeaseClock(
+        settings.lease_duration, clock, site.state_dir / "heartbeat" if site.state_dir.is_dir() else None
+    )
     events = Events(site.api, site.name)
     shared = Shared(site, lease, events, Owners(site.api))
     pods = Pods(shared)

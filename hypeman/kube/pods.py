@@ -43,7 +43,16 @@ from hypeman.kube.references import Missing, needed
 from hypeman.kube.reflector import Reflector
 from hypeman.kube.site import Served, Site
 from hypeman.kube.status import Doing, Failure, Seen, derive_status, differs
-from hypeman.kube.translate import Wanted, check_golden, facts_of, golden_request, spec_digest, translate
+from hypeman.kube.translate import (
+    Wanted,
+    check_golden,
+    credentials_of,
+    credentials_secret,
+    facts_of,
+    golden_request,
+    spec_digest,
+    translate,
+)
 from hypeman.kube.translate import tags_of as wanted_tags
 from hypeman.kube.types import Pod, PodStatus
 
@@ -151,6 +160,8 @@ class Worker:
             return RESYNC_SECONDS
         pause = min(pause, await self._probe(spec))
         await self._report(pod, spec)
+        if action.verb is Verb.WAIT:
+            await self._rotate(pod, spec)
         return pause
 
     async def _known(self, pod: Pod, spec: PodSpec) -> Known:
@@ -468,6 +479,29 @@ class Worker:
         if self._readiness is None or self._readiness.started_at != instance.started_at:
             self._readiness = Readiness(spec.container, instance.started_at)
         return await self._readiness.look(self._site.local, instance)
+
+    async def _rotate(self, pod: Pod, spec: PodSpec) -> None:
+        """Pass on new values of credentials; those in use are known by the version in the instance's tag."""
+        instance = self.instance
+        used = tags_of(instance).get(names.CREDENTIALS) if instance is not None else None
+        if instance is None or used is None or pod.metadata.deletion_timestamp is not None:
+            return
+        try:
+            secret = await materials.read_secret(self._site.api, pod.metadata.namespace, credentials_secret(pod, spec))
+            _, values = credentials_of(secret)
+        except (Missing, Refusal) as problem:
+            self._events.warn(pod, "CredentialsNotRotated", str(problem))
+            return
+        if secret.metadata.resource_version == used or not values:
+            return
+        tags = {**tags_of(instance), names.CREDENTIALS: secret.metadata.resource_version}
+        try:
+            await self._patch(instance, UpdateInstanceRequest(env=values, tags=tags))
+        except LocalRefused as error:
+            self._events.warn(pod, "CredentialsNotRotated", error.message)
+            return
+        self._events.normal(pod, "CredentialsRotated", f"values of secret {secret.metadata.name!r} are in use")
+        await self._shared.instances.refresh()
 
     async def _report(self, pod: Pod, spec: PodSpec) -> None:
         """Write the pod's status if it differs. Raises ApiError."""

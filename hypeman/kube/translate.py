@@ -347,6 +347,23 @@ def port_number(port: int | str, container: Container) -> int:
     raise Refusal((Remark("spec.containers[0]", f"a probe names the port {port!r}, which is not among its ports"),))
 
 
+def credentials_secret(pod: Pod, spec: PodSpec) -> str:
+    """Name of the Secret whose values stay on the host; empty: none. Raises Refusal.
+
+    A node may read the Secrets that pods on it refer to in their spec: an annotation alone gives no right.
+    """
+    name = pod.metadata.annotations.get(names.CREDENTIALS, "")
+    if not name:
+        return ""
+    field = f"metadata.annotations[{names.CREDENTIALS}]"
+    volume = next((each for each in spec.volumes if each.secret is not None and each.secret.secret_name == name), None)
+    if volume is None:
+        raise Refusal((Remark(field, f"needs {name!r} in spec.volumes, which lets the node read it"),))
+    if volume in mounted(spec):
+        raise Refusal((Remark(field, f"the values of {name!r} are not to be mounted in the guest"),))
+    return name
+
+
 def credentials_of(secret: Secret | None) -> tuple[dict[str, CredentialPolicy], dict[str, str]]:
     """Rules, and real values by the name of their ``source.env``. Raises Refusal."""
     if secret is None:

@@ -254,6 +254,33 @@ async def test_two_pods_with_the_same_name_one_after_the_other(world: World, aut
         assert second["tags"]["kubernetes.io/pod-uid"] == world.cluster.objects[path]["metadata"]["uid"]
 
 
+async def test_new_values_of_credentials_are_passed_on(world: World, autojump_clock: MockClock) -> None:
+    place = "/api/v1/namespaces/default/secrets/keys"
+    rules = '{"KEY": {"source": {"env": "REAL"}, "inject": [{"as": {"basic": {"username": "x"}}}]}}'
+    world.cluster.put(place, secret(credentials__json=rules, REAL="one"))
+    path = world.add_pod(
+        annotations={"hypeman.dev/credentials": "keys"},
+        volumes=[{"name": "keys", "secret": {"secretName": "keys"}}],
+    )
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (instance,) = world.host.instances.values()
+        assert world.host.requests[instance["id"]]["env"] == {"REAL": "one"}
+        assert not world.host.archives, "the guest does not have it as a file"
+        world.cluster.put(place, secret(credentials__json=rules, REAL="two"))
+        await world.until(lambda: instance.get("env") == {"REAL": "two"})
+        patches = world.host.calls.count(f"PATCH /instances/{instance['id']}")
+        await trio.sleep(120)
+        assert world.host.calls.count(f"PATCH /instances/{instance['id']}") == patches, "once for each version"
+
+
+async def test_a_secret_of_credentials_has_to_be_the_pods(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(annotations={"hypeman.dev/credentials": "keys"})
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Failed")
+        assert "hypeman.dev/credentials" in world.status(path)["message"]
+
+
 # ── Owners, standby, forks ──────────────────────────────────────────────────────────────────────
 
 
