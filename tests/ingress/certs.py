@@ -16,7 +16,7 @@ def make_key() -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-def make_chain(key: Key, *names: str, days: float = 30) -> bytes:
+def make_chain(key: Key, *names: str, days: float = 30, must_staple: bool = False) -> bytes:
     """Self-signed; valid since a day before its end if ``days`` is not positive."""
     now = datetime.datetime.now(datetime.UTC)
     end = now + datetime.timedelta(days=days)
@@ -26,6 +26,8 @@ def make_chain(key: Key, *names: str, days: float = 30) -> bytes:
     builder = builder.not_valid_before(min(now, end) - datetime.timedelta(days=1))
     if names:
         builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(name) for name in names]), False)
+    if must_staple:
+        builder = builder.add_extension(x509.TLSFeature([x509.TLSFeatureType.status_request]), False)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 

@@ -135,6 +135,7 @@ def test_what_is_wrong_with_a_certificate_is_said_without_its_key() -> None:
         (make_chain(key), pem_of(key), "no subject alternative names"),
         (make_chain(small, "a.com"), pem_of(small), "1024 bits"),
         (make_chain(odd, "a.com"), pem_of(odd), "secp256k1"),
+        (make_chain(key, "a.com", must_staple=True), pem_of(key), "OCSP stapling"),
         (chain * 1000, pem_of(key), "larger"),
     ]:
         with pytest.raises(BadCertificate, match=said) as caught:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hypeman.ingress.certificates.types import Pair
 
 if TYPE_CHECKING:
+    from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 
 MAX_PEM = 64 << 10
@@ -34,6 +35,7 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
         leaf = certificates[0]
         alternative = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         names = tuple(dict.fromkeys(name.lower() for name in alternative.get_values_for_type(x509.DNSName)))
+        required = _required_features(leaf)
         public = leaf.public_key()
         not_before, not_after = leaf.not_valid_before_utc, leaf.not_valid_after_utc
         weak = [
@@ -68,6 +70,8 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
         raise BadCertificate(f"it is signed with {weak[0]}, which TLS clients refuse")
     if not names:
         raise BadCertificate("the certificate has no DNS names")
+    if required:
+        raise BadCertificate("the certificate requires OCSP stapling, which is not supported; order one without it")
     return Pair(
         chain="".join(each.public_bytes(serialization.Encoding.PEM).decode() for each in certificates),
         key=key_pem(private),
@@ -75,6 +79,16 @@ def read_pair(chain: bytes, key: bytes) -> Pair:
         not_before=not_before,
         not_after=not_after,
     )
+
+
+def _required_features(leaf: x509.Certificate) -> int:
+    """How many extensions of TLS a server that shows it must support (RFC 7633): of OCSP stapling."""
+    from cryptography import x509
+
+    try:
+        return len(list(leaf.extensions.get_extension_for_class(x509.TLSFeature).value))
+    except x509.ExtensionNotFound:
+        return 0
 
 
 def key_pem(key: CertificateIssuerPrivateKeyTypes) -> str:
