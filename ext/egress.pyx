@@ -61,6 +61,7 @@ cdef extern from "engine.h" nogil:
     bint engine_listen(engine *e, int fd, uint16_t port)
     void engine_unlisten(engine *e, uint16_t port)
     void engine_forget(engine *e, const char *instance)
+    void engine_part(engine *e, const char *instance)
     bint engine_certify(engine *e, const char *name, const char *chain, const char *key)
     bint engine_challenge(engine *e, const char *name, const char *token, const char *proof, const char *chain,
                           const char *key)
@@ -383,6 +384,10 @@ cdef class Engine:
         if instance is not None:
             name = instance
         engine_forget(self._e, name)
+
+    def part(self, bytes instance):
+        """It has ended, and so have the exchanges with it."""
+        engine_part(self._e, instance)
 
     def certify(self, bytes name, chain, key):
         """The certificate of a host name: PEM texts as in `__cinit__`, empty for none."""

@@ -119,6 +119,7 @@ void up_next_address(struct conn *c);
 void up_answer(struct loop *l, uint64_t token, unsigned n, const struct addr *addresses);
 void up_place(struct loop *l, uint64_t token, unsigned n, struct addr address, bool exists);
 void up_sweep(struct loop *l);
+void up_part(struct loop *l, const char *instance); /* which clients of ingresses were led to has ended */
 void pool_remove(struct conn *c);
 
 /* splice.c */

@@ -400,7 +400,8 @@ bool engine_challenge(struct engine *e, const char *name, const char *token, con
     return (ctx || !*chain) && certs_challenge(&e->certs, name, token, proof, ctx);
 }
 
-static void tell_of(struct engine *e, struct gate *g, int kind)
+/* A letter to each loop: about a gate, or about an instance. */
+static void tell_all(struct engine *e, int kind, struct gate *g, const char *instance)
 {
     for (unsigned i = 0; i < e->n; i++) {
         struct letter *a = calloc(1, sizeof *a);
@@ -408,7 +409,9 @@ static void tell_of(struct engine *e, struct gate *g, int kind)
             abort();
         a->kind = kind;
         a->gate = g;
-        atomic_fetch_add(&g->refs, 1);
+        if (g)
+            atomic_fetch_add(&g->refs, 1);
+        strcpy(a->instance, instance);
         loop_send(&e->loops[i], a);
     }
 }
@@ -426,7 +429,7 @@ bool engine_listen(struct engine *e, int fd, uint16_t port)
     g->port = port;
     g->next = e->gates;
     e->gates = g;
-    tell_of(e, g, LETTER_OPEN);
+    tell_all(e, LETTER_OPEN, g, "");
     return true;
 }
 
@@ -439,7 +442,7 @@ void engine_unlisten(struct engine *e, uint16_t port)
             continue;
         }
         *at = g->next;
-        tell_of(e, g, LETTER_CLOSE);
+        tell_all(e, LETTER_CLOSE, g, "");
         gate_release(g);
     }
 }
@@ -450,6 +453,12 @@ void engine_forget(struct engine *e, const char *instance)
         front_forget(e, instance);
     else
         front_forget_all(e);
+}
+
+void engine_part(struct engine *e, const char *instance)
+{
+    if (strlen(instance) < INSTANCE_NAME_MAX)
+        tell_all(e, LETTER_PART, NULL, instance);
 }
 
 int engine_audit_fd(struct engine *e)

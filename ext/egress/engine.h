@@ -95,6 +95,8 @@ bool engine_listen(struct engine *e, int fd, uint16_t port);
 void engine_unlisten(struct engine *e, uint16_t port);
 /* What is known about where this instance is, or any (NULL), is no longer true. */
 void engine_forget(struct engine *e, const char *instance);
+/* It has ended: so have the exchanges with it, although no packet says so. */
+void engine_part(struct engine *e, const char *instance);
 
 /* The certificate of a host name with its key, both in PEM; NULL: it has none. False: they are no such pair. */
 bool engine_certify(struct engine *e, const char *name, const char *chain, const char *key);

@@ -368,6 +368,9 @@ static void read_inbox(struct loop *l)
             find_and_close(l, a->gate);
             gate_release(a->gate);
             break;
+        case LETTER_PART:
+            up_part(l, a->instance);
+            break;
         }
         settle(l);
         free(a);

@@ -25,7 +25,7 @@ struct opened {
 enum { GATE_MARK = 1 };
 
 struct letter {
-    enum { LETTER_ANSWER, LETTER_PLACE, LETTER_DECISION, LETTER_OPEN, LETTER_CLOSE } kind;
+    enum { LETTER_ANSWER, LETTER_PLACE, LETTER_DECISION, LETTER_OPEN, LETTER_CLOSE, LETTER_PART } kind;
     struct letter *next;
     uint64_t token;
     bool allow; /* a request that is held */
@@ -33,6 +33,7 @@ struct letter {
     struct addr addresses[MAX_ADDRESSES];
     bool exists;
     struct gate *gate; /* holds it */
+    char instance[INSTANCE_NAME_MAX];
 };
 
 struct question {

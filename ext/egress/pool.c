@@ -665,6 +665,23 @@ void up_sweep(struct loop *l)
     }
 }
 
+void up_part(struct loop *l, const char *instance)
+{
+    struct conn *next;
+    for (struct conn *c = l->all; c; c = next) {
+        next = c->all_next;
+        if (c->kind != UP || !c->front || strcmp(c->to.host.text, instance) != 0)
+            continue;
+        l->payer = c->tenant;
+        if (c->phase == P_TUNNEL || c->phase == P_SPLICE)
+            conn_lost(c);
+        else
+            up_failed(c, R_NOT_RUNNING, NULL);
+        l->payer = NULL;
+        next = l->all; /* it has taken others with it */
+    }
+}
+
 void up_run(struct conn *c)
 {
     switch (c->phase) {

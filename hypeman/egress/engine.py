@@ -272,6 +272,8 @@ class Worker:
             case protocol.Forget():
                 for instance in (None,) if request.instances is None else request.instances:
                     engine.forget(instance.encode() if instance is not None else None)
+                for instance in request.ended:
+                    engine.part(instance.encode())
                 return
             case protocol.Count():
                 self._send_counters(link, request.id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -49,7 +49,8 @@ class Front:
         self._place_of: Callable[[str], Place] = _nowhere
         self.on_served: Callable[[Served], None] | None = None
         """Gets each request that is done."""
-        self._changed: set[str] = set()
+        self._changed: dict[str, bool] = {}
+        """Instances, and whether they have ended, that engines are still to be told of."""
         self._wake = trio.Event()
 
     def use(self, place_of: Callable[[str], Place], on_served: Callable[[Served], None]) -> None:
@@ -138,10 +139,11 @@ class Front:
 
     # ── Where instances are ──────────────────────────────────────────────────────────────────────
 
-    def forget(self, instances: Iterable[str]) -> None:
-        """Something about these, by name or id, has changed."""
+    def forget(self, instances: Iterable[str], ended: bool = False) -> None:
+        """Something about these, by name or id, has changed. ``ended``: they run no more, and requests to them fail."""
         if self._sites:
-            self._changed.update(instances)
+            for instance in instances:
+                self._changed[instance] = ended or self._changed.get(instance, False)
             self._wake.set()
 
     async def run(self) -> None:
@@ -150,7 +152,7 @@ class Front:
             await self._wake.wait()
             self._wake = trio.Event()
             while self._changed:
-                batch = [self._changed.pop() for _ in range(min(_AT_ONCE, len(self._changed)))]
+                batch = dict(self._changed.popitem() for _ in range(min(_AT_ONCE, len(self._changed))))
                 await self._everywhere(partial(_forget, batch))
 
     async def locate(self, engine: EngineLink, asked: protocol.Locate) -> None:
@@ -178,8 +180,8 @@ async def _challenge(name: str, token: str, proof: str, chain: str, key: str, en
         log.error("the challenge of %s: %s", name, error.message)
 
 
-async def _forget(instances: Sequence[str], engine: EngineLink) -> None:
-    await engine.forget(instances)
+async def _forget(changed: Mapping[str, bool], engine: EngineLink) -> None:
+    await engine.forget(tuple(changed), [instance for instance, ended in changed.items() if ended])
 
 
 def _nowhere(_: str) -> Place:

@@ -275,9 +275,10 @@ class EngineLink:
 
         await self._post(make)
 
-    async def forget(self, instances: Sequence[str]) -> None:
+    async def forget(self, instances: Sequence[str], ended: Sequence[str]) -> None:
         """No-op if it is lost."""
-        await self._post(lambda: protocol.Forget(instances=tuple(instances)))
+        known = tuple(ended) if self.version >= protocol.ENDED else ()
+        await self._post(lambda: protocol.Forget(instances=tuple(instances), ended=known))
 
     async def count(self) -> protocol.Counters:
         counted = await self._ask(lambda number: protocol.Count(id=number))

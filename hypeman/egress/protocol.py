@@ -33,6 +33,8 @@ SPOKEN = (2, 3, 4)
 or scrubbing."""
 SITES = 3
 """The first version that has ingresses."""
+ENDED = 4
+"""The first version that can be told that an instance has ended."""
 
 MAX_MESSAGE = 64 << 10
 MAX_PAYLOAD = 4 << 20
@@ -216,10 +218,12 @@ class Place(_Message, frozen=True, kw_only=True):
     exists: bool
 
 
-class Forget(_Message, frozen=True, kw_only=True):
+class Forget(_Message, frozen=True, kw_only=True, omit_defaults=True):
     """Something about these instances has changed: where they are must be asked again. None: about any."""
 
     instances: Annotated[tuple[Instance, ...], Meta(max_length=500)] | None
+    ended: Annotated[tuple[Instance, ...], Meta(max_length=500)] = ()
+    """Of these: which run no more. What is under way with them ends. Since version 4."""
 
 
 # ── From an engine ───────────────────────────────────────────────────────────────────────────────

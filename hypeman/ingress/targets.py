@@ -11,12 +11,15 @@ from hypeman.instances.model.types import InstanceState, WakeOn
 from hypeman.network.leases import get_lease
 from hypeman.store import Store
 
+_ENDED = (InstanceState.SHUTDOWN, InstanceState.STOPPED)
+
 
 class Targets:
     """A view of the instances as they are now."""
 
-    def __init__(self, board: Board, store: Store, changed: Callable[[Iterable[str]], object]) -> None:
-        """``changed`` gets the names and ids by which an instance was or is known when something about it changes."""
+    def __init__(self, board: Board, store: Store, changed: Callable[[Iterable[str], bool], object]) -> None:
+        """``changed`` gets the names and ids by which an instance was or is known when something about it changes, and
+        whether it has ended: its connections are over, other than in standby or while it is being deleted."""
         self._board = board
         self._store = store
         self._changed = changed
@@ -29,7 +32,9 @@ class Targets:
         name = self._board.name_of(instance_id) or ""
         if name:
             self._names[instance_id] = name
-        self._changed({instance_id, before, name} - {""})
+        record = self._board.get(instance_id)
+        ended = record is None or record.state in _ENDED
+        self._changed({instance_id, before, name} - {""}, ended)
 
     def find(self, ref: str) -> str:
         """The name of the instance that a client names. Raises NotFound or Ambiguous."""

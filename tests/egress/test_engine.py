@@ -365,6 +365,7 @@ def frames() -> list[bytes]:
         protocol.encode(protocol.Challenge(id=13, name="a.b", token="t", proof="p", sizes=(1, 1)), payload=2) + b"\0\0",
         protocol.encode(protocol.Place(token=12, loop=0, address="10.0.0.1", exists=True)),
         protocol.encode(protocol.Forget(instances=("a",))),
+        protocol.encode(protocol.Forget(instances=("a", "b"), ended=("b",))),
     ]
 
 

@@ -235,6 +235,20 @@ async def test_a_dropped_ingress_ends_its_calls() -> None:
                 await trio.sleep(0.01)
 
 
+async def test_an_instance_that_ends_midway() -> None:
+    origin = GrpcLike()
+    async with peers(origin.talk) as (here, peer):
+        streams = [await peer.ask(*GRPC, method="POST", authority="a.test", scheme="http", end=False) for _ in range(3)]
+        while len(origin.heads) < 3:
+            await trio.sleep(0.01)
+        here.egress.front.forget(["a"], ended=True)
+        for stream in streams:
+            assert (await peer.answer(stream))[0] == 503
+        stream = await peer.ask(*GRPC, body=b"x", method="POST", authority="a.test", scheme="http")
+        assert (await peer.answer(stream))[2] == b"x"
+    assert origin.connections == 2
+
+
 async def test_first_bytes_one_by_one() -> None:
     """The preface of HTTP/2, and what only begins like it."""
     async with world(http_guest(shows_head)) as here:

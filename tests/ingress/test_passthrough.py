@@ -169,6 +169,15 @@ async def test_a_client_that_leaves() -> None:
         assert (await here.logged()).passed
 
 
+async def test_an_instance_that_ends_midway() -> None:
+    async with passing() as here, await connect(here) as stream:
+        await stream.send_all(b"x")
+        assert await stream.receive_some(10) == b"x"
+        here.egress.front.forget(["a"], ended=True)
+        assert await stream.receive_some(10) == b""
+        assert (await here.logged()).passed
+
+
 @pytest.mark.parametrize("established", [False, True])
 async def test_a_dropped_ingress_ends_its_connections(established: bool) -> None:
     async with passing(None if established else silent) as here:

@@ -543,3 +543,46 @@ async def test_a_body_left_unread_is_not_the_next_request(method: bytes) -> None
             await other.send_all(b"GET /next HTTP/1.1\r\nHost: a.test\r\n\r\n")
             assert (await response_of(other))[1] == b"ok"
     assert [lines[0] for lines in seen] == [method + b" /first HTTP/1.1", b"GET /next HTTP/1.1"]
+
+
+async def test_an_instance_that_ends_midway() -> None:
+    """No packet says so: the server does. What has begun is reset, what has not gets 503."""
+    asked = trio.Semaphore(0)
+
+    async def guest(stream: trio.SocketStream) -> None:
+        head = await stream.receive_some(65536)
+        if b"/begun" in head:
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+        elif b"/socket" in head:
+            await stream.send_all(
+                b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n"
+            )
+        asked.release()
+        await trio.sleep_forever()
+
+    async with world(guest, Timeouts()) as here, AsyncExitStack() as stack:
+        clients = {}
+        for path, more in [
+            ("/begun", ""),
+            ("/waits", ""),
+            ("/socket", "Connection: upgrade\r\nUpgrade: websocket\r\n"),
+        ]:
+            client = clients[path] = await stack.enter_async_context(await here.connect())
+            await client.send_all(f"GET {path} HTTP/1.1\r\nHost: a.test\r\n{more}\r\n".encode())
+            await asked.acquire()
+        begun = b""
+        while not begun.endswith(b"half"):
+            begun += await clients["/begun"].receive_some(65536)
+        here.egress.front.forget(["other"], ended=True)
+        here.egress.front.forget(["a"])  # as in standby: connections are kept
+        assert await here.counted("clients") == 3
+        here.egress.front.forget(["a"], ended=True)
+        assert (await response_of(clients["/waits"]))[0].status_code == 503
+        with pytest.raises(trio.BrokenResourceError):
+            await clients["/begun"].receive_some(65536)
+        while await clients["/socket"].receive_some(65536):
+            pass
+        await here.logged(3)
+        assert {served.path: served.status for served in here.log} == {"/begun": 200, "/waits": 503, "/socket": 101}
+        while await here.counted("clients") > 1:
+            await trio.sleep(0.01)
