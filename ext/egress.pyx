@@ -119,11 +119,23 @@ cdef extern from "probe.h" nogil:
                              const char *target, bint override, int64_t now_s, char *rule)
 
 
+cdef extern from "scrub.h" nogil:
+    struct text "str":
+        const char *p
+        uint32_t n
+
+    struct needles:
+        pass
+
+    void needles_add(needles *s, text what, text replacement)
+    size_t scrub_next(const needles *s, const char *p, size_t n, bint last, text *out)
+
+
 METRICS = (
     "accepted", "unregistered", "too_many", "handshakes", "handshakes_failed", "minted", "requests", "injected",
     "denied", "passed_through", "tunnels", "upstream_opened", "upstream_reused", "upstream_failed", "verify_failed",
     "bytes_up", "bytes_down", "audit_lost", "connections", "status_2xx", "status_3xx", "status_4xx", "status_5xx",
-    "clients", "clients_refused",
+    "clients", "clients_refused", "scrubbed",
 )
 assert len(METRICS) == M_COUNT
 
@@ -203,6 +215,44 @@ def decide_access(rules, bytes host, uint16_t port, bytes method, bytes target, 
     if reason == NULL:
         raise ValueError("not rules, or not a host")
     return (<bytes>reason).decode(), (<bytes>rule).decode()
+
+
+cdef text text_of(bytes data):
+    cdef text t
+    t.p = data
+    t.n = <uint32_t>len(data)
+    return t
+
+
+def scrub(list texts, list pieces):
+    """What becomes of each piece of a stream, and at its end of what was kept back: as ext/egress/echo.c does it. `texts`:
+    pairs of what is replaced and by what."""
+    cdef text piece
+    cdef bytes unsure = b""
+    cdef size_t at, used
+    cdef list out = []
+    cdef needles *s = <needles *>calloc(1, sizeof(needles))
+    if s == NULL:
+        raise MemoryError
+    try:
+        for what, replacement in texts:
+            needles_add(s, text_of(what), text_of(replacement))
+        for number in range(len(pieces) + 1):
+            last = number == len(pieces)
+            unsure += b"" if last else pieces[number]
+            given = b""
+            at = 0
+            while True:
+                used = scrub_next(s, <const char *>unsure + at, <size_t>len(unsure) - at, last, &piece)
+                if used == 0:
+                    break
+                given += piece.p[:piece.n]
+                at += used
+            unsure = unsure[at:]
+            out.append(given)
+        return out
+    finally:
+        free(s)
 
 
 def forward_head(bytes data, bytes client, bint tls, bytes secret):

@@ -70,6 +70,7 @@ static void down_killed(struct conn *c)
 {
     if (c->x.down)
         xchg_unask(&c->x);
+    echo_end(&c->x);
     xchg_uncount(&c->x);
 }
 

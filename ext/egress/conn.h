@@ -78,6 +78,8 @@ struct visit {
     char path[200];            /* without the query */
 };
 
+struct echo;
+
 /* Where an instance is, as the server said. */
 struct place {
     char name[INSTANCE_NAME_MAX];
@@ -92,6 +94,8 @@ struct xchg {
     int32_t down_stream, up_stream; /* HTTP/2 */
     struct destination to;
     struct visit *visit;
+    struct echo *echo;     /* what is taken out of the response, see echo.c */
+    size_t surplus;        /* HTTP/2: bytes of to_down beyond those that the host's window counts */
     bool active;
     bool waiting;      /* for an upstream connection, or held */
     bool held;         /* until its credential has a value, or `held_until_ms` */

@@ -305,6 +305,8 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         x->req_left = buf_size(&x->to_up);
     }
     xchg_note_rules(x, &m);
+    echo_begin(x, s, &m);
+    x->upgrade &= !x->echo; /* what follows an upgrade cannot be searched */
     l->counters[M_INJECTED] += m.n > 0;
     struct request_line line = {path, x->req_body, x->req_left, x->upgrade};
     up1_send(x, h, &line, &m);

@@ -32,7 +32,9 @@ static ssize_t give_body(nghttp2_session *s, int32_t id, uint8_t *out, size_t n,
     }
     ssize_t given = h2_pull(c->loop, &x->to_down, out, n);
     if (x->up && x->up->h2) {
-        (void)nghttp2_session_consume(x->up->h2, x->up_stream, (size_t)given);
+        size_t beyond = (size_t)given < x->surplus ? (size_t)given : x->surplus;
+        x->surplus -= beyond;
+        (void)nghttp2_session_consume(x->up->h2, x->up_stream, (size_t)given - beyond);
         conn_again(x->up);
     } else if (x->up && buf_size(&x->to_down) < conn_watermark(c)) {
         conn_again(x->up);
@@ -258,6 +260,7 @@ static void decide(struct xchg *x)
     if (x->gathered)
         x->req_body = BODY_LENGTH;
     xchg_note_rules(x, &m);
+    echo_begin(x, s, &m);
     l->counters[M_INJECTED] += m.n > 0;
     bool sent = true;
     x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && is_idempotent(h);
@@ -438,6 +441,7 @@ static void drop(struct conn *c, struct xchg *x)
         x->next->prev = x->prev;
     c->stream_count--;
     xchg_uncount(x);
+    echo_end(x);
     visit_end(x);
     fields_free(c->loop, &x->request);
     fields_free(c->loop, &x->up_trailers);

@@ -7,12 +7,13 @@
  *               client of an ingress: a new connection, decisions             front.c
  *               host: dial, verify, keep; HTTP/1, HTTP/2                      pool.c up1.c up2.c
  *               what joins them, through struct side; carrying unread bytes   xchg.c splice.c
+ *               credentials taken out of responses                            echo.c
  *               what the HTTP/2 sides share; records of requests              h2.c audit.c
  *   tls         OpenSSL over a connection's buffers; certificate chains       tls.c chain.c
  *   io          buffers, sockets, timers                                      io.c
  *   below       pure or nearly so, usable alone: policy, bounds, rules,       policy.c bound.c access.c verdict.c
  *               verdicts on requests, signatures, leaves, heads, queries,     transform.c sigv4.c mint.c h1.c query.c
- *               client certificates,                                          identity.c
+ *               client certificates, texts in a stream,                        identity.c scrub.c
  *               names, addresses;                                             hello.c host.c addr.c
  *               routes and certificates of ingresses, what is forwarded       site.c certs.c forward.c
  *
@@ -88,6 +89,7 @@ void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t le
 void down_data(struct xchg *x, const char *p, size_t n);
 void down_end(struct xchg *x, const struct head *trailers);
 void down_fail(struct xchg *x, enum reason why, const char *detail);
+void down_pass_head(struct xchg *x, const struct head *h, enum body body, uint64_t length);
 /* Up side of x: */
 void up_data(struct xchg *x, const char *p, size_t n);
 void up_end(struct xchg *x, const struct head *trailers);
@@ -104,6 +106,13 @@ bool xchg_ask(struct xchg *x, struct str path); /* holds it for an approval; fal
 void xchg_unask(struct xchg *x);
 void held_decided(struct loop *l, uint64_t token, bool allow);
 void held_again(struct loop *l, bool rules_changed); /* decide again, or refuse what was held too long */
+
+/* echo.c: down_head, down_data and down_end where the response is searched for credentials */
+void echo_begin(struct xchg *x, struct snapshot *s, const struct matched *m); /* nothing to search for: none of this */
+void echo_head(struct xchg *x, const struct head *h, enum body body, uint64_t length);
+void echo_data(struct xchg *x, const char *p, size_t n);
+void echo_finish(struct xchg *x, const struct head *trailers);
+void echo_end(struct xchg *x);
 
 /* pool.c */
 enum take { TAKE_READY, TAKE_WAIT, TAKE_FULL };

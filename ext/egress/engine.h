@@ -52,6 +52,7 @@ enum metric {
     M_STATUS_5XX,
     M_CLIENTS, /* gauge: connections from clients of ingresses */
     M_CLIENTS_REFUSED,
+    M_SCRUBBED,
     M_COUNT,
 };
 

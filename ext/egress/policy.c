@@ -115,6 +115,11 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
     return s;
 }
 
+void snapshot_hold(struct snapshot *s)
+{
+    atomic_fetch_add(&s->refs, 1);
+}
+
 void snapshot_release(struct snapshot *s)
 {
     if (s && atomic_fetch_sub(&s->refs, 1) == 1) {

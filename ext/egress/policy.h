@@ -1,8 +1,8 @@
 /* What an instance may do and which headers it is given: snapshots, tenants and the table from source address to
  * tenant.
  *
- * A snapshot is immutable. A request borrows it only while its head is decided and written, so a replaced snapshot
- * dies, and its secrets are wiped, as soon as the requests of that moment are written. Its memory is locked and left
+ * A snapshot is immutable. A request borrows it only while its head is decided and written, and where the response is
+ * searched for credentials until that is complete. So a replaced snapshot dies, and its secrets are wiped, with them. Its memory is locked and left
  * out of core dumps. The table is the one thing that several loops share; each call holds its lock for a look-up.
  */
 #ifndef HYPEMAN_EGRESS_POLICY_H
@@ -35,6 +35,7 @@ enum rule_kind {
     RULE_HMAC,   /* sets the field `name` to a signature of the body by the key `value`; extra: the scheme */
     RULE_BODY,   /* puts the value in the place of the placeholder in the body; extra: as JSON, as a form */
     RULE_MTLS,   /* the key of the certificate that the host is shown; extra: the certificates, see identity.c */
+    RULE_SCRUB,  /* what the host may echo, and the placeholder instead; extra: texts, see echo.c */
     RULE_KINDS,
 };
 
@@ -71,6 +72,7 @@ struct snapshot {
 
 /* Reads the encoding written by hypeman/egress/policy.py; NULL with errno set if it is not one. */
 struct snapshot *snapshot_decode(const uint8_t *data, size_t n);
+void snapshot_hold(struct snapshot *s);
 void snapshot_release(struct snapshot *s);
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port);
 bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls, int64_t now_s);

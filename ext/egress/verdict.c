@@ -38,6 +38,8 @@ const struct reason_text REASONS[R_COUNT] = {
     [R_CREDENTIAL] = {503, "credential_unavailable", "the credential for this host has no valid value at the moment", NEXT_LATER},
     [R_SIGNATURE] = {403, "signature_refused", "the request's signature cannot be replaced", NEXT_CHANGE},
     [R_TOO_LARGE] = {413, "body_too_large", "the body must be complete before it is sent to this host, and is too large for that", NEXT_CHANGE},
+    [R_UNSEARCHABLE] = {502, "unsearchable_response", "the response is encoded or partial, so it cannot be searched for credentials",
+                        NEXT_NEVER},
     [R_DRAINING] = {503, "draining", "the proxy is about to stop", NEXT_LATER},
     [R_NO_RULE] = {403, "no_rule", "no rule of this instance allows this request", NEXT_OTHER_HOST},
     [R_HOST_RULE] = {403, "host_denied_by_rule", "a rule of this instance denies this host", NEXT_OTHER_HOST},
@@ -227,10 +229,18 @@ void look_at_access(const struct snapshot *s, const struct destination *to, int6
     note_rule(out, first.rule, first.action == ACCESS_ALLOW ? D_ALLOWED : D_OBSERVED);
 }
 
+/* The response must be readable for echo.c: not compressed, and no part that begins in the middle of a credential. */
+static void ask_for_whole_text(struct matched *m)
+{
+    set_field(m, str_of("accept-encoding"), str_of("identity"));
+    set_field(m, str_of("range"), (struct str){NULL, 0});
+    set_field(m, str_of("if-range"), (struct str){NULL, 0});
+}
+
 enum reason apply_policy(const struct snapshot *s, const struct head *h, const struct destination *to, int64_t now_s,
                          struct matched *out)
 {
-    out->n = out->fields = 0;
+    out->n = out->fields = out->scrubs = 0;
     out->path = (struct str){NULL, 0};
     out->transforms = out->unready = out->certified = false;
     out->detail = NULL;
@@ -243,7 +253,9 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
         const struct rule *r = &s->rules[i];
         bool covers = rule_covers(r, &to->host, to->port);
         covered |= covers;
-        if (covers && to->tls && out->n < MAX_MATCHED)
+        if (covers && to->tls && r->kind == RULE_SCRUB && out->scrubs < MAX_SCRUBS)
+            out->scrub[out->scrubs++] = r;
+        else if (covers && to->tls && r->kind != RULE_SCRUB && out->n < MAX_MATCHED)
             out->rules[out->n++] = r; /* never on plain HTTP: anyone on the way could read it */
     }
     for (unsigned i = 0; i < s->n; i++) {
@@ -258,6 +270,8 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
         return R_HOST_DENIED;
     if (out->n && h1_is(h->method, "trace"))
         return R_METHOD; /* it would hand the credential back in its answer */
+    if (out->scrubs)
+        ask_for_whole_text(out);
     for (unsigned i = 0; i < out->n; i++) {
         const struct rule *r = out->rules[i];
         out->unready |= !rule_is_ready(r, now_s);

@@ -45,6 +45,7 @@ enum reason {
     R_CREDENTIAL,
     R_SIGNATURE,
     R_TOO_LARGE,
+    R_UNSEARCHABLE,
     R_NO_RULE,
     R_HOST_RULE,
     R_REQUEST_RULE,
@@ -87,7 +88,7 @@ struct origin {
     uint16_t port;                   /* plain and transparent: the port that was dialled */
 };
 
-enum { MAX_MATCHED = 16, MAX_SET = 24, TARGET_MAX = 240 };
+enum { MAX_MATCHED = 16, MAX_SET = 28, MAX_SCRUBS = 32, TARGET_MAX = 240 };
 
 /* A field that is written after the guest's own, which lose all of that name. No value: only that. */
 struct set_field {
@@ -106,6 +107,8 @@ struct ruled {
 struct matched {
     unsigned n;
     const struct rule *rules[MAX_MATCHED];
+    unsigned scrubs; /* what is taken out of the response */
+    const struct rule *scrub[MAX_SCRUBS];
     unsigned fields;
     struct set_field set[MAX_SET];
     struct str path; /* instead of the guest's, if there is one */

@@ -17,6 +17,7 @@ void xchg_begin(struct xchg *x, struct conn *down, const struct head *h)
         xchg_uncount(x);
         x->down = down;
         xchg_forget_body(x);
+        echo_end(x);
         visit_end(x);
         memset(x, 0, sizeof *x);
     }
@@ -245,8 +246,14 @@ void xchg_note_rules(struct xchg *x, const struct matched *m)
 
 void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
 {
-    if (!x->down)
-        return;
+    if (x->down && x->echo)
+        echo_head(x, h, body, length);
+    else if (x->down)
+        down_pass_head(x, h, body, length);
+}
+
+void down_pass_head(struct xchg *x, const struct head *h, enum body body, uint64_t length)
+{
     if (h->status >= 200 || h->status == 101) {
         x->resp_started = true;
         x->status = h->status;
@@ -257,14 +264,18 @@ void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t le
 void down_data(struct xchg *x, const char *p, size_t n)
 {
     x->down_bytes += n;
-    if (x->down)
+    if (x->down && x->echo)
+        echo_data(x, p, n);
+    else if (x->down)
         x->down->side->data(x, p, n);
 }
 
 void down_end(struct xchg *x, const struct head *trailers)
 {
     x->resp_done = true;
-    if (x->down)
+    if (x->down && x->echo)
+        echo_finish(x, trailers);
+    else if (x->down)
         x->down->side->end(x, trailers);
 }
 
@@ -400,6 +411,7 @@ void xchg_try_finish(struct xchg *x)
     x->up = NULL;
     if (up)
         up->side->release(up, x);
+    echo_end(x);
     x->active = false;
     if (x == &x->down->x) /* a stream of HTTP/2 counts until the client has taken the response */
         xchg_uncount(x);

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 __all__ = [
     "BOUNDS", "METRICS", "REASONS", "TIMERS", "Engine", "Sites", "confine", "decide_access", "forward_head",
-    "rewrite_head",
+    "rewrite_head", "scrub",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ if TYPE_CHECKING:
         rules: bytes, host: bytes, port: int, method: bytes, target: bytes, override: bool, now_s: int
     ) -> tuple[str, str]: ...
 
+    def scrub(texts: list[tuple[bytes, bytes]], pieces: list[bytes]) -> list[bytes]: ...
+
     BOUNDS: tuple[str, ...]
     METRICS: tuple[str, ...]
     REASONS: tuple[str, ...]
@@ -87,4 +89,5 @@ else:
         decide_access,
         forward_head,
         rewrite_head,
+        scrub,
     )

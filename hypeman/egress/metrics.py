@@ -35,6 +35,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "hypeman_egress_requests_total": _single("requests", "Requests of guests"),
     "hypeman_egress_injected_total": _single("injected", "Requests into which a credential was injected"),
+    "hypeman_egress_scrubbed_total": _single("scrubbed", "Responses in which a credential was replaced"),
     "hypeman_egress_passed_through_total": _single("passed_through", "Connections passed through without decryption"),
     "hypeman_egress_tunnels_total": _single("tunnels", "Exchanges upgraded to another protocol, such as WebSocket"),
     "hypeman_egress_responses_total": Family(

@@ -26,6 +26,10 @@ from hypeman.errors import InvalidRequest
 MAX_RULES = 256
 MAX_RULES_PER_HOST = 16
 MAX_PORTS = 16
+MAX_SCRUB_RULES = 32
+"""As in ext/egress/verdict.h."""
+MAX_SCRUBBED_NAME = 64
+"""So that a response does not become many times as long."""
 HTTPS = 443
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
@@ -112,6 +116,11 @@ class _Rule:
         self.key = key
         self.token = token_name(key, number) if rule.as_.oauth2 is not None else None
         self.form = form_of(rule.as_)
+        self.scrub = rule.scrub is True
+        if self.scrub and self.form.kind is Kind.MTLS:
+            raise InvalidRequest("mtls shows the host nothing that it could show the guest; leave out scrub")
+        if self.scrub and len(key) > MAX_SCRUBBED_NAME:
+            raise InvalidRequest(f"a credential that is scrubbed has a name of at most {MAX_SCRUBBED_NAME} characters")
         self.hosts = parse_hosts(rule)
         self.ports = parse_ports(rule, usual_port)
 
@@ -235,11 +244,18 @@ def compile_policy(
                 )
     if len({rule.form.target for rule in rules}) > MAX_RULES_PER_HOST:
         raise InvalidRequest(f"the rules set over {MAX_RULES_PER_HOST} different headers or parameters")
-    patterns = sum(len(rule.hosts or ()) for rule in rules)
-    out = bytearray(b"HEG3" + struct.pack("<BBHHH", unmatched, web_only, usual_port, len(rules), patterns))
+    compiled: list[tuple[_Rule, bytes]] = []
     for rule in rules:
         value = _value_of(rule, credentials[rule.key], secrets, obtained or {})
-        out += encode_text(rule.key) + encode_text(placeholder(rule.key)) + rule.form.compile(value)
+        compiled.append((rule, rule.form.compile(value)))
+        if rule.scrub:
+            compiled += [(rule, scrubbing) for scrubbing in rule.form.compile_scrubbing(value)]
+    if len(compiled) > min(len(rules) + MAX_SCRUB_RULES, MAX_RULES):
+        raise InvalidRequest("too many values are to be scrubbed")
+    patterns = sum(len(rule.hosts or ()) for rule, _ in compiled)
+    out = bytearray(b"HEG3" + struct.pack("<BBHHH", unmatched, web_only, usual_port, len(compiled), patterns))
+    for rule, form in compiled:
+        out += encode_text(rule.key) + encode_text(placeholder(rule.key)) + form
         out += struct.pack(f"<BB{len(rule.ports)}H", rule.hosts is None, len(rule.ports), *rule.ports)
         out += struct.pack("<H", len(rule.hosts or ()))
         for host in rule.hosts or ():

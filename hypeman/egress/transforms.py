@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import base64
 import enum
+import html
 import re
 import struct
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 import msgspec
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -26,6 +27,9 @@ from hypeman.egress.types import BasicForm, InjectAs
 from hypeman.errors import HypemanError, InvalidRequest
 
 MAX_VALUE = 8 * 1024
+MIN_SCRUBBED = 8
+"""Characters; shorter texts would be replaced where they mean nothing."""
+_TEXTS_OF_A_RULE = 6
 MAX_CHAIN = 6
 """Certificates, the client's own included."""
 _YEAR_10000 = 253402300800.0
@@ -78,6 +82,7 @@ class Kind(enum.IntEnum):
     HMAC = 3
     BODY = 4
     MTLS = 5
+    SCRUB = 6
 
 
 class Compiled(NamedTuple):
@@ -118,12 +123,51 @@ class Form(NamedTuple):
     """Of the rule while it has no value."""
     scope: str = ""
     """Which requests of a host: two rules for different ones do not clash."""
+    secrets: Callable[[str], tuple[str, ...]] = lambda value: (value,)
+    """What of the real value a host gets to know."""
 
     def compile(self, value: Value | None) -> bytes:
         """With the value, or as a rule that has none yet."""
         if value is None:
             return Compiled(self.kind, self.name, "", self.extra).encode(ready=False, expires_at=0)
         return self.render(value.text).encode(ready=True, expires_at=value.expires_at)
+
+    def compile_scrubbing(self, value: Value | None) -> list[bytes]:
+        """Rules with what to look for in responses. Raises InvalidRequest."""
+        texts = () if value is None else self._shown(value.text)
+        return [
+            Compiled(Kind.SCRUB, "scrub", "", texts[at : at + _TEXTS_OF_A_RULE]).encode(ready=True, expires_at=0)
+            for at in range(0, max(1, len(texts)), _TEXTS_OF_A_RULE)
+        ]
+
+    def _shown(self, value: str) -> tuple[str, ...]:
+        """How a host could show the value again."""
+        compiled = self.render(value)
+        secrets = [secret for secret in self.secrets(value) if secret]
+        if min(map(len, secrets), default=0) < MIN_SCRUBBED:
+            raise InvalidRequest(f"a value that is scrubbed must have at least {MIN_SCRUBBED} characters")
+        texts = [text for secret in secrets for text in spellings(secret)]
+        if compiled.kind is Kind.HEADER:  # of a Basic credential the value is not a part
+            texts += spellings(compiled.value.split(" ")[-1]) if secrets[0] not in compiled.value else []
+        return tuple(dict.fromkeys(texts))
+
+
+def spellings(secret: str) -> list[str]:
+    """A text as it is, and as JSON, HTML, a URL, a form and base64 have it."""
+    escaped = quote(secret, safe="")
+    as_json = msgspec.json.encode(secret)[1:-1].decode()
+    return [
+        secret,
+        as_json,
+        as_json.replace("/", "\\/"),  # PHP
+        re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", as_json),  # Go
+        html.escape(secret),
+        escaped,
+        re.sub("%..", lambda match: match[0].lower(), escaped),
+        quote(secret),
+        quote_plus(secret),
+        base64.b64encode(secret.encode()).decode().rstrip("="),
+    ]
 
 
 def form_of(shape: InjectAs) -> Form:
@@ -286,7 +330,9 @@ _PEM_BLOCK = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----", re.D
 
 
 def _mtls(shape: InjectAs) -> Form:
-    return Form(Kind.MTLS, "certificate", "client certificate", "the client certificate", _identity)
+    return Form(
+        Kind.MTLS, "certificate", "client certificate", "the client certificate", _identity, secrets=lambda value: ()
+    )
 
 
 def _identity(value: str) -> Compiled:
@@ -347,7 +393,13 @@ def _sigv4(shape: InjectAs) -> Form:
         render,
         extra=("", "", *scope),
         scope="/".join(scope),
+        secrets=_aws_secrets,
     )
+
+
+def _aws_secrets(value: str) -> tuple[str, ...]:
+    keys = _aws_keys(value)
+    return keys.secret, keys.token or ""
 
 
 def _aws_keys(value: str) -> _AwsKeys:

@@ -242,6 +242,13 @@ class InjectRule(Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    scrub: Annotated[
+        bool | UnsetType,
+        Meta(
+            description="Replace the value by the placeholder in responses of the hosts, head and body: as it is, and "
+            "as JSON, HTML, URLs, forms and base64 have it. The hosts are asked for whole bodies without compression"
+        ),
+    ] = UNSET
 
 
 class CredentialPolicy(Struct, frozen=True, kw_only=True):

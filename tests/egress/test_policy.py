@@ -190,7 +190,7 @@ def test_sealing(tmp_path: Path) -> None:
     assert b"sk-1" not in sealed
     assert stat.S_IMODE((tmp_path / "seal.key").stat().st_mode) == 0o600
     assert load_sealer(tmp_path).open("inst-a", sealed) == {"REAL_KEY": "sk-1"}
-    for instance, data in (("inst-b", sealed), ("inst-a", sealed[:-1] + b"\0"), ("inst-a", b"")):
+    for instance, data in (("inst-b", sealed), ("inst-a", sealed[:-1] + bytes([sealed[-1] ^ 1])), ("inst-a", b"")):
         with pytest.raises(InternalError):
             sealer.open(instance, data)
 

@@ -15,11 +15,11 @@ import pytest
 SOURCES = Path(__file__).parents[2] / "ext" / "egress"
 
 ROWS = (
-    "h1 query hello host addr bound site access policy verdict identity sigv4 transform forward probe mint certs chain "
-    "confine",
+    "h1 query hello host addr bound site access policy verdict identity scrub sigv4 transform forward probe mint certs "
+    "chain confine",
     "io",
     "tls",
-    "accept front down1 down2 up1 up2 h2 pool xchg splice audit",
+    "accept front down1 down2 up1 up2 h2 pool xchg echo splice audit",
     "loop",
     "engine",
 )

@@ -18,6 +18,7 @@
 #include "h2.h"
 #include "hello.h"
 #include "probe.h"
+#include "scrub.h"
 
 #ifdef WITH_LLHTTP
 #include "llhttp_opinion.h"
@@ -375,13 +376,50 @@ static void sites(const uint8_t *p, size_t n)
     MUST(sites_drop(table, "i") && !sites_drop(table, "i") && !table->n_shapes);
 }
 
+/* Texts, each with a byte of length, up to an empty one; then a stream. Cut in whatever way, it becomes the same, and that is
+ * what a search of the whole gives. */
+static void scrubbing(const uint8_t *p, size_t n)
+{
+    static char whole[16384 * 4], cut[sizeof whole];
+    static const struct str NEW = {"mock-KEY", 8};
+    struct needles s = {0};
+    size_t at = 0;
+    while (at < n && p[at] && at + 1 + p[at] <= n && s.n < 16) {
+        needles_add(&s, (struct str){(const char *)p + at + 1, p[at]}, NEW);
+        at += 1 + (size_t)p[at];
+    }
+    const char *in = (const char *)p + at;
+    size_t left = n - at, made = 0, step = at % 7 + 1, have = 0, done = 0;
+    struct out o = {whole, 0, sizeof whole, false}, pieces = {cut, 0, sizeof cut, false};
+    if (left > 4096)
+        return;
+    while (made < left) {
+        unsigned found = 0;
+        while (found < s.n && (s.needle[found].text.n > left - made || memcmp(in + made, s.needle[found].text.p, s.needle[found].text.n)))
+            found++;
+        out_add(&o, found < s.n ? NEW.p : in + made, found < s.n ? NEW.n : 1);
+        made += found < s.n ? s.needle[found].text.n : 1;
+    }
+    do {
+        struct str piece;
+        size_t used;
+        have = have + step < left ? have + step : left;
+        while ((used = scrub_next(&s, in + done, have - done, have == left, &piece))) {
+            MUST(used <= have - done);
+            out_add(&pieces, piece.p, piece.n);
+            done += used;
+        }
+    } while (have < left);
+    MUST(done == left && !o.over && o.n == pieces.n && !memcmp(whole, cut, o.n));
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     if (n < 1)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 13) {
+    switch (data[0] % 14) {
     case 0: head(h1_parse_request, p, n); break;
     case 1: head(h1_parse_response, p, n); break;
     case 2: head(h1_parse_trailers, p, n); break;
@@ -393,6 +431,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     case 9: signing(p, n); break;
     case 10: access_rules((const uint8_t *)p, n); break;
     case 11: forward(p, n); break;
+    case 13: scrubbing((const uint8_t *)p, n); break;
     case 12: sites((const uint8_t *)p, n); break;
     default: block((const uint8_t *)p, n); break;
     }

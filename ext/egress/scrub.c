@@ -1,0 +1,62 @@
+/* See scrub.h. */
+#include "scrub.h"
+
+#include <string.h>
+#include <strings.h>
+
+void needles_add(struct needles *s, struct str text, struct str replacement)
+{
+    unsigned at = s->n;
+    if (!text.n || s->n == SCRUB_MAX)
+        return;
+    for (unsigned i = 0; i < s->n; i++)
+        if (s->needle[i].text.n == text.n && memcmp(s->needle[i].text.p, text.p, text.n) == 0)
+            return;
+    for (; at && s->needle[at - 1].text.n < text.n; at--)
+        s->needle[at] = s->needle[at - 1];
+    s->needle[at] = (struct needle){text, replacement};
+    s->n++;
+    s->first[(unsigned char)text.p[0]] = true;
+}
+
+enum found { FOUND_NONE, FOUND_MAYBE, FOUND };
+
+static enum found find_here(const struct needles *s, const char *p, size_t n, bool last, const struct needle **found)
+{
+    for (unsigned i = 0; i < s->n; i++) {
+        struct str text = s->needle[i].text;
+        bool whole = n >= text.n;
+        if ((!whole && last) || memcmp(p, text.p, whole ? text.n : n) != 0)
+            continue;
+        *found = &s->needle[i];
+        return whole ? FOUND : FOUND_MAYBE;
+    }
+    return FOUND_NONE;
+}
+
+size_t scrub_next(const struct needles *s, const char *p, size_t n, bool last, struct str *out)
+{
+    const struct needle *found = NULL;
+    enum found how = FOUND_NONE;
+    size_t at = 0;
+    for (; at < n; at++)
+        if (s->first[(unsigned char)p[at]] && (how = find_here(s, p + at, n - at, last, &found)) != FOUND_NONE)
+            break;
+    if (at || how != FOUND) {
+        *out = (struct str){p, (uint32_t)at};
+        return at;
+    }
+    *out = found->replacement;
+    return found->text.n;
+}
+
+bool scrub_finds(const struct needles *s, struct str in)
+{
+    for (unsigned i = 0; i < s->n; i++) {
+        struct str text = s->needle[i].text;
+        for (uint32_t at = 0; at + text.n <= in.n; at++)
+            if (strncasecmp(in.p + at, text.p, text.n) == 0)
+                return true;
+    }
+    return false;
+}

@@ -1,0 +1,31 @@
+/* Finds texts in a stream and replaces them, however the stream is cut into pieces. Pure.
+ *
+ * At each position the longest text that is there is replaced, from left to right. Bytes that may be the beginning of a text
+ * are kept back until the next ones decide; nothing else is, so that a stream of events is not held up.
+ */
+#ifndef HYPEMAN_EGRESS_SCRUB_H
+#define HYPEMAN_EGRESS_SCRUB_H
+
+#include "h1.h"
+
+enum { SCRUB_MAX = 192 };
+
+struct needle {
+    struct str text, replacement;
+};
+
+/* Zeroed is ready. */
+struct needles {
+    unsigned n;
+    struct needle needle[SCRUB_MAX]; /* the longest first */
+    bool first[256];                 /* bytes that one begins with */
+};
+
+void needles_add(struct needles *s, struct str text, struct str replacement);
+/* The next piece of p[0..n): bytes consumed, and *out what stands for them. 0: all that is left may be the beginning of a
+ * text, so more is needed; never if it is the `last`. */
+size_t scrub_next(const struct needles *s, const char *p, size_t n, bool last, struct str *out);
+/* Whether a text is in `in`, in whatever case. */
+bool scrub_finds(const struct needles *s, struct str in);
+
+#endif
