@@ -54,6 +54,7 @@ from hypeman.host.ownership import repair
 from hypeman.host.processes import Processes
 from hypeman.host.rules import Rules
 from hypeman.host.tls import client_context
+from hypeman.host.usage import read_usage
 from hypeman.host.watchdog import feed_watchdog, watchdog_interval
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.drivers import make_catalog
@@ -69,8 +70,10 @@ from hypeman.ingress.targets import Targets
 from hypeman.instances import adapters, usage
 from hypeman.instances import metrics as instance_metrics
 from hypeman.instances.machine.machine import Machine
+from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.service import Instances
 from hypeman.instances.snapshots import Snapshots
+from hypeman.metering.service import Metering
 from hypeman.network import metrics as network_metrics
 from hypeman.network.addressing import Subnet
 from hypeman.network.service import Network
@@ -184,6 +187,7 @@ class _Parts:
     pushes: Pushes
     compressor: Compressor
     instances: Instances
+    metering: Metering
     snapshots: Snapshots
     policies: Policies
     volumes: Volumes
@@ -290,6 +294,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         templates=disks,
         compressor=compressor,
         boot_id=processes.boot_id,
+        count_usage=lambda record: metering.count(record),  # defined below
     )
     instances = Instances(
         config=config,
@@ -308,6 +313,15 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         counters=adapters.Counters(network),
         limits=lambda: resources.limits,
         catalog=catalog,
+    )
+    metering = Metering(
+        store,
+        instances.board.records,
+        adapters.Counters(network),
+        partial(_cpu_seconds, cgroups),
+        interval=config.usage.interval,
+        hourly_days=config.usage.hourly_days,
+        max_days=config.usage.max_days,
     )
     network.on_tap_lost(instances.plug_in_again)
     network.names.use(
@@ -381,6 +395,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
         pushes=pushes,
         compressor=compressor,
         instances=instances,
+        metering=metering,
         snapshots=snapshots,
         policies=policies,
         volumes=volumes,
@@ -402,6 +417,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             pushes=pushes,
             builds=builds,
             traces=traces.RECORDER,
+            metering=metering,
         ),
     )
 
@@ -446,6 +462,7 @@ async def _start(parts: _Parts, nursery: trio.Nursery) -> None:
     await parts.volumes.start()
     await parts.snapshots.start()
     await nursery.start(parts.instances.run)
+    await nursery.start(parts.metering.run)
     await nursery.start(parts.policies.run)
     await nursery.start(parts.ingresses.run)
     await nursery.start(parts.builds.run)
@@ -486,6 +503,14 @@ def _builds(
             max_memory=config.limits.max_memory_per_instance,
         ),
     )
+
+
+def _cpu_seconds(cgroups: CGroups, record: InstanceRecord) -> float:
+    """Of the VMM of ``record``; without control groups 0 once it has ended."""
+    found = cgroups.cpu_seconds(record.id)
+    if found is not None:
+        return found
+    return read_usage(record.handle.pid).cpu_seconds if record.handle is not None else 0.0
 
 
 def _exporter(config: Config) -> Exporter | None:

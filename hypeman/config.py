@@ -343,6 +343,17 @@ class TracesConfig(_Section, frozen=True):
     """Operations whose phases are kept in memory for ``hypeman trace``; each takes about 10 KB."""
 
 
+class UsageConfig(_Section, frozen=True):
+    """The ledger of what instances used."""
+
+    interval: Annotated[float, Meta(ge=1, le=3600)] = 60.0
+    """Seconds between two samples."""
+    hourly_days: Annotated[int, Meta(ge=1, le=3650)] = 35
+    """Days for which usage is kept by hour; then by day."""
+    max_days: Annotated[int, Meta(ge=2, le=36500)] = 400
+    """Days for which usage is kept."""
+
+
 class OtlpConfig(_Section, frozen=True):
     """Export of traces and metrics to an OpenTelemetry collector."""
 
@@ -507,6 +518,7 @@ class Config(_Section, frozen=True):
     metrics: MetricsConfig = MetricsConfig()
     traces: TracesConfig = TracesConfig()
     otlp: OtlpConfig = OtlpConfig()
+    usage: UsageConfig = UsageConfig()
     log: LogConfig = LogConfig()
     events: EventsConfig = EventsConfig()
     node: NodeConfig = NodeConfig()

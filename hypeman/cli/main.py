@@ -35,6 +35,7 @@ from hypeman.cli import (
     snapshots,
     traces,
     ui,
+    usage,
     volumes,
 )
 from hypeman.cli.compose.commands import compose
@@ -70,7 +71,7 @@ SECTIONS = {
     "Network and devices": ("ingress", "egress", "device"),
     "Host": (
         *("ui", "info", "health", "capabilities", "resources", "system"),
-        *("events", "trace", "doctor", "serve", "node", "token"),
+        *("events", "trace", "usage", "doctor", "serve", "node", "token"),
     ),
 }
 """The commands of the help by subject; any other is listed at its end."""
@@ -190,8 +191,9 @@ for _command in (
     instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
     instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
     snapshots.snapshots,
-    devices.devices, ingress.ingresses, egress.egress, events.events, traces.trace, host.resources, host.health,
-    host.capabilities, shell.completion, shell.man, pushes.push, ui.ui, builds.build, builds.builder, compose,
+    devices.devices, ingress.ingresses, egress.egress, events.events, traces.trace, usage.usage,
+    host.resources, host.health, host.capabilities,
+    shell.completion, shell.man, pushes.push, ui.ui, builds.build, builds.builder, compose,
     *docker.COMMANDS,
 ):  # fmt: skip
     hypeman.add_command(_command)

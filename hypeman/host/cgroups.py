@@ -86,6 +86,16 @@ class CGroups:
             raise InternalError(f"the control group of {name} cannot be set up: {error}") from error
         return str(group)
 
+    def cpu_seconds(self, name: str) -> float | None:
+        """CPU time of all processes that the group ``name`` has had; None without the group."""
+        if self.root is None:
+            return None
+        try:
+            lines = (self.root / name / "cpu.stat").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) / 1e6 for line in lines if line.startswith("usage_usec ")), None)
+
     def remove(self, name: str) -> bool:
         """Remove the group ``name``. True if it is gone, False while it still contains a process."""
         if self.root is None:

@@ -85,6 +85,7 @@ from hypeman.instances.model.types import (
     WaitForStateResponse,
     WakeOn,
 )
+from hypeman.metering.types import UsageBy, UsageReport, UsageRow, UsageVerification
 from hypeman.network.types import PortMapping
 from hypeman.registry.push_types import CreatePushRequest, Push, PushStatus
 from hypeman.resources.types import (
@@ -110,6 +111,15 @@ from hypeman.telemetry.trace_types import OperationTrace, TraceSpan
 from hypeman.volumes.types import CreateVolumeRequest, Volume, VolumeAttachment
 
 _TIME = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+_USAGE = UsageRow(
+    begin=datetime(2026, 1, 2, 3, tzinfo=UTC),
+    end=datetime(2026, 1, 2, 4, tzinfo=UTC),
+    cpu_seconds=412.5,
+    memory_gb_hours=2.0,
+    disk_gb_hours=10.0,
+    network_rx_bytes=48_000_000,
+    network_tx_bytes=1_200_000,
+)
 _SPAN = "b7ad6b7169203331"
 _INSTANCE = "k3v9x0q2m4c7b1z8f5d6s2a1"
 _SNAPSHOT = "t7h2n5w8r1y4u6p9e3j0g2l5"
@@ -429,6 +439,8 @@ ANSWERS: Mapping[Any, Any] = {
         actor=Actor("ops", address="10.0.0.5", request_id="5f0c9a7e1b2d3c4f"),
         data={"from": "Initializing", "to": "Running"},
     ),
+    UsageReport: UsageReport(by=UsageBy.INSTANCE, rows=(_USAGE,), total=_USAGE),
+    UsageVerification: UsageVerification(valid=True, first=1, last=730, hash="5e" * 32, entries=8760),
     OperationTrace: OperationTrace(
         id="0af7651916cd43dd8448eb211c80319c",
         name="POST /instances",

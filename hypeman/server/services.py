@@ -50,6 +50,7 @@ from hypeman.instances.model.types import (
     UsageOfAll,
     WaitForStateResponse,
 )
+from hypeman.metering.types import Query, UsageReport, UsageVerification
 from hypeman.registry.push_types import CreatePushRequest, Push
 from hypeman.registry.service import Opened, Upload
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
@@ -292,6 +293,14 @@ class TraceService(Protocol):
         ...
 
 
+class MeteringService(Protocol):
+    async def report(self, query: Query) -> UsageReport:
+        """What instances used. Raises InvalidRequest."""
+        ...
+
+    async def verify(self, number: int = 0, expected: str = "") -> UsageVerification: ...
+
+
 class RegistryService(Protocol):
     async def blob(self, repository: str, digest: str) -> Opened: ...
     async def delete_blob(self, repository: str, digest: str) -> None: ...
@@ -329,3 +338,4 @@ class Services:
     pushes: PushService
     builds: BuildService
     traces: TraceService
+    metering: MeteringService

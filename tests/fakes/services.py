@@ -95,6 +95,7 @@ from hypeman.instances.model.types import (
     VolumeMount,
     WaitForStateResponse,
 )
+from hypeman.metering.types import Query, UsageReport, UsageRow, UsageVerification
 from hypeman.registry.names import Code, RegistryFailure
 from hypeman.registry.push_types import CreatePushRequest, Push, PushStatus
 from hypeman.resources.types import (
@@ -800,6 +801,28 @@ class FakeEgress:
 
 
 @dataclass
+class FakeMetering:
+    """Reports what was asked; the ledger has one block with the hash aa…"""
+
+    asked: list[Query] = field(default_factory=list)
+
+    async def report(self, query: Query) -> UsageReport:
+        self.asked.append(query)
+        row = UsageRow(
+            instance_id="i1", instance_name="web", begin=NOW, end=NOW, cpu_seconds=12.5, memory_gb_hours=2.0,
+            disk_gb_hours=10.0, network_rx_bytes=5 << 20, network_tx_bytes=0,
+        )  # fmt: skip
+        return UsageReport(by=query.by, rows=(row,), total=row)
+
+    async def verify(self, number: int = 0, expected: str = "") -> UsageVerification:
+        fault = number and expected != "aa" * 32
+        return UsageVerification(
+            valid=not fault, first=1, last=1, hash="aa" * 32, entries=3,
+            fault="it is not the block that was noted" if fault else UNSET, block=number if fault else UNSET,
+        )  # fmt: skip
+
+
+@dataclass
 class FakeEvents:
     """What is in ``logged``; followers get it in one batch, then one heartbeat, or ``failure``."""
 
@@ -1089,6 +1112,7 @@ class FakeWorld:
         self.registry: RegistryService = EmptyRegistry()
         self.pushes = FakePushes()
         self.builds = FakeBuilds()
+        self.metering = FakeMetering()
 
     @property
     def services(self) -> Services:
@@ -1108,4 +1132,5 @@ class FakeWorld:
             pushes=self.pushes,
             builds=self.builds,
             traces=traces.RECORDER,
+            metering=self.metering,
         )

@@ -41,6 +41,12 @@ async def test_a_life(appliance: Appliance) -> None:
     assert await appliance.get("/instances") == []
     assert not appliance.vmms() and not appliance.files() and not appliance.namespace.links()
 
+    used = (await appliance.get("/usage?instance=one"))["total"]  # of both boots, though it is gone
+    assert used["cpu_seconds"] >= stats["cpu_seconds"] and used["memory_gb_hours"] > 0 and used["disk_gb_hours"] > 0
+    traces = await appliance.get("/traces?instance=one&limit=100")
+    create = next(trace for trace in traces if trace["name"] == "POST /instances")
+    assert {"queued", "LaunchVmm", "guest boot"} <= {span["name"] for span in create["spans"]}
+
 
 async def test_a_tree_there_and_back(appliance: Appliance, tmp_path: Path) -> None:
     """Modes, times, symlinks and holes survive ``cp`` both ways; a name may begin with a dash."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 
 from hypeman.captures.records import CaptureRow
@@ -24,7 +24,7 @@ from hypeman.instances.machine.logs import Logs
 from hypeman.instances.machine.network import EgressNeeds, Network, NetworkNeeds
 from hypeman.instances.machine.vmm import ImageNeeds, Vmms
 from hypeman.instances.model.record import InstanceRecord
-from hypeman.instances.model.steps import Reversible, Step
+from hypeman.instances.model.steps import Reversible, ShutdownGuest, Step
 from hypeman.paths import Paths
 from hypeman.store import Store
 
@@ -50,6 +50,7 @@ class Machine:
         compressor: CompressorNeeds,
         boot_id: str,
         connect: Connect = connect_guest,
+        count_usage: Callable[[InstanceRecord], object] = lambda record: None,
     ) -> None:
         self.boot_id = boot_id
         """The host's boot id; a VMM's handle has the one it was started in."""
@@ -74,6 +75,7 @@ class Machine:
             kernel=kernel,
             initrd=initrd,
             connect=connect,
+            count=count_usage,
         )
         self._vmms = vmms
         self._effects = Effects(
@@ -90,6 +92,8 @@ class Machine:
         return self.context.paths
 
     async def do(self, step: Step) -> None:
+        if isinstance(step, ShutdownGuest):
+            self._vmms.count(step.instance)
         await self._effects.do(step)
 
     async def undo(self, step: Reversible) -> None:

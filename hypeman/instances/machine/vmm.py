@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from hypeman.errors import InternalError
+from hypeman.errors import HypemanError, InternalError
 from hypeman.guest.boot import BootConfig, render_boot_disk
 from hypeman.host.cgroups import CGroups
 from hypeman.hypervisor.interface import Vmm, VmmGone
@@ -20,6 +22,8 @@ from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.steps import LaunchVmm, PrepareRun, RestoreVmm
 from hypeman.instances.model.vm import Environment, vm_config, vm_disks
 from hypeman.telemetry import metrics
+
+log = logging.getLogger(__name__)
 
 
 class ImageNeeds(Protocol):
@@ -40,7 +44,9 @@ class Vmms:
         kernel: str,
         initrd: str | None,
         connect: Connect,
+        count: Callable[[InstanceRecord], object],
     ) -> None:
+        """``count`` is called before a VMM ends and after it, while its control group and TAP are still there."""
         self._context = context
         self._network = network
         self._devices = devices
@@ -49,6 +55,7 @@ class Vmms:
         self._kernel = kernel
         self._initrd = initrd
         self._connect = connect
+        self._count = count
 
     async def prepare_run(self, step: PrepareRun) -> None:
         record = self._context.record(step.instance)
@@ -96,13 +103,22 @@ class Vmms:
     async def kill(self, step: LaunchVmm | RestoreVmm) -> None:
         """Kill the VMM, including one launched by a server that crashed before recording it."""
         live = self._context.live.pop(step.instance, None)
+        self.count(step.instance)
         if live is not None:
             await live.vmm.kill()  # has ended when this returns; there is no other one of this run directory
             await live.vmm.aclose()
         else:
             driver = self._context.driver(self._context.record(step.instance))
             await driver.kill_stray(str(self._context.paths.instance(step.instance).run))
+        self.count(step.instance)
         self._cgroups.remove(step.instance)
+
+    def count(self, instance_id: str) -> None:
+        """Have what the VMM used read: soon it cannot be. Without control groups, only a process that lives tells."""
+        try:
+            self._count(self._context.record(instance_id))
+        except HypemanError as error:  # it must not keep a VM from ending
+            log.warning("the usage of instance %s could not be read: %s", instance_id, error.message)
 
     async def end(self, instance_id: str) -> None:
         """Kill the VMM, which may be just being restored, but leave the rest to the command that waits for it."""

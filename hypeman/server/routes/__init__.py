@@ -16,6 +16,7 @@ from hypeman.server.routes import (
     pushes,
     snapshots,
     traces,
+    usage,
     volumes,
 )
 from hypeman.server.routes.docs import docs_routes
@@ -34,6 +35,7 @@ _DESCRIBED: tuple[Operation, ...] = tuple(
         ingresses,
         events,
         traces,
+        usage,
         pushes,
         builds,
     )
