@@ -327,6 +327,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     network.names.use(
         id_of=instances.board.id_of,
         name_of=instances.board.name_of,
+        of_stack=partial(adapters.of_stack, instances.board),
         rules=adapters.NamesOfInstances(egress, instances.board),
     )
     volumes = Volumes(

@@ -22,6 +22,9 @@ _MAX_TAGS = 50
 
 Tags = dict[str, str]
 
+STACK_TAG, SERVICE_TAG = "hypeman.compose.name", "hypeman.compose.service"
+"""By which the instances of a stack are found, and find each other by the names of their services."""
+
 
 def new_id() -> str:
     """A new identifier in the format of a CUID2: 24 characters a–z0–9, the first one a letter.
@@ -62,3 +65,8 @@ def check_tags(tags: Mapping[str, str] | None) -> Tags:
 def tags_match(tags: Mapping[str, str], wanted: Mapping[str, str]) -> bool:
     """Whether every wanted pair is among ``tags`` (no wanted pairs match everything)."""
     return all(tags.get(key) == value for key, value in wanted.items())
+
+
+def stack_member(stack: str, service: str) -> str:
+    """The name of the instance of ``service`` in ``stack``, unless its file gives it another one."""
+    return f"{stack}-{service}".replace("_", "-")

@@ -86,24 +86,29 @@ def create(
     session: Session, path: str, file: str | None, detach: bool, quiet: bool, progress: str, **options: Any
 ) -> None:
     """Build the directory PATH; - reads a Dockerfile or a tar.gz from standard input."""
+    made = begin(session, path, file, _fields(**options))
+    if detach:
+        session.show(made, lambda: str(made["id"]))
+        return
+    done = finish(session, made["id"], "quiet" if quiet else progress)
+    session.show(done, lambda: str(done["image_digest"] if quiet else done["image_ref"]))
+
+
+def begin(session: Session, path: str, file: str | None, fields: dict[str, Any]) -> Any:
+    """Send the directory ``path`` and the ``fields`` of the form; the build that began."""
     import secrets
     import tempfile
 
-    fields = _fields(**options)
     with tempfile.TemporaryFile() as source:
         fields |= _write_source(path, file, source)
         source.seek(0)
         boundary = f"hypeman-{secrets.token_hex(16)}"
         body = _form(fields, source, boundary)
-        made = session.client.upload("/builds", body, f"multipart/form-data; boundary={boundary}", {})
-    if detach:
-        session.show(made, lambda: str(made["id"]))
-        return
-    _finish(session, made["id"], "quiet" if quiet else progress, quiet)
+        return session.client.upload("/builds", body, f"multipart/form-data; boundary={boundary}", {})
 
 
-def _finish(session: Session, build_id: str, progress: str, quiet: bool) -> None:
-    """Show the build until it ends. Ctrl-C cancels it."""
+def finish(session: Session, build_id: str, progress: str) -> Any:
+    """Show the build until it ends, and return it; ends the command if it fails. Ctrl-C cancels it."""
     path = f"/builds/{segment(build_id)}"
     try:
         _follow(session, path, progress)
@@ -118,7 +123,7 @@ def _finish(session: Session, build_id: str, progress: str, quiet: bool) -> None
         raise SystemExit(130) from None
     if done["status"] != "ready":
         fail(f"build {build_id} {done['status']}: {done.get('error') or 'no image was produced'}")
-    session.show(done, lambda: str(done["image_digest"] if quiet else done["image_ref"]))
+    return done
 
 
 def _follow(session: Session, path: str, progress: str) -> None:

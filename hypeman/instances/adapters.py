@@ -22,9 +22,10 @@ from hypeman.egress.records import AuditRecord
 from hypeman.egress.rules import DEFAULT, may_resolve, openings
 from hypeman.egress.service import Egress
 from hypeman.egress.types import EgressApproval, EgressPolicy
-from hypeman.errors import NotFound
+from hypeman.errors import Ambiguous, NotFound
 from hypeman.events.types import Datum
 from hypeman.guest.boot import CA_BUNDLE_PATH, CA_CERT_PATH, CaCertificate
+from hypeman.ids import SERVICE_TAG, STACK_TAG, stack_member
 from hypeman.instances.board import Board
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
 from hypeman.instances.rows import INSTANCES
@@ -246,6 +247,18 @@ async def note_approval(store: Store, action: str, shown: EgressApproval) -> Non
     await store.write(
         lambda txn: events.record(txn, events.Kind.EGRESS, action, shown.id, instance_id=shown.instance_id, data=data)
     )
+
+
+def of_stack(board: Board, instance_id: str, service: str) -> str | None:
+    """The id of the instance of ``service`` in the stack of an instance, by their tags; None if there is none."""
+    try:
+        stack = board.find(instance_id).spec.tags.get(STACK_TAG)
+        found = board.find(stack_member(stack, service)) if stack else None
+    except (NotFound, Ambiguous):
+        return None
+    if found is None or found.spec.tags.get(STACK_TAG) != stack or found.spec.tags.get(SERVICE_TAG) != service:
+        return None
+    return found.id
 
 
 class NamesOfInstances:

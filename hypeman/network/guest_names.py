@@ -53,6 +53,7 @@ class GuestNames:
         self._living = living
         self._id_of: Callable[[str], str | None] = lambda name: None
         self._name_of: Callable[[str], str | None] = lambda instance_id: None
+        self._of_stack: Callable[[str, str], str | None] = lambda instance_id, service: None
         self._change = trio.Event()
         self._rules: NameRules | None = None
         self._ids: dict[str, str] = {}
@@ -72,11 +73,13 @@ class GuestNames:
         *,
         id_of: Callable[[str], str | None],
         name_of: Callable[[str], str | None],
+        of_stack: Callable[[str, str], str | None] = lambda instance_id, service: None,
         rules: NameRules | None = None,
     ) -> None:
-        """``id_of`` an instance's name, ``name_of`` its id; None if there is none. ``rules`` are asked about closed
-        guests; without them these look up nothing."""
-        self._id_of, self._name_of, self._rules = id_of, name_of, rules
+        """``id_of`` an instance's name, ``name_of`` its id, ``of_stack`` the id of a service's instance in the stack of
+        an instance; None if there is none. ``rules`` are asked about closed guests; without them these look up
+        nothing."""
+        self._id_of, self._name_of, self._of_stack, self._rules = id_of, name_of, of_stack, rules
 
     @property
     def bound(self) -> bool:
@@ -145,6 +148,11 @@ class GuestNames:
 
     def by_name(self, name: str) -> Lease | None:
         instance_id = self._id_of(name)
+        return self._living.get(instance_id) if instance_id is not None else None
+
+    def of_stack(self, asker: str, service: str) -> Lease | None:
+        lease = self._lease_of(asker)
+        instance_id = self._of_stack(lease.instance_id, service) if lease is not None else None
         return self._living.get(instance_id) if instance_id is not None else None
 
     def by_address(self, address: str) -> tuple[str, Lease] | None:

@@ -1,6 +1,7 @@
 """Names in the guests' network, as DNS messages. Pure.
 
     <instance>.<domain>, <instance>     a running instance, for itself and those guests that may reach it
+    <service>.<domain>, <service>       the running instance of that service of the asker's own stack, likewise
     gateway.<domain>, host.<domain>     the gateway's address, where the host answers; also the host's own name
     addresses of the guests' network    back to those names
 
@@ -47,6 +48,10 @@ class Directory(Protocol):
     """The running instances."""
 
     def by_name(self, name: str) -> Lease | None: ...
+    def of_stack(self, asker: str, service: str) -> Lease | None:
+        """The instance of ``service`` in the stack of the instance with the address ``asker``."""
+        ...
+
     def by_address(self, address: str) -> tuple[str, Lease] | None:
         """Name and lease of the instance with this address."""
         ...
@@ -144,8 +149,8 @@ def _first_label(name: dns.name.Name) -> str | None:
 
 
 def _find(label: str, zone: Zone, asker: str, directory: Directory) -> str | None:
-    """The address of a name, for who may know it. An instance comes before the host's name."""
-    lease = directory.by_name(label) if label else None
+    """The address of a name, for who may know it. The asker's own stack comes first, the host's name last."""
+    lease = (directory.of_stack(asker, label) or directory.by_name(label)) if label else None
     if lease is not None:
         return lease.ipv4 if _may_reach(asker, lease, zone, directory) else None
     return str(zone.subnet.gateway) if label in zone.host_names else None

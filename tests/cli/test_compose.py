@@ -89,7 +89,6 @@ def test_our_own_format(tmp_path: Path) -> None:
         ({"version": 1, "name": "a", "services": {"w": {"image": "x", "volumes": ["d:/d"]}}}, "no volume 'd'"),
         ({"version": 1, "name": "a", "services": {"w": {"image": "${env:GONE}"}}}, "GONE"),
         ({"version": 1, "name": "a", "services": {"w": {"image": "${file:gone}"}}}, "cannot be read"),
-        ({"services": {"w": {"image": "x", "build": "."}}}, "build is not supported: compose does not build"),
         ({"services": {"w": {"image": "x", "privileged": True}}}, "kernel of its own"),
         ({"services": {"w": {"image": "x", "volumes": ["./here:/there"]}}}, "not shared with a VM"),
         ({"services": {"w": {"image": "x", "unheard_of": 1}}}, "unheard_of"),

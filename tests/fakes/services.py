@@ -409,7 +409,8 @@ class FakeInstances:
     async def fork(self, ref: str, request: ForkInstanceRequest) -> Instance:
         self.asked.append(("fork", request))
         check_name(request.name)
-        return self.add(request.name, self.find(ref).state)
+        source = self.find(ref)
+        return self.add(request.name, source.state, tags=source.tags if request.tags is None else request.tags)
 
     async def wait_state(self, ref: str, state: InstanceState, timeout: float) -> WaitForStateResponse:
         self.asked.append(("wait", (state, timeout)))

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.ids import SERVICE_TAG, STACK_TAG
 from hypeman.instances import board as board_module
+from hypeman.instances.adapters import of_stack
 from hypeman.instances.board import Board
 from hypeman.instances.model.phases import Phases
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
@@ -32,6 +34,21 @@ def a_record(name: str, state: InstanceState, tag: str, seconds: int) -> Instanc
     return InstanceRecord(
         id=f"id-{name}", name=name, number=1, spec=spec, digest="sha256:0", created_at=BEGIN, state=state, phases=phases
     )
+
+
+def test_services_of_one_stack_find_each_other() -> None:
+    board = Board(render)
+    for name, stack, service in (
+        ("shop-web", "shop", "web"), ("shop-my-db", "shop", "my_db"), ("trial-my-db", "trial", "my_db"),
+        ("shop-other", "", ""), ("lone", "", ""),
+    ):  # fmt: skip
+        made = a_record(name, InstanceState.RUNNING, "", 0)
+        tags = {STACK_TAG: stack, SERVICE_TAG: service} if stack else {}
+        board.post(msgspec.structs.replace(made, spec=msgspec.structs.replace(made.spec, tags=tags)))
+    assert of_stack(board, "id-shop-web", "my_db") == "id-shop-my-db"
+    assert of_stack(board, "id-trial-my-db", "my_db") == "id-trial-my-db"
+    for asker, service in (("id-trial-my-db", "web"), ("id-shop-web", "other"), ("id-lone", "my_db"), ("gone", "web")):
+        assert of_stack(board, asker, service) is None
 
 
 def render(record: InstanceRecord, now: datetime) -> Instance:

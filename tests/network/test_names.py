@@ -32,6 +32,10 @@ class Instances:
     def by_name(self, name: str) -> Lease | None:
         return self.leases.get(name)
 
+    def of_stack(self, asker: str, service: str) -> Lease | None:
+        """``web`` and ``db`` are of one stack, in which ``db`` is the service store."""
+        return self.leases["db"] if (asker, service) in ((WEB, "store"), (ALONE, "store")) else None
+
     def by_address(self, address: str) -> tuple[str, Lease] | None:
         return next(((name, lease) for name, lease in self.leases.items() if lease.ipv4 == address), None)
 
@@ -55,6 +59,10 @@ def ask(name: str, kind: str = "A", asker: str = WEB) -> tuple[str, list[str]] |
         ("db.hypeman.local", WEB, ("NOERROR", [DB])),
         ("DB.Hypeman.Local", WEB, ("NOERROR", [DB])),
         ("db", WEB, ("NOERROR", [DB])),
+        ("store", WEB, ("NOERROR", [DB])),
+        ("store.hypeman.local", WEB, ("NOERROR", [DB])),
+        ("store.hypeman.local", DB, ("NXDOMAIN", [])),
+        ("store.hypeman.local", ALONE, ("NXDOMAIN", [])),
         ("alone.hypeman.local", WEB, ("NXDOMAIN", [])),
         ("alone.hypeman.local", ALONE, ("NOERROR", [ALONE])),
         ("db.hypeman.local", ALONE, ("NXDOMAIN", [])),

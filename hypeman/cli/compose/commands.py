@@ -1,4 +1,4 @@
-"""``hypeman compose``: plan, up, down, ps, logs and config of a stack."""
+"""``hypeman compose``: plan, up, down, standby, start, fork, ps, logs and config of a stack."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import msgspec
 from hypeman.cli.client import ApiError, Client, Unreachable, segment
 from hypeman.cli.compose.model import (
     NAME_TAG,
-    SERVICE_TAG,
     ComposeError,
     Service,
     Stack,
     tags,
 )
 from hypeman.cli.compose.plan import Act, Action, Found, plan_down, plan_up
+from hypeman.cli.images import image_path
 from hypeman.cli.instances import path_of
 from hypeman.cli.output import age
 from hypeman.cli.run import ensure_image
 from hypeman.cli.session import Session, fail, interrupted, reports, write_log
+from hypeman.ids import SERVICE_TAG, stack_member
 from hypeman.text import one_line
 from hypeman.units import parse_duration
 
 FILES = ("hypeman.compose.yaml", "hypeman.compose.yml", "compose.yaml", "compose.yml", "docker-compose.yml")
 _POLL_SECONDS = 0.5
-_MAX_FILE = 1 << 20
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -42,26 +42,22 @@ class Options(msgspec.Struct, frozen=True):
 
     def load(self) -> Stack:
         """Read the file; ends the command if it cannot be used."""
-        import yaml
-
         from hypeman.cli.compose import native, spec  # other commands need neither
 
         path = self.file or next((Path(name) for name in FILES if Path(name).is_file()), None)
         if path is None:
             fail(f"there is no {', '.join(FILES)} here; -f names another file")
         try:
-            if path.stat().st_size > _MAX_FILE:
-                raise ComposeError("the file is larger than 1 MB")
-            tree = yaml.safe_load(path.read_text())
+            tree = spec.read_yaml(path)
             if isinstance(tree, dict) and tree.get("version") == 1:
                 stack = native.parse(tree, path.parent)
             else:
-                stack = spec.parse(tree, path.parent, profiles=self.profiles)
+                stack = spec.parse(tree, path.parent, profiles=self.profiles, name=self.name)
             stack.ordered()
-        except (OSError, UnicodeError, yaml.YAMLError) as error:
-            fail(f"{path} cannot be read: {error}")
         except ComposeError as error:
             fail(f"{path}: {error}")
+        for warning in stack.warnings:
+            click.echo(one_line(warning), err=True)
         return msgspec.structs.replace(stack, name=self.name) if self.name else stack
 
     def stack_name(self) -> str:
@@ -91,7 +87,8 @@ def _options() -> Options:
 def config(session: Session) -> None:
     """Check the file, and show what would be requested of the server."""
     stack = _options().load()
-    session.show(msgspec.to_builtins(stack))
+    shown = [msgspec.structs.replace(one, secrets=dict.fromkeys(one.secrets, "***")) for one in stack.services]
+    session.show(msgspec.to_builtins(msgspec.structs.replace(stack, services=tuple(shown))))
 
 
 @compose.command()
@@ -108,11 +105,20 @@ def plan(session: Session, replace: bool, remove_orphans: bool) -> None:
 @compose.command()
 @click.option("--replace", is_flag=True, help="Replace instances whose service has changed.")
 @click.option("--remove-orphans", is_flag=True, help="Delete instances of the stack that are not in the file.")
+@click.option("--build", "rebuild", is_flag=True, help="Build images again, also those that are there.")
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Until all run, and are healthy if checked.")
 @click.option("--wait-timeout", default="2m", show_default=True)
 @click.option("-d", "--detach", is_flag=True, hidden=True)
 @reports
-def up(session: Session, replace: bool, remove_orphans: bool, wait: bool, wait_timeout: str, detach: bool) -> None:
+def up(
+    session: Session,
+    replace: bool,
+    remove_orphans: bool,
+    rebuild: bool,
+    wait: bool,
+    wait_timeout: str,
+    detach: bool,
+) -> None:
     """Create what is missing, start what is stopped, and replace what has changed if --replace says so."""
     stack = _options().load()
     client = session.client
@@ -120,6 +126,9 @@ def up(session: Session, replace: bool, remove_orphans: bool, wait: bool, wait_t
     services = {service.key: service for service in stack.services}
     runner = Up(client, stack, parse_duration(wait_timeout))
     with interrupted(f"what was begun continues; hypeman compose -p {stack.name} ps shows it"):
+        for service in stack.services:
+            if service.build:
+                build_image(session, service, always=rebuild)
         for action in actions:
             if action.act is not Act.KEEP:
                 click.echo(str(action), err=True)
@@ -144,6 +153,60 @@ def down(session: Session, volumes: bool) -> None:
     for action in plan_down(found, volumes=volumes):
         click.echo(str(action), err=True)
         _delete(session.client, action.kind, ids[action.kind, action.name])
+
+
+@compose.command()
+@reports
+def standby(session: Session) -> None:
+    """Put all running instances of the stack into standby, the newest first."""
+    rows = find(session.client, _options().stack_name()).instances
+    for row in reversed(rows):
+        if row["state"] == "Running":
+            click.echo(f"standby  instance  {row['name']}", err=True)
+            session.client.post(f"{path_of(row['id'])}/standby")
+    _show(session, find(session.client, _options().stack_name()).instances)
+
+
+@compose.command()
+@reports
+def start(session: Session) -> None:
+    """Bring the stack's instances back from standby, and start those that are stopped."""
+    rows = find(session.client, _options().stack_name()).instances
+    for row in rows:
+        if verb := {"Standby": "restore", "Stopped": "start"}.get(row["state"]):
+            click.echo(f"{verb:<8} instance  {row['name']}", err=True)
+            session.client.post(f"{path_of(row['id'])}/{verb}")
+    _show(session, find(session.client, _options().stack_name()).instances)
+
+
+@compose.command()
+@click.option("-p", "--to", "name", required=True, metavar="NAME", help="Name of the new stack.")
+@reports
+def fork(session: Session, name: str) -> None:
+    """Fork all instances of the stack: a second one with the same memory and disks, and names of its own.
+
+    Its instances find each other by the names of their services. Published ports and ingresses stay with the first one;
+    an instance with a volume that it may write to cannot be forked.
+    """
+    source = _options().stack_name()
+    if find(session.client, name).instances:
+        fail(f"there is a stack {name} already")
+    rows = find(session.client, source).instances
+    if not rows:
+        fail(f"there is no stack {source}")
+    made: list[str] = []
+    try:
+        for row in rows:
+            member = stack_member(name, _service_of(row))
+            click.echo(f"fork     instance  {row['name']} → {member}", err=True)
+            labels = {**(row.get("tags") or {}), NAME_TAG: name}
+            body = {"name": member, "from_running": True, "tags": labels}
+            made.append(session.client.post(f"{path_of(row['id'])}/fork", body)["id"])
+    except ApiError:
+        for instance_id in made:
+            _delete(session.client, "instance", instance_id)
+        raise
+    _show(session, find(session.client, name).instances)
 
 
 @compose.command()
@@ -197,6 +260,28 @@ def find(client: Client, name: str) -> Found:
         client.get("/volumes", **query),
         client.get("/ingresses", **query),
     )
+
+
+def build_image(session: Session, service: Service, *, always: bool) -> None:
+    """Build the image of ``service`` if it is missing."""
+    from hypeman.cli import builds
+
+    image = str(service.body["image"])
+    if not always:
+        try:
+            session.client.get(image_path(image))
+            return
+        except ApiError as error:
+            if error.status != 404:
+                raise
+    click.echo(f"build    image     {image}", err=True)
+    given = service.build
+    context, dockerfile = str(given["context"]), given.get("dockerfile")
+    fields = {key: value for key, value in given.items() if key not in ("context", "dockerfile")}
+    made = builds.begin(
+        session, context, dockerfile and str(Path(context) / dockerfile), {"image_name": image, **fields}
+    )
+    builds.finish(session, made["id"], "auto")
 
 
 def _plan(stack: Stack, found: Found, replace: bool, remove_orphans: bool) -> list[Action]:
@@ -267,11 +352,15 @@ class Up:
             return
         if act is Act.REPLACE:
             _delete(self._client, "instance", service.name)
-        ensure_image(self._client, str(service.body["image"]), service.body.get("platform"))
+        if not service.build:
+            ensure_image(self._client, str(service.body["image"]), service.body.get("platform"))
         volumes = {row["name"]: row["id"] for row in self._client.get("/volumes", tags={NAME_TAG: self._stack.name})}
         mounts = [{**mount, "volume_id": volumes[mount["volume_id"]]} for mount in service.mounts]
-        labels = tags(self._stack, "instance", service.key, [service.body, service.mounts])
-        self._client.post("/instances", {**service.body, **({"volumes": mounts} if mounts else {}), "tags": labels})
+        labels = {**service.tags, **tags(self._stack, "instance", service.key, service.content)}
+        body = {**service.body, **({"volumes": mounts} if mounts else {}), "tags": labels}
+        if service.secrets:
+            body["env"] = {**body.get("env", {}), **service.secrets}
+        self._client.post("/instances", body)
 
     def wait_for(self, service: Service, condition: str) -> None:
         """Until a service has started, is healthy, or has completed with exit code 0. Ends the command otherwise."""

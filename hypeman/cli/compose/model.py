@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-NAME_TAG = "hypeman.compose.name"
-SERVICE_TAG = "hypeman.compose.service"
+from hypeman.ids import SERVICE_TAG, STACK_TAG
+
+NAME_TAG = STACK_TAG
 RESOURCE_TAG = "hypeman.compose.resource"
 HASH_TAG = "hypeman.compose.hash"
 
@@ -42,12 +43,25 @@ class Service(Struct, frozen=True):
     ingresses: tuple[Ingress, ...] = ()
     depends_on: dict[str, str] = {}
     """Service → ``started``, ``healthy`` or ``completed``."""
+    build: dict[str, Any] = {}
+    """Directory ``context``, ``dockerfile`` and fields of the build's form; empty: the image is pulled."""
+    secrets: dict[str, str] = {}
+    """Variables with the real values of the credentials in ``body``. Not shown, and not part of the fingerprint."""
+    tags: dict[str, str] = {}
+    """How the guest is set up."""
+
+    @property
+    def content(self) -> list[Any]:
+        """By which a changed service is noticed."""
+        return [self.body, self.mounts, *([self.tags] if self.tags else [])]
 
 
 class Stack(Struct, frozen=True):
     name: str
     services: tuple[Service, ...]
     volumes: tuple[Volume, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """What in the file makes no difference here."""
 
     def ordered(self) -> list[Service]:
         """Services after those that they depend on. Raises ComposeError for a cycle or an unknown service."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from hypeman.cli.compose.model import HASH_TAG, SERVICE_TAG, ComposeError, Stack, fingerprint
+from hypeman.cli.compose.model import HASH_TAG, ComposeError, Stack, fingerprint
+from hypeman.ids import SERVICE_TAG
 
 
 class Act(enum.StrEnum):
@@ -58,7 +59,7 @@ def plan_up(stack: Stack, found: Found, *, replace: bool = False, remove_orphans
             Action(Act.KEEP, "instance", row["name"], why="not in the file: --remove-orphans") for row in orphans
         ]
     for service in stack.ordered():
-        wanted = fingerprint([service.body, service.mounts])
+        wanted = fingerprint(service.content)
         actions.append(_instance(service.key, service.name, wanted, instances.get(service.name), replace))
     for service in stack.services:
         for ingress in service.ingresses:

@@ -1,7 +1,7 @@
 """Files of the Compose specification (``compose.yaml``), as far as a VM can do what they say. Pure, but for env files.
 
-Every key is either carried out or refused by name: none is silently dropped, except those in HARMLESS, which make no
-difference here.
+Every key is carried out, ignored with a warning (IGNORED), or refused by name; none is silently dropped, except those
+in HARMLESS, which make no difference here.
 """
 
 from __future__ import annotations
@@ -10,32 +10,56 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import click
 
+from hypeman.cli.compose.merging import by_name, expanded
 from hypeman.cli.compose.model import ComposeError, Service, Stack, Volume, in_strings
 from hypeman.cli.policies import docker_restart
+from hypeman.ids import stack_member
 from hypeman.units import format_size, parse_size
 
 DEFAULT_VOLUME_GB = 10
-HARMLESS = frozenset(["container_name", "init", "stdin_open", "tty", "expose", "logging", "pull_policy", "stop_signal"])
+MAX_FILE = 1 << 20
+HARMLESS = frozenset(
+    """container_name init stdin_open tty expose logging pull_policy stop_signal cap_add links attach annotations
+    isolation cgroup cgroup_parent oom_score_adj""".split()  # noqa: SIM905
+)
 """Keys that change nothing for a VM, or what is so anyway."""
+IGNORED = {
+    "stop_grace_period": "the server decides how long a guest may take to stop",
+    "cap_drop": "the boundary is the VM's, and root in it has every capability",
+    "security_opt": "the boundary is the VM's",
+    "read_only": "the instance has a writable layer of its own",
+    "tmpfs": "the directories are on the instance's own disk",
+    "develop": "after a change: hypeman compose up --build --replace",
+}
+"""Keys that are left out with a warning: the service works without them."""
 _KEYS = frozenset(
-    """image command entrypoint environment env_file ports volumes depends_on restart healthcheck deploy mem_limit cpus
-    hostname user working_dir labels profiles platform""".split()  # noqa: SIM905
+    """image build command entrypoint environment env_file ports volumes depends_on restart healthcheck deploy mem_limit
+    cpus hostname user working_dir labels profiles platform networks network_mode secrets ulimits sysctls shm_size
+    scale""".split()  # noqa: SIM905
 )
 _INSTEAD = {
-    "build": "compose does not build; run hypeman build -t NAME, and name it as image",
     "privileged": "a VM has a kernel of its own: root in it has every capability there",
-    "network_mode": "each instance has its own network",
-    "networks": "each instance has its own network; see network.guest_to_guest in the server's configuration",
-    "secrets": "use environment, or credentials of `hypeman run`, which the guest never holds",
     "configs": "put the file into the image or a volume",
     "devices": "register them: hypeman device register",
-    "extends": "write the service out",
+    "extra_hosts": "guests look names up at the host; see network.domain in the server's configuration",
+    "volumes_from": "name the volumes in both services",
+    "pid": "each instance has a kernel of its own",
+    "ipc": "each instance has a kernel of its own",
+    "dns": "guests look names up at the host, which asks network.dns_server",
 }
+_TOP = frozenset(["name", "version", "services", "volumes", "networks", "secrets", "include"])
+_NETWORK_KEYS = frozenset(["name", "driver", "driver_opts", "attachable", "labels", "enable_ipv6", "ipam"])
+_BUILD_KEYS = frozenset(["context", "dockerfile", "args", "target", "labels", "tags", "platforms"])
+_DEPLOY_KEYS = frozenset(
+    """resources replicas restart_policy mode labels endpoint_mode placement update_config
+    rollback_config""".split()  # noqa: SIM905
+)
 _VARIABLE = re.compile(
     r"\$(?:\$|(?P<plain>[A-Za-z_]\w*)|\{(?P<name>[A-Za-z_]\w*)(?:(?P<colon>:)?(?P<kind>[-?+])(?P<rest>[^{}]*))?\})"
 )
@@ -47,27 +71,78 @@ _CONDITIONS = {
 
 
 def parse(
-    tree: Any, directory: Path, environ: Mapping[str, str] = os.environ, profiles: frozenset[str] = frozenset()
+    tree: Any,
+    directory: Path,
+    environ: Mapping[str, str] = os.environ,
+    profiles: frozenset[str] = frozenset(),
+    name: str | None = None,
 ) -> Stack:
-    """The stack of a decoded file. Raises ComposeError."""
-    if not isinstance(tree, dict) or not isinstance(tree.get("services"), dict):
+    """The stack of a decoded file, called ``name`` or as the file says. Raises ComposeError."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("services") or {}, dict):
         raise ComposeError("the file has no services")
     environ = {**_dotenv(directory / ".env"), **environ}
-    tree = in_strings(tree, lambda text: interpolated(text, environ))
-    name = str(tree.get("name") or environ.get("COMPOSE_PROJECT_NAME") or directory.resolve().name)
+
+    def read(path: Path) -> Any:
+        return in_strings(read_yaml(path), lambda text: interpolated(text, environ))
+
+    tree = expanded(in_strings(tree, lambda text: interpolated(text, environ)), directory, read)
+    if not tree["services"]:
+        raise ComposeError("the file has no services")
+    name = str(name or tree.get("name") or environ.get("COMPOSE_PROJECT_NAME") or directory.resolve().name)
     name = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-") or "stack"
-    for key in tree.keys() - {"name", "version", "services", "volumes", "networks"}:
+    for key in tree.keys() - _TOP:
         if not str(key).startswith("x-"):
             raise ComposeError(f"{key} is not supported: {_INSTEAD.get(key, 'a VM cannot do it')}")
     volumes = {key: _volume(name, key, value) for key, value in (tree.get("volumes") or {}).items()}
-    services = []
+    profiles |= frozenset(filter(None, environ.get("COMPOSE_PROFILES", "").split(",")))
+    readers = []
     for key, value in tree["services"].items():
         if not isinstance(value, dict):
             raise ComposeError(f"services.{key} must have keys")
         wanted = value.get("profiles") or []
-        if not wanted or profiles & set(wanted):
-            services.append(_Reader(name, key, value, directory, environ, volumes).service())
-    return Stack(name, tuple(services), tuple(volumes.values()))
+        if not wanted or profiles & set(wanted) or "*" in profiles:
+            readers.append(_Reader(name, key, value, directory, environ, volumes, tree.get("secrets") or {}))
+    _check_networks(tree, {reader.key: reader.networks() for reader in readers})
+    return Stack(
+        name,
+        tuple(reader.service() for reader in readers),
+        tuple(volumes.values()),
+        tuple(warning for reader in readers for warning in reader.warnings()),
+    )
+
+
+def read_yaml(path: Path) -> Any:
+    """Raises ComposeError."""
+    import yaml
+
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise ComposeError(f"{path} is larger than 1 MB")
+        return yaml.safe_load(path.read_text())
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
+        raise ComposeError(f"{path} cannot be read: {error}") from None
+
+
+def _check_networks(tree: Mapping[str, Any], networks: Mapping[str, frozenset[str]]) -> None:
+    """Guests of a host reach each other, or, with network.guest_to_guest off, none does: a file that keeps some of its
+    services apart would be opened."""
+    known = tree.get("networks") or {}
+    for key, value in known.items():
+        fields = (value or {}).keys() - _NETWORK_KEYS
+        if fields - {"internal", "external"} or (value or {}).get("internal") or (value or {}).get("external"):
+            raise ComposeError(
+                f"networks.{key}: {', '.join(sorted(fields))} is not supported: instances are in the host's network; "
+                "egress rules (hypeman update egress-rules) decide what they reach"
+            )
+    for key, names in networks.items():
+        if missing := names - known.keys() - {"default"}:
+            raise ComposeError(f"services.{key}.networks: there is no network {', '.join(sorted(missing))}")
+    apart = [(one, other) for one, other in combinations(networks, 2) if not networks[one] & networks[other]]
+    if apart and tree.get("x-networks") != "shared":
+        raise ComposeError(
+            f"networks: {' and '.join(apart[0])} are kept apart, but instances of one host reach each other, or none "
+            "does (network.guest_to_guest); x-networks: shared at the top accepts that"
+        )
 
 
 def interpolated(text: str, environ: Mapping[str, str]) -> str:
@@ -133,29 +208,39 @@ class _Reader:
         directory: Path,
         environ: Mapping[str, str],
         volumes: dict[str, Volume],
+        secrets: Mapping[str, Any],
     ) -> None:
         self._stack = stack
-        self._key = key
+        self.key = self._key = key
         self._value = value
+        self._secrets = secrets
         self._directory = directory
         self._environ = environ
         self._volumes = volumes
 
     def service(self) -> Service:
-        for key in self._value.keys() - _KEYS - HARMLESS:
+        for key in self._value.keys() - _KEYS - HARMLESS - IGNORED.keys():
             if not str(key).startswith("x-"):
                 raise self._error(key, f"is not supported: {_INSTEAD.get(key, 'a VM cannot do it')}")
-        if not self._value.get("image"):
+        name = stack_member(self._stack, self._key)
+        build = self._build()
+        if not self._value.get("image") and not build:
             raise self._error("image", "is missing")
-        name = f"{self._stack}-{self._key}".replace("_", "-")
+        credentials, secrets = self._credentials()
+        network = {
+            **({"egress": {"enabled": True}} if credentials else {}),
+            **({"enabled": False} if self._value.get("network_mode") == "none" else {}),
+        }
         body = {
             "name": name,
-            "image": self._value["image"],
+            "image": self._value.get("image") or f"localhost/{name}:latest",
+            "network": network,
+            "credentials": credentials,
             "platform": self._value.get("platform"),
             "entrypoint": self._words("entrypoint"),
             "cmd": self._words("command"),
             "env": self._environment(),
-            "hostname": self._value.get("hostname") or self._key,
+            "hostname": self._value.get("hostname") or self._key.replace("_", "-"),
             "user": self._text("user"),
             "working_dir": self._value.get("working_dir"),
             "ports": [port for entry in self._value.get("ports") or [] for port in [self._port(entry)]],
@@ -169,7 +254,88 @@ class _Reader:
             body={field: value for field, value in body.items() if value not in (None, {}, [], "")},
             mounts=tuple(map(self._mount, self._value.get("volumes") or [])),
             depends_on=self._depends_on(),
+            build=build,
+            secrets=secrets,
+            tags=self._tags(),
         )
+
+    def warnings(self) -> list[str]:
+        given = [key for key in IGNORED if self._value.get(key)]
+        return [f"services.{self._key}.{key} is ignored: {IGNORED[key]}" for key in given]
+
+    def networks(self) -> frozenset[str]:
+        given = self._value.get("networks") or ["default"]
+        if isinstance(given, dict):
+            for name, fields in given.items():
+                if fields and fields.keys() - {"priority"}:
+                    raise self._error("networks", f"{name}: an instance's names are its own and its service's")
+        mode = str(self._value.get("network_mode", "bridge"))
+        if mode not in ("none", "bridge", "default"):
+            raise self._error("network_mode", f"{mode}: each instance has its own network")
+        return frozenset(given)
+
+    def _build(self) -> dict[str, Any]:
+        given = self._value.get("build")
+        if not given:
+            return {}
+        fields = {"context": given} if isinstance(given, str) else given
+        if unknown := fields.keys() - _BUILD_KEYS:
+            raise self._error("build", f"{', '.join(sorted(unknown))} is not supported: hypeman build has more options")
+        args = by_name(fields.get("args") or {})
+        found = {
+            "context": str(self._directory / fields.get("context", ".")),
+            "dockerfile": fields.get("dockerfile"),
+            "target": fields.get("target"),
+            "build_args": {
+                key: self._environ.get(key, "") if value is None else str(value) for key, value in args.items()
+            },
+        }
+        return {key: value for key, value in found.items() if value not in (None, {})}
+
+    def _credentials(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Credentials of the secrets that the service names, and the variables with their real values: the guest holds
+        stand-ins, so a secret must say into which requests it is put."""
+        credentials, values = {}, {}
+        for entry in self._value.get("secrets") or []:
+            source = entry if isinstance(entry, str) else str(entry.get("source", ""))
+            secret = self._secrets.get(source)
+            if not isinstance(secret, dict):
+                raise self._error("secrets", f"there is no secret {source!r}")
+            inject = secret.get("x-inject")
+            if not inject:
+                raise self._error(
+                    "secrets",
+                    f"{source}: the guest does not hold secrets; x-inject of the secret says into which requests the "
+                    "host puts it, as inject of a credential does",
+                )
+            target = source if isinstance(entry, str) else str(entry.get("target") or source)
+            name = re.sub(r"[^A-Z0-9_]", "_", target.upper())
+            credentials[name] = {"source": {"env": f"{name}_VALUE"}, "inject": inject}
+            values[f"{name}_VALUE"] = self._secret_value(source, secret)
+        return credentials, values
+
+    def _secret_value(self, name: str, secret: Mapping[str, Any]) -> str:
+        if "environment" in secret:
+            if (value := self._environ.get(str(secret["environment"]))) is None:
+                raise self._error("secrets", f"{name}: there is no variable {secret['environment']}")
+            return value
+        if "file" not in secret:
+            raise self._error("secrets", f"{name}: file or environment says where its value is")
+        try:
+            return (self._directory / str(secret["file"])).read_text().strip()
+        except (OSError, UnicodeError) as error:
+            raise self._error("secrets", f"{name}: {error}") from None
+
+    def _tags(self) -> dict[str, str]:
+        found = {}
+        if shm := self._value.get("shm_size"):
+            found["hypeman.shm-size"] = format_size(parse_size(str(shm)))
+        for name, value in (self._value.get("ulimits") or {}).items():
+            limits = [value["soft"], value["hard"]] if isinstance(value, dict) else [value]
+            found[f"hypeman.ulimit.{name}"] = ":".join(map(str, limits))
+        for name, value in (by_name(self._value.get("sysctls")) or {}).items():
+            found[f"hypeman.sysctl.{name}"] = str(value)
+        return found
 
     def _error(self, field: str, message: str) -> ComposeError:
         return ComposeError(f"services.{self._key}.{field} {message}")
@@ -247,6 +413,13 @@ class _Reader:
 
     def _restart(self) -> dict[str, Any] | None:
         text = self._value.get("restart")
+        policy = (self._value.get("deploy") or {}).get("restart_policy")
+        if text is None and policy:
+            condition = policy.get("condition", "any")
+            text = {"any": "always", "on-failure": "on-failure", "none": "no"}.get(condition, condition)
+            if text == "on-failure" and policy.get("max_attempts"):
+                text = f"on-failure:{policy['max_attempts']}"
+            return docker_restart(text)
         try:
             return docker_restart("no" if text is False else self._text("restart"))  # YAML reads no as false
         except click.BadParameter as error:
@@ -281,8 +454,12 @@ class _Reader:
 
     def _limits(self) -> dict[str, Any]:
         deploy = self._value.get("deploy") or {}
+        if unknown := deploy.keys() - _DEPLOY_KEYS:
+            raise self._error("deploy", f"{', '.join(sorted(unknown))} is not supported")
+        if ((deploy.get("resources") or {}).get("reservations") or {}).get("devices"):
+            raise self._error("deploy", "devices: register them, and name them in hypeman run --device")
         resources = (deploy.get("resources") or {}).get("limits") or {}
-        if int(deploy.get("replicas", 1)) != 1:
+        if int(deploy.get("replicas", self._value.get("scale", 1))) != 1:
             raise self._error("deploy", "replicas must be 1: an instance has one name")
         memory = resources.get("memory") or self._value.get("mem_limit")
         cpus = resources.get("cpus") or self._value.get("cpus")

@@ -1,0 +1,149 @@
+"""One tree from several files: ``include`` and ``extends`` of the Compose specification. Reads the files they name.
+
+What a file says of paths is about its own folder: when it is taken into another file, they are made absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hypeman.cli.compose.model import ComposeError
+
+_MAX_DEPTH = 16
+_RESOURCES = ("services", "volumes", "networks", "secrets", "configs")
+_REPLACED = frozenset(["command", "entrypoint", "test"])
+"""Lists that are taken as a whole; others are put together."""
+_BY_NAME = frozenset(["environment", "labels", "args", "annotations", "extra_hosts", "sysctls"])
+"""Mappings that may be written as a list of ``NAME=VALUE``."""
+
+Read = Callable[[Path], Any]
+"""The decoded and interpolated content of a file; raises ComposeError."""
+
+
+def expanded(tree: dict[str, Any], directory: Path, read: Read, depth: int = 0) -> dict[str, Any]:
+    """``tree`` with what it includes, and with each service that extends another one written out."""
+    if depth > _MAX_DEPTH:
+        raise ComposeError(f"include is nested more than {_MAX_DEPTH} levels deep")
+    included: dict[str, Any] = {}
+    for entry in tree.get("include") or []:
+        _take_in(included, _included(entry, directory, read, depth), str(entry))
+    own = {key: value for key, value in tree.items() if key != "include"}
+    services = {
+        key: _extended(key, value, own, directory, read, ()) for key, value in (own.get("services") or {}).items()
+    }
+    own["services"] = services
+    _take_in(included, {key: own.get(key) or {} for key in _RESOURCES}, "the file")
+    return {**own, **{key: value for key, value in included.items() if value or key in own}}
+
+
+def merged(base: Any, more: Any, key: str = "") -> Any:
+    """``base`` overridden by ``more``: mappings by their keys, lists one after the other, everything else replaced."""
+    if key in _BY_NAME:
+        base, more = by_name(base), by_name(more)
+    if key == "depends_on" and (isinstance(base, dict) or isinstance(more, dict)):
+        base, more = _conditions(base), _conditions(more)
+    if isinstance(base, Mapping) and isinstance(more, Mapping):
+        return {**base, **{name: merged(base[name], more[name], name) if name in base else more[name] for name in more}}
+    if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED:
+        return [*base, *(each for each in more if each not in base)]
+    return more
+
+
+def by_name(value: Any) -> Any:
+    """A list of ``NAME=VALUE`` as a mapping; None for a name alone."""
+    if not isinstance(value, list):
+        return value
+    pairs = (str(text).partition("=") for text in value)
+    return {name: text if equals else None for name, equals, text in pairs}
+
+
+def _conditions(value: Any) -> Any:
+    return {key: {"condition": "service_started"} for key in value} if isinstance(value, list) else value
+
+
+def _take_in(found: dict[str, Any], more: Mapping[str, Any], where: str) -> None:
+    """Add the resources of ``more``; a name that is there already is an error unless it says the same."""
+    for kind in _RESOURCES:
+        known = found.setdefault(kind, {})
+        for name, value in (more.get(kind) or {}).items():
+            if name in known and known[name] != value:
+                raise ComposeError(f"{kind}.{name} of {where} is there already, with other content")
+            known[name] = value
+
+
+def _included(entry: Any, directory: Path, read: Read, depth: int) -> dict[str, Any]:
+    fields = {"path": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, dict) or "path" not in fields or fields.keys() - {"path", "project_directory"}:
+        raise ComposeError(f"include: {entry!r} must be a path, or have path and project_directory")
+    paths = [fields["path"]] if isinstance(fields["path"], str) else list(fields["path"])
+    tree: dict[str, Any] = {}
+    for path in paths:
+        tree = merged(tree, _tree(directory / path, read))
+    folder = directory / fields.get("project_directory", Path(paths[0]).parent)
+    return anchored(expanded(tree, folder, read, depth + 1), folder)
+
+
+def _extended(
+    key: str, value: Any, tree: Mapping[str, Any], directory: Path, read: Read, seen: tuple[tuple[Path, str], ...]
+) -> Any:
+    if not isinstance(value, dict) or "extends" not in value:
+        return value
+    extends = value["extends"]
+    extends = {"service": extends} if isinstance(extends, str) else extends
+    if not isinstance(extends, dict) or "service" not in extends or extends.keys() - {"service", "file"}:
+        raise ComposeError(f"services.{key}.extends must have service, and file if it is in another one")
+    name, folder, file = str(extends["service"]), directory, tree
+    if extends.get("file"):
+        path = directory / extends["file"]
+        folder, file = path.parent, _tree(path, read)
+    if (place := (folder.resolve(), name)) in seen:
+        raise ComposeError(f"services.{key}.extends: {name} extends itself")
+    base = (file.get("services") or {}).get(name)
+    if not isinstance(base, dict):
+        raise ComposeError(f"services.{key}.extends: there is no service {name!r}")
+    base = _extended(name, base, file, folder, read, (*seen, place))
+    if folder != directory:
+        base = anchored({"services": {name: base}}, folder)["services"][name]
+    return merged(base, {field: one for field, one in value.items() if field != "extends"})
+
+
+def _tree(path: Path, read: Read) -> dict[str, Any]:
+    tree = read(path)
+    if not isinstance(tree, dict):
+        raise ComposeError(f"{path} has no services")
+    return tree
+
+
+def anchored(tree: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """``tree`` with the paths of its services and secrets absolute."""
+    found = dict(tree)
+    found["services"] = {key: _anchored_service(one, directory) for key, one in (tree.get("services") or {}).items()}
+    if secrets := tree.get("secrets"):
+        found["secrets"] = {key: _anchored_secret(one, directory) for key, one in secrets.items()}
+    return found
+
+
+def _anchored_secret(value: Any, directory: Path) -> Any:
+    if not isinstance(value, dict) or "file" not in value:
+        return value
+    return {**value, "file": str(directory / value["file"])}
+
+
+def _anchored_service(value: Any, directory: Path) -> Any:
+    if not isinstance(value, dict):
+        return value
+    found = dict(value)
+    if "env_file" in value:
+        files = value["env_file"] if isinstance(value["env_file"], list) else [value["env_file"]]
+        found["env_file"] = [
+            {**file, "path": str(directory / file["path"])} if isinstance(file, dict) else str(directory / file)
+            for file in files
+        ]
+    build = value.get("build")
+    if isinstance(build, str):
+        found["build"] = str(directory / build)
+    elif isinstance(build, dict):
+        found["build"] = {**build, "context": str(directory / build.get("context", "."))}
+    return found
