@@ -12,7 +12,6 @@
 #include "netlink.h"
 #include "protocol.h"
 #include "system_files.h"
-#include "worker.h"
 
 #define MAX_ENTROPY 512
 
@@ -78,58 +77,57 @@ static void remember(const char *hostname, const struct network *network) {
     current.network = *network;
 }
 
+static bool same_dns(const struct network *a, const struct network *b) {
+    return a->dns_count == b->dns_count && memcmp(a->dns, b->dns, a->dns_count * sizeof *a->dns) == 0;
+}
+
 static bool same_network(const struct network *a, const struct network *b) {
     return a->present == b->present &&
            (!a->present ||
             (memcmp(a->mac, b->mac, sizeof a->mac) == 0 && memcmp(a->address, b->address, sizeof a->address) == 0 &&
              memcmp(a->gateway, b->gateway, sizeof a->gateway) == 0 && a->prefix == b->prefix && a->mtu == b->mtu &&
-             a->dns_count == b->dns_count && memcmp(a->dns, b->dns, a->dns_count * sizeof *a->dns) == 0));
+             same_dns(a, b)));
 }
 
-static int renew(const struct identity *identity, const char **what) {
-    *what = "entropy";
-    if (identity->entropy.length && add_entropy(identity->entropy.value, identity->entropy.length) < 0)
+/* 0, or -1 with errno and what failed. Of what the guest has already nothing is done again. */
+static int become(const struct identity *asked, const char **failed) {
+    const struct network *network = &asked->network;
+    bool renamed = !current.known || strcmp(asked->hostname, current.hostname) != 0;
+    bool moved = network->present && (!current.known || !same_network(network, &current.network));
+    *failed = "entropy";
+    if (asked->entropy.length && add_entropy(asked->entropy.value, asked->entropy.length) < 0)
         return -1;
-    *what = "clock";
-    return set_clock(identity->clock_ns);
+    *failed = "clock";
+    if (set_clock(asked->clock_ns) < 0)
+        return -1;
+    *failed = "network";
+    if (moved && replace_network(network) < 0)
+        return -1;
+    *failed = "resolver";
+    if (moved && !(current.known && same_dns(network, &current.network)) && write_resolver(network) < 0)
+        return -1;
+    *failed = "host name";
+    if ((renamed || moved) && set_hostname(asked->hostname, network->present ? network->address : NULL) < 0)
+        return -1;
+    *failed = "machine id";
+    return write_machine_id(asked->machine_id, false);
 }
 
-enum identity_change take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce,
-                                   const char **failed) {
+int take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce, const char **failed) {
     struct identity asked;
+    *failed = "identity";
     if (!parse_identity(&asked, &request)) {
         errno = EINVAL;
-        *failed = "identity";
-        return IDENTITY_FAILED;
+        return -1;
     }
     if (asked.has_nonce)
         memcpy(nonce, asked.nonce, NONCE_BYTES); /* the next connection is with a host that knows the new one */
     if (!current.known)
         remember(config->hostname ? config->hostname : "", &config->network);
-    bool same = current.known && strcmp(asked.hostname, current.hostname) == 0 && !*asked.machine_id &&
-                same_network(&asked.network, &current.network);
-    if (!same) {
-        remember(asked.hostname, &asked.network);
-        return IDENTITY_OTHER;
+    if (become(&asked, failed) < 0) {
+        current.known = false;
+        return -1;
     }
-    return renew(&asked, failed) < 0 ? IDENTITY_FAILED : IDENTITY_SAME;
-}
-
-int identity_worker(struct field_reader *request) {
-    struct identity asked;
-    const char *what;
-    if (!parse_identity(&asked, request))
-        return worker_failed(EINVAL, "identity");
-    if (renew(&asked, &what) < 0)
-        return worker_failed(errno, "%s", what);
-    const struct network *network = &asked.network;
-    if (network->present && replace_network(network) < 0)
-        return worker_failed(errno, "network");
-    if (network->present && write_resolver(network) < 0)
-        return worker_failed(errno, "resolver");
-    if (set_hostname(asked.hostname, network->present ? network->address : NULL) < 0)
-        return worker_failed(errno, "host name");
-    if (write_machine_id(asked.machine_id, false) < 0)
-        return worker_failed(errno, "machine id");
+    remember(asked.hostname, &asked.network);
     return 0;
 }

@@ -1,8 +1,8 @@
 /* Who the guest is and what time it is: set anew after a restore or a fork.
  *
- * A guest that is restored is who it was: it only needs the time and entropy, which the agent gives it at once. Only
- * one that becomes another has its network, names and files changed, by a worker. Taking the network down and up again
- * takes a just restored guest 50 ms, a fork of the agent as long.
+ * The agent does all of it itself, and only what differs. The guest's programs are frozen, so nobody waits meanwhile;
+ * in a guest that was just restored a worker takes as long to start as everything else together, and so did taking
+ * the network down and up again.
  */
 #ifndef HM_IDENTITY_H
 #define HM_IDENTITY_H
@@ -10,14 +10,7 @@
 #include "boot_config.h"
 #include "fields.h"
 
-enum identity_change {
-    IDENTITY_SAME,   /* and now has clock and entropy */
-    IDENTITY_OTHER,  /* identity_worker makes it so; nothing is done yet */
-    IDENTITY_FAILED, /* errno, and what failed */
-};
-
-/* Also takes the nonce of later connections, if there is one. */
-enum identity_change take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce,
-                                   const char **failed);
+/* 0, or -1 with errno and what failed. Also takes the nonce of later connections, if there is one. */
+int take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce, const char **failed);
 
 #endif

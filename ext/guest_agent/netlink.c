@@ -136,7 +136,8 @@ static int find_link(const uint8_t *mac) {
     return index;
 }
 
-static int flush_addresses(int fd, int index) {
+/* All but `kept`. */
+static int flush_addresses(int fd, int index, const uint8_t kept[4]) {
     struct {
         struct nlmsghdr header;
         struct ifaddrmsg address;
@@ -161,11 +162,12 @@ static int flush_addresses(int fd, int index) {
                 continue;
             int length = (int)IFA_PAYLOAD(h);
             for (struct rtattr *a = IFA_RTA(address); RTA_OK(a, length); a = RTA_NEXT(a, length)) {
-                if (a->rta_type == IFA_LOCAL && RTA_PAYLOAD(a) == 4) {
-                    found[count] = *address;
-                    memcpy(local[count++], RTA_DATA(a), 4);
-                    break;
-                }
+                if (a->rta_type != IFA_LOCAL || RTA_PAYLOAD(a) != 4)
+                    continue;
+                found[count] = *address;
+                memcpy(local[count], RTA_DATA(a), 4);
+                count += memcmp(local[count], kept, 4) != 0;
+                break;
             }
         }
     }
@@ -195,8 +197,10 @@ static int configure_link(int fd, int index, const struct network *network) {
     return memcmp(network->gateway, none, 4) == 0 ? 0 : add_default_route(fd, index, network);
 }
 
+static int configured; /* the index of the interface of the boot: a fork need not look for it */
+
 int configure_network(const struct network *network) {
-    int index = find_link(network->mac);
+    int index = configured = find_link(network->mac);
     int fd = open_netlink();
     int result = -1;
     errno = ENODEV;
@@ -206,15 +210,24 @@ int configure_network(const struct network *network) {
     return result;
 }
 
+/* virtio-net takes a new MAC while it is up; taking it down and up again makes the kernel wait for all CPUs several
+ * times, and was a third of what a fork's identity took. */
+static int change_mac(int fd, int index, const uint8_t *mac) {
+    if (change_link(fd, index, true, mac, 0) == 0)
+        return 0;
+    return errno == EBUSY && change_link(fd, index, false, NULL, 0) == 0 ? change_link(fd, index, false, mac, 0) : -1;
+}
+
 int replace_network(const struct network *network) {
-    int index = find_link(network->mac);
+    int index = configured ? configured : find_link(network->mac);
     if (!index)
         index = find_link(NULL);
     int fd = open_netlink();
     int result = -1;
     errno = ENODEV;
-    if (index && fd >= 0 && change_link(fd, index, false, NULL, 0) == 0 && flush_addresses(fd, index) == 0 &&
-        change_link(fd, index, false, network->mac, 0) == 0)
+    /* The route last: it goes with the last of the old addresses. */
+    if (index && fd >= 0 && change_mac(fd, index, network->mac) == 0 && add_address(fd, index, network) == 0 &&
+        flush_addresses(fd, index, network->address) == 0)
         result = configure_link(fd, index, network);
     close_fd(&fd);
     return result;

@@ -10,8 +10,8 @@ int bring_up_loopback(void);
 /* Gives the interface with network->mac its address, MTU and default route, and brings it up. */
 int configure_network(const struct network *network);
 
-/* A fork wakes up with its source's interface: takes it down, gives it the new MAC, drops all its old
- * addresses, then configures it like a fresh one. */
+/* A fork wakes up with its source's interface: gives it the new MAC and address, drops all others, then configures it
+ * like a fresh one. */
 int replace_network(const struct network *network);
 
 #endif

@@ -222,7 +222,7 @@ static _Noreturn void run_child(const struct program *program, struct ends *ends
         fail(&failure, 126, "standard files: %s", strerror(errno));
     if (program->tty)
         ioctl(0, TIOCSCTTY, 0);
-    const char *wrong = program->is_init ? make_init_namespaces() : join_init_files();
+    const char *wrong = program->is_init ? make_init_namespaces() : program->apart ? NULL : join_init_files();
     if (wrong)
         fail(&failure, 126, "%s: %s", wrong, strerror(errno));
     if (!failure.exit_code)
@@ -250,7 +250,7 @@ int start_program(const struct program *program, struct child *child) {
     struct ends ends;
     int error = 0;
     pid_t pid = -1;
-    bool joined = !program->is_init && join_init_pids();
+    bool joined = !program->is_init && !program->apart && join_init_pids();
     if (open_ends(program, &ends)) {
         /* Beside the init, as in a container: systemd cannot move processes from outside of its control groups. */
         const char *beside = joined ? init_cgroup() : NULL;

@@ -18,6 +18,7 @@ struct program {
     bool merge_output;   /* one pipe for both outputs; no standard input */
     const char *cgroup;  /* directory, or NULL */
     bool is_main;        /* its output is also ours: what is written to /proc/1/fd/1 is in the log */
+    bool apart;          /* stays in our control group and namespaces, which no freeze stops */
     bool is_init;        /* becomes process 1 of namespaces of its own, see namespaces.h */
 };
 

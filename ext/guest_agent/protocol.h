@@ -81,7 +81,8 @@ enum op {
     OP_FREEZE = 12,
     OP_THAW = 13,
     OP_PING = 14, /* answered at once with an empty reply: the agent lives */
-    OP_RESUME = 15
+    OP_RESUME = 15,
+    OP_WARM = 16 /* executes a program of the agent's that ends at once, also while the others are frozen */
 };
 
 enum event { EVENT_READY = 1, EVENT_STARTED = 2, EVENT_EXITED = 3, EVENT_FATAL = 4 };

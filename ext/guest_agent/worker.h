@@ -29,7 +29,6 @@ int open_worker_root(void);
 int stat_worker(struct field_reader *request);
 int copy_to_worker(struct field_reader *request);
 int copy_from_worker(struct field_reader *request);
-int identity_worker(struct field_reader *request);
 int mount_worker(struct field_reader *request);
 int unmount_worker(struct field_reader *request);
 int memory_worker(struct field_reader *request);

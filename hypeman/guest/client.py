@@ -73,6 +73,10 @@ _OUTBOX_BYTES = 4 * WINDOW
 _MAX_REPLY = 1024 * 1024
 _CLOCK_BEFORE_THAW = 0.8
 """Seconds that a guest stays frozen at most for its clock."""
+_CLOCK_AFTER_THAW = 0.2
+"""Seconds until the clock of a thawed guest is corrected more exactly: first it does what its client waits for."""
+_CLOCK_WITHOUT_THAW = 10.0
+"""Seconds until the clock of a restored guest that nobody thaws is corrected; it thaws itself by then."""
 
 _T = TypeVar("_T")
 
@@ -431,6 +435,11 @@ class GuestClient:
         """Set when bytes arrive or what is expected of the guest changes."""
         self.last_correction: Sample | None = None
         """How wrong the guest's clock was found to be."""
+        self.restored = False
+        """Its clock is corrected when it is thawed, and not before: until then it is busy with its identity."""
+        self._thawed = trio.Event()
+        self._clock_set_at = -math.inf
+        """When a request last set the guest's clock, quickly enough for programs to run on."""
         self._clock = trio.Lock()
         """Held during a correction of the guest's clock."""
         self._clock_wanted = trio.Event()
@@ -603,7 +612,10 @@ class GuestClient:
             writer.add(Tag.NONCE, nonce)
         if network is not None:
             render_network(writer, network)
+        asked = trio.current_time()
         await self._request(Op.IDENTITY, writer)
+        if clock_ns and trio.current_time() - asked < clock.QUICK / 1e9:
+            self._clock_set_at = asked
 
     async def mount_volume(self, volume: GuestVolume) -> None:
         """Mount a hot-plugged disk; waits up to 10 s for it to appear."""
@@ -624,6 +636,11 @@ class GuestClient:
     async def metrics(self) -> Metrics:
         return _parsed(parse_metrics, await self._request(Op.METRICS, None))
 
+    async def warm(self) -> None:
+        """Have the guest execute a program of the agent's, so that the first exec is as fast as others. A no-op on an
+        agent of an earlier version."""
+        await self._call(Op.WARM, None)
+
     async def freeze(self) -> None:
         """Stop all processes but the agent, for at most 10 s of guest time, so that after a restore or fork
         identity and clock are set before they resume."""
@@ -631,12 +648,17 @@ class GuestClient:
 
     async def thaw(self) -> None:
         """Let the processes run again, with the clock corrected."""
+        if trio.current_time() - self._clock_set_at > _CLOCK_BEFORE_THAW:
+            await self._correct_before_thaw()
+        await self._request(Op.THAW, None)
+        self._thawed.set()
+
+    async def _correct_before_thaw(self) -> None:
         with trio.move_on_after(_CLOCK_BEFORE_THAW):
             try:
                 await self.correct_clock(good=clock.QUICK)
             except (GuestError, GuestTimeout, InvalidRequest) as error:  # an agent of an earlier version, or no time
                 log.debug("a guest runs on without having its clock corrected: %s", error.message)
-        await self._request(Op.THAW, None)
 
     def hold(self, held: bool) -> None:
         """Record that the VM is paused, so no answer is expected, or running again."""
@@ -789,9 +811,14 @@ class GuestClient:
     async def _keep_clock(self) -> None:
         """Correct the guest's clock as ``correct_clock`` says."""
         await self._greeted.wait()
+        if self.restored:
+            with trio.move_on_after(_CLOCK_WITHOUT_THAW):
+                await self._thawed.wait()
+                await trio.sleep(_CLOCK_AFTER_THAW)
         while self._lost is None:
-            while self._held:
-                await self._stirred.wait()
+            if self._held:
+                await self._wait_resumed()
+                await trio.sleep(_CLOCK_AFTER_THAW)
             self._clock_wanted = trio.Event()
             step = clock.host_step()
             last: Sample | None = None
@@ -808,6 +835,10 @@ class GuestClient:
                 with trio.move_on_at(min(due, trio.current_time() + clock.STEP_CHECK)):
                     await self._clock_wanted.wait()
                     break
+
+    async def _wait_resumed(self) -> None:
+        while self._held:
+            await self._stirred.wait()
 
     async def _is_heard_after(self, before: int) -> bool:
         """Whether another read succeeds within ANSWER seconds in which the VM is not paused."""

@@ -47,4 +47,5 @@ LIMITS: Mapping[Op, float] = {
     Op.FREEZE: 10.0,  # it ends by itself after 10 s of guest time
     Op.THAW: 10.0,
     Op.PING: ANSWER,
+    Op.WARM: 10.0,
 }

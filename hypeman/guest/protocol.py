@@ -88,6 +88,7 @@ class Op(enum.IntEnum):
     THAW = 13
     PING = 14
     RESUME = 15
+    WARM = 16
 
 
 class ProtocolError(Exception):

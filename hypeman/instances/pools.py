@@ -2,8 +2,8 @@
 
     fill     add member: a row with its plan, number, address, captures     a failure is undone, and tried again
              copy disks · run · egress · network · restore · warm           later; a crash is undone by the next server
-    claim    one transaction: the member's row becomes an instance's,       a failure leaves the member
-             Running, to be awakened
+    claim    one transaction: the member's row becomes an instance's,       a failure ends the member
+             Running, to be awakened; meanwhile it learns its name
              awaken                                                         as after a restore
 
 A member has its id, address and machine-id, but nobody has seen it: it is no instance, its program is frozen, its
@@ -43,7 +43,7 @@ from hypeman.instances.model.record import InstanceRecord, Intent, MemberRow, Op
 from hypeman.instances.model.snapshot_types import SnapshotKind, SnapshotPool
 from hypeman.instances.model.steps import RestoreVmm, Reversible, reversible
 from hypeman.instances.model.types import InstanceState
-from hypeman.instances.rows import MEMBERS, POOLS, SNAPSHOTS, find_snapshot
+from hypeman.instances.rows import MEMBERS, POOLS, SNAPSHOTS, check_name_free, find_snapshot
 from hypeman.instances.tasks import Tasks
 from hypeman.resources.accounting import Holding
 from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
@@ -54,6 +54,9 @@ log = logging.getLogger(__name__)
 
 RETRY_FIRST, RETRY_MOST = 1.0, 60.0
 """Seconds until a pool that failed or gave way is filled again; each pause is twice the previous one."""
+
+QUIET = 0.25
+"""Seconds after a claim in which its place is not filled, so that the claimed guest has the CPUs first."""
 
 
 class Member:
@@ -205,16 +208,17 @@ class Pools:
         pool = self._pools.get(snapshot.id)
         if pool is None or not pool.ready:
             return None
+        self._store.read(lambda txn: check_name_free(txn, name))
         member = pool.ready.popleft()
+        pool.not_before = max(pool.not_before, trio.current_time() + QUIET)
         record = self._claimed(member, name)
-        intent = Intent(Operation.RESUME, plan_awaken(record, snapshot.capture or "", fresh=False))
-        origin = {"forked_from": snapshot.source.id, "snapshot": snapshot.id, "pool": "true"}
         try:
-            await self._ledger.claim(record, intent, origin)
+            await self._write_claim(record, snapshot)
         except Exception:
-            self._put_back(snapshot.id, pool, member)
+            self._doomed.append(member.row)  # its guest may have been told the name
             raise
-        self._work.set()
+        finally:
+            self._work.set()
         try:
             return (await self._tasks.add(record, partial(_take_over, member))).record
         except Exception:
@@ -237,13 +241,26 @@ class Pools:
             fresh=False,  # it has its machine-id
         )
 
-    def _put_back(self, snapshot: str, pool: _Pool, member: Member) -> None:
-        """After a claim that failed; meanwhile its VMM may have ended, or its pool."""
-        if member.over or self._pools.get(snapshot) is not pool:
-            self._doomed.append(member.row)
-        else:
-            pool.ready.appendleft(member)
-        self._work.set()
+    async def _write_claim(self, record: InstanceRecord, snapshot: SnapshotRow) -> None:
+        """While it is written, the guest is told its name: its program goes on only when both are done."""
+        intent = Intent(Operation.RESUME, plan_awaken(record, snapshot.capture or "", fresh=False))
+        origin = {"forked_from": snapshot.source.id, "snapshot": snapshot.id, "pool": "true"}
+        failure: Exception | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._introduce, record)
+            try:
+                await self._ledger.claim(record, intent, origin)
+            except Exception as error:
+                failure = error
+                nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _introduce(self, record: InstanceRecord) -> None:
+        try:
+            await self._machine.introduce(record)
+        except HypemanError as error:  # tried again when it is awakened, which reports it
+            log.debug("the guest of %s was not told its name: %s", record.id, error.message)
 
     # Filling
 

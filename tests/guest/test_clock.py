@@ -85,9 +85,30 @@ async def test_when_a_clock_is_corrected(
         await trio.sleep(10 * clock.INTERVAL)
         assert len(corrections.times) == count, "a paused guest is left alone"
         client.hold(False)
-        await trio.sleep(0.1)
+        await trio.sleep(0.5)
         assert len(corrections.times) == count + 1
         nursery.cancel_scope.cancel()
+
+
+async def test_the_clock_of_a_restored_guest_is_corrected_when_it_is_thawed(
+    step: list[int], monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Before that it has other work, which its client waits for; if nobody thaws it, it thaws itself."""
+    for seconds, first in ((5.0, 5.0), (None, 10.0)):
+        ours, _ = trio.testing.memory_stream_pair()
+        client = GuestClient(ours, nonce=bytes(16))
+        client.restored = True
+        corrections = Corrections(client, monkeypatch)
+        client._greeted.set()
+        begin = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client._keep_clock)
+            if seconds is not None:
+                await trio.sleep(seconds)
+                client._thawed.set()
+            await trio.sleep(20)
+            nursery.cancel_scope.cancel()
+        assert first <= corrections.times[0] - begin <= first + 0.5
 
 
 @pytest.mark.parametrize("told", [b"", FieldWriter().u64(Tag.CLOCK_NS, 2**64 - 1).render()])

@@ -395,6 +395,7 @@ class FakeGuest:
         self.silent_since: datetime | None = None
         self.silence_changed: Callable[[], object] = lambda: None
         self.held = False
+        self.restored = False
         self.stuck: set[str] = set()
         """Names of the methods that are not answered."""
         self.limits: Mapping[Op, float] = LIMITS
@@ -461,6 +462,9 @@ class FakeGuest:
     async def set_identity(self, **identity: Any) -> None:
         await self._obey(Op.IDENTITY)
         self.identity = identity
+
+    async def warm(self) -> None:
+        await self._obey(Op.WARM)
 
     async def mount_volume(self, volume: Any) -> None:
         await self._obey(Op.MOUNT)

@@ -114,7 +114,7 @@ class Lifecycle:
     """The task that owns one instance. ``run`` in a nursery; it ends when the instance is deleted."""
 
     def __init__(self, shared: Shared, record: InstanceRecord, *, new: bool) -> None:
-        self._owned = Owned(shared, record, tell=self._tell)
+        self._owned = Owned(shared, record, tell=self._tell, later=self._later)
         self._new = new
         """Nothing to settle: either just created, with its first command doing the work, or not running."""
         self._queue: trio.MemorySendChannel[Job[Any] | _News | _Look]
@@ -260,6 +260,10 @@ class Lifecycle:
 
     def _tell(self, live: LiveVm, event: VmEvent) -> None:
         self._queue.send_nowait(_News(live, event))
+
+    def _later(self, action: Callable[[Owned], Awaitable[object]]) -> None:
+        self._queued.append(None)
+        self._queue.send_nowait(Job(None, lambda: action(self._owned)))
 
     def _look_again_if_unknown(self) -> None:
         if self.record.state is InstanceState.UNKNOWN and not self._looking:

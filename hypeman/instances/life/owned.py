@@ -72,7 +72,14 @@ class Attempt:
 class Owned:
     """An instance's record and the operations on it. One per instance, created by its task."""
 
-    def __init__(self, shared: Shared, record: InstanceRecord, *, tell: Callable[[LiveVm, VmEvent], None]) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        record: InstanceRecord,
+        *,
+        tell: Callable[[LiveVm, VmEvent], None],
+        later: Callable[[Callable[[Owned], Awaitable[object]]], None],
+    ) -> None:
         self.machine = shared.machine
         self.ledger = shared.ledger
         self.images = shared.images
@@ -91,6 +98,8 @@ class Owned:
         self._shared = shared
         self.tell = tell
         """Takes events of the VM."""
+        self.later = later
+        """Runs what need not be waited for, after the commands that are queued."""
 
     @property
     def live(self) -> LiveVm | None:

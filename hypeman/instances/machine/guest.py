@@ -10,7 +10,7 @@ import trio
 
 from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest.boot import GuestVolume
-from hypeman.guest.client import GuestLost
+from hypeman.guest.client import GuestClient, GuestLost
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
 from hypeman.hypervisor.interface import VmmBroken, VmmGone
@@ -18,6 +18,7 @@ from hypeman.instances.machine.context import Context
 from hypeman.instances.machine.live import Live
 from hypeman.instances.machine.network import Network
 from hypeman.instances.model.guest_boot import boot_network, hostname, machine_id
+from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.steps import AwakenGuest, GoOn, PauseVm, PlugVolume, ShutdownGuest, WarmGuest
 from hypeman.instances.model.types import InstanceState
 from hypeman.instances.model.vm import volume_disk, volume_disk_id
@@ -82,9 +83,9 @@ class Guests:
         try:
             with trio.fail_after(SECONDS_TO_WARM):
                 await live.vmm.resume()
-                await self._identify(step.instance, live, fresh=True)
-                assert live.guest is not None, "it has just answered"
-                await live.guest.freeze()  # again, since the limit of the capture's runs on
+                guest = await self._identify(self._context.record(step.instance), live, fresh=True)
+                await guest.warm()
+                await guest.freeze()  # again, since the limit of the capture's runs on
                 live.hold(True)
                 await live.vmm.pause()
         except trio.TooSlowError:
@@ -93,30 +94,40 @@ class Guests:
     async def leave_warm(self, step: WarmGuest) -> None:
         """Nothing: the undo of its restore ends its VMM."""
 
-    async def _identify(self, instance_id: str, live: Live, *, fresh: bool) -> None:
+    async def introduce(self, record: InstanceRecord) -> None:
+        """Resume a warm guest, which is to be ``record``, and tell it its name; its program stays frozen."""
+        live = self._context.living(record.id)
+        await live.vmm.resume()
+        await self._identify(record, live, fresh=False)
+        live.known_as = hostname(record)
+
+    async def _identify(self, record: InstanceRecord, live: Live, *, fresh: bool) -> GuestClient:
         """Tell the guest who it is; ``fresh``: also a new machine-id. Raises InvalidState, VmmGone, GuestLost …"""
-        record = self._context.record(instance_id)
         with live.asking():
             guest = await live.wait_guest(SECONDS_TO_AWAKEN)
             await guest.set_identity(
                 hostname=hostname(record),
-                machine_id=machine_id(instance_id) if fresh else "",
-                network=boot_network(self._network.of_guest(instance_id)),
+                machine_id=machine_id(record.id) if fresh else "",
+                network=boot_network(self._network.of_guest(record.id)),
                 entropy=secrets.token_bytes(64),
                 clock_ns=time.time_ns(),
             )
+        return guest
 
     async def awaken(self, step: AwakenGuest) -> None:
         live = self._context.living(step.instance)
-        await live.vmm.resume()
-        live.hold(False)
+        record = self._context.record(step.instance)
+        if live.known_as != hostname(record):
+            await live.vmm.resume()
+            await self._identify(record, live, fresh=step.fresh)
         lease = self._context.lease(step.instance)
-        await self._identify(step.instance, live, fresh=step.fresh)
         if lease is not None and lease.enabled:
             await live.vmm.set_link("net0", up=True)
             await self._network.release(step)  # before its program runs: the packets that woke it come first
         with live.asking():
             await (await live.wait_guest(LIMITS[Op.THAW])).thaw()
+        live.hold(False)
+        live.known_as = None
 
     async def shutdown(self, step: ShutdownGuest) -> None:
         """Request an orderly shutdown and wait for it; an unresponsive guest is not waited for."""

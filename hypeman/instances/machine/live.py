@@ -48,7 +48,7 @@ def connect_guest(stream: trio.abc.Stream, nonce: bytes) -> GuestClient:
 class Live:
     """A running VM. ``boot`` numbers the launch, so that late events of an older one can be recognized."""
 
-    def __init__(self, vmm: Vmm, *, nonce: bytes, boot: int, connect: Connect) -> None:
+    def __init__(self, vmm: Vmm, *, nonce: bytes, boot: int, connect: Connect, restored: bool = False) -> None:
         self.vmm = vmm
         self.boot = boot
         self.guest: GuestClient | None = None
@@ -62,6 +62,10 @@ class Live:
         """Bytes that the guest lends to the host (``reclaim.py``); None if unknown."""
         self._balloon = trio.Lock()
         """Held while ``lent`` changes, and while the VM is saved, which would save the loan too."""
+        self.known_as: str | None = None
+        """The name that the running guest was told since it was restored or claimed; its program is still frozen."""
+        self._restored = restored
+        """Its program is frozen until it is awakened, on the first connection."""
         self._nonce = nonce
         self._connect = connect
         self._over = False
@@ -218,6 +222,7 @@ class Live:
         """Handle one connection until it closes; returns whether the guest became ready on it."""
         ready = False
         client = self._connect(stream, self._nonce)
+        client.restored, self._restored = self._restored, False
         client.silence_changed = lambda: self._log_silence(client)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve, client)

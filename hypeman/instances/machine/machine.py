@@ -99,6 +99,10 @@ class Machine:
     async def undo(self, step: Reversible) -> None:
         await self._effects.undo(step)
 
+    async def introduce(self, record: InstanceRecord) -> None:
+        """Tell the guest of a pool's member that it is ``record``."""
+        await self.guests.introduce(record)
+
     def live(self, instance_id: str) -> Live | None:
         return self.context.live.get(instance_id)
 

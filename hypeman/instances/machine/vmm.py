@@ -84,7 +84,8 @@ class Vmms:
         directory = self._context.paths.capture(step.capture)
         driver = self._context.driver(record)
         with metrics.timed_vmm_call("restore"):
-            self._watch(record, await driver.restore(config, directory, keep_capture=step.keep, paused=True))
+            vmm = await driver.restore(config, directory, keep_capture=step.keep, paused=True)
+            self._watch(record, vmm, restored=True)
 
     async def reattach(self, instance_id: str) -> bool:
         """Reattach to the record's VMM after a server restart; returns whether it is running."""
@@ -129,8 +130,9 @@ class Vmms:
             driver = self._context.driver(self._context.record(instance_id))
             await driver.kill_stray(str(self._context.paths.instance(instance_id).run))
 
-    def _watch(self, record: InstanceRecord, vmm: Vmm) -> None:
-        self._context.watch(record.id, Live(vmm, nonce=record.nonce, boot=record.boots, connect=self._connect))
+    def _watch(self, record: InstanceRecord, vmm: Vmm, *, restored: bool = False) -> None:
+        live = Live(vmm, nonce=record.nonce, boot=record.boots, connect=self._connect, restored=restored)
+        self._context.watch(record.id, live)
 
     def _environment(self, record: InstanceRecord) -> Environment:
         network = self._network.of_guest(record.id)

@@ -14,6 +14,8 @@ privately (``mapped``) while the VM runs.
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from hypeman.captures import records as captures
@@ -93,6 +95,7 @@ async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
             mapped=capture if keep else None,
             stopped_at=None,
             stop_cause=None,
+            fresh=False,  # from here on the plan says whether its guest gets a new identity
         )
         attempt.result = Commit(
             owned.entered(restored, InstanceState.RUNNING),
@@ -106,16 +109,25 @@ async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
 async def awaken(owned: Owned) -> InstanceRecord:
     """The rest of a restore once the record says that the VM is running.
 
-    The VM has run since: if it cannot be woken, it is stopped and the error is raised.
+    The VM has run since: if it cannot be woken, it is stopped and the error is raised. Once its program goes on, the
+    record of the work and the capture are removed behind the caller's back.
     """
     steps = owned.intent.steps
+    free = tuple(step for step in steps if isinstance(step, FreeCapture))
     try:
-        await carry_forward(steps, owned.machine)
+        await carry_forward(tuple(step for step in steps if step not in free), owned.machine)
     except Exception as error:
         told = f"the restored guest could not be awakened: {error}"
         owned.journal(told)
-        free = tuple(step for step in steps if isinstance(step, FreeCapture))
         await bring_down(owned, (*plan_take_down(owned.record), *free), VmmExit(ExitReason.FAILED, told))
         raise
-    await owned.end(msgspec.structs.replace(owned.record, fresh=False))
+    owned.later(partial(_finish, free))
     return owned.record
+
+
+async def _finish(free: tuple[FreeCapture, ...], owned: Owned) -> None:
+    """After a restore. If that fails, the next server does it; another command may have come first."""
+    await carry_forward(free, owned.machine)
+    intent = owned.ledger.intent(owned.record.id)
+    if intent is not None and intent.operation is Operation.RESUME:
+        await owned.end(owned.record)
