@@ -612,10 +612,9 @@ class GuestClient:
             writer.add(Tag.NONCE, nonce)
         if network is not None:
             render_network(writer, network)
-        asked = trio.current_time()
         await self._request(Op.IDENTITY, writer)
-        if clock_ns and trio.current_time() - asked < clock.QUICK / 1e9:
-            self._clock_set_at = asked
+        if 0 <= time.time_ns() - clock_ns < clock.QUICK:
+            self._clock_set_at = trio.current_time()
 
     async def mount_volume(self, volume: GuestVolume) -> None:
         """Mount a hot-plugged disk; waits up to 10 s for it to appear."""

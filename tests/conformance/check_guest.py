@@ -27,6 +27,7 @@ class Guest(Protocol):
     def hold(self, held: bool) -> None: ...
     async def freeze(self) -> None: ...
     async def thaw(self) -> None: ...
+    async def warm(self) -> None: ...
     async def set_identity(
         self,
         *,
@@ -81,6 +82,7 @@ async def check_the_workload_can_be_frozen_and_thawed(bench: Bench) -> None:
     await bench.until_it_runs()
     for _ in range(2):
         await bench.guest.freeze()
+        await bench.guest.warm()
         assert await bench.is_frozen()
     for _ in range(2):
         await bench.guest.thaw()

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from hypeman.guest.client import ExecResult, GuestClient
-from hypeman.guest.protocol import MAX_SESSIONS, WINDOW
+from hypeman.guest.protocol import MAX_SESSIONS, WINDOW, Op
 from hypeman.guest.types import ExecRequest
 
 from .conftest import Agent
@@ -41,6 +41,14 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 async def test_output_streams_stay_apart_and_the_code_is_told(client: GuestClient) -> None:
     result, out, err = await run(client, "sh", "-c", "echo out; echo err >&2; exit 7")
     assert (result.exit_code, out, err) == (7, b"out\n", b"err\n")
+
+
+async def test_a_program_of_the_agents_ends_at_once_and_says_nothing(client: GuestClient) -> None:
+    """It takes what an exec takes, for guests in which nothing may run yet."""
+    with trio.fail_after(20):
+        reply, error, ended = await client._call(Op.WARM, None)
+        assert (reply, error, ended.exit_code, ended.signal) == (b"", b"", 2, 0)
+        await client.warm()
 
 
 async def test_stdin_arrives_whole_with_its_end(client: GuestClient) -> None:

@@ -151,13 +151,15 @@ def test_a_private_mapping_is_saved_with_what_was_written(tmp_path: Path) -> Non
         assert process.stdout.readline() == "ready\n"
         handle = VmmHandle(HypervisorKind.QEMU, process.pid, 0, "", str(tmp_path), config(tmp_path), inode)
         target = tmp_path / "saved"
-        memory.save_private(handle, target)
+        memory.save_private(handle, target, flush=True)
         assert target.read_bytes() == saved
         assert target.stat().st_blocks * 512 <= 8 * page, "holes stay holes"
         assert stat.S_IMODE(target.stat().st_mode) == 0o600
         assert memory.is_unlinked(handle)
         with pytest.raises(VmmBroken, match="File exists"):
-            memory.save_private(handle, target)
+            memory.save_private(handle, target, flush=True)
         with pytest.raises(VmmBroken, match="does not hold"):
-            memory.save_private(msgspec.structs.replace(handle, memory_inode=inode + 1), tmp_path / "other")
+            memory.save_private(
+                msgspec.structs.replace(handle, memory_inode=inode + 1), tmp_path / "other", flush=False
+            )
         process.stdin.close()

@@ -27,7 +27,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from hypeman.host.files import copy_range, data_ranges
+from hypeman.host.files import copy_range, data_ranges, start_writing
 from hypeman.host.processes import copy_descriptor
 from hypeman.hypervisor.captures import MEMORY
 from hypeman.hypervisor.interface import LaunchFailed, VmConfig, VmmBroken, VmmHandle
@@ -125,9 +125,9 @@ def fill(handle: VmmHandle, saved: Path) -> None:
         raise VmmBroken(f"{saved} cannot be loaded into process {pid}: {error.strerror}") from error
 
 
-def save_private(handle: VmmHandle, target: Path) -> None:
+def save_private(handle: VmmHandle, target: Path, *, flush: bool) -> None:
     """Write the memory of a paused VMM, which maps a file privately, into the new sparse file ``target``: what the
-    guest has written from the VMM, the rest from the file. Blocks; raises VmmBroken."""
+    guest has written from the VMM, the rest from the file. ``flush``: it will be flushed. Blocks; raises VmmBroken."""
     pid = handle.pid
     descriptor = of_process(handle)
     try:
@@ -143,6 +143,8 @@ def save_private(handle: VmmHandle, target: Path) -> None:
             for start, end in data_ranges(file.fileno()):
                 for low, high in _unmarked(written, start, end):
                     copy_range(file.fileno(), saved.fileno(), low, high)
+                if flush:
+                    start_writing(saved.fileno(), start, end)
             buffer = memoryview(bytearray(_CHUNK))
             for start, end in _marked(written):
                 while start < end:

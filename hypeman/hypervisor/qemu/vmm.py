@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -118,7 +119,8 @@ class QemuVmm(LiveVmm):
             await self._qmp.execute("stop")
             if private:
                 await self._save_devices(directory / state)
-                await trio.to_thread.run_sync(memory.save_private, self._handle, directory / captures.MEMORY)
+                saved = directory / captures.MEMORY
+                await trio.to_thread.run_sync(partial(memory.save_private, self._handle, saved, flush=flush))
             else:
                 await self._save_state(directory / state, without_memory=shared)
             if shared:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias, TypeVar
 
+import trio
+
 from hypeman.instances.machine.captures import Captures
 from hypeman.instances.machine.devices import Devices
 from hypeman.instances.machine.disks import Disks
@@ -15,7 +17,7 @@ from hypeman.instances.machine.guest import Guests
 from hypeman.instances.machine.network import Network
 from hypeman.instances.machine.vmm import Vmms
 from hypeman.instances.model import steps
-from hypeman.instances.model.steps import Irreversible, Reversible, Step, TakeBack
+from hypeman.instances.model.steps import Irreversible, Reversible, Step, TakeBack, Together
 from hypeman.telemetry import traces
 
 Effect: TypeAlias = Callable[[Any], Awaitable[None]]
@@ -57,6 +59,7 @@ class Effects:
                 _single(steps.SwapDisks, disks.swap),
                 _single(steps.FreeCapture, captures.free),
                 _single(steps.TakeBack, self._take_back),
+                _single(steps.Together, self._together),
             )
         )
 
@@ -73,6 +76,22 @@ class Effects:
 
     async def _take_back(self, step: TakeBack) -> None:
         await self.undo(step.step)
+
+    async def _together(self, step: Together) -> None:
+        """Raises the first error once all are done."""
+        errors: list[Exception] = []
+
+        async def one(undo: TakeBack) -> None:
+            try:
+                await self._take_back(undo)
+            except Exception as error:
+                errors.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for each in step.steps:
+                nursery.start_soon(one, each)
+        if errors:
+            raise errors[0]
 
 
 def _pair(

@@ -35,6 +35,7 @@ from hypeman.instances.model.steps import (
     SwapDisks,
     TakeBack,
     TakeDisks,
+    Together,
     WarmGuest,
 )
 from hypeman.instances.model.types import InstanceState
@@ -71,8 +72,14 @@ def plan_stop(record: InstanceRecord, *, grace: float) -> tuple[Step, ...]:
 
 
 def plan_park(record: InstanceRecord) -> tuple[Step, ...]:
-    """Tear down what surrounds a VM that enters standby; its disks, lease and devices stay, its packets are held."""
-    return _reversed((*_environment(record), LaunchVmm(record.id)))
+    """Tear down what surrounds a VM that enters standby; its disks, lease and devices stay, its packets are held.
+
+    The kernel waits for all CPUs while it removes a TAP, which is as long as a VMM takes to end."""
+    *others, network = _environment(record)
+    ends = TakeBack(LaunchVmm(record.id))
+    if not isinstance(network, AttachNetwork):
+        return (ends, *_reversed((*others, network)))
+    return (Together((ends, TakeBack(network))), *_reversed(tuple(others)))
 
 
 def plan_take_down(record: InstanceRecord) -> tuple[Step, ...]:

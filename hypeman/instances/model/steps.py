@@ -158,7 +158,13 @@ class TakeBack(msgspec.Struct, frozen=True, tag=True):
     step: Reversible
 
 
-Irreversible = AwakenGuest | ShutdownGuest | SwapDisks | FreeCapture | TakeBack
+class Together(msgspec.Struct, frozen=True, tag=True):
+    """Undos that do not depend on each other, at the same time."""
+
+    steps: tuple[TakeBack, ...]
+
+
+Irreversible = AwakenGuest | ShutdownGuest | SwapDisks | FreeCapture | TakeBack | Together
 
 Step = Reversible | Irreversible
 
