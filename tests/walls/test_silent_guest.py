@@ -125,6 +125,7 @@ REQUESTS: dict[Op, Callable[[GuestClient], Awaitable[Any]]] = {
     Op.FREEZE: lambda client: client.freeze(),
     Op.THAW: lambda client: client.thaw(),
     Op.RESUME: lambda client: client.resume(bytes(KEY_BYTES), 0),
+    Op.WARM: lambda client: client.warm(),
 }
 
 
