@@ -164,34 +164,15 @@ def serve(config_file: Path | None) -> None:
 
         main(config)
     except* HypemanError as failures:  # nurseries wrap exceptions in groups
-        messages = _messages(failures)
+        messages = failure_messages(failures)
     if messages:
         fail("; ".join(messages))
 
 
-@click.command()
-@config_option
-def node(config_file: Path | None) -> None:
-    """Make this host a node of a Kubernetes cluster, next to its server."""
-    from hypeman.config import load_config
-    from hypeman.errors import HypemanError
-
-    messages: list[str] = []
-    try:
-        config = load_config(config_file)
-        from hypeman.kube.node import main
-
-        main(config)
-    except* HypemanError as failures:
-        messages = _messages(failures)
-    if messages:
-        fail("; ".join(messages))
-
-
-def _messages(failures: BaseExceptionGroup[Any]) -> list[str]:
+def failure_messages(failures: BaseExceptionGroup[Any]) -> list[str]:
     found: list[str] = []
     for error in failures.exceptions:
-        found += _messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
+        found += failure_messages(error) if isinstance(error, BaseExceptionGroup) else [str(error)]
     return found
 
 
@@ -211,7 +192,7 @@ def clean_host(config_file: Path | None) -> None:
 
         trio.run(removal.clean_host, config)
     except* HypemanError as failures:
-        messages = _messages(failures)
+        messages = failure_messages(failures)
     if messages:
         fail("; ".join(messages))
 

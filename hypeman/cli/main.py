@@ -28,6 +28,7 @@ from hypeman.cli import (
     images,
     ingress,
     instances,
+    node,
     ports,
     pushes,
     run,
@@ -199,7 +200,7 @@ for _command in (
     hypeman.add_command(_command)
 
 if find_spec("hypeman.app") is not None:  # not in the client, which is distributed without the server
-    for _command in (host.token, host.doctor, host.serve, host.node, host.clean_host, backup.backup, bundle.bundle):
+    for _command in (host.token, host.doctor, host.serve, node.node, host.clean_host, backup.backup, bundle.bundle):
         hypeman.add_command(_command)
 
 

@@ -49,10 +49,13 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
         """The token; empty if there is none. Raises OSError."""
         return Path(self.token_file).read_text().strip() if self.token_file else self.token
 
+    def authorities(self) -> str:
+        """The CA certificates of the cluster, PEM. Raises OSError."""
+        return Path(self.ca_file).read_text() if self.ca_file else self.ca_data.decode()
+
     def context(self) -> ssl.SSLContext:
         """Verifies the API server, and presents the client certificate. Raises OSError (ssl.SSLError is one)."""
-        ca = self.ca_data.decode() if self.ca_data else None
-        context = ssl.create_default_context(cafile=self.ca_file or None, cadata=ca)
+        context = ssl.create_default_context(cadata=self.authorities() or None)
         if self.certificate_file:
             context.load_cert_chain(self.certificate_file, self.key_file or None)
         elif self.certificate_data:

@@ -18,6 +18,7 @@ done
 [ "$(id -u)" = 0 ] || fail "it must be run as root"
 
 # The server stops before its files are exchanged under it; VMs and their network go on.
+systemctl stop hypeman-node.service 2>/dev/null || true
 systemctl stop hypeman.service 2>/dev/null || true
 rm -rf /usr/lib/hypeman.new
 mkdir -p /usr/lib/hypeman.new /usr/bin /etc/systemd/system /usr/share/hypeman /usr/share/doc/hypeman
@@ -57,4 +58,5 @@ done < "$here/modules-load.conf"
 systemctl daemon-reload
 systemctl enable --quiet hypeman.service
 systemctl start hypeman.service
+! systemctl --quiet is-enabled hypeman-node.service || systemctl start hypeman-node.service || true
 echo "Hypeman is running. Next: hypeman doctor"

@@ -33,7 +33,7 @@ def test_systemd_understands_them(tmp_path: Path) -> None:
         assert not complaints
 
 
-@pytest.mark.parametrize("unit", ["hypeman", "hypeman-vms"])
+@pytest.mark.parametrize("unit", ["hypeman", "hypeman-vms", "hypeman-node"])
 def test_exposure_is_what_the_document_says(unit: str) -> None:
     """The score, as systemd 252 finds it, and every setting that it misses."""
     if shutil.which("systemd-analyze") is None:

@@ -1,0 +1,247 @@
+"""The node's certificates, requested from the cluster and renewed before they end.
+
+    client     system:node:NAME in system:nodes, signed by kubernetes.io/kube-apiserver-client-kubelet: who this node is
+               to the API server. The first one is requested with a bootstrap token; the cluster approves it by itself.
+    serving    for the kubelet's API, signed by kubernetes.io/kubelet-serving. An administrator approves it
+               (`kubectl certificate approve`); until then the node presents one that it signed itself.
+
+Keys are made here, kept with mode 0600 in the state directory and never sent. A certificate is replaced together with
+its key, in one file: a crash leaves the old pair or the new one.
+"""
+
+from __future__ import annotations
+
+import base64
+import ipaddress
+import logging
+import os
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from msgspec import Struct
+
+from hypeman.errors import HypemanError
+from hypeman.kube.api import ApiClient, ApiError
+from hypeman.kube.types import ObjectMeta
+
+log = logging.getLogger(__name__)
+
+PATH = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
+CLIENT_SIGNER = "kubernetes.io/kube-apiserver-client-kubelet"
+SERVING_SIGNER = "kubernetes.io/kubelet-serving"
+POLL_SECONDS = 2.0
+REQUEST_SECONDS = 15 * 60.0
+"""A request that is not answered in this time is made anew: the cluster forgets requests after an hour."""
+RETRY_SECONDS = 30.0
+_SELF_SIGNED_DAYS = 365
+
+
+class Refusal(HypemanError):
+    """The cluster denied a certificate, or could not sign it."""
+
+    status = 403
+
+
+class _Condition(Struct, frozen=True):
+    type: str
+    message: str = ""
+    reason: str = ""
+
+
+class _RequestStatus(Struct, frozen=True):
+    certificate: str = ""
+    """Base64 of PEM."""
+    conditions: tuple[_Condition, ...] = ()
+
+
+class _Request(Struct, frozen=True):
+    metadata: ObjectMeta = ObjectMeta()
+    status: _RequestStatus = _RequestStatus()
+
+
+class Identity(Struct, frozen=True):
+    """What a certificate is requested for."""
+
+    node: str
+    signer: str
+    dns: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+
+    @property
+    def usages(self) -> tuple[str, str]:
+        return "digital signature", "server auth" if self.signer == SERVING_SIGNER else "client auth"
+
+    @property
+    def subject(self) -> x509.Name:
+        return x509.Name(
+            [
+                x509.NameAttribute(NameOID.ORGANIZATION_NAME, "system:nodes"),
+                x509.NameAttribute(NameOID.COMMON_NAME, f"system:node:{self.node}"),
+            ]
+        )
+
+    def names(self) -> list[x509.GeneralName]:
+        addresses = [x509.IPAddress(ipaddress.ip_address(each)) for each in self.addresses]
+        return [*(x509.DNSName(each) for each in self.dns), *addresses]
+
+
+class Pair(Struct, frozen=True):
+    """A certificate and its key, as one PEM file."""
+
+    pem: bytes
+    certificate: x509.Certificate
+
+    @classmethod
+    def parse(cls, pem: bytes) -> Pair:
+        """Raises ValueError."""
+        return cls(pem, x509.load_pem_x509_certificate(pem))
+
+    def renew_at(self, fraction: float) -> datetime:
+        """``fraction`` of its life after its beginning."""
+        begin, end = self.certificate.not_valid_before_utc, self.certificate.not_valid_after_utc
+        return begin + (end - begin) * fraction
+
+    def covers(self, identity: Identity) -> bool:
+        """Whether it is for this node and these names."""
+        if self.certificate.subject != identity.subject:
+            return False
+        wanted = {(type(name), name.value) for name in identity.names()}
+        try:
+            found = self.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except x509.ExtensionNotFound:
+            return not wanted
+        return wanted <= {(type(name), name.value) for name in found}
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def render_request(key: ec.EllipticCurvePrivateKey, identity: Identity) -> dict[str, object]:
+    """The CertificateSigningRequest."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(identity.subject)
+    if names := identity.names():
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+    pem = builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM)
+    spec = {
+        "request": base64.b64encode(pem).decode(),
+        "signerName": identity.signer,
+        "usages": identity.usages,
+    }
+    kind = {"apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest"}
+    return {**kind, "metadata": {"generateName": "hypeman-node-"}, "spec": spec}
+
+
+def self_signed(identity: Identity) -> Pair:
+    """For the time until the cluster has signed one."""
+    key, now = new_key(), datetime.now(UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(identity.subject)
+        .issuer_name(identity.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(minutes=5))
+        .not_valid_after(now + timedelta(days=_SELF_SIGNED_DAYS))
+        .add_extension(x509.SubjectAlternativeName(identity.names()), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    )
+    return Pair.parse(_together(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM), key))
+
+
+async def request(api: ApiClient, identity: Identity, *, on_waiting: Callable[[str], object]) -> Pair:
+    """A new pair, once the cluster has approved and signed it. ``on_waiting`` is called with the request's name.
+
+    Raises Refusal, ApiError, trio.TooSlowError.
+    """
+    key = new_key()
+    made = await api.create(PATH, render_request(key, identity), _Request)
+    on_waiting(made.metadata.name)
+    with trio.fail_after(REQUEST_SECONDS):
+        while True:
+            found = await api.get(f"{PATH}/{made.metadata.name}", _Request)
+            for condition in found.status.conditions:
+                if condition.type in ("Denied", "Failed"):
+                    why = condition.message or condition.reason
+                    raise Refusal(f"the certificate request {made.metadata.name} is {condition.type.lower()}: {why}")
+            if found.status.certificate:
+                return Pair.parse(_together(base64.b64decode(found.status.certificate), key))
+            await trio.sleep(POLL_SECONDS)
+
+
+class Keeper:
+    """Keeps one pair in a file valid; ``use`` is called with each new one."""
+
+    def __init__(self, api: ApiClient, identity: Identity, path: Path, use: Callable[[Pair], object]) -> None:
+        self._api = api
+        self._identity = identity
+        self._path = path
+        self._use = use
+        self._fraction = random.uniform(0.7, 0.9)  # noqa: S311 (spreads the renewals of many nodes)
+
+    def load(self) -> Pair | None:
+        """The pair of the file if it can be used."""
+        pair = load(self._path)
+        return pair if pair is not None and pair.covers(self._identity) else None
+
+    async def run(self) -> None:
+        """Renew for ever. Failures are logged and retried."""
+        while True:
+            pair = self.load()
+            if pair is not None:
+                await trio.sleep((pair.renew_at(self._fraction) - datetime.now(UTC)).total_seconds())
+            await self.renew()
+
+    async def renew(self) -> Pair:
+        """A new pair, stored and in use."""
+        while True:
+            try:
+                pair = await request(self._api, self._identity, on_waiting=self._say_waiting)
+                await trio.to_thread.run_sync(store, self._path, pair.pem)
+            except trio.TooSlowError:
+                log.warning("a certificate was not approved in time; requesting another one")
+            except (ApiError, Refusal, OSError, ValueError) as error:
+                log.warning("no certificate yet: %s", error)
+                await trio.sleep(RETRY_SECONDS)
+            else:
+                log.info("new certificate", extra={"signer": self._identity.signer})
+                self._use(pair)
+                return pair
+
+    def _say_waiting(self, name: str) -> None:
+        hint = (
+            f"; approve it with `kubectl certificate approve {name}`" if self._identity.signer == SERVING_SIGNER else ""
+        )
+        log.info("requested a certificate from the cluster: %s%s", name, hint)
+
+
+def load(path: Path) -> Pair | None:
+    """None if there is none, or if it has ended or cannot be read."""
+    try:
+        pair = Pair.parse(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return pair if pair.certificate.not_valid_after_utc > datetime.now(UTC) else None
+
+
+def store(path: Path, pem: bytes) -> None:
+    """Replace the file; readable for us alone."""
+    side = path.with_suffix(".new")
+    descriptor = os.open(side, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+    side.rename(path)
+
+
+def _together(certificates: bytes, key: ec.EllipticCurvePrivateKey) -> bytes:
+    return certificates + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
