@@ -457,10 +457,10 @@ class NodeConfig(_Section, frozen=True):
     name: Annotated[str, Meta(pattern="^[a-z0-9.-]*$", max_length=253)] = ""
     """Name of the node; empty: the host name in lower case."""
     kubeconfig: str = "/etc/hypeman/kubeconfig"
-    """How to reach the cluster: the kubeconfig of the node, with a token or a client certificate."""
-    bootstrap_kubeconfig: str = ""
-    """A kubeconfig with a bootstrap token, with which the node requests its client certificate. Empty: ``kubeconfig``
-    is enough by itself."""
+    """The kubeconfig of the node, with a token or a client certificate; used if it exists."""
+    bootstrap_kubeconfig: str = "/etc/hypeman/bootstrap-kubeconfig"
+    """Otherwise: a kubeconfig with a bootstrap token, with which the node requests its client certificate.
+    `hypeman node join` writes it."""
     server: Annotated[str, Meta(pattern="^(https?://[^\\s]+)?$")] = ""
     """URL of the cluster's API server; empty: that of the kubeconfig."""
     state_dir: str = "/var/lib/hypeman-node"

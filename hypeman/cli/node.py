@@ -4,13 +4,13 @@ without its server (but for the node itself).
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
+import msgspec
 
 from hypeman.cli.host import config_option, failure_messages
 from hypeman.cli.session import fail
@@ -81,7 +81,7 @@ def join(config_file: Path | None, server: str, ca_file: Path) -> None:
     descriptor = os.open(settings.bootstrap_kubeconfig, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w") as file:
         os.fchmod(descriptor, 0o600)
-        file.write(json.dumps(kubeconfig, indent=1) + "\n")
+        file.write(msgspec.json.format(msgspec.json.encode(kubeconfig)).decode() + "\n")
     expires = datetime.now(UTC) + _TOKEN_LIFE
     found = [
         *objects.of_cluster(),
