@@ -18,7 +18,7 @@ native_sources := setup.py $(wildcard ext/*.pyx ext/*/*.[ch] ext/guest_agent/Mak
 
 ui_sources := packaging/ui tests/server/golden/openapi.json $(shell find hypeman/ui -type f)
 
-.PHONY: help demo ui test test-fast test-conformance test-builds test-ui lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
+.PHONY: control-plane test-fleet help demo ui test test-fast test-conformance test-builds test-ui lint bench appliance client test-appliance test-metal test-arm64 kernel builder-image reference lock clean ready ready-own
 
 help:  ## list the targets; the default, so that plain `make` starts no VM
 	@sed -nE 's/^([a-z0-9-]+):.*  ## (.*)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS='|' read -r name what; do \
@@ -81,6 +81,13 @@ test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect
 test-metal: ready-own appliance  ## devices, limits and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" -o log_cli=true -o log_cli_level=INFO --durations=0 --durations-min=30 \
 	    tests/metal tests/packaging/metal.py $(PYTEST_ARGS)
+
+control-plane: $(STAMPS)/venv  ## build the control plane of Kubernetes for test-fleet (needs Go; about 13 CPU minutes, once)
+	@echo "== control plane"
+	@$(PYTHON) -m tests.fleet.build
+
+test-fleet: ready-own control-plane  ## hosts as nodes of a real Kubernetes cluster, in namespaces (needs Go, once)
+	@$(PYTHON) -m pytest -v -m fleet tests/fleet $(PYTEST_ARGS)
 
 test-arm64: $(STAMPS)/native build/guest-arm64/own  ## our kernel and agent for arm64, cross-built, and QEMU's virt machine (emulated)
 	@HYPEMAN_TEST_ARCH=arm64 $(PYTHON) -m pytest -v tests/guest/test_real_guest.py tests/guest/launcher_in_guest.py \

@@ -22,7 +22,7 @@ settings.load_profile("busy machine")
 
 SECONDS_FOR_A_TEST = 300
 SECONDS_FOR_A_LARGE_TEST = 3600
-"""For tests marked real, slow or metal."""
+"""For tests marked real, slow, metal or fleet."""
 
 
 class TookTooLong(BaseException):
@@ -52,7 +52,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    large = any(item.get_closest_marker(name) for name in ("real", "slow", "metal"))
+    large = any(item.get_closest_marker(name) for name in ("real", "slow", "metal", "fleet"))
     with time_limit(SECONDS_FOR_A_LARGE_TEST if large else SECONDS_FOR_A_TEST, item.nodeid):
         return (yield)
 

@@ -16,7 +16,7 @@ def test_the_table_names_files_that_exist() -> None:
 def test_a_file_has_one_tier() -> None:
     """A file that is marked real as a whole needs no entry, and must have none."""
     twice = {file for file in tiers.WHOLE if tiers.tier_of(file) != "whole"}
-    assert not twice, "these are real or metal already: remove them from WHOLE"
+    assert not twice, "these are real, metal or fleet already: remove them from WHOLE"
 
 
 @pytest.mark.parametrize("file", [file for file in tiers.files() if tiers.tier_of(file) == "fast"])

@@ -4,6 +4,7 @@ fast    needs no guest, namespace or registry; all of them together take less th
 whole   the same, but slower: crash matrices, servers with real time limits, hostile peers
 real    real kernels, guests, namespaces or registries; wants root
 metal   a virtual bare-metal host; `make test-metal` and `make test-appliance` only
+fleet   a control plane of Kubernetes and three hosts in namespaces; `make test-fleet` only
 
 A tier is a property of a file. ``tests/test_tiers.py`` requires that every test file has exactly one.
 ``python -m tests.tiers fast`` prints the files of a tier.
@@ -38,6 +39,7 @@ WHOLE = frozenset(_WHOLE.split())
 
 REAL_FOLDERS = frozenset(["habits", "real"])
 METAL_FOLDERS = frozenset(["metal"])
+FLEET_FOLDERS = frozenset(["fleet"])
 
 
 def files() -> list[str]:
@@ -46,10 +48,12 @@ def files() -> list[str]:
 
 
 def tier_of(file: str) -> str:
-    """``fast``, ``whole``, ``real`` or ``metal``."""
+    """``fast``, ``whole``, ``real``, ``metal`` or ``fleet``."""
     folder = file.split("/")[0]
     if folder in METAL_FOLDERS:
         return "metal"
+    if folder in FLEET_FOLDERS:
+        return "fleet"
     if folder in REAL_FOLDERS or is_marked_real(file):
         return "real"
     return "whole" if file in WHOLE else "fast"

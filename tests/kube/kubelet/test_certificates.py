@@ -12,6 +12,7 @@ import pytest
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from hypeman.kube.api import ApiClient, Unreachable
 from hypeman.kube.kubelet import certificates
@@ -72,7 +73,7 @@ class Cluster(ApiClient):
         )
         for extension in request.extensions:
             builder = builder.add_extension(extension.value, extension.critical)
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(certificates.Encoding.PEM)
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
 
 async def test_a_request_is_what_the_cluster_signs_for_nodes(autojump_clock: trio.testing.MockClock) -> None:

@@ -184,7 +184,7 @@ class WebSocket:
     async def _event(self) -> Any:
         while not self._events:
             data = await self._stream.receive_some()
-            self._connection.receive_data(data or None)
+            self._connection.receive_data(bytes(data) or None)
             self._events += self._connection.events()
         return self._events.pop(0)
 
@@ -388,14 +388,19 @@ async def test_forward_by_a_tunnel(site: Site) -> None:
 
     async with echo_server() as port, site.socket("/portForward/default/web", portforward.TUNNEL) as socket:
         assert socket.protocol == portforward.TUNNEL
-        framer, frames = spdy.Framer(), []
+        framer, frames = spdy.Framer(), list[spdy.Data | spdy.Reset]()
 
-        async def next_data() -> spdy.Data:
+        async def next_frame() -> spdy.Data | spdy.Reset:
             while not frames:
                 received = await socket.receive()
                 assert received is not None
                 frames.extend(frame for frame in framer.feed(received) if isinstance(frame, spdy.Data | spdy.Reset))
-            return frames.pop(0)  # type: ignore[no-any-return]
+            return frames.pop(0)
+
+        async def next_data() -> spdy.Data:
+            frame = await next_frame()
+            assert isinstance(frame, spdy.Data)
+            return frame
 
         for request, number in enumerate((1, 5)):  # two connections, one after another, over one tunnel
             fields = {"port": str(port), "requestid": str(request)}
@@ -409,7 +414,7 @@ async def test_forward_by_a_tunnel(site: Site) -> None:
             assert await next_data() == spdy.Data(number + 2, b"", fin=True)
             assert await next_data() == spdy.Data(number, b"", fin=True)
         await socket.send(syn_stream(9, streamtype="data", port="0", requestid="9"))
-        assert await next_data() == spdy.Reset(9)
+        assert await next_frame() == spdy.Reset(9)
         fields = {"port": "1", "requestid": "10"}
         await socket.send(syn_stream(11, streamtype="error", **fields) + syn_stream(13, streamtype="data", **fields))
         assert await next_data() == spdy.Data(13, b"", fin=True)

@@ -1,0 +1,92 @@
+"""Pods with real VMs, through kubectl: the host with QEMU."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fleet.control import eventually
+from tests.fleet.fleet import Fleet, in_namespace, pod
+
+pytestmark = pytest.mark.fleet
+
+CLIENT = """
+import socket
+with socket.create_connection(("127.0.0.1", 18080), 60) as connection:
+    print(connection.makefile().read(), end="")
+"""
+
+SCRIPT = "echo began; while true; do echo line; sleep 1; done & exec nc -lk -p 8080 -e echo served"
+
+
+@pytest.fixture(scope="module")
+def namespace(fleet: Fleet) -> Iterator[str]:
+    """With one pod ``vm`` that prints lines and serves a port."""
+    with fleet.namespace() as name:
+        container = {"command": ["sh", "-c", SCRIPT], "env": [{"name": "COLOUR", "value": "blue"}]}
+        fleet.control.apply(pod("vm", name, node="host3", container=container))
+        fleet.wait_running(name, 1)
+        yield name
+
+
+def test_exec(fleet: Fleet, namespace: str) -> None:
+    def run(*command: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        forward = ["-i"] if stdin is not None else []
+        argv = fleet.control.command("exec", *forward, "vm", "-n", namespace, "--", *command)
+        return subprocess.run(argv, input=stdin or "", capture_output=True, text=True, timeout=120)
+
+    done = run("sh", "-c", "echo out; echo err >&2; echo $COLOUR; exit 3")
+    assert (done.stdout, done.stderr.splitlines()[0], done.returncode) == ("out\nblue\n", "err", 3)
+    assert run("cat", stdin="hello\n" * 1000).stdout == "hello\n" * 1000
+    assert run("no-such-program").returncode != 0
+
+
+def test_logs(fleet: Fleet, namespace: str) -> None:
+    assert fleet.control.kubectl("logs", "vm", "-n", namespace).startswith("began\nline\n")
+    assert fleet.control.kubectl("logs", "vm", "-n", namespace, "--tail=1") == "line\n"
+    refused = fleet.control.try_kubectl("logs", "vm", "-n", namespace, "--timestamps")
+    assert "timestamps" in refused.stderr
+    argv = fleet.control.command("logs", "-f", "--tail=1", "vm", "-n", namespace)
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as follower:
+        assert follower.stdout is not None
+        assert [follower.stdout.readline() for _ in range(3)] == ["line\n"] * 3
+        follower.kill()
+
+
+def test_port_forward(fleet: Fleet, namespace: str) -> None:
+    argv = fleet.control.command("port-forward", "pod/vm", "-n", namespace, "18080:8080")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as forward:
+        assert forward.stdout is not None
+        assert "Forwarding" in forward.stdout.readline()
+        for _ in range(2):
+            argv = fleet.control.namespace.command("python3", "-c", CLIENT)
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+            assert done.stdout == "served\n", done.stderr
+        forward.kill()
+
+
+def test_the_host_is_upgraded_under_a_running_vm(fleet: Fleet, namespace: str) -> None:
+    """Server and node program are replaced; the guest does not notice."""
+    host = fleet.host("host3")
+
+    def boot_id() -> str:
+        return fleet.control.kubectl("exec", "vm", "-n", namespace, "--", "cat", "/proc/sys/kernel/random/boot_id")
+
+    before = boot_id()
+    host.node.end(kill=True)
+    host.server.end()
+    host.start_server()
+    host.start_node()
+    fleet.wait_ready(host)
+    eventually(lambda: boot_id() == before, "the same guest answers", host.node, host.server)
+    [found] = fleet.wait_running(namespace, 1)
+    assert found["status"]["containerStatuses"][0]["restartCount"] == 0
+
+
+def test_deletion_leaves_nothing(fleet: Fleet, namespace: str) -> None:
+    host = fleet.host("host3")
+    fleet.control.kubectl("delete", "pod", "vm", "-n", namespace)
+    assert not in_namespace(host, namespace)
+    assert not host.ask("GET", "/resources")["allocations"]
