@@ -107,7 +107,7 @@ class Fleet:
 
 
 def in_namespace(host: Host, namespace: str) -> list[dict[str, Any]]:
-    return [each for each in host.instances() if each["tags"].get("kubernetes.io/pod", "").startswith(f"{namespace}/")]
+    return host.instances(namespace=namespace)
 
 
 def is_running(pod: dict[str, Any]) -> bool:
