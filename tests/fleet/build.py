@@ -6,8 +6,7 @@
 The sources come through the Go module proxy, at the versions and checksums of ``controlplane/go.mod`` and ``go.sum``.
 Cached by content, like the guest kernel: the directory's name holds a hash of all that goes in.
 
-    controlplane     kube-apiserver, kube-controller-manager, kube-scheduler and kubectl, by its first argument
-    etcd
+    controlplane     etcd, kube-apiserver, kube-controller-manager, kube-scheduler and kubectl, by its first argument
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "controlplane"
-ETCD = "v3.7.3"
 RECIPE = 1
 """Raised when what this program makes changes."""
 _VERSION = "k8s.io/component-base/version"
@@ -43,7 +41,7 @@ def version() -> str:
 def directory() -> Path:
     """Where the finished programs of this recipe are, or will be."""
     content = b"".join((SOURCE / name).read_bytes() for name in ("go.mod", "go.sum", "main.go"))
-    recipe = hashlib.sha256(content + f"{ETCD} {RECIPE}".encode()).hexdigest()[:12]
+    recipe = hashlib.sha256(content + str(RECIPE).encode()).hexdigest()[:12]
     return cache() / f"controlplane-{version()}-{recipe}"
 
 
@@ -57,17 +55,8 @@ def build(work: Path) -> None:
     major, minor = version().removeprefix("v").split(".")[:2]
     names = {"gitVersion": version(), "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
     flags = " ".join(["-s -w", *(f"-X {_VERSION}.{name}={value}" for name, value in names.items())])
-    environ = {**os.environ, "CGO_ENABLED": "0", "GOBIN": str(work), "GOFLAGS": ""}
-    go = ["nice", "go"]
-    subprocess.run(
-        [*go, "build", "-trimpath", "-ldflags", flags, "-o", work / "controlplane", "."],
-        cwd=SOURCE,
-        env=environ,
-        check=True,
-    )
-    etcd = f"go.etcd.io/etcd/server/v3@{ETCD}"
-    subprocess.run([*go, "install", "-trimpath", "-ldflags", "-s -w", etcd], cwd=work, env=environ, check=True)
-    (work / "server").rename(work / "etcd")
+    command = ["nice", "go", "build", "-trimpath", "-ldflags", flags, "-o", str(work / "controlplane"), "."]
+    subprocess.run(command, cwd=SOURCE, env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": ""}, check=True)
 
 
 def main() -> int:

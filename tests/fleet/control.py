@@ -180,7 +180,7 @@ class ControlPlane:
 
     def start(self) -> None:
         self.etcd.start(
-            str(self.programs / "etcd"),
+            *self._program("etcd"),
             f"--data-dir={self.directory}/etcd",
             "--listen-client-urls=http://127.0.0.1:2379",
             "--advertise-client-urls=http://127.0.0.1:2379",

@@ -7,7 +7,7 @@ the instance exists, so a second task waits for the end of the run; then what wa
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from math import inf
 
@@ -116,6 +116,19 @@ class _Copy:
         self._reading.cancel()
 
     async def run(self, **query: str) -> None:
+        """A log that is not there yet is empty; one that is followed is waited for."""
+        while True:
+            try:
+                await self._run(query)
+                return
+            except LocalRefused as error:
+                if error.code != "log_not_found":
+                    raise
+            if "follow" not in query or self._ended:
+                return
+            await trio.sleep(_RETRY_SECONDS)
+
+    async def _run(self, query: Mapping[str, str]) -> None:
         silence = None if "follow" in query else SILENCE_SECONDS
         async with self._local.stream(self._path, silence=silence, **query) as response:
             lines = response.aiter_lines()

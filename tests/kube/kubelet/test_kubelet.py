@@ -305,6 +305,9 @@ async def test_logs(site: Site, tmp_path: Path) -> None:
     log = tmp_path / "logs" / f"{instance.name}-app.log"
     log.write_bytes(b"one\ntwo \xff\nthree\n")
     path = "/containerLogs/default/web/main"
+    log.unlink()
+    assert (await site.get(path)).text == "", "it has printed nothing yet"
+    log.write_bytes(b"one\ntwo \xff\nthree\n")
     assert (await site.get(path)).content == b"one\ntwo \xff\nthree\n"
     assert (await site.get(f"{path}?tailLines=1")).text == "three\n"
     assert (await site.get(f"{path}?tailLines=0")).text == ""
