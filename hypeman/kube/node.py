@@ -15,15 +15,18 @@ import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from hypeman.config import Config, NodeConfig
 from hypeman.kube.api import ApiClient
-from hypeman.kube.credentials import load_kubeconfig
+from hypeman.kube.credentials import Access
 from hypeman.kube.events import Events
 from hypeman.kube.fencing import Fencing
 from hypeman.kube.heartbeat import Heartbeat
+from hypeman.kube.identity import client_keeper, obtain_access
+from hypeman.kube.kubelet import service as kubelet
 from hypeman.kube.lease import LeaseClock, boot_time
 from hypeman.kube.local import LocalServer
 from hypeman.kube.owners import Owners
@@ -37,8 +40,9 @@ log = logging.getLogger(__name__)
 
 
 def main(config: Config) -> None:
-    """Run until SIGTERM or SIGINT. Raises HypemanError if the settings cannot be used."""
+    """Run until SIGTERM or SIGINT. Raises HypemanError if the settings cannot be used, OSError without a state_dir."""
     setup_logs(config.log.level, config.log.format)
+    Path(config.node.state_dir).mkdir(mode=0o700, parents=True, exist_ok=True)
     trio.run(_until_signal, config)
 
 
@@ -55,15 +59,35 @@ async def _until_signal(config: Config) -> None:
 async def run(config: Config) -> None:
     """Run the node. Raises HypemanError if it cannot start."""
     async with AsyncExitStack() as stack:
-        site = build_site(config)
+        access, renews = await obtain_access(config.node, node_name(config.node))
+        site = build_site(config, access)
         stack.push_async_callback(site.api.aclose)
         stack.push_async_callback(site.local.aclose)
         log.info("node", extra={"node": site.name, "address": site.address})
-        await serve(site, config.node)
+        pods, parts = build_parts(site, config.node)
+        async with trio.open_nursery() as nursery:
+            if renews:
+                nursery.start_soon(client_keeper(site.api, site.name, site.state_dir).run)
+            await nursery.start(kubelet.serve, site, pods, config.paths.data_dir)
+            for part in parts:
+                nursery.start_soon(part.run)
+
+
+class Part(Protocol):
+    async def run(self) -> None: ...
 
 
 async def serve(site: Site, settings: NodeConfig, clock: Callable[[], float] = boot_time) -> None:
-    """All parts, until cancelled."""
+    """All parts but the kubelet's API, until cancelled."""
+    async with trio.open_nursery() as nursery:
+        for part in build_parts(site, settings, clock)[1]:
+            nursery.start_soon(part.run)
+
+
+def build_parts(
+    site: Site, settings: NodeConfig, clock: Callable[[], float] = boot_time
+) -> tuple[Pods, tuple[Part, ...]]:
+    """What is known of the pods, and the tasks that serve them and the node."""
     lease = LeaseClock(
         settings.lease_duration, clock, site.state_dir / "heartbeat" if site.state_dir.is_dir() else None
     )
@@ -79,15 +103,11 @@ async def serve(site: Site, settings: NodeConfig, clock: Callable[[], float] = b
         max_pods=settings.max_pods,
     )
     fencing = Fencing(site.local, shared.instances, lease, site.name, settings.fence_after)
-    async with trio.open_nursery() as nursery:
-        for part in (heartbeat, pods, fencing, Sweeper(shared), Provisioner(site, events)):
-            nursery.start_soon(part.run)
+    return pods, (heartbeat, pods, fencing, Sweeper(shared), Provisioner(site, events))
 
 
-def build_site(config: Config) -> Site:
-    """Raises KubeconfigError."""
+def build_site(config: Config, access: Access) -> Site:
     node = config.node
-    access = load_kubeconfig(Path(node.kubeconfig), server=node.server)
     base_url = node.base_url or f"unix://{config.socket.path or config.paths.api_socket}"
     return Site(
         name=node_name(node),

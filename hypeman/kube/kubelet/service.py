@@ -31,7 +31,6 @@ async def serve(
     context = server_context(site.api.access.authorities())
     identity = Identity(site.name, SERVING_SIGNER, dns=(site.name,), addresses=(site.address,))
     keeper = Keeper(site.api, identity, site.state_dir / FILE, lambda pair: present(context, pair))
-    site.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     present(context, keeper.load() or self_signed(identity))
     kubelet = Kubelet(site.name, Gate(site.api, site.name), pods, site.local, data_dir)
     sockets = bind_tcp("", site.port)
