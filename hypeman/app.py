@@ -53,7 +53,7 @@ from hypeman.host.notify import keep_sockets, notify, take_kept_sockets
 from hypeman.host.ownership import repair
 from hypeman.host.processes import Processes
 from hypeman.host.rules import Rules
-from hypeman.host.tls import client_context
+from hypeman.host.tls import client_context, client_context_later
 from hypeman.host.usage import read_usage
 from hypeman.host.watchdog import feed_watchdog, watchdog_interval
 from hypeman.hypervisor.catalog import Catalog
@@ -84,9 +84,9 @@ from hypeman.registry.records import digests_in_use, forget_image
 from hypeman.registry.service import Registry
 from hypeman.resources import metrics as resource_metrics
 from hypeman.resources.service import Capacity, ResourceService
-from hypeman.server.app import build_app
 from hypeman.server.capabilities import CapabilityView
 from hypeman.server.exchange import ServerSettings
+from hypeman.server.front import Front
 from hypeman.server.idempotency import Calls
 from hypeman.server.serve import Server, bind_tcp, bind_unix, metrics_app
 from hypeman.server.services import Services
@@ -144,7 +144,7 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
             await background.start(calls.run)
             settings = ServerSettings(config.jwt_secret, config.request_timeout, _local_url(config))
             sessions = Sessions(parts.store, config.jwt_secret)
-            app = build_app(parts.services, settings, calls, sessions, assets.find_ui())
+            app = Front(parts.services, settings, calls, sessions, assets.find_ui())
             open_to_all = config.socket.trusted
             async with trio.open_nursery() as serving:
                 await serving.start(
@@ -553,7 +553,7 @@ def _egress_settings(config: Config) -> EgressSettings:
 
 def _token_client(config: Config) -> TokenClient:
     try:
-        tls = client_context(config.egress.upstream_ca_file)
+        tls = client_context_later(config.egress.upstream_ca_file)
     except OSError as error:
         raise ConfigError(f"configuration: egress.upstream_ca_file cannot be used: {error}") from None
     return TokenClient(tls, partial(is_public_or_in, config.egress.allow_private))

@@ -258,7 +258,7 @@ def _jwt(key: Any, algorithm: str, claims: Mapping[str, object], key_id: str = "
 class TokenClient:
     """Requests tokens."""
 
-    def __init__(self, tls: ssl.SSLContext, may_connect: Callable[[str], bool]) -> None:
+    def __init__(self, tls: Callable[[], ssl.SSLContext], may_connect: Callable[[str], bool]) -> None:
         """``may_connect``: whether a server of tokens may have this address."""
         self._tls = tls
         self._backend = CheckedBackend(may_connect)
@@ -284,7 +284,7 @@ class TokenClient:
         headers.append(("content-length", str(len(request.body))))
         said = bytearray()
         async with (
-            httpcore.AsyncConnectionPool(self._tls, max_connections=1, network_backend=self._backend) as pool,
+            httpcore.AsyncConnectionPool(self._tls(), max_connections=1, network_backend=self._backend) as pool,
             pool.stream("POST", request.url, headers=headers, content=request.body) as response,
         ):
             async for part in response.aiter_stream():  # to its end: httpcore cannot be left in the middle

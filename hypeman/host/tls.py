@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import ssl
+from collections.abc import Callable
+from functools import cache, partial
 
 CA_FILES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -21,3 +23,12 @@ def client_context(ca_file: str = "") -> ssl.SSLContext:
     if ca_file:
         context.load_verify_locations(ca_file)
     return context
+
+
+def client_context_later(ca_file: str = "") -> Callable[[], ssl.SSLContext]:
+    """The same, made when it is first called: the host's roots take some 40 ms and 2 MB. With ``ca_file`` it is made
+    now, so that one that cannot be read is noticed."""
+    make = cache(partial(client_context, ca_file))
+    if ca_file:
+        make()
+    return make

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from hypeman.server.exchange import (
     reply_to,
 )
 from hypeman.server.idempotency import HEADER, Calls
-from hypeman.server.plain import PlainRoutes
+from hypeman.server.plain_routes import PlainRoutes, routes_of
 from hypeman.server.quart_parts import ApiRequest, HttpConnection, WebsocketConnection
 from hypeman.server.registry import RegistryRoutes
 from hypeman.server.routes import OPERATIONS
@@ -112,7 +113,6 @@ class ApiApp(QuartTrio):
         self.calls = calls
         self._sessions = sessions
         self._verifier = Verifier(settings.jwt_secret)
-        self.plain = PlainRoutes((), (), services, settings, self._verifier)
         self.held_bodies = _HeldBodies()
         self.config["MAX_CONTENT_LENGTH"] = None  # streams are unlimited; JSON bodies are checked where they are read
         self.config["BODY_TIMEOUT"] = None  # the time limit of the whole request covers it
@@ -120,8 +120,12 @@ class ApiApp(QuartTrio):
         self.url_map.merge_slashes = False
         self.register_error_handler(HTTPException, _answer_http_exception)
 
+    @cached_property
+    def plain(self) -> PlainRoutes:
+        """What a ``Server`` of this application can answer without it."""
+        return routes_of(self.services, self.settings)
+
     def add_operations(self, operations: Sequence[Operation]) -> None:
-        self.plain = PlainRoutes(operations, WEBSOCKETS, self.services, self.settings, self._verifier)
         for path, allowed, others in shadowed(operations):
             self.add_url_rule(path, f"405 {path}", _refusal(allowed), methods=others, provide_automatic_options=False)
         for operation in operations:

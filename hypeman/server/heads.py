@@ -6,7 +6,7 @@ What is read here is decided narrowly: anything unusual is None, and then Hyperc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 END = b"\r\n\r\n"
@@ -32,6 +32,8 @@ class Headers(NamedTuple):
     length: int
     """Of the body, in bytes."""
     traceparent: str
+    last: bool
+    """The client wants the connection closed after the response."""
 
 
 class Upgrade(NamedTuple):
@@ -47,13 +49,15 @@ def plain_headers(block: bytes) -> Headers | None:
     or if Hypercorn might refuse them."""
     if not _HEADERS.fullmatch(block):
         return None
-    authorization, given_id, length, hosts, traceparent = None, None, None, 0, ""
+    authorization, given_id, length, hosts, traceparent, last = None, None, None, 0, "", False
     for name, value in _lines(block):
         if name in _MORE_THAN_A_RESPONSE or name in _OF_BROWSERS or _is_browser(name, value):
             return None
-        if name == b"connection" and value.lower() != b"keep-alive":
-            return None
-        if name == b"host":
+        if name == b"connection":
+            if last or (lowered := value.lower()) not in (b"keep-alive", b"close"):
+                return None
+            last = lowered == b"close"
+        elif name == b"host":
             hosts += 1
         elif name == b"authorization" and authorization is None:
             authorization = value.decode("ascii")
@@ -65,7 +69,26 @@ def plain_headers(block: bytes) -> Headers | None:
             if length is not None or not _LENGTH.fullmatch(value):
                 return None
             length = int(value)
-    return Headers(authorization, given_id or "", length or 0, traceparent) if hosts == 1 else None
+    return Headers(authorization, given_id or "", length or 0, traceparent, last) if hosts == 1 else None
+
+
+def h2_headers(fields: Iterable[tuple[bytes, bytes]]) -> Headers | None:
+    """The same of a request over HTTP/2 without a body."""
+    found: dict[bytes, bytes] = {}
+    for name, value in fields:
+        if name in _MORE_THAN_A_RESPONSE or name in _OF_BROWSERS or _is_browser(name, value) or not value.isascii():
+            return None
+        found.setdefault(name, value)
+    if found.get(b"content-length", b"0") != b"0":
+        return None
+    authorization = found.get(b"authorization")
+    return Headers(
+        None if authorization is None else authorization.decode("ascii"),
+        found.get(b"x-request-id", b"").decode("ascii"),
+        0,
+        found.get(b"traceparent", b"").decode("ascii"),
+        False,
+    )
 
 
 def upgrade_headers(block: bytes) -> Upgrade | None:

@@ -6,8 +6,8 @@ Werkzeug's decoder is not used: it adds a byte to a field if a chunk ends within
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
-
-from werkzeug.http import parse_options_header
+from email.message import Message
+from email.utils import collapse_rfc2231_value
 
 from hypeman.errors import InvalidRequest
 from hypeman.server.api import UploadStream
@@ -23,8 +23,7 @@ async def read_form(body: UploadStream, content_type: str | None) -> AsyncGenera
 
     Raises InvalidRequest if ``body`` is no such form, or ends before it does. What follows the form is not read.
     """
-    kind, options = parse_options_header(content_type)
-    boundary = options.get("boundary", "")
+    kind, boundary = (content_type or "").partition(";")[0].strip().lower(), _option(content_type or "", "boundary")
     if kind != "multipart/form-data" or not 0 < len(boundary) <= _MAX_BOUNDARY:
         raise InvalidRequest("the body must be multipart/form-data, with its boundary in Content-Type")
     form = _Form(boundary)
@@ -136,8 +135,13 @@ def _name_in(head: bytes) -> str:
         raise InvalidRequest("the form cannot be read: its headers must be UTF-8") from None
     for line in lines:
         key, _, value = line.partition(":")
-        if key.strip().lower() == "content-disposition":
-            name = parse_options_header(value.strip())[1].get("name")
-            if name:
-                return name
+        if key.strip().lower() == "content-disposition" and (name := _option(value, "name")):
+            return name
     raise InvalidRequest("the form has a field without a name")
+
+
+def _option(header: str, name: str) -> str:
+    """The parameter ``name`` of the header's value, without quotes; empty if there is none."""
+    message = Message()
+    message["Content-Type"] = header
+    return collapse_rfc2231_value(message.get_param(name, ""))

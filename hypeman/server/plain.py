@@ -19,164 +19,40 @@ on the same connection. Both share ``exchange.py``, and one suite runs through b
 from __future__ import annotations
 
 import os
-import re
 import select
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator
 from math import inf
 from types import coroutine
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import h11
-import msgspec
 import trio
 from hypercorn.config import Config as HypercornConfig
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol import ProtocolWrapper
-from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.h11 import H2CProtocolRequiredError, H2ProtocolAssumedError, H11Protocol
 from hypercorn.trio.task_group import TaskGroup
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import AppWrapper, ConnectionState
 from hypercorn.utils import parse_socket_addr
 
-from hypeman.actor import set_actor
 from hypeman.server import errors
-from hypeman.server.api import EventStream, Operation, UploadStream, WebSocketRoute
 from hypeman.server.connection import Connection
-from hypeman.server.decode import decode_body, decode_query, decode_segment
-from hypeman.server.exchange import (
-    DISCONNECTED,
-    Reply,
-    ServerSettings,
-    actor_of,
-    failed,
-    failure_from,
-    log_request,
-    measured,
-    named_in,
-    reply_to,
-    request_id,
-)
+from hypeman.server.decode import decode_segment
+from hypeman.server.exchange import DISCONNECTED, Reply, failed, failure_from, log_request, request_id
 from hypeman.server.heads import END, Headers, Upgrade, plain_headers, upgrade_headers
-from hypeman.server.services import Services
+from hypeman.server.plain_call import PlainCall, authenticate
+from hypeman.server.plain_h2 import PlainH2
+from hypeman.server.plain_routes import Found, FoundSocket, PlainRoutes
 from hypeman.server.websocket import WebSocket, accept_key
-from hypeman.tokens import LOCAL, Scope, Verifier, check_scope
+from hypeman.tokens import check_scope
 
 _Result = TypeVar("_Result")
 
-_MAX_KNOWN = 1000
-_MAX_KNOWN_LENGTH = 256
-"""Bytes of a request target that is worth remembering."""
 _CLOSE = "connection: close\r\n"
 _VERSION = b" HTTP/1.1"
-_REQUEST = re.compile(rb"([A-Z]+) (/[\w.~%:@!$&'()*+,;=/-]*(?:\?[\w.~%:@!$&'()*+,;=/?\[\]-]*)?)")
-
-
-class Found(NamedTuple):
-    """What a method and a request target mean."""
-
-    operation: Operation
-    decoder: msgspec.json.Decoder[Any] | None
-    """For the body."""
-    segments: Mapping[str, str]
-    """Path parameters as the client wrote them."""
-    query: bytes
-    limit: float
-    """Seconds."""
-
-
-class FoundSocket(NamedTuple):
-    """The WebSocket that a request target means."""
-
-    route: WebSocketRoute
-    segments: Mapping[str, str]
-
-
-class PlainRoutes:
-    """Those of ``operations`` that neither stream nor upload, found by request line, and ``sockets``; and what their
-    answers need."""
-
-    def __init__(
-        self,
-        operations: Iterable[Operation],
-        sockets: Iterable[WebSocketRoute],
-        services: Services,
-        settings: ServerSettings,
-        verifier: Verifier,
-    ) -> None:
-        self.services = services
-        self.verifier = verifier
-        self._limit = settings.request_timeout
-        self._known: dict[bytes, Found | None] = {}
-        self._templates: dict[tuple[str, int], list[_Template]] = {}
-        self._sockets = [(tuple(route.path.split("/")[1:]), route) for route in sockets]
-        self._fixed: dict[str, set[str]] = {}
-        """Methods of paths without parameters; the others are not those of an operation whose parameter matches."""
-        for operation in operations:
-            parts = tuple(operation.path.split("/")[1:])
-            if "{" not in operation.path:
-                self._fixed.setdefault(operation.path, set()).add(operation.method)
-            streams = operation.answer is EventStream or operation.body is UploadStream
-            if not streams and not operation.takes_context and all(parts):
-                decoder = None if operation.body is None else msgspec.json.Decoder(operation.body)
-                of_this_length = self._templates.setdefault((operation.method, len(parts)), [])
-                of_this_length.append(_Template(parts, operation, decoder))
-        for templates in self._templates.values():  # a fixed segment goes before a parameter, from the left
-            templates.sort(key=lambda each: [part.startswith("{") for part in each.parts])
-
-    def find(self, line: bytes) -> Found | None:
-        """The operation that ``line`` names, a request line without its version; None if Quart must decide."""
-        try:
-            return self._known[line]
-        except KeyError:
-            found = self._search(line)
-        if len(line) <= _MAX_KNOWN_LENGTH:
-            if len(self._known) >= _MAX_KNOWN:
-                self._known.clear()
-            self._known[line] = found
-        return found
-
-    def _search(self, line: bytes) -> Found | None:
-        match = _REQUEST.fullmatch(line)
-        if match is None:
-            return None
-        path, _, query = match[2].partition(b"?")
-        parts = path.decode("ascii").split("/")[1:]
-        method = match[1].decode("ascii")
-        if not all(parts) or method not in self._fixed.get(path.decode("ascii"), {method}):
-            return None
-        for template in self._templates.get((method, len(parts)), ()):
-            if (segments := _segments(template.parts, parts)) is not None:
-                limit = inf if template.operation.unlimited else self._limit
-                return Found(template.operation, template.decoder, segments, query, limit)
-        return None
-
-    def find_socket(self, line: bytes) -> FoundSocket | None:
-        """The WebSocket that ``line`` names; None if Quart must decide."""
-        match = _REQUEST.fullmatch(line)
-        if match is None or match[1] != b"GET":
-            return None
-        parts = match[2].partition(b"?")[0].decode("ascii").split("/")[1:]
-        for template, route in self._sockets:
-            if all(parts) and (segments := _segments(template, parts)) is not None:
-                return FoundSocket(route, segments)
-        return None
-
-
-def _segments(template: Sequence[str], parts: Sequence[str]) -> dict[str, str] | None:
-    """The path parameters if ``parts`` of a path are those of ``template``."""
-    if len(template) != len(parts) or not all(
-        name == part or name.startswith("{") for name, part in zip(template, parts, strict=True)
-    ):
-        return None
-    return {name[1:-1]: part for name, part in zip(template, parts, strict=True) if name.startswith("{")}
-
-
-class _Template(NamedTuple):
-    parts: tuple[str, ...]
-    operation: Operation
-    decoder: msgspec.json.Decoder[Any] | None
 
 
 class PlainConnection(TCPServer):
@@ -211,11 +87,11 @@ class PlainConnection(TCPServer):
         """Around everything; cancelled to cancel a handler, then replaced."""
         self._watching: trio.CancelScope | None = None
         self._timed_out = False
+        self._last = False
+        """The client wants the connection closed after the response to its request."""
         self._request_id = ""
         self._subject: str | None = None
-        """Of the caller, once authenticated."""
-        self._names = ""
-        """The object that the request names in its body or query."""
+        """Of a WebSocket's client, once authenticated."""
 
     async def run(self) -> None:
         """Hypercorn's, but for its protocol, which is made when it gets its first bytes."""
@@ -267,7 +143,7 @@ class PlainConnection(TCPServer):
             server = parse_socket_addr(here.family, here.getsockname())
         except OSError:  # the client has disconnected
             raise trio.BrokenResourceError from None
-        wrapper = ProtocolWrapper(
+        wrapper = _Protocols(
             self.app,
             self.config,
             self.context,
@@ -278,6 +154,7 @@ class PlainConnection(TCPServer):
             server,
             self.protocol_send,
         )
+        wrapper.plain = None if self._routes is None else (self._routes, self._connection)
         assert isinstance(wrapper.protocol, H11Protocol)
         wrapper.protocol.keep_alive_requests = self._answered
         return wrapper
@@ -333,6 +210,7 @@ class PlainConnection(TCPServer):
                 self._connection.idle_until = inf
                 await trio.lowlevel.checkpoint()  # others first: a read may hold a thousand requests
             behind_another = True
+            self._last = request[1].last
             if not await self._send(await self._exchange(*request)):
                 return False
             if not self._unread:
@@ -369,11 +247,15 @@ class PlainConnection(TCPServer):
         return found, upgrade, data[end + len(END) :]
 
     async def _exchange(self, found: Found, headers: Headers, body: bytes) -> Reply:
-        started = time.perf_counter()
-        self._request_id, self._subject, self._names = request_id(headers.request_id), None, ""
+        assert self._routes is not None
+        call = PlainCall(self._routes, self._connection, found, headers, body)
+        self._request_id = call.request_id
         status = DISCONNECTED
         try:
-            reply = await self._reply(found, headers, body)
+            reply = await call.reply(lambda handler: _begin(handler, lambda: self._watch(found.limit)))
+            self._stop_watching()
+            if self._work.cancel_called:  # after the answer, but before anybody knew
+                await trio.lowlevel.checkpoint_if_cancelled()
             status = reply.status
             return reply
         except trio.Cancelled:
@@ -381,49 +263,8 @@ class PlainConnection(TCPServer):
                 status = errors.TIMED_OUT.status
             raise
         finally:
-            operation = found.operation
-            log_request(
-                operation.method,
-                operation.path,
-                status,
-                time.perf_counter() - started,
-                self._request_id,
-                found.segments,
-                self._subject,
-                self._connection,
-                self._names,
-            )
-
-    async def _reply(self, found: Found, headers: Headers, body: bytes) -> Reply:
-        operation, routes = found.operation, self._routes
-        assert routes is not None
-        try:
-            if operation.scopes:
-                self._admit(headers.authorization, *operation.scopes)
-            with measured(operation, headers.traceparent):
-                arguments: dict[str, Any] = {name: decode_segment(value) for name, value in found.segments.items()}
-                if operation.query is not None:
-                    arguments["query"] = decode_query(found.query, operation.query)
-                if found.decoder is not None and (body or operation.body_required):
-                    arguments["body"] = decode_body(body, found.decoder)
-                self._names = named_in(arguments)
-                handler: Any = operation.handler(routes.services, **arguments)
-                answer = await _begin(handler, lambda: self._watch(found.limit))
-            return reply_to(operation, answer)
-        except Exception as error:
-            return failed(failure_from(error))
-        finally:
             self._stop_watching()
-            if self._work.cancel_called:  # after the answer, but before anybody knew
-                await trio.lowlevel.checkpoint_if_cancelled()
-
-    def _admit(self, authorization: str | None, *scopes: Scope) -> None:
-        """Authenticate and authorize the caller. Raises Unauthorized, Forbidden."""
-        assert self._routes is not None
-        caller = LOCAL if self._connection.trusted else self._routes.verifier.caller(authorization)
-        self._subject = caller.subject
-        set_actor(actor_of(caller, self._connection, self._request_id))
-        check_scope(caller, *scopes)
+            call.log(status)
 
     async def _carry(self, found: FoundSocket, upgrade: Upgrade, unread: bytes) -> None:
         """A whole WebSocket."""
@@ -458,7 +299,9 @@ class PlainConnection(TCPServer):
         """Let the handler use ``socket``; returns how it failed."""
         assert self._routes is not None
         try:
-            self._admit(upgrade.authorization, found.route.scope)
+            caller = authenticate(self._routes, self._connection, upgrade.authorization, self._request_id)
+            self._subject = caller.subject
+            check_scope(caller, found.route.scope)
             segments = [decode_segment(value) for value in found.segments.values()]
             handler: Any = found.route.handler(self._routes.services, socket, *segments)
             await _begin(handler, lambda: None if socket.accepted else self._watch(inf))
@@ -511,7 +354,7 @@ class PlainConnection(TCPServer):
 
     async def _send(self, reply: Reply) -> bool:
         """Send ``reply``. False: the connection must end. Raises ClosedResourceError, BrokenResourceError."""
-        last = self._count_answer()
+        last = self._count_answer() or self._last
         head = self._head(reply, last)
         try:
             sent = os.writev(self.stream.socket.fileno(), (head, reply.content))
@@ -555,6 +398,39 @@ def _common_headers(config: HypercornConfig) -> str:
         text = "".join(lines)
         _second = (now, text)
     return text
+
+
+class _Protocols(ProtocolWrapper):
+    """Hypercorn's, but for what speaks HTTP/2."""
+
+    plain: tuple[PlainRoutes, Connection] | None
+
+    async def handle(self, event: Event) -> None:
+        try:
+            await self.protocol.handle(event)
+        except H2ProtocolAssumedError as assumed:
+            await self._switch(assumed.data)
+        except H2CProtocolRequiredError as required:
+            await self._switch(required.data, required.headers, required.settings)
+
+    async def _switch(
+        self, data: bytes, headers: list[tuple[bytes, bytes]] | None = None, settings: bytes | None = None
+    ) -> None:
+        self.protocol = PlainH2(
+            self.app,
+            self.config,
+            self.context,
+            self.task_group,
+            self.state,
+            self.ssl,
+            self.client,
+            self.server,
+            self.send,
+        )
+        self.protocol.plain = self.plain
+        await self.protocol.initiate(headers, settings)
+        if data:
+            await self.protocol.handle(RawData(data))
 
 
 class _KeepAlive:

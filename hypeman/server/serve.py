@@ -37,7 +37,8 @@ from hypercorn.typing import ConnectionState, LifespanState
 
 from hypeman.errors import HypemanError
 from hypeman.server.connection import Connection
-from hypeman.server.plain import PlainConnection, PlainRoutes
+from hypeman.server.plain import PlainConnection
+from hypeman.server.plain_routes import PlainRoutes
 from hypeman.telemetry import metrics
 
 _log = logging.getLogger(__name__)

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
+from datetime import date
 from pathlib import Path
 
 from tests.bench.harness import Result, run_area
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parents[1] / "build" / "bench.json"
+TABLE = HERE.parents[1] / "docs" / "benchmarks.md"
+_HEAD = """# Benchmarks
+
+Written by `make bench`. Ratios are medians of rounds in which both were measured in turn, with the lowest and the
+highest in brackets; they say more than the values, which depend on the machine and on its other load. What is
+measured is described at the head of the area's file in `tests/bench`.
+"""
 
 
 def main(wanted: list[str]) -> int:
@@ -38,10 +47,12 @@ def main(wanted: list[str]) -> int:
             continue
         print(f"\n{area} ({time.monotonic() - begin:.0f} s)")
         print(render_table(results), flush=True)
-        figures.update((result.name, _as_json(result)) for result in results)
+        figures = {name: entry for name, entry in figures.items() if entry.get("area") != area}
+        figures.update((result.name, _as_json(area, result)) for result in results)
+        TABLE.write_text(render_document(TABLE.read_text(), area, results))
     OUTPUT.parent.mkdir(exist_ok=True)
     OUTPUT.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
-    print(f"\nbench: {len(figures)} figures in {OUTPUT}")
+    print(f"\nbench: {len(figures)} figures in {OUTPUT}, tables in {TABLE}")
     if failed:
         print(f"bench: failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
@@ -66,6 +77,25 @@ def render_table(results: list[Result]) -> str:
     )
 
 
+def render_document(before: str, area: str, results: list[Result]) -> str:
+    """The document ``before`` with a new table for ``area``; tables are in the order of their names."""
+    sections = dict(part.split("\n", 1) for part in before.split("\n## ")[1:])
+    rows = [
+        f"| {result.name} | {_number(result.value)} {result.unit} | {result.peer or ''} | {_ratio(result)} |"
+        for result in results
+    ]
+    measured = f"Measured on {date.today():%Y-%m-%d} with {os.cpu_count()} CPUs, load {os.getloadavg()[1]:.0f}.\n"
+    sections[area] = "\n".join(["", measured, "| what | | peer | ÷ peer |", "|---|---|---|---|", *rows]) + "\n"
+    return _HEAD + "".join(f"\n## {name}\n{text}" for name, text in sorted(sections.items()))
+
+
+def _ratio(result: Result) -> str:
+    if result.ratio is None:
+        return ""
+    low_high = f" ({result.spread[0]:.2f}–{result.spread[1]:.2f})" if result.spread is not None else ""
+    return f"{result.ratio:.2f}{low_high}"
+
+
 def _run_apart(area: str) -> list[Result]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -79,8 +109,8 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 
-def _as_json(result: Result) -> dict[str, object]:
-    entry: dict[str, object] = {"value": result.value, "unit": result.unit}
+def _as_json(area: str, result: Result) -> dict[str, object]:
+    entry: dict[str, object] = {"area": area, "value": result.value, "unit": result.unit}
     if result.peer is not None:
         entry |= {"peer": result.peer, "peer_value": result.peer_value, "ratio": result.ratio}
     return entry

@@ -7,7 +7,6 @@ the same with net/http; both write their log to a file.
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -19,11 +18,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import h2.connection
+import h2.events
+
 from hypeman.tokens import mint
-from tests.bench.harness import Measure, Result, compare, median
+from tests.bench.harness import Measure, Result, compare
 
 REQUESTS = 1600
 CONNECTIONS = (1, 16)
+H2_REQUESTS = 400
 FOLLOWERS = 24
 LOG_BYTES = 20 * 2**20
 SECRET = "a secret that is long enough for HS256"
@@ -119,6 +122,34 @@ class Peer:
                 return (cpu_of(self.pid) - before) / requests * 1e6
 
         return measure
+
+    def cost_of_h2(self, path: str, token: str) -> Measure:
+        """The same for a GET over HTTP/2, on one connection."""
+
+        def measure() -> float:
+            with socket.create_connection(("127.0.0.1", self.port), 60) as client:
+                connection = h2.connection.H2Connection()
+                connection.initiate_connection()
+                exchange_h2(client, connection, path, token)
+                before = cpu_of(self.pid)
+                for _ in range(H2_REQUESTS):
+                    exchange_h2(client, connection, path, token)
+                return (cpu_of(self.pid) - before) / H2_REQUESTS * 1e6
+
+        return measure
+
+
+def exchange_h2(client: socket.socket, connection: h2.connection.H2Connection, path: str, token: str) -> None:
+    number = connection.get_next_available_stream_id()
+    head = [(":method", "GET"), (":path", path), (":scheme", "http"), (":authority", "localhost")]
+    connection.send_headers(number, [*head, ("authorization", f"Bearer {token}")], end_stream=True)
+    ended = False
+    while not ended:
+        client.sendall(connection.data_to_send())
+        for event in connection.receive_data(receive(client)):
+            if isinstance(event, h2.events.DataReceived):
+                connection.acknowledge_received_data(event.flow_controlled_length, number)
+            ended = ended or isinstance(event, h2.events.StreamEnded)
 
 
 def exchange(clients: list[socket.socket], request: bytes) -> None:
@@ -252,16 +283,6 @@ def resident(pid: int) -> float:
     raise AssertionError("no VmRSS")
 
 
-def start_cost() -> float:
-    """Milliseconds of CPU from the shell to the first byte of a client command's request."""
-    before = os.times()
-    subprocess.run(
-        [sys.executable, "-m", "hypeman", "--base-url", "unix:///nowhere", "ps"], capture_output=True, check=False
-    )
-    after = os.times()
-    return (after.children_user - before.children_user + after.children_system - before.children_system) * 1000
-
-
 def against_go(ours: Peer, directory: Path) -> list[Result]:
     if shutil.which("go") is None:
         print("http: no Go toolchain, so no peer")
@@ -298,6 +319,7 @@ def run() -> list[Result]:
         results = [
             *against_go(ours, logs),
             compare("http: GET /instances, 1,000 of them", "µs CPU", every, "GET /health", health),
+            compare("http: GET /health over HTTP/2", "µs CPU", ours.cost_of_h2("/health", token), "HTTP/1.1", health),
         ]
         begin = time.perf_counter()
         spent = followers_cost(ours.pid, path, logs)
@@ -307,4 +329,4 @@ def run() -> list[Result]:
             Result("http: logs to 24 followers", total / (time.perf_counter() - begin), "MB/s"),
             Result("http: resident after that", resident(ours.pid), "MB"),
         ]
-    return [*results, Result("cli: start of a client command", median(start_cost), "ms CPU")]
+    return results

@@ -32,6 +32,8 @@ class Result(msgspec.Struct, frozen=True):
     peer_value: float | None = None
     paired_ratio: float | None = None
     """Median of the ratios of paired rounds; without it the ratio of the two values is all there is."""
+    spread: tuple[float, float] | None = None
+    """The lowest and the highest of them."""
 
     @property
     def ratio(self) -> float | None:
@@ -52,13 +54,15 @@ def compare(name: str, unit: str, ours: Measure, peer_name: str, peer: Measure, 
         else:
             mine, theirs = ours(), peer()
         pairs.append((mine, theirs))
+    ratios = [mine / theirs for mine, theirs in pairs]
     return Result(
         name,
         statistics.median(mine for mine, _ in pairs),
         unit,
         peer_name,
         statistics.median(theirs for _, theirs in pairs),
-        statistics.median(mine / theirs for mine, theirs in pairs),
+        statistics.median(ratios),
+        (min(ratios), max(ratios)),
     )
 
 

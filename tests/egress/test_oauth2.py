@@ -96,7 +96,7 @@ CA = trustme.CA()
 def token_client(*networks: str) -> TokenClient:
     trust = ssl.create_default_context()
     CA.configure_trust(trust)
-    return TokenClient(trust, partial(is_public_or_in, networks or ("127.0.0.0/8", "::1/128")))
+    return TokenClient(lambda: trust, partial(is_public_or_in, networks or ("127.0.0.0/8", "::1/128")))
 
 
 async def test_client_credentials(server: TokenServer) -> None:

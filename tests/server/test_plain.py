@@ -22,7 +22,7 @@ from hypeman.devices.types import AvailableDevice
 from hypeman.instances.model.types import InstanceState
 from hypeman.server.app import ApiApp
 from hypeman.server.heads import plain_headers
-from hypeman.server.plain import PlainRoutes
+from hypeman.server.plain_routes import PlainRoutes
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import Server, bind_tcp
 from hypeman.telemetry import metrics
@@ -259,7 +259,7 @@ def is_plain(app: ApiApp, request: bytes) -> bool:
 
 @pytest.mark.parametrize("header", ["Content-Length: -3", "Content-Length: 1\r\nContent-Length: 1",
      "Transfer-Encoding: chunked", "Upgrade: h2c",
-    "Expect: 100-continue", "Connection: close", "Connection: upgrade", "Host: twice", "A: \x01", "A : b", "A: \xe4",
+    "Expect: 100-continue", "Connection: close, x", "Connection: upgrade", "Host: twice", "A: \x01", "A : b", "A: \xe4",
     " folded", "no colon"])  # fmt: skip
 def test_headers_that_are_not_plain(header: str) -> None:
     assert plain_headers(f"Host: x\r\n{header}\r\n".encode("latin1")) is None
@@ -269,8 +269,8 @@ def test_headers_are_read_as_h11_reads_them() -> None:
     """Whatever is plain is accepted by h11, with the same values."""
     rng = random.Random(7)
     pieces = ["Host: x", "host:y", "Authorization:\t Bearer a ", "authorization: b", "X-Request-Id: 1",
-              "x-request-id:", "A:", "A: b c", "Connection: Keep-Alive", "A\t: b", ":", "A: \x7f", "A: \x00",
-              "Ä: b", "A: \t", "A:\x0b"]  # fmt: skip
+              "x-request-id:", "A:", "A: b c", "Connection: Keep-Alive", "connection: Close", "A\t: b", ":", "A: \x7f",
+              "A: \x00", "Ä: b", "A: \t", "A:\x0b"]  # fmt: skip
     seen = 0
     for _ in range(3000):
         block = "".join(f"{rng.choice(pieces)}\r\n" for _ in range(rng.randrange(5))).encode("latin1")
@@ -286,6 +286,7 @@ def test_headers_are_read_as_h11_reads_them() -> None:
         for name, value in request.headers:
             values.setdefault(name, value)
         assert (found.authorization or "").encode() == values.get(b"authorization", b"")
+        assert found.last == ((b"connection", b"close") in [(name, value.lower()) for name, value in request.headers])
         assert found.request_id.encode() == values.get(b"x-request-id", b"")
     assert seen > 100
 
