@@ -8,6 +8,7 @@ for the next server.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 from collections import Counter, deque
@@ -27,7 +28,14 @@ from hypeman.ingress.certificates.service import Certificates
 from hypeman.ingress.certificates.types import Answer, Pair
 from hypeman.ingress.listeners import listen_on
 from hypeman.ingress.routing import Route, compile_routes
-from hypeman.ingress.types import CreateIngressRequest, Ingress, IngressRecord, RequestHeaderAuth, ports_of
+from hypeman.ingress.types import (
+    HTTP_PORT,
+    CreateIngressRequest,
+    Ingress,
+    IngressRecord,
+    RequestHeaderAuth,
+    ports_of,
+)
 from hypeman.ingress.validate import FindInstance, check_request
 from hypeman.network.leases import check_ports_free
 from hypeman.network.types import PortMapping
@@ -36,6 +44,8 @@ from hypeman.store import Store, Txn
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("hypeman.ingress.access")
 
+_KINDS = ("1xx", "2xx", "3xx", "4xx", "5xx", "passed", "none")
+_DIRECTIONS = ("received", "sent")
 _RETRY = 5.0
 """Seconds between attempts to bind a port that another program has."""
 
@@ -73,6 +83,10 @@ class Ingresses:
         self._open_to_engine = open_to_engine
         self._bind = listen
         self._records: dict[str, IngressRecord] = {}
+        self._ports: Counter[int] = Counter()
+        """How many ingresses name a port of the host."""
+        self._guest_ports: Counter[int] = Counter()
+        """How many name a port of guests."""
         self._changing = trio.Lock()
         self.requests: Counter[tuple[str, ...]] = Counter()
         """By name of the ingress and class of the status, as in 2xx; TLS that was passed through: ``passed``."""
@@ -95,13 +109,13 @@ class Ingresses:
                 self._store.read(lambda txn: records.check_free(txn, record))
                 fresh = await self._hold(self._ports_of(record))
                 try:
-                    await self._open_to_engine(_guest_ports([*self._records.values(), record]))
+                    await self._open_to_engine(self._guest_ports.keys() | _guest_ports(record))
                     await self._store.write(lambda txn: records.insert(txn, record))
                 except BaseException:
                     await self._release(fresh)
                     raise  # a port of guests that nothing leads to is closed with the next change
-                self._records[record.id] = record
-                await self._use_certificates()
+                self._add(record)
+                await self.certificates.use(record.tls_hosts)
                 await self.front.put(record.id, _routes(record))
                 for port in fresh:
                     await self.front.listen(port, self._listeners[port])
@@ -111,14 +125,15 @@ class Ingresses:
         async with self._changing:
             with trio.CancelScope(shield=True):
                 record = await self._store.write(lambda txn: records.remove(txn, ref))
-                self._records.pop(record.id, None)
+                self._remove(record)
                 await self.front.drop(record.id)
-                await self._open_to_engine(_guest_ports(self._records.values()))
-                await self._release(self._ports_of(record) - self._used_ports())
-                await self._use_certificates()
-                for counter in (self.requests, self.bytes):
-                    for key in [key for key in counter if key[0] == record.name]:
-                        del counter[key]
+                await self._open_to_engine(self._guest_ports.keys())
+                await self._release([port for port in self._ports_of(record) if not self._is_used(port)])
+                await self.certificates.leave(record.tls_hosts)
+                for kind in _KINDS:
+                    self.requests.pop((record.name, kind), None)
+                for direction in _DIRECTIONS:
+                    self.bytes.pop((record.name, direction), None)
 
     async def internal_root(self) -> str:
         """The internal CA's certificate, PEM. Raises InternalError."""
@@ -135,13 +150,25 @@ class Ingresses:
             certificates=states or UNSET,
         )
 
-    async def _use_certificates(self) -> None:
-        await self.certificates.use({host for record in self._records.values() for host in record.tls_hosts})
+    def _add(self, record: IngressRecord) -> None:
+        self._records[record.id] = record
+        self._ports.update(record.ports)
+        self._guest_ports.update(_guest_ports(record))
+
+    def _remove(self, record: IngressRecord) -> None:
+        if self._records.pop(record.id, None) is not None:
+            _subtract(self._ports, record.ports)
+            _subtract(self._guest_ports, _guest_ports(record))
 
     # ── Ports ────────────────────────────────────────────────────────────────────────────────────
 
     def _ports_of(self, record: IngressRecord) -> frozenset[int]:
         return record.ports.union(*(self.certificates.ports_for(rule) for rule in record.rules))
+
+    def _is_used(self, port: int) -> bool:
+        if port != HTTP_PORT or self._ports[port]:
+            return self._ports[port] > 0
+        return port in self._used_ports()  # by public CAs, which depends on where certificates come from
 
     def _used_ports(self) -> frozenset[int]:
         return frozenset(port for record in self._records.values() for port in self._ports_of(record))
@@ -150,7 +177,7 @@ class Ingresses:
         """Bind those that are not bound; which these were. Raises PortInUse or HostError, and has bound none then."""
         fresh = deque[int]()
         try:
-            for port in sorted(set(ports) - self._listeners.keys()):
+            for port in sorted({port for port in ports if port not in self._listeners}):
                 self._store.read(partial(_check_port_free, port, self._name_of))
                 inherited = await self.front.inherited(port)
                 self._listeners[port] = inherited or await trio.to_thread.run_sync(self._bind, port)
@@ -166,6 +193,8 @@ class Ingresses:
             if sockets is not None:
                 await self.front.unlisten(port)
                 for each in sockets:
+                    with contextlib.suppress(OSError):  # the engine closes its copy a moment later: end the port now
+                        each.shutdown(socket.SHUT_RDWR)
                     each.close()
 
     async def _hold_stored(self, complained: set[int]) -> None:
@@ -195,9 +224,10 @@ class Ingresses:
         try:
             await self.certificates.load()
             async with self._changing:
-                self._records = {record.id: record for record in self._store.read(records.all_records)}
-                await self._open_to_engine(_guest_ports(self._records.values()))
-                await self._use_certificates()
+                for record in self._store.read(records.all_records):
+                    self._add(record)
+                await self._open_to_engine(self._guest_ports.keys())
+                await self.certificates.use([host for record in self._records.values() for host in record.tls_hosts])
                 for record in self._records.values():
                     await self.front.put(record.id, _routes(record))
                 complained = set[int]()
@@ -231,8 +261,8 @@ class Ingresses:
         kind = f"{served.status // 100}xx" if served.status else "passed" if served.passed else "none"
         if record is not None or not served.ingress:
             self.requests[name, kind] += 1
-            self.bytes[name, "received"] += served.received
-            self.bytes[name, "sent"] += served.sent
+            for direction, count in zip(_DIRECTIONS, (served.received, served.sent), strict=True):
+                self.bytes[name, direction] += count
         access_log.info(
             "ingress connection" if served.passed else "ingress request",
             extra={
@@ -251,8 +281,16 @@ class Ingresses:
         )
 
 
-def _guest_ports(of: Iterable[IngressRecord]) -> set[int]:
-    return {rule.target.port for record in of for rule in record.rules}
+def _guest_ports(record: IngressRecord) -> set[int]:
+    return {rule.target.port for rule in record.rules}
+
+
+def _subtract(counted: Counter[int], ports: Iterable[int]) -> None:
+    """One of each; keys are what is used."""
+    for port in ports:
+        counted[port] -= 1
+        if not counted[port]:
+            del counted[port]
 
 
 def _check_port_free(port: int, name_of: Callable[[str], str], txn: Txn) -> None:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -154,6 +154,9 @@ class Bench:
     """An origin, the proxies, and how to measure one of them."""
 
     origin_text, proxy_text = ORIGIN, PROXY
+    tests = TESTS
+    under: Sequence[str] = ()
+    """What nginx, and the engine of an ingress, are run by."""
 
     def __init__(self, stack: ExitStack, round_ms: int) -> None:
         self.round_ms = round_ms
@@ -193,7 +196,10 @@ class Bench:
         path = self.dir / f"{name}.conf"
         path.write_text("user root;" + text.format(dir=self.dir, name=name, port=port, origin=self.origin, host=HOST,
                                                    mask="01" if core == 0 else "10"))  # fmt: skip
-        process = stack.enter_context(running(["nginx", "-p", str(self.dir), "-c", str(path)], core,
+        under = self.under if name == "nginx" else ()
+        if under:  # the one process that valgrind sees is the worker
+            path.write_text("master_process off;" + path.read_text())
+        process = stack.enter_context(running([*under, "nginx", "-p", str(self.dir), "-c", str(path)], core,
                                               stderr=subprocess.DEVNULL))  # fmt: skip
         wait_port(port)
         return process.pid
@@ -246,10 +252,10 @@ class Bench:
         (self.dir / "egress-ca.pem").write_text(ready["ca"])
         self.pids["hypeman"] = (process.pid, ready["port"])
 
-    def cost(self, proxy: str, test: str) -> Callable[[], float]:
-        """Measures µs of the proxy's CPU per request of one test."""
-        pid, port = self.pids[proxy]
-        (path, connections), more = TESTS[test]
+    def load(self, proxy: str, test: str) -> Callable[[], int]:
+        """Makes requests of one test for a round; how many."""
+        port = self.pids[proxy][1]
+        (path, connections), more = self.tests[test]
         ca = self.dir / ("egress-ca.pem" if proxy == "hypeman" else "front-ca.pem")
         argv = [
             "taskset",
@@ -264,12 +270,22 @@ class Bench:
             *more,
         ]
 
-        def measure() -> float:
-            before = cpu_ns(pid)
+        def make() -> int:
             said = subprocess.run(argv, env={**os.environ, "CA": str(ca)}, check=True, capture_output=True, text=True)
             requests, errors = map(int, said.stdout.split())
             if errors or not requests:
                 raise RuntimeError(f"{proxy}, {test}: {requests} requests, {errors} errors")
+            return requests
+
+        return make
+
+    def cost(self, proxy: str, test: str) -> Callable[[], float]:
+        """Measures µs of the proxy's CPU per request of one test."""
+        load, pid = self.load(proxy, test), self.pids[proxy][0]
+
+        def measure() -> float:
+            before = cpu_ns(pid)
+            requests = load()
             return (cpu_ns(pid) - before) / 1000 / requests
 
         return measure

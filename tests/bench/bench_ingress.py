@@ -1,5 +1,5 @@
-"""CPU that a request by an ingress costs, against nginx doing the same on the same core: TLS ends, the request goes on
-in plain HTTP/1.1 with forwarding headers, connections are kept on both sides.
+"""CPU that a request by an ingress costs, against nginx, and Caddy where it is installed, doing the same on the same
+core: TLS ends, the request goes on in plain HTTP/1.1 with forwarding headers, connections are kept on both sides.
 
 Measured as in bench_egress. Ours is the whole product: server and engine, with counters and, unless the row says
 otherwise, a line of the access log for each request; nginx writes no log.
@@ -14,10 +14,25 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 
-from tests.bench.bench_egress import COMMON, HERE, HOST, HTTP2, ROUND_MS, ROUNDS, TESTS, Bench, free_port, running
+from tests.bench.bench_egress import (
+    COMMON,
+    HERE,
+    HOST,
+    HTTP2,
+    ROUND_MS,
+    ROUNDS,
+    TESTS,
+    Bench,
+    free_port,
+    running,
+    wait_port,
+)
 from tests.bench.harness import Result, compare
+
+CADDY_ROUNDS = 3
 
 GUEST = (
     COMMON
@@ -46,17 +61,41 @@ PROXY = (
 )
 
 
+CADDY = """
+{{
+  admin off
+  auto_https off
+  storage file_system {dir}/caddy
+}}
+https://{host}:{port} {{
+  tls {dir}/leaf.pem {dir}/leaf.pem
+  reverse_proxy 127.0.0.1:{origin}
+}}
+"""
+
+
 class IngressBench(Bench):
     origin_text, proxy_text = GUEST, PROXY
+    logs: Sequence[bool] = (True, False)
+
+    def caddy(self, stack: ExitStack) -> None:
+        port, path = free_port(), self.dir / "Caddyfile"
+        path.write_text(CADDY.format(dir=self.dir, host=HOST, port=port, origin=self.origin))
+        argv = ["caddy", "run", "--adapter", "caddyfile", "--config", str(path)]
+        process = stack.enter_context(running(argv, 1, env={**os.environ, "GOMAXPROCS": "1", "HOME": str(self.dir)},
+                                              stderr=subprocess.DEVNULL))  # fmt: skip
+        wait_port(port)
+        self.pids["Caddy"] = (process.pid, port)
 
     def _ours(self, stack: ExitStack) -> None:
         shutil.copy(self.dir / "front-ca.pem", self.dir / "egress-ca.pem")
-        for name, log in (("hypeman", True), ("hypeman without log", False)):
+        for log in self.logs:
+            name = "hypeman" if log else "hypeman without log"
             port = free_port()
             directory = self.dir / name.replace(" ", "-")
             directory.mkdir()
             told = {"directory": str(directory), "host": HOST, "port": port, "target_port": self.origin,
-                    "certificate": str(self.dir / "leaf.pem"), "log": log}  # fmt: skip
+                    "certificate": str(self.dir / "leaf.pem"), "log": log, "under": self.under}  # fmt: skip
             argv = [sys.executable, "-m", "tests.ingress.ingress_process", json.dumps(told)]
             process = stack.enter_context(running(argv, 1, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                                   cwd=HERE.parents[1]))  # fmt: skip
@@ -71,6 +110,12 @@ def run(round_ms: int = ROUND_MS) -> list[Result]:
     with ExitStack() as stack:
         bench = IngressBench(stack, round_ms)
         results = []
+        if shutil.which("caddy"):
+            bench.caddy(stack)
+            for test in TESTS:
+                costs = bench.cost("hypeman without log", test), bench.cost("Caddy", test)
+                name = f"ingress, {test}, without log, Caddy"
+                results.append(compare(name, "µs CPU/request", costs[0], "Caddy", costs[1], CADDY_ROUNDS))
         for ours, note in (("hypeman", ""), ("hypeman without log", ", without log")):
             for test in TESTS:
                 costs = bench.cost(ours, test), bench.cost("nginx", test)

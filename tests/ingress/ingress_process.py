@@ -1,7 +1,8 @@
 """Ingresses as a process of their own, for benchmarks: the service with its store and access log, and the engine.
 
-Takes one JSON document on the command line: `directory`, `host`, `port`, `target_port`, `certificate` (a file with its
-key), `log` (whether requests are logged). Prints the engine's process id, one JSON line; ends with its stdin.
+Takes one JSON document on the command line: `directory`, `host`, `port`, `target_port`, `certificate` (a file with
+its key), `log` (whether requests are logged), `under` (what runs the engine, which is not confined then). Prints the
+engine's process id, one JSON line; ends with its stdin.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 import trio
 
 from hypeman.egress.front import Place
+from hypeman.egress.link import engine_command
 from hypeman.egress.service import Egress, Settings
 from hypeman.ingress.certificates.service import Certificates
 from hypeman.ingress.certificates.service import Settings as CertificateSettings
@@ -24,6 +26,16 @@ from hypeman.ingress.service import Ingresses
 from hypeman.ingress.types import CreateIngressRequest
 from hypeman.store import Store
 from hypeman.telemetry.logs import setup_logs
+
+UNCONFINED = (
+    "import sys; from hypeman.egress.engine import main; sys.exit(main(int(sys.argv[1]), confine=lambda uid: True))"
+)
+
+
+def command(under: list[str], fd: int) -> list[str]:
+    if not under:
+        return engine_command(fd)
+    return [*under, sys.executable, "-c", UNCONFINED, str(fd)]
 
 
 async def main() -> None:
@@ -40,7 +52,8 @@ async def main() -> None:
         "tls": True,
     }
     async with store.serving(), trio.open_nursery() as nursery:
-        egress = Egress(Settings(address="127.0.0.1", port=0, loops=1), folder / "egress")
+        settings = Settings(address="127.0.0.1", port=0, loops=1)
+        egress = Egress(settings, folder / "egress", command=partial(command, told["under"]))
         certificates = Certificates(CertificateSettings(files={"site": (pem, pem)}), folder / "ingress", store)
         service = Ingresses(
             store,

@@ -237,7 +237,8 @@ async def test_a_name_gets_a_certificate_and_another_one_in_time(tmp_path: Path)
         while carrier.has["web.internal"] == before:
             await trio.sleep(0.01)
         assert carrier.has["web.internal"].not_after == (clock.now + LIFETIME).replace(microsecond=0)
-        await service.use(["web.internal"])
+        await service.use(["web.internal"])  # by another ingress
+        await service.leave(["web.internal", "{x}.corp.com"])
         assert set(carrier.has) == {"web.internal"}
         assert carrier.calls.count(("web.internal", True)) == 2, "one that is in use is not replaced for others"
 

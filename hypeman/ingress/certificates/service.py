@@ -11,7 +11,8 @@ Does not know who carries the traffic: every change is reported through ``carry`
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -84,6 +85,11 @@ class _Held:
     error: str = ""
 
 
+def _names(hostnames: Iterable[str]) -> list[str]:
+    """Of the certificates for them."""
+    return [name for hostname in hostnames if (name := certificate_name(hostname)) is not None]
+
+
 class Certificates:
     """``run`` in a nursery; names can be used before."""
 
@@ -105,6 +111,8 @@ class Certificates:
         self._now = now
         self._interval = interval
         self._held: dict[str, _Held] = {}
+        self._uses: Counter[str] = Counter()
+        """How often each of these is used."""
         self._carry: Certify = _carry_nothing
         self._show: Challenge = _carry_nothing
         self._answering: set[str] = set()
@@ -161,18 +169,28 @@ class Certificates:
                 f"tls for {hostname}: the certificate expired at {pair.not_after:%Y-%m-%d %H:%M} UTC", code=_NO_SOURCE
             )
 
-    async def use(self, hostnames: Collection[str]) -> None:
-        """From now on exactly these host names of rules have certificates. Raises InternalError."""
-        names = {name for hostname in hostnames if (name := certificate_name(hostname)) is not None}
+    async def use(self, hostnames: Iterable[str]) -> None:
+        """These host names of rules have certificates, once more each. Raises InternalError."""
         async with self._changing:
-            for name in self._held.keys() - names:
-                del self._held[name]
-                await self._carry(name, None)
-            fresh = sorted(names - self._held.keys())
+            fresh = sorted(set(_names(hostnames)) - self._held.keys())
+            self._uses.update(_names(hostnames))
             self._held.update({name: _Held() for name in fresh})
-            await self._tell_acme()
+            if fresh:
+                await self._tell_acme()
             for name in fresh:
                 await self._refresh(name)
+
+    async def leave(self, hostnames: Iterable[str]) -> None:
+        """Undo one ``use`` of these; what nobody uses has no certificate any more."""
+        async with self._changing:
+            self._uses.subtract(_names(hostnames))
+            gone = [name for name in set(_names(hostnames)) if self._uses[name] <= 0]
+            for name in gone:
+                del self._uses[name]
+                self._held.pop(name, None)
+                await self._carry(name, None)
+            if gone:
+                await self._tell_acme()
 
     def pairs(self) -> Sequence[tuple[str, Pair]]:
         """All names in use that have a certificate."""
