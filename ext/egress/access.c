@@ -226,7 +226,38 @@ struct str access_path(struct str target, char *room)
     return path;
 }
 
-static bool path_matches(struct str pattern, struct str path)
+static char lower(char c)
+{
+    return c >= 'A' && c <= 'Z' ? (char)(c + 'a' - 'A') : c;
+}
+
+/* The path as a server may read it that knows parameters of segments (";", also encoded) and no case: in lower case, without
+ * the parameters, and without segments that consist of nothing else. */
+static struct str loose_path(struct str path, char *room)
+{
+    uint32_t n = 0;
+    bool parameters = false;
+    for (uint32_t i = 0; i < path.n; i++) {
+        char c = path.p[i];
+        if (c == '/')
+            parameters = false;
+        else
+            parameters |= c == ';' || (path.n - i >= 3 && memcmp(path.p + i, "%3B", 3) == 0);
+        if (!parameters && !(c == '/' && n && room[n - 1] == '/'))
+            room[n++] = lower(c);
+    }
+    return (struct str){room, n};
+}
+
+static struct str without_slash(struct str path)
+{
+    if (path.n > 1 && path.p[path.n - 1] == '/')
+        path.n--;
+    return path;
+}
+
+/* In whatever case if the path is in lower case. */
+static bool path_matches(struct str pattern, struct str path, bool any_case)
 {
     uint32_t i = 0, k = 0;
     while (i < pattern.n) {
@@ -239,7 +270,7 @@ static bool path_matches(struct str pattern, struct str path)
             if (k == start)
                 return false;
             i++;
-        } else if (k < path.n && pattern.p[i] == path.p[k]) {
+        } else if (k < path.n && (any_case ? lower(pattern.p[i]) : pattern.p[i]) == path.p[k]) {
             i++;
             k++;
         } else {
@@ -253,14 +284,23 @@ struct search {
     const struct access *a;
     const struct access_request *r;
     bool request; /* a request, not only a connection */
-    bool read;    /* path is set */
-    struct str path;
+    bool read;    /* path and loose are set */
+    struct str path, loose;
     unsigned best, first_method;
     bool ambiguous;
-    char room[H1_MAX_HEAD];
+    char room[H1_MAX_HEAD], loose_room[H1_MAX_HEAD];
 };
 
 static __thread struct search searching; /* too large for a stack */
+
+/* What a rule refuses or asks about, it does in every reading of the path; what it allows, only as it is written. */
+static bool one_path_matches(const struct search *s, const struct access_rule *rule, struct str pattern)
+{
+    if (path_matches(pattern, s->path, false))
+        return true;
+    return rule->action != ACCESS_ALLOW
+        && (path_matches(pattern, s->loose, true) || path_matches(without_slash(pattern), without_slash(s->loose), true));
+}
 
 static bool method_matches(const struct access_rule *rule, struct str method)
 {
@@ -288,11 +328,12 @@ static void consider(struct search *s, unsigned number_of)
     if (rule->paths) {
         if (!s->read) {
             s->path = s->r->path.n <= sizeof s->room ? access_path(s->r->path, s->room) : (struct str){NULL, 0};
+            s->loose = s->path.p ? loose_path(s->path, s->loose_room) : s->path;
             s->read = true;
         }
         ambiguous = !s->path.p;
         for (unsigned i = 0; i < rule->paths && !matches && !ambiguous; i++)
-            matches = path_matches(rule->path[i], s->path);
+            matches = one_path_matches(s, rule, rule->path[i]);
     }
     if (matches || ambiguous) {
         s->best = number_of;

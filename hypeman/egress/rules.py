@@ -232,6 +232,30 @@ def path_matches(pattern: str, path: str) -> bool:
     return re.fullmatch("[^/]+".join(parts), path, re.DOTALL) is not None
 
 
+def loose_path(path: str) -> str:
+    """A canonical path as a server may read it that knows parameters of segments (``;``, also encoded) and no case."""
+    segments = [re.sub(";.*|%3B.*", "", each, flags=re.DOTALL) for each in path.split("/")]
+    return re.sub("/+", "/", "/".join(segments)).lower()
+
+
+def _without_slash(path: str) -> str:
+    return path.removesuffix("/") or path
+
+
+def rule_matches_path(rule: AccessRule, path: str) -> bool:
+    """What a rule refuses or asks about, it does in every reading of the path; what it allows, only as it is written."""
+    loose = loose_path(path)
+    for pattern in rule.paths or ():
+        if path_matches(pattern, path):
+            return True
+        small = pattern.lower()
+        if rule.action is not AccessAction.ALLOW and (
+            path_matches(small, loose) or path_matches(_without_slash(small), _without_slash(loose))
+        ):
+            return True
+    return False
+
+
 def host_matches(pattern: str, host: str) -> bool:
     """Both canonical."""
     if pattern.startswith(_SUFFIX):
@@ -265,7 +289,7 @@ def decide(access: EgressAccess, request: AccessRequest, now: datetime) -> Decis
         if rule.methods is not None and request.method.upper() not in rule.methods:
             continue
         ambiguous = rule.paths is not None and path is None
-        if rule.paths is None or ambiguous or any(path_matches(each, path or "") for each in rule.paths):
+        if rule.paths is None or ambiguous or rule_matches_path(rule, path or ""):
             narrow = rule.paths is not None or rule.methods is not None
             found = (rule.action, rule_name(rule, number), ambiguous, narrow)
             break

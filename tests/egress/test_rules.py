@@ -113,8 +113,8 @@ paths = st.sampled_from(["/", "/v1/*", "/v1", "/repos/*/issues", "/%61*", "/a/b*
 ports = st.sampled_from([80, 443, 8443])
 targets = st.one_of(
     st.sampled_from(["/", "/v1", "/v1/", "/v1/x/y?z", "/v1/../x", "/repos/a/issues", "/repos//issues", "/abc", "/a/bc",
-                     "/%61bc", "/v1/%2e%2e/x", "*", "?q", "/x,y", "/x%2cy"]),
-    st.text("/.%ab2eF;\\*?", max_size=12).map(lambda text: "/" + text),
+                     "/%61bc", "/v1/%2e%2e/x", "*", "?q", "/x,y", "/x%2cy", "/V1;a", "/repos;b/x%3bc/ISSUES/", "/;a/v1"]),
+    st.text("/.%abB23eF;\\*?", max_size=12).map(lambda text: "/" + text),
 )  # fmt: skip
 
 
@@ -171,6 +171,26 @@ def test_engine_and_reference_agree(
         decision = decide(checked, request, NOW)
         reason = {"approval_needed": "approval_pending"}.get(decision.reason, decision.reason)
         assert in_the_engine(checked, request) == (reason, decision.rule)
+
+
+@pytest.mark.parametrize(
+    ("target", "denied", "allowed"),
+    [
+        ("/admin", True, True), ("/admin?x=1", True, True), ("/%61dmin", True, True),
+        ("/admin;x", True, False), ("/admin;x=1/", True, False), ("/admin%3Bx", True, False), ("/admin%3bx", True, False),
+        ("/;x/admin", True, False), ("/ADMIN", True, False), ("/Admin/", True, False), ("/admin/", True, False),
+        ("/admin/x", False, False), ("/administrators", False, False), ("/admin.json", False, False),
+        ("/sub/a;b/x", True, False), ("/SUB/", True, False),
+    ],
+)  # fmt: skip
+def test_every_reading_of_a_path_is_denied_and_one_is_allowed(target: str, denied: bool, allowed: bool) -> None:
+    """A rule that denies is no weaker than the most tolerant server; one that allows is no wider than it says."""
+    asked = AccessRequest(host="a.org", port=443, target=target)
+    for action in (DENY, ASK):
+        shut = access(AccessRule(action=action, paths=("/admin", "/sub/*")), default=AccessDefault.ALLOW)
+        assert (in_the_engine(shut, asked)[0] != "ok", decide(shut, asked, NOW).reason != "ok") == (denied, denied)
+    opened = access(AccessRule(action=ALLOW, paths=("/admin",)))
+    assert {in_the_engine(opened, asked)[0], decide(opened, asked, NOW).reason} == {"ok" if allowed else "no_rule"}
 
 
 def test_a_thousand_rules() -> None:
