@@ -293,7 +293,7 @@ struct search {
 
 static __thread struct search searching; /* too large for a stack */
 
-/* What a rule refuses or asks about, it does in every reading of the path; what it allows, only as it is written. */
+/* A rule that denies or asks matches every reading of the path; one that allows, only the path as it is written. */
 static bool one_path_matches(const struct search *s, const struct access_rule *rule, struct str pattern)
 {
     if (path_matches(pattern, s->path, false))

@@ -206,11 +206,6 @@ static enum step gathered(struct conn *c)
     return STEP_AGAIN;
 }
 
-static struct body_text gathered_body(const struct xchg *x)
-{
-    return (struct body_text){x->gathered ? x->to_up.p ? x->to_up.p + x->to_up.off : "" : NULL, buf_size(&x->to_up)};
-}
-
 /* A guest's request by the rules of its instance. R_NONE, with the rules that apply in *m, borrowed from *s. */
 static enum reason mediate(struct conn *c, const struct head *h, struct str *path, struct matched *m,
                            struct snapshot **s, uint64_t *generation)
@@ -218,16 +213,7 @@ static enum reason mediate(struct conn *c, const struct head *h, struct str *pat
     struct xchg *x = &c->x;
     struct origin from = {c->ssl ? &c->to : NULL, c->explicit_proxy, c->dialled_port};
     enum reason why = target_of_h1(h, &from, &x->to, path);
-    if (why == R_NONE && c->refused)
-        why = c->refused;
-    if (why == R_NONE && h->expect_other)
-        why = R_EXPECTATION;
-    if (why == R_NONE)
-        why = check_hops(h);
-    if (why != R_NONE)
-        return why;
-    *s = tenant_borrow(c->tenant, generation);
-    return *s ? decide_request(*s, h, &x->to, *path, c->loop->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, m) : R_UNREGISTERED;
+    return why == R_NONE ? xchg_decide(x, h, *path, m, s, generation) : why;
 }
 
 static enum step on_head(struct conn *c, const struct head *h, size_t used)
@@ -291,10 +277,8 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         x->kept_head = used;
         return STEP_STOP;
     }
-    why = x->gathered ? xchg_fill_body(x, &m, h) : R_NONE;
-    struct out room = {l->room, 0, TRANSFORM_ROOM, false}, work = {l->scratch, 0, SCRATCH, false};
-    if (why == R_NONE && m.transforms)
-        why = transform(&room, &work, &m, h, &x->to, path, gathered_body(x), l->now_s);
+    struct out room = {l->room, 0, TRANSFORM_ROOM, false};
+    why = xchg_transform(x, h, path, &m, &room);
     if (why != R_NONE) {
         OPENSSL_cleanse(room.p, room.n);
         snapshot_release(s);
@@ -304,10 +288,8 @@ static enum step on_head(struct conn *c, const struct head *h, size_t used)
         x->req_body = BODY_LENGTH;
         x->req_left = buf_size(&x->to_up);
     }
-    xchg_note_rules(x, &m);
-    echo_begin(x, s, &m);
+    xchg_note_rules(x, s, &m);
     x->upgrade &= !x->echo; /* what follows an upgrade cannot be searched */
-    l->counters[M_INJECTED] += m.n > 0;
     struct request_line line = {path, x->req_body, x->req_left, x->upgrade};
     up1_send(x, h, &line, &m);
     OPENSSL_cleanse(room.p, room.n);

@@ -176,30 +176,13 @@ static void gather(struct xchg *x, const struct head *h)
     }
 }
 
-static struct body_text gathered_body(const struct xchg *x)
-{
-    return (struct body_text){x->gathered ? x->to_up.p ? x->to_up.p + x->to_up.off : "" : NULL, buf_size(&x->to_up)};
-}
-
 /* A guest's request by the rules of its instance. R_NONE, with the rules that apply in *m, borrowed from *s. */
 static enum reason mediate(struct xchg *x, const struct head *h, struct matched *m, struct snapshot **s,
                            uint64_t *generation)
 {
-    const struct conn *c = x->down;
-    enum reason why = target_of_h2(h, &c->to);
-    if (why == R_NONE && c->refused)
-        why = c->refused;
-    if (why == R_NONE && h->expect_other)
-        why = R_EXPECTATION;
-    if (why == R_NONE)
-        why = check_hops(h);
-    x->to = c->to;
-    if (why != R_NONE)
-        return why;
-    *s = tenant_borrow(c->tenant, generation);
-    if (!*s)
-        return R_UNREGISTERED;
-    return decide_request(*s, h, &x->to, h->target, c->loop->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, m);
+    x->to = x->down->to;
+    enum reason why = target_of_h2(h, &x->to);
+    return why == R_NONE ? xchg_decide(x, h, h->target, m, s, generation) : why;
 }
 
 /* Decides the stream and sends it on; called again when its upstream connection is ready. */
@@ -247,10 +230,8 @@ static void decide(struct xchg *x)
             down_fail(x, R_BUSY, NULL);
         return;
     }
-    why = x->gathered ? xchg_fill_body(x, &m, h) : R_NONE;
-    struct out room = {l->room, 0, TRANSFORM_ROOM, false}, work = {l->scratch, 0, SCRATCH, false};
-    if (why == R_NONE && m.transforms)
-        why = transform(&room, &work, &m, h, &x->to, h->target, gathered_body(x), l->now_s);
+    struct out room = {l->room, 0, TRANSFORM_ROOM, false};
+    why = xchg_transform(x, h, h->target, &m, &room);
     if (why != R_NONE) {
         OPENSSL_cleanse(room.p, room.n);
         snapshot_release(s);
@@ -259,9 +240,7 @@ static void decide(struct xchg *x)
     }
     if (x->gathered)
         x->req_body = BODY_LENGTH;
-    xchg_note_rules(x, &m);
-    echo_begin(x, s, &m);
-    l->counters[M_INJECTED] += m.n > 0;
+    xchg_note_rules(x, s, &m);
     bool sent = true;
     x->retriable = x->reused && !x->retried && x->req_body == BODY_NONE && is_idempotent(h);
     if (x->up->h2) {

@@ -95,11 +95,14 @@ void up_data(struct xchg *x, const char *p, size_t n);
 void up_end(struct xchg *x, const struct head *trailers);
 void up_abandon(struct xchg *x);
 void xchg_try_finish(struct xchg *x);
-void xchg_note_rules(struct xchg *x, const struct matched *m);
+/* A guest's request by the rules of its instance. R_NONE, with those that apply in *m, borrowed from *s. */
+enum reason xchg_decide(struct xchg *x, const struct head *h, struct str path, struct matched *m, struct snapshot **s,
+                        uint64_t *generation);
+void xchg_note_rules(struct xchg *x, struct snapshot *s, const struct matched *m); /* it is about to be sent by them */
 /* Holds a request until new rules come, at most as long as the settings say; its head is decided again then. */
 bool xchg_gather(struct xchg *x, const char *p, size_t n); /* a part of the body; false: too much, and refused */
-/* Values for placeholders; R_TOO_LARGE: the body would become larger than one that may come. */
-enum reason xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *h);
+/* Applies the rules to the body and completes `m`; what that needs is in `room`, to be wiped when the head is written. */
+enum reason xchg_transform(struct xchg *x, const struct head *h, struct str path, struct matched *m, struct out *room);
 void xchg_forget_body(struct xchg *x); /* what was gathered, and the head before it */
 void xchg_hold(struct xchg *x, enum reason why);
 bool xchg_ask(struct xchg *x, struct str path); /* holds it for an approval; false: too many are held */

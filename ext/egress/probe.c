@@ -10,6 +10,21 @@
 #include "forward.h"
 #include "transform.h"
 
+/* As h1_parse_request; *reason: why it is refused. */
+static int parse(const char *in, size_t n, struct head *h, const char **reason)
+{
+    int used = h1_parse_request(in, n, h);
+    if (used < 0)
+        *reason = REASONS[used == H1_TOO_LARGE ? R_HEAD_TOO_LARGE : R_BAD_REQUEST].code;
+    return used < 0 ? -1 : used;
+}
+
+static struct request_line line_of(const struct head *h, struct str path)
+{
+    enum body body = h->chunked ? BODY_CHUNKED : h->content_length >= 0 ? BODY_LENGTH : BODY_NONE;
+    return (struct request_line){path, body, h->content_length > 0 ? (uint64_t)h->content_length : 0, may_upgrade(h)};
+}
+
 int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, const struct probe_origin *from,
                char *body, size_t body_n, int64_t now_s, char *out, size_t *out_n, const char **reason)
 {
@@ -24,13 +39,9 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     *reason = REASONS[R_BAD_REQUEST].code;
     if (from->tls_name && host_canonical(from->tls_name, strlen(from->tls_name), false, &bound.host) == HOST_INVALID)
         return -1;
-    int used = h1_parse_request(in, n, &h);
-    if (used == 0)
-        return 0;
-    if (used < 0) {
-        *reason = REASONS[used == H1_TOO_LARGE ? R_HEAD_TOO_LARGE : R_BAD_REQUEST].code;
-        return -1;
-    }
+    int used = parse(in, n, &h, reason);
+    if (used <= 0)
+        return used;
     struct origin origin = {from->tls_name ? &bound : NULL, from->explicit_proxy, from->port};
     struct snapshot *s = snapshot_decode(rules, rules_n);
     if (!s)
@@ -47,8 +58,7 @@ int probe_head(const char *in, size_t n, const uint8_t *rules, size_t rules_n, c
     if (why == R_NONE && m.transforms)
         why = transform(&room, &work, &m, &h, &to, path, (struct body_text){body_n ? body : NULL, body_n}, now_s);
     if (why == R_NONE) {
-        enum body body = h.chunked ? BODY_CHUNKED : h.content_length >= 0 ? BODY_LENGTH : BODY_NONE;
-        struct request_line line = {path, body, h.content_length > 0 ? (uint64_t)h.content_length : 0, may_upgrade(&h)};
+        struct request_line line = line_of(&h, path);
         struct out o = {out, 0, *out_n, false};
         render_request(&o, &h, &line, &to, &m);
         *out_n = o.n;
@@ -94,17 +104,12 @@ int probe_forward(const char *in, size_t n, const char *client, bool tls, const 
     *reason = REASONS[R_BAD_REQUEST].code;
     if (!addr_parse(client, &from.client))
         return -1;
-    int used = h1_parse_request(in, n, &h);
-    if (used == 0)
-        return 0;
-    if (used < 0) {
-        *reason = REASONS[used == H1_TOO_LARGE ? R_HEAD_TOO_LARGE : R_BAD_REQUEST].code;
-        return -1;
-    }
+    int used = parse(in, n, &h, reason);
+    if (used <= 0)
+        return used;
     enum reason why = site_of_h1(&h, &asked, &path);
     if (why == R_NONE) {
-        enum body body = h.chunked ? BODY_CHUNKED : h.content_length >= 0 ? BODY_LENGTH : BODY_NONE;
-        struct request_line line = {path, body, h.content_length > 0 ? (uint64_t)h.content_length : 0, may_upgrade(&h)};
+        struct request_line line = line_of(&h, path);
         struct out o = {out, 0, *out_n, false};
         from.authority = h.authority;
         render_forward(&o, &h, &line, &from);

@@ -73,7 +73,8 @@ static unsigned count_in(const char *p, const char *end, struct str wanted)
     return n;
 }
 
-enum reason xchg_fill_body(struct xchg *x, const struct matched *m, const struct head *h)
+/* Values for placeholders; R_TOO_LARGE: the body would become larger than one that may come. */
+static enum reason fill_body(struct xchg *x, const struct matched *m, const struct head *h)
 {
     struct loop *l = x->down->loop;
     enum content content = content_of(h);
@@ -100,6 +101,17 @@ enum reason xchg_fill_body(struct xchg *x, const struct matched *m, const struct
         x->to_up = filled;
     }
     return R_NONE;
+}
+
+enum reason xchg_transform(struct xchg *x, const struct head *h, struct str path, struct matched *m, struct out *room)
+{
+    struct loop *l = x->down->loop;
+    struct out work = {l->scratch, 0, SCRATCH, false};
+    enum reason why = x->gathered ? fill_body(x, m, h) : R_NONE;
+    if (why != R_NONE || !m->transforms)
+        return why;
+    char *p = x->to_up.p ? x->to_up.p + x->to_up.off : "";
+    return transform(room, &work, m, h, &x->to, path, (struct body_text){x->gathered ? p : NULL, buf_size(&x->to_up)}, l->now_s);
 }
 
 void xchg_forget_body(struct xchg *x)
@@ -232,8 +244,23 @@ void held_again(struct loop *l, bool rules_changed)
     }
 }
 
-void xchg_note_rules(struct xchg *x, const struct matched *m)
+enum reason xchg_decide(struct xchg *x, const struct head *h, struct str path, struct matched *m, struct snapshot **s,
+                        uint64_t *generation)
 {
+    const struct conn *c = x->down;
+    enum reason why = c->refused ? c->refused : h->expect_other ? R_EXPECTATION : check_hops(h);
+    if (why != R_NONE)
+        return why;
+    *s = tenant_borrow(c->tenant, generation);
+    if (!*s)
+        return R_UNREGISTERED;
+    return decide_request(*s, h, &x->to, path, c->loop->now_s, x->approved ? x->asked_rule : NULL, &x->ruled, m);
+}
+
+void xchg_note_rules(struct xchg *x, struct snapshot *s, const struct matched *m)
+{
+    x->down->loop->counters[M_INJECTED] += m->n > 0;
+    echo_begin(x, s, m);
     struct out o = {x->keys, 0, sizeof x->keys - 1, false};
     x->injected = (uint8_t)m->n;
     for (unsigned i = 0; i < m->n && !o.over; i++) {

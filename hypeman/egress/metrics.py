@@ -9,6 +9,7 @@ from functools import partial
 from msgspec import Struct
 
 from hypeman.egress.service import Egress, Statistics
+from hypeman.egress.usage import Usage
 from hypeman.errors import InternalError
 from hypeman.telemetry import metrics
 
@@ -86,6 +87,21 @@ def register(egress: Egress) -> None:
         "What was refused because an instance, or all together, held too much",
         ("bound",),
         partial(_of_bounds, egress, True),
+    )
+
+    usage = Usage()
+    egress.on_audit(usage.add)
+    metrics.register_counter(
+        "hypeman_egress_credential_requests_total",
+        "Requests into which a credential was injected, by outcome: ok, rejected (401, 403) or failed",
+        ("instance", "credential", "outcome"),
+        usage.requests,
+    )
+    metrics.register_counter(
+        "hypeman_egress_credential_bytes_total",
+        "Bytes of requests into which a credential was injected, and of their responses",
+        ("instance", "credential", "direction"),
+        usage.bytes,
     )
 
 

@@ -243,7 +243,7 @@ def _without_slash(path: str) -> str:
 
 
 def rule_matches_path(rule: AccessRule, path: str) -> bool:
-    """What a rule refuses or asks about, it does in every reading of the path; what it allows, only as it is written."""
+    """A rule that denies or asks matches every reading of the path; one that allows, only the path as it is written."""
     loose = loose_path(path)
     for pattern in rule.paths or ():
         if path_matches(pattern, path):

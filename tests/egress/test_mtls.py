@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
 import subprocess
@@ -108,7 +109,8 @@ async def test_host_sees_the_certificate(
     wire = await connect(world, port)
     assert (await get(world, wire, port))[0] == 200
     assert host.names == ["robot.test"]
-    if key_type is trustme.KeyType.RSA:  # of other keys OpenSSL leaves a copy behind where it decoded them
+    # of other keys OpenSSL leaves a copy behind where it decoded them; sanitizers keep what was freed
+    if key_type is trustme.KeyType.RSA and "HYPEMAN_EGRESS_SANITIZED" not in os.environ:
         assert not copies_of_key(identity, world.egress.engine_pid)
 
 

@@ -113,7 +113,8 @@ paths = st.sampled_from(["/", "/v1/*", "/v1", "/repos/*/issues", "/%61*", "/a/b*
 ports = st.sampled_from([80, 443, 8443])
 targets = st.one_of(
     st.sampled_from(["/", "/v1", "/v1/", "/v1/x/y?z", "/v1/../x", "/repos/a/issues", "/repos//issues", "/abc", "/a/bc",
-                     "/%61bc", "/v1/%2e%2e/x", "*", "?q", "/x,y", "/x%2cy", "/V1;a", "/repos;b/x%3bc/ISSUES/", "/;a/v1"]),
+                     "/%61bc", "/v1/%2e%2e/x", "*", "?q", "/x,y", "/x%2cy", "/V1;a", "/repos;b/x%3bc/ISSUES/",
+                     "/;a/v1"]),
     st.text("/.%abB23eF;\\*?", max_size=12).map(lambda text: "/" + text),
 )  # fmt: skip
 
@@ -177,7 +178,8 @@ def test_engine_and_reference_agree(
     ("target", "denied", "allowed"),
     [
         ("/admin", True, True), ("/admin?x=1", True, True), ("/%61dmin", True, True),
-        ("/admin;x", True, False), ("/admin;x=1/", True, False), ("/admin%3Bx", True, False), ("/admin%3bx", True, False),
+        ("/admin;x", True, False), ("/admin;x=1/", True, False), ("/admin%3Bx", True, False),
+        ("/admin%3bx", True, False),
         ("/;x/admin", True, False), ("/ADMIN", True, False), ("/Admin/", True, False), ("/admin/", True, False),
         ("/admin/x", False, False), ("/administrators", False, False), ("/admin.json", False, False),
         ("/sub/a;b/x", True, False), ("/SUB/", True, False),

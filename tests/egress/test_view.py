@@ -21,6 +21,7 @@ import trio.testing
 from hypeman._native.egress import METRICS
 from hypeman.egress import audit as audit_module
 from hypeman.egress import metrics as egress_metrics
+from hypeman.egress import usage as usage_module
 from hypeman.egress import view as view_module
 from hypeman.egress.approvals import Approvals
 from hypeman.egress.audit import AuditLog
@@ -40,6 +41,7 @@ from hypeman.egress.types import (
     InjectAs,
     InjectRule,
 )
+from hypeman.egress.usage import Usage
 from hypeman.egress.view import EgressRecords, EgressView
 from hypeman.errors import NotFound
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -241,6 +243,27 @@ def test_metrics_without_a_running_data_plane(tmp_path: Path) -> None:
     told = [line.partition(" ")[0] for line in metrics.render_metrics().decode().splitlines()]
     assert "hypeman_egress_requests_total" not in told
     assert "hypeman_uptime_seconds" in told
+
+
+def test_usage_of_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By instance and name; the one that was used longest ago is forgotten for another."""
+    monkeypatch.setattr(usage_module, "MAX_CREDENTIALS", 2)
+    usage = Usage()
+    used = msgspec.structs.replace(audited(0), credentials=("KEY", "SIGNING"), injected=True, bytes_up=3, bytes_down=5)
+    for status, reason in ((200, "ok"), (204, "ok"), (401, "ok"), (500, "ok"), (502, "upstream_closed")):
+        usage.add(msgspec.structs.replace(used, status=status, reason=reason))
+    usage.add(msgspec.structs.replace(used, credentials=()))
+    assert usage.requests() == {
+        ("one", key, outcome): count
+        for key in ("KEY", "SIGNING")
+        for outcome, count in (("ok", 2), ("rejected", 1), ("failed", 2))
+    }
+    assert usage.bytes()["one", "KEY", "up"] == 15 and usage.bytes()["one", "SIGNING", "down"] == 25
+    usage.add(msgspec.structs.replace(used, credentials=("KEY",)))
+    usage.add(msgspec.structs.replace(used, instance="two", credentials=("KEY",)))
+    assert (
+        {key[:2] for key in usage.requests()} == {("one", "KEY"), ("two", "KEY")} == {key[:2] for key in usage.bytes()}
+    )
 
 
 # ── What the API asks ────────────────────────────────────────────────────────────────────────────

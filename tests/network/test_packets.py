@@ -6,7 +6,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 
 import trio
@@ -523,7 +523,12 @@ def _table() -> dict[str, list[str]]:
 
 async def _outcome(lab: Lab, guest: Guest, send: Callable[[Guest], None]) -> str:
     send(guest)
-    if len(await lab.world_sees(guest)) > 1:
+    return await _what_came_of_it(guest, await lab.world_sees(guest))
+
+
+async def _what_came_of_it(guest: Guest, outside: Sized) -> str:
+    """As the tables name it; ``outside``: what arrived there, with the packet that marks the end."""
+    if len(outside) > 1:
         return "direct"
     back = [seen for seen in await guest.expect_pong() if seen.protocol in (TCP, ICMP)][:-1]
     if any(seen.protocol == TCP and is_reset(seen) for seen in back):
@@ -617,14 +622,7 @@ async def _closed_outcome(lab: Lab, guest: Guest, send: Callable[[Guest], None])
     """As _outcome; what a guest sends to an opening marks the end."""
     send(guest)
     guest.send_udp(SERVER, 5353, b"marker")
-    if len(await lab.world.receive_until(lambda seen: seen.data == b"marker")) > 1:
-        return "direct"
-    back = [seen for seen in await guest.expect_pong() if seen.protocol in (TCP, ICMP)][:-1]
-    if any(seen.protocol == TCP and is_reset(seen) for seen in back):
-        return "RST"
-    if any(seen.protocol == TCP and seen.flags == frames.SYN | frames.ACK for seen in back):
-        return "open"
-    return "refused" if any(seen.protocol == ICMP and seen.flags == 3 for seen in back) else "dropped"
+    return await _what_came_of_it(guest, await lab.world.receive_until(lambda seen: seen.data == b"marker"))
 
 
 @in_namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 import pytest
 import trio
@@ -24,6 +27,10 @@ SECRET = "s3cret-7f3a9c51e0"
 ROTATED = "r0tated-20b8d7aa4"
 HOST = "api.example.test"
 OTHER = "other.example.test"
+FORMS = "forms.example.test"
+ECHO = "echo.example.test"
+FORM_SECRET = 'f0rm s3cret/9d1c&"x'
+HOOK_SECRET = "h00k-5e1f0c77aa"
 DEBIAN = ROOT / "build" / "test-images" / "debian-curl.tar"
 
 ORIGIN = """
@@ -31,23 +38,47 @@ import http.server, json, ssl, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
+        asked = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        certificate = self.connection.getpeercert()
         seen = {"host": self.headers["Host"], "authorization": self.headers.get_all("Authorization")}
+        if self.headers["Host"].startswith("forms"):
+            seen |= {"path": self.path, "body": asked, "signature": self.headers["X-Hub-Signature-256"],
+                     "certificate": certificate and certificate["subjectAltName"][0][1]}
         with open(sys.argv[3], "w") as file:
             json.dump(seen, file)
-        body = b"{}"  # an origin that echoed the header would hand the secret to the guest itself
+        body = b"{}"  # an origin that echoes hands the secret to the guest itself, unless it is scrubbed
         self.send_response(200)
+        if self.headers["Host"].startswith("echo"):
+            body = json.dumps(dict(self.headers)).encode()
+            self.send_header("X-Echo", self.headers["X-Key"])
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+    do_POST = do_GET
     def log_message(self, *args):
         pass
 server = http.server.ThreadingHTTPServer((sys.argv[1], 443), Handler)
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 context.load_cert_chain(sys.argv[2])
+context.verify_mode = ssl.CERT_OPTIONAL
+context.load_verify_locations(sys.argv[4])
 server.socket = context.wrap_socket(server.socket, server_side=True)
 print("ready")
 server.serve_forever()
 """
+
+
+FORMS_OF_ONE: tuple[dict[str, object], ...] = ({"basic": {"username": "robot"}}, {"query": "key"}, {"body": {}})
+
+CAPTURE = """
+import socket, sys
+packets = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+print("ready")
+with open(sys.argv[1], "wb", buffering=0) as file:
+    while True:
+        file.write(packets.recv(65536))
+"""
+"""Every packet of a namespace, one behind the other."""
 
 
 @pytest.fixture(scope="session")
@@ -110,17 +141,25 @@ def seen(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator[Appliance]:
     authority = trustme.CA()
-    certificate = authority.issue_cert(HOST, OTHER)
+    certificate = authority.issue_cert(HOST, OTHER, FORMS, ECHO)
+    clients = trustme.CA()
+    identity = clients.issue_cert("robot.test").private_key_and_cert_chain_pem.bytes().decode()
+    seen.with_name("identity").write_text(identity)
     authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+    clients.cert_pem.write_to_path(str(directory / "clients.pem"))
     certificate.private_key_and_cert_chain_pem.write_to_path(str(directory / "origin.pem"))
     appliance = Appliance(
         directory,
         EGRESS__UPSTREAM_CA_FILE=str(directory / "ca.pem"),
         EGRESS__ALLOW_PRIVATE=f"[{ADDRESS}/32]",
     )
-    world = World(appliance.namespace, HOST, OTHER)
+    world = World(appliance.namespace, HOST, OTHER, FORMS, ECHO)
+    origin = [str(path) for path in (directory / "origin.pem", seen, directory / "clients.pem")]
     try:
-        with world.serving(ORIGIN, ADDRESS, str(directory / "origin.pem"), str(seen)):
+        with (
+            world.serving(ORIGIN, ADDRESS, *origin),
+            appliance.namespace.serving(CAPTURE, str(seen.with_name("packets"))),
+        ):
             await appliance.start()
             with open(archive, "rb") as content:
                 answer = await appliance.ask(
@@ -134,12 +173,27 @@ async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator
                 "one",
                 image="localhost/debian:curl",
                 size="256MB",
-                env={"REAL": SECRET, "PLAIN": "1"},
+                env={"REAL": SECRET, "PLAIN": "1", "FORM": FORM_SECRET, "HOOK": HOOK_SECRET, "PEM": identity},
                 credentials={
                     "API_KEY": {
                         "source": {"env": "REAL"},
                         "inject": [{"hosts": [HOST], "as": {"header": "Authorization", "format": "Bearer ${value}"}}],
-                    }
+                    },
+                    "FORM_KEY": {
+                        "source": {"env": "FORM"},
+                        "inject": [
+                            *({"hosts": [FORMS], "as": form} for form in FORMS_OF_ONE),
+                            {"hosts": [ECHO], "as": {"header": "X-Key", "format": "${value}"}, "scrub": True},
+                        ],
+                    },
+                    "HOOK_KEY": {
+                        "source": {"env": "HOOK"},
+                        "inject": [{"hosts": [FORMS], "as": {"hmac": {"scheme": "github"}}}],
+                    },
+                    "CERTIFICATE": {
+                        "source": {"env": "PEM"},
+                        "inject": [{"hosts": [FORMS], "as": {"mtls": {}}}],
+                    },
                 },
                 network={"egress": {"enabled": True}},
             )
@@ -181,11 +235,37 @@ async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: App
     refused = await mediated.ask("PATCH", "/instances/one", json={"env": {"PLAIN": "2"}})
     assert refused.status_code == 400 and "PLAIN" in refused.json()["message"]
 
+    await _use_other_forms(mediated, seen)
     await _check_operators_see(mediated)
-    for secret in (SECRET, ROTATED):
+    packets = seen.with_name("packets").read_bytes()
+    assert packets.count(FORMS.encode()), "packets are looked into"
+    line_of_key = seen.with_name("identity").read_text().splitlines()[1]
+    for secret in (SECRET, ROTATED, HOOK_SECRET, line_of_key, *_spellings(FORM_SECRET)):
         found = [str(path) for path in _places_with(mediated, secret.encode())]
-        assert not found, found
+        assert not found and secret.encode() not in packets, (secret, found)
     assert any("/proc/" in str(path) for path in _places_with(mediated, b"mock-API_KEY")), "memory is looked into"
+
+
+async def _use_other_forms(appliance: Appliance, seen: Path) -> None:
+    """All in one request; and a host that shows what it was sent."""
+    sent = ("-H", "Content-Type: application/json", "-d", '{"k": "mock-FORM_KEY"}')
+    got = await fetch(appliance, seen, *sent, f"https://{FORMS}/p?key=mine")
+    body = json.dumps({"k": FORM_SECRET})
+    assert got == {
+        "host": FORMS,
+        "authorization": ["Basic " + base64.b64encode(f"robot:{FORM_SECRET}".encode()).decode()],
+        "path": f"/p?key={quote(FORM_SECRET, safe='')}",
+        "body": body,
+        "signature": "sha256=" + hmac.digest(HOOK_SECRET.encode(), body.encode(), "sha256").hex(),
+        "certificate": "robot.test",
+    }
+    code, text = await appliance.exec("one", "curl", "-sSi", f"https://{ECHO}/")
+    assert code == 0 and "x-echo: mock-FORM_KEY" in text and '"x-key": "mock-FORM_KEY"' in text, text
+
+
+def _spellings(secret: str) -> list[str]:
+    pair = base64.b64encode(f"robot:{secret}".encode()).decode()
+    return [secret, json.dumps(secret)[1:-1], quote(secret, safe=""), pair]
 
 
 async def _check_operators_see(appliance: Appliance) -> None:
@@ -195,7 +275,7 @@ async def _check_operators_see(appliance: Appliance) -> None:
     with trio.fail_after(20):  # records come at most four times a second
         while len(records := await _requests(appliance)) < 3:
             await trio.sleep(0.1)
-    injected = [one for one in records if one["kind"] == "request"]
+    injected = [one for one in records if one["kind"] == "request" and one["host"] == HOST]
     told = {(one["host"], one["method"], one["status"], one["reason"]) for one in injected}
     assert told == {(HOST, "GET", 200, "ok")}
     assert all(one["injected"] and one["credentials"] == ["API_KEY"] for one in injected)
