@@ -300,6 +300,23 @@ async def test_waiting_requests_cause_one_renewal(
     assert broker._supplies == {}
 
 
+async def test_instances_share_no_token(world: World, server: TokenServer, brokered: tuple[Broker, Kept]) -> None:
+    """Also if all else is the same; what ends with one instance is its own token."""
+    broker, _ = brokered
+    server.answer(access_token="t-first", expires_in=600)
+    server.answer(access_token="t-second", expires_in=600)
+    form = OAuth2Form(grant="client_credentials", token_url=server.url, client_id="c")
+    await broker.set_policy("inst-a", GUEST, rules_with(form), {"R": SECRET})
+    assert (await world.get())[0] == 200
+    await broker.set_policy("inst-b", "127.0.1.2", rules_with(form), {"R": SECRET})
+    for source in ("127.0.1.2", GUEST):
+        assert (await world.get(source=source))[0] == 200
+    await broker.remove("inst-a")
+    assert (await world.get(source="127.0.1.2"))[0] == 200
+    used = [request.all("authorization")[0].removeprefix("Bearer t-") for request in world.origin.requests]
+    assert used == ["first", "second", "first", "second"]
+
+
 async def test_renewal_under_load(world: World, server: TokenServer, brokered: tuple[Broker, Kept]) -> None:
     """A token of one second is replaced again and again; no request fails or leaves with an expired one."""
     broker, kept = brokered

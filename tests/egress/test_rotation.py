@@ -58,6 +58,44 @@ async def test_rotation_under_load(world: World) -> None:
     assert wrong == []
 
 
+async def test_revocation_under_load(world: World) -> None:
+    """What is asked after the rule is gone leaves without the value, on connections that had it a moment ago."""
+    revoked = done = False
+    answers: list[tuple[bool, bool]] = []
+
+    async def answer(request: Request, wire: Wire) -> None:
+        said = b"yes" if request.all("authorization") else b"no"
+        await wire.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(said), said))
+
+    world.origin.answers["/r"] = answer
+
+    async def load() -> None:
+        wire = await world.tls()
+        while not done:
+            before = revoked
+            _, _, body = await world.ask(wire, f"GET /r HTTP/1.1\r\n{H}\r\n".encode())
+            answers.append((before and revoked, body == b"yes"))
+
+    async def wait_answers(count: int) -> None:
+        enough = len(answers) + count
+        while len(answers) < enough:
+            await trio.sleep(0.001)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(load)
+        for _ in range(10):
+            revoked = False
+            await world.allow()
+            await wait_answers(20)
+            await world.egress.set_policy("inst-a", GUEST, {}, {}, Unmatched.INSPECT)
+            revoked = True
+            await wait_answers(20)
+        done = True
+    assert {has for while_revoked, has in answers if while_revoked} == {False}
+    assert True in {has for while_revoked, has in answers if not while_revoked}
+
+
 async def test_rotation_while_the_host_is_dialled(world: World) -> None:
     """Decided under the old value, written after the new one was set: the new one leaves."""
     release = trio.Event()
