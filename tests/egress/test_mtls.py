@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key as
 
 from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule, MtlsForm
 from hypeman.errors import InvalidRequest
-from tests.egress.conftest import GUEST, HOST, Origin, Wire, World
+from tests.egress.conftest import GUEST, HOST, Origin, Wire, World, read_response
 from tests.egress.test_http2 import GrpcLike, Peer
 
 OTHER_GUEST = "127.0.1.2"
@@ -136,6 +136,28 @@ def readable(pid: int) -> list[bytes]:
             memory.seek(start)
             parts.append(memory.read(end - start))
     return parts
+
+
+async def test_rotation_during_the_handshake(world: World, origin_ca: trustme.CA) -> None:
+    """The request does not use the connection for which the old certificate was shown."""
+    shop, host = Shop(), Host()
+    arrived, go_on = trio.Event(), trio.Event()
+
+    async def serve(stream: trio.abc.Stream) -> None:
+        arrived.set()
+        await go_on.wait()
+        await host.serve(stream)
+
+    port = await listen(world, origin_ca, shop, serve)
+    await world.allow(secret=shop.identity("old.test"), CERT=certificate(port))
+    wire = await connect(world, port)
+    await wire.send(f"GET / HTTP/1.1\r\nHost: {HOST}:{port}\r\n\r\n".encode())
+    await arrived.wait()
+    await world.allow(secret=shop.identity("new.test"), CERT=certificate(port))
+    go_on.set()
+    assert (await read_response(wire))[0] == 200
+    assert host.names == ["old.test", "new.test"]
+    assert [request.connection for request in host.requests] == [2]
 
 
 async def test_rotation_and_the_neighbour(world: World, origin_ca: trustme.CA) -> None:

@@ -200,12 +200,12 @@ async def test_forms(world: World) -> None:
 
 
 async def test_streams_of_http2(world: World, grpc: GrpcLike) -> None:
-    """Longer and shorter than the window, with values that become longer and shorter; trailers go on."""
-    for secret in ("sk-8char", "sk-" + "9" * 200):
+    """More than the host's window holds, with values that become longer and shorter; trailers go on."""
+    for secret, times in (("sk-8char", 5), ("sk-" + "9" * 200, 80)):
         await world.allow(secret=secret, NAME_OF_A_KEY=scrubbed())
         peer: Peer = await through(world, grpc)
         fields = ("content-type", "application/grpc")
-        for _ in range(40):
+        for _ in range(times):
             text = f"{secret}{secret[:4]}".encode()
             body = (text * (16384 // len(text)))[:16384]
             stream = await peer.ask(fields, method="POST", body=body, authority=f"{HOST}:{grpc.port}")

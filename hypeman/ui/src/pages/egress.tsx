@@ -22,7 +22,7 @@ const passed = (one: EgressRecord) => one.reason === "ok";
 function formOf(form: InjectAs): string {
   if (form.header) return `header ${form.header}`;
   const [name] = Object.entries(form).find(([, value]) => value) ?? ["?"];
-  return { basic: "Basic authentication", query: `query parameter ${form.query}`, sigv4: "AWS signature", oauth2: "OAuth 2.0 token", hmac: "signature", body: "body" }[name] ?? name;
+  return { basic: "Basic authentication", query: `query parameter ${form.query}`, sigv4: "AWS signature", oauth2: "OAuth 2.0 token", hmac: "signature", body: "body", mtls: "client certificate" }[name] ?? name;
 }
 
 function RuleList({ rules, otherwise, observe }: { rules: readonly AccessRule[]; otherwise: string; observe: boolean }) {
