@@ -15,7 +15,8 @@ from hypeman.kube.types import Condition
 from hypeman.resources.types import Resources
 
 DISK_PRESSURE = 0.05
-"""Free part of the disk below which the node reports pressure: the cluster then sends no pods."""
+"""Free part of the disk itself, however much of it is promised, below which the node reports pressure: the cluster
+then sends no pods."""
 
 
 def capacity(
@@ -66,14 +67,14 @@ def slug(name: str) -> str:
 def conditions(resources: Resources, before: Iterable[Condition], now: datetime) -> tuple[Condition, ...]:
     """Those that a kubelet reports. The node is Ready: the server has answered."""
     disk = resources.disk
-    full = disk.effective_limit > 0 and disk.available < DISK_PRESSURE * disk.effective_limit
+    full = disk.capacity > 0 and disk.available < DISK_PRESSURE * disk.capacity
     known = {each.type: each for each in before}
     return tuple(
         _condition(known.get(name), name, value, reason, message, now)
         for name, value, reason, message in (
             ("MemoryPressure", False, "KubeletHasSufficientMemory", "guests have memory of their own"),
             ("DiskPressure", full, "KubeletHasDiskPressure" if full else "KubeletHasNoDiskPressure",
-             f"{disk.available} of {disk.effective_limit} bytes are available"),
+             f"{disk.available} of {disk.capacity} bytes are free"),
             ("PIDPressure", False, "KubeletHasSufficientPID", "guests have processes of their own"),
             ("Ready", True, "KubeletReady", "the server of this host answers"),
         )

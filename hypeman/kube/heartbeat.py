@@ -91,13 +91,23 @@ class Heartbeat:
         """Raises ApiError, LocalError; then the cluster has not heard of this node."""
         resources = await self._site.local.get("/resources", Resources)
         sent = self._lease.now()
-        if self._node is None:
-            self._node = await self._register()
-        await self._renew(self._node)
+        node = self._node = await self._current()
+        await self._renew(node)
         self._lease.renewed(sent)
-        await self._report(self._node, resources)
+        await self._report(node, resources)
 
     # ── The object ──────────────────────────────────────────────────────────────────────────────
+
+    async def _current(self) -> Node:
+        """As the API server has it: the cluster marks a node that it has not heard of, which has to be taken back."""
+        if self._node is None:
+            return await self._register()
+        try:
+            return await self._site.api.get(node_path(self._site.name), Node)
+        except Refused as error:
+            if error.is_absent:
+                return await self._register()  # somebody deleted it
+            raise
 
     async def _register(self) -> Node:
         body = {
@@ -124,13 +134,8 @@ class Heartbeat:
             gone = getattr(node.status, name).keys() - getattr(status, name).keys()
             body["status"][name] |= dict.fromkeys((each for each in gone if each.startswith("hypeman.dev/")), "0")
         body["status"]["addresses"] = [{"$patch": "replace"}, *body["status"]["addresses"]]
-        try:
-            path = f"{node_path(self._site.name)}/status"
-            self._node = await self._site.api.patch(path, body, Node, how=Patch.STRATEGIC)
-        except Refused as error:
-            if error.is_absent:
-                self._node = None  # somebody deleted it: register again
-            raise
+        path = f"{node_path(self._site.name)}/status"
+        self._node = await self._site.api.patch(path, body, Node, how=Patch.STRATEGIC)
         self._reported_at = now
 
     def _status(self, node: Node, resources: Resources, devices: tuple[Device, ...]) -> NodeStatus:

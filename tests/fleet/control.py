@@ -42,7 +42,7 @@ T = TypeVar("T")
 ADDRESS = "10.87.0.1"
 """Of the control plane on the bridge; hosts are .11 and following."""
 SERVER = f"https://{ADDRESS}:6443"
-PATIENCE = 120.0
+PATIENCE = 150.0
 GRACE_SECONDS = 15
 """Without a heartbeat, after which a node counts as gone."""
 

@@ -69,6 +69,22 @@ async def test_a_node_that_was_deleted_registers_again(world: World, autojump_cl
 # ── Pods ────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_a_node_that_was_marked_as_gone_takes_it_back(world: World, autojump_clock: MockClock) -> None:
+    """With its next heartbeat, not minutes later: until then the cluster sends no pods."""
+
+    def ready() -> str:
+        found = (world.cluster.get(NODE_PATH) or {}).get("status", {}).get("conditions", [])
+        return next((str(each["status"]) for each in found if each["type"] == "Ready"), "")
+
+    async with world.running():
+        await world.until(lambda: ready() == "True")
+        node = world.cluster.objects[NODE_PATH]
+        marked = [{**each, "status": "Unknown"} for each in node["status"]["conditions"]]
+        world.cluster.put(NODE_PATH, {**node, "status": {**node["status"], "conditions": marked}})
+        assert ready() == "Unknown"
+        await world.until(lambda: ready() == "True", seconds=30)
+
+
 async def test_a_pod_becomes_an_instance_and_is_deleted(world: World, autojump_clock: MockClock) -> None:
     path = world.add_pod(
         container={
