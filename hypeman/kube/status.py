@@ -183,6 +183,10 @@ def _restarts(seen: Seen, before: ContainerStatus | None) -> tuple[int, Containe
     return max(count, attempts), last
 
 
+_NOT_YET = (InstanceState.CREATED, InstanceState.INITIALIZING, InstanceState.STANDBY)
+"""States of the instance of a pod that does not run yet; standby, if it continues what an earlier pod left."""
+
+
 def _phase(seen: Seen, container: ContainerStatus | None) -> str:
     before = seen.pod.status.phase
     if before in ("Succeeded", "Failed"):
@@ -192,7 +196,7 @@ def _phase(seen: Seen, container: ContainerStatus | None) -> str:
     instance = seen.instance
     if instance is not None and is_final(seen.restart_policy, instance):
         return "Succeeded" if instance.exit_code == 0 else "Failed"
-    if instance is not None and instance.state not in (InstanceState.CREATED, InstanceState.INITIALIZING):
+    if instance is not None and instance.state not in _NOT_YET:
         return "Running"
     return "Running" if before == "Running" else "Pending"
 
