@@ -330,7 +330,13 @@ def _action(probe: Probe, container: Container) -> dict[str, object]:
         return {"type": HealthCheckType.EXEC, "exec": ExecHealthCheck(command=probe.exec.command)}
     if probe.http_get is not None:
         port, scheme = port_number(probe.http_get.port, container), probe.http_get.scheme.lower()
-        http = HttpHealthCheck(port=port, path=probe.http_get.path, scheme=scheme)  # type: ignore[arg-type]
+        http = HttpHealthCheck(
+            port=port,
+            path=probe.http_get.path,
+            scheme=scheme,  # type: ignore[arg-type]  # one of the two, as the API server has checked
+            expected_status=200,
+            expected_status_max=399,
+        )
         return {"type": HealthCheckType.HTTP, "http": http}
     if probe.tcp_socket is not None:
         return {"type": HealthCheckType.TCP, "tcp": TcpHealthCheck(port=port_number(probe.tcp_socket.port, container))}

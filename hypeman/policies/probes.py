@@ -65,8 +65,9 @@ class Probes:
             with _failing("the connection broke"):
                 await stream.send_all(request.encode())
             status = await _read_status(stream)
-        if status != rules.expected_status:
-            raise CheckFailed(f"HTTP status {status}, expected {rules.expected_status}")
+        first, last = rules.expected_status, rules.expected_status_max or rules.expected_status
+        if not first <= status <= last:
+            raise CheckFailed(f"HTTP status {status}, expected {first}{f' to {last}' if last > first else ''}")
 
     def _tls_context(self) -> ssl.SSLContext:
         """A guest's certificate is not verified: it has no name that the server knows."""

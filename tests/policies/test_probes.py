@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
+import msgspec
 import pytest
 import trio
 import trustme
@@ -34,9 +35,7 @@ async def serving(serve: Serve, *, tls: ssl.SSLContext | None = None) -> AsyncIt
 
 
 async def ask(rules: HealthRules, port: int) -> None:
-    rules = HealthRules(
-        type=rules.type, port=port, path=rules.path, tls=rules.tls, expected_status=rules.expected_status
-    )
+    rules = msgspec.structs.replace(rules, port=port)
     with trio.fail_after(20):
         await Probes().check(rules, address="127.0.0.1", guest=None)
 
@@ -89,6 +88,17 @@ async def test_http(answer: bytes, reason: str | None) -> None:
         else:
             with pytest.raises(CheckFailed, match=reason):
                 await ask(HTTP, port)
+
+
+@pytest.mark.parametrize(("status", "fits"), [(199, False), (200, True), (302, True), (399, True), (400, False)])
+async def test_a_range_of_statuses(status: int, fits: bool) -> None:
+    rules = msgspec.structs.replace(HTTP, expected_status_max=399)
+    async with serving(answers(f"HTTP/1.1 {status} X\r\n\r\n".encode())) as port:
+        if fits:
+            await ask(rules, port)
+        else:
+            with pytest.raises(CheckFailed, match=f"HTTP status {status}, expected 200 to 399"):
+                await ask(rules, port)
 
 
 async def test_https_without_a_name() -> None:

@@ -62,6 +62,8 @@ class HealthRules(msgspec.Struct, frozen=True):
     path: str = "/"
     tls: bool = False
     expected_status: int = 200
+    expected_status_max: int = 0
+    """The end of a range from ``expected_status`` on; 0: that alone."""
     command: tuple[str, ...] = ()
     working_dir: str = ""
 
@@ -127,12 +129,17 @@ def health_rules(check: HealthCheck | None) -> HealthRules:
             path = check.http.path or "/"
             if not path.startswith("/") or any(ord(letter) <= 32 or ord(letter) > 126 for letter in path):
                 raise _bad_check("http.path must begin with / and consist of printable ASCII without spaces")
+            first = check.http.expected_status or default.expected_status
+            last = check.http.expected_status_max or 0
+            if last and last < first:
+                raise _bad_check("http.expected_status_max must not be less than http.expected_status")
             return msgspec.structs.replace(
                 rules,
                 port=check.http.port,
                 path=path,
                 tls=check.http.scheme == "https",
-                expected_status=check.http.expected_status or default.expected_status,
+                expected_status=first,
+                expected_status_max=last,
             )
         case HealthCheckType.TCP:
             if check.tcp is None:

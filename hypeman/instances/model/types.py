@@ -126,6 +126,10 @@ class HttpHealthCheck(Struct, frozen=True, kw_only=True, omit_defaults=True):
     path: Annotated[str | None, Meta(description="Default /")] = None
     scheme: Annotated[Literal["http", "https"] | None, Meta(description="Default http")] = None
     expected_status: Annotated[Annotated[int, Meta(ge=100, le=599)] | None, Meta(description="Default 200")] = None
+    expected_status_max: Annotated[
+        Annotated[int, Meta(ge=100, le=599)] | None,
+        Meta(description="Extension: with it, any status from expected_status to this one is expected"),
+    ] = None
 
 
 class TcpHealthCheck(Struct, frozen=True, kw_only=True):
