@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 RESYNC_SECONDS = 30.0
 POLL_SECONDS = 0.2
 """Between looks at an image that is pulled, or an instance that boots."""
+MAX_REPETITION = 10.0
 MAX_PAUSE = 300.0
 IMAGE_PAUSE = 10.0
 """Seconds before an image is pulled again; doubles up to ``MAX_PAUSE``, as in the kubelet."""
@@ -119,6 +120,8 @@ class Worker:
         self._image_id = ""
         self._readiness: Readiness | None = None
         self._noted: set[str] = set()
+        self._last: tuple[Verb, InstanceState | None] | None = None
+        self._repeated = 0
 
     async def run(self) -> None:
         while (pod := self._shared.pods.items.get(self._uid)) is not None:
@@ -159,10 +162,20 @@ class Worker:
         if action.verb is Verb.RELEASE:
             return RESYNC_SECONDS
         pause = min(pause, await self._probe(spec))
+        pause = max(pause, self._pause_of_repetition(action.verb))
         await self._report(pod, spec)
         if action.verb is Verb.WAIT:
             await self._rotate(pod, spec)
         return pause
+
+    def _pause_of_repetition(self, verb: Verb) -> float:
+        """Seconds to wait after an action that was taken before and has changed nothing."""
+        now = (verb, self.instance.state if self.instance is not None else None)
+        self._repeated = self._repeated + 1 if now == self._last else 0
+        self._last = now
+        if verb in (Verb.WAIT, Verb.CREATE) or not self._repeated:
+            return 0.0
+        return min(0.1 * 2.0 ** min(self._repeated, 8), MAX_REPETITION)
 
     async def _known(self, pod: Pod, spec: PodSpec) -> Known:
         shared, owner = self._shared, pod.metadata.controller

@@ -297,6 +297,22 @@ async def test_a_secret_of_credentials_has_to_be_the_pods(world: World, autojump
         assert "hypeman.dev/credentials" in world.status(path)["message"]
 
 
+async def test_an_action_that_changes_nothing_is_not_repeated_without_a_pause(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = world.add_pod()
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (instance,) = world.host.instances.values()
+        verb = world.host._verb
+        monkeypatch.setattr(world.host, "_verb", lambda found, name, body: found)
+        world.cluster.delete_pod(path)
+        await trio.sleep(60)
+        assert 3 < world.host.calls.count(f"POST /instances/{instance['id']}/stop") < 30
+        monkeypatch.setattr(world.host, "_verb", verb)
+        await world.until(lambda: world.phase(path) == "gone")
+
+
 # ── Owners, standby, forks ──────────────────────────────────────────────────────────────────────
 
 
