@@ -338,6 +338,34 @@ async def test_a_suspended_sandbox_is_saved_and_continued(world: World, autojump
         assert not world.host.instances
 
 
+async def test_memory_of_another_template_is_not_used(world: World, autojump_clock: MockClock) -> None:
+    world.cluster.put(SANDBOX_PATH, {"metadata": {"uid": "sandbox-1"}})
+    path = world.add_pod("box", owner=SANDBOX)
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+        (before,) = world.host.instances
+        path = world.add_pod("box", owner=SANDBOX, container={"image": "nginx:2"})
+        await world.until(lambda: world.phase(path) == "Running")
+        (after,) = world.host.instances.values()
+        assert (after["id"] != before, after["image"]) == (True, "nginx:2")
+        assert "StateDiscarded" in world.reasons()
+
+
+async def test_a_pod_that_took_the_name_is_not_deleted(world: World, autojump_clock: MockClock) -> None:
+    """Between what the node knows and its request, another pod got the name."""
+    path = world.add_pod()
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        world.cluster.delete_pod(path)
+        successor = {**world.cluster.objects[path], "metadata": {"name": "web", "namespace": "default", "uid": "new"}}
+        world.cluster.objects[path] = successor
+        await world.until(lambda: not world.host.instances)
+        await trio.sleep(1)
+        assert path in world.cluster.objects
+
+
 async def test_an_owner_that_cannot_be_looked_up_loses_nothing(world: World, autojump_clock: MockClock) -> None:
     world.cluster.put(SANDBOX_PATH, {"metadata": {"uid": "sandbox-1"}})
     path = world.add_pod("box", owner={**SANDBOX, "apiVersion": "agents.x-k8s.io/v9"})
