@@ -163,11 +163,17 @@ async def taken_out_of_the_running_host(address: str, appliance: Appliance) -> N
     await appliance.delete("/devices/disk")
 
 
-@WITHOUT_DEVICES
-async def test_vgpus_live_with_their_instances(appliance: Appliance) -> None:
-    """Made at the first start, kept while it is stopped, removed with it."""
+@pytest.fixture
+def sample_drivers() -> None:
+    """Parents of vGPUs. In a fixture, so that no server is started where they are missing."""
     if absent := [name for name in ("mtty", "mbochs") if not Path("/sys/class/mdev_bus", name).exists()]:
         pytest.skip(f"no {' and no '.join(absent)} here")
+
+
+@WITHOUT_DEVICES
+@pytest.mark.usefixtures("sample_drivers")
+async def test_vgpus_live_with_their_instances(appliance: Appliance) -> None:
+    """Made at the first start, kept while it is stopped, removed with it."""
     await a_vgpu_lives_with_its_instance("mtty-1", "0x4348", appliance, restart=True)
     await a_vgpu_lives_with_its_instance("mbochs-small", "0x1234", appliance, restart=False)
 
