@@ -189,17 +189,6 @@ class MetalHost:
         self._stop()
         self._start()
 
-    def reboot(self) -> None:
-        """Shut down in order and boot again."""
-        assert self._process is not None
-        self.run("systemctl --no-block reboot")
-        try:
-            self._process.wait(timeout=BOOT_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise self._late("the end of the host") from None
-        self._stop()
-        self._start()
-
     def keep_vms(self) -> None:
         """From here on, and after boots, let KVM always have some VMs, for the reason that keep_vms.c gives."""
         program = self._directory / "keep-vms"

@@ -9,8 +9,9 @@ a finished ``dist/`` and takes some minutes.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from tests.metal.image import build_image, missing
 from tests.metal.rig import MetalHost, nvme
 from tests.packaging.on_metal import (
+    MAKE_WORLD,
     ORIGIN,
     PUBLISHED_PORT,
     SECRET,
@@ -29,8 +31,8 @@ from tests.packaging.on_metal import (
 )
 
 DIST = Path(__file__).parents[2] / "dist"
+NVME = ("1b36", "0010")
 MARK = "only-on-the-disk-4f1c"
-READ_DISK = "until [ -b /dev/nvme0n1 ]; do sleep 1; done; head -n 1 /dev/nvme0n1"
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +63,8 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, nvme_disk: Path) -> Iter
     }
     with MetalHost.boot(build_image(python=False), devices=devices, files=files, memory_mb=4096) as host:
         host.keep_vms()
-        appliance = OnMetal(host)
-        appliance.make_world()
-        yield appliance
+        host.check(MAKE_WORLD)
+        yield OnMetal(host)
 
 
 def find(pattern: str) -> Path:
@@ -233,8 +234,14 @@ def test_deleting_leaves_nothing_of_the_vm(appliance: OnMetal) -> None:
 
 def test_a_device_goes_to_a_guest_and_comes_back(appliance: OnMetal, nvme_disk: Path) -> None:
     """An NVMe of the host: kept over a restart of the server and over stop and start, refused where it must be."""
-    address = appliance.give_disk_to("owner")
-    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", READ_DISK).strip() == MARK
+    seen = json.loads(appliance.hypeman("--format", "json", "device", "available"))
+    (address,) = (one["pci_address"] for one in seen if (one["vendor_id"], one["device_id"]) == NVME)
+    driver = f"basename $(readlink /sys/bus/pci/devices/{address}/driver)"
+    read = "until [ -b /dev/nvme0n1 ]; do sleep 1; done; head -n 1 /dev/nvme0n1"
+    appliance.hypeman("device", "register", address, "--name", "disk")
+    appliance.run("owner", "--device", "disk", "--cmd", "sleep", "--cmd", "1000000")
+    assert appliance.host.check(driver).strip() == "vfio-pci"
+    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", read).strip() == MARK
     write = "echo written-inside | dd of=/dev/nvme0n1 bs=512 seek=8 conv=sync,fsync"
     appliance.hypeman("exec", "owner", "--", "sh", "-c", write)
     assert nvme_disk.read_bytes()[4096:].startswith(b"written-inside\n")
@@ -248,11 +255,12 @@ def test_a_device_goes_to_a_guest_and_comes_back(appliance: OnMetal, nvme_disk: 
     assert "attached" in appliance.refused("device", "delete", "disk")
     appliance.hypeman("start", "owner")
     appliance.wait_for_state("owner", "Running")
-    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", READ_DISK).strip() == MARK
+    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", read).strip() == MARK
 
     appliance.hypeman("rm", "--force", "owner")
-    appliance.take_disk_back(address)
+    assert appliance.host.check(driver).strip() == "nvme"
     appliance.wait_for("the host has its disk again", f"head -c {len(MARK)} /dev/nvme0n1 | grep -q {MARK}")
+    appliance.hypeman("device", "delete", "disk")
 
 
 def test_the_credential_is_in_the_request_and_not_in_the_guest(appliance: OnMetal) -> None:
@@ -264,36 +272,6 @@ def test_the_credential_is_in_the_request_and_not_in_the_guest(appliance: OnMeta
     assert f"host: {ORIGIN}\r\n" in seen
     assert f"authorization: bearer {SECRET}\r\n" in seen
     assert SECRET not in appliance.hypeman("exec", "agent", "--", "env")
-
-
-@pytest.mark.parametrize("end", [MetalHost.power_cut, MetalHost.reboot], ids=["power-cut", "reboot"])
-def test_the_host_boots_again(appliance: OnMetal, end: Callable[[MetalHost], None]) -> None:
-    """With instances in every state, one with a device: what ran is said to have ended with the host, or runs again if
-    its policy says so; what slept can be woken with what was in its memory; what stopped can be started."""
-    address = appliance.give_disk_to("owner", "--restart-policy", "always")
-    for name in ("asleep", "halted"):
-        appliance.run(name, "--cmd", "sleep", "--cmd", "1000000")
-    appliance.hypeman("exec", "asleep", "--", "sh", "-c", "mkdir /m; mount -t tmpfs m /m; echo kept > /m/note")
-    appliance.hypeman("standby", "asleep")
-    appliance.hypeman("stop", "halted")
-    assert appliance.instance("agent")["state"] == "Running"
-
-    end(appliance.host)
-    appliance.wait_for_server()
-    ended = appliance.instance("agent")
-    assert ended["state"] == "Stopped" and "host rebooted" in ended["exit_message"], ended
-    appliance.wait_for("owner runs again", "hypeman inspect owner | grep -q Running")
-    assert appliance.hypeman("exec", "owner", "--", "sh", "-c", READ_DISK).strip() == MARK
-    assert [appliance.instance(name)["state"] for name in ("asleep", "halted")] == ["Standby", "Stopped"]
-    appliance.hypeman("restore", "asleep")
-    assert appliance.hypeman("exec", "asleep", "--", "cat", "/m/note") == "kept\n"
-    appliance.hypeman("start", "halted")
-    appliance.wait_for_state("halted", "Running")
-
-    appliance.hypeman("rm", "--force", "owner", "asleep", "halted")
-    appliance.take_disk_back(address)
-    appliance.hypeman("start", "agent")
-    appliance.wait_for_state("agent", "Running")
 
 
 def test_purging_leaves_nothing_at_all(appliance: OnMetal) -> None:

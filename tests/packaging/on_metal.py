@@ -28,7 +28,6 @@ SECRET = "s3cret-5d1f7a90"
 SESSION_PORT = 9000
 
 PUBLISHED_PORT = 8000
-NVME = ("1b36", "0010")
 
 COUNTING = (
     f"(until nc {WORLD} {SESSION_PORT} -e cat; do sleep 1; done) & "
@@ -56,7 +55,6 @@ CREDENTIALS = {
 
 MAKE_WORLD = f"""
 set -e
-rm -f /root/say /root/answer
 ip link set lo up
 ip netns add world
 ip link add uplink type veth peer name wan netns world
@@ -76,19 +74,6 @@ ip netns exec world setsid sh -c 'exec 3<>/root/answer
     >>/root/seen 2>/root/origin.log </dev/null &
 """
 """``nc`` takes one connection and no second one: who is heard there is heard over the first session."""
-
-WORLD_UNIT = b"""[Unit]
-Before=network-online.target hypeman.service
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/bin/sh /root/make-world
-
-[Install]
-WantedBy=multi-user.target
-"""
-"""The world is there again after a boot, before the server starts."""
 
 FETCH = f"""
 : > /root/seen
@@ -143,23 +128,6 @@ class OnMetal:
         small = ("--memory", "256MB", "--cpus", "1", "--overlay-size", "256MB")
         self.hypeman("run", "--name", name, *small, *options, demo.IMAGE)
         self.wait_for_state(name, "Running")
-
-    def give_disk_to(self, name: str, *options: str) -> str:
-        """Run an instance that has the host's NVMe, as the device ``disk``; its address."""
-        seen = json.loads(self.hypeman("--format", "json", "device", "available"))
-        (address,) = (one["pci_address"] for one in seen if (one["vendor_id"], one["device_id"]) == NVME)
-        self.hypeman("device", "register", address, "--name", "disk")
-        self.run(name, "--device", "disk", "--cmd", "sleep", "--cmd", "1000000", *options)
-        assert self._driver(address) == "vfio-pci"
-        return str(address)
-
-    def take_disk_back(self, address: str) -> None:
-        """Its instance is deleted: the host has it again."""
-        assert self._driver(address) == "nvme"
-        self.hypeman("device", "delete", "disk")
-
-    def _driver(self, address: str) -> str:
-        return self.host.check(f"basename $(readlink /sys/bus/pci/devices/{address}/driver)").strip()
 
     def wait_for_state(self, name: str, state: str) -> None:
         """Fails as soon as the instance has ended in another state."""
@@ -228,10 +196,6 @@ class OnMetal:
         self.host.put({"/root/settings": SETTINGS.encode()})
         self.host.check("cat /root/settings >> /etc/hypeman/config.yaml; systemctl restart hypeman", timeout=SLOW)
         self.wait_for_server()
-
-    def make_world(self) -> None:
-        self.host.put({"/root/make-world": MAKE_WORLD.encode(), "/etc/systemd/system/world.service": WORLD_UNIT})
-        self.host.check("systemctl -q enable --now world")
 
     def pull(self) -> None:
         self.hypeman("pull", demo.IMAGE)
