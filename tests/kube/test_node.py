@@ -50,6 +50,22 @@ async def test_the_node_registers_and_renews_its_lease(world: World, autojump_cl
         assert world.cluster.objects[lease]["spec"]["renewTime"] == before, "a node without its server is no node"
 
 
+async def test_a_node_that_the_cluster_has_marked_is_ready_again(world: World, autojump_clock: MockClock) -> None:
+    async with world.running():
+        await world.until(lambda: ready(world) == "True")
+        marked = world.cluster.objects[NODE_PATH]
+        for each in marked["status"]["conditions"]:
+            each |= {"status": "Unknown", "reason": "NodeStatusUnknown"}
+        world.cluster.put(NODE_PATH, marked)
+        await world.until(lambda: ready(world) == "True", seconds=30)
+
+
+def ready(world: World) -> str:
+    """Of the node."""
+    found = (world.cluster.get(NODE_PATH) or {}).get("status", {}).get("conditions", [])
+    return next((each["status"] for each in found if each["type"] == "Ready"), "")
+
+
 async def test_a_node_that_was_deleted_registers_again(world: World, autojump_clock: MockClock) -> None:
     async with world.running():
         await world.until(lambda: world.cluster.get(NODE_PATH))
@@ -58,7 +74,7 @@ async def test_a_node_that_was_deleted_registers_again(world: World, autojump_cl
             {"id": "d", "type": "gpu", "pci_address": "0000:01:00.0", "vendor_id": "0x10de", "device_id": "0x2235",
              "iommu_group": 1, "bound_to_vfio": False, "created_at": "2026-01-01T00:00:00Z", "name": "d"}
         )  # fmt: skip
-        await world.until(lambda: world.cluster.get(NODE_PATH), seconds=400)
+        await world.until(lambda: world.cluster.get(NODE_PATH), seconds=60)
         await world.until(
             lambda: (
                 world.cluster.objects[NODE_PATH].get("status", {}).get("capacity", {}).get("hypeman.dev/gpu-10de-2235")
