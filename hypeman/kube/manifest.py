@@ -31,13 +31,13 @@ _READ = ["get", "list", "watch"]
 RULES: list[Object] = [
     # volumes of StorageClass hypeman-local: made for claims that were scheduled to this host
     {"apiGroups": [""], "resources": ["persistentvolumeclaims"], "verbs": _READ},
-    {"apiGroups": [""], "resources": ["persistentvolumes"], "verbs": [*_READ, "create", "delete", "patch"]},
-    {"apiGroups": ["storage.k8s.io"], "resources": ["storageclasses"], "verbs": _READ},
+    {"apiGroups": [""], "resources": ["persistentvolumes"], "verbs": [*_READ, "create", "delete"]},
+    {"apiGroups": ["storage.k8s.io"], "resources": ["storageclasses"], "verbs": ["get"]},
     # whether the owner of a deleted pod is gone: only then is its VM released
     {"apiGroups": ["apps"], "resources": ["replicasets", "statefulsets", "daemonsets"], "verbs": ["get"]},
     {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get"]},
-    {"apiGroups": [""], "resources": ["replicationcontrollers"], "verbs": ["get"]},
-    {"apiGroups": ["agents.x-k8s.io", "extensions.agents.x-k8s.io"], "resources": ["*"], "verbs": _READ},
+    {"apiGroups": ["agents.x-k8s.io"], "resources": ["sandboxes"], "verbs": ["get"]},
+    {"apiGroups": ["extensions.agents.x-k8s.io"], "resources": ["sandboxwarmpools"], "verbs": ["get"]},
 ]
 
 

@@ -11,7 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from hypeman.cli.main import hypeman
-from hypeman.kube import manifest
+from hypeman.kube import manifest, names
 from hypeman.kube.credentials import load_kubeconfig
 
 BROAD = {"system:nodes", "system:authenticated", "system:unauthenticated", "system:serviceaccounts"}
@@ -19,9 +19,13 @@ BROAD = {"system:nodes", "system:authenticated", "system:unauthenticated", "syst
 
 def test_no_rule_reads_secrets_or_reaches_pods_of_others() -> None:
     for rule in manifest.RULES:
-        assert "*" not in rule["verbs"] and "*" not in rule["apiGroups"]
+        assert "*" not in {*rule["verbs"], *rule["apiGroups"], *rule["resources"]}
         assert not {"secrets", "configmaps", "pods", "nodes", "serviceaccounts"} & set(rule["resources"])
-        assert "*" not in rule["resources"] or all("agents.x-k8s.io" in group for group in rule["apiGroups"])
+
+
+def test_every_owner_that_is_looked_up_may_be_read() -> None:
+    may = {(group, name) for rule in manifest.RULES for group in rule["apiGroups"] for name in rule["resources"]}
+    assert {(group, plural) for (group, _), plural in names.PLURALS.items()} <= may
 
 
 def test_rights_are_bound_to_hosts_by_name() -> None:
