@@ -12,7 +12,7 @@ import trio
 
 from hypeman.instances.model.types import Instance
 from hypeman.kube import materials, names
-from hypeman.kube.api import ApiError, Refused, pods_path
+from hypeman.kube.api import ApiError, segment
 from hypeman.kube.decide import Owner, Verb, decide_orphan, is_ours, tags_of
 from hypeman.kube.local import LocalError
 from hypeman.kube.pods import Shared, remove_instance
@@ -88,16 +88,15 @@ class Sweeper:
         return any(names.GOLDEN in pod.metadata.annotations and spec_digest(pod) == digest for pod in pods)
 
     async def _is_gone(self, instance: Instance) -> bool:
-        """Whether the API server confirms that there is no such pod."""
+        """Whether the API server confirms that there is no such pod here.
+
+        By a list of this node's pods: a node that gets an absent pod by name is refused, as for one of another node.
+        """
         tags = tags_of(instance)
-        path = pods_path(tags.get(names.NAMESPACE, ""), tags.get(names.POD, ""))
-        try:
-            found = await self._site.api.get(path, Thing)
-        except Refused as error:
-            if error.is_absent:
-                return True
-            raise
-        return found.metadata.uid != tags.get(names.POD_UID)
+        path = f"/api/v1/namespaces/{segment(tags.get(names.NAMESPACE, ''))}/pods"
+        selector = f"spec.nodeName={self._site.name},metadata.name={tags.get(names.POD, '')}"
+        found = await self._site.api.list(path, Thing, fieldSelector=selector)
+        return all(each.metadata.uid != tags.get(names.POD_UID) for each in found.items)
 
     async def _sweep_volumes(self) -> None:
         """Volumes that were made for pods of which neither object nor instance is left."""

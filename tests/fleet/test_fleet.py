@@ -198,6 +198,10 @@ def test_a_host_that_ends_is_replaced_and_cleans_up(fleet: Fleet) -> None:
 
         eventually(moved, "all run elsewhere")
         print(f"all run elsewhere {time.monotonic() - began:.1f} s after the end of a host (grace {GRACE_SECONDS} s)")
+        for each in fleet.control.get("pods", "-n", namespace)["items"]:
+            if each["spec"]["nodeName"] == victim.name:  # so the host will never see it again
+                name = each["metadata"]["name"]
+                fleet.control.kubectl("delete", "pod", name, "-n", namespace, "--force", "--grace-period=0")
         victim.start_server()
         victim.start_node()
         fleet.wait_ready(victim)
@@ -426,8 +430,7 @@ def test_members_of_a_pool_are_forks(fleet: Fleet) -> None:
     host = fleet.fakes[0]
     with fleet.namespace() as namespace:
         template = {"annotations": {"hypeman.dev/golden": "true"}}
-        fleet.control.apply(
-            deployment("pool", namespace, 4, template=template, nodeSelector={"kubernetes.io/hostname": host.name})
-        )
+        fields = {"automountServiceAccountToken": False, "node": host.name}
+        fleet.control.apply(deployment("pool", namespace, 4, template=template, **fields))
         fleet.wait_running(namespace, 4)
         assert len(in_namespace(host, namespace)) >= 4

@@ -152,6 +152,8 @@ class FakeCluster(httpx.AsyncBaseTransport):
         match method:
             case "GET" if path in self.objects:
                 return self.objects[path]
+            case "GET" if path.rpartition("/")[0].endswith("/pods"):
+                raise Refuse(403, "Forbidden", "no relationship found between node and this object")
             case "GET" if _is_collection(path):
                 items = [each for place, each in self.objects.items() if _within(place, path) and _fits(each, query)]
                 return {"metadata": {"resourceVersion": str(self.version)}, "items": items}
@@ -260,8 +262,12 @@ def _within(place: str, collection: str) -> bool:
 
 
 def _fits(each: Object, query: dict[str, str]) -> bool:
-    wanted = query.get("fieldSelector", "").removeprefix("spec.nodeName=")
-    return not wanted or each["spec"].get("nodeName") == wanted
+    for condition in filter(None, query.get("fieldSelector", "").split(",")):
+        field, _, wanted = condition.partition("=")
+        part, _, name = field.partition(".")
+        if each.get(part, {}).get(name) != wanted:
+            return False
+    return True
 
 
 def _merged(before: Any, patch: Any) -> Any:
