@@ -4,7 +4,7 @@
 
 The command line is that of the driver, with memory mapped privately; QEMU runs as root, outside of all walls, with a
 TAP that leads nowhere and copies of the disks in DISKS. For each line on standard input the capture is restored once,
-until the guest's agent has answered; the answer is a line with the milliseconds.
+until the guest's agent has answered; the answer is a line with the milliseconds, and those of CPU that QEMU took.
 """
 
 from __future__ import annotations
@@ -31,16 +31,17 @@ from hypeman.hypervisor.interface import Capture
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.qemu import config as native
 from hypeman.hypervisor.qemu.client import QmpClient, connect_unix
+from tests.bench.harness import cpu_of_tasks
 
 
 def main(capture: Path, disks: Path) -> None:
     saved = captures.read(capture)
     for _ in sys.stdin:
         with tempfile.TemporaryDirectory(prefix="hm-bare-") as folder:
-            print(trio.run(_restore, capture, saved, disks, Path(folder)), flush=True)
+            print(*trio.run(_restore, capture, saved, disks, Path(folder)), flush=True)
 
 
-async def _restore(directory: Path, saved: Capture, disks: Path, folder: Path) -> float:
+async def _restore(directory: Path, saved: Capture, disks: Path, folder: Path) -> tuple[float, float]:
     devices_alone = captures.DEVICES in saved.files
     state = directory / (captures.DEVICES if devices_alone else captures.STATE)
     with contextlib.ExitStack() as opened:
@@ -69,7 +70,7 @@ async def _restore(directory: Path, saved: Capture, disks: Path, folder: Path) -
             await qmp.wait_event(lambda e: e.name == "MIGRATION" and e.data["status"] in ("completed", "failed"))
             await qmp.execute("cont")
             await _agent_answers(str(folder / "agent"))
-            return (time.perf_counter() - begin) * 1000
+            return (time.perf_counter() - begin) * 1000, cpu_of_tasks(process.pid) * 1000
         finally:
             process.kill()
             process.wait()

@@ -31,7 +31,7 @@ from hypeman.instances.model.phases import Phases
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec
 from hypeman.instances.model.types import InstanceState
 from hypeman.store import Store, Txn
-from tests.bench.harness import Result, compare
+from tests.bench.harness import Result, compare, cpu_of_tasks
 from tests.real.appliance import IMAGE, Namespace, busybox_archive, short_directory
 
 CREATES = 30
@@ -161,11 +161,11 @@ def _thousand(directory: Path, namespace: Namespace) -> list[Result]:
     with server(directory, namespace, "hypeman serve") as (client, pid, start):
 
         def many(path: str) -> float:
-            begin = _cpu(pid)
+            begin = cpu_of_tasks(pid)
             for _ in range(REQUESTS):
                 client.request("GET", path)
                 client.getresponse().read()
-            return (_cpu(pid) - begin) * 1e6 / REQUESTS
+            return (cpu_of_tasks(pid) - begin) * 1e6 / REQUESTS
 
         return [
             Result("server start to first answer, 1,000 instances", start, "s"),
@@ -181,11 +181,6 @@ def _thousand(directory: Path, namespace: Namespace) -> list[Result]:
             ),
             Result("server memory with 1,000 stored instances", _resident(pid) / 2**20, "MB"),
         ]
-
-
-def _cpu(pid: int) -> float:
-    """CPU seconds of all threads, to the nanosecond."""
-    return sum(int((t / "schedstat").read_text().split()[0]) for t in Path(f"/proc/{pid}/task").iterdir()) / 1e9
 
 
 async def _store_instances(path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.bench.bench_http import receive
 from tests.bench.bench_instances import Client, import_image, server
 from tests.bench.bench_streams import frame, upgrade
-from tests.bench.harness import Measure, Result, compare, process_memory
+from tests.bench.harness import Result, cpu_of_tasks, process_memory
 from tests.real.appliance import IMAGE, Namespace, short_directory
 
 ROUNDS = 7
@@ -40,12 +40,17 @@ def run() -> list[Result]:
         directory.chmod(0o755)
         namespace = Namespace()
         try:
-            with server(directory, namespace, "hypeman serve") as (client, _, _):
+            with server(directory, namespace, "hypeman serve") as (client, pid, _):
                 import_image(client)
                 _start(client)
+                meter = Meter(directory, pid)
                 with _bare_qemu(client, directory, namespace) as bare:
-                    results = [*_sleeps(client, bare), *_fork(client, bare), *_snapshot(client, directory, bare)]
-                results += [*_volumes(client), *_pool(client, directory), *_forks_at_once(client, directory)]
+                    results = [
+                        *_sleeps(client, meter, bare),
+                        *_fork(client, meter, bare),
+                        *_snapshot(client, meter, bare),
+                    ]
+                results += [*_volumes(client), *_pool(client, directory, meter), *_forks_at_once(client, directory)]
                 for instance in client.ask("GET", "/instances"):
                     client.ask("DELETE", f"/instances/{instance['id']}")
         finally:
@@ -69,9 +74,38 @@ def _milliseconds(work: Callable[[], object]) -> float:
     return (time.perf_counter() - begin) * 1000
 
 
+Costs = tuple[float, float]
+"""Milliseconds, and milliseconds of CPU of everything that took part but the client."""
+
+
+class Meter:
+    def __init__(self, directory: Path, server: int) -> None:
+        self._directory = directory
+        self._server = server
+
+    def __call__(self, work: Callable[[], object]) -> Costs:
+        before = self._cpu()
+        took = _milliseconds(work)
+        return took, sum(used - before.get(pid, 0) for pid, used in self._cpu().items()) * 1000
+
+    def _cpu(self) -> dict[int, float]:
+        return {pid: cpu_of_tasks(pid) for pid in (self._server, *_vmms(self._directory).values())}
+
+
+def _compare(name: str, ours: Callable[[], Costs], peer_name: str, peer: Callable[[], Costs]) -> list[Result]:
+    """Time, and CPU time in the same rounds, which says more where others use the CPUs as well."""
+    results = []
+    rounds = [(ours(), peer()) if number % 2 else (peer(), ours())[::-1] for number in range(ROUNDS + 1)][1:]
+    for what, index in ((name, 0), (f"{name}, CPU", 1)):
+        mine, theirs = [own[index] for own, _ in rounds], [other[index] for _, other in rounds]
+        ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
+        results.append(Result(what, statistics.median(mine), "ms", peer_name, statistics.median(theirs), ratio))
+    return results
+
+
 @contextmanager
-def _bare_qemu(client: Client, directory: Path, namespace: Namespace) -> Iterator[Measure]:
-    """Restores the capture of a snapshot with nothing of ours (bare_qemu.py); returns the milliseconds."""
+def _bare_qemu(client: Client, directory: Path, namespace: Namespace) -> Iterator[Callable[[], Costs]]:
+    """Restores the capture of a snapshot with nothing of ours (bare_qemu.py)."""
     made = client.ask("POST", "/instances/vm/snapshots", {"kind": "Standby", "name": "bare"})
     (capture,) = (directory / "data" / "captures").iterdir()
     disks = directory / "bare"
@@ -84,9 +118,10 @@ def _bare_qemu(client: Client, directory: Path, namespace: Namespace) -> Iterato
     )
     assert process.stdin is not None and process.stdout is not None
 
-    def measure() -> float:
+    def measure() -> Costs:
         print(file=process.stdin, flush=True)
-        return float(process.stdout.readline())  # type: ignore[union-attr]
+        took, cpu = process.stdout.readline().split()  # type: ignore[union-attr]
+        return float(took), float(cpu)
 
     try:
         yield measure
@@ -97,19 +132,20 @@ def _bare_qemu(client: Client, directory: Path, namespace: Namespace) -> Iterato
         client.ask("DELETE", f"/snapshots/{made['id']}")
 
 
-def _sleeps(client: Client, bare: Measure) -> list[Result]:
-    standby: list[float] = []
+def _sleeps(client: Client, meter: Meter, bare: Callable[[], Costs]) -> list[Result]:
+    standby: list[Costs] = []
 
     def restore() -> None:
         client.ask("POST", "/instances/vm/restore")
         _answer(client, "vm")
 
-    def measure() -> float:
-        standby.append(_milliseconds(lambda: client.ask("POST", "/instances/vm/standby", {})))
-        return _milliseconds(restore)
+    def measure() -> Costs:
+        standby.append(meter(lambda: client.ask("POST", "/instances/vm/standby", {})))
+        return meter(restore)
 
-    back = compare("restore to agent answer", "ms", measure, _BARE, bare, ROUNDS)
-    return [Result("standby, real guest of 256 MB", statistics.median(standby), "ms"), back]
+    back = _compare("restore to agent answer", measure, _BARE, bare)
+    took = statistics.median(time for time, _ in standby)
+    return [Result("standby, real guest of 256 MB", took, "ms"), *back]
 
 
 def _volumes(client: Client) -> list[Result]:
@@ -126,63 +162,64 @@ def _volumes(client: Client) -> list[Result]:
     ]
 
 
-def _fork(client: Client, bare: Measure) -> list[Result]:
+def _fork(client: Client, meter: Meter, bare: Callable[[], Costs]) -> list[Result]:
     def fork() -> None:
         client.ask("POST", "/instances/vm/fork", {"name": "fork", "from_running": True})
         _answer(client, "fork")
 
-    def measure() -> float:
-        took = _milliseconds(fork)
+    def measure() -> Costs:
+        took = meter(fork)
         client.ask("DELETE", "/instances/fork")
         return took
 
-    return [compare("fork of a running one to agent answer", "ms", measure, _BARE, bare, ROUNDS)]
+    return _compare("fork of a running one to agent answer", measure, _BARE, bare)
 
 
-def _snapshot(client: Client, directory: Path, bare: Measure) -> list[Result]:
+def _snapshot(client: Client, meter: Meter, bare: Callable[[], Costs]) -> list[Result]:
     made = client.ask("POST", "/instances/vm/snapshots", {"kind": "Standby", "name": "one"})
 
     def fork() -> None:
         client.ask("POST", f"/snapshots/{made['id']}/fork", {"name": "fork"})
         _answer(client, "fork")
 
-    def measure() -> float:
-        took = _milliseconds(fork)
+    def measure() -> Costs:
+        took = meter(fork)
         client.ask("DELETE", "/instances/fork")
         return took
 
-    result = compare("fork of a snapshot to agent answer", "ms", measure, _BARE, bare, ROUNDS)
+    results = _compare("fork of a snapshot to agent answer", measure, _BARE, bare)
     client.ask("DELETE", f"/snapshots/{made['id']}")
-    return [result]
+    return results
 
 
-def _pool(client: Client, directory: Path) -> list[Result]:
+def _pool(client: Client, directory: Path, meter: Meter) -> list[Result]:
     """A claim until an exec has responded, against an exec in a guest that has run for long."""
     made = client.ask("POST", "/instances/vm/snapshots", {"kind": "Standby", "name": "pooled"})
     pool = f"/snapshots/{made['id']}/pool"
     client.ask("PUT", pool, {"size": 1})
 
+    def settle() -> None:
+        while client.ask("GET", pool)["ready"] == 0:
+            time.sleep(0.05)
+        time.sleep(SETTLED)
+
     def claim() -> None:
         client.ask("POST", f"/snapshots/{made['id']}/fork", {"name": "claimed"})
         _exec(directory, "claimed")
 
-    def measure() -> float:
-        while client.ask("GET", pool)["ready"] == 0:
-            time.sleep(0.05)
-        time.sleep(SETTLED)
-        took = _milliseconds(claim)
+    def measure() -> Costs:
+        settle()
+        took = meter(claim)
         client.ask("DELETE", "/instances/claimed")
         return took
 
-    def execute() -> float:
-        while client.ask("GET", pool)["ready"] == 0:
-            time.sleep(0.05)
-        time.sleep(SETTLED)
-        return _milliseconds(lambda: _exec(directory, "vm"))
+    def execute() -> Costs:
+        settle()
+        return meter(lambda: _exec(directory, "vm"))
 
-    result = compare("claim from a pool to an exec's end", "ms", measure, "exec in a running guest", execute, ROUNDS)
+    results = _compare("claim from a pool to an exec's end", measure, "exec in a running guest", execute)
     client.ask("DELETE", f"/snapshots/{made['id']}")
-    return [result]
+    return results
 
 
 def _exec(directory: Path, name: str) -> None:
@@ -211,25 +248,26 @@ def _forks_at_once(client: Client, directory: Path) -> list[Result]:
         begin = time.perf_counter()
         forks = list(pool.map(fork, range(FORKS)))
         together = (time.perf_counter() - begin) * 1000
-    pids = [_pid(directory, instance) for instance in forks]
+    vmms = _vmms(directory)
+    memory = [process_memory(vmms[each]) for each in forks]
     on_disk = [_allocated(directory / "data" / "instances" / instance) for instance in forks]
     return [
         Result(f"{FORKS} forks of a snapshot at once, all answered", together, "ms"),
-        Result("memory (PSS) of a fork of 256 MB", statistics.median(map(process_memory, pids)) / 1e6, "MB"),
+        Result("memory (PSS) of a fork of 256 MB", statistics.median(memory) / 1e6, "MB"),
         Result("disk of a fork, 1 GB overlay", statistics.median(on_disk) / 1024, "KB"),
     ]
 
 
-def _pid(directory: Path, instance: str) -> int:
-    """Of the instance's VMM."""
-    mark = f"HYPEMAN_MARK={directory}/run/vm/{instance}".encode()
+def _vmms(directory: Path) -> dict[str, int]:
+    """The VMMs' processes by instance."""
+    mark, found = f"HYPEMAN_MARK={directory}/run/vm/".encode(), {}
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                return int(entry.name)
+            words = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
         except OSError:
             continue
-    raise AssertionError(f"no VMM of {instance}")
+        found.update({word.removeprefix(mark).decode(): int(entry.name) for word in words if word.startswith(mark)})
+    return found
 
 
 def _allocated(path: Path) -> int:
