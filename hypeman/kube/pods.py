@@ -61,6 +61,8 @@ log = logging.getLogger(__name__)
 RESYNC_SECONDS = 30.0
 POLL_SECONDS = 0.2
 """Between looks at an image that is pulled, or an instance that boots."""
+REFUSAL_SECONDS = 5.0
+"""How long a refused pod waits before it fails: its controller makes the next one at once."""
 MAX_REPETITION = 10.0
 MAX_PAUSE = 300.0
 IMAGE_PAUSE = 10.0
@@ -119,6 +121,7 @@ class Worker:
         self._requested = False
         self._image_id = ""
         self._readiness: Readiness | None = None
+        self._refused_at: float | None = None
         self._noted: set[str] = set()
         self._last: tuple[Verb, InstanceState | None] | None = None
         self._repeated = 0
@@ -206,8 +209,12 @@ class Worker:
             return RESYNC_SECONDS
         if pod.status.phase in ("Succeeded", "Failed"):
             return math.inf
-        for remark in refusal.remarks:
-            self._events.warn(pod, "Unsupported", str(remark))
+        if self._refused_at is None:
+            self._refused_at = trio.current_time()
+            for remark in refusal.remarks:
+                self._events.warn(pod, "Unsupported", str(remark))
+        if (left := self._refused_at + REFUSAL_SECONDS - trio.current_time()) > 0:
+            return left
         self._failure = Failure("Unsupported", str(refusal))
         await self._report(pod, read_pod({"containers": [{"name": "", "image": ""}], "restartPolicy": "Never"}))
         return math.inf

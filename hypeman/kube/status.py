@@ -89,6 +89,9 @@ def whole(moment: datetime) -> datetime:
 
 
 def _container(seen: Seen) -> ContainerStatus | None:
+    """None of a pod that was refused: it has no container."""
+    if seen.instance is None and seen.failure is not None and not _has_run(seen.pod):
+        return None
     spec = (seen.pod.spec.get("containers") or [{}])[0]
     before = next(iter(seen.pod.status.container_statuses), None)
     state = _state(seen, before)
@@ -106,6 +109,10 @@ def _container(seen: Seen) -> ContainerStatus | None:
         started=runs,
         container_id=f"hypeman://{instance.id}" if instance is not None else before.container_id if before else "",
     )
+
+
+def _has_run(pod: Pod) -> bool:
+    return any(each.container_id for each in pod.status.container_statuses)
 
 
 def _state(seen: Seen, before: ContainerStatus | None) -> ContainerState:

@@ -210,8 +210,8 @@ def check_golden(pod: Pod, spec: PodSpec) -> None:
         if env.value_from is not None and env.value_from.field_ref is not None:
             wrong.append(Remark(f"spec.containers[0].env[{number}].valueFrom.fieldRef", "is the same in all forks"))
     for volume in mounted(spec):
-        if projections(volume) and not any(part.service_account_token for part in projections(volume)):
-            continue
+        if any(part.service_account_token for part in projections(volume)):
+            continue  # a token is of one pod: it is left out
         wrong.append(Remark(f"spec.volumes {volume.name!r}", "cannot be shared by forks"))
     if any(name.startswith("hypeman.dev/") for name in spec.container.resources.limits):
         wrong.append(Remark("spec.containers[0].resources", "devices cannot be shared by forks"))
@@ -233,8 +233,7 @@ def golden_request(wanted: Wanted, digest: str) -> CreateInstanceRequest:
         name=name,
         hostname=None,
         tags={**tags, names.GOLDEN: digest, names.SELF: name},
-        restart_policy=None,
-        health_check=None,
+        volumes=(),
     )
 
 

@@ -416,7 +416,13 @@ async def test_a_warm_pool_is_forked_from_one_boot(world: World, autojump_clock:
         {"metadata": {"uid": "rs-1"}},
     )
     golden = {"hypeman.dev/golden": "true"}
-    paths = [world.add_pod(f"warm-{number}", owner=owner, annotations=golden) for number in range(3)]
+    token = {"name": "kube-api-access-x", "projected": {"sources": [{"serviceAccountToken": {"path": "token"}}]}}
+    mount = {"name": "kube-api-access-x", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}
+    paths = [
+        world.add_pod(f"warm-{number}", owner=owner, annotations=golden, volumes=[token],
+                      container={"volumeMounts": [mount]})
+        for number in range(3)
+    ]  # fmt: skip
     async with world.running():
         await world.until(lambda: all(world.phase(path) == "Running" for path in paths))
         states = sorted((each["name"].split("-")[0], each["state"]) for each in world.host.instances.values())
@@ -428,6 +434,17 @@ async def test_a_warm_pool_is_forked_from_one_boot(world: World, autojump_clock:
         assert len(world.host.instances) == 1, "the pool may want it again"
         world.cluster.remove(WARM_POOL_PATH)
         await world.until(lambda: not world.host.instances)
+
+
+async def test_a_pod_with_something_of_its_own_cannot_be_a_fork(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(
+        annotations={"hypeman.dev/golden": "true"},
+        container={"volumeMounts": [{"name": "c", "mountPath": "/c"}]},
+        volumes=[{"name": "c", "configMap": {"name": "c", "optional": True}}],
+    )
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Failed")
+        assert "'c'" in world.status(path)["message"] and "containerStatuses" not in world.status(path)
 
 
 async def test_a_claimed_pod_belongs_to_its_sandbox(world: World, autojump_clock: MockClock) -> None:
