@@ -38,8 +38,8 @@ function Approval({ one, named }: { one: EgressApproval; named?: boolean }) {
       <div class="approval-what">
         <span class="mono wrap"><b>{one.method}</b> {target(one)}</span>
         <small>
-          {named && <><Link to={`/instances/${instanceName(one.instance_id)}/egress`}>{instanceName(one.instance_id)}</Link>, </>}
-          rule {one.rule}, {plural(one.waiting, "request")} since <Time at={one.since} />, refused <Time at={one.expires_at} />
+          {named && <><Link to={`/instances/${instanceName(one.instance_id)}/egress`}>{instanceName(one.instance_id)}</Link> · </>}
+          rule {one.rule} · {plural(one.waiting, "request")}, the first <Time at={one.since} /> · refused <Time at={one.expires_at} />
         </small>
       </div>
       <div class="actions">

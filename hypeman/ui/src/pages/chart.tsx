@@ -39,8 +39,11 @@ export function Chart({ title, now, detail, times, series, max, binary, format }
   useEffect(() => { plot.current?.setData(data()); }, [times.at(-1)]);
   return (
     <section class="panel chart" aria-label={`${title}: ${now} ${detail}`}>
-      <div class="chart-head"><h2>{title}</h2><span><b>{now}</b> <span class="muted">{detail}</span></span></div>
-      {series.length > 1 && <div class="chart-legend">{series.map((one) => <span key={one.tone}><i class={`tone-${one.tone}`} />{one.label}</span>)}</div>}
+      <div class="chart-head">
+        <h2>{title}</h2>
+        {series.length > 1 && <div class="chart-legend">{series.map((one) => <span key={one.tone}><i class={`tone-${one.tone}`} />{one.label}</span>)}</div>}
+        <span><b>{now}</b> <span class="muted">{detail}</span></span>
+      </div>
       <div ref={place} class="chart-place" />
     </section>
   );

@@ -34,7 +34,7 @@ export function Devices() {
       <Panel title="In this host" flush actions={<Check checked={all.value} onValue={(value) => { all.value = value; }}>Show those that cannot be passed through</Check>}>
         {available.data?.length ? <Table label="Devices of the host" rows={available.data} id={(one) => one.pci_address} columns={[
           { title: "Device", cell: (one) => <span class="two"><b>{one.device_name ?? `${one.vendor_id}:${one.device_id}`}</b><small>{one.vendor_name ?? one.vendor_id}</small></span> },
-          { title: "Address", cell: (one) => <span class="mono">{one.pci_address}</span> },
+          { title: "Address", cell: (one) => <span class="mono">{one.pci_address}</span>, narrow: true },
           { title: "Driver", cell: (one) => one.current_driver ?? <span class="muted">none</span>, narrow: true },
           { title: "Passthrough", cell: (one) => one.reason ? <span class="reason">{one.reason}</span> : <span class="pill good">possible</span> },
           { title: "", class: "end", cell: (one) => !one.reason && <Button scope="device:write" unavailable={taken.has(one.pci_address) ? "It is registered" : undefined} busy={busy === one.pci_address}

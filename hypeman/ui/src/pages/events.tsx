@@ -26,7 +26,7 @@ function words(event: Change): string {
 function About({ event }: { event: Change }) {
   const { kind, id, name } = event.object;
   const instance = kind === "instance" ? id : kind === "egress" ? event.instance_id : undefined;
-  const shown = name ?? (instance ? instanceName(instance) : id);
+  const shown = instance && kind === "egress" ? instanceName(instance) : name ?? id;
   return instance ? <Link to={`/instances/${instance}${kind === "egress" ? "/egress" : ""}`} class="event-name">{shown}</Link> : <b>{shown}</b>;
 }
 

@@ -35,6 +35,7 @@ export function InstancePage({ reference, tab }: { reference: string; tab: strin
     get<Instance>(`/instances/${segment(reference)}`).then(put, (error) => { problem.value = messageOf(error); });
   }, [loaded.value, instance === undefined]);
   useEffect(() => { if (instance) void refresh(instance.id); }, [instance?.id, tab === "overview"]);
+  useEffect(() => { document.getElementById(`tab-${tab}`)?.scrollIntoView({ block: "nearest", inline: "center" }); }, [tab, instance === undefined]);
   if (tab === "terminal") opened.value = true;
   if (!instance) {
     return (
