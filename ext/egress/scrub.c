@@ -17,6 +17,16 @@ void needles_add(struct needles *s, struct str text, struct str replacement)
     s->needle[at] = (struct needle){text, replacement};
     s->n++;
     s->first[(unsigned char)text.p[0]] = true;
+    for (unsigned second = 0; second < 256; second++)
+        if (text.n == 1 || second == (unsigned char)text.p[1])
+            s->pairs[(unsigned char)text.p[0]][second / 8] |= (uint8_t)(1 << second % 8);
+}
+
+/* Whether a text may be here: by the first two bytes, so that few places need a comparison. */
+static bool may_be_here(const struct needles *s, const char *p, size_t n)
+{
+    unsigned char first = (unsigned char)p[0], second = n > 1 ? (unsigned char)p[1] : 0;
+    return n > 1 ? s->pairs[first][second / 8] >> second % 8 & 1 : s->first[first];
 }
 
 enum found { FOUND_NONE, FOUND_MAYBE, FOUND };
@@ -40,7 +50,7 @@ size_t scrub_next(const struct needles *s, const char *p, size_t n, bool last, s
     enum found how = FOUND_NONE;
     size_t at = 0;
     for (; at < n; at++)
-        if (s->first[(unsigned char)p[at]] && (how = find_here(s, p + at, n - at, last, &found)) != FOUND_NONE)
+        if (may_be_here(s, p + at, n - at) && (how = find_here(s, p + at, n - at, last, &found)) != FOUND_NONE)
             break;
     if (at || how != FOUND) {
         *out = (struct str){p, (uint32_t)at};

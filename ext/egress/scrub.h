@@ -19,6 +19,7 @@ struct needles {
     unsigned n;
     struct needle needle[SCRUB_MAX]; /* the longest first */
     bool first[256];                 /* bytes that one begins with */
+    uint8_t pairs[256][32];          /* and pairs of bytes, as bits */
 };
 
 void needles_add(struct needles *s, struct str text, struct str replacement);
