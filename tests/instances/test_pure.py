@@ -20,7 +20,7 @@ from hypeman.instances.model.guest_boot import command_line, machine_id, signal_
 from hypeman.instances.model.phases import Phases
 from hypeman.instances.model.plan import plan_create, plan_delete, plan_start, plan_stop
 from hypeman.instances.model.record import InstanceRecord, InstanceSpec, Intent, Operation
-from hypeman.instances.model.steps import HoldTraffic, Reversible, TakeBack
+from hypeman.instances.model.steps import HoldTraffic, Reversible, TakeBack, Together
 from hypeman.instances.model.types import InstanceState, VolumeMount
 from hypeman.instances.model.view import describe_exit
 from hypeman.instances.model.vm import DISK_PORTS, assign_ports, free_port, vm_disks, volume_disk_id
@@ -98,7 +98,9 @@ def without_held_traffic(steps: list[Reversible]) -> list[Reversible]:
 def test_a_stop_takes_down_what_a_start_built_up() -> None:
     """But for devices, which stay bound until the instance is deleted."""
     built = [step for step in plan_start(record()) if type(step).__name__ != "BindDevices"]
-    taken = [step.step for step in plan_stop(record(), grace=1)[1:] if isinstance(step, TakeBack)]
+    stop = plan_stop(record(), grace=1)[1:]
+    undos = [undo for step in stop for undo in (step.steps if isinstance(step, Together) else (step,))]
+    taken = [undo.step for undo in undos if isinstance(undo, TakeBack)]
     assert without_held_traffic(taken) == list(reversed(built))
 
 
