@@ -23,7 +23,7 @@ WANTED = {
 OF_WHOLE_SERVER = {
     "test_spine": "not many_at_once_and",
     "test_memory": "not ends_when_its_time",
-    "test_devices": "not vgpus",  # whose parents are made for Debian's own kernel: test_server_devices.py
+    "test_devices": "not vgpu",  # whose parent is made for Debian's own kernel: test_server_devices.py
     "test_backup": "",
     "test_kill": "",
 }
