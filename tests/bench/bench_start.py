@@ -5,7 +5,7 @@ The bundle's start is in bench_appliance. The peer is an interpreter that import
 
 from __future__ import annotations
 
-import os
+import resource
 import subprocess
 import sys
 from collections import Counter
@@ -43,10 +43,10 @@ def run() -> list[Result]:
 
 def children_cost(*arguments: str) -> float:
     """Milliseconds of CPU of an interpreter."""
-    before = os.times()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, *arguments], capture_output=True, check=False)
-    after = os.times()
-    return (after.children_user - before.children_user + after.children_system - before.children_system) * 1000
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime) * 1000
 
 
 def nothing() -> float:
