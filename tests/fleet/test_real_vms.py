@@ -18,7 +18,7 @@ with socket.create_connection(("127.0.0.1", 18080), 60) as connection:
     print(connection.makefile().read(), end="")
 """
 
-SCRIPT = "echo began; while true; do echo line; sleep 1; done & exec nc -lk -p 8080 -e echo served"
+SCRIPT = "echo began; while true; do echo line; sleep 1; done & exec nc -ll -p 8080 -e echo served"
 
 
 @pytest.fixture(scope="module")
