@@ -19,7 +19,7 @@ from msgspec import UNSET, Struct
 
 from hypeman.errors import HypemanError, InternalError, InvalidRequest, InvalidState, NotFound
 from hypeman.host import facts
-from hypeman.instances.model.types import Instance, UsageOfAll
+from hypeman.instances.model.types import Instance, InstanceState, UsageOfAll
 from hypeman.kube.kubelet import channels, portforward, spdy
 from hypeman.kube.kubelet.answer import TEXT, Answer, Receive, Scope, Send, Socket
 from hypeman.kube.kubelet.auth import Gate
@@ -121,6 +121,14 @@ class Kubelet:
             raise InvalidState(f'pod "{container.pod}" has no VM yet')
         return served, served.instance
 
+    def _running(self, container: Container) -> Instance:
+        """The instance, if it runs. Before anything about protocols: kubectl reports the refusal of its second attempt,
+        by SPDY, in place of the first one's. Raises NotFound, InvalidState."""
+        _, instance = self._find(container)
+        if instance.state is not InstanceState.RUNNING:
+            raise InvalidState(f'the VM of pod "{container.pod}" is {instance.state}')
+        return instance
+
     def _list_pods(self) -> bytes:
         items = [served.pod for served in self._pods.all()]
         return msgspec.json.encode({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items})
@@ -174,16 +182,16 @@ class Kubelet:
         await answer.stream(partial(send_log, self._local, instance.id, asked))
 
     async def _exec(self, asked: Exec, answer: Answer) -> None:
+        instance = self._running(asked.container)
         protocol = _chosen(channels.choose(answer.offered()))
-        _, instance = self._find(asked.container)
         request = {"command": asked.command, "tty": asked.tty, "separate": True}
         async with open_exec(self._local, instance.id, request) as program:
             socket = await answer.accept(protocol)
             await _run(socket, program, asked)
 
     async def _attach(self, asked: Attach, answer: Answer) -> None:
+        instance = self._running(asked.container)
         protocol = _chosen(channels.choose(answer.offered()))
-        _, instance = self._find(asked.container)
         socket = await answer.accept(protocol)
         everything = Logs(container=asked.container, follow=True, tail=0)
 
@@ -201,8 +209,8 @@ class Kubelet:
         await socket.close()
 
     async def _forward(self, asked: Forward, answer: Answer) -> None:
+        instance = self._running(asked.container)
         protocol = _chosen(portforward.choose(answer.offered()))
-        _, instance = self._find(asked.container)
         address = instance.network.ip if instance.network is not UNSET else UNSET
         if not address:
             raise InvalidState(f'the VM of pod "{asked.container.pod}" has no address')

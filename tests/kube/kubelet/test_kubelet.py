@@ -288,7 +288,7 @@ async def test_exec_that_cannot_be(site: Site) -> None:
         ("/exec/default/no/main?command=ls", 404, 'pod "no" does not exist'),
         ("/exec/default/web/other?command=ls", 404, 'container "other" not found'),
         ("/exec/default/web/uid-old/main?command=ls", 404, 'pod "web" does not exist'),
-        ("/exec/default/asleep/main?command=ls", 409, ""),
+        ("/exec/default/asleep/main?command=ls", 409, 'the VM of pod "asleep" is Stopped'),
         ("/attach/default/web/main?input=1", 501, "kubectl exec -it"),
     ):
         async with site.socket(path, "v5.channel.k8s.io") as socket:
@@ -298,6 +298,8 @@ async def test_exec_that_cannot_be(site: Site) -> None:
     async with site.socket("/exec/default/web/main?command=ls", "base64.channel.k8s.io") as socket:
         assert socket.rejected is not None and socket.rejected[0] == 400
     assert (await site.get("/exec/default/web/main?command=ls")).status_code == 400
+    by_spdy = await site.get("/exec/default/asleep/main?command=ls")
+    assert (by_spdy.status_code, by_spdy.text) == (409, 'the VM of pod "asleep" is Stopped\n')
 
 
 async def test_logs(site: Site, tmp_path: Path) -> None:
