@@ -1,6 +1,6 @@
 /* Fuzz target for everything of the egress path that reads bytes of guests or hosts: heads, trailers, chunks, the
  * ClientHello, hosts and authorities, what is made of a request's head, header blocks of HTTP/2; and the snapshots that
- * our own program writes; the same for what clients send by ingresses. The first byte of the input picks the parser.
+ * our own program writes; the same for what clients send by ingresses, and what the control protocol brings for these. The first byte of the input picks the parser.
  *
  *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Iext/egress tests/fuzz/egress_fuzz.c ext/egress/[!.]*.c \
  *         -lssl -lcrypto -lnghttp2 -lpthread -o build/fuzz-egress
@@ -12,9 +12,11 @@
  * way.
  */
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "certs.h"
 #include "h2.h"
 #include "hello.h"
 #include "probe.h"
@@ -376,6 +378,57 @@ static void sites(const uint8_t *p, size_t n)
     MUST(sites_drop(table, "i") && !sites_drop(table, "i") && !table->n_shapes);
 }
 
+/* What the control protocol brings for ingresses, message after message: the kind and for which of four names, then a payload
+ * with two bytes of length. What was confirmed is what is found; in the end nothing is left. */
+static void control(const uint8_t *p, size_t n)
+{
+    static const char *const NAMES[] = {"a.b", "x.example.com", "*.example.com", "a"};
+    struct sites *table = probe_sites();
+    struct certs certs;
+    char shown[4][8] = {{0}}, proof[PROOF_MAX];
+    certs_init(&certs);
+    while (table && n >= 3) {
+        unsigned kind = p[0] % 4, which = p[0] / 4 % 4;
+        size_t m = (size_t)(p[1] | p[2] << 8) < n - 3 ? (size_t)(p[1] | p[2] << 8) : n - 3;
+        char *text = strndup((const char *)p + 3, m);
+        if (!text)
+            abort();
+        struct host host = {.kind = HOST_NAME, .len = (uint8_t)strlen(NAMES[which])};
+        strcpy(host.text, NAMES[which]);
+        if (kind == 0 && !sites_put(table, NAMES[which], p + 3, m))
+            (void)sites_drop(table, NAMES[which]);
+        if (kind == 1) {
+            SSL_CTX *ctx = tls_site_context(text, text, m & 1);
+            MUST(certs_put(&certs, NAMES[which], ctx));
+            SSL *ssl = certs_session(&certs, &host, false);
+            MUST(!ctx || ssl);
+            SSL_free(ssl);
+        }
+        if (kind == 2) {
+            bool fits = strlen(text) < TOKEN_MAX;
+            MUST(certs_challenge(&certs, NAMES[which], text, "proof", NULL) == fits);
+            if (fits)
+                (void)snprintf(shown[which], sizeof shown[which], "%s", text);
+        }
+        if (kind == 3) {
+            bool found = certs_proof(&certs, &host, text, strlen(text), proof);
+            MUST(!found || (*shown[which] && strncmp(text, shown[which], 7) == 0 && strcmp(proof, "proof") == 0));
+        }
+        free(text);
+        p += 3 + m;
+        n -= 3 + m;
+    }
+    for (unsigned i = 0; table && i < 4; i++) {
+        (void)sites_drop(table, NAMES[i]);
+        MUST(certs_put(&certs, NAMES[i], NULL) && certs_challenge(&certs, NAMES[i], "", "", NULL));
+    }
+    for (unsigned i = 0; i < CERT_SLOTS; i++)
+        MUST(!certs.slots[i]);
+    MUST(!table || !table->n_shapes);
+    certs_destroy(&certs);
+    probe_sites_free(table);
+}
+
 /* Texts, each with a byte of length, up to an empty one; then a stream. Cut in whatever way, it becomes the same, and that is
  * what a search of the whole gives. */
 static void scrubbing(const uint8_t *p, size_t n)
@@ -419,7 +472,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 14) {
+    switch (data[0] % 15) {
     case 0: head(h1_parse_request, p, n); break;
     case 1: head(h1_parse_response, p, n); break;
     case 2: head(h1_parse_trailers, p, n); break;
@@ -433,6 +486,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     case 11: forward(p, n); break;
     case 13: scrubbing((const uint8_t *)p, n); break;
     case 12: sites((const uint8_t *)p, n); break;
+    case 14: control((const uint8_t *)p, n); break;
     default: block((const uint8_t *)p, n); break;
     }
     return 0;
