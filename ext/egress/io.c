@@ -99,8 +99,9 @@ void buf_need(struct loop *l, struct buf *b, size_t room)
     if (b->cap >= live + room) {
         memmove(b->p, b->p + b->off, live);
     } else {
-        size_t cap;
-        char *p = take_block(l, live + room, &cap);
+        /* One that fills up gets all that it may hold at once, instead of being copied at each size. */
+        size_t cap, want = live > RECORD / 2 && live + room < SIZES[3] ? SIZES[3] : live + room;
+        char *p = take_block(l, want, &cap);
         if (live)
             memcpy(p, b->p + b->off, live);
         give_block(l, b->p, b->cap);
