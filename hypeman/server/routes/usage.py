@@ -43,7 +43,7 @@ class VerifyQuery(Struct, frozen=True, kw_only=True):
 
 
 @routes.get("/usage", Scope.INSTANCE_READ, fails=(400,))
-async def get_usage(services: Services, query: UsageQuery) -> UsageReport:
+async def get_usage_report(services: Services, query: UsageQuery) -> UsageReport:
     """What instances used, also deleted ones, by instance, by the values of a tag, or by day.
 
     The ledger has periods of an hour, and of a day once they are old; the current one grows with each sample. Periods
