@@ -50,10 +50,12 @@ test-conformance: ready-own test-builds  ## public conformance suites, egress pr
 test-builds: ready-own builder-image  ## images of ten kinds of Dockerfile built in real guests, cancelled and killed (needs Go)
 	@$(PYTHON) -m pytest -v tests/real/test_builds.py tests/builds/dockerfiles.py
 
-lint: $(STAMPS)/native  ## ruff, mypy --strict on code and tests, import direction, documents
+lint: $(STAMPS)/native  ## ruff, clang-format, mypy --strict on code and tests, import direction, documents
 	@echo "== ruff"
 	@.venv/bin/ruff check hypeman tests setup.py packaging
 	@.venv/bin/ruff format --quiet --check hypeman tests setup.py packaging
+	@echo "== clang-format"
+	@git ls-files '*.c' '*.h' | xargs .venv/bin/clang-format --dry-run -Werror
 	@echo "== mypy --strict"
 	@.venv/bin/mypy
 	@echo "== types of the web UI"
