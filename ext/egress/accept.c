@@ -280,8 +280,9 @@ static void shake_hands(struct conn *c)
     /* Our reading of the hello and OpenSSL's must be one. */
     const char *seen = SSL_get_servername(c->ssl, TLSEXT_NAMETYPE_host_name);
     struct host name;
-    if (seen && (host_canonical(seen, strlen(seen), false, &name) != HOST_NAME || name.len != c->to.host.len
-                 || memcmp(name.text, c->to.host.text, name.len) != 0)) {
+    if (seen
+        && (host_canonical(seen, strlen(seen), false, &name) != HOST_NAME || name.len != c->to.host.len
+            || memcmp(name.text, c->to.host.text, name.len) != 0)) {
         if (!c->front)
             audit_refusal(c, R_HOST_MISMATCH);
         conn_kill(c);

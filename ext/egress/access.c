@@ -169,7 +169,8 @@ static int hex(char c)
 
 static bool is_unreserved(int c)
 {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_' || c == '~';
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_'
+        || c == '~';
 }
 
 /* A segment that some servers resolve or drop: empty, "." or "..", also with parameters behind (";"). */
@@ -299,7 +300,8 @@ static bool one_path_matches(const struct search *s, const struct access_rule *r
     if (path_matches(pattern, s->path, false))
         return true;
     return rule->action != ACCESS_ALLOW
-        && (path_matches(pattern, s->loose, true) || path_matches(without_slash(pattern), without_slash(s->loose), true));
+        && (path_matches(pattern, s->loose, true)
+            || path_matches(without_slash(pattern), without_slash(s->loose), true));
 }
 
 static bool method_matches(const struct access_rule *rule, struct str method)

@@ -23,7 +23,7 @@ struct access_rule {
     enum access_action action;
     enum access_record record;
     bool every_host;
-    int64_t until_s; /* not applied from then on; 0: always applied */
+    int64_t until_s;    /* not applied from then on; 0: always applied */
     struct ports ports; /* none: every port */
     unsigned methods, paths;
     const struct str *method; /* lower case; none: every method */
@@ -42,8 +42,8 @@ struct access_request {
 struct access_answer {
     enum access_action action;
     const struct access_rule *rule; /* NULL: the default */
-    bool ambiguous;  /* the path could be read in two ways, and a rule on paths would have to decide */
-    bool has_method; /* a rule on methods had a say */
+    bool ambiguous;                 /* the path could be read in two ways, and a rule on paths would have to decide */
+    bool has_method;                /* a rule on methods had a say */
 };
 
 /* What is known of a connection before there is a request. */

@@ -89,8 +89,8 @@ static void append(struct loop *l, struct writer *w)
         l->audit_due_ms = l->now_ms + EVERY_MS;
 }
 
-static void begin_record(struct writer *w, unsigned kind, const struct xchg *x, uint16_t port, enum reason why, int status,
-                         int64_t took_us)
+static void begin_record(struct writer *w, unsigned kind, const struct xchg *x, uint16_t port, enum reason why,
+                         int status, int64_t took_us)
 {
     struct timespec now;
     (void)clock_gettime(CLOCK_REALTIME_COARSE, &now);

@@ -12,8 +12,8 @@ enum bound {
     B_STREAMS,     /* requests that are not complete */
     B_HANDSHAKES,  /* TLS handshakes with guests that are not complete */
     B_DESCRIPTORS,
-    B_BYTES,       /* in buffers; above it, a connection is read only when what was read of it before has gone */
-    B_WINDOWS,     /* bytes that peers may send unasked in HTTP/2 beyond the protocol's default; bounded as B_BYTES */
+    B_BYTES,   /* in buffers; above it, a connection is read only when what was read of it before has gone */
+    B_WINDOWS, /* bytes that peers may send unasked in HTTP/2 beyond the protocol's default; bounded as B_BYTES */
     B_COUNT,
 };
 

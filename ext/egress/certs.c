@@ -31,7 +31,7 @@ static struct cert **find(struct certs *c, const char *name)
 static struct cert *get(struct certs *c, const char *name)
 {
     struct cert **at = find(c, name);
-    if (!*at && strlen(name) < sizeof (*at)->name) {
+    if (!*at && strlen(name) < sizeof(*at)->name) {
         *at = calloc(1, sizeof **at);
         if (*at)
             strcpy((*at)->name, name);

@@ -47,25 +47,75 @@
 #define ARGUMENT(i) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, (uint32_t)(offsetof(struct seccomp_data, args) + 8 * (i)))
 #define ALLOW BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
 #define REFUSE(code) BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (code))
-#define IF_EQUAL(value, skip_then, skip_else) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)(value), skip_then, skip_else)
-#define IF_BITS(value, skip_then, skip_else) BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, (uint32_t)(value), skip_then, skip_else)
+#define IF_EQUAL(value, skip_then, skip_else) \
+    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)(value), skip_then, skip_else)
+#define IF_BITS(value, skip_then, skip_else) \
+    BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, (uint32_t)(value), skip_then, skip_else)
 
 static const int allowed[] = {
     /* sockets that exist */
-    __NR_recvfrom, __NR_recvmsg, __NR_sendto, __NR_sendmsg, __NR_accept4, __NR_connect, __NR_shutdown, __NR_getsockname,
-    __NR_getpeername, __NR_getsockopt, __NR_read, __NR_write, __NR_readv, __NR_writev, __NR_close, __NR_splice,
-    __NR_fstat, __NR_lseek, __NR_dup,
+    __NR_recvfrom,
+    __NR_recvmsg,
+    __NR_sendto,
+    __NR_sendmsg,
+    __NR_accept4,
+    __NR_connect,
+    __NR_shutdown,
+    __NR_getsockname,
+    __NR_getpeername,
+    __NR_getsockopt,
+    __NR_read,
+    __NR_write,
+    __NR_readv,
+    __NR_writev,
+    __NR_close,
+    __NR_splice,
+    __NR_fstat,
+    __NR_lseek,
+    __NR_dup,
     /* waiting */
-    __NR_epoll_pwait, __NR_epoll_ctl, __NR_epoll_create1, __NR_ppoll, __NR_eventfd2, __NR_pipe2, __NR_futex,
-    __NR_clock_nanosleep, __NR_nanosleep, __NR_sched_yield,
+    __NR_epoll_pwait,
+    __NR_epoll_ctl,
+    __NR_epoll_create1,
+    __NR_ppoll,
+    __NR_eventfd2,
+    __NR_pipe2,
+    __NR_futex,
+    __NR_clock_nanosleep,
+    __NR_nanosleep,
+    __NR_sched_yield,
     /* memory; see below for mappings */
-    __NR_munmap, __NR_mremap, __NR_madvise, __NR_brk, __NR_mlock, __NR_mlock2, __NR_munlock,
+    __NR_munmap,
+    __NR_mremap,
+    __NR_madvise,
+    __NR_brk,
+    __NR_mlock,
+    __NR_mlock2,
+    __NR_munlock,
     /* time and randomness */
-    __NR_clock_gettime, __NR_clock_getres, __NR_gettimeofday, __NR_getrandom,
+    __NR_clock_gettime,
+    __NR_clock_getres,
+    __NR_gettimeofday,
+    __NR_getrandom,
     /* about itself */
-    __NR_getpid, __NR_gettid, __NR_getuid, __NR_geteuid, __NR_getgid, __NR_getegid, __NR_getrusage, __NR_sysinfo,
-    __NR_sched_getaffinity, __NR_set_robust_list, __NR_set_tid_address, __NR_rt_sigaction, __NR_rt_sigprocmask,
-    __NR_rt_sigreturn, __NR_sigaltstack, __NR_restart_syscall, __NR_exit, __NR_exit_group,
+    __NR_getpid,
+    __NR_gettid,
+    __NR_getuid,
+    __NR_geteuid,
+    __NR_getgid,
+    __NR_getegid,
+    __NR_getrusage,
+    __NR_sysinfo,
+    __NR_sched_getaffinity,
+    __NR_set_robust_list,
+    __NR_set_tid_address,
+    __NR_rt_sigaction,
+    __NR_rt_sigprocmask,
+    __NR_rt_sigreturn,
+    __NR_sigaltstack,
+    __NR_restart_syscall,
+    __NR_exit,
+    __NR_exit_group,
 #ifdef __NR_rseq
     __NR_rseq,
 #endif
@@ -99,18 +149,18 @@ static void add(struct program *p, const struct sock_filter *code, unsigned n)
     p->n = (unsigned short)(p->n + n);
 }
 
-#define ADD(p, ...)                                              \
-    do {                                                         \
-        const struct sock_filter piece[] = {__VA_ARGS__};        \
-        add(p, piece, COUNT(piece));                             \
+#define ADD(p, ...)                                       \
+    do {                                                  \
+        const struct sock_filter piece[] = {__VA_ARGS__}; \
+        add(p, piece, COUNT(piece));                      \
     } while (0)
 
 /* Runs `...` if the call is this one; it must end in a verdict. */
-#define CALL(p, number, ...)                                     \
-    do {                                                         \
-        const struct sock_filter body[] = {__VA_ARGS__};         \
-        ADD(p, IF_EQUAL(number, 0, COUNT(body)));                \
-        add(p, body, COUNT(body));                               \
+#define CALL(p, number, ...)                             \
+    do {                                                 \
+        const struct sock_filter body[] = {__VA_ARGS__}; \
+        ADD(p, IF_EQUAL(number, 0, COUNT(body)));        \
+        add(p, body, COUNT(body));                       \
     } while (0)
 
 static void build(struct program *p)
@@ -159,7 +209,8 @@ static bool empty_root(void)
         && mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0
         && mount("none", PLACE, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0555,size=4k,nr_inodes=1") == 0
         && chdir(PLACE) == 0 && syscall(__NR_pivot_root, ".", ".") == 0 && umount2(".", MNT_DETACH) == 0
-        && chdir("/") == 0 && mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) == 0;
+        && chdir("/") == 0
+        && mount(NULL, "/", NULL, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) == 0;
 }
 
 static bool drop_capabilities(void)

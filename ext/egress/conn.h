@@ -12,17 +12,17 @@
 #include "verdict.h"
 
 enum {
-    RECORD = 16384,        /* largest TLS record */
-    WINDOW = 1024 * 1024,            /* what a peer of HTTP/2 may send of all streams before it is taken on */
-    WINDOW_BEYOND = WINDOW - 65535,  /* the protocol's default */
-    WATERMARK = 64 * 1024, /* stop reading the peer above; 64 KB beat 256 KB by 6-25 % (L2) */
+    RECORD = 16384,                 /* largest TLS record */
+    WINDOW = 1024 * 1024,           /* what a peer of HTTP/2 may send of all streams before it is taken on */
+    WINDOW_BEYOND = WINDOW - 65535, /* the protocol's default */
+    WATERMARK = 64 * 1024,          /* stop reading the peer above; 64 KB beat 256 KB by 6-25 % (L2) */
     SCRATCH = 160 * 1024,
     POOL_SLOTS = 256,
     POOL_PER_KEY = 128, /* idle connections to one host */
     POOL_IDLE = 1024,   /* idle connections of a loop */
     ASKED_SLOTS = 1024,
     MAX_ADDRESSES = 16,
-    MAX_INTERIM = 64, /* 1xx responses before the one that counts */
+    MAX_INTERIM = 64,   /* 1xx responses before the one that counts */
     PLACE_SLOTS = 1024, /* generations of what is known about instances, see front.c */
 };
 
@@ -42,9 +42,9 @@ enum phase {
     P_HANDSHAKE, /* TLS, both sides */
     P_HTTP1,
     P_HTTP2,
-    P_TUNNEL,    /* after 101: bytes, sealed on both sides */
-    P_SPLICE,    /* passed through */
-    P_LINGER,    /* everything said; reading until the peer is done */
+    P_TUNNEL, /* after 101: bytes, sealed on both sides */
+    P_SPLICE, /* passed through */
+    P_LINGER, /* everything said; reading until the peer is done */
 };
 
 enum step { STEP_AGAIN, STEP_MORE, STEP_STOP };
@@ -75,7 +75,7 @@ struct visit {
     char *location;            /* where it is redirected to */
     char *proof;               /* what a public CA wants to read */
     uint8_t path_n;
-    char path[200];            /* without the query */
+    char path[200]; /* without the query */
 };
 
 struct echo;
@@ -90,30 +90,30 @@ struct place {
 /* One request and its response. Embedded in a HTTP/1 down conn, allocated per stream in HTTP/2. */
 struct xchg {
     struct conn *down, *up;
-    struct conn *awaits;   /* the connection that is being opened for it */
+    struct conn *awaits;            /* the connection that is being opened for it */
     int32_t down_stream, up_stream; /* HTTP/2 */
     struct destination to;
     struct visit *visit;
-    struct echo *echo;     /* what is taken out of the response, see echo.c */
-    size_t surplus;        /* HTTP/2: bytes of to_down beyond those that the host's window counts */
+    struct echo *echo; /* what is taken out of the response, see echo.c */
+    size_t surplus;    /* HTTP/2: bytes of to_down beyond those that the host's window counts */
     bool active;
-    bool waiting;      /* for an upstream connection, or held */
-    bool held;         /* until its credential has a value, or `held_until_ms` */
-    bool gathering;    /* its body must be complete before the head is written */
-    bool gathered;     /* and is, in to_up */
-    bool granted;      /* HTTP/2: for what is in to_up the client has been granted window already */
+    bool waiting;   /* for an upstream connection, or held */
+    bool held;      /* until its credential has a value, or `held_until_ms` */
+    bool gathering; /* its body must be complete before the head is written */
+    bool gathered;  /* and is, in to_up */
+    bool granted;   /* HTTP/2: for what is in to_up the client has been granted window already */
     bool is_head, upgrade, tunnel;
-    bool req_done;     /* all of the request was read from the client */
-    bool req_complete; /* nothing of it is left unread */
-    bool old_client;   /* HTTP/1.0 */
+    bool req_done;         /* all of the request was read from the client */
+    bool req_complete;     /* nothing of it is left unread */
+    bool old_client;       /* HTTP/1.0 */
     bool matched_trailers; /* a credential was added: request trailers are dropped */
-    bool in_trailers;  /* HTTP/1 down: behind the last chunk */
-    bool half;         /* the client has ended its side */
-    bool passed;       /* audit: carried without looking */
-    bool asked;        /* for an approval: `approval` is the question's token */
-    bool approved;     /* by somebody, for the rule `asked_rule` */
+    bool in_trailers;      /* HTTP/1 down: behind the last chunk */
+    bool half;             /* the client has ended its side */
+    bool passed;           /* audit: carried without looking */
+    bool asked;            /* for an approval: `approval` is the question's token */
+    bool approved;         /* by somebody, for the rule `asked_rule` */
     bool resp_started, resp_done;
-    unsigned interim;  /* 1xx responses so far */
+    unsigned interim; /* 1xx responses so far */
     bool reused, retried, retriable;
     bool counted;      /* among its instance's streams */
     bool taken;        /* HTTP/2: of the body, which is then not here any more */
@@ -122,8 +122,8 @@ struct xchg {
     enum body req_body;
     uint64_t req_left;
     struct h1_chunked req_chunks;
-    struct buf head;   /* HTTP/1 down: kept while the body behind it is gathered */
-    size_t kept_head;  /* HTTP/1 down: bytes of the head kept at the front of `in` for a retry */
+    struct buf head;  /* HTTP/1 down: kept while the body behind it is gathered */
+    size_t kept_head; /* HTTP/1 down: bytes of the head kept at the front of `in` for a retry */
     /* audit */
     int64_t held_until_ms;
     int64_t started_us;
@@ -141,11 +141,11 @@ struct xchg {
     struct fields request, response, up_trailers, down_trailers;
     struct buf to_up, to_down; /* body bytes waiting for the other side to take them */
     bool to_down_end, to_up_deferred, to_down_deferred;
-    bool reset_by_us;          /* not because of what the client did */
-    bool bad;                  /* the request's header block is not acceptable */
-    uint32_t reset_code;       /* with which the host ended the stream; REFUSED_STREAM: it has not looked at it */
-    size_t unconsumed_down;    /* taken by the host, not yet granted back to the client */
-    struct xchg *prev, *next;  /* streams of the down conn */
+    bool reset_by_us;               /* not because of what the client did */
+    bool bad;                       /* the request's header block is not acceptable */
+    uint32_t reset_code;            /* with which the host ended the stream; REFUSED_STREAM: it has not looked at it */
+    size_t unconsumed_down;         /* taken by the host, not yet granted back to the client */
+    struct xchg *prev, *next;       /* streams of the down conn */
     struct xchg *up_prev, *up_next; /* waiting for, or streams of, the up conn */
 };
 
@@ -178,7 +178,7 @@ struct conn {
     SSL *ssl;
     int fd;
     enum kind kind;
-    bool front;        /* of an ingress: from a client, or to a guest */
+    bool front; /* of an ingress: from a client, or to a guest */
     enum phase phase;
     bool readable_end; /* the kernel said RDHUP: read on to the end */
     bool hung_up;      /* HUP or ERR */
@@ -187,13 +187,13 @@ struct conn {
     bool clean_eof;    /* and TLS said so too */
     bool blocked;      /* the last send was short */
     bool dead, broken, dirty, again;
-    bool counted;      /* among its instance's connections, see conn_count */
-    bool shaking;      /* among its handshakes */
-    bool windowed;     /* among its windows */
-    bool waited;       /* somebody stopped reading because there was no room here */
-    bool roomy;        /* and there is again */
-    bool close_after;  /* close once everything is sent */
-    bool shut_after;   /* half-close once everything is sent */
+    bool counted;     /* among its instance's connections, see conn_count */
+    bool shaking;     /* among its handshakes */
+    bool windowed;    /* among its windows */
+    bool waited;      /* somebody stopped reading because there was no room here */
+    bool roomy;       /* and there is again */
+    bool close_after; /* close once everything is sent */
+    bool shut_after;  /* half-close once everything is sent */
     bool shut_done;
     struct buf in;     /* received, opened, not consumed */
     struct buf out;    /* to be sent, sealed */
@@ -208,10 +208,10 @@ struct conn {
     bool spoke_tls;        /* splice, up: the host answered the ClientHello */
     struct destination to; /* down: what the client asked for; up: where it leads */
     nghttp2_session *h2;
-    struct xchg *streams;  /* HTTP/2: of this conn */
+    struct xchg *streams; /* HTTP/2: of this conn */
     unsigned stream_count;
-    bool in_h2;            /* inside nghttp2: do not re-enter */
-    bool goaway;           /* sent (down) or received (up): no new streams */
+    bool in_h2;  /* inside nghttp2: do not re-enter */
+    bool goaway; /* sent (down) or received (up): no new streams */
 
     /* down */
     struct tenant *tenant;
@@ -226,10 +226,10 @@ struct conn {
     uint32_t hello_size;   /* of the ClientHello at the front of `in` */
     uint16_t dialled_port; /* redirected: original destination; of an ingress: where it listens */
     struct addr dialled;
-    enum reason refused;   /* every request on this connection is answered with it */
-    bool validated;        /* a public CA looks at the certificate of a name, see certs.h */
-    bool prefers_h1;       /* HTTP/2 only if the client offers nothing else */
-    unsigned resets;       /* streams the client cancelled since `resets_since` */
+    enum reason refused; /* every request on this connection is answered with it */
+    bool validated;      /* a public CA looks at the certificate of a name, see certs.h */
+    bool prefers_h1;     /* HTTP/2 only if the client offers nothing else */
+    unsigned resets;     /* streams the client cancelled since `resets_since` */
     int64_t resets_since;
     enum { H1_HEAD, H1_BODY, H1_WAIT } h1;
     bool head_timer;
@@ -241,13 +241,13 @@ struct conn {
     uint64_t generation;
     bool timed_out;
     bool want_h2, served, keep;
-    bool certified;        /* the host was shown a certificate of the rules' generation */
-    bool spent;            /* a body on it may not have been read to its end: nothing else may follow */
-    bool h1_only;          /* HTTP/2 was offered and the host chose HTTP/1 */
-    uint64_t token;        /* of the resolver's question */
+    bool certified; /* the host was shown a certificate of the rules' generation */
+    bool spent;     /* a body on it may not have been read to its end: nothing else may follow */
+    bool h1_only;   /* HTTP/2 was offered and the host chose HTTP/1 */
+    uint64_t token; /* of the resolver's question */
     struct conn *ask_prev, *ask_next;
     bool asking;
-    unsigned pool_depth;   /* idle connections to this host below this one, or fewer */
+    unsigned pool_depth; /* idle connections to this host below this one, or fewer */
     unsigned addresses, address;
     struct addr candidates[MAX_ADDRESSES];
     enum { R1_HEAD, R1_LENGTH, R1_CHUNKED, R1_TRAILERS, R1_CLOSE } r1;
@@ -260,12 +260,12 @@ struct conn {
 
 struct loop {
     struct engine *engine;
-    const unsigned *timers_ms;  /* the engine's */
-    int64_t bytes_share;        /* that the loop may have in buffers */
+    const unsigned *timers_ms; /* the engine's */
+    int64_t bytes_share;       /* that the loop may have in buffers */
     unsigned index;
     int epoll, wake, listener;
     struct opened *opened, *closed; /* listeners of ingresses */
-    int reserve; /* a descriptor to give up when there are no more, see accept.c */
+    int reserve;                    /* a descriptor to give up when there are no more, see accept.c */
     pthread_t thread;
     bool draining;
     int64_t now_us, now_ms, now_s, drain_by_ms;
@@ -285,18 +285,18 @@ struct loop {
     struct letter *inbox, *inbox_last;
     atomic_uint orders;
     struct conn *asked[ASKED_SLOTS]; /* waiting for addresses, by token */
-    unsigned idle;         /* connections to hosts that are kept for reuse */
-    struct tenant *payer;  /* whose buffers are being filled, see io.c */
-    int64_t bytes;         /* in buffers */
-    uint64_t limited[B_COUNT]; /* refused because of a bound */
-    struct buf *spare; /* free list by size class, see io.c */
+    unsigned idle;                   /* connections to hosts that are kept for reuse */
+    struct tenant *payer;            /* whose buffers are being filled, see io.c */
+    int64_t bytes;                   /* in buffers */
+    uint64_t limited[B_COUNT];       /* refused because of a bound */
+    struct buf *spare;               /* free list by size class, see io.c */
     unsigned spare_n[4];
     void *spares[4];
     char *scratch;
-    char *room;            /* for what a request is given by its rules, see transform.h */
-    unsigned held;         /* exchanges that are held, or more */
-    int64_t held_due_ms;   /* when the first of them is not held any longer */
-    struct head head; /* of the message being handled right now */
+    char *room;          /* for what a request is given by its rules, see transform.h */
+    unsigned held;       /* exchanges that are held, or more */
+    int64_t held_due_ms; /* when the first of them is not held any longer */
+    struct head head;    /* of the message being handled right now */
 };
 
 static inline size_t buf_size(const struct buf *b)

@@ -61,7 +61,7 @@ void front_pass_failed(struct conn *c, enum reason why);
 enum reason front_decide(struct xchg *x, const struct head *h, struct str *path, uint64_t *generation);
 struct forwarded front_forwarded(const struct xchg *x, const struct head *h);
 uint64_t front_generation(struct loop *l, const struct destination *to);
-bool front_place(const struct conn *c, struct addr *address); /* if it is known */
+bool front_place(const struct conn *c, struct addr *address);          /* if it is known */
 void front_remember(const struct conn *c, const struct addr *address); /* NULL: nobody answers there */
 bool front_sweep(struct conn *c); /* ends exchanges of removed sites; whether there were any */
 void visit_end(struct xchg *x);

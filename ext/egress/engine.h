@@ -9,20 +9,20 @@
 #include "bound.h"
 
 enum timer_class {
-    T_HEAD,      /* a request head must be complete */
+    T_HEAD, /* a request head must be complete */
     T_HANDSHAKE,
     T_RESOLVE,
     T_CONNECT,   /* per address */
     T_IDLE_DOWN, /* between requests */
     T_IDLE_UP,
-    T_STREAM,    /* no byte in either direction */
-    T_HALF,      /* the same once one side has ended */
+    T_STREAM, /* no byte in either direction */
+    T_HALF,   /* the same once one side has ended */
     T_LINGER,
-    T_ASK,       /* a request that is held for an approval; not a connection's timer */
-    T_HELD,      /* a request whose credential has no value at the moment; not a connection's timer */
-    T_PLACE,     /* ingresses: the server says where an instance is */
-    T_DIAL,      /* a guest accepts a connection; it may have to be woken first */
-    T_ANSWER,    /* a guest begins its response, and the parts of a request and its response get on */
+    T_ASK,    /* a request that is held for an approval; not a connection's timer */
+    T_HELD,   /* a request whose credential has no value at the moment; not a connection's timer */
+    T_PLACE,  /* ingresses: the server says where an instance is */
+    T_DIAL,   /* a guest accepts a connection; it may have to be woken first */
+    T_ANSWER, /* a guest begins its response, and the parts of a request and its response get on */
     T_CLASSES,
 };
 
@@ -60,15 +60,15 @@ enum { LATENCY_BUCKETS = 24 }; /* bucket i: below 2^i · 16 µs */
 
 struct engine_settings {
     unsigned loops;
-    const int *listeners; /* one listening socket per loop; taken over */
+    const int *listeners;                /* one listening socket per loop; taken over */
     const char *ca_certificate, *ca_key; /* PEM */
-    const char *trusted, *trust_extra; /* PEM: what upstream certificates must chain to; empty: none */
+    const char *trusted, *trust_extra;   /* PEM: what upstream certificates must chain to; empty: none */
     unsigned leaf_cache;
-    unsigned max_requests, max_mints; /* per instance; see struct limits */
-    uint64_t bounds_each[B_WINDOWS], bounds_total[B_WINDOWS]; /* see bound.h */
+    unsigned max_requests, max_mints;                           /* per instance; see struct limits */
+    uint64_t bounds_each[B_WINDOWS], bounds_total[B_WINDOWS];   /* see bound.h */
     uint64_t clients_each[B_WINDOWS], clients_total[B_WINDOWS]; /* of one address, and of all, at ingresses */
     uint16_t listen_port;
-    uint16_t assumed_tls_port;  /* port meant by TLS that arrives without redirection */
+    uint16_t assumed_tls_port; /* port meant by TLS that arrives without redirection */
     unsigned timers_ms[T_CLASSES];
     unsigned n_allow, n_deny;
     const char *const *allow; /* "address/prefix", IPv4 or IPv6 */
@@ -78,7 +78,7 @@ struct engine_settings {
 struct engine;
 
 struct engine *engine_new(const struct engine_settings *s, char *error, size_t error_size);
-bool engine_start(struct engine *e);  /* connections queue up until engine_accept */
+bool engine_start(struct engine *e); /* connections queue up until engine_accept */
 void engine_accept(struct engine *e);
 void engine_drain(struct engine *e, unsigned grace_ms); /* no new connections; old ones get grace_ms */
 unsigned engine_running(struct engine *e); /* loops that have not ended; engine_audit_fd says when one has */

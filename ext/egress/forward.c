@@ -113,7 +113,8 @@ bool is_grpc(const struct head *h)
         if (h->f[i].name.n != 12 || value.n < GRPC.n || !h1_is(h->f[i].name, "content-type"))
             continue;
         char next = value.n > GRPC.n ? value.p[GRPC.n] : ';';
-        return h1_same((struct str){value.p, GRPC.n}, GRPC) && (next == ';' || next == '+' || next == ' ' || next == '\t');
+        return h1_same((struct str){value.p, GRPC.n}, GRPC)
+            && (next == ';' || next == '+' || next == ' ' || next == '\t');
     }
     return false;
 }

@@ -25,8 +25,7 @@ struct forwarded {
 
 bool forward_field_passes(const struct head *h, const struct field *f, const struct forwarded *from);
 bool forward_trailer_passes(const struct field *f, const struct route *r);
-void render_forward(struct out *o, const struct head *h, const struct request_line *line,
-                    const struct forwarded *from);
+void render_forward(struct out *o, const struct head *h, const struct request_line *line, const struct forwarded *from);
 void out_forwarded(struct out *o, const struct forwarded *from); /* the value of Forwarded (RFC 7239) */
 /* Needs HTTP/2 on the whole way: its application/grpc, not gRPC-Web, which is made for HTTP/1. */
 bool is_grpc(const struct head *h);
@@ -38,7 +37,7 @@ struct page {
     const char *type;
     struct {
         const char *name, *value;
-    } fields[2];       /* further ones */
+    } fields[2]; /* further ones */
     unsigned n_fields;
     char body[1600];
     size_t n;

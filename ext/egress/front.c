@@ -153,7 +153,8 @@ static void note(struct visit *v, const struct head *h, struct str path)
     v->path_n = (uint8_t)(n < sizeof v->path ? n : sizeof v->path);
     memcpy(v->path, path.p, v->path_n);
     for (unsigned i = 0; i < h->n; i++)
-        if (h->f[i].name.n == 6 && h1_is(h->f[i].name, "accept") && memmem(h->f[i].value.p, h->f[i].value.n, HTML.p, HTML.n))
+        if (h->f[i].name.n == 6 && h1_is(h->f[i].name, "accept")
+            && memmem(h->f[i].value.p, h->f[i].value.n, HTML.p, HTML.n))
             v->html = true;
 }
 

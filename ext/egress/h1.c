@@ -9,14 +9,29 @@ enum { TOKEN = 1, VALUE = 2, TARGET = 4, HEX = 8 };
 /* Classes of bytes: token characters; what a field value may hold (HTAB, SP, visible, obs-text); what a request
  * target may hold (visible ASCII without '#': a fragment never travels); hexadecimal digits. */
 static const uint8_t CLASS[256] = {
-    ['\t'] = VALUE, [' '] = VALUE, [0x80 ... 0xff] = VALUE,
-    ['"'] = VALUE | TARGET, ['(' ... ')'] = VALUE | TARGET, [','] = VALUE | TARGET, ['/'] = VALUE | TARGET,
-    [':' ... '@'] = VALUE | TARGET, ['[' ... ']'] = VALUE | TARGET, ['{'] = VALUE | TARGET, ['}'] = VALUE | TARGET,
+    ['\t'] = VALUE,
+    [' '] = VALUE,
+    [0x80 ... 0xff] = VALUE,
+    ['"'] = VALUE | TARGET,
+    ['(' ... ')'] = VALUE | TARGET,
+    [','] = VALUE | TARGET,
+    ['/'] = VALUE | TARGET,
+    [':' ... '@'] = VALUE | TARGET,
+    ['[' ... ']'] = VALUE | TARGET,
+    ['{'] = VALUE | TARGET,
+    ['}'] = VALUE | TARGET,
     ['#'] = TOKEN | VALUE,
-    ['!'] = TOKEN | VALUE | TARGET, ['$' ... '\''] = TOKEN | VALUE | TARGET, ['*' ... '+'] = TOKEN | VALUE | TARGET,
-    ['-' ... '.'] = TOKEN | VALUE | TARGET, ['^' ... '`'] = TOKEN | VALUE | TARGET, ['|'] = TOKEN | VALUE | TARGET,
-    ['~'] = TOKEN | VALUE | TARGET, ['G' ... 'Z'] = TOKEN | VALUE | TARGET, ['g' ... 'z'] = TOKEN | VALUE | TARGET,
-    ['0' ... '9'] = TOKEN | VALUE | TARGET | HEX, ['A' ... 'F'] = TOKEN | VALUE | TARGET | HEX,
+    ['!'] = TOKEN | VALUE | TARGET,
+    ['$' ... '\''] = TOKEN | VALUE | TARGET,
+    ['*' ... '+'] = TOKEN | VALUE | TARGET,
+    ['-' ... '.'] = TOKEN | VALUE | TARGET,
+    ['^' ... '`'] = TOKEN | VALUE | TARGET,
+    ['|'] = TOKEN | VALUE | TARGET,
+    ['~'] = TOKEN | VALUE | TARGET,
+    ['G' ... 'Z'] = TOKEN | VALUE | TARGET,
+    ['g' ... 'z'] = TOKEN | VALUE | TARGET,
+    ['0' ... '9'] = TOKEN | VALUE | TARGET | HEX,
+    ['A' ... 'F'] = TOKEN | VALUE | TARGET | HEX,
     ['a' ... 'f'] = TOKEN | VALUE | TARGET | HEX,
 };
 
@@ -124,23 +139,54 @@ int64_t h1_content_length(struct str v)
 
 enum h1_field_id h1_field_id(const char *p, size_t n)
 {
-#define MATCH(text, id) \
+#define MATCH(text, id)                            \
     if (h1_is((struct str){p, (uint32_t)n}, text)) \
-        return id
+    return id
     switch (n) {
-    case 2: MATCH("te", F_TE); break;
-    case 4: MATCH("host", F_HOST); break;
-    case 6: MATCH("cookie", F_COOKIE); MATCH("expect", F_EXPECT); break;
-    case 7: MATCH("upgrade", F_UPGRADE); MATCH("trailer", F_TRAILER); MATCH("alt-svc", F_ALT_SVC); break;
-    case 10: MATCH("connection", F_CONNECTION); MATCH("keep-alive", F_KEEP_ALIVE); break;
-    case 12: MATCH("max-forwards", F_MAX_FORWARDS); break;
-    case 13: MATCH("authorization", F_AUTHORIZATION); break;
-    case 14: MATCH("content-length", F_CONTENT_LENGTH); MATCH("http2-settings", F_HTTP2_SETTINGS); break;
-    case 16: MATCH("proxy-connection", F_PROXY_CONNECTION); MATCH("x-hypeman-egress", F_HYPEMAN); break;
-    case 17: MATCH("transfer-encoding", F_TRANSFER_ENCODING); break;
-    case 18: MATCH("proxy-authenticate", F_PROXY_AUTHENTICATE); break;
-    case 19: MATCH("proxy-authorization", F_PROXY_AUTHORIZATION); break;
-    default: break;
+    case 2:
+        MATCH("te", F_TE);
+        break;
+    case 4:
+        MATCH("host", F_HOST);
+        break;
+    case 6:
+        MATCH("cookie", F_COOKIE);
+        MATCH("expect", F_EXPECT);
+        break;
+    case 7:
+        MATCH("upgrade", F_UPGRADE);
+        MATCH("trailer", F_TRAILER);
+        MATCH("alt-svc", F_ALT_SVC);
+        break;
+    case 10:
+        MATCH("connection", F_CONNECTION);
+        MATCH("keep-alive", F_KEEP_ALIVE);
+        break;
+    case 12:
+        MATCH("max-forwards", F_MAX_FORWARDS);
+        break;
+    case 13:
+        MATCH("authorization", F_AUTHORIZATION);
+        break;
+    case 14:
+        MATCH("content-length", F_CONTENT_LENGTH);
+        MATCH("http2-settings", F_HTTP2_SETTINGS);
+        break;
+    case 16:
+        MATCH("proxy-connection", F_PROXY_CONNECTION);
+        MATCH("x-hypeman-egress", F_HYPEMAN);
+        break;
+    case 17:
+        MATCH("transfer-encoding", F_TRANSFER_ENCODING);
+        break;
+    case 18:
+        MATCH("proxy-authenticate", F_PROXY_AUTHENTICATE);
+        break;
+    case 19:
+        MATCH("proxy-authorization", F_PROXY_AUTHORIZATION);
+        break;
+    default:
+        break;
     }
 #undef MATCH
     return F_OTHER;

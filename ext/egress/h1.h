@@ -56,12 +56,12 @@ struct field {
 };
 
 struct head {
-    struct str method;     /* requests */
-    struct str target;     /* requests; the path in HTTP/2 */
-    struct str authority;  /* value of Host, or :authority */
-    struct str reason;     /* responses */
-    int status;            /* responses */
-    int minor;             /* HTTP/1.minor */
+    struct str method;    /* requests */
+    struct str target;    /* requests; the path in HTTP/2 */
+    struct str authority; /* value of Host, or :authority */
+    struct str reason;    /* responses */
+    int status;           /* responses */
+    int minor;            /* HTTP/1.minor */
     bool http2;
     int64_t content_length; /* -1: not given */
     bool chunked;
@@ -71,7 +71,7 @@ struct head {
     bool expect_continue;
     bool expect_other;
     bool te_trailers;
-    unsigned hosts;        /* how many Host fields; a request may have at most one */
+    unsigned hosts; /* how many Host fields; a request may have at most one */
     unsigned n;
     struct field f[H1_MAX_FIELDS];
 };
@@ -84,18 +84,18 @@ int h1_parse_trailers(const char *in, size_t n, struct head *out);
 enum h1_field_id h1_field_id(const char *name, size_t n);
 bool h1_is_token(const char *p, size_t n);
 bool h1_is_field_value(const char *p, size_t n);
-bool h1_is_target(const char *p, size_t n); /* visible ASCII without '#' */
-bool h1_same(struct str a, struct str b);                 /* ASCII case does not matter */
-bool h1_same_variable(struct str a, struct str b);        /* nor does '-' or '_': one variable to CGI and its like */
-bool h1_is(struct str a, const char *lower);              /* the same, against a lower-case literal */
-bool h1_list_has(struct str list, struct str item);       /* comma-separated tokens, case does not matter */
+bool h1_is_target(const char *p, size_t n);         /* visible ASCII without '#' */
+bool h1_same(struct str a, struct str b);           /* ASCII case does not matter */
+bool h1_same_variable(struct str a, struct str b);  /* nor does '-' or '_': one variable to CGI and its like */
+bool h1_is(struct str a, const char *lower);        /* the same, against a lower-case literal */
+bool h1_list_has(struct str list, struct str item); /* comma-separated tokens, case does not matter */
 /* Digits only, below 2^62; -1 otherwise. */
 int64_t h1_content_length(struct str value);
 
 /* Decoder of one chunked body. Zeroed is ready. */
 struct h1_chunked {
     uint64_t left;
-    uint32_t extension;    /* bytes of extensions so far, bounded for the whole message */
+    uint32_t extension; /* bytes of extensions so far, bounded for the whole message */
     uint8_t digits;
     uint8_t state;
 };

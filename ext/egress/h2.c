@@ -244,7 +244,8 @@ nghttp2_session *h2_session(struct conn *c, bool server, nghttp2_session_callbac
         return NULL;
     nghttp2_option_set_no_auto_window_update(o, 1); /* windows are granted as the other side takes the bytes */
     nghttp2_option_set_max_send_header_block_length(o, 2 * H1_MAX_HEAD + 65536);
-    int r = server ? nghttp2_session_server_new2(&s, callbacks, c, o) : nghttp2_session_client_new2(&s, callbacks, c, o);
+    int r =
+        server ? nghttp2_session_server_new2(&s, callbacks, c, o) : nghttp2_session_client_new2(&s, callbacks, c, o);
     nghttp2_option_del(o);
     if (r != 0)
         return NULL;

@@ -57,7 +57,8 @@ static bool read_server_name(struct window ext, struct hello *out)
 
 static bool is_acme(struct window ext)
 {
-    static const uint8_t ONLY[] = "\0\x0b\x0a" "acme-tls/1"; /* a list of one */
+    static const uint8_t ONLY[] = "\0\x0b\x0a"
+                                  "acme-tls/1"; /* a list of one */
     return ext.n == sizeof ONLY - 1 && memcmp(ext.p, ONLY, ext.n) == 0;
 }
 

@@ -206,7 +206,8 @@ size_t conn_watermark(const struct conn *c)
 {
     const struct loop *l = c->loop;
     bool over = l->bytes > l->bytes_share
-        || atomic_load_explicit(&c->tenant->usage.used[B_BYTES], memory_order_relaxed) > c->tenant->bounds->each[B_BYTES];
+        || atomic_load_explicit(&c->tenant->usage.used[B_BYTES], memory_order_relaxed)
+            > c->tenant->bounds->each[B_BYTES];
     return over ? 1 : WATERMARK;
 }
 

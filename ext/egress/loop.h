@@ -51,13 +51,13 @@ struct asked {
 
 struct engine {
     struct table table;
-    struct table clients;  /* of ingresses, by address */
+    struct table clients; /* of ingresses, by address */
     struct sites sites;
     struct certs certs;
     atomic_uint_fast64_t generations[PLACE_SLOTS]; /* of what is known about instances, see front.c */
     pthread_mutex_t place_lock;
     struct place places[PLACE_SLOTS];
-    struct gate *gates;    /* touched by the program's thread only */
+    struct gate *gates; /* touched by the program's thread only */
     struct reach reach;
     unsigned timers_ms[T_CLASSES];
     uint16_t listen_port, assumed_tls_port;

@@ -25,8 +25,8 @@ static void read_transform(struct reader *r, struct rule *rule)
     }
     for (unsigned i = 0; i < MAX_EXTRA; i++)
         rule->extra[i] = i < extra ? read_text(r) : (struct str){"", 0};
-    bool named = rule->kind == RULE_HEADER ? h1_is_token(rule->name.p, rule->name.n)
-                                           : h1_is_target(rule->name.p, rule->name.n);
+    bool named =
+        rule->kind == RULE_HEADER ? h1_is_token(rule->name.p, rule->name.n) : h1_is_target(rule->name.p, rule->name.n);
     r->bad |= !named || !h1_is_field_value(rule->value.p, rule->value.n);
     for (unsigned i = 0; i < extra; i++)
         r->bad |= !h1_is_field_value(rule->extra[i].p, rule->extra[i].n);
@@ -62,7 +62,8 @@ struct snapshot *snapshot_decode(const uint8_t *data, size_t n)
         return NULL;
     }
     r.p += sizeof MAGIC;
-    unsigned unmatched = (unsigned)read_number(&r, 1), web_only = (unsigned)read_number(&r, 1), tls_port = (unsigned)read_number(&r, 2);
+    unsigned unmatched = (unsigned)read_number(&r, 1), web_only = (unsigned)read_number(&r, 1),
+             tls_port = (unsigned)read_number(&r, 2);
     unsigned rules = (unsigned)read_number(&r, 2), patterns = (unsigned)read_number(&r, 2);
     if (r.bad || unmatched > UNMATCHED_DENY || web_only > 1 || rules > MAX_RULES) {
         errno = EINVAL;

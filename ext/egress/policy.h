@@ -45,10 +45,10 @@ struct rule {
     struct str key;         /* name of the credential, as the guest and the audit know it */
     struct str placeholder; /* what the guest holds instead of the value */
     enum rule_kind kind;
-    bool ready;             /* there is a value; else requests wait for one */
-    int64_t expires_s;      /* Unix time from which on there is none; 0: never */
-    struct str name;        /* of the field, in lower case, or of the parameter */
-    struct str value;       /* secret */
+    bool ready;        /* there is a value; else requests wait for one */
+    int64_t expires_s; /* Unix time from which on there is none; 0: never */
+    struct str name;   /* of the field, in lower case, or of the parameter */
+    struct str value;  /* secret */
     struct str extra[MAX_EXTRA];
     bool every_host;
     unsigned n;
@@ -58,11 +58,11 @@ struct rule {
 
 struct snapshot {
     atomic_uint refs;
-    size_t size; /* of the whole mapping */
+    size_t size;            /* of the whole mapping */
     const uint8_t *encoded; /* what it was read from */
     size_t encoded_n;
     enum unmatched unmatched;
-    bool web_only;    /* HTTPS to tls_port and HTTP to 80 only, except where a rule names the port; TLS with a name only */
+    bool web_only; /* HTTPS to tls_port and HTTP to 80 only, except where a rule names the port; TLS with a name only */
     uint16_t tls_port;
     unsigned n;
     struct rule *rules;
@@ -94,9 +94,9 @@ struct tenant {
     atomic_bool removed;
     struct bounds *bounds;
     struct usage usage;
-    atomic_uint asking; /* requests that are held for an approval */
+    atomic_uint asking;    /* requests that are held for an approval */
     struct table *clients; /* of a client: where it is as long as anything holds it; NULL: an instance */
-    pthread_mutex_t lock; /* of the fields below */
+    pthread_mutex_t lock;  /* of the fields below */
     struct snapshot *snapshot;
     atomic_uint_fast64_t generation;
     struct bucket requests, mints;
@@ -104,8 +104,8 @@ struct tenant {
 };
 
 struct limits {
-    unsigned requests;      /* per second and instance; 0: no limit */
-    unsigned mints;         /* per second and instance */
+    unsigned requests; /* per second and instance; 0: no limit */
+    unsigned mints;    /* per second and instance */
 };
 
 struct table {

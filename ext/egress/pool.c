@@ -104,8 +104,8 @@ static void keep_idle(struct conn *c)
 void up_release(struct conn *c)
 {
     struct loop *l = c->loop;
-    if (!c->keep || c->spent || c->dead || c->broken || c->sock_eof || c->readable_end || l->draining || buf_size(&c->in)
-        || is_stale(c)) {
+    if (!c->keep || c->spent || c->dead || c->broken || c->sock_eof || c->readable_end || l->draining
+        || buf_size(&c->in) || is_stale(c)) {
         if (c->ssl && !c->dead && !c->broken && !c->sock_eof)
             conn_finish(c, false);
         else
@@ -256,7 +256,8 @@ void up_unwait(struct xchg *x)
 
 void up_pass(struct conn *down)
 {
-    uint64_t generation = down->front ? front_generation(down->loop, &down->to) : atomic_load(&down->tenant->generation);
+    uint64_t generation =
+        down->front ? front_generation(down->loop, &down->to) : atomic_load(&down->tenant->generation);
     struct conn *c = dial(down->loop, down->tenant, &down->to, generation);
     if (!c) {
         down->pass_refused = true;
@@ -481,7 +482,7 @@ static void shake_hands(struct conn *c)
     SSL_get0_alpn_selected(c->ssl, &alpn, &n);
     bool h2 = n == 2 && memcmp(alpn, "h2", 2) == 0;
     SSL_certs_clear(c->ssl); /* the key was for this handshake only */
-    conn_mark(c); /* the Finished message */
+    conn_mark(c);            /* the Finished message */
     if (h2) {
         begin_http2(c);
         return;

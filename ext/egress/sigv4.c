@@ -14,8 +14,8 @@
 enum {
     HASH = 32,
     HEX = 64,
-    DATE = 8,      /* 20150830 */
-    DATE_TIME = 16, /* 20150830T123600Z */
+    DATE = 8,        /* 20150830 */
+    DATE_TIME = 16,  /* 20150830T123600Z */
     MAX_PARTS = 160, /* fields, or parameters, of one request */
     MAX_EXPIRES_S = 7 * 24 * 3600,
 };
@@ -201,8 +201,8 @@ bool sigv4_needs_body(const struct head *h, struct str path)
 
 static bool is_unreserved(int c)
 {
-    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-' || c == '.' || c == '_'
-        || c == '~';
+    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-' || c == '.'
+        || c == '_' || c == '~';
 }
 
 static void add_encoded(struct out *o, int c, bool keep_slash)
@@ -464,7 +464,10 @@ static bool chunk_size(char **p, const char *end, size_t *size)
     *size = 0;
     for (; *p < end && digits < 8; (*p)++, digits++) {
         char c = **p;
-        int v = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        int v = c >= '0' && c <= '9' ? c - '0'
+            : c >= 'a' && c <= 'f'   ? c - 'a' + 10
+            : c >= 'A' && c <= 'F'   ? c - 'A' + 10
+                                     : -1;
         if (v < 0)
             break;
         *size = *size << 4 | (size_t)v;
@@ -548,11 +551,12 @@ static struct str presigned_path(struct signing *s, struct str path, struct str 
     out_add(room, "?", 1);
     while (query.n) {
         struct str parameter = next_parameter(&query), name = parameter_name(parameter);
-        if (!parameter.n || (name.n > 6 && h1_same((struct str){name.p, 6}, TEXT("x-amz-")) && (
-                same_decoded(name, TEXT("X-Amz-Algorithm")) || same_decoded(name, TEXT("X-Amz-Credential"))
-                || same_decoded(name, TEXT("X-Amz-Date")) || same_decoded(name, TEXT("X-Amz-Expires"))
-                || same_decoded(name, TEXT("X-Amz-SignedHeaders")) || same_decoded(name, TEXT("X-Amz-Signature"))
-                || same_decoded(name, TEXT("X-Amz-Security-Token")))))
+        if (!parameter.n
+            || (name.n > 6 && h1_same((struct str){name.p, 6}, TEXT("x-amz-"))
+                && (same_decoded(name, TEXT("X-Amz-Algorithm")) || same_decoded(name, TEXT("X-Amz-Credential"))
+                    || same_decoded(name, TEXT("X-Amz-Date")) || same_decoded(name, TEXT("X-Amz-Expires"))
+                    || same_decoded(name, TEXT("X-Amz-SignedHeaders")) || same_decoded(name, TEXT("X-Amz-Signature"))
+                    || same_decoded(name, TEXT("X-Amz-Security-Token")))))
             continue;
         out_add(room, parameter.p, parameter.n);
         out_add(room, "&", 1);
@@ -702,8 +706,9 @@ enum reason sigv4_sign(struct out *room, struct out *work, struct matched *m, co
             s.rule = r;
     }
     if (!s.rule)
-        return refused(m, known ? "the credential is not for this region and service"
-                                : "its access key is not the placeholder of a credential for this host");
+        return refused(m,
+                       known ? "the credential is not for this region and service"
+                             : "its access key is not the placeholder of a credential for this host");
     struct tm t;
     time_t now = (time_t)now_s;
     char when[DATE_TIME + 1];

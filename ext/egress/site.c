@@ -228,8 +228,7 @@ static struct site **find_id(struct sites *s, const char *ingress)
 static bool put(struct sites *s, struct site *site)
 {
     struct site **old = find_id(s, site->ingress);
-    if (*old && (*old)->encoded_n == site->encoded_n
-        && memcmp((*old)->encoded, site->encoded, site->encoded_n) == 0) {
+    if (*old && (*old)->encoded_n == site->encoded_n && memcmp((*old)->encoded, site->encoded, site->encoded_n) == 0) {
         site_release(site);
         return true;
     }

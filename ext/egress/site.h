@@ -25,13 +25,13 @@ struct route {
     struct str target;        /* an instance's name, or a text with captures */
     struct str header, value; /* which the client must send; empty: none */
     uint16_t port, target_port;
-    uint16_t redirect;        /* plain requests are sent to https on this port; 0: they are not */
-    bool tls;                 /* requests over TLS are for it, plain ones are not; else the other way round */
-    bool pass;                /* TLS for it is not opened but carried to the instance; plain requests are not for it */
+    uint16_t redirect; /* plain requests are sent to https on this port; 0: they are not */
+    bool tls;          /* requests over TLS are for it, plain ones are not; else the other way round */
+    bool pass;         /* TLS for it is not opened but carried to the instance; plain requests are not for it */
     uint64_t mask;
     uint8_t labels;
-    bool captured;            /* the target depends on the host name */
-    struct route *next;       /* in its slot */
+    bool captured;      /* the target depends on the host name */
+    struct route *next; /* in its slot */
 };
 
 struct site {
@@ -53,7 +53,7 @@ struct sites {
     struct {
         uint64_t mask;
         uint8_t labels;
-        unsigned routes; /* that have this shape */
+        unsigned routes;  /* that have this shape */
     } shapes[MAX_SHAPES]; /* the winning one first */
     unsigned n_shapes;
 };

@@ -113,8 +113,8 @@ static SSL_CTX *context(const SSL_METHOD *m)
     if (!ctx)
         return NULL;
     SSL_CTX_set_min_proto_version(ctx, TLS1_2_VERSION);
-    SSL_CTX_set_options(ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_NO_TICKET
-                                 | SSL_OP_CIPHER_SERVER_PREFERENCE);
+    SSL_CTX_set_options(
+        ctx, SSL_OP_NO_RENEGOTIATION | SSL_OP_NO_COMPRESSION | SSL_OP_NO_TICKET | SSL_OP_CIPHER_SERVER_PREFERENCE);
     SSL_CTX_set_ciphersuites(ctx, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256");
     /* Post-quantum first where this OpenSSL has it (3.5); else its own list. */
     if (SSL_CTX_set1_groups_list(ctx, "X25519MLKEM768:X25519:P-256:P-384:P-521") != 1)
@@ -222,8 +222,8 @@ SSL_CTX *tls_client_context(const char *trusted, const char *extra, char *error,
     SSL_CTX_set_verify(ctx, SSL_VERIFY_PEER, NULL);
     SSL_CTX_set_cert_verify_callback(ctx, chain_verify, NULL);
     /* A certificate that the operator trusts is trusted, an intermediate too, as in Go. */
-    X509_VERIFY_PARAM_set_flags(SSL_CTX_get0_param(ctx), X509_V_FLAG_TRUSTED_FIRST | X509_V_FLAG_PARTIAL_CHAIN
-                                                             | X509_V_FLAG_X509_STRICT);
+    X509_VERIFY_PARAM_set_flags(SSL_CTX_get0_param(ctx),
+                                X509_V_FLAG_TRUSTED_FIRST | X509_V_FLAG_PARTIAL_CHAIN | X509_V_FLAG_X509_STRICT);
     X509_VERIFY_PARAM_set_auth_level(SSL_CTX_get0_param(ctx), 2); /* keys of 112 bits, no SHA-1 */
     return ctx;
 }
@@ -272,5 +272,6 @@ int tls_handshake(struct conn *c)
 const char *tls_alert_received(void)
 {
     unsigned long e = ERR_peek_error();
-    return ERR_GET_LIB(e) == ERR_LIB_SSL && ERR_GET_REASON(e) > SSL_AD_REASON_OFFSET ? ERR_reason_error_string(e) : NULL;
+    return ERR_GET_LIB(e) == ERR_LIB_SSL && ERR_GET_REASON(e) > SSL_AD_REASON_OFFSET ? ERR_reason_error_string(e)
+                                                                                     : NULL;
 }

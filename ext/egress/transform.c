@@ -97,8 +97,8 @@ static void set_hmac(struct out *room, struct matched *m, const struct rule *r, 
     EVP_MD_CTX *context = EVP_MD_CTX_new();
     bool good = key && context && EVP_DigestSignInit(context, NULL, EVP_sha256(), NULL, key) == 1
         && EVP_DigestSignUpdate(context, before.p, before.n) == 1
-        && (!body.n || EVP_DigestSignUpdate(context, body.p, body.n) == 1)
-        && EVP_DigestSignFinal(context, sum, &n) == 1 && n == sizeof sum;
+        && (!body.n || EVP_DigestSignUpdate(context, body.p, body.n) == 1) && EVP_DigestSignFinal(context, sum, &n) == 1
+        && n == sizeof sum;
     EVP_MD_CTX_free(context);
     EVP_PKEY_free(key);
     if (!good)

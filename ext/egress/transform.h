@@ -7,7 +7,7 @@
 #include "verdict.h"
 
 enum {
-    TRANSFORM_ROOM = 96 * 1024,    /* a path and a few fields */
+    TRANSFORM_ROOM = 96 * 1024,       /* a path and a few fields */
     TRANSFORM_BODY = 4 * 1024 * 1024, /* of a body that must be complete */
 };
 

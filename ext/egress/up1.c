@@ -48,7 +48,8 @@ static void up1_end(struct xchg *x, const struct head *trailers)
     out_text(&o, "0\r\n");
     for (unsigned i = 0; trailers && !x->matched_trailers && i < trailers->n; i++)
         if (x->visit ? forward_trailer_passes(&trailers->f[i], x->visit->route)
-                     : trailer_passes(&trailers->f[i], NULL)) /* to hosts with a credential no trailers: one could repeat its name */
+                     : trailer_passes(&trailers->f[i],
+                                      NULL)) /* to hosts with a credential no trailers: one could repeat its name */
             out_field(&o, trailers->f[i].name, trailers->f[i].value);
     out_text(&o, "\r\n");
     conn_write(x->up, o.p, o.n);

@@ -113,7 +113,8 @@ void up2_detach(struct conn *c, struct xchg *x)
     x->up_prev = x->up_next = NULL;
     c->stream_count--;
     (void)nghttp2_session_set_stream_user_data(c->h2, x->up_stream, NULL);
-    if (buf_size(&x->to_down) > x->surplus) /* received, and from now on nobody's: the connection's window must not shrink by it */
+    if (buf_size(&x->to_down)
+        > x->surplus) /* received, and from now on nobody's: the connection's window must not shrink by it */
         (void)nghttp2_session_consume_connection(c->h2, buf_size(&x->to_down) - x->surplus);
     if (!c->streams)
         conn_timer(c, T_IDLE_UP);

@@ -7,17 +7,21 @@
 const struct reason_text REASONS[R_COUNT] = {
     [R_NONE] = {200, "ok", "", NEXT_NEVER},
     [R_BAD_REQUEST] = {400, "bad_request", "the request is malformed or ambiguous", NEXT_CHANGE},
-    [R_HEAD_TOO_LARGE] = {431, "head_too_large", "the request head is larger than 32 KB or has over 128 fields", NEXT_CHANGE},
+    [R_HEAD_TOO_LARGE] = {431, "head_too_large", "the request head is larger than 32 KB or has over 128 fields",
+                          NEXT_CHANGE},
     [R_BAD_HOST] = {400, "bad_host", "the host is not a plain name or address", NEXT_CHANGE},
-    [R_HOST_MISMATCH] = {421, "host_mismatch", "Host differs from the name this connection was opened for", NEXT_CHANGE},
+    [R_HOST_MISMATCH] = {421, "host_mismatch", "Host differs from the name this connection was opened for",
+                         NEXT_CHANGE},
     [R_METHOD] = {405, "method_not_allowed", "this method is not forwarded to this host", NEXT_NEVER},
     [R_EXPECTATION] = {417, "expectation_failed", "only the expectation 100-continue is supported", NEXT_CHANGE},
     [R_PLACEHOLDER] = {403, "placeholder_outside_hosts",
                        "the request has a placeholder for a credential that is not allowed for this host", NEXT_CHANGE},
     [R_HOST_DENIED] = {403, "host_denied", "no rule of this instance covers the host", NEXT_OTHER_HOST},
     [R_ADDRESS_LITERAL] = {403, "address_literal", "this instance may connect to hosts only by name", NEXT_OTHER_HOST},
-    [R_ADDRESS_DENIED] = {403, "address_denied", "the host has a private, local or otherwise refused address", NEXT_OTHER_HOST},
-    [R_PORT] = {403, "port_denied", "ports other than 443 for HTTPS and 80 for HTTP need a rule that names them", NEXT_OTHER_HOST},
+    [R_ADDRESS_DENIED] = {403, "address_denied", "the host has a private, local or otherwise refused address",
+                          NEXT_OTHER_HOST},
+    [R_PORT] = {403, "port_denied", "ports other than 443 for HTTPS and 80 for HTTP need a rule that names them",
+                NEXT_OTHER_HOST},
     [R_NO_NAME] = {403, "no_server_name", "this instance may use TLS only with a server name", NEXT_CHANGE},
     [R_MAX_FORWARDS] = {200, "max_forwards", "", NEXT_NEVER},
     [R_RATE] = {429, "rate_limited", "this instance makes too many requests", NEXT_LATER},
@@ -34,18 +38,22 @@ const struct reason_text REASONS[R_COUNT] = {
     [R_CLIENT_CLOSED] = {499, "client_closed", "the client closed the connection", NEXT_LATER},
     [R_CLIENT_TLS] = {400, "client_tls", "the TLS handshake with the client failed", NEXT_CHANGE},
     [R_NOT_TLS] = {400, "not_tls", "only TLS is allowed through CONNECT", NEXT_CHANGE},
-    [R_BUSY] = {503, "too_many_at_once", "this instance, or the host, has too many connections or requests open", NEXT_LATER},
-    [R_CREDENTIAL] = {503, "credential_unavailable", "the credential for this host has no valid value at the moment", NEXT_LATER},
+    [R_BUSY] = {503, "too_many_at_once", "this instance, or the host, has too many connections or requests open",
+                NEXT_LATER},
+    [R_CREDENTIAL] = {503, "credential_unavailable", "the credential for this host has no valid value at the moment",
+                      NEXT_LATER},
     [R_SIGNATURE] = {403, "signature_refused", "the request's signature cannot be replaced", NEXT_CHANGE},
-    [R_TOO_LARGE] = {413, "body_too_large", "the body must be complete before it is sent to this host, and is too large for that", NEXT_CHANGE},
-    [R_UNSEARCHABLE] = {502, "unsearchable_response", "the response is encoded or partial, so it cannot be searched for credentials",
-                        NEXT_NEVER},
+    [R_TOO_LARGE] = {413, "body_too_large",
+                     "the body must be complete before it is sent to this host, and is too large for that",
+                     NEXT_CHANGE},
+    [R_UNSEARCHABLE] = {502, "unsearchable_response",
+                        "the response is encoded or partial, so it cannot be searched for credentials", NEXT_NEVER},
     [R_DRAINING] = {503, "draining", "the proxy is about to stop", NEXT_LATER},
     [R_NO_RULE] = {403, "no_rule", "no rule of this instance allows this request", NEXT_OTHER_HOST},
     [R_HOST_RULE] = {403, "host_denied_by_rule", "a rule of this instance denies this host", NEXT_OTHER_HOST},
     [R_REQUEST_RULE] = {403, "request_denied", "a rule of this instance denies this method or path", NEXT_NEVER},
-    [R_PATH] = {400, "ambiguous_path", "servers could interpret the path in different ways, and a rule decides by the path",
-                NEXT_CHANGE},
+    [R_PATH] = {400, "ambiguous_path",
+                "servers could interpret the path in different ways, and a rule decides by the path", NEXT_CHANGE},
     [R_OVERRIDE] = {403, "method_override", "a header replaces the method, and a rule decides by the method",
                     NEXT_CHANGE},
     [R_NOT_APPROVED] = {403, "not_approved", "the request was held for approval and denied", NEXT_NEVER},
@@ -144,8 +152,7 @@ static bool has_placeholder(const struct head *h, struct str placeholder)
     if (!placeholder.n)
         return false;
     for (unsigned i = 0; i < h->n; i++)
-        if (h->f[i].value.n >= placeholder.n
-            && memmem(h->f[i].value.p, h->f[i].value.n, placeholder.p, placeholder.n))
+        if (h->f[i].value.n >= placeholder.n && memmem(h->f[i].value.p, h->f[i].value.n, placeholder.p, placeholder.n))
             return true;
     return false;
 }
@@ -201,8 +208,9 @@ enum reason apply_access(const struct snapshot *s, const struct head *h, const s
         why = !a.rule ? R_NO_RULE : a.rule->methods || a.rule->paths ? R_REQUEST_RULE : R_HOST_RULE;
     else if (a.has_method && overrides_method(h))
         why = R_OVERRIDE;
-    else if (a.action == ACCESS_ASK && !(approved && a.rule && strlen(approved) == a.rule->name.n
-                                         && memcmp(approved, a.rule->name.p, a.rule->name.n) == 0))
+    else if (a.action == ACCESS_ASK
+             && !(approved && a.rule && strlen(approved) == a.rule->name.n
+                  && memcmp(approved, a.rule->name.p, a.rule->name.n) == 0))
         why = R_APPROVAL_PENDING;
     enum decision decision = why == R_APPROVAL_PENDING ? D_HELD
         : why != R_NONE                                ? D_DENIED
@@ -217,7 +225,8 @@ enum reason apply_access(const struct snapshot *s, const struct head *h, const s
     return why;
 }
 
-void look_at_access(const struct snapshot *s, const struct destination *to, int64_t now_s, bool *pass, struct ruled *out)
+void look_at_access(const struct snapshot *s, const struct destination *to, int64_t now_s, bool *pass,
+                    struct ruled *out)
 {
     struct access_answer first;
     out->decision = D_NONE;
@@ -286,7 +295,8 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
 }
 
 enum reason decide_request(const struct snapshot *s, const struct head *h, const struct destination *to,
-                           struct str path, int64_t now_s, const char *approved, struct ruled *ruled, struct matched *out)
+                           struct str path, int64_t now_s, const char *approved, struct ruled *ruled,
+                           struct matched *out)
 {
     enum reason why = apply_access(s, h, to, path, now_s, approved, ruled);
     out->detail = NULL;
@@ -313,8 +323,8 @@ bool may_upgrade(const struct head *h)
 
 bool is_idempotent(const struct head *h)
 {
-    return h1_is(h->method, "get") || h1_is(h->method, "head") || h1_is(h->method, "options")
-        || h1_is(h->method, "put") || h1_is(h->method, "delete");
+    return h1_is(h->method, "get") || h1_is(h->method, "head") || h1_is(h->method, "options") || h1_is(h->method, "put")
+        || h1_is(h->method, "delete");
 }
 
 int64_t max_forwards(const struct head *h)
@@ -522,8 +532,8 @@ void out_framing(struct out *o, const struct head *h, const struct request_line 
     }
 }
 
-void render_request(struct out *o, const struct head *h, const struct request_line *line,
-                    const struct destination *to, const struct matched *m)
+void render_request(struct out *o, const struct head *h, const struct request_line *line, const struct destination *to,
+                    const struct matched *m)
 {
     out_request_line(o, h, m->path.n ? m->path : line->path);
     out_text(o, "Host: ");

@@ -68,7 +68,7 @@ enum next { NEXT_NEVER, NEXT_APPROVAL, NEXT_OTHER_HOST, NEXT_LATER, NEXT_CHANGE 
 
 struct reason_text {
     int status;
-    const char *code;    /* machine-readable: header X-Hypeman-Egress and JSON "code" */
+    const char *code; /* machine-readable: header X-Hypeman-Egress and JSON "code" */
     const char *message;
     enum next next;
 };
@@ -111,10 +111,10 @@ struct matched {
     const struct rule *scrub[MAX_SCRUBS];
     unsigned fields;
     struct set_field set[MAX_SET];
-    struct str path; /* instead of the guest's, if there is one */
-    bool transforms; /* a rule needs more than fields whose values are known: see transform.h */
-    bool unready;    /* a rule has no valid value now */
-    bool certified;  /* the host is shown a certificate when it is connected to */
+    struct str path;    /* instead of the guest's, if there is one */
+    bool transforms;    /* a rule needs more than fields whose values are known: see transform.h */
+    bool unready;       /* a rule has no valid value now */
+    bool certified;     /* the host is shown a certificate when it is connected to */
     const char *detail; /* why it is refused, if that needs saying */
 };
 
@@ -123,7 +123,8 @@ struct matched {
 enum reason apply_access(const struct snapshot *s, const struct head *h, const struct destination *to, struct str path,
                          int64_t now_s, const char *approved, struct ruled *out);
 /* The same for a connection before there is a request; R_NONE. *pass: it need not be read. */
-void look_at_access(const struct snapshot *s, const struct destination *to, int64_t now_s, bool *pass, struct ruled *out);
+void look_at_access(const struct snapshot *s, const struct destination *to, int64_t now_s, bool *pass,
+                    struct ruled *out);
 /* Where an HTTP/1 request wants to go and with which path; R_NONE or why not. */
 enum reason target_of_h1(const struct head *h, const struct origin *from, struct destination *to, struct str *path);
 /* The same for a stream of HTTP/2, whose pseudo-fields are in the head. */
@@ -134,7 +135,8 @@ enum reason apply_policy(const struct snapshot *s, const struct head *h, const s
                          struct matched *out);
 /* Both: access and policy. */
 enum reason decide_request(const struct snapshot *s, const struct head *h, const struct destination *to,
-                           struct str path, int64_t now_s, const char *approved, struct ruled *ruled, struct matched *out);
+                           struct str path, int64_t now_s, const char *approved, struct ruled *ruled,
+                           struct matched *out);
 void set_field(struct matched *m, struct str name, struct str value);
 
 /* Whether a field of the client's request goes on to the destination (rules' own fields are added afterwards). */
@@ -144,7 +146,8 @@ bool trailer_passes(const struct field *f, const struct matched *m);
 bool may_upgrade(const struct head *h);
 bool is_idempotent(const struct head *h); /* may be sent a second time */
 /* R_NONE if the request may go on by one more hop (Max-Forwards, RFC 9110 7.6.2). */
-int64_t max_forwards(const struct head *h); /* as sent, where it counts (OPTIONS, TRACE); -1: not given; -2: malformed */
+int64_t
+max_forwards(const struct head *h); /* as sent, where it counts (OPTIONS, TRACE); -1: not given; -2: malformed */
 enum reason check_hops(const struct head *h);
 /* Nominated by Connection, in this head. */
 bool is_nominated(const struct head *h, struct str name);
@@ -188,7 +191,7 @@ void out_framing(struct out *o, const struct head *h, const struct request_line 
 /* Cuts "scheme://authority" off an absolute-form target; false if it is none. */
 bool split_absolute(struct str target, const char *scheme, struct str *authority, struct str *path);
 
-void render_request(struct out *o, const struct head *h, const struct request_line *line,
-                    const struct destination *to, const struct matched *m);
+void render_request(struct out *o, const struct head *h, const struct request_line *line, const struct destination *to,
+                    const struct matched *m);
 
 #endif

@@ -89,7 +89,7 @@ static enum reason fill_body(struct xchg *x, const struct matched *m, const stru
         if (!n)
             continue;
         if (size > TRANSFORM_BODY)
-            return R_TOO_LARGE; /* a short placeholder, repeated, would become a thousand times as much */
+            return R_TOO_LARGE;     /* a short placeholder, repeated, would become a thousand times as much */
         buf_need(l, &filled, size); /* all at once: no block with values is left behind unwiped */
         while ((at = memmem(p, (size_t)(end - p), r->placeholder.p, r->placeholder.n))) {
             buf_add(l, &filled, p, (size_t)(at - p));
@@ -111,7 +111,8 @@ enum reason xchg_transform(struct xchg *x, const struct head *h, struct str path
     if (why != R_NONE || !m->transforms)
         return why;
     char *p = x->to_up.p ? x->to_up.p + x->to_up.off : "";
-    return transform(room, &work, m, h, &x->to, path, (struct body_text){x->gathered ? p : NULL, buf_size(&x->to_up)}, l->now_s);
+    return transform(room, &work, m, h, &x->to, path, (struct body_text){x->gathered ? p : NULL, buf_size(&x->to_up)},
+                     l->now_s);
 }
 
 void xchg_forget_body(struct xchg *x)
@@ -309,7 +310,8 @@ void down_end(struct xchg *x, const struct head *trailers)
 static void out_json(struct out *o, const char *text)
 {
     for (; *text; text++) {
-        char c = *text == '"' || *text == '\\' || (unsigned char)*text < 0x20 || (unsigned char)*text > 0x7e ? ' ' : *text;
+        char c =
+            *text == '"' || *text == '\\' || (unsigned char)*text < 0x20 || (unsigned char)*text > 0x7e ? ' ' : *text;
         out_add(o, &c, 1);
     }
 }
@@ -318,9 +320,8 @@ static void out_json(struct out *o, const char *text)
 static size_t problem_body(char *out, size_t cap, const struct xchg *x, enum reason why, const char *detail)
 {
     static const char *const NEXT[] = {
-        [NEXT_NEVER] = "never_retry",       [NEXT_APPROVAL] = "retry_after_approval",
-        [NEXT_OTHER_HOST] = "use_another_host", [NEXT_LATER] = "retry_later",
-        [NEXT_CHANGE] = "change_the_request",
+        [NEXT_NEVER] = "never_retry", [NEXT_APPROVAL] = "retry_after_approval", [NEXT_OTHER_HOST] = "use_another_host",
+        [NEXT_LATER] = "retry_later", [NEXT_CHANGE] = "change_the_request",
     };
     const struct reason_text *r = &REASONS[why];
     struct out o = {out, 0, cap, false};

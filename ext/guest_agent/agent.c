@@ -24,7 +24,8 @@
 
 static struct channel channel;
 
-static int open_signals(void) {
+static int open_signals(void)
+{
     sigset_t all;
     sigfillset(&all);
     sigprocmask(SIG_SETMASK, &all, NULL);
@@ -32,7 +33,8 @@ static int open_signals(void) {
 }
 
 /* Signals that somebody in the guest sends to process 1 are meant for the main process. */
-static void take_signals(int fd) {
+static void take_signals(int fd)
+{
     struct signalfd_siginfo info;
     while (read(fd, &info, sizeof info) == (ssize_t)sizeof info)
         if (info.ssi_signo != SIGCHLD && info.ssi_signo != SIGPIPE)
@@ -40,7 +42,8 @@ static void take_signals(int fd) {
 }
 
 /* As process 1 we also reap what others left behind. */
-static void reap_children(void) {
+static void reap_children(void)
+{
     int status;
     pid_t pid;
     while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
@@ -48,11 +51,13 @@ static void reap_children(void) {
             workload_reap(pid, status);
 }
 
-static void take_frames(const struct boot_config *config) {
+static void take_frames(const struct boot_config *config)
+{
     struct frame frame;
     for (;;) {
         switch (next_frame(&channel.in, &frame)) {
-        case FRAME_NONE: return;
+        case FRAME_NONE:
+            return;
         case FRAME_GREETED:
             sessions_lost();
             events_tell_again();
@@ -73,7 +78,8 @@ static void take_frames(const struct boot_config *config) {
 
 /* A virtio-serial port hands out 4 KB at a time, so several reads make one round. What the host asks may want
  * room for answers: without any, it waits. */
-static void take_input(const struct boot_config *config) {
+static void take_input(const struct boot_config *config)
+{
     for (int i = 0; i < READS_A_ROUND && (!channel.greeted || channel_room(&channel, 4 * MAX_PAYLOAD)); i++) {
         bool was_greeted = channel.greeted;
         if (channel_read(&channel))
@@ -85,9 +91,13 @@ static void take_input(const struct boot_config *config) {
     }
 }
 
-static int sooner(int a, int b) { return a < 0 ? b : b < 0 || a < b ? a : b; }
+static int sooner(int a, int b)
+{
+    return a < 0 ? b : b < 0 || a < b ? a : b;
+}
 
-void agent_run(const struct boot_config *config, int fd) {
+void agent_run(const struct boot_config *config, int fd)
+{
     static struct pollfd fds[2 + WORKLOAD_POLL_FDS + SESSION_POLL_FDS];
     int signals = open_signals();
     memcpy(channel.nonce, config->nonce, NONCE_BYTES);

@@ -4,7 +4,8 @@
 
 #include "bytes.h"
 
-const char *parse_boot_header(const uint8_t *header, uint32_t *length, uint32_t *crc, uint32_t *outcome_offset) {
+const char *parse_boot_header(const uint8_t *header, uint32_t *length, uint32_t *crc, uint32_t *outcome_offset)
+{
     if (memcmp(header, BOOT_MAGIC, MAGIC_BYTES) != 0)
         return "no boot disk";
     if (get_u32(header + 8) != PROTOCOL_VERSION)
@@ -17,18 +18,29 @@ const char *parse_boot_header(const uint8_t *header, uint32_t *length, uint32_t 
     return NULL;
 }
 
-bool parse_volume(struct volume *volume, const uint8_t *data, size_t length) {
+bool parse_volume(struct volume *volume, const uint8_t *data, size_t length)
+{
     struct field_reader reader = read_fields(data, length);
     struct field field;
     *volume = (struct volume){.fs_type = "ext4"};
     while (next_field(&reader, &field)) {
         bool good = false;
         switch (field.tag) {
-        case TAG_DISK_ID: good = field_text(&field, &volume->disk_id); break;
-        case TAG_PATH: good = field_text(&field, &volume->path); break;
-        case TAG_FS_TYPE: good = field_text(&field, &volume->fs_type); break;
-        case TAG_OVERLAY_DISK_ID: good = field_text(&field, &volume->overlay_disk_id); break;
-        case TAG_READONLY: good = field_bool(&field, &volume->readonly); break;
+        case TAG_DISK_ID:
+            good = field_text(&field, &volume->disk_id);
+            break;
+        case TAG_PATH:
+            good = field_text(&field, &volume->path);
+            break;
+        case TAG_FS_TYPE:
+            good = field_text(&field, &volume->fs_type);
+            break;
+        case TAG_OVERLAY_DISK_ID:
+            good = field_text(&field, &volume->overlay_disk_id);
+            break;
+        case TAG_READONLY:
+            good = field_bool(&field, &volume->readonly);
+            break;
         }
         if (!good)
             return false;
@@ -36,20 +48,29 @@ bool parse_volume(struct volume *volume, const uint8_t *data, size_t length) {
     return !reader.malformed && volume->disk_id && volume->path && volume->path[0] == '/';
 }
 
-bool take_network_field(struct network *network, const struct field *field) {
+bool take_network_field(struct network *network, const struct field *field)
+{
     switch (field->tag) {
-    case TAG_MAC: network->present = true; return field_bytes(field, network->mac, sizeof network->mac);
-    case TAG_ADDRESS: return field_bytes(field, network->address, sizeof network->address);
-    case TAG_GATEWAY: return field_bytes(field, network->gateway, sizeof network->gateway);
-    case TAG_PREFIX: return field_u8(field, &network->prefix) && network->prefix <= 32;
-    case TAG_MTU: return field_u32(field, &network->mtu);
+    case TAG_MAC:
+        network->present = true;
+        return field_bytes(field, network->mac, sizeof network->mac);
+    case TAG_ADDRESS:
+        return field_bytes(field, network->address, sizeof network->address);
+    case TAG_GATEWAY:
+        return field_bytes(field, network->gateway, sizeof network->gateway);
+    case TAG_PREFIX:
+        return field_u8(field, &network->prefix) && network->prefix <= 32;
+    case TAG_MTU:
+        return field_u32(field, &network->mtu);
     case TAG_DNS:
         return network->dns_count < MAX_DNS && field_bytes(field, network->dns[network->dns_count++], 4);
-    default: return false;
+    default:
+        return false;
     }
 }
 
-static bool parse_ca(struct ca_certificate *ca, const uint8_t *data, size_t length) {
+static bool parse_ca(struct ca_certificate *ca, const uint8_t *data, size_t length)
+{
     struct field_reader reader = read_fields(data, length);
     struct field field;
     *ca = (struct ca_certificate){0};
@@ -61,7 +82,8 @@ static bool parse_ca(struct ca_certificate *ca, const uint8_t *data, size_t leng
     return !reader.malformed && ca->pem && (!ca->hash || !strchr(ca->hash, '/'));
 }
 
-static bool parse_ulimit(struct ulimit *limit, const struct field *field) {
+static bool parse_ulimit(struct ulimit *limit, const struct field *field)
+{
     uint8_t bytes[20];
     if (!field_bytes(field, bytes, sizeof bytes))
         return false;
@@ -70,7 +92,8 @@ static bool parse_ulimit(struct ulimit *limit, const struct field *field) {
 }
 
 /* Arguments first, then variables; the writer keeps that order. */
-static bool take_string(struct boot_config *config, const struct field *field, size_t *count, size_t *env_begin) {
+static bool take_string(struct boot_config *config, const struct field *field, size_t *count, size_t *env_begin)
+{
     const char *text;
     if (*count >= MAX_STRINGS || !field_text(field, &text))
         return false;
@@ -84,7 +107,8 @@ static bool take_string(struct boot_config *config, const struct field *field, s
     return true;
 }
 
-const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, size_t length) {
+const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, size_t length)
+{
     struct field_reader reader = read_fields(data, length);
     struct field field;
     size_t strings = 0, env_begin = 0;
@@ -95,19 +119,37 @@ const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, s
     while (next_field(&reader, &field)) {
         bool good = false;
         switch (field.tag) {
-        case TAG_INSTANCE_ID: good = field_text(&field, &config->instance_id); break;
-        case TAG_HOSTNAME: good = field_text(&field, &config->hostname); break;
-        case TAG_MACHINE_ID: good = field_text(&field, &config->machine_id); break;
-        case TAG_NONCE: good = have_nonce = field_bytes(&field, config->nonce, NONCE_BYTES); break;
+        case TAG_INSTANCE_ID:
+            good = field_text(&field, &config->instance_id);
+            break;
+        case TAG_HOSTNAME:
+            good = field_text(&field, &config->hostname);
+            break;
+        case TAG_MACHINE_ID:
+            good = field_text(&field, &config->machine_id);
+            break;
+        case TAG_NONCE:
+            good = have_nonce = field_bytes(&field, config->nonce, NONCE_BYTES);
+            break;
         case TAG_ARG:
-        case TAG_ENV: good = take_string(config, &field, &strings, &env_begin); break;
-        case TAG_CWD: good = field_text(&field, &config->cwd); break;
-        case TAG_USER: good = field_text(&field, &config->user); break;
-        case TAG_ROOT_FS: good = field_text(&field, &config->root_fs); break;
-        case TAG_OVERLAY: good = field_bool(&field, &config->overlay); break;
+        case TAG_ENV:
+            good = take_string(config, &field, &strings, &env_begin);
+            break;
+        case TAG_CWD:
+            good = field_text(&field, &config->cwd);
+            break;
+        case TAG_USER:
+            good = field_text(&field, &config->user);
+            break;
+        case TAG_ROOT_FS:
+            good = field_text(&field, &config->root_fs);
+            break;
+        case TAG_OVERLAY:
+            good = field_bool(&field, &config->overlay);
+            break;
         case TAG_VOLUME:
-            good = config->volume_count < MAX_VOLUMES &&
-                   parse_volume(&config->volumes[config->volume_count++], field.value, field.length);
+            good = config->volume_count < MAX_VOLUMES
+                && parse_volume(&config->volumes[config->volume_count++], field.value, field.length);
             break;
         case TAG_CA:
             good = config->ca_count < MAX_CAS && parse_ca(&config->cas[config->ca_count++], field.value, field.length);
@@ -115,28 +157,45 @@ const char *parse_boot_fields(struct boot_config *config, const uint8_t *data, s
         case TAG_DISK_ORDER:
             good = config->disk_count < MAX_DISKS && field_text(&field, &config->disk_order[config->disk_count++]);
             break;
-        case TAG_STOP_SIGNAL: good = field_u32(&field, &config->stop_signal) && config->stop_signal <= 64; break;
-        case TAG_GRACE_MS: good = field_u64(&field, &config->grace_ms); break;
-        case TAG_IDLE: good = field_bool(&field, &config->idle); break;
-        case TAG_SKIP_AGENT: good = field_bool(&field, &config->skip_agent); break;
-        case TAG_POWER_OFF_BY_RESET: good = field_bool(&field, &config->power_off_by_reset); break;
-        case TAG_CLOCK_NS: good = field_u64(&field, &config->clock_ns); break;
-        case TAG_CONSOLE: good = field_text(&field, &config->console); break;
-        case TAG_VOLUME_DIR:
-            good = config->volume_dir_count < MAX_VOLUME_DIRS &&
-                   field_text(&field, &config->volume_dirs[config->volume_dir_count++]);
+        case TAG_STOP_SIGNAL:
+            good = field_u32(&field, &config->stop_signal) && config->stop_signal <= 64;
             break;
-        case TAG_PID1: good = field_u8(&field, &config->pid1) && config->pid1 <= PID1_WORKLOAD; break;
-        case TAG_SHM_BYTES: good = field_u64(&field, &config->shm_bytes); break;
+        case TAG_GRACE_MS:
+            good = field_u64(&field, &config->grace_ms);
+            break;
+        case TAG_IDLE:
+            good = field_bool(&field, &config->idle);
+            break;
+        case TAG_SKIP_AGENT:
+            good = field_bool(&field, &config->skip_agent);
+            break;
+        case TAG_POWER_OFF_BY_RESET:
+            good = field_bool(&field, &config->power_off_by_reset);
+            break;
+        case TAG_CLOCK_NS:
+            good = field_u64(&field, &config->clock_ns);
+            break;
+        case TAG_CONSOLE:
+            good = field_text(&field, &config->console);
+            break;
+        case TAG_VOLUME_DIR:
+            good = config->volume_dir_count < MAX_VOLUME_DIRS
+                && field_text(&field, &config->volume_dirs[config->volume_dir_count++]);
+            break;
+        case TAG_PID1:
+            good = field_u8(&field, &config->pid1) && config->pid1 <= PID1_WORKLOAD;
+            break;
+        case TAG_SHM_BYTES:
+            good = field_u64(&field, &config->shm_bytes);
+            break;
         case TAG_SYSCTL:
-            good = config->sysctl_count < MAX_SYSCTLS &&
-                   field_text(&field, &config->sysctls[config->sysctl_count++]);
+            good = config->sysctl_count < MAX_SYSCTLS && field_text(&field, &config->sysctls[config->sysctl_count++]);
             break;
         case TAG_ULIMIT:
-            good = config->ulimit_count < MAX_ULIMITS &&
-                   parse_ulimit(&config->ulimits[config->ulimit_count++], &field);
+            good = config->ulimit_count < MAX_ULIMITS && parse_ulimit(&config->ulimits[config->ulimit_count++], &field);
             break;
-        default: good = take_network_field(&config->network, &field);
+        default:
+            good = take_network_field(&config->network, &field);
         }
         if (!good)
             return "boot disk with a malformed field";

@@ -68,8 +68,8 @@ struct boot_config {
     const char *console;
     const char *volume_dirs[MAX_VOLUME_DIRS]; /* directories that the image declares as volumes */
     size_t volume_dir_count;
-    uint8_t pid1;        /* enum pid1 */
-    uint64_t shm_bytes;  /* size of /dev/shm; 0: half of the memory */
+    uint8_t pid1;                     /* enum pid1 */
+    uint64_t shm_bytes;               /* size of /dev/shm; 0: half of the memory */
     const char *sysctls[MAX_SYSCTLS]; /* "name=value" */
     size_t sysctl_count;
     struct ulimit ulimits[MAX_ULIMITS];

@@ -20,7 +20,8 @@
  * reads as closed. So only what stays closed is. */
 #define PORT_CLOSED_MS 50
 
-static void attach(struct channel *channel, int fd) {
+static void attach(struct channel *channel, int fd)
+{
     struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLET};
     channel->fd = fd;
     channel->broken = false;
@@ -29,14 +30,16 @@ static void attach(struct channel *channel, int fd) {
     channel->readable = channel->writable = true;
 }
 
-static void forget_connection(struct channel *channel) {
+static void forget_connection(struct channel *channel)
+{
     channel->greeted = false;
     channel->closed_at = 0;
     channel->out_begin = channel->out_end = 0;
     frame_reset(&channel->in);
 }
 
-void channel_open(struct channel *channel, int fd) {
+void channel_open(struct channel *channel, int fd)
+{
     channel->edge = epoll_create1(EPOLL_CLOEXEC);
     channel->fd = -1;
     channel->kind = fd >= 0 ? CHANNEL_TEST : CHANNEL_PORT;
@@ -49,7 +52,8 @@ void channel_open(struct channel *channel, int fd) {
 }
 
 /* Connecting to the host takes no time worth speaking of, but a missing host may: so it does not block. */
-static void connect_vsock(struct channel *channel) {
+static void connect_vsock(struct channel *channel)
+{
     struct sockaddr_vm host = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = AGENT_VSOCK_PORT};
     int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     channel->retry_at = now_ms() + RETRY_MS;
@@ -62,7 +66,8 @@ static void connect_vsock(struct channel *channel) {
     attach(channel, fd);
 }
 
-static void disconnected(struct channel *channel) {
+static void disconnected(struct channel *channel)
+{
     forget_connection(channel);
     channel->readable = false;
     if (channel->kind == CHANNEL_TEST)
@@ -73,7 +78,8 @@ static void disconnected(struct channel *channel) {
     }
 }
 
-int channel_timeout(const struct channel *channel) {
+int channel_timeout(const struct channel *channel)
+{
     if (channel->kind == CHANNEL_VSOCK && channel->fd < 0) {
         int64_t wait = channel->retry_at - now_ms();
         return wait > 0 ? (int)wait : 0;
@@ -83,7 +89,8 @@ int channel_timeout(const struct channel *channel) {
     return channel->closed_at ? PORT_CLOSED_MS : PORT_CHECK_MS;
 }
 
-void channel_step(struct channel *channel) {
+void channel_step(struct channel *channel)
+{
     struct epoll_event event;
     while (epoll_wait(channel->edge, &event, 1, 0) == 1) {
         channel->readable = true;
@@ -98,7 +105,8 @@ void channel_step(struct channel *channel) {
         channel->readable = true;
 }
 
-static bool stays_closed(struct channel *channel) {
+static bool stays_closed(struct channel *channel)
+{
     if (channel->kind != CHANNEL_PORT || !channel->greeted)
         return true;
     if (!channel->closed_at)
@@ -106,7 +114,8 @@ static bool stays_closed(struct channel *channel) {
     return now_ms() - channel->closed_at >= PORT_CLOSED_MS;
 }
 
-bool channel_read(struct channel *channel) {
+bool channel_read(struct channel *channel)
+{
     size_t room;
     uint8_t *space = frame_space(&channel->in, &room);
     if (!channel->readable || channel->fd < 0)
@@ -129,7 +138,8 @@ bool channel_read(struct channel *channel) {
     return false;
 }
 
-void channel_greet(struct channel *channel) {
+void channel_greet(struct channel *channel)
+{
     channel->out_begin = 0;
     channel->out_end = ACK_BYTES;
     render_ack(channel->out, channel->in.token, channel->nonce,
@@ -138,7 +148,8 @@ void channel_greet(struct channel *channel) {
     channel->writable = true;
 }
 
-void channel_flush(struct channel *channel) {
+void channel_flush(struct channel *channel)
+{
     while (channel->fd >= 0 && channel->writable && channel->out_begin < channel->out_end) {
         ssize_t n = write(channel->fd, channel->out + channel->out_begin, channel->out_end - channel->out_begin);
         if (n > 0) {
@@ -154,7 +165,8 @@ void channel_flush(struct channel *channel) {
         channel->out_begin = channel->out_end = 0;
 }
 
-uint8_t *channel_room(struct channel *channel, size_t length) {
+uint8_t *channel_room(struct channel *channel, size_t length)
+{
     size_t whole = HEADER_BYTES + length + TRAILER_BYTES;
     if (!channel->greeted)
         return NULL;
@@ -166,7 +178,8 @@ uint8_t *channel_room(struct channel *channel, size_t length) {
     return sizeof channel->out - channel->out_end < whole ? NULL : channel->out + channel->out_end;
 }
 
-void channel_send(struct channel *channel, uint8_t type, uint8_t flags, uint32_t session, size_t length) {
+void channel_send(struct channel *channel, uint8_t type, uint8_t flags, uint32_t session, size_t length)
+{
     seal_frame(channel->out + channel->out_end, channel->in.token, type, flags, session, length);
     channel->out_end += HEADER_BYTES + length + TRAILER_BYTES;
 }

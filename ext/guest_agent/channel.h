@@ -52,6 +52,9 @@ void channel_flush(struct channel *channel);
 uint8_t *channel_room(struct channel *channel, size_t length);
 /* Sends the frame that stands where channel_room said. */
 void channel_send(struct channel *channel, uint8_t type, uint8_t flags, uint32_t session, size_t length);
-static inline bool channel_drained(const struct channel *channel) { return channel->out_begin == channel->out_end; }
+static inline bool channel_drained(const struct channel *channel)
+{
+    return channel->out_begin == channel->out_end;
+}
 
 #endif

@@ -15,31 +15,42 @@
 
 static bool ours, told;
 
-void clock_begin(void) { ours = true; }
-bool clock_is_told(void) { return told; }
+void clock_begin(void)
+{
+    ours = true;
+}
+bool clock_is_told(void)
+{
+    return told;
+}
 
-static uint64_t read_clock(void) {
+static uint64_t read_clock(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     return (uint64_t)now.tv_sec * SECOND + (uint64_t)now.tv_nsec;
 }
 
-int set_clock(uint64_t ns) {
+int set_clock(uint64_t ns)
+{
     struct timespec now = {(time_t)(ns / SECOND), (long)(ns % SECOND)};
     return ns && ours ? clock_settime(CLOCK_REALTIME, &now) : 0;
 }
 
-void clock_at_least(uint64_t ns) {
+void clock_at_least(uint64_t ns)
+{
     if (read_clock() < ns)
         set_clock(ns);
 }
 
-static int slew(int64_t delta) {
+static int slew(int64_t delta)
+{
     struct timex change = {.modes = ADJ_OFFSET_SINGLESHOT, .offset = (long)(delta / 1000)};
     return adjtimex(&change) < 0 ? -1 : 0;
 }
 
-static int step(int64_t delta) {
+static int step(int64_t delta)
+{
     /* In microseconds: the kernel would remember nanoseconds as the unit of adjtimex(2), for everyone. */
     struct timex change = {.modes = ADJ_SETOFFSET};
     int64_t us = delta / 1000;
@@ -55,12 +66,14 @@ static int step(int64_t delta) {
 
 /* A guest that runs an NTP client of its own (the kernel then counts as synchronised) is not disturbed by small
  * corrections; after a pause or a restore it is moved like any other. */
-static bool keeps_own_time(void) {
+static bool keeps_own_time(void)
+{
     struct timex now = {0};
     return adjtimex(&now) >= 0 && !(now.status & STA_UNSYNC);
 }
 
-static int move_clock(int64_t delta) {
+static int move_clock(int64_t delta)
+{
     bool small = delta > -STEP_FROM_NS && delta < STEP_FROM_NS;
     if (delta == 0 || !ours)
         return 0;
@@ -69,7 +82,8 @@ static int move_clock(int64_t delta) {
     return keeps_own_time() ? 0 : slew(delta);
 }
 
-void answer_clock(struct channel *channel, struct session *session, struct field_reader *request) {
+void answer_clock(struct channel *channel, struct session *session, struct field_reader *request)
+{
     struct field field;
     uint64_t value;
     int result = 0;

@@ -26,7 +26,8 @@
 static char where[PATH_MAX]; /* the current entry's name, as the host gets it */
 static bool follow_links;
 
-static int send_header(const struct stat *st, const char *link) {
+static int send_header(const struct stat *st, const char *link)
+{
     uint8_t buffer[4 + 2 * PATH_MAX + 256];
     struct field_writer writer = {buffer + 4, sizeof buffer - 4, 0, false};
     put_text_field(&writer, TAG_PATH, where);
@@ -43,7 +44,8 @@ static int send_header(const struct stat *st, const char *link) {
 }
 
 /* Exactly st_size bytes: a file that shrinks meanwhile is an error, one that grows is cut. */
-static int send_file(int fd, const struct stat *st) {
+static int send_file(int fd, const struct stat *st)
+{
     int error = send_header(st, NULL);
     off_t left = st->st_size;
     static uint8_t chunk[65536];
@@ -65,7 +67,8 @@ static int send_file(int fd, const struct stat *st) {
 
 static int send_entry(int dir, const char *name, int root, const char *full, int depth);
 
-static int send_dir(int fd, const struct stat *st, int root, const char *full, int depth) {
+static int send_dir(int fd, const struct stat *st, int root, const char *full, int depth)
+{
     int error = send_header(st, NULL);
     size_t length = strlen(where);
     if (error || depth >= MAX_DEPTH) {
@@ -79,8 +82,8 @@ static int send_dir(int fd, const struct stat *st, int root, const char *full, i
         char child[PATH_MAX];
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
             continue;
-        if (length + 1 + strlen(entry->d_name) >= sizeof where ||
-            snprintf(child, sizeof child, "%s/%s", full, entry->d_name) >= (int)sizeof child) {
+        if (length + 1 + strlen(entry->d_name) >= sizeof where
+            || snprintf(child, sizeof child, "%s/%s", full, entry->d_name) >= (int)sizeof child) {
             error = worker_failed(ENAMETOOLONG, "%.200s", where);
             break;
         }
@@ -93,7 +96,8 @@ static int send_dir(int fd, const struct stat *st, int root, const char *full, i
     return error;
 }
 
-static int send_entry(int dir, const char *name, int root, const char *full, int depth) {
+static int send_entry(int dir, const char *name, int root, const char *full, int depth)
+{
     struct stat st;
     char link[PATH_MAX];
     if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) < 0)
@@ -120,7 +124,8 @@ static int send_entry(int dir, const char *name, int root, const char *full, int
     return error;
 }
 
-int copy_from_worker(struct field_reader *request) {
+int copy_from_worker(struct field_reader *request)
+{
     const char *path = NULL;
     struct field field;
     char name[NAME_MAX + 1], full[PATH_MAX];
@@ -128,8 +133,12 @@ int copy_from_worker(struct field_reader *request) {
     while (next_field(request, &field)) {
         bool good = false;
         switch (field.tag) {
-        case TAG_PATH: good = field_text(&field, &path); break;
-        case TAG_FOLLOW_LINKS: good = field_bool(&field, &follow_links); break;
+        case TAG_PATH:
+            good = field_text(&field, &path);
+            break;
+        case TAG_FOLLOW_LINKS:
+            good = field_bool(&field, &follow_links);
+            break;
         }
         request->malformed |= !good;
     }

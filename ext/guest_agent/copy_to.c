@@ -32,24 +32,38 @@ struct target {
 /* The agent asks us to give up with a signal, and closes our input afterwards: so at its end we know. */
 static volatile sig_atomic_t given_up;
 
-static void give_up(int signal) {
+static void give_up(int signal)
+{
     (void)signal;
     given_up = 1;
 }
 
-static bool parse(struct field_reader *request, struct target *target) {
+static bool parse(struct field_reader *request, struct target *target)
+{
     struct field field;
     uint64_t mtime;
     *target = (struct target){.kind = KIND_FILE, .mode = UINT32_MAX};
     while (next_field(request, &field)) {
         bool good = false;
         switch (field.tag) {
-        case TAG_PATH: good = field_text(&field, &target->path); break;
-        case TAG_KIND: good = field_u8(&field, &target->kind); break;
-        case TAG_MODE: good = field_u32(&field, &target->mode) && target->mode <= 07777; break;
-        case TAG_UID: good = target->has_uid = field_u32(&field, &target->uid); break;
-        case TAG_GID: good = target->has_gid = field_u32(&field, &target->gid); break;
-        case TAG_LINK_TARGET: good = field_text(&field, &target->link); break;
+        case TAG_PATH:
+            good = field_text(&field, &target->path);
+            break;
+        case TAG_KIND:
+            good = field_u8(&field, &target->kind);
+            break;
+        case TAG_MODE:
+            good = field_u32(&field, &target->mode) && target->mode <= 07777;
+            break;
+        case TAG_UID:
+            good = target->has_uid = field_u32(&field, &target->uid);
+            break;
+        case TAG_GID:
+            good = target->has_gid = field_u32(&field, &target->gid);
+            break;
+        case TAG_LINK_TARGET:
+            good = field_text(&field, &target->link);
+            break;
         case TAG_MTIME:
             good = target->has_mtime = field_u64(&field, &mtime);
             target->mtime = (int64_t)mtime;
@@ -60,12 +74,13 @@ static bool parse(struct field_reader *request, struct target *target) {
     }
     if (target->mode == UINT32_MAX)
         target->mode = target->kind == KIND_DIR ? 0755 : 0644;
-    return !request->malformed && target->path &&
-           (target->kind == KIND_SYMLINK || target->kind == KIND_HARD_LINK) == (target->link != NULL);
+    return !request->malformed && target->path
+        && (target->kind == KIND_SYMLINK || target->kind == KIND_HARD_LINK) == (target->link != NULL);
 }
 
 /* Owner before mode, as a change of owner clears the set-id bits; time last. */
-static int dress(int dir, const char *name, const struct target *target) {
+static int dress(int dir, const char *name, const struct target *target)
+{
     uid_t uid = target->has_uid ? target->uid : (uid_t)-1;
     gid_t gid = target->has_gid ? target->gid : (gid_t)-1;
     if ((target->has_uid || target->has_gid) && fchownat(dir, name, uid, gid, AT_SYMLINK_NOFOLLOW) < 0)
@@ -76,7 +91,8 @@ static int dress(int dir, const char *name, const struct target *target) {
     return target->has_mtime ? utimensat(dir, name, times, AT_SYMLINK_NOFOLLOW) : 0;
 }
 
-static int make_directory(int dir, const char *name, const struct target *target) {
+static int make_directory(int dir, const char *name, const struct target *target)
+{
     struct stat st;
     if (mkdirat(dir, name, 0755) < 0 && errno != EEXIST)
         return worker_failed(errno, "%s", target->path);
@@ -88,7 +104,8 @@ static int make_directory(int dir, const char *name, const struct target *target
 }
 
 /* Whether HOLE bytes at a multiple of 8 are all zero; almost always the first word decides. */
-static bool is_zero(const uint8_t *block) {
+static bool is_zero(const uint8_t *block)
+{
     uint64_t word;
     for (size_t i = 0; i < HOLE; i += sizeof word) {
         memcpy(&word, block + i, sizeof word);
@@ -99,7 +116,8 @@ static bool is_zero(const uint8_t *block) {
 }
 
 /* Writes a chunk, leaving out whole blocks of zeros. */
-static bool write_sparse(int fd, const uint8_t *data, size_t length) {
+static bool write_sparse(int fd, const uint8_t *data, size_t length)
+{
     for (size_t at = 0; at < length;) {
         size_t n = length - at < HOLE ? length - at : HOLE;
         bool hole = n == HOLE && is_zero(data + at);
@@ -117,7 +135,8 @@ static bool write_sparse(int fd, const uint8_t *data, size_t length) {
 }
 
 /* Takes the data until its end. 0, or an errno; ECANCELED if the host gave up. */
-static int receive(int fd, uint64_t *total) {
+static int receive(int fd, uint64_t *total)
+{
     static uint8_t chunk[CHUNK];
     size_t filled = 0;
     for (;;) {
@@ -141,7 +160,8 @@ static int receive(int fd, uint64_t *total) {
 }
 
 /* A name for what grows beside its place; not where a directory is. 0, or as worker_failed. */
-static int begin(int dir, const char *name, const struct target *target, char temporary[TEMPORARY]) {
+static int begin(int dir, const char *name, const struct target *target, char temporary[TEMPORARY])
+{
     struct stat st;
     if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISDIR(st.st_mode))
         return worker_failed(EISDIR, "%s", target->path);
@@ -150,14 +170,16 @@ static int begin(int dir, const char *name, const struct target *target, char te
 }
 
 /* What has grown takes its place, unless there was an error; either way nothing is left beside it. */
-static int end(int dir, const char *temporary, const char *name, const struct target *target, int error) {
+static int end(int dir, const char *temporary, const char *name, const struct target *target, int error)
+{
     if (!error && renameat(dir, temporary, dir, name) < 0)
         error = errno;
     unlinkat(dir, temporary, 0); /* rename has left it there, too, if both are names of one file */
     return error ? worker_failed(error, "%s", target->path) : 0;
 }
 
-static int make_file(int dir, const char *name, const struct target *target) {
+static int make_file(int dir, const char *name, const struct target *target)
+{
     char temporary[TEMPORARY];
     uint64_t total = 0;
     int failed = begin(dir, name, target, temporary);
@@ -180,7 +202,8 @@ static int make_file(int dir, const char *name, const struct target *target) {
     return worker_reply(&writer);
 }
 
-static int make_symlink(int dir, const char *name, const struct target *target) {
+static int make_symlink(int dir, const char *name, const struct target *target)
+{
     char temporary[TEMPORARY];
     int failed = begin(dir, name, target, temporary);
     if (failed)
@@ -191,7 +214,8 @@ static int make_symlink(int dir, const char *name, const struct target *target) 
 }
 
 /* One more name for a file that is there already; what it looks like is the file's own. */
-static int make_hard_link(int root, int dir, const char *name, const struct target *target) {
+static int make_hard_link(int root, int dir, const char *name, const struct target *target)
+{
     char temporary[TEMPORARY], old[NAME_MAX + 1];
     int failed = begin(dir, name, target, temporary);
     if (failed)
@@ -202,7 +226,8 @@ static int make_hard_link(int root, int dir, const char *name, const struct targ
     return end(dir, temporary, name, target, 0);
 }
 
-int copy_to_worker(struct field_reader *request) {
+int copy_to_worker(struct field_reader *request)
+{
     struct sigaction action = {.sa_handler = give_up};
     struct target target;
     char name[NAME_MAX + 1], followed[PATH_MAX];
@@ -230,10 +255,15 @@ int copy_to_worker(struct field_reader *request) {
     }
     close_fd(&end);
     switch (target.kind) {
-    case KIND_DIR: return make_directory(dir, name, &target);
-    case KIND_SYMLINK: return make_symlink(dir, name, &target);
-    case KIND_HARD_LINK: return make_hard_link(root, dir, name, &target);
-    case KIND_FILE: return make_file(dir, name, &target);
-    default: return worker_failed(EINVAL, "%s: unknown kind of file", target.path);
+    case KIND_DIR:
+        return make_directory(dir, name, &target);
+    case KIND_SYMLINK:
+        return make_symlink(dir, name, &target);
+    case KIND_HARD_LINK:
+        return make_hard_link(root, dir, name, &target);
+    case KIND_FILE:
+        return make_file(dir, name, &target);
+    default:
+        return worker_failed(EINVAL, "%s: unknown kind of file", target.path);
     }
 }

@@ -15,7 +15,8 @@
 #define SERIAL_BYTES 20 /* VIRTIO_BLK_ID_BYTES */
 #define BOOT_WAIT_MS 10000
 
-static int look_for_serial(const char *id, char path[DEVICE_PATH_BYTES]) {
+static int look_for_serial(const char *id, char path[DEVICE_PATH_BYTES])
+{
     DIR *dir = opendir("/sys/block");
     if (!dir)
         return -1;
@@ -34,7 +35,8 @@ static int look_for_serial(const char *id, char path[DEVICE_PATH_BYTES]) {
     return found;
 }
 
-int nth_disk(size_t n, char path[DEVICE_PATH_BYTES]) {
+int nth_disk(size_t n, char path[DEVICE_PATH_BYTES])
+{
     /* vda … vdz, vdaa …: the kernel's own naming. */
     if (n < 26)
         snprintf(path, DEVICE_PATH_BYTES, "/dev/vd%c", (char)('a' + n));
@@ -43,7 +45,8 @@ int nth_disk(size_t n, char path[DEVICE_PATH_BYTES]) {
     return access(path, F_OK);
 }
 
-static int look_in_order(const struct boot_config *config, const char *id, char path[DEVICE_PATH_BYTES]) {
+static int look_in_order(const struct boot_config *config, const char *id, char path[DEVICE_PATH_BYTES])
+{
     for (size_t i = 0; config && i < config->disk_count; i++)
         if (strcmp(config->disk_order[i], id) == 0)
             return nth_disk(i, path);
@@ -51,14 +54,16 @@ static int look_in_order(const struct boot_config *config, const char *id, char 
 }
 
 /* A disk that is just plugged in shows its serial number a moment before it can be used (ENXIO). */
-static bool can_be_opened(const char *path) {
+static bool can_be_opened(const char *path)
+{
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd >= 0)
         close(fd);
     return fd >= 0;
 }
 
-int find_disk(const struct boot_config *config, const char *id, char path[DEVICE_PATH_BYTES], int wait_ms) {
+int find_disk(const struct boot_config *config, const char *id, char path[DEVICE_PATH_BYTES], int wait_ms)
+{
     int64_t deadline = now_ms() + wait_ms;
     for (;;) {
         if ((look_for_serial(id, path) == 0 || look_in_order(config, id, path) == 0) && can_be_opened(path))
@@ -69,7 +74,8 @@ int find_disk(const struct boot_config *config, const char *id, char path[DEVICE
     }
 }
 
-static const char *read_config(int fd, struct boot_config *config, uint32_t *outcome_offset) {
+static const char *read_config(int fd, struct boot_config *config, uint32_t *outcome_offset)
+{
     uint8_t header[512]; /* a whole sector, in case the device wants it so */
     uint32_t length, crc;
     if (pread(fd, header, sizeof header, 0) != (ssize_t)sizeof header)
@@ -80,15 +86,16 @@ static const char *read_config(int fd, struct boot_config *config, uint32_t *out
     uint8_t *fields = malloc(length + 1);
     if (!fields)
         return "no memory for the boot disk";
-    if (lseek(fd, BOOT_HEADER_BYTES, SEEK_SET) < 0 || !read_all(fd, fields, length) ||
-        crc32_of(fields, length) != crc) {
+    if (lseek(fd, BOOT_HEADER_BYTES, SEEK_SET) < 0 || !read_all(fd, fields, length)
+        || crc32_of(fields, length) != crc) {
         free(fields);
         return "boot disk is torn";
     }
     return parse_boot_fields(config, fields, length);
 }
 
-static const char *try_boot_disk(const char *path, struct boot_config *config, uint32_t *outcome_offset) {
+static const char *try_boot_disk(const char *path, struct boot_config *config, uint32_t *outcome_offset)
+{
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return "boot disk cannot be opened";
@@ -97,7 +104,8 @@ static const char *try_boot_disk(const char *path, struct boot_config *config, u
     return problem;
 }
 
-const char *read_boot_disk(struct boot_config *config, char path[DEVICE_PATH_BYTES], uint32_t *outcome_offset) {
+const char *read_boot_disk(struct boot_config *config, char path[DEVICE_PATH_BYTES], uint32_t *outcome_offset)
+{
     int64_t deadline = now_ms() + BOOT_WAIT_MS;
     for (;; sleep_ms(2)) {
         if (look_for_serial("boot", path) == 0)

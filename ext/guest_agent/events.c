@@ -23,7 +23,8 @@ static struct {
 } phases[MAX_PHASES];
 static size_t phase_count;
 
-void event_happened(enum event event, const struct field_writer *fields) {
+void event_happened(enum event event, const struct field_writer *fields)
+{
     if (events[event].happened)
         return;
     events[event].happened = true;
@@ -35,17 +36,20 @@ void event_happened(enum event event, const struct field_writer *fields) {
     }
 }
 
-void event_acknowledged(uint8_t event) {
+void event_acknowledged(uint8_t event)
+{
     if (event < EVENT_COUNT && events[event].told)
         events[event].acknowledged = true;
 }
 
-void events_tell_again(void) {
+void events_tell_again(void)
+{
     for (size_t i = 0; i < EVENT_COUNT; i++)
         events[i].told = false;
 }
 
-void events_step(struct channel *channel) {
+void events_step(struct channel *channel)
+{
     /* In the order in which they can happen: why comes before that it is over. */
     static const uint8_t order[] = {EVENT_READY, EVENT_STARTED, EVENT_FATAL, EVENT_EXITED};
     for (size_t n = 0; n < sizeof order; n++) {
@@ -59,14 +63,16 @@ void events_step(struct channel *channel) {
     }
 }
 
-bool events_settled(void) {
+bool events_settled(void)
+{
     for (size_t i = 0; i < EVENT_COUNT; i++)
         if (events[i].happened && !events[i].acknowledged)
             return false;
     return true;
 }
 
-void record_outcome(const char *device, uint32_t offset, const uint8_t *nonce) {
+void record_outcome(const char *device, uint32_t offset, const uint8_t *nonce)
+{
     uint8_t record[OUTCOME_BYTES] = OUTCOME_MAGIC;
     size_t last = events[EVENT_EXITED].happened ? EVENT_EXITED : EVENT_FATAL;
     if (!events[last].happened || !offset)
@@ -82,14 +88,16 @@ void record_outcome(const char *device, uint32_t offset, const uint8_t *nonce) {
     close_fd(&fd);
 }
 
-void phase_done(const char *name) {
+void phase_done(const char *name)
+{
     if (phase_count < MAX_PHASES) {
         phases[phase_count].name = name;
         phases[phase_count++].at = now_ms();
     }
 }
 
-void put_phases(struct field_writer *writer) {
+void put_phases(struct field_writer *writer)
+{
     for (size_t i = 0; i < phase_count; i++) {
         uint8_t buffer[64];
         struct field_writer phase = {buffer, sizeof buffer, 0, false};

@@ -23,7 +23,8 @@ struct field_reader {
     bool malformed;
 };
 
-static inline struct field_reader read_fields(const uint8_t *data, size_t length) {
+static inline struct field_reader read_fields(const uint8_t *data, size_t length)
+{
     return (struct field_reader){data, data + length, false};
 }
 

@@ -4,7 +4,8 @@
 
 #include "bytes.h"
 
-uint8_t *frame_space(struct frame_reader *reader, size_t *room) {
+uint8_t *frame_space(struct frame_reader *reader, size_t *room)
+{
     if (reader->begin > 0 && reader->end > sizeof reader->buffer / 2) {
         memmove(reader->buffer, reader->buffer + reader->begin, reader->end - reader->begin);
         reader->end -= reader->begin;
@@ -14,15 +15,20 @@ uint8_t *frame_space(struct frame_reader *reader, size_t *room) {
     return reader->buffer + reader->end;
 }
 
-void frame_filled(struct frame_reader *reader, size_t length) { reader->end += length; }
+void frame_filled(struct frame_reader *reader, size_t length)
+{
+    reader->end += length;
+}
 
-void frame_reset(struct frame_reader *reader) {
+void frame_reset(struct frame_reader *reader)
+{
     reader->begin = reader->end = 0;
     reader->synced = false;
 }
 
 /* Looks for a greeting; drops what cannot be the beginning of one. */
-static enum frame_result find_greeting(struct frame_reader *reader) {
+static enum frame_result find_greeting(struct frame_reader *reader)
+{
     while (reader->begin < reader->end) {
         uint8_t *at = reader->buffer + reader->begin;
         size_t left = reader->end - reader->begin;
@@ -51,12 +57,14 @@ static enum frame_result find_greeting(struct frame_reader *reader) {
     return FRAME_NONE;
 }
 
-static enum frame_result lose(struct frame_reader *reader) {
+static enum frame_result lose(struct frame_reader *reader)
+{
     reader->synced = false;
     return FRAME_LOST;
 }
 
-enum frame_result next_frame(struct frame_reader *reader, struct frame *frame) {
+enum frame_result next_frame(struct frame_reader *reader, struct frame *frame)
+{
     if (!reader->synced)
         return find_greeting(reader);
     const uint8_t *at = reader->buffer + reader->begin;
@@ -86,7 +94,8 @@ enum frame_result next_frame(struct frame_reader *reader, struct frame *frame) {
     return FRAME_READY;
 }
 
-void seal_frame(uint8_t *at, const uint8_t *token, uint8_t type, uint8_t flags, uint32_t session, size_t length) {
+void seal_frame(uint8_t *at, const uint8_t *token, uint8_t type, uint8_t flags, uint32_t session, size_t length)
+{
     memcpy(at, token, 4);
     at[4] = type;
     at[5] = flags;
@@ -95,7 +104,8 @@ void seal_frame(uint8_t *at, const uint8_t *token, uint8_t type, uint8_t flags, 
     memcpy(at + HEADER_BYTES + length, token + 4, TRAILER_BYTES);
 }
 
-void render_ack(uint8_t *at, const uint8_t *token, const uint8_t *nonce, uint16_t flags) {
+void render_ack(uint8_t *at, const uint8_t *token, const uint8_t *nonce, uint16_t flags)
+{
     uint8_t *p = at;
     memcpy(p, ACK_MAGIC, MAGIC_BYTES);
     memcpy(p += MAGIC_BYTES, token, TOKEN_BYTES);

@@ -23,13 +23,15 @@ static int kept[MAX_KEPT];
 static size_t kept_count;
 static bool kept_all;
 
-static void let_go(void) {
+static void let_go(void)
+{
     while (kept_count)
         close(kept[--kept_count]);
     kept_all = false;
 }
 
-static int set_one(const char *path, const char *value, bool keep) {
+static int set_one(const char *path, const char *value, bool keep)
+{
     int fd = open(path, O_WRONLY | O_CLOEXEC);
     if (fd < 0)
         return errno == ENOENT ? 0 : errno;
@@ -44,7 +46,8 @@ static int set_one(const char *path, const char *value, bool keep) {
 }
 
 /* All control groups below the root; we stay in the root itself. */
-static int set_frozen(const char *value, bool keep) {
+static int set_frozen(const char *value, bool keep)
+{
     let_go();
     DIR *dir = opendir(CGROUP_ROOT);
     if (!dir)
@@ -64,7 +67,8 @@ static int set_frozen(const char *value, bool keep) {
 }
 
 /* Through the files of the freeze: nobody can have made another group meanwhile. */
-static int thaw_kept(void) {
+static int thaw_kept(void)
+{
     int result = 0;
     for (size_t i = 0; i < kept_count; i++)
         if (!write_all(kept[i], "0", 1) && errno != ENODEV) /* the group is gone */
@@ -73,7 +77,8 @@ static int thaw_kept(void) {
     return result;
 }
 
-static bool all_frozen(void) {
+static bool all_frozen(void)
+{
     DIR *dir = opendir(CGROUP_ROOT);
     bool frozen = true;
     for (struct dirent *entry; dir && frozen && (entry = readdir(dir));) {
@@ -88,7 +93,8 @@ static bool all_frozen(void) {
     return frozen;
 }
 
-int freeze_guest(void) {
+int freeze_guest(void)
+{
     int error = set_frozen("1", true);
     if (error) {
         set_frozen("0", false);
@@ -101,12 +107,14 @@ int freeze_guest(void) {
     return 0;
 }
 
-int thaw_guest(void) {
+int thaw_guest(void)
+{
     thaw_at = 0;
     return kept_all ? thaw_kept() : set_frozen("0", false);
 }
 
-int freezer_step(void) {
+int freezer_step(void)
+{
     if (!thaw_at)
         return -1;
     int64_t left = thaw_at - now_ms();

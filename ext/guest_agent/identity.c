@@ -16,7 +16,8 @@
 #define MAX_ENTROPY 512
 
 /* Two clones of one memory would draw the same "random" bytes until they are fed different ones. */
-static int add_entropy(const uint8_t *data, size_t length) {
+static int add_entropy(const uint8_t *data, size_t length)
+{
     struct {
         struct rand_pool_info info;
         uint8_t data[MAX_ENTROPY];
@@ -44,18 +45,30 @@ struct identity {
     uint64_t clock_ns;
 };
 
-static bool parse_identity(struct identity *identity, struct field_reader *request) {
+static bool parse_identity(struct identity *identity, struct field_reader *request)
+{
     struct field field;
     *identity = (struct identity){.hostname = "", .machine_id = ""};
     while (next_field(request, &field)) {
         bool good = true;
         switch (field.tag) {
-        case TAG_HOSTNAME: good = field_text(&field, &identity->hostname); break;
-        case TAG_MACHINE_ID: good = field_text(&field, &identity->machine_id); break;
-        case TAG_CLOCK_NS: good = field_u64(&field, &identity->clock_ns); break;
-        case TAG_NONCE: good = identity->has_nonce = field_bytes(&field, identity->nonce, NONCE_BYTES); break;
-        case TAG_ENTROPY: identity->entropy = field; break;
-        default: good = take_network_field(&identity->network, &field);
+        case TAG_HOSTNAME:
+            good = field_text(&field, &identity->hostname);
+            break;
+        case TAG_MACHINE_ID:
+            good = field_text(&field, &identity->machine_id);
+            break;
+        case TAG_CLOCK_NS:
+            good = field_u64(&field, &identity->clock_ns);
+            break;
+        case TAG_NONCE:
+            good = identity->has_nonce = field_bytes(&field, identity->nonce, NONCE_BYTES);
+            break;
+        case TAG_ENTROPY:
+            identity->entropy = field;
+            break;
+        default:
+            good = take_network_field(&identity->network, &field);
         }
         if (!good)
             return false;
@@ -70,27 +83,31 @@ static struct {
     struct network network;
 } current;
 
-static void remember(const char *hostname, const struct network *network) {
+static void remember(const char *hostname, const struct network *network)
+{
     current.known = strlen(hostname) < sizeof current.hostname;
     if (current.known)
         strcpy(current.hostname, hostname);
     current.network = *network;
 }
 
-static bool same_dns(const struct network *a, const struct network *b) {
+static bool same_dns(const struct network *a, const struct network *b)
+{
     return a->dns_count == b->dns_count && memcmp(a->dns, b->dns, a->dns_count * sizeof *a->dns) == 0;
 }
 
-static bool same_network(const struct network *a, const struct network *b) {
-    return a->present == b->present &&
-           (!a->present ||
-            (memcmp(a->mac, b->mac, sizeof a->mac) == 0 && memcmp(a->address, b->address, sizeof a->address) == 0 &&
-             memcmp(a->gateway, b->gateway, sizeof a->gateway) == 0 && a->prefix == b->prefix && a->mtu == b->mtu &&
-             same_dns(a, b)));
+static bool same_network(const struct network *a, const struct network *b)
+{
+    return a->present == b->present
+        && (!a->present
+            || (memcmp(a->mac, b->mac, sizeof a->mac) == 0 && memcmp(a->address, b->address, sizeof a->address) == 0
+                && memcmp(a->gateway, b->gateway, sizeof a->gateway) == 0 && a->prefix == b->prefix && a->mtu == b->mtu
+                && same_dns(a, b)));
 }
 
 /* 0, or -1 with errno and what failed. Of what the guest has already nothing is done again. */
-static int become(const struct identity *asked, const char **failed) {
+static int become(const struct identity *asked, const char **failed)
+{
     const struct network *network = &asked->network;
     bool renamed = !current.known || strcmp(asked->hostname, current.hostname) != 0;
     bool moved = network->present && (!current.known || !same_network(network, &current.network));
@@ -113,7 +130,8 @@ static int become(const struct identity *asked, const char **failed) {
     return write_machine_id(asked->machine_id, false);
 }
 
-int take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce, const char **failed) {
+int take_identity(const struct boot_config *config, struct field_reader request, uint8_t *nonce, const char **failed)
+{
     struct identity asked;
     *failed = "identity";
     if (!parse_identity(&asked, &request)) {

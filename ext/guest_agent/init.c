@@ -28,7 +28,8 @@
 static struct boot_config config;
 
 /* Descriptors 0, 1 and 2 lead nowhere: nothing of ours may end up in the instance's log by accident. */
-static void open_standard_files(void) {
+static void open_standard_files(void)
+{
     int fd = open("/dev/null", O_RDWR);
     for (int i = 0; fd >= 0 && i < 3; i++)
         if (i != fd)
@@ -37,7 +38,8 @@ static void open_standard_files(void) {
         close(fd);
 }
 
-static void protect_ourselves(void) {
+static void protect_ourselves(void)
+{
     struct rlimit files = {4096, 4096};
     write_file("/proc/self/oom_score_adj", "-1000");
     setrlimit(RLIMIT_NOFILE, &files);
@@ -47,7 +49,8 @@ static void protect_ourselves(void) {
     klogctl(8, NULL, 1);
 }
 
-static const char *configure_system(void) {
+static const char *configure_system(void)
+{
     static char text[128];
     const char *step = NULL;
     clock_at_least(config.clock_ns);
@@ -75,7 +78,8 @@ static const char *configure_system(void) {
     return text;
 }
 
-static const char *prepare(void) {
+static const char *prepare(void)
+{
     const char *wrong = mount_root(&config);
     if (!wrong)
         wrong = switch_root();
@@ -96,7 +100,8 @@ static const char *prepare(void) {
     return wrong;
 }
 
-static _Noreturn void give_up(const char *wrong) {
+static _Noreturn void give_up(const char *wrong)
+{
     console_say(wrong);
     sleep_ms(100); /* the serial line takes its time */
     reboot(RB_POWER_OFF);
@@ -105,7 +110,8 @@ static _Noreturn void give_up(const char *wrong) {
         pause();
 }
 
-_Noreturn void init_run(void) {
+_Noreturn void init_run(void)
+{
     static char boot_device[DEVICE_PATH_BYTES];
     uint32_t outcome_offset = 0;
     const char *wrong = mount_early();

@@ -24,18 +24,21 @@ static const struct boot_config *config;
 static const char *boot_device;
 static uint32_t outcome_offset;
 
-void machine_begin(const struct boot_config *boot_config, const char *device, uint32_t offset) {
+void machine_begin(const struct boot_config *boot_config, const char *device, uint32_t offset)
+{
     config = boot_config;
     boot_device = device;
     outcome_offset = offset;
 }
 
-static void enter(int next, int64_t limit_ms) {
+static void enter(int next, int64_t limit_ms)
+{
     state = next;
     deadline = now_ms() + limit_ms;
 }
 
-void machine_stop(int signal, uint64_t grace_ms) {
+void machine_stop(int signal, uint64_t grace_ms)
+{
     if (state != RUNNING && state != STOPPING)
         return;
     if (grace_ms == UINT64_MAX)
@@ -45,7 +48,8 @@ void machine_stop(int signal, uint64_t grace_ms) {
     enter(STOPPING, grace_ms > 1000 * 86400 ? 1000 * 86400 : (int64_t)grace_ms);
 }
 
-static _Noreturn void power_off(void) {
+static _Noreturn void power_off(void)
+{
     record_outcome(boot_device, outcome_offset, config->nonce);
     settle_disks();
     write_file("/proc/sys/kernel/printk", "0"); /* "Power down" is no line of the instance's log */
@@ -54,9 +58,13 @@ static _Noreturn void power_off(void) {
         pause();
 }
 
-bool machine_over(void) { return state == OFF; }
+bool machine_over(void)
+{
+    return state == OFF;
+}
 
-int machine_step(struct channel *channel) {
+int machine_step(struct channel *channel)
+{
     bool late = deadline && now_ms() >= deadline;
     if (state == RUNNING && workload_ended())
         enter(DRAINING, DRAIN_MS);

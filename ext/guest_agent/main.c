@@ -19,7 +19,8 @@
 #include "session.h"
 #include "worker.h"
 
-static bool parse_nonce(const char *text, uint8_t nonce[NONCE_BYTES]) {
+static bool parse_nonce(const char *text, uint8_t nonce[NONCE_BYTES])
+{
     unsigned byte;
     if (strlen(text) != 2 * NONCE_BYTES)
         return false;
@@ -31,7 +32,8 @@ static bool parse_nonce(const char *text, uint8_t nonce[NONCE_BYTES]) {
     return true;
 }
 
-static int run_test_agent(int argc, char **argv) {
+static int run_test_agent(int argc, char **argv)
+{
     static struct boot_config config;
     int fd = -1;
     config.cwd = "/";
@@ -60,7 +62,8 @@ static int run_test_agent(int argc, char **argv) {
     return 0;
 }
 
-int main(int argc, char **argv) {
+int main(int argc, char **argv)
+{
     if (getpid() == 1 && argc >= 1 && access("/init", F_OK) == 0)
         init_run();
     return run_test_agent(argc, argv);

@@ -10,7 +10,8 @@
 #include "util.h"
 #include "worker.h"
 
-static uint64_t memory_field(const char *text, const char *name) {
+static uint64_t memory_field(const char *text, const char *name)
+{
     unsigned long long kilobytes = 0;
     const char *at = strstr(text, name);
     if (at)
@@ -18,7 +19,8 @@ static uint64_t memory_field(const char *text, const char *name) {
     return kilobytes * 1024;
 }
 
-static void put_memory(struct field_writer *writer) {
+static void put_memory(struct field_writer *writer)
+{
     char text[4096];
     if (read_file("/proc/meminfo", text, sizeof text) <= 0)
         return;
@@ -26,7 +28,8 @@ static void put_memory(struct field_writer *writer) {
     put_u64_field(writer, TAG_MEMORY_AVAILABLE, memory_field(text, "MemAvailable:"));
 }
 
-int metrics_worker(struct field_reader *request) {
+int metrics_worker(struct field_reader *request)
+{
     (void)request;
     uint8_t buffer[256];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
@@ -43,14 +46,16 @@ int metrics_worker(struct field_reader *request) {
     return worker_reply(&writer);
 }
 
-static bool is_offline(const char *state_path) {
+static bool is_offline(const char *state_path)
+{
     char state[32];
     return read_file(state_path, state, sizeof state) > 0 && strcmp(state, "offline") == 0;
 }
 
 /* Blocks of memory that were plugged in and wait to be used. The kernel brings them up by itself, too, so one
  * that refuses may just have come up. */
-int memory_worker(struct field_reader *request) {
+int memory_worker(struct field_reader *request)
+{
     (void)request;
     uint8_t buffer[128];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};

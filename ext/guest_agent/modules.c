@@ -13,7 +13,8 @@
 
 #define LIST "/modules/order"
 
-void load_modules(void) {
+void load_modules(void)
+{
     char list[8192];
     if (read_file(LIST, list, sizeof list) < 0)
         return;

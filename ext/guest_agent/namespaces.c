@@ -13,7 +13,8 @@
 static pid_t init_pid; /* 0 without an init */
 static int init_pids = -1, our_pids = -1;
 
-const char *make_init_namespaces(void) {
+const char *make_init_namespaces(void)
+{
     if (unshare(CLONE_NEWNS | CLONE_NEWCGROUP) < 0)
         return "namespaces";
     /* What we mount later appears inside; what is mounted inside may be shared further, as engines for containers ask. */
@@ -28,30 +29,40 @@ const char *make_init_namespaces(void) {
     return NULL;
 }
 
-static int open_namespace(pid_t pid, const char *kind) {
+static int open_namespace(pid_t pid, const char *kind)
+{
     char path[64];
     snprintf(path, sizeof path, "/proc/%d/ns/%s", pid, kind);
     return open(path, O_RDONLY | O_CLOEXEC);
 }
 
-void remember_init(pid_t pid) {
+void remember_init(pid_t pid)
+{
     init_pid = pid;
     our_pids = open_namespace(getpid(), "pid");
     init_pids = open_namespace(pid, "pid");
 }
 
-bool join_init_pids(void) { return init_pids >= 0 && setns(init_pids, CLONE_NEWPID) == 0; }
+bool join_init_pids(void)
+{
+    return init_pids >= 0 && setns(init_pids, CLONE_NEWPID) == 0;
+}
 
-void leave_init_pids(void) { setns(our_pids, CLONE_NEWPID); }
+void leave_init_pids(void)
+{
+    setns(our_pids, CLONE_NEWPID);
+}
 
-static bool join_namespace(const char *kind, int type) {
+static bool join_namespace(const char *kind, int type)
+{
     int fd = open_namespace(init_pid, kind);
     bool joined = fd >= 0 && setns(fd, type) == 0;
     close_fd(&fd);
     return joined;
 }
 
-const char *join_init_files(void) {
+const char *join_init_files(void)
+{
     if (!init_pid)
         return NULL;
     if (!join_namespace("cgroup", CLONE_NEWCGROUP))
@@ -59,7 +70,8 @@ const char *join_init_files(void) {
     return join_namespace("mnt", CLONE_NEWNS) ? NULL : "the init's mounts";
 }
 
-const char *init_cgroup(void) {
+const char *init_cgroup(void)
+{
     static char path[512];
     char file[64], text[400];
     snprintf(file, sizeof file, "/proc/%d/cgroup", init_pid);

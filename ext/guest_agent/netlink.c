@@ -20,7 +20,8 @@ struct message {
     uint8_t body[256];
 };
 
-static void begin(struct message *m, uint16_t type, uint16_t flags, const void *family_header, size_t length) {
+static void begin(struct message *m, uint16_t type, uint16_t flags, const void *family_header, size_t length)
+{
     memset(m, 0, sizeof *m);
     m->header.nlmsg_type = type;
     m->header.nlmsg_flags = (uint16_t)(NLM_F_REQUEST | NLM_F_ACK | flags);
@@ -28,7 +29,8 @@ static void begin(struct message *m, uint16_t type, uint16_t flags, const void *
     memcpy(NLMSG_DATA(&m->header), family_header, length);
 }
 
-static void add(struct message *m, uint16_t type, const void *value, uint16_t length) {
+static void add(struct message *m, uint16_t type, const void *value, uint16_t length)
+{
     struct rtattr *attribute = (struct rtattr *)((char *)m + NLMSG_ALIGN(m->header.nlmsg_len));
     attribute->rta_type = type;
     attribute->rta_len = (uint16_t)RTA_LENGTH(length);
@@ -37,7 +39,8 @@ static void add(struct message *m, uint16_t type, const void *value, uint16_t le
 }
 
 /* Sends one request and waits for its acknowledgement. */
-static int ask(int fd, struct message *m) {
+static int ask(int fd, struct message *m)
+{
     struct {
         struct nlmsghdr header;
         struct nlmsgerr error;
@@ -54,9 +57,13 @@ static int ask(int fd, struct message *m) {
     return answer.error.error == 0 ? 0 : -1;
 }
 
-static int open_netlink(void) { return socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE); }
+static int open_netlink(void)
+{
+    return socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE);
+}
 
-static int change_link(int fd, int index, bool up, const uint8_t *mac, uint32_t mtu) {
+static int change_link(int fd, int index, bool up, const uint8_t *mac, uint32_t mtu)
+{
     struct message m;
     struct ifinfomsg link = {.ifi_index = index, .ifi_change = IFF_UP, .ifi_flags = up ? IFF_UP : 0};
     begin(&m, RTM_NEWLINK, 0, &link, sizeof link);
@@ -67,7 +74,8 @@ static int change_link(int fd, int index, bool up, const uint8_t *mac, uint32_t 
     return ask(fd, &m);
 }
 
-static int add_address(int fd, int index, const struct network *network) {
+static int add_address(int fd, int index, const struct network *network)
+{
     struct message m;
     struct ifaddrmsg address = {.ifa_family = AF_INET,
                                 .ifa_prefixlen = network->prefix,
@@ -88,7 +96,8 @@ static int add_address(int fd, int index, const struct network *network) {
 }
 
 /* On-link, because a routed TAP may give its guest a /32. */
-static int add_default_route(int fd, int index, const struct network *network) {
+static int add_default_route(int fd, int index, const struct network *network)
+{
     struct message m;
     struct rtmsg route = {.rtm_family = AF_INET,
                           .rtm_table = RT_TABLE_MAIN,
@@ -102,26 +111,29 @@ static int add_default_route(int fd, int index, const struct network *network) {
     return ask(fd, &m);
 }
 
-static bool read_mac(const char *name, uint8_t mac[6]) {
+static bool read_mac(const char *name, uint8_t mac[6])
+{
     char path[300], text[32];
     unsigned b[6];
     snprintf(path, sizeof path, "/sys/class/net/%s/address", name);
-    if (read_file(path, text, sizeof text) < 0 ||
-        sscanf(text, "%x:%x:%x:%x:%x:%x", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5]) != 6)
+    if (read_file(path, text, sizeof text) < 0
+        || sscanf(text, "%x:%x:%x:%x:%x:%x", &b[0], &b[1], &b[2], &b[3], &b[4], &b[5]) != 6)
         return false;
     for (int i = 0; i < 6; i++)
         mac[i] = (uint8_t)b[i];
     return true;
 }
 
-static bool is_hardware(const char *name) {
+static bool is_hardware(const char *name)
+{
     char path[300];
     snprintf(path, sizeof path, "/sys/class/net/%s/device", name);
     return access(path, F_OK) == 0;
 }
 
 /* The index of the interface with this MAC; without one (`mac` NULL) the first on real hardware. 0: none. */
-static int find_link(const uint8_t *mac) {
+static int find_link(const uint8_t *mac)
+{
     DIR *dir = opendir("/sys/class/net");
     int index = 0;
     for (struct dirent *entry; dir && !index && (entry = readdir(dir));) {
@@ -137,7 +149,8 @@ static int find_link(const uint8_t *mac) {
 }
 
 /* All but `kept`. */
-static int flush_addresses(int fd, int index, const uint8_t kept[4]) {
+static int flush_addresses(int fd, int index, const uint8_t kept[4])
+{
     struct {
         struct nlmsghdr header;
         struct ifaddrmsg address;
@@ -181,7 +194,8 @@ static int flush_addresses(int fd, int index, const uint8_t kept[4]) {
     return 0;
 }
 
-int bring_up_loopback(void) {
+int bring_up_loopback(void)
+{
     int fd = open_netlink();
     if (fd < 0)
         return -1;
@@ -190,7 +204,8 @@ int bring_up_loopback(void) {
     return result;
 }
 
-static int configure_link(int fd, int index, const struct network *network) {
+static int configure_link(int fd, int index, const struct network *network)
+{
     static const uint8_t none[4];
     if (change_link(fd, index, true, NULL, network->mtu) < 0 || add_address(fd, index, network) < 0)
         return -1;
@@ -199,7 +214,8 @@ static int configure_link(int fd, int index, const struct network *network) {
 
 static int configured; /* the index of the interface of the boot: a fork need not look for it */
 
-int configure_network(const struct network *network) {
+int configure_network(const struct network *network)
+{
     int index = configured = find_link(network->mac);
     int fd = open_netlink();
     int result = -1;
@@ -212,13 +228,15 @@ int configure_network(const struct network *network) {
 
 /* virtio-net takes a new MAC while it is up; taking it down and up again makes the kernel wait for all CPUs several
  * times, and was a third of what a fork's identity took. */
-static int change_mac(int fd, int index, const uint8_t *mac) {
+static int change_mac(int fd, int index, const uint8_t *mac)
+{
     if (change_link(fd, index, true, mac, 0) == 0)
         return 0;
     return errno == EBUSY && change_link(fd, index, false, NULL, 0) == 0 ? change_link(fd, index, false, mac, 0) : -1;
 }
 
-int replace_network(const struct network *network) {
+int replace_network(const struct network *network)
+{
     int index = configured ? configured : find_link(network->mac);
     if (!index)
         index = find_link(NULL);
@@ -226,8 +244,8 @@ int replace_network(const struct network *network) {
     int result = -1;
     errno = ENODEV;
     /* The route last: it goes with the last of the old addresses. */
-    if (index && fd >= 0 && change_mac(fd, index, network->mac) == 0 && add_address(fd, index, network) == 0 &&
-        flush_addresses(fd, index, network->address) == 0)
+    if (index && fd >= 0 && change_mac(fd, index, network->mac) == 0 && add_address(fd, index, network) == 0
+        && flush_addresses(fd, index, network->address) == 0)
         result = configure_link(fd, index, network);
     close_fd(&fd);
     return result;

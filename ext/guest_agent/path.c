@@ -12,11 +12,13 @@
 #include "protocol.h"
 #include "util.h"
 
-uint8_t file_kind_of(mode_t mode) {
+uint8_t file_kind_of(mode_t mode)
+{
     return S_ISREG(mode) ? KIND_FILE : S_ISDIR(mode) ? KIND_DIR : S_ISLNK(mode) ? KIND_SYMLINK : KIND_OTHER;
 }
 
-int open_inside(int root, const char *path, uint64_t flags, uint64_t mode) {
+int open_inside(int root, const char *path, uint64_t flags, uint64_t mode)
+{
     struct open_how how = {
         .flags = flags | O_CLOEXEC, .mode = mode, .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
     for (;;) {
@@ -26,7 +28,8 @@ int open_inside(int root, const char *path, uint64_t flags, uint64_t mode) {
     }
 }
 
-static int open_dir(int root, const char *path, bool make) {
+static int open_dir(int root, const char *path, bool make)
+{
     char partial[PATH_MAX], name[NAME_MAX + 1];
     int fd = open_inside(root, path, O_PATH | O_DIRECTORY, 0);
     if (fd >= 0 || errno != ENOENT || !make)
@@ -57,7 +60,8 @@ static int open_dir(int root, const char *path, bool make) {
     return fd >= 0 ? fd : open_inside(root, path, O_PATH | O_DIRECTORY, 0);
 }
 
-int open_parent(int root, const char *path, bool make, char name[NAME_MAX + 1]) {
+int open_parent(int root, const char *path, bool make, char name[NAME_MAX + 1])
+{
     char dir[PATH_MAX];
     size_t length = strlen(path);
     errno = ENAMETOOLONG;

@@ -18,21 +18,24 @@
 #define MAX_WORD 256
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-static const char *base_name(const char *path) {
+static const char *base_name(const char *path)
+{
     const char *slash = strrchr(path, '/');
     return slash ? slash + 1 : path;
 }
 
-static bool is_one_of(const char *name, const char *const *names, size_t count) {
+static bool is_one_of(const char *name, const char *const *names, size_t count)
+{
     for (size_t i = 0; i < count; i++)
         if (strcmp(name, names[i]) == 0)
             return true;
     return false;
 }
 
-static bool has_init_name(const char *path) {
-    static const char *const names[] = {"init",        "systemd",       "runit",   "runit-init", "openrc-init",
-                                        "s6-svscan",   "s6-linux-init", "my_init", "upstart"};
+static bool has_init_name(const char *path)
+{
+    static const char *const names[] = {"init",      "systemd",       "runit",   "runit-init", "openrc-init",
+                                        "s6-svscan", "s6-linux-init", "my_init", "upstart"};
     return is_one_of(base_name(path), names, LENGTH(names));
 }
 
@@ -42,12 +45,13 @@ struct place {
 };
 
 /* The file that a command leads to; false if there is none. */
-static bool find_program(const char *name, const struct place *place, char *found) {
+static bool find_program(const char *name, const struct place *place, char *found)
+{
     const char *path = place->path;
     if (strchr(name, '/'))
-        return snprintf(found, PATH_MAX, "%s%s%s", *name == '/' ? "" : place->cwd, *name == '/' ? "" : "/", name) <
-                   PATH_MAX &&
-               access(found, F_OK) == 0;
+        return snprintf(found, PATH_MAX, "%s%s%s", *name == '/' ? "" : place->cwd, *name == '/' ? "" : "/", name)
+            < PATH_MAX
+            && access(found, F_OK) == 0;
     while (path && *path) {
         size_t length = strcspn(path, ":");
         if (snprintf(found, PATH_MAX, "%.*s/%s", (int)length, path, name) < PATH_MAX && access(found, X_OK) == 0)
@@ -58,18 +62,20 @@ static bool find_program(const char *name, const struct place *place, char *foun
 }
 
 /* The text of a script, to be freed; NULL for any other kind of file. */
-static char *read_script(const char *path) {
+static char *read_script(const char *path)
+{
     struct stat st;
     char *text = malloc(SCRIPT_BYTES);
-    if (text && stat(path, &st) == 0 && S_ISREG(st.st_mode) && read_file(path, text, SCRIPT_BYTES) > 2 &&
-        strncmp(text, "#!", 2) == 0)
+    if (text && stat(path, &st) == 0 && S_ISREG(st.st_mode) && read_file(path, text, SCRIPT_BYTES) > 2
+        && strncmp(text, "#!", 2) == 0)
         return text;
     free(text);
     return NULL;
 }
 
 /* The next word of a script, without its quotes; "\n" at the end of a command. NULL at the end of the text. */
-static const char *next_word(const char *at, char *word) {
+static const char *next_word(const char *at, char *word)
+{
     size_t length = 0;
     bool any = false;
     while (*at == ' ' || *at == '\t' || (*at == '\\' && at[1] == '\n'))
@@ -95,7 +101,8 @@ static const char *next_word(const char *at, char *word) {
     return any ? at : NULL;
 }
 
-static bool is_assignment(const char *word) {
+static bool is_assignment(const char *word)
+{
     size_t name = strspn(word, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz_0123456789");
     return name > 0 && word[name] == '=';
 }
@@ -103,7 +110,8 @@ static bool is_assignment(const char *word) {
 static bool leads_to_init(char *const *argv, const struct place *place, int depth);
 
 /* Whether a script that gets `arguments` (or NULL) executes an init. */
-static bool script_executes(const char *text, char *const *arguments, const struct place *place, int depth) {
+static bool script_executes(const char *text, char *const *arguments, const struct place *place, int depth)
+{
     char word[MAX_WORD];
     bool after_exec = false, begins = true;
     while ((text = next_word(text, word))) {
@@ -114,7 +122,8 @@ static bool script_executes(const char *text, char *const *arguments, const stru
         }
         if (after_exec && (*word == '-' || strcmp(word, "env") == 0 || is_assignment(word)))
             continue;
-        if (after_exec && (has_init_name(word) || (*word == '$' && arguments && leads_to_init(arguments, place, depth + 1))))
+        if (after_exec
+            && (has_init_name(word) || (*word == '$' && arguments && leads_to_init(arguments, place, depth + 1))))
             return true;
         after_exec = begins && strcmp(word, "exec") == 0;
         begins = begins && is_one_of(word, (const char *const[]){"then", "else", "do", "!"}, 4);
@@ -123,7 +132,8 @@ static bool script_executes(const char *text, char *const *arguments, const stru
 }
 
 /* A shell executes the last command of -c, so that `sh -c /sbin/init` is an init as well. */
-static bool ends_in_init(const char *text) {
+static bool ends_in_init(const char *text)
+{
     char word[MAX_WORD];
     bool begins = true, is_init = false;
     while ((text = next_word(text, word))) {
@@ -135,12 +145,14 @@ static bool ends_in_init(const char *text) {
     return is_init;
 }
 
-static bool is_shell(const char *name) {
+static bool is_shell(const char *name)
+{
     static const char *const names[] = {"sh", "bash", "dash", "ash", "ksh", "zsh"};
     return is_one_of(base_name(name), names, LENGTH(names));
 }
 
-static bool leads_to_init(char *const *argv, const struct place *place, int depth) {
+static bool leads_to_init(char *const *argv, const struct place *place, int depth)
+{
     char found[PATH_MAX], real[PATH_MAX];
     if (!argv[0] || depth > MAX_DEPTH)
         return false;
@@ -160,12 +172,14 @@ static bool leads_to_init(char *const *argv, const struct place *place, int dept
     return is_init;
 }
 
-bool executes_init(char *const *argv, const char *path, const char *cwd) {
+bool executes_init(char *const *argv, const char *path, const char *cwd)
+{
     struct place place = {path ? path : DEFAULT_PATH, cwd};
     return leads_to_init(argv, &place, 0);
 }
 
-bool wants_pid1(const struct boot_config *config) {
+bool wants_pid1(const struct boot_config *config)
+{
     const char *path = NULL;
     if (config->pid1 != PID1_DETECT)
         return config->pid1 == PID1_WORKLOAD;

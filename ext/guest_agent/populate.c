@@ -22,7 +22,8 @@
 typedef int visit_entry(int directory, const char *name, void *context);
 
 /* Calls `visit` for each entry of a directory until one fails; 0, or -1 with errno. */
-static int each_entry(int directory, visit_entry *visit, void *context) {
+static int each_entry(int directory, visit_entry *visit, void *context)
+{
     int fd = openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *stream = fd < 0 ? NULL : fdopendir(fd);
     if (!stream) {
@@ -41,14 +42,16 @@ static int each_entry(int directory, visit_entry *visit, void *context) {
     return error ? -1 : 0;
 }
 
-static int found_one(int directory, const char *name, void *context) {
+static int found_one(int directory, const char *name, void *context)
+{
     (void)directory;
     (void)name;
     *(bool *)context = true;
     return 0;
 }
 
-static int remove_entry(int directory, const char *name, void *context) {
+static int remove_entry(int directory, const char *name, void *context)
+{
     if (strcmp(name, MARKER) == 0 && context)
         return 0;
     if (unlinkat(directory, name, 0) == 0)
@@ -63,7 +66,8 @@ static int remove_entry(int directory, const char *name, void *context) {
     return result < 0 ? -1 : unlinkat(directory, name, AT_REMOVEDIR);
 }
 
-static int copy_xattrs(int from, int to) {
+static int copy_xattrs(int from, int to)
+{
     char names[XATTR_LIST_MAX], value[XATTR_SIZE_MAX];
     ssize_t length = flistxattr(from, names, sizeof names);
     if (length < 0)
@@ -77,26 +81,30 @@ static int copy_xattrs(int from, int to) {
 }
 
 /* Owner first: a change of owner clears the set-user-ID bit. */
-static int copy_attributes(int from, int to, const struct stat *st) {
+static int copy_attributes(int from, int to, const struct stat *st)
+{
     const struct timespec times[] = {st->st_atim, st->st_mtim};
     if (fchown(to, st->st_uid, st->st_gid) < 0 || fchmod(to, st->st_mode & 07777) < 0 || copy_xattrs(from, to) < 0)
         return -1;
     return futimens(to, times);
 }
 
-int copy_directory_attributes(int from, int to) {
+int copy_directory_attributes(int from, int to)
+{
     struct stat st;
     return fstat(from, &st) < 0 ? -1 : copy_attributes(from, to, &st);
 }
 
-int is_directory_empty(int directory) {
+int is_directory_empty(int directory)
+{
     bool has_content = false;
     if (each_entry(directory, found_one, &has_content) < 0)
         return -1;
     return !has_content;
 }
 
-static int copy_data(int from, int to) {
+static int copy_data(int from, int to)
+{
     ssize_t n;
     while ((n = sendfile(to, from, NULL, CHUNK)) > 0 || (n < 0 && errno == EINTR))
         ;
@@ -109,7 +117,8 @@ struct copy {
 
 static int copy_entry(int directory, const char *name, void *context);
 
-static int copy_directory(int from, int to, int depth) {
+static int copy_directory(int from, int to, int depth)
+{
     struct copy copy = {to, depth};
     if (depth > MAX_DEPTH) {
         errno = ELOOP;
@@ -119,7 +128,8 @@ static int copy_directory(int from, int to, int depth) {
 }
 
 /* A file or directory, whose descriptors carry its attributes. A file with several names becomes several files. */
-static int copy_opened(int directory, const char *name, const struct stat *st, const struct copy *copy) {
+static int copy_opened(int directory, const char *name, const struct stat *st, const struct copy *copy)
+{
     bool is_directory = S_ISDIR(st->st_mode);
     int flags = O_NOFOLLOW | O_CLOEXEC;
     if (is_directory && mkdirat(copy->to, name, 0700) < 0)
@@ -127,9 +137,9 @@ static int copy_opened(int directory, const char *name, const struct stat *st, c
     int from = openat(directory, name, flags | O_RDONLY);
     int to = is_directory ? openat(copy->to, name, flags | O_RDONLY | O_DIRECTORY)
                           : openat(copy->to, name, flags | O_WRONLY | O_CREAT | O_EXCL, 0600);
-    int result = from < 0 || to < 0                 ? -1
-                 : is_directory                     ? copy_directory(from, to, copy->depth + 1)
-                                                    : copy_data(from, to);
+    int result = from < 0 || to < 0 ? -1
+        : is_directory              ? copy_directory(from, to, copy->depth + 1)
+                                    : copy_data(from, to);
     if (result == 0)
         result = copy_attributes(from, to, st);
     int error = errno;
@@ -141,7 +151,8 @@ static int copy_opened(int directory, const char *name, const struct stat *st, c
     return result;
 }
 
-static int copy_entry(int directory, const char *name, void *context) {
+static int copy_entry(int directory, const char *name, void *context)
+{
     const struct copy *copy = context;
     struct stat st;
     char target[PATH_MAX];
@@ -169,7 +180,8 @@ static int copy_entry(int directory, const char *name, void *context) {
     return utimensat(copy->to, name, times, AT_SYMLINK_NOFOLLOW);
 }
 
-int populate_volume(int volume, int covered) {
+int populate_volume(int volume, int covered)
+{
     struct stat st;
     bool has_content = false;
     if (unlinkat(volume, "lost+found", AT_REMOVEDIR) < 0 && errno != ENOENT && errno != ENOTEMPTY && errno != ENOTDIR)
@@ -185,8 +197,8 @@ int populate_volume(int volume, int covered) {
     if (marker < 0)
         return -1;
     close(marker);
-    if (syncfs(volume) < 0 || copy_directory(covered, volume, 0) < 0 || copy_attributes(covered, volume, &st) < 0 ||
-        syncfs(volume) < 0)
+    if (syncfs(volume) < 0 || copy_directory(covered, volume, 0) < 0 || copy_attributes(covered, volume, &st) < 0
+        || syncfs(volume) < 0)
         return -1;
     if (unlinkat(volume, MARKER, 0) < 0)
         return -1;

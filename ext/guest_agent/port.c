@@ -8,7 +8,8 @@
 
 #include "util.h"
 
-int open_port(const char *name, int flags) {
+int open_port(const char *name, int flags)
+{
     DIR *dir = opendir("/sys/class/virtio-ports");
     int fd = -1;
     for (struct dirent *entry; dir && fd < 0 && (entry = readdir(dir));) {

@@ -25,7 +25,8 @@
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #define MAX_ENV 8192
 
-void reset_process(void) {
+void reset_process(void)
+{
     struct sigaction action = {.sa_handler = SIG_DFL};
     sigset_t none;
     for (int i = 1; i < 65; i++)
@@ -37,7 +38,8 @@ void reset_process(void) {
     write_file("/proc/self/oom_score_adj", "0");
 }
 
-static void fail(struct start_failure *failure, int exit_code, const char *format, ...) {
+static void fail(struct start_failure *failure, int exit_code, const char *format, ...)
+{
     va_list args;
     failure->exit_code = exit_code;
     va_start(args, format);
@@ -45,7 +47,8 @@ static void fail(struct start_failure *failure, int exit_code, const char *forma
     va_end(args);
 }
 
-static const char *value_of(char *const *env, const char *name) {
+static const char *value_of(char *const *env, const char *name)
+{
     size_t length = strlen(name);
     for (; env && *env; env++)
         if (strncmp(*env, name, length) == 0 && (*env)[length] == '=')
@@ -53,13 +56,15 @@ static const char *value_of(char *const *env, const char *name) {
     return NULL;
 }
 
-static bool same_name(const char *a, const char *b) {
+static bool same_name(const char *a, const char *b)
+{
     size_t n = strcspn(a, "=");
     return strncmp(a, b, n) == 0 && b[n] == '=';
 }
 
 /* Base variables, ours over them, and HOME, HOSTNAME and PATH where neither gives them. */
-static char **merge_env(const struct program *program, const struct user *user) {
+static char **merge_env(const struct program *program, const struct user *user)
+{
     static char *merged[MAX_ENV + 6];
     char *home;
     size_t count = 0;
@@ -76,7 +81,8 @@ static char **merge_env(const struct program *program, const struct user *user) 
     char host[65] = "", *hostname;
     gethostname(host, sizeof host - 1);
     bool wants_hostname = !value_of(merged, "HOSTNAME") && asprintf(&hostname, "HOSTNAME=%s", host) >= 0;
-    bool wants_home = !value_of(merged, "HOME") && asprintf(&home, "HOME=%s", user->home) >= 0, wants_path = !value_of(merged, "PATH");
+    bool wants_home = !value_of(merged, "HOME") && asprintf(&home, "HOME=%s", user->home) >= 0,
+         wants_path = !value_of(merged, "PATH");
     bool wants_term = program->tty && !value_of(merged, "TERM");
     bool wants_container = program->is_init && !value_of(merged, "container");
     if (wants_hostname)
@@ -93,7 +99,8 @@ static char **merge_env(const struct program *program, const struct user *user) 
     return merged;
 }
 
-static bool enter_cwd(const struct program *program, struct start_failure *failure) {
+static bool enter_cwd(const struct program *program, struct start_failure *failure)
+{
     char path[PATH_MAX];
     const char *cwd = program->cwd;
     if (snprintf(path, sizeof path, "%s%s", cwd[0] == '/' ? "" : "/", cwd) >= (int)sizeof path) {
@@ -112,7 +119,8 @@ static bool enter_cwd(const struct program *program, struct start_failure *failu
 }
 
 /* Executes argv[0], through PATH if it has no slash. Returns only on failure. */
-static void execute(char *const *argv, char **env, struct start_failure *failure) {
+static void execute(char *const *argv, char **env, struct start_failure *failure)
+{
     const char *name = argv[0], *path = value_of(env, "PATH");
     int denied = 0;
     if (strchr(name, '/')) {
@@ -141,7 +149,8 @@ static void execute(char *const *argv, char **env, struct start_failure *failure
         fail(failure, 127, "exec \"%s\": executable file not found in $PATH", name);
 }
 
-void become_program(const struct program *program, struct start_failure *failure) {
+void become_program(const struct program *program, struct start_failure *failure)
+{
     static struct user user;
     const char *wrong = find_user(program->user, &user);
     if (!program->argv[0]) {
@@ -161,7 +170,8 @@ void become_program(const struct program *program, struct start_failure *failure
     }
 }
 
-static int open_terminal(const struct program *program, int *slave) {
+static int open_terminal(const struct program *program, int *slave)
+{
     int master = open("/dev/ptmx", O_RDWR | O_NOCTTY | O_CLOEXEC | O_NONBLOCK), unlock = 0;
     unsigned number;
     char path[32];
@@ -185,7 +195,8 @@ struct ends {
     int in[2], out[2], err[2], failure[2];
 };
 
-static void close_ends(struct ends *ends) {
+static void close_ends(struct ends *ends)
+{
     int *all[] = {ends->in, ends->out, ends->err, ends->failure};
     for (size_t i = 0; i < LENGTH(all); i++) {
         close_fd(&all[i][0]);
@@ -193,14 +204,15 @@ static void close_ends(struct ends *ends) {
     }
 }
 
-static bool open_ends(const struct program *program, struct ends *ends) {
+static bool open_ends(const struct program *program, struct ends *ends)
+{
     *ends = (struct ends){{-1, -1}, {-1, -1}, {-1, -1}, {-1, -1}};
     if (pipe2(ends->failure, O_CLOEXEC) < 0)
         return false;
     if (program->tty) {
         ends->out[0] = open_terminal(program, &ends->out[1]);
-        if (ends->out[0] < 0 || (ends->in[1] = fcntl(ends->out[0], F_DUPFD_CLOEXEC, 3)) < 0 ||
-            (ends->in[0] = fcntl(ends->out[1], F_DUPFD_CLOEXEC, 3)) < 0)
+        if (ends->out[0] < 0 || (ends->in[1] = fcntl(ends->out[0], F_DUPFD_CLOEXEC, 3)) < 0
+            || (ends->in[0] = fcntl(ends->out[1], F_DUPFD_CLOEXEC, 3)) < 0)
             return false;
         return (ends->err[1] = fcntl(ends->out[1], F_DUPFD_CLOEXEC, 3)) >= 0;
     }
@@ -214,7 +226,8 @@ static bool open_ends(const struct program *program, struct ends *ends) {
     return pipe2(ends->in, O_CLOEXEC) == 0 && pipe2(ends->err, O_CLOEXEC) == 0;
 }
 
-static _Noreturn void run_child(const struct program *program, struct ends *ends) {
+static _Noreturn void run_child(const struct program *program, struct ends *ends)
+{
     static struct start_failure failure;
     reset_process();
     setsid();
@@ -233,7 +246,8 @@ static _Noreturn void run_child(const struct program *program, struct ends *ends
 
 /* Like fork, but the child begins its life in the control group: moving a living process into one makes
  * the kernel wait for all CPUs, which costs some 10 ms. */
-static pid_t fork_into(const struct program *program, const char *path) {
+static pid_t fork_into(const struct program *program, const char *path)
+{
     int cgroup = path ? open(path, O_PATH | O_DIRECTORY | O_CLOEXEC) : -1;
     struct clone_args args = {.exit_signal = SIGCHLD, .flags = program->is_init ? CLONE_NEWPID : 0};
     if (cgroup >= 0) {
@@ -246,7 +260,8 @@ static pid_t fork_into(const struct program *program, const char *path) {
     return pid;
 }
 
-int start_program(const struct program *program, struct child *child) {
+int start_program(const struct program *program, struct child *child)
+{
     struct ends ends;
     int error = 0;
     pid_t pid = -1;
@@ -285,7 +300,8 @@ int start_program(const struct program *program, struct child *child) {
 }
 
 /* The session id is the fourth number behind the name in parentheses, which may hold anything. */
-static pid_t session_of(const char *pid) {
+static pid_t session_of(const char *pid)
+{
     char path[64], text[512];
     int session = -1;
     snprintf(path, sizeof path, "/proc/%.16s/stat", pid);
@@ -297,7 +313,8 @@ static pid_t session_of(const char *pid) {
     return session;
 }
 
-void kill_session(pid_t leader) {
+void kill_session(pid_t leader)
+{
     kill(-leader, SIGKILL);
     kill(leader, SIGKILL);
     /* Walk until a walk finds nobody; a program that forks faster than this must not hold us up. */

@@ -8,11 +8,11 @@
 
 struct program {
     char *const *argv;
-    char *const *env;   /* wins over base_env */
+    char *const *env;      /* wins over base_env */
     char *const *base_env; /* may be NULL */
-    const char *cwd;    /* "" is "/" */
-    bool make_cwd;      /* a missing working directory is made, as for an image's WORKDIR */
-    const char *user;   /* as find_user takes it */
+    const char *cwd;       /* "" is "/" */
+    bool make_cwd;         /* a missing working directory is made, as for an image's WORKDIR */
+    const char *user;      /* as find_user takes it */
     bool tty;
     uint16_t rows, cols; /* 0: 24 by 80 */
     bool merge_output;   /* one pipe for both outputs; no standard input */

@@ -49,18 +49,18 @@
 #define AGENT_VSOCK_PORT 1024
 
 enum frame_type {
-    FRAME_OPEN = 1,      /* h→g  u8 op, fields; FLAG_MORE: the request goes on in the next OPEN frame */
-    FRAME_DATA = 2,      /* h→g  standard input, FLAG_END closes it; g→h standard output or reply */
-    FRAME_STDERR = 3,    /* g→h */
-    FRAME_CREDIT = 4,    /* both u32 more bytes may be sent in this session */
-    FRAME_SIGNAL = 5,    /* h→g  u32 signal for the process group */
-    FRAME_RESIZE = 6,    /* h→g  u16 rows, u16 columns */
-    FRAME_CLOSE = 7,     /* h→g  end it, kill what runs in it; nothing is answered */
-    FRAME_EXIT = 8,      /* g→h  fields; the last frame of a session */
-    FRAME_EVENT = 9,     /* g→h  u8 event, fields; session 0; sent again on each connection */
+    FRAME_OPEN = 1,       /* h→g  u8 op, fields; FLAG_MORE: the request goes on in the next OPEN frame */
+    FRAME_DATA = 2,       /* h→g  standard input, FLAG_END closes it; g→h standard output or reply */
+    FRAME_STDERR = 3,     /* g→h */
+    FRAME_CREDIT = 4,     /* both u32 more bytes may be sent in this session */
+    FRAME_SIGNAL = 5,     /* h→g  u32 signal for the process group */
+    FRAME_RESIZE = 6,     /* h→g  u16 rows, u16 columns */
+    FRAME_CLOSE = 7,      /* h→g  end it, kill what runs in it; nothing is answered */
+    FRAME_EXIT = 8,       /* g→h  fields; the last frame of a session */
+    FRAME_EVENT = 9,      /* g→h  u8 event, fields; session 0; sent again on each connection */
     FRAME_EVENT_ACK = 10, /* h→g  u8 event */
-    FRAME_DETACH = 11,   /* h→g  the host leaves a kept session; nothing is answered */
-    FRAME_RESUMED = 12   /* g→h  fields; the first frame of a session that OP_RESUME opened */
+    FRAME_DETACH = 11,    /* h→g  the host leaves a kept session; nothing is answered */
+    FRAME_RESUMED = 12    /* g→h  fields; the first frame of a session that OP_RESUME opened */
 };
 
 #define FLAG_MORE 1

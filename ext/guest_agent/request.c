@@ -31,7 +31,8 @@ static const struct {
     [OP_METRICS] = {metrics_worker, false},
 };
 
-static bool take(char **list, size_t *count, const struct field *field) {
+static bool take(char **list, size_t *count, const struct field *field)
+{
     const char *text;
     if (*count >= MAX_ARGS || !field_text(field, &text))
         return false;
@@ -39,7 +40,8 @@ static bool take(char **list, size_t *count, const struct field *field) {
     return true;
 }
 
-static void start_exec(const struct boot_config *config, struct session *session, struct field_reader *reader) {
+static void start_exec(const struct boot_config *config, struct session *session, struct field_reader *reader)
+{
     static char *argv[MAX_ARGS + 1], *env[MAX_ARGS + 1];
     size_t arg_count = 0, env_count = 0;
     uint64_t timeout_ms = 0;
@@ -52,16 +54,35 @@ static void start_exec(const struct boot_config *config, struct session *session
     bool good = true;
     while (good && next_field(reader, &field)) {
         switch (field.tag) {
-        case TAG_ARG: good = take(argv, &arg_count, &field); break;
-        case TAG_ENV: good = take(env, &env_count, &field); break;
-        case TAG_CWD: good = field_text(&field, &cwd); break;
-        case TAG_USER: good = field_text(&field, &program.user); break;
-        case TAG_TTY: good = field_bool(&field, &program.tty); break;
-        case TAG_ROWS: good = field_u16(&field, &program.rows); break;
-        case TAG_COLS: good = field_u16(&field, &program.cols); break;
-        case TAG_TIMEOUT_MS: good = field_u64(&field, &timeout_ms) && timeout_ms <= INT64_MAX / 2; break;
-        case TAG_SESSION_KEY: good = keep = field_bytes(&field, key, sizeof key); break;
-        default: good = false;
+        case TAG_ARG:
+            good = take(argv, &arg_count, &field);
+            break;
+        case TAG_ENV:
+            good = take(env, &env_count, &field);
+            break;
+        case TAG_CWD:
+            good = field_text(&field, &cwd);
+            break;
+        case TAG_USER:
+            good = field_text(&field, &program.user);
+            break;
+        case TAG_TTY:
+            good = field_bool(&field, &program.tty);
+            break;
+        case TAG_ROWS:
+            good = field_u16(&field, &program.rows);
+            break;
+        case TAG_COLS:
+            good = field_u16(&field, &program.cols);
+            break;
+        case TAG_TIMEOUT_MS:
+            good = field_u64(&field, &timeout_ms) && timeout_ms <= INT64_MAX / 2;
+            break;
+        case TAG_SESSION_KEY:
+            good = keep = field_bytes(&field, key, sizeof key);
+            break;
+        default:
+            good = false;
         }
     }
     if (!good || reader->malformed || arg_count == 0) {
@@ -85,7 +106,8 @@ static void start_exec(const struct boot_config *config, struct session *session
 }
 
 static void start_identity(const struct boot_config *config, struct channel *channel, struct session *session,
-                           struct field_reader reader) {
+                           struct field_reader reader)
+{
     const char *failed;
     char text[128] = "";
     int error = take_identity(config, reader, channel->nonce, &failed) < 0 ? errno : 0;
@@ -95,7 +117,8 @@ static void start_identity(const struct boot_config *config, struct channel *cha
 }
 
 /* All that an exec takes but the image's own program: under emulation its first run takes ten times as long as others. */
-static void start_warm(struct session *session) {
+static void start_warm(struct session *session)
+{
     static char *const argv[] = {"/proc/self/exe", NULL}, *const env[] = {NULL};
     struct program program = {.argv = argv, .env = env, .base_env = env, .cwd = "/", .user = "", .apart = true};
     struct child child;
@@ -105,16 +128,22 @@ static void start_warm(struct session *session) {
         session_started(session, &child, true, false, 0);
 }
 
-static void resume(struct session *session, struct field_reader *reader) {
+static void resume(struct session *session, struct field_reader *reader)
+{
     struct field field;
     uint8_t key[KEY_BYTES];
     uint64_t received = 0;
     bool has_key = false, good = true;
     while (good && next_field(reader, &field)) {
         switch (field.tag) {
-        case TAG_SESSION_KEY: good = has_key = field_bytes(&field, key, sizeof key); break;
-        case TAG_RECEIVED: good = field_u64(&field, &received); break;
-        default: good = false;
+        case TAG_SESSION_KEY:
+            good = has_key = field_bytes(&field, key, sizeof key);
+            break;
+        case TAG_RECEIVED:
+            good = field_u64(&field, &received);
+            break;
+        default:
+            good = false;
         }
     }
     if (!good || reader->malformed || !has_key)
@@ -123,15 +152,20 @@ static void resume(struct session *session, struct field_reader *reader) {
         session_refuse(session, ENOENT, "there is no such program any more");
 }
 
-static void start_shutdown(struct session *session, struct field_reader *reader) {
+static void start_shutdown(struct session *session, struct field_reader *reader)
+{
     struct field field;
     uint32_t signal = 0;
     uint64_t grace_ms = UINT64_MAX;
     while (next_field(reader, &field)) {
         bool good = false;
         switch (field.tag) {
-        case TAG_STOP_SIGNAL: good = field_u32(&field, &signal) && signal <= 64; break;
-        case TAG_GRACE_MS: good = field_u64(&field, &grace_ms); break;
+        case TAG_STOP_SIGNAL:
+            good = field_u32(&field, &signal) && signal <= 64;
+            break;
+        case TAG_GRACE_MS:
+            good = field_u64(&field, &grace_ms);
+            break;
         }
         reader->malformed |= !good;
     }
@@ -144,7 +178,8 @@ static void start_shutdown(struct session *session, struct field_reader *reader)
 }
 
 static void start_request(const struct boot_config *config, struct channel *channel, struct session *session,
-                          const uint8_t *request, size_t length) {
+                          const uint8_t *request, size_t length)
+{
     struct child child;
     uint8_t op = request[0];
     bool is_worker = op < sizeof WORKERS / sizeof *WORKERS && WORKERS[op].function;
@@ -177,7 +212,8 @@ static void start_request(const struct boot_config *config, struct channel *chan
     }
 }
 
-static bool open_session(const struct boot_config *config, struct channel *channel, const struct frame *frame) {
+static bool open_session(const struct boot_config *config, struct channel *channel, const struct frame *frame)
+{
     struct session *session = session_find(frame->session);
     const uint8_t *request = frame->payload;
     size_t length = frame->length;
@@ -210,7 +246,8 @@ static bool open_session(const struct boot_config *config, struct channel *chann
     return true;
 }
 
-bool handle_frame(const struct boot_config *config, struct channel *channel, const struct frame *frame) {
+bool handle_frame(const struct boot_config *config, struct channel *channel, const struct frame *frame)
+{
     if (frame->type == FRAME_OPEN)
         return open_session(config, channel, frame);
     if (frame->type == FRAME_EVENT_ACK) {
@@ -248,6 +285,7 @@ bool handle_frame(const struct boot_config *config, struct channel *channel, con
         else if (session)
             session_drop(session);
         return true;
-    default: return false;
+    default:
+        return false;
     }
 }

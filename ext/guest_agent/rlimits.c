@@ -24,7 +24,8 @@ static const struct ulimit *own;
 static size_t own_count;
 
 /* "net.core.somaxconn" or "net/core/somaxconn", as sysctl(8) takes them: the first separator tells which it is. */
-static bool sysctl_path(const char *name, size_t length, char *path, size_t capacity) {
+static bool sysctl_path(const char *name, size_t length, char *path, size_t capacity)
+{
     size_t first = strcspn(name, "./=");
     int n = snprintf(path, capacity, "/proc/sys/%.*s", (int)length, name);
     if (n < 0 || (size_t)n >= capacity || length == 0)
@@ -34,7 +35,8 @@ static bool sysctl_path(const char *name, size_t length, char *path, size_t capa
     return !strstr(path, "/../") && strncmp(path, "/proc/sys//", 11) != 0;
 }
 
-const char *set_kernel_limits(const struct boot_config *config) {
+const char *set_kernel_limits(const struct boot_config *config)
+{
     static const char *const settings[][2] = {
         /* As in a container: any user may listen on low ports and ping. */
         {"net/ipv4/ip_unprivileged_port_start", "0"},
@@ -58,8 +60,8 @@ const char *set_kernel_limits(const struct boot_config *config) {
     for (size_t i = 0; i < config->sysctl_count; i++) {
         const char *setting = config->sysctls[i], *value = strchr(setting, '=');
         errno = EINVAL;
-        if (value && sysctl_path(setting, (size_t)(value - setting), path, sizeof path) &&
-            write_file(path, value + 1) == 0)
+        if (value && sysctl_path(setting, (size_t)(value - setting), path, sizeof path)
+            && write_file(path, value + 1) == 0)
             continue;
         snprintf(problem, sizeof problem, "cannot set the sysctl %.200s: %s", setting, strerror(errno));
         return problem;
@@ -67,7 +69,8 @@ const char *set_kernel_limits(const struct boot_config *config) {
     return NULL;
 }
 
-void limit_process(void) {
+void limit_process(void)
+{
     for (size_t i = 0; i < LENGTH(defaults); i++)
         setrlimit((int)defaults[i].resource, &(struct rlimit){defaults[i].soft, defaults[i].hard});
     for (size_t i = 0; i < own_count; i++)

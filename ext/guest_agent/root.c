@@ -25,7 +25,8 @@
 /* The overlay's own mount is hidden behind the root; this descriptor lets us bring it to rest at the end. */
 static int overlay_fd = -1;
 
-static const char *problem(const char *format, ...) {
+static const char *problem(const char *format, ...)
+{
     static char text[512];
     int error = errno;
     va_list args;
@@ -42,7 +43,8 @@ struct kernel_fs {
     unsigned long flags;
 };
 
-static const char *mount_kernel_fs(const struct kernel_fs *list, size_t count) {
+static const char *mount_kernel_fs(const struct kernel_fs *list, size_t count)
+{
     for (size_t i = 0; i < count; i++) {
         if (make_dirs(list[i].path) < 0)
             return problem("cannot create %s", list[i].path);
@@ -52,7 +54,8 @@ static const char *mount_kernel_fs(const struct kernel_fs *list, size_t count) {
     return NULL;
 }
 
-const char *mount_early(void) {
+const char *mount_early(void)
+{
     static const struct kernel_fs list[] = {
         {"proc", "/proc", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
         {"sysfs", "/sys", NULL, MS_NOSUID | MS_NODEV | MS_NOEXEC},
@@ -62,7 +65,8 @@ const char *mount_early(void) {
 }
 
 /* Half of the memory, but what Docker gives at least; it is a limit, and takes nothing that is not used. */
-static unsigned long long shm_size(uint64_t wanted) {
+static unsigned long long shm_size(uint64_t wanted)
+{
     struct sysinfo system;
     unsigned long long half = sysinfo(&system) == 0 ? (unsigned long long)system.totalram * system.mem_unit / 2 : 0;
     return wanted ? wanted : half > DOCKER_SHM_BYTES ? half : DOCKER_SHM_BYTES;
@@ -70,7 +74,8 @@ static unsigned long long shm_size(uint64_t wanted) {
 
 /* In the new root, so that links of the image (/dev -> /x/dev) lead to where they do for its programs. /run is the
  * image's own: programs expect the directories that it has there, as they find them in a container. */
-const char *mount_late(uint64_t shm_bytes) {
+const char *mount_late(uint64_t shm_bytes)
+{
     char shm[64];
     snprintf(shm, sizeof shm, "mode=1777,size=%llu", shm_size(shm_bytes));
     const struct kernel_fs list[] = {
@@ -100,7 +105,8 @@ const char *mount_late(uint64_t shm_bytes) {
 }
 
 static const char *mount_disk(const struct boot_config *config, const char *id, const char *path, const char *type,
-                              bool readonly, int wait_ms) {
+                              bool readonly, int wait_ms)
+{
     char device[DEVICE_PATH_BYTES];
     if (make_dirs(path) < 0)
         return problem("cannot make %s", path);
@@ -117,7 +123,8 @@ static const char *mount_disk(const struct boot_config *config, const char *id, 
 
 /* Joins `lower` and the directories upper and work on `upper` into one tree at `path`. The overlay keeps its
  * own hold of both, so they vanish from the mount table. */
-static const char *join(const char *lower, const char *upper, const char *path) {
+static const char *join(const char *lower, const char *upper, const char *path)
+{
     char options[3 * PATH_MAX], dir[PATH_MAX];
     snprintf(dir, sizeof dir, "%s/upper", upper);
     if (make_dirs(dir) < 0)
@@ -141,7 +148,8 @@ static const char *join(const char *lower, const char *upper, const char *path) 
 }
 
 /* A writable volume, which gets what its place holds if it is fresh. */
-static const char *mount_writable(const struct boot_config *config, const struct volume *volume, int wait_ms) {
+static const char *mount_writable(const struct boot_config *config, const struct volume *volume, int wait_ms)
+{
     if (make_dirs(volume->path) < 0)
         return problem("cannot create %s", volume->path);
     int covered = open(volume->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -160,7 +168,8 @@ static const char *mount_writable(const struct boot_config *config, const struct
     return wrong;
 }
 
-const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms) {
+const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms)
+{
     if (!volume->overlay_disk_id && !volume->readonly)
         return mount_writable(config, volume, wait_ms);
     if (!volume->overlay_disk_id)
@@ -188,7 +197,8 @@ const char *mount_volume(const struct boot_config *config, const struct volume *
 
 #define OWN_DISK "/dev/shm/.hypeman-disk"
 
-static bool is_mounted_volume(const struct boot_config *config, const char *path) {
+static bool is_mounted_volume(const struct boot_config *config, const char *path)
+{
     for (size_t i = 0; i < config->volume_count; i++)
         if (strcmp(config->volumes[i].path, path) == 0)
             return true;
@@ -197,10 +207,11 @@ static bool is_mounted_volume(const struct boot_config *config, const char *path
 
 /* A directory on the mounted disk for the one at `path`, with its attributes; made under another name first, so that it is
  * complete if it is there. */
-static int make_own_dir(const char *path, int covered, char *own, size_t capacity) {
+static int make_own_dir(const char *path, int covered, char *own, size_t capacity)
+{
     char unfinished[PATH_MAX];
-    if (snprintf(own, capacity, OWN_DISK "/volumes%s/.data", path) >= (int)capacity ||
-        snprintf(unfinished, sizeof unfinished, OWN_DISK "/volumes%s/.new", path) >= (int)sizeof unfinished) {
+    if (snprintf(own, capacity, OWN_DISK "/volumes%s/.data", path) >= (int)capacity
+        || snprintf(unfinished, sizeof unfinished, OWN_DISK "/volumes%s/.new", path) >= (int)sizeof unfinished) {
         errno = ENAMETOOLONG;
         return -1;
     }
@@ -215,7 +226,8 @@ static int make_own_dir(const char *path, int covered, char *own, size_t capacit
 /* An empty directory is put onto the instance's disk itself, as Docker puts it onto the host's: databases gain, and
  * container engines can have their overlays on it, which the kernel refuses on top of our own. One with content stays
  * where it is, rather than being copied. */
-static int move_to_own_disk(const char *path) {
+static int move_to_own_disk(const char *path)
+{
     char own[PATH_MAX];
     int covered = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     int empty = covered < 0 ? -1 : is_directory_empty(covered);
@@ -228,7 +240,8 @@ static int move_to_own_disk(const char *path) {
     return result;
 }
 
-void make_volume_dirs(const struct boot_config *config) {
+void make_volume_dirs(const struct boot_config *config)
+{
     const char *wrong = NULL;
     bool have_disk = config->overlay && config->volume_dir_count > 0;
     if (have_disk)
@@ -247,7 +260,8 @@ void make_volume_dirs(const struct boot_config *config) {
         log_line("%s", wrong);
 }
 
-const char *mount_root(const struct boot_config *config) {
+const char *mount_root(const struct boot_config *config)
+{
     const char *wrong = mount_disk(config, "root", "/lower", config->root_fs, true, BOOT_DISK_WAIT_MS);
     if (!wrong && config->overlay)
         wrong = mount_disk(config, "overlay", "/upper", "ext4", false, BOOT_DISK_WAIT_MS);
@@ -260,25 +274,27 @@ const char *mount_root(const struct boot_config *config) {
     return join("/lower", "/upper", NEW_ROOT);
 }
 
-const char *switch_root(void) {
+const char *switch_root(void)
+{
     unlink("/init"); /* the initramfs lies in memory */
     umount2("/dev", MNT_DETACH);
     umount2("/sys", MNT_DETACH);
     umount2("/proc", MNT_DETACH);
-    if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0 ||
-        mount(NULL, "/", NULL, MS_REC | MS_SHARED, NULL) < 0)
+    if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0
+        || mount(NULL, "/", NULL, MS_REC | MS_SHARED, NULL) < 0)
         return problem("cannot switch to the new root");
     return NULL;
 }
 
-void settle_disks(void) {
+void settle_disks(void)
+{
     sync();
     FILE *mounts = setmntent("/proc/self/mounts", "re");
     static char paths[MAX_VOLUMES + MAX_VOLUME_DIRS][256];
     size_t count = 0;
     for (struct mntent *entry; mounts && count < LENGTH(paths) && (entry = getmntent(mounts));)
-        if ((strncmp(entry->mnt_fsname, "/dev/", 5) == 0 || strcmp(entry->mnt_type, "overlay") == 0) &&
-            strcmp(entry->mnt_dir, "/") != 0 && strlen(entry->mnt_dir) < sizeof paths[0])
+        if ((strncmp(entry->mnt_fsname, "/dev/", 5) == 0 || strcmp(entry->mnt_type, "overlay") == 0)
+            && strcmp(entry->mnt_dir, "/") != 0 && strlen(entry->mnt_dir) < sizeof paths[0])
             strcpy(paths[count++], entry->mnt_dir);
     if (mounts)
         endmntent(mounts);

@@ -33,23 +33,29 @@ static struct poller {
     enum role { ROLE_IN, ROLE_OUT, ROLE_ERR } role;
 } pollers[SESSION_POLL_FDS];
 
-static bool is_detached(const struct session *session) { return session->kept && session->kept->detached; }
+static bool is_detached(const struct session *session)
+{
+    return session->kept && session->kept->detached;
+}
 
-struct session *session_find(uint32_t id) {
+struct session *session_find(uint32_t id)
+{
     for (size_t i = 0; id && i < MAX_SESSIONS; i++)
         if (sessions[i].id == id && !is_detached(&sessions[i]))
             return &sessions[i];
     return NULL;
 }
 
-size_t sessions_count(void) {
+size_t sessions_count(void)
+{
     size_t count = 0;
     for (size_t i = 0; i < MAX_SESSIONS; i++)
         count += sessions[i].id && !is_detached(&sessions[i]) && !(sessions[i].kept && sessions[i].kept->told_end);
     return count;
 }
 
-struct session *session_new(uint32_t id) {
+struct session *session_new(uint32_t id)
+{
     struct session *found = NULL;
     for (size_t i = 0; i < MAX_SESSIONS; i++) {
         struct session *session = &sessions[i];
@@ -68,7 +74,8 @@ struct session *session_new(uint32_t id) {
     return found;
 }
 
-static void free_session(struct session *session) {
+static void free_session(struct session *session)
+{
     close_fd(&session->child.in);
     close_fd(&session->child.out);
     close_fd(&session->child.err);
@@ -83,7 +90,8 @@ static void free_session(struct session *session) {
 
 /* Programs are killed with all their session. A worker is asked, and then finds its input at an end: it takes
  * back what it had begun. */
-static void kill_child(struct session *session) {
+static void kill_child(struct session *session)
+{
     if (!session->child.pid || session->reaped)
         return;
     if (session->is_program)
@@ -92,12 +100,14 @@ static void kill_child(struct session *session) {
         kill(session->child.pid, SIGTERM);
 }
 
-void session_drop(struct session *session) {
+void session_drop(struct session *session)
+{
     kill_child(session);
     free_session(session);
 }
 
-void sessions_lost(void) {
+void sessions_lost(void)
+{
     for (size_t i = 0; i < MAX_SESSIONS; i++) {
         if (!sessions[i].id)
             continue;
@@ -108,7 +118,8 @@ void sessions_lost(void) {
     }
 }
 
-bool session_keep(struct session *session, const uint8_t *key) {
+bool session_keep(struct session *session, const uint8_t *key)
+{
     struct kept *kept = calloc(1, sizeof *kept);
     if (!kept || !(kept->records = malloc(RECORDS_BYTES))) {
         free(kept);
@@ -121,23 +132,27 @@ bool session_keep(struct session *session, const uint8_t *key) {
     return true;
 }
 
-void session_detach(struct session *session) {
+void session_detach(struct session *session)
+{
     if (session->kept && !session->kept->detached)
         session->kept->detached = now_ms();
 }
 
-static void copy_record_header(uint8_t *at, uint8_t type, size_t length) {
+static void copy_record_header(uint8_t *at, uint8_t type, size_t length)
+{
     at[0] = type;
     put_u32(at + 1, (uint32_t)length);
 }
 
 /* Bytes that a new record can have. */
-static size_t room_to_keep(const struct kept *kept) {
+static size_t room_to_keep(const struct kept *kept)
+{
     size_t left = RECORDS_BYTES - kept->end;
     return left > RECORD_HEADER ? left - RECORD_HEADER : 0;
 }
 
-static void keep_output(struct kept *kept, uint8_t type, const uint8_t *data, size_t length) {
+static void keep_output(struct kept *kept, uint8_t type, const uint8_t *data, size_t length)
+{
     copy_record_header(kept->records + kept->end, type, length);
     memcpy(kept->records + kept->end + RECORD_HEADER, data, length);
     kept->end += RECORD_HEADER + length;
@@ -145,7 +160,8 @@ static void keep_output(struct kept *kept, uint8_t type, const uint8_t *data, si
 }
 
 /* Bytes of output in the records before `end`. */
-static size_t kept_bytes(const struct kept *kept, size_t end) {
+static size_t kept_bytes(const struct kept *kept, size_t end)
+{
     size_t bytes = 0;
     for (size_t at = 0; at < end; at += RECORD_HEADER + get_u32(kept->records + at + 1))
         bytes += get_u32(kept->records + at + 1);
@@ -153,7 +169,8 @@ static size_t kept_bytes(const struct kept *kept, size_t end) {
 }
 
 /* Forgets the first `count` bytes, which are there. */
-static void forget_output(struct kept *kept, size_t count) {
+static void forget_output(struct kept *kept, size_t count)
+{
     size_t at = 0;
     kept->granted += count;
     while (at < kept->end && count >= get_u32(kept->records + at + 1)) {
@@ -171,7 +188,8 @@ static void forget_output(struct kept *kept, size_t count) {
     kept->resend = kept->resend > at ? kept->resend - at : 0;
 }
 
-bool session_granted(struct session *session, uint32_t count) {
+bool session_granted(struct session *session, uint32_t count)
+{
     struct kept *kept = session->kept;
     if (kept ? count > kept_bytes(kept, kept->resend) : session->credit > UINT32_MAX - count)
         return false;
@@ -181,7 +199,8 @@ bool session_granted(struct session *session, uint32_t count) {
     return true;
 }
 
-bool session_resume(struct session *opened, const uint8_t *key, uint64_t received) {
+bool session_resume(struct session *opened, const uint8_t *key, uint64_t received)
+{
     for (size_t i = 0; i < MAX_SESSIONS; i++) {
         struct session *session = &sessions[i];
         struct kept *kept = session->kept;
@@ -205,22 +224,24 @@ bool session_resume(struct session *opened, const uint8_t *key, uint64_t receive
     return false;
 }
 
-void session_started(struct session *session, const struct child *child, bool is_program, bool tty,
-                     int64_t timeout_ms) {
+void session_started(struct session *session, const struct child *child, bool is_program, bool tty, int64_t timeout_ms)
+{
     session->child = *child;
     session->is_program = is_program;
     session->tty = tty;
     session->deadline = timeout_ms > 0 ? now_ms() + timeout_ms : 0;
 }
 
-void session_refuse(struct session *session, int code, const char *message) {
+void session_refuse(struct session *session, int code, const char *message)
+{
     session->reaped = session->refused = true;
     session->status = code;
     snprintf(session->message, sizeof session->message, "%s", message);
 }
 
 /* Writes to the child what is waiting; a child that no longer reads swallows it. */
-static void push_input(struct session *session) {
+static void push_input(struct session *session)
+{
     while (session->input_begin < session->input_end && session->child.in >= 0) {
         size_t waiting = session->input_end - session->input_begin;
         ssize_t n = write(session->child.in, session->input + session->input_begin, waiting);
@@ -247,7 +268,8 @@ static void push_input(struct session *session) {
         session->input_ends = errno == EAGAIN;
 }
 
-bool session_input(struct session *session, const uint8_t *data, size_t length, bool end) {
+bool session_input(struct session *session, const uint8_t *data, size_t length, bool end)
+{
     if (length > session->allowance)
         return false;
     session->allowance -= (uint32_t)length;
@@ -284,7 +306,8 @@ bool session_input(struct session *session, const uint8_t *data, size_t length, 
     return true;
 }
 
-void session_signal(struct session *session, int signal) {
+void session_signal(struct session *session, int signal)
+{
     if (!session->child.pid || session->reaped)
         return;
     /* A child of this very moment leads no group yet. */
@@ -292,13 +315,15 @@ void session_signal(struct session *session, int signal) {
         kill(session->child.pid, signal);
 }
 
-void session_resize(struct session *session, uint16_t rows, uint16_t cols) {
+void session_resize(struct session *session, uint16_t rows, uint16_t cols)
+{
     struct winsize size = {.ws_row = rows, .ws_col = cols};
     if (session->tty && session->child.out >= 0)
         ioctl(session->child.out, TIOCSWINSZ, &size);
 }
 
-bool session_reap(pid_t pid, int status) {
+bool session_reap(pid_t pid, int status)
+{
     for (size_t i = 0; i < MAX_SESSIONS; i++) {
         struct session *session = &sessions[i];
         if (!session->id || session->reaped || session->child.pid != pid)
@@ -315,7 +340,8 @@ bool session_reap(pid_t pid, int status) {
     return false;
 }
 
-static void put_exit(struct field_writer *writer, const struct session *session) {
+static void put_exit(struct field_writer *writer, const struct session *session)
+{
     int code = session->status, signal = 0;
     if (!session->refused) {
         signal = WIFSIGNALED(session->status) ? WTERMSIG(session->status) : 0;
@@ -329,7 +355,8 @@ static void put_exit(struct field_writer *writer, const struct session *session)
     put_text_field(writer, TAG_MESSAGE, session->message);
 }
 
-static void tell_end(struct channel *channel, struct session *session) {
+static void tell_end(struct channel *channel, struct session *session)
+{
     uint8_t *at = channel_room(channel, 512);
     if (!at)
         return;
@@ -342,7 +369,8 @@ static void tell_end(struct channel *channel, struct session *session) {
         free_session(session);
 }
 
-static void tell_resumed(struct channel *channel, struct session *session) {
+static void tell_resumed(struct channel *channel, struct session *session)
+{
     uint8_t *at = channel_room(channel, 64);
     if (!at)
         return;
@@ -355,7 +383,8 @@ static void tell_resumed(struct channel *channel, struct session *session) {
 }
 
 /* Sends a resumed session's output again, as far as there is room. */
-static void send_again(struct channel *channel, struct session *session) {
+static void send_again(struct channel *channel, struct session *session)
+{
     struct kept *kept = session->kept;
     if (!kept->told_resumed)
         tell_resumed(channel, session);
@@ -371,13 +400,15 @@ static void send_again(struct channel *channel, struct session *session) {
     }
 }
 
-static bool waits_to_send_again(const struct session *session) {
+static bool waits_to_send_again(const struct session *session)
+{
     const struct kept *kept = session->kept;
     return kept && !kept->detached && (!kept->told_resumed || kept->resend < kept->end);
 }
 
 /* Bytes of output that may be read and sent now, but for the channel's room. */
-static size_t may_send(const struct session *session) {
+static size_t may_send(const struct session *session)
+{
     size_t bytes = session->credit;
     if (!session->kept)
         return bytes;
@@ -386,7 +417,8 @@ static size_t may_send(const struct session *session) {
     return bytes < room_to_keep(session->kept) ? bytes : room_to_keep(session->kept);
 }
 
-static void grant(struct channel *channel, struct session *session) {
+static void grant(struct channel *channel, struct session *session)
+{
     uint8_t *at = channel_room(channel, 4);
     if (!at)
         return;
@@ -396,7 +428,8 @@ static void grant(struct channel *channel, struct session *session) {
     session->consumed = 0;
 }
 
-void sessions_step(struct channel *channel) {
+void sessions_step(struct channel *channel)
+{
     turn = (turn + 1) % MAX_SESSIONS;
     int64_t now = now_ms();
     for (size_t i = 0; i < MAX_SESSIONS; i++) {
@@ -417,19 +450,21 @@ void sessions_step(struct channel *channel) {
             send_again(channel, session);
         if (session->consumed >= GRANT_BYTES)
             grant(channel, session);
-        if (session->reaped && session->child.out < 0 && session->child.err < 0 && !waits_to_send_again(session) &&
-            !(session->kept && session->kept->told_end))
+        if (session->reaped && session->child.out < 0 && session->child.err < 0 && !waits_to_send_again(session)
+            && !(session->kept && session->kept->told_end))
             tell_end(channel, session);
     }
 }
 
-static size_t watch(struct pollfd *fds, size_t n, struct session *session, enum role role, int fd) {
+static size_t watch(struct pollfd *fds, size_t n, struct session *session, enum role role, int fd)
+{
     fds[n] = (struct pollfd){fd, role == ROLE_IN ? POLLOUT : POLLIN, 0};
     pollers[n] = (struct poller){session, role};
     return n + 1;
 }
 
-size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) {
+size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count)
+{
     bool room = channel_room(channel, MAX_PAYLOAD) != NULL;
     size_t n = 0;
     for (size_t i = 0; i < MAX_SESSIONS; i++) {
@@ -450,7 +485,8 @@ size_t sessions_poll(struct channel *channel, struct pollfd *fds, size_t count) 
 
 /* Reads straight into a frame. Of a child that has ended, what is left is read until there is no more: others
  * may hold its pipes open indefinitely. */
-static void pull_output(struct channel *channel, struct session *session, int *fd, uint8_t type) {
+static void pull_output(struct channel *channel, struct session *session, int *fd, uint8_t type)
+{
     size_t allowed = may_send(session), want = allowed < MAX_PAYLOAD ? allowed : MAX_PAYLOAD;
     uint8_t *at = channel_room(channel, want);
     if (!at || want == 0)
@@ -466,7 +502,8 @@ static void pull_output(struct channel *channel, struct session *session, int *f
     }
 }
 
-void sessions_io(struct channel *channel, const struct pollfd *fds, size_t count) {
+void sessions_io(struct channel *channel, const struct pollfd *fds, size_t count)
+{
     for (size_t i = 0; i < count; i++) {
         struct session *session = pollers[i].session;
         if (!session->id || (!fds[i].revents && !session->reaped))
@@ -480,7 +517,8 @@ void sessions_io(struct channel *channel, const struct pollfd *fds, size_t count
     }
 }
 
-int sessions_timeout(struct channel *channel) {
+int sessions_timeout(struct channel *channel)
+{
     int64_t next = -1, now = now_ms();
     bool room = channel_room(channel, MAX_PAYLOAD) != NULL;
     for (size_t i = 0; i < MAX_SESSIONS; i++) {

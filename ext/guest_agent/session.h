@@ -25,30 +25,30 @@ struct kept {
     uint8_t key[KEY_BYTES];
     uint8_t *records;
     size_t end;
-    size_t resend;        /* where the next record begins that must be sent again; `end`: none */
-    uint64_t granted;     /* bytes of output that the client has */
-    bool told_end;        /* FRAME_EXIT was sent */
-    bool told_resumed;    /* FRAME_RESUMED was sent, or need not be */
-    int64_t detached;     /* since when there is no connection; 0: there is one */
+    size_t resend;     /* where the next record begins that must be sent again; `end`: none */
+    uint64_t granted;  /* bytes of output that the client has */
+    bool told_end;     /* FRAME_EXIT was sent */
+    bool told_resumed; /* FRAME_RESUMED was sent, or need not be */
+    int64_t detached;  /* since when there is no connection; 0: there is one */
 };
 
 struct session {
     uint32_t id; /* 0: free slot; of a detached one, of its last connection */
     bool is_program, tty;
     bool reaped, timed_out, refused;
-    int status;           /* of the child, as waitpid gave it; or the code to tell if there was none */
+    int status; /* of the child, as waitpid gave it; or the code to tell if there was none */
     struct child child;
-    uint32_t credit;      /* bytes that we may still send */
-    uint32_t allowance;   /* bytes that the host may still send */
-    uint32_t consumed;    /* bytes to grant again */
-    uint8_t *input;       /* WINDOW bytes, made when the child is slower than the host */
+    uint32_t credit;    /* bytes that we may still send */
+    uint32_t allowance; /* bytes that the host may still send */
+    uint32_t consumed;  /* bytes to grant again */
+    uint8_t *input;     /* WINDOW bytes, made when the child is slower than the host */
     size_t input_begin, input_end;
     bool input_ends, input_got_end;
-    uint8_t *request;     /* an OPEN of several frames, while it comes in */
+    uint8_t *request; /* an OPEN of several frames, while it comes in */
     size_t request_length;
-    uint64_t received;    /* bytes of input that the host has sent */
-    int64_t deadline;     /* 0: none */
-    struct kept *kept;    /* NULL: ends with its connection */
+    uint64_t received; /* bytes of input that the host has sent */
+    int64_t deadline;  /* 0: none */
+    struct kept *kept; /* NULL: ends with its connection */
     char message[256];
 };
 
@@ -72,8 +72,7 @@ bool session_resume(struct session *opened, const uint8_t *key, uint64_t receive
 /* The host's client has `count` more bytes. False if it was not sent so many. */
 bool session_granted(struct session *session, uint32_t count);
 
-void session_started(struct session *session, const struct child *child, bool is_program, bool tty,
-                     int64_t timeout_ms);
+void session_started(struct session *session, const struct child *child, bool is_program, bool tty, int64_t timeout_ms);
 /* No child: tells `code` and the message as the session's end. */
 void session_refuse(struct session *session, int code, const char *message);
 

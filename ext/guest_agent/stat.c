@@ -10,15 +10,20 @@
 #include "protocol.h"
 #include "worker.h"
 
-int stat_worker(struct field_reader *request) {
+int stat_worker(struct field_reader *request)
+{
     const char *path = NULL;
     bool follow = false;
     struct field field;
     while (next_field(request, &field)) {
         bool good = false;
         switch (field.tag) {
-        case TAG_PATH: good = field_text(&field, &path); break;
-        case TAG_FOLLOW_LINKS: good = field_bool(&field, &follow); break;
+        case TAG_PATH:
+            good = field_text(&field, &path);
+            break;
+        case TAG_FOLLOW_LINKS:
+            good = field_bool(&field, &follow);
+            break;
         }
         request->malformed |= !good;
     }

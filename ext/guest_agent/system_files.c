@@ -13,24 +13,27 @@
 
 /* Overwrites an ordinary file as we make them, which takes the kernel less than to replace it; false if it is another
  * kind of file. */
-static bool overwrite_file(const char *path, const char *text) {
+static bool overwrite_file(const char *path, const char *text)
+{
     struct stat st;
     char before[1024];
     size_t length = strlen(text);
     int fd = open(path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
     if (fd < 0)
         return false;
-    bool good = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && (st.st_mode & 07777) == 0644 && st.st_uid == 0 &&
-                st.st_nlink == 1;
-    if (good && ((size_t)st.st_size != length || length > sizeof before || !read_all(fd, before, length) ||
-                 memcmp(before, text, length) != 0))
+    bool good = fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && (st.st_mode & 07777) == 0644 && st.st_uid == 0
+        && st.st_nlink == 1;
+    if (good
+        && ((size_t)st.st_size != length || length > sizeof before || !read_all(fd, before, length)
+            || memcmp(before, text, length) != 0))
         good = pwrite(fd, text, length, 0) == (ssize_t)length && ftruncate(fd, (off_t)length) == 0;
     close(fd);
     return good;
 }
 
 /* Replaces whatever stands there: a dangling symlink of the image would otherwise lead the write astray. */
-static int put_file(const char *path, const char *text) {
+static int put_file(const char *path, const char *text)
+{
     struct stat st;
     if (overwrite_file(path, text))
         return 0;
@@ -42,7 +45,8 @@ static int put_file(const char *path, const char *text) {
     return write_file(path, text);
 }
 
-int set_hostname(const char *hostname, const uint8_t *address) {
+int set_hostname(const char *hostname, const uint8_t *address)
+{
     char text[1024];
     if (!*hostname)
         return 0;
@@ -61,18 +65,20 @@ int set_hostname(const char *hostname, const uint8_t *address) {
     return put_file("/etc/hosts", text);
 }
 
-int link_mount_table(void) {
+int link_mount_table(void)
+{
     mkdir("/etc", 0755);
     return symlink("/proc/mounts", "/etc/mtab") < 0 && errno != EEXIST ? -1 : 0;
 }
 
-int write_resolver(const struct network *network) {
+int write_resolver(const struct network *network)
+{
     char text[256] = "";
     size_t length = 0;
     for (size_t i = 0; i < network->dns_count; i++) {
         const uint8_t *a = network->dns[i];
-        length += (size_t)snprintf(text + length, sizeof text - length, "nameserver %d.%d.%d.%d\n", a[0], a[1], a[2],
-                                   a[3]);
+        length +=
+            (size_t)snprintf(text + length, sizeof text - length, "nameserver %d.%d.%d.%d\n", a[0], a[1], a[2], a[3]);
     }
     if (length == 0)
         return 0;
@@ -80,7 +86,8 @@ int write_resolver(const struct network *network) {
     return put_file("/etc/resolv.conf", text);
 }
 
-int write_machine_id(const char *machine_id, bool always) {
+int write_machine_id(const char *machine_id, bool always)
+{
     char text[64];
     struct stat st;
     if (!*machine_id || (!always && access("/etc/machine-id", F_OK) < 0))
@@ -96,7 +103,8 @@ int write_machine_id(const char *machine_id, bool always) {
 #define MAX_BUNDLE (8 * 1024 * 1024)
 
 /* The whole file in memory, NUL at its end; NULL if there is none. */
-static char *load_file(const char *path, size_t *length) {
+static char *load_file(const char *path, size_t *length)
+{
     struct stat st;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     char *text = NULL;
@@ -114,7 +122,8 @@ static char *load_file(const char *path, size_t *length) {
     return text;
 }
 
-static int append_to(const char *path, const char *pem) {
+static int append_to(const char *path, const char *pem)
+{
     size_t length;
     char *bundle = load_file(path, &length);
     if (!bundle)
@@ -141,7 +150,8 @@ static const char *const BUNDLES[] = {"/etc/ssl/certs/ca-certificates.crt",
 static const char *const ANCHORS[] = {"/usr/local/share/ca-certificates", "/etc/pki/ca-trust/source/anchors",
                                       "/etc/pki/trust/anchors"};
 
-static void install_one(const struct ca_certificate *ca, size_t index) {
+static void install_one(const struct ca_certificate *ca, size_t index)
+{
     char path[256], name[64];
     snprintf(name, sizeof name, index == 0 ? "hypeman-egress-proxy.crt" : "hypeman-egress-proxy-%zu.crt", index);
     for (size_t i = 0; i < LENGTH(BUNDLES); i++)
@@ -157,7 +167,8 @@ static void install_one(const struct ca_certificate *ca, size_t index) {
     }
 }
 
-int install_cas(const struct ca_certificate *cas, size_t count) {
+int install_cas(const struct ca_certificate *cas, size_t count)
+{
     if (count == 0)
         return 0;
     if (make_dirs("/etc/ssl/certs") < 0 || make_dirs(CA_DIR) < 0)

@@ -12,7 +12,8 @@
 #define MAX_ID 0x7fffffff
 
 /* Whether a text is a number at all, as runc sees it ("+7", "007" and "-1" are), and which. */
-static bool number(const char *text, long long *out) {
+static bool number(const char *text, long long *out)
+{
     char *end;
     const char *digits = text + (*text == '+' || *text == '-');
     if (*digits < '0' || *digits > '9')
@@ -22,16 +23,21 @@ static bool number(const char *text, long long *out) {
     return !*end && !errno;
 }
 
-static bool in_range(long long id) { return id >= 0 && id <= MAX_ID; }
+static bool in_range(long long id)
+{
+    return id >= 0 && id <= MAX_ID;
+}
 
 /* An id in a file; an empty or missing one is 0, as it is for runc. */
-static bool file_id(const char *text, long long *out) {
+static bool file_id(const char *text, long long *out)
+{
     *out = 0;
     return !text || !*text || (number(text, out) && in_range(*out));
 }
 
 /* Splits "a:b:c" in place; fields that are not there become NULL. The last one has all that follows. */
-static void split(char *line, char **fields, size_t capacity) {
+static void split(char *line, char **fields, size_t capacity)
+{
     size_t length = strlen(line);
     while (length > 0 && strchr(" \t\r\n", line[length - 1]))
         line[--length] = 0;
@@ -41,7 +47,8 @@ static void split(char *line, char **fields, size_t capacity) {
 }
 
 /* Finds the first passwd line of a name or number and fills in the user. */
-static bool look_up_passwd(const char *name, const long long *id, struct user *user) {
+static bool look_up_passwd(const char *name, const long long *id, struct user *user)
+{
     FILE *file = fopen("/etc/passwd", "re");
     char *line = NULL, *f[7];
     size_t capacity = 0;
@@ -66,7 +73,8 @@ static bool look_up_passwd(const char *name, const long long *id, struct user *u
     return found;
 }
 
-static bool is_member(char *members, const char *name) {
+static bool is_member(char *members, const char *name)
+{
     for (char *member; (member = strsep(&members, ","));)
         if (strcmp(member, name) == 0)
             return true;
@@ -74,7 +82,8 @@ static bool is_member(char *members, const char *name) {
 }
 
 /* One walk of /etc/group: the gid of a named or numbered group, or (`wanted` NULL) all groups that list the user. */
-static bool walk_groups(const char *wanted, const long long *id, struct user *user) {
+static bool walk_groups(const char *wanted, const long long *id, struct user *user)
+{
     FILE *file = fopen("/etc/group", "re");
     char *line = NULL, *f[4];
     size_t capacity = 0;
@@ -99,13 +108,15 @@ static bool walk_groups(const char *wanted, const long long *id, struct user *us
     return found;
 }
 
-static const char *problem(const char *format, const char *name) {
+static const char *problem(const char *format, const char *name)
+{
     static char text[200];
     snprintf(text, sizeof text, format, name);
     return text;
 }
 
-const char *find_user(const char *text, struct user *user) {
+const char *find_user(const char *text, struct user *user)
+{
     long long id;
     *user = (struct user){.home = "/", .name = ""};
     const char *colon = strchr(text, ':'), *group = colon && colon[1] ? colon + 1 : NULL;
@@ -139,7 +150,8 @@ const char *find_user(const char *text, struct user *user) {
     return NULL;
 }
 
-int become_user(const struct user *user) {
+int become_user(const struct user *user)
+{
     if (setgroups(user->group_count, user->groups) < 0 || setgid(user->gid) < 0)
         return -1;
     return setuid(user->uid);

@@ -11,18 +11,21 @@
 #include <time.h>
 #include <unistd.h>
 
-int64_t now_ms(void) {
+int64_t now_ms(void)
+{
     struct timespec now;
     clock_gettime(CLOCK_BOOTTIME, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-void sleep_ms(int ms) {
+void sleep_ms(int ms)
+{
     struct timespec duration = {ms / 1000, (long)(ms % 1000) * 1000000};
     nanosleep(&duration, NULL);
 }
 
-bool write_all(int fd, const void *data, size_t length) {
+bool write_all(int fd, const void *data, size_t length)
+{
     const char *at = data;
     while (length > 0) {
         ssize_t n = write(fd, at, length);
@@ -36,7 +39,8 @@ bool write_all(int fd, const void *data, size_t length) {
     return true;
 }
 
-bool read_all(int fd, void *data, size_t length) {
+bool read_all(int fd, void *data, size_t length)
+{
     char *at = data;
     while (length > 0) {
         ssize_t n = read(fd, at, length);
@@ -50,7 +54,8 @@ bool read_all(int fd, void *data, size_t length) {
     return true;
 }
 
-int write_file(const char *path, const char *text) {
+int write_file(const char *path, const char *text)
+{
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOCTTY, 0644);
     if (fd < 0)
         return -1;
@@ -61,7 +66,8 @@ int write_file(const char *path, const char *text) {
     return good ? 0 : -1;
 }
 
-ssize_t read_file(const char *path, char *buffer, size_t capacity) {
+ssize_t read_file(const char *path, char *buffer, size_t capacity)
+{
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return -1;
@@ -81,15 +87,20 @@ ssize_t read_file(const char *path, char *buffer, size_t capacity) {
     return (ssize_t)length;
 }
 
-void set_nonblocking(int fd) { fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK); }
+void set_nonblocking(int fd)
+{
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+}
 
-void close_fd(int *fd) {
+void close_fd(int *fd)
+{
     if (*fd >= 0)
         close(*fd);
     *fd = -1;
 }
 
-int make_dirs(const char *path) {
+int make_dirs(const char *path)
+{
     char partial[PATH_MAX];
     size_t length = strlen(path);
     if (length >= sizeof partial) {
@@ -111,7 +122,8 @@ int make_dirs(const char *path) {
     return S_ISDIR(st.st_mode) ? 0 : -1;
 }
 
-void log_line(const char *format, ...) {
+void log_line(const char *format, ...)
+{
     char line[512];
     va_list args;
     va_start(args, format);

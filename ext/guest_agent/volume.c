@@ -21,7 +21,8 @@
 #define HOT_PLUG_WAIT_MS 10000
 #define MAX_HOLDERS 16
 
-int mount_worker(struct field_reader *request) {
+int mount_worker(struct field_reader *request)
+{
     struct volume volume;
     struct field field;
     if (!next_field(request, &field) || field.tag != TAG_VOLUME || !parse_volume(&volume, field.value, field.length))
@@ -31,26 +32,30 @@ int mount_worker(struct field_reader *request) {
 }
 
 /* Whether a link of /proc leads onto the device. */
-static bool leads_to(dev_t device, const char *link) {
+static bool leads_to(dev_t device, const char *link)
+{
     struct stat st;
     return stat(link, &st) == 0 && st.st_dev == device;
 }
 
-static bool maps_device(const char *pid, dev_t device) {
+static bool maps_device(const char *pid, dev_t device)
+{
     char path[64], line[PATH_MAX + 128];
     snprintf(path, sizeof path, "/proc/%.16s/maps", pid);
     FILE *maps = fopen(path, "re");
     bool found = false;
     while (maps && !found && fgets(line, sizeof line, maps)) {
         unsigned its_major, its_minor;
-        found = sscanf(line, "%*s %*s %*s %x:%x", &its_major, &its_minor) == 2 && makedev(its_major, its_minor) == device;
+        found =
+            sscanf(line, "%*s %*s %*s %x:%x", &its_major, &its_minor) == 2 && makedev(its_major, its_minor) == device;
     }
     if (maps)
         fclose(maps);
     return found;
 }
 
-static bool holds(const char *pid, dev_t device) {
+static bool holds(const char *pid, dev_t device)
+{
     static const char *const links[] = {"cwd", "root", "exe"};
     char path[400];
     for (size_t i = 0; i < LENGTH(links); i++) {
@@ -71,7 +76,8 @@ static bool holds(const char *pid, dev_t device) {
 }
 
 /* Tells who keeps the volume from being unmounted: "12 (postgres)" for each. */
-static void tell_holders(dev_t device) {
+static void tell_holders(dev_t device)
+{
     uint8_t buffer[4096];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
     DIR *dir = opendir("/proc");
@@ -93,7 +99,8 @@ static void tell_holders(dev_t device) {
     worker_reply(&writer);
 }
 
-int unmount_worker(struct field_reader *request) {
+int unmount_worker(struct field_reader *request)
+{
     const char *path = NULL;
     struct field field;
     struct stat st, parent;

@@ -18,11 +18,18 @@
 
 static const char *root = "/";
 
-void set_worker_root(const char *path) { root = path; }
+void set_worker_root(const char *path)
+{
+    root = path;
+}
 
-int open_worker_root(void) { return open(root, O_PATH | O_DIRECTORY | O_CLOEXEC); }
+int open_worker_root(void)
+{
+    return open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
+}
 
-int worker_failed(int error, const char *format, ...) {
+int worker_failed(int error, const char *format, ...)
+{
     char line[512];
     va_list args;
     va_start(args, format);
@@ -36,13 +43,15 @@ int worker_failed(int error, const char *format, ...) {
     return error ? error : EIO;
 }
 
-int worker_reply(const struct field_writer *writer) {
+int worker_reply(const struct field_writer *writer)
+{
     if (writer->overflow)
         return worker_failed(EOVERFLOW, "reply");
     return write_all(1, writer->buffer, writer->length) ? 0 : EPIPE;
 }
 
-int start_worker(worker_function function, bool in_guest, const uint8_t *request, size_t length, struct child *child) {
+int start_worker(worker_function function, bool in_guest, const uint8_t *request, size_t length, struct child *child)
+{
     int in[2] = {-1, -1}, out[2] = {-1, -1}, err[2] = {-1, -1};
     pid_t pid = -1;
     bool joined = in_guest && join_init_pids(); /* or the init's /proc would not know us */

@@ -33,7 +33,8 @@ static int console = -1;
 static uint8_t pump[PUMP_BYTES];
 static size_t pump_begin, pump_end;
 
-static void set_raw(int fd) {
+static void set_raw(int fd)
+{
     struct termios settings;
     if (fd >= 0 && tcgetattr(fd, &settings) == 0) {
         settings.c_oflag &= ~(tcflag_t)OPOST;
@@ -44,7 +45,8 @@ static void set_raw(int fd) {
 /* The log has a port of its own where the VMM gives one: a serial line costs an exit from the guest for each
  * byte (0.3 MB/s without KVM on a busy host, where the port did 2.6). Otherwise it is the console, raw, so that
  * a line feed stays a line feed and the log holds exactly what was printed. */
-static void open_console(const char *path) {
+static void open_console(const char *path)
+{
     if (!*path)
         console = open_port(LOG_PORT_NAME, O_WRONLY);
     if (console < 0)
@@ -56,7 +58,8 @@ static void open_console(const char *path) {
     close_fd(&other);
 }
 
-void workload_prepare(const struct boot_config *config) {
+void workload_prepare(const struct boot_config *config)
+{
     open_console(config->console);
     write_file(CONTROLLERS, "+memory"); /* tells an end by lack of memory apart */
     is_init = !config->idle && wants_pid1(config);
@@ -72,7 +75,8 @@ void workload_prepare(const struct boot_config *config) {
     mkdir(EXEC_CGROUP, 0755);
 }
 
-static void tell_ready(void) {
+static void tell_ready(void)
+{
     uint8_t buffer[512];
     struct field_writer ready = {buffer, sizeof buffer, 0, false};
     phase_done("ready");
@@ -80,7 +84,8 @@ static void tell_ready(void) {
     event_happened(EVENT_READY, &ready);
 }
 
-static void end_unstarted(const char *message) {
+static void end_unstarted(const char *message)
+{
     uint8_t buffer[512];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
     put_text_field(&writer, TAG_MESSAGE, message);
@@ -89,13 +94,15 @@ static void end_unstarted(const char *message) {
     console_say(message);
 }
 
-void workload_fatal(const char *message) {
+void workload_fatal(const char *message)
+{
     tell_ready();
     end_unstarted(message);
 }
 
 /* Takes the place of the program where none is wanted: it only waits, and ends by the stop signal. */
-static bool start_idler(void) {
+static bool start_idler(void)
+{
     pid_t pid = fork();
     if (pid == 0) {
         sigset_t none;
@@ -110,7 +117,8 @@ static bool start_idler(void) {
     return pid > 0;
 }
 
-static void start(const struct boot_config *config) {
+static void start(const struct boot_config *config)
+{
     struct program program = {.argv = config->argv,
                               .env = config->env,
                               .cwd = config->cwd,
@@ -131,12 +139,14 @@ static void start(const struct boot_config *config) {
     end_unstarted(message);
 }
 
-void workload_hold(const struct boot_config *config) {
+void workload_hold(const struct boot_config *config)
+{
     held = config;
     hold_until = now_ms() + CLOCK_WAIT_MS;
 }
 
-static void release(void) {
+static void release(void)
+{
     const struct boot_config *config = held;
     held = NULL;
     phase_done("clock");
@@ -144,7 +154,8 @@ static void release(void) {
     tell_ready();
 }
 
-int workload_step(void) {
+int workload_step(void)
+{
     if (!held)
         return -1;
     int64_t left = hold_until - now_ms();
@@ -154,10 +165,17 @@ int workload_step(void) {
     return -1;
 }
 
-bool workload_running(void) { return running; }
-bool workload_ended(void) { return ended; }
+bool workload_running(void)
+{
+    return running;
+}
+bool workload_ended(void)
+{
+    return ended;
+}
 
-void workload_signal(int signal) {
+void workload_signal(int signal)
+{
     if (running)
         kill(child.pid, signal);
 }
@@ -166,18 +184,20 @@ void workload_signal(int signal) {
  * Others, and images that name a signal of their own, get that. */
 #define SYSTEMD_HALT 37
 
-void workload_stop(int signal) {
+void workload_stop(int signal)
+{
     char name[32] = "", path[40];
     if (held)
         release();
     snprintf(path, sizeof path, "/proc/%d/comm", child.pid);
-    if (running && is_init && signal == SIGTERM && read_file(path, name, sizeof name) > 0 &&
-        strcmp(name, "systemd") == 0)
+    if (running && is_init && signal == SIGTERM && read_file(path, name, sizeof name) > 0
+        && strcmp(name, "systemd") == 0)
         signal = SYSTEMD_HALT;
     workload_signal(signal);
 }
 
-static unsigned oom_kills(void) {
+static unsigned oom_kills(void)
+{
     char text[512];
     unsigned count = 0;
     if (read_file(WORKLOAD_CGROUP "/memory.events", text, sizeof text) > 0) {
@@ -188,7 +208,8 @@ static unsigned oom_kills(void) {
     return count;
 }
 
-bool workload_reap(pid_t pid, int status) {
+bool workload_reap(pid_t pid, int status)
+{
     struct start_failure failure;
     uint8_t buffer[512];
     struct field_writer writer = {buffer, sizeof buffer, 0, false};
@@ -216,7 +237,8 @@ bool workload_reap(pid_t pid, int status) {
     return true;
 }
 
-size_t workload_poll(struct pollfd *fds, size_t count) {
+size_t workload_poll(struct pollfd *fds, size_t count)
+{
     if (child.failure >= 0 && running)
         fds[count++] = (struct pollfd){child.failure, POLLIN, 0};
     if (child.out >= 0 && pump_end < sizeof pump)
@@ -227,14 +249,16 @@ size_t workload_poll(struct pollfd *fds, size_t count) {
 }
 
 /* The failure pipe ends without a word when the program is executed. */
-static bool ended_empty(int fd) {
+static bool ended_empty(int fd)
+{
     struct pollfd poller = {fd, POLLIN, 0};
     int waiting = 0;
     poll(&poller, 1, 0);
     return (poller.revents & POLLHUP) && ioctl(fd, FIONREAD, &waiting) == 0 && waiting == 0;
 }
 
-void workload_io(void) {
+void workload_io(void)
+{
     if (running && child.failure >= 0 && ended_empty(child.failure)) {
         close_fd(&child.failure);
         event_happened(EVENT_STARTED, NULL);
@@ -258,9 +282,13 @@ void workload_io(void) {
     pump_begin = pump_end = 0;
 }
 
-bool workload_drained(void) { return child.out < 0 && pump_begin == pump_end; }
+bool workload_drained(void)
+{
+    return child.out < 0 && pump_begin == pump_end;
+}
 
-void console_say(const char *line) {
+void console_say(const char *line)
+{
     char text[600];
     if (console < 0)
         open_console("");

@@ -20,10 +20,10 @@
 struct client {
     SSL *ssl;
     int fd;
-    size_t sent;      /* of head and body */
-    char head[4096];  /* of the response */
+    size_t sent;     /* of head and body */
+    char head[4096]; /* of the response */
     size_t head_n;
-    long long left;   /* of its body; -1: head not complete */
+    long long left; /* of its body; -1: head not complete */
 };
 
 static SSL_CTX *ctx;
@@ -147,7 +147,8 @@ int main(int argc, char **argv)
             every_time = 1;
         else
             body_n = (size_t)atol(argv[i]);
-    request_n = (size_t)snprintf(request, sizeof request,
+    request_n = (size_t)snprintf(
+        request, sizeof request,
         "%s %s HTTP/1.1\r\nHost: %s\r\nUser-Agent: load/1\r\nAccept: */*\r\nAuthorization: Bearer mock-API_KEY\r\n",
         body_n ? "POST" : "GET", argv[3], name);
     if (body_n)

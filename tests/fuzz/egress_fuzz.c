@@ -26,9 +26,9 @@
 #include "llhttp_opinion.h"
 #endif
 
-#define MUST(x) \
-    do { \
-        if (!(x)) \
+#define MUST(x)      \
+    do {             \
+        if (!(x))    \
             abort(); \
     } while (0)
 
@@ -178,9 +178,16 @@ static void host(const char *p, size_t n)
 }
 
 /* One credential for api.example.com and *.b.c in Authorization, as hypeman/egress/policy.py writes it. */
-static const uint8_t RULES[] = "HEG3\0\0\273\1\1\0\2\0" "\3\0KEY" "\10\0mock-KEY" "\0\1\0\0\0\0\0\0\0\0"
-                               "\15\0authorization" "\11\0Bearer sk" "\0" "\0\1\273\1\2\0"
-                               "\0\17\0api.example.com" "\1\3\0b.c";
+static const uint8_t RULES[] = "HEG3\0\0\273\1\1\0\2\0"
+                               "\3\0KEY"
+                               "\10\0mock-KEY"
+                               "\0\1\0\0\0\0\0\0\0\0"
+                               "\15\0authorization"
+                               "\11\0Bearer sk"
+                               "\0"
+                               "\0\1\273\1\2\0"
+                               "\0\17\0api.example.com"
+                               "\1\3\0b.c";
 
 static unsigned count(const struct head *h, enum h1_field_id id)
 {
@@ -217,9 +224,19 @@ static void request(const char *p, size_t n)
 }
 
 /* The same rule for sigv4, with the key "AKID" and "verysecret". */
-static const uint8_t SIGNING[] = "HEG3\0\0\273\1\1\0\1\0" "\3\0KEY" "\10\0mock-KEY" "\2\1\0\0\0\0\0\0\0\0" "\15\0authorization"
-                                 "\12\0verysecret" "\4" "\4\0AKID" "\0\0" "\11\0us-east-1" "\2\0s3"
-                                 "\0\1\273\1\1\0" "\0\17\0api.example.com";
+static const uint8_t SIGNING[] = "HEG3\0\0\273\1\1\0\1\0"
+                                 "\3\0KEY"
+                                 "\10\0mock-KEY"
+                                 "\2\1\0\0\0\0\0\0\0\0"
+                                 "\15\0authorization"
+                                 "\12\0verysecret"
+                                 "\4"
+                                 "\4\0AKID"
+                                 "\0\0"
+                                 "\11\0us-east-1"
+                                 "\2\0s3"
+                                 "\0\1\273\1\1\0"
+                                 "\0\17\0api.example.com";
 
 /* A head and the body behind it: what is signed reads as one request, and the key is not in it. */
 static void signing(const char *p, size_t n)
@@ -239,7 +256,8 @@ static void signing(const char *p, size_t n)
         MUST(h1_parse_request(out, out_n, &h) == (int)out_n && count(&h, F_AUTHORIZATION) <= 1);
         MUST(!memmem(out, out_n, "verysecret", 10) || memmem(p, used, "verysecret", 10));
         for (unsigned i = 0; i < h.n; i++)
-            MUST(h.f[i].id != F_AUTHORIZATION || memmem(h.f[i].value.p, h.f[i].value.n, "Credential=AKID/20150830/", 25));
+            MUST(h.f[i].id != F_AUTHORIZATION
+                 || memmem(h.f[i].value.p, h.f[i].value.n, "Credential=AKID/20150830/", 25));
     }
     free(body);
 }
@@ -349,8 +367,12 @@ static void forward(const char *p, size_t n)
     static const struct {
         const char *name, *value; /* NULL: any */
         unsigned times;
-    } WANTED[] = {{"x-forwarded-for", "192.0.2.7", 1}, {"x-forwarded-proto", NULL, 1}, {"x-forwarded-host", NULL, 1},
-                  {"forwarded", NULL, 1}, {"x-real-ip", NULL, 0}, {"x-key", NULL, 0}};
+    } WANTED[] = {{"x-forwarded-for", "192.0.2.7", 1},
+                  {"x-forwarded-proto", NULL, 1},
+                  {"x-forwarded-host", NULL, 1},
+                  {"forwarded", NULL, 1},
+                  {"x-real-ip", NULL, 0},
+                  {"x-key", NULL, 0}};
     for (unsigned k = 0; k < sizeof WANTED / sizeof *WANTED; k++) {
         unsigned times = 0;
         for (unsigned i = 0; i < h.n; i++)
@@ -448,7 +470,9 @@ static void scrubbing(const uint8_t *p, size_t n)
         return;
     while (made < left) {
         unsigned found = 0;
-        while (found < s.n && (s.needle[found].text.n > left - made || memcmp(in + made, s.needle[found].text.p, s.needle[found].text.n)))
+        while (found < s.n
+               && (s.needle[found].text.n > left - made
+                   || memcmp(in + made, s.needle[found].text.p, s.needle[found].text.n)))
             found++;
         out_add(&o, found < s.n ? NEW.p : in + made, found < s.n ? NEW.n : 1);
         made += found < s.n ? s.needle[found].text.n : 1;
@@ -473,21 +497,51 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     const char *p = (const char *)data + 1;
     n--;
     switch (data[0] % 15) {
-    case 0: head(h1_parse_request, p, n); break;
-    case 1: head(h1_parse_response, p, n); break;
-    case 2: head(h1_parse_trailers, p, n); break;
-    case 3: chunked(p, n); break;
-    case 4: hello((const uint8_t *)p, n); break;
-    case 5: host(p, n); break;
-    case 6: request(p, n); break;
-    case 7: snapshot((const uint8_t *)p, n); break;
-    case 9: signing(p, n); break;
-    case 10: access_rules((const uint8_t *)p, n); break;
-    case 11: forward(p, n); break;
-    case 13: scrubbing((const uint8_t *)p, n); break;
-    case 12: sites((const uint8_t *)p, n); break;
-    case 14: control((const uint8_t *)p, n); break;
-    default: block((const uint8_t *)p, n); break;
+    case 0:
+        head(h1_parse_request, p, n);
+        break;
+    case 1:
+        head(h1_parse_response, p, n);
+        break;
+    case 2:
+        head(h1_parse_trailers, p, n);
+        break;
+    case 3:
+        chunked(p, n);
+        break;
+    case 4:
+        hello((const uint8_t *)p, n);
+        break;
+    case 5:
+        host(p, n);
+        break;
+    case 6:
+        request(p, n);
+        break;
+    case 7:
+        snapshot((const uint8_t *)p, n);
+        break;
+    case 9:
+        signing(p, n);
+        break;
+    case 10:
+        access_rules((const uint8_t *)p, n);
+        break;
+    case 11:
+        forward(p, n);
+        break;
+    case 13:
+        scrubbing((const uint8_t *)p, n);
+        break;
+    case 12:
+        sites((const uint8_t *)p, n);
+        break;
+    case 14:
+        control((const uint8_t *)p, n);
+        break;
+    default:
+        block((const uint8_t *)p, n);
+        break;
     }
     return 0;
 }

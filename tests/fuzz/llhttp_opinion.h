@@ -8,8 +8,8 @@
 
 struct opinion {
     bool refused;
-    bool unknown; /* a method that it does not know, or HTTP/2's preface */
-    bool odd_target; /* it looks at the target while it parses */
+    bool unknown;       /* a method that it does not know, or HTTP/2's preface */
+    bool odd_target;    /* it looks at the target while it parses */
     bool head, message; /* complete */
     bool chunked, length;
     unsigned major, minor, status;

@@ -7,13 +7,15 @@
 
 #define END "\x1f"
 
-int main(void) {
+int main(void)
+{
     static uint8_t disk[BOOT_MAX_FIELDS + 8192];
     static struct boot_config c;
     uint32_t length, crc, outcome;
     size_t size = fread(disk, 1, sizeof disk, stdin);
-    if (size < BOOT_HEADER_BYTES || parse_boot_header(disk, &length, &crc, &outcome) || size < BOOT_HEADER_BYTES + length ||
-        crc32_of(disk + BOOT_HEADER_BYTES, length) != crc || parse_boot_fields(&c, disk + BOOT_HEADER_BYTES, length))
+    if (size < BOOT_HEADER_BYTES || parse_boot_header(disk, &length, &crc, &outcome)
+        || size < BOOT_HEADER_BYTES + length || crc32_of(disk + BOOT_HEADER_BYTES, length) != crc
+        || parse_boot_fields(&c, disk + BOOT_HEADER_BYTES, length))
         return 1;
     printf("instance_id=%s" END "hostname=%s" END "nonce=", c.instance_id, c.hostname);
     for (int i = 0; i < NONCE_BYTES; i++)
@@ -26,13 +28,14 @@ int main(void) {
     for (char **s = c.env; *s; s++)
         printf("env=%s" END, *s);
     for (size_t i = 0; i < c.volume_count; i++)
-        printf("volume=%s %s %s %d" END, c.volumes[i].disk_id, c.volumes[i].path, c.volumes[i].fs_type, c.volumes[i].readonly);
+        printf("volume=%s %s %s %d" END, c.volumes[i].disk_id, c.volumes[i].path, c.volumes[i].fs_type,
+               c.volumes[i].readonly);
     for (size_t i = 0; i < c.ca_count; i++)
         printf("ca=%s" END, c.cas[i].pem);
     if (c.network.present) {
         const uint8_t *a = c.network.address, *g = c.network.gateway;
-        printf("network=%d.%d.%d.%d/%d %d.%d.%d.%d %u" END, a[0], a[1], a[2], a[3], c.network.prefix, g[0], g[1], g[2], g[3],
-               c.network.mtu);
+        printf("network=%d.%d.%d.%d/%d %d.%d.%d.%d %u" END, a[0], a[1], a[2], a[3], c.network.prefix, g[0], g[1], g[2],
+               g[3], c.network.mtu);
     }
     printf("guest=%d %llu" END, c.pid1, (unsigned long long)c.shm_bytes);
     for (size_t i = 0; i < c.volume_dir_count; i++)

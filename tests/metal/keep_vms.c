@@ -13,22 +13,22 @@
 
 int main(void)
 {
-	int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    int kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 
-	if (kvm < 0) {
-		perror("/dev/kvm");
-		return 1;
-	}
-	for (int irqchip = 1; irqchip >= 0; irqchip--) {
-		int vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    if (kvm < 0) {
+        perror("/dev/kvm");
+        return 1;
+    }
+    for (int irqchip = 1; irqchip >= 0; irqchip--) {
+        int vm = ioctl(kvm, KVM_CREATE_VM, 0);
 
-		if (vm < 0 || (irqchip && ioctl(vm, KVM_CREATE_IRQCHIP, 0) < 0) || ioctl(vm, KVM_CREATE_VCPU, 0) < 0) {
-			perror("KVM");
-			return 1;
-		}
-	}
-	if (daemon(0, 0) < 0) /* to who started it: the VMs are there */
-		return 1;
-	for (;;)
-		pause();
+        if (vm < 0 || (irqchip && ioctl(vm, KVM_CREATE_IRQCHIP, 0) < 0) || ioctl(vm, KVM_CREATE_VCPU, 0) < 0) {
+            perror("KVM");
+            return 1;
+        }
+    }
+    if (daemon(0, 0) < 0) /* to who started it: the VMs are there */
+        return 1;
+    for (;;)
+        pause();
 }

@@ -16,13 +16,15 @@
 
 static const uint8_t TOKEN[TOKEN_BYTES] = "0123456789abcdef";
 
-static void check(bool condition) {
+static void check(bool condition)
+{
     if (!condition)
         abort();
 }
 
 /* Takes all frames that are there; walks their fields. */
-static void drain(struct frame_reader *reader, uint32_t *sum) {
+static void drain(struct frame_reader *reader, uint32_t *sum)
+{
     struct frame frame;
     enum frame_result result;
     while ((result = next_frame(reader, &frame)) != FRAME_NONE) {
@@ -38,7 +40,8 @@ static void drain(struct frame_reader *reader, uint32_t *sum) {
     }
 }
 
-static void feed(struct frame_reader *reader, const uint8_t *data, size_t size, size_t piece, uint32_t *sum) {
+static void feed(struct frame_reader *reader, const uint8_t *data, size_t size, size_t piece, uint32_t *sum)
+{
     while (size > 0) {
         size_t room, n = size < piece ? size : piece;
         uint8_t *space = frame_space(reader, &room);
@@ -52,7 +55,8 @@ static void feed(struct frame_reader *reader, const uint8_t *data, size_t size, 
     }
 }
 
-static void fuzz_frames(const uint8_t *data, size_t size) {
+static void fuzz_frames(const uint8_t *data, size_t size)
+{
     static struct frame_reader reader;
     static const uint8_t zeros[FLUSH_BYTES];
     uint8_t greeting[SYNC_BYTES];
@@ -70,7 +74,8 @@ static void fuzz_frames(const uint8_t *data, size_t size) {
     check(reader.synced && memcmp(reader.token, TOKEN, TOKEN_BYTES) == 0);
 }
 
-static void fuzz_boot(const uint8_t *data, size_t size) {
+static void fuzz_boot(const uint8_t *data, size_t size)
+{
     static struct boot_config config;
     uint32_t length, crc, offset;
     if (size >= BOOT_HEADER_BYTES && parse_boot_header(data, &length, &crc, &offset) == NULL)
@@ -94,7 +99,8 @@ static void fuzz_boot(const uint8_t *data, size_t size) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
     if (size == 0)
         return 0;
     if (data[0] & 1)
