@@ -76,7 +76,7 @@ def join(config_file: Path | None, server: str, ca_file: Path) -> None:
         fail("node.bootstrap_kubeconfig is empty in the configuration")
     if Path(settings.kubeconfig).exists():
         fail(f"{settings.kubeconfig} exists and would be used; remove it to join by a token")
-    token_id, secret = secrets.token_hex(3), secrets.token_hex(8)
+    token_id, secret = _token_part(6), _token_part(16)
     kubeconfig = objects.bootstrap_kubeconfig(server, ca_file.read_bytes(), f"{token_id}.{secret}")
     descriptor = os.open(settings.bootstrap_kubeconfig, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w") as file:
@@ -89,3 +89,8 @@ def join(config_file: Path | None, server: str, ca_file: Path) -> None:
         *objects.of_token(token_id, secret, expires),
     ]
     click.echo(objects.render(found), nl=False)
+
+
+def _token_part(length: int) -> str:
+    """Lower-case letters and digits; never a number to kubectl's YAML parser, to which ``1e2345`` is one."""
+    return "t" + secrets.token_hex(length // 2)[1:]

@@ -56,3 +56,17 @@ def test_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each for each in objects if each["metadata"]["name"] == "hypeman-node:host1"]
     (tmp_path / "kubeconfig").write_text(json.dumps({}))
     assert CliRunner().invoke(hypeman, arguments).exit_code != 0, "it would not be used"
+
+
+def test_no_part_of_a_token_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kubectl reads ``1e2345`` as a float, which stringData may not have; PyYAML writes it without quotes."""
+    (tmp_path / "ca.pem").write_text("the CA")
+    monkeypatch.setenv("NODE__BOOTSTRAP_KUBECONFIG", str(tmp_path / "bootstrap"))
+    monkeypatch.setenv("NODE__KUBECONFIG", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr("secrets.token_hex", lambda size: "1e23456789012345"[: 2 * size])
+    arguments = ["node", "join", "--server", "https://10.0.0.1:6443", "--ca-file", str(tmp_path / "ca.pem")]
+    done = CliRunner().invoke(hypeman, arguments, catch_exceptions=False)
+    [secret] = [each for each in yaml.safe_load_all(done.stdout) if each["kind"] == "Secret"]
+    parts = secret["stringData"]["token-id"], secret["stringData"]["token-secret"]
+    assert [len(part) for part in parts] == [6, 16]
+    assert all(part.isalnum() and part[0] in "ghijklmnopqrstuvwxyz" for part in parts)
