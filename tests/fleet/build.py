@@ -1,7 +1,6 @@
 """Builds the control plane of Kubernetes that tests/fleet runs, and prints the directory with its programs.
 
-    python -m tests.fleet.build            build it, unless it is there (some 13 CPU minutes, once; 150 MB)
-    python -m tests.fleet.build --cached   print the finished directory, or fail at once
+    python -m tests.fleet.build     build it, unless it is there (some 13 CPU minutes, once; 150 MB)
 
 The sources come through the Go module proxy, at the versions and checksums of ``controlplane/go.mod`` and ``go.sum``.
 Cached by content, like the guest kernel: the directory's name holds a hash of all that goes in.
@@ -17,7 +16,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -59,12 +57,9 @@ def build(work: Path) -> None:
     subprocess.run(command, cwd=SOURCE, env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": ""}, check=True)
 
 
-def main() -> int:
+def main() -> None:
     done = directory()
     if not done.is_dir():
-        if "--cached" in sys.argv:
-            print(missing(), file=sys.stderr)
-            return 1
         done.parent.mkdir(parents=True, exist_ok=True)
         with open(cache() / "controlplane.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,8 +71,7 @@ def main() -> int:
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
     print(done)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
