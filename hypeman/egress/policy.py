@@ -17,7 +17,8 @@ from __future__ import annotations
 import enum
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 from hypeman.egress.transforms import Kind, Value, encode_text, form_of
 from hypeman.egress.types import CredentialPolicy, InjectRule
@@ -25,6 +26,7 @@ from hypeman.errors import InvalidRequest
 
 MAX_RULES = 256
 MAX_RULES_PER_HOST = 16
+_EVERY_HOST = ""
 MAX_PORTS = 16
 MAX_SCRUB_RULES = 32
 """As in ext/egress/verdict.h."""
@@ -148,6 +150,20 @@ def _rules(credentials: Mapping[str, CredentialPolicy], usual_port: int) -> Iter
             yield _Rule(key, number, rule, usual_port)
 
 
+def _most_for_one_host(rules: Sequence[_Rule]) -> int:
+    """How many rules the data plane may have to apply to one request."""
+    numbers: dict[tuple[str, int], set[int]] = {}
+    for number, rule in enumerate(rules):
+        for pattern, port in product(rule.hosts or (_EVERY_HOST,), rule.ports):
+            numbers.setdefault((pattern, port), set()).add(number)
+
+    def applied(pattern: str, port: int) -> int:
+        covering = (pattern, f"*.{pattern.partition('.')[2]}", _EVERY_HOST)
+        return len(set[int]().union(*(numbers.get((each, port), ()) for each in covering)))
+
+    return max((applied(pattern, port) for pattern, port in numbers), default=0)
+
+
 def check_credentials(credentials: Mapping[str, CredentialPolicy], env: Mapping[str, str]) -> None:
     """Raises InvalidRequest unless the credentials are valid with the values in ``env``."""
     compile_policy(credentials, secrets_of(credentials, env))
@@ -242,8 +258,8 @@ def compile_policy(
                 raise InvalidRequest(
                     f"credentials {other.key!r} and {rule.key!r} both set {rule.form.shown} of the same host"
                 )
-    if len({rule.form.target for rule in rules}) > MAX_RULES_PER_HOST:
-        raise InvalidRequest(f"the rules set over {MAX_RULES_PER_HOST} different headers or parameters")
+    if (most := _most_for_one_host(rules)) > MAX_RULES_PER_HOST:
+        raise InvalidRequest(f"{most} inject rules are for the same host, at most {MAX_RULES_PER_HOST} are allowed")
     compiled: list[tuple[_Rule, bytes]] = []
     for rule in rules:
         value = _value_of(rule, credentials[rule.key], secrets, obtained or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypeman.egress.authority import Authority, load_authority
 from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.policy import (
+    MAX_RULES_PER_HOST,
     HostPattern,
     check_credentials,
     compile_policy,
@@ -24,7 +26,7 @@ from hypeman.egress.policy import (
 )
 from hypeman.egress.sealing import load_sealer
 from hypeman.egress.transforms import FIXED_HEADERS, render_value
-from hypeman.egress.types import CredentialPolicy, CredentialSource, InjectAs, InjectRule
+from hypeman.egress.types import BodyForm, CredentialPolicy, CredentialSource, InjectAs, InjectRule
 from hypeman.errors import InternalError, InvalidRequest
 from tests.egress.conftest import credential
 
@@ -118,6 +120,24 @@ def test_two_rules_for_one_header_of_one_host(one: tuple[str, ...], two: tuple[s
     else:
         compile_policy(pair, ENV)
     compile_policy({"K": credential(*one), "L": credential(*two, header="X-Key")}, ENV)
+
+
+def body_rule(*hosts: str, ports: tuple[int, ...] | None = None) -> CredentialPolicy:
+    """One of those of which several may be for one host, since each has a placeholder of its own."""
+    rule = InjectRule(hosts=hosts or None, as_=InjectAs(body=BodyForm()), ports=ports)
+    return CredentialPolicy(source=CredentialSource(env="REAL_KEY"), inject=(rule,))
+
+
+@pytest.mark.parametrize(
+    ("another", "refused"),
+    [(("a.x.y",), True), (("*.x.y",), True), ((), True), (("other.y", "a.x.y"), True), (("b.x.y",), False)],
+)
+def test_more_rules_for_one_host_than_are_applied(another: tuple[str, ...], refused: bool) -> None:
+    """A rule beyond the limit would be ignored, and the placeholder sent in place of the value."""
+    given = {f"KEY{number}": body_rule("a.x.y", "c.y") for number in range(MAX_RULES_PER_HOST)}
+    check_credentials({**given, "ANOTHER": body_rule(*another, ports=(8443,))}, ENV)
+    with pytest.raises(InvalidRequest, match="17 inject rules are for the same host") if refused else nullcontext():
+        check_credentials({**given, "ANOTHER": body_rule(*another)}, ENV)
 
 
 def test_missing_value() -> None:
