@@ -99,6 +99,7 @@ PURE_MODULES = tuple(
         "kube.decide",
         "kube.devices",
         "kube.names",
+        "kube.paths",
         "kube.podspec",
         "kube.quantity",
         "kube.references",

@@ -17,7 +17,6 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
-from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -26,6 +25,7 @@ import trio
 from hypeman import __version__
 from hypeman.errors import HypemanError
 from hypeman.kube.credentials import Access
+from hypeman.kube.paths import segment
 from hypeman.kube.types import ListMeta, Status
 
 log = logging.getLogger(__name__)
@@ -298,11 +298,6 @@ def _refusal(method: str, path: str, code: int, content: bytes) -> Refused:
     about = status.details.name if status.details is not None else ""
     text = f"{method} {path}: {code} {status.message or status.reason}"
     return Refused(text, code=code, reason=status.reason, about=about)
-
-
-def segment(text: str) -> str:
-    """``text`` as one segment of a path."""
-    return quote(text, safe=":@")
 
 
 def pods_path(namespace: str, name: str) -> str:

@@ -203,10 +203,17 @@ class Index(Struct, frozen=True):
     """By the uid of an owner that outlives its pods."""
     golden: Mapping[str, Instance]
 
-    def left_by(self, owner_uid: str, living: Iterable[str]) -> Instance | None:
-        """What pods of the owner left that are not among the uids ``living``; the newest."""
+    def left_by(self, owner_uid: str, namespace: str, living: Iterable[str]) -> Instance | None:
+        """What pods of the owner left that are not among the uids ``living``; the newest.
+
+        Only in ``namespace``: anyone who may create pods can name an owner of another one.
+        """
         alive = set(living)
-        found = [each for each in self.left.get(owner_uid, ()) if tags_of(each).get(names.POD_UID) not in alive]
+        found = [
+            each
+            for each in self.left.get(owner_uid, ())
+            if tags_of(each).get(names.NAMESPACE) == namespace and tags_of(each).get(names.POD_UID) not in alive
+        ]
         return max(found, key=lambda each: each.created_at, default=None)
 
 

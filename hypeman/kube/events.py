@@ -14,7 +14,8 @@ from typing import Any
 import trio
 from msgspec import Struct
 
-from hypeman.kube.api import ApiClient, ApiError, Refused, segment
+from hypeman.kube.api import ApiClient, ApiError, Refused
+from hypeman.kube.paths import segment
 from hypeman.kube.status import whole
 from hypeman.kube.types import Thing
 from hypeman.text import one_line

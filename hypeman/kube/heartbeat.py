@@ -19,12 +19,13 @@ import trio
 from hypeman import __version__
 from hypeman.devices.types import Device
 from hypeman.kube import names
-from hypeman.kube.api import ApiError, Patch, Refused, node_path, segment
+from hypeman.kube.api import ApiError, Patch, Refused, node_path
 from hypeman.kube.capacity import allocatable, capacity, conditions
 from hypeman.kube.decide import is_ours
 from hypeman.kube.instances import Instances
 from hypeman.kube.lease import LeaseClock
 from hypeman.kube.local import LocalError
+from hypeman.kube.paths import segment
 from hypeman.kube.reflector import pause_after
 from hypeman.kube.site import Site
 from hypeman.kube.status import whole

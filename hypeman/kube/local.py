@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -153,8 +152,3 @@ def refusal(method: str, path: str, status: int, content: bytes) -> LocalRefused
     except (msgspec.DecodeError, KeyError, TypeError):
         pass
     return LocalRefused(one_line(message or f"{method} {path}: {status}"), http=status, code=code)
-
-
-def segment(text: str) -> str:
-    """``text`` as one segment of a path."""
-    return quote(text, safe=":@")

@@ -19,11 +19,11 @@ from hypeman.devices.types import Device
 from hypeman.images.reference import parse_reference
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, PushCredentials
 from hypeman.kube import names
-from hypeman.kube.api import ApiClient, Refused, segment
+from hypeman.kube.api import ApiClient, Refused
 from hypeman.kube.capacity import profile_names
 from hypeman.kube.devices import device_class
 from hypeman.kube.local import LocalRefused, LocalServer
-from hypeman.kube.local import segment as local_segment
+from hypeman.kube.paths import segment
 from hypeman.kube.podspec import PodSpec, Refusal, Remark, TokenFile
 from hypeman.kube.quantity import whole
 from hypeman.kube.references import File, Missing, Needed, Sources, mounted
@@ -155,7 +155,7 @@ async def _choose_devices(local: LocalServer, limits: dict[str, str | int]) -> t
 async def find_image(local: LocalServer, name: str) -> Image | None:
     """The image as this host knows it. Raises LocalError."""
     try:
-        return await local.get(f"/images/{local_segment(name).replace('/', '%2F')}", Image)
+        return await local.get(f"/images/{segment(name)}", Image)
     except LocalRefused as error:
         if error.http == 404:
             return None
@@ -298,7 +298,7 @@ async def remove_volumes(local: LocalServer, node: str, pod_uid: str) -> None:
 async def remove_volume(local: LocalServer, identifier: str) -> None:
     """Raises LocalError, but not if it is gone."""
     try:
-        await local.call("DELETE", f"/volumes/{local_segment(identifier)}")
+        await local.call("DELETE", f"/volumes/{segment(identifier)}")
     except LocalRefused as error:
         if error.http != 404:
             raise

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from hypeman.kube.paths import segment
 from hypeman.kube.types import ObjectMeta, OwnerReference, Pod
 
 NODE = "kubernetes.io/node"
@@ -95,7 +96,8 @@ def owner_path(owner: OwnerReference, namespace: str) -> str | None:
     plural = PLURALS.get((owner.group, owner.kind))
     if plural is None:
         return None
-    return f"/apis/{owner.api_version}/namespaces/{namespace}/{plural}/{owner.name}"
+    version = owner.api_version.rpartition("/")[2]
+    return f"/apis/{owner.group}/{segment(version)}/namespaces/{segment(namespace)}/{plural}/{segment(owner.name)}"
 
 
 def owner_of(tags: Mapping[str, str]) -> OwnerReference | None:

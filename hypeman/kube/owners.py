@@ -22,14 +22,15 @@ REMEMBERED = 1024
 class Owners:
     def __init__(self, api: ApiClient) -> None:
         self._api = api
-        self._known: OrderedDict[str, tuple[Owner, float]] = OrderedDict()
+        self._known: OrderedDict[tuple[OwnerReference, str], tuple[Owner, float]] = OrderedDict()
+        """By all that was asked: a pod may name the uid of an owner under a name that does not exist."""
 
     async def look(self, owner: OwnerReference, namespace: str) -> Owner:
-        known = self._known.get(owner.uid)
+        known = self._known.get((owner, namespace))
         if known is not None and trio.current_time() < known[1] + FRESH_SECONDS:
             return known[0]
         found = await self._ask(owner, namespace)
-        self._known[owner.uid] = (found, trio.current_time())
+        self._known[owner, namespace] = (found, trio.current_time())
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
         return found

@@ -49,6 +49,7 @@ from hypeman.kube.translate import (
     credentials_of,
     credentials_secret,
     facts_of,
+    golden_digest,
     golden_request,
     spec_digest,
     translate,
@@ -187,7 +188,7 @@ class Worker:
             if pod.metadata.deletion_timestamp is not None:
                 state = await shared.owners.look(owner, pod.metadata.namespace)
             elif self.instance is None:
-                left = shared.instances.index.left_by(owner.uid, shared.pods.items)
+                left = shared.instances.index.left_by(owner.uid, pod.metadata.namespace, shared.pods.items)
         tags = wanted_tags(pod, spec, self._site.name)
         return Known(
             pod=pod,
@@ -301,7 +302,7 @@ class Worker:
         """What an earlier pod of the same owner left behind."""
         owner = pod.metadata.controller
         assert owner is not None, "only owners leave something"
-        left = self._shared.instances.index.left_by(owner.uid, self._shared.pods.items)
+        left = self._shared.instances.index.left_by(owner.uid, pod.metadata.namespace, self._shared.pods.items)
         if left is None:
             return
         if verb is Verb.ADOPT:
@@ -431,7 +432,7 @@ class Worker:
 
     async def _make_fork(self, pod: Pod, spec: PodSpec, wanted: Wanted) -> float:
         check_golden(pod, spec)
-        digest = spec_digest(pod)
+        digest = golden_digest(pod)
         async with self._shared.golden.setdefault(digest, trio.Lock()):
             golden = self._shared.instances.index.golden.get(digest)
             if golden is None:

@@ -16,9 +16,10 @@ from typing import Any
 import trio
 
 from hypeman.kube import materials, names
-from hypeman.kube.api import ApiError, Refused, segment
+from hypeman.kube.api import ApiError, Refused
 from hypeman.kube.events import Events
 from hypeman.kube.local import LocalError, LocalRefused
+from hypeman.kube.paths import segment
 from hypeman.kube.quantity import BadQuantity, whole
 from hypeman.kube.reflector import Reflector
 from hypeman.kube.site import Site

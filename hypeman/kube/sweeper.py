@@ -12,11 +12,12 @@ import trio
 
 from hypeman.instances.model.types import Instance
 from hypeman.kube import materials, names
-from hypeman.kube.api import ApiError, segment
+from hypeman.kube.api import ApiError
 from hypeman.kube.decide import Owner, Verb, decide_orphan, is_ours, tags_of
 from hypeman.kube.local import LocalError
+from hypeman.kube.paths import segment
 from hypeman.kube.pods import Shared, remove_instance
-from hypeman.kube.translate import spec_digest
+from hypeman.kube.translate import golden_digest
 from hypeman.kube.types import Thing
 from hypeman.volumes.types import Volume
 
@@ -85,7 +86,7 @@ class Sweeper:
     def _is_golden_wanted(self, instance: Instance) -> bool:
         digest = tags_of(instance).get(names.GOLDEN)
         pods = self._shared.pods.items.values()
-        return any(names.GOLDEN in pod.metadata.annotations and spec_digest(pod) == digest for pod in pods)
+        return any(names.GOLDEN in pod.metadata.annotations and golden_digest(pod) == digest for pod in pods)
 
     async def _is_gone(self, instance: Instance) -> bool:
         """Whether the API server confirms that there is no such pod here.

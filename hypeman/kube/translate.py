@@ -170,6 +170,11 @@ def spec_digest(pod: Pod) -> str:
     return names.digest([containers, volumes, pod.spec.get("securityContext")])
 
 
+def golden_digest(pod: Pod) -> str:
+    """Which golden instance the pod is forked from: one of its own namespace, since memory holds values of Secrets."""
+    return names.digest([pod.metadata.namespace, spec_digest(pod)])
+
+
 FENCING = ("keep", "standby", "stop")
 
 
@@ -181,15 +186,7 @@ def fencing_policy(pod: Pod) -> str:
 
 def tolerates(spec: PodSpec) -> str:
     """Seconds for which the pod stays bound to a node that cannot be reached."""
-    limits = [
-        toleration.toleration_seconds
-        for toleration in spec.tolerations
-        if toleration.effect in ("", "NoExecute")
-        and (
-            toleration.key == "node.kubernetes.io/unreachable"
-            or (not toleration.key and toleration.operator == "Exists")
-        )
-    ]
+    limits = [toleration.toleration_seconds for toleration in spec.tolerations if _tolerates_unreachable(toleration)]
     if not limits:
         return "0"
     seconds = [limit for limit in limits if limit is not None]

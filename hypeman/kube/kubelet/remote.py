@@ -24,7 +24,8 @@ from wsproto.events import (
 )
 from wsproto.utilities import ProtocolError
 
-from hypeman.kube.local import LocalServer, LocalUnreachable, refusal, segment
+from hypeman.kube.local import LocalServer, LocalUnreachable, refusal
+from hypeman.kube.paths import segment
 
 OPEN_SECONDS = 30.0
 _READ = 64 * 1024
