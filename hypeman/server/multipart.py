@@ -5,9 +5,8 @@ Werkzeug's decoder is not used: it adds a byte to a field if a chunk ends within
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Iterator
-from email.message import Message
-from email.utils import collapse_rfc2231_value
 
 from hypeman.errors import InvalidRequest
 from hypeman.server.api import UploadStream
@@ -16,6 +15,8 @@ MAX_PARTS = 100
 _MAX_HEAD = 64 << 10
 """Bytes before a part, or of its headers."""
 _MAX_BOUNDARY = 200
+_PARAMETER = re.compile(r""";[ \t]*(?:([\w!#$%&'*+.^`|~-]+)[ \t]*=[ \t]*("(?:[^"\\]|\\.)*"|[^\s;"]*)[ \t]*)?""")
+"""Of a header's value. Python's parser of mail takes time that grows with the square of the value's length."""
 
 
 async def read_form(body: UploadStream, content_type: str | None) -> AsyncGenerator[tuple[str, bytes]]:
@@ -142,6 +143,10 @@ def _name_in(head: bytes) -> str:
 
 def _option(header: str, name: str) -> str:
     """The parameter ``name`` of the header's value, without quotes; empty if there is none."""
-    message = Message()
-    message["Content-Type"] = header
-    return collapse_rfc2231_value(message.get_param(name, ""))
+    at = header.find(";")
+    while at >= 0 and (found := _PARAMETER.match(header, at)):
+        key, value = found.groups("")
+        if key.lower() == name:
+            return re.sub(r'\\(["\\])', r"\1", value[1:-1]) if value.startswith('"') else value
+        at = found.end()
+    return ""

@@ -52,6 +52,8 @@ async def test_fields_in_pieces(size: int) -> None:
         (b"--b-1\r\nContent-Type: text/plain\r\n\r\nx\r\n--b-1--\r\n", KIND),
         (b"--b-1\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b-1--\r\n", KIND),
         (b'--b-1\r\nContent-Disposition: form-data; name="\xff"\r\n\r\nx\r\n--b-1--\r\n', KIND),
+        (b"--b-1\r\nContent-Disposition: form-data; name*=undefined''x\r\n\r\nx\r\n--b-1--\r\n", KIND),
+        (b"--b-1\r\nContent-Disposition: form-data; x*" + b"9" * 5000 + b"=y\r\n\r\nx\r\n--b-1--\r\n", KIND),
         (b"--b-1\r\n" + b"X: y\r\n" * 100_000, KIND),
         (b"--b-1x\r\n", KIND),
         (b"x" * 600_000, KIND),
@@ -61,6 +63,12 @@ async def test_fields_in_pieces(size: int) -> None:
 async def test_what_is_no_form(body: bytes, kind: str | None) -> None:
     with pytest.raises(InvalidRequest):
         await read(body, kind, size=64 << 10)
+
+
+async def test_a_name_among_other_parameters() -> None:
+    head = rb'form-data; filename="a\"; name=b\\"; ; Name="c\"d"; name=e'
+    body = b"--b-1\r\nContent-Disposition: " + head + b"\r\n\r\nx\r\n--b-1--\r\n"
+    assert await read(body, 'multipart/form-data; charset=utf-8; Boundary="b-1"') == {'c"d': b"x"}
 
 
 async def test_a_build_over_http(ask: Any, world: FakeWorld) -> None:
