@@ -95,11 +95,13 @@ class Metering:
 
     async def sample(self) -> None:
         """Bring the current period up to date, and close it if its hour is over."""
-        records = {record.id: record for record in self._records()}
+        records, before = {record.id: record for record in self._records()}, dict(self._open)
         counted = await self._count(records)
         holdings = dict(self._store.read(lambda txn: list(txn.scan(HOLDINGS))))
         now = int(self._now())
         for instance_id, record in records.items():
+            if self._open.get(instance_id) is not before.get(instance_id):
+                continue  # ``count`` was later, and has counted more than was read here
             holding = holdings.get(instance_id, Holding())
             self._open[instance_id] = self._account(record, holding, counted.get(instance_id), now)
         for instance_id in self._open.keys() - records.keys():
@@ -125,7 +127,7 @@ class Metering:
         holding = self._store.read(lambda txn: txn.get(HOLDINGS, record.id)) or Holding()
         counted = Counted(self._cpu_seconds(record), *self._traffic.of_instance(record.id)) if record.handle else None
         row = self._open[record.id] = self._account(record, holding, counted, int(self._now()))
-        if not self._closing:  # the end of a closing writes what has changed meanwhile
+        if not self._closing:  # the next sample writes what has changed meanwhile
             self._store.write_soon(lambda txn: txn.put(OPEN, record.id, row))
 
     def _account(self, record: InstanceRecord, holding: Holding, counted: Counted | None, now: int) -> OpenRow:

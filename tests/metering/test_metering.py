@@ -132,6 +132,28 @@ async def test_an_instance_from_its_creation_to_its_end(host: Host) -> None:
         assert [(row.instance_id, row.instance_name) for row in report.rows] == [(web.id, "web")]
 
 
+async def test_a_vmm_that_ends_during_a_sample_is_counted_once(host: Host) -> None:
+    web = await host.add("web")
+    await host.launch(web.id)
+    async with running(host.metering()) as metering:
+        await metering.sample()
+        host.cpu[web.id], host.traffic[web.id] = 5.0, (100, 10)
+        read = metering._cpu_seconds
+
+        def read_while_it_ends(record: InstanceRecord) -> float:
+            metering._cpu_seconds = read
+            found = read(record)
+            host.cpu[web.id], host.traffic[web.id] = 6.0, (120, 12)
+            trio.from_thread.run(host.end, metering, web.id)
+            return found
+
+        metering._cpu_seconds = read_while_it_ends
+        await metering.sample()
+        await metering.sample()
+        cpu, _, _, received, sent = sums(await metering.report(Query()))
+    assert (cpu, received, sent) == (6.0, 120, 12)
+
+
 async def test_a_restarted_server_and_a_restarted_vm_count_on(host: Host) -> None:
     web = await host.add("web")
     await host.launch(web.id)
