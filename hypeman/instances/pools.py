@@ -46,7 +46,7 @@ from hypeman.instances.model.types import InstanceState
 from hypeman.instances.rows import MEMBERS, POOLS, SNAPSHOTS, check_name_free, find_snapshot
 from hypeman.instances.tasks import Tasks
 from hypeman.resources.accounting import Holding
-from hypeman.saga import UndoFailed, carry_forward, carry_out, take_back
+from hypeman.saga import carry_forward, carry_out, take_back
 from hypeman.store import Store
 from hypeman.telemetry import metrics
 
@@ -315,12 +315,9 @@ class Pools:
         try:
             async with self._machine.restorable(capture):
                 await carry_out(reversible(member.row.steps), _Watched(self._machine, member, self._start_watching))
-        except BaseException as error:
+        except BaseException:
             with trio.CancelScope(shield=True):
-                if isinstance(error, UndoFailed):
-                    self._doomed.append(member.row)
-                else:
-                    await self._forget(member.row)
+                await self._discard(member)
             raise
 
     def _start_watching(self, member: Member) -> None:
@@ -407,6 +404,8 @@ class Pools:
     async def _discard(self, member: Member) -> None:
         self._doomed.append(member.row)
         await self._discard_doomed()
+        if member.row in self._doomed:
+            self._work.set()
 
     async def _discard_doomed(self) -> None:
         async with self._ending, trio.open_nursery() as nursery:
@@ -420,7 +419,6 @@ class Pools:
             self._doomed.remove(row)
         except Exception as error:  # any error: retried, and other members and the server go on
             log.warning("the member %s of a pool cannot be removed, trying again: %s", row.record.id, error)
-            self._work.set()
 
     async def _forget(self, row: MemberRow) -> None:
         await self._ledger.remove_member(row)

@@ -5,6 +5,8 @@ That nothing is left after a failure or a crash at any moment is shown by test_l
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import msgspec
 import pytest
 import trio
@@ -25,8 +27,9 @@ from hypeman.instances.service import Instances
 from hypeman.network.leases import all_leases
 from hypeman.paths import Paths
 from hypeman.resources.accounting import Limits, totals
+from hypeman.saga import carry_out
 from hypeman.store import Store
-from tests.instances.fake_world import Lab, request
+from tests.instances.fake_world import HostFailed, Lab, request
 from tests.instances.test_lifecycle import (
     MEMBER,
     check_owned,
@@ -176,6 +179,56 @@ async def test_members_give_their_addresses_to_instances(lab: Lab, monkeypatch: 
         assert (await lab.snapshots(instances).get_pool(snapshot)).error == "an instance needed its addresses"
         assert await settled(instances, "two") == "Running"
         check_owned(lab, "an address that a member had")
+        await clean_up(lab, instances)
+
+
+async def test_a_member_that_cannot_be_removed_is_tried_again_with_pauses(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts: list[object] = []
+
+    async def fail(*given: object) -> None:
+        attempts.append(given)
+        raise HostFailed("it does not go away")
+
+    async with lab.running() as instances:
+        snapshot = await member_ready(lab, instances)
+        with monkeypatch.context() as patch:
+            patch.setattr(pools, "take_back", fail)
+            patch.setattr(pools, "RETRY_FIRST", 1000.0)
+            await lab.snapshots(instances).delete_pool(snapshot)
+            for _ in range(1000):
+                await trio.lowlevel.checkpoint()
+            assert len(attempts) == 2, "at once, and then after a pause"
+        instances.pools._work.set()
+        with trio.fail_after(10):
+            while lab.machine.alive():
+                await trio.sleep(0.001)
+        await clean_up(lab, instances)
+
+
+async def test_a_member_whose_row_could_not_be_removed_is_not_forgotten(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [HostFailed("no restore"), HostFailed("no write")]
+
+    def failing_once(work: Callable[..., Awaitable[None]], failure: HostFailed) -> Callable[..., Awaitable[None]]:
+        async def carry(*given: object) -> None:
+            if failure in failures:
+                failures.remove(failure)
+                raise failure
+            await work(*given)
+
+        return carry
+
+    async with lab.running() as instances:
+        monkeypatch.setattr(pools, "RETRY_FIRST", 0.001)
+        monkeypatch.setattr(pools, "carry_out", failing_once(carry_out, failures[0]))
+        ledger = instances.ledger
+        monkeypatch.setattr(ledger, "remove_member", failing_once(ledger.remove_member, failures[1]))
+        await member_ready(lab, instances)
+        assert not failures and len(lab.store.read(lambda txn: list(txn.keys(MEMBERS)))) == 1
+        check_owned(lab, "after a fill whose undo was not written down")
         await clean_up(lab, instances)
 
 
