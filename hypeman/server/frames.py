@@ -20,6 +20,8 @@ _FINAL, _RESERVED, _OPCODE, _MASKED, _LENGTH = 0x80, 0x70, 0x0F, 0x80, 0x7F
 _LARGEST_CONTROL = 125
 _HEAD_OF_16_BITS, _HEAD_OF_64_BITS = 126, 127
 _KEY = 4
+_MAX_PARTS = 1024
+"""Pieces of a message before they are put together: one of a byte takes 34 bytes of memory."""
 _CODES = (range(1000, 1004), range(1007, 1015), range(3000, 5000))
 """Those that may be sent (§7.4)."""
 
@@ -128,6 +130,8 @@ class Decoder:
         """Take what is there of the payload under way; returns where it ends."""
         end = min(at + self._left, len(data))
         self._parts.append(unmasked(data, at, end, self._key, self._unmasked))
+        if len(self._parts) == _MAX_PARTS:
+            self._parts = [b"".join(self._parts)]
         self._left -= end - at
         self._unmasked += end - at
         return end

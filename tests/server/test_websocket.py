@@ -74,6 +74,14 @@ def by_wsproto(data: bytes) -> tuple[list[Any], bool]:
     return found, False
 
 
+def test_a_message_in_pieces_of_a_byte_takes_little_more_memory() -> None:
+    decoder, payload = Decoder(MAX_MESSAGE), bytes(range(256)) * 20
+    for at, byte in enumerate(payload[:-1]):
+        assert not list(decoder.feed(bytes((BINARY if at == 0 else 0, 0x81, 0, 0, 0, 0, byte))))
+    assert len(decoder._parts) <= 1024
+    assert list(decoder.feed(bytes((0x80, 0x81, 0, 0, 0, 0, payload[-1])))) == [payload]
+
+
 def test_messages_of_wsproto_cut_anywhere() -> None:
     rng = random.Random(3)
     for _ in range(200):
