@@ -171,9 +171,17 @@ services:
     assert (db.mounts[0]["volume_id"], web.depends_on) == (stack.volumes[0].name, {"db": "started"})
 
 
+def test_files_of_one_folder_may_extend_services_of_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "middle.yaml").write_text("services: {web: {extends: {file: last.yaml, service: web}, user: a}}")
+    (tmp_path / "last.yaml").write_text("services: {web: {image: nginx}}")
+    stack = load("services: {web: {extends: {file: middle.yaml, service: web}}}", tmp_path)
+    assert (by_key(stack)["web"].body["image"], by_key(stack)["web"].body["user"]) == ("nginx", "a")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("services: {a: {extends: {file: self.yaml, service: a}}}", "extends itself"),
         ("services: {a: {extends: b}, b: {extends: a}}", "extends itself"),
         ("services: {a: {extends: gone}}", "no service 'gone'"),
         ("services: {a: {extends: {file: gone.yaml, service: a}}}", "cannot be read"),
@@ -197,6 +205,7 @@ services:
 )
 def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "loop.yaml").write_text("include: [loop.yaml]")
+    (tmp_path / "self.yaml").write_text("services: {a: {extends: {file: self.yaml, service: a}}}")
     (tmp_path / "other.yaml").write_text("services: {a: {image: y}}")
     with pytest.raises(ComposeError) as refused:
         load(text, tmp_path)

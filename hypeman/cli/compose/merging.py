@@ -95,10 +95,11 @@ def _extended(
     if not isinstance(extends, dict) or "service" not in extends or extends.keys() - {"service", "file"}:
         raise ComposeError(f"services.{key}.extends must have service, and file if it is in another one")
     name, folder, file = str(extends["service"]), directory, tree
+    path = seen[-1][0] if seen else directory  # the folder stands for the first file
     if extends.get("file"):
-        path = directory / extends["file"]
-        folder, file = path.parent, _tree(path, read)
-    if (place := (folder.resolve(), name)) in seen:
+        path = (directory / extends["file"]).resolve()
+        folder, file = (directory / extends["file"]).parent, _tree(path, read)
+    if (place := (path, name)) in seen:
         raise ComposeError(f"services.{key}.extends: {name} extends itself")
     base = (file.get("services") or {}).get(name)
     if not isinstance(base, dict):
