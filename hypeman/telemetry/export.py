@@ -155,6 +155,8 @@ class Exporter:
                         answer += piece
                         if len(answer) > _MAX_ANSWER:
                             break
+        except httpcore.LocalProtocolError:  # its text has the header's value
+            raise _Later("the request is not valid HTTP; check the headers in the configuration") from None
         except trio.TooSlowError:
             raise _Later(f"no answer within {self._config.timeout:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:

@@ -192,6 +192,16 @@ async def test_a_collector_that_is_away_for_a_moment_gets_everything(plan: tuple
 
 
 @pytest.mark.usefixtures("hasty")
+async def test_the_log_does_not_have_a_header_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None:
+    before = counted("traces", "error")
+    async with exporting(Collector(), metrics=False, headers={"authorization": "Bearer secret\n"}):
+        with operation("one"):
+            pass
+        await until(lambda: counted("traces", "error") > before)
+    assert "check the headers" in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.usefixtures("hasty")
 async def test_what_is_refused_or_out_of_time_is_dropped_and_counted() -> None:
     before = {status: counted("traces", status) for status in ("success", "rejected", "error")}
     collector = Collector(400, *[503] * 400)
