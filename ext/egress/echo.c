@@ -12,6 +12,9 @@
 #include "loop.h"
 #include "scrub.h"
 
+/* How much the texts that changed in a head may take: what writes heads has room for this and a head of the largest size. */
+enum { MAX_CHANGED = 2 * H1_MAX_HEAD };
+
 struct echo {
     struct snapshot *rules; /* the texts point into it */
     struct needles needles;
@@ -81,8 +84,8 @@ static bool is_about_the_bytes(struct str name)
         || h1_is(name, "repr-digest") || h1_is(name, "accept-ranges");
 }
 
-/* The head with its values scrubbed; strings that changed are in `room`. */
-static void scrub_head(struct xchg *x, const struct head *from, struct head *to, struct buf *room)
+/* The head with its values scrubbed; strings that changed are in `room`. False: it has become too large. */
+static bool scrub_head(struct xchg *x, const struct head *from, struct head *to, struct buf *room)
 {
     size_t at = 0;
     *to = *from;
@@ -104,6 +107,7 @@ static void scrub_head(struct xchg *x, const struct head *from, struct head *to,
             to->f[i].value.p = room->p + room->off + at;
             at += to->f[i].value.n;
         }
+    return buf_size(room) <= MAX_CHANGED;
 }
 
 static bool can_be_searched(const struct head *h)
@@ -124,7 +128,11 @@ void echo_head(struct xchg *x, const struct head *h, enum body body, uint64_t le
         down_fail(x, R_UNSEARCHABLE, NULL);
         return;
     }
-    scrub_head(x, h, &scrubbed, &room);
+    if (!scrub_head(x, h, &scrubbed, &room)) {
+        buf_free(l, &room);
+        down_fail(x, R_UPSTREAM_RESPONSE, "with its credentials replaced, the head is too large");
+        return;
+    }
     if (empty)
         body = BODY_NONE; /* without the length of what is left out, which would be another one */
     else if (length)
@@ -199,8 +207,8 @@ void echo_finish(struct xchg *x, const struct head *trailers)
     if (buf_size(unsure))
         (void)pass(x, unsure->p + unsure->off, buf_size(unsure), true, &given);
     balance(x, 0, given);
-    if (trailers)
-        scrub_head(x, trailers, &scrubbed, &room);
+    if (trailers && !scrub_head(x, trailers, &scrubbed, &room))
+        trailers = NULL;
     x->down->side->end(x, trailers ? &scrubbed : NULL);
     buf_free(l, &room);
 }

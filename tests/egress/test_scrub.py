@@ -29,8 +29,8 @@ BEARER = InjectAs(header="Authorization", format="Bearer ${value}")
 GET = f"GET /echo HTTP/1.1\r\n{H}\r\n".encode()
 
 
-def scrubbed(shape: InjectAs = BEARER, *, env: str = "REAL_KEY") -> CredentialPolicy:
-    rule = InjectRule(hosts=(HOST,), ports=tuple(conftest.PORTS), as_=shape, scrub=True)
+def scrubbed(shape: InjectAs = BEARER, *, env: str = "REAL_KEY", host: str = HOST) -> CredentialPolicy:
+    rule = InjectRule(hosts=(host,), ports=tuple(conftest.PORTS), as_=shape, scrub=True)
     return CredentialPolicy(source=CredentialSource(env=env), inject=(rule,))
 
 
@@ -147,6 +147,30 @@ async def test_what_cannot_be_searched_is_refused(world: World, kind: str) -> No
     assert (await world.ask(wire, f"GET / HTTP/1.1\r\n{H}\r\n".encode()))[0] == 200
 
 
+@pytest.mark.parametrize("where", ["head", "interim", "trailers"])
+async def test_a_head_that_grows_too_large(world: World, where: str) -> None:
+    """Placeholders are longer than the values. A head is whole or refused, and what follows it stays in step."""
+    echoes = b"X-Echo: " + b"sk-8char" * 900 + b"\r\n"
+    heads = {
+        "head": b"HTTP/1.1 200 OK\r\n" + echoes * 4 + b"Content-Length: 2\r\n\r\nhi",
+        "interim": b"HTTP/1.1 103 Early Hints\r\n" + echoes * 4 + b"\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi",
+        "trailers": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n" + echoes + b"\r\n",
+    }
+
+    async def answer(request: Request, wire: Wire) -> None:
+        await wire.send(heads[where])
+
+    world.origin.answers["/echo"] = answer
+    await world.egress.set_policy("inst-a", GUEST, {"K" * 64: scrubbed()}, {"REAL_KEY": "sk-8char"})
+    wire = await world.tls()
+    for _ in range(2):
+        status, fields, body = await world.ask(wire, GET)
+        if where == "trailers":
+            assert (status, body, len(fields["(trailers)"])) == (200, b"hi", len("X-Echo: \r\n") + 900 * 69)
+        else:
+            assert (status, fields["x-hypeman-egress"]) == (502, "upstream_response")
+
+
 async def test_no_upgrade(world: World) -> None:
     """Nothing searches what follows one, so the host answers as if it had not been asked."""
     await world.allow(KEY=scrubbed())
@@ -230,6 +254,6 @@ async def test_refused(world: World, shape: InjectAs, key: str, secret: str, why
 
 
 async def test_not_too_many(world: World) -> None:
-    rules = {f"K{number}": scrubbed(InjectAs(body=BodyForm())) for number in range(33)}
+    rules = {f"K{number}": scrubbed(InjectAs(body=BodyForm()), host=f"h{number}.example.org") for number in range(33)}
     with pytest.raises(InvalidRequest, match="scrubbed"):
         await world.egress.set_policy("inst-a", GUEST, rules, {"REAL_KEY": SECRET})
