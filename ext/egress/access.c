@@ -173,13 +173,19 @@ static bool is_unreserved(int c)
         || c == '~';
 }
 
-/* A segment that some servers resolve or drop: empty, "." or "..", also with parameters behind (";"). */
+static bool begins_parameters(const char *p, size_t n)
+{
+    return *p == ';' || (n >= 3 && memcmp(p, "%3B", 3) == 0);
+}
+
+/* A segment that some servers resolve or drop: empty, "." or "..", also with parameters behind (";", also encoded). */
 static bool is_odd(const char *p, size_t n, bool last)
 {
     if (n == 0)
         return !last;
-    const char *end = memchr(p, ';', n);
-    size_t name = end ? (size_t)(end - p) : n;
+    size_t name = 0;
+    while (name < n && !begins_parameters(p + name, n - name))
+        name++;
     return (name == 1 && p[0] == '.') || (name == 2 && p[0] == '.' && p[1] == '.');
 }
 
@@ -243,7 +249,7 @@ static struct str loose_path(struct str path, char *room)
         if (c == '/')
             parameters = false;
         else
-            parameters |= c == ';' || (path.n - i >= 3 && memcmp(path.p + i, "%3B", 3) == 0);
+            parameters |= begins_parameters(path.p + i, path.n - i);
         if (!parameters && !(c == '/' && n && room[n - 1] == '/'))
             room[n++] = lower(c);
     }

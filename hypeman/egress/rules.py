@@ -220,7 +220,7 @@ def canonical_path(target: str) -> str | None:
     odd = "\\" in path
     path = _ESCAPE.sub(replace, path)
     *segments, last = path.split("/")[1:]
-    odd = odd or "" in segments or any(each.partition(";")[0] in (".", "..") for each in (*segments, last))
+    odd = odd or "" in segments or any(_without_parameters(each) in (".", "..") for each in (*segments, last))
     return None if odd else path
 
 
@@ -232,9 +232,13 @@ def path_matches(pattern: str, path: str) -> bool:
     return re.fullmatch("[^/]+".join(parts), path, re.DOTALL) is not None
 
 
+def _without_parameters(segment: str) -> str:
+    return re.split(";|%3B", segment, maxsplit=1)[0]
+
+
 def loose_path(path: str) -> str:
     """A canonical path as a server may read it that knows parameters of segments (``;``, also encoded) and no case."""
-    segments = [re.sub(";.*|%3B.*", "", each, flags=re.DOTALL) for each in path.split("/")]
+    segments = [_without_parameters(each) for each in path.split("/")]
     return re.sub("/+", "/", "/".join(segments)).lower()
 
 
