@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 import trio
 from msgspec import UNSET, Struct
 
-from hypeman.errors import HypemanError, InternalError, InvalidRequest, InvalidState, NotFound
+from hypeman.errors import HypemanError, InternalError, InvalidRequest, InvalidState, NotFound, RateLimited
 from hypeman.host import facts
 from hypeman.instances.model.types import Instance, InstanceState, UsageOfAll
 from hypeman.kube.kubelet import channels, portforward, spdy
@@ -46,6 +47,8 @@ from hypeman.kube.site import PodTable, Served
 log = logging.getLogger(__name__)
 
 JSON = "application/json"
+MAX_LOGS = 64
+"""Logs that are read at a time. Each has two of the connections that the node's heartbeat also needs."""
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -67,6 +70,7 @@ class Kubelet:
         self._local = local
         self._data_dir = data_dir
         self._rates = Rates()
+        self._reading = trio.CapacityLimiter(MAX_LOGS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = Answer(scope, receive, send)
@@ -179,7 +183,21 @@ class Kubelet:
         if not check_since(asked, instance, datetime.now(UTC)):
             await answer.respond(b"", TEXT)
             return
-        await answer.stream(partial(send_log, self._local, instance.id, asked))
+        with self._one_log():
+            await answer.stream(partial(send_log, self._local, instance.id, asked))
+
+    @contextmanager
+    def _one_log(self) -> Iterator[None]:
+        """Raises RateLimited."""
+        borrower = object()
+        try:
+            self._reading.acquire_on_behalf_of_nowait(borrower)
+        except trio.WouldBlock:
+            raise RateLimited(f"{MAX_LOGS} logs are being read from this node", retry_after=1) from None
+        try:
+            yield
+        finally:
+            self._reading.release_on_behalf_of(borrower)
 
     async def _exec(self, asked: Exec, answer: Answer) -> None:
         instance = self._running(asked.container)
@@ -192,19 +210,22 @@ class Kubelet:
     async def _attach(self, asked: Attach, answer: Answer) -> None:
         instance = self._running(asked.container)
         protocol = _chosen(channels.choose(answer.offered()))
-        socket = await answer.accept(protocol)
-        everything = Logs(container=asked.container, follow=True, tail=0)
+        from_now_on = Logs(container=asked.container, follow=True, tail=0)
+        with self._one_log():
+            await self._show(instance, await answer.accept(protocol), from_now_on)
 
+    async def _show(self, instance: Instance, socket: Socket, asked: Logs) -> None:
         async def write(data: bytes) -> None:
             await socket.send(channels.render(channels.Channel.STDOUT, data))
 
+        last = channels.render_exit(0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_when_gone, socket, nursery.cancel_scope)
             try:
-                await send_log(self._local, instance.id, everything, write)
-                await socket.send(channels.render_exit(0))
-            except LocalError as error:
-                await socket.send(channels.render_failure(error.message))
+                await send_log(self._local, instance.id, asked, write)
+            except* LocalError as group:
+                last = channels.render_failure(_first(group).message)
+            await socket.send(last)
             nursery.cancel_scope.cancel()
         await socket.close()
 

@@ -5,6 +5,8 @@ which the API server reviews (TokenReview). What a caller may do is always the A
 (SubjectAccessReview).
 Decisions are kept for a while, so a scrape costs no request; only hashes of tokens are kept. If the API server does not
 answer, nothing is permitted that is not kept.
+Anyone who reaches the port can cause a review with an invented token; the limit on them leaves the API server and the
+node's connections to its heartbeats.
 """
 
 from __future__ import annotations
@@ -19,15 +21,20 @@ from cryptography.x509.oid import NameOID
 from msgspec import Struct
 
 from hypeman.errors import Forbidden, Unauthorized
-from hypeman.kube.api import ApiClient
+from hypeman.kube.api import ApiClient, Unreachable
 from hypeman.kube.kubelet.routes import Permission
 
 TOKEN_SECONDS = 120.0
 ALLOWED_SECONDS = 300.0
 DENIED_SECONDS = 30.0
 _MAX_KEPT = 1000
+MAX_REVIEWS = 8
+"""Requests to the API server at a time."""
+REVIEW_SECONDS = 30.0
+"""How long a caller waits for a review."""
 
 K = TypeVar("K", bound=Hashable)
+R = TypeVar("R", bound=Struct)
 V = TypeVar("V")
 
 
@@ -87,6 +94,7 @@ class Gate:
     def __init__(self, api: ApiClient, node: str) -> None:
         self._api = api
         self._node = node
+        self._reviewing = trio.CapacityLimiter(MAX_REVIEWS)
         self._tokens: Kept[bytes, Caller] = Kept()
         self._decisions: Kept[tuple[Caller, str, str], bool] = Kept()
 
@@ -109,7 +117,7 @@ class Gate:
         if (known := self._tokens.get(key)) is not None:
             return known
         body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}}
-        review = await self._api.create("/apis/authentication.k8s.io/v1/tokenreviews", body, _TokenReview)
+        review = await self._review("/apis/authentication.k8s.io/v1/tokenreviews", body, _TokenReview)
         if not review.status.authenticated:
             raise Unauthorized("the cluster does not know this token")
         user = review.status.user
@@ -129,9 +137,16 @@ class Gate:
             spec["extra"] = dict(caller.extra)
         body = {"apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec}
         path = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-        allowed = (await self._api.create(path, body, _AccessReview)).status.allowed
+        allowed = (await self._review(path, body, _AccessReview)).status.allowed
         self._decisions.put(key, allowed, ALLOWED_SECONDS if allowed else DENIED_SECONDS)
         return allowed
+
+    async def _review(self, path: str, body: object, kind: type[R]) -> R:
+        """Raises ApiError."""
+        with trio.move_on_after(REVIEW_SECONDS):
+            async with self._reviewing:
+                return await self._api.create(path, body, kind)
+        raise Unreachable(f"no review in {REVIEW_SECONDS:g} s: there are too many callers")
 
 
 def caller_of(certificate: bytes) -> Caller:

@@ -109,6 +109,8 @@ class Tunnel:
         self._errors: dict[str, int] = {}
         """Error streams whose data stream has not been opened yet, by request."""
         self._open_streams: dict[int, _Stream] = {}
+        self._newest = 0
+        """Numbers of streams grow (§2.3.2); one that comes again is refused."""
         self._sending = trio.Lock()
 
     async def run(self) -> None:
@@ -136,18 +138,20 @@ class Tunnel:
         try:
             if frame.data:
                 await channel.send(frame.data)
-        except trio.BrokenResourceError:
-            pass  # the guest has closed; its end was sent
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the guest has closed, and its end was sent; or the client had
         if frame.fin:
             channel.close()
 
     async def _open(self, frame: spdy.SynStream, nursery: trio.Nursery) -> None:
         kind, request = frame.headers.get("streamtype", ""), frame.headers.get("requestid", "")
         port = frame.headers.get("port", "")
-        valid = port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536
+        valid = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536
+        valid = valid and frame.stream > self._newest
         if kind not in ("data", "error") or not valid or len(self._open_streams) + len(self._errors) >= MAX_STREAMS:
             await self._send(self._framer.render_reset(frame.stream, spdy.REFUSED))
             return
+        self._newest = frame.stream
         await self._send(self._framer.render_reply(frame.stream))
         if kind == "error":
             self._errors[request] = frame.stream

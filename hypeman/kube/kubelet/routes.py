@@ -1,7 +1,9 @@
 """What a request to the kubelet's API asks for, and what permission it needs. Pure.
 
 The paths and parameters are those that the API server, kubectl (through it) and metrics-server use; the permissions are
-those of a kubelet with fine-grained authorization. What this node cannot do is refused here, by name.
+those of a kubelet with fine-grained authorization, with one exception: exec, attach and port-forward always need
+``create``. A WebSocket is a GET, and ``get`` on ``nodes/proxy``, which monitoring often has, would run programs in all
+pods. What this node cannot do is refused here, by name.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ _VERBS = {"GET": "get", "HEAD": "get", "POST": "create", "PUT": "update", "PATCH
 _TRUE = frozenset(["1", "true", "True", "t"])
 _ALSO = {"pods": "pods", "runningpods": "pods", "healthz": "healthz", "configz": "configz"}
 """First segments whose finer subresource is enough by itself."""
+_REACH_IN = frozenset(["exec", "attach", "portForward"])
+MAX_PORTS = 128
+"""Of one port-forward: each has two channels, whose numbers are bytes."""
+MAX_SECONDS = 10**10
+"""Some 300 years, which can still be subtracted from now."""
 _OWN = {"stats": "stats", "metrics": "metrics", "logs": "log", "checkpoint": "checkpoint"}
 
 
@@ -91,14 +98,15 @@ class Permission(Struct, frozen=True):
 
 
 def permission_for(method: str, path: str) -> Permission:
-    first = path.strip("/").split("/", 1)[0]
+    first = _segments(path)[0]
+    verb = "create" if first in _REACH_IN and method in _VERBS else _VERBS.get(method, "")
     finer = (_ALSO[first],) if first in _ALSO else ()
-    return Permission(_VERBS.get(method, ""), (*finer, _OWN.get(first, "proxy")))
+    return Permission(verb, (*finer, _OWN.get(first, "proxy")))
 
 
 def parse_call(path: str, query: bytes) -> Call:
     """``path`` as it was sent. Raises NotFound, InvalidRequest, NotSupported."""
-    first, *rest = [unquote(part) for part in path.strip("/").split("/")]
+    first, *rest = _segments(path)
     asked = parse_qs(query.decode("latin-1"), keep_blank_values=True)
     fixed: dict[tuple[str, ...], Call] = {
         ("healthz",): Health(),
@@ -121,6 +129,11 @@ def parse_call(path: str, query: bytes) -> Call:
     raise NotFound(f"there is no {path} in this kubelet's API")
 
 
+def _segments(path: str) -> list[str]:
+    """Decoded; the permission and the call have to read a path in the same way."""
+    return [unquote(part) for part in path.strip("/").split("/")]
+
+
 def _logs(container: Container, asked: Mapping[str, Sequence[str]]) -> Logs:
     if _flag(asked, "timestamps"):
         raise NotSupported("timestamps: the lines of a VM's log have no time of their own")
@@ -134,12 +147,22 @@ def _logs(container: Container, asked: Mapping[str, Sequence[str]]) -> Logs:
             follow=_flag(asked, "follow"),
             previous=_flag(asked, "previous"),
             tail=None if tail in ("", "all") else _count("tailLines", tail),
-            since=_count("sinceSeconds", since) if (since := _last(asked, "sinceSeconds", "")) else None,
-            since_time=datetime.fromisoformat(since_time) if since_time else None,
+            since=min(_count("sinceSeconds", since), MAX_SECONDS)
+            if (since := _last(asked, "sinceSeconds", ""))
+            else None,
+            since_time=_time(since_time) if since_time else None,
             limit=_count("limitBytes", limit) if (limit := _last(asked, "limitBytes", "")) else None,
         )
     except ValueError:
         raise InvalidRequest(f"sinceTime: {since_time!r} is not a time") from None
+
+
+def _time(text: str) -> datetime:
+    """Raises ValueError, also without an offset from UTC."""
+    found = datetime.fromisoformat(text)
+    if found.tzinfo is None:
+        raise ValueError("no offset")
+    return found
 
 
 def _exec(container: Container, asked: Mapping[str, Sequence[str]]) -> Exec:
@@ -161,6 +184,8 @@ def _ports(texts: Sequence[str]) -> tuple[int, ...]:
     ports = tuple(_count("port", text) for each in texts for text in each.split(",") if text)
     if any(not 0 < port < 65536 for port in ports):
         raise InvalidRequest(f"port: {', '.join(map(str, ports))} is not between 1 and 65535")
+    if len(ports) > MAX_PORTS:
+        raise InvalidRequest(f"port: {len(ports)} are more than {MAX_PORTS}")
     return ports
 
 

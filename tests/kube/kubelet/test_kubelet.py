@@ -16,6 +16,7 @@ import httpx
 import msgspec
 import pytest
 import trio
+import trio.testing
 import trustme
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
@@ -28,11 +29,13 @@ from wsproto.events import (
     Request,
 )
 
+from hypeman.errors import Unauthorized
 from hypeman.instances.model.types import Instance, InstanceNetwork, InstanceState
 from hypeman.kube.api import Unreachable
 from hypeman.kube.kubelet import portforward, spdy
 from hypeman.kube.kubelet.app import Kubelet
-from hypeman.kube.kubelet.auth import Gate
+from hypeman.kube.kubelet.auth import MAX_REVIEWS, Gate
+from hypeman.kube.kubelet.routes import permission_for
 from hypeman.kube.kubelet.service import server_context
 from hypeman.kube.local import LocalServer
 from hypeman.kube.site import Served
@@ -71,6 +74,21 @@ class FakeApi:
             assert (wanted["resource"], wanted["name"]) == ("nodes", "node1")
             status = {"allowed": (spec["user"], wanted["verb"], wanted["subresource"]) in MAY}
         return msgspec.convert({"status": status}, kind)
+
+
+class SlowApi(FakeApi):
+    """Takes a second, and counts how many requests wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = self.most = 0
+
+    async def create(self, path: str, body: Any, kind: type[Any]) -> Any:
+        self.open += 1
+        self.most = max(self.most, self.open)
+        await trio.sleep(1)
+        self.open -= 1
+        return await super().create(path, body, kind)
 
 
 class Pods:
@@ -251,6 +269,24 @@ async def test_another_ca_is_refused(site: Site) -> None:
     assert site.api.asked == []
 
 
+async def test_invented_tokens_leave_the_api_server_to_others(autojump_clock: trio.testing.MockClock) -> None:
+    """Each of them is reviewed, but only a few at a time."""
+    api = SlowApi()
+    gate = Gate(api, "node1")  # type: ignore[arg-type]
+    refused = 0
+
+    async def call(number: int) -> None:
+        nonlocal refused
+        with pytest.raises(Unauthorized):
+            await gate.check(None, f"Bearer token-{number}", permission_for("GET", "/pods"))
+        refused += 1
+
+    async with trio.open_nursery() as nursery:
+        for number in range(5 * MAX_REVIEWS):
+            nursery.start_soon(call, number)
+    assert (api.most, refused) == (MAX_REVIEWS, 5 * MAX_REVIEWS)
+
+
 async def test_exec(site: Site) -> None:
     site.add()
     async with site.socket(
@@ -342,6 +378,28 @@ async def test_followed_logs_end_with_the_program(site: Site, tmp_path: Path) ->
                         file.write(b"three\n")
                     site.end(instance)
     assert seen == ["one", "two", "three"]
+
+
+async def test_attach_says_why_it_ends(site: Site) -> None:
+    instance = site.add()
+    del site.world.instances.instances[instance.id]  # the server no longer has it
+    async with site.socket("/attach/default/web/main", "v4.channel.k8s.io") as socket:
+        (last,) = await socket.receive_all()
+        assert (status(last)["status"], status(last)["reason"]) == ("Failure", "InternalError")
+
+
+@pytest.fixture
+def one_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypeman.kube.kubelet.app.MAX_LOGS", 1)
+
+
+async def test_logs_leave_connections_to_the_heartbeat(one_log: None, site: Site) -> None:
+    site.add()
+    async with site.socket("/attach/default/web/main", "v4.channel.k8s.io"):
+        assert (await site.get("/containerLogs/default/web/main")).status_code == 429
+    with trio.fail_after(30):
+        while (await site.get("/containerLogs/default/web/main")).status_code != 200:
+            await trio.sleep(0.05)
 
 
 @asynccontextmanager

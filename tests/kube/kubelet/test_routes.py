@@ -8,6 +8,7 @@ import pytest
 
 from hypeman.errors import InvalidRequest, NotFound, NotSupported
 from hypeman.kube.kubelet.routes import (
+    MAX_PORTS,
     Attach,
     Call,
     Container,
@@ -71,11 +72,13 @@ def test_calls(target: str, call: Call) -> None:
         ("/containerLogs/ns/pod/main?tailLines=-1", InvalidRequest, "tailLines"),
         ("/containerLogs/ns/pod/main?limitBytes=1e9", InvalidRequest, "limitBytes"),
         ("/containerLogs/ns/pod/main?sinceTime=yesterday", InvalidRequest, "sinceTime"),
+        ("/containerLogs/ns/pod/main?sinceTime=2026-01-01T00:00:00", InvalidRequest, "sinceTime"),
         ("/exec/ns/pod/main", InvalidRequest, "command"),
         ("/attach/ns/pod/main?input=1", NotSupported, "stdin"),
         ("/portForward/ns/pod?port=0", InvalidRequest, "port"),
         ("/portForward/ns/pod?port=65536", InvalidRequest, "port"),
         ("/portForward/ns/pod?port=%D9%A3", InvalidRequest, "port"),
+        (f"/portForward/ns/pod?port=1{',1' * MAX_PORTS}", InvalidRequest, "port"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(target: str, error: type[Exception], named: str) -> None:
@@ -93,6 +96,11 @@ def test_what_cannot_be_is_refused_by_name(target: str, error: type[Exception], 
         ("GET", "/metrics/resource", Permission("get", ("metrics",))),
         ("GET", "/containerLogs/ns/pod/main", Permission("get", ("proxy",))),
         ("POST", "/exec/ns/pod/main", Permission("create", ("proxy",))),
+        ("GET", "/exec/ns/pod/main", Permission("create", ("proxy",))),  # a WebSocket
+        ("GET", "/%65xec/ns/pod/main", Permission("create", ("proxy",))),
+        ("GET", "/attach/ns/pod/main", Permission("create", ("proxy",))),
+        ("GET", "//portForward/ns/pod", Permission("create", ("proxy",))),
+        ("BREW", "/exec/ns/pod/main", Permission("", ("proxy",))),
         ("GET", "/statsx", Permission("get", ("proxy",))),
         ("BREW", "/pods", Permission("", ("pods", "proxy"))),
     ],

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import struct
 import zlib
+from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypeman.kube.kubelet import spdy
+from hypeman.kube.kubelet import portforward, spdy
 
 
 class Client:
@@ -83,6 +86,38 @@ def test_headers_are_bounded() -> None:
     """A small block may hold a gigabyte of zeros."""
     with pytest.raises(spdy.Malformed, match="too long"):
         list(spdy.Framer().feed(Client().syn_stream(1, port="0" * (spdy.MAX_HEADERS + 1))))
+
+
+class Messages:
+    """A WebSocket whose client sends ``frames`` and goes."""
+
+    def __init__(self, *frames: bytes) -> None:
+        self._frames = list(frames)
+        self.sent = b""
+
+    async def receive(self) -> bytes | None:
+        await trio.testing.wait_all_tasks_blocked()
+        return self._frames.pop(0) if self._frames else None
+
+    async def send(self, data: bytes) -> None:
+        self.sent += data
+
+
+@pytest.mark.parametrize("port", ["80", "080000", "199999", "9" * 5000])
+async def test_a_client_that_breaks_the_rules_ends_no_tunnel(port: str) -> None:
+    """A stream whose number comes again, and data after its end."""
+    ours, guest = trio.testing.memory_stream_pair()
+    client, end = Client(), struct.pack(">I", 1) + b"\1" + (4).to_bytes(3) + b"data"
+    first, again = (client.syn_stream(1, streamtype="data", port=each, requestid="0") for each in ("80", port))
+    messages = Messages(first, again, end, end)
+
+    async def dial(number: int) -> Any:
+        return ours
+
+    with trio.fail_after(10):
+        await portforward.Tunnel(messages, dial).run()
+        assert await guest.receive_some() == b"data"
+    assert [type(each) for each in spdy.Framer().feed(messages.sent)] == [spdy.Reset]
 
 
 @given(st.binary(max_size=200))
