@@ -81,6 +81,8 @@ class Metering:
         self._sampled = 0
         """When all instances were last sampled; 0: never."""
         self._closing = False
+        self._steady = trio.Lock()
+        """Held while the chain may change, or must not."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._open = dict(self._store.read(lambda txn: list(txn.scan(OPEN))))
@@ -95,6 +97,10 @@ class Metering:
 
     async def sample(self) -> None:
         """Bring the current period up to date, and close it if its hour is over."""
+        async with self._steady:
+            await self._sample()
+
+    async def _sample(self) -> None:
         records, before = {record.id: record for record in self._records()}, dict(self._open)
         counted = await self._count(records)
         holdings = dict(self._store.read(lambda txn: list(txn.scan(HOLDINGS))))
@@ -198,15 +204,20 @@ class Metering:
             raise InvalidRequest("by=tag and the tag's key belong together: by=tag&tag=team")
         groups: dict[str, Entry] = {}
         total: Entry | None = None
-        async for entry in self._entries(query):
-            key = _group(entry, query)
-            groups[key] = _added(groups.get(key), entry)
-            total = _added(total, entry)
+        async with self._steady:
+            async for entry in self._entries(query):
+                key = _group(entry, query)
+                groups[key] = _added(groups.get(key), entry)
+                total = _added(total, entry)
         found = tuple(_row(key, entry, query.by) for key, entry in sorted(groups.items()))
         return UsageReport(by=query.by, rows=found, total=_row("", total, None))
 
     async def verify(self, number: int = 0, expected: str = "") -> UsageVerification:
         """Check every block that is kept, and that block ``number`` has the hash ``expected`` if one is given."""
+        async with self._steady:
+            return await self._verify(number, expected)
+
+    async def _verify(self, number: int, expected: str) -> UsageVerification:
         row = self._store.read(rows.head)
         if number and not row.first <= number <= row.last:
             return _verified(row, 0, "it is not kept", number)

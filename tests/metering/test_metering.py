@@ -19,7 +19,7 @@ from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.types import InstanceState
 from hypeman.metering import rows
-from hypeman.metering.chain import Entry, Usage, hash_entries, hash_of, merge_entries
+from hypeman.metering.chain import Block, Entry, Usage, hash_entries, hash_of, merge_entries
 from hypeman.metering.rows import BLOCKS, ENTRIES, HEAD, OPEN
 from hypeman.metering.service import DAY, HOUR, Metering
 from hypeman.metering.types import Query, UsageBy, UsageReport
@@ -152,6 +152,30 @@ async def test_a_vmm_that_ends_during_a_sample_is_counted_once(host: Host) -> No
         await metering.sample()
         cpu, _, _, received, sent = sums(await metering.report(Query()))
     assert (cpu, received, sent) == (6.0, 120, 12)
+
+
+async def test_an_hour_that_ends_during_a_report_is_in_it(host: Host) -> None:
+    web = await host.add("web")
+    await host.launch(web.id)
+    async with running(host.metering()) as metering, trio.open_nursery() as nursery:
+        for seconds in (HOUR, HOUR, 60, HOUR):
+            await metering.sample()
+            host.time += seconds
+            host.cpu[web.id] += 5.0
+        blocks = metering._blocks
+
+        async def meanwhile(row: rows.HeadRow) -> AsyncIterator[Block]:
+            async for block in blocks(row):
+                yield block
+            nursery.start_soon(metering.sample)
+            with trio.move_on_after(0.2):
+                while metering._store.read(rows.head).last == row.last:
+                    await trio.sleep(0.001)
+
+        metering._blocks = meanwhile  # type: ignore[method-assign]
+        cpu, *_ = sums(await metering.report(Query()))
+        assert cpu == 15.0, "two hours, and what had been sampled of the third"
+        assert (await metering.verify()).valid
 
 
 async def test_a_restarted_server_and_a_restarted_vm_count_on(host: Host) -> None:
