@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import click
 from hypeman.cli.compose.merging import by_name, expanded
 from hypeman.cli.compose.model import ComposeError, Service, Stack, Volume, in_strings
 from hypeman.cli.policies import docker_restart
+from hypeman.errors import InvalidRequest
 from hypeman.ids import stack_member
 from hypeman.units import format_size, parse_size
 
@@ -85,7 +87,8 @@ def parse(
     def read(path: Path) -> Any:
         return in_strings(read_yaml(path), lambda text: interpolated(text, environ))
 
-    tree = expanded(in_strings(tree, lambda text: interpolated(text, environ)), directory, read)
+    with _well_formed("the file"):
+        tree = expanded(in_strings(tree, lambda text: interpolated(text, environ)), directory, read)
     if not tree["services"]:
         raise ComposeError("the file has no services")
     name = str(name or tree.get("name") or environ.get("COMPOSE_PROJECT_NAME") or directory.resolve().name)
@@ -93,22 +96,40 @@ def parse(
     for key in tree.keys() - _TOP:
         if not str(key).startswith("x-"):
             raise ComposeError(f"{key} is not supported: {_INSTEAD.get(key, 'a VM cannot do it')}")
-    volumes = {key: _volume(name, key, value) for key, value in (tree.get("volumes") or {}).items()}
+    with _well_formed("volumes"):
+        volumes = {key: _volume(name, key, value) for key, value in (tree.get("volumes") or {}).items()}
     profiles |= frozenset(filter(None, environ.get("COMPOSE_PROFILES", "").split(",")))
     readers = []
     for key, value in tree["services"].items():
         if not isinstance(value, dict):
             raise ComposeError(f"services.{key} must have keys")
-        wanted = value.get("profiles") or []
-        if not wanted or profiles & set(wanted) or "*" in profiles:
-            readers.append(_Reader(name, key, value, directory, environ, volumes, tree.get("secrets") or {}))
-    _check_networks(tree, {reader.key: reader.networks() for reader in readers})
+        with _well_formed(f"services.{key}.profiles"):
+            wanted = frozenset(value.get("profiles") or [])
+        if not wanted or profiles & wanted or "*" in profiles:
+            readers.append(_Reader(name, str(key), value, directory, environ, volumes, tree.get("secrets") or {}))
+    with _well_formed("networks"):
+        _check_networks(tree, {reader.key: reader.networks() for reader in readers})
+    services = []
+    for reader in readers:
+        with _well_formed(f"services.{reader.key}"):
+            services.append(reader.service())
     return Stack(
         name,
-        tuple(reader.service() for reader in readers),
+        tuple(services),
         tuple(volumes.values()),
         tuple(warning for reader in readers for warning in reader.warnings()),
     )
+
+
+@contextmanager
+def _well_formed(where: str) -> Iterator[None]:
+    """Within the block, a value of another type than the specification asks for is a ComposeError."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise ComposeError(f"{where}: {error.message}") from None
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ComposeError(f"{where} does not follow the Compose specification: {error}") from error
 
 
 def read_yaml(path: Path) -> Any:
