@@ -31,3 +31,10 @@ async def test_calls_that_change_something_are_traced(ask: Any, world: FakeWorld
     assert await (await ask("GET", "/traces?limit=1")).get_json() == [gone]
     assert await (await ask("GET", "/traces?instance=web")).get_json() == []
     assert (await ask("GET", "/traces?limit=1000")).status_code == 400
+
+
+async def test_where_the_host_keeps_its_files_is_not_shown(ask: Any) -> None:
+    with pytest.raises(OSError), traces.operation("POST /volumes"), traces.span("MakeDisk"):
+        raise OSError("/var/lib/hypeman/volumes/v1/disk: no space")
+    (failed,) = await (await ask("GET", "/traces")).get_json()
+    assert [failed["error"], *(each["error"] for each in failed["spans"])] == ["OSError: disk: no space"] * 3

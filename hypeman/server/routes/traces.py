@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, UnsetType
+from msgspec.structs import replace
 
 from hypeman.server.api import Routes
 from hypeman.server.services import Services
 from hypeman.telemetry.trace_types import OperationTrace
+from hypeman.text import without_host_paths
 from hypeman.tokens import Scope
 
 routes = Routes("traces")
@@ -29,4 +31,14 @@ async def list_traces(services: Services, query: TraceQuery) -> list[OperationTr
     Calls that may change something are traced, and what policies do by themselves. A traceparent header (W3C Trace
     Context) makes the operation part of the caller's trace.
     """
-    return list(services.traces.list(instance=query.instance, limit=query.limit))
+    return [_shown(trace) for trace in services.traces.list(instance=query.instance, limit=query.limit)]
+
+
+def _shown(trace: OperationTrace) -> OperationTrace:
+    """Without the host's paths, as in the failures themselves."""
+    spans = tuple(replace(span, error=_shown_error(span.error)) for span in trace.spans)
+    return replace(trace, error=_shown_error(trace.error), spans=spans)
+
+
+def _shown_error(text: str | UnsetType) -> str | UnsetType:
+    return text if isinstance(text, UnsetType) else without_host_paths(text)
