@@ -44,7 +44,8 @@ struct ports {
 
 static inline struct ports read_ports(struct reader *r)
 {
-    struct ports found = {(unsigned)read_number(r, 1), r->p};
+    struct ports found = {.n = (unsigned)read_number(r, 1)};
+    found.p = r->p;
     for (unsigned i = 0; i < found.n; i++)
         (void)read_number(r, 2);
     return found;

@@ -25,7 +25,7 @@ void fields_free(struct loop *l, struct fields *f);
 struct pairs {
     struct out names;
     unsigned n;
-    nghttp2_nv nv[H1_MAX_FIELDS + MAX_MATCHED + 8];
+    nghttp2_nv nv[H1_MAX_FIELDS + MAX_SET + 8];
 };
 
 void pairs_start(struct loop *l, struct pairs *p);
