@@ -78,13 +78,13 @@ class UpgradeRequired(HypemanError):
     default_code = "Upgrade Required"
 
 
-UNEXPECTED = Failure(500, ErrorBody("internal_error", "something went wrong in the server; its log tells what"))
+UNEXPECTED = Failure(500, ErrorBody("internal_error", "an internal error; see the server's log"))
 
 TIMED_OUT = Failure(
     504,
     ErrorBody(
         "Gateway Timeout",
-        "the answer took too long; the work goes on, so look at the object before you ask again",
+        "the request timed out but its work continues; check the resource's state before retrying",
     ),
     {"X-Should-Retry": "false"},  # an automatic retry of a create would conflict with the first attempt
 )

@@ -141,7 +141,7 @@ async def wait_for_state(services: Services, id: str, query: WaitQuery) -> WaitF
         raise InvalidRequest("Unknown is nothing to wait for", code="invalid_state")
     seconds = parse_duration(query.timeout, code="invalid_timeout")
     if seconds <= 0:
-        raise InvalidRequest("timeout must be more than nothing", code="invalid_timeout")
+        raise InvalidRequest("timeout must be greater than 0", code="invalid_timeout")
     return await services.instances.wait_state(id, query.state, min(seconds, _LONGEST_WAIT))
 
 
