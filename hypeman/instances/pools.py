@@ -298,6 +298,7 @@ class Pools:
         else:
             if member.live is not None and not member.filling.cancelled_caught:
                 pool.filled()
+                pool.filling = None
                 pool.ready.append(member)
                 member.on_lost(partial(self._lose, pool))
                 if member.over:

@@ -5,6 +5,7 @@ That nothing is left after a failure or a crash at any moment is shown by test_l
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable
 
 import msgspec
@@ -166,6 +167,33 @@ async def test_members_hold_what_they_use_and_give_way_to_instances(lab: Lab, mo
         lab.limits = Limits(memory=2 * GUEST)
         await fork(lab, instances, snapshot, "two")
         assert lab.store.read(totals).memory == 2 * GUEST
+        lab.limits = Limits()
+        await clean_up(lab, instances)
+
+
+async def test_a_member_that_is_being_weighed_counts_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    weighing, go_on = trio.Event(), threading.Event()
+
+    def wait(pid: int) -> int:
+        trio.from_thread.run_sync(weighing.set)
+        assert go_on.wait(30)
+        return 0
+
+    async with lab.running() as instances:
+        await with_snapshot(lab, instances)
+        monkeypatch.setattr(pools, "read_pss", wait)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool_size, lab, instances, 1)
+            with trio.fail_after(10):
+                await weighing.wait()
+            held = lab.store.read(totals).memory
+            lab.limits = Limits(memory=held)
+            try:
+                with trio.fail_after(5), pytest.raises(InsufficientResources, match="memory"):
+                    await instances.create(request("large", size=str(2 * held)))
+                assert lab.machine.alive(), "in vain, so it was not given up"
+            finally:
+                go_on.set()
         lab.limits = Limits()
         await clean_up(lab, instances)
 
