@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
+import trio
 
 from hypeman.devices.types import Device
 from hypeman.images.reference import parse_reference
@@ -95,6 +96,8 @@ async def read_claims(api: ApiClient, pod: Pod, spec: PodSpec) -> dict[str, str 
         if claim is None or not claim.spec.volume_name or claim.status.phase != "Bound":
             raise Missing(f'persistentvolumeclaim "{name}" is not bound')
         bound = await api.get(f"/api/v1/persistentvolumes/{segment(claim.spec.volume_name)}", PersistentVolume)
+        if bound.spec.claim_ref.uid != claim.metadata.uid:
+            raise Missing(f'persistentvolumeclaim "{name}" is not bound: its volume belongs to another claim')
         kind = bound.metadata.annotations.get(names.PROVISIONER)
         if kind is None:
             raise Refusal(
@@ -249,8 +252,9 @@ async def make_archive(local: LocalServer, archive: Archive, tags: dict[str, str
     size = max(1, -(-sum(len(file.content) + 4096 for file in archive.files) // GIB))
     query = {"name": archive.id, "id": archive.id, "size_gb": str(size)}
     query |= {f"tags[{key}]": value for key, value in tags.items()}
+    content = await trio.to_thread.run_sync(packed, archive.files)
     try:
-        await local.send("POST", "/volumes/from-archive", packed(archive.files), "application/gzip", query=query)
+        await local.send("POST", "/volumes/from-archive", content, "application/gzip", query=query)
     except LocalRefused as error:
         if error.http != 409:
             raise

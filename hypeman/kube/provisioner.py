@@ -79,6 +79,8 @@ class Provisioner:
             log.warning("volumes: %s: %s", about.key if about is not None else "sweep", error.message)
             if about is not None:
                 self._events.warn(about, "ProvisioningFailed", error.message, kind=kind)
+        except Exception:  # a bug about one object must not end the node
+            log.exception("volumes: %s", about.key if about is not None else "sweep")
 
     # ── Provide ─────────────────────────────────────────────────────────────────────────────────
 
@@ -94,6 +96,8 @@ class Provisioner:
     async def _provide(self, claim: PersistentVolumeClaim) -> None:
         path = f"/apis/storage.k8s.io/v1/storageclasses/{segment(claim.spec.storage_class_name)}"
         kind = await self._site.api.get(path, StorageClass)
+        if kind.provisioner != names.PROVISIONER:  # anyone who makes claims can write our annotations into them
+            return
         wrong = what_is_wrong(claim)
         if wrong:
             self._events.warn(claim, "ProvisioningFailed", wrong, kind="PersistentVolumeClaim")

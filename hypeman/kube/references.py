@@ -29,6 +29,8 @@ from hypeman.kube.quantity import parse_quantity
 from hypeman.kube.types import ConfigMap, Pod, Secret
 
 DEFAULT_MODE = 0o644
+MAX_FILES = 32 << 20
+"""Bytes of a volume. An object has at most 1 MiB, but a volume may show each of them thousands of times."""
 
 
 class Missing(Exception):
@@ -203,6 +205,8 @@ def files(volume: Volume, facts: Facts, sources: Sources) -> tuple[File, ...]:
     for part in projections(volume):
         for file in _files_of(part, default, facts, sources):
             found[file.path] = file
+    if sum(len(file.content) for file in found.values()) > MAX_FILES:
+        raise Refusal((Remark(f"spec.volumes {volume.name!r}", f"its files have more than {MAX_FILES} bytes"),))
     return tuple(sorted(found.values()))
 
 

@@ -376,6 +376,8 @@ def credentials_of(secret: Secret | None) -> tuple[dict[str, CredentialPolicy], 
         rules = msgspec.json.decode(data.get(CREDENTIALS_KEY, "{}"), type=dict[str, CredentialPolicy])
     except msgspec.DecodeError as error:
         raise Refusal((Remark(f"{where} {CREDENTIALS_KEY}", str(error)),)) from None
+    if named := sorted(name for name, policy in rules.items() if policy.source.named is not None):
+        raise Refusal((Remark(f"{where} {CREDENTIALS_KEY}", f"{json.dumps(named)} name a source of the host"),))
     needed = {policy.source.env for policy in rules.values() if policy.source.env is not None}
     if lacking := sorted(needed - set(data)):
         raise Refusal((Remark(where, f"lacks {json.dumps(lacking)}"),))

@@ -249,7 +249,12 @@ class PersistentVolumeClaim(Thing, frozen=True):
     status: PhaseStatus = PhaseStatus()
 
 
+class ObjectReference(Part, frozen=True):
+    uid: str = ""
+
+
 class VolumeSpec(Part, frozen=True):
+    claim_ref: ObjectReference = ObjectReference()
     storage_class_name: str = ""
     persistent_volume_reclaim_policy: str = ""
 

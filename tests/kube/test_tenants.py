@@ -13,6 +13,7 @@ from hypeman.kube.credentials import Access
 from hypeman.kube.decide import Owner
 from hypeman.kube.owners import Owners
 from hypeman.kube.types import OwnerReference
+from tests.kube.test_node import claim
 from tests.kube.world import SANDBOX, SANDBOX_PATH, World, pod
 
 OTHER = "/api/v1/namespaces/other/pods"
@@ -63,6 +64,33 @@ async def test_a_fork_is_of_its_own_namespaces_memory(world: World, autojump_clo
         world.cluster.put(theirs, pod(annotations=golden))
         await world.until(lambda: world.phase(theirs) == "Running")
         assert sorted(each["tags"][names.NAMESPACE] for each in world.host.named("golden-")) == ["default", "other"]
+
+
+CLAIM = "/api/v1/namespaces/default/persistentvolumeclaims/data"
+
+
+async def test_a_claim_of_another_class_gets_no_volume(world: World, autojump_clock: MockClock) -> None:
+    """The annotations that a scheduler writes can be written by anyone who makes claims."""
+    world.cluster.put("/apis/storage.k8s.io/v1/storageclasses/fast", {"provisioner": "example.com/fast"})
+    world.cluster.put(CLAIM, claim("fast"))
+    async with world.running():
+        await trio.sleep(60)
+        assert not world.host.volumes
+
+
+async def test_a_volume_of_another_claim_is_not_mounted(world: World, autojump_clock: MockClock) -> None:
+    about = {"annotations": {names.PROVISIONER: "disk"}}
+    world.cluster.put("/api/v1/persistentvolumes/pvc-1", {"metadata": about, "spec": {"claimRef": {"uid": "theirs"}}})
+    mine = {**claim(), "status": {"phase": "Bound"}}
+    mine["spec"]["volumeName"] = "pvc-1"
+    world.cluster.put(CLAIM, mine)
+    path = world.add_pod(
+        container={"volumeMounts": [{"name": "data", "mountPath": "/data"}]},
+        volumes=[{"name": "data", "persistentVolumeClaim": {"claimName": "data"}}],
+    )
+    async with world.running():
+        await world.until(lambda: world.waits_for(path) == "CreateContainerConfigError")
+        assert world.has_event("Failed", "belongs to another claim") and not world.host.instances
 
 
 @pytest.mark.parametrize("name", ["../../other/sandboxes/box", "box?watch=true", "..", "a b#c"])

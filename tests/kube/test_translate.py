@@ -16,9 +16,9 @@ from hypeman.kube import names
 from hypeman.kube.materials import logins_of
 from hypeman.kube.podspec import Refusal, notes_of, parse_pod
 from hypeman.kube.quantity import BadQuantity, parse_quantity, whole
-from hypeman.kube.references import Sources, expand
+from hypeman.kube.references import MAX_FILES, Sources, expand
 from hypeman.kube.translate import Placement, facts_of, spec_digest, tags_of, tolerates, translate
-from hypeman.kube.types import ObjectMeta, OwnerReference, Pod, Secret
+from hypeman.kube.types import ConfigMap, ObjectMeta, OwnerReference, Pod, Secret
 from tests.kube.world import pod as raw_pod
 
 
@@ -97,6 +97,27 @@ def test_credentials_stay_out_of_the_guest() -> None:
     lacking = {"credentials.json": data["credentials.json"]}
     with pytest.raises(Refusal, match="REAL"):
         request(made(), Placement(credentials=Secret(data=lacking)))
+
+
+def test_credentials_of_the_host_are_not_the_pods() -> None:
+    """Those that its administrator configured by name; pods are made by anyone in the cluster."""
+    rules = b'{"KEY": {"source": {"named": "github"}, "inject": [{"as": {"header": "A", "format": "${value}"}}]}}'
+    secret = Secret(data={"credentials.json": base64.b64encode(rules).decode()})
+    with pytest.raises(Refusal, match="KEY"):
+        request(made(), Placement(credentials=secret))
+
+
+def test_files_of_a_volume_are_bounded() -> None:
+    """A small spec can name one key thousands of times."""
+    items = [{"key": "big", "path": f"f{number}"} for number in range(MAX_FILES // 1_000_000 + 1)]
+    pod = made(
+        container={"volumeMounts": [{"name": "c", "mountPath": "/c"}]},
+        volumes=[{"name": "c", "configMap": {"name": "c", "items": items}}],
+    )
+    spec = parse_pod(pod.spec)
+    sources = Sources(config_maps={"c": ConfigMap(data={"big": "x" * 1_000_000})})
+    with pytest.raises(Refusal, match="'c'"):
+        translate(pod, spec, facts_of(pod, spec, "here", "192.0.2.7"), sources, Placement())
 
 
 @pytest.mark.parametrize(
