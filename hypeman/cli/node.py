@@ -68,10 +68,14 @@ def join(config_file: Path | None, server: str, ca_file: Path) -> None:
     cluster needs for it, for `kubectl apply -f -`.
     """
     from hypeman.config import load_config
+    from hypeman.errors import HypemanError
     from hypeman.kube import manifest as objects
     from hypeman.kube.site import node_name
 
-    settings = load_config(config_file).node
+    try:
+        settings = load_config(config_file).node
+    except HypemanError as error:
+        fail(error.message)
     if not settings.bootstrap_kubeconfig:
         fail("node.bootstrap_kubeconfig is empty in the configuration")
     if Path(settings.kubeconfig).exists():

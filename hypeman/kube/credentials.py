@@ -36,7 +36,6 @@ class Access(msgspec.Struct, frozen=True, kw_only=True):
     key_data: bytes = b""
     token: str = ""
     token_file: str = ""
-    tls_server_name: str = ""
 
     def __repr__(self) -> str:
         return f"Access(server={self.server!r})"
@@ -88,7 +87,7 @@ def _access(path: Path, cluster: dict[str, Any], user: dict[str, Any], server: s
             raise KubeconfigError(
                 f"{path}: users of the kind {field!r} are not supported: use a token or a certificate"
             )
-    for field in ("insecure-skip-tls-verify", "proxy-url"):
+    for field in ("insecure-skip-tls-verify", "proxy-url", "tls-server-name"):
         if cluster.get(field):
             raise KubeconfigError(f"{path}: {field} is not supported")
 
@@ -103,7 +102,6 @@ def _access(path: Path, cluster: dict[str, Any], user: dict[str, Any], server: s
         server=(server or str(cluster["server"])).rstrip("/"),
         ca_file=file(cluster, "certificate-authority"),
         ca_data=data(cluster, "certificate-authority-data"),
-        tls_server_name=cluster.get("tls-server-name") or "",
         certificate_file=file(user, "client-certificate"),
         certificate_data=data(user, "client-certificate-data"),
         key_file=file(user, "client-key"),

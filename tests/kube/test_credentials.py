@@ -51,6 +51,7 @@ def test_a_token_file_is_read_again(tmp_path: Path) -> None:
         ({"exec": {"command": "x"}}, {}, "exec"),
         ({"username": "x"}, {}, "username"),
         ({}, {"insecure-skip-tls-verify": True}, "insecure-skip-tls-verify"),
+        ({}, {"tls-server-name": "x"}, "tls-server-name"),
         ({"client-key-data": "§"}, {}, "base64"),
     ],
 )

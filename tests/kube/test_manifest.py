@@ -70,3 +70,11 @@ def test_no_part_of_a_token_is_a_number(tmp_path: Path, monkeypatch: pytest.Monk
     parts = secret["stringData"]["token-id"], secret["stringData"]["token-secret"]
     assert [len(part) for part in parts] == [6, 16]
     assert all(part.isalnum() and part[0] in "ghijklmnopqrstuvwxyz" for part in parts)
+
+
+def test_join_reports_a_configuration_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("the CA")
+    (tmp_path / "config.yaml").write_text("node: {nonsense: 1}")
+    arguments = ["node", "--config", str(tmp_path / "config.yaml"), "join", "--server", "https://x", "--ca-file"]
+    done = CliRunner().invoke(hypeman, [*arguments, str(tmp_path / "ca.pem")], catch_exceptions=False)
+    assert (done.exit_code, "nonsense" in done.output) == (1, True)

@@ -99,6 +99,9 @@ class Pair(Struct, frozen=True):
     pem: bytes
     certificate: x509.Certificate
 
+    def __repr__(self) -> str:
+        return f"Pair({self.certificate.subject.rfc4514_string()!r})"
+
     @classmethod
     def parse(cls, pem: bytes) -> Pair:
         """Raises ValueError."""
