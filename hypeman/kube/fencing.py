@@ -13,9 +13,9 @@ import logging
 import trio
 
 from hypeman.kube.decide import Fence, Verb, fence
-from hypeman.kube.instances import Instances
+from hypeman.kube.instances import Instances, save_or_stop, stop_instance
 from hypeman.kube.lease import LeaseClock
-from hypeman.kube.local import LocalError, LocalRefused, LocalServer
+from hypeman.kube.local import LocalError, LocalServer
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +51,11 @@ class Fencing:
     async def _enforce(self, due: Fence) -> None:
         name = due.instance.name
         try:
-            await self._end(due)
-            log.warning("fenced %s: %s", name, due.verb.value)
+            if due.verb is Verb.STOP:
+                await stop_instance(self._local, due.instance)
+            elif problem := await save_or_stop(self._local, due.instance, must_end=True):
+                log.error("fenced %s: stop, because its memory cannot be saved: %s", name, problem)
+                return
+            log.warning("fencing %s: %s", name, due.verb.value)
         except LocalError as error:
             log.error("%s cannot be fenced: %s", name, error.message)
-
-    async def _end(self, due: Fence) -> None:
-        verb = "stop" if due.verb is Verb.STOP else "standby"
-        try:
-            await self._local.call("POST", f"/instances/{due.instance.id}/{verb}")
-        except LocalRefused as error:
-            if verb == "stop" or error.http != 501:
-                raise
-            await self._local.call("POST", f"/instances/{due.instance.id}/stop")  # its memory cannot be saved

@@ -1,6 +1,7 @@
 """The node's instances on this host's server, kept up to date: listed again whenever an event says that one changed.
 
-An absent instance is only known to be absent from a list that succeeded; ``refresh`` makes one.
+An absent instance is only known to be absent from a list that succeeded; ``refresh`` makes one. And what the node does
+to one instance, in a way that may be repeated.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Callable
 import httpx
 import trio
 
-from hypeman.instances.model.types import Instance
+from hypeman.instances.model.types import Instance, StopInstanceRequest
+from hypeman.instances.model.validate import MAX_GRACE
 from hypeman.kube import names
 from hypeman.kube.decide import Index, index
-from hypeman.kube.local import LocalError, LocalServer
+from hypeman.kube.local import REQUEST_SECONDS, LocalError, LocalRefused, LocalServer
 
 log = logging.getLogger(__name__)
 
@@ -83,3 +85,54 @@ def _comparable(found: tuple[Instance, ...]) -> list[tuple[object, ...]]:
          each.exit_message, each.restart_status, each.health_status.status, each.network, each.state_error)
         for each in found
     ]  # fmt: skip
+
+
+# ── Changes ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def change_instance(
+    local: LocalServer, instance: Instance, verb: str, body: object = None, *, timeout: float = REQUEST_SECONDS
+) -> None:
+    """Raises LocalError, but not if it is gone or in another state: what was known was out of date."""
+    try:
+        await local.call("POST", f"/instances/{instance.id}/{verb}", body, timeout=timeout)
+    except LocalRefused as error:
+        if error.http != 404 and error.code != "invalid_state":
+            raise
+
+
+async def stop_instance(local: LocalServer, instance: Instance, grace: int | None = None) -> None:
+    """``grace`` in seconds, at most what the server permits; None: its default. Raises LocalError."""
+    if grace is None:
+        await change_instance(local, instance, "stop")
+        return
+    grace = min(grace, int(MAX_GRACE))
+    body = StopInstanceRequest(grace=f"{grace}s")
+    await change_instance(local, instance, "stop", body, timeout=grace + 30.0)
+
+
+async def save_or_stop(
+    local: LocalServer, instance: Instance, grace: int | None = None, *, must_end: bool = False
+) -> str:
+    """Standby; where the VMM has none, a stop. With ``must_end`` also where it fails.
+
+    Returns why the memory was not saved, or nothing. Raises LocalError.
+    """
+    try:
+        await change_instance(local, instance, "standby")
+        return ""
+    except LocalRefused as error:
+        if error.http != 501 and not must_end:
+            raise
+        problem = error.message
+    await stop_instance(local, instance, grace)
+    return problem
+
+
+async def remove_instance(local: LocalServer, instance: Instance) -> None:
+    """Raises LocalError, but not if it is gone."""
+    try:
+        await local.call("DELETE", f"/instances/{instance.id}", query={"graceful_shutdown": "false"})
+    except LocalRefused as error:
+        if error.http != 404:
+            raise

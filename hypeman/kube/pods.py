@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -25,7 +26,6 @@ from hypeman.instances.model.types import (
     ForkInstanceRequest,
     Instance,
     InstanceState,
-    StopInstanceRequest,
     TargetState,
     UpdateInstanceRequest,
 )
@@ -33,9 +33,9 @@ from hypeman.kube import materials, names
 from hypeman.kube.api import ApiError, Patch, Refused, pods_path
 from hypeman.kube.decide import Action, Known, Owner, Verb, decide, tags_of
 from hypeman.kube.events import Events
-from hypeman.kube.instances import Instances
+from hypeman.kube.instances import Instances, change_instance, remove_instance, save_or_stop, stop_instance
 from hypeman.kube.lease import LeaseClock
-from hypeman.kube.local import LocalError, LocalRefused, LocalServer
+from hypeman.kube.local import LocalError, LocalRefused
 from hypeman.kube.owners import Owners
 from hypeman.kube.podspec import PodSpec, Refusal, notes_of, parse_pod, read_pod
 from hypeman.kube.probes import Readiness
@@ -58,6 +58,8 @@ from hypeman.kube.translate import tags_of as wanted_tags
 from hypeman.kube.types import Pod, PodStatus
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RESYNC_SECONDS = 30.0
 POLL_SECONDS = 0.2
@@ -285,18 +287,14 @@ class Worker:
         return {key: value for key, value in tags.items() if key in CHANGING}
 
     async def _standby(self, pod: Pod, instance: Instance) -> None:
-        try:
-            await self._post(instance, "standby")
+        if problem := await save_or_stop(self._site.local, instance, pod.metadata.deletion_grace_period_seconds):
+            self._events.warn(pod, "StandbyFailed", f"memory cannot be saved: {problem}")
+        else:
             self._events.normal(pod, "Standby", f"memory of {instance.name} saved for its owner")
-        except LocalRefused as error:
-            if error.http != 501:
-                raise
-            self._events.warn(pod, "StandbyFailed", f"memory cannot be saved: {error.message}")
-            await self._stop(pod, instance, pod.metadata.deletion_grace_period_seconds or 0)
 
     async def _stop(self, pod: Pod, instance: Instance, grace: int) -> None:
         self._events.normal(pod, "Killing", f"Stopping container {pod.spec['containers'][0]['name']}")
-        await self._post(instance, "stop", StopInstanceRequest(grace=f"{grace}s"), timeout=grace + 30.0)
+        await stop_instance(self._site.local, instance, grace)
 
     async def _take_over(self, verb: Verb, pod: Pod, spec: PodSpec) -> None:
         """What an earlier pod of the same owner left behind."""
@@ -460,7 +458,8 @@ class Worker:
         """Bring the golden instance to standby once its program is ready."""
         self._doing = Doing("ContainerCreating", f"{golden.name} is {golden.state}")
         if golden.state is InstanceState.RUNNING:
-            if await Readiness(spec.container).passes(self._site.local, golden):
+            probe = partial(Readiness(spec.container).passes, self._site.local, golden)
+            if await self._until_deleted(probe, False):
                 await self._post(golden, "standby")
                 await self._shared.instances.refresh()
                 return 0.0
@@ -475,12 +474,8 @@ class Worker:
 
     # ── Calls of the server ─────────────────────────────────────────────────────────────────────
 
-    async def _post(self, instance: Instance, verb: str, body: Any = None, *, timeout: float = 60.0) -> None:
-        try:
-            await self._site.local.call("POST", f"/instances/{instance.id}/{verb}", body, timeout=timeout)
-        except LocalRefused as error:
-            if error.http != 404 and error.code != "invalid_state":  # what is known here was out of date
-                raise
+    async def _post(self, instance: Instance, verb: str) -> None:
+        await change_instance(self._site.local, instance, verb)
 
     async def _patch(self, instance: Instance, body: UpdateInstanceRequest) -> None:
         given = {key: value for key, value in msgspec.structs.asdict(body).items() if value is not None}
@@ -499,7 +494,23 @@ class Worker:
             return math.inf
         if self._readiness is None or self._readiness.started_at != instance.started_at:
             self._readiness = Readiness(spec.container, instance.started_at)
-        return await self._readiness.look(self._site.local, instance)
+        return await self._until_deleted(partial(self._readiness.look, self._site.local, instance), 0.0)
+
+    async def _until_deleted(self, probe: Callable[[], Awaitable[T]], otherwise: T) -> T:
+        """What ``probe`` says. It may take as long as the pod wants; the pod's deletion does not wait for it."""
+        said = otherwise
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._cancel_when_deleted, nursery.cancel_scope)
+            said = await probe()
+            nursery.cancel_scope.cancel()
+        return said
+
+    async def _cancel_when_deleted(self, scope: trio.CancelScope) -> None:
+        pods = self._shared.pods.items
+        while self._uid in pods and pods[self._uid].metadata.deletion_timestamp is None:
+            await trio.sleep(POLL_SECONDS)
+            pods = self._shared.pods.items
+        scope.cancel()
 
     async def _rotate(self, pod: Pod, spec: PodSpec) -> None:
         """Pass on new values of credentials; those in use are known by the version in the instance's tag."""
@@ -570,15 +581,6 @@ def status_patch(pod: Pod, status: PodStatus) -> dict[str, Any]:
         if name in body:
             body[name] = [{"$patch": "replace"}, *body[name]]
     return {"metadata": {"uid": pod.metadata.uid}, "status": body}
-
-
-async def remove_instance(local: LocalServer, instance: Instance) -> None:
-    """Raises LocalError, but not if it is gone."""
-    try:
-        await local.call("DELETE", f"/instances/{instance.id}", query={"graceful_shutdown": "false"})
-    except LocalRefused as error:
-        if error.http != 404:
-            raise
 
 
 class Pods:

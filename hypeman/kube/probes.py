@@ -12,7 +12,7 @@ import trio
 from hypeman.instances.model.types import Instance
 from hypeman.kube.kubelet.remote import open_exec
 from hypeman.kube.local import LocalError, LocalServer
-from hypeman.kube.podspec import Container, HttpGetAction, Probe
+from hypeman.kube.podspec import Container, HttpGetAction, Probe, Refusal
 from hypeman.kube.translate import port_number
 
 _UNVERIFIED = ssl._create_unverified_context()  # noqa: S323  # as the kubelet: a probe checks that something answers
@@ -53,7 +53,7 @@ class Readiness:
         with trio.move_on_after(self._probe.timeout_seconds):
             try:
                 return await self._attempt(self._probe, local, instance, ip)
-            except (httpx.HTTPError, OSError, LocalError):
+            except (httpx.HTTPError, httpx.InvalidURL, OSError, LocalError, Refusal):
                 return False
         return False
 
@@ -85,6 +85,8 @@ class _Ended(msgspec.Struct, rename="camel"):
 
 async def _answers(action: HttpGetAction, ip: str, port: int) -> bool:
     url = f"{action.scheme.lower()}://{ip}:{port}{'' if action.path.startswith('/') else '/'}{action.path}"
-    async with httpx.AsyncClient(verify=_UNVERIFIED, trust_env=False) as client:
-        response = await client.get(url, headers={"User-Agent": "kube-probe/hypeman"})
-    return 200 <= response.status_code < 400
+    async with (
+        httpx.AsyncClient(verify=_UNVERIFIED, trust_env=False) as client,
+        client.stream("GET", url, headers={"User-Agent": "kube-probe/hypeman"}) as response,
+    ):
+        return 200 <= response.status_code < 400  # the body is the guest's, and may have no end

@@ -30,6 +30,11 @@ def pause_after(failures: int) -> float:
     return min(MAX_PAUSE, MIN_PAUSE * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1.5)  # noqa: S311
 
 
+def _version(item: Thing) -> int:
+    """Versions of one kind are numbers that grow (Kubernetes 1.35)."""
+    return int(item.metadata.resource_version or 0)
+
+
 class Reflector(Generic[T]):
     """``changed`` is called with the uid of each object that is added, changed or removed."""
 
@@ -50,8 +55,9 @@ class Reflector(Generic[T]):
         return self._items
 
     def put(self, item: T) -> None:
-        """Replace the copy of an object with what a write returned, unless it has gone meanwhile."""
-        if item.metadata.uid in self._items:
+        """Replace the copy of an object with what a write returned, unless it has gone or changed meanwhile."""
+        known = self._items.get(item.metadata.uid)
+        if known is not None and _version(item) > _version(known):
             self._items[item.metadata.uid] = item
 
     async def run(self) -> None:

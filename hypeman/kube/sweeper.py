@@ -14,9 +14,10 @@ from hypeman.instances.model.types import Instance
 from hypeman.kube import materials, names
 from hypeman.kube.api import ApiError
 from hypeman.kube.decide import Owner, Verb, decide_orphan, is_ours, tags_of
+from hypeman.kube.instances import remove_instance, save_or_stop
 from hypeman.kube.local import LocalError
 from hypeman.kube.paths import segment
-from hypeman.kube.pods import Shared, remove_instance
+from hypeman.kube.pods import Shared
 from hypeman.kube.translate import golden_digest
 from hypeman.kube.types import Thing
 from hypeman.volumes.types import Volume
@@ -47,14 +48,22 @@ class Sweeper:
             await trio.sleep(0.2)
 
     async def sweep(self) -> None:
-        """Look at each orphan once. Raises ApiError, LocalError."""
+        """Look at each orphan once. Raises LocalError."""
         touched = False
         for instance in self._shared.instances.all:
             if is_ours(instance, self._site.name) and self._is_orphan(instance):
-                touched = await self._settle(instance) or touched
+                touched = await self._try(instance) or touched
         if touched:
             await self._shared.instances.refresh()
         await self._sweep_volumes()
+
+    async def _try(self, instance: Instance) -> bool:
+        """A failure about one does not keep the others waiting."""
+        try:
+            return await self._settle(instance)
+        except (ApiError, LocalError) as error:
+            log.warning("orphan %s: %s", instance.name, error.message)
+            return False
 
     def _is_orphan(self, instance: Instance) -> bool:
         return tags_of(instance).get(names.POD_UID) not in self._shared.pods.items
@@ -71,7 +80,7 @@ class Sweeper:
             return False
         log.info("orphan %s: %s", instance.name, verb.value, extra={"pod": tags.get(names.POD, "")})
         if verb is Verb.STANDBY:
-            await self._site.local.call("POST", f"/instances/{instance.id}/standby")
+            await save_or_stop(self._site.local, instance)
         else:
             await remove_instance(self._site.local, instance)
         return True

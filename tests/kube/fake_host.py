@@ -14,6 +14,7 @@ import msgspec
 import trio
 
 from hypeman.instances.model.types import CreateInstanceRequest
+from hypeman.instances.model.validate import MAX_GRACE
 from tests.kube.fake_cluster import Faults, Lines
 
 Object = dict[str, Any]
@@ -41,6 +42,8 @@ class FakeHost(httpx.AsyncBaseTransport):
         self.boots_to = "Running"
         self.room = 100
         self.broken_images: dict[str, str] = {}
+        self.broken_verbs: dict[str, tuple[int, str]] = {}
+        """Status and code with which a verb is refused."""
         self.faults = Faults()
         self._ids = itertools.count(1)
         self._changed = trio.Event()
@@ -160,6 +163,10 @@ class FakeHost(httpx.AsyncBaseTransport):
         }[verb]
         if state not in wanted:
             raise Refuse(409, "invalid_state", f"{verb} of one that is {state}")
+        if verb in self.broken_verbs:
+            raise Refuse(*self.broken_verbs[verb])
+        if verb == "stop" and float(body.get("grace", "0s")[:-1]) > MAX_GRACE:
+            raise Refuse(400, "invalid_grace")
         if verb == "fork":
             return self._add(body["name"], body["tags"], self.requests[instance["id"]])
         instance["state"] = after

@@ -14,6 +14,11 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from hypeman.kube.api import ApiClient, Change
+from hypeman.kube.credentials import Access
+from hypeman.kube.probes import Readiness
+from hypeman.kube.reflector import Reflector
+from hypeman.kube.types import ObjectMeta, Pod
 from tests.kube.world import NODE_PATH, REPLICA_SET, SANDBOX, SANDBOX_PATH, WARM_POOL_PATH, World, pod
 
 
@@ -473,6 +478,63 @@ async def test_pods_that_went_while_the_node_was_away_are_removed(world: World, 
         assert len(world.host.named("two")) == 1 and world.host.made == 2
 
 
+async def test_one_orphan_that_stays_does_not_keep_the_others(world: World, autojump_clock: MockClock) -> None:
+    """The first one's memory cannot be saved for its living owner; the second one has to go."""
+    world.cluster.put(SANDBOX_PATH, {"metadata": {"uid": "sandbox-1"}})
+    paths = [world.add_pod("box", owner=SANDBOX), world.add_pod("web")]
+    async with world.running():
+        await world.until(lambda: all(world.phase(path) == "Running" for path in paths))
+    world.host.broken_verbs["standby"] = (500, "internal")
+    for path in paths:
+        world.cluster.remove(path)
+    async with world.running():
+        await world.until(lambda: not world.host.named("web"))
+        assert [each["state"] for each in world.host.instances.values()] == ["Running"]
+        world.host.broken_verbs["standby"] = (501, "not_supported")
+        await world.until(lambda: [each["state"] for each in world.host.instances.values()] == ["Stopped"])
+
+
+@pytest.mark.parametrize("grace", [1, 7200])
+async def test_a_pod_may_want_more_time_than_the_host_gives(
+    world: World, autojump_clock: MockClock, grace: int
+) -> None:
+    path = world.add_pod(terminationGracePeriodSeconds=grace)
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        world.cluster.delete_pod(path, grace=grace)
+        await world.until(lambda: world.phase(path) == "gone")
+
+
+async def test_a_probe_does_not_keep_a_pod_from_its_deletion(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs(*_: object) -> bool:
+        await trio.sleep(86400)
+        return False
+
+    monkeypatch.setattr(Readiness, "passes", hangs)
+    path = world.add_pod(container={"readinessProbe": {"exec": {"command": ["x"]}, "timeoutSeconds": 86400}})
+    async with world.running():
+        await world.until(lambda: world.host.instances)
+        await trio.sleep(10)
+        world.cluster.delete_pod(path)
+        await world.until(lambda: world.phase(path) == "gone")
+
+
+def test_an_answer_older_than_what_the_watch_brought_is_not_used() -> None:
+    """Otherwise a deletion that came between a write and its answer is lost."""
+    known: Reflector[Pod] = Reflector(ApiClient(Access(server="http://cluster")), "/api/v1/pods", Pod, lambda uid: None)
+
+    def version(number: int) -> Pod:
+        return Pod(metadata=ObjectMeta(uid="u", resource_version=str(number)))
+
+    known._apply(Change.ADDED, version(11))
+    known.put(version(9))
+    assert known.items["u"] == version(11)
+    known.put(version(12))
+    assert known.items["u"] == version(12)
+
+
 async def test_a_users_fork_of_a_pods_instance_is_left_alone(world: World, autojump_clock: MockClock) -> None:
     path = world.add_pod()
     async with world.running():
@@ -538,6 +600,18 @@ async def test_a_node_that_is_cut_off_fences_itself(
         await world.until(lambda: instance["state"] == "Running", what="restored or started again")
         assert world.host.made == 1
         scope.cancel()
+
+
+async def test_a_vm_whose_memory_cannot_be_saved_is_fenced_by_a_stop(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(owner=REPLICA_SET)
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        (instance,) = world.host.instances.values()
+        world.host.broken_verbs["standby"] = (409, "insufficient_resources")
+        world.cluster.faults.away = True
+        world.cluster.drop_watches()
+        await trio.sleep(75)
+        assert instance["state"] == "Stopped"
 
 
 # ── Volumes ─────────────────────────────────────────────────────────────────────────────────────
