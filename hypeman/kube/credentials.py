@@ -90,6 +90,8 @@ def _access(path: Path, cluster: dict[str, Any], user: dict[str, Any], server: s
     for field in ("insecure-skip-tls-verify", "proxy-url", "tls-server-name"):
         if cluster.get(field):
             raise KubeconfigError(f"{path}: {field} is not supported")
+    if not (cluster.get("certificate-authority") or cluster.get("certificate-authority-data")):
+        raise KubeconfigError(f"{path}: certificate-authority is needed; it also verifies callers of the kubelet's API")
 
     def file(tree: dict[str, Any], field: str) -> str:
         name = tree.get(field)

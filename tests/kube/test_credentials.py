@@ -19,7 +19,9 @@ def write(path: Path, *, user: dict[str, Any], cluster: dict[str, Any] | None = 
             {"name": "other", "context": {"cluster": "none", "user": "none"}},
             {"name": "c", "context": {"cluster": "k", "user": "u"}},
         ],
-        "clusters": [{"name": "k", "cluster": {"server": "https://k:6443/", **(cluster or {})}}],
+        "clusters": [
+            {"name": "k", "cluster": {"server": "https://k:6443/", "certificate-authority": "ca", **(cluster or {})}}
+        ],
         "users": [{"name": "u", "user": user}],
     }
     file = path / "kubeconfig"
@@ -52,6 +54,7 @@ def test_a_token_file_is_read_again(tmp_path: Path) -> None:
         ({"username": "x"}, {}, "username"),
         ({}, {"insecure-skip-tls-verify": True}, "insecure-skip-tls-verify"),
         ({}, {"tls-server-name": "x"}, "tls-server-name"),
+        ({}, {"certificate-authority": ""}, "certificate-authority is needed"),
         ({"client-key-data": "§"}, {}, "base64"),
     ],
 )
