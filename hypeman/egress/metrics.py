@@ -94,13 +94,13 @@ def register(egress: Egress) -> None:
     metrics.register_counter(
         "hypeman_egress_credential_requests_total",
         "Requests into which a credential was injected, by outcome: ok, rejected (401, 403) or failed",
-        ("instance", "credential", "outcome"),
+        ("instance_id", "credential", "outcome"),
         usage.requests,
     )
     metrics.register_counter(
         "hypeman_egress_credential_bytes_total",
         "Bytes of requests into which a credential was injected, and of their responses",
-        ("instance", "credential", "direction"),
+        ("instance_id", "credential", "direction"),
         usage.bytes,
     )
 

@@ -17,6 +17,7 @@ import msgspec
 import trio
 
 from hypeman import __version__
+from hypeman.architecture import HOST
 from hypeman.devices.types import Device
 from hypeman.kube import names
 from hypeman.kube.api import ApiError, Patch, Refused, node_path
@@ -47,7 +48,6 @@ KUBELET_VERSION = f"v1.36.0-hypeman.{__version__}"
 FEATURES = ("ExtendWebSocketsToKubelet",)
 """exec, attach and port-forward arrive as WebSockets, not as SPDY."""
 REPORT_SECONDS = 300.0
-MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 LEASES = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
 
@@ -184,18 +184,16 @@ def _same(before: NodeStatus, after: NodeStatus) -> bool:
 
 
 def own_labels(name: str) -> dict[str, str]:
-    machine = platform.machine()
     return {
         "kubernetes.io/hostname": name,
         "kubernetes.io/os": "linux",
-        "kubernetes.io/arch": MACHINES.get(machine, machine),
+        "kubernetes.io/arch": HOST.name,
         names.HOST_LABEL: "true",
     }
 
 
 def node_info(root: Path = Path("/")) -> NodeInfo:
     """Of the host, as far as it can be read."""
-    machine = platform.machine()
     return NodeInfo(
         machine_id=_line(root / "etc/machine-id"),
         system_uuid=_line(root / "sys/class/dmi/id/product_uuid") or _line(root / "etc/machine-id"),
@@ -206,7 +204,7 @@ def node_info(root: Path = Path("/")) -> NodeInfo:
         kubelet_version=KUBELET_VERSION,
         kube_proxy_version="",
         operating_system="linux",
-        architecture=MACHINES.get(machine, machine),
+        architecture=HOST.name,
     )
 
 
