@@ -1,6 +1,6 @@
 /* Buffers, sockets and timers of connections.
  *
- * Four system calls per proxied request is the floor (two recv, two send), and it is reached: epoll is told of a socket
+ * Four system calls per proxied request is the floor (two recv, two send), and it is reached: epoll learns of a socket
  * once (edge-triggered, both directions), a short recv or send is remembered so that no call is made only to hear
  * EAGAIN, and all that one round produces for a socket leaves in one send.
  */

@@ -242,7 +242,7 @@ class Pools:
         )
 
     async def _write_claim(self, record: InstanceRecord, snapshot: SnapshotRow) -> None:
-        """While it is written, the guest is told its name: its program goes on only when both are done."""
+        """The guest gets its name meanwhile: its program goes on only when both are done."""
         intent = Intent(Operation.RESUME, plan_awaken(record, snapshot.capture or "", fresh=False))
         origin = {"forked_from": snapshot.source.id, "snapshot": snapshot.id, "pool": "true"}
         failure: Exception | None = None

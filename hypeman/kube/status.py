@@ -242,7 +242,7 @@ def _is_true(pod: Pod, name: str) -> bool:
 
 
 def _ephemeral(pod: Pod) -> tuple[ContainerStatus, ...]:
-    """``kubectl debug`` adds containers, which a VM has no place for; its user is told so."""
+    """``kubectl debug`` adds containers, which a VM has no place for; the status says so."""
     waiting = Waiting("NotSupported", "hypeman runs one container per pod; use kubectl exec")
     return tuple(
         ContainerStatus(

@@ -51,7 +51,7 @@ async def test_no_guest_sees_what_clients_should_not_send() -> None:
 
 
 async def test_no_guest_takes_a_broken_body_for_a_whole_one() -> None:
-    """The client is told; the guest's connection ends before its last chunk, and carries nothing else."""
+    """The client gets an error; the guest's connection ends before its last chunk, and carries nothing else."""
     ends: list[bytes] = []
 
     async def guest(stream: trio.SocketStream) -> None:

@@ -234,7 +234,7 @@ def with_libraries(program: Path) -> Iterable[Path]:
 
 
 def make_certificates() -> dict[str, bytes | Path]:
-    """The origin's certificate, and the authority that the appliance is told to believe."""
+    """The origin's certificate, and the authority that the appliance is set to trust."""
     authority = trustme.CA()
     origin = authority.issue_cert(ORIGIN)
     return {

@@ -110,7 +110,7 @@ Aftermath = Callable[[str, str], Awaitable[object]]
 
 
 async def strike(armed: Appliance, directory: Path, names: list[str], kind: str, aftermath: Aftermath) -> None:
-    """Have each operation struck at each moment to visit: whatever comes of it is whole, and can be deleted."""
+    """Have each operation struck at each moment to visit: what is left is whole, and can be deleted."""
     for name in names:
         operation, trigger = OPERATIONS[name if name != FORK_ITSELF else "fork"], Trigger(directory)
         for moment in trigger.moments():

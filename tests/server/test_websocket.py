@@ -107,7 +107,7 @@ def test_messages_of_wsproto_cut_anywhere() -> None:
 
 
 def test_any_bytes_are_judged_as_wsproto_judges_them() -> None:
-    """Also frames that break a rule: whatever comes before one is the same, and it ends the connection in both."""
+    """Also frames that break a rule: what precedes one is the same, and it ends the connection in both."""
     rng = random.Random(4)
     opcodes = [0, TEXT, BINARY, CLOSE, PING, PONG, 3, 11, 0x41, 0x12]
     refused = 0
@@ -324,7 +324,7 @@ async def test_control_frames_while_only_we_send(dial: Dial, world: FakeWorld) -
 
 
 class Endless:
-    """A copy out that goes on for ever."""
+    """A copy out without an end."""
 
     def __init__(self) -> None:
         self._begun = False

@@ -196,7 +196,7 @@ class Keeper:
         return pair if pair is not None and pair.covers(self._identity) else None
 
     async def run(self) -> None:
-        """Renew for ever. Failures are logged and retried."""
+        """Renew until cancelled. Failures are logged and retried."""
         while True:
             pair = self.load()
             if pair is not None:
