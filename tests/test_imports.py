@@ -41,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 GROUND = frozenset(
     [
         *("actor", "architecture", "errors", "ids", "units", "fields", "paths", "config", "assets", "version"),
-        *("tokens", "text", "_native"),
+        *("tokens", "text", "urls", "_native"),
     ]
 )
 """Words, numbers, settings and the hot paths: anybody may use them, they use each other at most."""
@@ -99,7 +99,6 @@ PURE_MODULES = tuple(
         "kube.decide",
         "kube.devices",
         "kube.names",
-        "kube.paths",
         "kube.podspec",
         "kube.quantity",
         "kube.references",
@@ -121,6 +120,7 @@ PURE_MODULES = tuple(
         "telemetry.trace_types",
         "text",
         "units",
+        "urls",
         "volumes.types",
     )
 )

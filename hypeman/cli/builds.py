@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 import msgspec
 
-from hypeman.cli.client import ApiError, segment
+from hypeman.cli.client import ApiError
 from hypeman.cli.groups import DefaultGroup
 from hypeman.cli.output import age
 from hypeman.cli.session import (
@@ -29,6 +29,7 @@ from hypeman.cli.session import (
 from hypeman.errors import InvalidRequest
 from hypeman.text import one_line
 from hypeman.units import parse_size
+from hypeman.urls import segment
 
 if TYPE_CHECKING:
     from hypeman.builds.progress import SolveStatus, Step

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import msgspec
 
@@ -51,11 +51,6 @@ def _error_of(body: bytes) -> tuple[str, str]:
         return str(error["code"]), str(error["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
         return "", body.decode(errors="replace").strip() or "no reason given"
-
-
-def segment(text: str) -> str:
-    """``text`` as one segment of a path."""
-    return quote(text, safe=":@")
 
 
 class Client:

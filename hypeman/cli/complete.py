@@ -56,8 +56,8 @@ def complete_guest_path(context: click.Context, parameter: Any, typed: str) -> l
 def _list(client: Client, instance: str, directory: str) -> list[str]:
     import msgspec
 
-    from hypeman.cli.client import segment
     from hypeman.cli.websocket import WebSocket
+    from hypeman.urls import segment
 
     stream = WebSocket(client, f"/instances/{segment(instance)}/exec")
     try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_device
 from hypeman.cli.session import Session, pairs, present, reports
+from hypeman.urls import segment
 
 
 @click.group("device")

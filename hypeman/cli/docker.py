@@ -9,12 +9,13 @@ from typing import Any
 
 import click
 
-from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_instance
 from hypeman.cli.images import delete_image, tag_image
 from hypeman.cli.instances import instance_argument, path_of, show_instance
 from hypeman.cli.output import render_table, size, use_colour
 from hypeman.cli.session import Session, another_name, complain, fail, interrupted, present, reports, write_log
+from hypeman.urls import segment
 
 _BY_SIGNAL = 128
 _LIVE = ("Running", "Initializing", "Paused", "Shutdown")

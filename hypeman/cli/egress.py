@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_instance
 from hypeman.cli.instances import instance_argument, path_of
 from hypeman.cli.output import plain, render, render_table, size, use_colour
 from hypeman.cli.session import Session, reports
+from hypeman.urls import segment
 
 
 @click.group()

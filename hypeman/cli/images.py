@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
-from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_image
 from hypeman.cli.output import age, size
 from hypeman.cli.progress import counted
 from hypeman.cli.session import Session, complain, fail, interrupted, pairs, present, reports
 from hypeman.text import one_line
+from hypeman.urls import segment
 
 _POLL_SECONDS = 0.3
 _CHUNK = 256 * 1024

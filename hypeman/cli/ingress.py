@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_ingress, complete_instance
 from hypeman.cli.output import age
 from hypeman.cli.session import Session, pairs, present, reports
+from hypeman.urls import segment
 
 _RULE = "HOST[:HOST_PORT]=INSTANCE:PORT[,tls][,tls-passthrough][,redirect-http][,request-header-auth=HEADER:VALUE]"
 _HIDDEN = "(hidden)"

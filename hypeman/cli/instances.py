@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import click
 
-from hypeman.cli.client import ApiError, Client, segment
+from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_instance
 from hypeman.cli.output import age, render_table, size, until, use_colour
 from hypeman.cli.policies import (
@@ -24,6 +24,7 @@ from hypeman.cli.policies import (
 from hypeman.cli.session import Session, fail, pairs, present, reports, warn, write_log
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
+from hypeman.urls import segment
 
 STATES = ("Created", "Initializing", "Running", "Paused", "Shutdown", "Stopped", "Standby", "Unknown")
 WAKES = ("none", "traffic", "all")

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import click
 
-from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_image
 from hypeman.cli.groups import DefaultGroup
 from hypeman.cli.output import age, size
 from hypeman.cli.session import Session, fail, interrupted, present, reports
 from hypeman.text import one_line
+from hypeman.urls import segment
 
 _POLL_SECONDS = 1.0
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_snapshot
 from hypeman.cli.instances import HYPERVISORS, TARGETS, instance_argument, path_of, show_instance
 from hypeman.cli.output import age, size, until
 from hypeman.cli.policies import compression_body, compression_options
 from hypeman.cli.session import Session, pairs, present, reports
+from hypeman.urls import segment
 
 _target_state = click.option("--target-state", type=click.Choice(TARGETS))
 _target_hypervisor = click.option("--target-hypervisor", help="Only for snapshots of kind Stopped.")

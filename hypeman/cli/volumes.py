@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from hypeman.cli.client import segment
 from hypeman.cli.complete import complete_instance, complete_volume
 from hypeman.cli.images import upload_chunks
 from hypeman.cli.instances import path_of, show_instance
 from hypeman.cli.output import age
 from hypeman.cli.session import GIGABYTES, Session, fail, pairs, present, reports
+from hypeman.urls import segment
 
 
 @click.group("volume")

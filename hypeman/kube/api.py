@@ -25,8 +25,8 @@ import trio
 from hypeman import __version__
 from hypeman.errors import HypemanError
 from hypeman.kube.credentials import Access
-from hypeman.kube.paths import segment
 from hypeman.kube.types import ListMeta, Status
+from hypeman.urls import segment
 
 log = logging.getLogger(__name__)
 

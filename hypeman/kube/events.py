@@ -15,10 +15,10 @@ import trio
 from msgspec import Struct
 
 from hypeman.kube.api import ApiClient, ApiError, Refused
-from hypeman.kube.paths import segment
 from hypeman.kube.status import whole
 from hypeman.kube.types import Thing
 from hypeman.text import one_line
+from hypeman.urls import segment
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from hypeman.kube.decide import is_ours
 from hypeman.kube.instances import Instances
 from hypeman.kube.lease import LeaseClock
 from hypeman.kube.local import LocalError
-from hypeman.kube.paths import segment
 from hypeman.kube.reflector import pause_after
 from hypeman.kube.site import Site
 from hypeman.kube.status import whole
@@ -40,6 +39,7 @@ from hypeman.kube.types import (
     NodeStatus,
 )
 from hypeman.resources.types import Resources
+from hypeman.urls import segment
 
 log = logging.getLogger(__name__)
 

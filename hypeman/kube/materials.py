@@ -24,13 +24,13 @@ from hypeman.kube.api import ApiClient, Refused
 from hypeman.kube.capacity import profile_names
 from hypeman.kube.devices import device_class
 from hypeman.kube.local import LocalRefused, LocalServer
-from hypeman.kube.paths import segment
 from hypeman.kube.podspec import PodSpec, Refusal, Remark, TokenFile
 from hypeman.kube.quantity import whole
 from hypeman.kube.references import File, Missing, Needed, Sources, mounted
 from hypeman.kube.translate import GIB, Archive, Disk, Placement, Wanted, credentials_secret
 from hypeman.kube.types import ConfigMap, PersistentVolume, PersistentVolumeClaim, Pod, Secret, TokenRequest
 from hypeman.resources.types import Resources
+from hypeman.urls import segment
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 
 log = logging.getLogger(__name__)

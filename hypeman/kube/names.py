@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from hypeman.kube.paths import segment
 from hypeman.kube.types import ObjectMeta, OwnerReference, Pod
+from hypeman.urls import segment
 
 NODE = "kubernetes.io/node"
 """Tag: the node whose pod the instance is; all that the node ever touches have it."""

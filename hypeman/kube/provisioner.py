@@ -19,12 +19,12 @@ from hypeman.kube import materials, names
 from hypeman.kube.api import ApiError, Refused
 from hypeman.kube.events import Events
 from hypeman.kube.local import LocalError, LocalRefused
-from hypeman.kube.paths import segment
 from hypeman.kube.quantity import BadQuantity, whole
 from hypeman.kube.reflector import Reflector
 from hypeman.kube.site import Site
 from hypeman.kube.translate import GIB, Disk
 from hypeman.kube.types import PersistentVolume, PersistentVolumeClaim, StorageClass, Thing
+from hypeman.urls import segment
 from hypeman.volumes.types import Volume
 
 log = logging.getLogger(__name__)

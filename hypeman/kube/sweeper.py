@@ -16,10 +16,10 @@ from hypeman.kube.api import ApiError
 from hypeman.kube.decide import Owner, Verb, decide_orphan, is_ours, tags_of
 from hypeman.kube.instances import remove_instance, save_or_stop
 from hypeman.kube.local import LocalError
-from hypeman.kube.paths import segment
 from hypeman.kube.pods import Shared
 from hypeman.kube.translate import golden_digest
 from hypeman.kube.types import Thing
+from hypeman.urls import segment
 from hypeman.volumes.types import Volume
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from hypeman.cli.client import ApiError, Client, Unreachable, segment
+from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.compose.model import (
     NAME_TAG,
     ComposeError,
@@ -28,6 +28,7 @@ from hypeman.cli.session import Session, fail, interrupted, reports, write_log
 from hypeman.ids import SERVICE_TAG, stack_member
 from hypeman.text import one_line
 from hypeman.units import parse_duration
+from hypeman.urls import segment
 
 FILES = ("hypeman.compose.yaml", "hypeman.compose.yml", "compose.yaml", "compose.yml", "docker-compose.yml")
 _POLL_SECONDS = 0.5

@@ -18,7 +18,7 @@ from hypeman.errors import InvalidRequest
 from hypeman.instances.model.types import Instance, InstanceState
 from hypeman.kube.kubelet.routes import Logs
 from hypeman.kube.local import SILENCE_SECONDS, LocalError, LocalRefused, LocalServer
-from hypeman.kube.paths import segment
+from hypeman.urls import segment
 
 _ALL = 10**9
 """Lines; the server wants a number."""

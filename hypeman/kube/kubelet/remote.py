@@ -25,7 +25,7 @@ from wsproto.events import (
 from wsproto.utilities import ProtocolError
 
 from hypeman.kube.local import LocalServer, LocalUnreachable, refusal
-from hypeman.kube.paths import segment
+from hypeman.urls import segment
 
 OPEN_SECONDS = 30.0
 _READ = 64 * 1024

@@ -1,4 +1,4 @@
-"""Names as parts of a URL's path. Pure."""
+"""Names as parts of a URL's path, for the command line and for `hypeman node`. Pure."""
 
 from __future__ import annotations
 
