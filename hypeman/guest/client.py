@@ -215,8 +215,10 @@ class _Session:
             if not room:
                 await self.wait()
                 continue
-            part = data if isinstance(data, bytes) and len(data) <= room else bytes(view[:room])
-            await self._client.send(self, part)
+            if isinstance(data, bytes) and len(view) == len(data) <= room:
+                await self._client.send(self, data)  # all of it, not copied
+                return
+            await self._client.send(self, bytes(view[:room]))
             view = view[room:]
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,15 +78,18 @@ def test_output_is_whole_over_two_upgrades(tmp_path: Path, agent: Agent) -> None
 def test_input_is_whole_over_an_upgrade(tmp_path: Path, agent: Agent) -> None:
     """Some of it was read by the program, some waits in the guest, some in the server and some in the command."""
     data = os.urandom(3_000_000)
-    target = tmp_path / "root" / "all"
+    target, go = tmp_path / "root" / "all", tmp_path / "root" / "go"
+    program = f"dd bs=1 count=1000 of={target}; while [ ! -e {go} ]; do sleep 0.1; done; cat >> {target}"
     with Upgraded(tmp_path, agent) as first:
-        running = execute(
-            first, "-i", "web", "--", "sh", "-c", f"dd bs=1 count=1000 of={target}; sleep 1; cat >> {target}"
-        )
+        running = execute(first, "-i", "web", "--", "sh", "-c", program)
         assert running.stdin is not None
-        running.stdin.write(data[:900_000])
+        # may be more than there is room for until the program reads on
+        writer = threading.Thread(target=running.stdin.write, args=(data[:900_000],))
+        writer.start()
         wait_until(lambda: target.exists() and target.stat().st_size == 1000)
     with Upgraded(tmp_path, agent):
+        go.touch()
+        writer.join(60)
         running.communicate(data[900_000:], timeout=60)
     assert running.returncode == 0
     assert target.read_bytes() == data
