@@ -182,7 +182,8 @@ class PlainConnection(TCPServer):
         while (number := self.stream.socket.fileno()) >= 0:
             await trio.lowlevel.wait_readable(number)
             try:
-                return os.read(number, MAX_RECV)
+                # Asked again: another task may have closed it since, and its number be a newer connection's.
+                return os.read(self.stream.socket.fileno(), MAX_RECV)
             except BlockingIOError:
                 continue
             except OSError:
@@ -275,7 +276,7 @@ class PlainConnection(TCPServer):
             f"HTTP/1.1 101 \r\nsec-websocket-accept: {accept_key(upgrade.key)}\r\nupgrade: WebSocket\r\n"
             f"connection: Upgrade\r\n{_common_headers(self.config)}\r\n"
         )
-        socket = WebSocket(self.stream.socket.fileno(), response.encode("latin1"), unread, self._stop_watching)
+        socket = WebSocket(self.stream.socket, response.encode("latin1"), unread, self._stop_watching)
         try:
             with socket.scope:
                 failure = await self._reply_on(socket, found, upgrade)
@@ -335,10 +336,9 @@ class PlainConnection(TCPServer):
 
     async def _wait_disconnect(self) -> None:
         """Return once the client has disconnected. Behind unread bytes that is not seen here, but by ``Server``."""
-        number = self.stream.socket.fileno()
-        await trio.lowlevel.wait_readable(number)
+        await trio.lowlevel.wait_readable(self.stream.socket.fileno())
         hang_up = select.poll()
-        hang_up.register(number, select.POLLRDHUP)
+        hang_up.register(self.stream.socket.fileno(), select.POLLRDHUP)
         if not hang_up.poll(0):  # the client's next request
             await trio.sleep_forever()
 

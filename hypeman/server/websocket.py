@@ -53,11 +53,14 @@ class WebSocket:
     Several tasks may send, one may receive. A send that is cancelled may be followed by others: its rest goes first.
     """
 
-    def __init__(self, number: int, response: bytes, unread: bytes, on_accept: Callable[[], None]) -> None:
-        """``number``: the descriptor. ``response`` accepts the WebSocket; ``unread`` came behind the request."""
+    def __init__(
+        self, socket: trio.socket.SocketType, response: bytes, unread: bytes, on_accept: Callable[[], None]
+    ) -> None:
+        """``response`` accepts the WebSocket; ``unread`` came behind the request."""
         self.scope = trio.CancelScope()
         self.accepted = False
-        self._number = number
+        self._socket = socket
+        """Its number is asked for each time: once it is closed, a newer connection may have it."""
         self._response = response
         self._on_accept = on_accept
         self._decoder = Decoder(MAX_MESSAGE)
@@ -78,7 +81,7 @@ class WebSocket:
         try:
             while not self._messages:
                 await self._wait_client()
-                await trio.lowlevel.wait_readable(self._number)
+                await trio.lowlevel.wait_readable(self._socket.fileno())
                 self._read()
         finally:
             self._receiving = False
@@ -106,7 +109,7 @@ class WebSocket:
         if self._violated:
             with trio.move_on_after(_LINGER):
                 while self._receive_some() is not None:
-                    await trio.lowlevel.wait_readable(self._number)
+                    await trio.lowlevel.wait_readable(self._socket.fileno())
 
     async def _accept(self) -> None:
         if not self.accepted:
@@ -132,7 +135,7 @@ class WebSocket:
     def _receive_some(self) -> bytes | None:
         """What has arrived, which may be nothing; None if the client has disconnected."""
         try:
-            return os.read(self._number, self._read_size) or None
+            return os.read(self._socket.fileno(), self._read_size) or None
         except BlockingIOError:
             return b""
         except OSError:
@@ -175,13 +178,13 @@ class WebSocket:
         if not self._write_some():
             async with self._sending:
                 while not self._write_some():
-                    await trio.lowlevel.wait_writable(self._number)
+                    await trio.lowlevel.wait_writable(self._socket.fileno())
 
     def _write_some(self) -> bool:
         """Write as much as the socket takes; whether that was everything, or there is nobody to read it."""
         while self._unsent:
             try:
-                sent = os.writev(self._number, self._unsent)
+                sent = os.writev(self._socket.fileno(), self._unsent)
             except BlockingIOError:
                 return False
             except OSError:

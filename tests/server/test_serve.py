@@ -16,6 +16,7 @@ import trio
 import trustme
 
 from hypeman.server import app as app_module
+from hypeman.server import serve as serve_module
 from hypeman.server.app import ApiApp
 from hypeman.server.connection import Connection
 from hypeman.server.serve import ServeError, Server, bind_tcp, bind_unix, metrics_app
@@ -329,3 +330,43 @@ async def test_tls_presents_a_renewed_certificate_and_knows_the_client(nursery: 
     assert seen[0] is None
     assert seen[1] == ssl.PEM_cert_to_DER_cert(mine.cert_chain_pems[0].bytes().decode())
     shutdown.set()
+
+
+async def test_a_closed_connection_does_not_read_a_newer_one_of_the_same_number(
+    nursery: trio.Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another task closes it between the moment its reader is woken and the moment it reads."""
+    connections: list[Connection] = []
+
+    def connection(stream: trio.SocketStream, trusted: bool) -> Connection:
+        connections.append(Connection(stream, trusted))
+        return connections[-1]
+
+    monkeypatch.setattr(serve_module, "Connection", connection)
+    newer, its_client = socket.socketpair()
+    its_client.send(b"another client's request")
+    wait, swapped = trio.lowlevel.wait_readable, trio.Event()
+    taken: list[int] = []
+
+    async def wait_and_lose(number: Any) -> None:
+        await wait(number)
+        if connections and number == connections[0].stream.socket.fileno():
+            connections[0].stream.socket.close()
+            taken.append(os.dup2(newer.fileno(), number))
+            swapped.set()
+
+    path = tmp_path / "socket"
+    await nursery.start(
+        lambda task_status: Server(metrics_app).run(
+            [], trio.Event(), trusted=[bind_unix(str(path), mode=0o600)], task_status=task_status
+        )
+    )
+    monkeypatch.setattr(trio.lowlevel, "wait_readable", wait_and_lose)
+    with newer, its_client, trio.fail_after(60):
+        async with await trio.open_unix_socket(str(path)) as client:
+            await client.send_all(b"G")
+            await swapped.wait()
+            await trio.testing.wait_all_tasks_blocked()
+            newer.setblocking(False)
+            assert newer.recv(100) == b"another client's request"
+    os.close(taken[0])

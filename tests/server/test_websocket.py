@@ -353,12 +353,34 @@ async def test_much_output_for_a_slow_reader(dial: Dial) -> None:
 
 @pytest.fixture
 async def pair() -> AsyncIterator[tuple[WebSocket, trio.SocketStream]]:
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
+    ours, theirs = trio.socket.socketpair()
     with ours:
-        async with trio.SocketStream(trio.socket.from_stdlib_socket(theirs)) as stream:
-            yield WebSocket(ours.fileno(), b"", b"", lambda: None), stream
-            ours.shutdown(socket.SHUT_RDWR)
+        async with trio.SocketStream(theirs) as stream:
+            yield WebSocket(ours, b"", b"", lambda: None), stream
+            if ours.fileno() >= 0:
+                ours.shutdown(socket.SHUT_RDWR)
+
+
+async def test_a_closed_one_does_not_use_a_newer_connection_of_the_same_number(
+    pair: tuple[WebSocket, trio.SocketStream],
+) -> None:
+    ours, _ = pair
+    newer, its_client = socket.socketpair()
+    with newer, its_client:
+        newer.setblocking(False)
+        its_client.setblocking(False)
+        its_client.send(b"its client's secret")
+        number = ours._socket.fileno()
+        ours._socket.close()
+        os.dup2(newer.fileno(), number)
+        try:
+            with trio.move_on_after(0), ours.scope:
+                await ours.send("for another client")
+            assert newer.recv(100) == b"its client's secret"
+            with pytest.raises(BlockingIOError):
+                its_client.recv(100)
+        finally:
+            os.close(number)
 
 
 async def test_the_rest_of_a_cancelled_send_goes_before_the_next(pair: tuple[WebSocket, trio.SocketStream]) -> None:
@@ -377,8 +399,8 @@ async def test_the_rest_of_a_cancelled_send_goes_before_the_next(pair: tuple[Web
             nursery.start_soon(read)
             await ours.send("after it")
             await ours.close()
-            os.close(os.dup(ours._number))
-            with socket.socket(fileno=os.dup(ours._number)) as same:
+            os.close(os.dup(ours._socket.fileno()))
+            with socket.socket(fileno=os.dup(ours._socket.fileno())) as same:
                 same.shutdown(socket.SHUT_WR)
     assert found == [(BINARY, big), (TEXT, b"after it"), (CLOSE, b"\x03\xe8")]
 
