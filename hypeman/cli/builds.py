@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from hypeman.cli.client import ApiError
-from hypeman.cli.groups import DefaultGroup
+from hypeman.cli.groups import DefaultGroup, NounGroup
 from hypeman.cli.output import age
 from hypeman.cli.session import (
     GIGABYTES,
@@ -489,7 +489,7 @@ def cancel(session: Session, build_ids: Sequence[str]) -> None:
 # ── Builders ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@click.group("builder")
+@click.group("builder", cls=NounGroup)
 def builder() -> None:
     """Builders: caches and queues of builds."""
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from hypeman.cli.complete import complete_device
+from hypeman.cli.groups import NounGroup
 from hypeman.cli.session import Session, pairs, present, reports
 from hypeman.urls import segment
 
 
-@click.group("device")
+@click.group("device", cls=NounGroup)
 def devices() -> None:
     """Devices: PCI functions for passthrough to instances."""
 

@@ -1,4 +1,4 @@
-"""Commands that people know from Docker: short forms of what other commands do, and refusals that say what to use.
+"""Commands that people know from Docker: short forms of what other commands do.
 
 Each asks the same API as the rest of the command line; nothing here is a second way of doing something on the server.
 """
@@ -195,33 +195,5 @@ def _delete(session: Session, client: Client, targets: list[tuple[str, str, str]
     return failed
 
 
-def _refusing(name: str, instead: str) -> click.Command:
-    """A hidden command of Docker that is refused by design."""
-
-    @click.command(name, hidden=True, context_settings={"ignore_unknown_options": True})
-    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-    def refuse(arguments: tuple[str, ...]) -> None:
-        raise click.UsageError(f"{name} is not supported: {instead}")
-
-    return refuse
-
-
-REFUSED = {
-    "pause": "`hypeman standby` saves an instance's memory to disk and frees the host's; `hypeman restore` resumes it",
-    "unpause": "`hypeman restore` resumes an instance that is in standby",
-    "rename": "an instance keeps its name; `hypeman fork OLD NEW` makes a copy with another one",
-    "save": "`hypeman backup create` saves images; a registry shares them",
-    "export": "`hypeman cp INSTANCE:/ -` writes a guest's files as a tar",
-    "diff": "`hypeman exec INSTANCE -- find / -xdev -newer /etc/hostname` lists what changed since the boot",
-    "network": "each instance has its own network; see --network and --bandwidth-… of `hypeman run`",
-    "login": "the server pulls with the logins of its own user: on the host, as root, `skopeo login --authfile "
-    "~/.docker/config.json REGISTRY` (images.docker_config); for one push, `hypeman push --username`; to push to the "
-    "server, `hypeman token | skopeo login -u any --password-stdin HOST:8080`",
-    "logout": "delete the login in ~/.docker/config.json of the server's user (images.docker_config)",
-    "swarm": "Hypeman runs on one host",
-}
-
-COMMANDS: tuple[click.Command, ...] = (
-    restart, kill, top, attach, commit, info, system, another_name(delete_image, "rmi"), another_name(tag_image, "tag"),
-    *(_refusing(name, instead) for name, instead in REFUSED.items()),
-)  # fmt: skip
+rmi = another_name(delete_image, "rmi")
+tag = another_name(tag_image, "tag")

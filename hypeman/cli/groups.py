@@ -1,4 +1,4 @@
-"""Groups whose commands may be left out, as in ``push IMAGE`` besides ``push list``."""
+"""Groups whose commands have other names too, or may be left out, as in ``push IMAGE`` besides ``push list``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import click
+
+
+class NounGroup(click.Group):
+    """Commands below a noun, also by Docker's names, as in ``image rm`` for ``image delete``; the help has only one."""
+
+    aliases: ClassVar[Mapping[str, str]] = {"rm": "delete", "ls": "list", "inspect": "get", "unregister": "delete"}
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        return super().get_command(context, name) or super().get_command(context, self.aliases.get(name, name))
 
 
 class DefaultGroup(click.Group):

@@ -12,6 +12,7 @@ import click
 
 from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_image
+from hypeman.cli.groups import NounGroup
 from hypeman.cli.output import age, size
 from hypeman.cli.progress import counted
 from hypeman.cli.session import Session, complain, fail, interrupted, pairs, present, reports
@@ -117,7 +118,7 @@ def _finish(session: Session, image: dict[str, Any], detach: bool) -> None:
     session.show(image, lambda: f"{image['name']} {image['digest']} {image['status']}")
 
 
-@click.group("image")
+@click.group("image", cls=NounGroup)
 def images() -> None:
     """Images: root disks made from OCI images."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hypeman.cli.complete import complete_ingress, complete_instance
+from hypeman.cli.groups import NounGroup
 from hypeman.cli.output import age
 from hypeman.cli.session import Session, pairs, present, reports
 from hypeman.urls import segment
@@ -16,7 +17,7 @@ _RULE = "HOST[:HOST_PORT]=INSTANCE:PORT[,tls][,tls-passthrough][,redirect-http][
 _HIDDEN = "(hidden)"
 
 
-@click.group("ingress")
+@click.group("ingress", cls=NounGroup)
 def ingresses() -> None:
     """Ingresses: route requests for host names to instances."""
 

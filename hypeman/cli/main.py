@@ -1,4 +1,4 @@
-"""The command ``hypeman``: global options and the registration of all commands.
+"""The command ``hypeman``: global options, other names of commands, help by subject.
 
 The same program is the client and the server. Client commands import neither Trio nor Quart, so that
 they start fast (enforced by ``tests/cli/test_start.py``); ``serve`` imports them when it runs.
@@ -8,40 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import click
 
 from hypeman import __version__
-from hypeman.cli import (
-    backup,
-    builds,
-    bundle,
-    copy,
-    devices,
-    docker,
-    egress,
-    events,
-    execute,
-    host,
-    images,
-    ingress,
-    instances,
-    node,
-    ports,
-    pushes,
-    run,
-    shell,
-    snapshots,
-    traces,
-    ui,
-    usage,
-    volumes,
-)
-from hypeman.cli.compose.commands import compose
 from hypeman.cli.output import FORMATS
-from hypeman.cli.session import Session, another_name, complain
+from hypeman.cli.program import RunCommand, takes_anything
+from hypeman.cli.session import Session, complain
+from hypeman.cli.shell import COMPLETION_VARIABLE
+from hypeman.cli.tree import Tree
 
 ALIASES = {
     "images": "image",
@@ -58,8 +34,6 @@ ALIASES = {
 }
 LISTS = frozenset(["images", "volumes", "snapshots", "devices", "ingresses", "builds", "builders"])
 """Without a command below it, the plural lists, as `docker images` does."""
-_BELOW = {"rm": "delete", "ls": "list", "inspect": "get", "unregister": "delete"}
-
 
 _VALUES = {"true": True, "1": True, "false": False, "0": False}
 
@@ -94,7 +68,7 @@ class Commands(click.Group):
         at, end = 0, len(args)
         while at < end:
             word = args[at]
-            if word == "--" or (takes_anything(command) and not isinstance(command, run.RunCommand)):
+            if word == "--" or (takes_anything(command) and not isinstance(command, RunCommand)):
                 break
             at += 1
             flag, equals, _ = word.partition("=")
@@ -108,7 +82,7 @@ class Commands(click.Group):
                 rest.append(word)
                 if isinstance(command, click.Group) and not word.startswith("-"):
                     command = command.get_command(context, word) or command
-                    if isinstance(command, run.RunCommand):
+                    if isinstance(command, RunCommand):
                         end = at + command.program_at(args[at:], options)
         return [*front, *rest, *args[at:]]
 
@@ -139,14 +113,9 @@ class Commands(click.Group):
         return name, command, plain_flags(below, rest) if below is not None else rest
 
 
-def takes_anything(command: click.Command) -> bool:
-    """Whether arguments after ``command`` may belong to another program."""
-    return any(isinstance(found, click.Argument) and found.nargs == -1 for found in command.params)
-
-
 def plain_flags(command: click.Command, args: list[str]) -> list[str]:
     """Translates ``--flag=true`` and ``--flag=false`` to the flags of ``command``. Pure."""
-    if isinstance(command, run.RunCommand):
+    if isinstance(command, RunCommand):
         end = command.program_at(args)
         args, program = args[:end], args[end:]
     elif takes_anything(command):
@@ -169,7 +138,9 @@ def plain_flags(command: click.Command, args: list[str]) -> list[str]:
     return [*plain, *program]
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands, commands=Tree(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.option("--base-url", help="http://…, https://… or unix:///path of the server.")
 @click.option("-o", "--output", "--format", "form", type=click.Choice(FORMATS), default="auto", help="Output format.")
 @click.option("--format-error", "form_error", type=click.Choice(FORMATS), default="auto", help="Format of errors.")
@@ -187,47 +158,10 @@ def hypeman(context: click.Context, /, **options: Any) -> None:
     context.call_on_close(session.close)
 
 
-for _command in (
-    run.run, instances.ps, instances.inspect, instances.logs, execute.execute, copy.copy, instances.stats,
-    instances.wait, instances.start, instances.stop, instances.standby, instances.restore, instances.fork,
-    instances.rm, instances.update, instances.auto_standby, ports.port, images.pull, images.images, volumes.volumes,
-    snapshots.snapshots,
-    devices.devices, ingress.ingresses, egress.egress, events.events, traces.trace, usage.usage,
-    host.resources, host.health, host.capabilities,
-    shell.completion, shell.man, pushes.push, ui.ui, builds.build, builds.builder, compose,
-    *docker.COMMANDS,
-):  # fmt: skip
-    hypeman.add_command(_command)
-
-if find_spec("hypeman.app") is not None:  # not in the client, which is distributed without the server
-    for _command in (host.token, host.doctor, host.serve, node.node, host.clean_host, backup.backup, bundle.bundle):
-        hypeman.add_command(_command)
-
-
-def _name_also(group: click.Group) -> None:
-    """Aliases such as ``image rm`` for ``image delete``; not shown in the help."""
-    for other, name in _BELOW.items():
-        command = group.commands.get(name)
-        if command is not None and other not in group.commands:
-            group.add_command(another_name(command, other, hidden=True))
-
-
-for _group in (
-    images.images,
-    volumes.volumes,
-    snapshots.snapshots,
-    snapshots.schedules,
-    devices.devices,
-    ingress.ingresses,
-    builds.builder,
-):
-    _name_also(_group)
-
-
 def main() -> None:
     """The entry point of the program."""
     try:
-        hypeman.main(prog_name="hypeman", complete_var=shell.COMPLETION_VARIABLE, standalone_mode=False)
+        hypeman.main(prog_name="hypeman", complete_var=COMPLETION_VARIABLE, standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:

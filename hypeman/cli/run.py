@@ -7,7 +7,7 @@ import string
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import click
@@ -28,6 +28,7 @@ from hypeman.cli.policies import (
     restart_options,
 )
 from hypeman.cli.ports import parse_port, ports_option
+from hypeman.cli.program import RunCommand
 from hypeman.cli.session import SIZE, Session, environment, fail, interrupted, pairs, present, reports, write_log
 
 _BOOTING = ("Created", "Initializing")
@@ -56,46 +57,6 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
         return command
 
     return decorate
-
-
-class RunCommand(click.Command):
-    """A command whose options may also follow IMAGE, but not the program that is run: `run IMAGE --name web ls -l`."""
-
-    def program_at(self, args: list[str], others: Mapping[str, click.Option] = {}) -> int:
-        """Index in ``args`` of the first word of COMMAND, or their number. ``others``: global options. Pure."""
-        own = {text: found for found in self.params if isinstance(found, click.Option) for text in found.opts}
-        options = {**others, **own}
-        positional = at = 0
-        while at < len(args):
-            word = args[at]
-            if word == "--":
-                return at
-            if word.startswith("-") and word != "-":
-                at += 1 if _has_its_value(word, options) else 2
-                continue
-            positional += 1
-            if positional == 2:
-                return at
-            at += 1
-        return len(args)
-
-    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        at = self.program_at(args)
-        if args[at : at + 1] == ["--"] or at == len(args):
-            return super().parse_args(context, args)
-        return super().parse_args(context, [*args[:at], "--", *args[at:]])
-
-
-def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:
-    """Whether the option ``word`` needs no value in the next word."""
-    if word.startswith("--"):
-        flag, equals, _ = word.partition("=")
-        return bool(equals) or flag not in options or options[flag].is_flag or options[flag].count
-    for at, letter in enumerate(word[1:], 1):
-        found = options.get(f"-{letter}")
-        if found is not None and not found.is_flag:
-            return at + 1 < len(word)
-    return True
 
 
 @click.command(cls=RunCommand)

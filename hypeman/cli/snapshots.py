@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hypeman.cli.complete import complete_snapshot
+from hypeman.cli.groups import NounGroup
 from hypeman.cli.instances import HYPERVISORS, TARGETS, instance_argument, path_of, show_instance
 from hypeman.cli.output import age, size, until
 from hypeman.cli.policies import compression_body, compression_options
@@ -17,7 +18,7 @@ _target_state = click.option("--target-state", type=click.Choice(TARGETS))
 _target_hypervisor = click.option("--target-hypervisor", help="Only for snapshots of kind Stopped.")
 
 
-@click.group("snapshot")
+@click.group("snapshot", cls=NounGroup)
 def snapshots() -> None:
     """Snapshots: captures that outlive their instances."""
 
@@ -125,7 +126,7 @@ def delete_snapshot(session: Session, snapshot: str) -> None:
     click.echo(snapshot)
 
 
-@snapshots.group("schedule")
+@snapshots.group("schedule", cls=NounGroup)
 def schedules() -> None:
     """Snapshots that the server makes regularly."""
 

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hypeman.cli.complete import complete_instance, complete_volume
+from hypeman.cli.groups import NounGroup
 from hypeman.cli.images import upload_chunks
 from hypeman.cli.instances import path_of, show_instance
 from hypeman.cli.output import age
@@ -14,7 +15,7 @@ from hypeman.cli.session import GIGABYTES, Session, fail, pairs, present, report
 from hypeman.urls import segment
 
 
-@click.group("volume")
+@click.group("volume", cls=NounGroup)
 def volumes() -> None:
     """Volumes: disks that outlive instances."""
 

@@ -12,7 +12,8 @@ import pytest
 from hypeman.cli import output
 from hypeman.cli.main import SECTIONS, Commands, hypeman
 from hypeman.cli.policies import docker_restart
-from hypeman.cli.run import RunCommand, create_body, parse_mount, variables_in
+from hypeman.cli.program import RunCommand
+from hypeman.cli.run import create_body, parse_mount, variables_in
 from hypeman.cli.session import GIGABYTES, SIZE, environment
 
 

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from hypeman.cli.main import hypeman
+from hypeman.cli.tree import CLIENT, SERVER
+
 SLOW = (
     *("trio", "quart", "hypercorn", "httpx", "lmdb", "pyroute2", "prometheus_client", "jwt", "yaml", "asyncio"),
     *("json", "tempfile", "hypeman.builds"),
@@ -25,6 +28,24 @@ def test_client_commands_load_no_server(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_command_imports_its_own_module() -> None:
+    program = (
+        "import sys\n"
+        "sys.argv = ['hypeman', 'ps', '--help']\n"
+        "from hypeman.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit: pass\n"
+        "mine = ('builds', 'compose', 'run', 'copy', 'host')\n"
+        "print([name for name in mine if f'hypeman.cli.{name}' in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize("name", [*CLIENT, *SERVER])
+def test_each_command_is_where_the_table_says(name: str) -> None:
+    assert hypeman.commands[name].name == name
 
 
 def test_version_and_no_such_command() -> None:

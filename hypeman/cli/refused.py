@@ -1,0 +1,31 @@
+"""Docker's commands that are refused by design, and what to use instead."""
+
+from __future__ import annotations
+
+import click
+
+REFUSED = {
+    "pause": "`hypeman standby` saves an instance's memory to disk and frees the host's; `hypeman restore` resumes it",
+    "unpause": "`hypeman restore` resumes an instance that is in standby",
+    "rename": "an instance keeps its name; `hypeman fork OLD NEW` makes a copy with another one",
+    "save": "`hypeman backup create` saves images; a registry shares them",
+    "export": "`hypeman cp INSTANCE:/ -` writes a guest's files as a tar",
+    "diff": "`hypeman exec INSTANCE -- find / -xdev -newer /etc/hostname` lists what changed since the boot",
+    "network": "each instance has its own network; see --network and --bandwidth-… of `hypeman run`",
+    "login": "the server pulls with the logins of its own user: on the host, as root, `skopeo login --authfile "
+    "~/.docker/config.json REGISTRY` (images.docker_config); for one push, `hypeman push --username`; to push to the "
+    "server, `hypeman token | skopeo login -u any --password-stdin HOST:8080`",
+    "logout": "delete the login in ~/.docker/config.json of the server's user (images.docker_config)",
+    "swarm": "Hypeman runs on one host",
+}
+
+
+def refusing(name: str) -> click.Command:
+    """The hidden command ``name`` of REFUSED."""
+
+    @click.command(name, hidden=True, context_settings={"ignore_unknown_options": True})
+    @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+    def refuse(arguments: tuple[str, ...]) -> None:
+        raise click.UsageError(f"{name} is not supported: {REFUSED[name]}")
+
+    return refuse
