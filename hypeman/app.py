@@ -29,6 +29,7 @@ from hypeman.builds.vm import VmSettings, VmWorker
 from hypeman.captures.compression import Compressor
 from hypeman.config import Config, ConfigError, EgressBounds, EgressTotals
 from hypeman.devices.service import Devices
+from hypeman.doctor import Doctor
 from hypeman.egress import metrics as egress_metrics
 from hypeman.egress.approvals import Approvals
 from hypeman.egress.audit import AuditLog
@@ -414,6 +415,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
             events=events,
             resources=resources,
             capabilities=CapabilityView(config, catalog, network, images),
+            doctor=Doctor(config),
             registry=registry,
             pushes=pushes,
             builds=builds,

@@ -40,6 +40,18 @@ def examine(config: Config) -> list[Finding]:
     return trio.run(_examine, config)
 
 
+class Doctor:
+    """Examines this host for the API, for one caller at a time."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._one = trio.CapacityLimiter(1)
+
+    async def examine(self) -> list[Finding]:
+        """In a thread with a loop of its own: most checks read files, and KVM may hang."""
+        return await trio.to_thread.run_sync(examine, self._config, limiter=self._one)
+
+
 async def _examine(config: Config) -> list[Finding]:
     async with aclosing(_findings(config)) as findings:
         return [finding async for finding in findings]

@@ -25,7 +25,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for row in (
         "__main__",
         "cli",
-        "app backup bundle doctor kube removal",
+        "app backup bundle kube removal",
+        "doctor",
         "server",
         "policies metering",
         "builds ingress",

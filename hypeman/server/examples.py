@@ -107,6 +107,7 @@ from hypeman.server.types import (
     Runtime,
     ServerVersion,
 )
+from hypeman.telemetry.findings import Finding, Verdict
 from hypeman.telemetry.trace_types import OperationTrace, TraceSpan
 from hypeman.volumes.types import CreateVolumeRequest, Volume, VolumeAttachment
 
@@ -193,6 +194,9 @@ QUERIES: Mapping[str, Mapping[str, Any]] = {
 
 ANSWERS: Mapping[Any, Any] = {
     Health: Health(),
+    Finding: Finding(
+        name="kvm", verdict=Verdict.WARN, message="there is no /dev/kvm: guests are emulated", remedy="modprobe kvm"
+    ),
     Capabilities: Capabilities(
         server=ServerVersion("0.1.0", "0.3.0"),
         host=HostPlatform("linux", "amd64"),

@@ -55,6 +55,7 @@ from hypeman.registry.push_types import CreatePushRequest, Push
 from hypeman.registry.service import Opened, Upload
 from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse, Resources
 from hypeman.server.types import Capabilities
+from hypeman.telemetry.findings import Finding
 from hypeman.telemetry.trace_types import OperationTrace
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 
@@ -259,6 +260,10 @@ class CapabilityService(Protocol):
     async def get(self) -> Capabilities: ...
 
 
+class DoctorService(Protocol):
+    async def examine(self) -> list[Finding]: ...
+
+
 class PushService(Protocol):
     async def create(self, request: CreatePushRequest) -> Push: ...
     async def list(self) -> Sequence[Push]: ...
@@ -334,6 +339,7 @@ class Services:
     events: EventService
     resources: ResourceService
     capabilities: CapabilityService
+    doctor: DoctorService
     registry: RegistryService
     pushes: PushService
     builds: BuildService

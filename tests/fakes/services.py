@@ -117,6 +117,7 @@ from hypeman.server.types import (
     ServerVersion,
 )
 from hypeman.telemetry import traces
+from hypeman.telemetry.findings import Finding, Verdict
 from hypeman.units import parse_duration
 from hypeman.volumes.types import CreateVolumeRequest, Volume
 
@@ -899,6 +900,14 @@ class FakeResources:
         )
 
 
+class FakeDoctor:
+    async def examine(self) -> list[Finding]:
+        return [
+            Finding(name="rights", verdict=Verdict.OK, message="running as root"),
+            Finding(name="kvm", verdict=Verdict.WARN, message="there is no /dev/kvm", remedy="modprobe kvm_intel"),
+        ]
+
+
 class FakeCapabilities:
     async def get(self) -> Capabilities:
         return Capabilities(
@@ -1129,6 +1138,7 @@ class FakeWorld:
             events=self.events,
             resources=FakeResources(),
             capabilities=FakeCapabilities(),
+            doctor=FakeDoctor(),
             registry=self.registry,
             pushes=self.pushes,
             builds=self.builds,

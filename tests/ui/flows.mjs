@@ -204,12 +204,139 @@ test("the palette finds, and letters go to pages", async () => {
   await page.keyboard.press("?");
   await page.getByRole("dialog", { name: "Keyboard shortcuts" }).waitFor();
   await page.keyboard.press("Escape");
+  const theme = () => page.evaluate(() => document.documentElement.dataset.theme);
+  const before = await theme();
+  await page.getByRole("button", { name: `${before === "dark" ? "Light" : "Dark"} theme` }).click();
+  assert.notEqual(await theme(), before);
+  await page.done();
+});
+
+test("what an operation spent its time on is a timeline, and a failed one says why", async () => {
+  const page = await open(browser, "/instances/runner/operations");
+  await page.getByText("No operation is remembered").waitFor();
+  await api("POST", "/instances/runner/standby");
+  const operation = page.locator("details").filter({ hasText: "/standby" });
+  const phases = operation.getByRole("list", { name: /Phases of POST/ }).getByRole("listitem");
+  await phases.filter({ hasText: "SaveMemory" }).waitFor();
+  const bars = await phases.evaluateAll((items) => Object.fromEntries(items.map((item) => {
+    const bar = item.querySelector("i").getBoundingClientRect();
+    return [item.querySelector(".phase-name").textContent, [bar.left, bar.right]];
+  })));
+  assert.ok(bars.SaveMemory[0] >= bars.PauseVm[1] - 1, "SaveMemory is drawn after PauseVm");
+  assert.ok(bars.SaveMemory[1] - bars.SaveMemory[0] > 3 * (bars.PauseVm[1] - bars.PauseVm[0]), "bars are to scale");
+  assert.ok(bars.standby[0] <= bars.PauseVm[0] && bars.standby[1] >= bars.SaveMemory[1] - 1, "standby has both phases");
+  const refused = await fetch(`${BASE}/instances/runner/standby`, { method: "POST", headers: { Authorization: `Bearer ${tokens.all}` } });
+  assert.equal(refused.status, 409);
+  await page.getByRole("tab", { name: "Overview" }).click();
+  await page.getByRole("tab", { name: "Operations" }).click();
+  await page.locator("details").filter({ hasText: "failed" }).getByText("runner is Standby", { exact: false }).first().waitFor();
+  await page.done();
+});
+
+test("usage of one instance, of all, by tag, and whether the ledger is as it was written", async () => {
+  const page = await open(browser, "/instances/web");
+  const used = page.getByRole("region", { name: "Used so far" });
+  await used.getByText("1.00 hours").waitFor();
+  await used.getByRole("link", { name: "All instances" }).click();
+  const rows = page.getByRole("region", { name: "Usage" }).getByRole("row");
+  await rows.filter({ hasText: "old-report deleted" }).waitFor();
+  await rows.filter({ hasText: "Total" }).waitFor();
+  await page.getByRole("button", { name: "By tag" }).click();
+  await page.getByLabel("Tag").selectOption("team");
+  for (const team of ["core", "data", "ml"]) await rows.filter({ hasText: new RegExp(`^${team}`) }).waitFor();
+  assert.equal(await rows.count(), 6); // head, three teams, those without it, total
+  await page.getByRole("button", { name: "Verify the ledger" }).click();
+  await page.getByRole("status").filter({ hasText: "up to block 1" }).waitFor();
+  await page.done();
+});
+
+test("the host: what it has, its allocations, its doctor, and memory that would be reclaimed", async () => {
+  const page = await open(browser, "/host");
+  await page.getByRole("region", { name: "Allocations" }).getByRole("link", { name: "web", exact: true }).waitFor();
+  await page.getByLabel(/^Memory: .* of 256 GB/).waitFor();
+  await page.getByRole("button", { name: "Check this host" }).click();
+  const findings = page.getByRole("region", { name: "Findings" }).getByRole("row");
+  await findings.filter({ hasText: "running as root" }).waitFor();
+  await page.getByRole("button", { name: "Reclaim memory" }).click();
+  await page.getByLabel("All guests together").fill("2GB");
+  await page.getByRole("button", { name: "Show the plan" }).click();
+  const planned = page.getByRole("region", { name: "Plan" }).getByRole("row").filter({ hasText: "web" });
+  assert.match(await planned.innerText(), /4 GB\s+2 GB/); // has, keeps
+  await page.keyboard.press("Escape");
+  assert.match(await findings.nth(1).innerText(), /warn[^]*no \/dev\/kvm[^]*modprobe kvm_intel/);
+  await page.done();
+  const viewer = await open(browser, "/host", tokens.read);
+  const check = viewer.getByRole("button", { name: "Check this host" });
+  assert.match(await check.getAttribute("title"), /lacks the scope resource:write/);
+  await viewer.done();
+});
+
+test("a host of a denied request is allowed by a rule in front of the others", async () => {
+  const page = await open(browser, "/instances/agent/egress");
+  await page.getByRole("button", { name: "Denied", exact: false }).first().click();
+  await page.getByRole("button", { name: "Allow paste.example.net" }).first().click();
+  await page.getByRole("dialog").getByRole("button", { name: "Allow" }).click();
+  await page.getByRole("region", { name: "Rules" }).getByRole("row").nth(1).filter({ hasText: "paste.example.net" }).waitFor();
+  const rules = (await api("GET", "/instances/agent/egress")).access.rules;
+  assert.deepEqual([rules[0].action, rules[0].hosts, rules.length], ["allow", ["paste.example.net"], 4]);
+  await page.done();
+});
+
+test("a build has its log, a device the reason why it stays with the host", async () => {
+  const page = await open(browser, "/builds");
+  await page.getByRole("link", { name: "team/shop:v3" }).click();
+  await page.getByRole("log", { name: "Log of the build" }).getByText("#1 FROM scratch").waitFor();
+  await page.goto(`${BASE}/ui/devices`);
+  const devices = page.getByRole("region", { name: "Devices of the host" }).getByRole("row");
+  await devices.filter({ hasText: "E810-C" }).getByText("it is the host's uplink").waitFor();
+  await page.getByLabel("Show those that cannot be passed through").uncheck();
+  await devices.filter({ hasText: "E810-C" }).waitFor({ state: "detached" });
+  await page.done();
+});
+
+test("text is copied from the terminal and pasted into it", async () => {
+  const page = await open(browser, "/instances/web/terminal", tokens.all, { permissions: ["clipboard-read", "clipboard-write"] });
+  const screen = page.locator(".xterm-rows");
+  await screen.getByText("web:/#").first().waitFor();
+  await page.evaluate(() => navigator.clipboard.writeText("echo pasted-text"));
+  await page.keyboard.press("Control+v");
+  await page.keyboard.press("Enter");
+  const printed = screen.getByText(/^pasted-text/);
+  await printed.waitFor();
+  await printed.dblclick({ position: { x: 20, y: 5 }, force: true }); // xterm has a layer above its text
+  await page.keyboard.press("Control+c");
+  await page.waitForFunction(async () => (await navigator.clipboard.readText()).includes("pasted"));
+  assert.match(await page.evaluate(() => navigator.clipboard.readText()), /^pasted-text/);
+  await page.done();
+});
+
+test("an ingress and ports are made for an instance, and shown with it", async () => {
+  const page = await open(browser, "/ingresses");
+  await page.getByRole("button", { name: "Create" }).click();
+  const dialog = page.getByRole("dialog");
+  await dialog.getByLabel("Name", { exact: true }).fill("cache");
+  await dialog.getByLabel("Host name").fill("cache.example.com");
+  await dialog.getByLabel("Instance").fill("redis");
+  await dialog.getByLabel("Port of the guest").fill("6379");
+  await dialog.getByRole("button", { name: "Create" }).click();
+  await page.getByRole("row").filter({ hasText: "cache.example.com" }).getByRole("link", { name: "redis" }).click();
+  await page.getByRole("tab", { name: "Network" }).click();
+  await page.getByRole("region", { name: "Host names" }).getByText("cache.example.com:80").waitFor();
+  await page.getByRole("button", { name: "Change" }).click();
+  await page.getByRole("textbox", { name: "Ports" }).fill("[::1]:7000-7009:6000-6009/udp");
+  await page.getByRole("button", { name: "Publish" }).click();
+  await page.getByRole("region", { name: "Published ports" }).getByText("::1:7000–7009").waitFor();
+  await page.getByRole("button", { name: "Change" }).click(); // as it is: nothing is lost
+  await page.getByRole("button", { name: "Publish" }).click();
+  await page.getByRole("dialog").waitFor({ state: "detached" });
+  const [port] = (await api("GET", "/instances/redis")).ports;
+  assert.deepEqual([port.host_address, port.host_port, port.guest_port, port.count, port.protocol], ["::1", 7000, 6000, 10, "udp"]);
   await page.done();
 });
 
 const PATHS = ["/instances", "/instances/web", "/instances/web/logs", "/instances/web/terminal", "/instances/web/files", "/instances/web/network",
-  "/instances/web/volumes", "/instances/web/snapshots", "/instances/agent/egress", "/instances/web/settings", "/create", "/images", "/builds", "/volumes",
-  "/ingresses", "/approvals", "/devices", "/host", "/events", "/nowhere"];
+  "/instances/web/volumes", "/instances/web/snapshots", "/instances/agent/egress", "/instances/web/operations", "/instances/web/settings", "/create", "/images", "/builds", "/volumes",
+  "/ingresses", "/approvals", "/devices", "/usage", "/host", "/events", "/nowhere"];
 
 for (const colorScheme of ["light", "dark"]) {
   test(`axe has no serious finding on any page, ${colorScheme}`, async () => {

@@ -23,6 +23,9 @@ test("a real guest from its creation to its deletion", async () => {
   await page.getByLabel(/^CPU: /).waitFor(); // two samples of a real VMM
   await page.getByText("Initializing → Running").waitFor();
 
+  await page.getByRole("tab", { name: "Operations" }).click();
+  await page.getByRole("list", { name: "Phases of POST /instances" }).getByText("LaunchVmm").waitFor();
+
   await page.getByRole("tab", { name: "Logs" }).click();
   await page.getByText("hello from the guest").waitFor();
 
@@ -57,6 +60,12 @@ test("a real guest from its creation to its deletion", async () => {
   await page.getByRole("tab", { name: "Files" }).click();
   await page.getByRole("button", { name: "tmp", exact: true }).click();
   await page.getByRole("button", { name: "bytes.bin", exact: true }).waitFor();
+
+  await page.goto(`${BASE}/ui/usage`);
+  await page.getByRole("region", { name: "Usage" }).getByRole("row").filter({ hasText: "guest" }).waitFor();
+  await page.goto(`${BASE}/ui/host`);
+  await page.getByRole("button", { name: "Check this host" }).click();
+  await page.getByRole("region", { name: "Findings" }).getByText("running as root").waitFor();
 
   for (const name of ["fork", "guest"]) {
     await page.goto(`${BASE}/ui/instances/${name}`);

@@ -14,8 +14,8 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ import msgspec
 import trio
 
 from hypeman import assets
+from hypeman.builds.types import Build, BuildStatus
 from hypeman.devices.types import AvailableDevice
 from hypeman.egress.types import AccessAction, AccessDefault, AccessRule, EgressAccess, EgressApproval, EgressRecord
 from hypeman.errors import NameConflict
@@ -50,9 +51,11 @@ from hypeman.instances.model.types import (
     InstanceState,
     InstanceUsage,
     LogSource,
+    StandbyInstanceRequest,
     UpdateInstanceRequest,
     UsageOfAll,
 )
+from hypeman.metering.types import Query, UsageBy, UsageReport, UsageRow
 from hypeman.network.types import PortMapping
 from hypeman.resources.types import DiskBreakdown, ResourceAllocation, Resources, ResourceStatus
 from hypeman.server.app import build_app
@@ -69,6 +72,7 @@ from hypeman.server.types import (
     ServerVersion,
 )
 from hypeman.store import Store
+from hypeman.telemetry import traces
 from hypeman.tokens import mint
 from hypeman.volumes.types import CreateVolumeRequest, VolumeAttachment
 from tests.fakes.services import (
@@ -81,6 +85,7 @@ from tests.fakes.services import (
     FakeFollower,
     FakeImages,
     FakeInstances,
+    FakeMetering,
     FakeSnapshots,
     FakeWorld,
     normalized,
@@ -194,6 +199,7 @@ class LiveInstances(FakeInstances):
         self._events = events
         self._nursery = nursery
         self._started = trio.current_time()
+        self.new_rules: Callable[[str, tuple[AccessRule, ...]], object] = lambda name, rules: None
         self.folder: dict[str, list[str]] = {
             "/": ["bin/", "docker-entrypoint.sh", "etc/", "home/", "tmp/", "var/"],
             "/etc": ["hostname", "nginx/", "passwd"],
@@ -223,6 +229,22 @@ class LiveInstances(FakeInstances):
     def _move(self, what: str, ref: str, wanted: InstanceState, after: InstanceState, request: Any = None) -> Instance:
         instance = super()._move(what, ref, wanted, after, request)
         return self.moved(self._change(instance, state=wanted), after)
+
+    async def standby(self, ref: str, request: StandbyInstanceRequest) -> Instance:
+        with self._phase("standby", ref):
+            with traces.span("PauseVm"):
+                await trio.sleep(0.02)
+            with traces.span("SaveMemory"):
+                await trio.sleep(0.2)
+            return await super().standby(ref, request)
+
+    async def restore(self, ref: str) -> Instance:
+        with self._phase("restore", ref):
+            return await super().restore(ref)
+
+    def _phase(self, name: str, ref: str) -> AbstractContextManager[Any]:
+        instance = self.find(ref)
+        return traces.span(name, about={traces.INSTANCE: instance.id, traces.INSTANCE_NAME: instance.name})
 
     async def create(self, request: CreateInstanceRequest) -> Instance:
         made = await super().create(request)
@@ -275,6 +297,8 @@ class LiveInstances(FakeInstances):
     async def update(self, ref: str, request: UpdateInstanceRequest) -> Instance:
         instance = await super().update(ref, request)
         self._events.about(Kind.INSTANCE, "updated", instance.id, instance.name, fields="ports")
+        if request.network is not None and request.network.egress.rules is not None:
+            self.new_rules(instance.name, request.network.egress.rules)
         return self._change(instance, ports=request.ports if request.ports is not None else instance.ports)
 
     async def exec(self, ref: str, request: ExecRequest) -> Shell:
@@ -340,6 +364,12 @@ class LiveEgress(FakeEgress):
         self._nursery = nursery
         self._repeated: set[str] = set()
         self._followers: list[trio.MemorySendChannel[EgressRecord]] = []
+
+    def replace_rules(self, name: str, rules: tuple[AccessRule, ...]) -> None:
+        policy = self.policies[name]
+        assert isinstance(policy.access, EgressAccess)
+        access = msgspec.structs.replace(policy.access, rules=rules)
+        self.policies[name] = msgspec.structs.replace(policy, access=access)
 
     def ask(self, instance: Instance, method: str, path: str) -> None:
         now = datetime.now(UTC)
@@ -467,6 +497,49 @@ class LiveImages(FakeImages):
         return Progress(image.status, layers, int(9e7 * share))
 
 
+class LiveMetering(FakeMetering):
+    """A ledger with one entry for each instance, and one for an instance that was deleted."""
+
+    def __init__(self, instances: LiveInstances) -> None:
+        super().__init__()
+        self._instances = instances
+
+    async def report(self, query: Query) -> UsageReport:
+        now = datetime.now(UTC)
+        found: dict[str, UsageRow] = {}
+        total = UsageRow(
+            begin=now - timedelta(days=9), end=now, cpu_seconds=0, memory_gb_hours=0, disk_gb_hours=0,
+            network_rx_bytes=0, network_tx_bytes=0,
+        )  # fmt: skip
+        living = [(one.id, one.name, one.tags or {}) for one in self._instances.instances.values()]
+        for number, (key, name, tags) in enumerate([*living, ("gone", "old-report", {})]):
+            if query.instance not in ("", key, name):
+                continue
+            value = tags.get(query.tag, "")
+            about: dict[UsageBy, tuple[str, dict[str, str]]] = {
+                UsageBy.INSTANCE: (key, {"instance_id": key, "instance_name": name}),
+                UsageBy.TAG: (value, {"value": value}),
+                UsageBy.DAY: (str(number % 7), {"day": f"2026-11-2{number % 7}"}),
+            }
+            group, fields = about[query.by]
+            base = found.get(group, msgspec.structs.replace(total, cpu_seconds=0, **fields))
+            found[group] = _used(base, number)
+        for number, _ in enumerate(found):
+            total = _used(total, number)
+        return UsageReport(by=query.by, rows=tuple(found.values()), total=total)
+
+
+def _used(row: UsageRow, number: int) -> UsageRow:
+    return msgspec.structs.replace(
+        row,
+        cpu_seconds=row.cpu_seconds + 3600 * (1 + number % 9),
+        memory_gb_hours=row.memory_gb_hours + 14.5 * (1 + number % 4),
+        disk_gb_hours=row.disk_gb_hours + 2160,
+        network_rx_bytes=row.network_rx_bytes + (number + 1) * 70_000_000,
+        network_tx_bytes=row.network_tx_bytes + (number + 1) * 9_000_000,
+    )
+
+
 class HostView:
     def __init__(self, instances: LiveInstances) -> None:
         self._instances = instances
@@ -535,6 +608,8 @@ class LiveWorld(FakeWorld):
         self.snapshots = LiveSnapshots(self.instances)
         self.images = LiveImages(self.events)
         self.egress: LiveEgress = LiveEgress(self.instances, self.events, nursery)
+        self.instances.new_rules = self.egress.replace_rules
+        self.metering = LiveMetering(self.instances)
         for part in (self.policies, self.ingresses):
             part.instances = self.instances
         self.resources = HostView(self.instances)
@@ -648,6 +723,11 @@ class LiveWorld(FakeWorld):
                 ),
             )
         )
+        build = Build(
+            id="b1", status=BuildStatus.READY, created_at=now - timedelta(hours=2), image_ref="team/shop:v3",
+            duration_ms=48_200, builder_id="ci",
+        )  # fmt: skip
+        self.builds.builds[build.id] = build
         self.devices.add("l40s", "0000:41:00.0")
         self.devices.free = [
             AvailableDevice(

@@ -6,6 +6,7 @@ from hypeman.resources.types import MemoryReclaimRequest, MemoryReclaimResponse,
 from hypeman.server.api import Routes
 from hypeman.server.services import Services
 from hypeman.server.types import Capabilities, Health
+from hypeman.telemetry.findings import Finding
 from hypeman.tokens import Scope
 
 routes = Routes("host")
@@ -29,6 +30,15 @@ async def get_capabilities(services: Services) -> Capabilities:
 async def get_resources(services: Services) -> Resources:
     """The host's resources and their allocation."""
     return await services.resources.get()
+
+
+@routes.get("/doctor", Scope.RESOURCE_WRITE)
+async def examine_host(services: Services) -> list[Finding]:
+    """Extension: what the host can do, what is missing, and how to fix it, as `hypeman doctor` reports it.
+
+    Takes up to ten seconds. Findings name files and settings of the host, so reading them needs resource:write.
+    """
+    return await services.doctor.examine()
 
 
 @routes.post("/resources/memory/reclaim", Scope.RESOURCE_WRITE, fails=(400,))

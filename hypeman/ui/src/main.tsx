@@ -22,6 +22,7 @@ import { Images } from "./pages/images";
 import { Ingresses } from "./pages/ingresses";
 import { InstancePage } from "./pages/instance";
 import { Instances } from "./pages/instances";
+import { Usage } from "./pages/usage";
 import { Volumes } from "./pages/volumes";
 import { followLinks, href, route } from "./router";
 import { dark, toggleTheme } from "./theme";
@@ -39,6 +40,7 @@ function View() {
     case "ingresses": return <Ingresses />;
     case "approvals": return <Approvals />;
     case "devices": return <Devices />;
+    case "usage": return <Usage />;
     case "host": return <Host />;
     case "events": return <Events />;
   }

@@ -9,6 +9,7 @@ export const PAGES: readonly { path: string; title: string; icon: IconName; key:
   { path: "/ingresses", title: "Ingresses", icon: "ingress", key: "n" },
   { path: "/approvals", title: "Approvals", icon: "shield", key: "a" },
   { path: "/devices", title: "Devices", icon: "devices", key: "d" },
+  { path: "/usage", title: "Usage", icon: "usage", key: "u" },
   { path: "/host", title: "Host", icon: "host", key: "h" },
   { path: "/events", title: "Events", icon: "events", key: "e" },
 ];

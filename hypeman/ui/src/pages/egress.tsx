@@ -2,9 +2,9 @@
 import { useSignal } from "@preact/signals";
 import type { AccessRule, EgressPolicy, InjectAs, Instance } from "api-types";
 import { useEffect } from "preact/hooks";
-import { ApiError, get, segment } from "../api";
+import { ApiError, call, get, segment } from "../api";
 import { bytes, clock } from "../format";
-import { Empty, Facts, Panel, Problem, Table } from "../ui";
+import { ask, Button, complain, Empty, Facts, Panel, Problem, Table, tell } from "../ui";
 import { Held } from "./approvals";
 
 const MAX = 1000;
@@ -23,6 +23,19 @@ function formOf(form: InjectAs): string {
   if (form.header) return `header ${form.header}`;
   const [name] = Object.entries(form).find(([, value]) => value) ?? ["?"];
   return { basic: "Basic authentication", query: `query parameter ${form.query}`, sigv4: "AWS signature", oauth2: "OAuth 2.0 token", hmac: "signature", body: "body", mtls: "client certificate" }[name] ?? name;
+}
+
+/** Puts a rule for one host in front of the others; returns the policy as it is then, undefined if it was not wanted. */
+async function decideHost(instance: Instance, path: string, host: string, action: "allow" | "deny"): Promise<EgressPolicy | undefined> {
+  const verb = action === "allow" ? "Allow" : "Deny";
+  const sure = await ask({ title: `${verb} ${host}?`, action: verb, danger: action === "deny",
+    text: `A rule in front of the others: ${action} every request of ${instance.name} to ${host}, from the next one on.` });
+  if (sure === null) return undefined;
+  const before = (await get<EgressPolicy>(path)).access?.rules ?? [];
+  const rules = [{ action, hosts: [host] }, ...before];
+  await call("PATCH", `/instances/${segment(instance.id)}`, { network: { egress: { rules } } });
+  tell(`${action === "allow" ? "Allowed" : "Denied"}: ${host}`);
+  return get<EgressPolicy>(path);
 }
 
 function RuleList({ rules, otherwise, observe }: { rules: readonly AccessRule[]; otherwise: string; observe: boolean }) {
@@ -65,7 +78,7 @@ export function Egress({ instance }: { instance: Instance }) {
       }, 150);
     };
     return () => { stream.close(); clearTimeout(timer); };
-  }, [policy.value]);
+  }, [path, policy.value === null || policy.value === undefined]);
   if (problem.value) return <Problem message={problem.value} />;
   if (policy.value === undefined) return null;
   if (policy.value === null) {
@@ -80,6 +93,9 @@ export function Egress({ instance }: { instance: Instance }) {
   const refused = records.value.filter((one) => !passed(one));
   const shown = denied.value ? refused : records.value;
   const { access } = policy.value;
+  async function decide(host: string, action: "allow" | "deny") {
+    await decideHost(instance, path, host, action).then((changed) => { if (changed) policy.value = changed; }, complain);
+  }
   return (
     <>
       <Held instance={instance} />
@@ -97,6 +113,9 @@ export function Egress({ instance }: { instance: Instance }) {
           { title: "Credentials", cell: (one) => one.credentials.join(", "), narrow: true },
           { title: "Traffic", cell: (one) => <span class="muted">↑ {bytes(one.bytes_up, 0)} ↓ {bytes(one.bytes_down, 0)}</span>, narrow: true },
           { title: "Took", cell: (one) => <span class="muted">{Math.round(one.ms)} ms</span>, narrow: true },
+          { title: "", class: "end", narrow: true, cell: (one) => one.host && (passed(one)
+            ? <Button kind="plain" scope="instance:write" label={`Deny ${one.host}`} onClick={() => decide(one.host, "deny")}>Deny</Button>
+            : <Button kind="plain" scope="instance:write" label={`Allow ${one.host}`} onClick={() => decide(one.host, "allow")}>Allow</Button>) },
         ]} /> : <Empty icon="shield" title={denied.value && records.value.length ? "Nothing was denied" : "No requests yet"}>They appear here as they end.</Empty>}
       </Panel>
       <Panel title="Policy"><Facts rows={[

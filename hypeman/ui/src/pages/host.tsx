@@ -1,9 +1,9 @@
 // The host: what it has, who holds it, what it can do, and memory that guests can lend.
 import { useSignal } from "@preact/signals";
-import type { Capabilities, MemoryReclaimResponse, ResourceAllocation, Resources, ResourceStatus } from "api-types";
-import { lacking, post } from "../api";
+import type { Capabilities, Finding, MemoryReclaimResponse, ResourceAllocation, Resources, ResourceStatus } from "api-types";
+import { get, lacking, post } from "../api";
 import { bytes, parseSize, plural, rate } from "../format";
-import { Bar, Button, Dialog, Empty, Facts, Field, Link, Page, Panel, Problem, Table, tell, Text, useResource } from "../ui";
+import { Bar, Button, Dialog, Empty, Facts, Field, Link, Page, Panel, Problem, Table, tell, Text, useResource, useWork } from "../ui";
 
 export function Host() {
   const readable = !lacking("resource:read");
@@ -50,8 +50,28 @@ export function Host() {
           </div>
         </>
       )}
+      {readable && <Doctor />}
       {reclaiming.value && <ReclaimDialog onClose={() => { reclaiming.value = false; }} />}
     </Page>
+  );
+}
+
+/** The worst first. */
+const VERDICTS: Record<Finding["verdict"], [number, string]> = { fail: [0, "bad"], warn: [1, "wait"], ok: [2, "good"] };
+
+/** What `hypeman doctor` reports. It takes some seconds, so it is asked for. */
+function Doctor() {
+  const found = useSignal<readonly Finding[] | undefined>(undefined);
+  const [busy, work] = useWork();
+  const rows = [...(found.value ?? [])].sort((a, b) => VERDICTS[a.verdict][0] - VERDICTS[b.verdict][0]);
+  return (
+    <Panel title="Doctor" flush actions={<Button icon="check" scope="resource:write" busy={busy === "doctor"} onClick={() => work("doctor", async () => { found.value = await get<Finding[]>("/doctor"); })}>Check this host</Button>}>
+      {rows.length ? <Table label="Findings" rows={rows} id={(one) => `${one.name} ${one.message}`} columns={[
+        { title: "Verdict", cell: (one) => <span class={`pill ${VERDICTS[one.verdict][1]}`}>{one.verdict}</span> },
+        { title: "Check", cell: (one) => <span class="mono">{one.name}</span> },
+        { title: "Finding", cell: (one) => <span class="two"><span class="wrap">{one.message}</span>{one.remedy && <small class="mono wrap">{one.remedy}</small>}</span> },
+      ]} /> : <p class="none">The same checks as hypeman doctor: what is missing on this host, and how to fix it.</p>}
+    </Panel>
   );
 }
 

@@ -17,12 +17,14 @@ import { Files } from "./files";
 import { Chart } from "./chart";
 import { Logs } from "./logs";
 import { Network } from "./network";
+import { Operations } from "./operations";
 import { Snapshots } from "./snapshots";
+import { UsageOf } from "./usage";
 import { Mounts } from "./volumes";
 
 const TABS = [
   ["overview", "Overview"], ["logs", "Logs"], ["terminal", "Terminal"], ["files", "Files"], ["network", "Network"],
-  ["volumes", "Volumes"], ["snapshots", "Snapshots"], ["egress", "Egress"], ["settings", "Settings"],
+  ["volumes", "Volumes"], ["snapshots", "Snapshots"], ["egress", "Egress"], ["operations", "Operations"], ["settings", "Settings"],
 ] as const;
 
 export function InstancePage({ reference, tab }: { reference: string; tab: string }) {
@@ -75,6 +77,7 @@ export function InstancePage({ reference, tab }: { reference: string; tab: strin
         {tab === "volumes" && <Mounts instance={instance} />}
         {tab === "snapshots" && <Snapshots instance={instance} />}
         {tab === "egress" && <Egress instance={instance} />}
+        {tab === "operations" && <Operations instance={instance} />}
         {tab === "settings" && <Settings instance={instance} />}
       </div>
       {opened.value && <TerminalView instance={instance} shown={tab === "terminal"} />}
@@ -124,9 +127,12 @@ function Overview({ instance }: { instance: Instance }) {
             ["Tags", instance.tags && Object.keys(instance.tags).length ? <Tags tags={instance.tags} /> : undefined],
           ]} />
         </Panel>
-        <Panel title="Recent events" flush actions={<Link to="/events" class="link small">All events</Link>}>
-          {recent.length ? <EventList events={recent} /> : <p class="none">Nothing happened in the last seven days.</p>}
-        </Panel>
+        <div>
+          <Panel title="Recent events" flush actions={<Link to="/events" class="link small">All events</Link>}>
+            {recent.length ? <EventList events={recent} /> : <p class="none">Nothing happened in the last seven days.</p>}
+          </Panel>
+          <UsageOf instance={instance} />
+        </div>
       </div>
     </>
   );

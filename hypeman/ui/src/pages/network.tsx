@@ -1,6 +1,6 @@
 // How an instance is reached: its address, published ports, and the host names that lead to it.
 import { useSignal } from "@preact/signals";
-import type { Ingress, Instance } from "api-types";
+import type { Ingress, Instance, PortMapping } from "api-types";
 import { call, segment } from "../api";
 import { put } from "../live";
 import { Button, Dialog, Empty, Facts, Field, Link, Panel, Table, tell, Text, useResource } from "../ui";
@@ -43,18 +43,33 @@ export function Network({ instance }: { instance: Instance }) {
   );
 }
 
-/** "127.0.0.1:8000:80/udp" as the API wants it. Throws an Error that says what is wrong. */
+/** First port and number of ports of "8000" or "8000-8010". */
+function range(text: string, part: string): [first: number, count: number] {
+  const [first, last = first] = part.split("-").map(Number) as [number, number?];
+  if (last > 65535 || last < first) throw new Error(`"${text}": ${part} is no port or range of ports`);
+  return [first, last - first + 1];
+}
+
+/** "127.0.0.1:8000:80/udp" or "8000-8010:80-90" as the API wants it. Throws an Error that says what is wrong. */
 export function parsePort(text: string): Record<string, unknown> {
-  const match = /^(?:(?:(\[[\da-f:]+\]|[\d.]+):)?(\d+):)?(\d+)(?:\/(tcp|udp))?$/i.exec(text.trim());
+  const match = /^(?:(?:(\[[\da-f:]+\]|[\d.]+):)?(\d+(?:-\d+)?):)?(\d+(?:-\d+)?)(?:\/(tcp|udp))?$/i.exec(text.trim());
   if (!match) throw new Error(`"${text}" is not HOST:GUEST, such as 8000:80 or 127.0.0.1:5353:53/udp`);
   const [, address, host, guest, protocol] = match;
-  const numbers = [Number(host ?? 0), Number(guest)];
-  if (numbers.some((number) => number > 65535)) throw new Error(`"${text}": a port is at most 65535`);
-  return { host_port: numbers[0], guest_port: numbers[1], ...(protocol ? { protocol: protocol.toLowerCase() } : {}), ...(address ? { host_address: address.replace(/[[\]]/g, "") } : {}) };
+  const [first, count] = range(text, guest!);
+  const [hostPort, hostCount] = host === undefined ? [0, count] : range(text, host);
+  if (hostCount !== count) throw new Error(`"${text}" has ranges of different lengths`);
+  return { host_port: hostPort, guest_port: first, ...(count > 1 ? { count } : {}), ...(protocol ? { protocol: protocol.toLowerCase() } : {}), ...(address ? { host_address: address.replace(/[[\]]/g, "") } : {}) };
+}
+
+/** What parsePort reads. */
+function portText(port: PortMapping): string {
+  const last = (first: number) => ((port.count ?? 1) > 1 ? `-${first + port.count! - 1}` : "");
+  const address = !port.host_address ? "" : port.host_address.includes(":") ? `[${port.host_address}]:` : `${port.host_address}:`;
+  return `${address}${port.host_port}${last(port.host_port)}:${port.guest_port}${last(port.guest_port)}${port.protocol === "udp" ? "/udp" : ""}`;
 }
 
 function PortsDialog({ instance, onClose }: { instance: Instance; onClose: () => void }) {
-  const text = useSignal((instance.ports ?? []).map((port) => `${port.host_address ? `${port.host_address}:` : ""}${port.host_port}:${port.guest_port}${port.protocol === "udp" ? "/udp" : ""}`).join(", "));
+  const text = useSignal((instance.ports ?? []).map(portText).join(", "));
   const error = useSignal("");
   return (
     <Dialog title="Published ports" onClose={onClose}>
@@ -69,7 +84,7 @@ function PortsDialog({ instance, onClose }: { instance: Instance; onClose: () =>
           error.value = (problem as Error).message;
         }
       }}>
-        <Field label="Ports" hint="HOST:GUEST, separated by commas. They replace those from before; connections through others are cut." error={error.value}>
+        <Field label="Ports" hint="HOST:GUEST or ranges of both, separated by commas. They replace those from before; connections through others are cut." error={error.value}>
           <Text value={text.value} onValue={(value) => { text.value = value; }} placeholder="8000:80, 127.0.0.1:5353:53/udp" autofocus />
         </Field>
         <div class="dialog-actions"><Button onClick={onClose}>Cancel</Button><Button type="submit" kind="primary">Publish</Button></div>
