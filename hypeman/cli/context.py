@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -86,13 +86,28 @@ def _name(part: str) -> str:
 def write_context(directory: Path, output: IO[bytes], *, dockerfile: str | None) -> int:
     """Write the tar.gz of ``directory``; returns the number of its entries. ``dockerfile``: its path in the directory,
     or None if it is elsewhere. It and the ignore file are part of every context: BuildKit reads them itself."""
-    ignore = Ignore(_ignore_text(directory, dockerfile))
+    ignore = Ignore(ignore_text(directory, dockerfile))
     kept = {".dockerignore", *((dockerfile, f"{dockerfile}.dockerignore") if dockerfile else ())}
+    return _write(directory, _walk(directory, "", ignore, kept), output, keep_owners=False)
+
+
+def write_directory(directory: Path, output: IO[bytes]) -> int:
+    """Write the tar.gz of all of ``directory``, with its owners; returns the number of its entries."""
+    return _write(directory, entries(directory), output, keep_owners=True)
+
+
+def entries(directory: Path, ignore: Ignore | None = None) -> Iterator[str]:
+    """Paths below ``directory``, each directory before what is in it, in a fixed order."""
+    return _walk(directory, "", ignore or Ignore(""), set())
+
+
+def _write(directory: Path, paths: Iterable[str], output: IO[bytes], *, keep_owners: bool) -> int:
     count = 0
     with tarfile.open(fileobj=output, mode="w:gz", compresslevel=1, format=tarfile.PAX_FORMAT) as tar:
-        for path in _walk(directory, "", ignore, kept):
+        for path in paths:
             entry = tar.gettarinfo(directory / path, arcname=path)
-            entry.uid = entry.gid = 0
+            if not keep_owners:
+                entry.uid = entry.gid = 0
             entry.uname = entry.gname = ""
             if entry.isreg():
                 with open(directory / path, "rb") as file:
@@ -103,7 +118,8 @@ def write_context(directory: Path, output: IO[bytes], *, dockerfile: str | None)
     return count
 
 
-def _ignore_text(directory: Path, dockerfile: str | None) -> str:
+def ignore_text(directory: Path, dockerfile: str | None = None) -> str:
+    """The patterns of the ignore file of a context; empty if it has none."""
     names = [f"{dockerfile}.dockerignore"] if dockerfile else []
     for name in (*names, ".dockerignore"):
         path = directory / name

@@ -105,7 +105,7 @@ class Sender:
         root = self._root_for(os.path.basename(os.path.abspath(source)), contents_only)
         if os.path.isdir(source) and (entered or self._follow_links or not os.path.islink(source)):
             return self._send_tree(source, root)
-        return self._send_file(source, root)
+        return self.send_file(source, root)
 
     def send_tar(self, stream: IO[bytes]) -> int:
         """Copy the entries of a tar to below the path."""
@@ -166,7 +166,7 @@ class Sender:
                 files += [name for name in names if os.path.islink(os.path.join(directory, name))]
             names.sort()
             for name in sorted(files):
-                count += self._send_file(os.path.join(directory, name), posixpath.join(target, name))
+                count += self.send_file(os.path.join(directory, name), posixpath.join(target, name))
         self._finish(directories)
         return count
 
@@ -175,7 +175,8 @@ class Sender:
         for target, meta in reversed(directories):
             self._put(target, meta, None)
 
-    def _send_file(self, source: str, target: str) -> int:
+    def send_file(self, source: str, target: str) -> int:
+        """Copy a file or symlink to exactly ``target``, with the directories above it; returns its bytes."""
         here = os.stat(source, follow_symlinks=self._follow_links)
         if stat.S_ISLNK(here.st_mode):
             self._link(target, self._meta_of(here), os.readlink(source))

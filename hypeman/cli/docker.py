@@ -12,13 +12,12 @@ import click
 from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_instance
 from hypeman.cli.images import delete_image, tag_image
-from hypeman.cli.instances import instance_argument, path_of, show_instance
+from hypeman.cli.instances import instance_argument, path_of, restart_instance, show_instance
 from hypeman.cli.output import render_table, size, use_colour
 from hypeman.cli.session import Session, another_name, complain, fail, interrupted, present, reports, write_log
 from hypeman.urls import segment
 
 _BY_SIGNAL = 128
-_LIVE = ("Running", "Initializing", "Paused", "Shutdown")
 
 
 @click.command()
@@ -29,9 +28,7 @@ def restart(session: Session, instances: tuple[str, ...], seconds: int | None) -
     """Shut instances down and boot them again."""
 
     def one(name: str) -> None:
-        if session.client.get(path_of(name))["state"] in _LIVE:
-            session.client.post(f"{path_of(name)}/stop")
-        show_instance(session, session.client.post(f"{path_of(name)}/start"))
+        show_instance(session, restart_instance(session.client, name))
 
     session.each(instances, one)
 

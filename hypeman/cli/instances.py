@@ -35,6 +35,7 @@ HYPERVISORS = {
     "microvm": HypervisorKind.QEMU_MICROVM.value,
 }
 """Short names."""
+_LIVE = ("Running", "Initializing", "Paused", "Shutdown")
 _HIDDEN = "***"
 
 
@@ -43,6 +44,13 @@ instance_argument = click.argument("instance", shell_complete=complete_instance)
 
 def path_of(instance: str) -> str:
     return f"/instances/{segment(instance)}"
+
+
+def restart_instance(client: Client, name: str) -> Any:
+    """Shut an instance down if it runs, and boot it."""
+    if client.get(path_of(name))["state"] in _LIVE:
+        client.post(f"{path_of(name)}/stop")
+    return client.post(f"{path_of(name)}/start")
 
 
 def show_instance(session: Session, instance: dict[str, Any]) -> None:

@@ -106,9 +106,8 @@ def test_a_service_that_is_built(tmp_path: Path) -> None:
     assert web.build == {"context": str(tmp_path / "app"), "target": "builder", "build_args": {"PY": "3.12"}}
     assert web.body["image"] == f"localhost/{web.name}:latest"
     assert web.depends_on == {"redis": "healthy"}
-    assert [warning.split(" is ignored")[0] for warning in stack.warnings] == [
-        "services.web.stop_grace_period", "services.web.develop",
-    ]  # fmt: skip
+    assert [warning.split(" is ignored")[0] for warning in stack.warnings] == ["services.web.stop_grace_period"]
+    assert web.watch[0].path == tmp_path / "app"
 
 
 def test_limits_settings_and_profiles(tmp_path: Path) -> None:
@@ -189,7 +188,6 @@ def test_files_of_one_folder_may_extend_services_of_the_same_name(tmp_path: Path
         ("include: [loop.yaml]\nservices: {a: {image: x}}", "16 levels"),
         ("include: [other.yaml]\nservices: {a: {image: x}}", "services.a of the file is there already"),
         ("include: [{path: other.yaml, env_file: x}]", "path and project_directory"),
-        ("services: {a: {image: x, volumes: ['./conf:/etc/conf:ro']}}", "not shared with a VM"),
         ("services: {a: {image: x, network_mode: host}}", "has its own network"),
         ("services: {a: {image: x, networks: {n: {aliases: [b]}}}}\nnetworks: {n: }", "names are its own"),
         ("services: {a: {image: x, networks: [n]}}", "no network n"),

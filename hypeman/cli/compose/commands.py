@@ -1,4 +1,4 @@
-"""``hypeman compose``: plan, up, down, standby, start, fork, ps, logs and config of a stack."""
+"""``hypeman compose``: plan, up, watch, down, standby, start, fork, ps, logs and config of a stack."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import click
 import msgspec
 
 from hypeman.cli.client import ApiError, Client, Unreachable
+from hypeman.cli.compose.copies import archive
 from hypeman.cli.compose.model import (
+    COPY,
     NAME_TAG,
     ComposeError,
     Service,
     Stack,
+    Volume,
     tags,
 )
 from hypeman.cli.compose.plan import Act, Action, Found, plan_down, plan_up
@@ -32,6 +35,8 @@ from hypeman.urls import segment
 
 FILES = ("hypeman.compose.yaml", "hypeman.compose.yml", "compose.yaml", "compose.yml", "docker-compose.yml")
 _POLL_SECONDS = 0.5
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -122,23 +127,67 @@ def up(
 ) -> None:
     """Create what is missing, start what is stopped, and replace what has changed if --replace says so."""
     stack = _options().load()
-    client = session.client
-    actions = _plan(stack, find(client, stack.name), replace, remove_orphans)
-    services = {service.key: service for service in stack.services}
-    runner = Up(client, stack, parse_duration(wait_timeout))
+    actions = _plan(stack, find(session.client, stack.name), replace, remove_orphans)
+    runner = Up(session.client, stack, parse_duration(wait_timeout))
     with interrupted(f"what was begun continues; hypeman compose -p {stack.name} ps shows it"):
-        for service in stack.services:
-            if service.build:
-                build_image(session, service, always=rebuild)
-        for action in actions:
-            if action.act is not Act.KEEP:
-                click.echo(str(action), err=True)
-            runner.carry_out(action, services)
-        if wait:
-            for service in stack.ordered():
-                runner.wait_for(service, "healthy" if service.body.get("health_check") else "started")
-    rows = find(client, stack.name).instances
-    _show(session, rows)
+        _bring_up(session, stack, actions, runner, rebuild=rebuild, wait=wait)
+    _show(session, find(session.client, stack.name).instances)
+
+
+def _bring_up(
+    session: Session, stack: Stack, actions: Sequence[Action], runner: Up, *, rebuild: bool, wait: bool
+) -> None:
+    services = {service.key: service for service in stack.services}
+    for service in stack.services:
+        if service.build:
+            build_image(session, service, always=rebuild)
+    for action in actions:
+        if action.act is not Act.KEEP:
+            click.echo(str(action), err=True)
+        runner.carry_out(action, services)
+    if wait:
+        for service in stack.ordered():
+            runner.wait_for(service, "healthy" if service.body.get("health_check") else "started")
+
+
+@compose.command()
+@click.argument("services", nargs=-1)
+@click.option("--no-up", is_flag=True, help="The stack runs already: do not create or start anything first.")
+@click.option("--wait-timeout", default="2m", show_default=True)
+@reports
+def watch(session: Session, services: tuple[str, ...], no_up: bool, wait_timeout: str) -> None:
+    """Bring the stack up, then carry files that change here into it, as develop.watch of the services says.
+
+    sync copies them into the guest, restart boots it again, rebuild builds the image and replaces the instance.
+    """
+    from hypeman.cli.compose.watcher import Watcher
+
+    stack = _options().load()
+    if missing := set(services) - {service.key for service in stack.services}:
+        fail(f"there is no service {', '.join(sorted(missing))} in the file")
+    runner = Up(session.client, stack, parse_duration(wait_timeout))
+
+    def rebuild(service: Service) -> None:
+        action = Action(Act.REPLACE, "instance", service.name, service.key, "built again")
+        try:
+            build_image(session, service, always=True)
+            click.echo(str(action), err=True)
+            runner.carry_out(action, {service.key: service})
+        except SystemExit as failed:  # the reason was shown; the next change builds again
+            if failed.code == _INTERRUPTED:
+                raise
+
+    watcher = Watcher(session, stack, services, rebuild)
+    if not watcher.rules:
+        fail("no service has develop.watch, which says what is watched")
+    with interrupted(f"the stack goes on; hypeman compose -p {stack.name} ps shows it"):
+        if not no_up:
+            actions = _plan(stack, find(session.client, stack.name), replace=False, remove_orphans=False)
+            _bring_up(session, stack, actions, runner, rebuild=False, wait=True)
+        watcher.sync_at_first()
+        for path in sorted({str(rule.path) for rule in watcher.rules}):
+            click.echo(one_line(f"watch    {path}"), err=True)
+        watcher.run()
 
 
 @compose.command()
@@ -332,9 +381,7 @@ class Up:
             case Act.DELETE, kind:
                 _delete(self._client, kind, action.name)
             case _, "volume":
-                volume = next(one for one in self._stack.volumes if one.key == action.key)
-                body = {"name": volume.name, "size_gb": volume.size_gb, "tags": tags(self._stack, "volume")}
-                self._client.post("/volumes", body)
+                self._volume(next(one for one in self._stack.volumes if one.name == action.name))
             case act, "instance":
                 self._instance(act, services[action.key])
             case act, _:
@@ -343,6 +390,17 @@ class Up:
                 ingress = next(one for one in services[action.key].ingresses if one.name == action.name)
                 labels = tags(self._stack, "ingress", action.key, ingress.body)
                 self._client.post("/ingresses", {**ingress.body, "tags": labels})
+
+    def _volume(self, volume: Volume) -> None:
+        labels = tags(self._stack, COPY if volume.by_content else "volume")
+        body = {"name": volume.name, "size_gb": volume.size_gb, "tags": labels}
+        if not volume.source:
+            self._client.post("/volumes", body)
+            return
+        try:
+            self._client.upload("/volumes/from-archive", archive(Path(volume.source)), "application/gzip", body)
+        except OSError as error:
+            fail(f"{error.filename or volume.source}: {error.strerror or error}")
 
     def _instance(self, act: Act, service: Service) -> None:
         for key, condition in service.depends_on.items():

@@ -27,7 +27,10 @@ def expanded(tree: dict[str, Any], directory: Path, read: Read, depth: int = 0) 
     if depth > _MAX_DEPTH:
         raise ComposeError(f"include is nested more than {_MAX_DEPTH} levels deep")
     included: dict[str, Any] = {}
-    for entry in tree.get("include") or []:
+    includes = tree.get("include") or []
+    if not isinstance(includes, list):
+        raise ComposeError(f"include must be a list, as in include: [{includes if isinstance(includes, str) else '…'}]")
+    for entry in includes:
         _take_in(included, _included(entry, directory, read, depth), str(entry))
     own = {key: value for key, value in tree.items() if key != "include"}
     services = {
@@ -147,4 +150,24 @@ def _anchored_service(value: Any, directory: Path) -> Any:
         found["build"] = str(directory / build)
     elif isinstance(build, dict):
         found["build"] = {**build, "context": str(directory / build.get("context", "."))}
+    if isinstance(value.get("volumes"), list):
+        found["volumes"] = [_anchored_mount(entry, directory) for entry in value["volumes"]]
+    develop = value.get("develop")
+    if isinstance(develop, dict) and isinstance(develop.get("watch"), list):
+        found["develop"] = {**develop, "watch": [_anchored_path(rule, "path", directory) for rule in develop["watch"]]}
     return found
+
+
+def _anchored_mount(entry: Any, directory: Path) -> Any:
+    """Sources that begin with a dot are directories here; all others are volumes or absolute."""
+    if isinstance(entry, str):
+        return str(directory / entry) if entry.startswith(".") else entry
+    if isinstance(entry, dict) and entry.get("type") == "bind":
+        return _anchored_path(entry, "source", directory)
+    return entry
+
+
+def _anchored_path(value: Any, field: str, directory: Path) -> Any:
+    if not isinstance(value, dict) or not isinstance(value.get(field), str) or value[field].startswith("~"):
+        return value
+    return {**value, field: str(directory / value[field])}

@@ -9,11 +9,14 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from hypeman.cli.compose.watching import Rule
 from hypeman.ids import SERVICE_TAG, STACK_TAG
 
 NAME_TAG = STACK_TAG
 RESOURCE_TAG = "hypeman.compose.resource"
 HASH_TAG = "hypeman.compose.hash"
+COPY = "copy"
+"""Resource of a volume whose name follows from its content."""
 
 
 class ComposeError(Exception):
@@ -24,6 +27,10 @@ class Volume(Struct, frozen=True):
     key: str
     name: str
     size_gb: int
+    source: str = ""
+    """Directory here that it is filled from when it is made (``copies``)."""
+    by_content: bool = False
+    """Its name follows from the content of ``source``."""
 
 
 class Ingress(Struct, frozen=True):
@@ -49,6 +56,8 @@ class Service(Struct, frozen=True):
     """Variables with the real values of the credentials in ``body``. Not shown, and not part of the fingerprint."""
     tags: dict[str, str] = {}
     """How the guest is set up."""
+    watch: tuple[Rule, ...] = ()
+    """What changed files do in ``compose watch``."""
 
     @property
     def content(self) -> list[Any]:

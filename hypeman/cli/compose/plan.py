@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from hypeman.cli.compose.model import HASH_TAG, ComposeError, Stack, fingerprint
+from hypeman.cli.compose.model import COPY, HASH_TAG, RESOURCE_TAG, ComposeError, Stack, Volume, fingerprint
 from hypeman.ids import SERVICE_TAG
 
 
@@ -44,7 +44,7 @@ class Found(Struct, frozen=True):
 def plan_up(stack: Stack, found: Found, *, replace: bool = False, remove_orphans: bool = False) -> list[Action]:
     """In the order in which they are carried out. Raises ComposeError where something would have to be replaced that
     may not be."""
-    actions = [_volume(volume.key, volume.name, volume.size_gb, found) for volume in stack.volumes]
+    actions = [_volume(volume, found) for volume in stack.volumes]
     instances = {row["name"]: row for row in found.instances}
     ingresses = {row["name"]: row for row in found.ingresses}
     gone = [
@@ -67,16 +67,29 @@ def plan_up(stack: Stack, found: Found, *, replace: bool = False, remove_orphans
             same = row is not None and (row.get("tags") or {}).get(HASH_TAG) == fingerprint(ingress.body)
             act = Act.CREATE if row is None else Act.KEEP if same else Act.REPLACE
             actions.append(Action(act, "ingress", ingress.name, service.key))
-    return actions
+    return actions + (_old_copies(stack, found) if replace else [])
 
 
-def _volume(key: str, name: str, size_gb: int, found: Found) -> Action:
-    row = next((row for row in found.volumes if row["name"] == name), None)
+def _volume(volume: Volume, found: Found) -> Action:
+    row = next((row for row in found.volumes if row["name"] == volume.name), None)
     if row is None:
-        return Action(Act.CREATE, "volume", name, key, f"{size_gb}GB")
-    if row["size_gb"] != size_gb:
-        raise ComposeError(f"volumes.{key}: {name} has {row['size_gb']}GB; the size of a volume does not change")
-    return Action(Act.KEEP, "volume", name, key)
+        why = f"a copy of {volume.source}" if volume.source else f"{volume.size_gb}GB"
+        return Action(Act.CREATE, "volume", volume.name, volume.key, why)
+    if row["size_gb"] != volume.size_gb and not volume.source:
+        raise ComposeError(
+            f"volumes.{volume.key}: {volume.name} has {row['size_gb']}GB; the size of a volume does not change"
+        )
+    return Action(Act.KEEP, "volume", volume.name, volume.key)
+
+
+def _old_copies(stack: Stack, found: Found) -> list[Action]:
+    """Read-only copies of directories whose content was another one."""
+    wanted = {volume.name for volume in stack.volumes}
+    return [
+        Action(Act.DELETE, "volume", row["name"], why="an older copy")
+        for row in found.volumes
+        if (row.get("tags") or {}).get(RESOURCE_TAG) == COPY and row["name"] not in wanted
+    ]
 
 
 def _instance(key: str, name: str, wanted: str, row: dict[str, Any] | None, replace: bool) -> Action:

@@ -17,8 +17,10 @@ from typing import Any
 
 import click
 
+from hypeman.cli.compose.copies import copied_volume
 from hypeman.cli.compose.merging import by_name, expanded
 from hypeman.cli.compose.model import ComposeError, Service, Stack, Volume, in_strings
+from hypeman.cli.compose.watching import Action, Rule
 from hypeman.cli.policies import docker_restart
 from hypeman.errors import InvalidRequest
 from hypeman.ids import stack_member
@@ -37,13 +39,12 @@ IGNORED = {
     "security_opt": "the boundary is the VM's",
     "read_only": "the instance has a writable layer of its own",
     "tmpfs": "the directories are on the instance's own disk",
-    "develop": "after a change: hypeman compose up --build --replace",
 }
 """Keys that are left out with a warning: the service works without them."""
 _KEYS = frozenset(
     """image build command entrypoint environment env_file ports volumes depends_on restart healthcheck deploy mem_limit
     cpus hostname user working_dir labels profiles platform networks network_mode secrets ulimits sysctls shm_size
-    scale""".split()  # noqa: SIM905
+    scale develop""".split()  # noqa: SIM905
 )
 _INSTEAD = {
     "privileged": "a VM has a kernel of its own: root in it has every capability there",
@@ -116,7 +117,7 @@ def parse(
     return Stack(
         name,
         tuple(services),
-        tuple(volumes.values()),
+        (*volumes.values(), *(volume for reader in readers for volume in reader.copies)),
         tuple(warning for reader in readers for warning in reader.warnings()),
     )
 
@@ -238,6 +239,8 @@ class _Reader:
         self._directory = directory
         self._environ = environ
         self._volumes = volumes
+        self.copies: list[Volume] = []
+        """Of directories here; known once ``service`` was called."""
 
     def service(self) -> Service:
         for key in self._value.keys() - _KEYS - HARMLESS - IGNORED.keys():
@@ -273,7 +276,8 @@ class _Reader:
             key=self._key,
             name=name,
             body={field: value for field, value in body.items() if value not in (None, {}, [], "")},
-            mounts=tuple(map(self._mount, self._value.get("volumes") or [])),
+            mounts=tuple(mount for entry in self._value.get("volumes") or [] if (mount := self._mount(entry))),
+            watch=self._watch(),
             depends_on=self._depends_on(),
             build=build,
             secrets=secrets,
@@ -282,7 +286,10 @@ class _Reader:
 
     def warnings(self) -> list[str]:
         given = [key for key in IGNORED if self._value.get(key)]
-        return [f"services.{self._key}.{key} is ignored: {IGNORED[key]}" for key in given]
+        ignored = [f"services.{self._key}.{key} is ignored: {IGNORED[key]}" for key in given]
+        return ignored + [
+            f"services.{self._key}.volumes: the guest gets a copy of {each.source}" for each in self.copies
+        ]
 
     def networks(self) -> frozenset[str]:
         given = self._value.get("networks") or ["default"]
@@ -366,10 +373,7 @@ class _Reader:
         return None if value is None else str(value)
 
     def _words(self, field: str) -> list[str] | None:
-        value = self._value.get(field)
-        if value is None:
-            return None
-        return shlex.split(value) if isinstance(value, str) else [str(word) for word in value]
+        return _words(self._value.get(field))
 
     def _environment(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -403,22 +407,77 @@ class _Reader:
         except Exception as error:
             raise self._error("ports", f"{entry!r}: {error}") from None
 
-    def _mount(self, entry: Any) -> dict[str, Any]:
+    def _mount(self, entry: Any) -> dict[str, Any] | None:
+        """None for an anonymous volume: what is written there is on the instance's own disk."""
         if isinstance(entry, str):
+            if ":" not in entry and entry.startswith("/"):
+                return None
             source, _, rest = entry.partition(":")
             path, _, mode = rest.partition(":")
             entry = {"type": "volume", "source": source, "target": path, "read_only": "ro" in mode.split(",")}
         source, target = str(entry.get("source", "")), str(entry.get("target", ""))
-        if entry.get("type", "volume") != "volume" or source.startswith(("/", ".", "~")) or not target.startswith("/"):
+        if (kind := entry.get("type", "volume")) not in ("volume", "bind"):
             raise self._error(
-                "volumes",
-                f"{source or entry!r}: directories of the host are not shared with a VM; use a named volume, or put "
-                "the files into the image",
+                "volumes", f"{target}: {kind} is not supported; the directory is on the instance's own disk"
             )
+        if kind == "bind" or source.startswith(("/", ".", "~")):
+            return self._copied(source, target, entry, readonly=bool(entry.get("read_only")))
+        if not target.startswith("/"):
+            raise self._error("volumes", f"{entry!r}: {target!r} is not an absolute path of the guest")
         if source not in self._volumes:
             raise self._error("volumes", f"there is no volume {source!r}")
         mount: dict[str, Any] = {"volume_id": self._volumes[source].name, "mount_path": target}
         return {**mount, **({"readonly": True} if entry.get("read_only") else {})}
+
+    def _copied(self, source: str, target: str, entry: Any, *, readonly: bool) -> dict[str, Any]:
+        """A mount of a directory here: of a volume that is filled from it."""
+        if not target.startswith("/"):
+            raise self._error("volumes", f"{entry!r}: {target!r} is not an absolute path of the guest")
+        path = (self._directory / os.path.expanduser(source)).resolve()
+        try:
+            volume = copied_volume(self._stack, self._key, path, target, readonly=readonly)
+        except ComposeError as error:
+            raise self._error("volumes", str(error)) from None
+        self.copies.append(volume)
+        return {"volume_id": volume.name, "mount_path": target, **({"readonly": True} if readonly else {})}
+
+    def _watch(self) -> tuple[Rule, ...]:
+        develop = self._value.get("develop") or {}
+        if unknown := develop.keys() - {"watch"}:
+            raise self._error("develop", f"{', '.join(sorted(unknown))} is not supported")
+        return tuple(self._watch_rule(rule) for rule in develop.get("watch") or [])
+
+    def _watch_rule(self, given: Mapping[str, Any]) -> Rule:
+        known = {"action", "path", "target", "ignore", "include", "exec", "initial_sync"}
+        if unknown := given.keys() - known:
+            raise self._error("develop.watch", f"{', '.join(sorted(unknown))} is not supported")
+        try:
+            action = Action(str(given.get("action")))
+        except ValueError:
+            raise self._error(
+                "develop.watch", f"action must be one of {', '.join(Action)}, not {given.get('action')!r}"
+            ) from None
+        if not given.get("path"):
+            raise self._error("develop.watch", f"{action}: path is missing")
+        if action.syncs and not str(given.get("target") or "").startswith("/"):
+            raise self._error("develop.watch", f"{action}: target must be an absolute path of the guest")
+        if action is Action.REBUILD and not self._value.get("build"):
+            raise self._error("develop.watch", "rebuild: the service has no build")
+        command = given.get("exec") or {}
+        if action is Action.SYNC_EXEC and not command.get("command"):
+            raise self._error("develop.watch", f"{action}: exec.command is missing")
+        if unknown := command.keys() - {"command"}:
+            raise self._error("develop.watch", f"exec.{', '.join(sorted(unknown))} is not supported")
+        return Rule(
+            self._key,
+            action,
+            (self._directory / os.path.expanduser(str(given["path"]))).resolve(),
+            str(given.get("target") or ""),
+            _texts(given.get("ignore")),
+            _texts(given.get("include")),
+            tuple(_words(command.get("command")) or ()),
+            bool(given.get("initial_sync")),
+        )
 
     def _depends_on(self) -> dict[str, str]:
         given = self._value.get("depends_on") or {}
@@ -490,6 +549,17 @@ class _Reader:
         if cpus is not None:
             found["vcpus"] = max(1, -(-round(float(cpus) * 1000) // 1000))
         return found
+
+
+def _words(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    return shlex.split(value) if isinstance(value, str) else [str(word) for word in value]
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """A list, or one text that stands for it."""
+    return (value,) if isinstance(value, str) else tuple(map(str, value or ()))
 
 
 def _pair(text: str) -> tuple[str, str | None]:

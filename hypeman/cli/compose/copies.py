@@ -1,0 +1,79 @@
+"""Directories here that a service mounts: each becomes a volume that is filled from the directory when it is made.
+
+A VM does not share the host's files, so this is a copy: changes here do not appear in the guest, and changes in the
+guest do not appear here. Of a read-only mount the volume's name has a hash of the content: changed files are noticed as
+a changed service, and come with ``up --replace``. A writable one is filled once, and then is the guest's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from hypeman.cli.compose.model import ComposeError, Volume
+from hypeman.cli.context import entries, write_directory
+
+MAX_BYTES = 1 << 30
+MAX_ENTRIES = 100_000
+_WRITABLE_GB = 10
+_CHUNK = 1 << 20
+_HASH_CHARACTERS = 10
+
+
+def copied_volume(stack: str, service: str, source: Path, target: str, *, readonly: bool) -> Volume:
+    """The volume for ``source`` at ``target``. Raises ComposeError if it is no directory, or too large to be copied."""
+    if not source.exists():
+        raise ComposeError(f"{source} does not exist")
+    if not source.is_dir():
+        raise ComposeError(
+            f"{source} is not a directory: only directories are copied into a VM; put the file into one, or into the "
+            "image"
+        )
+    try:
+        digest, size = _measured(source)
+    except OSError as error:
+        raise ComposeError(f"{error.filename or source} cannot be read: {error.strerror}") from None
+    place = re.sub(r"[^a-z0-9]+", "-", target.lower()).strip("-") or "root"
+    name = f"{stack}-{service}-{place}"
+    gigabytes = 1 + 2 * size // (1 << 30)
+    if readonly:
+        return Volume(name, f"{name}-{digest[:_HASH_CHARACTERS]}", gigabytes, str(source), by_content=True)
+    return Volume(name, name, max(_WRITABLE_GB, gigabytes), str(source))
+
+
+def _measured(directory: Path) -> tuple[str, int]:
+    """A hash of names, modes and content, and the bytes of all files."""
+    digest = hashlib.sha256()
+    size = 0
+    for count, path in enumerate(entries(directory)):
+        about = os.lstat(directory / path)
+        digest.update(f"{path}\0{about.st_mode}\0".encode(errors="surrogateescape"))
+        if os.path.islink(directory / path):
+            digest.update(os.fsencode(os.readlink(directory / path)))
+        elif os.path.isfile(directory / path):
+            size += about.st_size
+            if size > MAX_BYTES or count > MAX_ENTRIES:
+                raise ComposeError(
+                    f"{directory} has more than 1 GB or {MAX_ENTRIES} files, too much for a copy: use a named volume"
+                )
+            with open(directory / path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest(), size
+
+
+def archive(directory: Path) -> Iterator[bytes]:
+    """The tar.gz of ``directory``, with owners as they are."""
+    with tempfile.TemporaryFile() as file:
+        write_directory(directory, file)
+        file.seek(0)
+        yield from _chunks(file)
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK):
+        yield chunk
