@@ -7,11 +7,10 @@ has already are not read; every other one is verified by its digest. Nothing has
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Protocol
 
 import msgspec
-import trio
 
 from hypeman.builds.work import BuildFailed
 from hypeman.errors import NotFound
@@ -47,12 +46,7 @@ class GuestFiles(Protocol):
 
 class RegistryNeeds(Protocol):
     async def mount(self, repository: str, digest: str, source: str) -> bool: ...
-    async def begin(self, repository: str) -> str: ...
-    async def receive(
-        self, repository: str, name: str, chunks: AsyncIterator[bytes], span: tuple[int, int] | None = None
-    ) -> int: ...
-    async def finish(self, repository: str, name: str, digest: str) -> None: ...
-    async def cancel(self, repository: str, name: str) -> None: ...
+    async def put_blob(self, repository: str, digest: str, chunks: AsyncIterator[bytes]) -> None: ...
     async def put_manifest(self, repository: str, reference: str, data: bytes, media_type: str) -> tuple[str, str]: ...
     async def manifest(self, repository: str, reference: str) -> Opened: ...
     async def blob(self, repository: str, digest: str) -> Opened: ...
@@ -176,15 +170,8 @@ class Layout:
         path = _path(digest)
         if await self._registry.mount(repository, digest, ""):
             return
-        upload = await self._registry.begin(repository)
-        try:
-            async with aclosing(await self._open(path)) as copy, aclosing(_content(copy)) as pieces:
-                await self._registry.receive(repository, upload, pieces)
-            await self._registry.finish(repository, upload, digest)
-        except BaseException:
-            with trio.CancelScope(shield=True), suppress(RegistryFailure):  # or it is over already
-                await self._registry.cancel(repository, upload)
-            raise
+        async with aclosing(await self._open(path)) as copy, aclosing(_content(copy)) as pieces:
+            await self._registry.put_blob(repository, digest, pieces)
 
     async def _open(self, path: str) -> CopyOut:
         """The caller closes it."""

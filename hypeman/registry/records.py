@@ -33,6 +33,8 @@ class TagRow(msgspec.Struct, frozen=True):
     updated_at: datetime
     image: str = ""
     """Normalised name of the image that was made of it."""
+    adopting: bool = False
+    """Its image, if it is one, has still to be made: the tag is written first."""
 
 
 class BlobRow(msgspec.Struct, frozen=True):

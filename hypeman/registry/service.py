@@ -13,8 +13,8 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import AsyncIterable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,13 +95,25 @@ class Upload:
         self.size = 0
         self.hash = hashlib.sha256()
         self.lock = trio.Lock()
+        self.over = False
+        """Complete or dropped; the request that holds the lock closes the file."""
         self.touched = now
 
     def add(self, chunk: bytes) -> None:
-        """Blocking."""
-        write_all(self.fd, chunk)
+        """Blocking. Raises OSError; what was received before stays."""
+        try:
+            write_all(self.fd, chunk)
+        except OSError:
+            os.ftruncate(self.fd, self.size)  # part of the chunk may be there
+            os.lseek(self.fd, self.size, os.SEEK_SET)
+            raise
         self.hash.update(chunk)
         self.size += len(chunk)
+
+    def end(self) -> None:
+        self.over = True
+        if not self.lock.locked():
+            os.close(self.fd)
 
 
 class Registry:
@@ -122,8 +134,11 @@ class Registry:
         self._max_blob_bytes = max_blob_bytes
         self._now = now
         self._uploads: dict[str, Upload] = {}
+        self._tagging = trio.Lock()
+        """Of two pushes to one tag, the image is that of the later one, as the tag is."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        await self._resume()
         task_status.started()
         try:
             while True:
@@ -131,8 +146,17 @@ class Registry:
                 await trio.sleep(_COLLECT_SECONDS)
         finally:
             for upload in self._uploads.values():
-                os.close(upload.fd)
+                upload.end()
             self._uploads.clear()
+
+    async def _resume(self) -> None:
+        """Make the images of tags that an earlier server has only stored."""
+        for key, row in self._store.read(lambda txn: [(key, row) for key, row in txn.scan(TAGS) if row.adopting]):
+            repository, _, tag = key.rpartition(":")
+            data = await trio.to_thread.run_sync(self._blobs.read, row.digest, MAX_MANIFEST_BYTES)
+            manifest = self._store.read(lambda txn, at=f"{repository}@{row.digest}": txn.get(MANIFESTS, at))  # type: ignore[misc]
+            if data is not None and manifest is not None:
+                await self._adopt(repository, tag, data, manifest.media_type, row.digest)
 
     async def collect(self) -> None:
         """Drop idle uploads, and content that nothing refers to."""
@@ -206,7 +230,7 @@ class Registry:
         """Raises RegistryFailure BLOB_UPLOAD_UNKNOWN."""
         found = self._uploads.get(name)
         if found is None or found.repository != repository:
-            raise RegistryFailure(Code.BLOB_UPLOAD_UNKNOWN, "there is no such upload; begin again")
+            raise _unknown_upload()
         return found
 
     async def receive(
@@ -216,8 +240,7 @@ class Registry:
 
         Raises RegistryFailure RANGE_INVALID for a span that does not continue the upload, SIZE_INVALID.
         """
-        upload = self.upload(repository, name)
-        async with upload.lock:
+        async with self._held(repository, name) as upload:
             upload.touched = self._now()
             if span is not None and span[0] != upload.size:
                 raise RegistryFailure(
@@ -231,16 +254,30 @@ class Registry:
                     await self._drop(name)
                     raise RegistryFailure(Code.SIZE_INVALID, f"a blob may have {self._max_blob_bytes} bytes at most")
                 await trio.to_thread.run_sync(upload.add, chunk)
+                if upload.over:
+                    raise _unknown_upload()  # cancelled by another request
                 upload.touched = self._now()
             if span is not None and upload.size - begin != span[1] - span[0] + 1:
                 await self._drop(name)
                 raise RegistryFailure(Code.SIZE_INVALID, "the body is not as long as Content-Range says")
             return upload.size
 
-    async def finish(self, repository: str, name: str, digest: str) -> None:
-        """Complete an upload. Raises RegistryFailure DIGEST_INVALID; the upload is then over."""
+    @asynccontextmanager
+    async def _held(self, repository: str, name: str) -> AsyncIterator[Upload]:
+        """An upload, for one request at a time. Raises RegistryFailure BLOB_UPLOAD_UNKNOWN."""
         upload = self.upload(repository, name)
         async with upload.lock:
+            if upload.over:
+                raise _unknown_upload()
+            try:
+                yield upload
+            finally:
+                if upload.over:
+                    os.close(upload.fd)
+
+    async def finish(self, repository: str, name: str, digest: str) -> None:
+        """Complete an upload. Raises RegistryFailure DIGEST_INVALID; the upload is then over."""
+        async with self._held(repository, name) as upload:
             try:
                 check_digest(digest)
             except RegistryFailure:
@@ -251,9 +288,20 @@ class Registry:
                 raise RegistryFailure(Code.DIGEST_INVALID, f"the bytes received have not the digest {digest}")
             await trio.to_thread.run_sync(self._blobs.publish, upload.fd, upload.path, digest)
             self._uploads.pop(name, None)
-            os.close(upload.fd)
+            upload.end()
             row = BlobRow(upload.size, self._now())
             await self._store.write(lambda txn: txn.put(BLOBS, f"{repository}@{digest}", row))
+
+    async def put_blob(self, repository: str, digest: str, chunks: AsyncIterable[bytes]) -> None:
+        """A whole upload at once: nothing of it is left if it fails. Raises as ``receive`` and ``finish`` do."""
+        name = await self.begin(repository)
+        try:
+            await self.receive(repository, name, chunks)
+            await self.finish(repository, name, digest)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self._drop(name)
+            raise
 
     async def cancel(self, repository: str, name: str) -> None:
         """Raises RegistryFailure BLOB_UPLOAD_UNKNOWN."""
@@ -263,7 +311,7 @@ class Registry:
     async def _drop(self, name: str) -> None:
         upload = self._uploads.pop(name, None)
         if upload is not None:
-            os.close(upload.fd)
+            upload.end()
             await trio.to_thread.run_sync(self._blobs.abandon, upload.path)
 
     # Manifests
@@ -340,15 +388,20 @@ class Registry:
                     raise RegistryFailure(Code.MANIFEST_BLOB_UNKNOWN, f"{repository} has no manifest {child}")
             txn.put(MANIFESTS, f"{repository}@{digest}", row)
             if not by_digest:
-                txn.put(TAGS, f"{repository}:{reference}", TagRow(digest, self._now()))
+                txn.put(TAGS, f"{repository}:{reference}", TagRow(digest, self._now(), adopting=True))
 
-        await self._store.write(write)
-        if not by_digest:
+        if by_digest:
+            await self._store.write(write)
+            return digest, row.subject
+        async with self._tagging:
+            await self._store.write(write)
             await self._adopt(repository, reference, data, row.media_type, digest)
         return digest, row.subject
 
     async def _adopt(self, repository: str, tag: str, data: bytes, media_type: str, digest: str) -> None:
-        """Make an image of what was tagged, if it is one for this host. Other artifacts are only stored."""
+        """Make an image of what was tagged, if it is one for this host. Other artifacts are only stored. A client that
+        leaves changes nothing; a server that is killed continues when it starts."""
+        name = ""
         try:
             document = parse_manifest(data, media_type)
             if isinstance(document, Index):
@@ -358,10 +411,11 @@ class Registry:
                     raise ManifestError(f"{digest} is not here")
                 document = parse_manifest(found)
             if isinstance(document, Manifest) and document.config.media_type in CONFIG_TYPES:
-                name = await self._images.adopt(f"{repository}:{tag}", document, digest)
-                await self._store.write(lambda txn: _name_image(txn, f"{repository}:{tag}", name))
+                with trio.CancelScope(shield=True):
+                    name = await self._images.adopt(f"{repository}:{tag}", document, digest)
         except (ManifestError, PlatformMissing, HypemanError) as error:
             log.info("%s:%s was pushed, and is no image here: %s", repository, tag, error)
+        await self._store.write(lambda txn: _adopted(txn, f"{repository}:{tag}", name))
 
     async def delete_manifest(self, repository: str, reference: str) -> None:
         """A tag, or a manifest with its tags, and the images that were made of them, unless they are in use.
@@ -424,10 +478,14 @@ class Registry:
         return msgspec.json.encode({"schemaVersion": 2, "mediaType": INDEX_TYPES[0], "manifests": described})
 
 
-def _name_image(txn: Txn, key: str, name: str) -> None:
+def _unknown_upload() -> RegistryFailure:
+    return RegistryFailure(Code.BLOB_UPLOAD_UNKNOWN, "there is no such upload; begin again")
+
+
+def _adopted(txn: Txn, key: str, image: str) -> None:
     row = txn.get(TAGS, key)
     if row is not None:
-        txn.put(TAGS, key, msgspec.structs.replace(row, image=name))
+        txn.put(TAGS, key, msgspec.structs.replace(row, image=image, adopting=False))
 
 
 def _anywhere(txn: Txn, digest: str) -> BlobRow | None:

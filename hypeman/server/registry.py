@@ -154,11 +154,10 @@ class RegistryRoutes:
         mount = query.get("mount", "")
         if mount and await self._registry.mount(repository, mount, query.get("from", "")):
             return _created(f"/v2/{repository}/blobs/{mount}", mount)
-        name = await self._registry.begin(repository)
         if digest := query.get("digest"):
-            await self._registry.receive(repository, name, request.body)
-            await self._registry.finish(repository, name, digest)
+            await self._registry.put_blob(repository, digest, request.body)
             return _created(f"/v2/{repository}/blobs/{digest}", digest)
+        name = await self._registry.begin(repository)
         return self._upload(202, repository, name, 0)
 
     def _upload(self, status: int, repository: str, name: str, size: int) -> Response:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 
 from hypeman.actor import Actor, acting, set_actor
 from hypeman.images.types import CreateImageRequest, ImageStatus
-from hypeman.registry import records
+from hypeman.registry import records, service
 from hypeman.registry.names import Code, RegistryFailure, is_digest, parse_byte_range, parse_content_range, parse_path
 from hypeman.registry.service import MAX_UPLOADS_EACH
 from hypeman.tokens import mint
@@ -133,6 +136,60 @@ async def test_wrong_uploads_leave_nothing(served: Served) -> None:
         assert (await client.delete(started)).status_code == 404
     assert not served.registry._uploads
     assert not served.images.blobs.downloads()
+
+
+async def test_an_upload_that_is_cancelled_while_it_receives_closes_its_file_once(served: Served) -> None:
+    """Its descriptor may belong to another file at once, into which the rest of the body must not go."""
+    registry = served.registry
+    name = await registry.begin("a")
+    other: list[int] = []
+
+    async def body() -> AsyncGenerator[bytes]:
+        yield b"first"
+        await registry.cancel("a", name)
+        with open(os.devnull, "rb") as file:
+            other.append(file.fileno())
+            yield b"second"
+
+    with pytest.raises(RegistryFailure) as unknown:
+        async with aclosing(body()) as chunks:
+            await registry.receive("a", name, chunks)
+    assert unknown.value.code is Code.BLOB_UPLOAD_UNKNOWN
+    waiting = await registry.begin("a")
+    fd = registry.upload("a", waiting).fd
+    assert other != [fd], "it was open as long as it was written to"
+    os.fstat(fd)
+
+
+async def test_a_client_that_leaves_a_whole_upload_leaves_nothing(served: Served) -> None:
+    async def torn() -> AsyncGenerator[bytes]:
+        yield b"first"
+        raise ConnectionError
+
+    async with aclosing(torn()) as chunks:
+        with pytest.raises(ConnectionError):
+            await served.registry.put_blob("a", digest(b"first and more"), chunks)
+    assert not served.registry._uploads
+    assert not list((served.images.blobs.path("sha256:").parent / "partial").iterdir())
+
+
+async def test_a_full_disk_leaves_an_upload_that_can_be_continued(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(fd: int, data: bytes) -> None:
+        os.write(fd, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with served.client() as client:
+        at = (await client.post("/v2/a/blobs/uploads/")).headers["location"]
+        await client.patch(at, content=b"first ")
+        with monkeypatch.context() as full:
+            full.setattr(service, "write_all", write_half)
+            assert (await client.patch(at, content=b"second")).status_code == 500
+        assert (await client.get(at)).headers["range"] == "0-5"
+        done = await client.put(at, params={"digest": digest(b"first second")}, content=b"second")
+        assert done.status_code == 201
+        assert (await client.get(f"/v2/a/blobs/{digest(b'first second')}")).content == b"first second"
 
 
 async def test_no_caller_takes_all_uploads(served: Served) -> None:
