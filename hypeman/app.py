@@ -500,6 +500,7 @@ def _builds(
             timeout=settings.timeout,
             disk_size_gb=disk_size_gb,
             max_source=settings.max_source_size,
+            max_sources=settings.max_sources_size,
             secrets_dir=settings.secrets_dir,
             builder_idle=settings.builder_idle_days * 86400,
             max_cpus=config.limits.max_vcpus_per_instance,

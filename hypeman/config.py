@@ -170,6 +170,8 @@ class BuildConfig(_Section, frozen=True):
     """Size of a builder's cache, and of the disk of a build without a builder; a sparse file."""
     max_source_size: PositiveSize = 4 << 30
     """Maximum size of a compressed context."""
+    max_sources_size: PositiveSize = 20 << 30
+    """Maximum size of the contexts of all builds that wait or run; requests for more get ``insufficient_resources``."""
     secrets_dir: str = ""
     """Directory with secrets for builds that name them without a value, one file each; empty: none."""
     builder_idle_days: Annotated[float, Meta(ge=0)] = 0.0

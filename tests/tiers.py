@@ -18,6 +18,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 _WHOLE = """
+    builds/test_crash.py
     bundle/test_format.py bundle/test_install.py
     conformance/test_python_sdk.py
     egress/test_bounds.py egress/test_confinement.py egress/test_connect.py egress/test_engine.py

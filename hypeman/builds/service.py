@@ -13,11 +13,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from msgspec import UNSET
 from hypeman.actor import acting
 from hypeman.builds.builders import Builders
 from hypeman.builds.journal import BuildEvents, Journal
+from hypeman.builds.receiving import Receiver
 from hypeman.builds.records import (
     BUILDERS,
     BUILDS,
@@ -39,36 +39,26 @@ from hypeman.builds.records import (
     put_builder,
     trim,
 )
-from hypeman.builds.request import MAX_FIELD, Borrowed, Parsed, parse_fields
+from hypeman.builds.request import Borrowed, Parsed, parse_fields
 from hypeman.builds.types import Build, Builder, BuilderStatus, BuildStatus, CreateBuilderRequest
 from hypeman.builds.work import DOCKERFILE, JOURNAL, SOURCE, BuildFailed, Job, Result, Worker
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, NotFound
-from hypeman.host.files import Files, HostError
+from hypeman.host.files import Files
 from hypeman.ids import new_id, tags_match
-from hypeman.images.blobs import write_all
 from hypeman.images.reference import parse_reference
 from hypeman.paths import Paths
 from hypeman.store.store import Store
 from hypeman.store.tables import Txn
 from hypeman.telemetry import metrics
-from hypeman.units import format_size
 
 log = logging.getLogger(__name__)
 
 MAX_QUEUED = 100
-MAX_FIELDS = 64
 MAX_TIMEOUT = 24 * 3600
 """Seconds that a build may request: it holds one of few places."""
-MAX_FORM = 8 << 20
-"""Bytes of all fields of a form besides the source: they are received into memory."""
-MAX_FORMS = 64 << 20
-"""Of all forms that are being received."""
-RECEIVING_SECONDS = 60.0
-"""For the next piece of a form."""
 _ATTEMPTS = 3
 _CLEAN_SECONDS = 120.0
 _CLEAN_RETRY = 2.0
-_GZIP = b"\x1f\x8b"
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -77,6 +67,7 @@ class Settings(msgspec.Struct, frozen=True):
     """Seconds, for builds that do not say."""
     disk_size_gb: int = 20
     max_source: int = 4 << 30
+    max_sources: int = 20 << 30
     secrets_dir: str = ""
     builder_idle: float = 0.0
     max_cpus: int = 16
@@ -115,8 +106,7 @@ class Builds:
         self._journals: dict[str, Journal] = {}
         self._running: dict[str, _Running] = {}
         self._changed = trio.Event()
-        self._received = 0
-        """Bytes of fields of forms that are being received."""
+        self._receiver = Receiver(max_source=settings.max_source, max_sources=settings.max_sources)
         self.builders = Builders(
             store=store,
             worker=worker,
@@ -194,7 +184,7 @@ class Builds:
     async def create(self, parts: AsyncIterator[tuple[str, bytes]]) -> Build:
         """Receive a form, field by field in pieces, and queue its build.
 
-        Raises InvalidRequest (``invalid_request``, ``invalid_source``), NotFound, Conflict.
+        Raises InvalidRequest (``invalid_request``, ``invalid_source``), NotFound, Conflict, InsufficientResources.
         """
         build_id = new_id()
         side = self._paths.tmp / f"build-{build_id}"
@@ -202,7 +192,7 @@ class Builds:
         final = self._paths.build(build_id)
         published = False
         try:
-            fields, source_hash = await self._receive(parts, side)
+            fields, source_hash = await self._receiver.receive(parts, build_id, side / SOURCE)
             parsed = parse_fields(fields)
             self._check(parsed)
             if parsed.dockerfile:
@@ -222,6 +212,7 @@ class Builds:
             gone = await self._store.write(lambda txn: self._insert(txn, row))
         except BaseException:
             self._borrowed.pop(build_id, None)
+            self._receiver.forget(build_id)
             with trio.CancelScope(shield=True):
                 await self._files.remove(final if published else side)
             raise
@@ -255,56 +246,6 @@ class Builds:
             await self._store.write(write)
             await self._closed(build_id, BuildStatus.CANCELLED)
         self._look()
-
-    # ── Receiving ────────────────────────────────────────────────────────────────────────────────
-
-    async def _receive(self, parts: AsyncIterator[tuple[str, bytes]], side: Path) -> tuple[dict[str, bytes], str]:
-        """The fields besides the source, which becomes a file, and its sha256."""
-        fields: dict[str, bytearray] = {}
-        digest = hashlib.sha256()
-        size = 0
-        limit = self._settings.max_source
-
-        def store(fd: int, piece: bytes) -> None:
-            write_all(fd, piece)
-            digest.update(piece)
-
-        fd = os.open(side / SOURCE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        begin = b""
-        held = 0
-        try:
-            while (part := await _next_part(parts)) is not None:
-                name, piece = part
-                if name == "source":
-                    begin = begin or piece[:2]
-                    size += len(piece)
-                    if size > limit:
-                        raise InvalidRequest(f"the context is larger than {format_size(limit)}", code="invalid_source")
-                    if piece:
-                        await trio.to_thread.run_sync(store, fd, piece)
-                    continue
-                field = fields.setdefault(name, bytearray())
-                field += piece
-                held += len(piece)
-                self._received += len(piece)
-                if len(field) > MAX_FIELD or len(fields) > MAX_FIELDS or held > MAX_FORM:
-                    raise InvalidRequest(
-                        f"{name[:80]!r}: a field may have at most {MAX_FIELD} bytes, and a form {MAX_FIELDS} fields "
-                        f"with at most {MAX_FORM} bytes"
-                    )
-                if self._received > MAX_FORMS:
-                    raise Conflict("too many large forms are being received; try again", retryable=True)
-            await trio.to_thread.run_sync(os.fsync, fd)
-        except OSError as error:
-            raise HostError(f"the context cannot be stored: {error.strerror}") from error
-        finally:
-            self._received -= held
-            os.close(fd)
-        if not size:
-            raise InvalidRequest("source is missing: it is the context as a gzip-compressed tar", code="invalid_source")
-        if begin != _GZIP:
-            raise InvalidRequest("source is not gzip-compressed", code="invalid_source")
-        return {name: bytes(value) for name, value in fields.items()}, f"sha256:{digest.hexdigest()}"
 
     def _check(self, parsed: Parsed) -> None:
         """What depends on this server. Raises InvalidRequest."""
@@ -368,7 +309,10 @@ class Builds:
         rows = await self._store.write(settle)
         for row in rows:
             build = row.build
-            if before[build.id].is_final or not self._paths.build(build.id).is_dir():
+            if not self._paths.build(build.id).is_dir():
+                continue
+            if before[build.id].is_final:
+                await self._drop_source(build.id)  # the old server may not have come to it
                 continue
             journal = self._open_journal(build.id)
             if build.status is BuildStatus.FAILED:
@@ -377,11 +321,17 @@ class Builds:
             elif before[build.id] is not BuildStatus.QUEUED:
                 journal.log("the server was restarted; the build begins again")
                 journal.status(BuildStatus.QUEUED)
+            if not build.status.is_final:
+                self._remember_source(build.id)
         known = {row.build.id for row in rows}
         if self._paths.builds.is_dir():
             for directory in self._paths.builds.iterdir():
                 if directory.name not in known:
                     await self._files.remove(directory)
+
+    def _remember_source(self, build_id: str) -> None:
+        with suppress(FileNotFoundError):  # the build fails, and says so
+            self._receiver.remember(build_id, (self._paths.build(build_id) / SOURCE).stat().st_size)
 
     async def _schedule(self) -> None:
         while True:
@@ -569,9 +519,13 @@ class Builds:
             journal.status(status)
             journal.close()
         self._borrowed.pop(build_id, None)
+        await self._drop_source(build_id)
+
+    async def _drop_source(self, build_id: str) -> None:
         directory = self._paths.build(build_id)
         for name in (SOURCE, DOCKERFILE):
             await self._files.remove(directory / name)
+        self._receiver.forget(build_id)
 
     def _open_journal(self, build_id: str) -> Journal:
         journal = self._journals[build_id] = Journal(self._paths.build(build_id) / JOURNAL, self._now)
@@ -614,15 +568,6 @@ class _Report:
 
     def publishing(self) -> None:
         self._running.publishing = True
-
-
-async def _next_part(parts: AsyncIterator[tuple[str, bytes]]) -> tuple[str, bytes] | None:
-    """None at the end. Raises InvalidRequest if nothing comes."""
-    try:
-        with trio.fail_after(RECEIVING_SECONDS):
-            return await anext(parts, None)
-    except trio.TooSlowError:
-        raise InvalidRequest(f"nothing of the form came for {RECEIVING_SECONDS:.0f} s") from None
 
 
 def _positions(rows: Sequence[BuildRow]) -> dict[str, int]:

@@ -58,13 +58,23 @@ _RESOURCES_RETRY = 5.0
 _CACHE_RETRY = 0.5
 _CACHE_SECONDS = 60.0
 """For the VM of the builder's last build to let go of the cache."""
+_BOOT_SECONDS = 150.0
+_BOOTS = 2
+"""A guest without KVM on a busy host may hang while it boots, when an interrupt of a timer is lost."""
 _STOP_SECONDS = 20.0
+_MAX_REPAIRS = 20
 _MAX_TAIL = 8 << 10
 _MAX_BASES = 100
 _MAX_OUTPUT = 1 << 20
 _HIDDEN = b"***"
 _BASE = re.compile(r"FROM \S+@(sha256:[0-9a-f]{64})")
 _HASH = re.compile(r"([0-9a-f]{64})  (\S+)")
+_LEFT = re.compile(
+    rf'(?:[a-z ]+: )*failed to prepare [^"]*: failed to rename: rename ({command.STATE}/[\w/-]+/snapshots)/new-\d+ '
+    r"\1/(\d+): (?:file exists|directory not empty)"
+)
+"""How BuildKit fails on a snapshot that it has not recorded: it was killed between making and recording it. The whole
+message, since what a Dockerfile says is quoted in others."""
 _T = TypeVar("_T")
 
 
@@ -180,11 +190,16 @@ class VmWorker:
             tags={BUILD_TAG: job.build_id},
         )
         report.log(f"booting a VM with {job.spec.cpus} CPUs and {job.spec.memory_mb} MB")
-        instance = await self._retried(report, partial(self._guests.create, create))
-        reached = await self._guests.wait_state(instance.id, InstanceState.RUNNING, 300.0)
-        if reached.state is not InstanceState.RUNNING:
-            raise BuildFailed(f"the VM did not start: {reached.state_error or reached.state.value}")
-        return instance
+        for _ in range(_BOOTS):
+            instance = await self._retried(report, partial(self._guests.create, create))
+            reached = await self._guests.wait_state(instance.id, InstanceState.RUNNING, _BOOT_SECONDS)
+            if reached.state is InstanceState.RUNNING:
+                return instance
+            if reached.state is not InstanceState.INITIALIZING:
+                break
+            report.log(f"the VM did not start within {_BOOT_SECONDS:.0f} s")
+            await self._guests.delete(instance.id, graceful=False)
+        raise BuildFailed(f"the VM did not start: {reached.state_error or reached.state.value}")
 
     async def _retried(self, report: Report, attempt: Callable[[], Awaitable[_T]]) -> _T:
         told = False
@@ -242,7 +257,7 @@ class _Attempt:
         exports = [f"{command.CACHE_OUT}/{place}" for place in range(len(self._export_to()))]
         images = await self._load_images()
         argv = command.build_command(spec, cache_in=caches, cache_out=exports, images=images)
-        await self._with_daemon(partial(self._steps, argv))
+        await self._with_daemon(partial(self._solve, argv))
         if spec.base_image_digest and spec.base_image_digest not in self._bases:
             raise BuildFailed(f"no base image has the digest {spec.base_image_digest} (base_image_digest)")
         provenance = BuildProvenance(
@@ -354,39 +369,63 @@ class _Attempt:
         async with await self._exec(command.daemon_command(), 0, environment) as daemon:
             tail = bytearray()
             ended = trio.Event()
+            working = trio.CancelScope()
+            watching = trio.CancelScope(shield=True)  # it ends after the work, also after one that is cancelled
 
-            async def watch(scope: trio.CancelScope) -> None:
-                try:
-                    while isinstance(received := await daemon.receive(), Output):
-                        tail.extend(received.data)
-                        del tail[:-_MAX_TAIL]
-                    if received.message:
-                        tail.extend(received.message.encode())
-                except HypemanError as error:
-                    tail.extend(error.message.encode())
-                ended.set()
-                scope.cancel()
+            async def watch() -> None:
+                with watching:
+                    try:
+                        while isinstance(received := await daemon.receive(), Output):
+                            tail.extend(received.data)
+                            del tail[:-_MAX_TAIL]
+                        if received.message:
+                            tail.extend(received.message.encode())
+                    except HypemanError as error:
+                        tail.extend(error.message.encode())
+                    ended.set()
+                    working.cancel()
 
             async with trio.open_nursery() as nursery:
-                scope = trio.CancelScope()
-                nursery.start_soon(watch, scope)
-                with scope:
-                    try:
+                nursery.start_soon(watch)
+                try:
+                    with working:
                         await work()
-                    except (BuildFailed, HypemanError, OSError) as error:
-                        failure = error
-                if scope.cancelled_caught:
-                    failure = BuildFailed(f"BuildKit ended: {self._redact.text(_text(tail))}")
-                with trio.move_on_after(_STOP_SECONDS):
-                    await daemon.signal(15)
-                    await ended.wait()
-                nursery.cancel_scope.cancel()
+                except (BuildFailed, HypemanError, OSError) as error:
+                    failure = error
+                finally:
+                    await self._stop(daemon, ended)
+                    watching.cancel()
+            if working.cancelled_caught:
+                failure = BuildFailed(f"BuildKit ended: {self._redact.text(_text(tail))}")
         if failure is not None:
             raise failure
         await self._run(("sync",))
 
+    async def _stop(self, daemon: ExecSession, ended: trio.Event) -> None:
+        """Also of a cancelled build: a daemon that is killed may leave its cache inconsistent."""
+        with trio.move_on_after(_STOP_SECONDS, shield=True), suppress(HypemanError):
+            await daemon.signal(15)
+            await ended.wait()
+
+    async def _solve(self, argv: tuple[str, ...]) -> None:
+        """Run the build. Snapshots that a killed daemon has left in the cache are removed when they are in the way.
+        Raises BuildFailed."""
+        for _ in range(_MAX_REPAIRS):
+            try:
+                await self._steps(argv)
+                return
+            except BuildFailed as failure:
+                left = _LEFT.fullmatch(str(failure))
+                if left is None:
+                    raise
+            self._report.log("removing what a build that was interrupted has left in the cache")
+            await self._run(("rm", "-rf", f"{left[1]}/{left[2]}"))
+        raise BuildFailed("the builder's cache is damaged; prune it")
+
     async def _steps(self, argv: tuple[str, ...]) -> None:
         """Run the build, reporting its progress. Raises BuildFailed with its reason."""
+        self._errors.clear()
+        self._tail.clear()
         splitter = LineSplitter()
         async with await self._exec(argv, 0, {"DOCKER_CONFIG": command.DOCKER}) as session:
             while isinstance(received := await session.receive(), Output):

@@ -358,16 +358,16 @@ class Instances:
             nonce=new_nonce(),
         )
         intent = Intent(Operation.PULL, ()) if image is None else Intent(Operation.CREATE, plan_create(record))
-        work = partial(
-            self._create, AddInstance(record, intent, running=True, ports=ports), SealSecrets(record.id, real)
-        )
-        return self.view(await self.tasks.see_through(work))
-
-    async def _create(self, new: AddInstance, secrets: SealSecrets) -> InstanceRecord:
-        with await self._leases.claim_ports(new.ports) as claim:
-            record = await self.ledger.add(msgspec.structs.replace(new, ports=claim.ports), secrets)
-            claim.keep(record.id)
-        return (await self.tasks.add(record, create)).record
+        new = AddInstance(record, intent, running=True, ports=ports)
+        with trio.CancelScope(shield=True):  # a caller that leaves finds it by its name, or it is not made
+            with await self._leases.claim_ports(ports) as claim:
+                record = await self.ledger.add(
+                    msgspec.structs.replace(new, ports=claim.ports), SealSecrets(record.id, real)
+                )
+                claim.keep(record.id)
+            task, created = self.tasks.begin(record, create)
+        await created.wait()
+        return self.view(task.record)
 
     # Verbs
 

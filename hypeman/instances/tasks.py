@@ -52,14 +52,20 @@ class Tasks:
         return self._tasks.get(record.id) or self._make(record, new=True)
 
     async def add(self, record: InstanceRecord, first: Callable[[Owned], Awaitable[InstanceRecord]]) -> Lifecycle:
-        """Start the task of a newly recorded instance and return it when it has done ``first``, which runs before
-        any command."""
+        """Start the task of a newly recorded instance and return it when it has done ``first``."""
+        task, job = self.begin(record, first)
+        await job.wait()
+        return task
+
+    def begin(
+        self, record: InstanceRecord, first: Callable[[Owned], Awaitable[InstanceRecord]]
+    ) -> tuple[Lifecycle, Job[InstanceRecord]]:
+        """Start the task of a newly recorded instance with ``first``, which runs before any command."""
         task = self._make(record, new=True)
         job = task.submit(None, first)
         self._board.post(record)
         self._added()
-        await job.wait()
-        return task
+        return task, job
 
     async def settle(self, record: InstanceRecord) -> None:
         """Start the task of an instance that may have a VM or unfinished work; returns once it is settled."""

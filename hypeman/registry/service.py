@@ -115,6 +115,11 @@ class Upload:
         if not self.lock.locked():
             os.close(self.fd)
 
+    def let_go(self) -> None:
+        """The request that holds the lock is done."""
+        if self.over:
+            os.close(self.fd)
+
 
 class Registry:
     """One per server. ``run``, started in a nursery, removes what is no longer needed."""
@@ -151,12 +156,15 @@ class Registry:
 
     async def _resume(self) -> None:
         """Make the images of tags that an earlier server has only stored."""
-        for key, row in self._store.read(lambda txn: [(key, row) for key, row in txn.scan(TAGS) if row.adopting]):
+        pending = self._store.read(lambda txn: [key for key, row in txn.scan(TAGS) if row.adopting])
+        for key in pending:
             repository, _, tag = key.rpartition(":")
-            data = await trio.to_thread.run_sync(self._blobs.read, row.digest, MAX_MANIFEST_BYTES)
-            manifest = self._store.read(lambda txn, at=f"{repository}@{row.digest}": txn.get(MANIFESTS, at))  # type: ignore[misc]
-            if data is not None and manifest is not None:
-                await self._adopt(repository, tag, data, manifest.media_type, row.digest)
+            if (found := self._find(repository, tag)) is None:
+                continue
+            digest, row = found
+            data = await trio.to_thread.run_sync(self._blobs.read, digest, MAX_MANIFEST_BYTES)
+            if data is not None:
+                await self._adopt(repository, tag, data, row.media_type, digest)
 
     async def collect(self) -> None:
         """Drop idle uploads, and content that nothing refers to."""
@@ -272,8 +280,7 @@ class Registry:
             try:
                 yield upload
             finally:
-                if upload.over:
-                    os.close(upload.fd)
+                upload.let_go()
 
     async def finish(self, repository: str, name: str, digest: str) -> None:
         """Complete an upload. Raises RegistryFailure DIGEST_INVALID; the upload is then over."""

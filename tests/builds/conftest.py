@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,7 +93,7 @@ class FakeWorker:
             await self.holds.wait()
 
 
-async def form(**fields: Any) -> AsyncIterator[tuple[str, bytes]]:
+async def form(**fields: Any) -> AsyncGenerator[tuple[str, bytes]]:
     """The fields of a request; what is no text is sent as JSON."""
     for name, value in {"source": CONTEXT, **fields}.items():
         data = value if isinstance(value, bytes) else (value if isinstance(value, str) else json.dumps(value)).encode()

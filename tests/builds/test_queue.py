@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import trio
 
-from hypeman.builds import journal, service
+from hypeman.builds import journal, receiving
 from hypeman.builds.records import BUILDS
 from hypeman.builds.service import Builds
 from hypeman.builds.types import BuilderStatus, BuildStatus, CreateBuilderRequest
@@ -280,6 +280,33 @@ async def test_refusals(bench: Bench, tmp_path: Path) -> None:
         assert bench.store.read(lambda txn: txn.get(BUILDS, made.id)).spec.timeout == 0  # type: ignore[union-attr]
 
 
+async def test_contexts_of_all_builds_are_bounded_together(bench: Bench) -> None:
+    """Also those that a server before this one received; what is over no longer counts."""
+    bench.settings = msgspec.structs.replace(bench.settings, max_source=2000, max_sources=3000, at_once=1)
+    large = {"source": CONTEXT + bytes(1200)}
+
+    async def refused(builds: Builds, source: bytes) -> None:
+        async with aclosing(form(source=source)) as parts:
+            await builds.create(parts)
+
+    async with bench.serving() as builds:
+        with pytest.raises(InvalidRequest, match="larger than"):
+            await refused(builds, CONTEXT + bytes(2000))
+        first, second = await builds.create(form(**large)), await builds.create(form(**large))
+        with pytest.raises(InsufficientResources, match="max_sources_size") as full:
+            await refused(builds, large["source"])
+        assert (full.value.status, full.value.code, full.value.retryable) == (409, "insufficient_resources", True)
+        assert {path.name for path in bench.paths.builds.iterdir()} == {first.id, second.id}
+        assert not list(bench.paths.tmp.iterdir()), "nothing of what was refused is left"
+        await builds.create(form())
+    bench.restarted()
+    async with bench.serving() as builds:
+        with pytest.raises(InsufficientResources):
+            await refused(builds, large["source"])
+        await builds.cancel(second.id)
+        assert (await builds.create(form(**large))).status is BuildStatus.QUEUED
+
+
 async def test_a_secret_of_the_server(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "npm").write_bytes(b"token")
     bench.settings = msgspec.structs.replace(bench.settings, secrets_dir=str(tmp_path))
@@ -344,7 +371,7 @@ async def test_forms_that_are_not_sent_on_take_little_memory_and_time(
     bench: Bench, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a valid token and no more than 64 fields of 1 MB, none of which ends."""
-    monkeypatch.setattr(service, "MAX_FORMS", 20 << 20)
+    monkeypatch.setattr(receiving, "MAX_FORMS", 20 << 20)
     outcomes: list[str] = []
     sent = 0
 

@@ -298,15 +298,31 @@ class _Interposed:
 
 
 async def test_a_create_goes_on_when_its_caller_hangs_up(lab: Lab) -> None:
-    """At the worst moment: written down, and nothing made."""
+    """At the worst moment: written down, and nothing made. The caller can find it, to delete it."""
     async with lab.running() as instances:
         with trio.CancelScope() as caller:
             instances.ledger.store = _Interposed(instances.ledger.store, after=caller.cancel)  # type: ignore[assignment]
             await instances.create(request("one"))
-        assert caller.cancelled_caught
-        await appeared(instances, "one")
+        assert caller.cancelled_caught and instances.board.find("one").name == "one"
         await until(instances, "one", InstanceState.RUNNING)
         await clean_up(lab, instances)
+
+
+async def test_a_create_whose_caller_hangs_up_early_is_over_or_can_be_found(lab: Lab) -> None:
+    """Its caller left before the record was written: an instance that appeared later would be nobody's."""
+    async with lab.running() as instances:
+        with trio.CancelScope() as caller:
+
+            async def hang_up() -> None:
+                caller.cancel()
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(0.05)
+
+            instances.ledger.store = _Interposed(instances.ledger.store, before=hang_up)  # type: ignore[assignment]
+            await instances.create(request("one"))
+        assert caller.cancelled_caught
+        await instances.delete("one")
+        assert lab.world_as_text() == ""
 
 
 async def test_a_fork_goes_on_when_its_caller_hangs_up(lab: Lab) -> None:

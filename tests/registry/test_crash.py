@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -27,6 +25,7 @@ from hypeman.registry.pushes import PUSHES, Pushes
 from hypeman.registry.records import BLOBS, TAGS, digests_in_use, forget_image
 from hypeman.registry.service import Registry
 from hypeman.store import Store
+from tests.crash import run_until_killed
 from tests.images.conftest import need_root
 from tests.images.crash_points import Points
 from tests.images.layout import OCI_MANIFEST, ImageFiles, archive_directory, entry, in_pieces, sha256, tar
@@ -81,34 +80,11 @@ async def live(paths: Paths, host: str, *stories: Story) -> None:
 
 def killed_at(at: int, journal: Path, paths: Paths, host: str, story: Story) -> bool:
     """``story`` in a process that dies at point number ``at``; whether it came so far."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            trio.run(partial(live, paths, host, partial(_counted, Points(str(journal), at, (os.getpid(),)), story)))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0, "undisturbed it fails"
-    return False
+    return run_until_killed(partial(live, paths, host, story), journal, at, _count_requests)
 
 
-async def _counted(points: Points, story: Story, life: Life) -> None:
-    """Points count from here on: how a server starts is not what is tried."""
-    points.install()
-    commit = Store._commit
-
-    def counted(self: Store, batch: list) -> None:  # type: ignore[type-arg]
-        points.reach()
-        commit(self, batch)
-        points.reach()
-
-    Store._commit = counted  # type: ignore[method-assign]
+def _count_requests(points: Points) -> None:
     RegistryClient.send = points.before(RegistryClient.send)  # type: ignore[method-assign]
-    await story(life)
 
 
 async def upload(life: Life) -> None:
@@ -171,6 +147,18 @@ async def import_image(life: Life) -> None:
     assert (await life.images.wait_final("local/app:v1")).status is ImageStatus.READY
 
 
+async def push(target: str, life: Life) -> None:
+    async with life.pushing() as pushes:
+        await pushes.create(CreatePushRequest(image="local/app:v1", target=target))
+        await all_ended(pushes)
+
+
+async def check_push(target: str, life: Life) -> None:
+    async with life.pushing() as pushes:
+        assert [push.status for push in await all_ended(pushes)] == [PushStatus.PUSHED]
+    assert (await life.images.client.manifest(parse_reference(target))).digest == IMAGE.digest
+
+
 async def all_ended(pushes: Pushes) -> Sequence[Push]:
     while True:
         found = await pushes.list()
@@ -191,19 +179,10 @@ def test_a_push_killed_at_every_commit_and_request(registry_host: str, tmp_path:
         shutil.copytree(imported.data_dir, paths.data_dir)
         target = f"{registry_host}/crash/app:{at}"
 
-        async def push(life: Life, target: str = target) -> None:
-            async with life.pushing() as pushes:
-                await pushes.create(CreatePushRequest(image="local/app:v1", target=target))
-                await all_ended(pushes)
-
-        async def check(life: Life, target: str = target) -> None:
-            async with life.pushing() as pushes:
-                assert [push.status for push in await all_ended(pushes)] == [PushStatus.PUSHED]
-            remote = await life.images.client.manifest(parse_reference(target))
-            assert remote.digest == IMAGE.digest
-
-        reached = killed_at(at, tmp_path / f"journal-{at}", paths, registry_host, push)
-        trio.run(live, paths, registry_host, *(() if accepted(paths) else (push,)), check)
+        reached = killed_at(at, tmp_path / f"journal-{at}", paths, registry_host, partial(push, target))
+        stories: list[Story] = [] if accepted(paths) else [partial(push, target)]
+        stories.append(partial(check_push, target))
+        trio.run(live, paths, registry_host, *stories)
     assert at > 8
 
 
