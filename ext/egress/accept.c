@@ -72,6 +72,7 @@ static void down_killed(struct conn *c)
         xchg_unask(&c->x);
     echo_end(&c->x);
     xchg_uncount(&c->x);
+    postgres_end(c);
 }
 
 void accept_all(struct loop *l)
@@ -214,6 +215,11 @@ static void on_hello(struct conn *c, const struct hello *h)
     }
     c->to.tls = true;
     c->to.port = c->explicit_proxy ? c->loop->engine->assumed_tls_port : c->dialled_port;
+    if (c->pg || h->postgres) {
+        postgres_hello(c, &name, h->name_len > 0);
+        terminate(c);
+        return;
+    }
     if (h->name_len) {
         c->to.host = name;
     } else if (!c->explicit_proxy) {
@@ -297,7 +303,7 @@ static void shake_hands(struct conn *c)
         return;
     }
     bool h2 = n == 2 && memcmp(alpn, "h2", 2) == 0;
-    c->phase = h2 ? P_HTTP2 : P_HTTP1;
+    c->phase = c->pg ? P_POSTGRES : h2 ? P_HTTP2 : P_HTTP1;
     conn_timer(c, T_HEAD);
     c->head_timer = true;
     conn_mark(c);
@@ -433,6 +439,9 @@ void down_run(struct conn *c)
             if (buf_size(&c->in) && c->in.p[c->in.off] == 0x16) {
                 c->phase = P_HELLO;
                 s = STEP_AGAIN;
+            } else if (buf_size(&c->in) && !c->in.p[c->in.off] && !c->front) {
+                postgres_begin(c);
+                s = STEP_AGAIN;
             } else if (buf_size(&c->in)) {
                 s = detect_http(c);
             }
@@ -455,6 +464,9 @@ void down_run(struct conn *c)
             return;
         case P_HTTP2:
             down2_run(c);
+            return;
+        case P_POSTGRES:
+            postgres_run(c);
             return;
         case P_TUNNEL:
             tunnel_run(c);

@@ -22,6 +22,7 @@ enum {
     POOL_IDLE = 1024,   /* idle connections of a loop */
     ASKED_SLOTS = 1024,
     MAX_ADDRESSES = 16,
+    T_TURN = T_CLASSES, /* the timer of what gives others a turn before it goes on */
     MAX_INTERIM = 64,   /* 1xx responses before the one that counts */
     PLACE_SLOTS = 1024, /* generations of what is known about instances, see front.c */
 };
@@ -42,6 +43,8 @@ enum phase {
     P_HANDSHAKE, /* TLS, both sides */
     P_HTTP1,
     P_HTTP2,
+    P_POSTGRES_TLS, /* up: the host says whether it begins TLS */
+    P_POSTGRES,     /* until the login is complete; then P_TUNNEL */
     P_TUNNEL, /* after 101: bytes, sealed on both sides */
     P_SPLICE, /* passed through */
     P_LINGER, /* everything said; reading until the peer is done */
@@ -79,6 +82,7 @@ struct visit {
 };
 
 struct echo;
+struct postgres;
 
 /* Where an instance is, as the server said. */
 struct place {
@@ -217,6 +221,7 @@ struct conn {
     struct tenant *tenant;
     struct addr source;
     struct xchg x;
+    struct postgres *pg;   /* a login to Postgres, see postgres.h */
     bool explicit_proxy;   /* not redirected: the client spoke to the proxy's own address */
     struct conn *passing;  /* the connection that is being opened to pass it through */
     bool connected;        /* a CONNECT was answered; `to` is bound */
@@ -274,7 +279,7 @@ struct loop {
     unsigned connections;
     struct {
         struct conn *first, *last;
-    } timers[T_CLASSES];
+    } timers[T_CLASSES + 1];
     struct conn *pool[POOL_SLOTS];
     struct audit *audit;
     int64_t audit_due_ms;

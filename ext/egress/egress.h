@@ -8,6 +8,7 @@
  *               host: dial, verify, keep; HTTP/1, HTTP/2                      pool.c up1.c up2.c
  *               what joins them, through struct side; carrying unread bytes   xchg.c splice.c
  *               credentials taken out of responses                            echo.c
+ *               logins to Postgres: guest, host                               pgdown.c pgup.c
  *               what the HTTP/2 sides share; records of requests              h2.c audit.c
  *   tls         OpenSSL over a connection's buffers; certificate chains       tls.c chain.c
  *   io          buffers, sockets, timers                                      io.c
@@ -15,6 +16,7 @@
  *               verdicts on requests, signatures, leaves, heads, queries,     transform.c sigv4.c mint.c h1.c query.c
  *               client certificates, texts in a stream,                        identity.c scrub.c
  *               names, addresses;                                             hello.c host.c addr.c
+ *               messages of Postgres, its passwords;                          pgwire.c scram.c
  *               routes and certificates of ingresses, what is forwarded       site.c certs.c forward.c
  *
  * Three kinds of calls point up: accept.c and front.c have the loop run a new connection, pool.c asks the engine for
@@ -133,6 +135,18 @@ void up_place(struct loop *l, uint64_t token, unsigned n, struct addr address, b
 void up_sweep(struct loop *l);
 void up_part(struct loop *l, const char *instance); /* which clients of ingresses were led to has ended */
 void pool_remove(struct conn *c);
+
+void up_begin_tls(struct conn *c);
+
+/* pgdown.c, pgup.c */
+void postgres_begin(struct conn *c);                                      /* its first byte is there */
+void postgres_hello(struct conn *c, const struct host *name, bool named); /* before the handshake: what is asked for */
+void postgres_run(struct conn *c);
+void postgres_end(struct conn *c);
+void postgres_ask_for_tls(struct conn *up);
+void postgres_tls_answer(struct conn *up);
+void postgres_host_run(struct conn *up);
+bool postgres_may_go_on(struct conn *c, const struct snapshot *s); /* under these rules */
 
 /* splice.c */
 void splice_begin(struct conn *down, struct conn *up);

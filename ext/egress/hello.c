@@ -62,6 +62,21 @@ static bool is_acme(struct window ext)
     return ext.n == sizeof ONLY - 1 && memcmp(ext.p, ONLY, ext.n) == 0;
 }
 
+static bool has_postgres(struct window ext)
+{
+    static const uint8_t NAME[] = "postgresql";
+    struct window list, name;
+    bool found = false;
+    if (!vector(&ext, 2, &list) || ext.n)
+        return false;
+    while (list.n) {
+        if (!vector(&list, 1, &name))
+            return false;
+        found |= name.n == sizeof NAME - 1 && memcmp(name.p, NAME, name.n) == 0;
+    }
+    return found;
+}
+
 static bool read_message(struct window m, struct hello *out)
 {
     struct window skip, extensions, ext;
@@ -82,6 +97,7 @@ static bool read_message(struct window m, struct hello *out)
             name = true;
         }
         out->acme |= kind == ALPN && is_acme(ext);
+        out->postgres |= kind == ALPN && has_postgres(ext);
         mac |= kind == ENCRYPT_THEN_MAC;
         limit |= kind == RECORD_SIZE_LIMIT;
     }

@@ -18,6 +18,7 @@ struct hello {
     uint16_t name_len; /* 0: no server name sent */
     char name[256];    /* as sent, not yet canonical */
     bool acme;         /* acme-tls/1 is the only protocol it offers: a public CA validates the name */
+    bool postgres;     /* it offers the protocol of Postgres */
     bool gnutls;       /* the marks of GnuTLS: of libcurl in Debian's and Ubuntu's git, see README.md */
 };
 

@@ -507,7 +507,7 @@ void conn_timer(struct conn *c, int class)
     t->class = (int8_t)class;
     if (class < 0)
         return;
-    t->due_ms = l->now_ms + l->timers_ms[class];
+    t->due_ms = l->now_ms + (class == T_TURN ? 1 : l->timers_ms[class]);
     t->prev = l->timers[class].last;
     t->next = NULL;
     *(t->prev ? &t->prev->timer.next : &l->timers[class].first) = c;

@@ -164,11 +164,14 @@ static void on_timer(struct conn *c, int class)
         break;
     case T_HANDSHAKE:
         if (c->kind == UP)
-            up_failed(c, R_CONNECT_TIMEOUT, "no TLS handshake in time");
+            up_failed(c, R_CONNECT_TIMEOUT, "no handshake in time");
         else if (c->phase == P_SPLICE)
             splice_unanswered(c);
         else
             conn_lost(c);
+        break;
+    case T_TURN:
+        conn_again(c);
         break;
     case T_HEAD:
         if (c->kind == DOWN && c->phase == P_HTTP1 && c->h1 == H1_HEAD) {
@@ -200,7 +203,7 @@ static void on_timer(struct conn *c, int class)
 static int run_timers(struct loop *l)
 {
     int64_t next = l->now_ms + 60000;
-    for (int k = 0; k < T_CLASSES; k++) {
+    for (int k = 0; k <= T_TURN; k++) {
         struct conn *c;
         while ((c = l->timers[k].first) && c->timer.due_ms <= l->now_ms) {
             l->payer = c->tenant;

@@ -152,7 +152,50 @@ bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port)
 {
     for (unsigned i = 0; i < s->n; i++)
-        if (rule_covers(&s->rules[i], h, port))
+        if (s->rules[i].kind != RULE_POSTGRES && rule_covers(&s->rules[i], h, port))
+            return true;
+    return false;
+}
+
+static bool pins(struct str pinned, struct str given)
+{
+    return pinned.n == given.n && memcmp(pinned.p, given.p, given.n) == 0;
+}
+
+const struct rule *snapshot_login(const struct snapshot *s, const struct host *h, uint16_t port, struct str role,
+                                  struct str database)
+{
+    for (unsigned i = 0; i < s->n; i++) {
+        const struct rule *r = &s->rules[i];
+        if (r->kind == RULE_POSTGRES && rule_covers(r, h, port) && pins(r->extra[PG_ROLE], role)
+            && (!r->extra[PG_DATABASE].n || pins(r->extra[PG_DATABASE], database)))
+            return r;
+    }
+    return NULL;
+}
+
+const struct pattern *snapshot_login_host(const struct snapshot *s, uint16_t port)
+{
+    const struct pattern *found = NULL;
+    for (unsigned i = 0; i < s->n; i++) {
+        const struct rule *r = &s->rules[i];
+        if (r->kind != RULE_POSTGRES || !has_port(r->ports, port))
+            continue;
+        for (unsigned k = 0; k < r->n; k++) {
+            if (r->patterns[k].wildcard || (found && !pins(found->host, r->patterns[k].host)))
+                return NULL;
+            found = &r->patterns[k];
+        }
+        if (r->every_host)
+            return NULL;
+    }
+    return found;
+}
+
+bool snapshot_logs_in(const struct snapshot *s, const struct host *h, uint16_t port)
+{
+    for (unsigned i = 0; i < s->n; i++)
+        if (s->rules[i].kind == RULE_POSTGRES && rule_covers(&s->rules[i], h, port))
             return true;
     return false;
 }

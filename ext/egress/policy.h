@@ -36,7 +36,16 @@ enum rule_kind {
     RULE_BODY,   /* puts the value in the place of the placeholder in the body; extra: as JSON, as a form */
     RULE_MTLS,   /* the key of the certificate that the host is shown; extra: the certificates, see identity.c */
     RULE_SCRUB,  /* what the host may echo, and the placeholder instead; extra: texts, see echo.c */
+    RULE_POSTGRES, /* logs in to a server of Postgres with the password `value`; extra: enum postgres_extra */
     RULE_KINDS,
+};
+
+enum postgres_extra {
+    PG_ROLE,
+    PG_DATABASE, /* empty: any */
+    PG_VERIFIER, /* of the placeholder, see scram.h */
+    PG_METHOD,   /* the weakest way to authenticate that is accepted: scram, md5 or password */
+    PG_PLAIN,    /* "plain": the connection to the server is not encrypted */
 };
 
 enum { MAX_EXTRA = 6 };
@@ -77,6 +86,12 @@ void snapshot_release(struct snapshot *s);
 bool snapshot_covers(const struct snapshot *s, const struct host *h, uint16_t port);
 bool snapshot_allows_port(const struct snapshot *s, const struct host *h, uint16_t port, bool tls, int64_t now_s);
 bool rule_covers(const struct rule *r, const struct host *h, uint16_t port);
+/* The rule for a login to Postgres; NULL: there is none. */
+const struct rule *snapshot_login(const struct snapshot *s, const struct host *h, uint16_t port, struct str role,
+                                  struct str database);
+/* The one host that logins at the port can be for; NULL: there is none, or several. */
+const struct pattern *snapshot_login_host(const struct snapshot *s, uint16_t port);
+bool snapshot_logs_in(const struct snapshot *s, const struct host *h, uint16_t port); /* as some role */
 bool rule_is_ready(const struct rule *r, int64_t now_s); /* it has a value that has not expired */
 
 /* Tokens refilled with time; guarded by the owner's lock. A rate of 0 never refuses. */
@@ -97,6 +112,7 @@ struct tenant {
     atomic_uint asking;    /* requests that are held for an approval */
     struct table *clients; /* of a client: where it is as long as anything holds it; NULL: an instance */
     pthread_mutex_t lock;  /* of the fields below */
+    struct session *sessions; /* of Postgres, see postgres.h */
     struct snapshot *snapshot;
     atomic_uint_fast64_t generation;
     struct bucket requests, mints;

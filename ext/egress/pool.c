@@ -441,11 +441,19 @@ void up_connected(struct conn *c)
         return;
     }
     if (c->pass_for || !c->to.tls) {
-        c->phase = P_HTTP1;
+        c->phase = c->to.postgres ? P_POSTGRES : P_HTTP1;
         up_ready(c);
         return;
     }
     conn_timer(c, T_HANDSHAKE);
+    if (c->to.postgres)
+        postgres_ask_for_tls(c);
+    else
+        up_begin_tls(c);
+}
+
+void up_begin_tls(struct conn *c)
+{
     if (!tls_begin(c, SSL_new(c->loop->engine->client), false)) {
         up_failed(c, R_UPSTREAM_TLS, NULL);
         return;
@@ -487,7 +495,7 @@ static void shake_hands(struct conn *c)
         begin_http2(c);
         return;
     }
-    c->phase = P_HTTP1;
+    c->phase = c->to.postgres ? P_POSTGRES : P_HTTP1;
     up_ready(c);
 }
 
@@ -629,7 +637,7 @@ void up_ended_early(struct xchg *x)
 static bool may_go_on(struct conn *down)
 {
     uint64_t generation;
-    bool unread;
+    bool unread, good;
     struct conn *up = down->passing ? down->passing : down->peer;
     if (!up || up->generation == atomic_load(&down->tenant->generation))
         return true;
@@ -637,8 +645,14 @@ static bool may_go_on(struct conn *down)
     if (!s)
         return false;
     struct ruled now;
+    if (down->pg) {
+        good = postgres_may_go_on(down, s);
+        snapshot_release(s);
+        up->generation = generation;
+        return good;
+    }
     look_at_access(s, &up->to, down->loop->now_s, &unread, &now);
-    bool good = down->phase == P_TUNNEL ? unread || now.decision == D_ALLOWED
+    good = down->phase == P_TUNNEL ? unread || now.decision == D_ALLOWED
                                         : unread && !snapshot_covers(s, &up->to.host, up->to.port);
     good = good && snapshot_allows_port(s, &up->to.host, up->to.port, up->to.tls, down->loop->now_s)
         && !(s->web_only && up->to.host.kind != HOST_NAME && down->phase != P_TUNNEL);
@@ -702,6 +716,12 @@ void up_run(struct conn *c)
     case P_WAIT_PASS:
         if (c->hung_up)
             conn_lost(c);
+        break;
+    case P_POSTGRES_TLS:
+        postgres_tls_answer(c);
+        break;
+    case P_POSTGRES:
+        postgres_host_run(c);
         break;
     case P_TUNNEL:
         tunnel_run(c);

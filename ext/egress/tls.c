@@ -93,15 +93,19 @@ static void make_method(void)
     }
 }
 
+#define ALPN_POSTGRES "\012postgresql"
+
 static int choose_alpn(SSL *ssl, const unsigned char **out, unsigned char *n, const unsigned char *in, unsigned in_n,
                        void *arg)
 {
     static const unsigned char OURS[] = "\2h2\10http/1.1", OTHER_WAY[] = "\10http/1.1\2h2";
     const struct conn *c = BIO_get_data(SSL_get_rbio(ssl));
-    const unsigned char *order = c->prefers_h1 ? OTHER_WAY : OURS;
+    static const unsigned char POSTGRES[] = ALPN_POSTGRES;
+    const unsigned char *order = c->to.postgres ? POSTGRES : c->prefers_h1 ? OTHER_WAY : OURS;
+    unsigned size = c->to.postgres ? sizeof POSTGRES - 1 : sizeof OURS - 1;
     unsigned char *chosen;
     (void)arg;
-    if (SSL_select_next_proto(&chosen, n, order, sizeof OURS - 1, in, in_n) != OPENSSL_NPN_NEGOTIATED)
+    if (SSL_select_next_proto(&chosen, n, order, size, in, in_n) != OPENSSL_NPN_NEGOTIATED)
         return SSL_TLSEXT_ERR_ALERT_FATAL;
     *out = chosen;
     return SSL_TLSEXT_ERR_OK;
@@ -246,9 +250,9 @@ bool tls_begin(struct conn *c, SSL *ssl, bool server)
         return true;
     }
     SSL_set_connect_state(c->ssl);
-    static const unsigned char BOTH[] = "\2h2\10http/1.1", ONE[] = "\10http/1.1";
-    const unsigned char *alpn = c->want_h2 ? BOTH : ONE;
-    SSL_set_alpn_protos(c->ssl, alpn, c->want_h2 ? sizeof BOTH - 1 : sizeof ONE - 1);
+    static const char BOTH[] = "\2h2\10http/1.1", ONE[] = "\10http/1.1", POSTGRES[] = ALPN_POSTGRES;
+    const char *alpn = c->to.postgres ? POSTGRES : c->want_h2 ? BOTH : ONE;
+    SSL_set_alpn_protos(c->ssl, (const unsigned char *)alpn, (unsigned)strlen(alpn));
     SSL_set_hostflags(c->ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
     if (c->to.host.kind == HOST_NAME)
         return SSL_set_tlsext_host_name(c->ssl, c->to.host.text) == 1 && SSL_set1_host(c->ssl, c->to.host.text) == 1;

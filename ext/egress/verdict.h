@@ -53,6 +53,11 @@ enum reason {
     R_OVERRIDE,
     R_NOT_APPROVED,
     R_APPROVAL_PENDING,
+    R_PG_PROTOCOL, /* this and the following: of Postgres */
+    R_PG_TLS,
+    R_PG_ROLE,
+    R_PG_PASSWORD,
+    R_PG_UPSTREAM,
     R_NO_SITE, /* this and the following: of ingresses */
     R_NO_HEADER,
     R_NOT_RUNNING,
@@ -79,6 +84,7 @@ struct destination {
     struct host host;
     uint16_t port;
     bool tls;
+    bool postgres; /* TLS begins after a question, and what is in it is the protocol of Postgres */
 };
 
 /* The connection that a request came by. */

@@ -1,0 +1,505 @@
+/* Logins to Postgres: the guest proves that it has the placeholder, the host is shown the password.
+ *
+ *   guest                                    engine                                        host
+ *   SSLRequest, TLS (or TLS at once)    →    leaf for the server name
+ *   StartupMessage                      →    role, database, where it may go
+ *   SCRAM with the placeholder         ←→
+ *                                            SSLRequest, TLS verified for the same name →
+ *                                            StartupMessage, SCRAM with the password   ←→
+ *   AuthenticationOk, ReadyForQuery     ←    tunnel (splice.c)
+ *
+ * The guest's own SCRAM keeps nothing secret. It is there because clients may insist on it and on channel binding
+ * (require_auth, channel_binding of libpq), and so that a password of the guest's own is never disclosed to us.
+ *
+ * The host can downgrade nothing: it must speak TLS, offer SCRAM-SHA-256 and show that it knows the password too, unless
+ * the rule says otherwise. What it says before TLS reaches nobody. Channel binding is used where it is offered.
+ *
+ * Keys to cancel queries are noted with where they lead, because a CancelRequest names no host. One that
+ * no session of the instance has is dropped.
+ */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "encoded.h"
+#include "postgres.h"
+
+enum { GUEST_MESSAGE = 2048 };
+
+static struct postgres *pg_of(struct conn *c)
+{
+    if (!c->pg && !(c->pg = calloc(1, sizeof *c->pg)))
+        abort(); /* nothing sensible is left to do without memory */
+    return c->pg;
+}
+
+void pg_forget_client(struct postgres *pg)
+{
+    if (pg->client)
+        locked_free(pg->client, pg->client_size);
+    pg->client = NULL;
+}
+
+static void unlist(struct tenant *t, struct session *s)
+{
+    if (!s->listed)
+        return;
+    (void)pthread_mutex_lock(&t->lock);
+    *(s->prev ? &s->prev->next : &t->sessions) = s->next;
+    if (s->next)
+        s->next->prev = s->prev;
+    (void)pthread_mutex_unlock(&t->lock);
+    s->listed = false;
+}
+
+void pg_list_session(struct conn *c)
+{
+    struct tenant *t = c->tenant;
+    struct session *s = &c->pg->session;
+    (void)pthread_mutex_lock(&t->lock);
+    s->prev = NULL;
+    s->next = t->sessions;
+    if (s->next)
+        s->next->prev = s;
+    t->sessions = s;
+    s->listed = true;
+    (void)pthread_mutex_unlock(&t->lock);
+}
+
+static bool find_session(struct tenant *t, uint32_t process, uint32_t secret, struct destination *to)
+{
+    (void)pthread_mutex_lock(&t->lock);
+    const struct session *s = t->sessions;
+    while (s && !(s->process == process && s->secret == secret))
+        s = s->next;
+    if (s)
+        *to = s->to;
+    (void)pthread_mutex_unlock(&t->lock);
+    return s != NULL;
+}
+
+void postgres_end(struct conn *c)
+{
+    if (!c->pg)
+        return;
+    unlist(c->tenant, &c->pg->session);
+    pg_forget_client(c->pg);
+    free((char *)c->pg->startup.p);
+    free(c->pg);
+    c->pg = NULL;
+}
+
+/* ── What the guest is told ──────────────────────────────────────────────────────────────────── */
+
+static const char *sqlstate_of(enum reason why)
+{
+    switch (why) {
+    case R_PG_PROTOCOL:
+        return "08P01"; /* protocol_violation */
+    case R_PG_PASSWORD:
+        return "28P01"; /* invalid_password */
+    case R_RATE:
+    case R_BUSY:
+        return "53300"; /* too_many_connections */
+    case R_CREDENTIAL:
+    case R_DRAINING:
+        return "57P03"; /* cannot_connect_now */
+    default:
+        /* sqlclient_unable_to_establish_sqlconnection, invalid_authorization_specification */
+        return REASONS[why].status >= 500 ? "08001" : "28000";
+    }
+}
+
+static void fail(struct xchg *x, enum reason why, const char *detail, bool told)
+{
+    static const char *const HINTS[] = {
+        [NEXT_NEVER] = "never_retry: the outcome will be the same.",
+        [NEXT_APPROVAL] = "retry_after_approval: somebody has to approve it.",
+        [NEXT_OTHER_HOST] = "use_another_host: this one is not allowed.",
+        [NEXT_LATER] = "retry_later: it may succeed then.",
+        [NEXT_CHANGE] = "change_the_request: it cannot succeed as it is.",
+    };
+    struct conn *c = x->down;
+    const struct reason_text *r = &REASONS[why];
+    char message[300];
+    (void)snprintf(message, sizeof message, "hypeman: %s (%s)", r->message, r->code);
+    pg_forget_client(c->pg);
+    x->req_done = true;
+    if (!x->injected)
+        x->keys[0] = 0; /* it was not used */
+    if (told && !c->pg->cancels) {
+        struct out o = pg_scratch(c);
+        pg_write_error(&o, sqlstate_of(why), message, detail, HINTS[r->next]);
+        conn_write(c, o.p, o.n);
+    }
+    xchg_try_finish(x);
+}
+
+static void finished(struct xchg *x)
+{
+    conn_finish(x->down, true);
+}
+
+static void resume(struct xchg *x)
+{
+    conn_again(x->down);
+}
+
+static void pump(struct conn *c)
+{
+    (void)c; /* messages of a login fit; then it is a tunnel */
+}
+
+static void lost(struct conn *c)
+{
+    if (!c->x.active)
+        return;
+    up_abandon(&c->x);
+    c->x.active = false;
+    c->x.reason = R_CLIENT_CLOSED;
+    audit_record(c->loop, c->tenant, &c->x);
+}
+
+static const struct side GUEST = {.fail = fail, .finished = finished, .resume = resume, .pump = pump, .lost = lost};
+
+static void begin_exchange(struct conn *c, const char *method)
+{
+    struct xchg *x = &c->x;
+    xchg_begin(x, c, NULL);
+    (void)snprintf(x->method, sizeof x->method, "%s", method);
+    x->to = c->to;
+    c->loop->counters[M_REQUESTS]++;
+}
+
+static enum step refuse(struct conn *c, enum reason why, const char *detail)
+{
+    if (!c->x.active)
+        begin_exchange(c, "POSTGRES");
+    down_fail(&c->x, why, detail);
+    return STEP_STOP;
+}
+
+/* ── What may be ─────────────────────────────────────────────────────────────────────────────── */
+
+static enum reason check_access(const struct conn *c, const struct xchg *x, const struct snapshot *s, struct ruled *out)
+{
+    struct head *h = &c->loop->head; /* without fields: no rule on paths covers it, and one on methods can name it */
+    h->n = 0;
+    h->method = str_of("POSTGRES");
+    return apply_access(s, h, &x->to, str_of("*"), c->loop->now_s, x->approved ? x->asked_rule : NULL, out);
+}
+
+/* The rule for the login, by which the exchange is noted. */
+enum reason pg_find_rule(struct conn *c, const struct snapshot *s, const struct rule **rule)
+{
+    const struct postgres *pg = c->pg;
+    struct xchg *x = &c->x;
+    if (!snapshot_logs_in(s, &x->to.host, x->to.port))
+        return R_HOST_DENIED;
+    const struct rule *r = snapshot_login(s, &x->to.host, x->to.port, str_of(pg->role), str_of(pg->database));
+    if (!r)
+        return R_PG_ROLE;
+    size_t n = r->key.n < sizeof x->keys - 1 ? r->key.n : sizeof x->keys - 1;
+    memcpy(x->keys, r->key.p, n);
+    x->keys[n] = 0;
+    x->to.tls = !r->extra[PG_PLAIN].n;
+    *rule = r;
+    return R_NONE;
+}
+
+enum reason pg_decide(struct conn *c, uint64_t *generation)
+{
+    const struct rule *r;
+    struct snapshot *s = tenant_borrow(c->tenant, generation);
+    if (!s)
+        return R_UNREGISTERED;
+    enum reason access = check_access(c, &c->x, s, &c->x.ruled), why = R_NONE;
+    if (access != R_NONE && access != R_APPROVAL_PENDING)
+        why = access;
+    if (why == R_NONE)
+        why = pg_find_rule(c, s, &r);
+    if (why == R_NONE && !scram_verifier_read(&c->pg->verifier, r->extra[PG_VERIFIER]))
+        why = R_CREDENTIAL;
+    if (why == R_NONE)
+        why = access != R_NONE ? access : rule_is_ready(r, c->loop->now_s) ? R_NONE : R_CREDENTIAL;
+    snapshot_release(s);
+    return why;
+}
+
+bool postgres_may_go_on(struct conn *c, const struct snapshot *s)
+{
+    struct ruled now;
+    const struct postgres *pg = c->pg;
+    const struct destination *to = &c->x.to;
+    return check_access(c, &c->x, s, &now) == R_NONE
+        && (pg->cancels || snapshot_login(s, &to->host, to->port, str_of(pg->role), str_of(pg->database)));
+}
+
+/* ── The guest ───────────────────────────────────────────────────────────────────────────────── */
+
+void postgres_begin(struct conn *c)
+{
+    (void)pg_of(c);
+    c->side = &GUEST;
+    c->phase = P_POSTGRES;
+    c->to.postgres = true;
+    c->to.port = c->explicit_proxy ? c->loop->engine->assumed_tls_port : c->dialled_port;
+}
+
+/* Without a server name it can only mean the one host that logins are for here; whoever that is, is verified later. */
+static bool only_host(struct conn *c)
+{
+    uint64_t generation;
+    struct snapshot *s = tenant_borrow(c->tenant, &generation);
+    const struct pattern *p = s ? snapshot_login_host(s, c->to.port) : NULL;
+    if (p)
+        (void)host_canonical(p->host.p, p->host.n, false, &c->to.host);
+    snapshot_release(s);
+    return p != NULL;
+}
+
+void postgres_hello(struct conn *c, const struct host *name, bool named)
+{
+    postgres_begin(c);
+    c->pg->stage = S_STARTUP;
+    if (named) {
+        c->to.host = *name;
+    } else if (!only_host(c)) {
+        addr_text(c->dialled, c->to.host.text);
+        c->to.host.len = (uint8_t)strlen(c->to.host.text);
+        c->to.host.kind = HOST_IP;
+        c->refused = R_PG_TLS;
+    }
+}
+
+static enum step begin_tls(struct conn *c)
+{
+    if (c->pg->stage != S_FIRST)
+        return refuse(c, R_PG_PROTOCOL, "TLS within TLS");
+    conn_write(c, "S", 1);
+    c->phase = P_HELLO; /* comes back by postgres_hello */
+    conn_again(c);
+    return STEP_STOP;
+}
+
+static enum step deny_gss(struct conn *c)
+{
+    if (c->pg->stage != S_FIRST || c->pg->asked_for_gss)
+        return refuse(c, R_PG_PROTOCOL, "GSSAPI encryption is requested where it cannot be");
+    c->pg->asked_for_gss = true;
+    conn_write(c, "N", 1);
+    return STEP_AGAIN;
+}
+
+static void connect_host(struct conn *c);
+
+static enum step begin_cancel(struct conn *c, const struct pg_startup *s)
+{
+    struct destination to;
+    if (!find_session(c->tenant, s->process, s->secret, &to)) {
+        conn_finish(c, false); /* as a server does */
+        return STEP_STOP;
+    }
+    begin_exchange(c, "CANCEL");
+    c->pg->cancels = true;
+    c->pg->process = s->process;
+    c->pg->secret = s->secret;
+    c->x.to = to;
+    connect_host(c);
+    return STEP_STOP;
+}
+
+static void copy_name(char out[PG_NAME_MAX], struct str name)
+{
+    memcpy(out, name.p, name.n); /* shorter, see pgwire.c */
+    out[name.n] = 0;
+}
+
+static enum step log_in(struct conn *c, const struct pg_startup *s)
+{
+    static const char PLUS[] = SCRAM_PLUS "\0" SCRAM "\0";
+    struct postgres *pg = c->pg;
+    struct xchg *x = &c->x;
+    struct out o = pg_scratch(c);
+    uint64_t generation;
+    begin_exchange(c, "POSTGRES");
+    copy_name(pg->role, s->user);
+    copy_name(pg->database, s->database);
+    pg_write_startup(&o, s);
+    char *startup = malloc(o.n);
+    if (!startup)
+        abort();
+    memcpy(startup, o.p, o.n);
+    pg->startup = (struct str){startup, (uint32_t)o.n};
+    enum reason why = c->refused;
+    if (why == R_NONE && !tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
+        why = R_RATE;
+    if (why == R_NONE && !xchg_count(x))
+        why = R_BUSY;
+    if (why == R_NONE)
+        why = pg_decide(c, &generation);
+    if (why != R_NONE && why != R_APPROVAL_PENDING && why != R_CREDENTIAL)
+        return refuse(c, why, NULL);
+    o = pg_scratch(c);
+    if (s->version != PG_VERSION_3_0 || s->options)
+        pg_write_negotiation(&o, s);
+    pg_write_authentication(&o, PG_AUTH_SASL, (struct str){PLUS, sizeof PLUS});
+    conn_write(c, o.p, o.n);
+    pg->stage = S_SASL;
+    return STEP_AGAIN;
+}
+
+static enum step read_startup(struct conn *c)
+{
+    struct pg_startup s;
+    enum step step = STEP_MORE;
+    enum pg_read got = buf_size(&c->in) ? pg_read_startup(c->in.p + c->in.off, buf_size(&c->in), &s) : PG_MORE;
+    if (got == PG_MORE)
+        return STEP_MORE;
+    if (got == PG_BAD)
+        return refuse(c, R_PG_PROTOCOL, "the first message is malformed, or too long");
+    switch (s.kind) {
+    case PG_WANTS_TLS:
+        step = begin_tls(c);
+        break;
+    case PG_WANTS_GSS:
+        step = deny_gss(c);
+        break;
+    case PG_CANCEL:
+        step = begin_cancel(c, &s);
+        break;
+    case PG_OTHER_VERSION:
+        step = refuse(c, R_PG_PROTOCOL, "only version 3 of the protocol is supported");
+        break;
+    case PG_STARTUP:
+        step = c->pg->stage == S_FIRST ? refuse(c, R_PG_TLS, NULL) : log_in(c, &s);
+        break;
+    }
+    if (!c->dead)
+        buf_take(c->loop, &c->in, s.size);
+    return step;
+}
+
+static struct scram_binding our_binding(const struct conn *c)
+{
+    return scram_binding_of(SSL_get_certificate(c->ssl));
+}
+
+static bool take_initial(struct conn *c, struct str body)
+{
+    struct postgres *pg = c->pg;
+    struct str mechanism, data;
+    if (!pg_read_sasl_initial(body, &mechanism, &data))
+        return false;
+    bool plus = mechanism.n == sizeof SCRAM_PLUS - 1;
+    const char *name = plus ? SCRAM_PLUS : SCRAM;
+    struct scram_binding binding = our_binding(c);
+    if (mechanism.n != strlen(name) || memcmp(mechanism.p, name, mechanism.n) != 0
+        || !scram_server_begin(&pg->guest, &pg->verifier, plus, &binding, data, NULL))
+        return false;
+    struct out o = pg_scratch(c);
+    pg_write_authentication(&o, PG_AUTH_SASL_CONTINUE, (struct str){pg->guest.first.p, pg->guest.first.n});
+    conn_write(c, o.p, o.n);
+    pg->stage = S_PROOF;
+    return true;
+}
+
+static bool take_proof(struct conn *c, struct str body)
+{
+    struct postgres *pg = c->pg;
+    if (!scram_server_trusts(&pg->guest, &pg->verifier, body))
+        return false;
+    struct out o = pg_scratch(c);
+    pg_write_authentication(&o, PG_AUTH_SASL_FINAL, (struct str){pg->guest.final.p, pg->guest.final.n});
+    conn_write(c, o.p, o.n);
+    pg->stage = S_HOST;
+    return true;
+}
+
+static enum step read_password(struct conn *c)
+{
+    struct pg_message m;
+    enum pg_read got =
+        buf_size(&c->in) ? pg_read_message(c->in.p + c->in.off, buf_size(&c->in), GUEST_MESSAGE, &m) : PG_MORE;
+    if (got == PG_MORE)
+        return STEP_MORE;
+    if (got == PG_BAD || m.type != 'p')
+        return refuse(c, R_PG_PROTOCOL, "a message of the login is malformed, or too long");
+    bool initial = c->pg->stage == S_SASL, good = initial ? take_initial(c, m.body) : take_proof(c, m.body);
+    if (!good)
+        return refuse(c, initial ? R_PG_PROTOCOL : R_PG_PASSWORD, initial ? "a message of SCRAM is malformed" : NULL);
+    buf_take(c->loop, &c->in, m.size);
+    if (!initial)
+        connect_host(c);
+    return initial ? STEP_AGAIN : STEP_STOP;
+}
+
+/* As far as the rules allow now; else it is held until they do. */
+static void connect_host(struct conn *c)
+{
+    struct xchg *x = &c->x;
+    uint64_t generation = atomic_load(&c->tenant->generation);
+    c->pg->stage = S_HOST;
+    conn_timer(c, -1);
+    enum reason why = c->pg->cancels ? R_NONE : pg_decide(c, &generation);
+    if (why == R_NONE) {
+        if (up_take(x, generation, false, true) == TAKE_FULL)
+            (void)refuse(c, R_BUSY, NULL);
+    } else if (why == R_CREDENTIAL) {
+        xchg_hold(x, why);
+    } else if (why != R_APPROVAL_PENDING) {
+        (void)refuse(c, why, NULL);
+    } else if (!xchg_ask(x, str_of("*"))) {
+        (void)refuse(c, R_BUSY, NULL);
+    }
+}
+
+/* It has logged in here and waits. */
+static enum step wait_for_host(struct conn *c)
+{
+    struct xchg *x = &c->x;
+    if (c->hung_up || c->readable_end) {
+        conn_lost(c);
+        return STEP_STOP;
+    }
+    if (x->active && !x->waiting && !x->up)
+        connect_host(c);
+    else if (x->up && c->pg->host == H_NEW)
+        pg_begin_host(x->up);
+    return STEP_STOP;
+}
+
+static enum step one_step(struct conn *c)
+{
+    switch (c->pg->stage) {
+    case S_FIRST:
+    case S_STARTUP:
+        return read_startup(c);
+    case S_SASL:
+    case S_PROOF:
+        return read_password(c);
+    default:
+        return wait_for_host(c);
+    }
+}
+
+void postgres_run(struct conn *c)
+{
+    for (;;) {
+        if (c->dead || c->phase != P_POSTGRES || c->close_after)
+            return;
+        enum step s = one_step(c);
+        if (s == STEP_AGAIN)
+            continue;
+        if (s == STEP_STOP)
+            return;
+        ssize_t n = conn_read(c);
+        if (n == 0)
+            return;
+        if (n < 0) {
+            conn_lost(c);
+            return;
+        }
+    }
+}
