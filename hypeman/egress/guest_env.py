@@ -13,9 +13,14 @@ REPLACING = (
 )  # fmt: skip
 
 
-def trust_environment(bundle: str, authority: str) -> dict[str, str]:
-    """``bundle``: guest path of the system roots plus our CA; ``authority``: guest path of our CA alone."""
-    return dict.fromkeys(REPLACING, bundle) | {"NODE_EXTRA_CA_CERTS": authority, "NODE_USE_SYSTEM_CA": "1"}
+def trust_environment(bundle: str, authority: str, *, postgres: bool = False) -> dict[str, str]:
+    """``bundle``: guest path of the system roots plus our CA; ``authority``: guest path of our CA alone.
+
+    ``postgres``: it logs in to Postgres through the proxy. Otherwise libpq is left alone: with a file of roots it
+    verifies even where ``sslmode`` is ``require``, and certificates of databases often come from no public CA.
+    """
+    replacing = (*REPLACING, "PGSSLROOTCERT") if postgres else REPLACING
+    return dict.fromkeys(replacing, bundle) | {"NODE_EXTRA_CA_CERTS": authority, "NODE_USE_SYSTEM_CA": "1"}
 
 
 def proxy_environment(gateway: str, port: int, *, direct: tuple[str, ...] = ()) -> dict[str, str]:

@@ -33,6 +33,9 @@ MAX_SCRUB_RULES = 32
 MAX_SCRUBBED_NAME = 64
 """So that a response does not become many times as long."""
 HTTPS = 443
+POSTGRES = 5432
+WEB = frozenset((80, HTTPS))
+"""Ports that are the data plane's for every instance with egress."""
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -105,10 +108,18 @@ def parse_hosts(rule: InjectRule) -> tuple[HostPattern, ...] | None:
 def parse_ports(rule: InjectRule, usual_port: int = HTTPS) -> tuple[int, ...]:
     """The TCP ports of a rule."""
     if rule.ports is None:
-        return (usual_port,)
+        return (POSTGRES if rule.as_.postgres is not None else usual_port,)
     if not 0 < len(rule.ports) <= MAX_PORTS or any(not 0 < port < 65536 for port in rule.ports):
         raise InvalidRequest(f"ports must be 1 to {MAX_PORTS} numbers from 1 to 65535; leave it out to mean 443")
+    if rule.as_.postgres is not None and WEB & set(rule.ports):
+        raise InvalidRequest("ports 80 and 443 are for HTTP; a rule as postgres needs another one")
     return rule.ports
+
+
+def redirected_ports(credentials: Mapping[str, CredentialPolicy]) -> tuple[int, ...]:
+    """TCP ports beside 80 and 443 that the data plane serves for an instance with these credentials."""
+    rules = (rule for policy in credentials.values() for rule in policy.inject if rule.as_.postgres is not None)
+    return tuple(sorted({port for rule in rules for port in parse_ports(rule)}))
 
 
 class _Rule:
@@ -117,10 +128,12 @@ class _Rule:
     def __init__(self, key: str, number: int, rule: InjectRule, usual_port: int) -> None:
         self.key = key
         self.token = token_name(key, number) if rule.as_.oauth2 is not None else None
-        self.form = form_of(rule.as_)
+        self.form = form_of(rule.as_, placeholder(key))
         self.scrub = rule.scrub is True
         if self.scrub and self.form.kind is Kind.MTLS:
             raise InvalidRequest("mtls shows the host nothing that it could show the guest; leave out scrub")
+        if self.form.kind is Kind.POSTGRES and (self.scrub or rule.hosts is None):
+            raise InvalidRequest("a rule as postgres needs hosts, and cannot scrub")
         if self.scrub and len(key) > MAX_SCRUBBED_NAME:
             raise InvalidRequest(f"a credential that is scrubbed has a name of at most {MAX_SCRUBBED_NAME} characters")
         self.hosts = parse_hosts(rule)

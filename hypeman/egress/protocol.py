@@ -27,10 +27,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-VERSION = 4
-SPOKEN = (2, 3, 4)
+VERSION = 5
+SPOKEN = (2, 3, 4, 5)
 """Versions of engines that a server can talk to. 2 has no ingresses; 2 and 3 refuse policies with client certificates
-or scrubbing."""
+or scrubbing, 4 those with Postgres."""
 SITES = 3
 """The first version that has ingresses."""
 ENDED = 4

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import base64
 import enum
+import hashlib
+import hmac
 import html
 import re
 import struct
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import quote, quote_plus
 
@@ -83,6 +86,7 @@ class Kind(enum.IntEnum):
     BODY = 4
     MTLS = 5
     SCRUB = 6
+    POSTGRES = 7
 
 
 class Compiled(NamedTuple):
@@ -170,13 +174,15 @@ def spellings(secret: str) -> list[str]:
     ]
 
 
-def form_of(shape: InjectAs) -> Form:
-    """Raises InvalidRequest unless exactly one form is given."""
-    given = [name for name in _FORMS if getattr(shape, name) is not None]
+def form_of(shape: InjectAs, placeholder: str) -> Form:
+    """``placeholder``: what the guest has instead of the value. Raises InvalidRequest unless one form is given."""
+    given = [name for name in (*_FORMS, "postgres") if getattr(shape, name) is not None]
     if shape.format is not None and shape.header is None:
         raise InvalidRequest("inject.as.format needs inject.as.header")
     if len(given) != 1:
         raise InvalidRequest(f"inject.as must have header with format, or exactly one of {', '.join(_OTHERS)}")
+    if shape.postgres is not None:
+        return _postgres(shape, placeholder)
     return _FORMS[given[0]](shape)
 
 
@@ -365,6 +371,42 @@ def _identity(value: str) -> Compiled:
     return Compiled(Kind.MTLS, "certificate", texts[0], tuple(texts[1:]))
 
 
+# ── Postgres ─────────────────────────────────────────────────────────────────────────────────────
+
+
+_ITERATIONS = 4096
+"""Of the placeholder's verifier, as in ext/egress/scram.c; it keeps no secret."""
+MAX_PASSWORD = 1000
+
+
+@lru_cache(maxsize=1024)
+def placeholder_verifier(text: str) -> str:
+    """With what the data plane checks by SCRAM-SHA-256 that a client knows ``text`` (RFC 5802): salt, StoredKey and
+    ServerKey in base64. Equal for equal texts, since equal policies are to change nothing."""
+    salt = hashlib.sha256(f"hypeman {text}".encode()).digest()[:16]
+    salted = hashlib.pbkdf2_hmac("sha256", text.encode(), salt, _ITERATIONS)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    return base64.b64encode(salt + stored + hmac.digest(salted, b"Server Key", "sha256")).decode()
+
+
+def _postgres(shape: InjectAs, placeholder: str) -> Form:
+    form = shape.postgres
+    assert form is not None
+    if form.tls == "off" and form.auth == "password":
+        raise InvalidRequest("postgres: with tls off the password itself is never sent; choose auth scram or md5")
+    plain = "plain" if form.tls == "off" else ""
+    extra = (form.user, form.database or "", placeholder_verifier(placeholder), form.auth, plain)
+
+    def render(value: str) -> Compiled:
+        if len(check_value(value)) > MAX_PASSWORD:
+            raise InvalidRequest(f"a password for postgres has at most {MAX_PASSWORD} characters")
+        return Compiled(Kind.POSTGRES, "postgres", value, extra)
+
+    return Form(
+        Kind.POSTGRES, "postgres", f"postgres {form.user}", f"the password of {form.user!r}", render, extra=extra
+    )
+
+
 class _AwsKeys(msgspec.Struct, frozen=True):
     """Output of a ``credential_process`` of the AWS CLI."""
 
@@ -430,4 +472,4 @@ _FORMS: Mapping[str, Callable[[InjectAs], Form]] = {
     "body": _body,
     "mtls": _mtls,
 }
-_OTHERS = tuple(name for name in _FORMS if name != "header")
+_OTHERS = (*(name for name in _FORMS if name != "header"), "postgres")

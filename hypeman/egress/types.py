@@ -155,6 +155,36 @@ class MtlsForm(Struct, frozen=True, kw_only=True):
     """The host is shown a client certificate. The value: the certificate, intermediates and the private key, in PEM."""
 
 
+class PostgresForm(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The guest logs in to a server of Postgres with the placeholder as its password; the server gets the value."""
+
+    user: Annotated[
+        str,
+        Meta(
+            pattern=r"^[\x21-\x7e]([\x20-\x7e]{0,61}[\x21-\x7e])?$",
+            description="Role that the password belongs to; logins as others are refused",
+        ),
+    ]
+    database: (
+        Annotated[
+            str,
+            Meta(pattern=r"^[\x21-\x7e]([\x20-\x7e]{0,61}[\x21-\x7e])?$", description="The only one; absent: any"),
+        ]
+        | None
+    ) = None
+    auth: Annotated[
+        Literal["scram", "md5", "password"],
+        Meta(
+            description="The weakest way to authenticate that is accepted of the server: SCRAM-SHA-256 (with channel "
+            "binding where it is offered); the MD5 hash as well; or the password itself as well, over TLS only"
+        ),
+    ] = "scram"
+    tls: Annotated[
+        Literal["verify", "off"],
+        Meta(description="verify: TLS with a certificate for the name; off: the connection to the server is in clear"),
+    ] = "verify"
+
+
 class OAuth2Form(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """An access token, which the server obtains with the value and renews ahead of time."""
 
@@ -228,6 +258,7 @@ class InjectAs(Struct, frozen=True, kw_only=True, omit_defaults=True):
     hmac: Annotated[HmacForm, Meta(description="Signs the body with the value as the key (HMAC-SHA256)")] | None = None
     body: BodyForm | None = None
     mtls: MtlsForm | None = None
+    postgres: PostgresForm | None = None
 
 
 class InjectRule(Struct, frozen=True, kw_only=True):
@@ -238,7 +269,7 @@ class InjectRule(Struct, frozen=True, kw_only=True):
     ports: (
         Annotated[
             tuple[Annotated[int, Meta(ge=1, le=65535)], ...],
-            Meta(min_length=1, max_length=16, description="TCP ports of the hosts; absent: 443"),
+            Meta(min_length=1, max_length=16, description="TCP ports of the hosts; absent: 443, for postgres 5432"),
         ]
         | None
     ) = None
@@ -339,7 +370,7 @@ class EgressRecord(Struct, frozen=True, kw_only=True):
     bytes_up: int
     bytes_down: int
     ms: float
-    http: Annotated[int, Meta(description="Major version of HTTP that the guest used")]
+    http: Annotated[int, Meta(description="Major version of HTTP that the guest used; 0: Postgres")]
     decision: Annotated[
         Ruling | UnsetType,
         Meta(description="Of the instance's rules, if it has any; observed: would be denied; held: not approved"),

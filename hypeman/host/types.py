@@ -40,6 +40,7 @@ SET_TYPES = {
     "guests": _IDENTITY,
     "mediated": _ONE_TAP,
     "mode_all": _ONE_TAP,
+    "redirected": ("ifname", "inet_service"),
     "neighbours": _ONE_TAP,
     "ports": ("inet_proto", "inet_service"),
     "ports_at": ("ipv4_addr", "inet_proto", "inet_service"),

@@ -116,14 +116,15 @@ def _mode_of(spec: InstanceSpec) -> EgressMode:
 
 
 def _reach_of(spec: InstanceSpec) -> Reach:
-    access = spec.access
+    access, redirected = spec.access, policy.redirected_ports(spec.credentials)
     if access is None:
-        return Reach()
+        return Reach(redirected=redirected)
     opened = (Opening(each.protocol, each.network, each.first, each.last) for each in openings(access))
     return Reach(
         closed=access.closes,
         openings=tuple(opened) if access.closes else (),
         private=PrivateReach(access.private_networks.value if access.private_networks else ""),
+        redirected=redirected,
     )
 
 
@@ -226,7 +227,7 @@ class EgressOfInstances:
 
     def guest_setup(self, lease: Lease) -> tuple[Mapping[str, str], tuple[CaCertificate, ...]]:
         proxy = proxy_environment(self._egress.settings.address, self._egress.port)
-        trust = trust_environment(CA_BUNDLE_PATH, CA_CERT_PATH)
+        trust = trust_environment(CA_BUNDLE_PATH, CA_CERT_PATH, postgres=bool(lease.reach.redirected))
         return {**proxy, **trust}, (CaCertificate(pem=self._egress.ca_pem.decode()),)
 
     def _open(self, txn: Txn, instance_id: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ The chains are fixed and drop by default for the prefix of our TAPs. A guest is 
 
     guests       tap . mac . address    may send, only with this MAC and address
     mediated     tap                    ports 80 and 443 are redirected to the proxy; may reach the proxy's port
+    redirected   tap . port             this TCP port as well, except to guests
     mode_all     tap                    of the rest only UDP and ICMP pass: no other TCP, no other protocol
     neighbours   tap                    may communicate with other neighbours
     ports        protocol . port        → address . port of a guest: published on all addresses of the host
@@ -115,6 +116,7 @@ def lease_elements(lease: Lease) -> tuple[Element, ...]:
     elements = [Element("inet", "guests", identity), Element("arp", "guests", identity)]
     if lease.egress_mode is not EgressMode.NONE:
         elements.append(Element("inet", "mediated", (lease.tap,)))
+        elements += [Element("inet", "redirected", (lease.tap, str(port))) for port in lease.reach.redirected]
     if lease.egress_mode is EgressMode.ALL:
         elements.append(Element("inet", "mode_all", (lease.tap,)))
     if not lease.isolated:
@@ -411,7 +413,10 @@ def _mediation(facts: RuleFacts) -> str:
         return ""
     excluded = f"ip daddr != @refused ip daddr != {facts.subnet.gateway}"
     target = f"{facts.subnet.gateway}:{facts.egress_port}"
-    return f"        iifname @mediated {excluded} tcp dport {_WEB} dnat ip to {target}\n"
+    return (
+        f"        iifname @mediated {excluded} tcp dport {_WEB} dnat ip to {target}\n"
+        f"        {excluded} ip daddr != {facts.subnet.network} iifname . tcp dport @redirected dnat ip to {target}\n"
+    )
 
 
 def _offered(facts: RuleFacts) -> str:

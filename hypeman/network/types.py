@@ -73,6 +73,8 @@ class Reach(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing but ``openings``, and names through the gateway; with mediation only."""
     openings: tuple[Opening, ...] = ()
     private: PrivateReach = PrivateReach.CONFIGURED
+    redirected: tuple[int, ...] = ()
+    """TCP ports that end in the proxy as 80 and 443 do, except to other guests; with mediation only."""
 
 
 class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -287,7 +287,8 @@ def make_world(tmp_path: Path, origin_ca: trustme.CA, origin_context: ssl.SSLCon
 
             settings = Settings(
                 address="127.0.0.1", port=0, loops=changes.pop("loops", 1), allow=("127.0.0.0/8",),
-                trust_file=str(roots), assumed_tls_port=origin.port, timeouts=changes.pop("timeouts", Timeouts()),
+                trust_file=str(roots), assumed_tls_port=changes.pop("assumed_tls_port", origin.port),
+                timeouts=changes.pop("timeouts", Timeouts()),
                 limits=changes.pop("limits", Limits()), **changes,
             )  # fmt: skip
             egress = Egress(settings, tmp_path / "egress", resolve=resolve, command=engine_process)

@@ -447,6 +447,24 @@ async def test_mode_http_https_only_lets_other_ports_pass(lab: Lab) -> None:
 
 
 @in_namespace
+async def test_redirected_ports(lab: Lab) -> None:
+    """They end in the proxy as 80 and 443 do, for that guest alone; those of other guests stay theirs."""
+    for number, (mode, closed) in enumerate(((EgressMode.HTTP_HTTPS_ONLY, False), (EgressMode.ALL, True))):
+        guest = await lab.guest(egress_mode=mode, reach=Reach(redirected=(5432,), closed=closed))
+        with lab.listen(GATEWAY, EGRESS_PORT) as proxy:
+            await _shake_hands(guest, SERVER, 5432, 6000 + number)
+            assert await _original_destination(proxy) == (SERVER, 5432)
+    other = await lab.mediated(EgressMode.HTTP_HTTPS_ONLY)
+    other.send_tcp(SERVER, 5432)
+    assert (await lab.world.expect(lambda seen: seen.protocol == TCP)).port == 5432
+    reach = Reach(redirected=(5432,))
+    guest = await lab.guest(isolated=False, egress_mode=EgressMode.HTTP_HTTPS_ONLY, reach=reach)
+    peer = await lab.guest(isolated=False)
+    guest.send_tcp(peer.lease.ipv4, 5432)
+    assert (await peer.expect(lambda seen: seen.protocol == TCP)).port == 5432
+
+
+@in_namespace
 async def test_without_a_proxy_the_web_is_refused_and_not_passed(lab: Lab) -> None:
     """Nobody listens on the proxy's port: a reset, never a direct connection."""
     guest = await lab.mediated()

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from hypeman.network.addressing import Subnet
 from hypeman.network.ruleset import RuleFacts, lease_elements, possible_elements, render_ruleset
-from hypeman.network.types import EgressMode, HostPort, Lease, PortMapping, Protocol
+from hypeman.network.types import EgressMode, HostPort, Lease, PortMapping, Protocol, Reach
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "network" / "ruleset.nft"
 CLOSED = GOLDEN.with_name("ruleset-without-private.nft")
@@ -24,6 +24,7 @@ FACTS = RuleFacts(
     offered=(HostPort("udp", 53), HostPort("tcp", 53)),
     policed=(("hm-b", 1_250_000),),
 )
+REDIRECTED = Reach(redirected=(5432,))
 PORTS = (
     PortMapping(host_port=8080, guest_port=80),
     PortMapping(host_port=8081, guest_port=80, host_address="192.0.2.1"),
@@ -62,7 +63,7 @@ def render() -> str:
     guests = [
         lease("a", ports=PORTS),
         lease("b", egress_mode=EgressMode.ALL),
-        lease("c", egress_mode=EgressMode.HTTP_HTTPS_ONLY, isolated=False),
+        lease("c", egress_mode=EgressMode.HTTP_HTTPS_ONLY, isolated=False, reach=REDIRECTED),
         Lease(instance_id="d", cid=9),
     ]
     return render_ruleset(FACTS, guests)
@@ -74,6 +75,8 @@ def render() -> str:
         ({}, {"guests"}),
         ({"egress_mode": EgressMode.ALL}, {"guests", "mediated", "mode_all"}),
         ({"egress_mode": EgressMode.HTTP_HTTPS_ONLY}, {"guests", "mediated"}),
+        ({"egress_mode": EgressMode.ALL, "reach": REDIRECTED}, {"guests", "mediated", "mode_all", "redirected"}),
+        ({"reach": REDIRECTED}, {"guests"}),
         ({"isolated": False}, {"guests", "neighbours"}),
         ({"ports": PORTS}, {"guests", "ports", "ports_at", "published", "hairpin"}),
         ({"ports": PORTS[3:]}, {"guests"}),

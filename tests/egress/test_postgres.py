@@ -1,0 +1,469 @@
+"""Logins to Postgres: the guest has the placeholder, the server gets the password, and neither can do more."""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+import struct
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import pytest
+import trio
+import trio.lowlevel
+import trustme
+
+from hypeman.egress.records import AuditRecord
+from hypeman.egress.types import (
+    CredentialPolicy,
+    CredentialSource,
+    EgressAccess,
+    InjectAs,
+    InjectRule,
+    PostgresForm,
+)
+from hypeman.egress.usage import outcome_of
+from hypeman.errors import InvalidRequest
+from tests.egress.conftest import HOST, Wire, World
+from tests.egress.postgres_peers import (
+    GSS_REQUEST,
+    KEY,
+    PLAIN,
+    PLUS,
+    SSL_REQUEST,
+    Client,
+    Server,
+    authentication,
+    certificate_of,
+    error,
+    first_message,
+    message,
+    startup,
+)
+
+PASSWORD = "pg-9f31c8d2a77e"
+HELD = "mock-PGPASSWORD"
+ROLE = startup(user="app", database="shop")
+
+
+def postgres(port: int, **form: Any) -> CredentialPolicy:
+    shape = PostgresForm(user=form.pop("user", "app"), **form)
+    return CredentialPolicy(
+        source=CredentialSource(env="REAL_KEY"),
+        inject=(InjectRule(hosts=(HOST,), ports=(port,), as_=InjectAs(postgres=shape)),),
+    )
+
+
+class Shop:
+    """A world with a server of Postgres, reached at the port that redirected TLS is taken for."""
+
+    def __init__(self, world: World, server: Server, port: int) -> None:
+        self.world, self.server, self.port = world, server, port
+        self.records: list[AuditRecord] = []
+        world.egress.on_audit(self.records.append)
+
+    async def allow(self, password: str = PASSWORD, access: EgressAccess | None = None, **form: Any) -> None:
+        await self.world.allow(secret=password, access=access, PGPASSWORD=postgres(self.port, **form))
+
+    async def connect(self, name: str | None = HOST, *, direct: bool = False) -> Client:
+        wire = await self.world.tcp()
+        if not direct:
+            await wire.send(SSL_REQUEST)
+            assert await wire.exactly(1) == b"S"
+        wire = await self.world.tls(name, over=wire, alpn=("postgresql",))
+        return Client(wire, hashlib.sha256(certificate_of(wire.stream)).digest())
+
+    async def log_in(self, password: str = HELD, first: bytes = ROLE) -> dict[str, str]:
+        return await (await self.connect()).log_in(password, first)
+
+    async def record(self) -> AuditRecord:
+        """The next one."""
+        while not self.records:
+            await trio.sleep(0.01)
+        return self.records.pop(0)
+
+    async def check_records(self, *reasons: str) -> None:
+        """Those that are not read yet; engines send them four times a second."""
+        found = [await self.record() for _ in reasons]
+        assert [each.reason for each in found] == list(reasons)
+        assert all(outcome_of(each) == "failed" for each in found)
+
+
+@pytest.fixture
+def make_shop(make_world: Any, origin_ca: trustme.CA) -> Any:
+    @asynccontextmanager
+    async def make(**changes: Any) -> AsyncGenerator[Shop]:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        leaf = origin_ca.issue_cert(changes.pop("certified", HOST))
+        leaf.configure_cert(context)
+        der = ssl.PEM_cert_to_DER_cert(leaf.cert_chain_pems[0].bytes().decode())
+        server = Server(PASSWORD, context, der)
+        async with trio.open_nursery() as nursery:
+            listeners = await nursery.start(partial(trio.serve_tcp, server.serve, 0, host="127.0.0.1"))
+            port = listeners[0].socket.getsockname()[1]
+            async with make_world(assumed_tls_port=port, **changes) as world:
+                shop = Shop(world, server, port)
+                await shop.allow()
+                yield shop
+            nursery.cancel_scope.cancel()
+
+    return make
+
+
+@pytest.fixture
+async def shop(make_shop: Any) -> AsyncGenerator[Shop]:
+    async with make_shop() as made:
+        yield made
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize(("mechanism", "flag"), [(PLAIN, "n"), (PLUS, "p")])
+async def test_session(shop: Shop, mechanism: str, flag: str, direct: bool) -> None:
+    """The server is shown the password with channel binding, the guest only its own placeholder."""
+    client = await shop.connect(direct=direct)
+    first = startup(user="app", database="shop", application_name="x", options="-c a=b")
+    assert await client.log_in(HELD, first, mechanism=mechanism, flag=flag) == {}
+    assert await client.query("select 1") == b"select 1"
+    assert (b"K", KEY) in client.messages
+    assert shop.server.used == [f"{PLUS} p"]
+    assert shop.server.startups == [{"user": "app", "database": "shop", "application_name": "x", "options": "-c a=b"}]
+    await client.wire.send(message(b"X"))
+    assert await client.wire.rest() == b""
+    await client.wire.stream.aclose()
+    record = await shop.record()
+    assert (record.method, record.host, record.port, record.status) == ("POSTGRES", HOST, shop.port, 200)
+    assert (record.credentials, record.injected, record.reason, record.http) == (("PGPASSWORD",), True, "ok", 0)
+    assert record.bytes_up > 0 and record.bytes_down > 0
+    assert outcome_of(record) == "ok"
+
+
+# ── What the guest may do ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("version", "parameters", "answer"),
+    [
+        ((3 << 16) + 2, {}, struct.pack(">II", 3 << 16, 0)),
+        ((3 << 16) + 9999, {"_pq_.x": "1", "_pq_.y": ""}, struct.pack(">II", 3 << 16, 2) + b"_pq_.x\0_pq_.y\0"),
+    ],
+)
+async def test_newer_protocol(shop: Shop, version: int, parameters: dict[str, str], answer: bytes) -> None:
+    """Negotiated down to 3.0, and the server never hears of the options."""
+    client = await shop.connect()
+    assert await client.log_in(HELD, startup(version, user="app", database="shop", **parameters)) == {}
+    assert client.messages[0] == (b"v", answer)
+    assert shop.server.startups == [{"user": "app", "database": "shop"}]
+
+
+async def test_gss_and_no_database(shop: Shop) -> None:
+    """GSSAPI encryption is declined; without a database it is the one named like the role."""
+    wire = await shop.world.tcp()
+    await wire.send(GSS_REQUEST)
+    assert await wire.exactly(1) == b"N"
+    await wire.send(SSL_REQUEST)
+    assert await wire.exactly(1) == b"S"
+    client = Client(await shop.world.tls(over=wire, alpn=("postgresql",)))
+    assert await client.log_in(HELD, startup(user="app")) == {}
+    assert shop.server.startups == [{"user": "app", "database": "app"}]
+
+
+async def test_without_a_server_name(shop: Shop) -> None:
+    """There is one host for logins: it is verified as ever. With two, nobody knows which is meant."""
+    client = await shop.connect(None)
+    assert await client.log_in(HELD, ROLE) == {}
+    other = for_hosts(postgres(shop.port, user="other"), "other.test")
+    await shop.world.allow(secret=PASSWORD, PGPASSWORD=postgres(shop.port), OTHER=other)
+    shop.world.guest_trust.check_hostname = False
+    refused = await (await shop.connect(None)).log_in(HELD, ROLE)
+    assert refused["C"] == "28000" and "(tls_required)" in refused["M"]
+
+
+def for_hosts(policy: CredentialPolicy, *hosts: str) -> CredentialPolicy:
+    rule = policy.inject[0]
+    return CredentialPolicy(source=policy.source, inject=(InjectRule(hosts=hosts, ports=rule.ports, as_=rule.as_),))
+
+
+REFUSED_LOGINS = [
+    ("its own password", ROLE, "28P01", "placeholder_expected"),
+    (PASSWORD, ROLE, "28P01", "placeholder_expected"),
+    (HELD, startup(user="postgres", database="shop"), "28000", "role_denied"),
+    (HELD, startup(user="App", database="shop"), "28000", "role_denied"),
+    (HELD, startup(2 << 16, user="app"), "08P01", "postgres_protocol"),
+    (HELD, SSL_REQUEST, "08P01", "postgres_protocol"),
+    (HELD, GSS_REQUEST, "08P01", "postgres_protocol"),
+    (HELD, first_message(3 << 16, "user", "app", "user", "root"), "08P01", "postgres_protocol"),
+    (HELD, first_message(3 << 16, "user", "app", "database", "a", "database", "b"), "08P01", "postgres_protocol"),
+    (HELD, first_message(3 << 16, "user", "app", "options", "a", "options", "b"), "08P01", "postgres_protocol"),
+    (HELD, startup(user=""), "08P01", "postgres_protocol"),
+    (HELD, startup(user="a" * 64), "08P01", "postgres_protocol"),
+    (HELD, startup(database="shop"), "08P01", "postgres_protocol"),
+    (HELD, first_message(3 << 16, "user", "app", *(f"p{i // 2}" for i in range(130))), "08P01", "postgres_protocol"),
+    (HELD, startup(user="app", x="y" * 10_000), "08P01", "postgres_protocol"),
+    (HELD, struct.pack(">II", 9, 3 << 16) + b"x", "08P01", "postgres_protocol"),
+    (HELD, struct.pack(">II", 7, 3 << 16), "08P01", "postgres_protocol"),
+    (HELD, struct.pack(">II", 1 << 31, 3 << 16), "08P01", "postgres_protocol"),
+]
+
+
+async def test_refused_logins(shop: Shop) -> None:
+    """With an error that a client shows; the server hears of none of them."""
+    for password, first, state, code in REFUSED_LOGINS:
+        told = await shop.log_in(password, first)
+        assert (told["S"], told["V"], told["C"]) == ("FATAL", "FATAL", state), (first, told)
+        assert told["M"].startswith("hypeman: ") and told["M"].endswith(f"({code})"), (first, told)
+        assert told["H"].startswith("change_the_request")
+    for *_, code in REFUSED_LOGINS:
+        record = await shop.record()
+        assert (record.reason, record.injected, record.credentials) == (code, False, ())
+    assert not shop.server.startups
+
+
+async def test_database_of_the_rule(shop: Shop) -> None:
+    await shop.allow(database="shop")
+    assert await shop.log_in() == {}
+    assert (await shop.log_in(HELD, startup(user="app", database="other")))["C"] == "28000"
+    assert (await shop.log_in(HELD, startup(user="app")))["C"] == "28000"
+
+
+@pytest.mark.parametrize("first", [ROLE, startup(2 << 16, user="app")])
+async def test_without_tls(shop: Shop, first: bytes) -> None:
+    wire = await shop.world.tcp()
+    await wire.send(first)
+    kind, body = await Client(wire).read()
+    assert kind == b"E" and (b"C28000" in body or b"C08P01" in body)
+    assert await wire.rest() == b""
+
+
+async def test_host_without_a_rule(shop: Shop) -> None:
+    client = await shop.connect("other.test")
+    assert "(host_denied)" in (await client.log_in(HELD, ROLE))["M"]
+
+
+async def test_malformed_scram_of_the_guest(shop: Shop) -> None:
+    for mechanism, flag in ((PLAIN, "y"), (PLAIN, "p"), (PLUS, "n"), ("SCRAM-SHA-1", "n"), ("SCRAM-SHA-256 ", "n")):
+        told = await (await shop.connect()).log_in(HELD, ROLE, mechanism=mechanism, flag=flag)
+        assert told["C"] == "08P01", (mechanism, flag)
+
+
+async def test_binding_to_another_certificate(shop: Shop) -> None:
+    """Somebody between the guest and us would have one."""
+    client = await shop.connect()
+    client.binding = bytes(32)
+    assert (await client.log_in(HELD, ROLE, mechanism=PLUS, flag="p"))["C"] == "28P01"
+
+
+async def test_every_cut_of_the_guest(shop: Shop) -> None:
+    """Each message, cut at each of its bytes, leaves nothing open; in single bytes, it works."""
+    client = await shop.connect()
+    whole = Pieces(client.wire)
+    client.wire = whole
+    assert await client.log_in(HELD, ROLE, mechanism=PLUS, flag="p") == {}
+    for cut in range(0, len(ROLE), 3):
+        client = await shop.connect()
+        await client.wire.send(ROLE[:cut])
+        await trio.aclose_forcefully(client.wire.stream)
+    for cut in range(len(SSL_REQUEST)):
+        wire = await shop.world.tcp()
+        await wire.send(SSL_REQUEST[:cut])
+        await trio.aclose_forcefully(wire.stream)
+    assert await shop.log_in() == {}
+    with trio.fail_after(60):
+        while (await shop.world.egress.statistics()).in_use["connections"] > 2:
+            await trio.sleep(0.02)
+
+
+class Pieces(Wire):
+    """Sends single bytes."""
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(wire.stream)
+
+    async def send(self, data: bytes) -> None:
+        for at in range(len(data)):
+            await self.stream.send_all(data[at : at + 1])
+            await trio.lowlevel.checkpoint()
+
+
+async def test_oversized_message_of_the_guest(shop: Shop) -> None:
+    client = await shop.connect()
+    await client.wire.send(ROLE)
+    await client.read()
+    await client.wire.send(b"p" + struct.pack(">I", 3000) + bytes(100))
+    kind, body = await client.read()
+    assert kind == b"E" and b"C08P01" in body
+
+
+# ── What the server may do ───────────────────────────────────────────────────────────────────────
+
+
+async def test_server_in_single_bytes(shop: Shop) -> None:
+    shop.server.piece = 1
+    assert await shop.log_in() == {}
+
+
+async def test_iterations(shop: Shop) -> None:
+    for iterations in (4096, 4097, 12_345, 100_000):
+        shop.server.iterations = iterations
+        assert await shop.log_in() == {}
+
+
+async def test_wrong_iterations(shop: Shop) -> None:
+    """Few make the password easier to guess for a server that records the proof, many keep us busy."""
+    for iterations in (0, 1, 4095, 1_000_001, 2**31, 2**64, -4096, "4096x", "", "04096", "+4096"):
+        shop.server.iterations = iterations
+        await check_distrusted(shop, iterations)
+
+
+async def check_distrusted(shop: Shop, case: object) -> None:
+    told = await shop.log_in()
+    assert told["C"] == "08001" and told["M"].endswith("(upstream_authentication)"), (case, told)
+    assert not shop.server.passwords
+
+
+SALT = b"c2FsdHNhbHRzYWx0c2FsdA=="
+
+
+CHALLENGES = [
+    b"r=NONCE,s=" + SALT + b",i=4096",  # nothing of its own
+    b"r=otherNONCE,s=" + SALT + b",i=4096",
+    b"r=other,s=" + SALT + b",i=4096",
+    b"r=NONCE\x01,s=" + SALT + b",i=4096",
+    b"r=NONCEx,s=,i=4096",
+    b"r=NONCEx,s=c2Fsd,i=4096",
+    b"r=NONCEx,s=c2FsdB==,i=4096",
+    b"r=NONCEx,s= " + SALT[1:] + b",i=4096",
+    b"r=NONCEx,s=" + SALT + b",i=4096,x=y",
+    b"r=NONCEx,i=4096,s=" + SALT,
+    b"m=x,r=NONCEx,s=" + SALT + b",i=4096",
+    b"r=NONCEx,s=" + SALT,
+    b"r=NONCE" + b"x" * 600 + b",s=" + SALT + b",i=4096",
+    b"e=other-error",
+    b"",
+]
+
+
+async def test_malformed_challenges(shop: Shop) -> None:
+    for challenge in CHALLENGES:
+        shop.server.challenge = challenge
+        await check_distrusted(shop, challenge)
+
+
+async def test_server_that_does_not_know_the_password(shop: Shop) -> None:
+    for proof in (b"v=" + b"A" * 43 + b"=", b"v=", b"e=invalid-proof", b"x", b"v=AAAA", b" "):
+        shop.server.proof = proof
+        await check_distrusted(shop, proof)
+
+
+async def test_downgrades(shop: Shop) -> None:
+    """Without the rule's consent nothing is sent that would be worth as much as the password."""
+    for method in ("password", "md5", "trust"):
+        shop.server.method = method
+        await check_distrusted(shop, method)
+    await shop.check_records(*["upstream_authentication"] * 3)
+
+
+async def test_older_methods(shop: Shop) -> None:
+    for accepted, method, works in (
+        ("md5", "md5", True), ("md5", "password", False), ("password", "md5", True), ("password", "password", True),
+        ("md5", "scram", True), ("password", "trust", False),
+    ):  # fmt: skip
+        await shop.allow(auth=accepted)
+        shop.server.method = method
+        shop.server.passwords.clear()
+        assert (await shop.log_in() == {}) is works, (accepted, method)
+        assert bool(shop.server.passwords) is (works and method != "scram")
+
+
+async def test_no_mechanism_that_we_speak(shop: Shop) -> None:
+    for mechanisms in ((), ("SCRAM-SHA-1",), ("SCRAM-SHA-512", "OAUTHBEARER"), ("SCRAM-SHA-256x",)):
+        shop.server.mechanisms = mechanisms
+        await check_distrusted(shop, mechanisms)
+
+
+async def test_server_without_channel_binding(shop: Shop) -> None:
+    """It is told that we could have done it, so that it notices if somebody else took its offer away."""
+    shop.server.mechanisms = (PLAIN,)
+    assert await shop.log_in() == {}
+    assert shop.server.used == [f"{PLAIN} y"]
+
+
+async def test_server_without_tls(shop: Shop) -> None:
+    """Nothing that anybody may have put there before TLS is believed or shown, CVE-2021-23222 and CVE-2024-10977."""
+    pay = error(C="28000", M="pay me")
+    for answer in (b"N", b"E", b"X", b"SN", b"S" + message(b"E", b"\0"), pay, b"HTTP/1.1 400 x"):
+        shop.server.answer_to_tls = answer
+        told = await shop.log_in()
+        assert told["C"] == "08001" and "(upstream_tls)" in told["M"] and "pay me" not in str(told), answer
+    assert not shop.server.startups
+
+
+async def test_server_with_another_name(make_shop: Any) -> None:
+    async with make_shop(certified="other.test") as shop:
+        told = await shop.log_in()
+        assert told["C"] == "08001" and "(upstream_certificate)" in told["M"]
+        assert not shop.server.startups
+
+
+async def test_in_clear_where_the_rule_says_so(shop: Shop) -> None:
+    await shop.allow(tls="off")
+    shop.server.answer_to_tls = b""
+    shop.server.mechanisms = (PLAIN,)
+    assert await shop.log_in() == {}
+    assert shop.server.used == [f"{PLAIN} n"]
+    with pytest.raises(InvalidRequest, match="tls off"):
+        await shop.allow(tls="off", auth="password")
+
+
+OUT_OF_ORDER = [
+    (authentication(0) + message(b"D", b"x"), "upstream_response"),
+    (authentication(0) + message(b"R", b"\0\0\0\3"), "upstream_response"),
+    (authentication(0, b"x"), "upstream_authentication"),
+    (authentication(3), "upstream_authentication"),
+    (message(b"Z", b"I"), "upstream_response"),
+    (message(b"K", KEY), "upstream_response"),
+    (message(b"R", b""), "upstream_response"),
+    (b"R" + struct.pack(">I", 3), "upstream_response"),
+    (b"R" + struct.pack(">I", 1 << 31), "upstream_response"),
+    (message(b"v", struct.pack(">II", 3 << 16, 0)), "upstream_response"),
+]
+
+
+async def test_server_out_of_order(shop: Shop) -> None:
+    """The guest is told as long as it has not been let in."""
+    for after, code in OUT_OF_ORDER:
+        shop.server.after = after
+        client = await shop.connect()
+        if after.startswith(authentication(0)):
+            with pytest.raises((EOFError, trio.BrokenResourceError)):
+                await client.log_in(HELD, ROLE)
+        else:
+            assert (await client.log_in(HELD, ROLE))["M"].endswith(f"({code})"), after
+    await shop.check_records(*(code for _, code in OUT_OF_ORDER))
+
+
+async def test_every_cut_of_the_server(shop: Shop) -> None:
+    """What it says once the password is shown, ended at each byte: an end or an error, and no session but with all."""
+    whole = authentication(0) + message(b"S", b"a\0b\0") + message(b"K", KEY) + message(b"Z", b"I")
+    shop.server.closes = True
+    for cut in range(len(whole)):
+        shop.server.after = whole[:cut]
+        client = await shop.connect()
+        with suppress(EOFError, trio.BrokenResourceError):
+            assert (await client.log_in(HELD, ROLE))["M"].endswith("(upstream_closed)")
+    await shop.check_records(*["upstream_closed"] * len(whole))
+    shop.server.after = None
+    assert await shop.log_in() == {}
+
+
+async def test_refusals_of_the_server(shop: Shop) -> None:
+    """Are the guest's as they are; a wrong password counts as a rejected credential."""
+    await shop.allow("wrong")
+    assert await shop.log_in() == {"S": "FATAL", "V": "FATAL", "C": "28P01", "M": "password authentication failed"}
+    record = await shop.record()
+    assert (record.status, record.reason, outcome_of(record)) == (401, "ok", "rejected")
+    await shop.allow()
+    shop.server.after = authentication(0) + error(S="FATAL", C="3D000", M="no such database")
+    client = await shop.connect()
+    assert (await client.log_in(HELD, ROLE))["C"] == "3D000"
