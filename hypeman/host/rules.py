@@ -44,6 +44,8 @@ _ELEMENTS_TABLE, _ELEMENTS_SET, _ELEMENTS_LIST = 1, 2, 3
 _LIST_ELEMENT, _ELEMENT_KEY, _ELEMENT_DATA, _ELEMENT_KEY_END, _DATA_VALUE = 1, 1, 2, 10, 1
 _ELEMENTS_PER_MESSAGE = 400
 """The list of elements is one attribute, whose length has 16 bits."""
+_LENGTHS = {"inet_service": 2, "inet_proto": 1, "ether_addr": 6}
+"""Bytes of a key that is not padded, because it is the only component."""
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 _GROUP_NFTABLES = 7
 _GET_FLOWS, _DELETE_FLOWS = 1 << 8 | 1, 1 << 8 | 2
@@ -252,7 +254,9 @@ def encode_key(element: Element, *, end: bool = False) -> bytes:
     texts = element.key
     if element.set in INTERVAL_SETS:
         texts = tuple(_bounds(kind, text)[end] for kind, text in zip(SET_TYPES[element.set], texts, strict=True))
-    return b"".join(map(_encode, SET_TYPES[element.set], texts))
+    types = SET_TYPES[element.set]
+    key = b"".join(map(_encode, types, texts))
+    return key[: _LENGTHS.get(types[0], len(key))] if len(types) == 1 else key
 
 
 def _bounds(kind: str, value: str) -> tuple[str, str]:
