@@ -189,8 +189,10 @@ class Network:
         self._on_tap_operation("delete")
 
     async def hold(self, lease: Lease) -> None:
-        """Hold the packets to an instance that enters or is in standby, and report them to ``waking.on_arrival``.
-        Idempotent. Raises HostError."""
+        """Hold the packets to an instance that enters or is in standby, and report them (``waking.listen``).
+
+        Idempotent. Raises HostError.
+        """
         if not lease.enabled:
             return
         async with self._changing:

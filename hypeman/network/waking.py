@@ -54,7 +54,7 @@ class Waking:
         self._passed: dict[str, Lease] = {}
         """Address → lease of an instance that was released to its TAP: packets that were read late are for it."""
         self.packets = Held()
-        self.on_arrival: OnArrival = lambda instance_id, arrival: False
+        self._on_arrival: OnArrival | None = None
         self._changed = trio.Event()
 
     def close(self) -> None:
@@ -62,6 +62,13 @@ class Waking:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+    def listen(self, on_arrival: OnArrival | None) -> None:
+        """Report packets from now on, also those that came while nobody listened; None: no longer."""
+        self._on_arrival = on_arrival
+        for instance_id in self._held if on_arrival is not None else ():
+            for arrival in self.packets.take(instance_id):
+                self._arrived(instance_id, arrival)
 
     def is_held(self, instance_id: str) -> bool:
         return instance_id in self._held
@@ -202,8 +209,12 @@ class Waking:
                 passed = self._passed.get(arrival.destination)
                 if passed is not None:
                     self._pass(passed, [arrival])
-            elif self.on_arrival(instance_id, arrival):
-                self.packets.put(instance_id, arrival)
+            else:
+                self._arrived(instance_id, arrival)
+
+    def _arrived(self, instance_id: str, arrival: Arrival) -> None:
+        if self._on_arrival is None or self._on_arrival(instance_id, arrival):
+            self.packets.put(instance_id, arrival)
 
     def _pass(self, lease: Lease, arrivals: list[Arrival]) -> None:
         if self._link is not None:

@@ -74,7 +74,6 @@ class Policies:
         self._sleeper = Sleeper(
             context, self._activity, most=config.auto_standby.max_concurrent, missed=self._waker.wake_connected
         )
-        network.waking.on_arrival = self._waker.arrived
         self.checker = Checker(
             context, most=config.health_checks.max_concurrent, probes=Probes(), opening=self._activity.own
         )
@@ -92,16 +91,23 @@ class Policies:
                 self.again(record.id)
                 self._instances.board.refresh(record.id)
             nursery.start_soon(self._activity.run)
+            self._network.waking.listen(self._waker.arrived)
             task_status.started()
-            while True:
-                self._wake = trio.Event()
-                changed, self._changed = self._changed, set()
-                for instance_id in changed.union(self._timers.pop_due(trio.current_time())):
-                    self._look(instance_id)
-                self.checker.run_due()
-                following = (self._timers.next(), self.checker.next())
-                with trio.move_on_at(min((time for time in following if time is not None), default=float("inf"))):
-                    await self._wake.wait()
+            try:
+                await self._loop()
+            finally:
+                self._network.waking.listen(None)
+
+    async def _loop(self) -> None:
+        while True:
+            self._wake = trio.Event()
+            changed, self._changed = self._changed, set()
+            for instance_id in changed.union(self._timers.pop_due(trio.current_time())):
+                self._look(instance_id)
+            self.checker.run_due()
+            following = (self._timers.next(), self.checker.next())
+            with trio.move_on_at(min((time for time in following if time is not None), default=float("inf"))):
+                await self._wake.wait()
 
     def again(self, instance_id: str) -> None:
         """Look at an instance soon. Does not block; to be called in the server's thread."""

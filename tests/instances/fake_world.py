@@ -120,6 +120,9 @@ class FakeWaking:
         self.rejected: list[str] = []
         self.refused: list[Arrival] = []
 
+    def listen(self, on_arrival: Callable[[str, Arrival], bool] | None) -> None:
+        self.on_arrival = on_arrival or (lambda instance_id, arrival: False)
+
     def is_held(self, instance_id: str) -> bool:
         return instance_id in self._held.there
 
