@@ -30,9 +30,9 @@ class Guests:
         return FakeGuest(self._opening.pop().process)
 
 
-def main() -> None:
+def serve(driver: FakeDriver) -> None:
+    """Run the server with ``driver`` alone."""
     guests = Guests()
-    driver = FakeDriver()
     driver.guest = guests.opened
 
     def catalog(settings: object, store: Store, *_: object, **__: object) -> Catalog:
@@ -44,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(FakeDriver())

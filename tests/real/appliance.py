@@ -350,9 +350,12 @@ class Appliance:
 
 
 @asynccontextmanager
-async def running_appliance(directory: Path, **environ: str) -> AsyncIterator[Appliance]:
-    """A started server with IMAGE ready."""
+async def running_appliance(
+    directory: Path, module: tuple[str, ...] = (), /, **environ: str
+) -> AsyncIterator[Appliance]:
+    """A started server, or ``module`` in its place, with IMAGE ready."""
     appliance = Appliance(directory, **environ)
+    appliance.module = module
     try:
         await appliance.start_with_image()
         yield appliance

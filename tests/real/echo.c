@@ -1,15 +1,21 @@
 /*
- * Echoes TCP on ports 7 and 9 and UDP on port 7, for tests of packets that wake a guest. One process, select.
+ * The guest's side of tests of packets that wake it: echoes TCP on ports 7 and 9 and UDP on port 7, and answers HTTP on port
+ * 80 with the path that was asked for, or as a WebSocket that echoes short messages. One process, select.
  * With an address and a port it sends its input there over UDP instead, and prints the answer.
  */
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/select.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+enum { ECHO, HTTP, ANSWERED, WEBSOCKET };
+static char kinds[FD_SETSIZE];
 
 static int listening(int type, int port)
 {
@@ -36,12 +42,49 @@ static int ask(const char *address, const char *port)
     return got < 0 || write(1, data, got) != got;
 }
 
+/* The answer to a head that came in one piece. The key of a WebSocket has to be the one that RFC 6455 has as an example. */
+static ssize_t http(int fd, char *data)
+{
+    char path[256] = "";
+
+    if (strstr(data, "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==")) {
+        kinds[fd] = WEBSOCKET;
+        return sprintf(data,
+                       "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                       "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n");
+    }
+    kinds[fd] = ANSWERED;
+    sscanf(data, "GET /%255[^ ]", path);
+    return sprintf(data, "HTTP/1.1 200 OK\r\nContent-Length: %zu\r\nConnection: close\r\n\r\n%s", strlen(path), path);
+}
+
+/* One short frame, which a client masks and a server does not. */
+static ssize_t websocket(char *data, ssize_t got)
+{
+    ssize_t size = got - 6;
+    char mask[4];
+
+    if (size < 0)
+        return 0;
+    memcpy(mask, data + 2, sizeof mask);
+    data[1] &= 0x7f;
+    for (ssize_t at = 0; at < size; at++)
+        data[2 + at] = data[6 + at] ^ mask[at % 4];
+    return size + 2;
+}
+
+static ssize_t answer(int fd, char *data, ssize_t got)
+{
+    return kinds[fd] == HTTP ? http(fd, data) : kinds[fd] == WEBSOCKET ? websocket(data, got) : got;
+}
+
 int main(int count, char **arguments)
 {
     if (count == 3)
         return ask(arguments[1], arguments[2]);
 
-    int tcp = listening(SOCK_STREAM, 7), other = listening(SOCK_STREAM, 9), udp = listening(SOCK_DGRAM, 7);
+    int tcp = listening(SOCK_STREAM, 7), other = listening(SOCK_STREAM, 9), web = listening(SOCK_STREAM, 80);
+    int udp = listening(SOCK_DGRAM, 7);
     int top = udp;
     char data[2048];
     fd_set all, ready;
@@ -50,6 +93,7 @@ int main(int count, char **arguments)
     FD_ZERO(&all);
     FD_SET(tcp, &all);
     FD_SET(other, &all);
+    FD_SET(web, &all);
     FD_SET(udp, &all);
     for (;;) {
         ready = all;
@@ -58,12 +102,13 @@ int main(int count, char **arguments)
         for (int fd = 0; fd <= top; fd++) {
             if (!FD_ISSET(fd, &ready))
                 continue;
-            if (fd == tcp || fd == other) {
+            if (fd == tcp || fd == other || fd == web) {
                 int made = accept(fd, NULL, NULL);
                 if (made >= FD_SETSIZE)
                     close(made);
                 else if (made >= 0) {
                     FD_SET(made, &all);
+                    kinds[made] = fd == web ? HTTP : ECHO;
                     top = made > top ? made : top;
                 }
             } else if (fd == udp) {
@@ -73,8 +118,12 @@ int main(int count, char **arguments)
                 if (got >= 0)
                     sendto(udp, data, got, 0, (struct sockaddr *)&peer, size);
             } else {
-                ssize_t got = read(fd, data, sizeof data);
-                if (got <= 0 || write(fd, data, got) != got) {
+                ssize_t got = read(fd, data, sizeof data - 1);
+                if (got > 0) {
+                    data[got] = 0;
+                    got = answer(fd, data, got);
+                }
+                if (got <= 0 || write(fd, data, got) != got || kinds[fd] == ANSWERED) {
                     FD_CLR(fd, &all);
                     close(fd);
                 }

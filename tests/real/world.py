@@ -56,9 +56,11 @@ class World(Namespace):
 
 
 @asynccontextmanager
-async def appliance_in_world(directory: Path, **environ: str) -> AsyncIterator[tuple[Appliance, World]]:
-    """A started server with its uplink in a world."""
-    async with running_appliance(directory, **environ) as appliance:
+async def appliance_in_world(
+    directory: Path, module: tuple[str, ...] = (), /, **environ: str
+) -> AsyncIterator[tuple[Appliance, World]]:
+    """A started server, or ``module`` in its place, with its uplink in a world."""
+    async with running_appliance(directory, module, **environ) as appliance:
         appliance.stop()
         world = World(appliance.namespace)
         try:
