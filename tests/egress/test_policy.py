@@ -6,6 +6,7 @@ import base64
 import stat
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -17,15 +18,18 @@ from hypeman.egress.guest_env import proxy_environment, trust_environment
 from hypeman.egress.policy import (
     MAX_RULES_PER_HOST,
     HostPattern,
+    Unmatched,
     check_credentials,
     compile_policy,
     guest_environment,
     parse_host,
     rotate,
+    secrets_of,
+    sources_of,
     wipe,
 )
 from hypeman.egress.sealing import load_sealer
-from hypeman.egress.transforms import FIXED_HEADERS, render_value
+from hypeman.egress.transforms import FIXED_HEADERS, Value, form_of, render_value
 from hypeman.egress.types import BodyForm, CredentialPolicy, CredentialSource, InjectAs, InjectRule
 from hypeman.errors import InternalError, InvalidRequest
 from tests.egress.conftest import credential
@@ -138,6 +142,89 @@ def test_more_rules_for_one_host_than_are_applied(another: tuple[str, ...], refu
     check_credentials({**given, "ANOTHER": body_rule(*another, ports=(8443,))}, ENV)
     with pytest.raises(InvalidRequest, match="17 inject rules are for the same host") if refused else nullcontext():
         check_credentials({**given, "ANOTHER": body_rule(*another)}, ENV)
+
+
+def used(key: str = "K", source: CredentialSource | None = None, **rule: Any) -> dict[str, CredentialPolicy]:
+    """One credential with one rule."""
+    shape = InjectAs(header="X-Key", format="${value}")
+    made = InjectRule(**{"as_": shape, "hosts": ("a.b",), **rule})
+    return {key: CredentialPolicy(source=source or CredentialSource(env="REAL_KEY"), inject=(made,))}
+
+
+def many(count: int, **rule: Any) -> dict[str, CredentialPolicy]:
+    return {f"K{n}": policy for n in range(count) for policy in used(hosts=(f"h{n}.b",), **rule).values()}
+
+
+LONG = {"REAL_KEY": "a-secret-of-some-length"}
+
+
+@pytest.mark.parametrize(
+    ("last", "beyond", "reason"),
+    [
+        (used(ports=(1, 65535)), used(ports=(0,)), "numbers from 1 to 65535"),
+        (used(ports=(1,)), used(ports=(443, 65536)), "numbers from 1 to 65535"),
+        (used(ports=tuple(range(1, 17))), used(ports=tuple(range(1, 18))), "1 to 16 numbers"),
+        (used(ports=(1,)), used(ports=()), "1 to 16 numbers"),
+        (used("K" * 256), used("K" * 257), "named like an environment variable"),
+        (used("K"), used("K K"), "named like an environment variable"),
+        (used(), used(source=CredentialSource()), "exactly one source"),
+        (
+            used(source=CredentialSource(named="x")),
+            used(source=CredentialSource(env="REAL_KEY", named="x")),
+            "one source",
+        ),
+        (used(hosts=("*.b.c",)), used(hosts=("*.c",)), "top-level domain"),
+        (used(hosts=(".".join(["a" * 62] * 4) + ".b",)), used(hosts=(".".join(["a" * 62] * 4) + ".bb",)), "such as"),
+        (used("K" * 64, scrub=True), used("K" * 65, scrub=True), "at most 64 characters"),
+        (many(256), many(257), "at most 256 are allowed"),
+        (many(16, scrub=True), many(33, scrub=True), "too many values"),
+    ],
+)
+def test_the_last_that_is_accepted_and_the_first_that_is_refused(
+    last: dict[str, CredentialPolicy], beyond: dict[str, CredentialPolicy], reason: str
+) -> None:
+    compile_policy(last, LONG)
+    with pytest.raises(InvalidRequest, match=reason):
+        compile_policy(beyond, LONG)
+
+
+def test_rules_for_other_ports_or_of_other_forms_do_not_clash() -> None:
+    compile_policy(used("K", ports=(443, 8443)) | used("L", ports=(80, 9443)), LONG)
+    with pytest.raises(InvalidRequest, match="same host"):
+        compile_policy(used("K", ports=(443, 8443)) | used("L", ports=(80, 8443)), LONG)
+    with pytest.raises(InvalidRequest, match="same host"):
+        compile_policy(used("K") | used("L", ports=(444,)), LONG, usual_port=444)
+
+
+def test_where_a_value_comes_from() -> None:
+    """From the request's env, or from what the server has obtained; without it, the rule has no value yet."""
+    named = used("K", CredentialSource(named="file"))
+    env = used("L", hosts=("c.d",))
+    assert secrets_of(named | env, LONG) == LONG, "only sources in env are looked up there"
+    assert sources_of(named | env) == {"REAL_KEY"}
+    assert b"obtained" in compile_policy(named, {}, obtained={"K": Value("obtained")})
+    assert compile_policy(named, {}, obtained={"L": Value("other")}) == compile_policy(named, {})
+    with pytest.raises(InvalidRequest, match="value of credential 'L' is not known"):
+        compile_policy(named | env, {"OTHER_KEY": "x"})
+
+
+def test_the_compiled_rules_byte_by_byte() -> None:
+    """As ext/egress/policy.c reads them: head, then key, placeholder, form, ports and hosts of each rule."""
+    header = InjectAs(header="X-Key", format="${value}")
+    rules = used(hosts=("a.b", "*.c.d"), ports=(443, 8443)) | used("L", hosts=None, as_=InjectAs(body=BodyForm()))
+    first = form_of(header, "mock-K").compile(Value("s3"))
+    second = form_of(InjectAs(body=BodyForm()), "mock-L").compile(Value("s3"))
+    expected = (
+        b"HEG3" + bytes([2, 1]) + (444).to_bytes(2, "little") + b"\2\0" + b"\2\0"
+        + b"\1\0K" + b"\6\0mock-K" + first
+        + bytes([0, 2]) + (443).to_bytes(2, "little") + (8443).to_bytes(2, "little")
+        + b"\2\0" + b"\0\3\0a.b" + b"\1\3\0c.d"
+        + b"\1\0L" + b"\6\0mock-L" + second
+        + bytes([1, 1]) + (444).to_bytes(2, "little") + b"\0\0"
+        + b"access"
+    )  # fmt: skip
+    found = compile_policy(rules, {"REAL_KEY": "s3"}, Unmatched.DENY, web_only=True, usual_port=444, access=b"access")
+    assert bytes(found) == expected
 
 
 def test_missing_value() -> None:

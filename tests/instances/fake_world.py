@@ -389,6 +389,8 @@ class FakeGuest:
         self._send, self.events = trio.open_memory_channel[GuestEvent](16)
         self.identity: dict[str, Any] = {}
         self.mounted: set[str] = set()
+        self.onlined = 0
+        """How often plugged-in memory was brought online."""
         self.busy: set[str] = set()
         self.shutdowns = 0
         self.graces: list[float | None] = []
@@ -472,6 +474,11 @@ class FakeGuest:
     async def mount_volume(self, volume: Any) -> None:
         await self._obey(Op.MOUNT)
         self.mounted.add(volume.path)
+
+    async def online_memory(self) -> int:
+        await self._obey(Op.MEMORY)
+        self.onlined += 1
+        return 0
 
     async def unmount_volume(self, path: str) -> None:
         await self._obey(Op.UNMOUNT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
@@ -13,8 +14,12 @@ from hypothesis import strategies as st
 
 from hypeman.egress.types import EgressEnforcementMode
 from hypeman.errors import InsufficientResources, InvalidState
+from hypeman.guest.types import Exited, Fatal
+from hypeman.hypervisor.interface import HALTED, ExitReason, VmmExit
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.images.types import ImageConfig
+from hypeman.instances.life.machine import LiveVm
+from hypeman.instances.life.operations.stop import exit_of
 from hypeman.instances.model.admission import ALLOWED, Command, check_legal
 from hypeman.instances.model.guest_boot import command_line, machine_id, signal_number
 from hypeman.instances.model.phases import Phases
@@ -244,3 +249,45 @@ def test_a_machine_id_is_the_instances_own() -> None:
 )
 def test_exit_messages_are_worded_as_in_the_contract(code: int, signal: int, oom: bool, text: str) -> None:
     assert describe_exit(code, signal, out_of_memory=oom) == text
+
+
+class Live:
+    """What a watched VM knows of its workload's end."""
+
+    def __init__(self, exited: Exited | None = None, fatal: Fatal | None = None) -> None:
+        self.exited, self.fatal = exited, fatal
+
+
+KILLED = Exited(137, 9, oom=True)
+DIED = "killed by signal 9 (SIGKILL) - OOM"
+
+
+@pytest.mark.parametrize(
+    ("live", "ended", "written", "code", "message"),
+    [
+        (None, None, None, None, "stopped"),
+        (Live(), None, None, None, "stopped"),
+        (Live(KILLED), VmmExit(ExitReason.POWEROFF), None, 137, DIED),
+        (Live(KILLED), None, Exited(0), 137, DIED),
+        (Live(), VmmExit(ExitReason.POWEROFF), KILLED, 137, DIED),
+        (None, VmmExit(ExitReason.KILLED), Exited(3), 3, "exited with code 3"),
+        (Live(fatal=Fatal("no root")), None, Fatal("other"), 127, "no root"),
+        (Live(), None, Fatal("no root"), 127, "no root"),
+        (None, VmmExit(ExitReason.RESET), Fatal("no root"), 127, "no root"),
+        (Live(Exited(1), Fatal("no root")), None, None, 1, "exited with code 1: no root"),
+        (Live(Exited(1)), None, Fatal("no root"), 1, "exited with code 1: no root"),
+        (None, VmmExit(ExitReason.POWEROFF), None, None, "the guest powered off"),
+        (None, VmmExit(ExitReason.POWEROFF, "what QEMU says"), None, None, "the guest powered off"),
+        (None, VmmExit(ExitReason.POWEROFF, HALTED), None, None, "the guest halted"),
+        (None, VmmExit(ExitReason.RESET), None, None, "the guest rebooted or its kernel panicked"),
+        (None, VmmExit(ExitReason.KILLED), None, None, "the VMM was killed"),
+        (None, VmmExit(ExitReason.KILLED, "out of memory"), None, None, "out of memory"),
+        (None, VmmExit(ExitReason.FAILED), None, None, "the VMM failed"),
+        (None, VmmExit(ExitReason.FAILED, "no KVM"), None, None, "no KVM"),
+    ],
+)
+def test_how_a_workload_ended_is_known_from_the_best_source(
+    live: Live | None, ended: VmmExit | None, written: Exited | Fatal | None, code: int | None, message: str
+) -> None:
+    """The agent, else its outcome on the boot disk, else the VMM."""
+    assert exit_of(cast("LiveVm | None", live), ended, written) == (code, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from ipaddress import IPv4Network
 from typing import Any
 
 import msgspec
@@ -15,8 +16,28 @@ from hypeman.config import LimitsConfig
 from hypeman.errors import HypemanError, InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
+from hypeman.instances.model.policies import (
+    HealthRules,
+    RestartRules,
+    StandbyRules,
+    health_rules,
+    restart_rules,
+    standby_rules,
+)
 from hypeman.instances.model.record import InstanceSpec
-from hypeman.instances.model.types import CreateInstanceRequest, VolumeMount
+from hypeman.instances.model.types import (
+    AutoStandbyPolicy,
+    CreateInstanceRequest,
+    ExecHealthCheck,
+    HealthCheck,
+    HealthCheckType,
+    HttpHealthCheck,
+    RestartMode,
+    RestartPolicy,
+    TcpHealthCheck,
+    VolumeMount,
+    WakeOn,
+)
 from hypeman.instances.model.validate import (
     check_compression,
     check_create,
@@ -118,6 +139,153 @@ def test_refusals(body: dict[str, Any], code: str) -> None:
         check(**body)
     assert caught.value.code == code
     assert caught.value.message
+
+
+def health(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"health_check": {"type": kind, **fields}}
+
+
+def web(**fields: Any) -> dict[str, Any]:
+    return health("http", http={"port": 80, **fields})
+
+
+def words(count: int) -> dict[str, Any]:
+    return health("exec", exec={"command": ["x"] * count})
+
+
+@pytest.mark.parametrize(
+    ("last", "beyond", "code"),
+    [
+        ({"size": "64MB"}, {"size": "62MB"}, "invalid_size"),
+        ({"size": "16GB", "hotplug_size": "16GB"}, {"size": "16GB", "hotplug_size": "16386MB"}, "invalid_request"),
+        ({"overlay_size": "16MB"}, {"overlay_size": "15MB"}, "invalid_overlay_size"),
+        ({"overlay_size": "100GB"}, {"overlay_size": "102401MB"}, "invalid_overlay_size"),
+        ({"vcpus": 16}, {"vcpus": 17}, "invalid_request"),
+        ({"env": {"AB": "x" * ((512 << 10) - 4)}}, {"env": {"AB": "x" * ((512 << 10) - 3)}}, "invalid_request"),
+        ({"env": {"A": "=\n"}}, {"env": {"A": "\0"}}, "invalid_request"),
+        ({"idle": True}, {"idle": True, "skip_guest_agent": True}, "invalid_request"),
+        ({"ports": [{"host_port": 80, "guest_port": 80}]},
+         {"ports": [{"host_port": 80, "guest_port": 80}], "network": {"enabled": False}}, "invalid_ports"),
+        ({"network": {"egress": {"enabled": True, "default": "deny"}}}, {"network": {"egress": {"default": "deny"}}},
+         "invalid_request"),
+        ({"snapshot_policy": {"standby_compression_delay": "0s"}},
+         {"snapshot_policy": {"standby_compression_delay": "1"}}, "invalid_snapshot_policy"),
+        (mounts({"overlay": True, "readonly": True, "overlay_size": "16MB"}),
+         mounts({"overlay": True, "readonly": True, "overlay_size": "15MB"}), "invalid_overlay_size"),
+        ({"volumes": [{"volume_id": f"v{n}", "mount_path": f"/d{n}"} for n in range(23)]},
+         {"volumes": [{"volume_id": f"v{n}", "mount_path": f"/d{n}"} for n in range(24)]}, "invalid_request"),
+        ({"restart_policy": {"max_attempts": 1_000_000}}, {"restart_policy": {"max_attempts": 1_000_001}},
+         "invalid_restart_policy"),
+        ({"restart_policy": {"backoff": "1ns", "stable_after": "0s"}}, {"restart_policy": {"backoff": "0s"}},
+         "invalid_restart_policy"),
+        (health("none", interval="100ms"), health("none", interval="99ms"), "invalid_health_check"),
+        (health("none", timeout="300s"), health("none", timeout="301s"), "invalid_health_check"),
+        (health("none", start_period="0s"), health("none", start_period="soon"), "invalid_health_check"),
+        (health("none", failure_threshold=1000), health("none", failure_threshold=1001), "invalid_health_check"),
+        (health("none", success_threshold=1000), health("none", success_threshold=1001), "invalid_health_check"),
+        (web(path="/!~"), web(path="/\x7f"), "invalid_health_check"),
+        (web(expected_status=300, expected_status_max=300), web(expected_status=300, expected_status_max=299),
+         "invalid_health_check"),
+        (words(64), words(65), "invalid_health_check"),
+        (health("exec", exec={"command": ["x", ""]}), health("exec", exec={"command": ["", "x"]}),
+         "invalid_health_check"),
+        (words(1), health("exec", exec={"command": ["x\0"]}), "invalid_health_check"),
+        (words(1), words(1) | {"skip_guest_agent": True}, "invalid_health_check"),
+        (health("tcp", tcp={"port": 1}), health("tcp", tcp={"port": 1}) | {"network": {"enabled": False}},
+         "invalid_health_check"),
+        (web(), web() | {"network": {"enabled": False}}, "invalid_health_check"),
+        ({"auto_standby": {"idle_timeout": "1ns"}}, {"auto_standby": {"idle_timeout": "0"}}, "invalid_auto_standby"),
+        ({"auto_standby": {"ignore_destination_ports": list(range(1, 65))}},
+         {"auto_standby": {"ignore_destination_ports": list(range(1, 66))}}, "invalid_auto_standby"),
+        ({"auto_standby": {"ignore_source_cidrs": ["10.0.0.1/8"] * 64}},
+         {"auto_standby": {"ignore_source_cidrs": ["10.0.0.1/8"] * 65}}, "invalid_auto_standby"),
+        ({"size": "1GB"}, {"size": f"{(1 << 50) + 1}"}, "invalid_size"),
+    ],
+)  # fmt: skip
+def test_the_last_that_is_accepted_and_the_first_that_is_refused(
+    last: dict[str, Any], beyond: dict[str, Any], code: str
+) -> None:
+    able = msgspec.structs.replace(ALL, max_disks=64)
+    check(able, **last)
+    with pytest.raises(InvalidRequest) as caught:
+        check(able, **beyond)
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("check", "rules"),
+    [
+        (None, HealthRules()),
+        (HealthCheck(), HealthRules()),
+        (
+            HealthCheck(type=HealthCheckType.TCP, tcp=TcpHealthCheck(port=22), interval="1m", timeout="5s"),
+            HealthRules(type=HealthCheckType.TCP, port=22, interval=60, timeout=5),
+        ),
+        (
+            HealthCheck(type=HealthCheckType.HTTP, http=HttpHealthCheck(port=80), start_period="1s"),
+            HealthRules(type=HealthCheckType.HTTP, port=80, path="/", expected_status=200, start_period=1),
+        ),
+        (
+            HealthCheck(
+                type=HealthCheckType.HTTP,
+                http=HttpHealthCheck(
+                    port=443, path="/up", scheme="https", expected_status=204, expected_status_max=299
+                ),
+                failure_threshold=5,
+                success_threshold=2,
+            ),
+            HealthRules(
+                type=HealthCheckType.HTTP, port=443, path="/up", tls=True, expected_status=204,
+                expected_status_max=299, failure_threshold=5, success_threshold=2,
+            ),
+        ),
+        (
+            HealthCheck(type=HealthCheckType.EXEC, exec=ExecHealthCheck(command=("a", "b"), working_dir="/srv")),
+            HealthRules(type=HealthCheckType.EXEC, command=("a", "b"), working_dir="/srv"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_health_check_with_its_defaults_filled_in(check: HealthCheck | None, rules: HealthRules) -> None:
+    assert health_rules(check) == rules
+
+
+@pytest.mark.parametrize(
+    ("policy", "rules"),
+    [
+        (None, StandbyRules()),
+        (AutoStandbyPolicy(), StandbyRules(idle_timeout=300)),
+        (AutoStandbyPolicy(wake=WakeOn.ALL), StandbyRules(wake=WakeOn.ALL)),
+        (AutoStandbyPolicy(enabled=True), StandbyRules(enabled=True, wake=WakeOn.TRAFFIC)),
+        (AutoStandbyPolicy(enabled=True, wake=WakeOn.NONE), StandbyRules(enabled=True)),
+        (
+            AutoStandbyPolicy(
+                idle_timeout="90s", ignore_source_cidrs=("10.1.2.3/8", "192.0.2.1"), ignore_destination_ports=(22, 22)
+            ),
+            StandbyRules(
+                idle_timeout=90,
+                ignored_sources=(IPv4Network("10.0.0.0/8"), IPv4Network("192.0.2.1/32")),
+                ignored_ports=frozenset([22]),
+            ),
+        ),
+    ],
+)
+def test_a_standby_policy_with_its_defaults_filled_in(policy: AutoStandbyPolicy | None, rules: StandbyRules) -> None:
+    assert standby_rules(policy) == rules
+
+
+@pytest.mark.parametrize(
+    ("policy", "rules"),
+    [
+        (None, RestartRules()),
+        (RestartPolicy(), RestartRules(mode=RestartMode.NEVER, backoff=5, max_attempts=0, stable_after=600)),
+        (
+            RestartPolicy(policy=RestartMode.ALWAYS, backoff="1m", max_attempts=3, stable_after="0s"),
+            RestartRules(mode=RestartMode.ALWAYS, backoff=60, max_attempts=3, stable_after=0),
+        ),
+    ],
+)
+def test_a_restart_policy_with_its_defaults_filled_in(policy: RestartPolicy | None, rules: RestartRules) -> None:
+    assert restart_rules(policy) == rules
 
 
 @pytest.mark.parametrize(

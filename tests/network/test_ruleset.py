@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from hypeman.errors import InvalidRequest
 from hypeman.network.addressing import Subnet
-from hypeman.network.ruleset import RuleFacts, lease_elements, possible_elements, render_ruleset
-from hypeman.network.types import EgressMode, HostPort, Lease, PortMapping, Protocol, Reach
+from hypeman.network.ports import check_ports, port_changes
+from hypeman.network.ruleset import (
+    RuleFacts,
+    held_elements,
+    lease_elements,
+    port_elements_changed,
+    possible_elements,
+    render_removal,
+    render_ruleset,
+)
+from hypeman.network.types import (
+    EgressMode,
+    HostPort,
+    Lease,
+    Opening,
+    PortMapping,
+    PrivateReach,
+    Protocol,
+    Reach,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "network" / "ruleset.nft"
 CLOSED = GOLDEN.with_name("ruleset-without-private.nft")
@@ -30,6 +52,12 @@ PORTS = (
     PortMapping(host_port=8081, guest_port=80, host_address="192.0.2.1"),
     PortMapping(host_port=9000, guest_port=9000, protocol=Protocol.UDP, count=2),
     PortMapping(host_port=8443, guest_port=443, host_address="::1"),
+)
+REACHES = (
+    Reach(),
+    Reach(closed=True, openings=(Opening("tcp", "203.0.113.0/24", 443, 443), Opening("udp", "203.0.113.9/32", 1, 9))),
+    Reach(private=PrivateReach.OPEN),
+    Reach(private=PrivateReach.CLOSED),
 )
 
 
@@ -54,6 +82,39 @@ def test_the_ruleset_without_private_networks() -> None:
     assert render_closed() == CLOSED.read_text()
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        FACTS,
+        RuleFacts(subnet=FACTS.subnet, uplinks=()),
+        RuleFacts(subnet=FACTS.subnet, uplinks=(), resolver=True, dns_server="10.0.0.53"),
+        RuleFacts(subnet=FACTS.subnet, uplinks=(), resolver=True, bypass=False, dns_server="10.0.0.53"),
+        RuleFacts(subnet=FACTS.subnet, uplinks=(), engine_uid=510000, egress_port=18080),
+    ],
+)
+def test_whatever_is_left_out_the_rest_is_whole(facts: RuleFacts) -> None:
+    """Chains and sets that rules name exist; a part that is not wanted leaves nothing behind."""
+    text = render_ruleset(facts, [])
+    inet = text[: text.index("table arp hypeman {")]
+    assert set(re.findall(r"(?:goto|jump) (\w+)", inet)) <= set(re.findall(r"chain (\w+)", inet))
+    assert set(re.findall(r"@(\w+)", inet)) <= set(re.findall(r"(?:set|map) (\w+) \{", inet))
+    assert text.count("{") == text.count("}") and "None" not in text
+    parts = {
+        "from_engine": facts.engine_uid,
+        "@mediated ip daddr": facts.egress_port,
+        f"dport {facts.egress_port} accept": facts.egress_port,
+        "update @pace": facts.resolver,
+        "socket wildcard": facts.resolver and facts.bypass,
+        "th dport 53 oifname @uplinks": facts.dns_server,
+        "rate over 1250000": facts.policed,
+    }
+    assert {part for part in parts if part in text} == {part for part, wanted in parts.items() if wanted}
+
+
+def test_a_load_begins_with_a_removal() -> None:
+    assert render().startswith(render_removal() + "table inet hypeman {\n")
+
+
 def render_closed() -> str:
     facts = replace(FACTS, allow_private=False, dns_server="10.0.0.53", policed=(), resolver=True, offered=())
     return render_ruleset(facts, [lease("a"), lease("b", egress_mode=EgressMode.ALL)])
@@ -65,8 +126,11 @@ def render() -> str:
         lease("b", egress_mode=EgressMode.ALL),
         lease("c", egress_mode=EgressMode.HTTP_HTTPS_ONLY, isolated=False, reach=REDIRECTED),
         Lease(instance_id="d", cid=9),
+        *(lease(name, reach=reach) for name, reach in zip("efg", REACHES[1:], strict=True)),
     ]
-    return render_ruleset(FACTS, guests)
+    return render_ruleset(
+        FACTS, guests, held=[lease("h", isolated=False, ports=(PortMapping(host_port=7000, guest_port=70),))]
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,6 +144,9 @@ def render() -> str:
         ({"isolated": False}, {"guests", "neighbours"}),
         ({"ports": PORTS}, {"guests", "ports", "ports_at", "published", "hairpin"}),
         ({"ports": PORTS[3:]}, {"guests"}),
+        ({"reach": REACHES[1]}, {"guests", "closed", "openings"}),
+        ({"reach": REACHES[2]}, {"guests", "private_open"}),
+        ({"reach": REACHES[3]}, {"guests", "private_closed"}),
     ],
 )
 def test_elements_of_a_lease(changes: dict[str, object], sets: set[str]) -> None:
@@ -89,15 +156,59 @@ def test_elements_of_a_lease(changes: dict[str, object], sets: set[str]) -> None
 
 
 def test_a_removal_clears_whatever_a_lease_may_have_opened() -> None:
-    everything = set(possible_elements(lease("a")))
     for mode in EgressMode:
         for isolated in (True, False):
-            assert set(lease_elements(lease("a", egress_mode=mode, isolated=isolated))) <= everything
+            for reach in (*REACHES, REDIRECTED):
+                opened = lease("a", egress_mode=mode, isolated=isolated, reach=reach)
+                now = replace(opened, egress_mode=EgressMode.NONE, isolated=True, reach=replace(reach, closed=False))
+                own = {element for element in lease_elements(opened) if element.set == "openings"}
+                assert set(lease_elements(opened)) <= {*possible_elements(now), *own}
 
 
 def test_an_instance_without_network_opens_nothing() -> None:
     assert lease_elements(Lease(instance_id="a", cid=3)) == ()
     assert possible_elements(Lease(instance_id="a", cid=3)) == ()
+    assert held_elements(Lease(instance_id="a", cid=3)) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sets"),
+    [
+        ({}, set()),
+        ({"isolated": False}, {"asleep"}),
+        ({"ports": PORTS, "reach": REACHES[1]}, {"ports", "ports_at", "published", "hairpin"}),
+    ],
+)
+def test_elements_of_an_instance_in_standby(changes: dict[str, object], sets: set[str]) -> None:
+    """Neither its TAP nor its identity: nothing may pass in its name while it does not run."""
+    assert {element.set for element in held_elements(lease("a", **changes))} == sets
+
+
+def published(ports: list[PortMapping]) -> Lease:
+    try:
+        return lease("a", ports=check_ports(ports))
+    except InvalidRequest:
+        assume(False)
+        raise
+
+
+MAPPINGS = st.builds(
+    PortMapping,
+    host_port=st.integers(80, 84),
+    guest_port=st.integers(80, 83),
+    protocol=st.sampled_from(Protocol),
+    host_address=st.sampled_from(["", "0.0.0.0", "192.0.2.1", "192.0.2.2", "::1"]),
+    count=st.integers(1, 3),
+)
+
+
+@given(st.lists(MAPPINGS, max_size=4).map(published), st.lists(MAPPINGS, max_size=4).map(published))
+def test_a_change_of_ports_leaves_the_elements_of_the_new_ones(before: Lease, after: Lease) -> None:
+    """Whatever ports come, go and stay: what was added and removed gives what a fresh load would have."""
+    gone, fresh = port_changes(before, after)
+    remove, add = port_elements_changed(gone, fresh, after)
+    assert not remove & add
+    assert (set(lease_elements(before)) - remove) | add == set(lease_elements(after))
 
 
 if __name__ == "__main__":
