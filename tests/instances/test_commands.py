@@ -125,6 +125,7 @@ async def test_a_start_begins_a_new_boot(lab: Lab) -> None:
         lab.machine.alive()[0].end(ExitReason.POWEROFF)
         before = await until(instances, InstanceState.STOPPED)
         assert (before.exit_code, before.started_at is None, before.stopped_at is None) == (7, False, False)
+        assert (before.handle, before.mapped, before.capture) == (None, None, None)
         await instances.start("one", StartInstanceRequest(cmd=("-c", "true")))
         after = instances.board.find("one")
         assert after.spec.cmd == ("-c", "true") and after.spec.entrypoint == before.spec.entrypoint
