@@ -14,7 +14,7 @@ import msgspec
 
 from hypeman.builds.work import BuildFailed
 from hypeman.errors import NotFound
-from hypeman.guest.client import CopyIn, CopyOut
+from hypeman.guest.copies import CopyIn, CopyOut
 from hypeman.guest.session_types import CpRequest
 from hypeman.host.files import read_pieces
 from hypeman.images.manifest import (

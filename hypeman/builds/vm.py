@@ -31,7 +31,7 @@ from hypeman.builds.progress import LineSplitter, SolveStatus, VertexLog, parse_
 from hypeman.builds.types import Builder, BuildProvenance
 from hypeman.builds.work import BuildFailed, Job, Report, Result
 from hypeman.errors import AlreadyExists, Conflict, HypemanError, InsufficientResources, NotFound
-from hypeman.guest.client import ExecResult, ExecSession, Output
+from hypeman.guest.programs import ExecResult, ExecSession, Output
 from hypeman.guest.session_types import ExecRequest
 from hypeman.host.files import read_pieces
 from hypeman.images.reference import DEFAULT_REGISTRY, Reference, host_platform, parse_reference

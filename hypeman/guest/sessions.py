@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from hypeman.errors import InvalidRequest
 from hypeman.guest import types as wire
-from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
+from hypeman.guest.client import GuestClient
+from hypeman.guest.copies import CopyIn, CopyOut
+from hypeman.guest.programs import ExecSession
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import FileKind
 

@@ -21,7 +21,9 @@ from msgspec import UNSET
 from hypeman.config import Config
 from hypeman.egress.policy import sources_of
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound
-from hypeman.guest.client import CopyIn, CopyOut, ExecSession, GuestClient
+from hypeman.guest.client import GuestClient
+from hypeman.guest.copies import CopyIn, CopyOut
+from hypeman.guest.programs import ExecSession
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.sessions import open_copy_from, open_copy_to, open_exec
 from hypeman.guest.types import Metrics, PathInfo

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import trio
 
 from hypeman.errors import HypemanError
-from hypeman.guest.client import ExecResult, GuestClient, Output
+from hypeman.guest.client import GuestClient
+from hypeman.guest.programs import ExecResult, Output
 from hypeman.guest.types import ExecRequest
 from hypeman.instances.model.policies import HealthRules
 from hypeman.instances.model.types import HealthCheckType

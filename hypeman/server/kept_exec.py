@@ -24,7 +24,8 @@ import trio
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from hypeman.errors import HypemanError, InvalidRequest
-from hypeman.guest.client import ExecSession, GuestLost, Output
+from hypeman.guest.failures import GuestLost
+from hypeman.guest.programs import ExecSession, Output
 from hypeman.server.messages import Resize, Socket, chunks
 from hypeman.telemetry import metrics
 

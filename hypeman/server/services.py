@@ -18,7 +18,8 @@ from hypeman.builds.types import Build, Builder, BuildEvent, CreateBuilderReques
 from hypeman.devices.types import AvailableDevice, CreateDeviceRequest, Device
 from hypeman.egress.types import EgressApproval, EgressCheck, EgressPolicy, EgressProposal, EgressRecord
 from hypeman.events.types import Event, EventFilter
-from hypeman.guest.client import CopyIn, CopyOut, ExecSession
+from hypeman.guest.copies import CopyIn, CopyOut
+from hypeman.guest.programs import ExecSession
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import PathInfo
 from hypeman.images.types import CreateImageRequest, Image, Progress

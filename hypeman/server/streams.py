@@ -22,7 +22,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from hypeman._native import wsmask
 from hypeman.errors import HypemanError
-from hypeman.guest.client import ExecSession, Output
+from hypeman.guest.programs import ExecSession, Output
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, FileKind
 from hypeman.server import examples

@@ -18,8 +18,9 @@ from pathlib import Path
 import trio
 
 from hypeman.guest.boot import BootConfig
-from hypeman.guest.client import ExecResult, GuestClient
+from hypeman.guest.client import GuestClient
 from hypeman.guest.initrd import INIT
+from hypeman.guest.programs import ExecResult
 from hypeman.guest.types import CopyEntry, CopyToRequest, ExecRequest
 from tests.bench.harness import Result
 from tests.guest.qemu import run_guest

@@ -15,7 +15,7 @@ from hypeman.builds.types import Builder, BuilderStatus
 from hypeman.builds.vm import VmSettings, VmWorker
 from hypeman.builds.work import SOURCE, BuildFailed, Job, Report
 from hypeman.errors import AlreadyExists, Conflict, HypemanError, NotFound
-from hypeman.guest.client import ExecResult, Output
+from hypeman.guest.programs import ExecResult, Output
 from hypeman.instances.model.types import InstanceState
 
 BUILDER = Builder(id="b", disk_size_gb=1, status=BuilderStatus.READY, created_at=datetime(2026, 1, 1, tzinfo=UTC))

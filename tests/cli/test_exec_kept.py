@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from hypeman.guest.client import ExecSession, GuestClient
+from hypeman.guest.client import GuestClient
+from hypeman.guest.programs import ExecSession
 from hypeman.guest.session_types import ExecRequest
 from hypeman.guest.sessions import open_exec
 from tests.cli.conftest import Running

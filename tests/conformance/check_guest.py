@@ -15,7 +15,7 @@ import trio
 
 from hypeman.errors import HypemanError, InUse
 from hypeman.guest.boot import GuestNetwork, GuestVolume
-from hypeman.guest.client import GuestLost
+from hypeman.guest.failures import GuestLost
 from hypeman.guest.types import Exited, GuestEvent, Ready, Started
 
 SECONDS = 120.0

@@ -56,7 +56,8 @@ from hypeman.errors import (
     NotFound,
 )
 from hypeman.events.types import Event, EventFilter, EventObject, Kind
-from hypeman.guest.client import CopyIn, CopyOut, ExecResult, ExecSession, Output
+from hypeman.guest.copies import CopyIn, CopyOut
+from hypeman.guest.programs import ExecResult, ExecSession, Output
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.types import CopyEntry, PathInfo
 from hypeman.ids import check_name, check_tags, new_id, tags_match

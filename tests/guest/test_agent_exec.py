@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import trio
 
-from hypeman.guest.client import ExecResult, GuestClient
+from hypeman.guest.client import GuestClient
+from hypeman.guest.programs import ExecResult
 from hypeman.guest.protocol import MAX_SESSIONS, WINDOW, Op
 from hypeman.guest.types import ExecRequest
 
@@ -46,7 +47,7 @@ async def test_output_streams_stay_apart_and_the_code_is_told(client: GuestClien
 async def test_a_program_of_the_agents_ends_at_once_and_says_nothing(client: GuestClient) -> None:
     """It takes what an exec takes, for guests in which nothing may run yet."""
     with trio.fail_after(20):
-        reply, error, ended = await client._call(Op.WARM, None)
+        reply, error, ended = await client.call(Op.WARM, None)
         assert (reply, error, ended.exit_code, ended.signal) == (b"", b"", 2, 0)
         await client.warm()
 

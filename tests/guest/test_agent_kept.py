@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from hypeman.errors import InvalidRequest, NotFound
-from hypeman.guest.client import ExecResult, ExecSession, GuestClient, Output
+from hypeman.guest.client import GuestClient
+from hypeman.guest.programs import ExecResult, ExecSession, Output
 from hypeman.guest.protocol import KEPT_BYTES
 from hypeman.guest.types import ExecRequest
 

@@ -8,7 +8,8 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypeman.guest.client import GuestClient, _Session
+from hypeman.guest.channel import Session
+from hypeman.guest.client import GuestClient
 
 
 class Guest:
@@ -24,7 +25,7 @@ class Guest:
     def check_alive(self) -> None:
         pass
 
-    async def send(self, session: _Session, data: bytes) -> None:
+    async def send(self, session: Session, data: bytes) -> None:
         self.received += data
 
 
@@ -33,6 +34,6 @@ class Guest:
 )
 def test_data_is_sent_once_whatever_room_there_is(data: bytes, rooms: list[int], kind: type) -> None:
     guest = Guest(rooms)
-    session = _Session(cast(GuestClient, guest), 1)
+    session = Session(cast(GuestClient, guest), 1)
     trio.run(session.send, kind(data))
     assert guest.received == data

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman.guest import clock
-from hypeman.guest.client import GuestClient, GuestError
+from hypeman.guest.client import GuestClient
 from hypeman.guest.clock import MILLISECOND, Sample
+from hypeman.guest.failures import GuestError
 from hypeman.guest.fields import FieldWriter, Tag
 from hypeman.guest.protocol import Op
 from tests.guest.conftest import Agent
@@ -72,7 +73,7 @@ async def test_when_a_clock_is_corrected(
     corrections = Corrections(client, monkeypatch)
     client._greeted.set()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(client._keep_clock)
+        nursery.start_soon(client.run_beside)
         await trio.sleep(2 * clock.INTERVAL + 1)
         begin = corrections.times[0]
         assert corrections.times == [begin, begin + clock.INTERVAL, begin + 2 * clock.INTERVAL]
@@ -102,7 +103,7 @@ async def test_the_clock_of_a_restored_guest_is_corrected_when_it_is_thawed(
         client._greeted.set()
         begin = trio.current_time()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(client._keep_clock)
+            nursery.start_soon(client.run_beside)
             if seconds is not None:
                 await trio.sleep(seconds)
                 client._thawed.set()
@@ -120,11 +121,11 @@ async def test_a_guest_that_tells_no_time(monkeypatch: pytest.MonkeyPatch, told:
         await trio.lowlevel.checkpoint()
         return told
 
-    monkeypatch.setattr(client, "_request", request)
+    monkeypatch.setattr(client, "request", request)
     with pytest.raises(GuestError, match="did not tell its time"):
         await client.correct_clock()
     client._greeted.set()
-    await client._keep_clock()  # gives up, quietly
+    await client.run_beside()  # gives up, quietly
 
 
 async def test_the_agent_tells_its_time_and_leaves_the_machine_alone(client: GuestClient, agent: Agent) -> None:

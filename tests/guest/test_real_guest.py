@@ -19,7 +19,9 @@ import trio
 
 from hypeman.errors import HypemanError
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestNetwork, GuestVolume, parse_outcome
-from hypeman.guest.client import ExecResult, GuestClient, GuestLost, GuestTimeout, VolumeBusy
+from hypeman.guest.client import GuestClient
+from hypeman.guest.failures import GuestLost, GuestTimeout, VolumeBusy
+from hypeman.guest.programs import ExecResult
 from hypeman.guest.types import CopyEntry, CopyToRequest, ExecRequest, Exited, Fatal, GuestEvent, Ready, Started
 from tests.conformance.check_guest import Bench, run_all
 from tests.machine import COMPILER, MACHINE, busybox

@@ -22,7 +22,9 @@ import pytest
 import trio
 
 from hypeman.guest.boot import BootConfig, GuestNetwork, GuestVolume, render_boot_disk
-from hypeman.guest.client import ExecResult, GuestClient, GuestLost
+from hypeman.guest.client import GuestClient
+from hypeman.guest.failures import GuestLost
+from hypeman.guest.programs import ExecResult
 from hypeman.guest.types import ExecRequest
 from hypeman.host.processes import Processes
 from hypeman.hypervisor.interface import Capabilities, Disk, Driver, Nic, VmConfig, Vmm

@@ -26,7 +26,7 @@ from hypeman.captures.compression import Compressor
 from hypeman.config import Config
 from hypeman.errors import InternalError, InUse, InvalidState, NotFound
 from hypeman.guest.boot import CaCertificate
-from hypeman.guest.client import GuestLost, GuestTimeout
+from hypeman.guest.failures import GuestLost, GuestTimeout
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
 from hypeman.guest.types import Exited, GuestEvent, Ready, Started

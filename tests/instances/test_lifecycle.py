@@ -33,7 +33,7 @@ from hypeman.errors import (
 )
 from hypeman.events.log import read_after
 from hypeman.events.types import Kind
-from hypeman.guest.client import GuestLost
+from hypeman.guest.failures import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmState
 from hypeman.images.records import HOLDERS

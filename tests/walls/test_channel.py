@@ -8,11 +8,12 @@ import sys
 import pytest
 import trio.testing
 
-from hypeman.guest.client import GuestClient, _Session
+from hypeman.guest.channel import Session
+from hypeman.guest.client import GuestClient
 from hypeman.guest.protocol import WINDOW, Data
 
 
-def kept(session: _Session) -> int:
+def kept(session: Session) -> int:
     """Bytes of memory."""
     return sum(sys.getsizeof(chunk) + sys.getsizeof(chunk.data) for chunk in session.chunks)
 
@@ -24,7 +25,7 @@ async def test_a_window_of_tiny_frames_is_kept_in_little_memory(
 ) -> None:
     """As many frames as a window allows, of an agent of whichever version, while nobody reads."""
     client = GuestClient(trio.testing.memory_stream_pair()[0], nonce=bytes(16))
-    session = _Session(client, 1)
+    session = Session(client, 1)
     sent = {False: bytearray(), True: bytearray()}
     total = 0
     for stderr, size, letter in zip(itertools.cycle(streams), itertools.cycle(sizes), itertools.count()):

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from hypeman.errors import HypemanError, InvalidState, NotFound
-from hypeman.guest.client import GuestBroken, GuestError, GuestLost, GuestTimeout
+from hypeman.guest.failures import GuestBroken, GuestError, GuestLost, GuestTimeout
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
 from hypeman.hypervisor.interface import VmmGone

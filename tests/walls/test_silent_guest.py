@@ -19,8 +19,10 @@ import trio.testing
 
 from hypeman.guest import limits
 from hypeman.guest.boot import GuestVolume
-from hypeman.guest.client import ExecResult, GuestClient, GuestTimeout
+from hypeman.guest.client import GuestClient
+from hypeman.guest.failures import GuestTimeout
 from hypeman.guest.limits import LIMITS
+from hypeman.guest.programs import ExecResult
 from hypeman.guest.protocol import ACK_MAGIC, KEY_BYTES, PROTOCOL_VERSION, SYNC_MAGIC, WINDOW, FrameType, Op
 from hypeman.guest.types import CopyToRequest, ExecRequest, FileKind
 

@@ -10,7 +10,8 @@ import trio
 
 from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest.boot import GuestVolume
-from hypeman.guest.client import GuestClient, GuestLost
+from hypeman.guest.client import GuestClient
+from hypeman.guest.failures import GuestLost
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
 from hypeman.hypervisor.interface import VmmBroken, VmmGone

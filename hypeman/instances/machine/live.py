@@ -17,7 +17,8 @@ import trio
 
 from hypeman.errors import HypemanError, InvalidState
 from hypeman.guest import limits
-from hypeman.guest.client import GuestBroken, GuestClient, GuestLost
+from hypeman.guest.client import GuestClient
+from hypeman.guest.failures import GuestBroken, GuestLost
 from hypeman.guest.types import Exited, Fatal, GuestEvent, Ready, Started
 from hypeman.hypervisor.interface import HALTED, ExitReason, Vmm, VmmExit, VmmGone, VmmState
 from hypeman.instances.model.events import Unwatched, VmEvent
