@@ -1,4 +1,4 @@
-"""Real programs in a guest's place: network namespaces whose TCP to ports 80 and 443 is redirected, as a TAP's is.
+"""Real programs in a guest's place: network namespaces whose TCP to ports 80, 443 and 5432 is redirected.
 
     guest 10.77.0.2 ── host 10.77.0.1 (nft dnat to the proxy) ── world 93.184.216.x (real servers)
 
@@ -37,10 +37,11 @@ SOCKET_HOST = "ws.example.com"
 STREAM_HOST = "sse.example.com"
 GO_HOST = "go.example.com"
 GIT_HOST = "git.example.com"
+DATABASE_HOST = "db.example.com"
 S3_HOST, TABLE_HOST = "s3.eu-west-1.amazonaws.com", "dynamodb.eu-west-1.amazonaws.com"
 ORIGINS = {GRPC_HOST: "93.184.216.35", SOCKET_HOST: "93.184.216.36", STREAM_HOST: "93.184.216.37",
            GO_HOST: "93.184.216.38", GIT_HOST: "93.184.216.39", S3_HOST: "93.184.216.40",
-           TABLE_HOST: "93.184.216.40"}  # fmt: skip
+           TABLE_HOST: "93.184.216.40", DATABASE_HOST: "93.184.216.41"}  # fmt: skip
 """Hosts with a rule, as HOST and own.test are, and where their servers listen."""
 
 BEARER_HOSTS = (GRPC_HOST, SOCKET_HOST, STREAM_HOST, GO_HOST)
@@ -48,7 +49,7 @@ BEARER_HOSTS = (GRPC_HOST, SOCKET_HOST, STREAM_HOST, GO_HOST)
 NFT = f"""
 table ip t {{
   chain pre {{ type nat hook prerouting priority -100;
-    iifname "hg0" tcp dport {{ 80, 443 }} dnat to 10.77.0.1:{PORT}
+    iifname "hg0" tcp dport {{ 80, 443, 5432 }} dnat to 10.77.0.1:{PORT}
   }}
 }}
 """
@@ -132,6 +133,9 @@ class Lab:
                 "source": {"env": "AWS_KEYS"},
                 "inject": [{"hosts": [host], "as": {"sigv4": {"region": "eu-west-1", "service": service}}}
                            for host, service in ((S3_HOST, "s3"), (TABLE_HOST, "dynamodb"))],
+            }, "PGPASSWORD": {
+                "source": {"env": "K"},
+                "inject": [{"hosts": [DATABASE_HOST], "as": {"postgres": {"user": "app"}}}],
             }}, {"K": SECRET, "AWS_KEYS": VALUE}]],
         }  # fmt: skip
         proxy = self.start(self.host, sys.executable, "-m", "tests.egress.proxy_process", json.dumps(told),

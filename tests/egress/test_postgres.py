@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import ssl
 import struct
 from collections.abc import AsyncGenerator
@@ -12,11 +13,17 @@ from typing import Any
 
 import pytest
 import trio
-import trio.lowlevel
 import trustme
 
+from hypeman._native.egress import rewrite_head
+from hypeman.egress.policy import compile_policy, redirected_ports
+from hypeman.egress.protocol import ApprovalNeeded
 from hypeman.egress.records import AuditRecord
+from hypeman.egress.transforms import Value
 from hypeman.egress.types import (
+    AccessAction,
+    AccessDefault,
+    AccessRule,
     CredentialPolicy,
     CredentialSource,
     EgressAccess,
@@ -26,7 +33,7 @@ from hypeman.egress.types import (
 )
 from hypeman.egress.usage import outcome_of
 from hypeman.errors import InvalidRequest
-from tests.egress.conftest import HOST, Wire, World
+from tests.egress.conftest import GUEST, HOST, Wire, World
 from tests.egress.postgres_peers import (
     GSS_REQUEST,
     KEY,
@@ -36,12 +43,14 @@ from tests.egress.postgres_peers import (
     Client,
     Server,
     authentication,
+    cancel_request,
     certificate_of,
     error,
     first_message,
     message,
     startup,
 )
+from tests.egress.test_mtls import readable
 
 PASSWORD = "pg-9f31c8d2a77e"
 HELD = "mock-PGPASSWORD"
@@ -467,3 +476,200 @@ async def test_refusals_of_the_server(shop: Shop) -> None:
     shop.server.after = authentication(0) + error(S="FATAL", C="3D000", M="no such database")
     client = await shop.connect()
     assert (await client.log_in(HELD, ROLE))["C"] == "3D000"
+
+
+# ── Sessions, cancellation, rules ────────────────────────────────────────────────────────────────
+
+
+async def test_cancellation(shop: Shop) -> None:
+    """In clear, as libpq before 17 does, or over TLS: for a session of the instance, to its host over TLS."""
+    client = await shop.connect()
+    assert await client.log_in(HELD, ROLE) == {}
+    for encrypted in (False, True):
+        for key in (bytes(8), KEY[:4] + bytes(4), KEY):
+            wire = (await shop.connect()).wire if encrypted else await shop.world.tcp()
+            await wire.send(cancel_request(key))
+            assert await wire.rest() == b""
+    assert shop.server.cancelled == [KEY, KEY]
+    await shop.world.allow("inst-b", "127.0.1.2", secret=PASSWORD, PGPASSWORD=postgres(shop.port))
+    wire = await shop.world.tcp("127.0.1.2")
+    await wire.send(cancel_request())
+    assert await wire.rest() == b""
+    await client.wire.stream.aclose()
+    assert {(await shop.record()).method for _ in range(3)} == {"POSTGRES", "CANCEL"}
+    wire = await shop.world.tcp()
+    await wire.send(cancel_request())
+    assert await wire.rest() == b""
+    assert shop.server.cancelled == [KEY, KEY], "of another instance, and of a session that has ended"
+
+
+async def test_rotation_and_revocation(shop: Shop) -> None:
+    """A new value is for the next login; a session ends when no rule allows it."""
+    client = await shop.connect()
+    assert await client.log_in(HELD, ROLE) == {}
+    shop.server.password = "pg-another-one-5d1"
+    assert (await shop.log_in())["C"] == "28P01"
+    await shop.allow("pg-another-one-5d1")
+    assert await shop.log_in() == {}
+    assert await client.query("still here") == b"still here"
+    await shop.allow("pg-another-one-5d1", database="other")
+    assert await client.wire.rest() == b""
+    assert (await shop.log_in())["M"].endswith("(role_denied)")
+
+
+async def test_rules_that_change_during_the_login(shop: Shop) -> None:
+    """It is decided again before the guest is let in."""
+    shop.server.held = trio.Event()
+    async with trio.open_nursery() as nursery:
+        told: list[dict[str, str]] = []
+
+        async def log_in() -> None:
+            told.append(await shop.log_in())
+
+        nursery.start_soon(log_in)
+        await shop.server.arrived.wait()
+        await shop.allow(user="other")
+        shop.server.held.set()
+    assert told[0]["M"].endswith("(role_denied)")
+
+
+async def test_value_that_is_not_there_yet(shop: Shop) -> None:
+    """The login waits for it."""
+    source = CredentialSource(named="vault")
+    policy = CredentialPolicy(source=source, inject=postgres(shop.port).inject)
+    await shop.world.egress.set_policy("inst-a", GUEST, {"PGPASSWORD": policy}, {})
+    async with trio.open_nursery() as nursery:
+        told: list[dict[str, str]] = []
+
+        async def log_in() -> None:
+            told.append(await shop.log_in())
+
+        nursery.start_soon(log_in)
+        await trio.sleep(0.3)
+        assert not shop.server.startups
+        await shop.world.egress.set_policy(
+            "inst-a", GUEST, {"PGPASSWORD": policy}, {}, obtained={"PGPASSWORD": Value(PASSWORD)}
+        )
+    assert told == [{}]
+
+
+async def test_where_it_may_go(shop: Shop) -> None:
+    """Rules on destinations decide about logins too; those on paths and methods of HTTP are not for them."""
+    for rules, allowed in (
+        ((AccessRule(action=AccessAction.ALLOW, hosts=(HOST,)),), True),
+        ((AccessRule(action=AccessAction.ALLOW, hosts=(HOST,), methods=("POSTGRES",)),), True),
+        ((AccessRule(action=AccessAction.ALLOW, hosts=(HOST,), methods=("GET",)),), False),
+        ((AccessRule(action=AccessAction.ALLOW, hosts=(HOST,), paths=("/*",)),), False),
+        ((AccessRule(action=AccessAction.ALLOW, hosts=("other.test",)),), False),
+    ):
+        await shop.allow(access=EgressAccess(rules=rules, default=AccessDefault.DENY))
+        told = await shop.log_in()
+        assert (told == {}) is allowed, rules
+        assert allowed or (told["C"], told["M"][-9:]) == ("28000", "(no_rule)")
+
+
+async def test_approval(shop: Shop) -> None:
+    """A login can be asked about, once it has shown the placeholder."""
+    asked: list[ApprovalNeeded] = []
+    allow = True
+
+    async def ask(what: ApprovalNeeded, decide: Any) -> None:
+        asked.append(what)
+        await decide(allow)
+
+    shop.world.egress.on_approval_needed(ask)
+    rule = AccessRule(action=AccessAction.ASK, hosts=(HOST,))
+    await shop.allow(access=EgressAccess(rules=(rule,), default=AccessDefault.DENY))
+    assert (await shop.log_in("wrong"))["C"] == "28P01"
+    assert not asked
+    assert await shop.log_in() == {}
+    assert (asked[0].method, asked[0].host, asked[0].path) == ("POSTGRES", HOST, "*")
+    allow = False
+    assert (await shop.log_in())["M"].endswith("(not_approved)")
+
+
+async def test_http_never_gets_the_password(shop: Shop) -> None:
+    """A rule as postgres covers no request of HTTP, and its placeholder in one is refused."""
+    wire = await shop.world.tcp()
+    head = f"GET http://{HOST}:{shop.port}/ HTTP/1.1\r\nHost: {HOST}:{shop.port}\r\n"
+    status, fields, _ = await shop.world.ask(wire, f"{head}X: {HELD}\r\n\r\n".encode())
+    assert (status, fields["x-hypeman-egress"]) == (403, "placeholder_outside_hosts")
+    compiled = compile_policy({"A": postgres(8443)}, {"REAL_KEY": PASSWORD})
+    request = f"GET / HTTP/1.1\r\nHost: {HOST}:8443\r\n\r\n".encode()
+    sent = rewrite_head(request, compiled, HOST.encode(), False, 8443)
+    assert isinstance(sent, bytes) and sent.count(b"\r\n") == 4, "request line, Host and Via"
+
+
+async def test_the_password_is_in_the_policy_alone(shop: Shop, caplog: Any) -> None:
+    """After logins that worked and that did not, the engine's memory has it once, with the rule."""
+    assert await shop.log_in() == {}
+    shop.server.proof = b"v=" + b"A" * 43 + b"="
+    await shop.log_in()
+    shop.server.proof = None
+    await shop.allow("wrong-" + PASSWORD[::-1])
+    await shop.log_in()
+    for method in ("md5", "password"):
+        await shop.allow(auth=method)
+        shop.server.method = method
+        assert await shop.log_in() == {}
+    if "HYPEMAN_EGRESS_SANITIZED" not in os.environ:  # which keeps what was freed
+        memory = b"".join(readable(shop.world.egress.engine_pid))
+        assert memory.count(b"mock-PGPASSWORD"), "else this looks at nothing"
+        assert memory.count(PASSWORD.encode()) == 1
+        assert memory.count(PASSWORD[::-1].encode()) == 0
+    records = [await shop.record() for _ in range(2)]
+    text = repr(records) + caplog.text + repr(await shop.world.egress.statistics())
+    assert PASSWORD not in text and PASSWORD[::-1] not in text
+
+
+async def test_sessions_are_independent(shop: Shop) -> None:
+    """Many at once, each with what it sent; the engine holds nothing afterwards."""
+
+    async def session(number: int) -> None:
+        client = await shop.connect()
+        assert await client.log_in(HELD, ROLE) == {}
+        text = f"{number}-" * 5000
+        assert await client.query(text) == text.encode()
+        await client.wire.send(message(b"X"))
+        await client.wire.stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(40):
+            nursery.start_soon(session, number)
+    with trio.fail_after(60):
+        while (await shop.world.egress.statistics()).in_use["connections"]:
+            await trio.sleep(0.02)
+    assert (await shop.world.egress.statistics()).in_use["bytes"] == 0
+
+
+# ── Configuration ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rules_that_are_refused() -> None:
+    good = postgres(5432).inject[0]
+    form = good.as_.postgres
+    assert form is not None
+    for rule, words in (
+        (InjectRule(as_=good.as_), "needs hosts"),
+        (InjectRule(hosts=(HOST,), as_=good.as_, scrub=True), "cannot scrub"),
+        (InjectRule(hosts=(HOST,), as_=good.as_, ports=(443,)), "443"),
+        (InjectRule(hosts=(HOST,), as_=InjectAs(postgres=form, query="x")), "exactly one"),
+    ):
+        policy = CredentialPolicy(source=CredentialSource(env="K"), inject=(rule,))
+        with pytest.raises(InvalidRequest, match=words):
+            compile_policy({"A": policy}, {"K": "x"})
+    with pytest.raises(InvalidRequest, match="both set the password of 'app'"):
+        compile_policy({"A": postgres(5432), "B": postgres(5432, database="d")}, {"REAL_KEY": "x"})
+    compile_policy({"A": postgres(5432), "B": postgres(5432, user="b"), "C": postgres(5433)}, {"REAL_KEY": "x"})
+    with pytest.raises(InvalidRequest, match="1000 characters") as caught:
+        compile_policy({"A": postgres(5432)}, {"REAL_KEY": "s3cret" * 200})
+    assert "s3cret" not in str(caught.value)
+
+
+def test_ports() -> None:
+    rule = InjectRule(hosts=(HOST,), as_=postgres(1).inject[0].as_)
+    both = CredentialPolicy(source=CredentialSource(env="K"), inject=(rule, *postgres(6432).inject))
+    header = InjectRule(as_=InjectAs(header="X", format="${value}"), ports=(8443,))
+    other = CredentialPolicy(source=CredentialSource(env="K"), inject=(header,))
+    assert redirected_ports({"A": both, "B": other}) == (5432, 6432)
+    assert redirected_ports({"B": other}) == ()

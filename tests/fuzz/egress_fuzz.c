@@ -1,6 +1,6 @@
 /* Fuzz target for everything of the egress path that reads bytes of guests or hosts: heads, trailers, chunks, the
  * ClientHello, hosts and authorities, what is made of a request's head, header blocks of HTTP/2; and the snapshots that
- * our own program writes; the same for what clients send by ingresses, and what the control protocol brings for these. The first byte of the input picks the parser.
+ * our own program writes; messages of Postgres and of SCRAM; the same for what clients send by ingresses, and what the control protocol brings for these. The first byte of the input picks the parser.
  *
  *   clang -g -O1 -fsanitize=fuzzer,address,undefined -D_GNU_SOURCE -Iext/egress tests/fuzz/egress_fuzz.c ext/egress/[!.]*.c \
  *         -lssl -lcrypto -lnghttp2 -lpthread -o build/fuzz-egress
@@ -19,7 +19,9 @@
 #include "certs.h"
 #include "h2.h"
 #include "hello.h"
+#include "pgwire.h"
 #include "probe.h"
+#include "scram.h"
 #include "scrub.h"
 
 #ifdef WITH_LLHTTP
@@ -490,13 +492,88 @@ static void scrubbing(const uint8_t *p, size_t n)
     MUST(done == left && !o.over && o.n == pieces.n && !memcmp(whole, cut, o.n));
 }
 
+static void within(struct str s, const char *p, size_t n)
+{
+    MUST(s.n == 0 || (s.p >= p && s.p + s.n <= p + n));
+}
+
+/* A client's first message, then messages. What goes on to a server reads as the same login. */
+static void postgres(const char *p, size_t n)
+{
+    static char out[2 * PG_STARTUP_MAX];
+    struct pg_startup s, again;
+    struct pg_message m;
+    enum pg_read got = pg_read_startup(p, n, &s);
+    for (size_t cut = 0; got == PG_OK && cut < s.size; cut++)
+        MUST(pg_read_startup(p, cut, &again) == PG_MORE);
+    if (got == PG_OK)
+        MUST(s.size <= n && s.size <= PG_STARTUP_MAX);
+    if (got == PG_OK && s.kind == PG_STARTUP) {
+        struct out o = {out, 0, sizeof out, false};
+        within(s.user, p, s.size);
+        within(s.database, p, s.size);
+        pg_write_negotiation(&o, &s);
+        MUST(!o.over && pg_read_message(out, o.n, sizeof out, &m) == PG_OK && m.size == o.n);
+        o.n = 0;
+        pg_write_startup(&o, &s);
+        MUST(!o.over && pg_read_startup(out, o.n, &again) == (o.n <= PG_STARTUP_MAX ? PG_OK : PG_BAD));
+        MUST(o.n > PG_STARTUP_MAX
+             || (again.size == o.n && again.version == PG_VERSION_3_0 && again.n == s.n && !again.options
+                 && again.user.n == s.user.n && !memcmp(again.user.p, s.user.p, s.user.n)
+                 && again.database.n == s.database.n && !memcmp(again.database.p, s.database.p, s.database.n)));
+    }
+    for (size_t at = got == PG_OK ? s.size : 0; pg_read_message(p + at, n - at, PG_MESSAGE_MAX, &m) == PG_OK;
+         at += m.size) {
+        struct str a = {"", 0}, b = {"", 0};
+        uint32_t x, y;
+        within(m.body, p + at, n - at);
+        MUST(m.size >= 5 && m.size <= n - at);
+        if (pg_read_authentication(m.body, &x, &a))
+            within(a, m.body.p, m.body.n);
+        (void)pg_offers(m.body, SCRAM);
+        if (pg_read_sasl_initial(m.body, &a, &b)) {
+            within(a, m.body.p, m.body.n);
+            within(b, m.body.p, m.body.n);
+        }
+        a = pg_error_field(m.body, 'C');
+        MUST(a.n == 0 || (a.p > m.body.p && a.p + a.n < m.body.p + m.body.n));
+        (void)pg_read_key(m.body, &x, &y);
+    }
+}
+
+/* The other side's messages, up to a zero byte each. Nobody who does not know the password is trusted. */
+static void scram(const char *p, size_t n)
+{
+    static const struct str PASSWORD = {"pencil", 6};
+    static struct scram_client c;
+    static struct scram_server s;
+    static const struct scram_verifier NOBODY;
+    struct scram_binding binding = {.n = 32};
+    const char *end = n ? memchr(p, 0, n) : NULL;
+    size_t first = end ? (size_t)(end - p) : n;
+    struct str one = {p, (uint32_t)first}, two = {end ? end + 1 : p, (uint32_t)(end ? n - first - 1 : 0)};
+    memset(&c, 0, sizeof c);
+    scram_client_begin(&c, n % 3, &binding, "rOprNGfwEbeRWgbNEkqO");
+    if (scram_client_take(&c, one, PASSWORD)) {
+        MUST(c.left >= SCRAM_LEAST - 1 && c.left < SCRAM_MOST && c.final.n < SCRAM_TEXT);
+        c.left = c.left < 8 ? c.left : 8;
+        MUST(!scram_client_derive(&c, 7) && scram_client_derive(&c, 1));
+        scram_client_prove(&c);
+        MUST(c.final.n < SCRAM_TEXT && !scram_client_trusts(&c, two));
+    }
+    if (scram_server_begin(&s, &NOBODY, n & 1, &binding, one, "nonce")) {
+        MUST(s.first.n < SCRAM_TEXT && s.final.n < SCRAM_TEXT);
+        MUST(!scram_server_trusts(&s, &NOBODY, two));
+    }
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
 {
     if (n < 1)
         return 0;
     const char *p = (const char *)data + 1;
     n--;
-    switch (data[0] % 15) {
+    switch (data[0] % 17) {
     case 0:
         head(h1_parse_request, p, n);
         break;
@@ -538,6 +615,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
         break;
     case 14:
         control((const uint8_t *)p, n);
+        break;
+    case 15:
+        postgres(p, n);
+        break;
+    case 16:
+        scram(p, n);
         break;
     default:
         block((const uint8_t *)p, n);
