@@ -7,7 +7,8 @@
 const struct reason_text REASONS[R_COUNT] = {
     [R_NONE] = {200, "ok", "", NEXT_NEVER},
     [R_BAD_REQUEST] = {400, "bad_request", "the request is malformed or ambiguous", NEXT_CHANGE},
-    [R_HEAD_TOO_LARGE] = {431, "head_too_large", "the request head is larger than 32 KB or has over 128 fields",
+    [R_HEAD_TOO_LARGE] = {431, "head_too_large",
+                          "the request head is larger than 32 KB or has over 128 fields, or its rules add over 64 KB",
                           NEXT_CHANGE},
     [R_BAD_HOST] = {400, "bad_host", "the host is not a plain name or address", NEXT_CHANGE},
     [R_HOST_MISMATCH] = {421, "host_mismatch", "Host differs from the name this connection was opened for",
@@ -61,9 +62,10 @@ const struct reason_text REASONS[R_COUNT] = {
                             NEXT_APPROVAL},
     [R_PG_PROTOCOL] = {400, "postgres_protocol", "this is not the Postgres protocol 3 as it is expected here",
                        NEXT_CHANGE},
-    [R_PG_TLS] = {403, "tls_required",
-                  "connections to this port need TLS with a server name: connect by name with sslmode=require or stricter",
-                  NEXT_CHANGE},
+    [R_PG_TLS] =
+        {403, "tls_required",
+         "connections to this port need TLS with a server name: connect by name with sslmode=require or stricter",
+         NEXT_CHANGE},
     [R_PG_ROLE] = {403, "role_denied", "no credential of this instance is for this role and database", NEXT_CHANGE},
     [R_PG_PASSWORD] = {401, "placeholder_expected",
                        "the password must be the placeholder of the credential, sent by SCRAM-SHA-256", NEXT_CHANGE},

@@ -103,16 +103,28 @@ static enum reason fill_body(struct xchg *x, const struct matched *m, const stru
     return R_NONE;
 }
 
+enum { MAX_ADDED = 64 * 1024 }; /* bytes of the fields and the path that rules set for one request */
+_Static_assert(SCRATCH >= H1_MAX_HEAD + MAX_ADDED + 8 * 1024, "the head of any request fits into the scratch space");
+
+static bool added_fits(const struct matched *m)
+{
+    size_t n = m->path.n;
+    for (unsigned i = 0; i < m->fields; i++)
+        n += m->set[i].name.n + m->set[i].value.n;
+    return n <= MAX_ADDED;
+}
+
 enum reason xchg_transform(struct xchg *x, const struct head *h, struct str path, struct matched *m, struct out *room)
 {
     struct loop *l = x->down->loop;
     struct out work = {l->scratch, 0, SCRATCH, false};
     enum reason why = x->gathered ? fill_body(x, m, h) : R_NONE;
-    if (why != R_NONE || !m->transforms)
-        return why;
-    char *p = x->to_up.p ? x->to_up.p + x->to_up.off : "";
-    return transform(room, &work, m, h, &x->to, path, (struct body_text){x->gathered ? p : NULL, buf_size(&x->to_up)},
-                     l->now_s);
+    if (why == R_NONE && m->transforms) {
+        char *p = x->to_up.p ? x->to_up.p + x->to_up.off : "";
+        struct body_text body = {x->gathered ? p : NULL, buf_size(&x->to_up)};
+        why = transform(room, &work, m, h, &x->to, path, body, l->now_s);
+    }
+    return why == R_NONE && !added_fits(m) ? R_HEAD_TOO_LARGE : why;
 }
 
 void xchg_forget_body(struct xchg *x)

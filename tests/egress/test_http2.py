@@ -204,6 +204,18 @@ async def test_http2_to_http1(world: World) -> None:
     assert [name for name, _ in request.fields] == ["host", "x-mine", "via", "authorization"]
 
 
+@pytest.mark.parametrize(("rules", "status"), [(7, 200), (16, 431)])
+async def test_fields_of_rules_beyond_the_bound(world: World, rules: int, status: int) -> None:
+    """A head that the fields of rules make too large is refused in both versions of HTTP; nothing is sent of it."""
+    made = {f"KEY{n}": credential(HOST, header=f"X-Key-{n}", template="${value}") for n in range(rules)}
+    await world.allow(secret="s" * 8192, **made)
+    peer = await client(world)
+    found, fields, _ = await peer.answer(await peer.ask())
+    assert (found, fields.get("x-hypeman-egress")) == (status, None if status == 200 else "head_too_large")
+    assert (await world.get())[0] == status
+    assert [len(request.all("x-key-0")[0]) for request in world.origin.requests] == [8192, 8192] * (status == 200)
+
+
 @pytest.mark.parametrize("size", [0, 5, 20_000, 1_000_000])
 async def test_bodies_to_http1(world: World, size: int) -> None:
     """With a length and without; window is granted as the host takes the bytes."""
