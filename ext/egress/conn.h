@@ -45,9 +45,9 @@ enum phase {
     P_HTTP2,
     P_POSTGRES_TLS, /* up: the host says whether it begins TLS */
     P_POSTGRES,     /* until the login is complete; then P_TUNNEL */
-    P_TUNNEL, /* after 101: bytes, sealed on both sides */
-    P_SPLICE, /* passed through */
-    P_LINGER, /* everything said; reading until the peer is done */
+    P_TUNNEL,       /* after 101: bytes, sealed on both sides */
+    P_SPLICE,       /* passed through */
+    P_LINGER,       /* everything said; reading until the peer is done */
 };
 
 enum step { STEP_AGAIN, STEP_MORE, STEP_STOP };

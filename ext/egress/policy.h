@@ -29,13 +29,13 @@ struct pattern {
 
 /* What a rule does with the credential; transform.c has those that need the request. Numbers as in hypeman/egress/policy.py. */
 enum rule_kind {
-    RULE_HEADER, /* sets the field `name` to `value` */
-    RULE_QUERY,  /* sets the parameter `name` of the query to `value`, both percent-encoded already */
-    RULE_SIGV4,  /* signs with `value`, see sigv4.h; `name` is unused */
-    RULE_HMAC,   /* sets the field `name` to a signature of the body by the key `value`; extra: the scheme */
-    RULE_BODY,   /* puts the value in the place of the placeholder in the body; extra: as JSON, as a form */
-    RULE_MTLS,   /* the key of the certificate that the host is shown; extra: the certificates, see identity.c */
-    RULE_SCRUB,  /* what the host may echo, and the placeholder instead; extra: texts, see echo.c */
+    RULE_HEADER,   /* sets the field `name` to `value` */
+    RULE_QUERY,    /* sets the parameter `name` of the query to `value`, both percent-encoded already */
+    RULE_SIGV4,    /* signs with `value`, see sigv4.h; `name` is unused */
+    RULE_HMAC,     /* sets the field `name` to a signature of the body by the key `value`; extra: the scheme */
+    RULE_BODY,     /* puts the value in the place of the placeholder in the body; extra: as JSON, as a form */
+    RULE_MTLS,     /* the key of the certificate that the host is shown; extra: the certificates, see identity.c */
+    RULE_SCRUB,    /* what the host may echo, and the placeholder instead; extra: texts, see echo.c */
     RULE_POSTGRES, /* logs in to a server of Postgres with the password `value`; extra: enum postgres_extra */
     RULE_KINDS,
 };
@@ -109,9 +109,9 @@ struct tenant {
     atomic_bool removed;
     struct bounds *bounds;
     struct usage usage;
-    atomic_uint asking;    /* requests that are held for an approval */
-    struct table *clients; /* of a client: where it is as long as anything holds it; NULL: an instance */
-    pthread_mutex_t lock;  /* of the fields below */
+    atomic_uint asking;       /* requests that are held for an approval */
+    struct table *clients;    /* of a client: where it is as long as anything holds it; NULL: an instance */
+    pthread_mutex_t lock;     /* of the fields below */
     struct session *sessions; /* of Postgres, see postgres.h */
     struct snapshot *snapshot;
     atomic_uint_fast64_t generation;

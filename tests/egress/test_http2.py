@@ -207,7 +207,7 @@ async def test_http2_to_http1(world: World) -> None:
 @pytest.mark.parametrize(("rules", "status"), [(7, 200), (16, 431)])
 async def test_fields_of_rules_beyond_the_bound(world: World, rules: int, status: int) -> None:
     """A head that the fields of rules make too large is refused in both versions of HTTP; nothing is sent of it."""
-    made = {f"KEY{n}": credential(HOST, header=f"X-Key-{n}", template="${value}") for n in range(rules)}
+    made: dict[str, Any] = {f"KEY{n}": credential(HOST, header=f"X-Key-{n}", template="${value}") for n in range(rules)}
     await world.allow(secret="s" * 8192, **made)
     peer = await client(world)
     found, fields, _ = await peer.answer(await peer.ask())
