@@ -109,18 +109,22 @@ class Client:
             self.close()
 
     def lines(self, path: str, **query: Any) -> Iterator[tuple[bytes, bool]]:
-        """Lines of a log as they arrive: their bytes, and whether that is the end of the line."""
+        """Lines of a log as they arrive: their bytes, and whether that is the end of the line. With ``times`` a line
+        begins with when it was written."""
         response = self._request("GET", _with_query(path, query), None, {"Accept": "text/event-stream"}, None)
-        exact, ends = None, True
+        exact, ends, begins, written = None, True, True, b""
         try:
             for line in response:
                 if line.startswith(b"id: "):
                     self._position = line[4:].decode().strip()
+                elif line.startswith(b": time="):
+                    written = line[7:].strip() + b" " if begins else b""
                 elif line.startswith((b": bytes=", b": piece=")):
                     exact, ends = base64.b64decode(line[8:]), line.startswith(b": bytes=")
                 elif line.startswith(b"data: "):
-                    yield msgspec.json.decode(line[6:], type=str).encode() if exact is None else exact, ends
-                    exact, ends = None, True
+                    text = msgspec.json.decode(line[6:], type=str).encode() if exact is None else exact
+                    yield written + text, ends
+                    exact, ends, begins, written = None, True, ends, b""
         except (OSError, http.client.HTTPException) as error:
             raise Unreachable(f"the stream broke: {error}") from None
         finally:

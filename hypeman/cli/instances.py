@@ -136,12 +136,17 @@ def inspect(session: Session, instance: str, show_env: bool) -> None:
 @click.option("-f", "--follow", is_flag=True, help="Continue with new lines.")
 @click.option("-n", "--tail", type=click.IntRange(0), default=100, show_default=True, help="Lines from before.")
 @click.option("-s", "--source", type=click.Choice(["app", "vmm", "hypeman"]), default="app", show_default=True)
+@click.option("-t", "--timestamps", is_flag=True, help="Begin each line with when it was written, to about a second.")
+@click.option("--since", default="", metavar="TIME", help="Only lines since then: 10m, or an RFC 3339 time.")
+@click.option("-p", "--previous", is_flag=True, help="The output of the run before the last boot.")
 @reports
-def logs(session: Session, instance: str, follow: bool, tail: int, source: str) -> None:
+def logs(session: Session, instance: str, follow: bool, timestamps: bool, previous: bool, **query: Any) -> None:
     """Show what an instance printed."""
     client, path = session.client, f"{path_of(instance)}/logs"
-    lines = client.followed_lines if follow else client.lines
-    for line, ends in lines(path, tail=tail, source=source):
+    query |= present(times=timestamps, run="previous" if previous else None)
+    source = query["source"]
+    lines = client.followed_lines if follow and not previous else client.lines
+    for line, ends in lines(path, **query):
         # Workload output is data, as with exec. The other logs are hypeman's and quote untrusted text.
         write_log(line if source == "app" else one_line(line.decode(errors="replace")).encode(), ends)
 

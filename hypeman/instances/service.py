@@ -111,7 +111,9 @@ SECONDS_FOR_AGENT = 5.0
 SECONDS_FOR_METRICS = 1.0
 """An agent answers within milliseconds; without it the statistics have less to tell."""
 
-LOG_INTERVAL = 5.0
+LOG_INTERVAL = 1.0
+"""Between looks at how logs have grown, which is how exact the times of their lines are."""
+ROTATION_INTERVAL = 5.0
 """Seconds between checks of log sizes. A guest prints at most about 10 MB/s through its serial console."""
 
 log = logging.getLogger(__name__)
@@ -247,7 +249,7 @@ class Instances:
             nursery.start_soon(self.pools.run)
             nursery.start_soon(self._reaper.run)
             nursery.start_soon(self._reclaim.run)
-            nursery.start_soon(self._rotate_logs)
+            nursery.start_soon(self._keep_logs)
             task_status.started()
             await trio.sleep_forever()
 
@@ -644,16 +646,23 @@ class Instances:
         details = self.details(record)
         return msgspec.structs.replace(shown, **details) if details else shown
 
-    async def _rotate_logs(self) -> None:
-        """Keep logs bounded, so that a guest that prints indefinitely cannot fill the disk."""
-        limit = self._config.limits.max_log_size
+    async def _keep_logs(self) -> None:
+        """Note when guests print, and keep logs bounded, so that one that prints indefinitely cannot fill the disk."""
+        rotate_at = trio.current_time() + ROTATION_INTERVAL
         while True:
             await trio.sleep(LOG_INTERVAL)
-            for record in list(self.board.records()):
-                try:
-                    await self.machine.logs.rotate(record.id, limit)
-                except (HypemanError, OSError) as error:
-                    log.warning("logs of instance %s cannot be rotated: %s", record.id, error)
+            await self.machine.logs.note_times()
+            if trio.current_time() >= rotate_at:
+                await self._rotate_logs()
+                rotate_at = trio.current_time() + ROTATION_INTERVAL
+
+    async def _rotate_logs(self) -> None:
+        limit = self._config.limits.max_log_size
+        for record in list(self.board.records()):
+            try:
+                await self.machine.logs.rotate(record.id, limit)
+            except (HypemanError, OSError) as error:
+                log.warning("logs of instance %s cannot be rotated: %s", record.id, error)
 
 
 class _Found(NamedTuple):

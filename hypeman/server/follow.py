@@ -1,7 +1,7 @@
 """Log files as server-sent events: the last lines, then each new line (§3.3).
 
-    LogStream.open(path, tail, follow)   finds the start by reading backwards in blocks
-    async for chunk in stream            a chunk is one or more complete events
+    LogStream.open(path, wanted)     finds the start by reading backwards in blocks
+    async for chunk in stream        a chunk is one or more complete events
 
 Rules:
 - Each follower has its own reader: a slow client does not delay others and costs one block of
@@ -16,7 +16,10 @@ Rules:
   offset behind the line. Opened ``after`` one, a stream goes on from there, in whatever file that is now; what was
   rotated away meanwhile is left out.
 - Bytes that are not UTF-8 become U+FFFD. What the data cannot hold is in a comment before it, which clients of
-  server-sent events skip and our command line reads: ``: bytes=<base64 of the line>``, ``: piece=<the same>``.
+  server-sent events skip and our command line reads: ``: bytes=<base64 of the line>``, ``: piece=<the same>``, and with
+  ``times`` ``: time=<when it was written>``, as exact as the marks of ``host/log_times.py``.
+- ``since`` begins with the line that was being written then. A ``run`` is what the program printed from a boot to the
+  next one; without it, lines of all runs are sent.
 """
 
 from __future__ import annotations
@@ -25,19 +28,22 @@ import base64
 import os
 import re
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from datetime import UTC, datetime, timedelta
 
 import msgspec
 import trio
 
-from hypeman.errors import InvalidRequest
+from hypeman.errors import InvalidRequest, NotFound
+from hypeman.host.log_times import Times, read_times
 from hypeman.host.safe_open import open_log
+from hypeman.instances.model.types import LogRun
 from hypeman.server.inotify import ChangeWatch
 
 BLOCK = 64 * 1024
 MAX_LINE = 64 * 1024
 CONTINUES = " … [line continues]"
-BYTES, PIECE = b": bytes=", b": piece="
+BYTES, PIECE, TIME = b": bytes=", b": piece=", b": time="
 
 _encode = msgspec.json.Encoder().encode
 
@@ -54,15 +60,31 @@ def encode_events(lines: bytes) -> bytes:
     return b"".join([b"data: " + _encode(line.removesuffix("\r")) + b"\n\n" for line in text.split("\n")])
 
 
-def encode_placed(lines: bytes, fd: int, end: int) -> bytes:
-    """As ``encode_events``, with ids; ``end`` is the offset in ``fd`` behind the last line."""
+def encode_each(lines: bytes, fd: int, end: int, *, positions: bool, times: Times | None) -> bytes:
+    """As ``encode_events``, with ids or times; ``end`` is the offset in ``fd`` behind the last line."""
     file = os.fstat(fd)
     at = end - len(lines)
     events = []
     for line in lines[:-1].split(b"\n"):
         at += len(line) + 1
-        events.append(_id_line(file, at) + _encode_any(line))
+        events.append(_head(file, at, positions, times) + _encode_any(line))
     return b"".join(events)
+
+
+def _head(file: os.stat_result, offset: int, positions: bool, times: Times | None) -> bytes:
+    """What is sent before the data of a line, or of a piece, that ends at ``offset``."""
+    head = _id_line(file, offset) if positions else b""
+    if times is not None:
+        written = times.time_of(offset)
+        head += TIME + _render_time(file.st_mtime_ns if written is None else written) + b"\n"
+    return head
+
+
+def _render_time(nanoseconds: int) -> bytes:
+    """RFC 3339 with nine digits of the second, so that times of lines have one width."""
+    seconds, rest = divmod(nanoseconds, 10**9)
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{rest:09d}Z".encode()
 
 
 def _id_line(file: os.stat_result, offset: int) -> bytes:
@@ -106,9 +128,9 @@ def _encode_any(line: bytes) -> bytes:
         return BYTES + base64.b64encode(line) + b"\ndata: " + data + b"\n\n"
 
 
-def find_tail(fd: int, lines: int) -> tuple[int, int]:
-    """The offset of the last ``lines`` lines of ``fd``, and how many of them the file lacks."""
-    position = os.fstat(fd).st_size
+def find_tail(fd: int, lines: int, end: int | None = None) -> tuple[int, int]:
+    """The offset of the last ``lines`` lines of ``fd`` before ``end``, and how many of them the file lacks."""
+    position = os.fstat(fd).st_size if end is None else end
     if lines == 0:
         return position, 0
     # Skip the newline that terminates the last line.
@@ -166,71 +188,148 @@ class LineCutter:
         return lines + b"\n" if lines else b""
 
 
-_Opened = tuple[int, int]
-"""A file and the offset to start at."""
+class Lines(msgspec.Struct, frozen=True, kw_only=True):
+    """Which lines of a log are wanted, and with what beside them."""
+
+    tail: int
+    """At most so many from before."""
+    since: datetime | None = None
+    run: LogRun | None = None
+    follow: bool = False
+    positions: bool = False
+    times: bool = False
+    after: str = ""
+    """An id; then none of the above but ``follow`` and ``times`` has an effect."""
 
 
-def _files_after(path: str, fd: int, after: Position) -> tuple[_Opened, _Opened | None]:
-    """The current file and the old one, as far as they have anything ``after`` that position."""
-    if after.is_in(fd):
-        return (fd, after.offset), None
+class _Page(msgspec.Struct):
+    """One file of a log, open, and the part of it that is wanted."""
+
+    fd: int
+    times: Times
+    begin: int
+    end: int
+
+    @classmethod
+    def open(cls, path: str) -> _Page:
+        """Raises OSError."""
+        fd = open_log(path, os.O_RDONLY)
+        return cls(fd, read_times(path), 0, os.fstat(fd).st_size)
+
+
+_Place = tuple[int, int]
+"""Number of a page, and an offset in it."""
+
+
+def _pages(path: str, wanted: Lines) -> list[_Page]:
+    """The old file, if it has any of the lines, and the current one. Raises OSError, NotFound, InvalidRequest."""
+    after = Position.parse(wanted.after) if wanted.after else None
+    pages = [_Page.open(path)]
     try:
-        old = open_log(path + ".1", os.O_RDONLY)
-    except OSError:
-        return (fd, 0), None
-    return (fd, 0), (old, after.offset if after.is_in(old) else 0)
+        if after is not None and after.is_in(pages[0].fd):
+            pages[0].begin = after.offset
+            return pages
+        with suppress(OSError):
+            pages.insert(0, _Page.open(path + ".1"))
+        if after is not None:
+            pages[0].begin = after.offset if after.is_in(pages[0].fd) else 0
+            return pages
+        return _cut(pages, wanted)
+    except BaseException:
+        _close(pages)
+        raise
+
+
+def _cut(pages: list[_Page], wanted: Lines) -> list[_Page]:
+    begin, end = _span(pages, wanted.run)
+    if wanted.since is not None:
+        begin = max(begin, _begin_since(pages, wanted.since))
+    begin = max(begin, _begin_tail(pages, wanted.tail, end))
+    _close([page for number, page in enumerate(pages) if not begin[0] <= number <= end[0]])
+    pages[begin[0]].begin, pages[end[0]].end = begin[1], end[1]
+    return pages[begin[0] : end[0] + 1]
+
+
+def _span(pages: list[_Page], run: LogRun | None) -> tuple[_Place, _Place]:
+    """Where a run begins and ends. Raises NotFound."""
+    first, last = (0, 0), (len(pages) - 1, pages[-1].end)
+    runs = [(number, offset) for number, page in enumerate(pages) for offset in page.times.runs()]
+    match run:
+        case LogRun.CURRENT:
+            return (runs[-1] if runs else first), last
+        case LogRun.PREVIOUS:
+            if not runs or max(runs) == first:
+                raise NotFound("the log has no previous run", code="run_not_found")
+            return (runs[-2] if len(runs) > 1 else first), runs[-1]
+    return first, last
+
+
+def _begin_since(pages: list[_Page], since: datetime) -> _Place:
+    moment = round(since.timestamp() * 1e9)
+    for number in reversed(range(len(pages))):
+        page = pages[number]
+        if os.fstat(page.fd).st_mtime_ns < moment:
+            return number, page.end
+        if (offset := page.times.begin_since(moment)) is not None:
+            return number, _line_start(page.fd, offset)
+    return 0, 0
+
+
+def _line_start(fd: int, offset: int) -> int:
+    """Where the line around ``offset`` begins; a line longer than a block is cut there."""
+    block = os.pread(fd, min(BLOCK, offset), max(0, offset - BLOCK))
+    found = block.rfind(b"\n")
+    return offset if found < 0 and offset > BLOCK else offset - len(block) + found + 1
+
+
+def _begin_tail(pages: list[_Page], lines: int, end: _Place) -> _Place:
+    for number in reversed(range(end[0] + 1)):
+        page = pages[number]
+        offset, lines = find_tail(page.fd, lines, end[1] if number == end[0] else page.end)
+        if not lines:
+            return number, offset
+    return 0, 0
+
+
+def _close(pages: list[_Page]) -> None:
+    for page in pages:
+        os.close(page.fd)
 
 
 class LogStream:
     """The events of one log file. Close it, or iterate to the end."""
 
-    def __init__(
-        self,
-        path: str,
-        current: _Opened,
-        old: _Opened | None,
-        watch: ChangeWatch | None,
-        positions: bool = False,
-    ) -> None:
-        """``current`` and ``old`` are files with the offset to start at."""
+    def __init__(self, path: str, pages: list[_Page], watch: ChangeWatch | None, wanted: Lines) -> None:
+        """``pages`` are one or two; they are closed with the stream."""
         self._path = path
-        self._positions = positions
-        self._fd, self._offset = old or current
-        self._next = current if old else None
+        self._positions = wanted.positions or bool(wanted.after)
+        self._times = pages[0].times if wanted.times else None
+        self._fd, self._offset = pages[0].fd, pages[0].begin
+        self._next = pages[1] if len(pages) > 1 else None
         """The file to continue with after this one."""
         self._watch = watch
-        self._stop_at = os.fstat(current[0]).st_size
+        self._stop_at = pages[-1].end
         """End offset without a watch: later output is not read, or a busy guest could keep the stream open forever."""
         self._cutter = LineCutter()
         self._caught_up = False
-        self._begun = not positions
+        self._begun = not self._positions
         self._ended = False
 
     @classmethod
-    async def open(cls, path: str, *, tail: int, follow: bool, positions: bool = False, after: str = "") -> LogStream:
-        """Open a stream; ``tail`` is of no effect ``after`` a position.
-
-        Raises OSError (usually FileNotFoundError) before anything is sent, and InvalidRequest.
-        """
-        place = Position.parse(after) if after else None
-        return await trio.to_thread.run_sync(cls._open, path, tail, follow, positions or bool(after), place)
+    async def open(cls, path: str, wanted: Lines) -> LogStream:
+        """Raises OSError (usually FileNotFoundError) before anything is sent, NotFound and InvalidRequest."""
+        return await trio.to_thread.run_sync(cls._open, path, wanted)
 
     @classmethod
-    def _open(cls, path: str, tail: int, follow: bool, positions: bool, after: Position | None) -> LogStream:
-        fd = open_log(path, os.O_RDONLY)
-        watch = ChangeWatch(path) if follow else None  # before the first read, so that no change is missed
-        if after is not None:
-            return cls(path, *_files_after(path, fd, after), watch, positions)
-        offset, missing = find_tail(fd, tail)
-        old = None
-        if missing:
-            try:
-                old_fd = open_log(path + ".1", os.O_RDONLY)
-            except OSError:
-                pass
-            else:
-                old = (old_fd, find_tail(old_fd, missing)[0])
-        return cls(path, (fd, offset), old, watch, positions)
+    def _open(cls, path: str, wanted: Lines) -> LogStream:
+        follows = wanted.follow and wanted.run is not LogRun.PREVIOUS
+        watch = ChangeWatch(path) if follows else None  # before the first read, so that no change is missed
+        try:
+            return cls(path, _pages(path, wanted), watch, wanted)
+        except BaseException:
+            if watch is not None:
+                watch.close()
+            raise
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -245,7 +344,7 @@ class LogStream:
             lines = self._cutter.feed(block) if block else self._turn_page()
             events = self._encode(lines) if lines else b""
             if piece := self._cutter.take_piece():
-                events += self._id() + encode_piece(piece)
+                events += self._piece_head() + encode_piece(piece)
             if events:
                 return events
         self.close()
@@ -253,15 +352,17 @@ class LogStream:
         raise StopAsyncIteration
 
     def _encode(self, lines: bytes) -> bytes:
-        if not self._positions:
+        if not self._positions and self._times is None:
             return encode_events(lines)
         # A partial line that was flushed may be of the file before this one: then it ends where this one begins.
-        return encode_placed(lines, self._fd, self._offset - self._cutter.waiting)
+        end = self._offset - self._cutter.waiting
+        return encode_each(lines, self._fd, end, positions=self._positions, times=self._times)
 
     def _id(self) -> bytes:
-        if not self._positions:
-            return b""
         return _id_line(os.fstat(self._fd), self._offset - self._cutter.waiting)
+
+    def _piece_head(self) -> bytes:
+        return _head(os.fstat(self._fd), self._offset - self._cutter.waiting, self._positions, self._times)
 
     async def _read(self) -> bytes:
         """The next block; empty if there is none even after waiting.
@@ -293,7 +394,8 @@ class LogStream:
         """At the end of the file, find the next one. Returns a partial line that will not be completed."""
         if self._next is not None:
             os.close(self._fd)
-            (self._fd, self._offset), self._next = self._next, None
+            self._fd, self._offset = self._next.fd, self._next.begin
+            self._times, self._next = None if self._times is None else self._next.times, None
             return self._cutter.flush()
         if self._watch is None:
             self._ended = True
@@ -311,7 +413,7 @@ class LogStream:
             os.close(fd)
         else:
             # First read the renamed file once more: its writer may have been in the middle of a line.
-            self._next = (fd, 0)
+            self._next = _Page(fd, Times(), 0, 0)
             self._watch.watch_file()
         return b""
 
@@ -320,7 +422,7 @@ class LogStream:
 
     def close(self) -> None:
         """Idempotent."""
-        for fd in (self._fd, self._next[0] if self._next else -1):
+        for fd in (self._fd, self._next.fd if self._next else -1):
             if fd >= 0:
                 os.close(fd)
         self._fd, self._next, self._ended = -1, None, True

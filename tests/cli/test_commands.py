@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import shlex
 import tarfile
 from datetime import UTC, datetime, timedelta
@@ -30,6 +32,7 @@ from hypeman.config import ConfigError
 from hypeman.devices.types import AvailableDevice
 from hypeman.guest.boot import UNLIMITED, Pid1, Ulimit
 from hypeman.guest.settings import GuestSettings, parse_settings
+from hypeman.host.log_times import begin_run
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.ids import check_name
 from hypeman.images.types import Image, ImageStatus
@@ -277,6 +280,21 @@ def test_logs(cli: Any, server: Any) -> None:
     assert cli("logs", "web").stdout_bytes == b"\xff\xfe\x00\n" + b"y" * 150_000 + b"\n\xe9t\xe9\n"
     missing = cli("logs", "web", "-s", "vmm")
     assert (missing.exit_code, "there is no vmm log yet" in missing.stderr) == (1, True)
+
+
+def test_logs_of_a_time_and_of_a_run(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    log = server.world.log_directory / "web-app.log"
+    begin_run(log)
+    log.write_text("one\n")
+    os.utime(log, (1_000_000_000, 1_000_000_000))
+    begin_run(log)
+    with log.open("a") as file:
+        file.write("two " + "x" * 100_000 + "\n")
+    assert cli("logs", "web", "--previous", "-t").stdout == "2001-09-09T01:46:40.000000000Z one\n"
+    [line] = cli("logs", "web", "-t", "--since", "1h").stdout.splitlines()
+    assert re.fullmatch(r"20\S{27}Z two x{100000}", line), "one time, although it comes in pieces"
+    assert cli("logs", "web", "--since", "soon").exit_code != 0
 
 
 def test_stats(cli: Any, server: Any) -> None:

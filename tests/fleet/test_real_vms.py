@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from tests.fleet.control import eventually
 from tests.fleet.fleet import Fleet, in_namespace, pod
+from tests.real.appliance import IMAGE
 
 pytestmark = pytest.mark.fleet
 
@@ -44,15 +47,72 @@ def test_exec(fleet: Fleet, namespace: str) -> None:
 
 
 def test_logs(fleet: Fleet, namespace: str) -> None:
-    assert fleet.control.kubectl("logs", "vm", "-n", namespace).startswith("began\nline\n")
-    assert fleet.control.kubectl("logs", "vm", "-n", namespace, "--tail=1") == "line\n"
-    refused = fleet.control.try_kubectl("logs", "vm", "-n", namespace, "--timestamps")
-    assert "timestamps" in refused.stderr
+    def logs(*options: str) -> list[str]:
+        return fleet.control.kubectl("logs", "vm", "-n", namespace, *options).splitlines()
+
+    assert logs()[:2] == ["began", "line"]
+    assert logs("--tail=1") == ["line"]
+    eventually(lambda: len(logs()) > 8, "it prints a line a second")
+    times = [datetime.fromisoformat(line.split()[0]) for line in logs("--timestamps", "--tail=6")]
+    assert times == sorted(times)
+    assert timedelta(seconds=3) <= times[-1] - times[0], "six lines, a second apart"
+    recent = logs(f"--since-time={times[-1]:%Y-%m-%dT%H:%M:%SZ}")
+    assert 0 < len(recent) < len(logs()), "not what was printed before"
+    assert logs("--since=1h")[0] == "began"
+    assert "not found" in fleet.control.try_kubectl("logs", "vm", "-n", namespace, "--previous").stderr
     argv = fleet.control.command("logs", "-f", "--tail=1", "vm", "-n", namespace)
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as follower:
         assert follower.stdout is not None
         assert [follower.stdout.readline() for _ in range(3)] == ["line\n"] * 3
         follower.kill()
+
+
+def test_attach(fleet: Fleet, namespace: str) -> None:
+    """Output only: a program in a VM has no standard input."""
+    argv = fleet.control.command("attach", "vm", "-n", namespace, "--quiet")
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as attached:
+        assert attached.stdout is not None
+        assert [attached.stdout.readline() for _ in range(2)] == ["line\n"] * 2
+        attached.kill()
+    refused = fleet.control.try_kubectl("attach", "vm", "-n", namespace, "--stdin", stdin="hello\n")
+    assert "has no standard input" in refused.stderr, refused
+
+
+def test_debug(fleet: Fleet, namespace: str) -> None:
+    """An ephemeral container cannot run in a VM: the pod says so and goes on; a copy is a pod of its own."""
+    made = fleet.control.try_kubectl("debug", "vm", "-n", namespace, f"--image={IMAGE}", "-c", "debugger", "--", "sh")
+    assert made.returncode == 0, made.stderr
+    shown = eventually(lambda: _debugger(fleet, namespace), "the status names the container")
+    assert shown["state"]["waiting"]["reason"] == "NotSupported"
+    assert "kubectl exec" in shown["state"]["waiting"]["message"]
+    described = fleet.control.kubectl("describe", "pod", "vm", "-n", namespace)
+    assert "spec.ephemeralContainers 'debugger'" in described and "kubectl exec" in described
+    [pod_] = fleet.wait_running(namespace, 1)
+    assert pod_["status"]["containerStatuses"][0]["restartCount"] == 0
+    refused = fleet.control.try_kubectl("logs", "vm", "-n", namespace, "-c", "debugger")
+    assert "ephemeral" in refused.stderr and refused.returncode != 0
+
+
+def _debugger(fleet: Fleet, namespace: str) -> dict[str, Any]:
+    found: dict[str, Any] = fleet.control.get("pod", "vm", "-n", namespace)["status"]["ephemeralContainerStatuses"][0]
+    return found
+
+
+def test_a_program_that_ends_has_a_previous_log(fleet: Fleet) -> None:
+    with fleet.namespace() as namespace:
+        again = {"command": ["sh", "-c", "echo run $(cat /proc/sys/kernel/random/boot_id); sleep 3; exit 4"]}
+        fleet.control.apply(pod("again", namespace, node="host3", container=again))
+
+        def status() -> dict[str, Any]:
+            found: dict[str, Any] = fleet.control.get("pod", "again", "-n", namespace)["status"]["containerStatuses"][0]
+            return found
+
+        eventually(lambda: status()["restartCount"] == 1 and "running" in status()["state"], "it was started again")
+        assert status()["lastState"]["terminated"]["exitCode"] == 4
+        now = eventually(lambda: fleet.control.kubectl("logs", "again", "-n", namespace), "it has printed")
+        before = fleet.control.kubectl("logs", "again", "-n", namespace, "--previous")
+        assert [len(text.splitlines()) for text in (now, before)] == [1, 1]
+        assert now.startswith("run ") and before.startswith("run ") and now != before
 
 
 def test_port_forward(fleet: Fleet, namespace: str) -> None:

@@ -32,6 +32,7 @@ from hypeman.guest.protocol import Op
 from hypeman.guest.types import Exited, GuestEvent, Ready, Started
 from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
+from hypeman.host.log_times import SUFFIX
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -635,7 +636,7 @@ class Lab:
             lines += [
                 f"{folder} {path.relative_to(root)}"
                 for path in sorted(root.rglob("*"))
-                if path.suffix != ".log" and path.name != "logs"
+                if path.suffix not in (".log", SUFFIX) and path.name != "logs"
             ]
         lines += [f"run {path.name}" for path in self.paths.vms.glob("*")]
         return "\n".join(sorted(lines))

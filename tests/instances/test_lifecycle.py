@@ -35,6 +35,7 @@ from hypeman.events.log import read_after
 from hypeman.events.types import Kind
 from hypeman.guest.failures import GuestLost
 from hypeman.guest.types import Exited
+from hypeman.host.log_times import read_times
 from hypeman.hypervisor.interface import ExitReason, VmmState
 from hypeman.images.records import HOLDERS
 from hypeman.instances import pools
@@ -706,6 +707,23 @@ async def test_a_stop_gives_the_program_the_time_that_was_asked_for(lab: Lab) ->
         guest = lab.guests[instances.board.find("one").id]
         await instances.stop("one", StopInstanceRequest(grace="35s"))
         assert guest.graces == [35.0]
+
+
+async def test_runs_are_marked_in_the_log(lab: Lab) -> None:
+    """Each boot begins one; standby and restore do not. And while the VM runs, the server notes how its log grows."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        log = lab.paths.instance(instances.board.find("one").id).log("app")
+        log.write_text("one\n")
+        await instances.standby("one", StandbyInstanceRequest())
+        await instances.restore("one")
+        await instances.stop("one")
+        await instances.start("one", StartInstanceRequest())
+        assert read_times(log).runs() == (0, 4)
+        log.write_text("one\ntwo\n")
+        with trio.fail_after(60):
+            while read_times(log).time_of(8) is None:
+                await trio.sleep(0.01)
 
 
 async def test_a_fork_is_somebody_of_its_own(lab: Lab) -> None:

@@ -9,7 +9,9 @@ import json
 import os
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,9 +19,11 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypeman.errors import InvalidRequest
+from hypeman.errors import InvalidRequest, NotFound
+from hypeman.host.log_times import LogTimes, begin_run, move_times
+from hypeman.instances.model.types import LogRun
 from hypeman.server import follow, inotify
-from hypeman.server.follow import LineCutter, LogStream, encode_events, find_tail
+from hypeman.server.follow import LineCutter, Lines, LogStream, encode_events, find_tail
 
 
 def lines_of(chunk: bytes) -> list[str]:
@@ -31,7 +35,7 @@ def lines_of(chunk: bytes) -> list[str]:
 
 
 async def read_all(path: Path, tail: int = 100) -> list[str]:
-    stream = await LogStream.open(str(path), tail=tail, follow=False)
+    stream = await LogStream.open(str(path), Lines(tail=tail))
     return [line async for chunk in stream for line in lines_of(chunk)]
 
 
@@ -44,7 +48,7 @@ class Collector:
         self._more = trio.Event()
 
     async def run(self, path: Path, tail: int = 0, *, task_status: trio.TaskStatus[None]) -> None:
-        stream = await LogStream.open(str(path), tail=tail, follow=True)
+        stream = await LogStream.open(str(path), Lines(tail=tail, follow=True))
         task_status.started()
         async for chunk in stream:
             self.lines += lines_of(chunk)
@@ -168,13 +172,13 @@ async def test_tail_reaches_into_the_rotated_file(tmp_path: Path) -> None:
 
 async def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        await LogStream.open(str(tmp_path / "app.log"), tail=1, follow=True)
+        await LogStream.open(str(tmp_path / "app.log"), Lines(tail=1, follow=True))
 
 
 async def test_without_follow_a_busy_writer_does_not_keep_us(tmp_path: Path) -> None:
     path = tmp_path / "app.log"
     path.write_text("one\n")
-    stream = await LogStream.open(str(path), tail=10, follow=False)
+    stream = await LogStream.open(str(path), Lines(tail=10))
     with path.open("a") as log:
         log.write("later\n")
     assert [line async for chunk in stream for line in lines_of(chunk)] == ["one"]
@@ -262,7 +266,7 @@ async def test_followers_leave_no_descriptor(tmp_path: Path) -> None:
     path.write_text("one\n")
     before = len(os.listdir("/proc/self/fd"))
     for tail in range(20):
-        stream = await LogStream.open(str(path), tail=tail, follow=True)
+        stream = await LogStream.open(str(path), Lines(tail=tail, follow=True))
         if tail:
             await stream.__anext__()
         await stream.aclose()
@@ -310,8 +314,114 @@ async def test_it_goes_on_after_any_line(tmp_path: Path) -> None:
             await placed(path, after=wrong)
 
 
+# ── Times and runs ──────────────────────────────────────────────────────────────────────────────
+
+
+def second(number: int) -> datetime:
+    return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number)
+
+
+class TimedLog:
+    """A log whose lines are written at chosen seconds; a server looks at it after each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._times = LogTimes()
+
+    def write(self, text: str, number: int, *, unseen: bool = False) -> None:
+        with self.path.open("a") as file:
+            file.write(text)
+        os.utime(self.path, (second(number).timestamp(),) * 2)
+        if not unseen:
+            self._times.note([self.path])
+
+    def rotate(self) -> None:
+        old = self.path.rename(f"{self.path}.1")
+        move_times(self.path, old)
+
+    async def read(self, **wanted: Any) -> list[str]:
+        """``second line`` for each."""
+        stream = await LogStream.open(str(self.path), Lines(**{"tail": 100, "times": True, **wanted}))
+        events = b"".join([chunk async for chunk in stream]).decode().split("\n\n")[:-1]
+        found = []
+        for event in events:
+            time, *_, data = [each for each in event.split("\n") if not each.startswith("id: ")]
+            since = datetime.fromisoformat(time.removeprefix(": time=")) - second(0)
+            found.append(f"{since.total_seconds():g} {json.loads(data[6:])}")
+        return found
+
+
+@pytest.fixture
+def timed(tmp_path: Path) -> TimedLog:
+    log = TimedLog(tmp_path / "app.log")
+    log.write("one\ntwo\nha", 10)
+    log.write("lf\n", 20)
+    log.write("last\n", 30, unseen=True)
+    return log
+
+
+async def test_lines_have_the_time_of_the_look_after_them(timed: TimedLog) -> None:
+    assert await timed.read() == ["10 one", "10 two", "20 half", "30 last"]
+    assert await timed.read(tail=1) == ["30 last"]
+    timed.rotate()
+    timed.write("new\n", 40)
+    assert await timed.read() == ["10 one", "10 two", "20 half", "30 last", "40 new"]
+
+
+@pytest.mark.parametrize(
+    ("since", "lines"),
+    [(0, ["one", "two", "half", "last"]), (10, ["one", "two", "half", "last"]), (11, ["half", "last"]),
+     (20, ["half", "last"]), (21, ["last"]), (30, ["last"]), (31, [])],
+)  # fmt: skip
+async def test_since(timed: TimedLog, since: int, lines: list[str]) -> None:
+    """A line that was begun before and ended after is shown whole; ``tail`` counts as well."""
+    assert [line.split()[1] for line in await timed.read(since=second(since))] == lines
+    assert [line.split()[1] for line in await timed.read(since=second(since), tail=1)] == lines[-1:]
+
+
+@pytest.mark.parametrize(("since", "lines"), [(20, ["half", "last", "new"]), (31, ["new"]), (40, ["new"]), (41, [])])
+async def test_since_reaches_into_the_rotated_file(timed: TimedLog, since: int, lines: list[str]) -> None:
+    timed.rotate()
+    timed.write("new\n", 40)
+    assert [line.split()[1] for line in await timed.read(since=second(since))] == lines
+
+
+async def test_runs(timed: TimedLog) -> None:
+    """Wherever they begin: in a line, or in the rotated file."""
+    assert [line.split()[1] for line in await timed.read(run=LogRun.CURRENT)] == ["one", "two", "half", "last"]
+    with pytest.raises(NotFound):
+        await timed.read(run=LogRun.PREVIOUS)
+    timed.write("torn", 40)
+    begin_run(timed.path)
+    timed.write("second\n", 50)
+    assert await timed.read(run=LogRun.CURRENT) == ["50 second"]
+    assert (await timed.read(run=LogRun.PREVIOUS))[-1].endswith(" torn")
+    assert [line.split()[1] for line in await timed.read(run=LogRun.PREVIOUS, tail=2)] == ["last", "torn"]
+    timed.rotate()
+    timed.write("more\n", 60)
+    assert [line.split()[1] for line in await timed.read(run=LogRun.CURRENT)] == ["second", "more"]
+    begin_run(timed.path)
+    timed.write("third\n", 70)
+    assert await timed.read(run=LogRun.CURRENT) == ["70 third"]
+    assert [line.split()[1] for line in await timed.read(run=LogRun.PREVIOUS, follow=True)] == ["second", "more"]
+    assert [line.split()[1] for line in await timed.read(run=LogRun.PREVIOUS, tail=1)] == ["more"]
+
+
+async def test_a_follower_has_times_as_well(tmp_path: Path, nursery: trio.Nursery) -> None:
+    log = TimedLog(tmp_path / "app.log")
+    log.write("one\n", 10)
+    stream = await LogStream.open(str(log.path), Lines(tail=1, follow=True, times=True))
+    assert b": time=2026-01-01T00:00:10.000000000Z\n" in await stream.__anext__()
+    log.write("two\n", 20)
+    assert b": time=2026-01-01T00:00:20.000000000Z\n" in await stream.__anext__()
+    log.rotate()
+    log.write("three\n", 30)
+    assert b": time=2026-01-01T00:00:30.000000000Z\n" in await stream.__anext__()
+    await stream.aclose()
+
+
 async def placed(path: Path, after: str = "") -> list[tuple[str, str]]:
-    stream = await LogStream.open(str(path), tail=100, follow=False, positions=True, after=after)
+    stream = await LogStream.open(str(path), Lines(tail=100, positions=True, after=after))
     events = b"".join([chunk async for chunk in stream]).decode().split("\n\n")[:-1]
     begin, *events = events
     assert re.fullmatch(r"id: \d+-\d+-\d+", begin), "where to go on if nothing comes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 
@@ -10,14 +11,18 @@ import trio
 
 from hypeman.guest.boot import MAX_BOOT_DISK, parse_outcome
 from hypeman.guest.types import Exited, Fatal
+from hypeman.host.log_times import LogTimes, begin_run, move_times
 from hypeman.host.safe_open import open_log, read_start
 from hypeman.instances.machine.context import Context
 from hypeman.text import one_line
+
+log = logging.getLogger(__name__)
 
 
 class Logs:
     def __init__(self, context: Context) -> None:
         self._context = context
+        self._times = LogTimes()
 
     async def read_outcome(self, instance_id: str) -> Exited | Fatal | None:
         """How the workload ended, as the guest wrote it to its boot disk, in case the channel was down."""
@@ -36,6 +41,20 @@ class Logs:
         with contextlib.suppress(OSError), open(open_log(path), "ab") as file:
             file.write(text.encode())
 
+    async def begin_run(self, instance_id: str) -> None:
+        """What the guest prints from now on is of another run. A run without a mark is better than none."""
+        app = self._context.paths.instance(instance_id).log("app")
+        try:
+            await trio.to_thread.run_sync(begin_run, app)
+        except OSError as error:
+            log.warning("the log of instance %s cannot be marked: %s", instance_id, error)
+
+    async def note_times(self) -> None:
+        """Note how much each guest has printed until now."""
+        logs = [self._context.paths.instance(each).log("app") for each in self._context.live]
+        if logs:
+            await trio.to_thread.run_sync(self._times.note, logs)
+
     async def rotate(self, instance_id: str, limit: int) -> None:
         """Rotate logs larger than ``limit`` bytes; one old log is kept of each.
 
@@ -47,11 +66,12 @@ class Logs:
         app = mine.log("app")
         if live is not None and _size(app) > limit:
             await trio.to_thread.run_sync(os.replace, app, app.with_suffix(".log.1"))
+            await trio.to_thread.run_sync(move_times, app, app.with_suffix(".log.1"))
             await live.vmm.rotate_console()
-        for log in (mine.log("vmm"), mine.log("hypeman")):
-            if _size(log) > limit:
-                await self._context.files.copy(log, log.with_suffix(".log.1"))
-                await trio.to_thread.run_sync(_empty, log)
+        for other in (mine.log("vmm"), mine.log("hypeman")):
+            if _size(other) > limit:
+                await self._context.files.copy(other, other.with_suffix(".log.1"))
+                await trio.to_thread.run_sync(_empty, other)
 
 
 def _empty(path: Path) -> None:

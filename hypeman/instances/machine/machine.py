@@ -70,6 +70,7 @@ class Machine:
             context,
             network=self.network,
             devices=bound,
+            logs=self.logs,
             images=images,
             cgroups=cgroups,
             kernel=kernel,

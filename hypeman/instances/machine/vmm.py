@@ -16,6 +16,7 @@ from hypeman.images.types import ImageConfig
 from hypeman.instances.machine.context import Context
 from hypeman.instances.machine.devices import Devices
 from hypeman.instances.machine.live import Connect, Live
+from hypeman.instances.machine.logs import Logs
 from hypeman.instances.machine.network import Network
 from hypeman.instances.model.guest_boot import boot_config
 from hypeman.instances.model.record import InstanceRecord
@@ -39,6 +40,7 @@ class Vmms:
         *,
         network: Network,
         devices: Devices,
+        logs: Logs,
         images: ImageNeeds,
         cgroups: CGroups,
         kernel: str,
@@ -50,6 +52,7 @@ class Vmms:
         self._context = context
         self._network = network
         self._devices = devices
+        self._logs = logs
         self._images = images
         self._cgroups = cgroups
         self._kernel = kernel
@@ -75,6 +78,7 @@ class Vmms:
         config = vm_config(record, self._environment(record), self._context.paths)
         driver = self._context.driver(record)
         driver.validate(config)
+        await self._logs.begin_run(step.instance)
         with metrics.timed_vmm_call("launch"):
             self._watch(record, await driver.launch(config))
 

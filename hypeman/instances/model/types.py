@@ -66,6 +66,13 @@ class TargetState(enum.StrEnum):
     RUNNING = "Running"
 
 
+class LogRun(enum.StrEnum):
+    """Which run of an instance's program, counted by boots; a restored instance continues its run."""
+
+    CURRENT = "current"
+    PREVIOUS = "previous"
+
+
 class LogSource(enum.StrEnum):
     """Which log of an instance."""
 

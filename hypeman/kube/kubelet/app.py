@@ -24,7 +24,7 @@ from hypeman.instances.model.types import Instance, InstanceState, UsageOfAll
 from hypeman.kube.kubelet import channels, portforward, spdy
 from hypeman.kube.kubelet.answer import TEXT, Answer, Receive, Scope, Send, Socket
 from hypeman.kube.kubelet.auth import Gate
-from hypeman.kube.kubelet.logs import check_since, send_log
+from hypeman.kube.kubelet.logs import send_log
 from hypeman.kube.kubelet.remote import Exec as Program
 from hypeman.kube.kubelet.remote import open_exec
 from hypeman.kube.kubelet.routes import (
@@ -180,9 +180,6 @@ class Kubelet:
         if asked.previous and not any(each.restart_count for each in served.pod.status.container_statuses):
             name, pod = asked.container.name, asked.container.pod
             raise InvalidRequest(f'previous terminated container "{name}" in pod "{pod}" not found')
-        if not check_since(asked, instance, datetime.now(UTC)):
-            await answer.respond(b"", TEXT)
-            return
         with self._one_log():
             await answer.stream(partial(send_log, self._local, instance.id, asked))
 

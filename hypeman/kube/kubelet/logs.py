@@ -1,5 +1,7 @@
 """The log of an instance as the bytes that ``kubectl logs`` shows, from the server's events.
 
+A container's log is that of one run of its program, as for a kubelet: the server's log has all of them.
+
 A log that is followed ends when its program does, as kubectl expects: the server's own stream goes on for as long as
 the instance exists, so a second task waits for the end of the run; then what was written up to it is read.
 """
@@ -8,14 +10,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from datetime import UTC, datetime
 from math import inf
 
 import msgspec
 import trio
 
-from hypeman.errors import InvalidRequest
-from hypeman.instances.model.types import Instance, InstanceState
+from hypeman.instances.model.types import InstanceState, LogRun
 from hypeman.kube.kubelet.routes import Logs
 from hypeman.kube.local import SILENCE_SECONDS, LocalError, LocalRefused, LocalServer
 from hypeman.urls import segment
@@ -42,53 +42,51 @@ class LineReader:
         """Where the last line ended, as the server names it."""
         self._exact: bytes | None = None
         self._ends = True
+        self._begins = True
+        self._time = b""
 
     def feed(self, line: str) -> bytes:
-        """The bytes that an event's line brings, with the newline; often none. Raises DecodeError."""
+        """The bytes that an event's line brings, with its time if there is one, and the newline; often none.
+
+        Raises DecodeError.
+        """
         if line.startswith("id: "):
             self.position = line[4:].strip()
         elif line.startswith((": bytes=", ": piece=")):
             self._exact, self._ends = base64.b64decode(line[8:]), line.startswith(": bytes=")
+        elif line.startswith(": time="):
+            self._time = line[7:].encode() + b" "
         elif line.startswith("data: "):
-            exact, ends, self._exact, self._ends = self._exact, self._ends, None, True
-            text = msgspec.json.decode(line[6:], type=str).encode() if exact is None else exact
-            return text + b"\n" if ends else text
+            return self._line(line[6:])
         return b""
 
-
-def check_since(asked: Logs, instance: Instance, now: datetime) -> bool:
-    """Whether the log has anything for the times that are ``asked`` for. Raises InvalidRequest.
-
-    The lines have no times. What begins before the instance is everything; what begins after its end is nothing.
-    """
-    begin = asked.since_time
-    if asked.since is not None:
-        begin = datetime.fromtimestamp(now.timestamp() - asked.since, UTC)
-    if begin is None or begin <= instance.created_at:
-        return True
-    if instance.stopped_at is not None and instance.state is InstanceState.STOPPED and begin > instance.stopped_at:
-        return False
-    raise InvalidRequest(
-        "sinceSeconds, sinceTime: the lines of a VM's log have no time of their own; ask for the last lines "
-        "(--tail), or for a time before the pod's start"
-    )
+    def _line(self, data: str) -> bytes:
+        text = msgspec.json.decode(data, type=str).encode() if self._exact is None else self._exact
+        time, end = (self._time if self._begins else b""), (b"\n" if self._ends else b"")
+        self._begins, self._exact, self._ends, self._time = self._ends, None, True, b""
+        return time + text + end
 
 
 async def send_log(local: LocalServer, instance_id: str, asked: Logs, write: Write) -> None:
     """Write the log. Raises LocalRefused, LocalUnreachable."""
     path = f"/instances/{segment(instance_id)}/logs"
-    tail = str(_ALL if asked.tail is None else asked.tail)
+    query = {"tail": str(_ALL if asked.tail is None else asked.tail), "times": str(asked.timestamps).lower()}
+    query["run"] = (LogRun.PREVIOUS if asked.previous else LogRun.CURRENT).value
+    if asked.since is not None:
+        query["since"] = f"{asked.since}s"
+    elif asked.since_time is not None:
+        query["since"] = asked.since_time.isoformat()
     copy = _Copy(local, path, write, inf if asked.limit is None else asked.limit)
-    if not asked.follow:
-        await copy.run(tail=tail)
+    if not asked.follow or asked.previous:
+        await copy.run(**query)
         return
     async with trio.open_nursery() as nursery:
         nursery.start_soon(copy.end_with, instance_id)
-        await copy.run(tail=tail, follow="true", positions="true")
+        await copy.run(**query, follow="true", positions="true")
         nursery.cancel_scope.cancel()
     try:
         if copy.position and copy.remaining > 0:
-            await copy.run(after=copy.position)
+            await copy.run(after=copy.position, times=query["times"])
     except LocalRefused:  # deleted meanwhile, and the log with it
         return
 

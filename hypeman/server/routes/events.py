@@ -6,7 +6,6 @@ A caller sees the events of those kinds of objects that its token may read.
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -16,9 +15,9 @@ from hypeman.events.types import READ_SCOPE, Event, EventFilter, Kind
 from hypeman.fields import TagMap
 from hypeman.server.api import SSE_HEADERS, Context, EventStream, Routes
 from hypeman.server.events import LoggedEvents
+from hypeman.server.moments import parse_moment
 from hypeman.server.services import EventService, Services
 from hypeman.tokens import Caller, has_scope
-from hypeman.units import parse_duration
 
 routes = Routes("events")
 
@@ -101,15 +100,4 @@ def _cursor(events: EventService, since: str | None, *, new: bool) -> int:
         return events.last if new else 0
     if _CURSOR.fullmatch(since):
         return int(since)
-    try:
-        time = datetime.fromisoformat(since)
-        if time.tzinfo is None:
-            raise InvalidRequest("since lacks a time zone, such as Z", code="invalid_since")
-    except ValueError:
-        try:
-            time = datetime.now(UTC) - timedelta(seconds=parse_duration(since, code="invalid_since"))
-        except (InvalidRequest, OverflowError):
-            raise InvalidRequest(
-                f"since must be a cursor, a duration or an RFC 3339 time, not {since[:80]!r}", code="invalid_since"
-            ) from None
-    return events.cursor_before(time)
+    return events.cursor_before(parse_moment(since, "since", others="a cursor, "))

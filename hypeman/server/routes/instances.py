@@ -18,6 +18,7 @@ from hypeman.instances.model.types import (
     Instance,
     InstanceState,
     InstanceStats,
+    LogRun,
     LogSource,
     StandbyInstanceRequest,
     StartInstanceRequest,
@@ -27,7 +28,8 @@ from hypeman.instances.model.types import (
     WaitForStateResponse,
 )
 from hypeman.server.api import SSE_HEADERS, EventStream, Routes
-from hypeman.server.follow import LogStream, UsedStream
+from hypeman.server.follow import Lines, LogStream, UsedStream
+from hypeman.server.moments import parse_moment
 from hypeman.server.services import Services
 from hypeman.tokens import Scope
 from hypeman.units import parse_duration
@@ -52,6 +54,20 @@ class LogQuery(Struct, frozen=True, kw_only=True):
     after: Annotated[
         str, Meta(description="Extension. The id of an event: go on with the line after it, and with ids; no tail")
     ] = ""
+    since: Annotated[
+        str,
+        Meta(
+            description="Extension. Only lines written then or later, exact to about a second: a duration before "
+            "now, or an RFC 3339 time",
+            examples=["10m", "2026-01-02T03:04:05Z"],
+        ),
+    ] = ""
+    run: Annotated[
+        LogRun | None, Meta(description="Extension. Only what the program printed in this run; default: all runs")
+    ] = None
+    times: Annotated[
+        bool, Meta(description="Extension. Before each event a comment `: time=` has when its line was written")
+    ] = False
 
 
 class StatQuery(Struct, frozen=True, kw_only=True):
@@ -158,14 +174,21 @@ async def get_logs(services: Services, id: str, query: LogQuery) -> EventStream:
 
     Each event is one line, as a JSON string.
     """
+    wanted = Lines(
+        tail=query.tail,
+        since=parse_moment(query.since, "since") if query.since else None,
+        run=query.run,
+        follow=query.follow,
+        positions=query.positions,
+        times=query.times,
+        after=query.after,
+    )
     path = await services.instances.log_path(id, query.source)
     async with AsyncExitStack() as stack:
         if query.follow and query.source is LogSource.APP:
             await stack.enter_async_context(services.policies.using(id, "logs"))
         try:
-            stream = await LogStream.open(
-                str(path), tail=query.tail, follow=query.follow, positions=query.positions, after=query.after
-            )
+            stream = await LogStream.open(str(path), wanted)
         except FileNotFoundError:
             raise NotFound(f"there is no {query.source} log yet", code="log_not_found") from None
         return EventStream(UsedStream(stream, stack.pop_all()))

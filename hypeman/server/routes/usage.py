@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -11,9 +10,9 @@ from hypeman.errors import InvalidRequest
 from hypeman.fields import TagMap
 from hypeman.metering.types import Query, UsageBy, UsageReport, UsageVerification
 from hypeman.server.api import Routes
+from hypeman.server.moments import parse_moment
 from hypeman.server.services import Services
 from hypeman.tokens import Scope
-from hypeman.units import parse_duration
 
 routes = Routes("usage")
 
@@ -50,8 +49,8 @@ async def get_usage_report(services: Services, query: UsageQuery) -> UsageReport
     count as a whole. Tags and name are those at the end of a period.
     """
     wanted = Query(
-        since=_time(query.since, "since") if query.since else 0.0,
-        until=_time(query.until, "until") if query.until else float("inf"),
+        since=parse_moment(query.since, "since").timestamp() if query.since else 0.0,
+        until=parse_moment(query.until, "until").timestamp() if query.until else float("inf"),
         instance=query.instance,
         tags=query.tags,
         by=query.by,
@@ -70,18 +69,3 @@ async def verify_usage(services: Services, query: VerifyQuery) -> UsageVerificat
     if bool(query.block) != bool(query.hash):
         raise InvalidRequest("block and hash belong together")
     return await services.metering.verify(query.block, query.hash)
-
-
-def _time(text: str, name: str) -> float:
-    """Seconds since 1970. Raises InvalidRequest."""
-    code = f"invalid_{name}"
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        try:
-            time = datetime.now(UTC) - timedelta(seconds=parse_duration(text, code=code))
-        except (InvalidRequest, OverflowError):
-            raise InvalidRequest(f"{name} must be a duration or an RFC 3339 time, not {text!r}", code=code) from None
-    if time.tzinfo is None:
-        raise InvalidRequest(f"{name} lacks a time zone, such as Z", code=code)
-    return time.timestamp()

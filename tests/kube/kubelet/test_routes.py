@@ -38,9 +38,9 @@ C = Container("ns", "pod", "main")
         ("/containerLogs/ns/pod/main", Logs(container=C)),
         (
             "/containerLogs/ns/pod/main?follow=true&tailLines=5&limitBytes=10&previous=true&sinceSeconds=60",
-            Logs(container=C, follow=True, tail=5, limit=10, previous=True, since=60.0),
+            Logs(container=C, follow=True, tail=5, limit=10, previous=True, since=60),
         ),
-        ("/containerLogs/ns/pod/main?tail=all", Logs(container=C)),
+        ("/containerLogs/ns/pod/main?tail=all&timestamps=true", Logs(container=C, timestamps=True)),
         (
             "/containerLogs/ns/pod/main?sinceTime=2026-01-02T03:04:05Z",
             Logs(container=C, since_time=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)),
@@ -67,7 +67,6 @@ def test_calls(target: str, call: Call) -> None:
         ("/", NotFound, "/"),
         ("/run/ns/pod/main", NotFound, "/run"),
         ("/containerLogs/ns/pod", NotFound, "/containerLogs"),
-        ("/containerLogs/ns/pod/main?timestamps=true", NotSupported, "timestamps"),
         ("/containerLogs/ns/pod/main?stream=Stderr", NotSupported, "stream"),
         ("/containerLogs/ns/pod/main?tailLines=-1", InvalidRequest, "tailLines"),
         ("/containerLogs/ns/pod/main?limitBytes=1e9", InvalidRequest, "limitBytes"),
