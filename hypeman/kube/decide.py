@@ -7,6 +7,7 @@ node program that was killed at any moment goes on where it was: it finds the in
     bound, alive             none         Create; Adopt what its owner left in standby
                              standby      Restore
                              stopped      nothing: the server restarts it by policy. Start, if it was stopped by command
+                             running      Stop, to be started again, if its startup probe failed
                              others       nothing
     bound, ended             up           Stop
     being deleted            up           Standby if its owner outlives it, else Stop
@@ -89,6 +90,8 @@ class Known(Struct, frozen=True, kw_only=True):
     left: Instance | None = None
     """An instance that an earlier pod of the same owner left behind."""
     owner: Owner = Owner.NONE
+    failed_to_start: bool = False
+    """What the startup probe of the instance's run says."""
     lease_valid: bool = True
     deadline: float | None = None
     """``activeDeadlineSeconds``"""
@@ -148,9 +151,16 @@ def _with_instance(known: Known, instance: Instance) -> Action:
         return Action(Verb.RESTORE)
     if instance.state is InstanceState.STOPPED and _has_to_run(known, instance):
         return Action(Verb.START)
-    unhealthy = instance.health_status.status is HealthState.UNHEALTHY
-    if known.restart_policy == "Never" and unhealthy and instance.state is InstanceState.RUNNING:
+    if instance.state is not InstanceState.RUNNING:
+        return WAIT
+    never = known.restart_policy == "Never"
+    if never and instance.health_status.status is HealthState.UNHEALTHY:
         return Action(Verb.FAIL, "Unhealthy", "the liveness probe failed, and the pod is not to be restarted")
+    if known.failed_to_start:
+        why = "the startup probe failed"
+        return Action(Verb.FAIL, "Unhealthy", f"{why}, and the pod is not to be restarted") if never else Action(
+            Verb.STOP, "Unhealthy", f"{why}: the program is started again"
+        )  # fmt: skip
     return WAIT
 
 

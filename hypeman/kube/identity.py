@@ -7,7 +7,6 @@ bootstrap-kubeconfig              server, CA and a token that can do no more tha
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from hypeman.config import NodeConfig
 from hypeman.kube.api import ApiClient
 from hypeman.kube.credentials import Access, KubeconfigError, load_kubeconfig
 from hypeman.kube.kubelet.certificates import CLIENT_SIGNER, Identity, Keeper, Pair
-
-log = logging.getLogger(__name__)
 
 FILE = "client.pem"
 
@@ -36,32 +33,22 @@ def find_kubeconfig(settings: NodeConfig) -> tuple[Access, bool]:
     )
 
 
-async def obtain_access(settings: NodeConfig, name: str) -> tuple[Access, bool]:
-    """How to reach the cluster as node ``name``, and whether the certificate is ours to renew.
-
-    Waits for the certificate as long as that takes. Raises KubeconfigError.
-    """
+def find_access(settings: NodeConfig) -> tuple[Access, Access | None]:
+    """How to reach the cluster as the node, and how its certificate is requested while it has none; None: the
+    certificate or token is renewed by others. Raises KubeconfigError."""
     first, bootstraps = find_kubeconfig(settings)
     if not bootstraps:
-        return first, False
-    state_dir = Path(settings.state_dir)
-    api = ApiClient(first)
-    try:
-        keeper = client_keeper(api, name, state_dir)
-        if keeper.load() is None:
-            await keeper.renew()
-    finally:
-        await api.aclose()
-    file = str(state_dir / FILE)
+        return first, None
+    file = str(Path(settings.state_dir) / FILE)
     access = msgspec.structs.replace(
         first, token="", token_file="", certificate_file=file, key_file=file, certificate_data=b"", key_data=b""
     )
-    return access, True
+    return access, first
 
 
-def client_keeper(api: ApiClient, name: str, state_dir: Path) -> Keeper:
+def client_keeper(api: ApiClient, first: ApiClient, name: str, state_dir: Path) -> Keeper:
     """Renews the client certificate; ``ApiClient`` reads the file again when it changes."""
-    return Keeper(api, Identity(name, CLIENT_SIGNER), state_dir / FILE, _nothing)
+    return Keeper(api, Identity(name, CLIENT_SIGNER), state_dir / FILE, _nothing, first=first)
 
 
 def _nothing(pair: Pair) -> None:

@@ -7,7 +7,7 @@ to one instance, in a way that may be repeated.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import httpx
 import trio
@@ -28,7 +28,8 @@ RETRY_SECONDS = 1.0
 
 
 class Instances:
-    def __init__(self, local: LocalServer, node: str, changed: Callable[[], object]) -> None:
+    def __init__(self, local: LocalServer, node: str, changed: Callable[[Sequence[Instance]], object]) -> None:
+        """``changed`` is called with those that appeared, changed or went."""
         self._local = local
         self._node = node
         self._changed = changed
@@ -43,10 +44,10 @@ class Instances:
         async with self._reading:
             query = {f"tags[{names.NODE}]": self._node}
             found = await self._local.get("/instances", tuple[Instance, ...], query)
-        if _comparable(found) != _comparable(self.all):
+        if changed := differences(self.all, found):
             self.all = found
             self.index = index(found, self._node)
-            self._changed()
+            self._changed(changed)
         self.synced.set()
 
     async def run(self) -> None:
@@ -78,13 +79,18 @@ class Instances:
             await trio.sleep(RETRY_SECONDS)
 
 
-def _comparable(found: tuple[Instance, ...]) -> list[tuple[object, ...]]:
+def differences(before: Sequence[Instance], after: Sequence[Instance]) -> tuple[Instance, ...]:
+    """Those that only one of the lists has; and both versions of those that have changed. Pure."""
+    old, new = {each.id: _comparable(each) for each in before}, {each.id: _comparable(each) for each in after}
+    return tuple(each for each in (*before, *after) if old.get(each.id) != new.get(each.id))
+
+
+def _comparable(each: Instance) -> tuple[object, ...]:
     """What decisions depend on; the time in a phase grows with each list."""
-    return [
-        (each.id, each.name, each.state, each.tags, each.started_at, each.stopped_at, each.exit_code,
-         each.exit_message, each.restart_status, each.health_status.status, each.network, each.state_error)
-        for each in found
-    ]  # fmt: skip
+    return (
+        each.id, each.name, each.state, each.tags, each.started_at, each.stopped_at, each.exit_code,
+        each.exit_message, each.restart_status, each.health_status.status, each.network, each.state_error,
+    )  # fmt: skip
 
 
 # ── Changes ─────────────────────────────────────────────────────────────────────────────────────

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 import trio
+from msgspec import Struct
 
 from hypeman.config import Config, NodeConfig
 from hypeman.kube.api import ApiClient
@@ -25,7 +26,7 @@ from hypeman.kube.credentials import Access
 from hypeman.kube.events import Events
 from hypeman.kube.fencing import Fencing
 from hypeman.kube.heartbeat import Heartbeat
-from hypeman.kube.identity import client_keeper, obtain_access
+from hypeman.kube.identity import client_keeper, find_access
 from hypeman.kube.kubelet import service as kubelet
 from hypeman.kube.lease import LeaseClock, boot_time
 from hypeman.kube.local import LocalServer
@@ -59,17 +60,23 @@ async def _until_signal(config: Config) -> None:
 async def run(config: Config) -> None:
     """Run the node. Raises HypemanError if it cannot start."""
     async with AsyncExitStack() as stack:
-        access, renews = await obtain_access(config.node, node_name(config.node))
+        access, first = find_access(config.node)
         site = build_site(config, access)
         stack.push_async_callback(site.api.aclose)
         stack.push_async_callback(site.local.aclose)
         log.info("node", extra={"node": site.name, "address": site.address})
-        pods, parts = build_parts(site, config.node)
+        parts = build_parts(site, config.node)
         async with trio.open_nursery() as nursery:
-            if renews:
-                nursery.start_soon(client_keeper(site.api, site.name, site.state_dir).run)
-            await nursery.start(kubelet.serve, site, pods, config.paths.data_dir)
-            for part in parts:
+            for part in parts.alone:
+                nursery.start_soon(part.run)
+            if first is not None:
+                bootstrap = ApiClient(first)
+                stack.push_async_callback(bootstrap.aclose)
+                keeper = client_keeper(site.api, bootstrap, site.name, site.state_dir)
+                await keeper.obtain()
+                nursery.start_soon(keeper.run)
+            await nursery.start(kubelet.serve, site, parts.pods, config.paths.data_dir)
+            for part in parts.of_cluster:
                 nursery.start_soon(part.run)
 
 
@@ -77,17 +84,24 @@ class Part(Protocol):
     async def run(self) -> None: ...
 
 
+class Parts(Struct, frozen=True):
+    """The tasks that serve the pods and the node, and what is known of the pods."""
+
+    pods: Pods
+    alone: tuple[Part, ...]
+    """Also without a certificate: one that has ended while the host was cut off must not keep VMs from being fenced."""
+    of_cluster: tuple[Part, ...]
+
+
 async def serve(site: Site, settings: NodeConfig, clock: Callable[[], float] = boot_time) -> None:
     """All parts but the kubelet's API, until cancelled."""
+    parts = build_parts(site, settings, clock)
     async with trio.open_nursery() as nursery:
-        for part in build_parts(site, settings, clock)[1]:
+        for part in (*parts.alone, *parts.of_cluster):
             nursery.start_soon(part.run)
 
 
-def build_parts(
-    site: Site, settings: NodeConfig, clock: Callable[[], float] = boot_time
-) -> tuple[Pods, tuple[Part, ...]]:
-    """What is known of the pods, and the tasks that serve them and the node."""
+def build_parts(site: Site, settings: NodeConfig, clock: Callable[[], float] = boot_time) -> Parts:
     lease = LeaseClock(
         settings.lease_duration, clock, site.state_dir / "heartbeat" if site.state_dir.is_dir() else None
     )
@@ -103,7 +117,7 @@ def build_parts(
         max_pods=settings.max_pods,
     )
     fencing = Fencing(site.local, shared.instances, lease, site.name, settings.fence_after)
-    return pods, (heartbeat, pods, fencing, Sweeper(shared), Provisioner(site, events))
+    return Parts(pods, (shared.instances, fencing), (heartbeat, pods, Sweeper(shared), Provisioner(site, events)))
 
 
 def build_site(config: Config, access: Access) -> Site:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -38,11 +38,11 @@ from hypeman.kube.lease import LeaseClock
 from hypeman.kube.local import LocalError, LocalRefused
 from hypeman.kube.owners import Owners
 from hypeman.kube.podspec import PodSpec, Refusal, notes_of, parse_pod, read_pod
-from hypeman.kube.probes import Readiness
+from hypeman.kube.probes import Probing, passes
 from hypeman.kube.references import Missing, needed
 from hypeman.kube.reflector import Reflector
 from hypeman.kube.site import Served, Site
-from hypeman.kube.status import Doing, Failure, Seen, derive_status, differs
+from hypeman.kube.status import NO_EPHEMERAL, Doing, Failure, Seen, derive_status, differs, was_started
 from hypeman.kube.translate import (
     Wanted,
     check_golden,
@@ -101,10 +101,11 @@ class Shared:
         if uid in self.workers:
             self.workers[uid].wake.set()
 
-    def _instances_changed(self) -> None:
+    def _instances_changed(self, instances: Sequence[Instance]) -> None:
+        """Wake whom it concerns: a worker for each change of a hundred instances would be ten thousand steps."""
         self.changed.set()
-        for worker in self.workers.values():
-            worker.wake.set()
+        for uid in concerned(instances, self.workers, self.instances.index.by_pod):
+            self.workers[uid].wake.set()
 
 
 class Worker:
@@ -123,7 +124,7 @@ class Worker:
         self._retry_image_at = 0.0
         self._requested = False
         self._image_id = ""
-        self._readiness: Readiness | None = None
+        self._probing: Probing | None = None
         self._refused_at: float | None = None
         self._noted: set[str] = set()
         self._last: tuple[Verb, InstanceState | None] | None = None
@@ -167,7 +168,7 @@ class Worker:
             return await self._refused(pod, refusal)
         if action.verb is Verb.RELEASE:
             return RESYNC_SECONDS
-        pause = min(pause, await self._probe(spec))
+        pause = min(pause, await self._probe(pod, spec))
         pause = max(pause, self._pause_of_repetition(action.verb))
         await self._report(pod, spec)
         if action.verb is Verb.WAIT:
@@ -200,6 +201,7 @@ class Worker:
             instance=self.instance,
             left=left,
             owner=state,
+            failed_to_start=self._probing is not None and self._probing.has_failed_to_start,
             lease_valid=shared.lease.is_valid,
             deadline=spec.active_deadline_seconds,
             now=datetime.now(UTC),
@@ -237,7 +239,7 @@ class Worker:
             name = f"spec.ephemeralContainers {each.get('name')!r}"
             if name not in self._noted:
                 self._noted.add(name)
-                self._events.warn(pod, "Unsupported", f"{name}: a pod has exactly one container here; use kubectl exec")
+                self._events.warn(pod, "Unsupported", f"{name}: {NO_EPHEMERAL}")
 
     # ── Actions ─────────────────────────────────────────────────────────────────────────────────
 
@@ -257,11 +259,11 @@ class Worker:
                 await self._take_over(action.verb, pod, spec)
             case _:
                 assert instance is not None, "decide asks for it only with an instance"
-                await self._change(action.verb, pod, spec, instance)
+                await self._change(action, pod, spec, instance)
         return 0.0
 
-    async def _change(self, verb: Verb, pod: Pod, spec: PodSpec, instance: Instance) -> None:
-        match verb:
+    async def _change(self, action: Action, pod: Pod, spec: PodSpec, instance: Instance) -> None:
+        match action.verb:
             case Verb.RETAG:
                 tags = {**tags_of(instance), **self._following_tags(pod, spec)}
                 await self._patch(instance, UpdateInstanceRequest(tags=tags))
@@ -275,6 +277,8 @@ class Worker:
             case Verb.STANDBY:
                 await self._standby(pod, instance)
             case Verb.STOP:
+                if action.reason:
+                    self._events.warn(pod, action.reason, action.message)
                 grace = pod.metadata.deletion_grace_period_seconds
                 await self._stop(pod, instance, spec.termination_grace_period_seconds if grace is None else grace)
             case Verb.REMOVE:
@@ -458,8 +462,7 @@ class Worker:
         """Bring the golden instance to standby once its program is ready."""
         self._doing = Doing("ContainerCreating", f"{golden.name} is {golden.state}")
         if golden.state is InstanceState.RUNNING:
-            probe = partial(Readiness(spec.container).passes, self._site.local, golden)
-            if await self._until_deleted(probe, False):
+            if await self._until_deleted(partial(self._is_ripe, spec, golden), False):
                 await self._post(golden, "standby")
                 await self._shared.instances.refresh()
                 return 0.0
@@ -471,6 +474,14 @@ class Worker:
             await self._shared.instances.refresh()
             return IMAGE_PAUSE
         return POLL_SECONDS
+
+    async def _is_ripe(self, spec: PodSpec, golden: Instance) -> bool:
+        """Whether the program of the golden instance has started and is ready."""
+        container = spec.container
+        for probe in (container.startup_probe, container.readiness_probe):
+            if probe is not None and not await passes(probe, container, self._site.local, golden):
+                return False
+        return True
 
     # ── Calls of the server ─────────────────────────────────────────────────────────────────────
 
@@ -486,15 +497,17 @@ class Worker:
 
     # ── Report ──────────────────────────────────────────────────────────────────────────────────
 
-    async def _probe(self, spec: PodSpec) -> float:
-        """Run the readiness probe if it is due. Returns the seconds until it is again."""
-        instance = self.instance
-        if spec.container.readiness_probe is None or instance is None or instance.state is not InstanceState.RUNNING:
-            self._readiness = None
+    async def _probe(self, pod: Pod, spec: PodSpec) -> float:
+        """Run the startup or readiness probe if it is due. Returns the seconds until one is again."""
+        instance, container = self.instance, spec.container
+        has_probe = container.readiness_probe is not None or container.startup_probe is not None
+        if not has_probe or instance is None or instance.state is not InstanceState.RUNNING:
+            self._probing = None
             return math.inf
-        if self._readiness is None or self._readiness.started_at != instance.started_at:
-            self._readiness = Readiness(spec.container, instance.started_at)
-        return await self._until_deleted(partial(self._readiness.look, self._site.local, instance), 0.0)
+        if self._probing is None or self._probing.started_at != instance.started_at:
+            is_started = was_started(pod.status, instance)
+            self._probing = Probing(container, instance.started_at, is_started=is_started)
+        return await self._until_deleted(partial(self._probing.look, self._site.local, instance), 0.0)
 
     async def _until_deleted(self, probe: Callable[[], Awaitable[T]], otherwise: T) -> T:
         """What ``probe`` says. It may take as long as the pod wants; the pod's deletion does not wait for it."""
@@ -538,7 +551,7 @@ class Worker:
     async def _report(self, pod: Pod, spec: PodSpec) -> None:
         """Write the pod's status if it differs. Raises ApiError."""
         pod = self._shared.pods.items.get(self._uid, pod)
-        ready = spec.container.readiness_probe is None or (self._readiness is not None and self._readiness.is_ready)
+        probing, container = self._probing, spec.container
         status = derive_status(
             Seen(
                 pod=pod,
@@ -547,7 +560,8 @@ class Worker:
                 image_id=self._image_id,
                 doing=self._doing,
                 failure=self._failure,
-                ready=ready,
+                ready=container.readiness_probe is None if probing is None else probing.is_ready,
+                started=container.startup_probe is None if probing is None else probing.is_started,
                 readiness_gates=tuple(gate.condition_type for gate in spec.readiness_gates),
                 address=self._site.address,
                 now=datetime.now(UTC),
@@ -565,6 +579,20 @@ class Worker:
         self._shared.pods.put(written)
         if _runs(status) and not _runs(pod.status):
             self._events.normal(pod, "Started", f"Started container {spec.container.name}")
+
+
+def concerned(
+    instances: Iterable[Instance], workers: Collection[str], by_pod: Mapping[str, Instance]
+) -> frozenset[str]:
+    """The pods that have something to do after ``instances`` have changed: their own; and those that have none yet, if
+    it is one that others begin from (golden, or left by an owner). Pure."""
+    found: set[str] = set()
+    for instance in instances:
+        tags = tags_of(instance)
+        if names.GOLDEN in tags or names.is_retained(names.owner_of(tags)):
+            found.update(uid for uid in workers if uid not in by_pod)
+        found.add(tags.get(names.POD_UID, ""))
+    return frozenset(found.intersection(workers))
 
 
 def _runs(status: PodStatus) -> bool:
@@ -600,7 +628,6 @@ class Pods:
         shared = self.shared
         async with trio.open_nursery() as nursery:
             nursery.start_soon(shared.pods.run)
-            nursery.start_soon(shared.instances.run)
             nursery.start_soon(shared.events.run)
             await shared.instances.synced.wait()
             await shared.pods.synced.wait()

@@ -450,8 +450,6 @@ def _contradictions(spec: PodSpec) -> Iterator[Remark]:
     non_root = container.security_context.run_as_non_root
     if (security.run_as_non_root if non_root is None else non_root) and not user:
         yield Remark("spec.securityContext.runAsNonRoot", "needs runAsUser: the image's user is not checked")
-    if container.startup_probe and not container.liveness_probe:
-        yield Remark(f"{path}.startupProbe", "is supported only with a livenessProbe")
     names = [mount.name for mount in container.volume_mounts]
     for number, mount in enumerate(container.volume_mounts):
         if spec.volume(mount.name) is None:

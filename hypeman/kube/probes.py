@@ -1,7 +1,8 @@
-"""Readiness probes, which the node runs itself: the server's health checks restart what fails, readiness does not."""
+"""Startup and readiness probes, which the node runs itself; the server's health checks are the liveness probe."""
 
 from __future__ import annotations
 
+import math
 import ssl
 from datetime import datetime
 
@@ -18,54 +19,99 @@ from hypeman.kube.translate import port_number
 _UNVERIFIED = ssl._create_unverified_context()  # noqa: S323  # as the kubelet: a probe checks that something answers
 
 
-class Readiness:
-    """The probe of one run of a container."""
+class Attempts:
+    """One probe of one run of a container: what it says after some successes or failures in a row."""
 
-    def __init__(self, container: Container, started_at: datetime | None = None) -> None:
+    def __init__(self, container: Container, probe: Probe) -> None:
         self._container = container
-        self._probe = container.readiness_probe
-        self.started_at = started_at
-        self.is_ready = False
+        self._probe = probe
+        self.succeeded = False
+        self.failed = False
+        """Neither is true until one of the thresholds was reached once."""
         self._successes = 0
         self._failures = 0
-        self._due = trio.current_time() + (self._probe.initial_delay_seconds if self._probe else 0)
+        self._due = trio.current_time() + probe.initial_delay_seconds
 
     async def look(self, local: LocalServer, instance: Instance) -> float:
-        """Probe if it is time. Returns the seconds until it is again."""
-        assert self._probe is not None, "called only with a probe"
+        """Probe if it is time. Returns the seconds until there is something to do: at once, if it has failed now."""
         if (left := self._due - trio.current_time()) > 0:
             return left
-        passed = await self.passes(local, instance)
+        had_failed = self.failed
+        passed = await passes(self._probe, self._container, local, instance)
         self._successes = self._successes + 1 if passed else 0
         self._failures = 0 if passed else self._failures + 1
         if self._successes >= self._probe.success_threshold:
-            self.is_ready = True
+            self.succeeded, self.failed = True, False
         elif self._failures >= self._probe.failure_threshold:
-            self.is_ready = False
+            self.succeeded, self.failed = False, True
         self._due = trio.current_time() + self._probe.period_seconds
-        return float(self._probe.period_seconds)
+        return 0.0 if self.failed and not had_failed else float(self._probe.period_seconds)
 
-    async def passes(self, local: LocalServer, instance: Instance) -> bool:
-        """Probe once; without a probe, true."""
-        if self._probe is None:
-            return True
-        ip = (instance.network.ip or "") if instance.network else ""
-        with trio.move_on_after(self._probe.timeout_seconds):
-            try:
-                return await self._attempt(self._probe, local, instance, ip)
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, LocalError, Refusal):
-                return False
-        return False
 
-    async def _attempt(self, probe: Probe, local: LocalServer, instance: Instance, ip: str) -> bool:
-        if probe.exec is not None:
-            return await _succeeds(local, instance.id, probe.exec.command)
-        if probe.http_get is not None:
-            return await _answers(probe.http_get, ip, port_number(probe.http_get.port, self._container))
-        if probe.tcp_socket is not None:
-            stream = await trio.open_tcp_stream(ip, port_number(probe.tcp_socket.port, self._container))
-            await stream.aclose()
-        return True
+class Probing:
+    """The probes of one run of a container that the node runs: startup until it succeeds, then readiness."""
+
+    def __init__(self, container: Container, started_at: datetime | None, *, is_started: bool = False) -> None:
+        """``is_started``: the startup probe has succeeded already, as an earlier program reported."""
+        self.started_at = started_at
+        startup = None if is_started else container.startup_probe
+        self._container = container
+        self._startup = Attempts(container, startup) if startup is not None else None
+        self._readiness = self._first_readiness() if startup is None else None
+
+    @property
+    def is_started(self) -> bool:
+        return self._startup is None or self._startup.succeeded
+
+    @property
+    def has_failed_to_start(self) -> bool:
+        return self._startup is not None and self._startup.failed
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_started and (self._container.readiness_probe is None or (
+            self._readiness is not None and self._readiness.succeeded
+        ))  # fmt: skip
+
+    async def look(self, local: LocalServer, instance: Instance) -> float:
+        """Probe if it is time. Returns the seconds until there is something to do."""
+        if not self.is_started:
+            return await self._start(local, instance)
+        return math.inf if self._readiness is None else await self._readiness.look(local, instance)
+
+    async def _start(self, local: LocalServer, instance: Instance) -> float:
+        assert self._startup is not None, "it has not started yet"
+        pause = await self._startup.look(local, instance)
+        if not self._startup.succeeded:
+            return pause
+        self._readiness = self._first_readiness()
+        return 0.0
+
+    def _first_readiness(self) -> Attempts | None:
+        probe = self._container.readiness_probe
+        return None if probe is None else Attempts(self._container, probe)
+
+
+async def passes(probe: Probe, container: Container, local: LocalServer, instance: Instance) -> bool:
+    """Probe once."""
+    ip = (instance.network.ip or "") if instance.network else ""
+    with trio.move_on_after(probe.timeout_seconds):
+        try:
+            return await _attempt(probe, container, local, instance, ip)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, LocalError, Refusal):
+            return False
+    return False
+
+
+async def _attempt(probe: Probe, container: Container, local: LocalServer, instance: Instance, ip: str) -> bool:
+    if probe.exec is not None:
+        return await _succeeds(local, instance.id, probe.exec.command)
+    if probe.http_get is not None:
+        return await _answers(probe.http_get, ip, port_number(probe.http_get.port, container))
+    if probe.tcp_socket is not None:
+        stream = await trio.open_tcp_stream(ip, port_number(probe.tcp_socket.port, container))
+        await stream.aclose()
+    return True
 
 
 async def _succeeds(local: LocalServer, instance_id: str, command: tuple[str, ...]) -> bool:

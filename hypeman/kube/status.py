@@ -26,6 +26,7 @@ from hypeman.kube.types import (
 )
 
 OOM_EXIT = 137
+NO_EPHEMERAL = "a pod has exactly one container here; `kubectl exec` starts a shell in it"
 
 
 class Doing(Struct, frozen=True):
@@ -53,6 +54,8 @@ class Seen(Struct, frozen=True, kw_only=True):
     failure: Failure | None = None
     ready: bool = True
     """What the readiness probe says; without one, true."""
+    started: bool = True
+    """What the startup probe has said; without one, true."""
     readiness_gates: tuple[str, ...] = ()
     address: str = ""
     """Of the host."""
@@ -101,14 +104,22 @@ def _container(seen: Seen) -> ContainerStatus | None:
     return ContainerStatus(
         name=str(spec.get("name", "")),
         state=state,
-        ready=runs and seen.ready,
+        ready=runs and seen.started and seen.ready,
         restart_count=restarts,
         image=str(spec.get("image", "")),
         image_id=seen.image_id or (before.image_id if before else ""),
         last_state=last,
-        started=runs,
+        started=runs and seen.started,
         container_id=f"hypeman://{instance.id}" if instance is not None else before.container_id if before else "",
     )
+
+
+def was_started(status: PodStatus, instance: Instance) -> bool:
+    """Whether the startup probe of this run has succeeded, as was reported."""
+    known = next(iter(status.container_statuses), None)
+    if known is None or not known.started or known.state.running is None or instance.started_at is None:
+        return False
+    return known.state.running.started_at == whole(instance.started_at)
 
 
 def _has_run(pod: Pod) -> bool:
@@ -179,15 +190,13 @@ def _restarts(seen: Seen, before: ContainerStatus | None) -> tuple[int, Containe
         return count, last
     if instance.state is InstanceState.STOPPED and not is_final(seen.restart_policy, instance):
         last = ContainerState(terminated=_terminated(instance))
-    attempts = instance.restart_status.attempts if instance.restart_status else 0
+    if instance.state is not InstanceState.RUNNING or instance.started_at is None:
+        return count, last
     began = before.state.running.started_at if before and before.state.running else None
     ended = before.last_state.terminated.started_at if before and before.last_state.terminated else None
-    now = whole(instance.started_at) if instance.started_at else None
-    if instance.state is InstanceState.RUNNING and now is not None and now > (began or ended or now):
-        waited = before is not None and before.state.running is None
-        if not (waited and ended is None):
-            count += 1
-    return max(count, attempts), last
+    now = whole(instance.started_at)
+    attempts = instance.restart_status.attempts if instance.restart_status else 0
+    return max(count + (now > (began or ended or now)), attempts), last
 
 
 _NOT_YET = (InstanceState.CREATED, InstanceState.INITIALIZING, InstanceState.STANDBY)
@@ -242,11 +251,11 @@ def _is_true(pod: Pod, name: str) -> bool:
 
 
 def _ephemeral(pod: Pod) -> tuple[ContainerStatus, ...]:
-    """``kubectl debug`` adds containers, which a VM has no place for; the status says so."""
-    waiting = Waiting("NotSupported", "hypeman runs one container per pod; use kubectl exec")
+    """``kubectl debug`` adds containers, which a VM has no place for. They count as ended, so that nobody waits."""
+    ended = Terminated(exit_code=1, reason="NotSupported", message=NO_EPHEMERAL)
     return tuple(
         ContainerStatus(
-            name=str(each.get("name", "")), state=ContainerState(waiting=waiting), ready=False, restart_count=0,
+            name=str(each.get("name", "")), state=ContainerState(terminated=ended), ready=False, restart_count=0,
             image=str(each.get("image", "")), image_id="",
         )
         for each in pod.spec.get("ephemeralContainers") or ()

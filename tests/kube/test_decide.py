@@ -83,6 +83,7 @@ everything = st.builds(
     instance=st.none() | instances,
     left=st.none() | instances,
     owner=st.sampled_from(Owner),
+    failed_to_start=st.booleans(),
     lease_valid=st.booleans(),
     deadline=st.sampled_from([None, 10.0, 1000.0]),
     now=st.just(NOW),
@@ -230,3 +231,32 @@ def test_a_status_is_stable_and_final(known: Known, ready: bool, fails: bool) ->
         state = each.state
         assert sum(part is not None for part in (state.waiting, state.running, state.terminated)) == 1
         assert not each.ready or state.running is not None
+
+
+RUNS = 4
+STEPS = [
+    msgspec.structs.replace(
+        instance(state), started_at=NOW + timedelta(seconds=100 * run), exit_code=1,
+        stopped_at=NOW + timedelta(seconds=100 * run + 50), restart_status=RestartStatus(attempts=attempts),
+    )
+    for run in range(RUNS)
+    for state, attempts in (
+        (InstanceState.INITIALIZING, run), (InstanceState.RUNNING, run), (InstanceState.STOPPED, run),
+        (InstanceState.STOPPED, run + 1),
+    )
+]  # fmt: skip
+"""What a program looks like that ends again and again, one step a state; its server counts an attempt as it begins."""
+
+
+@given(st.lists(st.booleans(), min_size=len(STEPS), max_size=len(STEPS)))
+def test_a_restart_counts_once(looks: list[bool]) -> None:
+    """Whatever the node sees of it, up to a run that it sees."""
+    pod = Pod(spec={"containers": [{"name": "main", "image": "nginx"}]})
+    for step, look in zip(STEPS, looks, strict=True):
+        if not look:
+            continue
+        status = derive_status(Seen(pod=pod, instance=step, now=NOW))
+        [container] = status.container_statuses
+        run = STEPS.index(step) // (len(STEPS) // RUNS)
+        assert container.restart_count == run if container.state.running else container.restart_count <= run
+        pod = msgspec.structs.replace(pod, status=status)

@@ -8,15 +8,19 @@ from __future__ import annotations
 import base64
 import io
 import tarfile
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import MockClock
 
+from hypeman.instances.model.types import Instance, InstanceState
+from hypeman.kube import names, pods, probes
 from hypeman.kube.api import ApiClient, Change
 from hypeman.kube.credentials import Access
-from hypeman.kube.probes import Readiness
+from hypeman.kube.decide import Action, Known, decide
+from hypeman.kube.podspec import Probe
 from hypeman.kube.reflector import Reflector
 from hypeman.kube.types import ObjectMeta, Pod
 from tests.kube.world import NODE_PATH, REPLICA_SET, SANDBOX, SANDBOX_PATH, WARM_POOL_PATH, World, pod
@@ -505,6 +509,90 @@ async def test_a_pod_may_want_more_time_than_the_host_gives(
         await world.until(lambda: world.phase(path) == "gone")
 
 
+async def test_a_startup_probe_holds_back_readiness_and_starts_again(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a liveness probe as well. What it said survives the node program."""
+    asked: list[str] = []
+    good = {"start"}
+
+    async def says(probe: Probe, *_: object) -> bool:
+        assert probe.exec is not None
+        asked.append(probe.exec.command[0])
+        return probe.exec.command[0] in good
+
+    monkeypatch.setattr(probes, "passes", says)
+    good.clear()
+    startup = {"exec": {"command": ["start"]}, "periodSeconds": 5, "failureThreshold": 3}
+    path = world.add_pod(container={"startupProbe": startup, "readinessProbe": {"exec": {"command": ["ready"]}}})
+    async with world.running():
+        await world.until(lambda: world.container(path).get("restartCount") == 1, seconds=300)
+        assert world.has_event("Unhealthy", "the startup probe failed: the program is started again")
+        assert set(asked) == {"start"}, "nothing else is probed before"
+        assert not world.container(path)["started"] and not world.container(path)["ready"]
+        good.add("start")
+        await world.until(lambda: world.container(path)["started"])
+        assert not world.container(path)["ready"]
+    asked.clear()
+    good.add("ready")
+    async with world.running():
+        await world.until(lambda: world.container(path)["ready"])
+        assert set(asked) == {"ready"}, "it has started before"
+
+
+async def test_a_pod_that_is_not_restarted_fails_with_its_startup_probe(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(probes, "passes", fails)
+    path = world.add_pod(restartPolicy="Never", container={"startupProbe": {"exec": {"command": ["x"]}}})
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Failed", seconds=300)
+        assert world.status(path)["reason"] == "Unhealthy"
+        await world.until(lambda: all(each["state"] == "Stopped" for each in world.host.instances.values()))
+
+
+async def test_a_change_is_the_matter_of_one_pod(
+    world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps grow with the number of pods, not with its square."""
+    steps = 0
+
+    def counted(known: Known) -> Action:
+        nonlocal steps
+        steps += 1
+        return decide(known)
+
+    monkeypatch.setattr(pods, "decide", counted)
+    counts = []
+    async with world.running():
+        for number in (10, 40):
+            steps = 0
+            paths = [world.add_pod(f"p{number}-{each}") for each in range(number)]
+            await world.until(lambda paths=paths: all(world.phase(path) == "Running" for path in paths))  # type: ignore[misc]
+            counts.append(steps)
+            for identifier in list(world.host.instances):
+                world.host.change(identifier, health_status={"status": "healthy"})
+                await trio.sleep(0.1)
+            counts.append(steps)
+    assert counts[3] < 6 * counts[1], counts
+
+
+def test_whom_an_instance_concerns() -> None:
+    def made(**tags: str) -> Instance:
+        state = InstanceState.RUNNING
+        return Instance(id="i", name="i", image="x", state=state, created_at=datetime.now(UTC), tags=tags)
+
+    workers, by_pod = ("one", "two", "waits"), {"one": made(), "two": made()}
+    of_pod = made(**{names.POD_UID: "one"})
+    golden = made(**{names.GOLDEN: "g"})
+    left = made(**{names.POD_UID: "old", names.OWNER: "agents.x-k8s.io/v1 Sandbox box", names.OWNER_UID: "o"})
+    for instances, pods_ in (((of_pod,), {"one"}), ((golden,), {"waits"}), ((left,), {"waits"}), ((made(),), set())):
+        assert pods.concerned(instances, workers, by_pod) == pods_
+
+
 async def test_a_probe_does_not_keep_a_pod_from_its_deletion(
     world: World, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,7 +600,7 @@ async def test_a_probe_does_not_keep_a_pod_from_its_deletion(
         await trio.sleep(86400)
         return False
 
-    monkeypatch.setattr(Readiness, "passes", hangs)
+    monkeypatch.setattr(probes, "passes", hangs)
     path = world.add_pod(container={"readinessProbe": {"exec": {"command": ["x"]}, "timeoutSeconds": 86400}})
     async with world.running():
         await world.until(lambda: world.host.instances)

@@ -1,4 +1,4 @@
-"""Readiness probes of guests that mean harm: each ends, with little memory and an answer."""
+"""Probes of guests that mean harm: each ends, with little memory and an answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import trio
 from hypeman.instances.model.types import Instance
 from hypeman.kube.local import LocalServer
 from hypeman.kube.podspec import Container
-from hypeman.kube.probes import Readiness
+from hypeman.kube.probes import passes
 
 
 async def endless(stream: trio.SocketStream) -> None:
@@ -28,7 +28,7 @@ async def endless(stream: trio.SocketStream) -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "passes"),
+    ("action", "good"),
     [
         ({"httpGet": {"port": 0}}, True),
         ({"httpGet": {"port": 0, "path": "/a\nb"}}, False),
@@ -36,7 +36,7 @@ async def endless(stream: trio.SocketStream) -> None:
         ({"tcpSocket": {"port": "unknown"}}, False),
     ],
 )
-async def test_a_probe_ends(action: dict[str, Any], passes: bool) -> None:
+async def test_a_probe_ends(action: dict[str, Any], good: bool) -> None:
     async with trio.open_nursery() as nursery:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, endless, [listener])
@@ -45,9 +45,10 @@ async def test_a_probe_ends(action: dict[str, Any], passes: bool) -> None:
         container = msgspec.convert(
             {"name": "main", "image": "x", "readinessProbe": {**action, "timeoutSeconds": 5}}, Container
         )
-        found = await Readiness(container).passes(LocalServer("http://host"), instance("127.0.0.1"))
+        assert container.readiness_probe is not None
+        found = await passes(container.readiness_probe, container, LocalServer("http://host"), instance("127.0.0.1"))
         nursery.cancel_scope.cancel()
-    assert found is passes
+    assert found is good
 
 
 def instance(ip: str) -> Instance:

@@ -148,7 +148,6 @@ def test_saved_memory_fits_a_later_pod_of_the_same_template_only() -> None:
     [
         ({"securityContext": {"fsGroup": 1}}, "spec.securityContext.fsGroup"),
         ({"securityContext": {"runAsNonRoot": True}}, "runAsNonRoot"),
-        ({"container": {"startupProbe": {"tcpSocket": {"port": 1}}}}, "startupProbe"),
         ({"container": {"livenessProbe": {"grpc": {"port": 1}}}}, "livenessProbe.grpc"),
         ({"container": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}}, "nvidia.com/gpu"),
         ({"volumes": [{"name": "h", "hostPath": {"path": "/"}}]}, "spec.volumes[0].hostPath"),

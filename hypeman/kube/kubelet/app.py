@@ -43,6 +43,7 @@ from hypeman.kube.kubelet.routes import (
 from hypeman.kube.kubelet.usage import NodeUsage, PodUsage, Rates, render_metrics, summarize
 from hypeman.kube.local import LocalError, LocalServer
 from hypeman.kube.site import PodTable, Served
+from hypeman.kube.status import NO_EPHEMERAL
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,8 @@ class Kubelet:
         served = self._pods.find(container.namespace, container.pod)
         if served is None or (container.uid and served.pod.metadata.uid != container.uid):
             raise NotFound(f'pod "{container.pod}" does not exist')
+        if container.name in _containers(served, "ephemeralContainers"):  # not 404: its text does not reach kubectl
+            raise InvalidRequest(f'ephemeral container "{container.name}": {NO_EPHEMERAL}')
         if container.name and container.name not in _containers(served):
             raise NotFound(f'container "{container.name}" not found in pod "{container.pod}"')
         if served.instance is None:
@@ -295,8 +298,8 @@ def _chosen(protocol: str) -> str:
     return protocol
 
 
-def _containers(served: Served) -> Iterable[str]:
-    return [str(each.get("name", "")) for each in served.pod.spec.get("containers", ())]
+def _containers(served: Served, field: str = "containers") -> Iterable[str]:
+    return [str(each.get("name", "")) for each in served.pod.spec.get(field) or ()]
 
 
 def _first(group: BaseExceptionGroup[HypemanError]) -> HypemanError:

@@ -29,7 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Struct
 
 from hypeman.errors import HypemanError
-from hypeman.kube.api import ApiClient, ApiError
+from hypeman.kube.api import ApiClient, ApiError, Refused
 from hypeman.kube.types import ObjectMeta
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ POLL_SECONDS = 2.0
 REQUEST_SECONDS = 15 * 60.0
 """A request that is not answered in this time is made anew: the cluster forgets requests after an hour."""
 RETRY_SECONDS = 30.0
+MIN_LIFE_SECONDS = 600.0
+"""A certificate is used for at least so long, also if it counts as old at once, because this host's clock is ahead."""
 _SELF_SIGNED_DAYS = 365
 
 
@@ -183,8 +185,18 @@ async def request(api: ApiClient, identity: Identity, *, on_waiting: Callable[[s
 class Keeper:
     """Keeps one pair in a file valid; ``use`` is called with each new one."""
 
-    def __init__(self, api: ApiClient, identity: Identity, path: Path, use: Callable[[Pair], object]) -> None:
+    def __init__(
+        self,
+        api: ApiClient,
+        identity: Identity,
+        path: Path,
+        use: Callable[[Pair], object],
+        *,
+        first: ApiClient | None = None,
+    ) -> None:
+        """``first`` requests it while there is no valid one, if ``api`` cannot without."""
         self._api = api
+        self._first = first
         self._identity = identity
         self._path = path
         self._use = use
@@ -195,27 +207,38 @@ class Keeper:
         pair = load(self._path)
         return pair if pair is not None and pair.covers(self._identity) else None
 
+    async def obtain(self) -> None:
+        """Return once there is a pair."""
+        if self.load() is None:
+            await self.renew()
+
     async def run(self) -> None:
         """Renew until cancelled. Failures are logged and retried."""
         while True:
             pair = self.load()
             if pair is not None:
-                await trio.sleep((pair.renew_at(self._fraction) - datetime.now(UTC)).total_seconds())
+                await trio.sleep(max(0.0, (pair.renew_at(self._fraction) - datetime.now(UTC)).total_seconds()))
             await self.renew()
+            await trio.sleep(MIN_LIFE_SECONDS)
 
     async def renew(self) -> Pair:
         """A new pair, stored and in use."""
         while True:
+            api = self._api if self._first is None or self.load() is not None else self._first
             try:
-                pair = await request(self._api, self._identity, on_waiting=self._say_waiting)
+                pair = await request(api, self._identity, on_waiting=self._say_waiting)
                 await trio.to_thread.run_sync(store, self._path, pair.pem)
             except trio.TooSlowError:
                 log.warning("a certificate was not approved in time; requesting another one")
             except (ApiError, Refusal, OSError, ValueError) as error:
-                log.warning("no certificate yet: %s", error)
+                ended = api is self._first and isinstance(error, Refused) and error.http == 401
+                hint = "; the bootstrap token has ended, `hypeman node join` writes a new one" if ended else ""
+                log.warning("no certificate yet: %s%s", error, hint)
                 await trio.sleep(RETRY_SECONDS)
             else:
                 log.info("new certificate", extra={"signer": self._identity.signer})
+                if pair.certificate.not_valid_after_utc <= datetime.now(UTC):
+                    log.error("the new certificate has ended by this host's clock, which must be wrong")
                 self._use(pair)
                 return pair
 

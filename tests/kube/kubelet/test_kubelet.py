@@ -310,6 +310,18 @@ async def test_exec(site: Site) -> None:
         assert status(last)["details"]["causes"] == [{"reason": "ExitCode", "message": "3"}]
 
 
+async def test_an_ephemeral_container_is_refused_in_words_that_reach_the_user(site: Site) -> None:
+    """The API server shows the text of a 400, but not of a 404."""
+    site.add()
+    served = site.pods.served["default/web"]
+    spec = {**served.pod.spec, "ephemeralContainers": [{"name": "debugger", "image": "x"}]}
+    site.pods.served["default/web"] = Served(msgspec.structs.replace(served.pod, spec=spec), served.instance)
+    refused = await site.get("/containerLogs/default/web/debugger")
+    assert (refused.status_code, "kubectl exec" in refused.text) == (400, True)
+    async with site.socket("/attach/default/web/debugger", "v5.channel.k8s.io") as socket:
+        assert socket.rejected is not None and socket.rejected[0] == 400
+
+
 async def test_exec_with_a_terminal_and_the_end_of_input(site: Site) -> None:
     site.add()
     async with site.socket("/exec/default/web/main?command=sh&input=1&output=1&tty=1", "v5.channel.k8s.io") as socket:
