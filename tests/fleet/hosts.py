@@ -1,7 +1,7 @@
 """Hosts of the fleet: each a network namespace on the control plane's bridge, with a server and ``hypeman node``.
 
 The server is the real one. On most hosts its VMMs are fakes (tests/bench/fake_vmm_server.py) that take no time and end
-with it; on one they are real.
+with it, and so are the GPUs; on one they are real.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class Host:
             "NODE__BOOTSTRAP_KUBECONFIG": str(self.directory / "bootstrap-kubeconfig"),
             "NODE__LEASE_DURATION": "8", "NODE__FENCE_AFTER": str(FENCE_SECONDS), "NODE__MAX_PODS": "200",
             **(kind.settings() if real else {"HYPERVISOR__ACCELERATOR": "tcg", "OVERSUBSCRIPTION__MEMORY": "64",
-                                             "OVERSUBSCRIPTION__DISK": "64"}),
+                                             "OVERSUBSCRIPTION__DISK": "64",
+                                             "FAKE_DEVICES": str(self.directory / "devices")}),
         }  # fmt: skip
 
     # ── Its programs ────────────────────────────────────────────────────────────────────────────

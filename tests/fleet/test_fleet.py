@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.bench.fake_vmm_server import GPU_CLASS, GPUS, PROFILE
 from tests.fleet.control import GRACE_SECONDS, eventually
 from tests.fleet.fleet import Fleet, deployment, gone_after, in_namespace, is_running, pod, resources
 from tests.fleet.hosts import FENCE_SECONDS
@@ -175,6 +178,67 @@ def test_statistics_reach_metrics_server(fleet: Fleet) -> None:
         summary = json.loads(fleet.control.kubectl("get", "--raw", f"/api/v1/nodes/{host.name}/proxy/stats/summary"))
         assert summary["node"]["memory"]["usageBytes"] > 0
         assert [each for each in summary["pods"] if each["podRef"]["namespace"] == namespace]
+
+
+# ── Devices ─────────────────────────────────────────────────────────────────────────────────────
+
+GPU, VGPU = f"hypeman.dev/gpu-{GPU_CLASS}", "hypeman.dev/vgpu-grid-t4-1q"
+
+
+@pytest.fixture
+def gpus(fleet: Fleet) -> Iterator[None]:
+    """Registered on the two hosts with made-up ones, and known to the cluster."""
+    for host in fleet.fakes:
+        for address in GPUS:
+            host.ask("POST", "/devices", {"pci_address": address})
+
+    def counted(amount: str) -> bool:
+        known = (fleet.control.get("node", host.name)["status"]["allocatable"] for host in fleet.fakes)
+        return all(each.get(GPU, "0") == amount for each in known)
+
+    eventually(lambda: counted("2"), "the nodes have them")
+    yield
+    for host in fleet.fakes:
+        for device in host.ask("GET", "/devices"):
+            host.ask("DELETE", f"/devices/{device['id']}")
+    eventually(lambda: counted("0"), "the nodes have them no longer")
+
+
+def test_devices_go_to_as_many_pods_as_there_are(fleet: Fleet, gpus: None) -> None:
+    """The scheduler counts them; the host chooses which one, and no two pods have the same."""
+
+    def attached() -> int:
+        return sum(device["attached_to"] is not None for host in fleet.fakes for device in host.ask("GET", "/devices"))
+
+    with fleet.namespace() as namespace:
+        fleet.control.apply(
+            deployment("gpu", namespace, 5, container={"resources": resources(**{GPU: "1"})}),
+        )
+        assert sorted(places(fleet.wait_running(namespace, 4)).values()) == [2, 2]
+        assert attached() == 4
+        [waiting] = [each for each in fleet.pods(namespace) if not is_running(each)]
+        [scheduled] = [each for each in waiting["status"]["conditions"] if each["type"] == "PodScheduled"]
+        assert f"Insufficient {GPU}" in scheduled["message"]
+        described = fleet.control.kubectl("describe", "node", fleet.fakes[0].name)
+        assert re.search(rf"{GPU}\s+2\s+2", described), described
+        fleet.control.kubectl("scale", "deployment", "gpu", "-n", namespace, "--replicas=1")
+        eventually(lambda: attached() == 1, "the others are free again")
+        fleet.control.kubectl("scale", "deployment", "gpu", "-n", namespace, "--replicas=4")
+        fleet.wait_running(namespace, 4)
+        assert attached() == 4
+
+
+def test_a_vgpu_is_a_mediated_device_of_the_host(fleet: Fleet) -> None:
+    host = fleet.fakes[0]
+    with fleet.namespace() as namespace:
+        wanted = {"resources": resources(**{VGPU: "1"})}
+        fleet.control.apply(*(pod(f"v{number}", namespace, node=host.name, container=wanted) for number in range(3)))
+        fleet.wait_running(namespace, 2)
+        assert {each["gpu"]["profile"] for each in in_namespace(host, namespace)} == {PROFILE}
+        assert len({each["gpu"]["mdev_uuid"] for each in in_namespace(host, namespace)}) == 2
+        [waiting] = [each for each in fleet.pods(namespace) if not is_running(each)]
+        assert "nodeName" not in waiting["spec"], "a host has two of them"
+        assert fleet.control.get("node", host.name)["status"]["capacity"][VGPU] == "2", "used ones count"
 
 
 # ── Faults ──────────────────────────────────────────────────────────────────────────────────────
