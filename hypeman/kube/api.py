@@ -15,7 +15,9 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 import httpx
@@ -118,6 +120,9 @@ class _RawEvent(msgspec.Struct, frozen=True):
 
 class ApiClient:
     """One per program; connections are shared. Close with ``aclose``."""
+
+    clock_ahead = 0.0
+    """Seconds by which this host's clock was ahead of the API server's at the last answer; exact to about a second."""
 
     def __init__(self, access: Access, transport: httpx.AsyncBaseTransport | None = None) -> None:
         """``transport`` replaces the network, for tests."""
@@ -222,9 +227,15 @@ class ApiClient:
             raise Unreachable(f"{method} {path}: no answer in {REQUEST_SECONDS:g} s") from None
         except (httpx.HTTPError, OSError) as error:
             raise _unreachable(method, path, error) from None
+        self._compare_clocks(response)
         if response.status_code >= 300:
             raise _refusal(method, path, response.status_code, response.content)
         return response.content
+
+    def _compare_clocks(self, response: httpx.Response) -> None:
+        with suppress(KeyError, ValueError, TypeError):
+            there = parsedate_to_datetime(response.headers["Date"])
+            self.clock_ahead = (datetime.now(UTC) - there).total_seconds() - 0.5  # it has whole seconds
 
     def _headers(self) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": f"hypeman-node/{__version__}"}
@@ -287,7 +298,14 @@ def _decoded(content: bytes, kind: type[T]) -> T:
 
 
 def _unreachable(method: str, path: str, error: Exception) -> Unreachable:
-    return Unreachable(f"{method} {path}: {str(error) or type(error).__name__}")
+    text = str(error) or type(error).__name__
+    if any(words in text for words in _OF_ANOTHER_TIME):
+        text += f" (by this host's clock, at which it is {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ})"
+    return Unreachable(f"{method} {path}: {text}")
+
+
+_OF_ANOTHER_TIME = ("certificate is not yet valid", "certificate has expired")
+"""How OpenSSL refuses a certificate that is not of this time."""
 
 
 def _refusal(method: str, path: str, code: int, content: bytes) -> Refused:

@@ -17,6 +17,8 @@ from hypeman.resources.types import Resources
 DISK_PRESSURE = 0.05
 """Free part of the disk itself, however much of it is promised, below which the node reports pressure: the cluster
 then sends no pods."""
+MAX_SKEW = 30.0
+"""Seconds by which a clock may differ from the API server's before the node reports it."""
 
 
 def capacity(
@@ -64,8 +66,10 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:50]
 
 
-def conditions(resources: Resources, before: Iterable[Condition], now: datetime) -> tuple[Condition, ...]:
-    """Those that a kubelet reports. The node is Ready: the server has answered."""
+def conditions(
+    resources: Resources, before: Iterable[Condition], now: datetime, *, clock_ahead: float = 0.0
+) -> tuple[Condition, ...]:
+    """Those that a kubelet reports, and one about the clock. The node is Ready: the server has answered."""
     disk = resources.disk
     full = disk.capacity > 0 and disk.available < DISK_PRESSURE * disk.capacity
     known = {each.type: each for each in before}
@@ -76,9 +80,18 @@ def conditions(resources: Resources, before: Iterable[Condition], now: datetime)
             ("DiskPressure", full, "KubeletHasDiskPressure" if full else "KubeletHasNoDiskPressure",
              f"{disk.available} of {disk.capacity} bytes are free"),
             ("PIDPressure", False, "KubeletHasSufficientPID", "guests have processes of their own"),
+            ("ClockSkewed", abs(clock_ahead) > MAX_SKEW, *about_clock(clock_ahead)),
             ("Ready", True, "KubeletReady", "the server of this host answers"),
         )
     )  # fmt: skip
+
+
+def about_clock(ahead: float) -> tuple[str, str]:
+    """Reason and message."""
+    if abs(ahead) <= MAX_SKEW:
+        return "ClockAgrees", "this host's clock agrees with the API server's"
+    reason, word = ("ClockAhead", "ahead of") if ahead > 0 else ("ClockBehind", "behind")
+    return reason, f"this host's clock is {abs(ahead):.0f} s {word} the API server's: one of them is wrong"
 
 
 def _condition(before: Condition | None, name: str, value: bool, reason: str, message: str, now: datetime) -> Condition:

@@ -2,6 +2,9 @@
 
 A heartbeat is sent only after this host's server has answered: a node without its server is no node. What the host has
 is read again for each heartbeat; the object is written if it changed, and otherwise every ``REPORT_SECONDS``.
+
+The lease's time is this host's, but never goes back: the cluster takes a renewal for one only if it is later than the
+one before, and a clock that was set back would make the node count as gone until it has caught up.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import logging
 import platform
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from hypeman.architecture import HOST
 from hypeman.devices.types import Device
 from hypeman.kube import names
 from hypeman.kube.api import ApiError, Patch, Refused, node_path
-from hypeman.kube.capacity import allocatable, capacity, conditions
+from hypeman.kube.capacity import MAX_SKEW, allocatable, capacity, conditions
 from hypeman.kube.decide import is_ours
 from hypeman.kube.instances import Instances
 from hypeman.kube.lease import LeaseClock
@@ -70,7 +73,9 @@ class Heartbeat:
         self._max_pods = max_pods
         self._node: Node | None = None
         self._reported_at = float("-inf")
-        self._lease_known = False
+        self._renewed_at: datetime | None = None
+        """What the lease says."""
+        self._clock_is_off = False
 
     async def run(self) -> None:
         failures = 0
@@ -95,6 +100,7 @@ class Heartbeat:
         node = self._node = await self._current()
         await self._renew(node)
         self._lease.renewed(sent)
+        self._tell_clock()
         await self._report(node, resources)
 
     # ── The object ──────────────────────────────────────────────────────────────────────────────
@@ -145,7 +151,9 @@ class Heartbeat:
         return NodeStatus(
             capacity=total,
             allocatable=allocatable(total, resources, pods),
-            conditions=conditions(resources, node.status.conditions, whole(datetime.now(UTC))),
+            conditions=conditions(
+                resources, node.status.conditions, whole(datetime.now(UTC)), clock_ahead=self._site.api.clock_ahead
+            ),
             addresses=(NodeAddress("InternalIP", self._site.address), NodeAddress("Hostname", self._site.name)),
             daemon_endpoints=DaemonEndpoints(kubelet_endpoint=DaemonEndpoint(port=self._site.port)),
             node_info=node_info(),
@@ -156,20 +164,44 @@ class Heartbeat:
 
     async def _renew(self, node: Node) -> None:
         path = f"{LEASES}/{segment(self._site.name)}"
-        spec = {
-            "holderIdentity": self._site.name,
-            "leaseDurationSeconds": self._duration,
-            "renewTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        }
         owner = {"apiVersion": "v1", "kind": "Node", "name": self._site.name, "uid": node.metadata.uid}
         metadata = {"name": self._site.name, "namespace": "kube-node-lease", "ownerReferences": [owner]}
         try:
-            await self._site.api.patch(path, {"metadata": {"ownerReferences": [owner]}, "spec": spec}, Lease)
+            if self._renewed_at is None:
+                self._renewed_at = (await self._site.api.get(path, Lease)).spec.renew_time
+            body = {"metadata": {"ownerReferences": [owner]}, "spec": self._lease_spec()}
+            written = await self._site.api.patch(path, body, Lease)
         except Refused as error:
             if not error.is_absent:
                 raise
-            body = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata, "spec": spec}
-            await self._site.api.create(LEASES, body, Lease)
+            kind = {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease"}
+            written = await self._site.api.create(
+                LEASES, {**kind, "metadata": metadata, "spec": self._lease_spec()}, Lease
+            )
+        self._renewed_at = written.spec.renew_time
+
+    def _lease_spec(self) -> dict[str, Any]:
+        moment = datetime.now(UTC)
+        if self._renewed_at is not None:
+            moment = max(moment, self._renewed_at + timedelta(microseconds=1))
+        return {
+            "holderIdentity": self._site.name,
+            "leaseDurationSeconds": self._duration,
+            "renewTime": moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        }
+
+    def _tell_clock(self) -> None:
+        """Log once that the clock is off, and once that it is not any more."""
+        ahead = self._site.api.clock_ahead
+        if (is_off := abs(ahead) > MAX_SKEW) == self._clock_is_off:
+            return
+        self._clock_is_off = is_off
+        if is_off:
+            log.warning(
+                "this host's clock is %.0f s %s the API server's", abs(ahead), "ahead of" if ahead > 0 else "behind"
+            )
+        else:
+            log.info("this host's clock agrees with the API server's")
 
 
 def _same(before: NodeStatus, after: NodeStatus) -> bool:

@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -93,6 +94,7 @@ class FakeCluster(httpx.AsyncBaseTransport):
         self._changed = trio.Event()
         self.version = 99
         self._generation = 0
+        self.clock: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     # ── For tests ───────────────────────────────────────────────────────────────────────────────
 
@@ -146,7 +148,7 @@ class FakeCluster(httpx.AsyncBaseTransport):
             return httpx.Response(refusal.code, json=refusal.body)
         if request.method != "GET":
             await self.faults.done()
-        return httpx.Response(200, json=answer)
+        return httpx.Response(200, json=answer, headers={"Date": format_datetime(self.clock(), usegmt=True)})
 
     def _answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Object:
         match method:

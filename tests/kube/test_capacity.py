@@ -10,15 +10,32 @@ from hypeman.kube.capacity import conditions
 from hypeman.resources.types import Resources, ResourceStatus
 
 
-@pytest.mark.parametrize(("free", "pressure"), [(240, "False"), (50, "False"), (49, "True"), (0, "True")])
-def test_a_disk_of_which_much_is_promised_is_not_full(free: int, pressure: str) -> None:
-    """Oversubscription multiplies the limit, not the disk."""
-
+def resources(free: int) -> Resources:
     def of(kind: str) -> ResourceStatus:
         return ResourceStatus(
             type=kind, capacity=1000, effective_limit=64_000, allocated=0, available=free, oversub_ratio=64.0
         )
 
-    resources = Resources(cpu=of("cpu"), memory=of("memory"), disk=of("disk"), network=of("network"), allocations=())
-    found = {each.type: each.status for each in conditions(resources, (), datetime.now(UTC))}
+    return Resources(cpu=of("cpu"), memory=of("memory"), disk=of("disk"), network=of("network"), allocations=())
+
+
+@pytest.mark.parametrize(("free", "pressure"), [(240, "False"), (50, "False"), (49, "True"), (0, "True")])
+def test_a_disk_of_which_much_is_promised_is_not_full(free: int, pressure: str) -> None:
+    """Oversubscription multiplies the limit, not the disk."""
+    found = {each.type: each.status for each in conditions(resources(free), (), datetime.now(UTC))}
     assert found["DiskPressure"] == pressure
+
+
+@pytest.mark.parametrize(
+    ("ahead", "status", "text"),
+    [
+        (0.0, "False", "agrees"),
+        (-29.0, "False", "agrees"),
+        (3600.4, "True", "3600 s ahead of"),
+        (-60.0, "True", "60 s behind"),
+    ],
+)
+def test_a_clock_that_is_off_is_told(ahead: float, status: str, text: str) -> None:
+    found = {each.type: each for each in conditions(resources(100), (), datetime.now(UTC), clock_ahead=ahead)}
+    assert found["ClockSkewed"].status == status and text in found["ClockSkewed"].message
+    assert found["Ready"].status == "True", "it works on"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import tarfile
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -36,6 +36,32 @@ def secret(**data: str) -> dict[str, Any]:
 
 
 # ── The node ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_clock_that_was_set_back_sends_heartbeats(world: World, autojump_clock: MockClock) -> None:
+    """The cluster counts a renewal that is later than the last one; also what an earlier program wrote is one."""
+    lease = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases/here"
+    ahead = datetime(2100, 1, 1, tzinfo=UTC)
+    world.cluster.put(lease, {"spec": {"holderIdentity": "here", "renewTime": "2100-01-01T00:00:00.000000Z"}})
+    async with world.running():
+        seen = []
+        for _ in range(3):
+            await trio.sleep(40)
+            seen.append(datetime.fromisoformat(world.cluster.objects[lease]["spec"]["renewTime"]))
+    assert ahead < seen[0] < seen[1] < seen[2] < ahead + timedelta(seconds=1)
+
+
+@pytest.mark.parametrize(("ahead", "status"), [(7200, "True"), (-7200, "True"), (0, "False")])
+async def test_a_clock_that_is_off_is_a_condition_of_the_node(
+    world: World, autojump_clock: MockClock, ahead: int, status: str
+) -> None:
+    world.cluster.clock = lambda: datetime.now(UTC) - timedelta(seconds=ahead)
+    path = world.add_pod()
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        await trio.sleep(400)
+        found = {each["type"]: each for each in world.cluster.objects[NODE_PATH]["status"]["conditions"]}
+    assert (found["ClockSkewed"]["status"], found["Ready"]["status"]) == (status, "True")
 
 
 async def test_the_node_registers_and_renews_its_lease(world: World, autojump_clock: MockClock) -> None:

@@ -29,6 +29,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from msgspec import Struct
 
 from hypeman.errors import HypemanError
+from hypeman.instances.model.phases import utc_now
 from hypeman.kube.api import ApiClient, ApiError, Refused
 from hypeman.kube.types import ObjectMeta
 
@@ -41,6 +42,7 @@ POLL_SECONDS = 2.0
 REQUEST_SECONDS = 15 * 60.0
 """A request that is not answered in this time is made anew: the cluster forgets requests after an hour."""
 RETRY_SECONDS = 30.0
+LOOK_SECONDS = 3600.0
 MIN_LIFE_SECONDS = 600.0
 """A certificate is used for at least so long, also if it counts as old at once, because this host's clock is ahead."""
 _SELF_SIGNED_DAYS = 365
@@ -193,10 +195,12 @@ class Keeper:
         use: Callable[[Pair], object],
         *,
         first: ApiClient | None = None,
+        now: Callable[[], datetime] = utc_now,
     ) -> None:
-        """``first`` requests it while there is no valid one, if ``api`` cannot without."""
+        """``first`` requests it while there is no valid one, if ``api`` cannot without; ``now``: this host's clock."""
         self._api = api
         self._first = first
+        self._clock = now
         self._identity = identity
         self._path = path
         self._use = use
@@ -204,7 +208,7 @@ class Keeper:
 
     def load(self) -> Pair | None:
         """The pair of the file if it can be used."""
-        pair = load(self._path)
+        pair = load(self._path, self._now())
         return pair if pair is not None and pair.covers(self._identity) else None
 
     async def obtain(self) -> None:
@@ -217,9 +221,21 @@ class Keeper:
         while True:
             pair = self.load()
             if pair is not None:
-                await trio.sleep(max(0.0, (pair.renew_at(self._fraction) - datetime.now(UTC)).total_seconds()))
+                await self._wait_due(pair)
             await self.renew()
             await trio.sleep(MIN_LIFE_SECONDS)
+
+    async def _wait_due(self, pair: Pair) -> None:
+        """Until it is time to renew ``pair``. Asked again and again: the clock may be set, or be known to be off."""
+        while True:
+            left = (pair.renew_at(self._fraction) - self._now()).total_seconds()
+            if left <= 0:
+                return
+            await trio.sleep(min(left, LOOK_SECONDS))
+
+    def _now(self) -> datetime:
+        """By the API server's clock, as far as it is known: that decides what is valid."""
+        return self._clock() - timedelta(seconds=self._api.clock_ahead)
 
     async def renew(self) -> Pair:
         """A new pair, stored and in use."""
@@ -237,8 +253,6 @@ class Keeper:
                 await trio.sleep(RETRY_SECONDS)
             else:
                 log.info("new certificate", extra={"signer": self._identity.signer})
-                if pair.certificate.not_valid_after_utc <= datetime.now(UTC):
-                    log.error("the new certificate has ended by this host's clock, which must be wrong")
                 self._use(pair)
                 return pair
 
@@ -249,13 +263,13 @@ class Keeper:
         log.info("requested a certificate from the cluster: %s%s", name, hint)
 
 
-def load(path: Path) -> Pair | None:
+def load(path: Path, now: datetime) -> Pair | None:
     """None if there is none, or if it has ended or cannot be read."""
     try:
         pair = Pair.parse(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return pair if pair.certificate.not_valid_after_utc > datetime.now(UTC) else None
+    return pair if pair.certificate.not_valid_after_utc > now else None
 
 
 def store(path: Path, pem: bytes) -> None:

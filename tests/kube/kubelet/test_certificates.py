@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Cluster(ApiClient):
         self.asked_at: list[float] = []
         self.conditions: list[dict[str, str]] = []
         self.fails = 0
+        self.clock: Callable[[], datetime] = lambda: datetime.now(UTC)
         self._life = life
         self._key = new_key()
 
@@ -61,7 +63,7 @@ class Cluster(ApiClient):
     def _sign(self, body: dict[str, Any]) -> bytes:
         request = x509.load_pem_x509_csr(base64.b64decode(body["spec"]["request"]))
         assert request.is_signature_valid
-        now = datetime.now(UTC)
+        now = self.clock()
         builder = (
             x509.CertificateBuilder()
             .subject_name(request.subject)
@@ -108,7 +110,7 @@ async def test_a_pair_is_kept_and_renewed(tmp_path: Path, autojump_clock: trio.t
     assert loaded is not None and loaded.certificate == first.certificate
     cluster.fails = 2
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(Keeper(cluster, SERVING, path, used.append).run)
+        nursery.start_soon(Keeper(cluster, SERVING, path, used.append, now=moving_clock()).run)
         with trio.fail_after(10**8):
             while len(used) < 2:
                 await trio.sleep(60)
@@ -116,6 +118,39 @@ async def test_a_pair_is_kept_and_renewed(tmp_path: Path, autojump_clock: trio.t
     assert 0.6 < (cluster.asked_at[1] - cluster.asked_at[0]) / 3600 < 1.0
     assert used[1].certificate.serial_number == 2
     assert path.read_bytes() == used[1].pem
+
+
+def moving_clock(ahead: float = 0.0) -> Callable[[], datetime]:
+    """This host's clock, which goes with Trio's."""
+    begin, start = datetime.now(UTC) + timedelta(seconds=ahead), trio.current_time()
+    return lambda: begin + timedelta(seconds=trio.current_time() - start)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("days", [-30, 30])
+async def test_a_clock_that_is_off_neither_floods_the_cluster_nor_lets_a_certificate_end(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch, days: int, known: bool
+) -> None:
+    """Certificates of a day, and a clock that is a month off: if it is known to be, they are renewed in their time."""
+
+    async def at_once(function: Callable[..., Any], *given: Any) -> Any:
+        await trio.lowlevel.checkpoint()
+        return function(*given)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)  # the clock would jump while a thread works
+    cluster = Cluster(life=timedelta(days=1))
+    cluster.clock = moving_clock()
+    cluster.clock_ahead = days * 86400.0 if known else 0.0
+    keeper = Keeper(cluster, CLIENT, tmp_path / "client.pem", lambda pair: None, now=moving_clock(days * 86400.0))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keeper.run)
+        await trio.sleep(86399)
+        nursery.cancel_scope.cancel()
+    count = len(cluster.requests)
+    if known:
+        assert count == 2, "the first one, and its renewal within the day"
+    else:
+        assert 1 <= count <= 86400 / certificates.MIN_LIFE_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -138,4 +173,4 @@ def test_a_file_that_cannot_be_used_counts_as_none(tmp_path: Path) -> None:
     path = tmp_path / "serving.pem"
     for content in (b"", b"no certificate", self_signed(SERVING).pem[:100]):
         path.write_bytes(content)
-        assert certificates.load(path) is None
+        assert certificates.load(path, datetime.now(UTC)) is None
