@@ -89,6 +89,7 @@ control-plane: $(STAMPS)/venv  ## build the control plane of Kubernetes for test
 	@$(PYTHON) -m tests.fleet.build
 
 test-fleet: ready-own control-plane  ## hosts as nodes of a real Kubernetes cluster, in namespaces (needs Go, once)
+	@packaging/install-packages <(echo faketime)
 	@$(PYTHON) -m pytest -v -m fleet tests/fleet $(PYTEST_ARGS)
 
 test-arm64: $(STAMPS)/native build/guest-arm64/own  ## our kernel and agent for arm64, cross-built, and QEMU's virt machine (emulated)

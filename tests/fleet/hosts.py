@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.fleet.control import PATIENCE, SERVER, ControlPlane, Program, eventually
 from tests.real import kind
 from tests.real.appliance import IMAGE, ROOT, Namespace, busybox_archive
@@ -67,6 +69,13 @@ class Host:
                                              "OVERSUBSCRIPTION__DISK": "64",
                                              "FAKE_DEVICES": str(self.directory / "devices")}),
         }  # fmt: skip
+
+    def other_clock(self, offset: str) -> dict[str, str]:
+        """Environment of a program whose clock is off by ``offset``, as "+2h"; skips without libfaketime."""
+        libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+        if not libraries:
+            pytest.skip("a clock that is off needs the package faketime")
+        return {"LD_PRELOAD": str(libraries[0]), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
     # ── Its programs ────────────────────────────────────────────────────────────────────────────
 

@@ -384,6 +384,37 @@ def test_pods_go_on_while_there_is_no_api_server(fleet: Fleet) -> None:
         fleet.wait_running(namespace, 5)
 
 
+def test_a_node_whose_clock_is_off_stays_a_node(fleet: Fleet) -> None:
+    """Two hours ahead: it says so and works. Set back: its heartbeats still count, although they come from the past."""
+    victim = fleet.fakes[0]
+
+    def ready_for(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            assert fleet.condition(victim, "Ready") == "True"
+            time.sleep(0.5)
+
+    with fleet.namespace() as namespace:
+        fleet.control.apply(pod("before", namespace, node=victim.name))
+        fleet.wait_running(namespace, 1)
+        [instance] = in_namespace(victim, namespace)
+        victim.node.end()
+        victim.start_node(**victim.other_clock("+2h"))
+        try:
+            eventually(lambda: fleet.condition(victim, "ClockSkewed") == "True", "it is told", victim.node)
+            assert "ahead of the API server's" in fleet.control.kubectl("describe", "node", victim.name)
+            fleet.control.apply(pod("meanwhile", namespace, node=victim.name))
+            fleet.wait_running(namespace, 2)
+        finally:
+            victim.node.end()
+            victim.start_node()
+        eventually(lambda: fleet.condition(victim, "ClockSkewed") == "False", "it agrees again", victim.node)
+        ready_for(2 * GRACE_SECONDS)
+        after = fleet.wait_running(namespace, 2)
+        assert {each["status"]["containerStatuses"][0]["restartCount"] for each in after} == {0}
+        assert instance["id"] in {each["id"] for each in in_namespace(victim, namespace)}
+
+
 def test_a_server_that_does_not_answer_sends_no_heartbeat(fleet: Fleet) -> None:
     """A node without its server is no node; when it answers again, nothing has changed."""
     victim = fleet.fakes[0]
