@@ -38,7 +38,7 @@ class Guests:
 
 GPUS = ("0000:01:00.0", "0000:02:00.0")
 GPU_CLASS = "10de-20b5"
-SHARED_GPU, PROFILE = "0000:03:00.0", "GRID T4-1Q"
+SHARED_GPU, PROFILE = "0000:03:00.0", "T4-1Q"
 
 
 def fake_kernel(root: Path) -> FakeKernel:
@@ -49,7 +49,7 @@ def fake_kernel(root: Path) -> FakeKernel:
         for group, address in enumerate(GPUS, 1):
             tree.add(FakeFunction(address=address, vendor=0x10DE, device=0x20B5, class_code=0x030200, driver="nouveau",
                                   group=group))  # fmt: skip
-        add_mdev_parent(tree, SHARED_GPU, {"nvidia-222": (PROFILE, "", 2)})
+        add_mdev_parent(tree, SHARED_GPU, {"nvidia-222": (f"GRID {PROFILE}", "", 2)})
     return FakeKernel(tree, root / "dev", dict.fromkeys(GPUS, "nouveau"))
 
 

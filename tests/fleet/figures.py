@@ -1,8 +1,10 @@
-"""Figures of one node: ``python -m tests.fleet.figures`` prints them (two minutes; wants root and the control plane).
+"""Figures of one node: ``python -m tests.fleet.figures`` prints them (three minutes; wants root and the control plane).
 
-100 pods are created at once on a host whose VMMs are fakes that take no time; what is left is the scheduler's share,
-the node program's and the server's. For each pod: from the API server's event that it exists to the one that it is
-ready.
+pods      100 are created at once on a host whose VMMs are fakes that take no time; what is left is the scheduler's
+          share, the node program's and the server's
+claims    pods that are forks of a golden instance (``hypeman.dev/golden``): one at a time, then many at once
+
+For each pod: from the API server's event that it exists to the one that it is ready.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import statistics
 import subprocess
 import time
+from typing import Any
 
 from tests.fleet.control import ControlPlane, eventually, resident
 from tests.fleet.fleet import Fleet, pod
@@ -19,6 +22,8 @@ from tests.fleet.hosts import Host
 from tests.real.appliance import short_directory
 
 PODS = 100
+CLAIMS = 50
+GOLDEN = {"annotations": {"hypeman.dev/golden": "true"}}
 
 
 def main() -> None:
@@ -32,6 +37,7 @@ def main() -> None:
             fleet = Fleet(control, [host])
             fleet.start()
             measure(fleet, host)
+            measure_claims(fleet, host)
         finally:
             if host is not None:
                 host.close()
@@ -47,7 +53,7 @@ def measure(fleet: Fleet, host: Host) -> None:
             used = processor_seconds(host.node.pid)
             began = time.monotonic()
             fleet.control.apply(*(pod(f"p{number}", namespace, node=host.name) for number in range(PODS)))
-            seconds = sorted(until_ready(events))
+            seconds = sorted(Watched(events).until_ready(PODS))
             events.kill()
         total = time.monotonic() - began
         used = processor_seconds(host.node.pid) - used
@@ -67,22 +73,59 @@ def measure(fleet: Fleet, host: Host) -> None:
         print(f"deleted after {time.monotonic() - began:.1f} s")
 
 
-def until_ready(events: subprocess.Popen[bytes]) -> list[float]:
-    """For each pod the seconds from its first event to the one in which it is ready."""
-    began: dict[str, float] = {}
-    took: dict[str, float] = {}
-    assert events.stdout is not None
-    for line in events.stdout:
-        now = time.monotonic()
-        found = json.loads(line)["object"]
-        name = found["metadata"]["name"]
-        began.setdefault(name, now)
-        conditions = {each["type"]: each["status"] for each in found["status"].get("conditions", ())}
-        if conditions.get("Ready") == "True" and name not in took:
-            took[name] = now - began[name]
-            if len(took) == PODS:
-                break
-    return list(took.values())
+def measure_claims(fleet: Fleet, host: Host) -> None:
+    """A claim is a pod here: the controller of agent-sandbox adds its own writes."""
+
+    def claim(name: str) -> dict[str, Any]:
+        made = pod(name, namespace, node=host.name, automountServiceAccountToken=False)
+        made["metadata"] |= GOLDEN
+        return made
+
+    with fleet.namespace() as namespace:
+        fleet.control.apply(claim("first"))
+        fleet.wait_running(namespace, 1)
+        watch = fleet.control.command("get", "--raw", f"/api/v1/namespaces/{namespace}/pods?watch=1")
+        with subprocess.Popen(watch, stdout=subprocess.PIPE) as events:
+            watched = Watched(events)
+            watched.until_ready(1)
+            alone = []
+            for number in range(10):
+                fleet.control.apply(claim(f"a{number}"))
+                alone += watched.until_ready(1)
+            began = time.monotonic()
+            fleet.control.apply(*(claim(f"c{number}") for number in range(CLAIMS)))
+            watched.until_ready(CLAIMS)
+            took = time.monotonic() - began
+            events.kill()
+        forks = [each for each in host.instances() if each["name"].startswith(("a", "c"))]
+        assert len(forks) == CLAIMS + 10
+    print(
+        f"claim → ready, one at a time: p50 {statistics.median(alone) * 1000:.0f} ms, most {max(alone) * 1000:.0f} ms"
+    )
+    print(f"{CLAIMS} claims, created in one request: {CLAIMS / took:.1f} a second")
+
+
+class Watched:
+    """Pods as the API server tells of them."""
+
+    def __init__(self, events: subprocess.Popen[bytes]) -> None:
+        assert events.stdout is not None
+        self._lines = events.stdout
+        self._began: dict[str, float] = {}
+        self._ready: set[str] = set()
+
+    def until_ready(self, count: int) -> list[float]:
+        """For each of the next ``count`` pods the seconds from its first event to the one in which it is ready."""
+        took: list[float] = []
+        while len(took) < count:
+            found = json.loads(self._lines.readline())["object"]
+            now, name = time.monotonic(), found["metadata"]["name"]
+            self._began.setdefault(name, now)
+            conditions = {each["type"]: each["status"] for each in found["status"].get("conditions", ())}
+            if conditions.get("Ready") == "True" and name not in self._ready:
+                self._ready.add(name)
+                took.append(now - self._began[name])
+        return took
 
 
 def processor_seconds(pid: int) -> float:

@@ -182,7 +182,7 @@ def test_statistics_reach_metrics_server(fleet: Fleet) -> None:
 
 # ── Devices ─────────────────────────────────────────────────────────────────────────────────────
 
-GPU, VGPU = f"hypeman.dev/gpu-{GPU_CLASS}", "hypeman.dev/vgpu-grid-t4-1q"
+GPU, VGPU = f"hypeman.dev/gpu-{GPU_CLASS}", "hypeman.dev/vgpu-t4-1q"
 
 
 @pytest.fixture
