@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from tests.bench.fake_vmm_server import GPU_CLASS, GPUS, PROFILE
 from tests.fleet.control import GRACE_SECONDS, eventually
 from tests.fleet.fleet import Fleet, deployment, gone_after, in_namespace, is_running, pod, resources
 from tests.fleet.hosts import FENCE_SECONDS
+from tests.real.appliance import ROOT
 
 pytestmark = pytest.mark.fleet
 
@@ -55,6 +58,15 @@ def test_nodes_have_what_their_hosts_have(fleet: Fleet) -> None:
         assert words in described, described
 
 
+def test_the_manifest_is_what_is_applied(fleet: Fleet) -> None:
+    """`hypeman node manifest | kubectl diff -f -`, as after an upgrade."""
+    argv = [sys.executable, "-m", "hypeman", "node", "manifest"]
+    manifest = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert len(manifest.split("---")) == 6
+    difference = fleet.control.try_kubectl("diff", "-f", "-", stdin=manifest)
+    assert (difference.returncode, difference.stdout) == (0, ""), difference
+
+
 def test_a_node_may_do_no_more_than_it_needs(fleet: Fleet) -> None:
     """Its identity is system:node:NAME, and a host's binding is for that host."""
 
@@ -77,7 +89,6 @@ def test_a_node_may_do_no_more_than_it_needs(fleet: Fleet) -> None:
 def test_the_kubelets_api_is_closed_to_others(fleet: Fleet) -> None:
     """Without a certificate or token nothing; with a token only what its owner may."""
     import ssl
-    import subprocess
 
     fleet.control.kubectl("create", "serviceaccount", "scraper", "-n", "default")
     try:
@@ -91,8 +102,6 @@ def test_the_kubelets_api_is_closed_to_others(fleet: Fleet) -> None:
         )
 
         def ask(path: str, *headers: str) -> str:
-            import sys
-
             url = f"https://10.87.0.11:10250{path}"
             argv = [sys.executable, "-c", program, str(fleet.control.directory / "ca.pem"), url, *headers]
             return subprocess.run(fleet.control.namespace.command(*argv), capture_output=True, text=True).stdout.strip()
@@ -329,8 +338,6 @@ def test_a_drain_leaves_nothing_and_respects_budgets(fleet: Fleet) -> None:
         try:
             fewest = 3
             drain = ["drain", victim.name, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=100s"]
-            import subprocess
-
             with subprocess.Popen(
                 fleet.control.command(*drain), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             ) as process:
