@@ -92,6 +92,8 @@ class Known(Struct, frozen=True, kw_only=True):
     owner: Owner = Owner.NONE
     failed_to_start: bool = False
     """What the startup probe of the instance's run says."""
+    held_back: bool = False
+    """The last run failed to start, and the pause after it has not passed."""
     lease_valid: bool = True
     deadline: float | None = None
     """``activeDeadlineSeconds``"""
@@ -150,7 +152,7 @@ def _with_instance(known: Known, instance: Instance) -> Action:
     if instance.state is InstanceState.STANDBY:
         return Action(Verb.RESTORE)
     if instance.state is InstanceState.STOPPED and _has_to_run(known, instance):
-        return Action(Verb.START)
+        return WAIT if known.held_back else Action(Verb.START)
     if instance.state is not InstanceState.RUNNING:
         return WAIT
     never = known.restart_policy == "Never"

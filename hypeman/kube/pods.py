@@ -70,6 +70,8 @@ MAX_REPETITION = 10.0
 MAX_PAUSE = 300.0
 IMAGE_PAUSE = 10.0
 """Seconds before an image is pulled again; doubles up to ``MAX_PAUSE``, as in the kubelet."""
+RESTART_PAUSE = 10.0
+"""Seconds before a program that failed to start is started again; doubles likewise."""
 NO_ROOM_SECONDS = 60.0
 """How long a pod waits for resources that the host should have: its predecessor may still be ending."""
 MAX_STARTS = 8
@@ -125,6 +127,8 @@ class Worker:
         self._requested = False
         self._image_id = ""
         self._probing: Probing | None = None
+        self._failed_starts = 0
+        self._start_at = 0.0
         self._refused_at: float | None = None
         self._noted: set[str] = set()
         self._last: tuple[Verb, InstanceState | None] | None = None
@@ -169,6 +173,8 @@ class Worker:
         if action.verb is Verb.RELEASE:
             return RESYNC_SECONDS
         pause = min(pause, await self._probe(pod, spec))
+        if (left := self._start_at - trio.current_time()) > 0:
+            pause = min(pause, left)
         pause = max(pause, self._pause_of_repetition(action.verb))
         await self._report(pod, spec)
         if action.verb is Verb.WAIT:
@@ -202,6 +208,7 @@ class Worker:
             left=left,
             owner=state,
             failed_to_start=self._probing is not None and self._probing.has_failed_to_start,
+            held_back=trio.current_time() < self._start_at,
             lease_valid=shared.lease.is_valid,
             deadline=spec.active_deadline_seconds,
             now=datetime.now(UTC),
@@ -278,13 +285,19 @@ class Worker:
                 await self._standby(pod, instance)
             case Verb.STOP:
                 if action.reason:
-                    self._events.warn(pod, action.reason, action.message)
+                    self._failed_to_start(pod, action)
                 grace = pod.metadata.deletion_grace_period_seconds
                 await self._stop(pod, instance, spec.termination_grace_period_seconds if grace is None else grace)
             case Verb.REMOVE:
                 await self._remove(instance)
                 await materials.remove_volumes(self._site.local, self._site.name, self._uid)
         await self._shared.instances.refresh()
+
+    def _failed_to_start(self, pod: Pod, action: Action) -> None:
+        self._events.warn(pod, action.reason, action.message)
+        pause = min(RESTART_PAUSE * 2.0 ** min(self._failed_starts, 8), MAX_PAUSE)
+        self._start_at = trio.current_time() + pause
+        self._failed_starts += 1
 
     def _following_tags(self, pod: Pod, spec: PodSpec) -> Mapping[str, str]:
         tags = wanted_tags(pod, spec, self._site.name)
@@ -507,7 +520,10 @@ class Worker:
         if self._probing is None or self._probing.started_at != instance.started_at:
             is_started = was_started(pod.status, instance)
             self._probing = Probing(container, instance.started_at, is_started=is_started)
-        return await self._until_deleted(partial(self._probing.look, self._site.local, instance), 0.0)
+        pause = await self._until_deleted(partial(self._probing.look, self._site.local, instance), 0.0)
+        if self._probing.is_started:
+            self._failed_starts = 0
+        return pause
 
     async def _until_deleted(self, probe: Callable[[], Awaitable[T]], otherwise: T) -> T:
         """What ``probe`` says. It may take as long as the pod wants; the pod's deletion does not wait for it."""

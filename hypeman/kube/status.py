@@ -189,7 +189,7 @@ def _restarts(seen: Seen, before: ContainerStatus | None) -> tuple[int, Containe
     if instance is None:
         return count, last
     if instance.state is InstanceState.STOPPED and not is_final(seen.restart_policy, instance):
-        last = ContainerState(terminated=_terminated(instance))
+        last = _ended(instance, last)
     if instance.state is not InstanceState.RUNNING or instance.started_at is None:
         return count, last
     began = before.state.running.started_at if before and before.state.running else None
@@ -197,6 +197,15 @@ def _restarts(seen: Seen, before: ContainerStatus | None) -> tuple[int, Containe
     now = whole(instance.started_at)
     attempts = instance.restart_status.attempts if instance.restart_status else 0
     return max(count + (now > (began or ended or now)), attempts), last
+
+
+def _ended(instance: Instance, last: ContainerState) -> ContainerState:
+    """How the run ended. An instance that is being started again no longer has its exit code; ``last`` may have it."""
+    ended = _terminated(instance)
+    known = last.terminated
+    if instance.exit_code is None and known is not None and known.started_at == ended.started_at:
+        return last
+    return ContainerState(terminated=ended)
 
 
 _NOT_YET = (InstanceState.CREATED, InstanceState.INITIALIZING, InstanceState.STANDBY)

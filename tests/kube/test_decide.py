@@ -143,7 +143,7 @@ def applied(known: Known, verb: Verb) -> Known:
             assert known.instance is not None
             status = RestartStatus(blocked_reason="manual_stop") if verb is Verb.STOP else RestartStatus()
             after = replace(known.instance, state=AFTER[verb], restart_status=status, health_status=HEALTHY)
-            return replace(known, instance=after)
+            return replace(known, instance=after, failed_to_start=False)
 
 
 HEALTHY = InstanceHealthStatus(status=HealthState.HEALTHY)
@@ -199,6 +199,13 @@ def test_fencing_waits_as_long_as_the_cluster(found: Instance, policy: str, tole
         assert lost < 50 + float(tolerates)
 
 
+def test_a_program_that_did_not_start_waits_before_it_is_started_again() -> None:
+    stopped = instance(InstanceState.STOPPED, restart_status=RestartStatus(blocked_reason="manual_stop"))
+    known = Known(pod=Pod(status=PodStatus(phase="Running")), spec="s", instance=stopped, now=NOW)
+    assert decide(known).verb is Verb.START
+    assert decide(msgspec.structs.replace(known, held_back=True)).verb is Verb.WAIT
+
+
 def test_a_fork_with_the_tags_of_its_source_is_not_ours() -> None:
     ours, fork = instance(), instance(name="mine", tags={names.SELF: "web-1"})
     assert is_ours(ours, NODE) and not is_ours(fork, NODE)
@@ -236,27 +243,32 @@ def test_a_status_is_stable_and_final(known: Known, ready: bool, fails: bool) ->
 RUNS = 4
 STEPS = [
     msgspec.structs.replace(
-        instance(state), started_at=NOW + timedelta(seconds=100 * run), exit_code=1,
+        instance(state), started_at=NOW + timedelta(seconds=100 * run), exit_code=code,
         stopped_at=NOW + timedelta(seconds=100 * run + 50), restart_status=RestartStatus(attempts=attempts),
     )
     for run in range(RUNS)
-    for state, attempts in (
-        (InstanceState.INITIALIZING, run), (InstanceState.RUNNING, run), (InstanceState.STOPPED, run),
-        (InstanceState.STOPPED, run + 1),
+    for state, attempts, code in (
+        (InstanceState.INITIALIZING, run, None), (InstanceState.RUNNING, run, None), (InstanceState.STOPPED, run, 4),
+        (InstanceState.STOPPED, run + 1, None),
     )
 ]  # fmt: skip
-"""What a program looks like that ends again and again, one step a state; its server counts an attempt as it begins."""
+"""A program that ends again and again. Its server counts an attempt as it begins, and then forgets the exit code."""
 
 
 @given(st.lists(st.booleans(), min_size=len(STEPS), max_size=len(STEPS)))
-def test_a_restart_counts_once(looks: list[bool]) -> None:
-    """Whatever the node sees of it, up to a run that it sees."""
+def test_a_restart_counts_once_and_says_how_it_ended(looks: list[bool]) -> None:
+    """Whatever the node sees of it."""
     pod = Pod(spec={"containers": [{"name": "main", "image": "nginx"}]})
-    for step, look in zip(STEPS, looks, strict=True):
-        if not look:
+    codes = dict[datetime | None, int | None]()
+    for number, step in enumerate(STEPS):
+        if not looks[number]:
             continue
         status = derive_status(Seen(pod=pod, instance=step, now=NOW))
         [container] = status.container_statuses
-        run = STEPS.index(step) // (len(STEPS) // RUNS)
+        run = number // (len(STEPS) // RUNS)
         assert container.restart_count == run if container.state.running else container.restart_count <= run
+        if step.state is InstanceState.STOPPED:
+            assert container.last_state.terminated is not None
+            known = codes.setdefault(step.started_at, step.exit_code)
+            assert container.last_state.terminated.exit_code == (255 if known is None else known)
         pod = msgspec.structs.replace(pod, status=status)

@@ -552,7 +552,12 @@ async def test_a_startup_probe_holds_back_readiness_and_starts_again(
     startup = {"exec": {"command": ["start"]}, "periodSeconds": 5, "failureThreshold": 3}
     path = world.add_pod(container={"startupProbe": startup, "readinessProbe": {"exec": {"command": ["ready"]}}})
     async with world.running():
-        await world.until(lambda: world.container(path).get("restartCount") == 1, seconds=300)
+        moments = []
+        for number in (1, 2, 3):
+            await world.until(lambda n=number: world.host.calls.count("POST /instances/i1/start") == n, seconds=300)  # type: ignore[misc]
+            moments.append(trio.current_time())
+        assert len(asked) in (9, 10), "three attempts in each run"
+        assert moments[1] - moments[0] >= 20 and moments[2] - moments[1] >= 40, "pauses that grow"
         assert world.has_event("Unhealthy", "the startup probe failed: the program is started again")
         assert set(asked) == {"start"}, "nothing else is probed before"
         assert not world.container(path)["started"] and not world.container(path)["ready"]
