@@ -130,6 +130,18 @@ def process_memory(pid: int) -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(b"Pss:"))
 
 
+def forget_peak(pid: int) -> int:
+    """Have ``peak_memory`` of process ``pid`` begin anew; returns it."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return peak_memory(pid)
+
+
+def peak_memory(pid: int) -> int:
+    """Bytes that process ``pid`` had in RAM at most. Not ru_maxrss, which it inherits from its parent."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM:"))) * 1024
+
+
 def run_area(area: str) -> list[Result]:
     """The results of ``bench_<area>.py``."""
     return list(importlib.import_module(f"tests.bench.bench_{area}").run())

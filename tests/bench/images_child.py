@@ -8,6 +8,7 @@ Prints seconds from the request to a ready image, and the most memory of server 
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -22,6 +23,7 @@ from hypeman.images.service import Images
 from hypeman.images.types import CreateImageRequest, ImageStatus
 from hypeman.paths import Paths
 from hypeman.store import Store
+from tests.bench.harness import peak_memory
 
 
 class Outcome(msgspec.Struct):
@@ -52,15 +54,9 @@ async def main(data_dir: str, mode: str, first: str, second: str) -> Outcome:
         assert image.status is ImageStatus.READY, image.error
         nursery.cancel_scope.cancel()
     store.close()
-    own = _peak_memory()
+    own = peak_memory(os.getpid())
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return Outcome(seconds, own, children, image.size_bytes or 0)
-
-
-def _peak_memory() -> int:
-    """Of this process. Not ru_maxrss, which a process inherits from the one that started it."""
-    text = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM:"))) * 1024
 
 
 if __name__ == "__main__":

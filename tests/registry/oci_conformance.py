@@ -1,4 +1,4 @@
-"""The OCI distribution conformance suite (Go module proxy) against our registry, and skopeo as a client.
+"""The OCI distribution conformance suite (Go module proxy) against our registry.
 
 Built once into build/; `make test-conformance` runs it. Not part of `make test`: it needs Go and its module proxy.
 """
