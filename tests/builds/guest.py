@@ -53,13 +53,17 @@ def context(files: Mapping[str, bytes | str | Path]) -> bytes:
 @asynccontextmanager
 async def building(directory: Path, **environ: str) -> AsyncIterator[Appliance]:
     """A started server that can build."""
-    archive = builder_archive()
+    builder_archive()
     async with running_appliance(directory, **SETTINGS, **environ) as appliance:
-        data = await trio.Path(archive).read_bytes()
-        imported = await appliance.ask("POST", "/images/import", params={"name": BUILDER}, content=data)
-        assert imported.is_success, imported.text
-        await wait_image(appliance, BUILDER)
+        await import_builder(appliance)
         yield appliance
+
+
+async def import_builder(appliance: Appliance) -> None:
+    data = await trio.Path(builder_archive()).read_bytes()
+    imported = await appliance.ask("POST", "/images/import", params={"name": BUILDER}, content=data)
+    assert imported.is_success, imported.text
+    await wait_image(appliance, BUILDER)
 
 
 async def wait_image(appliance: Appliance, name: str) -> Any:
