@@ -76,9 +76,10 @@ static bool parse_identity(struct identity *identity, struct field_reader *reque
     return !request->malformed;
 }
 
-/* The identity that the guest has: that of its boot, until another one is asked for. */
+/* The identity that the guest has: that of its boot, until another one is asked for. After one that failed
+ * halfway it is not known, and the next is applied whole. */
 static struct {
-    bool known;
+    bool asked, known;
     char hostname[256];
     struct network network;
 } current;
@@ -140,8 +141,9 @@ int take_identity(const struct boot_config *config, struct field_reader request,
     }
     if (asked.has_nonce)
         memcpy(nonce, asked.nonce, NONCE_BYTES); /* the next connection is with a host that knows the new one */
-    if (!current.known)
+    if (!current.asked)
         remember(config->hostname ? config->hostname : "", &config->network);
+    current.asked = true;
     if (become(&asked, failed) < 0) {
         current.known = false;
         return -1;

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import trio
 
-from hypeman.errors import HypemanError
+from hypeman.errors import HypemanError, InvalidRequest
 from hypeman.guest.boot import BootConfig, CaCertificate, GuestNetwork, GuestVolume, parse_outcome
 from hypeman.guest.client import GuestClient
 from hypeman.guest.failures import GuestLost, GuestTimeout, VolumeBusy
@@ -560,6 +560,11 @@ async def test_volumes_come_and_go_and_identity_changes(kernel: Path, busybox_ro
             told = await shell(client, "hostname; ip addr show eth0")
             assert told.startswith("mine\n"), "a guest that stays who it was is left alone"
             assert "10.0.2.15/24" in told
+            other = GuestNetwork(mac="02:00:00:65:43:20", address="10.0.2.76", prefix=16, gateway="10.0.2.2")
+            with pytest.raises(InvalidRequest, match="host name"):
+                await client.set_identity(hostname="x" * 100, network=other)
+            await client.set_identity(hostname=config.hostname, network=NETWORK)
+            assert "10.0.2.15/24" in await shell(client, "ip addr show eth0"), "what failed halfway is made good"
             await client.freeze()
             frozen = [data async for data in _read(client, "/tmp/count")]
 
