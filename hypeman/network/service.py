@@ -109,10 +109,11 @@ class Network:
         Rules are loaded first, so no guest is open meanwhile. Raises HostError.
         """
         self._claim = self._claim or NamespaceClaim()
-        held = [lease for lease in held if lease.enabled]
+        held, others = [lease for lease in held if lease.enabled], list(others)
         self._leases.clear()
         self._leases.update((lease.instance_id, lease) for lease in living if lease.enabled)
-        self._last_holders = {lease.ipv4: lease.instance_id for lease in self._leases.values()}
+        known = (*self._leases.values(), *others, *held)
+        self._last_holders = {lease.ipv4: lease.instance_id for lease in known if lease.enabled}
         self.uplink = await find_uplink(self._config.uplink)
         if not self.uplink.names:
             log.warning("no uplink: no default route, and network.uplink is not set; guests reach only the host")
@@ -154,15 +155,17 @@ class Network:
         if self._claim is not None:
             self._claim.close()
 
-    async def attach(self, lease: Lease, *, uid: int = 0) -> None:
-        """Create the TAP of ``lease``, owned by ``uid``, and open the guest. Idempotent.
+    async def attach(self, lease: Lease, *, uid: int = 0, boots: bool = False) -> None:
+        """Create the TAP of ``lease``, owned by ``uid``, and open the guest, which has no connections if it ``boots``.
+        Idempotent.
 
         Raises HostError; ``detach`` then removes a partial TAP.
         """
         if not lease.enabled:
             return
         await self._add_tap(lease, uid)
-        await self._forget_flows_of_others(lease)
+        if boots or self._last_holders.get(lease.ipv4) != lease.instance_id:
+            await self._forget_flows(lease)
         await self._forget_untranslated(all_sockets(lease.ports))
         async with self._changing:
             before = self._leases.get(lease.instance_id)
@@ -344,11 +347,9 @@ class Network:
         index = await self._links.add_tap(self._tap(lease, uid))
         self._owners[index] = lease.instance_id
 
-    async def _forget_flows_of_others(self, lease: Lease) -> None:
-        """Drop flows to the address's previous holder. An instance that returns from standby to its own
-        address keeps its connections."""
-        if self._last_holders.get(lease.ipv4) == lease.instance_id:
-            return
+    async def _forget_flows(self, lease: Lease) -> None:
+        """Drop flows to the address's previous holder, or of its own before it booted: the kernel would keep them for
+        days. An instance that returns from standby to its own address keeps its connections."""
         try:
             await self._rules.forget_flows(lease.ipv4)
         except NetlinkError as error:

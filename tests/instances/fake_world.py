@@ -148,7 +148,7 @@ class FakeNetwork:
             if lease.instance_id in self.taps.there:
                 self.taps.there[lease.instance_id] = tap_text(lease)
 
-    async def attach(self, lease: Lease, *, uid: int = 0) -> None:
+    async def attach(self, lease: Lease, *, uid: int = 0, boots: bool = False) -> None:
         await self.taps.add(lease.instance_id, tap_text(lease))
 
     async def set_ports(self, lease: Lease) -> None:

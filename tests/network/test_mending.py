@@ -226,19 +226,26 @@ async def test_an_address_brings_no_connections_of_its_former_holder(lab: Lab) -
     (seen,) = await lab.world_sees(first)
     answer = frames.ipv4(SERVER, HOST, UDP, frames.udp(SERVER, HOST, 9, seen.source_port, b"for the first"))
 
-    async def comes_back_as(lease: Lease) -> list[bytes]:
+    async def comes_back_as(lease: Lease, *, boots: bool = False) -> list[bytes]:
         await lab.network.detach(lab_guests[-1].lease)
-        await lab.network.attach(lease)
+        await lab.network.attach(lease, boots=boots)
+        await lab.network.release(lease)
         lab_guests.append(await lab.plug(lease))
         lab.from_world(answer)
         return [each.data for each in await lab_guests[-1].expect_pong() if each.protocol == UDP]
 
     lab_guests = [first]
     assert await comes_back_as(first.lease) == [b"for the first"]
+    await lab.network.start([], others=[first.lease], held=[first.lease])
+    assert await comes_back_as(first.lease) == [b"for the first"], "another server brings it back from standby"
     heir = lab.lease(ipv4=first.lease.ipv4, mac=first.lease.mac)
     bystander = await lab.guest()
     (other,) = await lab.world_sees(bystander)
     assert await comes_back_as(heir) == []
+    seen = (await lab.world_sees(lab_guests[-1]))[-1]
+    answer = frames.ipv4(SERVER, HOST, UDP, frames.udp(SERVER, HOST, 9, seen.source_port, b"for the heir"))
+    assert await comes_back_as(heir) == [b"for the heir"]
+    assert await comes_back_as(heir, boots=True) == [], "it has booted meanwhile"
     lab.from_world(frames.ipv4(SERVER, HOST, UDP, frames.udp(SERVER, HOST, 9, other.source_port, b"still mine")))
     assert (await bystander.expect(lambda each: each.protocol == UDP)).data == b"still mine"
 

@@ -11,14 +11,14 @@ from hypeman.instances.machine.context import Context
 from hypeman.instances.model.policies import standby_rules
 from hypeman.instances.model.record import InstanceRecord
 from hypeman.instances.model.steps import AttachNetwork, AwakenGuest, HoldTraffic, SetEgress
-from hypeman.instances.model.types import WakeOn
+from hypeman.instances.model.types import InstanceState, WakeOn
 from hypeman.network.types import GuestNetwork, Lease
 
 log = logging.getLogger(__name__)
 
 
 class NetworkNeeds(Protocol):
-    async def attach(self, lease: Lease, *, uid: int = 0) -> None: ...
+    async def attach(self, lease: Lease, *, uid: int = 0, boots: bool = False) -> None: ...
     async def detach(self, lease: Lease) -> None: ...
     async def hold(self, lease: Lease) -> None: ...
     async def release(self, lease: Lease) -> None: ...
@@ -43,7 +43,9 @@ class Network:
     async def attach(self, step: AttachNetwork) -> None:
         lease = self._context.lease(step.instance)
         if lease is not None:
-            await self._network.attach(lease, uid=self._context.uid(self._context.record(step.instance)))
+            record = self._context.record(step.instance)
+            boots = record.state is not InstanceState.STANDBY
+            await self._network.attach(lease, uid=self._context.uid(record), boots=boots)
 
     async def detach(self, step: AttachNetwork) -> None:
         lease = self._context.lease(step.instance)
