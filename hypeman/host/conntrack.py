@@ -41,7 +41,7 @@ _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _SOURCE, _DESTINATION = 1, 2
 _NUMBER, _SOURCE_PORT, _DESTINATION_PORT = 1, 2, 3
 _INFO_TCP, _TCP_STATE = 1, 1
-_FILTER, _REPLY_FLAGS, _SELECT_SOURCE = 25, 2, 1
+_FILTER, _ORIGINAL_FLAGS, _REPLY_FLAGS, _SELECT_SOURCE = 25, 1, 2, 1
 
 _OPEN = frozenset({2, 3, 4, 5})
 """SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT: answered, and not yet closed by both sides. A connection attempt that
@@ -64,6 +64,8 @@ class Connection(NamedTuple):
     """The port that answers, behind any translation."""
     open: bool
     """Whether both sides can still use it."""
+    wanted_port: int = 0
+    """The port that the client asked for, before any translation."""
 
 
 class Connections:
@@ -95,9 +97,9 @@ class Connections:
             raise
         self._socket = listening
 
-    async def list(self, server: str = "") -> Sequence[Connection]:
-        """All connections, or those that ``server`` answers. Raises NetlinkError."""
-        return await trio.to_thread.run_sync(self._list, server, limiter=self._one_at_a_time)
+    async def list(self, server: str = "", *, client: str = "") -> Sequence[Connection]:
+        """All connections, or those that ``server`` answers, or those that ``client`` began. Raises NetlinkError."""
+        return await trio.to_thread.run_sync(self._list, server, client, limiter=self._one_at_a_time)
 
     async def wait_events(self) -> Sequence[Connection] | None:
         """The next batch of changes; None if some were dropped. Begin with ``listen``."""
@@ -119,12 +121,13 @@ class Connections:
             found += (change for packet in packets(data) if (change := parse_connection(packet)) is not None)
         return found
 
-    def _list(self, server: str) -> Sequence[Connection]:
+    def _list(self, server: str, client: str) -> Sequence[Connection]:
         header = struct.pack("=BBH", socket.AF_INET, 0, 0)
         wanted = b""
-        if server:
-            address = nested(_TUPLE_IP, attr(_SOURCE, IPv4Address(server).packed))
-            wanted = nested(_TUPLE_REPLY, address) + nested(_FILTER, u32(_REPLY_FLAGS, _SELECT_SOURCE))
+        if server or client:
+            address = nested(_TUPLE_IP, attr(_SOURCE, IPv4Address(server or client).packed))
+            which, flags = (_TUPLE_REPLY, _REPLY_FLAGS) if server else (_TUPLE_ORIGINAL, _ORIGINAL_FLAGS)
+            wanted = nested(which, address) + nested(_FILTER, u32(flags, _SELECT_SOURCE))
         try:
             answers = self._netlink.dump(Message(_GET, 0, header + wanted, "list connections"))
         except NetlinkError as error:
@@ -132,7 +135,7 @@ class Connections:
                 raise
             answers = self._netlink.dump(Message(_GET, 0, header, "list connections"))  # a kernel without filters
         found = (connection for answer in answers if (connection := parse_connection(answer)) is not None)
-        return [connection for connection in found if not server or connection.server == server]
+        return [each for each in found if server in ("", each.server) and client in ("", each.source)]
 
 
 def parse_connection(packet: Packet) -> Connection | None:
@@ -151,14 +154,15 @@ def parse_connection(packet: Packet) -> Connection | None:
     if packet.type == _NEW and (info := told.get(_PROTOINFO)) is not None:
         tcp = dict(attributes(info)).get(_INFO_TCP, b"")
         state = int.from_bytes(dict(attributes(tcp)).get(_TCP_STATE, b""), "big")
-    return Connection(*client, *server, state in _OPEN)
+    return Connection(*client[:2], *server[:2], state in _OPEN, client[2])
 
 
-def _parse_tuple(data: bytes) -> tuple[str, int] | None:
-    """Source address and port of one direction, if it is TCP."""
+def _parse_tuple(data: bytes) -> tuple[str, int, int] | None:
+    """Source address and port of one direction, and the port at the other side, if it is TCP."""
     parts = dict(attributes(data))
     address = dict(attributes(parts.get(_TUPLE_IP, b""))).get(_SOURCE, b"")
     proto = dict(attributes(parts.get(_TUPLE_PROTO, b"")))
     if proto.get(_NUMBER) != bytes([socket.IPPROTO_TCP]) or len(address) != 4:
         return None
-    return str(IPv4Address(address)), int.from_bytes(proto.get(_SOURCE_PORT, b""), "big")
+    ports = (int.from_bytes(proto.get(kind, b""), "big") for kind in (_SOURCE_PORT, _DESTINATION_PORT))
+    return (str(IPv4Address(address)), *ports)  # type: ignore[return-value]  # there are two

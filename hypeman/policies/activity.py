@@ -1,4 +1,4 @@
-"""Who uses an instance: open inbound TCP connections, and sessions over the API.
+"""Who uses an instance: open TCP connections to it and from it, and sessions over the API.
 
 Connections come from the kernel's events (``host/conntrack.py``) for the addresses of instances that may enter standby;
 without such an instance nothing is listened to. Connections of health checks are not activity: their local ports are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from ipaddress import IPv4Address
@@ -28,15 +28,21 @@ MAX_OWN = 65536
 RELIST = 5.0
 """Least seconds between two lists of all connections, when events are dropped."""
 
-_Key = tuple[str, int, int]
-"""Source, its port, and the instance's port."""
+_Key = tuple[str, int, str, int]
+"""Source, its port, the address that answers, and its port."""
 
 
 class _Watched:
-    def __init__(self, instance_id: str, rules: StandbyRules) -> None:
+    def __init__(self, instance_id: str, address: str, rules: StandbyRules) -> None:
         self.instance_id = instance_id
+        self.address = address
         self.rules = rules
         self.open: set[_Key] = set()
+
+    @property
+    def outbound(self) -> int:
+        """How many of them the instance has begun."""
+        return sum(source == self.address for source, *_ in self.open)
 
 
 class Activity:
@@ -65,7 +71,7 @@ class Activity:
         if known is not None and known.instance_id == instance_id and known.rules == rules:
             return
         self.unwatch(instance_id)
-        self._by_address[address] = _Watched(instance_id, rules)
+        self._by_address[address] = _Watched(instance_id, address, rules)
         self._addresses[instance_id] = address
         self._wanted.set()
 
@@ -80,9 +86,10 @@ class Activity:
 
     # What they do
 
-    def open_connections(self, instance_id: str) -> int:
+    def open_connections(self, instance_id: str) -> tuple[int, int]:
+        """How many lead to the instance, and how many it has begun."""
         watched = self._by_address.get(self._addresses.get(instance_id, ""))
-        return len(watched.open) if watched is not None else 0
+        return (len(watched.open) - watched.outbound, watched.outbound) if watched is not None else (0, 0)
 
     def sessions(self, instance_id: str) -> int:
         return self._sessions[instance_id]
@@ -120,13 +127,14 @@ class Activity:
         """Bring the connections of one instance up to date with the kernel's list. Raises HypemanError."""
         address = self._addresses.get(instance_id)
         if address is not None:
-            found = await self._connections.list(address)
+            found = [*await self._connections.list(address), *await self._connections.list(client=address)]
             if (watched := self._by_address.get(address)) is not None:
                 watched.open = {key for each in found if (key := self._key(watched, each)) is not None and each.open}
 
     async def has_open(self, address: str, rules: StandbyRules) -> bool:
-        """Whether the kernel's list has an open connection to ``address`` that counts. Raises HypemanError."""
-        watched = _Watched("", rules)
+        """Whether the kernel's list has an open connection to ``address`` that counts: the guest may owe it an answer.
+        Raises HypemanError."""
+        watched = _Watched("", address, rules)
         return any(each.open and self._key(watched, each) is not None for each in await self._connections.list(address))
 
     async def run(self) -> None:
@@ -149,9 +157,8 @@ class Activity:
     async def _relist_all(self) -> None:
         opened: dict[str, set[_Key]] = {address: set() for address in self._by_address}
         for each in await self._connections.list():
-            watched = self._by_address.get(each.server)
-            if watched is not None and each.open and (key := self._key(watched, each)) is not None:
-                opened.setdefault(each.server, set()).add(key)
+            for watched, key in self._ends(each) if each.open else ():
+                opened.setdefault(watched.address, set()).add(key)
         for address, watched in self._by_address.items():
             before, watched.open = watched.open, opened.get(address, set())
             if before != watched.open:
@@ -167,24 +174,32 @@ class Activity:
     def _take(self, events: Sequence[Connection]) -> None:
         touched: set[str] = set()
         for each in events:
-            watched = self._by_address.get(each.server)
-            if watched is None or (key := self._key(watched, each)) is None:
-                continue
-            if each.open:
-                watched.open.add(key)
-            elif key in watched.open:
-                watched.open.discard(key)
-            else:
-                continue  # an attempt that was not answered, or the rest of a closed connection
-            touched.add(watched.instance_id)
+            for watched, key in self._ends(each):
+                if each.open:
+                    watched.open.add(key)
+                elif key in watched.open:
+                    watched.open.discard(key)
+                else:
+                    continue  # an attempt that was not answered, or the rest of a closed connection
+                touched.add(watched.instance_id)
         for instance_id in touched:
             self.touch(instance_id)
+
+    def _ends(self, connection: Connection) -> Iterator[tuple[_Watched, _Key]]:
+        """The instances for which a connection counts: the one that answers it, and the one that has begun it."""
+        for address in {connection.server, connection.source}:
+            watched = self._by_address.get(address)
+            if watched is not None and (key := self._key(watched, connection)) is not None:
+                yield watched, key
 
     def _key(self, watched: _Watched, connection: Connection) -> _Key | None:
         """None if the connection does not count."""
         own = self._own.get((connection.server, connection.source_port))
         if own is not None and own > trio.current_time():
             return None
-        if watched.rules.ignores(IPv4Address(connection.source), connection.port):
+        begun = connection.source == watched.address
+        if begun and connection.wanted_port in watched.rules.ignored_ports:
             return None
-        return connection.source, connection.source_port, connection.port
+        if not begun and watched.rules.ignores(IPv4Address(connection.source), connection.port):
+            return None
+        return connection.source, connection.source_port, connection.server, connection.port

@@ -1,6 +1,6 @@
 """When an instance has been idle for long enough to enter standby. Pure: rules, memory, facts and time → verdict.
 
-active           it has open inbound connections, exec or copy sessions, or a log that is followed
+active           it has open connections, inbound or outbound, exec or copy sessions, or a log that is followed
 idle countdown   it has none; ``idle_since`` is stored, so that the countdown survives the server
 ready            ``idle_timeout`` has passed since the last activity, and no hold is in force
 """
@@ -38,6 +38,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     devices: bool = False
     connections: int = 0
     """Open inbound TCP connections that are not ignored."""
+    outbound: int = 0
+    """Open TCP connections that it has begun, and that are not ignored."""
     sessions: int = 0
     """Exec and copy sessions, and logs that are followed."""
     last_activity_at: datetime | None = None
@@ -70,9 +72,11 @@ def decide(rules: StandbyRules, memory: Memory, facts: Facts, now: datetime) -> 
     if not facts.observed:
         memory = msgspec.structs.replace(memory, idle_since=None)
         return Verdict(memory=memory, state=State.ERROR, reason=Reason.OBSERVER_ERROR, eligible=True)
-    if facts.connections or facts.sessions:
+    if facts.connections or facts.sessions or facts.outbound:
+        inbound = facts.connections or facts.sessions
+        reason = Reason.ACTIVE_INBOUND_CONNECTIONS if inbound else Reason.ACTIVE_OUTBOUND_CONNECTIONS
         memory = msgspec.structs.replace(memory, idle_since=None)
-        return Verdict(memory=memory, state=State.ACTIVE, reason=Reason.ACTIVE_INBOUND_CONNECTIONS, eligible=True)
+        return Verdict(memory=memory, state=State.ACTIVE, reason=reason, eligible=True)
     since = _idle_since(memory, facts, now)
     memory = msgspec.structs.replace(memory, idle_since=since)
     due = since + timedelta(seconds=rules.idle_timeout)

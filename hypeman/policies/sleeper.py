@@ -111,13 +111,14 @@ class Sleeper:
         rules = standby_rules(record.spec.auto_standby)
         verdict = self._verdict(record, rules, now)
         counting = verdict.due is not None
+        inbound, outbound = self.activity.open_connections(record.id)
         left = (verdict.due - now).total_seconds() if verdict.due is not None else 0.0
         return AutoStandbyStatus(
             supported=self._is_supported(record),
             configured=record.spec.auto_standby is not None,
             enabled=rules.enabled,
             eligible=verdict.eligible,
-            active_inbound_connections=self.activity.open_connections(record.id),
+            active_inbound_connections=inbound,
             status=verdict.state,
             reason=verdict.reason,
             idle_timeout=format_duration(rules.idle_timeout) if record.spec.auto_standby is not None else None,
@@ -126,6 +127,7 @@ class Sleeper:
             next_standby_at=verdict.due,
             hold_until=verdict.memory.hold_until,
             countdown_remaining=format_duration(max(0.0, round(left, 3))) if counting else None,
+            active_outbound_connections=outbound,
             active_sessions=self.activity.sessions(record.id),
             wake=rules.wake,
             last_wake=last_wake,
@@ -153,6 +155,7 @@ class Sleeper:
             self._remember(record.id, msgspec.structs.replace(memory, hold_until=until))
 
     def _verdict(self, record: InstanceRecord, rules: StandbyRules, now: datetime) -> Verdict:
+        inbound, outbound = self.activity.open_connections(record.id)
         facts = Facts(
             state=record.state,
             running_since=record.phases.since,
@@ -162,7 +165,8 @@ class Sleeper:
             address=bool(self._address(record)) if rules.enabled else True,
             vgpu=bool(record.spec.gpu_profile),
             devices=bool(record.spec.devices),
-            connections=self.activity.open_connections(record.id),
+            connections=inbound,
+            outbound=outbound,
             sessions=self.activity.sessions(record.id),
             last_activity_at=self.activity.last(record.id),
             observed=self.activity.observed,

@@ -33,11 +33,12 @@ async def test_a_connection_is_seen_to_open_and_to_close() -> None:
             port = listener.getsockname()[1]
             client = socket.create_connection(("127.0.0.1", port))
             source_port = client.getsockname()[1]
-            opened = Connection("127.0.0.1", source_port, "127.0.0.1", port, True)
+            opened = Connection("127.0.0.1", source_port, "127.0.0.1", port, True, port)
             await until(connections, lambda seen: opened in seen)
             assert opened in await connections.list()
             assert list(await connections.list("127.0.0.1")) == [opened]
-            assert list(await connections.list("192.0.2.1")) == []
+            assert list(await connections.list(client="127.0.0.1")) == [opened]
+            assert list(await connections.list("192.0.2.1")) == list(await connections.list(client="192.0.2.1")) == []
             served, _ = listener.accept()
             client.close()
             served.close()
@@ -48,5 +49,23 @@ async def test_a_connection_is_seen_to_open_and_to_close() -> None:
             seen = await until(connections, lambda seen: bool(seen))
             assert not any(each.open for each in seen if each.port != port), "a refused attempt is not open"
             refused.close()
+    finally:
+        connections.close()
+
+
+@in_namespace
+async def test_a_redirected_connection_shows_what_the_client_wanted_and_who_answers() -> None:
+    """As those of guests to the egress proxy."""
+    chain = "type nat hook output priority -100; ip daddr 127.0.0.9 tcp dport 443 dnat to 127.0.0.1:7443;"
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["nft", f"table ip t {{ chain c {{ {chain} }}; }}"], check=True)
+    connections = Connections()
+    try:
+        connections.listen()
+        with socket.create_server(("127.0.0.1", 7443)), socket.create_connection(("127.0.0.9", 443)) as client:
+            source_port = client.getsockname()[1]
+            opened = Connection("127.0.0.1", source_port, "127.0.0.1", 7443, True, 443)
+            await until(connections, lambda seen: opened in seen)
+            assert list(await connections.list(client="127.0.0.1")) == [opened]
     finally:
         connections.close()

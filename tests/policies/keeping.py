@@ -60,8 +60,10 @@ class FakeConnections:
         if self.fails is not None:
             raise self.fails
 
-    def open(self, server: str, port: int = 80, *, source: str = "192.0.2.1", source_port: int = 40000) -> Connection:
-        made = Connection(source, source_port, server, port, True)
+    def open(
+        self, server: str, port: int = 80, *, source: str = "192.0.2.1", source_port: int = 40000, wanted: int = 0
+    ) -> Connection:
+        made = Connection(source, source_port, server, port, True, wanted or port)
         self.known.add(made)
         self._tell(made)
         return made
@@ -78,9 +80,9 @@ class FakeConnections:
         self._events.append(connection)
         self._more.set()
 
-    async def list(self, server: str = "") -> Sequence[Connection]:
+    async def list(self, server: str = "", *, client: str = "") -> Sequence[Connection]:
         await trio.lowlevel.checkpoint()
-        return [each for each in self.known if server in ("", each.server)]
+        return [each for each in self.known if server in ("", each.server) and client in ("", each.source)]
 
     async def wait_events(self) -> Sequence[Connection] | None:
         await self._more.wait()

@@ -43,6 +43,8 @@ def facts(**changes: Any) -> Facts:
         ({"observed": False}, True, "error", "observer_error"),
         ({"connections": 1}, True, "active", "active_inbound_connections"),
         ({"sessions": 1}, True, "active", "active_inbound_connections"),
+        ({"outbound": 1}, True, "active", "active_outbound_connections"),
+        ({"connections": 1, "outbound": 1}, True, "active", "active_inbound_connections"),
     ],
 )
 def test_why_not(changes: dict[str, Any], enabled: bool, state: str, reason: str) -> None:
@@ -93,6 +95,7 @@ _facts = st.builds(
     devices=st.booleans(),
     connections=st.integers(0, 2),
     sessions=st.integers(0, 2),
+    outbound=st.integers(0, 2),
     last_activity_at=st.none() | _times,
     observed=st.booleans(),
     requested=st.booleans(),
@@ -115,7 +118,7 @@ def test_whatever_the_facts(
     verdict = decide(rules, Memory(idle_since=idle, hold_until=hold), given, now)
     if verdict.ready or verdict.state is AutoStandbyState.STANDBY_REQUESTED:
         assert enabled and given.state is InstanceState.RUNNING and not given.devices and given.observed
-        assert not given.connections and not given.sessions
+        assert not given.connections and not given.sessions and not given.outbound
         assert verdict.memory.idle_since is not None
         assert now - verdict.memory.idle_since >= timedelta(seconds=timeout) - timedelta(milliseconds=1)
     if verdict.due is not None:

@@ -81,6 +81,43 @@ async def test_what_is_ignored_does_not(lab: ClockedLab, clock: Clock, port: int
         assert kept.record().state is STANDBY
 
 
+async def test_its_own_connections_keep_it_awake(lab: ClockedLab, clock: Clock) -> None:
+    """Through the egress proxy as well, which answers them at the gateway; but not those to ignored ports."""
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        ignored = lab.connections.open("203.0.113.9", 18080, source=address, wanted=9100)
+        opened = lab.connections.open("10.0.0.1", 18080, source=address, source_port=40001, wanted=443)
+        await kept.sleep(100)
+        shown = await status(kept)
+        assert (shown.active_inbound_connections, shown.active_outbound_connections) == (0, 1)
+        assert shown.reason.value == "active_outbound_connections" and kept.record().state is RUNNING
+        lab.connections.close(opened)
+        await kept.sleep(50)
+        assert kept.record().state is RUNNING
+        await kept.sleep(15)
+        assert kept.record().state is STANDBY and ignored in lab.connections.known
+
+
+async def test_its_own_connection_without_an_event_is_found_before_it_sleeps(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        lab.connections.open("203.0.113.9", 443, source=address)
+        lab.connections._events.clear()
+        await kept.sleep(90)
+        assert kept.record().state is RUNNING
+
+
+async def test_a_connection_between_two_guests_keeps_both_awake(lab: ClockedLab, clock: Clock) -> None:
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        other = await kept.instances.create(request("two", auto_standby=POLICY))
+        await kept.until_state(RUNNING, "two")
+        assert other.network
+        lab.connections.open(str(other.network.ip), 5432, source=address)
+        await kept.sleep(100)
+        assert [kept.record(name).state for name in ("one", "two")] == [RUNNING, RUNNING]
+
+
 async def test_connections_of_health_checks_do_not(lab: ClockedLab, clock: Clock) -> None:
     async with keeping(lab) as kept:
         address = await make(kept)

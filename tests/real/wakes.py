@@ -48,6 +48,7 @@ PORTS = {"http": 80, "tcp": 7, "udp": 7, "ssh": 22, "websocket": 80}
 PLACES = ("host", "world", "neighbour", "ingress")
 WAYS = [(kind, place) for place in PLACES for kind in PORTS if place != "ingress" or kind in ("http", "websocket")]
 SETTINGS = {"NETWORK__GUEST_TO_GUEST": "true", "NETWORK__DEFAULT_LIMITS": "false"}
+POLICY = {"enabled": True, "idle_timeout": "10h"}
 UDP_RETRY = 5.0
 """Seconds after which a client sends its datagram once more, as those of UDP do."""
 _CLONE_NEWNET = 0x40000000
@@ -444,7 +445,7 @@ async def cabled(directory: Path, guests: int, **environ: str) -> AsyncIterator[
                       for offset in range(2, guests + 3)}  # fmt: skip
         async with appliance_in_world(directory, ("tests.real.cabled",), **settings) as (appliance, world):
             made = [await create(appliance, number) for number in range(guests)]
-            asking = await appliance.create("neighbour")
+            asking = await appliance.create("neighbour", auto_standby=POLICY)
             await enter(appliance)
             neighbour = namespaces[asking["network"]["ip"]]
             targets = [
@@ -461,9 +462,8 @@ async def create(appliance: Appliance, number: int, **changes: Any) -> Any:
         for kind, outer in published(number).items()
         if kind != "websocket"
     ]
-    policy = {"enabled": True, "idle_timeout": "10h"}
     again = {"policy": "always", "backoff": "1s"}
-    return await appliance.create(f"vm{number}", auto_standby=policy, restart_policy=again, ports=ports, **changes)
+    return await appliance.create(f"vm{number}", auto_standby=POLICY, restart_policy=again, ports=ports, **changes)
 
 
 def published(number: int) -> dict[str, int]:

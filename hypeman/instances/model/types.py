@@ -105,7 +105,7 @@ class WakeOn(enum.StrEnum):
 
 
 class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Standby after a period without inbound TCP connections (IPv4)."""
+    """Standby after a period without TCP connections (IPv4) to the instance or from it."""
 
     enabled: Annotated[bool | None, Meta(description="Default false")] = None
     idle_timeout: Annotated[Duration | None, Meta(description="Default 5m")] = None
@@ -113,7 +113,8 @@ class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
         tuple[str, ...] | None, Meta(description="Connections from here neither count nor wake")
     ] = None
     ignore_destination_ports: Annotated[
-        tuple[Port, ...] | None, Meta(description="Connections to these ports neither count nor wake")
+        tuple[Port, ...] | None,
+        Meta(description="Connections to these ports neither count nor wake; its own to these of others do not count"),
     ] = None
     wake: Annotated[
         WakeOn | None,
@@ -520,6 +521,8 @@ class AutoStandbyReason(enum.StrEnum):
     HAS_DEVICES = "has_devices"
     """Extension: other devices are passed through."""
     ACTIVE_INBOUND_CONNECTIONS = "active_inbound_connections"
+    ACTIVE_OUTBOUND_CONNECTIONS = "active_outbound_connections"
+    """Extension: it has begun them itself."""
     IDLE_TIMEOUT_NOT_ELAPSED = "idle_timeout_not_elapsed"
     OBSERVER_ERROR = "observer_error"
     READY_FOR_STANDBY = "ready_for_standby"
@@ -549,6 +552,9 @@ class AutoStandbyStatus(Struct, frozen=True, kw_only=True):
     next_standby_at: Timestamp | None = None
     hold_until: Timestamp | None = None
     countdown_remaining: Duration | None = None
+    active_outbound_connections: Annotated[
+        Count, Meta(description="Extension: TCP connections that it has begun, which also keep it running")
+    ] = 0
     active_sessions: Annotated[
         Count, Meta(description="Extension: exec and copy sessions and followed logs, which also keep it running")
     ] = 0
