@@ -377,7 +377,7 @@ async def _build(config: Config, stack: AsyncExitStack) -> _Parts:
     network_metrics.register(store)
     policy_metrics.register(policies)
     resource_metrics.register(resources)
-    volume_metrics.register(store)
+    volume_metrics.register(volumes)
     traces.RECORDER.keep(config.traces.keep)
     return _Parts(
         config=config,

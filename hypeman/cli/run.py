@@ -83,6 +83,13 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("--overlay-size", type=SIZE, default="10GB", show_default=True, help="Writable layer over the image.")
 @click.option("--hotplug-size", type=SIZE, help="Memory that may be plugged later.")
 @click.option("--network/--no-network", default=True, show_default=True)
+@click.option(
+    "--network-group",
+    "network_groups",
+    multiple=True,
+    metavar="NAME",
+    help="Of the guests, reach only those of a group.",
+)
 @click.option("--network-egress-enabled", is_flag=True, help="Mediate outbound connections.")
 @click.option("--network-egress-mode", type=click.Choice(["all", "http_https_only"]))
 @click.option("--network-egress-rules", type=click.File(), help="JSON file: where the instance may go.")
@@ -232,6 +239,8 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         bandwidth_download=flags["bandwidth_down"],
         bandwidth_upload=flags["bandwidth_up"],
     )
+    if flags["network_groups"]:
+        network["groups"] = flags["network_groups"]
     if flags["network_egress_enabled"] or flags["network_egress_mode"]:
         network["egress"] = {"enabled": True}
         if flags["network_egress_mode"]:

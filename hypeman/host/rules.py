@@ -282,4 +282,6 @@ def _encode(kind: str, value: str) -> bytes:
             return bytes([_PROTOCOLS[value], 0, 0, 0])
         case "inet_service":
             return struct.pack(">H2x", int(value))
+        case "mark":
+            return struct.pack("=I", int(value))
     raise ValueError(f"no encoding for {kind}")

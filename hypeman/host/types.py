@@ -36,17 +36,25 @@ _ONE_TAP = ("ifname",)
 _IDENTITY = ("ifname", "ether_addr", "ipv4_addr")
 _SOCKET = ("ipv4_addr", "inet_service")
 
+MAX_GROUPS = 8
+"""Of one guest."""
+GROUP_MAPS = tuple(f"group{slot}" for slot in range(MAX_GROUPS))
+"""Maps from a TAP to one of its groups each."""
+
 SET_TYPES = {
     "guests": _IDENTITY,
     "mediated": _ONE_TAP,
     "mode_all": _ONE_TAP,
     "redirected": ("ifname", "inet_service"),
     "neighbours": _ONE_TAP,
+    **dict.fromkeys(GROUP_MAPS, _ONE_TAP),
+    "members": ("ifname", "mark"),
     "ports": ("inet_proto", "inet_service"),
     "ports_at": ("ipv4_addr", "inet_proto", "inet_service"),
     "published": ("ipv4_addr", "inet_proto", "inet_service"),
     "hairpin": ("ipv4_addr", "ipv4_addr"),
     "asleep": ("ipv4_addr",),
+    "members_asleep": ("ipv4_addr", "mark"),
     "closed": _ONE_TAP,
     "openings": ("ifname", "inet_proto", "ipv4_addr", "inet_service"),
     "private_open": _ONE_TAP,
@@ -58,7 +66,7 @@ SET_TYPES = {
 INTERVAL_SETS = frozenset(("openings",))
 """Sets whose keys may be ranges: an address is ``address/prefix``, a port ``first-last``."""
 
-MAP_TYPES = {"ports": _SOCKET, "ports_at": _SOCKET}
+MAP_TYPES = {"ports": _SOCKET, "ports_at": _SOCKET, **dict.fromkeys(GROUP_MAPS, ("mark",))}
 """nft's types of the values, for those that are maps."""
 
 

@@ -57,6 +57,7 @@ class Leases:
             upload_bps=spec.upload_bps,
             egress_mode=_mode_of(spec),
             isolated=self._isolated,
+            groups=tuple(f"{spec.tags.get(STACK_TAG, '')}/{name}" for name in spec.groups),
             ports=ports,
             reach=_reach_of(spec),
         )

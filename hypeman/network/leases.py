@@ -49,6 +49,11 @@ class TapOwner(msgspec.Struct, frozen=True):
     instance_id: str
 
 
+class Group(msgspec.Struct, frozen=True):
+    number: int
+    """From 1 on. The rules of the network know groups by it."""
+
+
 class PortOwner(msgspec.Struct, frozen=True):
     instance_id: str
 
@@ -57,6 +62,8 @@ LEASES: Table[Lease] = Table("leases", Lease)
 POOLS: Table[Pool] = Table("lease_pools", Pool)
 FREED: Table[Freed] = Table("lease_freed", Freed)
 TAPS: Table[TapOwner] = Table("lease_taps", TapOwner)
+GROUPS: Table[Group] = Table("lease_groups", Group)
+"""Name of a group of guests → its number; there while a lease is in it."""
 PORTS: Table[PortOwner] = Table("lease_ports", PortOwner)
 """``protocol/port/address`` of each socket of the host that is published → its instance."""
 
@@ -90,6 +97,7 @@ def take_lease(
             upload_bps=plan.upload_bps,
             egress_mode=plan.egress_mode,
             isolated=plan.isolated,
+            groups=_join(txn, plan.groups),
             ports=plan.ports,
             reach=plan.reach,
         )
@@ -138,6 +146,7 @@ def drop_lease(txn: Txn, instance_id: str, subnet: Subnet) -> None:
     if lease.enabled:
         txn.delete(TAPS, lease.tap)
         _drop_ports(txn, lease)
+        _leave(txn, lease)
         check_subnet(txn, subnet)
         _give_back(txn, _ADDRESSES, subnet.rank(lease.ipv4))
 
@@ -168,6 +177,26 @@ def check_subnet(txn: Txn, subnet: Subnet) -> None:
     for key in list(txn.keys(FREED, f"{_ADDRESSES}/")):
         txn.delete(FREED, key)
     txn.put(POOLS, _ADDRESSES, Pool(scope=scope))
+
+
+def _join(txn: Txn, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Numbers of these groups. A new one gets the lowest that is free."""
+    numbers = {name: group.number for name, group in txn.scan(GROUPS)} if names else {}
+    for name in names:
+        if name not in numbers:
+            numbers[name] = next(number for number in count(1) if number not in numbers.values())
+            txn.put(GROUPS, name, Group(numbers[name]))
+    return tuple(sorted(numbers[name] for name in names))
+
+
+def _leave(txn: Txn, lease: Lease) -> None:
+    """Forget the groups in which ``lease``, which has been deleted, was the last one."""
+    if not lease.groups:
+        return
+    used = {number for other in all_leases(txn) for number in other.groups}
+    for name, group in list(txn.scan(GROUPS)):
+        if group.number not in used:
+            txn.delete(GROUPS, name)
 
 
 def _take_ports(txn: Txn, lease: Lease, name_of: NameOf) -> None:

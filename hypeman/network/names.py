@@ -162,7 +162,7 @@ def _may_reach(asker: str, lease: Lease, zone: Zone, directory: Directory) -> bo
     known = directory.by_address(asker)
     if known is None or known[1].reach.closed:
         return False
-    return not known[1].isolated and not lease.isolated
+    return known[1].meets(lease)
 
 
 def _address_answer(

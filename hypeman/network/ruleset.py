@@ -15,11 +15,14 @@ The chains are fixed and drop by default for the prefix of our TAPs. A guest is 
     redirected   tap . port             this TCP port as well, except to guests
     mode_all     tap                    of the rest only UDP and ICMP pass: no other TCP, no other protocol
     neighbours   tap                    may communicate with other neighbours
+    group0…7     tap → group            may communicate with others of this group, and is no neighbour
+    members      tap . group            the same from the other side
     ports        protocol . port        → address . port of a guest: published on all addresses of the host
     ports_at     address . protocol . port → the same, published on one address
     published    address . protocol . port  of a guest: reached through a published port
     hairpin      address . address      of a guest that has published ports, twice: it reaches itself through them
     asleep       address                of a guest in standby that packets of neighbours wake (``waking.py``)
+    members_asleep  address . group     likewise packets of its groups
     closed       tap                    reaches nothing but the proxy, names, and its openings
     openings     tap . protocol . network . ports   which a closed guest reaches directly
     private_open, private_closed   tap  private networks, whatever is configured for all guests
@@ -38,6 +41,9 @@ and passes ``to_world`` only as the translation of an address of this host, so t
 unreachable from outside. Sources are kept, but for a guest that calls itself and for 127.0.0.0/8, which no guest
 could answer: those come from the gateway. Loopback addresses are translated for the host's own packets alone.
 
+No rule can compare two look-ups, so the group of the sender is put into the packet's mark and looked up together with
+the receiver's TAP (``share_group``). Only packets between guests are marked, and those that pass lose the mark again.
+
 ``accept`` ends only our own chain: other firewalls' chains still apply. Identity accepts verified packets
 and drops the rest, including IPv6: nft adds implicit conditions to a rule (Ethernet type, ARP format), so a
 rule that drops *unverified* packets would let those pass that do not meet them.
@@ -49,7 +55,16 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from hypeman.host.types import INTERVAL_SETS, MAP_TYPES, SET_TYPES, TABLE, TAP_PREFIX, WAKE_LINK, Element
+from hypeman.host.types import (
+    GROUP_MAPS,
+    INTERVAL_SETS,
+    MAP_TYPES,
+    SET_TYPES,
+    TABLE,
+    TAP_PREFIX,
+    WAKE_LINK,
+    Element,
+)
 from hypeman.network.addressing import Subnet
 from hypeman.network.ports import forwards_of
 from hypeman.network.types import EgressMode, HostPort, Lease, PrivateReach
@@ -120,8 +135,16 @@ def lease_elements(lease: Lease) -> tuple[Element, ...]:
     if lease.egress_mode is EgressMode.ALL:
         elements.append(Element("inet", "mode_all", (lease.tap,)))
     if not lease.isolated:
-        elements.append(Element("inet", "neighbours", (lease.tap,)))
+        elements += _neighbour_elements(lease)
     return (*elements, *_reach_elements(lease), *_port_elements(lease))
+
+
+def _neighbour_elements(lease: Lease) -> list[Element]:
+    if not lease.groups:
+        return [Element("inet", "neighbours", (lease.tap,))]
+    numbers = [str(number) for number in lease.groups]
+    sends = [Element("inet", name, (lease.tap,), (number,)) for name, number in zip(GROUP_MAPS, numbers, strict=False)]
+    return sends + [Element("inet", "members", (lease.tap, number)) for number in numbers]
 
 
 def _reach_elements(lease: Lease) -> Iterator[Element]:
@@ -139,13 +162,20 @@ def held_elements(lease: Lease) -> tuple[Element, ...]:
     """What stays open for an instance in standby that packets wake: its published ports, and its neighbours."""
     if not lease.enabled:
         return ()
-    asleep = () if lease.isolated else (Element("inet", "asleep", (lease.ipv4,)),)
-    return (*asleep, *_port_elements(lease))
+    return (*_asleep_elements(lease), *_port_elements(lease))
+
+
+def _asleep_elements(lease: Lease) -> tuple[Element, ...]:
+    if lease.isolated:
+        return ()
+    if not lease.groups:
+        return (Element("inet", "asleep", (lease.ipv4,)),)
+    return tuple(Element("inet", "members_asleep", (lease.ipv4, str(number))) for number in lease.groups)
 
 
 def possible_elements(lease: Lease) -> tuple[Element, ...]:
-    """Every element that ``lease`` may have had in any mode; a removal deletes all of them. Openings and ports are its
-    own."""
+    """Every element that ``lease`` may have had in any mode; a removal deletes all of them. Openings, ports and groups
+    are its own."""
     if not lease.enabled:
         return ()
     strictest = msgspec.structs.replace(lease, egress_mode=EgressMode.ALL, isolated=False)
@@ -297,12 +327,15 @@ table inet {TABLE} {{
         iifname @mediated udp dport 443 counter reject with icmpx port-unreachable
         oifname {any_tap} iifname @neighbours oifname @neighbours accept
         oifname "{WAKE_LINK}" iifname @neighbours ip daddr @asleep accept
+        oifname {any_tap} jump share_group
         ip daddr @refused counter goto refuse
         ip daddr {network} counter goto refuse
         udp sport {{ 67, 68 }} counter drop
 {_name_server(facts)}{_private()}        oifname @uplinks accept
         counter goto refuse
     }}
+    chain share_group {{
+{_share_group()}    }}
     chain to_world_closed {{
         udp dport 443 counter reject with icmpx port-unreachable
         ip daddr @refused counter goto refuse
@@ -354,6 +387,15 @@ table arp {TABLE} {{
     }}
 }}
 """
+
+
+def _share_group() -> str:
+    """Two rules for each group that a sender may be in; a look-up that fails ends its rule."""
+    return "".join(
+        f"        meta mark set iifname map @{name} {receiver} meta mark set 0 accept\n"
+        for name in GROUP_MAPS
+        for receiver in ("oifname . meta mark @members", "ip daddr . meta mark @members_asleep")
+    )
 
 
 def _sets(elements: dict[tuple[str, str], list[str]]) -> str:

@@ -87,6 +87,8 @@ class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
     egress_mode: EgressMode = EgressMode.NONE
     isolated: bool = True
     """False: may talk with other guests that may as well."""
+    groups: tuple[str, ...] = ()
+    """Only with guests that share one; none: with those that have none."""
     ports: tuple[PortMapping, ...] = ()
     """Published ports, each with a host port."""
     reach: Reach = Reach()
@@ -108,6 +110,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """Guest → outside."""
     egress_mode: EgressMode = EgressMode.NONE
     isolated: bool = True
+    groups: tuple[int, ...] = ()
+    """Their numbers, see ``leases``."""
     ports: tuple[PortMapping, ...] = ()
     """Published ports."""
     reach: Reach = Reach()
@@ -115,6 +119,12 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def enabled(self) -> bool:
         return bool(self.tap)
+
+    def meets(self, other: Lease) -> bool:
+        """Whether the two guests may talk with each other; what closed guests reach apart."""
+        if self.isolated or other.isolated:
+            return False
+        return not {*self.groups}.isdisjoint(other.groups) if self.groups or other.groups else True
 
 
 class GuestNetwork(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ from msgspec import UNSET
 
 from hypeman.errors import AlreadyExists, Conflict, InsufficientResources, InvalidRequest
 from hypeman.host.disks import Disks
-from hypeman.host.files import Files, HostError
+from hypeman.host.files import Files, HostError, allocated_bytes
 from hypeman.ids import check_tags, new_id, tags_match
 from hypeman.paths import Paths
 from hypeman.store import Store, Txn
@@ -88,6 +88,15 @@ class Volumes:
             return _view(record, attachments_of(txn, record.id))
 
         return self._store.read(find)
+
+    def sizes(self) -> Sequence[int]:
+        """Bytes that each volume has."""
+        return self._store.read(lambda txn: [record.size_gb << 30 for _, record in txn.scan(VOLUMES)])
+
+    async def used_bytes(self) -> int:
+        """Bytes that all volumes together occupy: their disks are sparse. One that is being deleted counts as none."""
+        disks = self._store.read(lambda txn: [self._paths.volume_disk(key) for key in txn.keys(VOLUMES)])
+        return await trio.to_thread.run_sync(lambda: sum(map(allocated_bytes, disks)))
 
     async def create(self, request: CreateVolumeRequest) -> Volume:
         """Create an empty ext4 disk. Raises AlreadyExists if the id is taken."""

@@ -227,10 +227,20 @@ networks: {frontend: {driver: bridge}, backend: }
 
 
 def test_services_that_are_kept_apart(tmp_path: Path) -> None:
-    with pytest.raises(ComposeError, match="proxy and db are kept apart"):
-        load(APART, tmp_path)
-    assert len(load(APART + "x-networks: shared\n", tmp_path).services) == 3
-    assert len(load(APART.replace("[frontend]", "[frontend, backend]"), tmp_path).services) == 3
+    assert groups(load(APART, tmp_path)) == {"proxy": ["frontend"], "app": ["backend", "frontend"], "db": ["backend"]}
+    more = APART.replace("services:", "services:\n  job: {image: x, network_mode: none}\n  web: {image: x}")
+    assert groups(load(more, tmp_path)) == {
+        "job": None, "web": ["default"], "proxy": ["frontend"], "app": ["backend", "frontend"], "db": ["backend"],
+    }  # fmt: skip
+    for together in (APART + "x-networks: shared\n", APART.replace("[frontend]", "[frontend, backend]")):
+        assert set(groups(load(together, tmp_path)).values()) == {None}
+
+
+def groups(stack: Stack) -> dict[str, list[str] | None]:
+    """What the services ask for, as the server reads it."""
+    for service in stack.services:
+        msgspec.convert(service.body, CreateInstanceRequest)
+    return {service.key: service.body.get("network", {}).get("groups") for service in stack.services}
 
 
 SECRET = """

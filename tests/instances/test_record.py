@@ -37,7 +37,7 @@ SPEC = InstanceSpec(
     hotplug_bytes=1 << 29, overlay_bytes=1 << 31, disk_io_bps=1, env={"A": "b"},
     credentials={"KEY": CredentialPolicy(source=CredentialSource(env="REAL"), inject=(RULE,))}, tags={"a": "b"},
     network=False, download_bps=2, upload_bps=3, egress=EgressEnforcementMode.ALL,
-    access=EgressAccess(default=AccessDefault.DENY), devices=("gpu",),
+    groups=("backend",), access=EgressAccess(default=AccessDefault.DENY), devices=("gpu",),
     gpu_profile="p", volumes=(VolumeMount(volume_id="v", mount_path="/v", readonly=True),), entrypoint=("/init",),
     cmd=("x",), user="1000", working_dir="/srv", hostname="web.example",
     idle=True, skip_guest_agent=True, snapshot_policy=SnapshotPolicy(), auto_standby=AutoStandbyPolicy(),

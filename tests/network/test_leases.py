@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hypeman.errors import InsufficientResources, InvalidState
 from hypeman.network.addressing import Subnet
-from hypeman.network.leases import all_leases, check_subnet, drop_lease, get_lease, take_lease
+from hypeman.network.leases import GROUPS, all_leases, check_subnet, drop_lease, get_lease, take_lease
 from hypeman.network.types import EgressMode, Lease, NetworkPlan
 from hypeman.store import Store, Txn
 
@@ -131,3 +131,25 @@ def test_leases_never_clash_and_never_leak(operations: list[tuple[bool, int, boo
                 assert len({getattr(each, field) for each in addressed}) == len(addressed)
             assert len({each.cid for each in held.values()}) == len(held)
         assert sorted(all_leases(txn), key=str) == sorted(held.values(), key=str)
+
+
+def test_groups_have_a_number_while_a_lease_is_in_them(txn: Txn) -> None:
+    first = take_lease(txn, "a", NetworkPlan(groups=("s/front", "s/back")), SUBNET)
+    second = take_lease(txn, "b", NetworkPlan(groups=("s/back",)), SUBNET)
+    assert (first.groups, second.groups) == ((1, 2), (2,))
+    drop_lease(txn, "a", SUBNET)
+    assert take_lease(txn, "c", NetworkPlan(groups=("t/back",)), SUBNET).groups == (1,), "a number that is free"
+    assert take_lease(txn, "d", NetworkPlan(groups=("s/back",)), SUBNET).groups == (2,)
+    for instance in "bcd":
+        drop_lease(txn, instance, SUBNET)
+    assert list(txn.scan(GROUPS)) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "meets"),
+    [((), (), True), ((1,), (1, 2), True), ((1,), (2,), False), ((1,), (), False), ((), (1,), False)],
+)
+def test_who_meets_whom(one: tuple[int, ...], other: tuple[int, ...], meets: bool) -> None:
+    here = Lease(instance_id="a", cid=3, isolated=False, groups=one)
+    assert here.meets(Lease(instance_id="b", cid=4, isolated=False, groups=other)) is meets
+    assert not here.meets(Lease(instance_id="b", cid=4, groups=one))

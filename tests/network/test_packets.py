@@ -288,6 +288,43 @@ async def test_neighbours_reach_each_other(lab: Lab) -> None:
 
 
 @in_namespace
+async def test_guests_of_a_group_reach_each_other_and_nobody_else(lab: Lab) -> None:
+    proxy = await lab.guest(isolated=False, groups=(1,))
+    app = await lab.guest(isolated=False, groups=(1, 2))
+    db = await lab.guest(isolated=False, groups=(2,))
+    other = await lab.guest(isolated=False)
+    alone = await lab.guest(groups=(1, 2))
+    apart = [(proxy, db), (db, proxy), (proxy, other), (other, app), (alone, app), (app, alone)]
+    for sender, receiver in apart:
+        sender.send_udp(receiver.lease.ipv4, 9, b"apart")
+    for sender, receiver in ((proxy, app), (app, proxy), (app, db), (db, app)):
+        sender.send_udp(receiver.lease.ipv4, 9, b"together")
+        seen = await receiver.expect(lambda each: each.protocol == UDP)
+        assert (seen.data, seen.source) == (b"together", sender.lease.ipv4)
+    for guest in (proxy, db, other, alone):
+        assert _datagrams(await guest.expect_pong()) == []
+
+
+@in_namespace
+async def test_a_mark_that_the_host_gives_is_no_group(lab: Lab) -> None:
+    """Other software may mark packets before our rules see them; what passes between guests has no mark of ours."""
+    for command in (
+        "table ip others",
+        "chain ip others early { type filter hook prerouting priority mangle; }",
+        "rule ip others early meta mark set 1",
+        "chain ip others late { type filter hook postrouting priority 300; }",
+        "rule ip others late meta mark 1 udp dport 9 counter drop",
+    ):
+        sh(f"nft 'add {command}'")
+    member = await lab.guest(isolated=False, groups=(1,))
+    mate = await lab.guest(isolated=False, groups=(1,))
+    other = await lab.guest(isolated=False)
+    other.send_udp(member.lease.ipv4, 9, b"by a mark")
+    mate.send_udp(member.lease.ipv4, 9, b"by its group")
+    assert (await member.expect(lambda each: each.protocol == UDP)).data == b"by its group"
+
+
+@in_namespace
 async def test_an_unused_guest_address_does_not_leak_to_the_world(lab: Lab) -> None:
     guest = await lab.guest()
     guest.send_udp("10.100.77.77", 9, b"leak")

@@ -142,6 +142,8 @@ def render() -> str:
         ({"egress_mode": EgressMode.ALL, "reach": REDIRECTED}, {"guests", "mediated", "mode_all", "redirected"}),
         ({"reach": REDIRECTED}, {"guests"}),
         ({"isolated": False}, {"guests", "neighbours"}),
+        ({"isolated": False, "groups": (3, 7)}, {"guests", "group0", "group1", "members"}),
+        ({"groups": (3,)}, {"guests"}),
         ({"ports": PORTS}, {"guests", "ports", "ports_at", "published", "hairpin"}),
         ({"ports": PORTS[3:]}, {"guests"}),
         ({"reach": REACHES[1]}, {"guests", "closed", "openings"}),
@@ -163,6 +165,8 @@ def test_a_removal_clears_whatever_a_lease_may_have_opened() -> None:
                 now = replace(opened, egress_mode=EgressMode.NONE, isolated=True, reach=replace(reach, closed=False))
                 own = {element for element in lease_elements(opened) if element.set == "openings"}
                 assert set(lease_elements(opened)) <= {*possible_elements(now), *own}
+    member = lease("a", groups=(3, 7), isolated=False)
+    assert set(lease_elements(member)) <= set(possible_elements(member))
 
 
 def test_an_instance_without_network_opens_nothing() -> None:

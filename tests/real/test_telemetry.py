@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ async def test_metrics_and_export(directory: Path) -> None:
             asked = {name for query in QUERIES for name, _ in series_of(query)}
             assert {name for name in asked if not {name, *stems(name)} & offered} == set()
             assert "hypeman_volumes_allocated_bytes 1.073741824e+09" in text
+            [used] = re.findall(r"^hypeman_volumes_used_bytes (\S+)$", text, re.MULTILINE)
+            assert 0 < float(used) < 1 << 30  # an empty file system on a sparse disk
             with trio.fail_after(PATIENCE):
                 while {"/v1/traces", "/v1/metrics"} - {path for path, _ in got(received)}:
                     await trio.sleep(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import random
 import subprocess
 import tarfile
 from collections.abc import AsyncIterator
@@ -44,6 +45,16 @@ async def test_a_volume_larger_than_the_free_space_is_refused(store: Store, path
         await small.create(CreateVolumeRequest(name="big", size_gb=3))
     assert str(paths.data_dir) not in refusal.value.message
     await small.create(CreateVolumeRequest(name="fits", size_gb=1))
+
+
+async def test_what_volumes_occupy(volumes: Volumes) -> None:
+    assert await volumes.used_bytes() == 0
+    await volumes.create(CreateVolumeRequest(name="empty", size_gb=1))
+    empty = await volumes.used_bytes()
+    assert 0 < empty < sum(volumes.sizes()) == 1 << 30, "disks are sparse"
+    archive = tar_gz(("data", random.Random(1).randbytes(5 << 20)))
+    await volumes.create_from_archive(CreateVolumeRequest(name="full", size_gb=1), in_chunks(archive, 1 << 16))
+    assert await volumes.used_bytes() >= 2 * empty + (5 << 20)
 
 
 def tar_gz(*entries: tuple[str, bytes | None], links: dict[str, str] | None = None) -> bytes:

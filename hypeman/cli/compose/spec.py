@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -109,7 +109,7 @@ def parse(
         if not wanted or profiles & wanted or "*" in profiles:
             readers.append(_Reader(name, str(key), value, directory, environ, volumes, tree.get("secrets") or {}))
     with _well_formed("networks"):
-        _check_networks(tree, {reader.key: reader.networks() for reader in readers})
+        _assign_groups(tree, readers)
     services = []
     for reader in readers:
         with _well_formed(f"services.{reader.key}"):
@@ -145,9 +145,10 @@ def read_yaml(path: Path) -> Any:
         raise ComposeError(f"{path} cannot be read: {error}") from None
 
 
-def _check_networks(tree: Mapping[str, Any], networks: Mapping[str, frozenset[str]]) -> None:
-    """Guests of a host reach each other, or, with network.guest_to_guest off, none does: a file that keeps some of its
-    services apart would be opened."""
+def _assign_groups(tree: Mapping[str, Any], readers: Sequence[_Reader]) -> None:
+    """A file that keeps some of its services apart by networks makes each network a group of guests. In all others no
+    service has a group: each reaches the others, and those of other stacks."""
+    networks = {reader.key: reader.networks() for reader in readers}
     known = tree.get("networks") or {}
     for key, value in known.items():
         fields = (value or {}).keys() - _NETWORK_KEYS
@@ -159,12 +160,10 @@ def _check_networks(tree: Mapping[str, Any], networks: Mapping[str, frozenset[st
     for key, names in networks.items():
         if missing := names - known.keys() - {"default"}:
             raise ComposeError(f"services.{key}.networks: there is no network {', '.join(sorted(missing))}")
-    apart = [(one, other) for one, other in combinations(networks, 2) if not networks[one] & networks[other]]
-    if apart and tree.get("x-networks") != "shared":
-        raise ComposeError(
-            f"networks: {' and '.join(apart[0])} are kept apart, but instances of one host reach each other, or none "
-            "does (network.guest_to_guest); x-networks: shared at the top accepts that"
-        )
+    connected = [names for names in networks.values() if names]
+    if tree.get("x-networks") != "shared" and any(not one & other for one, other in combinations(connected, 2)):
+        for reader in readers:
+            reader.groups = sorted(networks[reader.key])
 
 
 def interpolated(text: str, environ: Mapping[str, str]) -> str:
@@ -239,6 +238,8 @@ class _Reader:
         self._directory = directory
         self._environ = environ
         self._volumes = volumes
+        self.groups: list[str] = []
+        """Of guests that the instance reaches."""
         self.copies: list[Volume] = []
         """Of directories here; known once ``service`` was called."""
 
@@ -253,6 +254,7 @@ class _Reader:
         credentials, secrets = self._credentials()
         network = {
             **({"egress": {"enabled": True}} if credentials else {}),
+            **({"groups": self.groups} if self.groups else {}),
             **({"enabled": False} if self._value.get("network_mode") == "none" else {}),
         }
         body = {
@@ -292,6 +294,7 @@ class _Reader:
         ]
 
     def networks(self) -> frozenset[str]:
+        """Those that it is in; none with ``network_mode: none``."""
         given = self._value.get("networks") or ["default"]
         if isinstance(given, dict):
             for name, fields in given.items():
@@ -300,7 +303,7 @@ class _Reader:
         mode = str(self._value.get("network_mode", "bridge"))
         if mode not in ("none", "bridge", "default"):
             raise self._error("network_mode", f"{mode}: each instance has its own network")
-        return frozenset(given)
+        return frozenset(() if mode == "none" else given)
 
     def _build(self) -> dict[str, Any]:
         given = self._value.get("build")

@@ -46,6 +46,7 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True):
     network: bool = True
     download_bps: int = 0
     upload_bps: int = 0
+    groups: tuple[str, ...] = ()
     egress: EgressEnforcementMode | None = None
     access: EgressAccess | None = None
     """Where mediated egress may go; None: anywhere."""
@@ -219,6 +220,7 @@ def forked(
             network=spec.network,
             download_bps=spec.download_bps,
             upload_bps=spec.upload_bps,
+            groups=spec.groups,
             egress=spec.egress,
             access=spec.access,
             devices=spec.devices,

@@ -34,6 +34,7 @@ from hypeman.fields import (
     TagMap,
     Timestamp,
 )
+from hypeman.host.types import MAX_GROUPS
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.network.types import PortMapping
 
@@ -236,11 +237,22 @@ class NetworkUpdate(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     egress: EgressUpdate
 
 
+GroupName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$", examples=["backend"])]
+
+
 class NetworkRequest(Struct, frozen=True, kw_only=True):
     enabled: bool = True
     bandwidth_download: Annotated[Rate | None, Meta(description="Outside to VM; default: a share of the host's")] = None
     bandwidth_upload: Annotated[Rate | None, Meta(description="VM to outside; default: a share of the host's")] = None
     egress: EgressRequest = EgressRequest()
+    groups: Annotated[
+        tuple[GroupName, ...],
+        Meta(
+            max_length=MAX_GROUPS,
+            description="Extension: of the other guests it reaches only those that share a group with it, and they it; "
+            "without groups, those that have none. Needs network.guest_to_guest; groups of a stack are the stack's own",
+        ),
+    ] = ()
 
 
 class GpuRequest(Struct, frozen=True, kw_only=True):
@@ -372,6 +384,7 @@ class InstanceNetwork(Struct, frozen=True, kw_only=True):
     egress: Annotated[
         EgressAccess | UnsetType, Meta(description="Extension: where the instance may go; absent: anywhere")
     ] = UNSET
+    groups: Annotated[tuple[GroupName, ...] | UnsetType, Meta(description="Extension: as created with")] = UNSET
 
 
 class InstanceGpu(Struct, frozen=True, kw_only=True):

@@ -111,6 +111,7 @@ def check_create(
         network=request.network.enabled,
         download_bps=_rate(request.network.bandwidth_download, "invalid_bandwidth_download"),
         upload_bps=_rate(request.network.bandwidth_upload, "invalid_bandwidth_upload"),
+        groups=tuple(dict.fromkeys(request.network.groups)),
         egress=request.network.egress.enforcement.mode if request.network.egress.enabled else None,
         access=_access(request.network.egress),
         devices=request.devices,
@@ -328,6 +329,8 @@ def changed_access(spec: InstanceSpec, update: EgressUpdate) -> EgressAccess | N
 def _check_network(request: CreateInstanceRequest) -> None:
     if request.network.egress.enabled and not request.network.enabled:
         raise InvalidRequest("network.egress needs network.enabled")
+    if request.network.groups and not request.network.enabled:
+        raise InvalidRequest("network.groups need network.enabled")
     if request.ports and not request.network.enabled:
         raise InvalidRequest("ports need network.enabled", code="invalid_ports")
 

@@ -71,6 +71,7 @@ def _network(record: InstanceRecord, lease: Lease | None) -> InstanceNetwork:
         bandwidth_download=format_rate(lease.download_bps) if lease.download_bps else UNSET,
         bandwidth_upload=format_rate(lease.upload_bps) if lease.upload_bps else UNSET,
         egress=record.spec.access or UNSET,
+        groups=record.spec.groups or UNSET,
     )
 
 

@@ -19,6 +19,7 @@ export function Network({ instance }: { instance: Instance }) {
             ["IPv4", network?.ip && <span class="mono">{network.ip}</span>],
             ["MAC", network?.mac && <span class="mono">{network.mac}</span>],
             ["Name for other guests", <span class="mono">{instance.name}</span>],
+            ["Groups of guests", network?.groups?.join(", ")],
             ["Download limit", network?.bandwidth_download],
             ["Upload limit", network?.bandwidth_upload],
           ]} />}
