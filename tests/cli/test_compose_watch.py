@@ -68,6 +68,8 @@ def test_a_directory_becomes_a_volume(tmp_path: Path) -> None:
         ("./gone:/there", "gone does not exist"),
         ("./file:/etc/app.conf:ro", "only directories are copied"),
         ("/dev/null:/there", "only directories are copied"),
+        ("/:/host:ro", "/ is the host's: a VM has its own"),
+        ("/proc/self:/host:ro", "a VM has its own"),
         ("./here:there", "not an absolute path"),
         ("{type: tmpfs, target: /x}", "tmpfs is not supported"),
         ("{type: volume, source: gone, target: /x}", "no volume 'gone'"),

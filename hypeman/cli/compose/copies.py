@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypeman.cli.context import entries, write_directory
 MAX_BYTES = 1 << 30
 MAX_ENTRIES = 100_000
 _WRITABLE_GB = 10
+_OF_THE_KERNEL = (("/", "proc"), ("/", "sys"), ("/", "dev"))
 _CHUNK = 1 << 20
 _HASH_CHARACTERS = 10
 
@@ -34,8 +36,11 @@ def copied_volume(stack: str, service: str, source: Path, target: str, *, readon
             f"{source} is not a directory: only directories are copied into a VM; put the file into one, or into the "
             "image"
         )
+    if source == Path("/") or source.parts[:2] in _OF_THE_KERNEL:
+        raise ComposeError(f"{source} is the host's: a VM has its own")
     try:
-        digest, size = _measured(source)
+        size = _checked_size(source)
+        digest = _digest(source) if readonly else ""
     except OSError as error:
         raise ComposeError(f"{error.filename or source} cannot be read: {error.strerror}") from None
     place = re.sub(r"[^a-z0-9]+", "-", target.lower()).strip("-") or "root"
@@ -46,24 +51,30 @@ def copied_volume(stack: str, service: str, source: Path, target: str, *, readon
     return Volume(name, name, max(_WRITABLE_GB, gigabytes), str(source))
 
 
-def _measured(directory: Path) -> tuple[str, int]:
-    """A hash of names, modes and content, and the bytes of all files."""
-    digest = hashlib.sha256()
+def _checked_size(directory: Path) -> int:
+    """Bytes of all files, from their attributes alone. Raises ComposeError if there is too much to copy."""
     size = 0
-    for count, path in enumerate(entries(directory)):
+    for count, path in enumerate(entries(directory), 1):
+        size += os.lstat(directory / path).st_size
+        if size > MAX_BYTES or count > MAX_ENTRIES:
+            raise ComposeError(
+                f"{directory} has more than 1 GB or {MAX_ENTRIES} files, too much for a copy: use a named volume"
+            )
+    return size
+
+
+def _digest(directory: Path) -> str:
+    """A hash of names, modes and content."""
+    digest = hashlib.sha256()
+    for path in entries(directory):
         about = os.lstat(directory / path)
         digest.update(f"{path}\0{about.st_mode}\0".encode(errors="surrogateescape"))
-        if os.path.islink(directory / path):
+        if stat.S_ISLNK(about.st_mode):
             digest.update(os.fsencode(os.readlink(directory / path)))
-        elif os.path.isfile(directory / path):
-            size += about.st_size
-            if size > MAX_BYTES or count > MAX_ENTRIES:
-                raise ComposeError(
-                    f"{directory} has more than 1 GB or {MAX_ENTRIES} files, too much for a copy: use a named volume"
-                )
+        elif stat.S_ISREG(about.st_mode):
             with open(directory / path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest(), size
+    return digest.hexdigest()
 
 
 def archive(directory: Path) -> Iterator[bytes]:
