@@ -42,7 +42,8 @@ T = TypeVar("T")
 ADDRESS = "10.87.0.1"
 """Of the control plane on the bridge; hosts are .11 and following."""
 SERVER = f"https://{ADDRESS}:6443"
-PATIENCE = 150.0
+PATIENCE = 300.0
+"""Seconds until a wait counts as a hang; a busy machine is slow, not wrong."""
 GRACE_SECONDS = 15
 """Without a heartbeat, after which a node counts as gone."""
 
@@ -307,10 +308,10 @@ class ControlPlane:
         (self.directory / f"{name}.conf").write_text(json.dumps(tree))
 
 
-def eventually(look: Callable[[], T], what: str, *programs: Program, seconds: float = PATIENCE) -> T:
+def eventually(look: Callable[[], T], what: str, *programs: Program) -> T:
     """The first true value of ``look``. While it fails, it is asked again; at the end its failure is reported, with the
     logs of the ``programs``."""
-    until = time.monotonic() + seconds
+    until = time.monotonic() + PATIENCE
     while True:
         problem: BaseException | None = None
         try:
@@ -321,7 +322,7 @@ def eventually(look: Callable[[], T], what: str, *programs: Program, seconds: fl
         ended = [each for each in programs if not each.runs]
         if time.monotonic() > until or ended:
             logs = "\n".join(f"--- {each.name}\n{each.tail()}" for each in programs)
-            raise AssertionError(f"not within {seconds:g} s: {what}: {problem or ''}\n{logs}") from problem
+            raise AssertionError(f"not within {PATIENCE:g} s: {what}: {problem or ''}\n{logs}") from problem
         time.sleep(0.2)
 
 

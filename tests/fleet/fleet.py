@@ -73,9 +73,7 @@ class Fleet:
         eventually(lambda: self.control.get("serviceaccount", "default", "-n", name), "the namespace is ready")
         yield name
         self.control.kubectl("delete", "namespace", name, "--wait=false")
-        eventually(
-            lambda: not self.control.try_kubectl("get", "namespace", name).stdout, f"{name} is gone", seconds=180
-        )
+        eventually(lambda: not self.control.try_kubectl("get", "namespace", name).stdout, f"{name} is gone")
         for host in self.hosts:
             eventually(lambda host=host: not in_namespace(host, name), f"{host.name} has nothing of {name}")  # type: ignore[misc]
 
@@ -83,7 +81,7 @@ class Fleet:
         found = self.control.get("pods", "-n", namespace, *selector)["items"]
         return [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
-    def wait_running(self, namespace: str, count: int, *selector: str, seconds: float = 120.0) -> list[dict[str, Any]]:
+    def wait_running(self, namespace: str, count: int, *selector: str) -> list[dict[str, Any]]:
         """The pods, once ``count`` of them run."""
 
         def running() -> list[dict[str, Any]]:
@@ -91,9 +89,7 @@ class Fleet:
             assert len(pods) == count, f"{len(pods)} of {count} pods run"
             return pods
 
-        return eventually(
-            running, f"{count} pods run", *(host.node for host in self.hosts if host.node.runs), seconds=seconds
-        )
+        return eventually(running, f"{count} pods run", *(host.node for host in self.hosts if host.node.runs))
 
     def running_by_uid(self) -> Counter[str]:
         """How many running instances each pod has, on all hosts that answer."""

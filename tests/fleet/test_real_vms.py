@@ -52,11 +52,13 @@ def test_logs(fleet: Fleet, namespace: str) -> None:
 
     assert logs()[:2] == ["began", "line"]
     assert logs("--tail=1") == ["line"]
-    eventually(lambda: len(logs()) > 8, "it prints a line a second")
-    times = [datetime.fromisoformat(line.split()[0]) for line in logs("--timestamps", "--tail=6")]
-    assert times == sorted(times)
-    assert timedelta(seconds=3) <= times[-1] - times[0], "six lines, a second apart"
-    recent = logs(f"--since-time={times[-1]:%Y-%m-%dT%H:%M:%SZ}")
+
+    def times() -> list[datetime]:
+        return [datetime.fromisoformat(line.split()[0]) for line in logs("--timestamps")]
+
+    eventually(lambda: times()[-1] - times()[0] >= timedelta(seconds=5), "it prints a line a second")
+    assert times() == sorted(times())
+    recent = logs(f"--since-time={times()[-1]:%Y-%m-%dT%H:%M:%SZ}")
     assert 0 < len(recent) < len(logs()), "not what was printed before"
     assert logs("--since=1h")[0] == "began"
     assert "not found" in fleet.control.try_kubectl("logs", "vm", "-n", namespace, "--previous").stderr
