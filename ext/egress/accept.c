@@ -216,8 +216,12 @@ static void on_hello(struct conn *c, const struct hello *h)
     c->to.tls = true;
     c->to.port = c->explicit_proxy ? c->loop->engine->assumed_tls_port : c->dialled_port;
     if (c->pg || h->postgres) {
-        postgres_hello(c, &name, h->name_len > 0);
-        terminate(c);
+        if (!postgres_hello(c, &name, h->name_len > 0))
+            c->refused = judge(c, true, &pass);
+        if (pass)
+            down_pass(c);
+        else
+            terminate(c);
         return;
     }
     if (h->name_len) {

@@ -140,9 +140,11 @@ void up_begin_tls(struct conn *c);
 
 /* pgdown.c, pgup.c */
 void postgres_begin(struct conn *c);                                      /* its first byte is there */
-void postgres_hello(struct conn *c, const struct host *name, bool named); /* before the handshake: what is asked for */
+/* Before the handshake. False: logins to the host that is asked for are not ours. */
+bool postgres_hello(struct conn *c, const struct host *name, bool named);
 void postgres_run(struct conn *c);
 void postgres_end(struct conn *c);
+bool postgres_asks_for_tls(const struct conn *up); /* instead of beginning it at once */
 void postgres_ask_for_tls(struct conn *up);
 void postgres_tls_answer(struct conn *up);
 void postgres_host_run(struct conn *up);

@@ -259,18 +259,32 @@ static bool only_host(struct conn *c)
     return p != NULL;
 }
 
-void postgres_hello(struct conn *c, const struct host *name, bool named)
+static bool logs_in(const struct conn *c)
 {
+    uint64_t generation;
+    struct snapshot *s = tenant_borrow(c->tenant, &generation);
+    bool found = s && snapshot_logs_in(s, &c->to.host, c->to.port);
+    snapshot_release(s);
+    return found;
+}
+
+bool postgres_hello(struct conn *c, const struct host *name, bool named)
+{
+    bool direct = !c->pg;
     postgres_begin(c);
+    c->pg->direct = direct;
     c->pg->stage = S_STARTUP;
     if (named) {
         c->to.host = *name;
-    } else if (!only_host(c)) {
+        return logs_in(c);
+    }
+    if (!only_host(c)) {
         addr_text(c->dialled, c->to.host.text);
         c->to.host.len = (uint8_t)strlen(c->to.host.text);
         c->to.host.kind = HOST_IP;
         c->refused = R_PG_TLS;
     }
+    return true;
 }
 
 static enum step begin_tls(struct conn *c)
@@ -316,13 +330,25 @@ static void copy_name(char out[PG_NAME_MAX], struct str name)
     out[name.n] = 0;
 }
 
+/* Before the guest is authenticated; what it would have to wait for is decided afterwards. */
+static enum reason check_login(struct conn *c)
+{
+    uint64_t generation;
+    if (!tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
+        return R_RATE;
+    if (!xchg_count(&c->x))
+        return R_BUSY;
+    enum reason why = pg_decide(c, &generation);
+    if (c->refused && c->x.ruled.decision != D_DENIED) /* by a rule, which says more */
+        return c->refused;
+    return why == R_APPROVAL_PENDING || why == R_CREDENTIAL ? R_NONE : why;
+}
+
 static enum step log_in(struct conn *c, const struct pg_startup *s)
 {
     static const char PLUS[] = SCRAM_PLUS "\0" SCRAM "\0";
     struct postgres *pg = c->pg;
-    struct xchg *x = &c->x;
     struct out o = pg_scratch(c);
-    uint64_t generation;
     begin_exchange(c, "POSTGRES");
     copy_name(pg->role, s->user);
     copy_name(pg->database, s->database);
@@ -332,14 +358,8 @@ static enum step log_in(struct conn *c, const struct pg_startup *s)
         abort();
     memcpy(startup, o.p, o.n);
     pg->startup = (struct str){startup, (uint32_t)o.n};
-    enum reason why = c->refused;
-    if (why == R_NONE && !tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
-        why = R_RATE;
-    if (why == R_NONE && !xchg_count(x))
-        why = R_BUSY;
-    if (why == R_NONE)
-        why = pg_decide(c, &generation);
-    if (why != R_NONE && why != R_APPROVAL_PENDING && why != R_CREDENTIAL)
+    enum reason why = check_login(c);
+    if (why != R_NONE)
         return refuse(c, why, NULL);
     o = pg_scratch(c);
     if (s->version != PG_VERSION_3_0 || s->options)

@@ -9,6 +9,11 @@
 
 enum { AT_ONCE = 8192 }; /* iterations before others get a turn */
 
+bool postgres_asks_for_tls(const struct conn *up)
+{
+    return up->to.postgres && up->to.tls && !(up->pass_for && up->pass_for->pg->direct);
+}
+
 void postgres_ask_for_tls(struct conn *up)
 {
     struct out o = pg_scratch(up);
@@ -25,7 +30,10 @@ void postgres_tls_answer(struct conn *up)
     /* One byte and nothing behind it: what comes before TLS could be anybody's. */
     if (n == 1 && up->in.p[up->in.off] == 'S') {
         buf_take(up->loop, &up->in, 1);
-        up_begin_tls(up);
+        if (up->pass_for)
+            up_ready(up); /* the hello is the guest's */
+        else
+            up_begin_tls(up);
         return;
     }
     bool declined = n == 1 && up->in.p[up->in.off] == 'N';

@@ -440,16 +440,18 @@ void up_connected(struct conn *c)
         begin_http2(c);
         return;
     }
+    if (postgres_asks_for_tls(c)) {
+        conn_timer(c, T_HANDSHAKE);
+        postgres_ask_for_tls(c);
+        return;
+    }
     if (c->pass_for || !c->to.tls) {
         c->phase = c->to.postgres ? P_POSTGRES : P_HTTP1;
         up_ready(c);
         return;
     }
     conn_timer(c, T_HANDSHAKE);
-    if (c->to.postgres)
-        postgres_ask_for_tls(c);
-    else
-        up_begin_tls(c);
+    up_begin_tls(c);
 }
 
 void up_begin_tls(struct conn *c)
@@ -645,7 +647,7 @@ static bool may_go_on(struct conn *down)
     if (!s)
         return false;
     struct ruled now;
-    if (down->pg) {
+    if (down->pg && down->phase == P_TUNNEL) {
         good = postgres_may_go_on(down, s);
         snapshot_release(s);
         up->generation = generation;

@@ -20,6 +20,7 @@ enum host_stage { H_NEW, H_ASKED, H_SCRAM, H_DERIVE, H_FINAL, H_KNOWN, H_READY, 
 struct postgres {
     enum stage stage;
     enum host_stage host;
+    bool direct; /* its TLS began at once */
     bool asked_for_gss, cancels;
     uint32_t process, secret; /* which session it cancels */
     struct str startup;       /* for the host; allocated */

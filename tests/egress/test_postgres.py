@@ -245,9 +245,24 @@ async def test_without_tls(shop: Shop, first: bytes) -> None:
     assert await wire.rest() == b""
 
 
-async def test_host_without_a_rule(shop: Shop) -> None:
+async def test_host_without_a_rule(shop: Shop, origin_ca: trustme.CA) -> None:
+    """Passed through unread to the server with its own certificate, as HTTPS is; where that fails, it is told."""
+    trust = ssl.create_default_context()
+    origin_ca.configure_trust(trust)
+    trust.check_hostname = False
+    shop.world.guest_trust, ours = trust, shop.world.guest_trust
     client = await shop.connect("other.test")
-    assert "(host_denied)" in (await client.log_in(HELD, ROLE))["M"]
+    assert client.binding == shop.server.binding
+    assert await client.log_in(PASSWORD, ROLE, mechanism=PLUS, flag="p") == {}
+    assert await client.query("unread") == b"unread"
+    await client.wire.stream.aclose()
+    assert ((await shop.record()).kind, shop.server.used) == ("passed_through", [f"{PLUS} p"])
+    shop.world.guest_trust = ours
+    shop.server.answer_to_tls = b"N"
+    assert "(upstream_tls)" in (await (await shop.connect("other.test")).log_in(HELD, ROLE))["M"]
+    rule = AccessRule(action=AccessAction.DENY, hosts=("other.test",))
+    await shop.allow(access=EgressAccess(rules=(rule,)))
+    assert "(host_denied_by_rule)" in (await (await shop.connect("other.test")).log_in(HELD, ROLE))["M"]
 
 
 async def test_malformed_scram_of_the_guest(shop: Shop) -> None:
