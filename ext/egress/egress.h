@@ -139,7 +139,7 @@ void pool_remove(struct conn *c);
 void up_begin_tls(struct conn *c);
 
 /* pgdown.c, pgup.c */
-void postgres_begin(struct conn *c);                                      /* its first byte is there */
+void postgres_begin(struct conn *c); /* its first byte is there */
 /* Before the handshake. False: logins to the host that is asked for are not ours. */
 bool postgres_hello(struct conn *c, const struct host *name, bool named);
 void postgres_run(struct conn *c);

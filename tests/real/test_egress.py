@@ -18,6 +18,7 @@ import pytest
 import trio
 import trustme
 
+from tests.egress.postgres_server import a_database
 from tests.real.appliance import ROOT, Appliance
 from tests.real.world import ADDRESS, World
 
@@ -31,10 +32,14 @@ FORMS = "forms.example.test"
 ECHO = "echo.example.test"
 FORM_SECRET = 'f0rm s3cret/9d1c&"x'
 HOOK_SECRET = "h00k-5e1f0c77aa"
-DEBIAN = ROOT / "build" / "test-images" / "debian-curl.tar"
+DATABASE = "db.example.test"
+GIT = "git.example.test"
+DATABASE_SECRET = "d4ta-6c02e9ab17"
+DEBIAN = ROOT / "build" / "test-images" / "debian-programs.tar"
+PACKAGES = "curl,ca-certificates,git,postgresql-client-15,python3-requests"
 
 ORIGIN = """
-import http.server, json, ssl, sys
+import http.server, json, pathlib, ssl, sys
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
@@ -44,6 +49,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers["Host"].startswith("forms"):
             seen |= {"path": self.path, "body": asked, "signature": self.headers["X-Hub-Signature-256"],
                      "certificate": certificate and certificate["subjectAltName"][0][1]}
+        if self.headers["Host"].startswith("git"):
+            return self.show_file(seen["authorization"])
         with open(sys.argv[3], "w") as file:
             json.dump(seen, file)
         body = b"{}"  # an origin that echoes hands the secret to the guest itself, unless it is scrubbed
@@ -55,6 +62,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     do_POST = do_GET
+    def show_file(self, authorization):
+        path = pathlib.Path(sys.argv[5], self.path.partition("?")[0].lstrip("/"))
+        good = authorization == [sys.argv[6]]
+        body = path.read_bytes() if good and path.is_file() else b""
+        self.send_response(200 if body else 404 if good else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
     def log_message(self, *args):
         pass
 server = http.server.ThreadingHTTPServer((sys.argv[1], 443), Handler)
@@ -82,15 +97,14 @@ with open(sys.argv[1], "wb", buffering=0) as file:
 
 
 @pytest.fixture(scope="session")
-def debian_with_curl() -> Path:
-    """A docker-save archive of a small Debian with curl and Python, made once and kept below ``build``."""
+def debian_with_programs() -> Path:
+    """A docker-save archive of a small Debian with programs of guests, made once and kept below ``build``."""
     if not DEBIAN.exists():
         DEBIAN.parent.mkdir(parents=True, exist_ok=True)
         layer = DEBIAN.with_suffix(".layer.tar")
         done = subprocess.run(
             [
-                "mmdebstrap", "--quiet", "--variant=minbase", "--include=curl,ca-certificates,python3-minimal",
-                "bookworm", str(layer),
+                "mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(layer),
             ],
             capture_output=True, text=True,
         )  # fmt: skip
@@ -114,7 +128,7 @@ def _save(layer: Path, archive: Path) -> None:
         "config": {"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["sleep", "infinity"]},
         "rootfs": {"type": "layers", "diff_ids": [digest]},
     }
-    manifest = [{"Config": "config.json", "RepoTags": ["localhost/debian:curl"], "Layers": ["layer.tar"]}]
+    manifest = [{"Config": "config.json", "RepoTags": ["localhost/debian:programs"], "Layers": ["layer.tar"]}]
     side = archive.with_suffix(".new")
     with tarfile.open(side, "w") as saved:
         for name, content in (("manifest.json", json.dumps(manifest)), ("config.json", json.dumps(image))):
@@ -126,9 +140,9 @@ def _save(layer: Path, archive: Path) -> None:
 
 
 @pytest.fixture
-async def mediated(directory: Path, seen: Path, debian_with_curl: Path) -> AsyncIterator[Appliance]:
+async def mediated(directory: Path, seen: Path, debian_with_programs: Path) -> AsyncIterator[Appliance]:
     """A running guest "one" whose API_KEY is mediated for HOST, and an origin that writes down what it was sent."""
-    async with _mediated(directory, seen, debian_with_curl) as appliance:
+    async with _mediated(directory, seen, debian_with_programs) as appliance:
         yield appliance
 
 
@@ -141,7 +155,7 @@ def seen(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator[Appliance]:
     authority = trustme.CA()
-    certificate = authority.issue_cert(HOST, OTHER, FORMS, ECHO)
+    certificate = authority.issue_cert(HOST, OTHER, FORMS, ECHO, GIT, DATABASE)
     clients = trustme.CA()
     identity = clients.issue_cert("robot.test").private_key_and_cert_chain_pem.bytes().decode()
     seen.with_name("identity").write_text(identity)
@@ -153,27 +167,35 @@ async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator
         EGRESS__UPSTREAM_CA_FILE=str(directory / "ca.pem"),
         EGRESS__ALLOW_PRIVATE=f"[{ADDRESS}/32]",
     )
-    world = World(appliance.namespace, HOST, OTHER, FORMS, ECHO)
-    origin = [str(path) for path in (directory / "origin.pem", seen, directory / "clients.pem")]
+    world = World(appliance.namespace, HOST, OTHER, FORMS, ECHO, GIT, DATABASE)
+    origin = [str(path) for path in (directory / "origin.pem", seen, directory / "clients.pem", seen.parent)]
     try:
         with (
-            world.serving(ORIGIN, ADDRESS, *origin),
+            world.serving(ORIGIN, ADDRESS, *origin, _basic("robot", FORM_SECRET)),
+            a_database(world.name, ADDRESS, directory / "origin.pem", DATABASE_SECRET),
             appliance.namespace.serving(CAPTURE, str(seen.with_name("packets"))),
         ):
             await appliance.start()
             with open(archive, "rb") as content:
                 answer = await appliance.ask(
-                    "POST", "/images/import", params={"name": "localhost/debian:curl"}, content=_chunks(content)
+                    "POST", "/images/import", params={"name": "localhost/debian:programs"}, content=_chunks(content)
                 )
             assert answer.status_code == 202, answer.text
             with trio.fail_after(180):
-                while (await appliance.get("/images/localhost%2Fdebian%3Acurl"))["status"] != "ready":
+                while (await appliance.get("/images/localhost%2Fdebian%3Aprograms"))["status"] != "ready":
                     await trio.sleep(0.2)
             await appliance.create(
                 "one",
-                image="localhost/debian:curl",
+                image="localhost/debian:programs",
                 size="256MB",
-                env={"REAL": SECRET, "PLAIN": "1", "FORM": FORM_SECRET, "HOOK": HOOK_SECRET, "PEM": identity},
+                env={
+                    "REAL": SECRET,
+                    "PLAIN": "1",
+                    "FORM": FORM_SECRET,
+                    "HOOK": HOOK_SECRET,
+                    "PEM": identity,
+                    "DATABASE": DATABASE_SECRET,
+                },
                 credentials={
                     "API_KEY": {
                         "source": {"env": "REAL"},
@@ -183,12 +205,17 @@ async def _mediated(directory: Path, seen: Path, archive: Path) -> AsyncIterator
                         "source": {"env": "FORM"},
                         "inject": [
                             *({"hosts": [FORMS], "as": form} for form in FORMS_OF_ONE),
+                            {"hosts": [GIT], "as": FORMS_OF_ONE[0]},
                             {"hosts": [ECHO], "as": {"header": "X-Key", "format": "${value}"}, "scrub": True},
                         ],
                     },
                     "HOOK_KEY": {
                         "source": {"env": "HOOK"},
                         "inject": [{"hosts": [FORMS], "as": {"hmac": {"scheme": "github"}}}],
+                    },
+                    "PGPASSWORD": {
+                        "source": {"env": "DATABASE"},
+                        "inject": [{"hosts": [DATABASE], "as": {"postgres": {"user": "app"}}}],
                     },
                     "CERTIFICATE": {
                         "source": {"env": "PEM"},
@@ -236,11 +263,12 @@ async def test_the_origin_sees_the_secret_and_the_guest_never_does(mediated: App
     assert refused.status_code == 400 and "PLAIN" in refused.json()["message"]
 
     await _use_other_forms(mediated, seen)
+    await _use_programs(mediated, seen)
     await _check_operators_see(mediated)
     packets = seen.with_name("packets").read_bytes()
     assert packets.count(FORMS.encode()), "packets are looked into"
     line_of_key = seen.with_name("identity").read_text().splitlines()[1]
-    for secret in (SECRET, ROTATED, HOOK_SECRET, line_of_key, *_spellings(FORM_SECRET)):
+    for secret in (SECRET, ROTATED, HOOK_SECRET, DATABASE_SECRET, line_of_key, *_spellings(FORM_SECRET)):
         found = [str(path) for path in _places_with(mediated, secret.encode())]
         assert not found and secret.encode() not in packets, (secret, found)
     assert any("/proc/" in str(path) for path in _places_with(mediated, b"mock-API_KEY")), "memory is looked into"
@@ -253,7 +281,7 @@ async def _use_other_forms(appliance: Appliance, seen: Path) -> None:
     body = json.dumps({"k": FORM_SECRET})
     assert got == {
         "host": FORMS,
-        "authorization": ["Basic " + base64.b64encode(f"robot:{FORM_SECRET}".encode()).decode()],
+        "authorization": [_basic("robot", FORM_SECRET)],
         "path": f"/p?key={quote(FORM_SECRET, safe='')}",
         "body": body,
         "signature": "sha256=" + hmac.digest(HOOK_SECRET.encode(), body.encode(), "sha256").hex(),
@@ -261,6 +289,36 @@ async def _use_other_forms(appliance: Appliance, seen: Path) -> None:
     }
     code, text = await appliance.exec("one", "curl", "-sSi", f"https://{ECHO}/")
     assert code == 0 and "x-echo: mock-FORM_KEY" in text and '"x-key": "mock-FORM_KEY"' in text, text
+
+
+async def _use_programs(appliance: Appliance, seen: Path) -> None:
+    """They know nothing of a proxy but what their environment says."""
+    code, text = await appliance.exec(
+        "one", "python3", "-c", f"import requests; print(requests.get('https://{HOST}/', timeout=60).json())"
+    )
+    assert (code, text.strip()) == (0, "{}"), text
+    assert json.loads(seen.read_text())["authorization"] == [f"Bearer {ROTATED}"]
+
+    work, bare = seen.with_name("work"), seen.with_name("repo.git")
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for argv in (("init", "-q", str(work)), ("-C", str(work), *identity, "commit", "-q", "--allow-empty", "-m", "1st"),
+                 ("clone", "-q", "--bare", str(work), str(bare)), ("-C", str(bare), "update-server-info")):  # fmt: skip
+        await trio.run_process(["git", *argv], capture_stderr=True)
+    code, text = await appliance.exec(
+        "one", "sh", "-c", f"git clone -q https://{GIT}/repo.git /tmp/r && git -C /tmp/r log --format=%s"
+    )
+    assert (code, text.strip()) == (0, "1st"), text
+
+    settings = f"host={DATABASE} hostaddr={ADDRESS} user=app dbname=app sslmode=verify-full"
+    for more in ("", " channel_binding=require"):
+        code, text = await appliance.exec("one", "psql", "-XAtc", "select 6 * 7, current_user", settings + more)
+        assert (code, text.strip()) == (0, "42|app"), text
+    code, text = await appliance.exec("one", "psql", "-XAtc", "select 1", settings.replace("=app ", "=postgres ", 1))
+    assert code == 2 and "(role_denied)" in text, text
+
+
+def _basic(user: str, secret: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{secret}".encode()).decode()
 
 
 def _spellings(secret: str) -> list[str]:
