@@ -7,6 +7,8 @@ the first mark behind it, and after the one before it.
     LOG.times     marks of 16 bytes, little-endian: the size of the log then, its highest bit set where a run begins;
                   nanoseconds since 1970
 
+A look costs 2 µs for a quiet log, and 30 µs for one that has grown (processor time, 100 logs, on a busy machine).
+
 Marks only help to read the log: one that is lost makes times less exact. There are at most ``MAX_MARKS``; beyond that,
 every other one of the older half is dropped.
 """

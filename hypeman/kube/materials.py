@@ -10,7 +10,7 @@ import gzip
 import io
 import logging
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -116,7 +116,29 @@ async def _or_none(api: ApiClient, path: str, kind: type[T]) -> T | None:
         raise
 
 
-async def place(api: ApiClient, local: LocalServer, pod: Pod, spec: PodSpec) -> Placement:
+class Choice:
+    """Devices chosen for one pod, until its instance has them."""
+
+    def __init__(self, held: set[str]) -> None:
+        """``held``: what all pods that are being made have chosen."""
+        self._held = held
+        self._mine: set[str] = set()
+
+    def __enter__(self) -> Choice:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held -= self._mine
+
+    def is_free(self, device: Device) -> bool:
+        return device.attached_to is None and not device.missing and device.id not in self._held
+
+    def take(self, identifiers: Iterable[str]) -> None:
+        self._mine.update(identifiers)
+        self._held |= self._mine
+
+
+async def place(api: ApiClient, local: LocalServer, pod: Pod, spec: PodSpec, choice: Choice) -> Placement:
     """Raises Missing, Refusal, ApiError, LocalError."""
     secret = credentials_secret(pod, spec)
     limits = spec.container.resources.limits
@@ -125,30 +147,27 @@ async def place(api: ApiClient, local: LocalServer, pod: Pod, spec: PodSpec) -> 
         profiles = profile_names(await local.get("/resources", Resources))
     return Placement(
         claims=await read_claims(api, pod, spec),
-        devices=await _choose_devices(local, limits),
+        devices=await _choose_devices(local, limits, choice),
         profiles=profiles,
         credentials=await read_secret(api, pod.metadata.namespace, secret) if secret else None,
     )
 
 
-async def _choose_devices(local: LocalServer, limits: dict[str, str | int]) -> tuple[str, ...]:
+async def _choose_devices(local: LocalServer, limits: dict[str, str | int], choice: Choice) -> tuple[str, ...]:
     """Ids of free devices of the wanted classes. Raises Missing while there are too few."""
     wanted = {
         name.removeprefix(names.GPU): whole(amount) for name, amount in limits.items() if name.startswith(names.GPU)
     }
     if not wanted:
         return ()
-    free = [
-        each
-        for each in await local.get("/devices", tuple[Device, ...])
-        if each.attached_to is None and not each.missing
-    ]
+    free = [each for each in await local.get("/devices", tuple[Device, ...]) if choice.is_free(each)]
     chosen: list[str] = []
     for kind, number in wanted.items():
         suitable = [device.id for device in free if device_class(device) == kind]
         if len(suitable) < number:
             raise Missing(f"{names.GPU}{kind}: {len(suitable)} of {number} devices are free")
         chosen += suitable[:number]
+    choice.take(chosen)
     return tuple(chosen)
 
 

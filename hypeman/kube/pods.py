@@ -95,6 +95,8 @@ class Shared:
         self.instances = Instances(site.local, site.name, self._instances_changed)
         self.starts = trio.CapacityLimiter(MAX_STARTS)
         self.golden: dict[str, trio.Lock] = {}
+        self.devices: set[str] = set()
+        """Chosen for pods whose instances are being made."""
         self.workers: dict[str, Worker] = {}
         self.changed = trio.Event()
 
@@ -346,9 +348,10 @@ class Worker:
     async def _create(self, pod: Pod, spec: PodSpec) -> float:
         """Make the next thing that is missing. Raises Refusal, ApiError, LocalError."""
         try:
-            wanted = await self._wanted(pod, spec)
-            async with self._shared.starts:
-                return await self._make(pod, spec, wanted)
+            with materials.Choice(self._shared.devices) as choice:
+                wanted = await self._wanted(pod, spec, choice)
+                async with self._shared.starts:
+                    return await self._make(pod, spec, wanted)
         except Missing as missing:
             self._doing = Doing("CreateContainerConfigError", str(missing))
             self._events.warn(pod, "Failed", f"Error: {missing}")
@@ -359,10 +362,10 @@ class Worker:
         except LocalRefused as error:
             return await self._not_made(pod, error)
 
-    async def _wanted(self, pod: Pod, spec: PodSpec) -> Wanted:
+    async def _wanted(self, pod: Pod, spec: PodSpec, choice: materials.Choice) -> Wanted:
         site = self._site
         sources = await materials.read_sources(site.api, pod, needed(spec), spec.service_account_name)
-        placement = await materials.place(site.api, site.local, pod, spec)
+        placement = await materials.place(site.api, site.local, pod, spec, choice)
         return translate(pod, spec, facts_of(pod, spec, site.name, site.address), sources, placement)
 
     async def _make(self, pod: Pod, spec: PodSpec, wanted: Wanted) -> float:

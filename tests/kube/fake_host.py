@@ -126,6 +126,11 @@ class FakeHost(httpx.AsyncBaseTransport):
         msgspec.convert(body, CreateInstanceRequest)
         if len(self.instances) >= self.room:
             raise Refuse(409, "insufficient_resources", "memory: 0 bytes are free")
+        wanted = [each for each in self.devices if each["id"] in body.get("devices", ())]
+        if any(each.get("attached_to") for each in wanted):
+            raise Refuse(409, "in_use", "the device is attached")
+        for device in wanted:
+            device["attached_to"] = body["name"]
         for mount in body.get("volumes", ()):
             self.volumes[mount["volume_id"]]["attachments"] = [
                 {"instance_id": body["name"], "mount_path": mount["mount_path"], "readonly": mount["readonly"]}
@@ -209,6 +214,9 @@ class FakeHost(httpx.AsyncBaseTransport):
         for volume in self.volumes.values():
             if any(each["instance_id"] == name for each in volume.get("attachments", ())):
                 volume["attachments"] = []
+        for device in self.devices:
+            if device.get("attached_to") == name:
+                device["attached_to"] = None
 
     def _resources(self) -> Object:
         def of(kind: str, amount: int) -> Object:

@@ -105,10 +105,7 @@ async def test_a_node_that_was_deleted_registers_again(world: World, autojump_cl
     async with world.running():
         await world.until(lambda: world.cluster.get(NODE_PATH))
         world.cluster.remove(NODE_PATH)
-        world.host.devices.append(
-            {"id": "d", "type": "gpu", "pci_address": "0000:01:00.0", "vendor_id": "0x10de", "device_id": "0x2235",
-             "iommu_group": 1, "bound_to_vfio": False, "created_at": "2026-01-01T00:00:00Z", "name": "d"}
-        )  # fmt: skip
+        world.host.devices.append(gpu(1))
         await world.until(lambda: world.cluster.get(NODE_PATH), seconds=60)
         await world.until(
             lambda: (
@@ -622,6 +619,29 @@ def test_whom_an_instance_concerns() -> None:
     left = made(**{names.POD_UID: "old", names.OWNER: "agents.x-k8s.io/v1 Sandbox box", names.OWNER_UID: "o"})
     for instances, pods_ in (((of_pod,), {"one"}), ((golden,), {"waits"}), ((left,), {"waits"}), ((made(),), set())):
         assert pods.concerned(instances, workers, by_pod) == pods_
+
+
+async def test_pods_that_come_at_once_choose_different_devices(world: World, autojump_clock: MockClock) -> None:
+    """And a third one waits until one of them is gone."""
+    world.host.devices = [gpu(number) for number in range(2)]
+    wanted = {"resources": {"limits": {"hypeman.dev/gpu-10de-2235": "1"}}}
+    async with world.running():
+        await world.until(lambda: world.cluster.get(NODE_PATH))
+        paths = [world.add_pod(f"g{number}", container=wanted) for number in range(3)]
+        await world.until(lambda: [world.phase(path) for path in paths].count("Running") == 2)
+        assert "FailedCreate" not in world.reasons()
+        [waiting] = [path for path in paths if world.phase(path) != "Running"]
+        assert world.has_event("Failed", "0 of 1 devices are free")
+        world.cluster.delete_pod(next(path for path in paths if path != waiting))
+        await world.until(lambda: world.phase(waiting) == "Running", seconds=300)
+
+
+def gpu(number: int) -> dict[str, Any]:
+    return {
+        "id": f"d{number}", "name": f"d{number}", "type": "gpu", "pci_address": f"0000:0{number}:00.0",
+        "vendor_id": "0x10de", "device_id": "0x2235", "iommu_group": number, "bound_to_vfio": False,
+        "created_at": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
 
 
 async def test_a_probe_does_not_keep_a_pod_from_its_deletion(
