@@ -15,6 +15,7 @@ cdef extern from "engine.h" nogil:
     enum: M_COUNT
     enum: LATENCY_BUCKETS
     enum: B_WINDOWS
+    enum: INSTANCE_MAX
 
     enum bound:
         pass
@@ -87,6 +88,7 @@ cdef extern from "engine.h" nogil:
     size_t engine_audit_read(engine *e, char *out, size_t cap)
     uint64_t engine_metric(engine *e, metric m)
     uint64_t engine_in_use(engine *e, bound what)
+    uint64_t engine_largest(engine *e, bound what, char *instance)
     uint64_t engine_limited(engine *e, bound what)
     uint64_t engine_denied(engine *e, unsigned reason)
     uint64_t engine_latency(engine *e, unsigned bucket)
@@ -507,6 +509,18 @@ cdef class Engine:
         """What is held at once, by bound."""
         cdef unsigned i
         return {name: engine_in_use(self._e, <bound>i) for i, name in enumerate(BOUNDS)}
+
+    def largest(self):
+        """The instance that holds the most, by bound, and how much that is; a bound of which nobody holds any is not
+        there."""
+        cdef unsigned i
+        cdef char instance[INSTANCE_MAX]
+        found = {}
+        for i, name in enumerate(BOUNDS):
+            used = engine_largest(self._e, <bound>i, instance)
+            if used:
+                found[name] = (instance.decode(), used)
+        return found
 
     def limited(self):
         """How often something was refused because of a bound."""

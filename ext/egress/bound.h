@@ -17,6 +17,8 @@ enum bound {
     B_COUNT,
 };
 
+enum { INSTANCE_MAX = 64 }; /* bytes of an instance's id with the zero behind it */
+
 struct usage {
     atomic_int_fast64_t used[B_COUNT];
 };

@@ -493,6 +493,11 @@ uint64_t engine_in_use(struct engine *e, enum bound what)
     return (uint64_t)atomic_load(&e->table.bounds.usage.used[what]);
 }
 
+uint64_t engine_largest(struct engine *e, enum bound what, char instance[INSTANCE_MAX])
+{
+    return (uint64_t)table_largest(&e->table, what, instance);
+}
+
 uint64_t engine_limited(struct engine *e, enum bound what)
 {
     uint64_t sum = 0;

@@ -131,6 +131,8 @@ size_t engine_audit_read(struct engine *e, char *out, size_t cap);
 
 uint64_t engine_metric(struct engine *e, enum metric m);
 uint64_t engine_in_use(struct engine *e, enum bound what);
+/* The same of the instance that holds the most, and which one it is. */
+uint64_t engine_largest(struct engine *e, enum bound what, char instance[INSTANCE_MAX]);
 uint64_t engine_limited(struct engine *e, enum bound what); /* how often something was refused because of it */
 uint64_t engine_denied(struct engine *e, unsigned reason);
 uint64_t engine_latency(struct engine *e, unsigned bucket);

@@ -290,6 +290,23 @@ static struct tenant *tenant_new(struct table *table, struct addr source)
     return t;
 }
 
+int64_t table_largest(struct table *table, enum bound what, char instance[INSTANCE_MAX])
+{
+    int64_t most = 0;
+    instance[0] = 0;
+    (void)pthread_mutex_lock(&table->lock);
+    for (unsigned i = 0; i < sizeof table->slots / sizeof *table->slots; i++)
+        for (struct tenant *t = table->slots[i]; t; t = t->next) {
+            int64_t used = atomic_load_explicit(&t->usage.used[what], memory_order_relaxed);
+            if (used > most) {
+                most = used;
+                memcpy(instance, t->instance, INSTANCE_MAX);
+            }
+        }
+    (void)pthread_mutex_unlock(&table->lock);
+    return most;
+}
+
 int table_set(struct table *table, struct addr source, const char *instance, struct snapshot *s)
 {
     (void)pthread_mutex_lock(&table->lock);

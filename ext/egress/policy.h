@@ -17,7 +17,7 @@
 #include "h1.h"
 #include "host.h"
 
-enum { MAX_RULES = 256, INSTANCE_MAX = 64 };
+enum { MAX_RULES = 256 };
 
 /* What happens to a host that no rule names. */
 enum unmatched { UNMATCHED_PASS, UNMATCHED_INSPECT, UNMATCHED_DENY };
@@ -138,6 +138,8 @@ void table_destroy(struct table *t);
  * before change nothing, so that upstream connections stay usable. */
 int table_set(struct table *t, struct addr source, const char *instance, struct snapshot *s);
 bool table_remove(struct table *t, struct addr source);
+/* How much the instance with the most of it holds, and which one that is; 0 and "": nobody holds any. */
+int64_t table_largest(struct table *table, enum bound what, char instance[INSTANCE_MAX]);
 /* NULL: nobody we know. To be released. */
 struct tenant *table_enter(struct table *t, struct addr source);
 /* The tenant for a client at this address (of IPv6: in its network of 64 bits). To be released. NULL: no memory. */

@@ -392,6 +392,7 @@ class Worker:
             denied=engine.denied(),
             latency=tuple(engine.latency()),
             in_use={name: max(0, count) for name, count in engine.in_use().items()},
+            largest=engine.largest(),
             limited=engine.limited(),
         )
         link.send(counted)

@@ -82,6 +82,12 @@ def register(egress: Egress) -> None:
         ("bound",),
         partial(_of_bounds, egress, False),
     )
+    metrics.register_gauge(
+        "hypeman_egress_largest_in_use",
+        "What the instance that holds the most of it holds",
+        ("bound", "instance_id"),
+        partial(_of_largest, egress),
+    )
     metrics.register_counter(
         "hypeman_egress_limited_total",
         "What was refused because an instance, or all together, held too much",
@@ -116,6 +122,13 @@ def _of_bounds(egress: Egress, limited: bool) -> Mapping[tuple[str, ...], float]
         return {}
     counts = statistics.limited if limited else statistics.in_use
     return {(bound,): count for bound, count in counts.items()}
+
+
+def _of_largest(egress: Egress) -> Mapping[tuple[str, ...], float]:
+    statistics = _statistics(egress)
+    if statistics is None:
+        return {}
+    return {(bound, instance): held for bound, (instance, held) in statistics.largest.items()}
 
 
 def _labels(label: str) -> tuple[str, ...]:

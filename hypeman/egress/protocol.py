@@ -306,6 +306,8 @@ class Counters(_Message, frozen=True, kw_only=True):
     latency: Annotated[tuple[Count64, ...], Meta(max_length=64)]
     in_use: dict[Name, Count64] = {}
     """What is held now, by bound."""
+    largest: dict[Name, tuple[Instance, Count64]] = {}
+    """The instance that holds the most of it, and how much."""
     limited: dict[Name, Count64] = {}
     """How often something was refused because of a bound."""
 

@@ -178,6 +178,8 @@ class Statistics(msgspec.Struct, frozen=True):
     """Requests by duration: item i counts those below 16 µs · 2^i."""
     in_use: dict[str, int]
     """What all instances hold now, by bound."""
+    largest: dict[str, tuple[str, int]]
+    """The instance that holds the most of it, and how much."""
     limited: dict[str, int]
     """How often something was refused because of a bound."""
 
@@ -645,7 +647,9 @@ class Egress:
         """The same as of the last call of ``statistics``."""
         self._check_running()
         gone = [
-            msgspec.structs.replace(each, counters={**each.counters, "connections": 0, "clients": 0}, in_use={})
+            msgspec.structs.replace(
+                each, counters={**each.counters, "connections": 0, "clients": 0}, in_use={}, largest={}
+            )
             for each in self._ended
         ]
         known = [engine.counted for engine in self._engines if engine.counted is not None]
@@ -657,6 +661,7 @@ class Egress:
             everything.denied,
             list(everything.latency),
             everything.in_use,
+            everything.largest,
             everything.limited,
         )
 
@@ -730,8 +735,12 @@ def _sum(counted: Sequence[protocol.Counters]) -> protocol.Counters:
     denied: dict[str, int] = {}
     in_use: dict[str, int] = {}
     limited: dict[str, int] = {}
+    largest: dict[str, tuple[str, int]] = {}
     latency: list[int] = []
     for each in counted:
+        for bound, (instance, held) in each.largest.items():
+            if held > largest.get(bound, ("", 0))[1]:
+                largest[bound] = instance, held
         pairs = ((counters, each.counters), (denied, each.denied), (in_use, each.in_use), (limited, each.limited))
         for total, more in pairs:
             for name, value in more.items():
@@ -740,7 +749,13 @@ def _sum(counted: Sequence[protocol.Counters]) -> protocol.Counters:
         for bucket, value in enumerate(each.latency):
             latency[bucket] += value
     return protocol.Counters(
-        id=0, counters=counters, denied=denied, latency=tuple(latency), in_use=in_use, limited=limited
+        id=0,
+        counters=counters,
+        denied=denied,
+        latency=tuple(latency),
+        in_use=in_use,
+        largest=largest,
+        limited=limited,
     )
 
 

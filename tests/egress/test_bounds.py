@@ -90,6 +90,7 @@ async def test_a_flood_is_flat_and_costs_others_nothing(make_world: Any) -> None
             peers = [await flood(world) for _ in range(FLOOD)]
             flooding.set()
         told = await world.egress.statistics()
+        assert told.largest["streams"][0] == "inst-a" and told.largest["streams"][1] <= told.in_use["streams"]
         grown = resident(world.egress) - before
         print(f"{FLOOD} connections: {grown >> 20} MB more, {told.in_use}, refused {told.limited}")
         for bound in ("upstreams", "streams", "descriptors"):

@@ -89,10 +89,11 @@ def test_texts_name_labels_that_the_alert_has(known: dict[str, set[str]]) -> Non
 
 
 def test_the_numbers_of_series_that_instances_cause_are_bounded(known: dict[str, set[str]]) -> None:
-    """By metrics.per_instance, and those of credentials by egress.usage.MAX_CREDENTIALS."""
+    """By metrics.per_instance, those of credentials by egress.usage.MAX_CREDENTIALS, and one series for each bound."""
     per_instance = {name for name, labels in known.items() if {"instance_id", "instance_name", "instance"} & labels}
     of_credentials = {f"hypeman_egress_credential_{name}_total" for name in ("requests", "bytes")}
-    assert per_instance == {f"hypeman_instance_{name}" for name, _, _ in instances._EACH} | of_credentials
+    of_bounds = {"hypeman_egress_largest_in_use"}
+    assert per_instance == {f"hypeman_instance_{name}" for name, _, _ in instances._EACH} | of_credentials | of_bounds
 
 
 async def test_the_oldest_running_instances_have_series(known: dict[str, set[str]]) -> None:
