@@ -41,11 +41,11 @@ test-ui: ready-own $(STAMPS)/ui  ## the web UI in a browser: on a server of fake
 	@packaging/install-packages <(echo chromium)
 	@$(PYTHON) -m pytest -v tests/ui/browser.py
 
-test-conformance: ready-own test-builds  ## public conformance suites, egress proxy, registry and ACME (needs Go), published SDKs
+test-conformance: ready-own test-builds  ## public conformance suites, egress proxy, registry, compose and ACME (needs Go), published SDKs
 	@packaging/install-packages <(printf '%s\n' prometheus podman)
 	@$(PYTHON) -m tests.ingress.pebble
 	@$(PYTHON) -m tests.telemetry.collector
-	@$(PYTHON) -m pytest -v tests/ingress/test_pebble.py tests/telemetry/outside.py tests/registry/oci_conformance.py tests/registry/clients.py tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py tests/conformance/test_python_sdk.py tests/conformance/sdks.py tests/conformance/schema.py
+	@$(PYTHON) -m pytest -v tests/ingress/test_pebble.py tests/telemetry/outside.py tests/cli/compose_conformance.py tests/registry/oci_conformance.py tests/registry/clients.py tests/egress/h2spec.py tests/egress/test_paths.py tests/egress/test_head.py tests/egress/test_hostile.py tests/conformance/test_python_sdk.py tests/conformance/sdks.py tests/conformance/schema.py
 
 test-builds: ready-own builder-image  ## images of ten kinds of Dockerfile built in real guests and by buildah; logins, keys; cancelled and killed (needs Go)
 	@packaging/install-packages <(printf '%s\n' buildah dropbear-bin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,15 @@ def test_files_of_one_folder_may_extend_services_of_the_same_name(tmp_path: Path
         ("services: {a: {image: x, cpus: few}}", "services.a does not follow"),
         ("services: {a: {image: x, shm_size: few}}", "services.a: 'few' is not a size"),
         ("services: {a: {image: x, pid: host}}", "kernel of its own"),
+        ("services: {1: {image: x}}", "services.1: a key must be a text"),
+        ("services: {a: {image: [x]}}", "image must be a text"),
+        ("services: {a: {image: x, environment: A=b}}", "must be a mapping"),
+        ("services: {a: {image: x, environment: {A: [b]}}}", "A must be a text"),
+        ("services: {a: {image: x, develop: []}}", "develop must have keys"),
+        ("services: {a: {image: x, deploy: {resources: {limit: {}}}}}", "resources.limit is not supported"),
+        ("services: {a: {image: x, volumes: [{type: bind, target: /x}]}}", "the source is missing"),
+        ("services: {a: {image: x, network_mode: none, networks: [n]}}\nnetworks: {n: }", "exclude each other"),
+        ("services: {a: {build: 'https://example.com/a.git'}}", "clone the repository"),
         ("services: {a: {image: x}}\nconfigs: {c: {file: x}}", "into the image"),
     ],
 )
@@ -215,6 +225,39 @@ def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ComposeError) as refused:
         load(text, tmp_path)
     assert message in str(refused.value)
+
+
+BOMB = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(
+    f"{name}: &{name} [{','.join(['*' + before] * 10)}]\n" for before, name in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 100000 values"),
+        ("services: &a {web: *a}", "nested too deeply"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)  # fmt: skip
+def test_a_file_that_grows_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "compose.yaml").write_text(text)
+    with pytest.raises(ComposeError, match=message):
+        spec.read_yaml(tmp_path / "compose.yaml")
+
+
+def test_keys_of_the_file_itself_and_dependencies_that_may_be_absent(tmp_path: Path) -> None:
+    text = """
+services:
+  web:
+    build: {context: ., x-bake: {platforms: [linux/arm64]}}
+    deploy: {x-owner: me}
+    depends_on: {debug: {condition: service_started, required: false}, db: {condition: service_started}}
+  db: {image: postgres}
+  debug: {image: busybox, profiles: [debug]}
+"""
+    assert by_key(load(text, tmp_path))["web"].depends_on == {"db": "started"}
+    assert by_key(load(text, tmp_path, "debug"))["web"].depends_on == {"debug": "started", "db": "started"}
 
 
 APART = """

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -36,7 +37,12 @@ def built() -> None:
 
 
 def run_browser(namespace: Namespace, script: str, base: str, *, patience: float = 60) -> str:
-    """Runs a script of this folder; its output, which the failure has as well."""
+    """Runs the tests in a script of this folder; their output, which the failure has as well."""
+    return run_node(namespace, script, base, "--test", "--test-reporter", "spec", patience=patience)
+
+
+def run_node(namespace: Namespace, script: str, base: str, *options: str, patience: float = 60, **settings: str) -> str:
+    """Runs a script of this folder; its output."""
     reading = [scope for scope in Scope if scope.endswith(":read")]
     tokens = {"all": mint(SECRET, subject="ann@example.com"), "read": mint(SECRET, subject="viewer", scopes=reading)}
     environment = {
@@ -45,22 +51,28 @@ def run_browser(namespace: Namespace, script: str, base: str, *, patience: float
         "TOKENS": json.dumps(tokens),
         "CHROMIUM": CHROMIUM,
         "PATIENCE": str(round(patience)),
+        **settings,
     }
-    command = namespace.command("node", "--test", "--test-reporter", "spec", str(ROOT / "tests" / "ui" / script))
+    command = namespace.command("node", *options, str(ROOT / "tests" / "ui" / script))
     done = subprocess.run(command, cwd=BUILT, env=environment, capture_output=True, text=True, timeout=1800)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
     return done.stdout
 
 
+class Fakes(NamedTuple):
+    base: str
+    pid: int
+
+
 @contextmanager
-def fakes(namespace: Namespace, *arguments: str) -> Iterator[str]:
-    """The server of fakes; its address."""
+def fakes(namespace: Namespace, *arguments: str) -> Iterator[Fakes]:
+    """The server of fakes: its address and process."""
     command = namespace.command(sys.executable, "-m", "tests.ui.world", *arguments)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
-        yield f"http://localhost:{json.loads(process.stdout.readline())['port']}"
+        yield Fakes(f"http://localhost:{json.loads(process.stdout.readline())['port']}", process.pid)
         assert process.poll() is None, "the server of fakes has ended"
         print(f"the server of fakes used {read_usage(process.pid).cpu_seconds} s of CPU time")
     finally:
@@ -79,13 +91,13 @@ def namespace() -> Iterator[Namespace]:
 
 
 def test_what_people_do_and_what_axe_finds(namespace: Namespace) -> None:
-    with fakes(namespace, "--instances", "40") as base:
-        run_browser(namespace, "flows.mjs", base)
+    with fakes(namespace, "--instances", "40") as server:
+        run_browser(namespace, "flows.mjs", server.base)
 
 
 def test_a_thousand_instances(namespace: Namespace) -> None:
-    with fakes(namespace, "--instances", "1000", "--events", "50") as base:
-        run_browser(namespace, "many.mjs", base)
+    with fakes(namespace, "--instances", "1000", "--events", "50") as server:
+        run_browser(namespace, "many.mjs", server.base)
 
 
 @pytest.fixture

@@ -57,3 +57,22 @@ export async function findings(page, name) {
   return found.violations.filter((one) => ["serious", "critical"].includes(one.impact))
     .map((one) => `${name}: ${one.id}: ${one.help}: ${one.nodes.slice(0, 3).map((node) => `${node.html.slice(0, 120)} ${node.any[0]?.message ?? ""}`).join(" | ")}`);
 }
+
+/** Scrolls the list of instances for some seconds: times between frames in milliseconds, and what the page holds. */
+export const frames = (page, seconds) => page.evaluate(async (limit) => {
+  const body = document.querySelector(".grid-body");
+  const times = [];
+  let busy = 0;
+  new PerformanceObserver((list) => { for (const entry of list.getEntries()) busy += entry.duration; }).observe({ type: "longtask" });
+  const begin = performance.now();
+  let last = begin;
+  while (performance.now() - begin < limit) {
+    body.scrollTop = ((performance.now() - begin) * 4) % (body.scrollHeight - body.clientHeight);
+    const now = await new Promise(requestAnimationFrame);
+    times.push(now - last);
+    last = now;
+  }
+  times.sort((a, b) => a - b);
+  const at = (share) => Math.round(times[Math.floor(times.length * share)] * 10) / 10;
+  return { frames: times.length, median: at(0.5), p95: at(0.95), worst: at(0.999), longTasks: Math.round(busy), rows: document.querySelectorAll("[role=row]").length, nodes: document.querySelectorAll("*").length };
+}, 1000 * seconds);

@@ -28,6 +28,7 @@ from hypeman.units import format_size, parse_size
 
 DEFAULT_VOLUME_GB = 10
 MAX_FILE = 1 << 20
+MAX_NODES = 100_000
 HARMLESS = frozenset(
     """container_name init stdin_open tty expose logging pull_policy stop_signal cap_add links attach annotations
     isolation cgroup cgroup_parent oom_score_adj""".split()  # noqa: SIM905
@@ -85,6 +86,8 @@ def parse(
         raise ComposeError("the file has no services")
     environ = {**_dotenv(directory / ".env"), **environ}
 
+    _check_keys(tree, "")
+
     def read(path: Path) -> Any:
         return in_strings(read_yaml(path), lambda text: interpolated(text, environ))
 
@@ -94,20 +97,21 @@ def parse(
         raise ComposeError("the file has no services")
     name = str(name or tree.get("name") or environ.get("COMPOSE_PROJECT_NAME") or directory.resolve().name)
     name = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-") or "stack"
-    for key in tree.keys() - _TOP:
-        if not str(key).startswith("x-"):
-            raise ComposeError(f"{key} is not supported: {_INSTEAD.get(key, 'a VM cannot do it')}")
+    for key in sorted(_own(tree) - _TOP):
+        raise ComposeError(f"{key} is not supported: {_INSTEAD.get(key, 'a VM cannot do it')}")
     with _well_formed("volumes"):
         volumes = {key: _volume(name, key, value) for key, value in (tree.get("volumes") or {}).items()}
     profiles |= frozenset(filter(None, environ.get("COMPOSE_PROFILES", "").split(",")))
-    readers = []
+    active = {}
     for key, value in tree["services"].items():
         if not isinstance(value, dict):
             raise ComposeError(f"services.{key} must have keys")
         with _well_formed(f"services.{key}.profiles"):
             wanted = frozenset(value.get("profiles") or [])
         if not wanted or profiles & wanted or "*" in profiles:
-            readers.append(_Reader(name, str(key), value, directory, environ, volumes, tree.get("secrets") or {}))
+            active[str(key)] = value
+    secrets, keys = tree.get("secrets") or {}, frozenset(active)
+    readers = [_Reader(name, key, value, directory, environ, volumes, secrets, keys) for key, value in active.items()]
     with _well_formed("networks"):
         _assign_groups(tree, readers)
     services = []
@@ -140,9 +144,25 @@ def read_yaml(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_FILE:
             raise ComposeError(f"{path} is larger than 1 MB")
-        return yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text())
+        if _size_of(tree, {}) > MAX_NODES:
+            raise ComposeError(f"{path} has more than {MAX_NODES} values once its aliases are written out")
+    except RecursionError:
+        raise ComposeError(f"{path} is nested too deeply") from None
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ComposeError(f"{path} cannot be read: {error}") from None
+    return tree
+
+
+def _size_of(tree: Any, known: dict[int, int]) -> int:
+    """Values in ``tree`` with aliases written out: each is the same object as its anchor. Raises RecursionError for a
+    value that contains itself."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        parts = tree.values() if isinstance(tree, dict) else tree
+        known[id(tree)] = 1 + sum(_size_of(part, known) for part in parts)
+    return known[id(tree)]
 
 
 def _assign_groups(tree: Mapping[str, Any], readers: Sequence[_Reader]) -> None:
@@ -151,7 +171,7 @@ def _assign_groups(tree: Mapping[str, Any], readers: Sequence[_Reader]) -> None:
     networks = {reader.key: reader.networks() for reader in readers}
     known = tree.get("networks") or {}
     for key, value in known.items():
-        fields = (value or {}).keys() - _NETWORK_KEYS
+        fields = _own(value or {}) - _NETWORK_KEYS
         if fields - {"internal", "external"} or (value or {}).get("internal") or (value or {}).get("external"):
             raise ComposeError(
                 f"networks.{key}: {', '.join(sorted(fields))} is not supported: instances are in the host's network; "
@@ -209,7 +229,7 @@ def _env_file(path: Path) -> dict[str, str]:
 def _volume(stack: str, key: str, value: Any) -> Volume:
     value = value or {}
     where = f"volumes.{key}"
-    for field in value.keys() - {"name", "labels", "driver", "x-size"}:
+    for field in _own(value) - {"name", "labels", "driver"}:
         raise ComposeError(f"{where}.{field} is not supported")
     if value.get("driver", "local") != "local":
         raise ComposeError(f"{where}.driver: volumes are disks of this host")
@@ -230,7 +250,9 @@ class _Reader:
         environ: Mapping[str, str],
         volumes: dict[str, Volume],
         secrets: Mapping[str, Any],
+        others: frozenset[str],
     ) -> None:
+        """``others``: the services that the stack has."""
         self._stack = stack
         self.key = self._key = key
         self._value = value
@@ -238,19 +260,22 @@ class _Reader:
         self._directory = directory
         self._environ = environ
         self._volumes = volumes
+        self._others: frozenset[str] = others
         self.groups: list[str] = []
         """Of guests that the instance reaches."""
         self.copies: list[Volume] = []
         """Of directories here; known once ``service`` was called."""
 
     def service(self) -> Service:
-        for key in self._value.keys() - _KEYS - HARMLESS - IGNORED.keys():
-            if not str(key).startswith("x-"):
-                raise self._error(key, f"is not supported: {_INSTEAD.get(key, 'a VM cannot do it')}")
+        for key in sorted(_own(self._value) - _KEYS - HARMLESS - IGNORED.keys()):
+            raise self._error(key, f"is not supported: {_INSTEAD.get(key, 'a VM cannot do it')}")
         name = stack_member(self._stack, self._key)
         build = self._build()
-        if not self._value.get("image") and not build:
+        image = self._value.get("image")
+        if not image and not build:
             raise self._error("image", "is missing")
+        if image and not isinstance(image, str):
+            raise self._error("image", "must be a text")
         credentials, secrets = self._credentials()
         network = {
             **({"egress": {"enabled": True}} if credentials else {}),
@@ -300,6 +325,8 @@ class _Reader:
             for name, fields in given.items():
                 if fields and fields.keys() - {"priority"}:
                     raise self._error("networks", f"{name}: an instance's names are its own and its service's")
+        if self._value.get("network_mode") and self._value.get("networks"):
+            raise self._error("network_mode", "and networks exclude each other")
         mode = str(self._value.get("network_mode", "bridge"))
         if mode not in ("none", "bridge", "default"):
             raise self._error("network_mode", f"{mode}: each instance has its own network")
@@ -310,11 +337,14 @@ class _Reader:
         if not given:
             return {}
         fields = {"context": given} if isinstance(given, str) else given
-        if unknown := fields.keys() - _BUILD_KEYS:
+        if unknown := _own(fields) - _BUILD_KEYS:
             raise self._error("build", f"{', '.join(sorted(unknown))} is not supported: hypeman build has more options")
         args = by_name(fields.get("args") or {})
+        context = str(fields.get("context", "."))
+        if "://" in context or context.startswith("git@"):
+            raise self._error("build", f"{context}: clone the repository, and name its directory")
         found = {
-            "context": str(self._directory / fields.get("context", ".")),
+            "context": os.path.normpath(self._directory / context),
             "dockerfile": fields.get("dockerfile"),
             "target": fields.get("target"),
             "build_args": {
@@ -387,8 +417,12 @@ class _Reader:
             if required or (self._directory / path).is_file():
                 found |= _env_file(self._directory / path)
         given = self._value.get("environment") or {}
+        if not isinstance(given, dict | list):
+            raise self._error("environment", "must be a mapping, or a list of NAME=VALUE")
         pairs = given.items() if isinstance(given, dict) else (_pair(text) for text in given)
         for key, value in pairs:
+            if isinstance(value, dict | list):
+                raise self._error("environment", f"{key} must be a text, a number or a boolean")
             if value is None:
                 if key in self._environ:
                     found[key] = self._environ[key]
@@ -401,7 +435,7 @@ class _Reader:
 
         if isinstance(entry, dict):
             known = {"target", "published", "protocol", "host_ip", "mode", "name", "app_protocol"}
-            if entry.keys() - known or "target" not in entry:
+            if _own(entry) - known or "target" not in entry:
                 raise self._error("ports", f"{entry} is not supported")
             text = f"{entry.get('published', 0) or 0}:{entry['target']}/{entry.get('protocol', 'tcp')}"
             entry = f"{entry['host_ip']}:{text}" if entry.get("host_ip") else text
@@ -436,6 +470,8 @@ class _Reader:
         """A mount of a directory here: of a volume that is filled from it."""
         if not target.startswith("/"):
             raise self._error("volumes", f"{entry!r}: {target!r} is not an absolute path of the guest")
+        if not source:
+            raise self._error("volumes", f"{entry!r}: the source is missing")
         path = (self._directory / os.path.expanduser(source)).resolve()
         try:
             volume = copied_volume(self._stack, self._key, path, target, readonly=readonly)
@@ -445,14 +481,16 @@ class _Reader:
         return {"volume_id": volume.name, "mount_path": target, **({"readonly": True} if readonly else {})}
 
     def _watch(self) -> tuple[Rule, ...]:
-        develop = self._value.get("develop") or {}
-        if unknown := develop.keys() - {"watch"}:
+        develop = self._value.get("develop", {}) or {}
+        if not isinstance(self._value.get("develop"), dict | None):
+            raise self._error("develop", "must have keys")
+        if unknown := _own(develop) - {"watch"}:
             raise self._error("develop", f"{', '.join(sorted(unknown))} is not supported")
         return tuple(self._watch_rule(rule) for rule in develop.get("watch") or [])
 
     def _watch_rule(self, given: Mapping[str, Any]) -> Rule:
         known = {"action", "path", "target", "ignore", "include", "exec", "initial_sync"}
-        if unknown := given.keys() - known:
+        if unknown := _own(given) - known:
             raise self._error("develop.watch", f"{', '.join(sorted(unknown))} is not supported")
         try:
             action = Action(str(given.get("action")))
@@ -484,10 +522,13 @@ class _Reader:
 
     def _depends_on(self) -> dict[str, str]:
         given = self._value.get("depends_on") or {}
+        links = (str(link).partition(":")[0] for link in self._value.get("links") or [])
+        found = {key: "started" for key in links if key in self._others}
         if not isinstance(given, dict):
-            return dict.fromkeys(given, "started")
-        found = {}
+            return found | dict.fromkeys(given, "started")
         for key, value in given.items():
+            if not (value or {}).get("required", True) and key not in self._others:
+                continue
             condition = (value or {}).get("condition", "service_started")
             if condition not in _CONDITIONS:
                 raise self._error("depends_on", f"{key}: there is no condition {condition!r}")
@@ -513,8 +554,8 @@ class _Reader:
         if not check or check.get("disable"):
             return None
         known = {"test", "interval", "timeout", "retries", "start_period", "disable", "start_interval"}
-        if check.keys() - known:
-            raise self._error("healthcheck", f"{', '.join(sorted(check.keys() - known))} is not supported")
+        if unknown := _own(check) - known:
+            raise self._error("healthcheck", f"{', '.join(sorted(unknown))} is not supported")
         test = check.get("test")
         if isinstance(test, str):
             command = ["/bin/sh", "-c", test]
@@ -537,10 +578,12 @@ class _Reader:
 
     def _limits(self) -> dict[str, Any]:
         deploy = self._value.get("deploy") or {}
-        if unknown := deploy.keys() - _DEPLOY_KEYS:
+        if unknown := _own(deploy) - _DEPLOY_KEYS:
             raise self._error("deploy", f"{', '.join(sorted(unknown))} is not supported")
         if ((deploy.get("resources") or {}).get("reservations") or {}).get("devices"):
             raise self._error("deploy", "devices: register them, and name them in hypeman run --device")
+        if unknown := _own(deploy.get("resources") or {}) - {"limits", "reservations"}:
+            raise self._error("deploy", f"resources.{', '.join(sorted(unknown))} is not supported")
         resources = (deploy.get("resources") or {}).get("limits") or {}
         if int(deploy.get("replicas", self._value.get("scale", 1))) != 1:
             raise self._error("deploy", "replicas must be 1: an instance has one name")
@@ -552,6 +595,20 @@ class _Reader:
         if cpus is not None:
             found["vcpus"] = max(1, -(-round(float(cpus) * 1000) // 1000))
         return found
+
+
+def _check_keys(tree: Any, where: str) -> None:
+    """Raises ComposeError for a key that is no text, as in ``services: {1: …}``."""
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in parts:
+        if isinstance(tree, dict) and not isinstance(key, str):
+            raise ComposeError(f"{where}{key}: a key must be a text; put it into quotes")
+        _check_keys(value, f"{where}{key}.")
+
+
+def _own(value: Mapping[str, Any]) -> set[str]:
+    """Keys of the specification: those that begin with ``x-`` are the file's own."""
+    return {str(key) for key in value if not str(key).startswith("x-")}
 
 
 def _words(value: Any) -> list[str] | None:
