@@ -233,25 +233,28 @@ class Instances:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own all instances. Reports started when each is settled (adopted, finished or undone)."""
         async with trio.open_nursery() as nursery:
-            self.tasks.use(nursery)
-            found = self._store.read(_sort_for_start)
-            for record in found.known:
-                self.board.post(record)
-            if found.unsettled or found.pooled:
-                await self._catalog.wait_ready()  # returns at once, unless the probe's inputs have changed
-            async with trio.open_nursery() as settling:
-                for record in found.unsettled:
-                    settling.start_soon(self.tasks.settle, record)
-            for record in found.pulling:
-                self.tasks.continue_create(record)
-            await self.pools.start()
-            await self.machine.captures.collect()
-            nursery.start_soon(self.pools.run)
-            nursery.start_soon(self._reaper.run)
-            nursery.start_soon(self._reclaim.run)
-            nursery.start_soon(self._keep_logs)
-            task_status.started()
-            await trio.sleep_forever()
+            with self.tasks.run_in(nursery):
+                await self._run(nursery, task_status)
+
+    async def _run(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        found = self._store.read(_sort_for_start)
+        for record in found.known:
+            self.board.post(record)
+        if found.unsettled or found.pooled:
+            await self._catalog.wait_ready()  # returns at once, unless the probe's inputs have changed
+        async with trio.open_nursery() as settling:
+            for record in found.unsettled:
+                settling.start_soon(self.tasks.settle, record)
+        for record in found.pulling:
+            self.tasks.continue_create(record)
+        await self.pools.start()
+        await self.machine.captures.collect()
+        nursery.start_soon(self.pools.run)
+        nursery.start_soon(self._reaper.run)
+        nursery.start_soon(self._reclaim.run)
+        nursery.start_soon(self._keep_logs)
+        task_status.started()
+        await trio.sleep_forever()
 
     # Reading
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ import trio
 
 from hypeman.instances.board import Board
 from hypeman.instances.ledger import Ledger
-from hypeman.instances.life.lifecycle import Job, Lifecycle
+from hypeman.instances.life.lifecycle import Job, Lifecycle, shutting_down
 from hypeman.instances.life.machine import Machine
 from hypeman.instances.life.operations.boot import create
 from hypeman.instances.life.owned import ImagePulls, Owned, Shared
@@ -20,7 +21,7 @@ R = TypeVar("R")
 
 
 class Tasks:
-    """``use`` gives it the nursery in which they run."""
+    """They run in the nursery that ``run_in`` is given; without one, commands are refused."""
 
     def __init__(
         self,
@@ -43,8 +44,14 @@ class Tasks:
         self._tasks: dict[str, Lifecycle] = {}
         self._nursery: trio.Nursery | None = None
 
-    def use(self, nursery: trio.Nursery) -> None:
+    @contextmanager
+    def run_in(self, nursery: trio.Nursery) -> Iterator[None]:
+        """Tasks can be started within the block; an ending server has others that still call."""
         self._nursery = nursery
+        try:
+            yield
+        finally:
+            self._nursery = None
 
     def of(self, ref: str) -> Lifecycle:
         """The task of an instance, by id, name or prefix; started on first use if the instance is not running."""
@@ -83,13 +90,15 @@ class Tasks:
 
     @property
     def _running(self) -> trio.Nursery:
-        assert self._nursery is not None, "the service does not run"
+        if self._nursery is None:
+            raise shutting_down()
         return self._nursery
 
     def _make(self, record: InstanceRecord, *, new: bool) -> Lifecycle:
+        nursery = self._running
         task = self._tasks[record.id] = Lifecycle(self.shared, record, new=new)
         if new:
-            self._running.start_soon(task.run)
+            nursery.start_soon(task.run)
         return task
 
     def _forget(self, record: InstanceRecord) -> None:

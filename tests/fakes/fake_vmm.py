@@ -128,6 +128,10 @@ class _Faults:
     def plan(self, operation: str, call: int, fault: object, *, after: bool) -> None:
         self._planned.setdefault(operation, {})[self._calls.get(operation, 0) + call] = (fault, after)
 
+    def calls(self, operation: str) -> int:
+        """How often it was called so far."""
+        return self._calls.get(operation, 0)
+
     @contextlib.asynccontextmanager
     async def visit(self, operation: str) -> AsyncIterator[None]:
         self._calls[operation] = call = self._calls.get(operation, 0) + 1

@@ -4,6 +4,7 @@
     async with lab.running() as instances:      the service, as app.py would build it
     lab.fail_at(3)                              the fourth effect from now on raises
     lab.crash_at(3)                             there the server "dies": nothing after it happens any more
+    lab.end_at(3)                               there the server is told to end: all of its tasks are cancelled
     lab.world_as_text()                         everything that exists outside of the store
 
 Effects are counted where they would touch the machine: network, egress, devices, disks, files and VMMs.
@@ -74,6 +75,9 @@ class Bomb:
         self.count = 0
         self.fail_at: int | None = None
         self.crash_at: int | None = None
+        self.end_at: int | None = None
+        self.end: Callable[[], object] = lambda: None
+        """Cancels the server."""
         self.dead = False
         self.where = ""
 
@@ -85,6 +89,9 @@ class Bomb:
         if number == self.fail_at:
             self.where = name
             raise HostFailed(f"{name} was told to fail")
+        if number == self.end_at:
+            self.where = name
+            self.end()
         if number == self.crash_at:
             self.where = name
             self.dead = True
@@ -519,8 +526,11 @@ class Lab:
     def crash_at(self, number: int) -> None:
         self.bomb.count, self.bomb.fail_at, self.bomb.crash_at = 0, None, number
 
+    def end_at(self, number: int) -> None:
+        self.bomb.count, self.bomb.fail_at, self.bomb.crash_at, self.bomb.end_at = 0, None, None, number
+
     def disarm(self) -> None:
-        self.bomb.fail_at = self.bomb.crash_at = None
+        self.bomb.fail_at = self.bomb.crash_at = self.bomb.end_at = None
         self.bomb.dead = False
 
     # Servers
@@ -536,6 +546,7 @@ class Lab:
         with trio.CancelScope() as scope:
             try:
                 async with trio.open_nursery() as nursery:
+                    self.bomb.end = nursery.cancel_scope.cancel
                     await nursery.start(instances.machine.captures.compressor.run)  # type: ignore[attr-defined]
                     await nursery.start(instances.run)
                     yield instances
@@ -661,10 +672,10 @@ class _Mortal:
         return self._store.read(fn)
 
     async def write(self, fn: Callable[[Txn], Any]) -> Any:
-        if self._bomb.dead or self._bomb.crash_at is not None:
+        if self._bomb.dead or self._bomb.crash_at is not None or self._bomb.end_at is not None:
             self._bomb.tick("before a write")
         result = await self._store.write(fn)
-        if self._bomb.dead or self._bomb.crash_at is not None:
+        if self._bomb.dead or self._bomb.crash_at is not None or self._bomb.end_at is not None:
             self._bomb.tick("after a write")
         return result
 

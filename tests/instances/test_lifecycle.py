@@ -419,6 +419,33 @@ async def test_crashed_at_every_effect(lab: Lab, case: str) -> None:
     print(f"\n{case}: crashed at {moment} moments")
 
 
+ENDED = ("create", "start", "stop", "delete", "standby", "restore", "attach", "detach", "fork standby")
+
+
+@pytest.mark.parametrize("case", ENDED)
+async def test_ended_at_every_effect(lab: Lab, case: str) -> None:
+    """The server is told to end there, so its tasks are cancelled and undo what they can: nothing that was committed is
+    undone, and what was not is not left."""
+    prepare, act, allowed = CASES[case]
+    moment, ended = 0, True
+    while ended:
+        async with lab.running() as instances:
+            await prepare(lab, instances)
+            lab.end_at(moment)
+            with contextlib.suppress(HypemanError):
+                await act(lab, instances)
+            ended = lab.bomb.count > moment
+        where = f"moment {moment}, {lab.bomb.where}, of {case}"
+        async with lab.running() as instances:
+            state = await settled(instances, "one")
+            assert state in allowed, f"{state} after {where}"
+            await nothing_in_progress(lab, where)
+            check_owned(lab, where, crashed=True)
+            await clean_up(lab, instances)
+        moment += 1
+    assert moment > 3
+
+
 REPEATED = {
     "start": ("start_instance", {"Running"}),
     "stop": ("stop_instance", {"Stopped"}),
@@ -513,6 +540,12 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
             assert vm == wanted, f"the record says {record.state}, the VM {vm}\n{where}"
             if record.spec.egress:
                 assert lab.egress.policies.there.get(record.id) == policy_text(record), f"{text}\n{where}"
+    for record in records.values():
+        if record.id not in busy and record.state is not InstanceState.UNKNOWN:
+            assert (record.handle is not None) == (record.id in awake), f"{record.state} {record.handle}\n{where}"
+            assert (record.capture is not None) == (record.state is InstanceState.STANDBY), where
+            assert record.mapped is None or record.id in awake, where
+            assert (record.stopped_at is None) == (record.id in awake), where
     snapshots = lab.store.read(lambda txn: dict(txn.scan(SNAPSHOTS)))
     holders = {(captures.of_snapshot(key), row.capture) for key, row in snapshots.items() if row.capture}
     for row in records.values():

@@ -46,7 +46,24 @@ from hypeman.store import Store, Txn
 from hypeman.volumes.records import VOLUMES, VolumeRecord
 from tests.fakes.fake_vmm import FakeVmm
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
-from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, settled, with_volume
+from tests.instances.test_lifecycle import (
+    Act,
+    attach,
+    check_owned,
+    clean_up,
+    create,
+    fork,
+    in_standby,
+    nothing,
+    restore,
+    rows,
+    running,
+    settled,
+    standby,
+    start,
+    stopped,
+    with_volume,
+)
 
 
 @pytest.fixture
@@ -239,6 +256,39 @@ async def test_a_restored_guest_that_can_not_be_awakened_is_stopped(
         assert rows(lab.store).count("intent") == 0 and list(lab.paths.captures.iterdir()) == []
         await instances.start("one", StartInstanceRequest())
         assert await settled(instances, "one") == "Running"
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize(
+    ("before", "verb", "hangs"),
+    [
+        (nothing, create, "launch"),
+        (stopped, start, "launch"),
+        (in_standby, restore, "restore"),
+        (running, standby, "capture"),
+        (running, fork, "capture"),
+        (with_volume, attach, "add_disk"),
+    ],
+)
+async def test_a_server_that_ends_takes_back_what_it_has_begun(lab: Lab, before: Act, verb: Act, hangs: str) -> None:
+    """Although everything is cancelled then: the next server should find nothing unfinished, or not for long."""
+
+    async def begin() -> None:
+        with contextlib.suppress(HypemanError):
+            await verb(lab, instances)
+
+    async with lab.running() as instances, trio.open_nursery() as nursery:
+        await before(lab, instances)
+        was, calls = rows(lab.store), lab.driver.faults.calls(hangs)
+        lab.driver.hang(hangs)
+        nursery.start_soon(begin)
+        with trio.fail_after(60):
+            while lab.driver.faults.calls(hangs) == calls:
+                await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert rows(lab.store) == was
+    check_owned(lab, hangs, crashed=True)
+    async with lab.running() as instances:
         await clean_up(lab, instances)
 
 

@@ -81,7 +81,7 @@ class Job(Generic[R]):
             if not isinstance(error, HypemanError):
                 log.exception("%s failed", self.command or "work")
         except BaseException:
-            self.error = _shutting_down()
+            self.error = shutting_down()
             raise
         finally:
             self.done.set()
@@ -256,7 +256,7 @@ class Lifecycle:
                 item.refuse(self._refusal())
 
     def _refusal(self) -> HypemanError:
-        return NotFound(f"instance {self.record.name!r} is gone") if self._owned.removed else _shutting_down()
+        return NotFound(f"instance {self.record.name!r} is gone") if self._owned.removed else shutting_down()
 
     def _tell(self, live: LiveVm, event: VmEvent) -> None:
         self._queue.send_nowait(_News(live, event))
@@ -279,5 +279,6 @@ class Lifecycle:
         self._looking = False
 
 
-def _shutting_down() -> HypemanError:
+def shutting_down() -> HypemanError:
+    """What commands get that a server cannot finish any more."""
     return InternalError("the server is shutting down; the command was not finished")
