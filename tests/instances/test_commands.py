@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from hypeman.errors import InternalError, InvalidState, NotFound, NotSupported
 from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.instances.life.lifecycle import MOST_WAITING
+from hypeman.instances.life.operations.standby import restore, standby
 from hypeman.instances.life.owned import Owned
-from hypeman.instances.model.record import InstanceRecord
+from hypeman.instances.model.admission import Command
+from hypeman.instances.model.record import InstanceRecord, Operation
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
@@ -30,7 +33,7 @@ from hypeman.store import Store
 from hypeman.volumes.records import ATTACHMENTS
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
 from tests.instances.test_lifecycle import clean_up, running, settled, with_volume
-from tests.instances.test_trouble import make_volume, remove_volumes
+from tests.instances.test_trouble import jam_taps, make_volume, remove_volumes
 
 AT_DATA = AttachVolumeRequest(mount_path="/data", readonly=True)
 
@@ -168,6 +171,21 @@ async def test_how_a_workload_ended_is_kept_though_the_vmm_ended_unseen(lab: Lab
         await clean_up(lab, instances)
 
 
+async def test_an_outcome_that_the_guest_writes_at_its_end_counts(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent was not heard of any more: the boot disk is read once more when the VM is down."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+
+        async def outcome(instance_id: str) -> Exited | None:
+            return None if lab.network.taps.there else Exited(5)
+
+        monkeypatch.setattr(instances.machine, "read_outcome", outcome)
+        lab.machine.alive()[0].end(ExitReason.KILLED)
+        record = await until(instances, InstanceState.STOPPED)
+        assert (record.exit_code, record.exit_message) == (5, "exited with code 5")
+        await clean_up(lab, instances)
+
+
 async def test_a_guest_that_cannot_be_set_up_says_why(lab: Lab) -> None:
     async with lab.running() as instances:
         await running(lab, instances)
@@ -176,6 +194,17 @@ async def test_a_guest_that_cannot_be_set_up_says_why(lab: Lab) -> None:
         lab.machine.alive()[0].end(ExitReason.POWEROFF)
         record = await until(instances, InstanceState.STOPPED)
         assert (record.exit_code, record.exit_message) == (127, "cannot mount /data")
+        await clean_up(lab, instances)
+
+
+async def test_a_command_that_fails_says_why_in_the_instances_log(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        await instances.stop("one")
+        lab.driver.fail("launch", HostFailed("no memory"))
+        with pytest.raises(HostFailed):
+            await instances.start("one", StartInstanceRequest())
+        assert "Z start failed: no memory\n" in journal(lab, instances)
         await clean_up(lab, instances)
 
 
@@ -245,6 +274,35 @@ async def test_the_queue_of_an_instance_is_bounded(lab: Lab) -> None:
             await job.wait()
         assert done == list(range(MOST_WAITING))
         await clean_up(lab, instances)
+
+
+async def test_the_rest_of_a_restore_leaves_the_command_alone_that_came_first(
+    lab: Lab, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs behind the commands that are queued: after a standby, or one that could not be finished."""
+
+    async def nothing(owned: Owned) -> None:
+        pass
+
+    async with lab.running() as instances:
+        for fails in (False, True):
+            await running(lab, instances)
+            await instances.standby("one", StandbyInstanceRequest())
+            task = instances.tasks.of("one")
+            restored = task.submit(Command.RESTORE, restore)
+            again = task.submit(Command.STANDBY, lambda owned: standby(owned, None))
+            await restored.wait()
+            if fails:
+                jam_taps(lab, monkeypatch)
+            with pytest.raises(HostFailed) if fails else nullcontext():
+                await again.wait()
+            caplog.clear()
+            await task.perform(None, nothing)
+            intent = instances.ledger.intent(task.record.id)
+            assert (intent is not None and intent.operation is Operation.PARK) is fails
+            assert not [each for each in caplog.records if each.levelname == "ERROR"]
+            monkeypatch.undo()
+            await clean_up(lab, instances)
 
 
 async def test_nothing_is_queued_for_an_instance_that_is_gone(lab: Lab) -> None:

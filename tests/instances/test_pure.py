@@ -212,6 +212,7 @@ def test_the_guest_runs_what_docker_would(
         ("", 15),
         ("SIGINT", 2),
         ("int", 2),
+        ("1", 1),
         ("2", 2),
         ("64", 64),
         ("65", 15),

@@ -18,6 +18,7 @@ from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.instances.life import lifecycle
 from hypeman.instances.life.operations.boot import start
+from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
@@ -81,6 +82,29 @@ async def test_a_vmm_that_ended_meanwhile(lab: Lab) -> None:
         process.end(ExitReason.KILLED)
         await until(instances, InstanceState.STOPPED)
         check_owned(lab, "ended meanwhile")
+        await clean_up(lab, instances)
+
+
+async def test_it_comes_back_as_what_it_was(lab: Lab) -> None:
+    """A guest that was shutting down is not running again, however often its VMM did not answer."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        lab.guests[instances.board.find("one").id].tell(Exited(3))
+        await until(instances, InstanceState.SHUTDOWN)
+    for call in range(1, 4):
+        lab.driver.fail("reattach", no_answer(), call=call)
+    async with lab.running() as instances:
+        await is_unknown(instances, "did not answer")
+        await until(instances, InstanceState.SHUTDOWN)
+        journal = lab.paths.instance(instances.board.find("one").id).log("hypeman").read_text()
+        assert "the VMM answers again: Shutdown" in journal
+
+        async def lose(owned: Owned) -> None:
+            await owned.lost(no_answer())
+
+        await instances.tasks.of("one").perform(None, lose)
+        await is_unknown(instances, "did not answer")
+        await until(instances, InstanceState.SHUTDOWN)
         await clean_up(lab, instances)
 
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
-from hypeman.config import LimitsConfig
+from hypeman.config import LimitsConfig, SnapshotsConfig
+from hypeman.egress.types import AccessDefault, EgressAccess
 from hypeman.errors import HypemanError, InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -28,6 +29,7 @@ from hypeman.instances.model.record import InstanceSpec
 from hypeman.instances.model.types import (
     AutoStandbyPolicy,
     CreateInstanceRequest,
+    EgressUpdate,
     ExecHealthCheck,
     HealthCheck,
     HealthCheckType,
@@ -39,11 +41,14 @@ from hypeman.instances.model.types import (
     WakeOn,
 )
 from hypeman.instances.model.validate import (
+    changed_access,
+    check_capturable,
     check_compression,
     check_create,
     check_mount_path,
     expiry,
     guest_env,
+    usual_compression,
 )
 from tests.fakes.fake_vmm import ALL
 
@@ -64,6 +69,7 @@ def check(capabilities: Capabilities = ALL, **body: Any) -> InstanceSpec:
 def test_defaults() -> None:
     spec = check()
     assert (spec.memory_bytes, spec.hotplug_bytes, spec.overlay_bytes, spec.vcpus) == (1 << 30, 0, 10 << 30, 2)
+    assert (spec.disk_io_bps, spec.download_bps, spec.upload_bps) == (0, 0, 0)
     assert spec.network and spec.egress is None
 
 
@@ -107,6 +113,11 @@ TOO_HIGH = {"compression": {"enabled": True, "algorithm": "lz4", "level": 12}}
         ({"tags": {"k\n": "v"}}, "invalid_request"),
         ({"network": {"enabled": False, "egress": {"enabled": True}}}, "invalid_request"),
         ({"credentials": CREDENTIAL}, "invalid_request"),
+        *(
+            ({"credentials": {name: CREDENTIAL["K"]}, "env": {"REAL": "x"}, "network": {"egress": {"enabled": True}}},
+             "invalid_request")
+            for name in ("", "A=B", "A\0")
+        ),
         ({"credentials": CREDENTIAL, "network": {"egress": {"enabled": True}}}, "invalid_request"),
         ({"snapshot_policy": TOO_HIGH}, "invalid_snapshot_policy"),
         ({"restart_policy": {"policy": "always", "backoff": "soon"}}, "invalid_restart_policy"),
@@ -163,6 +174,7 @@ def words(count: int) -> dict[str, Any]:
         ({"vcpus": 16}, {"vcpus": 17}, "invalid_request"),
         ({"env": {"AB": "x" * ((512 << 10) - 4)}}, {"env": {"AB": "x" * ((512 << 10) - 3)}}, "invalid_request"),
         ({"env": {"A": "=\n"}}, {"env": {"A": "\0"}}, "invalid_request"),
+        ({"env": {"A": ""}}, {"env": {"A\0": ""}}, "invalid_request"),
         ({"idle": True}, {"idle": True, "skip_guest_agent": True}, "invalid_request"),
         ({"ports": [{"host_port": 80, "guest_port": 80}]},
          {"ports": [{"host_port": 80, "guest_port": 80}], "network": {"enabled": False}}, "invalid_ports"),
@@ -334,6 +346,14 @@ def test_what_the_vmm_can_not_do_is_said_before_anything_happens(body: dict[str,
         check(msgspec.structs.replace(ALL, **without), **body)
 
 
+def test_what_is_not_wanted_the_vmm_need_not_be_able_to_do() -> None:
+    check(msgspec.structs.replace(ALL, hotplug_memory=False, pci_passthrough=False, disk_io_limit=False))
+    overlay = mounts({"overlay": True, "readonly": True, "overlay_size": "16MB"})
+    check(msgspec.structs.replace(ALL, max_disks=5), **overlay)
+    with pytest.raises(NotSupported, match="takes 4 disks, this instance needs 5"):
+        check(msgspec.structs.replace(ALL, max_disks=4), **overlay)
+
+
 @pytest.mark.parametrize(
     ("path", "normal"),
     [
@@ -347,6 +367,7 @@ def test_what_the_vmm_can_not_do_is_said_before_anything_happens(body: dict[str,
         ("/root", "/root"),
         ("/tmp", "/tmp"),
         ("/run/app", "/run/app"),
+        ("/" + "x" * 1023, "/" + "x" * 1023),
     ],
 )
 def test_mount_paths(path: str, normal: str) -> None:
@@ -368,7 +389,7 @@ def test_mount_paths(path: str, normal: str) -> None:
         "/proc",
         "/dev/shm",
         "/sys/x",
-        "/" + "x" * 1100,
+        "/" + "x" * 1024,
     ],
 )
 def test_mount_paths_that_would_hide_the_system(path: str) -> None:
@@ -426,6 +447,51 @@ def test_compression_levels(algorithm: str | None, level: int, fine: bool) -> No
         with pytest.raises(InvalidRequest) as caught:
             check_compression(config)
         assert caught.value.code == "invalid_snapshot_compression"
+
+
+def test_the_level_of_a_compression_that_is_off_does_not_matter() -> None:
+    off = SnapshotCompressionConfig(enabled=False, level=99)
+    assert check_compression(off) is off
+
+
+def test_the_compression_of_a_request_that_names_none() -> None:
+    """The instance's policy, else the server's setting."""
+    policy = SnapshotCompressionConfig(enabled=False)
+    server = SnapshotsConfig(compression="lz4", level=3)
+    assert usual_compression(check(snapshot_policy={"compression": {"enabled": False}}), server) == policy
+    usual = SnapshotCompressionConfig(enabled=True, algorithm=CompressionAlgorithm.LZ4, level=3)
+    assert usual_compression(check(snapshot_policy={}), server) == usual_compression(check(), server) == usual
+    assert usual_compression(check(), SnapshotsConfig(compression="")) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "able", "reason"),
+    [
+        ({}, {"standby": False}, "cannot save a VM"),
+        ({"devices": ["gpu"]}, {}, "passed-through"),
+        ({"gpu": {"profile": "p"}}, {}, "passed-through"),
+        ({"skip_guest_agent": True}, {}, "without guest agent"),
+    ],
+)
+def test_what_cannot_be_saved(body: dict[str, Any], able: dict[str, Any], reason: str) -> None:
+    check_capturable(check(), ALL, "captured")
+    with pytest.raises(NotSupported, match=f"{reason}.*captured"):
+        check_capturable(check(**body), msgspec.structs.replace(ALL, **able), "captured")
+
+
+def test_a_change_of_egress_keeps_what_it_does_not_name() -> None:
+    rule = {"action": "allow", "hosts": ["a.b"]}
+    everything = {"rules": [rule], "default": "deny", "observe": True, "private_networks": "closed"}
+    spec = check(network={"egress": {"enabled": True, **everything}})
+    assert spec.access is not None and msgspec.convert(everything, EgressAccess) == spec.access
+    assert changed_access(spec, EgressUpdate()) == spec.access
+    other: dict[str, Any] = {"rules": (), "default": AccessDefault.ALLOW, "observe": False, "private_networks": None}
+    for field, value in other.items():
+        changed = changed_access(spec, EgressUpdate(**{field: value}))
+        assert changed == msgspec.structs.replace(spec.access, **{field: value}), field
+    assert changed_access(spec, EgressUpdate(**other)) is None, "anywhere, as without access rules"
+    with pytest.raises(InvalidRequest, match="not mediated"):
+        changed_access(check(), EgressUpdate())
 
 
 def test_the_guest_sees_stand_ins() -> None:

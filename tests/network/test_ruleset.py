@@ -162,7 +162,12 @@ def test_a_removal_clears_whatever_a_lease_may_have_opened() -> None:
         for isolated in (True, False):
             for reach in (*REACHES, REDIRECTED):
                 opened = lease("a", egress_mode=mode, isolated=isolated, reach=reach)
-                now = replace(opened, egress_mode=EgressMode.NONE, isolated=True, reach=replace(reach, closed=False))
+                now = replace(
+                    opened,
+                    egress_mode=EgressMode.NONE,
+                    isolated=True,
+                    reach=replace(reach, closed=False, private=PrivateReach.CONFIGURED),
+                )
                 own = {element for element in lease_elements(opened) if element.set == "openings"}
                 assert set(lease_elements(opened)) <= {*possible_elements(now), *own}
     member = lease("a", groups=(3, 7), isolated=False)

@@ -154,7 +154,7 @@ async def _settle_intent(owned: Owned, intent: Intent, *, alive: bool) -> None:
                     raise
                 # The reason is in the journal, and the instance is in a stable state
         case Operation.RESUME | Operation.STOP:
-            await bring_down(owned, (*plan_take_down(record), *plan_free(record.mapped)), None)
+            await bring_down(owned, plan_take_down(record), None)
         case Operation.PARK:
             await park(owned)
         case Operation.DELETE:
