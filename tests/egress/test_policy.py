@@ -108,6 +108,7 @@ def test_headers_refused(header: str) -> None:
         (("a.b.c",), ("*.b.c",), True),
         (("*.b.c",), ("*.b.c",), True),
         ((), ("a.b.c",), True),
+        (("a.b.c",), (), True),
         ((), (), True),
         (("a.b.c",), ("d.b.c",), False),
         (("*.b.c",), ("b.c",), False),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.config import LimitsConfig, SnapshotsConfig
-from hypeman.egress.types import AccessDefault, EgressAccess
+from hypeman.egress.types import AccessDefault, CredentialPolicy, EgressAccess, EgressEnforcementMode
 from hypeman.errors import HypemanError, InvalidRequest, NotSupported
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
@@ -36,6 +36,7 @@ from hypeman.instances.model.types import (
     HttpHealthCheck,
     RestartMode,
     RestartPolicy,
+    SnapshotPolicy,
     TcpHealthCheck,
     VolumeMount,
     WakeOn,
@@ -79,6 +80,57 @@ def test_text_becomes_numbers() -> None:
     assert (spec.disk_io_bps, spec.vcpus) == (100 << 20, 16)
     rates = check(network={"bandwidth_download": "100mbps", "bandwidth_upload": "1MB/s"})
     assert (rates.download_bps, rates.upload_bps) == (12_500_000, 1 << 20)
+
+
+def test_everything_that_is_requested_is_in_the_spec() -> None:
+    policies: dict[str, Any] = {
+        "snapshot_policy": {"standby_compression_delay": "5m"},
+        "auto_standby": {"enabled": True},
+        "health_check": {"type": "tcp", "tcp": {"port": 80}},
+        "restart_policy": {"policy": "always"},
+    }
+    spec = check(
+        size="1GB", hotplug_size="1GB", overlay_size="20MB", vcpus=3, disk_io_bps="5MB/s",
+        env={"REAL": "x"}, credentials=CREDENTIAL, tags={"a": "b"}, entrypoint=["/init"], cmd=["x"], user="u",
+        working_dir="/w", hostname="h", idle=True, devices=["d"], gpu={"profile": "p"},
+        volumes=[{"volume_id": "v", "mount_path": "/v/", "readonly": True}], **policies,
+        network={"bandwidth_download": "1MB/s", "bandwidth_upload": "2MB/s",
+                 "egress": {"enabled": True, "default": "deny", "enforcement": {"mode": "http_https_only"}}},
+    )  # fmt: skip
+    assert spec == InstanceSpec(
+        image="b",
+        platform="linux/amd64",
+        hypervisor=HypervisorKind.QEMU,
+        vcpus=3,
+        memory_bytes=1 << 30,
+        hotplug_bytes=1 << 30,
+        overlay_bytes=20 << 20,
+        disk_io_bps=5 << 20,
+        env={"REAL": "x"},
+        credentials=msgspec.convert(CREDENTIAL, dict[str, CredentialPolicy]),
+        tags={"a": "b"},
+        network=True,
+        download_bps=1 << 20,
+        upload_bps=2 << 20,
+        egress=EgressEnforcementMode.HTTP_HTTPS_ONLY,
+        access=EgressAccess(default=AccessDefault.DENY),
+        devices=("d",),
+        gpu_profile="p",
+        volumes=(VolumeMount(volume_id="v", mount_path="/v", readonly=True),),
+        entrypoint=("/init",),
+        cmd=("x",),
+        user="u",
+        working_dir="/w",
+        hostname="h",
+        idle=True,
+        snapshot_policy=SnapshotPolicy(standby_compression_delay="5m"),
+        auto_standby=AutoStandbyPolicy(enabled=True),
+        health_check=HealthCheck(type=HealthCheckType.TCP, tcp=TcpHealthCheck(port=80)),
+        restart_policy=RestartPolicy(policy=RestartMode.ALWAYS),
+    )
+    assert check(skip_guest_agent=True).skip_guest_agent and not check(network={"enabled": False}).network
+    same = {field.name for field in msgspec.structs.fields(InstanceSpec) if getattr(spec, field.name) == field.default}
+    assert same == {"network", "skip_guest_agent"}, "of every other field something is seen"
 
 
 CREDENTIAL = {"K": {"source": {"env": "REAL"}, "inject": [{"as": {"header": "X", "format": "${value}"}}]}}
@@ -140,6 +192,7 @@ TOO_HIGH = {"compression": {"enabled": True, "algorithm": "lz4", "level": 12}}
         ({"snapshot_policy": {"standby_compression_delay": "soon"}}, "invalid_snapshot_policy"),
         (mounts({"overlay": True}), "invalid_request"),
         (mounts({"overlay": True, "readonly": True}), "invalid_overlay_size"),
+        (mounts({"overlay": True, "readonly": True, "overlay_size": "much"}), "invalid_overlay_size"),
         (mounts({}, {"volume_id": "w", "mount_path": "/x/"}), "invalid_request"),
         (mounts({}, {"mount_path": "/y"}), "invalid_request"),
         ({"volumes": [{"volume_id": f"v{n}", "mount_path": f"/d{n}"} for n in range(24)]}, "invalid_request"),
