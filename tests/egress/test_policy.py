@@ -133,6 +133,14 @@ def body_rule(*hosts: str, ports: tuple[int, ...] | None = None) -> CredentialPo
     return CredentialPolicy(source=CredentialSource(env="REAL_KEY"), inject=(rule,))
 
 
+def test_a_placeholder_stands_for_one_rule_in_the_bodies_for_a_host() -> None:
+    """Two credentials have one each; two rules of one credential would replace the same."""
+    check_credentials({"K": body_rule("a.b"), "L": body_rule("a.b")}, ENV)
+    twice = CredentialPolicy(source=CredentialSource(env="REAL_KEY"), inject=body_rule("a.b").inject * 2)
+    with pytest.raises(InvalidRequest, match="same host"):
+        check_credentials({"K": twice}, ENV)
+
+
 @pytest.mark.parametrize(
     ("another", "refused"),
     [(("a.x.y",), True), (("*.x.y",), True), ((), True), (("other.y", "a.x.y"), True), (("b.x.y",), False)],

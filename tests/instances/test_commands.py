@@ -32,7 +32,7 @@ from hypeman.paths import Paths
 from hypeman.store import Store
 from hypeman.volumes.records import ATTACHMENTS
 from tests.instances.fake_world import FakeGuest, HostFailed, Lab, request
-from tests.instances.test_lifecycle import clean_up, running, settled, with_volume
+from tests.instances.test_lifecycle import clean_up, in_standby, running, settled, with_volume
 from tests.instances.test_trouble import jam_taps, make_volume, remove_volumes
 
 AT_DATA = AttachVolumeRequest(mount_path="/data", readonly=True)
@@ -116,6 +116,24 @@ async def test_a_volume_beyond_the_ports_is_fixed(lab: Lab) -> None:
         assert set(instances.board.find("one").ports.values()) == set(range(1, DISK_PORTS + 1)) - {4}
         await clean_up(lab, instances)
         await remove_volumes(lab)
+
+
+# ── Captures ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_standby_frees_the_memory_that_its_vm_had_mapped(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await in_standby(lab, instances)
+        await instances.fork("one", ForkInstanceRequest(name="two"))
+        await instances.restore("one")
+        await instances.delete("two")
+        mapped = instances.board.find("one").mapped
+        assert mapped is not None and [path.name for path in lab.paths.captures.iterdir()] == [mapped]
+        await instances.standby("one", StandbyInstanceRequest())
+        record = instances.board.find("one")
+        assert record.mapped is None and record.capture != mapped
+        assert [path.name for path in lab.paths.captures.iterdir()] == [record.capture]
+        await clean_up(lab, instances)
 
 
 # ── Start and stop ───────────────────────────────────────────────────────────────────────────────

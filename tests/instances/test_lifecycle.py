@@ -377,6 +377,9 @@ async def test_failed_at_every_effect(lab: Lab, case: str) -> None:
                 failed = True
             if lab.bomb.count <= moment:
                 lab.disarm()
+                await settled(instances, "one")
+                await pools_ready(instances)
+                check_owned(lab, f"{case} without a failure")
                 break
             where = f"moment {moment}, {lab.bomb.where}, of {case}"
             lab.disarm()
@@ -546,6 +549,8 @@ def check_owned(lab: Lab, where: str, *, crashed: bool = False) -> None:
             assert (record.capture is not None) == (record.state is InstanceState.STANDBY), where
             assert record.mapped is None or record.id in awake, where
             assert (record.stopped_at is None) == (record.id in awake), where
+    attached = lab.store.read(lambda txn: {(row.volume_id, row.instance_id) for _, row in txn.scan(ATTACHMENTS)})
+    assert attached == {(mount.volume_id, row.id) for row in records.values() for mount in row.spec.volumes}, where
     snapshots = lab.store.read(lambda txn: dict(txn.scan(SNAPSHOTS)))
     holders = {(captures.of_snapshot(key), row.capture) for key, row in snapshots.items() if row.capture}
     for row in records.values():

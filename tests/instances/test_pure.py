@@ -221,6 +221,7 @@ def test_the_guest_runs_what_docker_would(
         ("SIGRTMIN+3", 37),
         ("sigrtmin", 34),
         ("RTMAX-14", 50),
+        ("RTMAX", 64),
         ("SIGRTMAX+1", 15),
         ("SIGRTMIN-1", 15),
         ("SIG_DFL", 15),

@@ -4,6 +4,7 @@ and whatever made it so stays its own trouble."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.instances.life import lifecycle
 from hypeman.instances.life.operations.boot import start
 from hypeman.instances.life.owned import Owned
+from hypeman.instances.model.record import Operation
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
@@ -31,7 +33,7 @@ from hypeman.instances.service import Instances
 from hypeman.paths import Paths
 from hypeman.store import Store
 from tests.fakes.fake_vmm import FakeVmm
-from tests.instances.fake_world import HostFailed, Lab
+from tests.instances.fake_world import FakeGuest, HostFailed, Lab
 from tests.instances.test_lifecycle import check_owned, clean_up, in_standby, rows, running, with_volume
 
 
@@ -127,6 +129,57 @@ async def test_a_capture_during_which_the_vmm_fell_silent(lab: Lab, verb: str) -
         assert lab.world_as_text() == before
         assert not lab.guests[instances.board.find("one").id].frozen
         assert not lab.store.read(lambda txn: list(txn.keys(INTENTS)))
+        await clean_up(lab, instances)
+
+
+async def test_a_capture_after_which_the_vmm_ended(lab: Lab) -> None:
+    """Neither the capture nor going on is answered, and then there is no VMM that could go on."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        (process,) = lab.machine.alive()
+        lab.driver.fail("capture", no_answer())
+        lab.driver.fail("resume", no_answer())
+        for call in range(1, 4):
+            lab.driver.fail("state", no_answer(), call=call)
+        with pytest.raises(HypemanError):
+            await instances.standby("one", StandbyInstanceRequest())
+        await is_unknown(instances, "did not answer")
+        process.end(ExitReason.KILLED)
+        await until(instances, InstanceState.STOPPED)
+        assert (await instances.get("one")).exit_message == "the VMM was killed"
+        check_owned(lab, "ended")
+        await clean_up(lab, instances)
+
+
+async def test_a_restore_that_the_next_server_cannot_finish_ends_stopped(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has run, so there is no way back; that its guest cannot be awakened is no reason to try it forever."""
+
+    def unfinished() -> list[Operation]:
+        return lab.store.read(lambda txn: [intent.operation for _, intent in txn.scan(INTENTS)])
+
+    for moment in itertools.count():
+        async with lab.running() as instances:
+            await in_standby(lab, instances)
+            lab.crash_at(moment)
+            with contextlib.suppress(HypemanError):
+                await instances.restore("one")
+        assert lab.bomb.dead
+        if unfinished() == [Operation.RESUME]:
+            break
+        async with lab.running() as instances:
+            await clean_up(lab, instances)
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise HostFailed("it does not wake up")
+
+    monkeypatch.setattr(FakeGuest, "set_identity", refuse)
+    async with lab.running() as instances:
+        ended = await instances.get("one")
+        assert ended.state is InstanceState.STOPPED and "could not be awakened" in str(ended.exit_message)
+        assert not unfinished()
+        check_owned(lab, "restore")
         await clean_up(lab, instances)
 
 
