@@ -92,7 +92,7 @@ def test_the_answer_to_clients() -> None:
         tags=RECORD.spec.tags,
         network=InstanceNetwork(
             enabled=True, name="default", ip="10.0.0.2", mac="02:00:00:00:00:07", bandwidth_download="1MB/s",
-            bandwidth_upload="2MB/s", egress=EgressAccess(default=AccessDefault.DENY),
+            bandwidth_upload="2MB/s", egress=EgressAccess(default=AccessDefault.DENY), groups=("backend",),
         ),
         volumes=VOLUMES,
         ports=PORTS,
@@ -140,7 +140,7 @@ def test_what_was_not_requested_is_not_shown(change: dict[str, Any], absent: str
 
 def test_a_network_that_is_not_there() -> None:
     bare = replace(LEASE, download_bps=0, upload_bps=0, ports=())
-    record = replace(RECORD, spec=replace(RECORD.spec, access=None))
+    record = replace(RECORD, spec=replace(RECORD.spec, access=None, groups=()))
     assert view(record, bare).network == InstanceNetwork(enabled=True, name="default", ip=bare.ipv4, mac=bare.mac)
     assert view(record, bare).ports is msgspec.UNSET
     assert view(record, None).network == InstanceNetwork(enabled=True) and view(record, None).ports is msgspec.UNSET

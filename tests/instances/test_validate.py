@@ -94,7 +94,7 @@ def test_everything_that_is_requested_is_in_the_spec() -> None:
         env={"REAL": "x"}, credentials=CREDENTIAL, tags={"a": "b"}, entrypoint=["/init"], cmd=["x"], user="u",
         working_dir="/w", hostname="h", idle=True, devices=["d"], gpu={"profile": "p"},
         volumes=[{"volume_id": "v", "mount_path": "/v/", "readonly": True}], **policies,
-        network={"bandwidth_download": "1MB/s", "bandwidth_upload": "2MB/s",
+        network={"bandwidth_download": "1MB/s", "bandwidth_upload": "2MB/s", "groups": ["g", "g"],
                  "egress": {"enabled": True, "default": "deny", "enforcement": {"mode": "http_https_only"}}},
     )  # fmt: skip
     assert spec == InstanceSpec(
@@ -112,6 +112,7 @@ def test_everything_that_is_requested_is_in_the_spec() -> None:
         network=True,
         download_bps=1 << 20,
         upload_bps=2 << 20,
+        groups=("g",),
         egress=EgressEnforcementMode.HTTP_HTTPS_ONLY,
         access=EgressAccess(default=AccessDefault.DENY),
         devices=("d",),
@@ -231,6 +232,7 @@ def words(count: int) -> dict[str, Any]:
         ({"idle": True}, {"idle": True, "skip_guest_agent": True}, "invalid_request"),
         ({"ports": [{"host_port": 80, "guest_port": 80}]},
          {"ports": [{"host_port": 80, "guest_port": 80}], "network": {"enabled": False}}, "invalid_ports"),
+        ({"network": {"groups": ["g"]}}, {"network": {"groups": ["g"], "enabled": False}}, "invalid_request"),
         ({"network": {"egress": {"enabled": True, "default": "deny"}}}, {"network": {"egress": {"default": "deny"}}},
          "invalid_request"),
         ({"snapshot_policy": {"standby_compression_delay": "0s"}},

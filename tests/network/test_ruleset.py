@@ -185,6 +185,7 @@ def test_an_instance_without_network_opens_nothing() -> None:
     [
         ({}, set()),
         ({"isolated": False}, {"asleep"}),
+        ({"isolated": False, "groups": (3,)}, {"members_asleep"}),
         ({"ports": PORTS, "reach": REACHES[1]}, {"ports", "ports_at", "published", "hairpin"}),
     ],
 )
