@@ -11,6 +11,9 @@ again.
     the server and a VMM are killed in turn.
 ``guests``: the same with real guests and without kills. HYPEMAN_BENCH_REAL_WAKES sets their number.
 
+``hundred``: as ``namespaces``, with 100 instances that wake and enter standby all the time. Then states, VMMs, links,
+    routes, addresses, memory and captures have to agree.
+
 Of each kind no more are begun after HYPEMAN_BENCH_SECONDS.
 """
 
@@ -26,7 +29,7 @@ import trio
 
 from tests.bench.harness import Result
 from tests.real.appliance import Appliance, short_directory
-from tests.real.wakes import WAYS, Tally, Target, Wakes, cabled, real
+from tests.real.wakes import WAYS, Tally, Target, Wakes, cabled, check_agreement, real
 
 WAKES = int(os.environ.get("HYPEMAN_BENCH_WAKES", "1000"))
 KILLS = int(os.environ.get("HYPEMAN_BENCH_KILLS", "100"))
@@ -40,7 +43,9 @@ Make = Callable[[Path, int], AbstractAsyncContextManager[tuple[Appliance, list[T
 async def wake_all(make: Make, guests: int, wanted: int, kills_every: int) -> Tally:
     for directory in short_directory("bench"):
         async with make(directory, guests) as (appliance, targets, key):
-            return await Wakes(appliance, targets, key, wanted=wanted, kills_every=kills_every).run(SECONDS)
+            tally = await Wakes(appliance, targets, key, wanted=wanted, kills_every=kills_every).run(SECONDS)
+            print("in the end:", await check_agreement(appliance), flush=True)
+            return tally
     raise AssertionError("there is a directory")
 
 
@@ -64,4 +69,5 @@ def told(name: str, tally: Tally) -> Iterator[Result]:
 
 def run() -> Iterator[Result]:
     yield from told("namespaces", trio.run(wake_all, cabled, GUESTS, WAKES, KILLS))
+    yield from told("hundred", trio.run(wake_all, cabled, 100, WAKES, KILLS))
     yield from told("guests", trio.run(wake_all, real, REAL_GUESTS, REAL_WAKES, 0))

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from tests.real.appliance import PATIENCE, Appliance, check_host, short_directory
-from tests.real.wakes import WAYS, Target, Wakes, WebSocket, cabled
+from tests.real.wakes import WAYS, Target, Wakes, WebSocket, cabled, check_agreement
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -30,6 +30,7 @@ async def test_wakes(directory: Path) -> None:
         tally = await Wakes(appliance, targets, key, wanted=24, kills_every=8).run()
         assert not tally.lost, f"{tally.lost}\n{appliance.log_tail()}"
         assert tally.kills["server"] and tally.kills["VMM"]
+        await check_agreement(appliance)
 
 
 async def check_activity(appliance: Appliance, target: Target) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import json
 import os
 import random
 import secrets
@@ -364,6 +365,44 @@ class Wakes:
         with trio.move_on_after(PATIENCE):
             while await self._state(name) not in ("Running", "Standby"):
                 await trio.sleep(0.05)
+
+
+async def check_agreement(appliance: Appliance) -> str:
+    """States, VMMs, links, routes, leases, memory and captures agree once nothing is in progress; returns the states.
+
+    What the last work leaves for later is waited for.
+    """
+    with trio.fail_after(PATIENCE):
+        while (
+            trouble := await _disagreement(appliance)
+        ) and trio.current_effective_deadline() - trio.current_time() > 5:
+            await trio.sleep(0.2)
+    assert not trouble, f"{trouble}\n{appliance.log_tail()}"
+    states = Counter(each["state"] for each in await appliance.get("/instances"))
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+
+
+async def _disagreement(appliance: Appliance) -> list[str]:
+    found = await appliance.get("/instances")
+    running = [each for each in found if each["state"] == "Running"]
+    asleep = [each for each in found if each["state"] == "Standby"]
+    held = [each for each in asleep if each["auto_standby"].get("enabled")]
+    routes = {route["dst"]: route["dev"] for route in json.loads(appliance.namespace.run("ip", "-j", "route"))}
+    links = [link for link in appliance.namespace.links() if link.startswith("hm-") and link != "hm-wake"]
+    memory = (await appliance.get("/resources"))["memory"]["allocated"]
+    addresses = [each["network"]["ip"] for each in found]
+    checks = {
+        "another state": len(running) + len(asleep) == len(found),
+        "VMMs": sorted(Path(run).name for run in appliance.vmms().values()) == sorted(each["id"] for each in running),
+        "run directories": len(list((appliance.socket.parent / "vm").iterdir())) == len(running),
+        "TAPs": len(links) == len(running),
+        "routes to TAPs": {routes.get(each["network"]["ip"]) for each in running} <= set(links),
+        "routes to hm-wake": {routes.get(each["network"]["ip"]) for each in held} <= {"hm-wake"},
+        "addresses": len(set(addresses)) == len(found),
+        "memory": memory == len(running) * 128 << 20,
+        "captures": len(list((appliance.data / "captures").iterdir())) == len(asleep),
+    }
+    return [f"{what} ({len(running)} run)" for what, agrees in checks.items() if not agrees]
 
 
 # Servers and guests
