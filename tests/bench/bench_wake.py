@@ -6,36 +6,46 @@ ports, from a neighbour, and through an ingress (HTTP and WebSocket). A request 
 one. While the server or a VMM is killed, a reset, an ICMP error or a 5xx is an answer, and a datagram may be sent
 again.
 
-``namespaces``: a real server with real packets, rules, TAPs, hm-wake and engine, whose guests are network namespaces
-    instead of VMs: restoring takes no time. HYPEMAN_BENCH_WAKES sets their number, HYPEMAN_BENCH_KILLS after how many
-    the server and a VMM are killed in turn.
-``guests``: the same with real guests and without kills. HYPEMAN_BENCH_REAL_WAKES sets their number.
+The guests here are network namespaces instead of VMs, so that restoring takes no time; packets, rules, TAPs, hm-wake and
+engine are real. HYPEMAN_BENCH_WAKES sets the number of requests, HYPEMAN_BENCH_KILLS after how many the server and a
+VMM are killed in turn; no more are begun after HYPEMAN_BENCH_SECONDS. ``wake_many`` does the same with 100 instances,
+``wake_guests`` with real guests and without kills.
 
-``hundred``: as ``namespaces``, with 100 instances that wake and enter standby all the time. Then states, VMMs, links,
-    routes, addresses, memory and captures have to agree.
-
-Of each kind no more are begun after HYPEMAN_BENCH_SECONDS.
+``scan``: what the server spends while somebody whom its policy ignores sends as much as he can to one in standby.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from tests.bench.harness import Result
+from tests.bench.harness import Result, process_cpu_time
 from tests.real.appliance import Appliance, short_directory
-from tests.real.wakes import WAYS, Tally, Target, Wakes, cabled, check_agreement, real
+from tests.real.wakes import (
+    POLICY,
+    WAYS,
+    Place,
+    Tally,
+    Target,
+    Wakes,
+    cabled,
+    check_agreement,
+    socket_in,
+)
 
 WAKES = int(os.environ.get("HYPEMAN_BENCH_WAKES", "1000"))
 KILLS = int(os.environ.get("HYPEMAN_BENCH_KILLS", "100"))
-REAL_WAKES = int(os.environ.get("HYPEMAN_BENCH_REAL_WAKES", "34"))
 SECONDS = float(os.environ.get("HYPEMAN_BENCH_SECONDS", "1200"))
-GUESTS, REAL_GUESTS = 6, 2
+GUESTS = 6
+SCAN_SECONDS = 10.0
 
 Make = Callable[[Path, int], AbstractAsyncContextManager[tuple[Appliance, list[Target], Path]]]
 
@@ -49,25 +59,60 @@ async def wake_all(make: Make, guests: int, wanted: int, kills_every: int) -> Ta
     raise AssertionError("there is a directory")
 
 
-def told(name: str, tally: Tally) -> Iterator[Result]:
+def told(tally: Tally) -> Iterator[Result]:
     for line in tally.lost:
         print("lost:", line)
-    yield Result(f"{name}: requests that woke", float(tally.requests), "")
-    yield Result(f"{name}: lost", float(len(tally.lost)), "")
+    yield Result("requests that woke", float(tally.requests), "")
+    yield Result("lost", float(len(tally.lost)), "")
     for kind, place in WAYS:
-        yield Result(f"{name}: {kind} from {place}, answered", float(tally.answered[kind, place]), "")
+        yield Result(f"{kind} from {place}, answered", float(tally.answered[kind, place]), "")
     for what, count in sorted(tally.kills.items()):
-        yield Result(f"{name}: kills of the {what}", float(count), "")
+        yield Result(f"kills of the {what}", float(count), "")
     if tally.kills:
-        yield Result(f"{name}: requests while something was killed", float(tally.disturbed), "")
-        yield Result(f"{name}: of these, peers that were told there is no answer", float(tally.reported.total()), "")
-        yield Result(f"{name}: datagrams sent again", float(tally.resent), "")
+        yield Result("requests while something was killed", float(tally.disturbed), "")
+        yield Result("of these, peers that were told there is no answer", float(tally.reported.total()), "")
+        yield Result("datagrams sent again", float(tally.resent), "")
     if tally.restore:
         first, restore = statistics.median(tally.first_byte), statistics.median(tally.restore)
-        yield Result(f"{name}: first byte, SSH apart", first * 1000, "ms", "the wake itself", restore * 1000)
+        yield Result("first byte, SSH apart", first * 1000, "ms", "the wake itself", restore * 1000)
+
+
+async def scan() -> list[Result]:
+    for directory in short_directory("bench"):
+        async with cabled(directory, 1) as (appliance, (target,), _):
+            policy = POLICY | {"ignore_source_cidrs": ["192.0.2.0/24"]}
+            await appliance.ask("PATCH", f"/instances/{target.name}", json={"auto_standby": policy})
+            await appliance.post(f"/instances/{target.name}/standby")
+            peer = target.places["world"]
+            idle = await cpu_while(appliance, partial(trio.sleep, SCAN_SECONDS))
+            sent: list[int] = []
+            spent = await cpu_while(appliance, partial(trio.to_thread.run_sync, flood, peer, sent))
+            state = (await appliance.get(f"/instances/{target.name}"))["state"]
+            return [
+                Result("scan: packets to one in standby, a second", sum(sent) / SCAN_SECONDS, ""),
+                Result("scan: CPU of the server", spent * 100, "%", "without", idle * 100),
+                Result("scan: woken by it", float(state != "Standby"), "instances"),
+            ]
+    return []
+
+
+async def cpu_while(appliance: Appliance, work: Callable[[], Awaitable[object]]) -> float:
+    """The share of one CPU that the server uses meanwhile."""
+    before, begin = process_cpu_time(appliance.pid), time.monotonic()
+    await work()
+    return (process_cpu_time(appliance.pid) - before) / (time.monotonic() - begin)
+
+
+def flood(peer: Place, sent: list[int]) -> None:
+    """Send datagrams as fast as they go; adds how many to ``sent``."""
+    end = time.monotonic() + SCAN_SECONDS
+    with socket_in(peer.namespace, socket.SOCK_DGRAM) as channel:
+        while time.monotonic() < end:
+            for _ in range(100):
+                channel.sendto(b"scan", (peer.address, peer.ports["udp"]))
+            sent.append(100)
 
 
 def run() -> Iterator[Result]:
-    yield from told("namespaces", trio.run(wake_all, cabled, GUESTS, WAKES, KILLS))
-    yield from told("hundred", trio.run(wake_all, cabled, 100, WAKES, KILLS))
-    yield from told("guests", trio.run(wake_all, real, REAL_GUESTS, REAL_WAKES, 0))
+    yield from trio.run(scan)
+    yield from told(trio.run(wake_all, cabled, GUESTS, WAKES, KILLS))

@@ -478,7 +478,8 @@ async def cabled(directory: Path, guests: int, **environ: str) -> AsyncIterator[
     cable = compile_program("cable", programs)
     key = make_keys(programs)
     prefix = f"hmg{secrets.token_hex(3)}"
-    settings = {CABLE: str(cable), GUESTS: prefix, **SETTINGS, **environ}
+    room = {f"OVERSUBSCRIPTION__{what}": "1000" for what in ("CPU", "MEMORY", "DISK")}
+    settings = {CABLE: str(cable), GUESTS: prefix, **SETTINGS, **room, **environ}
     with ExitStack() as stack:
         namespaces = {f"10.100.0.{offset}": stack.enter_context(guest_namespace(prefix, offset, programs))
                       for offset in range(2, guests + 3)}  # fmt: skip
