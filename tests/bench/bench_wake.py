@@ -6,10 +6,10 @@ ports, from a neighbour, and through an ingress (HTTP and WebSocket). A request 
 one. While the server or a VMM is killed, a reset, an ICMP error or a 5xx is an answer, and a datagram may be sent
 again.
 
-The guests here are network namespaces instead of VMs, so that restoring takes no time; packets, rules, TAPs, hm-wake and
-engine are real. HYPEMAN_BENCH_WAKES sets the number of requests, HYPEMAN_BENCH_KILLS after how many the server and a
-VMM are killed in turn; no more are begun after HYPEMAN_BENCH_SECONDS. ``wake_many`` does the same with 100 instances,
-``wake_guests`` with real guests and without kills.
+The guests here are network namespaces instead of VMs, so that restoring takes no time; packets, rules, TAPs, hm-wake
+and engine are real. HYPEMAN_BENCH_WAKES sets the number of requests, HYPEMAN_BENCH_KILLS after how many the server and
+a VMM are killed in turn; no more are begun after HYPEMAN_BENCH_SECONDS. ``wake_many`` does the same with 100
+instances, ``wake_guests`` with real guests and without kills.
 
 ``scan``: what the server spends while somebody whom its policy ignores sends as much as he can to one in standby.
 """
