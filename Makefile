@@ -64,7 +64,7 @@ lint: $(STAMPS)/native  ## ruff, clang-format, mypy --strict on code and tests, 
 	@echo "== direction of imports, documents, test tiers"
 	@$(PYTHON) -m pytest -q tests/test_imports.py tests/test_documents.py tests/test_tiers.py
 
-bench: ready-own  ## benchmarks, as a table and in build/bench.json; AREAS="egress http" selects some
+bench: ready-own $(STAMPS)/ui  ## benchmarks, as a table and in build/bench.json; AREAS="egress http" selects some
 	@$(PYTHON) -m tests.bench $(AREAS)
 
 appliance: $(STAMPS)/native  ## build the self-contained bundle: dist/*.tar.gz, dist/*.deb, checksums, list of contents

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tests.bench.harness import Result, process_cpu_time
 from tests.real.appliance import Namespace
-from tests.ui.browser import Fakes, fakes, run_node
+from tests.ui.browser import Fakes, check_built, fakes, run_node
 
 _ROUNDS = 5
 _SECONDS = 10
@@ -28,6 +28,7 @@ class Round(NamedTuple):
 
 
 def run() -> list[Result]:
+    check_built()
     namespace = Namespace()
     try:
         with (

@@ -32,6 +32,10 @@ pytestmark = pytest.mark.real
 
 @pytest.fixture(autouse=True)
 def built() -> None:
+    check_built()
+
+
+def check_built() -> None:
     assert (BUILT / "dist" / "index.html").exists(), "the UI was not built: `make ui`"
     assert Path(CHROMIUM).exists(), "there is no Chromium: `apt-get install chromium`"
 
