@@ -157,6 +157,13 @@ def test_elements_of_a_lease(changes: dict[str, object], sets: set[str]) -> None
     assert {element.family for element in lease_elements(guest)} == {"inet", "arp"}
 
 
+def test_packets_of_a_group_wake_its_members() -> None:
+    assert [element.set for element in held_elements(lease("a", isolated=False))] == ["asleep"]
+    member = held_elements(lease("a", isolated=False, groups=(3, 7)))
+    assert [(element.set, element.key[1]) for element in member] == [("members_asleep", "3"), ("members_asleep", "7")]
+    assert held_elements(lease("a", groups=(3,))) == ()
+
+
 def test_a_removal_clears_whatever_a_lease_may_have_opened() -> None:
     for mode in EgressMode:
         for isolated in (True, False):
