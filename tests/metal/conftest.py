@@ -1,4 +1,4 @@
-"""One virtual host for the device tests, booted once."""
+"""The virtual host of the device tests. Each module has a host of its own: there are never two at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.hypervisor.conftest import NoGuest
-from tests.metal import vmm_host
 from tests.metal.image import build_image, build_mdev_modules, missing
 from tests.metal.rig import MetalHost, dual_nic, gpu, nic, nvme
 
@@ -20,7 +18,7 @@ NEEDED = ("trio", "attr", "attrs", "outcome", "sniffio", "sortedcontainers", "id
 """Packages of ours that the device code imports; the host's Debian has the same Python series as we do."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def nvme_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The medium of the host's NVMe, with a mark that only a reader of the disk can know."""
     disk = tmp_path_factory.mktemp("nvme") / "disk"
@@ -30,7 +28,7 @@ def nvme_disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return disk
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def metal(nvme_disk: Path) -> Iterator[MetalHost]:
     """A host with NICs, an NVMe, a GPU with audio, and our code in /opt/hypeman."""
     reason = missing()
@@ -45,16 +43,3 @@ def metal(nvme_disk: Path) -> Iterator[MetalHost]:
     files |= {f"/opt/mdev/{module.name}": module for module in modules.glob("*.ko")}
     with MetalHost.boot(image, devices=devices, files=files) as host:
         yield host
-
-
-@pytest.fixture(scope="session")
-def server_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
-    """A host where our whole server runs, on Debian's kernel and with Debian's QEMU."""
-    if reason := missing():
-        pytest.skip(reason)
-    try:
-        booted = vmm_host.boot(build_image(), tmp_path_factory.mktemp("guest"))
-    except NoGuest as reason:
-        pytest.fail(f"{reason}: make ready-own")
-    with booted:
-        yield booted

@@ -1,4 +1,5 @@
-"""Run inside the virtual host by test_limits.py: the control group of a VMM holds, and spares its neighbours.
+"""Run inside the virtual host by test_limits.py and test_neighbour.py: the control group of a VMM holds, and spares
+its neighbours.
 
 The latency of a neighbour is a ratio of medians, measured side by side in one host: in turn with the other VMM stopped
 and running, since what else the machine does changes meanwhile. Its absolute value means nothing.

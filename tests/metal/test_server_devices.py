@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.metal import vmm_host
@@ -20,12 +22,13 @@ modprobe -a vfio mdev
 
 
 @pytest.fixture(scope="module")
-def host(server_host: MetalHost) -> MetalHost:
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
     """With a parent of vGPUs."""
-    release = server_host.check("uname -r").strip()
-    server_host.put({f"/opt/mdev/{module.name}": module for module in build_mdev_modules(release).glob("*.ko")})
-    server_host.check(LOAD)
-    return server_host
+    with vmm_host.boot_for_tests(tmp_path_factory.mktemp("guest")) as booted:
+        release = booted.check("uname -r").strip()
+        booted.put({f"/opt/mdev/{module.name}": module for module in build_mdev_modules(release).glob("*.ko")})
+        booted.check(LOAD)
+        yield booted
 
 
 @pytest.mark.parametrize("what", ["nvme", "vgpu"])

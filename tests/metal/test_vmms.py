@@ -9,9 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hypervisor.conftest import NoGuest
 from tests.metal import vmm_host
-from tests.metal.image import build_image, missing
 from tests.metal.rig import MetalHost
 
 pytestmark = [pytest.mark.metal, pytest.mark.real, pytest.mark.slow]
@@ -36,13 +34,7 @@ MAY_SKIP = ("has no hot-plug", "cannot do devices")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
     if not vmm_host.programs():
         pytest.skip(f"none of {', '.join(vmm_host.PROGRAMS)} is in HYPEMAN_TEST_VMMS or PATH")
-    if reason := missing():
-        pytest.skip(reason)
-    try:
-        booted = vmm_host.boot(build_image(newer_kernel=True), tmp_path_factory.mktemp("guest"))
-    except NoGuest as reason:
-        pytest.fail(f"{reason}: make ready-own")
-    with booted:
+    with vmm_host.boot_for_tests(tmp_path_factory.mktemp("guest"), newer_kernel=True, cpus=2) as booted:
         yield booted
 
 

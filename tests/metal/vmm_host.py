@@ -14,9 +14,11 @@ import tomllib
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+import pytest
+
 from packaging.requirements import Requirement
-from tests.hypervisor.conftest import build_guest
-from tests.metal.image import Image, build_image
+from tests.hypervisor.conftest import NoGuest, build_guest
+from tests.metal.image import Image, build_image, missing
 from tests.metal.rig import MetalHost, nvme
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +32,16 @@ _OURS = (
     "tests/metal/under_units.py", "tests/bench/__main__.py",
     "tests/bench/harness.py", "tests/bench/bench_hypervisor.py", "tests/bench/bench_kinds.py",
 )  # fmt: skip
+_UNITS = ("hypeman-vms.service", "hypeman.service", "hypeman.slice")
+_SERVER = b"""[Service]
+ExecStart=
+ExecStart=/usr/bin/python3 -m hypeman serve
+WorkingDirectory=/opt/hypeman
+Environment=HYPERVISOR__KVM_PATIENCE=100 REQUEST_TIMEOUT=900 PORT=0
+WatchdogSec=0
+TimeoutStartSec=15min
+"""
+"""What is another in the virtual host: our code is not installed, and all takes longer."""
 _TOOLS = ("pytest", "pytest-trio", "hypothesis")
 _SETTINGS = b"""[pytest]
 trio_mode = true
@@ -49,7 +61,17 @@ def programs() -> dict[str, Path]:
     return {name: Path(path).resolve() for name, path in found.items() if path}
 
 
-def boot(image: Image, folder: Path) -> MetalHost:
+def boot_for_tests(folder: Path, *, newer_kernel: bool = False, cpus: int = 1) -> MetalHost:
+    """``boot`` in a test, which is skipped on machines where no host can be made."""
+    if reason := missing():
+        pytest.skip(reason)
+    try:
+        return boot(build_image(newer_kernel=newer_kernel), folder, cpus=cpus)
+    except NoGuest as error:
+        pytest.fail(f"{error}: make ready-own")
+
+
+def boot(image: Image, folder: Path, *, cpus: int = 1) -> MetalHost:
     """A host with our code in /opt/hypeman, a guest for it in /opt/guest, the programs in /opt/vmms, and an NVMe."""
     kernel, initrd = build_guest(folder)
     files: dict[str, bytes | Path] = {
@@ -63,7 +85,7 @@ def boot(image: Image, folder: Path) -> MetalHost:
     medium = folder / "nvme"
     medium.touch()
     os.truncate(medium, 16 << 20)
-    host = MetalHost.boot(image, devices=(nvme("nvme", 0, medium),), files=files, memory_mb=4096)
+    host = MetalHost.boot(image, devices=(nvme("nvme", 0, medium),), files=files, memory_mb=4096, cpus=cpus)
     try:
         host.check(
             f"for module in {_MODULES}; do modprobe $module; done; "
@@ -74,6 +96,14 @@ def boot(image: Image, folder: Path) -> MetalHost:
         host.close()
         raise
     return host
+
+
+def start_keeper(host: MetalHost) -> None:
+    """The units that the package installs, and of them the keeper of the VMs; ``systemctl start hypeman`` has a
+    server as well."""
+    units: dict[str, bytes | Path] = {f"/etc/systemd/system/{unit}": ROOT / "systemd" / unit for unit in _UNITS}
+    host.put({**units, "/etc/systemd/system/hypeman.service.d/test.conf": _SERVER})
+    host.check("systemctl daemon-reload && systemctl start hypeman-vms")
 
 
 def _packages() -> dict[str, Path]:
