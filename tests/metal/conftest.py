@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import site
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +10,10 @@ import pytest
 
 from tests.metal.image import build_image, build_mdev_modules, missing
 from tests.metal.rig import MetalHost, dual_nic, gpu, nic, nvme
+from tests.metal.vmm_host import packages
 
 ROOT = Path(__file__).parents[2]
 OURS = ("hypeman", "tests/__init__.py", "tests/metal", "tests/devices")
-NEEDED = ("trio", "attr", "attrs", "outcome", "sniffio", "sortedcontainers", "idna", "msgspec", "lmdb", "yaml", "_yaml")
-"""Packages of ours that the device code imports; the host's Debian has the same Python series as we do."""
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +35,8 @@ def metal(nvme_disk: Path) -> Iterator[MetalHost]:
     image = build_image()
     modules = build_mdev_modules(image.release)
     devices = (nic("nic", 0), nvme("disk", 1, nvme_disk), dual_nic("dual", 2), gpu("gpu", 3))
-    packages = Path(site.getsitepackages()[0])
     files: dict[str, bytes | Path] = {f"/opt/hypeman/{name}": ROOT / name for name in OURS if (ROOT / name).exists()}
-    files |= {f"/opt/hypeman/{name}": packages / name for name in NEEDED if (packages / name).exists()}
+    files |= {f"/opt/hypeman/{name}": path for name, path in packages().items()}
     files |= {f"/opt/mdev/{module.name}": module for module in modules.glob("*.ko")}
     with MetalHost.boot(image, devices=devices, files=files) as host:
         yield host

@@ -140,7 +140,7 @@ def test_without_the_kernels_module_nothing_is_touched(
 
 def test_vgpus_of_a_real_mdev_parent(metal: MetalHost, call: Call) -> None:
     """The kernel's mdpy: slots counted, a vGPU made, shown to a KVM guest, removed."""
-    metal.check("modprobe mdev; insmod /opt/mdev/mdpy.ko")
+    metal.check("modprobe -a vfio mdev; insmod /opt/mdev/mdpy.ko")
     status = call("gpu")
     assert status["mode"] == "vgpu"
     free = {profile["name"]: profile["available"] for profile in status["profiles"]}

@@ -32,6 +32,7 @@ def test_a_guest_runs_under_the_units(host: MetalHost) -> None:
     try:
         host.check("systemctl start hypeman", timeout=PATIENCE)
         said = host.check("cd /opt/hypeman && python3 -m tests.metal.under_units", timeout=PATIENCE)
+        print(said)
         assert "under the units: ok" in said, said
     except AssertionError as error:
         error.add_note(host.run("journalctl --no-pager -o cat -u hypeman -u hypeman-vms | tail -60").output)

@@ -81,7 +81,7 @@ def boot(image: Image, folder: Path, *, cpus: int = 1) -> MetalHost:
     }
     files |= {f"/opt/vmms/{name}": path for name, path in programs().items()}
     files |= {f"/opt/hypeman/{name}": ROOT / name for name in _OURS if (ROOT / name).exists()}
-    files |= {f"/opt/hypeman/{name}": path for name, path in _packages().items()}
+    files |= {f"/opt/hypeman/{name}": path for name, path in packages(*_TOOLS).items()}
     medium = folder / "nvme"
     medium.touch()
     os.truncate(medium, 16 << 20)
@@ -106,11 +106,11 @@ def start_keeper(host: MetalHost) -> None:
     host.check("systemctl daemon-reload && systemctl start hypeman-vms")
 
 
-def _packages() -> dict[str, Path]:
-    """The files and folders of all packages that the product and pytest want, by name; the host's Debian has the
+def packages(*tools: str) -> dict[str, Path]:
+    """The files and folders of all packages that the product and ``tools`` want, by name; the host's Debian has the
     same Python series as we do."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted, found = [*_TOOLS, *project["dependencies"]], dict[str, Distribution]()
+    wanted, found = [*tools, *project["dependencies"]], dict[str, Distribution]()
     while wanted:
         requirement = Requirement(wanted.pop())
         here = requirement.marker is None or requirement.marker.evaluate({"extra": ""})

@@ -61,7 +61,7 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, nvme_disk: Path) -> Iter
         "/usr/local/bin/docker-registry": Path("/usr/bin/docker-registry"),
         **make_certificates(),
     }
-    with MetalHost.boot(build_image(python=False), devices=devices, files=files, memory_mb=4096) as host:
+    with MetalHost.boot(build_image(python=False), devices=devices, files=files, memory_mb=4096, cpus=2) as host:
         host.keep_vms()
         host.check(MAKE_WORLD)
         yield OnMetal(host)
