@@ -103,6 +103,14 @@ def test_scopes() -> None:
         check_scope(narrow, Scope.INSTANCE_DELETE)
 
 
+def test_the_names_of_scopes_are_those_of_the_contract() -> None:
+    """Tokens that were issued have them."""
+    kinds = ("instance", "image", "volume", "snapshot", "build", "device", "ingress", "resource")
+    names = {f"{kind}:{right}" for kind in kinds for right in ("read", "write", "delete")} - {"resource:delete"}
+    assert {scope.value for scope in Scope} == names
+    assert mint(SECRET, subject="ann", scopes=["*", *names])
+
+
 def test_unknown_scopes_are_not_minted() -> None:
     with pytest.raises(InvalidRequest, match="instance:fly"):
         mint(SECRET, subject="ann", scopes=["instance:read", "instance:fly"])

@@ -12,8 +12,10 @@ from msgspec.structs import replace
 from hypeman.errors import InternalError, InvalidState, NotFound, NotSupported
 from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason
+from hypeman.instances.life import lifecycle
 from hypeman.instances.life.lifecycle import MOST_WAITING
 from hypeman.instances.life.operations.standby import restore, standby
+from hypeman.instances.life.operations.stop import stop
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.admission import Command
 from hypeman.instances.model.record import InstanceRecord, Operation
@@ -321,6 +323,35 @@ async def test_the_rest_of_a_restore_leaves_the_command_alone_that_came_first(
             assert not [each for each in caplog.records if each.levelname == "ERROR"]
             monkeypatch.undo()
             await clean_up(lab, instances)
+
+
+async def test_a_vmm_is_killed_only_for_a_stop_that_waits(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That an earlier stop had to wait is no reason to end a long command later."""
+    monkeypatch.setattr(lifecycle, "SECONDS_FOR_VMM", 0.02)
+
+    async def wait(owned: Owned) -> None:
+        await go_on.wait()
+
+    async def take_long(owned: Owned) -> None:
+        await trio.sleep(0.2)
+
+    async with lab.running() as instances:
+        await running(lab, instances)
+        task = instances.tasks.of("one")
+        go_on = trio.Event()
+        job = task.submit(None, wait)
+        with trio.fail_after(60):
+            while task._queued:
+                await trio.lowlevel.checkpoint()
+            stopping = task.submit(Command.STOP, stop)
+            go_on.set()
+            await job.wait()
+            await stopping.wait()
+        await instances.start("one", StartInstanceRequest())
+        await settled(instances, "one")
+        await task.perform(None, take_long)
+        assert len(lab.machine.alive()) == 1
+        await clean_up(lab, instances)
 
 
 async def test_nothing_is_queued_for_an_instance_that_is_gone(lab: Lab) -> None:

@@ -227,7 +227,7 @@ async def test_a_member_that_cannot_be_removed_is_tried_again_with_pauses(
             await lab.snapshots(instances).delete_pool(snapshot)
             for _ in range(1000):
                 await trio.lowlevel.checkpoint()
-            assert len(attempts) == 2, "at once, and then after a pause"
+            assert 2 <= len(attempts) <= 3, "at once, when the deletion is reported, and then after a pause"
         instances.pools._work.set()
         with trio.fail_after(10):
             while lab.machine.alive():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from hypeman.instances.model.admission import ALLOWED
+from hypeman.instances.model import admission
+from hypeman.instances.model.admission import ALLOWED, Command
 from hypeman.instances.model.states import NO_VMM, TRANSITIONS, is_possible, render_diagram
 from hypeman.instances.model.types import InstanceState as S
 
@@ -40,6 +42,38 @@ def test_every_state_is_reached_and_left(state: S) -> None:
             waiting += [after for before, after, _ in TRANSITIONS if before is now]
     assert state in reached
     assert is_possible(state, None), "every instance can be deleted"
+
+
+COLUMNS: dict[str, tuple[Command, ...]] = {
+    "start": (Command.START,),
+    "stop": (Command.STOP,),
+    "standby": (Command.STANDBY,),
+    "restore": (Command.RESTORE,),
+    "fork": (Command.FORK,),
+    "capture": (Command.SNAPSHOT,),
+    "exec/cp/stat": (Command.USE,),
+    "attach/detach": (Command.ATTACH, Command.DETACH),
+    "delete": (Command.DELETE,),
+}
+
+
+def test_the_table_in_the_header_of_admission_is_what_is_admitted() -> None:
+    """Written for readers, and a second time for the program."""
+    lines = str(admission.__doc__).splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.split()[:1] == ["state"])
+    names = lines[begin].split()[1:]
+    ends = [lines[begin].index(f" {name}") + 1 for name in names]
+    told: dict[str, set[S]] = {name: set() for name in names}
+    for line in lines[begin + 1 : begin + 1 + len(S)]:
+        for mark in re.finditer(r"x", line):
+            told[names[sum(end <= mark.start() for end in ends) - 1]].add(S(line.split()[0]))
+    assert told.keys() == COLUMNS.keys()
+    for name, commands in COLUMNS.items():
+        assert all(ALLOWED[command] == told[name] for command in commands), name
+    assert ALLOWED[Command.RESTORE_SNAPSHOT] == NO_VMM == {S.STOPPED, S.STANDBY}
+    assert ALLOWED.keys() == {command for commands in COLUMNS.values() for command in commands} | {
+        Command.RESTORE_SNAPSHOT
+    }
 
 
 def test_what_is_legal_is_possible() -> None:

@@ -104,7 +104,11 @@ async def test_it_comes_back_as_what_it_was(lab: Lab) -> None:
         async def lose(owned: Owned) -> None:
             await owned.lost(no_answer())
 
-        await instances.tasks.of("one").perform(None, lose)
+        task = instances.tasks.of("one")
+        with trio.fail_after(60):
+            while task._looking:  # until then, the first series of looks would find it
+                await trio.sleep(0.001)
+        await task.perform(None, lose)
         await is_unknown(instances, "did not answer")
         await until(instances, InstanceState.SHUTDOWN)
         await clean_up(lab, instances)

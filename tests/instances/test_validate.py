@@ -404,6 +404,7 @@ def test_what_the_vmm_can_not_do_is_said_before_anything_happens(body: dict[str,
 def test_what_is_not_wanted_the_vmm_need_not_be_able_to_do() -> None:
     check(msgspec.structs.replace(ALL, hotplug_memory=False, pci_passthrough=False, disk_io_limit=False))
     overlay = mounts({"overlay": True, "readonly": True, "overlay_size": "16MB"})
+    check(msgspec.structs.replace(ALL, max_disks=4), **mounts({}))
     check(msgspec.structs.replace(ALL, max_disks=5), **overlay)
     with pytest.raises(NotSupported, match="takes 4 disks, this instance needs 5"):
         check(msgspec.structs.replace(ALL, max_disks=4), **overlay)
