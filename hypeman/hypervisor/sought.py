@@ -7,6 +7,7 @@ one that is too old is refused, naming the required version. Each kind determine
 from __future__ import annotations
 
 import abc
+import os
 import re
 import shutil
 
@@ -45,8 +46,13 @@ class Missing(Exception):
 
 
 def find_binary(name: str, configured: str = "") -> str:
-    """Path of the program; empty if not found."""
-    return configured or shutil.which(name) or str(assets.find(name) or "")
+    """Path of the program; empty if not found.
+
+    Its directory is free of links, as /bin is one: QEMU looks for its modules relative to where it was started from.
+    """
+    if configured or (found := shutil.which(name)) is None:
+        return configured or str(assets.find(name) or "")
+    return os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
 
 
 async def version_of(processes: Processes, sought: Sought, binary: str) -> str:

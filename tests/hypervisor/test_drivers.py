@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -14,6 +15,7 @@ from hypeman.hypervisor import catalog
 from hypeman.hypervisor.drivers import AnyDriver, make_drivers
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KvmProof
+from hypeman.hypervisor.sought import find_binary
 
 
 async def no_tap(name: str) -> int:
@@ -45,3 +47,14 @@ async def test_the_doctor_has_a_finding_for_each(
     monkeypatch.setattr(KvmProof, "why_not", works)
     found = {finding.name async for finding in doctor._hypervisor(Config())}
     assert found - {"kvm"} == {driver.kind.value for driver in drivers}
+
+
+def test_a_program_is_started_from_where_its_parts_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU found in /bin, a link to /usr/bin, does not find its modules below /usr/lib in its walls."""
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / "bin").symlink_to("usr/bin")
+    (tmp_path / "usr/bin/qemu").write_text("#!/bin/sh\n")
+    (tmp_path / "usr/bin/qemu").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert find_binary("qemu") == str(tmp_path.resolve() / "usr/bin/qemu")
+    assert find_binary("qemu", "/opt/bin/qemu") == "/opt/bin/qemu"
