@@ -67,7 +67,7 @@ lint: $(STAMPS)/native  ## ruff, clang-format, mypy --strict on code and tests, 
 bench: ready-own $(STAMPS)/ui  ## benchmarks, as a table and in build/bench.json; AREAS="egress http" selects some
 	@$(PYTHON) -m tests.bench $(AREAS)
 
-appliance: $(STAMPS)/native  ## build the self-contained bundle: dist/*.tar.gz, dist/*.deb, checksums, list of contents
+appliance: $(STAMPS)/native  ## build the self-contained bundle: dist/*.tar.gz, *.deb, *.rpm, checksums, list of contents
 	@packaging/appliance/build
 
 builder-image: $(STAMPS)/debian  ## make the image of the VMs that build images (needs Go; about 5 CPU minutes, once)
@@ -79,7 +79,8 @@ client: $(STAMPS)/venv  ## the command line alone as a wheel: dist/hypeman_clien
 
 test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect it
 	@packaging/install-packages <(echo lintian)
-	@$(PYTHON) -m pytest -v tests/packaging/appliance.py tests/packaging/deb_in_root.py tests/packaging/bundle_in_root.py
+	@$(PYTHON) -m pytest -v tests/packaging/appliance.py tests/packaging/finished.py \
+	    tests/packaging/packages_in_root.py tests/packaging/bundle_in_root.py
 
 test-metal: ready-own appliance  ## devices, limits and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" -o log_cli=true -o log_cli_level=INFO --durations=0 --durations-min=30 \

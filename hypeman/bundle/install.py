@@ -40,6 +40,8 @@ from hypeman.text import one_line
 STATE = "var/lib/hypeman-bundle"
 DROP_INS = "etc/hypeman/config.d"
 VMMS = "usr/lib/hypeman-vmm"
+PACKAGED = "usr/lib/systemd/system/hypeman.service"
+"""Where packages of distributions have the unit; install.sh puts it below /etc."""
 SAVED = (
     "usr/lib/hypeman",
     VMMS,
@@ -193,8 +195,8 @@ class Site:
         say(f"verified: {verified.comment}, signed with key {verified.key}")
         if manifest.architecture != architecture.HOST.name:
             raise BadBundle(f"the bundle is for {manifest.architecture}, this host is {architecture.HOST.name}")
-        if (self.root / "var/lib/dpkg/info/hypeman.list").exists():
-            raise Conflict("hypeman is installed as a Debian package here: upgrade that, or remove it first")
+        if (self.root / PACKAGED).exists():
+            raise Conflict("hypeman is installed as a package here: upgrade that, or remove it first")
         with self.locked():
             if self._unfinished():
                 say("an earlier installation was interrupted; rolling it back first")

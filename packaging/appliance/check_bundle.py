@@ -26,22 +26,29 @@ PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 PATIENCE = 60
 
 
-def check_glibc(bundle: Path) -> None:
-    wanted: dict[tuple[int, ...], str] = {}
+def glibc_needs(bundle: Path) -> dict[str, tuple[int, ...]]:
+    """Object below ``bundle`` → the newest version of the C library that it names; not the guest kernel."""
+    needs = {}
     for path in sorted(bundle.rglob("*")):
-        if path.is_symlink() or not path.is_file():
+        name = str(path.relative_to(bundle))
+        if path.is_symlink() or not path.is_file() or "assets" in path.parts or not _is_elf(path):
             continue
-        with path.open("rb") as file:
-            if file.read(4) != b"\x7fELF":
-                continue
-        if "assets" in path.parts:
-            continue  # the guest kernel
-        needs = subprocess.run(["readelf", "-W", "-V", str(path)], capture_output=True, text=True, check=True).stdout
-        for version in re.findall(r"GLIBC_(\d+(?:\.\d+)+)", needs):
-            wanted.setdefault(tuple(map(int, version.split("."))), str(path.relative_to(bundle)))
-    newest = max(wanted)
-    print(f"  needs glibc {'.'.join(map(str, newest))} (for {wanted[newest]})")
-    if newest > GLIBC:
+        said = subprocess.run(["readelf", "-W", "-V", str(path)], capture_output=True, text=True, check=True).stdout
+        versions = [tuple(map(int, each.split("."))) for each in re.findall(r"GLIBC_(\d+(?:\.\d+)+)", said)]
+        needs[name] = max(versions, default=(0,))
+    return needs
+
+
+def _is_elf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def check_glibc(bundle: Path) -> None:
+    needs = glibc_needs(bundle)
+    name = max(needs, key=needs.__getitem__)
+    print(f"  needs glibc {'.'.join(map(str, needs[name]))} (for {name})")
+    if needs[name] > GLIBC:
         raise SystemExit(f"check_bundle: newer than the promised {'.'.join(map(str, GLIBC))}")
 
 

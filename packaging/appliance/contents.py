@@ -120,8 +120,8 @@ def find_components(tables: Path, kernel: Path) -> list[Component]:
             found[component.purl] = component
     if unowned:
         raise SystemExit("contents: nobody owns these files of the bundle:\n" + "\n".join(sorted(unowned)))
-    # PyInstaller's bootloader is in the executable, the C library is in the static guest agent.
-    for extra in (python_component(metadata.distribution("pyinstaller")), debian_package("libc6")):
+    # PyInstaller's bootloader is in the executable, musl is in the static guest agent.
+    for extra in (python_component(metadata.distribution("pyinstaller")), debian_package("musl")):
         found[extra.purl] = extra
     for component in ui_components(ROOT / "build" / "ui"):
         found[component.purl] = component

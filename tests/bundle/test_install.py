@@ -261,9 +261,9 @@ def test_other_hosts_and_packaged_ones_are_refused(
         patch.setattr(architecture, "HOST", other)
         with pytest.raises(BadBundle, match=f"this host is {other.name}"):
             bench.install(file)
-    (bench.root / "var/lib/dpkg/info").mkdir(parents=True)
-    (bench.root / "var/lib/dpkg/info/hypeman.list").write_text("")
-    with pytest.raises(Conflict, match="Debian package"):
+    (bench.root / "usr/lib/systemd/system").mkdir(parents=True)
+    (bench.root / "usr/lib/systemd/system/hypeman.service").write_text("")
+    with pytest.raises(Conflict, match="installed as a package"):
         bench.install(file)
     assert bench.installed() == ""
 

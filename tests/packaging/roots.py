@@ -31,6 +31,7 @@ case "$*" in
 *"start "*hypeman.service*)
     mkdir -p /run/hypeman /var/lib/hypeman
     chmod 711 /var/lib/hypeman
+    export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin # systemd's, not that of whoever installs
     setsid /usr/bin/hypeman serve >>/var/log/hypeman.log 2>&1 </dev/null &
     echo $! > $pid
     n=0
