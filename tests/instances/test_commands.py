@@ -9,7 +9,9 @@ import pytest
 import trio
 from msgspec.structs import replace
 
+from hypeman.actor import Actor, acting
 from hypeman.errors import InternalError, InvalidState, NotFound, NotSupported
+from hypeman.events.log import read_after
 from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.instances.life import lifecycle
@@ -225,6 +227,24 @@ async def test_a_command_that_fails_says_why_in_the_instances_log(lab: Lab) -> N
         with pytest.raises(HostFailed):
             await instances.start("one", StartInstanceRequest())
         assert "Z start failed: no memory\n" in journal(lab, instances)
+        await clean_up(lab, instances)
+
+
+async def test_changes_are_attributed_to_who_caused_them_and_to_nobody_else(lab: Lab) -> None:
+    """Also by the instance's own task, which began in the request of the one who created it."""
+    async with lab.running() as instances:
+        with acting(Actor("ann")):
+            await running(lab, instances)
+        with acting(Actor("bob")):
+            await instances.stop("one")
+            await instances.start("one", StartInstanceRequest())
+        await settled(instances, "one")
+        lab.machine.alive()[0].end(ExitReason.KILLED)
+        await until(instances, InstanceState.STOPPED)
+        told = lab.store.read(lambda txn: read_after(txn, 0, 100))
+        assert [event.actor.subject if event.actor else None for event in told] == [
+            "ann", "ann", None, "bob", "bob", None, None
+        ], "created, launched; running; stopped, started; running, ended"  # fmt: skip
         await clean_up(lab, instances)
 
 
