@@ -82,7 +82,8 @@ class Place(msgspec.Struct, frozen=True):
     host: str = "guest"
     """For HTTP."""
     inside: str = ""
-    """The instance in which UDP requests are made, if it is not in ``namespace``."""
+    """The instance in which UDP requests are made, if it is not in ``namespace``; to the address ``behind``."""
+    behind: str = ""
 
     async def connect(self, kind: str) -> trio.SocketStream:
         sock = socket_in(self.namespace, socket.SOCK_STREAM)
@@ -293,7 +294,7 @@ class Wakes:
         if kind == "ssh":
             return await _ssh(peer, text, self._key)
         if peer.inside:
-            _, told = await self._appliance.exec(peer.inside, "/echo", peer.address, "7", stdin=text.encode())
+            _, told = await self._appliance.exec(peer.inside, "/echo", peer.behind, "7", stdin=text.encode())
             return told.strip()
         answer, again = await peer.datagram(text)
         self.tally.resent += bool(again)
@@ -561,7 +562,7 @@ async def relayed(appliance: Appliance, asking: Any, asked: Any, number: int) ->
         command = f"nc -ll -p {outer} -e nc {address} {port} >/dev/null 2>&1 </dev/null &"
         code, told = await appliance.exec(asking["name"], "sh", "-c", command)
         assert code == 0, told
-    return Place(appliance.namespace.name, asking["network"]["ip"], ports, inside=asking["name"])
+    return Place(appliance.namespace.name, asking["network"]["ip"], ports, inside=asking["name"], behind=address)
 
 
 def guest_archive(programs: Path) -> bytes:
