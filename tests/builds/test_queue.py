@@ -307,6 +307,30 @@ async def test_contexts_of_all_builds_are_bounded_together(bench: Bench) -> None
         assert (await builds.create(form(**large))).status is BuildStatus.QUEUED
 
 
+@pytest.mark.parametrize("end", ["ready", "failed", "cancelled", "cancelled in the queue"])
+async def test_what_a_build_was_lent_is_forgotten_with_it(bench: Bench, end: str) -> None:
+    bench.settings = msgspec.structs.replace(bench.settings, at_once=1)
+    lent: dict[str, Any] = {
+        "secrets": [{"id": "s", "value": "lent"}],
+        "ssh": [{"id": "default", "value": "a key"}],
+        "registry_auth": {"auths": {}},
+    }
+    async with bench.serving() as builds:
+        first = await builds.create(form())
+        made = await builds.create(form(**lent))
+        assert set(builds._borrowed[made.id].secrets) == {"s"} and builds._borrowed[made.id].registry_auth
+        if end != "cancelled in the queue":
+            bench.worker.finish(first.id)
+            await bench.worker.wait_begun(made.id)
+        if end.startswith("cancelled"):
+            await builds.cancel(made.id)
+        else:
+            bench.worker.finish(made.id, None if end == "ready" else BuildFailed("a step failed"))
+        assert (await ended(builds, made)).status is BuildStatus(end.split()[0])
+        await read_all(builds, made)  # its last event comes after its record
+        assert made.id not in builds._borrowed
+
+
 async def test_a_secret_of_the_server(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "npm").write_bytes(b"token")
     bench.settings = msgspec.structs.replace(bench.settings, secrets_dir=str(tmp_path))
