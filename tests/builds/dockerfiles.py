@@ -1,4 +1,5 @@
-"""Dockerfiles of the kinds that people have, built in real guests and compared with what they mean: `make test-builds`.
+"""Dockerfiles of the kinds that people have, built in real guests, compared with what they mean and with what buildah
+makes of them: `make test-builds`.
 
 All start from `scratch` and this host's static busybox, so that no registry is asked. Two are built at a time.
 """
@@ -6,14 +7,16 @@ All start from `scratch` and this host's static busybox, so that no registry is 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
+from tests.builds.against import Buildah, compare
 from tests.builds.guest import BASE, build, building, follow, output_of, request
+from tests.images.trees import describe, mounted
 from tests.real.appliance import Appliance, check_host, short_directory
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -28,12 +31,26 @@ Files = Mapping[str, bytes | str | Path]
 
 
 class Case:
-    """A Dockerfile, and what an instance of its image prints; or how it fails."""
+    """A Dockerfile, and what an instance of its image prints; or how it fails. ``older``: what is replaced in it for
+    the buildah of Debian, and by what; ``differs``: paths that it makes otherwise."""
 
     def __init__(
-        self, text: str, prints: str = "", *, fails: str = "", files: Files | None = None, **fields: Any
+        self,
+        text: str,
+        prints: str = "",
+        *,
+        fails: str = "",
+        files: Files | None = None,
+        older: Mapping[str, str] | None = None,
+        differs: Collection[bytes] = (),
+        **fields: Any,
     ) -> None:
         self.files: dict[str, bytes | str | Path] = {**BASE, "Dockerfile": BUSYBOX + text, **(files or {})}
+        for new, old in (older or {}).items():
+            assert new in text
+            text = text.replace(new, old)
+        self.differs = differs
+        self.older_files: dict[str, bytes | str | Path] = {**self.files, "Dockerfile": BUSYBOX + text}
         self.prints = prints
         self.fails = fails
         self.fields = fields
@@ -73,6 +90,13 @@ SCRIPT
 CMD ["cat", "/etc/greeting", "/numbers"]
 """,
         "hello default\n1\n2\n3",
+        older={
+            "COPY <<EOF /etc/greeting\nhello ${UNSET:-default}\nEOF\n": "COPY greeting /etc/greeting\n",
+            "RUN <<SCRIPT\n#!/bin/sh\nset -e\nfor n in 1 2 3; do echo $n; done > /numbers\nSCRIPT\n": (
+                "RUN for n in 1 2 3; do echo $n; done > /numbers\n"
+            ),
+        },
+        files={"greeting": "hello default\n"},
     ),
     "arguments": Case(
         'FROM busybox\nARG A=default\nARG B\nENV SAID="$A $B"\nCMD echo $SAID\n',
@@ -123,6 +147,8 @@ COPY --link --chown=7:8 bin/busybox /owned
 CMD ["sh", "-c", "cat /copied/link; stat -c '%a' /copied/e/f; stat -c '%u:%g' /owned"]
 """,
         "deep\n640\n7:8",
+        older={"COPY --link ": "COPY "},
+        differs=[b"copied"],
     ),
     "failing step": Case(
         "FROM busybox\nRUN echo before && sh -c 'echo the reason >&2; exit 42'\nRUN echo never\n", fails="exit code: 42"
@@ -132,6 +158,8 @@ CMD ["sh", "-c", "cat /copied/link; stat -c '%a' /copied/e/f; stat -c '%u:%g' /o
         "FROM team/onbuild:v1\nCMD cat /triggered\n", "from the child", files={"child": "from the child\n"}
     ),
 }
+
+PARENT: Files = {**BASE, "Dockerfile": BUSYBOX + "ONBUILD COPY child /triggered\n"}
 
 
 @pytest.fixture
@@ -145,7 +173,7 @@ async def test_dockerfiles(directory: Path) -> None:
     async with building(directory) as appliance:
         parent, log = await build(
             appliance,
-            {**BASE, "Dockerfile": BUSYBOX + "ONBUILD COPY child /triggered\n"},
+            PARENT,
             image_name="team/onbuild:v1",
         )
         assert parent["status"] == "ready", (parent, log)
@@ -161,6 +189,7 @@ async def test_dockerfiles(directory: Path) -> None:
                 nursery.start_soon(one, name, case)
         wrong = {name: said for name in CASES if (said := await judge(appliance, name, *results[name]))}
         assert not wrong, wrong
+        await check_against_buildah(appliance, directory, {name: done for name, (done, _) in results.items()})
         await check_config(appliance)
         await check_provenance(appliance)
 
@@ -177,12 +206,33 @@ async def judge(appliance: Appliance, name: str, done: Any, log: list[str]) -> s
     return "" if case.prints in printed.replace("\r", "") else f"printed {printed!r}"
 
 
+async def config_of(appliance: Appliance, repository: str) -> Any:
+    """Of the image of the tag v1 in the registry."""
+    document = (await appliance.ask("GET", f"/v2/{repository}/manifests/v1")).json()
+    return (await appliance.ask("GET", f"/v2/{repository}/blobs/{document['config']['digest']}")).json()["config"]
+
+
+async def check_against_buildah(appliance: Appliance, directory: Path, done: Mapping[str, Any]) -> None:
+    """Files, modes, owners and configurations of the images."""
+    buildah = Buildah(directory / "buildah")
+    await trio.to_thread.run_sync(buildah.build, "team/onbuild:v1", PARENT, {})
+    config = await config_of(appliance, "team/onbuild")
+    wrong = {"triggers": compare(({}, config), ({}, buildah.config("team/onbuild:v1")))}
+    for name, case in CASES.items():
+        if case.fails:
+            continue
+        ref = done[name]["image_ref"].removeprefix("docker.io/")
+        await trio.to_thread.run_sync(buildah.build, ref, case.older_files, case.fields)
+        disk = appliance.data / "images" / done[name]["image_digest"].removeprefix("sha256:") / "root.erofs"
+        with mounted(disk) as root:
+            ours = describe(root), await config_of(appliance, ref.partition(":")[0])
+        wrong[name] = compare(ours, (buildah.tree(ref), buildah.config(ref)), case.differs)
+    assert not any(wrong.values()), "\n".join(f"{name}:\n" + "\n".join(lines) for name, lines in wrong.items())
+
+
 async def check_config(appliance: Appliance) -> None:
     """The image's config has what the Dockerfile says; its blobs are in the registry under its name."""
-    document = (await appliance.ask("GET", "/v2/cases/health-check/manifests/v1")).json()
-    config = (await appliance.ask("GET", f"/v2/cases/health-check/blobs/{document['config']['digest']}")).json()[
-        "config"
-    ]
+    config = await config_of(appliance, "cases/health-check")
     assert config["Labels"] == {"kind": "web", "team": "a"}
     assert config["ExposedPorts"] == {"80/tcp": {}} and config["StopSignal"] == "SIGINT"
     assert config["Healthcheck"]["Test"] == ["CMD", "true"]
