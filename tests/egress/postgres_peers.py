@@ -113,7 +113,8 @@ class Server:
         """Bytes of a packet; 0: all at once."""
         self.held: trio.Event | None = None
         """It does not let in before that."""
-        self.arrived = trio.Event()
+        self.shown = trio.Event()
+        """Somebody has shown the password."""
 
     async def serve(self, stream: trio.SocketStream) -> None:
         wire = Wire(stream)
@@ -145,10 +146,10 @@ class Server:
             return
         texts = first[8:-2].decode().split("\0")
         self.startups.append(dict(zip(texts[::2], texts[1::2], strict=True)))
-        self.arrived.set()
         if not await (self._scram(wire) if self.method == "scram" else self._older(wire)):
             await self.send(wire, error(S="FATAL", V="FATAL", C="28P01", M="password authentication failed"))
             return
+        self.shown.set()
         if self.held is not None:
             await self.held.wait()
         if self.after is not None:

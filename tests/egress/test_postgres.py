@@ -542,7 +542,7 @@ async def test_rules_that_change_during_the_login(shop: Shop) -> None:
             told.append(await shop.log_in())
 
         nursery.start_soon(log_in)
-        await shop.server.arrived.wait()
+        await shop.server.shown.wait()
         await shop.allow(user="other")
         shop.server.held.set()
     assert told[0]["M"].endswith("(role_denied)")
