@@ -97,6 +97,8 @@ class MetalHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._agent: socket.socket | None = None
         self._received = b""
+        self._unanswered = 0
+        """Requests whose answers are still to come."""
         self._seen = 0
         """Bytes of the console before the request in progress."""
 
@@ -215,6 +217,7 @@ class MetalHost:
         with (self._directory / "qemu.log").open("ab") as said:
             self._process = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
         self._received = b""
+        self._unanswered = 0
         self._seen = 0
         self._agent = socket.socket(socket.AF_UNIX)
         deadline = time.monotonic() + _CONNECT_SECONDS
@@ -252,10 +255,10 @@ class MetalHost:
             self._agent.sendall(f"{verb} {len(body)}\n".encode() + body)
         except TimeoutError:
             raise self._late(f"{verb} of {len(body)} bytes") from None
-        words = self._line(deadline).split()
-        if len(words) != 3 or words[0] != "DONE":
-            raise RigError(f"the agent answered {words}")
-        output = self._bytes(int(words[2]), deadline)
+        self._unanswered += 1
+        while self._unanswered > 1:  # to requests that were given up: the agent takes one after the other
+            self._answer(deadline)
+        words, output = self._answer(deadline)
         if (seconds := time.monotonic() - begun) > _WORTH_A_LINE:
             what = " ".join(body[:100].decode("utf-8", "replace").split()) if verb != "PUT" else f"{len(body)} bytes"
             cpu = self._cpu_seconds() - cpu_begun
@@ -274,11 +277,19 @@ class MetalHost:
         line, _, self._received = self._received.partition(b"\n")
         return line.decode().strip()
 
-    def _bytes(self, count: int, deadline: float) -> bytes:
-        while len(self._received) < count:
+    def _answer(self, deadline: float) -> tuple[list[str], bytes]:
+        """The words and the output of the next answer; taken as a whole, or left for another attempt."""
+        while (end := self._received.find(b"\n")) < 0:
             self._receive(deadline)
-        data, self._received = self._received[:count], self._received[count:]
-        return data
+        words = self._received[:end].decode().split()
+        if len(words) != 3 or words[0] != "DONE":
+            raise RigError(f"the agent answered {words}")
+        start, stop = end + 1, end + 1 + int(words[2])
+        while len(self._received) < stop:
+            self._receive(deadline)
+        output, self._received = self._received[start:stop], self._received[stop:]
+        self._unanswered -= 1
+        return words, output
 
     def _receive(self, deadline: float) -> None:
         assert self._agent is not None
