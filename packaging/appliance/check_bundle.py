@@ -107,14 +107,17 @@ def check_server(program: Path) -> None:
 
 
 def ask_health(address: str) -> str | None:
-    """The body of the answer; None while nobody listens."""
+    """The body of the answer; None while nobody serves."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(address)
         except OSError:
             return None
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+        try:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+        except ConnectionError:  # it listens, but does not serve yet
+            return None
     if b" 200 " not in head.partition(b"\r\n")[0]:
         raise SystemExit(f"check_bundle: /health said {head!r}")
     return body.decode().strip()
