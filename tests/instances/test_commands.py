@@ -374,6 +374,25 @@ async def test_a_vmm_is_killed_only_for_a_stop_that_waits(lab: Lab, monkeypatch:
         await clean_up(lab, instances)
 
 
+async def test_a_second_stop_does_not_shorten_the_first_but_a_delete_does(lab: Lab) -> None:
+    async with lab.running() as instances, trio.open_nursery() as nursery:
+        await running(lab, instances)
+        record = instances.board.find("one")
+        guest, live = lab.guests[record.id], instances.machine.context.live[record.id]
+        guest.stuck.add("shutdown")
+        task = instances.tasks.of("one")
+        first = task.submit(Command.STOP, stop)
+        with trio.fail_after(60):
+            await guest.asked.wait()
+            second = task.submit(Command.STOP, stop)
+            assert not live._given_up
+            nursery.start_soon(instances.delete, "one")
+            await first.wait()
+            with pytest.raises(InvalidState):
+                await second.wait()
+    assert lab.world_as_text() == ""
+
+
 async def test_nothing_is_queued_for_an_instance_that_is_gone(lab: Lab) -> None:
     async def nothing(owned: Owned) -> None:
         raise AssertionError("it is not run")

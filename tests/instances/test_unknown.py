@@ -155,6 +155,28 @@ async def test_a_capture_after_which_the_vmm_ended(lab: Lab) -> None:
         await clean_up(lab, instances)
 
 
+async def test_a_capture_after_which_the_vmm_ended_with_the_server(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        (process,) = lab.machine.alive()
+        lab.driver.fail("capture", no_answer())
+        lab.driver.fail("resume", no_answer())
+        for call in range(1, 100):
+            lab.driver.fail("state", no_answer(), call=call)
+        with pytest.raises(HypemanError):
+            await instances.standby("one", StandbyInstanceRequest())
+        await is_unknown(instances, "did not answer")
+    process.end(ExitReason.KILLED)
+    async with lab.running() as instances:
+        ended = await instances.get("one")
+        assert (ended.state, ended.exit_message) == (
+            InstanceState.STOPPED,
+            "the VMM ended while the server was away",
+        )
+        check_owned(lab, "ended")
+        await clean_up(lab, instances)
+
+
 async def test_a_restore_that_the_next_server_cannot_finish_ends_stopped(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
