@@ -98,6 +98,21 @@ async def test_a_vmm_without_hotplug_takes_volumes_only_while_it_is_stopped(lab:
         await clean_up(lab, instances)
 
 
+async def test_a_stopped_instance_takes_no_more_disks_than_its_next_vm(lab: Lab) -> None:
+    async with lab.running() as instances:
+        lab.driver.adopt_capabilities(replace(lab.driver.capabilities, max_disks=4))
+        await with_volume(lab, instances)
+        await instances.stop("one")
+        await instances.attach_volume("one", "vol", AT_DATA)
+        await make_volume(lab, "more")
+        with pytest.raises(NotSupported, match="takes 4 disks"):
+            await instances.attach_volume("one", "more", AttachVolumeRequest(mount_path="/more"))
+        assert len(lab.store.read(lambda txn: list(txn.keys(ATTACHMENTS)))) == 1
+        await instances.start("one", StartInstanceRequest())
+        await settled(instances, "one")
+        await clean_up(lab, instances)
+
+
 async def test_a_volume_beyond_the_ports_is_fixed(lab: Lab) -> None:
     """A running VM has a port for each disk that can be plugged in; what is attached to a stopped one needs none."""
     async with lab.running() as instances:

@@ -343,6 +343,11 @@ def _check_capable(spec: InstanceSpec, kind: HypervisorKind, capabilities: Capab
     ):
         if wanted and not able:
             raise NotSupported(f"hypervisor {kind.value} cannot do {what}")
+    check_disks(spec, kind, capabilities)
+
+
+def check_disks(spec: InstanceSpec, kind: HypervisorKind, capabilities: Capabilities) -> None:
+    """Raises NotSupported if the VM would have more disks than it can."""
     disks = 3 + sum(2 if volume.overlay else 1 for volume in spec.volumes)
     if disks > capabilities.max_disks:
         raise NotSupported(f"hypervisor {kind.value} takes {capabilities.max_disks} disks, this instance needs {disks}")

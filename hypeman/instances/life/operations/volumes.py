@@ -17,7 +17,7 @@ from hypeman.instances.model.plan import plan_attach
 from hypeman.instances.model.record import InstanceRecord, Operation
 from hypeman.instances.model.steps import TakeBack
 from hypeman.instances.model.types import InstanceState, VolumeMount
-from hypeman.instances.model.validate import check_volumes
+from hypeman.instances.model.validate import check_disks, check_volumes
 from hypeman.instances.model.vm import free_port, volume_disk
 from hypeman.volumes.records import Attachment
 
@@ -36,6 +36,7 @@ async def attach(owned: Owned, volume_id: str, path: str, *, readonly: bool) -> 
     mount = VolumeMount(volume_id=volume_id, mount_path=path, readonly=readonly)
     spec = msgspec.structs.replace(before.spec, volumes=(*before.spec.volumes, mount))
     check_volumes(spec.volumes)
+    check_disks(spec, spec.hypervisor, owned.machine.capabilities(before))
     ports = {**before.ports, volume_id: port} if port else before.ports  # without a port it is fixed in the VM
     record = msgspec.structs.replace(before, spec=spec, ports=ports)
 
