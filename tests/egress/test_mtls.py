@@ -156,8 +156,8 @@ async def test_rotation_during_the_handshake(world: World, origin_ca: trustme.CA
     await world.allow(secret=shop.identity("new.test"), CERT=certificate(port))
     go_on.set()
     assert (await read_response(wire))[0] == 200
-    assert host.names == ["old.test", "new.test"]
-    assert [request.connection for request in host.requests] == [2]
+    assert host.names in (["old.test", "new.test"], ["new.test"])  # the engine may have seen the change first
+    assert [request.connection for request in host.requests] == [len(host.names)]
 
 
 async def test_rotation_and_the_neighbour(world: World, origin_ca: trustme.CA) -> None:

@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -79,6 +78,8 @@ def _digest(directory: Path) -> str:
 
 def archive(directory: Path) -> Iterator[bytes]:
     """The tar.gz of ``directory``, with owners as they are."""
+    import tempfile
+
     with tempfile.TemporaryFile() as file:
         write_directory(directory, file)
         file.seek(0)
