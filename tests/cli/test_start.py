@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 
+import click
 import pytest
 
+import hypeman.cli as hypeman_cli
 from hypeman.cli.main import hypeman
 from hypeman.cli.tree import CLIENT, SERVER
 
@@ -41,6 +45,25 @@ def test_a_command_imports_its_own_module() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def below(command: click.Command) -> set[click.Command]:
+    """The command and all commands below it."""
+    if not isinstance(command, click.Group):
+        return {command}
+    return {command}.union(*(below(one) for one in command.commands.values()))
+
+
+def test_every_command_that_is_written_can_be_called() -> None:
+    """One that ``tree.py`` or a group does not name is dead code."""
+    written = {
+        f"{module.name}:{name}": found
+        for module in pkgutil.walk_packages(hypeman_cli.__path__, f"{hypeman_cli.__name__}.")
+        for name, found in vars(importlib.import_module(module.name)).items()
+        if isinstance(found, click.Command)
+    }
+    reached = below(hypeman)
+    assert not [place for place, command in written.items() if command not in reached]
 
 
 @pytest.mark.parametrize("name", [*CLIENT, *SERVER])
