@@ -88,7 +88,7 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
     "network_groups",
     multiple=True,
     metavar="NAME",
-    help="Of the guests, reach only those of a group.",
+    help="Reach only guests that share a group with it; repeatable.",
 )
 @click.option("--network-egress-enabled", is_flag=True, help="Mediate outbound connections.")
 @click.option("--network-egress-mode", type=click.Choice(["all", "http_https_only"]))

@@ -320,6 +320,15 @@ def test_a_secrets_value_is_sent_and_not_shown(
     assert request.env == {"MODE": "fast", "API_KEY_VALUE": "sk-1"}
 
 
+def test_config_shows_what_is_watched(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    file = tmp_path / "compose.yaml"
+    rule = "{action: sync, path: ./src, target: /src}"
+    file.write_text(f"services: {{web: {{image: nginx, develop: {{watch: [{rule}]}}}}}}")
+    shown = cli("-o", "json", "compose", "-f", str(file), "config")
+    assert json.loads(shown.stdout)["services"][0]["watch"][0]["path"] == str(tmp_path / "src")
+
+
 def test_standby_start_and_fork(cli: Any, server: Any, tmp_path: Path) -> None:
     file = tmp_path / "compose.yaml"
     file.write_text("services: {web: {image: nginx}, my_db: {image: postgres}}")

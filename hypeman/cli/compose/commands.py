@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -94,7 +95,7 @@ def config(session: Session) -> None:
     """Check the file, and show what would be requested of the server."""
     stack = _options().load()
     shown = [msgspec.structs.replace(one, secrets=dict.fromkeys(one.secrets, "***")) for one in stack.services]
-    session.show(msgspec.to_builtins(msgspec.structs.replace(stack, services=tuple(shown))))
+    session.show(msgspec.to_builtins(msgspec.structs.replace(stack, services=tuple(shown)), enc_hook=os.fspath))
 
 
 @compose.command()
