@@ -16,11 +16,12 @@ from hypeman.captures.records import CAPTURES
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import HypemanError, StoreError
 from hypeman.guest.types import Exited
-from hypeman.hypervisor.interface import ExitReason, VmmBroken
+from hypeman.hypervisor.interface import ExitReason, VmmBroken, VmmGone
 from hypeman.instances.life import lifecycle
 from hypeman.instances.life.operations.boot import start
 from hypeman.instances.life.owned import Owned
 from hypeman.instances.model.record import Operation
+from hypeman.instances.model.snapshot_types import CreateSnapshotRequest, SnapshotKind
 from hypeman.instances.model.types import (
     AttachVolumeRequest,
     ForkInstanceRequest,
@@ -152,6 +153,49 @@ async def test_a_capture_after_which_the_vmm_ended(lab: Lab) -> None:
         await until(instances, InstanceState.STOPPED)
         assert (await instances.get("one")).exit_message == "the VMM was killed"
         check_owned(lab, "ended")
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize("verb", ["standby", "fork", "snapshot"])
+async def test_a_vmm_that_ends_during_a_capture(
+    lab: Lab, verb: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There is nothing to undo: the caller gets the reason, and the instance is Stopped as after any end of its VMM."""
+
+    async def end(vmm: FakeVmm, *_: object, **__: object) -> None:
+        vmm.process.end(ExitReason.KILLED)
+        raise VmmGone("QEMU closed its QMP socket")
+
+    monkeypatch.setattr(FakeVmm, "capture", end)
+    async with lab.running() as instances:
+        await running(lab, instances)
+        with pytest.raises(VmmGone, match="lost while the VM was saved: QEMU closed"):
+            match verb:
+                case "standby":
+                    await instances.standby("one", StandbyInstanceRequest())
+                case "fork":
+                    await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+                case _:
+                    await lab.snapshots(instances).create("one", CreateSnapshotRequest(kind=SnapshotKind.STANDBY))
+        await until(instances, InstanceState.STOPPED)
+        assert (await instances.get("one")).exit_message == "the VMM was killed"
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+        assert not lab.store.read(lambda txn: [*txn.keys(INTENTS), *txn.keys(CAPTURES)])
+        check_owned(lab, "ended")
+        await clean_up(lab, instances)
+
+
+async def test_a_vmm_that_only_closes_its_connection_during_a_capture(lab: Lab) -> None:
+    """It may still be paused, so that the instance is Unknown until it is known to run."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        lab.driver.fail("capture", VmmGone("closed"))
+        lab.driver.fail("resume", VmmGone("closed"))
+        lab.driver.fail("state", no_answer())
+        with pytest.raises(HypemanError):
+            await instances.standby("one", StandbyInstanceRequest())
+        await is_unknown(instances, "closed")
+        await until(instances, InstanceState.RUNNING)
         await clean_up(lab, instances)
 
 

@@ -13,6 +13,7 @@ import trio
 from hypeman.captures.records import CAPTURES, CaptureRow
 from hypeman.captures.types import SnapshotCompressionConfig
 from hypeman.hypervisor.captures import MEMORY, make_lasting
+from hypeman.hypervisor.interface import VmmGone
 from hypeman.instances.machine.context import Context
 from hypeman.instances.machine.guest import Guests, freeze
 from hypeman.instances.model.steps import FreeCapture, SaveCapture
@@ -44,8 +45,11 @@ class Captures:
         async with live.without_loan():
             await freeze(live)
             live.hold(True)
-            with metrics.timed_vmm_call("capture"):
-                await live.vmm.capture(side, flush=not step.transient)
+            try:
+                with metrics.timed_vmm_call("capture"):
+                    await live.vmm.capture(side, flush=not step.transient)
+            except VmmGone as error:
+                raise VmmGone(f"the VMM was lost while the VM was saved: {error}") from error
         await self._context.files.publish(side, directory)
 
     async def discard(self, step: SaveCapture) -> None:

@@ -32,6 +32,8 @@ SECONDS_TO_WARM = 8.0
 """A guest thaws its program by itself 10 s after it was frozen."""
 SECONDS_TO_ANSWER = 5.0
 """For a running guest whose channel is being opened, for example after a server restart."""
+SECONDS_TO_END = 1.0
+"""For a VMM that has closed its connections, as the kernel does for one that ends."""
 SECONDS_TO_KILL = 5.0
 """After the guest was asked to power off and its grace period is over."""
 
@@ -62,6 +64,15 @@ class Guests:
         live = self._context.live.get(instance_id)
         if live is None:
             return
+        try:
+            await self._resume(instance_id, live)
+        except VmmGone:
+            with trio.move_on_after(SECONDS_TO_END):
+                await live.vmm.wait_exit()
+                return
+            raise  # only its connection is gone: the VM may still be paused
+
+    async def _resume(self, instance_id: str, live: Live) -> None:
         guest = live.guest
         await live.vmm.resume()
         live.hold(False)
