@@ -61,7 +61,7 @@ class Times(Struct, frozen=True):
         return self.marks[place].time if place < len(self.marks) else None
 
     def begin_since(self, moment: int) -> int | None:
-        """An offset up to which all was written before ``moment``; None if no mark tells."""
+        """An offset up to which all was written before ``moment``; None if no mark says so."""
         return next((mark.offset for mark in reversed(self.marks) if mark.time < moment), None)
 
     def runs(self) -> tuple[int, ...]:

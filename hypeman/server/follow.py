@@ -244,7 +244,7 @@ def _cut(pages: list[_Page], wanted: Lines) -> list[_Page]:
     begin, end = _span(pages, wanted.run)
     if wanted.since is not None:
         begin = max(begin, _begin_since(pages, wanted.since))
-    begin = max(begin, _begin_tail(pages, wanted.tail, end))
+    begin = min(max(begin, _begin_tail(pages, wanted.tail, end)), end)  # a run may have ended before ``since``
     _close([page for number, page in enumerate(pages) if not begin[0] <= number <= end[0]])
     pages[begin[0]].begin, pages[end[0]].end = begin[1], end[1]
     return pages[begin[0] : end[0] + 1]

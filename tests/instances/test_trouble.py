@@ -4,6 +4,7 @@ find broken VMs, transactions that are refused at the end, clients that hang up,
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
@@ -23,6 +24,7 @@ from hypeman.host.files import allocated_bytes
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.images.types import ReadyImage
 from hypeman.instances import expiry
+from hypeman.instances.machine import logs
 from hypeman.instances.model.snapshot_types import (
     CompressionState,
     CreateSnapshotRequest,
@@ -88,6 +90,24 @@ def jam_taps(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
         raise HostFailed("/sys/class/net/hm1: the TAP is stuck")
 
     monkeypatch.setattr(lab.network.taps, "remove", refuse)
+
+
+async def test_a_log_is_rotated_also_if_its_times_cannot_be(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the guest would print to the old file, which nobody looks at, until the disk is full."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with lab.running() as instances:
+        await running(lab, instances)
+        record = instances.board.find("one")
+        app = lab.paths.instance(record.id).log("app")
+        app.write_text("much")
+        monkeypatch.setattr(logs, "move_times", refuse)
+        await instances.machine.logs.rotate(record.id, 1)
+        assert app.read_text() == "", "the VMM has opened it anew"
+        assert app.with_suffix(".log.1").read_text() == "much"
+        await clean_up(lab, instances)
 
 
 async def test_a_clean_up_that_fails_leaves_the_server_alive(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -407,6 +407,21 @@ async def test_runs(timed: TimedLog) -> None:
     assert [line.split()[1] for line in await timed.read(run=LogRun.PREVIOUS, tail=1)] == ["more"]
 
 
+async def test_a_run_that_ended_before_since(timed: TimedLog) -> None:
+    """It has nothing of that time, also where the next one began in the rotated file."""
+    begin_run(timed.path)
+    timed.write("second\n", 50)
+    wanted = {"run": LogRun.PREVIOUS, "since": second(49)}
+    assert await timed.read(**wanted) == []
+    timed.rotate()
+    timed.write("more\n", 60)
+    assert await timed.read(**wanted) == []
+    assert await timed.read(run=LogRun.PREVIOUS, since=second(55)) == []
+    begin_run(timed.path)
+    timed.write("third\n", 70)
+    assert await timed.read(run=LogRun.CURRENT, since=second(71)) == []
+
+
 async def test_a_follower_has_times_as_well(tmp_path: Path, nursery: trio.Nursery) -> None:
     log = TimedLog(tmp_path / "app.log")
     log.write("one\n", 10)

@@ -66,7 +66,8 @@ class Logs:
         app = mine.log("app")
         if live is not None and _size(app) > limit:
             await trio.to_thread.run_sync(os.replace, app, app.with_suffix(".log.1"))
-            await trio.to_thread.run_sync(move_times, app, app.with_suffix(".log.1"))
+            with contextlib.suppress(OSError):  # without its times; the guest must not go on writing to the old log
+                await trio.to_thread.run_sync(move_times, app, app.with_suffix(".log.1"))
             await live.vmm.rotate_console()
         for other in (mine.log("vmm"), mine.log("hypeman")):
             if _size(other) > limit:
