@@ -155,16 +155,23 @@ class Registry:
             self._uploads.clear()
 
     async def _resume(self) -> None:
-        """Make the images of tags that an earlier server has only stored."""
+        """Make the images of tags that an earlier server has only stored. One that cannot be made now is left to the
+        next server: it keeps nobody from starting."""
         pending = self._store.read(lambda txn: [key for key, row in txn.scan(TAGS) if row.adopting])
         for key in pending:
             repository, _, tag = key.rpartition(":")
-            if (found := self._find(repository, tag)) is None:
-                continue
-            digest, row = found
-            data = await trio.to_thread.run_sync(self._blobs.read, digest, MAX_MANIFEST_BYTES)
-            if data is not None:
-                await self._adopt(repository, tag, data, row.media_type, digest)
+            try:
+                await self._adopt_stored(repository, tag)
+            except (HypemanError, OSError) as error:
+                log.warning("no image was made of %s, which was pushed before this start: %s", key, error)
+
+    async def _adopt_stored(self, repository: str, tag: str) -> None:
+        if (found := self._find(repository, tag)) is None:
+            return
+        digest, row = found
+        data = await trio.to_thread.run_sync(self._blobs.read, digest, MAX_MANIFEST_BYTES)
+        if data is not None:
+            await self._adopt(repository, tag, data, row.media_type, digest)
 
     async def collect(self) -> None:
         """Drop idle uploads, and content that nothing refers to."""

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
+import trio
 
 from hypeman.actor import Actor, acting, set_actor
 from hypeman.images.types import CreateImageRequest, ImageStatus
 from hypeman.registry import records, service
 from hypeman.registry.names import Code, RegistryFailure, is_digest, parse_byte_range, parse_content_range, parse_path
-from hypeman.registry.service import MAX_UPLOADS_EACH
+from hypeman.registry.service import MAX_UPLOADS_EACH, Registry
 from hypeman.tokens import mint
 from tests.images.conftest import need_root, push
 from tests.images.layout import OCI_INDEX, OCI_MANIFEST, ImageFiles, directory, entry, in_pieces, tar
@@ -251,6 +253,30 @@ async def test_tags_are_listed_in_pages(served: Served) -> None:
         assert (await client.delete("/v2/a/manifests/v1")).status_code == 202
         assert (await client.delete(f"/v2/a/manifests/{IMAGE.digest}")).status_code == 202
         assert (await client.get("/v2/a/tags/list")).json()["tags"] == []
+
+
+async def test_a_pushed_image_that_cannot_be_made_at_the_start_is_left_to_the_next(
+    served: Served, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adopting() -> list[bool]:
+        return served.store.read(lambda txn: [row.adopting for _, row in txn.scan(records.TAGS)])
+
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async with served.client() as client:
+        await push_image(client, "a", "v1")
+    row = served.store.read(lambda txn: txn.get(records.TAGS, "a:v1"))
+    assert row is not None and not row.adopting
+    stored = msgspec.structs.replace(row, adopting=True)
+    await served.store.write(lambda txn: txn.put(records.TAGS, "a:v1", stored))
+    blobs, images = served.images.blobs, served.images
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "read", broken)
+        await nursery.start(Registry(store=served.store, blobs=blobs, images=images, max_blob_bytes=1).run)
+    assert adopting() == [True]
+    await nursery.start(Registry(store=served.store, blobs=blobs, images=images, max_blob_bytes=1).run)
+    assert adopting() == [False]
 
 
 async def test_referrers(served: Served) -> None:
