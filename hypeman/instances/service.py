@@ -84,6 +84,7 @@ from hypeman.instances.model.validate import (
     check_grace,
     check_instance_tags,
     check_mount_path,
+    check_same_stack,
     expiry,
     usual_compression,
 )
@@ -506,6 +507,7 @@ class Instances:
         }
         spec = msgspec.structs.replace(record.spec, **policies)
         if tags is not None:
+            check_same_stack(record.spec, tags)
             spec = msgspec.structs.replace(spec, tags=tags)
         if request.network is not None:
             spec = msgspec.structs.replace(spec, access=changed_access(record.spec, request.network.egress))

@@ -182,9 +182,11 @@ def check_subnet(txn: Txn, subnet: Subnet) -> None:
 def _join(txn: Txn, names: tuple[str, ...]) -> tuple[int, ...]:
     """Numbers of these groups. A new one gets the lowest that is free."""
     numbers = {name: group.number for name, group in txn.scan(GROUPS)} if names else {}
+    taken = set(numbers.values())
     for name in names:
         if name not in numbers:
-            numbers[name] = next(number for number in count(1) if number not in numbers.values())
+            numbers[name] = next(number for number in count(1) if number not in taken)
+            taken.add(numbers[name])
             txn.put(GROUPS, name, Group(numbers[name]))
     return tuple(sorted(numbers[name] for name in names))
 

@@ -37,6 +37,7 @@ from hypeman.guest.failures import GuestLost
 from hypeman.guest.types import Exited
 from hypeman.host.log_times import read_times
 from hypeman.hypervisor.interface import ExitReason, VmmState
+from hypeman.ids import STACK_TAG
 from hypeman.images.records import HOLDERS
 from hypeman.instances import pools
 from hypeman.instances.life.owned import Owned
@@ -54,6 +55,7 @@ from hypeman.instances.model.types import (
     EgressUpdate,
     ForkInstanceRequest,
     InstanceState,
+    NetworkRequest,
     NetworkUpdate,
     StandbyInstanceRequest,
     StartInstanceRequest,
@@ -728,6 +730,23 @@ async def test_tags_are_replaced_and_a_fork_has_its_own(lab: Lab) -> None:
                 await instances.fork("one", ForkInstanceRequest(name="four", from_running=True, tags=tags))
     async with lab.running() as instances:
         assert (await instances.get("one")).tags == {"role": "golden"}
+
+
+async def test_an_instance_with_groups_stays_in_its_stack_and_a_fork_may_leave(lab: Lab) -> None:
+    """Groups are of a stack: a guest tagged into another one would be in the groups of the first."""
+    one, other = {STACK_TAG: "one"}, {STACK_TAG: "other"}
+    async with lab.running() as instances:
+        await instances.create(request("one", tags=one, network=NetworkRequest(groups=("back",))))
+        await settled(instances, "one")
+        for tags in (other, {}):
+            with pytest.raises(Conflict, match="stack"):
+                await instances.update("one", UpdateInstanceRequest(tags=tags))
+        changed = await instances.update("one", UpdateInstanceRequest(tags={**one, "role": "db"}))
+        assert changed.tags == {**one, "role": "db"}
+        fork = await instances.fork("one", ForkInstanceRequest(name="two", from_running=True, tags=other))
+        assert fork.tags == other
+        await instances.delete("two")
+        await clean_up(lab, instances)
 
 
 @pytest.mark.parametrize("grace", ["-1s", "61m", "soon"])

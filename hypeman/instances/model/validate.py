@@ -16,11 +16,11 @@ from hypeman.config import LimitsConfig, SnapshotsConfig
 from hypeman.egress.policy import guest_environment
 from hypeman.egress.rules import check_access
 from hypeman.egress.types import EgressAccess
-from hypeman.errors import InvalidRequest, NotSupported
+from hypeman.errors import Conflict, InvalidRequest, NotSupported
 from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
-from hypeman.ids import Tags, check_name, check_tags
+from hypeman.ids import STACK_TAG, Tags, check_name, check_tags
 from hypeman.instances.model.policies import check_policies
 from hypeman.instances.model.record import InstanceSpec
 from hypeman.instances.model.types import (
@@ -138,6 +138,12 @@ def check_instance_tags(tags: Mapping[str, str] | None) -> Tags:
     checked = check_tags(tags)
     parse_settings(checked)
     return checked
+
+
+def check_same_stack(spec: InstanceSpec, tags: Tags) -> None:
+    """Raise Conflict if new ``tags`` move an instance with groups to another stack, whose groups it is not in."""
+    if spec.groups and tags.get(STACK_TAG) != spec.tags.get(STACK_TAG):
+        raise Conflict(f"tag {STACK_TAG!r} cannot change: the instance's groups are those of its stack; fork it")
 
 
 def check_grace(text: str | None, default: float) -> float:
