@@ -89,7 +89,10 @@ class Activity:
     def open_connections(self, instance_id: str) -> tuple[int, int]:
         """How many lead to the instance, and how many it has begun."""
         watched = self._by_address.get(self._addresses.get(instance_id, ""))
-        return (len(watched.open) - watched.outbound, watched.outbound) if watched is not None else (0, 0)
+        if watched is None:
+            return 0, 0
+        outbound = watched.outbound
+        return len(watched.open) - outbound, outbound
 
     def sessions(self, instance_id: str) -> int:
         return self._sessions[instance_id]
