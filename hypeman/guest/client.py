@@ -197,7 +197,7 @@ class GuestClient(Channel):
         answered = time.time_ns()
         guest = parsed(Fields, reply).u64(Tag.CLOCK_NS)
         if not 0 < guest < 2**63:
-            raise GuestError("the guest did not tell its time")
+            raise GuestError("the guest did not report its time")
         return Sample(asked, answered, guest)
 
     async def correct_clock(self, *, good: int = clock.GOOD) -> Sample:

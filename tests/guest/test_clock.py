@@ -122,7 +122,7 @@ async def test_a_guest_that_tells_no_time(monkeypatch: pytest.MonkeyPatch, told:
         return told
 
     monkeypatch.setattr(client, "request", request)
-    with pytest.raises(GuestError, match="did not tell its time"):
+    with pytest.raises(GuestError, match="did not report its time"):
         await client.correct_clock()
     client._greeted.set()
     await client.run_beside()  # gives up, quietly
