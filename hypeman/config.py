@@ -215,7 +215,7 @@ class EgressBounds(_Section, frozen=True):
     streams: Annotated[int, Meta(ge=2)] = 4096
     """Requests that are not complete."""
     handshakes: Annotated[int, Meta(ge=2)] = 256
-    """TLS handshakes with guests that are not complete."""
+    """TLS handshakes with guests that are not complete, and long key derivations for Postgres."""
     descriptors: Annotated[int, Meta(ge=8)] = 8192
     """File descriptors."""
     buffers: PositiveSize = 64 << 20
@@ -230,7 +230,7 @@ class EgressTotals(_Section, frozen=True):
     streams: Annotated[int, Meta(ge=2)] = 131072
     """Requests that are not complete."""
     handshakes: Annotated[int, Meta(ge=2)] = 4096
-    """TLS handshakes with guests that are not complete."""
+    """TLS handshakes with guests that are not complete, and long key derivations for Postgres."""
     descriptors: Annotated[int, Meta(ge=8)] = 262144
     """File descriptors; no more than the process may have."""
     buffers: PositiveSize = 1 << 30

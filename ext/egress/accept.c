@@ -173,8 +173,8 @@ static enum reason judge(struct conn *c, bool named, bool *pass)
     } else if (!snapshot_allows_port(s, &c->to.host, c->to.port, true, c->loop->now_s)) {
         why = R_PORT;
     } else if (!snapshot_covers(s, &c->to.host, c->to.port)) {
-        if (s->unmatched == UNMATCHED_PASS)
-            *pass = unread; /* what is refused is refused by request, inside TLS */
+        if (s->unmatched == UNMATCHED_PASS) /* what is refused is refused by request, inside TLS */
+            *pass = unread && !snapshot_logs_in(s, &c->to.host, c->to.port);
         else if (!name)
             why = R_ADDRESS_LITERAL;
         else if (s->unmatched == UNMATCHED_DENY)

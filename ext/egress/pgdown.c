@@ -232,8 +232,8 @@ bool postgres_may_go_on(struct conn *c, const struct snapshot *s)
     struct ruled now;
     const struct postgres *pg = c->pg;
     const struct destination *to = &c->x.to;
-    return check_access(c, &c->x, s, &now) == R_NONE
-        && (pg->cancels || snapshot_login(s, &to->host, to->port, str_of(pg->role), str_of(pg->database)));
+    const struct rule *r = snapshot_login(s, &to->host, to->port, str_of(pg->role), str_of(pg->database));
+    return r && (to->tls || r->extra[PG_PLAIN].n) && check_access(c, &c->x, s, &now) == R_NONE;
 }
 
 /* ── The guest ───────────────────────────────────────────────────────────────────────────────── */
@@ -308,6 +308,13 @@ static enum step deny_gss(struct conn *c)
 
 static void connect_host(struct conn *c);
 
+static enum reason within_limits(struct conn *c)
+{
+    if (!tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
+        return R_RATE;
+    return xchg_count(&c->x) ? R_NONE : R_BUSY;
+}
+
 static enum step begin_cancel(struct conn *c, const struct pg_startup *s)
 {
     struct destination to;
@@ -320,6 +327,9 @@ static enum step begin_cancel(struct conn *c, const struct pg_startup *s)
     c->pg->process = s->process;
     c->pg->secret = s->secret;
     c->x.to = to;
+    enum reason why = within_limits(c);
+    if (why != R_NONE)
+        return refuse(c, why, NULL);
     connect_host(c);
     return STEP_STOP;
 }
@@ -334,11 +344,10 @@ static void copy_name(char out[PG_NAME_MAX], struct str name)
 static enum reason check_login(struct conn *c)
 {
     uint64_t generation;
-    if (!tenant_may_request(c->tenant, &c->loop->engine->table.limits, c->loop->now_us))
-        return R_RATE;
-    if (!xchg_count(&c->x))
-        return R_BUSY;
-    enum reason why = pg_decide(c, &generation);
+    enum reason why = within_limits(c);
+    if (why != R_NONE)
+        return why;
+    why = pg_decide(c, &generation);
     if (c->refused && c->x.ruled.decision != D_DENIED) /* by a rule, which says more */
         return c->refused;
     return why == R_APPROVAL_PENDING || why == R_CREDENTIAL ? R_NONE : why;

@@ -7,7 +7,10 @@
 #include "encoded.h"
 #include "postgres.h"
 
-enum { AT_ONCE = 8192 }; /* iterations before others get a turn */
+enum {
+    AT_ONCE = 8192,         /* iterations before others get a turn */
+    HEARD_MAX = 128 * 1024, /* bytes of the host until the guest may speak */
+};
 
 bool postgres_asks_for_tls(const struct conn *up)
 {
@@ -81,6 +84,8 @@ static const struct rule *password_rule(struct conn *up, struct snapshot **s)
     enum reason why = *s ? pg_find_rule(c, *s, &r) : R_UNREGISTERED;
     if (why == R_NONE && !rule_is_ready(r, up->loop->now_s))
         why = R_CREDENTIAL;
+    if (why == R_NONE && c->x.to.tls && !up->ssl)
+        why = R_UPSTREAM_TLS; /* it demands TLS since */
     if (why == R_NONE)
         return r;
     snapshot_release(*s);
@@ -121,9 +126,14 @@ static enum step derive(struct conn *up)
 {
     struct postgres *pg = up->one->down->pg;
     if (!scram_client_derive(pg->client, AT_ONCE)) {
+        if (!up->shaking && !(up->shaking = conn_take(up, B_HANDSHAKES, 1)))
+            return give_up(up, R_BUSY, NULL); /* the more there are, the longer everybody else waits for a turn */
         conn_timer(up, T_TURN);
         return STEP_STOP;
     }
+    if (up->shaking)
+        conn_give(up, B_HANDSHAKES, 1);
+    up->shaking = false;
     conn_timer(up, T_HANDSHAKE);
     scram_client_prove(pg->client);
     struct out o = pg_scratch(up);
@@ -185,16 +195,12 @@ static enum step answer_simply(struct conn *up, uint32_t kind, struct str salt)
     return STEP_AGAIN;
 }
 
-/* The rules may have changed while it was on its way. */
+/* The rules may have changed while it was on its way. Their generation says nothing: it is also noted when TLS begins. */
 static enum reason decide_again(struct conn *up)
 {
     struct conn *c = up->one->down;
-    uint64_t generation = atomic_load(&c->tenant->generation);
-    if (generation == up->generation)
-        return R_NONE;
-    enum reason why = pg_decide(c, &generation);
-    up->generation = generation;
-    return why;
+    enum reason why = pg_decide(c, &up->generation);
+    return why == R_NONE && c->x.to.tls && !up->ssl ? R_UPSTREAM_TLS : why;
 }
 
 static enum step welcome(struct conn *up)
@@ -275,6 +281,9 @@ static enum step pass_message(struct conn *up, const struct pg_message *m)
         pg_list_session(c);
     }
     bool ready = m->type == 'Z';
+    enum reason why = ready ? decide_again(up) : R_NONE; /* from now on only a change of the rules has it looked at */
+    if (why != R_NONE)
+        return give_up(up, why, NULL);
     conn_write(c, up->in.p + up->in.off, m->size);
     x->down_bytes += m->size;
     buf_take(up->loop, &up->in, m->size);
@@ -346,9 +355,15 @@ void postgres_host_run(struct conn *up)
         ssize_t n = conn_read(up);
         if (n == 0)
             return;
+        struct postgres *pg = up->one->down->pg;
+        pg->heard += n > 0 ? (size_t)n : 0;
+        if (pg->heard > HEARD_MAX) {
+            up_failed(up, R_UPSTREAM_RESPONSE, "it says too much before the session is ready");
+            return;
+        }
         if (n > 0)
             continue;
-        if (up->one->down->pg->host == H_CANCELLED)
+        if (pg->host == H_CANCELLED)
             cancelled(up);
         else
             up_failed(up, R_UPSTREAM_CLOSED, NULL);

@@ -53,6 +53,7 @@ static bool note_parameter(struct pg_startup *s, struct str name, struct str val
             return false;
     if (s->n == PG_PARAMETERS)
         return false;
+    s->physical |= equals(name, "replication") && !equals(value, "database");
     s->name[s->n] = name;
     s->value[s->n++] = value;
     return true;
@@ -69,6 +70,8 @@ static bool read_parameters(struct str rest, struct pg_startup *s)
         return false;
     if (!s->database.n) /* as the server does */
         s->database = s->user;
+    if (s->physical)
+        s->database.n = 0;
     return s->user.n && s->user.n < PG_NAME_MAX && s->database.n < PG_NAME_MAX;
 }
 

@@ -23,7 +23,9 @@ struct pg_startup {
     size_t size;               /* bytes of the message */
     uint32_t version;          /* PG_STARTUP */
     uint32_t process, secret;  /* PG_CANCEL */
-    struct str user, database; /* as the server takes them: no database is the one named like the role */
+    struct str user, database; /* as the server takes them: none is the one named like the role; physical replication
+                                * is in none, so that it is empty */
+    bool physical;             /* it asks for physical replication, or says that it does not want to replicate */
     unsigned n;                /* the other parameters, without those of the protocol ("_pq_.") */
     struct str name[PG_PARAMETERS], value[PG_PARAMETERS];
     unsigned options; /* of the protocol, none of which is known here */

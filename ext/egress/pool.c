@@ -654,8 +654,9 @@ static bool may_go_on(struct conn *down)
         return good;
     }
     look_at_access(s, &up->to, down->loop->now_s, &unread, &now);
-    good = down->phase == P_TUNNEL ? unread || now.decision == D_ALLOWED
-                                   : unread && !snapshot_covers(s, &up->to.host, up->to.port);
+    good = down->phase == P_TUNNEL
+        ? unread || now.decision == D_ALLOWED
+        : unread && !snapshot_covers(s, &up->to.host, up->to.port) && !snapshot_logs_in(s, &up->to.host, up->to.port);
     good = good && snapshot_allows_port(s, &up->to.host, up->to.port, up->to.tls, down->loop->now_s)
         && !(s->web_only && up->to.host.kind != HOST_NAME && down->phase != P_TUNNEL);
     snapshot_release(s);

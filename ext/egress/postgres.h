@@ -27,6 +27,7 @@ struct postgres {
     char role[PG_NAME_MAX], database[PG_NAME_MAX];
     struct scram_verifier verifier;
     struct scram_server guest;
+    size_t heard; /* bytes of the host; what it says before the guest may speak is bounded by nothing else */
     struct scram_client *client; /* locked memory */
     size_t client_size;
     struct session session;

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from datetime import UTC, datetime
 from typing import Literal
 from urllib.parse import urlsplit
@@ -91,14 +91,18 @@ class Decision(msgspec.Struct, frozen=True):
 # ── Checking ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_access(access: EgressAccess) -> EgressAccess:
-    """``access`` with hosts, methods and paths in their canonical form. Raises InvalidRequest."""
+def check_access(access: EgressAccess, redirected: Iterable[int] = ()) -> EgressAccess:
+    """``access`` with hosts, methods and paths in their canonical form. Raises InvalidRequest.
+
+    ``redirected``: TCP ports that are the proxy's beside those of HTTP, see ``policy.redirected_ports``.
+    """
+    reserved = WEB_PORTS | set(redirected)
     if len(access.rules) > MAX_RULES:
         raise InvalidRequest(f"{len(access.rules)} rules given, at most {MAX_RULES} are allowed")
     rules = []
     for number, rule in enumerate(access.rules, 1):
         try:
-            rules.append(_checked(rule))
+            rules.append(_checked(rule, reserved))
         except InvalidRequest as error:
             raise InvalidRequest(f"network.egress.rules: rule {number}: {error.message}") from None
     names: set[str] = set()
@@ -115,9 +119,10 @@ def check_access(access: EgressAccess) -> EgressAccess:
     return checked
 
 
-def _checked(rule: AccessRule) -> AccessRule:
+def _checked(rule: AccessRule, reserved: Set[int]) -> AccessRule:
+    """``reserved``: TCP ports of the proxy."""
     if rule.networks is not None:
-        return _checked_networks(rule)
+        return _checked_networks(rule, reserved)
     if rule.protocol is not None:
         raise InvalidRequest("protocol is only for rules with networks; rules with hosts apply to HTTP and TLS")
     for field in ("hosts", "ports", "methods", "paths"):
@@ -131,7 +136,7 @@ def _checked(rule: AccessRule) -> AccessRule:
     )
 
 
-def _checked_networks(rule: AccessRule) -> AccessRule:
+def _checked_networks(rule: AccessRule, reserved_tcp: Set[int]) -> AccessRule:
     if rule.hosts is not None or rule.methods is not None or rule.paths is not None:
         raise InvalidRequest("networks cannot be combined with hosts, methods and paths")
     if rule.action is not AccessAction.ALLOW or rule.until is not None:
@@ -139,7 +144,7 @@ def _checked_networks(rule: AccessRule) -> AccessRule:
     if not rule.networks or not rule.ports:
         raise InvalidRequest("rules with networks need at least one network, and ports")
     protocol = rule.protocol or "tcp"
-    reserved = WEB_PORTS if protocol == "tcp" else {443}
+    reserved = reserved_tcp if protocol == "tcp" else {443}
     if reserved & set(rule.ports):
         raise InvalidRequest(f"{protocol} port {min(reserved & set(rule.ports))} belongs to the proxy; name hosts")
     networks = []

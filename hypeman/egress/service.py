@@ -89,7 +89,7 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     streams: int = 4096
     """Requests that are not complete."""
     handshakes: int = 256
-    """TLS handshakes with guests that are not complete."""
+    """TLS handshakes with guests that are not complete, and long key derivations for Postgres."""
     descriptors: int = 8192
     bytes: int = 64 << 20
     """In buffers. Above it, a connection is read only when what was read of it before has gone."""

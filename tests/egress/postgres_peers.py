@@ -111,10 +111,11 @@ class Server:
         self.cancelled: list[bytes] = []
         self.piece = 0
         """Bytes of a packet; 0: all at once."""
-        self.held: trio.Event | None = None
-        """It does not let in before that."""
-        self.shown = trio.Event()
-        """Somebody has shown the password."""
+        self.stops_at = ""
+        """Where it waits for `held`: before it begins TLS, lets in ("shown": the password was), or is ready."""
+        self.held = trio.Event()
+        self.arrived = trio.Event()
+        """It has stopped there."""
 
     async def serve(self, stream: trio.SocketStream) -> None:
         wire = Wire(stream)
@@ -132,9 +133,15 @@ class Server:
             if self.piece:
                 await trio.lowlevel.checkpoint()
 
+    async def _stop(self, stage: str) -> None:
+        if self.stops_at == stage:
+            self.arrived.set()
+            await self.held.wait()
+
     async def _serve(self, wire: Wire) -> None:
         if self.answer_to_tls:
             assert await read_startup(wire) == SSL_REQUEST
+            await self._stop("tls")
             await wire.send(self.answer_to_tls)
             assert self.answer_to_tls.startswith(b"S")
             stream = trio.SSLStream(wire.stream, self.context, server_side=True, https_compatible=True)
@@ -149,15 +156,14 @@ class Server:
         if not await (self._scram(wire) if self.method == "scram" else self._older(wire)):
             await self.send(wire, error(S="FATAL", V="FATAL", C="28P01", M="password authentication failed"))
             return
-        self.shown.set()
-        if self.held is not None:
-            await self.held.wait()
+        await self._stop("shown")
         if self.after is not None:
             await self.send(wire, self.after)
             if not self.closes:
                 await wire.rest()
             return
         await self.send(wire, authentication(0) + message(b"S", b"server_version\x0015.1\0") + message(b"K", KEY))
+        await self._stop("ready")
         await self.send(wire, message(b"Z", b"I"))
         await self._echo(wire)
 

@@ -19,6 +19,7 @@ from hypeman._native.egress import rewrite_head
 from hypeman.egress.policy import compile_policy, redirected_ports
 from hypeman.egress.protocol import ApprovalNeeded
 from hypeman.egress.records import AuditRecord
+from hypeman.egress.service import Bounds, Limits
 from hypeman.egress.transforms import Value
 from hypeman.egress.types import (
     AccessAction,
@@ -236,6 +237,15 @@ async def test_database_of_the_rule(shop: Shop) -> None:
     assert (await shop.log_in(HELD, startup(user="app")))["C"] == "28000"
 
 
+async def test_physical_replication_is_in_no_database(shop: Shop) -> None:
+    """It reads all of them, whichever one is named."""
+    everything = startup(user="app", database="shop", replication="true")
+    assert await shop.log_in(HELD, everything) == {}
+    await shop.allow(database="shop")
+    assert (await shop.log_in(HELD, everything))["M"].endswith("(role_denied)")
+    assert await shop.log_in(HELD, startup(user="app", database="shop", replication="database")) == {}
+
+
 @pytest.mark.parametrize("first", [ROLE, startup(2 << 16, user="app")])
 async def test_without_tls(shop: Shop, first: bytes) -> None:
     wire = await shop.world.tcp()
@@ -263,6 +273,16 @@ async def test_host_without_a_rule(shop: Shop, origin_ca: trustme.CA) -> None:
     rule = AccessRule(action=AccessAction.DENY, hosts=("other.test",))
     await shop.allow(access=EgressAccess(rules=(rule,)))
     assert "(host_denied_by_rule)" in (await (await shop.connect("other.test")).log_in(HELD, ROLE))["M"]
+
+
+async def test_nothing_else_to_a_host_with_a_rule(shop: Shop) -> None:
+    """TLS that does not say that it is for Postgres ends here too: it would be a way around the role."""
+    connect = f"CONNECT {HOST}:{shop.port} HTTP/1.1\r\nHost: {HOST}:{shop.port}\r\n\r\n".encode()
+    for head in (b"", connect):
+        wire = await shop.world.tcp()
+        if head:
+            assert (await shop.world.ask(wire, head, head_only=True))[0] == 200
+        await shop.world.tls(HOST, over=wire)  # trusts no certificate but ours
 
 
 async def test_malformed_scram_of_the_guest(shop: Shop) -> None:
@@ -467,6 +487,37 @@ async def test_server_out_of_order(shop: Shop) -> None:
     await shop.check_records(*(code for _, code in OUT_OF_ORDER))
 
 
+@pytest.mark.parametrize("before", [b"", authentication(0)])
+async def test_server_that_goes_on_for_ever(shop: Shop, before: bytes) -> None:
+    """What it says before the guest may speak is bounded: nothing else holds it back."""
+    shop.server.after = before + message(b"N", b"SNOTICE\0\0") * 300_000
+    client = await shop.connect()
+    with suppress(EOFError):
+        assert (await client.log_in(HELD, ROLE))["M"].endswith("(upstream_response)")
+    assert len(client.messages) < 30_000
+    assert (await shop.record()).reason == "upstream_response"
+
+
+async def test_key_derivations_at_once(make_shop: Any) -> None:
+    """Those that need several turns are bounded as handshakes are."""
+    async with make_shop(limits=Limits(each=Bounds(handshakes=2))) as shop:
+        shop.server.iterations = 500_000
+        clients = [await shop.connect() for _ in range(4)]
+        told: list[dict[str, str]] = []
+
+        async def log_in(client: Client) -> None:
+            told.append(await client.log_in(HELD, ROLE))
+
+        async with trio.open_nursery() as nursery:
+            for client in clients:
+                nursery.start_soon(log_in, client)
+        assert {} in told
+        assert {each["C"] for each in told if each} == {"53300"}
+        shop.server.iterations = 4096
+        assert await shop.log_in() == {}
+        assert not (await shop.world.egress.statistics()).in_use["handshakes"]
+
+
 async def test_every_cut_of_the_server(shop: Shop) -> None:
     """What it says once the password is shown, ended at each byte: an end or an error, and no session but with all."""
     whole = authentication(0) + message(b"S", b"a\0b\0") + message(b"K", KEY) + message(b"Z", b"I")
@@ -518,6 +569,17 @@ async def test_cancellation(shop: Shop) -> None:
     assert shop.server.cancelled == [KEY, KEY], "of another instance, and of a session that has ended"
 
 
+async def test_cancellations_are_limited(make_shop: Any) -> None:
+    async with make_shop(limits=Limits(requests_per_second=2)) as shop:
+        assert await shop.log_in() == {}
+        for _ in range(8):
+            wire = await shop.world.tcp()
+            await wire.send(cancel_request())
+            await wire.rest()
+        assert len(shop.server.cancelled) < 8
+        assert "rate_limited" in {(await shop.record()).reason for _ in range(8)}
+
+
 async def test_rotation_and_revocation(shop: Shop) -> None:
     """A new value is for the next login; a session ends when no rule allows it."""
     client = await shop.connect()
@@ -532,20 +594,55 @@ async def test_rotation_and_revocation(shop: Shop) -> None:
     assert (await shop.log_in())["M"].endswith("(role_denied)")
 
 
-async def test_rules_that_change_during_the_login(shop: Shop) -> None:
-    """It is decided again before the guest is let in."""
-    shop.server.held = trio.Event()
+NOWHERE = EgressAccess(
+    rules=(AccessRule(action=AccessAction.ALLOW, hosts=("other.test",)),), default=AccessDefault.DENY
+)
+
+
+async def log_in_at(shop: Shop, stage: str, **rules: Any) -> dict[str, str]:
+    """What the guest is told if the rules change while the server is there; nothing: it is cut off."""
+    told: dict[str, str] = {}
+    shop.server.stops_at = stage
+
+    async def log_in() -> None:
+        with suppress(EOFError):
+            told.update(await shop.log_in() or {"M": "let in"})
+
     async with trio.open_nursery() as nursery:
-        told: list[dict[str, str]] = []
-
-        async def log_in() -> None:
-            told.append(await shop.log_in())
-
         nursery.start_soon(log_in)
-        await shop.server.shown.wait()
-        await shop.allow(user="other")
+        await shop.server.arrived.wait()
+        await trio.sleep(0.1)
+        await shop.allow(**rules)
         shop.server.held.set()
-    assert told[0]["M"].endswith("(role_denied)")
+    return told
+
+
+@pytest.mark.parametrize("stage", ["tls", "shown", "ready"])
+@pytest.mark.parametrize(("rules", "code"), [({"user": "other"}, "(role_denied)"), ({"access": NOWHERE}, "(no_rule)")])
+async def test_rules_that_change_during_the_login(shop: Shop, stage: str, rules: dict[str, Any], code: str) -> None:
+    """It is decided again before the guest is let in, and before it may speak."""
+    told = await log_in_at(shop, stage, **rules)
+    assert told.get("M", "").endswith("" if stage == "ready" else code)
+    assert bool(told) is (stage != "ready")
+    assert (await shop.record()).reason == code[1:-1]
+
+
+@pytest.mark.parametrize("stage", ["shown", "ready"])
+async def test_rule_that_demands_tls_during_the_login(shop: Shop, stage: str) -> None:
+    shop.server.answer_to_tls = b""
+    await shop.allow(tls="off")
+    told = await log_in_at(shop, stage)
+    assert told.get("M", "(upstream_tls)").endswith("(upstream_tls)")
+
+
+async def test_rule_that_demands_tls_in_a_session(shop: Shop) -> None:
+    """One in clear ends."""
+    shop.server.answer_to_tls = b""
+    await shop.allow(tls="off")
+    client = await shop.connect()
+    assert await client.log_in(HELD, ROLE) == {}
+    await shop.allow()
+    assert await client.wire.rest() == b""
 
 
 async def test_value_that_is_not_there_yet(shop: Shop) -> None:

@@ -554,6 +554,26 @@ def test_a_change_of_egress_keeps_what_it_does_not_name() -> None:
         changed_access(check(), EgressUpdate())
 
 
+def test_no_network_is_opened_on_a_port_of_postgres() -> None:
+    """The port ends in the proxy whatever the address, so the rule would do nothing."""
+    use = {"hosts": ["db.test"], "ports": [6432], "as": {"postgres": {"user": "app"}}}
+    network: dict[str, Any] = {"action": "allow", "networks": ["203.0.113.0/24"], "ports": [6432]}
+
+    def created(rules: list[dict[str, Any]]) -> InstanceSpec:
+        credentials = {"K": {"source": {"env": "REAL"}, "inject": [use]}}
+        return check(
+            env={"REAL": "s3cret"},
+            credentials=credentials,
+            network={"egress": {"enabled": True, "default": "deny", "rules": rules}},
+        )
+
+    spec = created([network | {"ports": [5432]}, network | {"protocol": "udp"}])
+    with pytest.raises(InvalidRequest, match="tcp port 6432 belongs to the proxy"):
+        created([network])
+    with pytest.raises(InvalidRequest, match="tcp port 6432 belongs to the proxy"):
+        changed_access(spec, msgspec.convert({"rules": [network]}, EgressUpdate))
+
+
 def test_the_guest_sees_stand_ins() -> None:
     """Neither the real value nor its name, whatever the key is called."""
     spec = check(

@@ -13,9 +13,9 @@ from msgspec import UNSET
 
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.config import LimitsConfig, SnapshotsConfig
-from hypeman.egress.policy import guest_environment
+from hypeman.egress.policy import guest_environment, redirected_ports
 from hypeman.egress.rules import check_access
-from hypeman.egress.types import EgressAccess
+from hypeman.egress.types import CredentialPolicy, EgressAccess
 from hypeman.errors import Conflict, InvalidRequest, NotSupported
 from hypeman.guest.settings import parse_settings
 from hypeman.hypervisor.interface import Capabilities
@@ -113,7 +113,7 @@ def check_create(
         upload_bps=_rate(request.network.bandwidth_upload, "invalid_bandwidth_upload"),
         groups=tuple(dict.fromkeys(request.network.groups)),
         egress=request.network.egress.enforcement.mode if request.network.egress.enabled else None,
-        access=_access(request.network.egress),
+        access=_access(request.network.egress, request.credentials),
         devices=request.devices,
         gpu_profile=(request.gpu.profile or "") if request.gpu else "",
         volumes=volumes,
@@ -304,7 +304,7 @@ def _check_env(request: CreateInstanceRequest) -> None:
             raise InvalidRequest(f"credential {key!r}: env has no {policy.source.env!r}")
 
 
-def _access(request: EgressRequest) -> EgressAccess | None:
+def _access(request: EgressRequest, credentials: Mapping[str, CredentialPolicy]) -> EgressAccess | None:
     access = EgressAccess(
         rules=request.rules,
         default=request.default,
@@ -315,7 +315,7 @@ def _access(request: EgressRequest) -> EgressAccess | None:
         return None
     if not request.enabled:
         raise InvalidRequest("network.egress: rules, default, observe and private_networks need enabled")
-    return check_access(access)
+    return check_access(access, redirected_ports(credentials))
 
 
 def changed_access(spec: InstanceSpec, update: EgressUpdate) -> EgressAccess | None:
@@ -329,7 +329,7 @@ def changed_access(spec: InstanceSpec, update: EgressUpdate) -> EgressAccess | N
         observe=before.observe if update.observe is None else update.observe,
         private_networks=before.private_networks if update.private_networks is UNSET else update.private_networks,
     )
-    return check_access(access) if access != EgressAccess() else None
+    return check_access(access, redirected_ports(spec.credentials)) if access != EgressAccess() else None
 
 
 def _check_network(request: CreateInstanceRequest) -> None:
