@@ -230,7 +230,10 @@ def _pages(path: str, wanted: Lines) -> list[_Page]:
             pages[0].begin = after.offset
             return pages
         with suppress(OSError):
-            pages.insert(0, _Page.open(path + ".1"))
+            old = _Page.open(path + ".1")
+            if os.path.sameopenfile(old.fd, pages[0].fd):  # renamed since it was opened: one file, with its times
+                _close([pages.pop()])
+            pages.insert(0, old)
         if after is not None:
             pages[0].begin = after.offset if after.is_in(pages[0].fd) else 0
             return pages
@@ -373,6 +376,8 @@ class LogStream:
             size = BLOCK if self._watch or self._next else min(BLOCK, self._stop_at - self._offset)
             block = await trio.to_thread.run_sync(os.pread, self._fd, size, self._offset)
             self._caught_up = not block and self._next is None
+            if self._caught_up and self._times is not None:
+                self._times = Times()  # what comes now is behind all marks: followers need not hold them
         else:
             block = os.pread(self._fd, BLOCK, self._offset)
             if not block and self._watch is not None and self._next is None and self._is_unchanged():

@@ -422,6 +422,43 @@ async def test_a_run_that_ended_before_since(timed: TimedLog) -> None:
     assert await timed.read(run=LogRun.CURRENT, since=second(71)) == []
 
 
+async def test_a_file_that_is_rotated_while_it_is_opened_is_read_once(
+    timed: TimedLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = follow._Page.open
+
+    def rotate_after(path: str) -> follow._Page:
+        page = opened(path)
+        if path == str(timed.path):
+            timed.rotate()
+        return page
+
+    monkeypatch.setattr(follow._Page, "open", rotate_after)
+    assert await timed.read() == ["10 one", "10 two", "20 half", "30 last"]
+
+
+async def test_a_follower_does_not_hold_the_times_of_what_it_has_read(timed: TimedLog, nursery: trio.Nursery) -> None:
+    """There may be 65,536, for each follower."""
+    stream = await LogStream.open(str(timed.path), Lines(tail=100, times=True, follow=True))
+
+    async def write_at_the_end() -> None:
+        while not stream._caught_up:
+            await trio.sleep(0.001)
+        timed.write("new\n", 40)
+
+    held = stream._times
+    assert held is not None and held.marks
+    nursery.start_soon(write_at_the_end)
+    with trio.fail_after(10):
+        received = await anext(stream)
+        while b"new" not in received:
+            received = await anext(stream)
+    assert b": time=2026-01-01T00:00:40" in received
+    held = stream._times
+    assert held is not None and not held.marks
+    stream.close()
+
+
 async def test_a_follower_has_times_as_well(tmp_path: Path, nursery: trio.Nursery) -> None:
     log = TimedLog(tmp_path / "app.log")
     log.write("one\n", 10)
