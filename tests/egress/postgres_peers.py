@@ -96,6 +96,8 @@ class Server:
         self.mechanisms: tuple[str, ...] = (PLUS, PLAIN)
         self.iterations: object = 4096
         self.answer_to_tls = b"S"
+        self.direct = False
+        """TLS begins at once, without a question."""
         self.method = "scram"
         self.challenge: bytes | None = None
         """Instead of the right one."""
@@ -139,11 +141,12 @@ class Server:
             await self.held.wait()
 
     async def _serve(self, wire: Wire) -> None:
-        if self.answer_to_tls:
+        if self.answer_to_tls and not self.direct:
             assert await read_startup(wire) == SSL_REQUEST
             await self._stop("tls")
             await wire.send(self.answer_to_tls)
             assert self.answer_to_tls.startswith(b"S")
+        if self.answer_to_tls or self.direct:
             stream = trio.SSLStream(wire.stream, self.context, server_side=True, https_compatible=True)
             wire.stream = stream
             await stream.do_handshake()

@@ -278,6 +278,7 @@ async def test_host_without_a_rule(shop: Shop, origin_ca: trustme.CA) -> None:
 async def test_nothing_else_to_a_host_with_a_rule(shop: Shop) -> None:
     """TLS that does not say that it is for Postgres ends here too: it would be a way around the role."""
     connect = f"CONNECT {HOST}:{shop.port} HTTP/1.1\r\nHost: {HOST}:{shop.port}\r\n\r\n".encode()
+    shop.server.direct = True
     for head in (b"", connect):
         wire = await shop.world.tcp()
         if head:
