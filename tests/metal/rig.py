@@ -266,8 +266,9 @@ class MetalHost:
         return int(words[1]), output
 
     def _cpu_seconds(self) -> float:
-        """What the machine has used so far of the processors of this one."""
-        assert self._process is not None
+        """What the machine has used so far of the processors of this one; 0 before it is started."""
+        if self._process is None:
+            return 0.0
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -566,8 +566,8 @@ ROWS: dict[str, tuple[Callable[[Guest], None], ...]] = {
         lambda g: g.send_ipv4(frames.ipv4(g.lease.ipv4, SERVER, UDP, frames.udp(g.lease.ipv4, SERVER, 68, 67))),
     ),
 }
-"""One packet of each kind for a row of the README's table, found by how the row begins. The row of other
-guests has tests of its own above."""
+"""One packet of each kind for a row of the README's table, found by how the row begins. The rows of other
+guests and of Postgres have tests of their own."""
 
 
 def _table() -> dict[str, list[str]]:
@@ -598,7 +598,7 @@ async def test_the_table_of_the_readme(lab: Lab) -> None:
     """What each row says of each mode, by a packet."""
     modes = (EgressMode.NONE, EgressMode.HTTP_HTTPS_ONLY, EgressMode.ALL)
     table = _table()
-    assert len(table) == len(ROWS) + 1
+    assert len(table) == len(ROWS) + 2
     with lab.listen(GATEWAY, EGRESS_PORT), lab.listen("0.0.0.0", 8080), lab.listen("0.0.0.0", OFFERED.port):
         for name, send in ((name, send) for name, packets in ROWS.items() for send in packets):
             (said,) = (cells for row, cells in table.items() if row.startswith(name))

@@ -186,7 +186,7 @@ async def test_a_flood_passes_at_a_bounded_rate(lab: Lab) -> None:
 
 SAMPLES = {
     "ifname": "hm-guest1", "ether_addr": "02:00:00:00:00:02", "ipv4_addr": "10.100.0.2", "inet_proto": "tcp",
-    "inet_service": "80",
+    "inet_service": "80", "mark": "1",
 }  # fmt: skip
 
 
