@@ -138,7 +138,7 @@ def test_an_upload_killed_at_every_write(tmp_path: Path) -> None:
         except BaseException as error:
             error.add_note(f"killed at point {at}")
             raise
-    assert at > 20
+    assert at > 10, "fewer than alone if commits are joined on a busy machine"
 
 
 async def import_image(life: Life) -> None:
