@@ -438,16 +438,6 @@ static void pump(struct conn *c)
         conn_again(c->x.up);
 }
 
-static void lost(struct conn *c)
-{
-    if (!c->x.active)
-        return;
-    up_abandon(&c->x);
-    c->x.active = false;
-    c->x.reason = R_CLIENT_CLOSED;
-    audit_record(c->loop, c->tenant, &c->x);
-}
-
 const struct side DOWN1 = {
     .head = down1_head,
     .fail = down1_fail,
@@ -458,7 +448,7 @@ const struct side DOWN1 = {
     .end = down1_end,
     .resume = resume,
     .pump = pump,
-    .lost = lost,
+    .lost = xchg_lost,
 };
 
 static void client_ended(struct conn *c)

@@ -87,6 +87,7 @@ bool up2_send(struct xchg *x, const struct head *h, struct str path, bool body, 
 void xchg_begin(struct xchg *x, struct conn *down, const struct head *h);
 bool xchg_count(struct xchg *x); /* False: its instance, or all, have too many streams */
 void xchg_uncount(struct xchg *x);
+void xchg_lost(struct conn *c); /* a side that carries one exchange: its client has gone */
 void down_head(struct xchg *x, const struct head *h, enum body body, uint64_t length); /* also 1xx */
 void down_data(struct xchg *x, const char *p, size_t n);
 void down_end(struct xchg *x, const struct head *trailers);

@@ -151,17 +151,8 @@ static void pump(struct conn *c)
     (void)c; /* messages of a login fit; then it is a tunnel */
 }
 
-static void lost(struct conn *c)
-{
-    if (!c->x.active)
-        return;
-    up_abandon(&c->x);
-    c->x.active = false;
-    c->x.reason = R_CLIENT_CLOSED;
-    audit_record(c->loop, c->tenant, &c->x);
-}
-
-static const struct side GUEST = {.fail = fail, .finished = finished, .resume = resume, .pump = pump, .lost = lost};
+static const struct side GUEST = {
+    .fail = fail, .finished = finished, .resume = resume, .pump = pump, .lost = xchg_lost};
 
 static void begin_exchange(struct conn *c, const char *method)
 {

@@ -127,6 +127,16 @@ enum reason xchg_transform(struct xchg *x, const struct head *h, struct str path
     return why == R_NONE && !added_fits(m) ? R_HEAD_TOO_LARGE : why;
 }
 
+void xchg_lost(struct conn *c)
+{
+    if (!c->x.active)
+        return;
+    up_abandon(&c->x);
+    c->x.active = false;
+    c->x.reason = R_CLIENT_CLOSED;
+    audit_record(c->loop, c->tenant, &c->x);
+}
+
 void xchg_forget_body(struct xchg *x)
 {
     wipe(x->down->loop, &x->to_up);

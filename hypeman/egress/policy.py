@@ -34,7 +34,7 @@ MAX_SCRUBBED_NAME = 64
 """So that a response does not become many times as long."""
 HTTPS = 443
 POSTGRES = 5432
-WEB = frozenset((80, HTTPS))
+WEB_PORTS = frozenset((80, HTTPS))
 """Ports that are the data plane's for every instance with egress."""
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
@@ -111,7 +111,7 @@ def parse_ports(rule: InjectRule, usual_port: int = HTTPS) -> tuple[int, ...]:
         return (POSTGRES if rule.as_.postgres is not None else usual_port,)
     if not 0 < len(rule.ports) <= MAX_PORTS or any(not 0 < port < 65536 for port in rule.ports):
         raise InvalidRequest(f"ports must be 1 to {MAX_PORTS} numbers from 1 to 65535; leave it out to mean 443")
-    if rule.as_.postgres is not None and WEB & set(rule.ports):
+    if rule.as_.postgres is not None and WEB_PORTS & set(rule.ports):
         raise InvalidRequest("ports 80 and 443 are for HTTP; a rule as postgres needs another one")
     return rule.ports
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from hypeman.egress.policy import HostPattern, parse_host
+from hypeman.egress.policy import WEB_PORTS, HostPattern, parse_host
 from hypeman.egress.types import (
     AccessAction,
     AccessDefault,
@@ -38,7 +38,6 @@ MAX_NAMES = 16_384
 MAX_NETWORKS = 256
 """Networks times ports of all rules."""
 MAX_PATH = 1024
-WEB_PORTS = frozenset((80, 443))
 DEFAULT = "default"
 """What errors and records call the default."""
 OVERRIDES = frozenset(("x-http-method-override", "x-http-method", "x-method-override"))
