@@ -4,11 +4,11 @@ and with nothing beside it."""
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from hypeman.images.service import Images
 from hypeman.images.types import CreateImageRequest, ImageStatus
 from hypeman.paths import Paths
 from hypeman.store import Store
+from tests.crash import run_until_killed
 from tests.images.conftest import need_root, push
 from tests.images.crash_points import Points
 from tests.images.layout import ImageFiles, archive_directory, directory, entry, in_pieces, tar
@@ -68,36 +69,14 @@ async def live(paths: Paths, config: ImagesConfig, name: str, ask: Ask | None) -
 
 
 def life_that_is_killed(paths: Paths, config: ImagesConfig, name: str, ask: Ask, journal: Path, at: int) -> bool:
-    """``live`` in a process that dies at write number ``at``; whether it came so far."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            points = Points(str(journal), at, victims=(os.getpid(),))
-            points.install()
-            commit = Store._commit
+    """``live`` in a process that dies at write number ``at``, or whose worker does; whether it came so far."""
 
-            def counted(self: Store, batch: list) -> None:  # type: ignore[type-arg]
-                points.reach()
-                commit(self, batch)
-                points.reach()
+    def kill_worker_too(points: Points) -> None:
+        script, server = str(Path(__file__).with_name("crash_worker.py")), str(os.getpid())
+        run = ["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, script]
+        worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]
 
-            Store._commit = counted  # type: ignore[method-assign]
-            script = str(Path(__file__).with_name("crash_worker.py"))
-            server = str(os.getpid())
-            run = ["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, script]
-            worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]
-            trio.run(live, paths, config, name, ask)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0, "the image could not be made at all"
-    return False
+    return run_until_killed(partial(live, paths, config, name, ask), journal, at, kill_worker_too)
 
 
 def check_records(paths: Paths) -> None:
