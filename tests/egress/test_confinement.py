@@ -125,7 +125,9 @@ thread yes
 
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers of system calls are those of x86-64")
 def test_what_can_be_opened_connected_to_or_signalled() -> None:
-    done = subprocess.run([sys.executable, "-c", PROBE, str(UID)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    # In a namespace of its own: the rules of a server that runs beside it restrict whatever has the engine's uid.
+    command = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", sys.executable, "-c", PROBE]
+    done = subprocess.run([*command, str(UID)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.returncode) == (GOLDEN, 0), done.stderr
 
 
