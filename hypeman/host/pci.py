@@ -1,4 +1,4 @@
-"""PCI functions: seen, unbound, bound, and their VFIO nodes lent to a VMM's user.
+"""PCI functions: seen, unbound, bound, and their VFIO nodes made accessible to a VMM's user.
 
 The only place that writes below ``bus/pci``. What to write is decided in devices/plan.py.
 """

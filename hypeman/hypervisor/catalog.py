@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 PROBES: Table[Capabilities] = Table("hypervisor-probes", Capabilities)
 
-_PREFERENCE = (
+PREFERENCE = (
     HypervisorKind.CLOUD_HYPERVISOR,
     HypervisorKind.QEMU,
     HypervisorKind.FIRECRACKER,
@@ -78,7 +78,7 @@ class Catalog:
         """The configured kind, else Cloud Hypervisor where it works with KVM, else QEMU."""
         if self._wanted:
             return HypervisorKind(self._wanted)
-        for kind in _PREFERENCE:
+        for kind in PREFERENCE:
             driver = self.drivers.get(kind)
             if driver is not None and driver.capabilities.available:
                 return kind
@@ -113,7 +113,7 @@ class Catalog:
 
 def features(capabilities: Capabilities) -> tuple[str, ...]:
     """The features of a kind, under their names in the API (§2.1)."""
-    told = {
+    supported = {
         "snapshots": capabilities.standby,
         "standby": capabilities.standby,
         "fork": capabilities.fork,
@@ -125,4 +125,4 @@ def features(capabilities: Capabilities) -> tuple[str, ...]:
         "disk-io-limit": capabilities.disk_io_limit,
         "disk-resize": capabilities.disk_resize,
     }
-    return tuple(name for name, able in told.items() if able)
+    return tuple(name for name, able in supported.items() if able)

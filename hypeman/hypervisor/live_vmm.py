@@ -54,7 +54,7 @@ class LiveVmm:
     def _pullable(self, disk_id: str) -> Disk:
         disk = self._disk(disk_id)
         if disk.port == 0:
-            raise NotSupported(f"disk {disk_id!r} is fixed and cannot be taken from a running VM")
+            raise NotSupported(f"disk {disk_id!r} is not removable and cannot be detached from a running VM")
         return disk
 
     def _now_has_disks(self, disks: tuple[Disk, ...]) -> None:
@@ -65,7 +65,7 @@ class LiveVmm:
         """Raise NotSupported or InvalidRequest if the VM cannot have ``size`` bytes."""
         low, high = self.config.memory_bytes, self.config.memory_bytes + self.config.hotplug_bytes
         if self.config.hotplug_bytes == 0:
-            raise NotSupported("this VM was made without hot-pluggable memory")
+            raise NotSupported("this VM was created without hot-pluggable memory")
         if not low <= size <= high:
             raise InvalidRequest(f"memory must be between {low} and {high} bytes, not {size}")
 
@@ -77,4 +77,6 @@ class LiveVmm:
         if not 0 <= size < self.config.memory_bytes or size % MIB:
             raise InvalidRequest(f"a guest can lend whole MiB of its {self.config.memory_bytes} bytes, not {size}")
         if size and not await self.can_lend():
-            raise NotSupported("this VM's memory is held by a device, or is a view of a capture: it cannot be lent")
+            raise NotSupported(
+                "this VM's memory cannot be lent: a device pins it, or it is mapped from a capture"
+            )

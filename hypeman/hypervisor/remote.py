@@ -22,9 +22,9 @@ import msgspec
 import trio
 
 from hypeman.errors import InUse
-from hypeman.host.loans import lent
 from hypeman.host.ownership import take_back
 from hypeman.host.processes import Process, Processes, Program
+from hypeman.host.temporary_access import temporary_access
 from hypeman.hypervisor.interface import (
     AGENT_VSOCK_PORT,
     Disk,
@@ -39,7 +39,7 @@ from hypeman.hypervisor.interface import (
 from hypeman.hypervisor.live_vmm import LiveVmm
 from hypeman.hypervisor.run_dir import INITRD, KERNEL, VSOCK, disk_link
 from hypeman.hypervisor.unix_http import UnixHttp
-from hypeman.hypervisor.vmm_process import LastWords, end, rotate_log
+from hypeman.hypervisor.vmm_process import LogTail, end, rotate_log
 
 _START_LIMIT = 20.0
 """Seconds to wait until the API answers; it takes 5-50 ms."""
@@ -112,36 +112,36 @@ class RemoteVmm(LiveVmm):
         return msgspec.structs.replace(disk, port=port)
 
 
-Place = Callable[[Path, Path], None]
+PlaceFile = Callable[[Path, Path], None]
 """Makes one of our files (first) reachable under a name in a room (second)."""
 
 
 @contextlib.contextmanager
-def furnished(room: Path, config: VmConfig, place: Place, *, kernel: bool) -> Iterator[None]:
-    """Place the disks, and optionally the kernel, in an empty room, accessible to the VMM during the block."""
-    with contextlib.ExitStack() as loans:
+def populated(room: Path, config: VmConfig, place: PlaceFile, *, kernel: bool) -> Iterator[None]:
+    """PlaceFile the disks, and optionally the kernel, in an empty room, accessible to the VMM during the block."""
+    with contextlib.ExitStack() as opened:
         try:
             for disk in config.disks:
-                loans.enter_context(placed(room, config, disk, place))
+                opened.enter_context(placed(room, config, disk, place))
             for name, path in ((KERNEL, config.kernel), (INITRD, config.initrd)):
                 if kernel and path is not None:
                     place(Path(path), room / name)
-                    loans.enter_context(lent(Path(path), config.uid, write=False))
+                    opened.enter_context(temporary_access(Path(path), config.uid, write=False))
         except OSError as error:
             raise LaunchFailed(f"{error.filename or config.run_dir}: {error.strerror}") from error
         yield
 
 
 @contextlib.contextmanager
-def placed(room: Path, config: VmConfig, disk: Disk, place: Place) -> Iterator[None]:
-    """Place one disk, accessible to the VMM during the block; the link to it remains."""
+def placed(room: Path, config: VmConfig, disk: Disk, place: PlaceFile) -> Iterator[None]:
+    """PlaceFile one disk, accessible to the VMM during the block; the link to it remains."""
     name = room / disk_link(disk.id)
     try:
         clear(name)
         place(Path(disk.path), name)
     except OSError as error:
         raise LaunchFailed(f"disk {disk.id!r} ({Path(disk.path).name}) cannot be placed: {error.strerror}") from error
-    with lent(Path(disk.path), config.uid, write=not disk.readonly):
+    with temporary_access(Path(disk.path), config.uid, write=not disk.readonly):
         yield
 
 
@@ -199,7 +199,7 @@ def listening(path: Path) -> socket.socket:
 @contextlib.asynccontextmanager
 async def started(processes: Processes, program: Program) -> AsyncIterator[Process]:
     """Start the process; if the block fails, kill it and add its last output to the error."""
-    words = LastWords(program.log)
+    words = LogTail(program.log)
     process = await processes.spawn(program)
     try:
         yield process

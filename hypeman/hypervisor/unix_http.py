@@ -62,7 +62,7 @@ class UnixHttp:
         except (OSError, trio.BrokenResourceError) as error:
             raise VmmGone(f"the VMM's API is gone: {error}") from None
         except h11.RemoteProtocolError as error:
-            raise VmmBroken(f"the VMM answers {what} with nonsense: {error}") from None
+            raise VmmBroken(f"the VMM sent a malformed answer to {what}: {error}") from None
         if status >= 400:
             raise ApiRefused(f"the VMM refused {what}: {_reason(answer)}", answered=status)
         if not answer:
@@ -70,7 +70,7 @@ class UnixHttp:
         try:
             return msgspec.json.decode(answer)
         except (msgspec.MsgspecError, UnicodeError):
-            raise VmmBroken(f"the VMM answers {what} with nonsense: {answer[:100]!r}") from None
+            raise VmmBroken(f"the VMM sent a malformed answer to {what}: {answer[:100]!r}") from None
 
     async def _exchange(self, method: str, target: str, body: object, fds: Sequence[int]) -> tuple[int, bytes]:
         data = b"" if body is None else msgspec.json.encode(body)

@@ -180,7 +180,7 @@ def vfio_groups(config: VmConfig) -> list[str]:
     return [f"/dev/vfio/{os.path.basename(link)}" for link in links]
 
 
-class LastWords:
+class LogTail:
     """The output that a VMM appends to its log from now on."""
 
     def __init__(self, log: str) -> None:

@@ -15,7 +15,6 @@ import msgspec
 import pytest
 import trio
 
-from hypeman.host.loans import encode_acl, lent
 from hypeman.host.processes import (
     Process,
     Processes,
@@ -26,6 +25,7 @@ from hypeman.host.processes import (
     mark_argument,
     open_for_child,
 )
+from hypeman.host.temporary_access import encode_acl, temporary_access
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="wants root: changes users and namespaces")
 
@@ -309,8 +309,8 @@ async def test_a_lent_file_can_be_opened_by_its_borrowers_alone(processes: Proce
         return code == 0
 
     assert not await can(12345, "<")
-    with lent(file, 12345):
-        with lent(file, 12346, write=False), lent(file, 12345, write=False):
+    with temporary_access(file, 12345):
+        with temporary_access(file, 12346, write=False), temporary_access(file, 12345, write=False):
             assert await can(12345, "<>")
             assert await can(12346, "<") and not await can(12346, "<>")
             assert not await can(12347, "<")
@@ -322,13 +322,13 @@ async def test_a_lent_file_can_be_opened_by_its_borrowers_alone(processes: Proce
 
 
 @as_root
-def test_what_anybody_may_read_is_not_lent(tmp_path: Path) -> None:
+def test_a_file_that_all_may_read_gets_no_acl(tmp_path: Path) -> None:
     file = tmp_path / "image"
     file.write_text("x")
     file.chmod(0o644)
-    with lent(file, 12345, write=False):
+    with temporary_access(file, 12345, write=False):
         assert os.listxattr(file) == []
-    with lent(file, 12345):
+    with temporary_access(file, 12345):
         assert file.stat().st_mode & 0o777 == 0o664, "everybody else can still read; the group bits show the mask"
     assert file.stat().st_mode & 0o777 == 0o644
 

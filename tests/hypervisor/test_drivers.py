@@ -15,7 +15,7 @@ from hypeman.hypervisor import catalog
 from hypeman.hypervisor.drivers import AnyDriver, make_drivers
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KvmProof
-from hypeman.hypervisor.sought import find_binary
+from hypeman.hypervisor.binary import find_binary
 
 
 async def no_tap(name: str) -> int:
@@ -34,7 +34,7 @@ def test_every_kind_but_apples_has_one_driver(drivers: tuple[AnyDriver, ...]) ->
 def test_names_elsewhere_are_those_of_the_list(drivers: tuple[AnyDriver, ...]) -> None:
     kinds = {driver.kind.value for driver in drivers}
     assert set(get_args(HypervisorChoice)) == {"", *kinds}
-    assert {kind.value for kind in catalog._PREFERENCE} == kinds
+    assert {kind.value for kind in catalog.PREFERENCE} == kinds
     assert set(HYPERVISORS.values()) <= kinds
 
 

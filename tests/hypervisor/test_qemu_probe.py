@@ -103,8 +103,8 @@ async def test_tcg_may_be_asked_for(processes: Processes, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo 'QEMU emulator version 6.2.0'", "QEMU 6.2.0 is too old, 7.2 is wanted"),
-        ("echo 'something else'", "is no QEMU"),
+        ("echo 'QEMU emulator version 6.2.0'", "QEMU 6.2.0 is too old, 7.2 is required"),
+        ("echo 'something else'", "is not QEMU"),
         ("echo broken >&2; exit 1", "broken"),
     ],
 )

@@ -181,12 +181,12 @@ async def test_the_end_of_qemu_wakes_all(pair: tuple[QmpClient, Qemu]) -> None:
         await client.execute("query-status")
 
 
-async def test_nonsense_breaks_the_connection_for_good(pair: tuple[QmpClient, Qemu]) -> None:
+async def test_malformed_data_breaks_the_connection_for_good(pair: tuple[QmpClient, Qemu]) -> None:
     client, qemu = pair
     await qemu.send(b"hello\n")
-    with pytest.raises(VmmBroken, match="nonsense"):
+    with pytest.raises(VmmBroken, match="malformed data"):
         await client.execute("query-status")
-    with pytest.raises(VmmGone, match="nonsense"):
+    with pytest.raises(VmmGone, match="malformed data"):
         await client.execute("query-status")
 
 

@@ -1,4 +1,4 @@
-"""When certificates are ordered by ACME, and when not: with a CA that obeys the test, and one that talks nonsense."""
+"""When certificates are ordered by ACME, and when not: with a CA that the test controls, and one that sends malformed answers."""
 
 from __future__ import annotations
 
@@ -355,7 +355,7 @@ async def test_another_ca_and_a_clock_that_was_wrong(tmp_path: Path) -> None:
         await here.until(lambda: here.row("old.com") == CertificateRow())
 
 
-# ── A CA that talks nonsense ─────────────────────────────────────────────────────────────────────
+# ── A CA that sends malformed answers ─────────────────────────────────────────────────────────────────────
 
 
 @contextmanager

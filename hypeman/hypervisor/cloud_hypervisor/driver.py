@@ -16,18 +16,18 @@ import trio
 
 from hypeman.errors import NotSupported
 from hypeman.host.landlock import landlock_abi
-from hypeman.host.loans import lent
 from hypeman.host.processes import Process, Processes, Program, open_for_child
+from hypeman.host.temporary_access import temporary_access
 from hypeman.hypervisor import captures
+from hypeman.hypervisor.binary import BinaryProbe, BinarySpec, Missing
 from hypeman.hypervisor.cloud_hypervisor import config as native
 from hypeman.hypervisor.cloud_hypervisor.files import root_of
 from hypeman.hypervisor.cloud_hypervisor.vmm import SNAPSHOT_MEMORY, SNAPSHOT_SUMMED, CloudHypervisorVmm, room_of
 from hypeman.hypervisor.interface import Capabilities, LaunchFailed, Nic, VmConfig, Vmm, VmmHandle
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KVM_DEVICE, KvmProof
-from hypeman.hypervisor.remote import emptied, furnished, listen_for_guest, listening, started, wait_api
+from hypeman.hypervisor.remote import emptied, listen_for_guest, listening, populated, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET, ROOM
-from hypeman.hypervisor.sought import Missing, Seeker, Sought
 from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.hypervisor.vmm_process import (
     VFIO_DEVICE,
@@ -46,11 +46,11 @@ _USERFAULTS = "/dev/userfaultfd"
 OpenTap = Callable[[str], Awaitable[int]]
 
 
-class CloudHypervisorDriver(Seeker):
+class CloudHypervisorDriver(BinaryProbe):
     """The ``cloud-hypervisor`` kind."""
 
     kind = HypervisorKind.CLOUD_HYPERVISOR
-    sought = Sought(
+    spec = BinarySpec(
         "cloud-hypervisor",
         "Cloud Hypervisor",
         r"cloud-hypervisor v(\d+)\.(\d+)(?:\.(\d+))?",
@@ -75,7 +75,7 @@ class CloudHypervisorDriver(Seeker):
 
     async def _able(self, binary: str, version: str) -> Capabilities:
         if why_not := await self._kvm.why_not():
-            raise Missing(f"it wants KVM, but {why_not}", binary=binary, version=version)
+            raise Missing(f"it requires KVM, but {why_not}", binary=binary, version=version)
         return Capabilities(
             available=True,
             accelerator="kvm",
@@ -97,14 +97,14 @@ class CloudHypervisorDriver(Seeker):
         return native.kernel_cmdline()
 
     def validate(self, config: VmConfig) -> None:
-        self._want_available()
+        self._require_available()
         if config.pci_devices and not self._capabilities.pci_passthrough:
-            raise NotSupported("passing devices through wants VFIO, which this host has not")
+            raise NotSupported("PCI passthrough requires VFIO, which this host does not have")
         native.check(config)
 
     async def launch(self, config: VmConfig) -> Vmm:
         self.validate(config)
-        with _room(config, self._folders) as room, furnished(room, config, os.symlink, kernel=True):
+        with _room(config, self._folders) as room, populated(room, config, os.symlink, kernel=True):
             async with self._started(config) as vmm:
                 api = vmm.api
                 await api.request("PUT", "/api/v1/vm.create", native.vm_config(config, landlock=self._opens(config)))
@@ -130,11 +130,11 @@ class CloudHypervisorDriver(Seeker):
         lazily = os.access(_USERFAULTS, os.F_OK)
         with contextlib.ExitStack() as opened:
             room = opened.enter_context(_room(config, self._folders))
-            opened.enter_context(furnished(room, config, os.symlink, kernel=True))
+            opened.enter_context(populated(room, config, os.symlink, kernel=True))
             for name in saved.files:
-                opened.enter_context(lent(capture / name, config.uid, write=False))
+                opened.enter_context(temporary_access(capture / name, config.uid, write=False))
             if lazily:  # a page that the kernel itself touches, for a vCPU, is no business of everybody's
-                opened.enter_context(lent(Path(_USERFAULTS), config.uid))
+                opened.enter_context(temporary_access(Path(_USERFAULTS), config.uid))
             taps = [opened.enter_context(await self._tap(nic)) for nic in config.nics]
             async with self._started(config, capture, *((_USERFAULTS,) if lazily else ())) as vmm:
                 body = native.restore_config(_as_it_wrote_them(room, capture), config.nics, lazily=lazily)

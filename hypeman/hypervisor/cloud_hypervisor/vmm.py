@@ -66,7 +66,7 @@ class CloudHypervisorVmm(RemoteVmm):
     async def _info(self) -> dict[str, Any]:
         answer = await self._api.request("GET", "/api/v1/vm.info")
         if not isinstance(answer, dict) or "state" not in answer:
-            raise VmmBroken("Cloud Hypervisor answers vm.info with nonsense")
+            raise VmmBroken("Cloud Hypervisor sent a malformed answer to vm.info")
         return answer
 
     async def _put(self, what: str, body: object = None, *, timeout: float = 30.0) -> object:
@@ -165,7 +165,7 @@ class CloudHypervisorVmm(RemoteVmm):
             return bool((await self._info()).get("memory_actual_size") == size)
 
         if not await became(there, _RESIZE_LIMIT):
-            raise VmmBroken(f"the guest did not go to {size} bytes of memory")
+            raise VmmBroken(f"the guest did not reach {size} bytes of memory")
 
     async def set_balloon(self, size: int) -> None:
         await self._check_balloon(size)

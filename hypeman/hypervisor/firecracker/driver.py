@@ -14,9 +14,10 @@ from pathlib import Path
 
 import trio
 
-from hypeman.host.loans import lent
 from hypeman.host.processes import Process, Processes, Program
+from hypeman.host.temporary_access import temporary_access
 from hypeman.hypervisor import captures
+from hypeman.hypervisor.binary import BinaryProbe, BinarySpec, Missing, find_binary, version_of
 from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker import jail
 from hypeman.hypervisor.firecracker.vmm import FirecrackerVmm
@@ -25,19 +26,18 @@ from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.remote import listen_for_guest, started, wait_api
 from hypeman.hypervisor.run_dir import API_SOCKET, INITRD, KERNEL, LOG
-from hypeman.hypervisor.sought import Missing, Seeker, Sought, find_binary, version_of
 from hypeman.hypervisor.unix_http import UnixHttp
 from hypeman.hypervisor.vmm_process import find, max_file_size, needs_libraries, new_handle
 
 _NUMBERS = r" v(\d+)\.(\d+)\.(\d+)"
 
 
-class FirecrackerDriver(Seeker):
+class FirecrackerDriver(BinaryProbe):
     """The ``firecracker`` kind."""
 
     kind = HypervisorKind.FIRECRACKER
-    sought = Sought("firecracker", "Firecracker", "Firecracker" + _NUMBERS, native.MINIMUM_VERSION)
-    _sought_jailer = Sought("jailer", "Firecracker jailer", "Jailer" + _NUMBERS, native.MINIMUM_VERSION)
+    spec = BinarySpec("firecracker", "Firecracker", "Firecracker" + _NUMBERS, native.MINIMUM_VERSION)
+    _jailer_spec = BinarySpec("jailer", "Firecracker jailer", "Jailer" + _NUMBERS, native.MINIMUM_VERSION)
 
     def __init__(self, processes: Processes, *, kvm: KvmProof, binary: str = "", jailer: str = "") -> None:
         super().__init__(processes, binary=binary)
@@ -55,22 +55,22 @@ class FirecrackerDriver(Seeker):
         beside = os.path.join(os.path.dirname(firecracker), name)
         if not self._configured_jailer and beside != firecracker and os.access(beside, os.X_OK):
             return beside
-        return find_binary(self._sought_jailer.name, self._configured_jailer)
+        return find_binary(self._jailer_spec.name, self._configured_jailer)
 
     async def _able(self, binary: str, version: str) -> Capabilities:
         if os.geteuid() != 0:
-            raise Missing("its jailer wants root", binary=binary, version=version)
+            raise Missing("its jailer requires root", binary=binary, version=version)
         if needs_libraries(binary):
             raise Missing(
                 "it is linked dynamically, and its jail has no libraries: install the static build of its releases",
                 binary=binary,
                 version=version,
             )
-        jailer = await version_of(self._processes, self._sought_jailer, self._jailer(binary))
+        jailer = await version_of(self._processes, self._jailer_spec, self._jailer(binary))
         if jailer != version:
             raise Missing(f"its jailer is of version {jailer}", binary=binary, version=version)
         if why_not := await self._kvm.why_not_as_root():
-            raise Missing(f"it wants KVM, but {why_not}", binary=binary, version=version)
+            raise Missing(f"it requires KVM, but {why_not}", binary=binary, version=version)
         return Capabilities(
             available=True,
             accelerator="kvm",
@@ -91,16 +91,16 @@ class FirecrackerDriver(Seeker):
         return native.kernel_cmdline()
 
     def validate(self, config: VmConfig) -> None:
-        self._want_available()
+        self._require_available()
         native.check(config)
 
     async def launch(self, config: VmConfig) -> Vmm:
         self.validate(config)
-        with jail.jail(config, self._capabilities.binary) as base, contextlib.ExitStack() as loans:
+        with jail.jail(config, self._capabilities.binary) as base, contextlib.ExitStack() as opened:
             for name, path in ((KERNEL, config.kernel), (INITRD, config.initrd)):
                 if path is not None:
                     await _bring(Path(path), jail.room_of(config.run_dir) / name)
-                    loans.enter_context(lent(Path(path), config.uid, write=False))
+                    opened.enter_context(temporary_access(Path(path), config.uid, write=False))
             async with self._started(config, base) as vmm:
                 for call in native.boot_calls(config):
                     await vmm.call(call)
@@ -189,7 +189,7 @@ def _let_in(config: VmConfig, capture: Path) -> Iterator[None]:
     with contextlib.ExitStack() as opened:
         for name in (captures.STATE, captures.MEMORY):
             try:
-                opened.enter_context(lent(capture / name, config.uid, write=False))
+                opened.enter_context(temporary_access(capture / name, config.uid, write=False))
                 jail.let_in(capture / name, room / name)
             except OSError as error:
                 raise LaunchFailed(f"{error.filename}: {error.strerror}") from error

@@ -1,7 +1,7 @@
 """The chroot that the jailer confines Firecracker to.
 
     <jail>/<program>/<name>/root/    all that the VMM can see
-        disk-<id> kernel initrd vmm.log          hard links to our files, each lent while it opens it
+        disk-<id> kernel initrd vmm.log          hard links to our files, each accessible while it opens it
         api.sock vsock.sock vsock.sock_1024
         firecracker dev/…                        made by the jailer
     run_dir/jail                                 leads there
@@ -20,10 +20,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from hypeman.host.loans import lent
 from hypeman.host.processes import mark_argument
+from hypeman.host.temporary_access import temporary_access
 from hypeman.hypervisor.interface import LaunchFailed, VmConfig
-from hypeman.hypervisor.remote import clear, emptied, furnished
+from hypeman.hypervisor.remote import clear, emptied, populated
 from hypeman.hypervisor.run_dir import INITRD, KERNEL, LOG
 from hypeman.hypervisor.vmm_process import take_back_directories
 
@@ -56,11 +56,11 @@ def jail(config: VmConfig, program: str) -> Iterator[Path]:
                 room_of(config.run_dir).symlink_to(root)
                 log = Path(config.vmm_log)
                 log.touch(mode=0o600)
-                opened.enter_context(lent(log, config.uid))
+                opened.enter_context(temporary_access(log, config.uid))
                 let_in(log, root / LOG)
             except OSError as error:
                 raise LaunchFailed(f"{error.filename or base}: {error.strerror}") from error
-            opened.enter_context(furnished(root, config, let_in, kernel=False))
+            opened.enter_context(populated(root, config, let_in, kernel=False))
             yield base
     except BaseException:
         take_down(config.run_dir)

@@ -11,9 +11,9 @@ from pathlib import Path
 import trio
 
 from hypeman.errors import InternalError, NotSupported
-from hypeman.host.loans import lent
 from hypeman.host.processes import Process
 from hypeman.host.safe_open import open_regular
+from hypeman.host.temporary_access import temporary_access
 from hypeman.hypervisor import captures
 from hypeman.hypervisor.firecracker import config as native
 from hypeman.hypervisor.firecracker import jail
@@ -47,12 +47,12 @@ class FirecrackerVmm(RemoteVmm):
         await self._api.request(call.method, call.target, call.body, timeout=timeout)
 
     async def state(self) -> VmmState:
-        return VmmState.PAUSED if self._process.stopped() else await self._told_state()
+        return VmmState.PAUSED if self._process.stopped() else await self._reported_state()
 
-    async def _told_state(self) -> VmmState:
+    async def _reported_state(self) -> VmmState:
         answer = await self._api.request("GET", "/")
         if not isinstance(answer, dict) or answer.get("state") not in _STATES:
-            raise VmmBroken("Firecracker answers with nonsense")
+            raise VmmBroken("Firecracker sent a malformed answer")
         return _STATES[answer["state"]]
 
     async def pause(self) -> None:
@@ -70,7 +70,7 @@ class FirecrackerVmm(RemoteVmm):
     async def _go_on(self) -> None:
         if self._process.stopped():
             await self._signal(signal.SIGCONT, stopped=False)
-        elif await self._told_state() == VmmState.PAUSED:
+        elif await self._reported_state() == VmmState.PAUSED:
             if not self.vsock_reset:
                 await self._reset_vsock()
             await self.call(native.state_call(running=True))
@@ -89,7 +89,7 @@ class FirecrackerVmm(RemoteVmm):
             return self._process.stopped() == stopped or not self._process.alive()
 
         if not await became(done, _SIGNAL_LIMIT):
-            raise VmmBroken(f"Firecracker does not obey {number.name}")
+            raise VmmBroken(f"Firecracker did not react to {number.name}")
 
     async def capture(self, directory: Path, *, flush: bool = True) -> Capture:
         """Shielded from cancellation between pause and save, since a save cannot be aborted."""
@@ -98,7 +98,7 @@ class FirecrackerVmm(RemoteVmm):
             with self._let_out(directory), trio.CancelScope(shield=True):
                 if self._process.stopped():
                     await self._signal(signal.SIGCONT, stopped=False)
-                if await self._told_state() == VmmState.RUNNING:
+                if await self._reported_state() == VmmState.RUNNING:
                     await self.call(native.state_call(running=False))
                 await self.call(native.snapshot_call(captures.STATE, captures.MEMORY), timeout=_SAVE_LIMIT)
                 self.vsock_reset = True
@@ -151,7 +151,7 @@ class FirecrackerVmm(RemoteVmm):
             await trio.to_thread.run_sync(_resize, disk.path, size)
         except OSError as error:
             raise InternalError(f"{disk.path}: {error.strerror}") from error
-        with lent(Path(disk.path), self.config.uid, write=not disk.readonly):  # it is reopened
+        with temporary_access(Path(disk.path), self.config.uid, write=not disk.readonly):  # it is reopened
             await self.call(native.resize_disk_call(disk))
 
     async def resize_memory(self, size: int) -> None:
@@ -163,7 +163,7 @@ class FirecrackerVmm(RemoteVmm):
             return isinstance(status, dict) and status.get("plugged_size_mib") == status.get("requested_size_mib")
 
         if not await became(there, _RESIZE_LIMIT):
-            raise VmmBroken(f"the guest did not go to {size} bytes of memory")
+            raise VmmBroken(f"the guest did not reach {size} bytes of memory")
 
     async def set_balloon(self, size: int) -> None:
         await self._check_balloon(size)

@@ -163,8 +163,8 @@ class QmpClient:
             self._end("the QMP connection was lost")
             return
         except QmpError as error:
-            self._end(f"nonsense on the QMP connection: {error}")
-            raise VmmBroken(f"QEMU talks nonsense: {error}") from None
+            self._end(f"malformed data on the QMP connection: {error}")
+            raise VmmBroken(f"QEMU sent malformed data: {error}") from None
         if not data:
             self._end("QEMU closed the QMP connection")
         for message in messages:

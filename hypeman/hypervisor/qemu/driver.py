@@ -17,11 +17,12 @@ import trio
 
 from hypeman.architecture import HOST, Architecture
 from hypeman.errors import NotSupported
-from hypeman.host.loans import lent
 from hypeman.host.processes import Processes, Program, open_for_child
 from hypeman.host.program_files import NotRunnable
 from hypeman.host.safe_open import open_directory
+from hypeman.host.temporary_access import temporary_access
 from hypeman.hypervisor import captures
+from hypeman.hypervisor.binary import BinaryProbe, BinarySpec, Missing
 from hypeman.hypervisor.interface import (
     Capabilities,
     LaunchFailed,
@@ -39,10 +40,9 @@ from hypeman.hypervisor.qemu.client import QmpClient
 from hypeman.hypervisor.qemu.files import DEVICES, root_files
 from hypeman.hypervisor.qemu.tsc import tsc_khz
 from hypeman.hypervisor.qemu.vmm import AGENT_SOCKET, QMP_SOCKET, QemuVmm
-from hypeman.hypervisor.sought import Missing, Seeker, Sought
 from hypeman.hypervisor.vmm_process import (
     VFIO_DEVICE,
-    LastWords,
+    LogTail,
     end,
     find,
     give_vfio_groups,
@@ -60,7 +60,7 @@ _START_WITH_DEVICES = 300.0
 memory, which depends on its size, and the devices are reset."""
 
 
-class QemuDriver(Seeker):
+class QemuDriver(BinaryProbe):
     """The kinds ``qemu`` and ``qemu-microvm``, with KVM if it works, else TCG."""
 
     def __init__(
@@ -80,7 +80,7 @@ class QemuDriver(Seeker):
         emulated (``tcg``)."""
         super().__init__(processes, binary=binary)
         version = r"QEMU emulator version (\d+)\.(\d+)\.(\d+)"
-        self.sought = Sought(machine.qemu, "QEMU", version, native.MINIMUM_VERSION)
+        self.spec = BinarySpec(machine.qemu, "QEMU", version, native.MINIMUM_VERSION)
         self.kind = kind
         self._architecture = machine
         self._board = native.BOARDS[machine].get(kind, native.NO_BOARD)
@@ -136,7 +136,7 @@ class QemuDriver(Seeker):
         return tuple(map(int, self._capabilities.version.split(".")[:2])) >= native.READONLY_FILE
 
     def validate(self, config: VmConfig) -> None:
-        self._want_available()
+        self._require_available()
         can = self._capabilities
         if config.pci_devices and not can.pci_passthrough:
             raise NotSupported(f"{self.kind} cannot pass devices through here: that wants PCI, KVM and VFIO")
@@ -173,7 +173,7 @@ class QemuDriver(Seeker):
         readonly = private and self._maps_readonly_files
         with contextlib.ExitStack() as opened:
             if private:
-                opened.enter_context(lent(capture / captures.MEMORY, config.uid, write=not readonly))
+                opened.enter_context(temporary_access(capture / captures.MEMORY, config.uid, write=not readonly))
             fd = _open_saved(capture / captures.MEMORY, write=not readonly) if private else memory.new(config)
             opened.callback(os.close, fd)
             vmm = await self._start(
@@ -260,7 +260,7 @@ class QemuDriver(Seeker):
                 )
                 if config.pci_devices:
                     await trio.to_thread.run_sync(give_vfio_groups, config)
-                words = LastWords(config.vmm_log)
+                words = LogTail(config.vmm_log)
             except OSError as error:
                 raise LaunchFailed(f"{error.filename or config.run_dir}: {error.strerror}") from error
             argv = native.command_line(
@@ -316,7 +316,7 @@ _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 
 async def _or_kill(vmm: QemuVmm, then: Callable[[], Awaitable[None]]) -> QemuVmm:
     """``vmm`` after ``then``; if that fails or is cancelled, the VMM is killed."""
-    words = LastWords(vmm.config.vmm_log)
+    words = LogTail(vmm.config.vmm_log)
     try:
         await then()
     except BaseException as error:

@@ -25,15 +25,15 @@ _PATIENCE = 120.0
 that moment, running VMs could not be put into standby until the next start."""
 
 
-class Sought(msgspec.Struct, frozen=True):
+class BinarySpec(msgspec.Struct, frozen=True):
     """The program that a kind needs."""
 
     name: str
     """Name in PATH."""
     product: str
     """Name in messages."""
-    told: str
-    """Pattern of its ``--version`` output, with the numbers in groups."""
+    version_pattern: str
+    """Regular expression for its ``--version`` output, with the numbers in groups."""
     minimum: tuple[int, ...]
 
 
@@ -55,38 +55,38 @@ def find_binary(name: str, configured: str = "") -> str:
     return os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
 
 
-async def version_of(processes: Processes, sought: Sought, binary: str) -> str:
+async def version_of(processes: Processes, spec: BinarySpec, binary: str) -> str:
     """The version that ``binary`` reports. Raises Missing if it is not the required program."""
     if not binary:
-        raise Missing(f"{sought.name} is not installed")
+        raise Missing(f"{spec.name} is not installed")
     try:
-        said = (await processes.run([binary, "--version"], timeout=_PATIENCE)).decode(errors="replace")
+        output = (await processes.run([binary, "--version"], timeout=_PATIENCE)).decode(errors="replace")
     except ToolFailed as error:
         raise Missing(error.message, binary=binary) from None
-    if (match := re.search(sought.told, said)) is None:
-        raise Missing(f"{binary} is no {sought.product}: {said[:80]!r}", binary=binary)
+    if (match := re.search(spec.version_pattern, output)) is None:
+        raise Missing(f"{binary} is not {spec.product}: {output[:80]!r}", binary=binary)
     numbers = tuple(int(part or 0) for part in match.groups())
     version = ".".join(map(str, numbers))
-    if numbers < sought.minimum:
-        wanted = ".".join(map(str, sought.minimum))
-        raise Missing(f"{sought.product} {version} is too old, {wanted} is wanted", binary=binary, version=version)
+    if numbers < spec.minimum:
+        wanted = ".".join(map(str, spec.minimum))
+        raise Missing(f"{spec.product} {version} is too old, {wanted} is required", binary=binary, version=version)
     return version
 
 
-class Seeker(abc.ABC):
+class BinaryProbe(abc.ABC):
     """A driver's VMM binary and capabilities, and how they are determined."""
 
     kind: HypervisorKind
-    sought: Sought
+    spec: BinarySpec
 
     def __init__(self, processes: Processes, *, binary: str) -> None:
         self._processes = processes
         self._configured = binary
-        self._capabilities = Capabilities(available=False, reason="not looked for yet")
+        self._capabilities = Capabilities(available=False, reason="not probed yet")
 
     def programs(self) -> tuple[str, ...]:
         """The existing files that the result of ``probe`` depends on."""
-        binary = find_binary(self.sought.name, self._configured)
+        binary = find_binary(self.spec.name, self._configured)
         return (binary,) if binary else ()
 
     @property
@@ -100,11 +100,11 @@ class Seeker(abc.ABC):
 
     async def probe(self) -> Capabilities:
         """Find the program and determine its capabilities here; the result is kept."""
-        binary = find_binary(self.sought.name, self._configured)
+        binary = find_binary(self.spec.name, self._configured)
         try:
-            version = await version_of(self._processes, self.sought, binary)
-            able = await self._able(binary, version)
-            self._capabilities = msgspec.structs.replace(able, version=version, binary=binary)
+            version = await version_of(self._processes, self.spec, binary)
+            found = await self._able(binary, version)
+            self._capabilities = msgspec.structs.replace(found, version=version, binary=binary)
         except Missing as missing:
             self._capabilities = missing.capabilities
         return self._capabilities
@@ -113,7 +113,7 @@ class Seeker(abc.ABC):
     async def _able(self, binary: str, version: str) -> Capabilities:
         """Capabilities of ``binary`` on this host. Raises Missing if something else that it needs is missing."""
 
-    def _want_available(self) -> None:
+    def _require_available(self) -> None:
         """Raise NotSupported, with the reason, if this VMM cannot launch VMs."""
         if not self._capabilities.available:
             raise NotSupported(f"{self.kind} cannot be used here: {self._capabilities.reason}")

@@ -1,7 +1,7 @@
-"""Lending a file of ours to one user for the moment in which his program opens it.
+"""Temporary access to a file of ours for one user, by an ACL entry, while a program of that user opens it.
 
-The file keeps its owner and mode; an access control entry names the one borrower. Several may borrow the
-same file at once; the last to give it back leaves it as it was.
+The file keeps its owner and mode. Several users may have access to the same file at once; when the last
+access ends, the file has no ACL, as before.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ _NOBODY_IN_PARTICULAR = 0xFFFFFFFF
 _READ, _WRITE = 4, 2
 
 
-class _Loan(msgspec.Struct):
+class _Grants(msgspec.Struct):
     mode: int
-    """Permission bits to go back to."""
-    borrowers: list[tuple[int, int]] = []
+    """Permission bits to restore."""
+    users: list[tuple[int, int]] = []
     """User and permission of each, in order."""
 
 
-_loans: dict[tuple[int, int], _Loan] = {}
+_granted: dict[tuple[int, int], _Grants] = {}
 
 
 @contextlib.contextmanager
-def lent(path: Path, uid: int, *, write: bool = True) -> Iterator[None]:
-    """Let ``uid`` open ``path`` for reading, and with ``write`` for writing, as long as the block runs."""
+def temporary_access(path: Path, uid: int, *, write: bool = True) -> Iterator[None]:
+    """Let ``uid`` open ``path`` for reading, and with ``write`` for writing, during the block."""
     file = path.stat()
     if uid in (0, file.st_uid) or (not write and file.st_mode & stat.S_IROTH):
         yield
         return
     key = file.st_dev, file.st_ino
-    loan = _loans.setdefault(key, _Loan(stat.S_IMODE(file.st_mode)))
-    borrower = uid, _READ | _WRITE if write else _READ
-    loan.borrowers.append(borrower)
+    grants = _granted.setdefault(key, _Grants(stat.S_IMODE(file.st_mode)))
+    user = uid, _READ | _WRITE if write else _READ
+    grants.users.append(user)
     try:
-        _apply(path, loan)
+        _apply(path, grants)
         yield
     finally:
-        loan.borrowers.remove(borrower)
-        if not loan.borrowers:
-            del _loans[key]
+        grants.users.remove(user)
+        if not grants.users:
+            del _granted[key]
         with contextlib.suppress(FileNotFoundError):
-            _apply(path, loan)
+            _apply(path, grants)
 
 
-def _apply(path: Path, loan: _Loan) -> None:
+def _apply(path: Path, grants: _Grants) -> None:
     try:
-        if loan.borrowers:
+        if grants.users:
             permissions: dict[int, int] = {}
-            for uid, permission in loan.borrowers:
+            for uid, permission in grants.users:
                 permissions[uid] = permissions.get(uid, 0) | permission
-            os.setxattr(path, _ACCESS, encode_acl(loan.mode, permissions))
+            os.setxattr(path, _ACCESS, encode_acl(grants.mode, permissions))
         else:
-            with contextlib.suppress(OSError):  # it never came to one
+            with contextlib.suppress(OSError):  # none was set
                 os.removexattr(path, _ACCESS)
-            path.chmod(loan.mode)  # with entries, the group bits showed their mask
+            path.chmod(grants.mode)  # with entries, the group bits showed their mask
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise InternalError(f"{path} cannot be lent to a VMM's user: {error.strerror}") from error
+        raise InternalError(f"{path} cannot be made accessible to a VMM's user: {error.strerror}") from error
 
 
 def encode_acl(mode: int, permissions: Mapping[int, int]) -> bytes:
