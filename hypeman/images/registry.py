@@ -60,7 +60,7 @@ _QUICK_ATTEMPTS = 3
 _MAX_TOKEN_BYTES = 1 << 20
 _MAX_RETRY_AFTER = 60.0
 """Seconds that a background pull waits for a throttling registry."""
-_SLOWEST = 32 << 10
+_MIN_RATE = 32 << 10
 """Bytes per second below which a download is aborted, after an initial allowance."""
 _WRITE_SIZE = 1 << 20
 
@@ -98,7 +98,7 @@ class Patience(msgspec.Struct, frozen=True):
     silence: float = 30.0
     """Longest wait for the next bytes."""
     grace: float = 120.0
-    """Time for a download in addition to its size divided by _SLOWEST."""
+    """Time for a download in addition to its size divided by _MIN_RATE."""
 
 
 class Fetched(msgspec.Struct, frozen=True):
@@ -179,7 +179,7 @@ class RegistryClient:
         ``progress(n)`` reports the bytes received.
         Raises NotFound, RateLimited, RegistryError, ManifestError (other content) and OSError (disk).
         """
-        limit = self._patience.grace + blob.size / _SLOWEST
+        limit = self._patience.grace + blob.size / _MIN_RATE
         download = _Download(blob, fd, progress)
         if await trio.to_thread.run_sync(download.resume):
             return

@@ -48,7 +48,7 @@ class Forks:
             fork = await task.perform(Command.FORK, lambda owned: self._copy(owned, request, target))
             return await finish(fork, target)
 
-        return await self._tasks.see_through(make)
+        return await self._tasks.run_detached(make)
 
     async def _copy(self, owned: Owned, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
         """In the source's task: copy what the fork needs and record it."""

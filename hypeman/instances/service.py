@@ -322,7 +322,7 @@ class Instances:
         return None
 
     async def reclaim_memory(self, request: MemoryReclaimRequest) -> MemoryReclaimResponse:
-        return await self.tasks.see_through(lambda: self._reclaim.order(request))
+        return await self.tasks.run_detached(lambda: self._reclaim.order(request))
 
     async def log_path(self, ref: str, source: LogSource) -> Path:
         return self.machine.paths.instance(self.board.find(ref).id).log(source.value)

@@ -195,14 +195,14 @@ class Snapshots:
         target = _check_target(row, request.target_state, request.target_hypervisor)
         kind = self._kind(row, request.target_hypervisor)
 
-        async def put_back() -> Instance:
+        async def roll_back() -> Instance:
             with self._reading(row):
                 await task.perform(Command.RESTORE_SNAPSHOT, lambda owned: self._revert(owned, row, kind, target))
             if target is TargetState.RUNNING:
                 await run_again(task)
             return self._render(task.record)
 
-        return await self._tasks.see_through(put_back)
+        return await self._tasks.run_detached(roll_back)
 
     async def _revert(
         self, owned: Owned, row: SnapshotRow, kind: HypervisorKind, target: TargetState
@@ -257,7 +257,7 @@ class Snapshots:
             with self._reading(row):
                 return self._render(await self._forks.of_snapshot(row, request.name, target=target, hypervisor=kind))
 
-        return await self._tasks.see_through(make)
+        return await self._tasks.run_detached(make)
 
     async def get_pool(self, snapshot: str) -> SnapshotPool:
         return self._pools.get(snapshot)
@@ -265,7 +265,7 @@ class Snapshots:
     async def set_pool(self, snapshot: str, request: SetSnapshotPoolRequest) -> SnapshotPool:
         """Keep forks of the snapshot ready."""
         await self._catalog.wait_ready()
-        return await self._tasks.see_through(partial(self._pools.set_size, snapshot, request.size))
+        return await self._tasks.run_detached(partial(self._pools.set_size, snapshot, request.size))
 
     async def delete_pool(self, snapshot: str) -> None:
         """End the snapshot's pool; nothing of it is left on return."""

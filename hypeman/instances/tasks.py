@@ -82,7 +82,7 @@ class Tasks:
         """Start the task of an instance whose image was being pulled; it goes on with that."""
         self._make(record, new=True).submit(None, create)
 
-    async def see_through(self, work: Callable[[], Awaitable[R]]) -> R:
+    async def run_detached(self, work: Callable[[], Awaitable[R]]) -> R:
         """Run ``work`` to completion, even if the caller is cancelled, and return its result."""
         job = Job(None, work)
         self._running.start_soon(job.run)

@@ -15,7 +15,7 @@ from hypeman.events.log import read_after
 from hypeman.guest.types import Exited, Fatal
 from hypeman.hypervisor.interface import ExitReason
 from hypeman.instances.life import lifecycle
-from hypeman.instances.life.lifecycle import MOST_WAITING
+from hypeman.instances.life.lifecycle import MAX_QUEUED_COMMANDS
 from hypeman.instances.life.operations.standby import restore, standby
 from hypeman.instances.life.operations.stop import stop
 from hypeman.instances.life.owned import Owned
@@ -320,14 +320,14 @@ async def test_the_queue_of_an_instance_is_bounded(lab: Lab) -> None:
 
             return action
 
-        jobs = [task.submit(None, note(number)) for number in range(MOST_WAITING)]
+        jobs = [task.submit(None, note(number)) for number in range(MAX_QUEUED_COMMANDS)]
         with pytest.raises(InvalidState, match="waiting already") as refused:
             task.submit(None, note(-1))
         assert refused.value.retryable
         go_on.set()
         for job in (first, *jobs):
             await job.wait()
-        assert done == list(range(MOST_WAITING))
+        assert done == list(range(MAX_QUEUED_COMMANDS))
         await clean_up(lab, instances)
 
 

@@ -44,8 +44,8 @@ def no_answer() -> VmmBroken:
 
 @pytest.fixture
 def lab(store: Store, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> Lab:
-    monkeypatch.setattr(lifecycle, "LOOK_FIRST", 0.01)
-    monkeypatch.setattr(lifecycle, "LOOK_MOST", 0.05)
+    monkeypatch.setattr(lifecycle, "RETRY_MIN", 0.01)
+    monkeypatch.setattr(lifecycle, "RETRY_MAX", 0.05)
     return Lab(store, paths)
 
 

@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-MOST_WAITING = 64
+MAX_QUEUED_COMMANDS = 64
 """Queued commands per instance; more are refused, so that the queue is bounded."""
 
 SECONDS_FOR_VMM = 60.0
 """From when a stop or delete is queued; saving a VM takes its time, and a user may want what is saved."""
 
-LOOK_FIRST, LOOK_MOST = 1.0, 60.0
+RETRY_MIN, RETRY_MAX = 1.0, 60.0
 """Seconds between retries for an Unknown instance; each pause is twice the previous one."""
 
 
@@ -119,7 +119,9 @@ class Lifecycle:
         """Nothing to settle: either just created, with its first command doing the work, or not running."""
         self._queue: trio.MemorySendChannel[Job[Any] | _News | _Look]
         self._inbox: trio.MemoryReceiveChannel[Job[Any] | _News | _Look]
-        self._queue, self._inbox = trio.open_memory_channel(float("inf"))  # bounded by MOST_WAITING and few events
+        self._queue, self._inbox = trio.open_memory_channel(
+            float("inf")
+        )  # bounded by MAX_QUEUED_COMMANDS and few events
         self._queued: list[Command | None] = []
         """The commands of the queued jobs, in order."""
         self._running: Command | None = None
@@ -149,9 +151,9 @@ class Lifecycle:
         """Like ``perform``, but only enqueues; the caller waits on the Job."""
         if self._over or self._owned.removed:
             raise self._refusal()
-        if len(self._queued) >= MOST_WAITING:
+        if len(self._queued) >= MAX_QUEUED_COMMANDS:
             raise InvalidState(
-                f"instance {self.record.name!r} has {MOST_WAITING} commands waiting already", retryable=True
+                f"instance {self.record.name!r} has {MAX_QUEUED_COMMANDS} commands waiting already", retryable=True
             )
         job: Job[R] = Job(command, lambda: self._traced(job, action))
         self._queued.append(command)
@@ -271,10 +273,10 @@ class Lifecycle:
             self._owned.beside(self._keep_looking)
 
     async def _keep_looking(self) -> None:
-        pause = LOOK_FIRST
+        pause = RETRY_MIN
         while self.record.state is InstanceState.UNKNOWN:
             await trio.sleep(pause)
-            pause = min(pause * 2, LOOK_MOST)
+            pause = min(pause * 2, RETRY_MAX)
             self._queue.send_nowait(_Look())
         self._looking = False
 

@@ -219,7 +219,7 @@ class Owned:
             raise
 
     @asynccontextmanager
-    async def appear(self, steps: tuple[Reversible, ...]) -> AsyncIterator[Attempt]:
+    async def create_or_discard(self, steps: tuple[Reversible, ...]) -> AsyncIterator[Attempt]:
         """The same for what was just recorded, with CREATE as its intent; if it fails, nothing remains."""
         try:
             async with self._carried_out(steps) as attempt:

@@ -36,7 +36,7 @@ async def create(owned: Owned) -> InstanceRecord:
     if owned.intent.operation is Operation.PULL:
         await _pull(owned)
     steps = reversible(owned.intent.steps)
-    async with owned.appear(steps) as attempt:
+    async with owned.create_or_discard(steps) as attempt:
         attempt.result = _launched(owned)
     _watch(owned)
     return owned.record

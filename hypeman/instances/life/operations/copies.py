@@ -61,7 +61,7 @@ async def copied_out(
 
 async def adopt_disks(owned: Owned) -> InstanceRecord:
     """Create the disks of a newly recorded fork, which ends Stopped or Standby."""
-    async with owned.appear(reversible(owned.intent.steps)) as attempt:
+    async with owned.create_or_discard(reversible(owned.intent.steps)) as attempt:
         attempt.result = Commit(owned.record, None)
     return owned.record
 
