@@ -1,11 +1,17 @@
-"""Environment over file over default; what nobody knows is refused by name."""
+"""Environment over file over default; unknown keys are refused by name; every key is read."""
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
+import msgspec
 import pytest
 
+import hypeman
+from hypeman import config as config_module
 from hypeman.config import Config, ConfigError, load_config
 
 
@@ -162,3 +168,30 @@ def test_a_wrong_drop_in_is_refused_by_its_name(tmp_path: Path, text: str) -> No
     drop_in(tmp_path, good_yaml="port: 1", wrong_yaml=text)
     with pytest.raises(ConfigError, match=r"config\.d/wrong\.yaml"):
         load(tmp_path)
+
+
+IGNORED_KEYS = {"bridge_name"}
+"""Accepted and documented as without effect."""
+
+
+def sections(kind: Any) -> Iterator[type[msgspec.Struct]]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        yield kind
+        for field in msgspec.structs.fields(kind):
+            yield from sections(field.type)
+    for part in get_args(kind):
+        yield from sections(part)
+
+
+def test_every_key_is_read() -> None:
+    """A key that nothing reads changes nothing. Compared by name only: attributes, and strings for ``getattr``."""
+    used: set[str] = set()
+    for path in Path(hypeman.__file__).parent.rglob("*.py"):
+        if path != Path(config_module.__file__):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute):
+                    used.add(node.attr)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    used.add(node.value)
+    keys = {field for section in sections(Config) for field in section.__struct_fields__}
+    assert keys - used == IGNORED_KEYS

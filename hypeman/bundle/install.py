@@ -32,7 +32,7 @@ import msgspec
 from hypeman import architecture
 from hypeman.bundle.format import BadBundle, File, Kind, Verified, check_file, read_files, read_manifest
 from hypeman.bundle.minisign import PublicKey
-from hypeman.config import load_config
+from hypeman.config import HypervisorConfig, load_config
 from hypeman.errors import Conflict, HypemanError
 from hypeman.store import Store
 from hypeman.text import one_line
@@ -55,11 +55,6 @@ SAVED = (
     "etc/systemd/system/hypeman.slice",
 )
 """What an installation changes, relative to the root directory."""
-_VMM_KEYS = {
-    "cloud-hypervisor": "cloud_hypervisor_binary",
-    "firecracker": "firecracker_binary",
-    "jailer": "jailer_binary",
-}
 _START_LIMIT = 600.0
 _TOOL_LIMIT = 1800.0
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8"}
@@ -333,8 +328,9 @@ class Site:
             name = Path(file.name).name
             vmms.mkdir(mode=0o755, parents=True, exist_ok=True)
             _place(staged / file.name, vmms / name, 0o755)
-            if name in _VMM_KEYS:
-                keys[_VMM_KEYS[name]] = f"/{VMMS}/{name}"
+            key = f"{name.replace('-', '_')}_binary"
+            if key in HypervisorConfig.__struct_fields__:
+                keys[key] = f"/{VMMS}/{name}"
         if keys:
             lines = "".join(f"  {key}: {value}\n" for key, value in keys.items())
             own = staged / "vmm.yaml"

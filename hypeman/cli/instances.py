@@ -35,6 +35,13 @@ HYPERVISORS = {
     "microvm": HypervisorKind.QEMU_MICROVM.value,
 }
 """Short names."""
+HYPERVISOR_HELP = "{}.".format(
+    ", ".join(
+        " ".join((kind, *(f"({short})" for short, name in HYPERVISORS.items() if name == kind)))
+        for kind in HypervisorKind
+        if kind is not HypervisorKind.VZ
+    )
+)
 _LIVE = ("Running", "Initializing", "Paused", "Shutdown")
 _HIDDEN = "***"
 

@@ -16,7 +16,7 @@ import msgspec
 from hypeman.cli.client import ApiError, Client, Unreachable
 from hypeman.cli.complete import complete_image
 from hypeman.cli.images import PullDisplay, image_path, wait_ready
-from hypeman.cli.instances import HYPERVISORS, WAKES, path_of, read_egress_rules
+from hypeman.cli.instances import HYPERVISOR_HELP, HYPERVISORS, WAKES, path_of, read_egress_rules
 from hypeman.cli.output import plain
 from hypeman.cli.policies import (
     compression_body,
@@ -98,7 +98,7 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("--disk-io", help="As in 100MB/s.")
 @click.option("--gpu-profile")
 @click.option("--device", "devices", multiple=True, help="Registered device, by id or name; repeatable.")
-@click.option("--hypervisor", help="cloud-hypervisor (ch), firecracker (fc), qemu, qemu-microvm (microvm).")
+@click.option("--hypervisor", help=HYPERVISOR_HELP)
 @click.option("--auto-standby-enabled/--auto-standby-disabled", default=None)
 @click.option("--auto-standby-idle-timeout")
 @click.option("--auto-standby-ignore-destination-port", type=int, multiple=True)

@@ -77,6 +77,4 @@ class LiveVmm:
         if not 0 <= size < self.config.memory_bytes or size % MIB:
             raise InvalidRequest(f"a guest can lend whole MiB of its {self.config.memory_bytes} bytes, not {size}")
         if size and not await self.can_lend():
-            raise NotSupported(
-                "this VM's memory cannot be lent: a device pins it, or it is mapped from a capture"
-            )
+            raise NotSupported("this VM's memory cannot be lent: a device pins it, or it is mapped from a capture")

@@ -54,8 +54,10 @@ def real_driver(
 
 
 def guest_cmdline(driver: Driver) -> str:
-    """The command line of guest_init.c on this kind."""
+    """The command line of guest_init.c for a driver that has been probed."""
     words = [driver.kernel_cmdline(hotplug_memory=True)]
-    if driver.kind is HypervisorKind.FIRECRACKER:
-        words += ["disks=root,overlay", "poweroff=reset"]
+    if not driver.capabilities.disk_serials:
+        words.append("disks=root,overlay")
+    if not driver.capabilities.power_off:
+        words.append("poweroff=reset")
     return " ".join(words)

@@ -8,14 +8,16 @@ from typing import get_args
 import pytest
 
 from hypeman import doctor
-from hypeman.cli.instances import HYPERVISORS
+from hypeman.cli.instances import HYPERVISOR_HELP, HYPERVISORS
 from hypeman.config import Config, HypervisorChoice, HypervisorConfig
 from hypeman.host.processes import Processes
 from hypeman.hypervisor import catalog
+from hypeman.hypervisor.binary import find_binary
 from hypeman.hypervisor.drivers import AnyDriver, make_drivers
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.kvm import KvmProof
-from hypeman.hypervisor.binary import find_binary
+from tests.hypervisor.real import REAL_KINDS
+from tests.walls.test_what_a_vmm_sees import GOLDEN, KINDS
 
 
 async def no_tap(name: str) -> int:
@@ -28,14 +30,23 @@ def drivers() -> tuple[AnyDriver, ...]:
 
 
 def test_every_kind_but_apples_has_one_driver(drivers: tuple[AnyDriver, ...]) -> None:
-    assert sorted(driver.kind for driver in drivers) == sorted(set(HypervisorKind) - {HypervisorKind.VZ})
+    expected = sorted(set(HypervisorKind) - {HypervisorKind.VZ})
+    assert sorted(driver.kind for driver in drivers) == expected, "hypeman/hypervisor/drivers.py lacks one"
 
 
 def test_names_elsewhere_are_those_of_the_list(drivers: tuple[AnyDriver, ...]) -> None:
     kinds = {driver.kind.value for driver in drivers}
-    assert set(get_args(HypervisorChoice)) == {"", *kinds}
-    assert {kind.value for kind in catalog.PREFERENCE} == kinds
+    assert set(get_args(HypervisorChoice)) == {"", *kinds}, "hypeman/config.py"
+    assert {kind.value for kind in catalog.PREFERENCE} == kinds, "hypeman/hypervisor/catalog.py"
     assert set(HYPERVISORS.values()) <= kinds
+    assert set(REAL_KINDS) == kinds, "tests/hypervisor/real.py: it would not be tested with its real program"
+    assert all(kind in HYPERVISOR_HELP for kind in kinds)
+
+
+def test_each_program_has_a_golden_list_of_what_it_can_reach(drivers: tuple[AnyDriver, ...]) -> None:
+    """``tests/walls/test_what_a_vmm_sees.py`` makes the lists; both kinds of QEMU are one program."""
+    kinds = {driver.kind.value for driver in drivers} - {HypervisorKind.QEMU_MICROVM.value}
+    assert kinds <= set(KINDS) == {path.stem for path in GOLDEN.glob("*.txt")}
 
 
 async def test_the_doctor_has_a_finding_for_each(

@@ -1,4 +1,4 @@
-"""When certificates are ordered by ACME, and when not: with a CA that the test controls, and one that sends malformed answers."""
+"""When certificates are ordered by ACME, and when not: with a CA that the test controls, and a faulty one."""
 
 from __future__ import annotations
 
