@@ -17,6 +17,8 @@ import yaml
 HOST = "hypeman.dev/host"
 """Label and taint of these nodes."""
 RUNTIME_CLASS = "hypeman"
+HANDLER = "hypeman"
+"""Of RuntimeClasses whose pods are VMs; clusters may have more of them, with another overhead."""
 STORAGE_CLASS = "hypeman-local"
 PROVISIONER = "hypeman.dev/local"
 ROLE = "hypeman-node"
@@ -60,7 +62,7 @@ def of_cluster() -> list[Object]:
             "RuntimeClass",
             RUNTIME_CLASS,
             api="node.k8s.io/v1",
-            handler="hypeman",
+            handler=HANDLER,
             overhead={"podFixed": OVERHEAD},
             scheduling={
                 "nodeSelector": {HOST: "true"},

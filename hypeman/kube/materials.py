@@ -19,7 +19,7 @@ import trio
 from hypeman.devices.types import Device
 from hypeman.images.reference import parse_reference
 from hypeman.images.types import CreateImageRequest, Image, ImageStatus, PushCredentials
-from hypeman.kube import names
+from hypeman.kube import manifest, names
 from hypeman.kube.api import ApiClient, Refused
 from hypeman.kube.capacity import profile_names
 from hypeman.kube.devices import device_class
@@ -28,7 +28,15 @@ from hypeman.kube.podspec import PodSpec, Refusal, Remark, TokenFile
 from hypeman.kube.quantity import whole
 from hypeman.kube.references import File, Missing, Needed, Sources, mounted
 from hypeman.kube.translate import GIB, Archive, Disk, Placement, Wanted, credentials_secret
-from hypeman.kube.types import ConfigMap, PersistentVolume, PersistentVolumeClaim, Pod, Secret, TokenRequest
+from hypeman.kube.types import (
+    ConfigMap,
+    PersistentVolume,
+    PersistentVolumeClaim,
+    Pod,
+    RuntimeClass,
+    Secret,
+    TokenRequest,
+)
 from hypeman.resources.types import Resources
 from hypeman.urls import segment
 from hypeman.volumes.types import CreateVolumeRequest, Volume
@@ -82,6 +90,18 @@ async def _token(api: ApiClient, base: str, pod: Pod, account: str, wanted: Toke
     }
     made = await api.create(f"{base}/serviceaccounts/{segment(account)}/token", body, TokenRequest)
     return made.status.token
+
+
+async def check_runtime_class(api: ApiClient, name: str) -> None:
+    """Whether pods of the RuntimeClass ``name`` are VMs. Raises Missing, Refusal, ApiError."""
+    if name in ("", manifest.RUNTIME_CLASS):
+        return
+    found = await _or_none(api, f"/apis/node.k8s.io/v1/runtimeclasses/{segment(name)}", RuntimeClass)
+    if found is None:
+        raise Missing(f'runtimeclass "{name}" not found')
+    if found.handler != manifest.HANDLER:
+        why = f"{name!r} has the handler {found.handler!r}, and the only one here is {manifest.HANDLER!r}"
+        raise Refusal((Remark("spec.runtimeClassName", why),))
 
 
 async def read_claims(api: ApiClient, pod: Pod, spec: PodSpec) -> dict[str, str | None]:
@@ -140,6 +160,7 @@ class Choice:
 
 async def place(api: ApiClient, local: LocalServer, pod: Pod, spec: PodSpec, choice: Choice) -> Placement:
     """Raises Missing, Refusal, ApiError, LocalError."""
+    await check_runtime_class(api, spec.runtime_class_name)
     secret = credentials_secret(pod, spec)
     limits = spec.container.resources.limits
     profiles = {}

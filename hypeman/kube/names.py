@@ -30,7 +30,8 @@ FENCING = "hypeman.dev/fencing"
 TOLERATES = "hypeman.dev/tolerates"
 """Tag: seconds that the pod tolerates an unreachable node; ``forever``."""
 GOLDEN = "hypeman.dev/golden"
-"""Annotation of a pod: start as a fork of an instance that was booted once. Tag: that instance, by hash of its spec."""
+"""Annotation of a pod: "true" starts it as a fork of an instance that was booted once. Tag: that instance, by hash of
+its spec."""
 CREDENTIALS = "hypeman.dev/credentials"
 """Annotation of a pod: the Secret whose values stay on the host."""
 
@@ -56,6 +57,10 @@ PLURALS: Mapping[tuple[str, str], str] = {
     ("batch", "Job"): "jobs",
 }
 """Owners that the node may look up."""
+
+
+def is_golden(pod: Pod) -> bool:
+    return pod.metadata.annotations.get(GOLDEN) == "true"
 
 
 def is_retained(owner: OwnerReference | None) -> bool:

@@ -45,6 +45,7 @@ from hypeman.kube.site import Served, Site
 from hypeman.kube.status import NO_EPHEMERAL, Doing, Failure, Seen, derive_status, differs, was_started
 from hypeman.kube.translate import (
     Wanted,
+    check_annotations,
     check_golden,
     credentials_of,
     credentials_secret,
@@ -53,6 +54,7 @@ from hypeman.kube.translate import (
     golden_request,
     spec_digest,
     translate,
+    unknown_annotations,
 )
 from hypeman.kube.translate import tags_of as wanted_tags
 from hypeman.kube.types import Pod, PodStatus
@@ -161,6 +163,8 @@ class Worker:
     async def _step(self, pod: Pod) -> float:
         """Decide and act once. Returns the seconds until the next look, if nothing changes before."""
         try:
+            if self.instance is None:
+                check_annotations(pod)
             spec = read_pod(pod.spec) if self.instance is not None else parse_pod(pod.spec)
         except Refusal as refusal:
             return await self._refused(pod, refusal)
@@ -234,7 +238,7 @@ class Worker:
         return math.inf
 
     def _note(self, pod: Pod) -> None:
-        for remark in notes_of(pod.spec):
+        for remark in (*notes_of(pod.spec), *unknown_annotations(pod)):
             if remark.field not in self._noted:
                 self._noted.add(remark.field)
                 self._events.warn(pod, "NotApplied", str(remark))
@@ -369,7 +373,7 @@ class Worker:
         return translate(pod, spec, facts_of(pod, spec, site.name, site.address), sources, placement)
 
     async def _make(self, pod: Pod, spec: PodSpec, wanted: Wanted) -> float:
-        if names.GOLDEN in pod.metadata.annotations:
+        if names.is_golden(pod):
             return await self._make_fork(pod, spec, wanted)
         if not await self._have_image(pod, spec):
             return POLL_SECONDS

@@ -1,95 +1,51 @@
 """What a pod asks for: read into ``PodSpec``, or refused by the name of the field. Pure.
 
-A pod's spec has some 200 fields. Each is one of these; anything else, also a field that a later version of Kubernetes
-adds, is refused if it asks for something (is neither absent nor empty nor false):
+A pod's spec has some 400 fields. Those that are read are the fields of the Structs below, at every depth. Each Struct
+names in ``others`` those that it knows and does not read; anything else, also a field that a later version of
+Kubernetes adds, is refused if it asks for something (is neither absent nor empty nor false).
 
-    read        decoded into the types below
-    elsewhere   done by the scheduler or the API server; there is nothing to do on the node
-    noted       cannot be applied, and weakens nothing beyond the VM: the pod runs, with an event that names the field
-    default     refused, except with the values given here, which ask for nothing
+    ELSEWHERE   done by the scheduler, the API server or a controller; there is nothing to do on the node
+    SO_IN_A_VM  true of every VM, whatever is asked
+    Noted       cannot be applied, and weakens nothing beyond the VM: the pod runs, with an event that names the field
+    values      refused, except with these, which ask for nothing
+
+``tests/kube/test_pod_fields.py`` holds the fields that Kubernetes publishes against this.
 """
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, get_args
 
 import msgspec
 from msgspec import Meta, Struct, field
 
+from hypeman.kube import names
 from hypeman.kube.quantity import BadQuantity, parse_quantity
 
 Fields = Mapping[str, Any]
 
-READ, ELSEWHERE, NOTED = "read", "elsewhere", "noted"
 
-_POD: Fields = {
-    **dict.fromkeys(
-        ("containers", "volumes", "restartPolicy", "terminationGracePeriodSeconds", "activeDeadlineSeconds",
-         "imagePullSecrets", "hostname", "readinessGates", "securityContext", "serviceAccountName", "nodeName",
-         "tolerations"),
-        READ,
-    ),
-    **dict.fromkeys(
-        ("nodeSelector", "affinity", "topologySpreadConstraints", "priority", "priorityClassName", "preemptionPolicy",
-         "schedulerName", "schedulingGates", "runtimeClassName", "overhead", "serviceAccount", "enableServiceLinks",
-         "automountServiceAccountToken", "subdomain", "shareProcessNamespace", "ephemeralContainers", "hostUsers"),
-        ELSEWHERE,
-    ),
-    "dnsPolicy": ("ClusterFirst", "Default"),
-    "os": ({"name": "linux"},),
-}  # fmt: skip
-_CONTAINER: Fields = {
-    **dict.fromkeys(
-        ("name", "image", "imagePullPolicy", "command", "args", "workingDir", "env", "envFrom", "ports", "resources",
-         "volumeMounts", "livenessProbe", "readinessProbe", "startupProbe", "securityContext"),
-        READ,
-    ),
-    "resizePolicy": ELSEWHERE,
-    "terminationMessagePath": ("/dev/termination-log",),
-    "terminationMessagePolicy": ("File",),
-}  # fmt: skip
-_POD_SECURITY: Fields = {
-    **dict.fromkeys(("runAsUser", "runAsGroup", "runAsNonRoot", "sysctls"), READ),
-    "seccompProfile": NOTED,
-    "appArmorProfile": NOTED,
-    "fsGroupChangePolicy": ELSEWHERE,
-}
-_SECURITY: Fields = {
-    **dict.fromkeys(("runAsUser", "runAsGroup", "runAsNonRoot"), READ),
-    **dict.fromkeys(("allowPrivilegeEscalation", "capabilities", "seccompProfile", "appArmorProfile"), NOTED),
-    "privileged": ELSEWHERE,
-    "procMount": ("Default",),
-}
-_RESOURCES: Fields = {"limits": READ, "requests": READ}
-_MOUNT: Fields = {
-    **dict.fromkeys(("name", "mountPath", "readOnly"), READ),
-    "mountPropagation": ("None",),
-    "recursiveReadOnly": ("Disabled", "IfPossible"),
-}
-_PORT: Fields = dict.fromkeys(("name", "containerPort", "hostPort", "hostIP", "protocol"), READ)
-_ENV: Fields = dict.fromkeys(("name", "value", "valueFrom"), READ)
-_ENV_SOURCE: Fields = dict.fromkeys(("configMapKeyRef", "secretKeyRef", "fieldRef", "resourceFieldRef"), READ)
-_ENV_FROM: Fields = dict.fromkeys(("prefix", "configMapRef", "secretRef"), READ)
-_VOLUME: Fields = dict.fromkeys(
-    ("name", "emptyDir", "configMap", "secret", "downwardAPI", "projected", "persistentVolumeClaim"), READ
-)
-_EMPTY_DIR: Fields = {"sizeLimit": READ}
-_CONFIG_MAP: Fields = dict.fromkeys(("name", "items", "optional", "defaultMode"), READ)
-_SECRET: Fields = dict.fromkeys(("secretName", "items", "optional", "defaultMode"), READ)
-_DOWNWARD: Fields = dict.fromkeys(("items", "defaultMode"), READ)
-_PROJECTED: Fields = dict.fromkeys(("sources", "defaultMode"), READ)
-_PROJECTION: Fields = dict.fromkeys(("configMap", "secret", "downwardAPI", "serviceAccountToken"), READ)
-_CLAIM: Fields = dict.fromkeys(("claimName", "readOnly"), READ)
-_PROBE: Fields = {
-    **dict.fromkeys(
-        ("exec", "httpGet", "tcpSocket", "initialDelaySeconds", "periodSeconds", "timeoutSeconds", "failureThreshold",
-         "successThreshold"),
-        READ,
-    ),
-}  # fmt: skip
-_HTTP_GET: Fields = dict.fromkeys(("port", "path", "scheme"), READ)
-_TCP: Fields = {"port": READ}
+class Kind(enum.Enum):
+    """Of a field that is known and not read."""
+
+    ELSEWHERE = "elsewhere"
+    SO_IN_A_VM = "so in a VM"
+
+
+ELSEWHERE, SO_IN_A_VM = Kind.ELSEWHERE, Kind.SO_IN_A_VM
+
+
+class Noted(Struct, frozen=True):
+    """Why the field is not applied."""
+
+    why: str
+
+
+_GUEST = Noted("is not applied inside the guest; the VM is the boundary")
+Others = Mapping[str, Kind | Noted | tuple[Any, ...]]
 
 
 class Remark(Struct, frozen=True, order=True):
@@ -108,6 +64,9 @@ class Remark(Struct, frozen=True, order=True):
 class Part(Struct, frozen=True, kw_only=True, rename="camel"):
     """Base of all parts of a spec."""
 
+    others: ClassVar[Others] = {}
+    """Fields that are known and not read."""
+
 
 class KeyRef(Part, frozen=True):
     key: str
@@ -116,6 +75,8 @@ class KeyRef(Part, frozen=True):
 
 
 class FieldRef(Part, frozen=True):
+    others = {"apiVersion": ("v1",)}
+
     field_path: str
 
 
@@ -162,6 +123,8 @@ class ExecAction(Part, frozen=True):
 
 
 class HttpGetAction(Part, frozen=True):
+    others = {"protocol": ("HTTP1",)}
+
     port: int | str
     path: str = "/"
     scheme: str = "HTTP"
@@ -187,6 +150,8 @@ class Probe(Part, frozen=True):
 
 
 class VolumeMount(Part, frozen=True):
+    others = {"mountPropagation": ("None",), "recursiveReadOnly": ("Disabled", "IfPossible")}
+
     name: str
     mount_path: str
     read_only: bool = False
@@ -198,12 +163,24 @@ class Resources(Part, frozen=True):
 
 
 class SecurityContext(Part, frozen=True):
+    others = {
+        **dict.fromkeys(("allowPrivilegeEscalation", "capabilities", "seccompProfile", "appArmorProfile"), _GUEST),
+        "privileged": SO_IN_A_VM,
+        "procMount": ("Default",),
+    }
+
     run_as_user: int | None = None
     run_as_group: int | None = None
     run_as_non_root: bool | None = None
 
 
 class Container(Part, frozen=True):
+    others = {
+        "resizePolicy": ELSEWHERE,
+        "terminationMessagePath": ("/dev/termination-log",),
+        "terminationMessagePolicy": ("File",),
+    }
+
     name: str
     image: str
     image_pull_policy: str = "IfNotPresent"
@@ -283,7 +260,7 @@ class Claim(Part, frozen=True):
 
 
 class Volume(Part, frozen=True):
-    """One of its sources is given."""
+    """One of its sources is given, as the API server makes sure."""
 
     name: str
     empty_dir: EmptyDir | None = None
@@ -295,6 +272,8 @@ class Volume(Part, frozen=True):
 
 
 class Toleration(Part, frozen=True):
+    others = {"value": ELSEWHERE}
+
     key: str = ""
     operator: str = "Equal"
     effect: str = ""
@@ -311,10 +290,33 @@ class Sysctl(Part, frozen=True):
 
 
 class PodSecurityContext(SecurityContext, frozen=True):
+    others = {
+        "seccompProfile": _GUEST,
+        "appArmorProfile": _GUEST,
+        "fsGroupChangePolicy": ("Always", "OnRootMismatch"),  # says how to do what is refused: fsGroup
+        "supplementalGroupsPolicy": ("Merge",),
+    }
+
     sysctls: tuple[Sysctl, ...] = ()
 
 
 class PodSpec(Part, frozen=True):
+    others = {
+        **dict.fromkeys(
+            ("nodeName", "nodeSelector", "affinity", "topologySpreadConstraints", "priority", "priorityClassName",
+             "preemptionPolicy", "schedulerName", "schedulingGates", "schedulingGroup", "overhead", "serviceAccount",
+             "automountServiceAccountToken", "evictionResponders"),
+            ELSEWHERE,
+        ),
+        "ephemeralContainers": ELSEWHERE,  # pods.py says of each that it cannot run
+        "shareProcessNamespace": SO_IN_A_VM,
+        "hostUsers": SO_IN_A_VM,
+        "subdomain": Noted("names of Services and of their pods are not resolved in guests"),
+        "dnsPolicy": ("ClusterFirst", "Default"),
+        "enableServiceLinks": (True,),  # the API server fills it in; docs/kubernetes.md says that there are none
+        "os": ({"name": "linux"},),
+    }  # fmt: skip
+
     containers: Annotated[tuple[Container, ...], Meta(min_length=1)]
     volumes: tuple[Volume, ...] = ()
     restart_policy: str = "Always"
@@ -322,7 +324,7 @@ class PodSpec(Part, frozen=True):
     active_deadline_seconds: int | None = None
     image_pull_secrets: tuple[ObjectRef, ...] = ()
     hostname: str = ""
-    node_name: str = ""
+    runtime_class_name: str = ""
     service_account_name: str = "default"
     readiness_gates: tuple[ReadinessGate, ...] = ()
     tolerations: tuple[Toleration, ...] = ()
@@ -366,7 +368,7 @@ def read_pod(spec: Fields) -> PodSpec:
 
 def notes_of(spec: Fields) -> tuple[Remark, ...]:
     """Fields that are not applied although the pod runs."""
-    return tuple(Remark(path, why) for path, verdict, why in _verdicts(spec) if verdict == NOTED)
+    return tuple(Remark(path, verdict.why) for path, verdict, _ in _verdicts(spec) if isinstance(verdict, Noted))
 
 
 def _refused(spec: Fields) -> Iterator[Remark]:
@@ -375,67 +377,55 @@ def _refused(spec: Fields) -> Iterator[Remark]:
         yield Remark("spec.containers", "a pod has exactly one container here")
 
 
-Verdict = tuple[str, str | None, str]
+Verdict = tuple[str, Noted | None, str]
 
 
 def _verdicts(spec: Fields) -> Iterator[Verdict]:
-    """Field, its kind (None: refused) and why; only of fields that ask for something."""
-    yield from _check(spec, _POD, "spec")
-    yield from _check(spec.get("securityContext"), _POD_SECURITY, "spec.securityContext")
-    for path, volume in _each(spec, "volumes", "spec"):
-        yield from _check_volume(volume, path)
-    for path, container in _each(spec, "containers", "spec"):
-        yield from _check_container(container, path)
+    """Field, and a note or None, which is a refusal, and why; only of fields that ask for something."""
+    return _check(spec, PodSpec, "spec")
 
 
-def _check_container(container: Fields, path: str) -> Iterator[Verdict]:
-    yield from _check(container, _CONTAINER, path)
-    yield from _check(container.get("securityContext"), _SECURITY, f"{path}.securityContext")
-    yield from _check(container.get("resources"), _RESOURCES, f"{path}.resources")
-    for name in ("livenessProbe", "readinessProbe", "startupProbe"):
-        probe = container.get(name) or {}
-        yield from _check(probe, _PROBE, f"{path}.{name}")
-        yield from _check(probe.get("httpGet"), _HTTP_GET, f"{path}.{name}.httpGet")
-        yield from _check(probe.get("tcpSocket"), _TCP, f"{path}.{name}.tcpSocket")
-    for below, mount in _each(container, "volumeMounts", path):
-        yield from _check(mount, _MOUNT, below)
-    for below, port in _each(container, "ports", path):
-        yield from _check(port, _PORT, below)
-    for below, env in _each(container, "env", path):
-        yield from _check(env, _ENV, below)
-        yield from _check(env.get("valueFrom"), _ENV_SOURCE, f"{below}.valueFrom")
-    for below, source in _each(container, "envFrom", path):
-        yield from _check(source, _ENV_FROM, below)
+def _check(part: Fields, kind: type[Part], path: str) -> Iterator[Verdict]:
+    read = read_fields(kind)
+    for name, value in part.items():
+        below = f"{path}.{name}"
+        if name in read:
+            if (inner := read[name]) is not None:
+                for place, each in _each(value, below):
+                    yield from _check(each, inner, place)
+        elif _asks(name, value):
+            other = kind.others.get(name)
+            if isinstance(other, Noted):
+                yield below, other, other.why
+            elif not isinstance(other, Kind) and value not in (other or ()):
+                yield below, None, "is not supported by hypeman" if other is None else f"{value!r} is not"
 
 
-def _check_volume(volume: Fields, path: str) -> Iterator[Verdict]:
-    yield from _check(volume, _VOLUME, path)
-    for name, known in (
-        ("emptyDir", _EMPTY_DIR),
-        ("configMap", _CONFIG_MAP),
-        ("secret", _SECRET),
-        ("downwardAPI", _DOWNWARD),
-        ("projected", _PROJECTED),
-        ("persistentVolumeClaim", _CLAIM),
-    ):
-        yield from _check(volume.get(name), known, f"{path}.{name}")
-    for below, source in _each(volume.get("projected") or {}, "sources", f"{path}.projected"):
-        yield from _check(source, _PROJECTION, below)
+@functools.cache
+def read_fields(kind: type[Part]) -> Mapping[str, type[Part] | None]:
+    """The fields that are read, by their names in the API, with what they are made of if they have fields as well."""
+    return {each.encode_name: _part_of(each.type) for each in msgspec.structs.fields(kind)}
 
 
-def _check(part: Fields | None, known: Fields, path: str) -> Iterator[Verdict]:
-    for name, value in (part or {}).items():
-        kind = known.get(name)
-        asks = value not in (None, False, "", 0, [], {}) or name == "emptyDir"
-        if kind == NOTED and (value is False if name == "allowPrivilegeEscalation" else asks):
-            yield (f"{path}.{name}", NOTED, "is not applied inside the guest; the VM is the boundary")
-        elif asks and kind not in (READ, ELSEWHERE, NOTED) and (kind is None or value not in kind):
-            yield (f"{path}.{name}", None, "is not supported by hypeman" if kind is None else f"{value!r} is not")
+def _part_of(annotation: Any) -> type[Part] | None:
+    """The Part in a type such as ``tuple[Part, ...]`` or ``Part | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _part_of(each)) is not None), None)
 
 
-def _each(part: Fields, name: str, path: str) -> Iterator[tuple[str, Fields]]:
-    for number, each in enumerate(part.get(name) or ()):
-        yield f"{path}.{name}[{number}]", each
+def _each(value: Any, path: str) -> Iterator[tuple[str, Fields]]:
+    """The objects of a field that has one or a list of them; other shapes are for ``read_pod`` to refuse."""
+    if isinstance(value, Mapping):
+        yield path, value
+    elif isinstance(value, list | tuple):
+        yield from ((f"{path}[{number}]", each) for number, each in enumerate(value) if isinstance(each, Mapping))
+
+
+def _asks(name: str, value: Any) -> bool:
+    if name == "allowPrivilegeEscalation":  # without it nothing is asked for
+        return value is False
+    return value not in (None, False, "", 0, [], {})
 
 
 def _contradictions(spec: PodSpec) -> Iterator[Remark]:
@@ -450,16 +440,19 @@ def _contradictions(spec: PodSpec) -> Iterator[Remark]:
     non_root = container.security_context.run_as_non_root
     if (security.run_as_non_root if non_root is None else non_root) and not user:
         yield Remark("spec.securityContext.runAsNonRoot", "needs runAsUser: the image's user is not checked")
-    names = [mount.name for mount in container.volume_mounts]
+    mounts = [mount.name for mount in container.volume_mounts]
+    for number, volume in enumerate(spec.volumes):
+        if volume == Volume(name=volume.name):
+            yield Remark(f"spec.volumes[{number}]", "has no source that is known here")
     for number, mount in enumerate(container.volume_mounts):
         if spec.volume(mount.name) is None:
             yield Remark(f"{path}.volumeMounts[{number}]", f"there is no volume {mount.name!r}")
-        elif names.index(mount.name) != number:
+        elif mounts.index(mount.name) != number:
             yield Remark(f"{path}.volumeMounts[{number}]", "a volume can be mounted once")
     for name, amount in {**container.resources.requests, **container.resources.limits}.items():
         try:
             parse_quantity(amount)
         except BadQuantity:
             yield Remark(f"{path}.resources", f"{name} {amount!r} is no quantity")
-        if name not in ("cpu", "memory", "ephemeral-storage") and not name.startswith("hypeman.dev/"):
+        if name not in ("cpu", "memory", "ephemeral-storage") and not name.startswith((names.GPU, names.VGPU)):
             yield Remark(f"{path}.resources", f"{name} is not supported by hypeman")

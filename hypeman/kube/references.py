@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from hypeman.kube.podspec import (
     ConfigMapFiles,
+    Container,
     DownwardFiles,
     EnvSource,
     FieldRef,
@@ -59,8 +60,10 @@ class Facts(Struct, frozen=True):
     pod: Pod
     node: str
     address: str
-    cpu: float
+    cpu: int
     memory: int
+    """Of the VM, in bytes."""
+    container: Container
 
 
 class File(Struct, frozen=True, order=True):
@@ -187,12 +190,17 @@ def _lines(pairs: Mapping[str, str]) -> str:
 
 
 def resource_value(ref: ResourceRef, facts: Facts) -> str:
-    name = ref.resource.partition(".")[2]
-    amounts = {"cpu": facts.cpu, "memory": float(facts.memory)}
-    if name not in amounts:
-        raise Refusal((Remark(f"resourceFieldRef {ref.resource}", "is not supported by hypeman"),))
-    divisor = float(parse_quantity(ref.divisor)) or 1.0
-    return str(math.ceil(amounts[name] / divisor))
+    """What is declared counts; else the VM's size is its limit, and nothing is requested. Raises Refusal."""
+    kind, _, name = ref.resource.partition(".")
+    container = facts.container
+    if ref.container_name not in ("", container.name):
+        raise Refusal((Remark(f"resourceFieldRef {ref.resource}", f"there is no container {ref.container_name!r}"),))
+    declared = container.resources.limits if kind == "limits" else container.resources.requests
+    of_vm = {"cpu": facts.cpu, "memory": facts.memory} if kind == "limits" else {"cpu": 0, "memory": 0}
+    amount = declared.get(name, of_vm.get(name))
+    if amount is None:
+        raise Refusal((Remark(f"resourceFieldRef {ref.resource}", "is not known when the guest is made"),))
+    return str(math.ceil(parse_quantity(amount) / (parse_quantity(ref.divisor) or 1)))
 
 
 # ── Files ───────────────────────────────────────────────────────────────────────────────────────

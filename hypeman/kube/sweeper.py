@@ -95,7 +95,7 @@ class Sweeper:
     def _is_golden_wanted(self, instance: Instance) -> bool:
         digest = tags_of(instance).get(names.GOLDEN)
         pods = self._shared.pods.items.values()
-        return any(names.GOLDEN in pod.metadata.annotations and golden_digest(pod) == digest for pod in pods)
+        return any(names.is_golden(pod) and golden_digest(pod) == digest for pod in pods)
 
     async def _is_gone(self, instance: Instance) -> bool:
         """Whether the API server confirms that there is no such pod here.

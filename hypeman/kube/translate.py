@@ -88,7 +88,7 @@ def memory_of(container: Container) -> int | None:
 
 def facts_of(pod: Pod, spec: PodSpec, node: str, address: str) -> Facts:
     cpu, memory = vcpus_of(spec.container), memory_of(spec.container)
-    return Facts(pod, node, address, float(cpu or 1), memory or DEFAULT_MEMORY)
+    return Facts(pod, node, address, cpu or 1, memory or DEFAULT_MEMORY, spec.container)
 
 
 def translate(pod: Pod, spec: PodSpec, facts: Facts, sources: Sources, placement: Placement) -> Wanted:
@@ -176,6 +176,28 @@ def golden_digest(pod: Pod) -> str:
 
 
 FENCING = ("keep", "standby", "stop")
+
+
+def check_annotations(pod: Pod) -> None:
+    """Raises Refusal for a value that says nothing."""
+    legal = {names.FENCING: FENCING, names.GOLDEN: ("true", "false")}
+    wrong = [
+        Remark(f"metadata.annotations[{name}]", f"{value!r} is none of {', '.join(legal[name])}")
+        for name, value in pod.metadata.annotations.items()
+        if name in legal and value not in legal[name]
+    ]
+    if wrong:
+        raise Refusal(tuple(wrong))
+
+
+def unknown_annotations(pod: Pod) -> tuple[Remark, ...]:
+    """Of ours: a misspelt name, or one of a later version."""
+    known = (names.FENCING, names.GOLDEN, names.CREDENTIALS)
+    return tuple(
+        Remark(f"metadata.annotations[{name}]", "is not known to this version of hypeman")
+        for name in pod.metadata.annotations
+        if name.startswith("hypeman.dev/") and name not in known
+    )
 
 
 def fencing_policy(pod: Pod) -> str:

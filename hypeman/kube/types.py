@@ -270,6 +270,10 @@ class StorageClass(Thing, frozen=True):
     reclaim_policy: str = "Delete"
 
 
+class RuntimeClass(Thing, frozen=True):
+    handler: str = ""
+
+
 class TokenStatus(Part, frozen=True):
     token: str = ""
 

@@ -479,6 +479,40 @@ async def test_a_pod_with_something_of_its_own_cannot_be_a_fork(world: World, au
         assert "'c'" in world.status(path)["message"] and "containerStatuses" not in world.status(path)
 
 
+@pytest.mark.parametrize(("name", "value"), [(names.FENCING, "standy"), (names.GOLDEN, "yes")])
+async def test_an_annotation_that_says_nothing_is_refused(
+    world: World, autojump_clock: MockClock, name: str, value: str
+) -> None:
+    path = world.add_pod(annotations={name: value})
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Failed")
+        assert world.has_event("Unsupported", f"metadata.annotations[{name}]: '{value}' is none of")
+        assert not world.host.made
+
+
+async def test_golden_false_is_an_ordinary_pod(world: World, autojump_clock: MockClock) -> None:
+    path = world.add_pod(annotations={names.GOLDEN: "false", "hypeman.dev/credential": "keys"})
+    async with world.running():
+        await world.until(lambda: world.phase(path) == "Running")
+        assert len(world.host.instances) == 1
+        assert world.has_event("NotApplied", "metadata.annotations[hypeman.dev/credential]"), "a misspelt one is said"
+
+
+async def test_a_runtime_class_is_for_vms_or_refused(world: World, autojump_clock: MockClock) -> None:
+    """A cluster may have several for these hosts, with another overhead; those of other runtimes are not for them."""
+    classes = {"hypeman-large": "hypeman", "gvisor": "runsc"}
+    for name, handler in classes.items():
+        world.cluster.put(f"/apis/node.k8s.io/v1/runtimeclasses/{name}", {"handler": handler})
+    paths = {name: world.add_pod(name, runtimeClassName=name) for name in (*classes, "missing")}
+    async with world.running():
+        await world.until(lambda: world.phase(paths["hypeman-large"]) == "Running")
+        await world.until(lambda: world.phase(paths["gvisor"]) == "Failed")
+        assert world.has_event("Unsupported", "spec.runtimeClassName: 'gvisor' has the handler 'runsc'")
+        await world.until(lambda: world.has_event("Failed", 'runtimeclass "missing" not found'))
+        assert world.phase(paths["missing"]) == "Pending"
+        assert world.host.made == 1
+
+
 async def test_a_claimed_pod_belongs_to_its_sandbox(world: World, autojump_clock: MockClock) -> None:
     path = world.add_pod(owner=REPLICA_SET)
     world.cluster.put(SANDBOX_PATH, {"metadata": {"uid": "sandbox-1"}})

@@ -84,6 +84,41 @@ def test_security_ports_probes_and_storage() -> None:
     assert found.tags["hypeman.sysctl.net.a"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("resource", "divisor", "value"),
+    [
+        ("limits.cpu", "1m", "500"),
+        ("limits.cpu", "0", "1"),
+        ("requests.cpu", "1m", "250"),
+        ("limits.memory", "1Mi", "1024"),
+        ("requests.memory", "1Mi", "64"),
+        ("limits.ephemeral-storage", "1Gi", "2"),
+    ],
+)
+def test_resources_in_the_environment_are_those_of_the_pod(resource: str, divisor: str, value: str) -> None:
+    """As declared, not the VM's size, whose vCPUs are whole ones."""
+    resources = {
+        "limits": {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "2Gi"},
+        "requests": {"cpu": "250m", "memory": "64Mi"},
+    }
+    ref = {"resourceFieldRef": {"resource": resource, "divisor": divisor, "containerName": "main"}}
+    found = request(made(container={"resources": resources, "env": [{"name": "A", "valueFrom": ref}]}))
+    assert found.env == {"A": value}
+    of_another = {"resourceFieldRef": {**ref["resourceFieldRef"], "containerName": "other"}}
+    with pytest.raises(Refusal, match="'other'"):
+        request(made(container={"resources": resources, "env": [{"name": "A", "valueFrom": of_another}]}))
+
+
+def test_resources_that_are_not_declared_are_the_vms() -> None:
+    def value(resource: str) -> str:
+        ref = {"resourceFieldRef": {"resource": resource, "divisor": "0"}}
+        return str(request(made(container={"env": [{"name": "A", "valueFrom": ref}]})).env["A"])
+
+    assert (value("limits.memory"), value("requests.memory")) == (str(1 << 30), "0")
+    with pytest.raises(Refusal, match="ephemeral-storage"):
+        value("limits.ephemeral-storage")
+
+
 def test_credentials_stay_out_of_the_guest() -> None:
     rules = (
         b'{"KEY": {"source": {"env": "REAL"}, "inject": [{"as": {"header": "Authorization", "format": "${value}"}}]}}'
@@ -155,6 +190,8 @@ def test_saved_memory_fits_a_later_pod_of_the_same_template_only() -> None:
         ({"container": {"volumeMounts": [{"name": "x", "mountPath": "/x", "subPath": "a"}]}}, "subPath"),
         ({"dnsConfig": {"nameservers": ["1.1.1.1"]}}, "spec.dnsConfig"),
         ({"dnsPolicy": "None"}, "spec.dnsPolicy"),
+        ({"volumes": [{"name": "h"}]}, "spec.volumes[0]"),
+        ({"container": {"resources": {"limits": {"hypeman.dev/other": "1"}}}}, "hypeman.dev/other"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], named: str) -> None:
