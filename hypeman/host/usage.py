@@ -16,6 +16,8 @@ class Usage(msgspec.Struct, frozen=True):
     """User and system time of the process and its threads."""
     rss_bytes: int = 0
     vms_bytes: int = 0
+    started: float = 0.0
+    """Seconds from the boot of the host to the start of the process, in hundredths."""
 
 
 def read_usage(pid: int) -> Usage:
@@ -29,6 +31,7 @@ def read_usage(pid: int) -> Usage:
         cpu_seconds=(int(fields[11]) + int(fields[12])) / _TICKS,
         rss_bytes=int(fields[21]) * _PAGE,
         vms_bytes=int(fields[20]),
+        started=int(fields[19]) / _TICKS,
     )
 
 

@@ -27,6 +27,7 @@ from hypeman.guest.programs import ExecSession
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.sessions import open_copy_from, open_copy_to, open_exec
 from hypeman.guest.types import Metrics, PathInfo
+from hypeman.host import facts
 from hypeman.host.usage import read_pss, read_usage
 from hypeman.hypervisor.catalog import Catalog
 from hypeman.ids import check_name, new_id
@@ -299,7 +300,7 @@ class Instances:
     async def stats(self, ref: str) -> InstanceStats:
         record = self.board.find(ref)
         usage = read_usage(record.handle.pid) if record.handle is not None else read_usage(0)
-        outside = usage_of(record, usage, self._counters.of_instance(record.id))
+        outside = usage_of(record, usage, self._counters.of_instance(record.id), facts.booted_at())
         inside = await self._guest_metrics(record.id)
         pss = await trio.to_thread.run_sync(read_pss, record.handle.pid) if record.handle is not None else None
         return InstanceStats(

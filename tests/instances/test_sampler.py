@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
 import trio
 import trio.testing
+from msgspec import UNSET
 
 from hypeman.instances.sampler import PERIOD, Sampler
 
@@ -39,3 +41,24 @@ async def test_many_readers_cost_one_reading_a_second(autojump_clock: trio.testi
     await trio.sleep(PERIOD)
     await sampler.get()
     assert len(read) == 2
+
+
+async def test_a_vmm_began_when_its_process_did(autojump_clock: trio.testing.MockClock) -> None:
+    """The same time at each look, and in each server: whoever computes rates takes another one for a new counter."""
+    spec = SimpleNamespace(memory_bytes=2**30, hotplug_bytes=0, vcpus=2)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        began = datetime.now(UTC)
+        record: Any = SimpleNamespace(id="runs", name="a", spec=spec, handle=SimpleNamespace(pid=process.pid))
+        gone: Any = SimpleNamespace(id="gone", name="a", spec=spec, handle=SimpleNamespace(pid=2**22 + 1))
+        times = set()
+        for _ in range(2):
+            sampler = Sampler(lambda: [record, gone], dict, lambda: datetime.now(UTC))
+            for _ in range(2):
+                await trio.sleep(PERIOD)
+                found = {one.instance_id: one for one in (await sampler.get()).instances}
+                times.add(found["runs"].vmm_started_at)
+                assert found["gone"].vmm_started_at is UNSET
+        process.kill()
+    (time,) = times
+    assert isinstance(time, datetime)
+    assert abs((time - began).total_seconds()) < 30, "the kernel knows its boot to a second; a busy machine is slow"

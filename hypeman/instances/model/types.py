@@ -489,6 +489,13 @@ class InstanceUsage(Struct, frozen=True, kw_only=True):
     memory_utilization_ratio: Annotated[
         float | None, Meta(description="Resident memory of the VMM, of the allocated memory")
     ] = None
+    vmm_started_at: Annotated[
+        Timestamp | UnsetType,
+        Meta(
+            description="Extension: when the VMM began, and cpu_seconds with it: at the last start, restore or fork, "
+            "which is later than the guest's boot after a standby; absent without a VMM"
+        ),
+    ] = UNSET
 
 
 class InstanceStats(InstanceUsage, frozen=True, kw_only=True):

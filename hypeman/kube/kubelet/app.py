@@ -40,7 +40,7 @@ from hypeman.kube.kubelet.routes import (
     parse_call,
     permission_for,
 )
-from hypeman.kube.kubelet.usage import NodeUsage, PodUsage, Rates, render_metrics, summarize
+from hypeman.kube.kubelet.usage import NodeUsage, PodUsage, Rates, Sample, render_metrics, summarize
 from hypeman.kube.local import LocalError, LocalServer
 from hypeman.kube.site import PodTable, Served
 from hypeman.kube.status import NO_EPHEMERAL
@@ -99,11 +99,9 @@ class Kubelet:
             case ListPods():
                 await answer.respond(self._list_pods(), JSON)
             case Summary():
-                now, node, pods = await self._usage()
-                await answer.respond(msgspec.json.encode(summarize(node, pods, now)), JSON)
+                await answer.respond(msgspec.json.encode(summarize(await self._sample())), JSON)
             case ResourceMetrics():
-                now, node, pods = await self._usage()
-                await answer.respond(render_metrics(node, pods, now).encode(), METRICS)
+                await answer.respond(render_metrics(await self._sample()).encode(), METRICS)
             case Logs() as asked:
                 await self._logs(asked, answer)
             case Exec() as asked:
@@ -140,10 +138,10 @@ class Kubelet:
         items = [served.pod for served in self._pods.all()]
         return msgspec.json.encode({"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": items})
 
-    async def _usage(self) -> tuple[datetime, NodeUsage, list[PodUsage]]:
+    async def _sample(self) -> Sample:
         found = await self._local.get("/stats", UsageOfAll)
         by_instance = {each.instance_id: each for each in found.instances}
-        now = time.monotonic()
+        read_at = found.time.timestamp()  # up to a second ago, as the counters
         pods = []
         for served in self._pods.all():
             usage = by_instance.get(served.instance.id) if served.instance is not None else None
@@ -156,20 +154,21 @@ class Kubelet:
                     container=next(iter(_containers(served)), ""),
                     started_at=served.instance.started_at if served.instance is not None else None,
                     usage=usage,
-                    cores=self._rates.of(usage.instance_id, usage.cpu_seconds, now) if usage is not None else None,
+                    cores=self._rates.of(usage.instance_id, usage.cpu_seconds, read_at) if usage is not None else None,
                 )
             )
-        node = await trio.to_thread.run_sync(self._node_usage, now)
+        node = await trio.to_thread.run_sync(self._node_usage)
         self._rates.keep({"", *by_instance})
-        return datetime.now(UTC), node, pods
+        return Sample(node, tuple(pods), found.time)
 
-    def _node_usage(self, now: float) -> NodeUsage:
+    def _node_usage(self) -> NodeUsage:
         used = facts.cpu_seconds()
         return NodeUsage(
             name=self._node,
+            read_at=datetime.now(UTC),
             booted_at=facts.booted_at(),
             cpu_seconds=used,
-            cores=self._rates.of("", used, now),
+            cores=self._rates.of("", used, time.monotonic()),
             memory_total=facts.memory_bytes(),
             memory_available=facts.available_memory_bytes(),
             disk_total=facts.disk_bytes(self._data_dir),
