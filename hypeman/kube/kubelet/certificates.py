@@ -228,17 +228,25 @@ class Keeper:
     async def _wait_due(self, pair: Pair) -> None:
         """Until it is time to renew ``pair``. Asked again and again: the clock may be set, or be known to be off."""
         while True:
-            left = (pair.renew_at(self._fraction) - self._now()).total_seconds()
+            left = self._left(pair)
             if left <= 0:
                 return
             await trio.sleep(min(left, LOOK_SECONDS))
+
+    def _left(self, pair: Pair) -> float:
+        """Seconds until it is time to renew ``pair``."""
+        return (pair.renew_at(self._fraction) - self._now()).total_seconds()
 
     def _now(self) -> datetime:
         """By the API server's clock, as far as it is known: that decides what is valid."""
         return self._clock() - timedelta(seconds=self._api.clock_ahead)
 
     async def renew(self) -> Pair:
-        """A new pair, stored and in use."""
+        """A new pair, stored and in use.
+
+        The old one, if it turns out to be good while there is no new one: with a clock that is far off there is no API
+        server either, and a new certificate for serving waits for an administrator.
+        """
         while True:
             api = self._api if self._first is None or self.load() is not None else self._first
             try:
@@ -251,10 +259,17 @@ class Keeper:
                 hint = "; the bootstrap token has ended, `hypeman node join` writes a new one" if ended else ""
                 log.warning("no certificate yet: %s%s", error, hint)
                 await trio.sleep(RETRY_SECONDS)
+                kept = self.load()
+                if kept is None or self._left(kept) <= 0:
+                    continue
+                log.info(
+                    "the certificate is valid after all: the clock was set", extra={"signer": self._identity.signer}
+                )
+                pair = kept
             else:
                 log.info("new certificate", extra={"signer": self._identity.signer})
-                self._use(pair)
-                return pair
+            self._use(pair)
+            return pair
 
     def _say_waiting(self, name: str) -> None:
         hint = (

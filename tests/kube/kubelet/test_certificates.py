@@ -153,6 +153,24 @@ async def test_a_clock_that_is_off_neither_floods_the_cluster_nor_lets_a_certifi
         assert 1 <= count <= 86400 / certificates.MIN_LIFE_SECONDS
 
 
+async def test_a_pair_that_ended_by_a_wrong_clock_only_is_used_again(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """So far off that the API server's certificate counts as ended as well; then the clock is set."""
+    path = tmp_path / "serving.pem"
+    cluster, used = Cluster(), list[Pair]()
+    first = await Keeper(cluster, SERVING, path, used.append).renew()
+    cluster.fails = 3
+    keeper = Keeper(
+        cluster, SERVING, path, used.append,
+        now=lambda: datetime.now(UTC) + timedelta(days=400 if cluster.fails > 1 else 0),
+    )  # fmt: skip
+    assert keeper.load() is None
+    await keeper.obtain()
+    assert [pair.certificate for pair in used] == [first.certificate] * 2
+    assert len(cluster.requests) == 1, "no administrator has to approve another one"
+
+
 @pytest.mark.parametrize(
     "other",
     [
