@@ -50,6 +50,11 @@ _SPARE_BYTES = 64 << 20
 class MakeFailed(Exception):
     """No disk was built; the message is for the user."""
 
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        """``transient``: for want of something of this host, such as room on the disk."""
+        super().__init__(message)
+        self.transient = transient
+
 
 class _Blob:
     """A layer's blob being fetched."""
@@ -85,6 +90,8 @@ class Job:
         """Requested for itself, not only by creates of instances."""
         self.broken = False
         """It will fail: its downloads are not kept."""
+        self.settled = False
+        """Its outcome is being recorded: what asks for the image after that needs another job."""
         self.done = trio.Event()
 
     @property
@@ -122,7 +129,7 @@ class Maker:
             await trio.to_thread.run_sync(self._forget, fetched)
             if error.blame_image:  # or our copy of one of its layers is, and the next try must fetch it
                 await trio.to_thread.run_sync(self._blobs.remove_damaged, list(job.blobs))
-            raise MakeFailed(error.message) from None
+            raise MakeFailed(error.message, transient=not error.blame_image) from None
         except ManifestError as error:
             await trio.to_thread.run_sync(self._forget, fetched)
             raise MakeFailed(str(error)) from None
@@ -131,7 +138,8 @@ class Maker:
         except OSError as error:
             await trio.to_thread.run_sync(self._forget, fetched)
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise MakeFailed("the disk is full" if full else f"{error.filename or 'disk'}: {error.strerror}") from None
+            text = "the disk is full" if full else f"{error.filename or 'disk'}: {error.strerror}"
+            raise MakeFailed(text, transient=True) from None
         finally:
             for blob in job.blobs.values():
                 if blob.fd >= 0:

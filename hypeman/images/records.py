@@ -36,6 +36,9 @@ class ImageRow(Struct, frozen=True):
     borrowed: bool = False
     """Pulled with a login from the request, which is not stored: cannot be resumed."""
     error: str = ""
+    transient: bool = False
+    """It failed for want of something of this host, such as room on the disk. If its bytes are here, it is made
+    again."""
     fs: str = ""
     size: int = 0
     """Bytes of the root disk."""

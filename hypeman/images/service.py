@@ -10,6 +10,7 @@ Invariants:
   another image keeps it until the new one is ready.
 - A pinned image is not deleted, neither by a request nor by garbage collection.
 - A job interrupted by a restart is restarted, unless it used a login supplied with the request.
+- An image that was pushed or imported and failed for want of something of this host is made again, later.
 - Names and tags are changed in the same transaction as the record they refer to.
 """
 
@@ -67,6 +68,7 @@ _JOBS_AT_ONCE = 4
 _MAX_NESTING = 3
 """Maximum depth of nested indexes."""
 _COLLECT_INTERVAL = 600.0
+_MAX_RETRY_INTERVAL = 24 * 3600.0
 
 
 class _Wait:
@@ -114,6 +116,8 @@ class Images:
         self._changing_disks = trio.Lock()
         """Held while disks are published or removed together with their records."""
         self._made = self._failed = 0
+        self._retries: dict[str, tuple[float, float]] = {}
+        """By digest: the time from which on, and the interval after which it is tried again."""
 
     # Service lifecycle
 
@@ -129,6 +133,7 @@ class Images:
                 task_status.started()
                 while True:
                     await self.collect()
+                    await self._retry(trio.current_time())
                     await trio.sleep(_COLLECT_INTERVAL)
         finally:
             with trio.CancelScope(shield=True):
@@ -168,6 +173,31 @@ class Images:
         await trio.to_thread.run_sync(self._blobs.trim, self._cache_size, in_use)
         if not self._jobs:  # a job's layers are known only once it runs
             await self._maker.collect_downloads()
+
+    async def _retry(self, now: float) -> None:
+        """Make images again that failed for want of something of this host, at growing intervals, if their bytes are
+        here. Nobody else would: who pushed one was told that it is stored."""
+        rows = self._store.read(lambda txn: [row for _, row in txn.scan(IMAGES) if _is_retried(row)])
+        before, self._retries = self._retries, {}
+        for row in rows:
+            at, interval = before.get(row.digest, (now, _COLLECT_INTERVAL))
+            if at <= now:
+                await self._make_again(row.digest)
+                at, interval = now + interval, min(2 * interval, _MAX_RETRY_INTERVAL)
+            self._retries[row.digest] = at, interval
+
+    async def _make_again(self, digest: str) -> None:
+        """Queue an image whose bytes are here, and which failed."""
+
+        def write(txn: Txn) -> bool:
+            row = txn.get(IMAGES, digest)
+            if row is None or not _is_retried(row):
+                return False
+            txn.put(IMAGES, digest, msgspec.structs.replace(row, status=ImageStatus.PENDING, error="", transient=False))
+            return True
+
+        if await self._store.write(write):
+            self._enqueue(Job(digest, None))
 
     def _collect_records(self, txn: Txn) -> set[str]:
         """Drop unreferenced records; returns the digests of the remaining ones."""
@@ -282,9 +312,11 @@ class Images:
         """Wait until a pull has succeeded or failed, including one that will replace the name's image."""
         while True:
             _, naming, row = self._look_up(parse_reference(name))
-            if row.status.is_final and not naming.wanted:
+            digest = naming.wanted or row.digest
+            wanted = self._store.read(lambda txn: txn.get(IMAGES, digest))  # noqa: B023  # called here
+            if wanted is None or wanted.status.is_final:
                 return await self.get(name)
-            await self._wait_for(naming.wanted or row.digest)
+            await self._wait_for(digest)
 
     async def tag(self, name: str, target: str) -> Image:
         """Make the name ``target`` refer to the image ``name``, without a pull; returns the image under ``target``.
@@ -381,6 +413,9 @@ class Images:
         self._waits.add(wait)
         try:
             row = self._known(ref)
+            if row is not None and _is_retried(row):
+                await self._make_again(row.digest)
+                row = self._known(ref)
             if row is None or row.status is ImageStatus.FAILED or (row.platform and row.platform != wanted):
                 image = await self._create(CreateImageRequest(str(ref), platform=wanted), asked_for=False)
                 digest = wait.digest = image.digest
@@ -568,13 +603,16 @@ class Images:
             return naming, row, begin and row.status is ImageStatus.PENDING
 
         naming, row, begin = await self._store.write(write)
-        if begin and job is not None and row.digest not in self._jobs:
+        if begin and job is not None:
             self._enqueue(job)
         return self._view(name, naming, row)
 
     # Working
 
     def _enqueue(self, job: Job) -> None:
+        running = self._jobs.get(job.digest)
+        if running is not None and not running.settled:
+            return
         self._jobs[job.digest] = job
         self._queue.append(job)
         self._queued.release()
@@ -589,21 +627,22 @@ class Images:
         """Build one image and record the outcome. Only cancellation from outside propagates."""
         job.status = ImageStatus.PULLING
         stored: Stored | None = None
-        error = ""
+        error, transient = "", False
         with job.scope:
             try:
                 with metrics.image_build_seconds.time():
                     stored = await self._maker.make(job)
             except MakeFailed as failure:
-                error = str(failure)
+                error, transient = str(failure), failure.transient
             except Exception:
                 log.exception("making the disk of image %s failed", job.digest)
                 error = "an internal error, which the server's log tells more about"
         if job.given_up:
             return
         async with self._changing_disks:
+            job.settled = True
             with trio.CancelScope(shield=True):
-                await self._store.write(lambda txn: _settle(txn, job.digest, stored, error))
+                await self._store.write(lambda txn: _settle(txn, job.digest, stored, error, transient))
         if stored is not None:
             self._made += 1
             metrics.image_pulls.labels("success").inc()
@@ -671,14 +710,18 @@ def _find(txn: Txn, ref: Reference) -> tuple[str, NameRow, ImageRow]:
     raise NotFound(f"there is no image {ref}")
 
 
-def _settle(txn: Txn, digest: str, stored: Stored | None, error: str) -> None:
+def _is_retried(row: ImageRow) -> bool:
+    return row.status is ImageStatus.FAILED and row.transient and not row.source
+
+
+def _settle(txn: Txn, digest: str, stored: Stored | None, error: str, transient: bool) -> None:
     row = txn.get(IMAGES, digest)
     if row is None:
         return  # deleted meanwhile; its orphaned disk is collected
     if stored is not None:
         _make_ready(txn, row, stored)
     else:
-        _fail(txn, row, error)
+        _fail(txn, row, error, transient)
 
 
 def _make_ready(txn: Txn, row: ImageRow, stored: Stored) -> None:
@@ -690,18 +733,19 @@ def _make_ready(txn: Txn, row: ImageRow, stored: Stored) -> None:
     _repoint(txn, ready, "ready")
 
 
-def _fail(txn: Txn, row: ImageRow, error: str) -> None:
-    failed = msgspec.structs.replace(row, status=ImageStatus.FAILED, error=error[:2000])
+def _fail(txn: Txn, row: ImageRow, error: str, transient: bool = False) -> None:
+    failed = msgspec.structs.replace(row, status=ImageStatus.FAILED, error=error[:2000], transient=transient)
     txn.put(IMAGES, row.digest, failed)
     _repoint(txn, failed, "failed")
 
 
 def _repoint(txn: Txn, row: ImageRow, outcome: str) -> None:
-    """Names waiting for the image ``row`` now refer to it if it is ready, or keep their previous image."""
+    """Names waiting for the image ``row`` now refer to it if it is ready, or keep their previous image; they go on
+    waiting for one that is made again."""
     for name, naming in list(txn.scan(NAMES)):
         if row.digest not in (naming.digest, naming.wanted):
             continue
-        if naming.wanted == row.digest:
+        if naming.wanted == row.digest and not _is_retried(row):
             target = row.digest if row.status is ImageStatus.READY else naming.digest
             naming = msgspec.structs.replace(naming, digest=target, wanted="")
             txn.put(NAMES, name, naming)

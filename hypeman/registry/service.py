@@ -23,7 +23,7 @@ import msgspec
 import trio
 
 from hypeman.actor import current_actor
-from hypeman.errors import HypemanError, InUse, NotFound
+from hypeman.errors import Conflict, HypemanError, InUse, InvalidRequest, NotFound
 from hypeman.images.blobs import Blobs, write_all
 from hypeman.images.manifest import (
     CONFIG_TYPES,
@@ -58,6 +58,7 @@ IDLE = timedelta(hours=1)
 KEPT = timedelta(hours=24)
 """How long blobs and manifests that nothing refers to are kept: clients upload blobs first and tags last."""
 _COLLECT_SECONDS = 600.0
+_RETRY_SECONDS = 30.0
 _MAX_TAGS = 1000
 
 
@@ -146,32 +147,42 @@ class Registry:
         await self._resume()
         task_status.started()
         try:
-            while True:
-                await self.collect()
-                await trio.sleep(_COLLECT_SECONDS)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._resume_often)
+                while True:
+                    await self.collect()
+                    await trio.sleep(_COLLECT_SECONDS)
         finally:
             for upload in self._uploads.values():
                 upload.end()
             self._uploads.clear()
 
+    async def _resume_often(self) -> None:
+        while True:
+            await trio.sleep(_RETRY_SECONDS)
+            await self._resume()
+
     async def _resume(self) -> None:
-        """Make the images of tags that an earlier server has only stored. One that cannot be made now is left to the
-        next server: it keeps nobody from starting."""
+        """Make the images of tags that are only stored: an earlier server was killed before it made them, or this one
+        could not. One that still cannot be made keeps nobody from starting, and is tried again."""
         pending = self._store.read(lambda txn: [key for key, row in txn.scan(TAGS) if row.adopting])
         for key in pending:
             repository, _, tag = key.rpartition(":")
             try:
-                await self._adopt_stored(repository, tag)
+                async with self._tagging:
+                    await self._adopt_stored(repository, tag)
             except (HypemanError, OSError) as error:
-                log.warning("no image was made of %s, which was pushed before this start: %s", key, error)
+                log.warning("no image was made of %s, which was pushed; it is tried again: %s", key, error)
 
     async def _adopt_stored(self, repository: str, tag: str) -> None:
-        if (found := self._find(repository, tag)) is None:
+        """Unless it was done meanwhile."""
+        found = self._find(repository, tag)
+        tagged = self._store.read(lambda txn: txn.get(TAGS, f"{repository}:{tag}"))
+        if found is None or tagged is None or not tagged.adopting:
             return
         digest, row = found
         data = await trio.to_thread.run_sync(self._blobs.read, digest, MAX_MANIFEST_BYTES)
-        if data is not None:
-            await self._adopt(repository, tag, data, row.media_type, digest)
+        await self._adopt(repository, tag, data or b"", row.media_type, digest)
 
     async def collect(self) -> None:
         """Drop idle uploads, and content that nothing refers to."""
@@ -409,12 +420,18 @@ class Registry:
             return digest, row.subject
         async with self._tagging:
             await self._store.write(write)
-            await self._adopt(repository, reference, data, row.media_type, digest)
+            try:
+                await self._adopt(repository, reference, data, row.media_type, digest)
+            except Conflict as error:  # it is being made for others
+                log.info("%s:%s was pushed, and becomes an image later: %s", repository, reference, error)
         return digest, row.subject
 
     async def _adopt(self, repository: str, tag: str, data: bytes, media_type: str, digest: str) -> None:
         """Make an image of what was tagged, if it is one for this host. Other artifacts are only stored. A client that
-        leaves changes nothing; a server that is killed continues when it starts."""
+        leaves changes nothing; a server that is killed, or cannot do it now, continues later.
+
+        Raises HypemanError, OSError: it can be tried again.
+        """
         name = ""
         try:
             document = parse_manifest(data, media_type)
@@ -427,7 +444,7 @@ class Registry:
             if isinstance(document, Manifest) and document.config.media_type in CONFIG_TYPES:
                 with trio.CancelScope(shield=True):
                     name = await self._images.adopt(f"{repository}:{tag}", document, digest)
-        except (ManifestError, PlatformMissing, HypemanError) as error:
+        except (ManifestError, PlatformMissing, InvalidRequest) as error:
             log.info("%s:%s was pushed, and is no image here: %s", repository, tag, error)
         await self._store.write(lambda txn: _adopted(txn, f"{repository}:{tag}", name))
 

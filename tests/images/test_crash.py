@@ -70,13 +70,15 @@ async def live(paths: Paths, config: ImagesConfig, name: str, ask: Ask | None) -
 
 def life_that_is_killed(paths: Paths, config: ImagesConfig, name: str, ask: Ask, journal: Path, at: int) -> bool:
     """``live`` in a process that dies at write number ``at``, or whose worker does; whether it came so far."""
+    workers = partial(kill_workers_too, journal, at)
+    return run_until_killed(partial(live, paths, config, name, ask), journal, at, workers)
 
-    def kill_worker_too(points: Points) -> None:
-        script, server = str(Path(__file__).with_name("crash_worker.py")), str(os.getpid())
-        run = ["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, script]
-        worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]
 
-    return run_until_killed(partial(live, paths, config, name, ask), journal, at, kill_worker_too)
+def kill_workers_too(journal: Path, at: int, points: Points) -> None:
+    """The writes of workers that convert images count, too, and they die with their server."""
+    script, server = str(Path(__file__).with_name("crash_worker.py")), str(os.getpid())
+    run = ["env", f"PYTHONPATH={Path(__file__).parents[2]}", sys.executable, script]
+    worker.argv = lambda fd: [*run, str(fd), str(journal), str(at), server]
 
 
 def check_records(paths: Paths) -> None:

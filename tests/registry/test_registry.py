@@ -19,7 +19,11 @@ import pytest
 import trio
 
 from hypeman.actor import Actor, acting, set_actor
+from hypeman.errors import Conflict, StoreError
+from hypeman.images import making
+from hypeman.images.manifest import Manifest
 from hypeman.images.types import CreateImageRequest, ImageStatus
+from hypeman.paths import Paths
 from hypeman.registry import records, service
 from hypeman.registry.names import Code, RegistryFailure, is_digest, parse_byte_range, parse_content_range, parse_path
 from hypeman.registry.service import MAX_UPLOADS_EACH, Registry
@@ -42,9 +46,13 @@ async def upload(client: httpx.AsyncClient, repository: str, data: bytes) -> Non
     assert done.status_code == 201, done.text
 
 
-async def push_image(client: httpx.AsyncClient, repository: str, tag: str, image: ImageFiles = IMAGE) -> None:
+async def upload_blobs(client: httpx.AsyncClient, repository: str, image: ImageFiles) -> None:
     for data in image.blobs.values():
         await upload(client, repository, data)
+
+
+async def push_image(client: httpx.AsyncClient, repository: str, tag: str, image: ImageFiles = IMAGE) -> None:
+    await upload_blobs(client, repository, image)
     path = f"/v2/{repository}/manifests/{tag}"
     done = await client.put(path, content=image.manifest, headers={"Content-Type": OCI_MANIFEST})
     assert (done.status_code, done.headers["docker-content-digest"]) == (201, image.digest), done.text
@@ -277,6 +285,93 @@ async def test_a_pushed_image_that_cannot_be_made_at_the_start_is_left_to_the_ne
     assert adopting() == [True]
     await nursery.start(Registry(store=served.store, blobs=blobs, images=images, max_blob_bytes=1).run)
     assert adopting() == [False]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreError("store cannot be used: No space left on device"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        Conflict("is being pulled with another login", code="credential_conflict"),
+    ],
+)
+async def test_a_tag_whose_image_was_not_begun_gets_it_later(
+    served: Served, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The client is told if it is a failure, and the server tries again by itself."""
+    monkeypatch.setattr(service, "_RETRY_SECONDS", 0.01)
+    images, failures = served.images, 2
+    adopt = images.adopt
+
+    async def fail_twice(name: str, manifest: Manifest, digest: str) -> str:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise error
+        return await adopt(name, manifest, digest)
+
+    monkeypatch.setattr(images, "adopt", fail_twice)
+    shorter = Registry(store=served.store, blobs=images.blobs, images=images, max_blob_bytes=1 << 20)
+    async with trio.open_nursery() as nursery, served.client() as client:
+        await upload_blobs(client, "a", IMAGE)
+        put = await client.put("/v2/a/manifests/v1", content=IMAGE.manifest, headers={"Content-Type": OCI_MANIFEST})
+        assert put.status_code == (201 if isinstance(error, Conflict) else 500)
+        await nursery.start(shorter.run)
+        with trio.fail_after(30):
+            while not any(image.name == "docker.io/library/a:v1" for image in await images.list()):
+                await trio.sleep(0.01)
+        nursery.cancel_scope.cancel()
+    assert (await images.wait_final("a:v1")).status is ImageStatus.READY
+    assert failures == 0
+
+
+@pytest.mark.slow
+@pytest.mark.real
+async def test_an_image_that_failed_for_lack_of_disk_is_made_again(
+    served: Served, nursery: trio.Nursery, paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one whose name leads to an older image meanwhile; and at once if somebody wants to start it."""
+    need_root()
+    images = served.images
+    first = (ImageFiles([tar(entry(name, data=b"x"))]) for name in ("first", "second"))
+    second = [ImageFiles([tar(entry(name, data=b"y"))]) for name in ("first", "second")]
+    async with served.client() as client:
+        for tag, image in zip(("kept", "other"), first, strict=True):
+            await push_image(client, "a", tag, image)
+            assert (await images.wait_final(f"a:{tag}")).status is ImageStatus.READY
+        await images.delete("a:other")
+        with monkeypatch.context() as full:
+            full.setattr(making, "_SPARE_BYTES", 1 << 60)
+            for tag, image in zip(("kept", "other"), second, strict=True):
+                await push_image(client, "a", tag, image)
+                await images.wait_final(f"a:{tag}")
+            failed = await images.get("a:other")
+            assert (failed.status, failed.error) == (ImageStatus.FAILED, "the disk is full")
+            kept = await images.get("a:kept")
+            assert kept.status is ImageStatus.READY and kept.digest != second[0].digest
+            await images.collect()
+    assert (await images.wait_ready("a:other")).digest == second[1].digest
+    await images._retry(trio.current_time())
+    with trio.fail_after(30):
+        while (await images.get("a:kept")).digest != second[0].digest:
+            await trio.sleep(0.01)
+    assert (await images.get("a:kept")).status is ImageStatus.READY
+
+
+async def test_an_image_is_tried_again_at_growing_intervals(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(making, "_SPARE_BYTES", 1 << 60)
+    images, now = served.images, trio.current_time()
+    async with served.client() as client:
+        await push_image(client, "a", "v1")
+    made = []
+    for _ in range(10):
+        await images.wait_final("a:v1")
+        failed = images.statistics()["failed"]
+        await images._retry(now)
+        await images.wait_final("a:v1")
+        made.append(images.statistics()["failed"] > failed)
+        now += 600
+    assert made == [True, True, False, True, False, False, False, True, False, False]
 
 
 async def test_referrers(served: Served) -> None:
