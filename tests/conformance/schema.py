@@ -53,9 +53,10 @@ async def fill(appliance: Appliance) -> None:
 @pytest.fixture(scope="session")
 def schemathesis() -> Path:
     home = ROOT / "build/conformance/schemathesis"
-    if not (home / "bin/python").exists():
-        subprocess.run([sys.executable, "-m", "venv", home], check=True, timeout=120)
-    subprocess.run([home / "bin/python", "-m", "pip", "install", "-q", SCHEMATHESIS], check=True, timeout=300)
+    if not (home / SCHEMATHESIS).exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True, timeout=120)
+        subprocess.run([home / "bin/python", "-m", "pip", "install", "-q", SCHEMATHESIS], check=True, timeout=900)
+        (home / SCHEMATHESIS).touch()
     return home / "bin/schemathesis"
 
 

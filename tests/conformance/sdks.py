@@ -46,10 +46,13 @@ async def fill(world: FakeWorld) -> None:
 @pytest.fixture(scope="session")
 def node() -> Path:
     """A directory with the TypeScript SDK."""
-    home = ROOT / "build/conformance/node"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "package.json").write_text('{"private": true}')
-    subprocess.run(["npm", "install", "--silent", TYPESCRIPT_SDK], check=True, timeout=300, cwd=home)
+    home = ROOT / "build/conformance" / TYPESCRIPT_SDK.replace("/", "-")
+    installed = home / "installed"
+    if not installed.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "package.json").write_text('{"private": true}')
+        subprocess.run(["npm", "install", "--silent", TYPESCRIPT_SDK], check=True, timeout=900, cwd=home)
+        installed.touch()
     return home
 
 

@@ -28,7 +28,7 @@ def python() -> Path:
     interpreter, installed = home / "bin/python", home / "installed"
     if not installed.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", home], check=True, timeout=120)
-        subprocess.run([interpreter, "-m", "pip", "install", "-q", PYTHON_SDK], check=True, timeout=300)
+        subprocess.run([interpreter, "-m", "pip", "install", "-q", PYTHON_SDK], check=True, timeout=900)
         installed.touch()
     return interpreter
 
