@@ -20,6 +20,8 @@ _MAX_QUERY_FIELDS = 200
 
 def decode_body(data: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
     """Decode the Struct in ``data``. Raises SchemaViolation."""
+    if not data:
+        raise SchemaViolation("a JSON body is required")
     try:
         return _decode(data, decoder)
     except msgspec.ValidationError as error:

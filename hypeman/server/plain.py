@@ -41,7 +41,7 @@ from hypercorn.utils import parse_socket_addr
 from hypeman.server import errors
 from hypeman.server.connection import Connection
 from hypeman.server.decode import decode_segment
-from hypeman.server.exchange import DISCONNECTED, Reply, failed, failure_from, log_request, request_id
+from hypeman.server.exchange import DISCONNECTED, JSON, Reply, failed, failure_from, log_request, request_id
 from hypeman.server.heads import END, Headers, Upgrade, plain_headers, upgrade_headers
 from hypeman.server.plain_call import PlainCall, authenticate
 from hypeman.server.plain_h2 import PlainH2
@@ -155,7 +155,17 @@ class PlainConnection(TCPServer):
             self.protocol_send,
         )
         wrapper.plain = None if self._routes is None else (self._routes, self._connection)
-        assert isinstance(wrapper.protocol, H11Protocol)
+        wrapper.protocol = _Http1(
+            self.app,
+            self.config,
+            self.context,
+            self._task_group,
+            wrapper.state,
+            False,
+            client,
+            server,
+            wrapper.protocol.send,
+        )
         wrapper.protocol.keep_alive_requests = self._answered
         return wrapper
 
@@ -431,6 +441,38 @@ class _Protocols(ProtocolWrapper):
         await self.protocol.initiate(headers, settings)
         if data:
             await self.protocol.handle(RawData(data))
+
+
+_NOT_HTTP = {
+    431: "the head of the request is too large",
+    501: "of the transfer codings only chunked is supported",
+}
+
+
+class _Http1(H11Protocol):
+    """Hypercorn's, but with the error body for what is not HTTP, and it refuses two lengths for one body."""
+
+    async def _create_stream(self, request: h11.Request) -> None:
+        """Refuse what a proxy in front may read as another request (RFC 9112 §6.1)."""
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+            await self._send_error_response(400)
+            await self.send(Closed())
+        else:
+            await super()._create_stream(request)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        content = errors.status_failure(
+            status_code, _NOT_HTTP.get(status_code, "the request is not valid HTTP")
+        ).encode()
+        headers = [
+            (b"content-type", JSON.encode()),
+            (b"content-length", str(len(content)).encode()),
+            (b"connection", b"close"),
+            *self.config.response_headers("h11"),
+        ]
+        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
+        await self._send_h11_event(h11.Data(data=content))
+        await self._send_h11_event(h11.EndOfMessage())
 
 
 class _KeepAlive:

@@ -85,6 +85,31 @@ async def test_head(served: Any) -> None:
         assert answer.endswith(b"\r\n\r\n")
 
 
+@pytest.mark.parametrize(
+    ("head", "status", "told"),
+    [
+        ("GET /health HTTP/1.1\r\n", 400, "not valid HTTP"),
+        ("GET /health HTTP/1.1\r\nHost : x\r\n", 400, "not valid HTTP"),
+        ("POST /volumes HTTP/1.1\r\nHost: x\r\nContent-Length: +2\r\n", 400, "not valid HTTP"),
+        ("POST /volumes HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n", 501, "only chunked"),
+        ("POST /volumes HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n", 400, "not valid"),
+        (f"GET /{'a' * 200_000} HTTP/1.1\r\nHost: x\r\n", 431, "too large"),
+    ],
+)
+async def test_what_is_not_http_has_the_error_body_too(served: Any, head: str, status: int, told: str) -> None:
+    """And it ends the connection: a request behind it may have been a part of a body, for a proxy in front."""
+    behind = "0\r\n\r\nDELETE /instances/web HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with await trio.open_unix_socket(served.socket_path) as stream:
+        await stream.send_all(f"{head}\r\n{behind}".encode())
+        answer = b""
+        with trio.fail_after(20), suppress(trio.BrokenResourceError):
+            async for chunk in stream:
+                answer += chunk
+    lines, _, body = answer.partition(b"\r\n\r\n")
+    assert lines.startswith(b"HTTP/1.1 %d" % status) and b"connection: close" in lines, answer
+    assert told in msgspec.json.decode(body)["message"]
+
+
 async def test_a_fast_sender_is_held_back(served: Any, world: FakeWorld) -> None:
     """An upload that nobody reads yet stops after some megabytes, and goes on when it is read."""
     world.volumes.reads_slowly = trio.Event()
