@@ -42,17 +42,16 @@ class Forks:
         task = self._tasks.of(ref)
         source = task.record
         check_legal(Command.FORK, source.state, name=source.name)
-        target = request.target_state or TargetState(source.state.value)
 
         async def make() -> InstanceRecord:
-            fork = await task.perform(Command.FORK, lambda owned: self._copy(owned, request, target))
-            return await finish(fork, target)
+            return await finish(*await task.perform(Command.FORK, lambda owned: self._copy(owned, request)))
 
         return await self._tasks.run_detached(make)
 
-    async def _copy(self, owned: Owned, request: ForkInstanceRequest, target: TargetState) -> Lifecycle:
-        """In the source's task: copy what the fork needs and record it."""
+    async def _copy(self, owned: Owned, request: ForkInstanceRequest) -> tuple[Lifecycle, TargetState]:
+        """In the source's task: copy what the fork needs and record it. The fork is to be as its source is now."""
         source = owned.record
+        target = request.target_state or TargetState(source.state.value)
         if source.state is InstanceState.RUNNING and not request.from_running:
             raise InvalidState(
                 f"instance {source.name!r} is Running; give from_running to fork it while it pauses, or stop it"
@@ -78,7 +77,7 @@ class Forks:
         except Exception:
             await self._machine.context.files.remove(staged)
             raise
-        return await self._tasks.add(self._ledger.record(fork_id), adopt_disks)
+        return await self._tasks.add(self._ledger.record(fork_id), adopt_disks), target
 
     async def of_snapshot(
         self, snapshot: SnapshotRow, name: str, *, target: TargetState, hypervisor: HypervisorKind

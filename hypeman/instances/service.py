@@ -7,12 +7,12 @@ a missing image, is done by the instance's own task; a caller that disconnects d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -23,6 +23,7 @@ from hypeman.egress.policy import sources_of
 from hypeman.errors import Conflict, HypemanError, InvalidRequest, InvalidState, NotFound
 from hypeman.guest.client import GuestClient
 from hypeman.guest.copies import CopyIn, CopyOut
+from hypeman.guest.failures import GuestLost
 from hypeman.guest.programs import ExecSession
 from hypeman.guest.session_types import CpRequest, ExecRequest
 from hypeman.guest.sessions import open_copy_from, open_copy_to, open_exec
@@ -30,6 +31,7 @@ from hypeman.guest.types import Metrics, PathInfo
 from hypeman.host import facts
 from hypeman.host.usage import read_pss, read_usage
 from hypeman.hypervisor.catalog import Catalog
+from hypeman.hypervisor.interface import VmmGone
 from hypeman.ids import check_name, new_id
 from hypeman.images.types import ReadyImage
 from hypeman.instances.board import Board
@@ -119,6 +121,8 @@ ROTATION_INTERVAL = 5.0
 """Seconds between checks of log sizes. A guest prints at most about 10 MB/s through its serial console."""
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 class LeaseNeeds(LeaseRows, Protocol):
@@ -608,27 +612,54 @@ class Instances:
     # Inside the guest
 
     async def stat(self, ref: str, path: str, follow_links: bool) -> PathInfo:
-        return await (await self._guest(ref)).stat(path, follow_links=follow_links)
+        return await self._use(ref, lambda guest: guest.stat(path, follow_links=follow_links), again=True)
 
     async def exec(self, ref: str, request: ExecRequest) -> ExecSession:
-        guest = await self._guest(ref, max(SECONDS_FOR_AGENT, float(request.wait_for_agent)))
-        return await open_exec(guest, request)
+        seconds = max(SECONDS_FOR_AGENT, float(request.wait_for_agent))
+        return await self._use(ref, lambda guest: open_exec(guest, request), seconds)
 
     async def copy_to(self, ref: str, request: CpRequest) -> CopyIn:
-        return await open_copy_to(await self._guest(ref), request)
+        return await self._use(ref, lambda guest: open_copy_to(guest, request))
 
     async def copy_from(self, ref: str, request: CpRequest) -> CopyOut:
-        return await open_copy_from(await self._guest(ref), request)
+        return await self._use(ref, lambda guest: open_copy_from(guest, request), again=True)
 
-    async def _guest(self, ref: str, seconds: float = SECONDS_FOR_AGENT) -> GuestClient:
+    async def _use(
+        self,
+        ref: str,
+        do: Callable[[GuestClient], Awaitable[R]],
+        seconds: float = SECONDS_FOR_AGENT,
+        *,
+        again: bool = False,
+    ) -> R:
+        """What ``do`` returns, given the guest's agent; ``again``: it may be done twice.
+
+        The connection ends if the instance stops, goes into standby or is captured; after a capture the agent
+        reconnects. Raises InvalidState.
+        """
+        guest = None
+        while True:
+            guest = await self._guest(ref, seconds, instead_of=guest)
+            try:
+                return await do(guest)
+            except GuestLost as lost:
+                if not again:
+                    raise InvalidState(f"{lost.message}, and whether it did what was asked is not known") from None
+                again = False
+
+    async def _guest(
+        self, ref: str, seconds: float = SECONDS_FOR_AGENT, *, instead_of: GuestClient | None = None
+    ) -> GuestClient:
         record = self.board.find(ref)
         check_legal(Command.USE, record.state, name=record.name)
         if record.spec.skip_guest_agent:
             raise InvalidState(f"instance {record.name!r} was made without guest agent (skip_guest_agent)")
-        live = self.machine.live(record.id)
-        if live is None:
-            raise InvalidState(f"instance {record.name!r} is just ending")
-        return await live.wait_guest(seconds)
+        try:
+            if (live := self.machine.live(record.id)) is not None:
+                return await live.wait_guest(seconds, instead_of=instead_of)
+        except VmmGone:
+            check_legal(Command.USE, self.board.find(record.id).state, name=record.name)
+        raise InvalidState(f"instance {record.name!r} is shutting down", retryable=True)
 
     # Helpers
 

@@ -30,7 +30,7 @@ from hypeman.guest.boot import CaCertificate
 from hypeman.guest.failures import GuestLost, GuestTimeout
 from hypeman.guest.limits import LIMITS
 from hypeman.guest.protocol import Op
-from hypeman.guest.types import Exited, GuestEvent, Ready, Started
+from hypeman.guest.types import Exited, GuestEvent, PathInfo, Ready, Started
 from hypeman.host.cgroups import CGroups
 from hypeman.host.files import Files
 from hypeman.host.log_times import SUFFIX
@@ -478,6 +478,17 @@ class FakeGuest:
 
     async def warm(self) -> None:
         await self._obey(Op.WARM)
+
+    async def stat(self, path: str, *, follow_links: bool) -> PathInfo:
+        """Stuck, it ends with the connection."""
+        if "stat" in self.stuck:
+            self.asked.set()
+            async with trio.open_nursery() as nursery:
+                for end in (self._process.ended, self.hung_up):
+                    nursery.start_soon(self._cancel_after, end, nursery.cancel_scope)
+            raise GuestLost("the connection to the guest has ended")
+        await self._obey(Op.STAT)
+        return PathInfo(exists=True)
 
     async def mount_volume(self, volume: Any) -> None:
         await self._obey(Op.MOUNT)

@@ -20,6 +20,7 @@ import trio.testing
 from hypeman.captures.records import CAPTURES
 from hypeman.captures.types import CompressionAlgorithm, SnapshotCompressionConfig
 from hypeman.errors import Conflict, HypemanError, InvalidState, NameConflict, NotFound
+from hypeman.guest.types import PathInfo
 from hypeman.host.files import allocated_bytes
 from hypeman.hypervisor.interface import ExitReason, VmmBroken
 from hypeman.images.types import ReadyImage
@@ -415,6 +416,55 @@ async def test_nobodys_command_comes_before_the_first(lab: Lab) -> None:
             await instances.stop("one")
         assert instances.board.find("one").state is InstanceState.STOPPED
         check_owned(lab, "create and stop")
+        await clean_up(lab, instances)
+
+
+async def test_a_fork_is_as_its_source_is_when_it_is_forked(lab: Lab) -> None:
+    """Not as it was when the fork was asked for."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(instances.standby, "one", StandbyInstanceRequest())
+            await trio.testing.wait_all_tasks_blocked()
+            assert instances.board.find("one").state is InstanceState.RUNNING
+            nursery.start_soon(instances.fork, "one", ForkInstanceRequest(name="two"))
+        assert instances.board.find("two").state is InstanceState.STANDBY
+        check_owned(lab, "fork")
+        await clean_up(lab, instances)
+
+
+@pytest.mark.parametrize("verb", ["fork", "standby", "stop", "delete"])
+async def test_a_look_into_a_guest_whose_connection_ends(lab: Lab, verb: str) -> None:
+    """Of an instance that runs on it is repeated; one that does not refuses it, as it does at once afterwards."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        guest = lab.guests[instances.board.find("one").id]
+        guest.stuck.add("stat")
+        outcome: list[object] = []
+
+        async def look() -> None:
+            try:
+                outcome.append(await instances.stat("one", "/etc", follow_links=False))
+            except HypemanError as error:
+                outcome.append(error)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await guest.asked.wait()
+            match verb:
+                case "fork":
+                    await instances.fork("one", ForkInstanceRequest(name="two", from_running=True))
+                    guest.hung_up.set()  # a capture closes the connection, and the agent reconnects
+                case "standby":
+                    await instances.standby("one", StandbyInstanceRequest())
+                case "stop":
+                    await instances.stop("one")
+                case "delete":
+                    await instances.delete("one")
+        if verb == "fork":
+            assert outcome == [PathInfo(exists=True)]
+        else:
+            assert isinstance(outcome[0], InvalidState), outcome
         await clean_up(lab, instances)
 
 
