@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,9 @@ async def test_a_program_goes_on_after_standby(appliance: Appliance) -> None:
     await trio.sleep(1)
     awake = await appliance.post("/instances/one/restore")
     assert awake["state"] == "Running"
+    (used,) = (await appliance.get("/stats"))["instances"]
+    vmm, guest = (datetime.fromisoformat(each) for each in (used["vmm_started_at"], awake["started_at"]))
+    assert vmm > guest, "its counters began anew, with the VMM that continues the guest"
     assert await counted(appliance, "one") >= before
     await check_no_gap(appliance, "one")
     code, clock = await appliance.exec("one", "date", "+%s")
