@@ -113,9 +113,10 @@ async def read_claims(api: ApiClient, pod: Pod, spec: PodSpec) -> dict[str, str 
         name = volume.persistent_volume_claim.claim_name
         path = f"/api/v1/namespaces/{segment(pod.metadata.namespace)}/persistentvolumeclaims/{segment(name)}"
         claim = await _or_none(api, path, PersistentVolumeClaim)
-        if claim is None or not claim.spec.volume_name or claim.status.phase != "Bound":
+        wanted = str((claim.spec if claim is not None else {}).get("volumeName", ""))
+        if claim is None or not wanted or claim.status.phase != "Bound":
             raise Missing(f'persistentvolumeclaim "{name}" is not bound')
-        bound = await api.get(f"/api/v1/persistentvolumes/{segment(claim.spec.volume_name)}", PersistentVolume)
+        bound = await api.get(f"/api/v1/persistentvolumes/{segment(wanted)}", PersistentVolume)
         if bound.spec.claim_ref.uid != claim.metadata.uid:
             raise Missing(f'persistentvolumeclaim "{name}" is not bound: its volume belongs to another claim')
         kind = bound.metadata.annotations.get(names.PROVISIONER)

@@ -368,24 +368,27 @@ def read_pod(spec: Fields) -> PodSpec:
 
 def notes_of(spec: Fields) -> tuple[Remark, ...]:
     """Fields that are not applied although the pod runs."""
-    return tuple(Remark(path, verdict.why) for path, verdict, _ in _verdicts(spec) if isinstance(verdict, Noted))
+    found = _check(spec, PodSpec, "spec")
+    return tuple(Remark(path, verdict.why) for path, verdict, _ in found if isinstance(verdict, Noted))
+
+
+def refused_fields(part: Fields, kind: type[Part], path: str) -> Iterator[Remark]:
+    """Fields of ``part``, and of what it consists of, that ``kind`` neither reads nor knows."""
+    yield from (Remark(below, why) for below, verdict, why in _check(part, kind, path) if verdict is None)
 
 
 def _refused(spec: Fields) -> Iterator[Remark]:
-    yield from (Remark(path, why) for path, verdict, why in _verdicts(spec) if verdict is None)
+    yield from refused_fields(spec, PodSpec, "spec")
     if len(spec.get("containers") or ()) != 1:
         yield Remark("spec.containers", "a pod has exactly one container here")
 
 
 Verdict = tuple[str, Noted | None, str]
-
-
-def _verdicts(spec: Fields) -> Iterator[Verdict]:
-    """Field, and a note or None, which is a refusal, and why; only of fields that ask for something."""
-    return _check(spec, PodSpec, "spec")
+"""Field, a note or None, which is a refusal, and why."""
 
 
 def _check(part: Fields, kind: type[Part], path: str) -> Iterator[Verdict]:
+    """Only of fields that ask for something."""
     read = read_fields(kind)
     for name, value in part.items():
         below = f"{path}.{name}"

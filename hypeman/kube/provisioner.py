@@ -10,19 +10,18 @@ gets a PersistentVolume without a disk: it only keeps later pods of its claim, a
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import trio
 
 from hypeman.kube import materials, names
 from hypeman.kube.api import ApiError, Refused
+from hypeman.kube.claims import DISK, read_claim, size_gb, what_is_wrong
 from hypeman.kube.events import Events
 from hypeman.kube.local import LocalError, LocalRefused
-from hypeman.kube.quantity import BadQuantity, whole
 from hypeman.kube.reflector import Reflector
 from hypeman.kube.site import Site
-from hypeman.kube.translate import GIB, Disk
+from hypeman.kube.translate import Disk
 from hypeman.kube.types import PersistentVolume, PersistentVolumeClaim, StorageClass, Thing
 from hypeman.urls import segment
 from hypeman.volumes.types import Volume
@@ -87,18 +86,18 @@ class Provisioner:
     def _is_for_us(self, claim: PersistentVolumeClaim) -> bool:
         about = claim.metadata
         return (
-            not claim.spec.volume_name
+            not claim.spec.get("volumeName")
             and about.deletion_timestamp is None
             and about.annotations.get(SELECTED) == self._site.name
             and about.annotations.get("volume.kubernetes.io/storage-provisioner") == names.PROVISIONER
         )
 
     async def _provide(self, claim: PersistentVolumeClaim) -> None:
-        path = f"/apis/storage.k8s.io/v1/storageclasses/{segment(claim.spec.storage_class_name)}"
+        path = f"/apis/storage.k8s.io/v1/storageclasses/{segment(str(claim.spec.get('storageClassName', '')))}"
         kind = await self._site.api.get(path, StorageClass)
         if kind.provisioner != names.PROVISIONER:  # anyone who makes claims can write our annotations into them
             return
-        wrong = what_is_wrong(claim)
+        wrong = what_is_wrong(claim, kind)
         if wrong:
             self._events.warn(claim, "ProvisioningFailed", wrong, kind="PersistentVolumeClaim")
             return
@@ -108,7 +107,7 @@ class Provisioner:
                 CLAIM_UID: claim.metadata.uid,
                 names.NAMESPACE: claim.metadata.namespace,
             }
-            disk = Disk(names.claim_volume_id(claim.metadata), size_gb(claim))
+            disk = Disk(names.claim_volume_id(claim.metadata), size_gb(read_claim(claim)))
             await materials.make_disk(self._site.local, disk, tags)
         try:
             await self._site.api.create(VOLUMES, persistent_volume(claim, kind, self._site.name), Thing)
@@ -167,27 +166,9 @@ class Provisioner:
         return False
 
 
-def size_gb(claim: PersistentVolumeClaim) -> int:
-    return max(1, math.ceil(whole(claim.spec.resources["requests"]["storage"]) / GIB))
-
-
-def what_is_wrong(claim: PersistentVolumeClaim) -> str:
-    """The field that cannot be done; empty if there is none. Pure."""
-    if claim.spec.volume_mode != "Filesystem":
-        return f"spec.volumeMode: {claim.spec.volume_mode} is not supported by hypeman"
-    others = [mode for mode in claim.spec.access_modes if mode not in ("ReadWriteOnce", "ReadWriteOncePod")]
-    if others:
-        return f"spec.accessModes: {', '.join(others)} is not supported by hypeman: a volume belongs to one host"
-    try:
-        size_gb(claim)
-    except (KeyError, TypeError, BadQuantity):
-        return "spec.resources.requests.storage is no quantity"
-    return ""
-
-
 def persistent_volume(claim: PersistentVolumeClaim, kind: StorageClass, node: str) -> dict[str, Any]:
     """The object for a claim. Pure."""
-    about = claim.metadata
+    about, spec = claim.metadata, read_claim(claim)
     name = names.claim_volume_id(about)
     here = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
     return {
@@ -197,15 +178,15 @@ def persistent_volume(claim: PersistentVolumeClaim, kind: StorageClass, node: st
             "name": name,
             "annotations": {
                 PROVISIONED_BY: names.PROVISIONER,
-                names.PROVISIONER: kind.parameters.get("type", "disk"),
+                names.PROVISIONER: kind.parameters.get("type", DISK),
                 NODE: node,
             },
         },
         "spec": {
-            "capacity": {"storage": claim.spec.resources["requests"]["storage"]},
-            "accessModes": list(claim.spec.access_modes),
+            "capacity": {"storage": spec.resources.requests["storage"]},
+            "accessModes": list(spec.access_modes),
             "persistentVolumeReclaimPolicy": kind.reclaim_policy,
-            "storageClassName": claim.spec.storage_class_name,
+            "storageClassName": spec.storage_class_name,
             "volumeMode": "Filesystem",
             "claimRef": {
                 "apiVersion": "v1",

@@ -2,8 +2,8 @@
 
 Field names are written as in the API, in camel case, by ``rename``. What is absent stays absent when it is encoded.
 Fields that are not declared are ignored by decoding, so an object that was read is never written back: writes are
-patches of what the node owns. A pod's ``spec`` stays as it came, because what it asks for and we do not know has to be
-refused, by name.
+patches of what the node owns. The ``spec`` of a pod or claim stays as it came, because what it asks for and we do not
+know has to be refused, by name.
 """
 
 from __future__ import annotations
@@ -232,20 +232,12 @@ class Lease(Thing, frozen=True):
 # ── What pods refer to ──────────────────────────────────────────────────────────────────────────
 
 
-class ClaimSpec(Part, frozen=True):
-    storage_class_name: str = ""
-    volume_name: str = ""
-    access_modes: tuple[str, ...] = ()
-    resources: dict[str, Any] = {}
-    volume_mode: str = "Filesystem"
-
-
 class PhaseStatus(Part, frozen=True):
     phase: str = ""
 
 
 class PersistentVolumeClaim(Thing, frozen=True):
-    spec: ClaimSpec = ClaimSpec()
+    spec: dict[str, Any] = {}
     status: PhaseStatus = PhaseStatus()
 
 
@@ -267,6 +259,8 @@ class PersistentVolume(Thing, frozen=True):
 class StorageClass(Thing, frozen=True):
     provisioner: str = ""
     parameters: dict[str, str] = {}
+    mount_options: tuple[str, ...] = ()
+    allow_volume_expansion: bool = False
     reclaim_policy: str = "Delete"
 
 

@@ -828,11 +828,45 @@ async def test_a_claim_becomes_a_volume_of_this_host(world: World, autojump_cloc
         assert not world.host.volumes
 
 
-async def test_a_claim_that_cannot_be_done_is_refused_by_name(world: World, autojump_clock: MockClock) -> None:
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"accessModes": ["ReadWriteMany"]}, "spec.accessModes: ReadWriteMany"),
+        ({"volumeMode": "Block"}, "spec.volumeMode: Block"),
+        ({"dataSource": {"kind": "PersistentVolumeClaim", "name": "other"}}, "spec.dataSource:"),
+        ({"dataSourceRef": {"kind": "VolumeSnapshot", "name": "s"}}, "spec.dataSourceRef:"),
+        ({"selector": {"matchLabels": {"disk": "fast"}}}, "spec.selector:"),
+        ({"volumeAttributesClassName": "fast"}, "spec.volumeAttributesClassName:"),
+        ({"resources": {"requests": {"storage": "1Gi"}, "limits": {"storage": "1Gi"}}}, "spec.resources.limits:"),
+        ({"somethingNew": 1}, "spec.somethingNew:"),
+    ],
+)
+async def test_a_claim_that_cannot_be_done_is_refused_by_name(
+    world: World, autojump_clock: MockClock, asked: dict[str, Any], named: str
+) -> None:
     world.cluster.put("/apis/storage.k8s.io/v1/storageclasses/local", {"provisioner": "hypeman.dev/local"})
     wrong = claim()
-    wrong["spec"]["accessModes"] = ["ReadWriteMany"]
+    wrong["spec"] |= asked
     world.cluster.put("/api/v1/namespaces/default/persistentvolumeclaims/data", wrong)
     async with world.running():
-        await world.until(lambda: any("ReadWriteMany" in text for _, text in world.cluster.events()))
+        await world.until(lambda: world.has_event("ProvisioningFailed", named))
+        assert not world.host.volumes
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ({"parameters": {"type": "ssd"}}, "StorageClass 'local' parameters.type: 'ssd'"),
+        ({"parameters": {"fsType": "xfs"}}, "parameters.fsType"),
+        ({"mountOptions": ["noatime"]}, "mountOptions: noatime"),
+        ({"allowVolumeExpansion": True}, "allowVolumeExpansion"),
+    ],
+)
+async def test_a_storage_class_that_cannot_be_done_is_refused_by_name(
+    world: World, autojump_clock: MockClock, kind: dict[str, Any], named: str
+) -> None:
+    world.cluster.put("/apis/storage.k8s.io/v1/storageclasses/local", {"provisioner": "hypeman.dev/local", **kind})
+    world.cluster.put("/api/v1/namespaces/default/persistentvolumeclaims/data", claim())
+    async with world.running():
+        await world.until(lambda: world.has_event("ProvisioningFailed", named))
         assert not world.host.volumes

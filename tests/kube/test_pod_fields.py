@@ -1,4 +1,4 @@
-"""Every field of a pod's spec that Kubernetes publishes is read, noted, harmless or refused; none is dropped silently.
+"""Every field of a pod or claim that Kubernetes publishes is read, noted, harmless or refused: none is dropped.
 
 golden/pod_schema.json   the published fields (``tests/kube/pod_schema.py``)
 golden/pod_fields.txt    what becomes of each: the one in git, and what really happens
@@ -16,10 +16,11 @@ import msgspec
 import pytest
 
 from hypeman.kube import podspec
+from hypeman.kube.claims import ClaimSpec, what_is_wrong
 from hypeman.kube.podspec import Kind, Noted, Part, PodSpec, Refusal, notes_of, parse_pod, read_fields
 from hypeman.kube.references import Missing, Sources, needed
 from hypeman.kube.translate import Placement, facts_of, translate
-from hypeman.kube.types import ConfigMap, Pod, Secret
+from hypeman.kube.types import ConfigMap, PersistentVolumeClaim, Pod, Secret, StorageClass
 from tests.kube import pod_schema
 
 GOLDEN = Path(__file__).parent / "golden" / "pod_fields.txt"
@@ -31,9 +32,16 @@ Spec = dict[str, Any]
 # ── What becomes of each field ──────────────────────────────────────────────────────────────────
 
 
+CLAIM = "PersistentVolumeClaimSpec"
+
+
 def fields() -> Iterator[tuple[str, str, str]]:
     """Path, published type, and what becomes of it; nothing below a field that is not read."""
     yield from _fields(pod_schema.ROOT, PodSpec, "spec")
+
+
+def claim_fields() -> list[tuple[str, str, str]]:
+    return list(_fields(CLAIM, ClaimSpec, "spec"))
 
 
 def _fields(published: str, kind: type[Part], path: str) -> Iterator[tuple[str, str, str]]:
@@ -61,7 +69,10 @@ def _says(other: Kind | Noted | tuple[Any, ...] | None) -> str:
 
 
 def render() -> str:
-    return "".join(f"{path}  {says}\n" for path, _, says in fields())
+    parts = {"A pod:": fields(), "A PersistentVolumeClaim of a StorageClass of ours:": claim_fields()}
+    return "\n".join(
+        "".join([f"{title}\n\n", *(f"{path}  {says}\n" for path, _, says in found)]) for title, found in parts.items()
+    )
 
 
 def test_golden_copy() -> None:
@@ -84,6 +95,20 @@ def test_all_that_is_known_is_published() -> None:
     shared = {"SecretProjection.secretName", "SecretVolumeSource.name", "LocalObjectReference.optional"}
     shared |= {f"{kind}Projection.defaultMode" for kind in ("Secret", "ConfigMap", "DownwardAPI")}
     assert set(known(pod_schema.ROOT, PodSpec)) == shared
+    assert not set(known(CLAIM, ClaimSpec))
+
+
+@pytest.mark.parametrize(("path", "type_", "says"), [each for each in claim_fields() if each[2] != READ])
+def test_what_is_not_read_of_a_claim(path: str, type_: str, says: str) -> None:
+    assert says == "refused", "a volume that is not what was asked for is none"
+    *steps, last = path.removeprefix("spec.").split(".")
+    spec: Spec = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    assert what_is_wrong(PersistentVolumeClaim(spec=spec), StorageClass()) == ""
+    place = spec
+    for step in steps:
+        place = place[step]
+    place[last] = sample(type_)
+    assert what_is_wrong(PersistentVolumeClaim(spec=spec), StorageClass()).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize(("path", "type_", "says"), [each for each in fields() if each[2] != READ])
