@@ -23,7 +23,7 @@ Call = Callable[..., Any]
 def call(metal: MetalHost) -> Iterator[Call]:
     """Ask the service inside: ``call("claim one - nic + bind one")``. Its store is thrown away after the test."""
 
-    def ask(*words: str, timeout: float = 240) -> Any:
+    def ask(*words: str, timeout: float = 600) -> Any:
         line = " ".join(words)
         code, output = metal.run(f"cd /opt/hypeman && python3 -m tests.metal.inside {line}", timeout=timeout)
         assert code == 0, f"{words}: {output}\n{metal.console(2000)}"
@@ -55,7 +55,7 @@ def inner(metal: MetalHost, modules: str, script: str, *devices: str, uid: int =
     metal.put({"/opt/inner.sh": Path(__file__).parent / "inner.sh", "/opt/script": script.encode()})
     arguments = " ".join(f"-device vfio-pci,sysfsdev={path}" for path in devices)
     user = f"INNER_UID={uid} " if uid else ""
-    output = metal.check(f'{user}sh /opt/inner.sh "{modules}" "$(cat /opt/script)" {arguments}', timeout=480)
+    output = metal.check(f'{user}sh /opt/inner.sh "{modules}" "$(cat /opt/script)" {arguments}', timeout=1200)
     assert "INNER-END" in output, output
     return output
 

@@ -1,19 +1,34 @@
-"""The control group of a VMM spares its neighbours: ``limits_inside.py`` runs in there."""
+"""The processors of a host with two of them: a VMM is held to its share, and its control group spares its neighbours.
+``limits_inside.py`` runs in there."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from tests.metal import vmm_host
+from tests.metal.rig import MetalHost
 
 pytestmark = [pytest.mark.metal, pytest.mark.real, pytest.mark.slow]
 
+INSIDE = "-s tests/metal/limits_inside.py"
 
-def test_a_neighbour_is_spared(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """On two processors: on one, fair shares alone would double what a neighbour waits."""
-    with vmm_host.boot_for_tests(tmp_path_factory.mktemp("guest"), cpus=2) as host:
-        vmm_host.start_keeper(host)
-        selection = "-s tests/metal/limits_inside.py -k neighbour"
-        said = vmm_host.run_tests(host, selection, seconds=3600, HYPEMAN_TEST_HYPERVISOR="qemu")
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MetalHost]:
+    """On one processor nothing would exceed the limit, and fair shares alone would double what a neighbour waits."""
+    with vmm_host.boot_for_tests(tmp_path_factory.mktemp("guest"), cpus=2) as booted:
+        vmm_host.start_keeper(booted)
+        yield booted
+
+
+def test_a_vmm_is_held_to_its_processors(host: MetalHost) -> None:
+    said = vmm_host.run_tests(host, f"{INSIDE} -k processors", seconds=3600)
+    assert "1 passed" in said, said
+
+
+def test_a_neighbour_is_spared(host: MetalHost) -> None:
+    said = vmm_host.run_tests(host, f"{INSIDE} -k neighbour", seconds=3600, HYPEMAN_TEST_HYPERVISOR="qemu")
     print(said)
     assert "1 passed" in said, said

@@ -19,7 +19,6 @@ import pytest
 from tests.metal.image import build_image, missing
 from tests.metal.rig import MetalHost, nvme
 from tests.packaging.on_metal import (
-    MAKE_WORLD,
     ORIGIN,
     PUBLISHED_PORT,
     SECRET,
@@ -63,8 +62,9 @@ def appliance(tmp_path_factory: pytest.TempPathFactory, nvme_disk: Path) -> Iter
     }
     with MetalHost.boot(build_image(python=False), devices=devices, files=files, memory_mb=4096, cpus=2) as host:
         host.keep_vms()
-        host.check(MAKE_WORLD)
-        yield OnMetal(host)
+        made = OnMetal(host)
+        made.make_world()
+        yield made
 
 
 def find(pattern: str) -> Path:

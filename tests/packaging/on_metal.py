@@ -53,7 +53,7 @@ CREDENTIALS = {
     }
 }
 
-MAKE_WORLD = f"""
+MAKE_WORLD = f"""#!/bin/sh
 set -e
 ip link set lo up
 ip netns add world
@@ -64,7 +64,8 @@ ip -n world address add {WORLD}/30 dev wan
 ip -n world link set wan up
 ip -n world link set lo up
 ip route add default via {WORLD}
-echo "{WORLD} {ORIGIN}" >> /etc/hosts
+grep -q {ORIGIN} /etc/hosts || echo "{WORLD} {ORIGIN}" >> /etc/hosts
+rm -f /root/say /root/answer
 mkfifo /root/say /root/answer
 setsid docker-registry serve /root/registry/registry.yml >/root/registry.log 2>&1 </dev/null &
 ip netns exec world setsid sh -c 'exec 3<>/root/say; exec busybox nc -l -p {SESSION_PORT} <&3' \\
@@ -74,6 +75,20 @@ ip netns exec world setsid sh -c 'exec 3<>/root/answer
     >>/root/seen 2>/root/origin.log </dev/null &
 """
 """``nc`` takes one connection and no second one: who is heard there is heard over the first session."""
+
+WORLD_UNIT = b"""[Unit]
+Description=The world beyond the uplink
+Before=hypeman.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/lib/make-world
+
+[Install]
+WantedBy=multi-user.target
+"""
+"""The world is there before the appliance, after each boot of the host."""
 
 FETCH = f"""
 : > /root/seen
@@ -108,6 +123,12 @@ class OnMetal:
     def __init__(self, host: MetalHost) -> None:
         self.host = host
         self.token = ""
+
+    def make_world(self) -> None:
+        self.host.put(
+            {"/usr/local/lib/make-world": MAKE_WORLD.encode(), "/etc/systemd/system/world.service": WORLD_UNIT}
+        )
+        self.host.check("systemctl -q enable --now world")
 
     def hypeman(self, *arguments: str, timeout: float = SLOW) -> str:
         quoted = " ".join(f"'{argument}'" for argument in arguments)
