@@ -410,7 +410,8 @@ async def _answer_http_exception(error: HTTPException) -> Response:
     if status == 404:
         message = f"there is no {request.method} {request.path}" if has_request_context() else "there is no such stream"
     elif status == 405:
-        allowed = ", ".join(methods_of(request.path, OPERATIONS) or sorted(getattr(error, "valid_methods", None) or ()))
+        others = set(getattr(error, "valid_methods", None) or ()) - {"OPTIONS"}  # Quart's, of the paths of WebSockets
+        allowed = ", ".join(methods_of(request.path, OPERATIONS) or sorted(others))
         headers["Allow"] = allowed
         message = f"{request.path} takes {allowed}"
     elif isinstance(error, WebsocketMismatch):

@@ -90,6 +90,8 @@ async def test_unknown_routes_and_methods(ask: Any) -> None:
         ("OPTIONS", "/volumes/from-archive", "POST"),
         ("PUT", "/images/a/tag", "POST"),
         ("PUT", "/images/a/progress", "GET, HEAD"),
+        ("POST", "/instances/x/exec", "GET, HEAD"),
+        ("DELETE", "/instances/x/cp", "GET, HEAD"),
     ],
 )
 async def test_allow_lists_the_methods_of_that_very_path(client: Client, method: str, path: str, allowed: str) -> None:

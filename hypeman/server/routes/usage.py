@@ -37,8 +37,11 @@ class UsageQuery(Struct, frozen=True, kw_only=True):
 
 
 class VerifyQuery(Struct, frozen=True, kw_only=True):
-    block: Annotated[int, Meta(ge=0, description="Number of a block whose hash was noted; 0: none")] = 0
-    hash: Annotated[str, Meta(pattern="^([0-9a-f]{64})?$", description="Of that block")] = ""
+    block: Annotated[int, Meta(ge=0, description="Number of a block whose hash was noted; 0: none", examples=[12])] = 0
+    hash: Annotated[
+        str,
+        Meta(pattern="^([0-9a-f]{64})?$", description="Of that block; the two belong together", examples=["5e" * 32]),
+    ] = ""
 
 
 @routes.get("/usage", Scope.INSTANCE_READ, fails=(400,))
