@@ -48,7 +48,10 @@ TagMap = Annotated[
 ]
 Platform = Annotated[str, Meta(description="os/arch[/variant]", examples=["linux/amd64"])]
 Port = Annotated[int, Meta(ge=1, le=65535)]
-Count = Annotated[int, Meta(ge=0)]
+MAX_INT = 2**63 - 1
+"""Of every integer in a request: clients in other languages cannot read a larger one back."""
+Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
+Positive = Annotated[int, Meta(ge=1, le=MAX_INT)]
 
 _COMPONENT = "[a-z0-9]+((\\.|_|__|-+)[a-z0-9]+)*"
 _DOMAIN = "[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from hypeman.fields import TagMap, Timestamp
+from hypeman.fields import Positive, TagMap, Timestamp
 
 
 class BuilderStatus(enum.StrEnum):
@@ -22,9 +22,7 @@ class CreateBuilderRequest(Struct, frozen=True, kw_only=True):
 
     id: Annotated[str | None, Meta(description="Chosen by the caller; default: a new one")] = None
     name: Annotated[Annotated[str, Meta(max_length=255)] | None, Meta(description="Need not be unique")] = None
-    disk_size_gb: Annotated[
-        Annotated[int, Meta(ge=1)] | None, Meta(description="Size of the cache; default: build.disk_size")
-    ] = None
+    disk_size_gb: Annotated[Positive | None, Meta(description="Size of the cache; default: build.disk_size")] = None
     tags: TagMap = {}
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from hypeman.fields import Count
+from hypeman.fields import MAX_INT, Count
 
 Uint32 = Annotated[int, Meta(ge=0, lt=2**32)]
 
@@ -73,4 +73,6 @@ class CpRequest(Struct, frozen=True, kw_only=True):
     follow_links: bool = False
     src_basename: str | None = None
     link_target: Annotated[str, Meta(description="Where a link is to lead; any path of the guest")] = ""
-    mtime: Annotated[int | None, Meta(description="Seconds since 1970; null: now")] = None
+    mtime: Annotated[
+        Annotated[int, Meta(ge=-MAX_INT, le=MAX_INT)] | None, Meta(description="Seconds since 1970; null: now")
+    ] = None

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from hypeman.fields import Duration, Timestamp
+from hypeman.fields import MAX_INT, Duration, Timestamp
 
 
 class ResourceStatus(Struct, frozen=True, kw_only=True):
@@ -88,6 +88,7 @@ class MemoryReclaimRequest(Struct, frozen=True, kw_only=True):
     reclaim_bytes: Annotated[
         int,
         Meta(
+            le=MAX_INT,
             description="Memory to reclaim from all guests together, in place of what is reclaimed now; 0: none",
             extra_json_schema={"minimum": 0},
         ),

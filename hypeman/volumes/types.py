@@ -6,9 +6,9 @@ from typing import Annotated
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from hypeman.fields import TagMap, Timestamp
+from hypeman.fields import MAX_INT, TagMap, Timestamp
 
-Gigabytes = Annotated[int, Meta(ge=1, description="Units of 2^30 bytes")]
+Gigabytes = Annotated[int, Meta(ge=1, le=MAX_INT, description="Units of 2^30 bytes")]
 
 
 class CreateVolumeRequest(Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -11,11 +12,16 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import inspect
 
+from hypeman.fields import MAX_INT
 from hypeman.instances.model.types import CreateInstanceRequest, InstanceState
+from hypeman.server.api import UploadStream
 from hypeman.server.decode import decode_body, decode_query, decode_segment
 from hypeman.server.errors import SchemaViolation
+from hypeman.server.routes import OPERATIONS
 from hypeman.server.routes.instances import InstanceQuery, LogQuery
+from hypeman.server.streams import WEBSOCKETS
 
 DECODER = msgspec.json.Decoder(CreateInstanceRequest)
 FIELDS = CreateInstanceRequest.__struct_fields__
@@ -135,3 +141,48 @@ def test_a_whole_number_is_an_integer() -> None:
     assert decode_body(b'{"name":"a","image":"b","vcpus":2.0}', DECODER).vcpus == 2
     with pytest.raises(SchemaViolation, match="vcpus"):
         decode_body(b'{"name":"a","image":"b","vcpus":2.5}', DECODER)
+
+
+def integers(
+    kind: inspect.Type, place: str, seen: frozenset[type] = frozenset()
+) -> Iterator[tuple[str, inspect.IntType]]:
+    """The integers of a type of request, with their places."""
+    match kind:
+        case inspect.Metadata():
+            yield from integers(kind.type, place, seen)
+        case inspect.IntType():
+            yield place, kind
+        case inspect.StructType() if kind.cls not in seen:
+            for field in kind.fields:
+                yield from integers(field.type, f"{place}.{field.encode_name}", seen | {kind.cls})
+        case inspect.UnionType():
+            for each in kind.types:
+                yield from integers(each, place, seen)
+        case inspect.DictType():
+            yield from integers(kind.value_type, f"{place}{{}}", seen)
+        case inspect.ListType() | inspect.VarTupleType():
+            yield from integers(kind.item_type, f"{place}[]", seen)
+
+
+def test_no_integer_is_larger_than_clients_can_read_back() -> None:
+    """Some are echoed, and a float that is made of 400 digits is an exception."""
+    asked = [(f"{one.method} {one.path}", kind) for one in OPERATIONS for kind in (one.body, one.query, one.form)]
+    asked += [(socket.path, message.form) for socket in WEBSOCKETS for message in socket.receives]
+    found = {
+        place: kind
+        for name, type_ in asked
+        if type_ is not None and type_ is not UploadStream
+        for place, kind in integers(inspect.type_info(type_), name)
+    }
+    assert len(found) > 20
+    assert [
+        place for place, kind in found.items() if min(kind.le or MAX_INT + 1, (kind.lt or 2**64) - 1) > MAX_INT
+    ] == []
+
+
+@pytest.mark.parametrize("number", ["9223372036854775808", "1e19", "1e300", "1" + 400 * "0", "-9223372036854775809"])
+def test_large_integers(number: str) -> None:
+    with pytest.raises(SchemaViolation):
+        decode_body(f'{{"name": "a", "image": "b", "vcpus": {number}}}'.encode(), DECODER)
+    with pytest.raises(SchemaViolation):
+        decode_query(f"tail={number}".encode(), LogQuery)

@@ -29,6 +29,7 @@ from hypeman.fields import (
     Name,
     Platform,
     Port,
+    Positive,
     Rate,
     Size,
     TagMap,
@@ -37,8 +38,6 @@ from hypeman.fields import (
 from hypeman.host.types import MAX_GROUPS
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.network.types import PortMapping
-
-Positive = Annotated[int, Meta(ge=1)]
 
 
 class InstanceState(enum.StrEnum):

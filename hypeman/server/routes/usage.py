@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from hypeman.errors import InvalidRequest
-from hypeman.fields import TagMap
+from hypeman.fields import Count, TagMap
 from hypeman.metering.types import Query, UsageBy, UsageReport, UsageVerification
 from hypeman.server.api import Routes
 from hypeman.server.moments import parse_moment
@@ -37,7 +37,7 @@ class UsageQuery(Struct, frozen=True, kw_only=True):
 
 
 class VerifyQuery(Struct, frozen=True, kw_only=True):
-    block: Annotated[int, Meta(ge=0, description="Number of a block whose hash was noted; 0: none", examples=[12])] = 0
+    block: Annotated[Count, Meta(description="Number of a block whose hash was noted; 0: none", examples=[12])] = 0
     hash: Annotated[
         str,
         Meta(pattern="^([0-9a-f]{64})?$", description="Of that block; the two belong together", examples=["5e" * 32]),
