@@ -659,7 +659,7 @@ class Instances:
                 return await live.wait_guest(seconds, instead_of=instead_of)
         except VmmGone:
             check_legal(Command.USE, self.board.find(record.id).state, name=record.name)
-        raise InvalidState(f"instance {record.name!r} is shutting down", retryable=True)
+        raise InvalidState(f"instance {record.name!r} is stopping or going into standby", retryable=True)
 
     # Helpers
 
