@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import trio
 
+from hypeman.egress import protocol
+from hypeman.egress.link import EngineLink
 from hypeman.store import Store
 from tests.images.crash_points import Points
 
@@ -47,3 +49,23 @@ def _count_commits(points: Points) -> None:
         points.reach()
 
     Store._commit = counted  # type: ignore[method-assign]
+
+
+def count_messages(points: Points) -> None:
+    """Points for what is sent to an engine: half of a message, and all of it."""
+    send = EngineLink._send
+
+    async def counted(
+        self: EngineLink, message: protocol.Request, payload: bytearray | None, descriptors: Sequence[int]
+    ) -> None:
+        if points.is_next():
+            head = protocol.encode(
+                message, payload=len(payload or b""), descriptors=len(descriptors), version=self.version
+            )
+            data = head + bytes(payload or b"")
+            await self._socket.send(data[: len(data) // 2])
+        points.reach()
+        await send(self, message, payload, descriptors)
+        points.reach()
+
+    EngineLink._send = counted  # type: ignore[method-assign]

@@ -29,6 +29,10 @@ class Points:
                 os.kill(victim, signal.SIGKILL)
             signal.pause()
 
+    def is_next(self) -> bool:
+        """Whether the next point is the one."""
+        return os.fstat(self._journal).st_size + 1 == self._at
+
     def before(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self.reach()
