@@ -17,6 +17,7 @@ static void sha256(const void *p, size_t n, unsigned char out[SCRAM_HASH])
     (void)SHA256_Init(&c);
     (void)SHA256_Update(&c, p, n);
     (void)SHA256_Final(out, &c);
+    OPENSSL_cleanse(&c, sizeof c);
 }
 
 static void hmac_key(struct scram_key *k, const void *key, size_t n)
@@ -37,12 +38,13 @@ static void hmac_key(struct scram_key *k, const void *key, size_t n)
     OPENSSL_cleanse(pad, sizeof pad);
 }
 
-static void hmac_end(const struct scram_key *k, SHA256_CTX *in, unsigned char out[SCRAM_HASH])
+/* `c`: after all of the text. It contains the output then, and is to be wiped. */
+static void hmac_end(const struct scram_key *k, SHA256_CTX *c, unsigned char out[SCRAM_HASH])
 {
-    SHA256_CTX c = k->out;
-    (void)SHA256_Final(out, in);
-    (void)SHA256_Update(&c, out, SCRAM_HASH);
-    (void)SHA256_Final(out, &c);
+    (void)SHA256_Final(out, c);
+    *c = k->out;
+    (void)SHA256_Update(c, out, SCRAM_HASH);
+    (void)SHA256_Final(out, c);
 }
 
 static void hmac(const void *key, size_t key_n, struct str text, unsigned char out[SCRAM_HASH])
@@ -52,6 +54,7 @@ static void hmac(const void *key, size_t key_n, struct str text, unsigned char o
     SHA256_CTX c = k.in;
     (void)SHA256_Update(&c, text.p, text.n);
     hmac_end(&k, &c, out);
+    OPENSSL_cleanse(&c, sizeof c);
     OPENSSL_cleanse(&k, sizeof k);
 }
 
@@ -169,6 +172,7 @@ static void signature(const unsigned char key[SCRAM_HASH], struct str first_bare
     (void)SHA256_Update(&c, ",", 1);
     (void)SHA256_Update(&c, without_proof.p, without_proof.n);
     hmac_end(&k, &c, out);
+    OPENSSL_cleanse(&c, sizeof c);
     OPENSSL_cleanse(&k, sizeof k);
 }
 
@@ -214,6 +218,7 @@ bool scram_client_take(struct scram_client *s, struct str message, struct str pa
     SHA256_CTX c = s->password.in;
     (void)SHA256_Update(&c, salt, (size_t)salt_n + 4);
     hmac_end(&s->password, &c, s->block);
+    OPENSSL_cleanse(&c, sizeof c);
     memcpy(s->salted, s->block, SCRAM_HASH);
     s->left = (unsigned)iterations - 1;
     return true;
@@ -221,13 +226,15 @@ bool scram_client_take(struct scram_client *s, struct str message, struct str pa
 
 bool scram_client_derive(struct scram_client *s, unsigned most)
 {
+    SHA256_CTX c;
     for (; s->left && most; s->left--, most--) {
-        SHA256_CTX c = s->password.in;
+        c = s->password.in;
         (void)SHA256_Update(&c, s->block, SCRAM_HASH);
         hmac_end(&s->password, &c, s->block);
         for (unsigned i = 0; i < SCRAM_HASH; i++)
             s->salted[i] ^= s->block[i];
     }
+    OPENSSL_cleanse(&c, sizeof c);
     return !s->left;
 }
 
