@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -130,12 +131,13 @@ class ApiClient:
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
         self._version: tuple[int, ...] = ()
-        self._retired: list[httpx.AsyncClient] = []
+        self._in_use: Counter[httpx.AsyncClient] = Counter()
+        """How many requests each client has. Those that were replaced are closed with their last one."""
 
     async def aclose(self) -> None:
-        for client in (*self._retired, *([self._client] if self._client else [])):
+        for client in {*self._in_use, *([self._client] if self._client else [])}:
             await client.aclose()
-        self._client, self._retired = None, []
+        self._client = None
 
     async def get(self, path: str, kind: type[T]) -> T:
         return _decoded(await self._call("GET", path), kind)
@@ -182,28 +184,28 @@ class ApiClient:
             "resourceVersion": version,
             "timeoutSeconds": str(WATCH_SECONDS),
         }
-        client = self._current()
-        request = client.build_request(
-            "GET",
-            self.access.server + path,
-            params=asked,
-            headers=self._headers(),
-            timeout=httpx.Timeout(REQUEST_SECONDS, read=SILENCE_SECONDS),
-        )
-        try:
-            with trio.move_on_after(REQUEST_SECONDS) as patience:
-                response = await client.send(request, stream=True)
-            if patience.cancelled_caught:
-                raise Unreachable(f"GET {path}: no answer in {REQUEST_SECONDS:g} s")
+        async with self._current() as client:
+            request = client.build_request(
+                "GET",
+                self.access.server + path,
+                params=asked,
+                headers=self._headers(),
+                timeout=httpx.Timeout(REQUEST_SECONDS, read=SILENCE_SECONDS),
+            )
             try:
-                if response.status_code != 200:
-                    raise _refusal("GET", path, response.status_code, await response.aread())
-                yield _events(response, kind)
-            finally:
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
-                    await response.aclose()
-        except (httpx.HTTPError, OSError) as error:
-            raise _unreachable("GET", path, error) from None
+                with trio.move_on_after(REQUEST_SECONDS) as patience:
+                    response = await client.send(request, stream=True)
+                if patience.cancelled_caught:
+                    raise Unreachable(f"GET {path}: no answer in {REQUEST_SECONDS:g} s")
+                try:
+                    if response.status_code != 200:
+                        raise _refusal("GET", path, response.status_code, await response.aread())
+                    yield _events(response, kind)
+                finally:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                        await response.aclose()
+            except (httpx.HTTPError, OSError) as error:
+                raise _unreachable("GET", path, error) from None
 
     # ── One request ─────────────────────────────────────────────────────────────────────────────
 
@@ -219,10 +221,11 @@ class ApiClient:
         content = None if body is None else msgspec.json.encode(body)
         headers = self._headers() if content is None else {**self._headers(), "Content-Type": content_type}
         try:
-            with trio.fail_after(REQUEST_SECONDS):
-                response = await self._current().request(
-                    method, self.access.server + path, params=query, content=content, headers=headers
-                )
+            async with self._current() as client:
+                with trio.fail_after(REQUEST_SECONDS):
+                    response = await client.request(
+                        method, self.access.server + path, params=query, content=content, headers=headers
+                    )
         except trio.TooSlowError:
             raise Unreachable(f"{method} {path}: no answer in {REQUEST_SECONDS:g} s") from None
         except (httpx.HTTPError, OSError) as error:
@@ -245,8 +248,24 @@ class ApiClient:
             raise Unreachable(f"the token cannot be read: {error}") from None
         return {**headers, "Authorization": f"Bearer {token}"} if token else headers
 
-    def _current(self) -> httpx.AsyncClient:
-        """The client with the certificates as they are now; a watch keeps the one that it began with."""
+    @asynccontextmanager
+    async def _current(self) -> AsyncIterator[httpx.AsyncClient]:
+        """The client with the certificates as they are now, for one request; a watch keeps the one that it began with.
+        Raises Unreachable."""
+        before, client = self._client, self._newest()
+        self._in_use[client] += 1
+        try:
+            if before is not None and before is not client and not self._in_use[before]:
+                await _close(before)
+            yield client
+        finally:
+            self._in_use[client] -= 1
+            if not self._in_use[client]:
+                del self._in_use[client]
+                if client is not self._client:
+                    await _close(client)
+
+    def _newest(self) -> httpx.AsyncClient:
         version = self.access.version()
         if self._client is not None and version == self._version:
             return self._client
@@ -256,13 +275,16 @@ class ApiClient:
             if self._client is not None:  # halfway through being replaced
                 return self._client
             raise Unreachable(f"certificates of the cluster cannot be read: {error}") from None
-        if self._client is not None:
-            self._retired = [*self._retired[-1:], self._client]
         self._version = version
         self._client = httpx.AsyncClient(
             verify=context, timeout=REQUEST_SECONDS, trust_env=False, limits=_LIMITS, transport=self._transport
         )
         return self._client
+
+
+async def _close(client: httpx.AsyncClient) -> None:
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+        await client.aclose()
 
 
 _LIMITS = httpx.Limits(max_connections=64, max_keepalive_connections=16, keepalive_expiry=30)
