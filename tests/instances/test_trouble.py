@@ -111,6 +111,45 @@ async def test_a_log_is_rotated_also_if_its_times_cannot_be(lab: Lab, monkeypatc
         await clean_up(lab, instances)
 
 
+async def test_a_log_is_rotated_also_if_the_vmm_cannot_be_told(lab: Lab) -> None:
+    """It goes on writing to the same file, which is emptied."""
+    async with lab.running() as instances:
+        await running(lab, instances)
+        record = instances.board.find("one")
+        app = lab.paths.instance(record.id).log("app")
+        for text in ("much", "more"):
+            with app.open("a") as guest:
+                guest.write(text)
+                guest.flush()
+                lab.driver.faults.plan("rotate_console", 1, VmmBroken("it does not answer"), after=False)
+                await instances.machine.logs.rotate(record.id, 1)
+                assert (app.read_text(), app.with_suffix(".log.1").read_text()) == ("", text)
+                guest.write("on")
+                guest.flush()
+                assert app.read_text() == "on", "what is written to is what is looked at"
+                app.write_text("")
+        await clean_up(lab, instances)
+
+
+async def test_a_log_that_was_renamed_by_a_server_that_was_killed_is_reopened(lab: Lab) -> None:
+    async with lab.running() as instances:
+        await running(lab, instances)
+        record = instances.board.find("one")
+        app = lab.paths.instance(record.id).log("app")
+        old = app.with_suffix(".log.1")
+        app.write_text("much")
+        app.rename(old)
+        for text in ("", "", "more"):
+            await instances.machine.logs.rotate(record.id, 1)
+            assert not app.exists()
+            with old.open("a") as guest:
+                guest.write(text)
+        await instances.machine.logs.rotate(record.id, 1)
+        assert app.exists(), "the VMM was told once the guest had printed"
+        assert old.read_text() == "muchmore"
+        await clean_up(lab, instances)
+
+
 async def test_a_clean_up_that_fails_leaves_the_server_alive(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """The VM ended by itself and its TAP cannot be removed: Unknown, with the reason; stop tries again."""
     async with lab.running() as instances:

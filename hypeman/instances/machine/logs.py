@@ -9,10 +9,13 @@ from pathlib import Path
 
 import trio
 
+from hypeman.errors import HypemanError
 from hypeman.guest.boot import MAX_BOOT_DISK, parse_outcome
 from hypeman.guest.types import Exited, Fatal
 from hypeman.host.log_times import LogTimes, begin_run, move_times
 from hypeman.host.safe_open import open_log, read_start
+from hypeman.hypervisor.interface import Vmm
+from hypeman.hypervisor.vmm_process import rotate_log
 from hypeman.instances.machine.context import Context
 from hypeman.text import one_line
 
@@ -23,6 +26,8 @@ class Logs:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._times = LogTimes()
+        self._old_sizes: dict[str, int] = {}
+        """Of the old log of each running instance's guest, when last looked at."""
 
     async def read_outcome(self, instance_id: str) -> Exited | Fatal | None:
         """How the workload ended, as the guest wrote it to its boot disk, in case the channel was down."""
@@ -58,21 +63,39 @@ class Logs:
     async def rotate(self, instance_id: str, limit: int) -> None:
         """Rotate logs larger than ``limit`` bytes; one old log is kept of each.
 
-        The VMM reopens the console log. It holds its own log open for appending, so that one is copied and
-        truncated: a line in flight may be lost, which is harmless for that log.
+        The VMM reopens the console log; an old one that grows is of a VMM that was not told to, as by a server that
+        was killed meanwhile. It holds its own log open for appending, so that one is copied and truncated: a line in
+        flight may be lost, which is harmless for that log.
         """
         mine = self._context.paths.instance(instance_id)
         live = self._context.live.get(instance_id)
         app = mine.log("app")
-        if live is not None and _size(app) > limit:
-            await trio.to_thread.run_sync(os.replace, app, app.with_suffix(".log.1"))
-            with contextlib.suppress(OSError):  # without its times; the guest must not go on writing to the old log
-                await trio.to_thread.run_sync(move_times, app, app.with_suffix(".log.1"))
-            await live.vmm.rotate_console()
+        old = app.with_suffix(".log.1")
+        before = self._old_sizes.pop(instance_id, None)
+        if live is not None:
+            try:
+                if _size(app) > limit:
+                    await trio.to_thread.run_sync(os.replace, app, old)
+                    with contextlib.suppress(OSError):  # without its times; the guest must not go on writing to it
+                        await trio.to_thread.run_sync(move_times, app, old)
+                    await _reopen(live.vmm, app)
+                elif before is not None and _size(old) > before:
+                    await _reopen(live.vmm, app)
+            finally:
+                self._old_sizes[instance_id] = _size(old)
         for other in (mine.log("vmm"), mine.log("hypeman")):
             if _size(other) > limit:
                 await self._context.files.copy(other, other.with_suffix(".log.1"))
                 await trio.to_thread.run_sync(_empty, other)
+
+
+async def _reopen(vmm: Vmm, app: Path) -> None:
+    """Have the VMM write to a new log; if it cannot be told, empty the one to which it writes."""
+    try:
+        await vmm.rotate_console()
+    except HypemanError as error:
+        log.warning("%s goes on writing to the same log: %s", app, error)
+        await trio.to_thread.run_sync(rotate_log, app)
 
 
 def _empty(path: Path) -> None:
