@@ -22,6 +22,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Coroutine, Generator
+from contextlib import suppress
 from math import inf
 from types import coroutine
 from typing import Any, TypeVar
@@ -346,9 +347,13 @@ class PlainConnection(TCPServer):
 
     async def _wait_disconnect(self) -> None:
         """Return once the client has disconnected. Behind unread bytes that is not seen here, but by ``Server``."""
-        await trio.lowlevel.wait_readable(self.stream.socket.fileno())
+        if (number := self.stream.socket.fileno()) >= 0:
+            with suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(number)
+        if (number := self.stream.socket.fileno()) < 0:  # another task has closed it
+            return
         hang_up = select.poll()
-        hang_up.register(self.stream.socket.fileno(), select.POLLRDHUP)
+        hang_up.register(number, select.POLLRDHUP)
         if not hang_up.poll(0):  # the client's next request
             await trio.sleep_forever()
 

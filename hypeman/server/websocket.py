@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from hashlib import sha1
 
 import trio
@@ -81,7 +82,7 @@ class WebSocket:
         try:
             while not self._messages:
                 await self._wait_client()
-                await trio.lowlevel.wait_readable(self._socket.fileno())
+                await self._wait_socket(trio.lowlevel.wait_readable)
                 self._read()
         finally:
             self._receiving = False
@@ -109,7 +110,7 @@ class WebSocket:
         if self._violated:
             with trio.move_on_after(_LINGER):
                 while self._receive_some() is not None:
-                    await trio.lowlevel.wait_readable(self._socket.fileno())
+                    await self._wait_socket(trio.lowlevel.wait_readable)
 
     async def _accept(self) -> None:
         if not self.accepted:
@@ -122,6 +123,12 @@ class WebSocket:
         """Return if the client is there."""
         if self.scope.cancel_called:
             await trio.sleep_forever()  # the scope ends this, or a shielded one inside of it
+
+    async def _wait_socket(self, wait: Callable[[int], Awaitable[None]]) -> None:
+        """Return at once if another task has closed the socket, or does so meanwhile: the next look finds that."""
+        if (number := self._socket.fileno()) >= 0:
+            with suppress(trio.ClosedResourceError):
+                await wait(number)
 
     def _read(self) -> None:
         """Take what has arrived, if anything has."""
@@ -178,7 +185,7 @@ class WebSocket:
         if not self._write_some():
             async with self._sending:
                 while not self._write_some():
-                    await trio.lowlevel.wait_writable(self._socket.fileno())
+                    await self._wait_socket(trio.lowlevel.wait_writable)
 
     def _write_some(self) -> bool:
         """Write as much as the socket takes; whether that was everything, or there is nobody to read it."""

@@ -12,16 +12,19 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from math import inf
+from types import SimpleNamespace
 from typing import Any
 
 import h11
 import pytest
 import trio
+import trio.testing
 
 from hypeman.devices.types import AvailableDevice
 from hypeman.instances.model.types import InstanceState
 from hypeman.server.app import ApiApp
 from hypeman.server.heads import plain_headers
+from hypeman.server.plain import PlainConnection
 from hypeman.server.plain_routes import PlainRoutes
 from hypeman.server.routes import OPERATIONS
 from hypeman.server.serve import Server, bind_tcp
@@ -593,3 +596,16 @@ async def test_the_log_line_as_it_is_written(served: Any, world: FakeWorld) -> N
     assert local == found | {"subject": "local", "uid": os.getuid()}
     assert remote == found | {"subject": "x\x9b", "address": "127.0.0.1"}
     assert missing["request_id"] == "***" and missing["status"] == 404
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["before", "meanwhile"])
+async def test_a_connection_that_another_task_closes_counts_as_disconnected(waits: bool) -> None:
+    ours, theirs = trio.socket.socketpair()
+    connection: Any = SimpleNamespace(stream=SimpleNamespace(socket=ours))
+    with trio.fail_after(10), theirs:
+        async with trio.open_nursery() as nursery:
+            if not waits:
+                ours.close()
+            nursery.start_soon(PlainConnection._wait_disconnect, connection)
+            await trio.testing.wait_all_tasks_blocked()
+            ours.close()

@@ -308,6 +308,30 @@ async def test_a_client_that_breaks_a_rule_is_told_and_its_program_ends(
     assert world.instances.sessions[0].closed
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("sends", [False, True], ids=["receive", "send"])
+async def test_a_socket_that_another_task_closes(waits: bool, sends: bool) -> None:
+    """As a client that has gone."""
+    ours, theirs = trio.socket.socketpair()
+    carried = WebSocket(ours, b"", b"", lambda: None)
+
+    async def use() -> None:
+        with carried.scope:
+            while sends:
+                await carried.send(bytes(1 << 20))
+            await carried.receive()
+
+    with trio.fail_after(10), theirs:
+        await carried.send(b"")
+        async with trio.open_nursery() as nursery:
+            if not waits:
+                ours.close()
+            nursery.start_soon(use)
+            await trio.testing.wait_all_tasks_blocked()
+            ours.close()
+    assert carried.scope.cancelled_caught
+
+
 async def test_control_frames_while_only_we_send(dial: Dial, world: FakeWorld) -> None:
     """A copy out has nothing to receive; its pings are answered, and a close ends it."""
     async with dial("/instances/web/cp", b"") as stream:
