@@ -339,6 +339,7 @@ def update() -> None:
 @click.option("--ignore-destination-port", "ports", type=int, multiple=True)
 @click.option("--ignore-source-cidr", "cidrs", multiple=True)
 @click.option("--wake", type=click.Choice(WAKES), help="What ends its standby: packets, or API requests as well.")
+@click.option("--count-udp/--no-count-udp", default=None, help="Whether UDP keeps it running as TCP connections do.")
 @reports
 def update_auto_standby(
     session: Session,
@@ -348,10 +349,16 @@ def update_auto_standby(
     ports: tuple[int, ...],
     cidrs: tuple[str, ...],
     wake: str | None,
+    count_udp: bool | None,
 ) -> None:
     """Set when an instance enters standby on its own, and what wakes it."""
     policy = present(
-        enabled=enabled, idle_timeout=idle_timeout, ignore_destination_ports=ports, ignore_source_cidrs=cidrs, wake=wake
+        enabled=enabled,
+        idle_timeout=idle_timeout,
+        ignore_destination_ports=ports,
+        ignore_source_cidrs=cidrs,
+        wake=wake,
+        count_udp=count_udp,
     )
     patch(session, instance, {"auto_standby": policy})
 

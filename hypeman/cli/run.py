@@ -104,6 +104,7 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("--auto-standby-ignore-destination-port", type=int, multiple=True)
 @click.option("--auto-standby-ignore-source-cidr", multiple=True)
 @click.option("--auto-standby-wake", type=click.Choice(WAKES))
+@click.option("--auto-standby-count-udp/--no-auto-standby-count-udp", default=None)
 @click.option("--skip-guest-agent", is_flag=True, help="No exec, cp or stat.")
 @click.option("--skip-kernel-headers", is_flag=True)
 @compression_options("snapshot-")
@@ -257,6 +258,7 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         ignore_destination_ports=flags["auto_standby_ignore_destination_port"],
         ignore_source_cidrs=flags["auto_standby_ignore_source_cidr"],
         wake=flags["auto_standby_wake"],
+        count_udp=flags["auto_standby_count_udp"],
     )
     return present(
         name=flags["name"] or random_name(image),

@@ -1,9 +1,11 @@
-"""The kernel's list of TCP connections over IPv4, and its events.
+"""The kernel's list of TCP connections and UDP flows over IPv4, and its events.
 
 Our own netlink code, like the rest of ``host/``: an event costs 10 µs here. A server may get many of them, so they are
 read in batches with a pause in between; what exceeds a batch waits in the socket, and if the kernel has to drop some,
 the reader lists them anew. Kernels create events only for connections that began while someone listened, so
-the list is the truth and events say when to look.
+the list is the truth and events say when to look. A UDP flow is open from its first packet until the kernel forgets it:
+30 s after the last packet, or 2 min if both sides have sent some (``net.netfilter.nf_conntrack_udp_timeout``,
+``_stream``), and up to a minute more, unless somebody lists it. Packets in between make no events.
 
 Formats: include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h.
 """
@@ -54,7 +56,7 @@ PAUSE = 0.2
 
 
 class Connection(NamedTuple):
-    """One TCP connection or, in an event, a change of it."""
+    """One TCP connection or UDP flow or, in an event, a change of it."""
 
     source: str
     source_port: int
@@ -66,6 +68,7 @@ class Connection(NamedTuple):
     """Whether both sides can still use it."""
     wanted_port: int = 0
     """The port that the client asked for, before any translation."""
+    udp: bool = False
 
 
 class Connections:
@@ -139,7 +142,7 @@ class Connections:
 
 
 def parse_connection(packet: Packet) -> Connection | None:
-    """A TCP connection over IPv4 from a list or an event; None for anything else."""
+    """A TCP connection or UDP flow over IPv4 from a list or an event; None for anything else."""
     if packet.type not in (_NEW, _DELETE) or packet.body[:1] != bytes([socket.AF_INET]):
         return None
     told = dict(attributes(packet.body, 4))
@@ -150,19 +153,29 @@ def parse_connection(packet: Packet) -> Connection | None:
     server = _parse_tuple(reply)
     if client is None or server is None:
         return None
-    state = -1
-    if packet.type == _NEW and (info := told.get(_PROTOINFO)) is not None:
-        tcp = dict(attributes(info)).get(_INFO_TCP, b"")
-        state = int.from_bytes(dict(attributes(tcp)).get(_TCP_STATE, b""), "big")
-    return Connection(*client[:2], *server[:2], state in _OPEN, client[2])
+    udp = client.protocol == socket.IPPROTO_UDP
+    is_open = packet.type == _NEW and (udp or _tcp_state(told.get(_PROTOINFO, b"")) in _OPEN)
+    return Connection(*client.source, *server.source, is_open, client.wanted_port, udp)
 
 
-def _parse_tuple(data: bytes) -> tuple[str, int, int] | None:
-    """Source address and port of one direction, and the port at the other side, if it is TCP."""
+def _tcp_state(info: bytes) -> int:
+    tcp = dict(attributes(info)).get(_INFO_TCP, b"")
+    return int.from_bytes(dict(attributes(tcp)).get(_TCP_STATE, b""), "big")
+
+
+class _Direction(NamedTuple):
+    source: tuple[str, int]
+    wanted_port: int
+    protocol: int
+
+
+def _parse_tuple(data: bytes) -> _Direction | None:
+    """Source address and port of one direction, and the port at the other side, if it is TCP or UDP."""
     parts = dict(attributes(data))
     address = dict(attributes(parts.get(_TUPLE_IP, b""))).get(_SOURCE, b"")
     proto = dict(attributes(parts.get(_TUPLE_PROTO, b"")))
-    if proto.get(_NUMBER) != bytes([socket.IPPROTO_TCP]) or len(address) != 4:
+    protocol = int.from_bytes(proto.get(_NUMBER, b""), "big")
+    if protocol not in (socket.IPPROTO_TCP, socket.IPPROTO_UDP) or len(address) != 4:
         return None
-    ports = (int.from_bytes(proto.get(kind, b""), "big") for kind in (_SOURCE_PORT, _DESTINATION_PORT))
-    return (str(IPv4Address(address)), *ports)  # type: ignore[return-value]  # there are two
+    source, wanted = (int.from_bytes(proto.get(kind, b""), "big") for kind in (_SOURCE_PORT, _DESTINATION_PORT))
+    return _Direction((str(IPv4Address(address)), source), wanted, protocol)

@@ -1,8 +1,11 @@
-"""Who uses an instance: open TCP connections to it and from it, and sessions over the API.
+"""Who uses an instance: open connections to it and from it, and sessions over the API.
 
-Connections come from the kernel's events (``host/conntrack.py``) for the addresses of instances that may enter standby;
-without such an instance nothing is listened to. Connections of health checks are not activity: their local ports are
-known before they are opened.
+Connections are those of TCP, and UDP flows where the policy has them count. They come from the kernel's events
+(``host/conntrack.py``) for the addresses of instances that may enter standby; without such an instance nothing is
+listened to. What an instance had open when it is first followed, as after a standby, is listed. Events that arrive
+while connections are listed are applied to the list: either may be the newer of the two, and what is older is followed
+by an event that is still to come. Connections of health checks are not activity: their local ports are known before
+they are opened.
 """
 
 from __future__ import annotations
@@ -28,8 +31,11 @@ MAX_OWN = 65536
 RELIST = 5.0
 """Least seconds between two lists of all connections, when events are dropped."""
 
-_Key = tuple[str, int, str, int]
-"""Source, its port, the address that answers, and its port."""
+MOST_LISTED = 8
+"""Instances that are listed one by one; for more, all connections are listed at once."""
+
+_Key = tuple[str, int, str, int, bool]
+"""Source, its port, the address that answers, its port, and whether it is UDP."""
 
 
 class _Watched:
@@ -38,6 +44,28 @@ class _Watched:
         self.address = address
         self.rules = rules
         self.open: set[_Key] = set()
+        self.news: list[tuple[_Key, bool]] | None = None
+        """What events told while connections are listed: opened or closed."""
+
+    def hear(self, key: _Key, is_open: bool) -> bool:
+        """Follow an event; returns whether it changes anything."""
+        if self.news is not None:
+            self.news.append((key, is_open))
+        if is_open:
+            self.open.add(key)
+        elif key in self.open:
+            self.open.discard(key)
+        else:
+            return False  # an attempt that was not answered, or the rest of a closed connection
+        return True
+
+    def list(self, found: set[_Key]) -> bool:
+        """Have ``found`` open, apart from what events told meanwhile; returns whether that changes anything."""
+        before, self.open = self.open, found
+        news, self.news = self.news or (), None
+        for key, is_open in news:
+            self.hear(key, is_open)
+        return self.open != before
 
     @property
     def outbound(self) -> int:
@@ -60,6 +88,9 @@ class Activity:
         self._last: dict[str, datetime] = {}
         self._own: dict[tuple[str, int], float] = {}
         self._wanted = trio.Event()
+        self._unlisted: set[str] = set()
+        """Addresses that were not listed since they are watched."""
+        self._listing = trio.Lock()
         self.observed = False
         """Whether connections are being observed."""
 
@@ -73,12 +104,14 @@ class Activity:
         self.unwatch(instance_id)
         self._by_address[address] = _Watched(instance_id, address, rules)
         self._addresses[instance_id] = address
+        self._unlisted.add(address)
         self._wanted.set()
 
     def unwatch(self, instance_id: str) -> None:
         address = self._addresses.pop(instance_id, None)
         if address is not None:
             del self._by_address[address]
+            self._unlisted.discard(address)
 
     def forget(self, instance_id: str) -> None:
         self.unwatch(instance_id)
@@ -128,11 +161,9 @@ class Activity:
 
     async def relist(self, instance_id: str) -> None:
         """Bring the connections of one instance up to date with the kernel's list. Raises HypemanError."""
-        address = self._addresses.get(instance_id)
-        if address is not None:
-            found = [*await self._connections.list(address), *await self._connections.list(client=address)]
-            if (watched := self._by_address.get(address)) is not None:
-                watched.open = {key for each in found if (key := self._key(watched, each)) is not None and each.open}
+        async with self._listing:
+            if (watched := self._by_address.get(self._addresses.get(instance_id, ""))) is not None:
+                await self._list_one(watched)
 
     async def has_open(self, address: str, rules: StandbyRules) -> bool:
         """Whether the kernel's list has an open connection to ``address`` that counts: the guest may owe it an answer.
@@ -142,11 +173,19 @@ class Activity:
 
     async def run(self) -> None:
         """Follow events, until cancelled."""
+        await self._wanted.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._list_new_ones)
+            await self._follow()
+
+    # Inside
+
+    async def _follow(self) -> None:
         while True:
-            await self._wanted.wait()
             try:
                 self._connections.listen()
                 await self._relist_all()
+                self._set_observed(True)
                 while (events := await self._connections.wait_events()) is not None:
                     self._take(events)
                 log.info("the kernel dropped events of connections: listing them anew")
@@ -155,18 +194,54 @@ class Activity:
                 log.error("connections cannot be observed, so no instance enters standby by itself: %s", error)
             await trio.sleep(RELIST)
 
-    # Inside
+    async def _list_new_ones(self) -> None:
+        """List the connections of instances that came to be watched. They have some that no event will tell of: those
+        that were open while they were in standby."""
+        while True:
+            self._wanted = trio.Event()
+            try:
+                if self.observed and len(self._unlisted) > MOST_LISTED:
+                    await self._relist_all()
+                while self.observed and self._unlisted:
+                    async with self._listing:
+                        if (watched := self._by_address.get(self._unlisted.pop())) is not None:
+                            await self._list_one(watched)
+            except (HypemanError, OSError) as error:  # it is tried again before one of them enters standby
+                log.warning("connections of instances that have just come up are not counted yet: %s", error)
+            await self._wanted.wait()
+
+    async def _list_one(self, watched: _Watched) -> None:
+        self._unlisted.discard(watched.address)
+        watched.news = []
+        try:
+            found = [
+                *await self._connections.list(watched.address),
+                *await self._connections.list(client=watched.address),
+            ]
+        except BaseException:
+            watched.news = None
+            raise
+        if watched.list({key for each in found if each.open and (key := self._key(watched, each)) is not None}):
+            self.touch(watched.instance_id)
 
     async def _relist_all(self) -> None:
-        opened: dict[str, set[_Key]] = {address: set() for address in self._by_address}
-        for each in await self._connections.list():
-            for watched, key in self._ends(each) if each.open else ():
-                opened.setdefault(watched.address, set()).add(key)
-        for address, watched in self._by_address.items():
-            before, watched.open = watched.open, opened.get(address, set())
-            if before != watched.open:
-                self.touch(watched.instance_id)
-        self._set_observed(True)
+        async with self._listing:
+            self._unlisted.clear()
+            everybody = list(self._by_address.values())
+            for watched in everybody:
+                watched.news = []
+            opened: dict[str, set[_Key]] = {}
+            try:
+                for each in await self._connections.list():
+                    for watched, key in self._ends(each) if each.open else ():
+                        opened.setdefault(watched.address, set()).add(key)
+            except BaseException:
+                for watched in everybody:
+                    watched.news = None
+                raise
+            for watched in everybody:
+                if watched.list(opened.get(watched.address, set())):
+                    self.touch(watched.instance_id)
 
     def _set_observed(self, observed: bool) -> None:
         if self.observed is not observed:
@@ -178,13 +253,8 @@ class Activity:
         touched: set[str] = set()
         for each in events:
             for watched, key in self._ends(each):
-                if each.open:
-                    watched.open.add(key)
-                elif key in watched.open:
-                    watched.open.discard(key)
-                else:
-                    continue  # an attempt that was not answered, or the rest of a closed connection
-                touched.add(watched.instance_id)
+                if watched.hear(key, each.open):
+                    touched.add(watched.instance_id)
         for instance_id in touched:
             self.touch(instance_id)
 
@@ -197,7 +267,9 @@ class Activity:
 
     def _key(self, watched: _Watched, connection: Connection) -> _Key | None:
         """None if the connection does not count."""
-        own = self._own.get((connection.server, connection.source_port))
+        if connection.udp and not watched.rules.count_udp:
+            return None
+        own = None if connection.udp else self._own.get((connection.server, connection.source_port))
         if own is not None and own > trio.current_time():
             return None
         begun = connection.source == watched.address
@@ -205,4 +277,4 @@ class Activity:
             return None
         if not begun and watched.rules.ignores(IPv4Address(connection.source), connection.port):
             return None
-        return connection.source, connection.source_port, connection.server, connection.port
+        return connection.source, connection.source_port, connection.server, connection.port, connection.udp

@@ -37,9 +37,9 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     vgpu: bool = False
     devices: bool = False
     connections: int = 0
-    """Open inbound TCP connections that are not ignored."""
+    """Open inbound connections that count."""
     outbound: int = 0
-    """Open TCP connections that it has begun, and that are not ignored."""
+    """Open connections that it has begun, and that count."""
     sessions: int = 0
     """Exec and copy sessions, and logs that are followed."""
     last_activity_at: datetime | None = None

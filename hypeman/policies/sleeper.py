@@ -29,6 +29,9 @@ from hypeman.units import format_duration
 
 log = logging.getLogger(__name__)
 
+TRACKED, TRACKED_WITH_UDP = "conntrack_events_v4_tcp", "conntrack_events_v4_tcp_udp"
+"""What clients are told of how activity is observed."""
+
 
 class Sleeper:
     """The auto-standby policies of all instances."""
@@ -129,6 +132,7 @@ class Sleeper:
             countdown_remaining=format_duration(max(0.0, round(left, 3))) if counting else None,
             active_outbound_connections=outbound,
             active_sessions=self.activity.sessions(record.id),
+            tracking_mode=TRACKED_WITH_UDP if rules.count_udp else TRACKED,
             wake=rules.wake,
             last_wake=last_wake,
         )

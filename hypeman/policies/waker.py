@@ -1,13 +1,15 @@
 """Brings instances back from standby when they are wanted: by a packet, or by a client of the API.
 
 Packets are held by ``network/waking.py`` meanwhile, and put on the instance's TAP as part of the restore. A wake that
-fails is reported to the senders, and not tried again by packets for RETRY seconds; those are answered with an error.
+fails is reported to the senders, and not tried again by packets for RETRY seconds; those are answered with an error,
+unless the instance has run meanwhile: a VMM that dies as it is woken is brought back by the restart policy.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -31,6 +33,15 @@ RETRY = 5.0
 """Seconds after a failed wake for which packets do not try again."""
 
 
+class _Failure(NamedTuple):
+    """A wake that failed, and left the instance in standby."""
+
+    capture: str | None
+    """From which it could not be restored. Another standby has another one, of which this says nothing."""
+    until: float
+    """When packets may try again."""
+
+
 class _Wake:
     """A wake in progress."""
 
@@ -50,7 +61,7 @@ class Waker:
         self._network = network
         self._activity = activity
         self._wakes: dict[str, _Wake] = {}
-        self._failed: dict[str, float] = {}
+        self._failed: dict[str, _Failure] = {}
         self._last: dict[str, LastWake] = {}
         self._changing: set[str] = set()
 
@@ -102,11 +113,15 @@ class Waker:
         if arrival.quiet:
             return wake is not None
         if wake is None and record.state in (InstanceState.STANDBY, InstanceState.RUNNING):
-            if self._failed.get(instance_id, 0.0) > trio.current_time():
+            if self._has_just_failed(record):
                 self._network.waking.refuse(arrival)
                 return False
             self._begin(record, arrival.kind, str(arrival))
         return True
+
+    def _has_just_failed(self, record: InstanceRecord) -> bool:
+        failure = self._failed.get(record.id)
+        return failure is not None and failure.capture == record.capture and failure.until > trio.current_time()
 
     # Clients
 
@@ -151,13 +166,14 @@ class Waker:
         finally:
             del self._wakes[record.id]
             wake.done.set()
+        self._failed.pop(record.id, None)
         if wake.error is not None:
-            self._failed[record.id] = trio.current_time() + RETRY
+            current = self._context.instances.board.get(record.id)
+            if current is not None and current.state is InstanceState.STANDBY:
+                self._failed[record.id] = _Failure(current.capture, trio.current_time() + RETRY)
             self._network.waking.reject(record.id)
             log.warning("instance %s cannot be woken by %s: %s", record.id, wake.by, wake.error)
             self._context.journal(record.id, f"could not be woken: {wake.error.message}")
-        else:
-            self._failed.pop(record.id, None)
         seconds = trio.current_time() - wake.begin
         metrics.wakes.labels(wake.kind, status).inc()
         if status != "superseded":

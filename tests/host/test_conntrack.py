@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import trio
 
@@ -49,6 +50,27 @@ async def test_a_connection_is_seen_to_open_and_to_close() -> None:
             seen = await until(connections, lambda seen: bool(seen))
             assert not any(each.open for each in seen if each.port != port), "a refused attempt is not open"
             refused.close()
+    finally:
+        connections.close()
+
+
+@in_namespace
+async def test_a_udp_flow_is_open_until_the_kernel_forgets_it() -> None:
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["nft", RULES], check=True)
+    Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout").write_text("1")
+    connections = Connections()
+    try:
+        connections.listen()
+        with socket.socket(type=socket.SOCK_DGRAM) as server, socket.socket(type=socket.SOCK_DGRAM) as client:
+            server.bind(("127.0.0.1", 0))
+            client.connect(server.getsockname())
+            client.send(b"hello")
+            port = server.getsockname()[1]
+            opened = Connection("127.0.0.1", client.getsockname()[1], "127.0.0.1", port, True, port, udp=True)
+            while opened in await connections.list():
+                await trio.sleep(0.2)
+            await until(connections, lambda seen: {opened, opened._replace(open=False)} <= set(seen))
     finally:
         connections.close()
 

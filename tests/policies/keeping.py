@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -55,15 +55,24 @@ class FakeConnections:
         self._more = trio.Event()
         self.fails: OSError | None = None
         self.dropped = False
+        self.listed: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint
+        """What happens between the reading of the list and its return."""
 
     def listen(self) -> None:
         if self.fails is not None:
             raise self.fails
 
     def open(
-        self, server: str, port: int = 80, *, source: str = "192.0.2.1", source_port: int = 40000, wanted: int = 0
+        self,
+        server: str,
+        port: int = 80,
+        *,
+        source: str = "192.0.2.1",
+        source_port: int = 40000,
+        wanted: int = 0,
+        udp: bool = False,
     ) -> Connection:
-        made = Connection(source, source_port, server, port, True, wanted or port)
+        made = Connection(source, source_port, server, port, True, wanted or port, udp)
         self.known.add(made)
         self._tell(made)
         return made
@@ -82,7 +91,9 @@ class FakeConnections:
 
     async def list(self, server: str = "", *, client: str = "") -> Sequence[Connection]:
         await trio.lowlevel.checkpoint()
-        return [each for each in self.known if server in ("", each.server) and client in ("", each.source)]
+        found = [each for each in self.known if server in ("", each.server) and client in ("", each.source)]
+        await self.listed()
+        return found
 
     async def wait_events(self) -> Sequence[Connection] | None:
         await self._more.wait()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
+import trio
+import trio.testing
 from trio.abc import Clock
 
 from hypeman.errors import Conflict
@@ -139,6 +142,74 @@ async def test_a_connection_without_an_event_is_found_before_it_sleeps(lab: Cloc
         lab.connections.drop_events()
         await kept.sleep(80)
         assert kept.record().state is STANDBY
+
+
+async def test_udp_counts_if_the_policy_says_so(lab: ClockedLab, clock: Clock) -> None:
+    """And what is ignored of TCP is ignored of UDP. A TCP connection between the same ports is another one."""
+    async with keeping(lab) as kept:
+        counting = msgspec.structs.replace(POLICY, count_udp=True)
+        address = await make(kept, counting)
+        lab.connections.open(address, 9100, udp=True)
+        lab.connections.open(address, source="10.9.8.7", udp=True)
+        lab.connections.open("203.0.113.9", 9100, source=address, udp=True)
+        opened = [lab.connections.open(address, udp=udp) for udp in (False, True)]
+        asked = lab.connections.open("203.0.113.9", 123, source=address, udp=True)
+        await kept.sleep(70)
+        shown = await status(kept)
+        assert (shown.active_inbound_connections, shown.active_outbound_connections) == (2, 1)
+        assert shown.tracking_mode == "conntrack_events_v4_tcp_udp"
+        for each in (opened[0], asked):
+            lab.connections.close(each)
+        await kept.sleep(70)
+        assert (await status(kept)).active_inbound_connections == 1 and kept.record().state is RUNNING
+        await kept.instances.update("one", UpdateInstanceRequest(auto_standby=POLICY))
+        await kept.sleep(70)
+        shown = await status(kept)
+        assert kept.record().state is STANDBY and shown.tracking_mode == "conntrack_events_v4_tcp"
+
+
+async def test_what_was_open_during_a_standby_is_shown_at_once(lab: ClockedLab, clock: Clock) -> None:
+    """No event tells of it."""
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        await kept.sleep(65)
+        assert kept.record().state is STANDBY
+        opened = lab.connections.open(address)
+        await kept.sleep(1)
+        await kept.instances.restore("one")
+        await kept.sleep(1)
+        shown = await status(kept)
+        assert shown.active_inbound_connections == 1 and shown.status.value == "active"
+        lab.connections.close(opened)
+        await kept.sleep(1)
+        assert (await status(kept)).active_inbound_connections == 0
+
+
+@pytest.mark.parametrize("opens", [True, False], ids=["opened", "closed"])
+async def test_an_event_while_connections_are_listed(lab: ClockedLab, clock: Clock, opens: bool) -> None:
+    """It is newer than the list that is being read."""
+    async with keeping(lab) as kept:
+        address = await make(kept)
+        made = lab.connections.open(address)
+        lab.connections.known.clear()
+        lab.connections._events.clear()
+        if not opens:
+            lab.connections.known.add(made)
+        lists = 0
+
+        async def then_it_changes() -> None:
+            nonlocal lists
+            lists += 1
+            if lists == 1:
+                lab.connections.open(address) if opens else lab.connections.close(made)
+                await trio.testing.wait_all_tasks_blocked()
+
+        lab.connections.listed = then_it_changes
+        await kept.sleep(65)
+        assert lists
+        assert (await status(kept)).active_inbound_connections == opens
+        await kept.sleep(65)
+        assert (kept.record().state is RUNNING) is opens
 
 
 async def test_sessions_keep_it_awake(lab: ClockedLab, clock: Clock) -> None:

@@ -10,17 +10,21 @@ import trio
 from trio.abc import Clock
 
 from hypeman.errors import HypemanError
-from hypeman.hypervisor.interface import LaunchFailed
+from hypeman.guest.failures import GuestLost
+from hypeman.hypervisor.interface import ExitReason, LaunchFailed
 from hypeman.instances.model.types import (
     AutoStandbyPolicy,
     InstanceState,
     LastWake,
+    RestartMode,
+    RestartPolicy,
     StandbyInstanceRequest,
     UpdateInstanceRequest,
     WakeOn,
 )
 from hypeman.network.asleep import Arrival, parse
-from tests.instances.fake_world import request
+from hypeman.policies.waker import RETRY
+from tests.instances.fake_world import FakeGuest, request
 from tests.network import frames
 from tests.network.frames import TCP
 from tests.policies.keeping import ClockedLab, Kept, keeping
@@ -38,8 +42,8 @@ def packet(port: int = 80, *, source: str = "192.0.2.1", flags: int = 0x02) -> A
     return arrival
 
 
-async def asleep(kept: Kept, policy: AutoStandbyPolicy | None = POLICY) -> None:
-    await kept.instances.create(request("one", auto_standby=policy))
+async def asleep(kept: Kept, policy: AutoStandbyPolicy | None = POLICY, **changes: Any) -> None:
+    await kept.instances.create(request("one", auto_standby=policy, **changes))
     await kept.until_state(RUNNING)
     await kept.instances.standby("one", StandbyInstanceRequest())
     await kept.quiet()
@@ -107,6 +111,33 @@ async def test_a_wake_that_fails_is_told_and_not_repeated_at_once(lab: ClockedLa
         await kept.sleep(6)
         assert arrive(kept)
         await kept.until_state(RUNNING)
+
+
+async def die(guest: FakeGuest, **identity: object) -> None:
+    guest._process.end(ExitReason.KILLED)
+    raise GuestLost("the connection to the guest has ended")
+
+
+async def test_a_failure_is_forgotten_once_it_runs_again(
+    lab: ClockedLab, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its VMM dies as it is woken; the restart policy brings it back within a second, and it is put in standby anew:
+    packets wake it from that, however short the time since."""
+    async with keeping(lab) as kept:
+        again = RestartPolicy(policy=RestartMode.ALWAYS, backoff="1s")
+        await asleep(kept, restart_policy=again)
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeGuest, "set_identity", die)
+            assert arrive(kept)
+            await kept.until_state(STOPPED)
+        begin = clock.current_time()
+        await kept.until_state(RUNNING)
+        await kept.instances.standby("one", StandbyInstanceRequest())
+        assert clock.current_time() - begin < RETRY
+        assert arrive(kept) and not lab.network.waking.refused
+        await kept.until_state(RUNNING)
+        told = await last(kept)
+        assert told is not None and not told.error
 
 
 @pytest.mark.parametrize(("wake", "wakes"), [(WakeOn.ALL, True), (WakeOn.TRAFFIC, False), (WakeOn.NONE, False)])

@@ -79,6 +79,7 @@ class StandbyRules(msgspec.Struct, frozen=True):
     ignored_sources: tuple[ipaddress.IPv4Network, ...] = ()
     ignored_ports: frozenset[int] = frozenset()
     wake: WakeOn = WakeOn.NONE
+    count_udp: bool = False
 
     def ignores(self, source: ipaddress.IPv4Address, port: int) -> bool:
         """Whether a packet or connection from ``source`` to ``port`` (0: no port) neither counts nor wakes."""
@@ -175,6 +176,7 @@ def standby_rules(policy: AutoStandbyPolicy | None) -> StandbyRules:
         ignored_sources=_networks(sources, code),
         ignored_ports=frozenset(ports),
         wake=policy.wake or (WakeOn.TRAFFIC if enabled else WakeOn.NONE),
+        count_udp=bool(policy.count_udp),
     )
 
 

@@ -105,7 +105,7 @@ class WakeOn(enum.StrEnum):
 
 
 class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Standby after a period without TCP connections (IPv4) to the instance or from it."""
+    """Standby after a period without connections (IPv4) to the instance or from it: of TCP, unless count_udp is set."""
 
     enabled: Annotated[bool | None, Meta(description="Default false")] = None
     idle_timeout: Annotated[Duration | None, Meta(description="Default 5m")] = None
@@ -119,6 +119,13 @@ class AutoStandbyPolicy(Struct, frozen=True, kw_only=True, omit_defaults=True):
     wake: Annotated[
         WakeOn | None,
         Meta(description="Extension: what ends a standby. Default: traffic if enabled, else none"),
+    ] = None
+    count_udp: Annotated[
+        bool | None,
+        Meta(
+            description="Extension: UDP flows count as connections do, until about 30 s (two-way: 2 min) after the last"
+            " packet. Default false"
+        ),
     ] = None
 
 
@@ -564,7 +571,9 @@ class AutoStandbyStatus(Struct, frozen=True, kw_only=True):
     active_inbound_connections: Count
     status: AutoStandbyState
     reason: AutoStandbyReason
-    tracking_mode: str = "conntrack_events_v4_tcp"
+    tracking_mode: Annotated[
+        str, Meta(description="conntrack_events_v4_tcp; with count_udp conntrack_events_v4_tcp_udp")
+    ] = "conntrack_events_v4_tcp"
     idle_timeout: Duration | None = None
     idle_since: Timestamp | None = None
     last_inbound_activity_at: Timestamp | None = None
@@ -572,7 +581,7 @@ class AutoStandbyStatus(Struct, frozen=True, kw_only=True):
     hold_until: Timestamp | None = None
     countdown_remaining: Duration | None = None
     active_outbound_connections: Annotated[
-        Count, Meta(description="Extension: TCP connections that it has begun, which also keep it running")
+        Count, Meta(description="Extension: connections that it has begun, which also keep it running")
     ] = 0
     active_sessions: Annotated[
         Count, Meta(description="Extension: exec and copy sessions and followed logs, which also keep it running")
