@@ -80,7 +80,7 @@ client: $(STAMPS)/venv  ## the command line alone as a wheel: dist/hypeman_clien
 test-appliance: $(STAMPS)/native  ## build the appliance twice, compare, inspect it
 	@packaging/install-packages <(echo lintian)
 	@$(PYTHON) -m pytest -v tests/packaging/appliance.py tests/packaging/finished.py \
-	    tests/packaging/packages_in_root.py tests/packaging/bundle_in_root.py
+	    tests/packaging/packages_in_root.py tests/packaging/bundle_in_root.py tests/packaging/older_systems.py
 
 test-metal: ready-own appliance  ## devices, limits and the .deb in a virtual bare-metal host with KVM, VFIO and systemd
 	@$(PYTHON) -m pytest -v -m "metal or not metal" -o log_cli=true -o log_cli_level=INFO --durations=0 --durations-min=30 \

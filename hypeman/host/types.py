@@ -50,7 +50,8 @@ SET_TYPES = {
     **dict.fromkeys(GROUP_MAPS, _ONE_TAP),
     "members": ("ifname", "mark"),
     "ports": ("inet_proto", "inet_service"),
-    "ports_at": ("ipv4_addr", "inet_proto", "inet_service"),
+    "ports_at_tcp": _SOCKET,
+    "ports_at_udp": _SOCKET,
     "published": ("ipv4_addr", "inet_proto", "inet_service"),
     "hairpin": ("ipv4_addr", "ipv4_addr"),
     "asleep": ("ipv4_addr",),
@@ -66,7 +67,10 @@ SET_TYPES = {
 INTERVAL_SETS = frozenset(("openings",))
 """Sets whose keys may be ranges: an address is ``address/prefix``, a port ``first-last``."""
 
-MAP_TYPES = {"ports": _SOCKET, "ports_at": _SOCKET, **dict.fromkeys(GROUP_MAPS, ("mark",))}
+MAP_TYPES = {
+    **dict.fromkeys(("ports", "ports_at_tcp", "ports_at_udp"), _SOCKET),
+    **dict.fromkeys(GROUP_MAPS, ("mark",)),
+}
 """nft's types of the values, for those that are maps."""
 
 

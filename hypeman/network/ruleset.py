@@ -18,7 +18,7 @@ The chains are fixed and drop by default for the prefix of our TAPs. A guest is 
     group0…7     tap → group            may communicate with others of this group, and is no neighbour
     members      tap . group            the same from the other side
     ports        protocol . port        → address . port of a guest: published on all addresses of the host
-    ports_at     address . protocol . port → the same, published on one address
+    ports_at_tcp, ports_at_udp   address . port → the same, published on one address
     published    address . protocol . port  of a guest: reached through a published port
     hairpin      address . address      of a guest that has published ports, twice: it reaches itself through them
     asleep       address                of a guest in standby that packets of neighbours wake (``waking.py``)
@@ -47,6 +47,9 @@ the receiver's TAP (``share_group``). Only packets between guests are marked, an
 ``accept`` ends only our own chain: other firewalls' chains still apply. Identity accepts verified packets
 and drops the rest, including IPv6: nft adds implicit conditions to a rule (Ethernet type, ARP format), so a
 rule that drops *unverified* packets would let those pass that do not meet them.
+
+The text is one that nft 0.9.8 (Debian 11) takes as well. That version wants ``icmpx type`` and ``addr . port to``; the
+protocol of a translation in the same rule; and in a map of concatenations no more parts in the key than in the value.
 """
 
 from __future__ import annotations
@@ -193,7 +196,7 @@ def _port_elements(lease: Lease) -> Iterator[Element]:
     for each in forwards:
         target = (lease.ipv4, str(each.guest_port))
         if each.address:
-            yield Element("inet", "ports_at", (each.address, each.protocol, str(each.host_port)), target)
+            yield Element("inet", f"ports_at_{each.protocol}", (each.address, str(each.host_port)), target)
         else:
             yield Element("inet", "ports", (each.protocol, str(each.host_port)), target)
     for protocol, port in sorted({(each.protocol, each.guest_port) for each in forwards}):
@@ -293,9 +296,7 @@ table inet {TABLE} {{
     }}
     chain publish {{
         fib daddr type != local return
-        dnat ip to ip daddr . meta l4proto . th dport map @ports_at
-        dnat ip to meta l4proto . th dport map @ports
-    }}
+{_translations()}    }}
 
     chain to_host {{
         type filter hook input priority filter; policy accept;
@@ -324,7 +325,7 @@ table inet {TABLE} {{
         iifname @mode_all meta l4proto != {{ udp, icmp }} counter goto refuse
         oifname {any_tap} ct status dnat {_PUBLISHED} accept
         iifname @mediated tcp dport {_WEB} counter goto refuse
-        iifname @mediated udp dport 443 counter reject with icmpx port-unreachable
+        iifname @mediated udp dport 443 counter reject with icmpx type port-unreachable
         oifname {any_tap} iifname @neighbours oifname @neighbours accept
         oifname "{WAKE_LINK}" iifname @neighbours ip daddr @asleep accept
         oifname {any_tap} jump share_group
@@ -337,7 +338,7 @@ table inet {TABLE} {{
     chain share_group {{
 {_share_group()}    }}
     chain to_world_closed {{
-        udp dport 443 counter reject with icmpx port-unreachable
+        udp dport 443 counter reject with icmpx type port-unreachable
         ip daddr @refused counter goto refuse
         ip daddr {network} counter goto refuse
 {_private()}        iifname . {_OPENED} oifname @uplinks accept
@@ -345,7 +346,7 @@ table inet {TABLE} {{
     }}
 {_engine(facts)}    chain refuse {{
         meta l4proto tcp reject with tcp reset
-        reject with icmpx admin-prohibited
+        reject with icmpx type admin-prohibited
     }}
 
     chain departures {{
@@ -387,6 +388,15 @@ table arp {TABLE} {{
     }}
 }}
 """
+
+
+def _translations() -> str:
+    """The rules that lead published ports to guests, one for each protocol and map."""
+    return "".join(
+        f"        meta l4proto {protocol} dnat ip addr . port to {key} map @{name}\n"
+        for protocol in ("tcp", "udp")
+        for key, name in (("ip daddr . th dport", f"ports_at_{protocol}"), ("meta l4proto . th dport", "ports"))
+    )
 
 
 def _share_group() -> str:

@@ -144,7 +144,7 @@ def render() -> str:
         ({"isolated": False}, {"guests", "neighbours"}),
         ({"isolated": False, "groups": (3, 7)}, {"guests", "group0", "group1", "members"}),
         ({"groups": (3,)}, {"guests"}),
-        ({"ports": PORTS}, {"guests", "ports", "ports_at", "published", "hairpin"}),
+        ({"ports": PORTS}, {"guests", "ports", "ports_at_tcp", "published", "hairpin"}),
         ({"ports": PORTS[3:]}, {"guests"}),
         ({"reach": REACHES[1]}, {"guests", "closed", "openings"}),
         ({"reach": REACHES[2]}, {"guests", "private_open"}),
@@ -193,7 +193,7 @@ def test_an_instance_without_network_opens_nothing() -> None:
         ({}, set()),
         ({"isolated": False}, {"asleep"}),
         ({"isolated": False, "groups": (3,)}, {"members_asleep"}),
-        ({"ports": PORTS, "reach": REACHES[1]}, {"ports", "ports_at", "published", "hairpin"}),
+        ({"ports": PORTS, "reach": REACHES[1]}, {"ports", "ports_at_tcp", "published", "hairpin"}),
     ],
 )
 def test_elements_of_an_instance_in_standby(changes: dict[str, object], sets: set[str]) -> None:
