@@ -7,6 +7,7 @@ should be fixed.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -33,6 +34,13 @@ from hypeman.units import format_size
 
 _TOOLS = {"mkfs.ext4": "e2fsprogs", "nft": "nftables"}
 _LITTLE_DISK = 2 << 30
+_KERNEL = (5, 10)
+_NEWER_KERNELS = {
+    (6, 1): "Cloud Hypervisor restores read all memory before they run",
+    (6, 2): "Cloud Hypervisor is not behind landlock",
+    (6, 12): "Firecracker with a network can connect to the host's abstract sockets",
+}
+"""What is lost before a version of Linux."""
 
 
 def examine(config: Config) -> list[Finding]:
@@ -60,6 +68,7 @@ async def _examine(config: Config) -> list[Finding]:
 async def _findings(config: Config) -> AsyncGenerator[Finding]:
     for finding in (
         *_rights(),
+        *_kernel(os.uname().release),
         *_tools(),
         *_guest_files(config),
         *_data_directory(config),
@@ -85,6 +94,27 @@ def _rights() -> Iterator[Finding]:
             verdict=Verdict.FAIL,
             message="the server needs root: it makes TAPs, rules and users' processes",
             remedy="sudo hypeman doctor",
+        )
+
+
+def _kernel(release: str) -> Iterator[Finding]:
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    version = (int(numbers[1]), int(numbers[2])) if numbers else _KERNEL
+    lost = [
+        f"{text} (Linux {major}.{minor})" for (major, minor), text in _NEWER_KERNELS.items() if version < (major, minor)
+    ]
+    if version < _KERNEL:
+        yield Finding(
+            name="kernel",
+            verdict=Verdict.FAIL,
+            message=f"Linux {release} is too old, {_KERNEL[0]}.{_KERNEL[1]} is required",
+            remedy="install a newer kernel of the distribution and boot it",
+        )
+    else:
+        yield Finding(
+            name="kernel",
+            verdict=Verdict.OK,
+            message=f"Linux {release}" + (f"; with a newer one this would not hold: {'; '.join(lost)}" if lost else ""),
         )
 
 
@@ -223,7 +253,10 @@ async def _hypervisor(config: Config) -> AsyncGenerator[Finding]:
 def _qemu(found: Capabilities) -> Finding:
     if found.available:
         return Finding(name="qemu", verdict=Verdict.OK, message=f"{found.binary}, version {found.version}")
-    remedy = f"apt-get install {HOST.qemu_package}"
+    if found.version:  # it is there, but too old or without our machine
+        remedy = "install another QEMU and set hypervisor.qemu_binary, or use Cloud Hypervisor or Firecracker"
+    else:
+        remedy = f"apt-get install {HOST.qemu_package}"
     return Finding(name="qemu", verdict=Verdict.FAIL, message=found.reason, remedy=remedy)
 
 

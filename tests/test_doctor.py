@@ -16,7 +16,7 @@ from tests.ingress.certs import write_pair
 
 
 def program(path: Path, says: str) -> str:
-    path.write_text(f"#!/bin/sh\necho '{says}'\n")
+    path.write_text(f"#!/bin/sh\n[ \"$*\" = '-machine help' ] && echo 'pc-q35-7.2  Standard PC' || echo '{says}'\n")
     path.chmod(0o755)
     return str(path)
 
@@ -83,3 +83,31 @@ def test_certificate_files_that_cannot_be_used_are_named(tmp_path: Path) -> None
     assert "good.example.com: until" in told["good"].message
     assert "expired" in told["old"].message
     assert "cannot be read" in told["none"].message
+
+
+@pytest.mark.parametrize(
+    ("release", "verdict", "told"),
+    [
+        ("4.18.0-553.el8", Verdict.FAIL, "5.10 is required"),
+        ("5.10.0-35-amd64", Verdict.OK, "(Linux 6.1)"),
+        ("6.1.0-40-amd64", Verdict.OK, "(Linux 6.2)"),
+    ],
+)
+def test_an_older_kernel_is_told_what_is_lost(release: str, verdict: Verdict, told: str) -> None:
+    [finding] = doctor._kernel(release)
+    assert finding.verdict is verdict and told in finding.message
+
+
+def test_a_new_kernel_loses_nothing() -> None:
+    [finding] = doctor._kernel("6.18.44")
+    assert finding.message == "Linux 6.18.44"
+
+
+async def test_a_qemu_that_is_too_old_is_not_told_to_be_installed(tmp_path: Path) -> None:
+    config = Config()
+    settings = msgspec.structs.replace(
+        config.hypervisor, qemu_binary=program(tmp_path / "qemu", "QEMU emulator version 4.2.1")
+    )
+    told = await findings(msgspec.structs.replace(config, hypervisor=settings))
+    assert told["qemu"].verdict == Verdict.FAIL and "4.2.1 is too old, 5.2 is required" in told["qemu"].message
+    assert "hypervisor.qemu_binary" in told["qemu"].remedy

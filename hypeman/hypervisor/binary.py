@@ -20,9 +20,9 @@ from hypeman.hypervisor.interface import Capabilities
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.hypervisor.vmm_process import end_stray
 
-_PATIENCE = 120.0
-"""Seconds for ``--version``. It takes 2 to 50 ms; but if a VMM counted as unavailable because the host was busy at
-that moment, running VMs could not be put into standby until the next start."""
+LOOK_PATIENCE = 120.0
+"""Seconds for ``--version`` and its kind. It takes 2 to 50 ms; but if a VMM counted as unavailable because the host was
+busy at that moment, running VMs could not be put into standby until the next start."""
 
 
 class BinarySpec(msgspec.Struct, frozen=True):
@@ -60,7 +60,7 @@ async def version_of(processes: Processes, spec: BinarySpec, binary: str) -> str
     if not binary:
         raise Missing(f"{spec.name} is not installed")
     try:
-        output = (await processes.run([binary, "--version"], timeout=_PATIENCE)).decode(errors="replace")
+        output = (await processes.run([binary, "--version"], timeout=LOOK_PATIENCE)).decode(errors="replace")
     except ToolFailed as error:
         raise Missing(error.message, binary=binary) from None
     if (match := re.search(spec.version_pattern, output)) is None:

@@ -16,7 +16,12 @@ from hypeman.hypervisor.kvm import KvmProof
 from hypeman.hypervisor.qemu.driver import QemuDriver
 from tests.hypervisor.conftest import config_maker
 
-_VERSION = "case $1 in --version) echo 'QEMU emulator version 7.2.22 (Debian)'; exit;; esac\n"
+_MACHINES = "'Supported machines are:' 'microvm  microvm' 'pc-q35-7.2  Standard PC' 'pc-q35-6.2  Standard PC'"
+_VERSION = f"""case "$*" in
+    --version) echo 'QEMU emulator version 7.2.22 (Debian)'; exit;;
+    "-machine help") printf '%s\\n' {_MACHINES}; exit;;
+esac
+"""
 KVM_WORKS = _VERSION + "echo 'Linux version 6.1.0'; echo 'Kernel panic - not syncing: VFS'"
 KVM_HANGS = _VERSION + "sleep 60"
 KVM_HANGS_HALF_WAY = _VERSION + "echo 'Linux version 6.1.0'; sleep 60"
@@ -95,6 +100,11 @@ async def test_kvm_that_only_root_may_open_is_none_for_vmms(
     assert driver.capabilities.accelerator == "kvm"
 
 
+async def test_an_older_qemu_has_the_board_of_its_version(processes: Processes, tmp_path: Path) -> None:
+    driver = await probe(processes, tmp_path, _VERSION.replace("7.2.22", "6.2.0"), accelerator="tcg")
+    assert driver.capabilities.available and driver.capabilities.version == "6.2.0"
+
+
 async def test_tcg_may_be_asked_for(processes: Processes, tmp_path: Path) -> None:
     driver = await probe(processes, tmp_path, KVM_WORKS, accelerator="tcg")
     assert driver.capabilities.accelerator == "tcg" and driver.capabilities.accelerator_reason == "tcg is configured"
@@ -103,7 +113,12 @@ async def test_tcg_may_be_asked_for(processes: Processes, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ("echo 'QEMU emulator version 6.2.0'", "QEMU 6.2.0 is too old, 7.2 is required"),
+        ("echo 'QEMU emulator version 4.2.1'", "QEMU 4.2.1 is too old, 5.2 is required"),
+        (
+            _VERSION.replace("7.2.22", "9.1.0").replace("pc-q35-7.2", "pc-q35-rhel9.6.0"),
+            "without the machine pc-q35-7.2",
+        ),
+        (_VERSION.replace("7.2.22", "5.2.0"), "without the machine pc-q35-5.2"),
         ("echo 'something else'", "is not QEMU"),
         ("echo broken >&2; exit 1", "broken"),
     ],

@@ -58,7 +58,9 @@ BOARDS: dict[Architecture, dict[HypervisorKind, Board]] = {
     ARM64: {HypervisorKind.QEMU: VIRT},
 }
 
-MINIMUM_VERSION = (7, 2)
+MINIMUM_VERSION = (5, 2)
+"""Debian 11's, and older than Ubuntu 22.04's. A pinned board of 7.2 is that of its own version there (``board_of``)."""
+_PINNED_VERSION = (7, 2)
 READONLY_FILE = (8, 2)
 """Since this version QEMU can map a file privately that it cannot write to; before, it opened it for writing."""
 AGENT_PORT_NAME = "hypeman.agent"
@@ -155,6 +157,15 @@ def check(config: VmConfig, board: Board) -> None:
     ):
         if wrong:
             raise InvalidRequest(f"QEMU cannot run this VM: {message}")
+
+
+def board_of(board: Board, version: str) -> Board:
+    """``board`` in the QEMU of ``version``: one that is older than the pinned type has the type of its own version."""
+    numbers = tuple(map(int, version.split(".")[:2])) if version else _PINNED_VERSION
+    if not board.pinned or numbers >= _PINNED_VERSION:
+        return board
+    name, _, _ = board.type.rpartition("-")
+    return msgspec.structs.replace(board, type=f"{name}-{'.'.join(map(str, numbers))}")
 
 
 def machine_name(board: Board, accelerator: Accelerator, version: str) -> str:
@@ -257,7 +268,7 @@ def command_line(
     for number, disk in enumerate(config.disks, 2):
         arguments += _descriptor_set(number, fds.disks[disk.id], disk_set(disk.id))
         arguments += ["-blockdev", _json(block_node(disk, number))]
-        arguments += ["-device", _json(disk_device(disk, board, place=_fixed_place(fixed)))]
+        arguments += ["-device", _options(disk_device(disk, board, place=_fixed_place(fixed)))]
         fixed += disk.port == 0
     for index, device in enumerate(config.pci_devices):
         arguments += ["-device", f"vfio-pci,id={device.id},sysfsdev={device.sysfs_path},bus=pci-port{index + 1}"]
@@ -338,6 +349,16 @@ def _root_port(name: str, slot: int, index: int, *, chassis: int) -> str:
 
 def _descriptor_set(number: int, fd: int, tag: str) -> list[str]:
     return ["-add-fd", f"fd={fd},set={number},opaque={tag}"]
+
+
+def _options(arguments: dict[str, object]) -> str:
+    """Arguments of ``device_add`` as those of ``-device``, which takes JSON only from QEMU 6.2 on."""
+    words = [str(arguments["driver"])]
+    for name, value in arguments.items():
+        if name != "driver":
+            text = ("off", "on")[value] if isinstance(value, bool) else str(value).replace(",", ",,")
+            words.append(f"{name}={text}")
+    return ",".join(words)
 
 
 def _json(arguments: dict[str, object]) -> str:

@@ -17,12 +17,12 @@ import trio
 
 from hypeman.architecture import HOST, Architecture
 from hypeman.errors import NotSupported
-from hypeman.host.processes import Processes, Program, open_for_child
+from hypeman.host.processes import Processes, Program, ToolFailed, open_for_child
 from hypeman.host.program_files import NotRunnable
 from hypeman.host.safe_open import open_directory
 from hypeman.host.temporary_access import temporary_access
 from hypeman.hypervisor import captures
-from hypeman.hypervisor.binary import BinaryProbe, BinarySpec, Missing
+from hypeman.hypervisor.binary import LOOK_PATIENCE, BinaryProbe, BinarySpec, Missing
 from hypeman.hypervisor.interface import (
     Capabilities,
     LaunchFailed,
@@ -83,7 +83,7 @@ class QemuDriver(BinaryProbe):
         self.spec = BinarySpec(machine.qemu, "QEMU", version, native.MINIMUM_VERSION)
         self.kind = kind
         self._architecture = machine
-        self._board = native.BOARDS[machine].get(kind, native.NO_BOARD)
+        self._wanted_board = native.BOARDS[machine].get(kind, native.NO_BOARD)
         self._open_tap = open_tap
         self._kvm = kvm
         self._wanted_accelerator = accelerator
@@ -92,9 +92,11 @@ class QemuDriver(BinaryProbe):
     # What it can do
 
     async def _able(self, binary: str, version: str) -> Capabilities:
-        if self._board is native.NO_BOARD:
+        board = native.board_of(self._wanted_board, version)
+        if board is native.NO_BOARD:
             reason = f"QEMU has no machine for {self.kind.value} on {self._architecture.name}"
             raise Missing(reason, binary=binary, version=version)
+        await self._want_machine(board, binary, version)
         why_not_kvm = await self._why_not_kvm()
         if why_not_kvm and self._wanted_accelerator == "kvm":
             raise Missing(f"kvm is configured, but {why_not_kvm}", binary=binary, version=version)
@@ -105,15 +107,28 @@ class QemuDriver(BinaryProbe):
             standby=True,
             fork=True,
             pause=True,
-            hotplug_memory=self._board.pci,
-            hotplug_disk=self._board.pci,
-            hotplug_ports=native.MAX_DISK_PORTS if self._board.pci else 0,
+            hotplug_memory=board.pci,
+            hotplug_disk=board.pci,
+            hotplug_ports=native.MAX_DISK_PORTS if board.pci else 0,
             balloon=True,
-            pci_passthrough=self._board.pci and not why_not_kvm and os.access(self._vfio, os.F_OK),
+            pci_passthrough=board.pci and not why_not_kvm and os.access(self._vfio, os.F_OK),
             disk_io_limit=True,
             disk_resize=True,
-            max_disks=self._board.max_disks,
+            max_disks=board.max_disks,
         )
+
+    async def _want_machine(self, board: native.Board, binary: str, version: str) -> None:
+        """Raise Missing for a QEMU built without ``board``: some distributions have only machines of their own."""
+        try:
+            known = (await self._processes.run([binary, "-machine", "help"], timeout=LOOK_PATIENCE)).decode(
+                errors="replace"
+            )
+        except ToolFailed as error:
+            raise Missing(error.message, binary=binary, version=version) from None
+        if board.type not in {line.split(" ", 1)[0] for line in known.splitlines()}:
+            raise Missing(
+                f"this QEMU {version} was built without the machine {board.type}", binary=binary, version=version
+            )
 
     async def _why_not_kvm(self) -> str:
         if self._architecture is not HOST:
@@ -126,6 +141,10 @@ class QemuDriver(BinaryProbe):
 
     def kernel_cmdline(self, *, hotplug_memory: bool) -> str:
         return native.kernel_cmdline(hotplug_memory=hotplug_memory, machine=self._architecture)
+
+    @property
+    def _board(self) -> native.Board:
+        return native.board_of(self._wanted_board, self._capabilities.version)
 
     @property
     def _machine(self) -> str:

@@ -194,8 +194,8 @@ class QemuVmm(LiveVmm):
             raise VmmBroken(f"QEMU failed to {command}: {status.get('error-desc', event.data['status'])}")
 
     async def _memory_is_shared(self) -> bool:
-        devices = await self._qmp.execute("query-memdev")
-        return any(device["share"] for device in devices if device.get("id") == "mem")
+        # query-memdev tells it only from QEMU 6.1 on
+        return bool(await self._qmp.execute("qom-get", {"path": "/objects/mem", "property": "share"}))
 
     # Devices
 
