@@ -81,6 +81,28 @@ def test_a_query_finds_what_it_asks_for(known: dict[str, set[str]], query: str) 
         assert set(grouped.replace(" ", "").split(",")) <= labels
 
 
+def test_the_dashboard_is_one_that_grafana_draws_as_it_is() -> None:
+    """Its schema is of a Grafana that knows rows as panels; every query names its source and is told from the others;
+    panels have places of their own."""
+    board = json.loads((FOLDER / "grafana-dashboard.json").read_text())
+    assert 36 <= board["schemaVersion"] <= 41, "uids of data sources (9.1) and panels (not yet the elements of 12)"
+    assert "id" not in board, "the number of a dashboard belongs to the Grafana that it came from"
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    variables = {one["name"] for one in board["templating"]["list"]} | {"__rate_interval"}
+    assert set(re.findall(r"\$\{?(\w+)\}?", json.dumps(board))) - {"__all"} <= variables
+    cells: dict[tuple[int, int], str] = {}
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24, panel["title"]
+        for cell in ((x, y) for x in range(place["w"]) for y in range(place["h"])):
+            at = (place["x"] + cell[0], place["y"] + cell[1])
+            assert cells.setdefault(at, panel["title"]) == panel["title"]
+        if panel["type"] != "row":
+            assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            names = [target["refId"] for target in panel["targets"]]
+            assert names and len(set(names)) == len(names), panel["title"]
+
+
 def test_texts_name_labels_that_the_alert_has(known: dict[str, set[str]]) -> None:
     for rule in rules():
         names = [name for name, _ in series_of(rule["expr"])]
