@@ -41,6 +41,9 @@ bool parse_volume(struct volume *volume, const uint8_t *data, size_t length)
         case TAG_READONLY:
             good = field_bool(&field, &volume->readonly);
             break;
+        case TAG_FILES:
+            good = field_bool(&field, &volume->files);
+            break;
         }
         if (!good)
             return false;

@@ -23,6 +23,7 @@ struct volume {
     const char *disk_id, *path, *fs_type;
     const char *overlay_disk_id; /* NULL without a private write layer */
     bool readonly;
+    bool files; /* each of its files is mounted on its own, over the one of its path below `path` */
 };
 
 struct network {

@@ -130,6 +130,7 @@ enum tag {
     TAG_FS_TYPE = 43,
     TAG_OVERLAY_DISK_ID = 44,
     TAG_VOLUME_DIR = 45,
+    TAG_FILES = 46,
     TAG_CA = 50,
     TAG_CA_PEM = 51,
     TAG_CA_HASH = 52,

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <ftw.h>
 #include <limits.h>
 #include <linux/fs.h>
 #include <mntent.h>
@@ -168,8 +169,53 @@ static const char *mount_writable(const struct boot_config *config, const struct
     return wrong;
 }
 
+#define FILES "/dev/shm/.hypeman-files"
+
+/* What went wrong with a file of the volume, and below which path the files are mounted, for `mount_file`. */
+static const char *files_wrong, *files_below;
+
+static int mount_file(const char *source, const struct stat *st, int type, struct FTW *walk)
+{
+    (void)st;
+    (void)walk;
+    char target[PATH_MAX];
+    const char *path = source + strlen(FILES);
+    if (type != FTW_F)
+        return 0;
+    bool good = snprintf(target, sizeof target, "%s%s", files_below, path) < (int)sizeof target;
+    if (!good)
+        errno = ENAMETOOLONG;
+    char *name = strrchr(target, '/');
+    *name = '\0';
+    good = good && (name == target || make_dirs(target) == 0);
+    *name = '/';
+    if (good && access(target, F_OK) < 0) {
+        int fd = open(target, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+        good = fd >= 0;
+        close_fd(&fd);
+    }
+    if (good && mount(source, target, NULL, MS_BIND, NULL) == 0)
+        return 0;
+    files_wrong = problem("cannot mount the file %s", target);
+    return 1;
+}
+
+/* The mounts of the files keep the disk's file system when its own is gone. */
+static const char *mount_files(const struct boot_config *config, const struct volume *volume, int wait_ms)
+{
+    files_wrong = mount_disk(config, volume->disk_id, FILES, volume->fs_type, volume->readonly, wait_ms);
+    files_below = strcmp(volume->path, "/") == 0 ? "" : volume->path;
+    if (!files_wrong && nftw(FILES, mount_file, 16, FTW_PHYS) < 0)
+        files_wrong = problem("cannot read the files of disk \"%s\"", volume->disk_id);
+    umount2(FILES, MNT_DETACH);
+    rmdir(FILES);
+    return files_wrong;
+}
+
 const char *mount_volume(const struct boot_config *config, const struct volume *volume, int wait_ms)
 {
+    if (volume->files)
+        return mount_files(config, volume, wait_ms);
     if (!volume->overlay_disk_id && !volume->readonly)
         return mount_writable(config, volume, wait_ms);
     if (!volume->overlay_disk_id)
@@ -200,7 +246,7 @@ const char *mount_volume(const struct boot_config *config, const struct volume *
 static bool is_mounted_volume(const struct boot_config *config, const char *path)
 {
     for (size_t i = 0; i < config->volume_count; i++)
-        if (strcmp(config->volumes[i].path, path) == 0)
+        if (!config->volumes[i].files && strcmp(config->volumes[i].path, path) == 0)
             return true;
     return false;
 }

@@ -95,13 +95,14 @@ def create(
     session.show(done, lambda: str(done["image_digest"] if quiet else done["image_ref"]))
 
 
-def begin(session: Session, path: str, file: str | None, fields: dict[str, Any]) -> Any:
-    """Send the directory ``path`` and the ``fields`` of the form; the build that began."""
+def begin(session: Session, path: str, file: str | None, fields: dict[str, Any], *, inline: str | None = None) -> Any:
+    """Send the directory ``path`` and the ``fields`` of the form; the build that began. ``inline``: text of the
+    Dockerfile, instead of a file."""
     import secrets
     import tempfile
 
     with tempfile.TemporaryFile() as source:
-        fields |= _write_source(path, file, source)
+        fields |= _write_source(path, file, source, inline)
         source.seek(0)
         boundary = f"hypeman-{secrets.token_hex(16)}"
         body = _form(fields, source, boundary)
@@ -183,8 +184,8 @@ def _fields(
         no_cache="true" if no_cache else None,
         pull="true" if pull else None,
         is_admin_build="true" if is_admin_build else None,
-        cache_from=[_cache(text) for text in cache_from],
-        cache_to=[_cache(text) for text in cache_to],
+        cache_from=[cache_place(text) for text in cache_from],
+        cache_to=[cache_place(text) for text in cache_to],
         network={"default": "egress", "none": "isolated"}.get(network or "", network),
         memory_mb=_megabytes(memory),
         registry_auth=Path(registry_auth).read_text() if registry_auth else None,
@@ -238,7 +239,8 @@ def _read(file: str, option: str) -> bytes:
         raise click.BadParameter(f"{file!r} cannot be read: {error.strerror}", param_hint=option) from None
 
 
-def _cache(text: str) -> str:
+def cache_place(text: str) -> str:
+    """A cache as the form of a build names it: a reference is one in a registry."""
     return text if "type=" in text else f"type=registry,ref={text}"
 
 
@@ -251,7 +253,7 @@ def _megabytes(text: str | None) -> int | None:
         raise click.BadParameter(error.message, param_hint="--memory") from None
 
 
-def _write_source(path: str, file: str | None, source: IO[bytes]) -> dict[str, str]:
+def _write_source(path: str, file: str | None, source: IO[bytes], inline: str | None) -> dict[str, str]:
     """Write the context to ``source``; returns the fields that say where the Dockerfile is."""
     import tempfile
 
@@ -272,9 +274,9 @@ def _write_source(path: str, file: str | None, source: IO[bytes]) -> dict[str, s
     directory = Path(path)
     if not directory.is_dir():
         raise click.BadParameter(f"{path!r} is not a directory", param_hint="PATH")
-    if file == "-":
+    if inline is not None or file == "-":
         write_context(directory, source, dockerfile=None)
-        return {"dockerfile": sys.stdin.read()}
+        return {"dockerfile": sys.stdin.read() if inline is None else inline}
     dockerfile = Path(file) if file else directory / "Dockerfile"
     if not dockerfile.is_file():
         raise click.UsageError(f"there is no Dockerfile {str(dockerfile)!r}")

@@ -73,6 +73,8 @@ class GuestVolume(msgspec.Struct, frozen=True):
     fs_type: str = "ext4"
     overlay_disk_id: str = ""
     """A second disk for this guest's writes; the volume itself is then read-only."""
+    files: bool = False
+    """Each file of it is mounted on its own, over the one of its path below ``path``, which may be the root."""
 
 
 class CaCertificate(msgspec.Struct, frozen=True):
@@ -219,6 +221,8 @@ def render_volume(volume: GuestVolume) -> FieldWriter:
     writer.text(Tag.PATH, volume.path)
     writer.text(Tag.FS_TYPE, volume.fs_type)
     writer.flag(Tag.READONLY, volume.readonly)
+    if volume.files:
+        writer.flag(Tag.FILES, True)
     if volume.overlay_disk_id:
         writer.text(Tag.OVERLAY_DISK_ID, check_disk_id(volume.overlay_disk_id))
     return writer

@@ -59,6 +59,7 @@ class Tag(enum.IntEnum):
     FS_TYPE = 43
     OVERLAY_DISK_ID = 44
     VOLUME_DIR = 45
+    FILES = 46
     CA = 50
     CA_PEM = 51
     CA_HASH = 52

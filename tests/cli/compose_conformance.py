@@ -31,6 +31,8 @@ import yaml
 
 from hypeman.cli.compose import spec
 from hypeman.cli.compose.model import ComposeError, Service, Stack
+from hypeman.cli.compose.service import CONDITIONS
+from tests.cli import compose_keys
 
 MODULE = "github.com/compose-spec/compose-go/v2"
 VERSION = "v2.16.2"
@@ -51,6 +53,12 @@ def test_what_becomes_of_the_cases() -> None:
     found = outcomes()
     assert [line for line in found if DIFFERENT in line] == []
     assert found == GOLDEN.read_text().splitlines()
+
+
+def test_no_key_of_the_schema_is_dropped_silently(tmp_path: Path) -> None:
+    schema = json.loads((_module() / "schema" / "compose-spec.json").read_text())
+    assert len(list(compose_keys.keys_of(schema))) > 300
+    assert compose_keys.dropped(schema, compose_keys.written(tmp_path)) == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +154,7 @@ def differences(project: Mapping[str, Any], stack: Stack) -> list[str]:
         return [f"services {sorted(theirs)} and {sorted(ours)}"]
     found = []
     for key, service in ours.items():
-        wanted, have = _said(theirs[key]), _done(service)
+        wanted, have = _said(theirs[key]), _done(service, stack)
         found += [
             f"{key}.{field}: {wanted[field]!r}, ours {have[field]!r}"
             for field in wanted
@@ -171,19 +179,31 @@ def _said(service: Mapping[str, Any]) -> dict[str, Any]:
             for port in service.get("ports") or []
         ),
         "mounts": sorted(
-            (one["target"], bool(one.get("read_only")))
-            for one in service.get("volumes") or []
-            if one["type"] in ("volume", "bind") and one.get("source")
+            [
+                (one["target"], bool(one.get("read_only")))
+                for one in service.get("volumes") or []
+                if one["type"] in ("volume", "bind") and one.get("source")
+            ]
+            + [(one.get("target") or f"/{one['source']}", True) for one in service.get("configs") or []]
         ),
         "build": {key: build[key] for key in ("context", "target") if build.get(key)},
         "args": {key: value or "" for key, value in (build.get("args") or {}).items()},
     }
 
 
-def _done(service: Service) -> dict[str, Any]:
+def _mounts(service: Service, stack: Stack) -> Iterator[tuple[str, bool]]:
+    volumes = {volume.name: volume for volume in stack.volumes}
+    for one in service.mounts:
+        paths = (
+            [f"/{file.path}" for file in volumes[one["volume_id"]].files] if one.get("files") else [one["mount_path"]]
+        )
+        yield from ((path, bool(one.get("readonly"))) for path in paths)
+
+
+def _done(service: Service, stack: Stack) -> dict[str, Any]:
     body = service.body
     built = bool(service.build) and body["image"] == f"localhost/{service.name}:latest"
-    conditions = {value: key for key, value in spec._CONDITIONS.items()}
+    conditions = {value: key for key, value in CONDITIONS.items()}
     return {
         "image": "" if built else body["image"],
         "cmd": body.get("cmd") or [],
@@ -203,7 +223,7 @@ def _done(service: Service) -> dict[str, Any]:
             for port in body.get("ports") or []
             for n in range(port.get("count", 1))
         ),
-        "mounts": sorted((one["mount_path"], bool(one.get("readonly"))) for one in service.mounts),
+        "mounts": sorted(_mounts(service, stack)),
         "build": {key: service.build[key] for key in ("context", "target") if service.build.get(key)},
         "args": service.build.get("build_args") or {},
     }

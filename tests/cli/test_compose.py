@@ -90,7 +90,7 @@ def test_our_own_format(tmp_path: Path) -> None:
         ({"version": 1, "name": "a", "services": {"w": {"image": "${env:GONE}"}}}, "GONE"),
         ({"version": 1, "name": "a", "services": {"w": {"image": "${file:gone}"}}}, "cannot be read"),
         ({"services": {"w": {"image": "x", "privileged": True}}}, "kernel of its own"),
-        ({"services": {"w": {"image": "x", "volumes": ["./here:/there"]}}}, "here does not exist"),
+        ({"services": {"w": {"image": "x", "volumes": ["./here:/there:ro"]}}}, "here does not exist"),
         ({"services": {"w": {"image": "x", "unheard_of": 1}}}, "unheard_of"),
         ({"services": {"w": {"image": "x", "deploy": {"replicas": 3}}}}, "replicas"),
         ({"services": {"w": {"image": "x", "depends_on": ["gone"]}}}, "no service 'gone'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -107,7 +108,10 @@ def test_a_service_that_is_built(tmp_path: Path) -> None:
     assert web.build == {"context": str(tmp_path / "app"), "target": "builder", "build_args": {"PY": "3.12"}}
     assert web.body["image"] == f"localhost/{web.name}:latest"
     assert web.depends_on == {"redis": "healthy"}
-    assert [warning.split(" is ignored")[0] for warning in stack.warnings] == ["services.web.stop_grace_period"]
+    assert [warning.split(" is ignored")[0] for warning in stack.warnings] == [
+        "services.web.stop_signal", "services.web.stop_grace_period", "services.web.depends_on.restart",
+        "services.redis.healthcheck.start_interval",
+    ]  # fmt: skip
     assert web.watch[0].path == tmp_path / "app"
 
 
@@ -197,7 +201,7 @@ def test_files_of_one_folder_may_extend_services_of_the_same_name(tmp_path: Path
         ("services: {a: {image: x, secrets: [s]}}\nsecrets: {s: {environment: S}}", "does not hold secrets"),
         ("services: {a: {image: x, extra_hosts: [a=1.2.3.4]}}", "look names up at the host"),
         ("services: {a: {image: x, deploy: {resources: {reservations: {devices: [{driver: nvidia}]}}}}}", "device"),
-        ("services: {a: {image: x, build: {context: ., ssh: [default]}}}", "more options"),
+        ("services: {a: {image: x, build: {context: ., ssh: [default]}}}", "hypeman build --ssh"),
         ("include: [{path: 5}]\nservices: {a: {image: x}}", "the file does not follow"),
         ("services: {a: {image: x}}\nvolumes: {v: 5}", "volumes does not follow"),
         ("services: {a: {image: x}}\nnetworks: {n: 5}", "networks does not follow"),
@@ -215,7 +219,18 @@ def test_files_of_one_folder_may_extend_services_of_the_same_name(tmp_path: Path
         ("services: {a: {image: x, volumes: [{type: bind, target: /x}]}}", "the source is missing"),
         ("services: {a: {image: x, network_mode: none, networks: [n]}}\nnetworks: {n: }", "exclude each other"),
         ("services: {a: {build: 'https://example.com/a.git'}}", "clone the repository"),
-        ("services: {a: {image: x}}\nconfigs: {c: {file: x}}", "into the image"),
+        ("services: {a: {image: x, configs: [c]}}", "no config 'c'"),
+        ("services: {a: {image: x, configs: [c]}}\nconfigs: {c: {}}", "one of content, environment and file"),
+        ("services: {a: {image: x, configs: [c]}}\nconfigs: {c: {environment: GONE}}", "no variable GONE"),
+        ("services: {a: {image: x, configs: [c]}}\nconfigs: {c: {file: gone}}", "gone cannot be read"),
+        ("services: {a: {image: x, configs: [c]}}\nconfigs: {c: {external: true}}", "says what is in it"),
+        ("services: {a: {image: x, configs: [{source: c, target: etc}]}}\nconfigs: {c: {content: x}}", "absolute path"),
+        ("services: {a: {image: x, configs: [c, c]}}\nconfigs: {c: {content: x}}", "two files for /c"),
+        ("services: {a: {build: {dockerfile: D, dockerfile_inline: FROM x}}}", "exclude each other"),
+        ("services: {a: {build: {network: host}}}", "default or none"),
+        ("services: {a: {image: x, links: ['b:c']}, b: {image: x}}", "no other name"),
+        ("services: {a: {image: x, scale: 2}}", "services.a.scale must be 1"),
+        ("services: {a: {image: x, networks: {n: {alias: [b]}}}}\nnetworks: {n: }", "no such key"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -284,6 +299,164 @@ def groups(stack: Stack) -> dict[str, list[str] | None]:
     for service in stack.services:
         msgspec.convert(service.body, CreateInstanceRequest)
     return {service.key: service.body.get("network", {}).get("groups") for service in stack.services}
+
+
+CONFIGS = """
+name: s
+services:
+  web:
+    image: nginx
+    configs: [plain, {source: from_file, target: /etc/app/conf, uid: "33", gid: "34", mode: 0440}, {source: port}]
+    volumes: [./nginx.conf:/etc/nginx/nginx.conf:ro, ./state.db:/var/lib/state.db, ./new:/data]
+configs:
+  plain: {content: "listen ${PORT}"}
+  from_file: {file: ./conf}
+  port: {environment: PORT}
+"""
+
+
+def test_files_are_mounted_one_by_one(tmp_path: Path) -> None:
+    for name in ("conf", "nginx.conf", "state.db"):
+        (tmp_path / name).write_text(f"{name} here")
+    stack = load(CONFIGS, tmp_path, PORT="8080")
+    [web] = stack.services
+    state, new, files = stack.volumes
+    found = {file.path: (file.mode, file.uid, file.gid, file.source or file.content) for file in files.files}
+    about = (tmp_path / "nginx.conf").stat()
+    assert found == {
+        "plain": (0o444, 0, 0, "listen 8080"),
+        "etc/app/conf": (0o440, 33, 34, str(tmp_path / "conf")),
+        "port": (0o444, 0, 0, "8080"),
+        "etc/nginx/nginx.conf": (about.st_mode & 0o777, about.st_uid, about.st_gid, str(tmp_path / "nginx.conf")),
+    }
+    assert web.mounts == (
+        {"volume_id": "s-web-var-lib-state-db", "mount_path": "/", "files": True},
+        {"volume_id": "s-web-data", "mount_path": "/data"},
+        {"volume_id": files.name, "mount_path": "/", "readonly": True, "files": True},
+    )
+    assert (state.name, new.copied) == ("s-web-var-lib-state-db", "")
+    assert any("new does not exist: the guest gets an empty volume" in warning for warning in stack.warnings)
+    (tmp_path / "conf").write_text("changed")
+    changed = load(CONFIGS, tmp_path, PORT="8080")
+    assert changed.services[0].content != web.content
+    assert changed.volumes[:2] == stack.volumes[:2]
+
+
+def test_labels_are_tags_and_those_that_cannot_be_are_named(tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text("a=file\nb=file\n")
+    rule = "traefik.http.routers.x.rule=Host(`x`)"
+    text = f"services: {{web: {{image: nginx, label_file: labels, labels: [a=own, hypeman.pid1=true, '{rule}']}}}}"
+    stack = load(text, tmp_path)
+    assert stack.services[0].tags == {"a": "own", "b": "file", "hypeman.pid1": "true"}
+    [warning] = stack.warnings
+    assert "labels is ignored in part: value of tag 'traefik" in warning
+
+
+BUILD = """
+services:
+  web:
+    platform: linux/amd64
+    build:
+      context: app
+      dockerfile_inline: |
+        FROM scratch
+        COPY . /
+      labels: {team: a, released: true}
+      tags: [team/web:v1, team/web:latest]
+      platforms: [linux/amd64, linux/arm64]
+      no_cache: true
+      pull: true
+      cache_from: [team/web:cache]
+      network: none
+      sbom: true
+      secrets: [{source: npm, target: token}]
+secrets: {npm: {environment: NPM}}
+"""
+
+
+def test_what_a_build_has(cli: Any, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "compose.yaml").write_text(BUILD)
+    monkeypatch.setenv("NPM", "the token")
+    server.world.builds.outcome = {"image_ref": "localhost/x", "image_digest": "sha256:abc"}
+    shown = cli("compose", "-f", str(tmp_path / "compose.yaml"), "config").output
+    assert base64.b64encode(b"the token").decode() not in shown
+    assert cli("compose", "-f", str(tmp_path / "compose.yaml"), "up", "--build").exit_code == 0
+    fields = {name: value.decode() for name, value in server.world.builds.fields.items() if name != "source"}
+    assert fields["dockerfile"] == "FROM scratch\nCOPY . /\n"
+    assert json.loads(fields["labels"]) == {"team": "a", "released": "true"}
+    assert json.loads(fields["image_names"]) == ["team/web:v1", "team/web:latest"]
+    assert fields["platform"] == "linux/amd64,linux/arm64"
+    assert (fields["no_cache"], fields["pull"], fields["network"], fields["sbom"]) == (
+        "true",
+        "true",
+        "isolated",
+        "true",
+    )
+    assert json.loads(fields["cache_from"]) == ["type=registry,ref=team/web:cache"]
+    assert json.loads(fields["secrets"]) == [{"id": "token", "value_base64": base64.b64encode(b"the token").decode()}]
+
+
+OVERRIDE = """
+services:
+  web:
+    command: !reset null
+    ports: !override ["9090:80"]
+    environment: {A: !reset null, B: over}
+    volumes: [other:/data]
+  gone: !reset null
+volumes: {other: }
+"""
+BASE = """
+name: s
+services:
+  web: {image: nginx, command: run, ports: ["80:80"], environment: {A: base, C: base}, volumes: ["data:/data"]}
+  gone: {image: nginx}
+volumes: {data: }
+"""
+
+
+def test_files_over_each_other(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "compose.yaml").write_text(BASE)
+    (tmp_path / "compose.override.yml").write_text(OVERRIDE)
+    (tmp_path / "third.yaml").write_text("services: {web: {ports: ['9091:81']}}")
+    monkeypatch.chdir(tmp_path)
+    by_itself = json.loads(cli("-o", "json", "compose", "config").stdout)
+    [web] = by_itself["services"]
+    assert "cmd" not in web["body"]
+    assert web["body"]["env"] == {"B": "over", "C": "base"}
+    assert [port["host_port"] for port in web["body"]["ports"]] == [9090]
+    assert [(mount["volume_id"], mount["mount_path"]) for mount in web["mounts"]] == [("s-other", "/data")]
+    files = ("-f", "compose.yaml", "-f", "compose.override.yml", "-f", "third.yaml")
+    [web] = json.loads(cli("-o", "json", "compose", *files, "config").stdout)["services"]
+    assert [port["host_port"] for port in web["body"]["ports"]] == [9090, 9091]
+    alone = json.loads(cli("-o", "json", "compose", "-f", "compose.yaml", "config").stdout)
+    assert [service["key"] for service in alone["services"]] == ["web", "gone"]
+    (tmp_path / "third.yaml").write_text("services: {web: {ports: !reser []}}")
+    assert "there is no tag !reser" in cli("compose", *files, "config").stderr
+
+
+def test_tags_apply_to_what_a_service_extends(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("services: {base: {image: x, command: run, ports: ['80:80'], user: root}}")
+    (tmp_path / "compose.yaml").write_text(
+        "services: {web: {extends: {file: base.yaml, service: base}, command: !reset null, ports: !override ['81:81']}}"
+    )
+    stack = spec.parse(spec.read_yaml(tmp_path / "compose.yaml"), tmp_path, {})
+    body = stack.services[0].body
+    assert ("cmd" in body, [port["host_port"] for port in body["ports"]], body["user"]) == (False, [81], "root")
+
+
+def test_volumes_of_somebody_else(cli: Any, server: Any, tmp_path: Path) -> None:
+    file = tmp_path / "compose.yaml"
+    file.write_text(
+        "name: s\nservices: {web: {image: nginx, volumes: [d:/d]}}\nvolumes: {d: {external: true, name: theirs}}"
+    )
+    refused = cli("compose", "-f", str(file), "up")
+    assert (refused.exit_code, "there is no volume 'theirs'" in refused.stderr) == (1, True)
+    assert cli("volume", "create", "--name", "theirs", "--size", "1GB").exit_code == 0
+    assert cli("compose", "-f", str(file), "up").exit_code == 0
+    assert cli("compose", "-f", str(file), "down", "--volumes").exit_code == 0
+    assert [volume.name for volume in server.world.volumes.volumes.values()] == ["theirs"]
 
 
 SECRET = """

@@ -28,8 +28,8 @@ int main(void)
     for (char **s = c.env; *s; s++)
         printf("env=%s" END, *s);
     for (size_t i = 0; i < c.volume_count; i++)
-        printf("volume=%s %s %s %d" END, c.volumes[i].disk_id, c.volumes[i].path, c.volumes[i].fs_type,
-               c.volumes[i].readonly);
+        printf("volume=%s %s %s %d %d" END, c.volumes[i].disk_id, c.volumes[i].path, c.volumes[i].fs_type,
+               c.volumes[i].readonly, c.volumes[i].files);
     for (size_t i = 0; i < c.ca_count; i++)
         printf("ca=%s" END, c.cas[i].pem);
     if (c.network.present) {

@@ -45,7 +45,13 @@ configs = st.builds(
     root_fs=st.sampled_from(["erofs", "ext4"]),
     overlay=st.booleans(),
     volumes=st.lists(
-        st.builds(GuestVolume, disk_id=st.just("v-1"), path=text.map(lambda p: "/" + p), readonly=st.booleans()),
+        st.builds(
+            GuestVolume,
+            disk_id=st.just("v-1"),
+            path=text.map(lambda p: "/" + p),
+            readonly=st.booleans(),
+            files=st.booleans(),
+        ),
         max_size=4,
     ).map(tuple),
     network=st.none()
@@ -97,7 +103,10 @@ def expected(config: BootConfig) -> list[str]:
         )),
         *(f"arg={argument}" for argument in config.argv),
         *(f"env={variable}" for variable in config.env),
-        *(f"volume={volume.disk_id} {volume.path} {volume.fs_type} {volume.readonly:d}" for volume in config.volumes),
+        *(
+            f"volume={volume.disk_id} {volume.path} {volume.fs_type} {volume.readonly:d} {volume.files:d}"
+            for volume in config.volumes
+        ),
         *(f"ca={ca.pem}" for ca in config.ca_certificates),
         *([] if network is None else [
             f"network={network.address}/{network.prefix} {network.gateway or '0.0.0.0'} {network.mtu}"]),

@@ -125,6 +125,38 @@ async def test_a_fresh_volume_gets_what_it_covers(kernel: Path, image: Path, tmp
     assert check.returncode in (0, 12), check.stdout  # 12: its journal, of a guest that was switched off
 
 
+async def test_files_of_a_volume_are_mounted_one_by_one(kernel: Path, image: Path, tmp_path: Path) -> None:
+    """What lies beside them stays visible, and what leads to them is made."""
+    disks = [
+        ("v-conf", make_overlay(tmp_path / "v-conf", "64M"), True),
+        ("v-kept", make_overlay(tmp_path / "v-kept", "64M"), False),
+    ]
+    for disk, place in (("v-conf", "etc/passwd"), ("v-conf", "new/deep/file"), ("v-kept", "state")):
+        (tmp_path / "content").write_text(f"of {place}\n")
+        commands = [f"mkdir {folder}" for folder in ("etc", "new", "new/deep") if place.startswith(f"{folder}/")]
+        for command in (*commands, f"write {tmp_path / 'content'} {place}"):
+            subprocess.run(["debugfs", "-w", "-R", command, tmp_path / disk], check=True, capture_output=True)
+    config = boot_config(
+        "sleep",
+        "1000",
+        volumes=(
+            GuestVolume("v-conf", "/", readonly=True, files=True),
+            GuestVolume("v-kept", "/var/lib/app", files=True),
+        ),
+    )
+    async with booted(config, image, kernel, tmp_path, disks=disks) as guest, guest.connect() as client:
+        assert await shell(client, "cat /etc/passwd /new/deep/file /var/lib/app/state") == (
+            "of etc/passwd\nof new/deep/file\nof state\n"
+        )
+        beside = await shell(client, "ls /etc/group /var/lib/app/PG_VERSION; echo no > /etc/passwd || echo read-only")
+        assert beside.split()[-1] == "read-only"
+        await shell(client, "echo changed > /var/lib/app/state; ! ls -d /var/lib/app/lost+found /.hypeman-files")
+        await client.shutdown(grace_seconds=0.1)
+        await guest.wait_exit()
+    kept = subprocess.run(["debugfs", "-R", "cat state", tmp_path / "v-kept"], capture_output=True, text=True)
+    assert kept.stdout == "changed\n"
+
+
 async def test_a_volume_that_is_too_small_for_it_is_told(kernel: Path, image: Path, tmp_path: Path) -> None:
     config = boot_config("sleep", "1000", volumes=(GuestVolume("v-data", "/bin"),))
     disks = [("v-data", make_overlay(tmp_path / "v-data", "2M"), False)]

@@ -22,8 +22,10 @@ services:
     image: {IMAGE}
     command: sh -c "cat /conf/greeting; id -u; touch /conf/x || echo read-only; sleep 100000"
     mem_limit: 256m
-    volumes: ["./conf:/conf:ro"]
+    volumes: ["./conf:/conf:ro", "./own.conf:/etc/own.conf:ro", "./state:/var/state"]
+    configs: [{{source: greeting, target: /etc/deep/greeting, mode: 0400}}, by-default]
     develop: {{watch: [{{action: sync, path: src, target: /srv/new/src}}]}}
+configs: {{greeting: {{content: "hello, $$5"}}, by-default: {{file: ./own.conf}}}}
 """
 
 
@@ -31,6 +33,8 @@ async def test_directories_of_a_service(appliance: Appliance, tmp_path: Path) ->
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "greeting").write_text("hello from here\n")
     (tmp_path / "src").mkdir()
+    (tmp_path / "own.conf").write_text("of this host")
+    (tmp_path / "state").write_text("begun")
     (tmp_path / "compose.yaml").write_text(FILE)
     stack = ("compose", "-f", str(tmp_path / "compose.yaml"))
     code, output = await appliance.cli(*stack, "up")
@@ -40,6 +44,12 @@ async def test_directories_of_a_service(appliance: Appliance, tmp_path: Path) ->
             await trio.sleep(0.2)
         while "read-only" not in printed:
             printed = (await appliance.cli("logs", "s-web"))[1]
+    files = "cat /etc/own.conf /etc/deep/greeting /by-default; stat -c %a /etc/deep/greeting; echo on >> /var/state"
+    assert await appliance.exec("s-web", "sh", "-c", files) == (0, "of this hosthello, $5of this host400\n")
+    code, output = await appliance.cli("volume", "detach", "--instance", "s-web", "s-web-var-state")
+    assert (code, "stop the instance first" in output) == (1, True)
+    assert (await appliance.cli("restart", "s-web"))[0] == 0
+    assert await appliance.exec("s-web", "cat", "/var/state", "/etc/own.conf") == (0, "begunon\nof this host")
     argv = [sys.executable, "-m", "hypeman", "--base-url", f"unix://{appliance.socket}", *stack, "watch", "--no-up"]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as watching:
         assert watching.stderr is not None

@@ -43,7 +43,7 @@ _INTERRUPTED = 130
 class Options(msgspec.Struct, frozen=True):
     """Which stack is meant."""
 
-    file: Path | None
+    files: tuple[Path, ...]
     name: str | None
     profiles: frozenset[str]
 
@@ -51,18 +51,18 @@ class Options(msgspec.Struct, frozen=True):
         """Read the file; ends the command if it cannot be used."""
         from hypeman.cli.compose import native, spec  # other commands need neither
 
-        path = self.file or next((Path(name) for name in FILES if Path(name).is_file()), None)
-        if path is None:
+        paths = self.files or tuple(found_files())
+        if not paths:
             fail(f"there is no {', '.join(FILES)} here; -f names another file")
         try:
-            tree = spec.read_yaml(path)
+            tree = spec.read_all(paths)
             if isinstance(tree, dict) and tree.get("version") == 1:
-                stack = native.parse(tree, path.parent)
+                stack = native.parse(tree, paths[0].parent)
             else:
-                stack = spec.parse(tree, path.parent, profiles=self.profiles, name=self.name)
+                stack = spec.parse(tree, paths[0].parent, profiles=self.profiles, name=self.name)
             stack.ordered()
         except ComposeError as error:
-            fail(f"{path}: {error}")
+            fail(f"{', '.join(map(str, paths))}: {error}")
         for warning in stack.warnings:
             click.echo(one_line(warning), err=True)
         return msgspec.structs.replace(stack, name=self.name) if self.name else stack
@@ -71,16 +71,30 @@ class Options(msgspec.Struct, frozen=True):
         return self.name or self.load().name
 
 
+def found_files() -> list[Path]:
+    """The file of this directory, and what is laid over it."""
+    path = next((Path(name) for name in FILES if Path(name).is_file()), None)
+    if path is None:
+        return []
+    over = (path.with_name(f"{path.stem}.override{suffix}") for suffix in (".yaml", ".yml"))
+    return [path, *([found] if (found := next((one for one in over if one.is_file()), None)) else [])]
+
+
 @click.group()
 @click.option(
-    "-f", "--file", type=click.Path(dir_okay=False, path_type=Path), help=f"Default: {FILES[0]}, {FILES[2]}, …"
+    "-f",
+    "--file",
+    "files",
+    multiple=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"Default: {FILES[0]}, {FILES[2]}, …, and its .override; repeatable, each over those before it.",
 )
 @click.option("-p", "--project-name", "name", help="Name of the stack; default: as the file says, or its directory.")
 @click.option("--profile", "profiles", multiple=True, help="Include services of this profile.")
 @click.pass_context
-def compose(context: click.Context, file: Path | None, name: str | None, profiles: tuple[str, ...]) -> None:
+def compose(context: click.Context, files: tuple[Path, ...], name: str | None, profiles: tuple[str, ...]) -> None:
     """Stacks: several instances, their volumes and ingresses from one file."""
-    context.meta["compose"] = Options(file, name, frozenset(profiles))
+    context.meta["compose"] = Options(files, name, frozenset(profiles))
 
 
 def _options() -> Options:
@@ -94,7 +108,12 @@ def _options() -> Options:
 def config(session: Session) -> None:
     """Check the file, and show what would be requested of the server."""
     stack = _options().load()
-    shown = [msgspec.structs.replace(one, secrets=dict.fromkeys(one.secrets, "***")) for one in stack.services]
+    shown = [
+        msgspec.structs.replace(
+            one, secrets=dict.fromkeys(one.secrets, "***"), build_secrets=dict.fromkeys(one.build_secrets, "***")
+        )
+        for one in stack.services
+    ]
     session.show(msgspec.to_builtins(msgspec.structs.replace(stack, services=tuple(shown)), enc_hook=os.fspath))
 
 
@@ -327,11 +346,12 @@ def build_image(session: Session, service: Service, *, always: bool) -> None:
                 raise
     click.echo(f"build    image     {image}", err=True)
     given = service.build
-    context, dockerfile = str(given["context"]), given.get("dockerfile")
-    fields = {key: value for key, value in given.items() if key not in ("context", "dockerfile")}
-    made = builds.begin(
-        session, context, dockerfile and str(Path(context) / dockerfile), {"image_name": image, **fields}
-    )
+    context, dockerfile, inline = str(given["context"]), given.get("dockerfile"), given.get("dockerfile_inline")
+    fields = {key: value for key, value in given.items() if key not in ("context", "dockerfile", "dockerfile_inline")}
+    if secrets := service.build_secrets:
+        fields["secrets"] = [{"id": name, "value_base64": value} for name, value in secrets.items()]
+    file = dockerfile and str(Path(context) / dockerfile)
+    made = builds.begin(session, context, file, {"image_name": image, **fields}, inline=inline)
     builds.finish(session, made["id"], "auto")
 
 
@@ -395,13 +415,13 @@ class Up:
     def _volume(self, volume: Volume) -> None:
         labels = tags(self._stack, COPY if volume.by_content else "volume")
         body = {"name": volume.name, "size_gb": volume.size_gb, "tags": labels}
-        if not volume.source:
+        if not volume.copied:
             self._client.post("/volumes", body)
             return
         try:
-            self._client.upload("/volumes/from-archive", archive(Path(volume.source)), "application/gzip", body)
+            self._client.upload("/volumes/from-archive", archive(volume), "application/gzip", body)
         except OSError as error:
-            fail(f"{error.filename or volume.source}: {error.strerror or error}")
+            fail(f"{error.filename or volume.copied}: {error.strerror or error}")
 
     def _instance(self, act: Act, service: Service) -> None:
         for key, condition in service.depends_on.items():
@@ -415,12 +435,21 @@ class Up:
         if not service.build:
             ensure_image(self._client, str(service.body["image"]), service.body.get("platform"))
         volumes = {row["name"]: row["id"] for row in self._client.get("/volumes", tags={NAME_TAG: self._stack.name})}
+        volumes |= {one.name: self._external(one) for one in self._stack.volumes if one.external}
         mounts = [{**mount, "volume_id": volumes[mount["volume_id"]]} for mount in service.mounts]
         labels = {**service.tags, **tags(self._stack, "instance", service.key, service.content)}
         body = {**service.body, **({"volumes": mounts} if mounts else {}), "tags": labels}
         if service.secrets:
             body["env"] = {**body.get("env", {}), **service.secrets}
         self._client.post("/instances", body)
+
+    def _external(self, volume: Volume) -> str:
+        try:
+            return str(self._client.get(f"/volumes/{segment(volume.name)}")["id"])
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            fail(f"volumes.{volume.key} is external, and there is no volume {volume.name!r}", "hypeman volume create")
 
     def wait_for(self, service: Service, condition: str) -> None:
         """Until a service has started, is healthy, or has completed with exit code 0. Ends the command otherwise."""

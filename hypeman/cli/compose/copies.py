@@ -1,4 +1,5 @@
-"""Directories here that a service mounts: each becomes a volume that is filled from the directory when it is made.
+"""Directories and files here that a service mounts: each directory becomes a volume that is filled from it when it is
+made, files become one together.
 
 A VM does not share the host's files, so this is a copy: changes here do not appear in the guest, and changes in the
 guest do not appear here. Of a read-only mount the volume's name has a hash of the content: changed files are noticed as
@@ -11,11 +12,11 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from hypeman.cli.compose.model import ComposeError, Volume
+from hypeman.cli.compose.model import ComposeError, CopiedFile, Volume
 from hypeman.cli.context import entries, write_directory
 
 MAX_BYTES = 1 << 30
@@ -27,14 +28,15 @@ _HASH_CHARACTERS = 10
 
 
 def copied_volume(stack: str, service: str, source: Path, target: str, *, readonly: bool) -> Volume:
-    """The volume for ``source`` at ``target``. Raises ComposeError if it is no directory, or too large to be copied."""
+    """The volume for ``source`` at ``target``: an empty one if a directory to write to does not exist yet, as Docker
+    makes it. Raises ComposeError if it is no directory, or too large to be copied."""
     if not source.exists():
-        raise ComposeError(f"{source} does not exist")
+        if readonly:
+            raise ComposeError(f"{source} does not exist")
+        name = f"{stack}-{service}-{_as_name(target)}"
+        return Volume(name, name, _WRITABLE_GB)
     if not source.is_dir():
-        raise ComposeError(
-            f"{source} is not a directory: only directories are copied into a VM; put the file into one, or into the "
-            "image"
-        )
+        raise ComposeError(f"{source} is neither a directory nor a file: only these are copied into a VM")
     if source == Path("/") or source.parts[:2] in _OF_THE_KERNEL:
         raise ComposeError(f"{source} is the host's: a VM has its own")
     try:
@@ -42,12 +44,39 @@ def copied_volume(stack: str, service: str, source: Path, target: str, *, readon
         digest = _digest(source) if readonly else ""
     except OSError as error:
         raise ComposeError(f"{error.filename or source} cannot be read: {error.strerror}") from None
-    place = re.sub(r"[^a-z0-9]+", "-", target.lower()).strip("-") or "root"
-    name = f"{stack}-{service}-{place}"
+    name = f"{stack}-{service}-{_as_name(target)}"
     gigabytes = 1 + 2 * size // (1 << 30)
     if readonly:
         return Volume(name, f"{name}-{digest[:_HASH_CHARACTERS]}", gigabytes, str(source), by_content=True)
     return Volume(name, name, max(_WRITABLE_GB, gigabytes), str(source))
+
+
+def file_volume(stack: str, service: str, files: Sequence[CopiedFile], *, readonly: bool) -> Volume:
+    """The volume for ``files``. Raises ComposeError if one cannot be read, or if they are too large to be copied."""
+    digest = hashlib.sha256()
+    size = 0
+    for file in files:
+        digest.update(f"{file.path}\0{file.mode} {file.uid} {file.gid}\0".encode())
+        try:
+            data = Path(file.source).read_bytes() if file.source else file.content.encode()
+        except OSError as error:
+            raise ComposeError(f"{file.source} cannot be read: {error.strerror}") from None
+        size += len(data)
+        if size > MAX_BYTES:
+            raise ComposeError("the files have more than 1 GB, too much for a copy: use a named volume")
+        digest.update(hashlib.sha256(data).digest())
+    gigabytes = 1 + 2 * size // (1 << 30)
+    if readonly:
+        name = f"{stack}-{service}-files"
+        return Volume(
+            name, f"{name}-{digest.hexdigest()[:_HASH_CHARACTERS]}", gigabytes, files=tuple(files), by_content=True
+        )
+    name = f"{stack}-{service}-{_as_name(files[0].path)}"
+    return Volume(name, name, gigabytes, files=tuple(files))
+
+
+def _as_name(path: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", path.lower()).strip("-") or "root"
 
 
 def _checked_size(directory: Path) -> int:
@@ -76,14 +105,29 @@ def _digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def archive(directory: Path) -> Iterator[bytes]:
-    """The tar.gz of ``directory``, with owners as they are."""
+def archive(volume: Volume) -> Iterator[bytes]:
+    """The tar.gz of what ``volume`` is filled from; of a directory, with owners as they are."""
     import tempfile
 
     with tempfile.TemporaryFile() as file:
-        write_directory(directory, file)
+        if volume.source:
+            write_directory(Path(volume.source), file)
+        else:
+            _write_files(volume.files, file)
         file.seek(0)
         yield from _chunks(file)
+
+
+def _write_files(files: Sequence[CopiedFile], output: IO[bytes]) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(fileobj=output, mode="w:gz", compresslevel=1, format=tarfile.PAX_FORMAT) as tar:
+        for file in files:
+            data = Path(file.source).read_bytes() if file.source else file.content.encode()
+            entry = tarfile.TarInfo(file.path)
+            entry.size, entry.mode, entry.uid, entry.gid = len(data), file.mode, file.uid, file.gid
+            tar.addfile(entry, io.BytesIO(data))
 
 
 def _chunks(file: IO[bytes]) -> Iterator[bytes]:

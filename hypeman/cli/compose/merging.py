@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hypeman.cli.compose.model import ComposeError
+from hypeman.cli.compose.model import ComposeError, Tagged
 
 _MAX_DEPTH = 16
 _RESOURCES = ("services", "volumes", "networks", "secrets", "configs")
 _REPLACED = frozenset(["command", "entrypoint", "test"])
 """Lists that are taken as a whole; others are put together."""
+_BY_TARGET = frozenset(["volumes", "configs", "secrets"])
+"""Lists of a service in which an entry replaces the one for the same place in the guest."""
 _BY_NAME = frozenset(["environment", "labels", "args", "annotations", "extra_hosts", "sysctls"])
 """Mappings that may be written as a list of ``NAME=VALUE``."""
 
@@ -27,16 +29,17 @@ def expanded(tree: dict[str, Any], directory: Path, read: Read, depth: int = 0) 
     if depth > _MAX_DEPTH:
         raise ComposeError(f"include is nested more than {_MAX_DEPTH} levels deep")
     included: dict[str, Any] = {}
-    includes = tree.get("include") or []
+    includes = settled(tree.get("include")) or []
     if not isinstance(includes, list):
         raise ComposeError(f"include must be a list, as in include: [{includes if isinstance(includes, str) else '…'}]")
     for entry in includes:
         _take_in(included, _included(entry, directory, read, depth), str(entry))
-    own = {key: value for key, value in tree.items() if key != "include"}
+    own = _opened({key: value for key, value in tree.items() if key != "include"})
     services = {
         key: _extended(key, value, own, directory, read, ()) for key, value in (own.get("services") or {}).items()
     }
     own["services"] = services
+    own = settled(own)
     _take_in(included, {key: own.get(key) or {} for key in _RESOURCES}, "the file")
     return {**own, **{key: value for key, value in included.items() if value or key in own}}
 
@@ -48,10 +51,60 @@ def merged(base: Any, more: Any, key: str = "") -> Any:
     if key == "depends_on" and (isinstance(base, dict) or isinstance(more, dict)):
         base, more = _conditions(base), _conditions(more)
     if isinstance(base, Mapping) and isinstance(more, Mapping):
-        return {**base, **{name: merged(base[name], more[name], name) if name in base else more[name] for name in more}}
+        return {**base, **{name: _over(base[name], more[name], name) if name in base else more[name] for name in more}}
     if isinstance(base, list) and isinstance(more, list) and key not in _REPLACED:
+        if key in _BY_TARGET:
+            targets = {_target(each) for each in more}
+            base = [each for each in base if _target(each) not in targets]
         return [*base, *(each for each in more if each not in base)]
     return more
+
+
+def _over(base: Any, more: Any, key: str) -> Any:
+    """Tags stay until ``settled``: what the result is merged into later has to know of them, too."""
+    if isinstance(more, Tagged):
+        return more
+    if isinstance(base, Tagged):
+        return Tagged(more if base.reset else merged(base.value, more, key), reset=False)
+    return merged(base, more, key)
+
+
+def settled(tree: Any) -> Any:
+    """``tree`` without what is reset, and with what overrides in its place."""
+    if isinstance(tree, Tagged):
+        return None if tree.reset else settled(tree.value)
+    if isinstance(tree, dict):
+        return {key: settled(value) for key, value in tree.items() if not _is_reset(value)}
+    if isinstance(tree, list):
+        return [settled(value) for value in tree if not _is_reset(value)]
+    return tree
+
+
+def _is_reset(value: Any) -> bool:
+    return isinstance(value, Tagged) and value.reset
+
+
+def _opened(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """``tree`` without tags at its keys and its resources; those inside of services stay for ``extends``."""
+    found = {
+        key: value.value if isinstance(value, Tagged) else value for key, value in tree.items() if not _is_reset(value)
+    }
+    for kind in _RESOURCES:
+        if isinstance(found.get(kind), dict):
+            found[kind] = {
+                key: value.value if isinstance(value, Tagged) else value
+                for key, value in found[kind].items()
+                if not _is_reset(value)
+            }
+    return found
+
+
+def _target(entry: Any) -> str:
+    """Where in the guest an entry of a service's volumes, configs or secrets is."""
+    if isinstance(entry, dict):
+        return str(entry.get("target") or entry.get("source"))
+    parts = str(entry).split(":")
+    return parts[1] if len(parts) > 1 else parts[0]
 
 
 def by_name(value: Any) -> Any:
@@ -91,9 +144,9 @@ def _included(entry: Any, directory: Path, read: Read, depth: int) -> dict[str, 
 def _extended(
     key: str, value: Any, tree: Mapping[str, Any], directory: Path, read: Read, seen: tuple[tuple[Path, str], ...]
 ) -> Any:
-    if not isinstance(value, dict) or "extends" not in value:
-        return value
-    extends = value["extends"]
+    if not isinstance(value, dict) or "extends" not in value or _is_reset(value["extends"]):
+        return settled(value)
+    extends = settled(value["extends"])
     extends = {"service": extends} if isinstance(extends, str) else extends
     if not isinstance(extends, dict) or "service" not in extends or extends.keys() - {"service", "file"}:
         raise ComposeError(f"services.{key}.extends must have service, and file if it is in another one")
@@ -110,29 +163,24 @@ def _extended(
     base = _extended(name, base, file, folder, read, (*seen, place))
     if folder != directory:
         base = anchored({"services": {name: base}}, folder)["services"][name]
-    return merged(base, {field: one for field, one in value.items() if field != "extends"})
+    return settled(merged(base, {field: one for field, one in value.items() if field != "extends"}))
 
 
 def _tree(path: Path, read: Read) -> dict[str, Any]:
     tree = read(path)
     if not isinstance(tree, dict):
         raise ComposeError(f"{path} has no services")
-    return tree
+    return _opened(tree)
 
 
 def anchored(tree: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """``tree`` with the paths of its services and secrets absolute."""
+    """``tree`` with the paths of its services, secrets and configs absolute."""
     found = dict(tree)
     found["services"] = {key: _anchored_service(one, directory) for key, one in (tree.get("services") or {}).items()}
-    if secrets := tree.get("secrets"):
-        found["secrets"] = {key: _anchored_secret(one, directory) for key, one in secrets.items()}
+    for kind in ("secrets", "configs"):
+        if resources := tree.get(kind):
+            found[kind] = {key: _anchored_path(one, "file", directory) for key, one in resources.items()}
     return found
-
-
-def _anchored_secret(value: Any, directory: Path) -> Any:
-    if not isinstance(value, dict) or "file" not in value:
-        return value
-    return {**value, "file": str(directory / value["file"])}
 
 
 def _anchored_service(value: Any, directory: Path) -> Any:
@@ -145,6 +193,9 @@ def _anchored_service(value: Any, directory: Path) -> Any:
             {**file, "path": str(directory / file["path"])} if isinstance(file, dict) else str(directory / file)
             for file in files
         ]
+    if "label_file" in value:
+        labels = value["label_file"] if isinstance(value["label_file"], list) else [value["label_file"]]
+        found["label_file"] = [str(directory / file) for file in labels]
     build = value.get("build")
     if isinstance(build, str):
         found["build"] = str(directory / build)

@@ -23,14 +23,43 @@ class ComposeError(Exception):
     """The file cannot be used; the message names the place."""
 
 
+class Tagged(Struct, frozen=True):
+    """A value of a file with ``!reset`` (the key is gone) or ``!override`` (it replaces instead of being merged)."""
+
+    value: Any
+    reset: bool
+
+
+class CopiedFile(Struct, frozen=True):
+    """A file in a guest."""
+
+    path: str
+    """In the guest, without a slash in front."""
+    mode: int
+    uid: int = 0
+    gid: int = 0
+    source: str = ""
+    """The file here; empty: it has ``content``."""
+    content: str = ""
+
+
 class Volume(Struct, frozen=True):
     key: str
     name: str
     size_gb: int
     source: str = ""
     """Directory here that it is filled from when it is made (``copies``)."""
+    files: tuple[CopiedFile, ...] = ()
+    """That it is filled with when it is made, instead of ``source``."""
     by_content: bool = False
-    """Its name follows from the content of ``source``."""
+    """Its name follows from the content of what it is filled from."""
+    external: bool = False
+    """It is not the stack's: neither made nor deleted."""
+
+    @property
+    def copied(self) -> str:
+        """What it is filled from, in words; empty if it begins empty."""
+        return self.source or ", ".join(file.source or f"/{file.path}" for file in self.files)
 
 
 class Ingress(Struct, frozen=True):
@@ -52,6 +81,8 @@ class Service(Struct, frozen=True):
     """Service → ``started``, ``healthy`` or ``completed``."""
     build: dict[str, Any] = {}
     """Directory ``context``, ``dockerfile`` and fields of the build's form; empty: the image is pulled."""
+    build_secrets: dict[str, str] = {}
+    """Of the build, by their ids, in base64. Not shown."""
     secrets: dict[str, str] = {}
     """Variables with the real values of the credentials in ``body``. Not shown, and not part of the fingerprint."""
     tags: dict[str, str] = {}
@@ -97,11 +128,13 @@ class Stack(Struct, frozen=True):
 
 
 def in_strings(tree: Any, change: Callable[[str], str]) -> Any:
-    """``tree``, of dicts and lists, with every string value changed."""
+    """``tree``, of dicts, lists and Tagged, with every string value changed."""
     if isinstance(tree, dict):
         return {key: in_strings(value, change) for key, value in tree.items()}
     if isinstance(tree, list):
         return [in_strings(value, change) for value in tree]
+    if isinstance(tree, Tagged):
+        return Tagged(in_strings(tree.value, change), tree.reset)
     return change(tree) if isinstance(tree, str) else tree
 
 

@@ -44,7 +44,7 @@ class Found(Struct, frozen=True):
 def plan_up(stack: Stack, found: Found, *, replace: bool = False, remove_orphans: bool = False) -> list[Action]:
     """In the order in which they are carried out. Raises ComposeError where something would have to be replaced that
     may not be."""
-    actions = [_volume(volume, found) for volume in stack.volumes]
+    actions = [_volume(volume, found) for volume in stack.volumes if not volume.external]
     instances = {row["name"]: row for row in found.instances}
     ingresses = {row["name"]: row for row in found.ingresses}
     gone = [
@@ -73,9 +73,9 @@ def plan_up(stack: Stack, found: Found, *, replace: bool = False, remove_orphans
 def _volume(volume: Volume, found: Found) -> Action:
     row = next((row for row in found.volumes if row["name"] == volume.name), None)
     if row is None:
-        why = f"a copy of {volume.source}" if volume.source else f"{volume.size_gb}GB"
+        why = f"a copy of {volume.copied}" if volume.copied else f"{volume.size_gb}GB"
         return Action(Act.CREATE, "volume", volume.name, volume.key, why)
-    if row["size_gb"] != volume.size_gb and not volume.source:
+    if row["size_gb"] != volume.size_gb and not volume.copied:
         raise ComposeError(
             f"volumes.{volume.key}: {volume.name} has {row['size_gb']}GB; the size of a volume does not change"
         )

@@ -54,8 +54,9 @@ def boot_config(
                 path=volume.mount_path,
                 readonly=volume.readonly,
                 overlay_disk_id=volume_overlay_disk_id(volume.volume_id) if volume.overlay else "",
+                files=volume.files,
             )
-            for volume in spec.volumes
+            for volume in sorted(spec.volumes, key=lambda each: each.files)  # files lie over what directories bring
         ),
         network=boot_network(network),
         ca_certificates=certificates,

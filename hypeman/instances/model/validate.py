@@ -181,11 +181,13 @@ def check_volumes(volumes: Sequence[VolumeMount]) -> tuple[VolumeMount, ...]:
         raise InvalidRequest(f"the volumes need {disks} disks, {MAX_VOLUME_DISKS} fit (an overlay counts twice)")
     checked: list[VolumeMount] = []
     for volume in volumes:
-        path = check_mount_path(volume.mount_path)
-        if any(path == other.mount_path for other in checked):
+        path = check_files_path(volume.mount_path) if volume.files else check_mount_path(volume.mount_path)
+        if not volume.files and any(path == other.mount_path and not other.files for other in checked):
             raise InvalidRequest(f"two volumes at {path}")
         if any(volume.volume_id == other.volume_id for other in checked):
             raise InvalidRequest(f"volume {volume.volume_id!r} is given twice")
+        if volume.overlay and volume.files:
+            raise InvalidRequest(f"volume {volume.volume_id!r}: overlay excludes files")
         if volume.overlay:
             if not volume.readonly:
                 raise InvalidRequest(f"volume {volume.volume_id!r}: overlay needs readonly")
@@ -199,13 +201,18 @@ def check_volumes(volumes: Sequence[VolumeMount]) -> tuple[VolumeMount, ...]:
     return tuple(checked)
 
 
+def check_files_path(path: str) -> str:
+    """``path``, below which files of a volume are mounted one by one, normalized: also the root. Raises
+    InvalidRequest."""
+    normal = _absolute(path)
+    if normal.split("/")[1] in _KERNEL_DIRS:
+        raise InvalidRequest(f"files cannot be mounted at or below /{normal.split('/')[1]}")
+    return normal
+
+
 def check_mount_path(path: str) -> str:
     """``path`` normalized. Raises InvalidRequest if no volume may be mounted there."""
-    if not path.startswith("/") or "\0" in path or len(path.encode()) > 1024:
-        raise InvalidRequest(f"mount path {path!r} must be absolute")
-    if ".." in path.split("/"):
-        raise InvalidRequest(f"mount path {path!r} must not contain '..'")
-    normal = "/" + posixpath.normpath(path).lstrip("/")
+    normal = _absolute(path)
     top = normal.split("/")[1]
     if not top:
         raise InvalidRequest("a volume cannot be mounted over the root")
@@ -214,6 +221,14 @@ def check_mount_path(path: str) -> str:
     if normal.removeprefix("/") in _SYSTEM_DIRS:
         raise InvalidRequest(f"a volume cannot be mounted over {normal}; below it is allowed")
     return normal
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/") or "\0" in path or len(path.encode()) > 1024:
+        raise InvalidRequest(f"mount path {path!r} must be absolute")
+    if ".." in path.split("/"):
+        raise InvalidRequest(f"mount path {path!r} must not contain '..'")
+    return "/" + posixpath.normpath(path).lstrip("/")
 
 
 def check_compression(config: SnapshotCompressionConfig | None) -> SnapshotCompressionConfig | None:

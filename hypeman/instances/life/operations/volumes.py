@@ -66,6 +66,8 @@ async def detach(owned: Owned, volume_id: str) -> InstanceRecord:
     if before.state is not InstanceState.RUNNING:
         return await end_without(owned, volume_id)
     port = before.ports.get(volume_id, 0)
+    if mount.files:
+        raise NotSupported(f"files of volume {volume_id!r} are mounted one by one; stop the instance first")
     if not port:
         raise NotSupported(f"volume {volume_id!r} is fixed in the running VM; stop the instance first")
     step = plan_attach(before, volume_id, mount.mount_path, readonly=mount.readonly, port=port)
