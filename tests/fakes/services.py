@@ -314,7 +314,13 @@ class FakeInstances:
             created_at=NOW,
             size="1GB",
             vcpus=2,
-            network=InstanceNetwork(enabled=True, name="default", ip="10.100.0.2", mac="02:00:00:00:00:02"),
+            network=InstanceNetwork(
+                enabled=True,
+                name="default",
+                ip="10.100.0.2",
+                mac="02:00:00:00:00:02",
+                groups=changes.pop("groups", UNSET),
+            ),
             **changes,
         )
         self.instances[instance.id] = instance
@@ -383,6 +389,7 @@ class FakeInstances:
             env=request.env or UNSET,
             tags=request.tags or UNSET,
             volumes=request.volumes or UNSET,
+            groups=request.network.groups or UNSET,
             phase_durations_ms={"created": 12, "initializing": 340, "running": 5},
             current_phase="running",
             current_phase_since=NOW,

@@ -334,6 +334,84 @@ test("an ingress and ports are made for an instance, and shown with it", async (
   await page.done();
 });
 
+test("groups of guests are chosen where an instance is made, and shown with it", async () => {
+  const page = await open(browser, "/create");
+  await page.getByLabel("Image", { exact: true }).fill("docker.io/library/nginx:alpine");
+  await page.getByLabel("Name", { exact: true }).fill("apart");
+  await page.getByLabel("Groups").fill("front, no/good");
+  await page.getByRole("button", { name: "Create and boot" }).click();
+  assert.equal(await page.getByLabel("Groups").evaluate((field) => field.validity.patternMismatch), true);
+  await page.getByLabel("Groups").fill("front, back");
+  assert.match(await page.locator(".code pre").innerText(), /--network-group front \\?\s*--network-group back/);
+  await page.getByRole("button", { name: "Create and boot" }).click();
+  await page.getByRole("heading", { name: /^apart/ }).waitFor();
+  await page.getByRole("tab", { name: "Network" }).click();
+  await page.getByText("front, back").waitFor();
+  assert.deepEqual((await api("GET", "/instances/apart")).network.groups, ["front", "back"]);
+  await page.goto(`${BASE}/ui/create`);
+  await page.locator('#groups option[value="back"]').waitFor({ state: "attached" });
+  await api("DELETE", "/instances/apart");
+  await page.done();
+});
+
+test("a session that ends says so", async () => {
+  const page = await open(browser, "/volumes");
+  page.expected.push(/401/);
+  await page.getByRole("heading", { name: "Volumes" }).waitFor();
+  await page.context().clearCookies();
+  await page.getByRole("link", { name: "Images" }).click();
+  await page.getByRole("alert").filter({ hasText: "Your session has ended" }).waitFor();
+  await page.getByLabel("API token").fill(tokens.all);
+  await page.keyboard.press("Enter");
+  await page.getByRole("heading", { name: "Images" }).waitFor();
+  await page.done();
+});
+
+test("a server that goes away is told, and what could not be read is read when it is back", async () => {
+  const page = await open(browser, "/volumes");
+  page.expected.push(/ERR_|Failed to load/);
+  await page.getByRole("heading", { name: "Volumes" }).waitFor();
+  await page.locator(".live.on").waitFor();
+  const away = (route) => route.abort("connectionrefused");
+  await page.route(/\/(images|events|instances|stats|ui\/session)(\?|$)/, away);
+  await page.getByRole("link", { name: "Images" }).click();
+  await page.getByRole("alert").filter({ hasText: "The server does not answer" }).waitFor();
+  assert.equal(await page.getByText("No images yet").count(), 0, "an error is no empty list");
+  await page.unroute(/\/(images|events|instances|stats|ui\/session)(\?|$)/, away);
+  await page.getByRole("alert").filter({ hasText: "The server does not answer" }).waitFor({ state: "detached" });
+  await page.done();
+});
+
+for (const [status, message] of [[403, "this token lacks a scope"], [429, "too many requests"], [500, "something is wrong"]]) {
+  test(`a refusal with ${status} is shown as it is, and not as an empty list`, async () => {
+    const page = await open(browser, "/instances/web/network");
+    page.expected.push(/Failed to load/);
+    await page.getByRole("region", { name: "Host names" }).or(page.getByText("No host name leads here")).first().waitFor();
+    const refuse = (route) => route.fulfill({ status, contentType: "application/json", body: JSON.stringify({ code: "x", message }) });
+    await page.route(/\/(ingresses|volumes|images|devices|builds|usage|resources|instances\/gone)(\?|$)/, refuse);
+    for (const path of ["/instances/web/network", "/volumes", "/images", "/ingresses", "/builds", "/instances/gone"]) {
+      await page.goto(`${BASE}/ui${path}`);
+      await page.getByText(message).first().waitFor();
+      for (const lie of [/^No [a-z ]+ yet/, "No host name leads here", "There is no such instance"])
+        assert.equal(await page.getByText(lie).count(), 0, `${path}: ${lie}`);
+    }
+    await page.done();
+  });
+}
+
+test("the longest names fit", async () => {
+  const name = `long${"-name".repeat(11)}`.slice(0, 63);
+  await api("POST", "/instances", { name, image: `docker.io/${"deep/".repeat(30)}nginx:alpine` });
+  for (const width of [1280, 390]) {
+    const page = await open(browser, `/instances/${name}`, tokens.all, { viewport: { width, height: 800 } });
+    await page.getByRole("heading", { name }).waitFor();
+    const [content, shown] = await page.evaluate(() => { const main = document.querySelector("main"); return [main.scrollWidth, main.clientWidth]; });
+    assert.ok(content <= shown, `${width}: the page is ${content} wide where ${shown} fit`);
+    await page.done();
+  }
+  await api("DELETE", `/instances/${name}`);
+});
+
 const PATHS = ["/instances", "/instances/web", "/instances/web/logs", "/instances/web/terminal", "/instances/web/files", "/instances/web/network",
   "/instances/web/volumes", "/instances/web/snapshots", "/instances/agent/egress", "/instances/web/operations", "/instances/web/settings", "/create", "/images", "/builds", "/volumes",
   "/ingresses", "/approvals", "/devices", "/usage", "/host", "/events", "/nowhere"];

@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 import trio
+from msgspec import UNSET
 
 from hypeman import assets
 from hypeman.builds.types import Build, BuildStatus
@@ -259,7 +260,12 @@ class LiveInstances(FakeInstances):
             vcpus=request.vcpus or 2,
             size=request.size or "1GB",
             overlay_size=request.overlay_size or "10GB",
-            network=InstanceNetwork(enabled=True, name="default", ip=f"10.100.1.{len(self.instances) % 250}"),
+            network=InstanceNetwork(
+                enabled=True,
+                name="default",
+                ip=f"10.100.1.{len(self.instances) % 250}",
+                groups=request.network.groups or UNSET,
+            ),
         )
         self._events.about(Kind.INSTANCE, "created", made.id, made.name, image=made.image, state="Created")
         self._nursery.start_soon(self._boot, made.id)

@@ -5,6 +5,13 @@ export type Session = { subject: string; scopes: string[]; expires_at: string | 
 
 /** undefined: not known yet; null: nobody is logged in. */
 export const session = signal<Session | null | undefined>(undefined);
+/** Why nobody is logged in any more; empty if nobody was, or logged out. */
+export const ended = signal("");
+
+function end(): void {
+  if (session.value) ended.value = "Your session has ended. Log in again.";
+  session.value = null;
+}
 
 export class ApiError extends Error {
   constructor(readonly status: number, readonly code: string, message: string) {
@@ -35,7 +42,7 @@ export async function call<T>(method: string, path: string, body?: unknown, sign
   try {
     ({ code, message } = JSON.parse(text));
   } catch { /* not our error body: a proxy's */ }
-  if (response.status === 401 && path !== "/ui/session") session.value = null;
+  if (response.status === 401 && path !== "/ui/session") end();
   throw new ApiError(response.status, code, message);
 }
 
@@ -80,7 +87,20 @@ export async function begin(): Promise<string | undefined> {
   }
 }
 
+/** False once the server no longer knows the session; the page shows the login then. */
+export async function stillLoggedIn(): Promise<boolean> {
+  try {
+    await get<Session>("/ui/session");
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 401)) return true;
+    end();
+    return false;
+  }
+  return true;
+}
+
 export async function logout(): Promise<void> {
+  ended.value = "";
   await remove("/ui/session").catch(() => {});
   session.value = null;
 }

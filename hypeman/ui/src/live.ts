@@ -4,12 +4,16 @@
 // last event that it saw, and lists everything again if the log no longer reaches back that far.
 import { batch, effect, signal } from "@preact/signals";
 import type { Event as Change, Instance, UsageOfAll } from "api-types";
-import { ApiError, can, get, segment, session } from "./api";
+import { ApiError, can, get, segment, session, stillLoggedIn } from "./api";
 
 export const instances = signal<ReadonlyMap<string, Instance>>(new Map());
 export const loaded = signal(false);
 export const connected = signal(false);
 export const failure = signal("");
+/** The connection broke, and was not back at once: what is shown may be old. */
+export const lost = signal(false);
+/** Grows when the connection is back: what could not be read meanwhile is read again. */
+export const reconnected = signal(0);
 /** Newest first. */
 export const changes = signal<readonly Change[]>([]);
 /** Grows when an object of that kind changes. */
@@ -24,6 +28,9 @@ const BATCH_MS = 120;
 const LOOK_MS = 700;
 const MAX_SINGLE = 6;
 const LIST_MS = 5000;
+const LOST_MS = 3000;
+const RETRY_MS = 2000;
+const MAX_RETRY_MS = 30_000;
 
 let source: EventSource | undefined;
 let cursor = "";
@@ -32,6 +39,9 @@ let timer = 0;
 let lastList = 0;
 let look = new Set<string>();
 let looking = 0;
+let breaking = 0;
+let retry = RETRY_MS;
+let listing = 0;
 
 async function list(): Promise<void> {
   if (!can("instance:read")) {
@@ -46,26 +56,41 @@ async function list(): Promise<void> {
     loaded.value = true;
   } catch (error) {
     failure.value = (error as Error).message;
+    listing ||= setTimeout(() => {
+      listing = 0;
+      if (session.value && !document.hidden) void list();
+    }, LIST_MS);
   }
 }
 
 function open(): void {
   source?.close();
   source = new EventSource(cursor ? `/events?since=${cursor}` : "/events");
-  source.onopen = () => { connected.value = true; };
+  source.onopen = () => {
+    clearTimeout(breaking);
+    retry = RETRY_MS;
+    batch(() => {
+      connected.value = true;
+      if (breaking) reconnected.value++;
+      lost.value = false;
+    });
+    breaking = 0;
+  };
   source.onmessage = (message) => {
     cursor = message.lastEventId;
     pending.push(JSON.parse(message.data) as Change);
     timer ||= setTimeout(apply, BATCH_MS);
   };
   source.addEventListener("error", (event) => {
+    if (connected.value) breaking ||= setTimeout(() => { lost.value = !connected.value; }, LOST_MS);
     connected.value = false;
     const broken = event as MessageEvent;
     // A message: the log no longer reaches back. Closed: refused, and the browser does not try again.
     if (broken.data || source?.readyState === EventSource.CLOSED) {
       source?.close();
       cursor = "";
-      setTimeout(() => { if (session.value && !document.hidden) start(); }, 2000);
+      setTimeout(async () => { if (session.value && !document.hidden && await stillLoggedIn()) start(); }, retry);
+      retry = Math.min(2 * retry, MAX_RETRY_MS);
     }
   });
 }
@@ -187,7 +212,10 @@ function start(): void {
 function stop(): void {
   source?.close();
   source = undefined;
+  clearTimeout(breaking);
+  breaking = 0;
   connected.value = false;
+  lost.value = false;
 }
 
 export function live(): void {

@@ -5,11 +5,11 @@ import "./style.css";
 import { useSignal } from "@preact/signals";
 import { render } from "preact";
 import { useEffect } from "preact/hooks";
-import { begin, logout, messageOf, post, session } from "./api";
+import { begin, ended, logout, messageOf, post, session } from "./api";
 import type { Session } from "./api";
 import { approvals, watchApprovals } from "./approvals";
 import { plural } from "./format";
-import { connected, instances, live } from "./live";
+import { connected, instances, live, lost } from "./live";
 import { PAGES } from "./navigation";
 import { Help, openPalette, Palette, useShortcuts } from "./palette";
 import { Approvals } from "./pages/approvals";
@@ -105,7 +105,10 @@ function Frame() {
           <Button icon="search" kind="plain" label="Search" onClick={openPalette} />
         </span>
       </header>
-      <main id="main" tabIndex={-1}><View /></main>
+      <main id="main" tabIndex={-1}>
+        {lost.value && <p class="lost" role="status">The server does not answer. What is shown may be old; trying again…</p>}
+        <View />
+      </main>
       <Palette /><Help />
     </div>
   );
@@ -118,13 +121,14 @@ function scopesText(who: Session): string {
 
 function Login({ problem }: { problem: string }) {
   const token = useSignal("");
-  const error = useSignal(problem);
+  const error = useSignal(ended.value || problem);
   const busy = useSignal(false);
   async function submit(event: Event) {
     event.preventDefault();
     busy.value = true;
     try {
       session.value = await post<Session>("/ui/session", { token: token.value.trim() });
+      ended.value = "";
     } catch (problem) {
       error.value = messageOf(problem);
     } finally {

@@ -3,9 +3,9 @@ import { signal, useSignal } from "@preact/signals";
 import { cloneElement } from "preact";
 import type { ComponentChildren, VNode } from "preact";
 import { useEffect, useId, useLayoutEffect, useRef, useState } from "preact/hooks";
-import { get, lacking, messageOf } from "./api";
+import { ApiError, get, lacking, messageOf } from "./api";
 import { ago, dateTime } from "./format";
-import { version } from "./live";
+import { reconnected, version } from "./live";
 import { href } from "./router";
 
 // ── Icons: 16 × 16, drawn with the text's colour ───────────────────────────────────────────────
@@ -332,6 +332,10 @@ export function useTick(ms: number): void {
   }, [ms]);
 }
 
+/** Statuses of what may be otherwise in a moment; 0: no answer. */
+const PASSING: ReadonlySet<number> = new Set([0, 429, 502, 503, 504]);
+const RETRY_MS = 5000;
+
 export type Resource<T> = { data: T | undefined; error: string; reload: () => void };
 
 /** What `path` answers, read again when an object of `kinds` changes; an empty path reads nothing. */
@@ -346,12 +350,20 @@ export function useResource<T>(path: string, kinds: readonly string[] = [], ever
     last.current = path;
     if (!path) return;
     const abort = new AbortController();
+    let retry = 0;
     get<T>(path, abort.signal).then(
       (found) => { data.value = found; error.value = ""; },
-      (problem) => { if (!abort.signal.aborted) error.value = messageOf(problem); },
+      (problem) => {
+        if (abort.signal.aborted) return;
+        error.value = messageOf(problem);
+        if (problem instanceof ApiError && PASSING.has(problem.status)) retry = setTimeout(() => again((value) => value + 1), RETRY_MS);
+      },
     );
-    return () => abort.abort();
-  }, [path, seen, count]);
+    return () => {
+      abort.abort();
+      clearTimeout(retry);
+    };
+  }, [path, seen, count, reconnected.value]);
   useEffect(() => {
     if (!everyMs || !path) return;
     const timer = setInterval(() => { if (!document.hidden) again((value) => value + 1); }, everyMs);

@@ -3,14 +3,14 @@ import { useSignal } from "@preact/signals";
 import type { Capabilities, Image, Instance, Volume } from "api-types";
 import { lacking, messageOf, post } from "../api";
 import { imageName, shellWord } from "../format";
-import { put } from "../live";
+import { instances, put } from "../live";
 import { go } from "../router";
 import { Button, Check, Code, Field, Link, Page, Panel, Select, Text, useResource } from "../ui";
 import { parsePort } from "./network";
 
 const FIRST = {
   name: "", image: "", vcpus: "2", size: "1GB", overlay: "10GB", command: "", env: "", ports: "", volume: "", mount: "/data", tags: "",
-  hypervisor: "", restart: "never", ttl: "", network: true, egress: false, standby: false, idle: "5m",
+  hypervisor: "", restart: "never", ttl: "", network: true, groups: "", egress: false, standby: false, idle: "5m",
 };
 type Form = typeof FIRST;
 
@@ -29,17 +29,21 @@ export function words(text: string): string[] {
   return found;
 }
 
+const listed = (text: string) => text.split(/[\s,]+/).filter(Boolean);
+
 /** The body of POST /instances. Throws an Error that names the field. */
 function bodyOf(form: Form): Record<string, unknown> {
   const env = pairs(form.env, "Environment"), tags = pairs(form.tags, "Tags");
-  const ports = form.ports.split(/[\s,]+/).filter(Boolean).map(parsePort);
+  const ports = listed(form.ports).map(parsePort);
   const cmd = words(form.command);
+  const groups = listed(form.groups);
+  const network = !form.network ? { enabled: false } : { ...(form.egress ? { egress: { enabled: true } } : {}), ...(groups.length ? { groups } : {}) };
   return {
     name: form.name, image: form.image.trim(), vcpus: Number(form.vcpus), size: form.size, overlay_size: form.overlay,
     ...(cmd.length ? { cmd } : {}), ...(Object.keys(env).length ? { env } : {}), ...(Object.keys(tags).length ? { tags } : {}), ...(ports.length ? { ports } : {}),
     ...(form.volume ? { volumes: [{ volume_id: form.volume, mount_path: form.mount }] } : {}),
     ...(form.hypervisor ? { hypervisor: form.hypervisor } : {}), ...(form.restart !== "never" ? { restart_policy: { policy: form.restart } } : {}), ...(form.ttl ? { ttl: form.ttl } : {}),
-    ...(!form.network ? { network: { enabled: false } } : form.egress ? { network: { egress: { enabled: true } } } : {}),
+    ...(Object.keys(network).length ? { network } : {}),
     ...(form.standby ? { auto_standby: { enabled: true, idle_timeout: form.idle } } : {}),
   };
 }
@@ -52,14 +56,17 @@ function runLine(form: Form): string {
   if (form.size !== "1GB") add("--memory", form.size);
   if (form.overlay !== "10GB") add("--overlay-size", form.overlay);
   for (const line of form.env.split("\n").filter((line) => line.trim())) add("-e", line.trim());
-  for (const port of form.ports.split(/[\s,]+/).filter(Boolean)) add("-p", port);
+  for (const port of listed(form.ports)) add("-p", port);
   if (form.volume) add("-v", `${form.volume}:${form.mount}`);
   for (const line of form.tags.split("\n").filter((line) => line.trim())) add("--tag", line.trim());
   if (form.hypervisor) add("--hypervisor", form.hypervisor);
   if (form.restart !== "never") add("--restart-policy", form.restart);
   if (form.ttl) add("--ttl", form.ttl);
   if (!form.network) options.push("--no-network");
-  else if (form.egress) options.push("--network-egress-enabled");
+  else {
+    for (const group of listed(form.groups)) add("--network-group", group);
+    if (form.egress) options.push("--network-egress-enabled");
+  }
   if (form.standby) options.push("--auto-standby-enabled", `--auto-standby-idle-timeout ${shellWord(form.idle)}`);
   const line = ["hypeman run", ...options, shellWord(form.image.trim() || "IMAGE"), ...words(form.command).map(shellWord)];
   return line.join(options.length > 3 ? " \\\n  " : " ");
@@ -77,6 +84,7 @@ export function Create() {
   const images = useResource<Image[]>(lacking("image:read") ? "" : "/images", ["image"]);
   const volumes = useResource<Volume[]>(lacking("volume:read") ? "" : "/volumes", ["volume"]);
   const able = useResource<Capabilities>(lacking("resource:read") ? "" : "/capabilities");
+  const known = [...new Set([...instances.value.values()].flatMap((one) => one.network?.groups ?? []))].sort();
   const set = <K extends keyof Form>(key: K) => (value: Form[K]) => { form.value = { ...form.value, [key]: value }; };
   const now = form.value;
   let line: string;
@@ -103,7 +111,7 @@ export function Create() {
       <form class="create" onSubmit={submit}>
         <div>
           <Panel title="Program">
-            <Field label="Image" hint="Any OCI reference. It is pulled if it is not here."><Text value={now.image} onValue={set("image")} list="images" placeholder="docker.io/library/nginx:alpine" required autofocus /></Field>
+            <Field label="Image" hint={images.error || "Any OCI reference. It is pulled if it is not here."}><Text value={now.image} onValue={set("image")} list="images" placeholder="docker.io/library/nginx:alpine" required autofocus /></Field>
             <datalist id="images">{images.data?.filter((one) => one.status === "ready").map((one) => <option key={one.name} value={one.name}>{imageName(one.name)}</option>)}</datalist>
             <Field label="Name" hint="Small letters, digits and -"><Text value={now.name} onValue={set("name")} pattern="[a-z0-9]([a-z0-9\-]*[a-z0-9])?" maxLength={63} required /></Field>
             <Field label="Command" hint="Instead of the image's. Quotes as in a shell."><Text value={now.command} onValue={set("command")} placeholder="the image's" /></Field>
@@ -116,14 +124,18 @@ export function Create() {
               <Field label="Disk"><Text value={now.overlay} onValue={set("overlay")} required /></Field>
             </div>
             <datalist id="sizes">{["256MB", "512MB", "1GB", "2GB", "4GB", "8GB", "16GB"].map((one) => <option key={one} value={one} />)}</datalist>
-            <Field label="Hypervisor"><Select value={now.hypervisor} onValue={set("hypervisor")} options={[["", `Default${able.data ? ` (${able.data.default_runtime.name})` : ""}`], ...(able.data?.runtimes.map((one) => [one.name, one.available ? one.name : `${one.name}, not available`] as const) ?? [])]} /></Field>
+            <Field label="Hypervisor" error={able.error}><Select value={now.hypervisor} onValue={set("hypervisor")} options={[["", `Default${able.data ? ` (${able.data.default_runtime.name})` : ""}`], ...(able.data?.runtimes.map((one) => [one.name, one.available ? one.name : `${one.name}, not available`] as const) ?? [])]} /></Field>
           </Panel>
           <Panel title="Network and data">
             <Check checked={now.network} onValue={set("network")}>Network</Check>
             {now.network && <Check checked={now.egress} onValue={set("egress")}>Mediated egress: every request is seen by the host, credentials stay there</Check>}
             {now.network && <Field label="Ports" hint="HOST:GUEST, separated by commas"><Text value={now.ports} onValue={set("ports")} placeholder="8000:80" /></Field>}
+            {now.network && <Field label="Groups" hint="Names, separated by commas: of the other guests, it reaches only those that share one with it. Without any, those that have none.">
+              <Text value={now.groups} onValue={set("groups")} list="groups" pattern="\s*[A-Za-z0-9][A-Za-z0-9_.\-]*([\s,]+[A-Za-z0-9][A-Za-z0-9_.\-]*)*[\s,]*" placeholder="backend" />
+            </Field>}
+            <datalist id="groups">{known.map((one) => <option key={one} value={one} />)}</datalist>
             <div class="pair">
-              <Field label="Volume"><Select value={now.volume} onValue={set("volume")} options={[["", "None"], ...(volumes.data ?? []).map((one) => [one.id, `${one.name} (${one.size_gb} GB)`] as const)]} /></Field>
+              <Field label="Volume" error={volumes.error}><Select value={now.volume} onValue={set("volume")} options={[["", "None"], ...(volumes.data ?? []).map((one) => [one.id, `${one.name} (${one.size_gb} GB)`] as const)]} /></Field>
               {now.volume && <Field label="Mounted at"><Text value={now.mount} onValue={set("mount")} required pattern="/.*" /></Field>}
             </div>
           </Panel>

@@ -7,7 +7,7 @@ import { actionsOf } from "../actions";
 import { waiting } from "../approvals";
 import { ApiError, get, lacking, messageOf, segment } from "../api";
 import { bytes, duration, parseSize, rate } from "../format";
-import { histories, instances, loaded, put, refresh, tick } from "../live";
+import { failure, histories, instances, loaded, put, reconnected, refresh, tick } from "../live";
 import { go } from "../router";
 import { Button, Empty, Facts, Icon, Link, Page, Panel, Problem, State, Tags, Time, useResource, useTick, useWork } from "../ui";
 import { Held } from "./approvals";
@@ -29,20 +29,23 @@ const TABS = [
 
 export function InstancePage({ reference, tab }: { reference: string; tab: string }) {
   const found = useComputed(() => instances.value.get(reference) ?? [...instances.value.values()].find((one) => one.name === reference));
-  const problem = useSignal("");
+  const problem = useSignal<unknown>(undefined);
   const opened = useSignal(false);
   const instance = found.value;
   useEffect(() => {
     if (instance || !loaded.value) return;
-    get<Instance>(`/instances/${segment(reference)}`).then(put, (error) => { problem.value = messageOf(error); });
-  }, [loaded.value, instance === undefined]);
+    problem.value = undefined;
+    get<Instance>(`/instances/${segment(reference)}`).then(put, (error) => { problem.value = error; });
+  }, [loaded.value, instance === undefined, reconnected.value]);
   useEffect(() => { if (instance) void refresh(instance.id); }, [instance?.id, tab === "overview"]);
   useEffect(() => { document.getElementById(`tab-${tab}`)?.scrollIntoView({ block: "nearest", inline: "center" }); }, [tab, instance === undefined]);
   if (tab === "terminal") opened.value = true;
   if (!instance) {
     return (
       <Page title={reference} crumbs={<Link to="/instances" class="crumb">Instances</Link>}>
-        {problem.value && <Empty icon="instances" title="There is no such instance" action={<Link to="/instances">All instances</Link>}>{problem.value}</Empty>}
+        {problem.value instanceof ApiError && problem.value.status === 404
+          ? <Empty icon="instances" title="There is no such instance" action={<Link to="/instances">All instances</Link>}>{problem.value.message}</Empty>
+          : (problem.value || (failure.value && !loaded.value)) && <Problem message={problem.value ? messageOf(problem.value) : failure.value} />}
       </Page>
     );
   }
@@ -129,7 +132,7 @@ function Overview({ instance }: { instance: Instance }) {
         </Panel>
         <div>
           <Panel title="Recent events" flush actions={<Link to="/events" class="link small">All events</Link>}>
-            {recent.length ? <EventList events={recent} /> : <p class="none">Nothing happened in the last seven days.</p>}
+            {recent.length ? <EventList events={recent} /> : past.error ? <Problem message={past.error} onRetry={past.reload} /> : <p class="none">Nothing happened in the last seven days.</p>}
           </Panel>
           <UsageOf instance={instance} />
         </div>

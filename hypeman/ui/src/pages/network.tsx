@@ -1,12 +1,13 @@
 // How an instance is reached: its address, published ports, and the host names that lead to it.
 import { useSignal } from "@preact/signals";
 import type { Ingress, Instance, PortMapping } from "api-types";
-import { call, segment } from "../api";
+import { call, lacking, segment } from "../api";
 import { put } from "../live";
-import { Button, Dialog, Empty, Facts, Field, Link, Panel, Table, tell, Text, useResource } from "../ui";
+import { Button, Dialog, Empty, Facts, Field, Link, Panel, Problem, Table, tell, Text, useResource } from "../ui";
 
 export function Network({ instance }: { instance: Instance }) {
-  const ingresses = useResource<Ingress[]>("/ingresses", ["ingress"]);
+  const unreadable = lacking("ingress:read");
+  const ingresses = useResource<Ingress[]>(unreadable ? "" : "/ingresses", ["ingress"]);
   const editing = useSignal(false);
   const network = instance.network;
   const rules = (ingresses.data ?? []).flatMap((one) => one.rules.filter((rule) => rule.target.instance === instance.name || rule.target.instance === instance.id || rule.target.instance.includes("{")).map((rule) => ({ one, rule })));
@@ -37,7 +38,8 @@ export function Network({ instance }: { instance: Instance }) {
           { title: "Host name", cell: ({ rule }) => <span class="mono">{rule.match.hostname}:{rule.match.port ?? 80}</span> },
           { title: "Guest port", cell: ({ rule }) => <span class="mono">{rule.target.port}</span> },
           { title: "Ingress", cell: ({ one }) => one.name },
-        ]} /> : <Empty icon="ingress" title="No host name leads here">An ingress passes requests for a host name on to an instance.</Empty>}
+        ]} /> : unreadable || ingresses.error ? <Problem message={unreadable ?? ingresses.error} />
+          : ingresses.data && <Empty icon="ingress" title="No host name leads here">An ingress passes requests for a host name on to an instance.</Empty>}
       </Panel>
       {editing.value && <PortsDialog instance={instance} onClose={() => { editing.value = false; }} />}
     </>

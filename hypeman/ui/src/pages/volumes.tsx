@@ -58,7 +58,8 @@ function CreateDialog({ onClose }: { onClose: () => void }) {
 
 export function Mounts({ instance }: { instance: Instance }) {
   const attaching = useSignal(false);
-  const found = useResource<Volume[]>(lacking("volume:read") ? "" : "/volumes", ["volume"]);
+  const unreadable = lacking("volume:read");
+  const found = useResource<Volume[]>(unreadable ? "" : "/volumes", ["volume"]);
   const mounts = instance.volumes ?? [];
   const name = (id: string) => found.data?.find((one) => one.id === id)?.name ?? id;
   const button = <Button icon="plus" scope="volume:write" onClick={() => { attaching.value = true; }}>Attach</Button>;
@@ -74,16 +75,16 @@ export function Mounts({ instance }: { instance: Instance }) {
     <Panel title="Volumes" flush actions={button}>
       {mounts.length ? <Table label="Volumes" rows={mounts} id={(one) => one.volume_id} columns={[
         { title: "Volume", cell: (one) => <b>{name(one.volume_id)}</b> },
-        { title: "Mounted at", cell: (one) => <span class="mono">{one.mount_path}</span> },
+        { title: "Mounted at", cell: (one) => <span class="mono">{one.files ? `files below ${one.mount_path}` : one.mount_path}</span> },
         { title: "Access", cell: (one) => (one.overlay ? "private copy" : one.readonly ? "read-only" : "read and write") },
         { title: "", class: "end", cell: (one) => <Button kind="plain" scope="volume:write" onClick={() => detach(one.volume_id)}>Detach</Button> },
       ]} /> : <Empty icon="volumes" title="No volumes">What the guest writes outside of volumes is on its own disk, and goes with it.</Empty>}
-      {attaching.value && <AttachDialog instance={instance} volumes={found.data ?? []} onClose={() => { attaching.value = false; found.reload(); }} />}
+      {attaching.value && <AttachDialog instance={instance} volumes={found.data ?? []} problem={unreadable ?? found.error} onClose={() => { attaching.value = false; found.reload(); }} />}
     </Panel>
   );
 }
 
-function AttachDialog({ instance, volumes, onClose }: { instance: Instance; volumes: readonly Volume[]; onClose: () => void }) {
+function AttachDialog({ instance, volumes, problem, onClose }: { instance: Instance; volumes: readonly Volume[]; problem: string; onClose: () => void }) {
   const free = volumes.filter((one) => !instance.volumes?.some((mount) => mount.volume_id === one.id));
   const volume = useSignal(free[0]?.id ?? "");
   const path = useSignal("/data");
@@ -106,7 +107,7 @@ function AttachDialog({ instance, volumes, onClose }: { instance: Instance; volu
           <Check checked={readonly.value} onValue={(value) => { readonly.value = value; }}>Read-only</Check>
           <div class="dialog-actions"><Button onClick={onClose}>Cancel</Button><Button type="submit" kind="primary">Attach</Button></div>
         </form>
-      ) : <Empty icon="volumes" title="There is no other volume"><Link to="/volumes">Create one first</Link></Empty>}
+      ) : problem ? <Problem message={problem} /> : <Empty icon="volumes" title="There is no other volume"><Link to="/volumes">Create one first</Link></Empty>}
     </Dialog>
   );
 }
