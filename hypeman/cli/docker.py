@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from hypeman import __version__
 from hypeman.cli.client import ApiError, Client
 from hypeman.cli.complete import complete_instance
 from hypeman.cli.images import delete_image, tag_image
@@ -22,13 +23,13 @@ _BY_SIGNAL = 128
 
 @click.command()
 @click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
-@click.option("-t", "--time", "seconds", type=int, hidden=True, help="Accepted; the server's limit applies.")
+@click.option("-t", "--time", "grace", type=click.IntRange(0), help="Seconds until it is killed. Default: 10.")
 @reports
-def restart(session: Session, instances: tuple[str, ...], seconds: int | None) -> None:
+def restart(session: Session, instances: tuple[str, ...], grace: int | None) -> None:
     """Shut instances down and boot them again."""
 
     def one(name: str) -> None:
-        show_instance(session, restart_instance(session.client, name))
+        show_instance(session, restart_instance(session.client, name, grace))
 
     session.each(instances, one)
 
@@ -190,6 +191,12 @@ def _delete(session: Session, client: Client, targets: list[tuple[str, str, str]
         else:
             click.echo(name)
     return failed
+
+
+@click.command(hidden=True)
+def version() -> None:
+    """Show the version, as --version does."""
+    click.echo(f"hypeman, version {__version__}")
 
 
 rmi = another_name(delete_image, "rmi")

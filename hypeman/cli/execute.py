@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from hypeman.cli.websocket import WebSocket
 
 _READ = 32 * 1024
+DETACHED = "exec INSTANCE -- sh -c 'PROGRAM >/dev/null 2>&1 &' leaves it running"
 _INTERRUPTED = 130
 _BROKEN = 255
 _CAPTURE_SECONDS = 10
@@ -73,6 +74,11 @@ def execute(
 
     Has a terminal when both ends are one, unless -T says otherwise.
     """
+    if instance.startswith("-"):  # options of the program are left alone, so click took it for INSTANCE
+        instead = {"-d": DETACHED, "--detach": DETACHED, "--privileged": "root in a VM has every capability there"}
+        raise click.UsageError(
+            f"No such option: {instance}" + (f": {instead[instance]}" if instance in instead else "")
+        )
     if command[:1] == ("--",):
         command = command[1:]
     on_terminal = has_terminals() and sys.stdin.isatty() and sys.stdout.isatty()

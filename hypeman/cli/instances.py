@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import click
@@ -21,7 +21,7 @@ from hypeman.cli.policies import (
     restart_body,
     restart_options,
 )
-from hypeman.cli.session import Session, fail, pairs, present, reports, warn, write_log
+from hypeman.cli.session import ParamType, Session, fail, interrupted, pairs, present, reports, warn, write_log
 from hypeman.hypervisor.kinds import HypervisorKind
 from hypeman.text import one_line
 from hypeman.urls import segment
@@ -42,8 +42,13 @@ HYPERVISOR_HELP = "{}.".format(
         if kind is not HypervisorKind.VZ
     )
 )
+ALL_LINES = 100_000
+"""At most so many are kept of a run."""
 _LIVE = ("Running", "Initializing", "Paused", "Shutdown")
 _HIDDEN = "***"
+_WAIT = "5m"
+"""The longest wait of one request."""
+_LOOK_SECONDS = 1.0
 
 
 instance_argument = click.argument("instance", shell_complete=complete_instance)
@@ -53,11 +58,16 @@ def path_of(instance: str) -> str:
     return f"/instances/{segment(instance)}"
 
 
-def restart_instance(client: Client, name: str) -> Any:
-    """Shut an instance down if it runs, and boot it."""
+def restart_instance(client: Client, name: str, grace: int | None = None) -> Any:
+    """Shut an instance down if it runs, within ``grace`` seconds, and boot it."""
     if client.get(path_of(name))["state"] in _LIVE:
-        client.post(f"{path_of(name)}/stop")
+        client.post(f"{path_of(name)}/stop", grace_body(grace))
     return client.post(f"{path_of(name)}/start")
+
+
+def grace_body(seconds: int | None) -> dict[str, Any]:
+    """A request to stop that gives the program so long to end."""
+    return present(grace=None if seconds is None else f"{seconds}s")
 
 
 def show_instance(session: Session, instance: dict[str, Any]) -> None:
@@ -96,20 +106,38 @@ _POLICY_COLUMNS = [("HEALTH", _health), ("RESTARTS", _restarts)]
 """Shown if there is something to show."""
 
 
+def docker_filter(text: str) -> str:
+    """A filter of Docker's ``ps`` as one by the fields of an instance; any other unchanged. Pure."""
+    key, equals, value = text.partition("=")
+    match key:
+        case "status":
+            states = {"exited": "Stopped", "dead": "Unknown", **{one.lower(): one for one in STATES}}
+            return f"state={states.get(value.lower(), value)}"
+        case "label":
+            name, _, wanted = value.partition("=")
+            return f"tags.{name}={wanted or '*'}"
+        case "ancestor":
+            return f"image={value if ':' in value or '*' in value else f'*{value}:*'}"
+    return f"{key}{equals}{value}"
+
+
 @click.command()
 @click.option("-a", "--all", "everything", is_flag=True, help="Include instances that are not running.")
 @click.option("-q", "--quiet", is_flag=True, help="Only ids.")
 @click.option("--state", type=click.Choice(STATES), help="Only those in this state.")
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Only those with this tag; repeatable.")
+@click.option("--no-trunc", "whole", is_flag=True, help="Ids in full.")
 @reports
-def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags: tuple[str, ...]) -> None:
+def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags: tuple[str, ...], whole: bool) -> None:
     """List instances."""
+    session.filters = [docker_filter(text) for text in session.filters]
     found = session.client.get("/instances", state=state, tags=pairs(tags))
     rows = found
-    if not everything and state is None:
+    by_state = any(text.startswith("state=") for text in session.filters)
+    if not everything and state is None and not by_state:
         rows = [row for row in found if row["state"] in ("Running", "Initializing")]
     columns = [
-        ("ID", lambda row: row["id"][:12]),
+        ("ID", lambda row: row["id"] if whole else row["id"][:12]),
         ("NAME", lambda row: row["name"]),
         ("IMAGE", lambda row: row["image"]),
         ("STATE", lambda row: row["state"]),
@@ -127,21 +155,36 @@ def ps(session: Session, everything: bool, quiet: bool, state: str | None, tags:
 
 
 @click.command()
-@instance_argument
+@click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
 @click.option("--show-env", is_flag=True, help="Show the values of the environment.")
 @reports
-def inspect(session: Session, instance: str, show_env: bool) -> None:
-    """Show everything about an instance."""
-    found = session.client.get(path_of(instance))
-    if not show_env and found.get("env"):
-        found["env"] = dict.fromkeys(found["env"], _HIDDEN)
-    session.show(found)
+def inspect(session: Session, instances: tuple[str, ...], show_env: bool) -> None:
+    """Show everything about an instance, or a list of several."""
+    found = [session.client.get(path_of(instance)) for instance in instances]
+    for one in found:
+        if not show_env and one.get("env"):
+            one["env"] = dict.fromkeys(one["env"], _HIDDEN)
+    session.show(found if len(instances) > 1 else found[0])
+
+
+class Lines(ParamType):
+    """How many lines of a log: a number, or Docker's ``all``."""
+
+    name = "integer|all"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        text = str(value)
+        if text == "all":
+            return ALL_LINES
+        if not text.isascii() or not text.isdigit():
+            self.fail(f"{text!r} is neither a number of lines nor all", parameter, context)
+        return int(text)
 
 
 @click.command()
 @instance_argument
 @click.option("-f", "--follow", is_flag=True, help="Continue with new lines.")
-@click.option("-n", "--tail", type=click.IntRange(0), default=100, show_default=True, help="Lines from before.")
+@click.option("-n", "--tail", type=Lines(), default=100, show_default=True, help="Lines from before, or all.")
 @click.option("-s", "--source", type=click.Choice(["app", "vmm", "hypeman"]), default="app", show_default=True)
 @click.option("-t", "--timestamps", is_flag=True, help="Begin each line with when it was written, to about a second.")
 @click.option("--since", default="", metavar="TIME", help="Only lines since then: 10m, or an RFC 3339 time.")
@@ -159,22 +202,27 @@ def logs(session: Session, instance: str, follow: bool, timestamps: bool, previo
 
 
 @click.command()
-@instance_argument
+@click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
 @click.option("--entrypoint", multiple=True, help="Instead of the last one; one word each.")
 @click.option("--cmd", multiple=True, help="Instead of the last one; one word each.")
 @reports
-def start(session: Session, instance: str, entrypoint: tuple[str, ...], cmd: tuple[str, ...]) -> None:
-    """Boot a stopped instance."""
+def start(session: Session, instances: tuple[str, ...], entrypoint: tuple[str, ...], cmd: tuple[str, ...]) -> None:
+    """Boot stopped instances."""
     body = present(entrypoint=entrypoint, cmd=cmd)
-    show_instance(session, session.client.post(f"{path_of(instance)}/start", body))
+    session.each(instances, lambda name: show_instance(session, session.client.post(f"{path_of(name)}/start", body)))
 
 
 @click.command()
-@instance_argument
+@click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
+@click.option("-t", "--time", "grace", type=click.IntRange(0), help="Seconds until it is killed. Default: 10.")
 @reports
-def stop(session: Session, instance: str) -> None:
-    """Shut an instance down."""
-    show_instance(session, session.client.post(f"{path_of(instance)}/stop"))
+def stop(session: Session, instances: tuple[str, ...], grace: int | None) -> None:
+    """Shut instances down."""
+
+    def one(name: str) -> None:
+        show_instance(session, session.client.post(f"{path_of(name)}/stop", grace_body(grace)))
+
+    session.each(instances, one)
 
 
 @click.command()
@@ -209,18 +257,44 @@ def fork(session: Session, source: str, name: str, from_running: bool, target_st
 
 
 @click.command()
-@instance_argument
-@click.option("--state", type=click.Choice(STATES), required=True)
-@click.option("--timeout", default="60s", show_default=True, help="As in 90s or 2m; at most 5m.")
+@click.argument("instances", nargs=-1, required=True, shell_complete=complete_instance)
+@click.option("--state", type=click.Choice(STATES), help="Default: until its program has ended.")
+@click.option("--timeout", default="60s", show_default=True, help="With --state; as in 90s or 2m, at most 5m.")
 @reports
-def wait(session: Session, instance: str, state: str, timeout: str) -> None:
-    """Wait until an instance is in a state; exit code 1 if it does not reach it."""
+def wait(session: Session, instances: tuple[str, ...], state: str | None, timeout: str) -> None:
+    """Wait until instances have ended, and print their exit codes, or until they are in a state.
+
+    The exit code is 1 if one does not reach the state.
+    """
+    if state is None:
+        with interrupted("the instances continue"):
+            session.each(instances, lambda name: _wait_for_end(session, name))
+        return
     query = {"state": state, "timeout": timeout}
-    found = session.client.call("GET", f"{path_of(instance)}/wait", query=query, timeout=330)
-    session.show(found, lambda: str(found["state"]))
-    if found["state"] != state:
-        why = "the time is over" if found["timed_out"] else found.get("state_error") or "it ended there"
-        fail(f"{instance} is {found['state']}, not {state}: {why}")
+
+    def one(name: str) -> None:
+        found = session.client.call("GET", f"{path_of(name)}/wait", query=query, timeout=330)
+        session.show(found, lambda: str(found["state"]))
+        if found["state"] != state:
+            why = "the time is over" if found["timed_out"] else found.get("state_error") or "it ended there"
+            fail(f"{name} is {found['state']}, not {state}: {why}")
+
+    session.each(instances, one)
+
+
+def _wait_for_end(session: Session, name: str) -> None:
+    """As `docker wait`; standby is no end."""
+    query = {"state": "Stopped", "timeout": _WAIT}
+    while True:
+        found = session.client.call("GET", f"{path_of(name)}/wait", query=query, timeout=330)
+        if found["state"] == "Stopped":
+            break
+        if not found["timed_out"] and found["state"] == "Unknown":
+            fail(f"{name} is {found['state']}: {found.get('state_error') or 'the server does not know its VM'}")
+        if not found["timed_out"]:
+            time.sleep(_LOOK_SECONDS)
+    row = session.client.get(path_of(name))
+    session.show(row, lambda: str(row.get("exit_code", "-")))
 
 
 @click.command()
@@ -252,18 +326,18 @@ def rm(session: Session, instances: tuple[str, ...], force: bool, everything: bo
 
 
 @click.command()
-@click.argument("instance", required=False, shell_complete=complete_instance)
+@click.argument("instances", nargs=-1, shell_complete=complete_instance)
 @click.option("--once", "--no-stream", "once", is_flag=True, help="Print once, even on a terminal.")
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds.")
 @reports
-def stats(session: Session, instance: str | None, once: bool, interval: float) -> None:
-    """Show what one instance, or every one that has a VM, uses; live on a terminal."""
+def stats(session: Session, instances: tuple[str, ...], once: bool, interval: float) -> None:
+    """Show what instances, by default all that have a VM, use; live on a terminal."""
     live = session.form == "auto" and sys.stdout.isatty() and not once
     before: dict[str, tuple[float, float]] = {}
     try:
         while True:
             now = time.monotonic()
-            rows = _usage(session.client, instance)
+            rows = _usage(session.client, instances)
             for row in rows:
                 then = before.get(row["instance_id"])
                 row["cpu_percent"] = _percent(then, now, row["cpu_seconds"])
@@ -271,7 +345,7 @@ def stats(session: Session, instance: str | None, once: bool, interval: float) -
             if not live:
                 for row in rows:
                     del row["cpu_percent"]
-                wanted: Any = rows[0] if instance is not None else rows
+                wanted: Any = rows[0] if len(instances) == 1 else rows
                 session.show(wanted, lambda: render_table(rows, _STATS_COLUMNS))  # noqa: B023 shown at once
                 return
             click.echo("\x1b[H\x1b[J" + render_table(rows, _LIVE_COLUMNS, colour=use_colour()))
@@ -280,9 +354,9 @@ def stats(session: Session, instance: str | None, once: bool, interval: float) -
         raise SystemExit(130) from None
 
 
-def _usage(client: Client, instance: str | None) -> list[dict[str, Any]]:
-    if instance is not None:
-        return [client.get(f"{path_of(instance)}/stats")]
+def _usage(client: Client, instances: Sequence[str]) -> list[dict[str, Any]]:
+    if instances:
+        return [client.get(f"{path_of(instance)}/stats") for instance in instances]
     rows: list[dict[str, Any]] = client.get("/stats")["instances"]
     return rows
 

@@ -52,6 +52,20 @@ SECTIONS = {
 """The commands of the help by subject; any other is listed at its end."""
 
 
+class Format(click.Choice[str]):
+    """One of FORMATS. The templates of Docker are told apart from a word that is misspelt."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if "{{" in str(value):
+            self.fail(
+                "templates are not supported: --transform shows a part, as in --transform network.ip or, of a list, "
+                "--transform '#.name'; -o json shows everything",
+                parameter,
+                context,
+            )
+        return super().convert(value, parameter, context)
+
+
 class Commands(click.Group):
     """A group that also accepts command aliases, global options after the command, and ``--flag=false``,
     for compatibility with the original."""
@@ -142,7 +156,7 @@ def plain_flags(command: click.Command, args: list[str]) -> list[str]:
     cls=Commands, commands=Tree(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
 )
 @click.option("--base-url", help="http://…, https://… or unix:///path of the server.")
-@click.option("-o", "--output", "--format", "form", type=click.Choice(FORMATS), default="auto", help="Output format.")
+@click.option("-o", "--output", "--format", "form", type=Format(FORMATS), default="auto", help="Output format.")
 @click.option("--format-error", "form_error", type=click.Choice(FORMATS), default="auto", help="Format of errors.")
 @click.option(
     "--filter", "filters", multiple=True, metavar="FIELD=VALUE", help="Only rows of a list that match; * and ?."
@@ -160,9 +174,12 @@ def hypeman(context: click.Context, /, **options: Any) -> None:
 
 def main() -> None:
     """The entry point of the program."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal of ISO 8859-1 shows no "→"
     try:
         hypeman.main(prog_name="hypeman", complete_var=COMPLETION_VARIABLE, standalone_mode=False)
     except click.exceptions.Abort:
+        click.echo("\nAborted: nothing was changed", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()
@@ -174,6 +191,9 @@ def main() -> None:
     except BrokenPipeError:
         # The reader of our output has exited, as with `| head`; write nothing more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except UnicodeError as error:
+        complain(f"what was given is not text in UTF-8: {error}")
         sys.exit(1)
     except OSError as error:
         complain(str(error))

@@ -23,11 +23,11 @@ _STATE_COLOURS = {"Running": "green", "ready": "green", "ok": "green", "Standby"
 
 
 def use_colour(stream: Any = None) -> bool:
-    """Decided by FORCE_COLOR, then NO_COLOR, then whether the stream is a terminal."""
+    """Decided by FORCE_COLOR, then NO_COLOR unless it is empty, then whether the stream is a terminal."""
     forced = os.environ.get("FORCE_COLOR")
     if forced is not None:
         return forced not in ("", "0")
-    return "NO_COLOR" not in os.environ and (stream or sys.stdout).isatty()
+    return not os.environ.get("NO_COLOR") and (stream or sys.stdout).isatty()
 
 
 def render(value: Any, form: str) -> str:
@@ -87,6 +87,12 @@ def matching(rows: Iterable[Any], filters: Sequence[str]) -> list[Any]:
             raise click.BadParameter(f"{text!r} must be FIELD=VALUE, as in state=Running", param_hint="--filter")
         wanted.append((path, pattern))
     return [row for row in rows if all(_matches(pick(row, path), pattern) for path, pattern in wanted)]
+
+
+def unknown_fields(rows: Sequence[Any], filters: Sequence[str]) -> list[str]:
+    """First parts of the paths of ``filters`` that no row has: a filter by one of them finds nothing. Pure."""
+    heads = [text.partition("=")[0].partition(".")[0] for text in filters]
+    return [head for head in dict.fromkeys(heads) if rows and not any(head in row for row in rows)]
 
 
 def _matches(value: Any, pattern: str) -> bool:

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import click
+
+_NETWORKS = frozenset(["host", "none", "bridge", "default", "container"])
+"""Words after ``--network`` that are no image."""
 
 
 def takes_anything(command: click.Command) -> bool:
     """Whether arguments after ``command`` may belong to another program."""
-    return any(isinstance(found, click.Argument) and found.nargs == -1 for found in command.params)
+    return any(
+        isinstance(found, click.Argument) and found.nargs == -1 and found.type is click.UNPROCESSED
+        for found in command.params
+    )
 
 
 class RunCommand(click.Command):
     """A command whose options may also follow IMAGE, but not the program that is run: `run IMAGE --name web ls -l`."""
+
+    def _plain_networks(self, args: list[str]) -> list[str]:
+        """``args`` with Docker's ``--network VALUE`` as our flag: VALUE is not to be taken for the image. Raises
+        UsageError for a network that no VM has."""
+        plain: list[str] = []
+        at, end = 0, self.program_at(args)
+        while at < len(args):
+            value, taken = _network_of(args[at:]) if at < end else ("", 0)
+            if not taken or value in ("true", "false"):
+                plain.append(args[at])
+                at += 1
+                continue
+            if value not in ("none", "bridge", "default"):
+                raise click.UsageError(
+                    f"--network {value} is not supported: each instance has its own network; -p publishes ports, and "
+                    "--network-group says which guests reach each other"
+                )
+            plain.append("--no-network" if value == "none" else "--network")
+            at += taken
+        return plain
 
     def program_at(self, args: list[str], others: Mapping[str, click.Option] = {}) -> int:
         """Index in ``args`` of the first word of COMMAND, or their number. ``others``: global options. Pure."""
@@ -34,10 +60,21 @@ class RunCommand(click.Command):
         return len(args)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        args = self._plain_networks(args)
         at = self.program_at(args)
         if args[at : at + 1] == ["--"] or at == len(args):
             return super().parse_args(context, args)
         return super().parse_args(context, [*args[:at], "--", *args[at:]])
+
+
+def _network_of(words: Sequence[str]) -> tuple[str, int]:
+    """The value of Docker's ``--network`` if ``words`` begin with it, and how many words it takes."""
+    flag, equals, value = words[0].partition("=")
+    if flag == "--network" and equals:
+        return value, 1
+    if flag == "--network" and len(words) > 1 and words[1].partition(":")[0] in _NETWORKS:
+        return words[1], 2
+    return "", 0
 
 
 def _has_its_value(word: str, options: dict[str, click.Option]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import string
 import sys
 import threading
@@ -29,7 +30,18 @@ from hypeman.cli.policies import (
 )
 from hypeman.cli.ports import parse_port, ports_option
 from hypeman.cli.program import RunCommand
-from hypeman.cli.session import SIZE, Session, environment, fail, interrupted, pairs, present, reports, write_log
+from hypeman.cli.session import (
+    SIZE,
+    ParamType,
+    Session,
+    environment,
+    fail,
+    interrupted,
+    pairs,
+    present,
+    reports,
+    write_log,
+)
 
 _BOOTING = ("Created", "Initializing")
 _ENDED = ("Stopped", "Standby", "Unknown")
@@ -37,7 +49,27 @@ _POLL_SECONDS = 0.3
 _WATCH_SECONDS = 120.0
 _ALL_LINES = 100_000
 _PRINTING = threading.Lock()
+_MOST_CPUS = 10_000
 _NAME_CHARACTERS = string.ascii_lowercase + string.digits
+
+
+_PLAIN = frozenset(["--privileged", "--read-only", "--publish-all", "-P", "--oom-kill-disable", "--no-healthcheck"])
+"""Refused options without a value."""
+
+
+class Cpus(ParamType):
+    """A number of processors. Docker takes fractions; a VM has whole ones."""
+
+    name = "number"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number <= _MOST_CPUS:
+            self.fail(f"{value!r} is not a number of CPUs above 0", parameter, context)
+        return math.ceil(number)
 
 
 def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
@@ -49,7 +81,7 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 
     def decorate(command: Any) -> Any:
         for flag in flags:
-            is_flag = flag == "--privileged"
+            is_flag = flag in _PLAIN
             option = click.option(
                 flag, is_flag=is_flag, hidden=True, expose_value=False, callback=refuse, multiple=not is_flag
             )
@@ -68,7 +100,7 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("-t", "--tty", is_flag=True, help="Like -i, with a terminal.")
 @click.option("--rm", "remove", is_flag=True, help="Show its output, and delete the VM when the program has ended.")
 @click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Without a value: taken from this shell.")
-@click.option("--env-file", type=click.File(), metavar="FILE", help="Lines of KEY=VALUE.")
+@click.option("--env-file", "env_files", type=click.File(), multiple=True, metavar="FILE", help="Lines of KEY=VALUE.")
 @click.option("-u", "--user", help="Instead of the image's: a name or number, and a group after a colon.")
 @click.option("-w", "--workdir", help="Instead of the image's.")
 @click.option("--hostname", help="Default: the instance's name.")
@@ -79,7 +111,10 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 @click.option("--credentials-json", help="Credentials in the API's format; @FILE reads a file.")
 @click.option("--platform", help="As in linux/arm64.")
 @click.option("-m", "--memory", type=SIZE, default="1GB", show_default=True)
-@click.option("--cpus", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--cpus", type=Cpus(), default=2, show_default=True, help="Whole ones; a fraction is rounded up.")
+@click.option(
+    "--pull", type=click.Choice(["missing", "always", "never"]), default="missing", show_default=True, help="The image."
+)
 @click.option("--overlay-size", type=SIZE, default="10GB", show_default=True, help="Writable layer over the image.")
 @click.option("--hotplug-size", type=SIZE, help="Memory that may be plugged later.")
 @click.option("--network/--no-network", default=True, show_default=True)
@@ -134,6 +169,19 @@ def refused(*flags: str, instead: str) -> Callable[[Any], Any]:
 )
 @refused("--mount", "--tmpfs", "--volumes-from", instead="use -v VOLUME:/PATH with a volume of `hypeman volume create`")
 @refused("--gpus", instead="use --device or --gpu-profile; `hypeman device available` lists devices")
+@refused("--dns", "--dns-search", "--dns-option", instead="guests look names up at the host; see network.dns_server")
+@refused("--publish-all", "-P", instead="name the ports: -p GUEST_PORT publishes one at a free port of the host")
+@refused("--read-only", instead="the writable layer is the instance's own and goes with it")
+@refused(
+    "--memory-swap", "--memory-reservation", "--oom-kill-disable", instead="-m is the VM's memory; guests have no swap"
+)
+@refused("--cpu-shares", "--cpuset-cpus", "--cpu-quota", "--cpu-period", instead="--cpus says how many CPUs the VM has")
+@refused("--pids-limit", instead="use --ulimit nproc=N")
+@refused("--stop-signal", "--stop-timeout", instead="the image's STOPSIGNAL is sent; `hypeman stop -t SECONDS` waits")
+@refused("--health-cmd", "--no-healthcheck", instead="see --health-type, --health-exec and the other --health-… flags")
+@refused("--log-driver", "--log-opt", instead="`hypeman logs` has the output; sizes are logs.… in the configuration")
+@refused("--group-add", instead="-u USER:GROUP names a group")
+@refused("--runtime", "--userns", "--cgroup-parent", instead="every instance is a VM of its own")
 @refused("--pid", "--ipc", "--uts", "--cgroupns", instead="a VM shares no namespace with the host")
 @reports
 def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) -> None:
@@ -146,11 +194,15 @@ def run(session: Session, image: str, command: tuple[str, ...], **flags: Any) ->
         if flags["cmd"]:
             raise click.UsageError("give either --cmd or COMMAND")
         flags["cmd"] = command[1:] if command[0] == "--" else command
+    pull = flags.pop("pull")
     attached = flags["interactive"] or flags["tty"]
     if flags["detach"] and attached:
         raise click.UsageError("-d excludes -i and -t")
     body = create_body(image, flags)
-    ensure_image(session.client, image, flags["platform"])
+    if pull != "never":
+        ensure_image(session.client, image, flags["platform"], always=pull == "always")
+    else:
+        session.client.get(image_path(image))
     if attached:
         raise SystemExit(run_attached(session, body, tty=flags["tty"], remove=flags["remove"]))
     made = session.client.post("/instances", body)
@@ -269,7 +321,10 @@ def create_body(image: str, flags: dict[str, Any]) -> dict[str, Any]:
         overlay_size=flags["overlay_size"],
         hotplug_size=flags["hotplug_size"],
         disk_io_bps=flags["disk_io"],
-        env={**(variables_in(flags["env_file"]) if flags["env_file"] else {}), **environment(flags["env"])},
+        env={
+            **{name: value for file in flags["env_files"] for name, value in variables_in(file).items()},
+            **environment(flags["env"]),
+        },
         user=flags["user"],
         working_dir=flags["workdir"],
         hostname=flags["hostname"],
@@ -343,15 +398,15 @@ def parse_mount(text: str) -> dict[str, Any]:
     return mount
 
 
-def ensure_image(client: Client, image: str, platform: str | None) -> None:
-    """Pull the image if it is missing, and wait until it is ready."""
+def ensure_image(client: Client, image: str, platform: str | None, *, always: bool = False) -> None:
+    """Pull the image if it is missing, or ``always``, and wait until it is ready."""
     try:
         found = client.get(image_path(image))
     except ApiError as error:
         if error.status != 404:
             raise
-        found = client.post("/images", present(name=image, platform=platform))
-    if found["status"] == "failed":
+        found, always = client.post("/images", present(name=image, platform=platform)), False
+    if always or found["status"] == "failed":
         found = client.post("/images", present(name=image, platform=platform))
     if found["status"] != "ready":
         wait_ready(client, found["name"], PullDisplay.for_terminal(found["name"]))

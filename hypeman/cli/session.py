@@ -13,7 +13,16 @@ import click
 import msgspec
 
 from hypeman.cli.client import ApiError, Client, Unreachable
-from hypeman.cli.output import Columns, matching, pick, render, render_table, terminal_width, use_colour
+from hypeman.cli.output import (
+    Columns,
+    matching,
+    pick,
+    render,
+    render_table,
+    terminal_width,
+    unknown_fields,
+    use_colour,
+)
 from hypeman.cli.settings import SettingsError, load_settings
 from hypeman.errors import InvalidRequest
 from hypeman.text import lines, lines_with_colours, one_line
@@ -43,7 +52,8 @@ class Session:
         filters: Sequence[str] = (),
     ) -> None:
         self.form = "auto" if form == "table" else form
-        self._filters = filters
+        self.filters = filters
+        """``FIELD=VALUE``; a command may translate Docker's names of fields."""
         self._base_url = base_url
         self._form_error = form_error
         self._transform = transform
@@ -73,7 +83,10 @@ class Session:
 
     def show_list(self, rows: Sequence[Mapping[str, Any]], columns: Columns, *, quiet: str | None = None) -> None:
         """Print a table of the rows that match ``--filter``, or only the field ``quiet`` of each."""
-        rows = matching(rows, self._filters)
+        for field in unknown_fields(rows, self.filters):
+            known = sorted({key for row in rows for key in row})
+            warn(f"--filter {field}: none of the {len(rows)} has this field; there are {', '.join(known)}")
+        rows = matching(rows, self.filters)
         if quiet is not None:
             for row in rows:
                 click.echo(one_line(str(row[quiet])))

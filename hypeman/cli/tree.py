@@ -58,6 +58,7 @@ CLIENT = {
     "ui": "ui:ui",
     "update": "ports:update",
     "usage": "usage:usage",
+    "version": "docker:version",
     "volume": "volumes:volumes",
     "wait": "instances:wait",
 }

@@ -112,6 +112,7 @@ def shell(server: Running) -> Callable[..., subprocess.CompletedProcess[bytes]]:
     def call(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "hypeman", "--base-url", server.url, *arguments]
         options.setdefault("stdin", subprocess.DEVNULL) if "input" not in options else None
-        return subprocess.run(command, capture_output=True, timeout=30, env=os.environ.copy(), **options)
+        environ = {**os.environ, **options.pop("env", {})}
+        return subprocess.run(command, capture_output=True, timeout=30, env=environ, **options)
 
     return call

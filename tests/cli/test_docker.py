@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
 from hypeman.cli import output
+from hypeman.cli.instances import docker_filter
 from hypeman.cli.main import SECTIONS, Commands, hypeman
 from hypeman.cli.policies import docker_restart
 from hypeman.cli.program import RunCommand
@@ -95,6 +97,20 @@ def test_sizes_in_one_grammar() -> None:
         (["pause", "web"], "hypeman standby"),
         (["rename", "a", "b"], "hypeman fork"),
         (["network", "create", "x"], "its own network"),
+        (["run", "--network", "host", "alpine"], "each instance has its own network"),
+        (["run", "--network=shop", "alpine"], "--network-group"),
+        (["run", "--read-only", "alpine"], "layer is the instance's own"),
+        (["run", "-P", "alpine"], "-p GUEST_PORT"),
+        (["run", "--stop-timeout", "5", "alpine"], "hypeman stop -t"),
+        (["exec", "-d", "web", "sleep", "5"], "leaves it running"),
+        (["exec", "--privileged", "web", "sh"], "every capability"),
+        (["exec", "--gone", "web", "sh"], "No such option: --gone"),
+        (["ps", "--format", "{{.Names}}"], "--transform '#.name'"),
+        (["inspect", "--format", "{{.State.Status}}", "web"], "templates are not supported"),
+        (["container", "ls"], "hypeman ps"),
+        (["create", "alpine"], "hypeman run -d"),
+        (["run", "--cpus", "few", "alpine"], "not a number of CPUs"),
+        (["logs", "--tail", "some", "web"], "neither a number of lines nor all"),
     ],
 )
 def test_refusals_name_the_alternative(cli: Any, server: Any, arguments: list[str], alternative: str) -> None:
@@ -121,6 +137,89 @@ def test_lists_are_filtered_and_cut(cli: Any, server: Any, monkeypatch: pytest.M
     assert table.splitlines()[1] == "abc  " + "x" * 24 + "…"
     assert output.matching(rows, ["tags=b"]) == rows
     assert output.narrowed([3, 50, 9], 20) == [3, 8, 9]
+
+
+def test_filters_as_docker_spells_them(cli: Any, server: Any) -> None:
+    for name in ("web", "db"):
+        server.world.instances.add(name)
+    cli("stop", "db")
+    assert cli("ps", "-q", "--no-trunc", "--filter", "status=exited").stdout.count("\n") == 1
+    assert [row["name"] for row in json.loads(cli("ps", "-o", "json", "--filter", "status=running").stdout)] == ["web"]
+    assert docker_filter("label=team=a") == "tags.team=a"
+    assert docker_filter("label=team") == "tags.team=*"
+    assert docker_filter("ancestor=nginx") == "image=*nginx:*"
+    told = cli("ps", "-a", "--filter", "nmae=web")
+    assert (told.exit_code, "none of the 2 has this field; there are" in told.stderr) == (0, True)
+
+
+def test_several_at_once(cli: Any, server: Any) -> None:
+    for name in ("web", "db"):
+        server.world.instances.add(name)
+    assert [one["name"] for one in json.loads(cli("inspect", "web", "db").stdout)] == ["web", "db"]
+    assert cli("stop", "-t", "3", "web", "db").stdout.splitlines() == ["web is Stopped", "db is Stopped"]
+    assert [request.grace for what, request in server.world.instances.asked if what == "stop"] == ["3s", "3s"]
+    assert cli("start", "web", "db").stdout.splitlines() == ["web is Running", "db is Running"]
+    assert cli("stop", "db", "gone").exit_code == 1
+
+
+def test_waiting_for_the_end_prints_exit_codes(cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    cli("stop", "web")
+    done = cli("wait", "web")
+    assert (done.exit_code, len(done.stdout.split())) == (0, 1)
+
+
+def test_networks_of_docker_are_no_images() -> None:
+    assert body_of("--network", "none", "alpine", "ls")["network"] == {"enabled": False}
+    assert body_of("--network", "bridge", "alpine")["image"] == "alpine"
+    assert body_of("--network", "alpine", "echo", "--network", "host")["cmd"] == ("echo", "--network", "host")
+    assert body_of("--cpus", "1.5", "alpine")["vcpus"] == 2
+
+
+def test_global_options_after_names_of_several() -> None:
+    root = click.Context(hypeman)
+    for command in ("inspect", "stop", "rm", "restart"):
+        assert hypeman.in_front(root, [command, "web", "-o", "json"]) == ["-o", "json", command, "web"]
+
+
+def test_the_image_is_pulled_again_if_asked(cli: Any, server: Any) -> None:
+    refused = cli("run", "--pull", "never", "docker.io/library/gone")
+    assert (refused.exit_code, server.world.instances.asked) == (1, [])
+
+
+ODD = {"PYTHONIOENCODING": "iso-8859-1", "PYTHONUTF8": "0"}
+
+
+def test_output_that_the_terminal_cannot_show(shell: Any, server: Any) -> None:
+    server.world.instances.add("web", image="docker.io/acme/→:1")
+    done = shell("ps", env=ODD)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"acme/?:1" in done.stdout
+
+
+def test_a_file_that_is_no_text(shell: Any, server: Any, tmp_path: Path) -> None:
+    (tmp_path / "variables").write_bytes(b"A=\xff\xfe\n")
+    done = shell("run", "--env-file", str(tmp_path / "variables"), "alpine")
+    assert (done.returncode, b"not text in UTF-8" in done.stderr, b"Traceback" in done.stderr) == (1, True, False)
+
+
+def test_an_empty_no_color_means_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("NO_COLOR", "")
+    assert output.use_colour(Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not output.use_colour(Terminal())
+
+
+def test_a_question_that_nobody_answers(shell: Any, cli: Any, server: Any) -> None:
+    server.world.instances.add("web")
+    cli("stop", "web")
+    done = shell("system", "prune", input=b"")
+    assert (done.returncode, b"nothing was changed" in done.stderr) == (130, True)
 
 
 def test_ps_says_what_it_hides(cli: Any, server: Any) -> None:

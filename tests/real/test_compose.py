@@ -38,7 +38,7 @@ async def test_directories_of_a_service(appliance: Appliance, tmp_path: Path) ->
     (tmp_path / "compose.yaml").write_text(FILE)
     stack = ("compose", "-f", str(tmp_path / "compose.yaml"))
     code, output = await appliance.cli(*stack, "up")
-    assert code == 0, output
+    assert code == 0, output + (await appliance.cli("logs", "--source", "vmm", "s-web"))[1] + appliance.log_tail(200)
     with trio.fail_after(PATIENCE):
         while "hello from here\n0\n" not in (printed := (await appliance.cli("logs", "s-web"))[1]):
             await trio.sleep(0.2)
