@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from trio.abc import Clock
 
 from hypeman.errors import InvalidState
+from hypeman.guest.types import Exited
 from hypeman.hypervisor.interface import ExitReason, LaunchFailed
 from hypeman.instances.model.types import (
+    AutoStandbyPolicy,
     InstanceState,
     NetworkRequest,
     RestartMode,
@@ -17,12 +20,14 @@ from hypeman.instances.model.types import (
     StartInstanceRequest,
     UpdateInstanceRequest,
 )
+from hypeman.network.addressing import Subnet
 from hypeman.policies import rows
-from tests.instances.fake_world import request
+from tests.instances.fake_world import FakeNetwork, request
 from tests.policies.keeping import ClockedLab, Kept, keeping
+from tests.policies.test_waker import packet
 
 ALWAYS = RestartPolicy(policy=RestartMode.ALWAYS, backoff="5s")
-STOPPED, RUNNING = InstanceState.STOPPED, InstanceState.RUNNING
+STOPPED, RUNNING, STANDBY = InstanceState.STOPPED, InstanceState.RUNNING, InstanceState.STANDBY
 
 
 async def status(kept: Kept, name: str = "one") -> RestartStatus:
@@ -137,26 +142,79 @@ async def test_the_backoff_survives_the_server(lab: ClockedLab, clock: Clock) ->
 
 
 async def test_after_a_reboot_of_the_host(lab: ClockedLab, clock: Clock) -> None:
-    """Those with a policy come back at once, a few at a time; one that was stopped by hand or is in standby stays."""
+    """Those with a policy come back at once, a few at a time."""
     async with keeping(lab) as kept:
         for number in range(12):
             await make(kept, name=f"vm{number}")
-        await make(kept, RestartPolicy(), name="never")
-        await make(kept, name="manual")
-        await kept.instances.stop("manual")
-        await make(kept, name="asleep")
-        await kept.instances.standby("asleep", StandbyInstanceRequest())
-    lab.boot_id = "another boot"
-    for process in list(lab.machine.alive()):
-        process.end(ExitReason.KILLED)
+    reboot(lab)
     begin = lab.now()
     async with keeping(lab) as kept:
         for number in range(12):
             await kept.until_state(RUNNING, f"vm{number}")
             assert (await status(kept, f"vm{number}")).attempts == 0
         assert (lab.now() - begin).total_seconds() < 5, "no backoff after a reboot"
-        assert kept.record("never").state is STOPPED and kept.record("manual").state is STOPPED
-        assert kept.record("asleep").state is InstanceState.STANDBY
+
+
+def reboot(lab: ClockedLab) -> None:
+    """The server has ended already."""
+    lab.boot_id = "another boot"
+    for process in list(lab.machine.alive()):
+        process.end(ExitReason.KILLED)
+    lab.network.taps.there.clear()
+    lab.network.held.there.clear()
+
+
+async def test_a_reboot_with_all_policies_and_states(
+    lab: ClockedLab, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeNetwork, "subnet", Subnet.parse("10.0.0.0/24"))
+    slow = RestartPolicy(policy=RestartMode.ON_FAILURE, backoff="1000s")
+    once = RestartPolicy(policy=RestartMode.ALWAYS, backoff="1s", max_attempts=1)
+    failures = RestartPolicy(policy=RestartMode.ON_FAILURE)
+    policies = {
+        "always": ALWAYS, "on-failure": failures, "never": RestartPolicy(), "none": None, "stopped": ALWAYS,
+        "asleep": ALWAYS, "entering": ALWAYS, "waking": ALWAYS, "done": failures, "failed": slow, "ending": failures,
+        "exhausted": once,
+    }  # fmt: skip
+    awake = AutoStandbyPolicy(enabled=True, idle_timeout="24h")
+    async with keeping(lab) as kept, trio.open_nursery() as nursery:
+        for name, policy in policies.items():
+            await kept.instances.create(request(name, restart_policy=policy, auto_standby=awake))
+            await kept.until_state(RUNNING, name)
+        await kept.instances.stop("stopped")
+        for name in ("asleep", "waking"):
+            await kept.instances.standby(name, StandbyInstanceRequest())
+        await kept.end(0, "done")
+        await kept.end(1, "exhausted")
+        await kept.until_state(RUNNING, "exhausted", boots=2)
+        await kept.end(1, "exhausted")
+        await kept.end(1, "failed")
+        lab.guests[kept.record("ending").id].tell(Exited(0, 0))
+        await kept.until_state(InstanceState.SHUTDOWN, "ending")
+        lab.driver.hang("capture")
+        nursery.start_soon(kept.instances.standby, "entering", StandbyInstanceRequest())
+        lab.driver.hang("restore")
+        nursery.start_soon(kept.instances.restore, "waking")
+        await kept.quiet()
+        nursery.cancel_scope.cancel()
+    reboot(lab)
+    async with keeping(lab) as kept:
+        await kept.sleep(100)
+        states = {name: kept.record(name).state for name in policies}
+        assert {name for name, state in states.items() if state is RUNNING} == {"always", "on-failure", "entering"}
+        assert {name for name, state in states.items() if state is STANDBY} == {"asleep", "waking"}
+        assert {name for name, state in states.items() if state is STOPPED} == (
+            {"never", "none", "stopped", "done", "failed", "ending", "exhausted"}
+        )
+        assert kept.record("never").exit_message == "the host rebooted while the VM ran"
+        assert (await status(kept, "exhausted")).blocked_reason == "max_attempts_exceeded"
+        assert (await status(kept, "stopped")).blocked_reason == "manual_stop"
+        assert set(lab.network.held.there) == {kept.record(name).id for name in ("asleep", "waking")}
+        for name in ("asleep", "waking"):
+            lab.network.waking.on_arrival(kept.record(name).id, packet())
+            await kept.until_state(RUNNING, name)
+        await kept.until_state(RUNNING, "failed")
+        assert (await status(kept, "failed")).attempts == 1
 
 
 async def test_rows_go_with_the_instance(lab: ClockedLab, clock: Clock) -> None:

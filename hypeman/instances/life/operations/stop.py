@@ -37,10 +37,12 @@ async def stop(owned: Owned, grace: float = STOP_GRACE, *, cause: StopCause = St
 
 
 async def vmm_ended(owned: Owned, ended: VmmExit) -> InstanceRecord:
-    """Clean up after a VMM that ended without a command."""
-    handle = owned.record.handle
-    rebooted = handle is not None and handle.boot_id != owned.machine.boot_id
-    return await bring_down(owned, plan_take_down(owned.record), ended, StopCause.HOST if rebooted else StopCause.ENDED)
+    """Clean up after a VMM that ended without a command. A reboot of the host does not end a workload that had ended
+    before."""
+    record = owned.record
+    rebooted = record.handle is not None and record.handle.boot_id != owned.machine.boot_id
+    cause = StopCause.HOST if rebooted and record.state is not InstanceState.SHUTDOWN else StopCause.ENDED
+    return await bring_down(owned, plan_take_down(record), ended, cause)
 
 
 async def bring_down(
