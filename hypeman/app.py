@@ -113,7 +113,7 @@ def main(config: Config) -> None:
     """Serve until SIGTERM or SIGINT. Raises HypemanError if the server cannot start."""
     setup_logs(config.log.level, config.log.format)
     if not config.jwt_secret:
-        log.warning("jwt_secret is empty: over TCP every call is refused; only the unix socket lets anybody in")
+        log.warning("jwt_secret is empty: over TCP every call is refused; clients can only use the unix socket")
     if conflicts := facts.uid_conflicts(config.hypervisor.uid_base):
         log.warning("others may use the same user ids as VMMs (hypervisor.uid_base): %s", ", ".join(conflicts))
     trio.run(serve, config)
@@ -138,7 +138,7 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
         parts = await _build(config, stack)
         async with parts.store.serving(), trio.open_nursery() as background:
             if not await _started(parts, background, shutdown):
-                log.info("shutting down before everything was started; VMs go on")
+                log.info("shutting down before startup was complete; VMs keep running")
                 background.cancel_scope.cancel()
                 return
             calls = Calls(parts.store, parts.services)
@@ -165,7 +165,7 @@ async def run(config: Config, shutdown: trio.Event, *, started: Callable[[], obj
                 background.start_soon(feed_watchdog, notify, watchdog_interval())
                 log.info("serving", extra={"port": config.port, "data_dir": config.data_dir, "version": __version__})
                 started()
-            log.info("shutting down; VMs go on")
+            log.info("shutting down; VMs keep running")
             background.cancel_scope.cancel()
 
 

@@ -272,14 +272,14 @@ class EgressConfig(_Section, frozen=True):
     approval_timeout: Annotated[float, Meta(gt=0, le=600)] = 60
     """Seconds that a request is held for an approval, where a rule asks for one."""
     drain_timeout: Annotated[float, Meta(gt=0, le=30 * 86400)] = 4 * 3600
-    """Maximum seconds that connections go on in the previous engine process after an upgrade replaced it."""
+    """Maximum seconds that connections continue in the previous engine process after an upgrade replaced it."""
     sources: dict[Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,62}$")], CredentialSourceConfig] = {}
     """Name → value that credentials of instances may use by ``source.named``, with ``hosts`` and one of ``file``,
     ``systemd`` and ``exec``: [hypeman/egress/README.md](../hypeman/egress/README.md#sources)."""
 
 
 class CertificateFilesConfig(_Section, frozen=True):
-    """A certificate and its key, which somebody else keeps up to date."""
+    """A certificate and its key, which are renewed by other software."""
 
     certificate: str
     """PEM: the certificate, then its chain."""

@@ -179,7 +179,7 @@ def _secret(config: Config) -> Iterator[Finding]:
         yield Finding(
             name="jwt_secret",
             verdict=Verdict.WARN,
-            message="is empty: over TCP every call is refused; only the unix socket lets anybody in",
+            message="is empty: over TCP every call is refused; clients can only use the unix socket",
             remedy="set jwt_secret in /etc/hypeman/config.yaml, e.g. to the output of: openssl rand -hex 32",
         )
     else:
@@ -200,7 +200,7 @@ def _users(config: Config) -> Iterator[Finding]:
             name="users of VMMs",
             verdict=Verdict.WARN,
             message=f"others may use the same user ids as VMMs: {', '.join(conflicts)}",
-            remedy="set hypervisor.uid_base so that it and the 65536 ids from it on are nobody's",
+            remedy="set hypervisor.uid_base so that no account uses it or the 65536 ids from it on",
         )
     else:
         yield Finding(name="users of VMMs", verdict=Verdict.OK, message=f"{base} to {base + facts.VMM_UIDS - 1}")
@@ -281,7 +281,7 @@ def _other(kind: HypervisorKind, found: Capabilities) -> Finding:
         return Finding(name=name, verdict=Verdict.WARN, message=f"{found.binary} cannot be used: {found.reason}")
     walls = ""
     if kind is HypervisorKind.CLOUD_HYPERVISOR:
-        walls = ", behind landlock" if landlocked() else "; not behind landlock, for which it wants Linux 6.2"
+        walls = ", behind landlock" if landlocked() else "; without landlock, which requires Linux 6.2"
     return Finding(name=name, verdict=Verdict.OK, message=f"{found.binary}, version {found.version}{walls}")
 
 

@@ -45,7 +45,7 @@ GROUND = frozenset(
         *("tokens", "text", "urls", "_native"),
     ]
 )
-"""Words, numbers, settings and the hot paths: anybody may use them, they use each other at most."""
+"""Words, numbers, settings and the hot paths: any package may use them; they use only each other."""
 
 PURE_MODULES = tuple(
     f"hypeman.{name}"

@@ -141,7 +141,7 @@ class Builders:
         return builder
 
     async def reap(self) -> None:
-        """Remove builders that nobody has used for a long time."""
+        """Remove builders that have been unused for ``idle`` seconds."""
         if not self._idle:
             return
         oldest = self._now() - timedelta(seconds=self._idle)

@@ -139,7 +139,7 @@ class BuildEvents:
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             offset, rest, last = 0, b"", datetime.now(UTC)
-            told: BuildStatus | None = None
+            reported: BuildStatus | None = None
             while True:
                 journal = self._live()
                 grown = journal.grown if journal is not None else None
@@ -152,7 +152,7 @@ class BuildEvents:
                         entry = _decode(line)
                         last = entry.at
                         if isinstance(entry.status, BuildStatus):
-                            told = entry.status
+                            reported = entry.status
                         for event in self._events_of(entry):
                             yield event
                     continue
@@ -165,7 +165,7 @@ class BuildEvents:
             for text in self._text.flush():
                 yield BuildEvent(type=BuildEventType.LOG, timestamp=last, content=text)
             final = self._final()
-            if self._follow and final is not None and told is not final:
+            if self._follow and final is not None and reported is not final:
                 yield BuildEvent(type=BuildEventType.STATUS, timestamp=last, status=final)
         finally:
             os.close(fd)

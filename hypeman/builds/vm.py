@@ -170,7 +170,7 @@ class VmWorker:
     async def _boot(self, job: Job, report: Report) -> Instance:
         """A running instance. Waits while the host is full."""
         if job.builder is not None:
-            await self.make_cache(job.builder)  # one that somebody deleted is made again
+            await self.make_cache(job.builder)  # it is created again if someone deleted it
             volume = _cache(job.builder.id)
         else:
             volume = _name(job.build_id)
@@ -202,7 +202,7 @@ class VmWorker:
         raise BuildFailed(f"the VM did not start: {reached.state_error or reached.state.value}")
 
     async def _retried(self, report: Report, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        told = False
+        reported = False
         began = trio.current_time()
         while True:
             try:
@@ -213,9 +213,9 @@ class VmWorker:
                 if isinstance(error, AlreadyExists) or trio.current_time() - began > _CACHE_SECONDS:
                     raise
                 retry, reason = _CACHE_RETRY, f"waiting for the builder's cache: {error.message}"
-            if not told:
+            if not reported:
                 report.log(reason)
-                told = True
+                reported = True
             await trio.sleep(retry)
 
 

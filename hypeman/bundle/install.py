@@ -3,7 +3,7 @@
     1  every byte of the file is verified                  nothing is written
     2  it is unpacked below /var/lib/hypeman-bundle        the host is as it was
     3  programs and settings of the old version are copied
-    4  the journal says `switching`; a systemd timer will roll back if we are not heard of again
+    4  the journal says `switching`; a systemd timer rolls back unless the installation completes
     5  the server stops, its records are copied, install.sh of the new version runs and starts it
     6  the new server answers with its version             journal: `installed`
        or it does not: files, settings and records are those of before, the old server runs    journal: `rolled-back`

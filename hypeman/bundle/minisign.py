@@ -1,4 +1,4 @@
-"""Signatures in minisign's format (Ed25519 over BLAKE2b-512), so that anybody can check a bundle with minisign.
+"""Signatures in minisign's format (Ed25519 over BLAKE2b-512), so that anyone can verify a bundle with minisign.
 
     public key   "untrusted comment: …", base64("Ed", key id: 8, key: 32)
     signature    "untrusted comment: …", base64("ED", key id: 8, signature of the message's BLAKE2b-512: 64),

@@ -145,7 +145,7 @@ def _run(session: Session, instance: str, request: dict[str, Any], *, tty: bool,
 
 
 class _Gone(Unreachable):
-    """The server refuses to go on with the program: another attempt would be in vain."""
+    """The server refuses to resume the program; retrying is pointless."""
 
 
 class Exec:

@@ -18,7 +18,7 @@ def ui(session: Session, launch: bool) -> None:
     """
     settings = session.client.settings
     made = session.client.post("/ui/links")
-    # Over TCP the address is known that works from here; over the socket the server tells its own.
+    # Over TCP, use the address that works from here; over the socket, the one that the server reports.
     url = made["url"] if settings.base_url.startswith("unix:") else settings.base_url + made["path"]
     if not url:
         fail("the server does not listen on TCP (port: 0), so a browser cannot reach it")

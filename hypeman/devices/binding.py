@@ -71,10 +71,10 @@ class Binder:
             try:
                 await self._give_one_back(binding)
             except InternalError as error:
-                log.error("PCI function %s could not be given back: %s", binding.address, error.message)
+                log.error("PCI function %s could not be returned to its driver: %s", binding.address, error.message)
                 reason = self.failures.setdefault(binding.address, error.message)
-                told = f"PCI function {binding.address} could not be given back: {reason}"
-                failed = failed or type(error)(told, code=error.code)
+                message = f"PCI function {binding.address} could not be returned to its driver: {reason}"
+                failed = failed or type(error)(message, code=error.code)
         if failed is not None:
             raise failed
 

@@ -45,7 +45,7 @@ def remove(txn: Txn, ref: str, failures: Mapping[str, str] = {}) -> None:
     reason by address, where that failed."""
     record = find(txn, ref)
     reason = failures.get(record.pci_address)
-    why = f": {record.pci_address} could not be given back: {reason}" if reason else ""
+    why = f": {record.pci_address} could not be returned to its driver: {reason}" if reason else ""
     if record.attached_to is not None:
         raise InUse(f"device {record.name} is attached to instance {record.attached_to}{why}")
     binding = txn.get(BINDINGS, record.pci_address)

@@ -297,7 +297,7 @@ class Devices:
         try:
             await self._unbind(instance_id)
         except HypemanError as error:
-            log.error("devices of instance %s could not be given back: %s", instance_id, error.message)
+            log.error("devices of instance %s could not be released: %s", instance_id, error.message)
 
     async def _settle(self) -> None:
         """Finish giving back devices where it was started, or where the owner no longer exists."""

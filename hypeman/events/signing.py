@@ -23,7 +23,7 @@ def key_of(secret: str) -> bytes:
     try:
         return base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
     except binascii.Error as error:
-        raise ValueError(f"a secret that begins with {_PREFIX} must go on in base64") from error
+        raise ValueError(f"what follows {_PREFIX} in a secret must be base64") from error
 
 
 def signed_headers(key: bytes, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:

@@ -70,13 +70,13 @@ class Event(Struct, frozen=True, kw_only=True):
     tags: TagMap | UnsetType = UNSET
     """Tags of the object."""
     actor: Actor | UnsetType = UNSET
-    """Who requested the change; absent if nobody did."""
+    """Who requested the change; absent if no request caused it."""
     data: dict[str, Datum] | UnsetType = UNSET
     """What the type's description in the documentation lists."""
 
 
 class EventFilter(Struct, frozen=True):
-    """Which events a reader wants; everything given must match."""
+    """Filter for events; everything given must match."""
 
     kinds: frozenset[Kind] | None = None
     """None: all."""
@@ -87,7 +87,7 @@ class EventFilter(Struct, frozen=True):
     tags: Mapping[str, str] = {}
 
     def fits(self, event: Event) -> bool:
-        """Whether ``event`` is wanted."""
+        """Whether ``event`` matches."""
         about = event.object
         if self.kinds is not None and about.kind not in self.kinds:
             return False

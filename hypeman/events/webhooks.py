@@ -128,7 +128,7 @@ class _Hook:
         self._store.write_soon(lambda txn: txn.put(WEBHOOKS, self.name, WebhookRow(cursor)))
 
     async def _deliver(self, pool: httpcore.AsyncConnectionPool, event: Event) -> bool:
-        """Deliver ``event``, or skip it after ``retry_hours``; False if the receiver wants no more."""
+        """Deliver ``event``, or skip it after ``retry_hours``; False if the receiver asks for no more events (410)."""
         body = _encode(event)
         message_id = f"{event.cursor}-{int(event.time.timestamp() * 1000)}"
         give_up = trio.current_time() + self._config.retry_hours * 3600
@@ -158,12 +158,12 @@ class _Hook:
         try:
             with trio.fail_after(self._config.timeout):
                 async with pool.stream("POST", url, headers=headers, content=body) as response:
-                    status, told = response.status, dict(response.headers)
+                    status, headers = response.status, dict(response.headers)
         except trio.TooSlowError:
             raise _Refused(f"no answer within {self._config.timeout:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise _Refused(str(error) or type(error).__name__) from None
         if not 200 <= status < 300:
-            after = told.get(b"retry-after", b"")
+            after = headers.get(b"retry-after", b"")
             pause = min(float(after), LONGEST_PAUSE) if after.isdigit() else 0.0
             raise _Refused(f"status {status}", pause=pause, gone=status == _GONE)

@@ -162,7 +162,7 @@ def render_boot_disk(config: BootConfig) -> bytes:
     try:
         fields = _render_fields(config).render()
     except ValueError as error:
-        raise InvalidRequest(f"the guest cannot be told its configuration: {error}") from error
+        raise InvalidRequest(f"the guest's configuration cannot be encoded: {error}") from error
     if len(fields) > _MAX_FIELDS or len(config.argv) + len(config.env) > _MAX_STRINGS:
         raise InvalidRequest("command and environment are larger than 1 MB or 8192 entries")
     for entries, most, what in (

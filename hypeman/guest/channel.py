@@ -51,7 +51,7 @@ _MOST_APART = 64
 
 
 class _Joined:
-    """Small chunks of one stream that arrived while nobody read."""
+    """Small chunks of one stream that arrived while there was no reader."""
 
     __slots__ = ("data", "stderr")
 
@@ -452,7 +452,7 @@ class Channel:
             try:
                 self._events_in.send_nowait(told.event)
             except trio.WouldBlock as error:
-                raise ProtocolError("the guest tells more events than there are") from error
+                raise ProtocolError("the guest sent more events than exist") from error
             except trio.BrokenResourceError:
                 return  # no receiver: not acknowledged either
         self._connection.acknowledge(told)

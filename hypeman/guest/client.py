@@ -35,7 +35,7 @@ _CLOCK_BEFORE_THAW = 0.8
 _CLOCK_AFTER_THAW = 0.2
 """Seconds until the clock of a thawed guest is corrected more exactly: first it does what its client waits for."""
 _CLOCK_WITHOUT_THAW = 10.0
-"""Seconds until the clock of a restored guest that nobody thaws is corrected; it thaws itself by then."""
+"""Seconds until the clock of a restored guest that was not thawed is corrected; it thaws itself by then."""
 
 
 class GuestClient(Channel):

@@ -38,7 +38,7 @@ class ExecSession:
         self._channel = channel
         self._session = session
         self.key = key
-        """Of a kept program: what ``GuestClient.resume`` wants. Else empty."""
+        """Of a kept program: the argument of ``GuestClient.resume``. Else empty."""
         self._received = self._given = received
         self._ends = False
 

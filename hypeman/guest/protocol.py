@@ -118,7 +118,7 @@ class Credit(msgspec.Struct, frozen=True):
 
 
 class Resumed(msgspec.Struct, frozen=True):
-    """A kept program goes on in this session; its input may be sent from now on."""
+    """A kept program continues in this session; its input may be sent from now on."""
 
     session: int
     received: int

@@ -14,7 +14,7 @@ Uint32 = Annotated[int, Meta(ge=0, lt=2**32)]
 
 
 class ExecResumption(Struct, frozen=True, kw_only=True):
-    """Which program a client goes on with after its connection was lost."""
+    """Which program a client resumes after its connection was lost."""
 
     session: Annotated[str, Meta(pattern="^[0-9a-f]{32}$", description="As the server's first message said")]
     received: Annotated[int, Meta(ge=0, lt=2**62, description="Bytes of output that the client has")] = 0
@@ -37,7 +37,7 @@ class ExecRequest(Struct, frozen=True, kw_only=True):
     keep: Annotated[
         bool,
         Meta(
-            description="Extension. The program goes on for a minute if the connection is lost, and can be resumed "
+            description="Extension. The program runs on for a minute if the connection is lost, and can be resumed "
             "from there: the server's first message is `{\"session\": KEY}` if the guest's agent can do that"
         ),
     ] = False

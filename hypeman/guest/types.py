@@ -21,7 +21,7 @@ class PathInfo(msgspec.Struct, frozen=True):
     link_target: Annotated[str | None, Meta(description="Where a symlink leads, if it was not followed")] = None
     mode: Annotated[int, Meta(description="Permission bits")] = 0
     size: Annotated[int, Meta(description="Bytes")] = 0
-    error: Annotated[str | None, Meta(description="Why it cannot be told, other than absence")] = None
+    error: Annotated[str | None, Meta(description="Why it cannot be determined, other than absence")] = None
 
 
 class Ready(msgspec.Struct, frozen=True):

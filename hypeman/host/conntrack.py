@@ -47,7 +47,7 @@ _FILTER, _ORIGINAL_FLAGS, _REPLY_FLAGS, _SELECT_SOURCE = 25, 1, 2, 1
 
 _OPEN = frozenset({2, 3, 4, 5})
 """SYN_RECV, ESTABLISHED, FIN_WAIT, CLOSE_WAIT: answered, and not yet closed by both sides. A connection attempt that
-nobody answers is not open."""
+has no answer is not open."""
 
 BATCH = 1 << 20
 """Bytes read at a time."""
@@ -145,8 +145,8 @@ def parse_connection(packet: Packet) -> Connection | None:
     """A TCP connection or UDP flow over IPv4 from a list or an event; None for anything else."""
     if packet.type not in (_NEW, _DELETE) or packet.body[:1] != bytes([socket.AF_INET]):
         return None
-    told = dict(attributes(packet.body, 4))
-    original, reply = told.get(_TUPLE_ORIGINAL), told.get(_TUPLE_REPLY)
+    found = dict(attributes(packet.body, 4))
+    original, reply = found.get(_TUPLE_ORIGINAL), found.get(_TUPLE_REPLY)
     if original is None or reply is None:
         return None
     client = _parse_tuple(original)
@@ -154,7 +154,7 @@ def parse_connection(packet: Packet) -> Connection | None:
     if client is None or server is None:
         return None
     udp = client.protocol == socket.IPPROTO_UDP
-    is_open = packet.type == _NEW and (udp or _tcp_state(told.get(_PROTOINFO, b"")) in _OPEN)
+    is_open = packet.type == _NEW and (udp or _tcp_state(found.get(_PROTOINFO, b"")) in _OPEN)
     return Connection(*client.source, *server.source, is_open, client.wanted_port, udp)
 
 

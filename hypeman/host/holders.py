@@ -86,7 +86,7 @@ def _block_devices(proc_root: Path) -> Iterator[tuple[str, str]]:
         what = f"holds {_unescaped(fields[4])}"
         yield fields[2], what
         source = fields[fields.index("-") + 2] if len(fields) > fields.index("-") + 2 else ""
-        if source.startswith("/"):  # btrfs tells a made-up number, its source tells one real device
+        if source.startswith("/"):  # btrfs reports a made-up number; its source names one real device
             yield from ((number, what) for number in _number_of(_unescaped(source)))
     for line in _lines(proc_root / "swaps")[1:]:
         yield from ((number, "holds swap") for number in _number_of(_unescaped(line.split()[0])))

@@ -12,7 +12,7 @@ def render(text: str, lines: Iterable[str]) -> str:
     """``text`` with ``lines`` as our block, at its end; without any, without the block."""
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
-    if begin and not end:  # somebody removed the mark of the end: what follows may not be ours
+    if begin and not end:  # the end mark was removed: what follows may not be ours
         after = "".join(line for line in rest.splitlines(keepends=True) if "\t" not in line)
     kept = before + after
     block = "".join(f"{line}\n" for line in lines)

@@ -1,6 +1,6 @@
 """When the lines of a log were written, and where the runs of its program begin: marks in a file next to the log.
 
-A VMM writes its guest's output into the log itself, so nobody sees a line come. The server looks at each log about once
+A VMM writes its guest's output into the log itself, not through the server. The server checks each log about once
 a second (``LogTimes.note``), and notes its size with the time of the last write. So a line was written by the time of
 the first mark behind it, and after the one before it.
 

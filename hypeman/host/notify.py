@@ -30,7 +30,7 @@ def notify(message: str = "READY=1", sockets: Sequence[socket.socket] = ()) -> N
             sock.connect(address)
             socket.send_fds(sock, [message.encode()], [each.fileno() for each in sockets])
     except OSError as error:
-        _log.warning("systemd could not be told %s: %s", message, error)
+        _log.warning("systemd could not be notified of %s: %s", message, error)
 
 
 def keep_sockets(name: str, sockets: Sequence[socket.socket]) -> None:

@@ -52,7 +52,7 @@ def files_of(binary: str) -> tuple[str, ...]:
         name, arrow, rest = line.strip().partition(" => ")
         path = (rest if arrow else name).rsplit(" (", 1)[0]
         if path == "not found":
-            raise NotRunnable(f"{binary} wants {name}, which is not installed")
+            raise NotRunnable(f"{binary} requires {name}, which is not installed")
         if path.startswith("/"):
             found.add(path)
     return tuple(sorted(found))

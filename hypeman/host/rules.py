@@ -211,17 +211,17 @@ def _is_translated(flow: Packet) -> bool:
 def _destination(flow: Packet) -> tuple[str, int]:
     """Protocol and port that the flow was sent to; ("", 0) for protocols without ports."""
     original = dict(attributes(flow.body, 4)).get(_TUPLE_ORIGINAL, b"")
-    told = dict(attributes(dict(attributes(original)).get(_TUPLE_PROTO, b"")))
-    number, port = told.get(_PROTO_NUMBER, b""), told.get(_PROTO_DESTINATION, b"")
+    found = dict(attributes(dict(attributes(original)).get(_TUPLE_PROTO, b"")))
+    number, port = found.get(_PROTO_NUMBER, b""), found.get(_PROTO_DESTINATION, b"")
     names = [name for name, known in _PROTOCOLS.items() if number == bytes([known])]
     return (names[0], int.from_bytes(port, "big")) if names else ("", 0)
 
 
 def _delete_message(flow: Packet) -> Message:
     """Includes the flow's id, so that a later flow between the same endpoints is not deleted."""
-    told = dict(attributes(flow.body, 4))
-    body = flow.body[:4] + nested(_TUPLE_ORIGINAL, told[_TUPLE_ORIGINAL])
-    body += b"".join(attr(kind, told[kind]) for kind in (_FLOW_NUMBER, _FLOW_ZONE) if kind in told)
+    found = dict(attributes(flow.body, 4))
+    body = flow.body[:4] + nested(_TUPLE_ORIGINAL, found[_TUPLE_ORIGINAL])
+    body += b"".join(attr(kind, found[kind]) for kind in (_FLOW_NUMBER, _FLOW_ZONE) if kind in found)
     return Message(_DELETE_FLOWS, 0, body, "forget a connection", (errno.ENOENT,))
 
 

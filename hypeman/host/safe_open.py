@@ -8,7 +8,7 @@ Rules:
 
 - No open here blocks: a FIFO without a reader is refused and not waited for.
 - What is opened is checked by its descriptor and not by its name, so there is no moment in between.
-- The directories above belong to root (``ownership``), so that nobody else can move them. These
+- The directories above belong to root (``ownership``), so that no other user can move them. These
   functions are the second barrier: with a directory that was taken over, they still follow nothing.
 """
 

@@ -84,7 +84,7 @@ class UnixHttp:
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             await sock.connect(self.path)
             if self._pid and _listener(sock) != self._pid:
-                raise VmmBroken(f"somebody else than the VMM listens at {self.path}")
+                raise VmmBroken(f"another process than the VMM listens at {self.path}")
             sent = await sock.sendmsg([message], passing(fds))
             await trio.SocketStream(sock).send_all(message[sent:])
             return await _answer(sock, connection)

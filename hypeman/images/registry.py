@@ -278,9 +278,9 @@ class RegistryClient:
         address = ""
         if _origin(target) != _origin(home):
             if target.scheme != "https" and home.scheme == "https":
-                raise RegistryError(f"{host} wants uploads sent to {target.scheme}://{target.host}, which is not safe")
+                raise RegistryError(f"{host} directs uploads to {target.scheme}://{target.host}, which is not safe")
             inward = await self._is_inward(home.host)
-            address = await _checked_address(target.host, inward, f"{host} wants uploads sent to")
+            address = await _checked_address(target.host, inward, f"{host} directs uploads to")
         authorization = self._known_authorization(endpoint, ref.repository, _PUSH)
         refused = False
         while True:

@@ -636,7 +636,7 @@ class Images:
                 error, transient = str(failure), failure.transient
             except Exception:
                 log.exception("making the disk of image %s failed", job.digest)
-                error = "an internal error, which the server's log tells more about"
+                error = "internal error; the cause is in the server's log"
         if job.given_up:
             return
         async with self._changing_disks:

@@ -429,7 +429,7 @@ def _receive(link: socket.socket) -> tuple[Request, list[int]]:
     """The next message and the files that came with it."""
     data, ancillary, _, _ = link.recvmsg(MAX_MESSAGE, room_for(2))
     if not data:
-        raise SystemExit(1)  # the server exited or no longer wants the disk
+        raise SystemExit(1)  # the server exited or no longer needs the disk
     return _decode_request(data), passed(ancillary)
 
 

@@ -1,4 +1,4 @@
-"""Listening sockets on ports of the host. Blocking, and wants the right to bind them."""
+"""Listening sockets on ports of the host. Blocking; requires the right to bind them."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Targets:
         self._store = store
         self._changed = changed
         self._names: dict[str, str] = {}
-        """As told last, by id."""
+        """As last reported, by id."""
         board.listen(self._on_change)
 
     def _on_change(self, instance_id: str) -> None:

@@ -6,7 +6,7 @@
              Running, to be awakened; meanwhile it learns its name
              awaken                                                         as after a restore
 
-A member has its id, address and machine-id, but nobody has seen it: it is no instance, its program is frozen, its
+A member has its id, address and machine-id, but is not visible: it is no instance, its program is frozen, its
 vCPUs stand still and its link is down. It holds the memory that it really uses (PSS), and gives way when an operation
 on an instance is short of something that it holds. One task fills all pools, one member at a time.
 
@@ -215,7 +215,7 @@ class Pools:
         try:
             await self._write_claim(record, snapshot)
         except Exception:
-            self._doomed.append(member.row)  # its guest may have been told the name
+            self._doomed.append(member.row)  # its guest may have received the name
             raise
         finally:
             self._work.set()
@@ -242,7 +242,7 @@ class Pools:
         )
 
     async def _write_claim(self, record: InstanceRecord, snapshot: SnapshotRow) -> None:
-        """The guest gets its name meanwhile: its program goes on only when both are done."""
+        """The guest gets its name meanwhile: its program continues only when both are done."""
         intent = Intent(Operation.RESUME, plan_awaken(record, snapshot.capture or "", fresh=False))
         origin = {"forked_from": snapshot.source.id, "snapshot": snapshot.id, "pool": "true"}
         failure: Exception | None = None
@@ -260,7 +260,7 @@ class Pools:
         try:
             await self._machine.introduce(record)
         except HypemanError as error:  # tried again when it is awakened, which reports it
-            log.debug("the guest of %s was not told its name: %s", record.id, error.message)
+            log.debug("the guest of %s did not receive its name: %s", record.id, error.message)
 
     # Filling
 
@@ -375,7 +375,7 @@ class Pools:
         if pool is None:
             return
         pool.size = 0
-        with trio.CancelScope(shield=True):  # nobody else knows these members
+        with trio.CancelScope(shield=True):  # no other task knows these members
             if pool.filling is not None:
                 await _give_up(pool.filling)
             while pool.ready:
@@ -418,7 +418,7 @@ class Pools:
             await take_back(reversible(row.steps), self._machine)
             await self._forget(row)
             self._doomed.remove(row)
-        except Exception as error:  # any error: retried, and other members and the server go on
+        except Exception as error:  # any error: retried; other members and the server continue
             log.warning("the member %s of a pool cannot be removed, trying again: %s", row.record.id, error)
 
     async def _forget(self, row: MemberRow) -> None:

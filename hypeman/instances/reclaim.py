@@ -109,7 +109,7 @@ class Reclaim:
             lenders = await self._lenders()
             planned = shares(request.reclaim_bytes, [lender.spare for lender in lenders])
             if not request.dry_run:
-                log.info("guests lend %d bytes for %g s; reason: %s", sum(planned), hold, request.reason or "none told")
+                log.info("guests lend %d bytes for %g s; reason: %s", sum(planned), hold, request.reason or "none")
                 self._until = self._now() + timedelta(seconds=hold if request.reclaim_bytes else 0)
                 self._changed.set()
             actions: list[MemoryReclaimAction] = []

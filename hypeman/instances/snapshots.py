@@ -342,7 +342,7 @@ def _check_kind(kind: SnapshotKind, source: InstanceRecord) -> None:
     )
     if source.state not in wanted:
         raise InvalidState(
-            f"a snapshot of kind {kind.value} wants instance {source.name!r} to be "
+            f"a snapshot of kind {kind.value} requires instance {source.name!r} to be "
             f"{' or '.join(state.value for state in wanted)}; it is {source.state.value}",
             code="conflict",
         )

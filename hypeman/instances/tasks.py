@@ -79,7 +79,7 @@ class Tasks:
         await self._running.start(self._make(record, new=False).run)
 
     def continue_create(self, record: InstanceRecord) -> None:
-        """Start the task of an instance whose image was being pulled; it goes on with that."""
+        """Start the task of an instance whose image was being pulled; it continues the pull."""
         self._make(record, new=True).submit(None, create)
 
     async def run_detached(self, work: Callable[[], Awaitable[R]]) -> R:

@@ -1,4 +1,4 @@
-"""How to reach the cluster: the kubeconfig of the node. Reads files, talks to nobody.
+"""How to reach the cluster: the kubeconfig of the node. Reads files; no network.
 
 Supported are certificate authority, client certificate and token, each as data or as a file. Files are read again
 when they change: tokens are renewed by others, client certificates by the node itself.

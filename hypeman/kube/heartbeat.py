@@ -113,7 +113,7 @@ class Heartbeat:
             return await self._site.api.get(node_path(self._site.name), Node)
         except Refused as error:
             if error.is_absent:
-                return await self._register()  # somebody deleted it
+                return await self._register()  # it was deleted
             raise
 
     async def _register(self) -> Node:

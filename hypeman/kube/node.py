@@ -52,7 +52,7 @@ async def _until_signal(config: Config) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run, config)
             async for number in signals:
-                log.info("shutting down; VMs go on", extra={"signal": signal.Signals(number).name})
+                log.info("shutting down; VMs keep running", extra={"signal": signal.Signals(number).name})
                 break
             nursery.cancel_scope.cancel()
 

@@ -533,7 +533,7 @@ class Worker:
         return pause
 
     async def _until_deleted(self, probe: Callable[[], Awaitable[T]], otherwise: T) -> T:
-        """What ``probe`` says. It may take as long as the pod wants; the pod's deletion does not wait for it."""
+        """What ``probe`` says. It may take as long as the pod allows; the pod's deletion does not wait for it."""
         said = otherwise
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cancel_when_deleted, nursery.cancel_scope)

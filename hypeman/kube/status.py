@@ -260,7 +260,7 @@ def _is_true(pod: Pod, name: str) -> bool:
 
 
 def _ephemeral(pod: Pod) -> tuple[ContainerStatus, ...]:
-    """``kubectl debug`` adds containers, which a VM has no place for. They count as ended, so that nobody waits."""
+    """``kubectl debug`` adds containers, which a VM has no place for. They count as ended, so that no client waits."""
     ended = Terminated(exit_code=1, reason="NotSupported", message=NO_EPHEMERAL)
     return tuple(
         ContainerStatus(

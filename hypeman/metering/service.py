@@ -282,7 +282,7 @@ def _next_day(txn: Txn, until: float) -> tuple[list[Block], int] | None:
         if (day + 1) * DAY > until:
             return None
         found.append(block)
-    return None  # the day may go on
+    return None  # the day may not be over
 
 
 def _roll_up_day(txn: Txn, day: tuple[list[Block], int]) -> None:

@@ -1,7 +1,7 @@
 """Packets to instances in standby: what they are, how many are held, and how failure is reported to a peer. Pure.
 
     wakes    TCP (but for RST), UDP, ping and every other protocol, the next packet of an open connection included
-    quiet    RST and ICMP errors: nobody waits for an answer; held only while the instance wakes for another reason
+    quiet    RST and ICMP errors: the sender waits for no answer; held only while the instance wakes for another reason
 
 Formats: RFC 791, 792, 9293.
 """
@@ -68,7 +68,7 @@ def parse(data: bytes) -> Arrival | None:
 
 
 def refusal(arrival: Arrival) -> bytes | None:
-    """What tells the sender that the instance cannot be reached: a TCP reset, or ICMP unreachable; None for
+    """What informs the sender that the instance cannot be reached: a TCP reset, or ICMP unreachable; None for
     packets that are never answered."""
     if arrival.quiet or arrival.source.is_multicast or int(arrival.source) == 0:
         return None

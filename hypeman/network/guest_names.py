@@ -1,4 +1,4 @@
-"""Names of running instances: for guests through the resolver, for the host in its hosts file if that is wanted."""
+"""Names of running instances: for guests through the resolver, for the host in its hosts file, if configured."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class NameRules(Protocol):
         ...
 
     def looked_up(self, instance_id: str, name: str, addresses: Sequence[str], seconds: float) -> None:
-        """The guest was told these addresses, valid for so long."""
+        """The guest received these addresses, valid for so long."""
         ...
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 LOOPBACK = 1
 """Index of the interface lo, whose packets are translated when they are sent."""
 _ATTEMPTS = 32
-"""For a free port that is free on each address that it is wanted on."""
+"""For a port that is free on each of the requested addresses."""
 
 
 class Claim:

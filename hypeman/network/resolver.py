@@ -169,7 +169,7 @@ class Resolver:
         return instead.finish(reply)
 
     async def _ask_by_udp(self, query: bytes) -> bytes:
-        """From a port and with an identifier that nobody can guess."""
+        """From a random port and with a random identifier."""
         asked = secrets.token_bytes(2) + query[2:]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as upstream:
             try:

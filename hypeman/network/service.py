@@ -426,14 +426,14 @@ class Network:
         try:
             await self._rules.change(remove=remove, add=add)
         except NetlinkError as error:
-            log.warning("%s; somebody took our nftables tables away, loading them anew", error)
+            log.warning("%s; our nftables tables were removed by others, reloading them", error)
             await self._load_rules_locked()
 
     async def _watch_rules(self, *, task_status: trio.TaskStatus[None]) -> None:
         async with aclosing(self._rules.watch_foreign_changes()) as changes:
             task_status.started()
             async for _ in changes:
-                log.warning("somebody changed or flushed our nftables tables; loading them anew")
+                log.warning("our nftables tables were changed or flushed by others; reloading them")
                 await self._load_rules_until_done()
 
     async def _load_rules_until_done(self) -> None:

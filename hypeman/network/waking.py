@@ -64,7 +64,7 @@ class Waking:
             self._link = None
 
     def listen(self, on_arrival: OnArrival | None) -> None:
-        """Report packets from now on, also those that came while nobody listened; None: no longer."""
+        """Report packets from now on, also those that came before; None: no longer."""
         self._on_arrival = on_arrival
         for instance_id in self._held if on_arrival is not None else ():
             for arrival in self.packets.take(instance_id):
@@ -152,7 +152,7 @@ class Waking:
             return
         routed = await self._links.routed()
         if WAKE_LINK not in await self._links.ours():
-            log.error("%s was deleted by somebody; making it anew", WAKE_LINK)
+            log.error("%s was deleted by others; creating it again", WAKE_LINK)
             self.close()
             routed = set()
         for lease in self.leases():

@@ -22,7 +22,7 @@ from hypeman.instances.model.types import HealthCheckType
 
 MAX_HEAD = 8192
 """Bytes that are read of a response, of which only the status line matters."""
-MAX_TOLD = 512
+MAX_OUTPUT = 512
 """Bytes of a program's output that are kept for the error."""
 
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])[ \r]")
@@ -111,18 +111,18 @@ async def _read_status(stream: trio.abc.Stream) -> int:
 async def _exec(rules: HealthRules, guest: GuestClient | None) -> None:
     if guest is None:
         raise CheckFailed("the guest agent does not answer")
-    told = b""
+    output = b""
     try:
         request = ExecRequest(argv=rules.command, cwd=rules.working_dir or None, timeout_seconds=rules.timeout)
         async with await guest.exec(request) as session:
             await session.close_stdin()
             while isinstance(got := await session.receive(), Output):
-                told = (told + got.data)[-MAX_TOLD:]
+                output = (output + got.data)[-MAX_OUTPUT:]
     except HypemanError as error:
         raise CheckFailed(error.message) from None
     assert isinstance(got, ExecResult)
     if got.exit_code != 0 or got.message:
-        last = told.decode(errors="replace").strip().splitlines()
+        last = output.decode(errors="replace").strip().splitlines()
         raise CheckFailed(got.message or f"exit code {got.exit_code}" + (f": {last[-1]}" if last else ""))
 
 

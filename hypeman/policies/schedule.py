@@ -67,7 +67,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 def set_schedule(
     before: Schedule | None, request: SetSnapshotScheduleRequest, *, new_id: str, now: datetime
 ) -> Schedule:
-    """``before`` as ``request`` wants it, or a new schedule. Raises InvalidRequest."""
+    """``before`` changed by ``request``, or a new schedule. Raises InvalidRequest."""
     seconds = parse_duration(request.interval)
     if not MIN_INTERVAL <= seconds <= MAX_INTERVAL:
         raise InvalidRequest(f"interval must be at least 1m and at most {MAX_INTERVAL / 3600:.0f}h")

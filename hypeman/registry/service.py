@@ -164,7 +164,7 @@ class Registry:
 
     async def _resume(self) -> None:
         """Make the images of tags that are only stored: an earlier server was killed before it made them, or this one
-        could not. One that still cannot be made keeps nobody from starting, and is tried again."""
+        could not. One that still cannot be made does not prevent the start, and is tried again."""
         pending = self._store.read(lambda txn: [key for key, row in txn.scan(TAGS) if row.adopting])
         for key in pending:
             repository, _, tag = key.rpartition(":")

@@ -81,7 +81,7 @@ def failed(failure: Failure) -> Reply:
 
 
 def failure_from(error: Exception) -> Failure:
-    """The failure to report for ``error``. Logs what the client is not told."""
+    """The failure to report for ``error``. Logs what the client does not see."""
     told = error if isinstance(error, HypemanError) else told_error(error)
     if told is None:
         _log.error("unexpected failure", exc_info=error)

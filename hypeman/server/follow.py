@@ -13,7 +13,7 @@ Rules:
 - The requested lines may extend into the one old file that rotation keeps (``<path>.1``).
 - A line longer than MAX_LINE comes in pieces, each but the last marked with CONTINUES at its end.
 - With ``positions`` the stream begins with an id, and each event has one: device and inode of the file, and the
-  offset behind the line. Opened ``after`` one, a stream goes on from there, in whatever file that is now; what was
+  offset behind the line. Opened ``after`` one, a stream continues from there, in whatever file that is now; what was
   rotated away meanwhile is left out.
 - Bytes that are not UTF-8 become U+FFFD. What the data cannot hold is in a comment before it, which clients of
   server-sent events skip and our command line reads: ``: bytes=<base64 of the line>``, ``: piece=<the same>``, and with
@@ -104,7 +104,7 @@ class Position(msgspec.Struct, frozen=True):
         """Raises InvalidRequest."""
         match = re.fullmatch(r"(\d{1,19})-(\d{1,19})-(\d{1,18})", text)
         if match is None:
-            raise InvalidRequest(f"after is {text!r}, but wants the id of an event")
+            raise InvalidRequest(f"after is {text!r}, which is not the id of an event")
         return cls(*map(int, match.groups()))
 
     def is_in(self, fd: int) -> bool:
@@ -113,7 +113,7 @@ class Position(msgspec.Struct, frozen=True):
 
 
 def encode_piece(piece: bytes) -> bytes:
-    """The event for a part of a line that goes on."""
+    """The event for a part of a line that continues."""
     text = piece.decode("utf-8", "replace") + CONTINUES
     return PIECE + base64.b64encode(piece) + b"\ndata: " + _encode(text) + b"\n\n"
 
@@ -203,7 +203,7 @@ class Lines(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Page(msgspec.Struct):
-    """One file of a log, open, and the part of it that is wanted."""
+    """One file of a log, open, and the requested part of it."""
 
     fd: int
     times: Times
@@ -341,7 +341,7 @@ class LogStream:
         if not self._begun:
             self._begun = True
             await trio.lowlevel.checkpoint()
-            return self._id() + b"\n"  # where to go on if nothing comes
+            return self._id() + b"\n"  # where to continue if nothing comes
         while not self._ended:
             block = await self._read()
             lines = self._cutter.feed(block) if block else self._turn_page()

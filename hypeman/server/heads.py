@@ -33,7 +33,7 @@ class Headers(NamedTuple):
     """Of the body, in bytes."""
     traceparent: str
     last: bool
-    """The client wants the connection closed after the response."""
+    """The client asked to close the connection after the response."""
 
 
 class Upgrade(NamedTuple):

@@ -5,7 +5,7 @@ and the client its input until the server has said that the program has read it;
 nothing and gets nothing twice. Everything but output and input is in text messages:
 
     server  {"session": KEY}                         first, of a new program
-            {"input": N, "input_ended": BOOL}        first, of a resumed one: input from N on is wanted
+            {"input": N, "input_ended": BOOL}        first, of a resumed one: send input from N on
             {"input": N}                             the program has read N bytes
             {"exitCode": N}, or with "error"         all output was sent
     client  {"received": N}                          of the output
@@ -111,7 +111,7 @@ class KeptExec:
             self._session.end()
             raise
         except HypemanError:
-            pass  # the program has ended or closed its stdin, or the guest is lost: the output tells
+            pass  # the program has ended or closed its stdin, or the guest is lost: the output shows which
 
     async def _take(self, text: str) -> None:
         try:

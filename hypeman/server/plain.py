@@ -89,7 +89,7 @@ class PlainConnection(TCPServer):
         self._watching: trio.CancelScope | None = None
         self._timed_out = False
         self._last = False
-        """The client wants the connection closed after the response to its request."""
+        """The client asked to close the connection after the response to its request."""
         self._request_id = ""
         self._subject: str | None = None
         """Of a WebSocket's client, once authenticated."""
@@ -266,7 +266,7 @@ class PlainConnection(TCPServer):
         try:
             reply = await call.reply(lambda handler: _begin(handler, lambda: self._watch(found.limit)))
             self._stop_watching()
-            if self._work.cancel_called:  # after the answer, but before anybody knew
+            if self._work.cancel_called:  # after the answer, but before it was noticed
                 await trio.lowlevel.checkpoint_if_cancelled()
             status = reply.status
             return reply

@@ -87,7 +87,7 @@ class HttpConnection(TrioASGIHTTPConnection):
 
 class WebsocketConnection(TrioASGIWebsocketConnection):
     async def handle_messages(self, nursery: trio.Nursery, receive: ASGIReceiveCallable) -> None:  # type: ignore[override]
-        """Without Quart's signal, which nobody receives, for each message."""
+        """Without Quart's signal for each message, which has no receiver."""
         while True:
             event = await receive()
             if event["type"] == "websocket.receive":

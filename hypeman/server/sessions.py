@@ -34,7 +34,7 @@ LINK = 120
 """Seconds that a link works."""
 MAX_SESSIONS = 1000
 MAX_OF_ONE = 50
-"""Of one subject: nobody ends the sessions of others by logging in often."""
+"""Of one subject: logging in often does not end the sessions of others."""
 MAX_LINKS = 100
 COOKIE = "hypeman_session"
 SAFE_METHODS = frozenset(["GET", "HEAD"])

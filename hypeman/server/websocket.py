@@ -72,7 +72,7 @@ class WebSocket:
         self._sending = trio.Lock()
         self._receiving = False
         self._closed = False
-        """We sent a close frame, or there is nobody to send it to."""
+        """We sent a close frame, or the peer is gone."""
         self._violated = False
 
     async def receive(self) -> str | bytes:
@@ -188,7 +188,7 @@ class WebSocket:
                     await self._wait_socket(trio.lowlevel.wait_writable)
 
     def _write_some(self) -> bool:
-        """Write as much as the socket takes; whether that was everything, or there is nobody to read it."""
+        """Write as much as the socket takes; whether that was everything, or the peer is gone."""
         while self._unsent:
             try:
                 sent = os.writev(self._socket.fileno(), self._unsent)

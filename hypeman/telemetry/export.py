@@ -150,7 +150,7 @@ class Exporter:
         try:
             with trio.fail_after(self._config.timeout):
                 async with pool.stream("POST", url, headers=self._headers, content=body) as response:
-                    status, told, answer = response.status, dict(response.headers), b""
+                    status, headers, answer = response.status, dict(response.headers), b""
                     async for piece in response.aiter_stream():
                         answer += piece
                         if len(answer) > _MAX_ANSWER:
@@ -162,7 +162,7 @@ class Exporter:
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise _Later(str(error) or type(error).__name__) from None
         if status in _LATER:
-            after = told.get(b"retry-after", b"")
+            after = headers.get(b"retry-after", b"")
             raise _Later(f"status {status}", min(float(after), LONGEST_PAUSE) if after.isdigit() else 0.0)
         rejected, why = otlp.parse_rejected(answer) if status == 200 else (0, "")
         if status != 200 or rejected:

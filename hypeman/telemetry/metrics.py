@@ -27,7 +27,7 @@ from prometheus_client.registry import Collector
 
 from hypeman import API_VERSION, __version__
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody reads
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which has no use
 REGISTRY = CollectorRegistry()
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -103,7 +103,7 @@ otlp_exports = _counter(
     "hypeman_otlp_exports", "Batches for the OpenTelemetry collector: success, rejected or error", "signal", "status"
 )
 otlp_spans_dropped = _counter("hypeman_otlp_spans_dropped", "Phases dropped because the collector was too slow")
-log_lines_dropped = _counter("hypeman_log_lines_dropped", "Log lines dropped because nobody read the log")
+log_lines_dropped = _counter("hypeman_log_lines_dropped", "Log lines dropped because the log's reader was too slow")
 
 Info("hypeman", "What runs here", registry=REGISTRY).info({"version": __version__, "api_version": API_VERSION})
 ProcessCollector(registry=REGISTRY)

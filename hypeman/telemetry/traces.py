@@ -53,7 +53,7 @@ class Trace:
     def __init__(self, trace_id: str, *, sampled: bool) -> None:
         self.id = trace_id
         self.sampled = sampled
-        """Whether the caller wants it exported."""
+        """Whether the caller asked to export it."""
         self.spans: list[Span] = []
         self.dropped = 0
         self.offset = time.time_ns() - time.perf_counter_ns()

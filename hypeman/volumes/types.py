@@ -33,5 +33,5 @@ class Volume(Struct, frozen=True, kw_only=True):
     created_at: Timestamp
     tags: TagMap | UnsetType = UNSET
     attachments: Annotated[
-        tuple[VolumeAttachment, ...] | UnsetType, Meta(description="Who uses it; left out when nobody")
+        tuple[VolumeAttachment, ...] | UnsetType, Meta(description="The instances that use it; absent if none")
     ] = UNSET

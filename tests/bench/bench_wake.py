@@ -70,7 +70,7 @@ def told(tally: Tally) -> Iterator[Result]:
         yield Result(f"kills of the {what}", float(count), "")
     if tally.kills:
         yield Result("requests while something was killed", float(tally.disturbed), "")
-        yield Result("of these, peers that were told there is no answer", float(tally.reported.total()), "")
+        yield Result("of these, peers that received an error", float(tally.reported.total()), "")
         yield Result("datagrams sent again", float(tally.resent), "")
     if tally.restore:
         first, restore = statistics.median(tally.first_byte), statistics.median(tally.restore)

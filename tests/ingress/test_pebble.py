@@ -84,7 +84,7 @@ async def test_orders_refusals_and_replacement_under_load(lab: Lab) -> None:
 
             make = partial(request, target_port=port, tls=True)
             await service.create(make("http", "http.example.com", port=8443))
-            assert (await settled(service, "http")).state is CertificateState.VALID, "HTTP-01: nobody listens on 443"
+            assert (await settled(service, "http")).state is CertificateState.VALID, "HTTP-01: nothing listens on 443"
             assert await ask("https://http.example.com:8443/") == EXPECTED
             assert "validate w/ HTTP: http://http.example.com" in ca.log.read_text()
             await service.create(make("alpn", "alpn.example.com", port=443))

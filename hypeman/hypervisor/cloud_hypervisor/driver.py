@@ -133,7 +133,7 @@ class CloudHypervisorDriver(BinaryProbe):
             opened.enter_context(populated(room, config, os.symlink, kernel=True))
             for name in saved.files:
                 opened.enter_context(temporary_access(capture / name, config.uid, write=False))
-            if lazily:  # a page that the kernel itself touches, for a vCPU, is no business of everybody's
+            if lazily:  # pages that the kernel itself touches for a vCPU need the device, which others must not open
                 opened.enter_context(temporary_access(Path(_USERFAULTS), config.uid))
             taps = [opened.enter_context(await self._tap(nic)) for nic in config.nics]
             async with self._started(config, capture, *((_USERFAULTS,) if lazily else ())) as vmm:

@@ -56,7 +56,7 @@ class FirecrackerVmm(RemoteVmm):
         return _STATES[answer["state"]]
 
     async def pause(self) -> None:
-        """By a signal: a guest that Firecracker (1.16) itself has paused and let go on, and not saved in between,
+        """By a signal: a guest that Firecracker (1.16) itself has paused and resumed, and not saved in between,
         gets nothing from its vsock any more."""
         if await self.state() == VmmState.RUNNING:
             await self._signal(signal.SIGSTOP, stopped=True)

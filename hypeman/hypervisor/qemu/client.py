@@ -195,7 +195,7 @@ async def connect_unix(path: str) -> trio.SocketStream:
         await sock.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):
         sock.close()
-        raise VmmGone(f"nobody listens on {path}") from None
+        raise VmmGone(f"nothing listens on {path}") from None
     except BaseException:
         sock.close()
         raise

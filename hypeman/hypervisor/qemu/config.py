@@ -14,7 +14,7 @@ QEMU opens no file by name: disks, logs and TAPs come as descriptors (``/dev/fds
 already listen, kernel and memory are reached through ``/proc/self/fd``. So the VMM's user needs no
 way into our directories, and no path has to survive QEMU's option syntax.
 
-The guest channel is a virtio-serial port: it works on every host (vhost-vsock wants a kernel module),
+The guest channel is a virtio-serial port: it works on every host (vhost-vsock requires a kernel module),
 answers in 0.15 ms, and a port belongs to one VM, where a vsock listener would be shared by all.
 """
 

@@ -158,7 +158,7 @@ class QemuDriver(BinaryProbe):
         self._require_available()
         can = self._capabilities
         if config.pci_devices and not can.pci_passthrough:
-            raise NotSupported(f"{self.kind} cannot pass devices through here: that wants PCI, KVM and VFIO")
+            raise NotSupported(f"{self.kind} cannot pass devices through here: it requires PCI, KVM and VFIO")
         if config.hotplug_bytes and not can.hotplug_memory:
             raise NotSupported(f"{self.kind} has no hot-plug of memory")
         if any(disk.port for disk in config.disks) and not can.hotplug_disk:

@@ -157,7 +157,7 @@ def save_private(handle: VmmHandle, target: Path, *, flush: bool) -> None:
 
 
 def is_unlinked(handle: VmmHandle) -> bool:
-    """Whether a private mapping's file has no name any more, so that nobody else will map it. Raises VmmBroken."""
+    """Whether a private mapping's file has no name any more, so that no other VMM will map it. Raises VmmBroken."""
     descriptor = of_process(handle)
     try:
         return os.fstat(descriptor).st_nlink == 0

@@ -150,7 +150,7 @@ class QemuVmm(LiveVmm):
             added = await self._qmp.execute("add-fd", {"opaque": _SAVING}, fds=[fd])
         number = added["fdset-id"]
         try:
-            # Not live: the guest may go on with these disks.
+            # Not live: the guest may continue with these disks.
             await self._qmp.execute("xen-save-devices-state", {"filename": f"/dev/fdset/{number}", "live": False})
         finally:
             with trio.CancelScope(shield=True), contextlib.suppress(VmmGone, VmmBroken, QmpRefused):

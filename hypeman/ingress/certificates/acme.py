@@ -3,7 +3,7 @@
     key stored ─► order asked for ─► its URL stored ─► challenges answered ─► finalized ─► certificate stored
         └─ the attempt counts as failed from here on, until there is a certificate                └─ in use
 
-A server that is killed on the way goes on with the stored order. Without one it orders again when the pause after a
+A server that is killed in between continues with the stored order. Without one it orders again when the pause after a
 failed attempt is over: 1 minute, then three times as long each time, at most a day.
 
 The library blocks, so it runs in threads; whatever hangs there ends for us at ``_CALL_LIMIT``, and at most
@@ -103,7 +103,7 @@ class Acme:
         self._asked: dict[str, float] = {}
         """When the CA was asked for the renewal time."""
         self._early: set[str] = set()
-        """Names whose certificates the CA wants to be replaced now."""
+        """Names whose certificates should be replaced now, according to the CA."""
         self._wake = trio.Event()
         self._threads = trio.CapacityLimiter(_THREADS)
         self._slots = trio.CapacityLimiter(_ORDERS)
@@ -180,7 +180,7 @@ class Acme:
                 finally:
                     ca.close()
             if when is not None and when <= self._now():
-                log.warning("the CA wants the certificate of %s to be replaced now", name)
+                log.warning("the CA asks to replace the certificate of %s now", name)
                 self._early.add(name)
         except AcmeError as error:
             log.info("the renewal time of %s is not known: %s", name, error)

@@ -180,7 +180,7 @@ class CA:
         return self._try(lambda: self._post(url, None).text)
 
     def renewal_time(self, chain: str) -> datetime | None:
-        """When the CA wants the certificate to be replaced (RFC 9773); None if it does not say."""
+        """When the CA suggests to replace the certificate (RFC 9773); None if it does not say."""
 
         def run() -> datetime | None:
             found, _ = self._open().renewal_time(chain.encode())

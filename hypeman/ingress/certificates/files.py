@@ -1,4 +1,4 @@
-"""Certificates from files that somebody else keeps up to date. Blocking."""
+"""Certificates from files that other software keeps up to date. Blocking."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class InternalCA:
         """A certificate with a new key. Raises InternalError."""
         try:
             return self._issue(name, now)
-        except (ValueError, TypeError) as error:  # somebody has changed the files, or ten years are over
+        except (ValueError, TypeError) as error:  # the files were changed by others, or ten years are over
             raise InternalError(f"the certificate authority in {self._directory} cannot be used: {error}") from None
 
     def _issue(self, name: str, now: datetime.datetime) -> Pair:

@@ -181,7 +181,7 @@ class Certificates:
                 await self._refresh(name)
 
     async def leave(self, hostnames: Iterable[str]) -> None:
-        """Undo one ``use`` of these; what nobody uses has no certificate any more."""
+        """Undo one ``use`` of these; unused names lose their certificates."""
         async with self._changing:
             self._uses.subtract(_names(hostnames))
             gone = [name for name in set(_names(hostnames)) if self._uses[name] <= 0]

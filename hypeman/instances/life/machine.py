@@ -55,7 +55,7 @@ class Machine(Protocol):
         ...
 
     def unwatch(self, instance_id: str) -> None:
-        """Forget the VM, which may go on running."""
+        """Forget the VM, which may keep running."""
         ...
 
     async def reattach(self, instance_id: str) -> bool:
@@ -67,7 +67,7 @@ class Machine(Protocol):
         ...
 
     async def end_vmm(self, instance_id: str) -> None:
-        """Kill the VMM while somebody waits for it; the wait fails. A no-op if there is none."""
+        """Kill the VMM while a task waits for it; the wait fails. A no-op if there is none."""
         ...
 
     def capabilities(self, record: InstanceRecord) -> Capabilities: ...

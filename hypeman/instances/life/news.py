@@ -27,7 +27,7 @@ async def take_news(owned: Owned, live: LiveVm, event: VmEvent) -> None:
     try:
         await hear(owned, live, event)
     except Exception as error:
-        log.exception("instance %s: what its VM told cannot be followed", owned.record.id)
+        log.exception("instance %s: an event of its VM cannot be handled", owned.record.id)
         await owned.lost(error)
 
 
@@ -41,7 +41,7 @@ async def hear(owned: Owned, live: LiveVm, event: VmEvent) -> None:
             await vmm_ended(owned, event)
         case Unwatched():
             owned.machine.unwatch(owned.record.id)
-            await owned.lost(VmmBroken("the VMM cannot be watched any more; the server's log says why"))
+            await owned.lost(VmmBroken("the VMM can no longer be watched; the cause is in the server's log"))
         case Started() if owned.record.state is InstanceState.INITIALIZING:
             _trace_boot(owned)
             await owned.save(owned.entered(owned.record, InstanceState.RUNNING))

@@ -123,7 +123,7 @@ async def _or_log(removal: Awaitable[None], capture: str) -> None:
     try:
         await removal
     except Exception as error:
-        log.warning("capture %s, which nobody needs, cannot be removed: %s", capture, error)
+        log.warning("unused capture %s cannot be removed: %s", capture, error)
 
 
 def _size(path: Path) -> int:

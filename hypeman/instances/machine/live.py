@@ -64,7 +64,7 @@ class Live:
         self._balloon = trio.Lock()
         """Held while ``lent`` changes, and while the VM is saved, which would save the loan too."""
         self.known_as: str | None = None
-        """The name that the running guest was told since it was restored or claimed; its program is still frozen."""
+        """The name that the running guest was given since it was restored or claimed; its program is still frozen."""
         self._restored = restored
         """Its program is frozen until it is awakened, on the first connection."""
         self._nonce = nonce
@@ -118,23 +118,23 @@ class Live:
             self.guest.hold(held)
 
     async def run(self, tell: Callable[[Live, VmEvent], None]) -> None:
-        told: VmEvent = Unwatched()
+        event: VmEvent = Unwatched()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._talk, tell)
                 nursery.start_soon(self._end_if_halted)
                 ended = await self.vmm.wait_exit()
-                told = VmmExit(ExitReason.POWEROFF, HALTED) if self._halted else ended
+                event = VmmExit(ExitReason.POWEROFF, HALTED) if self._halted else ended
                 nursery.cancel_scope.cancel()
         except Exception:  # any error of a driver affects this instance only, not the server
-            log.exception("the VMM of %s cannot be watched any more", self.vmm.handle.config.instance_id)
+            log.exception("the VMM of %s can no longer be watched", self.vmm.handle.config.instance_id)
         self._over = True
         self._wake()
         try:
             await self.vmm.aclose()
         except Exception:
-            log.exception("the VMM of %s was not let go of in order", self.vmm.handle.config.instance_id)
-        tell(self, told)
+            log.exception("closing the connections to the VMM of %s failed", self.vmm.handle.config.instance_id)
+        tell(self, event)
 
     async def _end_if_halted(self) -> None:
         """`halt` stops the vCPUs permanently, and many kernels do not power off then: such a VM is ended by us."""

@@ -76,7 +76,7 @@ class Logs:
             try:
                 if _size(app) > limit:
                     await trio.to_thread.run_sync(os.replace, app, old)
-                    with contextlib.suppress(OSError):  # without its times; the guest must not go on writing to it
+                    with contextlib.suppress(OSError):  # without its times; the guest must not keep writing to it
                         await trio.to_thread.run_sync(move_times, app, old)
                     await _reopen(live.vmm, app)
                 elif before is not None and _size(old) > before:

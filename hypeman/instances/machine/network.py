@@ -67,7 +67,7 @@ class Network:
         """Reconnect the guest's NIC to its TAP, which was deleted externally and has been recreated."""
         live, lease = self._context.live.get(instance_id), self._context.lease(instance_id)
         if live is not None and lease is not None and await self._network.plug_in_again(lease, live.vmm.handle.pid):
-            log.warning("instance %s was put on its TAP again, which somebody had deleted", instance_id)
+            log.warning("instance %s was attached to its TAP again, which had been deleted", instance_id)
 
     async def set_egress(self, step: SetEgress) -> None:
         lease = self._context.lease(step.instance)

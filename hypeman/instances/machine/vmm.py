@@ -119,7 +119,7 @@ class Vmms:
         self._cgroups.remove(step.instance)
 
     def count(self, instance_id: str) -> None:
-        """Have what the VMM used read: soon it cannot be. Without control groups, only a process that lives tells."""
+        """Record the VMM's usage while it can be read. Without control groups, that requires a live process."""
         try:
             self._count(self._context.record(instance_id))
         except HypemanError as error:  # it must not keep a VM from ending

@@ -32,7 +32,7 @@ class TakeDisks(_Step, frozen=True):
 
 
 class PrepareRun(_Step, frozen=True):
-    """The runtime directory and the disk that tells the guest how to boot."""
+    """The runtime directory and the disk that contains the guest's boot configuration."""
 
 
 class AttachNetwork(_Step, frozen=True):
@@ -59,7 +59,7 @@ class RestoreVmm(_Step, frozen=True):
 
 
 class WarmGuest(_Step, frozen=True):
-    """The restored guest of a pool gets its machine-id and network before anybody asks for it, and is paused again:
+    """The restored guest of a pool gets its machine-id and network before it is requested, and is paused again:
     what a claim does has then run once. Its program stays frozen, its link down. Undo: nothing, its VMM is ended."""
 
 

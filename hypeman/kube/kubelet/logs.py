@@ -2,7 +2,7 @@
 
 A container's log is that of one run of its program, as for a kubelet: the server's log has all of them.
 
-A log that is followed ends when its program does, as kubectl expects: the server's own stream goes on for as long as
+A log that is followed ends when its program does, as kubectl expects: the server's own stream continues for as long as
 the instance exists, so a second task waits for the end of the run; then what was written up to it is read.
 """
 
@@ -21,7 +21,7 @@ from hypeman.kube.local import SILENCE_SECONDS, LocalError, LocalRefused, LocalS
 from hypeman.urls import segment
 
 _ALL = 10**9
-"""Lines; the server wants a number."""
+"""Lines; the server requires a number."""
 _WAIT = "300s"
 _ANSWER_SECONDS = 330.0
 _RETRY_SECONDS = 1.0

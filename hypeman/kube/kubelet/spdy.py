@@ -2,7 +2,7 @@
 
 kubectl's port-forward carries one SPDY connection in the messages of a WebSocket. Of the protocol it uses streams with
 headers, data, resets and pings; no flow control, as its own library. Unknown control frames are skipped, as the
-specification wants. Header blocks are compressed by zlib with the dictionary of the specification (§2.6.10.1).
+specification requires. Header blocks are compressed by zlib with the dictionary of the specification (§2.6.10.1).
 
 Specification: https://www.chromium.org/spdy/spdy-protocol/spdy-protocol-draft3-1/
 """
@@ -114,7 +114,7 @@ class Framer:
                     return Ping(struct.unpack(">I", body)[0])
                 case 7:  # GOAWAY
                     return GoAway()
-                case 2 | 8:  # SYN_REPLY, HEADERS: of no use, but the compression state goes on
+                case 2 | 8:  # SYN_REPLY, HEADERS: of no use, but they advance the compression state
                     self._headers(body[4:])
         except (struct.error, zlib.error, UnicodeDecodeError) as error:
             raise Malformed(f"control frame {second}: {error}") from None

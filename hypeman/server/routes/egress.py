@@ -78,7 +78,7 @@ async def list_all_egress_approvals(services: Services) -> list[EgressApproval]:
 async def approve_egress(
     services: Services, id: str, approval: str, body: EgressDecision | None = None
 ) -> EgressApproval:
-    """Let the requests go on."""
+    """Let the requests proceed."""
     return await services.egress.decide(id, approval, allow=True, seconds=_seconds(body))
 
 

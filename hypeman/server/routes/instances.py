@@ -52,7 +52,7 @@ class LogQuery(Struct, frozen=True, kw_only=True):
         bool, Meta(description="Extension. Each event has an id: where its line ends; one comes first")
     ] = False
     after: Annotated[
-        str, Meta(description="Extension. The id of an event: go on with the line after it, and with ids; no tail")
+        str, Meta(description="Extension. The id of an event: continue with the line after it, and with ids; no tail")
     ] = ""
     since: Annotated[
         str,

@@ -64,7 +64,7 @@ async def _pull(owned: Owned) -> None:
     if image is None:
         try:
             await owned.images.abandon(record.spec.image)
-        except HypemanError as error:  # it goes on, and the image stays until it is deleted
+        except HypemanError as error:  # continue; the image stays until it is deleted
             log.warning("the pull for instance %s cannot be stopped: %s", record.id, error)
         raise InvalidState(f"instance {record.name!r} was deleted while its image was pulled")
 

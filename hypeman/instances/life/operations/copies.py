@@ -30,7 +30,7 @@ class Copy:
 
     capture: CaptureRow | None
     changes: tuple[Change, ...] = ()
-    """To be set: what makes the copy somebody's, recorded with the end of the work."""
+    """To be set: what gives the copy its owner, recorded with the end of the work."""
 
 
 @asynccontextmanager

@@ -109,7 +109,7 @@ async def _restore_from(owned: Owned, capture: str) -> InstanceRecord:
 async def awaken(owned: Owned) -> InstanceRecord:
     """The rest of a restore once the record says that the VM is running.
 
-    The VM has run since: if it cannot be woken, it is stopped and the error is raised. Once its program goes on, the
+    The VM has run since: if it cannot be woken, it is stopped and the error is raised. Once its program continues, the
     record of the work and the capture are removed behind the caller's back.
     """
     steps = owned.intent.steps
@@ -117,9 +117,9 @@ async def awaken(owned: Owned) -> InstanceRecord:
     try:
         await carry_forward(tuple(step for step in steps if step not in free), owned.machine)
     except Exception as error:
-        told = f"the restored guest could not be awakened: {error}"
-        owned.journal(told)
-        await bring_down(owned, (*plan_take_down(owned.record), *free), VmmExit(ExitReason.FAILED, told))
+        message = f"the restored guest could not be awakened: {error}"
+        owned.journal(message)
+        await bring_down(owned, (*plan_take_down(owned.record), *free), VmmExit(ExitReason.FAILED, message))
         raise
     owned.later(partial(_finish, free))
     return owned.record
